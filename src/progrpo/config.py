@@ -1,0 +1,326 @@
+"""The configuration of a run: frozen, typed, free of torch. Only the rim (cli, recipes, training) knows it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from progrpo.rollout.plan import Plan, PrunePoint, preset
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = "shapes-flow"
+    """A built-in model's name, a folder in diffusers' format, or a hub id."""
+    weights: Literal["lora", "full"] = "lora"
+    """Train low-rank adapters (peft) or every weight of the denoiser."""
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_targets: tuple[str, ...] = ()
+    """Module names to adapt; empty: attention and feed-forward projections of both streams."""
+    max_sequence_length: int = 16
+    """T5 tokens; there is no attention mask in SD3, so this changes the picture and multiplies the cost."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen weights and the network's forward pass; step math is always float32."""
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    source: str = "shapes"
+    """`shapes` (the built-in world, its train split), or a .txt (a prompt a line) or .jsonl ({"prompt": ..., columns}) file."""
+    per_iteration: int = 12
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    num_inference_steps: int = 10
+    guidance_scale: float = 1.0
+    """1 is no classifier-free guidance; above 1 a network call counts twice."""
+    noise_level: float = 0.7
+    """Flow-GRPO's a; 0 is the ODE."""
+    shift: float | None = None
+    """Time shift of the sigma grid; empty: the model's own."""
+    train_last_step: bool = False
+    """The last step is nearly deterministic (std 0.006 on SD3's grid): its log-prob overflows, so it is not trained."""
+    microbatch: int = 64
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    preset: Literal["standard", "flash", "posthoc", "none", "sd14", "custom"] = "standard"
+    """The paper's plans; `custom` takes the three fields below."""
+    group_size: int = 24
+    prune: tuple[tuple[int, int], ...] = ()
+    """Pairs (step, keep): after the network call of zero-based step, keep that many members of each group."""
+    final_keep: int | None = None
+    """Keep that many on final rewards."""
+    selector: Literal["ovf", "uniform", "top_bottom", "none"] = "ovf"
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    name: str = "shapes"
+    """`shapes` (the built-in verifier), or `module:function` of your own."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    name: Literal["grpo"] = "grpo"
+    clip_range: float = 3e-3
+    """On ratios of mean-over-dims log-probs, so it belongs to a latent size: 1e-4 at 16x64x64 is 3.2e-3 at 8x16x16."""
+    adv_clip_max: float = 5.0
+    advantage: Literal["group", "batch"] = "group"
+    """Divide by the std of the survivors of the group (the paper's) or of the whole batch (flow_grpo's global_std)."""
+    baseline: Literal["survivors", "group"] = "survivors"
+    """Take mean and std over the survivors (the paper's), or over the full group where its final rewards exist (post-hoc)."""
+    adv_eps: float = 1e-4
+    kl_beta: float = 0.0
+    kl_form: Literal["exact", "flow_grpo"] = "exact"
+    """exact: 2 s^2 h below the squared distance of means; flow_grpo: 2 s^2. Their betas differ about tenfold."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    updates_per_rollout: int = 1
+    microbatch: int = 64
+    ema_decay: float = 0.0
+    """Above 0, evaluation and the saved LoRA use an average of the weights."""
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    every: int = 5
+    """Every n-th iteration one group runs unpruned, is decoded at every step and is never trained on; 0: never."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    prompts: str = "shapes"
+    """`shapes` (the built-in test split) or a prompt file."""
+    pictures: int = 512
+    every: int = 0
+    """Evaluate every n iterations on the validation prompts; before and after always happen, on the test prompts."""
+    num_inference_steps: int = 10
+    guidance_scale: float = 1.0
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 5
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    recipe: str = "custom"
+    """A label for folders and reports: the recipe that this began as."""
+    seed: int = 0
+    iterations: int = 20
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+# --- to JSON and back -------------------------------------------------------------------------------------------------
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    return asdict(config)
+
+
+def config_to_json(config: Config) -> str:
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def config_from_json(text: str) -> Config:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    return from_dict(data)
+
+
+def from_dict(data: Mapping[str, Any]) -> Config:
+    """The configuration that JSON data describe; fields that are not there keep their defaults.
+
+    ValueError on an unknown field, with the nearest right name, and on a value of another type.
+    """
+    config = _read_fields(Config, data, "")
+    assert isinstance(config, Config)
+    return config
+
+
+def field_paths(kind: Any = Config, prefix: str = "") -> list[str]:
+    """Every field as the command line and the messages name it: `seed`, `sampling.noise_level`, ..."""
+    hints = get_type_hints(kind)
+    nested = [field_paths(hints[f.name], f"{prefix}{f.name}.") for f in fields(kind) if is_dataclass(hints[f.name])]
+    own = [prefix + f.name for f in fields(kind) if not is_dataclass(hints[f.name])]
+    return own + [path for paths in nested for path in paths]
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean X?`, where X looks like `name` whole or in its last dotted part, else nothing."""
+    by_tail = {n.rpartition(".")[2]: n for n in names}
+    whole = difflib.get_close_matches(name, by_tail.values(), 1)
+    tail = [by_tail[t] for t in difflib.get_close_matches(name.rpartition(".")[2], by_tail, 1)]
+    return f"; did you mean {(whole or tail)[0]}?" if whole or tail else ""
+
+
+def _read_fields(kind: Any, data: Any, prefix: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{prefix.rstrip('.') or 'a configuration'} must be an object of named fields, not {data!r}")
+    hints = {f.name: get_type_hints(kind)[f.name] for f in fields(kind)}
+    for name in data:
+        if name not in hints:
+            raise ValueError(f"{prefix}{name} is not a field{nearest(prefix + name, _names_at(prefix, hints))}")
+    return kind(**{name: _read(hints[name], value, prefix + name) for name, value in data.items()})
+
+
+def _names_at(prefix: str, hints: Iterable[str]) -> list[str]:
+    return [prefix + name for name in hints] + field_paths()
+
+
+def _read(kind: Any, value: Any, path: str) -> Any:
+    """A JSON value as the field type `kind`: a list becomes a tuple and a whole number a float where that is asked."""
+    if is_dataclass(kind):
+        return _read_fields(kind, value, path + ".")
+    choices = get_args(kind)
+    if get_origin(kind) in (Union, types.UnionType):
+        return None if value is None else _read(choices[0], value, path)
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        kinds = (choices[0],) * len(value) if choices[-1] is Ellipsis else choices
+        if len(kinds) == len(value):
+            return tuple(_read(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if kind is float and type(value) is int:
+        return float(value)
+    if value in choices if get_origin(kind) is Literal else type(value) is kind:
+        return value
+    raise ValueError(f"{path} must be {_type_in_words(kind)}, not {value!r}")
+
+
+def _type_in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        items = get_args(kind)
+        return "a list" if items[-1] is Ellipsis else f"a list of {len(items)}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+_Rule = tuple[Callable[[Any], bool], str]
+
+
+def _at_least(low: float) -> _Rule:
+    return lambda v: low <= v < math.inf, f"at least {low}"
+
+
+def _above(low: float) -> _Rule:
+    return lambda v: low < v < math.inf, f"above {low}"
+
+
+_FRACTION: _Rule = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+
+_RULES: dict[str, _Rule] = {
+    "recipe": (lambda v: re.fullmatch(r"\w[\w.-]*", v), "a name of letters, digits, dots and dashes"),
+    "seed": _at_least(0),
+    "iterations": _at_least(1),
+    "model.lora_rank": _at_least(1),
+    "model.lora_alpha": _at_least(1),
+    "model.max_sequence_length": (lambda v: 1 <= v <= 512, "between 1 and 512"),
+    "prompts.per_iteration": _at_least(1),
+    "sampling.num_inference_steps": _at_least(1),
+    "sampling.guidance_scale": _at_least(1),
+    "sampling.noise_level": (lambda v: 0 < v < math.inf, "above 0 (a step without noise has no log-prob to train on)"),
+    "sampling.shift": (lambda v: v is None or 0 < v < math.inf, "above 0, or empty for the model's own"),
+    "sampling.microbatch": _at_least(1),
+    "plan.group_size": _at_least(2),
+    "reward.name": (lambda v: v == "shapes" or all(v.partition(":")), "`shapes` or `module:function`"),
+    "objective.clip_range": _above(0),
+    "objective.adv_clip_max": _above(0),
+    "objective.adv_eps": _above(0),
+    "objective.kl_beta": _at_least(0),
+    "optim.lr": _above(0),
+    "optim.betas": (lambda v: all(0 <= beta < 1 for beta in v), "two numbers at least 0 and below 1"),
+    "optim.weight_decay": _at_least(0),
+    "optim.max_grad_norm": _above(0),
+    "optim.updates_per_rollout": _at_least(1),
+    "optim.microbatch": _at_least(1),
+    "optim.ema_decay": _FRACTION,
+    "audit.every": _at_least(0),
+    "eval.pictures": _at_least(1),
+    "eval.every": _at_least(0),
+    "eval.num_inference_steps": _at_least(1),
+    "eval.guidance_scale": _at_least(1),
+    "eval.seed": _at_least(0),
+    "checkpoint.every": _at_least(1),
+    "checkpoint.keep": _at_least(1),
+}
+
+
+def check(config: Config) -> None:
+    """ValueError, one sentence with the field and what it must be, for the first value that a run cannot use."""
+    values = to_dict(config)
+    for path, (is_right, words) in _RULES.items():
+        section, _, name = path.rpartition(".")
+        value = values[section][name] if section else values[name]
+        if not is_right(value):
+            raise ValueError(f"{path} must be {words}, not {value!r}")
+    _check_together(config)
+
+
+def _check_together(config: Config) -> None:
+    if not trained_steps(config):
+        raise ValueError(
+            "sampling.num_inference_steps must be at least 2, not 1, since the last step is not trained"
+            " (or set sampling.train_last_step)"
+        )
+    plan = config.plan
+    if plan.preset != "custom" and plan != PlanConfig(preset=plan.preset, selector=plan.selector):
+        raise ValueError(
+            "plan.group_size, plan.prune and plan.final_keep are read only when plan.preset is custom,"
+            f" not {plan.preset}; set it or leave them out"
+        )
+    if resolve_plan(config).prune and config.objective.baseline == "group":
+        raise ValueError(
+            "objective.baseline must be survivors under a plan that prunes while sampling: "
+            "the pruned members have no final rewards"
+        )
+
+
+# --- what the fields mean together ------------------------------------------------------------------------------------
+
+
+def resolve_plan(config: Config) -> Plan:
+    """The plan of the run; ValueError if it cannot be run in `sampling.num_inference_steps`."""
+    wanted, steps = config.plan, config.sampling.num_inference_steps
+    if wanted.preset != "custom":
+        return preset(wanted.preset, steps)
+    plan = Plan(wanted.group_size, tuple(PrunePoint(*point) for point in wanted.prune), wanted.final_keep)
+    plan.validate(steps)
+    return plan
+
+
+def trained_steps(config: Config) -> tuple[int, ...]:
+    """The zero-based steps whose log-probs are trained: all but the last, unless `sampling.train_last_step`."""
+    steps = config.sampling.num_inference_steps
+    return tuple(range(steps if config.sampling.train_last_step else steps - 1))

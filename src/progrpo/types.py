@@ -1,0 +1,125 @@
+"""The values that pass between stages, as frozen dataclasses.
+
+Dimension letters, everywhere in progrpo: P prompts, G members of a group, K kept members, N flattened rows (prompt-major,
+members ascending), T denoising steps, B microbatch, C H W latent. A suffix names the shape: `x_NCHW`, `rewards_N`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the plan and the command line use these types without torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked for: a text, and columns (targets, scenes, references) that a reward may need."""
+
+    text: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the network is told, one row a prompt (or a trajectory): named tensors that share their first dimension."""
+
+    tensors: Mapping[str, Tensor]
+
+    def take(self, rows: Tensor) -> Condition:
+        return Condition({name: t[rows] for name, t in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One stochastic step of N trajectories, kept for training: x_next was drawn from the policy's Gaussian at x."""
+
+    step: int
+    x_NCHW: Tensor
+    x_next_NCHW: Tensor
+    log_prob_N: Tensor
+
+    def take(self, rows: Tensor) -> Transition:
+        return replace(
+            self, x_NCHW=self.x_NCHW[rows], x_next_NCHW=self.x_next_NCHW[rows], log_prob_N=self.log_prob_N[rows]
+        )
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """The living trajectories of P groups, packed without gaps.
+
+    `slot_N` is the global prompt slot of the iteration and `member_N` the place in the group at expansion: both never
+    change, so that noise keyed by them does not know who was pruned. `v_NCHW` is the network's output at `x_NCHW`,
+    there only between a network call and the step that uses it.
+    """
+
+    group_N: Tensor
+    slot_N: Tensor
+    member_N: Tensor
+    x_NCHW: Tensor
+    v_NCHW: Tensor | None = None
+    path: tuple[Transition, ...] = ()
+
+    def __len__(self) -> int:
+        return self.x_NCHW.shape[0]
+
+    def take(self, rows: Tensor) -> Trajectories:
+        """The rows named, in that order, in new memory."""
+        return Trajectories(
+            self.group_N[rows],
+            self.slot_N[rows],
+            self.member_N[rows],
+            self.x_NCHW[rows],
+            None if self.v_NCHW is None else self.v_NCHW[rows],
+            tuple(t.take(rows) for t in self.path),
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What sampling and training spend. NFE: one sample through the denoiser once (a CFG pair counts two)."""
+
+    nfe: int = 0
+    decodes: int = 0
+    reward_calls: int = 0
+    trained_steps: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.nfe + other.nfe,
+            self.decodes + other.decodes,
+            self.reward_calls + other.reward_calls,
+            self.trained_steps + other.trained_steps,
+        )
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What was seen of N living trajectories after the network call of `step`; `kept_N` says who went on."""
+
+    step: int
+    group_N: Tensor
+    member_N: Tensor
+    scores_N: Tensor
+    kept_N: Tensor
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """N finished trajectories of P prompts with their rewards (float64, NaN = missing)."""
+
+    prompts: tuple[Prompt, ...]
+    condition: Condition
+    trajectories: Trajectories
+    images_NHWC: Tensor
+    rewards_N: Tensor
+    previews: tuple[Preview, ...]
+    cost: Cost
+
+    @property
+    def group_N(self) -> Tensor:
+        return self.trajectories.group_N
+

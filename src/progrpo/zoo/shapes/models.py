@@ -1,0 +1,147 @@
+"""The parts of `shapes-flow`, each a standard diffusers or transformers class, small."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from progrpo.zoo.shapes.tokens import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
+
+LATENT = (8, 16, 16)
+_CLIP_WIDTH = 64
+_JOINT_WIDTH = 128  # T5's width; at least the sum of the CLIP widths, else diffusers crops them without a word
+_SHIFT = 2.0
+
+
+def build_vae() -> AutoencoderKL:
+    """64x64x3 -> 16x16x8, 0.7 M parameters."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=LATENT[0],
+        norm_num_groups=8,
+        sample_size=64,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        mid_block_add_attention=False,
+    )
+
+
+class TextStack(nn.Module):
+    """Two CLIP text encoders and a T5 encoder with their tokenizers, read the way StableDiffusion3Pipeline reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clip_tokenizer: CLIPTokenizer = clip_tokenizer()
+        self.t5_tokenizer: T5Tokenizer = t5_tokenizer()
+        self.clip_1 = self._clip("quick_gelu")
+        self.clip_2 = self._clip("gelu")
+        self.t5 = T5EncoderModel(
+            T5Config(
+                vocab_size=len(self.t5_tokenizer),
+                d_model=_JOINT_WIDTH,
+                d_kv=32,
+                d_ff=256,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+                dropout_rate=0.0,
+                pad_token_id=self.t5_tokenizer.pad_token_id,
+                eos_token_id=self.t5_tokenizer.eos_token_id,
+            )
+        )
+
+    def _clip(self, activation: str) -> CLIPTextModelWithProjection:
+        tokenizer = self.clip_tokenizer
+        return CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=_CLIP_WIDTH,
+                intermediate_size=2 * _CLIP_WIDTH,
+                projection_dim=_CLIP_WIDTH,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                max_position_embeddings=CLIP_LENGTH,
+                hidden_act=activation,
+                bos_token_id=tokenizer.bos_token_id,
+                # left at its default, the pooled embedding is that of the first position and holds no prompt
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+
+    def tokenize(self, texts: list[str], max_sequence_length: int) -> tuple[Tensor, Tensor]:
+        """CLIP ids (N, 16) and T5 ids (N, max_sequence_length)."""
+        clip = self.clip_tokenizer(texts, padding="max_length", max_length=CLIP_LENGTH, truncation=True)
+        t5 = self.t5_tokenizer(texts, padding="max_length", max_length=max_sequence_length, truncation=True)
+        return torch.tensor(clip["input_ids"]), torch.tensor(t5["input_ids"])
+
+    def forward(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token embeddings (N, 16 + L, 128) and pooled embeddings (N, 128)."""
+        clips = [encoder(clip_ids, output_hidden_states=True) for encoder in (self.clip_1, self.clip_2)]
+        tokens = torch.cat([c.hidden_states[-2] for c in clips], dim=-1)
+        tokens = nn.functional.pad(tokens, (0, _JOINT_WIDTH - tokens.shape[-1]))
+        pooled = torch.cat([c.text_embeds for c in clips], dim=-1)
+        return torch.cat([tokens, self.t5(t5_ids)[0]], dim=1), pooled
+
+
+def build_transformer() -> SD3Transformer2DModel:
+    """2.3 M parameters: four joint blocks of width 128 over 64 picture tokens."""
+    return SD3Transformer2DModel(
+        sample_size=LATENT[1],
+        patch_size=2,
+        in_channels=LATENT[0],
+        out_channels=LATENT[0],
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=_JOINT_WIDTH,
+        caption_projection_dim=128,
+        pooled_projection_dim=2 * _CLIP_WIDTH,
+        pos_embed_max_size=LATENT[1] // 2,
+        qk_norm="rms_norm",
+    )
+
+
+def assemble(vae: AutoencoderKL, text: TextStack, transformer: SD3Transformer2DModel) -> StableDiffusion3Pipeline:
+    """The parts as one pipeline; `save_pretrained` writes diffusers' folder format."""
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=_SHIFT),
+        vae=vae,
+        text_encoder=text.clip_1,
+        tokenizer=text.clip_tokenizer,
+        text_encoder_2=text.clip_2,
+        tokenizer_2=text.clip_tokenizer,
+        text_encoder_3=text.t5,
+        tokenizer_3=text.t5_tokenizer,
+    )
+
+
+def to_tensor(pictures_NHWC: np.ndarray) -> Tensor:
+    """uint8 (N, H, W, 3) -> float32 (N, 3, H, W) in [-1, 1]."""
+    return torch.as_tensor(pictures_NHWC).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def to_pictures(x_NCHW: Tensor) -> np.ndarray:
+    """float (N, 3, H, W) in [-1, 1] -> uint8 numpy (N, H, W, 3)."""
+    return x_NCHW.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

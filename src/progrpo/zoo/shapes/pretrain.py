@@ -1,0 +1,194 @@
+"""How `shapes-flow` was made: `progrpo pretrain shapes-flow`.
+
+Four stages, each resumed by the same command: the autoencoder, the cached latents, the flow model with its text
+encoders, and the judge. Every picture is drawn here; no data is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from progrpo.storage import write_text
+from progrpo.types import Prompt
+from progrpo.zoo.pretraining import train_stage
+from progrpo.zoo.shapes import world
+from progrpo.zoo.shapes.judge import Judge, judge_loss, save_judge
+from progrpo.zoo.shapes.models import TextStack, assemble, build_transformer, build_vae, to_pictures, to_tensor
+from progrpo.zoo.shapes.verifier import verify
+
+KL_WEIGHT = 3e-4  # on the mean over latent elements: keeps the posterior wide, so that the decoder forgives small errors
+KIND_WEIGHTS = {"single": 0.08, "two": 0.12, "counting": 0.24, "colours": 0.08, "position": 0.28, "binding": 0.20}
+LENGTHS = {16: 0.90, 32: 0.02, 64: 0.02, 128: 0.02, 256: 0.04}  # T5 tokens: without a mask their number changes the picture
+DROP_TEXT = 0.1  # share of empty prompts, for classifier-free guidance
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Steps of each stage; the defaults take about two hours on two cores."""
+
+    vae_steps: int = 4_000
+    vae_batch: int = 32
+    judge_steps: int = 3_000
+    judge_batch: int = 64
+    pictures: int = 80_000
+    flow_steps: int = 14_000
+    flow_batch: int = 64
+
+
+def _seed_of(stage: int, seed: int, step: int) -> int:
+    """Disjoint streams of drawn pictures for every stage, run and step."""
+    return (stage * 1_000 + seed) * 10_000_000 + step
+
+
+def train_vae(out: Path, budget: Budget, seed: int, device: torch.device, log: Log) -> AutoencoderKL:
+    torch.manual_seed(seed)
+    vae = build_vae().to(device)
+    prompts, pictures = world.examples("validation", 192, seed=1)
+    held_out = to_tensor(pictures).to(device)
+
+    def loss_of(step: int) -> Tensor:
+        x = to_tensor(world.examples("train", budget.vae_batch, _seed_of(1, seed, step))[1]).to(device)
+        noise = torch.Generator(device).manual_seed(step)
+        with torch.autocast(device.type, torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            decoded = vae.decode(posterior.sample(noise)).sample.float()
+        error = decoded - x
+        return error.abs().mean() + error.square().mean() + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+
+    def evaluate() -> str:
+        decoded = vae.decode(vae.encode(held_out).latent_dist.mode()).sample
+        strict = np.mean([v.strict for v in verify(to_pictures(decoded), prompts)])
+        return f"held-out |error| {(decoded - held_out).abs().mean():.4f}, strict round trip {strict:.3f}"
+
+    train_stage("vae", vae, loss_of, steps=budget.vae_steps, lr=2e-3, out=out, evaluate=evaluate, log=log)
+    return vae
+
+
+def train_judge(out: Path, budget: Budget, seed: int, log: Log) -> Judge:
+    torch.manual_seed(seed)
+    judge = Judge()
+    prompts, pictures = world.examples("validation", 256, seed=1)
+
+    def loss_of(step: int) -> Tensor:
+        return judge_loss(judge, budget.judge_batch, _seed_of(2, seed, step))
+
+    def evaluate() -> str:
+        return f"passes drawn truth {np.mean(judge.passes(pictures, prompts)):.3f}"
+
+    train_stage("judge", judge, loss_of, steps=budget.judge_steps, lr=2e-3, out=out, evaluate=evaluate, log=log)
+    return judge
+
+
+@torch.no_grad()
+def cache_latents(vae: AutoencoderKL, out: Path, budget: Budget, seed: int, log: Log) -> tuple[Tensor, list[Prompt]]:
+    """Encode the training pictures once: float16 posterior means (M, 8, 16, 16), normalised, and their prompts.
+
+    Sets the autoencoder's shift and scale so that latents have mean 0 and variance 1.
+    """
+    file, chunk = out / "latents.safetensors", 512
+    rng = np.random.default_rng([seed, 4])
+    table = world.prompts("train")
+    kinds = rng.choice(list(KIND_WEIGHTS), budget.pictures, p=list(KIND_WEIGHTS.values()))
+    prompts = [table[k][rng.integers(len(table[k]))] for k in kinds]
+    if not file.exists():
+        parts = []
+        for start in range(0, budget.pictures, chunk):
+            pictures = np.stack([world.draw(world.scene_for(p, rng)) for p in prompts[start : start + chunk]])
+            parts.append(vae.encode(to_tensor(pictures).to(vae.device)).latent_dist.mode().half().cpu())
+            if start % (40 * chunk) == 0:
+                log(f"latents: {start}/{budget.pictures}")
+        save_file({"z": torch.cat(parts)}, file)
+    z = load_file(file)["z"]
+    shift, scale = z.float().mean().item(), 1 / z.float().std().item()
+    vae.register_to_config(shift_factor=shift, scaling_factor=scale)
+    return (z - shift) * scale, prompts
+
+
+def train_flow(
+    vae: AutoencoderKL, z: Tensor, prompts: list[Prompt], out: Path, budget: Budget, seed: int, log: Log
+) -> tuple[TextStack, nn.Module]:
+    """Rectified flow (arXiv 2209.03003): regress eps - x0 at logit-normal times (arXiv 2403.03206), text encoders along."""
+    device = vae.device
+    torch.manual_seed(seed)
+    text, transformer = TextStack(), build_transformer()
+    module = nn.ModuleDict({"text": text, "transformer": transformer}).to(device)
+    texts = ["", *sorted({p.text for p in prompts})]
+    row_of = {t: i for i, t in enumerate(texts)}
+    rows = torch.tensor([row_of[p.text] for p in prompts])
+    ids = {length: text.tokenize(texts, length) for length in LENGTHS}
+
+    def loss_of(step: int) -> Tensor:
+        g = torch.Generator().manual_seed(_seed_of(3, seed, step))
+        chosen = torch.randint(len(prompts), (budget.flow_batch,), generator=g)
+        row = torch.where(torch.rand(len(chosen), generator=g) < DROP_TEXT, 0, rows[chosen])
+        length = list(LENGTHS)[int(torch.multinomial(torch.tensor(list(LENGTHS.values())), 1, generator=g))]
+        x0 = z[chosen].float()
+        eps = torch.randn(x0.shape, generator=g)
+        sigma = torch.randn(len(chosen), generator=g).sigmoid().to(device)
+        x0, eps = x0.to(device), eps.to(device)
+        x = torch.lerp(x0, eps, sigma[:, None, None, None])
+        with torch.autocast(device.type, torch.bfloat16):
+            tokens, pooled = text(*(i[row].to(device) for i in ids[length]))
+            v = transformer(x, tokens, pooled, sigma * 1000, return_dict=False)[0]
+        return (v.float() - (eps - x0)).square().mean()
+
+    def evaluate() -> str:
+        scores = measure(assemble(vae, text, transformer), "validation", 96, seed=5)
+        return f"validation strict {scores['strict']:.3f}, graded {scores['graded']:.3f}"
+
+    train_stage("flow", module, loss_of, steps=budget.flow_steps, lr=1e-3, out=out, evaluate=evaluate, log=log)
+    return text, transformer
+
+
+@torch.no_grad()
+def measure(
+    pipeline, split: str, pictures: int, seed: int, num_inference_steps: int = 10, guidance_scale: float = 1.0, length: int = 16
+) -> dict:
+    """Strict and graded score of a pipeline's own ODE samples for prompts of a split, over all and by kind."""
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = world.sample_prompts(split, pictures, seed)
+    images = []
+    for start in range(0, pictures, 64):
+        batch = [p.text for p in prompts[start : start + 64]]
+        g = torch.Generator().manual_seed(seed + start)
+        options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "max_sequence_length": length}
+        images.append(pipeline(batch, generator=g, output_type="np", **options).images)
+    verdicts = verify((np.concatenate(images) * 255).round().astype(np.uint8), prompts)
+    kinds = [p.columns["kind"] for p in prompts]
+    by_kind = {k: float(np.mean([v.strict for v, kind in zip(verdicts, kinds, strict=True) if kind == k])) for k in world.KINDS}
+    return {
+        "strict": float(np.mean([v.strict for v in verdicts])),
+        "graded": float(np.mean([v.graded for v in verdicts])),
+        "by_kind": by_kind,
+    }
+
+
+def pretrain(out: Path, *, budget: Budget, seed: int = 0, device: str = "cpu", export: Path | None = None, log: Log = print):
+    """Run or resume every stage in `out`; with `export`, write the pipeline's folder and the judge's beside it."""
+    place = torch.device(device)
+    out.mkdir(parents=True, exist_ok=True)
+    vae = train_vae(out, budget, seed, place, log)
+    z, prompts = cache_latents(vae, out, budget, seed, log)
+    text, transformer = train_flow(vae, z, prompts, out, budget, seed, log)
+    judge = train_judge(out, budget, seed, log)
+    pipeline = assemble(vae, text, transformer)
+    figures = {
+        "10 steps": measure(pipeline, "test", 512, seed=6),
+        "40 steps": measure(pipeline, "test", 512, seed=6, num_inference_steps=40),
+    }
+    write_text(out / "figures.json", json.dumps(figures, indent=1))
+    log(json.dumps(figures))
+    if export:
+        pipeline.save_pretrained(export / "shapes-flow")
+        save_judge(judge, export / "shapes-judge")
+    return pipeline
