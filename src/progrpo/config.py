@@ -209,11 +209,15 @@ def _read(kind: Any, value: Any, path: str) -> Any:
         kinds = (choices[0],) * len(value) if choices[-1] is Ellipsis else choices
         if len(kinds) == len(value):
             return tuple(_read(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if kind is float and type(value) is int:
+    if kind is float and _is_plain(int, value):
         return float(value)
-    if value in choices if get_origin(kind) is Literal else type(value) is kind:
+    if value in choices if get_origin(kind) is Literal else _is_plain(kind, value):
         return value
     raise ValueError(f"{path} must be {_type_in_words(kind)}, not {value!r}")
+
+
+def _is_plain(kind: Any, value: Any) -> bool:
+    return get_origin(kind) is None and isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _type_in_words(kind: Any) -> str:
@@ -227,7 +231,7 @@ def _type_in_words(kind: Any) -> str:
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
-_Rule = tuple[Callable[[Any], bool], str]
+_Rule = tuple[Callable[[Any], object], str]  # what a right value makes true, and what the field must be, in words
 
 
 def _at_least(low: float) -> _Rule:
@@ -280,6 +284,7 @@ _RULES: dict[str, _Rule] = {
 def check(config: Config) -> None:
     """ValueError, one sentence with the field and what it must be, for the first value that a run cannot use."""
     values = to_dict(config)
+    from_dict(values)  # refuses values of another type, which Python code can have put there
     for path, (is_right, words) in _RULES.items():
         section, _, name = path.rpartition(".")
         value = values[section][name] if section else values[name]

@@ -109,17 +109,22 @@ class Preview:
 
 @dataclass(frozen=True)
 class Rollout:
-    """N finished trajectories of P prompts with their rewards (float64, NaN = missing)."""
+    """N finished trajectories of P prompts, prompt-major. Rewards are float64 and NaN where missing.
+
+    `passed_N` is a strict verdict (1, 0, NaN for none). F finalists were rewarded; with a `final_keep` the N survivors
+    are some of them, otherwise all.
+    """
 
     prompts: tuple[Prompt, ...]
     condition: Condition
     trajectories: Trajectories
     images_NHWC: Tensor
     rewards_N: Tensor
+    passed_N: Tensor
+    finalist_rewards_F: Tensor
+    finalist_group_F: Tensor
     previews: tuple[Preview, ...]
-    cost: Cost
 
     @property
     def group_N(self) -> Tensor:
         return self.trajectories.group_N
-

@@ -107,7 +107,7 @@ def cache_latents(vae: AutoencoderKL, out: Path, budget: Budget, seed: int, log:
             parts.append(vae.encode(to_tensor(pictures).to(vae.device)).latent_dist.mode().half().cpu())
             if start % (40 * chunk) == 0:
                 log(f"latents: {start}/{budget.pictures}")
-        save_file({"z": torch.cat(parts)}, file)
+        save_file({"z": torch.cat(parts).contiguous()}, file)
     z = load_file(file)["z"]
     shift, scale = z.float().mean().item(), 1 / z.float().std().item()
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)

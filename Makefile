@@ -1,0 +1,79 @@
+# make            what there is
+# TORCH_INDEX=URL takes torch from another package index; PYTHON=python3.12 another interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := $(VENV)/constraints.txt
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-slow lint bench wheel-test pretrain clean
+.SUFFIXES:
+.DELETE_ON_ERROR:
+
+help: ## say what there is
+	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready ## install everything into .venv, once
+quickstart: setup ## train the built-in model for ten minutes; the report is runs/quickstart/report.html
+	@$(BIN)/progrpo train quickstart --out runs/quickstart --overwrite
+
+test: lint ## style, types and the quick tests
+	@$(BIN)/python -m pytest -m "not slow"
+test-slow: $(VENV)/.ready-dev ## the slow tests
+	@$(BIN)/python -m pytest -m slow
+lint: $(VENV)/.ready-dev ## style and types
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { echo "ruff would reformat files: run '$(BIN)/ruff format .'"; exit 1; }
+	@$(BIN)/mypy --no-error-summary
+
+bench: setup ## the figures of the notes
+	@set -e; for file in benchmarks/*.py; do $(BIN)/python $$file; done
+pretrain: setup ## make shapes-flow anew (hours on a CPU; stop and go on as you like)
+	@$(BIN)/progrpo pretrain shapes-flow
+
+wheel-test: setup ## build the wheel and train from it in an empty environment
+	@rm -rf build/wheel && mkdir -p build/wheel
+	@$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	@$(MAKE) --no-print-directory VENV=build/wheel/venv WHAT="$$(ls build/wheel/*.whl)" setup
+	@cd build/wheel && venv/bin/progrpo train quickstart --iterations 1 --eval.pictures 12 --out run
+
+clean: ## remove what was built, but no runs
+	@rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache
+
+# --- how things are installed --------------------------------------------------------------------------------------
+
+WHAT ?= --editable .
+
+# An installed torch is reused with whatever it came with. Otherwise the pinned one is installed: a CUDA build where there
+# is an NVIDIA GPU (PyPI's), elsewhere on Linux the much smaller CPU build, if its index can be reached.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "progrpo needs Python 3.11 or newer: make PYTHON=...")'
+	@if $(PYTHON) $(has_torch) && $(PYTHON) -m venv --system-site-packages $(VENV) && $(BIN)/python $(has_torch); then \
+		echo "setting up $(VENV) with the torch that is installed"; \
+		grep -v '^torch==' constraints.txt > $(CONSTRAINTS); \
+	else \
+		echo "setting up $(VENV): installing torch (minutes)"; \
+		$(PYTHON) -m venv $(VENV) && cp constraints.txt $(CONSTRAINTS) && $(INSTALL) $(torch_index) torch; \
+	fi
+	@touch $@
+
+has_torch = -c 'import torch' 2>/dev/null
+reachable = $(PYTHON) -c 'import urllib.request as u; u.urlopen("$(CPU_INDEX)/torch/", timeout=3)' 2>/dev/null
+torch_index = $$( \
+	if [ -n "$(TORCH_INDEX)" ]; then echo --extra-index-url "$(TORCH_INDEX)"; \
+	elif [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && $(reachable); then \
+		echo --extra-index-url "$(CPU_INDEX)"; \
+	fi)
+
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml
+	@echo "setting up $(VENV): installing progrpo and what it needs (a minute or two)"
+	@$(INSTALL) $(WHAT)
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@echo "setting up $(VENV): installing the tools for development"
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@

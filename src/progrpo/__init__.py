@@ -1,0 +1,20 @@
+"""Pro-GRPO: online reinforcement learning of text-to-image models with pruning inside the sampling process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from progrpo.training.run import train
+
+__all__ = ["__version__", "train"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`progrpo.train`, fetched when it is first asked for: importing progrpo imports no torch."""
+    if name == "train":
+        from progrpo.training.run import train
+
+        return train
+    raise AttributeError(f"module 'progrpo' has no attribute {name!r}")

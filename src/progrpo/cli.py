@@ -1,0 +1,320 @@
+"""The `progrpo` command. It parses and hands over: torch is imported by the stages that it calls, never for help."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from progrpo import __version__
+from progrpo.config import Config, PlanConfig, check, config_to_json, field_paths, nearest, resolve_plan, trained_steps
+from progrpo.recipes import RECIPES, describe, load_recipe
+from progrpo.rollout.plan import summary
+
+_Fields = Annotated[Config, arg(name="")]  # the configuration's fields stand beside the command's own options
+
+
+# --- commands: what is parsed, and what is done with it ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a recipe, a config file or a run folder's config; `progrpo train --resume RUN` goes on with a stopped run."""
+
+    out: Path | None = None
+    """The run folder; without it runs/RECIPE, or runs/RECIPE-2 and so on where that is taken."""
+    overwrite: FlagCreatePairsOff[bool] = False
+    """Replace a run that is already there."""
+    config: _Fields
+
+    def run(self) -> None:
+        check(self.config)
+        from progrpo.training.run import train_run
+
+        home = Path("runs") / self.config.recipe
+        out = self.out or (home if self.overwrite else _first_free(home))
+        train_run(self.config, out, self.overwrite)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on with a stopped run, exactly as it would have gone."""
+
+    resume: Path
+    """The run folder."""
+    iterations: int | None = None
+    """Iterations in all; without it as many as the run was started for."""
+
+    def run(self) -> None:
+        _require_run(self.resume)
+        from progrpo.training.run import resume_run
+
+        resume_run(self.resume, self.iterations)
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List the shipped recipes, or print one of them as JSON."""
+
+    name: Annotated[Positional[str | None], arg(metavar="[RECIPE]")] = None
+    """The recipe to print."""
+
+    def run(self) -> None:
+        if self.name is None:
+            print(_columns({name: describe(name) for name in RECIPES}))
+        else:
+            print(config_to_json(load_recipe(self.name)), end="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Say what a recipe's plan costs a prompt: network calls, decodes, rewards. Needs no weights."""
+
+    plan: Literal["recipe", "standard", "flash", "posthoc", "none", "sd14", "custom"] = "recipe"
+    """The recipe's own plan, or another in its place."""
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    json: FlagCreatePairsOff[bool] = False
+    """Print JSON."""
+    config: _Fields
+
+    def run(self) -> None:
+        config = self._config()
+        check(config)
+        sampling = config.sampling
+        costs = summary(
+            resolve_plan(config), sampling.num_inference_steps, len(trained_steps(config)), sampling.guidance_scale > 1
+        )
+        print(_result({"recipe": config.recipe, "plan": config.plan.preset, **costs}, self.json))
+
+    def _config(self) -> Config:
+        sampling, plan = self.config.sampling, self.config.plan
+        if self.num_inference_steps is not None:
+            sampling = replace(sampling, num_inference_steps=self.num_inference_steps)
+        if self.guidance_scale is not None:
+            sampling = replace(sampling, guidance_scale=self.guidance_scale)
+        if self.plan == "custom":
+            plan = replace(plan, preset="custom")
+        elif self.plan != "recipe":
+            plan = PlanConfig(preset=self.plan, selector=plan.selector)
+        return replace(self.config, sampling=sampling, plan=plan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Draw pictures for prompts, with a trained LoRA if asked."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """A built-in model's name, a folder in diffusers' format, or a hub id."""
+    prompt: tuple[str, ...]
+    """One prompt or several."""
+    lora: Path | None = None
+    """A run folder, or a LoRA folder in diffusers' format."""
+    out: Path = Path("samples")
+    seed: int = 0
+    num_inference_steps: int = 10
+    guidance_scale: float = 1.0
+    count: int = 1
+    """Pictures a prompt."""
+
+    def run(self) -> None:
+        from progrpo.training.sample import sample_pictures
+
+        files = sample_pictures(
+            self.model,
+            self.prompt,
+            lora=self.lora,
+            out=self.out,
+            seed=self.seed,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            count=self.count,
+        )
+        print("\n".join(str(file) for file in files))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure a run or a model on held-out prompts."""
+
+    target: Annotated[Positional[str], arg(metavar="RUN|MODEL")]
+    """A run folder, a built-in model's name, a folder in diffusers' format, or a hub id."""
+    prompts: str = "shapes"
+    """`shapes` or a prompt file (.txt, .jsonl)."""
+    split: Literal["test", "validation"] = "test"
+    """Of `shapes`: tune on validation, state figures on test."""
+    pictures: int = 512
+    num_inference_steps: int = 10
+    guidance_scale: float = 1.0
+    json: FlagCreatePairsOff[bool] = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        from progrpo.training.evaluate import evaluate_model
+
+        result = evaluate_model(
+            self.target,
+            prompts=self.prompts,
+            split=self.split,
+            pictures=self.pictures,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+        )
+        print(_result(result, self.json))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write report.html of a run anew."""
+
+    folder: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run folder."""
+
+    def run(self) -> None:
+        _require_run(self.folder)
+        from progrpo.tracking.report import write_report
+
+        print(write_report(self.folder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Make a built-in model from nothing; the same command goes on where it was stopped."""
+
+    model: Positional[Literal["shapes-flow"]]
+    out: Path = Path("runs/pretrain/shapes-flow")
+    """Where its state lies."""
+    device: str = "auto"
+    """`auto` is the GPU where there is one, else the CPU."""
+    vae_steps: int | None = None
+    flow_steps: int | None = None
+    export: Path | None = None
+    """Write the finished model's folder, in diffusers' format, into this one."""
+
+    def run(self) -> None:
+        import torch
+
+        from progrpo.zoo.shapes.pretrain import Budget, pretrain
+
+        steps = {"vae_steps": self.vae_steps, "flow_steps": self.flow_steps}
+        budget = replace(Budget(), **{name: n for name, n in steps.items() if n is not None})
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        pretrain(self.out, budget=budget, device=found if self.device == "auto" else self.device, export=self.export)
+
+
+COMMANDS: dict[str, type] = {
+    "train": Train,
+    "recipes": Recipes,
+    "plan": Plan,
+    "sample": Sample,
+    "eval": Eval,
+    "report": Report,
+    "pretrain": Pretrain,
+}
+
+
+# --- parsing ----------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 when done, 2 on a user's mistake (one sentence on stderr), 130 when interrupted."""
+    try:
+        _parse(list(sys.argv[1:] if argv is None else argv))()
+    except ValueError as error:
+        print(f"progrpo: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("progrpo: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(args: list[str]) -> Callable[[], None]:
+    """What the arguments ask to be done."""
+    if not args or args[0] in ("-h", "--help"):
+        return lambda: print(_help())
+    if args[0] == "--version":
+        return lambda: print(f"progrpo {__version__}")
+    command, rest = args[0], args[1:]
+    if command not in COMMANDS:
+        raise ValueError(f"{command!r} is no command of progrpo ({', '.join(COMMANDS)}){nearest(command, COMMANDS)}")
+    if command == "train" and any(a.partition("=")[0] == "--resume" for a in rest):
+        return _options(Resume, rest, "progrpo train --resume").run
+    if command in ("train", "plan"):
+        return _parse_recipe(command, rest)
+    return _options(COMMANDS[command], rest, f"progrpo {command}").run
+
+
+def _parse_recipe(command: str, args: list[str]) -> Callable[[], None]:
+    """RECIPE comes first, since it holds the defaults of all that follows."""
+    kind = COMMANDS[command]
+    if {"-h", "--help"} & set(args[:1]):
+        return _options(kind, ["--help"], f"progrpo {command} RECIPE", kind(config=Config())).run
+    if not args or args[0].startswith("-"):
+        raise ValueError(
+            f"a recipe ({', '.join(RECIPES)}), a config file or a run folder comes first: progrpo {command} RECIPE ..."
+        )
+    return _options(kind, args[1:], f"progrpo {command} {args[0]}", kind(config=load_recipe(args[0]))).run
+
+
+def _options(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
+    """Parse options into a command; tyro prints help and refuses values of another type (exit codes 0 and 2)."""
+    value, unknown = tyro.cli(kind, args=args, prog=prog, default=default, return_unknown_args=True)
+    if unknown:
+        raise ValueError(_unknown(unknown, kind, prog))
+    return value
+
+
+def _unknown(arguments: list[str], kind: Any, prog: str) -> str:
+    wrong = next((a for a in arguments if a.startswith("--")), arguments[0]).partition("=")[0]
+    names = [f.name for f in fields(kind) if f.name != "config"] + (field_paths() if kind in (Train, Plan) else [])
+    options = ["--" + name.replace("_", "-") for name in names]
+    return f"{prog} does not take {wrong}{nearest(wrong.replace('_', '-'), options)}"
+
+
+def _help() -> str:
+    lines = _columns({name: (kind.__doc__ or "").strip() for name, kind in COMMANDS.items()})
+    return (
+        "usage: progrpo COMMAND [OPTIONS]\n\n"
+        "Online RL of text-to-image models with pruning inside the sampling process.\n\n"
+        f"{lines}\n\nprogrpo COMMAND --help says more; progrpo --version prints the version."
+    )
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def _columns(rows: Mapping[str, object]) -> str:
+    width = max(len(name) for name in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
+
+
+def _result(values: Mapping[str, Any], as_json: bool) -> str:
+    return json.dumps(values, indent=2) if as_json else _columns({k: _in_short(v) for k, v in values.items()})
+
+
+def _in_short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_in_short(v)}" for k, v in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _first_free(folder: Path) -> Path:
+    if not folder.exists():
+        return folder
+    return next(f for n in count(2) if not (f := folder.with_name(f"{folder.name}-{n}")).exists())
+
+
+def _require_run(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        others = [str(p.parent) for p in folder.parent.glob("*/config.json")]
+        raise ValueError(f"{folder} is no run folder (it holds no config.json){nearest(str(folder), others)}")

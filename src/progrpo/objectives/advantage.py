@@ -1,0 +1,79 @@
+"""Advantages of ragged groups: N rewards (float64, NaN or infinite = missing) and the group of each.
+
+Groups may end with different counts, because rewards fail and members are pruned, and need not lie together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MIN_RELATIVE_STD = 1e-8  # below it a std is rounding: a mean of equal float64 rewards need not equal them
+
+
+@dataclass(frozen=True)
+class GroupStatistics:
+    """Of the observed rewards of P groups: mean and std (ddof 0), float64, NaN where none was observed; int64 count."""
+
+    mean_P: Tensor
+    std_P: Tensor
+    count_P: Tensor
+
+    @property
+    def informative_P(self) -> Tensor:
+        """Which groups can teach: at least two observed rewards, and not all the same."""
+        return (self.count_P >= 2) & (self.std_P > _MIN_RELATIVE_STD * self.mean_P.abs().clamp(min=1))
+
+
+def _group_sum(values_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
+    return values_N.new_zeros(num_groups).index_add(0, group_N, values_N)
+
+
+def group_statistics(rewards_N: Tensor, group_N: Tensor, num_groups: int) -> GroupStatistics:
+    """Mean, std and count of the observed rewards of each group; `group_N` int64 in [0, num_groups)."""
+    observed_N = rewards_N.isfinite()
+    rewards, group = rewards_N[observed_N].double(), group_N[observed_N]
+    count_P = torch.bincount(group, minlength=num_groups)
+    mean_P = _group_sum(rewards, group, num_groups) / count_P
+    variance_P = _group_sum((rewards - mean_P[group]).square(), group, num_groups) / count_P
+    return GroupStatistics(mean_P, variance_P.sqrt(), count_P)
+
+
+def moments(rewards_N: Tensor) -> Tensor:
+    """Count, sum and sum of squares of the observed rewards, (3,) float64: add them over ranks, then take the std."""
+    rewards = rewards_N[rewards_N.isfinite()].double()
+    return torch.stack([rewards.new_tensor(float(len(rewards))), rewards.sum(), rewards.square().sum()])
+
+
+def batch_std_from_moments(count: Tensor, total: Tensor, total_sq: Tensor) -> Tensor:
+    """Std (ddof 0) of all rewards that went into the moments, shape (), float64; 0 if there were none.
+
+    Takes the three entries of summed `moments`. The difference of squares keeps nine digits at rewards of 26 +- 0.01.
+    """
+    count = count.double().clamp(min=1)
+    return (total_sq.double() / count - (total.double() / count).square()).clamp(min=0).sqrt()
+
+
+def advantages(
+    rewards_N: Tensor,
+    group_N: Tensor,
+    statistics: GroupStatistics,
+    *,
+    std: Tensor | None = None,
+    eps: float = 1e-4,
+    clip_max: float = 5.0,
+) -> tuple[Tensor, Tensor]:
+    """(reward - group mean) / (std + eps), clipped to +-clip_max: (advantages_N float32, trained_N bool).
+
+    The divisor is the group's std (Pro-GRPO, arXiv 2512.15347, over survivors) or, if given, `std` of shape () for all
+    groups (flow_grpo's global_std). `statistics` may come from more rewards than these, such as the full group's before
+    it was pruned. All members of a group that is not informative get exactly 0: they count, but give no gradient.
+    `trained_N` is False where the reward is missing, and the advantage there is 0.
+    """
+    divisor_N = statistics.std_P[group_N] if std is None else std
+    raw_N = (rewards_N.double() - statistics.mean_P[group_N]) / (divisor_N + eps)
+    trained_N = rewards_N.isfinite()
+    usable_N = trained_N & statistics.informative_P[group_N]
+    return torch.where(usable_N, raw_N.clamp(-clip_max, clip_max), 0.0).float(), trained_N

@@ -1,0 +1,152 @@
+"""From a name, a folder or a hub id to a policy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import DiffusionPipeline
+
+from progrpo.policies.base import Policy
+from progrpo.policies.sd3 import SD3Policy
+
+BUILT_IN = ("shapes-flow",)
+POLICIES = {"StableDiffusion3Pipeline": SD3Policy}
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def load_policy(
+    path: str | Path,
+    *,
+    weights: Literal["lora", "full"],
+    lora_rank: int,
+    lora_alpha: int,
+    lora_targets: Sequence[str] = (),
+    max_sequence_length: int,
+    seed: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    resolution: int | None = None,
+    trained: str | Path | None = None,
+) -> Policy:
+    """The policy for a built-in model's name, a folder in diffusers' format, or a hub id (`owner/name`).
+
+    `trained` is a folder that a policy's `save` wrote: its LoRA is merged, or its denoiser takes the place of the model's.
+    Reads safetensors only and runs no code from the folder. ValueError if there is nothing to load, or a pipeline
+    class that no policy is written for.
+    """
+    source = _locate(path)
+    _supported(source)
+    pipeline = _read_pipeline(source, weights, dtype)
+    if trained is not None:
+        _apply_trained(pipeline, Path(trained))
+    return policy_from_pipeline(
+        pipeline,
+        weights=weights,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_targets=lora_targets,
+        max_sequence_length=max_sequence_length,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        resolution=resolution,
+    )
+
+
+def policy_from_pipeline(
+    pipeline: DiffusionPipeline,
+    *,
+    weights: Literal["lora", "full"],
+    lora_rank: int,
+    lora_alpha: int,
+    lora_targets: Sequence[str] = (),
+    max_sequence_length: int,
+    seed: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    resolution: int | None = None,
+) -> Policy:
+    """The policy for a loaded pipeline, which it takes over; ValueError for a class that no policy is written for."""
+    return _policy_class(type(pipeline).__name__, "the pipeline").from_pipeline(
+        pipeline,
+        weights=weights,
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_targets=lora_targets,
+        max_sequence_length=max_sequence_length,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        resolution=resolution,
+    )
+
+
+def _apply_trained(pipeline: DiffusionPipeline, folder: Path) -> None:
+    if (folder / "pytorch_lora_weights.safetensors").is_file():
+        pipeline.load_lora_weights(folder)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    elif (folder / "config.json").is_file():
+        denoiser = type(pipeline.transformer)
+        pipeline.transformer = denoiser.from_pretrained(folder, use_safetensors=True).to(pipeline.transformer.dtype)
+    else:
+        raise ValueError(f"{folder} holds no trained weights (pytorch_lora_weights.safetensors, or config.json of a denoiser)")
+
+
+def _locate(path: str | Path) -> str:
+    """A folder that has a pipeline in it, or a hub id."""
+    if str(path) in BUILT_IN:
+        return _built_in(str(path))
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"model.path: {folder} has no model_index.json; give a folder written by save_pretrained")
+        return str(folder)
+    if _HUB_ID.fullmatch(str(path)):
+        return str(path)
+    raise ValueError(f"model.path: {path} is neither a built-in model ({', '.join(BUILT_IN)}), a folder nor a hub id")
+
+
+def _built_in(name: str) -> str:
+    folder = Path(str(files("progrpo"))) / "zoo" / "weights" / name
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"model.path: the weights of the built-in {name!r} are not in this installation ({folder})")
+    return str(folder)
+
+
+def _supported(source: str) -> None:
+    """Decided on the pipeline's index alone, before gigabytes are fetched."""
+    try:
+        index = DiffusionPipeline.load_config(source)
+    except OSError as error:
+        raise _unreadable(source, error) from error
+    _policy_class(str(index.get("_class_name")), source)
+
+
+def _policy_class(name: str, source: str) -> type[SD3Policy]:
+    if name not in POLICIES:
+        raise ValueError(f"model.path: {source} is a {name}; progrpo trains {', '.join(POLICIES)}")
+    return POLICIES[name]
+
+
+def _read_pipeline(source: str, weights: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """Loaded in `dtype`, but a denoiser that is trained in full in float32: no precision is lost on the way."""
+    denoiser = torch.float32 if weights == "full" else dtype
+    try:
+        return DiffusionPipeline.from_pretrained(
+            source, dtype={"transformer": denoiser, "default": dtype}, use_safetensors=True
+        )
+    except OSError as error:
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: str, error: OSError) -> ValueError:
+    place = "the folder" if Path(source).is_dir() else "no folder has that name, and the Hugging Face hub"
+    reason = " ".join(str(error).split())
+    return ValueError(f"model.path: cannot load {source}; {place} was tried: {reason}")

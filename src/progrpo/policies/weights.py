@@ -1,0 +1,98 @@
+"""Copies of the trainable weights under a name: the reference of the KL term, the old policy, an average over time.
+
+The same mechanism serves LoRA and full fine-tuning. A LoRA starts with B = 0, so its reference is the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+CURRENT = "current"
+
+
+class NamedWeights:
+    """Named copies of `parameters`, each on the parameter's device and in its dtype; `reference` is taken at once."""
+
+    def __init__(self, parameters: Mapping[str, Parameter]) -> None:
+        self._parameters = dict(parameters)
+        self._sets: dict[str, dict[str, Tensor]] = {}
+        self._active = CURRENT
+        self.snapshot("reference")
+
+    def __contains__(self, name: str) -> bool:
+        return name == CURRENT or name in self._sets
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (CURRENT, *self._sets)
+
+    def snapshot(self, name: str) -> None:
+        """Copy the current weights to `name`, new or not."""
+        self._require_current(f"take a snapshot {name!r}")
+        if name == CURRENT:
+            raise ValueError(f"{CURRENT!r} names the weights in training; give the snapshot another name")
+        self._sets[name] = {key: p.detach().clone() for key, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self, name: str, decay: float) -> None:
+        """Move `name` towards the current weights: decay * name + (1 - decay) * current."""
+        self._require_current(f"update {name!r}")
+        for key, average in self._stored(name).items():
+            average.lerp_(self._parameters[key], 1.0 - decay)
+
+    @contextmanager
+    def swapped(self, name: str) -> Iterator[None]:
+        """Run the block with the weights `name` in the parameters; the current ones come back however it ends."""
+        self._require_current(f"switch to {name!r}")
+        stored = {} if name == CURRENT else self._stored(name)
+        self._exchange(stored)
+        self._active = name
+        try:
+            yield
+        finally:
+            self._exchange(stored)
+            self._active = CURRENT
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Every set by name, `current` first. The tensors are the live ones, not copies."""
+        self._require_current("save")
+        return {CURRENT: {key: p.detach() for key, p in self._parameters.items()}, **self._sets}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over every set of `state`, and forget the ones that it does not have."""
+        self._require_current("load")
+        for name, tensors in state.items():
+            self._check_fit(name, tensors)
+        for key, parameter in self._parameters.items():
+            parameter.copy_(state[CURRENT][key])
+        self._sets = {
+            name: {key: tensors[key].to(p, copy=True) for key, p in self._parameters.items()}
+            for name, tensors in state.items()
+            if name != CURRENT
+        }
+
+    def _exchange(self, stored: dict[str, Tensor]) -> None:
+        # Storage changes hands and nothing is copied: a graph that was built before the block is still right after it.
+        for key, tensor in stored.items():
+            parameter = self._parameters[key]
+            stored[key], parameter.data = parameter.data, tensor
+
+    def _stored(self, name: str) -> dict[str, Tensor]:
+        if name not in self._sets:
+            raise ValueError(f"there are no weights named {name!r}; there are {', '.join(self.names)}")
+        return self._sets[name]
+
+    def _require_current(self, action: str) -> None:
+        if self._active != CURRENT:
+            raise ValueError(f"cannot {action} while the weights {self._active!r} are in use; leave that block first")
+
+    def _check_fit(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        shapes = {key: tuple(p.shape) for key, p in self._parameters.items()}
+        if {key: tuple(t.shape) for key, t in tensors.items()} != shapes:
+            raise ValueError(f"the saved weights {name!r} are not this model's; use the model settings of that run")

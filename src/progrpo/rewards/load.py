@@ -1,0 +1,42 @@
+"""From a name in the recipe to a reward."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from progrpo.rewards.base import Reward
+
+
+def _shapes() -> Reward:
+    from progrpo.rewards.shapes import ShapesReward
+
+    return ShapesReward()
+
+
+REWARDS: dict[str, Callable[[], Reward]] = {"shapes": _shapes}
+
+
+def load_reward(name: str) -> Reward:
+    """A built-in reward, or `module:function` found on the Python path or in the current folder."""
+    if name in REWARDS:
+        return REWARDS[name]()
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"reward.name {name!r} is neither built in ({', '.join(REWARDS)}) nor of the form module:function")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name:  # the user's module is there, something that it imports is not
+            raise
+        raise ValueError(f"reward.name {name!r}: there is no module {module_name!r} in this folder or installed") from None
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ValueError(f"reward.name {name!r}: the module {module_name!r} has no function {attribute!r}")
+    from progrpo.rewards.function import FunctionReward
+
+    return FunctionReward(function)

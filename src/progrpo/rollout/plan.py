@@ -1,0 +1,159 @@
+"""What to sample: how large a group starts, where it is pruned and what that costs. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from progrpo.types import Cost
+
+
+@dataclass(frozen=True)
+class PrunePoint:
+    """After the network call of zero-based `step`, before the step is taken, keep that many members of each group."""
+
+    step: int
+    keep: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The path of a group, per prompt: it starts with `group_size` members, and points and `final_keep` narrow it.
+
+    `final_keep` selects on final rewards. A point that keeps everyone who lives does nothing: no preview is decoded
+    for it.
+    """
+
+    group_size: int
+    prune: tuple[PrunePoint, ...] = ()
+    final_keep: int | None = None
+
+    def validate(self, num_inference_steps: int) -> None:
+        """ValueError, in one sentence, if the plan cannot be run in that many steps."""
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}")
+        _require_keep("group_size", self.group_size, None)
+        living, previous = self.group_size, -1
+        for point in self.prune:
+            _require_step(point.step, previous, num_inference_steps)
+            _require_keep(f"prune keep at step {point.step}", point.keep, living)
+            living, previous = point.keep, point.step
+        if self.final_keep is not None:
+            _require_keep("final_keep", self.final_keep, living)
+
+    @property
+    def finalists(self) -> int:
+        """Members that are denoised to the end, decoded and rewarded."""
+        return self.prune[-1].keep if self.prune else self.group_size
+
+    @property
+    def survivors(self) -> int:
+        """Members that are trained on."""
+        return self.finalists if self.final_keep is None else self.final_keep
+
+    def living_at(self, step: int) -> int:
+        """Members for whom the network call of zero-based `step` is made."""
+        return next((point.keep for point in reversed(self.prune) if point.step < step), self.group_size)
+
+    def active_points(self) -> tuple[PrunePoint, ...]:
+        """The points that part with someone; the others decide nothing and cost nothing."""
+        return tuple(point for point in self.prune if point.keep < self.living_at(point.step))
+
+    def keep_after(self, step: int) -> int | None:
+        """How many to keep after the network call of `step`, or None where no active point stands."""
+        return next((point.keep for point in self.active_points() if point.step == step), None)
+
+    def predict(self, num_inference_steps: int, trained_steps: int, guidance: bool) -> Cost:
+        """What one prompt costs, as a run counts it; ValueError if the plan cannot be run.
+
+        NFE: with `guidance` a network call is a CFG pair and counts two. Decodes: everyone living at each active point
+        (a preview), and the finalists. Each decoded picture is rewarded once. `trained_steps` is of one trajectory.
+        """
+        self.validate(num_inference_steps)
+        calls = sum(self.living_at(step) for step in range(num_inference_steps))
+        decodes = sum(self.living_at(point.step) for point in self.active_points()) + self.finalists
+        return Cost(calls * (2 if guidance else 1), decodes, decodes, self.survivors * trained_steps)
+
+
+def _require_keep(name: str, keep: int, living: int | None) -> None:
+    if keep < 2:
+        raise ValueError(f"{name} must be at least 2, not {keep}: a group of one has no variance to learn from")
+    if living is not None and keep > living:
+        raise ValueError(f"{name} must be at most the {living} members that still live there, not {keep}")
+
+
+def _require_step(step: int, previous: int, num_inference_steps: int) -> None:
+    if step < 0:
+        raise ValueError(f"prune step must be at least 0, not {step}; steps count from zero")
+    if step <= previous:
+        raise ValueError(f"prune steps must increase: step {step} comes after step {previous}")
+    if step > num_inference_steps - 2:
+        raise ValueError(
+            f"prune step {step} saves no network call of num_inference_steps={num_inference_steps}:"
+            f" use a step of at most {num_inference_steps - 2}, or final_keep to select on final rewards"
+        )
+
+
+# A plan and the number of steps it was made for. From Pro-GRPO (arXiv 2512.15347): standard and flash for SD3.5-M,
+# against a group of 24 (`none`), and sd14 for SD1.4, against 16. The control `posthoc` prunes after sampling.
+PRESETS: dict[str, tuple[Plan, int]] = {
+    "standard": (Plan(48, (PrunePoint(5, 24), PrunePoint(7, 12))), 10),
+    "flash": (Plan(24, (PrunePoint(5, 16), PrunePoint(7, 12))), 10),
+    "posthoc": (Plan(24, final_keep=12), 10),
+    "none": (Plan(24), 10),
+    "sd14": (Plan(48, (PrunePoint(30, 32), PrunePoint(40, 8))), 50),
+}
+
+
+def _moved(point: PrunePoint, from_steps: int, to_steps: int) -> PrunePoint:
+    calls = max(1, round((point.step + 1) * to_steps / from_steps))
+    return replace(point, step=calls - 1)
+
+
+def preset(name: str, num_inference_steps: int) -> Plan:
+    """The plan of that name, each point moved to the same share of the network calls (rounded, at least one call).
+
+    Raises ValueError for an unknown name, and where the steps are so few that points meet or fall on the last call.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"plan preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+    plan, steps = PRESETS[name]
+    plan = replace(plan, prune=tuple(_moved(point, steps, num_inference_steps) for point in plan.prune))
+    try:
+        plan.validate(num_inference_steps)
+    except ValueError as error:
+        raise ValueError(
+            f"num_inference_steps={num_inference_steps} is too few for the plan preset {name!r} ({error}): raise it, or"
+            " write a custom plan"
+        ) from error
+    return plan
+
+
+def _path(plan: Plan) -> list[int]:
+    last = [plan.survivors] if plan.survivors < plan.finalists else []
+    return [plan.group_size, *(point.keep for point in plan.active_points()), *last]
+
+
+def summary(plan: Plan, num_inference_steps: int, trained_steps: int, guidance: bool) -> dict[str, Any]:
+    """What a plan does and costs per prompt, ready for JSON; ValueError if it cannot be run.
+
+    `nfe_saved` is the share of the full group's network calls that pruning avoids; `nfe_ratio_to_none` compares with
+    the preset `none`, a group of 24 without pruning, and is above 1 where a larger start costs more than pruning saves.
+    """
+    cost = plan.predict(num_inference_steps, trained_steps, guidance)
+    full = Plan(plan.group_size).predict(num_inference_steps, trained_steps, guidance)
+    none = preset("none", num_inference_steps).predict(num_inference_steps, trained_steps, guidance)
+    return {
+        "group_size": plan.group_size,
+        "survivors": plan.survivors,
+        "path": _path(plan),
+        "prune_steps": [point.step for point in plan.active_points()],
+        "num_inference_steps": num_inference_steps,
+        "nfe_per_prompt": cost.nfe,
+        "decodes_per_prompt": cost.decodes,
+        "reward_calls_per_prompt": cost.reward_calls,
+        "trained_steps_per_prompt": cost.trained_steps,
+        "nfe_full_group": full.nfe,
+        "nfe_saved": 1 - cost.nfe / full.nfe,
+        "nfe_ratio_to_none": cost.nfe / none.nfe,
+    }

@@ -1,0 +1,205 @@
+"""The report's charts as Plotly figures in plain dicts: numbers in, {"data", "layout"} out, no files, no HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from progrpo.tracking.statistics import Mean
+
+Figure = dict[str, Any]
+
+INK, MUTED, GRID, GHOST = "#1d2939", "#667085", "#eef0f3", "#e4e7ec"
+ACCENT, GREY, AMBER, TEAL = "#2f5fd0", "#98a2b3", "#d9822b", "#12876f"
+_BAND = "rgba(47, 95, 208, 0.13)"
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+AXES = {"iteration": "iteration", "seconds": "seconds of training", "nfe": "NFE spent on training samples"}
+BINS = np.arange(-3.0, 3.01, 0.5)
+
+
+def _axis(title: str = "", changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    base = {"gridcolor": GRID, "zeroline": False, "linecolor": GHOST, "ticks": "", "automargin": True}
+    named = {"title": {"text": title, "font": {"size": 12}, "standoff": 8}} if title else {}
+    return base | named | dict(changes or {})
+
+
+def _figure(data: Sequence[Mapping[str, Any]], x: Mapping[str, Any], y: Mapping[str, Any], height: int) -> Figure:
+    layout = {
+        "height": height,
+        "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
+        "font": {"family": _FONT, "size": 12, "color": MUTED},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "hoverlabel": {"bgcolor": "white", "bordercolor": GHOST, "font": {"color": INK, "family": _FONT}},
+        "showlegend": sum(trace.get("showlegend", True) for trace in data) > 1,
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "y": 1.02,
+            "yanchor": "bottom",
+            "traceorder": "normal",
+            "font": {"color": INK},
+        },
+        "dragmode": False,
+        "xaxis": dict(x),
+        "yaxis": dict(y),
+    }
+    return {"data": [dict(trace) for trace in data], "layout": layout}
+
+
+# --- curves over the run ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric to draw; `points` for metrics that only some iterations have."""
+
+    key: str
+    name: str
+    colour: str = ACCENT
+    points: bool = False
+
+
+def positions(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Where each record stands on each of AXES; seconds and NFE are summed up to and including the record."""
+    seconds = np.cumsum([record.get("seconds") or 0.0 for record in metrics])
+    nfe = np.cumsum([record.get("rollout/nfe") or 0 for record in metrics])
+    return {"iteration": [r["iteration"] for r in metrics], "seconds": seconds.tolist(), "nfe": nfe.tolist()}
+
+
+def _trace(metrics: Sequence[Mapping[str, Any]], curve: Curve) -> dict[str, Any] | None:
+    rows = [i for i, record in enumerate(metrics) if record.get(curve.key) is not None]
+    if not rows:
+        return None
+    x = {axis: [values[i] for i in rows] for axis, values in positions(metrics).items()}
+    marker = {"size": 8, "line": {"color": "white", "width": 1.5}} if curve.points else {"size": 5}
+    width, dash = (1.5, "dot") if curve.points else (2, "solid")
+    return {
+        "type": "scatter",
+        "name": curve.name,
+        "mode": "lines+markers" if curve.points or len(rows) < 3 else "lines",
+        "line": {"color": curve.colour, "width": width, "dash": dash},
+        "marker": marker,
+        "x": x["iteration"],
+        "y": [metrics[i][curve.key] for i in rows],
+        "meta": x,  # the page's switch of the x axis reads the other positions from here
+        "hovertemplate": "%{y:.4g}",
+    }
+
+
+def curves(
+    metrics: Sequence[Mapping[str, Any]], chosen: Sequence[Curve], y: Mapping[str, Any] | None = None, height: int = 250
+) -> Figure | None:
+    """The chosen metrics over the run, or None where none of them was recorded."""
+    traces = [trace for curve in chosen if (trace := _trace(metrics, curve)) is not None]
+    if not traces:
+        return None
+    figure = _figure(traces, _axis(AXES["iteration"]), _axis("", y), height)
+    figure["layout"]["hovermode"] = "x unified"
+    return figure
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def accuracy_bars(before: Mapping[str, Mean], after: Mapping[str, Mean]) -> Figure:
+    """Share passing by kind of prompt, before and after, with standard errors."""
+    sides = [(before, "before", GREY), (after, "after", ACCENT)]
+    data = [
+        {
+            "type": "bar",
+            "name": name,
+            "x": list(shares),
+            "y": [share.value for share in shares.values()],
+            "customdata": [share.count for share in shares.values()],
+            "error_y": {"array": [s.error for s in shares.values()], "color": MUTED, "thickness": 1, "width": 3},
+            "marker": {"color": colour, "cornerradius": 3},
+            "hovertemplate": "%{y:.1%} of %{customdata}",
+        }
+        for shares, name, colour in sides
+        if shares
+    ]
+    figure = _figure(data, _axis("", {"showgrid": False}), _axis("", {"range": [0, 1.04], "tickformat": ".0%"}), 270)
+    figure["layout"] |= {"bargap": 0.42, "bargroupgap": 0.06}
+    return figure
+
+
+# --- pruning ----------------------------------------------------------------------------------------------------------
+
+
+def histogram(values: np.ndarray, colour: str, top: float) -> Figure:
+    """Standardised rewards of a subset of groups, as shares of the subset; `top` is the y range that its row shares."""
+    shares = histogram_shares(values)
+    centres = (BINS[:-1] + BINS[1:]) / 2
+    bars = {"type": "bar", "x": centres.tolist(), "y": shares.tolist(), "marker": {"color": colour, "cornerradius": 2}}
+    x = _axis("(reward − mean) / std", {"range": [-3, 3], "showgrid": False, "dtick": 1})
+    y = _axis("", {"range": [0, top * 1.05], "tickformat": ".0%", "nticks": 4})
+    figure = _figure([bars | {"hovertemplate": "%{y:.0%}<extra></extra>"}], x, y, 180)
+    figure["layout"]["bargap"] = 0.08
+    return figure
+
+
+def histogram_shares(values: np.ndarray) -> np.ndarray:
+    """The share of `values` in each of BINS, the outermost bins taking what lies beyond them."""
+    counts, _ = np.histogram(np.clip(values, BINS[0], BINS[-1]), BINS)
+    return counts / max(len(values), 1)
+
+
+def alive_by_step(path: Sequence[int], prune_steps: Sequence[int], steps: int) -> list[int]:
+    """Members of a group that pay for the network call of each step: who is pruned after a call has paid for it."""
+    return [path[sum(prune < step for prune in prune_steps)] for step in range(steps)]
+
+
+def funnel(path: Sequence[int], prune_steps: Sequence[int], steps: int) -> Figure:
+    """A group's living members by step; the pale part is what pruning saves."""
+    alive = alive_by_step(path, prune_steps, steps)
+    x = list(range(steps))
+    bar = {"type": "bar", "x": x, "hovertemplate": "step %{x}: %{y}<extra>%{fullData.name}</extra>"}
+    data = [
+        bar | {"name": "network calls paid", "y": alive, "marker": {"color": ACCENT}},
+        bar | {"name": "saved by pruning", "y": [path[0] - n for n in alive], "marker": {"color": GHOST}},
+    ]
+    figure = _figure(data, _axis("step", {"dtick": 1, "showgrid": False}), _axis("members of a group"), 240)
+    figure["layout"] |= {"barmode": "stack", "bargap": 0.12}
+    return figure
+
+
+def agreement(
+    steps: Sequence[int], correlations_AT: np.ndarray, path: Sequence[int], prune_steps: Sequence[int]
+) -> Figure:
+    """Spearman of previews with final rewards by step, over A audits, prune points marked."""
+    data = [*_agreement_band(steps, correlations_AT), _agreement_line(steps, correlations_AT)]
+    low = min(0.0, float(np.min(correlations_AT)) - 0.05)
+    figure = _figure(data, _axis("step", {"dtick": 1}), _axis("", {"range": [low, 1.09], "tickformat": ".1f"}), 240)
+    rule = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": AMBER, "width": 1.5, "dash": "dot"}}
+    figure["layout"]["shapes"] = [rule | {"x0": step, "x1": step} for step in prune_steps]
+    figure["layout"]["annotations"] = [
+        {"x": step, "y": 0.03, "yref": "paper", "yanchor": "bottom", "xanchor": "left", "xshift": 4, "showarrow": False}
+        | {"text": f"{path[i]} → {path[i + 1]}", "font": {"color": AMBER, "size": 12}}
+        for i, step in enumerate(prune_steps)
+    ]
+    return figure
+
+
+def _agreement_line(steps: Sequence[int], correlations_AT: np.ndarray) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": list(steps),
+        "y": np.mean(correlations_AT, axis=0).tolist(),
+        "line": {"color": ACCENT, "width": 2},
+        "marker": {"size": 7, "line": {"color": "white", "width": 1.5}},
+        "hovertemplate": "step %{x}: %{y:.2f}<extra></extra>",
+    }
+
+
+def _agreement_band(steps: Sequence[int], correlations_AT: np.ndarray) -> list[dict[str, Any]]:
+    edge = {"type": "scatter", "mode": "lines", "x": list(steps), "line": {"width": 0}, "hoverinfo": "skip"}
+    lowest, highest = np.min(correlations_AT, axis=0), np.max(correlations_AT, axis=0)
+    return [
+        edge | {"showlegend": False, "y": lowest.tolist()},
+        edge | {"showlegend": False, "y": highest.tolist(), "fill": "tonexty", "fillcolor": _BAND},
+    ]

@@ -1,0 +1,105 @@
+"""The metrics over the run, on an axis of iterations, seconds or NFE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from progrpo.tracking.report import charts
+from progrpo.tracking.report.charts import ACCENT, AMBER, GREY, TEAL, Curve
+from progrpo.tracking.report.page import chart, note, section
+from progrpo.tracking.report.run import Records, Run
+
+_PREVIEW = "preview/rank_correlation@"
+
+
+@dataclass(frozen=True)
+class _Card:
+    title: str
+    about: str
+    curves: Sequence[Curve]
+    y: Mapping[str, Any] = field(default_factory=dict)
+
+
+_SAMPLING = (
+    _Card(
+        "Graded reward",
+        "mean over survivors",
+        (Curve("reward/mean", "training samples"), Curve("eval/graded", "evaluation", TEAL, True)),
+    ),
+    _Card(
+        "Strict accuracy",
+        "share that passes every check",
+        (
+            Curve("reward/strict", "training samples"),
+            Curve("eval/strict", "evaluation", TEAL, True),
+            Curve("eval/judge", "evaluation, judge", AMBER, True),
+        ),
+        {"tickformat": ".0%"},
+    ),
+    _Card(
+        "Spread within a group",
+        "standard deviation of final rewards, mean over groups",
+        (Curve("reward/group_std_full", "full group", GREY), Curve("reward/std", "survivors")),
+    ),
+)
+_UPDATE = (
+    _Card(
+        "Ratio deviation",
+        "largest |ratio − 1|, log scale",
+        (Curve("update/ratio_max_deviation", "deviation"),),
+        {"type": "log", "tickformat": ".0e", "dtick": "D2"},
+    ),
+    _Card(
+        "Clip fraction", "share of clipped terms", (Curve("update/clip_fraction", "clipped"),), {"tickformat": ".1%"}
+    ),
+    _Card("KL", "from the reference model", (Curve("update/kl", "KL"),), {"exponentformat": "power"}),
+    _Card("Gradient norm", "before clipping", (Curve("update/grad_norm", "norm"),)),
+)
+
+
+def write(run: Run) -> str:
+    if not run.metrics:
+        return section("curves", "Curves", "", note("No iteration is finished yet."))
+    sampling = _grid(run.metrics, (*_SAMPLING, _previews(run.metrics)), "grid", 230)
+    update = _grid(run.metrics, _UPDATE, "grid four", 170)
+    return section(
+        "curves",
+        "Curves",
+        "A point an iteration, on training samples unless said otherwise.",
+        _axes() + sampling + update,
+    )
+
+
+def _axes() -> str:
+    """Buttons for the horizontal axis of all curves."""
+    buttons = "".join(
+        f'<button data-axis="{axis}" data-title="{title}" aria-pressed="{"true" if axis == "iteration" else "false"}">'
+        f"{word}</button>"
+        for (axis, title), word in zip(charts.AXES.items(), ("Iteration", "Seconds", "NFE"), strict=True)
+    )
+    return f'<div class="controls"><span>Horizontal axis</span>{buttons}</div>'
+
+
+def _previews(metrics: Records) -> _Card:
+    keys = {key for record in metrics for key in record if key.startswith(_PREVIEW)}
+    steps = sorted(int(key.removeprefix(_PREVIEW)) for key in keys)
+    colours = (ACCENT, TEAL, AMBER, GREY)
+    lines = [Curve(f"{_PREVIEW}{s}", f"step {s}", colours[i % len(colours)], True) for i, s in enumerate(steps)]
+    return _Card(
+        "Preview agreement", "rank correlation with final rewards, in audit groups", lines, {"rangemode": "tozero"}
+    )
+
+
+def _grid(metrics: Records, cards: Sequence[_Card], classes: str, height: int) -> str:
+    drawn = [(card, charts.curves(metrics, card.curves, card.y, height)) for card in cards]
+    html = "".join(
+        chart(figure, "curve-" + card.title.lower().replace(" ", "-"), card.title, card.about)
+        for card, figure in drawn
+        if figure is not None
+    )
+    absent = [card.title for card, figure in drawn if figure is None]
+    return f'<div class="{classes}">{html}</div>' + (
+        note(f"Not recorded so far: {', '.join(absent)}.") if absent else ""
+    )

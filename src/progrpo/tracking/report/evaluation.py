@@ -1,0 +1,95 @@
+"""Before and after: the same prompts on the same noise, and the accuracy by kind of prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from progrpo.tracking.report import charts
+from progrpo.tracking.report.page import chart, escape, note, picture_uri, section
+from progrpo.tracking.report.run import Records, Run, accuracy
+from progrpo.tracking.statistics import Mean
+from progrpo.tracking.wording import number
+
+_OUTCOMES = {  # (passes before, passes after) -> (name, words)
+    (False, True): ("mended", "failed, then passed"),
+    (True, False): ("broken", "passed, then failed"),
+    (True, True): ("passing", "passed both times"),
+    (False, False): ("failing", "failed both times"),
+}
+_LEAD = (
+    "Each pair is one test prompt from the same starting noise: before training on the left, after it on the right. "
+    "The mark is the strict verdict."
+)
+
+
+def write(run: Run) -> str:
+    if not run.before:
+        return section("evaluation", "Before and after", "", note("No evaluation is written yet."))
+    missing = "" if run.after else note("There is no evaluation after training yet; what was measured before is shown.")
+    return section("evaluation", "Before and after", _LEAD, missing + _gallery(run) + _kinds(run))
+
+
+def _gallery(run: Run) -> str:
+    shown = [i for i, record in enumerate(run.before) if record.get("picture")]
+    if not shown:
+        return note("No pictures were saved.")
+    pairs = "".join(_pair(run, i) for i in shown)
+    return f'{_filters(run, shown)}<div class="gallery">{pairs}</div>{_totals(run)}'
+
+
+def _outcome(run: Run, i: int) -> str:
+    return _OUTCOMES[run.before[i]["strict"], run.after[i]["strict"]][0] if run.paired else "unpaired"
+
+
+def _filters(run: Run, shown: Sequence[int]) -> str:
+    """Buttons that choose among the shown pairs, each with their number."""
+    if not run.paired:
+        return ""
+    outcomes = [_outcome(run, i) for i in shown]
+    names = {"all": f"All <small>{len(shown)}</small>"}
+    names |= {name: f"{words.capitalize()} <small>{outcomes.count(name)}</small>" for name, words in _OUTCOMES.values()}
+    buttons = (
+        f'<button data-show="{name}" aria-pressed="{"true" if name == "all" else "false"}">{words}</button>'
+        for name, words in names.items()
+    )
+    return f'<div class="controls">{"".join(buttons)}</div>'
+
+
+def _totals(run: Run) -> str:
+    if not run.paired:
+        return ""
+    outcomes = [_outcome(run, i) for i in range(len(run.before))]
+    totals = ", ".join(f"<b>{outcomes.count(name)}</b> {words}" for name, words in _OUTCOMES.values())
+    return f'<p class="after">Of all {len(outcomes)} evaluated pairs, {totals}.</p>'
+
+
+def _pair(run: Run, i: int) -> str:
+    before, prompt = run.before[i], escape(run.before[i]["prompt"])
+    shots = _shot(run, before, "before") + (_shot(run, run.after[i], "after") if run.paired else "")
+    body = f"<div>{shots}</div><figcaption>{prompt}</figcaption>"
+    return f'<figure class="pair" data-outcome="{_outcome(run, i)}">{body}</figure>'
+
+
+def _shot(run: Run, record: Mapping[str, Any], when: str) -> str:
+    name = record.get("picture")
+    if not name or not (run.path / name).exists():
+        return "<div></div>"
+    word, mark = ("pass", "✓") if record["strict"] else ("fail", "✕")
+    title = f"{when} training: {word}, graded {number(record.get('graded'))}"
+    image = f'<img src="{picture_uri(run.path / name)}" alt="{when} training">'
+    return f'<div class="shot" title="{title}">{image}<span class="mark {word}">{mark}</span></div>'
+
+
+def _kinds(run: Run) -> str:
+    before, after = _by_kind(run.before), _by_kind(run.after)
+    if len(before) < 2:
+        return ""
+    about = "share of the test pictures that pass; whiskers: one standard error"
+    return chart(charts.accuracy_bars(before, after), "kinds", "Strict accuracy by kind of prompt", about)
+
+
+def _by_kind(records: Records) -> dict[str, Mean]:
+    kinds = dict.fromkeys(record["kind"] for record in records)
+    found = {kind: accuracy([r for r in records if r["kind"] == kind]) for kind in kinds}
+    return {escape(kind): mean for kind, mean in found.items() if mean is not None}

@@ -1,0 +1,114 @@
+"""The film of an audit group: the previews of all its members at every step, and who would have been pruned when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from progrpo.tracking.report.page import escape, note, picture_uri
+from progrpo.tracking.statistics import spearman
+from progrpo.tracking.wording import number
+
+_CELL = 96
+_ROWS_SHOWN = 10
+_EMBEDDED = 6
+
+
+def spread(count: int, chosen: int) -> list[int]:
+    """`chosen` of `count` places, evenly, first and last among them; all places if there are no more."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, chosen))}) if count else []
+
+
+def films(folder: Path, audits: Sequence[Mapping[str, Any]]) -> str:
+    """The films with a box to choose among them, the latest shown; of many audits a spread is embedded."""
+    chosen = [audits[i] for i in reversed(spread(len(audits), _EMBEDDED))]
+    options = "".join(
+        f'<option value="film-{audit["iteration"]}">iteration {audit["iteration"]}: {escape(audit["prompt"])}</option>'
+        for audit in chosen
+    )
+    count = f"<span>{len(chosen)} of {len(audits)} audits</span>" if len(chosen) < len(audits) else ""
+    box = f'<label class="choose">Audit group <select id="choose-film">{options}</select>{count}</label>'
+    return box + _LEGEND + "".join(_film(folder, audit, shown=i == 0) for i, audit in enumerate(chosen))
+
+
+_LEGEND = (
+    '<p class="legend"><span><i class="alive"></i>goes on</span><span><i class="out"></i>pruned after this step</span>'
+    '<span><i class="ghost"></i>not computed in a training group; the audit shows what was given up</span></p>'
+)
+
+
+def _film(folder: Path, audit: Mapping[str, Any], shown: bool) -> str:
+    anchor = f"film-{audit['iteration']}"
+    hidden = "" if shown else " hidden"
+    return f'<div class="film" id="{anchor}"{hidden}>{_agreements(audit)}{_sheet(folder, audit, anchor)}</div>'
+
+
+def _agreements(audit: Mapping[str, Any]) -> str:
+    points = sorted({step for step in audit["stopped_at"] if step is not None})
+    found = [f"{number(_agreement(audit, step), 2)} at step {step}" for step in points]
+    words = f" Rank correlation of previews and final rewards: {', '.join(found)}." if found else ""
+    return f'<p class="prompt"><b>{escape(audit["prompt"])}</b>{words}</p>'
+
+
+def _agreement(audit: Mapping[str, Any], step: int) -> float | None:
+    return spearman(audit["scores"][list(audit["steps"]).index(step)], audit["final"])
+
+
+def _sheet(folder: Path, audit: Mapping[str, Any], anchor: str) -> str:
+    from PIL import Image
+
+    strip = folder / audit["strip"]
+    if not strip.exists():
+        return note(f"The pictures of this audit ({escape(audit['strip'])}) are not there.")
+    group, columns = len(audit["final"]), len(audit["steps"]) + 1
+    with Image.open(strip) as file:
+        width, height = file.width // columns, file.height // group
+    scale = min(1.0, _CELL / width)
+    size = (round(width * scale) * columns, round(height * scale) * group)
+    uri = picture_uri(strip, size)
+    style = (
+        f"#{anchor} {{ --columns: {columns}; --members: {group}; --shape: {height / width:.4g} }} "
+        f"#{anchor} i {{ background-image: url({uri}) }}"
+    )
+    more = "" if group <= _ROWS_SHOWN else f'<button class="more">Show all {group} members</button>'
+    return f'<style>{style}</style><div class="scroll"><table>{_head(audit)}{_rows(audit)}</table></div>{more}'
+
+
+def _head(audit: Mapping[str, Any]) -> str:
+    points = {step for step in audit["stopped_at"] if step is not None}
+    cells = "".join(f'<th class="{"cut" if s in points else ""}">step {s}</th>' for s in audit["steps"])
+    return f'<thead><tr><th></th>{cells}<th class="last">final</th></tr></thead>'
+
+
+def _rows(audit: Mapping[str, Any]) -> str:
+    """Members ordered by final reward, the missing last; rows beyond a spread of them wait for the button."""
+    final = audit["final"]
+    order = sorted(range(len(final)), key=lambda g: (final[g] is None, -(final[g] or 0.0)))
+    shown = set(spread(len(order), _ROWS_SHOWN))
+    return "<tbody>" + "".join(_row(audit, g, rank, rank in shown) for rank, g in enumerate(order)) + "</tbody>"
+
+
+def _row(audit: Mapping[str, Any], member: int, rank: int, shown: bool) -> str:
+    stopped = audit["stopped_at"][member]
+    fate = '<span class="kept">kept</span>' if stopped is None else f"<span>out at {stopped}</span>"
+    cells = [
+        _cell(i, member, audit["scores"][i][member], _state(step, stopped)) for i, step in enumerate(audit["steps"])
+    ]
+    last = "alive last" if stopped is None else "ghost last"
+    cells.append(_cell(len(audit["steps"]), member, audit["final"][member], last))
+    more = "" if shown else ' class="beyond"'
+    head = f'<th title="member {member}, rank {rank + 1} by final reward"><b>{rank + 1}</b>{fate}</th>'
+    return f"<tr{more}>{head}{''.join(cells)}</tr>"
+
+
+def _state(step: int, stopped: int | None) -> str:
+    if stopped is None or step < stopped:
+        return "alive"
+    return "out" if step == stopped else "ghost"
+
+
+def _cell(column: int, row: int, score: float | None, state: str) -> str:
+    return f'<td class="{state}"><i style="--c:{column};--r:{row}"></i>{number(score, 2)}</td>'

@@ -1,0 +1,86 @@
+"""The HTML of the report in small pieces: every string that a user or a model wrote goes through `escape`."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from io import BytesIO
+from pathlib import Path
+
+from progrpo.tracking.report.charts import Figure
+
+_CHART_CONFIG = {"displayModeBar": False, "responsive": True}
+
+
+def escape(value: object) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def document(title: str, body: str) -> str:
+    """A whole page that fetches nothing: styles, scripts and Plotly are inside it."""
+    from plotly.offline import get_plotlyjs
+
+    room = files("progrpo.tracking.report")
+    style, script = ((room / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>\n{style}</style>'
+        f"<script>{get_plotlyjs()}</script></head>\n<body><main>\n{body}\n</main><script>\n{script}</script></body></html>\n"
+    )
+
+
+def section(anchor: str, title: str, lead: str, body: str) -> str:
+    """`title` and `body` are HTML already; `lead` is one or two sentences on how to read what follows."""
+    lead = f'<p class="lead">{lead}</p>' if lead else ""
+    return f'<section id="{anchor}"><h2>{title}</h2>{lead}\n{body}\n</section>\n'
+
+
+def note(text: str) -> str:
+    """What is not there, and why."""
+    return f'<p class="note">{text}</p>'
+
+
+def chart(figure: Figure, anchor: str, title: str = "", about: str = "") -> str:
+    """A Plotly figure with its caption above; Plotly's own writer escapes what would end the script."""
+    import plotly.io
+
+    div = plotly.io.to_html(
+        figure, config=_CHART_CONFIG, include_plotlyjs=False, full_html=False, div_id=anchor, default_width="100%"
+    )
+    about = f"<span>{about}</span>" if about else ""
+    caption = f"<figcaption><b>{title}</b>{about}</figcaption>" if title else ""
+    return f'<figure class="card">{caption}{div}</figure>'
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells are HTML already; all columns but the first hold numbers."""
+    heads = "".join(f"<th>{cell}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<table class="numbers"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def pairs(items: Mapping[str, object]) -> str:
+    """Names and values as a list in columns."""
+    return (
+        '<dl class="pairs">'
+        + "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in items.items())
+        + "</dl>"
+    )
+
+
+def picture_uri(path: Path, size: tuple[int, int] | None = None, longest: int = 192) -> str:
+    """The picture of a file inside the page, as a data URI: resized to `size` or, if larger, to `longest` pixels."""
+    from PIL import Image
+
+    with Image.open(path) as file:
+        picture = file.convert("RGB")
+    if size is not None and size != picture.size:
+        picture = picture.resize(size, Image.Resampling.BOX)
+    elif size is None:
+        picture.thumbnail((longest, longest))
+    buffer = BytesIO()
+    picture.save(buffer, format="JPEG", quality=85, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

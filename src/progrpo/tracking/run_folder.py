@@ -1,0 +1,196 @@
+"""The run folder: every file that a run leaves, written whole or not at all, so that a run can be read while it writes.
+
+config.json               the full configuration; a run can be repeated from it
+metrics.jsonl             one object an iteration, flat `stage/name` keys (docs/metrics.md)
+summary.json              what the run came to
+evaluation/before.json    a record a picture (and after.json); the first pictures as evaluation/before/000.png
+audit/0005.json, .png     an audit group: scores at every step, and a sheet of its previews (rows: members)
+samples/0000.png          a grid of pictures an evaluation
+checkpoints/  lora/  report.html
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+_FILES = ("config.json", "metrics.jsonl", "summary.json", "report.html")
+_FOLDERS = ("evaluation", "audit", "samples", "checkpoints", "lora")
+_GAP_GREY = 236
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Replace a file in one step: a reader sees the old bytes or the new ones, never half of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".writing")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    """`value` in JSON's types: numpy unpacked, NaN and infinities as None."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _encode(value: Any, indent: int | None = None) -> str:
+    return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def tile(images_NHWC: np.ndarray, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:
+    """N pictures as one, row by row, `gap` grey pixels between them, each enlarged `scale` times without blur."""
+    images_NHWC = images_NHWC.repeat(scale, axis=1).repeat(scale, axis=2)
+    n, height, width, channels = images_NHWC.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * (height + gap), columns * (width + gap), channels), _GAP_GREY, np.uint8)
+    for i, image in enumerate(images_NHWC):
+        y, x = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        sheet[y : y + height, x : x + width] = image
+    return sheet[: sheet.shape[0] - gap, : sheet.shape[1] - gap]
+
+
+class RunFolder:
+    """Writes and reads the files of one run. Readers give what is there: {}, [] or None for what is not written yet."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: str | Path, overwrite: bool = False) -> RunFolder:
+        """A folder for a new run; ValueError if it holds one already, unless that one may be deleted."""
+        run = cls(path)
+        if (run.path / "config.json").exists():
+            if not overwrite:
+                raise ValueError(
+                    f"{path} already holds a run (config.json); give another --out or resume it with "
+                    f"`progrpo train --resume {path}`"
+                )
+            run._delete()
+        run.path.mkdir(parents=True, exist_ok=True)
+        return run
+
+    def _delete(self) -> None:
+        """Delete the files of a run, and only those: the folder may hold something of the user's."""
+        for name in _FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for name in _FOLDERS:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    # --- numbers and words --------------------------------------------------------------------------------------------
+
+    def write_text(self, relative: str, text: str) -> Path:
+        path = self.path / relative
+        _replace(path, lambda file: file.write(text.encode()))
+        return path
+
+    def write_json(self, relative: str, value: Any) -> Path:
+        return self.write_text(relative, _encode(value, indent=1))
+
+    def read_json(self, relative: str) -> Any:
+        """What the file holds, or None if it is not there."""
+        path = self.path / relative
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        self.write_json("config.json", config)
+
+    def read_config(self) -> dict[str, Any]:
+        return self.read_json("config.json") or {}
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        self.write_json("summary.json", summary)
+
+    def read_summary(self) -> dict[str, Any]:
+        return self.read_json("summary.json") or {}
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        with (self.path / "metrics.jsonl").open("ab") as file:
+            file.write(_encode(record).encode())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All records, without a last line that is still being written; ValueError for a broken line elsewhere."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        records = []
+        for i, line in enumerate(lines):
+            try:
+                records.append(json.loads(line))
+            except ValueError:  # of JSON, or a character cut in two
+                if i + 1 < len(lines):
+                    raise ValueError(f"{path}: line {i + 1} is not JSON; delete that line") from None
+        return records
+
+    def truncate_metrics(self, iteration: int) -> None:
+        """Drop the records of `iteration` and later (a resumed run writes them anew), and a half-written last line."""
+        kept = [record for record in self.read_metrics() if record["iteration"] < iteration]
+        self.write_text("metrics.jsonl", "".join(map(_encode, kept)))
+
+    # --- pictures -----------------------------------------------------------------------------------------------------
+
+    def save_picture(self, relative: str, image_HWC: np.ndarray) -> str:
+        """Write a uint8 (H, W, 3) array as PNG; the relative path again, for a record to name it."""
+        from PIL import Image
+
+        assert image_HWC.dtype == np.uint8, f"a picture is uint8, not {image_HWC.dtype}"
+        picture = Image.fromarray(image_HWC)
+        _replace(self.path / relative, lambda file: picture.save(file, format="PNG"))
+        return relative
+
+    def save_grid(self, relative: str, images_NHWC: np.ndarray, columns: int, scale: int = 1) -> str:
+        return self.save_picture(relative, tile(images_NHWC, columns, scale))
+
+    def save_samples(self, iteration: int, images_NHWC: np.ndarray, columns: int = 8, scale: int = 1) -> str:
+        return self.save_grid(f"samples/{iteration:04d}.png", images_NHWC, columns, scale)
+
+    def write_evaluation(
+        self, when: str, records: Sequence[Mapping[str, Any]], images_NHWC: np.ndarray, pictures: int = 36
+    ) -> None:
+        """Write evaluation/{when}.json, `when` being before or after.
+
+        A record holds prompt, kind, graded, strict and judge (or None); images_NHWC, uint8, starts with the pictures of
+        the first records and may be shorter than them; the first `pictures` are saved and named in their records.
+        """
+        names = [
+            self.save_picture(f"evaluation/{when}/{i:03d}.png", image) for i, image in enumerate(images_NHWC[:pictures])
+        ]
+        named = [{**r, "picture": names[i] if i < len(names) else None} for i, r in enumerate(records)]
+        self.write_json(f"evaluation/{when}.json", named)
+
+    def read_evaluation(self, when: str) -> list[dict[str, Any]]:
+        return self.read_json(f"evaluation/{when}.json") or []
+
+    def write_audit(self, audit: Mapping[str, Any], pictures_GSHWC: np.ndarray) -> None:
+        """Write an audit group: `pictures_GSHWC` is uint8, S = its T previews and the final picture.
+
+        `audit` holds iteration, prompt, steps (T), scores (T lists of G, None or NaN = missing), final (G), stopped_at
+        (G: the step after whose network call the plan's selector lets the member go, None for survivors), kept_uniform
+        and kept_ovf (the members that a uniform draw and OVF keep when they know the final rewards).
+        """
+        group, columns = pictures_GSHWC.shape[:2]
+        assert columns == len(audit["steps"]) + 1, f"{columns} pictures a member for {len(audit['steps'])} steps"
+        name = f"audit/{audit['iteration']:04d}"
+        sheet = tile(pictures_GSHWC.reshape(group * columns, *pictures_GSHWC.shape[2:]), columns, gap=0)
+        strip = self.save_picture(f"{name}.png", sheet)  # before the record: whoever reads the record finds the sheet
+        self.write_json(f"{name}.json", {**audit, "strip": strip})
+
+    def read_audits(self) -> list[dict[str, Any]]:
+        """All audits, oldest first."""
+        paths = sorted((self.path / "audit").glob("*.json"), key=lambda path: int(path.stem))
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]

@@ -1,0 +1,57 @@
+"""Small statistics of rewards and evaluations, numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def ranks(values: ArrayLike) -> np.ndarray:
+    """Ranks from 1, ties given their average rank."""
+    _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def spearman(a: ArrayLike, b: ArrayLike) -> float | None:
+    """Spearman's rank correlation of two equally long lists, ties averaged.
+
+    Pairs with a missing value (NaN or None) are dropped. None where it is not defined: fewer than two pairs left, or
+    one side constant. ValueError if the lengths differ.
+    """
+    a, b = np.asarray(a, dtype=np.float64).ravel(), np.asarray(b, dtype=np.float64).ravel()
+    if a.shape != b.shape:
+        raise ValueError(f"spearman needs two lists of one length, not {len(a)} and {len(b)}")
+    there = ~(np.isnan(a) | np.isnan(b))
+    rank_a, rank_b = ranks(a[there]), ranks(b[there])
+    if len(rank_a) < 2 or np.ptp(rank_a) == 0 or np.ptp(rank_b) == 0:
+        return None
+    return float(np.clip(np.corrcoef(rank_a, rank_b)[0, 1], -1.0, 1.0))
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean, its standard error and the number of values behind it."""
+
+    value: float
+    error: float
+    count: int
+
+
+def share(values: Iterable[bool | None]) -> Mean | None:
+    """The share of True with its standard error sqrt(p (1 - p) / n); None values are left out, nothing left is None."""
+    known = [bool(v) for v in values if v is not None]
+    if not known:
+        return None
+    p = sum(known) / len(known)
+    return Mean(p, float(np.sqrt(p * (1 - p) / len(known))), len(known))
+
+
+def paired_difference(before: ArrayLike, after: ArrayLike) -> Mean:
+    """The mean of after - before over pairs, with the standard error of the pairs' own differences."""
+    difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    count = len(difference)
+    error = float(difference.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
+    return Mean(float(difference.mean()), error, count)

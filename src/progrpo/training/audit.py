@@ -1,0 +1,110 @@
+"""One group run unpruned and previewed at every step: how far previews can be trusted. It is never trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from progrpo.policies.base import Policy
+from progrpo.rewards.base import Reward
+from progrpo.rollout.denoise import Sampling, denoise, expand
+from progrpo.rollout.meter import Meter
+from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.plan import Plan
+from progrpo.rollout.prune import SELECTORS, Selector
+from progrpo.rollout.rollout import preview, score
+from progrpo.tracking.statistics import spearman
+from progrpo.types import Prompt, Trajectories
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Scores of T previews (T, G) and of the final pictures (G,), with pictures uint8 (G, T+1, H, W, 3)."""
+
+    prompt: Prompt
+    scores_TG: Tensor
+    final_G: Tensor
+    pictures_GSHWC: np.ndarray
+    stopped_at: list[int | None]
+    kept_uniform: list[int]
+    kept_ovf: list[int]
+
+    def agreement(self) -> list[float | None]:
+        """Spearman between each step's previews and the final rewards; None where the group has no variance."""
+        return [spearman(scores.numpy(), self.final_G.numpy()) for scores in self.scores_TG]
+
+    def record(self, iteration: int) -> dict[str, Any]:
+        return {
+            "iteration": iteration,
+            "prompt": self.prompt.text,
+            "steps": list(range(len(self.scores_TG))),
+            "scores": self.scores_TG.tolist(),
+            "final": self.final_G.tolist(),
+            "stopped_at": self.stopped_at,
+            "kept_uniform": self.kept_uniform,
+            "kept_ovf": self.kept_ovf,
+        }
+
+
+def audit(
+    policy: Policy,
+    reward: Reward,
+    prompt: Prompt,
+    slot: int,
+    plan: Plan,
+    sampling: Sampling,
+    select: Selector,
+    key: NoiseKey,
+    meter: Meter,
+) -> Audit:
+    """Run the plan's full group to its end, and say whom the plan would have stopped where."""
+    scores: list[Tensor] = []
+    pictures: list[Tensor] = []
+
+    def watch(step: int, batch: Trajectories) -> Trajectories:
+        images_NHWC, scores_N, _ = preview(policy, reward, [prompt], batch, step, sampling, meter)
+        scores.append(scores_N)
+        pictures.append(images_NHWC)
+        return batch
+
+    slot_P = torch.tensor([slot])
+    batch = expand(policy, slot_P, plan.group_size, key)
+    batch = denoise(policy, policy.encode([prompt.text]), batch, sampling, key, meter, watch)
+    images_NHWC, final_G, _ = score(policy, reward, [prompt], batch, batch.x_NCHW, sampling.microbatch, meter)
+    half = max(2, plan.group_size // 2)
+    seeds = key.group_seeds(slot_P, sampling.num_inference_steps)
+    return Audit(
+        prompt=prompt,
+        scores_TG=torch.stack(scores),
+        final_G=final_G,
+        pictures_GSHWC=torch.stack([*pictures, images_NHWC], dim=1).numpy(),
+        stopped_at=_stops(plan, scores, final_G, select, key, slot_P),
+        kept_uniform=_kept(SELECTORS["uniform"], final_G, half, seeds),
+        kept_ovf=_kept(SELECTORS["ovf"], final_G, half, seeds),
+    )
+
+
+def _kept(select: Selector, scores_G: Tensor, keep: int, seeds_P: Tensor) -> list[int]:
+    selection = select(scores_G[None], keep, torch.ones(1, len(scores_G), dtype=torch.bool), seeds_P)
+    return selection.indices_PK[selection.valid_PK].tolist()
+
+
+def _stops(
+    plan: Plan, scores: list[Tensor], final_G: Tensor, select: Selector, key: NoiseKey, slot_P: Tensor
+) -> list[int | None]:
+    """For each member the step after whose network call the plan lets it go, None for survivors."""
+    stopped: list[int | None] = [None] * plan.group_size
+    living = list(range(plan.group_size))
+    points = [(p.step, p.keep, scores[p.step]) for p in plan.active_points()]
+    if plan.final_keep is not None:
+        points.append((len(scores), plan.final_keep, final_G))
+    for step, keep, scores_G in points:
+        kept = {living[i] for i in _kept(select, scores_G[living], keep, key.group_seeds(slot_P, step))}
+        for member in set(living) - kept:
+            stopped[member] = step
+        living = [member for member in living if member in kept]
+    return stopped

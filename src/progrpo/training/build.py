@@ -1,0 +1,85 @@
+"""From a configuration to the parts of a run. Past this file, functions take numbers and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from progrpo.config import Config, ModelConfig, ObjectiveConfig, trained_steps
+from progrpo.data import PromptOrder, load_prompts
+from progrpo.objectives.base import Objective
+from progrpo.objectives.grpo import GRPO
+from progrpo.policies.base import Policy
+from progrpo.policies.load import load_policy
+from progrpo.recipes import load_recipe
+from progrpo.rollout.denoise import Sampling
+from progrpo.training.distributed import Ranks
+from progrpo.training.evaluate import Judge
+from progrpo.types import Prompt
+from progrpo.zoo.shapes import world
+from progrpo.zoo.shapes.judge import load_judge
+
+OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
+    "grpo": lambda c: GRPO(c.clip_range, c.kl_beta, c.kl_form),
+}
+
+
+def policy_from(model: ModelConfig, seed: int, ranks: Ranks, trained: Path | None = None) -> Policy:
+    """The policy that a configuration names, optionally with weights that a run has saved."""
+    return load_policy(
+        model.path,
+        weights=model.weights,
+        lora_rank=model.lora_rank,
+        lora_alpha=model.lora_alpha,
+        lora_targets=model.lora_targets,
+        max_sequence_length=model.max_sequence_length,
+        seed=seed,
+        device=ranks.device,
+        dtype=getattr(torch, model.dtype),
+        trained=trained,
+    )
+
+
+def trained_policy(target: str, trained: Path | None, ranks: Ranks) -> Policy:
+    """A model by name, folder or hub id, or what a run folder has trained; `trained` may name a run or its LoRA folder."""
+    model = ModelConfig(path=target)
+    if (Path(target) / "config.json").is_file() and (Path(target) / "metrics.jsonl").exists():
+        model, trained = load_recipe(target).model, Path(target)
+    if trained is not None:
+        inside = [trained / name for name in ("lora", "transformer") if (trained / name).is_dir()]
+        trained = inside[0] if inside else trained
+    return policy_from(model, 0, ranks, trained)
+
+
+def sampling_from(config: Config, policy: Policy) -> Sampling:
+    """Stochastic at every step, as Flow-GRPO samples; log-probs are stored of the steps that are trained."""
+    wanted = config.sampling
+    return Sampling(
+        sigmas_T1=policy.sigmas(wanted.num_inference_steps, wanted.shift),
+        noise_levels=(wanted.noise_level,) * wanted.num_inference_steps,
+        stored_steps=frozenset(trained_steps(config)),
+        guidance_scale=wanted.guidance_scale,
+        microbatch=wanted.microbatch,
+    )
+
+
+def train_order(source: str, seed: int) -> PromptOrder:
+    return PromptOrder(load_prompts(source, "train"), seed)
+
+
+def eval_prompts(source: str, split: str, count: int) -> list[Prompt]:
+    """The same `count` prompts every time: of the built-in split by kind in turn, of a file from its start, again and again."""
+    if source == "shapes":
+        return world.sample_prompts(split, count, seed=0)
+    (prompts,) = load_prompts(source).values()
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def judge_for(source: str) -> Judge | None:
+    """The built-in prompts have a second judge, a file's have none."""
+    if source != "shapes":
+        return None
+    return load_judge(Path(str(files("progrpo"))) / "zoo" / "weights" / "shapes-judge")

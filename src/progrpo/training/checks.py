@@ -1,0 +1,68 @@
+"""What a run checks of itself while it goes. A failed check stops it and says why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from progrpo.objectives.base import Experience
+from progrpo.policies.base import Policy
+
+
+class SelfCheckError(RuntimeError):
+    """The run is not doing what it says; the message names what was seen and the likely cause."""
+
+
+def check_ratio(deviation: float, clip_range: float) -> None:
+    """Before any update the ratio of the recomputed to the sampled density is 1, up to a hundredth of the clip range."""
+    if not deviation <= clip_range / 100:
+        raise SelfCheckError(
+            f"the first update is off-policy: a ratio deviates by {deviation:.1e} from 1 where {clip_range / 100:.1e} is"
+            " allowed; sampling and training compute different velocities (dropout, mixed precision, changed weights)"
+        )
+
+
+def check_rewards(rewards_N: Tensor, iteration: int) -> None:
+    if not rewards_N.isfinite().any():
+        raise SelfCheckError(f"iteration {iteration}: every reward is missing; the reward function fails on all pictures")
+
+
+def check_gradient(norm: float, iteration: int) -> None:
+    if not torch.isfinite(torch.tensor(norm)):
+        raise SelfCheckError(f"iteration {iteration}: the gradient is {norm}; lower optim.lr, or train in float32")
+
+
+def check_moved(policy: Policy) -> None:
+    """Some trained weight differs from the reference, and all are finite."""
+    state = policy.state_dict()
+    moved = any(not torch.equal(p, state["reference"][name]) for name, p in state["current"].items())
+    if not moved:
+        raise SelfCheckError("no trained weight moved in the first update: is optim.lr too small for the weights' dtype?")
+    if not all(p.isfinite().all() for p in state["current"].values()):
+        raise SelfCheckError("a trained weight is not finite after the first update; lower optim.lr")
+
+
+@torch.no_grad()
+def check_bound(policy: Policy, experience: Experience) -> None:
+    """The trained weights reach the network that samples: its output with them is not the reference's."""
+    first = experience.trajectories.path[0]
+    told = experience.condition.take(experience.trajectories.group_N[:1].to(policy.device))
+    x, sigma = first.x_NCHW[:1], experience.sigmas_T1[first.step]
+    trained = policy.predict(x, sigma, told)
+    with policy.weights("reference"):
+        reference = policy.predict(x, sigma, told)
+    if torch.equal(trained, reference):
+        raise SelfCheckError("the trained weights do not change the network's output: the adapter is not bound to it")
+
+
+def fingerprint(policy: Policy) -> dict[str, tuple[float, float]]:
+    """Two sums of each frozen tensor, enough to see that one moved."""
+    return {name: (t.double().sum().item(), t.double().square().sum().item()) for name, t in policy.frozen()}
+
+
+def check_frozen(policy: Policy, before: Mapping[str, tuple[float, float]]) -> None:
+    moved = [name for name, sums in fingerprint(policy).items() if sums != before[name]]
+    if moved:
+        raise SelfCheckError(f"{len(moved)} frozen weights moved during training, first {moved[0]}")

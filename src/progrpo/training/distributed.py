@@ -1,0 +1,82 @@
+"""This process among the others, over accelerate. With one process every operation is the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.nn import Parameter
+
+
+class Ranks:
+    def __init__(self) -> None:
+        self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.device: torch.device = self._accelerator.device
+        self.rank: int = self._accelerator.process_index
+        self.world: int = self._accelerator.num_processes
+        self.is_main: bool = self._accelerator.is_main_process
+
+    def deal(self, count: int) -> Tensor:
+        """This process' share of the places 0..count-1, ascending int64: every world-th, no divisibility asked."""
+        return torch.arange(self.rank, count, self.world)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise sum over processes."""
+        return self._accelerator.reduce(values.to(self.device), "sum")
+
+    def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
+        """Replace each gradient by its sum over processes (a missing one counts as zero), in one transfer."""
+        parameters = list(parameters)
+        if self.world == 1:
+            return
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+        summed = self.sum(flat).split([p.numel() for p in parameters])
+        for parameter, gradient in zip(parameters, summed, strict=True):
+            parameter.grad = gradient.view_as(parameter)
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The lists of all processes, one after another."""
+        return gather_object(items) if self.world > 1 else items
+
+    def wait(self) -> None:
+        self._accelerator.wait_for_everyone()
+
+
+@dataclass
+class Tally:
+    """Metrics as (sum, count), and maxima, so that microbatches and processes add up without bias."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, total: float, count: float) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + float(total)
+        self.counts[name] = self.counts.get(name, 0.0) + float(count)
+
+    def add_finite(self, name: str, values: Tensor) -> None:
+        """The values that are there; NaN is missing."""
+        there = values[values.isfinite()]
+        self.add(name, there.double().sum().item(), len(there))
+
+    def raise_to(self, name: str, value: float) -> None:
+        self.maxima[name] = max(self.maxima.get(name, -torch.inf), float(value))
+
+    def merge(self, other: Tally) -> None:
+        for name, total in other.sums.items():
+            self.add(name, total, other.counts[name])
+        for name, value in other.maxima.items():
+            self.raise_to(name, value)
+
+    def over(self, ranks: Ranks) -> Mapping[str, float]:
+        """Means and maxima over all processes; a mean of nothing is left out."""
+        whole = Tally()
+        for part in ranks.gather([self]):
+            whole.merge(part)
+        means = {name: total / whole.counts[name] for name, total in whole.sums.items() if whole.counts[name]}
+        return means | whole.maxima

@@ -1,0 +1,125 @@
+"""Measure a policy on held-out prompts by the ODE, with the same noise every time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from progrpo.policies.base import Policy
+from progrpo.rewards.base import Reward, Score
+from progrpo.rollout.denoise import Sampling, denoise, expand
+from progrpo.rollout.meter import Meter
+from progrpo.rollout.noise import NoiseKey
+from progrpo.training.distributed import Ranks
+from progrpo.types import Prompt
+
+
+class Judge(Protocol):
+    """A second opinion that reports and never trains."""
+
+    def passes(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[bool]: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A record a picture (prompt, kind, graded, strict, judge), in the order of the prompts, and the first pictures."""
+
+    records: list[dict[str, Any]]
+    pictures_NHWC: np.ndarray
+
+    def mean(self, name: str) -> float | None:
+        """Over the records that have a value, None if none has."""
+        values = [float(r[name]) for r in self.records if r[name] is not None]
+        return sum(values) / len(values) if values else None
+
+    def strict_by_kind(self) -> dict[str, float]:
+        kinds = dict.fromkeys(r["kind"] for r in self.records if r["kind"] and r["strict"] is not None)
+        shares = {k: [float(r["strict"]) for r in self.records if r["kind"] == k] for k in kinds}
+        return {kind: sum(passed) / len(passed) for kind, passed in shares.items()}
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "pictures": len(self.records),
+            "graded": self.mean("graded"),
+            "strict": self.mean("strict"),
+            "judge": self.mean("judge"),
+            "strict_by_kind": self.strict_by_kind(),
+        }
+
+
+def ode(
+    policy: Policy, num_inference_steps: int, guidance_scale: float, microbatch: int, shift: float | None = None
+) -> Sampling:
+    """Deterministic sampling on the model's own grid."""
+    grid = policy.sigmas(num_inference_steps, shift)
+    return Sampling(grid, (0.0,) * num_inference_steps, guidance_scale=guidance_scale, microbatch=microbatch)
+
+
+def evaluate(
+    policy: Policy,
+    reward: Reward,
+    judge: Judge | None,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seed: int,
+    ranks: Ranks,
+    pictures: int = 48,
+) -> Evaluation:
+    """One picture a prompt. Noise is keyed by the prompt's place, so before and after start from the same."""
+    mine = ranks.deal(len(prompts))
+    found: list[tuple[int, dict[str, Any], np.ndarray | None]] = []
+    for places in mine.split(sampling.microbatch):
+        batch = [prompts[i] for i in places.tolist()]
+        start = expand(policy, places, 1, NoiseKey(seed, 0))
+        final = denoise(policy, policy.encode([p.text for p in batch]), start, sampling, NoiseKey(seed, 0), Meter())
+        images_NHWC = policy.decode(final.x_NCHW).numpy()
+        scores = reward.score(images_NHWC, batch)
+        verdicts = judge.passes(images_NHWC, batch) if judge else [None] * len(batch)
+        for i, prompt, image, score, verdict in zip(places.tolist(), batch, images_NHWC, scores, verdicts, strict=True):
+            found.append((i, _record(prompt, score, verdict), image if i < pictures else None))
+    found = sorted(ranks.gather(found), key=lambda item: item[0])
+    return Evaluation([r for _, r, _ in found], np.stack([image for _, _, image in found if image is not None]))
+
+
+def _record(prompt: Prompt, score: Score, verdict: bool | None) -> dict[str, Any]:
+    graded = score.number()
+    return {
+        "prompt": prompt.text,
+        "kind": _kind(prompt.columns),
+        "graded": None if np.isnan(graded) else graded,
+        "strict": score.passed,
+        "judge": verdict,
+    }
+
+
+def _kind(columns: Mapping[str, Any]) -> str | None:
+    kind = columns.get("kind")
+    return kind if isinstance(kind, str) else None
+
+
+@torch.no_grad()
+def evaluate_model(
+    target: str,
+    *,
+    prompts: str,
+    split: str,
+    pictures: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    reward: str = "shapes",
+    seed: int = 1234,
+) -> dict[str, Any]:
+    """Figures of a model, or of a run's trained weights, on `pictures` prompts."""
+    from progrpo.rewards.load import load_reward
+    from progrpo.training.build import eval_prompts, judge_for, trained_policy
+
+    ranks = Ranks()
+    policy = trained_policy(target, None, ranks)
+    sampling = ode(policy, num_inference_steps, guidance_scale, microbatch=64)
+    chosen = eval_prompts(prompts, split, pictures)
+    result = evaluate(policy, load_reward(reward), judge_for(prompts), chosen, sampling, seed, ranks)
+    return {"target": target, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **result.figures()}

@@ -1,0 +1,305 @@
+"""A run from its first evaluation to its report: from a recipe, from a stopped run, or from a library call."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from progrpo.config import Config, check, to_dict
+from progrpo.data import PromptOrder, Prompts
+from progrpo.policies.base import Policy
+from progrpo.recipes import load_recipe
+from progrpo.rewards.base import Reward
+from progrpo.rewards.function import FunctionReward
+from progrpo.rewards.load import load_reward
+from progrpo.rollout.plan import summary as plan_summary
+from progrpo.storage import load_state, save_state
+from progrpo.tracking.console import Console
+from progrpo.tracking.report import write_report
+from progrpo.tracking.run_folder import RunFolder
+from progrpo.tracking.statistics import spearman
+from progrpo.training.build import eval_prompts, judge_for, policy_from, train_order
+from progrpo.training.distributed import Ranks
+from progrpo.training.evaluate import Evaluation, Judge, evaluate, ode
+from progrpo.training.trainer import Iteration, Trainer
+from progrpo.types import Prompt
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+_PACKAGES = ("progrpo", "torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
+    """Train a configuration into a new run folder."""
+    check(config)
+    ranks = Ranks()
+    run = _create(out, config, overwrite, ranks)
+    return _from_config(config, run, ranks).train()
+
+
+def resume_run(folder: Path, iterations: int | None = None) -> RunFolder:
+    """Go on from the last checkpoint, exactly as the run would have gone."""
+    config = load_recipe(str(folder))
+    ranks = Ranks()
+    run = RunFolder(folder)
+    if iterations is not None:
+        config = replace(config, iterations=iterations)
+        check(config)
+    latest = checkpoints(folder)
+    if not latest:
+        raise ValueError(f"{folder} holds no checkpoint yet; start it anew with progrpo train {folder} --out {folder} --overwrite")
+    state = load_state(latest[-1])
+    if state["iteration"] > config.iterations:
+        raise ValueError(f"{folder} is at iteration {state['iteration']}, past --iterations {config.iterations}; give more")
+    if ranks.is_main:
+        run.write_config(to_dict(config))
+        run.truncate_metrics(state["iteration"])
+    ranks.wait()
+    return _from_config(config, run, ranks).train(state)
+
+
+def train(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str | Prompt],
+    reward: Callable[..., Sequence[float | None]] | Reward,
+    *,
+    config: Config | None = None,
+    out: str | Path = "runs/custom",
+    eval_prompts: Sequence[str | Prompt] | None = None,
+    overwrite: bool = False,
+) -> RunFolder:
+    """Fine-tune a diffusers pipeline towards a reward, as a library.
+
+    `reward(images, prompts, **columns)` gives a float, or None where it failed, for each PIL picture; an object with a
+    `score` method (`progrpo.rewards.base.Reward`) is taken as it is. Before and after are measured on `eval_prompts`,
+    or else on the training prompts. `config.model.path`, `config.prompts.source` and `config.reward.name` are not read. The
+    LoRA is in `out`/lora, in diffusers' format. Returns the run folder; its `read_summary()` has the figures.
+    """
+    from progrpo.policies.load import policy_from_pipeline
+
+    config = config or Config()
+    check(config)
+    ranks = Ranks()
+    model = config.model
+    policy = policy_from_pipeline(
+        pipeline,
+        weights=model.weights,
+        lora_rank=model.lora_rank,
+        lora_alpha=model.lora_alpha,
+        lora_targets=model.lora_targets,
+        max_sequence_length=model.max_sequence_length,
+        seed=config.seed,
+        device=ranks.device,
+        dtype=getattr(torch, model.dtype),
+    )
+    scorer = FunctionReward(reward) if callable(reward) else reward
+    table: Prompts = {"": tuple(_prompt(p) for p in prompts)}
+    if not table[""]:
+        raise ValueError("prompts is empty; give at least one")
+    held_out = [_prompt(p) for p in (eval_prompts or prompts)]
+    held_out = [held_out[i % len(held_out)] for i in range(config.eval.pictures)]
+    run = _create(Path(out), config, overwrite, ranks)
+    return Run(config, policy, scorer, PromptOrder(table, config.seed), held_out, None, run, ranks).train()
+
+
+def _prompt(prompt: str | Prompt) -> Prompt:
+    return Prompt(prompt) if isinstance(prompt, str) else prompt
+
+
+def _create(out: Path, config: Config, overwrite: bool, ranks: Ranks) -> RunFolder:
+    if ranks.is_main:
+        RunFolder.create(out, overwrite).write_config(to_dict(config))
+    ranks.wait()
+    return RunFolder(out)
+
+
+def _from_config(config: Config, run: RunFolder, ranks: Ranks) -> Run:
+    reward = load_reward(config.reward.name)
+    order = train_order(config.prompts.source, config.seed)
+    held_out = eval_prompts(config.eval.prompts, "test", config.eval.pictures)
+    policy = policy_from(config.model, config.seed, ranks)
+    return Run(config, policy, reward, order, held_out, judge_for(config.eval.prompts), run, ranks)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    return sorted(p for p in (folder / "checkpoints").glob("iteration_*") if p.name[10:].isdigit())
+
+
+class Run:
+    """Evaluates, trains, saves and reports. Only the main process writes."""
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        reward: Reward,
+        order: PromptOrder,
+        held_out: Sequence[Prompt],
+        judge: Judge | None,
+        folder: RunFolder,
+        ranks: Ranks,
+    ) -> None:
+        self.config, self.policy, self.reward, self.judge = config, policy, reward, judge
+        self.held_out, self.folder, self.ranks = held_out, folder, ranks
+        self.trainer = Trainer(config, policy, reward, order, ranks)
+        policy.encode([p.text for p in held_out])  # every text once; a training prompt is encoded when it first comes
+
+    def train(self, state: Mapping[str, Any] | None = None) -> RunFolder:
+        start = time.perf_counter()
+        if state is not None:
+            self.trainer.load_state_dict(state)
+            start -= state["wall_seconds"]
+        console = Console(
+            self.config.iterations,
+            nfe_unpruned=self._nfe_unpruned(1),
+            history=self.folder.read_metrics(),
+            enabled=self.ranks.is_main,
+        )
+        try:
+            self._train(console, start, fresh=state is None)
+        except BaseException as error:
+            self._write_summary(start, f"stopped: {error or type(error).__name__}")
+            raise
+        self._write_summary(start, "finished")
+        if self.ranks.is_main:
+            console.summary_table(self.folder.read_summary(), write_report(self.folder.path))
+        return self.folder
+
+    def _train(self, console: Console, start: float, fresh: bool) -> None:
+        if fresh:
+            console.say(f"evaluating the base model on {len(self.held_out)} pictures")
+            self._evaluate("before", "reference")
+        self._write_summary(start, "running")
+        while self.trainer.iteration < self.config.iterations:
+            done = self.trainer.step()
+            if self.ranks.is_main:
+                self._keep(done, console)
+            if self._due(self.config.checkpoint.every):
+                self._checkpoint(time.perf_counter() - start)
+        self.trainer.check_frozen()
+        console.say(f"evaluating the trained model on {len(self.held_out)} pictures")
+        self._evaluate("after", self.trainer.evaluated_weights)
+        if self.ranks.is_main:
+            name = "lora" if self.config.model.weights == "lora" else "transformer"
+            self.policy.save(self.folder.path / name, self.trainer.evaluated_weights)
+
+    def _due(self, every: int) -> bool:
+        done = self.trainer.iteration
+        return done == self.config.iterations or (every > 0 and done % every == 0)
+
+    def _keep(self, done: Iteration, console: Console) -> None:
+        self.folder.append_metrics(done.record)
+        console.iteration(done.record)
+        if done.audit is not None:
+            self.folder.write_audit(done.audit.record(done.record["iteration"]), done.audit.pictures_GSHWC)
+        if self._due(self.config.checkpoint.every):
+            self.folder.save_samples(done.record["iteration"], done.rollout.images_NHWC[:32].numpy())
+
+    def _evaluate(self, when: str, weights: str) -> Evaluation:
+        wanted = self.config.eval
+        sampling = ode(self.policy, wanted.num_inference_steps, wanted.guidance_scale, self.config.sampling.microbatch)
+        with self.policy.weights(weights):
+            result = evaluate(self.policy, self.reward, self.judge, self.held_out, sampling, wanted.seed, self.ranks)
+        if self.ranks.is_main:
+            self.folder.write_evaluation(when, result.records, result.pictures_NHWC)
+        return result
+
+    def _checkpoint(self, wall_seconds: float) -> None:
+        if not self.ranks.is_main:
+            return
+        folder = self.folder.path / "checkpoints"
+        state = {**self.trainer.state_dict(), "wall_seconds": wall_seconds}
+        save_state(folder / f"iteration_{self.trainer.iteration:06d}", state)
+        for old in checkpoints(self.folder.path)[: -self.config.checkpoint.keep]:
+            shutil.rmtree(old)
+
+    # --- the summary --------------------------------------------------------------------------------------------------
+
+    def _nfe_unpruned(self, iterations: int) -> int:
+        """NFE if no trajectory of the expanded groups were pruned."""
+        per_call = self.trainer.sampling.nfe_per_call * self.trainer.sampling.num_inference_steps
+        return self.trainer.plan.group_size * per_call * self.config.prompts.per_iteration * iterations
+
+    def _write_summary(self, start: float, status: str) -> None:
+        if not self.ranks.is_main:
+            return
+        config, totals, done = self.config, self.trainer.totals, self.trainer.iteration
+        sampling = config.sampling
+        costs = plan_summary(
+            self.trainer.plan,
+            sampling.num_inference_steps,
+            len(self.trainer.sampling.stored_steps),
+            sampling.guidance_scale > 1,
+        )
+        agreement = _agreement(self.folder.read_audits())
+        unpruned = self._nfe_unpruned(done)
+        self.folder.write_summary(
+            {
+                "recipe": config.recipe,
+                "seed": config.seed,
+                "iterations": done,
+                "wall_seconds": time.perf_counter() - start,
+                "status": status,
+                **self._before_after(),
+                "nfe": totals.counted.nfe,
+                "nfe_saved": 1 - totals.counted.nfe / unpruned if unpruned else None,
+                "nfe_ratio_to_none": costs["nfe_ratio_to_none"],
+                "preview_rank_correlation": {
+                    str(p.step): agreement.get(p.step) for p in self.trainer.plan.active_points()
+                },
+                "preview_rank_correlation_by_step": {str(step): value for step, value in agreement.items()},
+                "cost": {
+                    "predicted": asdict(self.trainer.predicted(done)),
+                    "counted": asdict(totals.counted),
+                    "audit": asdict(totals.audited),
+                },
+                "plan": {
+                    "path": costs["path"],
+                    "prune_steps": costs["prune_steps"],
+                    "selector": config.plan.selector,
+                    "num_inference_steps": sampling.num_inference_steps,
+                },
+                "seconds_by_stage": totals.seconds,
+                "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+                "device": _device(self.ranks.device),
+                "command": " ".join(["progrpo", *sys.argv[1:]]),
+            }
+        )
+
+    def _before_after(self) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for when in ("before", "after"):
+            found = Evaluation(self.folder.read_evaluation(when), np.empty(0))
+            out[f"reward_{when}"] = found.mean("graded")
+            out[f"accuracy_{when}"] = found.mean("strict")
+            out[f"judge_{when}"] = found.mean("judge")
+            out[f"accuracy_by_kind_{when}"] = found.strict_by_kind()
+        return out
+
+
+def _agreement(audits: Sequence[Mapping[str, Any]]) -> dict[int, float | None]:
+    """Spearman of previews and final rewards by step, mean over the audit groups that have variance."""
+    by_step: dict[int, list[float]] = {}
+    for record in audits:
+        for step, scores in zip(record["steps"], record["scores"], strict=True):
+            value = spearman(scores, record["final"])
+            by_step.setdefault(step, []).extend([] if value is None else [value])
+    return {step: float(np.mean(values)) if values else None for step, values in sorted(by_step.items())}
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}"

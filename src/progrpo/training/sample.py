@@ -1,0 +1,41 @@
+"""Pictures from a model, with or without what a run trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from progrpo.rollout.denoise import denoise, expand
+from progrpo.rollout.meter import Meter
+from progrpo.rollout.noise import NoiseKey
+from progrpo.training.build import trained_policy
+from progrpo.training.distributed import Ranks
+from progrpo.training.evaluate import ode
+
+
+def sample_pictures(
+    model: str,
+    prompts: Sequence[str],
+    *,
+    lora: Path | None,
+    out: Path,
+    seed: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    count: int,
+) -> list[Path]:
+    """Write `count` pictures a prompt to `out` as PNG; noise is keyed by the prompt's place and the picture's number."""
+    policy = trained_policy(model, lora, Ranks())
+    sampling = ode(policy, num_inference_steps, guidance_scale, microbatch=64)
+    key = NoiseKey(seed, 0)
+    start = expand(policy, torch.arange(len(prompts)), count, key)
+    final = denoise(policy, policy.encode(list(prompts)), start, sampling, key, Meter())
+    images_NHWC = policy.decode(final.x_NCHW).numpy()
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / f"{g:03d}-{m:02d}.png" for g, m in zip(final.group_N.tolist(), final.member_N.tolist(), strict=True)]
+    for file, image in zip(files, images_NHWC, strict=True):
+        Image.fromarray(image).save(file)
+    return files

@@ -1,0 +1,194 @@
+"""One run, iteration by iteration. It calls the stages and holds no math."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from progrpo.config import Config, resolve_plan, trained_steps
+from progrpo.data import PromptOrder
+from progrpo.policies.base import Policy
+from progrpo.rewards.base import Reward
+from progrpo.rollout.meter import Meter
+from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.prune import SELECTORS
+from progrpo.rollout.rollout import rollout
+from progrpo.training import checks
+from progrpo.training.audit import Audit, audit
+from progrpo.training.build import OBJECTIVES, sampling_from
+from progrpo.training.distributed import Ranks, Tally
+from progrpo.training.update import learn_from, update
+from progrpo.types import Cost, Rollout
+
+EMA = "ema"
+_STAGES = ("sample", "preview", "reward", "update", "audit")
+
+
+@dataclass
+class Totals:
+    """What the run has spent so far, over all processes. Audits have their own line."""
+
+    counted: Cost = field(default_factory=Cost)
+    audited: Cost = field(default_factory=Cost)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add_seconds(self, spent: Mapping[str, float]) -> None:
+        for stage, seconds in spent.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.counted, self.audited = Cost(**state["counted"]), Cost(**state["audited"])
+        self.seconds = dict(state["seconds"])
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one iteration leaves: its record for metrics.jsonl, the main process' rollout, and an audit if one was due."""
+
+    record: dict[str, Any]
+    rollout: Rollout
+    audit: Audit | None
+
+
+class Trainer:
+    """Everything that changes during a run is in `state_dict`; noise and prompts follow from the iteration's number."""
+
+    def __init__(self, config: Config, policy: Policy, reward: Reward, order: PromptOrder, ranks: Ranks) -> None:
+        if config.prompts.per_iteration < ranks.world:
+            raise ValueError(
+                f"prompts.per_iteration is {config.prompts.per_iteration}, fewer than the {ranks.world} processes;"
+                " give each at least one"
+            )
+        self.config, self.policy, self.reward, self.order, self.ranks = config, policy, reward, order, ranks
+        self.plan = resolve_plan(config)
+        self.sampling = sampling_from(config, policy)
+        self.select = SELECTORS[config.plan.selector]
+        self.objective = OBJECTIVES[config.objective.name](config.objective)
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            policy.trainable.values(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+        )
+        self.iteration, self.totals = 0, Totals()
+        if optim.ema_decay > 0:
+            policy.named_weights.snapshot(EMA)
+        self._frozen = checks.fingerprint(policy)
+
+    @property
+    def evaluated_weights(self) -> str:
+        """The weights that evaluation and the saved LoRA use."""
+        return EMA if self.config.optim.ema_decay > 0 else "current"
+
+    def predicted(self, iterations: int = 1) -> Cost:
+        """What the plan says that so many iterations cost, over all processes and without audits."""
+        sampling = self.config.sampling
+        one = self.plan.predict(
+            sampling.num_inference_steps, len(trained_steps(self.config)), sampling.guidance_scale > 1
+        )
+        times = self.config.prompts.per_iteration * iterations
+        return Cost(one.nfe * times, one.decodes * times, one.reward_calls * times, one.trained_steps * times)
+
+    def step(self) -> Iteration:
+        """Run the next iteration."""
+        start, meter, key = time.perf_counter(), Meter(), NoiseKey(self.config.seed, self.iteration)
+        prompts = self.order.prompts_for(self.iteration, self.config.prompts.per_iteration)
+        slots = self.ranks.deal(len(prompts))
+        rolled = rollout(
+            self.policy,
+            self.reward,
+            [prompts[i] for i in slots.tolist()],
+            slots,
+            self.plan,
+            self.sampling,
+            self.select,
+            key,
+            meter,
+        )
+        checks.check_rewards(rolled.rewards_N, self.iteration)
+        with meter.stage("update"):
+            tally = self._update(rolled, meter)
+        audited, found = Meter(), None
+        if self._audit_due():
+            with meter.stage("audit"):
+                found = self._audit(key, audited)
+        record = self._record(tally, meter, audited, found, time.perf_counter() - start)
+        self.iteration += 1
+        return Iteration(record, rolled, found)
+
+    def _update(self, rolled: Rollout, meter: Meter) -> Tally:
+        experience, tally = learn_from(rolled, self.sampling, self.config.objective, self.ranks)
+        seen, items = update(self.policy, self.objective, self.optimizer, experience, self.config.optim, self.ranks)
+        meter.count(trained_steps=items)
+        tally.merge(seen)
+        if self.config.optim.ema_decay > 0:
+            self.policy.named_weights.update(EMA, self.config.optim.ema_decay)
+        checks.check_gradient(seen.sums["update/grad_norm"], self.iteration)
+        if self.iteration == 0 and items:
+            if self.config.optim.updates_per_rollout == 1:
+                checks.check_ratio(seen.maxima["update/ratio_max_deviation"], self.config.objective.clip_range)
+            checks.check_moved(self.policy)
+            checks.check_bound(self.policy, experience)
+        return tally
+
+    def _audit_due(self) -> bool:
+        every = self.config.audit.every
+        return every > 0 and (self.iteration + 1) % every == 0 and self.ranks.is_main
+
+    def _audit(self, key: NoiseKey, meter: Meter) -> Audit:
+        """A prompt of this iteration, another place of it every time, under a slot that no trained group has."""
+        count = self.config.prompts.per_iteration
+        prompt = self.order.at(self.iteration * count + (self.iteration // self.config.audit.every) % count)
+        return audit(
+            self.policy, self.reward, prompt, count, self.plan, self.sampling, self.select, key, meter
+        )
+
+    def _record(
+        self, tally: Tally, meter: Meter, audited: Meter, found: Audit | None, seconds: float
+    ) -> dict[str, Any]:
+        spent, watched = (self._over_ranks(m.cost) for m in (meter, audited))
+        self.totals.counted += spent
+        self.totals.audited += watched
+        stages = {name: meter.seconds.get(name, 0.0) for name in _STAGES}
+        stages["other"] = seconds - sum(stages.values())
+        self.totals.add_seconds(stages)
+        record: dict[str, Any] = {"iteration": self.iteration, "seconds": seconds, **tally.over(self.ranks)}
+        record |= {f"rollout/{name}": value for name, value in asdict(spent).items()}
+        record["rollout/survivors"] = self.plan.survivors * self.config.prompts.per_iteration
+        record["update/lr"] = self.optimizer.param_groups[0]["lr"]
+        record |= {f"time/{name}": value for name, value in stages.items()}
+        if found is not None:
+            record["audit/nfe"] = watched.nfe
+            agreement = found.agreement()
+            for point in self.plan.active_points():
+                record[f"preview/rank_correlation@{point.step}"] = agreement[point.step]
+        return record
+
+    def _over_ranks(self, cost: Cost) -> Cost:
+        names = list(asdict(cost))
+        total = self.ranks.sum(torch.tensor([getattr(cost, n) for n in names], dtype=torch.int64)).tolist()
+        return Cost(**dict(zip(names, total, strict=True)))
+
+    def check_frozen(self) -> None:
+        checks.check_frozen(self.policy, self._frozen)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "iteration": self.iteration,
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "totals": self.totals.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(dict(state["optimizer"]))
+        self.totals.load_state_dict(state["totals"])
+        self.iteration = state["iteration"]
+
+

@@ -1,0 +1,89 @@
+"""From a rollout to a change of weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from progrpo.config import ObjectiveConfig, OptimConfig
+from progrpo.objectives.advantage import advantages, batch_std_from_moments, group_statistics, moments
+from progrpo.objectives.base import Experience, Objective
+from progrpo.policies.base import Policy
+from progrpo.rollout.denoise import Sampling
+from progrpo.training.distributed import Ranks, Tally
+from progrpo.types import Rollout
+
+
+def learn_from(rollout: Rollout, sampling: Sampling, objective: ObjectiveConfig, ranks: Ranks) -> tuple[Experience, Tally]:
+    """Every survivor whose reward is there, with its advantage; and what the rewards looked like."""
+    num_groups, tally = len(rollout.prompts), Tally()
+    statistics = group_statistics(rollout.rewards_N, rollout.group_N, num_groups)
+    finalists = group_statistics(rollout.finalist_rewards_F, rollout.finalist_group_F, num_groups)
+    std = None
+    if objective.advantage == "batch":
+        std = batch_std_from_moments(*ranks.sum(moments(rollout.rewards_N)).cpu())
+    advantages_N, observed_N = advantages(
+        rollout.rewards_N,
+        rollout.group_N,
+        statistics if objective.baseline == "survivors" else finalists,
+        std=std,
+        eps=objective.adv_eps,
+        clip_max=objective.adv_clip_max,
+    )
+    tally.add_finite("reward/mean", rollout.finalist_rewards_F)
+    tally.add_finite("reward/survivor_mean", rollout.rewards_N)
+    tally.add_finite("reward/std", statistics.std_P)
+    tally.add_finite("reward/strict", rollout.passed_N)
+    tally.add("reward/missing", (~rollout.finalist_rewards_F.isfinite()).sum().item(), len(rollout.finalist_rewards_F))
+    tally.add("advantage/zero_variance_groups", (~statistics.informative_P).sum().item(), num_groups)
+    rates_T = torch.stack([sampling.rate(step) for step in range(sampling.num_inference_steps)])
+    experience = Experience(
+        rollout.trajectories, advantages_N, rollout.condition, sampling.sigmas_T1, rates_T, sampling.guidance_scale
+    )
+    return experience.take(observed_N.nonzero().flatten()), tally
+
+
+def update(
+    policy: Policy, objective: Objective, optimizer: Optimizer, experience: Experience, config: OptimConfig, ranks: Ranks
+) -> tuple[Tally, int]:
+    """`updates_per_rollout` optimizer steps, each on its share of every group; what was seen, and items trained.
+
+    The loss is the mean over the trajectories of all processes and their items. Trajectories without an advantage
+    count in that mean but are not computed: their group has no variance and teaches nothing.
+    """
+    tally, items = Tally(), 0
+    for part in range(config.updates_per_rollout):
+        share = experience.take((_parts(experience, config.updates_per_rollout) == part).nonzero().flatten())
+        per_trajectory = objective.items_per_trajectory(share)
+        everywhere = ranks.sum(torch.tensor(float(len(share) * per_trajectory))).item()
+        telling = share.take(share.advantages_N.nonzero().flatten())
+        items += len(telling) * per_trajectory
+        tally.merge(_accumulate(policy, objective, telling, everywhere, config.microbatch))
+        ranks.sum_gradients(policy.trainable.values())
+        norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), config.max_grad_norm)
+        tally.add("update/grad_norm", norm.item(), 1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return tally, items
+
+
+def _parts(experience: Experience, parts: int) -> Tensor:
+    """Which update each trajectory serves: dealt within its group, so that every update sees every prompt."""
+    group_N = experience.trajectories.group_N
+    place_N = torch.arange(len(group_N)) - torch.searchsorted(group_N, group_N)
+    return (place_N + experience.trajectories.slot_N) % parts
+
+
+def _accumulate(policy: Policy, objective: Objective, experience: Experience, everywhere: float, microbatch: int) -> Tally:
+    tally = Tally()
+    for items_B in torch.arange(len(experience) * objective.items_per_trajectory(experience)).split(microbatch):
+        if len(items_B) == 0:  # splitting nothing gives one empty part
+            break
+        loss = objective.loss(policy, experience, items_B)
+        (loss.total / everywhere).backward()
+        for name, total in loss.sums.items():
+            tally.add(f"update/{name}", total.item(), len(items_B))
+        for name, value in loss.maxima.items():
+            tally.raise_to(f"update/{name}", value.item())
+    return tally

@@ -1,0 +1,369 @@
+"""What every policy promises (`progrpo.policies.base.Policy`); a new one joins by a line in CASES."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from progrpo.policies.base import Policy
+from progrpo.policies.load import load_policy
+from progrpo.storage import load_state, save_state
+
+TEXTS = ("red cat", "blue dog")
+STEPS = 4
+TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    """The name of the fixture that gives the pipeline's folder."""
+    weights: str
+    without_gradient: tuple[str, ...]
+    """The denoiser's parameters that cannot change the picture, as parts of their names."""
+
+
+# SD3's last block throws its text stream away, and with it the text's queries.
+SD3_UNUSED = ("blocks.1.attn.add_q_proj", "blocks.1.attn.norm_added_q")
+CASES = {
+    "sd3-lora": Case("tiny_sd3", "lora", without_gradient=SD3_UNUSED),
+    "sd3-full": Case("tiny_sd3", "full", without_gradient=SD3_UNUSED),
+}
+
+
+@pytest.fixture(params=list(CASES.values()), ids=list(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture
+def folder(case: Case, request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(case.model)
+
+
+@pytest.fixture
+def policy(case: Case, folder: Path) -> Policy:
+    return _load(folder, case.weights)
+
+
+@pytest.fixture
+def pipeline(folder: Path) -> Any:
+    """The untouched model, as a user of diffusers has it."""
+    return _pipeline(folder)
+
+
+def _load(folder: Path | str, weights: Any, **changes: Any) -> Policy:
+    settings: dict[str, Any] = dict(
+        lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, seed=0, device="cpu", dtype=torch.float32
+    )
+    return load_policy(folder, weights=weights, **{**settings, **changes})
+
+
+def _pipeline(folder: Path) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _noise(policy: Policy, count: int = len(TEXTS)) -> Tensor:
+    return torch.randn(count, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
+
+
+def _perturb(policy: Policy, scale: float = 0.1) -> None:
+    """Move every trained weight: a fresh LoRA is the base model and hides its own mistakes."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for p in policy.trainable.values():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=scale)
+
+
+@torch.no_grad()
+def _ode(policy: Policy, guidance_scale: float) -> Tensor:
+    x, condition, sigmas = _noise(policy), policy.encode(TEXTS), policy.sigmas(STEPS)
+    for sigma, sigma_next in pairwise(sigmas):
+        x = x + (sigma_next - sigma) * policy.predict(x, sigma, condition, guidance_scale)
+    return x
+
+
+def _diffusers(pipeline: Any, policy: Policy, guidance_scale: float, output_type: str, **prompt: Any) -> Any:
+    side = policy.latent_shape[-1] * pipeline.vae_scale_factor
+    return pipeline(
+        **(prompt or {"prompt": list(TEXTS)}),
+        height=side,
+        width=side,
+        latents=_noise(policy),
+        num_inference_steps=STEPS,
+        guidance_scale=guidance_scale,
+        max_sequence_length=TOKENS,
+        output_type=output_type,
+    ).images
+
+
+def _velocity(policy: Policy) -> Tensor:
+    with torch.no_grad():
+        return policy.predict(_noise(policy), torch.tensor(0.7), policy.encode(TEXTS))
+
+
+def test_without_noise_it_is_the_diffusers_pipeline_bit_for_bit(policy, pipeline):
+    embeddings = policy.encode(TEXTS).tensors  # each text alone: the pipeline's batch of two gives other last bits
+    assert torch.equal(_ode(policy, 1.0), _diffusers(pipeline, policy, 1.0, "latent", **embeddings))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
+def test_without_noise_it_is_the_diffusers_pipeline_from_text_to_latent(policy, pipeline, guidance_scale):
+    expected = _diffusers(pipeline, policy, guidance_scale, "latent")
+    torch.testing.assert_close(_ode(policy, guidance_scale), expected, rtol=0, atol=1e-5)
+
+
+def test_pictures_are_the_diffusers_pipelines(policy, pipeline):
+    pictures = policy.decode(_ode(policy, 1.0))
+    expected = torch.stack([_grey(picture) for picture in _diffusers(pipeline, policy, 1.0, "pil")])
+    assert pictures.dtype == torch.uint8 and pictures.shape == expected.shape
+    assert (pictures.int() - expected).abs().max() <= 1
+    assert pictures.float().std() > 5  # not one grey
+
+
+def _grey(picture: Any) -> Tensor:
+    return torch.tensor(list(picture.tobytes()), dtype=torch.int32).view(picture.height, picture.width, 3)
+
+
+def test_sigmas_are_the_schedulers_own_or_shifted(policy, pipeline):
+    sigmas = policy.sigmas(STEPS)
+    pipeline.scheduler.set_timesteps(STEPS)
+    assert torch.equal(sigmas, pipeline.scheduler.sigmas)
+    assert sigmas.dtype == torch.float32 and sigmas.shape == (STEPS + 1,) and sigmas.device.type == "cpu"
+    torch.testing.assert_close(
+        policy.sigmas(STEPS, shift=1.0), torch.tensor([*torch.linspace(1, 0.001, STEPS).tolist(), 0.0])
+    )
+    assert torch.equal(policy.sigmas(STEPS), sigmas)
+
+
+def test_a_sigma_for_all_is_a_sigma_for_each(policy):
+    condition, x = policy.encode(TEXTS), _noise(policy)
+    for guidance_scale in (1.0, 3.5):
+        one = policy.predict(x, torch.tensor(0.6), condition, guidance_scale)
+        each = policy.predict(x, torch.tensor([0.6, 0.6]), condition, guidance_scale)
+        assert torch.equal(one, each)
+    mixed = policy.predict(x, torch.tensor([0.6, 0.2]), condition)
+    torch.testing.assert_close(mixed[1:], policy.predict(x[1:], torch.tensor(0.2), condition.take(torch.tensor([1]))))
+
+
+def test_each_row_is_told_its_own_prompt(policy):
+    x = _noise(policy, 1).expand(2, -1, -1, -1)
+    v = policy.predict(x, torch.tensor(0.6), policy.encode(TEXTS))
+    assert (v[0] - v[1]).abs().max() > 1e-2
+    back = policy.predict(x, torch.tensor(0.6), policy.encode(TEXTS[::-1]))
+    torch.testing.assert_close(back.flip(0), v)
+
+
+def test_guidance_is_taken_between_prompt_and_empty_prompt_with_gradients_through_both(policy):
+    _perturb(policy)
+    x, sigma, w = _noise(policy), torch.tensor(0.6), 3.0
+    v = policy.predict(x, sigma, policy.encode(TEXTS), w)
+    v_c = policy.predict(x, sigma, policy.encode(TEXTS))
+    v_u = policy.predict(x, sigma, policy.encode(["", ""]))
+    expected = v_u + w * (v_c - v_u)
+    torch.testing.assert_close(v, expected, rtol=1e-4, atol=1e-5)
+    parameter = next(iter(policy.trainable.values()))
+    (gradient,), (expected_gradient,) = (torch.autograd.grad(out.square().mean(), parameter) for out in (v, expected))
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_gradient_reaches_every_trained_weight_and_no_frozen_one(policy, case):
+    _perturb(policy)
+    before = {name: t.clone() for name, t in policy.frozen()}
+    policy.predict(_noise(policy), torch.tensor(0.6), policy.encode(TEXTS)).square().mean().backward()
+    for name, p in policy.trainable.items():
+        assert p.grad is not None, name
+        assert bool(p.grad.any()) != any(part in name for part in case.without_gradient), name
+    assert not set(before) & set(policy.trainable)
+    assert all(t.grad is None and not t.requires_grad for _, t in policy.frozen())
+    torch.optim.SGD(policy.trainable.values(), lr=0.1).step()
+    assert all(torch.equal(t, before[name]) for name, t in policy.frozen())
+
+
+def test_reference_is_the_base_model_after_training(policy, pipeline):
+    _perturb(policy)
+    trained = _ode(policy, 1.0)
+    base = _diffusers(pipeline, policy, 1.0, "latent", **policy.encode(TEXTS).tensors)
+    assert (trained - base).abs().max() > 1e-2
+    with policy.weights("reference"):
+        assert torch.equal(_ode(policy, 1.0), base)
+    assert torch.equal(_ode(policy, 1.0), trained)
+
+
+def test_current_weights_come_back_after_an_exception(policy):
+    _perturb(policy)
+    before = _velocity(policy)
+    with pytest.raises(RuntimeError, match="inside"), policy.weights("reference"):
+        raise RuntimeError("inside")
+    assert torch.equal(_velocity(policy), before)
+
+
+def test_state_goes_through_storage_to_a_new_policy(policy, case, folder, tmp_path):
+    policy.named_weights.snapshot("ema")
+    _perturb(policy)
+    policy.named_weights.update("ema", 0.9)
+    save_state(tmp_path / "state", policy.state_dict())
+    other = _load(folder, case.weights, seed=1)
+    other.load_state_dict(load_state(tmp_path / "state"))
+    for name in ("current", "reference", "ema"):
+        with policy.weights(name), other.weights(name):
+            assert torch.equal(_velocity(other), _velocity(policy)), name
+
+
+@pytest.mark.parametrize("weights", ["current", "ema"])
+def test_saved_weights_give_diffusers_the_trained_pictures(policy, case, pipeline, tmp_path, weights):
+    policy.named_weights.snapshot("ema")
+    _perturb(policy)
+    policy.named_weights.update("ema", 0.5)
+    policy.save(tmp_path / "saved", weights)
+    if case.weights == "lora":
+        pipeline.load_lora_weights(tmp_path / "saved", local_files_only=True)
+    else:
+        pipeline.transformer = type(pipeline.transformer).from_pretrained(tmp_path / "saved")
+    with policy.weights(weights):
+        pictures = policy.decode(_ode(policy, 1.0))
+    expected = torch.stack([_grey(picture) for picture in _diffusers(pipeline, policy, 1.0, "pil")])
+    assert (pictures.int() - expected).abs().max() <= 1
+
+
+def test_a_text_is_encoded_once_and_alone(policy):
+    calls = []
+    handle = policy._pipeline.text_encoder.register_forward_hook(lambda *args: calls.append(len(args[1][0])))
+    together = policy.encode(["a b", "c d", "a b", ""])
+    again = policy.encode(["c d"])
+    handle.remove()
+    assert calls == [1, 1]  # the empty prompt is known from the start
+    for name, rows in together.tensors.items():
+        assert torch.equal(rows[0], rows[2]) and torch.equal(again.tensors[name][0], rows[1])
+        assert not rows.requires_grad
+
+
+def test_text_encoders_can_be_released(policy):
+    before = policy.encode(TEXTS)
+    policy.release_text_encoders()
+    after = policy.encode(TEXTS)
+    assert all(torch.equal(rows, after.tensors[name]) for name, rows in before.tensors.items())
+    assert policy.predict(_noise(policy), torch.tensor(0.6), after, 3.0).isfinite().all()
+    with pytest.raises(ValueError, match=r"'a new one' is new and the text encoders are released"):
+        policy.encode(["a new one"])
+
+
+def test_nothing_is_random_in_the_network(policy):
+    modules = [m for m in policy._pipeline.components.values() if isinstance(m, torch.nn.Module)]
+    assert not any(m.training for module in modules for m in module.modules())
+    _perturb(policy)
+    assert torch.equal(_velocity(policy), _velocity(policy))
+
+
+def test_low_precision_keeps_trained_weights_and_velocities_in_float32(case, folder, policy):
+    low = _load(folder, case.weights, dtype=torch.bfloat16)
+    assert {p.dtype for p in low.trainable.values()} == {torch.float32}
+    if case.weights == "lora":
+        assert {p.dtype for _, p in low.frozen() if isinstance(p, torch.Tensor) and p.dim() == 2} == {torch.bfloat16}
+    v = low.predict(_noise(low), torch.tensor(0.6), low.encode(TEXTS), 3.0)
+    assert v.dtype == torch.float32
+    v.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in low.trainable.values())
+    expected = policy.predict(_noise(policy), torch.tensor(0.6), policy.encode(TEXTS), 3.0)
+    assert (v - expected).abs().max() < 0.1 * expected.abs().max()
+    assert low.decode(_noise(low)).dtype == torch.uint8
+
+
+def test_low_precision_without_training_is_near_the_float32_pictures(case, folder, policy):
+    low = _load(folder, case.weights, dtype=torch.bfloat16)
+    x0 = _noise(policy)
+    assert (low.decode(x0).int() - policy.decode(x0).int()).abs().float().mean() < 3
+
+
+def test_lora_starts_from_its_seed_alone(tiny_sd3):
+    state = torch.get_rng_state()
+    one = _load(tiny_sd3, "lora", seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(999)
+    same, other = _load(tiny_sd3, "lora", seed=5), _load(tiny_sd3, "lora", seed=6)
+    assert all(torch.equal(p, same.trainable[name]) for name, p in one.trainable.items())
+    for name, p in one.trainable.items():
+        assert torch.equal(p, other.trainable[name]) == ("lora_B" in name), name
+
+
+def test_lora_adapts_both_streams_of_every_block_by_default(tiny_sd3):
+    names = _load(tiny_sd3, "lora").trainable
+    adapted = {name.split(".lora_")[0].removeprefix("transformer_blocks.") for name in names}
+    image = {"attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2"}
+    text = {"attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"}
+    last_only_absent = {"attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2"}
+    assert adapted == {f"0.{n}" for n in image | text | last_only_absent} | {f"1.{n}" for n in image | text}
+
+
+def test_lora_targets_can_be_chosen(tiny_sd3):
+    adapted = {name.split(".lora_")[0] for name in _load(tiny_sd3, "lora", lora_targets=("attn.to_q",)).trainable}
+    assert adapted == {f"transformer_blocks.{i}.attn.to_q" for i in range(2)}
+
+
+@pytest.mark.parametrize("target", ["attn.to_z", "attn", "o_q"])
+def test_an_unknown_lora_target_is_named(tiny_sd3, target):
+    with pytest.raises(ValueError, match=rf"model.lora_targets: .* '{target}'"):
+        _load(tiny_sd3, "lora", lora_targets=("attn.to_q", target))
+
+
+def test_the_t5_may_be_absent(tiny_sd3):
+    from progrpo.policies.sd3 import SD3Policy
+
+    pipeline = DiffusionPipeline.from_pretrained(tiny_sd3, text_encoder_3=None, tokenizer_3=None)
+    policy = SD3Policy.from_pipeline(
+        pipeline,
+        weights="lora",
+        lora_rank=2,
+        lora_alpha=2,
+        max_sequence_length=TOKENS,
+        seed=0,
+        device="cpu",
+        dtype=torch.float32,
+    )
+    expected = _diffusers(_without_t5(tiny_sd3), policy, 1.0, "latent")
+    torch.testing.assert_close(_ode(policy, 1.0), expected, rtol=0, atol=1e-5)
+
+
+def _without_t5(folder: Path) -> Any:
+    pipeline = _pipeline(folder)
+    pipeline.text_encoder_3 = None
+    return pipeline
+
+
+def test_resolution_sets_the_latent_and_must_fit(tiny_sd3):
+    policy = _load(tiny_sd3, "lora", resolution=8)
+    assert policy.latent_shape == (4, 4, 4)
+    assert policy.decode(_noise(policy, 1)).shape == (1, 8, 8, 3)
+    with pytest.raises(ValueError, match="resolution: 10 is not a multiple of 4"):
+        _load(tiny_sd3, "lora", resolution=10)
+
+
+def test_what_cannot_be_loaded_is_said_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    for path, message in (
+        (tmp_path / "empty", "has no model_index.json"),
+        (other, "is a FluxPipeline; progrpo trains StableDiffusion3Pipeline"),
+        (tmp_path / "absent", "neither a built-in model"),
+        ("nobody/nothing", "no folder has that name, and the Hugging Face hub was tried"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            _load(path, "lora")
+        assert str(caught.value).startswith("model.path: ") and "\n" not in str(caught.value)
+
+
+def test_unknown_kind_of_weights_is_refused(tiny_sd3):
+    with pytest.raises(ValueError, match=r"model\.weights: 'dora' is not known"):
+        _load(tiny_sd3, "dora")

@@ -1,0 +1,155 @@
+"""The command line as a user meets it. What needs a model is in the tests of training."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+import progrpo
+from progrpo.cli import COMMANDS, main
+from progrpo.config import config_from_json
+from progrpo.recipes import RECIPES, load_recipe
+
+
+def refusal(capsys, *args):
+    """The one line on stderr of a command that is refused."""
+    assert main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("progrpo: error: ")
+    return err.removeprefix("progrpo: error: ").strip()
+
+
+def tyro_refusal(capsys, *args):
+    """What tyro prints on stderr, without its frames and line breaks."""
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and "Traceback" not in err
+    return " ".join(err.replace("│", " ").split())
+
+
+def printed(capsys, *args):
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_help_is_quick_and_needs_no_torch():
+    script = "import sys; from progrpo.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 5  # 0.2 s on a free core; the limit is for a busy machine
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "progrpo", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"progrpo {progrpo.__version__}\n"
+
+
+def test_importing_progrpo_imports_no_torch():
+    script = "import sys, progrpo; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        progrpo.trian  # noqa: B018
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: progrpo {command}" in capsys.readouterr().out
+
+
+def test_help_of_a_recipe_shows_its_values(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "smoke", "--help"])
+    out = capsys.readouterr().out
+    assert "--plan.prune" in out and "(default: 3 4)" in out
+
+
+def test_recipes_are_listed_and_printed(capsys):
+    listed = printed(capsys, "recipes")
+    assert [line.split()[0] for line in listed.splitlines()] == list(RECIPES)
+    assert config_from_json(printed(capsys, "recipes", "smoke")) == load_recipe("smoke")
+
+
+@pytest.mark.parametrize(
+    ("args", "nfe"),
+    [
+        (("--plan", "standard"), 360),
+        (("--plan", "flash"), 200),
+        (("--plan", "posthoc"), 240),
+        (("--plan", "none"), 240),
+        (("--plan", "flash", "--guidance-scale", "4.5"), 400),
+        (("--plan", "sd14", "--num-inference-steps", "50"), 1880),
+        (("--plan.preset", "none", "--sampling.num-inference-steps", "20"), 480),
+    ],
+)
+def test_plan_counts_network_calls(capsys, args, nfe):
+    assert json.loads(printed(capsys, "plan", "quickstart", "--json", *args))["nfe_per_prompt"] == nfe
+
+
+def test_plan_prints_a_table(capsys):
+    rows = dict(line.split(maxsplit=1) for line in printed(capsys, "plan", "smoke").splitlines())
+    assert rows["recipe"] == "smoke" and rows["path"] == "6 4" and rows["nfe_per_prompt"] == str(6 * 4 + 4 * 2)
+
+
+def test_plan_reads_a_config_file(capsys, tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text('{"recipe": "mine", "plan": {"preset": "posthoc"}}')
+    assert json.loads(printed(capsys, "plan", str(file), "--json"))["path"] == [24, 12]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("trian",), "'trian' is no command of progrpo (train, recipes, plan, sample, eval, report, pretrain);"),
+        (("train",), "a recipe (quickstart, smoke), a config file or a run folder comes first"),
+        (("train", "--seed", "3", "smoke"), "a recipe (quickstart, smoke), a config file or a run folder comes first"),
+        (("plan", "smoky"), "smoky is no recipe (quickstart, smoke), config file or run folder; did you mean smoke?"),
+        (
+            ("train", "smoke", "--sampling.noise_levl", "0.5"),
+            "progrpo train smoke does not take --sampling.noise_levl; did you mean --sampling.noise-level?",
+        ),
+        (("train", "smoke", "--noise_level=0.5"), "did you mean --sampling.noise-level?"),
+        (("plan", "smoke", "--num-inference-stps", "3"), "did you mean --num-inference-steps?"),
+        (("plan", "smoke", "stray"), "progrpo plan smoke does not take stray"),
+        (("train", "smoke", "--sampling.noise_level", "0"), "sampling.noise_level must be above 0"),
+        (("train", "smoke", "--iterations", "0"), "iterations must be at least 1, not 0"),
+        (("plan", "smoke", "--num-inference-steps", "4"), "prune step 3 saves no network call"),
+        (("plan", "smoke", "--plan.prune", "3", "9"), "prune keep at step 3 must be at most the 6 members"),
+        (("train", "smoke", "--resume", "nowhere"), "progrpo train --resume does not take smoke"),
+        (("train", "--resume", "nowhere"), "nowhere is no run folder (it holds no config.json)"),
+        (("report", "nowhere"), "nowhere is no run folder (it holds no config.json)"),
+    ],
+)
+def test_mistakes_are_refused_in_one_sentence(capsys, args, message):
+    assert message in refusal(capsys, *args)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("train", "smoke", "--sampling.noise_level", "high"), "--sampling.noise-level: could not convert string"),
+        (("train", "smoke", "--seed", "1.5"), "--seed: invalid literal for int()"),
+        (("train", "smoke", "--plan.selector", "ofv"), "invalid choice 'ofv' for argument '--plan.selector'"),
+        (("plan", "smoke", "--plan", "flsh"), "invalid choice 'flsh' for argument '--plan'"),
+        (("pretrain", "shapes"), "shapes-flow"),
+        (("sample", "shapes-flow"), "--prompt"),
+    ],
+)
+def test_values_of_another_type_are_refused_by_name(capsys, args, message):
+    assert message in tyro_refusal(capsys, *args)
+
+
+def test_a_mistyped_run_is_refused_with_the_nearest(capsys, tmp_path):
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "config.json").write_text("{}")
+    assert f"did you mean {tmp_path / 'quickstart'}?" in refusal(capsys, "report", str(tmp_path / "quikstart"))

@@ -1,0 +1,153 @@
+import json
+
+import pytest
+
+from progrpo.rollout.plan import PRESETS, Plan, PrunePoint, preset, summary
+from progrpo.types import Cost
+
+STANDARD = Plan(48, (PrunePoint(5, 24), PrunePoint(7, 12)))
+
+
+def run(plan: Plan, num_inference_steps: int, trained_steps: int) -> tuple[Cost, list[int]]:
+    """Count by hand, call by call, what a run without guidance spends; also who lives at each call."""
+    path: list[int] = []
+    living, nfe, decodes = plan.group_size, 0, 0
+    keeps = {point.step: point.keep for point in plan.prune}
+    for step in range(num_inference_steps):
+        nfe, path = nfe + living, [*path, living]
+        if keeps.get(step, living) < living:
+            decodes, living = decodes + living, keeps[step]
+    decodes += living
+    return Cost(nfe, decodes, decodes, (plan.final_keep or living) * trained_steps), path
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "nfe", "decodes", "survivors"),
+    [
+        ("standard", 10, 48 * 6 + 24 * 2 + 12 * 2, 84, 12),
+        ("flash", 10, 200, 52, 12),
+        ("posthoc", 10, 240, 24, 12),
+        ("none", 10, 240, 24, 24),
+        ("sd14", 50, 1880, 48 + 32 + 8, 8),
+    ],
+)
+def test_cost_of_the_presets(name, steps, nfe, decodes, survivors):
+    plan = preset(name, steps)
+    assert plan == PRESETS[name][0]
+    assert plan.predict(steps, 9, guidance=False) == Cost(nfe, decodes, decodes, survivors * 9)
+    assert plan.predict(steps, 9, guidance=True) == Cost(2 * nfe, decodes, decodes, survivors * 9)
+
+
+def test_sd14_against_its_baseline():
+    assert Plan(16).predict(50, 49, guidance=False).nfe == 800
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("steps", [4, 5, 8, 10, 20, 25, 28, 40, 50, 1000])
+def test_prediction_is_what_a_run_counts(name, steps):
+    plan = preset(name, steps)
+    cost, path = run(plan, steps, 3)
+    assert plan.predict(steps, 3, guidance=False) == cost
+    assert [plan.living_at(step) for step in range(steps)] == path
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "expected"),
+    [
+        ("standard", 20, [11, 15]),
+        ("standard", 50, [29, 39]),
+        ("standard", 8, [4, 5]),
+        ("standard", 4, [1, 2]),
+        ("flash", 40, [23, 31]),
+        ("sd14", 10, [5, 7]),
+        ("posthoc", 3, []),
+        ("none", 1, []),
+    ],
+)
+def test_presets_move_to_the_same_share_of_the_calls(name, steps, expected):
+    assert [point.step for point in preset(name, steps).prune] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("standard", 1), ("standard", 2), ("standard", 3), ("sd14", 3), ("flash", 0)]
+)
+def test_presets_need_enough_steps(name, steps):
+    with pytest.raises(ValueError, match=f"num_inference_steps={steps} is too few for the plan preset '{name}'"):
+        preset(name, steps)
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="'fast' is unknown; choose one of standard, flash"):
+        preset("fast", 10)
+
+
+def test_reading_a_plan():
+    assert [STANDARD.living_at(step) for step in range(10)] == [48] * 6 + [24] * 2 + [12] * 2
+    assert [STANDARD.keep_after(step) for step in range(10)] == [None] * 5 + [24, None, 12, None, None]
+    assert (STANDARD.finalists, STANDARD.survivors) == (12, 12)
+    assert (Plan(24, final_keep=6).finalists, Plan(24, final_keep=6).survivors) == (24, 6)
+
+
+def test_a_point_that_keeps_everyone_is_plain_grpo():
+    plan = Plan(24, (PrunePoint(2, 24),), final_keep=24)
+    plan.validate(10)
+    assert plan.active_points() == ()
+    assert plan.keep_after(2) is None
+    assert plan.predict(10, 9, guidance=False) == Plan(24).predict(10, 9, guidance=False)
+    late = Plan(24, (PrunePoint(2, 12), PrunePoint(4, 12), PrunePoint(6, 4)))
+    assert late.active_points() == (PrunePoint(2, 12), PrunePoint(6, 4))
+    assert late.predict(10, 9, guidance=False) == run(late, 10, 9)[0]
+
+
+@pytest.mark.parametrize(
+    ("plan", "steps", "message"),
+    [
+        (Plan(1), 10, "group_size must be at least 2"),
+        (Plan(24), 0, "num_inference_steps must be at least 1"),
+        (Plan(24, (PrunePoint(-1, 12),)), 10, "step must be at least 0"),
+        (Plan(24, (PrunePoint(5, 12), PrunePoint(5, 6))), 10, "prune steps must increase"),
+        (Plan(24, (PrunePoint(5, 12), PrunePoint(3, 6))), 10, "prune steps must increase"),
+        (Plan(24, (PrunePoint(9, 12),)), 10, "use a step of at most 8, or final_keep"),
+        (Plan(24, (PrunePoint(5, 1),)), 10, "prune keep at step 5 must be at least 2"),
+        (Plan(24, (PrunePoint(5, 25),)), 10, "at most the 24 members"),
+        (Plan(24, (PrunePoint(5, 12), PrunePoint(6, 16))), 10, "at most the 12 members"),
+        (Plan(24, final_keep=1), 10, "final_keep must be at least 2"),
+        (Plan(24, (PrunePoint(5, 12),), final_keep=13), 10, "final_keep must be at most the 12 members"),
+    ],
+)
+def test_mistakes_are_named(plan, steps, message):
+    with pytest.raises(ValueError, match=message):
+        plan.validate(steps)
+    with pytest.raises(ValueError, match=message):
+        plan.predict(steps, 1, guidance=False)
+
+
+def test_the_last_useful_step_is_allowed():
+    Plan(24, (PrunePoint(8, 12),)).validate(10)
+
+
+def test_summary():
+    report = json.loads(json.dumps(summary(STANDARD, 10, 9, guidance=True)))
+    assert report == {
+        "group_size": 48,
+        "survivors": 12,
+        "path": [48, 24, 12],
+        "prune_steps": [5, 7],
+        "num_inference_steps": 10,
+        "nfe_per_prompt": 720,
+        "decodes_per_prompt": 84,
+        "reward_calls_per_prompt": 84,
+        "trained_steps_per_prompt": 108,
+        "nfe_full_group": 960,
+        "nfe_saved": 0.25,
+        "nfe_ratio_to_none": 1.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "saved"), [("none", [24], 0.0), ("posthoc", [24, 12], 0.0), ("flash", [24, 16, 12], 1 / 6)]
+)
+def test_summary_of_other_presets(name, path, saved):
+    report = summary(preset(name, 10), 10, 9, guidance=False)
+    assert report["path"] == path
+    assert report["nfe_saved"] == pytest.approx(saved)

@@ -1,0 +1,50 @@
+"""Every shipped recipe is parsed, checked and planned; files and run folders load as recipes do."""
+
+from __future__ import annotations
+
+import pytest
+
+from progrpo.config import Config, check, config_from_json, config_to_json, resolve_plan, trained_steps
+from progrpo.recipes import RECIPES, describe, load_recipe
+from progrpo.rollout.plan import summary
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_parsed_checked_and_planned(name):
+    config = load_recipe(name)
+    check(config)
+    assert config.recipe == name
+    assert config_from_json(config_to_json(config)) == config
+    steps = config.sampling.num_inference_steps
+    costs = summary(resolve_plan(config), steps, len(trained_steps(config)), config.sampling.guidance_scale > 1)
+    assert 0 < costs["nfe_per_prompt"] <= costs["nfe_full_group"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_says_what_it_is_in_one_line(name):
+    assert describe(name).endswith(".") and len(describe(name)) < 100
+
+
+def test_a_config_file_and_a_run_folder_load_as_recipes(tmp_path):
+    config = Config(recipe="mine", seed=7)
+    (tmp_path / "config.json").write_text(config_to_json(config))
+    assert load_recipe(str(tmp_path / "config.json")) == load_recipe(str(tmp_path)) == config
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"quikstart is no recipe .* did you mean quickstart\?"):
+        load_recipe("quikstart")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is no recipe"):
+        load_recipe(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b'{"sed": 1}', b"{", b"\xff\xfe{\x00"])
+def test_a_wrong_file_is_refused_by_its_name(tmp_path, content):
+    file = tmp_path / "mine.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError) as refused:
+        load_recipe(str(file))
+    assert str(refused.value).startswith(f"{file}: ")

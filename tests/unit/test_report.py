@@ -1,0 +1,188 @@
+import re
+
+import numpy as np
+import pytest
+
+from progrpo.tracking.report import charts, write_report
+from progrpo.tracking.report.film import spread
+from progrpo.tracking.report.head import verdict
+from progrpo.tracking.report.run import read_run
+from progrpo.tracking.run_folder import RunFolder
+
+EVIL = '</script><script>alert("x")</script>'
+STEPS, GROUP = 3, 4
+
+
+def pictures(*shape):
+    return np.random.default_rng(0).integers(0, 256, (*shape, 8, 8, 3), dtype=np.uint8)
+
+
+def evaluation(passes):
+    return [
+        {"prompt": f"{i} {EVIL}", "kind": ("one", "two")[i % 2], "graded": 0.5, "strict": p, "judge": None}
+        for i, p in enumerate(passes)
+    ]
+
+
+def audit(iteration, final=(0.1, 0.9, 0.5, 0.4)):
+    return {
+        "iteration": iteration,
+        "prompt": EVIL,
+        "steps": list(range(STEPS)),
+        "scores": [[0.1, None, 0.3, 0.2], [0.2, 0.8, 0.5, 0.1], list(final)],
+        "final": list(final),
+        "stopped_at": [None, None, 1, 1],
+        "kept_uniform": [0, 2],
+        "kept_ovf": [0, 1],
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = RunFolder.create(tmp_path / "run")
+    folder.write_config({"recipe": EVIL, "seed": 3, "iterations": 2, "model": {"path": "shapes-flow"}})
+    return folder
+
+
+def finish(folder, before, after):
+    for i in range(2):
+        folder.append_metrics({"iteration": i, "seconds": 2.0, "reward/mean": 0.5 + i, "rollout/nfe": 100})
+        folder.write_audit(audit(i), pictures(GROUP, STEPS + 1))
+    folder.write_evaluation("before", evaluation(before), pictures(len(before)))
+    folder.write_evaluation("after", evaluation(after), pictures(len(after)))
+    cost = {"nfe": 200, "decodes": 20, "reward_calls": 20, "trained_steps": 8}
+    folder.write_summary(
+        {
+            "status": "finished",
+            "wall_seconds": 130,
+            "iterations": 2,
+            "nfe_saved": 0.25,
+            "plan": {"path": [4, 2], "prune_steps": [1], "selector": "ovf", "num_inference_steps": STEPS},
+            "cost": {"predicted": cost, "counted": cost, "audit": cost},
+            "preview_rank_correlation": {"1": 0.8},
+            "seconds_by_stage": {"sample": 3.0, "update": 1.0},
+            "versions": {"progrpo": EVIL},
+            "command": f"progrpo train {EVIL}",
+        }
+    )
+
+
+def text(folder):
+    """The report without Plotly's own code."""
+    page = write_report(folder.path).read_text(encoding="utf-8")
+    head, _, rest = page.partition("<script>")
+    return head + rest.partition("</script></head>")[2]
+
+
+def test_a_run_that_has_only_begun_has_a_report(run):
+    page = text(run)
+    for words in ("has not been evaluated yet", "No evaluation is written yet", "No iteration is finished yet"):
+        assert words in page
+    for words in ("No audit group is written yet", "The cost is counted when the run ends", "No time is recorded yet"):
+        assert words in page
+
+
+def test_a_run_under_way_says_what_is_not_there_yet(run):
+    run.write_evaluation("before", evaluation([True, False]), pictures(2))
+    run.append_metrics({"iteration": 0, "seconds": 2.0, "reward/mean": 0.5, "reward/std": None})
+    run.write_audit(audit(0), pictures(GROUP, STEPS + 1))
+    page = text(run)
+    assert "1 of 2 iterations are done" in page
+    assert "There is no evaluation after training yet" in page
+    assert "Not recorded so far: Strict accuracy, Spread within a group, Preview agreement" in page
+
+
+def test_a_missing_sheet_is_said_and_no_more(run):
+    finish(run, [True] * 2, [True] * 2)
+    (run.path / "audit/0001.png").unlink()
+    assert "The pictures of this audit (audit/0001.png) are not there" in text(run)
+
+
+def test_a_constant_group_is_left_out(run):
+    run.write_audit(audit(0, final=(0.5, 0.5, 0.5, 0.5)), pictures(GROUP, STEPS + 1))
+    assert "there is no rank correlation to show" in text(run)
+
+
+def test_no_string_of_a_user_becomes_markup(run):
+    finish(run, [True, False], [True, True])
+    page = write_report(run.path).read_text(encoding="utf-8")
+    assert "alert(&quot;x&quot;)" in page
+    assert '<script>alert("x")' not in page
+    assert not re.search(r"<script[^>]*>alert", page)
+
+
+def test_the_page_fetches_nothing_and_holds_plotly_once(run):
+    finish(run, [True, False], [True, True])
+    page = write_report(run.path).read_text(encoding="utf-8")
+    assert page.count("plotly.js v") == 1
+    body = text(run)
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", body)
+    assert "@import" not in body
+    assert not re.search(r"url\((?!data:)", body)
+
+
+def test_every_section_of_a_finished_run_is_there(run):
+    finish(run, [False, False, True, False], [True, True, True, False])
+    page = text(run)
+    for anchor in ("evaluation", "curves", "audits", "agreement", "kept", "cost", "settings"):
+        assert f'<section id="{anchor}">' in page
+    for words in ("4 → 2 members, selector ovf: 10 of 12 network calls a prompt", "out at 1", "2 min 10 s"):
+        assert words in page
+    assert "<b>2</b> failed, then passed, <b>0</b> passed, then failed" in page
+    assert "are not there" not in page and "Predicted and counted costs differ" not in page
+
+
+def test_a_wrong_prediction_is_said(run):
+    run.write_summary({"cost": {"predicted": {"nfe": 1}, "counted": {"nfe": 2}}})
+    assert "Predicted and counted costs differ" in text(run)
+
+
+@pytest.mark.parametrize(
+    "before, after, words",
+    [
+        ([False] * 20 + [True] * 20, [True] * 40, "rose from 50.0 ± 7.9 % to 100.0 ± 0.0 % on 40 test prompts"),
+        ([True] * 40, [False] * 20 + [True] * 20, "fell from 100.0 ± 0.0 % to 50.0 ± 7.9 %"),
+        ([True, False] * 20, [True, False] * 19 + [True, True], "did not measurably change, going from 50.0"),
+        ([True, False], [True, False], "did not measurably change"),
+    ],
+)
+def test_the_verdict_claims_no_more_than_two_standard_errors(run, before, after, words):
+    finish(run, before, after)
+    found = verdict(read_run(run.path))
+    assert words in found
+    assert found.startswith("shapes-flow was trained for 2 iterations in 2 min 10 s (seed 3): strict accuracy ")
+    assert found.endswith("while pruning saved 25 % of its groups’ network evaluations.")
+
+
+def test_a_stopped_run_says_why(run):
+    run.write_summary({"status": "stopped: out of memory"})
+    assert "0 of 2 iterations and stopped: out of memory" in verdict(read_run(run.path))
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path, prune_steps, steps, nfe",
+    [([48, 24, 12], [5, 7], 10, 360), ([24, 16, 12], [5, 7], 10, 200), ([24], [], 10, 240), ([24, 12], [], 10, 240)],
+)
+def test_who_is_pruned_after_a_call_has_paid_for_it(path, prune_steps, steps, nfe):
+    assert sum(charts.alive_by_step(path, prune_steps, steps)) == nfe
+
+
+def test_positions_are_sums_up_to_the_record():
+    metrics = [{"iteration": i, "seconds": 2.0, "rollout/nfe": 10} for i in range(3)] + [{"iteration": 3}]
+    assert charts.positions(metrics) == {"iteration": [0, 1, 2, 3], "seconds": [2, 4, 6, 6], "nfe": [10, 20, 30, 30]}
+
+
+def test_histogram_shares_hold_what_lies_outside():
+    shares = charts.histogram_shares(np.array([-9.0, 0.1, 0.2, 7.0]))
+    assert shares.sum() == 1
+    assert (shares[0], shares[-1]) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize("count, chosen, places", [(0, 3, []), (1, 3, [0]), (3, 6, [0, 1, 2]), (9, 3, [0, 4, 8])])
+def test_spread_has_both_ends(count, chosen, places):
+    assert spread(count, chosen) == places

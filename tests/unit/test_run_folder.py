@@ -1,0 +1,128 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from progrpo.tracking.run_folder import RunFolder, tile
+
+
+def pictures(*shape):
+    return np.random.default_rng(0).integers(0, 256, (*shape, 8, 6, 3), dtype=np.uint8)
+
+
+def test_a_run_is_not_overwritten_by_accident(tmp_path):
+    RunFolder.create(tmp_path / "run").write_config({"seed": 1})
+    with pytest.raises(ValueError, match=r"already holds a run .*--resume"):
+        RunFolder.create(tmp_path / "run")
+
+
+def test_overwriting_deletes_the_run_and_nothing_else(tmp_path):
+    run = RunFolder.create(tmp_path)
+    run.write_config({})
+    run.append_metrics({"iteration": 0})
+    run.save_samples(0, pictures(2))
+    (tmp_path / "notes.txt").write_text("mine")
+    RunFolder.create(tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_numbers_without_a_json_form_become_null(tmp_path):
+    run = RunFolder.create(tmp_path)
+    run.append_metrics({"iteration": np.int64(0), "reward/mean": float("nan"), "update/kl": np.float32("inf")})
+    run.write_summary(
+        {"path": (48, 12), "mean": np.float64(0.5), "rows": np.array([1.0, np.nan]), "ok": np.bool_(True)}
+    )
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"iteration": 0, "reward/mean": null, "update/kl": null}\n'
+    assert run.read_summary() == {"path": [48, 12], "mean": 0.5, "rows": [1.0, None], "ok": True}
+
+
+def test_what_is_not_written_yet_is_empty(tmp_path):
+    run = RunFolder(tmp_path / "nothing")
+    found = run.read_config(), run.read_summary(), run.read_metrics(), run.read_evaluation("after"), run.read_audits()
+    assert found == ({}, {}, [], [], [])
+
+
+@pytest.mark.parametrize(
+    "tail", ['{"iteration": 2, "rew', '{"iteration": 2, "name": "é'.encode()[:-1].decode("latin1")]
+)
+def test_a_half_written_last_line_is_left_out(tmp_path, tail):
+    run = RunFolder.create(tmp_path)
+    for i in range(2):
+        run.append_metrics({"iteration": i})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(tail.encode("latin1"))
+    assert [record["iteration"] for record in run.read_metrics()] == [0, 1]
+
+
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\n{"iter\n{"iteration": 2}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        RunFolder(tmp_path).read_metrics()
+
+
+def test_resuming_drops_what_will_be_written_again(tmp_path):
+    run = RunFolder.create(tmp_path)
+    for i in range(5):
+        run.append_metrics({"iteration": i})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 5')
+    run.truncate_metrics(3)
+    run.append_metrics({"iteration": 3})
+    assert [record["iteration"] for record in run.read_metrics()] == [0, 1, 2, 3]
+
+
+def test_files_appear_whole(tmp_path):
+    run = RunFolder.create(tmp_path)
+    run.write_config({"a": 1})
+    run.save_picture("samples/0.png", pictures(1)[0])
+    assert not list(tmp_path.rglob("*.writing"))
+
+
+def test_a_picture_comes_back_as_it_was(tmp_path):
+    image = pictures(1)[0]
+    name = RunFolder.create(tmp_path).save_picture("deep/er/a.png", image)
+    assert (np.asarray(Image.open(tmp_path / name)) == image).all()
+
+
+def test_tile_places_pictures_row_by_row():
+    images = pictures(5)
+    sheet = tile(images, columns=3, scale=2, gap=4)
+    assert sheet.shape == (2 * 16 + 4, 3 * 12 + 2 * 4, 3)
+    assert (sheet[20:36:2, 16:28:2] == images[4]).all()
+    assert (sheet[20:, 32:] == sheet[17, 0]).all()  # the empty sixth place has the gaps' grey
+
+
+def test_evaluation_names_the_pictures_that_are_saved(tmp_path):
+    run = RunFolder.create(tmp_path)
+    records = [{"prompt": str(i), "kind": "k", "graded": 0.5, "strict": True, "judge": None} for i in range(4)]
+    run.write_evaluation("before", records, pictures(3), pictures=2)
+    names = [record["picture"] for record in run.read_evaluation("before")]
+    assert names == ["evaluation/before/000.png", "evaluation/before/001.png", None, None]
+    assert (tmp_path / names[1]).exists()
+
+
+def test_audit_sheet_has_a_row_a_member_and_audits_come_in_order(tmp_path):
+    run = RunFolder.create(tmp_path)
+    shots = pictures(4, 3)
+    for iteration in (10000, 5):
+        audit = {"iteration": iteration, "prompt": "p", "steps": [0, 1], "scores": [[1.0, float("nan"), 0.0, 1.0]] * 2}
+        run.write_audit({**audit, "final": [1, 2, 3, 4], "stopped_at": [None, 0, 0, None]}, shots)
+    first, second = run.read_audits()
+    assert (first["iteration"], second["iteration"]) == (5, 10000)
+    assert first["strip"] == "audit/0005.png"
+    assert first["scores"][0][1] is None
+    sheet = np.asarray(Image.open(tmp_path / first["strip"]))
+    assert sheet.shape == (4 * 8, 3 * 6, 3)
+    assert (sheet[8:16, 12:18] == shots[1, 2]).all()
+
+
+def test_tracking_does_not_import_torch():
+    code = (
+        "import sys, progrpo.tracking.run_folder, progrpo.tracking.console, progrpo.tracking.report;"
+        "print([name for name in ('torch', 'plotly', 'rich', 'PIL') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(found.replace("'", '"')) == []

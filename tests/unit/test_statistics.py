@@ -1,0 +1,49 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from progrpo.tracking.statistics import paired_difference, ranks, share, spearman
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_spearman_is_scipys_with_ties(seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.integers(0, 6, 40), rng.integers(0, 6, 40) + rng.integers(0, 3, 40)
+    assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
+
+
+def test_ranks_are_scipys():
+    values = [3.0, 1.0, 3.0, 2.0, -1.0, 3.0]
+    assert ranks(values).tolist() == stats.rankdata(values).tolist()
+
+
+def test_spearman_drops_pairs_with_a_missing_value():
+    a = [1.0, None, 2.0, 3.0, 4.0, float("nan")]
+    b = [2.0, 5.0, 1.0, float("nan"), 7.0, 0.0]
+    assert spearman(a, b) == pytest.approx(stats.spearmanr([1, 2, 4], [2, 1, 7]).statistic)
+
+
+@pytest.mark.parametrize("a, b", [([], []), ([1.0], [2.0]), ([1, 1, 1], [1, 2, 3]), ([1, None, None], [1, 2, 3])])
+def test_spearman_is_none_where_it_is_not_defined(a, b):
+    assert spearman(a, b) is None
+
+
+def test_spearman_wants_pairs():
+    with pytest.raises(ValueError, match="one length"):
+        spearman([1, 2], [1, 2, 3])
+
+
+def test_share_has_the_binomial_error_and_leaves_out_none():
+    found = share([True, None, False, True, True])
+    assert (found.value, found.count) == (0.75, 4)
+    assert found.error == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    assert share([None]) is None
+
+
+def test_paired_difference_has_the_error_of_the_differences():
+    before, after = [0, 0, 1, 1, 0], [1, 0, 1, 1, 1]
+    found = paired_difference(before, after)
+    assert found.value == pytest.approx(0.4)
+    assert found.error == pytest.approx(stats.sem([1, 0, 0, 0, 1]))
