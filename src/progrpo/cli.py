@@ -125,6 +125,8 @@ class Sample:
     """Pictures a prompt."""
 
     def run(self) -> None:
+        _at_least(0, seed=self.seed)
+        _at_least(1, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale, count=self.count)
         from progrpo.training.sample import sample_pictures
 
         files = sample_pictures(
@@ -157,6 +159,9 @@ class Eval:
     """Print JSON."""
 
     def run(self) -> None:
+        _at_least(
+            1, pictures=self.pictures, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale
+        )
         from progrpo.training.evaluate import evaluate_model
 
         result = evaluate_model(
@@ -194,7 +199,9 @@ class Pretrain:
     device: str = "auto"
     """`auto` is the GPU where there is one, else the CPU."""
     vae_steps: int | None = None
+    """Optimizer steps of a stage; without it what made the shipped model."""
     flow_steps: int | None = None
+    judge_steps: int | None = None
     export: Path | None = None
     """Write the finished model's folder, in diffusers' format, into this one."""
 
@@ -306,6 +313,12 @@ def _in_short(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{k} {_in_short(v)}" for k, v in value.items())
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _at_least(low: int, **options: float) -> None:
+    for name, value in options.items():
+        if not value >= low:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
 
 
 def _first_free(folder: Path) -> Path:

@@ -26,6 +26,9 @@ class ModelConfig:
     """Module names to adapt; empty: attention and feed-forward projections of both streams."""
     max_sequence_length: int = 16
     """T5 tokens; there is no attention mask in SD3, so this changes the picture and multiplies the cost."""
+    keep_text_encoders: bool = False
+    """False: every prompt that the run will meet is encoded at its start, and the text encoders leave memory. True: they
+    stay, and encode as prompts come; for runs of so many prompts that the embeddings would not fit."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights and the network's forward pass; step math is always float32."""
 

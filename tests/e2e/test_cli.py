@@ -127,6 +127,8 @@ def test_plan_reads_a_config_file(capsys, tmp_path):
         (("plan", "smoke", "--plan.prune", "3", "9"), "prune keep at step 3 must be at most the 6 members"),
         (("train", "smoke", "--resume", "nowhere"), "progrpo train --resume does not take smoke"),
         (("train", "--resume", "nowhere"), "nowhere is no run folder (it holds no config.json)"),
+        (("sample", "m", "--prompt", "a", "--count", "0"), "--count must be at least 1, not 0"),
+        (("eval", "m", "--guidance-scale", "nan"), "--guidance-scale must be at least 1, not nan"),
         (("report", "nowhere"), "nowhere is no run folder (it holds no config.json)"),
     ],
 )

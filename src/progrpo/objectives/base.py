@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -46,7 +46,7 @@ class Loss:
 class Objective(Protocol):
     """Items are what a microbatch counts: for GRPO a transition of a trajectory, for others a trajectory and a time."""
 
-    needs: Literal["transitions", "latents"]
+    needs: ClassVar[Literal["transitions", "latents"]]
     """What sampling must store: stochastic transitions with log-probs, or only final latents."""
 
     def items_per_trajectory(self, experience: Experience) -> int: ...

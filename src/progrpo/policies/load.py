@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +12,7 @@ from diffusers import DiffusionPipeline
 
 from progrpo.policies.base import Policy
 from progrpo.policies.sd3 import SD3Policy
+from progrpo.zoo import WEIGHTS
 
 BUILT_IN = ("shapes-flow",)
 POLICIES = {"StableDiffusion3Pipeline": SD3Policy}
@@ -96,7 +96,9 @@ def _apply_trained(pipeline: DiffusionPipeline, folder: Path) -> None:
         denoiser = type(pipeline.transformer)
         pipeline.transformer = denoiser.from_pretrained(folder, use_safetensors=True).to(pipeline.transformer.dtype)
     else:
-        raise ValueError(f"{folder} holds no trained weights (pytorch_lora_weights.safetensors, or config.json of a denoiser)")
+        raise ValueError(
+            f"{folder} holds no trained weights: neither pytorch_lora_weights.safetensors nor a denoiser's config.json"
+        )
 
 
 def _locate(path: str | Path) -> str:
@@ -114,7 +116,7 @@ def _locate(path: str | Path) -> str:
 
 
 def _built_in(name: str) -> str:
-    folder = Path(str(files("progrpo"))) / "zoo" / "weights" / name
+    folder = WEIGHTS / name
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"model.path: the weights of the built-in {name!r} are not in this installation ({folder})")
     return str(folder)

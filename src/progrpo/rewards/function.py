@@ -33,5 +33,7 @@ class FunctionReward:
         values = self.function([Image.fromarray(p) for p in pictures_NHWC], [p.text for p in prompts], **arguments)
         if len(values) != len(prompts):
             name = getattr(self.function, "__qualname__", "the reward function")
-            raise ValueError(f"reward {name} returned {len(values)} scores for {len(prompts)} pictures; return one each")
+            raise ValueError(
+                f"reward {name} returned {len(values)} scores for {len(prompts)} pictures; return one each"
+            )
         return [Score(None if v is None else float(v)) for v in values]

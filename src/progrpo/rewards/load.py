@@ -25,7 +25,9 @@ def load_reward(name: str) -> Reward:
         return REWARDS[name]()
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        raise ValueError(f"reward.name {name!r} is neither built in ({', '.join(REWARDS)}) nor of the form module:function")
+        raise ValueError(
+            f"reward.name {name!r} is neither built in ({', '.join(REWARDS)}) nor of the form module:function"
+        )
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
@@ -33,7 +35,9 @@ def load_reward(name: str) -> Reward:
     except ModuleNotFoundError as error:
         if error.name != module_name:  # the user's module is there, something that it imports is not
             raise
-        raise ValueError(f"reward.name {name!r}: there is no module {module_name!r} in this folder or installed") from None
+        raise ValueError(
+            f"reward.name {name!r}: there is no module {module_name!r} in this folder or installed"
+        ) from None
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"reward.name {name!r}: the module {module_name!r} has no function {attribute!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from progrpo.rollout.denoise import Sampling
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import Judge
 from progrpo.types import Prompt
+from progrpo.zoo import WEIGHTS
 from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.judge import load_judge
 
@@ -82,4 +82,4 @@ def judge_for(source: str) -> Judge | None:
     """The built-in prompts have a second judge, a file's have none."""
     if source != "shapes":
         return None
-    return load_judge(Path(str(files("progrpo"))) / "zoo" / "weights" / "shapes-judge")
+    return load_judge(WEIGHTS / "shapes-judge")

@@ -26,7 +26,9 @@ def check_ratio(deviation: float, clip_range: float) -> None:
 
 def check_rewards(rewards_N: Tensor, iteration: int) -> None:
     if not rewards_N.isfinite().any():
-        raise SelfCheckError(f"iteration {iteration}: every reward is missing; the reward function fails on all pictures")
+        raise SelfCheckError(
+            f"iteration {iteration}: every reward is missing; the reward function fails on all pictures"
+        )
 
 
 def check_gradient(norm: float, iteration: int) -> None:
@@ -39,7 +41,9 @@ def check_moved(policy: Policy) -> None:
     state = policy.state_dict()
     moved = any(not torch.equal(p, state["reference"][name]) for name, p in state["current"].items())
     if not moved:
-        raise SelfCheckError("no trained weight moved in the first update: is optim.lr too small for the weights' dtype?")
+        raise SelfCheckError(
+            "no trained weight moved in the first update: is optim.lr too small for the weights' dtype?"
+        )
     if not all(p.isfinite().all() for p in state["current"].values()):
         raise SelfCheckError("a trained weight is not finite after the first update; lower optim.lr")
 

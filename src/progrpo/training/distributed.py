@@ -49,10 +49,11 @@ class Ranks:
 
 @dataclass
 class Tally:
-    """Metrics as (sum, count), and maxima, so that microbatches and processes add up without bias."""
+    """Metrics as (sum, count) of means, as totals and as maxima, so that microbatches and processes add up without bias."""
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, total: float, count: float) -> None:
@@ -64,19 +65,24 @@ class Tally:
         there = values[values.isfinite()]
         self.add(name, there.double().sum().item(), len(there))
 
+    def count(self, name: str, number: float) -> None:
+        self.totals[name] = self.totals.get(name, 0) + number
+
     def raise_to(self, name: str, value: float) -> None:
         self.maxima[name] = max(self.maxima.get(name, -torch.inf), float(value))
 
     def merge(self, other: Tally) -> None:
         for name, total in other.sums.items():
             self.add(name, total, other.counts[name])
+        for name, number in other.totals.items():
+            self.count(name, number)
         for name, value in other.maxima.items():
             self.raise_to(name, value)
 
     def over(self, ranks: Ranks) -> Mapping[str, float]:
-        """Means and maxima over all processes; a mean of nothing is left out."""
+        """Means, totals and maxima over all processes; a mean of nothing is left out."""
         whole = Tally()
         for part in ranks.gather([self]):
             whole.merge(part)
         means = {name: total / whole.counts[name] for name, total in whole.sums.items() if whole.counts[name]}
-        return means | whole.maxima
+        return means | whole.totals | whole.maxima

@@ -122,4 +122,9 @@ def evaluate_model(
     sampling = ode(policy, num_inference_steps, guidance_scale, microbatch=64)
     chosen = eval_prompts(prompts, split, pictures)
     result = evaluate(policy, load_reward(reward), judge_for(prompts), chosen, sampling, seed, ranks)
-    return {"target": target, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **result.figures()}
+    return {
+        "target": target,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        **result.figures(),
+    }

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from progrpo import __version__
 from progrpo.config import Config, check, to_dict
 from progrpo.data import PromptOrder, Prompts
 from progrpo.policies.base import Policy
@@ -37,7 +38,7 @@ from progrpo.types import Prompt
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-_PACKAGES = ("progrpo", "torch", "diffusers", "transformers", "peft", "accelerate")
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
@@ -58,10 +59,14 @@ def resume_run(folder: Path, iterations: int | None = None) -> RunFolder:
         check(config)
     latest = checkpoints(folder)
     if not latest:
-        raise ValueError(f"{folder} holds no checkpoint yet; start it anew with progrpo train {folder} --out {folder} --overwrite")
+        raise ValueError(
+            f"{folder} holds no checkpoint yet; start it anew with progrpo train {folder} --out {folder} --overwrite"
+        )
     state = load_state(latest[-1])
     if state["iteration"] > config.iterations:
-        raise ValueError(f"{folder} is at iteration {state['iteration']}, past --iterations {config.iterations}; give more")
+        raise ValueError(
+            f"{folder} is at iteration {state['iteration']}, past --iterations {config.iterations}; give more"
+        )
     if ranks.is_main:
         run.write_config(to_dict(config))
         run.truncate_metrics(state["iteration"])
@@ -107,10 +112,11 @@ def train(
     table: Prompts = {"": tuple(_prompt(p) for p in prompts)}
     if not table[""]:
         raise ValueError("prompts is empty; give at least one")
-    held_out = [_prompt(p) for p in (eval_prompts or prompts)]
-    held_out = [held_out[i % len(held_out)] for i in range(config.eval.pictures)]
+    measured = [_prompt(p) for p in (eval_prompts or prompts)]
+    measured = [measured[i % len(measured)] for i in range(config.eval.pictures)]
     run = _create(Path(out), config, overwrite, ranks)
-    return Run(config, policy, scorer, PromptOrder(table, config.seed), held_out, None, run, ranks).train()
+    order, held_out = PromptOrder(table, config.seed), HeldOut(measured, measured, None)
+    return Run(config, policy, scorer, order, held_out, run, ranks).train()
 
 
 def _prompt(prompt: str | Prompt) -> Prompt:
@@ -127,14 +133,24 @@ def _create(out: Path, config: Config, overwrite: bool, ranks: Ranks) -> RunFold
 def _from_config(config: Config, run: RunFolder, ranks: Ranks) -> Run:
     reward = load_reward(config.reward.name)
     order = train_order(config.prompts.source, config.seed)
-    held_out = eval_prompts(config.eval.prompts, "test", config.eval.pictures)
+    source, pictures = config.eval.prompts, config.eval.pictures
+    test, validation = (eval_prompts(source, split, pictures) for split in ("test", "validation"))
     policy = policy_from(config.model, config.seed, ranks)
-    return Run(config, policy, reward, order, held_out, judge_for(config.eval.prompts), run, ranks)
+    return Run(config, policy, reward, order, HeldOut(test, validation, judge_for(source)), run, ranks)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     return sorted(p for p in (folder / "checkpoints").glob("iteration_*") if p.name[10:].isdigit())
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a run is measured on: test prompts for before and after, validation prompts on the way, and a second judge."""
+
+    test: Sequence[Prompt]
+    validation: Sequence[Prompt]
+    judge: Judge | None
 
 
 class Run:
@@ -146,15 +162,13 @@ class Run:
         policy: Policy,
         reward: Reward,
         order: PromptOrder,
-        held_out: Sequence[Prompt],
-        judge: Judge | None,
+        held_out: HeldOut,
         folder: RunFolder,
         ranks: Ranks,
     ) -> None:
-        self.config, self.policy, self.reward, self.judge = config, policy, reward, judge
+        self.config, self.policy, self.reward = config, policy, reward
         self.held_out, self.folder, self.ranks = held_out, folder, ranks
         self.trainer = Trainer(config, policy, reward, order, ranks)
-        policy.encode([p.text for p in held_out])  # every text once; a training prompt is encoded when it first comes
 
     def train(self, state: Mapping[str, Any] | None = None) -> RunFolder:
         start = time.perf_counter()
@@ -167,6 +181,8 @@ class Run:
             history=self.folder.read_metrics(),
             enabled=self.ranks.is_main,
         )
+        if not self.config.model.keep_text_encoders:
+            self._encode_all()
         try:
             self._train(console, start, fresh=state is None)
         except BaseException as error:
@@ -179,21 +195,34 @@ class Run:
 
     def _train(self, console: Console, start: float, fresh: bool) -> None:
         if fresh:
-            console.say(f"evaluating the base model on {len(self.held_out)} pictures")
+            console.say(f"evaluating the base model on {len(self.held_out.test)} pictures")
             self._evaluate("before", "reference")
         self._write_summary(start, "running")
         while self.trainer.iteration < self.config.iterations:
             done = self.trainer.step()
+            if self.config.eval.every and self.trainer.iteration % self.config.eval.every == 0:
+                done.record.update(self._validate())
             if self.ranks.is_main:
                 self._keep(done, console)
             if self._due(self.config.checkpoint.every):
                 self._checkpoint(time.perf_counter() - start)
         self.trainer.check_frozen()
-        console.say(f"evaluating the trained model on {len(self.held_out)} pictures")
+        console.say(f"evaluating the trained model on {len(self.held_out.test)} pictures")
         self._evaluate("after", self.trainer.evaluated_weights)
         if self.ranks.is_main:
             name = "lora" if self.config.model.weights == "lora" else "transformer"
             self.policy.save(self.folder.path / name, self.trainer.evaluated_weights)
+
+    def _encode_all(self) -> None:
+        """Every text that this process will meet goes through the text encoders once, and they leave memory."""
+        per_iteration = self.config.prompts.per_iteration
+        places = range(self.trainer.iteration * per_iteration, self.config.iterations * per_iteration)
+        prompts = [*map(self.trainer.order.at, places), *self.held_out.test]
+        if self.config.eval.every:
+            prompts += self.held_out.validation
+        for prompt in prompts:  # one by one: the policy keeps the rows on the CPU, the device never holds them all
+            self.policy.encode([prompt.text])
+        self.policy.release_text_encoders()
 
     def _due(self, every: int) -> bool:
         done = self.trainer.iteration
@@ -207,14 +236,22 @@ class Run:
         if self._due(self.config.checkpoint.every):
             self.folder.save_samples(done.record["iteration"], done.rollout.images_NHWC[:32].numpy())
 
-    def _evaluate(self, when: str, weights: str) -> Evaluation:
+    def _evaluate(self, when: str, weights: str) -> None:
+        """On the test prompts, for the summary."""
+        result = self._measure(self.held_out.test, weights)
+        if self.ranks.is_main:
+            self.folder.write_evaluation(when, result.records, result.pictures_NHWC)
+
+    def _validate(self) -> dict[str, float | None]:
+        """On the validation prompts, for the curves."""
+        result = self._measure(self.held_out.validation, self.trainer.evaluated_weights)
+        return {f"eval/{name}": result.mean(name) for name in ("graded", "strict", "judge")}
+
+    def _measure(self, prompts: Sequence[Prompt], weights: str) -> Evaluation:
         wanted = self.config.eval
         sampling = ode(self.policy, wanted.num_inference_steps, wanted.guidance_scale, self.config.sampling.microbatch)
         with self.policy.weights(weights):
-            result = evaluate(self.policy, self.reward, self.judge, self.held_out, sampling, wanted.seed, self.ranks)
-        if self.ranks.is_main:
-            self.folder.write_evaluation(when, result.records, result.pictures_NHWC)
-        return result
+            return evaluate(self.policy, self.reward, self.held_out.judge, prompts, sampling, wanted.seed, self.ranks)
 
     def _checkpoint(self, wall_seconds: float) -> None:
         if not self.ranks.is_main:
@@ -272,7 +309,8 @@ class Run:
                     "num_inference_steps": sampling.num_inference_steps,
                 },
                 "seconds_by_stage": totals.seconds,
-                "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+                "versions": {"python": platform.python_version(), "progrpo": __version__}
+                | {p: version(p) for p in _PACKAGES},
                 "device": _device(self.ranks.device),
                 "command": " ".join(["progrpo", *sys.argv[1:]]),
             }

@@ -144,9 +144,7 @@ class Trainer:
         """A prompt of this iteration, another place of it every time, under a slot that no trained group has."""
         count = self.config.prompts.per_iteration
         prompt = self.order.at(self.iteration * count + (self.iteration // self.config.audit.every) % count)
-        return audit(
-            self.policy, self.reward, prompt, count, self.plan, self.sampling, self.select, key, meter
-        )
+        return audit(self.policy, self.reward, prompt, count, self.plan, self.sampling, self.select, key, meter)
 
     def _record(
         self, tally: Tally, meter: Meter, audited: Meter, found: Audit | None, seconds: float
@@ -190,5 +188,3 @@ class Trainer:
         self.optimizer.load_state_dict(dict(state["optimizer"]))
         self.totals.load_state_dict(state["totals"])
         self.iteration = state["iteration"]
-
-

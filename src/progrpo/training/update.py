@@ -15,7 +15,9 @@ from progrpo.training.distributed import Ranks, Tally
 from progrpo.types import Rollout
 
 
-def learn_from(rollout: Rollout, sampling: Sampling, objective: ObjectiveConfig, ranks: Ranks) -> tuple[Experience, Tally]:
+def learn_from(
+    rollout: Rollout, sampling: Sampling, objective: ObjectiveConfig, ranks: Ranks
+) -> tuple[Experience, Tally]:
     """Every survivor whose reward is there, with its advantage; and what the rewards looked like."""
     num_groups, tally = len(rollout.prompts), Tally()
     statistics = group_statistics(rollout.rewards_N, rollout.group_N, num_groups)
@@ -32,11 +34,12 @@ def learn_from(rollout: Rollout, sampling: Sampling, objective: ObjectiveConfig,
         clip_max=objective.adv_clip_max,
     )
     tally.add_finite("reward/mean", rollout.finalist_rewards_F)
-    tally.add_finite("reward/survivor_mean", rollout.rewards_N)
     tally.add_finite("reward/std", statistics.std_P)
     tally.add_finite("reward/strict", rollout.passed_N)
-    tally.add("reward/missing", (~rollout.finalist_rewards_F.isfinite()).sum().item(), len(rollout.finalist_rewards_F))
-    tally.add("advantage/zero_variance_groups", (~statistics.informative_P).sum().item(), num_groups)
+    if not rollout.previews:
+        tally.add_finite("reward/group_std_full", finalists.std_P)
+    tally.count("reward/missing", int((~rollout.finalist_rewards_F.isfinite()).sum()))
+    tally.count("advantage/zero_variance_groups", int((~statistics.informative_P).sum()))
     rates_T = torch.stack([sampling.rate(step) for step in range(sampling.num_inference_steps)])
     experience = Experience(
         rollout.trajectories, advantages_N, rollout.condition, sampling.sigmas_T1, rates_T, sampling.guidance_scale
@@ -45,7 +48,12 @@ def learn_from(rollout: Rollout, sampling: Sampling, objective: ObjectiveConfig,
 
 
 def update(
-    policy: Policy, objective: Objective, optimizer: Optimizer, experience: Experience, config: OptimConfig, ranks: Ranks
+    policy: Policy,
+    objective: Objective,
+    optimizer: Optimizer,
+    experience: Experience,
+    config: OptimConfig,
+    ranks: Ranks,
 ) -> tuple[Tally, int]:
     """`updates_per_rollout` optimizer steps, each on its share of every group; what was seen, and items trained.
 
@@ -75,7 +83,9 @@ def _parts(experience: Experience, parts: int) -> Tensor:
     return (place_N + experience.trajectories.slot_N) % parts
 
 
-def _accumulate(policy: Policy, objective: Objective, experience: Experience, everywhere: float, microbatch: int) -> Tally:
+def _accumulate(
+    policy: Policy, objective: Objective, experience: Experience, everywhere: float, microbatch: int
+) -> Tally:
     tally = Tally()
     for items_B in torch.arange(len(experience) * objective.items_per_trajectory(experience)).split(microbatch):
         if len(items_B) == 0:  # splitting nothing gives one empty part

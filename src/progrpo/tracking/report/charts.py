@@ -16,7 +16,7 @@ INK, MUTED, GRID, GHOST = "#1d2939", "#667085", "#eef0f3", "#e4e7ec"
 ACCENT, GREY, AMBER, TEAL = "#2f5fd0", "#98a2b3", "#d9822b", "#12876f"
 _BAND = "rgba(47, 95, 208, 0.13)"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-AXES = {"iteration": "iteration", "seconds": "seconds of training", "nfe": "NFE spent on training samples"}
+AXES = {"iteration": "iteration", "seconds": "seconds", "nfe": "training NFE"}
 BINS = np.arange(-3.0, 3.01, 0.5)
 
 

@@ -10,10 +10,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,9 +26,17 @@ from progrpo.zoo.shapes.judge import Judge, judge_loss, save_judge
 from progrpo.zoo.shapes.models import TextStack, assemble, build_transformer, build_vae, to_pictures, to_tensor
 from progrpo.zoo.shapes.verifier import verify
 
-KL_WEIGHT = 3e-4  # on the mean over latent elements: keeps the posterior wide, so that the decoder forgives small errors
+KL_WEIGHT = (
+    3e-4  # on the mean over latent elements: keeps the posterior wide, so that the decoder forgives small errors
+)
 KIND_WEIGHTS = {"single": 0.08, "two": 0.12, "counting": 0.24, "colours": 0.08, "position": 0.28, "binding": 0.20}
-LENGTHS = {16: 0.90, 32: 0.02, 64: 0.02, 128: 0.02, 256: 0.04}  # T5 tokens: without a mask their number changes the picture
+LENGTHS = {
+    16: 0.90,
+    32: 0.02,
+    64: 0.02,
+    128: 0.02,
+    256: 0.04,
+}  # T5 tokens: without a mask their number changes the picture
 DROP_TEXT = 0.1  # share of empty prompts, for classifier-free guidance
 Log = Callable[[str], None]
 
@@ -40,7 +49,7 @@ class Budget:
     vae_batch: int = 32
     judge_steps: int = 3_000
     judge_batch: int = 64
-    pictures: int = 80_000
+    pictures: int = 64_000
     flow_steps: int = 14_000
     flow_batch: int = 64
 
@@ -63,7 +72,9 @@ def train_vae(out: Path, budget: Budget, seed: int, device: torch.device, log: L
             posterior = vae.encode(x).latent_dist
             decoded = vae.decode(posterior.sample(noise)).sample.float()
         error = decoded - x
-        return error.abs().mean() + error.square().mean() + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+        return (
+            error.abs().mean() + error.square().mean() + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+        )
 
     def evaluate() -> str:
         decoded = vae.decode(vae.encode(held_out).latent_dist.mode()).sample
@@ -95,7 +106,7 @@ def cache_latents(vae: AutoencoderKL, out: Path, budget: Budget, seed: int, log:
 
     Sets the autoencoder's shift and scale so that latents have mean 0 and variance 1.
     """
-    file, chunk = out / "latents.safetensors", 512
+    file, chunk = out / "latents.safetensors", 64  # larger ones fall out of the cache
     rng = np.random.default_rng([seed, 4])
     table = world.prompts("train")
     kinds = rng.choice(list(KIND_WEIGHTS), budget.pictures, p=list(KIND_WEIGHTS.values()))
@@ -105,7 +116,7 @@ def cache_latents(vae: AutoencoderKL, out: Path, budget: Budget, seed: int, log:
         for start in range(0, budget.pictures, chunk):
             pictures = np.stack([world.draw(world.scene_for(p, rng)) for p in prompts[start : start + chunk]])
             parts.append(vae.encode(to_tensor(pictures).to(vae.device)).latent_dist.mode().half().cpu())
-            if start % (40 * chunk) == 0:
+            if start % (160 * chunk) == 0:
                 log(f"latents: {start}/{budget.pictures}")
         save_file({"z": torch.cat(parts).contiguous()}, file)
     z = load_file(file)["z"]
@@ -152,8 +163,14 @@ def train_flow(
 
 @torch.no_grad()
 def measure(
-    pipeline, split: str, pictures: int, seed: int, num_inference_steps: int = 10, guidance_scale: float = 1.0, length: int = 16
-) -> dict:
+    pipeline: StableDiffusion3Pipeline,
+    split: str,
+    pictures: int,
+    seed: int,
+    num_inference_steps: int = 10,
+    guidance_scale: float = 1.0,
+    length: int = 16,
+) -> dict[str, Any]:
     """Strict and graded score of a pipeline's own ODE samples for prompts of a split, over all and by kind."""
     pipeline.set_progress_bar_config(disable=True)
     prompts = world.sample_prompts(split, pictures, seed)
@@ -161,11 +178,17 @@ def measure(
     for start in range(0, pictures, 64):
         batch = [p.text for p in prompts[start : start + 64]]
         g = torch.Generator().manual_seed(seed + start)
-        options = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "max_sequence_length": length}
+        options = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "max_sequence_length": length,
+        }
         images.append(pipeline(batch, generator=g, output_type="np", **options).images)
     verdicts = verify((np.concatenate(images) * 255).round().astype(np.uint8), prompts)
     kinds = [p.columns["kind"] for p in prompts]
-    by_kind = {k: float(np.mean([v.strict for v, kind in zip(verdicts, kinds, strict=True) if kind == k])) for k in world.KINDS}
+    by_kind = {
+        k: float(np.mean([v.strict for v, kind in zip(verdicts, kinds, strict=True) if kind == k])) for k in world.KINDS
+    }
     return {
         "strict": float(np.mean([v.strict for v in verdicts])),
         "graded": float(np.mean([v.graded for v in verdicts])),
@@ -173,9 +196,14 @@ def measure(
     }
 
 
-def pretrain(out: Path, *, budget: Budget, seed: int = 0, device: str = "cpu", export: Path | None = None, log: Log = print):
-    """Run or resume every stage in `out`; with `export`, write the pipeline's folder and the judge's beside it."""
-    place = torch.device(device)
+def pretrain(
+    out: Path, *, budget: Budget, seed: int = 0, device: str = "auto", export: Path | None = None, log: Log = print
+) -> StableDiffusion3Pipeline:
+    """Run or resume every stage in `out`; with `export`, write the pipeline's folder and the judge's beside it.
+
+    `device` auto is a GPU where there is one.
+    """
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     out.mkdir(parents=True, exist_ok=True)
     vae = train_vae(out, budget, seed, place, log)
     z, prompts = cache_latents(vae, out, budget, seed, log)

@@ -99,9 +99,8 @@ def _segment(pictures_NHWC: np.ndarray) -> np.ndarray:
 def _components(colour_NHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Flat indices of the coloured pixels, and for each the number of its 4-connected component of one colour."""
     index = np.flatnonzero(colour_NHW >= 0)
-    compact = np.full(colour_NHW.size, -1, np.int32)
-    compact[index] = np.arange(len(index), dtype=np.int32)
-    compact = compact.reshape(colour_NHW.shape)
+    compact = np.full(colour_NHW.shape, -1, np.int32)
+    compact.flat[index] = np.arange(len(index), dtype=np.int32)
     same_x = (colour_NHW[:, :, 1:] == colour_NHW[:, :, :-1]) & (colour_NHW[:, :, 1:] >= 0)
     same_y = (colour_NHW[:, 1:] == colour_NHW[:, :-1]) & (colour_NHW[:, 1:] >= 0)
     start = np.concatenate([compact[:, :, :-1][same_x], compact[:, :-1][same_y]])

@@ -208,7 +208,7 @@ def scene_for(prompt: Prompt, rng: np.random.Generator) -> Scene:
                     placed.append(Shape(shape, colour, float(x), float(y), float(size)))
                     break
         if len(placed) == len(objects) and (relation is None or _related(placed[0], placed[1], relation)):
-            return Scene(tuple(placed), ground)  # type: ignore[arg-type]
+            return Scene(tuple(placed), ground)
 
 
 def draw(scene: Scene, size: int = SIZE, supersample: int = 4) -> np.ndarray:
