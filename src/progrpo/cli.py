@@ -17,6 +17,7 @@ from progrpo import __version__
 from progrpo.config import Config, PlanConfig, check, config_to_json, field_paths, nearest, resolve_plan, trained_steps
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.rollout.plan import summary
+from progrpo.training.errors import SelfCheckError
 
 _Fields = Annotated[Config, arg(name="")]  # the configuration's fields stand beside the command's own options
 
@@ -231,12 +232,15 @@ COMMANDS: dict[str, type] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when done, 2 on a user's mistake (one sentence on stderr), 130 when interrupted."""
+    """Run the command line; 0 when done, 2 on a user's mistake (one sentence on stderr), 1 if the run stopped itself, 130 when interrupted."""
     try:
         _parse(list(sys.argv[1:] if argv is None else argv))()
     except ValueError as error:
         print(f"progrpo: error: {error}", file=sys.stderr)
         return 2
+    except SelfCheckError as error:
+        print(f"progrpo: stopped: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("progrpo: interrupted", file=sys.stderr)
         return 130

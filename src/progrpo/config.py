@@ -181,8 +181,9 @@ def field_paths(kind: Any = Config, prefix: str = "") -> list[str]:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean X?`, where X looks like `name` whole or in its last dotted part, else nothing."""
-    by_tail = {n.rpartition(".")[2]: n for n in names}
-    whole = difflib.get_close_matches(name, by_tail.values(), 1)
+    names = list(names)
+    by_tail = {n.rpartition(".")[2]: n for n in reversed(names)}  # where parts are shared, the first name
+    whole = difflib.get_close_matches(name, names, 1)
     tail = [by_tail[t] for t in difflib.get_close_matches(name.rpartition(".")[2], by_tail, 1)]
     return f"; did you mean {(whole or tail)[0]}?" if whole or tail else ""
 

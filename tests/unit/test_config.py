@@ -95,7 +95,10 @@ def test_every_field_has_a_path():
 
 
 def test_nearest_looks_at_the_whole_name_and_at_its_last_part():
-    names = ["sampling.shift", "optim.lr"]
+    names = ["sampling.shift", "optim.lr", "sampling.microbatch", "optim.microbatch"]
+    assert nearest("sampling.microbtch", names) == "; did you mean sampling.microbatch?"
+    assert nearest("optim.microbtch", names) == "; did you mean optim.microbatch?"
+    assert nearest("microbatch", names[::-1]) == "; did you mean optim.microbatch?"
     assert nearest("sampling.shft", names) == "; did you mean sampling.shift?"
     assert nearest("shift", names) == "; did you mean sampling.shift?"
     assert nearest("zzz", names) == ""

@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from progrpo.policies.base import Policy
 from progrpo.policies.sd3 import SD3Policy
@@ -18,6 +20,14 @@ BUILT_IN = ("shapes-flow",)
 POLICIES = {"StableDiffusion3Pipeline": SD3Policy}
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def quiet() -> None:
+    """No progress bars while parts are loaded, and only errors from the libraries below; a command line's wish."""
+    diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def load_policy(

@@ -23,7 +23,11 @@ from progrpo.types import Prompt, Trajectories
 
 @dataclass(frozen=True)
 class Audit:
-    """Scores of T previews (T, G) and of the final pictures (G,), with pictures uint8 (G, T+1, H, W, 3)."""
+    """Scores of T previews (T, G) and of the final pictures (G,), with pictures uint8 (G, T+1, H, W, 3).
+
+    `kept_uniform` and `kept_ovf` are whom these selectors keep when they know the final rewards: as many as the plan's
+    survivors, or half where the plan keeps everyone.
+    """
 
     prompt: Prompt
     scores_TG: Tensor
@@ -75,7 +79,7 @@ def audit(
     batch = expand(policy, slot_P, plan.group_size, key)
     batch = denoise(policy, policy.encode([prompt.text]), batch, sampling, key, meter, watch)
     images_NHWC, final_G, _ = score(policy, reward, [prompt], batch, batch.x_NCHW, sampling.microbatch, meter)
-    half = max(2, plan.group_size // 2)
+    keep = plan.survivors if plan.survivors < plan.group_size else max(2, plan.group_size // 2)
     seeds = key.group_seeds(slot_P, sampling.num_inference_steps)
     return Audit(
         prompt=prompt,
@@ -83,8 +87,8 @@ def audit(
         final_G=final_G,
         pictures_GSHWC=torch.stack([*pictures, images_NHWC], dim=1).numpy(),
         stopped_at=_stops(plan, scores, final_G, select, key, slot_P),
-        kept_uniform=_kept(SELECTORS["uniform"], final_G, half, seeds),
-        kept_ovf=_kept(SELECTORS["ovf"], final_G, half, seeds),
+        kept_uniform=_kept(SELECTORS["uniform"], final_G, keep, seeds),
+        kept_ovf=_kept(SELECTORS["ovf"], final_G, keep, seeds),
     )
 
 

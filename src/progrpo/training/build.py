@@ -12,7 +12,7 @@ from progrpo.data import PromptOrder, load_prompts
 from progrpo.objectives.base import Objective
 from progrpo.objectives.grpo import GRPO
 from progrpo.policies.base import Policy
-from progrpo.policies.load import load_policy
+from progrpo.policies.load import load_policy, quiet
 from progrpo.recipes import load_recipe
 from progrpo.rollout.denoise import Sampling
 from progrpo.training.distributed import Ranks
@@ -29,6 +29,7 @@ OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
 
 def policy_from(model: ModelConfig, seed: int, ranks: Ranks, trained: Path | None = None) -> Policy:
     """The policy that a configuration names, optionally with weights that a run has saved."""
+    quiet()
     return load_policy(
         model.path,
         weights=model.weights,

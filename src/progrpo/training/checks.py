@@ -9,10 +9,7 @@ from torch import Tensor
 
 from progrpo.objectives.base import Experience
 from progrpo.policies.base import Policy
-
-
-class SelfCheckError(RuntimeError):
-    """The run is not doing what it says; the message names what was seen and the likely cause."""
+from progrpo.training.errors import SelfCheckError
 
 
 def check_ratio(deviation: float, clip_range: float) -> None:

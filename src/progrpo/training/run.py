@@ -312,7 +312,7 @@ class Run:
                 "versions": {"python": platform.python_version(), "progrpo": __version__}
                 | {p: version(p) for p in _PACKAGES},
                 "device": _device(self.ranks.device),
-                "command": " ".join(["progrpo", *sys.argv[1:]]),
+                "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             }
         )
 

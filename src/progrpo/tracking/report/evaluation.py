@@ -17,9 +17,10 @@ _OUTCOMES = {  # (passes before, passes after) -> (name, words)
     (True, True): ("passing", "passed both times"),
     (False, False): ("failing", "failed both times"),
 }
+_MARKS = {True: ("pass", "✓"), False: ("fail", "✕")}
 _LEAD = (
     "Each pair is one test prompt from the same starting noise: before training on the left, after it on the right. "
-    "The mark is the strict verdict."
+    "The mark is the strict verdict, where the reward gives one."
 )
 
 
@@ -39,12 +40,15 @@ def _gallery(run: Run) -> str:
 
 
 def _outcome(run: Run, i: int) -> str:
-    return _OUTCOMES[run.before[i]["strict"], run.after[i]["strict"]][0] if run.paired else "unpaired"
+    if not run.paired:
+        return "unpaired"
+    verdicts = run.before[i]["strict"], run.after[i]["strict"]
+    return _OUTCOMES[verdicts][0] if None not in verdicts else "unjudged"
 
 
 def _filters(run: Run, shown: Sequence[int]) -> str:
     """Buttons that choose among the shown pairs, each with their number."""
-    if not run.paired:
+    if run.accuracy_change() is None:
         return ""
     outcomes = [_outcome(run, i) for i in shown]
     names = {"all": f"All <small>{len(shown)}</small>"}
@@ -57,9 +61,9 @@ def _filters(run: Run, shown: Sequence[int]) -> str:
 
 
 def _totals(run: Run) -> str:
-    if not run.paired:
+    if run.accuracy_change() is None:
         return ""
-    outcomes = [_outcome(run, i) for i in range(len(run.before))]
+    outcomes = [outcome for i in range(len(run.before)) if (outcome := _outcome(run, i)) != "unjudged"]
     totals = ", ".join(f"<b>{outcomes.count(name)}</b> {words}" for name, words in _OUTCOMES.values())
     return f'<p class="after">Of all {len(outcomes)} evaluated pairs, {totals}.</p>'
 
@@ -75,10 +79,11 @@ def _shot(run: Run, record: Mapping[str, Any], when: str) -> str:
     name = record.get("picture")
     if not name or not (run.path / name).exists():
         return "<div></div>"
-    word, mark = ("pass", "✓") if record["strict"] else ("fail", "✕")
+    word, mark = _MARKS.get(record["strict"], ("no verdict", ""))
     title = f"{when} training: {word}, graded {number(record.get('graded'))}"
     image = f'<img src="{picture_uri(run.path / name)}" alt="{when} training">'
-    return f'<div class="shot" title="{title}">{image}<span class="mark {word}">{mark}</span></div>'
+    verdict = f'<span class="mark {word}">{mark}</span>' if mark else ""
+    return f'<div class="shot" title="{title}">{image}{verdict}</div>'
 
 
 def _kinds(run: Run) -> str:

@@ -57,10 +57,20 @@ def _what_ran(run: Run) -> str:
 def _what_came(run: Run) -> str:
     before, after = accuracy(run.before), accuracy(run.after)
     if before is None:
-        return "it has not been evaluated yet"
+        return _reward_came(run)
     if after is None:
         return f"strict accuracy was {_share(before)} on {before.count} test prompts before; after is not measured yet"
     return f"strict accuracy {_moved(run)} from {_share(before)} to {_share(after)} on {after.count} test prompts"
+
+
+def _reward_came(run: Run) -> str:
+    """In place of strict accuracy: a reward of one's own may give no verdicts."""
+    before, after = (run.summary.get(f"reward_{when}") for when in ("before", "after"))
+    if before is None:
+        return "it has not been evaluated yet"
+    if after is None:
+        return f"the mean reward was {number(before)} on {len(run.before)} prompts before; after is not measured yet"
+    return f"the mean reward went from {number(before)} to {number(after)} on {len(run.after)} prompts"
 
 
 def _moved(run: Run) -> str:
@@ -105,7 +115,7 @@ def _from_to(run: Run, key: str, word: Callable[[float | None], str]) -> str:
 def _change(run: Run) -> str:
     change = run.accuracy_change()
     if change is None:
-        return "not evaluated after training yet"
+        return "the reward gives no verdicts" if run.after else "not evaluated after training yet"
     return f"{100 * change.value:+.1f} ± {100 * change.error:.1f} points, picture by picture"
 
 

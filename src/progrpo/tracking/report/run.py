@@ -50,10 +50,11 @@ class Run:
         return bool(self.before) and [r["prompt"] for r in self.before] == [r["prompt"] for r in self.after]
 
     def accuracy_change(self) -> Mean | None:
-        """The mean change of the strict verdict, picture by picture."""
-        if not self.paired:
-            return None
-        return paired_difference([r["strict"] for r in self.before], [r["strict"] for r in self.after])
+        """The mean change of the strict verdict, picture by picture; None without a pair that has both verdicts."""
+        pairs = zip(self.before, self.after, strict=True) if self.paired else ()
+        verdicts = [(before["strict"], after["strict"]) for before, after in pairs]
+        judged = [pair for pair in verdicts if None not in pair]
+        return paired_difference(*zip(*judged, strict=True)) if judged else None
 
 
 def accuracy(records: Records) -> Mean | None:
