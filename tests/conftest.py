@@ -1,11 +1,16 @@
-"""A Stable Diffusion 3 pipeline of the true classes and of random weights; a call takes milliseconds."""
+"""What the tests share: a Stable Diffusion 3 pipeline of the true classes and of random weights, whose call takes
+milliseconds, what a run of it needs, and a policy of two weights for computing by hand."""
 
 from __future__ import annotations
 
 import string
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -115,3 +120,172 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-sd3"
     pipeline.save_pretrained(folder)
     return folder
+
+
+# --- runs of it -------------------------------------------------------------------------------------------------------
+
+PROMPTS = ("red cat", "blue dog", "green bird")
+
+
+def redness(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+    """A reward that tells any two pictures apart: the mean of the red channel, from 0 to 1."""
+    return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
+
+
+@pytest.fixture(scope="session")
+def prompts() -> tuple[str, ...]:
+    return PROMPTS
+
+
+@pytest.fixture(scope="session", name="redness")
+def _redness() -> Callable[..., list[float]]:
+    return redness
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_sd3: Path) -> Callable[[], Any]:
+    """The untouched pipeline, as a user of diffusers has it, new at every call."""
+    from diffusers import DiffusionPipeline
+
+    def load() -> Any:
+        pipeline = DiffusionPipeline.from_pretrained(tiny_sd3, use_safetensors=True)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., Any]:
+    """A configuration of seconds, with sections replaced by name: groups of 4, of which 3 live on after step 1 of 4."""
+    from progrpo import config as c
+
+    base = c.Config(
+        recipe="tiny",
+        iterations=2,
+        model=c.ModelConfig(lora_rank=2, lora_alpha=4, max_sequence_length=8),
+        prompts=c.PromptConfig(per_iteration=2),
+        sampling=c.SamplingConfig(num_inference_steps=4),
+        plan=c.PlanConfig(preset="custom", group_size=4, prune=((1, 3),)),
+        audit=c.AuditConfig(every=0),
+        eval=c.EvalConfig(pictures=3, num_inference_steps=3),
+        checkpoint=c.CheckpointConfig(every=1),
+    )
+    return lambda **sections: replace(base, **sections)
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tiny_pipeline: Callable[[], Any]) -> Callable[..., Any]:
+    """The pipeline as a policy, new at every call; `moved` is how far its trained weights are from their start."""
+    from progrpo.policies.load import policy_from_pipeline
+
+    def load(weights: Any = "lora", dtype: torch.dtype = torch.float32, moved: float = 0.0) -> Any:
+        policy = policy_from_pipeline(
+            tiny_pipeline(),
+            weights=weights,
+            lora_rank=2,
+            lora_alpha=4,
+            max_sequence_length=8,
+            seed=0,
+            device="cpu",
+            dtype=dtype,
+        )
+        move(policy, moved)
+        return policy
+
+    return load
+
+
+@torch.no_grad()
+def move(policy: Any, far: float) -> None:
+    """Move every trained weight: a fresh LoRA is the base model and hides its own mistakes."""
+    generator = torch.Generator().manual_seed(4)
+    for parameter in policy.trainable.values():
+        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=far)
+
+
+@pytest.fixture(scope="session", name="move")
+def _move() -> Callable[[Any, float], None]:
+    return move
+
+
+@pytest.fixture(scope="session")
+def tiny_trainer(tiny_policy: Callable[..., Any]) -> Callable[..., Any]:
+    """A trainer of a configuration, of the tiny policy and of `redness` if no other is given."""
+    from progrpo.data import PromptOrder
+    from progrpo.rewards.function import FunctionReward
+    from progrpo.training.distributed import Ranks
+    from progrpo.training.trainer import Trainer
+    from progrpo.types import Prompt
+
+    def build(config: Any, policy: Any = None, reward: Callable[..., Any] = redness) -> Any:
+        policy = policy or tiny_policy(config.model.weights)
+        order = PromptOrder({"": tuple(map(Prompt, PROMPTS))}, config.seed)
+        return Trainer(config, policy, FunctionReward(reward), order, Ranks())
+
+    return build
+
+
+# --- a policy for computing by hand -----------------------------------------------------------------------------------
+
+
+class LinearPolicy:
+    """v = a x + b c in float64, c being the prompt's number: all that objectives and updates ask of a policy."""
+
+    latent_shape = (1, 2, 2)
+    device = torch.device("cpu")
+
+    def __init__(self, a: float, b: float) -> None:
+        from progrpo.policies.weights import NamedWeights
+
+        self.a, self.b = (torch.nn.Parameter(torch.tensor(value, dtype=torch.float64)) for value in (a, b))
+        self.trainable = {"a": self.a, "b": self.b}
+        self.named_weights = NamedWeights(self.trainable)
+
+    def predict(self, x_BCHW: Any, sigma: Any, condition: Any, guidance_scale: float = 1.0) -> Any:
+        """The empty prompt's number is 0, so guidance scales c."""
+        return self.a * x_BCHW + guidance_scale * self.b * condition.tensors["c"].reshape(-1, 1, 1, 1)
+
+    def weights(self, name: str) -> AbstractContextManager[None]:
+        return self.named_weights.swapped(name)
+
+
+@pytest.fixture
+def linear_policy() -> LinearPolicy:
+    return LinearPolicy(0.3, -0.2)
+
+
+@pytest.fixture(scope="session")
+def linear_experience() -> Callable[..., Any]:
+    """Transitions of the linear policy's shape on a grid of 3 steps, drawn anywhere: 2 groups, of 3 and 2 members.
+
+    Their log-probs are those of `policy`, give or take `off`.
+    """
+    from progrpo.diffusion.flow import flow_grpo_rate, sde_mean_std
+    from progrpo.diffusion.gaussian import log_prob
+    from progrpo.objectives.base import Experience
+    from progrpo.types import Condition, Trajectories, Transition
+
+    def build(policy: Any, advantages: Sequence[float], off: float = 0.0, guidance_scale: float = 1.0) -> Experience:
+        generator = torch.Generator().manual_seed(7)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+        group, slot = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 5, 5])
+        condition = Condition({"c": torch.tensor([1.0, -2.0], dtype=torch.float64)})
+        sigmas = torch.tensor([1.0, 0.8, 0.5, 0.0], dtype=torch.float64)
+        rates = torch.stack([flow_grpo_rate(sigma, 0.7, sigmas[1]) for sigma in sigmas[:3]])
+        path = []
+        for step in (0, 1):
+            x = draw(5, 1, 2, 2)
+            with torch.no_grad():
+                v = policy.predict(x, sigmas[step], condition.take(group), guidance_scale)
+            mean, std = sde_mean_std(x, v, sigmas[step], sigmas[step + 1], rates[step])
+            x_next = mean + std * draw(*x.shape)
+            path.append(Transition(step, x, x_next, log_prob(x_next, mean, std) + off * draw(5)))
+        living = Trajectories(group, slot, torch.tensor([0, 2, 3, 0, 1]), draw(5, 1, 2, 2), None, tuple(path))
+        wanted = torch.tensor(advantages, dtype=torch.float64)
+        return Experience(living, wanted, condition, sigmas, rates, guidance_scale)
+
+    return build

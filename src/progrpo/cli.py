@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -203,18 +204,16 @@ class Pretrain:
     """Optimizer steps of a stage; without it what made the shipped model."""
     flow_steps: int | None = None
     judge_steps: int | None = None
-    export: Path | None = None
-    """Write the finished model's folder, in diffusers' format, into this one."""
+    export: FlagCreatePairsOff[bool] = False
+    """Put the finished model in the package, as the one that is shipped."""
 
     def run(self) -> None:
-        import torch
-
+        from progrpo.zoo import WEIGHTS
         from progrpo.zoo.shapes.pretrain import Budget, pretrain
 
-        steps = {"vae_steps": self.vae_steps, "flow_steps": self.flow_steps}
-        budget = replace(Budget(), **{name: n for name, n in steps.items() if n is not None})
-        found = "cuda" if torch.cuda.is_available() else "cpu"
-        pretrain(self.out, budget=budget, device=found if self.device == "auto" else self.device, export=self.export)
+        wanted = {"vae_steps": self.vae_steps, "flow_steps": self.flow_steps, "judge_steps": self.judge_steps}
+        budget = Budget(**{name: steps for name, steps in wanted.items() if steps is not None})
+        pretrain(self.out, budget=budget, device=self.device, export=WEIGHTS if self.export else None)
 
 
 COMMANDS: dict[str, type] = {
@@ -233,6 +232,7 @@ COMMANDS: dict[str, type] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 when done, 2 on a user's mistake (one sentence on stderr), 1 if the run stopped itself, 130 when interrupted."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or importing it warns of picture formats we do not use
     try:
         _parse(list(sys.argv[1:] if argv is None else argv))()
     except ValueError as error:

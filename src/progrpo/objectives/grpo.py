@@ -66,9 +66,10 @@ class _Steps:
     @classmethod
     def gather(cls, policy: Policy, experience: Experience, items_B: Tensor) -> _Steps:
         path, device = experience.trajectories.path, policy.device
+        items_B = items_B.sort().values  # below, parts come by transition; the loss is a sum over items
         which, rows = items_B // len(experience), items_B % len(experience)
         step = torch.tensor([t.step for t in path])[which]
-        parts = [(path[w], rows[which == w]) for w in which.unique().tolist()]  # items ascend, so parts stay in order
+        parts = [(path[w], rows[which == w]) for w in which.unique().tolist()]
         return cls(
             experience=experience,
             rows=rows,

@@ -72,7 +72,7 @@ def evaluate(
     """One picture a prompt. Noise is keyed by the prompt's place, so before and after start from the same."""
     mine = ranks.deal(len(prompts))
     found: list[tuple[int, dict[str, Any], np.ndarray | None]] = []
-    for places in mine.split(sampling.microbatch):
+    for places in mine.split(sampling.microbatch) if len(mine) else ():  # splitting nothing gives one empty part
         batch = [prompts[i] for i in places.tolist()]
         start = expand(policy, places, 1, NoiseKey(seed, 0))
         final = denoise(policy, policy.encode([p.text for p in batch]), start, sampling, NoiseKey(seed, 0), Meter())

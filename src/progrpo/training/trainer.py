@@ -110,7 +110,8 @@ class Trainer:
             key,
             meter,
         )
-        checks.check_rewards(rolled.rewards_N, self.iteration)
+        observed = self.ranks.sum(rolled.rewards_N.isfinite().sum()).item()
+        checks.check_rewards(int(observed), self.iteration)
         with meter.stage("update"):
             tally = self._update(rolled, meter)
         audited, found = Meter(), None

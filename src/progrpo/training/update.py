@@ -64,14 +64,16 @@ def update(
     for part in range(config.updates_per_rollout):
         share = experience.take((_parts(experience, config.updates_per_rollout) == part).nonzero().flatten())
         per_trajectory = objective.items_per_trajectory(share)
-        everywhere = ranks.sum(torch.tensor(float(len(share) * per_trajectory))).item()
         telling = share.take(share.advantages_N.nonzero().flatten())
+        counts = torch.tensor([len(share) * per_trajectory, len(telling)], dtype=torch.float64)
+        everywhere, taught = ranks.sum(counts).tolist()
         items += len(telling) * per_trajectory
         tally.merge(_accumulate(policy, objective, telling, everywhere, config.microbatch))
         ranks.sum_gradients(policy.trainable.values())
         norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), config.max_grad_norm)
         tally.add("update/grad_norm", norm.item(), 1)
-        optimizer.step()
+        if taught:  # else momentum alone would move the weights
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return tally, items
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.ndimage import distance_transform_edt
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -26,16 +27,22 @@ _MATCH = 0.82  # overlap from which a component counts as its shape
 _MARGIN = 0.04  # by which the best shape must beat the others
 _SQUARENESS = 1.30  # longest side over shortest from which a shape counts as distorted
 _CELLS = 16  # a component is compared with the ideal shapes on a grid of 16 x 16 cells over its bounding box
+_DEPTH = 2  # cells: what lies deeper than this inside an ideal shape is its core
+_SOLID = 0.9  # of its core that a shape must fill: outlines are no shapes (a decoder rounds tips, but leaves no holes)
 _FIT_FLOOR = 0.5  # overlap that any patch reaches: graded scores count from here
 _COS_DIRECTION = 0.5  # cosine of the largest angle to the named direction (GenEval's rule)
 
 
-def _templates() -> np.ndarray:
-    """(S, cells*cells) coverage of each ideal shape on the grid, in [0, 1]."""
+def _templates() -> tuple[np.ndarray, np.ndarray]:
+    """(S, cells*cells) coverage in [0, 1] of the grid by each ideal shape, and by its core."""
     fine = 8
     axis = (np.arange(_CELLS * fine) + 0.5) / (_CELLS * fine) * 2 - 1
-    masks = np.stack([SHAPES[s](axis[None], axis[:, None]) for s in _SHAPES]).astype(np.float32)
-    return masks.reshape(len(_SHAPES), _CELLS, fine, _CELLS, fine).mean((2, 4)).reshape(len(_SHAPES), -1)
+    masks = [SHAPES[s](axis[None], axis[:, None]) for s in _SHAPES]
+    # a shape that fills the grid ends with it: without the frame, the border would not count as its outline
+    depths = [distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1] / fine for mask in masks]
+    full = np.stack([*masks, *(depth > _DEPTH for depth in depths)]).astype(np.float32)
+    cover = full.reshape(-1, _CELLS, fine, _CELLS, fine).mean((2, 4)).reshape(len(full), -1)
+    return cover[: len(_SHAPES)], cover[len(_SHAPES) :]
 
 
 def _overlap(patch_MX: np.ndarray, template_SX: np.ndarray) -> np.ndarray:
@@ -44,7 +51,7 @@ def _overlap(patch_MX: np.ndarray, template_SX: np.ndarray) -> np.ndarray:
     return both / (patch_MX.sum(1)[:, None] + template_SX.sum(1)[None] - both)
 
 
-_TEMPLATES_SX = _templates()
+_TEMPLATES_SX, _CORES_SX = _templates()
 # a perfect shape on the grid does not reach 1, for its edge runs through cells: overlaps are relative to what it reaches
 _PERFECT_S = np.diag(_overlap((_TEMPLATES_SX >= 0.5).astype(np.float32), _TEMPLATES_SX))
 

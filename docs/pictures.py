@@ -1,4 +1,4 @@
-"""The pictures of README, made from a run folder: `python benchmarks/pictures.py runs/quickstart`.
+"""The pictures of README, made from a run folder: `python docs/pictures.py runs/quickstart`.
 
 docs/images/film.png           an audit group: previews by step, and where the plan stops each member
 docs/images/before_after.png   test prompts before and after, from the same noise
