@@ -37,6 +37,7 @@ def test_spearman_wants_pairs():
 
 def test_share_has_the_binomial_error_and_leaves_out_none():
     found = share([True, None, False, True, True])
+    assert found is not None
     assert (found.value, found.count) == (0.75, 4)
     assert found.error == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
     assert share([None]) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,17 +15,17 @@ def ranks(values: ArrayLike) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def spearman(a: ArrayLike, b: ArrayLike) -> float | None:
+def spearman(a: Sequence[float | None] | np.ndarray, b: Sequence[float | None] | np.ndarray) -> float | None:
     """Spearman's rank correlation of two equally long lists, ties averaged.
 
     Pairs with a missing value (NaN or None) are dropped. None where it is not defined: fewer than two pairs left, or
     one side constant. ValueError if the lengths differ.
     """
-    a, b = np.asarray(a, dtype=np.float64).ravel(), np.asarray(b, dtype=np.float64).ravel()
-    if a.shape != b.shape:
-        raise ValueError(f"spearman needs two lists of one length, not {len(a)} and {len(b)}")
-    there = ~(np.isnan(a) | np.isnan(b))
-    rank_a, rank_b = ranks(a[there]), ranks(b[there])
+    x, y = (np.asarray(values, dtype=np.float64).ravel() for values in (a, b))
+    if x.shape != y.shape:
+        raise ValueError(f"spearman needs two lists of one length, not {len(x)} and {len(y)}")
+    there = ~(np.isnan(x) | np.isnan(y))
+    rank_a, rank_b = ranks(x[there]), ranks(y[there])
     if len(rank_a) < 2 or np.ptp(rank_a) == 0 or np.ptp(rank_b) == 0:
         return None
     return float(np.clip(np.corrcoef(rank_a, rank_b)[0, 1], -1.0, 1.0))

@@ -124,6 +124,7 @@ def _prompt(prompt: str | Prompt) -> Prompt:
 
 
 def _create(out: Path, config: Config, overwrite: bool, ranks: Ranks) -> RunFolder:
+    out = ranks.gather([out])[0]  # where it was chosen by what is free, another process may have chosen later
     if ranks.is_main:
         RunFolder.create(out, overwrite).write_config(to_dict(config))
     ranks.wait()

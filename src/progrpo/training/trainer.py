@@ -11,6 +11,7 @@ import torch
 
 from progrpo.config import Config, resolve_plan, trained_steps
 from progrpo.data import PromptOrder
+from progrpo.objectives.base import Experience
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Reward
 from progrpo.rollout.meter import Meter
@@ -78,7 +79,7 @@ class Trainer:
         self.iteration, self.totals = 0, Totals()
         if optim.ema_decay > 0:
             policy.named_weights.snapshot(EMA)
-        self._frozen = checks.fingerprint(policy)
+        self._frozen, self._checked = checks.fingerprint(policy), False
 
     @property
     def evaluated_weights(self) -> str:
@@ -130,12 +131,17 @@ class Trainer:
         if self.config.optim.ema_decay > 0:
             self.policy.named_weights.update(EMA, self.config.optim.ema_decay)
         checks.check_gradient(seen.sums["update/grad_norm"], self.iteration)
-        if self.iteration == 0 and items:
-            if self.config.optim.updates_per_rollout == 1:
-                checks.check_ratio(seen.maxima["update/ratio_max_deviation"], self.config.objective.clip_range)
-            checks.check_moved(self.policy)
-            checks.check_bound(self.policy, experience)
+        if items and not self._checked:
+            self._check_first_update(seen, experience)
         return tally
+
+    def _check_first_update(self, seen: Tally, experience: Experience) -> None:
+        """Once in the life of this object, so again after a resume."""
+        self._checked = True
+        if "update/on_policy_deviation" in seen.maxima:
+            checks.check_ratio(seen.maxima["update/on_policy_deviation"], self.config.objective.clip_range)
+        checks.check_moved(self.policy)
+        checks.check_bound(self.policy, experience)
 
     def _audit_due(self) -> bool:
         every = self.config.audit.every

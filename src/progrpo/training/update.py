@@ -14,6 +14,8 @@ from progrpo.rollout.denoise import Sampling
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.types import Rollout
 
+_DEVIATION = "update/ratio_max_deviation"
+
 
 def learn_from(
     rollout: Rollout, sampling: Sampling, objective: ObjectiveConfig, ranks: Ranks
@@ -69,6 +71,8 @@ def update(
         everywhere, taught = ranks.sum(counts).tolist()
         items += len(telling) * per_trajectory
         tally.merge(_accumulate(policy, objective, telling, everywhere, config.microbatch))
+        if part == 0 and _DEVIATION in tally.maxima:  # no step was taken yet: what sampled is what is trained
+            tally.raise_to("update/on_policy_deviation", tally.maxima[_DEVIATION])
         ranks.sum_gradients(policy.trainable.values())
         norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), config.max_grad_norm)
         tally.add("update/grad_norm", norm.item(), 1)

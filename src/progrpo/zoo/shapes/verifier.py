@@ -116,14 +116,18 @@ def _components(colour_NHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return index, connected_components(edges, directed=False)[1]
 
 
-def _fits(label_NHW: np.ndarray, names: np.ndarray, picture: np.ndarray, box_M4: np.ndarray) -> np.ndarray:
-    """(M, S) overlap (intersection over union) of each component with each ideal shape stretched to its box."""
+def _patches(label_NHW: np.ndarray, names: np.ndarray, picture: np.ndarray, box_M4: np.ndarray) -> np.ndarray:
+    """(M, cells*cells) float32, 1 where a component covers the middle of a cell of its bounding box."""
     cell = (np.arange(_CELLS) + 0.5) / _CELLS
     left, right, top, bottom = box_M4.T[..., None]
     rows = (top + cell * (bottom - top)).astype(np.int64)
     columns = (left + cell * (right - left)).astype(np.int64)
     inside = label_NHW[picture[:, None, None], rows[:, :, None], columns[:, None, :]]
-    patch_MX = (inside == names[:, None, None]).reshape(len(names), -1).astype(np.float32)
+    return (inside == names[:, None, None]).reshape(len(names), -1).astype(np.float32)
+
+
+def _fits(patch_MX: np.ndarray) -> np.ndarray:
+    """(M, S) overlap (intersection over union) of each component with each ideal shape stretched to its box."""
     return np.minimum(_overlap(patch_MX, _TEMPLATES_SX) / _PERFECT_S, 1.0)
 
 
@@ -148,8 +152,9 @@ def look(pictures_NHWC: np.ndarray) -> list[tuple[Seen, ...]]:
     pixel = index[order[first[names]]]
     label_NHW = np.full(colour_NHW.size, -1, np.int32)
     label_NHW[index] = label
-    fits_MS = _fits(label_NHW.reshape(colour_NHW.shape), names, pixel // (height * width), box_M4)
-    well_formed_M = _well_formed(fits_MS, box_M4)
+    patch_MX = _patches(label_NHW.reshape(colour_NHW.shape), names, pixel // (height * width), box_M4)
+    fits_MS = _fits(patch_MX)
+    well_formed_M = _well_formed(patch_MX, fits_MS, box_M4)
     for m, best in enumerate(fits_MS.argmax(1)):
         out[pixel[m] // (height * width)].append(
             Seen(
@@ -165,8 +170,9 @@ def look(pictures_NHWC: np.ndarray) -> list[tuple[Seen, ...]]:
     return [tuple(seen) for seen in out]
 
 
-def _well_formed(fits_MS: np.ndarray, box_M4: np.ndarray) -> np.ndarray:
-    """bool (M,): of an object's size, not stretched, and clearly one of the shapes."""
+def _well_formed(patch_MX: np.ndarray, fits_MS: np.ndarray, box_M4: np.ndarray) -> np.ndarray:
+    """bool (M,): of an object's size, not stretched, clearly one of the shapes, and solid."""
+    core_MX = _CORES_SX[fits_MS.argmax(1)]
     sides = np.stack([box_M4[:, 1] - box_M4[:, 0], box_M4[:, 3] - box_M4[:, 2]])
     ranked = np.sort(fits_MS, axis=1)
     return (
@@ -175,6 +181,7 @@ def _well_formed(fits_MS: np.ndarray, box_M4: np.ndarray) -> np.ndarray:
         & (sides.max(0) <= _LARGEST)
         & (ranked[:, -1] >= _MATCH)
         & (ranked[:, -1] - ranked[:, -2] >= _MARGIN)
+        & ((patch_MX * core_MX).sum(1) >= _SOLID * core_MX.sum(1))
     )
 
 

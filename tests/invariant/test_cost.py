@@ -1,0 +1,70 @@
+"""What a plan predicts is what a run counts, and what it counts is what the networks did."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from progrpo.config import AuditConfig, PlanConfig, PromptConfig, SamplingConfig
+from progrpo.rollout.plan import PRESETS
+from progrpo.types import Cost
+
+STEPS = 4
+PLANS = {
+    **{name: PlanConfig(preset=name) for name in PRESETS},
+    "point-and-final": PlanConfig("custom", group_size=5, prune=((1, 4), (2, 4)), final_keep=2),
+}
+
+
+@pytest.fixture
+def trainer(tiny_trainer, tiny_config, tiny_policy, request):
+    def build(plan: PlanConfig, guidance_scale: float, reward=None):
+        config = tiny_config(
+            plan=plan,
+            prompts=PromptConfig(per_iteration=2 if plan.preset == "custom" else 1),
+            sampling=SamplingConfig(num_inference_steps=STEPS, guidance_scale=guidance_scale),
+            audit=AuditConfig(every=2),
+        )
+        return tiny_trainer(config, reward=reward or request.getfixturevalue("redness"))
+
+    return build
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_a_run_counts_what_its_plan_predicts(trainer, plan, guidance_scale):
+    built = trainer(plan, guidance_scale)
+    done = [built.step() for _ in range(2)]
+    assert built.totals.counted == built.predicted(2)
+    per_call, group = (2 if guidance_scale > 1 else 1), built.plan.group_size
+    assert built.totals.audited == Cost(group * STEPS * per_call, group * (STEPS + 1), group * (STEPS + 1))
+    assert [d.record.get("audit/nfe") for d in done] == [None, group * STEPS * per_call]
+    assert sum(d.record["rollout/nfe"] for d in done) == built.totals.counted.nfe
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_what_is_counted_is_what_the_networks_did(trainer, redness, guidance_scale):
+    rewarded = []
+
+    def counting(images, prompts):
+        rewarded.append(len(images))
+        return redness(images, prompts)
+
+    built = trainer(PLANS["point-and-final"], guidance_scale, counting)
+    built.step()  # the first iteration also asks the network for its self-checks
+    rewarded.clear()
+    sampled, trained, decoded = [], [], []
+    pipeline = built.policy._pipeline
+    pipeline.transformer.register_forward_hook(
+        lambda module, args, kwargs, out: (trained if torch.is_grad_enabled() else sampled).append(len(out[0])),
+        with_kwargs=True,
+    )
+    pipeline.vae.decoder.register_forward_hook(lambda module, args, out: decoded.append(len(out)))
+    before = built.totals.counted
+    built.step()
+    counted, audited = built.totals.counted, built.totals.audited
+    assert sum(sampled) == counted.nfe - before.nfe + audited.nfe
+    assert sum(decoded) == sum(rewarded) == counted.decodes - before.decodes + audited.decodes
+    assert sum(rewarded) == counted.reward_calls - before.reward_calls + audited.reward_calls
+    per_call = 2 if guidance_scale > 1 else 1
+    assert sum(trained) == (counted.trained_steps - before.trained_steps) * per_call

@@ -1,0 +1,175 @@
+"""A survivor does not know that others were pruned, nor with whom it was sampled; keeping everyone is plain GRPO."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from progrpo.config import PlanConfig, SamplingConfig
+from progrpo.rewards.function import FunctionReward
+from progrpo.rollout.meter import Meter
+from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.plan import Plan, PrunePoint
+from progrpo.rollout.prune import SELECTORS
+from progrpo.rollout.rollout import rollout
+from progrpo.training.build import sampling_from
+from progrpo.types import Prompt, Rollout
+
+GROUP = 6
+FULL = Plan(GROUP)
+PRUNED = Plan(GROUP, (PrunePoint(0, 5), PrunePoint(2, 3)))
+TOLERANCE = 1e-5  # between microbatches of different sizes: matrix kernels differ by shape
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_policy):
+    return tiny_policy(moved=0.1)
+
+
+@pytest.fixture
+def draw(policy, tiny_config, prompts, redness):
+    """A rollout of some of the prompts in slots of choice."""
+
+    def run(plan: Plan, slots=(0, 1), microbatch=1, guidance_scale=1.0, reward=redness, which=(0, 1)) -> Rollout:
+        wanted = SamplingConfig(num_inference_steps=4, guidance_scale=guidance_scale, microbatch=microbatch)
+        sampling = sampling_from(tiny_config(sampling=wanted), policy)
+        chosen, slot_P = [Prompt(prompts[i]) for i in which], torch.tensor(slots)
+        parts = plan, sampling, SELECTORS["ovf"], NoiseKey(3, 1), Meter()
+        return rollout(policy, FunctionReward(reward), chosen, slot_P, *parts)
+
+    return run
+
+
+def rows_of(rolled: Rollout, others: Rollout) -> torch.Tensor:
+    """The rows of `others` that hold the members of `rolled`."""
+    living = others.trajectories
+    place = {who: i for i, who in enumerate(zip(living.slot_N.tolist(), living.member_N.tolist(), strict=True))}
+    living = rolled.trajectories
+    return torch.tensor([place[who] for who in zip(living.slot_N.tolist(), living.member_N.tolist(), strict=True)])
+
+
+def seen(rolled: Rollout, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Everything that a trajectory is, of the rows named."""
+    living = rolled.trajectories.take(rows)
+    found = {"x": living.x_NCHW, "pictures": rolled.images_NHWC[rows], "rewards": rolled.rewards_N[rows]}
+    for t in living.path:
+        found |= {f"x {t.step}": t.x_NCHW, f"x_next {t.step}": t.x_next_NCHW, f"log_prob {t.step}": t.log_prob_N}
+    return found
+
+
+def pairs(rolled: Rollout, others: Rollout) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    mine = seen(rolled, torch.arange(len(rolled.trajectories)))
+    theirs = seen(others, rows_of(rolled, others))
+    return {name: (mine[name], theirs[name]) for name in mine}
+
+
+def assert_bitwise(rolled: Rollout, others: Rollout) -> None:
+    for name, (a, b) in pairs(rolled, others).items():
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_survivors_are_bitwise_what_they_are_without_pruning(draw, guidance_scale):
+    pruned, full = (draw(plan, guidance_scale=guidance_scale) for plan in (PRUNED, FULL))
+    assert len(pruned.trajectories) == 6 and len(full.trajectories) == 2 * GROUP
+    assert len(pruned.trajectories.path) == 3  # all steps but the last
+    assert_bitwise(pruned, full)
+
+
+def test_survivors_of_final_rewards_are_bitwise_what_they_are_without_pruning(draw):
+    selected, full = draw(Plan(GROUP, final_keep=3)), draw(FULL)
+    assert torch.equal(selected.finalist_rewards_F, full.rewards_N)
+    assert_bitwise(selected, full)
+
+
+@pytest.mark.parametrize("microbatch", [3, 64])
+def test_survivors_hardly_depend_on_the_microbatch(draw, microbatch):
+    for name, (a, b) in pairs(draw(PRUNED, microbatch=microbatch), draw(FULL)).items():
+        grey = name in ("pictures", "rewards")
+        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=1.0 if grey else TOLERANCE, msg=name)
+
+
+def test_prompts_can_be_spread_over_calls(draw):
+    together = draw(PRUNED, slots=(0, 1))
+    alone = [draw(PRUNED, slots=(i,), which=(i,)) for i in (0, 1)]
+    for rolled in alone:
+        assert_bitwise(rolled, together)
+    assert sum(len(rolled.trajectories) for rolled in alone) == len(together.trajectories)
+
+
+def test_noise_belongs_to_the_slot_and_the_member(draw):
+    here, there = draw(FULL, slots=(0,), which=(0,)), draw(FULL, slots=(1,), which=(0,))
+    starts = torch.cat([rolled.trajectories.path[0].x_NCHW for rolled in (here, there)])
+    assert len(starts.flatten(1).unique(dim=0)) == 2 * GROUP
+
+
+def test_previews_say_who_went_on(draw):
+    rolled = draw(PRUNED)
+    first, second = rolled.previews
+    assert (first.step, len(first.scores_N), int(first.kept_N.sum())) == (0, 12, 10)
+    assert torch.equal(second.member_N, first.member_N[first.kept_N])
+    assert torch.equal(rolled.trajectories.member_N, second.member_N[second.kept_N])
+    assert torch.equal(rolled.group_N, second.group_N[second.kept_N])
+
+
+# --- keep == G ---------------------------------------------------------------------------------------------------------
+
+
+def test_keeping_everyone_is_plain_grpo_bit_for_bit(tiny_trainer, tiny_config):
+    keeps_all = PlanConfig("custom", group_size=4, prune=((0, 4), (2, 4)), final_keep=4)
+    trainers = [tiny_trainer(tiny_config(plan=plan)) for plan in (PlanConfig("custom", group_size=4), keeps_all)]
+    for _ in range(2):
+        records = [untimed(trainer.step().record) for trainer in trainers]
+        assert records[0] == records[1]
+    states = [trainer.state_dict()["policy"]["current"] for trainer in trainers]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def untimed(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "seconds" and not name.startswith("time/")}
+
+
+# --- missing rewards ---------------------------------------------------------------------------------------------------
+
+
+def failing(redness, call: int, members: set[int], group: int):
+    """`redness`, but in its call of that number the members named, of groups of that size, get no score."""
+    calls = iter(range(1000))
+
+    def reward(images, prompts):
+        scores = redness(images, prompts)
+        fails = members if next(calls) == call else set()
+        return [None if i % group in fails else score for i, score in enumerate(scores)]
+
+    return reward
+
+
+def test_a_missing_preview_is_never_preferred(draw, redness):
+    plan = Plan(GROUP, (PrunePoint(1, 3),))
+    rolled = draw(plan, reward=failing(redness, 0, {1, 2, 5}, GROUP))
+    assert rolled.trajectories.member_N.tolist() == [0, 3, 4] * 2
+    assert rolled.rewards_N.isfinite().all()
+
+
+def test_members_without_a_preview_fill_up_where_scores_are_too_few(draw, redness):
+    plan = Plan(GROUP, (PrunePoint(1, 3),))
+    rolled = draw(plan, reward=failing(redness, 0, {0, 1, 2, 5}, GROUP))
+    assert rolled.trajectories.member_N.tolist() == [0, 3, 4] * 2
+
+
+def test_a_missing_final_reward_is_never_preferred(draw, redness):
+    rolled = draw(Plan(GROUP, final_keep=4), reward=failing(redness, 0, {0, 4}, GROUP))
+    assert rolled.trajectories.member_N.tolist() == [1, 2, 3, 5] * 2
+
+
+def test_a_group_trains_on_the_members_that_have_a_reward(tiny_trainer, tiny_config, redness):
+    config = tiny_config()
+    trainer = tiny_trainer(config, reward=failing(redness, 1, {1}, 3))
+    record = trainer.step().record
+    assert record["reward/missing"] == 2 and np.isfinite(record["reward/mean"])
+    assert trainer.totals.counted.trained_steps == 2 * 2 * 3  # prompts, members left of three, steps
+    assert not math.isclose(record["update/grad_norm"], 0.0)

@@ -1,0 +1,89 @@
+"""After a run the trained weights moved and the frozen ones did not; where that fails, the run says so and stops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from progrpo.config import OptimConfig
+from progrpo.training import checks
+from progrpo.training.checks import SelfCheckError
+from progrpo.training.update import learn_from
+
+
+def copies(tensors):
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_trained_weights_move_and_frozen_ones_do_not(tiny_trainer, tiny_config, weights):
+    model = replace(tiny_config().model, weights=weights)
+    trainer = tiny_trainer(tiny_config(model=model))
+    policy = trainer.policy
+    start, frozen = copies(policy.trainable.items()), copies(policy.frozen())
+    for _ in range(2):
+        trainer.step()
+    trainer.check_frozen()
+    assert {n: torch.equal(t, frozen[n]) for n, t in policy.frozen()} == dict.fromkeys(frozen, True)
+    moved = [name for name, p in policy.trainable.items() if not torch.equal(p, start[name])]
+    assert len(moved) > len(start) // 2
+    with policy.weights("reference"):
+        assert all(torch.equal(p, start[name]) for name, p in policy.trainable.items())
+
+
+def test_a_frozen_weight_that_moves_is_named(tiny_trainer, tiny_config):
+    trainer = tiny_trainer(tiny_config())
+    trainer.check_frozen()
+    name, tensor = next((n, t) for n, t in trainer.policy.frozen() if n.endswith("weight") or "base_layer" in n)
+    with torch.no_grad():
+        tensor.view(-1)[0] += 1e-6
+    with pytest.raises(SelfCheckError, match=f"1 frozen weights moved during training, first {name}"):
+        trainer.check_frozen()
+
+
+@pytest.mark.parametrize(("weights", "lr"), [("full", 1e-15), ("lora", 1e-60)])
+def test_a_learning_rate_too_small_to_move_anything_is_named(tiny_trainer, tiny_config, weights, lr):
+    model = replace(tiny_config().model, weights=weights)
+    trainer = tiny_trainer(tiny_config(model=model, optim=OptimConfig(lr=lr)))
+    with pytest.raises(SelfCheckError, match=r"no trained weight moved in the first update: is optim\.lr too small"):
+        trainer.step()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_stops_the_run(tiny_trainer, tiny_config, tiny_policy, value):
+    policy = tiny_policy()
+    next(iter(policy.trainable.values())).register_hook(lambda gradient: gradient + value)
+    with pytest.raises(SelfCheckError, match=rf"iteration 0: the gradient is {value}; lower optim\.lr"):
+        tiny_trainer(tiny_config(), policy).step()
+
+
+def test_rewards_that_are_all_missing_stop_the_run(tiny_trainer, tiny_config):
+    trainer = tiny_trainer(tiny_config(), reward=lambda images, prompts: [None] * len(images))
+    with pytest.raises(SelfCheckError, match="iteration 0: every reward is missing; the reward function fails"):
+        trainer.step()
+
+
+def test_an_adapter_that_is_switched_off_stops_the_run(tiny_trainer, tiny_config, tiny_policy):
+    policy = tiny_policy()
+    policy._pipeline.transformer.disable_adapters()
+    with pytest.raises(SelfCheckError, match="no trained weight moved in the first update"):
+        tiny_trainer(tiny_config(), policy).step()
+
+
+def test_moved_weights_that_do_not_reach_the_network_are_seen(tiny_trainer, tiny_config, tiny_policy):
+    policy = tiny_policy()
+    trainer = tiny_trainer(tiny_config(), policy)
+    rolled = trainer.step().rollout
+    experience, _ = learn_from(rolled, trainer.sampling, trainer.config.objective, trainer.ranks)
+    checks.check_bound(policy, experience)
+    policy._pipeline.transformer.disable_adapters()
+    with pytest.raises(SelfCheckError, match="the adapter is not bound to it"):
+        checks.check_bound(policy, experience)
+
+
+def test_weights_that_are_not_finite_are_seen(tiny_policy):
+    policy = tiny_policy(moved=float("inf"))
+    with pytest.raises(SelfCheckError, match="a trained weight is not finite after the first update"):
+        checks.check_moved(policy)
