@@ -226,6 +226,24 @@ def tiny_trainer(tiny_policy: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
+@pytest.fixture(scope="session")
+def first_experience() -> Callable[[Any], Any]:
+    """What a trainer's first iteration would learn from, before it learns."""
+    from progrpo.rollout.meter import Meter
+    from progrpo.rollout.noise import NoiseKey
+    from progrpo.rollout.rollout import rollout
+    from progrpo.training.update import learn_from
+
+    def roll(trainer: Any) -> Any:
+        count = trainer.config.prompts.per_iteration
+        prompts, parts = trainer.order.prompts_for(0, count), (trainer.plan, trainer.sampling, trainer.select)
+        key = NoiseKey(trainer.config.seed, 0)
+        rolled = rollout(trainer.policy, trainer.reward, prompts, torch.arange(count), *parts, key, Meter())
+        return learn_from(rolled, trainer.sampling, trainer.config.objective, trainer.ranks)[0]
+
+    return roll
+
+
 # --- a policy for computing by hand -----------------------------------------------------------------------------------
 
 

@@ -150,8 +150,10 @@ class Eval:
 
     target: Annotated[Positional[str], arg(metavar="RUN|MODEL")]
     """A run folder, a built-in model's name, a folder in diffusers' format, or a hub id."""
-    prompts: str = "shapes"
-    """`shapes` or a prompt file (.txt, .jsonl)."""
+    prompts: str | None = None
+    """`shapes` or a prompt file (.txt, .jsonl); without it the run's own, `shapes` for a model."""
+    reward: str | None = None
+    """`shapes` or `module:function`; without it the run's own, `shapes` for a model."""
     split: Literal["test", "validation"] = "test"
     """Of `shapes`: tune on validation, state figures on test."""
     pictures: int = 512
@@ -169,6 +171,7 @@ class Eval:
         result = evaluate_model(
             self.target,
             prompts=self.prompts,
+            reward=self.reward,
             split=self.split,
             pictures=self.pictures,
             num_inference_steps=self.num_inference_steps,

@@ -28,3 +28,9 @@ class Reward(Protocol):
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         """One score a picture (uint8, (N, H, W, 3)), in order."""
         ...
+
+
+class Judge(Protocol):
+    """A second opinion that reports and never trains."""
+
+    def passes(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[bool]: ...

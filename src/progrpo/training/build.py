@@ -14,9 +14,9 @@ from progrpo.objectives.grpo import GRPO
 from progrpo.policies.base import Policy
 from progrpo.policies.load import load_policy, quiet
 from progrpo.recipes import load_recipe
+from progrpo.rewards.base import Judge
 from progrpo.rollout.denoise import Sampling
 from progrpo.training.distributed import Ranks
-from progrpo.training.evaluate import Judge
 from progrpo.types import Prompt
 from progrpo.zoo import WEIGHTS
 from progrpo.zoo.shapes import world
@@ -46,13 +46,23 @@ def policy_from(model: ModelConfig, seed: int, ranks: Ranks, trained: Path | Non
 
 def trained_policy(target: str, trained: Path | None, ranks: Ranks) -> Policy:
     """A model by name, folder or hub id, or what a run folder has trained; `trained` may name a run or its LoRA folder."""
-    model = ModelConfig(path=target)
-    if (Path(target) / "config.json").is_file() and (Path(target) / "metrics.jsonl").exists():
-        model, trained = load_recipe(target).model, Path(target)
-    if trained is not None:
-        inside = [trained / name for name in ("lora", "transformer") if (trained / name).is_dir()]
-        trained = inside[0] if inside else trained
-    return policy_from(model, 0, ranks, trained)
+    if _is_run(Path(target)):
+        trained = Path(target)
+    if trained is not None and _is_run(trained):
+        saved = [trained / name for name in ("lora", "transformer") if (trained / name).is_dir()]
+        if not saved:
+            raise ValueError(f"{trained} has saved no trained weights yet; they are written when the run ends")
+        trained = saved[0]
+    return policy_from(config_of(target).model, 0, ranks, trained)
+
+
+def config_of(target: str) -> Config:
+    """A run's configuration, or the default one for a model."""
+    return load_recipe(target) if _is_run(Path(target)) else Config(model=ModelConfig(path=target))
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "summary.json").is_file()
 
 
 def sampling_from(config: Config, policy: Policy) -> Sampling:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from progrpo.policies.base import Policy
-from progrpo.rewards.base import Reward, Score
+from progrpo.rewards.base import Judge, Reward, Score
+from progrpo.rewards.load import load_reward
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
+from progrpo.training.build import config_of, eval_prompts, judge_for, trained_policy
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
-
-
-class Judge(Protocol):
-    """A second opinion that reports and never trains."""
-
-    def passes(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[bool]: ...
 
 
 @dataclass(frozen=True)
@@ -105,19 +101,17 @@ def _kind(columns: Mapping[str, Any]) -> str | None:
 def evaluate_model(
     target: str,
     *,
-    prompts: str,
+    prompts: str | None,
+    reward: str | None,
     split: str,
     pictures: int,
     num_inference_steps: int,
     guidance_scale: float,
-    reward: str = "shapes",
     seed: int = 1234,
 ) -> dict[str, Any]:
-    """Figures of a model, or of a run's trained weights, on `pictures` prompts."""
-    from progrpo.rewards.load import load_reward
-    from progrpo.training.build import eval_prompts, judge_for, trained_policy
-
-    ranks = Ranks()
+    """Figures of a model, or of a run's trained weights, on `pictures` prompts; a run's own prompts and reward for None."""
+    ranks, config = Ranks(), config_of(target)
+    prompts, reward = prompts or config.eval.prompts, reward or config.reward.name
     policy = trained_policy(target, None, ranks)
     sampling = ode(policy, num_inference_steps, guidance_scale, microbatch=64)
     chosen = eval_prompts(prompts, split, pictures)

@@ -20,7 +20,7 @@ from progrpo.config import Config, check, to_dict
 from progrpo.data import PromptOrder, Prompts
 from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
-from progrpo.rewards.base import Reward
+from progrpo.rewards.base import Judge, Reward
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.load import load_reward
 from progrpo.rollout.plan import summary as plan_summary
@@ -31,7 +31,7 @@ from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.statistics import spearman
 from progrpo.training.build import eval_prompts, judge_for, policy_from, train_order
 from progrpo.training.distributed import Ranks
-from progrpo.training.evaluate import Evaluation, Judge, evaluate, ode
+from progrpo.training.evaluate import Evaluation, evaluate, ode
 from progrpo.training.trainer import Iteration, Trainer
 from progrpo.types import Prompt
 

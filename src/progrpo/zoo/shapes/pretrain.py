@@ -48,7 +48,7 @@ class Budget:
 
     vae_steps: int = 4_000
     vae_batch: int = 32
-    judge_steps: int = 2_000
+    judge_steps: int = 1_000
     judge_batch: int = 64
     pictures: int = 64_000
     flow_steps: int = 9_000

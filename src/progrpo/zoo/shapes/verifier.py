@@ -29,6 +29,7 @@ _SQUARENESS = 1.30  # longest side over shortest from which a shape counts as di
 _CELLS = 16  # a component is compared with the ideal shapes on a grid of 16 x 16 cells over its bounding box
 _DEPTH = 2  # cells: what lies deeper than this inside an ideal shape is its core
 _SOLID = 0.9  # of its core that a shape must fill: outlines are no shapes (a decoder rounds tips, but leaves no holes)
+_MALFORMED = 0.8  # of a form's grade that is left to a component that is stretched, hollow or of no object's size
 _FIT_FLOOR = 0.5  # overlap that any patch reaches: graded scores count from here
 _COS_DIRECTION = 0.5  # cosine of the largest angle to the named direction (GenEval's rule)
 
@@ -188,8 +189,9 @@ def _well_formed(patch_MX: np.ndarray, fits_MS: np.ndarray, box_M4: np.ndarray) 
 def _quality(seen: Seen, colour: str | None, shape: str) -> float:
     """How much of the wanted object a component is: half for its colour, half for its form."""
     fit = max(0.0, seen.fits[_SHAPES.index(shape)] - _FIT_FLOOR) / (1 - _FIT_FLOOR)
+    form = min(1.0, fit / 0.8) * (1.0 if seen.well_formed else _MALFORMED)
     hue = 1.0 if colour is None or seen.colour == colour else 0.0
-    return 0.5 * hue + 0.5 * min(1.0, fit / 0.8) * (0.5 + 0.5 * hue)
+    return 0.5 * hue + 0.5 * form * (0.5 + 0.5 * hue)
 
 
 def related(a: tuple[float, float], b: tuple[float, float], relation: str) -> float:

@@ -1,0 +1,157 @@
+"""Stop and resume is a straight run, bit for bit; and how a batch is cut makes no difference to what is learnt."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from progrpo.config import AuditConfig, CheckpointConfig, Config, OptimConfig, PromptConfig, RewardConfig
+from progrpo.objectives.grpo import GRPO
+from progrpo.storage import load_state
+from progrpo.tracking.run_folder import RunFolder
+from progrpo.training.distributed import Ranks
+from progrpo.training.run import resume_run, train_run
+from progrpo.training.update import update
+
+ITERATIONS = 4
+REWARD = """
+import numpy as np
+
+calls, fails_at = 0, None
+
+def redness(images, prompts):
+    global calls
+    calls += 1
+    if calls == fails_at:
+        raise RuntimeError("the power is out")
+    return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
+"""
+
+
+@pytest.fixture(scope="module")
+def reward_module(tmp_path_factory):
+    """A module on the path whose reward can be told to fail at its n-th call."""
+    import importlib
+    import sys
+
+    folder = tmp_path_factory.mktemp("reward")
+    (folder / "failing_reward.py").write_text(REWARD)
+    sys.path.insert(0, str(folder))
+    yield importlib.import_module("failing_reward")
+    sys.path.remove(str(folder))
+    del sys.modules["failing_reward"]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_sd3, tiny_config, prompts, reward_module, tmp_path_factory) -> Config:
+    """Everything that a run can have: checkpoints, audits, an average of the weights, two updates an iteration."""
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("\n".join(prompts))
+    base = tiny_config()
+    return replace(
+        base,
+        iterations=ITERATIONS,
+        model=replace(base.model, path=str(tiny_sd3)),
+        prompts=PromptConfig(source=str(file), per_iteration=2),
+        reward=RewardConfig(name="failing_reward:redness"),
+        optim=OptimConfig(ema_decay=0.5, updates_per_rollout=2),
+        audit=AuditConfig(every=2),
+        eval=replace(base.eval, prompts=str(file), every=2),
+        checkpoint=CheckpointConfig(every=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(config, tmp_path_factory) -> Path:
+    return train_run(config, tmp_path_factory.mktemp("runs") / "straight").path
+
+
+def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if k != "seconds" and not k.startswith("time/")} for r in records]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal to the last bit, tensors and all."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def assert_the_same_run(folder: Path, straight: Path) -> None:
+    for name in ("iteration", "policy", "optimizer"):
+        states = [load_state(f / "checkpoints" / f"iteration_{ITERATIONS:06d}") for f in (folder, straight)]
+        assert same(states[0][name], states[1][name]), name
+    assert set(states[0]["policy"]) == {"current", "reference", "ema"}
+    ours, theirs = RunFolder(folder), RunFolder(straight)
+    assert untimed(ours.read_metrics()) == untimed(theirs.read_metrics())
+    assert len(ours.read_metrics()) == ITERATIONS
+    for when in ("before", "after"):
+        assert ours.read_evaluation(when) == theirs.read_evaluation(when) != []
+    assert ours.read_audits() == theirs.read_audits() != []
+    for file in ("lora/pytorch_lora_weights.safetensors", "evaluation/after/000.png", "audit/0003.png"):
+        assert (folder / file).read_bytes() == (straight / file).read_bytes(), file
+    summaries = [run.read_summary() for run in (ours, theirs)]
+    for key in ("status", "iterations", "nfe", "cost", "reward_after", "preview_rank_correlation"):
+        assert summaries[0][key] == summaries[1][key], key
+
+
+def test_a_run_that_is_lengthened_is_a_longer_run(config, straight, tmp_path):
+    train_run(replace(config, iterations=2), tmp_path / "run")
+    resume_run(tmp_path / "run", ITERATIONS)
+    assert_the_same_run(tmp_path / "run", straight)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["iterations"] == ITERATIONS
+
+
+def test_a_run_that_was_cut_off_is_taken_up_at_its_last_checkpoint(config, straight, tmp_path, reward_module):
+    reward_module.calls, reward_module.fails_at = 0, 15  # in the fourth iteration, with checkpoints after two
+    with pytest.raises(RuntimeError, match="the power is out"):
+        train_run(config, tmp_path / "run")
+    reward_module.fails_at = None
+    stopped = RunFolder(tmp_path / "run")
+    assert stopped.read_summary()["status"] == "stopped: the power is out"
+    assert [r["iteration"] for r in stopped.read_metrics()] == [0, 1, 2]
+    resume_run(tmp_path / "run")
+    assert_the_same_run(tmp_path / "run", straight)
+
+
+def test_a_finished_run_can_be_resumed_and_does_nothing_more(straight):
+    before = (straight / "lora" / "pytorch_lora_weights.safetensors").read_bytes()
+    resume_run(straight)
+    assert (straight / "lora" / "pytorch_lora_weights.safetensors").read_bytes() == before
+    assert len(RunFolder(straight).read_metrics()) == ITERATIONS
+
+
+def test_what_cannot_be_resumed_is_refused(straight, tmp_path):
+    with pytest.raises(ValueError, match="is at iteration 4, past --iterations 3"):
+        resume_run(straight, 3)
+    empty = RunFolder.create(tmp_path / "empty")
+    empty.write_config(json.loads((straight / "config.json").read_text()))
+    with pytest.raises(ValueError, match="holds no checkpoint yet; start it anew"):
+        resume_run(empty.path)
+
+
+def test_a_run_is_not_overwritten_unless_asked(config, straight):
+    with pytest.raises(ValueError, match="already holds a run"):
+        train_run(config, straight)
+
+
+@pytest.mark.parametrize("microbatch", [1, 5])
+def test_many_small_microbatches_are_one_large(tiny_trainer, tiny_config, tiny_policy, first_experience, microbatch):
+    """By plain gradient descent, whose step is the gradient: Adam's divides by it and magnifies rounding."""
+    moves = []
+    for size in (microbatch, 64):
+        policy = tiny_policy(moved=0.1)
+        start = {name: p.detach().clone() for name, p in policy.trainable.items()}
+        descent = torch.optim.SGD(policy.trainable.values(), lr=1.0)
+        experience = first_experience(tiny_trainer(tiny_config(), policy))
+        update(policy, GRPO(3e-3), descent, experience, OptimConfig(microbatch=size), Ranks())
+        moves.append(torch.cat([(p.detach() - start[name]).flatten() for name, p in policy.trainable.items()]))
+    assert moves[1].norm() > 0
+    assert (moves[0] - moves[1]).norm() <= 1e-5 * moves[1].norm()
