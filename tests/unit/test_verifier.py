@@ -113,7 +113,10 @@ def test_a_verdict_does_not_depend_on_the_others():
     prompts, _, pictures, verdicts = truth()
     assert [verify(pictures[i : i + 1], prompts[i : i + 1])[0] for i in range(60)] == verdicts[:60]
     blank = np.full_like(pictures[:1], 240)
-    assert verify(np.concatenate([blank, pictures[:60], blank]), [prompts[0], *prompts[:60], prompts[0]])[1:-1] == verdicts[:60]
+    assert (
+        verify(np.concatenate([blank, pictures[:60], blank]), [prompts[0], *prompts[:60], prompts[0]])[1:-1]
+        == verdicts[:60]
+    )
 
 
 # --- tampering --------------------------------------------------------------------------------------------------------

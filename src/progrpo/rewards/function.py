@@ -22,18 +22,31 @@ class FunctionReward:
 
     def __init__(self, function: Callable[..., Sequence[float | None]]):
         self.function = function
-        parameters = inspect.signature(function).parameters.values()
+        self._called = getattr(function, "__qualname__", "function")
+        parameters = list(inspect.signature(function).parameters.values())
+        self._first_two = {p.name for p in parameters[:2] if p.kind is p.POSITIONAL_OR_KEYWORD}
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._names = {p.name for p in parameters} - {"images", "prompts"}
+        self._names = {p.name for p in named} - self._first_two
+        self._needed = {p.name for p in named if p.default is p.empty} - self._first_two
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
-        columns = {name for p in prompts for name in p.columns}
-        wanted = columns if self._takes_all else columns & self._names
-        arguments: dict[str, Any] = {name: [p.columns.get(name) for p in prompts] for name in sorted(wanted)}
-        values = self.function([Image.fromarray(p) for p in pictures_NHWC], [p.text for p in prompts], **arguments)
+        images = [Image.fromarray(p) for p in pictures_NHWC]
+        values = self.function(images, [p.text for p in prompts], **self._columns(prompts))
         if len(values) != len(prompts):
-            name = getattr(self.function, "__qualname__", "the reward function")
             raise ValueError(
-                f"reward {name} returned {len(values)} scores for {len(prompts)} pictures; return one each"
+                f"reward {self._called} returned {len(values)} scores for {len(prompts)} pictures; return one each"
             )
         return [Score(None if v is None else float(v)) for v in values]
+
+    def _columns(self, prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+        """The columns that the function takes, as lists; None where a prompt has no such column."""
+        there = {name for p in prompts for name in p.columns} - self._first_two
+        lacking = sorted(self._needed - there)
+        if lacking:
+            raise ValueError(
+                f"reward {self._called} takes {lacking[0]!r}, but these prompts have no column of that name"
+                f" ({', '.join(sorted(there)) or 'none at all'}); add it to the prompt file or give it a default"
+            )
+        wanted = there if self._takes_all else there & self._names
+        return {name: [p.columns.get(name) for p in prompts] for name in sorted(wanted)}

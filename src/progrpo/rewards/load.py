@@ -33,8 +33,8 @@ def load_reward(name: str) -> Reward:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name != module_name:  # the user's module is there, something that it imports is not
-            raise
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the user's module is there, something that it imports is not
         raise ValueError(
             f"reward.name {name!r}: there is no module {module_name!r} in this folder or installed"
         ) from None

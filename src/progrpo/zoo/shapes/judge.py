@@ -78,7 +78,7 @@ def _targets(scenes: Sequence[world.Scene], malformed: Sequence[Sequence[bool]])
 
 
 def _spoil(picture: np.ndarray, s: world.Shape, ground: np.ndarray, rng: np.random.Generator) -> None:
-    """Turn one drawn object into something that is no shape: bitten, hollow or half another."""
+    """Turn the only object of a picture into something that is no shape: bitten, hollow or half another."""
     y, x = np.mgrid[: world.SIZE, : world.SIZE] + 0.5
     reach = s.size * world.EXTENT[s.shape]
     dx, dy = (x - s.x) / reach, (y - s.y) / reach
@@ -91,8 +91,9 @@ def _spoil(picture: np.ndarray, s: world.Shape, ground: np.ndarray, rng: np.rand
     if how == 1:
         picture[world.SHAPES[s.shape](dx / 0.6, dy / 0.6)] = ground
     else:
-        half = world.SHAPES[other](dx, dy) & (dx * rng.choice([-1, 1]) > 0)
-        picture[half] = np.asarray(world.COLOURS[s.colour]) * 255
+        half = dx * rng.choice([-1, 1]) > 0
+        picture[half] = ground  # else a square that becomes half a circle would stay a square
+        picture[half & world.SHAPES[other](dx, dy)] = np.asarray(world.COLOURS[s.colour]) * 255
 
 
 def judge_loss(judge: Judge, batch: int, seed: int) -> Tensor:

@@ -1,0 +1,194 @@
+"""Two processes train what one does. The script runs twice in two processes, over gloo, and once in this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = '''
+"""python script.py MODEL OUT: what each process trained and kept, by case, and a run of the library."""
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+
+import progrpo
+from progrpo.config import AuditConfig, CheckpointConfig, Config, EvalConfig, ModelConfig
+from progrpo.config import OptimConfig, PlanConfig, PromptConfig, SamplingConfig
+from progrpo.data import PromptOrder
+from progrpo.policies.load import policy_from_pipeline
+from progrpo.rewards.function import FunctionReward
+from progrpo.training.distributed import Ranks
+from progrpo.training.trainer import Trainer
+from progrpo.types import Prompt
+
+torch.set_num_threads(1)
+PROMPTS = ("red cat", "blue dog", "green bird")
+CONFIG = Config(
+    iterations=2,
+    model=ModelConfig(lora_rank=2, lora_alpha=4, max_sequence_length=8),
+    prompts=PromptConfig(per_iteration=3),
+    sampling=SamplingConfig(num_inference_steps=4),
+    plan=PlanConfig("custom", group_size=5, prune=((1, 4),), final_keep=3),
+    audit=AuditConfig(every=2),
+    eval=EvalConfig(pictures=1, num_inference_steps=2),
+    checkpoint=CheckpointConfig(every=1),
+)
+
+
+def redness(images, prompts):
+    return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
+
+
+class Failing:
+    """In the first iteration the middle prompt has no reward; in the second all rewards are the same."""
+
+    def __init__(self, prompt):
+        self.prompt, self.calls = prompt, 0
+
+    def __call__(self, images, prompts):
+        self.calls += 1  # a preview and a final scoring an iteration
+        if self.calls > 2:
+            return [0.5] * len(images)
+        return [None if p == self.prompt else r for p, r in zip(prompts, redness(images, prompts))]
+
+
+def trained(model, config, reward):
+    """Survivors and records of each iteration, and the weights in the end."""
+    policy = policy_from_pipeline(
+        DiffusionPipeline.from_pretrained(model), weights="lora", lora_rank=2, lora_alpha=4, max_sequence_length=8,
+        seed=0, device="cpu", dtype=torch.float32,
+    )
+    order = PromptOrder({"": tuple(map(Prompt, PROMPTS))}, config.seed)
+    trainer = Trainer(config, policy, FunctionReward(reward), order, Ranks())
+    survivors, records = [], []
+    for i in range(config.iterations):
+        done = trainer.step()
+        living = done.rollout.trajectories
+        survivors += [[i, s, m] for s, m in zip(living.slot_N.tolist(), living.member_N.tolist())]
+        records.append(done.record)
+    return survivors, records, {name: p.detach().clone() for name, p in policy.trainable.items()}
+
+
+def work(model, out):
+    ranks = Ranks()
+    found, middle = {}, PromptOrder({"": tuple(map(Prompt, PROMPTS))}, 0).at(1).text
+    cases = {f"updates {n}": (replace(CONFIG, optim=OptimConfig(updates_per_rollout=n)), redness) for n in (1, 2)}
+    cases["batch"] = (replace(CONFIG, objective=replace(CONFIG.objective, advantage="batch")), redness)
+    cases["failing"] = (CONFIG, Failing(middle))
+    for name, (config, reward) in cases.items():
+        survivors, records, weights = trained(model, config, reward)
+        found[name] = {"survivors": survivors, "records": records}
+        save_file(weights, out / f"{name} {ranks.rank}.safetensors")
+    mine = out / f"run of {ranks.rank}"
+    progrpo.train(DiffusionPipeline.from_pretrained(model), PROMPTS, redness, config=CONFIG, out=mine)
+    found["world"], found["wrote"] = ranks.world, mine.exists()
+    try:
+        trained(model, replace(CONFIG, prompts=PromptConfig(per_iteration=1)), redness)
+    except ValueError as error:
+        found["too few"] = str(error)
+    (out / f"found {ranks.rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], Path(sys.argv[2]))
+'''
+CASES = ("updates 1", "updates 2", "batch", "failing")
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("script") / "script.py"
+    file.write_text(SCRIPT)
+    return file
+
+
+@pytest.fixture(scope="module")
+def two(script, tiny_sd3, tmp_path_factory) -> Path:
+    """What two processes left."""
+    out = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    started = []
+    for rank in ("0", "1"):
+        env = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+        log = (out / f"log {rank}").open("w")
+        command = [sys.executable, str(script), str(tiny_sd3), str(out)]
+        started.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=600) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert codes == [0, 0], "\n".join((out / f"log {rank}").read_text()[-2000:] for rank in (0, 1))
+    return out
+
+
+@pytest.fixture(scope="module")
+def one(script, tiny_sd3, tmp_path_factory) -> Path:
+    """What one process left."""
+    out = tmp_path_factory.mktemp("one")
+    runpy.run_path(str(script))["work"](str(tiny_sd3), out)
+    return out
+
+
+def found(out: Path, rank: int) -> dict[str, Any]:
+    return json.loads((out / f"found {rank}.json").read_text())
+
+
+def test_there_were_two_and_one(one, two):
+    assert [found(two, 0)["world"], found(two, 1)["world"], found(one, 0)["world"]] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_members_survive(one, two, case):
+    first, second = (found(two, rank)[case]["survivors"] for rank in (0, 1))
+    assert {slot for _, slot, _ in first} == {0, 2} and {slot for _, slot, _ in second} == {1}
+    assert sorted(first + second) == sorted(found(one, 0)[case]["survivors"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_weights_are_learnt(one, two, case):
+    alone, first, second = (
+        load_file(out / f"{case} {rank}.safetensors") for out, rank in ((one, 0), (two, 0), (two, 1))
+    )
+    for name, weight in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], weight, rtol=0, atol=1e-5, msg=name)
+    assert any(weight.abs().max() > 1e-4 for name, weight in alone.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_metrics_are_recorded(one, two, case):
+    for ours, theirs in zip(found(two, 0)[case]["records"], found(one, 0)[case]["records"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"seconds", "update/ratio_max_deviation", "update/loss"}:  # these are rounding
+            if not name.startswith("time/"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name
+
+
+def test_only_the_main_process_writes(one, two):
+    assert [found(two, rank)["wrote"] for rank in (0, 1)] == [True, False]
+    ours, theirs = ({p.relative_to(f) for p in f.rglob("*")} for f in (two / "run of 0", one / "run of 0"))
+    assert ours == theirs
+
+
+def test_a_process_without_a_prompt_is_refused(two):
+    expected = "prompts.per_iteration is 1, fewer than the 2 processes; give each at least one"
+    assert [found(two, rank)["too few"] for rank in (0, 1)] == [expected, expected]

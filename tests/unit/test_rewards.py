@@ -1,0 +1,237 @@
+"""Plain functions as rewards, and from a name to a reward."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from progrpo.rewards.base import Score
+from progrpo.rewards.function import FunctionReward
+from progrpo.rewards.load import load_reward
+from progrpo.rewards.shapes import ShapesReward
+from progrpo.types import Prompt
+from progrpo.zoo.shapes import world
+from progrpo.zoo.shapes.verifier import verify
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), dtype=np.uint8)
+PROMPTS = [Prompt("a", {"target": 1, "note": "x"}), Prompt("b", {"target": 2}), Prompt("c")]
+
+
+@pytest.fixture(autouse=True)
+def paths(monkeypatch):
+    """`sys.path` and the modules as they were: load_reward adds the current folder."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith("my_reward"):
+            del sys.modules[name]
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_is_missing(value):
+    assert math.isnan(Score(value).number())
+
+
+@pytest.mark.parametrize("value", [0.0, -1.5, 1e300])
+def test_a_score_is_its_value(value):
+    assert Score(value).number() == value
+
+
+# --- functions --------------------------------------------------------------------------------------------------------
+
+
+def test_a_function_gets_pil_pictures_and_texts():
+    def reward(images, prompts):
+        assert all(isinstance(i, Image.Image) and i.size == (6, 8) and i.mode == "RGB" for i in images)
+        assert all(np.array_equal(np.asarray(i), p) for i, p in zip(images, PICTURES, strict=True))
+        return [ord(p) for p in prompts]
+
+    assert FunctionReward(reward).score(PICTURES, PROMPTS) == [Score(97.0), Score(98.0), Score(99.0)]
+
+
+def test_a_column_comes_only_if_it_is_asked_for():
+    given: list[dict] = []
+
+    def plain(images, prompts):
+        return [0.0] * 3
+
+    def one(images, prompts, target):
+        given.append({"target": target})
+        return [0.0] * 3
+
+    def keyword(images, prompts, *, note=None, unheard_of="default"):
+        given.append({"note": note, "unheard_of": unheard_of})
+        return [0.0] * 3
+
+    def everything(images, prompts, **columns):
+        given.append(columns)
+        return [0.0] * 3
+
+    for function in (plain, one, keyword, everything):
+        FunctionReward(function).score(PICTURES, PROMPTS)
+    assert given == [
+        {"target": [1, 2, None]},
+        {"note": ["x", None, None], "unheard_of": "default"},
+        {"target": [1, 2, None], "note": ["x", None, None]},
+    ]
+
+
+def test_a_column_that_no_prompt_has_is_named():
+    def one(images, prompts, traget):
+        return [0.0] * 3
+
+    with pytest.raises(ValueError, match=r"one takes 'traget', but these prompts have no column .*\(note, target\)"):
+        FunctionReward(one).score(PICTURES, PROMPTS)
+    with pytest.raises(ValueError, match=r"\(none at all\); add it to the prompt file or give it a default"):
+        FunctionReward(one).score(PICTURES, [Prompt("a")] * 3)
+
+
+def test_the_first_two_parameters_may_have_any_name():
+    prompts = [Prompt("a", {"texts": 1, "pictures": 2, "rest": 3})] * 3
+
+    def plain(pictures, texts):
+        return [len(t) for t in texts]
+
+    def everything(pictures, texts, **columns):
+        assert list(columns) == ["rest"]
+        return [len(t) for t in texts]
+
+    def any_arguments(*arguments, rest):
+        return rest
+
+    assert [FunctionReward(f).score(PICTURES, prompts)[0].value for f in (plain, everything, any_arguments)] == [
+        1,
+        1,
+        3,
+    ]
+
+
+def test_scores_may_be_of_any_number_type_or_missing():
+    def reward(images, prompts):
+        return [np.float32(0.5), None, True]
+
+    assert FunctionReward(reward).score(PICTURES, PROMPTS) == [Score(0.5), Score(None), Score(1.0)]
+    assert [s.number() for s in FunctionReward(lambda images, prompts: np.arange(3.0)).score(PICTURES, PROMPTS)] == [
+        0,
+        1,
+        2,
+    ]
+
+
+class Scorer:
+    def __init__(self, count: int):
+        self.count = count
+
+    def measure(self, images, prompts, target):
+        return target[: self.count]
+
+    def __call__(self, images, prompts):
+        return [1.0] * self.count
+
+
+def test_methods_and_callable_objects_are_functions():
+    assert [s.value for s in FunctionReward(Scorer(2).measure).score(PICTURES[:2], PROMPTS[:2])] == [1, 2]
+    assert [s.value for s in FunctionReward(Scorer(3)).score(PICTURES, PROMPTS)] == [1, 1, 1]
+
+
+def test_another_number_of_scores_is_refused_by_name():
+    def shortened(images, prompts):
+        return [1.0]
+
+    with pytest.raises(ValueError, match=r"reward .*shortened returned 1 scores for 3 pictures; return one each"):
+        FunctionReward(shortened).score(PICTURES, PROMPTS)
+    with pytest.raises(ValueError, match=r"Scorer\.measure returned 1 scores"):
+        FunctionReward(Scorer(1).measure).score(PICTURES[:2], PROMPTS[:2])
+    with pytest.raises(ValueError, match="reward function returned 2 scores"):
+        FunctionReward(Scorer(2)).score(PICTURES, PROMPTS)
+
+
+def test_an_error_in_the_users_function_is_the_users_to_see():
+    def broken(images, prompts):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        FunctionReward(broken).score(PICTURES, PROMPTS)
+
+
+# --- the built-in one -------------------------------------------------------------------------------------------------
+
+
+def test_shapes_is_the_verifier():
+    prompts, pictures = world.examples("test", 24, seed=0)
+    shuffled = prompts[1:] + prompts[:1]
+    scores = ShapesReward().score(pictures, shuffled)
+    assert [(s.value, s.passed) for s in scores] == [(v.graded, v.strict) for v in verify(pictures, shuffled)]
+
+
+def test_shapes_refuses_prompts_of_another_world():
+    with pytest.raises(ValueError, match="cannot read the prompt 'a cat'.*prompts.source shapes.*module:function"):
+        ShapesReward().score(PICTURES[:1], [Prompt("a cat")])
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def write(folder, text, name="my_reward"):
+    (folder / f"{name}.py").write_text(text, encoding="utf-8")
+
+
+def test_a_built_in_reward_by_name():
+    assert isinstance(load_reward("shapes"), ShapesReward)
+
+
+def test_a_function_of_a_module_in_the_current_folder(tmp_path, monkeypatch):
+    write(tmp_path, "def score(images, prompts, target):\n    return [2 * (t or 0) for t in target]\n")
+    monkeypatch.chdir(tmp_path)
+    reward = load_reward("my_reward:score")
+    assert [s.value for s in reward.score(PICTURES, PROMPTS)] == [2, 4, 0]
+
+
+def test_a_module_in_a_package_of_the_current_folder(tmp_path, monkeypatch):
+    package = tmp_path / "my_rewards"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    write(package, "def score(images, prompts):\n    return [7.0] * len(images)\n", "seven")
+    monkeypatch.chdir(tmp_path)
+    assert load_reward("my_rewards.seven:score").score(PICTURES, PROMPTS)[0] == Score(7.0)
+
+
+def test_the_current_folder_hides_no_installed_module(tmp_path, monkeypatch):
+    write(tmp_path, "raise RuntimeError('hidden')\n", "numpy")
+    monkeypatch.chdir(tmp_path)
+    load_reward("numpy:mean")
+
+
+@pytest.mark.parametrize("name", ["shape", "", "my_reward.score"])
+def test_an_unknown_name_is_refused(name):
+    with pytest.raises(ValueError, match=r"neither built in \(shapes\) nor of the form module:function"):
+        load_reward(name)
+
+
+@pytest.mark.parametrize("name", ["no_such_module:score", "no.such.module:score"])
+def test_a_missing_module_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"there is no module 'no[._]such[._]module' in this folder or installed"):
+        load_reward(name)
+
+
+@pytest.mark.parametrize(("attribute", "shown"), [("scroe", "'scroe'"), ("WEIGHT", "'WEIGHT'"), ("", "''")])
+def test_a_missing_function_is_refused(attribute, shown, tmp_path, monkeypatch):
+    write(tmp_path, "WEIGHT = 2\n\ndef score(images, prompts):\n    return [0.0] * len(images)\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"the module 'my_reward' has no function {shown}"):
+        load_reward(f"my_reward:{attribute}")
+
+
+def test_what_the_users_module_lacks_is_not_blamed_on_the_name(tmp_path, monkeypatch):
+    write(tmp_path, "import no_such_dependency\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        load_reward("my_reward:score")

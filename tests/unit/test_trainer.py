@@ -1,0 +1,131 @@
+"""One run, iteration by iteration, on the tiny pipeline."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from progrpo.config import AuditConfig, ObjectiveConfig, OptimConfig, PlanConfig, PromptConfig
+from progrpo.storage import load_state, save_state
+from progrpo.training.trainer import Totals
+from progrpo.types import Cost
+
+DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+
+
+def untimed(record):
+    return {k: v for k, v in record.items() if k != "seconds" and not k.startswith("time/")}
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.policy.trainable.items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_is_a_function_of_its_seed(tiny_trainer, tiny_config):
+    first, second, other = (tiny_trainer(tiny_config(seed=seed)) for seed in (1, 1, 2))
+    records = [untimed(trainer.step().record) for trainer in (first, second, other)]
+    assert records[0] == records[1] != records[2]
+    assert same(weights(first), weights(second)) and not same(weights(first), weights(other))
+
+
+def test_a_record_has_the_documented_metrics(tiny_trainer, tiny_config):
+    objective, audit = ObjectiveConfig(kl_beta=0.01), AuditConfig(every=1)
+    record = tiny_trainer(tiny_config(objective=objective, audit=audit)).step().record
+    documented = set(re.findall(r"^\| `([^`]+)`", DOCS.read_text(), re.M))
+    names = {re.sub(r"@\d+", "@S", name) for name in record}
+    assert names <= documented
+    always = {n for n in re.findall(r"^\| `([^`]+)`.*\| always \|$", DOCS.read_text(), re.M)}
+    assert always <= names and {"update/kl", "audit/nfe", "preview/rank_correlation@S"} <= names
+    assert (record["iteration"], record["rollout/survivors"], record["update/lr"]) == (0, 2 * 3, 1e-3)
+    stages = [value for name, value in record.items() if name.startswith("time/")]
+    assert sum(stages) == pytest.approx(record["seconds"]) and min(stages) >= 0
+
+
+def test_metrics_that_were_not_measured_are_absent(tiny_trainer, tiny_config):
+    record = tiny_trainer(tiny_config()).step().record
+    assert not {"update/kl", "audit/nfe", "reward/strict", "reward/group_std_full"} & record.keys()
+    plain = tiny_trainer(tiny_config(plan=PlanConfig("custom", group_size=4, final_keep=3))).step().record
+    assert plain["reward/group_std_full"] > 0
+
+
+def test_kl_grows_from_zero(tiny_trainer, tiny_config):
+    trainer = tiny_trainer(tiny_config(objective=ObjectiveConfig(kl_beta=0.01)))
+    first, second = (trainer.step().record for _ in range(2))
+    assert first["update/kl"] == pytest.approx(0, abs=1e-12) and second["update/kl"] > 1e-9
+
+
+def test_an_audit_comes_every_nth_iteration_and_changes_no_weight(tiny_trainer, tiny_config):
+    watched, not_watched = (tiny_trainer(tiny_config(audit=AuditConfig(every=n))) for n in (2, 0))
+    done = [watched.step() for _ in range(2)]
+    for _ in range(2):
+        not_watched.step()
+    assert [d.audit is not None for d in done] == [False, True]
+    assert same(weights(watched), weights(not_watched))
+    audit = done[1].audit
+    assert audit.prompt in watched.order.prompts_for(1, 2)
+    assert audit.scores_TG.shape == (4, 4) and audit.final_G.shape == (4,)
+    assert audit.pictures_GSHWC.shape == (4, 5, 16, 16, 3)
+    record = audit.record(1)
+    assert record["iteration"] == 1 and record["steps"] == [0, 1, 2, 3]
+    assert sorted(s for s in record["stopped_at"] if s is not None) == [1]
+
+
+def test_the_last_preview_of_an_audit_is_almost_the_picture(tiny_trainer, tiny_config):
+    """The last step starts at sigma 0.009: what is seen there is what comes out."""
+    audit = tiny_trainer(tiny_config(audit=AuditConfig(every=1))).step().audit
+    torch.testing.assert_close(audit.scores_TG[-1], audit.final_G, rtol=0, atol=0.01)
+
+
+def test_the_average_of_the_weights_lags_behind(tiny_trainer, tiny_config):
+    trainer = tiny_trainer(tiny_config(optim=OptimConfig(ema_decay=0.5)))
+    start = weights(trainer)
+    trainer.step()
+    assert trainer.evaluated_weights == "ema"
+    sets = trainer.policy.state_dict()
+    for name, now in weights(trainer).items():
+        torch.testing.assert_close(sets["ema"][name], (start[name] + now) / 2)
+    assert tiny_trainer(tiny_config()).evaluated_weights == "current"
+
+
+def test_predictions_are_per_prompt(tiny_trainer, tiny_config):
+    trainer = tiny_trainer(tiny_config(prompts=PromptConfig(per_iteration=3)))
+    # 4 members for two steps and 3 for two, seen once by four and once by three, three trained on three steps
+    assert trainer.predicted() == Cost(3 * 14, 3 * 7, 3 * 7, 3 * 9)
+    assert trainer.predicted(5).nfe == 5 * 3 * 14
+
+
+def test_state_goes_through_storage(tiny_trainer, tiny_config, tmp_path):
+    config = tiny_config(optim=OptimConfig(ema_decay=0.5))
+    trainer, other = tiny_trainer(config), tiny_trainer(config)
+    trainer.step()
+    save_state(tmp_path / "state", trainer.state_dict())
+    other.load_state_dict(load_state(tmp_path / "state"))
+    assert other.iteration == 1 and asdict(other.totals) == asdict(trainer.totals)
+    assert untimed(trainer.step().record) == untimed(other.step().record)
+    assert same(weights(trainer), weights(other))
+
+
+def test_totals_add_seconds_by_stage():
+    totals = Totals()
+    totals.add_seconds({"sample": 1.0, "update": 2.0})
+    totals.add_seconds({"sample": 0.5})
+    assert totals.seconds == {"sample": 1.5, "update": 2.0}
+    again = Totals()
+    again.load_state_dict(totals.state_dict())
+    assert again == totals and again.seconds is not totals.seconds
+
+
+def test_more_prompts_an_iteration_than_there_are_come_again(tiny_trainer, tiny_config):
+    trainer = tiny_trainer(tiny_config(prompts=PromptConfig(per_iteration=4)))
+    rolled = trainer.step().rollout
+    assert len(rolled.prompts) == 4 and len({p.text for p in rolled.prompts}) == 3
+    starts = rolled.trajectories.path[0].x_NCHW
+    assert len(starts.flatten(1).unique(dim=0)) == len(starts)  # the same prompt in two slots is two groups

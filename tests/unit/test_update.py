@@ -1,0 +1,202 @@
+"""From rewards to advantages and from advantages to a step, by hand on a policy of two weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from progrpo.config import ObjectiveConfig, OptimConfig
+from progrpo.objectives.grpo import GRPO
+from progrpo.rollout.denoise import Sampling
+from progrpo.training.distributed import Ranks
+from progrpo.training.update import _parts, learn_from, update
+from progrpo.types import Condition, Preview, Prompt, Rollout, Trajectories
+
+NAN = float("nan")
+EPS = 1e-4
+SAMPLING = Sampling(torch.tensor([1.0, 0.8, 0.5, 0.0]), (0.7, 0.7, 0.7))
+
+
+def rolled(rewards, groups, finalists=None, finalist_groups=None, previews=(), passed=None):
+    """A rollout of these rewards; the finalists are the survivors if not said otherwise."""
+    group = torch.tensor(groups)
+    rows = torch.arange(len(group))
+    reward = torch.tensor(rewards, dtype=torch.float64)
+    return Rollout(
+        prompts=tuple(Prompt(str(g)) for g in range(max(groups) + 1)),
+        condition=Condition({}),
+        trajectories=Trajectories(group, group, rows, rows.float().reshape(-1, 1, 1, 1)),
+        images_NHWC=torch.zeros(len(group), 2, 2, 3, dtype=torch.uint8),
+        rewards_N=reward,
+        passed_N=torch.tensor(passed or [NAN] * len(group), dtype=torch.float64),
+        finalist_rewards_F=reward if finalists is None else torch.tensor(finalists, dtype=torch.float64),
+        finalist_group_F=group if finalist_groups is None else torch.tensor(finalist_groups),
+        previews=previews,
+    )
+
+
+def learnt(rollout, **objective):
+    experience, tally = learn_from(rollout, SAMPLING, ObjectiveConfig(adv_eps=EPS, **objective), Ranks())
+    return experience, tally.over(Ranks())
+
+
+# --- learn_from --------------------------------------------------------------------------------------------------------
+
+
+def test_advantages_are_of_the_group():
+    experience, seen = learnt(rolled([1.0, 3.0, 10.0, 10.5], [0, 0, 1, 1]))
+    expected = [-1 / (1 + EPS), 1 / (1 + EPS), -0.25 / (0.25 + EPS), 0.25 / (0.25 + EPS)]
+    np.testing.assert_allclose(experience.advantages_N, expected, rtol=1e-6)
+    assert seen["reward/mean"] == 6.125 and seen["reward/std"] == (1 + 0.25) / 2
+    assert seen["reward/missing"] == seen["advantage/zero_variance_groups"] == 0
+    assert "reward/strict" not in seen  # a mean of nothing
+
+
+def test_a_missing_reward_leaves_and_the_rest_is_its_group():
+    experience, seen = learnt(rolled([1.0, NAN, 3.0, 7.0, NAN], [0, 0, 0, 1, 1], passed=[1, NAN, 0, 1, NAN]))
+    assert experience.trajectories.member_N.tolist() == [0, 2, 3]
+    np.testing.assert_allclose(experience.advantages_N, [-1 / (1 + EPS), 1 / (1 + EPS), 0], rtol=1e-6)
+    assert seen["reward/missing"] == 2 and seen["reward/strict"] == pytest.approx(2 / 3)
+    assert seen["advantage/zero_variance_groups"] == 1  # one reward has no variance
+
+
+def test_groups_without_variance_are_counted_and_stay():
+    experience, seen = learnt(rolled([2.0, 2.0, 1.0, 3.0], [0, 0, 1, 1]))
+    assert seen["advantage/zero_variance_groups"] == 1 and len(experience) == 4
+    assert experience.advantages_N[:2].tolist() == [0, 0]
+
+
+def test_the_std_can_be_the_batchs():
+    rewards = [1.0, 3.0, 10.0, 10.5]
+    experience, _ = learnt(rolled(rewards, [0, 0, 1, 1]), advantage="batch")
+    std = np.std(rewards)
+    np.testing.assert_allclose(experience.advantages_N, np.array([-1, 1, -0.25, 0.25]) / (std + EPS), rtol=1e-6)
+
+
+def test_the_baseline_can_be_the_full_group_under_a_final_selection():
+    finalists = [0.0, 4.0, 1.0, 3.0]
+    rollout = rolled([0.0, 4.0], [0, 0], finalists, [0] * 4)
+    own, seen = learnt(rollout)
+    full, _ = learnt(rollout, baseline="group")
+    np.testing.assert_allclose(own.advantages_N, np.array([-2, 2]) / (2 + EPS), rtol=1e-6)
+    np.testing.assert_allclose(full.advantages_N, np.array([-2, 2]) / (np.std(finalists) + EPS), rtol=1e-6)
+    assert seen["reward/std"] == 2 and seen["reward/group_std_full"] == pytest.approx(np.std(finalists))
+
+
+def test_the_full_groups_std_is_not_known_after_pruning_in_flight():
+    pruned = Preview(1, torch.tensor([0]), torch.tensor([0]), torch.tensor([0.5]), torch.tensor([True]))
+    assert "reward/group_std_full" not in learnt(rolled([1.0, 3.0], [0, 0], previews=(pruned,)))[1]
+
+
+def test_advantages_are_clipped():
+    rewards = [0.0] * 99 + [1.0]
+    experience, _ = learnt(rolled(rewards, [0] * 100), adv_clip_max=5.0)
+    assert experience.advantages_N.max() == 5.0
+
+
+def test_the_grid_goes_along():
+    experience, _ = learnt(rolled([1.0, 3.0], [0, 0]))
+    assert torch.equal(experience.sigmas_T1, SAMPLING.sigmas_T1)
+    assert experience.rates_T.tolist() == [SAMPLING.rate(step).item() for step in range(3)]
+
+
+# --- update ------------------------------------------------------------------------------------------------------------
+
+
+def gradient_of(policy, experience, items):
+    loss = GRPO(0.1).loss(policy, experience, items).total
+    return torch.stack(torch.autograd.grad(loss, [policy.a, policy.b]))
+
+
+def stepped(policy, experience, **optim):
+    """Move by plain gradient descent at rate 1; the way taken, what was seen, and items trained."""
+    start = torch.stack([policy.a.detach().clone(), policy.b.detach().clone()])
+    descent = torch.optim.SGD(policy.trainable.values(), lr=1.0)
+    config = OptimConfig(max_grad_norm=1e9, **optim) if "max_grad_norm" not in optim else OptimConfig(**optim)
+    tally, items = update(policy, GRPO(0.1), descent, experience, config, Ranks())
+    return torch.stack([policy.a.detach(), policy.b.detach()]) - start, tally.over(Ranks()), items
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 64])
+def test_a_step_follows_the_mean_over_items(linear_policy, linear_experience, microbatch):
+    experience = linear_experience(linear_policy, [1.5, -0.5, -1.0, 2.0, -2.0])
+    expected = gradient_of(linear_policy, experience, torch.arange(10)) / 10
+    moved, seen, items = stepped(linear_policy, experience, microbatch=microbatch)
+    torch.testing.assert_close(moved, -expected)
+    assert items == 10 and seen["update/clip_fraction"] == 0
+    assert seen["update/grad_norm"] == pytest.approx(expected.norm().item())
+    assert seen["update/loss"] == pytest.approx(0, abs=1e-9) and seen["update/ratio_max_deviation"] < 1e-9
+    assert linear_policy.a.grad is None
+
+
+def test_groups_that_teach_nothing_are_not_computed_but_count_in_the_mean(linear_policy, linear_experience):
+    experience = linear_experience(linear_policy, [0.0, 0.0, 0.0, 2.0, -2.0])
+    expected = gradient_of(linear_policy, experience, torch.arange(10)) / 10
+    moved, _, items = stepped(linear_policy, experience)
+    torch.testing.assert_close(moved, -expected)
+    assert items == 4
+
+
+def test_if_nobody_teaches_nothing_moves_not_even_by_momentum(linear_policy, linear_experience):
+    taught, nothing = (linear_experience(linear_policy, a) for a in ([1.5, -0.5, -1.0, 2.0, -2.0], [0.0] * 5))
+    adam = torch.optim.AdamW(linear_policy.trainable.values(), lr=0.1)
+    update(linear_policy, GRPO(0.1), adam, taught, OptimConfig(), Ranks())
+    before = linear_policy.a.item()
+    tally, items = update(linear_policy, GRPO(0.1), adam, nothing, OptimConfig(), Ranks())
+    assert linear_policy.a.item() == before and items == 0 and tally.over(Ranks()) == {"update/grad_norm": 0.0}
+
+
+def test_the_gradient_is_clipped_and_its_norm_is_told_before(linear_policy, linear_experience):
+    experience = linear_experience(linear_policy, [1.5, -0.5, -1.0, 2.0, -2.0])
+    norm = (gradient_of(linear_policy, experience, torch.arange(10)) / 10).norm().item()
+    moved, seen, _ = stepped(linear_policy, experience, max_grad_norm=norm / 4)
+    assert moved.norm().item() == pytest.approx(norm / 4, rel=1e-4)
+    assert seen["update/grad_norm"] == pytest.approx(norm)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_parts_deal_every_group_evenly(parts):
+    sizes = [7, 4, 1, 6]
+    group = torch.repeat_interleave(torch.arange(4), torch.tensor(sizes))
+    slot = torch.tensor([0, 3, 4, 9])[group]
+    dealt = _parts(_experience_of(group, slot), parts)
+    for g, size in enumerate(sizes):
+        counts = torch.bincount(dealt[group == g], minlength=parts)
+        assert counts.sum() == size and counts.max() - counts.min() <= 1
+
+
+def test_parts_belong_to_the_slot_and_not_to_the_company():
+    group, slot = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 2, 2, 5, 5])
+    together = _parts(_experience_of(group, slot), 2)
+    alone = _parts(_experience_of(group[3:] - 1, slot[3:]), 2)
+    assert torch.equal(together[3:], alone)
+
+
+def _experience_of(group, slot):
+    rows = torch.arange(len(group))
+    living = Trajectories(group, slot, rows, rows.float().reshape(-1, 1, 1, 1))
+    from progrpo.objectives.base import Experience
+
+    return Experience(living, rows.float(), Condition({}), SAMPLING.sigmas_T1, SAMPLING.sigmas_T1)
+
+
+def test_every_trajectory_serves_one_of_several_updates(linear_policy, linear_experience):
+    experience = linear_experience(linear_policy, [1.5, -0.5, -1.0, 2.0, -2.0])
+    parts = _parts(experience, 2)
+    first = (parts == 0).nonzero().flatten()
+    size = 2 * len(first)
+    once = gradient_of(linear_policy, experience.take(first), torch.arange(size)) / size
+    with torch.no_grad():
+        linear_policy.a -= once[0]
+        linear_policy.b -= once[1]
+    rest = experience.take((parts == 1).nonzero().flatten())
+    twice = gradient_of(linear_policy, rest, torch.arange(10 - size)) / (10 - size)
+    with torch.no_grad():
+        linear_policy.a += once[0]
+        linear_policy.b += once[1]
+    moved, seen, items = stepped(linear_policy, experience, updates_per_rollout=2)
+    torch.testing.assert_close(moved, -(once + twice))
+    assert items == 10
+    assert seen["update/grad_norm"] == pytest.approx((once.norm() + twice.norm()).item() / 2)
+    assert seen["update/ratio_max_deviation"] > 0  # the second update is off-policy
