@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ def pass_rate(prompts: list[Prompt], scenes: list[Scene]) -> float:
     return float(np.mean(shipped().passes(np.stack([draw(s) for s in scenes]), prompts)))
 
 
-def changed(scene: Scene, **values: str) -> Scene:
+def changed(scene: Scene, **values: Any) -> Scene:
     return replace(scene, shapes=(replace(scene.shapes[0], **values), *scene.shapes[1:]))
 
 

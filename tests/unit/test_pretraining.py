@@ -1,6 +1,7 @@
 """A stage of pretraining: its learning rate, its averaged weights, and that it goes on where it stopped."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from progrpo.zoo.pretraining import Ema, train_stage
 STEPS = 12
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
@@ -119,10 +120,10 @@ def test_evaluation_sees_averaged_weights_and_changes_nothing(tmp_path):
 
 def test_frozen_parameters_stay(tmp_path):
     module = network()
-    module[0].weight.requires_grad_(False)
-    before = module[0].weight.clone()
+    frozen = next(module.parameters()).requires_grad_(False)
+    before = frozen.clone()
     train(module, tmp_path)
-    assert torch.equal(module[0].weight, before)
+    assert torch.equal(frozen, before)
     assert len(load_state(tmp_path / "stage")["ema"]) == len(list(module.parameters())) - 1
 
 
@@ -142,7 +143,7 @@ def test_learning_rate_warms_up_stays_and_falls(steps, decay_fraction, tmp_path)
     options = {"steps": steps, "lr": 1e-2, "decay_fraction": decay_fraction, "ema_decay": 0.0}
     train_stage("stage", module, loss_of, **options, out=tmp_path, minutes_between_checkpoints=1e9, log=lambda _: None)
     path.append(load_state(tmp_path / "stage")["module"]["weight"].item())
-    rates = [(a - b) / (1 + 0.01 * a) for a, b in zip(path, path[1:], strict=False)]
+    rates = [(a - b) / (1 + 0.01 * a) for a, b in pairwise(path)]
     wanted = [1e-2 * min(1, (t + 1) / 100, (steps - t) / (decay_fraction * steps)) for t in range(steps)]
     assert rates == pytest.approx(wanted, rel=1e-5)
 
@@ -169,7 +170,7 @@ def test_swap_twice_restores():
     p = nn.Parameter(torch.tensor([1.0, 2.0]))
     ema = Ema([p], decay=0.9)
     with torch.no_grad():
-        p += 5
+        p.add_(5)
     ema.swap([p])
     assert p.tolist() == [1, 2] and ema.shadow[0].tolist() == [6, 7]
     ema.swap([p])

@@ -135,6 +135,30 @@ def test_every_section_of_a_finished_run_is_there(run):
 def test_a_wrong_prediction_is_said(run):
     run.write_summary({"cost": {"predicted": {"nfe": 1}, "counted": {"nfe": 2}}})
     assert "Predicted and counted costs differ" in text(run)
+    run.write_summary(
+        {"cost": {"predicted": {"nfe": 1, "trained_steps": 9}, "counted": {"nfe": 1, "trained_steps": 6}}}
+    )
+    assert "Predicted and counted costs differ" not in text(run)
+
+
+def test_a_reward_that_gives_no_verdicts_has_a_report(run):
+    finish(run, [None, None], [None, None])
+    run.write_summary({**run.read_summary(), "reward_before": 0.25, "reward_after": 0.5})
+    page = text(run)
+    assert "the mean reward went from 0.250 to 0.500 on 2 prompts" in page and "the reward gives no verdicts" in page
+    assert "± nan" not in page and "+nan" not in page and "failed, then passed" not in page
+
+
+def test_pictures_without_a_verdict_are_left_out_of_the_pairs(run):
+    finish(run, [False, None, True, False], [True, True, True, None])
+    page = text(run)
+    assert "Of all 2 evaluated pairs, <b>1</b> failed, then passed" in page and 'data-outcome="unjudged"' in page
+
+
+def test_who_is_dropped_on_final_rewards_is_out_at_the_end(run):
+    run.write_audit({**audit(0), "stopped_at": [None, None, 1, STEPS]}, pictures(GROUP, STEPS + 1))
+    page = text(run)
+    assert "out at 1" in page and "out at the end" in page and page.count('<th class="cut">') == 1
 
 
 @pytest.mark.parametrize(

@@ -117,12 +117,11 @@ def test_scores_may_be_of_any_number_type_or_missing():
     def reward(images, prompts):
         return [np.float32(0.5), None, True]
 
+    def as_array(images, prompts):
+        return np.arange(3.0)
+
     assert FunctionReward(reward).score(PICTURES, PROMPTS) == [Score(0.5), Score(None), Score(1.0)]
-    assert [s.number() for s in FunctionReward(lambda images, prompts: np.arange(3.0)).score(PICTURES, PROMPTS)] == [
-        0,
-        1,
-        2,
-    ]
+    assert FunctionReward(as_array).score(PICTURES, PROMPTS) == [Score(0.0), Score(1.0), Score(2.0)]
 
 
 class Scorer:
@@ -172,7 +171,7 @@ def test_shapes_is_the_verifier():
 
 
 def test_shapes_refuses_prompts_of_another_world():
-    with pytest.raises(ValueError, match="cannot read the prompt 'a cat'.*prompts.source shapes.*module:function"):
+    with pytest.raises(ValueError, match=r"cannot read the prompt 'a cat'.*prompts.source shapes.*module:function"):
         ShapesReward().score(PICTURES[:1], [Prompt("a cat")])
 
 

@@ -180,8 +180,9 @@ class RunFolder:
         """Write an audit group: `pictures_GSHWC` is uint8, S = its T previews and the final picture.
 
         `audit` holds iteration, prompt, steps (T), scores (T lists of G, None or NaN = missing), final (G), stopped_at
-        (G: the step after whose network call the plan's selector lets the member go, None for survivors), kept_uniform
-        and kept_ovf (the members that a uniform draw and OVF keep when they know the final rewards).
+        (G: the step after whose network call the plan's selector lets the member go, T for those dropped on final
+        rewards, None for survivors), kept_uniform and kept_ovf (the members that a uniform draw and OVF keep when they
+        know the final rewards).
         """
         group, columns = pictures_GSHWC.shape[:2]
         assert columns == len(audit["steps"]) + 1, f"{columns} pictures a member for {len(audit['steps'])} steps"

@@ -100,7 +100,7 @@ def _kept(select: Selector, scores_G: Tensor, keep: int, seeds_P: Tensor) -> lis
 def _stops(
     plan: Plan, scores: list[Tensor], final_G: Tensor, select: Selector, key: NoiseKey, slot_P: Tensor
 ) -> list[int | None]:
-    """For each member the step after whose network call the plan lets it go, None for survivors."""
+    """For each member the step after whose network call the plan lets it go (T: on final rewards), None for survivors."""
     stopped: list[int | None] = [None] * plan.group_size
     living = list(range(plan.group_size))
     points = [(p.step, p.keep, scores[p.step]) for p in plan.active_points()]

@@ -187,7 +187,7 @@ class Run:
         try:
             self._train(console, start, fresh=state is None)
         except BaseException as error:
-            self._write_summary(start, f"stopped: {error or type(error).__name__}")
+            self._write_summary(start, f"stopped: {str(error) or type(error).__name__}")
             raise
         self._write_summary(start, "finished")
         if self.ranks.is_main:

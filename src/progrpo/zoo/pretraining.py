@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -33,6 +33,16 @@ class Ema:
             s.copy_(live)
 
 
+def _optimizers(module: torch.nn.Module, matrices: Collection[str], lr: float) -> list[torch.optim.Optimizer]:
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    others = [p for name, p in named.items() if name not in matrices]
+    adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    if not matrices:
+        return [adamw]
+    hidden = [named[name] for name in matrices]
+    return [adamw, torch.optim.Muon(hidden, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
+
+
 def train_stage(
     name: str,
     module: torch.nn.Module,
@@ -41,13 +51,17 @@ def train_stage(
     steps: int,
     lr: float,
     out: Path,
+    matrices: Collection[str] = (),
     decay_fraction: float = 0.25,
     ema_decay: float = 0.999,
     evaluate: Callable[[], str] | None = None,
     minutes_between_checkpoints: float = 3.0,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Train `module` for `steps` steps with AdamW, resuming from `out`/`name` if it is there; leave it averaged.
+    """Train `module` for `steps` steps, resuming from `out`/`name` if it is there; leave it averaged.
+
+    The parameters named in `matrices` are trained by Muon, which wants the weight matrices of hidden layers, with updates
+    of AdamW's size (arXiv 2502.16982); all others by AdamW.
 
     `loss_of(step)` must be a function of the step number alone, so that a resumed stage sees the same data. The
     learning rate warms up over 100 steps, stays, and falls linearly to zero over the last `decay_fraction`; a
@@ -55,13 +69,14 @@ def train_stage(
     """
     folder = out / name
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizers = _optimizers(module, matrices, lr)
     ema = Ema(parameters, ema_decay)
     step = 0
     if folder.exists():
         saved = load_state(folder)
         module.load_state_dict(saved["module"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         ema.updates, ema.shadow = saved["ema_updates"], [s.to(parameters[0].device) for s in saved["ema"]]
         step = saved["step"]
         log(f"{name}: resumed at step {step}")
@@ -70,7 +85,7 @@ def train_stage(
         state = {
             "step": step,
             "module": dict(module.state_dict()),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "ema": ema.shadow,
             "ema_updates": ema.updates,
         }
@@ -91,13 +106,14 @@ def train_stage(
     since, first, losses = time.monotonic(), step, []
     while step < steps:
         warm, fall = min(1.0, (step + 1) / 100), (steps - step) / max(1, decay_fraction * steps)
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr * min(warm, fall)
         loss = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         ema.update(parameters)
         step += 1
         losses.append(float(loss.detach()))

@@ -57,9 +57,10 @@ def _savings(run: Run) -> str:
 
 
 def _disagreement(cost: Mapping[str, Any]) -> str:
-    """The prediction must be the count; where it is not, the report says so."""
-    predicted, counted = cost.get("predicted"), cost.get("counted")
-    return note("Predicted and counted costs differ.") if predicted and counted and predicted != counted else ""
+    """What sampling costs must be as predicted, else the report says so; trajectories without advantage are not trained."""
+    predicted, counted = cost.get("predicted") or {}, cost.get("counted") or {}
+    sampled = _COLUMNS.keys() & predicted.keys() & counted.keys() - {"trained_steps"}
+    return note("Predicted and counted costs differ.") if any(predicted[k] != counted[k] for k in sampled) else ""
 
 
 def _time(run: Run) -> str:

@@ -46,9 +46,13 @@ def _film(folder: Path, audit: Mapping[str, Any], shown: bool) -> str:
     return f'<div class="film" id="{anchor}"{hidden}>{_agreements(audit)}{_sheet(folder, audit, anchor)}</div>'
 
 
+def _points(audit: Mapping[str, Any]) -> list[int]:
+    """The steps after which members are pruned. Who is dropped on final rewards stopped at no step but after the last."""
+    return sorted(set(audit["stopped_at"]) & set(audit["steps"]))
+
+
 def _agreements(audit: Mapping[str, Any]) -> str:
-    points = sorted({step for step in audit["stopped_at"] if step is not None})
-    found = [f"{number(_agreement(audit, step), 2)} at step {step}" for step in points]
+    found = [f"{number(_agreement(audit, step), 2)} at step {step}" for step in _points(audit)]
     words = f" Rank correlation of previews and final rewards: {', '.join(found)}." if found else ""
     return f'<p class="prompt"><b>{escape(audit["prompt"])}</b>{words}</p>'
 
@@ -78,7 +82,7 @@ def _sheet(folder: Path, audit: Mapping[str, Any], anchor: str) -> str:
 
 
 def _head(audit: Mapping[str, Any]) -> str:
-    points = {step for step in audit["stopped_at"] if step is not None}
+    points = _points(audit)
     cells = "".join(f'<th class="{"cut" if s in points else ""}">step {s}</th>' for s in audit["steps"])
     return f'<thead><tr><th></th>{cells}<th class="last">final</th></tr></thead>'
 
@@ -93,15 +97,19 @@ def _rows(audit: Mapping[str, Any]) -> str:
 
 def _row(audit: Mapping[str, Any], member: int, rank: int, shown: bool) -> str:
     stopped = audit["stopped_at"][member]
-    fate = '<span class="kept">kept</span>' if stopped is None else f"<span>out at {stopped}</span>"
     cells = [
         _cell(i, member, audit["scores"][i][member], _state(step, stopped)) for i, step in enumerate(audit["steps"])
     ]
-    last = "alive last" if stopped is None else "ghost last"
-    cells.append(_cell(len(audit["steps"]), member, audit["final"][member], last))
+    cells.append(_cell(len(cells), member, audit["final"][member], f"{_state(len(cells), stopped)} last"))
     more = "" if shown else ' class="beyond"'
-    head = f'<th title="member {member}, rank {rank + 1} by final reward"><b>{rank + 1}</b>{fate}</th>'
+    head = f'<th title="member {member}, rank {rank + 1} by final reward"><b>{rank + 1}</b>{_fate(audit, stopped)}</th>'
     return f"<tr{more}>{head}{''.join(cells)}</tr>"
+
+
+def _fate(audit: Mapping[str, Any], stopped: int | None) -> str:
+    if stopped is None:
+        return '<span class="kept">kept</span>'
+    return f"<span>out at {stopped if stopped in audit['steps'] else 'the end'}</span>"
 
 
 def _state(step: int, stopped: int | None) -> str:

@@ -48,10 +48,10 @@ class Budget:
 
     vae_steps: int = 4_000
     vae_batch: int = 32
-    judge_steps: int = 1_000
+    judge_steps: int = 700
     judge_batch: int = 64
     pictures: int = 64_000
-    flow_steps: int = 10_000
+    flow_steps: int = 9_500
     flow_batch: int = 64
     test_pictures: int = 512
 
@@ -159,7 +159,19 @@ def train_flow(
         scores = measure(assemble(vae, text, transformer), "validation", 96, seed=5)
         return f"validation strict {scores['strict']:.3f}, graded {scores['graded']:.3f}"
 
-    train_stage("flow", module, loss_of, steps=budget.flow_steps, lr=1e-3, out=out, evaluate=evaluate, log=log)
+    blocks = [n for n, p in module.named_parameters() if p.ndim == 2 and "transformer_blocks" in n]
+    train_stage(
+        "flow",
+        module,
+        loss_of,
+        steps=budget.flow_steps,
+        lr=1e-3,
+        out=out,
+        matrices=blocks,
+        decay_fraction=0.5,
+        evaluate=evaluate,
+        log=log,
+    )
     return text, transformer
 
 

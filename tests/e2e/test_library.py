@@ -1,0 +1,206 @@
+"""A run in a few lines of Python, and what it leaves for diffusers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import progrpo
+from progrpo.config import AuditConfig, EvalConfig, OptimConfig, PlanConfig
+from progrpo.rewards.base import Score
+from progrpo.rollout.noise import INITIAL, NoiseKey
+from progrpo.training.errors import SelfCheckError
+from progrpo.types import Prompt
+
+STEPS = 3
+FILES = (
+    "config.json",
+    "metrics.jsonl",
+    "summary.json",
+    "report.html",
+    "evaluation/before.json",
+    "evaluation/after/002.png",
+    "audit/0001.json",
+    "audit/0001.png",
+    "samples/0001.png",
+    "checkpoints/iteration_000002/manifest.json",
+    "lora/pytorch_lora_weights.safetensors",
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_pipeline, tiny_config, prompts, redness, tmp_path_factory):
+    """Run folders of a few lines each, by the decay of the average of the weights; steps are long, to be seen."""
+
+    def train(ema_decay: float) -> Path:
+        config = tiny_config(
+            optim=OptimConfig(lr=0.03, ema_decay=ema_decay),
+            audit=AuditConfig(every=2),
+            eval=EvalConfig(pictures=3, num_inference_steps=STEPS),
+        )
+        out = tmp_path_factory.mktemp("runs") / "run"
+        return progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out).path
+
+    return {decay: train(decay) for decay in (0.0, 0.5)}
+
+
+@pytest.fixture(scope="module")
+def summary(trained) -> dict[str, Any]:
+    return json.loads((trained[0.0] / "summary.json").read_text())
+
+
+def grey(file: Path) -> np.ndarray:
+    return np.asarray(Image.open(file)).astype(int)
+
+
+def test_a_run_leaves_its_files(trained):
+    for out in trained.values():
+        assert [name for name in FILES if not (out / name).is_file()] == []
+        assert not list(out.rglob("*.writing"))
+
+
+def test_the_summary_says_what_came_of_it(summary):
+    assert (summary["recipe"], summary["seed"], summary["iterations"], summary["status"]) == ("tiny", 0, 2, "finished")
+    assert summary["reward_before"] != summary["reward_after"] and 0 < summary["reward_after"] < 1
+    assert summary["accuracy_before"] is summary["accuracy_after"] is summary["judge_after"] is None
+    assert summary["nfe"] == 2 * 2 * (4 + 4 + 3 + 3) and summary["nfe_saved"] == pytest.approx(2 / 16)
+    predicted, counted = summary["cost"]["predicted"], summary["cost"]["counted"]
+    assert all(predicted[name] == counted[name] for name in ("nfe", "decodes", "reward_calls"))
+    assert 0 < counted["trained_steps"] <= predicted["trained_steps"]  # who is at the mean is not computed
+    assert list(summary["preview_rank_correlation"]) == ["1"]
+    assert list(summary["preview_rank_correlation_by_step"]) == ["0", "1", "2", "3"]
+    assert summary["versions"]["progrpo"] == progrpo.__version__ and "torch" in summary["versions"]
+    assert summary["device"].startswith(("cpu", "NVIDIA")) and summary["wall_seconds"] > 0
+
+
+def test_the_report_shows_rewards_where_there_are_no_verdicts(trained):
+    page = (trained[0.0] / "report.html").read_text()
+    assert "the mean reward went from" in page and "± nan" not in page and "+nan" not in page
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_the_lora_gives_diffusers_the_pictures_that_the_run_shows(trained, tiny_pipeline, prompts, ema_decay):
+    run, pipeline = trained[ema_decay], tiny_pipeline()
+    for when in ("before", "after"):
+        if when == "after":
+            pipeline.load_lora_weights(run / "lora")
+        for i, prompt in enumerate(prompts):
+            place, first = torch.tensor([i]), torch.tensor([0])
+            picture = pipeline(
+                prompt,
+                latents=NoiseKey(EvalConfig().seed, 0).draw(place, first, INITIAL, (4, 8, 8)),
+                height=16,
+                width=16,
+                num_inference_steps=STEPS,
+                guidance_scale=1.0,
+                max_sequence_length=8,
+            ).images[0]
+            shown = grey(run / "evaluation" / when / f"{i:03d}.png")
+            assert np.abs(np.asarray(picture).astype(int) - shown).max() <= 1
+
+
+def test_training_and_averaging_are_seen_in_the_pictures(trained):
+    before, after, averaged = (
+        grey(trained[decay] / "evaluation" / when / "000.png")
+        for decay, when in ((0.0, "before"), (0.0, "after"), (0.5, "after"))
+    )
+    assert np.abs(before - after).max() > 3 and np.abs(after - averaged).max() > 3
+    assert np.array_equal(before, grey(trained[0.5] / "evaluation" / "before" / "000.png"))
+
+
+def test_the_whole_denoiser_can_be_trained(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
+    from diffusers import SD3Transformer2DModel
+
+    base = tiny_config(iterations=1)
+    config = replace(base, model=replace(base.model, weights="full"))
+    run = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run")
+    trained = SD3Transformer2DModel.from_pretrained(run.path / "transformer").state_dict()
+    start = tiny_pipeline().transformer.state_dict()
+    assert trained.keys() == start.keys() and any(not torch.equal(trained[name], start[name]) for name in start)
+    assert not (run.path / "lora").exists()
+
+
+class Verdicts:
+    """A reward of one's own with strict verdicts, from a column."""
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: list[Prompt]) -> list[Score]:
+        means = pictures_NHWC.mean((1, 2, 3)) / 255
+        return [Score(float(m), bool(m > p.columns["least"])) for m, p in zip(means, prompts, strict=True)]
+
+
+def test_a_reward_with_verdicts_and_columns(tiny_pipeline, tiny_config, prompts, tmp_path):
+    asked = [
+        Prompt(text, {"least": least, "kind": kind})
+        for text, least, kind in zip(prompts, (0, 0, 1), "aab", strict=True)
+    ]
+    config = tiny_config(iterations=1, eval=EvalConfig(pictures=3, num_inference_steps=2))
+    run = progrpo.train(tiny_pipeline(), asked, Verdicts(), config=config, out=tmp_path / "run", eval_prompts=asked)
+    found = run.read_summary()
+    assert found["accuracy_after"] == pytest.approx(2 / 3) and found["accuracy_by_kind_after"] == {"a": 1.0, "b": 0.0}
+    assert run.read_metrics()[0]["reward/strict"] in (0.5, 1.0)
+
+
+def test_a_plan_that_selects_on_final_rewards_is_audited_and_reported(
+    tiny_pipeline, tiny_config, prompts, redness, tmp_path
+):
+    plan = PlanConfig("custom", group_size=4, final_keep=2)
+    config = tiny_config(iterations=1, plan=plan, audit=AuditConfig(every=1))
+    run = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run")
+    (audit,) = run.read_audits()
+    assert sorted(map(str, audit["stopped_at"])) == ["4", "4", "None", "None"]
+    assert "out at the end" in (run.path / "report.html").read_text()
+    assert run.read_summary()["nfe_saved"] == 0
+
+
+def test_rewards_that_are_all_missing_stop_the_run_with_a_sentence(tiny_pipeline, tiny_config, prompts, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(SelfCheckError, match="every reward is missing; the reward function fails on all pictures"):
+        progrpo.train(
+            tiny_pipeline(), prompts, lambda images, prompts: [None] * len(images), config=tiny_config(), out=out
+        )
+    found = json.loads((out / "summary.json").read_text())
+    assert found["status"].startswith("stopped: iteration 0: every reward is missing")
+    assert found["reward_before"] is None and found["iterations"] == 0
+
+
+def test_an_interrupted_run_says_so_and_keeps_what_it_has(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
+    calls = iter(range(100))
+
+    def impatient(images, prompts):
+        if next(calls) == 3:  # one evaluation, then a preview and a final scoring an iteration
+            raise KeyboardInterrupt
+        return redness(images, prompts)
+
+    with pytest.raises(KeyboardInterrupt):
+        progrpo.train(tiny_pipeline(), prompts, impatient, config=tiny_config(), out=tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (found["status"], found["iterations"], found["nfe"]) == ("stopped: KeyboardInterrupt", 1, 2 * 14)
+    assert (tmp_path / "run" / "checkpoints" / "iteration_000001").is_dir()
+
+
+def test_mistakes_are_refused_before_anything_is_sampled(
+    trained, tiny_pipeline, tiny_config, prompts, redness, tmp_path
+):
+    for wrong, message in (
+        ({"prompts": []}, "prompts is empty; give at least one"),
+        ({"config": tiny_config(optim=OptimConfig(lr=0.0))}, r"optim\.lr must be above 0, not 0\.0"),
+        ({"out": trained[0.0]}, "already holds a run"),
+    ):
+        asked = {"prompts": prompts, "reward": redness, "config": tiny_config(), "out": tmp_path / "run", **wrong}
+        with pytest.raises(ValueError, match=message):
+            progrpo.train(tiny_pipeline(), **asked)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_can_be_overwritten_if_asked(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
+    config, out = tiny_config(iterations=1, eval=EvalConfig(pictures=1, num_inference_steps=1)), tmp_path / "run"
+    first = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out).read_metrics()
+    again = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out, overwrite=True).read_metrics()
+    assert len(again) == 1 and again[0]["reward/mean"] == first[0]["reward/mean"]

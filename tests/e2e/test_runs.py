@@ -1,0 +1,102 @@
+"""The commands that need a model, with the one in the package and the recipe `smoke`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from progrpo.cli import main
+from progrpo.storage import load_state
+from progrpo.tracking.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """`progrpo train smoke --seed 3`, in a process of its own as a user starts it."""
+    out = tmp_path_factory.mktemp("runs") / "smoke"
+    command = [sys.executable, "-m", "progrpo", "train", "smoke", "--seed", "3", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "iteration 2/2" in done.stdout and "report.html" in done.stdout
+    return out
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    records = RunFolder(folder).read_metrics()
+    return [{k: v for k, v in r.items() if k != "seconds" and not k.startswith("time/")} for r in records]
+
+
+def assert_the_same(a: Path, b: Path) -> None:
+    assert untimed(a) == untimed(b) != []
+    for when in ("before", "after"):
+        assert RunFolder(a).read_evaluation(when) == RunFolder(b).read_evaluation(when) != []
+    file = Path("lora") / "pytorch_lora_weights.safetensors"
+    assert (a / file).read_bytes() == (b / file).read_bytes()
+
+
+def test_a_recipe_is_trained(run):
+    found = RunFolder(run).read_summary()
+    assert (found["recipe"], found["seed"], found["iterations"], found["status"]) == ("smoke", 3, 2, "finished")
+    for name in ("reward", "accuracy", "judge"):
+        assert all(0 <= found[f"{name}_{when}"] <= 1 for when in ("before", "after"))
+    assert (
+        found["nfe"] == 2 * 2 * (6 * 4 + 4 * 2) and found["cost"]["predicted"]["nfe"] == found["cost"]["counted"]["nfe"]
+    )
+    assert found["command"].startswith("progrpo train smoke --seed 3")
+    assert (run / "report.html").is_file() and (run / "audit" / "0001.png").is_file()
+
+
+def test_a_run_is_not_overwritten_unasked(run, capsys):
+    before = (run / "metrics.jsonl").read_bytes()
+    assert main(["train", "smoke", "--out", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("progrpo: error: ") and err.count("\n") == 1 and "already holds a run" in err
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_can_be_repeated_from_its_config(run, tmp_path):
+    assert main(["train", str(run / "config.json"), "--out", str(tmp_path / "again")]) == 0
+    assert_the_same(tmp_path / "again", run)
+
+
+def test_stop_and_resume_is_a_straight_run(run, tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    shutil.copytree(run, resumed)
+    assert main(["train", "--resume", str(resumed), "--iterations", "3"]) == 0
+    assert main(["train", "smoke", "--seed", "3", "--iterations", "3", "--out", str(straight)]) == 0
+    assert_the_same(resumed, straight)
+    ours, theirs = (
+        load_state(f / "checkpoints" / "iteration_000003")["optimizer"]["state"] for f in (resumed, straight)
+    )
+    assert all(ours[i][name].equal(theirs[i][name]) for i in ours for name in ("exp_avg", "exp_avg_sq", "step"))
+
+
+def test_a_report_is_written_anew(run, capsys):
+    (run / "report.html").unlink()
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    assert "smoke" in (run / "report.html").read_text()
+
+
+def test_a_run_is_measured_again(run, capsys):
+    assert main(["eval", str(run), "--pictures", "12", "--num-inference-steps", "6", "--json"]) == 0
+    found, summary = json.loads(capsys.readouterr().out), RunFolder(run).read_summary()
+    assert found["pictures"] == 12 and set(found["strict_by_kind"]) == set(summary["accuracy_by_kind_after"])
+    assert found["graded"] == pytest.approx(summary["reward_after"], abs=0.01)  # the LoRA is merged here: rounding
+
+
+def test_pictures_are_drawn_with_what_a_run_trained(run, tmp_path, capsys):
+    asked = ["--prompt", "a red circle", "a blue square", "--count", "2", "--num-inference-steps", "4"]
+    assert main(["sample", "shapes-flow", *asked, "--lora", str(run), "--out", str(tmp_path)]) == 0
+    files = capsys.readouterr().out.split()
+    assert files == [str(tmp_path / f"{g:03d}-{m:02d}.png") for g in (0, 1) for m in (0, 1)]
+    assert {Image.open(file).size for file in files} == {(32, 32)}
+    assert len({Path(file).read_bytes() for file in files}) == 4
