@@ -57,15 +57,16 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
 # --- stop and resume --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("matrices", [(), ("0.weight",)], ids=["adamw", "muon"])
 @pytest.mark.parametrize("dies_at", [1, 7])
-def test_a_resumed_stage_is_a_straight_one(dies_at, tmp_path):
+def test_a_resumed_stage_is_a_straight_one(dies_at, matrices, tmp_path):
     straight = network()
-    train(straight, tmp_path / "straight", minutes=1e9)
+    train(straight, tmp_path / "straight", minutes=1e9, matrices=matrices)
 
     with pytest.raises(KeyboardInterrupt):
-        train(network(), tmp_path / "stopped", dies_at)
+        train(network(), tmp_path / "stopped", dies_at, matrices=matrices)
     resumed = network()
-    lines = train(resumed, tmp_path / "stopped")
+    lines = train(resumed, tmp_path / "stopped", matrices=matrices)
     assert lines[0] == f"stage: resumed at step {dies_at}"
     assert equal(straight, resumed)
 
