@@ -23,7 +23,7 @@ def quickstart() -> Config:
     """Pro-GRPO on the built-in shapes-flow model, ten minutes on two CPU cores."""
     return Config(
         recipe="quickstart",
-        iterations=20,
+        iterations=24,
         prompts=PromptConfig(per_iteration=8),
         plan=PlanConfig(preset="flash"),
         optim=OptimConfig(lr=1e-3, ema_decay=0.8),
