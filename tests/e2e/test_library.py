@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def test_the_whole_denoiser_can_be_trained(tiny_pipeline, tiny_config, prompts, 
 class Verdicts:
     """A reward of one's own with strict verdicts, from a column."""
 
-    def score(self, pictures_NHWC: np.ndarray, prompts: list[Prompt]) -> list[Score]:
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         means = pictures_NHWC.mean((1, 2, 3)) / 255
         return [Score(float(m), bool(m > p.columns["least"])) for m, p in zip(means, prompts, strict=True)]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from progrpo.config import AuditConfig, PlanConfig, PromptConfig, SamplingConfig
+from progrpo.config import AuditConfig, PlanConfig, PromptConfig, SamplingConfig, from_dict
 from progrpo.rollout.plan import PRESETS
 from progrpo.types import Cost
 
 STEPS = 4
 PLANS = {
-    **{name: PlanConfig(preset=name) for name in PRESETS},
+    **{name: from_dict({"plan": {"preset": name}}).plan for name in PRESETS},
     "point-and-final": PlanConfig("custom", group_size=5, prune=((1, 4), (2, 4)), final_keep=2),
 }
 
@@ -53,7 +53,9 @@ def test_what_is_counted_is_what_the_networks_did(trainer, redness, guidance_sca
     built = trainer(PLANS["point-and-final"], guidance_scale, counting)
     built.step()  # the first iteration also asks the network for its self-checks
     rewarded.clear()
-    sampled, trained, decoded = [], [], []
+    sampled: list[int] = []
+    trained: list[int] = []
+    decoded: list[int] = []
     pipeline = built.policy._pipeline
     pipeline.transformer.register_forward_hook(
         lambda module, args, kwargs, out: (trained if torch.is_grad_enabled() else sampled).append(len(out[0])),
