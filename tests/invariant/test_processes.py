@@ -181,7 +181,9 @@ def test_the_same_metrics_are_recorded(one, two, case):
         for name in ours.keys() - {"seconds", "update/ratio_max_deviation", "update/loss"}:  # these are rounding
             if not name.startswith("time/"):
                 expected = theirs[name]  # None: a rank correlation of constant rewards
-                assert ours[name] == (expected and pytest.approx(expected, rel=1e-3, abs=1e-6)), name
+                assert ours[name] == (expected if expected is None else pytest.approx(expected, rel=1e-3, abs=1e-6)), (
+                    name
+                )
 
 
 def test_only_the_main_process_writes(one, two):

@@ -227,8 +227,10 @@ def _add_lora(transformer: SD3Transformer2DModel, rank: int, alpha: int, targets
 
 
 def _save_lora(transformer: SD3Transformer2DModel, folder: Path) -> None:
+    metadata = transformer.peft_config["default"].to_dict()  # without it alpha is lost
+    metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: equal weights should be equal files
     StableDiffusion3Pipeline.save_lora_weights(
         folder,
         transformer_lora_layers=get_peft_model_state_dict(transformer),
-        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),  # without it alpha is lost
+        transformer_lora_adapter_metadata=metadata,
     )

@@ -52,7 +52,7 @@ class Budget:
     judge_steps: int = 700
     judge_batch: int = 64
     pictures: int = 64_000
-    flow_steps: int = 11_200
+    flow_steps: int = 9_800
     flow_batch: int = 64
     test_pictures: int = 512
 
