@@ -195,6 +195,7 @@ class Run:
         return self.folder
 
     def _train(self, console: Console, start: float, fresh: bool) -> None:
+        console.say(self._what_runs())
         if fresh:
             console.say(f"evaluating the base model on {len(self.held_out.test)} pictures")
             self._evaluate("before", "reference")
@@ -265,6 +266,23 @@ class Run:
 
     # --- the summary --------------------------------------------------------------------------------------------------
 
+    def _what_runs(self) -> str:
+        plan, config = self._plan_costs(), self.config
+        path = " -> ".join(map(str, plan["path"]))
+        return (
+            f"{config.recipe}: groups of {path} by {config.plan.selector}, {config.prompts.per_iteration} prompts an"
+            f" iteration, {self.trainer.predicted().nfe:,} NFE each; run folder {self.folder.path}"
+        )
+
+    def _plan_costs(self) -> dict[str, Any]:
+        sampling = self.config.sampling
+        return plan_summary(
+            self.trainer.plan,
+            sampling.num_inference_steps,
+            len(self.trainer.sampling.stored_steps),
+            sampling.guidance_scale > 1,
+        )
+
     def _nfe_unpruned(self, iterations: int) -> int:
         """NFE if no trajectory of the expanded groups were pruned."""
         per_call = self.trainer.sampling.nfe_per_call * self.trainer.sampling.num_inference_steps
@@ -274,13 +292,7 @@ class Run:
         if not self.ranks.is_main:
             return
         config, totals, done = self.config, self.trainer.totals, self.trainer.iteration
-        sampling = config.sampling
-        costs = plan_summary(
-            self.trainer.plan,
-            sampling.num_inference_steps,
-            len(self.trainer.sampling.stored_steps),
-            sampling.guidance_scale > 1,
-        )
+        costs = self._plan_costs()
         agreement = _agreement(self.folder.read_audits())
         unpruned = self._nfe_unpruned(done)
         self.folder.write_summary(
@@ -307,7 +319,7 @@ class Run:
                     "path": costs["path"],
                     "prune_steps": costs["prune_steps"],
                     "selector": config.plan.selector,
-                    "num_inference_steps": sampling.num_inference_steps,
+                    "num_inference_steps": config.sampling.num_inference_steps,
                 },
                 "seconds_by_stage": totals.seconds,
                 "versions": {"python": platform.python_version(), "progrpo": __version__}
