@@ -45,8 +45,10 @@ def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
     """Train a configuration into a new run folder."""
     check(config)
     ranks = Ranks()
-    run = _create(out, config, overwrite, ranks)
-    return _from_config(config, run, ranks).train()
+    out = ranks.gather([out])[0]  # where it was chosen by what is free, another process may have chosen later
+    run = _from_config(config, RunFolder(out), ranks)
+    run.create(overwrite)
+    return run.train()
 
 
 def resume_run(folder: Path, iterations: int | None = None) -> RunFolder:
@@ -114,21 +116,14 @@ def train(
         raise ValueError("prompts is empty; give at least one")
     measured = [_prompt(p) for p in (eval_prompts or prompts)]
     measured = [measured[i % len(measured)] for i in range(config.eval.pictures)]
-    run = _create(Path(out), config, overwrite, ranks)
     order, held_out = PromptOrder(table, config.seed), HeldOut(measured, measured, None)
-    return Run(config, policy, scorer, order, held_out, run, ranks).train()
+    run = Run(config, policy, scorer, order, held_out, RunFolder(out), ranks)
+    run.create(overwrite)
+    return run.train()
 
 
 def _prompt(prompt: str | Prompt) -> Prompt:
     return Prompt(prompt) if isinstance(prompt, str) else prompt
-
-
-def _create(out: Path, config: Config, overwrite: bool, ranks: Ranks) -> RunFolder:
-    out = ranks.gather([out])[0]  # where it was chosen by what is free, another process may have chosen later
-    if ranks.is_main:
-        RunFolder.create(out, overwrite).write_config(to_dict(config))
-    ranks.wait()
-    return RunFolder(out)
 
 
 def _from_config(config: Config, run: RunFolder, ranks: Ranks) -> Run:
@@ -170,6 +165,12 @@ class Run:
         self.config, self.policy, self.reward = config, policy, reward
         self.held_out, self.folder, self.ranks = held_out, folder, ranks
         self.trainer = Trainer(config, policy, reward, order, ranks)
+
+    def create(self, overwrite: bool) -> None:
+        """Make the run folder, once every part of the run could be built; ValueError if it holds a run already."""
+        if self.ranks.is_main:
+            RunFolder.create(self.folder.path, overwrite).write_config(to_dict(self.config))
+        self.ranks.wait()
 
     def train(self, state: Mapping[str, Any] | None = None) -> RunFolder:
         start = time.perf_counter()
