@@ -46,7 +46,7 @@ class SamplingConfig:
     guidance_scale: float = 1.0
     """1 is no classifier-free guidance; above 1 a network call counts twice."""
     noise_level: float = 0.7
-    """Flow-GRPO's a; 0 is the ODE."""
+    """Flow-GRPO's a: how much noise a step adds (arXiv 2505.05470)."""
     shift: float | None = None
     """Time shift of the sigma grid; empty: the model's own."""
     train_last_step: bool = False
