@@ -93,9 +93,11 @@ def _accumulate(
     policy: Policy, objective: Objective, experience: Experience, everywhere: float, microbatch: int
 ) -> Tally:
     tally = Tally()
-    for items_B in torch.arange(len(experience) * objective.items_per_trajectory(experience)).split(microbatch):
-        if len(items_B) == 0:  # splitting nothing gives one empty part
-            break
+    items = torch.arange(len(experience) * objective.items_per_trajectory(experience))
+    if len(items) == 0:
+        return tally
+    # in equal parts: kernels round by shape, and in low precision a last part of one item would look off-policy
+    for items_B in items.tensor_split(-(-len(items) // microbatch)):
         loss = objective.loss(policy, experience, items_B)
         (loss.total / everywhere).backward()
         for name, total in loss.sums.items():
