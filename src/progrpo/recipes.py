@@ -26,7 +26,7 @@ def quickstart() -> Config:
         iterations=24,
         prompts=PromptConfig(per_iteration=8),
         plan=PlanConfig(preset="flash"),
-        optim=OptimConfig(lr=1e-3, ema_decay=0.8),
+        optim=OptimConfig(lr=3e-4, ema_decay=0.8),
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import string
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from progrpo.zoo.shapes.world import SPLITS, prompts
@@ -21,19 +22,35 @@ def lexicon() -> list[str]:
 
 def clip_tokenizer() -> CLIPTokenizer:
     """Byte-pair encoding learned on the lexicon until every word is one token; 16 tokens a prompt."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator([" ".join(lexicon())], trainer)
-    merges = _merges(bpe)
-    pieces = [c for c in _LETTERS] + [c + "</w>" for c in _LETTERS] + ["".join(m) for m in merges]
+    merges = _learn_merges(lexicon())
+    pieces = [*_LETTERS, *(c + "</w>" for c in _LETTERS), *("".join(m) for m in merges)]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     vocab["<|startoftext|>"], vocab["<|endoftext|>"] = len(vocab), len(vocab) + 1
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_LENGTH)
 
 
-def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
-    return [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+def _learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Join the most frequent pair of pieces until every word is one, ties in alphabetical order.
+
+    The trainer of `tokenizers` breaks ties by the order of a hash map, so that two processes number words differently.
+    """
+    spelt = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while counts := Counter(pair for pieces in spelt for pair in pairwise(pieces)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        spelt = [_joined(pieces, best) for pieces in spelt]
+    return merges
+
+
+def _joined(pieces: Sequence[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    for piece in pieces:
+        if out and (out[-1], piece) == pair:
+            out[-1] += piece
+        else:
+            out.append(piece)
+    return out
 
 
 def t5_tokenizer() -> T5Tokenizer:
