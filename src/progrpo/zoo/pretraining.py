@@ -64,8 +64,8 @@ def train_stage(
     of AdamW's size (arXiv 2502.16982); all others by AdamW.
 
     `loss_of(step)` must be a function of the step number alone, so that a resumed stage sees the same data. The
-    learning rate warms up over 100 steps, stays, and falls linearly to zero over the last `decay_fraction`; a
-    finished stage given more steps would start from a rate of zero, so `steps` may only grow before the fall begins.
+    learning rate warms up over 100 steps, stays, and falls linearly to zero over the last `decay_fraction`.
+    More `steps` for a stage whose rate has begun to fall raise it again, and it differs from a straight one.
     """
     folder = out / name
     parameters = [p for p in module.parameters() if p.requires_grad]
