@@ -20,10 +20,9 @@ setup: $(VENV)/.ready ## install everything into .venv, once
 quickstart: setup ## train the built-in model for ten minutes; the report is runs/quickstart/report.html
 	@$(BIN)/progrpo train quickstart --out runs/quickstart --overwrite
 
-test: lint ## style, types and the quick tests
-	@$(BIN)/python -m pytest -m "not slow"
-test-slow: $(VENV)/.ready-dev ## the slow tests
-	@$(BIN)/python -m pytest -m slow
+test: lint ## style, types and the tests
+	@$(BIN)/python -m pytest
+test-slow: wheel-test ## what takes minutes
 lint: $(VENV)/.ready-dev ## style and types
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { echo "ruff would reformat files: run '$(BIN)/ruff format .'"; exit 1; }
