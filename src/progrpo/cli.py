@@ -203,6 +203,8 @@ class Pretrain:
     """Where its state lies."""
     device: str = "auto"
     """`auto` is the GPU where there is one, else the CPU."""
+    from_shipped: FlagCreatePairsOff[bool] = False
+    """Train the shipped model further; its autoencoder stays."""
     vae_steps: int | None = None
     """Optimizer steps of a stage; without it what made the shipped model."""
     flow_steps: int | None = None
@@ -216,7 +218,8 @@ class Pretrain:
 
         wanted = {"vae_steps": self.vae_steps, "flow_steps": self.flow_steps, "judge_steps": self.judge_steps}
         budget = Budget(**{name: steps for name, steps in wanted.items() if steps is not None})
-        pretrain(self.out, budget=budget, device=self.device, export=WEIGHTS if self.export else None)
+        start = WEIGHTS / "shapes-flow" if self.from_shipped else None
+        pretrain(self.out, budget=budget, device=self.device, start=start, export=WEIGHTS if self.export else None)
 
 
 COMMANDS: dict[str, type] = {

@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from progrpo.zoo.shapes.judge import load_judge
+from progrpo.zoo.shapes.models import build_transformer
 from progrpo.zoo.shapes.pretrain import Budget, pretrain
 
 TINY = Budget(
@@ -47,3 +48,14 @@ def test_finished_stages_are_not_trained_again(exported: Path) -> None:
     assert "flow: resumed at step 3" in lines
     first = StableDiffusion3Pipeline.from_pretrained(exported / "weights" / "shapes-flow").transformer.state_dict()
     assert all(torch.equal(first[name], t) for name, t in again.transformer.state_dict().items())
+
+
+def test_an_exported_model_is_trained_further(exported: Path, tmp_path: Path) -> None:
+    start = exported / "weights" / "shapes-flow"
+    before = StableDiffusion3Pipeline.from_pretrained(start)
+    further = pretrain(tmp_path, budget=TINY, device="cpu", start=start, log=lambda line: None)
+    kept, moved = before.vae.state_dict(), before.transformer.state_dict()
+    assert all(torch.equal(kept[name], t) for name, t in further.vae.state_dict().items())
+    change = sum((moved[name] - t).norm() for name, t in further.transformer.state_dict().items())
+    fresh = sum((moved[name] - t).norm() for name, t in build_transformer().state_dict().items())
+    assert 0 < change < fresh / 2

@@ -1,10 +1,12 @@
 """The tokenizers, and that pretraining reads texts as StableDiffusion3Pipeline does."""
 
+import json
+
 import pytest
 import torch
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from progrpo.zoo.shapes.models import TextStack, assemble, build_transformer, build_vae
+from progrpo.zoo.shapes.models import TextStack, assemble, build_transformer, build_vae, load_parts
 from progrpo.zoo.shapes.tokens import CLIP_LENGTH, clip_tokenizer, lexicon, t5_tokenizer
 from progrpo.zoo.shapes.world import SPLITS, prompts
 
@@ -123,3 +125,22 @@ def test_padding_changes_neither_the_pooled_embedding_nor_the_clip_tokens(stack)
     assert torch.equal(
         torch.as_tensor(stack.tokenize(TEXTS, 64)[1][:, 16:]), torch.zeros(len(TEXTS), 48, dtype=torch.long)
     )
+
+
+def test_tokens_keep_their_embeddings_where_a_folder_numbers_them_otherwise(stack, tmp_path):
+    pipeline = assemble(build_vae(), stack, build_transformer())
+    tokenizer = stack.clip_tokenizer
+    vocab = tokenizer.get_vocab()
+    words = [token for token in vocab if not token.startswith("<|")]
+    turned = vocab | {token: vocab[other] for token, other in zip(words, reversed(words), strict=True)}
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in backend["merges"]]
+    pipeline.tokenizer = CLIPTokenizer(vocab=turned, merges=merges, model_max_length=CLIP_LENGTH)
+    pipeline.save_pretrained(tmp_path)
+    loaded = TextStack().eval()
+    load_parts(tmp_path, loaded, build_transformer())
+    text = ["a red circle"]
+    theirs = stack.clip_1(torch.tensor(pipeline.tokenizer(text)["input_ids"])).text_embeds
+    ours = loaded.clip_1(torch.tensor(loaded.clip_tokenizer(text)["input_ids"])).text_embeds
+    assert pipeline.tokenizer(text)["input_ids"] != loaded.clip_tokenizer(text)["input_ids"]
+    torch.testing.assert_close(ours, theirs)

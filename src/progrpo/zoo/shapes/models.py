@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from diffusers import (
@@ -15,6 +17,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    PreTrainedModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -22,6 +25,7 @@ from transformers import (
 
 from progrpo.zoo.shapes.tokens import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
 
+Tokenizer = CLIPTokenizer | T5Tokenizer
 LATENT = (8, 16, 16)
 _CLIP_WIDTH = 64
 _JOINT_WIDTH = 128  # T5's width; at least the sum of the CLIP widths, else diffusers crops them without a word
@@ -135,6 +139,31 @@ def assemble(vae: AutoencoderKL, text: TextStack, transformer: SD3Transformer2DM
         text_encoder_3=text.t5,
         tokenizer_3=text.t5_tokenizer,
     )
+
+
+def load_parts(folder: Path, text: TextStack, transformer: SD3Transformer2DModel) -> AutoencoderKL:
+    """Fill both with the weights of an exported pipeline's folder, and return its autoencoder.
+
+    Every token keeps its embedding, also where the folder's tokenizer numbers tokens otherwise than `text` does.
+    """
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    for encoder, trained in ((text.clip_1, pipeline.text_encoder), (text.clip_2, pipeline.text_encoder_2)):
+        _load_encoder(encoder, text.clip_tokenizer, trained, pipeline.tokenizer)
+    _load_encoder(text.t5, text.t5_tokenizer, pipeline.text_encoder_3, pipeline.tokenizer_3)
+    transformer.load_state_dict(pipeline.transformer.state_dict())
+    return pipeline.vae
+
+
+@torch.no_grad()
+def _load_encoder(
+    encoder: PreTrainedModel, tokenizer: Tokenizer, trained: PreTrainedModel, its_tokenizer: Tokenizer
+) -> None:
+    embedding = encoder.get_input_embeddings().weight.clone()
+    encoder.load_state_dict(trained.state_dict())
+    ours, theirs = tokenizer.get_vocab(), its_tokenizer.get_vocab()
+    for token in ours.keys() & theirs.keys():
+        embedding[ours[token]] = trained.get_input_embeddings().weight[theirs[token]]
+    encoder.get_input_embeddings().weight.copy_(embedding)
 
 
 def to_tensor(pictures_NHWC: np.ndarray) -> Tensor:
