@@ -18,6 +18,7 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -25,7 +26,6 @@ from transformers import (
 
 from progrpo.zoo.shapes.tokens import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
 
-Tokenizer = CLIPTokenizer | T5Tokenizer
 LATENT = (8, 16, 16)
 _CLIP_WIDTH = 64
 _JOINT_WIDTH = 128  # T5's width; at least the sum of the CLIP widths, else diffusers crops them without a word
@@ -156,7 +156,10 @@ def load_parts(folder: Path, text: TextStack, transformer: SD3Transformer2DModel
 
 @torch.no_grad()
 def _load_encoder(
-    encoder: PreTrainedModel, tokenizer: Tokenizer, trained: PreTrainedModel, its_tokenizer: Tokenizer
+    encoder: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: PreTrainedModel,
+    its_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     embedding = encoder.get_input_embeddings().weight.clone()
     encoder.load_state_dict(trained.state_dict())
