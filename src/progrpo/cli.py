@@ -204,7 +204,7 @@ class Pretrain:
     device: str = "auto"
     """`auto` is the GPU where there is one, else the CPU."""
     from_shipped: FlagCreatePairsOff[bool] = False
-    """Train the shipped model further; its autoencoder stays."""
+    """Train the shipped model further; its autoencoder stays, and the state lies in OUT/from-shipped."""
     vae_steps: int | None = None
     """Optimizer steps of a stage; without it what made the shipped model."""
     flow_steps: int | None = None
@@ -218,8 +218,9 @@ class Pretrain:
 
         wanted = {"vae_steps": self.vae_steps, "flow_steps": self.flow_steps, "judge_steps": self.judge_steps}
         budget = Budget(**{name: steps for name, steps in wanted.items() if steps is not None})
-        start = WEIGHTS / "shapes-flow" if self.from_shipped else None
-        pretrain(self.out, budget=budget, device=self.device, start=start, export=WEIGHTS if self.export else None)
+        # a folder of its own: latents and weights of two models must never meet in one resumed state
+        start, out = (WEIGHTS / "shapes-flow", self.out / "from-shipped") if self.from_shipped else (None, self.out)
+        pretrain(out, budget=budget, device=self.device, start=start, export=WEIGHTS if self.export else None)
 
 
 COMMANDS: dict[str, type] = {

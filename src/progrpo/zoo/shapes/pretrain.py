@@ -52,7 +52,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Budget:
-    """Steps of each stage; the defaults take about two hours on two cores."""
+    """Steps of each stage; the defaults take two to three hours on two cores."""
 
     vae_steps: int = 4_000
     vae_batch: int = 32
@@ -173,8 +173,8 @@ def train_flow(
         x0, eps = x0.to(device), eps.to(device)
         x = torch.lerp(x0, eps, sigma[:, None, None, None])
         told = (i[row].to(device) for i in ids[length])
-        # on a CPU the gradient of fused attention takes longer than all else together; the rare lengths are not worth
-        # a compilation each
+        # on a CPU the gradient of fused attention is the slowest part of a step; the rare lengths are not worth a
+        # compilation each
         with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
             return (fast_error if length == min(LENGTHS) else error)(x, sigma, eps - x0, *told)
 
