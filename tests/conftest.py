@@ -239,7 +239,8 @@ def first_experience() -> Callable[[Any], Any]:
         prompts, parts = trainer.order.prompts_for(0, count), (trainer.plan, trainer.sampling, trainer.select)
         key = NoiseKey(trainer.config.seed, 0)
         rolled = rollout(trainer.policy, trainer.reward, prompts, torch.arange(count), *parts, key, Meter())
-        return learn_from(rolled, trainer.sampling, trainer.config.objective, trainer.ranks)[0]
+        wanted, clip = trainer.config.objective, trainer.objective.adv_clip_max
+        return learn_from(rolled, trainer.sampling, key, wanted, clip, trainer.ranks)[0]
 
     return roll
 
@@ -282,6 +283,7 @@ def linear_experience() -> Callable[..., Any]:
     from progrpo.diffusion.flow import flow_grpo_rate, sde_mean_std
     from progrpo.diffusion.gaussian import log_prob
     from progrpo.objectives.base import Experience
+    from progrpo.rollout.noise import NoiseKey
     from progrpo.types import Condition, Trajectories, Transition
 
     def build(policy: Any, advantages: Sequence[float], off: float = 0.0, guidance_scale: float = 1.0) -> Experience:
@@ -301,9 +303,9 @@ def linear_experience() -> Callable[..., Any]:
                 v = policy.predict(x, sigmas[step], condition.take(group), guidance_scale)
             mean, std = sde_mean_std(x, v, sigmas[step], sigmas[step + 1], rates[step])
             x_next = mean + std * draw(*x.shape)
-            path.append(Transition(step, x, x_next, log_prob(x_next, mean, std) + off * draw(5)))
+            path.append(Transition(step, x, x_next, log_prob(x_next, mean, std) + off * draw(5), mean))
         living = Trajectories(group, slot, torch.tensor([0, 2, 3, 0, 1]), draw(5, 1, 2, 2), None, tuple(path))
         wanted = torch.tensor(advantages, dtype=torch.float64)
-        return Experience(living, wanted, condition, sigmas, rates, guidance_scale)
+        return Experience(living, wanted, condition, sigmas, rates, NoiseKey(3, 1), guidance_scale)
 
     return build

@@ -15,7 +15,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from progrpo import __version__
-from progrpo.config import Config, PlanConfig, check, config_to_json, field_paths, nearest, resolve_plan, trained_steps
+from progrpo.config import Config, PlanConfig, check, config_to_json, field_paths, nearest, resolve_plan, trained_items
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.rollout.plan import summary
 from progrpo.training.errors import SelfCheckError
@@ -92,7 +92,7 @@ class Plan:
         check(config)
         sampling = config.sampling
         costs = summary(
-            resolve_plan(config), sampling.num_inference_steps, len(trained_steps(config)), sampling.guidance_scale > 1
+            resolve_plan(config), sampling.num_inference_steps, trained_items(config), sampling.guidance_scale > 1
         )
         print(_result({"recipe": config.recipe, "plan": config.plan.preset, **costs}, self.json))
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from progrpo.rollout.plan import Plan, PrunePoint, preset
+from progrpo.rollout.window import window
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class SamplingConfig:
     """Flow-GRPO's a: how much noise a step adds (arXiv 2505.05470)."""
     shift: float | None = None
     """Time shift of the sigma grid; empty: the model's own."""
+    sde_window: Literal["auto", "all", "first", "sliding", "random", "none"] = "auto"
+    """Which steps are stochastic; the others follow the ODE. `all`; a window, which alone is trained, at the `first` steps,
+    `sliding` (MixGRPO, arXiv 2507.21802) or `random` for each iteration; `none`. `auto` is `all` for an objective that trains
+    transitions and `none` for the others."""
+    sde_window_size: int = 3
+    sde_window_end: int | None = None
+    """Windows lie in the steps before this one; empty: all steps that may be trained."""
+    sde_window_interval: int = 25
+    """Iterations that a sliding window stays before it moves on by one step."""
     train_last_step: bool = False
     """The last step is nearly deterministic (std 0.006 on SD3's grid): its log-prob overflows, so it is not trained."""
     microbatch: int = 64
@@ -73,19 +83,80 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
-    name: Literal["grpo"] = "grpo"
+class GRPOConfig:
     clip_range: float = 3e-3
     """On ratios of mean-over-dims log-probs, so it belongs to a latent size: 1e-4 at 16x64x64 is 3.2e-3 at 8x16x16."""
     adv_clip_max: float = 5.0
+    ratio: Literal["plain", "guard"] = "plain"
+    """guard: GRPO-Guard's normalised ratio (arXiv 2510.22319), whose clip range is smaller."""
+    step_weights: Literal["equal", "noise", "inverse_h"] = "equal"
+    """Weigh steps by their std (TempFlow-GRPO, arXiv 2508.04324) or by 1 over their length (GRPO-Guard); mean 1."""
+    kl_beta: float = 0.0
+    kl_form: Literal["exact", "flow_grpo", "latent", "velocity"] = "exact"
+    """exact: 2 s^2 h below the squared distance of means; flow_grpo: 2 s^2, and its betas are about ten times larger. latent and
+    velocity: the plain mean square distance of the steps' means, or of the network's velocities."""
+
+
+@dataclass(frozen=True)
+class NFTConfig:
+    draws: int = 4
+    """Noise levels a trajectory that are trained."""
+    time_fraction: float = 0.99
+    """They lie in this share of the sampling grid, from its noisy end."""
+    beta: float = 1.0
+    """How far the positive and the negative policy lie from the old one."""
+    adv_clip_max: float = 5.0
+    kl_beta: float = 1e-4
+    """On the mean square distance of velocities to the reference."""
+
+
+@dataclass(frozen=True)
+class AWMConfig:
+    draws: int = 6
+    """Noise levels a trajectory that are trained."""
+    time_fraction: float = 0.9
+    """They lie in this share of the sampling grid, from its noisy end."""
+    weighting: Literal["uniform", "t", "t2"] = "uniform"
+    """Of the flow-matching loss by its noise level."""
+    clip_range: float = 1.0
+    adv_clip_max: float = 1.0
+    kl_beta: float = 1e-4
+    """On the mean square distance of velocities to the reference."""
+    average_beta: float = 1.0
+    """The same to an average of the weights over time."""
+
+
+@dataclass(frozen=True)
+class DGPOConfig:
+    draws: int = 4
+    """Noise levels a trajectory that are trained; a group shares them and its noise."""
+    time_fraction: float = 0.6
+    """They lie in this share of the sampling grid, from its noisy end."""
+    dpo_beta: float = 100.0
+    clip_range: float = 0.05
+    """How far the flow-matching loss may go from that of an average of the weights over time."""
+    adv_clip_max: float = 5.0
+    kl_beta: float = 1e-3
+    """On the mean square distance of velocities to the reference."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    name: Literal["grpo", "nft", "awm", "dgpo"] = "grpo"
+    """What to learn from rewards; its own settings are the part of that name, the others are not read."""
     advantage: Literal["group", "batch"] = "group"
     """Divide by the std of the survivors of the group (the paper's) or of the whole batch (flow_grpo's global_std)."""
     baseline: Literal["survivors", "group"] = "survivors"
     """Take mean and std over the survivors (the paper's), or over the full group where its final rewards exist (post-hoc)."""
     adv_eps: float = 1e-4
-    kl_beta: float = 0.0
-    kl_form: Literal["exact", "flow_grpo"] = "exact"
-    """exact: 2 s^2 h below the squared distance of means; flow_grpo: 2 s^2. Their betas differ about tenfold."""
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    """GRPO on the SDE's steps (Flow-GRPO, arXiv 2505.05470)."""
+    nft: NFTConfig = field(default_factory=NFTConfig)
+    """DiffusionNFT (arXiv 2509.16117)."""
+    awm: AWMConfig = field(default_factory=AWMConfig)
+    """Advantage weighted matching (arXiv 2509.25050)."""
+    dgpo: DGPOConfig = field(default_factory=DGPOConfig)
+    """Direct group preference optimisation (arXiv 2510.08425)."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +318,7 @@ def _above(low: float) -> _Rule:
 
 
 _FRACTION: _Rule = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+_SHARE: _Rule = (lambda v: 0 < v <= 1, "above 0 and at most 1")
 
 _RULES: dict[str, _Rule] = {
     "recipe": (lambda v: re.fullmatch(r"\w[\w.-]*", v), "a name of letters, digits, dots and dashes"),
@@ -260,13 +332,25 @@ _RULES: dict[str, _Rule] = {
     "sampling.guidance_scale": _at_least(1),
     "sampling.noise_level": (lambda v: 0 < v < math.inf, "above 0 (a step without noise has no log-prob to train on)"),
     "sampling.shift": (lambda v: v is None or 0 < v < math.inf, "above 0, or empty for the model's own"),
+    "sampling.sde_window_size": _at_least(1),
+    "sampling.sde_window_interval": _at_least(1),
     "sampling.microbatch": _at_least(1),
     "plan.group_size": _at_least(2),
     "reward.name": (lambda v: v == "shapes" or all(v.partition(":")), "`shapes` or `module:function`"),
-    "objective.clip_range": _above(0),
-    "objective.adv_clip_max": _above(0),
     "objective.adv_eps": _above(0),
-    "objective.kl_beta": _at_least(0),
+    "objective.grpo.clip_range": _above(0),
+    "objective.grpo.kl_beta": _at_least(0),
+    "objective.nft.beta": _above(0),
+    "objective.nft.kl_beta": _at_least(0),
+    "objective.awm.clip_range": _above(0),
+    "objective.awm.kl_beta": _at_least(0),
+    "objective.awm.average_beta": _at_least(0),
+    "objective.dgpo.dpo_beta": _above(0),
+    "objective.dgpo.clip_range": _above(0),
+    "objective.dgpo.kl_beta": _at_least(0),
+    **{f"objective.{name}.adv_clip_max": _above(0) for name in ("grpo", "nft", "awm", "dgpo")},
+    **{f"objective.{name}.draws": _at_least(1) for name in ("nft", "awm", "dgpo")},
+    **{f"objective.{name}.time_fraction": _SHARE for name in ("nft", "awm", "dgpo")},
     "optim.lr": _above(0),
     "optim.betas": (lambda v: all(0 <= beta < 1 for beta in v), "two numbers at least 0 and below 1"),
     "optim.weight_decay": _at_least(0),
@@ -290,19 +374,19 @@ def check(config: Config) -> None:
     values = to_dict(config)
     from_dict(values)  # refuses values of another type, which Python code can have put there
     for path, (is_right, words) in _RULES.items():
-        section, _, name = path.rpartition(".")
-        value = values[section][name] if section else values[name]
+        value: Any = values
+        for name in path.split("."):
+            value = value[name]
         if not is_right(value):
             raise ValueError(f"{path} must be {words}, not {value!r}")
     _check_together(config)
 
 
 def _check_together(config: Config) -> None:
-    if not trained_steps(config):
-        raise ValueError(
-            "sampling.num_inference_steps must be at least 2, not 1, since the last step is not trained"
-            " (or set sampling.train_last_step)"
-        )
+    if trains_transitions(config):
+        _check_window(config.sampling)
+    if config.sampling.sde_window in ("first", "sliding", "random"):
+        _check_window_fits(config.sampling)
     plan = config.plan
     if plan.preset != "custom" and plan != PlanConfig(preset=plan.preset, selector=plan.selector):
         raise ValueError(
@@ -313,6 +397,32 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             "objective.baseline must be survivors under a plan that prunes while sampling: "
             "the pruned members have no final rewards"
+        )
+
+
+def _check_window(sampling: SamplingConfig) -> None:
+    if not _trainable(sampling):
+        raise ValueError(
+            "sampling.num_inference_steps must be at least 2, not 1, since the last step is not trained"
+            " (or set sampling.train_last_step)"
+        )
+    if sampling.sde_window == "none":
+        raise ValueError(
+            "sampling.sde_window must leave objective.name grpo stochastic steps to train, so not be none;"
+            " set it to auto, or take an objective that needs none: nft, awm, dgpo"
+        )
+
+
+def _check_window_fits(sampling: SamplingConfig) -> None:
+    size, end, most = sampling.sde_window_size, _window_end(sampling), _trainable(sampling)
+    if end > most:
+        raise ValueError(
+            f"sampling.sde_window_end must be at most the {most} steps that may be trained, not {end}"
+            " (sampling.train_last_step adds the last)"
+        )
+    if size > end:
+        raise ValueError(
+            f"sampling.sde_window_size must be at most the {end} steps that a window may lie in, not {size}"
         )
 
 
@@ -329,7 +439,46 @@ def resolve_plan(config: Config) -> Plan:
     return plan
 
 
-def trained_steps(config: Config) -> tuple[int, ...]:
-    """The zero-based steps whose log-probs are trained: all but the last, unless `sampling.train_last_step`."""
-    steps = config.sampling.num_inference_steps
-    return tuple(range(steps if config.sampling.train_last_step else steps - 1))
+def trains_transitions(config: Config) -> bool:
+    """Whether the objective trains stochastic steps, and not only final latents."""
+    return config.objective.name == "grpo"
+
+
+def stochastic_steps(config: Config, iteration: int) -> range:
+    """The zero-based steps of an iteration at which sampling adds noise."""
+    sampling, kind = config.sampling, config.sampling.sde_window
+    if kind == "auto":
+        kind = "all" if trains_transitions(config) else "none"
+    if kind in ("all", "none"):
+        return range(sampling.num_inference_steps if kind == "all" else 0)
+    return window(
+        kind,
+        iteration,
+        size=sampling.sde_window_size,
+        end=_window_end(sampling),
+        interval=sampling.sde_window_interval,
+        seed=config.seed,
+    )
+
+
+def trained_steps(config: Config, iteration: int) -> range:
+    """The zero-based steps of an iteration whose transitions are trained: stochastic, and not the last."""
+    steps = stochastic_steps(config, iteration) if trains_transitions(config) else range(0)
+    return range(steps.start, min(steps.stop, _trainable(config.sampling)))
+
+
+def trained_items(config: Config) -> int:
+    """What is trained of a trajectory, in every iteration: transitions, or draws of a noise level."""
+    if trains_transitions(config):
+        return len(trained_steps(config, 0))
+    draws: int = getattr(config.objective, config.objective.name).draws
+    return draws
+
+
+def _trainable(sampling: SamplingConfig) -> int:
+    """How many steps, from the first, may be trained: all but the last, unless `train_last_step`."""
+    return sampling.num_inference_steps - (0 if sampling.train_last_step else 1)
+
+
+def _window_end(sampling: SamplingConfig) -> int:
+    return _trainable(sampling) if sampling.sde_window_end is None else sampling.sde_window_end

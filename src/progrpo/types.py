@@ -7,7 +7,7 @@ members ascending), T denoising steps, B microbatch, C H W latent. A suffix name
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the plan and the command line use these types without torch
@@ -34,16 +34,24 @@ class Condition:
 
 @dataclass(frozen=True)
 class Transition:
-    """One stochastic step of N trajectories, kept for training: x_next was drawn from the policy's Gaussian at x."""
+    """One stochastic step of N trajectories, kept for training: x_next was drawn from the policy's Gaussian at x.
+
+    The Gaussian's mean is kept where the objective asks for it.
+    """
 
     step: int
     x_NCHW: Tensor
     x_next_NCHW: Tensor
     log_prob_N: Tensor
+    mean_NCHW: Tensor | None = None
 
     def take(self, rows: Tensor) -> Transition:
-        return replace(
-            self, x_NCHW=self.x_NCHW[rows], x_next_NCHW=self.x_next_NCHW[rows], log_prob_N=self.log_prob_N[rows]
+        return Transition(
+            self.step,
+            self.x_NCHW[rows],
+            self.x_next_NCHW[rows],
+            self.log_prob_N[rows],
+            None if self.mean_NCHW is None else self.mean_NCHW[rows],
         )
 
 

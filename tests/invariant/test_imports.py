@@ -22,10 +22,11 @@ PROTOCOLS = ("progrpo.policies.base", "progrpo.rewards.base", "progrpo.types", "
 # Each rule: the modules it binds (a module and all below it), and what of progrpo they may import besides themselves.
 MAY_SEE = {
     "progrpo.types": (),
-    "progrpo.config": ("progrpo.rollout.plan", "progrpo.types"),
+    "progrpo.config": ("progrpo.rollout.plan", "progrpo.rollout.window", "progrpo.types"),
     "progrpo.diffusion": (),
     "progrpo.rollout": PROTOCOLS,
     "progrpo.rollout.plan": ("progrpo.types",),
+    "progrpo.rollout.window": (),
     "progrpo.rollout.prune": (),
     "progrpo.objectives": PROTOCOLS,
     "progrpo.objectives.advantage": (),
@@ -47,7 +48,7 @@ TORCH_ONLY = (
     "progrpo.objectives.advantage",
     "progrpo.objectives.surrogate",
 )
-STANDARD_LIBRARY_ONLY = ("progrpo.rollout.plan", "progrpo.types", "progrpo.config")
+STANDARD_LIBRARY_ONLY = ("progrpo.rollout.plan", "progrpo.rollout.window", "progrpo.types", "progrpo.config")
 KNOW_DIFFUSERS_AND_PEFT = ("progrpo.policies", "progrpo.zoo")
 FREE_OF_TORCH = ("progrpo.cli", "progrpo.config", "progrpo.recipes", "progrpo.rollout.plan", "progrpo.tracking.report")
 

@@ -36,7 +36,7 @@ def draw(policy, tiny_config, prompts, redness):
 
     def run(plan: Plan, slots=(0, 1), microbatch=1, guidance_scale=1.0, reward=redness, which=(0, 1)) -> Rollout:
         wanted = SamplingConfig(num_inference_steps=4, guidance_scale=guidance_scale, microbatch=microbatch)
-        sampling = sampling_from(tiny_config(sampling=wanted), policy)
+        sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
         chosen, slot_P = [Prompt(prompts[i]) for i in which], torch.tensor(slots)
         parts = plan, sampling, SELECTORS["ovf"], NoiseKey(3, 1), Meter()
         return rollout(policy, FunctionReward(reward), chosen, slot_P, *parts)

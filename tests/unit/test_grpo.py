@@ -69,7 +69,7 @@ def test_loss_by_hand(linear_policy, linear_experience, guidance_scale):
 def test_gradient_against_finite_differences(linear_policy, linear_experience, kl_beta, guidance_scale):
     experience = linear_experience(linear_policy, ADVANTAGES, off=0.05, guidance_scale=guidance_scale)
     shift(linear_policy, a=0.05, b=0.02)
-    grpo, step = GRPO(CLIP, kl_beta), 1e-6
+    grpo, step = GRPO(CLIP, kl_beta=kl_beta), 1e-6
     found = gradients(linear_policy, grpo.loss(linear_policy, experience, ITEMS))
     for name, gradient in zip("ab", found, strict=True):
         around = []
@@ -116,7 +116,7 @@ def test_exact_kl_is_that_of_the_two_gaussians(linear_policy, linear_experience)
 def test_flow_grpos_kl_leaves_out_the_step_length(linear_policy, linear_experience):
     experience = linear_experience(linear_policy, ADVANTAGES)
     shift(linear_policy, a=0.03, b=-0.05)
-    loss = GRPO(CLIP, 0.7, "flow_grpo").loss(linear_policy, experience, ITEMS)
+    loss = GRPO(CLIP, kl_beta=0.7, kl_form="flow_grpo").loss(linear_policy, experience, ITEMS)
     expected, _, _ = by_hand(linear_policy, experience, 0.7, lambda p, q, h: kl_divergence(p, q) * h)
     assert loss.total.item() == pytest.approx(expected, rel=1e-9)
 
@@ -124,7 +124,7 @@ def test_flow_grpos_kl_leaves_out_the_step_length(linear_policy, linear_experien
 def test_kl_reaches_the_current_weights_and_not_the_reference(linear_policy, linear_experience):
     experience = linear_experience(linear_policy, [0.0] * 5)
     shift(linear_policy, a=0.1)
-    da, _ = gradients(linear_policy, GRPO(CLIP, 1.0).loss(linear_policy, experience, ITEMS))
+    da, _ = gradients(linear_policy, GRPO(CLIP, kl_beta=1.0).loss(linear_policy, experience, ITEMS))
     assert da > 0  # downhill is back to the reference
     assert linear_policy.named_weights.state_dict()["reference"]["a"] == 0.3
 
@@ -133,7 +133,7 @@ def test_kl_reaches_the_current_weights_and_not_the_reference(linear_policy, lin
 def test_neither_the_cut_nor_the_order_of_items_matters(linear_policy, linear_experience, kl_beta):
     experience = linear_experience(linear_policy, ADVANTAGES, off=0.05)
     shift(linear_policy, a=0.05, b=0.02)
-    grpo = GRPO(CLIP, kl_beta)
+    grpo = GRPO(CLIP, kl_beta=kl_beta)
     whole = grpo.loss(linear_policy, experience, ITEMS)
     shuffled = ITEMS[torch.randperm(10, generator=torch.Generator().manual_seed(2))]
     for cut in (ITEMS.split(1), ITEMS.split(3), [shuffled], shuffled.split(4)):
@@ -148,7 +148,7 @@ def test_neither_the_cut_nor_the_order_of_items_matters(linear_policy, linear_ex
 
 def test_an_item_is_a_transition_of_a_trajectory(linear_policy, linear_experience):
     experience = linear_experience(linear_policy, ADVANTAGES, off=0.05)
-    assert GRPO(CLIP).items_per_trajectory(experience) == 2 and GRPO.needs == "transitions"
+    assert GRPO(CLIP).items_per_trajectory(experience) == 2 and GRPO(CLIP).needs == "transitions"
     alone = experience.take(torch.tensor([3]))
     for transition in (0, 1):
         item = GRPO(CLIP).loss(linear_policy, experience, torch.tensor([transition * 5 + 3]))

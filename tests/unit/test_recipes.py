@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from progrpo.config import Config, check, config_from_json, config_to_json, resolve_plan, trained_steps
+from progrpo.config import Config, check, config_from_json, config_to_json, resolve_plan, trained_items
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.rollout.plan import summary
 
@@ -16,7 +16,7 @@ def test_every_recipe_is_parsed_checked_and_planned(name):
     assert config.recipe == name
     assert config_from_json(config_to_json(config)) == config
     steps = config.sampling.num_inference_steps
-    costs = summary(resolve_plan(config), steps, len(trained_steps(config)), config.sampling.guidance_scale > 1)
+    costs = summary(resolve_plan(config), steps, trained_items(config), config.sampling.guidance_scale > 1)
     assert 0 < costs["nfe_per_prompt"] <= costs["nfe_full_group"]
 
 

@@ -15,7 +15,6 @@ from progrpo.rollout.noise import INITIAL, NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
 from progrpo.rollout.prune import SELECTORS
 from progrpo.rollout.rollout import rollout, score, survivors, to_groups
-from progrpo.training.build import sampling_from
 from progrpo.types import Prompt, Trajectories
 
 NAN = float("nan")
@@ -112,7 +111,7 @@ def test_a_reward_of_another_length_is_refused(tiny_policy):
 
 def test_a_rollout_records_what_it_did(tiny_trainer, tiny_config, prompts):
     trainer, meter = tiny_trainer(tiny_config()), Meter()
-    sampling = sampling_from(trainer.config, trainer.policy)
+    sampling = trainer.sampling
     plan, asked = Plan(4, (PrunePoint(0, 4), PrunePoint(1, 3)), final_keep=2), [Prompt(p) for p in prompts[:2]]
     parts = plan, sampling, SELECTORS["ovf"], NoiseKey(0, 0), meter
     rolled = rollout(trainer.policy, trainer.reward, asked, torch.tensor([0, 1]), *parts)

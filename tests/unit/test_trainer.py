@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from progrpo.config import AuditConfig, ObjectiveConfig, OptimConfig, PlanConfig, PromptConfig
+from progrpo.config import AuditConfig, GRPOConfig, ObjectiveConfig, OptimConfig, PlanConfig, PromptConfig
 from progrpo.storage import load_state, save_state
 from progrpo.training.trainer import Totals
 from progrpo.types import Cost
@@ -37,7 +37,7 @@ def test_a_run_is_a_function_of_its_seed(tiny_trainer, tiny_config):
 
 
 def test_a_record_has_the_documented_metrics(tiny_trainer, tiny_config):
-    objective, audit = ObjectiveConfig(kl_beta=0.01), AuditConfig(every=1)
+    objective, audit = ObjectiveConfig(grpo=GRPOConfig(kl_beta=0.01)), AuditConfig(every=1)
     record = tiny_trainer(tiny_config(objective=objective, audit=audit)).step().record
     documented = set(re.findall(r"^\| `([^`]+)`", DOCS.read_text(), re.M))
     names = {re.sub(r"@\d+", "@S", name) for name in record}
@@ -57,7 +57,7 @@ def test_metrics_that_were_not_measured_are_absent(tiny_trainer, tiny_config):
 
 
 def test_kl_grows_from_zero(tiny_trainer, tiny_config):
-    trainer = tiny_trainer(tiny_config(objective=ObjectiveConfig(kl_beta=0.01)))
+    trainer = tiny_trainer(tiny_config(objective=ObjectiveConfig(grpo=GRPOConfig(kl_beta=0.01))))
     first, second = (trainer.step().record for _ in range(2))
     assert first["update/kl"] == pytest.approx(0, abs=1e-12) and second["update/kl"] > 1e-9
 

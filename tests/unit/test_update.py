@@ -9,6 +9,7 @@ import torch
 from progrpo.config import ObjectiveConfig, OptimConfig
 from progrpo.objectives.grpo import GRPO
 from progrpo.rollout.denoise import Sampling
+from progrpo.rollout.noise import NoiseKey
 from progrpo.training.distributed import Ranks
 from progrpo.training.update import _parts, learn_from, update
 from progrpo.types import Condition, Preview, Prompt, Rollout, Trajectories
@@ -36,8 +37,9 @@ def rolled(rewards, groups, finalists=None, finalist_groups=None, previews=(), p
     )
 
 
-def learnt(rollout, **objective):
-    experience, tally = learn_from(rollout, SAMPLING, ObjectiveConfig(adv_eps=EPS, **objective), Ranks())
+def learnt(rollout, adv_clip_max=5.0, **objective):
+    wanted = ObjectiveConfig(adv_eps=EPS, **objective)
+    experience, tally = learn_from(rollout, SAMPLING, NoiseKey(0, 0), wanted, adv_clip_max, Ranks())
     return experience, tally.over(Ranks())
 
 
@@ -178,7 +180,7 @@ def _experience_of(group, slot):
     living = Trajectories(group, slot, rows, rows.float().reshape(-1, 1, 1, 1))
     from progrpo.objectives.base import Experience
 
-    return Experience(living, rows.float(), Condition({}), SAMPLING.sigmas_T1, SAMPLING.sigmas_T1)
+    return Experience(living, rows.float(), Condition({}), SAMPLING.sigmas_T1, SAMPLING.sigmas_T1, NoiseKey(0, 0))
 
 
 def test_every_trajectory_serves_one_of_several_updates(linear_policy, linear_experience):

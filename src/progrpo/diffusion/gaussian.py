@@ -40,3 +40,8 @@ def kl(mean: Tensor, mean_ref: Tensor, scale: Tensor) -> Tensor:
     """
     mean, mean_ref, scale = _wide(mean), _wide(mean_ref), _wide(scale)
     return 0.5 * ((mean - mean_ref) / scale).square().flatten(1).mean(1)
+
+
+def mean_square(difference: Tensor) -> Tensor:
+    """Mean over all dims but the first, (B,), in float32 at least: of velocities, what a flow-matching loss is made of."""
+    return _wide(difference).square().flatten(1).mean(1)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from progrpo.policies.base import Policy
 from progrpo.types import Condition, Trajectories
+
+
+class Noise(Protocol):
+    """Standard normal noise that knows whose it is: the same for the same slot, member and step of an iteration."""
+
+    def draw(self, slot_N: Tensor, member_N: Tensor, step: int, shape: tuple[int, ...]) -> Tensor:
+        """float32 (N, *shape) on the CPU. Sampling draws at steps from -1 on; objectives draw below."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,7 @@ class Experience:
 
     `sigmas_T1` and `rates_T` give each step's ends and its diffusion rate. `condition` has one row a prompt, found by
     `trajectories.group_N`; the final latents are `trajectories.x_NCHW` and the stored transitions its `path`.
+    `before_ND` is what the objective's `prepare` noted of each item before the first optimizer step.
     """
 
     trajectories: Trajectories
@@ -25,13 +34,23 @@ class Experience:
     condition: Condition
     sigmas_T1: Tensor
     rates_T: Tensor
+    noise: Noise
     guidance_scale: float = 1.0
+    before_ND: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.trajectories)
 
     def take(self, rows: Tensor) -> Experience:
-        return replace(self, trajectories=self.trajectories.take(rows), advantages_N=self.advantages_N[rows])
+        return replace(
+            self,
+            trajectories=self.trajectories.take(rows),
+            advantages_N=self.advantages_N[rows],
+            before_ND=None if self.before_ND is None else self.before_ND[rows],
+        )
+
+    def noting(self, before_ND: Tensor) -> Experience:
+        return replace(self, before_ND=before_ND)
 
 
 @dataclass(frozen=True)
@@ -43,14 +62,61 @@ class Loss:
     maxima: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Average:
+    """An average of the weights over iterations: after the n-th, average <- decay average + (1 - decay) current.
+
+    The decay min(`ramp` n, `limit`) lets it follow closely at first.
+    """
+
+    ramp: float
+    limit: float
+
+    def decay(self, iteration: int) -> float:
+        return min(self.ramp * iteration, self.limit)
+
+
+Needs = Literal["latents", "transitions", "means"]
+
+
 class Objective(Protocol):
     """Items are what a microbatch counts: for GRPO a transition of a trajectory, for others a trajectory and a time."""
 
-    needs: ClassVar[Literal["transitions", "latents"]]
-    """What sampling must store: stochastic transitions with log-probs, or only final latents."""
+    @property
+    def needs(self) -> Needs:
+        """What sampling must store: only final latents; or stochastic transitions with log-probs; or with means too."""
+        ...
+
+    @property
+    def adv_clip_max(self) -> float:
+        """Advantages are clipped to its plus and minus."""
+        ...
+
+    @property
+    def clip_range(self) -> float | None:
+        """How far it lets the policy go in one iteration, None if it sets no such bound. Ratios of densities, if it has
+        them, may be off 1 by a hundredth of it before any update."""
+        ...
+
+    @property
+    def averages(self) -> Mapping[str, Average]:
+        """Named weights that it wants kept, beside `reference`."""
+        ...
+
+    @property
+    def rollout_weights(self) -> str:
+        """The weights that sample: `current`, or one of `averages`."""
+        ...
 
     def items_per_trajectory(self, experience: Experience) -> int: ...
 
+    def prepare(self, policy: Policy, experience: Experience, microbatch: int, updates: int) -> Experience:
+        """Note what must be known before the first of `updates` optimizer steps; given all rewarded trajectories."""
+        ...
+
     def loss(self, policy: Policy, experience: Experience, items_B: Tensor) -> Loss:
-        """Loss of the items numbered in [0, N * items_per_trajectory), with gradients to the policy."""
+        """Loss of the items numbered in [0, N * items_per_trajectory), with gradients to the policy.
+
+        Item i is draw or transition i // N of trajectory i % N, so a microbatch mixes steps where it must and no more.
+        """
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,55 +10,84 @@ import torch
 from torch import Tensor
 
 from progrpo.diffusion.flow import sde_mean_std
-from progrpo.diffusion.gaussian import kl, log_prob
-from progrpo.objectives.base import Experience, Loss
-from progrpo.objectives.surrogate import clipped_surrogate, outside_clip, ratio
+from progrpo.diffusion.gaussian import kl, log_prob, mean_square
+from progrpo.objectives.base import Average, Experience, Loss, Needs
+from progrpo.objectives.surrogate import clipped_surrogate, guarded_log_ratio, outside_clip
 from progrpo.policies.base import Policy
+from progrpo.types import Transition
 
 
 @dataclass(frozen=True)
 class GRPO:
     """`clip_range` belongs to a latent size, since log-probs are means over dims.
 
-    `kl_form` is `exact` (the Gaussian KL of the step, 2 s^2 h below) or `flow_grpo` (2 s^2): their betas differ tenfold.
+    `ratio`: `plain`, or `guard`, GRPO-Guard's normalised ratio (arXiv 2510.22319), whose spread is the same at every step.
+    `step_weights`: `equal`; `noise`, in proportion to a step's std (TempFlow-GRPO, arXiv 2508.04324); `inverse_h`, to 1 over
+    its length (GRPO-Guard). Both have mean 1 over the trained steps, so that the learning rate keeps its meaning.
+    `kl_form`: `exact` (the Gaussian KL of the step, 2 s^2 h below the squared distance of means), `flow_grpo` (2 s^2), or the
+    plain mean square distance of means, `latent`, or of velocities, `velocity`. Their betas differ by orders.
     """
 
-    needs: ClassVar[Literal["transitions", "latents"]] = "transitions"
     clip_range: float
+    adv_clip_max: float = 5.0
+    ratio: Literal["plain", "guard"] = "plain"
+    step_weights: Literal["equal", "noise", "inverse_h"] = "equal"
     kl_beta: float = 0.0
-    kl_form: Literal["exact", "flow_grpo"] = "exact"
+    kl_form: Literal["exact", "flow_grpo", "latent", "velocity"] = "exact"
+    averages: ClassVar[Mapping[str, Average]] = {}
+    rollout_weights: ClassVar[str] = "current"
+
+    @property
+    def needs(self) -> Needs:
+        return "means" if self.ratio == "guard" else "transitions"
 
     def items_per_trajectory(self, experience: Experience) -> int:
         return len(experience.trajectories.path)
 
+    def prepare(self, policy: Policy, experience: Experience, microbatch: int, updates: int) -> Experience:
+        return experience  # sampling stored the old log-probs
+
     def loss(self, policy: Policy, experience: Experience, items_B: Tensor) -> Loss:
-        """Item i is transition i // N of trajectory i % N, so a microbatch mixes steps where it must and no more."""
         step = _Steps.gather(policy, experience, items_B)
         if self.kl_beta > 0:  # before the current weights' graph is built
             with torch.no_grad(), policy.weights("reference"):
-                mean_ref, _ = step.mean_std(policy)
-        mean, std = step.mean_std(policy)
-        log_prob_B = log_prob(step.x_next, mean, std)
-        loss_B = clipped_surrogate(log_prob_B, step.log_prob, step.advantages, self.clip_range)
-        sums = {"clip_fraction": outside_clip(log_prob_B, step.log_prob, self.clip_range).float().sum()}
+                reference = step.outcome(policy)
+        now = step.outcome(policy)
+        log_ratio_B = log_prob(step.x_next, now.mean, now.std) - step.log_prob
+        if self.ratio == "guard":
+            assert step.mean is not None
+            log_ratio_B = guarded_log_ratio(log_ratio_B, now.mean, step.mean, now.std)
+        weights_B = _STEP_WEIGHTS[self.step_weights](experience)[step.place]
+        loss_B = weights_B * clipped_surrogate(log_ratio_B, step.advantages, self.clip_range)
+        sums = {"clip_fraction": outside_clip(log_ratio_B, self.clip_range).float().sum()}
         if self.kl_beta > 0:
-            kl_B = kl(mean, mean_ref, std if self.kl_form == "exact" else step.rate.reshape(std.shape))
+            kl_B = _KL_FORMS[self.kl_form](now, reference, step)
             loss_B = loss_B + self.kl_beta * kl_B
             sums["kl"] = kl_B.detach().sum()
-        deviation = (ratio(log_prob_B, step.log_prob) - 1).abs().max()
         sums["loss"] = loss_B.detach().sum()
-        return Loss(loss_B.sum(), sums, {"ratio_max_deviation": deviation.detach()})
+        return Loss(loss_B.sum(), sums, {"ratio_max_deviation": log_ratio_B.detach().expm1().abs().max()})
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Of some weights, at B transitions: the network's velocity, and mean and std of x_next."""
+
+    v: Tensor
+    mean: Tensor
+    std: Tensor
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """B transitions side by side, each with its own step's numbers."""
+    """B transitions side by side, each with its own step's numbers; `place` is that of the transition in the path."""
 
     experience: Experience
     rows: Tensor
+    place: Tensor
     x: Tensor
     x_next: Tensor
     log_prob: Tensor
+    mean: Tensor | None
     advantages: Tensor
     sigma: Tensor
     sigma_next: Tensor
@@ -69,21 +99,63 @@ class _Steps:
         items_B = items_B.sort().values  # below, parts come by transition; the loss is a sum over items
         which, rows = items_B // len(experience), items_B % len(experience)
         step = torch.tensor([t.step for t in path])[which]
-        parts = [(path[w], rows[which == w]) for w in which.unique().tolist()]
+        parts = [path[w].take(rows[which == w]) for w in which.unique().tolist()]
         return cls(
             experience=experience,
             rows=rows,
-            x=torch.cat([t.x_NCHW[r] for t, r in parts]),
-            x_next=torch.cat([t.x_next_NCHW[r] for t, r in parts]),
-            log_prob=torch.cat([t.log_prob_N[r] for t, r in parts]),
+            place=which.to(device),
+            x=torch.cat([t.x_NCHW for t in parts]),
+            x_next=torch.cat([t.x_next_NCHW for t in parts]),
+            log_prob=torch.cat([t.log_prob_N for t in parts]),
+            mean=_means(parts),
             advantages=experience.advantages_N[rows].to(device),
             sigma=experience.sigmas_T1[step].to(device),
             sigma_next=experience.sigmas_T1[step + 1].to(device),
             rate=experience.rates_T[step].to(device),
         )
 
-    def mean_std(self, policy: Policy) -> tuple[Tensor, Tensor]:
-        """Of x_next under the policy's weights in force."""
+    def outcome(self, policy: Policy) -> _Outcome:
+        """Under the policy's weights in force."""
         told = self.experience.condition.take(self.experience.trajectories.group_N[self.rows].to(policy.device))
         v = policy.predict(self.x, self.sigma, told, self.experience.guidance_scale)
-        return sde_mean_std(self.x, v, self.sigma, self.sigma_next, self.rate)
+        return _Outcome(v, *sde_mean_std(self.x, v, self.sigma, self.sigma_next, self.rate))
+
+
+def _means(parts: list[Transition]) -> Tensor | None:
+    means = [t.mean_NCHW for t in parts if t.mean_NCHW is not None]
+    return torch.cat(means) if means else None
+
+
+def _normalised(weights_D: Tensor) -> Tensor:
+    return weights_D / weights_D.mean()
+
+
+def _path_steps(experience: Experience) -> tuple[Tensor, Tensor]:
+    """Length h and diffusion rate of the D steps of the path, on the trajectories' device."""
+    step = torch.tensor([t.step for t in experience.trajectories.path])
+    device = experience.trajectories.x_NCHW.device
+    h = experience.sigmas_T1[step] - experience.sigmas_T1[step + 1]
+    return h.to(device), experience.rates_T[step].to(device)
+
+
+def _equal(experience: Experience) -> Tensor:
+    return torch.ones_like(_path_steps(experience)[0])
+
+
+def _noise(experience: Experience) -> Tensor:
+    h, rate = _path_steps(experience)
+    return _normalised(rate * h.sqrt())
+
+
+def _inverse_h(experience: Experience) -> Tensor:
+    return _normalised(1 / _path_steps(experience)[0])
+
+
+_STEP_WEIGHTS: dict[str, Callable[[Experience], Tensor]] = {"equal": _equal, "noise": _noise, "inverse_h": _inverse_h}
+
+_KL_FORMS: dict[str, Callable[[_Outcome, _Outcome, _Steps], Tensor]] = {
+    "exact": lambda now, ref, step: kl(now.mean, ref.mean, now.std),
+    "flow_grpo": lambda now, ref, step: kl(now.mean, ref.mean, step.rate.reshape(now.std.shape)),
+    "latent": lambda now, ref, step: mean_square(now.mean - ref.mean),
+    "velocity": lambda now, ref, step: mean_square(now.v - ref.v),
+}

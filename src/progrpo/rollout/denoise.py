@@ -20,12 +20,14 @@ from progrpo.types import Condition, Trajectories, Transition
 class Sampling:
     """How to denoise. `noise_levels` has one entry a step: 0 is the ODE, above 0 Flow-GRPO's SDE of that level.
 
-    Transitions of `stored_steps` are kept with their log-probs; only stochastic steps have one.
+    Transitions of `stored_steps` are kept with their log-probs, and with `stored_means` their means; only stochastic
+    steps have them.
     """
 
     sigmas_T1: Tensor
     noise_levels: tuple[float, ...]
     stored_steps: frozenset[int] = frozenset()
+    stored_means: bool = False
     guidance_scale: float = 1.0
     microbatch: int = 64
 
@@ -100,5 +102,6 @@ def _advance(batch: Trajectories, step: int, sampling: Sampling, key: NoiseKey) 
     x_next = mean + std * key.draw(batch.slot_N, batch.member_N, step, x.shape[1:]).to(x.device)
     path = batch.path
     if step in sampling.stored_steps:
-        path = (*path, Transition(step, x, x_next, log_prob(x_next, mean, std)))
+        kept = mean if sampling.stored_means else None
+        path = (*path, Transition(step, x, x_next, log_prob(x_next, mean, std), kept))
     return replace(batch, x_NCHW=x_next, v_NCHW=None, path=path)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from progrpo.config import Config, ModelConfig, ObjectiveConfig, trained_steps
+from progrpo.config import Config, ModelConfig, ObjectiveConfig, stochastic_steps, trained_steps
 from progrpo.data import PromptOrder, load_prompts
-from progrpo.objectives.base import Objective
+from progrpo.objectives.awm import AWM
+from progrpo.objectives.base import Needs, Objective
+from progrpo.objectives.dgpo import DGPO
 from progrpo.objectives.grpo import GRPO
+from progrpo.objectives.nft import NFT
 from progrpo.policies.base import Policy
 from progrpo.policies.load import load_policy, quiet
 from progrpo.recipes import load_recipe
@@ -23,7 +27,10 @@ from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.judge import load_judge
 
 OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
-    "grpo": lambda c: GRPO(c.clip_range, c.kl_beta, c.kl_form),
+    "grpo": lambda c: GRPO(**asdict(c.grpo)),
+    "nft": lambda c: NFT(**asdict(c.nft)),
+    "awm": lambda c: AWM(**asdict(c.awm)),
+    "dgpo": lambda c: DGPO(**asdict(c.dgpo)),
 }
 
 
@@ -65,13 +72,14 @@ def _is_run(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / "summary.json").is_file()
 
 
-def sampling_from(config: Config, policy: Policy) -> Sampling:
-    """Stochastic at every step, as Flow-GRPO samples; log-probs are stored of the steps that are trained."""
-    wanted = config.sampling
+def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) -> Sampling:
+    """How an iteration samples: stochastic where its window lies, storing what an objective needs of the trained steps."""
+    wanted, stochastic = config.sampling, stochastic_steps(config, iteration)
     return Sampling(
         sigmas_T1=policy.sigmas(wanted.num_inference_steps, wanted.shift),
-        noise_levels=(wanted.noise_level,) * wanted.num_inference_steps,
-        stored_steps=frozenset(trained_steps(config)),
+        noise_levels=tuple(wanted.noise_level * (step in stochastic) for step in range(wanted.num_inference_steps)),
+        stored_steps=frozenset(trained_steps(config, iteration)),
+        stored_means=needs == "means",
         guidance_scale=wanted.guidance_scale,
         microbatch=wanted.microbatch,
     )

@@ -48,9 +48,8 @@ def check_moved(policy: Policy) -> None:
 @torch.no_grad()
 def check_bound(policy: Policy, experience: Experience) -> None:
     """The trained weights reach the network that samples: its output with them is not the reference's."""
-    first = experience.trajectories.path[0]
     told = experience.condition.take(experience.trajectories.group_N[:1].to(policy.device))
-    x, sigma = first.x_NCHW[:1], experience.sigmas_T1[first.step]
+    x, sigma = experience.trajectories.x_NCHW[:1], experience.sigmas_T1[0]
     trained = policy.predict(x, sigma, told)
     with policy.weights("reference"):
         reference = policy.predict(x, sigma, told)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from progrpo import __version__
-from progrpo.config import Config, check, to_dict
+from progrpo.config import Config, check, to_dict, trained_items
 from progrpo.data import PromptOrder, Prompts
 from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
@@ -280,13 +280,14 @@ class Run:
         return plan_summary(
             self.trainer.plan,
             sampling.num_inference_steps,
-            len(self.trainer.sampling.stored_steps),
+            trained_items(self.config),
             sampling.guidance_scale > 1,
         )
 
     def _nfe_unpruned(self, iterations: int) -> int:
         """NFE if no trajectory of the expanded groups were pruned."""
-        per_call = self.trainer.sampling.nfe_per_call * self.trainer.sampling.num_inference_steps
+        sampling = self.trainer.sampling
+        per_call = sampling.nfe_per_call * sampling.num_inference_steps
         return self.trainer.plan.group_size * per_call * self.config.prompts.per_iteration * iterations
 
     def _write_summary(self, start: float, status: str) -> None:

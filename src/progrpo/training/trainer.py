@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from progrpo.config import Config, resolve_plan, trained_steps
+from progrpo.config import Config, resolve_plan, trained_items
 from progrpo.data import PromptOrder
 from progrpo.objectives.base import Experience
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Reward
+from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.prune import SELECTORS
@@ -69,7 +70,6 @@ class Trainer:
             )
         self.config, self.policy, self.reward, self.order, self.ranks = config, policy, reward, order, ranks
         self.plan = resolve_plan(config)
-        self.sampling = sampling_from(config, policy)
         self.select = SELECTORS[config.plan.selector]
         self.objective = OBJECTIVES[config.objective.name](config.objective)
         optim = config.optim
@@ -77,8 +77,8 @@ class Trainer:
             policy.trainable.values(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
         )
         self.iteration, self.totals = 0, Totals()
-        if optim.ema_decay > 0:
-            policy.named_weights.snapshot(EMA)
+        for name in (*([EMA] if optim.ema_decay > 0 else []), *self.objective.averages):
+            policy.named_weights.snapshot(name)
         self._frozen, self._checked = checks.fingerprint(policy), False
 
     @property
@@ -86,12 +86,15 @@ class Trainer:
         """The weights that evaluation and the saved LoRA use."""
         return EMA if self.config.optim.ema_decay > 0 else "current"
 
+    @property
+    def sampling(self) -> Sampling:
+        """How the next iteration samples."""
+        return sampling_from(self.config, self.policy, self.objective.needs, self.iteration)
+
     def predicted(self, iterations: int = 1) -> Cost:
         """What the plan says that so many iterations cost, over all processes and without audits."""
         sampling = self.config.sampling
-        one = self.plan.predict(
-            sampling.num_inference_steps, len(trained_steps(self.config)), sampling.guidance_scale > 1
-        )
+        one = self.plan.predict(sampling.num_inference_steps, trained_items(self.config), sampling.guidance_scale > 1)
         times = self.config.prompts.per_iteration * iterations
         return Cost(one.nfe * times, one.decodes * times, one.reward_calls * times, one.trained_steps * times)
 
@@ -100,21 +103,23 @@ class Trainer:
         start, meter, key = time.perf_counter(), Meter(), NoiseKey(self.config.seed, self.iteration)
         prompts = self.order.prompts_for(self.iteration, self.config.prompts.per_iteration)
         slots = self.ranks.deal(len(prompts))
-        rolled = rollout(
-            self.policy,
-            self.reward,
-            [prompts[i] for i in slots.tolist()],
-            slots,
-            self.plan,
-            self.sampling,
-            self.select,
-            key,
-            meter,
-        )
+        sampling = self.sampling
+        with self.policy.weights(self.objective.rollout_weights):
+            rolled = rollout(
+                self.policy,
+                self.reward,
+                [prompts[i] for i in slots.tolist()],
+                slots,
+                self.plan,
+                sampling,
+                self.select,
+                key,
+                meter,
+            )
         observed = self.ranks.sum(rolled.rewards_N.isfinite().sum()).item()
         checks.check_rewards(int(observed), self.iteration)
         with meter.stage("update"):
-            tally = self._update(rolled, meter)
+            tally = self._update(rolled, sampling, key, meter)
         audited, found = Meter(), None
         if self._audit_due():
             with meter.stage("audit"):
@@ -123,13 +128,16 @@ class Trainer:
         self.iteration += 1
         return Iteration(record, rolled, found)
 
-    def _update(self, rolled: Rollout, meter: Meter) -> Tally:
-        experience, tally = learn_from(rolled, self.sampling, self.config.objective, self.ranks)
+    def _update(self, rolled: Rollout, sampling: Sampling, key: NoiseKey, meter: Meter) -> Tally:
+        wanted, clip = self.config.objective, self.objective.adv_clip_max
+        experience, tally = learn_from(rolled, sampling, key, wanted, clip, self.ranks)
         seen, items = update(self.policy, self.objective, self.optimizer, experience, self.config.optim, self.ranks)
         meter.count(trained_steps=items)
         tally.merge(seen)
         if self.config.optim.ema_decay > 0:
             self.policy.named_weights.update(EMA, self.config.optim.ema_decay)
+        for name, average in self.objective.averages.items():
+            self.policy.named_weights.update(name, average.decay(self.iteration + 1))
         checks.check_gradient(seen.sums["update/grad_norm"], self.iteration)
         if items and not self._checked:
             self._check_first_update(seen, experience)
@@ -139,7 +147,8 @@ class Trainer:
         """Once in the life of this object, so again after a resume."""
         self._checked = True
         if "update/on_policy_deviation" in seen.maxima:
-            checks.check_ratio(seen.maxima["update/on_policy_deviation"], self.config.objective.clip_range)
+            assert self.objective.clip_range is not None
+            checks.check_ratio(seen.maxima["update/on_policy_deviation"], self.objective.clip_range)
         checks.check_moved(self.policy)
         checks.check_bound(self.policy, experience)
 

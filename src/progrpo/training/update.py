@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from progrpo.config import ObjectiveConfig, OptimConfig
 from progrpo.objectives.advantage import advantages, batch_std_from_moments, group_statistics, moments
-from progrpo.objectives.base import Experience, Objective
+from progrpo.objectives.base import Experience, Noise, Objective
 from progrpo.policies.base import Policy
 from progrpo.rollout.denoise import Sampling
 from progrpo.training.distributed import Ranks, Tally
@@ -18,7 +18,12 @@ _DEVIATION = "update/ratio_max_deviation"
 
 
 def learn_from(
-    rollout: Rollout, sampling: Sampling, objective: ObjectiveConfig, ranks: Ranks
+    rollout: Rollout,
+    sampling: Sampling,
+    noise: Noise,
+    objective: ObjectiveConfig,
+    adv_clip_max: float,
+    ranks: Ranks,
 ) -> tuple[Experience, Tally]:
     """Every survivor whose reward is there, with its advantage; and what the rewards looked like."""
     num_groups, tally = len(rollout.prompts), Tally()
@@ -33,7 +38,7 @@ def learn_from(
         statistics if objective.baseline == "survivors" else finalists,
         std=std,
         eps=objective.adv_eps,
-        clip_max=objective.adv_clip_max,
+        clip_max=adv_clip_max,
     )
     tally.add_finite("reward/mean", rollout.finalist_rewards_F)
     tally.add_finite("reward/std", statistics.std_P)
@@ -44,7 +49,13 @@ def learn_from(
     tally.count("advantage/zero_variance_groups", int((~statistics.informative_P).sum()))
     rates_T = torch.stack([sampling.rate(step) for step in range(sampling.num_inference_steps)])
     experience = Experience(
-        rollout.trajectories, advantages_N, rollout.condition, sampling.sigmas_T1, rates_T, sampling.guidance_scale
+        rollout.trajectories,
+        advantages_N,
+        rollout.condition,
+        sampling.sigmas_T1,
+        rates_T,
+        noise,
+        sampling.guidance_scale,
     )
     return experience.take(observed_N.nonzero().flatten()), tally
 
@@ -63,6 +74,7 @@ def update(
     count in that mean but are not computed: their group has no variance and teaches nothing.
     """
     tally, items = Tally(), 0
+    experience = objective.prepare(policy, experience, config.microbatch, config.updates_per_rollout)
     for part in range(config.updates_per_rollout):
         share = experience.take((_parts(experience, config.updates_per_rollout) == part).nonzero().flatten())
         per_trajectory = objective.items_per_trajectory(share)

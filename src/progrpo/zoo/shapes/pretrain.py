@@ -40,7 +40,7 @@ from progrpo.zoo.shapes.verifier import verify
 KL_WEIGHT = (
     3e-4  # on the mean over latent elements: keeps the posterior wide, so that the decoder forgives small errors
 )
-KIND_WEIGHTS = {"single": 0.08, "two": 0.12, "counting": 0.24, "colours": 0.08, "position": 0.28, "binding": 0.20}
+KIND_WEIGHTS = {"single": 0.06, "two": 0.24, "counting": 0.22, "colours": 0.06, "position": 0.24, "binding": 0.18}
 # T5 tokens: without a mask their number changes the picture, and the long ones cost four times the usual
 LENGTHS = {16: 0.94, 32: 0.01, 64: 0.01, 128: 0.01, 256: 0.03}
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 4.5)

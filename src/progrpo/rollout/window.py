@@ -1,0 +1,26 @@
+"""Where the stochastic steps of a rollout lie, when they are few: the SDE there, the ODE elsewhere. Standard library only."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+
+def window(kind: str, iteration: int, *, size: int, end: int, interval: int, seed: int) -> range:
+    """The zero-based steps of an iteration's window: `size` consecutive ones within 0 .. `end` - 1.
+
+    `first` is always at the start. `sliding` moves on by one step every `interval` iterations, and from the end back to
+    the start (MixGRPO, arXiv 2507.21802). `random` is drawn anew for each iteration from `seed`; it is a function of both,
+    so equal on all processes.
+    """
+    last = end - size
+    assert last >= 0, "a window must fit"
+    first = _FIRST[kind](iteration, last, interval, seed)
+    return range(first, first + size)
+
+
+_FIRST: dict[str, Callable[[int, int, int, int], int]] = {
+    "first": lambda iteration, last, interval, seed: 0,
+    "sliding": lambda iteration, last, interval, seed: iteration // interval % (last + 1),
+    "random": lambda iteration, last, interval, seed: random.Random(f"{seed} {iteration}").randint(0, last),
+}
