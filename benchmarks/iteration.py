@@ -67,7 +67,7 @@ def measure(config: Config, iterations: int) -> dict[str, Any]:
     policy = policy_from(config.model, config.seed, ranks)
     policy.predict = clock.wrap("network", policy.predict)  # type: ignore[method-assign]
     policy.decode = clock.wrap("decode", policy.decode)  # type: ignore[method-assign]
-    order = train_order(config.prompts.source, config.seed)
+    order = train_order(config.prompts, config.seed)
     trainer = Trainer(config, policy, TimedReward(load_reward(config.reward.name), clock), order, ranks)
     policy.encode([p.text for p in order.prompts_for(0, config.prompts.per_iteration * (iterations + 1))])
     rows = []

@@ -212,7 +212,7 @@ def _move() -> Callable[[Any, float], None]:
 @pytest.fixture(scope="session")
 def tiny_trainer(tiny_policy: Callable[..., Any]) -> Callable[..., Any]:
     """A trainer of a configuration, of the tiny policy and of `redness` if no other is given."""
-    from progrpo.data import PromptOrder
+    from progrpo.data import InTurn
     from progrpo.rewards.function import FunctionReward
     from progrpo.training.distributed import Ranks
     from progrpo.training.trainer import Trainer
@@ -220,7 +220,7 @@ def tiny_trainer(tiny_policy: Callable[..., Any]) -> Callable[..., Any]:
 
     def build(config: Any, policy: Any = None, reward: Callable[..., Any] = redness) -> Any:
         policy = policy or tiny_policy(config.model.weights)
-        order = PromptOrder({"": tuple(map(Prompt, PROMPTS))}, config.seed)
+        order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
         return Trainer(config, policy, FunctionReward(reward), order, Ranks())
 
     return build

@@ -39,6 +39,9 @@ class PromptConfig:
     source: str = "shapes"
     """`shapes` (the built-in world, its train split), or a .txt (a prompt a line) or .jsonl ({"prompt": ..., columns}) file."""
     per_iteration: int = 12
+    order: Literal["turn", "signal"] = "turn"
+    """`turn`: kinds in turn, each prompt once before any comes again. `signal`: drawn in proportion to how far the rewards of a
+    prompt's groups (and of its kind's) differ, so that sampling goes where there is something to learn."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,14 @@ class PlanConfig:
     selector: Literal["ovf", "uniform", "top_bottom", "none"] = "ovf"
 
 
+BUILT_IN_REWARDS = ("shapes", "shapes_strict", "shapes_mixed")
+
+
 @dataclass(frozen=True)
 class RewardConfig:
     name: str = "shapes"
-    """`shapes` (the built-in verifier), or `module:function` of your own."""
+    """Of the built-in verifier: `shapes` (graded), `shapes_strict` (1 where all is right, else 0) or `shapes_mixed` (their mean).
+    Or `module:function` of your own."""
 
 
 @dataclass(frozen=True)
@@ -336,7 +343,10 @@ _RULES: dict[str, _Rule] = {
     "sampling.sde_window_interval": _at_least(1),
     "sampling.microbatch": _at_least(1),
     "plan.group_size": _at_least(2),
-    "reward.name": (lambda v: v == "shapes" or all(v.partition(":")), "`shapes` or `module:function`"),
+    "reward.name": (
+        lambda v: v in BUILT_IN_REWARDS or all(v.partition(":")),
+        f"one of {', '.join(BUILT_IN_REWARDS)}, or `module:function`",
+    ),
     "objective.adv_eps": _above(0),
     "objective.grpo.clip_range": _above(0),
     "objective.grpo.kl_beta": _at_least(0),

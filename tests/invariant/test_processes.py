@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 import progrpo
 from progrpo.config import AuditConfig, CheckpointConfig, Config, EvalConfig, ModelConfig
 from progrpo.config import OptimConfig, PlanConfig, PromptConfig, SamplingConfig
-from progrpo.data import PromptOrder
+from progrpo.data import InTurn
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.rewards.function import FunctionReward
 from progrpo.training.distributed import Ranks
@@ -73,7 +73,7 @@ def trained(model, config, reward):
         DiffusionPipeline.from_pretrained(model), weights="lora", lora_rank=2, lora_alpha=4, max_sequence_length=8,
         seed=0, device="cpu", dtype=torch.float32,
     )
-    order = PromptOrder({"": tuple(map(Prompt, PROMPTS))}, config.seed)
+    order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
     trainer = Trainer(config, policy, FunctionReward(reward), order, Ranks())
     survivors, records = [], []
     for i in range(config.iterations):
@@ -86,7 +86,7 @@ def trained(model, config, reward):
 
 def work(model, out):
     ranks = Ranks()
-    found, middle = {}, PromptOrder({"": tuple(map(Prompt, PROMPTS))}, 0).at(1).text
+    found, middle = {}, InTurn({"": tuple(map(Prompt, PROMPTS))}, 0).prompts_for(0, 2)[1].text
     cases = {f"updates {n}": (replace(CONFIG, optim=OptimConfig(updates_per_rollout=n)), redness) for n in (1, 2)}
     cases["batch"] = (replace(CONFIG, objective=replace(CONFIG.objective, advantage="batch")), redness)
     cases["failing"] = (CONFIG, Failing(middle))

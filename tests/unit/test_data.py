@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import pairwise
 
 import pytest
 
-from progrpo.data import PromptOrder, load_prompts
+from progrpo.data import BySignal, InTurn, load_prompts
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 
@@ -88,29 +89,104 @@ def of_two_kinds():
 
 
 def test_every_epoch_deals_every_prompt_once_in_another_order(of_ten):
-    dealt = [p.text for t in range(10) for p in PromptOrder(of_ten, seed=1).prompts_for(t, 4)]
+    dealt = [p.text for t in range(10) for p in InTurn(of_ten, seed=1).prompts_for(t, 4)]
     epochs = [dealt[start : start + 10] for start in range(0, 40, 10)]
     assert all(sorted(epoch) == sorted(texts(of_ten[""])) for epoch in epochs)
     assert all(one != other for one, other in pairwise(epochs))
 
 
 def test_the_order_is_a_function_of_seed_and_iteration(of_ten):
-    straight = [PromptOrder(of_ten, seed=1).prompts_for(t, 3) for t in range(8)]
-    again = PromptOrder(of_ten, seed=1)
+    straight = [InTurn(of_ten, seed=1).prompts_for(t, 3) for t in range(8)]
+    again = InTurn(of_ten, seed=1)
     assert [again.prompts_for(t, 3) for t in reversed(range(8))] == straight[::-1]
-    assert [PromptOrder(of_ten, seed=2).prompts_for(t, 3) for t in range(8)] != straight
+    assert [InTurn(of_ten, seed=2).prompts_for(t, 3) for t in range(8)] != straight
 
 
 def test_kinds_come_in_turn_each_with_its_own_epochs(of_two_kinds):
-    dealt = texts(PromptOrder(of_two_kinds, seed=0).prompts_for(0, 30))
+    dealt = texts(InTurn(of_two_kinds, seed=0).prompts_for(0, 30))
     assert [text[0] for text in dealt] == ["a", "b"] * 15
     assert Counter(dealt) == {**dict.fromkeys(("a0", "a1", "a2"), 5), **{f"b{i}": 3 for i in range(5)}}
 
 
 def test_more_prompts_than_there_are_go_round(of_ten):
-    assert Counter(texts(PromptOrder(of_ten, seed=0).prompts_for(2, 20))) == {str(i): 2 for i in range(10)}
+    assert Counter(texts(InTurn(of_ten, seed=0).prompts_for(2, 20))) == {str(i): 2 for i in range(10)}
 
 
 def test_shapes_come_kind_by_kind():
-    dealt = PromptOrder(load_prompts("shapes"), seed=0).prompts_for(5, 12)
+    dealt = InTurn(load_prompts("shapes"), seed=0).prompts_for(5, 12)
     assert [p.columns["kind"] for p in dealt] == list(world.KINDS) * 2
+
+
+# --- by signal ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_easy_and_hard():
+    return {"easy": tuple(Prompt(f"easy {i}") for i in range(4)), "hard": tuple(Prompt(f"hard {i}") for i in range(40))}
+
+
+def taught(order, iterations, count, signal_of):
+    """Let the order see groups whose rewards differ as `signal_of` their prompt says; the prompts it dealt."""
+    dealt = []
+    for t in range(iterations):
+        prompts = texts(order.prompts_for(t, count))
+        order.observe(t, [signal_of(text) for text in prompts])
+        dealt += prompts
+    return dealt
+
+
+def test_by_signal_starts_with_kinds_alike_whatever_their_size(of_easy_and_hard):
+    kinds = Counter(
+        text.split()[0] for seed in range(400) for text in texts(BySignal(of_easy_and_hard, seed).prompts_for(0, 1))
+    )
+    assert kinds["easy"] == pytest.approx(200, abs=4 * 10)  # four standard deviations
+
+
+def test_by_signal_goes_where_rewards_differ_and_forgets_nobody(of_easy_and_hard):
+    order = BySignal(of_easy_and_hard, 0)
+    dealt = Counter(t.split()[0] for t in taught(order, 200, 2, lambda text: 0.2 if "hard" in text else 0.0)[100:])
+    assert dealt["hard"] > 4 * dealt["easy"] > 0
+    found = order.metrics()
+    assert found["prompts/signal@hard"] == pytest.approx(0.2) and found["prompts/signal@easy"] == 0
+    # floor 0.25 of the average 0.1, against that and 0.2
+    assert found["prompts/share@easy"] == pytest.approx(0.025 / 0.25) and found["prompts/share@hard"] == pytest.approx(0.9)
+    assert found["prompts/seen"] == 44
+
+
+def test_by_signal_tells_prompts_of_one_kind_apart():
+    order = BySignal({"": tuple(Prompt(str(i)) for i in range(6))}, 0)
+    dealt = Counter(taught(order, 300, 2, lambda text: 0.3 if text == "3" else 0.0)[200:])
+    assert dealt["3"] > 2 * max(count for text, count in dealt.items() if text != "3")
+    assert set(order.metrics()) == {"prompts/signal@all", "prompts/share@all", "prompts/seen"}
+
+
+def test_by_signal_a_prompt_comes_twice_only_when_there_are_no_others(of_ten):
+    order = BySignal(of_ten, 0)
+    assert max(Counter(texts(order.prompts_for(3, 10))).values()) == 1
+    assert set(Counter(texts(order.prompts_for(3, 25))).values()) == {2, 3}
+
+
+def test_by_signal_what_is_not_known_changes_nothing_and_no_signal_at_all_is_no_error(of_ten):
+    order = BySignal(of_ten, 0)
+    order.observe(0, [float("nan")] * 4)
+    assert order.metrics() == {"prompts/seen": 0}
+    taught(order, 5, 4, lambda text: 0.0)
+    assert len(order.prompts_for(5, 4)) == 4
+
+
+def test_by_signal_resumes_exactly(of_easy_and_hard):
+    straight, stopped, other = (BySignal(of_easy_and_hard, seed) for seed in (1, 1, 2))
+
+    def signal(text):
+        return len(text) % 3 / 10
+
+    dealt = taught(straight, 8, 5, signal)
+    assert taught(stopped, 4, 5, signal) == dealt[:20]
+    resumed = BySignal(of_easy_and_hard, 1)
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    for t in range(4, 8):
+        prompts = texts(resumed.prompts_for(t, 5))
+        assert prompts == dealt[5 * t : 5 * t + 5]
+        resumed.observe(t, [signal(text) for text in prompts])
+    assert resumed.metrics() == straight.metrics() and taught(other, 8, 5, signal) != dealt
+    assert set(texts(straight.ahead(8, 9, 5))) >= set(texts(straight.prompts_for(8, 5)))

@@ -10,13 +10,17 @@ from pathlib import Path
 from progrpo.rewards.base import Reward
 
 
-def _shapes() -> Reward:
+def _shapes(strict_share: float) -> Reward:
     from progrpo.rewards.shapes import ShapesReward
 
-    return ShapesReward()
+    return ShapesReward(strict_share)
 
 
-REWARDS: dict[str, Callable[[], Reward]] = {"shapes": _shapes}
+REWARDS: dict[str, Callable[[], Reward]] = {
+    "shapes": lambda: _shapes(0.0),
+    "shapes_strict": lambda: _shapes(1.0),
+    "shapes_mixed": lambda: _shapes(0.5),
+}
 
 
 def load_reward(name: str) -> Reward:

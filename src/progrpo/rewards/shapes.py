@@ -1,4 +1,4 @@
-"""The built-in reward: the shapes world's verifier, graded for training, strict for reporting."""
+"""The built-in rewards: the shapes world's verifier, graded, strict or between, with its strict verdict for reporting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from progrpo.zoo.shapes.verifier import verify
 
 
 class ShapesReward:
-    """Needs prompts of the shapes world: their columns list what the picture must hold."""
+    """Needs prompts of the shapes world: their columns list what the picture must hold.
+
+    The value is the graded score, of which `strict_share` is replaced by the strict verdict (1 or 0).
+    """
+
+    def __init__(self, strict_share: float = 0.0) -> None:
+        self._strict_share = strict_share
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         strangers = [p.text for p in prompts if "objects" not in p.columns]
@@ -21,4 +27,7 @@ class ShapesReward:
                 f"the reward `shapes` cannot read the prompt {strangers[0]!r}: it needs the built-in prompts"
                 " (--prompts.source shapes); name a reward of your own as module:function"
             )
-        return [Score(v.graded, v.strict) for v in verify(pictures_NHWC, prompts)]
+        share = self._strict_share
+        return [
+            Score((1 - share) * v.graded + share * float(v.strict), v.strict) for v in verify(pictures_NHWC, prompts)
+        ]

@@ -164,10 +164,15 @@ class Console:
 def _summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(label, before, after, change) of what was evaluated; the judge only where there is one."""
     rows = []
-    names = (("graded reward", "reward", False), ("strict accuracy", "accuracy", True), ("judge", "judge", True))
+    names = (
+        ("graded reward", "reward", False),
+        ("strict accuracy", "accuracy", True),
+        ("judge", "judge", True),
+        ("diversity", "diversity", False),
+    )
     for label, key, share in names:
         before, after = summary.get(f"{key}_before"), summary.get(f"{key}_after")
-        if key == "judge" and before is None and after is None:
+        if key in ("judge", "diversity") and before is None and after is None:
             continue
         write = percent if share else number
         rows.append((label, write(before), write(after), _change(before, after, share)))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from progrpo.config import Config, ModelConfig, ObjectiveConfig, stochastic_steps, trained_steps
-from progrpo.data import PromptOrder, load_prompts
+from progrpo.config import Config, ModelConfig, ObjectiveConfig, PromptConfig, stochastic_steps, trained_steps
+from progrpo.data import ORDERS, PromptOrder, load_prompts
 from progrpo.objectives.awm import AWM
 from progrpo.objectives.base import Needs, Objective
 from progrpo.objectives.dgpo import DGPO
@@ -85,8 +85,8 @@ def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) 
     )
 
 
-def train_order(source: str, seed: int) -> PromptOrder:
-    return PromptOrder(load_prompts(source, "train"), seed)
+def train_order(prompts: PromptConfig, seed: int) -> PromptOrder:
+    return ORDERS[prompts.order](load_prompts(prompts.source, "train"), seed)
 
 
 def eval_prompts(source: str, split: str, count: int) -> list[Prompt]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Judge, Reward, Score
@@ -19,10 +21,16 @@ from progrpo.training.build import config_of, eval_prompts, judge_for, trained_p
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
 
+DIVERSE_PROMPTS = 64
+_GROUP = 4  # pictures of a prompt that diversity is measured on
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A record a picture (prompt, kind, graded, strict, judge), in the order of the prompts, and the first pictures."""
+    """A record a picture (prompt, kind, graded, strict, judge, diversity), in the order of the prompts, and the first pictures.
+
+    `diversity` is there for the first prompts: see `diversity`.
+    """
 
     records: list[dict[str, Any]]
     pictures_NHWC: np.ndarray
@@ -43,6 +51,7 @@ class Evaluation:
             "graded": self.mean("graded"),
             "strict": self.mean("strict"),
             "judge": self.mean("judge"),
+            "diversity": self.mean("diversity"),
             "strict_by_kind": self.strict_by_kind(),
         }
 
@@ -64,8 +73,12 @@ def evaluate(
     seed: int,
     ranks: Ranks,
     pictures: int = 48,
+    diverse: int = 0,
 ) -> Evaluation:
-    """One picture a prompt. Noise is keyed by the prompt's place, so before and after start from the same."""
+    """One picture a prompt. Noise is keyed by the prompt's place, so before and after start from the same.
+
+    For the first `diverse` prompts, diversity is measured on more pictures of them.
+    """
     mine = ranks.deal(len(prompts))
     found: list[tuple[int, dict[str, Any], np.ndarray | None]] = []
     for places in mine.split(sampling.microbatch) if len(mine) else ():  # splitting nothing gives one empty part
@@ -77,8 +90,28 @@ def evaluate(
         verdicts = judge.passes(images_NHWC, batch) if judge else [None] * len(batch)
         for i, prompt, image, score, verdict in zip(places.tolist(), batch, images_NHWC, scores, verdicts, strict=True):
             found.append((i, _record(prompt, score, verdict), image if i < pictures else None))
+    watched = mine[mine < diverse]
+    for places in watched.split(max(1, sampling.microbatch // _GROUP)) if len(watched) else ():
+        of_place = dict(zip(places.tolist(), _diversities(policy, prompts, places, sampling, seed), strict=True))
+        for i, record, _ in found:
+            record["diversity"] = of_place.get(i, record["diversity"])
     found = sorted(ranks.gather(found), key=lambda item: item[0])
     return Evaluation([r for _, r, _ in found], np.stack([image for _, _, image in found if image is not None]))
+
+
+def _diversities(
+    policy: Policy, prompts: Sequence[Prompt], places: Tensor, sampling: Sampling, seed: int
+) -> list[float]:
+    key, condition = NoiseKey(seed, 0), policy.encode([prompts[i].text for i in places.tolist()])
+    final = denoise(policy, condition, expand(policy, places, _GROUP, key), sampling, key, Meter())
+    images_NHWC = policy.decode(final.x_NCHW).numpy()
+    return [diversity(group) for group in np.split(images_NHWC, len(places))]
+
+
+def diversity(images_GHWC: np.ndarray) -> float:
+    """How much pictures of one prompt differ: root mean square pixel difference, in units of the full range, mean over pairs."""
+    flat = images_GHWC.reshape(len(images_GHWC), -1) / 255
+    return float(np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in combinations(flat, 2)]))
 
 
 def _record(prompt: Prompt, score: Score, verdict: bool | None) -> dict[str, Any]:
@@ -89,6 +122,7 @@ def _record(prompt: Prompt, score: Score, verdict: bool | None) -> dict[str, Any
         "graded": None if np.isnan(graded) else graded,
         "strict": score.passed,
         "judge": verdict,
+        "diversity": None,
     }
 
 
@@ -115,7 +149,9 @@ def evaluate_model(
     policy = trained_policy(target, None, ranks)
     sampling = ode(policy, num_inference_steps, guidance_scale, microbatch=64)
     chosen = eval_prompts(prompts, split, pictures)
-    result = evaluate(policy, load_reward(reward), judge_for(prompts), chosen, sampling, seed, ranks)
+    result = evaluate(
+        policy, load_reward(reward), judge_for(prompts), chosen, sampling, seed, ranks, diverse=DIVERSE_PROMPTS
+    )
     return {
         "target": target,
         "num_inference_steps": num_inference_steps,

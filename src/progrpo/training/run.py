@@ -17,7 +17,7 @@ import torch
 
 from progrpo import __version__
 from progrpo.config import Config, check, to_dict, trained_items
-from progrpo.data import PromptOrder, Prompts
+from progrpo.data import ORDERS, PromptOrder, Prompts
 from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge, Reward
@@ -31,7 +31,7 @@ from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.statistics import spearman
 from progrpo.training.build import eval_prompts, judge_for, policy_from, train_order
 from progrpo.training.distributed import Ranks
-from progrpo.training.evaluate import Evaluation, evaluate, ode
+from progrpo.training.evaluate import DIVERSE_PROMPTS, Evaluation, evaluate, ode
 from progrpo.training.trainer import Iteration, Trainer
 from progrpo.types import Prompt
 
@@ -116,7 +116,8 @@ def train(
         raise ValueError("prompts is empty; give at least one")
     measured = [_prompt(p) for p in (eval_prompts or prompts)]
     measured = [measured[i % len(measured)] for i in range(config.eval.pictures)]
-    order, held_out = PromptOrder(table, config.seed), HeldOut(measured, measured, None)
+    order = ORDERS[config.prompts.order](table, config.seed)
+    held_out = HeldOut(measured, measured, None)
     run = Run(config, policy, scorer, order, held_out, RunFolder(out), ranks)
     run.create(overwrite)
     return run.train()
@@ -128,7 +129,7 @@ def _prompt(prompt: str | Prompt) -> Prompt:
 
 def _from_config(config: Config, run: RunFolder, ranks: Ranks) -> Run:
     reward = load_reward(config.reward.name)
-    order = train_order(config.prompts.source, config.seed)
+    order = train_order(config.prompts, config.seed)
     source, pictures = config.eval.prompts, config.eval.pictures
     test, validation = (eval_prompts(source, split, pictures) for split in ("test", "validation"))
     policy = policy_from(config.model, config.seed, ranks)
@@ -218,13 +219,13 @@ class Run:
 
     def _encode_all(self) -> None:
         """Every text that this process will meet goes through the text encoders once, and they leave memory."""
-        per_iteration = self.config.prompts.per_iteration
-        places = range(self.trainer.iteration * per_iteration, self.config.iterations * per_iteration)
-        prompts = [*map(self.trainer.order.at, places), *self.held_out.test]
+        done, wanted = self.trainer.iteration, self.config
+        ahead = self.trainer.order.ahead(done, wanted.iterations, wanted.prompts.per_iteration)
+        prompts = [*dict.fromkeys(prompt.text for prompt in ahead), *(prompt.text for prompt in self.held_out.test)]
         if self.config.eval.every:
-            prompts += self.held_out.validation
-        for prompt in prompts:  # one by one: the policy keeps the rows on the CPU, the device never holds them all
-            self.policy.encode([prompt.text])
+            prompts += [prompt.text for prompt in self.held_out.validation]
+        for text in prompts:  # one by one: the policy keeps the rows on the CPU, the device never holds them all
+            self.policy.encode([text])
         self.policy.release_text_encoders()
 
     def _due(self, every: int) -> bool:
@@ -241,7 +242,7 @@ class Run:
 
     def _evaluate(self, when: str, weights: str) -> None:
         """On the test prompts, for the summary."""
-        result = self._measure(self.held_out.test, weights)
+        result = self._measure(self.held_out.test, weights, diverse=DIVERSE_PROMPTS)
         if self.ranks.is_main:
             self.folder.write_evaluation(when, result.records, result.pictures_NHWC)
 
@@ -250,11 +251,20 @@ class Run:
         result = self._measure(self.held_out.validation, self.trainer.evaluated_weights)
         return {f"eval/{name}": result.mean(name) for name in ("graded", "strict", "judge")}
 
-    def _measure(self, prompts: Sequence[Prompt], weights: str) -> Evaluation:
+    def _measure(self, prompts: Sequence[Prompt], weights: str, diverse: int = 0) -> Evaluation:
         wanted = self.config.eval
         sampling = ode(self.policy, wanted.num_inference_steps, wanted.guidance_scale, self.config.sampling.microbatch)
         with self.policy.weights(weights):
-            return evaluate(self.policy, self.reward, self.held_out.judge, prompts, sampling, wanted.seed, self.ranks)
+            return evaluate(
+                self.policy,
+                self.reward,
+                self.held_out.judge,
+                prompts,
+                sampling,
+                wanted.seed,
+                self.ranks,
+                diverse=diverse,
+            )
 
     def _checkpoint(self, wall_seconds: float) -> None:
         if not self.ranks.is_main:
@@ -338,6 +348,7 @@ class Run:
             out[f"reward_{when}"] = found.mean("graded")
             out[f"accuracy_{when}"] = found.mean("strict")
             out[f"judge_{when}"] = found.mean("judge")
+            out[f"diversity_{when}"] = found.mean("diversity")
             out[f"accuracy_by_kind_{when}"] = found.strict_by_kind()
         return out
 

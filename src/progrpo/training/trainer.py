@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from progrpo.config import Config, resolve_plan, trained_items
 from progrpo.data import PromptOrder
+from progrpo.objectives.advantage import group_statistics
 from progrpo.objectives.base import Experience
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Reward
@@ -24,7 +26,7 @@ from progrpo.training.audit import Audit, audit
 from progrpo.training.build import OBJECTIVES, sampling_from
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.update import learn_from, update
-from progrpo.types import Cost, Rollout
+from progrpo.types import Cost, Prompt, Rollout
 
 EMA = "ema"
 _STAGES = ("sample", "preview", "reward", "update", "audit")
@@ -60,7 +62,7 @@ class Iteration:
 
 
 class Trainer:
-    """Everything that changes during a run is in `state_dict`; noise and prompts follow from the iteration's number."""
+    """Everything that changes during a run is in `state_dict`; noise and windows follow from the iteration's number."""
 
     def __init__(self, config: Config, policy: Policy, reward: Reward, order: PromptOrder, ranks: Ranks) -> None:
         if config.prompts.per_iteration < ranks.world:
@@ -118,12 +120,13 @@ class Trainer:
             )
         observed = self.ranks.sum(rolled.rewards_N.isfinite().sum()).item()
         checks.check_rewards(int(observed), self.iteration)
+        self._observe(slots, rolled)
         with meter.stage("update"):
             tally = self._update(rolled, sampling, key, meter)
         audited, found = Meter(), None
         if self._audit_due():
             with meter.stage("audit"):
-                found = self._audit(key, audited)
+                found = self._audit(prompts, sampling, key, audited)
         record = self._record(tally, meter, audited, found, time.perf_counter() - start)
         self.iteration += 1
         return Iteration(record, rolled, found)
@@ -156,11 +159,18 @@ class Trainer:
         every = self.config.audit.every
         return every > 0 and (self.iteration + 1) % every == 0 and self.ranks.is_main
 
-    def _audit(self, key: NoiseKey, meter: Meter) -> Audit:
+    def _observe(self, slots: Tensor, rolled: Rollout) -> None:
+        """Tell the order how far each group's rewards differed, on every process the same."""
+        found = group_statistics(rolled.finalist_rewards_F, rolled.finalist_group_F, len(rolled.prompts))
+        stds_P = found.std_P.where(found.count_P >= 2, torch.nan)
+        seen = self.ranks.gather(list(zip(slots.tolist(), stds_P.tolist(), strict=True)))
+        self.order.observe(self.iteration, [std for _, std in sorted(seen)])
+
+    def _audit(self, prompts: Sequence[Prompt], sampling: Sampling, key: NoiseKey, meter: Meter) -> Audit:
         """A prompt of this iteration, another place of it every time, under a slot that no trained group has."""
-        count = self.config.prompts.per_iteration
-        prompt = self.order.at(self.iteration * count + (self.iteration // self.config.audit.every) % count)
-        return audit(self.policy, self.reward, prompt, count, self.plan, self.sampling, self.select, key, meter)
+        count = len(prompts)
+        prompt = prompts[self.iteration // self.config.audit.every % count]
+        return audit(self.policy, self.reward, prompt, count, self.plan, sampling, self.select, key, meter)
 
     def _record(
         self, tally: Tally, meter: Meter, audited: Meter, found: Audit | None, seconds: float
@@ -172,6 +182,7 @@ class Trainer:
         stages["other"] = seconds - sum(stages.values())
         self.totals.add_seconds(stages)
         record: dict[str, Any] = {"iteration": self.iteration, "seconds": seconds, **tally.over(self.ranks)}
+        record |= self.order.metrics()
         record |= {f"rollout/{name}": value for name, value in asdict(spent).items()}
         record["rollout/survivors"] = self.plan.survivors * self.config.prompts.per_iteration
         record["update/lr"] = self.optimizer.param_groups[0]["lr"]
@@ -196,11 +207,13 @@ class Trainer:
             "iteration": self.iteration,
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "order": self.order.state_dict(),
             "totals": self.totals.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(dict(state["optimizer"]))
+        self.order.load_state_dict(state["order"])
         self.totals.load_state_dict(state["totals"])
         self.iteration = state["iteration"]

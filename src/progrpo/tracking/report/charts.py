@@ -14,6 +14,7 @@ Figure = dict[str, Any]
 
 INK, MUTED, GRID, GHOST = "#1d2939", "#667085", "#eef0f3", "#e4e7ec"
 ACCENT, GREY, AMBER, TEAL = "#2f5fd0", "#98a2b3", "#d9822b", "#12876f"
+VIOLET, ROSE = "#7a4fc0", "#c2416b"
 _BAND = "rgba(47, 95, 208, 0.13)"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 AXES = {"iteration": "iteration", "seconds": "seconds", "nfe": "training NFE"}

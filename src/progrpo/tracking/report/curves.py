@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from progrpo.tracking.report import charts
-from progrpo.tracking.report.charts import ACCENT, AMBER, GREY, TEAL, Curve
+from progrpo.tracking.report.charts import ACCENT, AMBER, GREY, ROSE, TEAL, VIOLET, Curve
 from progrpo.tracking.report.page import chart, note, section
 from progrpo.tracking.report.run import Records, Run
 
 _PREVIEW = "preview/rank_correlation@"
+_SHARE = "prompts/share@"
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,10 @@ _SAMPLING = (
 )
 _UPDATE = (
     _Card(
-        "Ratio deviation",
-        "largest |ratio − 1|, log scale",
-        (Curve("update/ratio_max_deviation", "deviation"),),
-        {"type": "log", "tickformat": ".0e", "dtick": "D2"},
-    ),
-    _Card(
-        "Clip fraction", "share of clipped terms", (Curve("update/clip_fraction", "clipped"),), {"tickformat": ".1%"}
+        "Clip fraction",
+        "share of clipped terms",
+        (Curve("update/clip_fraction", "clipped"),),
+        {"tickformat": ".1%", "rangemode": "nonnegative"},
     ),
     _Card("KL", "from the reference model", (Curve("update/kl", "KL"),), {"exponentformat": "power"}),
     _Card("Gradient norm", "before clipping", (Curve("update/grad_norm", "norm"),)),
@@ -62,8 +60,9 @@ _UPDATE = (
 def write(run: Run) -> str:
     if not run.metrics:
         return section("curves", "Curves", "", note("No iteration is finished yet."))
-    sampling = _grid(run.metrics, (*_SAMPLING, _previews(run.metrics)), "grid", 230)
-    update = _grid(run.metrics, _UPDATE, "grid four", 170)
+    signal = [_signal(run.metrics)] if "prompts/seen" in run.metrics[-1] else []
+    sampling = _grid(run.metrics, (*_SAMPLING, _previews(run.metrics), *signal), "grid", 230)
+    update = _grid(run.metrics, (_deviation(run.metrics), *_UPDATE), "grid four", 170)
     return section(
         "curves",
         "Curves",
@@ -90,6 +89,23 @@ def _previews(metrics: Records) -> _Card:
     return _Card(
         "Preview agreement", "rank correlation with final rewards, in audit groups", lines, {"rangemode": "tozero"}
     )
+
+
+def _signal(metrics: Records) -> _Card:
+    """Where prompts are drawn by what they teach: how likely each kind is to come next."""
+    kinds = sorted({key.partition("@")[2] for record in metrics for key in record if key.startswith(_SHARE)})
+    colours = (ACCENT, TEAL, AMBER, GREY, VIOLET, ROSE)
+    lines = [Curve(f"{_SHARE}{kind}", kind, colours[i % len(colours)]) for i, kind in enumerate(kinds)]
+    about = "share of the next prompts by kind, by how far its rewards differ"
+    return _Card("Where sampling goes", about, lines, {"tickformat": ".0%", "rangemode": "tozero"})
+
+
+def _deviation(metrics: Records) -> _Card:
+    name = "update/ratio_max_deviation"
+    logarithmic = any((record.get(name) or 0) > 0 for record in metrics)  # such an axis cannot show zeros alone
+    y = {"type": "log", "tickformat": ".0e", "dtick": "D2"} if logarithmic else {"rangemode": "nonnegative"}
+    about = "largest |ratio − 1|" + (", log scale" if logarithmic else "")
+    return _Card("Ratio deviation", about, (Curve(name, "deviation"),), y)
 
 
 def _grid(metrics: Records, cards: Sequence[_Card], classes: str, height: int) -> str:

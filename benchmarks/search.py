@@ -1,0 +1,129 @@
+"""The search for a setting that teaches: trains trials for so many seconds each, measured on validation prompts.
+
+    python benchmarks/search.py [--trials NAME ...] [--seeds 0] [--seconds 240] [--out docs/results/search.json]
+
+A trial is the quickstart with some fields changed; TRIALS below names those that were run. Seconds are of training alone:
+evaluation, set-up and audits are left out. Finished ones in `--out` are kept and not run again, so that the same command goes
+on where it was stopped. `--table` prints what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from progrpo.config import Config, check, from_dict, to_dict
+from progrpo.recipes import load_recipe
+from progrpo.rewards.load import load_reward
+from progrpo.storage import write_text
+from progrpo.training.build import eval_prompts, judge_for, policy_from, train_order
+from progrpo.training.distributed import Ranks
+from progrpo.training.evaluate import evaluate, ode
+from progrpo.training.trainer import Trainer
+from progrpo.zoo import WEIGHTS
+
+Changes = Mapping[str, Any]
+
+TRIALS: dict[str, Changes] = {
+    "quickstart": {},
+}
+
+
+def changed(base: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
+    """`base` with the fields of `changes`, part by part."""
+    return {
+        **base,
+        **{k: changed(base[k], v) if isinstance(v, Mapping) and k in base else v for k, v in changes.items()},
+    }
+
+
+def config_of(changes: Changes, seed: int) -> Config:
+    base = changed(to_dict(load_recipe("quickstart")), {"audit": {"every": 0}})
+    config = from_dict(changed(base, {**changes, "seed": seed}))
+    check(config)
+    return config
+
+
+def run(config: Config, seconds: float, every: float, pictures: int) -> list[dict[str, float | None]]:
+    """Validation figures against seconds of training, first those of the base."""
+    ranks = Ranks()
+    policy, reward = policy_from(config.model, config.seed, ranks), load_reward(config.reward.name)
+    trainer = Trainer(config, policy, reward, train_order(config.prompts, config.seed), ranks)
+    prompts, judge = eval_prompts("shapes", "validation", pictures), judge_for("shapes")
+    sampling = ode(policy, config.eval.num_inference_steps, 1.0, 64)
+    spent, due, curve = 0.0, 0.0, []
+    while True:
+        if spent >= due or spent >= seconds:
+            with policy.weights(trainer.evaluated_weights):
+                found = evaluate(policy, reward, judge, prompts, sampling, config.eval.seed, ranks)
+            figures = {name: found.mean(name) for name in ("strict", "graded", "judge")}
+            curve.append({"seconds": round(spent, 1), "iterations": trainer.iteration, **_rounded(figures)})
+            print("   ", curve[-1], flush=True)
+            due = spent + every
+        if spent >= seconds:
+            return curve
+        spent += trainer.step().record["seconds"]
+
+
+def _rounded(figures: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {name: None if value is None else round(value, 4) for name, value in figures.items()}
+
+
+def base_model() -> str:
+    """The strict accuracy on the model card: results of another base are not comparable."""
+    return str(json.loads((WEIGHTS / "shapes-flow" / "figures.json").read_text())["test"]["10 steps"]["strict"])
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = ["trial | seed | base | strict by seconds", "---|---|---|---"]
+    for r in results:
+        points = ", ".join(f"{p['seconds']:.0f}: {p['strict']:.3f}" for p in r["curve"])
+        lines.append(f"{r['trial']} | {r['seed']} | {float(r['base']):.3f} | {points}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", nargs="+", default=list(TRIALS), choices=list(TRIALS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seconds", type=float, default=240)
+    parser.add_argument("--every", type=float, default=40, help="seconds of training between evaluations")
+    parser.add_argument("--pictures", type=int, default=256, help="of each evaluation")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("docs/results/search.json"))
+    parser.add_argument("--table", action="store_true", help="print what is there and run nothing")
+    wanted = parser.parse_args()
+    torch.set_num_threads(wanted.threads)
+    results = json.loads(wanted.out.read_text()) if wanted.out.exists() else []
+    if wanted.table:
+        print(table(results))
+        return
+    for seed in wanted.seeds:
+        for name in wanted.trials:
+            key = {
+                "trial": name,
+                "changes": json.loads(json.dumps(TRIALS[name])),
+                "seed": seed,
+                "base": base_model(),
+                "pictures": wanted.pictures,
+                "machine": f"{platform.machine()}, {wanted.threads} threads, torch {torch.__version__}",
+            }
+            if any(key.items() <= r.items() and r["curve"][-1]["seconds"] >= wanted.seconds for r in results):
+                continue
+            print(f"{name}, seed {seed}", flush=True)
+            curve = run(config_of(TRIALS[name], seed), wanted.seconds, wanted.every, wanted.pictures)
+            # another search may have written meanwhile
+            results = json.loads(wanted.out.read_text()) if wanted.out.exists() else []
+            results.append({**key, "curve": curve})
+            wanted.out.parent.mkdir(parents=True, exist_ok=True)
+            write_text(wanted.out, json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
