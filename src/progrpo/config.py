@@ -169,6 +169,10 @@ class ObjectiveConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     lr: float = 1e-3
+    warmup: int = 0
+    """Iterations over which the rate rises to `lr`, in equal steps."""
+    decay: float = 0.0
+    """Share of the run's iterations, at its end, over which the rate falls linearly towards 0."""
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
@@ -362,6 +366,8 @@ _RULES: dict[str, _Rule] = {
     **{f"objective.{name}.draws": _at_least(1) for name in ("nft", "awm", "dgpo")},
     **{f"objective.{name}.time_fraction": _SHARE for name in ("nft", "awm", "dgpo")},
     "optim.lr": _above(0),
+    "optim.warmup": _at_least(0),
+    "optim.decay": (lambda v: 0 <= v <= 1, "between 0 and 1"),
     "optim.betas": (lambda v: all(0 <= beta < 1 for beta in v), "two numbers at least 0 and below 1"),
     "optim.weight_decay": _at_least(0),
     "optim.max_grad_norm": _above(0),
@@ -447,6 +453,14 @@ def resolve_plan(config: Config) -> Plan:
     plan = Plan(wanted.group_size, tuple(PrunePoint(*point) for point in wanted.prune), wanted.final_keep)
     plan.validate(steps)
     return plan
+
+
+def learning_rate(config: Config, iteration: int) -> float:
+    """Of a zero-based iteration; never 0, and a function of the run's length where there is a decay."""
+    optim, left = config.optim, config.iterations - iteration
+    rising = min(1.0, (iteration + 1) / max(1, optim.warmup))
+    falling = min(1.0, left / (optim.decay * config.iterations)) if optim.decay else 1.0
+    return optim.lr * min(rising, falling)
 
 
 def trains_transitions(config: Config) -> bool:

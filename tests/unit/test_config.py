@@ -21,10 +21,14 @@ from progrpo.config import (
     config_to_json,
     field_paths,
     from_dict,
+    learning_rate,
     nearest,
     resolve_plan,
+    stochastic_steps,
     to_dict,
+    trained_items,
     trained_steps,
+    trains_transitions,
 )
 from progrpo.rollout.plan import PRESETS, Plan, PrunePoint
 
@@ -123,8 +127,8 @@ def test_defaults_are_right():
         (Config(sampling=SamplingConfig(shift=-1.0)), "sampling.shift must be above 0, or empty"),
         (Config(sampling=SamplingConfig(guidance_scale=0.5)), "sampling.guidance_scale must be at least 1, not 0.5"),
         (Config(sampling=SamplingConfig(num_inference_steps=1)), "sampling.num_inference_steps must be at least 2"),
-        (Config(reward=RewardConfig("verifier")), "reward.name must be `shapes` or `module:function`"),
-        (Config(reward=RewardConfig("module:")), "reward.name must be `shapes` or `module:function`"),
+        (Config(reward=RewardConfig("verifier")), "reward.name must be one of shapes, shapes_strict, shapes_mixed, or `module:function`"),
+        (Config(reward=RewardConfig("module:")), "reward.name must be one of shapes, shapes_strict, shapes_mixed, or `module:function`"),
         (Config(optim=OptimConfig(lr=float("inf"))), "optim.lr must be above 0, not inf"),
         (Config(optim=OptimConfig(betas=(0.9, 1.0))), "optim.betas must be two numbers at least 0 and below 1"),
         (Config(optim=OptimConfig(ema_decay=1.0)), "optim.ema_decay must be at least 0 and below 1, not 1.0"),
@@ -168,3 +172,178 @@ def test_the_last_step_is_trained_only_on_request():
 def test_json_is_plain():
     text = config_to_json(EVERYTHING_SET)
     assert json.loads(text) == json.loads(json.dumps(dataclasses.asdict(EVERYTHING_SET))) and text.endswith("}\n")
+
+
+# --- windows and objectives -------------------------------------------------------------------------------------------
+
+OBJECTIVES = ("grpo", "nft", "awm", "dgpo")
+WINDOWS = ("auto", "all", "first", "sliding", "random", "none")
+
+
+def configured(objective="grpo", **sampling):
+    return from_dict({"objective": {"name": objective}, "sampling": sampling})
+
+
+@pytest.mark.parametrize("train_last_step", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_auto_is_all_for_transitions_and_none_for_the_others(objective, train_last_step):
+    auto, every, never = (
+        configured(objective, sde_window=kind, train_last_step=train_last_step) for kind in ("auto", "all", "none")
+    )
+    check(auto)
+    same = every if objective == "grpo" else never
+    assert trains_transitions(auto) == (objective == "grpo")
+    for iteration in (0, 7):
+        assert stochastic_steps(auto, iteration) == stochastic_steps(same, iteration)
+        assert trained_steps(auto, iteration) == trained_steps(same, iteration)
+        assert list(stochastic_steps(every, iteration)) == list(range(10))
+        assert list(stochastic_steps(never, iteration)) == []
+
+
+def test_grpo_without_stochastic_steps_is_refused():
+    with pytest.raises(ValueError) as refused:
+        check(configured(sde_window="none"))
+    assert str(refused.value) == (
+        "sampling.sde_window must leave objective.name grpo stochastic steps to train, so not be none;"
+        " set it to auto, or take an objective that needs none: nft, awm, dgpo"
+    )
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[1:])
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_the_other_objectives_take_any_window_and_train_no_step(objective, kind):
+    config = configured(objective, sde_window=kind)
+    check(config)
+    assert all(len(trained_steps(config, iteration)) == 0 for iteration in range(60))
+    assert trained_items(config) == {"nft": 4, "awm": 6, "dgpo": 4}[objective]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[1:])
+def test_one_step_is_enough_for_what_trains_no_step(objective):
+    config = from_dict(
+        {
+            "objective": {"name": objective},
+            "sampling": {"num_inference_steps": 1},
+            "plan": {"preset": "none"},
+        }
+    )
+    check(config)
+
+
+@pytest.mark.parametrize("kind", ["first", "sliding", "random"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        (
+            {"sde_window_end": 10},
+            "sampling.sde_window_end must be at most the 9 steps that may be trained, not 10"
+            " (sampling.train_last_step adds the last)",
+        ),
+        (
+            {"sde_window_end": 11, "train_last_step": True},
+            "sampling.sde_window_end must be at most the 10 steps that may be trained, not 11"
+            " (sampling.train_last_step adds the last)",
+        ),
+        (
+            {"sde_window_size": 10},
+            "sampling.sde_window_size must be at most the 9 steps that a window may lie in, not 10",
+        ),
+        (
+            {"sde_window_size": 5, "sde_window_end": 4},
+            "sampling.sde_window_size must be at most the 4 steps that a window may lie in, not 5",
+        ),
+        ({"sde_window_size": 0}, "sampling.sde_window_size must be at least 1, not 0"),
+        ({"sde_window_interval": 0}, "sampling.sde_window_interval must be at least 1, not 0"),
+        (
+            {"sde_window_end": 0},
+            "sampling.sde_window_size must be at most the 0 steps that a window may lie in, not 3",
+        ),
+    ],
+)
+def test_a_window_that_does_not_fit_is_refused(objective, kind, sampling, message):
+    with pytest.raises(ValueError) as refused:
+        check(configured(objective, sde_window=kind, **sampling))
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("kind", ["auto", "all"])
+def test_the_size_of_a_window_matters_only_where_there_is_one(kind):
+    check(configured(sde_window=kind, sde_window_size=99, sde_window_end=1))
+
+
+@pytest.mark.parametrize("train_last_step", [False, True])
+@pytest.mark.parametrize("kind", ["auto", "all", "first", "sliding", "random"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_trained_steps_are_stochastic_and_as_many_in_every_iteration(objective, kind, train_last_step):
+    config = configured(
+        objective, sde_window=kind, sde_window_size=2, sde_window_interval=3, train_last_step=train_last_step
+    )
+    check(config)
+    last = 9 if train_last_step else 8
+    for iteration in range(60):
+        trained, stochastic = trained_steps(config, iteration), stochastic_steps(config, iteration)
+        assert set(trained) <= set(stochastic) <= set(range(10))
+        assert not trained or trained[-1] <= last
+        if objective == "grpo":
+            assert len(trained) == trained_items(config) > 0
+            assert kind in ("auto", "all") or trained == stochastic
+
+
+def test_trained_items_of_transitions_are_steps():
+    assert trained_items(Config()) == 9
+    assert trained_items(configured(train_last_step=True)) == 10
+    for kind in ("first", "sliding", "random"):
+        assert trained_items(configured(sde_window=kind)) == 3
+        assert trained_items(configured(sde_window=kind, sde_window_size=9)) == 9
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[1:])
+def test_trained_items_of_the_others_are_draws(objective):
+    config = from_dict({"objective": {"name": objective, objective: {"draws": 7}}})
+    check(config)
+    assert trained_items(config) == 7
+
+
+def test_windows_by_hand():
+    sliding = configured(sde_window="sliding", sde_window_size=2, sde_window_end=4, sde_window_interval=2)
+    assert [stochastic_steps(sliding, i).start for i in range(8)] == [0, 0, 1, 1, 2, 2, 0, 0]
+    whole = configured(sde_window="sliding", sde_window_size=3, sde_window_interval=1)
+    assert [stochastic_steps(whole, i).start for i in range(8)] == [0, 1, 2, 3, 4, 5, 6, 0]  # up to the trained end
+    seeds = [from_dict({"seed": seed, "sampling": {"sde_window": "random"}}) for seed in (0, 0, 1)]
+    rows = [[stochastic_steps(config, i) for i in range(30)] for config in seeds]
+    assert rows[0] == rows[1] != rows[2]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("nft.draws", 0, "at least 1"),
+        ("awm.draws", 0, "at least 1"),
+        ("dgpo.draws", 0, "at least 1"),
+        ("nft.time_fraction", 0.0, "above 0 and at most 1"),
+        ("awm.time_fraction", 1.01, "above 0 and at most 1"),
+        ("dgpo.time_fraction", -0.5, "above 0 and at most 1"),
+        ("nft.beta", 0.0, "above 0"),
+        ("awm.clip_range", 0.0, "above 0"),
+        ("dgpo.clip_range", 0.0, "above 0"),
+        ("dgpo.dpo_beta", 0.0, "above 0"),
+        ("awm.average_beta", -1.0, "at least 0"),
+        ("grpo.adv_clip_max", 0.0, "above 0"),
+        ("nft.adv_clip_max", 0.0, "above 0"),
+        ("grpo.kl_beta", -1.0, "at least 0"),
+        ("nft.kl_beta", -1.0, "at least 0"),
+    ],
+)
+def test_settings_of_objectives_out_of_range_are_refused_by_name(path, value, words):
+    name, setting = path.split(".")
+    with pytest.raises(ValueError) as refused:
+        check(from_dict({"objective": {"name": name, name: {setting: value}}}))
+    assert str(refused.value) == f"objective.{path} must be {words}, not {value!r}"
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    config = Config(iterations=10, optim=OptimConfig(lr=2.0, warmup=2, decay=0.4))
+    rates = [learning_rate(config, t) for t in range(10)]
+    assert rates == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5])
+    assert {learning_rate(Config(optim=OptimConfig(lr=2.0)), t) for t in range(10)} == {2.0}

@@ -149,7 +149,9 @@ def test_by_signal_goes_where_rewards_differ_and_forgets_nobody(of_easy_and_hard
     found = order.metrics()
     assert found["prompts/signal@hard"] == pytest.approx(0.2) and found["prompts/signal@easy"] == 0
     # floor 0.25 of the average 0.1, against that and 0.2
-    assert found["prompts/share@easy"] == pytest.approx(0.025 / 0.25) and found["prompts/share@hard"] == pytest.approx(0.9)
+    assert found["prompts/share@easy"] == pytest.approx(0.025 / 0.25) and found["prompts/share@hard"] == pytest.approx(
+        0.9
+    )
     assert found["prompts/seen"] == 44
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
@@ -129,11 +132,19 @@ def test_kl_reaches_the_current_weights_and_not_the_reference(linear_policy, lin
     assert linear_policy.named_weights.state_dict()["reference"]["a"] == 0.3
 
 
-@pytest.mark.parametrize("kl_beta", [0.0, 0.5])
-def test_neither_the_cut_nor_the_order_of_items_matters(linear_policy, linear_experience, kl_beta):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"kl_beta": 0.5},
+        {"ratio": "guard", "step_weights": "inverse_h", "kl_beta": 0.5, "kl_form": "latent"},
+        {"step_weights": "noise", "kl_beta": 0.5, "kl_form": "velocity"},
+    ],
+)
+def test_neither_the_cut_nor_the_order_of_items_matters(linear_policy, linear_experience, settings):
     experience = linear_experience(linear_policy, ADVANTAGES, off=0.05)
     shift(linear_policy, a=0.05, b=0.02)
-    grpo = GRPO(CLIP, kl_beta=kl_beta)
+    grpo = GRPO(CLIP, **settings)
     whole = grpo.loss(linear_policy, experience, ITEMS)
     shuffled = ITEMS[torch.randperm(10, generator=torch.Generator().manual_seed(2))]
     for cut in (ITEMS.split(1), ITEMS.split(3), [shuffled], shuffled.split(4)):
@@ -153,3 +164,167 @@ def test_an_item_is_a_transition_of_a_trajectory(linear_policy, linear_experienc
     for transition in (0, 1):
         item = GRPO(CLIP).loss(linear_policy, experience, torch.tensor([transition * 5 + 3]))
         assert item.total == GRPO(CLIP).loss(linear_policy, alone, torch.tensor([transition])).total
+
+
+# --- variants ---------------------------------------------------------------------------------------------------------
+
+
+def step_numbers(experience):
+    """Length, diffusion rate and std of the path's two steps."""
+    grid, rates = experience.sigmas_T1.tolist(), experience.rates_T.tolist()
+    return [(grid[k] - grid[k + 1], rates[k], rates[k] * (grid[k] - grid[k + 1]) ** 0.5) for k in (0, 1)]
+
+
+def variant(**settings):
+    return GRPO(**{"clip_range": CLIP, **settings})
+
+
+def test_guard_needs_means_and_plain_does_not():
+    assert variant(ratio="guard").needs == "means" and variant(ratio="plain").needs == "transitions"
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_guarded_loss_by_hand(linear_policy, linear_experience, guidance_scale):
+    experience = linear_experience(linear_policy, ADVANTAGES, off=0.5, guidance_scale=guidance_scale)
+    shift(linear_policy, a=0.2, b=0.1)
+    loss = variant(ratio="guard").loss(linear_policy, experience, ITEMS)
+    total, clipped, cut, deviation = 0.0, 0, 0, 0.0
+    for t in experience.trajectories.path:
+        for row, advantage in enumerate(ADVANTAGES):
+            now = gaussian(linear_policy, experience, t, row)
+            moved = ((now.mean - t.mean_NCHW[row]) ** 2).mean() / (2 * now.stddev.mean() ** 2)
+            log_ratio = now.log_prob(t.x_next_NCHW[row]).mean() - t.log_prob_N[row]
+            ratio = (now.stddev.mean() * (log_ratio + moved)).exp().item()
+            bounded = min(max(ratio, 1 - CLIP), 1 + CLIP)
+            total += max(-advantage * ratio, -advantage * bounded)
+            clipped += bounded != ratio
+            cut += -advantage * bounded > -advantage * ratio
+            deviation = max(deviation, abs(ratio - 1))
+    assert 0 < cut < clipped < 10  # all branches are met
+    assert loss.total.item() == pytest.approx(total, rel=1e-9)
+    assert loss.sums["clip_fraction"].item() == clipped
+    assert loss.maxima["ratio_max_deviation"].item() == pytest.approx(deviation, rel=1e-9)
+
+
+def test_a_guarded_log_ratio_is_the_drawn_noise_times_the_move_of_the_mean(linear_policy, linear_experience):
+    experience = linear_experience(linear_policy, [-1.0] * 5)
+    shift(linear_policy, a=0.02, b=0.01)
+    wide = variant(ratio="guard", clip_range=10.0)
+    for item in range(10):
+        t, row = experience.trajectories.path[item // 5], item % 5
+        now = gaussian(linear_policy, experience, t, row)
+        z = (t.x_next_NCHW[row] - t.mean_NCHW[row]) / now.stddev
+        expected = (z * (now.mean - t.mean_NCHW[row])).mean().exp()
+        found = wide.loss(linear_policy, experience, torch.tensor([item])).total
+        assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_on_policy_a_guarded_ratio_is_one(linear_policy, linear_experience):
+    loss = variant(ratio="guard").loss(linear_policy, linear_experience(linear_policy, ADVANTAGES), ITEMS)
+    assert loss.total.item() == pytest.approx(-2 * sum(ADVANTAGES), abs=1e-12)
+    assert loss.maxima["ratio_max_deviation"].item() < 1e-12 and loss.sums["clip_fraction"] == 0
+
+
+def test_on_policy_a_guarded_gradient_is_the_plain_one_times_the_std_of_the_step(linear_policy, linear_experience):
+    experience = linear_experience(linear_policy, ADVANTAGES)
+    for step, (_, _, std) in enumerate(step_numbers(experience)):
+        items = torch.arange(5) + 5 * step
+        plain, guarded = (
+            torch.stack(gradients(linear_policy, variant(ratio=ratio).loss(linear_policy, experience, items)))
+            for ratio in ("plain", "guard")
+        )
+        assert plain.norm() > 1e-3
+        torch.testing.assert_close(guarded, std * plain)
+
+
+@pytest.mark.parametrize("ratio", ["plain", "guard"])
+@pytest.mark.parametrize("step_weights", ["equal", "noise", "inverse_h"])
+def test_step_weights_by_hand(linear_policy, linear_experience, ratio, step_weights):
+    experience = linear_experience(linear_policy, ADVANTAGES, off=0.05)
+    shift(linear_policy, a=0.05, b=0.02)
+    raw = {
+        "equal": [1.0, 1.0],
+        "noise": [std for _, _, std in step_numbers(experience)],
+        "inverse_h": [1 / h for h, _, _ in step_numbers(experience)],
+    }[step_weights]
+    weights = [2 * w / sum(raw) for w in raw]
+    assert sum(weights) / 2 == pytest.approx(1)
+    for item in range(10):
+        one = torch.tensor([item])
+        plain = variant(ratio=ratio).loss(linear_policy, experience, one)
+        weighed = variant(ratio=ratio, step_weights=step_weights).loss(linear_policy, experience, one)
+        assert weighed.total.item() == pytest.approx(weights[item // 5] * plain.total.item(), rel=1e-9)
+        assert weighed.sums["clip_fraction"] == plain.sums["clip_fraction"]
+        if step_weights == "equal":
+            assert weighed.total == plain.total
+
+
+def test_step_weights_leave_the_kl_term_alone(linear_policy, linear_experience):
+    experience = linear_experience(linear_policy, [0.0] * 5)
+    shift(linear_policy, a=0.05, b=0.02)
+    totals = [
+        variant(step_weights=weights, kl_beta=0.7).loss(linear_policy, experience, ITEMS).total.item()
+        for weights in ("equal", "noise", "inverse_h")
+    ]
+    assert totals[0] > 0 and totals == pytest.approx([totals[0]] * 3, rel=1e-12)
+
+
+def test_weights_of_a_single_trained_step_are_one(linear_policy, linear_experience):
+    experience = linear_experience(linear_policy, ADVANTAGES, off=0.05)
+    for transition in experience.trajectories.path:
+        alone = replace(experience, trajectories=replace(experience.trajectories, path=(transition,)))
+        totals = [
+            variant(step_weights=weights).loss(linear_policy, alone, torch.arange(5)).total.item()
+            for weights in ("equal", "noise", "inverse_h")
+        ]
+        assert totals == pytest.approx([totals[0]] * 3, rel=1e-12)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("kl_form", ["latent", "velocity"])
+def test_plain_distances_by_hand(linear_policy, linear_experience, kl_form, guidance_scale):
+    experience = linear_experience(linear_policy, [0.0] * 5, guidance_scale=guidance_scale)
+    shift(linear_policy, a=0.03, b=-0.05)
+    loss = variant(kl_beta=0.7, kl_form=kl_form).loss(linear_policy, experience, ITEMS)
+    expected = 0.0
+    for t in experience.trajectories.path:
+        for row in range(5):
+            now, ref = (gaussian(linear_policy, experience, t, row, w).mean for w in ("current", "reference"))
+            c = experience.condition.tensors["c"][experience.trajectories.group_N[row]]
+            apart = 0.03 * t.x_NCHW[row] - 0.05 * guidance_scale * c  # of the velocities
+            expected += ((now - ref if kl_form == "latent" else apart) ** 2).mean().item()
+    assert loss.sums["kl"].item() == pytest.approx(expected, rel=1e-9)
+    assert loss.total.item() == pytest.approx(0.7 * expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("kl_form", ["exact", "flow_grpo", "latent", "velocity"])
+def test_every_form_of_kl_is_zero_at_the_reference(linear_policy, linear_experience, kl_form):
+    experience = linear_experience(linear_policy, [0.0] * 5)
+    loss = variant(kl_beta=1.0, kl_form=kl_form).loss(linear_policy, experience, ITEMS)
+    assert loss.total == 0 and loss.sums["kl"] == 0
+    assert all(gradient == 0 for gradient in gradients(linear_policy, loss))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "step_weights", "kl_form"),
+    list(
+        itertools.product(
+            ("plain", "guard"), ("equal", "noise", "inverse_h"), ("exact", "flow_grpo", "latent", "velocity")
+        )
+    ),
+)
+def test_gradients_of_all_variants_against_finite_differences(
+    linear_policy, linear_experience, ratio, step_weights, kl_form
+):
+    experience = linear_experience(linear_policy, ADVANTAGES, off=0.05)
+    shift(linear_policy, a=0.2, b=0.1)
+    grpo, step = variant(ratio=ratio, step_weights=step_weights, kl_beta=0.3, kl_form=kl_form), 1e-6
+    loss = grpo.loss(linear_policy, experience, ITEMS)
+    assert 0 < loss.sums["clip_fraction"] < 10
+    for name, gradient in zip("ab", gradients(linear_policy, loss), strict=True):
+        around = []
+        for sign in (1, -1):
+            shift(linear_policy, **{name: sign * step})
+            around.append(grpo.loss(linear_policy, experience, ITEMS).total.item())
+            shift(linear_policy, **{name: -sign * step})
+        assert gradient.item() == pytest.approx((around[0] - around[1]) / (2 * step), rel=1e-5)

@@ -11,11 +11,18 @@ from progrpo.policies.base import Policy
 from progrpo.training.errors import SelfCheckError
 
 
+_ROUNDING = 1e-6  # a few float32 steps of a log-prob near 1
+
+
 def check_ratio(deviation: float, clip_range: float) -> None:
-    """Before any update the ratio of the recomputed to the sampled density is 1, up to a hundredth of the clip range."""
-    if not deviation <= clip_range / 100:
+    """Before any update the ratio of the recomputed to the sampled density is 1, up to a hundredth of the clip range.
+
+    Where that is finer than float32, up to rounding, but never more than the clip range.
+    """
+    allowed = max(clip_range / 100, min(_ROUNDING, clip_range))
+    if not deviation <= allowed:
         raise SelfCheckError(
-            f"the first update is off-policy: a ratio deviates by {deviation:.1e} from 1 where {clip_range / 100:.1e} is"
+            f"the first update is off-policy: a ratio deviates by {deviation:.1e} from 1 where {allowed:.1e} is"
             " allowed; sampling and training compute different velocities (dropout, mixed precision, changed weights)"
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from progrpo.config import Config, resolve_plan, trained_items
+from progrpo.config import Config, learning_rate, resolve_plan, trained_items
 from progrpo.data import PromptOrder
 from progrpo.objectives.advantage import group_statistics
 from progrpo.objectives.base import Experience
@@ -134,6 +134,8 @@ class Trainer:
     def _update(self, rolled: Rollout, sampling: Sampling, key: NoiseKey, meter: Meter) -> Tally:
         wanted, clip = self.config.objective, self.objective.adv_clip_max
         experience, tally = learn_from(rolled, sampling, key, wanted, clip, self.ranks)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.iteration)
         seen, items = update(self.policy, self.objective, self.optimizer, experience, self.config.optim, self.ranks)
         meter.count(trained_steps=items)
         tally.merge(seen)
@@ -170,7 +172,8 @@ class Trainer:
         """A prompt of this iteration, another place of it every time, under a slot that no trained group has."""
         count = len(prompts)
         prompt = prompts[self.iteration // self.config.audit.every % count]
-        return audit(self.policy, self.reward, prompt, count, self.plan, sampling, self.select, key, meter)
+        with self.policy.weights(self.objective.rollout_weights):
+            return audit(self.policy, self.reward, prompt, count, self.plan, sampling, self.select, key, meter)
 
     def _record(
         self, tally: Tally, meter: Meter, audited: Meter, found: Audit | None, seconds: float

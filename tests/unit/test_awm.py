@@ -1,0 +1,227 @@
+"""AWM's loss on a policy of two weights, against loops over items and finite differences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from progrpo.objectives.awm import AWM
+from progrpo.objectives.forward_process import Draws, Noised
+
+ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
+DRAWS, FRACTION, CLIP = 3, 0.9, 0.15
+ITEMS = torch.arange(5 * DRAWS)
+WEIGHTINGS = {"uniform": lambda t: 1.0, "t": lambda t: t, "t2": lambda t: t * t}
+
+
+def awm(**settings):
+    return AWM(DRAWS, FRACTION, **{"clip_range": CLIP, "kl_beta": 0.0, "average_beta": 0.0, **settings})
+
+
+@torch.no_grad()
+def shift(policy, a=0.0, b=0.0):
+    policy.a += a
+    policy.b += b
+
+
+@pytest.fixture
+def policy(linear_policy):
+    """Its reference, its average and its current weights are three."""
+    shift(linear_policy, a=-0.05, b=0.1)
+    linear_policy.named_weights.snapshot("average")
+    shift(linear_policy, a=0.1, b=-0.05)
+    return linear_policy
+
+
+@pytest.fixture
+def experience(policy, linear_experience):
+    return linear_experience(policy, ADVANTAGES)
+
+
+def item(policy, experience, i):
+    return Noised.gather(policy, experience, torch.tensor([i]), Draws(DRAWS, FRACTION))
+
+
+def numbers(policy, weights="current"):
+    with policy.weights(weights):
+        return policy.a.item(), policy.b.item()
+
+
+def velocity(at, weights):
+    return weights[0] * at.x + weights[1] * at.condition.tensors["c"]
+
+
+def log_prob(at, weights, weighting):
+    off = velocity(at, weights) - at.velocity
+    return -WEIGHTINGS[weighting](at.sigma.item()) * (off**2).mean().item()
+
+
+def by_hand(policy, experience, objective, old):
+    """Sums over items, with `old` the weights of the old log-probs; how many ratios left the range, how many are cut."""
+    sums = dict.fromkeys(("loss", "outside", "cut", "reference", "average"), 0.0)
+    deviation = 0.0
+    for i in range(len(experience) * DRAWS):
+        at, advantage = item(policy, experience, i), experience.advantages_N[i % 5].item()
+        now, then = (log_prob(at, w, objective.weighting) for w in (numbers(policy), old))
+        ratio = math.exp(now - then)
+        bounded = min(max(ratio, 1 - objective.clip_range), 1 + objective.clip_range)
+        sums["loss"] += max(-advantage * ratio, -advantage * bounded)
+        sums["outside"] += bounded != ratio
+        sums["cut"] += -advantage * bounded > -advantage * ratio
+        deviation = max(deviation, abs(ratio - 1))
+        for name, beta in (("reference", objective.kl_beta), ("average", objective.average_beta)):
+            away = velocity(at, numbers(policy)) - velocity(at, numbers(policy, name))
+            sums[name] += (away**2).mean().item()
+            sums["loss"] += beta * (away**2).mean().item()
+    return sums, deviation
+
+
+def gradients(policy, loss):
+    return torch.autograd.grad(loss.total, [policy.a, policy.b])
+
+
+def moved(policy, experience, objective):
+    """The experience as an objective of two updates leaves it, and a policy that has gone on since."""
+    prepared, old = objective.prepare(policy, experience, 4, 2), numbers(policy)
+    shift(policy, a=0.15, b=-0.1)
+    return prepared, old
+
+
+CASES = [
+    {"weighting": "uniform"},
+    {"weighting": "t"},
+    {"weighting": "t2"},
+    {"kl_beta": 0.3},
+    {"average_beta": 0.7},
+    {"weighting": "t", "kl_beta": 0.3, "average_beta": 0.7},
+]
+
+
+@pytest.mark.parametrize("settings", CASES)
+def test_loss_by_hand(policy, experience, settings):
+    objective = awm(**settings)
+    prepared, old = moved(policy, experience, objective)
+    loss = objective.loss(policy, prepared, ITEMS)
+    expected, deviation = by_hand(policy, experience, objective, old)
+    assert 0 < expected["cut"] < expected["outside"] < len(ITEMS)  # all branches are met
+    assert loss.total.item() == pytest.approx(expected["loss"], rel=1e-9)
+    assert loss.sums["loss"].item() == pytest.approx(expected["loss"], rel=1e-9)
+    assert loss.sums["clip_fraction"].item() == expected["outside"]
+    assert loss.maxima["ratio_max_deviation"].item() == pytest.approx(deviation, rel=1e-9)
+    pulls = {"kl": ("reference", objective.kl_beta), "distance_to_average": ("average", objective.average_beta)}
+    for name, (weights, beta) in pulls.items():
+        assert (name in loss.sums) == (beta > 0)
+        assert beta == 0 or loss.sums[name].item() == pytest.approx(expected[weights], rel=1e-9)
+
+
+@pytest.mark.parametrize("settings", CASES)
+def test_gradient_against_finite_differences(policy, experience, settings):
+    objective, step = awm(**settings), 1e-6
+    prepared, _ = moved(policy, experience, objective)
+    found = gradients(policy, objective.loss(policy, prepared, ITEMS))
+    for name, gradient in zip("ab", found, strict=True):
+        around = []
+        for sign in (1, -1):
+            shift(policy, **{name: sign * step})
+            around.append(objective.loss(policy, prepared, ITEMS).total.item())
+            shift(policy, **{name: -sign * step})
+        assert gradient.item() == pytest.approx((around[0] - around[1]) / (2 * step), rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", CASES)
+def test_with_one_update_nothing_is_noted_and_the_loss_is_that_of_two_before_the_first(policy, experience, settings):
+    objective = awm(**settings)
+    once, twice = (objective.prepare(policy, experience, 4, updates) for updates in (1, 2))
+    assert once is experience and once.before_ND is None
+    assert twice.before_ND is not None and twice.before_ND.shape == (5, DRAWS)
+    one, two = (objective.loss(policy, e, ITEMS) for e in (once, twice))
+    assert one.total.item() == pytest.approx(two.total.item(), rel=1e-12)
+    torch.testing.assert_close(gradients(policy, one), gradients(policy, two))
+    assert one.maxima["ratio_max_deviation"] == 0 and two.maxima["ratio_max_deviation"] < 1e-12
+    assert one.sums["clip_fraction"] == two.sums["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_what_is_noted_are_the_old_log_probs(policy, experience, weighting):
+    noted = awm(weighting=weighting).prepare(policy, experience, 4, 2).before_ND
+    for i in range(len(ITEMS)):
+        expected = log_prob(item(policy, experience, i), numbers(policy), weighting)
+        assert noted[i % 5, i // 5].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_on_policy_the_gradient_is_the_advantage_times_that_of_the_log_prob(policy, experience):
+    """So that of the flow-matching loss: what is good is matched, what is bad is unmatched."""
+    found = gradients(policy, awm(weighting="t").loss(policy, experience, ITEMS))
+    at = Noised.gather(policy, experience, ITEMS, Draws(DRAWS, FRACTION))
+    plain = (at.advantages * at.sigma * at.error(at.predict(policy))).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(plain, [policy.a, policy.b]))
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_step_nears_what_was_good(policy, linear_experience, advantage, updates):
+    objective = AWM(1, FRACTION, clip_range=CLIP, kl_beta=0.0, average_beta=0.0)
+    one = linear_experience(policy, [advantage] * 5).take(torch.tensor([2]))
+    one = objective.prepare(policy, one, 4, updates)
+    at = Noised.gather(policy, one, torch.tensor([0]), Draws(1, FRACTION))
+    before = at.error(at.predict(policy)).item()
+    da, db = gradients(policy, objective.loss(policy, one, torch.tensor([0])))
+    shift(policy, a=-1e-3 * da.item(), b=-1e-3 * db.item())
+    assert (before - at.error(at.predict(policy)).item()) * advantage > 1e-6
+
+
+def test_pulls_and_their_gradients_are_zero_where_the_policy_has_not_moved(linear_policy, linear_experience):
+    linear_policy.named_weights.snapshot("average")
+    experience = linear_experience(linear_policy, ADVANTAGES)
+    held = awm(kl_beta=1.0, average_beta=1.0).loss(linear_policy, experience, ITEMS)
+    free = awm().loss(linear_policy, experience, ITEMS)
+    assert held.sums["kl"] == 0 and held.sums["distance_to_average"] == 0
+    assert held.total == free.total and gradients(linear_policy, held) == gradients(linear_policy, free)
+
+
+@pytest.mark.parametrize(("pull", "to"), [("kl_beta", "reference"), ("average_beta", "average")])
+def test_a_pull_leads_back_to_its_own_weights(policy, linear_experience, pull, to):
+    experience, objective = linear_experience(policy, [0.0] * 5), awm(**{pull: 1.0})
+    (a, b), home = numbers(policy), numbers(policy, to)
+    da, db = gradients(policy, objective.loss(policy, experience, ITEMS))
+    assert da.item() * (a - home[0]) + db.item() * (b - home[1]) > 0
+    assert numbers(policy, to) == home
+
+
+@pytest.mark.parametrize("settings", [{}, {"kl_beta": 0.5, "average_beta": 0.2}])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_neither_the_cut_nor_the_order_of_items_matters(policy, experience, settings, updates):
+    objective = awm(**settings)
+    prepared = objective.prepare(policy, experience, 64, updates)
+    torch.testing.assert_close(objective.prepare(policy, experience, 2, updates).before_ND, prepared.before_ND)
+    shift(policy, a=0.15, b=-0.1)
+    whole = objective.loss(policy, prepared, ITEMS)
+    shuffled = ITEMS[torch.randperm(15, generator=torch.Generator().manual_seed(2))]
+    expected = list(gradients(policy, whole))
+    for cut in (ITEMS.split(1), ITEMS.split(4), [shuffled], shuffled.split(4)):
+        parts = [objective.loss(policy, prepared, items) for items in cut]
+        for name, value in whole.sums.items():
+            assert sum(p.sums[name].item() for p in parts) == pytest.approx(value.item(), rel=1e-9), name
+        deviation = max(p.maxima["ratio_max_deviation"].item() for p in parts)
+        assert deviation == pytest.approx(whole.maxima["ratio_max_deviation"].item(), rel=1e-9)
+        found = [sum(g) for g in zip(*(gradients(policy, p) for p in parts), strict=True)]
+        torch.testing.assert_close(found, expected)
+
+
+def test_old_log_probs_stay_with_their_trajectories(policy, experience):
+    objective = awm()
+    prepared, _ = moved(policy, experience, objective)
+    some = prepared.take(torch.tensor([4, 1]))
+    for n, row in enumerate((4, 1)):
+        for d in range(DRAWS):
+            there = objective.loss(policy, prepared, torch.tensor([d * 5 + row])).total.item()
+            assert objective.loss(policy, some, torch.tensor([d * 2 + n])).total.item() == pytest.approx(there)
+
+
+def test_what_it_asks_for(experience):
+    objective = awm()
+    assert objective.items_per_trajectory(experience) == DRAWS and objective.needs == "latents"
+    assert objective.rollout_weights == "current" and set(objective.averages) == {"average"}
+    assert [objective.averages["average"].decay(n) for n in (1, 100, 2000)] == pytest.approx([3e-4, 0.03, 0.3])

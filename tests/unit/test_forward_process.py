@@ -1,0 +1,242 @@
+"""Final latents noised anew: which times, whose noise, and that a batch does not show in either."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from progrpo.objectives.forward_process import Draws, Noised, noted
+from progrpo.rollout.noise import INITIAL, NoiseKey
+
+ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
+GRID = torch.tensor([1.0, 0.95, 0.8, 0.5, 0.2, 0.0], dtype=torch.float64)
+FIELDS = ("rows", "draw", "x0", "x", "velocity", "sigma", "advantages")
+
+
+@pytest.fixture
+def experience(linear_policy, linear_experience):
+    return linear_experience(linear_policy, ADVANTAGES)
+
+
+def everything(policy, experience, draws):
+    return Noised.gather(policy, experience, torch.arange(len(experience) * draws.count), draws)
+
+
+def level_at(place, grid):
+    """The noise level at a place between the grid's points, 0 being its start and its number of steps its end."""
+    below = min(math.floor(place), len(grid) - 2)
+    return grid[below] + (grid[below + 1] - grid[below]) * (place - below)
+
+
+def normals(count=400):
+    return torch.randn(count, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+# --- times ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "fraction"), [(1, 1.0), (4, 0.99), (6, 0.9), (3, 0.6), (2, 0.1)])
+def test_times_by_hand(count, fraction):
+    normal, draw = normals(), torch.arange(400) % count
+    found = Draws(count, fraction).times(normal, draw, GRID)
+    grid, steps = GRID.tolist(), len(GRID) - 1
+    for value, n, d in zip(found.tolist(), normal.tolist(), draw.tolist(), strict=True):
+        share = (1 + math.erf(n / math.sqrt(2))) / 2
+        assert value == pytest.approx(level_at((d + share) / count * fraction * steps, grid), abs=1e-12)
+
+
+@pytest.mark.parametrize(("count", "fraction"), [(1, 1.0), (4, 0.99), (6, 0.9), (3, 0.6)])
+def test_each_draw_lies_in_its_own_part_of_the_trained_share(count, fraction):
+    grid, steps = GRID.tolist(), len(GRID) - 1
+    for d in range(count):
+        found = Draws(count, fraction).times(normals(), torch.full((400,), d), GRID)
+        start, end = (level_at(k / count * fraction * steps, grid) for k in (d, d + 1))
+        assert end - 1e-12 <= found.min() and found.max() <= start + 1e-12
+        assert found.max() - found.min() > 0.9 * (start - end)  # all of the part is met
+
+
+def test_times_are_uniform_in_steps_of_the_grid():
+    """Half of them before the middle of the grid, whatever the noise level there."""
+    found = Draws(1, 1.0).times(normals(4000), torch.zeros(4000), GRID)
+    shares = [(found >= level_at(5 * share, GRID.tolist())).double().mean().item() for share in (0.25, 0.5, 0.75)]
+    assert shares == pytest.approx([0.25, 0.5, 0.75], abs=0.03)
+
+
+def test_times_fall_with_the_draw_and_with_the_number_drawn():
+    draws = Draws(4, 0.9)
+    normal = normals().sort().values
+    for d in range(4):
+        found = draws.times(normal, torch.full((400,), d), GRID)
+        assert (found.diff() <= 0).all()
+    apart = draws.times(torch.randn(4, 100).sort(descending=True).values.flatten(), torch.arange(400) // 100, GRID)
+    assert (apart.reshape(4, 100).min(1).values[:-1] >= apart.reshape(4, 100).max(1).values[1:]).all()
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.6, 1.0])
+def test_the_farthest_numbers_stay_on_the_grid(fraction):
+    far = torch.tensor([-40.0, -8.0, 0.0, 8.0, 40.0])
+    for count in (1, 4):
+        draws = Draws(count, fraction)
+        assert draws.times(far[:1], torch.tensor([0]), GRID).item() == 1
+        last = draws.times(far, torch.full((5,), count - 1), GRID)
+        assert last.isfinite().all() and last[-1].item() == pytest.approx(level_at(5 * fraction, GRID.tolist()))
+
+
+def test_times_follow_the_grid():
+    """Another shift of the grid is another distribution of times, at the same places."""
+    shifted = 3 * GRID / (1 + 2 * GRID)
+    normal, draw = normals(), torch.arange(400) % 3
+    on_grid = torch.linspace(0, 5, 6, dtype=torch.float64)
+    places = Draws(3, 0.9).times(normal, draw, on_grid)
+    for grid in (GRID, shifted):
+        expected = [level_at(place, grid.tolist()) for place in places.tolist()]
+        assert Draws(3, 0.9).times(normal, draw, grid).tolist() == pytest.approx(expected)
+
+
+# --- noised latents ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_items_by_hand(linear_policy, experience, shared):
+    draws = Draws(3, 0.9, shared)
+    found, living = everything(linear_policy, experience, draws), experience.trajectories
+    assert found.draw.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and found.rows.tolist() == [*range(5)] * 3
+    for i in range(15):
+        d, n = divmod(i, 5)
+        x0, eps = living.x_NCHW[n], found.velocity[i] + living.x_NCHW[n]
+        torch.testing.assert_close(found.x[i], (1 - found.sigma[i]) * x0 + found.sigma[i] * eps)
+        assert torch.equal(found.x0[i], x0) and found.advantages[i] == ADVANTAGES[n]
+        assert found.condition.tensors["c"][i] == experience.condition.tensors["c"][living.group_N[n]]
+        start, end = (level_at(k / 3 * 0.9 * 3, experience.sigmas_T1.tolist()) for k in (d, d + 1))
+        assert end <= found.sigma[i] <= start
+    assert {t.dtype for t in (found.x, found.velocity, found.sigma)} == {torch.float64}
+
+
+def test_noise_is_standard_normal(linear_policy, experience):
+    draws = Draws(500, 1.0)
+    found = everything(linear_policy, experience, draws)
+    eps = found.velocity + found.x0
+    assert eps.mean().item() == pytest.approx(0, abs=0.03) and eps.std().item() == pytest.approx(1, abs=0.03)
+
+
+def test_every_item_has_its_own_noise_and_time(linear_policy, experience):
+    found = everything(linear_policy, experience, Draws(3, 0.9))
+    eps = (found.velocity + found.x0).flatten(1)
+    assert len(eps.round(decimals=6).unique(dim=0)) == len(found.sigma.unique()) == 15
+
+
+def test_a_group_shares_noise_and_times_where_it_should(linear_policy, experience):
+    found = everything(linear_policy, experience, Draws(3, 0.9, shared=True))
+    eps, group = (found.velocity + found.x0).flatten(1).round(decimals=6), experience.trajectories.group_N
+    for d in range(3):
+        of_draw = found.draw == d
+        for p in (0, 1):
+            assert len(eps[of_draw][group == p].unique(dim=0)) == len(found.sigma[of_draw][group == p].unique()) == 1
+    assert len(eps.unique(dim=0)) == len(found.sigma.unique()) == 2 * 3  # no two groups, no two draws
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_neither_the_batch_nor_the_order_shows(linear_policy, experience, shared):
+    draws = Draws(3, 0.9, shared)
+    whole, items = everything(linear_policy, experience, draws), torch.arange(15)
+    shuffled = items[torch.randperm(15, generator=torch.Generator().manual_seed(2))]
+    for cut in (items.split(1), items.split(4), shuffled.split(1), shuffled.split(4), [shuffled]):
+        for part in cut:
+            found, place = Noised.gather(linear_policy, experience, part, draws), part.sort().values
+            assert all(torch.equal(getattr(found, name), getattr(whole, name)[place]) for name in FIELDS)
+            assert torch.equal(found.condition.tensors["c"], whole.condition.tensors["c"][place])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("rows", [[0], [3], [4, 0], [1, 2, 4]])
+def test_a_trajectory_does_not_know_who_else_is_there(linear_policy, experience, shared, rows):
+    draws = Draws(3, 0.9, shared)
+    whole, some = everything(linear_policy, experience, draws), experience.take(torch.tensor(rows))
+    found = everything(linear_policy, some, draws)
+    place = torch.tensor([d * 5 + row for d in range(3) for row in rows])
+    for name in ("draw", "x0", "x", "velocity", "sigma", "advantages"):
+        assert torch.equal(getattr(found, name), getattr(whole, name)[place]), name
+    assert torch.equal(found.condition.tensors["c"], whole.condition.tensors["c"][place])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_draws_are_new_in_every_iteration_and_the_more_draws_have_the_same_noise(linear_policy, experience, shared):
+    draws = Draws(2, 0.9, shared)
+    first = everything(linear_policy, experience, draws)
+    again = everything(linear_policy, experience, draws)
+    assert torch.equal(first.x, again.x)
+    later = everything(linear_policy, replace(experience, noise=NoiseKey(3, 2)), draws)
+    assert not (first.velocity == later.velocity).any() and not (first.sigma == later.sigma).any()
+    more = everything(linear_policy, experience, replace(draws, count=4))
+    assert torch.equal(more.velocity[:10], first.velocity)
+
+
+@dataclass
+class Watched:
+    """A noise key that writes down what it was asked."""
+
+    key: NoiseKey
+    asked: list = field(default_factory=list)
+
+    def draw(self, slot_N, member_N, step, shape):
+        self.asked += [(slot, member, step) for slot, member in zip(slot_N.tolist(), member_N.tolist(), strict=True)]
+        return self.key.draw(slot_N, member_N, step, shape)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_noise_is_none_that_sampling_drew_and_never_the_same_twice(linear_policy, experience, shared):
+    draws, watched = Draws(4, 0.9, shared), Watched(experience.noise)
+    found = everything(linear_policy, replace(experience, noise=watched), draws)
+    assert max(step for _, _, step in watched.asked) < INITIAL
+    assert len(watched.asked) == 2 * 20 and len(set(watched.asked)) == 2 * 4 * (2 if shared else 5)
+    eps, living = found.velocity + found.x0, experience.trajectories
+    for step in range(-1, 12):
+        for member in (-1, *living.member_N.unique().tolist()):
+            drawn = experience.noise.draw(living.slot_N, torch.full((5,), member), step, (1, 2, 2))
+            assert not any(torch.isclose(e, one.double()).any() for e in eps for one in drawn)
+
+
+# --- velocities and notes ---------------------------------------------------------------------------------------------
+
+
+def test_errors_and_predictions_by_hand(linear_policy, linear_experience):
+    experience = linear_experience(linear_policy, ADVANTAGES, guidance_scale=3.0)  # for sampling, not for training
+    linear_policy.named_weights.snapshot("old")
+    with torch.no_grad():
+        linear_policy.a += 0.2
+        linear_policy.b -= 0.1
+    found = everything(linear_policy, experience, Draws(3, 0.9))
+    v, v_old = found.predict(linear_policy), found.predict_with(linear_policy, "old")
+    assert v.requires_grad and not v_old.requires_grad
+    for i in range(15):
+        c = experience.condition.tensors["c"][experience.trajectories.group_N[found.rows[i]]]
+        torch.testing.assert_close(v[i], 0.5 * found.x[i] - 0.3 * c)
+        torch.testing.assert_close(v_old[i], 0.3 * found.x[i] - 0.2 * c)
+        squares = [(a - b) ** 2 for a, b in zip(v[i].flatten(), found.velocity[i].flatten(), strict=True)]
+        assert found.error(v)[i].item() == pytest.approx(sum(squares).item() / 4)
+    assert found.error(found.velocity).eq(0).all()
+    assert linear_policy.a.item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("microbatch", [1, 4, 64])
+def test_notes_are_those_of_each_item_alone(linear_policy, experience, shared, microbatch):
+    draws = Draws(3, 0.9, shared)
+
+    def note(at):
+        return at.error(at.predict(linear_policy)) * at.sigma + at.advantages
+
+    found = noted(linear_policy, experience, draws, microbatch, note)
+    assert found.shape == (5, 3) and found.dtype == torch.float64 and not found.requires_grad
+    for n in range(5):
+        for d in range(3):
+            one = Noised.gather(linear_policy, experience, torch.tensor([d * 5 + n]), draws)
+            assert found[n, d].item() == pytest.approx(note(one).item(), rel=1e-12)
+
+
+def test_of_nobody_there_is_nothing_to_note(linear_policy, experience):
+    nobody = experience.take(torch.empty(0, dtype=torch.long))
+    assert noted(linear_policy, nobody, Draws(3, 0.9), 4, lambda at: at.sigma).shape == (0, 3)
