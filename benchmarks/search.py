@@ -42,6 +42,7 @@ def changed(base: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
 # Noise and training at the first three of eight steps, no pruning
 WINDOW: Changes = {
     "iterations": 1000,
+    "model": {"dtype": "bfloat16"},
     "prompts": {"per_iteration": 12},
     "sampling": {"num_inference_steps": 8, "sde_window": "first"},
     "plan": {"preset": "custom", "group_size": 16},
@@ -59,6 +60,7 @@ TRIALS: dict[str, Changes] = {
     "grpo prune mixed": changed(PRUNE, {"reward": {"name": "shapes_mixed"}}),
     "grpo prune signal": changed(PRUNE, {"prompts": {"order": "signal"}}),
     "grpo prune signal mixed": changed(PRUNE, {"prompts": {"order": "signal"}, "reward": {"name": "shapes_mixed"}}),
+    "grpo prune full": changed(PRUNE, {"model": {"weights": "full"}, "optim": {"lr": 2e-4}}),
     "nft": changed(FINAL, {"objective": {"name": "nft"}}),
     "awm": changed(FINAL, {"objective": {"name": "awm"}}),
     "dgpo": changed(FINAL, {"objective": {"name": "dgpo"}}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -23,6 +24,11 @@ def test_files_are_safetensors_and_small() -> None:
     files = [f for f in WEIGHTS.rglob("*") if f.is_file()]
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
     assert sum(f.stat().st_size for f in files) <= 25e6
+
+
+def test_no_file_tells_where_it_was_made() -> None:
+    texts = [f.read_text() for f in WEIGHTS.rglob("*.json")]
+    assert not [t for t in texts if re.search(r'"_name_or_path": "[^"]*[/\\\\]', t)]
 
 
 def test_has_three_text_encoders_that_read_the_prompt(pipeline: StableDiffusion3Pipeline) -> None:

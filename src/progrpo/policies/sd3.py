@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin, SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition
@@ -146,7 +147,11 @@ class SD3Policy:
         assert all(len(rows) == len(x_BCHW) for rows in condition.tensors.values())
         # No cache of cast weights: it would outlive a change of weights inside a caller's own autocast block.
         low_precision = self._dtype != torch.float32
-        with torch.autocast(self.device.type, self._dtype, enabled=low_precision, cache_enabled=False):
+        with (
+            torch.autocast(self.device.type, self._dtype, enabled=low_precision, cache_enabled=False),
+            # on a CPU, torch's fused attention in low precision has a gradient slower than the whole rest
+            sdpa_kernel(SDPBackend.MATH) if low_precision and self.device.type == "cpu" else nullcontext(),
+        ):
             v_BCHW = self._pipeline.transformer(
                 hidden_states=x_BCHW,
                 timestep=sigma_B * self._pipeline.scheduler.config.num_train_timesteps,

@@ -151,6 +151,7 @@ def load_parts(folder: Path, text: TextStack, transformer: SD3Transformer2DModel
         _load_encoder(encoder, text.clip_tokenizer, trained, pipeline.tokenizer)
     _load_encoder(text.t5, text.t5_tokenizer, pipeline.text_encoder_3, pipeline.tokenizer_3)
     transformer.load_state_dict(pipeline.transformer.state_dict())
+    pipeline.vae.register_to_config(_name_or_path="shapes-flow")  # else an export tells where it was loaded from
     return pipeline.vae
 
 
