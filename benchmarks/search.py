@@ -52,6 +52,7 @@ WINDOW: Changes = {
 PRUNE = changed(WINDOW, {"plan": {"group_size": 24, "prune": [[4, 12]]}})
 # The ODE, half of the group pruned
 FINAL = changed(PRUNE, {"sampling": {"sde_window": "auto"}})
+DGPO = changed(FINAL, {"objective": {"name": "dgpo"}})
 
 TRIALS: dict[str, Changes] = {
     "quickstart": {},
@@ -63,7 +64,14 @@ TRIALS: dict[str, Changes] = {
     "grpo prune full": changed(PRUNE, {"model": {"weights": "full"}, "optim": {"lr": 2e-4}}),
     "nft": changed(FINAL, {"objective": {"name": "nft"}}),
     "awm": changed(FINAL, {"objective": {"name": "awm"}}),
-    "dgpo": changed(FINAL, {"objective": {"name": "dgpo"}}),
+    "dgpo": DGPO,
+    "dgpo mixed": changed(DGPO, {"reward": {"name": "shapes_mixed"}}),
+    "dgpo strict": changed(DGPO, {"reward": {"name": "shapes_strict"}}),
+    "dgpo signal": changed(DGPO, {"prompts": {"order": "signal"}}),
+    "dgpo lr 5e-4": changed(DGPO, {"optim": {"lr": 5e-4}}),
+    "dgpo lr 2e-3": changed(DGPO, {"optim": {"lr": 2e-3}}),
+    "dgpo full 2e-4": changed(DGPO, {"model": {"weights": "full"}, "optim": {"lr": 2e-4}}),
+    "dgpo cheap": changed(DGPO, {"objective": {"dgpo": {"draws": 2, "kl_beta": 0.0}}}),
 }
 
 
