@@ -53,6 +53,11 @@ PRUNE = changed(WINDOW, {"plan": {"group_size": 24, "prune": [[4, 12]]}})
 # The ODE, half of the group pruned
 FINAL = changed(PRUNE, {"sampling": {"sde_window": "auto"}})
 DGPO = changed(FINAL, {"objective": {"name": "dgpo"}})
+# Two times a picture instead of four, and no pull to the reference: half the training's cost
+CHEAP = changed(DGPO, {"objective": {"dgpo": {"draws": 2, "kl_beta": 0.0}}})
+MIXED: Changes = {"reward": {"name": "shapes_mixed"}}
+# All of the denoiser's weights
+FULL = changed(CHEAP, {**MIXED, "model": {"weights": "full"}, "optim": {"lr": 2e-4}})
 
 TRIALS: dict[str, Changes] = {
     "quickstart": {},
@@ -71,7 +76,21 @@ TRIALS: dict[str, Changes] = {
     "dgpo lr 5e-4": changed(DGPO, {"optim": {"lr": 5e-4}}),
     "dgpo lr 2e-3": changed(DGPO, {"optim": {"lr": 2e-3}}),
     "dgpo full 2e-4": changed(DGPO, {"model": {"weights": "full"}, "optim": {"lr": 2e-4}}),
-    "dgpo cheap": changed(DGPO, {"objective": {"dgpo": {"draws": 2, "kl_beta": 0.0}}}),
+    "dgpo cheap": CHEAP,
+    "dgpo cheap mixed": changed(CHEAP, MIXED),
+    "dgpo one draw mixed": changed(CHEAP, {**MIXED, "objective": {"dgpo": {"draws": 1}}}),
+    "dgpo cheap mixed lr 2e-3": changed(CHEAP, {**MIXED, "optim": {"lr": 2e-3}}),
+    "dgpo cheap mixed unpruned": changed(CHEAP, {**MIXED, "plan": {"group_size": 16, "prune": []}}),
+    "dgpo cheap mixed signal": changed(CHEAP, {**MIXED, "prompts": {"order": "signal"}}),
+    "dgpo cheap mixed ten steps": changed(CHEAP, {**MIXED, "sampling": {"num_inference_steps": 10}}),
+    "dgpo cheap mixed full 2e-4": FULL,
+    "dgpo cheap mixed full 4e-4": changed(FULL, {"optim": {"lr": 4e-4}}),
+    "dgpo one draw mixed full 2e-4": changed(FULL, {"objective": {"dgpo": {"draws": 1}}}),
+    "dgpo cheap mixed full 2e-4 signal": changed(FULL, {"prompts": {"order": "signal"}}),
+    "dgpo cheap mixed full 2e-4 unpruned": changed(FULL, {"plan": {"group_size": 16, "prune": []}}),
+    "dgpo cheap mixed full 2e-4 six steps": changed(
+        FULL, {"sampling": {"num_inference_steps": 6}, "plan": {"prune": [[3, 12]]}}
+    ),
 }
 
 
