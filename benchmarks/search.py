@@ -2,7 +2,7 @@
 
     python benchmarks/search.py [--trials NAME ...] [--seeds 0] [--seconds 240] [--out docs/results/search.json]
 
-A trial is the quickstart with some fields changed; TRIALS below names those that were run. Seconds are of training alone:
+A trial is the default configuration with some fields changed; TRIALS below names those that were run. Seconds are of training alone:
 evaluation, set-up and audits are left out. Finished ones in `--out` are kept and not run again, so that the same command goes
 on where it was stopped. `--table` prints what is there.
 """
@@ -22,7 +22,7 @@ from progrpo.config import Config, check, from_dict, to_dict
 from progrpo.recipes import load_recipe
 from progrpo.rewards.load import load_reward
 from progrpo.storage import write_text
-from progrpo.training.build import eval_prompts, judge_for, policy_from, train_order
+from progrpo.training.build import eval_prompts, judge_for, policy_from, settled, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import evaluate, ode
 from progrpo.training.trainer import Trainer
@@ -60,7 +60,7 @@ MIXED: Changes = {"reward": {"name": "shapes_mixed"}}
 FULL = changed(CHEAP, {**MIXED, "model": {"weights": "full"}, "optim": {"lr": 2e-4}})
 
 TRIALS: dict[str, Changes] = {
-    "quickstart": {},
+    "quickstart": to_dict(load_recipe("quickstart")),
     "grpo": WINDOW,
     "grpo prune": PRUNE,
     "grpo prune mixed": changed(PRUNE, {"reward": {"name": "shapes_mixed"}}),
@@ -84,6 +84,14 @@ TRIALS: dict[str, Changes] = {
     "dgpo cheap mixed signal": changed(CHEAP, {**MIXED, "prompts": {"order": "signal"}}),
     "dgpo cheap mixed ten steps": changed(CHEAP, {**MIXED, "sampling": {"num_inference_steps": 10}}),
     "dgpo cheap mixed full 2e-4": FULL,
+    "dgpo cheap mixed full 1e-4": changed(FULL, {"optim": {"lr": 1e-4}}),
+    "dgpo cheap mixed full 1e-4 ema 0.9": changed(FULL, {"optim": {"lr": 1e-4, "ema_decay": 0.9}}),
+    "dgpo cheap mixed full 2e-4 ema 0.9": changed(FULL, {"optim": {"ema_decay": 0.9}}),
+    "dgpo cheap mixed full 2e-4 ema 0.9 24 prompts": changed(
+        FULL, {"prompts": {"per_iteration": 24}, "optim": {"ema_decay": 0.9}}
+    ),
+    "dgpo four draws mixed full 2e-4": changed(FULL, {"objective": {"dgpo": {"draws": 4}}}),
+    "dgpo cheap mixed full 2e-4 no decay": changed(FULL, {"optim": {"weight_decay": 0.0}}),
     "dgpo cheap mixed full 4e-4": changed(FULL, {"optim": {"lr": 4e-4}}),
     "dgpo one draw mixed full 2e-4": changed(FULL, {"objective": {"dgpo": {"draws": 1}}}),
     "dgpo cheap mixed full 2e-4 signal": changed(FULL, {"prompts": {"order": "signal"}}),
@@ -95,8 +103,7 @@ TRIALS: dict[str, Changes] = {
 
 
 def config_of(changes: Changes, seed: int) -> Config:
-    base = changed(to_dict(load_recipe("quickstart")), {"audit": {"every": 0}})
-    config = from_dict(changed(base, {**changes, "seed": seed}))
+    config = from_dict(changed(to_dict(Config()), {**changes, "seed": seed, "audit": {"every": 0}}))
     check(config)
     return config
 
@@ -104,6 +111,7 @@ def config_of(changes: Changes, seed: int) -> Config:
 def run(config: Config, seconds: float, every: float, pictures: int) -> list[dict[str, float | None]]:
     """Validation figures against seconds of training, first those of the base."""
     ranks = Ranks()
+    config = settled(config, ranks)
     policy, reward = policy_from(config.model, config.seed, ranks), load_reward(config.reward.name)
     trainer = Trainer(config, policy, reward, train_order(config.prompts, config.seed), ranks)
     prompts, judge = eval_prompts("shapes", "validation", pictures), judge_for("shapes")

@@ -30,8 +30,9 @@ class ModelConfig:
     keep_text_encoders: bool = False
     """False: every prompt that the run will meet is encoded at its start, and the text encoders leave memory. True: they
     stay, and encode as prompts come; for runs of so many prompts that the embeddings would not fit."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the frozen weights and the network's forward pass; step math is always float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen weights and the network's forward pass; step math is always float32. `auto`: float32 or bfloat16, whichever
+    this device multiplies matrices faster in, measured when the run begins and then kept in its configuration."""
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,14 @@ from progrpo.config import (
     AuditConfig,
     CheckpointConfig,
     Config,
+    DGPOConfig,
     EvalConfig,
+    ModelConfig,
+    ObjectiveConfig,
     OptimConfig,
     PlanConfig,
     PromptConfig,
+    RewardConfig,
     SamplingConfig,
     config_from_json,
     nearest,
@@ -20,13 +24,20 @@ from progrpo.config import (
 
 
 def quickstart() -> Config:
-    """Pro-GRPO on the built-in shapes-flow model, ten minutes on two CPU cores."""
+    """Expand, prune and learn (DGPO) on the built-in shapes-flow model: under ten minutes on two CPU cores."""
     return Config(
         recipe="quickstart",
-        iterations=24,
-        prompts=PromptConfig(per_iteration=8),
-        plan=PlanConfig(preset="flash"),
-        optim=OptimConfig(lr=3e-4, ema_decay=0.8),
+        iterations=50,
+        model=ModelConfig(weights="full", dtype="auto"),
+        prompts=PromptConfig(per_iteration=12),
+        sampling=SamplingConfig(num_inference_steps=8),
+        plan=PlanConfig(preset="custom", group_size=24, prune=((4, 12),)),
+        reward=RewardConfig(name="shapes_mixed"),
+        objective=ObjectiveConfig(name="dgpo", dgpo=DGPOConfig(draws=2, kl_beta=0.0)),
+        optim=OptimConfig(lr=2e-4, decay=0.5, ema_decay=0.8),
+        audit=AuditConfig(every=10),
+        eval=EvalConfig(every=10),
+        checkpoint=CheckpointConfig(every=10),
     )
 
 

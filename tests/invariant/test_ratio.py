@@ -120,7 +120,7 @@ def test_a_run_that_trains_another_policy_than_it_sampled_from_stops(
 
 def test_a_clip_range_finer_than_float32_allows_its_rounding_and_no_more():
     check_ratio(2e-7, clip_range=2e-6)
-    with pytest.raises(SelfCheckError, match="where 1.0e-06 is allowed"):
+    with pytest.raises(SelfCheckError, match=r"where 1\.0e-06 is allowed"):
         check_ratio(1.5e-6, clip_range=2e-6)
-    with pytest.raises(SelfCheckError, match="where 5.0e-07 is allowed"):
+    with pytest.raises(SelfCheckError, match=r"where 5\.0e-07 is allowed"):
         check_ratio(6e-7, clip_range=5e-7)

@@ -127,8 +127,14 @@ def test_defaults_are_right():
         (Config(sampling=SamplingConfig(shift=-1.0)), "sampling.shift must be above 0, or empty"),
         (Config(sampling=SamplingConfig(guidance_scale=0.5)), "sampling.guidance_scale must be at least 1, not 0.5"),
         (Config(sampling=SamplingConfig(num_inference_steps=1)), "sampling.num_inference_steps must be at least 2"),
-        (Config(reward=RewardConfig("verifier")), "reward.name must be one of shapes, shapes_strict, shapes_mixed, or `module:function`"),
-        (Config(reward=RewardConfig("module:")), "reward.name must be one of shapes, shapes_strict, shapes_mixed, or `module:function`"),
+        (
+            Config(reward=RewardConfig("verifier")),
+            "reward.name must be one of shapes, shapes_strict, shapes_mixed, or `module:function`",
+        ),
+        (
+            Config(reward=RewardConfig("module:")),
+            "reward.name must be one of shapes, shapes_strict, shapes_mixed, or `module:function`",
+        ),
         (Config(optim=OptimConfig(lr=float("inf"))), "optim.lr must be above 0, not inf"),
         (Config(optim=OptimConfig(betas=(0.9, 1.0))), "optim.betas must be two numbers at least 0 and below 1"),
         (Config(optim=OptimConfig(ema_decay=1.0)), "optim.ema_decay must be at least 0 and below 1, not 1.0"),

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from torch.utils.benchmark import Timer
 from transformers.utils import logging as transformers_logging
 
 from progrpo.policies.base import Policy
@@ -28,6 +29,16 @@ def quiet() -> None:
     diffusers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+
+
+def fastest_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
+    """Which of the two the device multiplies matrices faster in; processors without instructions for bfloat16 emulate it."""
+    seconds: dict[Literal["float32", "bfloat16"], float] = {}
+    for name in ("float32", "bfloat16"):
+        a = torch.randn(1024, 1024, device=device, dtype=getattr(torch, name))
+        timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+        seconds[name] = timer.blocked_autorange(min_run_time=0.1).median
+    return min(seconds, key=lambda name: seconds[name])
 
 
 def load_policy(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from progrpo.objectives.dgpo import DGPO
 from progrpo.objectives.grpo import GRPO
 from progrpo.objectives.nft import NFT
 from progrpo.policies.base import Policy
-from progrpo.policies.load import load_policy, quiet
+from progrpo.policies.load import fastest_dtype, load_policy, quiet
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge
 from progrpo.rollout.denoise import Sampling
@@ -32,6 +32,14 @@ OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
     "awm": lambda c: AWM(**asdict(c.awm)),
     "dgpo": lambda c: DGPO(**asdict(c.dgpo)),
 }
+
+
+def settled(config: Config, ranks: Ranks) -> Config:
+    """The configuration with what is chosen by measuring, as the main process measures it."""
+    if config.model.dtype != "auto":
+        return config
+    dtype = ranks.gather([fastest_dtype(ranks.device) if ranks.is_main else None])[0]
+    return replace(config, model=replace(config.model, dtype=dtype))
 
 
 def policy_from(model: ModelConfig, seed: int, ranks: Ranks, trained: Path | None = None) -> Policy:

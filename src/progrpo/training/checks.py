@@ -10,7 +10,6 @@ from progrpo.objectives.base import Experience
 from progrpo.policies.base import Policy
 from progrpo.training.errors import SelfCheckError
 
-
 _ROUNDING = 1e-6  # a few float32 steps of a log-prob near 1
 
 

@@ -29,7 +29,7 @@ from progrpo.tracking.console import Console
 from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.statistics import spearman
-from progrpo.training.build import eval_prompts, judge_for, policy_from, train_order
+from progrpo.training.build import eval_prompts, judge_for, policy_from, settled, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import DIVERSE_PROMPTS, Evaluation, evaluate, ode
 from progrpo.training.trainer import Iteration, Trainer
@@ -45,6 +45,7 @@ def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
     """Train a configuration into a new run folder."""
     check(config)
     ranks = Ranks()
+    config = settled(config, ranks)
     out = ranks.gather([out])[0]  # where it was chosen by what is free, another process may have chosen later
     run = _from_config(config, RunFolder(out), ranks)
     run.create(overwrite)
@@ -98,6 +99,7 @@ def train(
     config = config or Config()
     check(config)
     ranks = Ranks()
+    config = settled(config, ranks)
     model = config.model
     policy = policy_from_pipeline(
         pipeline,
