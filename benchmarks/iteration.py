@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from progrpo.config import Config, PlanConfig
-from progrpo.recipes import RECIPES
 from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.load import load_reward
 from progrpo.training.build import policy_from, train_order
@@ -98,7 +97,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--json", action="store_true")
     wanted = parser.parse_args()
-    base = RECIPES["quickstart"]()
+    base = Config()
     result = {}
     for plan in wanted.plans:
         config = replace(

@@ -58,6 +58,7 @@ CHEAP = changed(DGPO, {"objective": {"dgpo": {"draws": 2, "kl_beta": 0.0}}})
 MIXED: Changes = {"reward": {"name": "shapes_mixed"}}
 # All of the denoiser's weights
 FULL = changed(CHEAP, {**MIXED, "model": {"weights": "full"}, "optim": {"lr": 2e-4}})
+ONE = changed(FULL, {"objective": {"dgpo": {"draws": 1}}})
 
 TRIALS: dict[str, Changes] = {
     "quickstart": to_dict(load_recipe("quickstart")),
@@ -85,20 +86,16 @@ TRIALS: dict[str, Changes] = {
     "dgpo cheap mixed ten steps": changed(CHEAP, {**MIXED, "sampling": {"num_inference_steps": 10}}),
     "dgpo cheap mixed full 2e-4": FULL,
     "dgpo cheap mixed full 1e-4": changed(FULL, {"optim": {"lr": 1e-4}}),
-    "dgpo cheap mixed full 1e-4 ema 0.9": changed(FULL, {"optim": {"lr": 1e-4, "ema_decay": 0.9}}),
-    "dgpo cheap mixed full 2e-4 ema 0.9": changed(FULL, {"optim": {"ema_decay": 0.9}}),
-    "dgpo cheap mixed full 2e-4 ema 0.9 24 prompts": changed(
-        FULL, {"prompts": {"per_iteration": 24}, "optim": {"ema_decay": 0.9}}
-    ),
-    "dgpo four draws mixed full 2e-4": changed(FULL, {"objective": {"dgpo": {"draws": 4}}}),
-    "dgpo cheap mixed full 2e-4 no decay": changed(FULL, {"optim": {"weight_decay": 0.0}}),
     "dgpo cheap mixed full 4e-4": changed(FULL, {"optim": {"lr": 4e-4}}),
-    "dgpo one draw mixed full 2e-4": changed(FULL, {"objective": {"dgpo": {"draws": 1}}}),
-    "dgpo cheap mixed full 2e-4 signal": changed(FULL, {"prompts": {"order": "signal"}}),
-    "dgpo cheap mixed full 2e-4 unpruned": changed(FULL, {"plan": {"group_size": 16, "prune": []}}),
-    "dgpo cheap mixed full 2e-4 six steps": changed(
-        FULL, {"sampling": {"num_inference_steps": 6}, "plan": {"prune": [[3, 12]]}}
+    "dgpo one draw mixed full 2e-4": ONE,
+    "dgpo one draw mixed full 2e-4 signal": changed(ONE, {"prompts": {"order": "signal"}}),
+    "dgpo one draw mixed full 1e-4": changed(ONE, {"optim": {"lr": 1e-4}}),
+    "dgpo one draw mixed full 2e-4 unpruned": changed(ONE, {"plan": {"group_size": 16, "prune": []}}),
+    "dgpo one draw mixed full 2e-4 six steps": changed(
+        ONE, {"sampling": {"num_inference_steps": 6}, "plan": {"prune": [[3, 12]]}}
     ),
+    "dgpo one draw mixed lora 1e-3": changed(ONE, {"model": {"weights": "lora"}, "optim": {"lr": 1e-3}}),
+    "dgpo cheap mixed full 2e-4 signal": changed(FULL, {"prompts": {"order": "signal"}}),
 }
 
 

@@ -11,6 +11,7 @@ from progrpo.config import (
     Config,
     DGPOConfig,
     EvalConfig,
+    GRPOConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -41,6 +42,26 @@ def quickstart() -> Config:
     )
 
 
+def sd3() -> Config:
+    """Pro-GRPO with the paper's plan on Stable Diffusion 3.5: to begin with for a model and reward of one's own."""
+    return Config(
+        recipe="sd3",
+        iterations=300,
+        model=ModelConfig(
+            path="stabilityai/stable-diffusion-3.5-medium",
+            lora_rank=32,
+            lora_alpha=64,
+            max_sequence_length=128,
+            dtype="bfloat16",
+        ),
+        sampling=SamplingConfig(guidance_scale=4.5, microbatch=8),
+        plan=PlanConfig(preset="standard"),
+        objective=ObjectiveConfig(grpo=GRPOConfig(clip_range=1e-4)),
+        optim=OptimConfig(lr=3e-4, microbatch=8, ema_decay=0.9),
+        eval=EvalConfig(guidance_scale=4.5),
+    )
+
+
 def smoke() -> Config:
     """Two tiny iterations of everything, in seconds: for tests, learns nothing."""
     return Config(
@@ -55,7 +76,7 @@ def smoke() -> Config:
     )
 
 
-RECIPES: dict[str, Callable[[], Config]] = {"quickstart": quickstart, "smoke": smoke}
+RECIPES: dict[str, Callable[[], Config]] = {"quickstart": quickstart, "sd3": sd3, "smoke": smoke}
 
 
 def describe(name: str) -> str:

@@ -93,7 +93,8 @@ def test_recipes_are_listed_and_printed(capsys):
     ],
 )
 def test_plan_counts_network_calls(capsys, args, nfe):
-    assert json.loads(printed(capsys, "plan", "quickstart", "--json", *args))["nfe_per_prompt"] == nfe
+    steps = () if any("num-inference-steps" in arg for arg in args) else ("--num-inference-steps", "10")
+    assert json.loads(printed(capsys, "plan", "quickstart", "--json", *steps, *args))["nfe_per_prompt"] == nfe
 
 
 def test_plan_prints_a_table(capsys):
@@ -111,9 +112,15 @@ def test_plan_reads_a_config_file(capsys, tmp_path):
     ("args", "message"),
     [
         (("trian",), "'trian' is no command of progrpo (train, recipes, plan, sample, eval, report, pretrain);"),
-        (("train",), "a recipe (quickstart, smoke), a config file or a run folder comes first"),
-        (("train", "--seed", "3", "smoke"), "a recipe (quickstart, smoke), a config file or a run folder comes first"),
-        (("plan", "smoky"), "smoky is no recipe (quickstart, smoke), config file or run folder; did you mean smoke?"),
+        (("train",), "a recipe (quickstart, sd3, smoke), a config file or a run folder comes first"),
+        (
+            ("train", "--seed", "3", "smoke"),
+            "a recipe (quickstart, sd3, smoke), a config file or a run folder comes first",
+        ),
+        (
+            ("plan", "smoky"),
+            "smoky is no recipe (quickstart, sd3, smoke), config file or run folder; did you mean smoke?",
+        ),
         (
             ("train", "smoke", "--sampling.noise_levl", "0.5"),
             "progrpo train smoke does not take --sampling.noise_levl; did you mean --sampling.noise-level?",
