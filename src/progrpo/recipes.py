@@ -28,16 +28,16 @@ def quickstart() -> Config:
     """Expand, prune and learn (DGPO) on the built-in shapes-flow model: under ten minutes on two CPU cores."""
     return Config(
         recipe="quickstart",
-        iterations=50,
+        iterations=80,
         model=ModelConfig(weights="full", dtype="auto"),
         prompts=PromptConfig(per_iteration=12),
         sampling=SamplingConfig(num_inference_steps=8),
         plan=PlanConfig(preset="custom", group_size=24, prune=((4, 12),)),
         reward=RewardConfig(name="shapes_mixed"),
-        objective=ObjectiveConfig(name="dgpo", dgpo=DGPOConfig(draws=2, kl_beta=0.0)),
+        objective=ObjectiveConfig(name="dgpo", dgpo=DGPOConfig(draws=1, kl_beta=0.0)),
         optim=OptimConfig(lr=2e-4, decay=0.5, ema_decay=0.8),
         audit=AuditConfig(every=10),
-        eval=EvalConfig(every=10),
+        eval=EvalConfig(every=20),
         checkpoint=CheckpointConfig(every=10),
     )
 
