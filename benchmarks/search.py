@@ -14,6 +14,7 @@ import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ MIXED: Changes = {"reward": {"name": "shapes_mixed"}}
 # All of the denoiser's weights
 FULL = changed(CHEAP, {**MIXED, "model": {"weights": "full"}, "optim": {"lr": 2e-4}})
 ONE = changed(FULL, {"objective": {"dgpo": {"draws": 1}}})
+# The objectives side by side, each with the defaults that its paper gave it
+OBJECTIVE = changed(FINAL, {**MIXED, "model": {"weights": "full"}, "optim": {"lr": 2e-4}})
 
 TRIALS: dict[str, Changes] = {
     "quickstart": to_dict(load_recipe("quickstart")),
@@ -68,6 +71,8 @@ TRIALS: dict[str, Changes] = {
     "grpo prune signal": changed(PRUNE, {"prompts": {"order": "signal"}}),
     "grpo prune signal mixed": changed(PRUNE, {"prompts": {"order": "signal"}, "reward": {"name": "shapes_mixed"}}),
     "grpo prune full": changed(PRUNE, {"model": {"weights": "full"}, "optim": {"lr": 2e-4}}),
+    **{f"objective {name}": changed(OBJECTIVE, {"objective": {"name": name}}) for name in ("nft", "awm", "dgpo")},
+    "objective grpo": changed(OBJECTIVE, {"sampling": {"sde_window": "first"}}),
     "nft": changed(FINAL, {"objective": {"name": "nft"}}),
     "awm": changed(FINAL, {"objective": {"name": "awm"}}),
     "dgpo": DGPO,
@@ -138,11 +143,19 @@ def base_model() -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    lines = ["trial | seed | base | strict by seconds", "---|---|---|---"]
-    for r in results:
-        points = ", ".join(f"{p['seconds']:.0f}: {p['strict']:.3f}" for p in r["curve"])
-        lines.append(f"{r['trial']} | {r['seed']} | {float(r['base']):.3f} | {points}")
+    """A row a trial: strict accuracy after so many seconds of training; mean and std (ddof 1) where there are several seeds."""
+    lines = ["| Trial | Seeds | Strict by seconds of training |", "|---|---|---|"]
+    for name in dict.fromkeys(r["trial"] for r in results):
+        curves = [r["curve"] for r in results if r["trial"] == name]
+        points = [_point(at) for at in zip(*curves, strict=False)]
+        lines.append(f"| {name} | {len(curves)} | {', '.join(points)} |")
     return "\n".join(lines)
+
+
+def _point(at: tuple[dict[str, Any], ...]) -> str:
+    strict = [p["strict"] for p in at]
+    spread = f" ± {stdev(strict):.3f}" if len(strict) > 1 else ""
+    return f"{mean(p['seconds'] for p in at):.0f} s: {mean(strict):.3f}{spread}"
 
 
 def main() -> None:

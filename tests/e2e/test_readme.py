@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -27,3 +29,14 @@ def test_the_library_example_runs(tiny_sd3: Path, tmp_path: Path, monkeypatch: p
     exec(compile(code, str(README), "exec"), names)
     assert (tmp_path / "runs/redness/report.html").is_file()
     assert (tmp_path / "runs/redness/lora/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_the_quickstarts_table_is_what_was_measured() -> None:
+    path = README.parent / "benchmarks" / "quickstart.py"
+    spec = importlib.util.spec_from_file_location("quickstart_benchmark", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    results = json.loads((README.parent / "docs/results/quickstart.json").read_text())
+    text = README.read_text(encoding="utf-8")
+    assert len(results) >= 3 and module.with_table(text, results) == text

@@ -1,0 +1,57 @@
+"""A model's own best over sampling steps and guidance: what a gain by training has to be held against.
+
+    python benchmarks/guidance.py [shapes-flow | RUN] [--pictures 512] [--json]
+
+Every pair is measured on validation prompts, and the best of them, with the plain setting beside it, on the test prompts that
+runs are measured on. In the dtype of the quickstart on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from itertools import product
+
+from progrpo.config import EvalConfig
+from progrpo.rewards.load import load_reward
+from progrpo.training.build import config_of, eval_prompts, judge_for, policy_from, settled, trained_policy
+from progrpo.training.distributed import Ranks
+from progrpo.training.evaluate import evaluate, ode
+
+STEPS, SCALES = (10, 20, 40), (1.0, 2.0, 3.0, 4.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", nargs="?", default="shapes-flow")
+    parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--json", action="store_true")
+    wanted = parser.parse_args()
+    ranks, reward, judge = Ranks(), load_reward("shapes"), judge_for("shapes")
+    config = config_of(wanted.target)
+    if config.model.path == wanted.target:  # no run: as the quickstart would load it
+        auto = settled(replace(config, model=replace(config.model, dtype="auto")), ranks)
+        policy = policy_from(auto.model, 0, ranks)
+    else:
+        policy = trained_policy(wanted.target, None, ranks)
+
+    def measured(split: str, steps: int, scale: float) -> dict[str, float | None]:
+        prompts = eval_prompts("shapes", split, wanted.pictures)
+        sampling = ode(policy, steps, scale, 64)
+        found = evaluate(policy, reward, judge, prompts, sampling, EvalConfig().seed, ranks)
+        return {name: round(found.mean(name) or 0, 4) for name in ("strict", "graded", "judge")}
+
+    validation = {(n, w): measured("validation", n, w) for n, w in product(STEPS, SCALES)}
+    best = max(validation, key=lambda pair: validation[pair]["strict"] or 0)
+    result = {
+        "target": wanted.target,
+        "pictures": wanted.pictures,
+        "validation_strict": {f"{n} steps, guidance {w:g}": v["strict"] for (n, w), v in validation.items()},
+        "test": {f"{n} steps, guidance {w:g}": measured("test", n, w) for n, w in dict.fromkeys([(10, 1.0), best])},
+    }
+    print(json.dumps(result, indent=1) if wanted.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
+
+
+if __name__ == "__main__":
+    main()
