@@ -38,7 +38,7 @@ def finished(run: RunFolder, config: Config) -> bool:
 
 def result(run: RunFolder) -> dict[str, Any]:
     summary = run.read_summary()
-    kept = ("seed", "iterations", "wall_seconds", "nfe", "nfe_ratio_to_none", "device", "versions")
+    kept = ("seed", "iterations", "best_iterations", "wall_seconds", "nfe", "nfe_ratio_to_none", "device", "versions")
     curve = [
         {"iteration": r["iteration"] + 1, **{name: r[f"eval/{name}"] for name in ("strict", "graded", "judge")}}
         for r in run.read_metrics()
@@ -53,24 +53,23 @@ def result(run: RunFolder) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """README's: a row a seed, and their mean."""
     lines = [
-        "| seed | strict accuracy | change | second judge | diversity | time |",
-        "|---|---|---|---|---|---|",
+        "| seed | strict accuracy | change | second judge | diversity |",
+        "|---|---|---|---|---|",
     ]
     for r in results:
         lines.append(_row(str(r["seed"]), r))
-    keys = ["wall_seconds", *(f"{name}_{when}" for name in FIGURES for when in ("before", "after"))]
+    keys = [f"{name}_{when}" for name in FIGURES for when in ("before", "after")]
     lines.append(_row("mean", {k: mean(r[k] for r in results) for k in keys}))
     return "\n".join(lines) + "\n"
 
 
 def _row(name: str, r: dict[str, Any]) -> str:
     share = {k: f"{100 * r[k]:.1f}" for k in ("accuracy_before", "accuracy_after", "judge_before", "judge_after")}
-    minutes, seconds = divmod(round(r["wall_seconds"]), 60)
     return (
         f"| {name} | {share['accuracy_before']} → **{share['accuracy_after']} %** |"
         f" {100 * (r['accuracy_after'] - r['accuracy_before']):+.1f} points |"
         f" {share['judge_before']} → {share['judge_after']} % |"
-        f" {r['diversity_after'] / r['diversity_before']:.0%} of the base's | {minutes} min {seconds:02d} s |"
+        f" {r['diversity_after'] / r['diversity_before']:.0%} of the base's |"
     )
 
 

@@ -196,6 +196,8 @@ class EvalConfig:
     pictures: int = 512
     every: int = 0
     """Evaluate every n iterations on the validation prompts; before and after always happen, on the test prompts."""
+    keep_best: bool = False
+    """At the end, measure and save the weights that had the highest mean reward on the validation prompts, not the last."""
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
     seed: int = 1234
@@ -404,6 +406,8 @@ def _check_together(config: Config) -> None:
         _check_window(config.sampling)
     if config.sampling.sde_window in ("first", "sliding", "random"):
         _check_window_fits(config.sampling)
+    if config.eval.keep_best and not config.eval.every:
+        raise ValueError("eval.keep_best must have eval.every above 0: the best is that of the evaluations on the way")
     plan = config.plan
     if plan.preset != "custom" and plan != PlanConfig(preset=plan.preset, selector=plan.selector):
         raise ValueError(

@@ -205,3 +205,16 @@ def test_a_run_can_be_overwritten_if_asked(tiny_pipeline, tiny_config, prompts, 
     first = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out).read_metrics()
     again = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out, overwrite=True).read_metrics()
     assert len(again) == 1 and again[0]["reward/mean"] == first[0]["reward/mean"]
+
+
+def test_the_best_weights_on_the_way_are_kept_if_asked(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
+    config = tiny_config(
+        iterations=4,
+        optim=OptimConfig(lr=0.1),
+        eval=EvalConfig(pictures=3, num_inference_steps=STEPS, every=1, keep_best=True),
+    )
+    run = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run")
+    on_the_way = [r["eval/graded"] for r in run.read_metrics()]  # on the same prompts here as after
+    summary = run.read_summary()
+    assert summary["reward_after"] == max(on_the_way) and len(set(on_the_way)) == 4
+    assert on_the_way[summary["best_iterations"] - 1] == max(on_the_way)

@@ -50,7 +50,7 @@ def reward_module(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(tiny_sd3, tiny_config, prompts, reward_module, tmp_path_factory) -> Config:
-    """Everything that a run can have: checkpoints, audits, an average of the weights, two updates an iteration."""
+    """Everything that a run can have: checkpoints, audits, an average of the weights, the best kept, prompts by signal, two updates."""
     file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     file.write_text("\n".join(prompts))
     base = tiny_config()
@@ -58,11 +58,11 @@ def config(tiny_sd3, tiny_config, prompts, reward_module, tmp_path_factory) -> C
         base,
         iterations=ITERATIONS,
         model=replace(base.model, path=str(tiny_sd3)),
-        prompts=PromptConfig(source=str(file), per_iteration=2),
+        prompts=PromptConfig(source=str(file), per_iteration=2, order="signal"),
         reward=RewardConfig(name="failing_reward:redness"),
         optim=OptimConfig(ema_decay=0.5, updates_per_rollout=2),
         audit=AuditConfig(every=2),
-        eval=replace(base.eval, prompts=str(file), every=2),
+        eval=replace(base.eval, prompts=str(file), every=1, keep_best=True),
         checkpoint=CheckpointConfig(every=2),
     )
 
@@ -92,10 +92,10 @@ def lora(folder: Path) -> dict[str, Any]:
 
 
 def assert_the_same_run(folder: Path, straight: Path) -> None:
-    for name in ("iteration", "policy", "optimizer"):
+    for name in ("iteration", "policy", "optimizer", "order", "best"):
         states = [load_state(f / "checkpoints" / f"iteration_{ITERATIONS:06d}") for f in (folder, straight)]
         assert same(states[0][name], states[1][name]), name
-    assert set(states[0]["policy"]) == {"current", "reference", "ema"}
+    assert set(states[0]["policy"]) == {"current", "reference", "ema", "best"}
     ours, theirs = RunFolder(folder), RunFolder(straight)
     assert untimed(ours.read_metrics()) == untimed(theirs.read_metrics())
     assert len(ours.read_metrics()) == ITERATIONS
@@ -106,7 +106,7 @@ def assert_the_same_run(folder: Path, straight: Path) -> None:
     for file in ("evaluation/after/000.png", "audit/0003.png"):
         assert (folder / file).read_bytes() == (straight / file).read_bytes(), file
     summaries = [run.read_summary() for run in (ours, theirs)]
-    for key in ("status", "iterations", "nfe", "cost", "reward_after", "preview_rank_correlation"):
+    for key in ("status", "iterations", "nfe", "cost", "reward_after", "best_iterations", "preview_rank_correlation"):
         assert summaries[0][key] == summaries[1][key], key
 
 
@@ -118,7 +118,7 @@ def test_a_run_that_is_lengthened_is_a_longer_run(config, straight, tmp_path):
 
 
 def test_a_run_that_was_cut_off_is_taken_up_at_its_last_checkpoint(config, straight, tmp_path, reward_module):
-    reward_module.calls, reward_module.fails_at = 0, 15  # in the fourth iteration, with checkpoints after two
+    reward_module.calls, reward_module.fails_at = 0, 17  # in the fourth iteration, with checkpoints after two
     with pytest.raises(RuntimeError, match="the power is out"):
         train_run(config, tmp_path / "run")
     reward_module.fails_at = None

@@ -35,6 +35,20 @@ def test_reference_is_taken_at_construction_and_is_no_alias():
         assert _values(parameters) == {1.0}
 
 
+def test_named_weights_can_be_copied_and_the_copy_is_no_alias():
+    parameters = _parameters(1.0)
+    weights = NamedWeights(parameters)
+    _set(parameters, 3.0)
+    weights.copy("reference", "best")
+    weights.update("reference", 0.0)
+    with weights.swapped("best"):
+        assert _values(parameters) == {1.0}
+    weights.copy("current", "best")
+    assert _values(parameters) == {3.0} and "best" in weights
+    with weights.swapped("best"):
+        assert _values(parameters) == {3.0}
+
+
 def test_a_snapshot_can_be_taken_again():
     parameters = _parameters(1.0)
     weights = NamedWeights(parameters)

@@ -38,6 +38,12 @@ class NamedWeights:
             raise ValueError(f"{CURRENT!r} names the weights in training; give the snapshot another name")
         self._sets[name] = {key: p.detach().clone() for key, p in self._parameters.items()}
 
+    def copy(self, source: str, name: str) -> None:
+        """Copy the weights `source` to `name`, new or not."""
+        with self.swapped(source):
+            copied = {key: p.detach().clone() for key, p in self._parameters.items()}
+        self._sets[name] = copied
+
     @torch.no_grad()
     def update(self, name: str, decay: float) -> None:
         """Move `name` towards the current weights: decay * name + (1 - decay) * current."""

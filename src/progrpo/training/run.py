@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -152,6 +152,15 @@ class HeldOut:
     judge: Judge | None
 
 
+@dataclass(frozen=True)
+class Best:
+    """The evaluation on validation prompts with the highest mean reward so far; its weights are kept under `NAME`."""
+
+    NAME: ClassVar[str] = "best"
+    iterations: int
+    reward: float
+
+
 class Run:
     """Evaluates, trains, saves and reports. Only the main process writes."""
 
@@ -168,6 +177,7 @@ class Run:
         self.config, self.policy, self.reward = config, policy, reward
         self.held_out, self.folder, self.ranks = held_out, folder, ranks
         self.trainer = Trainer(config, policy, reward, order, ranks)
+        self.best: Best | None = None
 
     def create(self, overwrite: bool) -> None:
         """Make the run folder, once every part of the run could be built; ValueError if it holds a run already."""
@@ -179,6 +189,7 @@ class Run:
         start = time.perf_counter()
         if state is not None:
             self.trainer.load_state_dict(state)
+            self.best = None if state["best"] is None else Best(**state["best"])
             start -= state["wall_seconds"]
         console = Console(
             self.config.iterations,
@@ -213,11 +224,13 @@ class Run:
             if self._due(self.config.checkpoint.every):
                 self._checkpoint(time.perf_counter() - start)
         self.trainer.check_frozen()
-        console.say(f"evaluating the trained model on {len(self.held_out.test)} pictures")
-        self._evaluate("after", self.trainer.evaluated_weights)
+        which = f", as it was after iteration {self.best.iterations}" if self.best else ""
+        console.say(f"evaluating the trained model{which} on {len(self.held_out.test)} pictures")
+        weights = Best.NAME if self.best else self.trainer.evaluated_weights
+        self._evaluate("after", weights)
         if self.ranks.is_main:
             name = "lora" if self.config.model.weights == "lora" else "transformer"
-            self.policy.save(self.folder.path / name, self.trainer.evaluated_weights)
+            self.policy.save(self.folder.path / name, weights)
 
     def _encode_all(self) -> None:
         """Every text that this process will meet goes through the text encoders once, and they leave memory."""
@@ -251,6 +264,10 @@ class Run:
     def _validate(self) -> dict[str, float | None]:
         """On the validation prompts, for the curves."""
         result = self._measure(self.held_out.validation, self.trainer.evaluated_weights)
+        reward = result.mean("graded")
+        if self.config.eval.keep_best and reward is not None and (self.best is None or reward > self.best.reward):
+            self.best = Best(self.trainer.iteration, reward)
+            self.policy.named_weights.copy(self.trainer.evaluated_weights, Best.NAME)
         return {f"eval/{name}": result.mean(name) for name in ("graded", "strict", "judge")}
 
     def _measure(self, prompts: Sequence[Prompt], weights: str, diverse: int = 0) -> Evaluation:
@@ -272,7 +289,8 @@ class Run:
         if not self.ranks.is_main:
             return
         folder = self.folder.path / "checkpoints"
-        state = {**self.trainer.state_dict(), "wall_seconds": wall_seconds}
+        best = None if self.best is None else asdict(self.best)
+        state = {**self.trainer.state_dict(), "best": best, "wall_seconds": wall_seconds}
         save_state(folder / f"iteration_{self.trainer.iteration:06d}", state)
         for old in checkpoints(self.folder.path)[: -self.config.checkpoint.keep]:
             shutil.rmtree(old)
@@ -317,6 +335,7 @@ class Run:
                 "wall_seconds": time.perf_counter() - start,
                 "status": status,
                 **self._before_after(),
+                "best_iterations": None if self.best is None else self.best.iterations,
                 "nfe": totals.counted.nfe,
                 "nfe_saved": 1 - totals.counted.nfe / unpruned if unpruned else None,
                 "nfe_ratio_to_none": costs["nfe_ratio_to_none"],
