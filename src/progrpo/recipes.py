@@ -34,7 +34,7 @@ def quickstart() -> Config:
         sampling=SamplingConfig(num_inference_steps=8),
         plan=PlanConfig(preset="custom", group_size=24, prune=((4, 12),)),
         reward=RewardConfig(name="shapes_mixed"),
-        objective=ObjectiveConfig(name="dgpo", dgpo=DGPOConfig(draws=1, kl_beta=0.0)),
+        objective=ObjectiveConfig(name="dgpo", dgpo=DGPOConfig(draws=2, kl_beta=0.0)),
         optim=OptimConfig(lr=1e-4, decay=1.0, max_grad_norm=0.1, ema_decay=0.9),
         audit=AuditConfig(every=10),
         eval=EvalConfig(every=10, keep_best=True),
