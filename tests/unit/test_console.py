@@ -61,7 +61,7 @@ def test_the_summary_is_a_table_and_what_was_spent(capsys):
     Console(iterations=20).summary_table(SUMMARY, "runs/x/report.html")
     assert capsys.readouterr().out.splitlines() == [
         "                 before   after        change",
-        "graded reward     0.600   0.700        +0.100",
+        "reward            0.600   0.700        +0.100",
         "strict accuracy  50.0 %  62.5 %  +12.5 points",
         "86,400 NFE, 25 % saved by pruning, 1.50 x plain GRPO's, 2 min 10 s",
         "report: runs/x/report.html",

@@ -165,7 +165,7 @@ def _summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]
     """(label, before, after, change) of what was evaluated; the judge only where there is one."""
     rows = []
     names = (
-        ("graded reward", "reward", False),
+        ("reward", "reward", False),
         ("strict accuracy", "accuracy", True),
         ("judge", "judge", True),
         ("diversity", "diversity", False),

@@ -25,7 +25,7 @@ class _Card:
 
 _SAMPLING = (
     _Card(
-        "Graded reward",
+        "Reward",
         "mean over survivors",
         (Curve("reward/mean", "training samples"), Curve("eval/graded", "evaluation", TEAL, True)),
     ),

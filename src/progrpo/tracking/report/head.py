@@ -94,7 +94,7 @@ def _tiles(run: Run) -> str:
     return "".join(
         (
             _tile("Strict accuracy", _from_to(run, "accuracy", percent), _change(run)),
-            _tile("Graded reward", _from_to(run, "reward", number), "mean over the test prompts"),
+            _tile("Reward", _from_to(run, "reward", number), "mean over the test prompts"),
             _tile("Judge", _from_to(run, "judge", percent), "share passed by a judge never trained on"),
             _network_evaluations(run),
             _previews(run),
