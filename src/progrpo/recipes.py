@@ -25,7 +25,7 @@ from progrpo.config import (
 
 
 def quickstart() -> Config:
-    """Expand, prune and learn (DGPO) on the built-in shapes-flow model: under ten minutes on two CPU cores."""
+    """Expand, prune and learn on the built-in model, in minutes on two CPU cores."""
     return Config(
         recipe="quickstart",
         iterations=80,
@@ -43,7 +43,7 @@ def quickstart() -> Config:
 
 
 def sd3() -> Config:
-    """Pro-GRPO with the paper's plan on Stable Diffusion 3.5: to begin with for a model and reward of one's own."""
+    """Pro-GRPO with the paper's plan on Stable Diffusion 3.5, to begin with for a task of one's own."""
     return Config(
         recipe="sd3",
         iterations=300,

@@ -93,8 +93,8 @@ def test_recipes_are_listed_and_printed(capsys):
     ],
 )
 def test_plan_counts_network_calls(capsys, args, nfe):
-    steps = () if any("num-inference-steps" in arg for arg in args) else ("--num-inference-steps", "10")
-    assert json.loads(printed(capsys, "plan", "quickstart", "--json", *steps, *args))["nfe_per_prompt"] == nfe
+    unguided = () if "--guidance-scale" in args else ("--guidance-scale", "1")
+    assert json.loads(printed(capsys, "plan", "sd3", "--json", *unguided, *args))["nfe_per_prompt"] == nfe
 
 
 def test_plan_prints_a_table(capsys):
