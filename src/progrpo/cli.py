@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -279,7 +279,16 @@ def _parse_recipe(command: str, args: list[str]) -> Callable[[], None]:
         raise ValueError(
             f"a recipe ({', '.join(RECIPES)}), a config file or a run folder comes first: progrpo {command} RECIPE ..."
         )
-    return _options(kind, args[1:], f"progrpo {command} {args[0]}", kind(config=load_recipe(args[0]))).run
+    recipe = load_recipe(args[0])
+    if _names_a_preset(args):  # which brings its own group and points: those of the recipe's custom plan must go
+        recipe = replace(recipe, plan=PlanConfig(selector=recipe.plan.selector))
+    return _options(kind, args[1:], f"progrpo {command} {args[0]}", kind(config=recipe)).run
+
+
+def _names_a_preset(args: Sequence[str]) -> bool:
+    """Whether `--plan.preset` is given, and not as custom."""
+    words = [word for arg in args for word in arg.split("=", 1)]
+    return any(name == "--plan.preset" and value != "custom" for name, value in pairwise(words))
 
 
 def _options(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:

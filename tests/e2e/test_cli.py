@@ -97,6 +97,14 @@ def test_plan_counts_network_calls(capsys, args, nfe):
     assert json.loads(printed(capsys, "plan", "sd3", "--json", *unguided, *args))["nfe_per_prompt"] == nfe
 
 
+@pytest.mark.parametrize("args", [("--plan.preset", "flash"), ("--plan.preset=flash",)])
+def test_a_preset_takes_the_place_of_a_recipes_custom_plan(capsys, args):
+    shown = json.loads(printed(capsys, "plan", "quickstart", "--json", *args))
+    assert shown["path"] == [24, 16, 12]
+    own = json.loads(printed(capsys, "plan", "quickstart", "--json", "--plan.preset", "custom"))
+    assert own["path"] == [24, 12] and own["prune_steps"] == [4]
+
+
 def test_plan_prints_a_table(capsys):
     rows = dict(line.split(maxsplit=1) for line in printed(capsys, "plan", "smoke").splitlines())
     assert rows["recipe"] == "smoke" and rows["path"] == "6 4" and rows["nfe_per_prompt"] == str(6 * 4 + 4 * 2)
