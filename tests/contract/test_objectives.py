@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -315,3 +315,28 @@ def test_a_window_is_what_is_sampled_and_trained(tiny_trainer, tiny_config):
     for start in (0, 1, 2, 0):
         assert [level > 0 for level in trainer.sampling.noise_levels] == [step == start for step in range(4)]
         assert [t.step for t in trainer.step().rollout.trajectories.path] == [start]
+
+
+@pytest.mark.parametrize("kl_beta", [0.0, 0.5])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_neither_the_cut_nor_the_order_of_items_matters(linear_policy, linear_experience, name, kl_beta):
+    section = CONFIGS[name].name
+    settings = {**asdict(getattr(CONFIGS[name], section)), "kl_beta": kl_beta}
+    objective = OBJECTIVES[section](configured(section, **settings))
+    experience = linear_experience(linear_policy, ADVANTAGES, off=0.05)
+    shift(linear_policy, 0.05)
+    for average in objective.averages:
+        linear_policy.named_weights.snapshot(average)
+    prepared = objective.prepare(linear_policy, experience, 64, 2)
+    shift(linear_policy, 0.1)
+    items = all_items(objective, prepared)
+    whole = objective.loss(linear_policy, prepared, items)
+    expected = gradient(linear_policy, whole)
+    shuffled = items[torch.randperm(len(items), generator=torch.Generator().manual_seed(2))]
+    for cut in (items.split(1), items.split(4), [shuffled], shuffled.split(4)):
+        parts = [objective.loss(linear_policy, prepared, part) for part in cut]
+        for key, value in whole.sums.items():
+            assert sum(part.sums[key].item() for part in parts) == pytest.approx(value.item(), rel=1e-9), key
+        for key, value in whole.maxima.items():
+            assert max(part.maxima[key].item() for part in parts) == pytest.approx(value.item(), rel=1e-9), key
+        torch.testing.assert_close(sum(gradient(linear_policy, part) for part in parts), expected)

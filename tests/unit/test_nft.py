@@ -172,20 +172,6 @@ def test_a_final_latent_that_is_met_exactly_gives_no_infinite_loss(policy, linea
     assert error.item() == pytest.approx(0, abs=1e-20) and v.grad is not None and v.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("kl_beta", [0.0, 0.5])
-def test_neither_the_cut_nor_the_order_of_items_matters(policy, experience, kl_beta):
-    objective = nft(kl_beta=kl_beta)
-    whole = objective.loss(policy, experience, ITEMS)
-    shuffled = ITEMS[torch.randperm(15, generator=torch.Generator().manual_seed(2))]
-    expected = list(gradients(policy, whole))
-    for cut in (ITEMS.split(1), ITEMS.split(4), [shuffled], shuffled.split(4)):
-        parts = [objective.loss(policy, experience, items) for items in cut]
-        for name, value in whole.sums.items():
-            assert sum(p.sums[name].item() for p in parts) == pytest.approx(value.item(), rel=1e-9), name
-        found = [sum(g) for g in zip(*(gradients(policy, p) for p in parts), strict=True)]
-        torch.testing.assert_close(found, expected)
-
-
 def test_what_it_asks_for(policy, experience):
     objective = nft()
     assert objective.items_per_trajectory(experience) == DRAWS and objective.needs == "latents"

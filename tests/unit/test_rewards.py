@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from progrpo.config import BUILT_IN_REWARDS
 from progrpo.rewards.base import Score
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.load import load_reward
+from progrpo.rewards.load import REWARDS, load_reward
 from progrpo.rewards.shapes import ShapesReward
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
@@ -236,3 +237,17 @@ def test_what_the_users_module_lacks_is_not_blamed_on_the_name(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
         load_reward("my_reward:score")
+
+
+def test_the_configuration_knows_the_built_in_rewards():
+    assert tuple(REWARDS) == BUILT_IN_REWARDS
+
+
+@pytest.mark.parametrize(("name", "strict_share"), [("shapes", 0.0), ("shapes_strict", 1.0), ("shapes_mixed", 0.5)])
+def test_shapes_rewards_are_graded_strict_or_between(name, strict_share):
+    prompts, drawn = world.examples("validation", 24, seed=3)
+    drawn[::2] = drawn[::-2]  # some that do not show what is asked for
+    expected = [(1 - strict_share) * v.graded + strict_share * v.strict for v in verify(drawn, prompts)]
+    scores = load_reward(name).score(drawn, prompts)
+    assert [s.value for s in scores] == pytest.approx(expected)
+    assert {s.passed for s in scores} == {True, False}

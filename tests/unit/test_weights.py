@@ -39,11 +39,11 @@ def test_named_weights_can_be_copied_and_the_copy_is_no_alias():
     parameters = _parameters(1.0)
     weights = NamedWeights(parameters)
     _set(parameters, 3.0)
-    weights.copy("reference", "best")
+    weights.snapshot("best", "reference")
     weights.update("reference", 0.0)
     with weights.swapped("best"):
         assert _values(parameters) == {1.0}
-    weights.copy("current", "best")
+    weights.snapshot("best")
     assert _values(parameters) == {3.0} and "best" in weights
     with weights.swapped("best"):
         assert _values(parameters) == {3.0}

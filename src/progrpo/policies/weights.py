@@ -31,15 +31,11 @@ class NamedWeights:
     def names(self) -> tuple[str, ...]:
         return (CURRENT, *self._sets)
 
-    def snapshot(self, name: str) -> None:
-        """Copy the current weights to `name`, new or not."""
+    def snapshot(self, name: str, source: str = CURRENT) -> None:
+        """Copy the weights `source` to `name`, new or not."""
         self._require_current(f"take a snapshot {name!r}")
         if name == CURRENT:
             raise ValueError(f"{CURRENT!r} names the weights in training; give the snapshot another name")
-        self._sets[name] = {key: p.detach().clone() for key, p in self._parameters.items()}
-
-    def copy(self, source: str, name: str) -> None:
-        """Copy the weights `source` to `name`, new or not."""
         with self.swapped(source):
             copied = {key: p.detach().clone() for key, p in self._parameters.items()}
         self._sets[name] = copied

@@ -267,7 +267,7 @@ class Run:
         reward = result.mean("graded")
         if self.config.eval.keep_best and reward is not None and (self.best is None or reward > self.best.reward):
             self.best = Best(self.trainer.iteration, reward)
-            self.policy.named_weights.copy(self.trainer.evaluated_weights, Best.NAME)
+            self.policy.named_weights.snapshot(Best.NAME, self.trainer.evaluated_weights)
         return {f"eval/{name}": result.mean(name) for name in ("graded", "strict", "judge")}
 
     def _measure(self, prompts: Sequence[Prompt], weights: str, diverse: int = 0) -> Evaluation:
