@@ -197,7 +197,8 @@ class EvalConfig:
     every: int = 0
     """Evaluate every n iterations on the validation prompts; before and after always happen, on the test prompts."""
     keep_best: bool = False
-    """At the end, measure and save the weights that had the highest mean reward on the validation prompts, not the last."""
+    """At the end, measure and save the weights that had the highest mean reward on the validation prompts, not the last. Prompt
+    files have no splits: with one, the choice is made on the prompts that it is then measured on, which flatters it."""
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
     seed: int = 1234
