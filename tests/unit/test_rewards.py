@@ -211,9 +211,8 @@ def test_the_current_folder_hides_no_installed_module(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["shape", "", "my_reward.score"])
 def test_an_unknown_name_is_refused(name):
-    with pytest.raises(
-        ValueError, match=r"neither built in \(shapes, shapes_strict, shapes_mixed\) nor of the form module:function"
-    ):
+    known = "shapes, shapes_strict, shapes_mixed, pickscore, hpsv2"
+    with pytest.raises(ValueError, match=rf"neither built in \({known}\) nor of the form module:function"):
         load_reward(name)
 
 

@@ -16,10 +16,26 @@ def _shapes(strict_share: float) -> Reward:
     return ShapesReward(strict_share)
 
 
+def _pickscore() -> Reward:
+    from progrpo.rewards.clip import OnFirstScore
+    from progrpo.rewards.pickscore import PickScore
+
+    return OnFirstScore(PickScore.from_hub)
+
+
+def _hpsv2() -> Reward:
+    from progrpo.rewards.clip import OnFirstScore
+    from progrpo.rewards.hpsv2 import HPSv2
+
+    return OnFirstScore(HPSv2.from_hub)
+
+
 REWARDS: dict[str, Callable[[], Reward]] = {
     "shapes": lambda: _shapes(0.0),
     "shapes_strict": lambda: _shapes(1.0),
     "shapes_mixed": lambda: _shapes(0.5),
+    "pickscore": _pickscore,
+    "hpsv2": _hpsv2,
 }
 
 

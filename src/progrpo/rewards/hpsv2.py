@@ -1,0 +1,146 @@
+"""HPSv2.1: a CLIP ViT-H/14 trained on human preferences (arXiv 2306.09341), converted from open_clip's names."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+from progrpo.rewards.base import Score
+from progrpo.rewards.clip import ClipScore, fetching, on_device, vit_h_tokenizer
+from progrpo.types import Prompt
+
+REPOSITORY = "xswu/HPSv2"
+CHECKPOINT = "HPS_v2.1_compressed.pt"
+
+
+class HPSv2(ClipScore):
+    """<f / |f|, g / |g|> for picture features f and text features g, without a logit scale: about 0.2 to 0.35.
+
+    As in the published code, pictures are resized to 224 on their longer side and filled up to a square with black, and texts are
+    cut at 77 tokens. Unlike it, resizing always smooths (there that depends on torchvision's version) and rounds to 8 bits, and
+    texts are not repaired by ftfy.
+    """
+
+    @classmethod
+    def from_hub(cls) -> Self:
+        """The published weights, which are a pickle: read as tensors alone, after a look at the file's sha256.
+
+        The checksum is the hub's own for its `main`, and so guards the transfer and the cache, not the origin.
+        """
+        with fetching("hpsv2", REPOSITORY):
+            path = Path(hf_hub_download(REPOSITORY, CHECKPOINT))
+            sha256 = _sha256_of_hub(path)
+        model = clip_of(read_checkpoint(path, sha256))
+        return cls(on_device(model), vit_h_tokenizer("hpsv2"), CLIPImageProcessorPil())
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        return [Score(cosine) for cosine in self.cosines(pictures_NHWC, prompts)]
+
+    def _size(self, height: int, width: int) -> dict[str, int]:
+        # Of this size the processor's central crop cuts nothing, and fills up with black.
+        scale = self._image_processor.crop_size["height"] / max(height, width)
+        return {"height": round(scale * height), "width": round(scale * width)}
+
+
+def _sha256_of_hub(path: Path) -> str:
+    # The hub's etag of a large file is its sha256. The cache keeps the file under that name, behind a link, so that no network is
+    # needed; on systems without links the hub is asked.
+    name = path.resolve().name
+    return name if name != path.name else str(get_hf_file_metadata(hf_hub_url(REPOSITORY, CHECKPOINT)).etag)
+
+
+def read_checkpoint(path: Path, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint of open_clip; ValueError if the file is not the one with that checksum."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise ValueError(
+            f"reward.name 'hpsv2': {path.resolve()} is damaged, its sha256 is {found} and not {sha256};"
+            " delete it, and it is fetched anew"
+        )
+    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    return state
+
+
+# --- from open_clip to transformers -----------------------------------------------------------------------------------
+
+_NAMES = {  # in this order
+    "visual.transformer.resblocks": "vision_model.encoder.layers",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1": "vision_model.embeddings.patch_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre": "vision_model.pre_layrnorm",
+    "visual.ln_post": "vision_model.post_layernorm",
+    "visual.proj": "visual_projection.weight",
+    "transformer.resblocks": "text_model.encoder.layers",
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final": "text_model.final_layer_norm",
+    "text_projection": "text_projection.weight",
+    ".attn.": ".self_attn.",
+    ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".c_fc.": ".fc1.",
+    ".c_proj.": ".fc2.",
+}
+
+
+def clip_of(state: Mapping[str, Tensor], text_heads: int = 16, vision_heads: int = 16) -> CLIPModel:
+    """A state dict of open_clip's CLIP as transformers' model; its tensors tell every size but the numbers of heads."""
+    config, weights = config_of(state, text_heads, vision_heads), weights_of(state)
+    model, report = CLIPModel.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
+    assert not any(report.values()), report
+    return model
+
+
+def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for name, weight in state.items():
+        renamed = name
+        for old, new in _NAMES.items():
+            renamed = renamed.replace(old, new)
+        if ".in_proj_" in name:  # queries, keys and values in one
+            thirds = zip("qkv", weight.chunk(3), strict=True)
+            weights |= {renamed.replace(".in_proj_", f".{letter}_proj."): third for letter, third in thirds}
+        else:
+            weights[renamed] = weight.T if name in ("visual.proj", "text_projection") else weight
+    return weights
+
+
+def config_of(state: Mapping[str, Tensor], text_heads: int = 16, vision_heads: int = 16) -> CLIPConfig:
+    vocabulary, text_width = state["token_embedding.weight"].shape
+    vision_width, _, patch, _ = state["visual.conv1.weight"].shape
+    patches = len(state["visual.positional_embedding"]) - 1
+    return CLIPConfig(
+        projection_dim=state["text_projection"].shape[1],
+        text_config={
+            "vocab_size": vocabulary,
+            "hidden_size": text_width,
+            "max_position_embeddings": len(state["positional_embedding"]),
+            "eos_token_id": vocabulary - 1,  # whose features are the text's: the highest id, which open_clip looks for
+            **_tower(state, "transformer", text_heads),
+        },
+        vision_config={
+            "hidden_size": vision_width,
+            "patch_size": patch,
+            "image_size": patch * round(patches**0.5),
+            **_tower(state, "visual.transformer", vision_heads),
+        },
+    )
+
+
+def _tower(state: Mapping[str, Tensor], name: str, heads: int) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": sum(n.startswith(f"{name}.") and n.endswith(".ln_1.weight") for n in state),
+        "num_attention_heads": heads,
+        "intermediate_size": len(state[f"{name}.resblocks.0.mlp.c_fc.weight"]),
+        "hidden_act": "gelu",
+    }
