@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
 
+from progrpo.cli import main
 from progrpo.zoo.shapes.judge import load_judge
-from progrpo.zoo.shapes.models import build_transformer
+from progrpo.zoo.shapes.models import build_transformer, noise_scheduler
 from progrpo.zoo.shapes.pretrain import Budget, pretrain
+from progrpo.zoo.shapes.pretrain_diffusion import DiffusionBudget, Teacher, pretrain_diffusion
 
 TINY = Budget(
     vae_steps=2, vae_batch=2, judge_steps=2, judge_batch=2, pictures=64, flow_steps=3, flow_batch=4, test_pictures=12
@@ -59,3 +61,67 @@ def test_an_exported_model_is_trained_further(exported: Path, tmp_path: Path) ->
     change = sum((moved[name] - t).norm() for name, t in further.transformer.state_dict().items())
     fresh = sum((moved[name] - t).norm() for name, t in build_transformer().state_dict().items())
     assert 0 < change < fresh / 2
+
+
+# --- shapes-diffusion -------------------------------------------------------------------------------------------------
+
+TINY_TAUGHT = DiffusionBudget(pictures=64, steps=3, batch=4, test_pictures=12)
+
+
+@pytest.fixture(scope="module")
+def taught(exported: Path) -> Path:
+    weights = exported / "weights"
+    pretrain_diffusion(
+        exported / "taught",
+        teacher=weights / "shapes-flow",
+        budget=TINY_TAUGHT,
+        device="cpu",
+        export=weights,
+        log=lambda line: None,
+    )
+    return weights / "shapes-diffusion"
+
+
+def test_the_taught_model_loads_with_no_further_argument(taught: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(taught)
+    pipeline.set_progress_bar_config(disable=True)
+    assert isinstance(pipeline.scheduler, DDIMScheduler) and pipeline.scheduler.config.prediction_type == "epsilon"
+    images = pipeline("a red circle", num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 64, 64, 3)
+
+
+def test_it_shares_its_teachers_autoencoder(taught: Path) -> None:
+    vae = StableDiffusionPipeline.from_pretrained(taught).vae
+    teachers = StableDiffusion3Pipeline.from_pretrained(taught.parent / "shapes-flow").vae.state_dict()
+    assert all(torch.equal(teachers[name], t) for name, t in vae.state_dict().items())
+    assert vae.config.shift_factor is None
+
+
+def test_its_training_goes_on_where_it_stopped(taught: Path) -> None:
+    lines: list[str] = []
+    teacher, state = taught.parent / "shapes-flow", taught.parent.parent / "taught"
+    again = pretrain_diffusion(state, teacher=teacher, budget=TINY_TAUGHT, device="cpu", log=lines.append)
+    assert "unet: resumed at step 3" in lines
+    first = StableDiffusionPipeline.from_pretrained(taught).unet.state_dict()
+    assert all(torch.equal(first[name], t) for name, t in again.unet.state_dict().items())
+
+
+def test_a_teachers_noise_is_that_of_its_velocity(exported: Path) -> None:
+    """A flow model that says the true velocity says the true noise, whatever the autoencoder's offset."""
+    flow = StableDiffusion3Pipeline.from_pretrained(exported / "weights" / "shapes-flow")
+    teacher = Teacher(flow, ["a red circle"])
+    generator = torch.Generator().manual_seed(0)
+    z, eps = (torch.randn(3, 8, 16, 16, generator=generator) for _ in range(2))
+    teacher.transformer.forward = lambda *args, **options: (eps - z,)  # the truth of normalised latents
+    signal = noise_scheduler().alphas_cumprod[torch.tensor([10, 500, 999])].reshape(3, 1, 1, 1)
+    alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
+    x = alpha * (z + teacher.offset) + sigma * eps
+    found = teacher.noise(x, alpha, sigma, torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(found, eps, rtol=0, atol=1e-5)
+
+
+def test_an_option_of_the_other_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "shapes-diffusion", "--flow-steps", "3"]) == 2
+    assert "--flow-steps is an option of shapes-flow, not of shapes-diffusion" in capsys.readouterr().err
+    assert main(["pretrain", "shapes-flow", "--unet-steps", "3"]) == 2
+    assert "--unet-steps is an option of shapes-diffusion, not of shapes-flow" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The parts of `shapes-flow`, each a standard diffusers or transformers class, small."""
+"""The parts of the built-in models, each a standard diffusers or transformers class, small."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedModel,
@@ -138,6 +142,56 @@ def assemble(vae: AutoencoderKL, text: TextStack, transformer: SD3Transformer2DM
         tokenizer_2=text.clip_tokenizer,
         text_encoder_3=text.t5,
         tokenizer_3=text.t5_tokenizer,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """3.6 M parameters: 16x16 and 8x8, two transformer blocks after each of the three residual ones at the lower resolution."""
+    return UNet2DConditionModel(
+        sample_size=LATENT[1],
+        in_channels=LATENT[0],
+        out_channels=LATENT[0],
+        block_out_channels=(48, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        transformer_layers_per_block=2,
+        cross_attention_dim=_CLIP_WIDTH,
+        addition_embed_type="text",  # the text, pooled, steers every residual block beside the timestep
+        addition_embed_type_num_heads=4,
+        resnet_time_scale_shift="scale_shift",
+        attention_head_dim=4,  # the number of heads, by diffusers' history
+        norm_num_groups=8,
+    )
+
+
+def noise_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise; steps are counted from the noisy end, so that few of them still begin at pure noise."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+        steps_offset=1,  # of no effect with this spacing; diffusers warns of any other
+    )
+
+
+def assemble_diffusion(
+    vae: AutoencoderKL, clip: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
+    """The parts as one pipeline; `save_pretrained` writes diffusers' folder format."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=clip,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=noise_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 

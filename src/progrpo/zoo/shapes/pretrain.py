@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,7 +44,11 @@ KIND_WEIGHTS = {"single": 0.06, "two": 0.24, "counting": 0.22, "colours": 0.06, 
 # T5 tokens: without a mask their number changes the picture, and the long ones cost four times the usual
 LENGTHS = {16: 0.94, 32: 0.01, 64: 0.01, 128: 0.01, 256: 0.03}
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 4.5)
-_DEFAULTS = {"num_inference_steps": 28, "guidance_scale": 7.0, "length": 256}  # of StableDiffusion3Pipeline
+_DEFAULTS = {
+    "num_inference_steps": 28,
+    "guidance_scale": 7.0,
+    "max_sequence_length": 256,
+}  # of StableDiffusion3Pipeline
 _WORTH_COMPILING = 1_000  # steps: a compilation takes a minute
 DROP_TEXT = 0.1  # share of empty prompts, for classifier-free guidance
 Log = Callable[[str], None]
@@ -111,7 +115,7 @@ def train_judge(out: Path, budget: Budget, seed: int, log: Log) -> Judge:
 
 
 @torch.no_grad()
-def cache_latents(vae: AutoencoderKL, out: Path, budget: Budget, seed: int, log: Log) -> tuple[Tensor, list[Prompt]]:
+def cache_latents(vae: AutoencoderKL, out: Path, count: int, seed: int, log: Log) -> tuple[Tensor, list[Prompt]]:
     """Encode the training pictures once: float16 posterior means (M, 8, 16, 16), normalised, and their prompts.
 
     Sets the autoencoder's shift and scale so that latents have mean 0 and variance 1.
@@ -119,15 +123,15 @@ def cache_latents(vae: AutoencoderKL, out: Path, budget: Budget, seed: int, log:
     file, chunk = out / "latents.safetensors", 64  # larger ones fall out of the cache
     rng = np.random.default_rng([seed, 4])
     table = world.prompts("train")
-    kinds = rng.choice(list(KIND_WEIGHTS), budget.pictures, p=list(KIND_WEIGHTS.values()))
+    kinds = rng.choice(list(KIND_WEIGHTS), count, p=list(KIND_WEIGHTS.values()))
     prompts = [table[k][rng.integers(len(table[k]))] for k in kinds]
     if not file.exists():
         parts = []
-        for start in range(0, budget.pictures, chunk):
+        for start in range(0, count, chunk):
             pictures = np.stack([world.draw(world.scene_for(p, rng)) for p in prompts[start : start + chunk]])
             parts.append(vae.encode(to_tensor(pictures).to(vae.device)).latent_dist.mode().half().cpu())
             if start % (160 * chunk) == 0:
-                log(f"latents: {start}/{budget.pictures}")
+                log(f"latents: {start}/{count}")
         save_file({"z": torch.cat(parts).contiguous()}, file)
     z = load_file(file)["z"]
     shift, scale = z.float().mean().item(), 1 / z.float().std().item()
@@ -160,7 +164,7 @@ def train_flow(
             v = transformer(x, tokens, pooled, sigma * 1000, return_dict=False)[0]
         return (v.float() - target).square().mean()
 
-    fast_error = _compiled(error, budget.flow_steps, log)
+    fast_error = compiled(error, budget.flow_steps, log)
 
     def loss_of(step: int) -> Tensor:
         g = torch.Generator().manual_seed(_seed_of(3, seed, step))
@@ -179,7 +183,7 @@ def train_flow(
             return (fast_error if length == min(LENGTHS) else error)(x, sigma, eps - x0, *told)
 
     def evaluate() -> str:
-        scores = measure(assemble(vae, text, transformer), "validation", 96, seed=5)
+        scores = measure(assemble(vae, text, transformer), "validation", 96, seed=5, max_sequence_length=min(LENGTHS))
         return f"validation strict {scores['strict']:.3f}, graded {scores['graded']:.3f}"
 
     blocks = [n for n, p in module.named_parameters() if p.ndim == 2 and "transformer_blocks" in n]
@@ -197,7 +201,7 @@ def train_flow(
     )
 
 
-def _compiled(function: Callable[..., Tensor], steps: int, log: Log) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Tensor], steps: int, log: Log) -> Callable[..., Tensor]:
     """The function through torch.compile, a quarter faster; as it is, and said so, where there is no compiler."""
     if steps < _WORTH_COMPILING:
         return function
@@ -208,27 +212,18 @@ def _compiled(function: Callable[..., Tensor], steps: int, log: Log) -> Callable
 
 
 @torch.no_grad()
-def measure(
-    pipeline: StableDiffusion3Pipeline,
-    split: str,
-    pictures: int,
-    seed: int,
-    num_inference_steps: int = 10,
-    guidance_scale: float = 1.0,
-    length: int = 16,
-) -> dict[str, Any]:
-    """Strict and graded score of a pipeline's own ODE samples for prompts of a split, over all and by kind."""
+def measure(pipeline: DiffusionPipeline, split: str, pictures: int, seed: int, **options: Any) -> dict[str, Any]:
+    """Strict and graded score of a pipeline's own deterministic samples for prompts of a split, over all and by kind.
+
+    `options` are the pipeline call's; without them 10 steps and no guidance.
+    """
     pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 10, "guidance_scale": 1.0, **options}
     prompts = world.sample_prompts(split, pictures, seed)
     images = []
     for start in range(0, pictures, 64):
         batch = [p.text for p in prompts[start : start + 64]]
         g = torch.Generator().manual_seed(seed + start)
-        options = {
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "max_sequence_length": length,
-        }
         images.append(pipeline(batch, generator=g, output_type="np", **options).images)
     verdicts = verify((np.concatenate(images) * 255).round().astype(np.uint8), prompts)
     kinds = [p.columns["kind"] for p in prompts]
@@ -255,7 +250,9 @@ def round_trip(vae: AutoencoderKL, pictures: int) -> float:
 def figures(pipeline: StableDiffusion3Pipeline, pictures: int) -> dict[str, Any]:
     """What the model card states: on test prompts, with the guidance scale that is best on validation prompts."""
     by_scale = {
-        scale: measure(pipeline, "validation", pictures // 2, seed=8, guidance_scale=scale)["strict"]
+        scale: measure(
+            pipeline, "validation", pictures // 2, seed=8, guidance_scale=scale, max_sequence_length=min(LENGTHS)
+        )["strict"]
         for scale in GUIDANCE_SCALES
     }
     best = max(by_scale, key=lambda scale: by_scale[scale])
@@ -263,7 +260,7 @@ def figures(pipeline: StableDiffusion3Pipeline, pictures: int) -> dict[str, Any]
         "10 steps": {},
         "40 steps": {"num_inference_steps": 40},
         f"10 steps, guidance {best:g}": {"guidance_scale": best},
-        "10 steps, 256 T5 tokens": {"length": 256},
+        "10 steps, 256 T5 tokens": {"max_sequence_length": 256},
         "28 steps, guidance 7, 256 T5 tokens": {**_DEFAULTS, "pictures": pictures // 2},
     }
     return {
@@ -271,7 +268,9 @@ def figures(pipeline: StableDiffusion3Pipeline, pictures: int) -> dict[str, Any]
         "round_trip_strict": round_trip(pipeline.vae, pictures),
         "validation_strict_by_guidance_scale": {f"{scale:g}": strict for scale, strict in by_scale.items()},
         "test": {
-            name: measure(pipeline, "test", **{"pictures": pictures, "seed": 6, **options})
+            name: measure(
+                pipeline, "test", **{"pictures": pictures, "seed": 6, "max_sequence_length": min(LENGTHS), **options}
+            )
             for name, options in test.items()
         },
     }
@@ -297,7 +296,7 @@ def pretrain(
     torch.manual_seed(seed)
     text, transformer = TextStack(), build_transformer()
     vae = load_parts(start, text, transformer).to(place) if start else train_vae(out, budget, seed, place, log)
-    z, prompts = cache_latents(vae, out, budget, seed, log)
+    z, prompts = cache_latents(vae, out, budget.pictures, seed, log)
     train_flow(vae, text, transformer, z, prompts, out, budget, seed, log)
     judge = train_judge(out, budget, seed, log)
     pipeline = assemble(vae, text, transformer)

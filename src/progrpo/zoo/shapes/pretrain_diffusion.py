@@ -1,0 +1,209 @@
+"""How `shapes-diffusion` was made: `progrpo pretrain shapes-diffusion`.
+
+It is taught by `shapes-flow`, whose autoencoder, tokenizer and first text encoder it begins with: at every noisy latent its
+noise prediction is compared with the one that the flow model's velocity stands for. That mean has none of the variance
+of a single picture's noise, so a small model gets far in the hours of a laptop.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTextModel
+
+from progrpo.storage import write_text
+from progrpo.types import Prompt
+from progrpo.zoo.pretraining import train_stage
+from progrpo.zoo.shapes.models import CLIP_LENGTH, assemble_diffusion, build_unet, noise_scheduler
+from progrpo.zoo.shapes.pretrain import DROP_TEXT, GUIDANCE_SCALES, Log, cache_latents, compiled, measure, round_trip
+
+_T5_LENGTH = 16
+MAX_WEIGHT = 10.0  # of an error of noise: at pure noise the velocity's would be 240, and drown all other levels
+
+
+@dataclass(frozen=True)
+class DiffusionBudget:
+    """Of the one stage that is trained; the defaults take two hours on two cores."""
+
+    pictures: int = 64_000
+    steps: int = 30_000
+    batch: int = 32
+    test_pictures: int = 512
+
+
+class Teacher(nn.Module):
+    """`shapes-flow` as a predictor of noise in latents of a diffusion process."""
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline, texts: list[str]) -> None:
+        super().__init__()
+        self.transformer = pipeline.transformer.requires_grad_(False).eval()
+        told = [_told(pipeline, texts[i : i + 256]) for i in range(0, len(texts), 256)]
+        self.tokens, self.pooled = (torch.cat(parts) for parts in zip(*told, strict=True))
+        config = pipeline.vae.config
+        self.offset = config.shift_factor * config.scaling_factor
+
+    @torch.no_grad()
+    def noise(self, x: Tensor, alpha: Tensor, sigma: Tensor, row: Tensor) -> Tensor:
+        """Its expectation of eps (B, C, H, W) in x = alpha x0 + sigma eps, for the prompts numbered `row`.
+
+        In x / (alpha + sigma) the share of noise is sigma / (alpha + sigma): the flow model's own input. It knows latents
+        less their mean, which Stable Diffusion's pipeline does not subtract.
+        """
+        total = alpha + sigma
+        share, z = sigma / total, (x - alpha * self.offset) / total
+        tokens, pooled = self.tokens[row].to(x.device), self.pooled[row].to(x.device)
+        v = self.transformer(z, tokens, pooled, share.flatten() * 1000, return_dict=False)[0]
+        return z + (1 - share) * v.float()
+
+
+@torch.no_grad()
+def _told(pipeline: StableDiffusion3Pipeline, texts: list[str]) -> tuple[Tensor, Tensor]:
+    tokens, _, pooled, _ = pipeline.encode_prompt(
+        texts, None, None, do_classifier_free_guidance=False, max_sequence_length=_T5_LENGTH
+    )
+    return tokens.cpu(), pooled.cpu()
+
+
+def begin_text_encoder(pipeline: StableDiffusion3Pipeline) -> CLIPTextModel:
+    """Stable Diffusion's class with the weights of the flow model's first CLIP encoder."""
+    clip = CLIPTextModel(pipeline.text_encoder.config)
+    clip.load_state_dict(pipeline.text_encoder.text_model.state_dict())
+    return clip
+
+
+def unshifted(vae: AutoencoderKL) -> AutoencoderKL:
+    """The same autoencoder for Stable Diffusion's pipeline, which scales latents and does not shift them."""
+    same = AutoencoderKL.from_config(vae.config, shift_factor=None)
+    same.register_to_config(_name_or_path="shapes-flow")
+    same.load_state_dict(vae.state_dict())
+    return same.to(vae.device).eval()
+
+
+def train_unet(
+    pipeline: StableDiffusionPipeline,
+    flow: StableDiffusion3Pipeline,
+    z: Tensor,
+    prompts: list[Prompt],
+    out: Path,
+    budget: DiffusionBudget,
+    seed: int,
+    device: torch.device,
+    log: Log,
+) -> None:
+    """Regress the teacher's noise at uniform timesteps, weighed so that the loss is that of the flow's velocity, but for the noisiest.
+
+    `z` are latents as the flow model knows them, normalised.
+    """
+    clip, unet = pipeline.text_encoder, pipeline.unet
+    module = nn.ModuleDict({"clip": clip, "unet": unet}).to(device)
+    texts = ["", *sorted({p.text for p in prompts})]
+    row_of = {t: i for i, t in enumerate(texts)}
+    rows = torch.tensor([row_of[p.text] for p in prompts])
+    ids = torch.tensor(pipeline.tokenizer(texts, padding="max_length", max_length=CLIP_LENGTH)["input_ids"])
+    teacher = Teacher(flow, texts).to(device)
+    alphas_cumprod = noise_scheduler().alphas_cumprod.to(device)
+
+    def predict(x: Tensor, timestep: Tensor, ids: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return unet(x, timestep, clip(ids).last_hidden_state, return_dict=False)[0].float()
+
+    def teach(x: Tensor, alpha: Tensor, sigma: Tensor, row: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return teacher.noise(x, alpha, sigma, row)
+
+    fast_predict = compiled(predict, budget.steps, log)
+    fast_teach = compiled(teach, budget.steps, log)
+
+    def loss_of(step: int) -> Tensor:
+        g = torch.Generator().manual_seed(seed * 10_000_000 + step)
+        chosen = torch.randint(len(prompts), (budget.batch,), generator=g)
+        row = torch.where(torch.rand(len(chosen), generator=g) < DROP_TEXT, 0, rows[chosen])
+        x0 = z[chosen].float().to(device) + teacher.offset
+        eps = torch.randn(x0.shape, generator=g).to(device)
+        timestep = torch.randint(len(alphas_cumprod), (len(chosen),), generator=g).to(device)
+        signal = alphas_cumprod[timestep][:, None, None, None]
+        alpha, sigma = signal.sqrt(), (1 - signal).sqrt()
+        x = alpha * x0 + sigma * eps
+        # on a CPU the gradient of fused attention is the slowest part of a step
+        with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
+            wrong = fast_predict(x, timestep, ids[row].to(device)) - fast_teach(x, alpha, sigma, row)
+        return (wrong.square() * ((alpha + sigma) / alpha).square().clamp(max=MAX_WEIGHT)).mean()
+
+    def evaluate() -> str:
+        scores = measure(pipeline, "validation", 96, seed=5)
+        return f"validation strict {scores['strict']:.3f}, graded {scores['graded']:.3f}"
+
+    matrices = [n for n, p in module.named_parameters() if p.ndim == 2 and "transformer_blocks" in n]
+    train_stage(
+        "unet",
+        module,
+        loss_of,
+        steps=budget.steps,
+        lr=5e-4,
+        out=out,
+        matrices=matrices,
+        decay_fraction=0.7,
+        evaluate=evaluate,
+        log=log,
+    )
+
+
+def figures(pipeline: StableDiffusionPipeline, pictures: int) -> dict[str, Any]:
+    """What the model card states: on test prompts, with the guidance scale that is best on validation prompts."""
+    by_scale = {
+        scale: measure(pipeline, "validation", pictures // 2, seed=8, guidance_scale=scale)["strict"]
+        for scale in GUIDANCE_SCALES
+    }
+    best = max(by_scale, key=lambda scale: by_scale[scale])
+    test: dict[str, dict[str, Any]] = {
+        "10 steps": {},
+        "40 steps": {"num_inference_steps": 40},
+        f"10 steps, guidance {best:g}": {"guidance_scale": best},
+        "50 steps, guidance 7.5": {"num_inference_steps": 50, "guidance_scale": 7.5, "pictures": pictures // 2},
+    }
+    return {
+        "pictures": pictures,
+        "round_trip_strict": round_trip(pipeline.vae, pictures),
+        "validation_strict_by_guidance_scale": {f"{scale:g}": strict for scale, strict in by_scale.items()},
+        "test": {
+            name: measure(pipeline, "test", **{"pictures": pictures, "seed": 6, **options})
+            for name, options in test.items()
+        },
+    }
+
+
+def pretrain_diffusion(
+    out: Path,
+    *,
+    teacher: Path,
+    budget: DiffusionBudget,
+    seed: int = 0,
+    device: str = "auto",
+    export: Path | None = None,
+    log: Log = print,
+) -> StableDiffusionPipeline:
+    """Run or resume in `out` what `teacher`, the folder of `shapes-flow`, is needed for; with `export`, write the folder."""
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    flow, unet = StableDiffusion3Pipeline.from_pretrained(teacher), build_unet()
+    clip = begin_text_encoder(flow)
+    z, prompts = cache_latents(flow.vae.to(place), out, budget.pictures, seed, log)
+    pipeline = assemble_diffusion(unshifted(flow.vae), clip, flow.tokenizer, unet)
+    train_unet(pipeline, flow, z, prompts, out, budget, seed, place, log)
+    log("measuring the finished model on test prompts")
+    measured = json.dumps(figures(pipeline, budget.test_pictures), indent=1)
+    write_text(out / "figures.json", measured)
+    log(measured)
+    if export:
+        pipeline.save_pretrained(export / "shapes-diffusion")
+        write_text(export / "shapes-diffusion" / "figures.json", measured)
+    return pipeline
