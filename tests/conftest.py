@@ -1,5 +1,5 @@
-"""What the tests share: a Stable Diffusion 3 pipeline of the true classes and of random weights, whose call takes
-milliseconds, what a run of it needs, and a policy of two weights for computing by hand."""
+"""What the tests share: pipelines of the true classes and of random weights, whose calls take milliseconds, what a run of
+one needs, and a policy of two weights for computing by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _clip_tokenizer() -> Any:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=CLIP_TOKENS)
 
 
-def _clip_encoder(tokenizer: Any) -> Any:
+def _clip_encoder(tokenizer: Any, size: float = 8.0) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     return CLIPTextModelWithProjection(
@@ -43,7 +43,7 @@ def _clip_encoder(tokenizer: Any) -> Any:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            initializer_factor=8.0,  # random, but not blind to the text
+            initializer_factor=size,  # random, but not blind to the text
         )
     )
 
@@ -82,7 +82,25 @@ def _denoiser() -> Any:
     )
 
 
-def _vae() -> Any:
+def _unet(cross_attention_dim: int = WIDTH // 2, **more: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=cross_attention_dim,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        **more,
+    )
+
+
+def _vae(**scaling: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -93,8 +111,7 @@ def _vae() -> Any:
         latent_channels=4,
         norm_num_groups=4,
         sample_size=16,
-        scaling_factor=1.5,
-        shift_factor=0.06,
+        **scaling,
     )
 
 
@@ -109,7 +126,7 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pipeline = StableDiffusion3Pipeline(
             transformer=_denoiser(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=_vae(),
+            vae=_vae(scaling_factor=1.5, shift_factor=0.06),
             text_encoder=_clip_encoder(clip_1),
             tokenizer=clip_1,
             text_encoder_2=_clip_encoder(clip_2),
@@ -118,6 +135,79 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tokenizer_3=t5,
         )
     folder = tmp_path_factory.mktemp("models") / "tiny-sd3"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _noise_schedule(prediction_type: str) -> dict[str, Any]:
+    return {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "prediction_type": prediction_type,
+    }
+
+
+def _tiny_sd(folder: Path, prediction_type: str) -> Path:
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    tokenizer = _clip_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = StableDiffusionPipeline(
+            unet=_unet(),
+            scheduler=PNDMScheduler(**_noise_schedule(prediction_type), set_alpha_to_one=False, skip_prk_steps=True),
+            vae=_vae(scaling_factor=0.18),
+            text_encoder=CLIPTextModel(_clip_encoder(tokenizer).config),
+            tokenizer=tokenizer,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion 1.x that says noise: latents of 4x8x8, pictures of 16x16, PNDM's scheduler as SD 1.4 has it."""
+    return _tiny_sd(tmp_path_factory.mktemp("models") / "tiny-sd", "epsilon")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion 2.x that says v."""
+    return _tiny_sd(tmp_path_factory.mktemp("models") / "tiny-sd-v", "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion XL: pooled embeddings, time ids, and Euler's scheduler as it is shipped with."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel
+
+    clip_1, clip_2 = _clip_tokenizer(), _clip_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pooled, time_ids = WIDTH // 2, 6 * 4
+        pipeline = StableDiffusionXLPipeline(
+            unet=_unet(
+                cross_attention_dim=WIDTH,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=4,
+                projection_class_embeddings_input_dim=pooled + time_ids,
+            ),
+            scheduler=EulerDiscreteScheduler(**_noise_schedule("epsilon"), timestep_spacing="leading"),
+            vae=_vae(scaling_factor=0.13),
+            text_encoder=CLIPTextModel(_clip_encoder(clip_1, 3.0).config),  # it is read before its last norm
+            tokenizer=clip_1,
+            text_encoder_2=_clip_encoder(clip_2, 3.0),
+            tokenizer_2=clip_2,
+            add_watermarker=False,
+        )
+    folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
     pipeline.save_pretrained(folder)
     return folder
 
@@ -143,12 +233,12 @@ def _redness() -> Callable[..., list[float]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_pipeline(tiny_sd3: Path) -> Callable[[], Any]:
-    """The untouched pipeline, as a user of diffusers has it, new at every call."""
+def tiny_pipeline(tiny_sd3: Path) -> Callable[..., Any]:
+    """The untouched pipeline of a folder, as a user of diffusers has it, new at every call."""
     from diffusers import DiffusionPipeline
 
-    def load() -> Any:
-        pipeline = DiffusionPipeline.from_pretrained(tiny_sd3, use_safetensors=True)
+    def load(folder: Path = tiny_sd3) -> Any:
+        pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -167,6 +257,7 @@ def tiny_config() -> Callable[..., Any]:
         prompts=c.PromptConfig(per_iteration=2),
         sampling=c.SamplingConfig(num_inference_steps=4),
         plan=c.PlanConfig(preset="custom", group_size=4, prune=((1, 3),)),
+        objective=c.ObjectiveConfig(grpo=c.GRPOConfig(clip_range=3e-3)),
         audit=c.AuditConfig(every=0),
         eval=c.EvalConfig(pictures=3, num_inference_steps=3),
         checkpoint=c.CheckpointConfig(every=1),
@@ -175,21 +266,16 @@ def tiny_config() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def tiny_policy(tiny_pipeline: Callable[[], Any]) -> Callable[..., Any]:
+def tiny_policy(tiny_sd3: Path, tiny_pipeline: Callable[..., Any]) -> Callable[..., Any]:
     """The pipeline as a policy, new at every call; `moved` is how far its trained weights are from their start."""
+    from progrpo.policies.base import PolicySettings
     from progrpo.policies.load import policy_from_pipeline
 
-    def load(weights: Any = "lora", dtype: torch.dtype = torch.float32, moved: float = 0.0) -> Any:
-        policy = policy_from_pipeline(
-            tiny_pipeline(),
-            weights=weights,
-            lora_rank=2,
-            lora_alpha=4,
-            max_sequence_length=8,
-            seed=0,
-            device="cpu",
-            dtype=dtype,
-        )
+    def load(
+        weights: Any = "lora", dtype: torch.dtype = torch.float32, moved: float = 0.0, folder: Path = tiny_sd3
+    ) -> Any:
+        settings = PolicySettings(weights, lora_rank=2, lora_alpha=4, max_sequence_length=8, dtype=dtype)
+        policy = policy_from_pipeline(tiny_pipeline(folder), settings)
         move(policy, moved)
         return policy
 
@@ -251,6 +337,7 @@ def first_experience() -> Callable[[Any], Any]:
 class LinearPolicy:
     """v = a x + b c in float64, c being the prompt's number: all that objectives and updates ask of a policy."""
 
+    prediction = "flow"
     latent_shape = (1, 2, 2)
     device = torch.device("cpu")
 
@@ -261,9 +348,14 @@ class LinearPolicy:
         self.trainable = {"a": self.a, "b": self.b}
         self.named_weights = NamedWeights(self.trainable)
 
-    def predict(self, x_BCHW: Any, sigma: Any, condition: Any, guidance_scale: float = 1.0) -> Any:
+    def predict(self, x_BCHW: Any, timestep: Any, condition: Any, guidance_scale: float = 1.0) -> Any:
         """The empty prompt's number is 0, so guidance scales c."""
         return self.a * x_BCHW + guidance_scale * self.b * condition.tensors["c"].reshape(-1, 1, 1, 1)
+
+    def between(self, levels_T1: Any, place_B: Any) -> Any:
+        from progrpo.diffusion.levels import between_flow_levels
+
+        return between_flow_levels(levels_T1, place_B)
 
     def weights(self, name: str) -> AbstractContextManager[None]:
         return self.named_weights.swapped(name)
@@ -274,19 +366,63 @@ def linear_policy() -> LinearPolicy:
     return LinearPolicy(0.3, -0.2)
 
 
+class LinearDiffusionPolicy(LinearPolicy):
+    """A diffusion model that was trained on ten levels of noise, on an uneven grid of 3 steps that ends before clean data.
+
+    A hundredth of the timestep is added to its output, so that a wrong one would show.
+    """
+
+    signal = torch.tensor([0.98, 0.95, 0.9, 0.82, 0.71, 0.58, 0.44, 0.3, 0.18, 0.08], dtype=torch.float64)
+
+    def __init__(self, a: float, b: float, prediction: str) -> None:
+        super().__init__(a, b)
+        self.prediction = prediction
+
+    def predict(self, x_BCHW: Any, timestep: Any, condition: Any, guidance_scale: float = 1.0) -> Any:
+        return super().predict(x_BCHW, timestep, condition, guidance_scale) + timestep.reshape(-1, 1, 1, 1) / 100
+
+    def process(self, sampler: str, noise_level: float) -> Any:
+        from progrpo.diffusion.levels import diffusion_levels
+        from progrpo.diffusion.process import Process
+
+        levels = diffusion_levels(torch.tensor([9, 5, 2]), self.signal, torch.tensor(0.99, dtype=torch.float64))
+        return Process(self.prediction, sampler, levels, (noise_level,) * 3)
+
+    def between(self, levels_T1: Any, place_B: Any) -> Any:
+        from progrpo.diffusion.levels import between_diffusion_levels
+
+        return between_diffusion_levels(levels_T1, place_B, self.signal)
+
+
+@pytest.fixture(scope="session")
+def linear_diffusion_policy() -> Callable[[str], LinearDiffusionPolicy]:
+    """New at every call, of a prediction type."""
+    return lambda prediction: LinearDiffusionPolicy(0.3, -0.2, prediction)
+
+
 @pytest.fixture(scope="session")
 def linear_experience() -> Callable[..., Any]:
     """Transitions of the linear policy's shape on a grid of 3 steps, drawn anywhere: 2 groups, of 3 and 2 members.
 
-    Their log-probs are those of `policy`, give or take `off`.
+    Their log-probs are those of `policy`, give or take `off`. The process is Flow-GRPO's if no other is given.
     """
-    from progrpo.diffusion.flow import flow_grpo_rate, sde_mean_std
-    from progrpo.diffusion.gaussian import log_prob
+    from progrpo.diffusion.levels import flow_levels
+    from progrpo.diffusion.process import Process
     from progrpo.objectives.base import Experience
     from progrpo.rollout.noise import NoiseKey
     from progrpo.types import Condition, Trajectories, Transition
 
-    def build(policy: Any, advantages: Sequence[float], off: float = 0.0, guidance_scale: float = 1.0) -> Experience:
+    flow = flow_levels(torch.tensor([1.0, 0.8, 0.5, 0.0], dtype=torch.float64))
+    flow_grpo = Process("flow", "flow_grpo", flow, (0.7, 0.7, 0.7))
+
+    def build(
+        policy: Any,
+        advantages: Sequence[float],
+        off: float = 0.0,
+        guidance_scale: float = 1.0,
+        process: Process = flow_grpo,
+        steps: Sequence[int] = (0, 1),
+    ) -> Experience:
         generator = torch.Generator().manual_seed(7)
 
         def draw(*shape: int) -> torch.Tensor:
@@ -294,18 +430,16 @@ def linear_experience() -> Callable[..., Any]:
 
         group, slot = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 5, 5])
         condition = Condition({"c": torch.tensor([1.0, -2.0], dtype=torch.float64)})
-        sigmas = torch.tensor([1.0, 0.8, 0.5, 0.0], dtype=torch.float64)
-        rates = torch.stack([flow_grpo_rate(sigma, 0.7, sigmas[1]) for sigma in sigmas[:3]])
         path = []
-        for step in (0, 1):
+        for step in steps:
             x = draw(5, 1, 2, 2)
             with torch.no_grad():
-                v = policy.predict(x, sigmas[step], condition.take(group), guidance_scale)
-            mean, std = sde_mean_std(x, v, sigmas[step], sigmas[step + 1], rates[step])
+                output = policy.predict(x, process.timestep(step, x), condition.take(group), guidance_scale)
+            mean, std = process.mean_std(step, x, output)
             x_next = mean + std * draw(*x.shape)
-            path.append(Transition(step, x, x_next, log_prob(x_next, mean, std) + off * draw(5), mean))
+            path.append(Transition(step, x, x_next, process.log_prob(x_next, mean, std) + off * draw(5), mean))
         living = Trajectories(group, slot, torch.tensor([0, 2, 3, 0, 1]), draw(5, 1, 2, 2), None, tuple(path))
         wanted = torch.tensor(advantages, dtype=torch.float64)
-        return Experience(living, wanted, condition, sigmas, rates, NoiseKey(3, 1), guidance_scale)
+        return Experience(living, wanted, condition, process, NoiseKey(3, 1), guidance_scale)
 
     return build

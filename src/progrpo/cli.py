@@ -195,32 +195,66 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain:
-    """Make a built-in model from nothing; the same command goes on where it was stopped."""
+class Repro:
+    """Compute what the paper prints: `table4`, the cost of an epoch."""
 
-    model: Positional[Literal["shapes-flow"]]
-    out: Path = Path("runs/pretrain/shapes-flow")
-    """Where its state lies."""
+    what: Positional[Literal["table4"]]
+    json: FlagCreatePairsOff[bool] = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        from progrpo.repro.table4 import in_words, table4
+
+        found = table4()
+        print(json.dumps(found, indent=2) if self.json else in_words(found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Make a built-in model; the same command goes on where it was stopped."""
+
+    model: Positional[Literal["shapes-flow", "shapes-diffusion"]]
+    """shapes-diffusion is taught by the shipped shapes-flow and shares its autoencoder."""
+    out: Path | None = None
+    """Where its state lies; without it runs/pretrain/MODEL."""
     device: str = "auto"
     """`auto` is the GPU where there is one, else the CPU."""
     from_shipped: FlagCreatePairsOff[bool] = False
-    """Train the shipped model further; its autoencoder stays, and the state lies in OUT/from-shipped."""
+    """Train the shipped shapes-flow further; its autoencoder stays, and the state lies in OUT/from-shipped."""
     vae_steps: int | None = None
     """Optimizer steps of a stage; without it what made the shipped model."""
     flow_steps: int | None = None
     judge_steps: int | None = None
+    unet_steps: int | None = None
+    """Of shapes-diffusion."""
     export: FlagCreatePairsOff[bool] = False
     """Put the finished model in the package, as the one that is shipped."""
 
     def run(self) -> None:
         from progrpo.zoo import WEIGHTS
+
+        out, export = self.out or Path("runs/pretrain") / self.model, WEIGHTS if self.export else None
+        if self.model == "shapes-diffusion":
+            self._only_for("shapes-flow", "from_shipped", "vae_steps", "flow_steps", "judge_steps")
+            from progrpo.zoo.shapes.pretrain_diffusion import DiffusionBudget, pretrain_diffusion
+
+            steps = {} if self.unet_steps is None else {"steps": self.unet_steps}
+            taught = DiffusionBudget(**steps)
+            pretrain_diffusion(out, teacher=WEIGHTS / "shapes-flow", budget=taught, device=self.device, export=export)
+            return
+        self._only_for("shapes-diffusion", "unet_steps")
         from progrpo.zoo.shapes.pretrain import Budget, pretrain
 
         wanted = {"vae_steps": self.vae_steps, "flow_steps": self.flow_steps, "judge_steps": self.judge_steps}
-        budget = Budget(**{name: steps for name, steps in wanted.items() if steps is not None})
         # a folder of its own: latents and weights of two models must never meet in one resumed state
-        start, out = (WEIGHTS / "shapes-flow", self.out / "from-shipped") if self.from_shipped else (None, self.out)
-        pretrain(out, budget=budget, device=self.device, start=start, export=WEIGHTS if self.export else None)
+        start, out = (WEIGHTS / "shapes-flow", out / "from-shipped") if self.from_shipped else (None, out)
+        budget = Budget(**{name: steps for name, steps in wanted.items() if steps is not None})
+        pretrain(out, budget=budget, device=self.device, start=start, export=export)
+
+    def _only_for(self, other: str, *options: str) -> None:
+        for name in options:
+            if getattr(self, name) not in (None, False):
+                raise ValueError(f"--{name.replace('_', '-')} is an option of {other}, not of {self.model}")
 
 
 COMMANDS: dict[str, type] = {
@@ -230,6 +264,7 @@ COMMANDS: dict[str, type] = {
     "sample": Sample,
     "eval": Eval,
     "report": Report,
+    "repro": Repro,
     "pretrain": Pretrain,
 }
 

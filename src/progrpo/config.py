@@ -20,13 +20,14 @@ class ModelConfig:
     path: str = "shapes-flow"
     """A built-in model's name, a folder in diffusers' format, or a hub id."""
     weights: Literal["lora", "full"] = "lora"
-    """Train low-rank adapters (peft) or every weight of the denoiser."""
+    """Train low-rank adapters (peft) or every weight of the denoiser. The reference of a LoRA is the model without it. That of full
+    weights is a frozen copy, kept only where the objective measures a distance to it (a kl_beta above 0, or dgpo)."""
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_targets: tuple[str, ...] = ()
-    """Module names to adapt; empty: attention and feed-forward projections of both streams."""
+    """Module names to adapt; empty: attention and feed-forward projections (of SD3's both streams)."""
     max_sequence_length: int = 16
-    """T5 tokens; there is no attention mask in SD3, so this changes the picture and multiplies the cost."""
+    """T5 tokens of SD3; there is no attention mask in SD3, so this changes the picture and multiplies the cost."""
     keep_text_encoders: bool = False
     """False: every prompt that the run will meet is encoded at its start, and the text encoders leave memory. True: they
     stay, and encode as prompts come; for runs of so many prompts that the embeddings would not fit."""
@@ -50,10 +51,18 @@ class SamplingConfig:
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
     """1 is no classifier-free guidance; above 1 a network call counts twice."""
-    noise_level: float = 0.7
-    """Flow-GRPO's a: how much noise a step adds (arXiv 2505.05470)."""
+    sampler: Literal["auto", "flow_grpo", "dance", "ddim", "cps", "cps_reduced"] = "auto"
+    """How a stochastic step adds noise. For flow models Flow-GRPO's SDE (`flow_grpo`, arXiv 2505.05470) or DanceGRPO's (`dance`,
+    arXiv 2505.07818); for flow and diffusion models `ddim` (with eta) and `cps` (arXiv 2509.05952; `cps_reduced` has the published
+    stand-in for its log-prob). `auto`: flow_grpo for a flow model, ddim for a diffusion model."""
+    noise_level: float | None = None
+    """How much noise: Flow-GRPO's a, DanceGRPO's and DDIM's eta, CPS's. Empty: the published 0.7, 0.3, 1 and 0.8."""
     shift: float | None = None
-    """Time shift of the sigma grid; empty: the model's own."""
+    """Time shift of a flow model's grid; empty: the model's own."""
+    same_latent: bool = False
+    """All members of a group begin at one noise, and differ by the noise of their steps."""
+    latent_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """In which latents are kept for training. They are rounded before their log-probs are taken, so that ratios stay exact."""
     sde_window: Literal["auto", "all", "first", "sliding", "random", "none"] = "auto"
     """Which steps are stochastic; the others follow the ODE. `all`; a window, which alone is trained, at the `first` steps,
     `sliding` (MixGRPO, arXiv 2507.21802) or `random` for each iteration; `none`. `auto` is `all` for an objective that trains
@@ -80,20 +89,22 @@ class PlanConfig:
     selector: Literal["ovf", "uniform", "top_bottom", "none"] = "ovf"
 
 
-BUILT_IN_REWARDS = ("shapes", "shapes_strict", "shapes_mixed")
+BUILT_IN_REWARDS = ("shapes", "shapes_strict", "shapes_mixed", "pickscore", "hpsv2")
 
 
 @dataclass(frozen=True)
 class RewardConfig:
     name: str = "shapes"
     """Of the built-in verifier: `shapes` (graded), `shapes_strict` (1 where all is right, else 0) or `shapes_mixed` (their mean).
-    Or `module:function` of your own."""
+    Of human preferences, for any prompts: `pickscore` (PickScore over 26, arXiv 2305.01569) or `hpsv2` (HPSv2.1, arXiv 2306.09341);
+    the hub's weights are fetched at the first score. Or `module:function` of your own."""
 
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    clip_range: float = 3e-3
-    """On ratios of mean-over-dims log-probs, so it belongs to a latent size: 1e-4 at 16x64x64 is 3.2e-3 at 8x16x16."""
+    clip_range: float | None = None
+    """On ratios of mean-over-dims log-probs, so it belongs to a latent size: 1e-4 at 16x64x64 is 3.2e-3 at 8x16x16. Empty: what
+    was published with the sampler, or with the guarded ratio, for this model's latents."""
     adv_clip_max: float = 5.0
     ratio: Literal["plain", "guard"] = "plain"
     """guard: GRPO-Guard's normalised ratio (arXiv 2510.22319), whose clip range is smaller."""
@@ -345,7 +356,10 @@ _RULES: dict[str, _Rule] = {
     "prompts.per_iteration": _at_least(1),
     "sampling.num_inference_steps": _at_least(1),
     "sampling.guidance_scale": _at_least(1),
-    "sampling.noise_level": (lambda v: 0 < v < math.inf, "above 0 (a step without noise has no log-prob to train on)"),
+    "sampling.noise_level": (
+        lambda v: v is None or 0 < v < math.inf,
+        "above 0 (a step without noise has no log-prob to train on), or empty for the published one",
+    ),
     "sampling.shift": (lambda v: v is None or 0 < v < math.inf, "above 0, or empty for the model's own"),
     "sampling.sde_window_size": _at_least(1),
     "sampling.sde_window_interval": _at_least(1),
@@ -356,7 +370,7 @@ _RULES: dict[str, _Rule] = {
         f"one of {', '.join(BUILT_IN_REWARDS)}, or `module:function`",
     ),
     "objective.adv_eps": _above(0),
-    "objective.grpo.clip_range": _above(0),
+    "objective.grpo.clip_range": (lambda v: v is None or 0 < v < math.inf, "above 0, or empty for the published one"),
     "objective.grpo.kl_beta": _at_least(0),
     "objective.nft.beta": _above(0),
     "objective.nft.kl_beta": _at_least(0),
@@ -407,6 +421,12 @@ def _check_together(config: Config) -> None:
         _check_window(config.sampling)
     if config.sampling.sde_window in ("first", "sliding", "random"):
         _check_window_fits(config.sampling)
+    if config.sampling.same_latent and not stochastic_steps(config, 0):
+        raise ValueError(
+            "sampling.same_latent must be false where no step adds noise (sampling.sde_window): a group's members would be equal"
+        )
+    if config.sampling.sampler in ("ddim", "cps", "cps_reduced"):
+        _check_preserving(config)
     if config.eval.keep_best and not config.eval.every:
         raise ValueError("eval.keep_best must have eval.every above 0: the best is that of the evaluations on the way")
     plan = config.plan
@@ -419,6 +439,25 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             "objective.baseline must be survivors under a plan that prunes while sampling: "
             "the pruned members have no final rewards"
+        )
+
+
+def _check_preserving(config: Config) -> None:
+    sampling = config.sampling
+    if (sampling.noise_level or 0) > 1:
+        raise ValueError(
+            f"sampling.noise_level must be at most 1 for sampling.sampler {sampling.sampler}, not"
+            f" {sampling.noise_level}: a step cannot add more noise than there is at its end"
+        )
+    grpo = config.objective.grpo
+    if trains_transitions(config) and grpo.ratio == "guard" and sampling.sampler == "cps_reduced":
+        raise ValueError(
+            "objective.grpo.ratio guard must go with a sampler whose log-prob is a density, not cps_reduced; take cps"
+        )
+    if trains_transitions(config) and grpo.kl_form == "flow_grpo":
+        raise ValueError(
+            "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance), not"
+            f" {sampling.sampler}; take exact"
         )
 
 

@@ -42,6 +42,51 @@ def quickstart() -> Config:
     )
 
 
+def sd14_hpsv2() -> Config:
+    """The paper's run on SD 1.4 towards HPSv2.1, 48 -> 32 -> 8; bring prompts.txt and eval.txt.
+
+    DanceGRPO's settings (arXiv 2505.07818), whose baseline is `--plan.preset custom --plan.group-size 16`; the plan is Pro-GRPO's
+    (arXiv 2512.15347), and its learning settings are not known in public.
+    """
+    return Config(
+        recipe="sd14-hpsv2",
+        iterations=300,
+        model=ModelConfig(path="CompVis/stable-diffusion-v1-4", weights="full", dtype="bfloat16"),
+        prompts=PromptConfig(source="prompts.txt", per_iteration=32),
+        sampling=SamplingConfig(num_inference_steps=50, guidance_scale=5.0, same_latent=True, microbatch=16),
+        plan=PlanConfig(preset="sd14"),
+        reward=RewardConfig(name="hpsv2"),
+        optim=OptimConfig(lr=1e-5, updates_per_rollout=2, microbatch=8),
+        eval=EvalConfig(prompts="eval.txt", pictures=200, num_inference_steps=50, guidance_scale=5.0),
+    )
+
+
+def sd35m_pickscore() -> Config:
+    """The paper's run on SD 3.5 Medium towards PickScore; bring prompts.txt and eval.txt.
+
+    Plan `standard`, or `--plan.preset flash` (Pro-GRPO, arXiv 2512.15347, whose learning settings are not known in public);
+    the rest is Flow-GRPO's (arXiv 2505.05470), whose baseline is `--plan.preset none`, a group of 24.
+    """
+    return Config(
+        recipe="sd35m-pickscore",
+        iterations=1000,
+        model=ModelConfig(
+            path="stabilityai/stable-diffusion-3.5-medium",
+            lora_rank=32,
+            lora_alpha=64,
+            max_sequence_length=128,
+            dtype="bfloat16",
+        ),
+        prompts=PromptConfig(source="prompts.txt", per_iteration=48),
+        sampling=SamplingConfig(guidance_scale=4.5, microbatch=8),
+        plan=PlanConfig(preset="standard"),
+        reward=RewardConfig(name="pickscore"),
+        objective=ObjectiveConfig(grpo=GRPOConfig(kl_beta=0.01, kl_form="flow_grpo")),
+        optim=OptimConfig(lr=3e-4, updates_per_rollout=2, microbatch=8, ema_decay=0.9),
+        eval=EvalConfig(prompts="eval.txt", pictures=200, num_inference_steps=40, guidance_scale=4.5),
+    )
+
+
 def sd3() -> Config:
     """Pro-GRPO with the paper's plan on Stable Diffusion 3.5, to begin with for a task of one's own."""
     return Config(
@@ -56,7 +101,6 @@ def sd3() -> Config:
         ),
         sampling=SamplingConfig(guidance_scale=4.5, microbatch=8),
         plan=PlanConfig(preset="standard"),
-        objective=ObjectiveConfig(grpo=GRPOConfig(clip_range=1e-4)),
         optim=OptimConfig(lr=3e-4, microbatch=8, ema_decay=0.9),
         eval=EvalConfig(guidance_scale=4.5),
     )
@@ -76,7 +120,13 @@ def smoke() -> Config:
     )
 
 
-RECIPES: dict[str, Callable[[], Config]] = {"quickstart": quickstart, "sd3": sd3, "smoke": smoke}
+RECIPES: dict[str, Callable[[], Config]] = {
+    "quickstart": quickstart,
+    "sd14-hpsv2": sd14_hpsv2,
+    "sd35m-pickscore": sd35m_pickscore,
+    "sd3": sd3,
+    "smoke": smoke,
+}
 
 
 def describe(name: str) -> str:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:  # the plan and the command line use these types without torch
     from torch import Tensor
 
 
+WHOLE_GROUP = -1
+"""In place of a member's number: of noise that a group shares."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What is asked for: a text, and columns (targets, scenes, references) that a reward may need."""
@@ -60,7 +64,7 @@ class Trajectories:
     """The living trajectories of P groups, packed without gaps.
 
     `slot_N` is the global prompt slot of the iteration and `member_N` the place in the group at expansion: both never
-    change, so that noise keyed by them does not know who was pruned. `v_NCHW` is the network's output at `x_NCHW`,
+    change, so that noise keyed by them does not know who was pruned. `output_NCHW` is the network's output at `x_NCHW`,
     there only between a network call and the step that uses it.
     """
 
@@ -68,7 +72,7 @@ class Trajectories:
     slot_N: Tensor
     member_N: Tensor
     x_NCHW: Tensor
-    v_NCHW: Tensor | None = None
+    output_NCHW: Tensor | None = None
     path: tuple[Transition, ...] = ()
 
     def __len__(self) -> int:
@@ -81,7 +85,7 @@ class Trajectories:
             self.slot_N[rows],
             self.member_N[rows],
             self.x_NCHW[rows],
-            None if self.v_NCHW is None else self.v_NCHW[rows],
+            None if self.output_NCHW is None else self.output_NCHW[rows],
             tuple(t.take(rows) for t in self.path),
         )
 

@@ -22,7 +22,11 @@ def configured(name: str, **settings: Any) -> ObjectiveConfig:
     return from_dict({"objective": {"name": name, name: settings}}).objective
 
 
-CONFIGS = {**{name: configured(name) for name in OBJECTIVES}, "grpo-guard": configured("grpo", ratio="guard")}
+CONFIGS = {
+    **{name: configured(name) for name in OBJECTIVES},
+    "grpo": configured("grpo", clip_range=3e-3),
+    "grpo-guard": configured("grpo", clip_range=3e-3, ratio="guard"),
+}
 LATENT = [name for name, wanted in CONFIGS.items() if OBJECTIVES[wanted.name](wanted).needs == "latents"]
 
 
@@ -189,7 +193,7 @@ def test_a_first_rollout_is_learnt_from(build, first_experience):
 def test_what_is_stored_is_what_is_asked_for(build, first_experience):
     trainer = build()
     path = first_experience(trainer).trajectories.path
-    stochastic = [level > 0 for level in trainer.sampling.noise_levels]
+    stochastic = [level > 0 for level in trainer.sampling.process.noise_levels]
     if trainer.objective.needs == "latents":
         assert path == () and not any(stochastic)
     else:
@@ -199,7 +203,7 @@ def test_what_is_stored_is_what_is_asked_for(build, first_experience):
 
 def test_stochastic_rollouts_are_stored_only_for_transitions(build, first_experience):
     trainer = build(sampling=SamplingConfig(num_inference_steps=4, sde_window="all"))
-    assert all(level > 0 for level in trainer.sampling.noise_levels)
+    assert all(level > 0 for level in trainer.sampling.process.noise_levels)
     path = first_experience(trainer).trajectories.path
     assert len(path) == (0 if trainer.objective.needs == "latents" else 3)
 
@@ -313,7 +317,7 @@ def test_a_window_is_what_is_sampled_and_trained(tiny_trainer, tiny_config):
     sampling = SamplingConfig(num_inference_steps=4, sde_window="sliding", sde_window_size=1, sde_window_interval=1)
     trainer = tiny_trainer(tiny_config(objective=CONFIGS["grpo-guard"], sampling=sampling))
     for start in (0, 1, 2, 0):
-        assert [level > 0 for level in trainer.sampling.noise_levels] == [step == start for step in range(4)]
+        assert [level > 0 for level in trainer.sampling.process.noise_levels] == [step == start for step in range(4)]
         assert [t.step for t in trainer.step().rollout.trajectories.path] == [start]
 
 

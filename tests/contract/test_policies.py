@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor
 
-from progrpo.policies.base import Policy
-from progrpo.policies.load import load_policy
+from progrpo.diffusion.process import Process
+from progrpo.policies.base import Policy, PolicySettings
+from progrpo.policies.load import load_policy, policy_from_pipeline
 from progrpo.storage import load_state, save_state
 
 TEXTS = ("red cat", "blue dog")
@@ -26,7 +26,7 @@ class Case:
     model: str
     """The name of the fixture that gives the pipeline's folder."""
     weights: str
-    without_gradient: tuple[str, ...]
+    without_gradient: tuple[str, ...] = ()
     """The denoiser's parameters that cannot change the picture, as parts of their names."""
 
 
@@ -35,6 +35,11 @@ SD3_UNUSED = ("blocks.1.attn.add_q_proj", "blocks.1.attn.norm_added_q")
 CASES = {
     "sd3-lora": Case("tiny_sd3", "lora", without_gradient=SD3_UNUSED),
     "sd3-full": Case("tiny_sd3", "full", without_gradient=SD3_UNUSED),
+    "sd-lora": Case("tiny_sd", "lora"),
+    "sd-full": Case("tiny_sd", "full"),
+    "sd-v-lora": Case("tiny_sd_v", "lora"),
+    "sdxl-lora": Case("tiny_sdxl", "lora"),
+    "sdxl-full": Case("tiny_sdxl", "full"),
 }
 
 
@@ -59,16 +64,16 @@ def pipeline(folder: Path) -> Any:
     return _pipeline(folder)
 
 
-def _load(folder: Path | str, weights: Any, **changes: Any) -> Policy:
-    settings: dict[str, Any] = dict(
-        lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, seed=0, device="cpu", dtype=torch.float32
-    )
-    return load_policy(folder, weights=weights, **{**settings, **changes})
+def _load(folder: Path | str, weights: Any, **changes: Any) -> Any:
+    settings = PolicySettings(weights, lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS)
+    return load_policy(folder, replace(settings, **changes))
 
 
 def _pipeline(folder: Path) -> Any:
     pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
+    if hasattr(pipeline, "unet"):  # whatever it came with, its noise schedule is sampled by DDIM
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     return pipeline
 
 
@@ -86,29 +91,33 @@ def _perturb(policy: Policy, scale: float = 0.1) -> None:
 
 @torch.no_grad()
 def _ode(policy: Policy, guidance_scale: float) -> Tensor:
-    x, condition, sigmas = _noise(policy), policy.encode(TEXTS), policy.sigmas(STEPS)
-    for sigma, sigma_next in pairwise(sigmas):
-        x = x + (sigma_next - sigma) * policy.predict(x, sigma, condition, guidance_scale)
+    x, condition = _noise(policy), policy.encode(TEXTS)
+    process = Process(policy.prediction, "ddim", policy.levels(STEPS), (0.0,) * STEPS)
+    for step in range(STEPS):
+        output = policy.predict(x, process.timestep(step, x), condition, guidance_scale)
+        x = process.deterministic(step, x, output)
     return x
 
 
 def _diffusers(pipeline: Any, policy: Policy, guidance_scale: float, output_type: str, **prompt: Any) -> Any:
     side = policy.latent_shape[-1] * pipeline.vae_scale_factor
+    if hasattr(pipeline, "text_encoder_3"):
+        prompt["max_sequence_length"] = TOKENS
     return pipeline(
-        **(prompt or {"prompt": list(TEXTS)}),
+        **({} if "prompt_embeds" in prompt else {"prompt": list(TEXTS)}),
+        **prompt,
         height=side,
         width=side,
         latents=_noise(policy),
         num_inference_steps=STEPS,
         guidance_scale=guidance_scale,
-        max_sequence_length=TOKENS,
         output_type=output_type,
     ).images
 
 
 def _velocity(policy: Policy) -> Tensor:
     with torch.no_grad():
-        return policy.predict(_noise(policy), torch.tensor(0.7), policy.encode(TEXTS))
+        return policy.predict(_noise(policy), torch.tensor(700.0), policy.encode(TEXTS))
 
 
 def test_without_noise_it_is_the_diffusers_pipeline_bit_for_bit(policy, pipeline):
@@ -119,7 +128,8 @@ def test_without_noise_it_is_the_diffusers_pipeline_bit_for_bit(policy, pipeline
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.5])
 def test_without_noise_it_is_the_diffusers_pipeline_from_text_to_latent(policy, pipeline, guidance_scale):
     expected = _diffusers(pipeline, policy, guidance_scale, "latent")
-    torch.testing.assert_close(_ode(policy, guidance_scale), expected, rtol=0, atol=1e-5)
+    size = max(1.0, expected.abs().max().item())  # an untrained network that says noise ends far from 1
+    torch.testing.assert_close(_ode(policy, guidance_scale), expected, rtol=0, atol=1e-5 * size)
 
 
 def test_pictures_are_the_diffusers_pipelines(policy, pipeline):
@@ -134,41 +144,72 @@ def _grey(picture: Any) -> Tensor:
     return torch.tensor(list(picture.tobytes()), dtype=torch.int32).view(picture.height, picture.width, 3)
 
 
-def test_sigmas_are_the_schedulers_own_or_shifted(policy, pipeline):
-    sigmas = policy.sigmas(STEPS)
+def test_a_flow_models_levels_are_the_schedulers_own_or_shifted(tiny_sd3):
+    policy, pipeline = _load(tiny_sd3, "lora"), _pipeline(tiny_sd3)
+    levels = policy.levels(STEPS)
+    sigmas = levels.sigma
     pipeline.scheduler.set_timesteps(STEPS)
     assert torch.equal(sigmas, pipeline.scheduler.sigmas)
+    assert torch.equal(levels.timestep[:-1], pipeline.scheduler.timesteps) and levels.timestep[-1] == 0
+    assert torch.equal(levels.alpha, 1 - sigmas)
     assert sigmas.dtype == torch.float32 and sigmas.shape == (STEPS + 1,) and sigmas.device.type == "cpu"
     torch.testing.assert_close(
-        policy.sigmas(STEPS, shift=1.0), torch.tensor([*torch.linspace(1, 0.001, STEPS).tolist(), 0.0])
+        policy.levels(STEPS, shift=1.0).sigma, torch.tensor([*torch.linspace(1, 0.001, STEPS).tolist(), 0.0])
     )
-    assert torch.equal(policy.sigmas(STEPS), sigmas)
+    assert torch.equal(policy.levels(STEPS).sigma, sigmas)
 
 
-def test_a_sigma_for_all_is_a_sigma_for_each(policy):
+def test_a_diffusion_models_levels_are_ddims(case, policy, pipeline):
+    if policy.denoiser_name != "unet":
+        pytest.skip("a flow model")
+    levels, scheduler = policy.levels(STEPS), pipeline.scheduler
+    scheduler.set_timesteps(STEPS)
+    assert levels.timestep.tolist() == [*scheduler.timesteps.tolist(), 0]
+    signal = torch.stack([*scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod])
+    assert torch.equal(levels.alpha, signal.sqrt()) and torch.equal(levels.sigma, (1 - signal).sqrt())
+    assert policy.prediction == scheduler.config.prediction_type
+    with pytest.raises(ValueError, match=r"sampling\.shift: this is a diffusion model"):
+        policy.levels(STEPS, shift=3.0)
+    with pytest.raises(ValueError, match=r"sampling\.num_inference_steps: 1001 is more than the 1000 timesteps"):
+        policy.levels(1001)
+
+
+def test_levels_between_the_grids_are_on_the_way(policy):
+    grid = policy.levels(STEPS)
+    for step in range(STEPS):
+        at = policy.between(grid, torch.tensor([step, step + 0.5, step + 1.0], dtype=torch.float64))
+        assert at.timestep[0] == grid.timestep[step] and at.timestep[2] == grid.timestep[step + 1]
+        torch.testing.assert_close(at.alpha[0], grid.alpha[step])
+        assert at.sigma[0] > at.sigma[1] >= at.sigma[2] and at.timestep[0] > at.timestep[1] >= at.timestep[2]
+        halfway = (grid.timestep[step] + grid.timestep[step + 1]) / 2
+        assert (at.timestep[1] - halfway).abs() <= 0.5  # a diffusion model was trained at whole timesteps only
+
+
+def test_a_timestep_for_all_is_a_timestep_for_each(policy):
     condition, x = policy.encode(TEXTS), _noise(policy)
     for guidance_scale in (1.0, 3.5):
-        one = policy.predict(x, torch.tensor(0.6), condition, guidance_scale)
-        each = policy.predict(x, torch.tensor([0.6, 0.6]), condition, guidance_scale)
+        one = policy.predict(x, torch.tensor(600.0), condition, guidance_scale)
+        each = policy.predict(x, torch.tensor([600.0, 600.0]), condition, guidance_scale)
         assert torch.equal(one, each)
-    mixed = policy.predict(x, torch.tensor([0.6, 0.2]), condition)
-    torch.testing.assert_close(mixed[1:], policy.predict(x[1:], torch.tensor(0.2), condition.take(torch.tensor([1]))))
+    mixed = policy.predict(x, torch.tensor([600.0, 200.0]), condition)
+    torch.testing.assert_close(mixed[1:], policy.predict(x[1:], torch.tensor(200.0), condition.take(torch.tensor([1]))))
 
 
 def test_each_row_is_told_its_own_prompt(policy):
     x = _noise(policy, 1).expand(2, -1, -1, -1)
-    v = policy.predict(x, torch.tensor(0.6), policy.encode(TEXTS))
+    v = policy.predict(x, torch.tensor(600.0), policy.encode(TEXTS))
     assert (v[0] - v[1]).abs().max() > 1e-2
-    back = policy.predict(x, torch.tensor(0.6), policy.encode(TEXTS[::-1]))
+    back = policy.predict(x, torch.tensor(600.0), policy.encode(TEXTS[::-1]))
     torch.testing.assert_close(back.flip(0), v)
 
 
 def test_guidance_is_taken_between_prompt_and_empty_prompt_with_gradients_through_both(policy):
     _perturb(policy)
-    x, sigma, w = _noise(policy), torch.tensor(0.6), 3.0
-    v = policy.predict(x, sigma, policy.encode(TEXTS), w)
-    v_c = policy.predict(x, sigma, policy.encode(TEXTS))
-    v_u = policy.predict(x, sigma, policy.encode(["", ""]))
+    x, timestep, w = _noise(policy), torch.tensor(600.0), 3.0
+    v = policy.predict(x, timestep, policy.encode(TEXTS), w)
+    v_c = policy.predict(x, timestep, policy.encode(TEXTS))
+    nothing = policy._unconditional.take(torch.tensor([0, 0]))  # SDXL has zeros for the empty prompt
+    v_u = policy.predict(x, timestep, nothing)
     expected = v_u + w * (v_c - v_u)
     torch.testing.assert_close(v, expected, rtol=1e-4, atol=1e-5)
     parameter = next(iter(policy.trainable.values()))
@@ -179,7 +220,7 @@ def test_guidance_is_taken_between_prompt_and_empty_prompt_with_gradients_throug
 def test_gradient_reaches_every_trained_weight_and_no_frozen_one(policy, case):
     _perturb(policy)
     before = {name: t.clone() for name, t in policy.frozen()}
-    policy.predict(_noise(policy), torch.tensor(0.6), policy.encode(TEXTS)).square().mean().backward()
+    policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(TEXTS)).square().mean().backward()
     for name, p in policy.trainable.items():
         assert p.grad is not None, name
         assert bool(p.grad.any()) != any(part in name for part in case.without_gradient), name
@@ -228,7 +269,8 @@ def test_saved_weights_give_diffusers_the_trained_pictures(policy, case, pipelin
     if case.weights == "lora":
         pipeline.load_lora_weights(tmp_path / "saved", local_files_only=True)
     else:
-        pipeline.transformer = type(pipeline.transformer).from_pretrained(tmp_path / "saved")
+        denoiser = type(getattr(pipeline, policy.denoiser_name)).from_pretrained(tmp_path / "saved")
+        setattr(pipeline, policy.denoiser_name, denoiser)
     with policy.weights(weights):
         pictures = policy.decode(_ode(policy, 1.0))
     expected = torch.stack([_grey(picture) for picture in _diffusers(pipeline, policy, 1.0, "pil")])
@@ -252,7 +294,7 @@ def test_text_encoders_can_be_released(policy):
     policy.release_text_encoders()
     after = policy.encode(TEXTS)
     assert all(torch.equal(rows, after.tensors[name]) for name, rows in before.tensors.items())
-    assert policy.predict(_noise(policy), torch.tensor(0.6), after, 3.0).isfinite().all()
+    assert policy.predict(_noise(policy), torch.tensor(600.0), after, 3.0).isfinite().all()
     with pytest.raises(ValueError, match=r"'a new one' is new and the text encoders are released"):
         policy.encode(["a new one"])
 
@@ -269,11 +311,11 @@ def test_low_precision_keeps_trained_weights_and_velocities_in_float32(case, fol
     assert {p.dtype for p in low.trainable.values()} == {torch.float32}
     if case.weights == "lora":
         assert {p.dtype for _, p in low.frozen() if isinstance(p, torch.Tensor) and p.dim() == 2} == {torch.bfloat16}
-    v = low.predict(_noise(low), torch.tensor(0.6), low.encode(TEXTS), 3.0)
+    v = low.predict(_noise(low), torch.tensor(600.0), low.encode(TEXTS), 3.0)
     assert v.dtype == torch.float32
     v.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in low.trainable.values())
-    expected = policy.predict(_noise(policy), torch.tensor(0.6), policy.encode(TEXTS), 3.0)
+    expected = policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(TEXTS), 3.0)
     assert (v - expected).abs().max() < 0.1 * expected.abs().max()
     assert low.decode(_noise(low)).dtype == torch.uint8
 
@@ -319,16 +361,7 @@ def test_the_t5_may_be_absent(tiny_sd3):
     from progrpo.policies.sd3 import SD3Policy
 
     pipeline = DiffusionPipeline.from_pretrained(tiny_sd3, text_encoder_3=None, tokenizer_3=None)
-    policy = SD3Policy.from_pipeline(
-        pipeline,
-        weights="lora",
-        lora_rank=2,
-        lora_alpha=2,
-        max_sequence_length=TOKENS,
-        seed=0,
-        device="cpu",
-        dtype=torch.float32,
-    )
+    policy = SD3Policy.from_pipeline(pipeline, PolicySettings(lora_rank=2, lora_alpha=2, max_sequence_length=TOKENS))
     expected = _diffusers(_without_t5(tiny_sd3), policy, 1.0, "latent")
     torch.testing.assert_close(_ode(policy, 1.0), expected, rtol=0, atol=1e-5)
 
@@ -337,6 +370,65 @@ def _without_t5(folder: Path) -> Any:
     pipeline = _pipeline(folder)
     pipeline.text_encoder_3 = None
     return pipeline
+
+
+def test_a_unets_lora_adapts_the_transformer_blocks_by_default(tiny_sd):
+    adapted = {
+        name.split(".lora_")[0].rpartition("transformer_blocks.0.")[2] for name in _load(tiny_sd, "lora").trainable
+    }
+    attention = {f"{attn}.{name}" for attn in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert adapted == attention | {"ff.net.0.proj", "ff.net.2"}
+
+
+def test_sdxl_is_told_the_pictures_size_and_zeros_for_no_prompt(tiny_sdxl):
+    policy, told = _load(tiny_sdxl, "lora", resolution=8), []
+    policy.denoiser.register_forward_pre_hook(lambda m, a, k: told.append(k["added_cond_kwargs"]), with_kwargs=True)
+    policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(TEXTS), 2.0)
+    (added,) = told
+    assert added["time_ids"].tolist() == [[8, 8, 0, 0, 8, 8]] * 4
+    assert not added["text_embeds"][:2].any() and added["text_embeds"][2:].all()
+
+
+def test_sdxls_autoencoder_stays_in_float32_where_float16_would_overflow(tiny_sdxl, tiny_sd):
+    assert _load(tiny_sdxl, "lora", dtype=torch.float16)._pipeline.vae.dtype == torch.float32
+    assert _load(tiny_sdxl, "lora", dtype=torch.bfloat16)._pipeline.vae.dtype == torch.bfloat16
+    assert _load(tiny_sd, "lora", dtype=torch.float16)._pipeline.vae.dtype == torch.float16
+
+
+def test_latents_with_a_mean_and_std_of_their_own_are_decoded_as_sdxls_pipeline_does(tiny_sdxl):
+    policy, pipeline = _load(tiny_sdxl, "lora"), _pipeline(tiny_sdxl)
+    for vae in (policy._pipeline.vae, pipeline.vae):
+        vae.register_to_config(latents_mean=[0.3, -0.2, 0.1, 0.0], latents_std=[1.5, 0.8, 1.0, 2.0])
+    pictures = policy.decode(_ode(policy, 1.0))
+    expected = torch.stack([_grey(picture) for picture in _diffusers(pipeline, policy, 1.0, "pil")])
+    assert (pictures.int() - expected).abs().max() <= 1
+
+
+def test_an_unet_for_more_than_text_is_refused(tiny_sd):
+    pipeline = _pipeline(tiny_sd)
+    pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config, in_channels=9)
+    with pytest.raises(
+        ValueError, match=r"model\.path: the U-Net takes 9 channels where latents have 4; .* inpainting"
+    ):
+        policy_from_pipeline(pipeline, PolicySettings())
+
+
+def test_a_model_of_noise_at_pure_noise_is_refused(tiny_sd, tiny_sd_v):
+    for folder, refused in ((tiny_sd, True), (tiny_sd_v, False)):
+        pipeline = _pipeline(folder)
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
+        if refused:
+            with pytest.raises(ValueError, match="set the scheduler's rescale_betas_zero_snr to false"):
+                policy_from_pipeline(pipeline, PolicySettings())
+        else:
+            assert policy_from_pipeline(pipeline, PolicySettings(lora_rank=2)).levels(STEPS).alpha.isfinite().all()
+
+
+def test_a_safety_checker_takes_no_memory(tiny_sd):
+    pipeline = _pipeline(tiny_sd)
+    pipeline.safety_checker = torch.nn.Linear(1, 1)
+    policy_from_pipeline(pipeline, PolicySettings(lora_rank=2))
+    assert pipeline.safety_checker is None
 
 
 def test_resolution_sets_the_latent_and_must_fit(tiny_sd3):
@@ -355,7 +447,10 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(tmp_path, monkeypatch):
     (other / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     for path, message in (
         (tmp_path / "empty", "has no model_index.json"),
-        (other, "is a FluxPipeline; progrpo trains StableDiffusion3Pipeline"),
+        (
+            other,
+            "is a FluxPipeline; progrpo trains StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline",
+        ),
         (tmp_path / "absent", "neither a built-in model"),
         ("nobody/nothing", "no folder has that name, and the Hugging Face hub was tried"),
     ):

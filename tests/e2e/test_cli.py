@@ -14,6 +14,8 @@ from progrpo.cli import COMMANDS, main
 from progrpo.config import config_from_json
 from progrpo.recipes import RECIPES, load_recipe
 
+NAMES = "quickstart, sd14-hpsv2, sd35m-pickscore, sd3, smoke"  # of recipes
+
 
 def refusal(capsys, *args):
     """The one line on stderr of a command that is refused."""
@@ -119,15 +121,15 @@ def test_plan_reads_a_config_file(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("trian",), "'trian' is no command of progrpo (train, recipes, plan, sample, eval, report, pretrain);"),
-        (("train",), "a recipe (quickstart, sd3, smoke), a config file or a run folder comes first"),
+        (("trian",), "'trian' is no command of progrpo (train, recipes, plan, sample, eval, report, repro, pretrain);"),
+        (("train",), f"a recipe ({NAMES}), a config file or a run folder comes first"),
         (
             ("train", "--seed", "3", "smoke"),
-            "a recipe (quickstart, sd3, smoke), a config file or a run folder comes first",
+            f"a recipe ({NAMES}), a config file or a run folder comes first",
         ),
         (
             ("plan", "smoky"),
-            "smoky is no recipe (quickstart, sd3, smoke), config file or run folder; did you mean smoke?",
+            f"smoky is no recipe ({NAMES}), config file or run folder; did you mean smoke?",
         ),
         (
             ("train", "smoke", "--sampling.noise_levl", "0.5"),
@@ -154,7 +156,8 @@ def test_mistakes_are_refused_in_one_sentence(capsys, args, message):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("train", "smoke", "--sampling.noise_level", "high"), "--sampling.noise-level: could not convert string"),
+        (("train", "smoke", "--sampling.noise_level", "high"), "--sampling.noise-level: no type matching {None}|FLOAT"),
+        (("train", "smoke", "--optim.lr", "high"), "--optim.lr: could not convert string"),
         (("train", "smoke", "--seed", "1.5"), "--seed: invalid literal for int()"),
         (("train", "smoke", "--plan.selector", "ofv"), "invalid choice 'ofv' for argument '--plan.selector'"),
         (("plan", "smoke", "--plan", "flsh"), "invalid choice 'flsh' for argument '--plan'"),

@@ -30,6 +30,7 @@ import progrpo
 from progrpo.config import AuditConfig, CheckpointConfig, Config, EvalConfig, ModelConfig
 from progrpo.config import OptimConfig, PlanConfig, PromptConfig, SamplingConfig
 from progrpo.data import InTurn
+from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.rewards.function import FunctionReward
 from progrpo.training.distributed import Ranks
@@ -69,10 +70,8 @@ class Failing:
 
 def trained(model, config, reward):
     """Survivors and records of each iteration, and the weights in the end."""
-    policy = policy_from_pipeline(
-        DiffusionPipeline.from_pretrained(model), weights="lora", lora_rank=2, lora_alpha=4, max_sequence_length=8,
-        seed=0, device="cpu", dtype=torch.float32,
-    )
+    settings = PolicySettings(lora_rank=2, lora_alpha=4, max_sequence_length=8)
+    policy = policy_from_pipeline(DiffusionPipeline.from_pretrained(model), settings)
     order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
     trainer = Trainer(config, policy, FunctionReward(reward), order, Ranks())
     survivors, records = [], []

@@ -34,8 +34,10 @@ def policy(tiny_policy):
 def draw(policy, tiny_config, prompts, redness):
     """A rollout of some of the prompts in slots of choice."""
 
-    def run(plan: Plan, slots=(0, 1), microbatch=1, guidance_scale=1.0, reward=redness, which=(0, 1)) -> Rollout:
-        wanted = SamplingConfig(num_inference_steps=4, guidance_scale=guidance_scale, microbatch=microbatch)
+    def run(
+        plan: Plan, slots=(0, 1), microbatch=1, guidance_scale=1.0, reward=redness, which=(0, 1), **more
+    ) -> Rollout:
+        wanted = SamplingConfig(num_inference_steps=4, guidance_scale=guidance_scale, microbatch=microbatch, **more)
         sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
         chosen, slot_P = [Prompt(prompts[i]) for i in which], torch.tensor(slots)
         parts = plan, sampling, SELECTORS["ovf"], NoiseKey(3, 1), Meter()
@@ -77,6 +79,13 @@ def test_survivors_are_bitwise_what_they_are_without_pruning(draw, guidance_scal
     pruned, full = (draw(plan, guidance_scale=guidance_scale) for plan in (PRUNED, FULL))
     assert len(pruned.trajectories) == 6 and len(full.trajectories) == 2 * GROUP
     assert len(pruned.trajectories.path) == 3  # all steps but the last
+    assert_bitwise(pruned, full)
+
+
+@pytest.mark.parametrize("latent_dtype", ["float32", "bfloat16"])
+def test_survivors_that_began_as_one_are_bitwise_what_they_are_without_pruning(draw, latent_dtype):
+    pruned, full = (draw(plan, same_latent=True, latent_dtype=latent_dtype) for plan in (PRUNED, FULL))
+    assert len(pruned.trajectories.path[0].x_NCHW.flatten(1).unique(dim=0)) == 2  # groups
     assert_bitwise(pruned, full)
 
 

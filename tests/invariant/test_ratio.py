@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from progrpo.config import SamplingConfig
-from progrpo.objectives.base import Experience, Loss
+from progrpo.config import GRPOConfig, ObjectiveConfig, PlanConfig, SamplingConfig
+from progrpo.objectives.base import Experience, Loss, Objective
 from progrpo.objectives.grpo import GRPO
 from progrpo.training.checks import SelfCheckError, check_ratio
 
@@ -18,8 +18,8 @@ CLIP_RANGE = 3e-3
 Rollouts = Callable[[float], Experience]
 
 
-def losses(policy: Any, experience: Experience, microbatch: int) -> list[Loss]:
-    objective = GRPO(CLIP_RANGE)
+def losses(policy: Any, experience: Experience, microbatch: int, objective: Objective | None = None) -> list[Loss]:
+    objective = objective or GRPO(CLIP_RANGE)
     items = torch.arange(len(experience) * objective.items_per_trajectory(experience))
     with torch.no_grad():
         return [objective.loss(policy, experience, part) for part in items.split(microbatch)]
@@ -83,6 +83,111 @@ def test_in_low_precision_a_microbatch_of_one_rounds_otherwise_but_within_the_cl
     assert worst <= CLIP_RANGE / 2 and clipped == 0
 
 
+# --- every family, sampler and storage --------------------------------------------------------------------------------
+
+SDE, PRESERVING = ("flow_grpo", "dance"), ("ddim", "cps", "cps_reduced")
+SAMPLERS = {"sd3": (*SDE, *PRESERVING), "sd": PRESERVING, "sd_v": PRESERVING, "sdxl": PRESERVING}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@pytest.fixture(scope="module")
+def moved_policy(request, tiny_policy):
+    """A family's policy with moved weights, made once: nothing here trains it."""
+    made: dict[tuple[str, ...], Any] = {}
+
+    def of(family: str, weights: str = "lora", network: str = "float32") -> Any:
+        key = family, weights, network
+        if key not in made:
+            folder = request.getfixturevalue(f"tiny_{family}")
+            made[key] = tiny_policy(weights, getattr(torch, network), moved=0.1, folder=folder)
+        return made[key]
+
+    return of
+
+
+@pytest.fixture
+def first(tiny_trainer, tiny_config, first_experience):
+    """Objective and experience of a first iteration: 2 groups of 4, of which 3 live, guidance and 2 trained steps of 3."""
+
+    def of(policy: Any, ratio: Any = "plain", plan: PlanConfig | None = None, **sampling: Any):
+        wanted = {"num_inference_steps": 3, "guidance_scale": 3.0, "microbatch": 3, **sampling}
+        sections = {"sampling": SamplingConfig(**wanted), "objective": ObjectiveConfig(grpo=GRPOConfig(ratio=ratio))}
+        trainer = tiny_trainer(tiny_config(**sections, **({"plan": plan} if plan else {})), policy)
+        return trainer.objective, first_experience(trainer)
+
+    return of
+
+
+def assert_on_policy(policy, objective, experience, microbatches=(1, 3, 64)):
+    """By the clip range that the objective was given for these latents, or a finer one that runs here have."""
+    assert len(experience) == 6 and len(experience.trajectories.path) > 0
+    for microbatch in microbatches:
+        found = losses(policy, experience, microbatch, objective)
+        worst = max(loss.maxima["ratio_max_deviation"].item() for loss in found)
+        assert worst <= min(objective.clip_range, CLIP_RANGE) / 100, (microbatch, worst)
+        assert sum(loss.sums["clip_fraction"].item() for loss in found) == 0
+
+
+@pytest.mark.parametrize("latent_dtype", DTYPES)
+@pytest.mark.parametrize(("family", "sampler"), [(f, s) for f in SAMPLERS for s in SAMPLERS[f]])
+def test_ratio_is_one_for_every_family_sampler_and_storage(moved_policy, first, family, sampler, latent_dtype):
+    policy = moved_policy(family)
+    objective, experience = first(policy, sampler=sampler, latent_dtype=latent_dtype)
+    stored = experience.trajectories.path[0].x_next_NCHW.dtype
+    assert experience.process.sampler == sampler and stored == getattr(torch, latent_dtype)
+    assert_on_policy(policy, objective, experience)
+
+
+@pytest.mark.parametrize("family", SAMPLERS)
+def test_ratio_is_one_with_full_weights(moved_policy, first, family):
+    policy = moved_policy(family, "full")
+    assert_on_policy(policy, *first(policy, latent_dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("latent_dtype", DTYPES)
+@pytest.mark.parametrize("family", SAMPLERS)
+def test_guarded_ratio_is_one(moved_policy, first, family, latent_dtype):
+    policy = moved_policy(family)
+    objective, experience = first(policy, "guard", latent_dtype=latent_dtype)
+    assert objective.clip_range == pytest.approx(2e-6 * 256)
+    assert_on_policy(policy, objective, experience)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", SAMPLERS)
+def test_ratio_is_one_in_low_precision_for_every_family(moved_policy, first, family, dtype):
+    policy = moved_policy(family, network=dtype)
+    for latent_dtype in ("float32", dtype):
+        objective, experience = first(policy, latent_dtype=latent_dtype)
+        assert_on_policy(policy, objective, experience, microbatches=(3, 64))
+
+
+@pytest.mark.parametrize("latent_dtype", DTYPES)
+@pytest.mark.parametrize("family", ["sd", "sd_v"])
+def test_ratio_is_one_at_a_last_step_of_little_noise(moved_policy, first, family, latent_dtype):
+    """The end of a grid that does not reach clean data: what is rounded is much of the little noise that is added."""
+    policy = moved_policy(family)
+    objective, experience = first(policy, train_last_step=True, latent_dtype=latent_dtype)
+    assert [t.step for t in experience.trajectories.path] == [0, 1, 2] and 0 < experience.process.stds_T[2] < 0.03
+    assert_on_policy(policy, objective, experience)
+
+
+def test_latents_rounded_after_their_log_probs_would_be_seen(moved_policy, first):
+    policy, plan = moved_policy("sd"), PlanConfig("custom", group_size=2)
+    settings = {"num_inference_steps": 50, "train_last_step": True, "microbatch": 4}
+    for latent_dtype, after, seen in (("bfloat16", False, False), ("float32", False, False), ("float32", True, True)):
+        objective, experience = first(policy, plan=plan, latent_dtype=latent_dtype, **settings)
+        last = experience.trajectories.path[-1]
+        if after:
+            last = replace(last, x_next_NCHW=last.x_next_NCHW.to(torch.bfloat16))
+        alone = replace(experience, trajectories=replace(experience.trajectories, path=(last,)))
+        worst = max(loss.maxima["ratio_max_deviation"].item() for loss in losses(policy, alone, 4, objective))
+        assert last.step == 49 and (worst > 1e-4 if seen else worst <= CLIP_RANGE / 100)
+
+
+# --- what is seen -----------------------------------------------------------------------------------------------------
+
+
 def test_a_little_change_of_the_weights_is_seen(trainer, first_experience, move):
     experience = first_experience(trainer)
     check_ratio(deviation(trainer.policy, experience), CLIP_RANGE)
@@ -114,7 +219,7 @@ def test_a_run_that_trains_another_policy_than_it_sampled_from_stops(
         move(policy, 0.02)
         return redness(images, prompts)
 
-    with pytest.raises(SelfCheckError, match="sampling and training compute different velocities"):
+    with pytest.raises(SelfCheckError, match="sampling and training compute different predictions"):
         tiny_trainer(tiny_config(), policy, tampering).step()
 
 

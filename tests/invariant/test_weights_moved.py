@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from progrpo.config import OptimConfig
+from progrpo.config import GRPOConfig, ObjectiveConfig, OptimConfig
 from progrpo.training import checks
 from progrpo.training.checks import SelfCheckError
 
@@ -16,10 +16,10 @@ def copies(tensors):
     return {name: tensor.detach().clone() for name, tensor in tensors}
 
 
-@pytest.mark.parametrize("weights", ["lora", "full"])
-def test_trained_weights_move_and_frozen_ones_do_not(tiny_trainer, tiny_config, weights):
+@pytest.mark.parametrize(("weights", "kl_beta"), [("lora", 0.0), ("full", 0.0), ("full", 0.01)])
+def test_trained_weights_move_and_frozen_ones_do_not(tiny_trainer, tiny_config, weights, kl_beta):
     model = replace(tiny_config().model, weights=weights)
-    trainer = tiny_trainer(tiny_config(model=model))
+    trainer = tiny_trainer(tiny_config(model=model, objective=ObjectiveConfig(grpo=GRPOConfig(kl_beta=kl_beta))))
     policy = trainer.policy
     start, frozen = copies(policy.trainable.items()), copies(policy.frozen())
     for _ in range(2):
@@ -28,8 +28,10 @@ def test_trained_weights_move_and_frozen_ones_do_not(tiny_trainer, tiny_config, 
     assert {n: torch.equal(t, frozen[n]) for n, t in policy.frozen()} == dict.fromkeys(frozen, True)
     moved = [name for name, p in policy.trainable.items() if not torch.equal(p, start[name])]
     assert len(moved) > len(start) // 2
-    with policy.weights("reference"):
-        assert all(torch.equal(p, start[name]) for name, p in policy.trainable.items())
+    kept = weights == "lora" or kl_beta > 0  # a copy of all weights only where something asks for it
+    assert ("reference" in policy.named_weights) == kept
+    with policy.weights("reference" if kept else "current"):
+        assert all(torch.equal(p, start[name]) for name, p in policy.trainable.items()) == kept
 
 
 def test_a_frozen_weight_that_moves_is_named(tiny_trainer, tiny_config):

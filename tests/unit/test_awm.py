@@ -54,8 +54,8 @@ def velocity(at, weights):
 
 
 def log_prob(at, weights, weighting):
-    off = velocity(at, weights) - at.velocity
-    return -WEIGHTINGS[weighting](at.sigma.item()) * (off**2).mean().item()
+    off = velocity(at, weights) - at.target
+    return -WEIGHTINGS[weighting](at.levels.sigma.item()) * (off**2).mean().item()
 
 
 def by_hand(policy, experience, objective, old):
@@ -155,7 +155,7 @@ def test_on_policy_the_gradient_is_the_advantage_times_that_of_the_log_prob(poli
     """So that of the flow-matching loss: what is good is matched, what is bad is unmatched."""
     found = gradients(policy, awm(weighting="t").loss(policy, experience, ITEMS))
     at = Noised.gather(policy, experience, ITEMS, Draws(DRAWS, FRACTION))
-    plain = (at.advantages * at.sigma * at.error(at.predict(policy))).sum()
+    plain = (at.advantages * at.levels.sigma * at.error(at.predict(policy))).sum()
     torch.testing.assert_close(found, torch.autograd.grad(plain, [policy.a, policy.b]))
 
 

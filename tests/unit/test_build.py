@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 from progrpo.config import Config, GRPOConfig, ModelConfig, ObjectiveConfig, SamplingConfig
-from progrpo.policies.load import fastest_dtype
-from progrpo.training.build import OBJECTIVES, sampling_from, settled
+from progrpo.objectives.grpo import GRPO
+from progrpo.policies.base import PolicySettings
+from progrpo.policies.load import fastest_dtype, policy_from_pipeline
+from progrpo.training.build import OBJECTIVES, objective_from, sampler_for, sampling_from, settled
 from progrpo.training.distributed import Ranks
 
 
@@ -31,5 +36,142 @@ def test_a_window_is_stochastic_and_stored_and_the_rest_follows_the_ode(tiny_pol
     )
     needs = OBJECTIVES["grpo"](config.objective).needs
     sampling = sampling_from(config, tiny_policy(), needs, iteration=2)
-    assert sampling.noise_levels == (0, 0, 0.7, 0.7, 0, 0) and sampling.stored_steps == {2, 3}
+    assert sampling.process.noise_levels == (0, 0, 0.7, 0.7, 0, 0) and sampling.stored_steps == {2, 3}
     assert sampling.stored_means == (ratio == "guard")
+
+
+def test_the_clip_range_is_the_published_one_in_proportion_to_the_latent_unless_it_is_given(tiny_policy):
+    policy, given = tiny_policy(), ObjectiveConfig(grpo=GRPOConfig(clip_range=3e-3))
+    assert objective_from(Config(), policy).clip_range == pytest.approx(1e-4 * (16 * 64 * 64) / (4 * 8 * 8))
+    assert objective_from(Config(objective=given), policy).clip_range == 3e-3
+
+
+# --- samplers of families ---------------------------------------------------------------------------------------------
+
+FAMILIES = ("sd3", "sd", "sd_v", "sdxl")
+
+
+@pytest.fixture(scope="module")
+def policy_of(request, tiny_policy):
+    """A family's policy, made once."""
+    made = {}
+
+    def of(family):
+        if family not in made:
+            made[family] = tiny_policy(folder=request.getfixturevalue(f"tiny_{family}"))
+        return made[family]
+
+    return of
+
+
+def configured(grpo=None, **sampling):
+    return Config(sampling=SamplingConfig(**sampling), objective=ObjectiveConfig(grpo=GRPOConfig(**(grpo or {}))))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_is_the_familys_own_sampler(policy_of, family):
+    policy, own = policy_of(family), "flow_grpo" if family == "sd3" else "ddim"
+    assert sampler_for(SamplingConfig(), policy) == own
+    process = sampling_from(configured(), policy, "transitions", 0).process
+    assert (process.sampler, process.prediction) == (own, policy.prediction)
+
+
+@pytest.mark.parametrize("sampler", ["flow_grpo", "dance"])
+@pytest.mark.parametrize("family", FAMILIES[1:])
+def test_the_sdes_of_flow_models_are_refused_on_diffusion_models(policy_of, family, sampler):
+    message = f"^sampling.sampler: {sampler} is the SDE of flow models, and this is a diffusion model; use ddim or cps$"
+    config, policy = configured(sampler=sampler), policy_of(family)
+    with pytest.raises(ValueError, match=message):
+        sampling_from(config, policy, "transitions", 0)
+    with pytest.raises(ValueError, match=message):
+        objective_from(config, policy)
+    assert sampler_for(config.sampling, policy_of("sd3")) == sampler
+
+
+@pytest.mark.parametrize(
+    ("sampler", "published"), [("flow_grpo", 0.7), ("dance", 0.3), ("ddim", 1.0), ("cps", 0.8), ("cps_reduced", 0.8)]
+)
+def test_the_noise_level_is_the_published_one_unless_it_is_given(policy_of, sampler, published):
+    for noise_level, expected in ((None, published), (0.2, 0.2)):
+        config = configured(sampler=sampler, noise_level=noise_level, num_inference_steps=4)
+        sampling = sampling_from(config, policy_of("sd3"), "transitions", 0)
+        assert sampling.process.noise_levels == (expected,) * 4
+
+
+def test_how_latents_begin_and_are_kept_reaches_sampling(policy_of):
+    policy = policy_of("sd3")
+    plain = sampling_from(configured(), policy, "transitions", 0)
+    assert (plain.same_latent, plain.latent_dtype) == (False, torch.float32)
+    other = sampling_from(configured(same_latent=True, latent_dtype="bfloat16"), policy, "transitions", 0)
+    assert (other.same_latent, other.latent_dtype) == (True, torch.bfloat16)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "cps", "cps_reduced"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_last_step_without_noise_is_not_trained(policy_of, family, sampler):
+    """CPS's std and DDIM's are 0 at clean data; only Stable Diffusion's grid, as it was published, ends before that."""
+    policy, config = policy_of(family), configured(sampler=sampler, train_last_step=True, num_inference_steps=4)
+    assert sampling_from(configured(sampler=sampler), policy, "transitions", 0).stored_steps == set(range(9))
+    if family in ("sd", "sd_v"):
+        sampling = sampling_from(config, policy, "transitions", 0)
+        assert sampling.stored_steps == set(range(4)) and sampling.process.stds_T[3] > 0
+    else:
+        with pytest.raises(ValueError) as refused:
+            sampling_from(config, policy, "transitions", 0)
+        assert str(refused.value) == (
+            f"sampling.train_last_step must be false: the last step of {sampler} on this model's grid has no noise or no length"
+        )
+
+
+def test_a_last_step_without_length_is_not_trained(tiny_pipeline, tiny_sd):
+    """Where the grid's last timestep is 0 the data's end is told as 0 too: CPS adds noise in a step of no length."""
+    pipeline = tiny_pipeline(tiny_sd)
+    pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, steps_offset=0)
+    policy = policy_from_pipeline(pipeline, PolicySettings(lora_rank=2))
+    plain = sampling_from(configured(sampler="cps"), policy, "transitions", 0)
+    assert plain.process.lengths_T[-1] == 0 and plain.process.stds_T[-1] > 0
+    with pytest.raises(ValueError, match=r"train_last_step must be false: .* has no noise or no length"):
+        sampling_from(configured(sampler="cps", train_last_step=True), policy, "transitions", 0)
+
+
+@pytest.mark.parametrize("sampler", ["flow_grpo", "dance"])
+def test_the_last_step_of_an_sde_has_noise(policy_of, sampler):
+    config = configured(sampler=sampler, train_last_step=True, num_inference_steps=4)
+    assert sampling_from(config, policy_of("sd3"), "transitions", 0).stored_steps == set(range(4))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "clip_of_all"),
+    [
+        ("flow_grpo", 1e-4 * 65536),
+        ("dance", 1e-4 * 65536),
+        ("ddim", 1e-4 * 16384),
+        ("cps", 1e-5 * 65536),
+        ("cps_reduced", 1e-5 * 65536),
+    ],
+)
+def test_clip_ranges_by_sampler_and_by_ratio(policy_of, sampler, clip_of_all):
+    """GRPO-Guard's is its own, since its ratios have another spread; a given one stays."""
+    policy = policy_of("sd3")
+    dims = math.prod(policy.latent_shape)
+    assert objective_from(configured(sampler=sampler), policy).clip_range == pytest.approx(clip_of_all / dims)
+    guard = objective_from(configured({"ratio": "guard"}, sampler=sampler), policy)
+    assert guard.clip_range == pytest.approx(2e-6 * 65536 / dims)
+    for ratio in ("plain", "guard"):
+        given = configured({"ratio": ratio, "clip_range": 0.01}, sampler=sampler)
+        assert objective_from(given, policy).clip_range == 0.01
+
+
+def test_flow_grpos_kl_needs_a_diffusion_rate(policy_of):
+    config = configured({"kl_form": "flow_grpo"})
+    objective = objective_from(config, policy_of("sd3"))
+    assert isinstance(objective, GRPO) and objective.kl_form == "flow_grpo"
+    for family, sampler in (("sd", "auto"), ("sdxl", "cps"), ("sd3", "ddim")):
+        chosen = configured({"kl_form": "flow_grpo"}, sampler=sampler)
+        with pytest.raises(ValueError) as refused:
+            objective_from(chosen, policy_of(family))
+        assert str(refused.value) == (
+            "objective.grpo.kl_form: flow_grpo needs a flow model's diffusion rate; take exact for this sampler"
+        )
+    other = replace(config, objective=replace(config.objective, name="nft"))
+    assert objective_from(other, policy_of("sd")).needs == "latents"  # which has no such term

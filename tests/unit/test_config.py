@@ -129,11 +129,11 @@ def test_defaults_are_right():
         (Config(sampling=SamplingConfig(num_inference_steps=1)), "sampling.num_inference_steps must be at least 2"),
         (
             Config(reward=RewardConfig("verifier")),
-            "reward.name must be one of shapes, shapes_strict, shapes_mixed, or `module:function`",
+            "reward.name must be one of shapes, shapes_strict, shapes_mixed, pickscore, hpsv2, or `module:function`",
         ),
         (
             Config(reward=RewardConfig("module:")),
-            "reward.name must be one of shapes, shapes_strict, shapes_mixed, or `module:function`",
+            "reward.name must be one of shapes, shapes_strict, shapes_mixed, pickscore, hpsv2, or `module:function`",
         ),
         (Config(optim=OptimConfig(lr=float("inf"))), "optim.lr must be above 0, not inf"),
         (Config(optim=OptimConfig(betas=(0.9, 1.0))), "optim.betas must be two numbers at least 0 and below 1"),
@@ -309,6 +309,87 @@ def test_trained_items_of_the_others_are_draws(objective):
     config = from_dict({"objective": {"name": objective, objective: {"draws": 7}}})
     check(config)
     assert trained_items(config) == 7
+
+
+# --- samplers ---------------------------------------------------------------------------------------------------------
+
+PRESERVING = ("ddim", "cps", "cps_reduced")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("sampler", PRESERVING)
+def test_no_more_noise_than_there_is(sampler, objective):
+    for noise_level in (None, 0.5, 1.0):
+        check(configured(objective, sampler=sampler, noise_level=noise_level))
+    with pytest.raises(ValueError) as refused:
+        check(configured(objective, sampler=sampler, noise_level=1.1))
+    assert str(refused.value) == (
+        f"sampling.noise_level must be at most 1 for sampling.sampler {sampler}, not 1.1:"
+        " a step cannot add more noise than there is at its end"
+    )
+
+
+@pytest.mark.parametrize("sampler", ["auto", "flow_grpo", "dance"])
+def test_an_sde_may_have_any_noise(sampler):
+    check(configured(sampler=sampler, noise_level=1.1))
+
+
+@pytest.mark.parametrize("sampler", ["auto", "flow_grpo", "dance", *PRESERVING])
+def test_flow_grpos_kl_goes_with_a_diffusion_rate(sampler):
+    def wanted(objective):
+        sections = {"name": objective, "grpo": {"kl_form": "flow_grpo"}}
+        return from_dict({"sampling": {"sampler": sampler}, "objective": sections})
+
+    check(wanted("nft"))
+    if sampler not in PRESERVING:
+        check(wanted("grpo"))
+    else:
+        with pytest.raises(ValueError) as refused:
+            check(wanted("grpo"))
+        assert str(refused.value) == (
+            "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance), not"
+            f" {sampler}; take exact"
+        )
+
+
+def test_a_guarded_ratio_goes_with_a_density():
+    sections = {"name": "grpo", "grpo": {"ratio": "guard"}}
+    check(from_dict({"sampling": {"sampler": "cps"}, "objective": sections}))
+    with pytest.raises(ValueError) as refused:
+        check(from_dict({"sampling": {"sampler": "cps_reduced"}, "objective": sections}))
+    assert str(refused.value) == (
+        "objective.grpo.ratio guard must go with a sampler whose log-prob is a density, not cps_reduced; take cps"
+    )
+
+
+@pytest.mark.parametrize("kind", ["auto", "all", "first", "sliding", "random"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_members_begin_as_one_only_where_steps_part_them(objective, kind):
+    config = configured(objective, sde_window=kind, same_latent=True)
+    if stochastic_steps(config, 0):
+        check(config)
+    else:
+        assert kind == "auto" and objective != "grpo"
+        for parted in (config, configured(objective, sde_window="none", same_latent=True)):
+            with pytest.raises(ValueError) as refused:
+                check(parted)
+            assert str(refused.value) == (
+                "sampling.same_latent must be false where no step adds noise (sampling.sde_window):"
+                " a group's members would be equal"
+            )
+
+
+def test_an_unknown_sampler_or_dtype_is_refused_by_name():
+    for field, value, words in (
+        ("sampler", "ddpm", "auto, flow_grpo, dance, ddim, cps, cps_reduced"),
+        ("latent_dtype", "float64", "float32, bfloat16, float16"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            configured(**{field: value})
+        assert str(refused.value) == f"sampling.{field} must be one of {words}, not {value!r}"
+
+
+# --- numbers that follow ----------------------------------------------------------------------------------------------
 
 
 def test_windows_by_hand():

@@ -55,7 +55,7 @@ def velocity(at, weights):
 
 
 def error(at, weights):
-    return ((velocity(at, weights) - at.velocity) ** 2).mean().item()
+    return ((velocity(at, weights) - at.target) ** 2).mean().item()
 
 
 def group_weights(policy, experience):

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
+from progrpo.diffusion.levels import between_flow_levels, flow_levels
 from progrpo.objectives.forward_process import Draws, Noised, noted
 from progrpo.rollout.noise import INITIAL, NoiseKey
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
 GRID = torch.tensor([1.0, 0.95, 0.8, 0.5, 0.2, 0.0], dtype=torch.float64)
-FIELDS = ("rows", "draw", "x0", "x", "velocity", "sigma", "advantages")
+FIELDS = ("draw", "x0", "x", "target", "sigma", "advantages")
 
 
 @pytest.fixture
@@ -25,10 +26,19 @@ def everything(policy, experience, draws):
     return Noised.gather(policy, experience, torch.arange(len(experience) * draws.count), draws)
 
 
+def numbers(found):
+    return {**vars(found), "sigma": found.levels.sigma}
+
+
 def level_at(place, grid):
     """The noise level at a place between the grid's points, 0 being its start and its number of steps its end."""
     below = min(math.floor(place), len(grid) - 2)
     return grid[below] + (grid[below + 1] - grid[below]) * (place - below)
+
+
+def times(draws, normal, draw, grid):
+    """The noise levels of draws on a grid of sigmas."""
+    return between_flow_levels(flow_levels(grid), draws.places(normal, draw, len(grid) - 1)).sigma
 
 
 def normals(count=400):
@@ -41,7 +51,7 @@ def normals(count=400):
 @pytest.mark.parametrize(("count", "fraction"), [(1, 1.0), (4, 0.99), (6, 0.9), (3, 0.6), (2, 0.1)])
 def test_times_by_hand(count, fraction):
     normal, draw = normals(), torch.arange(400) % count
-    found = Draws(count, fraction).times(normal, draw, GRID)
+    found = times(Draws(count, fraction), normal, draw, GRID)
     grid, steps = GRID.tolist(), len(GRID) - 1
     for value, n, d in zip(found.tolist(), normal.tolist(), draw.tolist(), strict=True):
         share = (1 + math.erf(n / math.sqrt(2))) / 2
@@ -52,7 +62,7 @@ def test_times_by_hand(count, fraction):
 def test_each_draw_lies_in_its_own_part_of_the_trained_share(count, fraction):
     grid, steps = GRID.tolist(), len(GRID) - 1
     for d in range(count):
-        found = Draws(count, fraction).times(normals(), torch.full((400,), d), GRID)
+        found = times(Draws(count, fraction), normals(), torch.full((400,), d), GRID)
         start, end = (level_at(k / count * fraction * steps, grid) for k in (d, d + 1))
         assert end - 1e-12 <= found.min() and found.max() <= start + 1e-12
         assert found.max() - found.min() > 0.9 * (start - end)  # all of the part is met
@@ -60,7 +70,7 @@ def test_each_draw_lies_in_its_own_part_of_the_trained_share(count, fraction):
 
 def test_times_are_uniform_in_steps_of_the_grid():
     """Half of them before the middle of the grid, whatever the noise level there."""
-    found = Draws(1, 1.0).times(normals(4000), torch.zeros(4000), GRID)
+    found = times(Draws(1, 1.0), normals(4000), torch.zeros(4000), GRID)
     shares = [(found >= level_at(5 * share, GRID.tolist())).double().mean().item() for share in (0.25, 0.5, 0.75)]
     assert shares == pytest.approx([0.25, 0.5, 0.75], abs=0.03)
 
@@ -69,9 +79,9 @@ def test_times_fall_with_the_draw_and_with_the_number_drawn():
     draws = Draws(4, 0.9)
     normal = normals().sort().values
     for d in range(4):
-        found = draws.times(normal, torch.full((400,), d), GRID)
+        found = times(draws, normal, torch.full((400,), d), GRID)
         assert (found.diff() <= 0).all()
-    apart = draws.times(torch.randn(4, 100).sort(descending=True).values.flatten(), torch.arange(400) // 100, GRID)
+    apart = times(draws, torch.randn(4, 100).sort(descending=True).values.flatten(), torch.arange(400) // 100, GRID)
     assert (apart.reshape(4, 100).min(1).values[:-1] >= apart.reshape(4, 100).max(1).values[1:]).all()
 
 
@@ -80,8 +90,8 @@ def test_the_farthest_numbers_stay_on_the_grid(fraction):
     far = torch.tensor([-40.0, -8.0, 0.0, 8.0, 40.0])
     for count in (1, 4):
         draws = Draws(count, fraction)
-        assert draws.times(far[:1], torch.tensor([0]), GRID).item() == 1
-        last = draws.times(far, torch.full((5,), count - 1), GRID)
+        assert times(draws, far[:1], torch.tensor([0]), GRID).item() == 1
+        last = times(draws, far, torch.full((5,), count - 1), GRID)
         assert last.isfinite().all() and last[-1].item() == pytest.approx(level_at(5 * fraction, GRID.tolist()))
 
 
@@ -90,10 +100,10 @@ def test_times_follow_the_grid():
     shifted = 3 * GRID / (1 + 2 * GRID)
     normal, draw = normals(), torch.arange(400) % 3
     on_grid = torch.linspace(0, 5, 6, dtype=torch.float64)
-    places = Draws(3, 0.9).times(normal, draw, on_grid)
+    places = times(Draws(3, 0.9), normal, draw, on_grid)
     for grid in (GRID, shifted):
         expected = [level_at(place, grid.tolist()) for place in places.tolist()]
-        assert Draws(3, 0.9).times(normal, draw, grid).tolist() == pytest.approx(expected)
+        assert times(Draws(3, 0.9), normal, draw, grid).tolist() == pytest.approx(expected)
 
 
 # --- noised latents ---------------------------------------------------------------------------------------------------
@@ -106,36 +116,37 @@ def test_items_by_hand(linear_policy, experience, shared):
     assert found.draw.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and found.rows.tolist() == [*range(5)] * 3
     for i in range(15):
         d, n = divmod(i, 5)
-        x0, eps = living.x_NCHW[n], found.velocity[i] + living.x_NCHW[n]
-        torch.testing.assert_close(found.x[i], (1 - found.sigma[i]) * x0 + found.sigma[i] * eps)
+        x0, eps = living.x_NCHW[n], found.target[i] + living.x_NCHW[n]
+        torch.testing.assert_close(found.x[i], (1 - found.levels.sigma[i]) * x0 + found.levels.sigma[i] * eps)
         assert torch.equal(found.x0[i], x0) and found.advantages[i] == ADVANTAGES[n]
         assert found.condition.tensors["c"][i] == experience.condition.tensors["c"][living.group_N[n]]
-        start, end = (level_at(k / 3 * 0.9 * 3, experience.sigmas_T1.tolist()) for k in (d, d + 1))
-        assert end <= found.sigma[i] <= start
-    assert {t.dtype for t in (found.x, found.velocity, found.sigma)} == {torch.float64}
+        start, end = (level_at(k / 3 * 0.9 * 3, experience.process.levels_T1.sigma.tolist()) for k in (d, d + 1))
+        assert end <= found.levels.sigma[i] <= start
+    assert {t.dtype for t in (found.x, found.target, found.levels.sigma)} == {torch.float64}
 
 
 def test_noise_is_standard_normal(linear_policy, experience):
     draws = Draws(500, 1.0)
     found = everything(linear_policy, experience, draws)
-    eps = found.velocity + found.x0
+    eps = found.target + found.x0
     assert eps.mean().item() == pytest.approx(0, abs=0.03) and eps.std().item() == pytest.approx(1, abs=0.03)
 
 
 def test_every_item_has_its_own_noise_and_time(linear_policy, experience):
     found = everything(linear_policy, experience, Draws(3, 0.9))
-    eps = (found.velocity + found.x0).flatten(1)
-    assert len(eps.round(decimals=6).unique(dim=0)) == len(found.sigma.unique()) == 15
+    eps = (found.target + found.x0).flatten(1)
+    assert len(eps.round(decimals=6).unique(dim=0)) == len(found.levels.sigma.unique()) == 15
 
 
 def test_a_group_shares_noise_and_times_where_it_should(linear_policy, experience):
     found = everything(linear_policy, experience, Draws(3, 0.9, shared=True))
-    eps, group = (found.velocity + found.x0).flatten(1).round(decimals=6), experience.trajectories.group_N
+    eps, sigma = (found.target + found.x0).flatten(1).round(decimals=6), found.levels.sigma
+    group = experience.trajectories.group_N
     for d in range(3):
         of_draw = found.draw == d
         for p in (0, 1):
-            assert len(eps[of_draw][group == p].unique(dim=0)) == len(found.sigma[of_draw][group == p].unique()) == 1
-    assert len(eps.unique(dim=0)) == len(found.sigma.unique()) == 2 * 3  # no two groups, no two draws
+            assert len(eps[of_draw][group == p].unique(dim=0)) == len(sigma[of_draw][group == p].unique()) == 1
+    assert len(eps.unique(dim=0)) == len(sigma.unique()) == 2 * 3  # no two groups, no two draws
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -146,7 +157,8 @@ def test_neither_the_batch_nor_the_order_shows(linear_policy, experience, shared
     for cut in (items.split(1), items.split(4), shuffled.split(1), shuffled.split(4), [shuffled]):
         for part in cut:
             found, place = Noised.gather(linear_policy, experience, part, draws), part.sort().values
-            assert all(torch.equal(getattr(found, name), getattr(whole, name)[place]) for name in FIELDS)
+            assert torch.equal(found.rows, whole.rows[place])
+            assert all(torch.equal(numbers(found)[name], numbers(whole)[name][place]) for name in FIELDS)
             assert torch.equal(found.condition.tensors["c"], whole.condition.tensors["c"][place])
 
 
@@ -157,8 +169,8 @@ def test_a_trajectory_does_not_know_who_else_is_there(linear_policy, experience,
     whole, some = everything(linear_policy, experience, draws), experience.take(torch.tensor(rows))
     found = everything(linear_policy, some, draws)
     place = torch.tensor([d * 5 + row for d in range(3) for row in rows])
-    for name in ("draw", "x0", "x", "velocity", "sigma", "advantages"):
-        assert torch.equal(getattr(found, name), getattr(whole, name)[place]), name
+    for name in FIELDS:
+        assert torch.equal(numbers(found)[name], numbers(whole)[name][place]), name
     assert torch.equal(found.condition.tensors["c"], whole.condition.tensors["c"][place])
 
 
@@ -169,9 +181,9 @@ def test_draws_are_new_in_every_iteration_and_the_more_draws_have_the_same_noise
     again = everything(linear_policy, experience, draws)
     assert torch.equal(first.x, again.x)
     later = everything(linear_policy, replace(experience, noise=NoiseKey(3, 2)), draws)
-    assert not (first.velocity == later.velocity).any() and not (first.sigma == later.sigma).any()
+    assert not (first.target == later.target).any() and not (first.levels.sigma == later.levels.sigma).any()
     more = everything(linear_policy, experience, replace(draws, count=4))
-    assert torch.equal(more.velocity[:10], first.velocity)
+    assert torch.equal(more.target[:10], first.target)
 
 
 @dataclass
@@ -192,7 +204,7 @@ def test_noise_is_none_that_sampling_drew_and_never_the_same_twice(linear_policy
     found = everything(linear_policy, replace(experience, noise=watched), draws)
     assert max(step for _, _, step in watched.asked) < INITIAL
     assert len(watched.asked) == 2 * 20 and len(set(watched.asked)) == 2 * 4 * (2 if shared else 5)
-    eps, living = found.velocity + found.x0, experience.trajectories
+    eps, living = found.target + found.x0, experience.trajectories
     for step in range(-1, 12):
         for member in (-1, *living.member_N.unique().tolist()):
             drawn = experience.noise.draw(living.slot_N, torch.full((5,), member), step, (1, 2, 2))
@@ -215,9 +227,9 @@ def test_errors_and_predictions_by_hand(linear_policy, linear_experience):
         c = experience.condition.tensors["c"][experience.trajectories.group_N[found.rows[i]]]
         torch.testing.assert_close(v[i], 0.5 * found.x[i] - 0.3 * c)
         torch.testing.assert_close(v_old[i], 0.3 * found.x[i] - 0.2 * c)
-        squares = [(a - b) ** 2 for a, b in zip(v[i].flatten(), found.velocity[i].flatten(), strict=True)]
+        squares = [(a - b) ** 2 for a, b in zip(v[i].flatten(), found.target[i].flatten(), strict=True)]
         assert found.error(v)[i].item() == pytest.approx(sum(squares).item() / 4)
-    assert found.error(found.velocity).eq(0).all()
+    assert found.error(found.target).eq(0).all()
     assert linear_policy.a.item() == pytest.approx(0.5)
 
 
@@ -227,7 +239,7 @@ def test_notes_are_those_of_each_item_alone(linear_policy, experience, shared, m
     draws = Draws(3, 0.9, shared)
 
     def note(at):
-        return at.error(at.predict(linear_policy)) * at.sigma + at.advantages
+        return at.error(at.predict(linear_policy)) * at.levels.sigma + at.advantages
 
     found = noted(linear_policy, experience, draws, microbatch, note)
     assert found.shape == (5, 3) and found.dtype == torch.float64 and not found.requires_grad
@@ -239,4 +251,4 @@ def test_notes_are_those_of_each_item_alone(linear_policy, experience, shared, m
 
 def test_of_nobody_there_is_nothing_to_note(linear_policy, experience):
     nobody = experience.take(torch.empty(0, dtype=torch.long))
-    assert noted(linear_policy, nobody, Draws(3, 0.9), 4, lambda at: at.sigma).shape == (0, 3)
+    assert noted(linear_policy, nobody, Draws(3, 0.9), 4, lambda at: at.levels.sigma).shape == (0, 3)

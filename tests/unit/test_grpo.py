@@ -16,14 +16,20 @@ CLIP = 0.05
 ITEMS = torch.arange(10)
 
 
+def diffusion_rate(experience, step):
+    """Flow-GRPO's; at the first step the grid's second sigma stands in below."""
+    grid = experience.process.levels_T1.sigma
+    return 0.7 * (grid[step] / (1 - grid[max(step, 1)])).sqrt()
+
+
 def gaussian(policy, experience, transition, row, weights="current"):
     """The distribution of one transition's next latent, written out."""
     x = transition.x_NCHW[row]
-    sigma, sigma_next = experience.sigmas_T1[transition.step], experience.sigmas_T1[transition.step + 1]
+    sigma, sigma_next = experience.process.levels_T1.sigma[transition.step : transition.step + 2]
     c = experience.condition.tensors["c"][experience.trajectories.group_N[row]]
     with policy.weights(weights):
         v = policy.a * x + experience.guidance_scale * policy.b * c
-    h, s = sigma - sigma_next, experience.rates_T[transition.step]
+    h, s = sigma - sigma_next, diffusion_rate(experience, transition.step)
     x0, eps = x - sigma * v, x + (1 - sigma) * v
     mean = (1 - sigma_next) * x0 + sigma_next * eps - s**2 * h / 2 * eps / sigma  # ODE step plus drift towards the data
     return Normal(mean, s * h.sqrt())
@@ -37,7 +43,7 @@ def by_hand(policy, experience, kl_beta=0.0, of=lambda gaussian, reference, h: k
             now = gaussian(policy, experience, t, row)
             ratio = (now.log_prob(t.x_next_NCHW[row]).mean() - t.log_prob_N[row]).exp().item()
             total += max(-advantage * ratio, -advantage * min(max(ratio, 1 - CLIP), 1 + CLIP))
-            h = experience.sigmas_T1[t.step] - experience.sigmas_T1[t.step + 1]
+            h = experience.process.levels_T1.sigma[t.step] - experience.process.levels_T1.sigma[t.step + 1]
             total += kl_beta * of(now, gaussian(policy, experience, t, row, "reference"), h).mean().item()
             clipped += abs(ratio - 1) > CLIP
             deviation = max(deviation, abs(ratio - 1))
@@ -171,7 +177,7 @@ def test_an_item_is_a_transition_of_a_trajectory(linear_policy, linear_experienc
 
 def step_numbers(experience):
     """Length, diffusion rate and std of the path's two steps."""
-    grid, rates = experience.sigmas_T1.tolist(), experience.rates_T.tolist()
+    grid, rates = experience.process.levels_T1.sigma.tolist(), [diffusion_rate(experience, k).item() for k in (0, 1)]
     return [(grid[k] - grid[k + 1], rates[k], rates[k] * (grid[k] - grid[k + 1]) ** 0.5) for k in (0, 1)]
 
 

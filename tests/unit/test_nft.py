@@ -52,7 +52,7 @@ def by_hand(policy, experience, beta, kl_beta, current):
     loss = kl = distance = 0.0
     for i in range(len(experience) * DRAWS):
         at = item(policy, experience, i)
-        c, x, x0, sigma = at.condition.tensors["c"], at.x, at.x0, at.sigma
+        c, x, x0, sigma = at.condition.tensors["c"], at.x, at.x0, at.levels.sigma
         v, fixed, old, ref = (
             a * x + b * c for a, b in (current, numbers(policy), numbers(policy, "old"), numbers(policy, "reference"))
         )
@@ -114,7 +114,7 @@ def test_with_beta_one_the_positive_policy_is_the_current_one_and_the_negative_i
     at = Noised.gather(policy, one, torch.tensor([0]), Draws(DRAWS, FRACTION))
     v, old = at.predict(policy).detach(), at.predict_with(policy, "old")
     for advantage, velocity in ((CLIP, v), (-CLIP, 2 * old - v)):
-        off = at.x - at.sigma * velocity - at.x0
+        off = at.x - at.levels.sigma * velocity - at.x0
         one.advantages_N[0] = advantage
         expected = CLIP * off.square().mean() / off.abs().mean()
         assert nft().loss(policy, one, torch.tensor([0])).total.item() == pytest.approx(expected.item(), rel=1e-9)
@@ -166,7 +166,7 @@ def test_a_final_latent_that_is_met_exactly_gives_no_infinite_loss(policy, linea
     """Where v is the truth its error is divided by a small number, not by zero."""
     experience = linear_experience(policy, ADVANTAGES)
     at = item(policy, experience, 0)
-    v = at.velocity.clone().requires_grad_()
+    v = at.target.clone().requires_grad_()
     error = NFT._error(at, v)
     error.sum().backward()
     assert error.item() == pytest.approx(0, abs=1e-20) and v.grad is not None and v.grad.isfinite().all()

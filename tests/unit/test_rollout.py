@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
+from progrpo.config import SamplingConfig
+from progrpo.diffusion.levels import flow_levels
+from progrpo.diffusion.process import Process
 from progrpo.rewards.base import Score
-from progrpo.rollout.denoise import Sampling, expand
+from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import INITIAL, NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
 from progrpo.rollout.prune import SELECTORS
 from progrpo.rollout.rollout import rollout, score, survivors, to_groups
+from progrpo.training.build import sampling_from
+from progrpo.training.evaluate import ode
 from progrpo.types import Prompt, Trajectories
 
 NAN = float("nan")
@@ -63,12 +69,71 @@ def test_survivors_have_scores_where_enough_have(selector):
 
 def test_expanding_gives_every_member_noise_of_its_own(tiny_policy):
     policy, key = tiny_policy(), NoiseKey(seed=5, iteration=2)
-    batch = expand(policy, torch.tensor([4, 9]), 3, key)
+    batch = expand(policy, torch.tensor([4, 9]), 3, ode(policy, 4, 1.0, 8), key)
     assert batch.group_N.tolist() == [0, 0, 0, 1, 1, 1]
     assert batch.slot_N.tolist() == [4, 4, 4, 9, 9, 9] and batch.member_N.tolist() == [0, 1, 2] * 2
     assert batch.x_NCHW.shape == (6, *policy.latent_shape) and batch.x_NCHW.dtype == torch.float32
     assert torch.equal(batch.x_NCHW[4], key.draw(torch.tensor([9]), torch.tensor([1]), INITIAL, policy.latent_shape)[0])
     assert len(batch.x_NCHW.flatten(1).unique(dim=0)) == 6
+
+
+def test_members_may_begin_at_their_groups_noise(tiny_policy):
+    policy, key = tiny_policy(), NoiseKey(seed=5, iteration=2)
+    sampling = replace(ode(policy, 4, 1.0, 8), same_latent=True)
+    batch = expand(policy, torch.tensor([4, 9]), 3, sampling, key)
+    assert batch.member_N.tolist() == [0, 1, 2] * 2  # whose steps have noise of their own
+    first, second = batch.x_NCHW[:3], batch.x_NCHW[3:]
+    assert (first == first[0]).all() and (second == second[0]).all() and not torch.equal(first, second)
+    alone = expand(policy, torch.tensor([9]), 1, sampling, key)
+    assert torch.equal(alone.x_NCHW[0], second[0])  # it belongs to the slot, not to the batch
+    own = expand(policy, torch.tensor([9]), 3, replace(sampling, same_latent=False), key)
+    assert not any(torch.equal(x, second[0]) for x in own.x_NCHW)
+
+
+def test_members_that_began_as_one_part_at_the_first_step(tiny_policy, tiny_config):
+    policy, key = tiny_policy(), NoiseKey(seed=5, iteration=2)
+    wanted = SamplingConfig(num_inference_steps=3, same_latent=True)
+    sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
+    batch = expand(policy, torch.tensor([4, 9]), 3, sampling, key)
+    path = denoise(policy, policy.encode(["red cat", "blue dog"]), batch, sampling, key, Meter()).path
+    assert len(path[0].x_NCHW.flatten(1).unique(dim=0)) == 2
+    assert len(path[0].x_next_NCHW.flatten(1).unique(dim=0)) == 6
+
+
+@pytest.mark.parametrize("latent_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("folder", ["tiny_sd3", "tiny_sd"])
+def test_a_trajectory_goes_on_from_what_was_stored(request, tiny_policy, tiny_config, folder, latent_dtype):
+    policy, key = tiny_policy(folder=request.getfixturevalue(folder)), NoiseKey(seed=5, iteration=2)
+    dtype, wanted = getattr(torch, latent_dtype), SamplingConfig(num_inference_steps=4, latent_dtype=latent_dtype)
+    sampling = sampling_from(tiny_config(sampling=wanted), policy, "means", 0)
+    batch = expand(policy, torch.tensor([4, 9]), 2, sampling, key)
+    assert torch.equal(batch.x_NCHW.to(dtype).float(), batch.x_NCHW)
+    done = denoise(policy, policy.encode(["red cat", "blue dog"]), batch, sampling, key, Meter())
+    assert torch.equal(done.path[0].x_NCHW.float(), batch.x_NCHW)
+    assert all(torch.equal(t.x_next_NCHW, after.x_NCHW) for t, after in pairwise(done.path))
+    for t in done.path:
+        assert t.mean_NCHW is not None
+        assert t.x_NCHW.dtype == t.x_next_NCHW.dtype == dtype
+        assert t.log_prob_N.dtype == t.mean_NCHW.dtype == torch.float32
+        std = sampling.process.stds_T[t.step]
+        drawn = t.mean_NCHW + std * key.draw(batch.slot_N, batch.member_N, t.step, policy.latent_shape)
+        assert torch.equal(t.x_next_NCHW, drawn.to(dtype))
+        density = sampling.process.log_prob(t.x_next_NCHW.float(), t.mean_NCHW, std)
+        torch.testing.assert_close(t.log_prob_N, density)
+    assert done.x_NCHW.dtype == torch.float32 and torch.equal(done.x_NCHW.to(dtype).float(), done.x_NCHW)
+
+
+def test_steps_without_noise_are_rounded_too(tiny_policy):
+    policy, key = tiny_policy(), NoiseKey(seed=5, iteration=2)
+    sampling = replace(ode(policy, 3, 1.0, 8), latent_dtype=torch.bfloat16)
+    batch, seen = expand(policy, torch.tensor([4]), 2, sampling, key), []
+
+    def watch(step: int, living: Trajectories) -> Trajectories:
+        seen.append(living.x_NCHW)
+        return living
+
+    denoise(policy, policy.encode(["red cat"]), batch, sampling, key, Meter(), watch)
+    assert len(seen) == 3 and all(torch.equal(x.bfloat16().float(), x) for x in seen)
 
 
 @dataclass
@@ -122,12 +187,13 @@ def test_a_rollout_records_what_it_did(tiny_trainer, tiny_config, prompts):
     (only,) = rolled.previews  # the point that keeps everyone previews nothing
     assert only.step == 1 and only.scores_N.shape == (8,)
     assert [t.step for t in rolled.trajectories.path] == [0, 1, 2]
-    assert rolled.trajectories.v_NCHW is None
+    assert rolled.trajectories.output_NCHW is None
     one = plan.predict(4, 0, guidance=False)
     assert meter.cost == one + one
     assert set(meter.seconds) == {"sample", "preview", "reward"}
 
 
 def test_a_step_without_noise_cannot_be_stored():
+    process = Process("flow", "flow_grpo", flow_levels(torch.tensor([1.0, 0.5, 0.0])), (0.7, 0.0))
     with pytest.raises(AssertionError, match="an ODE step has no log-prob"):
-        Sampling(torch.tensor([1.0, 0.5, 0.0]), (0.7, 0.0), frozenset({1}))
+        Sampling(process, frozenset({1}))

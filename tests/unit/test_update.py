@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from progrpo.config import ObjectiveConfig, OptimConfig
+from progrpo.diffusion.levels import flow_levels
+from progrpo.diffusion.process import Process
 from progrpo.objectives.grpo import GRPO
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.noise import NoiseKey
@@ -16,7 +18,7 @@ from progrpo.types import Condition, Preview, Prompt, Rollout, Trajectories
 
 NAN = float("nan")
 EPS = 1e-4
-SAMPLING = Sampling(torch.tensor([1.0, 0.8, 0.5, 0.0]), (0.7, 0.7, 0.7))
+SAMPLING = Sampling(Process("flow", "flow_grpo", flow_levels(torch.tensor([1.0, 0.8, 0.5, 0.0])), (0.7, 0.7, 0.7)))
 
 
 def rolled(rewards, groups, finalists=None, finalist_groups=None, previews=(), passed=None):
@@ -99,8 +101,7 @@ def test_advantages_are_clipped():
 
 def test_the_grid_goes_along():
     experience, _ = learnt(rolled([1.0, 3.0], [0, 0]))
-    assert torch.equal(experience.sigmas_T1, SAMPLING.sigmas_T1)
-    assert experience.rates_T.tolist() == [SAMPLING.rate(step).item() for step in range(3)]
+    assert experience.process is SAMPLING.process
 
 
 # --- update ------------------------------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def _experience_of(group, slot):
     living = Trajectories(group, slot, rows, rows.float().reshape(-1, 1, 1, 1))
     from progrpo.objectives.base import Experience
 
-    return Experience(living, rows.float(), Condition({}), SAMPLING.sigmas_T1, SAMPLING.sigmas_T1, NoiseKey(0, 0))
+    return Experience(living, rows.float(), Condition({}), SAMPLING.process, NoiseKey(0, 0))
 
 
 def test_every_trajectory_serves_one_of_several_updates(linear_policy, linear_experience):

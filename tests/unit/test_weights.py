@@ -62,6 +62,34 @@ def test_a_snapshot_can_be_taken_again():
     assert "old" in weights and "current" in weights and "ema" not in weights
 
 
+def test_what_is_forgotten_is_gone_and_nothing_else():
+    parameters = _parameters(1.0)
+    weights = NamedWeights(parameters)
+    weights.snapshot("old")
+    _set(parameters, 2.0)
+    weights.forget("reference")
+    assert weights.names == ("current", "old") and "reference" not in weights
+    assert set(weights.state_dict()) == {"current", "old"} and _values(parameters) == {2.0}
+    with weights.swapped("old"):
+        assert _values(parameters) == {1.0}
+    for action in (lambda: weights.forget("reference"), lambda: weights.swapped("reference").__enter__()):
+        with pytest.raises(ValueError, match="no weights named 'reference'; there are current, old"):
+            action()
+    with pytest.raises(ValueError, match="no weights named 'current'"):
+        weights.forget("current")
+    weights.snapshot("reference")
+    with weights.swapped("reference"):
+        assert _values(parameters) == {2.0}
+
+
+def test_a_state_without_a_reference_is_restored_without_one():
+    weights = NamedWeights(_parameters(1.0))
+    weights.forget("reference")
+    restored = NamedWeights(_parameters(7.0))
+    restored.load_state_dict(weights.state_dict())
+    assert restored.names == ("current",)
+
+
 def test_update_is_the_closed_form_of_an_exponential_average():
     parameters, decay = _parameters(0.0), 0.9
     weights = NamedWeights(parameters)
@@ -117,6 +145,7 @@ def test_nothing_else_is_allowed_inside_a_swap():
         lambda: weights.swapped("current").__enter__(),
         lambda: weights.swapped("reference").__enter__(),
         lambda: weights.snapshot("old"),
+        lambda: weights.forget("reference"),
         lambda: weights.update("reference", 0.5),
         lambda: weights.state_dict(),
         lambda: weights.load_state_dict(state),

@@ -10,27 +10,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from progrpo.diffusion.levels import over
+
 _ONE = 1 - 1e-6  # rounding starts the grid of some shifts 1e-7 off 1, either side; no second sigma comes this close
-
-
-def _over(value: Tensor, x: Tensor) -> Tensor:
-    """A value for each row, or one for all, shaped to broadcast over x."""
-    return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim else value
 
 
 def x0_from_velocity(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     """The data that x points to, x - sigma v: the one-step ODE projection that previews decode."""
-    return x - _over(sigma, x) * v
+    return x - over(sigma, x) * v
 
 
 def eps_from_velocity(x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
     """The noise that x points to, x + (1 - sigma) v."""
-    return x + (1 - _over(sigma, x)) * v
+    return x + (1 - over(sigma, x)) * v
 
 
 def ode_step(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
     """One Euler step, in the order of operations of diffusers' scheduler, so that both agree bit for bit."""
-    return x + _over(sigma_next - sigma, x) * v
+    return x + over(sigma_next - sigma, x) * v
 
 
 def flow_grpo_rate(sigma: Tensor, noise_level: float, sigma_one: Tensor) -> Tensor:
@@ -54,5 +51,5 @@ def sde_mean_std(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, rate: 
     """
     h = sigma - sigma_next
     pull = rate.square() * h / (2 * sigma)
-    mean = ode_step(x, v, sigma, sigma_next) - _over(pull, x) * eps_from_velocity(x, v, sigma)
-    return mean, _over(rate * h.sqrt(), x)
+    mean = ode_step(x, v, sigma, sigma_next) - over(pull, x) * eps_from_velocity(x, v, sigma)
+    return mean, over(rate * h.sqrt(), x)

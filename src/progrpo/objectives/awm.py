@@ -44,6 +44,10 @@ class AWM:
     def _draws(self) -> Draws:
         return Draws(self.draws, self.time_fraction)
 
+    @property
+    def uses_reference(self) -> bool:
+        return self.kl_beta > 0
+
     def items_per_trajectory(self, experience: Experience) -> int:
         return self.draws
 
@@ -77,4 +81,4 @@ class AWM:
         return ("reference", self.kl_beta), ("average", self.average_beta)
 
     def _log_prob(self, at: Noised, v: Tensor) -> Tensor:
-        return -_WEIGHTINGS[self.weighting](at.sigma) * at.error(v)
+        return -_WEIGHTINGS[self.weighting](at.levels.sigma) * at.error(v)

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from progrpo.diffusion.process import Process
 from progrpo.policies.base import Policy
 from progrpo.types import Condition, Trajectories
 
@@ -22,18 +23,16 @@ class Noise(Protocol):
 
 @dataclass(frozen=True)
 class Experience:
-    """N finished trajectories with their advantages, and the grid that they were sampled on.
+    """N finished trajectories with their advantages, and the process that they were sampled by.
 
-    `sigmas_T1` and `rates_T` give each step's ends and its diffusion rate. `condition` has one row a prompt, found by
-    `trajectories.group_N`; the final latents are `trajectories.x_NCHW` and the stored transitions its `path`.
+    `condition` has one row a prompt, found by `trajectories.group_N`; the final latents are `trajectories.x_NCHW` and the stored transitions its `path`.
     `before_ND` is what the objective's `prepare` noted of each item before the first optimizer step.
     """
 
     trajectories: Trajectories
     advantages_N: Tensor
     condition: Condition
-    sigmas_T1: Tensor
-    rates_T: Tensor
+    process: Process
     noise: Noise
     guidance_scale: float = 1.0
     before_ND: Tensor | None = None
@@ -96,6 +95,11 @@ class Objective(Protocol):
     def clip_range(self) -> float | None:
         """How far it lets the policy go in one iteration, None if it sets no such bound. Ratios of densities, if it has
         them, may be off 1 by a hundredth of it before any update."""
+        ...
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether it compares the policy with the weights that training began with."""
         ...
 
     @property

@@ -34,6 +34,7 @@ class DGPO:
     needs: ClassVar[Needs] = "latents"
     averages: ClassVar[Mapping[str, Average]] = {"average": Average(ramp=1e-3, limit=0.3)}
     rollout_weights: ClassVar[str] = "current"
+    uses_reference: ClassVar[bool] = True
 
     @property
     def _draws(self) -> Draws:

@@ -1,6 +1,7 @@
-"""What objectives share that need no trajectory: final latents are noised anew, and velocities compared with the truth.
+"""What objectives share that need no trajectory: final latents are noised anew, and predictions compared with the truth.
 
-Only the network's own velocity is trained here, without classifier-free guidance, whatever sampled the latents.
+The truth is what the model was pretrained on: a flow model's velocity, a diffusion model's noise, velocity or data. Only
+the network's own output is trained here, without classifier-free guidance, whatever sampled the latents.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor
 
 from progrpo.diffusion.gaussian import mean_square
+from progrpo.diffusion.levels import Levels
+from progrpo.diffusion.prediction import PREDICTIONS, Prediction
 from progrpo.objectives.base import Experience
 from progrpo.policies.base import Policy
-from progrpo.types import Condition
+from progrpo.types import WHOLE_GROUP, Condition
 
 _FIRST_STEP = -2  # of the noise keys: -1 is a trajectory's initial noise, steps from 0 on are the sampler's
-_WHOLE_GROUP = -1  # the member whose noise a group shares
 
 
 @dataclass(frozen=True)
@@ -31,25 +33,26 @@ class Draws:
     time_fraction: float
     shared: bool = False
 
-    def times(self, normal_B: Tensor, draw_B: Tensor, sigmas_T1: Tensor) -> Tensor:
-        """Noise levels (B,) from standard normal numbers: sigmas between the grid's, in proportion."""
+    def places(self, normal_B: Tensor, draw_B: Tensor, num_steps: int) -> Tensor:
+        """Places (B,) on the grid, in [0, num_steps], float64, from standard normal numbers."""
         uniform_B = torch.special.ndtr(normal_B.double())
-        place_B = (draw_B + uniform_B) / self.count * self.time_fraction * (len(sigmas_T1) - 1)
-        below_B = place_B.long().clamp(max=len(sigmas_T1) - 2)
-        sigmas = sigmas_T1.double()
-        return torch.lerp(sigmas[below_B], sigmas[below_B + 1], place_B - below_B)
+        return (draw_B + uniform_B) / self.count * self.time_fraction * num_steps
 
 
 @dataclass(frozen=True)
 class Noised:
-    """B items side by side: item i is draw i // N of trajectory i % N, x = (1 - sigma) x0 + sigma eps."""
+    """B items side by side: item i is draw i // N of trajectory i % N, x = alpha x0 + sigma eps.
+
+    `target` is what the network is to say of x.
+    """
 
     rows: Tensor
     draw: Tensor
     x0: Tensor
     x: Tensor
-    velocity: Tensor
-    sigma: Tensor
+    target: Tensor
+    levels: Levels
+    prediction: Prediction
     advantages: Tensor
     condition: Condition
 
@@ -60,7 +63,7 @@ class Noised:
         living, device = experience.trajectories, policy.device
         slot, member = living.slot_N[rows], living.member_N[rows]
         if draws.shared:
-            member = torch.full_like(member, _WHOLE_GROUP)
+            member = torch.full_like(member, WHOLE_GROUP)
         x0 = living.x_NCHW[rows]
         normal, eps = torch.empty(len(rows)), torch.empty(x0.shape)
         for d in draw.unique().tolist():
@@ -68,31 +71,38 @@ class Noised:
             normal[of_draw] = experience.noise.draw(slot[of_draw], member[of_draw], step, ())
             eps[of_draw] = experience.noise.draw(slot[of_draw], member[of_draw], step - 1, x0.shape[1:])
         eps = eps.to(x0)
-        sigma = draws.times(normal, draw, experience.sigmas_T1).to(x0)
+        process = experience.process
+        places = draws.places(normal, draw, process.num_steps)
+        levels, prediction = policy.between(process.levels_T1, places).to(x0), PREDICTIONS[process.prediction]
         return cls(
             rows=rows,
             draw=draw,
             x0=x0,
-            x=torch.lerp(x0, eps, sigma.reshape(-1, 1, 1, 1)),
-            velocity=eps - x0,
-            sigma=sigma,
+            x=prediction.mix(x0, eps, levels),
+            target=prediction.target(x0, eps, levels),
+            levels=levels,
+            prediction=prediction,
             advantages=experience.advantages_N[rows].to(device),
             condition=experience.condition.take(living.group_N[rows].to(device)),
         )
 
     def predict(self, policy: Policy) -> Tensor:
-        """Velocities of the weights in force."""
-        return policy.predict(self.x, self.sigma, self.condition)
+        """The network's outputs with the weights in force."""
+        return policy.predict(self.x, self.levels.timestep, self.condition)
 
     @torch.no_grad()
     def predict_with(self, policy: Policy, weights: str) -> Tensor:
-        """Velocities of the weights of that name, without gradient."""
+        """The network's outputs with the weights of that name, without gradient."""
         with policy.weights(weights):
             return self.predict(policy)
 
-    def error(self, v: Tensor) -> Tensor:
-        """The flow-matching loss of each item (arXiv 2210.02747), mean over dims: (B,)."""
-        return mean_square(v - self.velocity)
+    def error(self, output: Tensor) -> Tensor:
+        """The pretraining loss of each item, mean over dims: (B,). Flow matching's (arXiv 2210.02747), or DDPM's (2006.11239)."""
+        return mean_square(output - self.target)
+
+    def denoised(self, output: Tensor) -> Tensor:
+        """The data that outputs point to."""
+        return self.prediction.x0(self.x, output, self.levels)
 
 
 @torch.no_grad()

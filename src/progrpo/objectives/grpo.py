@@ -1,4 +1,4 @@
-"""GRPO on the steps of a flow model's SDE (Flow-GRPO, arXiv 2505.05470): clipped ratios and a KL term to the reference."""
+"""GRPO on stochastic steps (Flow-GRPO, arXiv 2505.05470; DDPO's on diffusion models): clipped ratios and a KL term to the reference."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from progrpo.diffusion.flow import sde_mean_std
-from progrpo.diffusion.gaussian import kl, log_prob, mean_square
+from progrpo.diffusion.gaussian import kl, mean_square
 from progrpo.objectives.base import Average, Experience, Loss, Needs
 from progrpo.objectives.surrogate import clipped_surrogate, guarded_log_ratio, outside_clip
 from progrpo.policies.base import Policy
@@ -24,8 +23,9 @@ class GRPO:
     `ratio`: `plain`, or `guard`, GRPO-Guard's normalised ratio (arXiv 2510.22319), whose spread is the same at every step.
     `step_weights`: `equal`; `noise`, in proportion to a step's std (TempFlow-GRPO, arXiv 2508.04324); `inverse_h`, to 1 over
     its length (GRPO-Guard). Both have mean 1 over the trained steps, so that the learning rate keeps its meaning.
-    `kl_form`: `exact` (the Gaussian KL of the step, 2 s^2 h below the squared distance of means), `flow_grpo` (2 s^2), or the
-    plain mean square distance of means, `latent`, or of velocities, `velocity`. Their betas differ by orders.
+    `kl_form`: `exact` (the Gaussian KL of the step: twice its variance below the squared distance of means), `flow_grpo` (twice
+    the squared rate of an SDE's sampler, 2 s^2 where the variance is s^2 h), or the plain mean square distance of means,
+    `latent`, or of the network's outputs, `velocity`. Their betas differ by orders.
     """
 
     clip_range: float
@@ -41,6 +41,10 @@ class GRPO:
     def needs(self) -> Needs:
         return "means" if self.ratio == "guard" else "transitions"
 
+    @property
+    def uses_reference(self) -> bool:
+        return self.kl_beta > 0
+
     def items_per_trajectory(self, experience: Experience) -> int:
         return len(experience.trajectories.path)
 
@@ -53,7 +57,7 @@ class GRPO:
             with torch.no_grad(), policy.weights("reference"):
                 reference = step.outcome(policy)
         now = step.outcome(policy)
-        log_ratio_B = log_prob(step.x_next, now.mean, now.std) - step.log_prob
+        log_ratio_B = experience.process.log_prob(step.x_next, now.mean, now.std) - step.log_prob
         if self.ratio == "guard":
             assert step.mean is not None
             log_ratio_B = guarded_log_ratio(log_ratio_B, now.mean, step.mean, now.std)
@@ -70,9 +74,9 @@ class GRPO:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Of some weights, at B transitions: the network's velocity, and mean and std of x_next."""
+    """Of some weights, at B transitions: the network's output, and mean and std of x_next."""
 
-    v: Tensor
+    output: Tensor
     mean: Tensor
     std: Tensor
 
@@ -89,9 +93,7 @@ class _Steps:
     log_prob: Tensor
     mean: Tensor | None
     advantages: Tensor
-    sigma: Tensor
-    sigma_next: Tensor
-    rate: Tensor
+    step: Tensor
 
     @classmethod
     def gather(cls, policy: Policy, experience: Experience, items_B: Tensor) -> _Steps:
@@ -100,25 +102,30 @@ class _Steps:
         which, rows = items_B // len(experience), items_B % len(experience)
         step = torch.tensor([t.step for t in path])[which]
         parts = [path[w].take(rows[which == w]) for w in which.unique().tolist()]
+        log_prob = torch.cat([t.log_prob_N for t in parts])
         return cls(
             experience=experience,
             rows=rows,
             place=which.to(device),
-            x=torch.cat([t.x_NCHW for t in parts]),
-            x_next=torch.cat([t.x_next_NCHW for t in parts]),
-            log_prob=torch.cat([t.log_prob_N for t in parts]),
+            x=torch.cat([t.x_NCHW for t in parts]).to(log_prob),  # latents may be stored in low precision
+            x_next=torch.cat([t.x_next_NCHW for t in parts]).to(log_prob),
+            log_prob=log_prob,
             mean=_means(parts),
             advantages=experience.advantages_N[rows].to(device),
-            sigma=experience.sigmas_T1[step].to(device),
-            sigma_next=experience.sigmas_T1[step + 1].to(device),
-            rate=experience.rates_T[step].to(device),
+            step=step,
         )
+
+    @property
+    def scale(self) -> Tensor:
+        """Diffusion rate of each transition's step."""
+        return self.experience.process.scales_T[self.step].to(self.x)
 
     def outcome(self, policy: Policy) -> _Outcome:
         """Under the policy's weights in force."""
         told = self.experience.condition.take(self.experience.trajectories.group_N[self.rows].to(policy.device))
-        v = policy.predict(self.x, self.sigma, told, self.experience.guidance_scale)
-        return _Outcome(v, *sde_mean_std(self.x, v, self.sigma, self.sigma_next, self.rate))
+        process = self.experience.process
+        output = policy.predict(self.x, process.timestep(self.step, self.x), told, self.experience.guidance_scale)
+        return _Outcome(output, *process.mean_std(self.step, self.x, output))
 
 
 def _means(parts: list[Transition]) -> Tensor | None:
@@ -130,32 +137,29 @@ def _normalised(weights_D: Tensor) -> Tensor:
     return weights_D / weights_D.mean()
 
 
-def _path_steps(experience: Experience) -> tuple[Tensor, Tensor]:
-    """Length h and diffusion rate of the D steps of the path, on the trajectories' device."""
+def _of_path(values_T: Tensor, experience: Experience) -> Tensor:
+    """Values of the D steps of the path, on the trajectories' device."""
     step = torch.tensor([t.step for t in experience.trajectories.path])
-    device = experience.trajectories.x_NCHW.device
-    h = experience.sigmas_T1[step] - experience.sigmas_T1[step + 1]
-    return h.to(device), experience.rates_T[step].to(device)
+    return values_T[step].to(experience.trajectories.x_NCHW.device)
 
 
 def _equal(experience: Experience) -> Tensor:
-    return torch.ones_like(_path_steps(experience)[0])
+    return torch.ones_like(_noise(experience))
 
 
 def _noise(experience: Experience) -> Tensor:
-    h, rate = _path_steps(experience)
-    return _normalised(rate * h.sqrt())
+    return _normalised(_of_path(experience.process.stds_T, experience))
 
 
 def _inverse_h(experience: Experience) -> Tensor:
-    return _normalised(1 / _path_steps(experience)[0])
+    return _normalised(1 / _of_path(experience.process.lengths_T, experience))
 
 
 _STEP_WEIGHTS: dict[str, Callable[[Experience], Tensor]] = {"equal": _equal, "noise": _noise, "inverse_h": _inverse_h}
 
 _KL_FORMS: dict[str, Callable[[_Outcome, _Outcome, _Steps], Tensor]] = {
     "exact": lambda now, ref, step: kl(now.mean, ref.mean, now.std),
-    "flow_grpo": lambda now, ref, step: kl(now.mean, ref.mean, step.rate.reshape(now.std.shape)),
+    "flow_grpo": lambda now, ref, step: kl(now.mean, ref.mean, step.scale.reshape(now.std.shape)),
     "latent": lambda now, ref, step: mean_square(now.mean - ref.mean),
-    "velocity": lambda now, ref, step: mean_square(now.v - ref.v),
+    "velocity": lambda now, ref, step: mean_square(now.output - ref.output),
 }

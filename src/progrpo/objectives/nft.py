@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from progrpo.diffusion.flow import x0_from_velocity
 from progrpo.diffusion.gaussian import mean_square
 from progrpo.objectives.base import Average, Experience, Loss, Needs
 from progrpo.objectives.forward_process import Draws, Noised
@@ -37,6 +36,10 @@ class NFT:
     averages: ClassVar[Mapping[str, Average]] = {"old": Average(ramp=1e-3, limit=0.5)}
     rollout_weights: ClassVar[str] = "old"
 
+    @property
+    def uses_reference(self) -> bool:
+        return self.kl_beta > 0
+
     def items_per_trajectory(self, experience: Experience) -> int:
         return self.draws
 
@@ -61,6 +64,6 @@ class NFT:
 
     @staticmethod
     def _error(at: Noised, v: Tensor) -> Tensor:
-        off = x0_from_velocity(at.x, v, at.sigma) - at.x0
+        off = at.denoised(v) - at.x0
         size_B = off.detach().abs().flatten(1).mean(1).clamp(min=_MIN_ERROR)
         return mean_square(off) / size_B

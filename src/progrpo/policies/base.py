@@ -4,23 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from progrpo.diffusion.levels import Levels
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition
 
 
-class Policy(Protocol):
-    """A text-to-image flow model whose denoiser is trained; one file per model family implements it.
+@dataclass(frozen=True)
+class PolicySettings:
+    """How a pipeline becomes a policy.
 
-    Everything outside the denoiser is frozen, and there is no dropout anywhere: the same inputs give the same velocity
+    `weights` are trained as a LoRA (of `lora_rank`, `lora_alpha`, and `lora_targets` or the family's own) or in full.
+    `seed` draws the LoRA's A whatever the global generator's state. Trained weights are float32 in every case; the
+    denoiser's frozen weights and the VAE are in `dtype`, the text encoders stay in the dtype they came in.
+    `max_sequence_length` counts T5's tokens. `resolution` is the side of the square picture in pixels (none: the model's own).
+    """
+
+    weights: Literal["lora", "full"] = "lora"
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_targets: Sequence[str] = ()
+    max_sequence_length: int = 16
+    seed: int = 0
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+    resolution: int | None = None
+
+
+class Policy(Protocol):
+    """A text-to-image model whose denoiser is trained; one file per model family implements it.
+
+    Everything outside the denoiser is frozen, and there is no dropout anywhere: the same inputs give the same output
     in sampling and in training.
     """
+
+    denoiser_name: ClassVar[str]
+    """`transformer` or `unet`: what diffusers' pipeline calls the part that is trained."""
+    prediction: str
+    """What the network's output means, a name of `progrpo.diffusion.prediction.PREDICTIONS`."""
 
     latent_shape: tuple[int, int, int]
     """(C, H, W) of one latent."""
@@ -30,8 +58,12 @@ class Policy(Protocol):
     named_weights: NamedWeights
     """Copies of the trainable weights: `reference` from the start; the trainer adds `old` or `ema` if it needs them."""
 
-    def sigmas(self, num_inference_steps: int, shift: float | None = None) -> Tensor:
-        """The model's own time grid, float32 (T+1,) on the CPU, falling to 0; `shift` replaces the model's own."""
+    def levels(self, num_inference_steps: int, shift: float | None = None) -> Levels:
+        """The model's own grid from noise to data, float32 (T+1,) on the CPU; `shift` replaces a flow model's own."""
+        ...
+
+    def between(self, levels_T1: Levels, place_B: Tensor) -> Levels:
+        """Levels (B,) at places (float64) in [0, T] of that grid."""
         ...
 
     def encode(self, texts: Sequence[str]) -> Condition:
@@ -42,11 +74,11 @@ class Policy(Protocol):
         """Free the text encoders; texts that were encoded before can still be asked for."""
         ...
 
-    def predict(self, x_BCHW: Tensor, sigma: Tensor, condition: Condition, guidance_scale: float = 1.0) -> Tensor:
-        """The velocity dx/dsigma at x, float32 (B, C, H, W); x0 is x - sigma v.
+    def predict(self, x_BCHW: Tensor, timestep: Tensor, condition: Condition, guidance_scale: float = 1.0) -> Tensor:
+        """The network's output at x, float32 (B, C, H, W).
 
-        `sigma` is () or (B,), row b of `condition` belongs to row b of x. A `guidance_scale` w other than 1 is
-        classifier-free guidance, v_u + w (v_c - v_u), with gradients through both branches and twice the cost.
+        `timestep` is () or (B,), row b of `condition` belongs to row b of x. A `guidance_scale` w other than 1 is
+        classifier-free guidance, o_u + w (o_c - o_u), with gradients through both branches and twice the cost.
         """
         ...
 

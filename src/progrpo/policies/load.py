@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,12 +12,18 @@ from diffusers.utils import logging as diffusers_logging
 from torch.utils.benchmark import Timer
 from transformers.utils import logging as transformers_logging
 
-from progrpo.policies.base import Policy
+from progrpo.policies.base import Policy, PolicySettings
+from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.sd3 import SD3Policy
+from progrpo.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 from progrpo.zoo import WEIGHTS
 
-BUILT_IN = ("shapes-flow",)
-POLICIES = {"StableDiffusion3Pipeline": SD3Policy}
+BUILT_IN = ("shapes-flow", "shapes-diffusion")
+POLICIES: dict[str, type[PipelinePolicy]] = {
+    "StableDiffusion3Pipeline": SD3Policy,
+    "StableDiffusionPipeline": StableDiffusionPolicy,
+    "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
+}
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -41,20 +46,7 @@ def fastest_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
     return min(seconds, key=lambda name: seconds[name])
 
 
-def load_policy(
-    path: str | Path,
-    *,
-    weights: Literal["lora", "full"],
-    lora_rank: int,
-    lora_alpha: int,
-    lora_targets: Sequence[str] = (),
-    max_sequence_length: int,
-    seed: int,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    resolution: int | None = None,
-    trained: str | Path | None = None,
-) -> Policy:
+def load_policy(path: str | Path, settings: PolicySettings, trained: str | Path | None = None) -> Policy:
     """The policy for a built-in model's name, a folder in diffusers' format, or a hub id (`owner/name`).
 
     `trained` is a folder that a policy's `save` wrote: its LoRA is merged, or its denoiser takes the place of the model's.
@@ -62,60 +54,26 @@ def load_policy(
     class that no policy is written for.
     """
     source = _locate(path)
-    _supported(source)
-    pipeline = _read_pipeline(source, weights, dtype)
+    kind = _supported(source)
+    pipeline = _read_pipeline(source, kind, settings)
     if trained is not None:
-        _apply_trained(pipeline, Path(trained))
-    return policy_from_pipeline(
-        pipeline,
-        weights=weights,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        lora_targets=lora_targets,
-        max_sequence_length=max_sequence_length,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        resolution=resolution,
-    )
+        _apply_trained(pipeline, kind.denoiser_name, Path(trained))
+    return policy_from_pipeline(pipeline, settings)
 
 
-def policy_from_pipeline(
-    pipeline: DiffusionPipeline,
-    *,
-    weights: Literal["lora", "full"],
-    lora_rank: int,
-    lora_alpha: int,
-    lora_targets: Sequence[str] = (),
-    max_sequence_length: int,
-    seed: int,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    resolution: int | None = None,
-) -> Policy:
+def policy_from_pipeline(pipeline: DiffusionPipeline, settings: PolicySettings) -> Policy:
     """The policy for a loaded pipeline, which it takes over; ValueError for a class that no policy is written for."""
-    return _policy_class(type(pipeline).__name__, "the pipeline").from_pipeline(
-        pipeline,
-        weights=weights,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        lora_targets=lora_targets,
-        max_sequence_length=max_sequence_length,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        resolution=resolution,
-    )
+    return _policy_class(type(pipeline).__name__, "the pipeline").from_pipeline(pipeline, settings)
 
 
-def _apply_trained(pipeline: DiffusionPipeline, folder: Path) -> None:
+def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path) -> None:
     if (folder / "pytorch_lora_weights.safetensors").is_file():
         pipeline.load_lora_weights(folder)
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
     elif (folder / "config.json").is_file():
-        denoiser = type(pipeline.transformer)
-        pipeline.transformer = denoiser.from_pretrained(folder, use_safetensors=True).to(pipeline.transformer.dtype)
+        base = getattr(pipeline, denoiser_name)
+        setattr(pipeline, denoiser_name, type(base).from_pretrained(folder, use_safetensors=True).to(base.dtype))
     else:
         raise ValueError(
             f"{folder} holds no trained weights: neither pytorch_lora_weights.safetensors nor a denoiser's config.json"
@@ -139,31 +97,34 @@ def _locate(path: str | Path) -> str:
 def _built_in(name: str) -> str:
     folder = WEIGHTS / name
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"model.path: the weights of the built-in {name!r} are not in this installation ({folder})")
+        raise ValueError(
+            f"model.path: the weights of the built-in {name!r} are not in this installation ({folder});"
+            f" progrpo pretrain {name} --export makes them, in hours"
+        )
     return str(folder)
 
 
-def _supported(source: str) -> None:
+def _supported(source: str) -> type[PipelinePolicy]:
     """Decided on the pipeline's index alone, before gigabytes are fetched."""
     try:
         index = DiffusionPipeline.load_config(source)
     except OSError as error:
         raise _unreadable(source, error) from error
-    _policy_class(str(index.get("_class_name")), source)
+    return _policy_class(str(index.get("_class_name")), source)
 
 
-def _policy_class(name: str, source: str) -> type[SD3Policy]:
+def _policy_class(name: str, source: str) -> type[PipelinePolicy]:
     if name not in POLICIES:
         raise ValueError(f"model.path: {source} is a {name}; progrpo trains {', '.join(POLICIES)}")
     return POLICIES[name]
 
 
-def _read_pipeline(source: str, weights: str, dtype: torch.dtype) -> DiffusionPipeline:
+def _read_pipeline(source: str, kind: type[PipelinePolicy], settings: PolicySettings) -> DiffusionPipeline:
     """Loaded in `dtype`, but a denoiser that is trained in full in float32: no precision is lost on the way."""
-    denoiser = torch.float32 if weights == "full" else dtype
+    denoiser = torch.float32 if settings.weights == "full" else settings.dtype
     try:
         return DiffusionPipeline.from_pretrained(
-            source, dtype={"transformer": denoiser, "default": dtype}, use_safetensors=True
+            source, dtype={kind.denoiser_name: denoiser, "default": settings.dtype}, use_safetensors=True
         )
     except OSError as error:
         raise _unreadable(source, error) from error

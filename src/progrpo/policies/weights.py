@@ -40,6 +40,12 @@ class NamedWeights:
             copied = {key: p.detach().clone() for key, p in self._parameters.items()}
         self._sets[name] = copied
 
+    def forget(self, name: str) -> None:
+        """Free the copy `name`."""
+        self._require_current(f"forget {name!r}")
+        self._stored(name)
+        del self._sets[name]
+
     @torch.no_grad()
     def update(self, name: str, decay: float) -> None:
         """Move `name` towards the current weights: decay * name + (1 - decay) * current."""

@@ -8,55 +8,55 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from progrpo.diffusion.flow import flow_grpo_rate, ode_step, sde_mean_std
-from progrpo.diffusion.gaussian import log_prob
+from progrpo.diffusion.process import Process
 from progrpo.policies.base import Policy
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import INITIAL, NoiseKey
-from progrpo.types import Condition, Trajectories, Transition
+from progrpo.types import WHOLE_GROUP, Condition, Trajectories, Transition
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to denoise. `noise_levels` has one entry a step: 0 is the ODE, above 0 Flow-GRPO's SDE of that level.
+    """How to denoise. Transitions of `stored_steps` are kept with their log-probs, and with `stored_means` their means.
 
-    Transitions of `stored_steps` are kept with their log-probs, and with `stored_means` their means; only stochastic
-    steps have them.
+    Only stochastic steps have them. Latents are rounded to `latent_dtype` before their log-probs are taken and so may be
+    stored in it. With `same_latent` the members of a group begin at one noise.
     """
 
-    sigmas_T1: Tensor
-    noise_levels: tuple[float, ...]
+    process: Process
     stored_steps: frozenset[int] = frozenset()
     stored_means: bool = False
     guidance_scale: float = 1.0
     microbatch: int = 64
+    same_latent: bool = False
+    latent_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        assert len(self.sigmas_T1) == len(self.noise_levels) + 1
-        assert all(self.noise_levels[step] > 0 for step in self.stored_steps), "an ODE step has no log-prob"
+        assert all(self.process.noise_levels[step] > 0 for step in self.stored_steps), "an ODE step has no log-prob"
 
     @property
     def num_inference_steps(self) -> int:
-        return len(self.noise_levels)
+        return self.process.num_steps
 
     @property
     def nfe_per_call(self) -> int:
         return 2 if self.guidance_scale > 1 else 1
 
-    def rate(self, step: int) -> Tensor:
-        """Diffusion rate of a step, shape ()."""
-        return flow_grpo_rate(self.sigmas_T1[step], self.noise_levels[step], self.sigmas_T1[1])
+    def rounded(self, x: Tensor) -> Tensor:
+        """x as it is stored, in its own dtype again: a log-prob of anything else would not be that of what is trained."""
+        return x if x.dtype == self.latent_dtype else x.to(self.latent_dtype).to(x.dtype)
 
 
 Between = Callable[[int, Trajectories], Trajectories]
 
 
-def expand(policy: Policy, slot_P: Tensor, group_size: int, key: NoiseKey) -> Trajectories:
-    """P groups of `group_size` trajectories at sigma 1, each with noise of its own."""
+def expand(policy: Policy, slot_P: Tensor, group_size: int, sampling: Sampling, key: NoiseKey) -> Trajectories:
+    """P groups of `group_size` trajectories of pure noise, each with noise of its own or all with their group's."""
     group_N = torch.arange(len(slot_P)).repeat_interleave(group_size)
     member_N = torch.arange(group_size).repeat(len(slot_P))
-    x_NCHW = key.draw(slot_P[group_N], member_N, INITIAL, policy.latent_shape).to(policy.device)
-    return Trajectories(group_N, slot_P[group_N], member_N, x_NCHW)
+    whose_N = torch.full_like(member_N, WHOLE_GROUP) if sampling.same_latent else member_N
+    x_NCHW = key.draw(slot_P[group_N], whose_N, INITIAL, policy.latent_shape).to(policy.device)
+    return Trajectories(group_N, slot_P[group_N], member_N, sampling.rounded(x_NCHW))
 
 
 def denoise(
@@ -68,7 +68,7 @@ def denoise(
     meter: Meter,
     between: Between = lambda step, batch: batch,
 ) -> Trajectories:
-    """Take trajectories from sigma 1 to 0. `between(step, batch)` sees each network call's outcome and may drop rows.
+    """Take trajectories from noise to data. `between(step, batch)` sees each network call's outcome and may drop rows.
 
     `condition` has one row a prompt. Steps and log-probs are float32, whatever the network runs in.
     """
@@ -84,24 +84,25 @@ def denoise(
 
 @torch.no_grad()
 def _call(policy: Policy, condition: Condition, batch: Trajectories, step: int, sampling: Sampling) -> Trajectories:
-    sigma = sampling.sigmas_T1[step].to(policy.device)
+    timestep = sampling.process.timestep(step, batch.x_NCHW)
     parts = []
     for rows in torch.arange(len(batch)).split(sampling.microbatch):
         told = condition.take(batch.group_N[rows].to(policy.device))
-        parts.append(policy.predict(batch.x_NCHW[rows], sigma, told, sampling.guidance_scale))
-    return replace(batch, v_NCHW=torch.cat(parts) if parts else torch.empty_like(batch.x_NCHW))
+        parts.append(policy.predict(batch.x_NCHW[rows], timestep, told, sampling.guidance_scale))
+    return replace(batch, output_NCHW=torch.cat(parts) if parts else torch.empty_like(batch.x_NCHW))
 
 
 def _advance(batch: Trajectories, step: int, sampling: Sampling, key: NoiseKey) -> Trajectories:
-    assert batch.v_NCHW is not None
-    x, v = batch.x_NCHW, batch.v_NCHW
-    sigma, sigma_next = (s.to(x.device) for s in sampling.sigmas_T1[step : step + 2])
-    if sampling.noise_levels[step] == 0:
-        return replace(batch, x_NCHW=ode_step(x, v, sigma, sigma_next), v_NCHW=None)
-    mean, std = sde_mean_std(x, v, sigma, sigma_next, sampling.rate(step).to(x.device))
-    x_next = mean + std * key.draw(batch.slot_N, batch.member_N, step, x.shape[1:]).to(x.device)
-    path = batch.path
+    assert batch.output_NCHW is not None
+    x, output, process = batch.x_NCHW, batch.output_NCHW, sampling.process
+    if process.noise_levels[step] == 0:
+        x_next = sampling.rounded(process.deterministic(step, x, output))
+        return replace(batch, x_NCHW=x_next, output_NCHW=None)
+    mean, std = process.mean_std(step, x, output)
+    noise = key.draw(batch.slot_N, batch.member_N, step, x.shape[1:]).to(x.device)
+    x_next, path = sampling.rounded(mean + std * noise), batch.path
     if step in sampling.stored_steps:
+        log_prob, dtype = process.log_prob(x_next, mean, std), sampling.latent_dtype
         kept = mean if sampling.stored_means else None
-        path = (*path, Transition(step, x, x_next, log_prob(x_next, mean, std), kept))
-    return replace(batch, x_NCHW=x_next, v_NCHW=None, path=path)
+        path = (*path, Transition(step, x.to(dtype), x_next.to(dtype), log_prob, kept))
+    return replace(batch, x_NCHW=x_next, output_NCHW=None, path=path)

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.diffusion.flow import x0_from_velocity
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Reward
 from progrpo.rollout.denoise import Sampling, denoise, expand
@@ -48,7 +47,7 @@ def rollout(
         previews.append(Preview(step, batch.group_N, batch.member_N, scores_N, _mask(rows, len(batch))))
         return batch.take(rows)
 
-    batch = expand(policy, slot_P, plan.group_size, key)
+    batch = expand(policy, slot_P, plan.group_size, sampling, key)
     finalists = denoise(policy, condition, batch, sampling, key, meter, prune)
     with meter.stage("reward"):
         images_NHWC, rewards_N, passed_N = score(
@@ -82,11 +81,11 @@ def preview(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`score` of unfinished trajectories: the one-step x0 projection, decoded and rewarded.
 
-    The projection uses the velocity that the step itself needs, so a preview costs no network call.
+    The projection uses the network's output that the step itself needs, so a preview costs no network call.
     """
-    assert batch.v_NCHW is not None
+    assert batch.output_NCHW is not None
     with meter.stage("preview"):
-        x0 = x0_from_velocity(batch.x_NCHW, batch.v_NCHW, sampling.sigmas_T1[step].to(batch.x_NCHW.device))
+        x0 = sampling.process.x0(step, batch.x_NCHW, batch.output_NCHW)
         return score(policy, reward, prompts, batch, x0, sampling.microbatch, meter)
 
 

@@ -76,7 +76,7 @@ def audit(
         return batch
 
     slot_P = torch.tensor([slot])
-    batch = expand(policy, slot_P, plan.group_size, key)
+    batch = expand(policy, slot_P, plan.group_size, sampling, key)
     batch = denoise(policy, policy.encode([prompt.text]), batch, sampling, key, meter, watch)
     images_NHWC, final_G, _ = score(policy, reward, [prompt], batch, batch.x_NCHW, sampling.microbatch, meter)
     keep = plan.survivors if plan.survivors < plan.group_size else max(2, plan.group_size // 2)

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from progrpo.config import Config, ModelConfig, ObjectiveConfig, PromptConfig, stochastic_steps, trained_steps
+from progrpo.config import (
+    Config,
+    ModelConfig,
+    ObjectiveConfig,
+    PromptConfig,
+    SamplingConfig,
+    stochastic_steps,
+    trained_steps,
+)
 from progrpo.data import ORDERS, PromptOrder, load_prompts
+from progrpo.diffusion.process import Process
+from progrpo.diffusion.samplers import SAMPLERS
 from progrpo.objectives.awm import AWM
 from progrpo.objectives.base import Needs, Objective
 from progrpo.objectives.dgpo import DGPO
 from progrpo.objectives.grpo import GRPO
 from progrpo.objectives.nft import NFT
-from progrpo.policies.base import Policy
+from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.load import fastest_dtype, load_policy, quiet
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge
@@ -34,6 +45,36 @@ OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
 }
 
 
+_GUARD_CLIP_OF_ALL = 2e-6 * 16 * 64 * 64  # GRPO-Guard's on SD3.5 (arXiv 2510.22319), over the dims of its latents
+
+
+def sampler_for(sampling: SamplingConfig, policy: Policy) -> str:
+    """The sampler's name; ValueError for one that this kind of model has not."""
+    flow = policy.prediction == "flow"
+    if sampling.sampler == "auto":
+        return "flow_grpo" if flow else "ddim"
+    if SAMPLERS[sampling.sampler].flow_only and not flow:
+        raise ValueError(
+            f"sampling.sampler: {sampling.sampler} is the SDE of flow models, and this is a diffusion model; use ddim or cps"
+        )
+    return sampling.sampler
+
+
+def objective_from(config: Config, policy: Policy) -> Objective:
+    """The objective, with the clip range that was published with the sampler where none is given."""
+    wanted, sampler = config.objective, SAMPLERS[sampler_for(config.sampling, policy)]
+    if wanted.name == "grpo" and wanted.grpo.kl_form == "flow_grpo" and not sampler.flow_only:
+        raise ValueError(
+            "objective.grpo.kl_form: flow_grpo needs a flow model's diffusion rate; take exact for this sampler"
+        )
+    if wanted.grpo.clip_range is None:
+        dims = math.prod(policy.latent_shape)
+        guarded = wanted.grpo.ratio == "guard"
+        clip_range = _GUARD_CLIP_OF_ALL / dims if guarded else sampler.clip_range_for(dims)
+        wanted = replace(wanted, grpo=replace(wanted.grpo, clip_range=clip_range))
+    return OBJECTIVES[wanted.name](wanted)
+
+
 def settled(config: Config, ranks: Ranks) -> Config:
     """The configuration with what is chosen by measuring, as the main process measures it."""
     if config.model.dtype != "auto":
@@ -45,8 +86,11 @@ def settled(config: Config, ranks: Ranks) -> Config:
 def policy_from(model: ModelConfig, seed: int, ranks: Ranks, trained: Path | None = None) -> Policy:
     """The policy that a configuration names, optionally with weights that a run has saved."""
     quiet()
-    return load_policy(
-        model.path,
+    return load_policy(model.path, settings_from(model, seed, ranks), trained)
+
+
+def settings_from(model: ModelConfig, seed: int, ranks: Ranks) -> PolicySettings:
+    return PolicySettings(
         weights=model.weights,
         lora_rank=model.lora_rank,
         lora_alpha=model.lora_alpha,
@@ -55,7 +99,6 @@ def policy_from(model: ModelConfig, seed: int, ranks: Ranks, trained: Path | Non
         seed=seed,
         device=ranks.device,
         dtype=getattr(torch, model.dtype),
-        trained=trained,
     )
 
 
@@ -64,7 +107,7 @@ def trained_policy(target: str, trained: Path | None, ranks: Ranks) -> Policy:
     if _is_run(Path(target)):
         trained = Path(target)
     if trained is not None and _is_run(trained):
-        saved = [trained / name for name in ("lora", "transformer") if (trained / name).is_dir()]
+        saved = [trained / name for name in ("lora", "transformer", "unet") if (trained / name).is_dir()]
         if not saved:
             raise ValueError(f"{trained} has saved no trained weights yet; they are written when the run ends")
         trained = saved[0]
@@ -83,11 +126,25 @@ def _is_run(folder: Path) -> bool:
 def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) -> Sampling:
     """How an iteration samples: stochastic where its window lies, storing what an objective needs of the trained steps."""
     wanted, stochastic = config.sampling, stochastic_steps(config, iteration)
+    sampler, steps = sampler_for(wanted, policy), range(wanted.num_inference_steps)
+    noise_level = SAMPLERS[sampler].noise_level if wanted.noise_level is None else wanted.noise_level
+    process = Process(
+        prediction=policy.prediction,
+        sampler=sampler,
+        levels_T1=policy.levels(wanted.num_inference_steps, wanted.shift),
+        noise_levels=tuple(noise_level if step in stochastic else 0.0 for step in steps),
+    )
+    trained = trained_steps(config, iteration)
+    if any(process.stds_T[step] == 0 or process.lengths_T[step] == 0 for step in trained):
+        raise ValueError(
+            f"sampling.train_last_step must be false: the last step of {sampler} on this model's grid has no noise or no length"
+        )
     return Sampling(
-        sigmas_T1=policy.sigmas(wanted.num_inference_steps, wanted.shift),
-        noise_levels=tuple(wanted.noise_level * (step in stochastic) for step in range(wanted.num_inference_steps)),
-        stored_steps=frozenset(trained_steps(config, iteration)),
+        process=process,
+        stored_steps=frozenset(trained),
         stored_means=needs == "means",
+        same_latent=wanted.same_latent,
+        latent_dtype=getattr(torch, wanted.latent_dtype),
         guidance_scale=wanted.guidance_scale,
         microbatch=wanted.microbatch,
     )

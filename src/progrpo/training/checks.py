@@ -22,7 +22,7 @@ def check_ratio(deviation: float, clip_range: float) -> None:
     if not deviation <= allowed:
         raise SelfCheckError(
             f"the first update is off-policy: a ratio deviates by {deviation:.1e} from 1 where {allowed:.1e} is"
-            " allowed; sampling and training compute different velocities (dropout, mixed precision, changed weights)"
+            " allowed; sampling and training compute different predictions (dropout, mixed precision, changed weights)"
         )
 
 
@@ -55,10 +55,11 @@ def check_moved(policy: Policy) -> None:
 def check_bound(policy: Policy, experience: Experience) -> None:
     """The trained weights reach the network that samples: its output with them is not the reference's."""
     told = experience.condition.take(experience.trajectories.group_N[:1].to(policy.device))
-    x, sigma = experience.trajectories.x_NCHW[:1], experience.sigmas_T1[0]
-    trained = policy.predict(x, sigma, told)
+    x = experience.trajectories.x_NCHW[:1]
+    timestep = experience.process.timestep(0, x)
+    trained = policy.predict(x, timestep, told)
     with policy.weights("reference"):
-        reference = policy.predict(x, sigma, told)
+        reference = policy.predict(x, timestep, told)
     if torch.equal(trained, reference):
         raise SelfCheckError("the trained weights do not change the network's output: the adapter is not bound to it")
 

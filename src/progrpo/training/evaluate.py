@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from progrpo.diffusion.process import Process
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Judge, Reward, Score
 from progrpo.rewards.load import load_reward
@@ -59,9 +60,11 @@ class Evaluation:
 def ode(
     policy: Policy, num_inference_steps: int, guidance_scale: float, microbatch: int, shift: float | None = None
 ) -> Sampling:
-    """Deterministic sampling on the model's own grid."""
-    grid = policy.sigmas(num_inference_steps, shift)
-    return Sampling(grid, (0.0,) * num_inference_steps, guidance_scale=guidance_scale, microbatch=microbatch)
+    """Deterministic sampling on the model's own grid: the flow's ODE, or DDIM."""
+    process = Process(
+        policy.prediction, "ddim", policy.levels(num_inference_steps, shift), (0.0,) * num_inference_steps
+    )
+    return Sampling(process, guidance_scale=guidance_scale, microbatch=microbatch)
 
 
 def evaluate(
@@ -83,7 +86,7 @@ def evaluate(
     found: list[tuple[int, dict[str, Any], np.ndarray | None]] = []
     for places in mine.split(sampling.microbatch) if len(mine) else ():  # splitting nothing gives one empty part
         batch = [prompts[i] for i in places.tolist()]
-        start = expand(policy, places, 1, NoiseKey(seed, 0))
+        start = expand(policy, places, 1, sampling, NoiseKey(seed, 0))
         final = denoise(policy, policy.encode([p.text for p in batch]), start, sampling, NoiseKey(seed, 0), Meter())
         images_NHWC = policy.decode(final.x_NCHW).numpy()
         scores = reward.score(images_NHWC, batch)
@@ -103,7 +106,7 @@ def _diversities(
     policy: Policy, prompts: Sequence[Prompt], places: Tensor, sampling: Sampling, seed: int
 ) -> list[float]:
     key, condition = NoiseKey(seed, 0), policy.encode([prompts[i].text for i in places.tolist()])
-    final = denoise(policy, condition, expand(policy, places, _GROUP, key), sampling, key, Meter())
+    final = denoise(policy, condition, expand(policy, places, _GROUP, sampling, key), sampling, key, Meter())
     images_NHWC = policy.decode(final.x_NCHW).numpy()
     return [diversity(group) for group in np.split(images_NHWC, len(places))]
 

@@ -29,7 +29,7 @@ from progrpo.tracking.console import Console
 from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.statistics import spearman
-from progrpo.training.build import eval_prompts, judge_for, policy_from, settled, train_order
+from progrpo.training.build import eval_prompts, judge_for, policy_from, settings_from, settled, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import DIVERSE_PROMPTS, Evaluation, evaluate, ode
 from progrpo.training.trainer import Iteration, Trainer
@@ -100,18 +100,7 @@ def train(
     check(config)
     ranks = Ranks()
     config = settled(config, ranks)
-    model = config.model
-    policy = policy_from_pipeline(
-        pipeline,
-        weights=model.weights,
-        lora_rank=model.lora_rank,
-        lora_alpha=model.lora_alpha,
-        lora_targets=model.lora_targets,
-        max_sequence_length=model.max_sequence_length,
-        seed=config.seed,
-        device=ranks.device,
-        dtype=getattr(torch, model.dtype),
-    )
+    policy = policy_from_pipeline(pipeline, settings_from(config.model, config.seed, ranks))
     scorer = FunctionReward(reward) if callable(reward) else reward
     table: Prompts = {"": tuple(_prompt(p) for p in prompts)}
     if not table[""]:
@@ -229,7 +218,7 @@ class Run:
         weights = Best.NAME if self.best else self.trainer.evaluated_weights
         self._evaluate("after", weights)
         if self.ranks.is_main:
-            name = "lora" if self.config.model.weights == "lora" else "transformer"
+            name = "lora" if self.config.model.weights == "lora" else self.policy.denoiser_name
             self.policy.save(self.folder.path / name, weights)
 
     def _encode_all(self) -> None:

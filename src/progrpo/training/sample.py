@@ -31,7 +31,7 @@ def sample_pictures(
     policy = trained_policy(model, lora, Ranks())
     sampling = ode(policy, num_inference_steps, guidance_scale, microbatch=64)
     key = NoiseKey(seed, 0)
-    start = expand(policy, torch.arange(len(prompts)), count, key)
+    start = expand(policy, torch.arange(len(prompts)), count, sampling, key)
     final = denoise(policy, policy.encode(list(prompts)), start, sampling, key, Meter())
     images_NHWC = policy.decode(final.x_NCHW).numpy()
     out.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from progrpo.rollout.prune import SELECTORS
 from progrpo.rollout.rollout import rollout
 from progrpo.training import checks
 from progrpo.training.audit import Audit, audit
-from progrpo.training.build import OBJECTIVES, sampling_from
+from progrpo.training.build import objective_from, sampling_from
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.update import learn_from, update
 from progrpo.types import Cost, Prompt, Rollout
@@ -73,7 +73,7 @@ class Trainer:
         self.config, self.policy, self.reward, self.order, self.ranks = config, policy, reward, order, ranks
         self.plan = resolve_plan(config)
         self.select = SELECTORS[config.plan.selector]
-        self.objective = OBJECTIVES[config.objective.name](config.objective)
+        self.objective = objective_from(config, policy)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             policy.trainable.values(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
@@ -154,8 +154,12 @@ class Trainer:
         if "update/on_policy_deviation" in seen.maxima:
             assert self.objective.clip_range is not None
             checks.check_ratio(seen.maxima["update/on_policy_deviation"], self.objective.clip_range)
+        if "reference" not in self.policy.named_weights:
+            return  # a resumed run that let it go after these checks
         checks.check_moved(self.policy)
         checks.check_bound(self.policy, experience)
+        if self.config.model.weights == "full" and not self.objective.uses_reference:
+            self.policy.named_weights.forget("reference")  # a copy of the whole denoiser that nothing asks for
 
     def _audit_due(self) -> bool:
         every = self.config.audit.every

@@ -47,13 +47,11 @@ def learn_from(
         tally.add_finite("reward/group_std_full", finalists.std_P)
     tally.count("reward/missing", int((~rollout.finalist_rewards_F.isfinite()).sum()))
     tally.count("advantage/zero_variance_groups", int((~statistics.informative_P).sum()))
-    rates_T = torch.stack([sampling.rate(step) for step in range(sampling.num_inference_steps)])
     experience = Experience(
         rollout.trajectories,
         advantages_N,
         rollout.condition,
-        sampling.sigmas_T1,
-        rates_T,
+        sampling.process,
         noise,
         sampling.guidance_scale,
     )

@@ -1,0 +1,85 @@
+"""T steps from noise to data: which levels they pass, what the network's output means, and how noise enters them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from progrpo.diffusion.levels import Levels
+from progrpo.diffusion.prediction import PREDICTIONS, Prediction
+from progrpo.diffusion.samplers import SAMPLERS, Sampler
+
+
+@dataclass(frozen=True)
+class Process:
+    """`noise_levels` has one entry a step: 0 is the deterministic step, above 0 the sampler's of that level.
+
+    `prediction` and `sampler` are names of `PREDICTIONS` and `SAMPLERS`. A `step` below is an int, or an int64 (B,) tensor on
+    the CPU with one for each row of x. Steps are computed in the dtype of x.
+    """
+
+    prediction: str
+    sampler: str
+    levels_T1: Levels
+    noise_levels: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.levels_T1) == len(self.noise_levels) + 1
+        assert self.prediction == "flow" or not self._sampler.flow_only, "an SDE of flow models"
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.noise_levels)
+
+    @property
+    def _prediction(self) -> Prediction:
+        return PREDICTIONS[self.prediction]
+
+    @property
+    def _sampler(self) -> Sampler:
+        return SAMPLERS[self.sampler]
+
+    @cached_property
+    def scales_T(self) -> Tensor:
+        """Diffusion rate (an SDE's sampler) or std (the others'), of each step; 0 where it is deterministic."""
+        scales = {level: self._sampler.scale(self.levels_T1, level) for level in set(self.noise_levels) if level > 0}
+        nothing = torch.zeros_like(self.levels_T1.sigma[0])
+        return torch.stack([scales[a][step] if a > 0 else nothing for step, a in enumerate(self.noise_levels)])
+
+    @property
+    def lengths_T(self) -> Tensor:
+        """How far each step goes, in units of the whole range of timesteps."""
+        timestep = self.levels_T1.timestep
+        return (timestep[:-1] - timestep[1:]) / timestep[0]
+
+    @property
+    def stds_T(self) -> Tensor:
+        """Std of each step's fresh noise."""
+        if not self._sampler.flow_only:
+            return self.scales_T
+        sigma = self.levels_T1.sigma
+        return self.scales_T * (sigma[:-1] - sigma[1:]).sqrt()
+
+    def timestep(self, step: int | Tensor, x: Tensor) -> Tensor:
+        """What the network is told at a step, () or (B,)."""
+        return self.levels_T1.timestep[step].to(x)
+
+    def x0(self, step: int | Tensor, x: Tensor, output: Tensor) -> Tensor:
+        """The data that the output at x points to: the one-step projection that previews decode."""
+        return self._prediction.x0(x, output, self.levels_T1[step].to(x))
+
+    def deterministic(self, step: int | Tensor, x: Tensor, output: Tensor) -> Tensor:
+        """x_next without fresh noise."""
+        return self._prediction.step(x, output, self.levels_T1[step].to(x), self.levels_T1[step + 1].to(x))
+
+    def mean_std(self, step: int | Tensor, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The Gaussian of x_next: mean in x's shape and std of shape () or (B, 1, ...)."""
+        at, after = self.levels_T1[step].to(x), self.levels_T1[step + 1].to(x)
+        return self._sampler.mean_std(self._prediction, x, output, at, after, self.scales_T[step].to(x))
+
+    def log_prob(self, x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """Of x_next under that Gaussian, mean over dims, (B,): see `progrpo.diffusion.gaussian.log_prob`."""
+        return self._sampler.log_prob(x_next, mean, std)

@@ -1,0 +1,101 @@
+"""How fresh noise enters a step. Two kernels, each with two scales of noise, and one log-prob that is not a density."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from progrpo.diffusion.ddim import cps_std, ddim_std, preserving_mean, reduced_log_prob
+from progrpo.diffusion.flow import flow_grpo_rate, sde_mean_std
+from progrpo.diffusion.gaussian import log_prob
+from progrpo.diffusion.levels import Levels, over
+from progrpo.diffusion.prediction import Prediction
+
+_MeanStd = Callable[[Prediction, Tensor, Tensor, Levels, Levels, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A stochastic step.
+
+    `scale(levels_T1, noise_level)` gives (T,), of each step: the diffusion rate of the SDE's kernel, the std of the other's.
+    `mean_std(prediction, x, output, levels, next, scale)` gives the Gaussian of x_next: mean in x's shape, std () or
+    (B, 1, ...). `noise_level` is the published one (DDIM's is called eta), and `clip_range` what was published with it for
+    latents of `clip_dims` elements. `flow_only`: the rate is that of a flow model's SDE.
+    """
+
+    scale: Callable[[Levels, float], Tensor]
+    mean_std: _MeanStd
+    noise_level: float
+    clip_range: float
+    clip_dims: int
+    flow_only: bool = False
+    log_prob: Callable[[Tensor, Tensor, Tensor], Tensor] = log_prob
+
+    def clip_range_for(self, dims: int) -> float:
+        """Log-probs are means over dims, so that equal changes of the whole latent need ranges in proportion to 1 / dims."""
+        return self.clip_range * self.clip_dims / dims
+
+
+def _sde(
+    prediction: Prediction, x: Tensor, v: Tensor, at: Levels, after: Levels, rate: Tensor
+) -> tuple[Tensor, Tensor]:
+    return sde_mean_std(x, v, at.sigma, after.sigma, rate)
+
+
+def _preserving(
+    prediction: Prediction, x: Tensor, output: Tensor, at: Levels, after: Levels, std: Tensor
+) -> tuple[Tensor, Tensor]:
+    x0, eps = prediction.x0(x, output, at), prediction.eps(x, output, at)
+    return preserving_mean(x0, eps, after, std), over(std, x)
+
+
+_FLOW_DIMS, _SD_DIMS = 16 * 64 * 64, 4 * 64 * 64  # of 512 px pictures, in SD3.5 and in SD1.x
+
+SAMPLERS: dict[str, Sampler] = {
+    # Flow-GRPO (arXiv 2505.05470)
+    "flow_grpo": Sampler(
+        scale=lambda levels, a: flow_grpo_rate(levels.sigma[:-1], a, levels.sigma[1]),
+        mean_std=_sde,
+        noise_level=0.7,
+        clip_range=1e-4,
+        clip_dims=_FLOW_DIMS,
+        flow_only=True,
+    ),
+    # DanceGRPO on flow models (arXiv 2505.07818): a constant rate
+    "dance": Sampler(
+        scale=lambda levels, eta: eta * levels.sigma[:-1] ** 0,
+        mean_std=_sde,
+        noise_level=0.3,
+        clip_range=1e-4,
+        clip_dims=_FLOW_DIMS,
+        flow_only=True,
+    ),
+    # DDIM with eta (arXiv 2010.02502), DanceGRPO's and DDPO's on Stable Diffusion
+    "ddim": Sampler(
+        scale=lambda levels, eta: ddim_std(levels[:-1], levels[1:], eta),
+        mean_std=_preserving,
+        noise_level=1.0,
+        clip_range=1e-4,
+        clip_dims=_SD_DIMS,
+    ),
+    # coefficient-preserving sampling (arXiv 2509.05952) with its Gaussian's density
+    "cps": Sampler(
+        scale=lambda levels, a: cps_std(levels[1:], a),
+        mean_std=_preserving,
+        noise_level=0.8,
+        clip_range=1e-5,
+        clip_dims=_FLOW_DIMS,
+    ),
+    # the same with the published stand-in for a density
+    "cps_reduced": Sampler(
+        scale=lambda levels, a: cps_std(levels[1:], a),
+        mean_std=_preserving,
+        noise_level=0.8,
+        clip_range=1e-5,
+        clip_dims=_FLOW_DIMS,
+        log_prob=reduced_log_prob,
+    ),
+}

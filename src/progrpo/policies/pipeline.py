@@ -1,0 +1,228 @@
+"""What policies of diffusers pipelines share: encoding, guidance, decoding, adapting the denoiser and saving what was trained."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from progrpo.diffusion.levels import Levels
+from progrpo.policies.base import PolicySettings
+from progrpo.policies.weights import NamedWeights
+from progrpo.types import Condition
+
+
+class PipelinePolicy(ABC):
+    """A diffusers pipeline as a policy: `progrpo.policies.base.Policy` says what each method promises.
+
+    A family's class adds what only it knows: its levels, how a text is encoded, and the call of its network.
+    """
+
+    denoiser_name: ClassVar[str]
+    """The pipeline's component that is trained."""
+    lora_targets: ClassVar[tuple[str, ...]]
+    """What a LoRA adapts if nothing else is asked, as endings of module names."""
+    prediction: str
+
+    def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, resolution: int) -> None:
+        """Wrap a pipeline whose trainable parameters are already marked; `from_pipeline` is the way in."""
+        self._pipeline = pipeline
+        self._settings = settings
+        self._resolution = resolution
+        self._encoded: dict[str, dict[str, Tensor]] = {}
+        self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
+        self.device: torch.device = self.denoiser.device
+        side = resolution // pipeline.vae_scale_factor
+        self.latent_shape: tuple[int, int, int] = (self.denoiser.config.in_channels, side, side)
+        self.trainable: Mapping[str, nn.Parameter] = {
+            name: p for name, p in self.denoiser.named_parameters() if p.requires_grad
+        }
+        self.named_weights = NamedWeights(self.trainable)
+        self._unconditional = self._encode_unconditional()
+
+    @classmethod
+    def from_pipeline(cls, pipeline: DiffusionPipeline, settings: PolicySettings) -> Self:
+        """Take the pipeline over: it moves to the device, is frozen, and its denoiser gets what `settings` ask for."""
+        cls._check(pipeline)
+        resolution = cls._checked_resolution(pipeline, settings.resolution)
+        denoiser = getattr(pipeline, cls.denoiser_name)
+        pipeline.to(settings.device)
+        for module in _modules(pipeline):
+            module.requires_grad_(False)
+        _cast(pipeline.vae, cls._vae_dtype(pipeline, settings.dtype))
+        if settings.weights == "lora":
+            _cast(denoiser, settings.dtype)
+            _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
+        elif settings.weights == "full":
+            _cast(denoiser, torch.float32)
+            denoiser.requires_grad_(True)
+        else:
+            raise ValueError(f"model.weights: {settings.weights!r} is not known; use 'lora' or 'full'")
+        for module in _modules(pipeline):
+            module.eval()
+        return cls(pipeline, settings, resolution)
+
+    # --- what a family says of itself -------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def _check(cls, pipeline: DiffusionPipeline) -> None:
+        """ValueError for a pipeline that the policy cannot work with."""
+
+    @classmethod
+    def _vae_dtype(cls, pipeline: DiffusionPipeline, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    @classmethod
+    def _patch(cls, pipeline: DiffusionPipeline) -> int:
+        """Latent rows and columns that the denoiser takes together."""
+        return 1
+
+    @abstractmethod
+    def levels(self, num_inference_steps: int, shift: float | None = None) -> Levels: ...
+
+    @abstractmethod
+    def between(self, levels_T1: Levels, place_B: Tensor) -> Levels: ...
+
+    @abstractmethod
+    def _encode_text(self, text: str) -> dict[str, Tensor]:
+        """Named tensors of one text, each with a first dimension of 1."""
+
+    @abstractmethod
+    def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
+        """The network's output, in any dtype."""
+
+    @abstractmethod
+    def _unscaled(self, x0_BCHW: Tensor) -> Tensor:
+        """Latents as the autoencoder decodes them."""
+
+    # --- what they share --------------------------------------------------------------------------------------------
+
+    def encode(self, texts: Sequence[str]) -> Condition:
+        for text in texts:
+            if text not in self._encoded:
+                self._encoded[text] = self._encode_one(text)
+        rows = [self._encoded[text] for text in texts]
+        return Condition({name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]})
+
+    @torch.no_grad()
+    def _encode_one(self, text: str) -> dict[str, Tensor]:
+        # Alone in its batch, so that a text's embedding never depends on the company it was first met in.
+        if self._pipeline.text_encoder is None:
+            raise ValueError(f"{text!r} is new and the text encoders are released; encode all prompts before that")
+        return {name: t[0].to("cpu", self._settings.dtype) for name, t in self._encode_text(text).items()}
+
+    def _encode_unconditional(self) -> Condition:
+        """What guidance leads away from."""
+        return self.encode([""])
+
+    def release_text_encoders(self) -> None:
+        for name in self._pipeline.components:
+            if name.startswith("text_encoder"):
+                setattr(self._pipeline, name, None)
+
+    def predict(self, x_BCHW: Tensor, timestep: Tensor, condition: Condition, guidance_scale: float = 1.0) -> Tensor:
+        timestep_B = timestep.to(x_BCHW.device, torch.float32).expand(len(x_BCHW))
+        if guidance_scale == 1.0:
+            return self._output(x_BCHW, timestep_B, condition)
+        pair = Condition(
+            {
+                name: torch.cat([self._unconditional.tensors[name].expand_as(rows), rows])
+                for name, rows in condition.tensors.items()
+            }
+        )
+        both = self._output(torch.cat([x_BCHW, x_BCHW]), torch.cat([timestep_B, timestep_B]), pair)
+        unconditional, conditional = both.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def _output(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
+        assert all(len(rows) == len(x_BCHW) for rows in condition.tensors.values())
+        # No cache of cast weights: it would outlive a change of weights inside a caller's own autocast block.
+        dtype = self._settings.dtype
+        low_precision = dtype != torch.float32
+        with (
+            torch.autocast(self.device.type, dtype, enabled=low_precision, cache_enabled=False),
+            # on a CPU, torch's fused attention in low precision has a gradient slower than the whole rest
+            sdpa_kernel(SDPBackend.MATH) if low_precision and self.device.type == "cpu" else nullcontext(),
+        ):
+            return self._call(x_BCHW, timestep_B, condition).float()
+
+    @torch.no_grad()
+    def decode(self, x0_BCHW: Tensor) -> Tensor:
+        vae = self._pipeline.vae
+        pictures_BCHW = vae.decode(self._unscaled(x0_BCHW).to(vae.dtype), return_dict=False)[0].float()
+        grey_BCHW = (pictures_BCHW * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+        return grey_BCHW.permute(0, 2, 3, 1).contiguous().cpu()
+
+    def weights(self, name: str) -> AbstractContextManager[None]:
+        return self.named_weights.swapped(name)
+
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, p.detach()) for name, p in self.denoiser.named_parameters() if not p.requires_grad)
+        yield from self.denoiser.named_buffers()
+
+    def save(self, folder: Path, weights: str = "current") -> None:
+        """A LoRA for the pipeline's `load_lora_weights(folder)`, or a denoiser of the pipeline's class to load."""
+        with self.weights(weights):
+            if self._settings.weights == "full":
+                self.denoiser.save_pretrained(folder)
+            else:
+                self._save_lora(folder)
+
+    def _save_lora(self, folder: Path) -> None:
+        metadata = self.denoiser.peft_config["default"].to_dict()  # without it alpha is lost
+        metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: equal weights should be equal files
+        layers = get_peft_model_state_dict(self.denoiser)
+        names = f"{self.denoiser_name}_lora_layers", f"{self.denoiser_name}_lora_adapter_metadata"
+        type(self._pipeline).save_lora_weights(folder, **dict(zip(names, (layers, metadata), strict=True)))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.named_weights.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.named_weights.load_state_dict(state)
+
+    @classmethod
+    def _checked_resolution(cls, pipeline: DiffusionPipeline, resolution: int | None) -> int:
+        own: int = getattr(pipeline, cls.denoiser_name).config.sample_size * pipeline.vae_scale_factor
+        multiple = pipeline.vae_scale_factor * cls._patch(pipeline)
+        if resolution is not None and (resolution <= 0 or resolution % multiple):
+            raise ValueError(f"resolution: {resolution} is not a multiple of {multiple}; the model's own is {own}")
+        return own if resolution is None else resolution
+
+
+def _modules(pipeline: DiffusionPipeline) -> list[nn.Module]:
+    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+def _cast(module: ModelMixin, dtype: torch.dtype) -> None:
+    if module.dtype != dtype:  # diffusers warns of every cast, also of one that changes nothing
+        module.to(dtype)
+
+
+def _add_lora(denoiser: ModelMixin, settings: PolicySettings, targets: tuple[str, ...]) -> None:
+    linears = [f".{name}" for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name in linears):
+            raise ValueError(f"model.lora_targets: no linear layer's name ends in {target!r}; use such as attn.to_q")
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=0.0,
+        init_lora_weights="gaussian",
+        target_modules=list(targets),
+    )
+    with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, from the global generator
+        torch.default_generator.manual_seed(settings.seed)
+        denoiser.add_adapter(config)
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # peft follows the base's dtype, in which small updates vanish

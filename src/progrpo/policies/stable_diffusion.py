@@ -1,0 +1,123 @@
+"""Stable Diffusion 1.x, 2.x and XL, diffusion models with a U-Net: the one file that knows their pipelines and network."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from torch import Tensor
+
+from progrpo.diffusion.levels import Levels, between_diffusion_levels, diffusion_levels
+from progrpo.policies.base import PolicySettings
+from progrpo.policies.pipeline import PipelinePolicy
+from progrpo.types import Condition
+
+
+class StableDiffusionPolicy(PipelinePolicy):
+    """A `StableDiffusionPipeline`. A LoRA adapts the attention and feed-forward layers of the U-Net's transformer blocks.
+
+    It is sampled on DDIM's grid, whatever scheduler the pipeline came with; that one's noise schedule, prediction type and
+    spacing stay.
+    """
+
+    denoiser_name: ClassVar[str] = "unet"
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+
+    def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, resolution: int) -> None:
+        self._scheduler = _ddim(pipeline)
+        self.prediction: str = self._scheduler.config.prediction_type
+        super().__init__(pipeline, settings, resolution)
+
+    @classmethod
+    def _check(cls, pipeline: DiffusionPipeline) -> None:
+        if pipeline.text_encoder is None:
+            raise ValueError("model.path: the pipeline lacks its text encoder; load it with the pipeline")
+        if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
+            raise ValueError(
+                f"model.path: the U-Net takes {pipeline.unet.config.in_channels} channels where latents have"
+                f" {pipeline.vae.config.latent_channels}; use a model that takes text alone, not one for inpainting"
+            )
+        scheduler = _ddim(pipeline)
+        if scheduler.config.prediction_type == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
+            raise ValueError(
+                "model.path: a model that predicts noise has nothing to say of pure noise; set the scheduler's"
+                " rescale_betas_zero_snr to false"
+            )
+        if getattr(pipeline, "safety_checker", None) is not None:
+            pipeline.safety_checker = None  # it judges pictures, which here rewards do; it would only take memory
+
+    def levels(self, num_inference_steps: int, shift: float | None = None) -> Levels:
+        if shift is not None:
+            raise ValueError("sampling.shift: this is a diffusion model, whose grid has no shift; leave it empty")
+        scheduler, count = self._scheduler, self._scheduler.config.num_train_timesteps
+        if num_inference_steps > count:
+            raise ValueError(
+                f"sampling.num_inference_steps: {num_inference_steps} is more than the {count} timesteps of the model"
+            )
+        scheduler.set_timesteps(num_inference_steps)
+        timesteps = scheduler.timesteps
+        last = int(timesteps[-1]) - count // num_inference_steps
+        final = scheduler.alphas_cumprod[last] if last >= 0 else scheduler.final_alpha_cumprod
+        return diffusion_levels(timesteps, scheduler.alphas_cumprod, final)
+
+    def between(self, levels_T1: Levels, place_B: Tensor) -> Levels:
+        return between_diffusion_levels(levels_T1, place_B, self._scheduler.alphas_cumprod)
+
+    def _encode_text(self, text: str) -> dict[str, Tensor]:
+        embeds, _ = self._pipeline.encode_prompt(
+            prompt=[text], device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return {"prompt_embeds": embeds}
+
+    def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
+        output: Tensor = self.denoiser(
+            x_BCHW, timestep_B, condition.tensors["prompt_embeds"], return_dict=False, **self._added(condition)
+        )[0]
+        return output
+
+    def _added(self, condition: Condition) -> dict[str, dict[str, Tensor]]:
+        """What else the U-Net is told."""
+        return {}
+
+    def _unscaled(self, x0_BCHW: Tensor) -> Tensor:
+        latents: Tensor = x0_BCHW / self._pipeline.vae.config.scaling_factor
+        return latents
+
+
+class StableDiffusionXLPolicy(StableDiffusionPolicy):
+    """A `StableDiffusionXLPipeline`: pooled embeddings, and the picture's size, uncropped, as time ids."""
+
+    @classmethod
+    def _vae_dtype(cls, pipeline: DiffusionPipeline, dtype: torch.dtype) -> torch.dtype:
+        overflows = dtype == torch.float16 and pipeline.vae.config.force_upcast
+        return torch.float32 if overflows else dtype
+
+    def _encode_text(self, text: str) -> dict[str, Tensor]:
+        embeds, _, pooled, _ = self._pipeline.encode_prompt(
+            prompt=[text], device=self.device, do_classifier_free_guidance=False
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def _encode_unconditional(self) -> Condition:
+        encoded = super()._encode_unconditional()
+        if self._pipeline.config.force_zeros_for_empty_prompt:
+            return Condition({name: torch.zeros_like(rows) for name, rows in encoded.tensors.items()})
+        return encoded
+
+    def _added(self, condition: Condition) -> dict[str, dict[str, Tensor]]:
+        pooled, size = condition.tensors["pooled_prompt_embeds"], (self._resolution, self._resolution)
+        time_ids = pooled.new_tensor([*size, 0, 0, *size]).expand(len(pooled), -1)  # original size, crop, target size
+        return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
+
+    def _unscaled(self, x0_BCHW: Tensor) -> Tensor:
+        config = self._pipeline.vae.config
+        if config.latents_mean is None or config.latents_std is None:
+            return super()._unscaled(x0_BCHW)
+        mean, std = (x0_BCHW.new_tensor(v).reshape(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        return super()._unscaled(x0_BCHW * std) + mean
+
+
+def _ddim(pipeline: DiffusionPipeline) -> DDIMScheduler:
+    """The pipeline's noise as DDIM's scheduler. Latents are never clipped: they are no pictures."""
+    return DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
