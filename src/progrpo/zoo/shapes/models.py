@@ -146,7 +146,7 @@ def assemble(vae: AutoencoderKL, text: TextStack, transformer: SD3Transformer2DM
 
 
 def build_unet() -> UNet2DConditionModel:
-    """3.6 M parameters: 16x16 and 8x8, two transformer blocks after each of the three residual ones at the lower resolution."""
+    """3.7 M parameters: 16x16 and 8x8, two transformer blocks after each of the three residual ones at the lower resolution."""
     return UNet2DConditionModel(
         sample_size=LATENT[1],
         in_channels=LATENT[0],

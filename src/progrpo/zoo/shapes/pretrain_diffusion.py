@@ -1,4 +1,4 @@
-"""How `shapes-diffusion` was made: `progrpo pretrain shapes-diffusion`.
+"""How `shapes-diffusion` is made: `progrpo pretrain shapes-diffusion`.
 
 It is taught by `shapes-flow`, whose autoencoder, tokenizer and first text encoder it begins with: at every noisy latent its
 noise prediction is compared with the one that the flow model's velocity stands for. That mean has none of the variance

@@ -1,0 +1,123 @@
+"""Diffusion models through the command line: a user's folder, prompts and reward, and what diffusers makes of the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from progrpo.cli import main
+from progrpo.tracking.run_folder import RunFolder
+
+REWARD = """
+import numpy as np
+
+def redness(images, prompts):
+    return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
+"""
+# The fixture of a model's folder, and what is asked beside it
+RUNS = {
+    "sd, GRPO on DDIM with guidance and one noise a group": (
+        "tiny_sd",
+        ["--sampling.guidance-scale", "2", "--sampling.same-latent", "--sampling.latent-dtype", "bfloat16"],
+    ),
+    "sd that says v, all weights by NFT": ("tiny_sd_v", ["--model.weights", "full", "--objective.name", "nft"]),
+    "sdxl, DGPO": ("tiny_sdxl", ["--objective.name", "dgpo"]),
+    "sdxl, GRPO on CPS": ("tiny_sdxl", ["--sampling.sampler", "cps", "--model.weights", "full"]),
+}
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch) -> list[str]:
+    """Options that name a user's prompts and reward, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_reward.py").write_text(REWARD)
+    (tmp_path / "prompts.txt").write_text("red cat\nblue dog\ngreen bird\n")
+    prompts = ["--prompts.source", "prompts.txt", "--eval.prompts", "prompts.txt", "--eval.pictures", "3"]
+    return [*prompts, "--reward.name", "own_reward:redness", "--model.lora-rank", "2", "--optim.lr", "0.01"]
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    records = RunFolder(folder).read_metrics()
+    return [{k: v for k, v in r.items() if k != "seconds" and not k.startswith("time/")} for r in records]
+
+
+def drawn(pipeline: Any) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images: np.ndarray = pipeline(
+        "red cat", num_inference_steps=4, output_type="np", height=16, width=16, generator=generator
+    ).images
+    return images
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_folder_of_ones_own_is_trained_and_diffusers_loads_the_result(name, own, request, tmp_path):
+    model, options = str(request.getfixturevalue(RUNS[name][0])), [*RUNS[name][1], *own]
+    assert main(["train", "smoke", "--out", "run", "--model.path", model, *options]) == 0
+    found = RunFolder(tmp_path / "run").read_summary()
+    assert found["status"] == "finished" and found["cost"]["predicted"] == found["cost"]["counted"]
+    base = drawn(DiffusionPipeline.from_pretrained(model))
+    pipeline = DiffusionPipeline.from_pretrained(model)
+    if (tmp_path / "run" / "lora").is_dir():
+        pipeline.load_lora_weights(tmp_path / "run" / "lora", local_files_only=True)
+    else:
+        pipeline.unet = type(pipeline.unet).from_pretrained(tmp_path / "run" / "unet")
+    assert np.abs(drawn(pipeline) - base).max() > 1e-3
+    assert main(["sample", model, "--lora", "run", "--prompt", "red cat", "--out", "pictures"]) == 0
+    assert (tmp_path / "pictures" / "000-00.png").is_file()
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_stop_and_resume_is_a_straight_run(weights, own, tiny_sd, tmp_path):
+    options = ["--model.path", str(tiny_sd), "--model.weights", weights, *own]
+    assert main(["train", "smoke", "--out", "straight", "--iterations", "3", *options]) == 0
+    assert main(["train", "smoke", "--out", "resumed", "--iterations", "2", *options]) == 0
+    assert main(["train", "--resume", "resumed", "--iterations", "3"]) == 0
+    assert untimed(tmp_path / "straight") == untimed(tmp_path / "resumed") != []
+    for when in ("before", "after"):
+        both = [RunFolder(tmp_path / run).read_evaluation(when) for run in ("straight", "resumed")]
+        assert both[0] == both[1] != []
+
+
+def test_the_papers_plans_are_costed_without_weights(capsys):
+    def plan(*args: str) -> dict[str, Any]:
+        assert main(["plan", *args, "--json"]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    sd14 = plan("sd14-hpsv2")
+    assert sd14["path"] == [48, 32, 8] and sd14["prune_steps"] == [30, 40]
+    assert sd14["nfe_per_prompt"] == 2 * (48 * 31 + 32 * 10 + 8 * 9)  # with guidance a call counts two
+    assert (sd14["decodes_per_prompt"], sd14["trained_steps_per_prompt"]) == (48 + 32 + 8, 8 * 49)
+    baseline = plan("sd14-hpsv2", "--plan.preset", "custom", "--plan.group-size", "16")
+    assert (baseline["path"], baseline["nfe_per_prompt"]) == ([16], 2 * 16 * 50)
+    assert plan("sd35m-pickscore")["path"] == [48, 24, 12]
+    assert plan("sd35m-pickscore", "--plan", "flash")["path"] == [24, 16, 12]
+    assert plan("sd35m-pickscore", "--plan", "none")["path"] == [24]
+
+
+def test_what_a_diffusion_model_has_not_is_refused_in_a_sentence(own, tiny_sd, capsys):
+    for options, sentence in (
+        (["--sampling.sampler", "dance"], "sampling.sampler: dance is the SDE of flow models"),
+        (["--sampling.shift", "3"], "sampling.shift: this is a diffusion model, whose grid has no shift"),
+        (["--sampling.train-last-step", "--sampling.sampler", "cps"], None),
+    ):
+        code = main(["train", "smoke", "--out", "no", "--overwrite", "--model.path", str(tiny_sd), *options, *own])
+        error = capsys.readouterr().err
+        if sentence is None:  # its grid ends at a noise level above 0
+            assert code == 0
+        else:
+            assert code == 2 and error.startswith(f"progrpo: error: {sentence}") and error.count("\n") == 1
+
+
+def test_built_in_weights_that_are_not_there_are_named_with_the_command_that_makes_them(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("progrpo.policies.load.WEIGHTS", tmp_path)
+    assert main(["sample", "shapes-diffusion", "--prompt", "a red circle"]) == 2
+    assert "progrpo pretrain shapes-diffusion --export makes them" in capsys.readouterr().err
