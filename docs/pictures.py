@@ -1,7 +1,8 @@
-"""The pictures of README, made from a run folder: `python docs/pictures.py runs/quickstart`.
+"""The pictures of README and docs, made from a run folder: `python docs/pictures.py runs/quickstart`.
 
 docs/images/film.png           an audit group: previews by step, and where the plan stops each member
 docs/images/before_after.png   test prompts before and after, from the same noise
+docs/images/preview.png        how well previews rank a group, by step: of docs/results/preview.json, and without a run folder
 """
 
 from __future__ import annotations
@@ -71,11 +72,43 @@ def before_after(run: Path, count: int = 12) -> Image.Image:
     return picture
 
 
+def preview(found: dict[str, Any]) -> Image.Image:
+    """Spearman's correlation with the final reward against the step, a colour a model: dots are seeds, the line their mean."""
+    left, top, width, height = 56, 30, 560, 300
+    picture = Image.new("RGB", (left + width + 24, top + height + 70), "white")
+    draw = ImageDraw.Draw(picture)
+    steps = found["num_inference_steps"]
+
+    def at(step: int, value: float) -> tuple[float, float]:
+        return left + width * step / (steps - 1), top + height * (1 - max(value, 0.0))
+
+    draw.text((left, 6), "rank correlation of a preview with the final reward, within a group", INK, font(14))
+    for tenth in range(0, 11, 2):
+        (x, y), (end, _) = at(0, tenth / 10), at(steps - 1, tenth / 10)
+        draw.line((x, y, end, y), (232, 234, 238))
+        draw.text((x - 34, y - 7), f"{tenth / 10:.1f}", QUIET, font(12))
+    for step in range(steps):
+        draw.text((at(step, 0)[0] - 4, top + height + 8), str(step), QUIET, font(12))
+    draw.text((left, top + height + 26), "after the network call of step", QUIET, font(12))
+    for place, (model, of) in enumerate(found["models"].items()):
+        colour = (GREEN, RED, INK)[place % 3]
+        draw.line([at(step, value) for step, value in enumerate(of["mean"])], colour, 3)
+        for seed in of["by_seed"]:
+            for x, y in (at(step, value) for step, value in enumerate(seed)):
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), outline=colour)
+        name = f"{model} ({of['sampler']} {of['noise_level']:g}, {len(of['by_seed'])} seeds)"
+        draw.text((left + 240 * place, top + height + 46), name, colour, font(13))
+    return picture
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, nargs="?")
     run = parser.parse_args().run
     OUT.mkdir(parents=True, exist_ok=True)
+    preview(json.loads(Path("docs/results/preview.json").read_text())).save(OUT / "preview.png", optimize=True)
+    if run is None:
+        return
     film(run).save(OUT / "film.png", optimize=True)
     before_after(run).save(OUT / "before_after.png", optimize=True)
 

@@ -159,9 +159,10 @@ def test_a_flow_models_levels_are_the_schedulers_own_or_shifted(tiny_sd3):
     assert torch.equal(policy.levels(STEPS).sigma, sigmas)
 
 
-def test_a_diffusion_models_levels_are_ddims(case, policy, pipeline):
-    if policy.denoiser_name != "unet":
-        pytest.skip("a flow model")
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd_v", "tiny_sdxl"])
+def test_a_diffusion_models_levels_are_ddims(request, model):
+    folder = request.getfixturevalue(model)
+    policy, pipeline = _load(folder, "lora"), _pipeline(folder)
     levels, scheduler = policy.levels(STEPS), pipeline.scheduler
     scheduler.set_timesteps(STEPS)
     assert levels.timestep.tolist() == [*scheduler.timesteps.tolist(), 0]
