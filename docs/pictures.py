@@ -73,7 +73,7 @@ def before_after(run: Path, count: int = 12) -> Image.Image:
 
 
 def preview(found: dict[str, Any]) -> Image.Image:
-    """Spearman's correlation with the final reward against the step, a colour a model: dots are seeds, the line their mean."""
+    """Spearman's correlation with the final reward against the step, a colour a model: dots are seeds, the line their mean. Below 0 is drawn at 0."""
     left, top, width, height = 56, 30, 560, 300
     picture = Image.new("RGB", (left + width + 24, top + height + 70), "white")
     draw = ImageDraw.Draw(picture)
