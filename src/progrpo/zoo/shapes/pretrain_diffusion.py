@@ -190,7 +190,10 @@ def pretrain_diffusion(
     export: Path | None = None,
     log: Log = print,
 ) -> StableDiffusionPipeline:
-    """Run or resume in `out` what `teacher`, the folder of `shapes-flow`, is needed for; with `export`, write the folder."""
+    """Run or resume the training in `out`; with `export`, write the pipeline's folder there.
+
+    `teacher` is the folder of `shapes-flow`. `device` auto is a GPU where there is one.
+    """
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
