@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,30 +247,30 @@ def round_trip(vae: AutoencoderKL, pictures: int) -> float:
     return float(np.mean([v.strict for v in verify(decoded, prompts)]))
 
 
-def figures(pipeline: StableDiffusion3Pipeline, pictures: int) -> dict[str, Any]:
-    """What the model card states: on test prompts, with the guidance scale that is best on validation prompts."""
+def figures(
+    pipeline: DiffusionPipeline, pictures: int, more: Mapping[str, Mapping[str, Any]], **always: Any
+) -> dict[str, Any]:
+    """What a model card states: on test prompts, with the guidance scale that is best on validation prompts.
+
+    `more` are further ways to sample, by name; `always` are options of every pipeline call, unless a way has its own.
+    """
     by_scale = {
-        scale: measure(
-            pipeline, "validation", pictures // 2, seed=8, guidance_scale=scale, max_sequence_length=min(LENGTHS)
-        )["strict"]
+        scale: measure(pipeline, "validation", pictures // 2, seed=8, guidance_scale=scale, **always)["strict"]
         for scale in GUIDANCE_SCALES
     }
     best = max(by_scale, key=lambda scale: by_scale[scale])
-    test: dict[str, dict[str, Any]] = {
+    test: dict[str, Mapping[str, Any]] = {
         "10 steps": {},
         "40 steps": {"num_inference_steps": 40},
         f"10 steps, guidance {best:g}": {"guidance_scale": best},
-        "10 steps, 256 T5 tokens": {"max_sequence_length": 256},
-        "28 steps, guidance 7, 256 T5 tokens": {**_DEFAULTS, "pictures": pictures // 2},
+        **more,
     }
     return {
         "pictures": pictures,
         "round_trip_strict": round_trip(pipeline.vae, pictures),
         "validation_strict_by_guidance_scale": {f"{scale:g}": strict for scale, strict in by_scale.items()},
         "test": {
-            name: measure(
-                pipeline, "test", **{"pictures": pictures, "seed": 6, "max_sequence_length": min(LENGTHS), **options}
-            )
+            name: measure(pipeline, "test", **{"pictures": pictures, "seed": 6, **always, **options})
             for name, options in test.items()
         },
     }
@@ -301,7 +301,12 @@ def pretrain(
     judge = train_judge(out, budget, seed, log)
     pipeline = assemble(vae, text, transformer)
     log("measuring the finished model on test prompts")
-    measured = json.dumps(figures(pipeline, budget.test_pictures), indent=1)
+    ways: dict[str, dict[str, Any]] = {
+        "10 steps, 256 T5 tokens": {"max_sequence_length": 256},
+        "28 steps, guidance 7, 256 T5 tokens": {**_DEFAULTS, "pictures": budget.test_pictures // 2},
+    }
+    found = figures(pipeline, budget.test_pictures, ways, max_sequence_length=min(LENGTHS))
+    measured = json.dumps(found, indent=1)
     write_text(out / "figures.json", measured)
     log(measured)
     if export:
