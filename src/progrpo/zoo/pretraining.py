@@ -33,14 +33,29 @@ class Ema:
             s.copy_(live)
 
 
-def _optimizers(module: torch.nn.Module, matrices: Collection[str], lr: float) -> list[torch.optim.Optimizer]:
-    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    others = [p for name, p in named.items() if name not in matrices]
-    adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
-    if not matrices:
-        return [adamw]
-    hidden = [named[name] for name in matrices]
-    return [adamw, torch.optim.Muon(hidden, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
+class _Optimizers:
+    """AdamW, and Muon for the parameters named in `matrices`: a convolution's weight is its (out, in x height x width) matrix."""
+
+    def __init__(self, module: torch.nn.Module, matrices: Collection[str], lr: float):
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        hidden = [named[name] for name in matrices]
+        # torch's Muon takes matrices only: it is given views that share the parameters' memory
+        self.views = [(p, torch.nn.Parameter(p.detach().flatten(1))) for p in hidden]
+        others = [p for name, p in named.items() if name not in matrices]
+        self.all: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
+        if hidden:
+            flat = [view for _, view in self.views]
+            self.all.append(torch.optim.Muon(flat, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+
+    def step(self, lr: float) -> None:
+        """One update at rate `lr` by the parameters' gradients, which are then gone."""
+        for p, view in self.views:
+            view.grad, p.grad = None if p.grad is None else p.grad.flatten(1), None
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
 
 def train_stage(
@@ -60,8 +75,8 @@ def train_stage(
 ) -> None:
     """Train `module` for `steps` steps, resuming from `out`/`name` if it is there; leave it averaged.
 
-    The parameters named in `matrices` are trained by Muon, which wants the weight matrices of hidden layers, with updates
-    of AdamW's size (arXiv 2502.16982); all others by AdamW.
+    The parameters named in `matrices` are trained by Muon, which wants the weights of hidden layers, linear or
+    convolutional, with updates of AdamW's size (arXiv 2502.16982); all others by AdamW.
 
     `loss_of(step)` must be a function of the step number alone, so that a resumed stage sees the same data. The
     learning rate warms up over 100 steps, stays, and falls linearly to zero over the last `decay_fraction`.
@@ -69,13 +84,13 @@ def train_stage(
     """
     folder = out / name
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizers = _optimizers(module, matrices, lr)
+    optimizers = _Optimizers(module, matrices, lr)
     ema = Ema(parameters, ema_decay)
     step = 0
     if folder.exists():
         saved = load_state(folder)
         module.load_state_dict(saved["module"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        for optimizer, state in zip(optimizers.all, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         ema.updates, ema.shadow = saved["ema_updates"], [s.to(parameters[0].device) for s in saved["ema"]]
         step = saved["step"]
@@ -85,7 +100,7 @@ def train_stage(
         state = {
             "step": step,
             "module": dict(module.state_dict()),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers.all],
             "ema": ema.shadow,
             "ema_updates": ema.updates,
         }
@@ -106,14 +121,10 @@ def train_stage(
     since, first, losses = time.monotonic(), step, []
     while step < steps:
         warm, fall = min(1.0, (step + 1) / 100), (steps - step) / max(1, decay_fraction * steps)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = lr * min(warm, fall)
         loss = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizers.step(lr * min(warm, fall))
         ema.update(parameters)
         step += 1
         losses.append(float(loss.detach()))
