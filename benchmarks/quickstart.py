@@ -1,9 +1,9 @@
-"""What the quickstart teaches: `make quickstart` for several seeds, with each figure before and after.
+"""What a recipe for a built-in model teaches: the quickstart, or another, for several seeds, with each figure before and after.
 
-    python benchmarks/quickstart.py [--seeds 0 1 2] [--runs runs/quickstart-seeds] [--out docs/results/quickstart.json]
+    python benchmarks/quickstart.py [--recipe quickstart] [--seeds 0 1 2] [--runs runs/RECIPE-seeds] [--out docs/results/RECIPE.json]
 
 A seed whose run is there and finished, with the recipe as it is now, is not run again. `--readme` then writes README's table
-anew from `--out`, and runs nothing.
+of the quickstart anew from `--out`, and runs nothing.
 """
 
 from __future__ import annotations
@@ -79,21 +79,24 @@ def with_table(readme: str, results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=("quickstart", "shapes-diffusion"), default="quickstart")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, default=Path("runs/quickstart-seeds"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results/quickstart.json"))
+    parser.add_argument("--runs", type=Path)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--readme", action="store_true", help="write README's table from what is there")
     wanted = parser.parse_args()
+    runs = wanted.runs or Path(f"runs/{wanted.recipe}-seeds")
+    out = wanted.out or Path(f"docs/results/{wanted.recipe}.json")
     if wanted.readme:
-        write_text(README, with_table(README.read_text(encoding="utf-8"), json.loads(wanted.out.read_text())))
+        write_text(README, with_table(README.read_text(encoding="utf-8"), json.loads(out.read_text())))
         return
     results = []
     for seed in wanted.seeds:
-        config, run = replace(load_recipe("quickstart"), seed=seed), RunFolder(wanted.runs / f"seed{seed}")
+        config, run = replace(load_recipe(wanted.recipe), seed=seed), RunFolder(runs / f"seed{seed}")
         if not finished(run, config):
             train_run(config, run.path, overwrite=True)
         results.append(result(run))
-    write_text(wanted.out, json.dumps(results, indent=1) + "\n")
+    write_text(out, json.dumps(results, indent=1) + "\n")
     print(table(results))
 
 

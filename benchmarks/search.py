@@ -64,6 +64,8 @@ ONE = changed(FULL, {"objective": {"dgpo": {"draws": 1}}})
 OBJECTIVE = changed(FINAL, {**MIXED, "model": {"weights": "full"}, "optim": {"lr": 2e-4}})
 # Half the rate, falling from the start, and gradients cut where they are usual: at 2e-4 one seed of three fell back
 CALM: Changes = {"iterations": 80, "optim": {"lr": 1e-4, "decay": 1.0, "max_grad_norm": 0.1, "ema_decay": 0.9}}
+# The recipe of the diffusion model, and what was tried beside it
+UNET = to_dict(load_recipe("shapes-diffusion"))
 
 TRIALS: dict[str, Changes] = {
     "quickstart": to_dict(load_recipe("quickstart")),
@@ -105,6 +107,11 @@ TRIALS: dict[str, Changes] = {
     ),
     "dgpo one draw mixed lora 1e-3": changed(ONE, {"model": {"weights": "lora"}, "optim": {"lr": 1e-3}}),
     "dgpo cheap mixed full 2e-4 signal": changed(FULL, {"prompts": {"order": "signal"}}),
+    "unet": UNET,
+    "unet lr 5e-5": changed(UNET, {"optim": {"lr": 5e-5}}),
+    "unet lr 2e-4": changed(UNET, {"optim": {"lr": 2e-4}}),
+    "unet nft": changed(UNET, {"objective": {"name": "nft"}}),
+    "unet grpo": changed(UNET, {"objective": {"name": "grpo"}, "sampling": {"sde_window": "first"}}),
 }
 
 
@@ -141,9 +148,9 @@ def _rounded(figures: Mapping[str, float | None]) -> dict[str, float | None]:
     return {name: None if value is None else round(value, 4) for name, value in figures.items()}
 
 
-def base_model() -> str:
+def base_model(config: Config) -> str:
     """The strict accuracy on the model card: results of another base are not comparable."""
-    return str(json.loads((WEIGHTS / "shapes-flow" / "figures.json").read_text())["test"]["10 steps"]["strict"])
+    return str(json.loads((WEIGHTS / config.model.path / "figures.json").read_text())["test"]["10 steps"]["strict"])
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -180,18 +187,19 @@ def main() -> None:
         return
     for seed in wanted.seeds:
         for name in wanted.trials:
+            config = config_of(TRIALS[name], seed)
             key = {
                 "trial": name,
                 "changes": json.loads(json.dumps(TRIALS[name])),
                 "seed": seed,
-                "base": base_model(),
+                "base": base_model(config),
                 "pictures": wanted.pictures,
                 "machine": f"{platform.machine()}, {wanted.threads} threads, torch {torch.__version__}",
             }
             if any(key.items() <= r.items() for r in results):
                 continue
             print(f"{name}, seed {seed}", flush=True)
-            curve = run(config_of(TRIALS[name], seed), wanted.seconds, wanted.every, wanted.pictures)
+            curve = run(config, wanted.seconds, wanted.every, wanted.pictures)
             # another search may have written meanwhile
             results = json.loads(wanted.out.read_text()) if wanted.out.exists() else []
             results.append({**key, "curve": curve})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from progrpo.config import (
@@ -39,6 +40,15 @@ def quickstart() -> Config:
         audit=AuditConfig(every=10),
         eval=EvalConfig(every=10, keep_best=True),
         checkpoint=CheckpointConfig(every=10),
+    )
+
+
+def shapes_diffusion() -> Config:
+    """The quickstart on the built-in diffusion model: a U-Net that says noise, sampled by DDIM."""
+    return replace(
+        quickstart(),
+        recipe="shapes-diffusion",
+        model=ModelConfig(path="shapes-diffusion", weights="full", dtype="auto"),
     )
 
 
@@ -122,6 +132,7 @@ def smoke() -> Config:
 
 RECIPES: dict[str, Callable[[], Config]] = {
     "quickstart": quickstart,
+    "shapes-diffusion": shapes_diffusion,
     "sd14-hpsv2": sd14_hpsv2,
     "sd35m-pickscore": sd35m_pickscore,
     "sd3": sd3,

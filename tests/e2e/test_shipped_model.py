@@ -1,4 +1,4 @@
-"""The model in the package: it loads in diffusers with no further argument, draws what is asked, and is small."""
+"""The models in the package: they load in diffusers with no further argument, draw what is asked, and are small."""
 
 from __future__ import annotations
 
@@ -7,23 +7,29 @@ import re
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from progrpo.zoo import WEIGHTS
 from progrpo.zoo.shapes.pretrain import measure, round_trip
 
-FOLDER = WEIGHTS / "shapes-flow"
+MODELS = {"shapes-flow": StableDiffusion3Pipeline, "shapes-diffusion": StableDiffusionPipeline}
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> StableDiffusion3Pipeline:
-    return StableDiffusion3Pipeline.from_pretrained(FOLDER)
+def pipelines() -> dict[str, DiffusionPipeline]:
+    return {name: DiffusionPipeline.from_pretrained(WEIGHTS / name) for name in MODELS}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_of_its_family(name: str, pipelines: dict[str, DiffusionPipeline]) -> None:
+    assert type(pipelines[name]) is MODELS[name]
 
 
 def test_files_are_safetensors_and_small() -> None:
     files = [f for f in WEIGHTS.rglob("*") if f.is_file()]
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
-    assert sum(f.stat().st_size for f in files) <= 25e6
+    for folder in WEIGHTS.iterdir():
+        assert sum(f.stat().st_size for f in files if folder in f.parents) <= 25e6
 
 
 def test_no_file_tells_where_it_was_made() -> None:
@@ -31,7 +37,9 @@ def test_no_file_tells_where_it_was_made() -> None:
     assert not [t for t in texts if re.search(r'"_name_or_path": "[^"]*[/\\\\]', t)]
 
 
-def test_has_three_text_encoders_that_read_the_prompt(pipeline: StableDiffusion3Pipeline) -> None:
+def test_has_three_text_encoders_that_read_the_prompt(pipelines: dict[str, DiffusionPipeline]) -> None:
+    pipeline = pipelines["shapes-flow"]
+
     def encode(text: str) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, _, pooled, _ = pipeline.encode_prompt(text, None, None, do_classifier_free_guidance=False)
         return tokens, pooled
@@ -41,12 +49,19 @@ def test_has_three_text_encoders_that_read_the_prompt(pipeline: StableDiffusion3
     assert all((a - b).abs().max() > 1e-2 for a, b in zip(red, blue, strict=True))
 
 
-def test_the_autoencoder_keeps_what_a_picture_shows(pipeline: StableDiffusion3Pipeline) -> None:
-    assert round_trip(pipeline.vae, 240) >= 0.95
+def test_both_have_the_same_autoencoder(pipelines: dict[str, DiffusionPipeline]) -> None:
+    flow, diffusion = (pipelines[name].vae.state_dict() for name in MODELS)
+    assert flow.keys() == diffusion.keys() and all(torch.equal(flow[k], diffusion[k]) for k in flow)
 
 
-def test_it_draws_what_its_card_says(pipeline: StableDiffusion3Pipeline) -> None:
+def test_the_autoencoder_keeps_what_a_picture_shows(pipelines: dict[str, DiffusionPipeline]) -> None:
+    assert round_trip(pipelines["shapes-flow"].vae, 240) >= 0.95
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_draws_what_its_card_says(name: str, pipelines: dict[str, DiffusionPipeline]) -> None:
     """96 pictures have a standard error of 5 points: three of them either way."""
-    stated = json.loads((FOLDER / "figures.json").read_text())["test"]["10 steps"]["strict"]
-    found = measure(pipeline, "test", 96, seed=12, max_sequence_length=16)
+    stated = json.loads((WEIGHTS / name / "figures.json").read_text())["test"]["10 steps"]["strict"]
+    more = {"max_sequence_length": 16} if name == "shapes-flow" else {}
+    found = measure(pipelines[name], "test", 96, seed=12, **more)
     assert found["strict"] == pytest.approx(stated, abs=0.15)
