@@ -1,6 +1,6 @@
 """How well a preview ranks a group, by step: Spearman's correlation within a group with the final rewards.
 
-    python benchmarks/preview.py [--models shapes-flow] [--groups 24] [--group-size 24] [--seeds 0 1 2] [--json]
+    python benchmarks/preview.py [--models shapes-flow shapes-diffusion] [--groups 24] [--group-size 24] [--seeds 0 1 2] [--json]
 
 Every step is stochastic, by the model's own sampler at its published noise level. Groups run unpruned on validation
 prompts, all kinds in turn; groups without variance are left out. Per seed the mean over groups, then mean and spread
@@ -64,7 +64,7 @@ def noise_share(sampling: Sampling) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["shapes-flow"])
+    parser.add_argument("--models", nargs="+", default=["shapes-flow", "shapes-diffusion"])
     parser.add_argument("--groups", type=int, default=24)
     parser.add_argument("--group-size", type=int, default=24)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -76,6 +76,31 @@ def test_a_resumed_stage_is_a_straight_one(dies_at, matrices, tmp_path):
     assert all(torch.equal(a["module"][name], b["module"][name]) for name in a["module"])
 
 
+def test_a_convolution_is_trained_as_its_matrix(tmp_path):
+    """A kernel as large as its input is a linear layer: Muon must move both alike."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        linear = nn.Sequential(nn.Flatten(), nn.Linear(2 * 3 * 3, 8), nn.Tanh(), nn.Linear(8, 1))
+        convolution = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Flatten(), nn.Tanh(), nn.Linear(8, 1))
+    convolution[0].load_state_dict({"weight": linear[1].weight.reshape(8, 2, 3, 3), "bias": linear[1].bias})
+    convolution[3].load_state_dict(linear[3].state_dict())
+    before = convolution[0].weight.detach().clone()
+
+    def fit(module: nn.Module) -> Callable[[int], Tensor]:
+        def loss_of(step: int) -> Tensor:
+            x = torch.randn(16, 2, 3, 3, generator=torch.Generator().manual_seed(step))
+            return (module(x)[:, 0] - x.sum((1, 2, 3))).square().mean()
+
+        return loss_of
+
+    for module, name, matrices in ((linear, "linear", ("1.weight",)), (convolution, "convolution", ("0.weight",))):
+        train_stage(
+            name, module, fit(module), steps=STEPS, lr=1e-2, out=tmp_path, matrices=matrices, log=lambda line: None
+        )
+    torch.testing.assert_close(convolution[0].weight.flatten(1), linear[1].weight, rtol=0, atol=1e-5)
+    assert (convolution[0].weight - before).abs().max() > 1e-3
+
+
 def test_killed_before_the_first_checkpoint_it_starts_anew(tmp_path):
     straight, again = network(), network()
     train(straight, tmp_path / "straight")
