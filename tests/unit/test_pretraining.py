@@ -82,9 +82,10 @@ def test_a_convolution_is_trained_as_its_matrix(tmp_path):
         torch.manual_seed(0)
         linear = nn.Sequential(nn.Flatten(), nn.Linear(2 * 3 * 3, 8), nn.Tanh(), nn.Linear(8, 1))
         convolution = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Flatten(), nn.Tanh(), nn.Linear(8, 1))
-    convolution[0].load_state_dict({"weight": linear[1].weight.reshape(8, 2, 3, 3), "bias": linear[1].bias})
+    (weight, bias), kernel = linear[1].parameters(), next(convolution.parameters())
+    convolution[0].load_state_dict({"weight": weight.reshape(8, 2, 3, 3), "bias": bias})
     convolution[3].load_state_dict(linear[3].state_dict())
-    before = convolution[0].weight.detach().clone()
+    before = kernel.detach().clone()
 
     def fit(module: nn.Module) -> Callable[[int], Tensor]:
         def loss_of(step: int) -> Tensor:
@@ -97,8 +98,8 @@ def test_a_convolution_is_trained_as_its_matrix(tmp_path):
         train_stage(
             name, module, fit(module), steps=STEPS, lr=1e-2, out=tmp_path, matrices=matrices, log=lambda line: None
         )
-    torch.testing.assert_close(convolution[0].weight.flatten(1), linear[1].weight, rtol=0, atol=1e-5)
-    assert (convolution[0].weight - before).abs().max() > 1e-3
+    torch.testing.assert_close(kernel.flatten(1), weight, rtol=0, atol=1e-5)
+    assert (kernel - before).abs().max() > 1e-3
 
 
 def test_killed_before_the_first_checkpoint_it_starts_anew(tmp_path):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ _DEFAULTS = {
 _WORTH_COMPILING = 1_000  # steps: a compilation takes a minute
 DROP_TEXT = 0.1  # share of empty prompts, for classifier-free guidance
 Log = Callable[[str], None]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def train_flow(
     )
 
 
-def compiled(function: Callable[..., Tensor], steps: int, log: Log) -> Callable[..., Tensor]:
+def compiled(function: Callable[P, T], steps: int, log: Log) -> Callable[P, T]:
     """The function through torch.compile, a quarter faster; as it is, and said so, where there is no compiler."""
     if steps < _WORTH_COMPILING:
         return function
