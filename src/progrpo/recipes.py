@@ -45,10 +45,12 @@ def quickstart() -> Config:
 
 def shapes_diffusion() -> Config:
     """The quickstart on the built-in diffusion model: a U-Net that says noise, sampled by DDIM."""
+    base = quickstart()
     return replace(
-        quickstart(),
+        base,
         recipe="shapes-diffusion",
-        model=ModelConfig(path="shapes-diffusion", weights="full", dtype="auto"),
+        model=replace(base.model, path="shapes-diffusion"),
+        optim=replace(base.optim, lr=4e-5),  # at the quickstart's 1e-4 it falls apart within ten iterations
     )
 
 
