@@ -14,7 +14,7 @@ from progrpo.cli import COMMANDS, main
 from progrpo.config import config_from_json
 from progrpo.recipes import RECIPES, load_recipe
 
-NAMES = "quickstart, sd14-hpsv2, sd35m-pickscore, sd3, smoke"  # of recipes
+NAMES = "quickstart, shapes-diffusion, sd14-hpsv2, sd35m-pickscore, sd3, smoke"  # of recipes
 
 
 def refusal(capsys, *args):
