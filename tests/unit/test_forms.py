@@ -80,6 +80,11 @@ class Item:
             return (self.x - self.sigma * output) / self.alpha
         return self.alpha * self.x - self.sigma * output
 
+    @property
+    def velocity_weight(self):
+        whole = self.alpha + self.sigma
+        return (whole / self.alpha) ** 2 if self.form == "epsilon" else whole**2
+
     def error(self, weights):
         return ((self.output(weights) - self.truth) ** 2).mean().item()
 
@@ -202,7 +207,8 @@ def test_dgpo_by_hand(policy, experience):
     for d in range(DRAWS):
         for members in GROUPS:
             gains = [
-                4.0 * (i.error(NOW) - i.error(START)) * i.advantage for i in (all_items[d * 5 + n] for n in members)
+                4.0 * i.velocity_weight * (i.error(NOW) - i.error(START)) * i.advantage
+                for i in (all_items[d * 5 + n] for n in members)
             ]
             weights[list(members), d] = 1 / (1 + math.exp(-sum(gains) / len(members)))
     torch.testing.assert_close(prepared.before_ND, weights, rtol=1e-9, atol=0)
@@ -211,7 +217,8 @@ def test_dgpo_by_hand(policy, experience):
     loss, total, clipped = objective.loss(policy, prepared, ITEMS), 0.0, 0
     for i, item in enumerate(all_items):
         now, average, weight = item.error(later), item.error(BEFORE), weights[i % 5, i // 5].item() * item.advantage
-        bounded = min(max(now, average - 0.1), average + 0.1)
+        reach = 0.1 / item.velocity_weight
+        bounded = min(max(now, average - reach), average + reach)
         total += max(weight * now, weight * bounded) + 0.3 * item.apart(later, START)
         clipped += bounded != now
     assert 0 < clipped < len(ITEMS) and loss.sums["clip_fraction"] == clipped

@@ -134,6 +134,14 @@ def test_a_diffusion_model_is_a_flow_model_in_other_coordinates(name):
 
 
 @pytest.mark.parametrize("name", LEVELS)
+def test_an_error_of_the_output_is_the_velocitys_by_its_weight(name, where):
+    (x, output), prediction, at = draws(), PREDICTIONS[name], LEVELS[name][where]
+    other = output + 0.1 * x.flip(0)
+    v, w = (prediction.eps(x, o, at) - prediction.x0(x, o, at) for o in (output, other))
+    close((v - w) ** 2, wide(prediction.velocity_weight(at)) * (output - other) ** 2)
+
+
+@pytest.mark.parametrize("name", LEVELS)
 def test_a_level_for_each_row_is_bitwise_the_same_as_one_for_all(name):
     (x, output), at, after = draws(torch.float32), LEVELS[name][1], LEVELS[name][2]
     at, after = (levels.to(x) for levels in (at, after))

@@ -20,7 +20,8 @@ class Prediction:
     """`x0` and `eps` read the output at x; `target(x0, eps, levels)` is what it is trained to be.
 
     `mix(x0, eps, levels)` is the noised x, and `step(x, output, levels, next)` the deterministic step, in the order of
-    operations of diffusers' scheduler.
+    operations of diffusers' scheduler. `velocity_weight(levels)` times a squared error of the output is that of the velocity
+    eps - x0, as a flow model would have made it at this share of noise; of the levels' shape.
     """
 
     x0: Callable[[Tensor, Tensor, Levels], Tensor]
@@ -28,6 +29,7 @@ class Prediction:
     target: Callable[[Tensor, Tensor, Levels], Tensor]
     mix: Callable[[Tensor, Tensor, Levels], Tensor]
     step: Callable[[Tensor, Tensor, Levels, Levels], Tensor]
+    velocity_weight: Callable[[Levels], Tensor]
 
 
 def _combine(x0: Tensor, eps: Tensor, at: Levels) -> Tensor:
@@ -38,10 +40,16 @@ def _diffusion(
     x0: Callable[[Tensor, Tensor, Levels], Tensor],
     eps: Callable[[Tensor, Tensor, Levels], Tensor],
     target: Callable[[Tensor, Tensor, Levels], Tensor],
+    velocity_weight: Callable[[Levels], Tensor],
 ) -> Prediction:
     """Of a diffusion model, whose deterministic step is DDIM's (arXiv 2010.02502)."""
     return Prediction(
-        x0, eps, target, _combine, lambda x, out, at, after: _combine(x0(x, out, at), eps(x, out, at), after)
+        x0=x0,
+        eps=eps,
+        target=target,
+        mix=_combine,
+        step=lambda x, out, at, after: _combine(x0(x, out, at), eps(x, out, at), after),
+        velocity_weight=velocity_weight,
     )
 
 
@@ -53,23 +61,27 @@ PREDICTIONS: dict[str, Prediction] = {
         target=lambda x0, eps, at: eps - x0,
         mix=lambda x0, eps, at: torch.lerp(x0, eps, over(at.sigma, x0)),
         step=lambda x, v, at, after: ode_step(x, v, at.sigma, after.sigma),
+        velocity_weight=lambda at: torch.ones_like(at.sigma),
     ),
     # the noise (DDPM, arXiv 2006.11239)
     "epsilon": _diffusion(
         x0=lambda x, e, at: (x - over(at.sigma, x) * e) / over(at.alpha, x),
         eps=lambda x, e, at: e,
         target=lambda x0, eps, at: eps,
+        velocity_weight=lambda at: ((at.alpha + at.sigma) / at.alpha).square(),
     ),
     # v = alpha eps - sigma x0 (progressive distillation, arXiv 2202.00512)
     "v_prediction": _diffusion(
         x0=lambda x, v, at: over(at.alpha, x) * x - over(at.sigma, x) * v,
         eps=lambda x, v, at: over(at.alpha, x) * v + over(at.sigma, x) * x,
         target=lambda x0, eps, at: over(at.alpha, x0) * eps - over(at.sigma, x0) * x0,
+        velocity_weight=lambda at: (at.alpha + at.sigma).square(),
     ),
     # the data itself
     "sample": _diffusion(
         x0=lambda x, x0, at: x0,
         eps=lambda x, x0, at: (x - over(at.alpha, x) * x0) / over(at.sigma, x),
         target=lambda x0, eps, at: x0,
+        velocity_weight=lambda at: ((at.alpha + at.sigma) / at.sigma).square(),
     ),
 }

@@ -100,6 +100,11 @@ class Noised:
         """The pretraining loss of each item, mean over dims: (B,). Flow matching's (arXiv 2210.02747), or DDPM's (2006.11239)."""
         return mean_square(output - self.target)
 
+    @property
+    def velocity_weight(self) -> Tensor:
+        """Of each item: times an error, the error of the velocity, in which constants of flow models are published; (B,)."""
+        return self.prediction.velocity_weight(self.levels)
+
     def denoised(self, output: Tensor) -> Tensor:
         """The data that outputs point to."""
         return self.prediction.x0(self.x, output, self.levels)
