@@ -99,7 +99,7 @@ def _built_in(name: str) -> str:
     if not (folder / "model_index.json").is_file():
         raise ValueError(
             f"model.path: the weights of the built-in {name!r} are not in this installation ({folder});"
-            f" progrpo pretrain {name} --export makes them, in hours"
+            f" progrpo pretrain {name} --export makes them"
         )
     return str(folder)
 
