@@ -108,8 +108,8 @@ TRIALS: dict[str, Changes] = {
     "dgpo one draw mixed lora 1e-3": changed(ONE, {"model": {"weights": "lora"}, "optim": {"lr": 1e-3}}),
     "dgpo cheap mixed full 2e-4 signal": changed(FULL, {"prompts": {"order": "signal"}}),
     "unet": UNET,
-    "unet lr 1e-4": changed(UNET, {"optim": {"lr": 1e-4}}),
-    "unet lr 2e-5": changed(UNET, {"optim": {"lr": 2e-5}}),
+    "unet 80 iterations": changed(UNET, {"iterations": 80}),
+    "unet lr 4e-5": changed(UNET, {"optim": {"lr": 4e-5}}),
     "unet nft": changed(UNET, {"objective": {"name": "nft"}}),
     "unet grpo": changed(UNET, {"objective": {"name": "grpo"}, "sampling": {"sde_window": "first"}}),
 }
