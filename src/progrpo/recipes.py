@@ -49,7 +49,7 @@ def shapes_diffusion() -> Config:
     return replace(
         base,
         recipe="shapes-diffusion",
-        iterations=50,  # at 80 the rate stays high for longer, and what is learnt by the 45th is half lost again
+        iterations=50,  # over 80 the rate stays high for longer, and a third of the gain is lost again
         model=replace(base.model, path="shapes-diffusion"),
     )
 
