@@ -338,6 +338,7 @@ class LinearPolicy:
     """v = a x + b c in float64, c being the prompt's number: all that objectives and updates ask of a policy."""
 
     prediction = "flow"
+    compiled = False
     latent_shape = (1, 2, 2)
     device = torch.device("cpu")
 

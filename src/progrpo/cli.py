@@ -213,8 +213,9 @@ class Repro:
 class Pretrain:
     """Make a built-in model; the same command goes on where it was stopped."""
 
-    model: Positional[Literal["shapes-flow", "shapes-diffusion"]]
-    """shapes-diffusion is taught by the shipped shapes-flow and shares its autoencoder."""
+    model: Positional[Literal["shapes-flow", "shapes-diffusion", "shapes-tiny"]]
+    """shapes-diffusion is taught by the shipped shapes-flow and shares its autoencoder; shapes-tiny is a small decoder
+    for both, taught by the autoencoder's own."""
     out: Path | None = None
     """Where its state lies; without it runs/pretrain/MODEL."""
     device: str = "auto"
@@ -227,6 +228,8 @@ class Pretrain:
     judge_steps: int | None = None
     unet_steps: int | None = None
     """Of shapes-diffusion."""
+    decoder_steps: int | None = None
+    """Of shapes-tiny."""
     export: FlagCreatePairsOff[bool] = False
     """Put the finished model in the package, as the one that is shipped."""
 
@@ -234,15 +237,26 @@ class Pretrain:
         from progrpo.zoo import WEIGHTS
 
         out, export = self.out or Path("runs/pretrain") / self.model, WEIGHTS if self.export else None
-        if self.model == "shapes-diffusion":
+        if self.model != "shapes-flow":
             self._only_for("shapes-flow", "from_shipped", "vae_steps", "flow_steps", "judge_steps")
+        if self.model != "shapes-diffusion":
+            self._only_for("shapes-diffusion", "unet_steps")
+        if self.model != "shapes-tiny":
+            self._only_for("shapes-tiny", "decoder_steps")
+        if self.model == "shapes-diffusion":
             from progrpo.zoo.shapes.pretrain_diffusion import DiffusionBudget, pretrain_diffusion
 
             steps = {} if self.unet_steps is None else {"steps": self.unet_steps}
             taught = DiffusionBudget(**steps)
             pretrain_diffusion(out, teacher=WEIGHTS / "shapes-flow", budget=taught, device=self.device, export=export)
             return
-        self._only_for("shapes-diffusion", "unet_steps")
+        if self.model == "shapes-tiny":
+            from progrpo.zoo.shapes.pretrain_tiny import TinyBudget, pretrain_tiny
+
+            steps = {} if self.decoder_steps is None else {"steps": self.decoder_steps}
+            small = TinyBudget(**steps)
+            pretrain_tiny(out, teacher=WEIGHTS / "shapes-flow", budget=small, device=self.device, export=export)
+            return
         from progrpo.zoo.shapes.pretrain import Budget, pretrain
 
         wanted = {"vae_steps": self.vae_steps, "flow_steps": self.flow_steps, "judge_steps": self.judge_steps}

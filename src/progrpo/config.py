@@ -74,7 +74,9 @@ class SamplingConfig:
     """Iterations that a sliding window stays before it moves on by one step."""
     train_last_step: bool = False
     """The last step is nearly deterministic (std 0.006 on SD3's grid): its log-prob overflows, so it is not trained."""
-    microbatch: int = 64
+    microbatch: int | None = None
+    """Rows of a network call. Empty: the fastest for this plan on this device, measured when a run begins and then kept in its
+    configuration."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,12 @@ class OptimConfig:
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     updates_per_rollout: int = 1
-    microbatch: int = 64
+    microbatch: int | None = None
+    """Items of a forward and backward pass at most; empty: measured, as that of sampling."""
+    reuse_rollout: bool = False
+    """GRPO: the first update goes back through the graphs of what sampling computed, without a forward pass of its own (LeanGRPO,
+    arXiv 2609.03528). Graphs of everyone who lived at a trained step are held until then, also of the pruned: for plans that prune
+    few, and models that fit."""
     ema_decay: float = 0.0
     """Above 0, evaluation and the saved LoRA use an average of the weights."""
 
@@ -363,7 +370,7 @@ _RULES: dict[str, _Rule] = {
     "sampling.shift": (lambda v: v is None or 0 < v < math.inf, "above 0, or empty for the model's own"),
     "sampling.sde_window_size": _at_least(1),
     "sampling.sde_window_interval": _at_least(1),
-    "sampling.microbatch": _at_least(1),
+    "sampling.microbatch": (lambda v: v is None or v >= 1, "at least 1, or empty to have it measured"),
     "plan.group_size": _at_least(2),
     "reward.name": (
         lambda v: v in BUILT_IN_REWARDS or all(v.partition(":")),
@@ -390,7 +397,7 @@ _RULES: dict[str, _Rule] = {
     "optim.weight_decay": _at_least(0),
     "optim.max_grad_norm": _above(0),
     "optim.updates_per_rollout": _at_least(1),
-    "optim.microbatch": _at_least(1),
+    "optim.microbatch": (lambda v: v is None or v >= 1, "at least 1, or empty to have it measured"),
     "optim.ema_decay": _FRACTION,
     "audit.every": _at_least(0),
     "eval.pictures": _at_least(1),
@@ -427,6 +434,10 @@ def _check_together(config: Config) -> None:
         )
     if config.sampling.sampler in ("ddim", "cps", "cps_reduced"):
         _check_preserving(config)
+    if config.optim.reuse_rollout and not trains_transitions(config):
+        raise ValueError(
+            f"optim.reuse_rollout must be false for objective.name {config.objective.name}: it trains noise levels that were not sampled"
+        )
     if config.eval.keep_best and not config.eval.every:
         raise ValueError("eval.keep_best must have eval.every above 0: the best is that of the evaluations on the way")
     plan = config.plan
@@ -506,6 +517,11 @@ def learning_rate(config: Config, iteration: int) -> float:
     rising = min(1.0, (iteration + 1) / max(1, optim.warmup))
     falling = min(1.0, left / (optim.decay * config.iterations)) if optim.decay else 1.0
     return optim.lr * min(rising, falling)
+
+
+def microbatch(part: SamplingConfig | OptimConfig) -> int:
+    """Its microbatch; 64 where none was given or measured, as of parts that are used without a run."""
+    return 64 if part.microbatch is None else part.microbatch
 
 
 def trains_transitions(config: Config) -> bool:

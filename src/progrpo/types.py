@@ -7,7 +7,7 @@ members ascending), T denoising steps, B microbatch, C H W latent. A suffix name
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the plan and the command line use these types without torch
@@ -40,7 +40,8 @@ class Condition:
 class Transition:
     """One stochastic step of N trajectories, kept for training: x_next was drawn from the policy's Gaussian at x.
 
-    The Gaussian's mean is kept where the objective asks for it.
+    The Gaussian's mean is kept where the objective asks for it, and the network's output with its graph where the first
+    update goes back through what sampling computed.
     """
 
     step: int
@@ -48,6 +49,7 @@ class Transition:
     x_next_NCHW: Tensor
     log_prob_N: Tensor
     mean_NCHW: Tensor | None = None
+    attached_NCHW: Tensor | None = None
 
     def take(self, rows: Tensor) -> Transition:
         return Transition(
@@ -56,6 +58,7 @@ class Transition:
             self.x_next_NCHW[rows],
             self.log_prob_N[rows],
             None if self.mean_NCHW is None else self.mean_NCHW[rows],
+            None if self.attached_NCHW is None else self.attached_NCHW[rows],
         )
 
 
@@ -74,6 +77,8 @@ class Trajectories:
     x_NCHW: Tensor
     output_NCHW: Tensor | None = None
     path: tuple[Transition, ...] = ()
+    attached_NCHW: Tensor | None = None
+    features_NF: Tensor | None = None
 
     def __len__(self) -> int:
         return self.x_NCHW.shape[0]
@@ -87,6 +92,8 @@ class Trajectories:
             self.x_NCHW[rows],
             None if self.output_NCHW is None else self.output_NCHW[rows],
             tuple(t.take(rows) for t in self.path),
+            None if self.attached_NCHW is None else self.attached_NCHW[rows],
+            None if self.features_NF is None else self.features_NF[rows],
         )
 
 
@@ -98,14 +105,16 @@ class Cost:
     decodes: int = 0
     reward_calls: int = 0
     trained_steps: int = 0
+    previews: int = 0
+    """Of the decodes and reward calls, those of unfinished trajectories."""
+    probed: int = 0
+    """Unfinished trajectories that a probe ranked, with neither."""
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.nfe + other.nfe,
-            self.decodes + other.decodes,
-            self.reward_calls + other.reward_calls,
-            self.trained_steps + other.trained_steps,
-        )
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(*(getattr(self, f.name) * times for f in fields(self)))
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from progrpo.cli import main
 from progrpo.zoo.shapes.judge import load_judge
 from progrpo.zoo.shapes.models import build_transformer, noise_scheduler
 from progrpo.zoo.shapes.pretrain import Budget, pretrain
 from progrpo.zoo.shapes.pretrain_diffusion import DiffusionBudget, Teacher, pretrain_diffusion
+from progrpo.zoo.shapes.pretrain_tiny import STEPS, TinyBudget, pretrain_tiny
 
 TINY = Budget(
     vae_steps=2, vae_batch=2, judge_steps=2, judge_batch=2, pictures=64, flow_steps=3, flow_batch=4, test_pictures=12
@@ -125,3 +127,46 @@ def test_an_option_of_the_other_model_is_refused(capsys: pytest.CaptureFixture[s
     assert "--flow-steps is an option of shapes-flow, not of shapes-diffusion" in capsys.readouterr().err
     assert main(["pretrain", "shapes-flow", "--unet-steps", "3"]) == 2
     assert "--unet-steps is an option of shapes-diffusion, not of shapes-flow" in capsys.readouterr().err
+    assert main(["pretrain", "shapes-flow", "--decoder-steps", "3"]) == 2
+    assert "--decoder-steps is an option of shapes-tiny, not of shapes-flow" in capsys.readouterr().err
+    assert main(["pretrain", "shapes-tiny", "--from-shipped"]) == 2
+    assert "--from-shipped is an option of shapes-flow, not of shapes-tiny" in capsys.readouterr().err
+
+
+# --- shapes-tiny ------------------------------------------------------------------------------------------------------
+
+TINY_DECODER = TinyBudget(drawn=4, sampled=2, steps=3, batch=4, test_groups=6, group_size=2)
+
+
+@pytest.fixture(scope="module")
+def distilled(exported: Path) -> Path:
+    weights = exported / "weights"
+    pretrain_tiny(
+        exported / "distilled",
+        teacher=weights / "shapes-flow",
+        budget=TINY_DECODER,
+        device="cpu",
+        export=weights,
+        log=lambda line: None,
+    )
+    return weights / "shapes-tiny"
+
+
+def test_the_tiny_decoder_loads_with_no_further_argument(distilled: Path) -> None:
+    tiny = AutoencoderTiny.from_pretrained(distilled)
+    assert tiny.decode(torch.zeros(1, 8, 16, 16)).sample.shape == (1, 3, 64, 64)
+
+
+def test_its_figures_stand_beside_it(distilled: Path) -> None:
+    found = json.loads((distilled / "figures.json").read_text())
+    assert found["milliseconds_a_picture"].keys() == {"full", "tiny", "full, bfloat16", "tiny, bfloat16"}
+    assert all(len(rows) == STEPS for rows in found["against_full"].values())
+
+
+def test_the_tiny_decoders_training_goes_on_where_it_stopped(distilled: Path) -> None:
+    lines: list[str] = []
+    teacher, state = distilled.parent / "shapes-flow", distilled.parent.parent / "distilled"
+    again = pretrain_tiny(state, teacher=teacher, budget=TINY_DECODER, device="cpu", log=lines.append)
+    assert "decoder: resumed at step 3" in lines and not any(line.startswith("pairs") for line in lines)
+    first = AutoencoderTiny.from_pretrained(distilled).state_dict()
+    assert all(torch.equal(first[name], t) for name, t in again.state_dict().items())

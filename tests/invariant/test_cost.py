@@ -18,11 +18,11 @@ PLANS = {
 
 @pytest.fixture
 def trainer(tiny_trainer, tiny_config, tiny_policy, request):
-    def build(plan: PlanConfig, guidance_scale: float, reward=None):
+    def build(plan: PlanConfig, guidance_scale: float, reward=None, microbatch=None):
         config = tiny_config(
             plan=plan,
             prompts=PromptConfig(per_iteration=2 if plan.preset == "custom" else 1),
-            sampling=SamplingConfig(num_inference_steps=STEPS, guidance_scale=guidance_scale),
+            sampling=SamplingConfig(num_inference_steps=STEPS, guidance_scale=guidance_scale, microbatch=microbatch),
             audit=AuditConfig(every=2),
         )
         return tiny_trainer(config, reward=reward or request.getfixturevalue("redness"))
@@ -50,7 +50,8 @@ def test_what_is_counted_is_what_the_networks_did(trainer, redness, guidance_sca
         rewarded.append(len(images))
         return redness(images, prompts)
 
-    built = trainer(PLANS["point-and-final"], guidance_scale, counting)
+    # by one, so that no row only fills a microbatch up
+    built = trainer(PLANS["point-and-final"], guidance_scale, counting, microbatch=1)
     built.step()  # the first iteration also asks the network for its self-checks
     rewarded.clear()
     sampled: list[int] = []

@@ -17,13 +17,14 @@ import progrpo
 ROOT = Path(progrpo.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-PROTOCOLS = ("progrpo.policies.base", "progrpo.rewards.base", "progrpo.types", "progrpo.diffusion")
+PROTOCOLS = ("progrpo.policies.base", "progrpo.rewards.base", "progrpo.types", "progrpo.diffusion", "progrpo.packing")
 
 # Each rule: the modules it binds (a module and all below it), and what of progrpo they may import besides themselves.
 MAY_SEE = {
     "progrpo.types": (),
     "progrpo.config": ("progrpo.rollout.plan", "progrpo.rollout.window", "progrpo.types"),
     "progrpo.diffusion": (),
+    "progrpo.packing": (),
     "progrpo.rollout": PROTOCOLS,
     "progrpo.rollout.plan": ("progrpo.types",),
     "progrpo.rollout.window": (),
@@ -44,6 +45,7 @@ MUST_NOT_SEE = {
 KNOW_CONFIG = ("progrpo.cli", "progrpo.recipes", "progrpo.config", "progrpo.training")
 TORCH_ONLY = (
     "progrpo.diffusion",
+    "progrpo.packing",
     "progrpo.rollout.prune",
     "progrpo.objectives.advantage",
     "progrpo.objectives.surrogate",

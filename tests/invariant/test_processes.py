@@ -43,7 +43,7 @@ CONFIG = Config(
     iterations=2,
     model=ModelConfig(lora_rank=2, lora_alpha=4, max_sequence_length=8),
     prompts=PromptConfig(per_iteration=3),
-    sampling=SamplingConfig(num_inference_steps=4),
+    sampling=SamplingConfig(num_inference_steps=4, microbatch=5),
     plan=PlanConfig("custom", group_size=5, prune=((1, 4),), final_keep=3),
     audit=AuditConfig(every=2),
     eval=EvalConfig(pictures=1, num_inference_steps=2),

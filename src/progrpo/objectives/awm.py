@@ -69,13 +69,12 @@ class AWM:
         old_B = log_prob_B.detach() if before is None else before[at.rows, at.draw].to(log_prob_B)
         log_ratio_B = log_prob_B - old_B
         loss_B = clipped_surrogate(log_ratio_B, at.advantages, self.clip_range)
-        sums = {"clip_fraction": outside_clip(log_ratio_B, self.clip_range).float().sum()}
+        means = {"clip_fraction": outside_clip(log_ratio_B, self.clip_range).float()}
         for name, beta in pulls.items():
             distance_B = mean_square(v - held[name])
             loss_B = loss_B + beta * distance_B
-            sums["kl" if name == "reference" else f"distance_to_{name}"] = distance_B.detach().sum()
-        sums["loss"] = loss_B.detach().sum()
-        return Loss(loss_B.sum(), sums, {"ratio_max_deviation": log_ratio_B.detach().expm1().abs().max()})
+            means["kl" if name == "reference" else f"distance_to_{name}"] = distance_B.detach()
+        return Loss(loss_B, means, {"ratio_max_deviation": log_ratio_B.detach().expm1().abs()})
 
     def _pulls(self) -> tuple[tuple[str, float], ...]:
         return ("reference", self.kl_beta), ("average", self.average_beta)

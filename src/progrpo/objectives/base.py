@@ -48,17 +48,44 @@ class Experience:
             before_ND=None if self.before_ND is None else self.before_ND[rows],
         )
 
+    @property
+    def attached(self) -> bool:
+        """Whether transitions carry the graphs of the outputs that they were sampled with."""
+        return any(t.attached_NCHW is not None for t in self.trajectories.path)
+
+    def detached(self) -> Experience:
+        """Without these graphs, which one backward pass uses up."""
+        path = tuple(replace(t, attached_NCHW=None) for t in self.trajectories.path)
+        return replace(self, trajectories=replace(self.trajectories, path=path))
+
     def noting(self, before_ND: Tensor) -> Experience:
         return replace(self, before_ND=before_ND)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The sum of a loss over some items, and what is worth watching: sums over the items, and maxima."""
+    """Of B items the loss of each, and what is worth watching of each: by its mean and by its maximum."""
 
-    total: Tensor
-    sums: Mapping[str, Tensor] = field(default_factory=dict)
-    maxima: Mapping[str, Tensor] = field(default_factory=dict)
+    loss_B: Tensor
+    means_B: Mapping[str, Tensor] = field(default_factory=dict)
+    maxima_B: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def first(self, count: int) -> Loss:
+        """Of the first items alone: the others filled a microbatch up."""
+        means = {name: values[:count] for name, values in self.means_B.items()}
+        return Loss(self.loss_B[:count], means, {name: values[:count] for name, values in self.maxima_B.items()})
+
+    @property
+    def total(self) -> Tensor:
+        return self.loss_B.sum()
+
+    @property
+    def sums(self) -> Mapping[str, Tensor]:
+        return {name: values.sum() for name, values in (*self.means_B.items(), ("loss", self.loss_B.detach()))}
+
+    @property
+    def maxima(self) -> Mapping[str, Tensor]:
+        return {name: values.max() for name, values in self.maxima_B.items()}
 
 
 @dataclass(frozen=True)
@@ -119,8 +146,9 @@ class Objective(Protocol):
         ...
 
     def loss(self, policy: Policy, experience: Experience, items_B: Tensor) -> Loss:
-        """Loss of the items numbered in [0, N * items_per_trajectory), with gradients to the policy.
+        """Loss of the items numbered in [0, N * items_per_trajectory), ascending, with gradients to the policy.
 
         Item i is draw or transition i // N of trajectory i % N, so a microbatch mixes steps where it must and no more.
+        An item may be there twice, where it fills a microbatch up.
         """
         ...

@@ -71,9 +71,9 @@ class DGPO:
         moved_B, range_B = error_B - average_B, self.clip_range / at.velocity_weight
         bounded_B = average_B + moved_B.clamp(-range_B, range_B)
         loss_B = torch.maximum(weight_B * error_B, weight_B * bounded_B)
-        sums = {"clip_fraction": (moved_B.detach().abs() > range_B).float().sum()}
+        means = {"clip_fraction": (moved_B.detach().abs() > range_B).float()}
         if v_ref is not None:
             kl_B = mean_square(v - v_ref)
             loss_B = loss_B + self.kl_beta * kl_B
-            sums["kl"] = kl_B.detach().sum()
-        return Loss(loss_B.sum(), {**sums, "loss": loss_B.detach().sum()})
+            means["kl"] = kl_B.detach()
+        return Loss(loss_B, means)

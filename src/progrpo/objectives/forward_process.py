@@ -16,6 +16,7 @@ from progrpo.diffusion.gaussian import mean_square
 from progrpo.diffusion.levels import Levels
 from progrpo.diffusion.prediction import PREDICTIONS, Prediction
 from progrpo.objectives.base import Experience
+from progrpo.packing import in_equal_parts
 from progrpo.policies.base import Policy
 from progrpo.types import WHOLE_GROUP, Condition
 
@@ -115,8 +116,8 @@ def noted(
     policy: Policy, experience: Experience, draws: Draws, microbatch: int, note: Callable[[Noised], Tensor]
 ) -> Tensor:
     """`note` of every item, in microbatches as the update makes them: (N, D)."""
-    items = torch.arange(len(experience) * draws.count)
-    values = torch.empty(len(items), dtype=experience.trajectories.x_NCHW.dtype)
-    for items_B in items.tensor_split(-(-len(items) // microbatch)) if len(items) else ():
+    items = len(experience) * draws.count
+    values = torch.empty(items, dtype=experience.trajectories.x_NCHW.dtype)
+    for items_B in in_equal_parts(items, microbatch):
         values[items_B] = note(Noised.gather(policy, experience, items_B, draws)).to(values)
     return values.reshape(draws.count, len(experience)).T.contiguous()

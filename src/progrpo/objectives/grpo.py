@@ -13,7 +13,6 @@ from progrpo.diffusion.gaussian import kl, mean_square
 from progrpo.objectives.base import Average, Experience, Loss, Needs
 from progrpo.objectives.surrogate import clipped_surrogate, guarded_log_ratio, outside_clip
 from progrpo.policies.base import Policy
-from progrpo.types import Transition
 
 
 @dataclass(frozen=True)
@@ -56,20 +55,19 @@ class GRPO:
         if self.kl_beta > 0:  # before the current weights' graph is built
             with torch.no_grad(), policy.weights("reference"):
                 reference = step.outcome(policy)
-        now = step.outcome(policy)
+        now = step.outcome(policy, step.attached)
         log_ratio_B = experience.process.log_prob(step.x_next, now.mean, now.std) - step.log_prob
         if self.ratio == "guard":
             assert step.mean is not None
             log_ratio_B = guarded_log_ratio(log_ratio_B, now.mean, step.mean, now.std)
         weights_B = _STEP_WEIGHTS[self.step_weights](experience)[step.place]
         loss_B = weights_B * clipped_surrogate(log_ratio_B, step.advantages, self.clip_range)
-        sums = {"clip_fraction": outside_clip(log_ratio_B, self.clip_range).float().sum()}
+        means = {"clip_fraction": outside_clip(log_ratio_B, self.clip_range).float()}
         if self.kl_beta > 0:
             kl_B = _KL_FORMS[self.kl_form](now, reference, step)
             loss_B = loss_B + self.kl_beta * kl_B
-            sums["kl"] = kl_B.detach().sum()
-        sums["loss"] = loss_B.detach().sum()
-        return Loss(loss_B.sum(), sums, {"ratio_max_deviation": log_ratio_B.detach().expm1().abs().max()})
+            means["kl"] = kl_B.detach()
+        return Loss(loss_B, means, {"ratio_max_deviation": log_ratio_B.detach().expm1().abs()})
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,7 @@ class _Steps:
     x_next: Tensor
     log_prob: Tensor
     mean: Tensor | None
+    attached: Tensor | None
     advantages: Tensor
     step: Tensor
 
@@ -110,7 +109,8 @@ class _Steps:
             x=torch.cat([t.x_NCHW for t in parts]).to(log_prob),  # latents may be stored in low precision
             x_next=torch.cat([t.x_next_NCHW for t in parts]).to(log_prob),
             log_prob=log_prob,
-            mean=_means(parts),
+            mean=_joined([t.mean_NCHW for t in parts]),
+            attached=_joined([t.attached_NCHW for t in parts]),
             advantages=experience.advantages_N[rows].to(device),
             step=step,
         )
@@ -120,17 +120,22 @@ class _Steps:
         """Diffusion rate of each transition's step."""
         return self.experience.process.scales_T[self.step].to(self.x)
 
-    def outcome(self, policy: Policy) -> _Outcome:
-        """Under the policy's weights in force."""
-        told = self.experience.condition.take(self.experience.trajectories.group_N[self.rows].to(policy.device))
+    def outcome(self, policy: Policy, output: Tensor | None = None) -> _Outcome:
+        """Under the policy's weights in force, of whose network the `output` may be known already."""
         process = self.experience.process
-        output = policy.predict(self.x, process.timestep(self.step, self.x), told, self.experience.guidance_scale)
+        if output is None:
+            output = self._predict(policy)
         return _Outcome(output, *process.mean_std(self.step, self.x, output))
 
+    def _predict(self, policy: Policy) -> Tensor:
+        told = self.experience.condition.take(self.experience.trajectories.group_N[self.rows].to(policy.device))
+        timestep = self.experience.process.timestep(self.step, self.x)
+        return policy.predict(self.x, timestep, told, self.experience.guidance_scale)
 
-def _means(parts: list[Transition]) -> Tensor | None:
-    means = [t.mean_NCHW for t in parts if t.mean_NCHW is not None]
-    return torch.cat(means) if means else None
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
 
 
 def _normalised(weights_D: Tensor) -> Tensor:

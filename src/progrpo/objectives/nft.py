@@ -55,12 +55,12 @@ class NFT:
         negative_B = self._error(at, (1 + self.beta) * v_old - self.beta * v)
         r_B = (at.advantages / self.adv_clip_max).clamp(-1, 1) / 2 + 0.5
         loss_B = self.adv_clip_max * (r_B * positive_B + (1 - r_B) * negative_B) / self.beta
-        sums = {"distance_to_old": mean_square(v.detach() - v_old).sum()}
+        means = {"distance_to_old": mean_square(v.detach() - v_old)}
         if v_ref is not None:
             kl_B = mean_square(v - v_ref)
             loss_B = loss_B + self.kl_beta * kl_B
-            sums["kl"] = kl_B.detach().sum()
-        return Loss(loss_B.sum(), {**sums, "loss": loss_B.detach().sum()})
+            means["kl"] = kl_B.detach()
+        return Loss(loss_B, means)
 
     @staticmethod
     def _error(at: Noised, v: Tensor) -> Tensor:

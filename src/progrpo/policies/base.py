@@ -25,6 +25,8 @@ class PolicySettings:
     `seed` draws the LoRA's A whatever the global generator's state. Trained weights are float32 in every case; the
     denoiser's frozen weights and the VAE are in `dtype`, the text encoders stay in the dtype they came in.
     `max_sequence_length` counts T5's tokens. `resolution` is the side of the square picture in pixels (none: the model's own).
+    `compile` has torch compile the denoiser, once for each shape that it meets. `activation_checkpointing` computes activations
+    anew in the backward pass instead of keeping them. `tiny_decoder` is the folder or hub id of an AutoencoderTiny for previews.
     """
 
     weights: Literal["lora", "full"] = "lora"
@@ -36,6 +38,9 @@ class PolicySettings:
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
     resolution: int | None = None
+    compile: bool = False
+    activation_checkpointing: bool = False
+    tiny_decoder: str = ""
 
 
 class Policy(Protocol):
@@ -57,6 +62,8 @@ class Policy(Protocol):
     """The parameters that the optimizer may change, by their name in the denoiser."""
     named_weights: NamedWeights
     """Copies of the trainable weights: `reference` from the start; the trainer adds `old` or `ema` if it needs them."""
+    compiled: bool
+    """Whether the network is compiled anew for each shape that it meets, so that shapes should be few."""
 
     def levels(self, num_inference_steps: int, shift: float | None = None) -> Levels:
         """The model's own grid from noise to data, float32 (T+1,) on the CPU; `shift` replaces a flow model's own."""
@@ -84,6 +91,17 @@ class Policy(Protocol):
 
     def decode(self, x0_BCHW: Tensor) -> Tensor:
         """Pictures, uint8 (B, H, W, 3) on the CPU, without gradient."""
+        ...
+
+    def preview(self, x0_BCHW: Tensor) -> Tensor:
+        """The same for the eyes of a preview: by the tiny decoder where the policy has one."""
+        ...
+
+    def observed(self) -> AbstractContextManager[list[Tensor]]:
+        """Collect what a probe reads of one call of `predict` within the block: float32 (B, F) of each of some layers.
+
+        Means and stds over places of the hidden states. With guidance the first half of 2B rows is the unconditional branch.
+        """
         ...
 
     def weights(self, name: str) -> AbstractContextManager[None]:

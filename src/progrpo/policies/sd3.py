@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from progrpo.diffusion.levels import Levels, between_flow_levels, flow_levels
 from progrpo.policies.pipeline import PipelinePolicy
@@ -76,6 +77,10 @@ class SD3Policy(PipelinePolicy):
             return_dict=False,
         )[0]
         return output
+
+    def _observed_modules(self) -> Sequence[nn.Module]:
+        blocks = self.denoiser.transformer_blocks
+        return blocks[len(blocks) // 2], blocks[-1]
 
     def _unscaled(self, x0_BCHW: Tensor) -> Tensor:
         config = self._pipeline.vae.config

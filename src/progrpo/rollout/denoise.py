@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from progrpo.diffusion.process import Process
+from progrpo.packing import of_one_shape
 from progrpo.policies.base import Policy
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import INITIAL, NoiseKey
@@ -20,7 +22,8 @@ class Sampling:
     """How to denoise. Transitions of `stored_steps` are kept with their log-probs, and with `stored_means` their means.
 
     Only stochastic steps have them. Latents are rounded to `latent_dtype` before their log-probs are taken and so may be
-    stored in it. With `same_latent` the members of a group begin at one noise.
+    stored in it. With `same_latent` the members of a group begin at one noise. With `attached` the outputs of stored steps
+    keep their graphs, with `features` network calls also give what a probe reads.
     """
 
     process: Process
@@ -30,6 +33,8 @@ class Sampling:
     microbatch: int = 64
     same_latent: bool = False
     latent_dtype: torch.dtype = torch.float32
+    attached: bool = False
+    features: bool = False
 
     def __post_init__(self) -> None:
         assert all(self.process.noise_levels[step] > 0 for step in self.stored_steps), "an ODE step has no log-prob"
@@ -72,9 +77,10 @@ def denoise(
 
     `condition` has one row a prompt. Steps and log-probs are float32, whatever the network runs in.
     """
+    shape = min(sampling.microbatch, len(batch))
     for step in range(sampling.num_inference_steps):
         with meter.stage("sample"):
-            batch = _call(policy, condition, batch, step, sampling)
+            batch = _call(policy, condition, batch, step, sampling, shape)
             meter.count(nfe=len(batch) * sampling.nfe_per_call)
         batch = between(step, batch)
         with meter.stage("sample"):
@@ -82,27 +88,42 @@ def denoise(
     return batch
 
 
-@torch.no_grad()
-def _call(policy: Policy, condition: Condition, batch: Trajectories, step: int, sampling: Sampling) -> Trajectories:
+def _call(
+    policy: Policy, condition: Condition, batch: Trajectories, step: int, sampling: Sampling, shape: int
+) -> Trajectories:
+    """The network at every row's x, in microbatches of `shape` rows whoever is left."""
+    if not len(batch):
+        return replace(batch, output_NCHW=torch.empty_like(batch.x_NCHW))
     timestep = sampling.process.timestep(step, batch.x_NCHW)
-    parts = []
-    for rows in torch.arange(len(batch)).split(sampling.microbatch):
-        told = condition.take(batch.group_N[rows].to(policy.device))
-        parts.append(policy.predict(batch.x_NCHW[rows], timestep, told, sampling.guidance_scale))
-    return replace(batch, output_NCHW=torch.cat(parts) if parts else torch.empty_like(batch.x_NCHW))
+    attached = sampling.attached and step in sampling.stored_steps
+    outputs, features = [], []
+    with torch.set_grad_enabled(attached):
+        for rows in of_one_shape(len(batch), shape):
+            told = condition.take(batch.group_N[rows].to(policy.device))
+            with policy.observed() if sampling.features else nullcontext([]) as seen:
+                outputs.append(policy.predict(batch.x_NCHW[rows], timestep, told, sampling.guidance_scale))
+            if seen:
+                features.append(torch.cat(seen, dim=1)[-len(rows) :].cpu())
+        output = torch.cat(outputs)[: len(batch)]
+    return replace(
+        batch,
+        output_NCHW=output.detach(),
+        attached_NCHW=output if attached else None,
+        features_NF=torch.cat(features)[: len(batch)] if features else None,
+    )
 
 
 def _advance(batch: Trajectories, step: int, sampling: Sampling, key: NoiseKey) -> Trajectories:
     assert batch.output_NCHW is not None
-    x, output, process = batch.x_NCHW, batch.output_NCHW, sampling.process
+    x, output, attached, process = batch.x_NCHW, batch.output_NCHW, batch.attached_NCHW, sampling.process
+    batch = replace(batch, output_NCHW=None, attached_NCHW=None, features_NF=None)
     if process.noise_levels[step] == 0:
-        x_next = sampling.rounded(process.deterministic(step, x, output))
-        return replace(batch, x_NCHW=x_next, output_NCHW=None)
+        return replace(batch, x_NCHW=sampling.rounded(process.deterministic(step, x, output)))
     mean, std = process.mean_std(step, x, output)
     noise = key.draw(batch.slot_N, batch.member_N, step, x.shape[1:]).to(x.device)
     x_next, path = sampling.rounded(mean + std * noise), batch.path
     if step in sampling.stored_steps:
         log_prob, dtype = process.log_prob(x_next, mean, std), sampling.latent_dtype
         kept = mean if sampling.stored_means else None
-        path = (*path, Transition(step, x.to(dtype), x_next.to(dtype), log_prob, kept))
-    return replace(batch, x_NCHW=x_next, output_NCHW=None, path=path)
+        path = (*path, Transition(step, x.to(dtype), x_next.to(dtype), log_prob, kept, attached))
+    return replace(batch, x_NCHW=x_next, path=path)

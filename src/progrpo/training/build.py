@@ -15,6 +15,7 @@ from progrpo.config import (
     ObjectiveConfig,
     PromptConfig,
     SamplingConfig,
+    microbatch,
     stochastic_steps,
     trained_steps,
 )
@@ -146,7 +147,8 @@ def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) 
         same_latent=wanted.same_latent,
         latent_dtype=getattr(torch, wanted.latent_dtype),
         guidance_scale=wanted.guidance_scale,
-        microbatch=wanted.microbatch,
+        microbatch=microbatch(wanted),
+        attached=config.optim.reuse_rollout,
     )
 
 

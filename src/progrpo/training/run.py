@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from progrpo import __version__
-from progrpo.config import Config, check, to_dict, trained_items
+from progrpo.config import Config, check, microbatch, to_dict, trained_items
 from progrpo.data import ORDERS, PromptOrder, Prompts
 from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
@@ -261,7 +261,7 @@ class Run:
 
     def _measure(self, prompts: Sequence[Prompt], weights: str, diverse: int = 0) -> Evaluation:
         wanted = self.config.eval
-        sampling = ode(self.policy, wanted.num_inference_steps, wanted.guidance_scale, self.config.sampling.microbatch)
+        sampling = ode(self.policy, wanted.num_inference_steps, wanted.guidance_scale, microbatch(self.config.sampling))
         with self.policy.weights(weights):
             return evaluate(
                 self.policy,

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from progrpo.config import ObjectiveConfig, OptimConfig
+from progrpo.config import ObjectiveConfig, OptimConfig, microbatch
 from progrpo.objectives.advantage import advantages, batch_std_from_moments, group_statistics, moments
-from progrpo.objectives.base import Experience, Noise, Objective
+from progrpo.objectives.base import Experience, Loss, Noise, Objective
+from progrpo.packing import in_equal_parts, of_one_shape
 from progrpo.policies.base import Policy
 from progrpo.rollout.denoise import Sampling
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.types import Rollout
 
 _DEVIATION = "update/ratio_max_deviation"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Items of a microbatch at most, or with `one_shape` (a compiled network) exactly."""
+
+    microbatch: int
+    one_shape: bool = False
+
+    def parts(self, count: int) -> list[Tensor]:
+        return (of_one_shape if self.one_shape else in_equal_parts)(count, self.microbatch)
 
 
 def learn_from(
@@ -71,16 +85,18 @@ def update(
     The loss is the mean over the trajectories of all processes and their items. Trajectories without an advantage
     count in that mean but are not computed: their group has no variance and teaches nothing.
     """
-    tally, items = Tally(), 0
-    experience = objective.prepare(policy, experience, config.microbatch, config.updates_per_rollout)
+    tally, items, packing = Tally(), 0, Packing(microbatch(config), policy.compiled)
+    experience = objective.prepare(policy, experience, packing.microbatch, config.updates_per_rollout)
     for part in range(config.updates_per_rollout):
+        if part:
+            experience = experience.detached()
         share = experience.take((_parts(experience, config.updates_per_rollout) == part).nonzero().flatten())
         per_trajectory = objective.items_per_trajectory(share)
         telling = share.take(share.advantages_N.nonzero().flatten())
         counts = torch.tensor([len(share) * per_trajectory, len(telling)], dtype=torch.float64)
         everywhere, taught = ranks.sum(counts).tolist()
         items += len(telling) * per_trajectory
-        tally.merge(_accumulate(policy, objective, telling, everywhere, config.microbatch))
+        tally.merge(_accumulate(policy, objective, telling, everywhere, packing))
         if part == 0 and _DEVIATION in tally.maxima:  # no step was taken yet: what sampled is what is trained
             tally.raise_to("update/on_policy_deviation", tally.maxima[_DEVIATION])
         ranks.sum_gradients(policy.trainable.values())
@@ -100,18 +116,36 @@ def _parts(experience: Experience, parts: int) -> Tensor:
 
 
 def _accumulate(
-    policy: Policy, objective: Objective, experience: Experience, everywhere: float, microbatch: int
+    policy: Policy, objective: Objective, experience: Experience, everywhere: float, packing: Packing
 ) -> Tally:
-    tally = Tally()
-    items = torch.arange(len(experience) * objective.items_per_trajectory(experience))
-    if len(items) == 0:
-        return tally
-    # in equal parts: kernels round by shape, and in low precision a last part of one item would look off-policy
-    for items_B in items.tensor_split(-(-len(items) // microbatch)):
-        loss = objective.loss(policy, experience, items_B)
+    tally, count = Tally(), len(experience) * objective.items_per_trajectory(experience)
+    if experience.attached:
+        # a graph spans one transition of every trajectory, and its ratios are 1 by construction: some are computed anew
+        tally = _deviation(policy, objective, experience.detached(), count, packing)
+        parts = list(torch.arange(count).split(max(1, len(experience))))
+    else:
+        parts = packing.parts(count)
+    done = 0
+    for items_B in parts:
+        loss = objective.loss(policy, experience, items_B).first(count - done)
+        done += len(loss.loss_B)
         (loss.total / everywhere).backward()
         for name, total in loss.sums.items():
-            tally.add(f"update/{name}", total.item(), len(items_B))
-        for name, value in loss.maxima.items():
-            tally.raise_to(f"update/{name}", value.item())
+            tally.add(f"update/{name}", total.item(), len(loss.loss_B))
+        if not experience.attached:
+            tally.merge(_peaks(loss))
+    return tally
+
+
+@torch.no_grad()
+def _deviation(policy: Policy, objective: Objective, experience: Experience, count: int, packing: Packing) -> Tally:
+    """Maxima over one microbatch of items of all transitions."""
+    items = torch.arange(count)[:: max(1, count // packing.microbatch)][: packing.microbatch]
+    return _peaks(objective.loss(policy, experience, items)) if count else Tally()
+
+
+def _peaks(loss: Loss) -> Tally:
+    tally = Tally()
+    for name, value in loss.maxima.items():
+        tally.raise_to(f"update/{name}", value.item())
     return tally
