@@ -34,6 +34,10 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights and the network's forward pass; step math is always float32. `auto`: float32 or bfloat16, whichever
     this device multiplies matrices faster in, measured when the run begins and then kept in its configuration."""
+    compile: bool = False
+    """Have torch compile the denoiser, which takes a minute or more at the start and needs a C++ compiler on a CPU."""
+    activation_checkpointing: bool = False
+    """Compute activations anew in the backward pass: less memory, about a third more time in the update."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,23 @@ class PlanConfig:
     final_keep: int | None = None
     """Keep that many on final rewards."""
     selector: Literal["ovf", "uniform", "top_bottom", "none"] = "ovf"
+    adaptive: bool = False
+    """Begin with this plan, and after each audit take the prune points and keeps whose expected signal a second is highest, from
+    the agreement of previews and the costs that this run measured. The group's size stays, survivors do not become fewer."""
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    decoder: Literal["full", "tiny"] = "full"
+    """What decodes unfinished trajectories: the model's own decoder, or a tiny one (an AutoencoderTiny)."""
+    tiny_decoder: str = "shapes-tiny"
+    """The built-in models' tiny decoder, a folder, or a hub id: madebyollin/taesd3 for SD 3, taesd for SD 1.x, taesdxl for XL."""
+    ode_steps: int = 1
+    """Steps of the ODE from here to data. 1 is the projection that costs no network call; each further one costs one."""
+    probe: bool = False
+    """Learn a probe of the denoiser's hidden states, which ranks at a prune point once its measured agreement is high enough."""
+    probe_threshold: float = 0.5
+    """Spearman's correlation with final rewards, mean over the last audits, from which on the probe takes over."""
 
 
 BUILT_IN_REWARDS = ("shapes", "shapes_strict", "shapes_mixed", "pickscore", "hpsv2")
@@ -238,6 +259,7 @@ class Config:
     prompts: PromptConfig = field(default_factory=PromptConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -372,6 +394,8 @@ _RULES: dict[str, _Rule] = {
     "sampling.sde_window_interval": _at_least(1),
     "sampling.microbatch": (lambda v: v is None or v >= 1, "at least 1, or empty to have it measured"),
     "plan.group_size": _at_least(2),
+    "preview.ode_steps": _at_least(1),
+    "preview.probe_threshold": (lambda v: -1 <= v <= 1, "between -1 and 1"),
     "reward.name": (
         lambda v: v in BUILT_IN_REWARDS or all(v.partition(":")),
         f"one of {', '.join(BUILT_IN_REWARDS)}, or `module:function`",
@@ -441,12 +465,17 @@ def _check_together(config: Config) -> None:
     if config.eval.keep_best and not config.eval.every:
         raise ValueError("eval.keep_best must have eval.every above 0: the best is that of the evaluations on the way")
     plan = config.plan
-    if plan.preset != "custom" and plan != PlanConfig(preset=plan.preset, selector=plan.selector):
+    if plan.preset != "custom" and plan != PlanConfig(
+        preset=plan.preset, selector=plan.selector, adaptive=plan.adaptive
+    ):
         raise ValueError(
             "plan.group_size, plan.prune and plan.final_keep are read only when plan.preset is custom,"
             f" not {plan.preset}; set it or leave them out"
         )
-    if resolve_plan(config).prune and config.objective.baseline == "group":
+    for name, asked in (("plan.adaptive", plan.adaptive), ("preview.probe", config.preview.probe)):
+        if asked and not config.audit.every:
+            raise ValueError(f"{name} must have audit.every above 0: audits measure how well previews rank")
+    if (plan.adaptive or resolve_plan(config).prune) and config.objective.baseline == "group":
         raise ValueError(
             "objective.baseline must be survivors under a plan that prunes while sampling: "
             "the pruned members have no final rewards"

@@ -78,7 +78,7 @@ class Trajectories:
     output_NCHW: Tensor | None = None
     path: tuple[Transition, ...] = ()
     attached_NCHW: Tensor | None = None
-    features_NF: Tensor | None = None
+    features: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return self.x_NCHW.shape[0]
@@ -93,7 +93,7 @@ class Trajectories:
             None if self.output_NCHW is None else self.output_NCHW[rows],
             tuple(t.take(rows) for t in self.path),
             None if self.attached_NCHW is None else self.attached_NCHW[rows],
-            None if self.features_NF is None else self.features_NF[rows],
+            tuple(f[rows] for f in self.features),
         )
 
 

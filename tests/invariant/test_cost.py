@@ -35,9 +35,11 @@ def trainer(tiny_trainer, tiny_config, tiny_policy, request):
 def test_a_run_counts_what_its_plan_predicts(trainer, plan, guidance_scale):
     built = trainer(plan, guidance_scale)
     done = [built.step() for _ in range(2)]
-    assert built.totals.counted == built.predicted(2)
+    assert built.totals.counted == built.totals.predicted == built.predicted(2)
     per_call, group = (2 if guidance_scale > 1 else 1), built.plan.group_size
-    assert built.totals.audited == Cost(group * STEPS * per_call, group * (STEPS + 1), group * (STEPS + 1))
+    assert built.totals.audited == Cost(
+        group * STEPS * per_call, group * (STEPS + 1), group * (STEPS + 1), previews=group * STEPS
+    )
     assert [d.record.get("audit/nfe") for d in done] == [None, group * STEPS * per_call]
     assert sum(d.record["rollout/nfe"] for d in done) == built.totals.counted.nfe
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from progrpo.rollout.plan import PRESETS, Plan, PrunePoint, preset, summary
+from progrpo.rollout.plan import PRESETS, Plan, PrunePoint, preset, summary, unit_costs
 from progrpo.types import Cost
 
 STANDARD = Plan(48, (PrunePoint(5, 24), PrunePoint(7, 12)))
@@ -17,8 +17,8 @@ def run(plan: Plan, num_inference_steps: int, trained_steps: int) -> tuple[Cost,
         nfe, path = nfe + living, [*path, living]
         if keeps.get(step, living) < living:
             decodes, living = decodes + living, keeps[step]
-    decodes += living
-    return Cost(nfe, decodes, decodes, (plan.final_keep or living) * trained_steps), path
+    trained = (plan.final_keep or living) * trained_steps
+    return Cost(nfe, decodes + living, decodes + living, trained, previews=decodes), path
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,27 @@ def run(plan: Plan, num_inference_steps: int, trained_steps: int) -> tuple[Cost,
 def test_cost_of_the_presets(name, steps, nfe, decodes, survivors):
     plan = preset(name, steps)
     assert plan == PRESETS[name][0]
-    assert plan.predict(steps, 9, guidance=False) == Cost(nfe, decodes, decodes, survivors * 9)
-    assert plan.predict(steps, 9, guidance=True) == Cost(2 * nfe, decodes, decodes, survivors * 9)
+    seen = decodes - plan.finalists
+    assert plan.predict(steps, 9, guidance=False) == Cost(nfe, decodes, decodes, survivors * 9, seen)
+    assert plan.predict(steps, 9, guidance=True) == Cost(2 * nfe, decodes, decodes, survivors * 9, seen)
+
+
+def test_further_ode_steps_cost_calls_and_a_probe_costs_none():
+    plain = STANDARD.predict(10, 9, guidance=False)
+    twice = STANDARD.predict(10, 9, guidance=True, ode_steps=3)
+    assert twice.nfe == 2 * (plain.nfe + 2 * (48 + 24)) and twice.decodes == plain.decodes
+    probed = STANDARD.predict(10, 9, guidance=False, ode_steps=3, probed=frozenset({5, 9}))
+    assert probed == Cost(360 + 2 * 24, 24 + 12, 24 + 12, 12 * 9, previews=24, probed=48)
+
+
+def test_units_turn_a_cost_into_the_seconds_that_it_was_measured_by():
+    counted = STANDARD.predict(10, 9, guidance=False) * 4
+    seconds = {"sample": 3.0, "preview": 0.7, "reward": 0.2, "update": 2.0, "other": 9.0}
+    units = unit_costs(counted, seconds)
+    assert units.seconds(counted) == pytest.approx(5.9)
+    none = preset("none", 10).predict(10, 9, guidance=False)
+    unseen = unit_costs(none, {**seconds, "preview": 0.0})
+    assert unseen.preview == unseen.finish == pytest.approx(0.2 / 24)
 
 
 def test_sd14_against_its_baseline():

@@ -17,8 +17,9 @@ from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import INITIAL, NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
+from progrpo.rollout.preview import score
 from progrpo.rollout.prune import SELECTORS
-from progrpo.rollout.rollout import rollout, score, survivors, to_groups
+from progrpo.rollout.rollout import rollout, survivors, to_groups
 from progrpo.training.build import sampling_from
 from progrpo.training.evaluate import ode
 from progrpo.types import Prompt, Trajectories

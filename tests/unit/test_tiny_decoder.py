@@ -106,14 +106,15 @@ def shipped() -> AutoencoderTiny:
 
 
 def test_the_shipped_one_is_what_is_built():
-    assert dict(shipped().config) | {"_name_or_path": ""} == dict(build_tiny_decoder().config) | {"_name_or_path": ""}
+    built = json.loads(build_tiny_decoder().to_json_string())
+    assert json.loads((WEIGHTS / "shapes-tiny" / "config.json").read_text()).items() >= built.items()
 
 
 def test_the_shipped_one_decodes_and_ranks_like_the_full_one():
     size = 12
     prompts = [p for p in world.sample_prompts("validation", 6, 3) for _ in range(size)]
     found = projections(flow(), prompts, torch.Generator().manual_seed(3))
-    for step, most, least in ((2, 0.02, 0.8), (5, 0.02, 0.85), (STEPS - 1, 0.02, 0.85)):
+    for step, most, least in ((2, 0.015, 0.7), (5, 0.01, 0.8), (STEPS - 1, 0.01, 0.8)):
         full, small = decoded(flow().vae, found[step]), decoded(shipped(), found[step])
         assert pixel_error(small, full) < most
         assert agreement(small, full, prompts, size)["shapes"] > least

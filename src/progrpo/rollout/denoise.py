@@ -109,14 +109,14 @@ def _call(
         batch,
         output_NCHW=output.detach(),
         attached_NCHW=output if attached else None,
-        features_NF=torch.cat(features)[: len(batch)] if features else None,
+        features=(*batch.features, torch.cat(features)[: len(batch)]) if features else (),
     )
 
 
 def _advance(batch: Trajectories, step: int, sampling: Sampling, key: NoiseKey) -> Trajectories:
     assert batch.output_NCHW is not None
     x, output, attached, process = batch.x_NCHW, batch.output_NCHW, batch.attached_NCHW, sampling.process
-    batch = replace(batch, output_NCHW=None, attached_NCHW=None, features_NF=None)
+    batch = replace(batch, output_NCHW=None, attached_NCHW=None)
     if process.noise_levels[step] == 0:
         return replace(batch, x_NCHW=sampling.rounded(process.deterministic(step, x, output)))
     mean, std = process.mean_std(step, x, output)

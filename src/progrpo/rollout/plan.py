@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,16 +64,64 @@ class Plan:
         """How many to keep after the network call of `step`, or None where no active point stands."""
         return next((point.keep for point in self.active_points() if point.step == step), None)
 
-    def predict(self, num_inference_steps: int, trained_steps: int, guidance: bool) -> Cost:
+    def predict(
+        self,
+        num_inference_steps: int,
+        trained_steps: int,
+        guidance: bool,
+        ode_steps: int = 1,
+        probed: frozenset[int] = frozenset(),
+    ) -> Cost:
         """What one prompt costs, as a run counts it; ValueError if the plan cannot be run.
 
         NFE: with `guidance` a network call is a CFG pair and counts two. Decodes: everyone living at each active point
-        (a preview), and the finalists. Each decoded picture is rewarded once. `trained_steps` is of one trajectory.
+        (a preview), and the finalists. Each decoded picture is rewarded once. A preview of more than one of `ode_steps`
+        costs a network call for each further one, and at the steps of `probed` a probe does without all of that.
+        `trained_steps` is of one trajectory.
         """
         self.validate(num_inference_steps)
-        calls = sum(self.living_at(step) for step in range(num_inference_steps))
-        decodes = sum(self.living_at(point.step) for point in self.active_points()) + self.finalists
-        return Cost(calls * (2 if guidance else 1), decodes, decodes, self.survivors * trained_steps)
+        seen = {point.step: self.living_at(point.step) for point in self.active_points()}
+        by_probe = sum(living for step, living in seen.items() if step in probed)
+        previews = sum(seen.values()) - by_probe
+        calls = sum(self.living_at(step) for step in range(num_inference_steps)) + previews * (ode_steps - 1)
+        decodes = previews + self.finalists
+        return Cost(
+            calls * (2 if guidance else 1), decodes, decodes, self.survivors * trained_steps, previews, by_probe
+        )
+
+
+@dataclass(frozen=True)
+class UnitCosts:
+    """Seconds of one network call of a sample, one preview, one finished picture's decoding and reward, and one trained step."""
+
+    call: float
+    preview: float
+    finish: float
+    train: float
+
+    def seconds(self, cost: Cost) -> float:
+        """What a cost comes to. A probe's ranking is not worth a figure of its own."""
+        finished = cost.decodes - cost.previews
+        return (
+            cost.nfe * self.call
+            + cost.previews * self.preview
+            + finished * self.finish
+            + cost.trained_steps * self.train
+        )
+
+
+def unit_costs(counted: Cost, seconds: Mapping[str, float]) -> UnitCosts:
+    """From what was counted and how long its stages took; both must hold a finished iteration.
+
+    A preview that was never made is taken to cost what a finished picture does.
+    """
+    finish = seconds["reward"] / (counted.decodes - counted.previews)
+    return UnitCosts(
+        call=seconds["sample"] / counted.nfe,
+        preview=seconds["preview"] / counted.previews if counted.previews else finish,
+        finish=finish,
+        train=seconds["update"] / max(1, counted.trained_steps),
+    )
 
 
 def _require_keep(name: str, keep: int, living: int | None) -> None:
@@ -129,7 +178,8 @@ def preset(name: str, num_inference_steps: int) -> Plan:
     return plan
 
 
-def _path(plan: Plan) -> list[int]:
+def path(plan: Plan) -> list[int]:
+    """Members at the start, after each active point, and after a choice by final rewards."""
     last = [plan.survivors] if plan.survivors < plan.finalists else []
     return [plan.group_size, *(point.keep for point in plan.active_points()), *last]
 
@@ -146,7 +196,7 @@ def summary(plan: Plan, num_inference_steps: int, trained_steps: int, guidance: 
     return {
         "group_size": plan.group_size,
         "survivors": plan.survivors,
-        "path": _path(plan),
+        "path": path(plan),
         "prune_steps": [point.step for point in plan.active_points()],
         "num_inference_steps": num_inference_steps,
         "nfe_per_prompt": cost.nfe,

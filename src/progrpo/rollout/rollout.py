@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan
+from progrpo.rollout.preview import Previewing, preview, score
 from progrpo.rollout.prune import Selector
 from progrpo.types import Preview, Prompt, Rollout, Trajectories
 
@@ -28,6 +28,7 @@ def rollout(
     select: Selector,
     key: NoiseKey,
     meter: Meter,
+    how: Previewing = Previewing(),  # noqa: B008 (frozen)
 ) -> Rollout:
     """One group a prompt, expanded, pruned as `plan` says, finished, decoded and rewarded.
 
@@ -42,7 +43,7 @@ def rollout(
         keep = plan.keep_after(step)
         if keep is None:
             return batch
-        _, scores_N, _ = preview(policy, reward, prompts, batch, step, sampling, meter)
+        scores_N = preview(policy, reward, prompts, condition, batch, step, sampling, how, meter)
         rows = survivors(batch, scores_N, keep, select, key.group_seeds(slot_P, step), len(prompts))
         previews.append(Preview(step, batch.group_N, batch.member_N, scores_N, _mask(rows, len(batch))))
         return batch.take(rows)
@@ -68,47 +69,6 @@ def rollout(
         finalist_group_F=finalists.group_N,
         previews=tuple(previews),
     )
-
-
-def preview(
-    policy: Policy,
-    reward: Reward,
-    prompts: Sequence[Prompt],
-    batch: Trajectories,
-    step: int,
-    sampling: Sampling,
-    meter: Meter,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`score` of unfinished trajectories: the one-step x0 projection, decoded and rewarded.
-
-    The projection uses the network's output that the step itself needs, so a preview costs no network call.
-    """
-    assert batch.output_NCHW is not None
-    with meter.stage("preview"):
-        x0 = sampling.process.x0(step, batch.x_NCHW, batch.output_NCHW)
-        return score(policy, reward, prompts, batch, x0, sampling.microbatch, meter)
-
-
-def score(
-    policy: Policy,
-    reward: Reward,
-    prompts: Sequence[Prompt],
-    batch: Trajectories,
-    x0_NCHW: Tensor,
-    microbatch: int,
-    meter: Meter,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Decode and reward: pictures uint8 (N, H, W, 3), rewards float64 (N,) with NaN = missing, strict verdicts (N,).
-
-    A verdict is 1 or 0, NaN where the reward gives none.
-    """
-    images_NHWC = torch.cat([policy.decode(part) for part in x0_NCHW.split(microbatch)])
-    scores = reward.score(images_NHWC.numpy(), [prompts[g] for g in batch.group_N.tolist()])
-    meter.count(decodes=len(batch), reward_calls=len(batch))
-    assert len(scores) == len(batch), f"the reward returned {len(scores)} scores for {len(batch)} pictures"
-    values = torch.tensor([s.number() for s in scores], dtype=torch.float64)
-    passed = torch.tensor([np.nan if s.passed is None else float(s.passed) for s in scores], dtype=torch.float64)
-    return images_NHWC, values, passed
 
 
 def survivors(

@@ -31,6 +31,22 @@ def spearman(a: Sequence[float | None] | np.ndarray, b: Sequence[float | None] |
     return float(np.clip(np.corrcoef(rank_a, rank_b)[0, 1], -1.0, 1.0))
 
 
+def hit_rate(scores: ArrayLike, truth: ArrayLike, keep: int) -> float | None:
+    """Of the ceil(keep / 2) best and floor(keep / 2) worst by `truth`, the share that `scores` put at the same end.
+
+    Pairs with a missing value are dropped; None where fewer than `keep` are left or one side is constant. Ties go by place.
+    """
+    x, y = np.asarray(scores, dtype=np.float64), np.asarray(truth, dtype=np.float64)
+    there = ~(np.isnan(x) | np.isnan(y))
+    x, y = x[there], y[there]
+    if len(x) < max(keep, 2) or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    by_x, by_y = np.argsort(x, kind="stable"), np.argsort(y, kind="stable")
+    low, high = keep // 2, keep - keep // 2
+    hits = len(np.intersect1d(by_x[:low], by_y[:low])) + len(np.intersect1d(by_x[-high:], by_y[-high:]))
+    return hits / keep
+
+
 @dataclass(frozen=True)
 class Mean:
     """A mean, its standard error and the number of values behind it."""

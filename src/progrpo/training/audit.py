@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,9 @@ from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan
+from progrpo.rollout.preview import Previewing, picture_preview, score
 from progrpo.rollout.prune import SELECTORS, Selector
-from progrpo.rollout.rollout import preview, score
-from progrpo.tracking.statistics import spearman
+from progrpo.tracking.statistics import hit_rate, spearman
 from progrpo.types import Prompt, Trajectories
 
 
@@ -25,6 +25,8 @@ from progrpo.types import Prompt, Trajectories
 class Audit:
     """Scores of T previews (T, G) and of the final pictures (G,), with pictures uint8 (G, T+1, H, W, 3).
 
+    `scores_TG` are of one-step projections through the full decoder; `used_TG` of what the run decides on where it is
+    something else, `probe_TG` a probe's, where there is one. `trajectories` are the finished group, for the probe to learn from.
     `kept_uniform` and `kept_ovf` are whom these selectors keep when they know the final rewards: as many as the plan's
     survivors, or half where the plan keeps everyone.
     """
@@ -36,10 +38,28 @@ class Audit:
     stopped_at: list[int | None]
     kept_uniform: list[int]
     kept_ovf: list[int]
+    used_TG: Tensor
+    probe_TG: Tensor | None
+    trajectories: Trajectories
 
     def agreement(self) -> list[float | None]:
         """Spearman between each step's previews and the final rewards; None where the group has no variance."""
-        return [spearman(scores.numpy(), self.final_G.numpy()) for scores in self.scores_TG]
+        return self._ranked(self.scores_TG)
+
+    def used_agreement(self) -> list[float | None]:
+        """The same of the previews that the run decides on."""
+        return self._ranked(self.used_TG)
+
+    def probe_agreement(self) -> list[float | None] | None:
+        """The same of the probe's."""
+        return None if self.probe_TG is None else self._ranked(self.probe_TG)
+
+    def hit_rate(self, step: int, keep: int) -> float | None:
+        """Of the `keep` members that are best and worst by final rewards, half and half, the share that previews find there too."""
+        return hit_rate(self.used_TG[step].numpy(), self.final_G.numpy(), keep)
+
+    def _ranked(self, scores_TG: Tensor) -> list[float | None]:
+        return [spearman(scores.numpy(), self.final_G.numpy()) for scores in scores_TG]
 
     def record(self, iteration: int) -> dict[str, Any]:
         return {
@@ -64,31 +84,44 @@ def audit(
     select: Selector,
     key: NoiseKey,
     meter: Meter,
+    how: Previewing = Previewing(),  # noqa: B008 (frozen)
 ) -> Audit:
     """Run the plan's full group to its end, and say whom the plan would have stopped where."""
     scores: list[Tensor] = []
+    used: list[Tensor] = []
     pictures: list[Tensor] = []
+    condition = policy.encode([prompt.text])
 
     def watch(step: int, batch: Trajectories) -> Trajectories:
-        images_NHWC, scores_N, _ = preview(policy, reward, [prompt], batch, step, sampling, meter)
+        def see(way: Previewing) -> tuple[Tensor, Tensor, Tensor]:
+            return picture_preview(policy, reward, [prompt], condition, batch, step, sampling, way, meter)
+
+        images_NHWC, scores_N, _ = see(how.plain)
         scores.append(scores_N)
+        used.append(see(how)[1] if how.tiny or how.ode_steps > 1 else scores_N)
         pictures.append(images_NHWC)
         return batch
 
     slot_P = torch.tensor([slot])
     batch = expand(policy, slot_P, plan.group_size, sampling, key)
-    batch = denoise(policy, policy.encode([prompt.text]), batch, sampling, key, meter, watch)
+    batch = denoise(policy, condition, batch, replace(sampling, attached=False), key, meter, watch)
     images_NHWC, final_G, _ = score(policy, reward, [prompt], batch, batch.x_NCHW, sampling.microbatch, meter)
     keep = plan.survivors if plan.survivors < plan.group_size else max(2, plan.group_size // 2)
     seeds = key.group_seeds(slot_P, sampling.num_inference_steps)
+    probe = how.probe
+    probed = [probe.score(t, f) for t, f in enumerate(batch.features)] if probe and probe.knows else None
+    decided = [probed[t] if probed and how.probed([t]) else used_G for t, used_G in enumerate(used)]
     return Audit(
         prompt=prompt,
         scores_TG=torch.stack(scores),
         final_G=final_G,
         pictures_GSHWC=torch.stack([*pictures, images_NHWC], dim=1).numpy(),
-        stopped_at=_stops(plan, scores, final_G, select, key, slot_P),
+        stopped_at=_stops(plan, decided, final_G, select, key, slot_P),
         kept_uniform=_kept(SELECTORS["uniform"], final_G, keep, seeds),
         kept_ovf=_kept(SELECTORS["ovf"], final_G, keep, seeds),
+        used_TG=torch.stack(decided),
+        probe_TG=None if probed is None else torch.stack(probed),
+        trajectories=batch,
     )
 
 

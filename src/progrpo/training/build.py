@@ -13,6 +13,7 @@ from progrpo.config import (
     Config,
     ModelConfig,
     ObjectiveConfig,
+    PreviewConfig,
     PromptConfig,
     SamplingConfig,
     microbatch,
@@ -32,6 +33,8 @@ from progrpo.policies.load import fastest_dtype, load_policy, quiet
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge
 from progrpo.rollout.denoise import Sampling
+from progrpo.rollout.preview import Previewing
+from progrpo.rollout.probe import Probe
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
 from progrpo.zoo import WEIGHTS
@@ -84,13 +87,15 @@ def settled(config: Config, ranks: Ranks) -> Config:
     return replace(config, model=replace(config.model, dtype=dtype))
 
 
-def policy_from(model: ModelConfig, seed: int, ranks: Ranks, trained: Path | None = None) -> Policy:
+def policy_from(
+    model: ModelConfig, seed: int, ranks: Ranks, trained: Path | None = None, tiny_decoder: str = ""
+) -> Policy:
     """The policy that a configuration names, optionally with weights that a run has saved."""
     quiet()
-    return load_policy(model.path, settings_from(model, seed, ranks), trained)
+    return load_policy(model.path, settings_from(model, seed, ranks, tiny_decoder), trained)
 
 
-def settings_from(model: ModelConfig, seed: int, ranks: Ranks) -> PolicySettings:
+def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str = "") -> PolicySettings:
     return PolicySettings(
         weights=model.weights,
         lora_rank=model.lora_rank,
@@ -100,6 +105,27 @@ def settings_from(model: ModelConfig, seed: int, ranks: Ranks) -> PolicySettings
         seed=seed,
         device=ranks.device,
         dtype=getattr(torch, model.dtype),
+        compile=model.compile,
+        activation_checkpointing=model.activation_checkpointing,
+        tiny_decoder=tiny_decoder,
+    )
+
+
+def tiny_decoder(preview: PreviewConfig) -> str:
+    """Where the tiny decoder is that the previews ask for; empty for none."""
+    if preview.decoder == "full":
+        return ""
+    return str(WEIGHTS / preview.tiny_decoder) if preview.tiny_decoder == "shapes-tiny" else preview.tiny_decoder
+
+
+def previewing(config: Config) -> Previewing:
+    """How the run previews, with a probe that has not learnt yet where one is asked for."""
+    wanted = config.preview
+    return Previewing(
+        ode_steps=wanted.ode_steps,
+        tiny=wanted.decoder == "tiny",
+        probe=Probe(config.sampling.num_inference_steps) if wanted.probe else None,
+        threshold=wanted.probe_threshold,
     )
 
 
@@ -149,6 +175,7 @@ def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) 
         guidance_scale=wanted.guidance_scale,
         microbatch=microbatch(wanted),
         attached=config.optim.reuse_rollout,
+        features=config.preview.probe,
     )
 
 

@@ -29,9 +29,18 @@ from progrpo.tracking.console import Console
 from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.statistics import spearman
-from progrpo.training.build import eval_prompts, judge_for, policy_from, settings_from, settled, train_order
+from progrpo.training.build import (
+    eval_prompts,
+    judge_for,
+    policy_from,
+    settings_from,
+    settled,
+    tiny_decoder,
+    train_order,
+)
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import DIVERSE_PROMPTS, Evaluation, evaluate, ode
+from progrpo.training.measure import measured
 from progrpo.training.trainer import Iteration, Trainer
 from progrpo.types import Prompt
 
@@ -100,15 +109,17 @@ def train(
     check(config)
     ranks = Ranks()
     config = settled(config, ranks)
-    policy = policy_from_pipeline(pipeline, settings_from(config.model, config.seed, ranks))
+    decoder = tiny_decoder(config.preview)
+    policy = policy_from_pipeline(pipeline, settings_from(config.model, config.seed, ranks, decoder))
     scorer = FunctionReward(reward) if callable(reward) else reward
     table: Prompts = {"": tuple(_prompt(p) for p in prompts)}
     if not table[""]:
         raise ValueError("prompts is empty; give at least one")
-    measured = [_prompt(p) for p in (eval_prompts or prompts)]
-    measured = [measured[i % len(measured)] for i in range(config.eval.pictures)]
+    watched = [_prompt(p) for p in (eval_prompts or prompts)]
+    watched = [watched[i % len(watched)] for i in range(config.eval.pictures)]
+    config = measured(config, policy, table[""][0].text, ranks)
     order = ORDERS[config.prompts.order](table, config.seed)
-    held_out = HeldOut(measured, measured, None)
+    held_out = HeldOut(watched, watched, None)
     run = Run(config, policy, scorer, order, held_out, RunFolder(out), ranks)
     run.create(overwrite)
     return run.train()
@@ -123,7 +134,8 @@ def _from_config(config: Config, run: RunFolder, ranks: Ranks) -> Run:
     order = train_order(config.prompts, config.seed)
     source, pictures = config.eval.prompts, config.eval.pictures
     test, validation = (eval_prompts(source, split, pictures) for split in ("test", "validation"))
-    policy = policy_from(config.model, config.seed, ranks)
+    policy = policy_from(config.model, config.seed, ranks, tiny_decoder=tiny_decoder(config.preview))
+    config = measured(config, policy, order.prompts_for(0, 1)[0].text, ranks)
     return Run(config, policy, reward, order, HeldOut(test, validation, judge_for(source)), run, ranks)
 
 
@@ -333,7 +345,7 @@ class Run:
                 },
                 "preview_rank_correlation_by_step": {str(step): value for step, value in agreement.items()},
                 "cost": {
-                    "predicted": asdict(self.trainer.predicted(done)),
+                    "predicted": asdict(totals.predicted),
                     "counted": asdict(totals.counted),
                     "audit": asdict(totals.audited),
                 },

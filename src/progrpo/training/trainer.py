@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from progrpo.config import Config, learning_rate, resolve_plan, trained_items
+from progrpo.config import Config, learning_rate, resolve_plan
 from progrpo.data import PromptOrder
 from progrpo.objectives.advantage import group_statistics
 from progrpo.objectives.base import Experience
@@ -23,8 +23,9 @@ from progrpo.rollout.prune import SELECTORS
 from progrpo.rollout.rollout import rollout
 from progrpo.training import checks
 from progrpo.training.audit import Audit, audit
-from progrpo.training.build import objective_from, sampling_from
+from progrpo.training.build import objective_from, previewing, sampling_from
 from progrpo.training.distributed import Ranks, Tally
+from progrpo.training.judge import PlanJudge, plan_from, prompt_cost
 from progrpo.training.update import learn_from, update
 from progrpo.types import Cost, Prompt, Rollout
 
@@ -37,6 +38,8 @@ class Totals:
     """What the run has spent so far, over all processes. Audits have their own line."""
 
     counted: Cost = field(default_factory=Cost)
+    predicted: Cost = field(default_factory=Cost)
+    """What the plan in force said of each iteration before it ran."""
     audited: Cost = field(default_factory=Cost)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -48,7 +51,9 @@ class Totals:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.counted, self.audited = Cost(**state["counted"]), Cost(**state["audited"])
+        self.counted, self.predicted, self.audited = (
+            Cost(**state[name]) for name in ("counted", "predicted", "audited")
+        )
         self.seconds = dict(state["seconds"])
 
 
@@ -71,7 +76,7 @@ class Trainer:
                 " give each at least one"
             )
         self.config, self.policy, self.reward, self.order, self.ranks = config, policy, reward, order, ranks
-        self.plan = resolve_plan(config)
+        self.plan, self.how, self.judge = resolve_plan(config), previewing(config), PlanJudge(config)
         self.select = SELECTORS[config.plan.selector]
         self.objective = objective_from(config, policy)
         optim = config.optim
@@ -94,15 +99,14 @@ class Trainer:
         return sampling_from(self.config, self.policy, self.objective.needs, self.iteration)
 
     def predicted(self, iterations: int = 1) -> Cost:
-        """What the plan says that so many iterations cost, over all processes and without audits."""
-        sampling = self.config.sampling
-        one = self.plan.predict(sampling.num_inference_steps, trained_items(self.config), sampling.guidance_scale > 1)
-        times = self.config.prompts.per_iteration * iterations
-        return Cost(one.nfe * times, one.decodes * times, one.reward_calls * times, one.trained_steps * times)
+        """What the plan in force says that so many iterations cost, over all processes and without audits."""
+        probed = self.how.probed([point.step for point in self.plan.active_points()])
+        return prompt_cost(self.config, self.plan, probed) * (self.config.prompts.per_iteration * iterations)
 
     def step(self) -> Iteration:
         """Run the next iteration."""
         start, meter, key = time.perf_counter(), Meter(), NoiseKey(self.config.seed, self.iteration)
+        self.totals.predicted += self.predicted()
         prompts = self.order.prompts_for(self.iteration, self.config.prompts.per_iteration)
         slots = self.ranks.deal(len(prompts))
         sampling = self.sampling
@@ -117,6 +121,7 @@ class Trainer:
                 self.select,
                 key,
                 meter,
+                self.how,
             )
         observed = self.ranks.sum(rolled.rewards_N.isfinite().sum()).item()
         checks.check_rewards(int(observed), self.iteration)
@@ -128,6 +133,8 @@ class Trainer:
             with meter.stage("audit"):
                 found = self._audit(prompts, sampling, key, audited)
         record = self._record(tally, meter, audited, found, time.perf_counter() - start)
+        self._learn_of_previews(rolled, found)
+        record |= self._judge_plan(found)
         self.iteration += 1
         return Iteration(record, rolled, found)
 
@@ -162,8 +169,12 @@ class Trainer:
             self.policy.named_weights.forget("reference")  # a copy of the whole denoiser that nothing asks for
 
     def _audit_due(self) -> bool:
+        return self._audit_was_due() and self.ranks.is_main
+
+    def _audit_was_due(self) -> bool:
+        """In this iteration, on the main process."""
         every = self.config.audit.every
-        return every > 0 and (self.iteration + 1) % every == 0 and self.ranks.is_main
+        return every > 0 and (self.iteration + 1) % every == 0
 
     def _observe(self, slots: Tensor, rolled: Rollout) -> None:
         """Tell the order how far each group's rewards differed, on every process the same."""
@@ -177,7 +188,36 @@ class Trainer:
         count = len(prompts)
         prompt = prompts[self.iteration // self.config.audit.every % count]
         with self.policy.weights(self.objective.rollout_weights):
-            return audit(self.policy, self.reward, prompt, count, self.plan, sampling, self.select, key, meter)
+            return audit(
+                self.policy, self.reward, prompt, count, self.plan, sampling, self.select, key, meter, self.how
+            )
+
+    def _learn_of_previews(self, rolled: Rollout, found: Audit | None) -> None:
+        """The probe is watched on the audit before it learns from it, and knows the same on every process."""
+        probe = self.how.probe
+        if probe is None:
+            return
+        finished = [(rolled.trajectories.features, rolled.rewards_N, rolled.group_N)]
+        if found is not None:
+            finished.append((found.trajectories.features, found.final_G, found.trajectories.group_N))
+        watched = self.ranks.gather([found.probe_agreement() if found is not None else None])
+        for agreement in watched:
+            if agreement is not None:
+                probe.watch(agreement)
+        for features, rewards_N, group_N in self.ranks.gather(finished):
+            probe.learn(features, rewards_N, group_N)
+
+    def _judge_plan(self, found: Audit | None) -> dict[str, Any]:
+        """What the main process makes of the plan after an audit; every process takes the plan that it chooses."""
+        if not self._audit_was_due():
+            return {}
+        if found is not None:
+            self.judge.watch(found.used_agreement(), self.totals.counted, self.totals.seconds)
+        verdict = self.ranks.gather([self.judge.verdict(self.plan, self.select, self.how) if found else None])[0]
+        if verdict is None:
+            return {}
+        self.plan = verdict.plan
+        return {"plan/pays": verdict.pays, "plan/survivors": self.plan.survivors, "plan/path": verdict.path}
 
     def _record(
         self, tally: Tally, meter: Meter, audited: Meter, found: Audit | None, seconds: float
@@ -196,9 +236,18 @@ class Trainer:
         record |= {f"time/{name}": value for name, value in stages.items()}
         if found is not None:
             record["audit/nfe"] = watched.nfe
-            agreement = found.agreement()
-            for point in self.plan.active_points():
-                record[f"preview/rank_correlation@{point.step}"] = agreement[point.step]
+            record |= self._agreement(found)
+        return record
+
+    def _agreement(self, found: Audit) -> dict[str, Any]:
+        """How well the previews of the plan's points ranked the audit group, and the probe beside them."""
+        used, probe = found.used_agreement(), found.probe_agreement()
+        record: dict[str, Any] = {}
+        for point in self.plan.active_points():
+            record[f"preview/rank_correlation@{point.step}"] = used[point.step]
+            record[f"preview/hit_rate@{point.step}"] = found.hit_rate(point.step, point.keep)
+            if probe is not None:
+                record[f"probe/rank_correlation@{point.step}"] = probe[point.step]
         return record
 
     def _over_ranks(self, cost: Cost) -> Cost:
@@ -216,6 +265,9 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "order": self.order.state_dict(),
             "totals": self.totals.state_dict(),
+            "plan": asdict(self.plan),
+            "judge": self.judge.state_dict(),
+            "probe": None if self.how.probe is None else self.how.probe.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -223,4 +275,8 @@ class Trainer:
         self.optimizer.load_state_dict(dict(state["optimizer"]))
         self.order.load_state_dict(state["order"])
         self.totals.load_state_dict(state["totals"])
+        self.plan = plan_from(state["plan"])
+        self.judge.load_state_dict(state["judge"])
+        if self.how.probe is not None:
+            self.how.probe.load_state_dict(state["probe"])
         self.iteration = state["iteration"]

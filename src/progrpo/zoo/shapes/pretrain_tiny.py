@@ -46,7 +46,7 @@ class TinyBudget:
     drawn: int = 4_000
     sampled: int = 1_000
     """Trajectories, each of `STEPS` pairs."""
-    steps: int = 4_500
+    steps: int = 8_000
     batch: int = 32
     test_groups: int = 24
     group_size: int = 24
@@ -122,7 +122,7 @@ def cache_pairs(
             parts.append(projections(flow, prompts[start : start + _CHUNK], noise).flatten(0, 1))
         z = torch.cat(parts).half().cpu()  # rounded before it is decoded, so that a pair is one
         log(f"pairs: decoding {len(z)} latents")
-        save_file({"z": z, "pictures": torch.from_numpy(decoded(flow.vae, z))}, file)
+        save_file({"z": z, "pictures": torch.from_numpy(decoded(flow.vae, z)).contiguous()}, file)
     pairs = load_file(file)
     return pairs["z"], pairs["pictures"]
 
@@ -177,15 +177,20 @@ def pixel_error(a_NHWC: np.ndarray, b_NHWC: np.ndarray) -> float:
     return float(np.abs(a_NHWC.astype(np.float32) - b_NHWC).mean() / 255)
 
 
-def agreement(found_NHWC: np.ndarray, true_NHWC: np.ndarray, prompts: Sequence[Prompt], size: int) -> dict[str, float]:
-    """Mean Spearman within groups of `size` of the scores of two decoders' pictures, by reward; groups all alike are left out."""
+def agreement(
+    found_NHWC: np.ndarray, true_NHWC: np.ndarray, prompts: Sequence[Prompt], size: int
+) -> dict[str, float | None]:
+    """Mean Spearman within groups of `size` of the scores of two decoders' pictures, by reward.
+
+    Groups without an order are left out; None where no group is left.
+    """
     pair = [verify(pictures, prompts) for pictures in (found_NHWC, true_NHWC)]
-    rewards = {"shapes": 0.0, "shapes_mixed": 0.5}
-    out = {}
-    for name, strict in rewards.items():
-        scores = [np.array([(1 - strict) * v.graded + strict * v.strict for v in side]) for side in pair]
-        groups = zip(*(s.reshape(-1, size) for s in scores), strict=True)
-        out[name] = float(np.mean([r for a, b in groups if (r := spearman(a, b)) is not None]))
+    out: dict[str, float | None] = {}
+    for name, strict_share in (("shapes", 0.0), ("shapes_mixed", 0.5)):
+        scores = [[(1 - strict_share) * v.graded + strict_share * v.strict for v in side] for side in pair]
+        groups = zip(*(np.reshape(side, (-1, size)) for side in scores), strict=True)
+        found = [r for a, b in groups if (r := spearman(a, b)) is not None]
+        out[name] = float(np.mean(found)) if found else None
     return out
 
 

@@ -1,0 +1,140 @@
+"""How unfinished trajectories are scored: from what they would become, as a picture, or by a probe without one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from progrpo.diffusion.prediction import PREDICTIONS
+from progrpo.packing import of_one_shape
+from progrpo.policies.base import Policy
+from progrpo.rewards.base import Reward
+from progrpo.rollout.denoise import Sampling
+from progrpo.rollout.meter import Meter
+from progrpo.rollout.probe import Probe
+from progrpo.types import Condition, Prompt, Trajectories
+
+
+@dataclass(frozen=True)
+class Previewing:
+    """The data that a trajectory heads for is reached in `ode_steps`, of which the first costs no network call.
+
+    `tiny` decodes it by the policy's tiny decoder. Where a `probe`'s agreement was measured to reach `threshold`, it ranks
+    without any of that.
+    """
+
+    ode_steps: int = 1
+    tiny: bool = False
+    probe: Probe | None = None
+    threshold: float = 0.5
+
+    @property
+    def plain(self) -> Previewing:
+        """One-step projections through the full decoder."""
+        return Previewing()
+
+    def probed(self, steps: Sequence[int]) -> frozenset[int]:
+        """The steps at which the probe ranks."""
+        probe = self.probe
+        return frozenset(s for s in steps if probe is not None and probe.trusted(s, self.threshold))
+
+
+def preview(
+    policy: Policy,
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    condition: Condition,
+    batch: Trajectories,
+    step: int,
+    sampling: Sampling,
+    how: Previewing,
+    meter: Meter,
+) -> Tensor:
+    """Scores of unfinished trajectories after the network call of `step`: float64 (N,), NaN = missing."""
+    if how.probed([step]):
+        assert how.probe is not None
+        with meter.stage("preview"):
+            meter.count(probed=len(batch))
+            return how.probe.score(step, batch.features[step])
+    return picture_preview(policy, reward, prompts, condition, batch, step, sampling, how, meter)[1]
+
+
+def picture_preview(
+    policy: Policy,
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    condition: Condition,
+    batch: Trajectories,
+    step: int,
+    sampling: Sampling,
+    how: Previewing,
+    meter: Meter,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`score` of the pictures that unfinished trajectories head for, whatever the probe would say."""
+    x0 = projected(policy, condition, batch, step, sampling, how.ode_steps, meter)
+    with meter.stage("preview"):
+        meter.count(previews=len(batch))
+        return score(policy, reward, prompts, batch, x0, sampling.microbatch, meter, tiny=how.tiny)
+
+
+@torch.no_grad()
+def projected(
+    policy: Policy,
+    condition: Condition,
+    batch: Trajectories,
+    step: int,
+    sampling: Sampling,
+    ode_steps: int,
+    meter: Meter,
+) -> Tensor:
+    """The data that the ODE leads to from here, in so many equal parts of the grid that is left: (N, C, H, W).
+
+    The first uses the network's output that the trajectory's own step needs, so one part, the x0 projection, costs no call.
+    """
+    assert batch.output_NCHW is not None
+    process = sampling.process
+    x, output = batch.x_NCHW, batch.output_NCHW
+    if ode_steps == 1:
+        return process.x0(step, x, output)
+    places = torch.linspace(step, process.num_steps, ode_steps + 1, dtype=torch.float64)[:-1]
+    levels, prediction = policy.between(process.levels_T1, places).to(x), PREDICTIONS[process.prediction]
+    shape = min(sampling.microbatch, len(batch))
+    with meter.stage("sample"):
+        for k in range(1, ode_steps):
+            x = prediction.step(x, output, levels[k - 1], levels[k])
+            parts = [
+                policy.predict(x[rows], levels.timestep[k], told, sampling.guidance_scale)
+                for rows in of_one_shape(len(batch), shape)
+                for told in [condition.take(batch.group_N[rows].to(policy.device))]
+            ]
+            output = torch.cat(parts)[: len(batch)]
+        meter.count(nfe=len(batch) * (ode_steps - 1) * sampling.nfe_per_call)
+    return prediction.x0(x, output, levels[ode_steps - 1])
+
+
+def score(
+    policy: Policy,
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    batch: Trajectories,
+    x0_NCHW: Tensor,
+    microbatch: int,
+    meter: Meter,
+    tiny: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decode and reward: pictures uint8 (N, H, W, 3), rewards float64 (N,) with NaN = missing, strict verdicts (N,).
+
+    A verdict is 1 or 0, NaN where the reward gives none.
+    """
+    decode = policy.preview if tiny else policy.decode
+    images_NHWC = torch.cat([decode(part) for part in x0_NCHW.split(microbatch)])
+    scores = reward.score(images_NHWC.numpy(), [prompts[g] for g in batch.group_N.tolist()])
+    meter.count(decodes=len(batch), reward_calls=len(batch))
+    assert len(scores) == len(batch), f"the reward returned {len(scores)} scores for {len(batch)} pictures"
+    values = torch.tensor([s.number() for s in scores], dtype=torch.float64)
+    passed = torch.tensor([np.nan if s.passed is None else float(s.passed) for s in scores], dtype=torch.float64)
+    return images_NHWC, values, passed

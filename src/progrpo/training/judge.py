@@ -1,0 +1,93 @@
+"""Whether the run's plan pays, from what the run itself has measured, and which one would pay most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from progrpo.config import Config, resolve_plan, trained_items
+from progrpo.rollout.payoff import Simulation, plans
+from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path, preset, unit_costs
+from progrpo.rollout.preview import Previewing
+from progrpo.rollout.prune import Selector
+from progrpo.types import Cost
+
+_AUDITS = 3  # before a plan is judged; the agreement of a single group of 24 is a guess
+_REMEMBERED = 8  # the policy changes, and with it what previews can tell
+_WORTH_A_CHANGE = 1.02  # below that the simulation's own noise would choose
+
+
+def prompt_cost(config: Config, plan: Plan, probed: frozenset[int] = frozenset()) -> Cost:
+    """What a plan costs for one prompt of the run."""
+    sampling = config.sampling
+    guidance = sampling.guidance_scale > 1
+    return plan.predict(sampling.num_inference_steps, trained_items(config), guidance, config.preview.ode_steps, probed)
+
+
+def plan_from(state: Mapping[str, Any]) -> Plan:
+    """A plan from its `asdict`."""
+    points = tuple(PrunePoint(**point) for point in state["prune"])
+    return Plan(state["group_size"], points, state["final_keep"])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`pays`: expected signal a second of the plan that was judged, over plain GRPO's (preset none); `plan` is what to go on with."""
+
+    pays: float
+    plan: Plan
+    path: list[int]
+
+
+class PlanJudge:
+    """Remembers agreements and, from the first verdict on, the costs of that time: later timings change no decision."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.units: UnitCosts | None = None
+        self._agreement: list[list[float | None]] = []
+
+    def watch(self, agreement_T: Sequence[float | None], counted: Cost, seconds: Mapping[str, float]) -> None:
+        """Note an audit's agreement by step; with the one that is enough for a verdict, what the run has spent so far."""
+        self._agreement = [*self._agreement, list(agreement_T)][-_REMEMBERED:]
+        if self.units is None and len(self._agreement) >= _AUDITS:
+            self.units = unit_costs(counted, seconds)
+
+    def verdict(self, plan: Plan, select: Selector, how: Previewing) -> Verdict | None:
+        """None before it has seen enough."""
+        if self.units is None:
+            return None
+        steps = self.config.sampling.num_inference_steps
+        none = preset("none", steps)
+        simulation = Simulation.of(self._means(), max(plan.group_size, none.group_size))
+        plain = self._rate(simulation, none, select, how)
+        now = self._rate(simulation, plan, select, how)
+        best = plan
+        if self.config.plan.adaptive:
+            least = resolve_plan(self.config).survivors
+            rates = {p: self._rate(simulation, p, select, how) for p in plans(plan.group_size, least, steps)}
+            leader = max(rates, key=lambda p: rates[p])
+            best = leader if rates[leader] > _WORTH_A_CHANGE * now else plan
+        return Verdict(now / plain, best, path(best))
+
+    def _rate(self, simulation: Simulation, plan: Plan, select: Selector, how: Previewing) -> float:
+        assert self.units is not None
+        probed = how.probed([point.step for point in plan.active_points()])
+        return simulation.signal(plan, select) / self.units.seconds(prompt_cost(self.config, plan, probed))
+
+    def _means(self) -> list[float]:
+        return [_mean(step) for step in zip(*self._agreement, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"units": None if self.units is None else asdict(self.units), "agreement": self._agreement}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.units = None if state["units"] is None else UnitCosts(**state["units"])
+        self._agreement = [list(audit) for audit in state["agreement"]]
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    """Of those that are there; nothing is known of a step that no audit had an agreement for."""
+    there = [v for v in values if v is not None]
+    return sum(there) / len(there) if there else 0.0

@@ -1,0 +1,91 @@
+"""What is chosen by measuring when a run begins: microbatches. The main process measures, and the choice stays in config.json."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from progrpo.config import Config, resolve_plan, trained_items
+from progrpo.policies.base import Policy
+from progrpo.training.distributed import Ranks
+
+_SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128)
+_CLOSE = 1.03  # of two sizes that are as fast as that, the smaller one: it takes less memory and fills up less
+
+
+def measured(config: Config, policy: Policy, text: str, ranks: Ranks) -> Config:
+    """The configuration with microbatches in place of those that it leaves open; `text` is a prompt of the run."""
+    sampling, optim = config.sampling, config.optim
+    if sampling.microbatch is not None and optim.microbatch is not None:
+        return config
+    found = ranks.gather([_fastest(config, policy, text, ranks) if ranks.is_main else None])[0]
+    assert found is not None
+    return replace(
+        config,
+        sampling=replace(sampling, microbatch=sampling.microbatch or found[0]),
+        optim=replace(optim, microbatch=optim.microbatch or found[1]),
+    )
+
+
+def _fastest(config: Config, policy: Policy, text: str, ranks: Ranks) -> tuple[int, int]:
+    """Rows of a network call, and items of a forward and backward pass."""
+    plan, prompts = resolve_plan(config), -(-config.prompts.per_iteration // ranks.world)
+    rows_T = [prompts * plan.living_at(step) for step in range(config.sampling.num_inference_steps)]
+    items = prompts * plan.survivors * trained_items(config)
+    told, guidance = policy.encode([text]), config.sampling.guidance_scale
+    middle = policy.levels(2, config.sampling.shift).timestep[1]
+
+    def call(size: int) -> Tensor:
+        rows = torch.zeros(size, dtype=torch.int64)
+        x = torch.zeros(size, *policy.latent_shape, device=policy.device)
+        return policy.predict(x, middle.to(x), told.take(rows.to(policy.device)), guidance)
+
+    def sample(size: int) -> None:
+        with torch.no_grad():
+            call(size)
+
+    def train(size: int) -> None:
+        call(size).square().mean().backward()
+        for parameter in policy.trainable.values():
+            parameter.grad = None
+
+    with torch.compiler.set_stance("force_eager"):  # one compilation for each size would take minutes
+        forward = _seconds(sample, max(rows_T), policy.device)
+        both = _seconds(train, items, policy.device)
+    return (
+        _best({size: sum(-(-rows // size) for rows in rows_T) * s for size, s in forward.items()}),
+        _best({size: items / size * s for size, s in both.items()}),
+    )
+
+
+def _seconds(work: Callable[[int], None], most: int, device: torch.device) -> dict[int, float]:
+    """Of one call by size, up to `most` rows and to what fits into memory: the fastest of three, the first not counted."""
+    found: dict[int, float] = {}
+    for size in sorted({min(size, most) for size in _SIZES}):
+        try:
+            found[size] = min([_timed(work, size, device) for _ in range(3)][1:])
+        except torch.OutOfMemoryError:
+            break
+    if not found:
+        raise ValueError(
+            f"sampling.microbatch: not even {min(_SIZES)} rows fit into the memory of {device}; give it and optim.microbatch,"
+            " from 1 on"
+        )
+    return found
+
+
+def _timed(work: Callable[[int], None], size: int, device: torch.device) -> float:
+    start = time.perf_counter()
+    work(size)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _best(seconds: dict[int, float]) -> int:
+    least = min(seconds.values())
+    return min(size for size, s in seconds.items() if s <= _CLOSE * least)
