@@ -121,6 +121,11 @@ class RewardConfig:
     """Of the built-in verifier: `shapes` (graded), `shapes_strict` (1 where all is right, else 0) or `shapes_mixed` (their mean).
     Of human preferences, for any prompts: `pickscore` (PickScore over 26, arXiv 2305.01569) or `hpsv2` (HPSv2.1, arXiv 2306.09341);
     the hub's weights are fetched at the first score. Or `module:function` of your own."""
+    waves: int = 1
+    """In so many parts an iteration's prompts are sampled. While pictures of one wave are scored, the next is sampled: for rewards
+    that are slow and busy elsewhere (a server, another device, other processes)."""
+    processes: int = 0
+    """Score in so many processes of their own, each with the reward loaded: for rewards whose time goes into Python. 0: in this one."""
 
 
 @dataclass(frozen=True)
@@ -400,6 +405,8 @@ _RULES: dict[str, _Rule] = {
         lambda v: v in BUILT_IN_REWARDS or all(v.partition(":")),
         f"one of {', '.join(BUILT_IN_REWARDS)}, or `module:function`",
     ),
+    "reward.waves": _at_least(1),
+    "reward.processes": _at_least(0),
     "objective.adv_eps": _above(0),
     "objective.grpo.clip_range": (lambda v: v is None or 0 < v < math.inf, "above 0, or empty for the published one"),
     "objective.grpo.kl_beta": _at_least(0),

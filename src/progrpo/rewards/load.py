@@ -39,8 +39,20 @@ REWARDS: dict[str, Callable[[], Reward]] = {
 }
 
 
-def load_reward(name: str) -> Reward:
-    """A built-in reward, or `module:function` found on the Python path or in the current folder."""
+def load_reward(name: str, processes: int = 0) -> Reward:
+    """A built-in reward, or `module:function` found on the Python path or in the current folder.
+
+    With `processes` it scores in so many of its own.
+    """
+    here = _load(name)  # also with processes: so that a wrong name is refused at once
+    if processes == 0:
+        return here
+    from progrpo.rewards.processes import InProcesses
+
+    return InProcesses(load_reward, name, processes)
+
+
+def _load(name: str) -> Reward:
     if name in REWARDS:
         return REWARDS[name]()
     module_name, colon, attribute = name.partition(":")

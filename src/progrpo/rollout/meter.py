@@ -20,6 +20,12 @@ class Meter:
     def count(self, **spent: int) -> None:
         self.cost = self.cost + Cost(**spent)
 
+    def add(self, other: Meter) -> None:
+        """What another one saw."""
+        self.cost = self.cost + other.cost
+        for name, seconds in other.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the block's wall time to a stage; blocks do not nest. On a GPU the queue is drained first and last."""

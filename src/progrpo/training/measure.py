@@ -14,6 +14,7 @@ from progrpo.policies.base import Policy
 from progrpo.training.distributed import Ranks
 
 _SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128)
+_ROUNDS = 4
 _CLOSE = 1.03  # of two sizes that are as fast as that, the smaller one: it takes less memory and fills up less
 
 
@@ -63,18 +64,25 @@ def _fastest(config: Config, policy: Policy, text: str, ranks: Ranks) -> tuple[i
 
 
 def _seconds(work: Callable[[int], None], most: int, device: torch.device) -> dict[int, float]:
-    """Of one call by size, up to `most` rows and to what fits into memory: the fastest of three, the first not counted."""
-    found: dict[int, float] = {}
-    for size in sorted({min(size, most) for size in _SIZES}):
+    """Of one call by size, up to `most` rows and to what fits into memory.
+
+    The fastest of several, which go round by round: on a shared machine others' work slows some down, not one size.
+    """
+    sizes, found = sorted({min(size, most) for size in _SIZES}), dict[int, float]()
+    for size in list(sizes):
         try:
-            found[size] = min([_timed(work, size, device) for _ in range(3)][1:])
+            _timed(work, size, device)
         except torch.OutOfMemoryError:
+            sizes = [s for s in sizes if s < size]
             break
-    if not found:
+    if not sizes:
         raise ValueError(
             f"sampling.microbatch: not even {min(_SIZES)} rows fit into the memory of {device}; give it and optim.microbatch,"
             " from 1 on"
         )
+    for _ in range(_ROUNDS):
+        for size in sizes:
+            found[size] = min(_timed(work, size, device), found.get(size, float("inf")))
     return found
 
 

@@ -23,6 +23,7 @@ from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge, Reward
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.load import load_reward
+from progrpo.rollout.plan import path as plan_path
 from progrpo.rollout.plan import summary as plan_summary
 from progrpo.storage import load_state, save_state
 from progrpo.tracking.console import Console
@@ -130,7 +131,7 @@ def _prompt(prompt: str | Prompt) -> Prompt:
 
 
 def _from_config(config: Config, run: RunFolder, ranks: Ranks) -> Run:
-    reward = load_reward(config.reward.name)
+    reward = load_reward(config.reward.name, config.reward.processes)
     order = train_order(config.prompts, config.seed)
     source, pictures = config.eval.prompts, config.eval.pictures
     test, validation = (eval_prompts(source, split, pictures) for split in ("test", "validation"))
@@ -179,6 +180,8 @@ class Run:
         self.held_out, self.folder, self.ranks = held_out, folder, ranks
         self.trainer = Trainer(config, policy, reward, order, ranks)
         self.best: Best | None = None
+        self._pays: float | None = None
+        self._path = plan_path(self.trainer.plan)
 
     def create(self, overwrite: bool) -> None:
         """Make the run folder, once every part of the run could be built; ValueError if it holds a run already."""
@@ -191,6 +194,7 @@ class Run:
         if state is not None:
             self.trainer.load_state_dict(state)
             self.best = None if state["best"] is None else Best(**state["best"])
+            self._pays, self._path = state["pays"], plan_path(self.trainer.plan)
             start -= state["wall_seconds"]
         console = Console(
             self.config.iterations,
@@ -251,10 +255,26 @@ class Run:
     def _keep(self, done: Iteration, console: Console) -> None:
         self.folder.append_metrics(done.record)
         console.iteration(done.record)
+        self._say_of_plan(done.record, console)
         if done.audit is not None:
             self.folder.write_audit(done.audit.record(done.record["iteration"]), done.audit.pictures_GSHWC)
         if self._due(self.config.checkpoint.every):
             self.folder.save_samples(done.record["iteration"], done.rollout.images_NHWC[:32].numpy())
+
+    def _say_of_plan(self, record: Mapping[str, Any], console: Console) -> None:
+        """Once when the plan turns out not to pay, and whenever another one takes over."""
+        pays, path = record.get("plan/pays"), record.get("plan/path")
+        if pays is None or path is None:
+            return
+        if self.config.plan.adaptive and path != self._path:
+            points = ", ".join(f"{p.keep} after step {p.step}" for p in self.trainer.plan.active_points())
+            console.say(f"plan: groups of {' -> '.join(map(str, path))} from here on ({points or 'no prune point'})")
+        elif pays < 1 and (self._pays is None or self._pays >= 1):
+            console.warn(
+                f"the plan {' -> '.join(map(str, path))} is expected to bring {pays:.2f} x the learning signal a second of plain"
+                " GRPO (plan.preset none); prune where previews rank better, preview cheaper, or set plan.adaptive"
+            )
+        self._pays, self._path = pays, path
 
     def _evaluate(self, when: str, weights: str) -> None:
         """On the test prompts, for the summary."""
@@ -291,7 +311,7 @@ class Run:
             return
         folder = self.folder.path / "checkpoints"
         best = None if self.best is None else asdict(self.best)
-        state = {**self.trainer.state_dict(), "best": best, "wall_seconds": wall_seconds}
+        state = {**self.trainer.state_dict(), "best": best, "pays": self._pays, "wall_seconds": wall_seconds}
         save_state(folder / f"iteration_{self.trainer.iteration:06d}", state)
         for old in checkpoints(self.folder.path)[: -self.config.checkpoint.keep]:
             shutil.rmtree(old)
@@ -350,6 +370,7 @@ class Run:
                     "audit": asdict(totals.audited),
                 },
                 "plan": {
+                    "pays": self._pays,
                     "path": costs["path"],
                     "prune_steps": costs["prune_steps"],
                     "selector": config.plan.selector,

@@ -21,6 +21,7 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.prune import SELECTORS
 from progrpo.rollout.rollout import rollout
+from progrpo.rollout.waves import in_waves
 from progrpo.training import checks
 from progrpo.training.audit import Audit, audit
 from progrpo.training.build import objective_from, previewing, sampling_from
@@ -111,18 +112,7 @@ class Trainer:
         slots = self.ranks.deal(len(prompts))
         sampling = self.sampling
         with self.policy.weights(self.objective.rollout_weights):
-            rolled = rollout(
-                self.policy,
-                self.reward,
-                [prompts[i] for i in slots.tolist()],
-                slots,
-                self.plan,
-                sampling,
-                self.select,
-                key,
-                meter,
-                self.how,
-            )
+            rolled = self._roll_out(prompts, slots, sampling, key, meter)
         observed = self.ranks.sum(rolled.rewards_N.isfinite().sum()).item()
         checks.check_rewards(int(observed), self.iteration)
         self._observe(slots, rolled)
@@ -137,6 +127,18 @@ class Trainer:
         record |= self._judge_plan(found)
         self.iteration += 1
         return Iteration(record, rolled, found)
+
+    def _roll_out(
+        self, prompts: Sequence[Prompt], slots: Tensor, sampling: Sampling, key: NoiseKey, meter: Meter
+    ) -> Rollout:
+        def sample(reward: Reward, places: Tensor, its_meter: Meter) -> Rollout:
+            own = slots[places]
+            chosen = [prompts[i] for i in own.tolist()]
+            return rollout(
+                self.policy, reward, chosen, own, self.plan, sampling, self.select, key, its_meter, self.how
+            )
+
+        return in_waves(sample, self.reward, len(slots), self.config.reward.waves, meter)
 
     def _update(self, rolled: Rollout, sampling: Sampling, key: NoiseKey, meter: Meter) -> Tally:
         wanted, clip = self.config.objective, self.objective.adv_clip_max
@@ -226,8 +228,9 @@ class Trainer:
         self.totals.counted += spent
         self.totals.audited += watched
         stages = {name: meter.seconds.get(name, 0.0) for name in _STAGES}
-        stages["other"] = seconds - sum(stages.values())
+        stages["other"] = max(0.0, seconds - sum(stages.values()))
         self.totals.add_seconds(stages)
+        stages["overlapped"] = max(0.0, sum(stages.values()) - seconds)
         record: dict[str, Any] = {"iteration": self.iteration, "seconds": seconds, **tally.over(self.ranks)}
         record |= self.order.metrics()
         record |= {f"rollout/{name}": value for name, value in asdict(spent).items()}

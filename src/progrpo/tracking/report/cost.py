@@ -81,4 +81,5 @@ def _bar(share: float) -> str:
 
 def _summed(run: Run) -> dict[str, float]:
     stages = dict.fromkeys(key for record in run.metrics for key in record if key.startswith("time/"))
+    stages.pop("time/overlapped", None)  # counted in two stages already
     return {key.removeprefix("time/"): sum(r.get(key) or 0.0 for r in run.metrics) for key in stages}

@@ -1,0 +1,41 @@
+"""A reward in processes of its own, for one whose time goes into Python."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+
+from progrpo.rewards.base import Reward, Score
+from progrpo.types import Prompt
+
+_here: Reward | None = None  # of a worker: loaded once when it starts
+
+
+def _load(make: Callable[[str], Reward], name: str) -> None:
+    global _here
+    _here = make(name)
+
+
+def _score(pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+    assert _here is not None
+    return _here.score(pictures_NHWC, prompts)
+
+
+class InProcesses:
+    """The reward `make(name)`, loaded in each of `count` processes; pictures are dealt among them in order.
+
+    An error in a process is raised here, as it was there.
+    """
+
+    def __init__(self, make: Callable[[str], Reward], name: str, count: int) -> None:
+        self._count = count
+        context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+        self._pool = ProcessPoolExecutor(count, context, initializer=_load, initargs=(make, name))
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        rows = [part for part in np.array_split(np.arange(len(prompts)), self._count) if len(part)]
+        asked = [self._pool.submit(_score, pictures_NHWC[part], [prompts[i] for i in part]) for part in rows]
+        return [score for answer in asked for score in answer.result()]

@@ -1,0 +1,107 @@
+"""Slow rewards: an iteration's prompts go in waves, and while the pictures of one are scored the next is sampled.
+
+Each wave is a rollout in a thread of its own, and one lock says whose turn it is. It is given up for a reward's answer alone,
+so that networks never run at the same time, and no more scoring is under way than there are waves. Noise knows whose it is, so
+what comes out does not depend on who was first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from progrpo.rewards.base import Reward, Score
+from progrpo.rollout.meter import Meter
+from progrpo.types import Condition, Prompt, Rollout, Trajectories, Transition
+
+
+class _Elsewhere:
+    """A reward that lets others have the turn while it scores."""
+
+    def __init__(self, reward: Reward, turn: threading.Lock) -> None:
+        self._reward, self._turn = reward, turn
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        self._turn.release()
+        try:
+            return self._reward.score(pictures_NHWC, prompts)
+        finally:
+            self._turn.acquire()
+
+
+def in_waves(
+    sample: Callable[[Reward, Tensor, Meter], Rollout], reward: Reward, count: int, waves: int, meter: Meter
+) -> Rollout:
+    """The rollouts of `count` prompts, in waves of neighbours: `sample(reward, places, meter)` is that of some of them.
+
+    Stages of different waves overlap, so the meter's seconds may come to more than went by. The first error of a wave is raised
+    once all have ended.
+    """
+    parts = torch.arange(count).tensor_split(min(waves, count))
+    if len(parts) == 1:
+        return sample(reward, parts[0], meter)
+    turn, meters = threading.Lock(), [Meter() for _ in parts]
+
+    def wave(places: Tensor, its_meter: Meter) -> Rollout:
+        with turn:
+            return sample(_Elsewhere(reward, turn), places, its_meter)
+
+    with ThreadPoolExecutor(len(parts)) as threads:
+        found = list(threads.map(wave, parts, meters))
+    for one in meters:
+        meter.add(one)
+    return joined(found)
+
+
+def joined(parts: Sequence[Rollout]) -> Rollout:
+    """Rollouts one after another: the groups of later ones are numbered on."""
+    starts = [sum(len(r.prompts) for r in parts[:i]) for i in range(len(parts))]
+    first = parts[0]
+    return Rollout(
+        prompts=tuple(prompt for r in parts for prompt in r.prompts),
+        condition=Condition(
+            {name: torch.cat([r.condition.tensors[name] for r in parts]) for name in first.condition.tensors}
+        ),
+        trajectories=_trajectories([r.trajectories for r in parts], starts),
+        images_NHWC=torch.cat([r.images_NHWC for r in parts]),
+        rewards_N=torch.cat([r.rewards_N for r in parts]),
+        passed_N=torch.cat([r.passed_N for r in parts]),
+        finalist_rewards_F=torch.cat([r.finalist_rewards_F for r in parts]),
+        finalist_group_F=torch.cat([r.finalist_group_F + start for r, start in zip(parts, starts, strict=True)]),
+        previews=tuple(
+            replace(p, group_N=p.group_N + start) for r, start in zip(parts, starts, strict=True) for p in r.previews
+        ),
+    )
+
+
+def _trajectories(parts: Sequence[Trajectories], starts: Sequence[int]) -> Trajectories:
+    first = parts[0]
+    return Trajectories(
+        group_N=torch.cat([t.group_N + start for t, start in zip(parts, starts, strict=True)]),
+        slot_N=torch.cat([t.slot_N for t in parts]),
+        member_N=torch.cat([t.member_N for t in parts]),
+        x_NCHW=torch.cat([t.x_NCHW for t in parts]),
+        path=tuple(_transition([t.path[i] for t in parts]) for i in range(len(first.path))),
+        features=tuple(torch.cat([t.features[i] for t in parts]) for i in range(len(first.features))),
+    )
+
+
+def _transition(parts: Sequence[Transition]) -> Transition:
+    def cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        there = [t for t in tensors if t is not None]
+        return torch.cat(there) if there else None
+
+    return Transition(
+        parts[0].step,
+        torch.cat([t.x_NCHW for t in parts]),
+        torch.cat([t.x_next_NCHW for t in parts]),
+        torch.cat([t.log_prob_N for t in parts]),
+        cat([t.mean_NCHW for t in parts]),
+        cat([t.attached_NCHW for t in parts]),
+    )
