@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from progrpo.objectives.dgpo import DGPO
+from progrpo.training.update import Packing
 from progrpo.objectives.forward_process import Draws, Noised
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
@@ -100,7 +101,7 @@ def moved(policy, experience, objective):
 
 
 def test_weights_by_hand(policy, experience):
-    found = dgpo().prepare(policy, experience, 4, 1).before_ND
+    found = dgpo().prepare(policy, experience, 4, 2).before_ND
     expected = group_weights(policy, experience)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
     assert found.min() > 0.05 and found.max() < 0.95 and found.std() > 0.02  # not saturated, and not all the same
@@ -111,9 +112,9 @@ def test_weights_by_hand(policy, experience):
 def test_a_group_that_is_undecided_has_weight_one_half(linear_policy, linear_experience):
     """At the reference itself nothing is preferred yet; in a group without advantages nothing ever is."""
     experience = linear_experience(linear_policy, ADVANTAGES)
-    assert dgpo().prepare(linear_policy, experience, 4, 1).before_ND.eq(0.5).all()
+    assert dgpo().prepare(linear_policy, experience, 4, 2).before_ND.eq(0.5).all()
     shift(linear_policy, a=0.3)
-    weights = dgpo().prepare(linear_policy, linear_experience(linear_policy, [0.0] * 3 + [2.0, -2.0]), 4, 1).before_ND
+    weights = dgpo().prepare(linear_policy, linear_experience(linear_policy, [0.0] * 3 + [2.0, -2.0]), 4, 2).before_ND
     assert weights[:3].eq(0.5).all() and not weights[3:].eq(0.5).any()
 
 
@@ -122,7 +123,7 @@ def test_the_weight_is_above_one_half_where_the_policy_left_what_is_good(policy,
     for n, sign in ((0, 1.0), (0, -1.0)):
         one = experience.take(torch.tensor([n]))
         one = replace(one, advantages_N=torch.tensor([sign], dtype=torch.float64))
-        found = dgpo().prepare(policy, one, 4, 1).before_ND[0]
+        found = dgpo().prepare(policy, one, 4, 2).before_ND[0]
         for d in range(DRAWS):
             at = item(policy, one, d)
             worse = error(at, numbers(policy)) > error(at, numbers(policy, "reference"))
@@ -131,9 +132,9 @@ def test_the_weight_is_above_one_half_where_the_policy_left_what_is_good(policy,
 
 def test_members_without_an_advantage_count_in_the_group(policy, linear_experience):
     whole = linear_experience(policy, [1.5, 0.0, -1.0, 2.0, -2.0])
-    full = dgpo().prepare(policy, whole, 4, 1).before_ND
+    full = dgpo().prepare(policy, whole, 4, 2).before_ND
     torch.testing.assert_close(full, group_weights(policy, whole), rtol=1e-9, atol=0)
-    fewer = dgpo().prepare(policy, whole.take(torch.tensor([0, 2, 3, 4])), 4, 1).before_ND
+    fewer = dgpo().prepare(policy, whole.take(torch.tensor([0, 2, 3, 4])), 4, 2).before_ND
     logit_full, logit_fewer = full.logit(), fewer.logit()
     torch.testing.assert_close(logit_fewer[0], logit_full[0] * 3 / 2)  # of two, not of three
     torch.testing.assert_close(fewer[2:], full[3:])
@@ -226,9 +227,9 @@ def test_no_gradient_reaches_the_average_or_the_reference(policy, experience):
 
 def test_groups_are_weighed_alike_whatever_the_microbatch(policy, experience):
     objective = dgpo()
-    prepared = objective.prepare(policy, experience, 64, 1)
+    prepared = objective.prepare(policy, experience, 64, 2)
     for microbatch in (1, 4):
-        again = objective.prepare(policy, experience, microbatch, 1).before_ND
+        again = objective.prepare(policy, experience, microbatch, 2).before_ND
         torch.testing.assert_close(again, prepared.before_ND, rtol=1e-9, atol=0)
 
 
@@ -244,12 +245,37 @@ def test_a_share_of_the_trajectories_keeps_the_weights_of_the_whole_group(policy
 
 def test_of_nobody_nothing_is_noted(policy, experience):
     nobody = experience.take(torch.empty(0, dtype=torch.long))
-    assert dgpo().prepare(policy, nobody, 4, 1).before_ND.shape == (0, DRAWS)
+    assert dgpo().prepare(policy, nobody, 4, 2).before_ND.shape == (0, DRAWS)
 
 
 def test_what_it_asks_for(policy, experience):
     objective = dgpo()
     assert objective.items_per_trajectory(experience) == DRAWS and objective.needs == "latents"
     assert objective.rollout_weights == "current" and set(objective.averages) == {"average"}
-    with pytest.raises(AssertionError, match="prepare first"):
+    with pytest.raises(AssertionError, match="prepare"):
         objective.loss(policy, experience, ITEMS)
+
+
+@pytest.mark.parametrize("kl_beta", [0.0, 0.3])
+@pytest.mark.parametrize("one_shape", [False, True])
+def test_a_single_update_finds_the_weights_on_its_way(policy, linear_experience, kl_beta, one_shape):
+    """The same loss and gradient as with weights that were noted before, item by item, with a pass less of each."""
+    objective = dgpo(kl_beta=kl_beta)
+    experience = linear_experience(policy, [1.5, 0.0, -1.0, 2.0, -2.0])
+    noted = objective.prepare(policy, experience, 64, 2)
+    whole = objective.prepare(policy, experience, 64, 1)
+    assert whole.before_ND is None and whole.size_N.tolist() == [3, 3, 3, 2, 2]
+    telling = torch.tensor([0, 2, 3, 4])  # the update leaves out who has no advantage; the group's size knows of it
+    noted, whole = noted.take(telling), whole.take(telling)
+    for microbatch in (2, 3, 4, 64):
+        for part in Packing(microbatch, one_shape).parts(whole, DRAWS):
+            found = objective.loss(policy, whole, part).first(len(part.unique()))
+            expected = objective.loss(policy, noted, part.unique())
+            torch.testing.assert_close(found.loss_B, expected.loss_B, rtol=1e-9, atol=0)
+            ours, theirs = (torch.autograd.grad(x.total, [policy.a, policy.b]) for x in (found, expected))
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-15)
+
+
+def test_groups_that_do_not_fit_into_a_microbatch_are_weighed_before(policy, experience):
+    assert dgpo().prepare(policy, experience, 2, 1).before_ND is not None
+    assert dgpo().prepare(policy, experience, 3, 1).before_ND is None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from progrpo.diffusion.process import Process
@@ -26,7 +27,8 @@ class Experience:
     """N finished trajectories with their advantages, and the process that they were sampled by.
 
     `condition` has one row a prompt, found by `trajectories.group_N`; the final latents are `trajectories.x_NCHW` and the stored transitions its `path`.
-    `before_ND` is what the objective's `prepare` noted of each item before the first optimizer step.
+    `before_ND` is what the objective's `prepare` noted of each item before the first optimizer step. Where it noted `size_N`, the
+    rewarded members of each trajectory's group, a microbatch must hold all of a group's items of a draw.
     """
 
     trajectories: Trajectories
@@ -36,6 +38,7 @@ class Experience:
     noise: Noise
     guidance_scale: float = 1.0
     before_ND: Tensor | None = None
+    size_N: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.trajectories)
@@ -46,6 +49,7 @@ class Experience:
             trajectories=self.trajectories.take(rows),
             advantages_N=self.advantages_N[rows],
             before_ND=None if self.before_ND is None else self.before_ND[rows],
+            size_N=None if self.size_N is None else self.size_N[rows],
         )
 
     @property
@@ -60,6 +64,10 @@ class Experience:
 
     def noting(self, before_ND: Tensor) -> Experience:
         return replace(self, before_ND=before_ND)
+
+    def in_whole_groups(self) -> Experience:
+        count_P = torch.bincount(self.trajectories.group_N)
+        return replace(self, size_N=count_P[self.trajectories.group_N])
 
 
 @dataclass(frozen=True)

@@ -47,32 +47,56 @@ class DGPO:
         return self.draws
 
     def prepare(self, policy: Policy, experience: Experience, microbatch: int, updates: int) -> Experience:
-        """The weight of each group and draw, noted for every member."""
+        """The weight of each group and draw, noted for every member.
+
+        A single update finds them on its way, from the passes that its loss needs anyway, if it sees groups whole.
+        """
+        group_N = experience.trajectories.group_N
+        members_P = torch.bincount(group_N)
+        if updates == 1 and (len(group_N) == 0 or members_P.max() <= microbatch):
+            return experience.in_whole_groups()
 
         def gain(at: Noised) -> Tensor:
-            reference = at.error(at.predict_with(policy, "reference"))
-            return self.dpo_beta * at.velocity_weight * (at.error(at.predict(policy)) - reference) * at.advantages
+            return self._gain(at, at.error(at.predict(policy)), at.error(at.predict_with(policy, "reference")))
 
         gain_ND = noted(policy, experience, self._draws, microbatch, gain)
-        group_N = experience.trajectories.group_N
-        groups = int(group_N.max()) + 1 if len(group_N) else 0
-        total_PD = gain_ND.new_zeros(groups, self.draws).index_add(0, group_N, gain_ND)
-        members_P = torch.bincount(group_N, minlength=groups).clamp(min=1)
-        return experience.noting((total_PD / members_P[:, None]).sigmoid()[group_N])
+        total_PD = gain_ND.new_zeros(len(members_P), self.draws).index_add(0, group_N, gain_ND)
+        return experience.noting((total_PD / members_P.clamp(min=1)[:, None]).sigmoid()[group_N])
+
+    def _gain(self, at: Noised, error_B: Tensor, reference_B: Tensor) -> Tensor:
+        """What each item adds to how far the group is decided."""
+        return self.dpo_beta * at.velocity_weight * (error_B.detach() - reference_B) * at.advantages
+
+    def _weights(self, experience: Experience, at: Noised, gain_B: Tensor) -> Tensor:
+        """Of groups that are there whole, per draw; an item that is there twice, to fill the microbatch up, counts once."""
+        assert experience.size_N is not None, "prepare first"
+        group_B = experience.trajectories.group_N[at.rows]
+        block_B = (at.draw * (group_B.max() + 1) + group_B).to(gain_B.device)
+        again = (at.rows.diff(prepend=at.rows[:1] - 1) == 0) & (at.draw.diff(prepend=at.draw[:1] - 1) == 0)
+        total = gain_B.new_zeros(int(block_B.max()) + 1)
+        total.index_add_(0, block_B, gain_B.masked_fill(again.to(gain_B.device), 0))
+        return (total[block_B] / experience.size_N[at.rows].to(gain_B)).sigmoid()
 
     def loss(self, policy: Policy, experience: Experience, items_B: Tensor) -> Loss:
-        assert experience.before_ND is not None, "prepare first"
         at = Noised.gather(policy, experience, items_B, self._draws)
-        v_ref = at.predict_with(policy, "reference") if self.kl_beta > 0 else None
+        before = experience.before_ND
+        compared = before is None or self.kl_beta > 0
+        v_ref = at.predict_with(policy, "reference") if compared else None
         average_B = at.error(at.predict_with(policy, "average"))
         v = at.predict(policy)
         error_B = at.error(v)
-        weight_B = experience.before_ND[at.rows, at.draw].to(error_B) * at.advantages
+        if before is None:
+            assert v_ref is not None
+            group_B = self._weights(experience, at, self._gain(at, error_B, at.error(v_ref)))
+        else:
+            group_B = before[at.rows, at.draw].to(error_B)
+        weight_B = group_B * at.advantages
         moved_B, range_B = error_B - average_B, self.clip_range / at.velocity_weight
         bounded_B = average_B + moved_B.clamp(-range_B, range_B)
         loss_B = torch.maximum(weight_B * error_B, weight_B * bounded_B)
         means = {"clip_fraction": (moved_B.detach().abs() > range_B).float()}
-        if v_ref is not None:
+        if self.kl_beta > 0:
+            assert v_ref is not None
             kl_B = mean_square(v - v_ref)
             loss_B = loss_B + self.kl_beta * kl_B
             means["kl"] = kl_B.detach()

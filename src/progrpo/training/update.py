@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from progrpo.config import ObjectiveConfig, OptimConfig, microbatch
 from progrpo.objectives.advantage import advantages, batch_std_from_moments, group_statistics, moments
 from progrpo.objectives.base import Experience, Loss, Noise, Objective
-from progrpo.packing import in_equal_parts, of_one_shape
+from progrpo.packing import filled_up, in_equal_parts, of_one_shape, of_whole_blocks
 from progrpo.policies.base import Policy
 from progrpo.rollout.denoise import Sampling
 from progrpo.training.distributed import Ranks, Tally
@@ -27,8 +27,13 @@ class Packing:
     microbatch: int
     one_shape: bool = False
 
-    def parts(self, count: int) -> list[Tensor]:
-        return (of_one_shape if self.one_shape else in_equal_parts)(count, self.microbatch)
+    def parts(self, experience: Experience, per_trajectory: int) -> list[Tensor]:
+        """The items of N trajectories, draw by draw."""
+        if experience.size_N is not None:
+            lengths = torch.bincount(experience.trajectories.group_N).tolist() * per_trajectory
+            parts = of_whole_blocks(lengths, self.microbatch)
+            return [filled_up(part, self.microbatch) for part in parts] if self.one_shape else parts
+        return (of_one_shape if self.one_shape else in_equal_parts)(len(experience) * per_trajectory, self.microbatch)
 
 
 def learn_from(
@@ -118,17 +123,16 @@ def _parts(experience: Experience, parts: int) -> Tensor:
 def _accumulate(
     policy: Policy, objective: Objective, experience: Experience, everywhere: float, packing: Packing
 ) -> Tally:
-    tally, count = Tally(), len(experience) * objective.items_per_trajectory(experience)
+    tally, per_trajectory = Tally(), objective.items_per_trajectory(experience)
+    count = len(experience) * per_trajectory
     if experience.attached:
         # a graph spans one transition of every trajectory, and its ratios are 1 by construction: some are computed anew
         tally = _deviation(policy, objective, experience.detached(), count, packing)
         parts = list(torch.arange(count).split(max(1, len(experience))))
     else:
-        parts = packing.parts(count)
-    done = 0
+        parts = packing.parts(experience, per_trajectory)
     for items_B in parts:
-        loss = objective.loss(policy, experience, items_B).first(count - done)
-        done += len(loss.loss_B)
+        loss = objective.loss(policy, experience, items_B).first(len(items_B.unique()))
         (loss.total / everywhere).backward()
         for name, total in loss.sums.items():
             tally.add(f"update/{name}", total.item(), len(loss.loss_B))
