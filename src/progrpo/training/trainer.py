@@ -134,9 +134,7 @@ class Trainer:
         def sample(reward: Reward, places: Tensor, its_meter: Meter) -> Rollout:
             own = slots[places]
             chosen = [prompts[i] for i in own.tolist()]
-            return rollout(
-                self.policy, reward, chosen, own, self.plan, sampling, self.select, key, its_meter, self.how
-            )
+            return rollout(self.policy, reward, chosen, own, self.plan, sampling, self.select, key, its_meter, self.how)
 
         return in_waves(sample, self.reward, len(slots), self.config.reward.waves, meter)
 

@@ -60,8 +60,6 @@ def build_tiny_decoder() -> AutoencoderTiny:
         num_encoder_blocks=(0, 0, 0),
         decoder_block_out_channels=(WIDTH,) * 3,
         num_decoder_blocks=BLOCKS,
-        scaling_factor=1.0,
-        shift_factor=0.0,
     )
     tiny.encoder.requires_grad_(False)
     return tiny.to(memory_format=torch.channels_last)
@@ -265,6 +263,8 @@ def pretrain_tiny(
     write_text(out / "figures.json", measured)
     log(measured)
     if export:
+        factors = flow.vae.config  # so that it decodes what a denoiser says
+        tiny.register_to_config(scaling_factor=factors.scaling_factor, shift_factor=factors.shift_factor)
         tiny.save_pretrained(export / "shapes-tiny")
         write_text(export / "shapes-tiny" / "figures.json", measured)
     return tiny

@@ -1,0 +1,293 @@
+"""What a policy can do beside predicting: be observed, checkpoint its activations, preview by a tiny decoder, compile."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny, DiffusionPipeline
+from torch import Tensor
+
+from progrpo.config import AuditConfig, ModelConfig, OptimConfig, PlanConfig, PreviewConfig, SamplingConfig
+from progrpo.policies.base import Policy, PolicySettings
+from progrpo.policies.load import load_policy, policy_from_pipeline
+
+TEXTS = ("red cat", "blue dog", "green bird")
+FAMILIES = ("tiny_sd3", "tiny_sd", "tiny_sdxl")
+SETTINGS = PolicySettings(lora_rank=2, lora_alpha=6, max_sequence_length=8)
+
+
+@pytest.fixture(params=FAMILIES)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def loaded(folder: Path, move: Any) -> Any:
+    """The family's policy with moved weights."""
+
+    def of(**changes: Any) -> Any:
+        policy = load_policy(folder, replace(SETTINGS, **changes))
+        move(policy, 0.1)
+        return policy
+
+    return of
+
+
+def noise(policy: Policy, count: int = len(TEXTS)) -> Tensor:
+    return torch.randn(count, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
+
+
+def predicted(policy: Policy, guidance_scale: float = 1.0) -> Tensor:
+    return policy.predict(noise(policy), torch.tensor(400.0), policy.encode(TEXTS), guidance_scale)
+
+
+def differentiated(policy: Policy) -> dict[str, Tensor]:
+    (predicted(policy, 3.0) * noise(policy).flip(0)).mean().backward()
+    found = {name: p.grad.clone() for name, p in policy.trainable.items() if p.grad is not None}
+    for p in policy.trainable.values():
+        p.grad = None
+    assert any(gradient.abs().max() > 0 for gradient in found.values())
+    return found
+
+
+# --- observed ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_features_are_of_the_conditional_branch_with_and_without_guidance(loaded):
+    policy = loaded()
+    with policy.observed() as plain:
+        predicted(policy)
+    with policy.observed() as guided:
+        predicted(policy, 3.0)
+    assert len(plain) == len(guided) == 2  # layers
+    rows = len(TEXTS)
+    for one, other in zip(plain, guided, strict=True):
+        assert one.dtype == torch.float32 and one.isfinite().all() and len(one) == rows and len(other) == 2 * rows
+        torch.testing.assert_close(other[-rows:], one, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(other[:rows], one, rtol=1e-4, atol=1e-5)  # the branch without a prompt
+        assert len(one.unique(dim=0)) == rows
+
+
+@torch.no_grad()
+def test_features_are_means_and_stds_over_places(loaded, monkeypatch):
+    policy = loaded()
+    hidden: list[Tensor] = []
+
+    def keep(module: Any, inputs: Any, output: Any) -> None:
+        hidden.append(output if isinstance(output, Tensor) else output[-1])
+
+    for module in policy._observed_modules():
+        module.register_forward_hook(keep)
+    with policy.observed() as found:
+        predicted(policy)
+    for features, states in zip(found, hidden, strict=True):
+        places = states.flatten(2).transpose(1, 2) if states.dim() == 4 else states
+        width = places.shape[2]
+        assert features.shape == (len(TEXTS), 2 * width) and places.shape[1] > 1
+        torch.testing.assert_close(features[:, :width], places.sum(1) / places.shape[1])
+        spread = (places - places.mean(1, keepdim=True)).square().sum(1) / (places.shape[1] - 1)
+        torch.testing.assert_close(features[:, width:].square(), spread, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_observing_changes_no_output_and_no_gradient(loaded, guidance_scale):
+    policy = loaded()
+    alone, gradient = predicted(policy, guidance_scale), differentiated(policy)
+    with policy.observed() as found:
+        watched = predicted(policy, guidance_scale)
+    assert torch.equal(watched, alone)
+    with policy.observed() as with_graph:
+        again = differentiated(policy)
+    assert all(torch.equal(again[name], gradient[name]) for name in gradient)
+    assert not any(f.requires_grad for f in (*found, *with_graph))
+
+
+@torch.no_grad()
+def test_nothing_is_collected_outside_the_block(loaded):
+    policy = loaded()
+    with policy.observed() as first:
+        predicted(policy)
+    predicted(policy)
+    assert len(first) == 2
+    with pytest.raises(ZeroDivisionError), policy.observed() as second:
+        raise ZeroDivisionError
+    predicted(policy)
+    assert second == []
+
+
+# --- activation checkpointing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_checkpointed_activations_give_the_same_outputs_and_gradients(loaded, weights):
+    plain, checkpointed = (loaded(weights=weights, activation_checkpointing=asked) for asked in (False, True))
+    assert torch.equal(predicted(checkpointed, 3.0), predicted(plain, 3.0))
+    expected, found = differentiated(plain), differentiated(checkpointed)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_checkpointing_keeps_fewer_activations(loaded):
+    kept = []
+    for asked in (False, True):
+        policy, sizes = loaded(activation_checkpointing=asked), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            predicted(policy)
+        kept.append(sum(sizes))
+    assert kept[1] < 0.7 * kept[0]
+
+
+def test_features_are_collected_once_with_checkpointing(loaded):
+    policy = loaded(activation_checkpointing=True)
+    with policy.observed() as found:
+        output = predicted(policy)
+    with torch.no_grad(), policy.observed() as without:
+        predicted(policy)
+    output.mean().backward()  # which computes the blocks again
+    assert len(found) == len(without) == 2
+    assert all(torch.equal(a, b) for a, b in zip(found, without, strict=True))
+
+
+# --- tiny decoder -----------------------------------------------------------------------------------------------------
+
+
+def save_tiny_decoder(folder: Path, channels: int = 4, scaling_factor: float = 1.3, shift_factor: float = 0.2) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        tiny = AutoencoderTiny(
+            latent_channels=channels,
+            encoder_block_out_channels=(4, 4),
+            decoder_block_out_channels=(4, 4),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
+        )
+    tiny.save_pretrained(folder)
+    return folder
+
+
+def test_a_tiny_decoder_serves_previews_alone(loaded, tmp_path):
+    place = save_tiny_decoder(tmp_path / "tiny")
+    plain, policy = loaded(), loaded(tiny_decoder=str(place))
+    x0 = noise(policy)
+    full = policy.decode(x0)
+    assert torch.equal(full, plain.decode(x0)) and torch.equal(plain.preview(x0), full)
+    tiny = AutoencoderTiny.from_pretrained(place)
+    with torch.no_grad():
+        expected = tiny.decode(x0 / 1.3 + 0.2, return_dict=False)[0].permute(0, 2, 3, 1)
+    found = policy.preview(x0)
+    assert found.shape == full.shape and found.dtype == torch.uint8 and not torch.equal(found, full)
+    assert (found.float() - (expected * 0.5 + 0.5).clamp(0, 1) * 255).abs().max() <= 0.51  # rounding
+    assert found.float().std() > 1  # not one grey
+
+
+def test_a_tiny_decoder_is_not_trained(loaded, tmp_path):
+    policy = loaded(tiny_decoder=str(save_tiny_decoder(tmp_path / "tiny")))
+    assert not any(p.requires_grad for p in policy._tiny.parameters()) and not policy._tiny.training
+    assert policy.trainable.keys() == loaded().trainable.keys()
+
+
+def test_a_tiny_decoder_of_other_latents_is_refused(folder, tmp_path):
+    place = save_tiny_decoder(tmp_path / "tiny", channels=8)
+    with pytest.raises(ValueError, match=r"preview\.tiny_decoder: .*tiny decodes latents of 8 channels.* 4") as found:
+        load_policy(folder, replace(SETTINGS, tiny_decoder=str(place)))
+    assert "\n" not in str(found.value)
+
+
+def test_a_tiny_decoder_that_is_not_there_is_refused(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "absent", tmp_path / "empty"):
+        with pytest.raises(ValueError, match=r"^preview\.tiny_decoder: cannot load ") as found:
+            load_policy(folder, replace(SETTINGS, tiny_decoder=str(place)))
+        assert str(place) in str(found.value) and "\n" not in str(found.value)
+
+
+# --- compile ----------------------------------------------------------------------------------------------------------
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler on a CPU"
+)
+
+
+def compilations() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def _of_one_block(folder: Path, settings: PolicySettings) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    del pipeline.transformer.transformer_blocks[0]
+    return policy_from_pipeline(pipeline, settings)
+
+
+@needs_compiler
+def test_a_compiled_policy_is_the_policy_whatever_weights_it_has(tiny_sd3, move):
+    """All of it with gradients, on one shape and with one block, so that there is one compilation of half a minute."""
+    torch._dynamo.reset()
+    eager, policy = (_of_one_block(tiny_sd3, replace(SETTINGS, compile=asked)) for asked in (False, True))
+    assert policy.compiled and not eager.compiled
+    assert policy.trainable.keys() == eager.trainable.keys()
+    before = compilations()
+
+    def pair(weights: str = "current") -> tuple[Tensor, Tensor]:
+        found = []
+        for one in (eager, policy):
+            with one.weights(weights):
+                found.append(predicted(one))
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+        return found[0], found[1]
+
+    base = pair()[0]
+    for one in (eager, policy):
+        move(one, 0.1)
+    outputs = pair()
+    assert (outputs[0] - base).abs().max() > 1e-2
+    gradients = []
+    for one, output in zip((eager, policy), outputs, strict=True):
+        names, parameters = zip(*one.trainable.items(), strict=True)
+        found = torch.autograd.grad(output.square().mean(), parameters, allow_unused=True)
+        gradients.append({n: g for n, g in zip(names, found, strict=True) if g is not None and g.abs().max() > 0})
+    assert len(gradients[0]) > 10
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+    assert torch.equal(pair("reference")[0], base)
+    assert torch.equal(pair()[0], outputs[0])
+    assert compilations() == before + 1
+
+
+@pytest.fixture
+def quickly_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled when, without the minutes that the compiler takes: the graphs run as they are."""
+    compile_it = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_it(self, backend="eager", **how))
+    torch._dynamo.reset()
+
+
+def test_a_second_iteration_of_a_plan_that_prunes_compiles_nothing(
+    quickly_compiled, tiny_sd3, tiny_trainer, tiny_config
+):
+    policy = load_policy(tiny_sd3, replace(SETTINGS, lora_alpha=4, compile=True))
+    config = tiny_config(
+        model=ModelConfig(lora_rank=2, lora_alpha=4, max_sequence_length=8),
+        plan=PlanConfig("custom", group_size=5, prune=((0, 4), (1, 3))),
+        sampling=SamplingConfig(num_inference_steps=4, microbatch=3),
+        optim=OptimConfig(microbatch=5),
+        preview=PreviewConfig(probe=True, ode_steps=2),
+        audit=AuditConfig(every=1),
+    )
+    trainer, start = tiny_trainer(config, policy), compilations()
+    first = trainer.step().record
+    assert first["update/on_policy_deviation"] <= 3e-5
+    met = compilations()
+    for _ in range(2):
+        trainer.step()
+    assert compilations() == met
+    # with and without features, with and without a graph, and what the self-checks of the first update look at
+    assert 3 <= met - start <= 6

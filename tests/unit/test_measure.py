@@ -1,0 +1,185 @@
+"""Microbatches that are chosen by measuring: by a clock that is made up, and by a memory that ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from progrpo.config import PlanConfig, PromptConfig
+from progrpo.training import measure
+from progrpo.training.distributed import Ranks
+from progrpo.training.measure import measured
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_policy):
+    return tiny_policy()
+
+
+@pytest.fixture
+def asked(tiny_config):
+    """Six prompts in groups of 24, of which 12 live on after step 1 of 4; three steps are trained."""
+
+    def build(sampling: int | None = None, optim: int | None = None, group: int = 24, keep: int = 12, prompts: int = 6):
+        base = tiny_config(
+            plan=PlanConfig("custom", group_size=group, prune=((1, keep),)), prompts=PromptConfig(per_iteration=prompts)
+        )
+        return replace(
+            base,
+            sampling=replace(base.sampling, microbatch=sampling),
+            optim=replace(base.optim, microbatch=optim),
+        )
+
+    return build
+
+
+def chosen(config: Any, policy: Any) -> tuple[int | None, int | None]:
+    found = measured(config, policy, "red cat", Ranks())
+    assert replace(found, sampling=config.sampling, optim=config.optim) == config
+    assert replace(found.sampling, microbatch=None) == replace(config.sampling, microbatch=None)
+    return found.sampling.microbatch, found.optim.microbatch
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A call of so many rows takes `sample(rows)` seconds, with its backward pass `train(rows)`."""
+
+    def of(sample: Any, train: Any) -> list[tuple[str, int]]:
+        timed: list[tuple[str, int]] = []
+
+        def tell(work: Any, size: int, device: torch.device) -> float:
+            timed.append((work.__name__, size))
+            return {"sample": sample, "train": train}[work.__name__](size)
+
+        monkeypatch.setattr(measure, "_timed", tell)
+        return timed
+
+    return of
+
+
+def test_what_is_given_stays_and_nothing_is_measured(policy, asked, monkeypatch):
+    def never(*told: Any) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(policy, "predict", never)
+    config = asked(5, 7)
+    assert measured(config, policy, "red cat", Ranks()) is config
+
+
+@pytest.mark.parametrize(("sampling", "optim"), [(5, None), (None, 7)])
+def test_of_two_fields_the_one_that_is_given_stays(policy, asked, clock, sampling, optim):
+    clock(lambda rows: 1 + 0.01 * rows, lambda rows: 1 + 0.01 * rows)
+    found = chosen(asked(sampling, optim), policy)
+    assert (sampling or found[0], optim or found[1]) == found and None not in found
+    assert found[0 if sampling is None else 1] > 7
+
+
+def test_where_a_call_costs_the_same_whatever_it_holds_the_largest_is_chosen(policy, asked, clock):
+    clock(lambda rows: 1.0, lambda rows: 1.0)
+    assert chosen(asked(), policy) == (96, 128)  # 144 rows and then 72: three calls by either; 216 items
+
+
+def test_where_rows_are_all_that_costs_the_smallest_is_chosen(policy, asked, clock):
+    clock(lambda rows: rows, lambda rows: rows)
+    assert chosen(asked(), policy) == (8, 8)
+
+
+def test_the_fastest_in_the_middle_is_chosen_each_for_itself(policy, asked, clock):
+    # beyond 32 rows a cache is too small
+    clock(lambda rows: 1 + 0.05 * rows + (rows > 32) * rows, lambda rows: 1 + 0.05 * rows + (rows > 16) * rows)
+    assert chosen(asked(), policy) == (24, 16)  # 144 and 72 rows fill calls of 24 as well as 6 and 3 of them
+
+
+def test_of_sizes_that_are_nearly_as_fast_the_smaller_is_chosen(policy, asked, clock):
+    def nearly(rows: int) -> float:
+        return rows * {8: 1.2, 12: 1.02, 24: 1.0}.get(rows, 1.5)
+
+    clock(nearly, nearly)
+    assert chosen(asked(), policy) == (12, 12)
+
+
+def test_rows_that_are_only_filled_up_are_paid_for(policy, asked, clock):
+    # ten rows in calls of 8 are 16 that are computed
+    clock(lambda rows: 1e-3 + rows, lambda rows: rows)
+    assert chosen(asked(group=10, keep=5, prompts=1), policy)[0] == 10
+
+
+def test_the_fastest_of_several_rounds_counts(policy, asked, clock):
+    calls: dict[int, int] = {}
+
+    def disturbed(rows: int) -> float:
+        calls[rows] = calls.get(rows, 0) + 1
+        return 100.0 if rows == 48 and calls[rows] <= 3 else 1 + (rows != 48) * rows
+
+    timed = clock(disturbed, lambda rows: rows)
+    assert chosen(asked(), policy)[0] == 48
+    sizes = [size for name, size in timed if name == "sample"]
+    assert sizes[:9] == sorted(set(sizes)) and sizes[9:18] == sizes[:9]  # round by round, not size by size
+
+
+@pytest.mark.parametrize(("group", "keep", "prompts"), [(3, 2, 1), (4, 3, 2), (24, 12, 1), (10, 2, 2)])
+def test_no_size_is_above_what_the_plan_has(policy, asked, clock, group, keep, prompts):
+    timed = clock(lambda rows: 1.0, lambda rows: 1.0)
+    sampling, optim = chosen(asked(group=group, keep=keep, prompts=prompts), policy)
+    rows, items = prompts * group, prompts * keep * 3
+    assert sampling is not None and optim is not None and sampling <= rows and optim <= items
+    assert max(size for name, size in timed if name == "sample") == min(rows, 128)
+    assert max(size for name, size in timed if name == "train") == min(items, 128)
+
+
+def test_measuring_leaves_no_gradient_and_moves_nothing(policy, asked):
+    before = {name: p.detach().clone() for name, p in policy.trainable.items()}
+    sampling, optim = chosen(asked(group=4, keep=3, prompts=2), policy)
+    assert sampling == 8 and optim in (8, 12, 16, 18)
+    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in policy.trainable.items())
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory(policy, monkeypatch):
+    """A network call fails above so many rows; with gradients above fewer."""
+
+    def of(most: int, trained: int) -> None:
+        predict = policy.predict
+
+        def bounded(x: torch.Tensor, *told: Any) -> torch.Tensor:
+            if len(x) > (trained if torch.is_grad_enabled() else most):
+                raise torch.OutOfMemoryError("made up")
+            return predict(x, *told)
+
+        monkeypatch.setattr(policy, "predict", bounded)
+
+    return of
+
+
+def bounded_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call is made, and takes the same time whatever it holds."""
+    timed = measure._timed
+
+    def tell(work: Any, size: int, device: torch.device) -> float:
+        timed(work, size, device)
+        return 1.0
+
+    monkeypatch.setattr(measure, "_timed", tell)
+
+
+def test_sizes_that_do_not_fit_are_not_chosen(policy, asked, memory, monkeypatch):
+    memory(33, 15)
+    bounded_clock(monkeypatch)
+    assert chosen(asked(), policy) == (32, 12)
+
+
+def test_where_nothing_fits_a_sentence_says_what_to_give(policy, asked, memory):
+    memory(64, 7)
+    with pytest.raises(
+        ValueError, match=r"^sampling\.microbatch: .* fit into the memory of cpu; give it and optim\.microbatch"
+    ):
+        measured(asked(), policy, "red cat", Ranks())
+    memory(7, 7)
+    with pytest.raises(ValueError, match=r"not even 8 rows fit .* optim\.microbatch"):
+        measured(asked(), policy, "red cat", Ranks())

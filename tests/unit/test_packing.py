@@ -1,0 +1,49 @@
+"""Every row goes into one microbatch, in order, whatever the numbers are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from progrpo.packing import in_equal_parts, of_one_shape
+
+SIZES = [(1, 1), (1, 8), (7, 1), (7, 2), (7, 3), (8, 4), (9, 4), (10, 64), (25, 8)]
+
+
+@pytest.mark.parametrize(("count", "size"), SIZES)
+def test_microbatches_of_one_shape_hold_every_row_once_and_in_order(count, size):
+    parts = of_one_shape(count, size)
+    assert torch.cat(parts)[:count].tolist() == list(range(count))
+    assert len(parts) == -(-count // size)  # no more network calls than there must be
+
+
+@pytest.mark.parametrize(("count", "size"), SIZES)
+def test_microbatches_of_one_shape_are_all_full(count, size):
+    assert {len(part) for part in of_one_shape(count, size)} == {size}
+
+
+def test_the_last_microbatch_is_filled_by_copies_of_the_last_row():
+    assert [part.tolist() for part in of_one_shape(5, 4)] == [[0, 1, 2, 3], [4, 4, 4, 4]]
+    assert [part.tolist() for part in of_one_shape(2, 5)] == [[0, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(("count", "size"), SIZES)
+def test_equal_parts_hold_every_row_once_and_in_order(count, size):
+    assert torch.cat(in_equal_parts(count, size)).tolist() == list(range(count))
+
+
+@pytest.mark.parametrize(("count", "size"), SIZES)
+def test_equal_parts_are_few_and_differ_by_at_most_one(count, size):
+    lengths = [len(part) for part in in_equal_parts(count, size)]
+    assert len(lengths) == -(-count // size)
+    assert max(lengths) <= size and max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize("pack", [of_one_shape, in_equal_parts])
+def test_no_rows_are_no_microbatches(pack):
+    assert pack(0, 8) == []
+
+
+@pytest.mark.parametrize("pack", [of_one_shape, in_equal_parts])
+def test_rows_are_indices(pack):
+    assert all(part.dtype == torch.int64 for part in pack(7, 3))

@@ -1,0 +1,229 @@
+"""Whether a plan pays, by hand from what was counted and how long it took; and which plan is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from progrpo.config import Config, GRPOConfig, ObjectiveConfig, PlanConfig, PreviewConfig, SamplingConfig
+from progrpo.rollout.payoff import Simulation
+from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, preset
+from progrpo.rollout.preview import Previewing
+from progrpo.rollout.probe import Probe
+from progrpo.rollout.prune import SELECTORS
+from progrpo.storage import load_state, save_state
+from progrpo.training.judge import PlanJudge, Verdict, plan_from, prompt_cost
+from progrpo.types import Cost
+
+STEPS = 10
+OVF, HOW = SELECTORS["ovf"], Previewing()
+COUNTED = Cost(nfe=1000, decodes=140, reward_calls=140, trained_steps=900, previews=100)
+SECONDS = {"sample": 50.0, "preview": 4.0, "reward": 8.0, "update": 180.0, "audit": 999.0, "other": 999.0}
+CALL, PREVIEW, FINISH, TRAIN = 0.05, 0.04, 0.2, 0.2
+"""What one of each took."""
+
+
+def config(adaptive: bool = False, start: PlanConfig | None = None, **sections) -> Config:
+    plan = replace(start or PlanConfig(preset="flash"), adaptive=adaptive)
+    return replace(Config(plan=plan, sampling=SamplingConfig(num_inference_steps=STEPS)), **sections)
+
+
+def judged(asked: Config, *agreements, counted: Cost = COUNTED, seconds=SECONDS) -> PlanJudge:
+    judge = PlanJudge(asked)
+    for agreement in agreements:
+        judge.watch(agreement, counted, seconds)
+    return judge
+
+
+def verdict(judge: PlanJudge, plan: Plan, select=OVF, how: Previewing = HOW) -> Verdict:
+    found = judge.verdict(plan, select, how)
+    assert found is not None
+    return found
+
+
+def flat(agreement: float | None) -> list[float | None]:
+    return [agreement] * STEPS
+
+
+FLASH = preset("flash", STEPS)
+
+
+def test_a_plan_is_judged_after_three_audits():
+    judge = judged(config())
+    for _ in range(2):
+        assert judge.verdict(FLASH, OVF, HOW) is None
+        judge.watch(flat(0.8), COUNTED, SECONDS)
+    assert judge.verdict(FLASH, OVF, HOW) is None
+    judge.watch(flat(0.8), COUNTED, SECONDS)
+    assert judge.verdict(FLASH, OVF, HOW) is not None
+
+
+def test_what_it_pays_is_signal_a_second_over_that_of_plain_grpo():
+    agreement = [0.1 * step for step in range(STEPS)]
+    found = verdict(judged(config(), *[agreement] * 3), FLASH)
+    simulation = Simulation.of(agreement, 24)
+    # flash: 24 for six calls, 16 for two, 12 for two; 24 and then 16 are previewed; nine of ten steps are trained
+    flash = (24 * 6 + 16 * 2 + 12 * 2) * CALL + (24 + 16) * PREVIEW + 12 * FINISH + 12 * 9 * TRAIN
+    none = 24 * 10 * CALL + 24 * FINISH + 24 * 9 * TRAIN
+    expected = simulation.signal(FLASH, OVF) / flash / (simulation.signal(Plan(24), OVF) / none)
+    assert found.pays == pytest.approx(expected, rel=1e-12)
+    assert found.plan == FLASH and found.path == [24, 16, 12]
+
+
+def test_guidance_further_steps_and_untrained_steps_are_in_the_price():
+    grpo = ObjectiveConfig(grpo=GRPOConfig(clip_range=1e-3))
+    sampling = SamplingConfig(num_inference_steps=STEPS, guidance_scale=3.0, sde_window="first", sde_window_size=2)
+    asked = config(sampling=sampling, preview=PreviewConfig(ode_steps=3), objective=grpo)
+    found = verdict(judged(asked, *[flat(0.7)] * 3), FLASH)
+    simulation = Simulation.of(flat(0.7), 24)
+    calls = 2 * (24 * 6 + 16 * 2 + 12 * 2 + 2 * (24 + 16))
+    flash = calls * CALL + (24 + 16) * PREVIEW + 12 * FINISH + 12 * 2 * TRAIN
+    none = 2 * 24 * 10 * CALL + 24 * FINISH + 24 * 2 * TRAIN
+    expected = simulation.signal(FLASH, OVF) / flash / (simulation.signal(Plan(24), OVF) / none)
+    assert found.pays == pytest.approx(expected, rel=1e-12)
+
+
+def test_plain_grpo_pays_one():
+    assert verdict(judged(config(), *[flat(0.5)] * 3), preset("none", STEPS)).pays == pytest.approx(1)
+
+
+def test_a_probes_steps_cost_no_preview():
+    probe, values = Probe(STEPS), torch.arange(4.0)
+    probe.learn([values[:, None]] * STEPS, values, torch.zeros(4, dtype=torch.int64))
+    for _ in range(3):
+        probe.watch([0.9 if step == 5 else 0.0 for step in range(STEPS)])
+    judge = judged(config(), *[flat(0.7)] * 3)
+    with_probe = verdict(judge, FLASH, how=Previewing(probe=probe)).pays
+    flash = (24 * 6 + 16 * 2 + 12 * 2) * CALL + (24 + 16) * PREVIEW + 12 * FINISH + 12 * 9 * TRAIN
+    assert with_probe / verdict(judge, FLASH).pays == pytest.approx(flash / (flash - 24 * PREVIEW), rel=1e-12)
+
+
+def test_costs_are_those_of_the_first_verdict():
+    judge = judged(config(), *[flat(0.7)] * 3)
+    assert judge.units == UnitCosts(CALL, PREVIEW, FINISH, TRAIN)
+    before = verdict(judge, FLASH).pays
+    judge.watch(flat(0.7), COUNTED * 2, {name: 100 * s for name, s in SECONDS.items()} | {"preview": 0.0})
+    assert judge.units == UnitCosts(CALL, PREVIEW, FINISH, TRAIN)
+    assert verdict(judge, FLASH).pays == before
+
+
+def test_costs_are_not_those_of_the_audits_before():
+    judge = PlanJudge(config())
+    for factor in (100.0, 10.0, 1.0):
+        judge.watch(flat(0.7), COUNTED, {name: factor * s for name, s in SECONDS.items()})
+    assert judge.units == UnitCosts(CALL, PREVIEW, FINISH, TRAIN)
+
+
+def test_the_agreement_is_the_mean_of_the_last_audits():
+    later = [[0.5, *flat(0.2)[1:]], [0.7, *flat(0.2)[1:]]] * 4
+    old = judged(config(), *[flat(0.9)] * 20, *later)  # the policy that previews agreed with is long gone
+    assert verdict(old, FLASH) == verdict(judged(config(), *later), FLASH)
+    mean, first = ([[a, *flat(0.2)[1:]]] * 3 for a in (0.6, 0.9))
+    at_first = Plan(24, (PrunePoint(0, 12),))
+    pays = [verdict(judge, at_first).pays for judge in (old, judged(config(), *mean), judged(config(), *first))]
+    assert pays[0] == pytest.approx(pays[1]) and pays[0] < 0.9 * pays[2]
+
+
+def test_audits_without_an_agreement_are_left_out_of_the_mean():
+    some = [flat(None), flat(0.8), flat(None), flat(0.4)]
+    expected = verdict(judged(config(), *[flat(0.6)] * 3), FLASH).pays
+    assert verdict(judged(config(), *some), FLASH).pays == pytest.approx(expected)
+    nothing = verdict(judged(config(), *[flat(None)] * 3), FLASH).pays
+    assert nothing == verdict(judged(config(), *[flat(0.0)] * 3), FLASH).pays
+
+
+def test_better_previews_pay_more_and_dearer_ones_less():
+    pays = [verdict(judged(config(), *[flat(a)] * 3), FLASH).pays for a in (0.0, 0.5, 0.9)]
+    assert pays[0] < pays[1] < pays[2]
+    dear = judged(config(), *[flat(0.9)] * 3, seconds=SECONDS | {"preview": 400.0})
+    assert verdict(dear, FLASH).pays < pays[2]
+
+
+# --- the plan that is taken -------------------------------------------------------------------------------------------
+
+
+def test_a_plan_that_is_not_adaptive_stays():
+    judge = judged(config(), *[flat(0.99)] * 3, seconds=SECONDS | {"preview": 0.0})
+    assert verdict(judge, FLASH).plan == FLASH
+
+
+SAMPLING_IS_ALL = SECONDS | {"preview": 0.001, "reward": 0.001, "update": 0.001}
+
+
+def test_where_early_previews_are_good_and_cheap_it_prunes_early():
+    found = verdict(judged(config(True), *[flat(0.97)] * 3, seconds=SAMPLING_IS_ALL), FLASH)
+    assert found.plan.prune[0].step == 0 and found.plan.finalists == 12
+    assert found.path[0] == 24 and found.path[-1] == 12
+
+
+def test_where_previews_become_good_late_it_prunes_no_earlier():
+    blind_until_six = [0.0] * 6 + [0.97] * 4
+    found = verdict(judged(config(True), *[blind_until_six] * 3, seconds=SAMPLING_IS_ALL | {"update": 500.0}), FLASH)
+    assert found.plan.prune and found.plan.prune[0].step == 6
+
+
+@pytest.mark.parametrize("agreement", [None, 0.0, -0.4])
+@pytest.mark.parametrize("dear", ["preview", "update"])
+def test_where_previews_know_nothing_nobody_goes_while_sampling(agreement, dear):
+    judge = judged(config(True), *[flat(agreement)] * 3, seconds=SECONDS | {dear: 2000.0})
+    assert verdict(judge, FLASH).plan.active_points() == ()
+
+
+def test_where_training_is_what_costs_it_chooses_by_final_rewards():
+    found = verdict(judged(config(True), *[flat(None)] * 3, seconds=SECONDS | {"update": 20_000.0}), FLASH)
+    assert found.plan == Plan(24, final_keep=12) and found.path == [24, 12]
+
+
+@pytest.mark.parametrize("dear", ["sample", "update", "preview"])
+@pytest.mark.parametrize("agreement", [0.0, 0.4, 0.99])
+@pytest.mark.parametrize("start", [PlanConfig(preset="flash"), PlanConfig("custom", group_size=8, prune=((3, 5),))])
+def test_survivors_never_become_fewer_and_the_group_stays(start, agreement, dear):
+    asked = config(True, start)
+    judge = judged(asked, *[flat(agreement)] * 3, seconds=SECONDS | {dear: 1e6})
+    first = plan_from({"group_size": 8, "prune": [{"step": 3, "keep": 5}], "final_keep": None})
+    plan = first if start.preset == "custom" else FLASH
+    least = plan.survivors
+    for _ in range(3):  # also not one after another
+        plan = verdict(judge, plan).plan
+        plan.validate(STEPS)
+        assert plan.survivors >= least and plan.group_size == (8 if start.preset == "custom" else 24)
+
+
+def test_the_plan_that_is_taken_pays_at_least_as_much():
+    for agreement in (flat(0.2), [0.1 * s for s in range(STEPS)], flat(0.95)):
+        judge = judged(config(True), *[agreement] * 3)
+        before = verdict(judge, FLASH)
+        after = verdict(judge, before.plan)
+        assert after.pays >= before.pays
+        assert after.plan == before.plan  # what is best stays
+        if before.plan != FLASH:
+            assert after.pays > 1.02 * before.pays  # else it is no reason to change
+
+
+def test_costs_of_a_prompt_are_the_plans_own():
+    assert prompt_cost(config(), FLASH) == FLASH.predict(STEPS, STEPS - 1, False)
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_comes_back_from_its_dictionary(tmp_path):
+    for plan in (Plan(8), Plan(24, (PrunePoint(5, 16), PrunePoint(7, 12))), Plan(24, (PrunePoint(1, 20),), 12)):
+        save_state(tmp_path / "plan", {"plan": asdict(plan)})
+        assert plan_from(load_state(tmp_path / "plan")["plan"]) == plan
+
+
+@pytest.mark.parametrize("audits", [0, 2, 3, 12])
+def test_a_verdict_is_the_same_after_a_resume(tmp_path, audits):
+    agreements = [[None if step == i % 4 else 0.05 * i + 0.03 * step for step in range(STEPS)] for i in range(audits)]
+    judge = judged(config(True), *agreements)
+    save_state(tmp_path / "judge", judge.state_dict())
+    other = judged(config(True), *[flat(0.99)] * 5, seconds=SECONDS | {"sample": 1.0})
+    other.load_state_dict(load_state(tmp_path / "judge"))
+    assert other.units == judge.units
+    for _ in range(2):
+        assert other.verdict(FLASH, OVF, HOW) == judge.verdict(FLASH, OVF, HOW) == judge.verdict(FLASH, OVF, HOW)
+        for one in (judge, other):
+            one.watch(flat(0.6), COUNTED, SECONDS)

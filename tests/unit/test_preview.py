@@ -1,0 +1,304 @@
+"""Where the ODE leads to from an unfinished trajectory, by hand on known networks; and who is asked for its score."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+
+from progrpo.diffusion.levels import flow_levels
+from progrpo.diffusion.process import Process
+from progrpo.policies.base import PolicySettings
+from progrpo.policies.load import load_policy
+from progrpo.rewards.base import Score
+from progrpo.rollout.denoise import Sampling, denoise, expand
+from progrpo.rollout.meter import Meter
+from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.plan import Plan, PrunePoint
+from progrpo.rollout.preview import Previewing, picture_preview, preview, projected
+from progrpo.rollout.probe import Probe
+from progrpo.rollout.prune import SELECTORS
+from progrpo.rollout.rollout import rollout
+from progrpo.types import Condition, Cost, Prompt, Trajectories
+
+ROWS = 5
+PROMPTS = [Prompt("red cat"), Prompt("blue dog")]
+CONDITION = Condition({"c": torch.tensor([1.0, -2.0], dtype=torch.float64)})
+GROUPS = torch.tensor([0, 0, 0, 1, 1])
+GRID = torch.tensor([1.0, 0.8, 0.5, 0.0], dtype=torch.float64)
+
+
+def flow(guidance_scale: float = 1.0, microbatch: int = 2) -> Sampling:
+    process = Process("flow", "flow_grpo", flow_levels(GRID), (0.7, 0.7, 0.7))
+    return Sampling(process, guidance_scale=guidance_scale, microbatch=microbatch)
+
+
+def called(policy: Any, sampling: Sampling, step: int) -> Trajectories:
+    """Trajectories in float64 between the network call of a step and the step."""
+    x = torch.randn(ROWS, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    told = CONDITION.take(GROUPS)
+    with torch.no_grad():
+        output = policy.predict(x, sampling.process.timestep(step, x), told, sampling.guidance_scale)
+    return Trajectories(GROUPS, GROUPS, torch.arange(ROWS), x, output)
+
+
+def seen(policy: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each network call from now on."""
+    rows, predict = [], policy.predict
+
+    def watched(x: torch.Tensor, *told: Any) -> torch.Tensor:
+        rows.append(len(x))
+        return predict(x, *told)
+
+    monkeypatch.setattr(policy, "predict", watched)
+    return rows
+
+
+def c_of() -> torch.Tensor:
+    return CONDITION.tensors["c"][GROUPS].reshape(-1, 1, 1, 1)
+
+
+# --- flow models ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_one_step_is_the_projection_and_calls_no_network(linear_policy, monkeypatch, step):
+    sampling, meter = flow(), Meter()
+    batch = called(linear_policy, sampling, step)
+    rows = seen(linear_policy, monkeypatch)
+    x0 = projected(linear_policy, CONDITION, batch, step, sampling, 1, meter)
+    torch.testing.assert_close(x0, batch.x_NCHW - GRID[step] * (0.3 * batch.x_NCHW - 0.2 * c_of()))
+    assert rows == [] and meter.cost == Cost()
+
+
+def euler(x: torch.Tensor, sigmas: list[float], guidance_scale: float) -> torch.Tensor:
+    for sigma, after in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        x = x + (after - sigma) * (0.3 * x - 0.2 * guidance_scale * c_of())
+    return x
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("step", "ode_steps", "sigmas"),
+    [
+        (0, 2, [1.0, 0.65]),  # half of three intervals is the middle of the second
+        (0, 3, [1.0, 0.8, 0.5]),
+        (1, 2, [0.8, 0.5]),
+        (1, 4, [0.8, 0.65, 0.5, 0.25]),
+        (2, 2, [0.5, 0.25]),
+    ],
+)
+def test_several_steps_are_eulers_on_equal_parts_of_the_grid_that_is_left(
+    linear_policy, monkeypatch, step, ode_steps, sigmas, guidance_scale
+):
+    sampling, meter = flow(guidance_scale), Meter()
+    batch = called(linear_policy, sampling, step)
+    rows = seen(linear_policy, monkeypatch)
+    x0 = projected(linear_policy, CONDITION, batch, step, sampling, ode_steps, meter)
+    torch.testing.assert_close(x0, euler(batch.x_NCHW, sigmas, guidance_scale), rtol=1e-12, atol=1e-12)
+    per_call = 2 if guidance_scale > 1 else 1
+    assert meter.cost == Cost(nfe=(ode_steps - 1) * ROWS * per_call)
+    assert rows == [2, 2, 2] * (ode_steps - 1)  # five rows in microbatches of one shape
+    assert set(meter.seconds) == {"sample"}
+
+
+def test_the_network_is_told_the_level_between_steps(linear_policy, monkeypatch):
+    sampling, told = flow(microbatch=64), []
+    batch, predict = called(linear_policy, sampling, 0), linear_policy.predict
+
+    def watched(x: torch.Tensor, timestep: torch.Tensor, *more: Any) -> torch.Tensor:
+        told.append(timestep.item())
+        return predict(x, timestep, *more)
+
+    monkeypatch.setattr(linear_policy, "predict", watched)
+    projected(linear_policy, CONDITION, batch, 0, sampling, 2, Meter())
+    assert told == pytest.approx([650])
+
+
+def test_very_many_steps_reach_the_end_of_the_ode(linear_policy):
+    sampling = flow(microbatch=64)
+    batch = called(linear_policy, sampling, 1)
+    # dx/dsigma = a x + b c, from sigma .8 to 0
+    a, bc = 0.3, -0.2 * c_of()
+    end = (batch.x_NCHW + bc / a) * math.exp(-a * 0.8) - bc / a
+    errors = [
+        (projected(linear_policy, CONDITION, batch, 1, sampling, k, Meter()) - end).abs().max().item()
+        for k in (1, 10, 100, 1000)
+    ]
+    assert errors[0] > 0.01 and errors[-1] < 1e-4
+    assert errors[2] == pytest.approx(10 * errors[3], rel=0.05)  # of first order
+
+
+def test_a_projection_keeps_no_graph(linear_policy):
+    sampling = flow()
+    assert not projected(
+        linear_policy, CONDITION, called(linear_policy, sampling, 0), 0, sampling, 3, Meter()
+    ).requires_grad
+
+
+# --- diffusion models -------------------------------------------------------------------------------------------------
+
+
+def ddim(policy: Any, x: torch.Tensor, output: torch.Tensor, timesteps: list[int]) -> torch.Tensor:
+    """DDIM with eta 0, written out for a network that says noise (arXiv 2010.02502, eq. 12)."""
+    x0 = x
+    for place, t in enumerate(timesteps):
+        if place:
+            output = 0.3 * x - 0.2 * c_of() + t / 100
+        a = policy.signal[t]
+        x0 = (x - (1 - a).sqrt() * output) / a.sqrt()
+        if place + 1 < len(timesteps):
+            after = policy.signal[timesteps[place + 1]]
+            x = after.sqrt() * x0 + (1 - after).sqrt() * output
+    return x0
+
+
+@pytest.mark.parametrize(
+    ("step", "timesteps"),
+    [
+        (0, [9]),
+        (0, [9, 4]),  # place 1.5 is timestep 3.5, whose nearest even one is 4
+        (0, [9, 5, 2]),
+        (1, [5, 2]),
+        (1, [5, 4, 2, 1]),
+    ],
+)
+def test_steps_of_a_diffusion_model_are_ddims_without_noise(linear_diffusion_policy, step, timesteps):
+    policy, meter = linear_diffusion_policy("epsilon"), Meter()
+    sampling = Sampling(policy.process("ddim", 0.7), microbatch=2)
+    batch = called(policy, sampling, step)
+    x0 = projected(policy, CONDITION, batch, step, sampling, len(timesteps), meter)
+    expected = ddim(policy, batch.x_NCHW, batch.output_NCHW, timesteps)
+    torch.testing.assert_close(x0, expected, rtol=1e-12, atol=1e-12)
+    assert meter.cost == Cost(nfe=(len(timesteps) - 1) * ROWS)
+
+
+@pytest.mark.parametrize("folder", ["tiny_sd3", "tiny_sd"])
+def test_as_many_steps_as_are_left_are_the_samplers_own_ode(request, tiny_policy, folder):
+    policy, key = tiny_policy(moved=0.1, folder=request.getfixturevalue(folder)), NoiseKey(5, 2)
+    process = Process(policy.prediction, "ddim", policy.levels(4), (0.0,) * 4)
+    sampling, condition = Sampling(process, microbatch=4), policy.encode([p.text for p in PROMPTS])
+    batch, found = expand(policy, torch.tensor([0, 1]), 2, sampling, key), []
+
+    def watch(step: int, living: Trajectories) -> Trajectories:
+        found.append(projected(policy, condition, living, step, sampling, 4 - step, Meter()))
+        return living
+
+    end = denoise(policy, condition, batch, sampling, key, Meter(), watch).x_NCHW
+    if folder == "tiny_sd3":
+        assert all(torch.equal(x0, end) for x0 in found)
+        return
+    # a diffusion model's previews end in clean data, its grid just before it
+    for x0 in found:
+        torch.testing.assert_close(x0, found[-1], rtol=1e-4, atol=1e-3 * found[-1].abs().max().item())
+
+
+# --- who is asked -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Counted:
+    """Mean brightness of each picture; it notes how many it was shown."""
+
+    shown: list[int] = field(default_factory=list)
+
+    def score(self, pictures_NHWC, prompts):
+        self.shown.append(len(pictures_NHWC))
+        return [Score(float(np.mean(p))) for p in pictures_NHWC]
+
+
+def trusted_at(steps: int, *good: int) -> Probe:
+    """A probe that ranks by its one feature, and was right at the steps named alone."""
+    probe, values = Probe(steps), torch.tensor([[0.0], [1.0], [2.0]])
+    probe.learn([values] * steps, values[:, 0], torch.zeros(3, dtype=torch.int64))
+    for _ in range(3):
+        probe.watch([0.9 if step in good else 0.1 for step in range(steps)])
+    return probe
+
+
+def test_a_trusted_probe_is_asked_and_nothing_is_decoded(linear_policy):
+    sampling, meter, reward = flow(), Meter(), Counted()
+    features = [torch.tensor([[float(i + 10 * step)] for i in range(ROWS)]) for step in range(2)]
+    batch = replace(called(linear_policy, sampling, 1), features=tuple(features))
+    probe = trusted_at(3, 1)
+    how = Previewing(ode_steps=3, probe=probe)  # a linear policy has no decoder, and further steps would be counted
+    scores = preview(linear_policy, reward, PROMPTS, CONDITION, batch, 1, sampling, how, meter)
+    assert torch.equal(scores, probe.score(1, features[1])) and not torch.equal(scores, probe.score(1, features[0]))
+    assert meter.cost == Cost(probed=ROWS) and reward.shown == []
+    assert set(meter.seconds) == {"preview"}
+
+
+def test_where_the_probe_is_not_trusted_pictures_are_looked_at(tiny_policy):
+    policy, meter, reward = tiny_policy(moved=0.1), Meter(), Counted()
+    process = Process(policy.prediction, "ddim", policy.levels(3), (0.0,) * 3)
+    sampling, condition = Sampling(process, microbatch=2), policy.encode([p.text for p in PROMPTS])
+    key, how = NoiseKey(0, 0), Previewing(ode_steps=2, probe=trusted_at(3, 1))
+    batch = expand(policy, torch.tensor([0, 1]), 2, sampling, key)
+    found = []
+
+    def watch(step: int, living: Trajectories) -> Trajectories:
+        if step == 0:
+            found.append(preview(policy, reward, PROMPTS, condition, living, 0, sampling, how, meter))
+            x0 = projected(policy, condition, living, 0, sampling, 2, Meter())
+            found.append(torch.tensor([p.float().mean() for p in policy.decode(x0)], dtype=torch.float64))
+        return living
+
+    denoise(policy, condition, batch, sampling, key, Meter(), watch)
+    torch.testing.assert_close(found[0], found[1])
+    assert meter.cost == Cost(nfe=4, decodes=4, reward_calls=4, previews=4) and reward.shown == [4]
+
+
+def test_the_steps_that_are_probed_are_those_that_reach_the_threshold():
+    probe = trusted_at(4, 1, 3)
+    assert Previewing(probe=probe).probed(range(4)) == {1, 3}
+    assert Previewing(probe=probe, threshold=0.1).probed([0, 1]) == {0, 1}
+    assert Previewing(probe=probe, threshold=0.95).probed(range(4)) == frozenset()
+    assert Previewing().probed(range(4)) == frozenset()
+
+
+def test_a_rollout_counts_what_its_plan_says_of_probes_and_further_steps(tiny_policy):
+    policy, meter, reward = tiny_policy(moved=0.1), Meter(), Counted()
+    width = _width_of_features(policy)
+    probe, values = Probe(4), torch.randn(6, width, generator=torch.Generator().manual_seed(0))
+    probe.learn([values] * 4, values[:, 0], torch.zeros(6, dtype=torch.int64))
+    for _ in range(3):
+        probe.watch([0.1, 0.1, 0.9, 0.1])
+    process = Process(policy.prediction, "flow_grpo", policy.levels(4), (0.7,) * 4)
+    sampling = Sampling(process, frozenset({0, 1}), features=True, guidance_scale=3.0)
+    plan, how = Plan(5, (PrunePoint(0, 4), PrunePoint(2, 3))), Previewing(ode_steps=3, probe=probe)
+    parts = plan, sampling, SELECTORS["ovf"], NoiseKey(0, 0), meter, how
+    rolled = rollout(policy, reward, PROMPTS, torch.tensor([0, 1]), *parts)
+    assert meter.cost == plan.predict(4, 0, True, 3, frozenset({2})) * 2
+    assert meter.cost.probed == 8 and meter.cost.previews == 10 and reward.shown == [10, 6]
+    last = rolled.previews[1]
+    kept = torch.stack(list(rolled.trajectories.features))[2]
+    torch.testing.assert_close(last.scores_N[last.kept_N], probe.score(2, kept))
+
+
+def _width_of_features(policy: Any) -> int:
+    with policy.observed() as found, torch.no_grad():
+        policy.predict(torch.zeros(1, *policy.latent_shape), torch.tensor(500.0), policy.encode(["red cat"]))
+    return sum(f.shape[1] for f in found)
+
+
+def test_the_tiny_decoder_is_used_where_it_is_asked_for(tiny_sd3, tmp_path):
+    torch.manual_seed(0)
+    channels = {"encoder_block_out_channels": (4, 4), "decoder_block_out_channels": (4, 4)}
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    AutoencoderTiny(latent_channels=4, **channels, **blocks).save_pretrained(tmp_path)
+    policy = load_policy(tiny_sd3, PolicySettings(lora_rank=2, max_sequence_length=8, tiny_decoder=str(tmp_path)))
+    x = torch.randn(4, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    group, process = torch.tensor([0, 0, 1, 1]), Process("flow", "ddim", policy.levels(2), (0.0, 0.0))
+    batch, condition = Trajectories(group, group, torch.arange(4), x, -x), policy.encode([p.text for p in PROMPTS])
+    x0 = process.x0(0, x, -x)
+    for tiny, expected in ((True, policy.preview(x0)), (False, policy.decode(x0))):
+        parts = batch, 0, Sampling(process, microbatch=3), Previewing(tiny=tiny), Meter()
+        images, values, _ = picture_preview(policy, Counted(), PROMPTS, condition, *parts)
+        assert torch.equal(images, expected)
+        assert values.tolist() == pytest.approx([p.float().mean().item() for p in expected])
+    assert not torch.equal(policy.preview(x0), policy.decode(x0))

@@ -1,0 +1,100 @@
+"""A reward in processes of its own gives what it gives here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from progrpo.rewards.load import load_reward
+from progrpo.rewards.processes import InProcesses
+from progrpo.types import Prompt
+
+MODULE = "my_processed_reward"
+REWARD = '''
+import os
+
+import numpy as np
+
+loaded = [os.getpid()]
+
+
+def mean(images, prompts, target):
+    return [None if p == "none" else float(np.asarray(i).mean()) + t for i, p, t in zip(images, prompts, target)]
+
+
+def where(images, prompts):
+    """The process that scored each, which was loaded once there."""
+    assert loaded == [os.getpid()]
+    return [float(os.getpid())] * len(images)
+
+
+def fails(images, prompts):
+    if "bad" in prompts:
+        raise ZeroDivisionError("of my own making")
+    return [1.0] * len(images)
+'''
+PICTURES = np.random.default_rng(0).integers(0, 256, (7, 6, 5, 3), dtype=np.uint8)
+PROMPTS = [Prompt("none" if i == 3 else f"{i}", {"target": 1000 * i}) for i in range(7)]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, which has the user's module in it."""
+    (tmp_path / f"{MODULE}.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield tmp_path
+    sys.modules.pop(MODULE, None)
+
+
+@contextmanager
+def processes(name: str, count: int) -> Iterator[Any]:
+    reward = load_reward(f"{MODULE}:{name}", count)
+    assert isinstance(reward, InProcesses)
+    try:
+        yield reward
+    finally:
+        reward._pool.shutdown()
+
+
+def test_scores_are_those_of_this_process_in_order(here):
+    alone = load_reward(f"{MODULE}:mean")
+    with processes("mean", 2) as reward:
+        for rows in (slice(None), slice(0, 1), slice(2, 5)):
+            found = reward.score(PICTURES[rows], PROMPTS[rows])
+            assert found == alone.score(PICTURES[rows], PROMPTS[rows])
+        assert reward.score(PICTURES[:0], []) == []
+        assert [s.value is None for s in reward.score(PICTURES, PROMPTS)] == [i == 3 for i in range(7)]
+
+
+def test_more_processes_than_pictures_are_no_trouble(here):
+    with processes("mean", 3) as reward:
+        assert reward.score(PICTURES[:2], PROMPTS[:2]) == load_reward(f"{MODULE}:mean").score(PICTURES[:2], PROMPTS[:2])
+
+
+def test_pictures_are_scored_elsewhere_and_the_reward_is_loaded_once_a_process(here):
+    with processes("where", 2) as reward:
+        seen = {s.value for _ in range(3) for s in reward.score(PICTURES, PROMPTS)}
+    assert 1 <= len(seen) <= 2 and os.getpid() not in seen
+
+
+def test_an_error_in_a_process_is_raised_here_and_the_next_call_is_answered(here):
+    with processes("fails", 2) as reward:
+        with pytest.raises(ZeroDivisionError, match="of my own making"):
+            reward.score(PICTURES, [Prompt("good")] * 6 + [Prompt("bad")])
+        assert len(reward.score(PICTURES, [Prompt("good")] * 7)) == 7
+
+
+def test_a_wrong_name_is_refused_before_any_process_starts(here):
+    with pytest.raises(ValueError, match="has no function 'absent'"):
+        load_reward(f"{MODULE}:absent", 2)
+    with pytest.raises(ValueError, match="neither built in"):
+        load_reward("absent", 2)
