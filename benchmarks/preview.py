@@ -1,56 +1,131 @@
-"""How well a preview ranks a group, by step: Spearman's correlation within a group with the final rewards.
+"""How well a preview ranks a group, by step and by kind of preview: Spearman's correlation within a group with the final rewards.
 
-    python benchmarks/preview.py [--models shapes-flow shapes-diffusion] [--groups 24] [--group-size 24] [--seeds 0 1 2] [--json]
+    python benchmarks/preview.py [--models shapes-flow shapes-diffusion] [--objective grpo] [--groups 24] [--group-size 24]
+                                 [--seeds 0 1 2] [--probe-groups 60] [--window W] [--json]
 
-Every step is stochastic, by the model's own sampler at its published noise level. Groups run unpruned on validation
-prompts, all kinds in turn; groups without variance are left out. Per seed the mean over groups, then mean and spread
-(std, ddof 1) over seeds.
+Kinds: the one-step projection by the full decoder (`x0`) and by the tiny one (`tiny`); two and three steps of the ODE (`ode 2`,
+`ode 3`: one and two network calls more); and a probe that learnt from `--probe-groups` other groups, of training prompts.
+`--objective grpo` samples as it does, every step stochastic by the model's own sampler at its published noise level; `dgpo` and
+others without noise; with `--window` only the first so many steps are. Groups run unpruned on validation prompts, all kinds in turn; groups without variance are left out. Per
+seed the mean over groups, then mean and spread (std, ddof 1) over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
-from progrpo.config import Config, ModelConfig, SamplingConfig
+from progrpo.config import Config, ModelConfig, ObjectiveConfig, PreviewConfig, SamplingConfig
 from progrpo.policies.base import Policy
+from progrpo.rewards.base import Reward
 from progrpo.rewards.load import load_reward
-from progrpo.rollout.denoise import Sampling
+from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
-from progrpo.rollout.plan import Plan
-from progrpo.rollout.prune import SELECTORS
-from progrpo.training.audit import audit
-from progrpo.training.build import policy_from, sampling_from
+from progrpo.rollout.preview import Previewing, picture_preview, score
+from progrpo.rollout.probe import Probe
+from progrpo.tracking.statistics import hit_rate, spearman
+from progrpo.training.build import objective_from, policy_from, sampling_from, settled, tiny_decoder
 from progrpo.training.distributed import Ranks
+from progrpo.types import Prompt, Trajectories
 from progrpo.zoo.shapes import world
 
+WAYS = {"x0": Previewing(), "tiny": Previewing(tiny=True), "ode 2": Previewing(2), "ode 3": Previewing(3)}
 
-def agreement(policy: Policy, sampling: Sampling, seed: int, groups: int, group_size: int) -> list[float]:
-    """Mean Spearman over groups, by step."""
-    reward, key = load_reward("shapes"), NoiseKey(seed, 0)
-    found: list[list[float | None]] = []
-    for slot, prompt in enumerate(world.sample_prompts("validation", groups, seed)):
-        seen = audit(policy, reward, prompt, slot, Plan(group_size), sampling, SELECTORS["ovf"], key, Meter())
-        found.append(seen.agreement())
-    return [float(np.mean([v for v in step if v is not None])) for step in zip(*found, strict=True)]
+
+class Bench:
+    def __init__(self, policy: Policy, reward: Reward, sampling: Sampling, group_size: int) -> None:
+        self.policy, self.reward, self.sampling, self.group_size = policy, reward, sampling, group_size
+
+    def group(
+        self, prompt: Prompt, slot: int, seed: int, ways: dict[str, Previewing]
+    ) -> tuple[dict[str, list[np.ndarray]], torch.Tensor, Trajectories]:
+        """Scores of each way by step, final rewards, and the finished group."""
+        seen: dict[str, list[np.ndarray]] = {name: [] for name in ways}
+        condition, key = self.policy.encode([prompt.text]), NoiseKey(seed, 0)
+
+        def watch(step: int, batch: Trajectories) -> Trajectories:
+            for name, way in ways.items():
+                parts = (self.policy, self.reward, [prompt], condition, batch, step, self.sampling, way, Meter())
+                seen[name].append(picture_preview(*parts)[1].numpy())
+            return batch
+
+        batch = expand(self.policy, torch.tensor([slot]), self.group_size, self.sampling, key)
+        batch = denoise(self.policy, condition, batch, self.sampling, key, Meter(), watch)
+        microbatch = self.sampling.microbatch
+        final = score(self.policy, self.reward, [prompt], batch, batch.x_NCHW, microbatch, Meter())[1]
+        return seen, final, batch
+
+    def probe(self, groups: int, seed: int) -> Probe:
+        """One that learnt from so many groups of training prompts."""
+        probe = Probe(self.sampling.num_inference_steps)
+        for i, prompt in enumerate(world.sample_prompts("train", groups, seed)):
+            _, final, batch = self.group(prompt, 10_000 + i, seed, {})
+            probe.learn(batch.features, final, batch.group_N)
+        return probe
+
+    def measure(self, groups: int, seed: int, probe: Probe) -> dict[str, dict[str, list[float]]]:
+        """By way, mean over groups at each step: rank correlation and hit rate of half the group."""
+        found: dict[str, list[tuple[list[float | None], list[float | None]]]] = {}
+        for slot, prompt in enumerate(world.sample_prompts("validation", groups, seed)):
+            seen, final, batch = self.group(prompt, slot, seed, WAYS)
+            seen["probe"] = [probe.score(step, f).numpy() for step, f in enumerate(batch.features)]
+            truth, keep = final.numpy(), self.group_size // 2
+            for name, steps in seen.items():
+                ranked = [spearman(s, truth) for s in steps], [hit_rate(s, truth, keep) for s in steps]
+                found.setdefault(name, []).append(ranked)
+        return {
+            name: {kind: means([g[i] for g in by_group]) for i, kind in enumerate(("spearman", "hit_rate"))}
+            for name, by_group in found.items()
+        }
+
+
+def means(by_group: list[list[float | None]]) -> list[float]:
+    """By step, over the groups that have a value."""
+    return [float(np.mean([v for v in step if v is not None])) for step in zip(*by_group, strict=True)]
 
 
 def measured(model: str, wanted: argparse.Namespace) -> dict[str, Any]:
-    policy = policy_from(ModelConfig(path=model), 0, Ranks())
-    config = Config(sampling=SamplingConfig(num_inference_steps=wanted.num_inference_steps))
-    sampling = sampling_from(config, policy, "transitions", 0)
-    by_seed = np.array([agreement(policy, sampling, s, wanted.groups, wanted.group_size) for s in wanted.seeds])
-    spread = by_seed.std(axis=0, ddof=1) if len(by_seed) > 1 else np.zeros(by_seed.shape[1])
+    ranks, preview = Ranks(), PreviewConfig(decoder="tiny", probe=True)
+    config = Config(
+        model=ModelConfig(path=model, dtype="auto"),
+        sampling=SamplingConfig(
+            num_inference_steps=wanted.num_inference_steps,
+            microbatch=wanted.group_size,
+            sde_window="first" if wanted.window else "auto",
+            sde_window_size=wanted.window or 1,
+        ),
+        objective=ObjectiveConfig(name=wanted.objective),
+        preview=preview,
+    )
+    config = settled(config, ranks)
+    policy = policy_from(config.model, 0, ranks, tiny_decoder=tiny_decoder(preview))
+    sampling = sampling_from(config, policy, objective_from(config, policy).needs, 0)
+    bench = Bench(policy, load_reward("shapes"), replace(sampling, stored_steps=frozenset()), wanted.group_size)
+    by_seed = [bench.measure(wanted.groups, s, bench.probe(wanted.probe_groups, s)) for s in wanted.seeds]
     return {
         "sampler": sampling.process.sampler,
         "noise_level": sampling.process.noise_levels[0],
+        "dtype": config.model.dtype,
         "noise_share": [round(s, 4) for s in noise_share(sampling)],
-        "by_seed": by_seed.round(3).tolist(),
-        "mean": by_seed.mean(axis=0).round(3).tolist(),
+        "ways": {
+            name: {kind: over_seeds([seed[name][kind] for seed in by_seed]) for kind in by_seed[0][name]}
+            for name in by_seed[0]
+        },
+    }
+
+
+def over_seeds(by_seed: list[list[float]]) -> dict[str, Any]:
+    values = np.array(by_seed)
+    spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
+    return {
+        "by_seed": values.round(3).tolist(),
+        "mean": values.mean(axis=0).round(3).tolist(),
         "std_over_seeds": spread.round(3).tolist(),
     }
 
@@ -65,10 +140,13 @@ def noise_share(sampling: Sampling) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["shapes-flow", "shapes-diffusion"])
+    parser.add_argument("--objective", default="grpo")
     parser.add_argument("--groups", type=int, default=24)
     parser.add_argument("--group-size", type=int, default=24)
+    parser.add_argument("--probe-groups", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num-inference-steps", type=int, default=10)
+    parser.add_argument("--window", type=int)
     parser.add_argument("--json", action="store_true")
     wanted = parser.parse_args()
     found = {model: measured(model, wanted) for model in wanted.models}
@@ -77,8 +155,9 @@ def main() -> None:
         return
     for model, result in found.items():
         print(f"{model}, {result['sampler']} {result['noise_level']:g}")
-        for step, (mean, std) in enumerate(zip(result["mean"], result["std_over_seeds"], strict=True)):
-            print(f"  step {step}: {mean:.2f} +- {std:.2f}")
+        for name, way in result["ways"].items():
+            pairs = zip(way["spearman"]["mean"], way["spearman"]["std_over_seeds"], strict=True)
+            print(f"  {name:6s}", "  ".join(f"{mean:5.2f}+-{std:.2f}" for mean, std in pairs))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def before_after(run: Path, count: int = 12) -> Image.Image:
 
 
 def preview(found: dict[str, Any]) -> Image.Image:
-    """Spearman's correlation with the final reward against the step, a colour a model: dots are seeds, the line their mean. Below 0 is drawn at 0."""
+    """Spearman's correlation of one-step projections with the final reward against the step, a colour a model: dots are seeds, the line their mean. Below 0 is drawn at 0."""
     left, top, width, height = 56, 30, 560, 300
     picture = Image.new("RGB", (left + width + 24, top + height + 70), "white")
     draw = ImageDraw.Draw(picture)
@@ -92,11 +92,12 @@ def preview(found: dict[str, Any]) -> Image.Image:
     draw.text((left, top + height + 26), "after the network call of step", QUIET, font(12))
     for place, (model, of) in enumerate(found["models"].items()):
         colour = (GREEN, RED, INK)[place % 3]
-        draw.line([at(step, value) for step, value in enumerate(of["mean"])], colour, 3)
-        for seed in of["by_seed"]:
+        plain = of["ways"]["x0"]["spearman"]
+        draw.line([at(step, value) for step, value in enumerate(plain["mean"])], colour, 3)
+        for seed in plain["by_seed"]:
             for x, y in (at(step, value) for step, value in enumerate(seed)):
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), outline=colour)
-        name = f"{model} ({of['sampler']} {of['noise_level']:g}, {len(of['by_seed'])} seeds)"
+        name = f"{model} ({of['sampler']} {of['noise_level']:g}, {len(plain['by_seed'])} seeds)"
         draw.text((left + 240 * place, top + height + 46), name, colour, font(13))
     return picture
 

@@ -92,7 +92,11 @@ class Plan:
         check(config)
         sampling = config.sampling
         costs = summary(
-            resolve_plan(config), sampling.num_inference_steps, trained_items(config), sampling.guidance_scale > 1
+            resolve_plan(config),
+            sampling.num_inference_steps,
+            trained_items(config),
+            sampling.guidance_scale > 1,
+            config.preview.ode_steps,
         )
         print(_result({"recipe": config.recipe, "plan": config.plan.preset, **costs}, self.json))
 
@@ -105,7 +109,7 @@ class Plan:
         if self.plan == "custom":
             plan = replace(plan, preset="custom")
         elif self.plan != "recipe":
-            plan = PlanConfig(preset=self.plan, selector=plan.selector)
+            plan = PlanConfig(preset=self.plan, selector=plan.selector, adaptive=plan.adaptive)
         return replace(self.config, sampling=sampling, plan=plan)
 
 

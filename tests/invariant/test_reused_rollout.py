@@ -153,7 +153,7 @@ def test_a_second_update_is_computed_anew(build, monkeypatch):
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("changes", [CASES["guard"], CASES["guidance-and-kl"]], ids=["guard", "guidance-and-kl"])
 def test_the_deviation_is_measured_and_allowed(build, changes):
     assert build(True, **changes).step().record["update/on_policy_deviation"] <= 5e-6
 
@@ -167,7 +167,7 @@ def test_weights_that_changed_after_sampling_are_found(build, tiny_policy, move,
         return redness(images, prompts)
 
     trainer = build(True, policy, tampering, optim={"microbatch": microbatch})
-    with pytest.raises((SelfCheckError, RuntimeError), match="off-policy|modified by an inplace operation"):
+    with pytest.raises((SelfCheckError, RuntimeError), match=r"off-policy|modified by an inplace operation"):
         trainer.step()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from progrpo.packing import in_equal_parts, of_one_shape
+from progrpo.packing import filled_up, in_equal_parts, of_one_shape, of_whole_blocks
 
 SIZES = [(1, 1), (1, 8), (7, 1), (7, 2), (7, 3), (8, 4), (9, 4), (10, 64), (25, 8)]
 
@@ -47,3 +49,25 @@ def test_no_rows_are_no_microbatches(pack):
 @pytest.mark.parametrize("pack", [of_one_shape, in_equal_parts])
 def test_rows_are_indices(pack):
     assert all(part.dtype == torch.int64 for part in pack(7, 3))
+
+
+@pytest.mark.parametrize(("lengths", "size"), [([3, 2, 4, 1, 1], 5), ([4] * 5, 4), ([2] * 7, 6), ([1, 5, 1, 5], 5)])
+def test_whole_blocks_are_never_parted_and_fill_microbatches_as_far_as_they_go(lengths, size):
+    parts = of_whole_blocks(lengths, size)
+    assert torch.cat(parts).tolist() == list(range(sum(lengths)))
+    assert all(len(part) <= size for part in parts)
+    whose = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    of_parts = [set(whose[part].tolist()) for part in parts]
+    assert sum(map(len, of_parts)) == len(lengths)  # a block that was parted would be in two
+    for part, after in pairwise(of_parts):
+        assert sum(lengths[block] for block in part) + lengths[min(after)] > size  # the next one had no room
+
+
+def test_blocks_of_nothing_are_no_rows():
+    assert of_whole_blocks([], 4) == []
+    assert [part.tolist() for part in of_whole_blocks([0, 2, 0, 2], 2)] == [[0, 1], [2, 3]]
+
+
+def test_rows_are_filled_up_with_copies_of_the_last():
+    assert filled_up(torch.tensor([3, 7]), 5).tolist() == [3, 7, 7, 7, 7]
+    assert filled_up(torch.tensor([3, 7]), 2).tolist() == [3, 7]

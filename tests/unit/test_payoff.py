@@ -28,7 +28,7 @@ def simulated(*rhos: float, group_size: int = 48, seed: int = 0) -> Simulation:
 
 
 def variance(plan: Plan, *rhos: float, select=OVF) -> float:
-    """V: the variance of the kept rewards, in units of all. One simulation is off by about 3 %, the mean of ten by 1 %."""
+    """V: the variance of the kept rewards, in units of all. One simulation is off by 3 %, the mean of ten by 1 %."""
     signals = [simulated(*rhos, seed=seed).signal(plan, select) for seed in range(10)]
     return sum(signals) / len(signals) / plan.survivors
 
@@ -126,6 +126,16 @@ def test_shared_beginnings_change_no_figure():
     assert [together.signal(plan, OVF) for plan in asked] == fresh
     assert [together.signal(plan, OVF) for plan in reversed(asked)] == fresh[::-1]
     assert len(set(fresh)) > len(fresh) / 2  # plans do differ
+    smaller = Plan(8, (PrunePoint(0, 4),))  # another group, pruned at the same points
+    assert together.signal(smaller, OVF) == Simulation(together.seen_PGT1).signal(smaller, OVF)
+    assert together.signal(smaller, OVF) != together.signal(Plan(12, smaller.prune), OVF)
+
+
+def test_where_nothing_is_known_scores_are_draws_and_not_ties():
+    seen = simulated(0.0, 0.0, 0.8).seen_PGT1
+    assert all(len(seen[:, :, step].unique()) == seen[:, :, step].numel() for step in (0, 1))
+    found = torch.corrcoef(seen.reshape(-1, 4).T)
+    assert found[:2, 2:].abs().max() < 0.05 and found[0, 1].abs() < 0.05
 
 
 def test_the_same_draws_serve_every_simulation():

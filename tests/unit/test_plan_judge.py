@@ -77,7 +77,7 @@ def test_guidance_further_steps_and_untrained_steps_are_in_the_price():
     sampling = SamplingConfig(num_inference_steps=STEPS, guidance_scale=3.0, sde_window="first", sde_window_size=2)
     asked = config(sampling=sampling, preview=PreviewConfig(ode_steps=3), objective=grpo)
     found = verdict(judged(asked, *[flat(0.7)] * 3), FLASH)
-    simulation = Simulation.of(flat(0.7), 24)
+    simulation = Simulation.of([0.7] * STEPS, 24)
     calls = 2 * (24 * 6 + 16 * 2 + 12 * 2 + 2 * (24 + 16))
     flash = calls * CALL + (24 + 16) * PREVIEW + 12 * FINISH + 12 * 2 * TRAIN
     none = 2 * 24 * 10 * CALL + 24 * FINISH + 24 * 2 * TRAIN
@@ -176,8 +176,8 @@ def test_where_training_is_what_costs_it_chooses_by_final_rewards():
     assert found.plan == Plan(24, final_keep=12) and found.path == [24, 12]
 
 
-@pytest.mark.parametrize("dear", ["sample", "update", "preview"])
-@pytest.mark.parametrize("agreement", [0.0, 0.4, 0.99])
+@pytest.mark.parametrize("dear", ["sample", "update"])
+@pytest.mark.parametrize("agreement", [0.0, 0.99])
 @pytest.mark.parametrize("start", [PlanConfig(preset="flash"), PlanConfig("custom", group_size=8, prune=((3, 5),))])
 def test_survivors_never_become_fewer_and_the_group_stays(start, agreement, dear):
     asked = config(True, start)
@@ -185,7 +185,7 @@ def test_survivors_never_become_fewer_and_the_group_stays(start, agreement, dear
     first = plan_from({"group_size": 8, "prune": [{"step": 3, "keep": 5}], "final_keep": None})
     plan = first if start.preset == "custom" else FLASH
     least = plan.survivors
-    for _ in range(3):  # also not one after another
+    for _ in range(2):  # also not one after another
         plan = verdict(judge, plan).plan
         plan.validate(STEPS)
         assert plan.survivors >= least and plan.group_size == (8 if start.preset == "custom" else 24)

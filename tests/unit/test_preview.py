@@ -172,6 +172,7 @@ def test_steps_of_a_diffusion_model_are_ddims_without_noise(linear_diffusion_pol
     policy, meter = linear_diffusion_policy("epsilon"), Meter()
     sampling = Sampling(policy.process("ddim", 0.7), microbatch=2)
     batch = called(policy, sampling, step)
+    assert batch.output_NCHW is not None
     x0 = projected(policy, CONDITION, batch, step, sampling, len(timesteps), meter)
     expected = ddim(policy, batch.x_NCHW, batch.output_NCHW, timesteps)
     torch.testing.assert_close(x0, expected, rtol=1e-12, atol=1e-12)

@@ -31,7 +31,7 @@ def drawn(groups: int, width: int = WIDTH, seed: int = 0):
 
 
 def by_hand(features, rewards, group) -> np.ndarray:
-    """Weights by numpy: every group less its mean, features in units of their spread, a ridge of their sum of squares."""
+    """Weights by numpy: each group less its mean, features in units of their spread, a ridge of their squares."""
     x, y = features.double().numpy().copy(), rewards.double().numpy().copy()
     there = np.isfinite(y)
     x, y, g = x[there], y[there], group.numpy()[there]
@@ -120,8 +120,8 @@ def test_it_ranks_groups_that_it_has_not_seen():
     for one in range(30, 40):
         rows = group == one
         found = [spearman(probe.score(s, features[s][rows]).numpy(), rewards[rows].numpy()) for s in range(STEPS)]
-        told.append(found[0])
-        blind.append(found[1])
+        told.append(found[0] or 0.0)
+        blind.append(found[1] or 0.0)
     assert np.mean(told) > 0.8
     assert abs(np.mean(blind)) < 0.4  # the second step's features know nothing of the reward
 
@@ -135,7 +135,7 @@ def test_wide_features_are_narrowed_and_still_rank(width):
     probe = learnt(([features] * STEPS, rewards, group))
     scores = probe.score(0, features)
     assert scores.shape == rewards.shape and scores.dtype == torch.float64
-    seen = [spearman(scores[group == g].numpy(), rewards[group == g].numpy()) for g in range(12)]
+    seen = [spearman(scores[group == g].numpy(), rewards[group == g].numpy()) or 0.0 for g in range(12)]
     assert np.mean(seen) > 0.9
     square = probe.state_dict()["square"]
     assert square.shape == (STEPS, 512, 512)  # what is kept grows with the square of the width

@@ -184,13 +184,15 @@ def path(plan: Plan) -> list[int]:
     return [plan.group_size, *(point.keep for point in plan.active_points()), *last]
 
 
-def summary(plan: Plan, num_inference_steps: int, trained_steps: int, guidance: bool) -> dict[str, Any]:
+def summary(
+    plan: Plan, num_inference_steps: int, trained_steps: int, guidance: bool, ode_steps: int = 1
+) -> dict[str, Any]:
     """What a plan does and costs per prompt, ready for JSON; ValueError if it cannot be run.
 
     `nfe_saved` is the share of the full group's network calls that pruning avoids; `nfe_ratio_to_none` compares with
     the preset `none`, a group of 24 without pruning, and is above 1 where a larger start costs more than pruning saves.
     """
-    cost = plan.predict(num_inference_steps, trained_steps, guidance)
+    cost = plan.predict(num_inference_steps, trained_steps, guidance, ode_steps)
     full = Plan(plan.group_size).predict(num_inference_steps, trained_steps, guidance)
     none = preset("none", num_inference_steps).predict(num_inference_steps, trained_steps, guidance)
     return {

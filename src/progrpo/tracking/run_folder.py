@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-_FILES = ("config.json", "metrics.jsonl", "summary.json", "report.html")
+_FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "report.html")
 _FOLDERS = ("evaluation", "audit", "samples", "checkpoints", "lora")
 _GAP_GREY = 236
 
@@ -119,6 +119,14 @@ class RunFolder:
 
     def read_summary(self) -> dict[str, Any]:
         return self.read_json("summary.json") or {}
+
+    def write_costs(self, costs: Mapping[str, Any]) -> None:
+        """Seconds by unit, as the run judges plans by them; once."""
+        self.write_json("costs.json", costs)
+
+    def read_costs(self) -> dict[str, Any] | None:
+        costs: dict[str, Any] | None = self.read_json("costs.json")
+        return costs
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("ab") as file:

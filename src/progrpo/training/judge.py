@@ -41,18 +41,22 @@ class Verdict:
 
 
 class PlanJudge:
-    """Remembers agreements and, from the first verdict on, the costs of that time: later timings change no decision."""
+    """Remembers agreements and, from the first verdict on, the costs of that time: later timings change no decision.
+
+    `recorded` are the costs that an earlier part of the run has written down; they are taken in place of measured ones.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.units: UnitCosts | None = None
+        self.recorded: UnitCosts | None = None
         self._agreement: list[list[float | None]] = []
 
     def watch(self, agreement_T: Sequence[float | None], counted: Cost, seconds: Mapping[str, float]) -> None:
         """Note an audit's agreement by step; with the one that is enough for a verdict, what the run has spent so far."""
         self._agreement = [*self._agreement, list(agreement_T)][-_REMEMBERED:]
         if self.units is None and len(self._agreement) >= _AUDITS:
-            self.units = unit_costs(counted, seconds)
+            self.units = self.recorded or unit_costs(counted, seconds)
 
     def verdict(self, plan: Plan, select: Selector, how: Previewing) -> Verdict | None:
         """None before it has seen enough."""

@@ -23,6 +23,7 @@ from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge, Reward
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.load import load_reward
+from progrpo.rollout.plan import UnitCosts, preset
 from progrpo.rollout.plan import path as plan_path
 from progrpo.rollout.plan import summary as plan_summary
 from progrpo.storage import load_state, save_state
@@ -41,6 +42,7 @@ from progrpo.training.build import (
 )
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import DIVERSE_PROMPTS, Evaluation, evaluate, ode
+from progrpo.training.judge import prompt_cost
 from progrpo.training.measure import measured
 from progrpo.training.trainer import Iteration, Trainer
 from progrpo.types import Prompt
@@ -196,6 +198,8 @@ class Run:
             self.best = None if state["best"] is None else Best(**state["best"])
             self._pays, self._path = state["pays"], plan_path(self.trainer.plan)
             start -= state["wall_seconds"]
+            if self.ranks.is_main and (costs := self.folder.read_costs()) is not None:
+                self.trainer.judge.recorded = UnitCosts(**costs)
         console = Console(
             self.config.iterations,
             nfe_unpruned=self._nfe_unpruned(1),
@@ -253,6 +257,10 @@ class Run:
         return done == self.config.iterations or (every > 0 and done % every == 0)
 
     def _keep(self, done: Iteration, console: Console) -> None:
+        if (
+            self.trainer.judge.units is not None
+        ):  # before the record: a decision must never be there without its grounds
+            self.folder.write_costs(asdict(self.trainer.judge.units))
         self.folder.append_metrics(done.record)
         console.iteration(done.record)
         self._say_of_plan(done.record, console)
@@ -333,6 +341,7 @@ class Run:
             sampling.num_inference_steps,
             trained_items(self.config),
             sampling.guidance_scale > 1,
+            self.config.preview.ode_steps,
         )
 
     def _nfe_unpruned(self, iterations: int) -> int:
@@ -347,7 +356,8 @@ class Run:
         config, totals, done = self.config, self.trainer.totals, self.trainer.iteration
         costs = self._plan_costs()
         agreement = _agreement(self.folder.read_audits())
-        unpruned = self._nfe_unpruned(done)
+        unpruned, none = self._nfe_unpruned(done), preset("none", config.sampling.num_inference_steps)
+        plain = prompt_cost(config, none).nfe * config.prompts.per_iteration * done
         self.folder.write_summary(
             {
                 "recipe": config.recipe,
@@ -359,7 +369,7 @@ class Run:
                 "best_iterations": None if self.best is None else self.best.iterations,
                 "nfe": totals.counted.nfe,
                 "nfe_saved": 1 - totals.counted.nfe / unpruned if unpruned else None,
-                "nfe_ratio_to_none": costs["nfe_ratio_to_none"],
+                "nfe_ratio_to_none": totals.counted.nfe / plain if plain else costs["nfe_ratio_to_none"],
                 "preview_rank_correlation": {
                     str(p.step): agreement.get(p.step) for p in self.trainer.plan.active_points()
                 },
