@@ -69,7 +69,7 @@ class AWM:
         old_B = log_prob_B.detach() if before is None else before[at.rows, at.draw].to(log_prob_B)
         log_ratio_B = log_prob_B - old_B
         loss_B = clipped_surrogate(log_ratio_B, at.advantages, self.clip_range)
-        means = {"clip_fraction": outside_clip(log_ratio_B, self.clip_range).float()}
+        means = {"clip_fraction": outside_clip(log_ratio_B.detach(), self.clip_range).float()}
         for name, beta in pulls.items():
             distance_B = mean_square(v - held[name])
             loss_B = loss_B + beta * distance_B

@@ -62,7 +62,7 @@ class GRPO:
             log_ratio_B = guarded_log_ratio(log_ratio_B, now.mean, step.mean, now.std)
         weights_B = _STEP_WEIGHTS[self.step_weights](experience)[step.place]
         loss_B = weights_B * clipped_surrogate(log_ratio_B, step.advantages, self.clip_range)
-        means = {"clip_fraction": outside_clip(log_ratio_B, self.clip_range).float()}
+        means = {"clip_fraction": outside_clip(log_ratio_B.detach(), self.clip_range).float()}
         if self.kl_beta > 0:
             kl_B = _KL_FORMS[self.kl_form](now, reference, step)
             loss_B = loss_B + self.kl_beta * kl_B

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -60,13 +61,15 @@ class ClipScore:
 
 
 class OnFirstScore:
-    """A reward whose weights are loaded when it is first asked for a score."""
+    """A reward whose weights are loaded when it is first asked for a score: once, whoever asks at the same time."""
 
     def __init__(self, load: Callable[[], Reward]) -> None:
-        self._load = functools.cache(load)
+        self._load, self._one = functools.cache(load), threading.Lock()
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
-        return self._load().score(pictures_NHWC, prompts)
+        with self._one:
+            reward = self._load()
+        return reward.score(pictures_NHWC, prompts)
 
 
 # --- from the hub -----------------------------------------------------------------------------------------------------

@@ -36,6 +36,9 @@ class InProcesses:
         self._pool = ProcessPoolExecutor(count, context, initializer=_load, initargs=(make, name))
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        # a reward sees which columns there are: a part must not lack one because its own prompts do
+        names = {name for prompt in prompts for name in prompt.columns}
+        prompts = [Prompt(p.text, {name: p.columns.get(name) for name in names}) for p in prompts]
         rows = [part for part in np.array_split(np.arange(len(prompts)), self._count) if len(part)]
         asked = [self._pool.submit(_score, pictures_NHWC[part], [prompts[i] for i in part]) for part in rows]
         return [score for answer in asked for score in answer.result()]

@@ -87,7 +87,8 @@ class Probe:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._rows, self._agreement = state["rows"], [list(audit) for audit in state["agreement"]]
-        self._square, self._product = state.get("square"), state.get("product")
+        learnt = (state.get(name) for name in ("square", "product"))
+        self._square, self._product = (None if sums is None else sums.clone() for sums in learnt)
         self._weights.clear()
 
 

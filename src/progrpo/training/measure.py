@@ -77,8 +77,8 @@ def _seconds(work: Callable[[int], None], most: int, device: torch.device) -> di
             break
     if not sizes:
         raise ValueError(
-            f"sampling.microbatch: not even {min(_SIZES)} rows fit into the memory of {device}; give it and optim.microbatch,"
-            " from 1 on"
+            f"sampling.microbatch: not even {min(most, *_SIZES)} rows fit into the memory of {device}; give it and"
+            " optim.microbatch, from 1 on"
         )
     for _ in range(_ROUNDS):
         for size in sizes:

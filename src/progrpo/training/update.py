@@ -128,7 +128,7 @@ def _accumulate(
     if experience.attached:
         # a graph spans one transition of every trajectory, and its ratios are 1 by construction: some are computed anew
         tally = _deviation(policy, objective, experience.detached(), count, packing)
-        parts = list(torch.arange(count).split(max(1, len(experience))))
+        parts = list(torch.arange(count).split(len(experience))) if count else []
     else:
         parts = packing.parts(experience, per_trajectory)
     for items_B in parts:
