@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from progrpo.objectives.dgpo import DGPO
-from progrpo.training.update import Packing
 from progrpo.objectives.forward_process import Draws, Noised
+from progrpo.training.update import Packing
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
 DRAWS, FRACTION, CLIP, BETA = 3, 0.6, 0.06, 4.0
