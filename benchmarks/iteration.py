@@ -1,14 +1,14 @@
 """Where an iteration's time goes, against the bare network on the same inputs in the same process, per plan.
 
     python benchmarks/iteration.py [--models shapes-flow shapes-diffusion] [--plans none posthoc standard flash window]
-                                   [--objective grpo] [--iterations 5] [--prompts 4] [--compile] [--json]
+                                   [--objective grpo] [--iterations 5] [--prompts 4] [--compile] [--reuse-rollout] [--json]
 
 `window` is an early window: noise on the first 3 of 10 steps alone, 24 members, of which 12 go on right after it. Before and
 after every iteration the unit costs are measured bare: a call of the network, with and without gradient, a decoded picture, by
 the full and by the tiny decoder, and a reward. From these:
 
 sampling   rows a second of the sampling stage over those of the bare network at the same microbatch
-update     the same of trained items, forward and backward
+update     the same of trained items, forward and backward, and the further forward passes that the objective compares with
 model      seconds of the iteration over what its counts cost at these units (the cost model)
 previews   their seconds over those of sampling: by the full decoder as it ran, by the tiny one and the probe at their unit costs
 
@@ -46,7 +46,10 @@ WINDOW = (
     PlanConfig(preset="custom", group_size=24, prune=((3, 12),)),
     SamplingConfig(sde_window="first", sde_window_size=3),
 )
+FURTHER_PASSES = {"grpo": 0, "dgpo": 2, "nft": 2, "awm": 2}
+"""Forward passes of an item without gradient, which an objective compares with: of the reference and an average of the weights."""
 _REPEATS = 3
+_DECODED = 32  # as the rollout decodes
 
 
 def config_for(model: str, plan: str, wanted: argparse.Namespace) -> Config:
@@ -58,6 +61,7 @@ def config_for(model: str, plan: str, wanted: argparse.Namespace) -> Config:
         sampling=sampling,
         preview=PreviewConfig(decoder="tiny"),  # so that the policy has it; what runs is set below
         objective=replace(base.objective, name=wanted.objective),
+        optim=replace(base.optim, reuse_rollout=wanted.reuse_rollout),
         prompts=replace(base.prompts, per_iteration=wanted.prompts),
         audit=replace(base.audit, every=0),
     )
@@ -71,6 +75,7 @@ class Bare:
         self.prompts = prompts
         self.condition = policy.encode([p.text for p in prompts])
         self.timestep = policy.levels(10).timestep[5]
+        self.passes = FURTHER_PASSES[config.objective.name]
 
     def _call(self, size: int) -> torch.Tensor:
         rows = torch.arange(size) % len(self.prompts)
@@ -79,6 +84,8 @@ class Bare:
         return self.policy.predict(x, self.timestep.to(x), self.condition.take(rows.to(self.policy.device)))
 
     def _train(self, size: int) -> None:
+        for _ in range(self.passes):
+            self._sample(size)
         self._call(size).square().mean().backward()
         for parameter in self.policy.trainable.values():
             parameter.grad = None
@@ -87,11 +94,11 @@ class Bare:
         with torch.no_grad():
             self._call(size)
 
-    def measure(self, survivors: int) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         calls, items = microbatch(self.config.sampling), microbatch(self.config.optim)
-        latents = torch.randn(calls, *self.policy.latent_shape).to(self.policy.device)
+        latents = torch.randn(_DECODED, *self.policy.latent_shape).to(self.policy.device)
         pictures = self.policy.decode(latents).numpy()
-        asked = [self.prompts[i % len(self.prompts)] for i in range(calls)]
+        asked = [self.prompts[i % len(self.prompts)] for i in range(_DECODED)]
         probe = Probe(1)
         with self.policy.observed() as seen:
             self._sample(calls)
@@ -100,9 +107,9 @@ class Bare:
         works: dict[str, tuple[Callable[[], object], int]] = {
             "call": (lambda: self._sample(calls), calls),
             "train": (lambda: self._train(items), items),
-            "decode": (lambda: self.policy.decode(latents), calls),
-            "tiny": (lambda: self.policy.preview(latents), calls),
-            "reward": (lambda: self.reward.score(pictures, asked), calls),
+            "decode": (lambda: self.policy.decode(latents), _DECODED),
+            "tiny": (lambda: self.policy.preview(latents), _DECODED),
+            "reward": (lambda: self.reward.score(pictures, asked), _DECODED),
             "probe": (lambda: probe.score(0, features), calls),
         }
         return {name: seconds(work) / rows for name, (work, rows) in works.items()}
@@ -155,10 +162,10 @@ def measure(config: Config, iterations: int) -> dict[str, Any]:
     policy.encode([p.text for p in order.prompts_for(0, config.prompts.per_iteration * (iterations + 1))])
     bare, rows = Bare(policy, reward, config, prompts), []
     with peak_memory() as peak:
-        before = bare.measure(trainer.plan.survivors)
+        before = bare.measure()
         for i in range(iterations + 1):
             record = trainer.step().record
-            after = bare.measure(trainer.plan.survivors)
+            after = bare.measure()
             units = {name: (before[name] + after[name]) / 2 for name in after}
             before = after
             if i:
@@ -206,6 +213,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--reuse-rollout", action="store_true")
     parser.add_argument("--json", action="store_true")
     wanted = parser.parse_args()
     found: dict[str, dict[str, Any]] = {}

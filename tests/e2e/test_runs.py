@@ -80,6 +80,44 @@ def test_stop_and_resume_is_a_straight_run(run, tmp_path):
     assert all(ours[i][name].equal(theirs[i][name]) for i in ours for name in ("exp_avg", "exp_avg_sq", "step"))
 
 
+@pytest.fixture(scope="module")
+def adaptive(tmp_path_factory) -> Path:
+    """Everything that decides by measuring: previews by the tiny decoder or a probe, and the plan by what they cost."""
+    out = tmp_path_factory.mktemp("runs") / "adaptive"
+    asked = ["--preview.decoder", "tiny", "--preview.probe", "--preview.probe-threshold", "-1", "--plan.adaptive"]
+    asked += ["--audit.every", "1", "--iterations", "6", "--checkpoint.keep", "9", "--plan.group-size", "8"]
+    assert main(["train", "smoke", *asked, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_probe_takes_over_and_the_plan_is_judged(adaptive):
+    records, summary = RunFolder(adaptive).read_metrics(), RunFolder(adaptive).read_summary()
+    assert [r["rollout/probed"] > 0 for r in records[:5]] == [
+        False,
+        False,
+        False,
+        False,
+        True,
+    ]  # measured thrice by then
+    assert all(r["rollout/previews"] > 0 for r in records[:4])
+    assert [r.get("plan/pays") is not None for r in records] == [False, False, True, True, True, True]
+    assert all(r["plan/path"][0] == 8 and r["plan/survivors"] >= 4 for r in records[2:])
+    assert summary["cost"]["predicted"]["nfe"] == summary["cost"]["counted"]["nfe"]
+    assert summary["cost"]["predicted"]["probed"] == summary["cost"]["counted"]["probed"]
+    assert (adaptive / "report.html").is_file()
+
+
+def test_what_was_decided_by_measuring_is_decided_again(adaptive, tmp_path):
+    """Resumed from before the first verdict: the costs are those of the first time, though this time's are others."""
+    again = tmp_path / "again"
+    shutil.copytree(adaptive, again)
+    for folder in sorted((again / "checkpoints").iterdir())[2:]:
+        shutil.rmtree(folder)
+    assert main(["train", "--resume", str(again)]) == 0
+    assert_the_same(again, adaptive)
+    assert RunFolder(again).read_costs() == RunFolder(adaptive).read_costs()
+
+
 def test_a_report_is_written_anew(run, capsys):
     (run / "report.html").unlink()
     assert main(["report", str(run)]) == 0

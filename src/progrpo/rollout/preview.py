@@ -18,6 +18,8 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.probe import Probe
 from progrpo.types import Condition, Prompt, Trajectories
 
+_DECODED = 32  # pictures at once: a decoder needs many times a network call's memory, and of more leaves a CPU's cache
+
 
 @dataclass(frozen=True)
 class Previewing:
@@ -131,7 +133,7 @@ def score(
     A verdict is 1 or 0, NaN where the reward gives none.
     """
     decode = policy.preview if tiny else policy.decode
-    images_NHWC = torch.cat([decode(part) for part in x0_NCHW.split(microbatch)])
+    images_NHWC = torch.cat([decode(part) for part in x0_NCHW.split(min(microbatch, _DECODED))])
     scores = reward.score(images_NHWC.numpy(), [prompts[g] for g in batch.group_N.tolist()])
     meter.count(decodes=len(batch), reward_calls=len(batch))
     assert len(scores) == len(batch), f"the reward returned {len(scores)} scores for {len(batch)} pictures"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,8 +15,8 @@ from progrpo.policies.base import Policy
 from progrpo.training.distributed import Ranks
 
 _SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128)
-_ROUNDS = 4
-_CLOSE = 1.03  # of two sizes that are as fast as that, the smaller one: it takes less memory and fills up less
+_ROUNDS = 5
+_CLOSE = 1.06  # of two sizes that are as fast as that, the smaller one: it takes less memory and fills up less
 
 
 def measured(config: Config, policy: Policy, text: str, ranks: Ranks) -> Config:
@@ -66,9 +67,10 @@ def _fastest(config: Config, policy: Policy, text: str, ranks: Ranks) -> tuple[i
 def _seconds(work: Callable[[int], None], most: int, device: torch.device) -> dict[int, float]:
     """Of one call by size, up to `most` rows and to what fits into memory.
 
-    The fastest of several, which go round by round: on a shared machine others' work slows some down, not one size.
+    The median of several, which go round by round. On a shared machine others' work then slows all sizes down alike; the fastest
+    would favour small ones, which slip through its gaps.
     """
-    sizes, found = sorted({min(size, most) for size in _SIZES}), dict[int, float]()
+    sizes = sorted({min(size, most) for size in _SIZES})
     for size in list(sizes):
         try:
             _timed(work, size, device)
@@ -80,10 +82,8 @@ def _seconds(work: Callable[[int], None], most: int, device: torch.device) -> di
             f"sampling.microbatch: not even {min(most, *_SIZES)} rows fit into the memory of {device}; give it and"
             " optim.microbatch, from 1 on"
         )
-    for _ in range(_ROUNDS):
-        for size in sizes:
-            found[size] = min(_timed(work, size, device), found.get(size, float("inf")))
-    return found
+    rounds = [[_timed(work, size, device) for size in sizes] for _ in range(_ROUNDS)]
+    return {size: statistics.median(found) for size, found in zip(sizes, zip(*rounds, strict=True), strict=True)}
 
 
 def _timed(work: Callable[[int], None], size: int, device: torch.device) -> float:
