@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 _FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "report.html")
-_FOLDERS = ("evaluation", "audit", "samples", "checkpoints", "lora")
+_FOLDERS = ("evaluation", "audit", "samples", "checkpoints", "lora", "transformer", "unet")
 _GAP_GREY = 236
 
 

@@ -67,6 +67,7 @@ class Audit:
             "prompt": self.prompt.text,
             "steps": list(range(len(self.scores_TG))),
             "scores": self.scores_TG.tolist(),
+            "used": self.used_TG.tolist(),
             "final": self.final_G.tolist(),
             "stopped_at": self.stopped_at,
             "kept_uniform": self.kept_uniform,

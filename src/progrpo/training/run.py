@@ -407,10 +407,10 @@ class Run:
 
 
 def _agreement(audits: Sequence[Mapping[str, Any]]) -> dict[int, float | None]:
-    """Spearman of previews and final rewards by step, mean over the audit groups that have variance."""
+    """Spearman of the previews in use and final rewards by step, mean over the audit groups that have variance."""
     by_step: dict[int, list[float]] = {}
     for record in audits:
-        for step, scores in zip(record["steps"], record["scores"], strict=True):
+        for step, scores in zip(record["steps"], record.get("used", record["scores"]), strict=True):
             value = spearman(scores, record["final"])
             by_step.setdefault(step, []).extend([] if value is None else [value])
     return {step: float(np.mean(values)) if values else None for step, values in sorted(by_step.items())}

@@ -125,6 +125,9 @@ class Trainer:
         record = self._record(tally, meter, audited, found, time.perf_counter() - start)
         self._learn_of_previews(rolled, found)
         record |= self._judge_plan(found)
+        since = time.perf_counter() - start - record["seconds"]
+        record |= {"seconds": record["seconds"] + since, "time/other": record["time/other"] + since}
+        self.totals.add_seconds({"other": since})
         self.iteration += 1
         return Iteration(record, rolled, found)
 
@@ -172,7 +175,7 @@ class Trainer:
         return self._audit_was_due() and self.ranks.is_main
 
     def _audit_was_due(self) -> bool:
-        """In this iteration, on the main process."""
+        """In this iteration, on the main process, as all know."""
         every = self.config.audit.every
         return every > 0 and (self.iteration + 1) % every == 0
 
