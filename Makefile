@@ -21,7 +21,7 @@ quickstart: setup ## train the built-in model for ten minutes; the report is run
 	@$(BIN)/progrpo train quickstart --out runs/quickstart --overwrite
 
 test: lint ## style, types and the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadscope
 test-slow: wheel-test ## what takes minutes
 lint: $(VENV)/.ready-dev ## style and types
 	@$(BIN)/ruff check --quiet .
