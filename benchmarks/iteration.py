@@ -53,7 +53,8 @@ _DECODED = 32  # as the rollout decodes
 
 
 def config_for(model: str, plan: str, wanted: argparse.Namespace) -> Config:
-    base = Config(model=ModelConfig(path=model, dtype="auto", compile=wanted.compile))
+    dtype = "float32" if wanted.compile and wanted.objective == "grpo" else "auto"  # see config: ratios must be exact
+    base = Config(model=ModelConfig(path=model, dtype=dtype, compile=wanted.compile))
     chosen, sampling = WINDOW if plan == "window" else (PlanConfig(preset=plan), base.sampling)
     return replace(
         base,

@@ -35,7 +35,8 @@ class ModelConfig:
     """Of the frozen weights and the network's forward pass; step math is always float32. `auto`: float32 or bfloat16, whichever
     this device multiplies matrices faster in, measured when the run begins and then kept in its configuration."""
     compile: bool = False
-    """Have torch compile the denoiser, which takes a minute or more at the start and needs a C++ compiler on a CPU."""
+    """Have torch compile the denoiser, which takes a minute or more at the start and needs a C++ compiler on a CPU. With GRPO, whose
+    ratios must begin at 1, in float32 only."""
     activation_checkpointing: bool = False
     """Compute activations anew in the backward pass: less memory, about a third more time in the update."""
 
@@ -468,6 +469,11 @@ def _check_together(config: Config) -> None:
     if config.optim.reuse_rollout and not trains_transitions(config):
         raise ValueError(
             f"optim.reuse_rollout must be false for objective.name {config.objective.name}: it trains noise levels that were not sampled"
+        )
+    if config.model.compile and trains_transitions(config) and config.model.dtype != "float32":
+        raise ValueError(
+            f"model.dtype must be float32 for model.compile with objective.name grpo, not {config.model.dtype}: in low precision the"
+            " compiled networks of sampling and of training round differently, and ratios would start off 1"
         )
     if config.eval.keep_best and not config.eval.every:
         raise ValueError("eval.keep_best must have eval.every above 0: the best is that of the evaluations on the way")

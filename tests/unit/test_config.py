@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -434,3 +435,35 @@ def test_the_learning_rate_rises_stays_and_falls():
     rates = [learning_rate(config, t) for t in range(10)]
     assert rates == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5])
     assert {learning_rate(Config(optim=OptimConfig(lr=2.0)), t) for t in range(10)} == {2.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"optim": {"reuse_rollout": True}, "objective": {"name": "dgpo"}}, "optim.reuse_rollout must be false for"),
+        ({"model": {"compile": True, "dtype": "bfloat16"}}, "model.dtype must be float32 for model.compile with"),
+        ({"model": {"compile": True, "dtype": "auto"}}, "model.dtype must be float32 for model.compile with"),
+        ({"plan": {"adaptive": True}, "audit": {"every": 0}}, "plan.adaptive must have audit.every above 0"),
+        ({"preview": {"probe": True}, "audit": {"every": 0}}, "preview.probe must have audit.every above 0"),
+        ({"preview": {"ode_steps": 0}}, "preview.ode_steps must be at least 1"),
+        ({"preview": {"probe_threshold": 2.0}}, "preview.probe_threshold must be between -1 and 1"),
+        ({"sampling": {"microbatch": 0}}, "sampling.microbatch must be at least 1, or empty"),
+        ({"reward": {"waves": 0}}, "reward.waves must be at least 1"),
+    ],
+)
+def test_what_the_engine_cannot_do_is_refused(fields, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check(from_dict(fields))
+
+
+def test_what_the_engine_can_do_is_not():
+    for fields in (
+        {"model": {"compile": True}},
+        {"model": {"compile": True, "dtype": "bfloat16"}, "objective": {"name": "dgpo"}},
+        {"optim": {"reuse_rollout": True}},
+        {
+            "plan": {"preset": "posthoc", "adaptive": True},
+            "preview": {"probe": True, "decoder": "tiny", "ode_steps": 2},
+        },
+    ):
+        check(from_dict(fields))
