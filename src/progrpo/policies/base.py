@@ -26,7 +26,7 @@ class PolicySettings:
     denoiser's frozen weights and the VAE are in `dtype`, the text encoders stay in the dtype they came in.
     `max_sequence_length` counts T5's tokens. `resolution` is the side of the square picture in pixels (none: the model's own).
     `compile` has torch compile the denoiser, once for each shape that it meets. `activation_checkpointing` computes activations
-    anew in the backward pass instead of keeping them. `tiny_decoder` is the folder or hub id of an AutoencoderTiny for previews.
+    anew in the backward pass instead of keeping them. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
     """
 
     weights: Literal["lora", "full"] = "lora"

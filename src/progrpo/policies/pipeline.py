@@ -18,6 +18,9 @@ from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition
+from progrpo.zoo import WEIGHTS
+
+BUILT_IN_DECODER = "shapes-tiny"
 
 
 class PipelinePolicy(ABC):
@@ -249,15 +252,17 @@ def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings) -> Auto
     """In the autoencoder's dtype and place; ValueError for one that decodes latents of another kind."""
     if not settings.tiny_decoder:
         return None
-    vae = pipeline.vae
+    vae, name = pipeline.vae, settings.tiny_decoder
     try:
-        tiny = AutoencoderTiny.from_pretrained(settings.tiny_decoder, use_safetensors=True, dtype=vae.dtype)
+        tiny = AutoencoderTiny.from_pretrained(
+            WEIGHTS / name if name == BUILT_IN_DECODER else name, use_safetensors=True, dtype=vae.dtype
+        )
     except OSError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"preview.tiny_decoder: cannot load {settings.tiny_decoder}: {reason}") from error
+        raise ValueError(f"preview.tiny_decoder: cannot load {name}: {reason}") from error
     if tiny.config.latent_channels != vae.config.latent_channels:
         raise ValueError(
-            f"preview.tiny_decoder: {settings.tiny_decoder} decodes latents of {tiny.config.latent_channels} channels, and this"
+            f"preview.tiny_decoder: {name} decodes latents of {tiny.config.latent_channels} channels, and this"
             f" model's have {vae.config.latent_channels}; take the one that was made for its autoencoder"
         )
     tiny.requires_grad_(False).eval()

@@ -28,7 +28,6 @@ class Probe:
         self.num_steps = num_steps
         self._square: Tensor | None = None  # (T, F, F) float64
         self._product: Tensor | None = None  # (T, F)
-        self._rows = 0
         self._weights: dict[int, Tensor] = {}
         self._agreement: list[list[float | None]] = []
 
@@ -44,13 +43,12 @@ class Probe:
             self._product = x.new_zeros(self.num_steps, width)
         self._square += x.transpose(1, 2) @ x
         self._product += (x.transpose(1, 2) @ y[:, None])[..., 0]
-        self._rows += len(y)
         self._weights.clear()
 
     @property
     def knows(self) -> bool:
         """Whether it has learnt anything."""
-        return self._rows > 0
+        return self._square is not None
 
     def score(self, step: int, features_NF: Tensor) -> Tensor:
         """float64 (N,), comparable within a group only."""
@@ -83,10 +81,10 @@ class Probe:
 
     def state_dict(self) -> dict[str, Any]:
         learnt = {} if self._square is None else {"square": self._square, "product": self._product}
-        return {"rows": self._rows, "agreement": self._agreement, **learnt}
+        return {"agreement": self._agreement, **learnt}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._rows, self._agreement = state["rows"], [list(audit) for audit in state["agreement"]]
+        self._agreement = [list(audit) for audit in state["agreement"]]
         learnt = (state.get(name) for name in ("square", "product"))
         self._square, self._product = (None if sums is None else sums.clone() for sums in learnt)
         self._weights.clear()

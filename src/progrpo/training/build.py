@@ -112,10 +112,8 @@ def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str
 
 
 def tiny_decoder(preview: PreviewConfig) -> str:
-    """Where the tiny decoder is that the previews ask for; empty for none."""
-    if preview.decoder == "full":
-        return ""
-    return str(WEIGHTS / preview.tiny_decoder) if preview.tiny_decoder == "shapes-tiny" else preview.tiny_decoder
+    """The tiny decoder that the previews ask for; empty for none."""
+    return preview.tiny_decoder if preview.decoder == "tiny" else ""
 
 
 def previewing(config: Config) -> Previewing:

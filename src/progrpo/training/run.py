@@ -257,10 +257,10 @@ class Run:
         return done == self.config.iterations or (every > 0 and done % every == 0)
 
     def _keep(self, done: Iteration, console: Console) -> None:
-        if (
-            self.trainer.judge.units is not None
-        ):  # before the record: a decision must never be there without its grounds
-            self.folder.write_costs(asdict(self.trainer.judge.units))
+        judge = self.trainer.judge
+        if judge.units is not None and judge.recorded is None:  # before the record: no decision without its grounds
+            self.folder.write_costs(asdict(judge.units))
+            judge.recorded = judge.units
         self.folder.append_metrics(done.record)
         console.iteration(done.record)
         self._say_of_plan(done.record, console)

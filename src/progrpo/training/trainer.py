@@ -119,7 +119,7 @@ class Trainer:
         with meter.stage("update"):
             tally = self._update(rolled, sampling, key, meter)
         audited, found = Meter(), None
-        if self._audit_due():
+        if self._audit_due() and self.ranks.is_main:
             with meter.stage("audit"):
                 found = self._audit(prompts, sampling, key, audited)
         record = self._record(tally, meter, audited, found, time.perf_counter() - start)
@@ -172,10 +172,7 @@ class Trainer:
             self.policy.named_weights.forget("reference")  # a copy of the whole denoiser that nothing asks for
 
     def _audit_due(self) -> bool:
-        return self._audit_was_due() and self.ranks.is_main
-
-    def _audit_was_due(self) -> bool:
-        """In this iteration, on the main process, as all know."""
+        """In this iteration; the main process makes it, and all know."""
         every = self.config.audit.every
         return every > 0 and (self.iteration + 1) % every == 0
 
@@ -212,7 +209,7 @@ class Trainer:
 
     def _judge_plan(self, found: Audit | None) -> dict[str, Any]:
         """What the main process makes of the plan after an audit; every process takes the plan that it chooses."""
-        if not self._audit_was_due():
+        if not self._audit_due():
             return {}
         if found is not None:
             self.judge.watch(found.used_agreement(), self.totals.counted, self.totals.seconds)
