@@ -27,7 +27,7 @@ from progrpo.rewards.load import load_reward
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
-from progrpo.rollout.preview import Previewing, picture_preview, score
+from progrpo.rollout.preview import Previewing, preview, score
 from progrpo.rollout.probe import Probe
 from progrpo.tracking.statistics import hit_rate, spearman
 from progrpo.training.build import objective_from, policy_from, sampling_from, settled, tiny_decoder
@@ -52,7 +52,7 @@ class Bench:
         def watch(step: int, batch: Trajectories) -> Trajectories:
             for name, way in ways.items():
                 parts = (self.policy, self.reward, [prompt], condition, batch, step, self.sampling, way, Meter())
-                seen[name].append(picture_preview(*parts)[1].numpy())
+                seen[name].append(preview(*parts)[1].numpy())
             return batch
 
         batch = expand(self.policy, torch.tensor([slot]), self.group_size, self.sampling, key)
@@ -91,7 +91,7 @@ def means(by_group: list[list[float | None]]) -> list[float]:
 
 
 def measured(model: str, wanted: argparse.Namespace) -> dict[str, Any]:
-    ranks, preview = Ranks(), PreviewConfig(decoder="tiny", probe=True)
+    ranks, asked = Ranks(), PreviewConfig(decoder="tiny", probe=True)
     config = Config(
         model=ModelConfig(path=model, dtype="auto"),
         sampling=SamplingConfig(
@@ -101,10 +101,10 @@ def measured(model: str, wanted: argparse.Namespace) -> dict[str, Any]:
             sde_window_size=wanted.window or 1,
         ),
         objective=ObjectiveConfig(name=wanted.objective),
-        preview=preview,
+        preview=asked,
     )
     config = settled(config, ranks)
-    policy = policy_from(config.model, 0, ranks, tiny_decoder=tiny_decoder(preview))
+    policy = policy_from(config.model, 0, ranks, tiny_decoder=tiny_decoder(asked))
     sampling = sampling_from(config, policy, objective_from(config, policy).needs, 0)
     bench = Bench(policy, load_reward("shapes"), replace(sampling, stored_steps=frozenset()), wanted.group_size)
     by_seed = [bench.measure(wanted.groups, s, bench.probe(wanted.probe_groups, s)) for s in wanted.seeds]

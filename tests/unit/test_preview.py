@@ -20,7 +20,7 @@ from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
-from progrpo.rollout.preview import Previewing, picture_preview, preview, projected
+from progrpo.rollout.preview import Previewing, preview, projected
 from progrpo.rollout.probe import Probe
 from progrpo.rollout.prune import SELECTORS
 from progrpo.rollout.rollout import rollout
@@ -228,9 +228,9 @@ def test_a_trusted_probe_is_asked_and_nothing_is_decoded(linear_policy):
     batch = replace(called(linear_policy, sampling, 1), features=tuple(features))
     probe = trusted_at(3, 1)
     how = Previewing(ode_steps=3, probe=probe)  # a linear policy has no decoder, and further steps would be counted
-    scores = preview(linear_policy, reward, PROMPTS, CONDITION, batch, 1, sampling, how, meter)
+    pictures, scores = preview(linear_policy, reward, PROMPTS, CONDITION, batch, 1, sampling, how, meter)
     assert torch.equal(scores, probe.score(1, features[1])) and not torch.equal(scores, probe.score(1, features[0]))
-    assert meter.cost == Cost(probed=ROWS) and reward.shown == []
+    assert pictures is None and meter.cost == Cost(probed=ROWS) and reward.shown == []
     assert set(meter.seconds) == {"preview"}
 
 
@@ -244,7 +244,7 @@ def test_where_the_probe_is_not_trusted_pictures_are_looked_at(tiny_policy):
 
     def watch(step: int, living: Trajectories) -> Trajectories:
         if step == 0:
-            found.append(preview(policy, reward, PROMPTS, condition, living, 0, sampling, how, meter))
+            found.append(preview(policy, reward, PROMPTS, condition, living, 0, sampling, how, meter)[1])
             x0 = projected(policy, condition, living, 0, sampling, 2, Meter())
             found.append(torch.tensor([p.float().mean() for p in policy.decode(x0)], dtype=torch.float64))
         return living
@@ -299,7 +299,8 @@ def test_the_tiny_decoder_is_used_where_it_is_asked_for(tiny_sd3, tmp_path):
     x0 = process.x0(0, x, -x)
     for tiny, expected in ((True, policy.preview(x0)), (False, policy.decode(x0))):
         parts = batch, 0, Sampling(process, microbatch=3), Previewing(tiny=tiny), Meter()
-        images, values, _ = picture_preview(policy, Counted(), PROMPTS, condition, *parts)
+        images, values = preview(policy, Counted(), PROMPTS, condition, *parts)
+        assert images is not None
         assert torch.equal(images, expected)
         assert values.tolist() == pytest.approx([p.float().mean().item() for p in expected])
     assert not torch.equal(policy.preview(x0), policy.decode(x0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,9 +35,9 @@ class Previewing:
     threshold: float = 0.5
 
     @property
-    def plain(self) -> Previewing:
-        """One-step projections through the full decoder."""
-        return Previewing()
+    def by_picture(self) -> Previewing:
+        """The same without the probe."""
+        return replace(self, probe=None)
 
     def probed(self, steps: Sequence[int]) -> frozenset[int]:
         """The steps at which the probe ranks."""
@@ -55,32 +55,20 @@ def preview(
     sampling: Sampling,
     how: Previewing,
     meter: Meter,
-) -> Tensor:
-    """Scores of unfinished trajectories after the network call of `step`: float64 (N,), NaN = missing."""
+) -> tuple[Tensor | None, Tensor]:
+    """Unfinished trajectories after the network call of `step`: their scores, float64 (N,), NaN = missing.
+
+    Before them the pictures that were scored, uint8 (N, H, W, 3); None where a probe ranked.
+    """
     if how.probed([step]):
         assert how.probe is not None
         with meter.stage("preview"):
             meter.count(probed=len(batch))
-            return how.probe.score(step, batch.features[step])
-    return picture_preview(policy, reward, prompts, condition, batch, step, sampling, how, meter)[1]
-
-
-def picture_preview(
-    policy: Policy,
-    reward: Reward,
-    prompts: Sequence[Prompt],
-    condition: Condition,
-    batch: Trajectories,
-    step: int,
-    sampling: Sampling,
-    how: Previewing,
-    meter: Meter,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`score` of the pictures that unfinished trajectories head for, whatever the probe would say."""
+            return None, how.probe.score(step, batch.features[step])
     x0 = projected(policy, condition, batch, step, sampling, how.ode_steps, meter)
     with meter.stage("preview"):
         meter.count(previews=len(batch))
-        return score(policy, reward, prompts, batch, x0, sampling.microbatch, meter, tiny=how.tiny)
+        return score(policy, reward, prompts, batch, x0, sampling.microbatch, meter, tiny=how.tiny)[:2]
 
 
 @torch.no_grad()

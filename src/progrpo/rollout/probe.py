@@ -34,6 +34,8 @@ class Probe:
     def learn(self, features: Sequence[Tensor], rewards_N: Tensor, group_N: Tensor) -> None:
         """From N finished trajectories: their features (N, F) at each step, and rewards, of which NaN is missing."""
         there = rewards_N.isfinite()
+        if not there.any():
+            return
         group = group_N[there].unique(return_inverse=True)[1]
         y = _centred(rewards_N[there, None].double(), group)[:, 0]
         x = torch.stack([_centred(_narrow(f[there]), group) for f in features])

@@ -43,7 +43,7 @@ def rollout(
         keep = plan.keep_after(step)
         if keep is None:
             return batch
-        scores_N = preview(policy, reward, prompts, condition, batch, step, sampling, how, meter)
+        _, scores_N = preview(policy, reward, prompts, condition, batch, step, sampling, how, meter)
         rows = survivors(batch, scores_N, keep, select, key.group_seeds(slot_P, step), len(prompts))
         previews.append(Preview(step, batch.group_N, batch.member_N, scores_N, _mask(rows, len(batch))))
         return batch.take(rows)

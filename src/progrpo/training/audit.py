@@ -15,7 +15,7 @@ from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan
-from progrpo.rollout.preview import Previewing, picture_preview, score
+from progrpo.rollout.preview import Previewing, preview, score
 from progrpo.rollout.prune import SELECTORS, Selector
 from progrpo.tracking.statistics import hit_rate, spearman
 from progrpo.types import Prompt, Trajectories
@@ -94,12 +94,13 @@ def audit(
     condition = policy.encode([prompt.text])
 
     def watch(step: int, batch: Trajectories) -> Trajectories:
-        def see(way: Previewing) -> tuple[Tensor, Tensor, Tensor]:
-            return picture_preview(policy, reward, [prompt], condition, batch, step, sampling, way, meter)
+        def see(way: Previewing) -> tuple[Tensor | None, Tensor]:
+            return preview(policy, reward, [prompt], condition, batch, step, sampling, way, meter)
 
-        images_NHWC, scores_N, _ = see(how.plain)
+        images_NHWC, scores_N = see(Previewing())
+        assert images_NHWC is not None
         scores.append(scores_N)
-        used.append(see(how)[1] if how.tiny or how.ode_steps > 1 else scores_N)
+        used.append(see(how.by_picture)[1] if how.tiny or how.ode_steps > 1 else scores_N)
         pictures.append(images_NHWC)
         return batch
 
