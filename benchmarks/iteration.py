@@ -33,10 +33,9 @@ import torch
 from progrpo.config import Config, ModelConfig, PlanConfig, PreviewConfig, SamplingConfig, microbatch
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Reward
-from progrpo.rewards.load import load_reward
 from progrpo.rollout.plan import UnitCosts
 from progrpo.rollout.probe import Probe
-from progrpo.training.build import policy_from, settled, tiny_decoder, train_order
+from progrpo.training.build import policy_from, scorer_from, settled, tiny_decoder, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.measure import measured
 from progrpo.training.trainer import Trainer
@@ -155,7 +154,7 @@ def measure(config: Config, iterations: int) -> dict[str, Any]:
     ranks = Ranks()
     config = settled(config, ranks)
     policy = policy_from(config.model, config.seed, ranks, tiny_decoder=tiny_decoder(config.preview))
-    order, reward = train_order(config.prompts, config.seed), load_reward(config.reward.name)
+    order, reward = train_order(config.prompts, config.seed), scorer_from(config.reward.terms)
     prompts = order.prompts_for(0, config.prompts.per_iteration)
     config = replace(config, preview=PreviewConfig())
     config = measured(config, policy, prompts[0].text, ranks)

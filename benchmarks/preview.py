@@ -24,6 +24,7 @@ from progrpo.config import Config, ModelConfig, ObjectiveConfig, PreviewConfig, 
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Reward
 from progrpo.rewards.load import load_reward
+from progrpo.rewards.mix import alone
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -106,7 +107,7 @@ def measured(model: str, wanted: argparse.Namespace) -> dict[str, Any]:
     config = settled(config, ranks)
     policy = policy_from(config.model, 0, ranks, tiny_decoder=tiny_decoder(asked))
     sampling = sampling_from(config, policy, objective_from(config, policy).needs, 0)
-    bench = Bench(policy, load_reward("shapes"), replace(sampling, stored_steps=frozenset()), wanted.group_size)
+    bench = Bench(policy, alone(load_reward("shapes")), replace(sampling, stored_steps=frozenset()), wanted.group_size)
     by_seed = [bench.measure(wanted.groups, s, bench.probe(wanted.probe_groups, s)) for s in wanted.seeds]
     return {
         "sampler": sampling.process.sampler,

@@ -21,9 +21,8 @@ import torch
 
 from progrpo.config import Config, check, from_dict, to_dict
 from progrpo.recipes import load_recipe
-from progrpo.rewards.load import load_reward
 from progrpo.storage import write_text
-from progrpo.training.build import eval_prompts, judge_for, policy_from, settled, train_order
+from progrpo.training.build import eval_prompts, judge_for, policy_from, scorer_from, settled, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import evaluate, ode
 from progrpo.training.trainer import Trainer
@@ -125,7 +124,7 @@ def run(config: Config, seconds: float, every: float, pictures: int) -> list[dic
     """Validation figures against seconds of training, first those of the base."""
     ranks = Ranks()
     config = settled(config, ranks)
-    policy, reward = policy_from(config.model, config.seed, ranks), load_reward(config.reward.name)
+    policy, reward = policy_from(config.model, config.seed, ranks), scorer_from(config.reward.terms)
     trainer = Trainer(config, policy, reward, train_order(config.prompts, config.seed), ranks)
     prompts, judge = eval_prompts("shapes", "validation", pictures), judge_for("shapes")
     sampling = ode(policy, config.eval.num_inference_steps, 1.0, 64)

@@ -300,6 +300,7 @@ def tiny_trainer(tiny_policy: Callable[..., Any]) -> Callable[..., Any]:
     """A trainer of a configuration, of the tiny policy and of `redness` if no other is given."""
     from progrpo.data import InTurn
     from progrpo.rewards.function import FunctionReward
+    from progrpo.rewards.mix import alone
     from progrpo.training.distributed import Ranks
     from progrpo.training.trainer import Trainer
     from progrpo.types import Prompt
@@ -307,7 +308,7 @@ def tiny_trainer(tiny_policy: Callable[..., Any]) -> Callable[..., Any]:
     def build(config: Any, policy: Any = None, reward: Callable[..., Any] = redness) -> Any:
         policy = policy or tiny_policy(config.model.weights)
         order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
-        return Trainer(config, policy, FunctionReward(reward), order, Ranks())
+        return Trainer(config, policy, alone(FunctionReward(reward)), order, Ranks())
 
     return build
 
@@ -326,7 +327,7 @@ def first_experience() -> Callable[[Any], Any]:
         key = NoiseKey(trainer.config.seed, 0)
         rolled = rollout(trainer.policy, trainer.reward, prompts, torch.arange(count), *parts, key, Meter())
         wanted, clip = trainer.config.objective, trainer.objective.adv_clip_max
-        return learn_from(rolled, trainer.sampling, key, wanted, clip, trainer.ranks)[0]
+        return learn_from(rolled, trainer.sampling, key, wanted, clip, trainer.ranks, trainer.reward.weights)[0]
 
     return roll
 

@@ -7,15 +7,27 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from progrpo import __version__
-from progrpo.config import Config, PlanConfig, check, config_to_json, field_paths, nearest, resolve_plan, trained_items
+from progrpo.config import (
+    Config,
+    PlanConfig,
+    RewardTerm,
+    check,
+    config_to_json,
+    field_paths,
+    nearest,
+    resolve_plan,
+    trained_items,
+)
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.rollout.plan import summary
 from progrpo.training.errors import SelfCheckError
@@ -156,8 +168,8 @@ class Eval:
     """A run folder, a built-in model's name, a folder in diffusers' format, or a hub id."""
     prompts: str | None = None
     """`shapes` or a prompt file (.txt, .jsonl); without it the run's own, `shapes` for a model."""
-    reward: str | None = None
-    """`shapes` or `module:function`; without it the run's own, `shapes` for a model."""
+    reward: tuple[str, ...] = ()
+    """One or several, as `--reward.terms` of `train`; without it the run's own, `shapes` for a model."""
     split: Literal["test", "validation"] = "test"
     """Of `shapes`: tune on validation, state figures on test."""
     pictures: int = 512
@@ -275,6 +287,42 @@ class Pretrain:
                 raise ValueError(f"--{name.replace('_', '-')} is an option of {other}, not of {self.model}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServeReward:
+    """Serve a reward to other machines over HTTP, for `url` of their recipes."""
+
+    name: Annotated[Positional[str], arg(metavar="NAME")]
+    """A built-in reward's name, or `module:function`."""
+    host: str = "127.0.0.1"
+    """The address to listen at; one that other machines reach needs a token in PROGRPO_REWARD_TOKEN."""
+    port: int = 8000
+    """0 is any that is free."""
+    device: str = "auto"
+    """`auto` is the GPU where there is one, else the CPU."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """`auto`: float16 on a GPU, float32 elsewhere."""
+    batch_size: int = 16
+    """Pictures at once, of whichever requests."""
+    model: str = ""
+    """Another model than the reward's own: a hub id or a folder."""
+    max_pictures: int = 64
+    """Of a request."""
+    max_megabytes: int = 64
+    """Of a request."""
+
+    def run(self) -> None:
+        _at_least(0, port=self.port)
+        _at_least(1, batch_size=self.batch_size, max_pictures=self.max_pictures, max_megabytes=self.max_megabytes)
+        lacking = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+        if lacking:
+            raise ValueError(f"serve-reward needs {lacking[0]}, which is not installed: pip install 'progrpo[server]'")
+        from progrpo.rewards.base import RewardSettings
+        from progrpo.rewards.server import serve
+
+        settings = RewardSettings(self.device, self.dtype, self.batch_size, self.model)
+        serve(self.name, self.host, self.port, settings, self.max_pictures, self.max_megabytes)
+
+
 COMMANDS: dict[str, type] = {
     "train": Train,
     "recipes": Recipes,
@@ -284,6 +332,7 @@ COMMANDS: dict[str, type] = {
     "report": Report,
     "repro": Repro,
     "pretrain": Pretrain,
+    "serve-reward": ServeReward,
 }
 
 
@@ -344,9 +393,26 @@ def _names_a_preset(args: Sequence[str]) -> bool:
     return any(name == "--plan.preset" and value != "custom" for name, value in pairwise(words))
 
 
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _reward_term(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[RewardTerm] | None:
+    """One word on the command line names a reward, where tyro would ask for each of its fields."""
+    if info.type is not RewardTerm:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="[WEIGHT*]NAME",
+        instance_from_str=lambda words: RewardTerm.from_text(words[0]),
+        is_instance=lambda value: isinstance(value, RewardTerm),
+        str_from_instance=lambda term: [term.to_text()],
+    )
+
+
 def _options(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
     """Parse options into a command; tyro prints help and refuses values of another type (exit codes 0 and 2)."""
-    value, unknown = tyro.cli(kind, args=args, prog=prog, default=default, return_unknown_args=True)
+    value, unknown = tyro.cli(kind, args=args, prog=prog, default=default, return_unknown_args=True, registry=_REGISTRY)
     if unknown:
         raise ValueError(_unknown(unknown, kind, prog))
     return value

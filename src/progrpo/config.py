@@ -7,8 +7,8 @@ import json
 import math
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from progrpo.rollout.plan import Plan, PrunePoint, preset
@@ -44,7 +44,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class PromptConfig:
     source: str = "shapes"
-    """`shapes` (the built-in world, its train split), or a .txt (a prompt a line) or .jsonl ({"prompt": ..., columns}) file."""
+    """`shapes` (the built-in world, its train split), a .txt (a prompt a line) or .jsonl ({"prompt": ..., columns}) file, or `dataset:NAME`: a
+    dataset of the `datasets` library, on the hub or saved in a folder, with a column `prompt`."""
     per_iteration: int = 12
     order: Literal["turn", "signal"] = "turn"
     """`turn`: kinds in turn, each prompt once before any comes again. `signal`: drawn in proportion to how far the rewards of a
@@ -113,20 +114,93 @@ class PreviewConfig:
     """Spearman's correlation with final rewards, mean over the last audits, from which on the probe takes over."""
 
 
-BUILT_IN_REWARDS = ("shapes", "shapes_strict", "shapes_mixed", "pickscore", "hpsv2")
+BUILT_IN_REWARDS = (
+    "shapes",
+    "shapes_strict",
+    "shapes_mixed",
+    "clipscore",
+    "pickscore",
+    "hpsv2",
+    "imagereward",
+    "aesthetic",
+    "ocr",
+    "geneval",
+    "jpeg_compressibility",
+    "jpeg_incompressibility",
+    "nsfw",
+    "vlm",
+)
+
+
+@dataclass(frozen=True)
+class RewardTerm:
+    """One reward. As a text `NAME` or `WEIGHT*NAME`, or as an object of these fields."""
+
+    name: str
+    """Built in (docs/rewards.md says what each is), or `module:function` (or a class) of your own."""
+    weight: float = 1.0
+    """In the sum; a negative one turns a reward into a penalty."""
+    needs: str = ""
+    """The name of a reward before it: where that one is below `at_least`, this one counts as 0."""
+    at_least: float = 0.5
+    model: str = ""
+    """Another model than the reward's own: a hub id, a folder, or the name that a server knows."""
+    url: str = ""
+    """Of a `progrpo serve-reward` that scores instead of this process; of `vlm`, its OpenAI-compatible server."""
+    device: str = "auto"
+    """Of its network, by torch's name."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: float16 on a GPU, float32 elsewhere."""
+    batch_size: int | None = None
+    """Pictures at once. Empty: 16 for a network or a server, all for a function."""
+    retries: int = 2
+    """Times that a failed call is tried again, after 1, 2, 4, ... seconds; what then fails is missing, picture by picture."""
+    timeout: float | None = None
+    """Seconds that a call may take. Empty: no limit, 60 for an answer of a server."""
+    processes: int = 0
+    """Score in so many processes of their own, each with the reward loaded: for rewards whose time goes into Python. 0: in this one."""
+    cache: str = ""
+    """A folder in which scores are kept by picture and prompt, for judges that cost money; empty: none."""
+
+    @classmethod
+    def from_text(cls, text: str) -> RewardTerm:
+        """`pickscore`, `0.5*ocr`, or a JSON object of the fields."""
+        if text.lstrip().startswith("{"):
+            try:
+                data = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"reward.terms: {text!r} is not JSON ({error.msg}, column {error.colno})") from None
+            term = _read_fields(cls, data, "reward.terms.")
+            assert isinstance(term, cls)
+            return term
+        weight, star, name = text.rpartition("*")
+        try:
+            return cls(name.strip(), float(weight) if star else 1.0)
+        except ValueError:
+            raise ValueError(
+                f"reward.terms: the weight in {text!r} is no number; write NAME or WEIGHT*NAME, as in 0.5*ocr"
+            ) from None
+
+    def to_text(self) -> str:
+        """As `from_text` reads it."""
+        if self == RewardTerm(self.name, self.weight):
+            return self.name if self.weight == 1 else f"{self.weight:g}*{self.name}"
+        return json.dumps({f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default})
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    name: str = "shapes"
-    """Of the built-in verifier: `shapes` (graded), `shapes_strict` (1 where all is right, else 0) or `shapes_mixed` (their mean).
-    Of human preferences, for any prompts: `pickscore` (PickScore over 26, arXiv 2305.01569) or `hpsv2` (HPSv2.1, arXiv 2306.09341);
-    the hub's weights are fetched at the first score. Or `module:function` of your own."""
+    terms: tuple[RewardTerm, ...] = (RewardTerm("shapes"),)
+    """What is rewarded: one reward, or the weighted sum of several. Of the built-in verifier: `shapes` (graded), `shapes_strict` (1 where all is right, else 0)
+    and `shapes_mixed` (their mean). For any prompts: clipscore, pickscore, hpsv2, imagereward, aesthetic, ocr, geneval, jpeg_compressibility,
+    jpeg_incompressibility, nsfw, vlm, or `module:function`. Each is NAME, WEIGHT*NAME or a JSON object: docs/rewards.md."""
+    quorum: float = 0.5
+    """A group of which a smaller share of the survivors has a score is skipped; at least two members are needed always."""
+    max_missing: float = 0.5
+    """The run stops, with the last error, when a larger share of an iteration's scores is missing."""
     waves: int = 1
     """In so many parts an iteration's prompts are sampled. While pictures of one wave are scored, the next is sampled: for rewards
     that are slow and busy elsewhere (a server, another device, other processes)."""
-    processes: int = 0
-    """Score in so many processes of their own, each with the reward loaded: for rewards whose time goes into Python. 0: in this one."""
 
 
 @dataclass(frozen=True)
@@ -192,8 +266,9 @@ class DGPOConfig:
 class ObjectiveConfig:
     name: Literal["grpo", "nft", "awm", "dgpo"] = "grpo"
     """What to learn from rewards; its own settings are the part of that name, the others are not read."""
-    advantage: Literal["group", "batch"] = "group"
-    """Divide by the std of the survivors of the group (the paper's) or of the whole batch (flow_grpo's global_std)."""
+    advantage: Literal["group", "batch", "gdpo"] = "group"
+    """Divide by the std of the survivors of the group (the paper's) or of the whole batch (flow_grpo's global_std). `gdpo`: each reward
+    for itself by its group's, then their weighted sum by the whole batch's (arXiv 2601.05242), so that no reward drowns another."""
     baseline: Literal["survivors", "group"] = "survivors"
     """Take mean and std over the survivors (the paper's), or over the full group where its final rewards exist (post-hoc)."""
     adv_eps: float = 1e-4
@@ -237,10 +312,12 @@ class AuditConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     prompts: str = "shapes"
-    """`shapes` (the built-in test split) or a prompt file."""
+    """`shapes` (the built-in test split), a prompt file, or `dataset:NAME` (its split `test`, else its `train`)."""
     pictures: int = 512
     every: int = 0
     """Evaluate every n iterations on the validation prompts; before and after always happen, on the test prompts."""
+    rewards: tuple[RewardTerm, ...] = ()
+    """Held-out rewards, which are measured beside the trained one and never trained on."""
     keep_best: bool = False
     """At the end, measure and save the weights that had the highest mean reward on the validation prompts, not the last. Prompt
     files have no splits: with one, the choice is made on the prompts that it is then measured on, which flatters it."""
@@ -327,6 +404,10 @@ def _read_fields(kind: Any, data: Any, prefix: str) -> Any:
     for name in data:
         if name not in hints:
             raise ValueError(f"{prefix}{name} is not a field{nearest(prefix + name, _names_at(prefix, hints))}")
+    lacking = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    for name in lacking:
+        if name not in data:
+            raise ValueError(f"{prefix}{name} is missing; every {kind.__name__} needs one")
     return kind(**{name: _read(hints[name], value, prefix + name) for name, value in data.items()})
 
 
@@ -336,6 +417,8 @@ def _names_at(prefix: str, hints: Iterable[str]) -> list[str]:
 
 def _read(kind: Any, value: Any, path: str) -> Any:
     """A JSON value as the field type `kind`: a list becomes a tuple and a whole number a float where that is asked."""
+    if kind is RewardTerm and isinstance(value, str):
+        return RewardTerm.from_text(value)
     if is_dataclass(kind):
         return _read_fields(kind, value, path + ".")
     choices = get_args(kind)
@@ -381,6 +464,19 @@ def _above(low: float) -> _Rule:
 _FRACTION: _Rule = (lambda v: 0 <= v < 1, "at least 0 and below 1")
 _SHARE: _Rule = (lambda v: 0 < v <= 1, "above 0 and at most 1")
 
+_TERM_RULES: dict[str, _Rule] = {
+    "name": (
+        lambda v: v in BUILT_IN_REWARDS or all(v.partition(":")),
+        f"one of {', '.join(BUILT_IN_REWARDS)}, or `module:function`",
+    ),
+    "weight": (math.isfinite, "a finite number"),
+    "at_least": (math.isfinite, "a finite number"),
+    "batch_size": (lambda v: v is None or v >= 1, "at least 1, or empty"),
+    "retries": _at_least(0),
+    "timeout": (lambda v: v is None or 0 < v < math.inf, "above 0, or empty for no limit"),
+    "processes": _at_least(0),
+}
+
 _RULES: dict[str, _Rule] = {
     "recipe": (lambda v: re.fullmatch(r"\w[\w.-]*", v), "a name of letters, digits, dots and dashes"),
     "seed": _at_least(0),
@@ -402,12 +498,10 @@ _RULES: dict[str, _Rule] = {
     "plan.group_size": _at_least(2),
     "preview.ode_steps": _at_least(1),
     "preview.probe_threshold": (lambda v: -1 <= v <= 1, "between -1 and 1"),
-    "reward.name": (
-        lambda v: v in BUILT_IN_REWARDS or all(v.partition(":")),
-        f"one of {', '.join(BUILT_IN_REWARDS)}, or `module:function`",
-    ),
+    "reward.terms": (lambda v: len(v) > 0, "one reward or more"),
+    "reward.quorum": (lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "reward.max_missing": (lambda v: 0 <= v <= 1, "between 0 and 1"),
     "reward.waves": _at_least(1),
-    "reward.processes": _at_least(0),
     "objective.adv_eps": _above(0),
     "objective.grpo.clip_range": (lambda v: v is None or 0 < v < math.inf, "above 0, or empty for the published one"),
     "objective.grpo.kl_beta": _at_least(0),
@@ -452,7 +546,24 @@ def check(config: Config) -> None:
             value = value[name]
         if not is_right(value):
             raise ValueError(f"{path} must be {words}, not {value!r}")
+    _check_terms("reward.terms", config.reward.terms)
+    _check_terms("eval.rewards", config.eval.rewards)
     _check_together(config)
+
+
+def _check_terms(path: str, terms: Sequence[RewardTerm]) -> None:
+    for i, term in enumerate(terms):
+        for name, (is_right, words) in _TERM_RULES.items():
+            if not is_right(getattr(term, name)):
+                raise ValueError(f"{path}[{i}].{name} must be {words}, not {getattr(term, name)!r}")
+        before = [other.name for other in terms[:i]]
+        if term.name in before:
+            raise ValueError(f"{path} names {term.name} twice; give it one weight")
+        if term.needs and term.needs not in before:
+            raise ValueError(
+                f"{path}[{i}].needs must name a reward that is listed before {term.name}"
+                f" ({', '.join(before) or 'there is none'}), not {term.needs!r}"
+            )
 
 
 def _check_together(config: Config) -> None:
@@ -477,6 +588,8 @@ def _check_together(config: Config) -> None:
         )
     if config.eval.keep_best and not config.eval.every:
         raise ValueError("eval.keep_best must have eval.every above 0: the best is that of the evaluations on the way")
+    if config.objective.advantage == "gdpo" and config.objective.baseline == "group":
+        raise ValueError("objective.baseline must be survivors for objective.advantage gdpo, not group")
     plan = config.plan
     if plan.preset != "custom" and plan != PlanConfig(
         preset=plan.preset, selector=plan.selector, adaptive=plan.adaptive

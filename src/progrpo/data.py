@@ -16,26 +16,56 @@ import numpy as np
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 
+_DATASET, _ON_DISK = "dataset:", "dataset_dict.json"
+
 Prompts = Mapping[str, tuple[Prompt, ...]]
 """Prompts by kind; a file's are all of one kind, which has no name."""
 
 
 def load_prompts(source: str, split: str = "train") -> Prompts:
-    """The prompts of `shapes` (its `split`), or of a .txt or .jsonl file (which has no splits), UTF-8.
+    """The prompts of `shapes` or of `dataset:NAME` (their `split`), or of a .txt or .jsonl file (which has no splits), UTF-8.
 
-    ValueError, one sentence with the line, on a file that is missing, empty, not UTF-8 or not in its format.
+    NAME is a folder of `datasets` or its name on the hub; the column `prompt` holds the texts, and without a split `validation` or `test` its
+    only one, or `train`, serves. ValueError, one sentence with the line, on a file that is missing, empty, not UTF-8 or not in its format.
     """
     if source == "shapes":
         return world.prompts(split)
+    if source.startswith(_DATASET):
+        return {"": _rows(source.removeprefix(_DATASET), split)}
     path = Path(source)
     if path.suffix not in _READERS:
-        raise ValueError(f"prompts must come from `shapes`, a .txt or a .jsonl file, not {source!r}{_nearest(path)}")
+        raise ValueError(
+            f"prompts must come from `shapes`, a .txt or a .jsonl file or dataset:NAME, not {source!r}{_nearest(path)}"
+        )
     if not path.is_file():
         raise ValueError(f"no prompt file {source}{_nearest(path)}")
     prompts = tuple(_READERS[path.suffix](text, where) for text, where in _lines(path))
     if not prompts:
         raise ValueError(f"{path} holds no prompt: write one a line")
     return {"": prompts}
+
+
+def _rows(name: str, split: str) -> tuple[Prompt, ...]:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"prompts from dataset:{name} need datasets: pip install 'progrpo[datasets]'") from None
+    datasets.disable_progress_bars()
+    try:
+        found = (
+            datasets.load_from_disk(name)
+            if Path(name, _ON_DISK).is_file() or Path(name, "state.json").is_file()
+            else datasets.load_dataset(name)
+        )
+    except Exception as error:  # of many kinds: no network, no such name, a file of another format
+        raise ValueError(f"dataset:{name} could not be loaded: {' '.join(str(error).split())}") from None
+    if isinstance(found, datasets.DatasetDict):
+        there = [s for s in (split, "train", *found) if s in found]
+        found = found[there[0]]
+    rows = tuple(prompt_of_row(row, f"dataset:{name}, row {n}") for n, row in enumerate(found))
+    if not rows:
+        raise ValueError(f"dataset:{name} holds no prompt")
+    return rows
 
 
 def _nearest(path: Path) -> str:
@@ -61,6 +91,16 @@ def _decode(line: bytes, where: str) -> str:
     return text
 
 
+def prompt_of_row(row: Mapping[str, Any], where: str) -> Prompt:
+    """A row with a field `prompt`; every other field is a column of that prompt."""
+    if "prompt" not in row:
+        raise ValueError(f"{where}: has no field named prompt{_field_hint(row)}")
+    text = row["prompt"]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: prompt must be a text that is not empty, not {text!r}")
+    return Prompt(text.strip(), {name: value for name, value in row.items() if name != "prompt"})
+
+
 def _read_text(text: str, where: str) -> Prompt:
     return Prompt(text)
 
@@ -72,12 +112,7 @@ def _read_json(text: str, where: str) -> Prompt:
         raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
     if not isinstance(row, dict):
         raise ValueError(f'{where}: must be an object such as {{"prompt": "a red circle"}}, not {text[:40]}')
-    if "prompt" not in row:
-        raise ValueError(f"{where}: has no field named prompt{_field_hint(row)}")
-    prompt = row.pop("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{where}: prompt must be a text that is not empty, not {prompt!r}")
-    return Prompt(prompt.strip(), row)
+    return prompt_of_row(row, where)
 
 
 def _field_hint(row: Mapping[str, object]) -> str:

@@ -118,6 +118,21 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What N pictures are worth: float64, NaN where missing.
+
+    `value_N` is the weighted sum of R rewards, and `parts_NR` what each of them counts with before its weight. `ranking_N` is
+    what selectors compare: the value, or a sum in which each reward was normalised within its group. `passed_N` is a strict
+    verdict (1, 0, NaN for none).
+    """
+
+    value_N: Tensor
+    ranking_N: Tensor
+    passed_N: Tensor
+    parts_NR: Tensor
+
+
+@dataclass(frozen=True)
 class Preview:
     """What was seen of N living trajectories after the network call of `step`; `kept_N` says who went on."""
 
@@ -132,7 +147,7 @@ class Preview:
 class Rollout:
     """N finished trajectories of P prompts, prompt-major. Rewards are float64 and NaN where missing.
 
-    `passed_N` is a strict verdict (1, 0, NaN for none). F finalists were rewarded; with a `final_keep` the N survivors
+    `passed_N` is a strict verdict (1, 0, NaN for none); `parts_NR` are the rewards that were mixed. F finalists were rewarded; with a `final_keep` the N survivors
     are some of them, otherwise all.
     """
 
@@ -142,6 +157,7 @@ class Rollout:
     images_NHWC: Tensor
     rewards_N: Tensor
     passed_N: Tensor
+    parts_NR: Tensor
     finalist_rewards_F: Tensor
     finalist_group_F: Tensor
     previews: tuple[Preview, ...]

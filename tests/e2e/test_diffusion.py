@@ -40,7 +40,7 @@ def own(tmp_path, monkeypatch) -> list[str]:
     (tmp_path / "own_reward.py").write_text(REWARD)
     (tmp_path / "prompts.txt").write_text("red cat\nblue dog\ngreen bird\n")
     prompts = ["--prompts.source", "prompts.txt", "--eval.prompts", "prompts.txt", "--eval.pictures", "3"]
-    return [*prompts, "--reward.name", "own_reward:redness", "--model.lora-rank", "2", "--optim.lr", "0.01"]
+    return [*prompts, "--reward.terms", "own_reward:redness", "--model.lora-rank", "2", "--optim.lr", "0.01"]
 
 
 def untimed(folder: Path) -> list[dict[str, Any]]:

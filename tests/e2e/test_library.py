@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,9 +130,9 @@ def test_the_whole_denoiser_can_be_trained(tiny_pipeline, tiny_config, prompts, 
 class Verdicts:
     """A reward of one's own with strict verdicts, from a column."""
 
-    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
-        means = pictures_NHWC.mean((1, 2, 3)) / 255
-        return [Score(float(m), bool(m > p.columns["least"])) for m, p in zip(means, prompts, strict=True)]
+    def score(self, images: list[Image.Image], prompts: list[str], least: list[float]) -> list[Score]:
+        means = [float(np.asarray(image).mean()) / 255 for image in images]
+        return [Score(mean, mean > bound) for mean, bound in zip(means, least, strict=True)]
 
 
 def test_a_reward_with_verdicts_and_columns(tiny_pipeline, tiny_config, prompts, tmp_path):
@@ -162,12 +161,12 @@ def test_a_plan_that_selects_on_final_rewards_is_audited_and_reported(
 
 def test_rewards_that_are_all_missing_stop_the_run_with_a_sentence(tiny_pipeline, tiny_config, prompts, tmp_path):
     out = tmp_path / "run"
-    with pytest.raises(SelfCheckError, match="every reward is missing; the reward function fails on all pictures"):
+    with pytest.raises(SelfCheckError, match=r"3 of 3 scores of reward .*lambda.* are missing"):
         progrpo.train(
             tiny_pipeline(), prompts, lambda images, prompts: [None] * len(images), config=tiny_config(), out=out
         )
     found = json.loads((out / "summary.json").read_text())
-    assert found["status"].startswith("stopped: iteration 0: every reward is missing")
+    assert found["status"].startswith("stopped: evaluation after 0 iterations: 3 of 3 scores of reward")
     assert found["reward_before"] is None and found["iterations"] == 0
 
 

@@ -33,6 +33,7 @@ from progrpo.data import InTurn
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.rewards.function import FunctionReward
+from progrpo.rewards.mix import alone
 from progrpo.training.distributed import Ranks
 from progrpo.training.trainer import Trainer
 from progrpo.types import Prompt
@@ -73,7 +74,7 @@ def trained(model, config, reward):
     settings = PolicySettings(lora_rank=2, lora_alpha=4, max_sequence_length=8)
     policy = policy_from_pipeline(DiffusionPipeline.from_pretrained(model), settings)
     order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
-    trainer = Trainer(config, policy, FunctionReward(reward), order, Ranks())
+    trainer = Trainer(config, policy, alone(FunctionReward(reward)), order, Ranks())
     survivors, records = [], []
     for i in range(config.iterations):
         done = trainer.step()

@@ -11,6 +11,7 @@ import torch
 
 from progrpo.config import PlanConfig, SamplingConfig
 from progrpo.rewards.function import FunctionReward
+from progrpo.rewards.mix import alone
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
@@ -41,7 +42,7 @@ def draw(policy, tiny_config, prompts, redness):
         sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
         chosen, slot_P = [Prompt(prompts[i]) for i in which], torch.tensor(slots)
         parts = plan, sampling, SELECTORS["ovf"], NoiseKey(3, 1), Meter()
-        return rollout(policy, FunctionReward(reward), chosen, slot_P, *parts)
+        return rollout(policy, alone(FunctionReward(reward)), chosen, slot_P, *parts)
 
     return run
 

@@ -1,4 +1,4 @@
-"""PickScore and HPSv2 on small CLIPs of random weights: against the published formulas, and against open_clip's network."""
+"""The rewards on CLIPs, small ones of random weights: against the published formulas, and against open_clip's network."""
 
 import hashlib
 import json
@@ -9,21 +9,26 @@ import string
 import subprocess
 import sys
 from collections import OrderedDict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 import progrpo
-from progrpo.rewards.clip import BATCH, OnFirstScore
-from progrpo.rewards.hpsv2 import CHECKPOINT, HPSv2, clip_of, config_of, read_checkpoint, weights_of
+from progrpo.rewards import hpsv2, pickscore
+from progrpo.rewards.aesthetic import Aesthetic
+from progrpo.rewards.base import Refusal, RewardSettings
+from progrpo.rewards.clip import VIT_H, VIT_L, head_of
+from progrpo.rewards.clipscore import CLIPScore
+from progrpo.rewards.hpsv2 import CHECKPOINT, HPSv2, clip_of, config_of, weights_of
+from progrpo.rewards.hub import OnFirstScore, placed, read_pickle
 from progrpo.rewards.pickscore import PickScore
 from progrpo.types import Prompt
 
@@ -31,11 +36,11 @@ LETTERS = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii
 VOCABULARY = {
     token: i for i, token in enumerate([*LETTERS, "<|startoftext|>", "<|endoftext|>"])
 }  # the end last, as CLIP's
-LENGTH = 12
+LENGTH = 24
 
 TEXTS = ["red cat", "a dog", "birds", "a longer text than the tower reads"] * 5
 PROMPTS = [Prompt(f"{text} {letter}") for text, letter in zip(TEXTS, string.ascii_lowercase, strict=False)]
-assert len(PROMPTS) > BATCH
+assert len(PROMPTS) > RewardSettings().batch_size
 SHAPES = {"square": (40, 40), "tall": (45, 30), "wide": (21, 50), "odd": (40, 27), "large": (300, 224)}
 
 
@@ -54,7 +59,7 @@ def ids(texts: list[str], padding: int) -> torch.Tensor:
     """By hand: the start, the letters of each word with its last one marked, the end, and padding."""
     rows = []
     for text in texts:
-        letters = [letter for word in text.split() for letter in (*word[:-1], f"{word[-1]}</w>")][: LENGTH - 2]
+        letters = [letter for word in text.lower().split() for letter in (*word[:-1], f"{word[-1]}</w>")][: LENGTH - 2]
         row = [VOCABULARY[token] for token in ("<|startoftext|>", *letters, "<|endoftext|>")]
         rows.append(row + [padding] * (LENGTH - len(row)))
     return torch.tensor(rows)
@@ -78,15 +83,17 @@ def differ(numbers):
 # --- PickScore --------------------------------------------------------------------------------------------------------
 
 
-def small_clip(**text) -> CLIPModel:
+def small_clip(side: int = 224, seed: int = 0, **text) -> CLIPModel:
     both = {"num_attention_heads": 16, "num_hidden_layers": 2, "hidden_act": "gelu", "initializer_factor": 4.0}
+    both["projection_dim"] = 24
     text = {"vocab_size": 54, "max_position_embeddings": LENGTH, "bos_token_id": 52, "eos_token_id": 53, **text}
+    vision = {"hidden_size": 48, "intermediate_size": 96, "patch_size": 56, "image_size": side}
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = CLIPModel(
             CLIPConfig(
                 text_config={"hidden_size": 32, "intermediate_size": 64, **both, **text},
-                vision_config={"hidden_size": 48, "intermediate_size": 96, "patch_size": 56, **both},
+                vision_config={**vision, **both},
                 projection_dim=24,
                 logit_scale_init_value=3.3,
             )
@@ -94,22 +101,30 @@ def small_clip(**text) -> CLIPModel:
     return model
 
 
-def published_pickscore(model: CLIPModel, pictures_NHWC: np.ndarray, texts: list[str]) -> list[float]:
-    """The model card's lines, a pair at a time; by hand what its processor does: the shorter side to 224, the middle of it."""
-    scores = []
+def cropped(picture: np.ndarray, side: int = 224) -> torch.Tensor:
+    """By hand what CLIP's processor does: the shorter side resized, and the middle of the other."""
+    height, width = picture.shape[:2]
+    shape = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
+    left, top = (shape[0] - side) // 2, (shape[1] - side) // 2
+    resized = Image.fromarray(picture).resize(shape, Image.Resampling.BICUBIC)
+    return normalised(resized.crop((left, top, left + side, top + side)))
+
+
+@torch.no_grad()
+def cosines(model: CLIPModel, pictures_NHWC: np.ndarray, texts: list[str], side: int = 224) -> list[float]:
+    """The lines of PickScore's model card, a pair at a time."""
+    found = []
     for picture, text in zip(pictures_NHWC, texts, strict=True):
-        height, width = picture.shape[:2]
-        shape = (224, int(224 * height / width)) if width <= height else (int(224 * width / height), 224)
-        left, top = (shape[0] - 224) // 2, (shape[1] - 224) // 2
-        resized = Image.fromarray(picture).resize(shape, Image.Resampling.BICUBIC)
-        pixels = normalised(resized.crop((left, top, left + 224, top + 224)))
-        with torch.no_grad():
-            image_embs = model.get_image_features(pixels[None]).pooler_output
-            image_embs = image_embs / torch.norm(image_embs, dim=-1, keepdim=True)
-            text_embs = model.get_text_features(ids([text], VOCABULARY["<|endoftext|>"])).pooler_output
-            text_embs = text_embs / torch.norm(text_embs, dim=-1, keepdim=True)
-            scores.append(float(model.logit_scale.exp() * (text_embs @ image_embs.T)[0]) / 26)
-    return scores
+        image_embs = model.get_image_features(cropped(picture, side)[None]).pooler_output
+        image_embs = image_embs / torch.norm(image_embs, dim=-1, keepdim=True)
+        text_embs = model.get_text_features(ids([text], VOCABULARY["<|endoftext|>"])).pooler_output
+        text_embs = text_embs / torch.norm(text_embs, dim=-1, keepdim=True)
+        found.append(float((text_embs @ image_embs.T)[0]))
+    return found
+
+
+def published_pickscore(model: CLIPModel, pictures_NHWC: np.ndarray, texts: list[str]) -> list[float]:
+    return [model.logit_scale.exp().item() * cosine / 26 for cosine in cosines(model, pictures_NHWC, texts)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -126,6 +141,113 @@ def test_pickscore_reads_texts_as_the_old_configuration_of_clip_does():
     old.load_state_dict(model.state_dict())
     scores = [values(PickScore(m, tokenizer(), CLIPImageProcessorPil()).score(drawn, PROMPTS)) for m in (model, old)]
     assert scores[0] == scores[1]
+
+
+# --- CLIPScore ---------------------------------------------------------------------------------------------------------
+
+
+def published_clipscore(model: CLIPModel, pictures_NHWC: np.ndarray, texts: list[str], side: int = 224) -> list[float]:
+    found = cosines(model, pictures_NHWC, [f"A photo depicts {text}" for text in texts], side)
+    return [2.5 * cosine if cosine > 0 else 0.0 for cosine in found]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_clipscore_is_the_published_formula(shape):
+    drawn, texts = pictures(SHAPES[shape]), [p.text for p in PROMPTS]
+    turned, model = small_clip(), small_clip()
+    turned.text_projection.weight.data.neg_()
+    expected = [published_clipscore(m, drawn, texts) for m in (model, turned)]
+    assert sum(score == 0.0 for score in (*expected[0], *expected[1])) == len(
+        texts
+    )  # what one clips the other does not
+    differ(expected[0] if any(expected[0]) else expected[1])
+    for clip, wanted in zip((model, turned), expected, strict=True):
+        scores = CLIPScore(clip, tokenizer(), CLIPImageProcessorPil()).score(drawn, PROMPTS)
+        assert values(scores) == pytest.approx(wanted, abs=1e-5)
+
+
+def save_clip(folder: Path, model: CLIPModel, side: int = 224) -> None:
+    """With all of its repository's files that a reward reads."""
+    model.save_pretrained(folder)
+    crop = {"height": side, "width": side}
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop).save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def save_tokenizer(folder: Path) -> None:
+    (folder / "vocab.json").write_text(json.dumps(VOCABULARY))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+def test_clipscore_of_another_clip_in_a_folder_with_its_own_resolution(tmp_path):
+    drawn, model = pictures((40, 60)), small_clip(side=112)
+    save_clip(tmp_path, model, side=112)
+    reward = CLIPScore.from_hub(RewardSettings(device="cpu", model=str(tmp_path)))
+    expected = differ(published_clipscore(model, drawn, [p.text for p in PROMPTS], side=112))
+    assert values(reward.score(drawn, PROMPTS)) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("lacking", ["vocab.json", "preprocessor_config.json", "model.safetensors"])
+def test_a_folder_that_lacks_a_file_of_a_clip_is_refused(tmp_path, lacking):
+    save_clip(tmp_path, small_clip())
+    (tmp_path / lacking).unlink()
+    with pytest.raises(Refusal, match=rf"^reward 'clipscore': there is no cached copy of {tmp_path}, and.*{lacking}"):
+        CLIPScore.from_hub(RewardSettings(device="cpu", model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("change", [lambda w: {}, lambda w: {"text_projection.weight": w[:-1].clone()}])
+def test_weights_that_lack_or_do_not_fit_are_not_made_up(tmp_path, change):
+    save_clip(tmp_path, small_clip())
+    weights = load_file(tmp_path / "model.safetensors")
+    changed = change(weights.pop("text_projection.weight"))
+    save_file({**weights, **changed}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        Refusal, match=rf"^reward 'clipscore': {tmp_path} is no CLIPModel, it has no text_projection.weight"
+    ):
+        CLIPScore.from_hub(RewardSettings(device="cpu", model=str(tmp_path)))
+
+
+# --- LAION's aesthetic predictor ---------------------------------------------------------------------------------------
+
+
+class PublishedHead(nn.Module):
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        sizes, drops = (width, 32, 16, 8, 4, 1), (0.2, 0.2, 0.1, None, None)
+        layers = []
+        for i, drop in enumerate(drops):
+            layers += [nn.Linear(*sizes[i : i + 2])] + ([nn.Dropout(drop)] if drop else [])
+        self.layers = nn.Sequential(*layers)
+        generator = torch.Generator().manual_seed(2)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, 0.0, 0.5, generator=generator)
+
+
+def published_aesthetic(model: CLIPModel, head: PublishedHead, pictures_NHWC: np.ndarray) -> list[float]:
+    with torch.no_grad():
+        features = model.get_image_features(torch.stack([cropped(p) for p in pictures_NHWC])).pooler_output
+        return head.eval().layers(features / features.square().sum(1, keepdim=True).sqrt()).squeeze(1).tolist()
+
+
+def vision_of(model: CLIPModel) -> CLIPVisionModelWithProjection:
+    vision = CLIPVisionModelWithProjection(model.config.vision_config)
+    vision.load_state_dict(model.state_dict(), strict=False)
+    return vision
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_aesthetic_predictor_is_the_published_network_through_a_checkpoint(shape, tmp_path):
+    drawn, model, head = pictures(SHAPES[shape]), small_clip(), PublishedHead()
+    assert list(head.state_dict()) == [f"layers.{i}.{kind}" for i in (0, 2, 4, 6, 7) for kind in ("weight", "bias")]
+    expected = differ(published_aesthetic(model, head, drawn))
+    state = read_pickle("aesthetic", *checkpoint(tmp_path, head.state_dict()))
+    reward = Aesthetic(vision_of(model), head_of(state), CLIPImageProcessorPil())
+    assert values(reward.score(drawn, PROMPTS)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_aesthetic_predictor_does_not_read_prompts():
+    drawn, reward = pictures((40, 40)), aesthetic()
+    assert reward.score(drawn, PROMPTS) == reward.score(drawn, PROMPTS[::-1])
 
 
 # --- HPSv2: open_clip's network, written anew in torch ----------------------------------------------------------------
@@ -233,8 +355,8 @@ def published_pixels(pictures_NHWC: np.ndarray) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def checkpoint(folder: Path, state: object) -> tuple[Path, str]:
-    path = folder / CHECKPOINT
+def checkpoint(folder: Path, state: object, name: str = CHECKPOINT) -> tuple[Path, str]:
+    path = folder / name
     torch.save(state, path)
     return path, hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -243,7 +365,7 @@ def checkpoint(folder: Path, state: object) -> tuple[Path, str]:
 def test_hpsv2_is_open_clips_network_through_a_checkpoint(shape, tmp_path):
     drawn, model = pictures(SHAPES[shape]), open_clip()
     expected = differ(model.score(published_pixels(drawn), ids([p.text for p in PROMPTS], padding=0)))
-    state = read_checkpoint(*checkpoint(tmp_path, {"epoch": 1, "state_dict": model.state_dict()}))
+    state = read_pickle("hpsv2", *checkpoint(tmp_path, {"epoch": 1, "state_dict": model.state_dict()}))["state_dict"]
     converted = clip_of(state, text_heads=4, vision_heads=8)
     scores = HPSv2(converted, tokenizer(), CLIPImageProcessorPil()).score(drawn, PROMPTS)
     assert values(scores) == pytest.approx(expected, abs=1e-5)
@@ -266,8 +388,8 @@ def test_a_checkpoint_of_another_checksum_is_refused(tmp_path):
     path, sha256 = checkpoint(tmp_path, {"state_dict": open_clip().state_dict()})
     with path.open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(ValueError, match=rf"'hpsv2'.*{CHECKPOINT} is damaged.* not {sha256}; delete it, and"):
-        read_checkpoint(path, sha256)
+    with pytest.raises(Refusal, match=rf"^reward 'hpsv2': .*{CHECKPOINT} is damaged.* not {sha256}; delete it, and"):
+        read_pickle("hpsv2", path, sha256)
 
 
 class Mischief:
@@ -278,16 +400,34 @@ class Mischief:
 def test_a_checkpoint_of_more_than_tensors_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights"):
-        read_checkpoint(*checkpoint(tmp_path, {"state_dict": {}, "more": Mischief()}))
+        read_pickle("hpsv2", *checkpoint(tmp_path, {"state_dict": {}, "more": Mischief()}))
     assert not Path("mischief").exists()
 
 
-# --- what both do -----------------------------------------------------------------------------------------------------
+# --- what all of them do ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[PickScore, HPSv2])
-def reward(request):
-    return request.param(small_clip(), tokenizer(), CLIPImageProcessorPil())
+def aesthetic(**settings) -> Aesthetic:
+    head = head_of(PublishedHead().state_dict())
+    return Aesthetic(vision_of(small_clip()), head, CLIPImageProcessorPil(), **settings)
+
+
+def cosine_reward(kind, **settings):
+    return kind(small_clip(), tokenizer(), CLIPImageProcessorPil(), **settings)
+
+
+MAKERS = {kind.__name__: partial(cosine_reward, kind) for kind in (PickScore, HPSv2, CLIPScore)}
+MAKERS["Aesthetic"] = aesthetic
+
+
+@pytest.fixture(params=MAKERS)
+def make(request):
+    return MAKERS[request.param]
+
+
+@pytest.fixture
+def reward(make):
+    return make()
 
 
 def test_no_pictures_no_scores(reward):
@@ -297,7 +437,16 @@ def test_no_pictures_no_scores(reward):
 def test_features_without_a_direction_are_a_missing_score(reward):
     reward._model.visual_projection.weight.zero_()
     scores = reward.score(pictures((40, 40), 2), PROMPTS[:2])
+    assert len(scores) == 2
     assert all(math.isnan(s.value) and math.isnan(s.number()) for s in scores)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, len(PROMPTS)])
+def test_the_size_of_a_batch_changes_nothing_but_rounding(make, batch_size):
+    drawn = pictures((40, 40))
+    assert values(make(batch_size=batch_size).score(drawn, PROMPTS)) == pytest.approx(
+        values(make().score(drawn, PROMPTS)), abs=1e-5
+    )
 
 
 def test_weights_are_frozen_and_dropout_is_off(reward):
@@ -319,116 +468,117 @@ def test_a_reward_is_loaded_once_and_late():
     assert len(loaded) == 1
 
 
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_network_is_placed_as_the_settings_say(dtype, expected):
+    model = placed(nn.Sequential(nn.Linear(2, 2), nn.Dropout()), RewardSettings(device="cpu", dtype=dtype))
+    assert {p.dtype for p in model.parameters()} == {expected}
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(Refusal, match="device cuda:1: there is no GPU here; leave it out or say cpu"):
+        placed(nn.Linear(2, 2), RewardSettings(device="cuda:1"))
+
+
 # --- from the hub's cache, without a network --------------------------------------------------------------------------
 
 SCRIPT = """
-import json, sys
+import importlib, json, shutil, sys
+from pathlib import Path
 import progrpo.rewards.load as load
 early = "transformers" in sys.modules
 import numpy as np
+from progrpo.rewards.base import Refusal, RewardSettings
 from progrpo.types import Prompt
-pictures, texts = np.load(sys.argv[1]), json.loads(sys.argv[2])
-rewards, found = {name: load.load_reward(name) for name in sys.argv[3:]}, {"early": early}
-for name, reward in rewards.items():
+told, pictures = json.loads(sys.argv[1]), np.load(sys.argv[2])
+prompts = [Prompt(text) for text in told["texts"]]
+def say(name, model=""):
+    reward = load.load_reward(name, RewardSettings(model=model))
     try:
-        found[name] = [s.value for s in reward.score(pictures, [Prompt(t) for t in texts])]
-    except ValueError as error:
-        found[name] = str(error)
+        return [s.value for s in reward.score(pictures, prompts)]
+    except Refusal as error:
+        return str(error)
+for module, constants in told["constants"].items():
+    vars(importlib.import_module(f"progrpo.rewards.{module}")).update(constants)
+names = ["pickscore", "hpsv2", "clipscore", "aesthetic"]
+found = {"early": early, "whole": {name: say(name) for name in names}, "other": say("clipscore", "some/clip")}
+for path in map(Path, told["broken"]):
+    path.unlink()
+    path.with_name("other").exists() and path.with_name("other").rename(path)
+found["broken"] = {name: say(name) for name in names}
+shutil.rmtree(told["hub"])
+found["empty"] = {name: say(name) for name in names}
 print(json.dumps(found))
 """
 
 
-BOTH = ("pickscore", "hpsv2")
-
-
-def score_apart(folder: Path, drawn: np.ndarray, texts: list[str], names=BOTH, hub: str = "") -> dict:
-    """Rewards by name, in a process whose cache of the hub is `folder`, and which is offline if there is no `hub` to ask."""
-    np.save(folder / "pictures.npy", drawn)
-    network = {"HF_ENDPOINT": hub, "NO_PROXY": "127.0.0.1"} if hub else {"HF_HUB_OFFLINE": "1"}
-    environment = {**os.environ, **network, "HF_HUB_CACHE": str(folder), "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = str(Path(progrpo.__file__).parents[1])
-    command = [sys.executable, "-c", SCRIPT, str(folder / "pictures.npy"), json.dumps(texts), *names]
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def cached(cache: Path, repository: str) -> Path:
-    """The folder of a repository's files in the hub's cache, as `main`."""
-    root = cache / f"models--{repository.replace('/', '--')}"
-    snapshot = root / "snapshots" / ("0" * 40)
+def cached(cache: Path, repository: str, revision: str) -> Path:
+    """The folder of a repository's files at a commit in the hub's cache."""
+    snapshot = cache / f"models--{repository.replace('/', '--')}" / "snapshots" / revision
     snapshot.mkdir(parents=True)
-    (root / "refs").mkdir()
-    (root / "refs" / "main").write_text("0" * 40)
     return snapshot
 
 
-def fill_cache(cache: Path, model: CLIPModel, hps: OpenClip) -> Path:
-    model.save_pretrained(cached(cache, "yuvalkirstain/PickScore_v1"))
-    texts = cached(cache, "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
-    (texts / "vocab.json").write_text(json.dumps(VOCABULARY))
-    (texts / "merges.txt").write_text("#version: 0.2\n")
-    snapshot = cached(cache, "xswu/HPSv2")
-    blobs = snapshot.parents[1] / "blobs"
-    blobs.mkdir()
-    path, sha256 = checkpoint(blobs, {"state_dict": {name: w.half() for name, w in hps.state_dict().items()}})
-    (snapshot / CHECKPOINT).symlink_to(path.rename(blobs / sha256))
-    return blobs / sha256
+def as_main(cache: Path, repository: str, revision: str) -> None:
+    refs = cache / f"models--{repository.replace('/', '--')}" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(revision)
+
+
+NOWHERE = "http://127.0.0.1:9/head%2Bof-linear-layers.pth"
 
 
 def test_from_the_cache_without_a_network(tmp_path):
     drawn, texts = pictures((40, 40), 3), TEXTS[:3]
-    model, hps = small_clip(), open_clip(text=(32, 2, 16), vision=(48, 3, 16)).half().float()
-    blob = fill_cache(tmp_path, model, hps)
-    found = score_apart(tmp_path, drawn, texts)
+    pick, clip, other, head = small_clip(), small_clip(seed=1), small_clip(side=112), PublishedHead()
+    hps = open_clip(text=(32, 2, 16), vision=(48, 3, 16)).half().float()
+    hub, torch_hub = tmp_path / "hub", tmp_path / "torch" / "hub" / "checkpoints"
+    pick.save_pretrained(cached(hub, pickscore.MODEL, pickscore.REVISION))
+    save_tokenizer(words := cached(hub, *VIT_H))
+    state = {"state_dict": {name: w.half() for name, w in hps.state_dict().items()}}
+    published, sha256 = checkpoint(cached(hub, hpsv2.REPOSITORY, hpsv2.REVISION), state)
+    checkpoint(published.parent, {"state_dict": {}}, "other")
+    save_clip(cached(hub, *VIT_L), clip)
+    save_clip(cached(hub, "some/clip", "0" * 40), other, side=112)
+    as_main(hub, "some/clip", "0" * 40)
+    torch_hub.mkdir(parents=True)
+    head_file, head_sha256 = checkpoint(torch_hub, head.state_dict(), "head+of-linear-layers.pth")
+
+    np.save(tmp_path / "pictures.npy", drawn)
+    constants = {"hpsv2": {"SHA256": sha256}, "aesthetic": {"URL": NOWHERE, "SHA256": head_sha256}}
+    broken = [str(words / "merges.txt"), str(published), str(head_file)]
+    told = {"texts": texts, "constants": constants, "broken": broken, "hub": str(hub)}
+    places = {"HF_HUB_CACHE": str(hub), "TORCH_HOME": str(tmp_path / "torch"), "HF_HUB_OFFLINE": "1"}
+    places |= {
+        "PYTHONPATH": str(Path(progrpo.__file__).parents[1]),
+        "NO_PROXY": "127.0.0.1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, "-c", SCRIPT, json.dumps(told), str(tmp_path / "pictures.npy")]
+    done = subprocess.run(command, env={**os.environ, **places}, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+
     assert not found["early"]
-    assert found["pickscore"] == pytest.approx(published_pickscore(model, drawn, texts), abs=1e-5)
-    assert found["hpsv2"] == pytest.approx(hps.score(published_pixels(drawn), ids(texts, 0)), abs=1e-5)
+    whole, broken, empty = found["whole"], found["broken"], found["empty"]
+    assert whole["pickscore"] == pytest.approx(published_pickscore(pick, drawn, texts), abs=1e-5)
+    assert whole["hpsv2"] == pytest.approx(hps.score(published_pixels(drawn), ids(texts, 0)), abs=1e-5)
+    assert whole["clipscore"] == pytest.approx(published_clipscore(clip, drawn, texts), abs=1e-5)
+    assert whole["aesthetic"] == pytest.approx(published_aesthetic(clip, head, drawn), abs=1e-5)
+    assert found["other"] == pytest.approx(published_clipscore(other, drawn, texts, side=112), abs=1e-5)
 
-    with blob.open("ab") as file:
-        file.write(b"\0")
-    (tmp_path / "models--laion--CLIP-ViT-H-14-laion2B-s32B-b79K" / "snapshots" / ("0" * 40) / "merges.txt").unlink()
-    found = score_apart(tmp_path, drawn, texts)
-    assert found["pickscore"].startswith(
-        "reward.name 'pickscore': there is no cached copy of laion/CLIP-ViT-H-14-laion2B-s32B-b79K,"
-    )
-    assert "is damaged" in found["hpsv2"]
+    assert broken["pickscore"].startswith(lacks("pickscore", VIT_H[0]))
+    assert f"{published} is damaged, its sha256 is " in broken["hpsv2"]
+    assert broken["hpsv2"].endswith(f" and not {sha256}; delete it, and it is fetched anew")
+    assert broken["clipscore"] == whole["clipscore"]
+    assert broken["aesthetic"].startswith(lacks("aesthetic", head_file, NOWHERE))
 
-
-def test_neither_a_cached_copy_nor_a_network(tmp_path):
-    found = score_apart(tmp_path, pictures((40, 40), 1), TEXTS[:1])
-    for name, repository in (("pickscore", "yuvalkirstain/PickScore_v1"), ("hpsv2", "xswu/HPSv2")):
-        assert found[name].startswith(
-            f"reward.name {name!r}: there is no cached copy of {repository}, and the Hugging Face hub did not give one: "
-        )
-        assert "\n" not in found[name]
+    repositories = {"pickscore": pickscore.MODEL, "hpsv2": hpsv2.REPOSITORY}
+    for name, refusal in empty.items():
+        assert refusal.startswith(lacks(name, repositories.get(name, VIT_L[0])))
+        assert "\n" not in refusal
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Says of every file that it is as `sha256` says."""
-
-    sha256 = ""
-
-    def do_HEAD(self) -> None:
-        self.send_response(200)
-        for name, value in {
-            "X-Repo-Commit": "0" * 40,
-            "X-Linked-Etag": f'"{self.sha256}"',
-            "Content-Length": "9",
-        }.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-def test_a_cache_without_links_is_checked_by_what_the_hub_says(tmp_path):
-    drawn, texts, hps = pictures((40, 40), 3), TEXTS[:3], open_clip(text=(32, 2, 16), vision=(48, 3, 16)).half().float()
-    blob = fill_cache(tmp_path, small_clip(), hps)
-    blob.rename(blob.parents[1] / "snapshots" / ("0" * 40) / CHECKPOINT)  # over the link
-    answers = type("Answers", (Hub,), {"sha256": blob.name})
-    with ThreadingHTTPServer(("127.0.0.1", 0), answers) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        found = score_apart(tmp_path, drawn, texts, ["hpsv2"], f"http://127.0.0.1:{server.server_port}")
-        server.shutdown()
-    assert found["hpsv2"] == pytest.approx(hps.score(published_pixels(drawn), ids(texts, 0)), abs=1e-5)
+def lacks(name: str, what: str | Path, source: str = "the Hugging Face hub") -> str:
+    return f"reward {name!r}: there is no cached copy of {what}, and {source} did not give one: "

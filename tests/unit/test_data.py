@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from itertools import pairwise
 
@@ -74,7 +75,7 @@ def test_missing_files_are_refused_with_the_nearest(tmp_path):
 def test_other_sources_are_refused():
     with pytest.raises(ValueError, match=r"not 'shape'; did you mean shapes\?"):
         load_prompts("shape")
-    with pytest.raises(ValueError, match=r"a \.txt or a \.jsonl file, not 'p.csv'"):
+    with pytest.raises(ValueError, match=r"a \.txt or a \.jsonl file or dataset:NAME, not 'p.csv'"):
         load_prompts("p.csv")
 
 
@@ -192,3 +193,47 @@ def test_by_signal_resumes_exactly(of_easy_and_hard):
         resumed.observe(t, [signal(text) for text in prompts])
     assert resumed.metrics() == straight.metrics() and taught(other, 8, 5, signal) != dealt
     assert set(texts(straight.ahead(8, 9, 5))) >= set(texts(straight.prompts_for(8, 5)))
+
+
+# --- the datasets library ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of one split, of several, and of a file that the library reads by itself."""
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("datasets")
+    rows = [{"prompt": f" a cat {i} ", "target": f"t{i}", "n": i} for i in range(3)]
+    one = datasets.Dataset.from_list(rows)
+    one.save_to_disk(folder / "one")
+    splits = {"train": one, "test": one.select([2]), "validation": one.select([1])}
+    datasets.DatasetDict(splits).save_to_disk(folder / "splits")
+    datasets.DatasetDict({"train": one}).save_to_disk(folder / "train")
+    (folder / "files").mkdir()
+    one.to_parquet(folder / "files" / "train.parquet")
+    datasets.Dataset.from_list([{"text": "no prompt"}]).save_to_disk(folder / "wrong")
+    return folder
+
+
+ROWS = tuple(Prompt(f"a cat {i}", {"target": f"t{i}", "n": i}) for i in range(3))
+
+
+@pytest.mark.parametrize("name", ["one", "splits", "train", "files"])
+def test_a_datasets_rows_are_prompts_with_columns(saved, name):
+    assert load_prompts(f"dataset:{saved / name}") == {"": ROWS}
+
+
+def test_a_dataset_has_splits_and_train_serves_where_one_lacks(saved):
+    assert load_prompts(f"dataset:{saved / 'splits'}", "test") == {"": ROWS[2:]}
+    assert load_prompts(f"dataset:{saved / 'splits'}", "validation") == {"": ROWS[1:2]}
+    assert load_prompts(f"dataset:{saved / 'train'}", "test") == {"": ROWS}
+
+
+def test_datasets_that_hold_no_prompts_are_refused_in_a_sentence(saved, monkeypatch):
+    with pytest.raises(ValueError, match=r"wrong, row 0: has no field named prompt, only text$"):
+        load_prompts(f"dataset:{saved / 'wrong'}")
+    with pytest.raises(ValueError, match=r"^dataset:.*absent could not be loaded: [^\n]*$"):
+        load_prompts(f"dataset:{saved / 'absent'}")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"need datasets: pip install 'progrpo\[datasets\]'"):
+        load_prompts(f"dataset:{saved / 'one'}")

@@ -16,6 +16,7 @@ from progrpo.diffusion.process import Process
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import load_policy
 from progrpo.rewards.base import Score
+from progrpo.rewards.mix import alone
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -228,7 +229,7 @@ def test_a_trusted_probe_is_asked_and_nothing_is_decoded(linear_policy):
     batch = replace(called(linear_policy, sampling, 1), features=tuple(features))
     probe = trusted_at(3, 1)
     how = Previewing(ode_steps=3, probe=probe)  # a linear policy has no decoder, and further steps would be counted
-    pictures, scores = preview(linear_policy, reward, PROMPTS, CONDITION, batch, 1, sampling, how, meter)
+    pictures, scores = preview(linear_policy, alone(reward), PROMPTS, CONDITION, batch, 1, sampling, how, meter)
     assert torch.equal(scores, probe.score(1, features[1])) and not torch.equal(scores, probe.score(1, features[0]))
     assert pictures is None and meter.cost == Cost(probed=ROWS) and reward.shown == []
     assert set(meter.seconds) == {"preview"}
@@ -244,7 +245,7 @@ def test_where_the_probe_is_not_trusted_pictures_are_looked_at(tiny_policy):
 
     def watch(step: int, living: Trajectories) -> Trajectories:
         if step == 0:
-            found.append(preview(policy, reward, PROMPTS, condition, living, 0, sampling, how, meter)[1])
+            found.append(preview(policy, alone(reward), PROMPTS, condition, living, 0, sampling, how, meter)[1])
             x0 = projected(policy, condition, living, 0, sampling, 2, Meter())
             found.append(torch.tensor([p.float().mean() for p in policy.decode(x0)], dtype=torch.float64))
         return living
@@ -273,7 +274,7 @@ def test_a_rollout_counts_what_its_plan_says_of_probes_and_further_steps(tiny_po
     sampling = Sampling(process, frozenset({0, 1}), features=True, guidance_scale=3.0)
     plan, how = Plan(5, (PrunePoint(0, 4), PrunePoint(2, 3))), Previewing(ode_steps=3, probe=probe)
     parts = plan, sampling, SELECTORS["ovf"], NoiseKey(0, 0), meter, how
-    rolled = rollout(policy, reward, PROMPTS, torch.tensor([0, 1]), *parts)
+    rolled = rollout(policy, alone(reward), PROMPTS, torch.tensor([0, 1]), *parts)
     assert meter.cost == plan.predict(4, 0, True, 3, frozenset({2})) * 2
     assert meter.cost.probed == 8 and meter.cost.previews == 10 and reward.shown == [10, 6]
     last = rolled.previews[1]
@@ -299,7 +300,7 @@ def test_the_tiny_decoder_is_used_where_it_is_asked_for(tiny_sd3, tmp_path):
     x0 = process.x0(0, x, -x)
     for tiny, expected in ((True, policy.preview(x0)), (False, policy.decode(x0))):
         parts = batch, 0, Sampling(process, microbatch=3), Previewing(tiny=tiny), Meter()
-        images, values = preview(policy, Counted(), PROMPTS, condition, *parts)
+        images, values = preview(policy, alone(Counted()), PROMPTS, condition, *parts)
         assert images is not None
         assert torch.equal(images, expected)
         assert values.tolist() == pytest.approx([p.float().mean().item() for p in expected])

@@ -57,7 +57,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @contextmanager
 def processes(name: str, count: int) -> Iterator[Any]:
-    reward = load_reward(f"{MODULE}:{name}", count)
+    reward = load_reward(f"{MODULE}:{name}", processes=count)
     assert isinstance(reward, InProcesses)
     try:
         yield reward
@@ -94,7 +94,7 @@ def test_an_error_in_a_process_is_raised_here_and_the_next_call_is_answered(here
 
 
 def test_a_wrong_name_is_refused_before_any_process_starts(here):
-    with pytest.raises(ValueError, match="has no function 'absent'"):
-        load_reward(f"{MODULE}:absent", 2)
+    with pytest.raises(ValueError, match="has no function or class 'absent'"):
+        load_reward(f"{MODULE}:absent", processes=2)
     with pytest.raises(ValueError, match="neither built in"):
-        load_reward("absent", 2)
+        load_reward("absent", processes=2)

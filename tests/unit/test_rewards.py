@@ -1,5 +1,6 @@
 """Plain functions as rewards, and from a name to a reward."""
 
+import asyncio
 import math
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from progrpo.config import BUILT_IN_REWARDS
-from progrpo.rewards.base import Score
+from progrpo.rewards.base import Refusal, Score
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.load import REWARDS, load_reward
 from progrpo.rewards.shapes import ShapesReward
@@ -153,6 +154,90 @@ def test_another_number_of_scores_is_refused_by_name():
         FunctionReward(Scorer(2)).score(PICTURES, PROMPTS)
 
 
+def test_a_score_may_be_returned_for_a_number():
+    def strict(images, prompts):
+        return [Score(0.5, True), Score(None, error="too dark"), 3]
+
+    assert FunctionReward(strict).score(PICTURES, PROMPTS) == [
+        Score(0.5, True),
+        Score(None, error="too dark"),
+        Score(3.0),
+    ]
+
+
+async def of_a_server(images, prompts, target):
+    async def one(image, wanted):
+        await asyncio.sleep(0.001)
+        return None if wanted is None else float(np.asarray(image).mean()) + wanted
+
+    return await asyncio.gather(*(one(i, t) for i, t in zip(images, target, strict=True)))
+
+
+def test_an_async_function_is_waited_for_also_where_a_loop_is_running():
+    expected = [float(PICTURES[0].mean()) + 1, float(PICTURES[1].mean()) + 2, None]
+
+    async def notebook():
+        return FunctionReward(of_a_server).score(PICTURES, PROMPTS)
+
+    assert [s.value for s in FunctionReward(of_a_server).score(PICTURES, PROMPTS)] == expected
+    assert [s.value for s in asyncio.run(notebook())] == expected
+
+
+def test_an_object_is_loaded_once_before_its_first_score_and_closed():
+    events: list[str] = []
+
+    class Whole:
+        def load(self):
+            events.append("load")
+
+        def score(self, images, prompts, note):
+            events.append("score")
+            return [len(n or "") for n in note]
+
+        def close(self):
+            events.append("close")
+
+    reward = FunctionReward(Whole())
+    assert events == []
+    assert [s.value for s in reward.score(PICTURES, PROMPTS)] == [1, 0, 0]
+    reward.score(PICTURES, PROMPTS)
+    reward.close()
+    assert events == ["load", "score", "score", "close"]
+    FunctionReward(of_a_server).close()  # a function has nothing to close
+
+
+def test_pictures_come_in_batches_where_that_is_asked_for_with_their_columns():
+    shown: list[tuple] = []
+
+    def reward(images, prompts, target):
+        shown.append((len(images), prompts, target))
+        return [0.0] * len(images)
+
+    assert len(FunctionReward(reward, batch_size=2).score(PICTURES, PROMPTS)) == 3
+    assert shown == [(2, ["a", "b"], [1, 2]), (1, ["c"], [None])]  # `target` is known though the last prompt has none
+
+
+def test_a_ranking_says_so_and_is_never_taken_apart():
+    def ranking(images, prompts):
+        return np.argsort(np.argsort([np.asarray(i).mean() for i in images]))
+
+    assert not FunctionReward(ranking).groupwise
+    ranking.groupwise = True  # type: ignore[attr-defined]
+    reward = FunctionReward(ranking, batch_size=1)
+    assert reward.groupwise and sorted(s.value for s in reward.score(PICTURES, PROMPTS)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("answer", [None, 0.5, (v for v in ())])
+def test_an_answer_that_is_no_sequence_is_refused(answer):
+    with pytest.raises(Refusal, match=r"no scores for 3 pictures; return one each"):
+        FunctionReward(lambda images, prompts: answer).score(PICTURES, PROMPTS)
+
+
+def test_what_cannot_be_called_is_refused():
+    with pytest.raises(Refusal, match="reward 3 is neither a function nor an object with a method score"):
+        FunctionReward(3)
+
+
 def test_an_error_in_the_users_function_is_the_users_to_see():
     def broken(images, prompts):
         raise ZeroDivisionError("mine")
@@ -211,9 +296,31 @@ def test_the_current_folder_hides_no_installed_module(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["shape", "", "my_reward.score"])
 def test_an_unknown_name_is_refused(name):
-    known = "shapes, shapes_strict, shapes_mixed, pickscore, hpsv2"
+    known = ", ".join(BUILT_IN_REWARDS)
     with pytest.raises(ValueError, match=rf"neither built in \({known}\) nor of the form module:function"):
         load_reward(name)
+
+
+def test_a_class_of_a_module_is_made_without_arguments(tmp_path, monkeypatch):
+    write(
+        tmp_path,
+        "class Seven:\n    def score(self, images, prompts):\n        return [7.0] * len(images)\n",
+        "my_reward_class",
+    )
+    monkeypatch.chdir(tmp_path)
+    assert load_reward("my_reward_class:Seven").score(PICTURES, PROMPTS)[0] == Score(7.0)
+
+
+def test_a_ranking_is_not_spread_over_processes(tmp_path, monkeypatch):
+    write(
+        tmp_path,
+        "def score(images, prompts):\n    return [0.0] * len(images)\nscore.groupwise = True\n",
+        "my_reward_rank",
+    )
+    monkeypatch.chdir(tmp_path)
+    assert load_reward("my_reward_rank:score").groupwise
+    with pytest.raises(Refusal, match="ranks a group, which processes would take apart"):
+        load_reward("my_reward_rank:score", processes=2)
 
 
 @pytest.mark.parametrize("name", ["no_such_module:score", "no.such.module:score"])
@@ -227,7 +334,7 @@ def test_a_missing_module_is_refused(name, tmp_path, monkeypatch):
 def test_a_missing_function_is_refused(attribute, shown, tmp_path, monkeypatch):
     write(tmp_path, "WEIGHT = 2\n\ndef score(images, prompts):\n    return [0.0] * len(images)\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"the module 'my_reward' has no function {shown}"):
+    with pytest.raises(ValueError, match=f"the module 'my_reward' has no function or class {shown}"):
         load_reward(f"my_reward:{attribute}")
 
 

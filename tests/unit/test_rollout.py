@@ -13,6 +13,7 @@ from progrpo.config import SamplingConfig
 from progrpo.diffusion.levels import flow_levels
 from progrpo.diffusion.process import Process
 from progrpo.rewards.base import Score
+from progrpo.rewards.mix import alone
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import INITIAL, NoiseKey
@@ -153,7 +154,8 @@ def test_scores_are_numbers_verdicts_and_gaps(tiny_policy):
     batch = living(0, 0, 1)
     found = [Score(0.5, True), Score(None), Score(float("inf"), False)]
     x0 = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    images, values, passed = score(policy, Verdicts(found), [Prompt("a"), Prompt("b")], batch, x0, 2, meter)
+    images, scores = score(policy, alone(Verdicts(found)), [Prompt("a"), Prompt("b")], batch, x0, 2, meter)
+    values, passed = scores.value_N, scores.passed_N
     assert images.shape == (3, 16, 16, 3) and images.dtype == torch.uint8
     np.testing.assert_array_equal(values, [0.5, NAN, NAN])
     np.testing.assert_array_equal(passed, [1.0, NAN, 0.0])
@@ -163,10 +165,10 @@ def test_scores_are_numbers_verdicts_and_gaps(tiny_policy):
 
 def test_a_reward_of_another_length_is_refused(tiny_policy):
     policy = tiny_policy()
-    with pytest.raises(AssertionError, match="returned 1 scores for 2 pictures"):
+    with pytest.raises(AssertionError, match="1 scores for 2 pictures"):
         score(
             policy,
-            Verdicts([Score(1.0)]),
+            alone(Verdicts([Score(1.0)])),
             [Prompt("a")],
             living(0, 0),
             torch.zeros(2, *policy.latent_shape),

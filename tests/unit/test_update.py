@@ -21,7 +21,7 @@ EPS = 1e-4
 SAMPLING = Sampling(Process("flow", "flow_grpo", flow_levels(torch.tensor([1.0, 0.8, 0.5, 0.0])), (0.7, 0.7, 0.7)))
 
 
-def rolled(rewards, groups, finalists=None, finalist_groups=None, previews=(), passed=None):
+def rolled(rewards, groups, finalists=None, finalist_groups=None, previews=(), passed=None, parts=None):
     """A rollout of these rewards; the finalists are the survivors if not said otherwise."""
     group = torch.tensor(groups)
     rows = torch.arange(len(group))
@@ -33,15 +33,16 @@ def rolled(rewards, groups, finalists=None, finalist_groups=None, previews=(), p
         images_NHWC=torch.zeros(len(group), 2, 2, 3, dtype=torch.uint8),
         rewards_N=reward,
         passed_N=torch.tensor(passed or [NAN] * len(group), dtype=torch.float64),
+        parts_NR=reward[:, None] if parts is None else torch.tensor(parts, dtype=torch.float64),
         finalist_rewards_F=reward if finalists is None else torch.tensor(finalists, dtype=torch.float64),
         finalist_group_F=group if finalist_groups is None else torch.tensor(finalist_groups),
         previews=previews,
     )
 
 
-def learnt(rollout, adv_clip_max=5.0, **objective):
-    wanted = ObjectiveConfig(adv_eps=EPS, **objective)
-    experience, tally = learn_from(rollout, SAMPLING, NoiseKey(0, 0), wanted, adv_clip_max, Ranks())
+def learnt(rollout, adv_clip_max=5.0, weights=None, quorum=0.0, **objective):
+    wanted, weights = ObjectiveConfig(adv_eps=EPS, **objective), weights or {"reward": 1.0}
+    experience, tally = learn_from(rollout, SAMPLING, NoiseKey(0, 0), wanted, adv_clip_max, Ranks(), weights, quorum)
     return experience, tally.over(Ranks())
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from progrpo.config import SamplingConfig
 from progrpo.rewards.base import Score
 from progrpo.rewards.function import FunctionReward
+from progrpo.rewards.mix import alone
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
@@ -51,7 +52,7 @@ def roll(policy, sampling, prompts):
             parts = PLAN, sampling, SELECTORS["ovf"], NoiseKey(3, 1), its_meter
             return rollout(policy, asked, chosen, SLOTS[places], *parts)
 
-        return in_waves(sample, reward, len(prompts), waves, meter)
+        return in_waves(sample, alone(reward), len(prompts), waves, meter)
 
     return run
 

@@ -41,6 +41,47 @@ def group_statistics(rewards_N: Tensor, group_N: Tensor, num_groups: int) -> Gro
     return GroupStatistics(mean_P, variance_P.sqrt(), count_P)
 
 
+def with_quorum(rewards_N: Tensor, group_N: Tensor, num_groups: int, quorum: float) -> Tensor:
+    """The rewards, all NaN in groups of which a smaller share than `quorum` was observed: too few to say what is usual."""
+    observed_P = torch.bincount(group_N[rewards_N.isfinite()], minlength=num_groups)
+    enough_P = observed_P >= quorum * torch.bincount(group_N, minlength=num_groups)
+    return rewards_N.where(enough_P[group_N], torch.nan)
+
+
+def normalised_sum(parts_NR: Tensor, weights_R: Tensor, group_N: Tensor, num_groups: int, eps: float = 1e-4) -> Tensor:
+    """Sum over R rewards of weight (reward - group mean) / (group std + eps), (N,) float64 (GDPO, arXiv 2601.05242).
+
+    A reward that does not differ within a group adds exactly 0 there. Who lacks a reward has NaN, and counts in no mean or std.
+    """
+    whole_NR = parts_NR.double().where(parts_NR.isfinite().all(1, keepdim=True), torch.nan)
+    total_N = whole_NR.new_zeros(len(whole_NR)).where(whole_NR.isfinite().all(1), torch.nan)
+    for values_N, weight in zip(whole_NR.unbind(1), weights_R.double(), strict=True):
+        found = group_statistics(values_N, group_N, num_groups)
+        scaled_N = (values_N - found.mean_P[group_N]) / (found.std_P[group_N] + eps)
+        total_N = total_N + weight * torch.where(found.informative_P[group_N], scaled_N, 0.0)
+    return total_N
+
+
+def batch_advantages(
+    values_N: Tensor,
+    group_N: Tensor,
+    num_groups: int,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    eps: float = 1e-4,
+    clip_max: float = 5.0,
+) -> tuple[Tensor, Tensor]:
+    """(value - mean) / (std + eps) with mean and std of the whole batch, clipped: (advantages_N float32, trained_N bool).
+
+    The last step of GDPO (arXiv 2601.05242) over its normalised sums. Members of a group without variance get exactly 0.
+    """
+    statistics, trained_N = group_statistics(values_N, group_N, num_groups), values_N.isfinite()
+    usable_N = trained_N & statistics.informative_P[group_N]
+    raw_N = ((values_N.double() - mean) / (std + eps)).clamp(-clip_max, clip_max)
+    return torch.where(usable_N, raw_N, 0.0).float(), trained_N
+
+
 def moments(rewards_N: Tensor) -> Tensor:
     """Count, sum and sum of squares of the observed rewards, (3,) float64: add them over ranks, then take the std."""
     rewards = rewards_N[rewards_N.isfinite()].double()

@@ -3,30 +3,80 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from progrpo.types import Prompt
+from progrpo.types import Prompt, Scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Score:
-    """One picture's reward. `value` is None where it is missing; `passed` is a strict verdict, where the reward has one."""
+    """One picture's reward. `value` is None where it is missing, and `error` may say why.
+
+    `passed` is a strict verdict, where the reward has one.
+    """
 
     value: float | None
     passed: bool | None = None
+    error: str | None = None
 
     def number(self) -> float:
         """The value, NaN where it is missing or not finite."""
         return self.value if self.value is not None and math.isfinite(self.value) else math.nan
 
 
+class Refusal(ValueError):
+    """A reward cannot work with these prompts or on this machine at all: a mistake to be mended, not a failed score.
+
+    Whatever else a reward raises is a failure of the pictures that it was asked about.
+    """
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """What a built-in reward is told. Those without a network, a choice of models or a server read none of it."""
+
+    device: str = "auto"
+    """By torch's name; `auto`: a GPU where there is one."""
+    dtype: str = "auto"
+    """By torch's name; `auto`: float16 on a GPU, float32 elsewhere."""
+    batch_size: int = 16
+    """Pictures of one call of the network."""
+    model: str = ""
+    """Another model than the reward's own: a hub id, a folder, or the name that a server knows."""
+    url: str = ""
+    """Of a server."""
+    timeout: float = 60.0
+    """Seconds that a server may take for one answer."""
+
+
 class Reward(Protocol):
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         """One score a picture (uint8, (N, H, W, 3)), in order."""
+        ...
+
+
+def close(reward: Reward) -> None:
+    """Let go of what a reward holds: a server's connection, processes, what a user's class wants closed."""
+    getattr(reward, "close", lambda: None)()
+
+
+class Scorer(Protocol):
+    """What a run is rewarded by: one reward or several, as one value."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The rewards' names and weights, in the order of the columns of their parts."""
+        ...
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt], group_N: Tensor) -> Scores:
+        """Of N pictures (uint8) of the groups that `group_N` (int64) says, in order."""
         ...
 
 

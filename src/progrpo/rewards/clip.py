@@ -1,99 +1,85 @@
-"""What the rewards made of a CLIP share: the cosine of a picture and its prompt, and how models come from the hub."""
+"""What the rewards made of a CLIP or a BLIP share: pictures as they read them, the cosine with a text, the head of a regression."""
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
 from tokenizers.models import BPE
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from progrpo.rewards.base import Reward, Score
-from progrpo.types import Prompt
+from progrpo.rewards.hub import file_of
 
-BATCH = 16
-VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+VIT_H = ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")
+VIT_L = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
 
 
-class ClipScore:
-    """A frozen CLIP that compares each picture with its prompt."""
+class ClipCosine:
+    """A frozen CLIP that compares each picture with a text."""
 
-    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, image_processor: CLIPImageProcessorPil) -> None:
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: CLIPTokenizer,
+        image_processor: CLIPImageProcessorPil,
+        batch_size: int = 16,
+    ) -> None:
         self._model = model.eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._image_processor = image_processor
+        self._batch_size = batch_size
 
-    def cosines(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[float]:
+    def cosines(self, pictures_NHWC: np.ndarray, texts: Sequence[str]) -> list[float]:
         """<f / |f|, g / |g|> of picture features f and text features g, in -1..1, one a picture; NaN where a norm is 0."""
-        starts = range(0, len(prompts), BATCH)
-        batches = [(pictures_NHWC[i : i + BATCH], [p.text for p in prompts[i : i + BATCH]]) for i in starts]
-        return [cosine for pictures, texts in batches for cosine in self._cosines(pictures, texts).tolist()]
+        parts = parts_of(len(texts), self._batch_size)
+        return [cosine for part in parts for cosine in self._cosines(pictures_NHWC[part], texts[part]).tolist()]
 
     @torch.no_grad()
-    def _cosines(self, pictures_BHWC: np.ndarray, texts: list[str]) -> Tensor:
+    def _cosines(self, pictures_BHWC: np.ndarray, texts: Sequence[str]) -> Tensor:
         # Without an attention mask: a text's features are those of its end, which sees nothing of the padding after it.
         length = self._model.config.text_config.max_position_embeddings
         ids_BL = self._tokenizer(
-            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+            list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids
         device = self._model.device
-        f_BD = self._model.get_image_features(self._pixels(pictures_BHWC).to(device)).pooler_output.float()
+        size = self._size(*pictures_BHWC.shape[1:3])
+        pixels_BCHW = pixels_of(pictures_BHWC, self._image_processor, size)
+        f_BD = self._model.get_image_features(pixels_BCHW.to(device)).pooler_output.float()
         g_BD = self._model.get_text_features(ids_BL.to(device)).pooler_output.float()
         return (f_BD / f_BD.norm(dim=-1, keepdim=True) * g_BD / g_BD.norm(dim=-1, keepdim=True)).sum(-1)
 
-    def _pixels(self, pictures_BHWC: np.ndarray) -> Tensor:
-        size = self._size(*pictures_BHWC.shape[1:3])
-        made = self._image_processor(
-            list(pictures_BHWC), size=size, input_data_format="channels_last", return_tensors="pt"
-        )
-        pixels_BCHW: Tensor = made.pixel_values
-        return pixels_BCHW
-
-    def _size(self, height: int, width: int) -> dict[str, int]:
-        """What pictures are resized to, before the processor's central crop."""
-        return dict(self._image_processor.size)
+    def _size(self, height: int, width: int) -> dict[str, int] | None:
+        """What pictures are resized to before the processor's central crop; None: what the processor says."""
+        return None
 
 
-class OnFirstScore:
-    """A reward whose weights are loaded when it is first asked for a score: once, whoever asks at the same time."""
-
-    def __init__(self, load: Callable[[], Reward]) -> None:
-        self._load, self._one = functools.cache(load), threading.Lock()
-
-    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
-        with self._one:
-            reward = self._load()
-        return reward.score(pictures_NHWC, prompts)
+def parts_of(count: int, size: int) -> list[slice]:
+    """What is computed together: `size` rows at most."""
+    return [slice(i, i + size) for i in range(0, count, size)]
 
 
-# --- from the hub -----------------------------------------------------------------------------------------------------
+def pixels_of(
+    pictures_BHWC: np.ndarray, image_processor: CLIPImageProcessorPil, size: dict[str, int] | None = None
+) -> Tensor:
+    """Resized to `size` or the processor's own, cropped at the centre and normalised."""
+    told = {"size": size or dict(image_processor.size), "input_data_format": "channels_last"}
+    pixels_BCHW: Tensor = image_processor(list(pictures_BHWC), return_tensors="pt", **told).pixel_values
+    return pixels_BCHW
 
 
-@contextmanager
-def fetching(reward: str, repository: str) -> Iterator[None]:
-    """Says in a ValueError which reward lacks what, where neither the cache nor the network has it."""
-    try:
-        yield
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"reward.name {reward!r}: there is no cached copy of {repository}, and the Hugging Face hub did not give one: {reason}"
-        ) from error
+def head_of(state: Mapping[str, Tensor]) -> nn.Sequential:
+    """The linear layers `layers.0`, `layers.2`, ... one after another, with nothing but dropout between them in training."""
+    layers = {name.split(".")[1]: weight for name, weight in state.items() if name.endswith(".weight")}
+    head = nn.Sequential(OrderedDict((i, nn.Linear(*layers[i].shape[::-1])) for i in sorted(layers, key=int)))
+    head.load_state_dict({name.removeprefix("layers."): weight for name, weight in state.items()})
+    return head
 
 
-def vit_h_tokenizer(reward: str) -> CLIPTokenizer:
+def tokenizer_of(reward: str, repository: str, revision: str) -> CLIPTokenizer:
     # Not by from_pretrained, which gives an empty tokenizer, and no error, where there are no files.
-    with fetching(reward, VIT_H):
-        vocabulary, merges = BPE.read_file(*(hf_hub_download(VIT_H, name) for name in ("vocab.json", "merges.txt")))
+    files = [file_of(reward, repository, name, revision) for name in ("vocab.json", "merges.txt")]
+    vocabulary, merges = BPE.read_file(*map(str, files))
     return CLIPTokenizer(vocab=vocabulary, merges=merges)
-
-
-def on_device(model: CLIPModel) -> CLIPModel:
-    """On the GPU in float16, if there is one, else on the CPU in float32."""
-    return model.to("cuda", torch.float16) if torch.cuda.is_available() else model.to("cpu", torch.float32)

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from progrpo.rewards.base import Score
-from progrpo.rewards.clip import ClipScore, fetching, on_device, vit_h_tokenizer
+from progrpo.rewards.base import RewardSettings, Score
+from progrpo.rewards.clip import VIT_H, ClipCosine, tokenizer_of
+from progrpo.rewards.hub import converted, file_of, placed, read_pickle, renamed
 from progrpo.types import Prompt
 
-REPOSITORY = "xswu/HPSv2"
+REPOSITORY, REVISION = "xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a"
 CHECKPOINT = "HPS_v2.1_compressed.pt"
+SHA256 = "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837"
 
 
-class HPSv2(ClipScore):
+class HPSv2(ClipCosine):
     """<f / |f|, g / |g|> for picture features f and text features g, without a logit scale: about 0.2 to 0.35.
 
     As in the published code, pictures are resized to 224 on their longer side and filled up to a square with black, and texts are
@@ -30,44 +28,19 @@ class HPSv2(ClipScore):
     """
 
     @classmethod
-    def from_hub(cls) -> Self:
-        """The published weights, which are a pickle: read as tensors alone, after a look at the file's sha256.
-
-        The checksum is the hub's own for its `main`, and so guards the transfer and the cache, not the origin.
-        """
-        with fetching("hpsv2", REPOSITORY):
-            path = Path(hf_hub_download(REPOSITORY, CHECKPOINT))
-            sha256 = _sha256_of_hub(path)
-        model = clip_of(read_checkpoint(path, sha256))
-        return cls(on_device(model), vit_h_tokenizer("hpsv2"), CLIPImageProcessorPil())
+    def from_hub(cls, settings: RewardSettings) -> Self:
+        """The published weights, which are a pickle: read as tensors alone, and only if they are the published file."""
+        state = read_pickle("hpsv2", file_of("hpsv2", REPOSITORY, CHECKPOINT, REVISION), SHA256)["state_dict"]
+        tokenizer = tokenizer_of("hpsv2", *VIT_H)
+        return cls(placed(clip_of(state), settings), tokenizer, CLIPImageProcessorPil(), settings.batch_size)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
-        return [Score(cosine) for cosine in self.cosines(pictures_NHWC, prompts)]
+        return [Score(cosine) for cosine in self.cosines(pictures_NHWC, [p.text for p in prompts])]
 
     def _size(self, height: int, width: int) -> dict[str, int]:
         # Of this size the processor's central crop cuts nothing, and fills up with black.
         scale = self._image_processor.crop_size["height"] / max(height, width)
         return {"height": round(scale * height), "width": round(scale * width)}
-
-
-def _sha256_of_hub(path: Path) -> str:
-    # The hub's etag of a large file is its sha256. The cache keeps the file under that name, behind a link, so that no network is
-    # needed; on systems without links the hub is asked.
-    name = path.resolve().name
-    return name if name != path.name else str(get_hf_file_metadata(hf_hub_url(REPOSITORY, CHECKPOINT)).etag)
-
-
-def read_checkpoint(path: Path, sha256: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint of open_clip; ValueError if the file is not the one with that checksum."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise ValueError(
-            f"reward.name 'hpsv2': {path.resolve()} is damaged, its sha256 is {found} and not {sha256};"
-            " delete it, and it is fetched anew"
-        )
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    return state
 
 
 # --- from open_clip to transformers -----------------------------------------------------------------------------------
@@ -95,23 +68,18 @@ _NAMES = {  # in this order
 
 def clip_of(state: Mapping[str, Tensor], text_heads: int = 16, vision_heads: int = 16) -> CLIPModel:
     """A state dict of open_clip's CLIP as transformers' model; its tensors tell every size but the numbers of heads."""
-    config, weights = config_of(state, text_heads, vision_heads), weights_of(state)
-    model, report = CLIPModel.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
-    assert not any(report.values()), report
-    return model
+    return converted(CLIPModel, config_of(state, text_heads, vision_heads), weights_of(state))
 
 
 def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name, weight in state.items():
-        renamed = name
-        for old, new in _NAMES.items():
-            renamed = renamed.replace(old, new)
+        new = renamed(name, _NAMES)
         if ".in_proj_" in name:  # queries, keys and values in one
             thirds = zip("qkv", weight.chunk(3), strict=True)
-            weights |= {renamed.replace(".in_proj_", f".{letter}_proj."): third for letter, third in thirds}
+            weights |= {new.replace(".in_proj_", f".{letter}_proj."): third for letter, third in thirds}
         else:
-            weights[renamed] = weight.T if name in ("visual.proj", "text_projection") else weight
+            weights[new] = weight.T if name in ("visual.proj", "text_projection") else weight
     return weights
 
 

@@ -5,61 +5,78 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from progrpo.rewards.base import Reward
+from progrpo.rewards.base import Refusal, Reward, RewardSettings
 
 
-def _shapes(strict_share: float) -> Reward:
+def _shapes(strict_share: float, settings: RewardSettings) -> Reward:
     from progrpo.rewards.shapes import ShapesReward
 
     return ShapesReward(strict_share)
 
 
-def _pickscore() -> Reward:
-    from progrpo.rewards.clip import OnFirstScore
+def _clip(name: str, settings: RewardSettings) -> Reward:
+    from progrpo.rewards.hpsv2 import HPSv2
+    from progrpo.rewards.hub import OnFirstScore
     from progrpo.rewards.pickscore import PickScore
 
-    return OnFirstScore(PickScore.from_hub)
+    return OnFirstScore(partial({"pickscore": PickScore, "hpsv2": HPSv2}[name].from_hub, settings))
 
 
-def _hpsv2() -> Reward:
-    from progrpo.rewards.clip import OnFirstScore
-    from progrpo.rewards.hpsv2 import HPSv2
+def _jpeg(sign: int, settings: RewardSettings) -> Reward:
+    from progrpo.rewards.jpeg import JpegSize
 
-    return OnFirstScore(HPSv2.from_hub)
+    return JpegSize(sign)
 
 
-REWARDS: dict[str, Callable[[], Reward]] = {
-    "shapes": lambda: _shapes(0.0),
-    "shapes_strict": lambda: _shapes(1.0),
-    "shapes_mixed": lambda: _shapes(0.5),
-    "pickscore": _pickscore,
-    "hpsv2": _hpsv2,
+def _ocr(settings: RewardSettings) -> Reward:
+    from progrpo.rewards.ocr import OCR
+
+    return OCR.make(settings)
+
+
+def _nsfw(settings: RewardSettings) -> Reward:
+    from progrpo.rewards.nsfw import NSFW
+
+    return NSFW.make(settings)
+
+
+REWARDS: dict[str, Callable[[RewardSettings], Reward]] = {
+    "shapes": partial(_shapes, 0.0),
+    "shapes_strict": partial(_shapes, 1.0),
+    "shapes_mixed": partial(_shapes, 0.5),
+    "pickscore": partial(_clip, "pickscore"),
+    "hpsv2": partial(_clip, "hpsv2"),
+    "ocr": _ocr,
+    "jpeg_compressibility": partial(_jpeg, -1),
+    "jpeg_incompressibility": partial(_jpeg, 1),
+    "nsfw": _nsfw,
 }
 
 
-def load_reward(name: str, processes: int = 0) -> Reward:
+def load_reward(name: str, settings: RewardSettings = RewardSettings(), processes: int = 0) -> Reward:  # noqa: B008 (frozen)
     """A built-in reward, or `module:function` found on the Python path or in the current folder.
 
     With `processes` it scores in so many of its own.
     """
-    here = _load(name)  # also with processes: so that a wrong name is refused at once
+    here = _load(name, settings)  # also with processes: so that a wrong name is refused at once
     if processes == 0:
         return here
+    if getattr(here, "groupwise", False):
+        raise Refusal(f"reward {name!r} ranks a group, which processes would take apart; leave out its processes")
     from progrpo.rewards.processes import InProcesses
 
-    return InProcesses(load_reward, name, processes)
+    return InProcesses(load_reward, name, processes, settings)
 
 
-def _load(name: str) -> Reward:
+def _load(name: str, settings: RewardSettings) -> Reward:
     if name in REWARDS:
-        return REWARDS[name]()
+        return REWARDS[name](settings)
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        raise ValueError(
-            f"reward.name {name!r} is neither built in ({', '.join(REWARDS)}) nor of the form module:function"
-        )
+        raise Refusal(f"reward {name!r} is neither built in ({', '.join(REWARDS)}) nor of the form module:function")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
@@ -67,12 +84,10 @@ def _load(name: str) -> Reward:
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the user's module is there, something that it imports is not
-        raise ValueError(
-            f"reward.name {name!r}: there is no module {module_name!r} in this folder or installed"
-        ) from None
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"reward.name {name!r}: the module {module_name!r} has no function {attribute!r}")
+        raise Refusal(f"reward {name!r}: there is no module {module_name!r} in this folder or installed") from None
+    found = getattr(module, attribute, None)
+    if not callable(found) and not hasattr(found, "score"):
+        raise Refusal(f"reward {name!r}: the module {module_name!r} has no function or class {attribute!r}")
     from progrpo.rewards.function import FunctionReward
 
-    return FunctionReward(function)
+    return FunctionReward(found() if isinstance(found, type) else found)

@@ -8,14 +8,15 @@ from typing import Self
 import numpy as np
 from transformers import CLIPImageProcessorPil, CLIPModel
 
-from progrpo.rewards.base import Score
-from progrpo.rewards.clip import ClipScore, fetching, on_device, vit_h_tokenizer
+from progrpo.rewards.base import RewardSettings, Score
+from progrpo.rewards.clip import VIT_H, ClipCosine, tokenizer_of
+from progrpo.rewards.hub import placed, pretrained
 from progrpo.types import Prompt
 
-MODEL = "yuvalkirstain/PickScore_v1"
+MODEL, REVISION = "yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800"
 
 
-class PickScore(ClipScore):
+class PickScore(ClipCosine):
     """exp(logit_scale) <f / |f|, g / |g|> / 26 for picture features f and text features g.
 
     The published score, divided by 26 as Flow-GRPO's code does (arXiv 2505.05470): about 0..1, typically 0.8 to 0.9. Pictures are
@@ -23,12 +24,12 @@ class PickScore(ClipScore):
     """
 
     @classmethod
-    def from_hub(cls) -> Self:
+    def from_hub(cls, settings: RewardSettings) -> Self:
         """The published weights (safetensors)."""
-        with fetching("pickscore", MODEL):
-            model = CLIPModel.from_pretrained(MODEL, use_safetensors=True)
-        return cls(on_device(model), vit_h_tokenizer("pickscore"), CLIPImageProcessorPil())
+        model = pretrained(CLIPModel, "pickscore", MODEL, REVISION)
+        tokenizer = tokenizer_of("pickscore", *VIT_H)
+        return cls(placed(model, settings), tokenizer, CLIPImageProcessorPil(), settings.batch_size)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         scale = self._model.logit_scale.float().exp().item() / 26
-        return [Score(scale * cosine) for cosine in self.cosines(pictures_NHWC, prompts)]
+        return [Score(scale * cosine) for cosine in self.cosines(pictures_NHWC, [p.text for p in prompts])]

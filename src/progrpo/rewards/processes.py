@@ -8,15 +8,15 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 
-from progrpo.rewards.base import Reward, Score
+from progrpo.rewards.base import Reward, RewardSettings, Score
 from progrpo.types import Prompt
 
 _here: Reward | None = None  # of a worker: loaded once when it starts
 
 
-def _load(make: Callable[[str], Reward], name: str) -> None:
+def _load(make: Callable[[str, RewardSettings], Reward], name: str, settings: RewardSettings) -> None:
     global _here
-    _here = make(name)
+    _here = make(name, settings)
 
 
 def _score(pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
@@ -25,15 +25,17 @@ def _score(pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
 
 
 class InProcesses:
-    """The reward `make(name)`, loaded in each of `count` processes; pictures are dealt among them in order.
+    """The reward `make(name, settings)`, loaded in each of `count` processes; pictures are dealt among them in order.
 
     An error in a process is raised here, as it was there.
     """
 
-    def __init__(self, make: Callable[[str], Reward], name: str, count: int) -> None:
+    def __init__(
+        self, make: Callable[[str, RewardSettings], Reward], name: str, count: int, settings: RewardSettings
+    ) -> None:
         self._count = count
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-        self._pool = ProcessPoolExecutor(count, context, initializer=_load, initargs=(make, name))
+        self._pool = ProcessPoolExecutor(count, context, initializer=_load, initargs=(make, name, settings))
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         # a reward sees which columns there are: a part must not lack one because its own prompts do
@@ -42,3 +44,6 @@ class InProcesses:
         rows = [part for part in np.array_split(np.arange(len(prompts)), self._count) if len(part)]
         asked = [self._pool.submit(_score, pictures_NHWC[part], [prompts[i] for i in part]) for part in rows]
         return [score for answer in asked for score in answer.result()]
+
+    def close(self) -> None:
+        self._pool.shutdown()

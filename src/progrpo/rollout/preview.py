@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.packing import of_one_shape
 from progrpo.policies.base import Policy
-from progrpo.rewards.base import Reward
+from progrpo.rewards.base import Scorer
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.probe import Probe
-from progrpo.types import Condition, Prompt, Trajectories
+from progrpo.types import Condition, Prompt, Scores, Trajectories
 
 _DECODED = 32  # pictures at once: a decoder needs many times a network call's memory, and of more leaves a CPU's cache
 
@@ -47,7 +46,7 @@ class Previewing:
 
 def preview(
     policy: Policy,
-    reward: Reward,
+    reward: Scorer,
     prompts: Sequence[Prompt],
     condition: Condition,
     batch: Trajectories,
@@ -56,9 +55,9 @@ def preview(
     how: Previewing,
     meter: Meter,
 ) -> tuple[Tensor | None, Tensor]:
-    """Unfinished trajectories after the network call of `step`: their scores, float64 (N,), NaN = missing.
+    """Unfinished trajectories after the network call of `step`: what ranks them, float64 (N,), NaN = missing.
 
-    Before them the pictures that were scored, uint8 (N, H, W, 3); None where a probe ranked.
+    Before it the pictures that were scored, uint8 (N, H, W, 3); None where a probe ranked.
     """
     if how.probed([step]):
         assert how.probe is not None
@@ -68,7 +67,8 @@ def preview(
     x0 = projected(policy, condition, batch, step, sampling, how.ode_steps, meter)
     with meter.stage("preview"):
         meter.count(previews=len(batch))
-        return score(policy, reward, prompts, batch, x0, sampling.microbatch, meter, tiny=how.tiny)[:2]
+        images_NHWC, scores = score(policy, reward, prompts, batch, x0, sampling.microbatch, meter, tiny=how.tiny)
+        return images_NHWC, scores.ranking_N
 
 
 @torch.no_grad()
@@ -108,23 +108,17 @@ def projected(
 
 def score(
     policy: Policy,
-    reward: Reward,
+    reward: Scorer,
     prompts: Sequence[Prompt],
     batch: Trajectories,
     x0_NCHW: Tensor,
     microbatch: int,
     meter: Meter,
     tiny: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Decode and reward: pictures uint8 (N, H, W, 3), rewards float64 (N,) with NaN = missing, strict verdicts (N,).
-
-    A verdict is 1 or 0, NaN where the reward gives none.
-    """
+) -> tuple[Tensor, Scores]:
+    """Decode and reward: pictures uint8 (N, H, W, 3), and what they are worth."""
     decode = policy.preview if tiny else policy.decode
     images_NHWC = torch.cat([decode(part) for part in x0_NCHW.split(min(microbatch, _DECODED))])
-    scores = reward.score(images_NHWC.numpy(), [prompts[g] for g in batch.group_N.tolist()])
+    scores = reward.score(images_NHWC.numpy(), [prompts[g] for g in batch.group_N.tolist()], batch.group_N)
     meter.count(decodes=len(batch), reward_calls=len(batch))
-    assert len(scores) == len(batch), f"the reward returned {len(scores)} scores for {len(batch)} pictures"
-    values = torch.tensor([s.number() for s in scores], dtype=torch.float64)
-    passed = torch.tensor([np.nan if s.passed is None else float(s.passed) for s in scores], dtype=torch.float64)
-    return images_NHWC, values, passed
+    return images_NHWC, scores

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from progrpo.policies.base import Policy
-from progrpo.rewards.base import Reward
+from progrpo.rewards.base import Scorer
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -20,7 +20,7 @@ from progrpo.types import Preview, Prompt, Rollout, Trajectories
 
 def rollout(
     policy: Policy,
-    reward: Reward,
+    reward: Scorer,
     prompts: Sequence[Prompt],
     slot_P: Tensor,
     plan: Plan,
@@ -51,21 +51,20 @@ def rollout(
     batch = expand(policy, slot_P, plan.group_size, sampling, key)
     finalists = denoise(policy, condition, batch, sampling, key, meter, prune)
     with meter.stage("reward"):
-        images_NHWC, rewards_N, passed_N = score(
-            policy, reward, prompts, finalists, finalists.x_NCHW, sampling.microbatch, meter
-        )
+        images_NHWC, scores = score(policy, reward, prompts, finalists, finalists.x_NCHW, sampling.microbatch, meter)
     rows = torch.arange(len(finalists))
     if plan.final_keep is not None:
         seeds = key.group_seeds(slot_P, sampling.num_inference_steps)
-        rows = survivors(finalists, rewards_N, plan.final_keep, select, seeds, len(prompts))
+        rows = survivors(finalists, scores.ranking_N, plan.final_keep, select, seeds, len(prompts))
     return Rollout(
         prompts=tuple(prompts),
         condition=condition,
         trajectories=finalists.take(rows),
         images_NHWC=images_NHWC[rows],
-        rewards_N=rewards_N[rows],
-        passed_N=passed_N[rows],
-        finalist_rewards_F=rewards_N,
+        rewards_N=scores.value_N[rows],
+        passed_N=scores.passed_N[rows],
+        parts_NR=scores.parts_NR[rows],
+        finalist_rewards_F=scores.value_N,
         finalist_group_F=finalists.group_N,
         previews=tuple(previews),
     )

@@ -16,27 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.rewards.base import Reward, Score
+from progrpo.rewards.base import Scorer
 from progrpo.rollout.meter import Meter
-from progrpo.types import Condition, Prompt, Rollout, Trajectories, Transition
+from progrpo.types import Condition, Prompt, Rollout, Scores, Trajectories, Transition
 
 
 class _Elsewhere:
     """A reward that lets others have the turn while it scores."""
 
-    def __init__(self, reward: Reward, turn: threading.Lock) -> None:
-        self._reward, self._turn = reward, turn
+    def __init__(self, reward: Scorer, turn: threading.Lock) -> None:
+        self._reward, self._turn, self.weights = reward, turn, reward.weights
 
-    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt], group_N: Tensor) -> Scores:
         self._turn.release()
         try:
-            return self._reward.score(pictures_NHWC, prompts)
+            return self._reward.score(pictures_NHWC, prompts, group_N)
         finally:
             self._turn.acquire()
 
 
 def in_waves(
-    sample: Callable[[Reward, Tensor, Meter], Rollout], reward: Reward, count: int, waves: int, meter: Meter
+    sample: Callable[[Scorer, Tensor, Meter], Rollout], reward: Scorer, count: int, waves: int, meter: Meter
 ) -> Rollout:
     """The rollouts of `count` prompts, in waves of neighbours: `sample(reward, places, meter)` is that of some of them.
 
@@ -72,6 +72,7 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
         images_NHWC=torch.cat([r.images_NHWC for r in parts]),
         rewards_N=torch.cat([r.rewards_N for r in parts]),
         passed_N=torch.cat([r.passed_N for r in parts]),
+        parts_NR=torch.cat([r.parts_NR for r in parts]),
         finalist_rewards_F=torch.cat([r.finalist_rewards_F for r in parts]),
         finalist_group_F=torch.cat([r.finalist_group_F + start for r, start in zip(parts, starts, strict=True)]),
         previews=tuple(

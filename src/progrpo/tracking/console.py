@@ -176,6 +176,10 @@ def _summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]
             continue
         write = percent if share else number
         rows.append((label, write(before), write(after), _change(before, after, share)))
+    then, now = summary.get("held_out_before") or {}, summary.get("held_out_after") or {}
+    for name in dict.fromkeys([*then, *now]):
+        before, after = then.get(name), now.get(name)
+        rows.append((f"held out: {name}", number(before), number(after), _change(before, after, False)))
     return rows
 
 
@@ -191,4 +195,9 @@ def _spent(summary: Mapping[str, Any]) -> str:
         parts.append(f"{percent(summary['nfe_saved'], 0)} saved by pruning")
     if summary.get("nfe_ratio_to_none") is not None:
         parts.append(f"{summary['nfe_ratio_to_none']:.2f} x plain GRPO's")
+    missing = summary.get("rewards", {}).get("missing", {})
+    if any(missing.values()):
+        asked = summary["rewards"]["asked"]
+        lost = ", ".join(f"{count(n)} of {count(asked[name])} of {name}" for name, n in missing.items() if n)
+        parts.append(f"missing scores: {lost} (last error: {summary['rewards']['last_error'] or 'none was given'})")
     return ", ".join([*parts, duration(summary.get("wall_seconds"))])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from progrpo.policies.base import Policy
-from progrpo.rewards.base import Reward
+from progrpo.rewards.base import Scorer
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -77,7 +77,7 @@ class Audit:
 
 def audit(
     policy: Policy,
-    reward: Reward,
+    reward: Scorer,
     prompt: Prompt,
     slot: int,
     plan: Plan,
@@ -107,7 +107,8 @@ def audit(
     slot_P = torch.tensor([slot])
     batch = expand(policy, slot_P, plan.group_size, sampling, key)
     batch = denoise(policy, condition, batch, replace(sampling, attached=False), key, meter, watch)
-    images_NHWC, final_G, _ = score(policy, reward, [prompt], batch, batch.x_NCHW, sampling.microbatch, meter)
+    images_NHWC, scored = score(policy, reward, [prompt], batch, batch.x_NCHW, sampling.microbatch, meter)
+    final_G = scored.ranking_N
     keep = plan.survivors if plan.survivors < plan.group_size else max(2, plan.group_size // 2)
     seeds = key.group_seeds(slot_P, sampling.num_inference_steps)
     probe = how.probe

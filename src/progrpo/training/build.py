@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from progrpo.config import (
     Config,
@@ -15,6 +16,7 @@ from progrpo.config import (
     ObjectiveConfig,
     PreviewConfig,
     PromptConfig,
+    RewardTerm,
     SamplingConfig,
     microbatch,
     stochastic_steps,
@@ -23,6 +25,7 @@ from progrpo.config import (
 from progrpo.data import ORDERS, PromptOrder, load_prompts
 from progrpo.diffusion.process import Process
 from progrpo.diffusion.samplers import SAMPLERS
+from progrpo.objectives.advantage import normalised_sum
 from progrpo.objectives.awm import AWM
 from progrpo.objectives.base import Needs, Objective
 from progrpo.objectives.dgpo import DGPO
@@ -31,7 +34,11 @@ from progrpo.objectives.nft import NFT
 from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.load import fastest_dtype, load_policy, quiet
 from progrpo.recipes import load_recipe
-from progrpo.rewards.base import Judge
+from progrpo.rewards.base import Judge, Refusal, Reward, RewardSettings
+from progrpo.rewards.cache import Cached
+from progrpo.rewards.load import load_reward
+from progrpo.rewards.mix import Mixture, Ranking, Term
+from progrpo.rewards.patient import Patient
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.preview import Previewing
 from progrpo.rollout.probe import Probe
@@ -177,6 +184,49 @@ def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) 
     )
 
 
+def scorer_from(terms: Sequence[RewardTerm], ranking: Ranking | None = None) -> Mixture:
+    """The rewards that a configuration names, as one."""
+    return Mixture([term_from(wanted, load_reward_of(wanted)) for wanted in terms], ranking)
+
+
+def load_reward_of(wanted: RewardTerm) -> Reward:
+    settings = RewardSettings(
+        device=wanted.device,
+        dtype=wanted.dtype,
+        batch_size=wanted.batch_size,
+        model=wanted.model,
+        url=wanted.url,
+        timeout=wanted.timeout,
+    )
+    return load_reward(wanted.name, settings, wanted.processes)
+
+
+def term_from(wanted: RewardTerm, reward: Reward) -> Term:
+    """A reward with what its term asks for: patience, a cache, a weight, a gate."""
+    groupwise = bool(getattr(reward, "groupwise", False))
+    if groupwise and wanted.cache:
+        raise Refusal(
+            f"reward {wanted.name!r} ranks a group, so its scores cannot be kept by picture; leave out its cache"
+        )
+    # a server's client has the time limit, and knows which of its pictures it concerns
+    reward = Patient(reward, wanted.retries, None if wanted.url else wanted.timeout)
+    if wanted.cache:
+        reward = Cached(reward, " ".join(filter(None, (wanted.name, wanted.model))), Path(wanted.cache))
+    return Term(wanted.name, reward, wanted.weight, wanted.needs, wanted.at_least, groupwise)
+
+
+def ranking_of(objective: ObjectiveConfig, terms: Sequence[RewardTerm]) -> Ranking | None:
+    """What selectors compare, where it is not the weighted sum itself."""
+    if objective.advantage != "gdpo":
+        return None
+    weights_R = torch.tensor([term.weight for term in terms], dtype=torch.float64)
+
+    def normalised(parts_NR: Tensor, group_N: Tensor) -> Tensor:
+        return normalised_sum(parts_NR, weights_R, group_N, int(group_N.max()) + 1, objective.adv_eps)
+
+    return normalised
+
+
 def train_order(prompts: PromptConfig, seed: int) -> PromptOrder:
     return ORDERS[prompts.order](load_prompts(prompts.source, "train"), seed)
 
@@ -185,7 +235,7 @@ def eval_prompts(source: str, split: str, count: int) -> list[Prompt]:
     """The same `count` prompts every time: of the built-in split by kind in turn, of a file from its start, again and again."""
     if source == "shapes":
         return world.sample_prompts(split, count, seed=0)
-    (prompts,) = load_prompts(source).values()
+    (prompts,) = load_prompts(source, split).values()
     return [prompts[i % len(prompts)] for i in range(count)]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from progrpo.objectives.base import Experience
 from progrpo.policies.base import Policy
+from progrpo.rewards.mix import Failures
 from progrpo.training.errors import SelfCheckError
 
 _ROUNDING = 1e-6  # a few float32 steps of a log-prob near 1
@@ -26,12 +27,16 @@ def check_ratio(deviation: float, clip_range: float) -> None:
         )
 
 
-def check_rewards(observed: int, iteration: int) -> None:
-    """Of all processes together some reward is there."""
-    if observed == 0:
-        raise SelfCheckError(
-            f"iteration {iteration}: every reward is missing; the reward function fails on all pictures"
-        )
+def check_failures(failures: Sequence[Failures], bound: float, when: str) -> None:
+    """Of what all processes asked of a reward, no larger share is missing than the bound, and not everything."""
+    for name in failures[0].asked if failures else ():
+        asked, missing = (sum(f.asked[name] for f in failures), sum(f.missing[name] for f in failures))
+        if missing > bound * asked or (asked and missing == asked):
+            last = next((f.last_error for f in failures if f.last_error), None)
+            raise SelfCheckError(
+                f"{when}: {missing} of {asked} scores of reward {name} are missing (reward.max_missing allows"
+                f" {bound:.0%}); last error: {last or 'none was given'}"
+            )
 
 
 def check_gradient(norm: float, iteration: int) -> None:

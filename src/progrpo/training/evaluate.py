@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -11,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from progrpo.config import RewardTerm, check
 from progrpo.diffusion.process import Process
 from progrpo.policies.base import Policy
-from progrpo.rewards.base import Judge, Reward, Score
-from progrpo.rewards.load import load_reward
+from progrpo.rewards.base import Judge, Scorer
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
-from progrpo.training.build import config_of, eval_prompts, judge_for, trained_policy
+from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
+from progrpo.training.checks import check_failures
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
 
@@ -28,9 +30,9 @@ _GROUP = 4  # pictures of a prompt that diversity is measured on
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A record a picture (prompt, kind, graded, strict, judge, diversity), in the order of the prompts, and the first pictures.
+    """A record a picture (prompt, kind, graded, strict, judge, held_out, diversity), in the order of the prompts, and the first pictures.
 
-    `diversity` is there for the first prompts: see `diversity`.
+    `held_out` has the values of rewards that are not trained on, by name; `diversity` is there for the first prompts: see `diversity`.
     """
 
     records: list[dict[str, Any]]
@@ -40,6 +42,14 @@ class Evaluation:
         """Over the records that have a value, None if none has."""
         values = [float(r[name]) for r in self.records if r[name] is not None]
         return sum(values) / len(values) if values else None
+
+    def held_out(self) -> dict[str, float | None]:
+        """Means of the rewards that are not trained on, by name."""
+        names = dict.fromkeys(name for r in self.records for name in r.get("held_out", {}))
+        values = {
+            name: [r["held_out"][name] for r in self.records if r["held_out"][name] is not None] for name in names
+        }
+        return {name: sum(found) / len(found) if found else None for name, found in values.items()}
 
     def strict_by_kind(self) -> dict[str, float]:
         kinds = dict.fromkeys(r["kind"] for r in self.records if r["kind"] and r["strict"] is not None)
@@ -54,6 +64,7 @@ class Evaluation:
             "judge": self.mean("judge"),
             "diversity": self.mean("diversity"),
             "strict_by_kind": self.strict_by_kind(),
+            "held_out": self.held_out(),
         }
 
 
@@ -69,7 +80,7 @@ def ode(
 
 def evaluate(
     policy: Policy,
-    reward: Reward,
+    reward: Scorer,
     judge: Judge | None,
     prompts: Sequence[Prompt],
     sampling: Sampling,
@@ -77,6 +88,7 @@ def evaluate(
     ranks: Ranks,
     pictures: int = 48,
     diverse: int = 0,
+    held_out: Scorer | None = None,
 ) -> Evaluation:
     """One picture a prompt. Noise is keyed by the prompt's place, so before and after start from the same.
 
@@ -89,10 +101,24 @@ def evaluate(
         start = expand(policy, places, 1, sampling, NoiseKey(seed, 0))
         final = denoise(policy, policy.encode([p.text for p in batch]), start, sampling, NoiseKey(seed, 0), Meter())
         images_NHWC = policy.decode(final.x_NCHW).numpy()
-        scores = reward.score(images_NHWC, batch)
+        scores = reward.score(images_NHWC, batch, places)  # each a group of its own
         verdicts = judge.passes(images_NHWC, batch) if judge else [None] * len(batch)
-        for i, prompt, image, score, verdict in zip(places.tolist(), batch, images_NHWC, scores, verdicts, strict=True):
-            found.append((i, _record(prompt, score, verdict), image if i < pictures else None))
+        graded, strict, others = (
+            _listed(scores.value_N),
+            _listed(scores.passed_N),
+            _parts(held_out, images_NHWC, batch, places),
+        )
+        for n, i in enumerate(places.tolist()):
+            record = {
+                "prompt": batch[n].text,
+                "kind": _kind(batch[n].columns),
+                "graded": graded[n],
+                "strict": None if strict[n] is None else bool(strict[n]),
+                "judge": verdicts[n],
+                "held_out": others[n],
+                "diversity": None,
+            }
+            found.append((i, record, images_NHWC[n] if i < pictures else None))
     watched = mine[mine < diverse]
     for places in watched.split(max(1, sampling.microbatch // _GROUP)) if len(watched) else ():
         of_place = dict(zip(places.tolist(), _diversities(policy, prompts, places, sampling, seed), strict=True))
@@ -117,16 +143,19 @@ def diversity(images_GHWC: np.ndarray) -> float:
     return float(np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in combinations(flat, 2)]))
 
 
-def _record(prompt: Prompt, score: Score, verdict: bool | None) -> dict[str, Any]:
-    graded = score.number()
-    return {
-        "prompt": prompt.text,
-        "kind": _kind(prompt.columns),
-        "graded": None if np.isnan(graded) else graded,
-        "strict": score.passed,
-        "judge": verdict,
-        "diversity": None,
-    }
+def _listed(values_N: Tensor) -> list[float | None]:
+    """Without those that are missing."""
+    return [value if math.isfinite(value) else None for value in values_N.tolist()]
+
+
+def _parts(
+    held_out: Scorer | None, images_NHWC: np.ndarray, prompts: Sequence[Prompt], places: Tensor
+) -> list[dict[str, float | None]]:
+    """What each held-out reward gives each picture."""
+    if held_out is None:
+        return [{} for _ in prompts]
+    parts_NR = held_out.score(images_NHWC, prompts, places).parts_NR
+    return [dict(zip(held_out.weights, _listed(row), strict=True)) for row in parts_NR]
 
 
 def _kind(columns: Mapping[str, Any]) -> str | None:
@@ -139,21 +168,38 @@ def evaluate_model(
     target: str,
     *,
     prompts: str | None,
-    reward: str | None,
+    reward: Sequence[str] | None,
     split: str,
     pictures: int,
     num_inference_steps: int,
     guidance_scale: float,
     seed: int = 1234,
 ) -> dict[str, Any]:
-    """Figures of a model, or of a run's trained weights, on `pictures` prompts; a run's own prompts and reward for None."""
+    """Figures of a model, or of a run's trained weights, on `pictures` prompts; a run's own prompts and rewards for None."""
     ranks, config = Ranks(), config_of(target)
-    prompts, reward = prompts or config.eval.prompts, reward or config.reward.name
+    prompts = prompts or config.eval.prompts
+    terms = tuple(map(RewardTerm.from_text, reward)) if reward else config.reward.terms
+    config = replace(config, reward=replace(config.reward, terms=terms))
+    check(config)
+    reward_of, held_out = scorer_from(terms), scorer_from(config.eval.rewards) if config.eval.rewards else None
     policy = trained_policy(target, None, ranks)
     sampling = ode(policy, num_inference_steps, guidance_scale, microbatch=64)
     chosen = eval_prompts(prompts, split, pictures)
     result = evaluate(
-        policy, load_reward(reward), judge_for(prompts), chosen, sampling, seed, ranks, diverse=DIVERSE_PROMPTS
+        policy,
+        reward_of,
+        judge_for(prompts),
+        chosen,
+        sampling,
+        seed,
+        ranks,
+        diverse=DIVERSE_PROMPTS,
+        held_out=held_out,
+    )
+    check_failures(
+        [found for scorer in (reward_of, held_out) if scorer for found in [scorer.failures()]],
+        config.reward.max_missing,
+        "the evaluation",
     )
     return {
         "target": target,

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from progrpo import __version__
-from progrpo.config import Config, check, microbatch, to_dict, trained_items
-from progrpo.data import ORDERS, PromptOrder, Prompts
+from progrpo.config import Config, ObjectiveConfig, RewardTerm, check, microbatch, to_dict, trained_items
+from progrpo.data import ORDERS, PromptOrder, Prompts, prompt_of_row
 from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
-from progrpo.rewards.base import Judge, Reward
+from progrpo.rewards.base import Judge
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.load import load_reward
+from progrpo.rewards.mix import Mixture, Term
 from progrpo.rollout.plan import UnitCosts, preset
 from progrpo.rollout.plan import path as plan_path
 from progrpo.rollout.plan import summary as plan_summary
@@ -34,9 +34,13 @@ from progrpo.tracking.statistics import spearman
 from progrpo.training.build import (
     eval_prompts,
     judge_for,
+    load_reward_of,
     policy_from,
+    ranking_of,
+    scorer_from,
     settings_from,
     settled,
+    term_from,
     tiny_decoder,
     train_order,
 )
@@ -49,6 +53,9 @@ from progrpo.types import Prompt
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+Rewarding = Callable[..., Any] | str | RewardTerm | Any
+"""What a library call may be given as a reward: see `train`."""
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
@@ -91,19 +98,21 @@ def resume_run(folder: Path, iterations: int | None = None) -> RunFolder:
 
 def train(
     pipeline: DiffusionPipeline,
-    prompts: Sequence[str | Prompt],
-    reward: Callable[..., Sequence[float | None]] | Reward,
+    prompts: Sequence[str | Prompt | Mapping[str, Any]],
+    reward: Rewarding | Sequence[Rewarding | tuple[Rewarding, float]],
     *,
     config: Config | None = None,
     out: str | Path = "runs/custom",
-    eval_prompts: Sequence[str | Prompt] | None = None,
+    eval_prompts: Sequence[str | Prompt | Mapping[str, Any]] | None = None,
     overwrite: bool = False,
 ) -> RunFolder:
     """Fine-tune a diffusers pipeline towards a reward, as a library.
 
-    `reward(images, prompts, **columns)` gives a float, or None where it failed, for each PIL picture; an object with a
-    `score` method (`progrpo.rewards.base.Reward`) is taken as it is. Before and after are measured on `eval_prompts`,
-    or else on the training prompts. `config.model.path`, `config.prompts.source` and `config.reward.name` are not read. The
+    `prompts` are texts, `Prompt`s, or rows with a field `prompt` and columns beside it, such as a `datasets.Dataset`.
+    `reward(images, prompts, **columns)` gives a float, or None where it failed, for each PIL picture: a function, also an async
+    one, or an object with it as `score`. It may be a built-in reward's name, a `progrpo.config.RewardTerm`, or a list of any of
+    these, which are summed with the weights of pairs (reward, weight). Before and after are measured on `eval_prompts`,
+    or else on the training prompts. `config.model.path`, `config.prompts.source` and `config.reward.terms` are not read. The
     LoRA is in `out`/lora, in diffusers' format. Returns the run folder; its `read_summary()` has the figures.
     """
     from progrpo.policies.load import policy_from_pipeline
@@ -114,7 +123,9 @@ def train(
     config = settled(config, ranks)
     decoder = tiny_decoder(config.preview)
     policy = policy_from_pipeline(pipeline, settings_from(config.model, config.seed, ranks, decoder))
-    scorer = FunctionReward(reward) if callable(reward) else reward
+    terms, scorer = _mixed(reward, config.objective)
+    config = replace(config, reward=replace(config.reward, terms=terms))
+    check(config)
     table: Prompts = {"": tuple(_prompt(p) for p in prompts)}
     if not table[""]:
         raise ValueError("prompts is empty; give at least one")
@@ -122,24 +133,63 @@ def train(
     watched = [watched[i % len(watched)] for i in range(config.eval.pictures)]
     config = measured(config, policy, table[""][0].text, ranks)
     order = ORDERS[config.prompts.order](table, config.seed)
-    held_out = HeldOut(watched, watched, None)
+    held_out = HeldOut(watched, watched, None, _held_out_rewards(config))
     run = Run(config, policy, scorer, order, held_out, RunFolder(out), ranks)
     run.create(overwrite)
     return run.train()
 
 
-def _prompt(prompt: str | Prompt) -> Prompt:
+def _prompt(prompt: str | Prompt | Mapping[str, Any]) -> Prompt:
+    if isinstance(prompt, Mapping):
+        return prompt_of_row(prompt, "prompts")
     return Prompt(prompt) if isinstance(prompt, str) else prompt
 
 
+def _mixed(
+    wanted: Rewarding | Sequence[Rewarding | tuple[Rewarding, float]], objective: ObjectiveConfig
+) -> tuple[tuple[RewardTerm, ...], Mixture]:
+    """The rewards of a library call as a configuration would name them, and as one."""
+    terms: list[RewardTerm] = []
+    mixed: list[Term] = []
+    for item in wanted if isinstance(wanted, list | tuple) else [wanted]:
+        reward, weight = item if isinstance(item, tuple) else (item, None)
+        if isinstance(reward, str):
+            reward = RewardTerm.from_text(reward)
+        if isinstance(reward, RewardTerm):
+            term = reward if weight is None else replace(reward, weight=weight)
+            made = load_reward_of(term)
+        else:
+            term, made = RewardTerm(_name_of(reward), 1.0 if weight is None else weight), FunctionReward(reward)
+        terms.append(term)
+        mixed.append(term_from(term, made))
+    return tuple(terms), Mixture(mixed, ranking_of(objective, terms))
+
+
+def _name_of(reward: Any) -> str:
+    named = reward if hasattr(reward, "__qualname__") else type(reward)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def _held_out_rewards(config: Config) -> Mixture | None:
+    return scorer_from(config.eval.rewards) if config.eval.rewards else None
+
+
 def _from_config(config: Config, run: RunFolder, ranks: Ranks) -> Run:
-    reward = load_reward(config.reward.name, config.reward.processes)
+    reward = scorer_from(config.reward.terms, ranking_of(config.objective, config.reward.terms))
     order = train_order(config.prompts, config.seed)
     source, pictures = config.eval.prompts, config.eval.pictures
     test, validation = (eval_prompts(source, split, pictures) for split in ("test", "validation"))
     policy = policy_from(config.model, config.seed, ranks, tiny_decoder=tiny_decoder(config.preview))
     config = measured(config, policy, order.prompts_for(0, 1)[0].text, ranks)
-    return Run(config, policy, reward, order, HeldOut(test, validation, judge_for(source)), run, ranks)
+    return Run(
+        config,
+        policy,
+        reward,
+        order,
+        HeldOut(test, validation, judge_for(source), _held_out_rewards(config)),
+        run,
+        ranks,
+    )
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -149,11 +199,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a run is measured on: test prompts for before and after, validation prompts on the way, and a second judge."""
+    """What a run is measured on: test prompts for before and after, validation prompts on the way, a second judge, and rewards
+    that it is not trained on."""
 
     test: Sequence[Prompt]
     validation: Sequence[Prompt]
     judge: Judge | None
+    rewards: Mixture | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +224,7 @@ class Run:
         self,
         config: Config,
         policy: Policy,
-        reward: Reward,
+        reward: Mixture,
         order: PromptOrder,
         held_out: HeldOut,
         folder: RunFolder,
@@ -213,6 +265,9 @@ class Run:
         except BaseException as error:
             self._write_summary(start, f"stopped: {str(error) or type(error).__name__}")
             raise
+        finally:
+            for scorer in filter(None, (self.reward, self.held_out.rewards)):
+                scorer.close()
         self._write_summary(start, "finished")
         if self.ranks.is_main:
             console.summary_table(self.folder.read_summary(), write_report(self.folder.path))
@@ -222,12 +277,12 @@ class Run:
         console.say(self._what_runs())
         if fresh:
             console.say(f"evaluating the base model on {len(self.held_out.test)} pictures")
-            self._evaluate("before", "reference")
+            self._evaluate("before", "reference", console)
         self._write_summary(start, "running")
         while self.trainer.iteration < self.config.iterations:
             done = self.trainer.step()
             if self.config.eval.every and self.trainer.iteration % self.config.eval.every == 0:
-                done.record.update(self._validate())
+                done.record.update(self._validate(console))
             if self.ranks.is_main:
                 self._keep(done, console)
             if self._due(self.config.checkpoint.every):
@@ -236,7 +291,7 @@ class Run:
         which = f", as it was after iteration {self.best.iterations}" if self.best else ""
         console.say(f"evaluating the trained model{which} on {len(self.held_out.test)} pictures")
         weights = Best.NAME if self.best else self.trainer.evaluated_weights
-        self._evaluate("after", weights)
+        self._evaluate("after", weights, console)
         if self.ranks.is_main:
             name = "lora" if self.config.model.weights == "lora" else self.policy.denoiser_name
             self.policy.save(self.folder.path / name, weights)
@@ -284,26 +339,27 @@ class Run:
             )
         self._pays, self._path = pays, path
 
-    def _evaluate(self, when: str, weights: str) -> None:
+    def _evaluate(self, when: str, weights: str, console: Console) -> None:
         """On the test prompts, for the summary."""
-        result = self._measure(self.held_out.test, weights, diverse=DIVERSE_PROMPTS)
+        result = self._measure(self.held_out.test, weights, console, diverse=DIVERSE_PROMPTS)
         if self.ranks.is_main:
             self.folder.write_evaluation(when, result.records, result.pictures_NHWC)
 
-    def _validate(self) -> dict[str, float | None]:
+    def _validate(self, console: Console) -> dict[str, float | None]:
         """On the validation prompts, for the curves."""
-        result = self._measure(self.held_out.validation, self.trainer.evaluated_weights)
+        result = self._measure(self.held_out.validation, self.trainer.evaluated_weights, console)
         reward = result.mean("graded")
         if self.config.eval.keep_best and reward is not None and (self.best is None or reward > self.best.reward):
             self.best = Best(self.trainer.iteration, reward)
             self.policy.named_weights.snapshot(Best.NAME, self.trainer.evaluated_weights)
-        return {f"eval/{name}": result.mean(name) for name in ("graded", "strict", "judge")}
+        own = {f"eval/{name}": result.mean(name) for name in ("graded", "strict", "judge")}
+        return own | {f"eval/held_out@{name}": value for name, value in result.held_out().items()}
 
-    def _measure(self, prompts: Sequence[Prompt], weights: str, diverse: int = 0) -> Evaluation:
+    def _measure(self, prompts: Sequence[Prompt], weights: str, console: Console, diverse: int = 0) -> Evaluation:
         wanted = self.config.eval
         sampling = ode(self.policy, wanted.num_inference_steps, wanted.guidance_scale, microbatch(self.config.sampling))
         with self.policy.weights(weights):
-            return evaluate(
+            result = evaluate(
                 self.policy,
                 self.reward,
                 self.held_out.judge,
@@ -312,7 +368,19 @@ class Run:
                 wanted.seed,
                 self.ranks,
                 diverse=diverse,
+                held_out=self.held_out.rewards,
             )
+        self.trainer.check_failures(f"evaluation after {self.trainer.iteration} iterations")
+        if self.held_out.rewards is not None:  # they report: that one is down must not stop what is trained
+            for failed in self.ranks.gather([self.held_out.rewards.failures()]):
+                if any(failed.missing.values()):
+                    lost = ", ".join(
+                        f"{count} of {failed.asked[name]} of {name}" for name, count in failed.missing.items() if count
+                    )
+                    console.warn(
+                        f"held-out rewards: {lost} are missing; last error: {failed.last_error or 'none was given'}"
+                    )
+        return result
 
     def _checkpoint(self, wall_seconds: float) -> None:
         if not self.ranks.is_main:
@@ -329,10 +397,16 @@ class Run:
     def _what_runs(self) -> str:
         plan, config = self._plan_costs(), self.config
         path = " -> ".join(map(str, plan["path"]))
+        terms = config.reward.terms
+        mixed = f", rewarded by {' + '.join(term.to_text() for term in terms)}, pruned on the {self._selected_on()}"
         return (
-            f"{config.recipe}: groups of {path} by {config.plan.selector}, {config.prompts.per_iteration} prompts an"
+            f"{config.recipe}: groups of {path} by {config.plan.selector}{mixed if len(terms) > 1 else ''}, {config.prompts.per_iteration} prompts an"
             f" iteration, {self.trainer.predicted().nfe:,} NFE each; run folder {self.folder.path}"
         )
+
+    def _selected_on(self) -> str:
+        gdpo = self.config.objective.advantage == "gdpo"
+        return "sum of rewards normalised in their group" if gdpo else "weighted sum of rewards"
 
     def _plan_costs(self) -> dict[str, Any]:
         sampling = self.config.sampling
@@ -386,6 +460,13 @@ class Run:
                     "selector": config.plan.selector,
                     "num_inference_steps": config.sampling.num_inference_steps,
                 },
+                "rewards": {
+                    "weights": dict(self.reward.weights),
+                    "selected_on": self._selected_on(),
+                    "asked": totals.asked,
+                    "missing": totals.missing,
+                    "last_error": totals.last_error,
+                },
                 "seconds_by_stage": totals.seconds,
                 "versions": {"python": platform.python_version(), "progrpo": __version__}
                 | {p: version(p) for p in _PACKAGES},
@@ -402,6 +483,7 @@ class Run:
             out[f"accuracy_{when}"] = found.mean("strict")
             out[f"judge_{when}"] = found.mean("judge")
             out[f"diversity_{when}"] = found.mean("diversity")
+            out[f"held_out_{when}"] = found.held_out()
             out[f"accuracy_by_kind_{when}"] = found.strict_by_kind()
         return out
 

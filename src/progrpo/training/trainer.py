@@ -15,7 +15,8 @@ from progrpo.data import PromptOrder
 from progrpo.objectives.advantage import group_statistics
 from progrpo.objectives.base import Experience
 from progrpo.policies.base import Policy
-from progrpo.rewards.base import Reward
+from progrpo.rewards.base import Scorer
+from progrpo.rewards.mix import Failures, Mixture
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -44,6 +45,18 @@ class Totals:
     audited: Cost = field(default_factory=Cost)
     seconds: dict[str, float] = field(default_factory=dict)
 
+    asked: dict[str, int] = field(default_factory=dict)
+    """Scores of each reward, evaluations and audits included; how many of them are missing, and the last error that said why."""
+    missing: dict[str, int] = field(default_factory=dict)
+    last_error: str | None = None
+
+    def add_failures(self, found: Sequence[Failures]) -> None:
+        for f in found:
+            for name in f.asked:
+                self.asked[name] = self.asked.get(name, 0) + f.asked[name]
+                self.missing[name] = self.missing.get(name, 0) + f.missing[name]
+            self.last_error = f.last_error or self.last_error
+
     def add_seconds(self, spent: Mapping[str, float]) -> None:
         for stage, seconds in spent.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
@@ -55,7 +68,8 @@ class Totals:
         self.counted, self.predicted, self.audited = (
             Cost(**state[name]) for name in ("counted", "predicted", "audited")
         )
-        self.seconds = dict(state["seconds"])
+        self.seconds, self.asked, self.missing = (dict(state[name]) for name in ("seconds", "asked", "missing"))
+        self.last_error = state["last_error"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,7 @@ class Iteration:
 class Trainer:
     """Everything that changes during a run is in `state_dict`; noise and windows follow from the iteration's number."""
 
-    def __init__(self, config: Config, policy: Policy, reward: Reward, order: PromptOrder, ranks: Ranks) -> None:
+    def __init__(self, config: Config, policy: Policy, reward: Mixture, order: PromptOrder, ranks: Ranks) -> None:
         if config.prompts.per_iteration < ranks.world:
             raise ValueError(
                 f"prompts.per_iteration is {config.prompts.per_iteration}, fewer than the {ranks.world} processes;"
@@ -113,8 +127,7 @@ class Trainer:
         sampling = self.sampling
         with self.policy.weights(self.objective.rollout_weights):
             rolled = self._roll_out(prompts, slots, sampling, key, meter)
-        observed = self.ranks.sum(rolled.rewards_N.isfinite().sum()).item()
-        checks.check_rewards(int(observed), self.iteration)
+        failed = self.check_failures(f"iteration {self.iteration}")
         self._observe(slots, rolled)
         with meter.stage("update"):
             tally = self._update(rolled, sampling, key, meter)
@@ -123,6 +136,7 @@ class Trainer:
             with meter.stage("audit"):
                 found = self._audit(prompts, sampling, key, audited)
         record = self._record(tally, meter, audited, found, time.perf_counter() - start)
+        record |= {f"reward/failed@{name}": count for name, count in failed.items() if count}
         self._learn_of_previews(rolled, found)
         record |= self._judge_plan(found)
         since = time.perf_counter() - start - record["seconds"]
@@ -134,7 +148,7 @@ class Trainer:
     def _roll_out(
         self, prompts: Sequence[Prompt], slots: Tensor, sampling: Sampling, key: NoiseKey, meter: Meter
     ) -> Rollout:
-        def sample(reward: Reward, places: Tensor, its_meter: Meter) -> Rollout:
+        def sample(reward: Scorer, places: Tensor, its_meter: Meter) -> Rollout:
             own = slots[places]
             chosen = [prompts[i] for i in own.tolist()]
             return rollout(self.policy, reward, chosen, own, self.plan, sampling, self.select, key, its_meter, self.how)
@@ -143,7 +157,8 @@ class Trainer:
 
     def _update(self, rolled: Rollout, sampling: Sampling, key: NoiseKey, meter: Meter) -> Tally:
         wanted, clip = self.config.objective, self.objective.adv_clip_max
-        experience, tally = learn_from(rolled, sampling, key, wanted, clip, self.ranks)
+        weights, quorum = self.reward.weights, self.config.reward.quorum
+        experience, tally = learn_from(rolled, sampling, key, wanted, clip, self.ranks, weights, quorum)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.iteration)
         seen, items = update(self.policy, self.objective, self.optimizer, experience, self.config.optim, self.ranks)
@@ -170,6 +185,13 @@ class Trainer:
         checks.check_bound(self.policy, experience)
         if self.config.model.weights == "full" and not self.objective.uses_reference:
             self.policy.named_weights.forget("reference")  # a copy of the whole denoiser that nothing asks for
+
+    def check_failures(self, when: str) -> dict[str, int]:
+        """How many scores of each reward are missing since this was last called, over all processes; more than allowed stop the run."""
+        found = self.ranks.gather([self.reward.failures()])
+        self.totals.add_failures(found)
+        checks.check_failures(found, self.config.reward.max_missing, when)
+        return {name: sum(f.missing[name] for f in found) for name in self.reward.weights}
 
     def _audit_due(self) -> bool:
         """In this iteration; the main process makes it, and all know."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from progrpo.config import ObjectiveConfig, OptimConfig, microbatch
-from progrpo.objectives.advantage import advantages, batch_std_from_moments, group_statistics, moments
+from progrpo.objectives.advantage import (
+    advantages,
+    batch_advantages,
+    batch_std_from_moments,
+    group_statistics,
+    moments,
+    normalised_sum,
+    with_quorum,
+)
 from progrpo.objectives.base import Experience, Loss, Noise, Objective
 from progrpo.packing import filled_up, in_equal_parts, of_one_shape, of_whole_blocks
 from progrpo.policies.base import Policy
@@ -43,29 +52,47 @@ def learn_from(
     objective: ObjectiveConfig,
     adv_clip_max: float,
     ranks: Ranks,
+    weights: Mapping[str, float],
+    quorum: float = 0.0,
 ) -> tuple[Experience, Tally]:
-    """Every survivor whose reward is there, with its advantage; and what the rewards looked like."""
+    """Every survivor whose reward is there, with its advantage; and what the rewards looked like.
+
+    `weights` are those of the rewards that were mixed, by name. A group that misses the `quorum` is left out.
+    """
     num_groups, tally = len(rollout.prompts), Tally()
-    statistics = group_statistics(rollout.rewards_N, rollout.group_N, num_groups)
+    rewards_N = with_quorum(rollout.rewards_N, rollout.group_N, num_groups, quorum)
+    statistics = group_statistics(rewards_N, rollout.group_N, num_groups)
     finalists = group_statistics(rollout.finalist_rewards_F, rollout.finalist_group_F, num_groups)
-    std = None
-    if objective.advantage == "batch":
-        std = batch_std_from_moments(*ranks.sum(moments(rollout.rewards_N)).cpu())
-    advantages_N, observed_N = advantages(
-        rollout.rewards_N,
-        rollout.group_N,
-        statistics if objective.baseline == "survivors" else finalists,
-        std=std,
-        eps=objective.adv_eps,
-        clip_max=adv_clip_max,
-    )
+    scale = {"eps": objective.adv_eps, "clip_max": adv_clip_max}
+    if objective.advantage == "gdpo":
+        parts_NR = rollout.parts_NR.where(rewards_N.isfinite()[:, None], torch.nan)
+        weights_R = torch.tensor(list(weights.values()), dtype=torch.float64)
+        values_N = normalised_sum(parts_NR, weights_R, rollout.group_N, num_groups, objective.adv_eps)
+        count, total, total_sq = ranks.sum(moments(values_N)).cpu()
+        mean, std = total / count.clamp(min=1), batch_std_from_moments(count, total, total_sq)
+        advantages_N, observed_N = batch_advantages(values_N, rollout.group_N, num_groups, mean, std, **scale)
+        taught = group_statistics(values_N, rollout.group_N, num_groups)
+    else:
+        batch = objective.advantage == "batch"
+        advantages_N, observed_N = advantages(
+            rewards_N,
+            rollout.group_N,
+            statistics if objective.baseline == "survivors" else finalists,
+            std=batch_std_from_moments(*ranks.sum(moments(rewards_N)).cpu()) if batch else None,
+            **scale,
+        )
+        taught = statistics
     tally.add_finite("reward/mean", rollout.finalist_rewards_F)
     tally.add_finite("reward/std", statistics.std_P)
     tally.add_finite("reward/strict", rollout.passed_N)
+    if len(weights) > 1:
+        for name, values_N in zip(weights, rollout.parts_NR.unbind(1), strict=True):
+            tally.add_finite(f"reward/mean@{name}", values_N)
     if not rollout.previews:
         tally.add_finite("reward/group_std_full", finalists.std_P)
     tally.count("reward/missing", int((~rollout.finalist_rewards_F.isfinite()).sum()))
-    tally.count("advantage/zero_variance_groups", int((~statistics.informative_P).sum()))
+    tally.count("reward/skipped_groups", num_groups - len(rollout.group_N[rewards_N.isfinite()].unique()))
+    tally.count("advantage/zero_variance_groups", int((~taught.informative_P).sum()))
     experience = Experience(
         rollout.trajectories,
         advantages_N,

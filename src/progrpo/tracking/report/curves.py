@@ -8,11 +8,12 @@ from typing import Any
 
 from progrpo.tracking.report import charts
 from progrpo.tracking.report.charts import ACCENT, AMBER, GREY, ROSE, TEAL, VIOLET, Curve
-from progrpo.tracking.report.page import chart, note, section
+from progrpo.tracking.report.page import chart, escape, note, section
 from progrpo.tracking.report.run import Records, Run
 
 _PREVIEW = "preview/rank_correlation@"
 _SHARE = "prompts/share@"
+_REWARD, _HELD_OUT = "reward/mean@", "eval/held_out@"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def write(run: Run) -> str:
     if not run.metrics:
         return section("curves", "Curves", "", note("No iteration is finished yet."))
     signal = [_signal(run.metrics)] if "prompts/seen" in run.metrics[-1] else []
-    sampling = _grid(run.metrics, (*_SAMPLING, _previews(run.metrics), *signal), "grid", 230)
+    sampling = _grid(run.metrics, (*_SAMPLING, _previews(run.metrics), *signal, *_rewards(run.metrics)), "grid", 230)
     update = _grid(run.metrics, (_deviation(run.metrics), *_UPDATE), "grid four", 170)
     return section(
         "curves",
@@ -98,6 +99,17 @@ def _signal(metrics: Records) -> _Card:
     lines = [Curve(f"{_SHARE}{kind}", kind, colours[i % len(colours)]) for i, kind in enumerate(kinds)]
     about = "share of the next prompts by kind, by how far its rewards differ"
     return _Card("Where sampling goes", about, lines, {"tickformat": ".0%", "rangemode": "tozero"})
+
+
+def _rewards(metrics: Records) -> list[_Card]:
+    """A card for each of several rewards, since their scales differ, and for each that is held out."""
+    names = dict.fromkeys(key for record in metrics for key in record if key.startswith((_REWARD, _HELD_OUT)))
+    cards = []
+    for key in names:
+        name, held_out = escape(key.partition("@")[2]), key.startswith(_HELD_OUT)
+        about = "held out: never trained on, evaluation" if held_out else "mean over survivors, before its weight"
+        cards.append(_Card(f"Reward {name}", about, (Curve(key, name, TEAL if held_out else ACCENT, held_out),)))
+    return cards
 
 
 def _deviation(metrics: Records) -> _Card:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from progrpo.tracking.report import charts
-from progrpo.tracking.report.page import chart, escape, note, picture_uri, section
+from progrpo.tracking.report.page import chart, escape, note, pairs, picture_uri, section
 from progrpo.tracking.report.run import Records, Run, accuracy
 from progrpo.tracking.statistics import Mean
-from progrpo.tracking.wording import number
+from progrpo.tracking.wording import count, number
 
 _OUTCOMES = {  # (passes before, passes after) -> (name, words)
     (False, True): ("mended", "failed, then passed"),
@@ -28,7 +28,7 @@ def write(run: Run) -> str:
     if not run.before:
         return section("evaluation", "Before and after", "", note("No evaluation is written yet."))
     missing = "" if run.after else note("There is no evaluation after training yet; what was measured before is shown.")
-    return section("evaluation", "Before and after", _LEAD, missing + _gallery(run) + _kinds(run))
+    return section("evaluation", "Before and after", _LEAD, missing + _gallery(run) + _kinds(run) + _rewards(run))
 
 
 def _gallery(run: Run) -> str:
@@ -92,6 +92,21 @@ def _kinds(run: Run) -> str:
         return ""
     about = "share of the test pictures that pass; whiskers: one standard error"
     return chart(charts.accuracy_bars(before, after), "kinds", "Strict accuracy by kind of prompt", about)
+
+
+def _rewards(run: Run) -> str:
+    """Rewards that were not trained on, before and after; what the trained one is made of; and scores that are missing."""
+    then, now = (run.summary.get(f"held_out_{when}") or {} for when in ("before", "after"))
+    rows = {f"{name}, held out": f"{number(then.get(name))} → {number(now.get(name))}" for name in {**then, **now}}
+    about = run.summary.get("rewards") or {}
+    weights, asked, missing = (about.get(name) or {} for name in ("weights", "asked", "missing"))
+    if len(weights) > 1:
+        rows["trained on"] = " + ".join(f"{weight:g} × {name}" for name, weight in weights.items())
+        rows["groups are pruned on"] = f"the {about['selected_on']}"
+    rows |= {f"{name}, scores missing": f"{count(n)} of {count(asked[name])}" for name, n in missing.items() if n}
+    if any(missing.values()):
+        rows["last error of a reward"] = about.get("last_error") or "none was given"
+    return f"<h3>Rewards</h3>{pairs(rows)}" if rows else ""
 
 
 def _by_kind(records: Records) -> dict[str, Mean]:

@@ -1,0 +1,72 @@
+"""Scores that were paid for once, on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from progrpo.rewards.base import Reward, Score, close
+from progrpo.types import Prompt
+
+
+class Cached:
+    """Asks `reward` only about pictures and prompts that it has not scored before; failures are asked about again.
+
+    A score is found by the sha256 of the reward's `identity` (its name and model), the picture's pixels and size, the prompt and its columns. The file
+    is `folder`/NAME.sqlite, and several processes may use it at once.
+    """
+
+    def __init__(self, reward: Reward, identity: str, folder: Path) -> None:
+        self._reward, self._identity = reward, identity
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', identity).strip('-')}.sqlite"
+        with self._open() as database:
+            database.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, value REAL, passed INTEGER)")
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        keys = [self._key(picture, prompt) for picture, prompt in zip(pictures_NHWC, prompts, strict=True)]
+        known = self._known(keys)
+        first = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}  # of equal ones one is asked
+        rows = sorted(first.values())
+        if rows:
+            asked = self._reward.score(pictures_NHWC[rows], [prompts[i] for i in rows])
+            new = {keys[i]: score for i, score in zip(rows, asked, strict=True)}
+            self._keep(new)
+            known |= new
+        return [known[key] for key in keys]
+
+    def _key(self, picture_HWC: np.ndarray, prompt: Prompt) -> str:
+        told = json.dumps(
+            [self._identity, picture_HWC.shape, prompt.text, dict(prompt.columns)], sort_keys=True, default=str
+        )
+        return hashlib.sha256(told.encode() + b"\0" + np.ascontiguousarray(picture_HWC).tobytes()).hexdigest()
+
+    def _known(self, keys: Sequence[str]) -> dict[str, Score]:
+        with self._open() as database:
+            rows = [
+                database.execute("SELECT key, value, passed FROM scores WHERE key = ?", (k,)).fetchone() for k in keys
+            ]
+        return {
+            key: Score(value, None if passed is None else bool(passed)) for key, value, passed in filter(None, rows)
+        }
+
+    def _keep(self, scores: dict[str, Score]) -> None:
+        whole = [(key, s.value, s.passed) for key, s in scores.items() if np.isfinite(s.number())]
+        with self._open() as database:
+            database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", whole)
+
+    def close(self) -> None:
+        close(self._reward)
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        # one for each use: connections belong to the thread that made them, and waves ask from several
+        with closing(sqlite3.connect(self._file, timeout=60)) as database, database:
+            yield database

@@ -1,0 +1,136 @@
+"""How the models of rewards come here: pinned revisions of the hub, checksummed files, extras that may lack."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote
+
+import numpy as np
+import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from torch import Tensor
+
+from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score
+from progrpo.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_Module = TypeVar("_Module", bound=torch.nn.Module)
+_Model = TypeVar("_Model", bound="PreTrainedModel")
+
+
+class OnFirstScore:
+    """A reward whose weights are loaded when it is first asked for a score: once, whoever asks at the same time."""
+
+    def __init__(self, load: Callable[[], Reward]) -> None:
+        self._load, self._one = functools.cache(load), threading.Lock()
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        with self._one:
+            reward = self._load()
+        return reward.score(pictures_NHWC, prompts)
+
+
+@contextmanager
+def fetching(reward: str, what: str, source: str = "the Hugging Face hub") -> Iterator[None]:
+    """Says in a Refusal which reward lacks what, where neither the cache nor the network has it."""
+    try:
+        yield
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise Refusal(
+            f"reward {reward!r}: there is no cached copy of {what}, and {source} did not give one: {reason}"
+        ) from error
+
+
+def file_of(reward: str, repository: str, name: str, revision: str) -> Path:
+    """One file of a repository on the hub at a commit, from the cache or the network; or of a folder."""
+    with fetching(reward, repository):
+        if Path(repository).is_dir():
+            return Path(repository, name).resolve(strict=True)
+        return Path(hf_hub_download(repository, name, revision=revision))
+
+
+def file_at(reward: str, url: str) -> Path:
+    """One file from elsewhere than the hub, kept in the folder of torch's hub under its own name."""
+    path = Path(torch.hub.get_dir(), "checkpoints", unquote(url.rpartition("/")[2]))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with fetching(reward, str(path), url):
+            torch.hub.download_url_to_file(url, str(path), progress=False)
+    return path
+
+
+def sha256_at_hub(reward: str, repository: str, name: str, revision: str) -> str:
+    """What the hub says of a large file, where its checksum is published nowhere else.
+
+    So it guards the transfer and the cache, and not the origin, which only the commit vouches for.
+    """
+    # The cache keeps such a file under its sha256, behind a link, so that no network is needed; on systems without links there is
+    # none, and the hub is asked.
+    path = file_of(reward, repository, name, revision)
+    if path.resolve().name != name:
+        return path.resolve().name
+    with fetching(reward, repository):
+        return str(get_hf_file_metadata(hf_hub_url(repository, name, revision=revision)).etag)
+
+
+def read_pickle(reward: str, path: Path, sha256: str) -> Any:
+    """What a published pickle holds, read as tensors alone, if it is the file with that checksum; Refusal if not."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise Refusal(
+            f"reward {reward!r}: {path.resolve()} is damaged, its sha256 is {found} and not {sha256};"
+            " delete it, and it is fetched anew"
+        )
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def pretrained(kind: type[_Model], reward: str, repository: str, revision: str) -> _Model:
+    """A network of transformers from the safetensors of a repository at a commit, or of a folder."""
+    told = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    with fetching(reward, repository):
+        model, report = kind.from_pretrained(repository, revision=revision, **told)
+    lacking = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    if lacking:  # else they would be random
+        raise Refusal(f"reward {reward!r}: {repository} is no {kind.__name__}, it has no {min(lacking)} of the right size")
+    return model
+
+
+def converted(kind: type[_Model], config: PreTrainedConfig, weights: Mapping[str, Tensor], **more: Any) -> _Model:
+    """A network of transformers with these weights, of which none may lack or be left over."""
+    model, report = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **more)
+    assert not any(report.values()), report
+    return model
+
+
+def renamed(name: str, names: Mapping[str, str]) -> str:
+    """With each part of `names` replaced, in their order."""
+    return functools.reduce(lambda new, pair: new.replace(*pair), names.items(), name)
+
+
+def placed(model: _Module, settings: RewardSettings) -> _Module:
+    """Frozen, and where and in what the settings say."""
+    there = torch.cuda.is_available()
+    device = torch.device(("cuda" if there else "cpu") if settings.device == "auto" else settings.device)
+    if device.type == "cuda" and not there:
+        raise Refusal(f"reward device {settings.device}: there is no GPU here; leave it out or say cpu")
+    automatic = torch.float16 if device.type == "cuda" else torch.float32
+    dtype = automatic if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return model.eval().requires_grad_(False).to(device, dtype)
+
+
+def require(reward: str, *modules: str, extra: str) -> None:
+    """Refusal with the pip command where a package that the reward needs is not installed."""
+    lacking = [name for name in modules if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise Refusal(f"reward {reward!r} needs {lacking[0]}, which is not installed: pip install 'progrpo[{extra}]'")

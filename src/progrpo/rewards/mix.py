@@ -1,0 +1,126 @@
+"""One reward or several as one value: weighted, gated, group by group where one ranks, and with their failures counted."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from progrpo.rewards.base import Reward, Score, close
+from progrpo.types import Prompt, Scores
+
+
+@dataclass(frozen=True)
+class Term:
+    """A reward of a mixture. Where the reward `needs`, an earlier term's name, is below `at_least`, this one counts as 0."""
+
+    name: str
+    reward: Reward
+    weight: float = 1.0
+    needs: str = ""
+    at_least: float = 0.5
+    groupwise: bool = False
+
+
+@dataclass(frozen=True)
+class Failures:
+    """Of the scores that were asked for, how many are missing, by reward, and the last error that said why."""
+
+    asked: Mapping[str, int]
+    missing: Mapping[str, int]
+    last_error: str | None
+
+
+Ranking = Callable[[Tensor, Tensor], Tensor]
+"""From parts_NR and group_N to what selectors compare, (N,)."""
+
+
+class Mixture:
+    """The weighted sum of its terms; missing where one of them is. `ranking` replaces it as what selectors compare."""
+
+    def __init__(self, terms: Sequence[Term], ranking: Ranking | None = None) -> None:
+        self._terms, self._ranking = terms, ranking
+        self._lock = threading.Lock()
+        self._count_anew()
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return {term.name: term.weight for term in self._terms}
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt], group_N: Tensor) -> Scores:
+        parts: dict[str, Tensor] = {}
+        verdicts: list[list[bool | None]] = []
+        for term in self._terms:
+            counts_N = torch.ones(len(prompts), dtype=torch.bool)
+            values_N = torch.zeros(len(prompts), dtype=torch.float64)
+            if term.needs:
+                counts_N = (
+                    parts[term.needs] >= term.at_least
+                )  # not where that one is missing, and then this is missing too
+                values_N[parts[term.needs].isnan()] = math.nan
+            rows = counts_N.nonzero().flatten()
+            scores = self._scores(term, pictures_NHWC, prompts, group_N, rows)
+            values_N[rows] = torch.tensor([s.number() for s in scores], dtype=torch.float64)
+            parts[term.name] = values_N
+            if not term.needs:
+                verdicts.append([s.passed for s in scores])
+        parts_NR = torch.stack(list(parts.values()), dim=1)
+        weights_R = torch.tensor(list(self.weights.values()), dtype=torch.float64)
+        value_N = (parts_NR * weights_R).sum(1)
+        ranking_N = value_N if self._ranking is None else self._ranking(parts_NR, group_N)
+        passed_N = torch.tensor([_all(row) for row in zip(*verdicts, strict=True)], dtype=torch.float64)
+        return Scores(value_N, ranking_N, passed_N, parts_NR)
+
+    def failures(self) -> Failures:
+        """Since this was last asked."""
+        with self._lock:
+            found = Failures(self._asked, self._missing, self._last_error)
+            self._count_anew()
+        return found
+
+    def close(self) -> None:
+        for term in self._terms:
+            close(term.reward)
+
+    def _scores(
+        self, term: Term, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt], group_N: Tensor, rows: Tensor
+    ) -> list[Score]:
+        """Of these rows, in order; a reward that ranks sees one group at a time."""
+        parts = [rows[group_N[rows] == g] for g in group_N[rows].unique()] if term.groupwise else [rows]
+        found: dict[int, Score] = {}
+        for part in parts:
+            if len(part):
+                places = part.tolist()
+                scores = term.reward.score(pictures_NHWC[places], [prompts[i] for i in places])
+                assert len(scores) == len(part), f"reward {term.name}: {len(scores)} scores for {len(part)} pictures"
+                found |= dict(zip(places, scores, strict=True))
+        self._count(term.name, list(found.values()))
+        return [found[i] for i in rows.tolist()]
+
+    def _count_anew(self) -> None:
+        self._asked, self._missing = ({term.name: 0 for term in self._terms} for _ in range(2))
+        self._last_error: str | None = None
+
+    def _count(self, name: str, scores: Sequence[Score]) -> None:
+        missing = [s for s in scores if math.isnan(s.number())]
+        with self._lock:  # waves score in several threads
+            self._asked[name] += len(scores)
+            self._missing[name] += len(missing)
+            if missing:
+                self._last_error = f"reward {name}: {missing[-1].error or 'it gave no finite number'}"
+
+
+def alone(reward: Reward, name: str = "reward") -> Mixture:
+    """A single reward as what a run is rewarded by."""
+    return Mixture([Term(name, reward, groupwise=bool(getattr(reward, "groupwise", False)))])
+
+
+def _all(verdicts: Sequence[bool | None]) -> float:
+    """1 if all rewards with a verdict pass, 0 if one does not, NaN if none has one."""
+    there = [v for v in verdicts if v is not None]
+    return float(all(there)) if there else math.nan

@@ -1,0 +1,96 @@
+"""A reward that may fail: tried again, given so much time, and what fails in the end is missing, picture by picture."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from progrpo.rewards.base import Refusal, Reward, Score, close
+from progrpo.types import Prompt
+
+_HOPELESS = 8  # single pictures that fail before the first success: the reward is down, not a picture bad
+_HANGING = 4  # calls that were given up and still run
+
+
+class Patient:
+    """Calls `reward`, again after `backoff` 1, 2, 4, ... seconds where that raises, `retries` times.
+
+    Of a call that keeps failing each picture is asked about alone, so that a bad one costs no other. A call that takes more
+    than `timeout` seconds has failed; it is left to itself, and its pictures are not asked about alone. A Refusal is raised.
+    """
+
+    def __init__(
+        self,
+        reward: Reward,
+        retries: int = 2,
+        timeout: float | None = None,
+        backoff: float = 1.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._reward, self._retries, self._timeout = reward, retries, timeout
+        self._backoff, self._sleep = backoff, sleep
+        self._calls: list[threading.Thread] = []
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        for attempt in range(self._retries + 1):
+            try:
+                return self._in_time(pictures_NHWC, prompts)
+            except Refusal:
+                raise
+            except Exception as error:  # whatever a reward's author let through
+                failure = error
+            if attempt < self._retries:
+                self._sleep(self._backoff * 2**attempt * (0.5 + random.random()))
+        if len(prompts) == 1 or isinstance(failure, TimeoutError):
+            return [_failed(failure)] * len(prompts)
+        return self._one_by_one(pictures_NHWC, prompts)
+
+    def close(self) -> None:
+        close(self._reward)
+
+    def _one_by_one(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        scores: list[Score] = []
+        for i in range(len(prompts)):
+            try:
+                scores += self._in_time(pictures_NHWC[i : i + 1], prompts[i : i + 1])
+            except Refusal:
+                raise
+            except Exception as error:
+                scores.append(_failed(error))
+                down = len(scores) >= _HOPELESS and all(s.error for s in scores)
+                if down or isinstance(error, TimeoutError):
+                    return scores + [_failed(error)] * (len(prompts) - len(scores))
+        return scores
+
+    def _in_time(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        if self._timeout is None:
+            return self._reward.score(pictures_NHWC, prompts)
+        self._calls = [call for call in self._calls if call.is_alive()]
+        if len(self._calls) >= _HANGING:
+            raise TimeoutError(f"{_HANGING} earlier calls still hang")
+        answer: list[list[Score]] = []
+        failure: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                answer.append(self._reward.score(pictures_NHWC, prompts))
+            except BaseException as error:
+                failure.append(error)
+
+        call = threading.Thread(target=ask, daemon=True)  # one that hangs must not keep the program from ending
+        call.start()
+        call.join(self._timeout)
+        if answer:
+            return answer[0]
+        if failure:
+            raise failure[0]
+        self._calls.append(call)
+        raise TimeoutError(f"no answer in {self._timeout:g} s")
+
+
+def _failed(error: Exception) -> Score:
+    return Score(None, error=f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)

@@ -1,0 +1,96 @@
+"""Scores are paid for once, and only what is the same is the same."""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from progrpo.rewards.base import Score
+from progrpo.rewards.cache import Cached
+from progrpo.types import Prompt
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
+PROMPTS = [Prompt(f"p{i}", {"n": i}) for i in range(6)]
+
+
+class Paid:
+    def __init__(self, fails=()):
+        self.shown, self.fails = [], set(fails)
+
+    def score(self, pictures_NHWC, prompts):
+        assert len(pictures_NHWC) == len(prompts)
+        self.shown += [p.text for p in prompts]
+        return [
+            Score(None, error="gone") if p.text in self.fails else Score(float(x.mean()), bool(x.mean() > 127))
+            for x, p in zip(pictures_NHWC, prompts, strict=True)
+        ]
+
+
+def test_what_was_scored_is_not_asked_again_and_comes_back_the_same(tmp_path):
+    paid = Paid()
+    expected = Paid().score(PICTURES, PROMPTS)
+    cached = Cached(paid, "vlm gpt", tmp_path)
+    assert cached.score(PICTURES[:4], PROMPTS[:4]) == expected[:4]
+    order = [5, 2, 0, 4]
+    assert cached.score(PICTURES[order], [PROMPTS[i] for i in order]) == [expected[i] for i in order]
+    assert paid.shown == ["p0", "p1", "p2", "p3", "p5", "p4"]
+    again = Paid()
+    assert Cached(again, "vlm gpt", tmp_path).score(PICTURES, PROMPTS) == expected and again.shown == []
+
+
+def test_another_picture_prompt_column_or_reward_is_another_score(tmp_path):
+    paid = Paid()
+    Cached(paid, "vlm", tmp_path).score(PICTURES[:1], PROMPTS[:1])
+    changed = PICTURES[:1].copy()
+    changed[0, 0, 0, 0] ^= 1
+    reshaped = PICTURES[:1].reshape(1, 5, 4, 3)
+    cases = (
+        ("vlm", changed, PROMPTS[0]),
+        ("vlm", reshaped, PROMPTS[0]),
+        ("vlm", PICTURES[:1], Prompt("other", {"n": 0})),
+        ("vlm", PICTURES[:1], Prompt("p0", {"n": 1})),
+        ("vlm other", PICTURES[:1], PROMPTS[0]),
+    )
+    for i, (identity, picture, prompt) in enumerate(cases):
+        Cached(paid, identity, tmp_path).score(picture, [prompt])
+        assert len(paid.shown) == 2 + i
+
+
+def test_failures_are_asked_about_again(tmp_path):
+    paid = Paid(fails={"p1"})
+    cached = Cached(paid, "vlm", tmp_path)
+    assert cached.score(PICTURES[:3], PROMPTS[:3])[1] == Score(None, error="gone")
+    paid.fails.clear()
+    assert cached.score(PICTURES[:3], PROMPTS[:3])[1].value is not None
+    assert paid.shown == ["p0", "p1", "p2", "p1"]
+
+
+def test_a_value_that_is_no_number_is_not_kept(tmp_path):
+    class Nan(Paid):
+        def score(self, pictures_NHWC, prompts):
+            super().score(pictures_NHWC, prompts)
+            return [Score(math.nan)] * len(prompts)
+
+    paid = Nan()
+    cached = Cached(paid, "vlm", tmp_path)
+    for _ in range(2):
+        assert math.isnan(cached.score(PICTURES[:1], PROMPTS[:1])[0].number())
+    assert paid.shown == ["p0", "p0"]
+
+
+def test_equal_pictures_of_one_call_are_paid_for_once(tmp_path):
+    paid = Paid()
+    rows = [0, 1, 0, 0]
+    scores = Cached(paid, "vlm", tmp_path).score(PICTURES[rows], [PROMPTS[i] for i in rows])
+    assert scores[0] == scores[2] == scores[3] != scores[1] and paid.shown == ["p0", "p1"]
+
+
+def test_several_threads_share_it(tmp_path):
+    cached, expected = Cached(Paid(), "vlm", tmp_path), Paid().score(PICTURES, PROMPTS)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: cached.score(PICTURES, PROMPTS), range(12)))
+    assert found == [expected] * 12
+
+
+def test_no_pictures_no_scores(tmp_path):
+    assert Cached(Paid(), "vlm", tmp_path).score(PICTURES[:0], []) == []
