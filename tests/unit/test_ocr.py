@@ -1,0 +1,272 @@
+"""The reward for text: targets, the published formula by other means, and PP-OCRv6 on pictures drawn with PIL."""
+
+import functools
+import importlib.util
+import logging
+import random
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+from progrpo.rewards.base import Refusal, RewardSettings, Score
+from progrpo.rewards.ocr import OCR, quoted
+from progrpo.types import Prompt
+
+BLANK = np.zeros((1, 32, 32, 3), np.uint8)
+
+
+def asks_for(*texts: str) -> Prompt:
+    return Prompt("a sign", {"target": list(texts)})
+
+
+def score(prompt: Prompt, *lines: str) -> Score:
+    """Of a picture in which those lines are read."""
+    return OCR(lambda picture: SimpleNamespace(txts=lines or None)).score(BLANK, [prompt])[0]
+
+
+# --- the formula ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def levenshtein(a: str, b: str) -> int:
+    """By the definition."""
+    if not a or not b:
+        return len(a) + len(b)
+    return min(levenshtein(a[1:], b) + 1, levenshtein(a, b[1:]) + 1, levenshtein(a[1:], b[1:]) + (a[0] != b[0]))
+
+
+def published(target: str, lines: tuple[str, ...]) -> float:
+    """The published code's reward for one target."""
+    target, read = target.replace(" ", "").lower(), "".join(lines).replace(" ", "").lower()
+    return 1 - (0 if target in read else min(levenshtein(target, read), len(target))) / len(target)
+
+
+def words(generator: random.Random, count: int, longest: int, shortest: int = 0) -> tuple[str, ...]:
+    return tuple("".join(generator.choices("aAbc ", k=generator.randint(shortest, longest))) for _ in range(count))
+
+
+def test_one_target_is_scored_by_the_published_formula():
+    generator, seen = random.Random(0), set()
+    for _ in range(400):
+        target, lines = f"c{words(generator, 1, 7)[0]}", words(generator, generator.randint(1, 3), 6)
+        found = score(asks_for(target), *lines)
+        assert found.value == pytest.approx(published(target, lines), abs=1e-12)
+        assert found.passed == (found.value == 1)
+        seen.add(found.value)
+    assert len(seen) > 15 and {0.0, 1.0} <= seen
+
+
+def test_several_targets_are_each_compared_with_the_nearest_part_of_the_text():
+    generator, seen = random.Random(1), set()
+    for _ in range(150):
+        wanted, lines = words(generator, generator.randint(2, 3), 5, shortest=3), words(generator, 2, 5)
+        wanted = tuple(f"b{w}" for w in wanted)
+        read = "".join(lines).replace(" ", "").lower()
+        parts = {read[i:j] for i in range(len(read) + 1) for j in range(i, len(read) + 1)}
+        plain = [w.replace(" ", "").lower() for w in wanted]
+        edits = sum(min(levenshtein(w, part) for part in parts) for w in plain)
+        found = score(asks_for(*wanted), *lines)
+        assert found.value == pytest.approx(1 - edits / sum(map(len, plain)), abs=1e-12)
+        assert found.passed == (found.value == 1) == all(w in read for w in plain)
+        seen.add(found.value)
+    assert len(seen) > 15
+
+
+@pytest.mark.parametrize(
+    ("prompt", "lines", "value"),
+    [
+        (asks_for("Hello"), ("HELLO",), 1),
+        (asks_for("New\u00a0York\n City"), ("NEW Y", "ORK\tCITY"), 1),
+        (asks_for("hello"), ("he says hello to all of us",), 1),  # as published
+        (asks_for("hello"), ("hullo",), 0.8),
+        (asks_for("hello"), ("a hullo in a long text",), 0),  # as published: what is around counts
+        (asks_for("hello"), (), 0),
+        (asks_for("hello"), ("",), 0),
+        (asks_for("OPEN", "daily"), ("daily", "open"), 1),
+        (asks_for("OPEN", "daily"), ("opon", "daily"), 8 / 9),
+        (asks_for("OPEN", "charts"), ("open",), 0.4),  # a mean by length, not 1/2
+        (asks_for("OPEN", "daily"), (), 0),
+        (asks_for("OPEN", "daily"), ("xxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",), 0),
+        (asks_for("", " ", "hello"), ("hullo",), 0.8),  # empty ones do not count, and one is left
+    ],
+)
+def test_scores_by_hand(prompt, lines, value):
+    found = score(prompt, *lines)
+    assert type(found.value) is float and type(found.passed) is bool
+    assert found.value == pytest.approx(value, abs=1e-12)
+    assert found.passed == (value == 1)
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('a sign that says "Open 24 hours"', ["Open 24 hours"]),
+        ('"A" over "B", "" and " "', ["A", "B"]),
+        ("a sign “Ouvert” by a door „Offen“ or „Otwarte” or « Aperto »", ["Ouvert", "Offen", "Otwarte", " Aperto "]),
+        ("a sign that says 'OPEN'", ["OPEN"]),
+        ("'A', 'B c' and ‘D’.", ["A", "B c", "D"]),
+        ("the dogs' sign: 'Don't bark', it's rude", ["Don't bark"]),
+        ("'tis the sign 'OPEN'", ["OPEN"]),
+        ("it’s ‘Don’t bark’, the dogs’ rule", ["Don’t bark"]),
+        ("""a 'big' sign that says "DON'T" """, ["DON'T"]),  # single ones only where there are no double ones
+        ("""an empty "" and a 'full' one""", ["full"]),
+        ("the dogs' and the cats' house, it's John's", []),
+        ('an open " mark', []),
+        ("nothing", []),
+        ("", []),
+    ],
+)
+def test_quotes(text, found):
+    assert quoted(text) == found
+
+
+def test_a_column_comes_before_quotes_and_may_be_one_text_or_several():
+    for given, value in [("abcd", 1), (["ab", "cd"], 1), (("ab", "zz"), 0.5), (None, 0)]:
+        assert score(Prompt('a sign "xyz"', {"target": given}), "abcd").value == value
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        Prompt("a sign"),
+        Prompt('a sign ""'),
+        Prompt('"A"', {"target": " "}),
+        Prompt('"A"', {"target": []}),
+        Prompt("", {"target": None}),
+    ],
+)
+def test_a_prompt_that_asks_for_no_text_is_refused(prompt):
+    with pytest.raises(Refusal, match=r"'ocr'.*asks for no text.*quotes.*`target`"):
+        score(prompt, "text")
+
+
+@pytest.mark.parametrize("given", [1984, 1.5, [1, 2], ["A", None], {"A": "B"}])
+def test_a_target_that_is_no_text_is_refused(given):
+    with pytest.raises(Refusal, match=r"`target` of the prompt 'a sign' is .*not a text or a list of texts"):
+        score(Prompt("a sign", {"target": given}), "text")
+
+
+def test_prompts_are_refused_before_any_picture_is_read():
+    def reader(picture):
+        raise AssertionError("read")
+
+    with pytest.raises(Refusal):
+        OCR(reader).score(np.repeat(BLANK, 2, 0), [asks_for("A"), Prompt("a sign")])
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+WORDS = ["OPEN", "Hello", "Bakery", "Jazz Club", "GRPO 2025"]
+
+
+def draw(text: str, size: int, height: float, noise: float = 0.0, seed: int = 0) -> np.ndarray:
+    """Dark text of that height, a share of the picture's, in the middle of a light picture; words in lines of their own."""
+    generator = np.random.default_rng(seed)
+    ground, ink = (tuple(int(v) for v in generator.integers(*r, 3)) for r in ((150, 256), (0, 90)))
+    picture = Image.new("RGB", (size, size), ground)
+    drawing, font = ImageDraw.Draw(picture), ImageFont.load_default(size=height * size)
+    drawing.multiline_text((size / 2, size / 2), text.replace(" ", "\n"), ink, font, anchor="mm", align="center")
+    return np.clip(np.asarray(picture) + generator.normal(0, noise, (size, size, 3)), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def reward():
+    """Made, and its models loaded, without a network."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((socket, "getaddrinfo"), (socket.socket, "connect")):
+            patch.setattr(owner, name, lambda *a, **k: pytest.fail("the network was asked for"))
+        ocr = OCR.make(RewardSettings())
+        ocr.score(draw("text", 64, 0.2)[None], [asks_for("text")])
+    return ocr
+
+
+@pytest.mark.parametrize("size", [64, 128, 256, 512])
+def test_drawn_text_is_read(reward, size):
+    drawn = np.stack([draw(word, size, 0.17, noise=15, seed=i) for i, word in enumerate(WORDS)])
+    right = reward.score(drawn, [Prompt(f'a sign that says "{word.upper()}"') for word in WORDS])
+    wrong = reward.score(drawn, [asks_for(word) for word in reversed(["Quarry", "Midwife", "Fly", "Church", "Zoo"])])
+    assert [s.value for s in right] == [1.0] * len(WORDS) and all(s.passed is True for s in right)
+    assert all(s.value < 0.5 and s.passed is False for s in wrong)
+
+
+def test_small_pictures_are_enlarged_and_so_read(reward):
+    small = ["Bakery", "Hello", "coffee", "Hotel"]
+    drawn = np.stack([draw(word, 64, 0.11, noise=20, seed=i) for i, word in zip([0, 1, 2, 4], small, strict=True)])
+    assert (
+        np.mean([s.value for s in reward.score(drawn, [asks_for(word) for word in small])]) > 0.75
+    )  # as they are, 0.4
+
+
+def test_a_misspelt_word_scores_by_its_letters(reward):
+    (found,) = reward.score(draw("Bakary", 256, 0.17)[None], [asks_for("Bakery")])
+    assert found.value == pytest.approx(5 / 6) and found.passed is False
+
+
+def test_several_texts_in_one_picture(reward):
+    picture = draw("Fresh Bread Daily", 256, 0.15)[None]
+    assert reward.score(picture, [Prompt('signs "Bread" and "FRESH"')]) == [Score(1.0, True)]
+    assert reward.score(picture, [asks_for("daily", "bread", "fresh", "today")])[0].passed is False
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (1, 1), (20, 300), (60, 9)])
+def test_a_picture_without_text_has_zero_and_says_nothing(reward, shape, monkeypatch):
+    logged = []
+    monkeypatch.setattr(logging.Logger, "handle", lambda logger, record: logged.append(record))
+    assert reward.score(np.full((1, *shape, 3), 128, np.uint8), [asks_for("A")]) == [Score(0.0, False)]
+    assert logged == []
+
+
+def test_pictures_do_not_see_each_other_and_threads_agree(reward):
+    drawn = np.stack([draw(word, 128, 0.17, noise=40, seed=i) for i, word in enumerate([*WORDS, ""])])
+    prompts = [asks_for(f"{word}s") for word in [*WORDS, "?"]]
+    together = reward.score(drawn, prompts)
+    with ThreadPoolExecutor(4) as pool:
+        alone = list(pool.map(lambda i: reward.score(drawn[i : i + 1], prompts[i : i + 1]), [*range(6), *range(6)]))
+    assert [score for scores in alone for score in scores] == together * 2
+    assert len({s.value for s in together}) > 2
+    assert reward.score(drawn[:0], []) == []
+
+
+def test_strided_and_read_only_pictures(reward):
+    wide = np.repeat(draw("Bakery", 128, 0.17)[None], 2, axis=2)
+    before, strided = wide.copy(), wide[:, :, ::2]
+    wide.flags.writeable = strided.flags.writeable = False
+    assert not strided.flags.c_contiguous and not strided.flags.writeable
+    assert reward.score(strided, [asks_for("Bakery")]) == [Score(1.0, True)]
+    assert np.array_equal(wide, before)
+
+
+def test_the_reader_gets_blue_first_and_an_array_of_its_own():
+    seen = []
+
+    def reader(picture):
+        seen.append(picture)
+        return SimpleNamespace(txts=None)
+
+    picture = np.zeros((1, 4, 5, 3), np.uint8)
+    picture[..., 0] = 200
+    OCR(reader).score(picture, [asks_for("A")])
+    assert seen[0].tolist() == [[[0, 0, 200]] * 5] * 4
+    assert seen[0].flags.c_contiguous and not np.shares_memory(seen[0], picture)
+
+
+def test_one_thread(reward):
+    for part in (reward._reader.text_det, reward._reader.text_rec):
+        options = part.session.session.get_session_options()
+        assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
+    assert reward._reader.text_cls is None
+
+
+@pytest.mark.parametrize("lacking", ["rapidocr", "onnxruntime"])
+def test_a_missing_package_is_refused_with_the_way_to_install_it(lacking, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == lacking else there(name))
+    with pytest.raises(Refusal, match=rf"'ocr' needs {lacking}.*pip install 'progrpo\[ocr\]'"):
+        OCR.make(RewardSettings())
