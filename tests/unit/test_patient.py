@@ -98,6 +98,26 @@ def test_an_interrupt_is_no_failure():
     assert len(reward.asked) == 1
 
 
+def test_only_the_pictures_that_failed_are_asked_about_again():
+    class Flaky:
+        def __init__(self):
+            self.asked = []
+
+        def score(self, pictures_NHWC, prompts):
+            numbers = pictures_NHWC[:, 0, 0, 0].tolist()
+            self.asked.append(numbers)
+            lost = {1: {2, 5, 9}, 2: {5}}.get(len(self.asked), set())
+            return [Score(None, error="busy") if n in lost else Score(None if n == 3 else float(n)) for n in numbers]
+
+    reward = Flaky()
+    scores = Patient(reward, retries=2, sleep=lambda s: None).score(PICTURES, PROMPTS)
+    assert reward.asked == [list(range(20)), [2, 5, 9], [5]]  # the third, which just has none, is not
+    assert [s.value for s in scores] == [None if n == 3 else float(n) for n in range(20)]
+    reward = Flaky()
+    scores = Patient(reward, retries=1, sleep=lambda s: None).score(PICTURES, PROMPTS)
+    assert scores[5] == Score(None, error="busy") and reward.asked == [list(range(20)), [2, 5, 9]]
+
+
 # --- time -------------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """One picture's reward. `value` is None where it is missing, and `error` may say why.
+    """One picture's reward. `value` is None where it is missing; `error` says that it failed, and may be had by asking again.
 
     `passed` is a strict verdict, where the reward has one.
     """

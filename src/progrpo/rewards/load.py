@@ -43,6 +43,19 @@ def _nsfw(settings: RewardSettings) -> Reward:
     return NSFW.make(settings)
 
 
+def _geneval(settings: RewardSettings) -> Reward:
+    from progrpo.rewards.geneval import GenEval
+    from progrpo.rewards.hub import OnFirstScore
+
+    return OnFirstScore(partial(GenEval.from_hub, settings))
+
+
+def _vlm(settings: RewardSettings) -> Reward:
+    from progrpo.rewards.vlm import VLMJudge
+
+    return VLMJudge.make(settings)
+
+
 REWARDS: dict[str, Callable[[RewardSettings], Reward]] = {
     "shapes": partial(_shapes, 0.0),
     "shapes_strict": partial(_shapes, 1.0),
@@ -50,17 +63,23 @@ REWARDS: dict[str, Callable[[RewardSettings], Reward]] = {
     "pickscore": partial(_clip, "pickscore"),
     "hpsv2": partial(_clip, "hpsv2"),
     "ocr": _ocr,
+    "geneval": _geneval,
     "jpeg_compressibility": partial(_jpeg, -1),
     "jpeg_incompressibility": partial(_jpeg, 1),
     "nsfw": _nsfw,
+    "vlm": _vlm,
 }
 
 
 def load_reward(name: str, settings: RewardSettings = RewardSettings(), processes: int = 0) -> Reward:  # noqa: B008 (frozen)
     """A built-in reward, or `module:function` found on the Python path or in the current folder.
 
-    With `processes` it scores in so many of its own.
+    With `processes` it scores in so many of its own; with a `url` a server scores, but for `vlm`, which asks its own kind.
     """
+    if settings.url and name != "vlm":
+        from progrpo.rewards.remote import RemoteReward
+
+        return RemoteReward.make(name, settings)
     here = _load(name, settings)  # also with processes: so that a wrong name is refused at once
     if processes == 0:
         return here

@@ -19,8 +19,9 @@ _HANGING = 4  # calls that were given up and still run
 class Patient:
     """Calls `reward`, again after `backoff` 1, 2, 4, ... seconds where that raises, `retries` times.
 
-    Of a call that keeps failing each picture is asked about alone, so that a bad one costs no other. A call that takes more
-    than `timeout` seconds has failed; it is left to itself, and its pictures are not asked about alone. A Refusal is raised.
+    Pictures whose score has an `error` are asked about again likewise. Of a call that keeps raising each picture is asked about
+    alone, so that a bad one costs no other. A call that takes more than `timeout` seconds has failed; it is left to itself, and
+    its pictures are not asked about alone. A Refusal is raised.
     """
 
     def __init__(
@@ -36,18 +37,26 @@ class Patient:
         self._calls: list[threading.Thread] = []
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        found, rows = [Score(None)] * len(prompts), list(range(len(prompts)))
+        failure: Exception | None = None
         for attempt in range(self._retries + 1):
+            if attempt:
+                self._sleep(self._backoff * 2 ** (attempt - 1) * (0.5 + random.random()))
             try:
-                return self._in_time(pictures_NHWC, prompts)
+                scores, failure = self._in_time(pictures_NHWC[rows], [prompts[i] for i in rows]), None
             except Refusal:
                 raise
             except Exception as error:  # whatever a reward's author let through
-                failure = error
-            if attempt < self._retries:
-                self._sleep(self._backoff * 2**attempt * (0.5 + random.random()))
-        if len(prompts) == 1 or isinstance(failure, TimeoutError):
-            return [_failed(failure)] * len(prompts)
-        return self._one_by_one(pictures_NHWC, prompts)
+                scores, failure = [_failed(error)] * len(rows), error
+            for i, score in zip(rows, scores, strict=True):
+                found[i] = score
+            rows = [i for i in rows if found[i].error is not None]
+            if not rows:
+                return found
+        if failure is not None and not isinstance(failure, TimeoutError) and len(rows) > 1:
+            for i, score in zip(rows, self._one_by_one(pictures_NHWC[rows], [prompts[i] for i in rows]), strict=True):
+                found[i] = score
+        return found
 
     def close(self) -> None:
         close(self._reward)

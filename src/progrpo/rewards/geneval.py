@@ -1,0 +1,340 @@
+"""GenEval: does the picture hold the objects that its prompt names, in number, colour and place? (arXiv 2310.11513)"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    BaseImageProcessor,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    Mask2FormerForUniversalSegmentation,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+
+from progrpo.rewards.base import Refusal, RewardSettings, Score
+from progrpo.rewards.clip import tokenizer_of
+from progrpo.rewards.hub import fetching, placed
+from progrpo.types import Prompt
+
+DETECTOR = ("facebook/mask2former-swin-tiny-coco-instance", "22c4a2f15dc88149b8b8d9f4d42c54431fbd66f6")
+CLIP = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
+
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
+THRESHOLD = 0.3  # a detection counts if it scores more
+COUNTING_THRESHOLD = 0.9  # where the prompt is about a number
+MOST = 16  # objects of a class, the most certain ones
+MARGIN = 0.1  # of the summed sizes of two boxes: so far apart are their centres at least where one is beside the other
+RELATIONS = ("left of", "right of", "above", "below")
+
+_COCO = {  # the names that GenEval and some detectors have for COCO's classes
+    "computer mouse": "mouse",
+    "tv remote": "remote",
+    "computer keyboard": "keyboard",
+    "motorbike": "motorcycle",
+    "aeroplane": "airplane",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+}
+
+
+# --- what a prompt demands --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clause:
+    """So many objects of a class, all of a colour, each in a relation to all objects of an earlier clause."""
+
+    label: str
+    count: int
+    color: str | None = None
+    position: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a picture must hold, and what it must not: so many objects of a class or more."""
+
+    include: tuple[Clause, ...]
+    exclude: tuple[Clause, ...] = ()
+    threshold: float = THRESHOLD
+
+
+def demand_of(prompt: Prompt, labels: Collection[str]) -> Demand:
+    """A prompt's columns, as in GenEval's metadata, for a detector that knows `labels`; Refusal where they are not like that."""
+    include, exclude = (prompt.columns.get(name) for name in ("include", "exclude"))
+    if not include:
+        raise _unreadable(prompt, 'it has no column include; add one, such as [{"class": "dog", "count": 2}]')
+    clauses = _clauses(prompt, "include", include, labels), _clauses(prompt, "exclude", exclude or [], labels)
+    return Demand(*clauses, COUNTING_THRESHOLD if prompt.columns.get("tag") == "counting" else THRESHOLD)
+
+
+def _clauses(prompt: Prompt, column: str, entries: Any, labels: Collection[str]) -> tuple[Clause, ...]:
+    if not isinstance(entries, list | tuple) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise _unreadable(prompt, f'{column} must be a list of objects such as {{"class": "dog", "count": 2}}')
+    return tuple(_clause(prompt, f"{column}[{i}]", i, entry, labels) for i, entry in enumerate(entries))
+
+
+def _clause(prompt: Prompt, where: str, index: int, entry: Mapping[str, Any], labels: Collection[str]) -> Clause:
+    label, count, color, position = (entry.get(name) for name in ("class", "count", "color", "position"))
+    if not isinstance(label, str) or label not in labels:
+        near = difflib.get_close_matches(str(label), labels)
+        known = f"did you mean {' or '.join(near)}?" if near else f"it knows {', '.join(sorted(labels))}"
+        raise _unreadable(prompt, f"the detector does not know the class {label!r} of {where}; {known}")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise _unreadable(prompt, f"the count of {where} is {count!r}; give a whole number of 1 or more")
+    if color is not None and color not in COLORS:
+        raise _unreadable(prompt, f"the color of {where} is {color!r}; give one of {', '.join(COLORS)}")
+    if position is None:
+        return Clause(label, count, color)
+    match position:
+        case [relation, int(target)] if relation in RELATIONS and 0 <= target < index:
+            return Clause(label, count, color, (relation, target))
+    raise _unreadable(
+        prompt,
+        f"the position of {where} is {position!r}; give one of {', '.join(RELATIONS)} and the number of an entry before it",
+    )
+
+
+def _unreadable(prompt: Prompt, problem: str) -> Refusal:
+    return Refusal(f"reward 'geneval' cannot judge the prompt {prompt.text!r}: {problem}")
+
+
+# --- what a picture shows ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """An object of a COCO class: its box (left, top, right, bottom) in pixels, and its pixels where the detector tells them."""
+
+    label: str
+    score: float
+    box: tuple[float, float, float, float]
+    mask_HW: np.ndarray | None = None
+
+
+def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
+    """Where `box` lies as seen from `other`.
+
+    With d = (dx, dy) from centre to centre, each of its parts is brought nearer to 0 by MARGIN times the boxes' summed size
+    in that direction; what is left of it counts if it is more than |d| / 2. Both parts may.
+    """
+    corners_2x2x2 = np.array([box, other], dtype=float).reshape(2, 2, 2)
+    offset_2 = np.subtract(*corners_2x2x2.mean(1))
+    sizes_2 = np.abs(corners_2x2x2[:, 1] - corners_2x2x2[:, 0]).sum(0)
+    left_2 = np.sign(offset_2) * np.maximum(np.abs(offset_2) - MARGIN * sizes_2, 0)
+    if np.all(np.abs(left_2) < 1e-3):
+        return set()
+    dx, dy = left_2 / np.linalg.norm(offset_2)
+    return {name for name, part in zip(RELATIONS, (-dx, dx, -dy, dy), strict=True) if part > 0.5}
+
+
+def judge(
+    demand: Demand,
+    detections: Sequence[Detection],
+    colors_of: Callable[[Sequence[Detection], str], list[str]],
+) -> Score:
+    """The score of a picture with these detections; `colors_of` tells the colours of objects of a class.
+
+    `passed` is GenEval's verdict. Its most certain objects are looked at: of each class as many as are asked for, and more may
+    be there if `exclude` does not forbid them.
+
+    The value is the mean of all checks, each in 0..1 (Flow-GRPO's, arXiv 2505.05470): for a clause that asks for n objects of
+    which the picture has m, max(0, 1 - |m - n| / n); if it names a colour, the share of objects that have it, and if it names a
+    position, 1 where all of them are there; both 0 where m is not n. An excluded class that no clause counts is a check too.
+    """
+    objects: dict[str, list[Detection]] = {}
+    for found in sorted(detections, key=lambda d: -d.score):
+        if found.score > demand.threshold:
+            objects.setdefault(found.label, []).append(found)
+    passed, checks = True, []
+    groups: list[list[Detection]] = []  # of each clause the objects looked at, none if they are not as asked
+    exact: list[bool] = []
+    for clause in demand.include:
+        there = objects.get(_coco(clause.label), [])[:MOST]
+        group = there[: clause.count]
+        right = len(group) == clause.count
+        exact.append(len(there) == clause.count)
+        checks.append(max(0.0, 1 - abs(len(there) - clause.count) / clause.count))
+        if clause.color is not None:
+            share = colors_of(group, clause.label).count(clause.color) / clause.count if right else 0.0
+            checks.append(share * exact[-1])
+            right = share == 1
+        if clause.position is not None:
+            relation, target = clause.position
+            pairs = [(one, other) for one in group for other in groups[target]]
+            right = right and bool(pairs) and all(relation in relations(a.box, b.box) for a, b in pairs)
+            checks.append(float(right and exact[-1] and exact[target]))
+        groups.append(group if right else [])
+        passed = passed and right
+    counted = {_coco(clause.label) for clause in demand.include}
+    for clause in demand.exclude:
+        absent = len(objects.get(_coco(clause.label), [])[:MOST]) < clause.count
+        passed = passed and absent
+        if _coco(clause.label) not in counted:
+            checks.append(float(absent))
+    return Score(sum(checks) / len(checks), passed)
+
+
+def _coco(label: str) -> str:
+    return _COCO.get(label, label)
+
+
+# --- the networks -----------------------------------------------------------------------------------------------------
+
+
+class Detector:
+    """A frozen detector of objects: a Mask2Former that segments instances, or a model that finds boxes."""
+
+    def __init__(self, model: PreTrainedModel, image_processor: BaseImageProcessor, batch_size: int = 16) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._image_processor = image_processor
+        self._batch_size = batch_size
+        self._label_of = {i: _coco(label) for i, label in model.config.id2label.items()}
+        known = set(self._label_of.values())
+        self.labels = known | {other for other, label in _COCO.items() if label in known}
+
+    def detect(self, pictures_NHWC: np.ndarray) -> list[list[Detection]]:
+        """The objects of each picture that score THRESHOLD or more, in no order."""
+        parts = [pictures_NHWC[i : i + self._batch_size] for i in range(0, len(pictures_NHWC), self._batch_size)]
+        return [found for part in parts for found in self._detect(part)]
+
+    @torch.no_grad()
+    def _detect(self, pictures_BHWC: np.ndarray) -> list[list[Detection]]:
+        made = self._image_processor(list(pictures_BHWC), input_data_format="channels_last", return_tensors="pt")
+        outputs = self._model(made.pixel_values.to(self._model.device, self._model.dtype))
+        # In float32, and on the CPU because transformers makes the masks there.
+        outputs = type(outputs)(**{n: t.float().cpu() for n, t in outputs.items() if isinstance(t, Tensor)})
+        shapes = [pictures_BHWC.shape[1:3]] * len(pictures_BHWC)
+        if isinstance(self._model, Mask2FormerForUniversalSegmentation):
+            maps = self._image_processor.post_process_instance_segmentation(
+                outputs, threshold=THRESHOLD, return_binary_maps=True
+            )
+            return [self._of_masks(found, shape) for found, shape in zip(maps, shapes, strict=True)]
+        boxes = self._image_processor.post_process_object_detection(outputs, threshold=THRESHOLD, target_sizes=shapes)
+        return [self._of_boxes(found) for found in boxes]
+
+    def _of_masks(self, found: Mapping[str, Any], shape: tuple[int, int]) -> list[Detection]:
+        if not (segments := found["segments_info"]):
+            return []  # and then the map is not one of each object
+        masks_NHW = (
+            torch.nn.functional.interpolate(found["segmentation"][None], shape, mode="nearest")[0].bool().numpy()
+        )
+        return [
+            Detection(self._label_of[segment["label_id"]], segment["score"], box_of(mask_HW), mask_HW)
+            for segment, mask_HW in zip(segments, masks_NHW, strict=True)
+            if mask_HW.any()
+        ]
+
+    def _of_boxes(self, found: Mapping[str, Tensor]) -> list[Detection]:
+        rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
+        return [Detection(self._label_of[label], score, tuple(box)) for label, score, box in rows]
+
+
+def box_of(mask_HW: np.ndarray) -> tuple[float, float, float, float]:
+    """The smallest box around a mask; its right and lower edges are those of the last pixels."""
+    rows, columns = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+class Colors:
+    """The colour of an object by a frozen CLIP: the one whose texts are nearest to the object's crop, the rest of it grey."""
+
+    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, image_processor: CLIPImageProcessorPil) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._tokenizer = tokenizer
+        self._image_processor = image_processor
+        self._directions: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, picture_HWC: np.ndarray, objects: Sequence[Detection], label: str) -> list[str]:
+        crops = [crop_of(picture_HWC, found) for found in objects]
+        made = self._image_processor(crops, input_data_format="channels_last", return_tensors="pt")
+        pixels_BCHW = made.pixel_values.to(self._model.device, self._model.dtype)
+        f_BD = self._model.get_image_features(pixels_BCHW).pooler_output.float()
+        if label not in self._directions:
+            self._directions[label] = torch.stack([self._direction(color, label) for color in COLORS])
+        return [COLORS[i] for i in (f_BD @ self._directions[label].T).argmax(1).tolist()]
+
+    def _direction(self, color: str, label: str) -> Tensor:
+        """Of unit length: the mean of the templates' text features, each of unit length before."""
+        texts = [template.format(color=color, label=label) for template in TEMPLATES]
+        length = self._model.config.text_config.max_position_embeddings
+        ids_TL = self._tokenizer(
+            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).input_ids
+        g_TD = self._model.get_text_features(ids_TL.to(self._model.device)).pooler_output.float()
+        return torch.nn.functional.normalize(torch.nn.functional.normalize(g_TD, dim=-1).mean(0), dim=-1)
+
+
+def crop_of(picture_HWC: np.ndarray, found: Detection) -> np.ndarray:
+    """The object's box out of the picture, with what is not the object in grey (#999) where the detector tells that."""
+    if found.mask_HW is not None:
+        picture_HWC = np.where(found.mask_HW[:, :, None], picture_HWC, np.uint8(0x99))
+    height, width = picture_HWC.shape[:2]
+    left, top, right, bottom = (round(edge) for edge in found.box)
+    left, top = min(max(left, 0), width - 1), min(max(top, 0), height - 1)
+    return picture_HWC[top : max(bottom, top + 1), left : max(right, left + 1)]
+
+
+class GenEval:
+    """The graded value and GenEval's verdict (`judge`) of what a detector and a CLIP see.
+
+    Prompts have GenEval's columns: include, a list of {"class", "count", "color"?, "position"?}, and perhaps exclude and tag.
+    As published: thresholds, the rules for position and number, CLIP ViT-L/14 and its texts. Unlike it, the detector is
+    transformers' Mask2Former with Swin-T (GenEval: mmdet's with Swin-S), whose masks have 384 pixels a side before they are
+    resized: scores compare with each other, and not with published ones.
+    """
+
+    def __init__(self, detector: Detector, colors: Colors) -> None:
+        self._detector, self._colors = detector, colors
+
+    @classmethod
+    def from_hub(cls, settings: RewardSettings) -> Self:
+        """The published weights (safetensors). The detector computes in float32 if nothing else is said: thresholds are sharp."""
+        exact = replace(settings, dtype="float32") if settings.dtype == "auto" else settings
+        model, image_processor = _detector_of(*(settings.model, "main") if settings.model else DETECTOR)
+        with fetching("geneval", CLIP[0]):
+            clip = CLIPModel.from_pretrained(CLIP[0], revision=CLIP[1], use_safetensors=True)
+        colors = Colors(placed(clip, settings), tokenizer_of("geneval", *CLIP), CLIPImageProcessorPil())
+        return cls(Detector(placed(model, exact), image_processor, settings.batch_size or 16), colors)
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        demands = [demand_of(prompt, self._detector.labels) for prompt in prompts]
+        seen = self._detector.detect(pictures_NHWC)
+        return [
+            judge(demand, detections, partial(self._colors, picture_HWC))
+            for demand, detections, picture_HWC in zip(demands, seen, pictures_NHWC, strict=True)
+        ]
+
+
+def _detector_of(name: str, revision: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    with fetching("geneval", name):
+        kind = AutoConfig.from_pretrained(name, revision=revision).model_type
+        common: dict[str, Any] = {"revision": revision}
+        if kind == "mask2former":
+            # The size at which Mask2Former is trained and measured on COCO; the hub's copies say 384 by 384.
+            size = {"shortest_edge": 800, "longest_edge": 1333}
+            model = Mask2FormerForUniversalSegmentation.from_pretrained(name, use_safetensors=True, **common)
+            return model, AutoImageProcessor.from_pretrained(name, backend="pil", size=size, **common)
+        if kind in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
+            model = AutoModelForObjectDetection.from_pretrained(name, use_safetensors=True, **common)
+            return model, AutoImageProcessor.from_pretrained(name, backend="pil", **common)
+    raise Refusal(
+        f"reward 'geneval': {name} is a {kind}, not a detector of objects; name a Mask2Former, a DETR or an RT-DETR"
+    )
