@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from progrpo.rewards.base import Refusal, RewardSettings, Score
-from progrpo.rewards.vlm import VLMJudge, mark_of
+from progrpo.rewards.vlm import MAX_TOKENS, VLMJudge, mark_of
 from progrpo.types import Prompt
 
 KEY = "sk-very-secret"
@@ -129,7 +129,7 @@ def test_what_the_server_gets(serve):
     assert server.paths == ["/v1/chat/completions"]
     assert headers["Authorization"] == f"Bearer {KEY}"
     assert (request["model"], request["temperature"]) == ("judge-7b", 0)
-    assert 0 < request["max_tokens"] <= 100
+    assert request["max_tokens"] == MAX_TOKENS
     assert [m["role"] for m in request["messages"]] == ["user"]
     assert np.array_equal(seen(request), drawn[0])
     assert '"two dogs"' in question(request) and '{"score": n}' in question(request) and "0 to 10" in question(request)
