@@ -1,22 +1,54 @@
 """What every reward promises, built in or a user's function."""
 
+import asyncio
+import functools
 import string
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from torch import nn
+from transformers import (
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosImageProcessorPil,
+)
 
-from progrpo.rewards.base import Score
-from progrpo.rewards.clip import ClipScore
+from progrpo.rewards.aesthetic import Aesthetic
+from progrpo.rewards.base import RewardSettings, Score
+from progrpo.rewards.clip import ClipCosine
+from progrpo.rewards.clipscore import CLIPScore
 from progrpo.rewards.function import FunctionReward
+from progrpo.rewards.geneval import Colors, Detector, GenEval
 from progrpo.rewards.hpsv2 import HPSv2
+from progrpo.rewards.imagereward import ImageReward
+from progrpo.rewards.imagereward import tokenizer_of as blip_tokenizer
 from progrpo.rewards.load import REWARDS
+from progrpo.rewards.ocr import OCR
+from progrpo.rewards.patient import Patient
 from progrpo.rewards.pickscore import PickScore
+from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 
 PROMPTS, PICTURES = world.examples("test", 24, seed=3)
 PROMPTS = [*PROMPTS[:12], *PROMPTS[13:], PROMPTS[12]]  # half of the pictures are not what is asked for
+COLUMNS = {
+    "target": ["bcircle", "ecir"],
+    "include": [{"class": "cat", "count": 8, "color": "red"}, {"class": "dog", "count": 1}],
+}
+PROMPTS = [Prompt(p.text, {**p.columns, **COLUMNS}) for p in PROMPTS]
 
 
 def brightness(images, prompts):
@@ -33,31 +65,106 @@ def all_columns(images, prompts, **columns):
     return [len(kind) + len(wanted) for kind, wanted in zip(columns["kind"], columns["objects"], strict=True)]
 
 
+async def slowly(images, prompts):
+    await asyncio.sleep(0)
+    return brightness(images, prompts)
+
+
 class Contrast:
     def __call__(self, images, prompts):
         return [float(np.asarray(i).std()) for i in images]
 
 
-def small(kind: type[ClipScore]) -> ClipScore:
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def random_weights(make):
+    """A network of random weights, equal at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make()
+
+
+def small_clip() -> CLIPModel:
+    text = {"vocab_size": 54, "bos_token_id": 52, "eos_token_id": 53, **TOWER}
+    config = CLIPConfig(text_config=text, vision_config={"patch_size": 56, **TOWER}, initializer_factor=4.0)
+    return random_weights(lambda: CLIPModel(config))
+
+
+def small(kind: type[ClipCosine]) -> ClipCosine:
     """A reward of the hub's on a CLIP of random weights."""
     letters = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
     words = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {"vocab_size": 54, "bos_token_id": 52, "eos_token_id": 53, **tower}
-    config = CLIPConfig(text_config=text, vision_config={"patch_size": 56, **tower}, initializer_factor=4.0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return kind(CLIPModel(config), CLIPTokenizer(vocab=words, merges=[]), CLIPImageProcessorPil())
+    return kind(small_clip(), CLIPTokenizer(vocab=words, merges=[]), CLIPImageProcessorPil())
 
 
-BUILDERS = {
-    **REWARDS,
+def small_clipscore() -> ClipCosine:
+    reward = small(CLIPScore)
+    reward._model.visual_projection.weight.neg_()  # these random weights find no prompt like any picture
+    return reward
+
+
+def small_head(width: int) -> nn.Sequential:
+    return random_weights(lambda: nn.Sequential(nn.Linear(width, 4), nn.Linear(4, 1)))
+
+
+def small_aesthetic() -> Aesthetic:
+    vision = CLIPVisionModelWithProjection(small_clip().config.vision_config)
+    vision.load_state_dict(small_clip().state_dict(), strict=False)
+    return Aesthetic(vision, small_head(vision.config.projection_dim), CLIPImageProcessorPil())
+
+
+def small_imagereward() -> ImageReward:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "green", "circle", "square", "a"]
+    vision = BlipVisionConfig(patch_size=56, image_size=224, initializer_range=0.5, **TOWER)
+    text = BlipTextConfig(
+        vocab_size=32, encoder_hidden_size=32, max_position_embeddings=40, initializer_range=0.5, **TOWER
+    )
+    return ImageReward(
+        random_weights(lambda: BlipVisionModel(vision)),
+        random_weights(lambda: BlipTextModel(text, add_pooling_layer=False)),
+        small_head(32),
+        blip_tokenizer({word: i for i, word in enumerate(words)}),
+        CLIPImageProcessorPil(),
+    )
+
+
+def small_geneval() -> GenEval:
+    """Its detector has seen nothing, and so finds most things everywhere."""
+    config = YolosConfig(
+        image_size=[64, 64],
+        patch_size=16,
+        num_detection_tokens=8,
+        id2label={0: "dog", 1: "cat"},
+        initializer_range=1.0,
+        **TOWER,
+    )
+    processor = YolosImageProcessorPil(size={"height": 64, "width": 64})
+    clip = small(ClipCosine)
+    colors = Colors(clip._model, clip._tokenizer, clip._image_processor)
+    return GenEval(Detector(random_weights(lambda: YolosForObjectDetection(config)), processor), colors)
+
+
+def reads_the_colour(picture_HWC):
+    return SimpleNamespace(txts=("abcdefgh"[int(picture_HWC.mean()) % 8], "circle"))
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {
+    **{name: functools.partial(make, RewardSettings()) for name, make in REWARDS.items() if name != "vlm"},
+    "clipscore": small_clipscore,
     "pickscore": lambda: small(PickScore),
     "hpsv2": lambda: small(HPSv2),
+    "imagereward": small_imagereward,
+    "aesthetic": small_aesthetic,
+    "ocr": lambda: OCR(reads_the_colour),
+    "geneval": small_geneval,
     "function": lambda: FunctionReward(brightness),
     "function of a column": lambda: FunctionReward(wanted_objects),
     "function of all columns": lambda: FunctionReward(all_columns),
+    "async function": lambda: FunctionReward(slowly),
     "callable object": lambda: FunctionReward(Contrast()),
+    "in batches": lambda: FunctionReward(brightness, batch_size=5),
+    "patient": lambda: Patient(FunctionReward(brightness)),
 }
 
 
@@ -78,7 +185,8 @@ def test_one_score_a_picture_of_plain_types(reward):
 
 
 def test_order_is_kept_and_pictures_do_not_see_each_other(reward):
-    rounding = 1e-6 if isinstance(reward, ClipScore) else 0.0  # a network's kernels differ by the size of their batch
+    networks = ClipCosine, Aesthetic, ImageReward, GenEval
+    rounding = 1e-5 if isinstance(reward, networks) else 0.0  # a network's kernels differ by the size of their batch
     together = reward.score(PICTURES, PROMPTS)
     alone = [reward.score(PICTURES[i : i + 1], PROMPTS[i : i + 1])[0] for i in range(len(PROMPTS))]
     order = np.random.default_rng(0).permutation(len(PROMPTS))

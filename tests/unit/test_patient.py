@@ -30,7 +30,8 @@ class Fails:
 
 
 def patient(fails, **how):
-    waited, reward = [], Fails(fails)
+    waited: list[float] = []
+    reward = Fails(fails)
     return Patient(reward, sleep=waited.append, **how), reward, waited
 
 

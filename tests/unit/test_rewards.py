@@ -224,10 +224,10 @@ def test_a_ranking_says_so_and_is_never_taken_apart():
     assert not FunctionReward(ranking).groupwise
     ranking.groupwise = True  # type: ignore[attr-defined]
     reward = FunctionReward(ranking, batch_size=1)
-    assert reward.groupwise and sorted(s.value for s in reward.score(PICTURES, PROMPTS)) == [0, 1, 2]
+    assert reward.groupwise and sorted(s.number() for s in reward.score(PICTURES, PROMPTS)) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("answer", [None, 0.5, (v for v in ())])
+@pytest.mark.parametrize("answer", [None, 0.5, iter(())])
 def test_an_answer_that_is_no_sequence_is_refused(answer):
     with pytest.raises(Refusal, match=r"no scores for 3 pictures; return one each"):
         FunctionReward(lambda images, prompts: answer).score(PICTURES, PROMPTS)
