@@ -62,7 +62,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tiny_trainer, tiny_config, 
 
 def test_rewards_that_are_all_missing_stop_the_run(tiny_trainer, tiny_config):
     trainer = tiny_trainer(tiny_config(), reward=lambda images, prompts: [None] * len(images))
-    with pytest.raises(SelfCheckError, match=r"iteration 0: 14 of 14 scores of reward reward are missing.*no finite number"):
+    with pytest.raises(
+        SelfCheckError, match=r"iteration 0: 14 of 14 scores of reward reward are missing.*no finite number"
+    ):
         trainer.step()
 
 

@@ -9,8 +9,10 @@ import string
 import subprocess
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +42,7 @@ LENGTH = 24
 
 TEXTS = ["red cat", "a dog", "birds", "a longer text than the tower reads"] * 5
 PROMPTS = [Prompt(f"{text} {letter}") for text, letter in zip(TEXTS, string.ascii_lowercase, strict=False)]
-assert len(PROMPTS) > RewardSettings().batch_size
+assert len(PROMPTS) > RewardSettings().batch
 SHAPES = {"square": (40, 40), "tall": (45, 30), "wide": (21, 50), "odd": (40, 27), "large": (300, 224)}
 
 
@@ -216,7 +218,7 @@ class PublishedHead(nn.Module):
         sizes, drops = (width, 32, 16, 8, 4, 1), (0.2, 0.2, 0.1, None, None)
         layers = []
         for i, drop in enumerate(drops):
-            layers += [nn.Linear(*sizes[i : i + 2])] + ([nn.Dropout(drop)] if drop else [])
+            layers += [nn.Linear(sizes[i], sizes[i + 1])] + ([nn.Dropout(drop)] if drop else [])
         self.layers = nn.Sequential(*layers)
         generator = torch.Generator().manual_seed(2)
         for parameter in self.parameters():
@@ -416,7 +418,9 @@ def cosine_reward(kind, **settings):
     return kind(small_clip(), tokenizer(), CLIPImageProcessorPil(), **settings)
 
 
-MAKERS = {kind.__name__: partial(cosine_reward, kind) for kind in (PickScore, HPSv2, CLIPScore)}
+MAKERS: dict[str, Callable[..., Any]] = {
+    kind.__name__: partial(cosine_reward, kind) for kind in (PickScore, HPSv2, CLIPScore)
+}
 MAKERS["Aesthetic"] = aesthetic
 
 

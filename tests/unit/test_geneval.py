@@ -27,8 +27,8 @@ from transformers import (
 
 import progrpo
 from progrpo.rewards.base import Refusal, Score
+from progrpo.rewards.clip import VIT_L
 from progrpo.rewards.geneval import (
-    CLIP,
     COLORS,
     DETECTOR,
     Clause,
@@ -602,7 +602,7 @@ def from_hub(cache: Path, *models: str) -> list:
 
 
 def test_from_the_cache_without_a_network(tmp_path):
-    published, boxes, clip = snapshot(tmp_path, *DETECTOR), tmp_path / "boxes", snapshot(tmp_path, *CLIP)
+    published, boxes, clip = snapshot(tmp_path, *DETECTOR), tmp_path / "boxes", snapshot(tmp_path, *VIT_L)
     small_mask2former().save_pretrained(published)
     Mask2FormerImageProcessorPil(size={"height": 384, "width": 384}, size_divisor=32).save_pretrained(published)
     small_yolos().save_pretrained(boxes)

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -318,7 +319,8 @@ def test_a_ranking_is_not_spread_over_processes(tmp_path, monkeypatch):
         "my_reward_rank",
     )
     monkeypatch.chdir(tmp_path)
-    assert load_reward("my_reward_rank:score").groupwise
+    ranks: Any = load_reward("my_reward_rank:score")
+    assert ranks.groupwise
     with pytest.raises(Refusal, match="ranks a group, which processes would take apart"):
         load_reward("my_reward_rank:score", processes=2)
 

@@ -46,14 +46,24 @@ class RewardSettings:
     """By torch's name; `auto`: a GPU where there is one."""
     dtype: str = "auto"
     """By torch's name; `auto`: float16 on a GPU, float32 elsewhere."""
-    batch_size: int = 16
-    """Pictures of one call of the network."""
+    batch_size: int | None = None
+    """Pictures at once; empty: all of a function, else `batch`."""
     model: str = ""
     """Another model than the reward's own: a hub id, a folder, or the name that a server knows."""
     url: str = ""
     """Of a server."""
-    timeout: float = 60.0
-    """Seconds that a server may take for one answer."""
+    timeout: float | None = None
+    """Seconds that a call may take; empty: `patience` of a server, else as long as it wants."""
+
+    @property
+    def batch(self) -> int:
+        """Pictures at once of a network or a server."""
+        return 16 if self.batch_size is None else self.batch_size
+
+    @property
+    def patience(self) -> float:
+        """Seconds for one answer of a server."""
+        return 60.0 if self.timeout is None else self.timeout
 
 
 class Reward(Protocol):

@@ -25,12 +25,11 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 from progrpo.rewards.base import Refusal, RewardSettings, Score
-from progrpo.rewards.clip import tokenizer_of
-from progrpo.rewards.hub import fetching, placed
+from progrpo.rewards.clip import VIT_L, tokenizer_of
+from progrpo.rewards.hub import fetching, placed, pretrained
 from progrpo.types import Prompt
 
 DETECTOR = ("facebook/mask2former-swin-tiny-coco-instance", "22c4a2f15dc88149b8b8d9f4d42c54431fbd66f6")
-CLIP = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
@@ -309,10 +308,9 @@ class GenEval:
         """The published weights (safetensors). The detector computes in float32 if nothing else is said: thresholds are sharp."""
         exact = replace(settings, dtype="float32") if settings.dtype == "auto" else settings
         model, image_processor = _detector_of(*(settings.model, "main") if settings.model else DETECTOR)
-        with fetching("geneval", CLIP[0]):
-            clip = CLIPModel.from_pretrained(CLIP[0], revision=CLIP[1], use_safetensors=True)
-        colors = Colors(placed(clip, settings), tokenizer_of("geneval", *CLIP), CLIPImageProcessorPil())
-        return cls(Detector(placed(model, exact), image_processor, settings.batch_size or 16), colors)
+        clip = pretrained(CLIPModel, "geneval", *VIT_L)
+        colors = Colors(placed(clip, settings), tokenizer_of("geneval", *VIT_L), CLIPImageProcessorPil())
+        return cls(Detector(placed(model, exact), image_processor, settings.batch), colors)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         demands = [demand_of(prompt, self._detector.labels) for prompt in prompts]

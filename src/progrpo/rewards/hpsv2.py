@@ -32,7 +32,7 @@ class HPSv2(ClipCosine):
         """The published weights, which are a pickle: read as tensors alone, and only if they are the published file."""
         state = read_pickle("hpsv2", file_of("hpsv2", REPOSITORY, CHECKPOINT, REVISION), SHA256)["state_dict"]
         tokenizer = tokenizer_of("hpsv2", *VIT_H)
-        return cls(placed(clip_of(state), settings), tokenizer, CLIPImageProcessorPil(), settings.batch_size)
+        return cls(placed(clip_of(state), settings), tokenizer, CLIPImageProcessorPil(), settings.batch)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         return [Score(cosine) for cosine in self.cosines(pictures_NHWC, [p.text for p in prompts])]

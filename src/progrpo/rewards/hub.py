@@ -79,7 +79,7 @@ def sha256_at_hub(reward: str, repository: str, name: str, revision: str) -> str
     path = file_of(reward, repository, name, revision)
     if path.resolve().name != name:
         return path.resolve().name
-    with fetching(reward, repository):
+    with fetching(reward, f"the checksum of {repository}"):
         return str(get_hf_file_metadata(hf_hub_url(repository, name, revision=revision)).etag)
 
 
@@ -102,7 +102,9 @@ def pretrained(kind: type[_Model], reward: str, repository: str, revision: str) 
         model, report = kind.from_pretrained(repository, revision=revision, **told)
     lacking = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     if lacking:  # else they would be random
-        raise Refusal(f"reward {reward!r}: {repository} is no {kind.__name__}, it has no {min(lacking)} of the right size")
+        raise Refusal(
+            f"reward {reward!r}: {repository} is no {kind.__name__}, it has no {min(lacking)} of the right size"
+        )
     return model
 
 

@@ -17,12 +17,11 @@ def _shapes(strict_share: float, settings: RewardSettings) -> Reward:
     return ShapesReward(strict_share)
 
 
-def _clip(name: str, settings: RewardSettings) -> Reward:
-    from progrpo.rewards.hpsv2 import HPSv2
+def _of_hub(module: str, kind: str, settings: RewardSettings) -> Reward:
     from progrpo.rewards.hub import OnFirstScore
-    from progrpo.rewards.pickscore import PickScore
 
-    return OnFirstScore(partial({"pickscore": PickScore, "hpsv2": HPSv2}[name].from_hub, settings))
+    reward = getattr(importlib.import_module(f"progrpo.rewards.{module}"), kind)
+    return OnFirstScore(partial(reward.from_hub, settings))
 
 
 def _jpeg(sign: int, settings: RewardSettings) -> Reward:
@@ -43,13 +42,6 @@ def _nsfw(settings: RewardSettings) -> Reward:
     return NSFW.make(settings)
 
 
-def _geneval(settings: RewardSettings) -> Reward:
-    from progrpo.rewards.geneval import GenEval
-    from progrpo.rewards.hub import OnFirstScore
-
-    return OnFirstScore(partial(GenEval.from_hub, settings))
-
-
 def _vlm(settings: RewardSettings) -> Reward:
     from progrpo.rewards.vlm import VLMJudge
 
@@ -60,10 +52,13 @@ REWARDS: dict[str, Callable[[RewardSettings], Reward]] = {
     "shapes": partial(_shapes, 0.0),
     "shapes_strict": partial(_shapes, 1.0),
     "shapes_mixed": partial(_shapes, 0.5),
-    "pickscore": partial(_clip, "pickscore"),
-    "hpsv2": partial(_clip, "hpsv2"),
+    "clipscore": partial(_of_hub, "clipscore", "CLIPScore"),
+    "pickscore": partial(_of_hub, "pickscore", "PickScore"),
+    "hpsv2": partial(_of_hub, "hpsv2", "HPSv2"),
+    "imagereward": partial(_of_hub, "imagereward", "ImageReward"),
+    "aesthetic": partial(_of_hub, "aesthetic", "Aesthetic"),
     "ocr": _ocr,
-    "geneval": _geneval,
+    "geneval": partial(_of_hub, "geneval", "GenEval"),
     "jpeg_compressibility": partial(_jpeg, -1),
     "jpeg_incompressibility": partial(_jpeg, 1),
     "nsfw": _nsfw,
@@ -109,4 +104,4 @@ def _load(name: str, settings: RewardSettings) -> Reward:
         raise Refusal(f"reward {name!r}: the module {module_name!r} has no function or class {attribute!r}")
     from progrpo.rewards.function import FunctionReward
 
-    return FunctionReward(found() if isinstance(found, type) else found)
+    return FunctionReward(found() if isinstance(found, type) else found, settings.batch_size)

@@ -28,7 +28,7 @@ class PickScore(ClipCosine):
         """The published weights (safetensors)."""
         model = pretrained(CLIPModel, "pickscore", MODEL, REVISION)
         tokenizer = tokenizer_of("pickscore", *VIT_H)
-        return cls(placed(model, settings), tokenizer, CLIPImageProcessorPil(), settings.batch_size)
+        return cls(placed(model, settings), tokenizer, CLIPImageProcessorPil(), settings.batch)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         scale = self._model.logit_scale.float().exp().item() / 26

@@ -66,7 +66,7 @@ class VLMJudge:
         if not (key.isascii() and key.isprintable()):
             raise Refusal("reward 'vlm': OPENAI_API_KEY has characters that no key has; set it anew")
         try:
-            return cls(url, settings.model, key, settings.timeout or 60.0, settings.batch_size or 16)
+            return cls(url, settings.model, key, settings.patience, settings.batch)
         except httpx2.InvalidURL as error:
             raise Refusal(f"reward 'vlm': the url is none ({error}); set one such as {_EXAMPLE}") from None
 

@@ -1,0 +1,63 @@
+"""LAION's aesthetic predictor v2: how much people like a picture, whatever its prompt, from the features of a CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
+
+from progrpo.rewards.base import RewardSettings, Score
+from progrpo.rewards.clip import VIT_L, head_of, parts_of, pixels_of
+from progrpo.rewards.hub import file_at, placed, pretrained, read_pickle
+from progrpo.types import Prompt
+
+URL = (
+    "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/6934dd81792f086e613a121dbce43082cb8be85e/"
+    "sac%2Blogos%2Bava1-l14-linearMSE.pth"
+)
+SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+
+
+class Aesthetic:
+    """h(f / |f|) for features f of OpenAI's CLIP ViT-L/14 and five linear layers h: a rating, about 1..10, mostly 4 to 7.
+
+    The value as published, and as in Flow-GRPO's code (arXiv 2505.05470). Pictures are resized to 224 on their shorter side and
+    cropped at the centre, in which the published code may differ by a pixel where they are not square.
+    """
+
+    def __init__(
+        self,
+        model: CLIPVisionModelWithProjection,
+        head: nn.Sequential,
+        image_processor: CLIPImageProcessorPil,
+        batch_size: int = 16,
+    ) -> None:
+        """`head` computes in float32."""
+        self._model = model.eval().requires_grad_(False)
+        self._head = head.requires_grad_(False)
+        self._image_processor = image_processor
+        self._batch_size = batch_size
+
+    @classmethod
+    def from_hub(cls, settings: RewardSettings) -> Self:
+        """The published weights: CLIP's are safetensors, the head's a pickle, read as tensors alone and if it is the published file."""
+        model = pretrained(CLIPVisionModelWithProjection, "aesthetic", *VIT_L)
+        head = head_of(read_pickle("aesthetic", file_at("aesthetic", URL), SHA256))
+        precise = replace(settings, dtype="float32")
+        return cls(placed(model, settings), placed(head, precise), CLIPImageProcessorPil(), settings.batch)
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        parts = parts_of(len(prompts), self._batch_size)
+        return [Score(rating) for part in parts for rating in self._ratings(pictures_NHWC[part]).tolist()]
+
+    @torch.no_grad()
+    def _ratings(self, pictures_BHWC: np.ndarray) -> Tensor:
+        pixels_BCHW = pixels_of(pictures_BHWC, self._image_processor)
+        f_BD = self._model(pixels_BCHW.to(self._model.device)).image_embeds.float()
+        ratings_B1: Tensor = self._head(f_BD / f_BD.norm(dim=-1, keepdim=True))
+        return ratings_B1.squeeze(-1)

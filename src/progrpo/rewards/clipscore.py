@@ -1,0 +1,38 @@
+"""CLIPScore: how well a CLIP says that a picture and its prompt go together (arXiv 2104.08718)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+from transformers import CLIPImageProcessorPil, CLIPModel
+
+from progrpo.rewards.base import RewardSettings, Score
+from progrpo.rewards.clip import VIT_L, ClipCosine, tokenizer_of
+from progrpo.rewards.hub import fetching, placed, pretrained
+from progrpo.types import Prompt
+
+PREFIX, WEIGHT = "A photo depicts ", 2.5
+
+
+class CLIPScore(ClipCosine):
+    """2.5 max(<f / |f|, g / |g|>, 0) for features f of the picture and g of "A photo depicts " and the prompt: 0..2.5, mostly 0.3 to 0.9.
+
+    Formula and prefix are the published ones; the paper's CLIP is a ViT-B/32. By default it is OpenAI's ViT-L/14 here, as in
+    Flow-GRPO's code (arXiv 2505.05470), whose score is another multiple, 100 / 30 of the cosine, without a prefix.
+    """
+
+    @classmethod
+    def from_hub(cls, settings: RewardSettings) -> Self:
+        """The weights (safetensors) of OpenAI's ViT-L/14, or of the CLIP that `settings.model` names: a folder or a hub id."""
+        repository, revision = (settings.model, "main") if settings.model else VIT_L
+        model = pretrained(CLIPModel, "clipscore", repository, revision)
+        with fetching("clipscore", repository):
+            image_processor = CLIPImageProcessorPil.from_pretrained(repository, revision=revision)
+        tokenizer = tokenizer_of("clipscore", repository, revision)
+        return cls(placed(model, settings), tokenizer, image_processor, settings.batch)
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        cosines = self.cosines(pictures_NHWC, [PREFIX + p.text for p in prompts])
+        return [Score(WEIGHT * max(cosine, 0.0)) for cosine in cosines]  # in this order NaN stays NaN

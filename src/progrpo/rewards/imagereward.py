@@ -1,0 +1,160 @@
+"""ImageReward: a BLIP trained on how experts ranked pictures (arXiv 2304.05977), converted from the published names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Self
+
+import numpy as np
+import torch
+from tokenizers.models import WordPiece
+from torch import Tensor, nn
+from transformers import (
+    BertTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPImageProcessorPil,
+)
+
+from progrpo.rewards.base import RewardSettings, Score
+from progrpo.rewards.clip import head_of, parts_of, pixels_of
+from progrpo.rewards.hub import converted, file_of, placed, read_pickle, renamed, sha256_at_hub
+from progrpo.types import Prompt
+
+FILE = ("zai-org/ImageReward", "ImageReward.pt", "5736be03b2652728fb87788c9797b0570450ab72")
+VOCABULARY = ("google-bert/bert-base-uncased", "vocab.txt", "86b5e0934494bd15c9632b12f734a8a67f723594")
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+LENGTH = 35
+
+
+class ImageReward:
+    """(h(t) - 0.167) / 1.033 for five linear layers h and BLIP's feature t of the text's first token, having seen the picture.
+
+    Of mean 0 and standard deviation 1 on the pictures it was trained with: mostly -2 to 2. As in the published code, texts are
+    cut at 35 tokens, and pictures are resized to 224 on their shorter side and cropped at the centre, in which it may differ by
+    a pixel where they are not square.
+    """
+
+    def __init__(
+        self,
+        vision: BlipVisionModel,
+        text: BlipTextModel,
+        head: nn.Sequential,
+        tokenizer: BertTokenizer,
+        image_processor: CLIPImageProcessorPil,
+        batch_size: int = 16,
+    ) -> None:
+        """`head` computes in float32."""
+        self._vision = vision.eval().requires_grad_(False)
+        self._text = text.eval().requires_grad_(False)
+        self._head = head.requires_grad_(False)
+        self._tokenizer = tokenizer
+        self._image_processor = image_processor
+        self._batch_size = batch_size
+
+    @classmethod
+    def from_hub(cls, settings: RewardSettings) -> Self:
+        """The published weights, which are a pickle: read as tensors alone, and only if they are what the hub says they are."""
+        path, sha256 = file_of("imagereward", *FILE), sha256_at_hub("imagereward", *FILE)
+        vision, text, head = networks_of(read_pickle("imagereward", path, sha256))
+        return cls(
+            placed(vision, settings),
+            placed(text, settings),
+            placed(head, replace(settings, dtype="float32")),
+            tokenizer_of(WordPiece.read_file(str(file_of("imagereward", *VOCABULARY)))),
+            CLIPImageProcessorPil(),
+            settings.batch,
+        )
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        parts, texts = parts_of(len(prompts), self._batch_size), [p.text for p in prompts]
+        return [Score(r) for part in parts for r in self._rewards(pictures_NHWC[part], texts[part]).tolist()]
+
+    @torch.no_grad()
+    def _rewards(self, pictures_BHWC: np.ndarray, texts: list[str]) -> Tensor:
+        device = self._vision.device
+        told = self._tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+        picture_BPD = self._vision(pixels_of(pictures_BHWC, self._image_processor).to(device)).last_hidden_state
+        text_BLD = self._text(
+            input_ids=told.input_ids.to(device),
+            attention_mask=told.attention_mask.to(device),
+            encoder_hidden_states=picture_BPD,
+        ).last_hidden_state
+        rewards_B1: Tensor = (self._head(text_BLD[:, 0].float()) - MEAN) / STD
+        return rewards_B1.squeeze(-1)
+
+
+def tokenizer_of(vocabulary: Mapping[str, int]) -> BertTokenizer:
+    """BERT's, with the two words that BLIP adds at its end."""
+    tokenizer = BertTokenizer(vocab=dict(vocabulary))
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+    return tokenizer
+
+
+# --- from the published code to transformers --------------------------------------------------------------------------
+
+_VISION = {  # in this order
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding",
+    "patch_embed.proj": "embeddings.patch_embedding",
+    "blocks.": "encoder.layers.",
+    ".norm1.": ".layer_norm1.",
+    ".norm2.": ".layer_norm2.",
+    ".attn.qkv.": ".self_attn.qkv.",
+    ".attn.proj.": ".self_attn.projection.",
+    "norm.": "post_layernorm.",
+}
+
+
+def networks_of(
+    state: Mapping[str, Tensor], vision_heads: int = 16, text_heads: int = 12
+) -> tuple[BlipVisionModel, BlipTextModel, nn.Sequential]:
+    """A checkpoint of the published code as transformers' models; its tensors tell every size but the numbers of heads."""
+    vision, text, head = weights_of(state)
+    return (
+        converted(BlipVisionModel, vision_config_of(vision, vision_heads), vision),
+        converted(BlipTextModel, text_config_of(text, text_heads), text, add_pooling_layer=False),
+        head_of(head),
+    )
+
+
+def weights_of(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Of the picture's network, the text's and the head; without the projections that BLIP was pretrained with besides."""
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
+
+    vision = {renamed(name, _VISION): weight for name, weight in part("blip.visual_encoder.").items()}
+    text = part("blip.text_encoder.")
+    text.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
+    return vision, text, part("mlp.")
+
+
+def vision_config_of(weights: Mapping[str, Tensor], heads: int = 16) -> BlipVisionConfig:
+    width, _, patch, _ = weights["embeddings.patch_embedding.weight"].shape
+    patches = weights["embeddings.position_embedding"].shape[1] - 1
+    return BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=len(weights["encoder.layers.0.mlp.fc1.weight"]),
+        num_hidden_layers=sum(name.endswith(".layer_norm1.weight") for name in weights),
+        num_attention_heads=heads,
+        image_size=patch * round(patches**0.5),
+        patch_size=patch,
+        layer_norm_eps=1e-6,
+    )
+
+
+def text_config_of(weights: Mapping[str, Tensor], heads: int = 12) -> BlipTextConfig:
+    vocabulary, width = weights["embeddings.word_embeddings.weight"].shape
+    return BlipTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        encoder_hidden_size=weights["encoder.layer.0.crossattention.self.key.weight"].shape[1],
+        intermediate_size=len(weights["encoder.layer.0.intermediate.dense.weight"]),
+        num_hidden_layers=sum(name.endswith(".intermediate.dense.weight") for name in weights),
+        num_attention_heads=heads,
+        max_position_embeddings=len(weights["embeddings.position_embeddings.weight"]),
+    )

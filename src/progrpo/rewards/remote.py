@@ -1,0 +1,241 @@
+"""A reward on another machine: `progrpo serve-reward` there, and its client here."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, Final, Self
+
+import httpx2
+import numpy as np
+from PIL import Image
+
+from progrpo.rewards.base import Refusal, RewardSettings, Score
+from progrpo.types import Prompt
+
+PROTOCOL: Final = 1
+"""Of what is sent and answered; a server of another one is refused."""
+TOKEN = "PROGRPO_REWARD_TOKEN"
+"""The environment variable that holds the bearer token, of the server and of its clients."""
+
+_AT_ONCE = 4  # requests under way: the server scores one while the next ones are encoded and sent
+_PATIENCE, _FIRST_WAIT, _LONGEST_WAIT = 60.0, 0.25, 8.0  # seconds
+
+
+class RemoteReward:
+    """The reward `name` of a server: pictures as PNG, which loses nothing, in requests of `batch_size`, a few at a time.
+
+    A request that meets no server, no answer in time or a server in trouble (408, 429, 5xx) is sent again, ever later, until
+    `patience` seconds have passed in which none was answered: so a server may be restarted under a run. Then its pictures have
+    no score, and the server's own word on a single picture is passed on likewise. What asking again cannot mend is a Refusal: a
+    server of another reward, a wrong token, pictures that are too many, prompts that the reward cannot work with.
+
+    Each picture is in one request, and the first whole answer to it is the one that counts. A server that was killed may have
+    scored pictures whose answer never came: they are scored again there, and counted once here.
+    """
+
+    def __init__(self, name: str, client: httpx2.Client, batch_size: int = 16, patience: float = _PATIENCE) -> None:
+        """`client` has the server's URL as its base."""
+        self._name, self._client, self._batch_size, self._patience = name, client, batch_size, patience
+        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix=f"reward-{name}")
+        self._met, self._one, self._closed = False, threading.Lock(), threading.Event()
+
+    @classmethod
+    def make(cls, name: str, settings: RewardSettings) -> Self:
+        if not _is_http(settings.url):
+            raise Refusal(
+                f"reward {name!r}: its server's url is {settings.url!r}, and must be such as http://127.0.0.1:8000"
+            )
+        token = os.environ.get(TOKEN, "").strip()
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        client = httpx2.Client(
+            base_url=settings.url,
+            headers=headers,
+            timeout=settings.patience,
+            limits=httpx2.Limits(max_connections=_AT_ONCE),
+        )
+        return cls(name, client, settings.batch)
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        if not len(prompts):
+            return []
+        self._meet()
+        # a reward sees which columns there are: a request must not lack one because its own prompts do
+        names = sorted({name for prompt in prompts for name in prompt.columns})
+        told = [{name: p.columns.get(name) for name in names} for p in prompts]
+        parts = [slice(i, i + self._batch_size) for i in range(0, len(prompts), self._batch_size)]
+        outage = _Outage()  # shared, so that many requests wait for a server that is down no longer than one
+        asked = [self._pool.submit(self._ask, pictures_NHWC[part], prompts[part], told[part], outage) for part in parts]
+        try:
+            return [score for answer in asked for score in answer.result()]
+        except BaseException:  # refused or interrupted: the rest need not be asked
+            for answer in asked:
+                answer.cancel()
+            raise
+
+    def close(self) -> None:
+        self._closed.set()
+        self._pool.shutdown(cancel_futures=True)
+        self._client.close()
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def _meet(self) -> None:
+        """Refusal unless a server of this reward answers; asked once."""
+        with self._one:
+            if self._met:
+                return
+            try:
+                health = _object(self._send("GET", "/health", outage=_Outage()))
+            except _NoAnswer as error:
+                raise Refusal(
+                    f"reward {self._name!r}: no server answers at {self._client.base_url} ({error});"
+                    f" start one: progrpo serve-reward {self._name}"
+                ) from None
+            if "protocol" not in health:
+                raise Refusal(f"reward {self._name!r}: what answers at {self._client.base_url} is no reward server")
+            if health["protocol"] != PROTOCOL:
+                raise Refusal(
+                    f"reward {self._name!r}: the server at {self._client.base_url} speaks protocol {health['protocol']}"
+                    f" and this progrpo protocol {PROTOCOL}; install the same version on both"
+                )
+            if health.get("reward") != self._name:
+                raise Refusal(
+                    f"reward {self._name!r}: the server at {self._client.base_url} gives {health.get('reward')!r}"
+                )
+            self._met = True
+
+    def _ask(
+        self,
+        pictures_NHWC: np.ndarray,
+        prompts: Sequence[Prompt],
+        columns: Sequence[Mapping[str, Any]],
+        outage: _Outage,
+    ) -> list[Score]:
+        items = [
+            {"id": i, "png": _png(picture), "prompt": prompt.text, "columns": told}
+            for i, (picture, prompt, told) in enumerate(zip(pictures_NHWC, prompts, columns, strict=True))
+        ]
+        try:
+            response = self._send("POST", "/v1/score", self._json(items), outage=outage)
+            return _scores(_object(response).get("scores"), len(items))
+        except _NoAnswer as error:
+            return [Score(None, error=f"reward server at {self._client.base_url}: {error}")] * len(items)
+
+    def _json(self, items: list[dict[str, Any]]) -> bytes:
+        try:
+            return json.dumps({"version": PROTOCOL, "reward": self._name, "items": items}, allow_nan=False).encode()
+        except (TypeError, ValueError):
+            name, value = next(told for item in items for told in item["columns"].items() if not _is_json(told[1]))
+            raise Refusal(
+                f"reward {self._name!r}: the column {name!r} cannot be sent to a server, for {value!r:.60} is not JSON"
+            ) from None
+
+    def _send(self, method: str, path: str, body: bytes | None = None, *, outage: _Outage) -> httpx2.Response:
+        """An answer of status 200; sent again where that may help, _NoAnswer where it did not, Refusal where it cannot."""
+        kind = {"Content-Type": "application/json"} if body else None
+        deadline, wait = math.inf, _FIRST_WAIT
+        while True:
+            retry_after = 0.0
+            try:
+                response = self._client.request(method, path, content=body, headers=kind)
+            except httpx2.TransportError as error:
+                trouble = f"{type(error).__name__}: {error}"
+            else:
+                if response.status_code == 200:
+                    outage.since = math.inf
+                    return response
+                trouble = f"{response.status_code} {_detail(response)}"
+                if response.status_code < 500 and response.status_code not in (408, 429):
+                    raise Refusal(f"reward {self._name!r}: the server at {self._client.base_url} says {trouble}")
+                retry_after = _retry_after(response)
+            now = time.monotonic()
+            outage.since = min(outage.since, now)
+            deadline = min(deadline, outage.since + self._patience)
+            pause = max(wait * random.uniform(0.5, 1), retry_after)
+            if now + pause > deadline or self._closed.wait(pause):
+                raise _NoAnswer(trouble)
+            wait = min(2 * wait, _LONGEST_WAIT)
+
+
+@dataclass
+class _Outage:
+    """No request of one call of `score` was answered since then."""
+
+    since: float = math.inf
+
+
+class _NoAnswer(Exception):
+    """What a request came to, in the end."""
+
+
+# --- what is sent and answered ----------------------------------------------------------------------------------------
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host)
+
+
+def _png(picture_HWC: np.ndarray) -> str:
+    file = BytesIO()
+    Image.fromarray(picture_HWC).save(file, "PNG", compress_level=1)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _object(response: httpx2.Response) -> dict[str, Any]:
+    """The JSON object of an answer; empty where it is none."""
+    try:
+        value = response.json()
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _detail(response: httpx2.Response) -> str:
+    """What the server says of itself, or the start of whatever it says."""
+    return " ".join(str(_object(response).get("detail") or response.text[:200] or response.reason_phrase).split())
+
+
+def _retry_after(response: httpx2.Response) -> float:
+    seconds = response.headers.get("Retry-After", "")
+    return float(seconds) if seconds.isascii() and seconds.isdigit() else 0.0
+
+
+def _scores(answers: Any, count: int) -> list[Score]:
+    """The scores of `count` items, which must be answered in their order."""
+    if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
+        raise _NoAnswer("its answer holds no scores")
+    if [answer.get("id") for answer in answers] != list(range(count)):
+        raise _NoAnswer(f"its answer is not one score for each of {count} pictures in their order")
+    return [_score(answer) for answer in answers]
+
+
+def _score(answer: Mapping[str, Any]) -> Score:
+    value: Any = answer.get("value")
+    passed, error = answer.get("passed"), answer.get("error")
+    number = float(value) if type(value) in (int, float) and abs(value) <= sys.float_info.max else None
+    if number is None and not error:
+        error = f"the server gave {value!r:.60} for a score"
+    return Score(number, passed if isinstance(passed, bool) else None, None if error is None else str(error))

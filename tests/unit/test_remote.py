@@ -1,0 +1,480 @@
+"""The client of a reward server: against the server itself, and against servers that fail in every way."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from progrpo.rewards.base import Refusal, RewardSettings, Score
+from progrpo.rewards.remote import RemoteReward
+from progrpo.rewards.server import make_app
+from progrpo.rewards.shapes import ShapesReward
+from progrpo.types import Prompt
+from progrpo.zoo.shapes.world import examples
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (10, 7, 5, 3), dtype=np.uint8)
+PROMPTS = [Prompt(f"{i}", {"row": i}) for i in range(10)]
+SUMS = [float(p.sum()) for p in PICTURES]
+HEALTH = {"protocol": 1, "reward": "sum"}
+
+
+class Sums:
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        return [Score(float(p.sum())) for p in pictures_NHWC]
+
+
+@contextmanager
+def served(reward: Any, token: str = "", **settings: Any) -> Iterator[RemoteReward]:
+    """The client of the real server."""
+    with TestClient(make_app("sum", reward, token)) as client:
+        yield RemoteReward("sum", client, **settings)
+
+
+Answer = httpx2.Response | Exception | None
+
+
+class Faulty:
+    """A server whose answer to its n-th question is `fault(n, items)`, or sums of pixels where that is None."""
+
+    def __init__(self, fault: Callable[[int, list[dict[str, Any]]], Answer] = lambda n, items: None) -> None:
+        self.fault, self.asked, self.health = fault, list[list[str]](), list[Answer]()
+        self._one = threading.Lock()
+
+    def __call__(self, request: httpx2.Request) -> httpx2.Response:
+        if request.url.path == "/health":
+            answer = self.health.pop(0) if self.health else None
+            return answered(answer, HEALTH)
+        items = json.loads(request.content)["items"]
+        with self._one:
+            self.asked.append([item["prompt"] for item in items])
+            number = len(self.asked)
+        return answered(self.fault(number, items), {"scores": [scored(item) for item in items]})
+
+
+def answered(answer: Answer, otherwise: Any) -> httpx2.Response:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer if answer is not None else httpx2.Response(200, json=otherwise)
+
+
+def scored(item: dict[str, Any]) -> dict[str, Any]:
+    pixels = np.asarray(Image.open(BytesIO(base64.b64decode(item["png"]))))
+    return {"id": item["id"], "value": float(pixels.sum()), "passed": None, "error": None}
+
+
+def asks(server: Callable[[httpx2.Request], httpx2.Response], **settings: Any) -> RemoteReward:
+    client = httpx2.Client(transport=httpx2.MockTransport(server), base_url="http://server:8000")
+    return RemoteReward("sum", client, **{"patience": 20.0} | settings)
+
+
+def values(scores: Sequence[Score]) -> list[float | None]:
+    return [s.value for s in scores]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("progrpo.rewards.remote._FIRST_WAIT", 0.002)
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10, 16])
+def test_scores_are_the_rewards_own_in_order(batch_size):
+    with served(Sums(), batch_size=batch_size) as reward:
+        assert reward.score(PICTURES, PROMPTS) == [Score(value) for value in SUMS]
+
+
+def test_scores_of_a_built_in_reward_are_those_of_here():
+    prompts, pictures_NHWC = examples("test", 20, seed=0)
+    pictures_NHWC = np.concatenate([pictures_NHWC[:10], pictures_NHWC[:9:-1]])  # so that some are wrong
+    own = ShapesReward().score(pictures_NHWC, prompts)
+    assert len({s.value for s in own}) > 3 and {s.passed for s in own} == {True, False}
+    with served(ShapesReward()) as reward:
+        assert reward.score(pictures_NHWC, prompts) == own
+
+
+def test_pictures_of_any_memory_arrive_unchanged_and_stay_so():
+    whole = np.random.default_rng(1).integers(0, 256, (6, 8, 9, 3), dtype=np.uint8)
+    before = whole.copy()
+    views = (whole[::2], whole[:, ::-1, ::3], whole.transpose(0, 2, 1, 3), whole[..., ::-1], whole[:, :1, :1])
+    with served(Sums()) as reward:
+        for view in views:
+            view.flags.writeable = False
+            assert values(reward.score(view, PROMPTS[: len(view)])) == [float(p.sum()) for p in view]
+    assert (whole == before).all()
+
+
+def test_no_pictures_no_request():
+    def never(request: httpx2.Request) -> httpx2.Response:
+        raise AssertionError("asked")
+
+    assert asks(never).score(PICTURES[:0], []) == []
+
+
+def test_the_servers_word_on_a_picture_is_passed_on_and_the_others_keep_their_scores():
+    class Bad(Sums):
+        def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+            if any(p.text in ("3", "7") for p in prompts):
+                raise ZeroDivisionError("of my own making")
+            return [Score(s.value, True, "doubtful") for s in super().score(pictures_NHWC, prompts)]
+
+    with served(Bad(), batch_size=4) as reward:
+        found = reward.score(PICTURES, PROMPTS)
+    missing = Score(None, error="ZeroDivisionError: of my own making")
+    assert found == [missing if i in (3, 7) else Score(SUMS[i], True, "doubtful") for i in range(10)]
+
+
+def test_at_most_four_requests_at_once():
+    now, most, one = 0, 0, threading.Lock()
+
+    def slow(number: int, items: list[dict[str, Any]]) -> None:
+        nonlocal now, most
+        with one:
+            now, most = now + 1, max(most, now + 1)
+        time.sleep(0.02)
+        with one:
+            now -= 1
+
+    assert values(asks(Faulty(slow), batch_size=1).score(PICTURES, PROMPTS)) == SUMS
+    assert most == 4
+
+
+def test_many_may_ask_at_once_and_the_server_is_met_once():
+    meetings = []
+
+    def server(request: httpx2.Request) -> httpx2.Response:
+        meetings.extend([1] if request.url.path == "/health" else [])
+        return answers(request)
+
+    answers = Faulty()
+    reward = asks(server, batch_size=2)
+    found: list[list[float | None]] = []
+    threads = [threading.Thread(target=lambda: found.append(values(reward.score(PICTURES, PROMPTS)))) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert found == [SUMS] * 5 and len(meetings) == 1
+
+
+# --- a server in trouble ----------------------------------------------------------------------------------------------
+
+
+def text(status: int, **headers: str) -> httpx2.Response:
+    return httpx2.Response(status, text="<html>trouble</html>", headers=headers)
+
+
+TROUBLES: dict[str, Callable[[], Answer]] = {
+    "refused": lambda: httpx2.ConnectError("connection refused"),
+    "slow": lambda: httpx2.ReadTimeout("timed out"),
+    "killed": lambda: httpx2.RemoteProtocolError("peer closed connection"),
+    "reset": lambda: httpx2.WriteError("reset"),
+    "500": lambda: text(500),
+    "502": lambda: text(502),
+    "503": lambda: text(503),
+    "408": lambda: text(408),
+    "429": lambda: text(429),
+}
+
+
+@pytest.mark.parametrize("name", TROUBLES)
+def test_a_request_that_meets_trouble_is_sent_again(name):
+    server = Faulty(lambda number, items: TROUBLES[name]() if number in (1, 3, 4) else None)
+    server.health = [TROUBLES[name](), TROUBLES[name]()]
+    assert asks(server, batch_size=4).score(PICTURES, PROMPTS) == [Score(value) for value in SUMS]
+    assert len(server.asked) == 3 + 3 and {tuple(a) for a in server.asked} == {
+        tuple("0123"),
+        tuple("4567"),
+        tuple("89"),
+    }
+
+
+def test_an_answer_that_was_lost_is_asked_for_again_and_counted_once():
+    class Lossy(Faulty):
+        def __call__(self, request: httpx2.Request) -> httpx2.Response:
+            answer = super().__call__(request)
+            if len(self.asked) in (1, 2):  # it was scored, and the connection broke
+                raise httpx2.ReadError("broken")
+            return answer
+
+    server = Lossy()
+    assert values(asks(server).score(PICTURES, PROMPTS)) == SUMS
+    assert len(server.asked) == 3
+
+
+def test_trouble_that_stays_costs_the_pictures_of_its_request_alone():
+    def fault(number: int, items: list[dict[str, Any]]) -> Answer:
+        return httpx2.Response(500, json={"detail": "no memory\nleft"}) if items[0]["prompt"] == "4" else None
+
+    found = asks(Faulty(fault), batch_size=4, patience=0.1).score(PICTURES, PROMPTS)
+    assert values(found) == [None if 4 <= i < 8 else SUMS[i] for i in range(10)]
+    assert found[4].error == "reward server at http://server:8000: 500 no memory left" and found[0].error is None
+
+
+def test_trouble_that_stays_is_given_up_while_others_are_answered(monkeypatch):
+    monkeypatch.setattr("progrpo.rewards.remote._LONGEST_WAIT", 0.01)
+    times: list[float] = []
+
+    def fault(number: int, items: list[dict[str, Any]]) -> Answer:
+        if items[0]["prompt"] == "0":
+            times.append(time.monotonic())
+            return text(500)
+        time.sleep(0.05)
+        return None
+
+    many = np.tile(PICTURES, (3, 1, 1, 1))
+    found = asks(Faulty(fault), batch_size=1, patience=0.1).score(many, [Prompt(f"{i}") for i in range(30)])
+    assert values(found) == [None, *SUMS[1:], *SUMS, *SUMS]
+    assert times[-1] - times[0] < 0.3  # the others took 0.5 s
+
+
+def test_a_server_that_dies_costs_all_pictures_but_no_more_time_than_one_request():
+    server, many = Faulty(lambda number, items: httpx2.ConnectError("connection refused")), [Prompt("a")] * 60
+    reward = asks(server, batch_size=1, patience=0.2)
+    start = time.monotonic()
+    found = reward.score(np.tile(PICTURES, (6, 1, 1, 1)), many)
+    assert 0.05 < time.monotonic() - start < 0.7  # and not 15 times as long
+    assert {s.error for s in found} == {"reward server at http://server:8000: ConnectError: connection refused"}
+    server.fault = lambda number, items: None
+    assert values(reward.score(PICTURES, PROMPTS)) == SUMS
+
+
+def test_patience_begins_anew_when_the_server_is_back():
+    failed: set[str] = set()
+
+    def fault(number: int, items: list[dict[str, Any]]) -> Answer:
+        prompt = items[0]["prompt"]
+        if prompt in ("0", "9") and prompt not in failed:
+            failed.add(prompt)
+            return text(500)
+        time.sleep(0.1)
+        return None
+
+    start = time.monotonic()
+    assert values(asks(Faulty(fault), batch_size=1, patience=0.15).score(PICTURES, PROMPTS)) == SUMS
+    assert time.monotonic() - start > 0.25  # "9" failed when "0" was long answered
+
+
+def test_waiting_grows_and_heeds_what_the_server_says():
+    times: list[float] = []
+
+    def fault(number: int, items: list[dict[str, Any]]) -> Answer:
+        times.append(time.monotonic())
+        return text(503, **{"Retry-After": "1"}) if number == 1 else text(503) if number < 9 else None
+
+    assert values(asks(Faulty(fault)).score(PICTURES, PROMPTS)) == SUMS
+    pauses = np.diff(times)
+    assert pauses[0] >= 1
+    assert all(0.001 * 2**n <= pause for n, pause in enumerate(pauses)) and pauses[1] < 0.1
+
+
+@pytest.mark.parametrize("wrong", ["soon", "-5", "1e9", "²", "Wed, 21 Oct 2099 07:28:00 GMT"])
+def test_a_wait_that_is_no_number_of_seconds_is_not_heeded(wrong):
+    server = Faulty(lambda number, items: text(503, **{"Retry-After": wrong.encode()}) if number == 1 else None)
+    assert values(asks(server, patience=5.0).score(PICTURES, PROMPTS)) == SUMS
+
+
+def test_a_wait_beyond_its_patience_is_not_begun():
+    server = Faulty(lambda number, items: text(503, **{"Retry-After": "3600"}))
+    start = time.monotonic()
+    assert values(asks(server).score(PICTURES, PROMPTS)) == [None] * 10
+    assert time.monotonic() - start < 5
+
+
+def test_closing_ends_the_wait():
+    reward = asks(Faulty(lambda number, items: text(503, **{"Retry-After": "15"})))
+    found: list[Score] = []
+    asking = threading.Thread(target=lambda: found.extend(reward.score(PICTURES, PROMPTS)))
+    asking.start()
+    time.sleep(0.1)
+    start = time.monotonic()
+    reward.close()
+    asking.join(5)
+    assert time.monotonic() - start < 4 and not asking.is_alive() and values(found) == [None] * 10
+    assert reward._client.is_closed
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def refused(server: Callable[[httpx2.Request], httpx2.Response], prompts: Sequence[Prompt] = PROMPTS) -> str:
+    with pytest.raises(Refusal) as error:
+        asks(server, batch_size=4, patience=0.05).score(PICTURES, prompts)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422, 302])
+def test_what_asking_again_cannot_mend_is_refused_with_the_servers_sentence(status):
+    told = httpx2.Response(status, json={"detail": "because\nof this"})
+    server = Faulty(lambda number, items: told)
+    assert refused(server) == f"reward 'sum': the server at http://server:8000 says {status} because of this"
+    assert len(server.asked) <= 3
+    server = Faulty()
+    server.health = [told]
+    assert f"says {status} because of this" in refused(server) and not server.asked
+
+
+def health(**told: Any) -> Faulty:
+    server = Faulty()
+    server.health = [httpx2.Response(200, json=told)]
+    return server
+
+
+def test_a_server_of_something_else_is_refused_before_any_picture_is_sent():
+    assert "gives 'other'" in refused(health(protocol=1, reward="other"))
+    assert "speaks protocol 2 and this progrpo protocol 1" in refused(health(protocol=2, reward="sum"))
+    assert "is no reward server" in refused(health(status="fine"))
+    server = Faulty()
+    server.health = [text(200), httpx2.Response(200, json=[1])]
+    assert "is no reward server" in refused(server) and "is no reward server" in refused(server)
+    assert not server.asked
+
+
+def test_no_server_is_refused_with_the_command_that_starts_one():
+    server = Faulty()
+    server.health = [httpx2.ConnectError("connection refused")] * 1000
+    told = refused(server)
+    assert told == (
+        "reward 'sum': no server answers at http://server:8000 (ConnectError: connection refused);"
+        " start one: progrpo serve-reward sum"
+    )
+
+
+def test_a_refusal_of_the_reward_is_one_here():
+    class Picky(Sums):
+        def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+            raise Refusal("these prompts have no column 'x'")
+
+    with served(Picky()) as reward, pytest.raises(Refusal, match="says 422 these prompts have no column 'x'"):
+        reward.score(PICTURES, PROMPTS)
+
+
+def test_the_token_of_the_environment_is_sent(monkeypatch):
+    seen = []
+
+    def server(request: httpx2.Request) -> httpx2.Response:
+        seen.append(request.headers.get("Authorization"))
+        return httpx2.Response(200, json=HEALTH)
+
+    for token, header in (("s3cret\n", "Bearer s3cret"), ("", None)):
+        monkeypatch.setenv("PROGRPO_REWARD_TOKEN", token)
+        reward = RemoteReward.make("sum", RewardSettings(url="http://server:8000"))
+        reward._client._transport = httpx2.MockTransport(server)
+        reward._meet()
+        assert seen.pop() == header
+
+
+def test_settings_reach_the_client():
+    reward = RemoteReward.make("sum", RewardSettings(url="https://server/base", timeout=7, batch_size=5))
+    assert (reward._batch_size, reward._client.timeout) == (5, httpx2.Timeout(7))
+    assert str(reward._client.base_url).startswith("https://server/base")
+    plain = RemoteReward.make("sum", RewardSettings(url="http://server"))
+    assert (plain._batch_size, plain._client.timeout) == (16, httpx2.Timeout(60))
+
+
+@pytest.mark.parametrize(
+    "url", ["", "localhost:8000", "server", "ftp://server", "http://", "http://server:port", "//x"]
+)
+def test_a_url_that_is_none_is_refused(url):
+    with pytest.raises(Refusal, match="must be such as http://127"):
+        RemoteReward.make("sum", RewardSettings(url=url))
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [object(), {1, 2}, np.float32(1), float("nan"), [{"x": b"y"}]], ids=repr)
+def test_a_column_that_is_no_json_is_refused_by_its_name(wrong):
+    prompts = [Prompt("a", {"fine": 1, "mine": wrong if i == 6 else None}) for i in range(10)]
+    assert "reward 'sum': the column 'mine' cannot be sent to a server" in refused(Faulty(), prompts)
+
+
+def test_every_request_names_its_reward_and_protocol():
+    def server(request: httpx2.Request) -> httpx2.Response:
+        if request.url.path != "/health":
+            body = json.loads(request.content)
+            assert (body["version"], body["reward"]) == (1, "sum")
+        return answers(request)
+
+    answers = Faulty()
+    assert values(asks(server).score(PICTURES, PROMPTS)) == SUMS
+
+
+def test_every_request_has_every_column():
+    seen: list[dict[str, Any]] = []
+
+    def fault(number: int, items: list[dict[str, Any]]) -> None:
+        seen.extend(item["columns"] for item in items)
+
+    prompts = [Prompt("a", {"x": 1} if i == 0 else {"y": [i]} if i == 9 else {}) for i in range(10)]
+    asks(Faulty(fault), batch_size=1).score(PICTURES, prompts)
+    assert sorted(seen, key=str) == sorted(
+        ({"x": 1 if i == 0 else None, "y": [9] if i == 9 else None} for i in range(10)), key=str
+    )
+
+
+# --- answers that are none --------------------------------------------------------------------------------------------
+
+
+def replies(change: Callable[[list[dict[str, Any]]], Any]) -> list[Score]:
+    """What comes of it where the second request's scores are changed so."""
+
+    def fault(number: int, items: list[dict[str, Any]]) -> Answer:
+        if items[0]["prompt"] != "5":
+            return None
+        return httpx2.Response(200, content=json.dumps(change([scored(item) for item in items])).encode())
+
+    found = asks(Faulty(fault), batch_size=5).score(PICTURES, PROMPTS)
+    assert values(found[:5]) == SUMS[:5]
+    return found[5:]
+
+
+WRONG: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
+    "too few": lambda scores: {"scores": scores[:-1]},
+    "too many": lambda scores: {"scores": [*scores, scores[0]]},
+    "none": lambda scores: {"scores": []},
+    "another order": lambda scores: {"scores": scores[::-1]},
+    "one twice": lambda scores: {"scores": [*scores[:4], scores[0]]},
+    "no ids": lambda scores: {"scores": [{"value": 1.0}] * 5},
+    "no scores": lambda scores: {"answer": 1},
+    "numbers": lambda scores: {"scores": [1.0] * 5},
+    "a list": lambda scores: scores,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_answer_of_another_length_order_or_kind_is_an_error_of_its_pictures(name):
+    found = replies(WRONG[name])
+    assert values(found) == [None] * 5
+    assert all("its answer " in (s.error or "") for s in found)
+
+
+@pytest.mark.parametrize("value", [None, "0.5", True, float("nan"), float("inf"), 10**400, [1.0], {}], ids=str)
+def test_a_value_that_is_no_number_is_missing(value):
+    def change(scores: list[dict[str, Any]]) -> Any:
+        return {"scores": [score | {"value": value} if score["id"] == 2 else score for score in scores]}
+
+    found = replies(change)
+    assert values(found) == [None if i == 2 else SUMS[5 + i] for i in range(5)]
+    assert found[2].error is not None and found[2].error.startswith("the server gave ")
+
+
+def test_a_verdict_that_is_none_is_left_out():
+    found = replies(
+        lambda scores: {"scores": [s | {"passed": p} for s, p in zip(scores, [1, "x", True, False, None], strict=True)]}
+    )
+    assert [s.passed for s in found] == [None, None, True, False, None]
