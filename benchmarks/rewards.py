@@ -2,8 +2,9 @@
 
     python benchmarks/rewards.py [--names ocr jpeg_compressibility nsfw shapes] [--size 256] [--pictures 8] [--json]
 
-For rewards that need no download. Pictures of the shapes world with a word drawn over them, a prompt that asks for both. In
-processor time, which other jobs on the machine disturb less.
+Rewards of the hub are built in their published sizes with random weights, which cost the same and need no download; their
+scores mean nothing. Pictures of the shapes world with a word drawn over them, a prompt that asks for both. In processor time, which other
+jobs on the machine disturb less.
 """
 
 from __future__ import annotations
@@ -15,13 +16,33 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when numpy is imported
 import argparse
 import json
 import statistics
+import string
 import time
+from itertools import pairwise
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from transformers import (
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
 
+from progrpo.rewards.aesthetic import Aesthetic
 from progrpo.rewards.base import Reward, RewardSettings
+from progrpo.rewards.clipscore import CLIPScore
+from progrpo.rewards.hpsv2 import HPSv2
+from progrpo.rewards.imagereward import ImageReward, tokenizer_of
 from progrpo.rewards.load import load_reward
+from progrpo.rewards.pickscore import PickScore
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 
@@ -44,6 +65,61 @@ def write(word: str, picture_HWC: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(picture)
 
 
+# --- the published sizes ------------------------------------------------------------------------------------------------
+
+VIT_H = {"text": (1024, 24, 16), "vision": (1280, 32, 16), "projection": 1024}  # width, layers, heads
+VIT_L = {"text": (768, 12, 12), "vision": (1024, 24, 16), "projection": 768}
+LETTERS = [*string.printable, "<|startoftext|>", "<|endoftext|>"]
+
+
+def tower(width: int, layers: int, heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+
+
+def clip(sizes: dict) -> CLIPModel:
+    vision = {"patch_size": 14, **tower(*sizes["vision"])}
+    return CLIPModel(
+        CLIPConfig(text_config=tower(*sizes["text"]), vision_config=vision, projection_dim=sizes["projection"])
+    )
+
+
+def cosine(kind: type, sizes: dict) -> Reward:
+    vocabulary = {letter: i for i, letter in enumerate(LETTERS)}
+    return kind(clip(sizes), CLIPTokenizer(vocab=vocabulary, merges=[]), CLIPImageProcessorPil())
+
+
+def head(width: int) -> nn.Sequential:
+    sizes = (width, 1024, 128, 64, 16, 1)
+    return nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(sizes)))
+
+
+def aesthetic() -> Reward:
+    vision = CLIPVisionModelWithProjection(clip(VIT_L).config.vision_config)
+    return Aesthetic(vision, head(vision.config.projection_dim), CLIPImageProcessorPil())
+
+
+def imagereward() -> Reward:
+    words = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"))}
+    vision = BlipVisionModel(BlipVisionConfig(image_size=224, patch_size=16, **tower(1024, 24, 16)))
+    text = BlipTextConfig(vocab_size=30524, encoder_hidden_size=1024, **tower(768, 12, 12))
+    told = BlipTextModel(text, add_pooling_layer=False)
+    return ImageReward(vision, told, head(768), tokenizer_of(words), CLIPImageProcessorPil())
+
+
+OF_THE_HUB = {
+    "clipscore": lambda: cosine(CLIPScore, VIT_L),
+    "pickscore": lambda: cosine(PickScore, VIT_H),
+    "hpsv2": lambda: cosine(HPSv2, VIT_H),
+    "aesthetic": aesthetic,
+    "imagereward": imagereward,
+}
+
+
 def ms_a_picture(reward: Reward, prompts: list[Prompt], pictures_NHWC: np.ndarray) -> float:
     reward.score(pictures_NHWC, prompts)  # the first call pays for loading and allocations
     times = []
@@ -62,7 +138,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     wanted = parser.parse_args()
     prompts, pictures = drawn(wanted.pictures, wanted.size)
-    found = {n: ms_a_picture(load_reward(n, RewardSettings()), prompts, pictures) for n in wanted.names}
+    torch.set_num_threads(1)
+    rewards = {n: OF_THE_HUB[n]() if n in OF_THE_HUB else load_reward(n, RewardSettings()) for n in wanted.names}
+    found = {name: ms_a_picture(reward, prompts, pictures) for name, reward in rewards.items()}
     lines = (f"{name:24s} {value:8.2f}" for name, value in found.items())
     print(json.dumps({**vars(wanted), "ms_a_picture": found}, indent=1) if wanted.json else "\n".join(lines))
 

@@ -121,7 +121,7 @@ def test_plan_reads_a_config_file(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("trian",), "'trian' is no command of progrpo (train, recipes, plan, sample, eval, report, repro, pretrain);"),
+        (("trian",), "'trian' is no command of progrpo (train, recipes, plan, sample, eval, report, repro, pretrain, serve-reward);"),
         (("train",), f"a recipe ({NAMES}), a config file or a run folder comes first"),
         (
             ("train", "--seed", "3", "smoke"),

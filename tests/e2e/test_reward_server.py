@@ -33,6 +33,9 @@ import numpy as np
 def mean(images, prompts):
     return [float(np.asarray(i).mean()) for i in images]
 
+def together(images, prompts):
+    return [len(images)] * len(images)
+
 def slow(images, prompts):
     Path("busy").touch()
     time.sleep(1)
@@ -104,6 +107,16 @@ def test_told_to_end_it_answers_what_is_being_scored(tmp_path):
         assert process.returncode == -signal.SIGTERM and out == err == ""
     assert found == [float(p.mean()) for p in PICTURES]
     reward.close()
+
+
+def test_its_options_reach_the_server(tmp_path):
+    four = np.concatenate([PICTURES, PICTURES[:1]])
+    with server(tmp_path, "together", "--batch-size", "2", "--max-pictures", "3") as (_, url):
+        reward = client("together", url)
+        assert [s.value for s in reward.score(PICTURES, PROMPTS)] == [2, 2, 1]
+        with pytest.raises(ValueError, match="says 413 4 pictures in one request; this server takes 3 at most"):
+            reward.score(four, [Prompt("a")] * 4)
+        reward.close()
 
 
 def test_a_token_is_told_at_the_start_and_asked_for(tmp_path, monkeypatch):
