@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
-from itertools import count, pairwise
+from itertools import count, pairwise, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +21,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from progrpo import __version__
 from progrpo.config import (
+    DEVICES,
     Config,
     PlanConfig,
     RewardTerm,
@@ -28,9 +32,11 @@ from progrpo.config import (
     resolve_plan,
     trained_items,
 )
+from progrpo.durable import DiskError
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.rollout.plan import summary
-from progrpo.training.errors import SelfCheckError
+from progrpo.training.errors import Interrupted, SelfCheckError
+from progrpo.words import named, quoted
 
 _Fields = Annotated[Config, arg(name="")]  # the configuration's fields stand beside the command's own options
 
@@ -65,12 +71,14 @@ class Resume:
     """The run folder."""
     iterations: int | None = None
     """Iterations in all; without it as many as the run was started for."""
+    accept_changes: FlagCreatePairsOff[bool] = False
+    """Go on though config.json was changed since the checkpoint."""
 
     def run(self) -> None:
         _require_run(self.resume)
         from progrpo.training.run import resume_run
 
-        resume_run(self.resume, self.iterations)
+        resume_run(self.resume, self.iterations, self.accept_changes)
 
 
 @dataclass(frozen=True)
@@ -143,13 +151,17 @@ class Sample:
     """Pictures a prompt."""
 
     def run(self) -> None:
-        _at_least(0, seed=self.seed)
-        _at_least(1, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale, count=self.count)
+        _within(0, 2**63 - 1, seed=self.seed)
+        _within(1, 1000, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
+        _within(1, 10_000, count=self.count)
+        from progrpo.data import prompts_of
+
+        prompts = [prompt.text for prompt in prompts_of(self.prompt, "--prompt")]
         from progrpo.training.sample import sample_pictures
 
         files = sample_pictures(
             self.model,
-            self.prompt,
+            prompts,
             lora=self.lora,
             out=self.out,
             seed=self.seed,
@@ -179,9 +191,8 @@ class Eval:
     """Print JSON."""
 
     def run(self) -> None:
-        _at_least(
-            1, pictures=self.pictures, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale
-        )
+        _within(1, 1000, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
+        _within(1, 1_000_000, pictures=self.pictures)
         from progrpo.training.evaluate import evaluate_model
 
         result = evaluate_model(
@@ -250,6 +261,9 @@ class Pretrain:
     """Put the finished model in the package, as the one that is shipped."""
 
     def run(self) -> None:
+        steps_of = ("vae_steps", "flow_steps", "judge_steps", "unet_steps", "decoder_steps")
+        _within(1, 10**9, **{name: steps for name in steps_of if (steps := getattr(self, name)) is not None})
+        _device(self.device)
         from progrpo.zoo import WEIGHTS
 
         out, export = self.out or Path("runs/pretrain") / self.model, WEIGHTS if self.export else None
@@ -311,8 +325,10 @@ class ServeReward:
     """Of a request."""
 
     def run(self) -> None:
-        _at_least(0, port=self.port)
-        _at_least(1, batch_size=self.batch_size, max_pictures=self.max_pictures, max_megabytes=self.max_megabytes)
+        _within(0, 65_535, port=self.port)
+        _within(1, 100_000, batch_size=self.batch_size, max_pictures=self.max_pictures)
+        _within(1, 100_000, max_megabytes=self.max_megabytes)
+        _device(self.device)
         lacking = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
         if lacking:
             raise ValueError(f"serve-reward needs {lacking[0]}, which is not installed: pip install 'progrpo[server]'")
@@ -340,16 +356,19 @@ COMMANDS: dict[str, type] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when done, 2 on a user's mistake (one sentence on stderr), 1 if the run stopped itself, 130 when interrupted."""
+    """Run the command line; 0 when done, 2 on a user's mistake (one sentence on stderr), 1 if the run stopped itself, 128 + the signal's number when one ended it."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or importing it warns of picture formats we do not use
     try:
         _parse(list(sys.argv[1:] if argv is None else argv))()
     except ValueError as error:
         print(f"progrpo: error: {error}", file=sys.stderr)
         return 2
-    except SelfCheckError as error:
+    except (SelfCheckError, DiskError) as error:
         print(f"progrpo: stopped: {error}", file=sys.stderr)
         return 1
+    except Interrupted as stopped:
+        print(f"progrpo: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print("progrpo: interrupted", file=sys.stderr)
         return 130
@@ -364,7 +383,9 @@ def _parse(args: list[str]) -> Callable[[], None]:
         return lambda: print(f"progrpo {__version__}")
     command, rest = args[0], args[1:]
     if command not in COMMANDS:
-        raise ValueError(f"{command!r} is no command of progrpo ({', '.join(COMMANDS)}){nearest(command, COMMANDS)}")
+        raise ValueError(
+            f"{quoted(command)} is no command of progrpo ({', '.join(COMMANDS)}){nearest(command, COMMANDS)}"
+        )
     if command == "train" and any(a.partition("=")[0] == "--resume" for a in rest):
         return _options(Resume, rest, "progrpo train --resume").run
     if command in ("train", "plan"):
@@ -404,25 +425,55 @@ def _reward_term(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[RewardTerm
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="[WEIGHT*]NAME",
-        instance_from_str=lambda words: RewardTerm.from_text(words[0]),
+        instance_from_str=lambda words: _term(words[0]),
         is_instance=lambda value: isinstance(value, RewardTerm),
         str_from_instance=lambda term: [term.to_text()],
     )
 
 
+class _WrongTermError(Exception):
+    """A reward's ValueError on its way through tyro, which would drop the words of one."""
+
+
+def _term(text: str) -> RewardTerm:
+    try:
+        return RewardTerm.from_text(text)
+    except ValueError as error:
+        raise _WrongTermError(str(error)) from None
+
+
 def _options(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
-    """Parse options into a command; tyro prints help and refuses values of another type (exit codes 0 and 2)."""
-    value, unknown = tyro.cli(kind, args=args, prog=prog, default=default, return_unknown_args=True, registry=_REGISTRY)
+    """Parse options into a command. tyro prints help and exits; what it refuses, in a box, is a ValueError in one sentence."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            value, unknown = tyro.cli(
+                kind, args=args, prog=prog, default=default, return_unknown_args=True, registry=_REGISTRY
+            )
+    except _WrongTermError as error:
+        raise ValueError(str(error)) from None
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+        raise ValueError(f"{_of_box(said.getvalue())}; see {prog} --help") from None
     if unknown:
         raise ValueError(_unknown(unknown, kind, prog))
     return value
+
+
+def _of_box(box: str) -> str:
+    """The sentence that tyro frames: what stands above the first gap or rule, and how the argument is given, which may follow."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
+    sentence = " ".join(takewhile(bool, lines[1:])).removeprefix("Error parsing ").rstrip(".")
+    usage = lines[lines.index("Argument helptext:") + 1 :][:1] if "Argument helptext:" in lines else []
+    return named(" ".join([sentence, *(f"(it is {line})" for line in usage)]))
 
 
 def _unknown(arguments: list[str], kind: Any, prog: str) -> str:
     wrong = next((a for a in arguments if a.startswith("--")), arguments[0]).partition("=")[0]
     names = [f.name for f in fields(kind) if f.name != "config"] + (field_paths() if kind in (Train, Plan) else [])
     options = ["--" + name.replace("_", "-") for name in names]
-    return f"{prog} does not take {wrong}{nearest(wrong.replace('_', '-'), options)}"
+    return f"{prog} does not take {named(wrong)}{nearest(wrong.replace('_', '-'), options)}"
 
 
 def _help() -> str:
@@ -454,10 +505,17 @@ def _in_short(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _at_least(low: int, **options: float) -> None:
+def _within(low: int, high: int, **options: float) -> None:
     for name, value in options.items():
-        if not value >= low:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+        if not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} must be between {low:,} and {high:,}, not {quoted(value)}")
+
+
+def _device(name: str) -> None:
+    if not re.fullmatch(DEVICES, name):
+        raise ValueError(
+            f"--device must be auto, or a device by torch's name, such as cpu or cuda:0, not {quoted(name)}"
+        )
 
 
 def _first_free(folder: Path) -> Path:
@@ -467,6 +525,6 @@ def _first_free(folder: Path) -> Path:
 
 
 def _require_run(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        others = [str(p.parent) for p in folder.parent.glob("*/config.json")]
-        raise ValueError(f"{folder} is no run folder (it holds no config.json){nearest(str(folder), others)}")
+    if not os.path.isfile(folder / "config.json"):  # Path's own raises at a name that is too long
+        others = [str(p.parent) for p in folder.parent.glob("*/config.json")] if os.path.isdir(folder.parent) else []
+        raise ValueError(f"{named(folder)} is no run folder (it holds no config.json){nearest(str(folder), others)}")

@@ -8,11 +8,12 @@ import math
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from progrpo.rollout.plan import Plan, PrunePoint, preset
 from progrpo.rollout.window import window
+from progrpo.words import is_one_line, named, quoted
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,9 @@ class RewardTerm:
         """`pickscore`, `0.5*ocr`, or a JSON object of the fields."""
         if text.lstrip().startswith("{"):
             try:
-                data = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"reward.terms: {text!r} is not JSON ({error.msg}, column {error.colno})") from None
+                data = _from_json(text)
+            except ValueError as error:
+                raise ValueError(f"reward.terms: {quoted(text)} is not JSON: {error}") from None
             term = _read_fields(cls, data, "reward.terms.")
             assert isinstance(term, cls)
             return term
@@ -178,7 +179,7 @@ class RewardTerm:
             return cls(name.strip(), float(weight) if star else 1.0)
         except ValueError:
             raise ValueError(
-                f"reward.terms: the weight in {text!r} is no number; write NAME or WEIGHT*NAME, as in 0.5*ocr"
+                f"reward.terms: the weight in {quoted(text)} is no number; write NAME or WEIGHT*NAME, as in 0.5*ocr"
             ) from None
 
     def to_text(self) -> str:
@@ -318,12 +319,31 @@ class EvalConfig:
     """Evaluate every n iterations on the validation prompts; before and after always happen, on the test prompts."""
     rewards: tuple[RewardTerm, ...] = ()
     """Held-out rewards, which are measured beside the trained one and never trained on."""
+    best_by: str = ""
+    """Of `keep_best`: the held-out reward (of `rewards`) by which the best is chosen; empty: the trained reward."""
     keep_best: bool = False
     """At the end, measure and save the weights that had the highest mean reward on the validation prompts, not the last. Prompt
     files have no splits: with one, the choice is made on the prompts that it is then measured on, which flatters it."""
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
     seed: int = 1234
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """What a run looks out for. A self-check that fails stops it with a diagnosis; 0 turns one off."""
+
+    max_skipped: float = 0.2
+    """An update whose loss or gradient is not finite is skipped. The run stops when more than this share of the last 20 were."""
+    flat_iterations: int = 10
+    """Iterations in a row in which no group's rewards differ."""
+    still_iterations: int = 5
+    """Iterations in a row in which no trained weight moves, though there is something to learn."""
+    lost_agreement: float = 0.25
+    """Previews have collapsed when their agreement in the last five audits is below this share of the best five."""
+    hacking: Literal["off", "warn", "stop"] = "warn"
+    """When the trained reward rises at an evaluation on the way, and the judge or a held-out reward falls, or pictures become much
+    sharper, blander or more alike: say so, or also end training there, as if it were done, when it is seen twice in a row."""
 
 
 @dataclass(frozen=True)
@@ -348,6 +368,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
@@ -355,7 +376,15 @@ class Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    return asdict(config)
+    data: dict[str, Any] = _as_data(config)
+    return data
+
+
+def _as_data(value: Any) -> Any:
+    """Dataclasses as dicts, and all else as it is: unlike `asdict`, which copies whatever Python code has put there."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _as_data(getattr(value, f.name)) for f in fields(value)}
+    return type(value)(map(_as_data, value)) if type(value) in (tuple, list) else value
 
 
 def config_to_json(config: Config) -> str:
@@ -364,10 +393,27 @@ def config_to_json(config: Config) -> str:
 
 def config_from_json(text: str) -> Config:
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        data = _from_json(text)
+    except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
     return from_dict(data)
+
+
+def _from_json(text: str) -> Any:
+    """ValueError also for what is JSON and yet no configuration: a field given twice, lists of lists without end."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("lists or objects in one another without end") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in data if names.count(name) > 1)
+        raise ValueError(f"{named(twice)} is given twice; leave one out")
+    return data
 
 
 def from_dict(data: Mapping[str, Any]) -> Config:
@@ -390,7 +436,7 @@ def field_paths(kind: Any = Config, prefix: str = "") -> list[str]:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean X?`, where X looks like `name` whole or in its last dotted part, else nothing."""
-    names = list(names)
+    names = list(names) if len(name) <= 100 else []
     by_tail = {n.rpartition(".")[2]: n for n in reversed(names)}  # where parts are shared, the first name
     whole = difflib.get_close_matches(name, names, 1)
     tail = [by_tail[t] for t in difflib.get_close_matches(name.rpartition(".")[2], by_tail, 1)]
@@ -399,11 +445,14 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def _read_fields(kind: Any, data: Any, prefix: str) -> Any:
     if not isinstance(data, Mapping):
-        raise ValueError(f"{prefix.rstrip('.') or 'a configuration'} must be an object of named fields, not {data!r}")
+        raise ValueError(
+            f"{prefix.rstrip('.') or 'a configuration'} must be an object of named fields, not {quoted(data)}"
+        )
     hints = {f.name: get_type_hints(kind)[f.name] for f in fields(kind)}
     for name in data:
         if name not in hints:
-            raise ValueError(f"{prefix}{name} is not a field{nearest(prefix + name, _names_at(prefix, hints))}")
+            close = nearest(prefix + name, _names_at(prefix, hints)) if isinstance(name, str) else ""
+            raise ValueError(f"{prefix}{named(name)} is not a field{close}")
     lacking = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     for name in lacking:
         if name not in data:
@@ -428,11 +477,19 @@ def _read(kind: Any, value: Any, path: str) -> Any:
         kinds = (choices[0],) * len(value) if choices[-1] is Ellipsis else choices
         if len(kinds) == len(value):
             return tuple(_read(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if isinstance(value, int) and abs(value) >= _HUGE:
+        raise ValueError(f"{path} must be below 2**63, not {quoted(value)}")
     if kind is float and _is_plain(int, value):
         return float(value)
+    if kind is str and isinstance(value, str) and not (len(value) <= _LONG and is_one_line(value)):
+        raise ValueError(f"{path} must be a text of one line, {_LONG} characters at most, not {quoted(value)}")
     if value in choices if get_origin(kind) is Literal else _is_plain(kind, value):
         return value
-    raise ValueError(f"{path} must be {_type_in_words(kind)}, not {value!r}")
+    raise ValueError(f"{path} must be {_type_in_words(kind)}, not {quoted(value)}")
+
+
+_HUGE = 2**63  # from here on whole numbers do not fit torch's
+_LONG = 4096  # the longest path of most systems
 
 
 def _is_plain(kind: Any, value: Any) -> bool:
@@ -461,49 +518,62 @@ def _above(low: float) -> _Rule:
     return lambda v: low < v < math.inf, f"above {low}"
 
 
+def _between(low: float, high: float) -> _Rule:
+    return lambda v: low <= v <= high, f"between {low:,} and {high:,}"
+
+
+def _or_empty(rule: _Rule, words: str = "") -> _Rule:
+    is_right, what = rule
+    return lambda v: v is None or is_right(v), f"{what}, or empty{words}"
+
+
+_STEPS = _between(1, 1000)  # diffusion models know a thousand levels, and flow models need no more
 _FRACTION: _Rule = (lambda v: 0 <= v < 1, "at least 0 and below 1")
 _SHARE: _Rule = (lambda v: 0 < v <= 1, "above 0 and at most 1")
 
+DEVICES = r"auto|(cpu|cuda|mps|xpu|npu|hpu)(:\d{1,2})?"
+
 _TERM_RULES: dict[str, _Rule] = {
     "name": (
-        lambda v: v in BUILT_IN_REWARDS or all(v.partition(":")),
+        lambda v: v in BUILT_IN_REWARDS or re.fullmatch(r"\w[\w.-]*:[\w.<>]+", v),
         f"one of {', '.join(BUILT_IN_REWARDS)}, or `module:function`",
     ),
     "weight": (math.isfinite, "a finite number"),
     "at_least": (math.isfinite, "a finite number"),
-    "batch_size": (lambda v: v is None or v >= 1, "at least 1, or empty"),
-    "retries": _at_least(0),
-    "timeout": (lambda v: v is None or 0 < v < math.inf, "above 0, or empty for no limit"),
-    "processes": _at_least(0),
+    "device": (lambda v: re.fullmatch(DEVICES, v), "auto, or a device by torch's name, such as cpu or cuda:0"),
+    "batch_size": _or_empty(_at_least(1)),
+    "retries": _between(0, 16),
+    "timeout": _or_empty((lambda v: 0 < v <= 86400, "above 0 and at most 86400 (a day)"), " for no limit"),
+    "processes": _between(0, 256),
 }
 
 _RULES: dict[str, _Rule] = {
-    "recipe": (lambda v: re.fullmatch(r"\w[\w.-]*", v), "a name of letters, digits, dots and dashes"),
+    "recipe": (lambda v: re.fullmatch(r"\w[\w.-]{0,99}", v), "a name of letters, digits, dots and dashes, 100 at most"),
     "seed": _at_least(0),
     "iterations": _at_least(1),
-    "model.lora_rank": _at_least(1),
+    "model.lora_rank": _between(1, 4096),
     "model.lora_alpha": _at_least(1),
-    "model.max_sequence_length": (lambda v: 1 <= v <= 512, "between 1 and 512"),
-    "prompts.per_iteration": _at_least(1),
-    "sampling.num_inference_steps": _at_least(1),
+    "model.max_sequence_length": _between(1, 512),
+    "prompts.per_iteration": _between(1, 100_000),
+    "sampling.num_inference_steps": _STEPS,
     "sampling.guidance_scale": _at_least(1),
     "sampling.noise_level": (
         lambda v: v is None or 0 < v < math.inf,
         "above 0 (a step without noise has no log-prob to train on), or empty for the published one",
     ),
-    "sampling.shift": (lambda v: v is None or 0 < v < math.inf, "above 0, or empty for the model's own"),
+    "sampling.shift": _or_empty(_above(0), " for the model's own"),
     "sampling.sde_window_size": _at_least(1),
     "sampling.sde_window_interval": _at_least(1),
-    "sampling.microbatch": (lambda v: v is None or v >= 1, "at least 1, or empty to have it measured"),
-    "plan.group_size": _at_least(2),
-    "preview.ode_steps": _at_least(1),
-    "preview.probe_threshold": (lambda v: -1 <= v <= 1, "between -1 and 1"),
+    "sampling.microbatch": _or_empty(_at_least(1), " to have it measured"),
+    "plan.group_size": _between(2, 100_000),
+    "preview.ode_steps": _STEPS,
+    "preview.probe_threshold": _between(-1, 1),
     "reward.terms": (lambda v: len(v) > 0, "one reward or more"),
-    "reward.quorum": (lambda v: 0 <= v <= 1, "between 0 and 1"),
-    "reward.max_missing": (lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "reward.quorum": _between(0, 1),
+    "reward.max_missing": _between(0, 1),
     "reward.waves": _at_least(1),
     "objective.adv_eps": _above(0),
-    "objective.grpo.clip_range": (lambda v: v is None or 0 < v < math.inf, "above 0, or empty for the published one"),
+    "objective.grpo.clip_range": _or_empty(_above(0), " for the published one"),
     "objective.grpo.kl_beta": _at_least(0),
     "objective.nft.beta": _above(0),
     "objective.nft.kl_beta": _at_least(0),
@@ -518,19 +588,23 @@ _RULES: dict[str, _Rule] = {
     **{f"objective.{name}.time_fraction": _SHARE for name in ("nft", "awm", "dgpo")},
     "optim.lr": _above(0),
     "optim.warmup": _at_least(0),
-    "optim.decay": (lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "optim.decay": _between(0, 1),
     "optim.betas": (lambda v: all(0 <= beta < 1 for beta in v), "two numbers at least 0 and below 1"),
     "optim.weight_decay": _at_least(0),
     "optim.max_grad_norm": _above(0),
     "optim.updates_per_rollout": _at_least(1),
-    "optim.microbatch": (lambda v: v is None or v >= 1, "at least 1, or empty to have it measured"),
+    "optim.microbatch": _or_empty(_at_least(1), " to have it measured"),
     "optim.ema_decay": _FRACTION,
     "audit.every": _at_least(0),
-    "eval.pictures": _at_least(1),
+    "eval.pictures": _between(1, 1_000_000),
     "eval.every": _at_least(0),
-    "eval.num_inference_steps": _at_least(1),
+    "eval.num_inference_steps": _STEPS,
     "eval.guidance_scale": _at_least(1),
     "eval.seed": _at_least(0),
+    "watch.max_skipped": (lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "watch.flat_iterations": _at_least(0),
+    "watch.still_iterations": _at_least(0),
+    "watch.lost_agreement": (lambda v: 0 <= v <= 1, "between 0 and 1"),
     "checkpoint.every": _at_least(1),
     "checkpoint.keep": _at_least(1),
 }
@@ -538,6 +612,7 @@ _RULES: dict[str, _Rule] = {
 
 def check(config: Config) -> None:
     """ValueError, one sentence with the field and what it must be, for the first value that a run cannot use."""
+    _require_kind(Config, config, "config")
     values = to_dict(config)
     from_dict(values)  # refuses values of another type, which Python code can have put there
     for path, (is_right, words) in _RULES.items():
@@ -545,24 +620,37 @@ def check(config: Config) -> None:
         for name in path.split("."):
             value = value[name]
         if not is_right(value):
-            raise ValueError(f"{path} must be {words}, not {value!r}")
+            raise ValueError(f"{path} must be {words}, not {quoted(value)}")
     _check_terms("reward.terms", config.reward.terms)
     _check_terms("eval.rewards", config.eval.rewards)
     _check_together(config)
+
+
+def _require_kind(kind: Any, value: Any, path: str) -> None:
+    """That parts are of their classes: a dict in the place of one would be read by JSON's rules, and then fail a run."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} must be a progrpo.config.{kind.__name__}, not {quoted(value)}")
+    for name, hint in get_type_hints(kind).items():
+        own = f"{path}.{name}".removeprefix("config.")
+        if is_dataclass(hint):
+            _require_kind(hint, getattr(value, name), own)
+        elif RewardTerm in get_args(hint) and isinstance(terms := getattr(value, name), list | tuple):
+            for i, term in enumerate(terms):
+                _require_kind(RewardTerm, term, f"{own}[{i}]")
 
 
 def _check_terms(path: str, terms: Sequence[RewardTerm]) -> None:
     for i, term in enumerate(terms):
         for name, (is_right, words) in _TERM_RULES.items():
             if not is_right(getattr(term, name)):
-                raise ValueError(f"{path}[{i}].{name} must be {words}, not {getattr(term, name)!r}")
+                raise ValueError(f"{path}[{i}].{name} must be {words}, not {quoted(getattr(term, name))}")
         before = [other.name for other in terms[:i]]
         if term.name in before:
             raise ValueError(f"{path} names {term.name} twice; give it one weight")
         if term.needs and term.needs not in before:
             raise ValueError(
                 f"{path}[{i}].needs must name a reward that is listed before {term.name}"
-                f" ({', '.join(before) or 'there is none'}), not {term.needs!r}"
+                f" ({', '.join(before) or 'there is none'}), not {quoted(term.needs)}"
             )
 
 
@@ -585,6 +673,11 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             f"model.dtype must be float32 for model.compile with objective.name grpo, not {config.model.dtype}: in low precision the"
             " compiled networks of sampling and of training round differently, and ratios would start off 1"
+        )
+    if config.eval.best_by and config.eval.best_by not in [term.name for term in config.eval.rewards]:
+        raise ValueError(
+            f"eval.best_by must name one of eval.rewards ({', '.join(term.name for term in config.eval.rewards) or 'there is none'}),"
+            f" not {config.eval.best_by!r}"
         )
     if config.eval.keep_best and not config.eval.every:
         raise ValueError("eval.keep_best must have eval.every above 0: the best is that of the evaluations on the way")

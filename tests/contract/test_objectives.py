@@ -138,7 +138,7 @@ def test_trajectories_without_an_advantage_count_and_are_not_computed(policy, ob
     prepared = objective.prepare(policy, experience, 4, updates)
     telling = prepared.take(torch.tensor([0, 2]))
     expected = gradient(policy, objective.loss(policy, telling, all_items(objective, telling)))[0] / (5 * per)
-    _, items = update(policy, objective, descent, experience, config, ranks)
+    _, items, _ = update(policy, objective, descent, experience, config, ranks)
     assert items == 2 * per
     if updates == 1:
         assert policy.a.item() - start == pytest.approx(-1e-3 * expected.item(), rel=1e-6)
@@ -147,7 +147,7 @@ def test_trajectories_without_an_advantage_count_and_are_not_computed(policy, ob
 def test_a_rollout_without_any_advantage_moves_nothing(policy, objective, linear_experience):
     before = copies(policy.trainable.items())
     optimizer = torch.optim.AdamW(policy.trainable.values(), lr=0.1, weight_decay=0.1)
-    tally, items = update(policy, objective, optimizer, linear_experience(policy, [0.0] * 5), OptimConfig(), Ranks())
+    tally, items, _ = update(policy, objective, optimizer, linear_experience(policy, [0.0] * 5), OptimConfig(), Ranks())
     assert items == 0 and "update/loss" not in tally.sums
     assert same(copies(policy.trainable.items()), before)
 
@@ -155,7 +155,7 @@ def test_a_rollout_without_any_advantage_moves_nothing(policy, objective, linear
 def test_of_nobody_there_is_nothing_to_learn(policy, objective, linear_experience):
     nobody = linear_experience(policy, ADVANTAGES).take(torch.empty(0, dtype=torch.long))
     optimizer = torch.optim.AdamW(policy.trainable.values(), lr=0.1)
-    _, items = update(policy, objective, optimizer, nobody, OptimConfig(updates_per_rollout=2), Ranks())
+    _, items, _ = update(policy, objective, optimizer, nobody, OptimConfig(updates_per_rollout=2), Ranks())
     assert items == 0
 
 

@@ -293,5 +293,5 @@ def test_an_update_takes_the_experience_as_often_as_it_is_detached(build, first_
     assert experience.attached and not experience.detached().attached
     parts = trainer.objective, torch.optim.SGD(trainer.policy.trainable.values(), lr=0.0)
     for taken in (experience, experience.detached(), experience.detached()):
-        tally, items = update(trainer.policy, *parts, taken, trainer.config.optim, trainer.ranks)
+        tally, items, _ = update(trainer.policy, *parts, taken, trainer.config.optim, trainer.ranks)
         assert items == 6 * TRAINED and tally.maxima["update/on_policy_deviation"] < 3e-5

@@ -53,11 +53,25 @@ def test_a_learning_rate_too_small_to_move_anything_is_named(tiny_trainer, tiny_
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_a_gradient_that_is_not_finite_stops_the_run(tiny_trainer, tiny_config, tiny_policy, value):
+def test_updates_whose_gradient_is_not_finite_are_skipped_and_too_many_stop_the_run(
+    tiny_trainer, tiny_config, tiny_policy, value
+):
     policy = tiny_policy()
-    next(iter(policy.trainable.values())).register_hook(lambda gradient: gradient + value)
-    with pytest.raises(SelfCheckError, match=rf"iteration 0: the gradient is {value}; lower optim\.lr"):
-        tiny_trainer(tiny_config(), policy).step()
+    first = next(iter(policy.trainable.values()))
+    bad = [True]
+    first.register_hook(lambda gradient: gradient + value if bad[0] else gradient)
+    trainer = tiny_trainer(tiny_config(), policy)
+    start = {name: p.detach().clone() for name, p in policy.trainable.items()}
+    record = trainer.step().record
+    assert record["update/skipped"] == 1 and "update/grad_norm" not in record and "update/loss" not in record
+    assert all(torch.equal(p, start[name]) for name, p in policy.trainable.items())
+    bad[0] = False
+    record = trainer.step().record  # a first update that is taken, and so is checked
+    assert record["update/skipped"] == 0 and record["update/grad_norm"] > 0
+    assert any(not torch.equal(p, start[name]) for name, p in policy.trainable.items())
+    bad[0] = True
+    with pytest.raises(SelfCheckError, match=r"iteration 2: 2 of the last 3 updates were skipped.*lower optim\.lr"):
+        trainer.step()
 
 
 def test_rewards_that_are_all_missing_stop_the_run(tiny_trainer, tiny_config):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from progrpo.training.evaluate import diversity
+from progrpo.training.pictures import diversity
 
 
 def test_diversity_is_the_mean_distance_of_pairs_in_units_of_the_range():

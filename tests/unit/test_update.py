@@ -118,7 +118,7 @@ def stepped(policy, experience, **optim):
     start = torch.stack([policy.a.detach().clone(), policy.b.detach().clone()])
     descent = torch.optim.SGD(policy.trainable.values(), lr=1.0)
     config = OptimConfig(max_grad_norm=1e9, **optim) if "max_grad_norm" not in optim else OptimConfig(**optim)
-    tally, items = update(policy, GRPO(0.1), descent, experience, config, Ranks())
+    tally, items, _ = update(policy, GRPO(0.1), descent, experience, config, Ranks())
     return torch.stack([policy.a.detach(), policy.b.detach()]) - start, tally.over(Ranks()), items
 
 
@@ -147,8 +147,12 @@ def test_if_nobody_teaches_nothing_moves_not_even_by_momentum(linear_policy, lin
     adam = torch.optim.AdamW(linear_policy.trainable.values(), lr=0.1)
     update(linear_policy, GRPO(0.1), adam, taught, OptimConfig(), Ranks())
     before = linear_policy.a.item()
-    tally, items = update(linear_policy, GRPO(0.1), adam, nothing, OptimConfig(), Ranks())
-    assert linear_policy.a.item() == before and items == 0 and tally.over(Ranks()) == {"update/grad_norm": 0.0}
+    tally, items, _ = update(linear_policy, GRPO(0.1), adam, nothing, OptimConfig(), Ranks())
+    assert (
+        linear_policy.a.item() == before
+        and items == 0
+        and tally.over(Ranks()) == {"update/grad_norm": 0.0, "update/skipped": 0.0}
+    )
 
 
 def test_the_gradient_is_clipped_and_its_norm_is_told_before(linear_policy, linear_experience):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,6 +45,7 @@ from progrpo.rollout.preview import Previewing
 from progrpo.rollout.probe import Probe
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
+from progrpo.words import named
 from progrpo.zoo import WEIGHTS
 from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.judge import load_judge
@@ -141,7 +143,7 @@ def trained_policy(target: str, trained: Path | None, ranks: Ranks) -> Policy:
     if trained is not None and _is_run(trained):
         saved = [trained / name for name in ("lora", "transformer", "unet") if (trained / name).is_dir()]
         if not saved:
-            raise ValueError(f"{trained} has saved no trained weights yet; they are written when the run ends")
+            raise ValueError(f"{named(trained)} has saved no trained weights yet; they are written when the run ends")
         trained = saved[0]
     return policy_from(config_of(target).model, 0, ranks, trained)
 
@@ -152,7 +154,8 @@ def config_of(target: str) -> Config:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and (folder / "summary.json").is_file()
+    # as os.path asks: Path's own raises at a name that is too long
+    return os.path.isfile(folder / "config.json") and os.path.isfile(folder / "summary.json")
 
 
 def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) -> Sampling:

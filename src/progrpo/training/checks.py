@@ -39,11 +39,6 @@ def check_failures(failures: Sequence[Failures], bound: float, when: str) -> Non
             )
 
 
-def check_gradient(norm: float, iteration: int) -> None:
-    if not torch.isfinite(torch.tensor(norm)):
-        raise SelfCheckError(f"iteration {iteration}: the gradient is {norm}; lower optim.lr, or train in float32")
-
-
 def check_moved(policy: Policy) -> None:
     """Some trained weight differs from the reference, and all are finite."""
     state = policy.state_dict()

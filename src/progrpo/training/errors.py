@@ -1,5 +1,13 @@
 """Why a run stops itself; apart from the checks, so that the command line knows it without torch."""
 
 
+class Interrupted(Exception):
+    """A signal ended the run between two iterations; the message says how to go on."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 class SelfCheckError(RuntimeError):
     """The run is not doing what it says; the message names what was seen and the likely cause."""

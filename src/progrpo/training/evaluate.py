@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -22,21 +21,27 @@ from progrpo.rollout.noise import NoiseKey
 from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
 from progrpo.training.checks import check_failures
 from progrpo.training.distributed import Ranks
+from progrpo.training.pictures import diversity, saturation, sharpness
 from progrpo.types import Prompt
 
 DIVERSE_PROMPTS = 64
+STATISTICS: dict[str, Callable[[np.ndarray], float]] = {"sharpness": sharpness, "saturation": saturation}
 _GROUP = 4  # pictures of a prompt that diversity is measured on
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A record a picture (prompt, kind, graded, strict, judge, held_out, diversity), in the order of the prompts, and the first pictures.
+    """A record a picture (prompt, kind, graded, strict, judge, held_out, sharpness, saturation, diversity), in the order of the prompts, and the first pictures.
 
     `held_out` has the values of rewards that are not trained on, by name; `diversity` is there for the first prompts: see `diversity`.
     """
 
     records: list[dict[str, Any]]
     pictures_NHWC: np.ndarray
+
+    def column(self, name: str) -> list[float | None]:
+        """One value a picture, None where there is none."""
+        return [None if r.get(name) is None else float(r[name]) for r in self.records]
 
     def mean(self, name: str) -> float | None:
         """Over the records that have a value, None if none has."""
@@ -116,6 +121,7 @@ def evaluate(
                 "strict": None if strict[n] is None else bool(strict[n]),
                 "judge": verdicts[n],
                 "held_out": others[n],
+                **{statistic: measure(images_NHWC[n]) for statistic, measure in STATISTICS.items()},
                 "diversity": None,
             }
             found.append((i, record, images_NHWC[n] if i < pictures else None))
@@ -135,12 +141,6 @@ def _diversities(
     final = denoise(policy, condition, expand(policy, places, _GROUP, sampling, key), sampling, key, Meter())
     images_NHWC = policy.decode(final.x_NCHW).numpy()
     return [diversity(group) for group in np.split(images_NHWC, len(places))]
-
-
-def diversity(images_GHWC: np.ndarray) -> float:
-    """How much pictures of one prompt differ: root mean square pixel difference, in units of the full range, mean over pairs."""
-    flat = images_GHWC.reshape(len(images_GHWC), -1) / 255
-    return float(np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in combinations(flat, 2)]))
 
 
 def _listed(values_N: Tensor) -> list[float | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +22,15 @@ from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.mix import Mixture, Term
+from progrpo.rollout.meter import Meter
 from progrpo.rollout.plan import UnitCosts, preset
 from progrpo.rollout.plan import path as plan_path
 from progrpo.rollout.plan import summary as plan_summary
-from progrpo.storage import load_state, save_state
 from progrpo.tracking.console import Console
 from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.statistics import spearman
+from progrpo.training import checkpoints
 from progrpo.training.build import (
     eval_prompts,
     judge_for,
@@ -45,10 +45,13 @@ from progrpo.training.build import (
     train_order,
 )
 from progrpo.training.distributed import Ranks
-from progrpo.training.evaluate import DIVERSE_PROMPTS, Evaluation, evaluate, ode
+from progrpo.training.errors import Interrupted
+from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, evaluate, ode
 from progrpo.training.judge import prompt_cost
 from progrpo.training.measure import measured
+from progrpo.training.stopping import Stop
 from progrpo.training.trainer import Iteration, Trainer
+from progrpo.training.watch import HackingWatch
 from progrpo.types import Prompt
 
 if TYPE_CHECKING:
@@ -61,39 +64,43 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
-    """Train a configuration into a new run folder."""
+    """Train a configuration into a new run folder; DiskError if the disk refuses what is written there."""
     check(config)
     ranks = Ranks()
     config = settled(config, ranks)
     out = ranks.gather([out])[0]  # where it was chosen by what is free, another process may have chosen later
     run = _from_config(config, RunFolder(out), ranks)
-    run.create(overwrite)
-    return run.train()
+    with checkpoints.writing_to(out, ranks):
+        run.create(overwrite)
+        return run.train()
 
 
-def resume_run(folder: Path, iterations: int | None = None) -> RunFolder:
-    """Go on from the last checkpoint, exactly as the run would have gone."""
+def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool = False) -> RunFolder:
+    """Go on from the newest whole checkpoint, exactly as the run would have gone; DiskError if the disk refuses.
+
+    ValueError if the configuration was changed since, unless that is accepted.
+    """
     config = load_recipe(str(folder))
     ranks = Ranks()
     run = RunFolder(folder)
     if iterations is not None:
         config = replace(config, iterations=iterations)
         check(config)
-    latest = checkpoints(folder)
-    if not latest:
-        raise ValueError(
-            f"{folder} holds no checkpoint yet; start it anew with progrpo train {folder} --out {folder} --overwrite"
-        )
-    state = load_state(latest[-1])
-    if state["iteration"] > config.iterations:
-        raise ValueError(
-            f"{folder} is at iteration {state['iteration']}, past --iterations {config.iterations}; give more"
-        )
-    if ranks.is_main:
-        run.write_config(to_dict(config))
-        run.truncate_metrics(state["iteration"])
-    ranks.wait()
-    return _from_config(config, run, ranks).train(state)
+    warn = Console(config.iterations, enabled=ranks.is_main).warn
+    with checkpoints.writing_to(folder, ranks):
+        state = checkpoints.newest(folder, ranks, warn)
+        if not accept_changes:
+            checkpoints.check_unchanged(folder, state, config)
+        checkpoints.check_versions(state, warn)
+        if state["iteration"] > config.iterations:
+            raise ValueError(
+                f"{folder} is at iteration {state['iteration']}, past --iterations {config.iterations}; give more"
+            )
+        if ranks.is_main:
+            run.write_config(to_dict(config))
+            run.truncate(state["iteration"])
+        ranks.wait()
+        return _from_config(config, run, ranks).train(state)
 
 
 def train(
@@ -192,11 +199,6 @@ def _from_config(config: Config, run: RunFolder, ranks: Ranks) -> Run:
     )
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    return sorted(p for p in (folder / "checkpoints").glob("iteration_*") if p.name[10:].isdigit())
-
-
 @dataclass(frozen=True)
 class HeldOut:
     """What a run is measured on: test prompts for before and after, validation prompts on the way, a second judge, and rewards
@@ -210,7 +212,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Best:
-    """The evaluation on validation prompts with the highest mean reward so far; its weights are kept under `NAME`."""
+    """The evaluation on validation prompts with the highest mean of a reward so far; its weights are kept under `NAME`."""
 
     NAME: ClassVar[str] = "best"
     iterations: int
@@ -236,6 +238,8 @@ class Run:
         self.best: Best | None = None
         self._pays: float | None = None
         self._path = plan_path(self.trainer.plan)
+        self._hacking, self._hacked = HackingWatch(), False
+        self._warnings: list[str] = []
 
     def create(self, overwrite: bool) -> None:
         """Make the run folder, once every part of the run could be built; ValueError if it holds a run already."""
@@ -249,6 +253,8 @@ class Run:
             self.trainer.load_state_dict(state)
             self.best = None if state["best"] is None else Best(**state["best"])
             self._pays, self._path = state["pays"], plan_path(self.trainer.plan)
+            self._hacking.load_state_dict(state["hacking"])
+            self._hacked, self._warnings = state["hacked"], list(state["warnings"])
             start -= state["wall_seconds"]
             if self.ranks.is_main and (costs := self.folder.read_costs()) is not None:
                 self.trainer.judge.recorded = UnitCosts(**costs)
@@ -261,7 +267,8 @@ class Run:
         if not self.config.model.keep_text_encoders:
             self._encode_all()
         try:
-            self._train(console, start, fresh=state is None)
+            with Stop(self.ranks) as stop:
+                self._train(console, start, stop, fresh=state is None)
         except BaseException as error:
             self._write_summary(start, f"stopped: {str(error) or type(error).__name__}")
             raise
@@ -273,20 +280,23 @@ class Run:
             console.summary_table(self.folder.read_summary(), write_report(self.folder.path))
         return self.folder
 
-    def _train(self, console: Console, start: float, fresh: bool) -> None:
+    def _train(self, console: Console, start: float, stop: Stop, fresh: bool) -> None:
         console.say(self._what_runs())
         if fresh:
             console.say(f"evaluating the base model on {len(self.held_out.test)} pictures")
             self._evaluate("before", "reference", console)
         self._write_summary(start, "running")
-        while self.trainer.iteration < self.config.iterations:
+        while self.trainer.iteration < self.config.iterations and not self._hacked:
+            self._stop_if_asked(stop, start)
             done = self.trainer.step()
+            self._keep_microbatches(console)
             if self.config.eval.every and self.trainer.iteration % self.config.eval.every == 0:
                 done.record.update(self._validate(console))
             if self.ranks.is_main:
                 self._keep(done, console)
-            if self._due(self.config.checkpoint.every):
+            if self._due(self.config.checkpoint.every) or self._hacked:
                 self._checkpoint(time.perf_counter() - start)
+        self._stop_if_asked(stop, start)
         self.trainer.check_frozen()
         which = f", as it was after iteration {self.best.iterations}" if self.best else ""
         console.say(f"evaluating the trained model{which} on {len(self.held_out.test)} pictures")
@@ -295,6 +305,27 @@ class Run:
         if self.ranks.is_main:
             name = "lora" if self.config.model.weights == "lora" else self.policy.denoiser_name
             self.policy.save(self.folder.path / name, weights)
+
+    def _keep_microbatches(self, console: Console) -> None:
+        """Those that memory was found not to be enough for were halved; a resumed run begins with what fits."""
+        if self.trainer.config is self.config:
+            return
+        self.config = self.trainer.config
+        if self.ranks.is_main:
+            self.folder.write_config(to_dict(self.config))
+            sizes = f"sampling.microbatch {microbatch(self.config.sampling)}, optim.microbatch {microbatch(self.config.optim)}"
+            console.warn(f"out of memory: going on with {sizes}")
+
+    def _stop_if_asked(self, stop: Stop, start: float) -> None:
+        """Between two iterations: where a signal came, save and end."""
+        if (signal := stop.asked()) is None:
+            return
+        self._checkpoint(time.perf_counter() - start)
+        raise Interrupted(
+            f"{signal.name} after {self.trainer.iteration} of {self.config.iterations} iterations; all is saved, go on with:"
+            f" progrpo train --resume {self.folder.path}",
+            signal,
+        )
 
     def _encode_all(self) -> None:
         """Every text that this process will meet goes through the text encoders once, and they leave memory."""
@@ -348,28 +379,54 @@ class Run:
     def _validate(self, console: Console) -> dict[str, float | None]:
         """On the validation prompts, for the curves."""
         result = self._measure(self.held_out.validation, self.trainer.evaluated_weights, console)
-        reward = result.mean("graded")
+        by = self.config.eval.best_by
+        reward = result.held_out()[by] if by else result.mean("graded")
         if self.config.eval.keep_best and reward is not None and (self.best is None or reward > self.best.reward):
             self.best = Best(self.trainer.iteration, reward)
             self.policy.named_weights.snapshot(Best.NAME, self.trainer.evaluated_weights)
-        own = {f"eval/{name}": result.mean(name) for name in ("graded", "strict", "judge")}
+        self._watch_for_hacking(result, console)
+        own = {f"eval/{name}": result.mean(name) for name in ("graded", "strict", "judge", *STATISTICS)}
         return own | {f"eval/held_out@{name}": value for name, value in result.held_out().items()}
+
+    def _watch_for_hacking(self, result: Evaluation, console: Console) -> None:
+        """The main process compares, and all end together where that is asked for."""
+        if self.config.watch.hacking == "off":
+            return
+        if self.ranks.is_main:
+            witnesses = {"the judge's share": result.column("judge")} | {
+                f"the held-out {name}": [r["held_out"][name] for r in result.records] for name in result.held_out()
+            }
+            recent = [r.get("rollout/diversity") for r in self.folder.read_metrics()[-5:]]
+            statistics = {name: result.column(name) for name in STATISTICS} | {"diversity within groups": recent}
+            found = self._hacking.look(result.column("graded"), witnesses, statistics)
+            for sentence in found:
+                if sentence not in self._warnings:
+                    self._warnings.append(sentence)
+                    console.warn(f"the model may be learning to please the reward alone: {sentence}")
+        ended = self.config.watch.hacking == "stop" and self._hacking.alarms >= 2
+        self._hacked = self.ranks.gather([ended])[0]
+        if self._hacked:
+            console.say("training ends here: the same was seen at two evaluations in a row (watch.hacking stop)")
 
     def _measure(self, prompts: Sequence[Prompt], weights: str, console: Console, diverse: int = 0) -> Evaluation:
         wanted = self.config.eval
-        sampling = ode(self.policy, wanted.num_inference_steps, wanted.guidance_scale, microbatch(self.config.sampling))
-        with self.policy.weights(weights):
-            result = evaluate(
+
+        def sample(meter: Meter) -> Evaluation:
+            size = microbatch(self.trainer.config.sampling)
+            return evaluate(
                 self.policy,
                 self.reward,
                 self.held_out.judge,
                 prompts,
-                sampling,
+                ode(self.policy, wanted.num_inference_steps, wanted.guidance_scale, size),
                 wanted.seed,
                 self.ranks,
                 diverse=diverse,
                 held_out=self.held_out.rewards,
             )
+
+        with self.policy.weights(weights):
+            result = self.trainer.within_memory(sample, Meter())
         self.trainer.check_failures(f"evaluation after {self.trainer.iteration} iterations")
         if self.held_out.rewards is not None:  # they report: that one is down must not stop what is trained
             for failed in self.ranks.gather([self.held_out.rewards.failures()]):
@@ -385,12 +442,12 @@ class Run:
     def _checkpoint(self, wall_seconds: float) -> None:
         if not self.ranks.is_main:
             return
-        folder = self.folder.path / "checkpoints"
+        start = time.perf_counter()
         best = None if self.best is None else asdict(self.best)
         state = {**self.trainer.state_dict(), "best": best, "pays": self._pays, "wall_seconds": wall_seconds}
-        save_state(folder / f"iteration_{self.trainer.iteration:06d}", state)
-        for old in checkpoints(self.folder.path)[: -self.config.checkpoint.keep]:
-            shutil.rmtree(old)
+        state |= {"hacking": self._hacking.state_dict(), "hacked": self._hacked, "warnings": self._warnings}
+        checkpoints.save(self.folder.path, state, self.config)
+        self.trainer.totals.add_seconds({"checkpoint": time.perf_counter() - start})
 
     # --- the summary --------------------------------------------------------------------------------------------------
 
@@ -467,6 +524,7 @@ class Run:
                     "missing": totals.missing,
                     "last_error": totals.last_error,
                 },
+                "warnings": self._warnings,
                 "seconds_by_stage": totals.seconds,
                 "versions": {"python": platform.python_version(), "progrpo": __version__}
                 | {p: version(p) for p in _PACKAGES},

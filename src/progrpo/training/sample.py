@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from progrpo.rollout.noise import NoiseKey
 from progrpo.training.build import trained_policy
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import ode
+from progrpo.words import named
 
 
 def sample_pictures(
@@ -28,13 +30,18 @@ def sample_pictures(
     count: int,
 ) -> list[Path]:
     """Write `count` pictures a prompt to `out` as PNG; noise is keyed by the prompt's place and the picture's number."""
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise ValueError(f"--out: {named(out)} is a file; give a folder")
     policy = trained_policy(model, lora, Ranks())
     sampling = ode(policy, num_inference_steps, guidance_scale, microbatch=64)
     key = NoiseKey(seed, 0)
     start = expand(policy, torch.arange(len(prompts)), count, sampling, key)
     final = denoise(policy, policy.encode(list(prompts)), start, sampling, key, Meter())
     images_NHWC = policy.decode(final.x_NCHW).numpy()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: {named(out)} cannot be made: {error.strerror}; give another folder") from error
     files = [out / f"{g:03d}-{m:02d}.png" for g, m in zip(final.group_N.tolist(), final.member_N.tolist(), strict=True)]
     for file, image in zip(files, images_NHWC, strict=True):
         Image.fromarray(image).save(file)

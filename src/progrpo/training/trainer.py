@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from progrpo.config import Config, learning_rate, resolve_plan
+from progrpo.config import Config, learning_rate, microbatch, resolve_plan
 from progrpo.data import PromptOrder
 from progrpo.objectives.advantage import group_statistics
 from progrpo.objectives.base import Experience
@@ -28,10 +28,14 @@ from progrpo.training.audit import Audit, audit
 from progrpo.training.build import objective_from, previewing, sampling_from
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.judge import PlanJudge, plan_from, prompt_cost
+from progrpo.training.memory import halved, is_out_of_memory
+from progrpo.training.pictures import group_diversity
 from progrpo.training.update import learn_from, update
+from progrpo.training.watch import SelfChecks
 from progrpo.types import Cost, Prompt, Rollout
 
 EMA = "ema"
+_Sampled = TypeVar("_Sampled")
 _STAGES = ("sample", "preview", "reward", "update", "audit")
 
 
@@ -102,6 +106,8 @@ class Trainer:
         for name in (*([EMA] if optim.ema_decay > 0 else []), *self.objective.averages):
             policy.named_weights.snapshot(name)
         self._frozen, self._checked = checks.fingerprint(policy), False
+        watch = config.watch
+        self.checks = SelfChecks(watch.max_skipped, watch.flat_iterations, watch.still_iterations, watch.lost_agreement)
 
     @property
     def evaluated_weights(self) -> str:
@@ -126,7 +132,7 @@ class Trainer:
         slots = self.ranks.deal(len(prompts))
         sampling = self.sampling
         with self.policy.weights(self.objective.rollout_weights):
-            rolled = self._roll_out(prompts, slots, sampling, key, meter)
+            rolled = self.within_memory(lambda m: self._roll_out(prompts, slots, self.sampling, key, m), meter)
         failed = self.check_failures(f"iteration {self.iteration}")
         self._observe(slots, rolled)
         with meter.stage("update"):
@@ -134,16 +140,33 @@ class Trainer:
         audited, found = Meter(), None
         if self._audit_due() and self.ranks.is_main:
             with meter.stage("audit"):
-                found = self._audit(prompts, sampling, key, audited)
+                found = self._audit(prompts, key, audited)
         record = self._record(tally, meter, audited, found, time.perf_counter() - start)
         record |= {f"reward/failed@{name}": count for name, count in failed.items() if count}
+        self.checks.rewards(self.iteration, record, len(prompts))
         self._learn_of_previews(rolled, found)
         record |= self._judge_plan(found)
+        self._check_previews(record)
         since = time.perf_counter() - start - record["seconds"]
         record |= {"seconds": record["seconds"] + since, "time/other": record["time/other"] + since}
         self.totals.add_seconds({"other": since})
         self.iteration += 1
         return Iteration(record, rolled, found)
+
+    def within_memory(self, sample: Callable[[Meter], _Sampled], meter: Meter) -> _Sampled:
+        """What `sample` gives, with half of `config`'s microbatch where memory runs out: noise knows whose it is, so it is the same."""
+        while True:
+            its_meter = Meter()  # what did not come to an end was not what the plan counts
+            try:
+                sampled = sample(its_meter)
+                meter.add(its_meter)
+                return sampled
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            wanted = self.config.sampling
+            smaller = halved(microbatch(wanted), "sampling.microbatch")
+            self.config = replace(self.config, sampling=replace(wanted, microbatch=smaller))
 
     def _roll_out(
         self, prompts: Sequence[Prompt], slots: Tensor, sampling: Sampling, key: NoiseKey, meter: Meter
@@ -157,19 +180,30 @@ class Trainer:
 
     def _update(self, rolled: Rollout, sampling: Sampling, key: NoiseKey, meter: Meter) -> Tally:
         wanted, clip = self.config.objective, self.objective.adv_clip_max
-        weights, quorum = self.reward.weights, self.config.reward.quorum
+        weights, quorum, diverse = self.reward.weights, self.config.reward.quorum, Tally()
+        if (found := group_diversity(rolled.images_NHWC.numpy(), rolled.group_N.numpy())) is not None:
+            diverse.add("rollout/diversity", found * len(rolled.prompts), len(rolled.prompts))
         experience, tally = learn_from(rolled, sampling, key, wanted, clip, self.ranks, weights, quorum)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.iteration)
-        seen, items = update(self.policy, self.objective, self.optimizer, experience, self.config.optim, self.ranks)
+        optim = self.config.optim
+        seen, items, enough = update(self.policy, self.objective, self.optimizer, experience, optim, self.ranks)
+        if enough < microbatch(optim):
+            self.config = replace(self.config, optim=replace(optim, microbatch=enough))
         meter.count(trained_steps=items)
         tally.merge(seen)
+        tally.merge(diverse)
         if self.config.optim.ema_decay > 0:
             self.policy.named_weights.update(EMA, self.config.optim.ema_decay)
         for name, average in self.objective.averages.items():
             self.policy.named_weights.update(name, average.decay(self.iteration + 1))
-        checks.check_gradient(seen.sums["update/grad_norm"], self.iteration)
-        if items and not self._checked:
+        skipped = int(seen.maxima["update/skipped"])
+        self.checks.updates(self.iteration, skipped, self.config.optim.updates_per_rollout)
+        taught = self.ranks.sum(torch.tensor(float(items))).item() > 0 and not skipped
+        self.checks.weights(
+            self.iteration, sum(p.sum(dtype=torch.float64).item() for p in self.policy.trainable.values()), taught
+        )
+        if items and not skipped and not self._checked:
             self._check_first_update(seen, experience)
         return tally
 
@@ -205,14 +239,17 @@ class Trainer:
         seen = self.ranks.gather(list(zip(slots.tolist(), stds_P.tolist(), strict=True)))
         self.order.observe(self.iteration, [std for _, std in sorted(seen)])
 
-    def _audit(self, prompts: Sequence[Prompt], sampling: Sampling, key: NoiseKey, meter: Meter) -> Audit:
+    def _audit(self, prompts: Sequence[Prompt], key: NoiseKey, meter: Meter) -> Audit:
         """A prompt of this iteration, another place of it every time, under a slot that no trained group has."""
         count = len(prompts)
         prompt = prompts[self.iteration // self.config.audit.every % count]
+
+        def sample(its_meter: Meter) -> Audit:
+            parts = self.plan, self.sampling, self.select, key, its_meter, self.how
+            return audit(self.policy, self.reward, prompt, count, *parts)
+
         with self.policy.weights(self.objective.rollout_weights):
-            return audit(
-                self.policy, self.reward, prompt, count, self.plan, sampling, self.select, key, meter, self.how
-            )
+            return self.within_memory(sample, meter)
 
     def _learn_of_previews(self, rolled: Rollout, found: Audit | None) -> None:
         """The probe is watched on the audit before it learns from it, and knows the same on every process."""
@@ -228,6 +265,12 @@ class Trainer:
                 probe.watch(agreement)
         for features, rewards_N, group_N in self.ranks.gather(finished):
             probe.learn(features, rewards_N, group_N)
+
+    def _check_previews(self, record: Mapping[str, Any]) -> None:
+        """Of the audit, if there was one; all processes hear of it."""
+        if self._audit_due():
+            found = [value for name, value in record.items() if name.startswith("preview/rank_correlation@")]
+            self.checks.agreement(self.iteration, self.ranks.gather([found])[0])
 
     def _judge_plan(self, found: Audit | None) -> dict[str, Any]:
         """What the main process makes of the plan after an audit; every process takes the plan that it chooses."""
@@ -290,6 +333,7 @@ class Trainer:
             "totals": self.totals.state_dict(),
             "plan": asdict(self.plan),
             "judge": self.judge.state_dict(),
+            "checks": self.checks.state_dict(),
             "probe": None if self.how.probe is None else self.how.probe.state_dict(),
         }
 
@@ -300,6 +344,7 @@ class Trainer:
         self.totals.load_state_dict(state["totals"])
         self.plan = plan_from(state["plan"])
         self.judge.load_state_dict(state["judge"])
+        self.checks.load_state_dict(state["checks"])
         if self.how.probe is not None:
             self.how.probe.load_state_dict(state["probe"])
         self.iteration = state["iteration"]

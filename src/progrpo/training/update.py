@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from progrpo.packing import filled_up, in_equal_parts, of_one_shape, of_whole_bl
 from progrpo.policies.base import Policy
 from progrpo.rollout.denoise import Sampling
 from progrpo.training.distributed import Ranks, Tally
+from progrpo.training.errors import SelfCheckError
+from progrpo.training.memory import halved, is_out_of_memory
 from progrpo.types import Rollout
 
 _DEVIATION = "update/ratio_max_deviation"
@@ -111,33 +114,59 @@ def update(
     experience: Experience,
     config: OptimConfig,
     ranks: Ranks,
-) -> tuple[Tally, int]:
+) -> tuple[Tally, int, int]:
     """`updates_per_rollout` optimizer steps, each on its share of every group; what was seen, and items trained.
 
-    The loss is the mean over the trajectories of all processes and their items. Trajectories without an advantage
-    count in that mean but are not computed: their group has no variance and teaches nothing.
+    A step whose loss or gradient is not finite is not taken, and only counted. Where memory runs out, half the microbatch is tried;
+    the last one that was enough is the third thing returned.
+
+    The loss is the mean over the trajectories of all processes and their items. Trajectories without an advantage count in that
+    mean but are not computed: their group has no variance and teaches nothing.
     """
-    tally, items, packing = Tally(), 0, Packing(microbatch(config), policy.compiled)
-    experience = objective.prepare(policy, experience, packing.microbatch, config.updates_per_rollout)
-    for part in range(config.updates_per_rollout):
+    tally, items, skipped, parts = Tally(), 0, 0, config.updates_per_rollout
+    packing, prepared = Packing(microbatch(config), policy.compiled), False
+    for part in range(parts):
+        counted: tuple[float, float] | None = None  # once, however often a part is tried: all processes take part in it
         if part:
             experience = experience.detached()
-        share = experience.take((_parts(experience, config.updates_per_rollout) == part).nonzero().flatten())
-        per_trajectory = objective.items_per_trajectory(share)
-        telling = share.take(share.advantages_N.nonzero().flatten())
-        counts = torch.tensor([len(share) * per_trajectory, len(telling)], dtype=torch.float64)
-        everywhere, taught = ranks.sum(counts).tolist()
+        while True:
+            try:
+                ready = experience if prepared else objective.prepare(policy, experience, packing.microbatch, parts)
+                share = ready.take((_parts(ready, parts) == part).nonzero().flatten())
+                per_trajectory = objective.items_per_trajectory(share)
+                telling = share.take(share.advantages_N.nonzero().flatten())
+                if counted is None:
+                    sizes = torch.tensor([len(share) * per_trajectory, len(telling)], dtype=torch.float64)
+                    everywhere, taught = counted = tuple(ranks.sum(sizes).tolist())
+                seen = _accumulate(policy, objective, telling, everywhere, packing)
+                break
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if experience.attached:  # whose graphs are used up, and cannot be gone through again
+                    raise SelfCheckError(
+                        "out of memory in an update that goes back through what sampling computed; leave out optim.reuse_rollout"
+                    ) from error
+            optimizer.zero_grad(set_to_none=True)
+            packing = replace(packing, microbatch=halved(packing.microbatch, "optim.microbatch"))
+        experience, prepared = ready, True
         items += len(telling) * per_trajectory
-        tally.merge(_accumulate(policy, objective, telling, everywhere, packing))
-        if part == 0 and _DEVIATION in tally.maxima:  # no step was taken yet: what sampled is what is trained
-            tally.raise_to("update/on_policy_deviation", tally.maxima[_DEVIATION])
         ranks.sum_gradients(policy.trainable.values())
         norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), config.max_grad_norm)
+        lost = torch.tensor(float(not math.isfinite(seen.sums.get("update/loss", 0.0))))
+        if ranks.sum(lost).item() or not norm.isfinite():
+            skipped += 1
+            optimizer.zero_grad(set_to_none=True)
+            continue
+        tally.merge(seen)
+        if part == 0 and _DEVIATION in tally.maxima:  # no step was taken yet: what sampled is what is trained
+            tally.raise_to("update/on_policy_deviation", tally.maxima[_DEVIATION])
         tally.add("update/grad_norm", norm.item(), 1)
         if taught:  # else momentum alone would move the weights
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return tally, items
+    tally.raise_to("update/skipped", skipped)
+    return tally, items, packing.microbatch
 
 
 def _parts(experience: Experience, parts: int) -> Tensor:

@@ -1,0 +1,176 @@
+"""Checkpoints of a run: what is saved, which ones are kept, and from which a resumed run goes on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from progrpo import __version__
+from progrpo.config import Config, config_to_json, to_dict
+from progrpo.durable import PREVIOUS, WRITING, DiskError, sync
+from progrpo.storage import disk_error, load_state, save_state
+from progrpo.tracking.lock import only_writer
+from progrpo.training.distributed import Ranks
+from progrpo.words import quoted
+
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+_FOLDER, _NAME = "checkpoints", "iteration_"
+_MAY_DIFFER = ("iterations", "sampling.microbatch", "optim.microbatch")
+"""What --iterations lengthens, and how memory cuts the work into parts, which a run may change on its way."""
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's figures depend on."""
+    return {"python": platform.python_version(), "progrpo": __version__} | {name: version(name) for name in _PACKAGES}
+
+
+def save(run: Path, state: Mapping[str, Any], config: Config) -> None:
+    """Write the checkpoint of `state["iteration"]`; then, and not before, the oldest go. OSError if the disk refuses."""
+    folder = run / _FOLDER
+    folder.mkdir(exist_ok=True)  # without its parents: a run folder that vanished is not made anew
+    sync(run)
+    whole = {**state, "config": to_dict(config), "versions": versions()}
+    save_state(folder / f"{_NAME}{state['iteration']:06d}", whole)
+    _tidy(run, state["iteration"], config.checkpoint.keep)
+
+
+def saved(run: Path) -> list[Path]:
+    """The checkpoints of a run by their names, oldest first; damaged ones are among them."""
+    there = {path.with_name(path.name.removesuffix(PREVIOUS)) for path in (run / _FOLDER).glob(f"{_NAME}*")}
+    return sorted((path for path in there if _iteration(path) >= 0), key=_iteration)
+
+
+def _iteration(path: Path) -> int:
+    """How many iterations a checkpoint is after; -1 where the name is not one's."""
+    number = path.name.removeprefix(_NAME)
+    return int(number) if number.isascii() and number.isdigit() else -1
+
+
+def _tidy(run: Path, iteration: int, keep: int) -> None:
+    """Delete all but the last `keep` up to this iteration, later ones, and what killed writers left.
+
+    Later ones are damaged, since the run was taken up before them. What cannot be deleted now is tried again the next time.
+    """
+    found = saved(run)
+    kept = [path for path in found if _iteration(path) <= iteration][-keep:]
+    unfinished = [path for end in (WRITING, PREVIOUS) for path in (run / _FOLDER).glob(f"{_NAME}*{end}")]
+    for path in [*found, *unfinished]:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def newest(run: Path, ranks: Ranks, warn: Callable[[str], None]) -> dict[str, Any]:
+    """The newest whole checkpoint, as the main process finds it. Damaged ones are passed over with a warning.
+
+    ValueError if there is none, or if it is of a progrpo that kept something else.
+    """
+    found = _newest(run, warn) if ranks.is_main else None
+    path = ranks.gather([found and found[0]])[0]
+    state = found[1] if found else load_state(path)
+    lacking = [name for name in ("iteration", "config", "versions") if name not in state]
+    if lacking:
+        raise ValueError(f"{path} has no {lacking[0]}: it is of another version of progrpo; go on with that one")
+    return state
+
+
+def _newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    anew = f"start it anew with progrpo train {run} --out {run} --overwrite"
+    found, damaged = saved(run), []
+    for path in reversed(found):
+        try:
+            state = load_state(path)
+        except (ValueError, OSError) as error:
+            damaged.append(str(error))
+        else:
+            for words in damaged:
+                warn(f"checkpoint passed over: {words}; going on from {path.name}")
+            return path, state
+    if damaged:
+        raise ValueError(f"{run} holds no whole checkpoint ({'; '.join(damaged)}); {anew}")
+    raise ValueError(f"{run} holds no checkpoint yet; {anew}")
+
+
+def check_unchanged(run: Path, state: Mapping[str, Any], config: Config) -> None:
+    """ValueError, with every differing field and both values, if the run was not trained with this configuration until now."""
+    was, now = _flat(state["config"]), _flat(json.loads(config_to_json(config)))
+    differing = [
+        f"{name} was {quoted(was[name])} and is {quoted(value)}"
+        for name, value in now.items()
+        if name in was and was[name] != value and name not in _MAY_DIFFER
+    ]
+    if differing:
+        raise ValueError(
+            f"{run / 'config.json'} was changed since the checkpoint: {', '.join(differing)};"
+            " put it back, or give --accept-changes to go on with it"
+        )
+
+
+def check_versions(state: Mapping[str, Any], warn: Callable[[str], None]) -> None:
+    """A warning if the checkpoint is of other versions: the run goes on, and may not come to what it would have."""
+    differing = [
+        f"{name} {state['versions'].get(name, 'unknown')} -> {now}"
+        for name, now in versions().items()
+        if state["versions"].get(name) != now
+    ]
+    if differing:
+        warn(
+            f"the checkpoint is of other versions, so figures may differ from a straight run's: {', '.join(differing)}"
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields by their dotted names."""
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return out
+
+
+# --- the run's folder, while it writes --------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing_to(run: Path, ranks: Ranks) -> Iterator[None]:
+    """Run the block as the only one that writes to the run folder; DiskError, in one sentence, if the disk refuses."""
+    with only_writer(run) if ranks.is_main else nullcontext():
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            first = _first(error, run)
+            if not _is_of_disk(first, run):
+                raise
+            raise DiskError(
+                f"{first.filename or run} cannot be written: {first.strerror}; {_mend(first, run)}"
+            ) from error
+
+
+def _first(error: OSError | SafetensorError, run: Path) -> OSError:
+    """What went wrong first: a disk that is full refuses the summary that would say so, too."""
+    while isinstance(error.__context__, OSError):
+        error = error.__context__
+    return disk_error(error, run) if isinstance(error, SafetensorError) else error
+
+
+def _is_of_disk(error: OSError, run: Path) -> bool:
+    """Whether it is about the run's files, and not about a reward's server or a user's file."""
+    own = isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(run)
+    return own or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def _mend(error: OSError, run: Path) -> str:
+    if not run.is_dir():
+        return "the run folder is gone, and its checkpoints with it; start the run anew"
+    first = {errno.ENOSPC: "make space", errno.EDQUOT: "make space"}.get(error.errno or 0, "mend that")
+    last = saved(run)
+    if not last:
+        return f"there is no checkpoint yet: {first}, then start anew with progrpo train {run} --out {run} --overwrite"
+    return f"the last good checkpoint is {last[-1].name}: {first}, then go on with progrpo train --resume {run}"

@@ -1,0 +1,103 @@
+"""SIGINT and SIGTERM finish the step, save and end with the line that goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import progrpo
+from progrpo.tracking.run_folder import RunFolder
+from progrpo.training.distributed import Ranks
+from progrpo.training.errors import Interrupted
+from progrpo.training.stopping import Stop
+
+TIMELESS = ("reward/mean", "update/grad_norm", "rollout/nfe")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step(
+    number, tiny_pipeline, tiny_config, prompts, redness, tmp_path, monkeypatch
+):
+    calls = iter(range(1000))
+
+    def signalled(images, texts):
+        if next(calls) == 3:  # one evaluation, then two calls an iteration: in the middle of the second
+            os.kill(os.getpid(), number)
+        return redness(images, texts)
+
+    config = tiny_config(iterations=4)
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted) as stopped:
+        progrpo.train(tiny_pipeline(), prompts, signalled, config=config, out=tmp_path / "run")
+    assert signal.getsignal(number) is before
+    assert stopped.value.signal == number
+    assert f"progrpo train --resume {tmp_path / 'run'}" in str(stopped.value)
+    assert str(stopped.value).startswith(f"{number.name} after 2 of 4 iterations; all is saved")
+    run = RunFolder(tmp_path / "run")
+    assert run.read_summary()["status"].startswith(f"stopped: {number.name}")
+    assert [r["iteration"] for r in run.read_metrics()] == [0, 1]
+    assert (run.path / "checkpoints" / "iteration_000002").is_dir()
+
+
+def test_the_command_line_ends_with_the_line_that_goes_on_and_the_run_is_the_unbroken_one(tmp_path):
+    common = ["train", "smoke", "--iterations", "3", "--eval.pictures", "4", "--checkpoint.every", "100", "--seed", "3"]
+    common += ["--model.dtype", "float32"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(progrpo.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+    def progrpo_(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "progrpo", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes)
+
+    unbroken = progrpo_(*common, "--out", "whole")
+    broken = progrpo_(*common, "--out", "broken")
+    metrics = tmp_path / "broken" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not metrics.exists() or not metrics.read_bytes():
+        assert broken.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    broken.send_signal(signal.SIGTERM)
+    _, said = broken.communicate(timeout=100)
+    assert broken.returncode == 128 + signal.SIGTERM
+    assert said.splitlines()[-1].startswith("progrpo: SIGTERM after ")
+    assert "Traceback" not in said
+    arguments = said.splitlines()[-1].rpartition("progrpo train ")[2].split()
+    resumed = progrpo_("train", *arguments)
+    for process in (resumed, unbroken):
+        _, said = process.communicate(timeout=100)
+        assert process.returncode == 0, said
+    whole, again = (RunFolder(tmp_path / name) for name in ("whole", "broken"))
+    assert again.read_summary()["status"] == "finished"
+    ours, theirs = ([{k: r[k] for k in TIMELESS} for r in run.read_metrics()] for run in (again, whole))
+    assert ours == theirs and len(ours) == 3
+    assert again.read_evaluation("after") == whole.read_evaluation("after")
+
+
+def test_a_second_interrupt_does_not_wait():
+    with Stop(Ranks()) as stop:
+        assert stop.asked() is None
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked() is signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_in_another_thread_signals_are_left_alone():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with Stop(Ranks()) as stop:
+            seen.append((signal.getsignal(signal.SIGTERM), stop.asked()))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(before, None)]

@@ -1,0 +1,128 @@
+"""When memory runs out, half the microbatch is tried, and what comes out is the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from progrpo.config import AWMConfig, DGPOConfig, NFTConfig, ObjectiveConfig, OptimConfig, SamplingConfig
+from progrpo.training.errors import SelfCheckError
+from progrpo.training.memory import halved, is_out_of_memory
+
+ONLY_SO_MANY = 3
+
+
+def limited(policy: Any, monkeypatch: pytest.MonkeyPatch, most: int, training_alone: bool = False) -> list[int]:
+    """A network that has memory for `most` rows; the rows of each call that it had memory for."""
+    predict, rows = policy.predict, []
+
+    def predict_within(x: torch.Tensor, *told: Any) -> torch.Tensor:
+        if len(x) > most and (torch.is_grad_enabled() or not training_alone):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        rows.append(len(x))
+        return predict(x, *told)
+
+    monkeypatch.setattr(policy, "predict", predict_within)
+    return rows
+
+
+OBJECTIVES = {
+    "grpo": ObjectiveConfig(),
+    "nft": ObjectiveConfig(name="nft", nft=NFTConfig(draws=2)),
+    "awm": ObjectiveConfig(name="awm", awm=AWMConfig(draws=2)),
+    "dgpo": ObjectiveConfig(name="dgpo", dgpo=DGPOConfig(draws=2)),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_run_that_runs_out_of_memory_learns_what_it_would_have(
+    tiny_trainer, tiny_config, tiny_policy, monkeypatch, objective, updates
+):
+    config = tiny_config(
+        objective=OBJECTIVES[objective],
+        sampling=SamplingConfig(num_inference_steps=4, microbatch=8),
+        optim=OptimConfig(microbatch=16, updates_per_rollout=updates),
+    )
+    plain = tiny_trainer(config, tiny_policy(moved=0.1))
+    before = {name: p.detach().clone() for name, p in plain.policy.trainable.items()}
+    expected = [plain.step().record for _ in range(2)]
+
+    policy = tiny_policy(moved=0.1)
+    rows = limited(policy, monkeypatch, ONLY_SO_MANY)
+    trainer = tiny_trainer(config, policy)
+    found = [trainer.step().record for _ in range(2)]
+    assert max(rows) <= ONLY_SO_MANY
+    assert trainer.config.sampling.microbatch == 2 and trainer.config.optim.microbatch in (
+        2,
+        4,
+    )  # items come in equal parts
+    assert config.sampling.microbatch == 8  # of the configuration that it was given
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ("reward/mean", "rollout/nfe", "rollout/decodes", "rollout/trained_steps", "update/grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    moved = torch.cat([(p - before[name]).flatten() for name, p in policy.trainable.items()])
+    wanted = torch.cat([(p - before[name]).flatten() for name, p in plain.policy.trainable.items()])
+    assert (moved - wanted).norm() <= 0.02 * wanted.norm()  # Adam magnifies rounding where gradients are near 0
+
+
+def test_only_what_has_too_little_memory_is_halved(tiny_trainer, tiny_config, tiny_policy, monkeypatch):
+    policy = tiny_policy()
+    limited(policy, monkeypatch, 5, training_alone=True)
+    trainer = tiny_trainer(tiny_config(sampling=SamplingConfig(num_inference_steps=4, microbatch=8)), policy)
+    trainer.step()
+    assert (trainer.config.sampling.microbatch, trainer.config.optim.microbatch) == (8, 4)  # from 64
+
+
+def test_an_audit_runs_within_memory_too(tiny_trainer, tiny_config, tiny_policy, monkeypatch):
+    policy = tiny_policy()
+    config = tiny_config(sampling=SamplingConfig(num_inference_steps=4, microbatch=8))
+    trainer = tiny_trainer(replace(config, audit=replace(config.audit, every=1)), policy)
+    limited(policy, monkeypatch, ONLY_SO_MANY)
+    record = trainer.step().record
+    assert record["audit/nfe"] == 4 * 4 and trainer.totals.audited.nfe == 16
+
+
+def test_where_one_row_is_too_much_the_run_stops_in_a_sentence(tiny_trainer, tiny_config, tiny_policy, monkeypatch):
+    policy = tiny_policy()
+    limited(policy, monkeypatch, 0)
+    with pytest.raises(SelfCheckError, match=r"out of memory at sampling\.microbatch 1; use a smaller model"):
+        tiny_trainer(tiny_config(), policy).step()
+    with pytest.raises(SelfCheckError, match=r"at optim\.microbatch 1"):
+        halved(1, "optim.microbatch")
+
+
+def test_reused_graphs_cannot_be_used_twice(tiny_trainer, tiny_config, tiny_policy, monkeypatch):
+    policy = tiny_policy()
+    trainer = tiny_trainer(tiny_config(optim=OptimConfig(reuse_rollout=True)), policy)
+    backward = torch.Tensor.backward
+
+    def fails(tensor, *told):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "backward", fails)
+    with pytest.raises(SelfCheckError, match=r"leave out optim\.reuse_rollout"):
+        trainer.step()
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+
+
+def test_what_running_out_of_memory_is():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    message = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    assert is_out_of_memory(RuntimeError(message))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert [halved(n, "x") for n in (2, 3, 64)] == [1, 1, 32]
+
+
+def test_other_errors_are_raised(tiny_trainer, tiny_config, tiny_policy, monkeypatch):
+    policy = tiny_policy()
+
+    def breaks(*told):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(policy, "predict", breaks)
+    with pytest.raises(RuntimeError, match="mat1"):
+        tiny_trainer(tiny_config(), policy).step()

@@ -1,0 +1,223 @@
+"""What a run looks out for: signs that nothing is learnt, and signs of cheating."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from progrpo.training.errors import SelfCheckError
+from progrpo.training.pictures import diversity, group_diversity, saturation, sharpness
+from progrpo.training.watch import HackingWatch, SelfChecks, change
+
+
+def checks(**how) -> SelfChecks:
+    return SelfChecks(
+        **{"max_skipped": 0.2, "flat_iterations": 3, "still_iterations": 3, "lost_agreement": 0.25, **how}
+    )
+
+
+# --- updates ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_bad_update_is_forgiven_and_a_fifth_of_the_last_twenty_is_not():
+    watch = checks()
+    for iteration in range(40):
+        watch.updates(iteration, 1 if iteration % 5 == 4 else 0, 1)  # exactly a fifth, never more
+    with pytest.raises(SelfCheckError, match=r"iteration 40: 5 of the last 20 updates were skipped"):
+        watch.updates(40, 1, 1)
+
+
+def test_two_bad_updates_at_the_start_are_too_many():
+    watch = checks()
+    watch.updates(0, 1, 1)
+    with pytest.raises(SelfCheckError, match="2 of the last 2"):
+        watch.updates(1, 1, 1)
+
+
+def test_of_several_updates_an_iteration_each_counts():
+    watch = checks()
+    watch.updates(0, 1, 4)
+    with pytest.raises(SelfCheckError, match="3 of the last 8"):
+        watch.updates(1, 2, 4)
+
+
+def test_it_can_be_turned_off():
+    watch = checks(max_skipped=0.0, flat_iterations=0, still_iterations=0, lost_agreement=0.0)
+    for iteration in range(30):
+        watch.updates(iteration, 1, 1)
+        watch.rewards(iteration, {"advantage/zero_variance_groups": 2, "reward/mean": 0.5}, 2)
+        watch.weights(iteration, 1.0, True)
+        watch.agreement(iteration, [0.9 if iteration < 10 else -0.9])
+
+
+# --- rewards ----------------------------------------------------------------------------------------------------------
+
+
+def flat(mean: float, groups: int = 4) -> dict[str, float]:
+    return {"advantage/zero_variance_groups": groups, "reward/mean": mean}
+
+
+def test_a_reward_that_is_always_the_same_is_called_so():
+    watch = checks()
+    watch.rewards(0, flat(0.5), 4)
+    watch.rewards(1, flat(0.5), 4)
+    with pytest.raises(SelfCheckError, match=r"iteration 2: for 3 iterations no group's.*0\.5 for every picture"):
+        watch.rewards(2, flat(0.5), 4)
+
+
+def test_groups_without_variance_are_called_so():
+    watch = checks()
+    watch.rewards(0, flat(0.5), 4)
+    watch.rewards(1, flat(0.7), 4)
+    with pytest.raises(SelfCheckError, match="too hard or too easy"):
+        watch.rewards(2, flat(0.5), 4)
+
+
+def test_one_group_that_differs_begins_anew():
+    watch = checks()
+    for iteration in range(12):
+        watch.rewards(iteration, flat(0.5, 3 if iteration % 3 == 2 else 4), 4)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_do_not_move_stop_the_run():
+    watch = checks()
+    watch.weights(0, 1.5, True)
+    watch.weights(1, 1.5, True)
+    watch.weights(2, 1.5, True)
+    with pytest.raises(SelfCheckError, match="iteration 3: for 3 iterations no trained weight has moved"):
+        watch.weights(3, 1.5, True)
+
+
+def test_where_nothing_was_taught_nothing_need_move():
+    watch = checks()
+    for iteration in range(20):
+        watch.weights(iteration, 1.5, iteration % 3 == 0)
+
+
+# --- previews ---------------------------------------------------------------------------------------------------------
+
+
+def test_previews_that_no_longer_agree_stop_the_run():
+    watch = checks()
+    for iteration, agreement in enumerate([0.8] * 6 + [0.2, 0.1, 0.1, 0.1]):
+        watch.agreement(iteration, [agreement, agreement])
+    with pytest.raises(
+        SelfCheckError, match=r"iteration 10: previews.*0\.12 over the last 5 audits, 0\.80 at its best"
+    ):
+        watch.agreement(10, [0.1])
+
+
+def test_previews_that_never_agreed_have_not_collapsed():
+    watch = checks()
+    for iteration in range(30):
+        watch.agreement(iteration, [0.25 if iteration < 10 else -0.2, None])
+        watch.agreement(iteration, [None])
+
+
+# --- state ------------------------------------------------------------------------------------------------------------
+
+
+def test_checks_go_on_from_their_state():
+    watch = checks()
+    watch.updates(0, 1, 1)
+    for iteration in range(2):
+        watch.rewards(iteration, flat(0.5), 4)
+    for iteration in range(3):
+        watch.weights(iteration, 1.5, True)
+    for iteration, agreement in enumerate([0.8] * 5 + [0.1] * 4):
+        watch.agreement(iteration, [agreement])
+    state = json.loads(json.dumps(watch.state_dict()))
+    for tell in (
+        lambda w: w.updates(1, 1, 1),
+        lambda w: w.rewards(2, flat(0.5), 4),
+        lambda w: w.weights(3, 1.5, True),
+        lambda w: w.agreement(9, [0.1]),
+    ):
+        resumed = checks()
+        resumed.load_state_dict(state)
+        with pytest.raises(SelfCheckError):
+            tell(resumed)
+
+
+# --- cheating ---------------------------------------------------------------------------------------------------------
+
+NOISE = np.random.default_rng(0).normal(0, 0.1, (8, 100))
+
+
+def around(mean: float, which: int) -> list[float | None]:
+    return list(mean + NOISE[which])
+
+
+def test_a_change_is_paired_and_has_a_standard_error():
+    found = change([1.0, 2.0, None, 4.0], [2.0, 2.5, 9.0, 4.0])
+    differences = np.array([1.0, 0.5, 0.0])
+    assert found.value == pytest.approx(0.5) and found.error == pytest.approx(differences.std(ddof=1) / math.sqrt(3))
+    assert not found.rose and not found.fell
+    assert change([0.0] * 50, [1.0] * 50).rose and change([1.0] * 50, [0.0] * 50).fell
+    assert change([1.0], [2.0]).error == math.inf and not change([1.0, 1.0], [1.0, 1.0]).rose
+
+
+def test_a_witness_that_falls_from_its_best_while_the_reward_rises_is_named():
+    watch = HackingWatch()
+    rounds = [(0.3, 0.5), (0.4, 0.6), (0.6, 0.4), (0.7, 0.3)]
+    found = [watch.look(around(r, 0), {"held-out hpsv2": around(w, 1)}, {}) for r, w in rounds]
+    assert found[:2] == [[], []] and [len(f) for f in found[2:]] == [1, 1]
+    assert found[2][0].startswith("held-out hpsv2 fell from 0.59") and "rose from 0.4" in found[2][0]
+    assert watch.alarms == 2
+    assert watch.look(around(0.7, 2), {"held-out hpsv2": around(0.65, 3)}, {}) == [] and watch.alarms == 0
+
+
+def test_what_falls_together_or_hardly_is_no_cheating():
+    watch = HackingWatch()
+    watch.look(around(0.5, 0), {"w": around(0.5, 1)}, {})
+    assert watch.look(around(0.3, 2), {"w": around(0.3, 3)}, {}) == []  # both fell
+    assert watch.look(around(0.7, 2), {"w": around(0.499, 3)}, {}) == []  # within the error
+    assert watch.look(around(0.7, 2), {"w": [None] * 100}, {}) == []
+
+
+def test_pictures_that_become_of_another_kind_are_named():
+    watch = HackingWatch()
+    watch.look(around(0.5, 0), {}, {"saturation": [0.2] * 100, "diversity": [0.3] * 5})
+    assert watch.look(around(0.7, 1), {}, {"saturation": [0.25] * 100, "diversity": [0.25] * 5}) == []
+    (first, second) = watch.look(around(0.7, 1), {}, {"saturation": [0.4] * 100, "diversity": [0.1] * 5})
+    assert first.startswith("saturation of the pictures went from 0.2 to 0.4") and second.startswith("diversity")
+    assert watch.look(around(0.5, 1), {}, {"saturation": [0.4] * 100}) == []  # the reward did not rise
+
+
+def test_the_watch_goes_on_from_its_state():
+    watch, other = HackingWatch(), HackingWatch()
+    for w in (watch, other):
+        w.look(around(0.5, 0), {"w": around(0.6, 1)}, {"saturation": [0.2] * 100})
+    other = HackingWatch()
+    other.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    told = around(0.8, 2), {"w": around(0.3, 3)}, {"saturation": [0.5] * 100}
+    assert watch.look(*told) == other.look(*told) != [] and watch.alarms == other.alarms == 1
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_sharpness_by_hand():
+    picture = np.zeros((2, 3, 3), np.uint8)
+    picture[:, 1] = 255  # two edges of full height in each row, none in a column
+    assert sharpness(picture) == pytest.approx((0 + 1) / 2)
+    assert sharpness(np.full((4, 4, 3), 77, np.uint8)) == 0
+
+
+def test_saturation_by_hand():
+    colours = np.array([[[255, 0, 0], [128, 128, 128], [0, 0, 0], [200, 100, 100]]], np.uint8)
+    assert saturation(colours) == pytest.approx((1 + 0 + 0 + 0.5) / 4)
+
+
+def test_diversity_within_groups():
+    images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
+    group = np.array([0, 0, 0, 1, 1, 2, 0])
+    expected = np.mean([diversity(images[[0, 1, 2, 6]]), diversity(images[[3, 4]])])
+    assert group_diversity(images, group) == pytest.approx(expected)
+    assert group_diversity(images[:1], group[:1]) is None
+    large = images.repeat(16, axis=1).repeat(16, axis=2)  # of 128 pixels every second is looked at
+    assert group_diversity(large, group) == pytest.approx(expected)
