@@ -1,0 +1,76 @@
+"""A model that pleases the trained reward at the cost of what is held out: said, shown, and ended where that is asked for."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+import progrpo
+from progrpo.config import EvalConfig, OptimConfig, PromptConfig, RewardTerm, WatchConfig
+from progrpo.tracking.run_folder import RunFolder
+
+MODULE = "held_out_here"
+REWARD = """
+import numpy as np
+
+def paleness(images, prompts):
+    return [1 - float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
+"""
+
+
+@pytest.fixture
+def trained(tiny_pipeline, tiny_config, prompts, redness, tmp_path, monkeypatch):
+    (tmp_path / f"{MODULE}.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def run(hacking: str, **more: Any) -> RunFolder:
+        evaluation = EvalConfig(
+            pictures=8, num_inference_steps=3, every=1, rewards=(RewardTerm(f"{MODULE}:paleness"),), **more
+        )
+        config = tiny_config(
+            iterations=12,
+            model=replace(tiny_config().model, weights="full"),
+            prompts=PromptConfig(per_iteration=3),
+            eval=evaluation,
+            optim=OptimConfig(lr=0.01),
+            watch=WatchConfig(hacking=hacking),
+        )
+        return progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run")
+
+    yield run
+    sys.modules.pop(MODULE, None)
+
+
+def test_it_is_said_and_shown_and_training_goes_on(trained, capsys):
+    run = trained("warn")
+    said = capsys.readouterr().out
+    (warning, *_) = run.read_summary()["warnings"]
+    assert warning.startswith(f"the held-out {MODULE}:paleness fell from ") and "trained reward rose" in warning
+    assert f"warning: the model may be learning to please the reward alone: {warning}" in " ".join(said.split())
+    assert len(run.read_metrics()) == 12
+    assert "the trained reward rose" in (run.path / "report.html").read_text()
+
+
+def test_it_ends_training_where_that_is_asked_for(trained, capsys):
+    run = trained("stop")
+    done = len(run.read_metrics())
+    assert 3 <= done < 12 and run.read_summary()["status"] == "finished"
+    assert run.read_evaluation("after") and (run.path / "transformer").is_dir()
+    assert "training ends here" in capsys.readouterr().out
+
+
+def test_the_best_by_the_held_out_reward_is_another(trained):
+    by_reward = trained("off", keep_best=True).read_summary()
+    assert by_reward["warnings"] == []
+    import shutil
+
+    shutil.rmtree("run")
+    held_out = trained("off", keep_best=True, best_by=f"{MODULE}:paleness")
+    metrics = [r[f"eval/held_out@{MODULE}:paleness"] for r in held_out.read_metrics()]
+    assert held_out.read_summary()["best_iterations"] == 1 + metrics.index(max(metrics))
+    assert by_reward["best_iterations"] != held_out.read_summary()["best_iterations"]
