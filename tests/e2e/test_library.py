@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import progrpo
-from progrpo.config import AuditConfig, EvalConfig, OptimConfig, PlanConfig
+from progrpo.config import AuditConfig, EvalConfig, ObjectiveConfig, OptimConfig, PlanConfig
 from progrpo.rewards.base import Score
 from progrpo.rollout.noise import INITIAL, NoiseKey
 from progrpo.training.errors import SelfCheckError
@@ -145,6 +145,38 @@ def test_a_reward_with_verdicts_and_columns(tiny_pipeline, tiny_config, prompts,
     found = run.read_summary()
     assert found["accuracy_after"] == pytest.approx(2 / 3) and found["accuracy_by_kind_after"] == {"a": 1.0, "b": 0.0}
     assert run.read_metrics()[0]["reward/strict"] in (0.5, 1.0)
+
+
+def test_several_rewards_of_every_kind_are_mixed(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
+    async def blueness(images, prompts):
+        return [float(np.asarray(image)[..., 2].mean()) / 255 for image in images]
+
+    class Greenness:
+        def score(self, images, prompts, note):
+            return [float(np.asarray(image)[..., 1].mean()) / 255 for image in images]
+
+    rewards = [
+        redness,
+        (blueness, 0.5),
+        (Greenness(), -1.0),
+        ("jpeg_incompressibility", 0.1),
+        lambda i, p: [0.0] * len(i),
+    ]
+    rewards += [(lambda i, p: [1.0] * len(i), 2.0)]
+    rows = [{"prompt": text, "note": "from a row"} for text in prompts]
+    config = tiny_config(iterations=1, objective=ObjectiveConfig(advantage="gdpo"))
+    run = progrpo.train(tiny_pipeline(), rows, rewards, config=config, out=tmp_path / "run")
+    summary, (record,) = run.read_summary(), run.read_metrics()
+    weights = summary["rewards"]["weights"]
+    assert list(weights.values()) == [1.0, 0.5, -1.0, 0.1, 1.0, 2.0] and summary["rewards"]["selected_on"].endswith(
+        "group"
+    )
+    means = [record[f"reward/mean@{name}"] for name in weights]
+    assert record["reward/mean"] == pytest.approx(sum(w * m for w, m in zip(weights.values(), means, strict=True)))
+    assert means[-2:] == [0.0, 1.0] and means[3] > 0.3
+    assert set(summary["rewards"]["asked"].values()) == {3 + 8 + 6 + 3}  # evaluations, previews and finals
+    terms = json.loads((run.path / "config.json").read_text())["reward"]["terms"]
+    assert [term["name"] for term in terms] == list(weights)
 
 
 def test_a_plan_that_selects_on_final_rewards_is_audited_and_reported(

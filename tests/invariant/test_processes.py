@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 import progrpo
 from progrpo.config import AuditConfig, CheckpointConfig, Config, EvalConfig, ModelConfig
-from progrpo.config import OptimConfig, PlanConfig, PromptConfig, SamplingConfig
+from progrpo.config import OptimConfig, PlanConfig, PreviewConfig, PromptConfig, SamplingConfig
 from progrpo.data import InTurn
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import policy_from_pipeline
@@ -89,6 +89,8 @@ def work(model, out):
     found, middle = {}, InTurn({"": tuple(map(Prompt, PROMPTS))}, 0).prompts_for(0, 2)[1].text
     cases = {f"updates {n}": (replace(CONFIG, optim=OptimConfig(updates_per_rollout=n)), redness) for n in (1, 2)}
     cases["batch"] = (replace(CONFIG, objective=replace(CONFIG.objective, advantage="batch")), redness)
+    cases["gdpo"] = (replace(CONFIG, objective=replace(CONFIG.objective, advantage="gdpo")), redness)
+    cases["probe"] = (replace(CONFIG, preview=PreviewConfig(probe=True, probe_threshold=-1), audit=AuditConfig(every=1)), redness)
     cases["failing"] = (CONFIG, Failing(middle))
     for name, (config, reward) in cases.items():
         survivors, records, weights = trained(model, config, reward)
@@ -107,7 +109,7 @@ def work(model, out):
 if __name__ == "__main__":
     work(sys.argv[1], Path(sys.argv[2]))
 '''
-CASES = ("updates 1", "updates 2", "batch", "failing")
+CASES = ("updates 1", "updates 2", "batch", "gdpo", "probe", "failing")
 
 
 @pytest.fixture(scope="module")

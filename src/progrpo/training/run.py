@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -166,7 +168,9 @@ def _mixed(
             term = reward if weight is None else replace(reward, weight=weight)
             made = load_reward_of(term)
         else:
-            term, made = RewardTerm(_name_of(reward), 1.0 if weight is None else weight), FunctionReward(reward)
+            name, taken = _name_of(reward), {other.name for other in terms}
+            name = next(n for n in (name, *(f"{name}_{i}" for i in count(2))) if n not in taken)  # two lambdas
+            term, made = RewardTerm(name, 1.0 if weight is None else weight), FunctionReward(reward)
         terms.append(term)
         mixed.append(term_from(term, made))
     return tuple(terms), Mixture(mixed, ranking_of(objective, terms))
@@ -174,7 +178,7 @@ def _mixed(
 
 def _name_of(reward: Any) -> str:
     named = reward if hasattr(reward, "__qualname__") else type(reward)
-    return f"{named.__module__}:{named.__qualname__}"
+    return re.sub(r"[^\w.:]", "_", f"{named.__module__}:{named.__qualname__}")  # `<lambda>`, `<locals>`
 
 
 def _held_out_rewards(config: Config) -> Mixture | None:
