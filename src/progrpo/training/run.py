@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -169,7 +169,7 @@ def _mixed(
             made = load_reward_of(term)
         else:
             name, taken = _name_of(reward), {other.name for other in terms}
-            name = next(n for n in (name, *(f"{name}_{i}" for i in count(2))) if n not in taken)  # two lambdas
+            name = next(n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in taken)  # two lambdas
             term, made = RewardTerm(name, 1.0 if weight is None else weight), FunctionReward(reward)
         terms.append(term)
         mixed.append(term_from(term, made))
