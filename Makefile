@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CON
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow lint bench wheel-test pretrain clean
+.PHONY: help setup quickstart test test-slow lint bench wheel-test audit pretrain clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
@@ -38,6 +38,10 @@ wheel-test: setup ## build the wheel and train from it in an empty environment
 	@$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 	@$(MAKE) --no-print-directory VENV=build/wheel/venv WHAT="$$(ls build/wheel/*.whl)" setup
 	@cd build/wheel && venv/bin/progrpo train quickstart --iterations 1 --eval.pictures 12 --out run
+
+audit: ## ask the advisory database about every pinned package (needs the network)
+	@$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit==2.10.1
+	@build/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 clean: ## remove what was built, but no runs
 	@rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache

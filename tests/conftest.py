@@ -182,6 +182,49 @@ def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _tiny_sd(tmp_path_factory.mktemp("models") / "tiny-sd-v", "v_prediction")
 
 
+def _tiny_flux(folder: Path, guidance_embeds: bool, **scheduler: Any) -> Path:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    clip, t5 = _clip_tokenizer(), _t5_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = FluxPipeline(
+            transformer=FluxTransformer2DModel(
+                in_channels=4 * 2 * 2,
+                num_layers=1,
+                num_single_layers=2,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                joint_attention_dim=WIDTH,
+                pooled_projection_dim=WIDTH // 2,
+                guidance_embeds=guidance_embeds,
+                axes_dims_rope=(2, 2, 4),
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+            vae=_vae(scaling_factor=0.36, shift_factor=0.12),
+            text_encoder=CLIPTextModel(_clip_encoder(clip).config),
+            tokenizer=clip,
+            text_encoder_2=_t5_encoder(t5),
+            tokenizer_2=t5,
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX.1-dev, told its guidance and shifted by picture size. Its own is 256x256, and tests ask for 16x16."""
+    shifts = {"use_dynamic_shifting": True, "base_image_seq_len": 9, "base_shift": 0.4, "max_shift": 1.3}
+    return _tiny_flux(tmp_path_factory.mktemp("models") / "tiny-flux", True, **shifts)
+
+
+@pytest.fixture(scope="session")
+def tiny_flux_schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX.1-schnell: guided by a pair of calls if at all, on an even grid."""
+    return _tiny_flux(tmp_path_factory.mktemp("models") / "tiny-flux-schnell", False, shift=1.0)
+
+
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion XL: pooled embeddings, time ids, and Euler's scheduler as it is shipped with."""
@@ -274,7 +317,7 @@ def tiny_policy(tiny_sd3: Path, tiny_pipeline: Callable[..., Any]) -> Callable[.
     def load(
         weights: Any = "lora", dtype: torch.dtype = torch.float32, moved: float = 0.0, folder: Path = tiny_sd3
     ) -> Any:
-        settings = PolicySettings(weights, lora_rank=2, lora_alpha=4, max_sequence_length=8, dtype=dtype)
+        settings = PolicySettings(weights, lora_rank=2, lora_alpha=4, max_sequence_length=8, dtype=dtype, resolution=16)
         policy = policy_from_pipeline(tiny_pipeline(folder), settings)
         move(policy, moved)
         return policy
@@ -339,6 +382,7 @@ class LinearPolicy:
     """v = a x + b c in float64, c being the prompt's number: all that objectives and updates ask of a policy."""
 
     prediction = "flow"
+    embeds_guidance = False
     compiled = False
     latent_shape = (1, 2, 2)
     device = torch.device("cpu")

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
-from itertools import count, pairwise, takewhile
+from itertools import count, dropwhile, pairwise, takewhile
+from operator import not_
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -115,7 +116,7 @@ class Plan:
             resolve_plan(config),
             sampling.num_inference_steps,
             trained_items(config),
-            sampling.guidance_scale > 1,
+            sampling.in_pairs,
             config.preview.ode_steps,
         )
         print(_result({"recipe": config.recipe, "plan": config.plan.preset, **costs}, self.json))
@@ -361,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _parse(list(sys.argv[1:] if argv is None else argv))()
     except ValueError as error:
-        print(f"progrpo: error: {error}", file=sys.stderr)
+        print(f"progrpo: error: {' '.join(str(error).split())}", file=sys.stderr)  # a library's may have lines
         return 2
     except (SelfCheckError, DiskError) as error:
         print(f"progrpo: stopped: {error}", file=sys.stderr)
@@ -462,9 +463,10 @@ def _options(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
 
 
 def _of_box(box: str) -> str:
-    """The sentence that tyro frames: what stands above the first gap or rule, and how the argument is given, which may follow."""
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
-    sentence = " ".join(takewhile(bool, lines[1:])).removeprefix("Error parsing ").rstrip(".")
+    """The sentence that tyro frames: between the title and the next gap or rule; and how the argument is given, below that."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    words = ["" if set(line) <= {"─", "-"} else line for line in lines[1:]]
+    sentence = " ".join(takewhile(bool, dropwhile(not_, words))).removeprefix("Error parsing ").rstrip(".")
     usage = lines[lines.index("Argument helptext:") + 1 :][:1] if "Argument helptext:" in lines else []
     return named(" ".join([sentence, *(f"(it is {line})" for line in usage)]))
 

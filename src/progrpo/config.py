@@ -26,9 +26,12 @@ class ModelConfig:
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_targets: tuple[str, ...] = ()
-    """Module names to adapt; empty: attention and feed-forward projections (of SD3's both streams)."""
+    """Endings of module names to adapt, where `*` stands for anything; empty: attention and feed-forward projections (of both
+    streams of SD3 and FLUX, and of FLUX's single blocks)."""
     max_sequence_length: int = 16
-    """T5 tokens of SD3; there is no attention mask in SD3, so this changes the picture and multiplies the cost."""
+    """T5 tokens of SD3 and FLUX; there is no attention mask in them, so this changes the picture and multiplies the cost."""
+    resolution: int | None = None
+    """Side of the square picture in pixels; empty: the model's own (1024 of SD 3.5 and FLUX)."""
     keep_text_encoders: bool = False
     """False: every prompt that the run will meet is encoded at its start, and the text encoders leave memory. True: they
     stay, and encode as prompts come; for runs of so many prompts that the embeddings would not fit."""
@@ -57,7 +60,10 @@ class PromptConfig:
 class SamplingConfig:
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
-    """1 is no classifier-free guidance; above 1 a network call counts twice."""
+    """1 is no classifier-free guidance; above 1 a network call counts twice. See `embedded_guidance`."""
+    embedded_guidance: bool = False
+    """The model is told the guidance scale and needs no second call. Must be true for FLUX.1-dev where the scale is above 1, and
+    false for other models."""
     sampler: Literal["auto", "flow_grpo", "dance", "ddim", "cps", "cps_reduced"] = "auto"
     """How a stochastic step adds noise. For flow models Flow-GRPO's SDE (`flow_grpo`, arXiv 2505.05470) or DanceGRPO's (`dance`,
     arXiv 2505.07818); for flow and diffusion models `ddim` (with eta) and `cps` (arXiv 2509.05952; `cps_reduced` has the published
@@ -85,6 +91,11 @@ class SamplingConfig:
     """Rows of a network call. Empty: the fastest for this plan on this device, measured when a run begins and then kept in its
     configuration."""
 
+    @property
+    def in_pairs(self) -> bool:
+        """Whether a network call is a pair, for classifier-free guidance."""
+        return self.guidance_scale > 1 and not self.embedded_guidance
+
 
 @dataclass(frozen=True)
 class PlanConfig:
@@ -106,7 +117,8 @@ class PreviewConfig:
     decoder: Literal["full", "tiny"] = "full"
     """What decodes unfinished trajectories: the model's own decoder, or a tiny one (an AutoencoderTiny)."""
     tiny_decoder: str = "shapes-tiny"
-    """The built-in models' tiny decoder, a folder, or a hub id: madebyollin/taesd3 for SD 3, taesd for SD 1.x, taesdxl for XL."""
+    """The built-in models' tiny decoder, a folder, or a hub id: madebyollin/taesd3 for SD 3, taef1 for FLUX,
+    taesd for SD 1.x, taesdxl for XL."""
     ode_steps: int = 1
     """Steps of the ODE from here to data. 1 is the projection that costs no network call; each further one costs one."""
     probe: bool = False
@@ -554,6 +566,7 @@ _RULES: dict[str, _Rule] = {
     "model.lora_rank": _between(1, 4096),
     "model.lora_alpha": _at_least(1),
     "model.max_sequence_length": _between(1, 512),
+    "model.resolution": _or_empty(_between(8, 4096), " for the model's own"),
     "prompts.per_iteration": _between(1, 100_000),
     "sampling.num_inference_steps": _STEPS,
     "sampling.guidance_scale": _at_least(1),

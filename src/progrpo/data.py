@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from progrpo.types import Prompt
+from progrpo.words import named, quoted
 from progrpo.zoo.shapes import world
 
+_LINE_BYTES = 1_000_000
 _DATASET, _ON_DISK = "dataset:", "dataset_dict.json"
 
 Prompts = Mapping[str, tuple[Prompt, ...]]
@@ -35,14 +38,37 @@ def load_prompts(source: str, split: str = "train") -> Prompts:
     path = Path(source)
     if path.suffix not in _READERS:
         raise ValueError(
-            f"prompts must come from `shapes`, a .txt or a .jsonl file or dataset:NAME, not {source!r}{_nearest(path)}"
+            f"prompts must come from `shapes`, a .txt or a .jsonl file or dataset:NAME, not {quoted(source)}{_nearest(path)}"
         )
-    if not path.is_file():
-        raise ValueError(f"no prompt file {source}{_nearest(path)}")
-    prompts = tuple(_READERS[path.suffix](text, where) for text, where in _lines(path))
+    if not os.path.isfile(path):  # which takes every text: Path's own raises at one that is too long
+        raise ValueError(f"no prompt file {named(source)}{_nearest(path)}")
+    try:
+        prompts = tuple(_READERS[path.suffix](text, where) for text, where in _lines(path))
+    except OSError as error:
+        raise ValueError(f"the prompt file {named(path)} cannot be read: {error.strerror}") from None
     if not prompts:
-        raise ValueError(f"{path} holds no prompt: write one a line")
+        raise ValueError(f"{named(path)} holds no prompt: write one a line")
     return {"": prompts}
+
+
+def prompts_of(given: object, name: str) -> tuple[Prompt, ...]:
+    """What Python code gives as prompts: texts, `Prompt`s or rows. ValueError that begins with `name` if it is none, or anything else."""
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise ValueError(f"{name} must be a list of texts, Prompts or rows with a field prompt, not {quoted(given)}")
+    prompts = tuple(_prompt_of(item, f"{name}[{i}]") for i, item in enumerate(given))
+    if not prompts:
+        raise ValueError(f"{name} is empty; give at least one")
+    return prompts
+
+
+def _prompt_of(item: object, where: str) -> Prompt:
+    if isinstance(item, Prompt):
+        return prompt_of_row({**item.columns, "prompt": item.text}, where)
+    if isinstance(item, Mapping):
+        return prompt_of_row(item, where)
+    if isinstance(item, str):
+        return prompt_of_row({"prompt": item}, where)
+    raise ValueError(f"{where} must be a text, a Prompt or a row with a field prompt, not {quoted(item)}")
 
 
 def _rows(name: str, split: str) -> tuple[Prompt, ...]:
@@ -58,7 +84,8 @@ def _rows(name: str, split: str) -> tuple[Prompt, ...]:
             else datasets.load_dataset(name)
         )
     except Exception as error:  # of many kinds: no network, no such name, a file of another format
-        raise ValueError(f"dataset:{name} could not be loaded: {' '.join(str(error).split())}") from None
+        reason = named(" ".join(str(error).split()))
+        raise ValueError(f"dataset:{named(name)} could not be loaded: {reason}") from None
     if isinstance(found, datasets.DatasetDict):
         there = [s for s in (split, "train", *found) if s in found]
         found = found[there[0]]
@@ -69,16 +96,28 @@ def _rows(name: str, split: str) -> tuple[Prompt, ...]:
 
 
 def _nearest(path: Path) -> str:
-    beside = [str(p) for p in path.parent.iterdir() if p.suffix in _READERS] if path.parent.is_dir() else []
+    try:
+        beside = [str(p) for p in path.parent.iterdir() if p.suffix in _READERS]
+    except (OSError, ValueError):  # no folder, one that is not ours to read, or no path at all
+        beside = []
     close = difflib.get_close_matches(str(path), ["shapes", *beside], 1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {named(close[0])}?" if close else ""
 
 
-def _lines(path: Path) -> list[tuple[str, str]]:
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """The lines of a file that are not blank, stripped, each with its place for messages."""
-    placed = [(line, f"{path}, line {n}") for n, line in enumerate(path.read_bytes().splitlines(), 1)]
-    decoded = [(_decode(line, where).strip(), where) for line, where in placed]
-    return [(text, where) for text, where in decoded if text]
+    number = 0
+    with path.open("rb") as file:
+        while read := file.readline(_LINE_BYTES + 1):
+            if len(read) > _LINE_BYTES:
+                raise ValueError(
+                    f"{named(path)}, line {number + 1}: over {_LINE_BYTES // 10**6} MB long; write a prompt a line"
+                )
+            for line in read.splitlines():  # more than one where old Macs' line ends are in it
+                number += 1
+                where = f"{named(path)}, line {number}"
+                if text := _decode(line, where).strip():
+                    yield text, where
 
 
 def _decode(line: bytes, where: str) -> str:
@@ -97,7 +136,9 @@ def prompt_of_row(row: Mapping[str, Any], where: str) -> Prompt:
         raise ValueError(f"{where}: has no field named prompt{_field_hint(row)}")
     text = row["prompt"]
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: prompt must be a text that is not empty, not {text!r}")
+        raise ValueError(f"{where}: prompt must be a text that is not empty, not {quoted(text)}")
+    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):  # tokenizers take neither
+        raise ValueError(f"{where}: prompt must be a text without NUL and halves of characters, not {quoted(text)}")
     return Prompt(text.strip(), {name: value for name, value in row.items() if name != "prompt"})
 
 
@@ -110,13 +151,15 @@ def _read_json(text: str, where: str) -> Prompt:
         row = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError):  # JSON by its grammar
+        raise ValueError(f"{where}: numbers of thousands of digits or lists without end; leave them out") from None
     if not isinstance(row, dict):
-        raise ValueError(f'{where}: must be an object such as {{"prompt": "a red circle"}}, not {text[:40]}')
+        raise ValueError(f'{where}: must be an object such as {{"prompt": "a red circle"}}, not {quoted(row)}')
     return prompt_of_row(row, where)
 
 
 def _field_hint(row: Mapping[str, object]) -> str:
-    return f", only {', '.join(row)}" if row else ""
+    return f", only {named(', '.join(map(str, row)))}" if row else ""
 
 
 _READERS: dict[str, Callable[[str, str], Prompt]] = {".txt": _read_text, ".jsonl": _read_json}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from progrpo.config import (
     config_from_json,
     nearest,
 )
+from progrpo.words import named
 
 
 def quickstart() -> Config:
@@ -101,6 +103,38 @@ def sd35m_pickscore() -> Config:
     )
 
 
+def flux_pickscore() -> Config:
+    """FLUX.1-dev towards PickScore at 512 pixels, in six steps; bring prompts.txt and eval.txt.
+
+    Flow-GRPO's settings for it (arXiv 2505.05470), with embedded guidance and the model's own shift; its baseline is
+    `--plan.preset none`, a group of 24. The plan is Pro-GRPO's (arXiv 2512.15347), which was not published on FLUX.
+    """
+    attention = "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"
+    feed_forward = "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"
+    return Config(
+        recipe="flux-pickscore",
+        iterations=1000,
+        model=ModelConfig(
+            path="black-forest-labs/FLUX.1-dev",
+            lora_rank=64,
+            lora_alpha=128,
+            lora_targets=(*(f"attn.{name}" for name in attention), *feed_forward),
+            max_sequence_length=128,
+            resolution=512,
+            dtype="bfloat16",
+            activation_checkpointing=True,
+        ),
+        prompts=PromptConfig(source="prompts.txt", per_iteration=48),
+        sampling=SamplingConfig(
+            num_inference_steps=6, guidance_scale=3.5, embedded_guidance=True, noise_level=0.9, microbatch=8
+        ),
+        plan=PlanConfig(preset="standard"),
+        reward=RewardConfig((RewardTerm("pickscore"),)),
+        optim=OptimConfig(lr=3e-4, updates_per_rollout=2, microbatch=4, ema_decay=0.9),
+        eval=EvalConfig(prompts="eval.txt", pictures=200, num_inference_steps=28, guidance_scale=3.5),
+    )
+
+
 def sd3() -> Config:
     """Pro-GRPO with the paper's plan on Stable Diffusion 3.5, to begin with for a task of one's own."""
     return Config(
@@ -140,9 +174,13 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "shapes-diffusion": shapes_diffusion,
     "sd14-hpsv2": sd14_hpsv2,
     "sd35m-pickscore": sd35m_pickscore,
+    "flux-pickscore": flux_pickscore,
     "sd3": sd3,
     "smoke": smoke,
 }
+
+
+_MOST_BYTES = 1_000_000  # a configuration takes about 3,000
 
 
 def describe(name: str) -> str:
@@ -154,12 +192,25 @@ def load_recipe(name: str) -> Config:
     """The configuration of a shipped recipe, of a JSON file, or of a run folder (its config.json)."""
     if name in RECIPES:
         return RECIPES[name]()
-    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
-    if not path.is_file():
+    # os.path asks what Path would raise at: a name too long for a path, or with a NUL in it
+    path = Path(name, "config.json") if os.path.isdir(name) else Path(name)
+    if not os.path.isfile(path):
         raise ValueError(
-            f"{name} is no recipe ({', '.join(RECIPES)}), config file or run folder{nearest(name, RECIPES)}"
+            f"{named(name)} is no recipe ({', '.join(RECIPES)}), config file or run folder{nearest(name, RECIPES)}"
         )
     try:
-        return config_from_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise ValueError(f"{path}: {error}") from None
+        return config_from_json(_text_of(path))
+    except OSError as error:
+        raise ValueError(f"{named(path)} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{named(path)}: not UTF-8 text; save the file as UTF-8") from None
+    except ValueError as error:
+        raise ValueError(f"{named(path)}: {error}") from None
+
+
+def _text_of(path: Path) -> str:
+    with path.open("rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"over {_MOST_BYTES // 10**6} MB, so no configuration; give a recipe's JSON or a run folder")
+    return content.decode("utf-8-sig")

@@ -1,33 +1,43 @@
-"""Nested state on disk: tensors in safetensors, everything else in JSON, written under another name and then renamed.
+"""Nested state on disk: tensors in safetensors, everything else in JSON, a folder that appears whole or not at all.
 
 Nothing here unpickles: a folder from a stranger can be read without running its code.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from progrpo.durable import naming, new_folder, whole_folder, write_text
+
+__all__ = ["load_state", "save_state", "write_text"]
 
 _TENSOR = "__tensor__"
 _INT_KEYS = "__int_keys__"
 _MANIFEST = "manifest.json"
+_TENSORS, _TREE = "tensors.safetensors", "state.json"
 
 
 def _split(node: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(node, torch.Tensor):
-        tensors[path] = node.detach().cpu().contiguous().clone()
-        return {_TENSOR: path}
+        name = f"{len(tensors)}{path}"  # the path alone is not unique: {"a": {"b": ...}, "a/b": ...}
+        tensors[name] = node.detach().cpu().contiguous().clone()
+        return {_TENSOR: name}
     if isinstance(node, dict):
         kinds = {type(k) for k in node}
         if kinds - {str} and kinds != {int}:
             raise TypeError(f"{path}: keys must be all str or all int, found {sorted(k.__name__ for k in kinds)}")
+        if node.keys() & {_TENSOR, _INT_KEYS}:
+            raise TypeError(f"{path}: {_TENSOR} and {_INT_KEYS} cannot be keys")
         body = {str(k): _split(v, f"{path}/{k}", tensors) for k, v in node.items()}
         return {_INT_KEYS: body} if kinds == {int} else body
     if isinstance(node, (list, tuple)):
@@ -54,55 +64,60 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    with naming(path):
+        path.write_text(json.dumps(value, indent=indent), encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: not JSON, so this state cannot be used") from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader sees the old text or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
+def disk_error(error: SafetensorError, path: Path) -> OSError:
+    """What the system said when safetensors could not write a file; it says so in words only."""
+    found = re.search(r"os error (\d+)", str(error))
+    code = int(found[1]) if found else errno.EIO
+    return OSError(code, os.strerror(code), str(path))
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write nested dicts and lists of tensors, numbers and strings to `folder`, which appears whole or not at all."""
-    temporary = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    """Write nested dicts and lists of tensors, numbers and strings to `folder`, which appears whole or not at all.
+
+    OSError, with the file's name, if the disk refuses; what was there before is then there still.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     tree = _split(state, "", tensors)
-    save_file(tensors, temporary / "tensors.safetensors")
-    (temporary / "state.json").write_text(json.dumps(tree), encoding="utf-8")
-    digests = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
-    (temporary / _MANIFEST).write_text(json.dumps(digests, indent=1), encoding="utf-8")
-    for file in temporary.iterdir():
-        _sync(file)
-    previous = folder.with_name(folder.name + ".previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    if folder.exists():
-        folder.rename(previous)
-    temporary.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
+    with new_folder(folder) as temporary:
+        try:
+            save_file(tensors, temporary / _TENSORS)
+        except SafetensorError as error:
+            raise disk_error(error, temporary / _TENSORS) from error
+        _write_json(temporary / _TREE, tree)
+        _write_json(temporary / _MANIFEST, {name: _digest(temporary / name) for name in (_TREE, _TENSORS)}, indent=1)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
     """Read what `save_state` wrote; ValueError if a file is missing or is not the one that was written."""
-    previous = folder.with_name(folder.name + ".previous")
-    if not folder.exists() and previous.exists():  # killed between the two renames
-        folder = previous
+    folder = whole_folder(folder)
     manifest = folder / _MANIFEST
-    if not manifest.exists():
+    if not manifest.is_file():
         raise ValueError(f"{folder}: no saved state here (no {_MANIFEST})")
-    for name, digest in json.loads(manifest.read_text(encoding="utf-8")).items():
+    digests = _read_json(manifest)
+    if not isinstance(digests, dict) or digests.keys() != {_TREE, _TENSORS}:
+        raise ValueError(f"{manifest}: does not name the files of a state, so this state cannot be used")
+    for name, digest in digests.items():
         file = folder / name
-        if not file.exists() or _digest(file) != digest:
-            raise ValueError(f"{file}: missing or changed since it was written; use an earlier checkpoint")
-    tree = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    return _join(tree, load_file(folder / "tensors.safetensors"))
+        if not file.is_file() or _digest(file) != digest:
+            raise ValueError(f"{file}: missing or changed since it was written, so this state cannot be used")
+    tree = _read_json(folder / _TREE)
+    try:
+        state = _join(tree, load_file(folder / _TENSORS))
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{folder}: its files agree with {_MANIFEST} but are not a state") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{folder}: its files agree with {_MANIFEST} but are not a state")
+    return state

@@ -38,6 +38,9 @@ CASES = {
     "sd-lora": Case("tiny_sd", "lora"),
     "sd-full": Case("tiny_sd", "full"),
     "sd-v-lora": Case("tiny_sd_v", "lora"),
+    "flux-lora": Case("tiny_flux", "lora"),
+    "flux-full": Case("tiny_flux", "full"),
+    "flux-schnell-lora": Case("tiny_flux_schnell", "lora"),
     "sdxl-lora": Case("tiny_sdxl", "lora"),
     "sdxl-full": Case("tiny_sdxl", "full"),
 }
@@ -65,7 +68,7 @@ def pipeline(folder: Path) -> Any:
 
 
 def _load(folder: Path | str, weights: Any, **changes: Any) -> Any:
-    settings = PolicySettings(weights, lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS)
+    settings = PolicySettings(weights, lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, resolution=16)
     return load_policy(folder, replace(settings, **changes))
 
 
@@ -100,19 +103,26 @@ def _ode(policy: Policy, guidance_scale: float) -> Tensor:
 
 
 def _diffusers(pipeline: Any, policy: Policy, guidance_scale: float, output_type: str, **prompt: Any) -> Any:
-    side = policy.latent_shape[-1] * pipeline.vae_scale_factor
-    if hasattr(pipeline, "text_encoder_3"):
+    latents, side = _noise(policy), policy.latent_shape[-1] * pipeline.vae_scale_factor
+    flux = hasattr(pipeline, "_pack_latents")
+    if flux:
+        latents = pipeline._pack_latents(latents, *latents.shape)
+    if flux and not policy.embeds_guidance and guidance_scale > 1:
+        prompt |= {"true_cfg_scale": guidance_scale, "negative_prompt": [""] * len(TEXTS)}
+    if hasattr(pipeline, "text_encoder_3") or flux:
         prompt["max_sequence_length"] = TOKENS
-    return pipeline(
+    found = pipeline(
         **({} if "prompt_embeds" in prompt else {"prompt": list(TEXTS)}),
         **prompt,
         height=side,
         width=side,
-        latents=_noise(policy),
+        latents=latents,
         num_inference_steps=STEPS,
         guidance_scale=guidance_scale,
         output_type=output_type,
     ).images
+    packed = flux and output_type == "latent"
+    return pipeline._unpack_latents(found, side, side, pipeline.vae_scale_factor) if packed else found
 
 
 def _velocity(policy: Policy) -> Tensor:
@@ -157,6 +167,21 @@ def test_a_flow_models_levels_are_the_schedulers_own_or_shifted(tiny_sd3):
         policy.levels(STEPS, shift=1.0).sigma, torch.tensor([*torch.linspace(1, 0.001, STEPS).tolist(), 0.0])
     )
     assert torch.equal(policy.levels(STEPS).sigma, sigmas)
+
+
+@pytest.mark.parametrize("model", ["tiny_flux", "tiny_flux_schnell"])
+def test_flux_has_the_levels_that_its_pipeline_sampled_on(request, model):
+    folder = request.getfixturevalue(model)
+    pipeline = _pipeline(folder)
+    for resolution in (8, 16):  # 4 tokens and 16, where the scheduler's base is 9
+        policy = _load(folder, "lora", resolution=resolution)
+        _diffusers(pipeline, policy, 1.0, "latent")
+        levels = policy.levels(STEPS)
+        assert torch.equal(levels.sigma, pipeline.scheduler.sigmas)
+        assert torch.equal(levels.timestep[:-1], pipeline.scheduler.timesteps) and levels.timestep[-1] == 0
+        even = torch.linspace(1, 0, STEPS + 1)
+        torch.testing.assert_close(policy.levels(STEPS, shift=3.0).sigma, 3 * even / (1 + 2 * even))
+    assert torch.equal(levels.sigma, even) == (model == "tiny_flux_schnell")
 
 
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd_v", "tiny_sdxl"])
@@ -205,6 +230,8 @@ def test_each_row_is_told_its_own_prompt(policy):
 
 
 def test_guidance_is_taken_between_prompt_and_empty_prompt_with_gradients_through_both(policy):
+    if policy.embeds_guidance:
+        pytest.skip("the network is told of it")
     _perturb(policy)
     x, timestep, w = _noise(policy), torch.tensor(600.0), 3.0
     v = policy.predict(x, timestep, policy.encode(TEXTS), w)
@@ -216,6 +243,19 @@ def test_guidance_is_taken_between_prompt_and_empty_prompt_with_gradients_throug
     parameter = next(iter(policy.trainable.values()))
     (gradient,), (expected_gradient,) = (torch.autograd.grad(out.square().mean(), parameter) for out in (v, expected))
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_embedded_guidance_is_an_input_of_one_call(tiny_flux, tiny_flux_schnell):
+    for folder, rows in ((tiny_flux, [2, 2]), (tiny_flux_schnell, [2, 4])):
+        policy, told = _load(folder, "lora"), []
+        policy.denoiser.register_forward_pre_hook(lambda m, a, k: told.append(k), with_kwargs=True)  # noqa: B023
+        outputs = [policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(TEXTS), w) for w in (1.0, 3.0)]
+        assert [len(inputs["hidden_states"]) for inputs in told] == rows
+        assert (outputs[0] - outputs[1]).abs().max() > 1e-3
+        embedded = folder == tiny_flux
+        assert policy.embeds_guidance == embedded
+        given = [inputs["guidance"] if inputs["guidance"] is None else inputs["guidance"].tolist() for inputs in told]
+        assert given == ([[1.0, 1.0], [3.0, 3.0]] if embedded else [None, None])
 
 
 def test_gradient_reaches_every_trained_weight_and_no_frozen_one(policy, case):
@@ -347,9 +387,21 @@ def test_lora_adapts_both_streams_of_every_block_by_default(tiny_sd3):
     assert adapted == {f"0.{n}" for n in image | text | last_only_absent} | {f"1.{n}" for n in image | text}
 
 
+def test_a_lora_of_flux_adapts_both_kinds_of_blocks_and_nothing_else_by_default(tiny_flux):
+    adapted = {name.split(".lora_")[0] for name in _load(tiny_flux, "lora").trainable}
+    query_key_value = {"attn.to_q", "attn.to_k", "attn.to_v"}
+    text = {"attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"}
+    feed_forward = {f"{ff}.{name}" for ff in ("ff", "ff_context") for name in ("net.0.proj", "net.2")}
+    of_two = {f"transformer_blocks.0.{n}" for n in query_key_value | text | feed_forward | {"attn.to_out.0"}}
+    single = query_key_value | {"proj_mlp", "proj_out"}
+    assert adapted == of_two | {f"single_transformer_blocks.{i}.{n}" for i in range(2) for n in single}
+
+
 def test_lora_targets_can_be_chosen(tiny_sd3):
     adapted = {name.split(".lora_")[0] for name in _load(tiny_sd3, "lora", lora_targets=("attn.to_q",)).trainable}
     assert adapted == {f"transformer_blocks.{i}.attn.to_q" for i in range(2)}
+    adapted = {name.split(".lora_")[0] for name in _load(tiny_sd3, "lora", lora_targets=("*blocks.1.ff.*",)).trainable}
+    assert adapted == {f"transformer_blocks.1.ff.{name}" for name in ("net.0.proj", "net.2")}
 
 
 @pytest.mark.parametrize("target", ["attn.to_z", "attn", "o_q"])
@@ -365,6 +417,30 @@ def test_the_t5_may_be_absent(tiny_sd3):
     policy = SD3Policy.from_pipeline(pipeline, PolicySettings(lora_rank=2, lora_alpha=2, max_sequence_length=TOKENS))
     expected = _diffusers(_without_t5(tiny_sd3), policy, 1.0, "latent")
     torch.testing.assert_close(_ode(policy, 1.0), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", ["text_encoder", "text_encoder_2"])
+def test_flux_without_a_text_encoder_is_refused(tiny_flux, encoder):
+    pipeline = DiffusionPipeline.from_pretrained(tiny_flux, **{encoder: None})
+    with pytest.raises(ValueError, match=r"model\.path: the pipeline lacks a text encoder; .* by CLIP and by T5"):
+        policy_from_pipeline(pipeline, PolicySettings())
+
+
+def test_a_flux_for_more_than_text_is_refused(tiny_flux):
+    pipeline = _pipeline(tiny_flux)
+    pipeline.transformer = type(pipeline.transformer).from_config(pipeline.transformer.config, in_channels=32)
+    with pytest.raises(
+        ValueError, match=r"the transformer takes 32 channels where tokens of latents have 16; .* alone"
+    ):
+        policy_from_pipeline(pipeline, PolicySettings())
+
+
+@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux"])
+def test_a_flow_model_with_another_scheduler_is_refused(request, model):
+    pipeline = _pipeline(request.getfixturevalue(model))
+    pipeline.scheduler = DDIMScheduler()
+    with pytest.raises(ValueError, match=r"model\.path: the scheduler is a DDIMScheduler; replace it by a FlowMatch"):
+        policy_from_pipeline(pipeline, PolicySettings())
 
 
 def _without_t5(folder: Path) -> Any:
@@ -440,17 +516,22 @@ def test_resolution_sets_the_latent_and_must_fit(tiny_sd3):
         _load(tiny_sd3, "lora", resolution=10)
 
 
+@pytest.mark.parametrize(("model", "side"), [("tiny_sd3", 8), ("tiny_sdxl", 8), ("tiny_flux", 128)])
+def test_without_a_resolution_it_is_the_models_own(request, model, side):
+    assert _load(request.getfixturevalue(model), "lora", resolution=None).latent_shape == (4, side, side)
+
+
 def test_what_cannot_be_loaded_is_said_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
     other = tmp_path / "other"
     other.mkdir()
-    (other / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (other / "model_index.json").write_text('{"_class_name": "AllegroPipeline"}')
     for path, message in (
         (tmp_path / "empty", "has no model_index.json"),
         (
             other,
-            "is a FluxPipeline; progrpo trains StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline",
+            "is a AllegroPipeline; progrpo trains FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline",
         ),
         (tmp_path / "absent", "neither a built-in model"),
         ("nobody/nothing", "no folder has that name, and the Hugging Face hub was tried"),

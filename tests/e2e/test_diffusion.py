@@ -28,6 +28,10 @@ RUNS = {
     ),
     "sd that says v, all weights by NFT": ("tiny_sd_v", ["--model.weights", "full", "--objective.name", "nft"]),
     "sdxl, DGPO": ("tiny_sdxl", ["--objective.name", "dgpo"]),
+    "flux, GRPO with embedded guidance": (
+        "tiny_flux",
+        ["--model.resolution", "16", "--sampling.guidance-scale", "3.5", "--sampling.embedded-guidance"],
+    ),
     "sdxl, GRPO on CPS": ("tiny_sdxl", ["--sampling.sampler", "cps", "--model.weights", "full"]),
 }
 

@@ -28,7 +28,7 @@ def trained(tiny_pipeline, tiny_config, prompts, redness, tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
-    def run(hacking: str, **more: Any) -> RunFolder:
+    def run(hacking: Any, **more: Any) -> RunFolder:
         evaluation = EvalConfig(
             pictures=8, num_inference_steps=3, every=1, rewards=(RewardTerm(f"{MODULE}:paleness"),), **more
         )

@@ -53,8 +53,8 @@ def test_the_command_line_ends_with_the_line_that_goes_on_and_the_run_is_the_unb
 
     def progrpo_(*arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "progrpo", *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stdout=pipe, stderr=pipe)
 
     unbroken = progrpo_(*common, "--out", "whole")
     broken = progrpo_(*common, "--out", "broken")

@@ -18,14 +18,20 @@ PLANS = {
 
 @pytest.fixture
 def trainer(tiny_trainer, tiny_config, tiny_policy, request):
-    def build(plan: PlanConfig, guidance_scale: float, reward=None, microbatch=None):
+    def build(plan: PlanConfig, guidance_scale: float, reward=None, microbatch=None, model="tiny_sd3"):
+        policy = tiny_policy(folder=request.getfixturevalue(model))
         config = tiny_config(
             plan=plan,
             prompts=PromptConfig(per_iteration=2 if plan.preset == "custom" else 1),
-            sampling=SamplingConfig(num_inference_steps=STEPS, guidance_scale=guidance_scale, microbatch=microbatch),
+            sampling=SamplingConfig(
+                num_inference_steps=STEPS,
+                guidance_scale=guidance_scale,
+                embedded_guidance=policy.embeds_guidance,
+                microbatch=microbatch,
+            ),
             audit=AuditConfig(every=2),
         )
-        return tiny_trainer(config, reward=reward or request.getfixturevalue("redness"))
+        return tiny_trainer(config, policy, reward=reward or request.getfixturevalue("redness"))
 
     return build
 
@@ -44,8 +50,8 @@ def test_a_run_counts_what_its_plan_predicts(trainer, plan, guidance_scale):
     assert sum(d.record["rollout/nfe"] for d in done) == built.totals.counted.nfe
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_what_is_counted_is_what_the_networks_did(trainer, redness, guidance_scale):
+@pytest.mark.parametrize(("model", "guidance_scale"), [("tiny_sd3", 1.0), ("tiny_sd3", 3.0), ("tiny_flux", 3.0)])
+def test_what_is_counted_is_what_the_networks_did(trainer, redness, model, guidance_scale):
     rewarded = []
 
     def counting(images, prompts):
@@ -53,7 +59,7 @@ def test_what_is_counted_is_what_the_networks_did(trainer, redness, guidance_sca
         return redness(images, prompts)
 
     # by one, so that no row only fills a microbatch up
-    built = trainer(PLANS["point-and-final"], guidance_scale, counting, microbatch=1)
+    built = trainer(PLANS["point-and-final"], guidance_scale, counting, microbatch=1, model=model)
     built.step()  # the first iteration also asks the network for its self-checks
     rewarded.clear()
     sampled: list[int] = []
@@ -67,9 +73,10 @@ def test_what_is_counted_is_what_the_networks_did(trainer, redness, guidance_sca
     pipeline.vae.decoder.register_forward_hook(lambda module, args, out: decoded.append(len(out)))
     before = built.totals.counted
     built.step()
+    assert built.totals.counted == built.totals.predicted
     counted, audited = built.totals.counted, built.totals.audited
     assert sum(sampled) == counted.nfe - before.nfe + audited.nfe
     assert sum(decoded) == sum(rewarded) == counted.decodes - before.decodes + audited.decodes
     assert sum(rewarded) == counted.reward_calls - before.reward_calls + audited.reward_calls
-    per_call = 2 if guidance_scale > 1 else 1
+    per_call = 2 if guidance_scale > 1 and not built.policy.embeds_guidance else 1
     assert sum(trained) == (counted.trained_steps - before.trained_steps) * per_call

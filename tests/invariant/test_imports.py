@@ -22,7 +22,7 @@ PROTOCOLS = ("progrpo.policies.base", "progrpo.rewards.base", "progrpo.types", "
 # Each rule: the modules it binds (a module and all below it), and what of progrpo they may import besides themselves.
 MAY_SEE = {
     "progrpo.types": (),
-    "progrpo.config": ("progrpo.rollout.plan", "progrpo.rollout.window", "progrpo.types"),
+    "progrpo.config": ("progrpo.rollout.plan", "progrpo.rollout.window", "progrpo.types", "progrpo.words"),
     "progrpo.diffusion": (),
     "progrpo.packing": (),
     "progrpo.rollout": PROTOCOLS,

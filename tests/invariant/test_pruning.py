@@ -26,9 +26,9 @@ PRUNED = Plan(GROUP, (PrunePoint(0, 5), PrunePoint(2, 3)))
 TOLERANCE = 1e-5  # between microbatches of different sizes: matrix kernels differ by shape
 
 
-@pytest.fixture(scope="module")
-def policy(tiny_policy):
-    return tiny_policy(moved=0.1)
+@pytest.fixture(scope="module", params=["tiny_sd3", "tiny_flux"])
+def policy(request, tiny_policy):
+    return tiny_policy(moved=0.1, folder=request.getfixturevalue(request.param))
 
 
 @pytest.fixture
@@ -38,7 +38,8 @@ def draw(policy, tiny_config, prompts, redness):
     def run(
         plan: Plan, slots=(0, 1), microbatch=1, guidance_scale=1.0, reward=redness, which=(0, 1), **more
     ) -> Rollout:
-        wanted = SamplingConfig(num_inference_steps=4, guidance_scale=guidance_scale, microbatch=microbatch, **more)
+        told = {"guidance_scale": guidance_scale, "embedded_guidance": policy.embeds_guidance}
+        wanted = SamplingConfig(num_inference_steps=4, microbatch=microbatch, **told, **more)
         sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
         chosen, slot_P = [Prompt(prompts[i]) for i in which], torch.tensor(slots)
         parts = plan, sampling, SELECTORS["ovf"], NoiseKey(3, 1), Meter()

@@ -86,7 +86,13 @@ def test_in_low_precision_a_microbatch_of_one_rounds_otherwise_but_within_the_cl
 # --- every family, sampler and storage --------------------------------------------------------------------------------
 
 SDE, PRESERVING = ("flow_grpo", "dance"), ("ddim", "cps", "cps_reduced")
-SAMPLERS = {"sd3": (*SDE, *PRESERVING), "sd": PRESERVING, "sd_v": PRESERVING, "sdxl": PRESERVING}
+SAMPLERS = {
+    "sd3": (*SDE, *PRESERVING),
+    "flux": (*SDE, *PRESERVING),
+    "sd": PRESERVING,
+    "sd_v": PRESERVING,
+    "sdxl": PRESERVING,
+}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -111,6 +117,7 @@ def first(tiny_trainer, tiny_config, first_experience):
 
     def of(policy: Any, ratio: Any = "plain", plan: PlanConfig | None = None, **sampling: Any):
         wanted = {"num_inference_steps": 3, "guidance_scale": 3.0, "microbatch": 3, **sampling}
+        wanted["embedded_guidance"] = policy.embeds_guidance
         sections = {"sampling": SamplingConfig(**wanted), "objective": ObjectiveConfig(grpo=GRPOConfig(ratio=ratio))}
         trainer = tiny_trainer(tiny_config(**sections, **({"plan": plan} if plan else {})), policy)
         return trainer.objective, first_experience(trainer)

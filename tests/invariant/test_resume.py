@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
-from progrpo.config import AuditConfig, CheckpointConfig, Config, OptimConfig, PromptConfig, RewardConfig, RewardTerm
+from progrpo import storage
+from progrpo.cli import main
+from progrpo.config import (
+    AuditConfig,
+    CheckpointConfig,
+    Config,
+    OptimConfig,
+    PromptConfig,
+    RewardConfig,
+    RewardTerm,
+    config_to_json,
+)
 from progrpo.objectives.grpo import GRPO
 from progrpo.storage import load_state
+from progrpo.tracking.lock import only_writer
+from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.distributed import Ranks
 from progrpo.training.run import resume_run, train_run
@@ -23,11 +41,12 @@ ITERATIONS = 4
 REWARD = """
 import numpy as np
 
-calls, fails_at = 0, None
+calls, fails_at, disturbs = 0, None, lambda: None
 
 def redness(images, prompts):
     global calls
     calls += 1
+    disturbs()
     if calls == fails_at:
         raise KeyboardInterrupt("the power is out")  # no failure of a reward, which the run would survive
     return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
@@ -126,6 +145,85 @@ def test_a_run_that_was_cut_off_is_taken_up_at_its_last_checkpoint(config, strai
     assert stopped.read_summary()["status"] == "stopped: the power is out"
     assert [r["iteration"] for r in stopped.read_metrics()] == [0, 1, 2]
     resume_run(tmp_path / "run")
+    assert_the_same_run(tmp_path / "run", straight)
+
+
+def test_the_global_generators_change_nothing(config, straight, tmp_path, monkeypatch, reward_module):
+    """So their state is no part of a run's."""
+
+    def disturb():
+        random.seed()
+        np.random.seed()
+        torch.seed()
+
+    monkeypatch.setattr(reward_module, "disturbs", disturb)
+    disturb()
+    train_run(config, tmp_path / "run")
+    assert_the_same_run(tmp_path / "run", straight)
+
+
+def test_a_damaged_checkpoint_costs_its_iterations_and_no_more(config, straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "run")
+    os.truncate(tmp_path / "run" / "checkpoints" / "iteration_000004" / "tensors.safetensors", 100)
+    resume_run(tmp_path / "run")
+    assert "warning: checkpoint passed over: " in capsys.readouterr().out
+    assert_the_same_run(tmp_path / "run", straight)
+
+
+def test_a_changed_configuration_is_refused_unless_accepted(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    changed = json.loads(file.read_text())
+    changed["optim"]["lr"], changed["iterations"] = 2e-3, ITERATIONS + 1
+    file.write_text(json.dumps(changed))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(
+        ValueError, match=r"config\.json was changed .*: optim\.lr was 0\.001 and is 0\.002; put it back"
+    ):
+        resume_run(tmp_path / "run")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    resume_run(tmp_path / "run", accept_changes=True)
+    records = RunFolder(tmp_path / "run").read_metrics()
+    assert [r["update/lr"] for r in records] == [1e-3] * ITERATIONS + [2e-3]
+    resume_run(tmp_path / "run")  # the change is the run's own now
+
+
+def test_one_run_writes_to_a_folder(config, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    with only_writer(tmp_path / "run"):
+        for again in (
+            lambda: resume_run(tmp_path / "run"),
+            lambda: train_run(config, tmp_path / "run", overwrite=True),
+        ):
+            with pytest.raises(ValueError, match="is being written to by process"):
+                again()
+        assert write_report(tmp_path / "run").is_file()
+    assert len(RunFolder(tmp_path / "run").read_metrics()) == ITERATIONS
+
+
+def test_a_disk_that_is_full_stops_the_run_in_one_sentence(config, straight, tmp_path, monkeypatch, capsys):
+    """In the second checkpoint of the run: the first is the one to go on from, with the space that is then made."""
+    write, written = storage.save_file, []
+
+    def fill(tensors, path):
+        written.append(path)
+        if len(written) == 2:
+            Path(path).write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(tensors, path)
+
+    (tmp_path / "config.json").write_text(config_to_json(config))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "save_file", fill)
+        assert main(["train", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"progrpo: stopped: {tmp_path / 'run' / 'checkpoints'}")
+    assert said.endswith(
+        "tensors.safetensors cannot be written: No space left on device; the last good checkpoint is iteration_000002:"
+        f" make space, then go on with progrpo train --resume {tmp_path / 'run'}"
+    )
+    assert not list((tmp_path / "run").rglob("*.writing")) and not (tmp_path / "run" / "run.lock").exists()
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert_the_same_run(tmp_path / "run", straight)
 
 

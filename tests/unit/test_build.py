@@ -12,8 +12,9 @@ from progrpo.config import Config, GRPOConfig, ModelConfig, ObjectiveConfig, Sam
 from progrpo.objectives.grpo import GRPO
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import fastest_dtype, policy_from_pipeline
-from progrpo.training.build import OBJECTIVES, objective_from, sampler_for, sampling_from, settled
+from progrpo.training.build import OBJECTIVES, objective_from, sampler_for, sampling_from, settings_from, settled
 from progrpo.training.distributed import Ranks
+from progrpo.training.evaluate import ode
 
 
 def test_a_dtype_that_is_named_stays():
@@ -48,7 +49,8 @@ def test_the_clip_range_is_the_published_one_in_proportion_to_the_latent_unless_
 
 # --- samplers of families ---------------------------------------------------------------------------------------------
 
-FAMILIES = ("sd3", "sd", "sd_v", "sdxl")
+FLOW, DIFFUSION = ("sd3", "flux"), ("sd", "sd_v", "sdxl")
+FAMILIES = FLOW + DIFFUSION
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +72,14 @@ def configured(grpo=None, **sampling):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_auto_is_the_familys_own_sampler(policy_of, family):
-    policy, own = policy_of(family), "flow_grpo" if family == "sd3" else "ddim"
+    policy, own = policy_of(family), "flow_grpo" if family in FLOW else "ddim"
     assert sampler_for(SamplingConfig(), policy) == own
     process = sampling_from(configured(), policy, "transitions", 0).process
     assert (process.sampler, process.prediction) == (own, policy.prediction)
 
 
 @pytest.mark.parametrize("sampler", ["flow_grpo", "dance"])
-@pytest.mark.parametrize("family", FAMILIES[1:])
+@pytest.mark.parametrize("family", DIFFUSION)
 def test_the_sdes_of_flow_models_are_refused_on_diffusion_models(policy_of, family, sampler):
     message = f"^sampling.sampler: {sampler} is the SDE of flow models, and this is a diffusion model; use ddim or cps$"
     config, policy = configured(sampler=sampler), policy_of(family)
@@ -86,6 +88,24 @@ def test_the_sdes_of_flow_models_are_refused_on_diffusion_models(policy_of, fami
     with pytest.raises(ValueError, match=message):
         objective_from(config, policy)
     assert sampler_for(config.sampling, policy_of("sd3")) == sampler
+
+
+@pytest.mark.parametrize(("family", "embedded"), [("flux", True), ("sd3", False)])
+def test_guidance_is_counted_as_the_model_takes_it(policy_of, family, embedded):
+    policy = policy_of(family)
+    sampling = sampling_from(configured(guidance_scale=3.5, embedded_guidance=embedded), policy, "transitions", 0)
+    assert sampling.nfe_per_call == (1 if embedded else 2) == ode(policy, 4, 3.5, 64).nfe_per_call
+    wrong = configured(guidance_scale=3.5, embedded_guidance=not embedded)
+    with pytest.raises(
+        ValueError, match=rf"^sampling\.embedded_guidance must be {str(embedded).lower()}: this model is "
+    ):
+        sampling_from(wrong, policy, "transitions", 0)
+    assert sampling_from(configured(embedded_guidance=not embedded), policy, "transitions", 0).nfe_per_call == 1
+
+
+def test_the_resolution_reaches_the_policy():
+    settings = settings_from(ModelConfig(resolution=512), 0, Ranks())
+    assert settings.resolution == 512 and settings_from(ModelConfig(), 0, Ranks()).resolution is None
 
 
 @pytest.mark.parametrize(

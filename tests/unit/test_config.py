@@ -140,9 +140,12 @@ def test_defaults_are_right():
         (Config(optim=OptimConfig(lr=float("inf"))), "optim.lr must be above 0, not inf"),
         (Config(optim=OptimConfig(betas=(0.9, 1.0))), "optim.betas must be two numbers at least 0 and below 1"),
         (Config(optim=OptimConfig(ema_decay=1.0)), "optim.ema_decay must be at least 0 and below 1, not 1.0"),
-        (Config(eval=EvalConfig(pictures=0)), "eval.pictures must be at least 1, not 0"),
+        (Config(eval=EvalConfig(pictures=0)), "eval.pictures must be between 1 and 1,000,000, not 0"),
         (Config(plan=PlanConfig(preset="flash", group_size=12)), "plan.group_size, plan.prune and plan.final_keep are"),
-        (Config(plan=PlanConfig(preset="custom", group_size=1)), "plan.group_size must be at least 2, not 1"),
+        (
+            Config(plan=PlanConfig(preset="custom", group_size=1)),
+            "plan.group_size must be between 2 and 100,000, not 1",
+        ),
         (Config(plan=PlanConfig(preset="custom", prune=((9, 4),))), "prune step 9 saves no network call"),
         (Config(objective=ObjectiveConfig(baseline="group")), "objective.baseline must be survivors under a plan"),
         (Config(seed="1"), "seed must be a whole number, not '1'"),  # type: ignore[arg-type]
@@ -446,7 +449,7 @@ def test_the_learning_rate_rises_stays_and_falls():
         ({"model": {"compile": True, "dtype": "auto"}}, "model.dtype must be float32 for model.compile with"),
         ({"plan": {"adaptive": True}, "audit": {"every": 0}}, "plan.adaptive must have audit.every above 0"),
         ({"preview": {"probe": True}, "audit": {"every": 0}}, "preview.probe must have audit.every above 0"),
-        ({"preview": {"ode_steps": 0}}, "preview.ode_steps must be at least 1"),
+        ({"preview": {"ode_steps": 0}}, "preview.ode_steps must be between 1 and 1,000"),
         ({"preview": {"probe_threshold": 2.0}}, "preview.probe_threshold must be between -1 and 1"),
         ({"sampling": {"microbatch": 0}}, "sampling.microbatch must be at least 1, or empty"),
         ({"reward": {"waves": 0}}, "reward.waves must be at least 1"),
@@ -468,3 +471,79 @@ def test_what_the_engine_can_do_is_not():
         },
     ):
         check(from_dict(fields))
+
+
+# --- what is no configuration at all ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"seed": 1, "seed": 2}', "not JSON: seed is given twice; leave one out"),
+        ('{"model": {"path": "a", "path": "b"}}', "not JSON: path is given twice; leave one out"),
+        ("[" * 100_000, "not JSON: lists or objects in one another without end"),
+        ('{"seed": 9223372036854775808}', "seed must be below 2**63, not 9223372036854775808"),
+        ('{"optim": {"lr": 1' + "0" * 400 + "}}", "optim.lr must be below 2**63, not 1000"),
+        (
+            '{"model": {"path": "a\\u0000"}}',
+            "model.path must be a text of one line, 4096 characters at most, not 'a\\x00'",
+        ),
+        ('{"model": {"path": "a\\nb"}}', "model.path must be a text of one line, 4096 characters at most, not 'a\\nb'"),
+        ('{"model": {"path": "\\ud800"}}', "model.path must be a text of one line, 4096 characters at most, not"),
+        (
+            '{"model": {"path": "' + "x" * 5000 + '"}}',
+            "model.path must be a text of one line, 4096 characters at most, not",
+        ),
+        ('{"a\\nb": 1}', "'a\\nb' is not a field"),
+    ],
+)
+def test_json_that_no_run_can_use_is_refused_on_one_short_line(text, message):
+    with pytest.raises(ValueError) as refused:
+        config_from_json(text)
+    assert str(refused.value).startswith(message)
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 500
+
+
+def test_texts_may_hold_any_letters():
+    path = "/home/Žofie/modèles 你好 (2)"
+    assert config_from_json(json.dumps({"model": {"path": path}})).model.path == path
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("smoke", "config must be a progrpo.config.Config, not 'smoke'"),
+        (Config, "config must be a progrpo.config.Config, not <class"),
+        (Config(sampling={"shift": 2.0}), "sampling must be a progrpo.config.SamplingConfig, not {'shift': 2.0}"),  # type: ignore[arg-type]
+        (Config(reward=RewardConfig(["shapes"])), "reward.terms[0] must be a progrpo.config.RewardTerm, not 'shapes'"),  # type: ignore[arg-type]
+        (Config(objective=ObjectiveConfig(nft=None)), "objective.nft must be a progrpo.config.NFTConfig, not None"),  # type: ignore[arg-type]
+        (Config(seed=object()), "seed must be a whole number, not <object object"),  # type: ignore[arg-type]
+        (Config(seed=10**5000), "seed must be below 2**63, not something of type int that cannot be written"),
+    ],
+)
+def test_what_python_code_puts_in_place_of_a_part_is_refused(config, message):
+    with pytest.raises(ValueError) as refused:
+        check(config)
+    assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ({"name": ".a:b"}, "reward.terms[0].name must be one of"),
+        ({"name": "a:"}, "reward.terms[0].name must be one of"),
+        ({"name": "ocr", "device": "gpu"}, "reward.terms[0].device must be auto, or a device by torch's name, such as"),
+        (
+            {"name": "ocr", "timeout": 1e300},
+            "reward.terms[0].timeout must be above 0 and at most 86400 (a day), or empty",
+        ),
+        ({"name": "ocr", "retries": 1000}, "reward.terms[0].retries must be between 0 and 16, not 1000"),
+        ({"name": "ocr", "processes": 10**6}, "reward.terms[0].processes must be between 0 and 256, not 1000000"),
+        ("x*ocr", "reward.terms: the weight in 'x*ocr' is no number"),
+        ('{"name": ', "reward.terms: '{\"name\": ' is not JSON"),
+    ],
+)
+def test_rewards_that_no_run_can_use_are_refused(term, message):
+    with pytest.raises(ValueError) as refused:
+        check(from_dict({"reward": {"terms": [term]}}))
+    assert str(refused.value).startswith(message)

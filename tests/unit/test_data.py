@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from progrpo.data import BySignal, InTurn, load_prompts
+from progrpo.data import BySignal, InTurn, load_prompts, prompts_of
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 
@@ -77,6 +77,40 @@ def test_other_sources_are_refused():
         load_prompts("shape")
     with pytest.raises(ValueError, match=r"a \.txt or a \.jsonl file or dataset:NAME, not 'p.csv'"):
         load_prompts("p.csv")
+
+
+def test_python_gives_texts_prompts_and_rows():
+    given = iter(["a cat", Prompt(" a dog ", {"n": 1}), {"prompt": "a cow", "n": 2}])
+    assert prompts_of(given, "prompts") == (Prompt("a cat"), Prompt("a dog", {"n": 1}), Prompt("a cow", {"n": 2}))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("a red cat", "prompts must be a list of texts, Prompts or rows with a field prompt, not 'a red cat'"),
+        (None, "prompts must be a list of texts"),
+        ({"prompt": "a"}, "prompts must be a list of texts"),
+        ([], "prompts is empty; give at least one"),
+        (["a", 3], "prompts[1] must be a text, a Prompt or a row with a field prompt, not 3"),
+        (["a", " "], "prompts[1]: prompt must be a text that is not empty, not ' '"),
+        ([Prompt(3)], "prompts[0]: prompt must be a text that is not empty, not 3"),  # type: ignore[arg-type]
+        (["\ud800"], "prompts[0]: prompt must be a text without NUL and halves of characters"),
+        ([{"text": "a"}], "prompts[0]: has no field named prompt, only text"),
+    ],
+)
+def test_what_is_no_list_of_prompts_is_refused(given, message):
+    with pytest.raises(ValueError) as refused:
+        prompts_of(given, "prompts")
+    assert str(refused.value).startswith(message) and str(refused.value).isprintable()
+
+
+def test_lines_are_counted_whatever_ends_them(tmp_path):
+    assert texts(of_file(tmp_path, "p.txt", b"a\rb\r\nc\nd")) == ["a", "b", "c", "d"]
+    with pytest.raises(ValueError, match=r"p.txt, line 3: not UTF-8 text"):
+        of_file(tmp_path, "p.txt", b"a\rb\r\n\xff\nd")
+    with pytest.raises(ValueError, match=r"p.txt, line 2: over 1 MB long; write a prompt a line$"):
+        of_file(tmp_path, "p.txt", b"a\n" + b"x" * 1_000_001)
+    assert len(texts(of_file(tmp_path, "p.txt", b"a\n" + b"x" * 999_999 + b"\nb"))) == 3
 
 
 @pytest.fixture

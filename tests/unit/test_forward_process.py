@@ -233,6 +233,14 @@ def test_errors_and_predictions_by_hand(linear_policy, linear_experience):
     assert linear_policy.a.item() == pytest.approx(0.5)
 
 
+def test_a_network_that_is_told_its_guidance_is_told_what_sampled(linear_policy, linear_experience):
+    experience = linear_experience(linear_policy, ADVANTAGES, guidance_scale=3.0)
+    linear_policy.embeds_guidance = True
+    found = everything(linear_policy, experience, Draws(3, 0.9))
+    c = found.condition.tensors["c"].reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(found.predict(linear_policy), 0.3 * found.x - 0.2 * 3 * c)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("microbatch", [1, 4, 64])
 def test_notes_are_those_of_each_item_alone(linear_policy, experience, shared, microbatch):

@@ -7,6 +7,7 @@ import pytest
 from progrpo.config import Config, check, config_from_json, config_to_json, resolve_plan, trained_items
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.rollout.plan import summary
+from progrpo.training.judge import prompt_cost
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -16,13 +17,20 @@ def test_every_recipe_is_parsed_checked_and_planned(name):
     assert config.recipe == name
     assert config_from_json(config_to_json(config)) == config
     steps = config.sampling.num_inference_steps
-    costs = summary(resolve_plan(config), steps, trained_items(config), config.sampling.guidance_scale > 1)
+    costs = summary(resolve_plan(config), steps, trained_items(config), config.sampling.in_pairs)
     assert 0 < costs["nfe_per_prompt"] <= costs["nfe_full_group"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_says_what_it_is_in_one_line(name):
     assert describe(name).endswith(".") and len(describe(name)) < 100
+
+
+def test_embedded_guidance_costs_one_call():
+    config = load_recipe("flux-pickscore")
+    cost = prompt_cost(config, resolve_plan(config))
+    assert cost.nfe == 48 * 4 + 24 + 12  # of 48 members 24 live on after the fourth call, 12 after the fifth
+    assert cost.trained_steps == 12 * 5
 
 
 def test_a_config_file_and_a_run_folder_load_as_recipes(tmp_path):

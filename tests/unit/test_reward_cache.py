@@ -4,8 +4,9 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 
-from progrpo.rewards.base import Score
+from progrpo.rewards.base import Refusal, Score
 from progrpo.rewards.cache import Cached
 from progrpo.types import Prompt
 
@@ -94,3 +95,12 @@ def test_several_threads_share_it(tmp_path):
 
 def test_no_pictures_no_scores(tmp_path):
     assert Cached(Paid(), "vlm", tmp_path).score(PICTURES[:0], []) == []
+
+
+def test_a_folder_that_cannot_be_one_or_holds_another_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "vlm.sqlite").write_text("not a database, but long enough to look at: " * 99)
+    for name in ("file", "folder"):
+        with pytest.raises(Refusal, match=rf"reward 'vlm': its cache .*{name} cannot be used .*; name another folder"):
+            Cached(Paid(), "vlm", tmp_path / name)

@@ -1,6 +1,8 @@
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,9 +71,81 @@ def test_resuming_drops_what_will_be_written_again(tmp_path):
         run.append_metrics({"iteration": i})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 5')
-    run.truncate_metrics(3)
+    for i in (2, 3):
+        run.save_samples(i, pictures(2))
+        run.write_audit({"iteration": i, "steps": []}, pictures(2, 1))
+    (tmp_path / "audit" / "mine.json").write_text("{}")
+    run.truncate(3)
     run.append_metrics({"iteration": 3})
     assert [record["iteration"] for record in run.read_metrics()] == [0, 1, 2, 3]
+    assert [audit["iteration"] for audit in run.read_audits()] == [2]
+    left = sorted(path.name for folder in ("audit", "samples") for path in (tmp_path / folder).iterdir())
+    assert left == ["0002.json", "0002.png", "0002.png", "mine.json"]
+
+
+def test_resuming_clears_what_a_killed_writer_left_and_nothing_else(tmp_path):
+    run = RunFolder.create(tmp_path)
+    run.save_samples(0, pictures(2))
+    left = [tmp_path / "summary.json.12.writing", tmp_path / "samples" / "0001.png.12.writing"]
+    mine = [tmp_path / "novel.writing", tmp_path / "drafts" / "a.writing"]
+    mine[1].parent.mkdir()
+    for path in left + mine:
+        path.touch()
+    run.truncate(1)
+    assert [path.exists() for path in left + mine] == [False, False, True, True]
+
+
+def test_overwriting_deletes_checkpoints_first_and_the_config_last(tmp_path, monkeypatch):
+    """Cut off anywhere, it leaves a run that is refused as one, or nothing: never a new run among an old one's checkpoints."""
+    run = RunFolder.create(tmp_path / "run")
+    run.write_config({})
+    run.append_metrics({"iteration": 0})
+    run.save_samples(0, pictures(2))
+    (run.path / "checkpoints" / "iteration_000001").mkdir(parents=True)
+    deleted = []
+
+    def noted(delete):
+        def first(path, **how):
+            deleted.append(path.name)
+            delete(path, **how)
+
+        return first
+
+    monkeypatch.setattr(shutil, "rmtree", noted(shutil.rmtree))
+    monkeypatch.setattr(Path, "unlink", noted(Path.unlink))
+    RunFolder.create(run.path, overwrite=True)
+    assert (deleted[0], deleted[-1]) == ("checkpoints", "config.json") and "samples" in deleted
+    assert list(run.path.iterdir()) == []
+
+
+def test_what_cannot_be_deleted_stops_an_overwriting(tmp_path):
+    """A folder that is a link to another disk: its checkpoints would be taken for the new run's."""
+    RunFolder.create(tmp_path / "run").write_config({})
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic link"):
+        RunFolder.create(tmp_path / "run", overwrite=True)
+
+
+def test_a_folder_that_vanished_is_not_made_anew(tmp_path):
+    run = RunFolder.create(tmp_path / "run")
+    shutil.rmtree(run.path)
+    for write in (
+        lambda: run.write_summary({}),
+        lambda: run.append_metrics({"iteration": 0}),
+        lambda: run.save_samples(0, pictures(2)),
+    ):
+        with pytest.raises(FileNotFoundError):
+            write()
+    assert not run.path.exists()
+
+
+@pytest.mark.parametrize("content", ["", '{"a": 1', "[" * 9999, "\0"])
+def test_a_damaged_file_is_named(tmp_path, content):
+    run = RunFolder.create(tmp_path)
+    (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(ValueError, match=r"summary\.json is not JSON"):
+        run.read_summary()
 
 
 def test_files_appear_whole(tmp_path):

@@ -1,14 +1,20 @@
+import errno
+import hashlib
 import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from progrpo.storage import load_state, save_state, write_text
+from progrpo import storage
+from progrpo.storage import load_state, save_state
 
 
 def same(a, b) -> bool:
@@ -55,7 +61,7 @@ STATES = {
         "transposed": torch.arange(6.0).reshape(2, 3).T,
         "view": torch.arange(10)[2:5],
         "a/b": torch.ones(1),
-        "a": {"c": torch.zeros(1)},
+        "a": {"b": torch.zeros(1), "c": torch.zeros(1)},
     },
 }
 
@@ -108,7 +114,7 @@ def test_a_changed_byte_is_found_and_the_file_named(name, tmp_path):
     data = bytearray((folder / name).read_bytes())
     data[-1] ^= 1
     (folder / name).write_bytes(data)
-    with pytest.raises(ValueError, match=f"{name}: missing or changed.*earlier checkpoint"):
+    with pytest.raises(ValueError, match=f"{name}: missing or changed.*cannot be used"):
         load_state(folder)
 
 
@@ -125,6 +131,46 @@ def test_a_folder_without_state_is_refused(tmp_path):
         load_state(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no saved state here"):
         load_state(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("left", [0, 1, 0.5])
+def test_a_file_that_was_cut_off_is_named(name, left, tmp_path):
+    save_state(tmp_path / "state", {"x": torch.arange(3.0)})
+    file = tmp_path / "state" / name
+    os.truncate(file, int(left * file.stat().st_size) if left == 0.5 else left)
+    with pytest.raises(ValueError, match=f"{name}: .*cannot be used"):
+        load_state(tmp_path / "state")
+
+
+@pytest.mark.parametrize(
+    "manifest", ["{}", "[]", "null", '{"state.json": "0"}', '{"../state/state.json": "0"}', "[" * 9999]
+)
+def test_a_manifest_that_vouches_for_less_than_the_state_is_refused(manifest, tmp_path):
+    save_state(tmp_path / "state", {"x": torch.arange(3.0)})
+    (tmp_path / "state" / "manifest.json").write_text(manifest)
+    with pytest.raises(ValueError, match=r"manifest.json: .*so this state cannot be used"):
+        load_state(tmp_path / "state")
+
+
+@pytest.mark.parametrize(
+    "tree", ['{"x": {"__tensor__": "y"}}', '{"x": {"__tensor__": []}}', '{"__int_keys__": 3}', "[]", '{"a":' * 9999]
+)
+def test_a_state_whose_manifest_was_changed_with_it_is_no_traceback(tree, tmp_path):
+    folder = tmp_path / "state"
+    save_state(folder, {"x": torch.arange(3.0)})
+    (folder / "state.json").write_text(tree)
+    digests = json.loads((folder / "manifest.json").read_text())
+    digests["state.json"] = hashlib.sha256(tree.encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(digests))
+    with pytest.raises(ValueError, match=r"are not a state|cannot be used"):
+        load_state(folder)
+
+
+def test_a_stranger_s_file_beside_the_state_is_not_read(tmp_path):
+    save_state(tmp_path / "state", {"step": 1})
+    (tmp_path / "state" / ".nfs0001").write_bytes(b"\0")
+    assert load_state(tmp_path / "state") == {"step": 1}
 
 
 # --- a writer that was killed -----------------------------------------------------------------------------------------
@@ -151,6 +197,22 @@ def test_killed_between_the_two_renames(tmp_path):
     save_state(folder, {"step": 3})
     assert load_state(folder) == {"step": 3}
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_the_only_whole_state_stays_until_the_new_one_is_there(tmp_path, monkeypatch):
+    """Killed between the two renames, and again before the next one: the state lies under `.previous` all the time."""
+    folder = tmp_path / "state"
+    save_state(folder, {"step": 1})
+    folder.rename(tmp_path / "state.previous")
+
+    def dying(self, target):
+        assert load_state(folder) == {"step": 1}
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", dying)
+        save_state(folder, {"step": 2})
+    assert load_state(folder) == {"step": 1}
 
 
 def test_killed_before_the_previous_state_was_removed(tmp_path):
@@ -205,6 +267,7 @@ class Stranger:
         ({"a": {"b": b"bytes"}}, "/a/b: a bytes cannot be stored"),
         ({"a": {1: 0, "1": 0}}, r"/a: keys must be all str or all int, found \['int', 'str'\]"),
         ({"a": {(0, 1): 0}}, r"/a: keys must be all str or all int, found \['tuple'\]"),
+        ({"a": {"__tensor__": "b"}}, "/a: __tensor__ and __int_keys__ cannot be keys"),
         ({"a": {True: 0}}, r"/a: keys must be all str or all int, found \['bool'\]"),
     ],
 )
@@ -237,16 +300,82 @@ def test_nothing_unpickles(tmp_path, monkeypatch):
             assert file.name == "tensors.safetensors"
 
 
-# --- texts ------------------------------------------------------------------------------------------------------------
+# --- a disk that refuses ----------------------------------------------------------------------------------------------
 
 
-def test_write_text_replaces_in_one_step(tmp_path, monkeypatch):
-    file = tmp_path / "summary.json"
-    write_text(file, "ä old")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        write_text(file, "new")
-    assert file.read_text(encoding="utf-8") == "ä old"
-    write_text(file, "new")
-    assert file.read_text(encoding="utf-8") == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """What a power cut leaves: files and the folder's names before the rename, the rename before the old state goes."""
+    folder, done = tmp_path / "state", []
+    save_state(folder, {"step": 1})
+
+    def noted(act, words):
+        def first(*args, **how):
+            done.append(words(*args))
+            act(*args, **how)
+
+        return first
+
+    monkeypatch.setattr(os, "fsync", noted(os.fsync, lambda handle: Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+    monkeypatch.setattr(Path, "rename", noted(Path.rename, lambda path, to: f"{path.name} -> {to.name}"))
+    monkeypatch.setattr(shutil, "rmtree", noted(shutil.rmtree, lambda path: f"rm {path.name}"))
+    save_state(folder, {"step": 2})
+    assert sorted(done[1:4]) == ["manifest.json", "state.json", "tensors.safetensors"]
+    assert [name for i, name in enumerate(done) if i not in (1, 2, 3)] == [
+        "rm state.writing",
+        "state.writing",
+        "rm state.previous",
+        "state -> state.previous",
+        "state.writing -> state",
+        tmp_path.name,
+        "rm state.previous",
+    ]
+
+
+@pytest.mark.parametrize("at", ["tensors", "tree", "fsync", "rename"])
+def test_a_full_disk_names_the_file_and_leaves_the_old_state(at, tmp_path, monkeypatch):
+    folder = tmp_path / "state"
+    save_state(folder, {"step": 1})
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def refuse(*args, **options):
+        raise full
+
+    def half(tensors, path):
+        path.write_bytes(b"half of it")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device") as caught:
+        if at == "tensors":
+            patch.setattr(storage, "save_file", half)
+        elif at == "tree":
+            patch.setattr(Path, "write_text", refuse)
+        else:
+            patch.setattr(*((os, "fsync") if at == "fsync" else (Path, "rename")), refuse)
+        save_state(folder, {"step": 2, "x": torch.ones(3)})
+    assert caught.value.errno == errno.ENOSPC
+    if at in ("tensors", "tree"):
+        assert Path(caught.value.filename).parent.name == "state.writing"
+    assert load_state(folder) == {"step": 1}
+    if at != "rename":
+        assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_limit_of_the_system_is_met_by_the_real_writer(tmp_path):
+    """Files of at most 64 KiB, as the kernel enforces it: what safetensors' own code makes of that."""
+    script = """
+import resource, signal, sys, torch
+from pathlib import Path
+from progrpo.storage import load_state, save_state
+folder = Path(sys.argv[1]) / "state"
+save_state(folder, {"step": 1})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+try:
+    save_state(folder, {"x": torch.zeros(100_000)})
+except OSError as error:
+    print(error)
+assert load_state(folder) == {"step": 1}
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "File too large" in done.stdout and "state.writing/tensors.safetensors" in done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]

@@ -1,7 +1,8 @@
 """What objectives share that need no trajectory: final latents are noised anew, and predictions compared with the truth.
 
 The truth is what the model was pretrained on: a flow model's velocity, a diffusion model's noise, velocity or data. Only
-the network's own output is trained here, without classifier-free guidance, whatever sampled the latents.
+the network's own output is trained here, without classifier-free guidance, whatever sampled the latents. A network that is
+told its guidance is told what sampled them.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Noised:
     prediction: Prediction
     advantages: Tensor
     condition: Condition
+    guidance_scale: float
 
     @classmethod
     def gather(cls, policy: Policy, experience: Experience, items_B: Tensor, draws: Draws) -> Noised:
@@ -85,11 +87,12 @@ class Noised:
             prediction=prediction,
             advantages=experience.advantages_N[rows].to(device),
             condition=experience.condition.take(living.group_N[rows].to(device)),
+            guidance_scale=experience.guidance_scale if policy.embeds_guidance else 1.0,
         )
 
     def predict(self, policy: Policy) -> Tensor:
         """The network's outputs with the weights in force."""
-        return policy.predict(self.x, self.levels.timestep, self.condition)
+        return policy.predict(self.x, self.levels.timestep, self.condition, self.guidance_scale)
 
     @torch.no_grad()
     def predict_with(self, policy: Policy, weights: str) -> Tensor:

@@ -62,6 +62,8 @@ class Policy(Protocol):
     """The parameters that the optimizer may change, by their name in the denoiser."""
     named_weights: NamedWeights
     """Copies of the trainable weights: `reference` from the start; the trainer adds `old` or `ema` if it needs them."""
+    embeds_guidance: bool
+    """Whether guidance is an input of the network, as in FLUX.1-dev: it then costs no second call."""
     compiled: bool
     """Whether the network is compiled anew for each shape that it meets, so that shapes should be few."""
 
@@ -85,7 +87,8 @@ class Policy(Protocol):
         """The network's output at x, float32 (B, C, H, W).
 
         `timestep` is () or (B,), row b of `condition` belongs to row b of x. A `guidance_scale` w other than 1 is
-        classifier-free guidance, o_u + w (o_c - o_u), with gradients through both branches and twice the cost.
+        classifier-free guidance, o_u + w (o_c - o_u), with gradients through both branches and twice the cost; a network that
+        `embeds_guidance` is told w, 1 as well as any other.
         """
         ...
 
@@ -100,7 +103,7 @@ class Policy(Protocol):
     def observed(self) -> AbstractContextManager[list[Tensor]]:
         """Collect what a probe reads of one call of `predict` within the block: float32 (B, F) of each of some layers.
 
-        Means and stds over places of the hidden states. With guidance the first half of 2B rows is the unconditional branch.
+        Means and stds over places of the hidden states. With classifier-free guidance the first half of 2B rows is the unconditional branch.
         """
         ...
 

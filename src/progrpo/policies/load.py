@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import re
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from safetensors import safe_open
+from torch import nn
 from torch.utils.benchmark import Timer
 from transformers.utils import logging as transformers_logging
 
 from progrpo.policies.base import Policy, PolicySettings
+from progrpo.policies.flux import FluxPolicy
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.sd3 import SD3Policy
 from progrpo.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
+from progrpo.words import named
 from progrpo.zoo import WEIGHTS
 
 BUILT_IN = ("shapes-flow", "shapes-diffusion")
 POLICIES: dict[str, type[PipelinePolicy]] = {
+    "FluxPipeline": FluxPolicy,
     "StableDiffusion3Pipeline": SD3Policy,
     "StableDiffusionPipeline": StableDiffusionPolicy,
     "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
 }
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_LORA = "pytorch_lora_weights.safetensors"
+_HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 
 
 def quiet() -> None:
-    """No progress bars while parts are loaded, and only errors from the libraries below; a command line's wish."""
+    """No progress bars while parts are loaded, and no words from the libraries below; a command line's wish."""
     diffusers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()
+    diffusers_logging.set_verbosity(
+        diffusers_logging.CRITICAL
+    )  # it logs what it then raises, which we say in a sentence
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 
@@ -67,31 +80,51 @@ def policy_from_pipeline(pipeline: DiffusionPipeline, settings: PolicySettings) 
 
 
 def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path) -> None:
-    if (folder / "pytorch_lora_weights.safetensors").is_file():
-        pipeline.load_lora_weights(folder)
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-    elif (folder / "config.json").is_file():
+    if os.path.isfile(folder / _LORA):  # Path's own raises at a name that is too long
+        with _sayable(folder, "trained weights"):
+            _merge_lora(pipeline, folder)
+    elif os.path.isfile(folder / "config.json"):
         base = getattr(pipeline, denoiser_name)
-        setattr(pipeline, denoiser_name, type(base).from_pretrained(folder, use_safetensors=True).to(base.dtype))
+        with _sayable(folder, "trained weights"):
+            kind = type(base).load_config(folder).get("_class_name")
+            if kind != type(base).__name__:
+                raise ValueError(f"they are of a {kind}, and this model has a {type(base).__name__}")
+            trained = type(base).from_pretrained(folder, use_safetensors=True)
+            _require_whole(trained, folder)
+        setattr(pipeline, denoiser_name, trained.to(base.dtype))
     else:
+        raise ValueError(f"{named(folder)} holds no trained weights: neither {_LORA} nor a denoiser's config.json")
+
+
+def _merge_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """ValueError for another model's, of which diffusers takes what fits, and be it nothing, in silence."""
+    pipeline.load_lora_weights(folder)
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    taken = sum(p.numel() for part in parts for name, p in part.named_parameters() if "lora_" in name)
+    if taken != (stored := _stored(folder / _LORA)) or not stored:
         raise ValueError(
-            f"{folder} holds no trained weights: neither pytorch_lora_weights.safetensors nor a denoiser's config.json"
+            f"its LoRA has {stored:,} weights, of which this model takes {taken:,}; it is of another model"
         )
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
 
 
 def _locate(path: str | Path) -> str:
     """A folder that has a pipeline in it, or a hub id."""
     if str(path) in BUILT_IN:
         return _built_in(str(path))
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"model.path: {folder} has no model_index.json; give a folder written by save_pretrained")
-        return str(folder)
+    folder = os.path.expanduser(path)  # as os.path.isdir, and unlike Path's, it takes every text
+    if path and os.path.isdir(folder):
+        if not os.path.isfile(os.path.join(folder, "model_index.json")):
+            raise ValueError(
+                f"model.path: {named(folder)} has no model_index.json; give a folder written by save_pretrained"
+            )
+        return folder
     if _HUB_ID.fullmatch(str(path)):
         return str(path)
-    raise ValueError(f"model.path: {path} is neither a built-in model ({', '.join(BUILT_IN)}), a folder nor a hub id")
+    raise ValueError(
+        f"model.path: {named(path) or 'an empty text'} is neither a built-in model ({', '.join(BUILT_IN)}), a folder nor a hub id"
+    )
 
 
 def _built_in(name: str) -> str:
@@ -106,31 +139,70 @@ def _built_in(name: str) -> str:
 
 def _supported(source: str) -> type[PipelinePolicy]:
     """Decided on the pipeline's index alone, before gigabytes are fetched."""
-    try:
-        index = DiffusionPipeline.load_config(source)
-    except OSError as error:
-        raise _unreadable(source, error) from error
+    with _sayable(source):
+        index = dict(DiffusionPipeline.load_config(source))
     return _policy_class(str(index.get("_class_name")), source)
 
 
 def _policy_class(name: str, source: str) -> type[PipelinePolicy]:
     if name not in POLICIES:
-        raise ValueError(f"model.path: {source} is a {name}; progrpo trains {', '.join(POLICIES)}")
+        raise ValueError(f"model.path: {named(source)} is a {named(name)}; progrpo trains {', '.join(POLICIES)}")
     return POLICIES[name]
 
 
 def _read_pipeline(source: str, kind: type[PipelinePolicy], settings: PolicySettings) -> DiffusionPipeline:
     """Loaded in `dtype`, but a denoiser that is trained in full in float32: no precision is lost on the way."""
     denoiser = torch.float32 if settings.weights == "full" else settings.dtype
-    try:
-        return DiffusionPipeline.from_pretrained(
+    with _sayable(source):
+        for file in Path(source).glob(
+            "*/*config.json"
+        ):  # the libraries take other JSON for a hub's name, and ask there
+            if not isinstance(json.loads(file.read_bytes()), dict):
+                raise ValueError(f"{file} holds no object of named settings")
+        pipeline = DiffusionPipeline.from_pretrained(
             source, dtype={kind.denoiser_name: denoiser, "default": settings.dtype}, use_safetensors=True
         )
-    except OSError as error:
-        raise _unreadable(source, error) from error
+        for name, part in pipeline.components.items():
+            if part is not None and Path(source).is_dir():
+                _require_whole(part, Path(source, name))
+    return pipeline
 
 
-def _unreadable(source: str, error: OSError) -> ValueError:
-    place = "the folder" if Path(source).is_dir() else "no folder has that name, and the Hugging Face hub"
-    reason = " ".join(str(error).split())
-    return ValueError(f"model.path: cannot load {source}; {place} was tried: {reason}")
+_VOCABULARIES = {"tokenizer.json", "vocab.json", "spiece.model"}
+
+
+def _require_whole(part: object, folder: Path) -> None:
+    """ValueError where the files of a pipeline's part lack something that the libraries fill up in silence.
+
+    Missing weights become random numbers, a missing vocabulary an empty one. Weights are counted and not named, since names
+    change on the way from a file to a module; tied ones are stored once.
+    """
+    if folder.name.startswith("tokenizer") and not _VOCABULARIES & {file.name for file in folder.glob("*")}:
+        raise ValueError(f"{folder} holds none of {', '.join(sorted(_VOCABULARIES))}")
+    if not isinstance(part, nn.Module):
+        return
+    buffers = dict(part.named_buffers())
+    stored = sum(_stored(file, buffers) for file in folder.glob("*.safetensors"))
+    if stored < (wanted := sum(parameter.numel() for parameter in part.parameters())):
+        raise ValueError(f"{folder} holds {stored:,} weights, and its config.json asks for {wanted:,}")
+
+
+def _stored(file: Path, without: Container[str] = ()) -> int:
+    """Numbers in a safetensors file."""
+    with safe_open(file, "pt") as weights:
+        names = [name for name in weights.keys() if name not in without]  # noqa: SIM118 (it is no dict)
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+
+
+@contextmanager
+def _sayable(source: str | Path, what: str = "model.path") -> Iterator[None]:
+    """Whatever the libraries below raise at a damaged file, as a ValueError of one sentence."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of many kinds: of JSON, of safetensors, of a class that gets another's settings
+        place = "" if os.path.isdir(source) else "; no folder has that name, and the Hugging Face hub was tried"
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}, "
+        reason = named(" ".join(str(error).split()))
+        raise ValueError(f"{what}: cannot load {named(source)}{place}: {kind}{reason}") from error

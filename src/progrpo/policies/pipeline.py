@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -32,7 +33,7 @@ class PipelinePolicy(ABC):
     denoiser_name: ClassVar[str]
     """The pipeline's component that is trained."""
     lora_targets: ClassVar[tuple[str, ...]]
-    """What a LoRA adapts if nothing else is asked, as endings of module names."""
+    """What a LoRA adapts if nothing else is asked, as endings of module names; `*` stands for anything."""
     prediction: str
 
     def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, resolution: int) -> None:
@@ -45,9 +46,10 @@ class PipelinePolicy(ABC):
         self._tiny = _tiny_decoder(pipeline, settings)
         self.compiled = settings.compile
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
+        self.embeds_guidance = bool(getattr(self.denoiser.config, "guidance_embeds", False))
         self.device: torch.device = self.denoiser.device
         side = resolution // pipeline.vae_scale_factor
-        self.latent_shape: tuple[int, int, int] = (self.denoiser.config.in_channels, side, side)
+        self.latent_shape: tuple[int, int, int] = (pipeline.vae.config.latent_channels, side, side)
         self.trainable: Mapping[str, nn.Parameter] = {
             name: p for name, p in self.denoiser.named_parameters() if p.requires_grad
         }
@@ -102,6 +104,12 @@ class PipelinePolicy(ABC):
         """Latent rows and columns that the denoiser takes together."""
         return 1
 
+    @classmethod
+    def _sample_size(cls, pipeline: DiffusionPipeline) -> int:
+        """Rows and columns of the latents that the model was made for."""
+        size: int = getattr(pipeline, cls.denoiser_name).config.sample_size
+        return size
+
     @abstractmethod
     def levels(self, num_inference_steps: int, shift: float | None = None) -> Levels: ...
 
@@ -151,6 +159,9 @@ class PipelinePolicy(ABC):
 
     def predict(self, x_BCHW: Tensor, timestep: Tensor, condition: Condition, guidance_scale: float = 1.0) -> Tensor:
         timestep_B = timestep.to(x_BCHW.device, torch.float32).expand(len(x_BCHW))
+        if self.embeds_guidance:
+            guidance_B = torch.full_like(timestep_B, guidance_scale)
+            return self._output(x_BCHW, timestep_B, Condition({**condition.tensors, "guidance": guidance_B}))
         if guidance_scale == 1.0:
             return self._output(x_BCHW, timestep_B, condition)
         pair = Condition(
@@ -227,7 +238,7 @@ class PipelinePolicy(ABC):
 
     @classmethod
     def _checked_resolution(cls, pipeline: DiffusionPipeline, resolution: int | None) -> int:
-        own: int = getattr(pipeline, cls.denoiser_name).config.sample_size * pipeline.vae_scale_factor
+        own: int = cls._sample_size(pipeline) * pipeline.vae_scale_factor
         multiple = pipeline.vae_scale_factor * cls._patch(pipeline)
         if resolution is not None and (resolution <= 0 or resolution % multiple):
             raise ValueError(f"resolution: {resolution} is not a multiple of {multiple}; the model's own is {own}")
@@ -285,16 +296,18 @@ def _cast(module: ModelMixin, dtype: torch.dtype) -> None:
 
 
 def _add_lora(denoiser: ModelMixin, settings: PolicySettings, targets: tuple[str, ...]) -> None:
-    linears = [f".{name}" for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    adapted: set[str] = set()
     for target in targets:
-        if not any(name.endswith(f".{target}") for name in linears):
+        if not (found := [name for name in linears if fnmatchcase(f".{name}", f"*.{target}")]):
             raise ValueError(f"model.lora_targets: no linear layer's name ends in {target!r}; use such as attn.to_q")
+        adapted.update(found)
     config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=0.0,
         init_lora_weights="gaussian",
-        target_modules=list(targets),
+        target_modules=sorted(adapted),
     )
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, from the global generator
         torch.default_generator.manual_seed(settings.seed)

@@ -5,57 +5,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from progrpo.diffusion.levels import Levels, between_flow_levels, flow_levels
-from progrpo.policies.pipeline import PipelinePolicy
+from progrpo.diffusion.levels import Levels
+from progrpo.policies.flow import FlowPolicy
 from progrpo.types import Condition
 
 
-class SD3Policy(PipelinePolicy):
+class SD3Policy(FlowPolicy):
     """A `StableDiffusion3Pipeline`. A LoRA adapts attention and feed-forward of the picture's and the text's stream."""
 
-    denoiser_name: ClassVar[str] = "transformer"
     lora_targets: ClassVar[tuple[str, ...]] = (
         *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
         *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
         *(f"{feed_forward}.{name}" for feed_forward in ("ff", "ff_context") for name in ("net.0.proj", "net.2")),
     )
-    prediction = "flow"
 
     @classmethod
     def _check(cls, pipeline: DiffusionPipeline) -> None:
+        super()._check(pipeline)
         if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:
             raise ValueError(
                 "model.path: the pipeline lacks a CLIP text encoder; only text_encoder_3 (T5) may be left out"
             )
-        if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-            kind = type(pipeline.scheduler).__name__
-            raise ValueError(f"model.path: the scheduler is a {kind}; replace it by a FlowMatchEulerDiscreteScheduler")
 
     @classmethod
     def _patch(cls, pipeline: DiffusionPipeline) -> int:
         patch: int = pipeline.patch_size
         return patch
 
-    @property
-    def _num_train_timesteps(self) -> int:
-        number: int = self._pipeline.scheduler.config.num_train_timesteps
-        return number
-
     def levels(self, num_inference_steps: int, shift: float | None = None) -> Levels:
-        config = self._pipeline.scheduler.config
-        if shift is None and config.use_dynamic_shifting:
+        if shift is None and self._pipeline.scheduler.config.use_dynamic_shifting:
             raise ValueError("sampling.shift: this model shifts its grid by picture size; give a number, such as 3")
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-            config, shift=config.shift if shift is None else shift, use_dynamic_shifting=False
-        )
-        scheduler.set_timesteps(num_inference_steps)
-        return flow_levels(scheduler.sigmas, self._num_train_timesteps)
-
-    def between(self, levels_T1: Levels, place_B: Tensor) -> Levels:
-        return between_flow_levels(levels_T1, place_B, self._num_train_timesteps)
+        return super().levels(num_inference_steps, shift)
 
     def _encode_text(self, text: str) -> dict[str, Tensor]:
         embeds, _, pooled, _ = self._pipeline.encode_prompt(
@@ -81,8 +64,3 @@ class SD3Policy(PipelinePolicy):
     def _observed_modules(self) -> Sequence[nn.Module]:
         blocks = self.denoiser.transformer_blocks
         return blocks[len(blocks) // 2], blocks[-1]
-
-    def _unscaled(self, x0_BCHW: Tensor) -> Tensor:
-        config = self._pipeline.vae.config
-        latents: Tensor = x0_BCHW / config.scaling_factor + config.shift_factor
-        return latents

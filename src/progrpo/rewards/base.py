@@ -72,6 +72,11 @@ class Reward(Protocol):
         ...
 
 
+def check(reward: Reward, prompts: Sequence[Prompt]) -> None:
+    """Refusal, before a picture is drawn, where a reward can tell that it will not work with these prompts or here."""
+    getattr(reward, "check", lambda prompts: None)(prompts)
+
+
 def close(reward: Reward) -> None:
     """Let go of what a reward holds: a server's connection, processes, what a user's class wants closed."""
     getattr(reward, "close", lambda: None)()

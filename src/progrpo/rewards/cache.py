@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from progrpo.rewards.base import Reward, Score, close
+from progrpo.rewards.base import Refusal, Reward, Score, check, close
 from progrpo.types import Prompt
 
 
@@ -25,10 +25,15 @@ class Cached:
 
     def __init__(self, reward: Reward, identity: str, folder: Path) -> None:
         self._reward, self._identity = reward, identity
-        folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', identity).strip('-')}.sqlite"
-        with self._open() as database:
-            database.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, value REAL, passed INTEGER)")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with self._open() as database:
+                database.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, value REAL, passed INTEGER)")
+        except (OSError, sqlite3.Error) as error:
+            raise Refusal(
+                f"reward {identity!r}: its cache {folder} cannot be used ({error}); name another folder"
+            ) from error
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         keys = [self._key(picture, prompt) for picture, prompt in zip(pictures_NHWC, prompts, strict=True)]
@@ -61,6 +66,9 @@ class Cached:
         whole = [(key, s.value, s.passed) for key, s in scores.items() if np.isfinite(s.number())]
         with self._open() as database:
             database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", whole)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        check(self._reward, prompts)
 
     def close(self) -> None:
         close(self._reward)

@@ -48,6 +48,10 @@ class FunctionReward:
         parts = [slice(i, i + size) for i in range(0, len(prompts), size)] if prompts else []
         return [score for part in parts for score in self._call(pictures_NHWC[part], prompts[part], columns, part)]
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        self._load()
+        self._columns(prompts)
+
     def close(self) -> None:
         if hasattr(self._whole, "close"):
             self._whole.close()

@@ -312,6 +312,10 @@ class GenEval:
         colors = Colors(placed(clip, settings), tokenizer_of("geneval", *VIT_L), CLIPImageProcessorPil())
         return cls(Detector(placed(model, exact), image_processor, settings.batch), colors)
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            demand_of(prompt, self._detector.labels)
+
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         demands = [demand_of(prompt, self._detector.labels) for prompt in prompts]
         seen = self._detector.detect(pictures_NHWC)

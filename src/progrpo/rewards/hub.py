@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from torch import Tensor
 
-from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score
+from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score, check
 from progrpo.types import Prompt
 
 if TYPE_CHECKING:
@@ -28,15 +28,20 @@ _Model = TypeVar("_Model", bound="PreTrainedModel")
 
 
 class OnFirstScore:
-    """A reward whose weights are loaded when it is first asked for a score: once, whoever asks at the same time."""
+    """A reward whose weights are loaded when it is first asked for anything: once, whoever asks at the same time."""
 
     def __init__(self, load: Callable[[], Reward]) -> None:
         self._load, self._one = functools.cache(load), threading.Lock()
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        return self._loaded().score(pictures_NHWC, prompts)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        check(self._loaded(), prompts)
+
+    def _loaded(self) -> Reward:
         with self._one:
-            reward = self._load()
-        return reward.score(pictures_NHWC, prompts)
+            return self._load()
 
 
 @contextmanager

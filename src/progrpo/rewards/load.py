@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from progrpo.rewards.base import Refusal, Reward, RewardSettings
+from progrpo.words import quoted
 
 
 def _shapes(strict_share: float, settings: RewardSettings) -> Reward:
@@ -89,8 +90,10 @@ def _load(name: str, settings: RewardSettings) -> Reward:
     if name in REWARDS:
         return REWARDS[name](settings)
     module_name, colon, attribute = name.partition(":")
-    if not colon:
-        raise Refusal(f"reward {name!r} is neither built in ({', '.join(REWARDS)}) nor of the form module:function")
+    if not colon or not all(module_name.split(".")) or "\0" in module_name:
+        raise Refusal(
+            f"reward {quoted(name)} is neither built in ({', '.join(REWARDS)}) nor of the form module:function"
+        )
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
@@ -98,10 +101,14 @@ def _load(name: str, settings: RewardSettings) -> Reward:
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the user's module is there, something that it imports is not
-        raise Refusal(f"reward {name!r}: there is no module {module_name!r} in this folder or installed") from None
+        raise Refusal(
+            f"reward {quoted(name)}: there is no module {quoted(module_name)} in this folder or installed"
+        ) from None
     found = getattr(module, attribute, None)
     if not callable(found) and not hasattr(found, "score"):
-        raise Refusal(f"reward {name!r}: the module {module_name!r} has no function or class {attribute!r}")
+        raise Refusal(
+            f"reward {quoted(name)}: the module {quoted(module_name)} has no function or class {quoted(attribute)}"
+        )
     from progrpo.rewards.function import FunctionReward
 
     return FunctionReward(found() if isinstance(found, type) else found, settings.batch_size)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.rewards.base import Reward, Score, close
+from progrpo.rewards.base import Reward, Score, check, close
 from progrpo.types import Prompt, Scores
 
 
@@ -82,6 +82,11 @@ class Mixture:
             found = Failures(self._asked, self._missing, self._last_error)
             self._count_anew()
         return found
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refusal where a reward can tell beforehand that it will not work with these prompts or here."""
+        for term in self._terms:
+            check(term.reward, prompts)
 
     def close(self) -> None:
         for term in self._terms:

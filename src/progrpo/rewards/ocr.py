@@ -62,6 +62,10 @@ class OCR:
         values = [similarity(w, self._read(p)) for w, p in zip(wanted, pictures_NHWC, strict=True)]
         return [Score(value, value == 1) for value in values]
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            targets(prompt)
+
     def _read(self, picture_HWC: np.ndarray) -> str:
         blue_first = np.ascontiguousarray(picture_HWC[..., ::-1])
         return plain("".join(self._reader(blue_first).txts or ()))

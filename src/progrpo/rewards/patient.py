@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from progrpo.rewards.base import Refusal, Reward, Score, close
+from progrpo.rewards.base import Refusal, Reward, Score, check, close
 from progrpo.types import Prompt
 
 _HOPELESS = 8  # single pictures that fail before the first success: the reward is down, not a picture bad
@@ -57,6 +57,9 @@ class Patient:
             for i, score in zip(rows, self._one_by_one(pictures_NHWC[rows], [prompts[i] for i in rows]), strict=True):
                 found[i] = score
         return found
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        check(self._reward, prompts)
 
     def close(self) -> None:
         close(self._reward)

@@ -83,6 +83,9 @@ class RemoteReward:
                 answer.cancel()
             raise
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        self._meet()
+
     def close(self) -> None:
         self._closed.set()
         self._pool.shutdown(cancel_futures=True)

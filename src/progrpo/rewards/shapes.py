@@ -20,13 +20,16 @@ class ShapesReward:
     def __init__(self, strict_share: float = 0.0) -> None:
         self._strict_share = strict_share
 
-    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+    def check(self, prompts: Sequence[Prompt]) -> None:
         strangers = [p.text for p in prompts if "objects" not in p.columns]
         if strangers:
             raise ValueError(
                 f"the reward `shapes` cannot read the prompt {strangers[0]!r}: it needs the built-in prompts"
                 " (--prompts.source shapes); name a reward of your own as module:function"
             )
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        self.check(prompts)
         share = self._strict_share
         return [
             Score((1 - share) * v.graded + share * float(v.strict), v.strict) for v in verify(pictures_NHWC, prompts)

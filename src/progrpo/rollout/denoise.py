@@ -23,13 +23,15 @@ class Sampling:
 
     Only stochastic steps have them. Latents are rounded to `latent_dtype` before their log-probs are taken and so may be
     stored in it. With `same_latent` the members of a group begin at one noise. With `attached` the outputs of stored steps
-    keep their graphs, with `features` network calls also give what a probe reads.
+    keep their graphs, with `features` network calls also give what a probe reads. With `embedded_guidance` the network is told
+    the guidance scale, else guidance takes a pair of calls.
     """
 
     process: Process
     stored_steps: frozenset[int] = frozenset()
     stored_means: bool = False
     guidance_scale: float = 1.0
+    embedded_guidance: bool = False
     microbatch: int = 64
     same_latent: bool = False
     latent_dtype: torch.dtype = torch.float32
@@ -45,7 +47,7 @@ class Sampling:
 
     @property
     def nfe_per_call(self) -> int:
-        return 2 if self.guidance_scale > 1 else 1
+        return 2 if self.guidance_scale > 1 and not self.embedded_guidance else 1
 
     def rounded(self, x: Tensor) -> Tensor:
         """x as it is stored, in its own dtype again: a log-prob of anything else would not be that of what is trained."""

@@ -7,34 +7,25 @@ evaluation/before.json    a record a picture (and after.json); the first picture
 audit/0005.json, .png     an audit group: scores at every step, and a sheet of its previews (rows: members)
 samples/0000.png          a grid of pictures an evaluation
 checkpoints/  lora/  report.html
+run.lock                  while a run writes here (tracking/lock.py)
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from progrpo.durable import WRITING, append, sync, write_file
+
 _FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "report.html")
-_FOLDERS = ("evaluation", "audit", "samples", "checkpoints", "lora", "transformer", "unet")
+_FOLDERS = ("checkpoints", "evaluation", "audit", "samples", "lora", "transformer", "unet")
 _GAP_GREY = 236
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replace a file in one step: a reader sees the old bytes or the new ones, never half of them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".writing")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _plain(value: Any) -> Any:
@@ -54,6 +45,13 @@ def _encode(value: Any, indent: int | None = None) -> str:
     return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
 
 
+def _decode(data: bytes, path: Path) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); put it back as it was") from None
+
+
 def tile(images_NHWC: np.ndarray, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:
     """N pictures as one, row by row, `gap` grey pixels between them, each enlarged `scale` times without blur."""
     images_NHWC = images_NHWC.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -67,7 +65,10 @@ def tile(images_NHWC: np.ndarray, columns: int, scale: int = 1, gap: int = 2) ->
 
 
 class RunFolder:
-    """Writes and reads the files of one run. Readers give what is there: {}, [] or None for what is not written yet."""
+    """Writes and reads the files of one run. Readers give what is there: {}, [] or None for what is not written yet.
+
+    Writers need the folder: one that vanishes while a run writes is not made anew, without what was in it.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -87,26 +88,54 @@ class RunFolder:
         return run
 
     def _delete(self) -> None:
-        """Delete the files of a run, and only those: the folder may hold something of the user's."""
-        for name in _FILES:
-            (self.path / name).unlink(missing_ok=True)
+        """Delete the files of a run, and only those: the folder may hold something of the user's.
+
+        Checkpoints go first and config.json last: if this is cut off, the rest is a run to be overwritten, which neither goes on
+        from half of its files nor lets a new one begin among them.
+        """
+        self._delete_unfinished()
+        for name in (*_FOLDERS, *reversed(_FILES)):
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+            sync(self.path)
+
+    def _delete_unfinished(self) -> None:
+        """What a killed writer has left. Checkpoints see to their own."""
+        for path in self.path.glob(f"*{WRITING}"):
+            if path.name.startswith(_FILES):
+                path.unlink()
         for name in _FOLDERS:
-            shutil.rmtree(self.path / name, ignore_errors=True)
+            for path in (self.path / name).glob(f"**/*{WRITING}"):
+                if path.is_file():
+                    path.unlink()
+
+    def _write(self, relative: str, write: Callable[[BinaryIO], Any]) -> Path:
+        path = self.path / relative
+        for folder in reversed(Path(relative).parents[:-1]):
+            if not (self.path / folder).is_dir():
+                (self.path / folder).mkdir()
+                sync((self.path / folder).parent)
+        write_file(path, write)
+        return path
 
     # --- numbers and words --------------------------------------------------------------------------------------------
 
     def write_text(self, relative: str, text: str) -> Path:
-        path = self.path / relative
-        _replace(path, lambda file: file.write(text.encode()))
-        return path
+        return self._write(relative, lambda file: file.write(text.encode()))
 
     def write_json(self, relative: str, value: Any) -> Path:
         return self.write_text(relative, _encode(value, indent=1))
 
     def read_json(self, relative: str) -> Any:
-        """What the file holds, or None if it is not there."""
+        """What the file holds, or None if it is not there; ValueError if that is not JSON."""
         path = self.path / relative
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        try:
+            return _decode(path.read_bytes(), path)
+        except FileNotFoundError:
+            return None
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         self.write_json("config.json", config)
@@ -129,8 +158,7 @@ class RunFolder:
         return costs
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        with (self.path / "metrics.jsonl").open("ab") as file:
-            file.write(_encode(record).encode())
+        append(self.path / "metrics.jsonl", _encode(record).encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All records, without a last line that is still being written; ValueError for a broken line elsewhere."""
@@ -145,10 +173,18 @@ class RunFolder:
                     raise ValueError(f"{path}: line {i + 1} is not JSON; delete that line") from None
         return records
 
-    def truncate_metrics(self, iteration: int) -> None:
-        """Drop the records of `iteration` and later (a resumed run writes them anew), and a half-written last line."""
+    def truncate(self, iteration: int) -> None:
+        """Drop what is recorded of `iteration` and later, which a resumed run does anew, and what a killed writer has left."""
+        self._delete_unfinished()
         kept = [record for record in self.read_metrics() if record["iteration"] < iteration]
         self.write_text("metrics.jsonl", "".join(map(_encode, kept)))
+        for path in [*self._numbered("audit"), *self._numbered("samples")]:
+            if int(path.stem) >= iteration:
+                path.unlink()
+
+    def _numbered(self, folder: str) -> Iterator[Path]:
+        """The files of a folder that are named by their iteration."""
+        return (path for path in (self.path / folder).glob("*.*") if path.stem.isdecimal())
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 
@@ -158,7 +194,7 @@ class RunFolder:
 
         assert image_HWC.dtype == np.uint8, f"a picture is uint8, not {image_HWC.dtype}"
         picture = Image.fromarray(image_HWC)
-        _replace(self.path / relative, lambda file: picture.save(file, format="PNG"))
+        self._write(relative, lambda file: picture.save(file, format="PNG"))
         return relative
 
     def save_grid(self, relative: str, images_NHWC: np.ndarray, columns: int, scale: int = 1) -> str:
@@ -201,5 +237,6 @@ class RunFolder:
 
     def read_audits(self) -> list[dict[str, Any]]:
         """All audits, oldest first."""
-        paths = sorted((self.path / "audit").glob("*.json"), key=lambda path: int(path.stem))
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        paths = [path for path in self._numbered("audit") if path.suffix == ".json"]
+        found = [self.read_json(f"audit/{path.name}") for path in sorted(paths, key=lambda path: int(path.stem))]
+        return [audit for audit in found if audit is not None]  # one may go at this moment, when the run is resumed

@@ -111,6 +111,7 @@ def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str
         lora_alpha=model.lora_alpha,
         lora_targets=model.lora_targets,
         max_sequence_length=model.max_sequence_length,
+        resolution=model.resolution,
         seed=seed,
         device=ranks.device,
         dtype=getattr(torch, model.dtype),
@@ -161,6 +162,12 @@ def _is_run(folder: Path) -> bool:
 def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) -> Sampling:
     """How an iteration samples: stochastic where its window lies, storing what an objective needs of the trained steps."""
     wanted, stochastic = config.sampling, stochastic_steps(config, iteration)
+    if wanted.guidance_scale > 1 and wanted.embedded_guidance != policy.embeds_guidance:
+        raise ValueError(
+            "sampling.embedded_guidance must be true: this model is told the guidance scale and makes one call of it"
+            if policy.embeds_guidance
+            else "sampling.embedded_guidance must be false: this model is guided by a pair of calls"
+        )
     sampler, steps = sampler_for(wanted, policy), range(wanted.num_inference_steps)
     noise_level = SAMPLERS[sampler].noise_level if wanted.noise_level is None else wanted.noise_level
     process = Process(
@@ -181,6 +188,7 @@ def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) 
         same_latent=wanted.same_latent,
         latent_dtype=getattr(torch, wanted.latent_dtype),
         guidance_scale=wanted.guidance_scale,
+        embedded_guidance=policy.embeds_guidance,
         microbatch=microbatch(wanted),
         attached=config.optim.reuse_rollout,
         features=config.preview.probe,

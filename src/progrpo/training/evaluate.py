@@ -23,6 +23,7 @@ from progrpo.training.checks import check_failures
 from progrpo.training.distributed import Ranks
 from progrpo.training.pictures import diversity, saturation, sharpness
 from progrpo.types import Prompt
+from progrpo.words import named
 
 DIVERSE_PROMPTS = 64
 STATISTICS: dict[str, Callable[[np.ndarray], float]] = {"sharpness": sharpness, "saturation": saturation}
@@ -80,7 +81,8 @@ def ode(
     process = Process(
         policy.prediction, "ddim", policy.levels(num_inference_steps, shift), (0.0,) * num_inference_steps
     )
-    return Sampling(process, guidance_scale=guidance_scale, microbatch=microbatch)
+    told = policy.embeds_guidance
+    return Sampling(process, guidance_scale=guidance_scale, embedded_guidance=told, microbatch=microbatch)
 
 
 def evaluate(
@@ -163,6 +165,11 @@ def _kind(columns: Mapping[str, Any]) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
+def _harmful(term: RewardTerm) -> bool:
+    """Whether a reward does more than to load published weights and to look at pictures."""
+    return ":" in term.name or bool(term.url or term.cache)
+
+
 @torch.no_grad()
 def evaluate_model(
     target: str,
@@ -175,10 +182,23 @@ def evaluate_model(
     guidance_scale: float,
     seed: int = 1234,
 ) -> dict[str, Any]:
-    """Figures of a model, or of a run's trained weights, on `pictures` prompts; a run's own prompts and rewards for None."""
+    """Figures of a model, or of a run's trained weights, on `pictures` prompts; a run's own prompts and rewards for None.
+
+    A run folder may be a stranger's: a reward of its own that is code, asks a server or writes scores is used only if `reward` names it.
+    """
     ranks, config = Ranks(), config_of(target)
     prompts = prompts or config.eval.prompts
-    terms = tuple(map(RewardTerm.from_text, reward)) if reward else config.reward.terms
+    if reward:
+        terms, harmful = tuple(map(RewardTerm.from_text, reward)), []
+        others = tuple(term for term in config.eval.rewards if not _harmful(term))
+        config = replace(config, eval=replace(config.eval, rewards=others))
+    else:
+        terms, harmful = config.reward.terms, [t for t in (*config.reward.terms, *config.eval.rewards) if _harmful(t)]
+    if harmful:
+        raise ValueError(
+            f"{named(target)} is measured by {named(harmful[0].to_text())}, which runs code of yours, asks a server or writes scores:"
+            " if you trust that, give --reward with it; else another reward"
+        )
     config = replace(config, reward=replace(config.reward, terms=terms))
     check(config)
     reward_of, held_out = scorer_from(terms), scorer_from(config.eval.rewards) if config.eval.rewards else None

@@ -20,9 +20,8 @@ _WORTH_A_CHANGE = 1.02  # below that the simulation's own noise would choose
 
 def prompt_cost(config: Config, plan: Plan, probed: frozenset[int] = frozenset()) -> Cost:
     """What a plan costs for one prompt of the run."""
-    sampling = config.sampling
-    guidance = sampling.guidance_scale > 1
-    return plan.predict(sampling.num_inference_steps, trained_items(config), guidance, config.preview.ode_steps, probed)
+    steps, pairs = config.sampling.num_inference_steps, config.sampling.in_pairs
+    return plan.predict(steps, trained_items(config), pairs, config.preview.ode_steps, probed)
 
 
 def plan_from(state: Mapping[str, Any]) -> Plan:

@@ -18,7 +18,7 @@ import torch
 
 from progrpo import __version__
 from progrpo.config import Config, ObjectiveConfig, RewardTerm, check, microbatch, to_dict, trained_items
-from progrpo.data import ORDERS, PromptOrder, Prompts, prompt_of_row
+from progrpo.data import ORDERS, PromptOrder, Prompts, prompts_of
 from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge
@@ -126,8 +126,10 @@ def train(
     """
     from progrpo.policies.load import policy_from_pipeline
 
-    config = config or Config()
+    config = Config() if config is None else config
     check(config)
+    told = prompts_of(prompts, "prompts")
+    watched = told if eval_prompts is None else prompts_of(eval_prompts, "eval_prompts")
     ranks = Ranks()
     config = settled(config, ranks)
     decoder = tiny_decoder(config.preview)
@@ -135,23 +137,14 @@ def train(
     terms, scorer = _mixed(reward, config.objective)
     config = replace(config, reward=replace(config.reward, terms=terms))
     check(config)
-    table: Prompts = {"": tuple(_prompt(p) for p in prompts)}
-    if not table[""]:
-        raise ValueError("prompts is empty; give at least one")
-    watched = [_prompt(p) for p in (eval_prompts or prompts)]
-    watched = [watched[i % len(watched)] for i in range(config.eval.pictures)]
+    table: Prompts = {"": told}
+    test = [watched[i % len(watched)] for i in range(config.eval.pictures)]
     config = measured(config, policy, table[""][0].text, ranks)
     order = ORDERS[config.prompts.order](table, config.seed)
-    held_out = HeldOut(watched, watched, None, _held_out_rewards(config))
+    held_out = HeldOut(test, test, None, _held_out_rewards(config))
     run = Run(config, policy, scorer, order, held_out, RunFolder(out), ranks)
     run.create(overwrite)
     return run.train()
-
-
-def _prompt(prompt: str | Prompt | Mapping[str, Any]) -> Prompt:
-    if isinstance(prompt, Mapping):
-        return prompt_of_row(prompt, "prompts")
-    return Prompt(prompt) if isinstance(prompt, str) else prompt
 
 
 def _mixed(
@@ -244,6 +237,16 @@ class Run:
         self._path = plan_path(self.trainer.plan)
         self._hacking, self._hacked = HackingWatch(), False
         self._warnings: list[str] = []
+        self._check_rewards(order)
+
+    def _check_rewards(self, order: PromptOrder) -> None:
+        """Before a folder is made, or an old run replaced: what a reward lacks is often known without a picture."""
+        count = self.config.prompts.per_iteration
+        ahead = order.ahead(0, self.config.iterations, count)
+        own = list({id(p): p for p in chain(self.held_out.test, self.held_out.validation, ahead)}.values())
+        self.reward.check(own)
+        if self.held_out.rewards is not None:
+            self.held_out.rewards.check([*self.held_out.test, *self.held_out.validation])
 
     def create(self, overwrite: bool) -> None:
         """Make the run folder, once every part of the run could be built; ValueError if it holds a run already."""
@@ -475,7 +478,7 @@ class Run:
             self.trainer.plan,
             sampling.num_inference_steps,
             trained_items(self.config),
-            sampling.guidance_scale > 1,
+            sampling.in_pairs,
             self.config.preview.ode_steps,
         )
 

@@ -68,7 +68,7 @@ def positions(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Where each record stands on each of AXES; seconds and NFE are summed up to and including the record."""
     seconds = np.cumsum([record.get("seconds") or 0.0 for record in metrics])
     nfe = np.cumsum([record.get("rollout/nfe") or 0 for record in metrics])
-    return {"iteration": [r["iteration"] for r in metrics], "seconds": seconds.tolist(), "nfe": nfe.tolist()}
+    return {"iteration": [int(r["iteration"]) for r in metrics], "seconds": seconds.tolist(), "nfe": nfe.tolist()}
 
 
 def _trace(metrics: Sequence[Mapping[str, Any]], curve: Curve) -> dict[str, Any] | None:
@@ -85,7 +85,7 @@ def _trace(metrics: Sequence[Mapping[str, Any]], curve: Curve) -> dict[str, Any]
         "line": {"color": curve.colour, "width": width, "dash": dash},
         "marker": marker,
         "x": x["iteration"],
-        "y": [metrics[i][curve.key] for i in rows],
+        "y": [float(metrics[i][curve.key]) for i in rows],  # a text would be a label, which Plotly reads as HTML
         "meta": x,  # the page's switch of the x axis reads the other positions from here
         "hovertemplate": "%{y:.4g}",
     }

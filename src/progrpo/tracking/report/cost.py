@@ -18,6 +18,9 @@ _LINES = {
 _COLUMNS = {"nfe": "NFE", "decodes": "Decodes", "reward_calls": "Reward calls", "trained_steps": "Trained steps"}
 
 
+_MOST_STEPS = 10_000  # a bar each
+
+
 def write(run: Run) -> str:
     lead = "NFE: one sample through the denoiser once; with classifier-free guidance a step counts two."
     body = f'<div class="beside">{_plan(run)}<div>{_spent(run)}</div></div><h3>Time</h3>{_time(run)}'
@@ -28,7 +31,9 @@ def _plan(run: Run) -> str:
     plan = run.summary.get("plan")
     if plan is None:
         return note("The plan is not in summary.json yet.")
-    path, prune_steps, steps = plan["path"], plan["prune_steps"], plan["num_inference_steps"]
+    path, prune_steps, steps = run.path_of_plan, run.prune_steps, int(plan["num_inference_steps"])
+    if steps > _MOST_STEPS:
+        raise ValueError(f"num_inference_steps must be at most {_MOST_STEPS}")
     paid, whole = sum(charts.alive_by_step(path, prune_steps, steps)), path[0] * steps
     sizes = " → ".join(map(str, path))
     words = f"{sizes} members, selector {escape(plan['selector'])}: {paid} of {whole} network calls a prompt"

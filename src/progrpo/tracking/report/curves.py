@@ -8,7 +8,7 @@ from typing import Any
 
 from progrpo.tracking.report import charts
 from progrpo.tracking.report.charts import ACCENT, AMBER, GREY, ROSE, TEAL, VIOLET, Curve
-from progrpo.tracking.report.page import chart, escape, note, section
+from progrpo.tracking.report.page import anchor_of, chart, escape, note, section
 from progrpo.tracking.report.run import Records, Run
 
 _PREVIEW = "preview/rank_correlation@"
@@ -96,7 +96,7 @@ def _signal(metrics: Records) -> _Card:
     """Where prompts are drawn by what they teach: how likely each kind is to come next."""
     kinds = sorted({key.partition("@")[2] for record in metrics for key in record if key.startswith(_SHARE)})
     colours = (ACCENT, TEAL, AMBER, GREY, VIOLET, ROSE)
-    lines = [Curve(f"{_SHARE}{kind}", kind, colours[i % len(colours)]) for i, kind in enumerate(kinds)]
+    lines = [Curve(f"{_SHARE}{kind}", escape(kind), colours[i % len(colours)]) for i, kind in enumerate(kinds)]
     about = "share of the next prompts by kind, by how far its rewards differ"
     return _Card("Where sampling goes", about, lines, {"tickformat": ".0%", "rangemode": "tozero"})
 
@@ -123,8 +123,8 @@ def _deviation(metrics: Records) -> _Card:
 def _grid(metrics: Records, cards: Sequence[_Card], classes: str, height: int) -> str:
     drawn = [(card, charts.curves(metrics, card.curves, card.y, height)) for card in cards]
     html = "".join(
-        chart(figure, "curve-" + card.title.lower().replace(" ", "-"), card.title, card.about)
-        for card, figure in drawn
+        chart(figure, f"curve-{anchor_of(card.title)}-{i}", card.title, card.about)
+        for i, (card, figure) in enumerate(drawn)
         if figure is not None
     )
     absent = [card.title for card, figure in drawn if figure is None]

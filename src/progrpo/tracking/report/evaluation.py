@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from progrpo.tracking.report import charts
-from progrpo.tracking.report.page import chart, escape, note, pairs, picture_uri, section
+from progrpo.tracking.report.page import chart, escape, note, pairs, picture_uri, read_picture, section
 from progrpo.tracking.report.run import Records, Run, accuracy
 from progrpo.tracking.statistics import Mean
 from progrpo.tracking.wording import count, number
@@ -77,11 +77,12 @@ def _pair(run: Run, i: int) -> str:
 
 def _shot(run: Run, record: Mapping[str, Any], when: str) -> str:
     name = record.get("picture")
-    if not name or not (run.path / name).exists():
+    picture = read_picture(run.path, name) if name else None
+    if picture is None:
         return "<div></div>"
     word, mark = _MARKS.get(record["strict"], ("no verdict", ""))
     title = f"{when} training: {word}, graded {number(record.get('graded'))}"
-    image = f'<img src="{picture_uri(run.path / name)}" alt="{when} training">'
+    image = f'<img src="{picture_uri(picture)}" alt="{when} training">'
     verdict = f'<span class="mark {word}">{mark}</span>' if mark else ""
     return f'<div class="shot" title="{title}">{image}{verdict}</div>'
 
@@ -106,7 +107,13 @@ def _rewards(run: Run) -> str:
     rows |= {f"{name}, scores missing": f"{count(n)} of {count(asked[name])}" for name, n in missing.items() if n}
     if any(missing.values()):
         rows["last error of a reward"] = about.get("last_error") or "none was given"
-    return f"<h3>Rewards</h3>{pairs(rows)}" if rows else ""
+    said = "".join(note(f"The model may be learning to please the reward alone: {escape(w)}.") for w in _warnings(run))
+    return said + (f"<h3>Rewards</h3>{pairs(rows)}" if rows else "")
+
+
+def _warnings(run: Run) -> list[object]:
+    found = run.summary.get("warnings")
+    return found if isinstance(found, list) else []
 
 
 def _by_kind(records: Records) -> dict[str, Mean]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from progrpo.tracking.report.page import escape, note, picture_uri
+from progrpo.tracking.report.page import escape, note, picture_uri, read_picture
 from progrpo.tracking.statistics import spearman
 from progrpo.tracking.wording import number
 
@@ -62,14 +62,11 @@ def _agreement(audit: Mapping[str, Any], step: int) -> float | None:
 
 
 def _sheet(folder: Path, audit: Mapping[str, Any], anchor: str) -> str:
-    from PIL import Image
-
-    strip = folder / audit["strip"]
-    if not strip.exists():
+    strip = read_picture(folder, audit["strip"])
+    if strip is None:
         return note(f"The pictures of this audit ({escape(audit['strip'])}) are not there.")
     group, columns = len(audit["final"]), len(audit["steps"]) + 1
-    with Image.open(strip) as file:
-        width, height = file.width // columns, file.height // group
+    width, height = strip.width // columns, strip.height // group
     scale = min(1.0, _CELL / width)
     size = (round(width * scale) * columns, round(height * scale) * group)
     uri = picture_uri(strip, size)

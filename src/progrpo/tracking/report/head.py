@@ -48,7 +48,7 @@ def _what_ran(run: Run) -> str:
     model = escape(run.config.get("model", {}).get("path", "The model"))
     done = f"{len(run.metrics)} of {escape(run.iterations or '?')} iterations"
     if run.status == "finished":
-        return f"{model} was trained for {run.iterations} iterations in {duration(run.summary.get('wall_seconds'))}"
+        return f"{model} was trained for {escape(run.iterations)} iterations in {duration(run.summary.get('wall_seconds'))}"
     if run.status == "running":
         return f"{model} is being trained, {done} are done"
     return f"{model} was trained for {done} and {escape(run.status)}"

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import base64
 import html
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from progrpo.tracking.report.charts import Figure
+from progrpo.tracking.report.run import inside
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _CHART_CONFIG = {"displayModeBar": False, "responsive": True}
 
@@ -43,6 +50,11 @@ def note(text: str) -> str:
     return f'<p class="note">{text}</p>'
 
 
+def anchor_of(words: str) -> str:
+    """An id that is safe in HTML, CSS and scripts."""
+    return re.sub(r"[^a-z0-9]+", "-", words.lower())
+
+
 def chart(figure: Figure, anchor: str, title: str = "", about: str = "") -> str:
     """A Plotly figure with its caption above; Plotly's own writer escapes what would end the script."""
     import plotly.io
@@ -71,12 +83,24 @@ def pairs(items: Mapping[str, object]) -> str:
     )
 
 
-def picture_uri(path: Path, size: tuple[int, int] | None = None, longest: int = 192) -> str:
-    """The picture of a file inside the page, as a data URI: resized to `size` or, if larger, to `longest` pixels."""
+def read_picture(folder: Path, name: str) -> Image.Image | None:
+    """A picture of a run folder; None for a file that is not there, lies elsewhere, is no PNG or is too large to be opened."""
     from PIL import Image
 
-    with Image.open(path) as file:
-        picture = file.convert("RGB")
+    path = folder / name
+    if not inside(folder, path):
+        return None
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=("PNG",)) as file:
+            return file.convert("RGB")  # of other formats some run programs, and a run writes no others
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def picture_uri(picture: Image.Image, size: tuple[int, int] | None = None, longest: int = 192) -> str:
+    """A picture inside the page, as a data URI: resized to `size` or, if larger, to `longest` pixels."""
+    from PIL import Image
+
     if size is not None and size != picture.size:
         picture = picture.resize(size, Image.Resampling.BOX)
     elif size is None:

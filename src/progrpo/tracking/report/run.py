@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.statistics import Mean, paired_difference, share
+from progrpo.words import named
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -25,7 +29,7 @@ class Run:
 
     @property
     def recipe(self) -> str:
-        return self.summary.get("recipe") or self.config.get("recipe") or self.path.name
+        return str(self.summary.get("recipe") or self.config.get("recipe") or self.path.name)
 
     @property
     def iterations(self) -> int | None:
@@ -33,16 +37,16 @@ class Run:
 
     @property
     def status(self) -> str:
-        return self.summary.get("status") or "running"
+        return str(self.summary.get("status") or "running")
 
     @property
     def path_of_plan(self) -> list[int]:
         """The sizes of a group as it is pruned, [48, 24, 12]; empty if the plan is not known yet."""
-        return self.summary["plan"]["path"] if self.summary.get("plan") else []
+        return [int(size) for size in self.summary["plan"]["path"]] if self.summary.get("plan") else []
 
     @property
     def prune_steps(self) -> list[int]:
-        return self.summary["plan"]["prune_steps"] if self.summary.get("plan") else []
+        return [int(step) for step in self.summary["plan"]["prune_steps"]] if self.summary.get("plan") else []
 
     @property
     def paired(self) -> bool:
@@ -64,13 +68,55 @@ def accuracy(records: Records) -> Mean | None:
 def read_run(path: Path) -> Run:
     folder = RunFolder(path)
     if not (folder.path / "config.json").exists():
-        raise ValueError(f"{path} holds no run (no config.json); give the folder that `progrpo train --out` named")
+        raise ValueError(
+            f"{named(path)} holds no run (no config.json); give the folder that `progrpo train --out` named"
+        )
     return Run(
-        folder.path,
-        folder.read_config(),
-        folder.read_metrics(),
-        folder.read_summary(),
-        folder.read_evaluation("before"),
-        folder.read_evaluation("after"),
-        folder.read_audits(),
+        path=folder.path,
+        config=_read(folder, "config.json", folder.read_config, dict),
+        metrics=_read(folder, "metrics.jsonl", folder.read_metrics, list),
+        summary=_read(folder, "summary.json", folder.read_summary, dict),
+        before=_read(folder, "evaluation/before.json", partial(folder.read_evaluation, "before"), list),
+        after=_read(folder, "evaluation/after.json", partial(folder.read_evaluation, "after"), list),
+        audits=[_audit(record) for record in _read(folder, "audit", folder.read_audits, list)],
     )
+
+
+def _read(folder: RunFolder, name: str, read: Callable[[], Any], kind: Any) -> Any:
+    """What a file (or the files of a folder) holds: an object, or a list of objects."""
+    path = folder.path / name
+    for file in (path, *path.glob("*.json")):
+        if not inside(folder.path, file):
+            raise ValueError(f"{named(file)} is a link out of the run folder; put the file itself there")
+    with readable(named(path)):
+        found = read()
+        if not isinstance(found, kind) or (kind is list and not all(isinstance(record, Mapping) for record in found)):
+            raise ValueError("it holds something else than a run's records")
+        return found
+
+
+def _audit(record: Mapping[str, Any]) -> dict[str, Any]:
+    with readable("an audit's record"):
+        lists = {name: [int(i) for i in record[name]] for name in ("steps", "kept_uniform", "kept_ovf")}
+        stopped = [None if step is None else int(step) for step in record["stopped_at"]]
+        return {**record, **lists, "iteration": int(record["iteration"]), "stopped_at": stopped}
+
+
+def inside(folder: Path, file: Path) -> bool:
+    """Whether a file lies in the folder, links followed: a stranger's records may name any path."""
+    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
+
+
+_WRONG = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)
+
+
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Whatever comes of records that no run wrote, as a ValueError of one sentence."""
+    try:
+        yield
+    except _WRONG as error:
+        reason = named(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        raise ValueError(
+            f"{what} cannot be read as progrpo writes it ({reason}); take the file that the run wrote"
+        ) from error

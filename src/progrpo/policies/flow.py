@@ -1,0 +1,47 @@
+"""What flow models in diffusers' format share: Euler's scheduler and its grid, and how latents are scaled."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from progrpo.diffusion.levels import Levels, between_flow_levels, flow_levels
+from progrpo.policies.pipeline import PipelinePolicy
+
+
+class FlowPolicy(PipelinePolicy):
+    """A pipeline whose transformer says a velocity, on the grid of a `FlowMatchEulerDiscreteScheduler`."""
+
+    denoiser_name: ClassVar[str] = "transformer"
+    prediction = "flow"
+
+    @classmethod
+    def _check(cls, pipeline: DiffusionPipeline) -> None:
+        if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+            kind = type(pipeline.scheduler).__name__
+            raise ValueError(f"model.path: the scheduler is a {kind}; replace it by a FlowMatchEulerDiscreteScheduler")
+
+    @property
+    def _num_train_timesteps(self) -> int:
+        number: int = self._pipeline.scheduler.config.num_train_timesteps
+        return number
+
+    def levels(self, num_inference_steps: int, shift: float | None = None) -> Levels:
+        changes = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._pipeline.scheduler.config, **changes)
+        scheduler.set_timesteps(num_inference_steps, **self._grid(num_inference_steps))
+        return flow_levels(scheduler.sigmas, self._num_train_timesteps)
+
+    def _grid(self, num_inference_steps: int) -> dict[str, Any]:
+        """What the family's pipeline tells the scheduler beside the number of steps."""
+        return {}
+
+    def between(self, levels_T1: Levels, place_B: Tensor) -> Levels:
+        return between_flow_levels(levels_T1, place_B, self._num_train_timesteps)
+
+    def _unscaled(self, x0_BCHW: Tensor) -> Tensor:
+        config = self._pipeline.vae.config
+        latents: Tensor = x0_BCHW / config.scaling_factor + config.shift_factor
+        return latents

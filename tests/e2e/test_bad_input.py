@@ -1,0 +1,213 @@
+"""What a user sees who errs: `progrpo: error:`, one sentence that names the mistake, exit code 2, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from progrpo.cli import main
+from progrpo.config import config_to_json
+from progrpo.data import load_prompts
+from progrpo.policies.base import PolicySettings
+from progrpo.policies.load import load_policy
+from progrpo.recipes import load_recipe
+from progrpo.zoo import WEIGHTS
+
+WEIGHTS_OF = "{}/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder, with the files that are wrong in some way."""
+    monkeypatch.chdir(tmp_path)
+    config = config_to_json(load_recipe("smoke"))
+    (tmp_path / "cut.json").write_text(config[: len(config) // 2])
+    (tmp_path / "twice.json").write_text('{"seed": 1, "seed": 2}')
+    (tmp_path / "utf16.json").write_bytes(config.encode("utf-16"))
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "utf16.txt").write_bytes("a cat\na dog\n".encode("utf-16"))
+    (tmp_path / "nul.txt").write_bytes(b"a cat\na \0 dog\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a cat"}\n{"text": "a dog"}\n')
+    with (tmp_path / "long.txt").open("wb") as file:
+        file.truncate(4 * 2**30)  # a line of four gigabytes, without any on the disk
+    return tmp_path
+
+
+def said(*words, timeout=60):
+    """The sentence of a command that is refused, run as a user runs it; nothing new lies in the current folder after it."""
+    before = sorted(Path.cwd().rglob("*"))
+    done = subprocess.run([sys.executable, "-m", "progrpo", *words], capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    assert done.stderr.startswith("progrpo: error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert sorted(Path.cwd().rglob("*")) == before
+    return done.stderr.removeprefix("progrpo: error: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("trian",), "'trian' is no command of progrpo"),
+        (("a\nb",), "'a\\nb' is no command of progrpo"),
+        (("train", "x" * 5000), "is no recipe"),
+        (("train", "smoke", "--optim.lr", "high"), "--optim.lr: could not convert string to float: 'high'"),
+        (("train", "smoke", "--plan.prune", "3"), "--plan.prune"),
+        (("plan", "smoke", "--reward.terms", '{"nme": "ocr"}'), "reward.terms.nme is not a field"),
+        (("plan", "cut.json"), "cut.json: not JSON"),
+        (("plan", "twice.json"), "twice.json: not JSON: seed is given twice; leave one out"),
+        (("plan", "utf16.json"), "utf16.json: not UTF-8 text; save the file as UTF-8"),
+        (("plan", "deep.json"), "deep.json: not JSON: lists or objects in one another without end"),
+        (("report", "."), ". is no run folder"),
+    ],
+)
+def test_what_is_refused_before_torch_is_imported(here, words, sentence):
+    assert sentence in said(*words)
+
+
+def test_what_is_refused_with_torch(here):
+    wrong = ["--prompts.source", "utf16.txt", "--out", "run"]
+    assert "utf16.txt, line 1: not UTF-8 text; save the file as UTF-8" in said("train", "smoke", *wrong)
+    shutil.copytree(WEIGHTS / "shapes-flow", "model")
+    whole = Path("model", WEIGHTS_OF.format("transformer"))
+    whole.write_bytes(whole.read_bytes()[:-1000])
+    assert "model.path: cannot load model" in said("sample", "model", "--prompt", "a red circle", "--out", "pictures")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nul.txt", "nul.txt, line 2: not UTF-8 text"),
+        ("rows.jsonl", "rows.jsonl, line 2: has no field named prompt, only text"),
+        ("long.txt", "long.txt, line 1: over 1 MB long; write a prompt a line"),
+        (".", "prompts must come from"),
+        ("x" * 300 + ".txt", "no prompt file"),
+        ("a\0b.txt", "no prompt file 'a\\x00b.txt'"),
+    ],
+)
+def test_prompt_files_are_refused_by_line(here, name, sentence):
+    with pytest.raises(ValueError) as refused:
+        load_prompts(name)
+    assert sentence in str(refused.value) and str(refused.value).isprintable()
+
+
+def test_files_that_are_not_ours_to_read_are_said_to_be(here):
+    here.chmod(0o755)
+    shutil.copy("twice.json", "mine.json")
+    for name in ("nul.txt", "mine.json"):
+        Path(name).chmod(0)
+    own = os.geteuid()
+    if own == 0:
+        os.seteuid(65534)  # root may read anything
+    try:
+        with pytest.raises(ValueError, match=r"^the prompt file nul.txt cannot be read: Permission denied"):
+            load_prompts("nul.txt")
+        with pytest.raises(ValueError, match=r"^mine.json cannot be read: Permission denied$"):
+            load_recipe("mine.json")
+    finally:
+        os.seteuid(own)
+
+
+def edited(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda folder: (folder / "model_index.json").unlink(), "has no model_index.json"),
+        (lambda folder: edited(folder / "model_index.json", _class_name="AllegroPipeline"), "is a AllegroPipeline;"),
+        (lambda folder: edited(folder / "model_index.json", vae=["os", "system"]), "cannot load"),
+        (lambda folder: edited(folder / "transformer/config.json", num_layers=9), "cannot load"),
+        (lambda folder: (folder / "vae/config.json").write_text("[]"), "holds no object of named settings"),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer holds none of"),
+        (
+            lambda folder: lose(folder / "text_encoder/model.safetensors", "final_layer_norm.bias"),
+            "its config.json asks",
+        ),
+        (lambda folder: lose(folder / WEIGHTS_OF.format("transformer"), "proj_out.weight"), "its config.json asks for"),
+    ],
+)
+def test_damaged_models_are_refused_and_nothing_is_made_up_for_what_is_missing(tmp_path, damage, sentence):
+    folder = tmp_path / "model"
+    shutil.copytree(WEIGHTS / "shapes-flow", folder)
+    damage(folder)
+    with pytest.raises(ValueError) as refused:
+        load_policy(folder, PolicySettings("lora", lora_rank=2))
+    assert sentence in str(refused.value) and str(folder) in str(refused.value) and str(refused.value).isprintable()
+
+
+def lose(file: Path, tensor: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    whole = load_file(file)
+    kept = {name: value for name, value in whole.items() if not name.endswith(tensor)}
+    assert len(kept) == len(whole) - 1
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What policies of both built-in models save, as folders by (model, kind of weights)."""
+    folder = tmp_path_factory.mktemp("trained")
+    found = {}
+    for model in ("shapes-flow", "shapes-diffusion"):
+        for weights in ("lora", "full"):
+            found[model, weights] = folder / f"{model}-{weights}"
+            load_policy(model, PolicySettings(weights, lora_rank=2)).save(found[model, weights])
+    return found
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+@pytest.mark.parametrize("model", ["shapes-flow", "shapes-diffusion"])
+def test_trained_weights_of_another_model_are_refused(trained, model, weights):
+    other = {"shapes-flow": "shapes-diffusion", "shapes-diffusion": "shapes-flow"}[model]
+    load_policy(model, PolicySettings("lora", lora_rank=2), trained[model, weights])
+    with pytest.raises(ValueError, match=r"of another model$|and this model has a "):
+        load_policy(model, PolicySettings("lora", lora_rank=2), trained[other, weights])
+
+
+def test_half_a_lora_is_refused(trained, tmp_path):
+    folder = tmp_path / "half"
+    shutil.copytree(trained["shapes-flow", "lora"], folder)
+    lose(folder / "pytorch_lora_weights.safetensors", "transformer_blocks.1.attn.to_q.lora_B.weight")
+    with pytest.raises(ValueError, match=r"trained weights: cannot load .*half: .* of another model$"):
+        load_policy("shapes-flow", PolicySettings("lora", lora_rank=2), folder)
+
+
+# --- a stranger's run folder ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def strangers(here):
+    """A run folder whose reward is a module beside it, which would leave a file when imported."""
+    run = here / "run"
+    run.mkdir()
+    (here / "theirs.py").write_text(
+        'open("imported", "w").close()\ndef reward(images, prompts): return [0.0] * len(images)\n'
+    )
+    (run / "config.json").write_text(json.dumps({"reward": {"terms": ["theirs:reward"]}, "recipe": "theirs"}))
+    (run / "summary.json").write_text("{}")
+    return run
+
+
+@pytest.mark.parametrize("words", [("report", "run"), ("plan", "run"), ("recipes", "run")])
+def test_looking_at_a_strangers_run_runs_nothing_of_it(strangers, words):
+    assert main(list(words)) == 0
+    assert not Path("imported").exists()
+
+
+@pytest.mark.parametrize(
+    "term", ["theirs:reward", {"name": "ocr", "url": "http://127.0.0.1:9"}, {"name": "shapes", "cache": "scores"}]
+)
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_strangers_reward_is_asked_only_by_name(strangers, capsys, term, held_out):
+    parts = {"eval": {"rewards": [term]}} if held_out else {"reward": {"terms": [term]}}
+    (strangers / "config.json").write_text(json.dumps(parts))
+    assert main(["eval", "run", "--pictures", "2"]) == 2
+    assert "if you trust that, give --reward with it" in capsys.readouterr().err
+    assert not Path("imported").exists() and not Path("scores").exists()

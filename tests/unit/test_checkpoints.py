@@ -1,0 +1,259 @@
+"""What is saved, which checkpoints are kept, and from which a run goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from progrpo import storage
+from progrpo.config import CheckpointConfig, Config, ModelConfig, OptimConfig, SamplingConfig
+from progrpo.durable import DiskError
+from progrpo.storage import load_state, save_state
+from progrpo.training import checkpoints
+from progrpo.training.checkpoints import check_unchanged, check_versions, newest, save, saved, writing_to
+from progrpo.training.distributed import Ranks
+
+CONFIG = Config(checkpoint=CheckpointConfig(keep=2))
+
+
+def state(iteration):
+    return {"iteration": iteration, "weights": torch.full((3,), float(iteration))}
+
+
+def names(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with the checkpoints of iterations 2 and 3."""
+    for iteration in (1, 2, 3):
+        save(tmp_path, state(iteration), CONFIG)
+    return tmp_path
+
+
+@pytest.fixture
+def take_up():
+    """The iteration that a run goes on from, and what it warns of."""
+
+    def take_up(run):
+        warnings: list[str] = []
+        return newest(run, Ranks(), warnings.append)["iteration"], warnings
+
+    return take_up
+
+
+def truncate(path, size=0):
+    os.truncate(path, size)
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def replaced(folder):
+    shutil.rmtree(folder)
+    folder.touch()
+
+
+DAMAGE = {
+    "an empty file": lambda folder: truncate(folder / "tensors.safetensors"),
+    "a manifest in half": lambda folder: truncate(folder / "manifest.json", 40),
+    "a missing file": lambda folder: (folder / "state.json").unlink(),
+    "an empty folder": empty,
+    "a file in its place": replaced,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_checkpoint_is_passed_over_and_named(run, damage, take_up):
+    damage(run / "checkpoints" / "iteration_000003")
+    iteration, (warning,) = take_up(run)
+    assert iteration == 2
+    assert "iteration_000003" in warning and warning.endswith("; going on from iteration_000002")
+
+
+def test_the_newest_is_taken_without_a_word(run, take_up):
+    assert take_up(run) == (3, [])
+
+
+def test_one_without_a_whole_checkpoint_says_what_to_do(run, tmp_path, take_up):
+    for path in saved(run):
+        truncate(path / "state.json")
+    with pytest.raises(
+        ValueError, match=r"holds no whole checkpoint \(.*000003/state.json.*000002/state.json.*--overwrite"
+    ):
+        take_up(run)
+    (tmp_path / "new").mkdir()
+    with pytest.raises(ValueError, match=r"holds no checkpoint yet; start it anew with progrpo train .* --overwrite"):
+        take_up(tmp_path / "new")
+
+
+def test_one_that_cannot_be_read_is_passed_over(run, monkeypatch, take_up):
+    def load(path):
+        if path.name.endswith("3"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return load_state(path)
+
+    monkeypatch.setattr(checkpoints, "load_state", load)
+    iteration, (warning,) = take_up(run)
+    assert iteration == 2 and "Input/output error" in warning
+
+
+def test_a_checkpoint_of_another_kind_is_refused(run, take_up):
+    save_state(run / "checkpoints" / "iteration_000004", state(4))
+    with pytest.raises(ValueError, match="iteration_000004 has no config: it is of another version of progrpo"):
+        take_up(run)
+
+
+def test_checkpoints_come_by_number_and_strangers_are_none(tmp_path):
+    for name in ("iteration_1000000", "iteration_999999", "iteration_000002.writing", "iteration_²", "iteration_", "x"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [path.name for path in saved(tmp_path)] == ["iteration_999999", "iteration_1000000"]
+
+
+# --- which are kept ---------------------------------------------------------------------------------------------------
+
+
+def test_the_last_ones_are_kept(run):
+    assert names(run) == ["iteration_000002", "iteration_000003"]
+
+
+def test_old_ones_stay_until_the_new_one_is_on_the_disk(run, monkeypatch):
+    config = replace(CONFIG, checkpoint=CheckpointConfig(keep=1))
+    monkeypatch.setattr(checkpoints, "save_state", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        save(run, state(4), config)
+    assert names(run) == ["iteration_000002", "iteration_000003"]
+    monkeypatch.setattr(checkpoints, "save_state", save_state)
+    save(run, state(4), config)
+    assert names(run) == ["iteration_000004"]
+
+
+def test_a_later_one_that_was_passed_over_takes_no_place(run, take_up):
+    """Else the next one, which has a lower number, would be the one to go."""
+    truncate(run / "checkpoints" / "iteration_000003" / "state.json")
+    (run / "checkpoints" / "iteration_000003").rename(run / "checkpoints" / "iteration_000009")
+    assert take_up(run)[0] == 2
+    save(run, state(4), CONFIG)
+    assert names(run) == ["iteration_000002", "iteration_000004"]
+
+
+def test_what_killed_writers_left_goes_with_the_next_one(run):
+    for name in ("iteration_000001.writing", "iteration_000002.previous", "mine"):
+        (run / "checkpoints" / name).mkdir()
+    save(run, state(4), CONFIG)
+    assert names(run) == ["iteration_000003", "iteration_000004", "mine"]
+
+
+def test_one_that_was_being_replaced_is_found(run, take_up):
+    """A run that is interrupted saves anew what it has just saved, and is killed between the two renames."""
+    (run / "checkpoints" / "iteration_000003").rename(run / "checkpoints" / "iteration_000003.previous")
+    (run / "checkpoints" / "iteration_000003.writing").mkdir()
+    assert take_up(run) == (3, [])
+    save(run, state(3), CONFIG)
+    assert names(run) == ["iteration_000002", "iteration_000003"]
+
+
+def test_a_run_folder_that_is_gone_is_not_made_anew(run):
+    shutil.rmtree(run)
+    with pytest.raises(FileNotFoundError):
+        save(run, state(4), CONFIG)
+    assert not run.exists()
+
+
+# --- what a run goes on with ------------------------------------------------------------------------------------------
+
+
+def test_a_changed_configuration_is_refused_with_the_fields(run):
+    found = load_state(run / "checkpoints" / "iteration_000003")
+    check_unchanged(run, found, CONFIG)
+    changed = replace(CONFIG, seed=1, optim=OptimConfig(betas=(0.9, 0.99)), model=ModelConfig(path="x"))
+    with pytest.raises(ValueError) as refused:
+        check_unchanged(run, found, changed)
+    assert str(refused.value) == (
+        f"{run}/config.json was changed since the checkpoint: seed was 0 and is 1, model.path was 'shapes-flow' and is 'x',"
+        " optim.betas was [0.9, 0.999] and is [0.9, 0.99]; put it back, or give --accept-changes to go on with it"
+    )
+
+
+def test_what_a_run_may_change_on_its_way_is_no_change(run):
+    longer = replace(CONFIG, iterations=99, sampling=SamplingConfig(microbatch=3), optim=OptimConfig(microbatch=2))
+    check_unchanged(run, load_state(run / "checkpoints" / "iteration_000003"), longer)
+
+
+def test_a_field_that_the_checkpoint_does_not_know_is_no_change(run):
+    """It was saved before there was such a field, whose default is what it did."""
+    found = load_state(run / "checkpoints" / "iteration_000003")
+    del found["config"]["optim"]["ema_decay"]
+    check_unchanged(run, found, replace(CONFIG, optim=OptimConfig(ema_decay=0.5)))
+
+
+def test_other_versions_are_said(run):
+    found = load_state(run / "checkpoints" / "iteration_000003")
+    warnings: list[str] = []
+    check_versions(found, warnings.append)
+    assert warnings == []
+    found["versions"] |= {"torch": "1.0"}
+    del found["versions"]["peft"]
+    check_versions(found, warnings.append)
+    (warning,) = warnings
+    assert "torch 1.0 -> 2" in warning and "peft unknown -> " in warning and "python" not in warning
+
+
+# --- a disk that refuses ----------------------------------------------------------------------------------------------
+
+
+def refusal(run, error):
+    """The sentence that an error of the block becomes."""
+    with pytest.raises(DiskError) as stopped, writing_to(run, Ranks()):
+        assert (run / "run.lock").exists()
+        raise error
+    assert not (run / "run.lock").exists() and "\n" not in str(stopped.value)
+    return str(stopped.value)
+
+
+def test_a_full_disk_is_one_sentence(run):
+    file = run / "metrics.jsonl"
+    assert refusal(run, OSError(errno.ENOSPC, "No space left on device", str(file))) == (
+        f"{file} cannot be written: No space left on device; the last good checkpoint is iteration_000003: make space, then"
+        f" go on with progrpo train --resume {run}"
+    )
+    shutil.rmtree(run / "checkpoints")
+    assert refusal(run, OSError(errno.EROFS, "Read-only file system")) == (
+        f"{run} cannot be written: Read-only file system; there is no checkpoint yet: mend that, then start anew with"
+        f" progrpo train {run} --out {run} --overwrite"
+    )
+
+
+def test_a_folder_that_vanished_is_one_sentence(run):
+    sentence = r"metrics\.jsonl cannot be written: No such file.*the run folder is gone.*anew"
+    with pytest.raises(DiskError, match=sentence), writing_to(run, Ranks()):
+        shutil.rmtree(run)
+        (run / "metrics.jsonl").open("ab")
+
+
+def test_the_sentence_is_about_the_first_file_and_not_about_the_summary_after_it(run):
+    with pytest.raises(DiskError, match=r"a\.json cannot be written: full"), writing_to(run, Ranks()):
+        try:
+            raise OSError(errno.ENOSPC, "full", str(run / "a.json"))
+        except OSError:
+            raise OSError(errno.ENOSPC, "full", str(run / "summary.json"))  # noqa: B904  # as it comes
+
+
+def test_what_safetensors_says_is_understood(run, monkeypatch):
+    """Of a LoRA that diffusers writes."""
+    error = storage.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert refusal(run, error).startswith(f"{run} cannot be written: No space left on device; the last good")
+
+
+def test_an_error_that_is_not_of_the_runs_files_stays_what_it_is(run):
+    for error in (ConnectionError("refused"), FileNotFoundError(errno.ENOENT, "none", "/etc/none"), ValueError("no")):
+        with pytest.raises(type(error)), writing_to(run, Ranks()):
+            raise error

@@ -1,0 +1,73 @@
+"""Bad input by the hundred, of a fixed seed; `python benchmarks/mutations.py` tries thousands."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+_FILE = Path(__file__).parents[2] / "benchmarks" / "mutations.py"
+_SPEC = importlib.util.spec_from_file_location("mutations", _FILE)
+assert _SPEC is not None and _SPEC.loader is not None
+mutations = importlib.util.module_from_spec(_SPEC)
+sys.modules["mutations"] = mutations  # dataclasses look their module up
+_SPEC.loader.exec_module(mutations)
+
+
+@pytest.fixture
+def work(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with mutations.workplace() as folder:
+        yield folder
+
+
+def told(work, *runs):
+    """What is counted and what is found wrong with cases that do what `runs` do."""
+    wrong: list[str] = []
+    counts = mutations.tally(iter([mutations.Case("kind", "tried", run) for run in runs]), work, wrong)
+    return counts["kind"], wrong
+
+
+def raising(error):
+    def run():
+        raise error
+
+    return run
+
+
+def test_the_tally_sees_what_is_wrong(work):
+    good = told(work, lambda: None, raising(ValueError("seed must be at least 0")), raising(mutations.Reached()))
+    assert good == ({"cases": 3, "accepted": 2, "refused": 1}, [])
+    for error in (TypeError("seed"), KeyError("seed"), OSError("seed"), RuntimeError("seed"), SystemExit(2)):
+        counts, wrong = told(work, raising(error))
+        assert counts["traceback"] == 1 and len(wrong) == 1
+    for sentence in ("seed is\nwrong", "something went amiss", "seed " * 1000):
+        counts, wrong = told(work, raising(ValueError(sentence)))
+        assert counts["unclear"] == 1 and len(wrong) == 1
+
+    def leave():
+        (work / "half").write_text("")
+        raise ValueError("seed must be at least 0")
+
+    counts, wrong = told(work, leave)
+    assert counts["refused"] == counts["files_left"] == len(wrong) == 1 and not (work / "half").exists()
+
+
+SHARES = {"recipe": 250, "python": 120, "arguments": 100, "prompts": 60, "config file": 40, "library": 40, "run": 12}
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_every_mutation_passes_or_is_refused_in_a_sentence_and_leaves_nothing(work, kind):
+    wrong: list[str] = []
+    with mutations.cut_off():
+        found = mutations.tally(mutations.random_cases(1, SHARES[kind], work, {kind: 1.0}), work, wrong)[kind]
+    assert not wrong, "\n".join(wrong[:10])
+    assert found["cases"] == SHARES[kind] == found["refused"] + found["accepted"]
+    assert found["refused"] and found["accepted"]
+
+
+def test_the_same_seed_tries_the_same(work):
+    tried = [[case.tried for case in mutations.random_cases(seed, 30, work, {"recipe": 1.0})] for seed in (1, 1, 2)]
+    assert tried[0] == tried[1] != tried[2]
