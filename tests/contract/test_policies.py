@@ -508,12 +508,14 @@ def test_a_safety_checker_takes_no_memory(tiny_sd):
     assert pipeline.safety_checker is None
 
 
-def test_resolution_sets_the_latent_and_must_fit(tiny_sd3):
-    policy = _load(tiny_sd3, "lora", resolution=8)
+@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux"])
+def test_resolution_sets_the_latent_and_must_fit(request, model):
+    folder = request.getfixturevalue(model)
+    policy = _load(folder, "lora", resolution=8)
     assert policy.latent_shape == (4, 4, 4)
     assert policy.decode(_noise(policy, 1)).shape == (1, 8, 8, 3)
     with pytest.raises(ValueError, match="resolution: 10 is not a multiple of 4"):
-        _load(tiny_sd3, "lora", resolution=10)
+        _load(folder, "lora", resolution=10)
 
 
 @pytest.mark.parametrize(("model", "side"), [("tiny_sd3", 8), ("tiny_sdxl", 8), ("tiny_flux", 128)])
