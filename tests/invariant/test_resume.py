@@ -33,6 +33,7 @@ from progrpo.storage import load_state
 from progrpo.tracking.lock import only_writer
 from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
+from progrpo.training import checkpoints
 from progrpo.training.distributed import Ranks
 from progrpo.training.run import resume_run, train_run
 from progrpo.training.update import update
@@ -127,6 +128,7 @@ def assert_the_same_run(folder: Path, straight: Path) -> None:
     summaries = [run.read_summary() for run in (ours, theirs)]
     for key in ("status", "iterations", "nfe", "cost", "reward_after", "best_iterations", "preview_rank_correlation"):
         assert summaries[0][key] == summaries[1][key], key
+    assert all(summary["seconds_by_stage"]["checkpoint"] > 0 for summary in summaries)
 
 
 def test_a_run_that_is_lengthened_is_a_longer_run(config, straight, tmp_path):
@@ -162,6 +164,15 @@ def test_the_global_generators_change_nothing(config, straight, tmp_path, monkey
     assert_the_same_run(tmp_path / "run", straight)
 
 
+def test_other_versions_are_said_and_go_on(straight, tmp_path, monkeypatch, capsys):
+    shutil.copytree(straight, tmp_path / "run")
+    monkeypatch.setattr(checkpoints, "versions", lambda: {"torch": "9.9"})
+    resume_run(tmp_path / "run")
+    said = f"torch {torch.__version__.partition('+')[0]}"
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert said in warning and warning.endswith(" -> 9.9")
+
+
 def test_a_damaged_checkpoint_costs_its_iterations_and_no_more(config, straight, tmp_path, capsys):
     shutil.copytree(straight, tmp_path / "run")
     os.truncate(tmp_path / "run" / "checkpoints" / "iteration_000004" / "tensors.safetensors", 100)
@@ -182,7 +193,7 @@ def test_a_changed_configuration_is_refused_unless_accepted(straight, tmp_path):
     ):
         resume_run(tmp_path / "run")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
-    resume_run(tmp_path / "run", accept_changes=True)
+    assert main(["train", "--resume", str(tmp_path / "run"), "--accept-changes"]) == 0
     records = RunFolder(tmp_path / "run").read_metrics()
     assert [r["update/lr"] for r in records] == [1e-3] * ITERATIONS + [2e-3]
     resume_run(tmp_path / "run")  # the change is the run's own now
@@ -216,8 +227,9 @@ def test_a_disk_that_is_full_stops_the_run_in_one_sentence(config, straight, tmp
     with monkeypatch.context() as patch:
         patch.setattr(storage, "save_file", fill)
         assert main(["train", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]) == 1
-    (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"progrpo: stopped: {tmp_path / 'run' / 'checkpoints'}")
+    err = capsys.readouterr().err
+    said = err.splitlines()[-1]
+    assert "Traceback" not in err and said.startswith(f"progrpo: stopped: {tmp_path / 'run' / 'checkpoints'}")
     assert said.endswith(
         "tensors.safetensors cannot be written: No space left on device; the last good checkpoint is iteration_000002:"
         f" make space, then go on with progrpo train --resume {tmp_path / 'run'}"

@@ -125,6 +125,18 @@ def test_the_last_ones_are_kept(run):
     assert names(run) == ["iteration_000002", "iteration_000003"]
 
 
+def test_the_folder_of_checkpoints_is_on_the_disk_before_the_first(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+
+    def fsync(handle):
+        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), tmp_path))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save(tmp_path, state(1), CONFIG)
+    assert synced[0] == "." and synced[-1] == "checkpoints" and len(synced) == 6
+
+
 def test_old_ones_stay_until_the_new_one_is_on_the_disk(run, monkeypatch):
     config = replace(CONFIG, checkpoint=CheckpointConfig(keep=1))
     monkeypatch.setattr(checkpoints, "save_state", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))

@@ -397,7 +397,9 @@ def test_a_url_that_is_none_is_refused(url):
 # --- columns ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", [object(), {1, 2}, np.float32(1), float("nan"), [{"x": b"y"}]], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [object(), {1, 2}, np.float32(1), float("nan"), [{"x": b"y"}]], ids=lambda value: type(value).__name__
+)
 def test_a_column_that_is_no_json_is_refused_by_its_name(wrong):
     prompts = [Prompt("a", {"fine": 1, "mine": wrong if i == 6 else None}) for i in range(10)]
     assert "reward 'sum': the column 'mine' cannot be sent to a server" in refused(Faulty(), prompts)
