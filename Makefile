@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CON
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow lint bench wheel-test audit pretrain clean
+.PHONY: help setup quickstart test test-slow kill-test lint bench wheel-test audit pretrain clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
@@ -22,7 +22,9 @@ quickstart: setup ## train the built-in model for ten minutes; the report is run
 
 test: lint ## style, types and the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadscope
-test-slow: wheel-test ## what takes minutes
+test-slow: wheel-test kill-test ## what takes minutes
+kill-test: setup ## kill a run a hundred times, also within checkpoints, and compare what comes out
+	@$(BIN)/python benchmarks/kill.py --kills 100
 lint: $(VENV)/.ready-dev ## style and types
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { echo "ruff would reformat files: run '$(BIN)/ruff format .'"; exit 1; }

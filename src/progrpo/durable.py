@@ -39,7 +39,11 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Replace a file in one step: a reader sees the old bytes or the new ones, never half of them."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}{WRITING}")  # a report may be written by two at once
     try:
-        with naming(path), temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with (
+            naming(path),
+            temporary.open("xb") as file,
+        ):  # a link of that name, planted in a stranger's folder, is not followed
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -200,3 +200,16 @@ def test_tracking_does_not_import_torch():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(found.replace("'", '"')) == []
+
+
+def test_an_audit_of_large_pictures_has_a_small_sheet(tmp_path):
+    from PIL import Image
+
+    run = RunFolder.create(tmp_path / "run")
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 400, 320, 3), dtype=np.uint8)
+    audit = {"iteration": 0, "steps": [0, 1], "scores": [[0.0, 1.0]] * 2, "final": [0.0, 1.0]}
+    run.write_audit(audit, pictures)
+    sheet = np.asarray(Image.open(run.path / "audit" / "0000.png"))
+    assert sheet.shape == (2 * 134, 3 * 107, 3)  # each side a third, rounded up
+    mean = pictures[1, 2, :3, 3:6].astype(float).mean((0, 1))
+    np.testing.assert_allclose(sheet[134, 2 * 107 + 1], mean, atol=1)

@@ -26,6 +26,7 @@ from progrpo.durable import WRITING, append, sync, write_file
 _FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "report.html")
 _FOLDERS = ("checkpoints", "evaluation", "audit", "samples", "lora", "transformer", "unet")
 _GAP_GREY = 236
+_SIDE = 192  # pixels of a picture on an audit's sheet, as many as the report shows
 
 
 def _plain(value: Any) -> Any:
@@ -62,6 +63,16 @@ def tile(images_NHWC: np.ndarray, columns: int, scale: int = 1, gap: int = 2) ->
         y, x = (i // columns) * (height + gap), (i % columns) * (width + gap)
         sheet[y : y + height, x : x + width] = image
     return sheet[: sheet.shape[0] - gap, : sheet.shape[1] - gap]
+
+
+def _small(images_NHWC: np.ndarray) -> np.ndarray:
+    """Reduced by a whole number to at most 192 pixels a side: a sheet of hundreds of large pictures could not be opened."""
+    from PIL import Image
+
+    factor = -(-max(images_NHWC.shape[1:3]) // _SIDE)
+    if factor == 1:
+        return images_NHWC
+    return np.stack([np.asarray(Image.fromarray(image).reduce(factor)) for image in images_NHWC])
 
 
 class RunFolder:
@@ -231,7 +242,7 @@ class RunFolder:
         group, columns = pictures_GSHWC.shape[:2]
         assert columns == len(audit["steps"]) + 1, f"{columns} pictures a member for {len(audit['steps'])} steps"
         name = f"audit/{audit['iteration']:04d}"
-        sheet = tile(pictures_GSHWC.reshape(group * columns, *pictures_GSHWC.shape[2:]), columns, gap=0)
+        sheet = tile(_small(pictures_GSHWC.reshape(group * columns, *pictures_GSHWC.shape[2:])), columns, gap=0)
         strip = self.save_picture(f"{name}.png", sheet)  # before the record: whoever reads the record finds the sheet
         self.write_json(f"{name}.json", {**audit, "strip": strip})
 
