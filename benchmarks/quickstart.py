@@ -17,8 +17,8 @@ from statistics import mean
 from typing import Any
 
 from progrpo.config import Config, to_dict
+from progrpo.durable import write_text
 from progrpo.recipes import load_recipe
-from progrpo.storage import write_text
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.run import train_run
 

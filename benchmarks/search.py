@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from progrpo.config import Config, check, from_dict, to_dict
+from progrpo.durable import write_text
 from progrpo.recipes import load_recipe
-from progrpo.storage import write_text
 from progrpo.training.build import eval_prompts, judge_for, policy_from, scorer_from, settled, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import evaluate, ode

@@ -17,9 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from progrpo.durable import naming, new_folder, whole_folder, write_text
-
-__all__ = ["load_state", "save_state", "write_text"]
+from progrpo.durable import naming, new_folder, whole_folder
 
 _TENSOR = "__tensor__"
 _INT_KEYS = "__int_keys__"

@@ -568,7 +568,7 @@ def test_what_cannot_be_served_is_refused_in_one_sentence(capsys, tmp_path, monk
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "pictures of a group" in refusal(capsys, "ranks_of_mine:rank")
     assert "neither built in" in refusal(capsys, "absent")
-    assert "--max-pictures must be at least 1" in refusal(capsys, "shapes", "--max-pictures", "0")
+    assert "--max-pictures must be between 1 and 100,000, not 0" in refusal(capsys, "shapes", "--max-pictures", "0")
     with server._listening("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
         assert f"cannot listen at 127.0.0.1, port {port}" in refusal(capsys, "shapes", "--port", port)

@@ -7,8 +7,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from progrpo import __version__
 from progrpo.config import Config, ObjectiveConfig, RewardTerm, check, microbatch, to_dict, trained_items
 from progrpo.data import ORDERS, PromptOrder, Prompts, prompts_of
+from progrpo.durable import new_folder
 from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge
@@ -61,8 +61,6 @@ if TYPE_CHECKING:
 
 Rewarding = Callable[..., Any] | str | RewardTerm | Any
 """What a library call may be given as a reward: see `train`."""
-
-_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
@@ -143,8 +141,9 @@ def train(
     order = ORDERS[config.prompts.order](table, config.seed)
     held_out = HeldOut(test, test, None, _held_out_rewards(config))
     run = Run(config, policy, scorer, order, held_out, RunFolder(out), ranks)
-    run.create(overwrite)
-    return run.train()
+    with checkpoints.writing_to(Path(out), ranks):
+        run.create(overwrite)
+        return run.train()
 
 
 def _mixed(
@@ -277,7 +276,8 @@ class Run:
             with Stop(self.ranks) as stop:
                 self._train(console, start, stop, fresh=state is None)
         except BaseException as error:
-            self._write_summary(start, f"stopped: {str(error) or type(error).__name__}")
+            with suppress(OSError):  # of a full disk, which must not hide why
+                self._write_summary(start, f"stopped: {str(error) or type(error).__name__}")
             raise
         finally:
             for scorer in filter(None, (self.reward, self.held_out.rewards)):
@@ -311,7 +311,8 @@ class Run:
         self._evaluate("after", weights, console)
         if self.ranks.is_main:
             name = "lora" if self.config.model.weights == "lora" else self.policy.denoiser_name
-            self.policy.save(self.folder.path / name, weights)
+            with new_folder(self.folder.path / name) as folder:  # a run that is killed here leaves no half of it
+                self.policy.save(folder, weights)
 
     def _keep_microbatches(self, console: Console) -> None:
         """Those that memory was found not to be enough for were halved; a resumed run begins with what fits."""
@@ -533,8 +534,7 @@ class Run:
                 },
                 "warnings": self._warnings,
                 "seconds_by_stage": totals.seconds,
-                "versions": {"python": platform.python_version(), "progrpo": __version__}
-                | {p: version(p) for p in _PACKAGES},
+                "versions": checkpoints.versions(),
                 "device": _device(self.ranks.device),
                 "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             }

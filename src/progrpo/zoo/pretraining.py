@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from progrpo.durable import whole_folder
 from progrpo.storage import load_state, save_state
 
 
@@ -87,7 +88,7 @@ def train_stage(
     optimizers = _Optimizers(module, matrices, lr)
     ema = Ema(parameters, ema_decay)
     step = 0
-    if folder.exists():
+    if whole_folder(folder).exists():
         saved = load_state(folder)
         module.load_state_dict(saved["module"])
         for optimizer, state in zip(optimizers.all, saved["optimizers"], strict=True):

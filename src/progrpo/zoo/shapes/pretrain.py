@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from progrpo.storage import write_text
+from progrpo.durable import write_text
 from progrpo.types import Prompt
 from progrpo.zoo.pretraining import train_stage
 from progrpo.zoo.shapes import world

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel
 
-from progrpo.storage import write_text
+from progrpo.durable import write_text
 from progrpo.types import Prompt
 from progrpo.zoo.pretraining import train_stage
 from progrpo.zoo.shapes.models import CLIP_LENGTH, assemble_diffusion, build_unet, noise_scheduler

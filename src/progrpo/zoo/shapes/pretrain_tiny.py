@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from progrpo.storage import write_text
+from progrpo.durable import write_text
 from progrpo.tracking.statistics import spearman
 from progrpo.types import Prompt
 from progrpo.zoo.pretraining import train_stage
