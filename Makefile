@@ -23,6 +23,7 @@ quickstart: setup ## train the built-in model for ten minutes; the report is run
 test: lint ## style, types and the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadscope
 test-slow: wheel-test kill-test ## what takes minutes
+	@$(BIN)/python -m pytest -m slow
 kill-test: setup ## kill a run a hundred times, also within checkpoints, and compare what comes out
 	@$(BIN)/python benchmarks/kill.py --kills 100
 lint: $(VENV)/.ready-dev ## style and types

@@ -109,6 +109,7 @@ def test_told_to_end_it_answers_what_is_being_scored(tmp_path):
     reward.close()
 
 
+@pytest.mark.slow
 def test_its_options_reach_the_server(tmp_path):
     four = np.concatenate([PICTURES, PICTURES[:1]])
     with server(tmp_path, "together", "--batch-size", "2", "--max-pictures", "3") as (_, url):
@@ -119,6 +120,7 @@ def test_its_options_reach_the_server(tmp_path):
         reward.close()
 
 
+@pytest.mark.slow
 def test_a_token_is_told_at_the_start_and_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("PROGRPO_REWARD_TOKEN", "s3cret")
     with server(tmp_path, "mean") as (process, url):

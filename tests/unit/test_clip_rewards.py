@@ -534,6 +534,7 @@ def as_main(cache: Path, repository: str, revision: str) -> None:
 NOWHERE = "http://127.0.0.1:9/head%2Bof-linear-layers.pth"
 
 
+@pytest.mark.slow
 def test_from_the_cache_without_a_network(tmp_path):
     drawn, texts = pictures((40, 40), 3), TEXTS[:3]
     pick, clip, other, head = small_clip(), small_clip(seed=1), small_clip(side=112), PublishedHead()

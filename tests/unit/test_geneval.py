@@ -601,6 +601,7 @@ def from_hub(cache: Path, *models: str) -> list:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(('"', "["))]
 
 
+@pytest.mark.slow
 def test_from_the_cache_without_a_network(tmp_path):
     published, boxes, clip = snapshot(tmp_path, *DETECTOR), tmp_path / "boxes", snapshot(tmp_path, *VIT_L)
     small_mask2former().save_pretrained(published)

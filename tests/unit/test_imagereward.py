@@ -333,6 +333,7 @@ def cached(cache: Path, repository: str, name: str, revision: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_from_the_cache_by_the_checksum_of_its_link_and_without_links_by_the_hubs(tmp_path):
     drawn, texts, model = pictures((40, 40), 3), TEXTS[:3], published(vision=(32, 2, 16), text=(24, 2, 12))
     np.save(tmp_path / "pictures.npy", drawn)

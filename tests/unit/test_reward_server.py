@@ -572,7 +572,7 @@ def test_what_cannot_be_served_is_refused_in_one_sentence(capsys, tmp_path, monk
     with server._listening("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
         assert f"cannot listen at 127.0.0.1, port {port}" in refusal(capsys, "shapes", "--port", port)
-    assert "cannot listen" in refusal(capsys, "shapes", "--port", "70000")
+    assert "--port must be between 0 and 65,535, not 70000" in refusal(capsys, "shapes", "--port", "70000")
 
 
 def test_a_missing_extra_is_named(capsys, monkeypatch):
