@@ -7,7 +7,6 @@ import torch
 from progrpo.objectives.advantage import (
     GroupStatistics,
     advantages,
-    batch_advantages,
     batch_std_from_moments,
     group_statistics,
     moments,
@@ -194,7 +193,8 @@ def test_who_lacks_one_reward_counts_in_none():
 def test_batch_advantages_by_hand():
     values, group = torch.tensor([1.0, -1.0, 0.25, 0.25, math.nan, 9.0]), torch.tensor([0, 0, 1, 1, 0, 2])
     mean, std = torch.tensor(0.5), torch.tensor(2.0)
-    advantages_N, trained_N = batch_advantages(values, group, 3, mean, std, eps=0.5, clip_max=0.5)
+    around = group_statistics(values, group, 3).around(mean)
+    advantages_N, trained_N = advantages(values, group, around, std=std, eps=0.5, clip_max=0.5)
     # the second group does not differ and the third has one member: exactly 0, whatever the batch's mean
     assert advantages_N.tolist() == pytest.approx([0.2, -0.5, 0, 0, 0, 0]) and advantages_N.dtype == torch.float32
     assert trained_N.tolist() == [True, True, True, True, False, True]

@@ -5,7 +5,7 @@ Groups may end with different counts, because rewards fail and members are prune
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ class GroupStatistics:
     mean_P: Tensor
     std_P: Tensor
     count_P: Tensor
+
+    def around(self, mean: Tensor) -> GroupStatistics:
+        """With one mean, of shape (), for all groups: GDPO's last step is of the whole batch (arXiv 2601.05242)."""
+        return replace(self, mean_P=mean.expand_as(self.mean_P))
 
     @property
     def informative_P(self) -> Tensor:
@@ -60,26 +64,6 @@ def normalised_sum(parts_NR: Tensor, weights_R: Tensor, group_N: Tensor, num_gro
         scaled_N = (values_N - found.mean_P[group_N]) / (found.std_P[group_N] + eps)
         total_N = total_N + weight * torch.where(found.informative_P[group_N], scaled_N, 0.0)
     return total_N
-
-
-def batch_advantages(
-    values_N: Tensor,
-    group_N: Tensor,
-    num_groups: int,
-    mean: Tensor,
-    std: Tensor,
-    *,
-    eps: float = 1e-4,
-    clip_max: float = 5.0,
-) -> tuple[Tensor, Tensor]:
-    """(value - mean) / (std + eps) with mean and std of the whole batch, clipped: (advantages_N float32, trained_N bool).
-
-    The last step of GDPO (arXiv 2601.05242) over its normalised sums. Members of a group without variance get exactly 0.
-    """
-    statistics, trained_N = group_statistics(values_N, group_N, num_groups), values_N.isfinite()
-    usable_N = trained_N & statistics.informative_P[group_N]
-    raw_N = ((values_N.double() - mean) / (std + eps)).clamp(-clip_max, clip_max)
-    return torch.where(usable_N, raw_N, 0.0).float(), trained_N
 
 
 def moments(rewards_N: Tensor) -> Tensor:

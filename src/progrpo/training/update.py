@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from progrpo.config import ObjectiveConfig, OptimConfig, microbatch
 from progrpo.objectives.advantage import (
     advantages,
-    batch_advantages,
     batch_std_from_moments,
     group_statistics,
     moments,
@@ -73,8 +72,8 @@ def learn_from(
         values_N = normalised_sum(parts_NR, weights_R, rollout.group_N, num_groups, objective.adv_eps)
         count, total, total_sq = ranks.sum(moments(values_N)).cpu()
         mean, std = total / count.clamp(min=1), batch_std_from_moments(count, total, total_sq)
-        advantages_N, observed_N = batch_advantages(values_N, rollout.group_N, num_groups, mean, std, **scale)
         taught = group_statistics(values_N, rollout.group_N, num_groups)
+        advantages_N, observed_N = advantages(values_N, rollout.group_N, taught.around(mean), std=std, **scale)
     else:
         batch = objective.advantage == "batch"
         advantages_N, observed_N = advantages(
