@@ -64,6 +64,11 @@ def check_bound(policy: Policy, experience: Experience) -> None:
         raise SelfCheckError("the trained weights do not change the network's output: the adapter is not bound to it")
 
 
+def sum_of_trained(policy: Policy) -> float:
+    """Of all trained weights, enough to see that some moved."""
+    return sum(p.sum(dtype=torch.float64).item() for p in policy.trainable.values())
+
+
 def fingerprint(policy: Policy) -> dict[str, tuple[float, float]]:
     """Two sums of each frozen tensor, enough to see that one moved."""
     return {name: (t.double().sum().item(), t.double().square().sum().item()) for name, t in policy.frozen()}

@@ -200,9 +200,7 @@ class Trainer:
         skipped = int(seen.maxima["update/skipped"])
         self.checks.updates(self.iteration, skipped, self.config.optim.updates_per_rollout)
         taught = self.ranks.sum(torch.tensor(float(items))).item() > 0 and not skipped
-        self.checks.weights(
-            self.iteration, sum(p.sum(dtype=torch.float64).item() for p in self.policy.trainable.values()), taught
-        )
+        self.checks.weights(self.iteration, checks.sum_of_trained(self.policy), taught)
         if items and not skipped and not self._checked:
             self._check_first_update(seen, experience)
         return tally
