@@ -355,7 +355,10 @@ class WatchConfig:
     """Previews have collapsed when their agreement in the last five audits is below this share of the best five."""
     hacking: Literal["off", "warn", "stop"] = "warn"
     """When the trained reward rises at an evaluation on the way, and the judge or a held-out reward falls, or pictures become much
-    sharper, blander or more alike: say so, or also end training there, as if it were done, when it is seen twice in a row."""
+    sharper, blander or more alike, or the model goes further from its reference than `max_kl`: say so, or also end training there, as if
+    it were done, when it is seen twice in a row."""
+    max_kl: float = 0.5
+    """Mean square distance of the network's velocities to the reference's (latents have a variance of about 1), measured at evaluations on the way."""
 
 
 @dataclass(frozen=True)
@@ -618,6 +621,7 @@ _RULES: dict[str, _Rule] = {
     "watch.flat_iterations": _at_least(0),
     "watch.still_iterations": _at_least(0),
     "watch.lost_agreement": (lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "watch.max_kl": _at_least(0),
     "checkpoint.every": _at_least(1),
     "checkpoint.keep": _at_least(1),
 }

@@ -1,11 +1,14 @@
-"""How much pictures of one prompt differ, by hand."""
+"""What evaluations measure beside rewards, by hand."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from progrpo.training.evaluate import kl_to_reference, ode
 from progrpo.training.pictures import diversity
+from progrpo.types import Prompt
 
 
 def test_diversity_is_the_mean_distance_of_pairs_in_units_of_the_range():
@@ -16,3 +19,17 @@ def test_diversity_is_the_mean_distance_of_pairs_in_units_of_the_range():
     half = black.copy()
     half[0] = 255  # half of the values
     assert diversity(np.stack([black, half])) == pytest.approx(np.sqrt(0.5))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_distance_to_the_reference_is_that_of_velocities(tiny_policy, guidance_scale):
+    policy = tiny_policy(weights="full")
+    prompts, sampling = [Prompt("red cat"), Prompt("blue dog"), Prompt("cat")], ode(policy, 3, guidance_scale, 2)
+    assert kl_to_reference(policy, "current", prompts, sampling, seed=0) == 0
+    with torch.no_grad():  # of what the network says last: so far apart are the two everywhere
+        policy.trainable["proj_out.bias"] += 0.25
+    assert kl_to_reference(policy, "current", prompts, sampling, seed=0) == pytest.approx(0.25**2, rel=1e-4)
+    policy.named_weights.snapshot("ema", "reference")
+    assert kl_to_reference(policy, "ema", prompts, sampling, seed=0) == 0
+    policy.named_weights.forget("reference")
+    assert kl_to_reference(policy, "current", prompts, sampling, seed=0) is None

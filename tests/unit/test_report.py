@@ -89,7 +89,10 @@ def test_a_run_under_way_says_what_is_not_there_yet(run):
     page = text(run)
     assert "1 of 2 iterations are done" in page
     assert "There is no evaluation after training yet" in page
-    assert "Not recorded so far: Strict accuracy, Spread within a group, Preview agreement" in page
+    assert (
+        "Not recorded so far: Strict accuracy, Spread within a group, Distance to the reference, Preview agreement"
+        in page
+    )
 
 
 def test_a_missing_sheet_is_said_and_no_more(run):

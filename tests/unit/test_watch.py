@@ -188,6 +188,17 @@ def test_pictures_that_become_of_another_kind_are_named():
     assert watch.look(around(0.5, 1), {}, {"saturation": [0.4] * 100}) == []  # the reward did not rise
 
 
+def test_going_too_far_from_the_reference_is_a_sign_while_the_reward_rises():
+    watch = HackingWatch(max_kl=0.5)
+    assert watch.look(around(0.5, 0), {}, {}, 0.9) == []  # nothing to compare with
+    assert watch.look(around(0.7, 1), {}, {}, 0.4) == [] == watch.look(around(0.7, 1), {}, {}, None)
+    (said,) = watch.look(around(0.7, 1), {}, {}, 0.6)
+    assert "went 0.6 (mean square) from the reference's, over watch.max_kl 0.5" in said and watch.alarms == 1
+    assert watch.look(around(0.3, 1), {}, {}, 0.6) == []  # the reward fell
+    unlimited = HackingWatch()
+    assert [unlimited.look(around(r, 0), {}, {}, 99.0) for r in (0.5, 0.9)] == [[], []]
+
+
 def test_the_watch_goes_on_from_its_state():
     watch, other = HackingWatch(), HackingWatch()
     for w in (watch, other):

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from progrpo.config import RewardTerm, check
+from progrpo.diffusion.gaussian import mean_square
+from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.diffusion.process import Process
+from progrpo.packing import of_one_shape
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Judge, Scorer
 from progrpo.rollout.denoise import Sampling, denoise, expand
@@ -22,12 +25,13 @@ from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_fr
 from progrpo.training.checks import check_failures
 from progrpo.training.distributed import Ranks
 from progrpo.training.pictures import diversity, saturation, sharpness
-from progrpo.types import Prompt
+from progrpo.types import Prompt, Trajectories
 from progrpo.words import named
 
 DIVERSE_PROMPTS = 64
 STATISTICS: dict[str, Callable[[np.ndarray], float]] = {"sharpness": sharpness, "saturation": saturation}
 _GROUP = 4  # pictures of a prompt that diversity is measured on
+_COMPARED = 16  # prompts whose pictures are sampled once more to see how far the weights went
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,41 @@ def _diversities(
     final = denoise(policy, condition, expand(policy, places, _GROUP, sampling, key), sampling, key, Meter())
     images_NHWC = policy.decode(final.x_NCHW).numpy()
     return [diversity(group) for group in np.split(images_NHWC, len(places))]
+
+
+@torch.no_grad()
+def kl_to_reference(
+    policy: Policy, weights: str, prompts: Sequence[Prompt], sampling: Sampling, seed: int
+) -> float | None:
+    """Mean square distance of velocities under `weights` to those of the reference, in squared latent units; None without a reference.
+
+    It is measured where these weights lead the first prompts: at the latents of each step. An SDE's KL divergence from the
+    reference is proportional to it, with a factor of each step's noise (arXiv 2505.05470).
+    """
+    if "reference" not in policy.named_weights:
+        return None
+    places, key = torch.arange(min(_COMPARED, len(prompts))), NoiseKey(seed, 0)
+    condition, path = policy.encode([prompts[i].text for i in places.tolist()]), list[Trajectories]()
+
+    def note(step: int, batch: Trajectories) -> Trajectories:
+        path.append(batch)
+        return batch
+
+    with policy.weights(weights):
+        denoise(policy, condition, expand(policy, places, 1, sampling, key), sampling, key, Meter(), note)
+    process, distances = sampling.process, list[Tensor]()
+    with policy.weights("reference"):
+        for step, batch in enumerate(path):
+            assert batch.output_NCHW is not None
+            weight = PREDICTIONS[process.prediction].velocity_weight(process.levels_T1[step])
+            before = [
+                policy.predict(x, process.timestep(step, x), told, sampling.guidance_scale)
+                for rows in of_one_shape(len(places), min(sampling.microbatch, len(places)))
+                for x, told in [(batch.x_NCHW[rows], condition.take(rows.to(policy.device)))]
+            ]
+            apart = batch.output_NCHW - torch.cat(before)[: len(places)]
+            distances.append(mean_square(apart).cpu() * weight)
+    return float(torch.cat(distances).mean())
 
 
 def _listed(values_N: Tensor) -> list[float | None]:

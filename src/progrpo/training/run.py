@@ -24,6 +24,7 @@ from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.mix import Mixture, Term
+from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.plan import UnitCosts, preset
 from progrpo.rollout.plan import path as plan_path
@@ -48,7 +49,7 @@ from progrpo.training.build import (
 )
 from progrpo.training.distributed import Ranks
 from progrpo.training.errors import Interrupted
-from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, evaluate, ode
+from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, evaluate, kl_to_reference, ode
 from progrpo.training.judge import prompt_cost
 from progrpo.training.measure import measured
 from progrpo.training.stopping import Stop
@@ -234,7 +235,7 @@ class Run:
         self.best: Best | None = None
         self._pays: float | None = None
         self._path = plan_path(self.trainer.plan)
-        self._hacking, self._hacked = HackingWatch(), False
+        self._hacking, self._hacked = HackingWatch(config.watch.max_kl), False
         self._warnings: list[str] = []
         self._check_rewards(order)
 
@@ -392,11 +393,25 @@ class Run:
         if self.config.eval.keep_best and reward is not None and (self.best is None or reward > self.best.reward):
             self.best = Best(self.trainer.iteration, reward)
             self.policy.named_weights.snapshot(Best.NAME, self.trainer.evaluated_weights)
-        self._watch_for_hacking(result, console)
+        kl = kl_to_reference(
+            self.policy,
+            self.trainer.evaluated_weights,
+            self.held_out.validation,
+            self._ode,
+            self.config.eval.seed,
+        )
+        self._watch_for_hacking(result, kl, console)
         own = {f"eval/{name}": result.mean(name) for name in ("graded", "strict", "judge", *STATISTICS)}
+        own |= {} if kl is None else {"eval/kl": kl}
         return own | {f"eval/held_out@{name}": value for name, value in result.held_out().items()}
 
-    def _watch_for_hacking(self, result: Evaluation, console: Console) -> None:
+    @property
+    def _ode(self) -> Sampling:
+        """How evaluations sample."""
+        wanted, size = self.config.eval, microbatch(self.trainer.config.sampling)
+        return ode(self.policy, wanted.num_inference_steps, wanted.guidance_scale, size)
+
+    def _watch_for_hacking(self, result: Evaluation, kl: float | None, console: Console) -> None:
         """The main process compares, and all end together where that is asked for."""
         if self.config.watch.hacking == "off":
             return
@@ -406,7 +421,7 @@ class Run:
             }
             recent = [r.get("rollout/diversity") for r in self.folder.read_metrics()[-5:]]
             statistics = {name: result.column(name) for name in STATISTICS} | {"diversity within groups": recent}
-            found = self._hacking.look(result.column("graded"), witnesses, statistics)
+            found = self._hacking.look(result.column("graded"), witnesses, statistics, kl)
             for sentence in found:
                 if sentence not in self._warnings:
                     self._warnings.append(sentence)
@@ -417,17 +432,14 @@ class Run:
             console.say("training ends here: the same was seen at two evaluations in a row (watch.hacking stop)")
 
     def _measure(self, prompts: Sequence[Prompt], weights: str, console: Console, diverse: int = 0) -> Evaluation:
-        wanted = self.config.eval
-
         def sample(meter: Meter) -> Evaluation:
-            size = microbatch(self.trainer.config.sampling)
             return evaluate(
                 self.policy,
                 self.reward,
                 self.held_out.judge,
                 prompts,
-                ode(self.policy, wanted.num_inference_steps, wanted.guidance_scale, size),
-                wanted.seed,
+                self._ode,
+                self.config.eval.seed,
                 self.ranks,
                 diverse=diverse,
                 held_out=self.held_out.rewards,

@@ -133,10 +133,12 @@ class HackingWatch:
     """Compares evaluations on the way, all of the same prompts and noise: does the trained reward rise while witnesses fall?
 
     A witness (a judge, a held-out reward) is compared with the evaluation at which it was best, a statistic of pictures with the
-    first one. Both differences must be more than two standard errors, picture by picture.
+    first one. Both differences must be more than two standard errors, picture by picture. A distance to the reference above
+    `max_kl` (0: no limit) is one more sign, while the reward is higher than at first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_kl: float = 0.0) -> None:
+        self._max_kl = max_kl
         self._best: dict[str, dict[str, list[float | None]]] = {}
         self._first: dict[str, list[float | None]] = {}
         self._alarms = 0
@@ -146,9 +148,10 @@ class HackingWatch:
         reward: Sequence[float | None],
         witnesses: Mapping[str, Sequence[float | None]],
         statistics: Mapping[str, Sequence[float | None]],
+        kl: float | None = None,
     ) -> list[str]:
-        """What is suspicious about an evaluation, in words; each argument has a value a picture."""
-        found = [*self._witnesses(reward, witnesses), *self._statistics(reward, statistics)]
+        """What is suspicious about an evaluation, in words; each argument but the distance to the reference has a value a picture."""
+        found = [*self._witnesses(reward, witnesses), *self._statistics(reward, statistics), *self._kl(reward, kl)]
         self._alarms = self._alarms + 1 if found else 0
         return found
 
@@ -192,6 +195,14 @@ class HackingWatch:
                     f"{name} of the pictures went from {before:.3g} to {now:.3g} while the trained reward rose"
                 )
         return found
+
+    def _kl(self, reward: Sequence[float | None], kl: float | None) -> list[str]:
+        if not self._max_kl or kl is None or kl <= self._max_kl or not change(self._first[REWARD], reward).rose:
+            return []
+        return [
+            f"the network's velocities went {kl:.2g} (mean square) from the reference's, over watch.max_kl {self._max_kl:g},"
+            " while the trained reward rose"
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best, "first": self._first, "alarms": self._alarms}

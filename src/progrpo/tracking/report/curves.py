@@ -45,6 +45,12 @@ _SAMPLING = (
         "standard deviation of final rewards, mean over groups",
         (Curve("reward/group_std_full", "full group", GREY), Curve("reward/std", "survivors")),
     ),
+    _Card(
+        "Distance to the reference",
+        "mean square, of velocities, in evaluations",
+        (Curve("eval/kl", "distance", TEAL, True),),
+        {"rangemode": "tozero"},
+    ),
 )
 _UPDATE = (
     _Card(
