@@ -19,6 +19,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
@@ -39,16 +40,25 @@ def checksum(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[floa
     ]
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
+
+
 class Server:
     """The command in a process, and its memory in MB at the start, the quarters and the end of each of its lives."""
 
-    def __init__(self, port: int) -> None:
-        self._command = [sys.executable, "-m", "progrpo", "serve-reward", NAME, "--port", str(port)]
+    def __init__(self, port: int, *options: str, stderr: int | IO[str] | None = None) -> None:
+        self._command = [sys.executable, "-m", "progrpo", "serve-reward", NAME, "--port", str(port), *options]
+        self._stderr = stderr
         self.lives: list[list[float]] = []
         self.start()
 
     def start(self) -> None:
-        self._process = subprocess.Popen(self._command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            self._command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=self._stderr, text=True
+        )
         assert self._process.stdout is not None and self._process.stdout.readline(), "the server did not start"
         self.lives.append([])
         self.weigh()
@@ -60,9 +70,10 @@ class Server:
         self._process.kill()
         self._process.wait()
 
-    def stop(self) -> None:
+    def stop(self) -> int:
+        """Ask it to end: its exit code."""
         self._process.terminate()
-        self._process.wait(30)
+        return self._process.wait(30)
 
 
 class Client(threading.Thread):
@@ -92,8 +103,7 @@ class Client(threading.Thread):
 
 def measure(pictures: int, clients: int, size: int, kills: int) -> dict[str, object]:
     os.environ[TOKEN] = "a secret of the benchmark"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     server = Server(port)
     shares = [len(part) for part in np.array_split(np.arange(pictures), clients)]
     threads = [Client(n, share, size, f"http://127.0.0.1:{port}") for n, share in enumerate(shares)]

@@ -54,6 +54,9 @@ class PromptConfig:
     order: Literal["turn", "signal"] = "turn"
     """`turn`: kinds in turn, each prompt once before any comes again. `signal`: drawn in proportion to how far the rewards of a
     prompt's groups (and of its kind's) differ, so that sampling goes where there is something to learn."""
+    split_groups: bool = False
+    """With several processes: each samples some members of every group, instead of some groups whole. Survivors are moved to where
+    there are fewer after each prune. For groups that take one process too long."""
 
 
 @dataclass(frozen=True)
@@ -700,6 +703,8 @@ def _check_together(config: Config) -> None:
         raise ValueError("eval.keep_best must have eval.every above 0: the best is that of the evaluations on the way")
     if config.objective.advantage == "gdpo" and config.objective.baseline == "group":
         raise ValueError("objective.baseline must be survivors for objective.advantage gdpo, not group")
+    if config.prompts.split_groups:
+        _check_split_groups(config)
     plan = config.plan
     if plan.preset != "custom" and plan != PlanConfig(
         preset=plan.preset, selector=plan.selector, adaptive=plan.adaptive
@@ -716,6 +721,20 @@ def _check_together(config: Config) -> None:
             "objective.baseline must be survivors under a plan that prunes while sampling: "
             "the pruned members have no final rewards"
         )
+
+
+def _check_split_groups(config: Config) -> None:
+    """What looks at a whole group while it is sampled or trained cannot have a part of it."""
+    whole = {
+        "objective.name dgpo": config.objective.name == "dgpo",
+        "objective.advantage gdpo": config.objective.advantage == "gdpo",
+        "preview.probe": config.preview.probe,
+        "optim.reuse_rollout": config.optim.reuse_rollout,
+        "reward.waves above 1": config.reward.waves > 1,
+    }
+    for name, asked in whole.items():
+        if asked:
+            raise ValueError(f"prompts.split_groups must be false for {name}, which takes groups whole")
 
 
 def _check_preserving(config: Config) -> None:

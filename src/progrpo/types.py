@@ -7,10 +7,11 @@ members ascending), T denoising steps, B microbatch, C H W latent. A suffix name
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the plan and the command line use these types without torch
+    import torch
     from torch import Tensor
 
 
@@ -61,6 +62,16 @@ class Transition:
             None if self.attached_NCHW is None else self.attached_NCHW[rows],
         )
 
+    def to(self, device: str | torch.device) -> Transition:
+        return Transition(
+            self.step,
+            self.x_NCHW.to(device),
+            self.x_next_NCHW.to(device),
+            self.log_prob_N.to(device),
+            _moved(self.mean_NCHW, device),
+            _moved(self.attached_NCHW, device),
+        )
+
 
 @dataclass(frozen=True)
 class Trajectories:
@@ -95,6 +106,20 @@ class Trajectories:
             None if self.attached_NCHW is None else self.attached_NCHW[rows],
             tuple(f[rows] for f in self.features),
         )
+
+    def to(self, device: str | torch.device) -> Trajectories:
+        """Latents and all that was made of them there; who is who stays on the CPU."""
+        return replace(
+            self,
+            x_NCHW=self.x_NCHW.to(device),
+            output_NCHW=_moved(self.output_NCHW, device),
+            path=tuple(t.to(device) for t in self.path),
+            attached_NCHW=_moved(self.attached_NCHW, device),
+        )
+
+
+def _moved(there: Tensor | None, device: str | torch.device) -> Tensor | None:
+    return None if there is None else there.to(device)
 
 
 @dataclass(frozen=True)

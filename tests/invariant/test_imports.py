@@ -24,7 +24,7 @@ MAY_SEE = {
     "progrpo.types": (),
     "progrpo.config": ("progrpo.rollout.plan", "progrpo.rollout.window", "progrpo.types", "progrpo.words"),
     "progrpo.diffusion": (),
-    "progrpo.packing": (),
+    "progrpo.packing": ("progrpo.types",),
     "progrpo.rollout": PROTOCOLS,
     "progrpo.rollout.plan": ("progrpo.types",),
     "progrpo.rollout.window": (),

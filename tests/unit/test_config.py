@@ -15,6 +15,7 @@ from progrpo.config import (
     ObjectiveConfig,
     OptimConfig,
     PlanConfig,
+    PromptConfig,
     RewardConfig,
     RewardTerm,
     SamplingConfig,
@@ -148,6 +149,10 @@ def test_defaults_are_right():
         ),
         (Config(plan=PlanConfig(preset="custom", prune=((9, 4),))), "prune step 9 saves no network call"),
         (Config(objective=ObjectiveConfig(baseline="group")), "objective.baseline must be survivors under a plan"),
+        (
+            Config(prompts=PromptConfig(split_groups=True), objective=ObjectiveConfig(name="dgpo")),
+            "prompts.split_groups must be false for objective.name dgpo",
+        ),
         (Config(seed="1"), "seed must be a whole number, not '1'"),  # type: ignore[arg-type]
     ],
 )

@@ -19,8 +19,8 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import INITIAL, NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
 from progrpo.rollout.preview import score
-from progrpo.rollout.prune import SELECTORS
-from progrpo.rollout.rollout import rollout, survivors, to_groups
+from progrpo.rollout.prune import SELECTORS, survivors, to_groups
+from progrpo.rollout.rollout import rollout
 from progrpo.training.build import sampling_from
 from progrpo.training.evaluate import ode
 from progrpo.types import Prompt, Trajectories
@@ -48,7 +48,9 @@ def test_to_groups_of_ragged_and_absent_groups():
 
 def test_survivors_of_even_groups_are_prompt_major_and_ascending():
     scores = torch.tensor([0.1, 0.9, 0.5, 0.4, 0.6, 0.3], dtype=torch.float64)
-    rows = survivors(living(0, 0, 0, 1, 1, 1), scores, 2, SELECTORS["ovf"], torch.zeros(2, dtype=torch.int64), 2)
+    rows = survivors(
+        living(0, 0, 0, 1, 1, 1).group_N, scores, 2, SELECTORS["ovf"], torch.zeros(2, dtype=torch.int64), 2
+    )
     assert rows.tolist() == [0, 1, 4, 5]
 
 
@@ -56,7 +58,7 @@ def test_survivors_of_even_groups_are_prompt_major_and_ascending():
 def test_survivors_of_ragged_groups_are_never_more_than_there_are(selector):
     batch = living(0, 0, 0, 0, 2, 2, 3)
     scores = torch.tensor([0.1, 0.9, 0.5, 0.4, 0.2, 0.8, 0.7], dtype=torch.float64)
-    rows = survivors(batch, scores, 3, SELECTORS[selector], torch.zeros(4, dtype=torch.int64), 4)
+    rows = survivors(batch.group_N, scores, 3, SELECTORS[selector], torch.zeros(4, dtype=torch.int64), 4)
     assert torch.bincount(batch.group_N[rows], minlength=4).tolist() == [3, 0, 2, 1]
     assert rows.tolist() == sorted(set(rows.tolist()))
 
@@ -65,7 +67,7 @@ def test_survivors_of_ragged_groups_are_never_more_than_there_are(selector):
 def test_survivors_have_scores_where_enough_have(selector):
     batch = living(0, 0, 0, 0, 1, 1, 1)
     scores = torch.tensor([NAN, 0.9, NAN, 0.4, NAN, NAN, 0.7], dtype=torch.float64)
-    rows = survivors(batch, scores, 2, SELECTORS[selector], torch.zeros(2, dtype=torch.int64), 2)
+    rows = survivors(batch.group_N, scores, 2, SELECTORS[selector], torch.zeros(2, dtype=torch.int64), 2)
     assert rows.tolist() == [1, 3, 4, 6]
 
 

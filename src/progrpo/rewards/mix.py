@@ -52,6 +52,11 @@ class Mixture:
     def weights(self) -> Mapping[str, float]:
         return {term.name: term.weight for term in self._terms}
 
+    @property
+    def groupwise(self) -> str | None:
+        """The name of a reward that must see whole groups, if there is one."""
+        return next((term.name for term in self._terms if term.groupwise), None)
+
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt], group_N: Tensor) -> Scores:
         parts: dict[str, Tensor] = {}
         verdicts: list[list[bool | None]] = []

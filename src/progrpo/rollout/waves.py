@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from progrpo.packing import join
 from progrpo.rewards.base import Scorer
 from progrpo.rollout.meter import Meter
-from progrpo.types import Condition, Prompt, Rollout, Scores, Trajectories, Transition
+from progrpo.types import Condition, Prompt, Rollout, Scores
 
 
 class _Elsewhere:
@@ -68,7 +69,9 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
         condition=Condition(
             {name: torch.cat([r.condition.tensors[name] for r in parts]) for name in first.condition.tensors}
         ),
-        trajectories=_trajectories([r.trajectories for r in parts], starts),
+        trajectories=join(
+            [replace(r.trajectories, group_N=r.group_N + start) for r, start in zip(parts, starts, strict=True)]
+        ),
         images_NHWC=torch.cat([r.images_NHWC for r in parts]),
         rewards_N=torch.cat([r.rewards_N for r in parts]),
         passed_N=torch.cat([r.passed_N for r in parts]),
@@ -78,31 +81,4 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
         previews=tuple(
             replace(p, group_N=p.group_N + start) for r, start in zip(parts, starts, strict=True) for p in r.previews
         ),
-    )
-
-
-def _trajectories(parts: Sequence[Trajectories], starts: Sequence[int]) -> Trajectories:
-    first = parts[0]
-    return Trajectories(
-        group_N=torch.cat([t.group_N + start for t, start in zip(parts, starts, strict=True)]),
-        slot_N=torch.cat([t.slot_N for t in parts]),
-        member_N=torch.cat([t.member_N for t in parts]),
-        x_NCHW=torch.cat([t.x_NCHW for t in parts]),
-        path=tuple(_transition([t.path[i] for t in parts]) for i in range(len(first.path))),
-        features=tuple(torch.cat([t.features[i] for t in parts]) for i in range(len(first.features))),
-    )
-
-
-def _transition(parts: Sequence[Transition]) -> Transition:
-    def cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        there = [t for t in tensors if t is not None]
-        return torch.cat(there) if there else None
-
-    return Transition(
-        parts[0].step,
-        torch.cat([t.x_NCHW for t in parts]),
-        torch.cat([t.x_next_NCHW for t in parts]),
-        torch.cat([t.log_prob_N for t in parts]),
-        cat([t.mean_NCHW for t in parts]),
-        cat([t.attached_NCHW for t in parts]),
     )

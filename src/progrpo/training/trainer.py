@@ -27,6 +27,7 @@ from progrpo.training import checks
 from progrpo.training.audit import Audit, audit
 from progrpo.training.build import objective_from, previewing, sampling_from
 from progrpo.training.distributed import Ranks, Tally
+from progrpo.training.errors import SelfCheckError
 from progrpo.training.judge import PlanJudge, plan_from, prompt_cost
 from progrpo.training.memory import halved, is_out_of_memory
 from progrpo.training.pictures import group_diversity
@@ -89,10 +90,14 @@ class Trainer:
     """Everything that changes during a run is in `state_dict`; noise and windows follow from the iteration's number."""
 
     def __init__(self, config: Config, policy: Policy, reward: Mixture, order: PromptOrder, ranks: Ranks) -> None:
-        if config.prompts.per_iteration < ranks.world:
+        if config.prompts.per_iteration < ranks.world and not config.prompts.split_groups:
             raise ValueError(
                 f"prompts.per_iteration is {config.prompts.per_iteration}, fewer than the {ranks.world} processes;"
-                " give each at least one"
+                " give each at least one, or have them share the groups (prompts.split_groups)"
+            )
+        if config.prompts.split_groups and reward.groupwise:
+            raise ValueError(
+                f"prompts.split_groups must be false for the reward {reward.groupwise}, which compares the pictures of a whole group"
             )
         self.config, self.policy, self.reward, self.order, self.ranks = config, policy, reward, order, ranks
         self.plan, self.how, self.judge = resolve_plan(config), previewing(config), PlanJudge(config)
@@ -129,7 +134,7 @@ class Trainer:
         start, meter, key = time.perf_counter(), Meter(), NoiseKey(self.config.seed, self.iteration)
         self.totals.predicted += self.predicted()
         prompts = self.order.prompts_for(self.iteration, self.config.prompts.per_iteration)
-        slots = self.ranks.deal(len(prompts))
+        slots = torch.arange(len(prompts)) if self._together else self.ranks.deal(len(prompts))
         sampling = self.sampling
         with self.policy.weights(self.objective.rollout_weights):
             rolled = self.within_memory(lambda m: self._roll_out(prompts, slots, self.sampling, key, m), meter)
@@ -153,6 +158,11 @@ class Trainer:
         self.iteration += 1
         return Iteration(record, rolled, found)
 
+    @property
+    def _together(self) -> Ranks | None:
+        """The processes, if they share groups."""
+        return self.ranks if self.config.prompts.split_groups else None
+
     def within_memory(self, sample: Callable[[Meter], _Sampled], meter: Meter) -> _Sampled:
         """What `sample` gives, with half of `config`'s microbatch where memory runs out: noise knows whose it is, so it is the same."""
         while True:
@@ -164,6 +174,11 @@ class Trainer:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+                if self._together:  # the others wait for this one's scores
+                    raise SelfCheckError(
+                        "out of memory while processes sample their groups together (prompts.split_groups), which cannot be tried"
+                        " again by one of them; lower sampling.microbatch"
+                    ) from error
             wanted = self.config.sampling
             smaller = halved(microbatch(wanted), "sampling.microbatch")
             self.config = replace(self.config, sampling=replace(wanted, microbatch=smaller))
@@ -174,7 +189,8 @@ class Trainer:
         def sample(reward: Scorer, places: Tensor, its_meter: Meter) -> Rollout:
             own = slots[places]
             chosen = [prompts[i] for i in own.tolist()]
-            return rollout(self.policy, reward, chosen, own, self.plan, sampling, self.select, key, its_meter, self.how)
+            parts = self.plan, sampling, self.select, key, its_meter, self.how, self._together
+            return rollout(self.policy, reward, chosen, own, *parts)
 
         return in_waves(sample, self.reward, len(slots), self.config.reward.waves, meter)
 
@@ -183,7 +199,9 @@ class Trainer:
         weights, quorum, diverse = self.reward.weights, self.config.reward.quorum, Tally()
         if (found := group_diversity(rolled.images_NHWC.numpy(), rolled.group_N.numpy())) is not None:
             diverse.add("rollout/diversity", found * len(rolled.prompts), len(rolled.prompts))
-        experience, tally = learn_from(rolled, sampling, key, wanted, clip, self.ranks, weights, quorum)
+        experience, tally = learn_from(
+            rolled, sampling, key, wanted, clip, self.ranks, weights, quorum, self._together is not None
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.iteration)
         optim = self.config.optim
@@ -232,10 +250,11 @@ class Trainer:
 
     def _observe(self, slots: Tensor, rolled: Rollout) -> None:
         """Tell the order how far each group's rewards differed, on every process the same."""
-        found = group_statistics(rolled.finalist_rewards_F, rolled.finalist_group_F, len(rolled.prompts))
-        stds_P = found.std_P.where(found.count_P >= 2, torch.nan)
-        seen = self.ranks.gather(list(zip(slots.tolist(), stds_P.tolist(), strict=True)))
-        self.order.observe(self.iteration, [std for _, std in sorted(seen)])
+        slot_F = slots[rolled.finalist_group_F]
+        told = self.ranks.gather([(rolled.finalist_rewards_F, slot_F)])
+        rewards, slot = (torch.cat(parts) for parts in zip(*told, strict=True))
+        found = group_statistics(rewards, slot, self.config.prompts.per_iteration)
+        self.order.observe(self.iteration, found.std_P.where(found.count_P >= 2, torch.nan).tolist())
 
     def _audit(self, prompts: Sequence[Prompt], key: NoiseKey, meter: Meter) -> Audit:
         """A prompt of this iteration, another place of it every time, under a slot that no trained group has."""

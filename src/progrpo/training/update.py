@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -56,31 +56,45 @@ def learn_from(
     ranks: Ranks,
     weights: Mapping[str, float],
     quorum: float = 0.0,
+    together: bool = False,
 ) -> tuple[Experience, Tally]:
     """Every survivor whose reward is there, with its advantage; and what the rewards looked like.
 
-    `weights` are those of the rewards that were mixed, by name. A group that misses the `quorum` is left out.
+    `weights` are those of the rewards that were mixed, by name. A group that misses the `quorum` is left out. Of groups that
+    processes sampled `together`, each process knows all rewards, and learns from its own part.
     """
     num_groups, tally = len(rollout.prompts), Tally()
-    rewards_N = with_quorum(rollout.rewards_N, rollout.group_N, num_groups, quorum)
-    statistics = group_statistics(rewards_N, rollout.group_N, num_groups)
-    finalists = group_statistics(rollout.finalist_rewards_F, rollout.finalist_group_F, num_groups)
+    finals = rollout.finalist_rewards_F, rollout.finalist_group_F
+    told = _Rewarded(rollout.rewards_N, rollout.group_N, rollout.parts_NR, *finals)
+    parts = ranks.gather([told]) if together else [told]
+    own = torch.arange(len(told.rewards_N)) + sum(
+        len(part.rewards_N) for part in parts[: ranks.rank if together else 0]
+    )
+    whole = _Rewarded.joined(parts)
+    rewards_N = with_quorum(whole.rewards_N, whole.group_N, num_groups, quorum)
+    statistics = group_statistics(rewards_N, whole.group_N, num_groups)
+    finalists = group_statistics(whole.finalist_rewards_F, whole.finalist_group_F, num_groups)
+
+    def moments_of_all(values_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        count, total, total_sq = moments(values_N) if together else ranks.sum(moments(values_N)).cpu()
+        return count, total, total_sq
+
     scale = {"eps": objective.adv_eps, "clip_max": adv_clip_max}
     if objective.advantage == "gdpo":
-        parts_NR = rollout.parts_NR.where(rewards_N.isfinite()[:, None], torch.nan)
+        parts_NR = whole.parts_NR.where(rewards_N.isfinite()[:, None], torch.nan)
         weights_R = torch.tensor(list(weights.values()), dtype=torch.float64)
-        values_N = normalised_sum(parts_NR, weights_R, rollout.group_N, num_groups, objective.adv_eps)
-        count, total, total_sq = ranks.sum(moments(values_N)).cpu()
+        values_N = normalised_sum(parts_NR, weights_R, whole.group_N, num_groups, objective.adv_eps)
+        count, total, total_sq = moments_of_all(values_N)
         mean, std = total / count.clamp(min=1), batch_std_from_moments(count, total, total_sq)
-        taught = group_statistics(values_N, rollout.group_N, num_groups)
-        advantages_N, observed_N = advantages(values_N, rollout.group_N, taught.around(mean), std=std, **scale)
+        taught = group_statistics(values_N, whole.group_N, num_groups)
+        advantages_N, observed_N = advantages(values_N, whole.group_N, taught.around(mean), std=std, **scale)
     else:
         batch = objective.advantage == "batch"
         advantages_N, observed_N = advantages(
             rewards_N,
-            rollout.group_N,
+            whole.group_N,
             statistics if objective.baseline == "survivors" else finalists,
-            std=batch_std_from_moments(*ranks.sum(moments(rewards_N)).cpu()) if batch else None,
+            std=batch_std_from_moments(*moments_of_all(rewards_N)) if batch else None,
             **scale,
         )
         taught = statistics
@@ -93,17 +107,33 @@ def learn_from(
     if not rollout.previews:
         tally.add_finite("reward/group_std_full", finalists.std_P)
     tally.count("reward/missing", int((~rollout.finalist_rewards_F.isfinite()).sum()))
-    tally.count("reward/skipped_groups", num_groups - len(rollout.group_N[rewards_N.isfinite()].unique()))
-    tally.count("advantage/zero_variance_groups", int((~taught.informative_P).sum()))
+    if ranks.is_main or not together:  # what all know is counted once
+        tally.count("reward/skipped_groups", num_groups - len(whole.group_N[rewards_N.isfinite()].unique()))
+        tally.count("advantage/zero_variance_groups", int((~taught.informative_P).sum()))
     experience = Experience(
         rollout.trajectories,
-        advantages_N,
+        advantages_N[own],
         rollout.condition,
         sampling.process,
         noise,
         sampling.guidance_scale,
     )
-    return experience.take(observed_N.nonzero().flatten()), tally
+    return experience.take(observed_N[own].nonzero().flatten()), tally
+
+
+@dataclass(frozen=True)
+class _Rewarded:
+    """What a process tells the others of its part of the groups."""
+
+    rewards_N: Tensor
+    group_N: Tensor
+    parts_NR: Tensor
+    finalist_rewards_F: Tensor
+    finalist_group_F: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Rewarded]) -> _Rewarded:
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
 def update(

@@ -1,0 +1,95 @@
+"""Groups whose members are sampled by several processes: one selection over all of them, survivors shared out anew.
+
+A process usually samples whole groups. Where a group is too slow for one, its members are dealt over all: each scores its own,
+all hear of all scores, and choose alike. Noise knows whose it is, so what survives does not depend on who sampled it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from progrpo.packing import join
+from progrpo.rollout.prune import Selector, survivors
+from progrpo.types import Trajectories
+
+
+class Together(Protocol):
+    """The processes that sample groups together."""
+
+    rank: int
+    world: int
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The lists of all processes, one after another, on each of them."""
+        ...
+
+
+def dealt(batch: Trajectories, together: Together) -> Trajectories:
+    """This process' share of whole groups: every world-th row."""
+    return batch.take(torch.arange(together.rank, len(batch), together.world))
+
+
+def survivors_of_all(
+    batch: Trajectories,
+    scores_N: Tensor,
+    keep: int,
+    select: Selector,
+    seeds_P: Tensor,
+    num_groups: int,
+    together: Together,
+) -> Tensor:
+    """Rows of this process' batch that `select` keeps of all processes' members, ascending."""
+    told = together.gather([(batch.group_N, batch.member_N, scores_N)])
+    group_M, member_M, scores_M = (torch.cat(parts) for parts in zip(*told, strict=True))
+    owner_M = torch.arange(together.world).repeat_interleave(torch.tensor([len(group) for group, _, _ in told]))
+    order_M = _order(group_M, member_M)
+    kept = order_M[survivors(group_M[order_M], scores_M[order_M], keep, select, seeds_P, num_groups)]
+    own = kept[owner_M[kept] == together.rank] - sum(len(group) for group, _, _ in told[: together.rank])
+    return own.sort().values
+
+
+def shared_out(batch: Trajectories, together: Together) -> Trajectories:
+    """The same trajectories of all processes, moved from those that have more of them to those that have fewer.
+
+    Numbers then differ by one at most. Rows stay prompt-major, members ascending.
+    """
+    parcels: dict[int, Trajectories] = {}
+    left = len(batch)
+    for giver, taker, count in transfers(together.gather([left])):
+        if giver == together.rank:
+            parcels[taker] = batch.take(torch.arange(left - count, left)).to("cpu")
+            left -= count
+    received = [p[together.rank] for p in together.gather([parcels]) if together.rank in p]
+    if not parcels and not received:
+        return batch
+    whole = join([batch.take(torch.arange(left)), *(part.to(batch.x_NCHW.device) for part in received)])
+    return whole.take(_order(whole.group_N, whole.member_N))
+
+
+def transfers(counts: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Who gives whom how many, so that counts differ by one at most and as few as possible move; the first have the one more."""
+    share, more = divmod(sum(counts), len(counts))
+    # who already has most keeps the one more, or it would move for nothing
+    largest = sorted(range(len(counts)), key=lambda i: -counts[i])[:more]
+    over = [count - share - (i in largest) for i, count in enumerate(counts)]
+    moves, takers = [], [i for i, extra in enumerate(over) if extra < 0]
+    for giver, extra in enumerate(over):
+        while extra > 0:
+            taker = takers[0]
+            count = min(extra, -over[taker])
+            moves.append((giver, taker, count))
+            extra -= count
+            over[taker] += count
+            if not over[taker]:
+                takers.pop(0)
+    return moves
+
+
+def _order(group_N: Tensor, member_N: Tensor) -> Tensor:
+    """Rows prompt-major, members ascending."""
+    by_member = member_N.argsort(stable=True)
+    return by_member[group_N[by_member].argsort(stable=True)]
