@@ -360,7 +360,7 @@ class WatchConfig:
     """When the trained reward rises at an evaluation on the way, and the judge or a held-out reward falls, or pictures become much
     sharper, blander or more alike, or the model goes further from its reference than `max_kl`: say so, or also end training there, as if
     it were done, when it is seen twice in a row."""
-    max_kl: float = 0.5
+    max_kl: float = 1.0
     """Mean square distance of the network's velocities to the reference's (latents have a variance of about 1), measured at evaluations on the way."""
 
 

@@ -72,6 +72,15 @@ def test_nothing_is_lost_and_nothing_twice_though_the_server_is_killed():
     assert [len(life) for life in lives] == [5, 5]
 
 
+def test_hostile_requests_are_refused_and_hurt_no_other():
+    command = [sys.executable, str(BENCHMARK.with_name("fuzz.py")), "--requests", "100", "--seed", "3", "--json"]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
+    assert found["requests"] == sum(found["by_kind"].values()) == 100 and len(found["by_kind"]) == 13
+    assert found["errors_500"] == found["not_answered_as_promised"] == found["tracebacks"] == 0
+    assert (found["honest_pictures_right"], found["honest_pictures_wrong_or_missing"]) == (64, 0)
+    assert found["ended_when_told"] and {"400", "401", "413", "422"} <= set(found["answers"])
+
+
 def test_a_server_that_is_started_again_goes_on_under_its_client(tmp_path):
     expected = [float(p.mean()) for p in PICTURES]
     with server(tmp_path, "mean") as (process, url):
