@@ -92,6 +92,9 @@ def work(model, out):
     cases["gdpo"] = (replace(CONFIG, objective=replace(CONFIG.objective, advantage="gdpo")), redness)
     cases["probe"] = (replace(CONFIG, preview=PreviewConfig(probe=True, probe_threshold=-1), audit=AuditConfig(every=1)), redness)
     cases["failing"] = (CONFIG, Failing(middle))
+    together = replace(CONFIG, prompts=PromptConfig(per_iteration=3, split_groups=True))
+    cases["split"] = (together, redness)
+    cases["split batch"] = (replace(together, objective=replace(CONFIG.objective, advantage="batch")), redness)
     for name, (config, reward) in cases.items():
         survivors, records, weights = trained(model, config, reward)
         found[name] = {"survivors": survivors, "records": records}
@@ -109,7 +112,8 @@ def work(model, out):
 if __name__ == "__main__":
     work(sys.argv[1], Path(sys.argv[2]))
 '''
-CASES = ("updates 1", "updates 2", "batch", "gdpo", "probe", "failing")
+WHOLE = ("updates 1", "updates 2", "batch", "gdpo", "probe", "failing")
+CASES = (*WHOLE, "split", "split batch")
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +165,10 @@ def test_there_were_two_and_one(one, two):
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_members_survive(one, two, case):
     first, second = (found(two, rank)[case]["survivors"] for rank in (0, 1))
-    assert {slot for _, slot, _ in first} == {0, 2} and {slot for _, slot, _ in second} == {1}
+    if case in WHOLE:
+        assert {slot for _, slot, _ in first} == {0, 2} and {slot for _, slot, _ in second} == {1}
+    else:  # each has some of every group
+        assert len(first) and len(second) and abs(len(first) - len(second)) <= 2 * 3
     assert sorted(first + second) == sorted(found(one, 0)[case]["survivors"])
 
 
@@ -180,7 +187,9 @@ def test_the_same_weights_are_learnt(one, two, case):
 def test_the_same_metrics_are_recorded(one, two, case):
     for ours, theirs in zip(found(two, 0)[case]["records"], found(one, 0)[case]["records"], strict=True):
         assert ours.keys() == theirs.keys()
-        for name in ours.keys() - {"seconds", "update/ratio_max_deviation", "update/loss"}:  # these are rounding
+        rounding = {"seconds", "update/ratio_max_deviation", "update/loss"}
+        own_part = set() if case in WHOLE else {"rollout/diversity"}  # of a group's members in one process
+        for name in ours.keys() - rounding - own_part:
             if not name.startswith("time/"):
                 expected = theirs[name]  # None: a rank correlation of constant rewards
                 assert ours[name] == (expected if expected is None else pytest.approx(expected, rel=1e-3, abs=1e-6)), (
@@ -195,5 +204,6 @@ def test_only_the_main_process_writes(one, two):
 
 
 def test_a_process_without_a_prompt_is_refused(two):
-    expected = "prompts.per_iteration is 1, fewer than the 2 processes; give each at least one"
+    expected = "prompts.per_iteration is 1, fewer than the 2 processes; give each at least one,"
+    expected += " or have them share the groups (prompts.split_groups)"
     assert [found(two, rank)["too few"] for rank in (0, 1)] == [expected, expected]
