@@ -384,6 +384,7 @@ class LinearPolicy:
     prediction = "flow"
     embeds_guidance = False
     compiled = False
+    attend = None
     latent_shape = (1, 2, 2)
     device = torch.device("cpu")
 

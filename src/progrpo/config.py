@@ -43,6 +43,9 @@ class ModelConfig:
     ratios must begin at 1, in float32 only."""
     activation_checkpointing: bool = False
     """Compute activations anew in the backward pass: less memory, about a third more time in the update."""
+    shard: bool = False
+    """With several processes: each holds a part of the frozen weights (torch's fully_shard), and blocks are gathered while they run. For
+    models too large for one device; of a LoRA only."""
 
 
 @dataclass(frozen=True)
@@ -705,6 +708,8 @@ def _check_together(config: Config) -> None:
         raise ValueError("objective.baseline must be survivors for objective.advantage gdpo, not group")
     if config.prompts.split_groups:
         _check_split_groups(config)
+    if config.model.shard:
+        _check_shard(config)
     plan = config.plan
     if plan.preset != "custom" and plan != PlanConfig(
         preset=plan.preset, selector=plan.selector, adaptive=plan.adaptive
@@ -735,6 +740,20 @@ def _check_split_groups(config: Config) -> None:
     for name, asked in whole.items():
         if asked:
             raise ValueError(f"prompts.split_groups must be false for {name}, which takes groups whole")
+
+
+def _check_shard(config: Config) -> None:
+    """Gathered weights are gone after a call, and all processes make the same calls."""
+    against = {
+        "model.weights full": config.model.weights == "full",
+        "model.compile": config.model.compile,
+        "optim.reuse_rollout": config.optim.reuse_rollout,
+    }
+    for name, asked in against.items():
+        if asked:
+            raise ValueError(
+                f"model.shard must be false for {name}: only the frozen weights of an uncompiled network are shared out"
+            )
 
 
 def _check_preserving(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Two processes train what one does. The script runs twice in two processes, over gloo, and once in this one."""
+"""Two and three processes train what one does. The script runs in two and three processes, over gloo, and once in this one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 SCRIPT = '''
-"""python script.py MODEL OUT: what each process trained and kept, by case, and a run of the library."""
+"""python script.py MODEL OUT: what each process trained and kept, by case, and a run of the library; of three only what they add."""
 import json, sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 import progrpo
 from progrpo.config import AuditConfig, CheckpointConfig, Config, EvalConfig, ModelConfig
@@ -71,7 +72,8 @@ class Failing:
 
 def trained(model, config, reward):
     """Survivors and records of each iteration, and the weights in the end."""
-    settings = PolicySettings(lora_rank=2, lora_alpha=4, max_sequence_length=8)
+    shard = config.model.shard and Ranks().world > 1
+    settings = PolicySettings(lora_rank=2, lora_alpha=4, max_sequence_length=8, shard=shard)
     policy = policy_from_pipeline(DiffusionPipeline.from_pretrained(model), settings)
     order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
     trainer = Trainer(config, policy, alone(FunctionReward(reward)), order, Ranks())
@@ -81,6 +83,10 @@ def trained(model, config, reward):
         living = done.rollout.trajectories
         survivors += [[i, s, m] for s, m in zip(living.slot_N.tolist(), living.member_N.tolist())]
         records.append(done.record)
+    trainer.check_frozen()
+    for name, p in policy.denoiser.named_parameters():
+        assert isinstance(p, DTensor) == (shard and not p.requires_grad), name
+        assert not isinstance(p, DTensor) or p.to_local().numel() < p.numel(), name
     return survivors, records, {name: p.detach().clone() for name, p in policy.trainable.items()}
 
 
@@ -94,26 +100,39 @@ def work(model, out):
     cases["failing"] = (CONFIG, Failing(middle))
     together = replace(CONFIG, prompts=PromptConfig(per_iteration=3, split_groups=True))
     cases["split"] = (together, redness)
+    cases["shard"] = (replace(CONFIG, model=replace(CONFIG.model, shard=True)), redness)
+    five = replace(CONFIG, prompts=PromptConfig(per_iteration=5))  # on three: 2, 2 and 1
+    cases["five"] = (replace(five, optim=OptimConfig(updates_per_rollout=2)), redness)
+    cases["five shard"] = (replace(five, model=replace(CONFIG.model, shard=True)), Failing(middle))
     cases["split batch"] = (replace(together, objective=replace(CONFIG.objective, advantage="batch")), redness)
+    if ranks.world == 3:
+        cases = {name: cases[name] for name in ("five", "five shard", "split")}
     for name, (config, reward) in cases.items():
         survivors, records, weights = trained(model, config, reward)
         found[name] = {"survivors": survivors, "records": records}
         save_file(weights, out / f"{name} {ranks.rank}.safetensors")
+    found["world"] = ranks.world
+    if ranks.world < 3:
+        by_the_library(model, out, found, ranks)
+    (out / f"found {ranks.rank}.json").write_text(json.dumps(found))
+
+
+def by_the_library(model, out, found, ranks):
     mine = out / f"run of {ranks.rank}"
     progrpo.train(DiffusionPipeline.from_pretrained(model), PROMPTS, redness, config=CONFIG, out=mine)
-    found["world"], found["wrote"] = ranks.world, mine.exists()
+    found["wrote"] = mine.exists()
     try:
         trained(model, replace(CONFIG, prompts=PromptConfig(per_iteration=1)), redness)
     except ValueError as error:
         found["too few"] = str(error)
-    (out / f"found {ranks.rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
     work(sys.argv[1], Path(sys.argv[2]))
 '''
-WHOLE = ("updates 1", "updates 2", "batch", "gdpo", "probe", "failing")
+WHOLE = ("updates 1", "updates 2", "batch", "gdpo", "probe", "failing", "shard")
 CASES = (*WHOLE, "split", "split batch")
+OF_THREE = ("five", "five shard", "split")
 
 
 @pytest.fixture(scope="module")
@@ -123,27 +142,40 @@ def script(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def two(script, tiny_sd3, tmp_path_factory) -> Path:
-    """What two processes left."""
-    out = tmp_path_factory.mktemp("two")
+def started(world: int, script: Path, model: Path, out: Path) -> Path:
+    """What so many processes left."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    started = []
-    for rank in ("0", "1"):
+    shared = {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    processes = []
+    for rank in map(str, range(world)):
         env = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
         log = (out / f"log {rank}").open("w")
-        command = [sys.executable, str(script), str(tiny_sd3), str(out)]
-        started.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+        command = [sys.executable, str(script), str(model), str(out)]
+        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
     try:
-        codes = [process.wait(timeout=600) for process in started]
+        codes = [process.wait(timeout=600) for process in processes]
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
-    assert codes == [0, 0], "\n".join((out / f"log {rank}").read_text()[-2000:] for rank in (0, 1))
+    assert codes == [0] * world, "\n".join((out / f"log {rank}").read_text()[-2000:] for rank in range(world))
     return out
+
+
+@pytest.fixture(scope="module")
+def two(script, tiny_sd3, tmp_path_factory) -> Path:
+    return started(2, script, tiny_sd3, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def three(script, tiny_sd3, tmp_path_factory) -> Path:
+    return started(3, script, tiny_sd3, tmp_path_factory.mktemp("three"))
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +227,26 @@ def test_the_same_metrics_are_recorded(one, two, case):
                 assert ours[name] == (expected if expected is None else pytest.approx(expected, rel=1e-3, abs=1e-6)), (
                     name
                 )
+
+
+@pytest.mark.parametrize("case", OF_THREE)
+def test_three_do_what_one_does(one, three, case):
+    parts, whole = [found(three, rank)[case] for rank in range(3)], found(one, 0)[case]
+    assert sorted(member for part in parts for member in part["survivors"]) == sorted(whole["survivors"])
+    expected = load_file(one / f"{case} 0.safetensors")
+    for rank in range(3):
+        weights = load_file(three / f"{case} {rank}.safetensors")
+        for name, weight in expected.items():
+            torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5, msg=name)
+    for ours, theirs in zip(parts[0]["records"], whole["records"], strict=True):
+        for name in (
+            "reward/mean",
+            "reward/missing",
+            "advantage/zero_variance_groups",
+            "rollout/nfe",
+            "update/grad_norm",
+        ):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
 
 
 def test_only_the_main_process_writes(one, two):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ class PolicySettings:
     denoiser's frozen weights and the VAE are in `dtype`, the text encoders stay in the dtype they came in.
     `max_sequence_length` counts T5's tokens. `resolution` is the side of the square picture in pixels (none: the model's own).
     `compile` has torch compile the denoiser, once for each shape that it meets. `activation_checkpointing` computes activations
-    anew in the backward pass instead of keeping them. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
+    anew in the backward pass instead of keeping them. `shard` shares a denoiser's frozen weights out among the processes. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
     """
 
     weights: Literal["lora", "full"] = "lora"
@@ -40,6 +40,7 @@ class PolicySettings:
     resolution: int | None = None
     compile: bool = False
     activation_checkpointing: bool = False
+    shard: bool = False
     tiny_decoder: str = ""
 
 
@@ -66,6 +67,11 @@ class Policy(Protocol):
     """Whether guidance is an input of the network, as in FLUX.1-dev: it then costs no second call."""
     compiled: bool
     """Whether the network is compiled anew for each shape that it meets, so that shapes should be few."""
+
+    @property
+    def attend(self) -> Callable[[], None] | None:
+        """What this process has to do before it waits for others, where network calls are made by all processes together; else None."""
+        ...
 
     def levels(self, num_inference_steps: int, shift: float | None = None) -> Levels:
         """The model's own grid from noise to data, float32 (T+1,) on the CPU; `shift` replaces a flow model's own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
+from progrpo.policies.sharded import Step, shard_frozen
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition
 from progrpo.zoo import WEIGHTS
@@ -45,6 +46,7 @@ class PipelinePolicy(ABC):
         self._seen: list[Tensor] | None = None
         self._tiny = _tiny_decoder(pipeline, settings)
         self.compiled = settings.compile
+        self._step: Step | None = None
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
         self.embeds_guidance = bool(getattr(self.denoiser.config, "guidance_embeds", False))
         self.device: torch.device = self.denoiser.device
@@ -61,6 +63,8 @@ class PipelinePolicy(ABC):
             self.denoiser.enable_gradient_checkpointing()
         if settings.compile:
             _compile(self.denoiser)
+        if settings.shard:
+            self._step = Step(self.device, self._stand_in)
 
     @classmethod
     def from_pipeline(cls, pipeline: DiffusionPipeline, settings: PolicySettings) -> Self:
@@ -68,13 +72,16 @@ class PipelinePolicy(ABC):
         cls._check(pipeline)
         resolution = cls._checked_resolution(pipeline, settings.resolution)
         denoiser = getattr(pipeline, cls.denoiser_name)
-        pipeline.to(settings.device)
         for module in _modules(pipeline):
+            if module is not denoiser or not settings.shard:
+                module.to(settings.device)
             module.requires_grad_(False)
         _cast(pipeline.vae, cls._vae_dtype(pipeline, settings.dtype))
         if settings.weights == "lora":
             _cast(denoiser, settings.dtype)
             _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
+            if settings.shard:
+                shard_frozen(denoiser, torch.device(settings.device))
         elif settings.weights == "full":
             _cast(denoiser, torch.float32)
             denoiser.requires_grad_(True)
@@ -176,6 +183,11 @@ class PipelinePolicy(ABC):
 
     def _output(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         assert all(len(rows) == len(x_BCHW) for rows in condition.tensors.values())
+        if self._step is not None:
+            self._step.call(training=torch.is_grad_enabled())
+        return self._run(x_BCHW, timestep_B, condition)
+
+    def _run(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         # No cache of cast weights: it would outlive a change of weights inside a caller's own autocast block.
         dtype = self._settings.dtype
         low_precision = dtype != torch.float32
@@ -185,6 +197,19 @@ class PipelinePolicy(ABC):
             sdpa_kernel(SDPBackend.MATH) if low_precision and self.device.type == "cpu" else nullcontext(),
         ):
             return self._call(x_BCHW, timestep_B, condition).float()
+
+    @property
+    def attend(self) -> Callable[[], None] | None:
+        return None if self._step is None else self._step.attend
+
+    def _stand_in(self, training: bool) -> None:
+        """A network call that takes part in the others' and adds 0 to gradients."""
+        x, timestep_B = torch.ones(1, *self.latent_shape, device=self.device), torch.ones(1, device=self.device)
+        told = {**self._unconditional.tensors, **({"guidance": timestep_B} if self.embeds_guidance else {})}
+        with torch.set_grad_enabled(training):
+            output = self._run(x, timestep_B, Condition(told))
+        if training:
+            output.backward(torch.zeros_like(output))
 
     def decode(self, x0_BCHW: Tensor) -> Tensor:
         return _pictures(self._pipeline.vae, self._unscaled(x0_BCHW))

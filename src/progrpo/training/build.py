@@ -117,6 +117,7 @@ def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str
         dtype=getattr(torch, model.dtype),
         compile=model.compile,
         activation_checkpointing=model.activation_checkpointing,
+        shard=model.shard and ranks.world > 1,
         tiny_decoder=tiny_decoder,
     )
 

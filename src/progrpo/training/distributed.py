@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ class Ranks:
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
+        self.attend: Callable[[], None] | None = None
+        """What this process does before it waits for the others: a policy's `attend`."""
 
     def deal(self, count: int) -> Tensor:
         """This process' share of the places 0..count-1, ascending int64: every world-th, no divisibility asked."""
@@ -27,6 +29,7 @@ class Ranks:
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over processes."""
+        self._join()
         return self._accelerator.reduce(values.to(self.device), "sum")
 
     def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
@@ -41,10 +44,16 @@ class Ranks:
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The lists of all processes, one after another."""
+        self._join()
         return gather_object(items) if self.world > 1 else items
 
     def wait(self) -> None:
+        self._join()
         self._accelerator.wait_for_everyone()
+
+    def _join(self) -> None:
+        if self.attend is not None:
+            self.attend()
 
 
 @dataclass

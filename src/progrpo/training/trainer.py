@@ -100,6 +100,7 @@ class Trainer:
                 f"prompts.split_groups must be false for the reward {reward.groupwise}, which compares the pictures of a whole group"
             )
         self.config, self.policy, self.reward, self.order, self.ranks = config, policy, reward, order, ranks
+        ranks.attend = policy.attend
         self.plan, self.how, self.judge = resolve_plan(config), previewing(config), PlanJudge(config)
         self.select = SELECTORS[config.plan.selector]
         self.objective = objective_from(config, policy)
@@ -174,10 +175,10 @@ class Trainer:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if self._together:  # the others wait for this one's scores
+                if self._together or self.policy.attend:  # the others are in the midst of it
                     raise SelfCheckError(
-                        "out of memory while processes sample their groups together (prompts.split_groups), which cannot be tried"
-                        " again by one of them; lower sampling.microbatch"
+                        "out of memory while processes work together (model.shard, prompts.split_groups), so that one of them cannot"
+                        " try again; lower sampling.microbatch"
                     ) from error
             wanted = self.config.sampling
             smaller = halved(microbatch(wanted), "sampling.microbatch")

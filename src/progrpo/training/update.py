@@ -172,6 +172,11 @@ def update(
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+                if policy.attend is not None:  # the others are in the midst of it
+                    raise SelfCheckError(
+                        "out of memory while processes share the network (model.shard), so that one of them cannot try again;"
+                        " lower optim.microbatch"
+                    ) from error
                 if experience.attached:  # whose graphs are used up, and cannot be gone through again
                     raise SelfCheckError(
                         "out of memory in an update that goes back through what sampling computed; leave out optim.reuse_rollout"
