@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed import DistError
 from torch.nn import Parameter
 
 
@@ -54,6 +55,12 @@ class Ranks:
     def _join(self) -> None:
         if self.attend is not None:
             self.attend()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a process that this one waited for is gone; gloo says it by a plain RuntimeError."""
+    words = "Connection closed by peer", "Connection reset by peer", "gloo"
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
 @dataclass
