@@ -23,6 +23,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from progrpo import __version__
 from progrpo.config import (
     DEVICES,
+    GPU,
     Config,
     PlanConfig,
     RewardTerm,
@@ -98,12 +99,18 @@ class Recipes:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Say what a recipe's plan costs a prompt: network calls, decodes, rewards. Needs no weights."""
+    """Say what a recipe's plan costs: network calls, decodes, rewards; with --gpu also operations, memory and time. Needs no weights."""
 
     plan: Literal["recipe", "standard", "flash", "posthoc", "none", "sd14", "custom"] = "recipe"
     """The recipe's own plan, or another in its place."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    gpu: GPU | None = None
+    """Estimate memory by what holds it, and time, on such a card."""
+    share_of_peak: float = 0.35
+    """Of the card's peak that a network call is assumed to reach."""
+    processes: int = 1
+    """One to a card."""
     json: FlagCreatePairsOff[bool] = False
     """Print JSON."""
     config: _Fields
@@ -111,6 +118,8 @@ class Plan:
     def run(self) -> None:
         config = self._config()
         check(config)
+        _within(0.01, 1, share_of_peak=self.share_of_peak)
+        _within(1, 100_000, processes=self.processes)
         sampling = config.sampling
         costs = summary(
             resolve_plan(config),
@@ -119,7 +128,12 @@ class Plan:
             sampling.in_pairs,
             config.preview.ode_steps,
         )
-        print(_result({"recipe": config.recipe, "plan": config.plan.preset, **costs}, self.json))
+        told = {"recipe": config.recipe, "plan": config.plan.preset, **costs}
+        if self.gpu is not None:
+            from progrpo.training.estimate import estimate
+
+            told |= estimate(config, self.gpu, self.share_of_peak, self.processes)
+        print(_result(told, self.json))
 
     def _config(self) -> Config:
         sampling, plan = self.config.sampling, self.config.plan
@@ -496,18 +510,26 @@ def _columns(rows: Mapping[str, object]) -> str:
 
 
 def _result(values: Mapping[str, Any], as_json: bool) -> str:
-    return json.dumps(values, indent=2) if as_json else _columns({k: _in_short(v) for k, v in values.items()})
+    if as_json:
+        return json.dumps(values, indent=2)
+    lines: dict[str, str] = {}
+    for name, value in values.items():
+        parts = value if isinstance(value, Mapping) and len(value) > 1 else None
+        lines |= {f"{name}: {part}": _in_short(v) for part, v in parts.items()} if parts else {name: _in_short(value)}
+    return _columns(lines)
 
 
 def _in_short(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, int) and abs(value) >= 10_000:
+        return f"{value:,}"
     if isinstance(value, Mapping):
         return ", ".join(f"{k} {_in_short(v)}" for k, v in value.items())
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _within(low: int, high: int, **options: float) -> None:
+def _within(low: float, high: float, **options: float) -> None:
     for name, value in options.items():
         if not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} must be between {low:,} and {high:,}, not {quoted(value)}")

@@ -133,6 +133,9 @@ class PreviewConfig:
     """Spearman's correlation with final rewards, mean over the last audits, from which on the probe takes over."""
 
 
+GPU = Literal["h200", "h100", "a100-80gb", "a100-40gb", "l40s", "a6000", "rtx5090", "rtx4090", "rtx3090", "l4"]
+"""Cards whose memory and speed `progrpo plan` knows."""
+
 BUILT_IN_REWARDS = (
     "shapes",
     "shapes_strict",

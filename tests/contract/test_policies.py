@@ -330,6 +330,11 @@ def test_a_text_is_encoded_once_and_alone(policy):
         assert not rows.requires_grad
 
 
+def test_what_texts_become_is_known_without_encoding_them(policy):
+    told = policy.encode(["red cat"]).tensors
+    assert policy.text_shapes() == {name: tuple(rows.shape[1:]) for name, rows in told.items()}
+
+
 def test_text_encoders_can_be_released(policy):
     before = policy.encode(TEXTS)
     policy.release_text_encoders()

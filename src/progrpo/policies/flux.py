@@ -72,6 +72,13 @@ class FluxPolicy(FlowPolicy):
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        config, tokens = self.denoiser.config, self._settings.max_sequence_length
+        return {
+            "prompt_embeds": (tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+
     def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         told, (height, width) = condition.tensors, (side // _PATCH for side in x_BCHW.shape[2:])
         places = (torch.arange(count, dtype=torch.float32, device=x_BCHW.device) for count in (1, height, width))

@@ -66,7 +66,7 @@ def load_policy(path: str | Path, settings: PolicySettings, trained: str | Path 
     Reads safetensors only and runs no code from the folder. ValueError if there is nothing to load, or a pipeline
     class that no policy is written for.
     """
-    source = _locate(path)
+    source = locate(path)
     kind = _supported(source)
     pipeline = _read_pipeline(source, kind, settings)
     if trained is not None:
@@ -109,7 +109,7 @@ def _merge_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
     pipeline.unload_lora_weights()
 
 
-def _locate(path: str | Path) -> str:
+def locate(path: str | Path) -> str:
     """A folder that has a pipeline in it, or a hub id."""
     if str(path) in BUILT_IN:
         return _built_in(str(path))

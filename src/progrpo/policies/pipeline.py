@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -57,7 +58,6 @@ class PipelinePolicy(ABC):
             name: p for name, p in self.denoiser.named_parameters() if p.requires_grad
         }
         self.named_weights = NamedWeights(self.trainable)
-        self._unconditional = self._encode_unconditional()
         for module in self._observed_modules():
             module.register_forward_hook(self._observe)
         if settings.activation_checkpointing:
@@ -129,6 +129,10 @@ class PipelinePolicy(ABC):
         """Named tensors of one text, each with a first dimension of 1."""
 
     @abstractmethod
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of these tensors, without the first dimension: what `encode` will give, known without a text encoder."""
+
+    @abstractmethod
     def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         """The network's output, in any dtype."""
 
@@ -157,10 +161,15 @@ class PipelinePolicy(ABC):
         return {name: t[0].to("cpu", self._settings.dtype) for name, t in self._encode_text(text).items()}
 
     def _encode_unconditional(self) -> Condition:
-        """What guidance leads away from."""
         return self.encode([""])
 
+    @cached_property
+    def _unconditional(self) -> Condition:
+        """What guidance leads away from."""
+        return self._encode_unconditional()
+
     def release_text_encoders(self) -> None:
+        assert self._unconditional  # which is encoded when it is first asked for, and may be later than now
         self._released = True
         for name in self._pipeline.components:
             if name.startswith("text_encoder"):
