@@ -43,6 +43,8 @@ CASES = {
     "flux-schnell-lora": Case("tiny_flux_schnell", "lora"),
     "sdxl-lora": Case("tiny_sdxl", "lora"),
     "sdxl-full": Case("tiny_sdxl", "full"),
+    "wan-lora": Case("tiny_wan", "lora"),
+    "wan-full": Case("tiny_wan", "full"),
 }
 
 

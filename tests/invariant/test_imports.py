@@ -17,7 +17,7 @@ import progrpo
 ROOT = Path(progrpo.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-PROTOCOLS = ("progrpo.policies.base", "progrpo.rewards.base", "progrpo.types", "progrpo.diffusion", "progrpo.packing")
+PROTOCOLS = ("progrpo.policies.base", "progrpo.rewards.base", "progrpo.types", "progrpo.diffusion", "progrpo.packing", "progrpo.frames")
 
 # Each rule: the modules it binds (a module and all below it), and what of progrpo they may import besides themselves.
 MAY_SEE = {
