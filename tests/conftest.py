@@ -403,6 +403,7 @@ def _move() -> Callable[[Any, float], None]:
 def tiny_trainer(tiny_policy: Callable[..., Any]) -> Callable[..., Any]:
     """A trainer of a configuration, of the tiny policy and of `redness` if no other is given."""
     from progrpo.data import InTurn
+    from progrpo.rewards.frames import OnFrames
     from progrpo.rewards.function import FunctionReward
     from progrpo.rewards.mix import alone
     from progrpo.training.distributed import Ranks
@@ -412,7 +413,7 @@ def tiny_trainer(tiny_policy: Callable[..., Any]) -> Callable[..., Any]:
     def build(config: Any, policy: Any = None, reward: Callable[..., Any] = redness) -> Any:
         policy = policy or tiny_policy(config.model.weights)
         order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
-        return Trainer(config, policy, alone(FunctionReward(reward)), order, Ranks())
+        return Trainer(config, policy, alone(OnFrames(FunctionReward(reward), 1)), order, Ranks())
 
     return build
 
