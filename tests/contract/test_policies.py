@@ -76,7 +76,7 @@ def pipeline(folder: Path) -> Any:
 def _load(folder: Path | str, weights: Any, **changes: Any) -> Any:
     settings = PolicySettings(weights, lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, resolution=16)
     length = FRAMES if Path(folder).name == "tiny-wan" else None
-    return load_policy(folder, replace(settings, frames=length, **changes))
+    return load_policy(folder, replace(settings, **{"frames": length, **changes}))
 
 
 def _pipeline(folder: Path) -> Any:
