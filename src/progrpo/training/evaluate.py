@@ -262,11 +262,8 @@ def evaluate_model(
         diverse=DIVERSE_PROMPTS,
         held_out=held_out,
     )
-    check_failures(
-        [found for scorer in (reward_of, held_out) if scorer for found in [scorer.failures()]],
-        config.reward.max_missing,
-        "the evaluation",
-    )
+    for scorer in filter(None, (reward_of, held_out)):
+        check_failures([scorer.failures()], config.reward.max_missing, "the evaluation")
     return {
         "target": target,
         "num_inference_steps": num_inference_steps,
