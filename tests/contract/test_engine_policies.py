@@ -232,7 +232,9 @@ def test_a_tiny_decoder_that_is_not_there_is_refused(folder, tmp_path):
 
 def test_a_tiny_decoder_of_pictures_is_refused_for_videos(tiny_wan, tmp_path):
     place = save_tiny_decoder(tmp_path / "tiny")
-    with pytest.raises(ValueError, match=r"^preview\.tiny_decoder: an AutoencoderTiny decodes pictures, and .* videos$"):
+    with pytest.raises(
+        ValueError, match=r"^preview\.tiny_decoder: an AutoencoderTiny decodes pictures, and .* videos$"
+    ):
         load_policy(tiny_wan, replace(SETTINGS, frames=5, tiny_decoder=str(place)))
 
 

@@ -100,7 +100,7 @@ class PipelinePolicy(ABC):
 
     # --- what a family says of itself -------------------------------------------------------------------------------
 
-    @classmethod
+    @classmethod  # noqa: B027 (most families refuse nothing by it)
     def check_index(cls, index: Mapping[str, Any]) -> None:
         """ValueError for a pipeline that the policy cannot work with, as far as its model_index.json tells."""
 

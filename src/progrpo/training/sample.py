@@ -46,7 +46,9 @@ def sample_pictures(
     except OSError as error:
         raise ValueError(f"--out: {named(out)} cannot be made: {error.strerror}; give another folder") from error
     kind = "webp" if images_NHWC.ndim == 5 else "png"
-    files = [out / f"{g:03d}-{m:02d}.{kind}" for g, m in zip(final.group_N.tolist(), final.member_N.tolist(), strict=True)]
+    files = [
+        out / f"{g:03d}-{m:02d}.{kind}" for g, m in zip(final.group_N.tolist(), final.member_N.tolist(), strict=True)
+    ]
     for file, image in zip(files, images_NHWC, strict=True):
         if kind == "webp":
             first, *rest = map(Image.fromarray, image)
