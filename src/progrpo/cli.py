@@ -36,7 +36,7 @@ from progrpo.config import (
 from progrpo.durable import DiskError
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.rollout.plan import summary
-from progrpo.training.errors import Interrupted, SelfCheckError
+from progrpo.training.errors import Interrupted, LostProcessError, SelfCheckError
 from progrpo.words import named, quoted
 
 _Fields = Annotated[Config, arg(name="")]  # the configuration's fields stand beside the command's own options
@@ -364,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"progrpo: error: {' '.join(str(error).split())}", file=sys.stderr)  # a library's may have lines
         return 2
-    except (SelfCheckError, DiskError) as error:
+    except (SelfCheckError, DiskError, LostProcessError) as error:
         print(f"progrpo: stopped: {error}", file=sys.stderr)
         return 1
     except Interrupted as stopped:

@@ -439,6 +439,39 @@ def test_the_t5_may_be_absent(tiny_sd3):
     torch.testing.assert_close(_ode(policy, 1.0), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "absent", [("",), ("_2",), ("", "_2"), ("_2", "_3"), ("", "_3")], ids=lambda absent: "+".join(map(str, absent))
+)
+def test_what_an_absent_encoder_of_sd3_would_say_is_zeros(tiny_sd3, absent):
+    settings = PolicySettings(lora_rank=2, lora_alpha=2, max_sequence_length=TOKENS)
+    whole = dict(policy_from_pipeline(_pipeline(tiny_sd3), settings).encode(["red cat"]).tensors)
+    without = {f"{part}{n}": None for n in absent for part in ("text_encoder", "tokenizer")}
+    policy = policy_from_pipeline(DiffusionPipeline.from_pretrained(tiny_sd3, **without), settings)
+    found = dict(policy.encode(["red cat"]).tensors)
+    expected = {name: rows.clone() for name, rows in whole.items()}
+    half, clip = whole["pooled_prompt_embeds"].shape[1] // 2, whole["prompt_embeds"].shape[1] - TOKENS
+    for n, columns in (("", slice(0, half)), ("_2", slice(half, 2 * half))):
+        if n in absent:
+            expected["pooled_prompt_embeds"][:, columns] = 0
+            expected["prompt_embeds"][:, :clip, columns] = 0
+    if "_3" in absent:
+        expected["prompt_embeds"][:, clip:] = 0
+    if {"", "_2"} <= set(absent):  # 77 places of zeros, whatever the tokenizer that is not there had
+        found["prompt_embeds"] = torch.cat([found["prompt_embeds"][:, :clip], found["prompt_embeds"][:, -TOKENS:]], 1)
+    for name, rows in expected.items():
+        assert torch.equal(found[name], rows), name
+    policy.release_text_encoders()
+    assert torch.equal(policy.encode(["red cat"]).tensors["pooled_prompt_embeds"], found["pooled_prompt_embeds"])
+    with pytest.raises(ValueError, match="released"):
+        policy.encode(["another"])
+
+
+def test_sd3_without_any_text_encoder_is_refused(tiny_sd3):
+    none = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"))
+    with pytest.raises(ValueError, match=r"model\.path: the pipeline has no text encoder at all"):
+        policy_from_pipeline(DiffusionPipeline.from_pretrained(tiny_sd3, **none), PolicySettings())
+
+
 @pytest.mark.parametrize("encoder", ["text_encoder", "text_encoder_2"])
 def test_flux_without_a_text_encoder_is_refused(tiny_flux, encoder):
     pipeline = DiffusionPipeline.from_pretrained(tiny_flux, **{encoder: None})
@@ -482,6 +515,13 @@ def test_wans_autoencoder_is_float32_whatever_the_rest_is(tiny_wan):
     for dtype in (torch.bfloat16, torch.float16):
         found = _load(tiny_wan, "lora", dtype=dtype)._pipeline.vae.state_dict()
         assert all(torch.equal(weight, saved[name]) for name, weight in found.items())
+
+
+def test_videos_are_decoded_one_at_a_time(tiny_wan):
+    policy, rows = _load(tiny_wan, "lora"), []
+    policy._pipeline.vae.decoder.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    assert len(policy.decode(_noise(policy, 3))) == 3
+    assert rows == [1] * 3 * 3  # and a latent's frame at a time
 
 
 def test_frames_set_the_length_of_a_video_and_must_fit(tiny_wan, tiny_sd3):

@@ -45,6 +45,7 @@ class PipelinePolicy(ABC):
         self._settings = settings
         self._resolution = resolution
         self._encoded: dict[str, dict[str, Tensor]] = {}
+        self._released = False
         self._seen: list[Tensor] | None = None
         self._tiny = _tiny_decoder(pipeline, settings)
         self.compiled = settings.compile
@@ -170,7 +171,7 @@ class PipelinePolicy(ABC):
     @torch.no_grad()
     def _encode_one(self, text: str) -> dict[str, Tensor]:
         # Alone in its batch, so that a text's embedding never depends on the company it was first met in.
-        if self._pipeline.text_encoder is None:
+        if self._released:
             raise ValueError(f"{text!r} is new and the text encoders are released; encode all prompts before that")
         return {name: t[0].to("cpu", self._settings.dtype) for name, t in self._encode_text(text).items()}
 
@@ -179,6 +180,7 @@ class PipelinePolicy(ABC):
         return self.encode([""])
 
     def release_text_encoders(self) -> None:
+        self._released = True
         for name in self._pipeline.components:
             if name.startswith("text_encoder"):
                 setattr(self._pipeline, name, None)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -14,7 +15,10 @@ from progrpo.types import Condition
 
 
 class SD3Policy(FlowPolicy):
-    """A `StableDiffusion3Pipeline`. A LoRA adapts attention and feed-forward of the picture's and the text's stream."""
+    """A `StableDiffusion3Pipeline`. A LoRA adapts attention and feed-forward of the picture's and the text's stream.
+
+    Of its three text encoders any may be absent, but not all: the model was trained with zeros in the place of each (arXiv 2403.03206).
+    """
 
     lora_targets: ClassVar[tuple[str, ...]] = (
         *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
@@ -25,10 +29,8 @@ class SD3Policy(FlowPolicy):
     @classmethod
     def _check(cls, pipeline: DiffusionPipeline) -> None:
         super()._check(pipeline)
-        if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:
-            raise ValueError(
-                "model.path: the pipeline lacks a CLIP text encoder; only text_encoder_3 (T5) may be left out"
-            )
+        if not any((pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)):
+            raise ValueError("model.path: the pipeline has no text encoder at all; it needs one of its three at least")
 
     @classmethod
     def _patch(cls, pipeline: DiffusionPipeline) -> int:
@@ -41,6 +43,8 @@ class SD3Policy(FlowPolicy):
         return super().levels(num_inference_steps, shift)
 
     def _encode_text(self, text: str) -> dict[str, Tensor]:
+        if self._pipeline.text_encoder is None or self._pipeline.text_encoder_2 is None:
+            return self._encode_without_clip(text)
         embeds, _, pooled, _ = self._pipeline.encode_prompt(
             prompt=[text],
             prompt_2=None,
@@ -50,6 +54,35 @@ class SD3Policy(FlowPolicy):
             max_sequence_length=self._settings.max_sequence_length,
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def _encode_without_clip(self, text: str) -> dict[str, Tensor]:
+        """What the pipeline cannot: an absent CLIP's embeddings are zeros, as wide as the network and the other one leave it."""
+        pipeline, config = self._pipeline, self.denoiser.config
+        clips = (pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)
+        there = [tokenizer for tokenizer, encoder in clips if encoder is not None]
+        length = there[0].model_max_length if there else pipeline.tokenizer_max_length
+        t5 = pipeline._get_t5_prompt_embeds(
+            [text],
+            max_sequence_length=self._settings.max_sequence_length,
+            device=self.device,
+            dtype=self._settings.dtype,
+        )
+        found = [None if encoder is None else self._clip(text, tokenizer, encoder) for tokenizer, encoder in clips]
+        left = config.pooled_projection_dim - sum(pooled.shape[-1] for _, pooled in filter(None, found))
+        width = left // found.count(None)
+        nothing = t5.new_zeros(1, length, width), t5.new_zeros(1, width)
+        hidden, pooled = (
+            torch.cat([part.to(t5) for part in parts], -1) for parts in zip(*(f or nothing for f in found), strict=True)
+        )
+        beside = torch.nn.functional.pad(hidden, (0, t5.shape[-1] - hidden.shape[-1]))
+        return {"prompt_embeds": torch.cat([beside, t5], dim=-2), "pooled_prompt_embeds": pooled}
+
+    def _clip(self, text: str, tokenizer: Any, encoder: nn.Module) -> tuple[Tensor, Tensor]:
+        told = tokenizer(
+            [text], padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        )
+        said = encoder(told.input_ids.to(self.device), output_hidden_states=True)
+        return said.hidden_states[-2], said[0]
 
     def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         output: Tensor = self.denoiser(

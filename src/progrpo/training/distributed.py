@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +11,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.distributed import DistError
 from torch.nn import Parameter
+
+_ENGINES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron",
+}
 
 
 class Ranks:
+    """ValueError where accelerate was launched with an engine that would be ignored here."""
+
     def __init__(self) -> None:
+        for variable, engine in _ENGINES.items():
+            if os.environ.get(variable, "").lower() in ("1", "true"):
+                raise ValueError(
+                    f"accelerate launch asks for {engine}, which progrpo has no use for: launch without it, and share a model that is too"
+                    " large for one device by --model.shard"
+                )
         self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
@@ -54,6 +70,12 @@ class Ranks:
     def _join(self) -> None:
         if self.attend is not None:
             self.attend()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a process that this one waited for is gone; gloo says it by a plain RuntimeError."""
+    words = "Connection closed by peer", "Connection reset by peer", "gloo"
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
 @dataclass

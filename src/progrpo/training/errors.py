@@ -11,3 +11,7 @@ class Interrupted(Exception):
 
 class SelfCheckError(RuntimeError):
     """The run is not doing what it says; the message names what was seen and the likely cause."""
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run is gone, so that this one cannot go on; the message says from where the run can."""

@@ -47,8 +47,8 @@ from progrpo.training.build import (
     tiny_decoder,
     train_order,
 )
-from progrpo.training.distributed import Ranks
-from progrpo.training.errors import Interrupted
+from progrpo.training.distributed import Ranks, is_lost
+from progrpo.training.errors import Interrupted, LostProcessError
 from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, evaluate, kl_to_reference, ode
 from progrpo.training.judge import prompt_cost
 from progrpo.training.measure import measured
@@ -277,9 +277,10 @@ class Run:
             with Stop(self.ranks) as stop:
                 self._train(console, start, stop, fresh=state is None)
         except BaseException as error:
+            why = self._lost(error) if is_lost(error) else error
             with suppress(OSError):  # of a full disk, which must not hide why
-                self._write_summary(start, f"stopped: {str(error) or type(error).__name__}")
-            raise
+                self._write_summary(start, f"stopped: {str(why) or type(why).__name__}")
+            raise why from (None if why is error else error)
         finally:
             for scorer in filter(None, (self.reward, self.held_out.rewards)):
                 scorer.close()
@@ -287,6 +288,13 @@ class Run:
         if self.ranks.is_main:
             console.summary_table(self.folder.read_summary(), write_report(self.folder.path))
         return self.folder
+
+    def _lost(self, error: BaseException) -> LostProcessError:
+        last = checkpoints.saved(self.folder.path)
+        on = f"go on from {last[-1].name} with --resume {self.folder.path}" if last else "there is no checkpoint yet"
+        return LostProcessError(
+            f"another process of this run was lost ({str(error).splitlines()[0].partition('. ')[0]}); {on}"
+        )
 
     def _train(self, console: Console, start: float, stop: Stop, fresh: bool) -> None:
         console.say(self._what_runs())

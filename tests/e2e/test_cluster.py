@@ -1,0 +1,100 @@
+"""Runs of several processes by torchrun, as on a cluster: one dies, the number changes, weights are shared out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from progrpo.cli import main
+
+pytestmark = pytest.mark.slow
+
+SMOKE = ("smoke", "--model.dtype", "float32", "--checkpoint.every", "1", "--eval.pictures", "2")
+
+
+def launch(world: int, *args: str, log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("w") as file:
+        return subprocess.Popen([*command, "-m", "progrpo", "train", *args], env=env, stdout=file, stderr=file)
+
+
+def trained(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Up to the rounding of other microbatches: the weights have moved a thousand times as far."""
+    expected = trained(other)
+    for name, weight in trained(run).items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5, msg=name)
+    assert max(weight.abs().max() for name, weight in expected.items() if "lora_B" in name) > 2e-3
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """Four iterations in one process."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert main(["train", *SMOKE, "--iterations", "4", "--out", str(out)]) == 0
+    return out
+
+
+def test_two_that_share_weights_leave_what_one_goes_on_with(straight, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    assert launch(2, *SMOKE, "--model.shard", "--iterations", "2", "--out", str(run), log=log).wait(90) == 0, (
+        log.read_text()
+    )
+    assert main(["train", "--resume", str(run), "--iterations", "4"]) == 0
+    assert_same(run, straight)
+
+
+def test_what_one_began_two_finish(straight, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    assert main(["train", *SMOKE, "--iterations", "2", "--out", str(run)]) == 0
+    assert launch(2, "--resume", str(run), "--iterations", "4", log=log).wait(90) == 0, log.read_text()
+    assert_same(run, straight)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_all_and_the_run_goes_on(straight, tmp_path, victim):
+    run, log = tmp_path / "run", tmp_path / "log"
+    launched = launch(2, *SMOKE, "--iterations", "500", "--out", str(run), log=log)
+    while launched.poll() is None and len(list((run / "checkpoints").glob("iteration_*[0-9]"))) < 2:
+        time.sleep(0.05)
+    workers = {
+        int(worker.environ()["RANK"]): worker
+        for worker in psutil.Process(launched.pid).children(recursive=True)
+        if "RANK" in worker.environ()
+    }
+    workers[victim].send_signal(signal.SIGKILL)
+    start = time.perf_counter()
+    assert launched.wait(60) == 1 and time.perf_counter() - start < 45
+    assert all(not worker.is_running() for worker in workers.values())
+    said = log.read_text()
+    assert "progrpo: stopped: another process of this run was lost (" in said
+    assert f"with --resume {run}" in said
+    if victim:  # the one that writes lived on
+        assert json.loads((run / "summary.json").read_text())["status"].startswith("stopped: another process")
+    done = len((run / "metrics.jsonl").read_text().splitlines())
+    target = max(4, done)
+    assert main(["train", "--resume", str(run), "--iterations", str(target)]) == 0
+    assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+    if target == 4:
+        assert_same(run, straight)
+
+
+def test_what_is_refused_ends_all(tmp_path):
+    log = tmp_path / "log"
+    assert launch(3, *SMOKE, "--out", str(tmp_path / "run"), log=log).wait(120) != 0
+    assert "prompts.per_iteration is 2, fewer than the 3 processes" in log.read_text()
+    assert not (tmp_path / "run").exists()
