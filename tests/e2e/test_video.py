@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import sys
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
@@ -19,15 +20,21 @@ from progrpo.cli import main
 from progrpo.tracking.run_folder import RunFolder
 
 REWARD = """
+from collections import Counter
+
 import numpy as np
+
+calls = Counter()
 
 
 def redness(images, prompts):
+    calls["redness"] += 1
     assert all(image.size == (16, 16) for image in images)
     return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
 
 
 def motion(images, prompts):
+    calls["motion"] += 1
     assert all(image.shape == (5, 16, 16, 3) for image in images)
     return [float(np.abs(np.diff(image.astype(float), axis=0)).mean()) / 255 for image in images]
 
@@ -66,12 +73,14 @@ def test_a_run_on_videos_counts_what_it_predicts_and_reports(trained):
     assert summary["status"] == "finished" and summary["cost"]["predicted"] == summary["cost"]["counted"]
     assert summary["reward_before"] != summary["reward_after"]
     assert summary["rewards"]["missing"] == {"video_rewards:redness": 0, "video_rewards:motion": 0}
+    calls = sys.modules["video_rewards"].calls
+    assert calls["redness"] == 3 * calls["motion"] > 0  # frames
     pictures = [record["picture"] for record in run.read_evaluation("after")]
     assert len(pictures) == 3 and all(np.asarray(Image.open(trained / name)).shape == (16, 16, 3) for name in pictures)
     assert all(record["held_out"]["jpeg_compressibility"] < 0 for record in run.read_evaluation("after"))
     (first, *_) = run.read_audits()
     assert Image.open(trained / first["strip"]).size[1] == 16 * len(first["final"])
-    report = re.findall(r"data:image/jpeg;base64,([^\"]+)", (trained / "report.html").read_text())
+    report = re.findall(r"data:image/jpeg;base64,([\w+/=]+)", (trained / "report.html").read_text())
     shown = Counter(Image.open(BytesIO(base64.b64decode(picture))).size for picture in report)
     assert shown == {(16, 16): 2 * 3, (7 * 16, 6 * 16): 2}  # before and after, and audits of 6 by 6 steps and the end
 
