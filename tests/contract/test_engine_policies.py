@@ -32,7 +32,7 @@ def loaded(folder: Path, move: Any) -> Any:
     """The family's policy with moved weights."""
 
     def of(**changes: Any) -> Any:
-        length = 5 if folder.name == "tiny-wan" else None
+        length = 3 if folder.name == "tiny-wan" else None
         policy = load_policy(folder, replace(SETTINGS, frames=length, **changes))
         move(policy, 0.1)
         return policy
@@ -235,7 +235,7 @@ def test_a_tiny_decoder_of_pictures_is_refused_for_videos(tiny_wan, tmp_path):
     with pytest.raises(
         ValueError, match=r"^preview\.tiny_decoder: an AutoencoderTiny decodes pictures, and .* videos$"
     ):
-        load_policy(tiny_wan, replace(SETTINGS, frames=5, tiny_decoder=str(place)))
+        load_policy(tiny_wan, replace(SETTINGS, frames=3, tiny_decoder=str(place)))
 
 
 # --- compile ----------------------------------------------------------------------------------------------------------

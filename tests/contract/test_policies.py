@@ -20,7 +20,7 @@ from progrpo.storage import load_state, save_state
 TEXTS = ("red cat", "blue dog")
 STEPS = 4
 TOKENS = 12
-FRAMES = 5
+FRAMES = 3
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,6 @@ CASES = {
     "sdxl-lora": Case("tiny_sdxl", "lora"),
     "sdxl-full": Case("tiny_sdxl", "full"),
     "wan-lora": Case("tiny_wan", "lora", always_float32=("time_embedder",)),
-    "wan-full": Case("tiny_wan", "full"),
 }
 
 
@@ -521,11 +520,11 @@ def test_videos_are_decoded_one_at_a_time(tiny_wan):
     policy, rows = _load(tiny_wan, "lora"), []
     policy._pipeline.vae.decoder.register_forward_hook(lambda module, args, out: rows.append(len(out)))
     assert len(policy.decode(_noise(policy, 3))) == 3
-    assert rows == [1] * 3 * 3  # and a latent's frame at a time
+    assert rows == [1] * 3 * 2  # and a latent's frame at a time
 
 
 def test_frames_set_the_length_of_a_video_and_must_fit(tiny_wan, tiny_sd3):
-    for frames, latents in ((1, 1), (3, 2), (9, 5)):
+    for frames, latents in ((1, 1), (7, 4)):
         policy = _load(tiny_wan, "lora", resolution=8, frames=frames)
         assert policy.latent_shape == (4, latents, 4, 4)
         assert policy.decode(_noise(policy, 2)).shape == (2, frames, 8, 8, 3)

@@ -93,7 +93,7 @@ SAMPLERS = {
     "sd": PRESERVING,
     "sd_v": PRESERVING,
     "sdxl": PRESERVING,
-    "wan": ("flow_grpo", "cps"),
+    "wan": ("flow_grpo",),
 }
 DTYPES = ("float32", "bfloat16", "float16")
 
