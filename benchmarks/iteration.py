@@ -154,7 +154,7 @@ def measure(config: Config, iterations: int) -> dict[str, Any]:
     ranks = Ranks()
     config = settled(config, ranks)
     policy = policy_from(config.model, config.seed, ranks, tiny_decoder=tiny_decoder(config.preview))
-    order, reward = train_order(config.prompts, config.seed), scorer_from(config.reward.terms)
+    order, reward = train_order(config.prompts, config.seed), scorer_from(config.reward.terms, config.reward.frames)
     prompts = order.prompts_for(0, config.prompts.per_iteration)
     config = replace(config, preview=PreviewConfig())
     config = measured(config, policy, prompts[0].text, ranks)

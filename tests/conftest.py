@@ -255,6 +255,59 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+FRAMES = 3
+
+
+def frames_of(folder: Path) -> int | None:
+    """How long tests ask a model's videos to be; its own are 81 frames."""
+    return FRAMES if folder.name == "tiny-wan" else None
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan 2.1 with its UniPC: of 16x16 and 3 frames, latents are 4x2x8x8."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    t5 = _t5_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = WanPipeline(
+            tokenizer=t5,
+            text_encoder=UMT5EncoderModel(
+                UMT5Config(vocab_size=len(t5), d_model=WIDTH, d_kv=4, d_ff=WIDTH, num_layers=1, num_heads=2)
+            ),
+            vae=AutoencoderKLWan(
+                base_dim=4,
+                z_dim=4,
+                dim_mult=[1, 2],
+                num_res_blocks=0,
+                temperal_downsample=[True],
+                latents_mean=[0.1, -0.2, 0.3, 0.0],
+                latents_std=[1.5, 0.8, 1.2, 2.0],
+                scale_factor_temporal=2,
+                scale_factor_spatial=2,
+            ),
+            scheduler=UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+            ),
+            transformer=WanTransformer3DModel(
+                in_channels=4,
+                out_channels=4,
+                text_dim=WIDTH,
+                freq_dim=8,
+                ffn_dim=WIDTH,
+                num_layers=2,
+                num_attention_heads=2,
+                attention_head_dim=12,
+                rope_max_seq_len=32,
+            ),
+        )
+    folder = tmp_path_factory.mktemp("models") / "tiny-wan"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 # --- runs of it -------------------------------------------------------------------------------------------------------
 
 PROMPTS = ("red cat", "blue dog", "green bird")
@@ -317,7 +370,15 @@ def tiny_policy(tiny_sd3: Path, tiny_pipeline: Callable[..., Any]) -> Callable[.
     def load(
         weights: Any = "lora", dtype: torch.dtype = torch.float32, moved: float = 0.0, folder: Path = tiny_sd3
     ) -> Any:
-        settings = PolicySettings(weights, lora_rank=2, lora_alpha=4, max_sequence_length=8, dtype=dtype, resolution=16)
+        settings = PolicySettings(
+            weights,
+            lora_rank=2,
+            lora_alpha=4,
+            max_sequence_length=8,
+            dtype=dtype,
+            resolution=16,
+            frames=frames_of(folder),
+        )
         policy = policy_from_pipeline(tiny_pipeline(folder), settings)
         move(policy, moved)
         return policy
@@ -342,6 +403,7 @@ def _move() -> Callable[[Any, float], None]:
 def tiny_trainer(tiny_policy: Callable[..., Any]) -> Callable[..., Any]:
     """A trainer of a configuration, of the tiny policy and of `redness` if no other is given."""
     from progrpo.data import InTurn
+    from progrpo.rewards.frames import OnFrames
     from progrpo.rewards.function import FunctionReward
     from progrpo.rewards.mix import alone
     from progrpo.training.distributed import Ranks
@@ -351,7 +413,7 @@ def tiny_trainer(tiny_policy: Callable[..., Any]) -> Callable[..., Any]:
     def build(config: Any, policy: Any = None, reward: Callable[..., Any] = redness) -> Any:
         policy = policy or tiny_policy(config.model.weights)
         order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
-        return Trainer(config, policy, alone(FunctionReward(reward)), order, Ranks())
+        return Trainer(config, policy, alone(OnFrames(FunctionReward(reward), 1)), order, Ranks())
 
     return build
 

@@ -27,11 +27,14 @@ class ModelConfig:
     lora_alpha: int = 32
     lora_targets: tuple[str, ...] = ()
     """Endings of module names to adapt, where `*` stands for anything; empty: attention and feed-forward projections (of both
-    streams of SD3 and FLUX, and of FLUX's single blocks)."""
+    streams of SD3 and FLUX, and of FLUX's single blocks; of Wan's attention to the video and to the text)."""
     max_sequence_length: int = 16
-    """T5 tokens of SD3 and FLUX; there is no attention mask in them, so this changes the picture and multiplies the cost."""
+    """T5 tokens of SD3, FLUX and Wan; there is no attention mask in them, so this changes the picture and multiplies the cost. Wan
+    was made for 512, of which those after the text are zeros."""
     resolution: int | None = None
-    """Side of the square picture in pixels; empty: the model's own (1024 of SD 3.5 and FLUX)."""
+    """Side of the square picture or video in pixels; empty: the model's own (1024 of SD 3.5 and FLUX, 480 of Wan)."""
+    frames: int | None = None
+    """Frames of a video, one more than a multiple of 4 for Wan; empty: the model's own (81 of Wan). Models of pictures have none."""
     keep_text_encoders: bool = False
     """False: every prompt that the run will meet is encoded at its start, and the text encoders leave memory. True: they
     stay, and encode as prompts come; for runs of so many prompts that the embeddings would not fit."""
@@ -216,6 +219,9 @@ class RewardConfig:
     """What is rewarded: one reward, or the weighted sum of several. Of the built-in verifier: `shapes` (graded), `shapes_strict` (1 where all is right, else 0)
     and `shapes_mixed` (their mean). For any prompts: clipscore, pickscore, hpsv2, imagereward, aesthetic, ocr, geneval, jpeg_compressibility,
     jpeg_incompressibility, nsfw, vlm, or `module:function`. Each is NAME, WEIGHT*NAME or a JSON object: docs/rewards.md."""
+    frames: int = 4
+    """Of a video, evenly spaced with the first and the last, that a reward of pictures scores; the video's score is their mean. 1: the
+    middle one. A function of yours with `video = True` is given all."""
     quorum: float = 0.5
     """A group of which a smaller share of the survivors has a score is skipped; at least two members are needed always."""
     max_missing: float = 0.5
@@ -579,6 +585,7 @@ _RULES: dict[str, _Rule] = {
     "model.lora_alpha": _at_least(1),
     "model.max_sequence_length": _between(1, 512),
     "model.resolution": _or_empty(_between(8, 4096), " for the model's own"),
+    "model.frames": _or_empty(_between(1, 1024), " for the model's own"),
     "prompts.per_iteration": _between(1, 100_000),
     "sampling.num_inference_steps": _STEPS,
     "sampling.guidance_scale": _at_least(1),
@@ -594,6 +601,7 @@ _RULES: dict[str, _Rule] = {
     "preview.ode_steps": _STEPS,
     "preview.probe_threshold": _between(-1, 1),
     "reward.terms": (lambda v: len(v) > 0, "one reward or more"),
+    "reward.frames": _between(1, 1024),
     "reward.quorum": _between(0, 1),
     "reward.max_missing": _between(0, 1),
     "reward.waves": _at_least(1),

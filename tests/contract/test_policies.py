@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from progrpo.diffusion.process import Process
@@ -19,6 +20,7 @@ from progrpo.storage import load_state, save_state
 TEXTS = ("red cat", "blue dog")
 STEPS = 4
 TOKENS = 12
+FRAMES = 3
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Case:
     weights: str
     without_gradient: tuple[str, ...] = ()
     """The denoiser's parameters that cannot change the picture, as parts of their names."""
+    always_float32: tuple[str, ...] = ()
+    """Those that diffusers keeps in float32, likewise."""
 
 
 # SD3's last block throws its text stream away, and with it the text's queries.
@@ -43,6 +47,7 @@ CASES = {
     "flux-schnell-lora": Case("tiny_flux_schnell", "lora"),
     "sdxl-lora": Case("tiny_sdxl", "lora"),
     "sdxl-full": Case("tiny_sdxl", "full"),
+    "wan-lora": Case("tiny_wan", "lora", always_float32=("time_embedder",)),
 }
 
 
@@ -69,7 +74,8 @@ def pipeline(folder: Path) -> Any:
 
 def _load(folder: Path | str, weights: Any, **changes: Any) -> Any:
     settings = PolicySettings(weights, lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, resolution=16)
-    return load_policy(folder, replace(settings, **changes))
+    length = FRAMES if Path(folder).name == "tiny-wan" else None
+    return load_policy(folder, replace(settings, **{"frames": length, **changes}))
 
 
 def _pipeline(folder: Path) -> Any:
@@ -77,6 +83,8 @@ def _pipeline(folder: Path) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     if hasattr(pipeline, "unet"):  # whatever it came with, its noise schedule is sampled by DDIM
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    if type(pipeline).__name__ == "WanPipeline":  # in place of UniPC, of the same shift
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipeline.scheduler.config.flow_shift)
     return pipeline
 
 
@@ -103,14 +111,18 @@ def _ode(policy: Policy, guidance_scale: float) -> Tensor:
 
 
 def _diffusers(pipeline: Any, policy: Policy, guidance_scale: float, output_type: str, **prompt: Any) -> Any:
-    latents, side = _noise(policy), policy.latent_shape[-1] * pipeline.vae_scale_factor
+    video = hasattr(pipeline, "vae_scale_factor_spatial")
+    scale = pipeline.vae_scale_factor_spatial if video else pipeline.vae_scale_factor
+    latents, side = _noise(policy), policy.latent_shape[-1] * scale
     flux = hasattr(pipeline, "_pack_latents")
     if flux:
         latents = pipeline._pack_latents(latents, *latents.shape)
     if flux and not policy.embeds_guidance and guidance_scale > 1:
         prompt |= {"true_cfg_scale": guidance_scale, "negative_prompt": [""] * len(TEXTS)}
-    if hasattr(pipeline, "text_encoder_3") or flux:
+    if hasattr(pipeline, "text_encoder_3") or flux or video:
         prompt["max_sequence_length"] = TOKENS
+    if video:
+        prompt["num_frames"] = FRAMES
     found = pipeline(
         **({} if "prompt_embeds" in prompt else {"prompt": list(TEXTS)}),
         **prompt,
@@ -120,7 +132,8 @@ def _diffusers(pipeline: Any, policy: Policy, guidance_scale: float, output_type
         num_inference_steps=STEPS,
         guidance_scale=guidance_scale,
         output_type=output_type,
-    ).images
+        return_dict=False,
+    )[0]
     packed = flux and output_type == "latent"
     return pipeline._unpack_latents(found, side, side, pipeline.vae_scale_factor) if packed else found
 
@@ -151,6 +164,9 @@ def test_pictures_are_the_diffusers_pipelines(policy, pipeline):
 
 
 def _grey(picture: Any) -> Tensor:
+    """A picture of PIL, or a list of frames, as a tensor."""
+    if isinstance(picture, list):
+        return torch.stack([_grey(frame) for frame in picture])
     return torch.tensor(list(picture.tobytes()), dtype=torch.int32).view(picture.height, picture.width, 3)
 
 
@@ -222,7 +238,7 @@ def test_a_timestep_for_all_is_a_timestep_for_each(policy):
 
 
 def test_each_row_is_told_its_own_prompt(policy):
-    x = _noise(policy, 1).expand(2, -1, -1, -1)
+    x = _noise(policy, 1).expand(2, *policy.latent_shape)
     v = policy.predict(x, torch.tensor(600.0), policy.encode(TEXTS))
     assert (v[0] - v[1]).abs().max() > 1e-2
     back = policy.predict(x, torch.tensor(600.0), policy.encode(TEXTS[::-1]))
@@ -356,7 +372,10 @@ def test_low_precision_keeps_trained_weights_and_velocities_in_float32(case, fol
     low = _load(folder, case.weights, dtype=torch.bfloat16)
     assert {p.dtype for p in low.trainable.values()} == {torch.float32}
     if case.weights == "lora":
-        assert {p.dtype for _, p in low.frozen() if isinstance(p, torch.Tensor) and p.dim() == 2} == {torch.bfloat16}
+        frozen = [(name, p) for name, p in low.frozen() if p.dim() == 2 and "rope" not in name]
+        wide = {name for name, p in frozen if any(part in name for part in case.always_float32)}
+        assert {p.dtype for name, p in frozen if name not in wide} == {torch.bfloat16}
+        assert {p.dtype for name, p in frozen if name in wide} == ({torch.float32} if case.always_float32 else set())
     v = low.predict(_noise(low), torch.tensor(600.0), low.encode(TEXTS), 3.0)
     assert v.dtype == torch.float32
     v.square().mean().backward()
@@ -473,11 +492,80 @@ def test_a_flux_for_more_than_text_is_refused(tiny_flux):
         policy_from_pipeline(pipeline, PolicySettings())
 
 
-@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux"])
+@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux", "tiny_wan"])
 def test_a_flow_model_with_another_scheduler_is_refused(request, model):
     pipeline = _pipeline(request.getfixturevalue(model))
     pipeline.scheduler = DDIMScheduler()
     with pytest.raises(ValueError, match=r"model\.path: the scheduler is a DDIMScheduler; replace it by a FlowMatch"):
+        policy_from_pipeline(pipeline, PolicySettings())
+
+
+def test_wan_is_sampled_on_eulers_grid_of_its_unipcs_shift(tiny_wan):
+    policy, pipeline = _load(tiny_wan, "lora"), _pipeline(tiny_wan)
+    pipeline.scheduler.set_timesteps(STEPS)
+    assert torch.equal(policy.levels(STEPS).sigma, pipeline.scheduler.sigmas)
+    assert torch.equal(policy.levels(STEPS).timestep[:-1], pipeline.scheduler.timesteps)
+    assert pipeline.scheduler.config.shift == 3
+
+
+def test_a_lora_of_wan_adapts_both_attentions_and_the_feed_forward_by_default(tiny_wan):
+    adapted = {name.split(".lora_")[0] for name in _load(tiny_wan, "lora").trainable}
+    attention = {f"{attn}.{name}" for attn in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert adapted == {f"blocks.{i}.{n}" for i in range(2) for n in attention | {"ffn.net.0.proj", "ffn.net.2"}}
+
+
+def test_wans_autoencoder_is_float32_whatever_the_rest_is(tiny_wan):
+    saved = _pipeline(tiny_wan).vae.state_dict()
+    for dtype in (torch.bfloat16, torch.float16):
+        found = _load(tiny_wan, "lora", dtype=dtype)._pipeline.vae.state_dict()
+        assert all(torch.equal(weight, saved[name]) for name, weight in found.items())
+
+
+def test_videos_are_decoded_one_at_a_time(tiny_wan):
+    policy, rows = _load(tiny_wan, "lora"), []
+    policy._pipeline.vae.decoder.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    assert len(policy.decode(_noise(policy, 3))) == 3
+    assert rows == [1] * 3 * 2  # and a latent's frame at a time
+
+
+def test_frames_set_the_length_of_a_video_and_must_fit(tiny_wan, tiny_sd3):
+    for frames, latents in ((1, 1), (7, 4)):
+        policy = _load(tiny_wan, "lora", resolution=8, frames=frames)
+        assert policy.latent_shape == (4, latents, 4, 4)
+        assert policy.decode(_noise(policy, 2)).shape == (2, frames, 8, 8, 3)
+    assert _load(tiny_wan, "lora", resolution=None, frames=None).latent_shape == (4, 41, 240, 240)
+    with pytest.raises(ValueError, match=r"^model\.frames: 8 is not one more than a multiple of 2; .* 7 and 9$"):
+        _load(tiny_wan, "lora", frames=8)
+    with pytest.raises(ValueError, match=r"^model\.frames: this model makes pictures, not videos; leave it empty$"):
+        _load(tiny_sd3, "lora", frames=9)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
+        {"boundary_ratio": 0.875},
+        {"expand_timesteps": True},
+    ],
+)
+def test_a_wan_of_another_kind_is_refused_by_its_index_alone(tiny_wan, tmp_path, change):
+    index = json.loads((tiny_wan / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | change))
+    with pytest.raises(ValueError, match=r"^model\.path: this is a Wan 2\.2, .*; use a text-to-video Wan 2\.1"):
+        _load(tmp_path, "lora")
+
+
+def test_a_wan_of_another_kind_is_refused_as_a_pipeline(tiny_wan):
+    pipeline = _pipeline(tiny_wan)
+    pipeline.register_modules(transformer_2=pipeline.transformer)
+    with pytest.raises(ValueError, match=r"^model\.path: this is a Wan 2\.2"):
+        policy_from_pipeline(pipeline, PolicySettings())
+    pipeline = _pipeline(tiny_wan)
+    pipeline.transformer = type(pipeline.transformer).from_config(pipeline.transformer.config, in_channels=9)
+    with pytest.raises(ValueError, match=r"takes 9 channels where latents have 4; .* not one from picture to video"):
+        policy_from_pipeline(pipeline, PolicySettings())
+    pipeline = DiffusionPipeline.from_pretrained(tiny_wan, text_encoder=None)
+    with pytest.raises(ValueError, match=r"model\.path: the pipeline lacks its text encoder"):
         policy_from_pipeline(pipeline, PolicySettings())
 
 

@@ -17,7 +17,14 @@ import progrpo
 ROOT = Path(progrpo.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-PROTOCOLS = ("progrpo.policies.base", "progrpo.rewards.base", "progrpo.types", "progrpo.diffusion", "progrpo.packing")
+PROTOCOLS = (
+    "progrpo.policies.base",
+    "progrpo.rewards.base",
+    "progrpo.types",
+    "progrpo.diffusion",
+    "progrpo.packing",
+    "progrpo.frames",
+)
 
 # Each rule: the modules it binds (a module and all below it), and what of progrpo they may import besides themselves.
 MAY_SEE = {
@@ -25,6 +32,7 @@ MAY_SEE = {
     "progrpo.config": ("progrpo.rollout.plan", "progrpo.rollout.window", "progrpo.types", "progrpo.words"),
     "progrpo.diffusion": (),
     "progrpo.packing": ("progrpo.types",),
+    "progrpo.frames": (),
     "progrpo.rollout": PROTOCOLS,
     "progrpo.rollout.plan": ("progrpo.types",),
     "progrpo.rollout.window": (),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from progrpo.config import PlanConfig, SamplingConfig
+from progrpo.rewards.frames import OnFrames
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.mix import alone
 from progrpo.rollout.meter import Meter
@@ -26,7 +27,7 @@ PRUNED = Plan(GROUP, (PrunePoint(0, 5), PrunePoint(2, 3)))
 TOLERANCE = 1e-5  # between microbatches of different sizes: matrix kernels differ by shape
 
 
-@pytest.fixture(scope="module", params=["tiny_sd3", "tiny_flux"])
+@pytest.fixture(scope="module", params=["tiny_sd3", "tiny_flux", "tiny_wan"])
 def policy(request, tiny_policy):
     return tiny_policy(moved=0.1, folder=request.getfixturevalue(request.param))
 
@@ -43,7 +44,7 @@ def draw(policy, tiny_config, prompts, redness):
         sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
         chosen, slot_P = [Prompt(prompts[i]) for i in which], torch.tensor(slots)
         parts = plan, sampling, SELECTORS["ovf"], NoiseKey(3, 1), Meter()
-        return rollout(policy, alone(FunctionReward(reward)), chosen, slot_P, *parts)
+        return rollout(policy, alone(OnFrames(FunctionReward(reward), 2)), chosen, slot_P, *parts)
 
     return run
 

@@ -567,6 +567,8 @@ def test_what_cannot_be_served_is_refused_in_one_sentence(capsys, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "pictures of a group" in refusal(capsys, "ranks_of_mine:rank")
+    (tmp_path / "moves_of_mine.py").write_text("def move(images, prompts): return []\nmove.video = True\n")
+    assert "scores whole videos, and a server is sent pictures" in refusal(capsys, "moves_of_mine:move")
     assert "neither built in" in refusal(capsys, "absent")
     assert "--max-pictures must be between 1 and 100,000, not 0" in refusal(capsys, "shapes", "--max-pictures", "0")
     with server._listening("127.0.0.1", 0) as taken:

@@ -105,7 +105,7 @@ def test_members_that_began_as_one_part_at_the_first_step(tiny_policy, tiny_conf
 
 
 @pytest.mark.parametrize("latent_dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("folder", ["tiny_sd3", "tiny_flux", "tiny_sd"])
+@pytest.mark.parametrize("folder", ["tiny_sd3", "tiny_flux", "tiny_wan", "tiny_sd"])
 def test_a_trajectory_goes_on_from_what_was_stored(request, tiny_policy, tiny_config, folder, latent_dtype):
     policy, key = tiny_policy(folder=request.getfixturevalue(folder)), NoiseKey(seed=5, iteration=2)
     dtype, wanted = getattr(torch, latent_dtype), SamplingConfig(num_inference_steps=4, latent_dtype=latent_dtype)

@@ -105,6 +105,17 @@ def _sdxl() -> Architecture:
     }
 
 
+def _wan(heads: int, ffn_dim: int, layers: int) -> Architecture:
+    config = {"num_attention_heads": heads, "attention_head_dim": 128, "ffn_dim": ffn_dim, "num_layers": layers}
+    return {
+        "_class_name": "WanPipeline",
+        "transformer": ("diffusers", "WanTransformer3DModel", config | {"text_dim": 4096}),
+        "scheduler": _EULER,
+        "vae": ("diffusers", "AutoencoderKLWan", {}),
+        "text_encoder": ("transformers", "UMT5EncoderModel", _T5 | {"vocab_size": 256384}),
+    }
+
+
 _MEDIUM = {"num_layers": 24, "num_attention_heads": 24}
 ARCHITECTURES: dict[str, Architecture] = {
     "stabilityai/stable-diffusion-3.5-medium": _sd3(
@@ -119,4 +130,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "CompVis/stable-diffusion-v1-4": _sd1(),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _sd1(),
     "stabilityai/stable-diffusion-xl-base-1.0": _sdxl(),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _wan(heads=12, ffn_dim=8960, layers=30),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": _wan(heads=40, ffn_dim=13824, layers=40),
 }

@@ -24,7 +24,8 @@ class PolicySettings:
     `weights` are trained as a LoRA (of `lora_rank`, `lora_alpha`, and `lora_targets` or the family's own) or in full.
     `seed` draws the LoRA's A whatever the global generator's state. Trained weights are float32 in every case; the
     denoiser's frozen weights and the VAE are in `dtype`, the text encoders stay in the dtype they came in.
-    `max_sequence_length` counts T5's tokens. `resolution` is the side of the square picture in pixels (none: the model's own).
+    `max_sequence_length` counts T5's tokens. `resolution` is the side of the square picture in pixels, `frames` the length of a
+    video (none: the model's own).
     `compile` has torch compile the denoiser, once for each shape that it meets. `activation_checkpointing` computes activations
     anew in the backward pass instead of keeping them. `shard` shares a denoiser's frozen weights out among the processes. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
     """
@@ -38,6 +39,7 @@ class PolicySettings:
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
     resolution: int | None = None
+    frames: int | None = None
     compile: bool = False
     activation_checkpointing: bool = False
     shard: bool = False
@@ -56,8 +58,8 @@ class Policy(Protocol):
     prediction: str
     """What the network's output means, a name of `progrpo.diffusion.prediction.PREDICTIONS`."""
 
-    latent_shape: tuple[int, int, int]
-    """(C, H, W) of one latent."""
+    latent_shape: tuple[int, ...]
+    """(C, H, W) of one latent, of a video (C, F, H, W)."""
     device: torch.device
     trainable: Mapping[str, Parameter]
     """The parameters that the optimizer may change, by their name in the denoiser."""
@@ -90,7 +92,7 @@ class Policy(Protocol):
         ...
 
     def predict(self, x_BCHW: Tensor, timestep: Tensor, condition: Condition, guidance_scale: float = 1.0) -> Tensor:
-        """The network's output at x, float32 (B, C, H, W).
+        """The network's output at x, float32, in x's shape.
 
         `timestep` is () or (B,), row b of `condition` belongs to row b of x. A `guidance_scale` w other than 1 is
         classifier-free guidance, o_u + w (o_c - o_u), with gradients through both branches and twice the cost; a network that
@@ -99,7 +101,7 @@ class Policy(Protocol):
         ...
 
     def decode(self, x0_BCHW: Tensor) -> Tensor:
-        """Pictures, uint8 (B, H, W, 3) on the CPU, without gradient."""
+        """Pictures, uint8 (B, H, W, 3) on the CPU, without gradient; of a model of videos all frames, (B, F, H, W, 3)."""
         ...
 
     def preview(self, x0_BCHW: Tensor) -> Tensor:

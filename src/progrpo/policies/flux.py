@@ -56,7 +56,7 @@ class FluxPolicy(FlowPolicy):
 
     def _grid(self, num_inference_steps: int) -> dict[str, Any]:
         """Even from 1 to 1/T; a scheduler that shifts by picture size is told the number of tokens as `mu`."""
-        config, (_, height, width) = self._pipeline.scheduler.config, self.latent_shape
+        config, (height, width) = self._pipeline.scheduler.config, self.latent_shape[1:]
         mu = calculate_shift(
             height * width // _PATCH**2,
             config.base_image_seq_len,

@@ -24,6 +24,7 @@ from progrpo.policies.flux import FluxPolicy
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.sd3 import SD3Policy
 from progrpo.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
+from progrpo.policies.wan import WanPolicy
 from progrpo.words import named
 from progrpo.zoo import WEIGHTS
 
@@ -33,6 +34,7 @@ POLICIES: dict[str, type[PipelinePolicy]] = {
     "StableDiffusion3Pipeline": SD3Policy,
     "StableDiffusionPipeline": StableDiffusionPolicy,
     "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
+    "WanPipeline": WanPolicy,
 }
 
 _LORA = "pytorch_lora_weights.safetensors"
@@ -141,7 +143,9 @@ def _supported(source: str) -> type[PipelinePolicy]:
     """Decided on the pipeline's index alone, before gigabytes are fetched."""
     with _sayable(source):
         index = dict(DiffusionPipeline.load_config(source))
-    return _policy_class(str(index.get("_class_name")), source)
+    kind = _policy_class(str(index.get("_class_name")), source)
+    kind.check_index(index)
+    return kind
 
 
 def _policy_class(name: str, source: str) -> type[PipelinePolicy]:
@@ -160,7 +164,9 @@ def _read_pipeline(source: str, kind: type[PipelinePolicy], settings: PolicySett
             if not isinstance(json.loads(file.read_bytes()), dict):
                 raise ValueError(f"{file} holds no object of named settings")
         pipeline = DiffusionPipeline.from_pretrained(
-            source, dtype={kind.denoiser_name: denoiser, "default": settings.dtype}, use_safetensors=True
+            source,
+            dtype={kind.denoiser_name: denoiser, "vae": kind.vae_dtype or settings.dtype, "default": settings.dtype},
+            use_safetensors=True,
         )
         for name, part in pipeline.components.items():
             if part is not None and Path(source).is_dir():

@@ -36,6 +36,8 @@ class PipelinePolicy(ABC):
     """The pipeline's component that is trained."""
     lora_targets: ClassVar[tuple[str, ...]]
     """What a LoRA adapts if nothing else is asked, as endings of module names; `*` stands for anything."""
+    vae_dtype: ClassVar[torch.dtype | None] = None
+    """The autoencoder's, where it is not the rest's."""
     prediction: str
 
     def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, resolution: int) -> None:
@@ -52,8 +54,7 @@ class PipelinePolicy(ABC):
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
         self.embeds_guidance = bool(getattr(self.denoiser.config, "guidance_embeds", False))
         self.device: torch.device = self.denoiser.device
-        side = resolution // pipeline.vae_scale_factor
-        self.latent_shape: tuple[int, int, int] = (pipeline.vae.config.latent_channels, side, side)
+        self.latent_shape = self._latents(resolution // self._vae_scale(pipeline))
         self.trainable: Mapping[str, nn.Parameter] = {
             name: p for name, p in self.denoiser.named_parameters() if p.requires_grad
         }
@@ -70,6 +71,7 @@ class PipelinePolicy(ABC):
     @classmethod
     def from_pipeline(cls, pipeline: DiffusionPipeline, settings: PolicySettings) -> Self:
         """Take the pipeline over: it moves to the device, is frozen, and its denoiser gets what `settings` ask for."""
+        cls.check_index(pipeline.config)
         cls._check(pipeline)
         resolution = cls._checked_resolution(pipeline, settings.resolution)
         denoiser = getattr(pipeline, cls.denoiser_name)
@@ -91,12 +93,17 @@ class PipelinePolicy(ABC):
         for module in _modules(pipeline):
             module.eval()
         # pictures are convolved faster in this order of memory: the decoder by a fifth on a CPU, U-Nets on a GPU alone
-        pipeline.vae.to(memory_format=torch.channels_last)
+        if not any(p.ndim == 5 for p in pipeline.vae.parameters()):  # a video's has weights that cannot be in it
+            pipeline.vae.to(memory_format=torch.channels_last)
         if cls.denoiser_name == "unet" and torch.device(settings.device).type == "cuda":
             denoiser.to(memory_format=torch.channels_last)
         return cls(pipeline, settings, resolution)
 
     # --- what a family says of itself -------------------------------------------------------------------------------
+
+    @classmethod  # noqa: B027 (most families refuse nothing by it)
+    def check_index(cls, index: Mapping[str, Any]) -> None:
+        """ValueError for a pipeline that the policy cannot work with, as far as its model_index.json tells."""
 
     @classmethod
     @abstractmethod
@@ -105,7 +112,19 @@ class PipelinePolicy(ABC):
 
     @classmethod
     def _vae_dtype(cls, pipeline: DiffusionPipeline, dtype: torch.dtype) -> torch.dtype:
-        return dtype
+        return cls.vae_dtype or dtype
+
+    @classmethod
+    def _vae_scale(cls, pipeline: DiffusionPipeline) -> int:
+        """Pixels of a picture to a row or column of its latent."""
+        scale: int = pipeline.vae_scale_factor
+        return scale
+
+    def _latents(self, side: int) -> tuple[int, ...]:
+        """The shape of one latent of so many rows and columns."""
+        if self._settings.frames is not None:
+            raise ValueError("model.frames: this model makes pictures, not videos; leave it empty")
+        return (self._pipeline.vae.config.latent_channels, side, side)
 
     @classmethod
     def _patch(cls, pipeline: DiffusionPipeline) -> int:
@@ -274,8 +293,8 @@ class PipelinePolicy(ABC):
 
     @classmethod
     def _checked_resolution(cls, pipeline: DiffusionPipeline, resolution: int | None) -> int:
-        own: int = cls._sample_size(pipeline) * pipeline.vae_scale_factor
-        multiple = pipeline.vae_scale_factor * cls._patch(pipeline)
+        own = cls._sample_size(pipeline) * cls._vae_scale(pipeline)
+        multiple = cls._vae_scale(pipeline) * cls._patch(pipeline)
         if resolution is not None and (resolution <= 0 or resolution % multiple):
             raise ValueError(f"resolution: {resolution} is not a multiple of {multiple}; the model's own is {own}")
         return own if resolution is None else resolution
@@ -285,7 +304,7 @@ class PipelinePolicy(ABC):
 def _pictures(decoder: ModelMixin, latents_BCHW: Tensor) -> Tensor:
     pictures_BCHW = decoder.decode(latents_BCHW.to(decoder.dtype), return_dict=False)[0].float()
     bytes_BCHW = (pictures_BCHW * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return bytes_BCHW.permute(0, 2, 3, 1).contiguous().cpu()
+    return bytes_BCHW.movedim(1, -1).contiguous().cpu()
 
 
 def _pooled(output: Any) -> Tensor:

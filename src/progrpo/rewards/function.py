@@ -22,7 +22,8 @@ class FunctionReward:
     `images` are PIL pictures and `prompts` texts. A column reaches the function as a list under its own name if the
     function has a parameter of that name (or takes `**kwargs`). None, NaN and infinities are missing scores; a `Score` may be
     returned for a number, to say more. An object's `load()` is called once before its first score, its `close()` when the run
-    ends. With an attribute `groupwise = True` the pictures of one call are a group's, as a ranking needs them.
+    ends. With an attribute `groupwise = True` the pictures of one call are a group's, as a ranking needs them. With
+    `video = True` an image is a whole video, a uint8 array (F, H, W, 3), and a picture one of a single frame.
     """
 
     def __init__(self, function: Any, batch_size: int | None = None) -> None:
@@ -31,6 +32,7 @@ class FunctionReward:
         if not callable(self.function):
             raise Refusal(f"reward {function!r} is neither a function nor an object with a method score")
         self.groupwise = bool(getattr(function, "groupwise", False))
+        self.video = bool(getattr(function, "video", False))
         self._whole, self._batch_size = function, batch_size
         self._loaded, self._one = False, threading.Lock()
         self._called = getattr(self.function, "__qualname__", "function")
@@ -65,7 +67,10 @@ class FunctionReward:
     def _call(
         self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt], columns: dict[str, list[Any]], part: slice
     ) -> list[Score]:
-        images = [Image.fromarray(p) for p in pictures_NHWC]
+        if self.video:
+            images: list[Any] = list(pictures_NHWC if pictures_NHWC.ndim == 5 else pictures_NHWC[:, None])
+        else:
+            images = [Image.fromarray(p) for p in pictures_NHWC]
         told = {name: values[part] for name, values in columns.items()}
         values = self.function(images, [p.text for p in prompts], **told)
         if inspect.iscoroutine(values):

@@ -70,6 +70,8 @@ def serve(
         raise ValueError(
             f"reward {name!r} compares the pictures of a group, and a server does not know which these are"
         )
+    if getattr(reward, "video", False):
+        raise ValueError(f"reward {name!r} scores whole videos, and a server is sent pictures")
     reward.score(np.zeros((0, 8, 8, 3), np.uint8), [])
     app = make_app(name, reward, token, settings.batch, max_pictures, max_megabytes)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=75, ws="none", lifespan="on")

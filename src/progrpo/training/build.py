@@ -37,6 +37,7 @@ from progrpo.policies.load import fastest_dtype, load_policy, quiet
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge, Refusal, Reward, RewardSettings
 from progrpo.rewards.cache import Cached
+from progrpo.rewards.frames import OnFrames
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.mix import Mixture, Ranking, Term
 from progrpo.rewards.patient import Patient
@@ -112,6 +113,7 @@ def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str
         lora_targets=model.lora_targets,
         max_sequence_length=model.max_sequence_length,
         resolution=model.resolution,
+        frames=model.frames,
         seed=seed,
         device=ranks.device,
         dtype=getattr(torch, model.dtype),
@@ -196,9 +198,9 @@ def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) 
     )
 
 
-def scorer_from(terms: Sequence[RewardTerm], ranking: Ranking | None = None) -> Mixture:
-    """The rewards that a configuration names, as one."""
-    return Mixture([term_from(wanted, load_reward_of(wanted)) for wanted in terms], ranking)
+def scorer_from(terms: Sequence[RewardTerm], frames: int, ranking: Ranking | None = None) -> Mixture:
+    """The rewards that a configuration names, as one; those of pictures see so many frames of a video."""
+    return Mixture([term_from(wanted, load_reward_of(wanted), frames) for wanted in terms], ranking)
 
 
 def load_reward_of(wanted: RewardTerm) -> Reward:
@@ -213,9 +215,9 @@ def load_reward_of(wanted: RewardTerm) -> Reward:
     return load_reward(wanted.name, settings, wanted.processes)
 
 
-def term_from(wanted: RewardTerm, reward: Reward) -> Term:
-    """A reward with what its term asks for: patience, a cache, a weight, a gate."""
-    groupwise = bool(getattr(reward, "groupwise", False))
+def term_from(wanted: RewardTerm, reward: Reward, frames: int) -> Term:
+    """A reward with what its term asks for: patience, a cache, a weight, a gate. One of pictures scores videos by `frames` of theirs."""
+    groupwise, whole = (bool(getattr(reward, name, False)) for name in ("groupwise", "video"))
     if groupwise and wanted.cache:
         raise Refusal(
             f"reward {wanted.name!r} ranks a group, so its scores cannot be kept by picture; leave out its cache"
@@ -224,6 +226,7 @@ def term_from(wanted: RewardTerm, reward: Reward) -> Term:
     reward = Patient(reward, wanted.retries, None if wanted.url else wanted.timeout)
     if wanted.cache:
         reward = Cached(reward, " ".join(filter(None, (wanted.name, wanted.model))), Path(wanted.cache))
+    reward = reward if whole else OnFrames(reward, frames)
     return Term(wanted.name, reward, wanted.weight, wanted.needs, wanted.at_least, groupwise)
 
 

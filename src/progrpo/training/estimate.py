@@ -88,6 +88,7 @@ def _sizes(config: Config) -> Sizes:
         lora_targets=model.lora_targets,
         max_sequence_length=model.max_sequence_length,
         resolution=model.resolution,
+        frames=model.frames,
         dtype=torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype),
         activation_checkpointing=model.activation_checkpointing,
     )

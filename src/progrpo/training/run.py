@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from progrpo.config import Config, ObjectiveConfig, RewardTerm, check, microbatch, to_dict, trained_items
+from progrpo.config import Config, RewardTerm, check, microbatch, to_dict, trained_items
 from progrpo.data import ORDERS, PromptOrder, Prompts, prompts_of
 from progrpo.durable import new_folder
 from progrpo.policies.base import Policy
@@ -118,7 +118,7 @@ def train(
 
     `prompts` are texts, `Prompt`s, or rows with a field `prompt` and columns beside it, such as a `datasets.Dataset`.
     `reward(images, prompts, **columns)` gives a float, or None where it failed, for each PIL picture: a function, also an async
-    one, or an object with it as `score`. It may be a built-in reward's name, a `progrpo.config.RewardTerm`, or a list of any of
+    one, or an object with it as `score`. Of a model of videos it sees some frames, or with `video = True` whole ones. It may be a built-in reward's name, a `progrpo.config.RewardTerm`, or a list of any of
     these, which are summed with the weights of pairs (reward, weight). Before and after are measured on `eval_prompts`,
     or else on the training prompts. `config.model.path`, `config.prompts.source` and `config.reward.terms` are not read. The
     LoRA is in `out`/lora, in diffusers' format. Returns the run folder; its `read_summary()` has the figures.
@@ -133,7 +133,7 @@ def train(
     config = settled(config, ranks)
     decoder = tiny_decoder(config.preview)
     policy = policy_from_pipeline(pipeline, settings_from(config.model, config.seed, ranks, decoder))
-    terms, scorer = _mixed(reward, config.objective)
+    terms, scorer = _mixed(reward, config)
     config = replace(config, reward=replace(config.reward, terms=terms))
     check(config)
     table: Prompts = {"": told}
@@ -148,7 +148,7 @@ def train(
 
 
 def _mixed(
-    wanted: Rewarding | Sequence[Rewarding | tuple[Rewarding, float]], objective: ObjectiveConfig
+    wanted: Rewarding | Sequence[Rewarding | tuple[Rewarding, float]], config: Config
 ) -> tuple[tuple[RewardTerm, ...], Mixture]:
     """The rewards of a library call as a configuration would name them, and as one."""
     terms: list[RewardTerm] = []
@@ -165,8 +165,8 @@ def _mixed(
             name = next(n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in taken)  # two lambdas
             term, made = RewardTerm(name, 1.0 if weight is None else weight), FunctionReward(reward)
         terms.append(term)
-        mixed.append(term_from(term, made))
-    return tuple(terms), Mixture(mixed, ranking_of(objective, terms))
+        mixed.append(term_from(term, made, config.reward.frames))
+    return tuple(terms), Mixture(mixed, ranking_of(config.objective, terms))
 
 
 def _name_of(reward: Any) -> str:
@@ -175,11 +175,11 @@ def _name_of(reward: Any) -> str:
 
 
 def _held_out_rewards(config: Config) -> Mixture | None:
-    return scorer_from(config.eval.rewards) if config.eval.rewards else None
+    return scorer_from(config.eval.rewards, config.reward.frames) if config.eval.rewards else None
 
 
 def _from_config(config: Config, run: RunFolder, ranks: Ranks) -> Run:
-    reward = scorer_from(config.reward.terms, ranking_of(config.objective, config.reward.terms))
+    reward = scorer_from(config.reward.terms, config.reward.frames, ranking_of(config.objective, config.reward.terms))
     order = train_order(config.prompts, config.seed)
     source, pictures = config.eval.prompts, config.eval.pictures
     test, validation = (eval_prompts(source, split, pictures) for split in ("test", "validation"))
