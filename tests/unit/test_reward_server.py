@@ -346,7 +346,7 @@ def test_health_says_what_was_done():
 def test_its_schema_is_told():
     with served() as client:
         schemas = client.get("/openapi.json").json()["components"]["schemas"]
-    assert set(schemas["Item"]["properties"]) == {"id", "png", "prompt", "columns"}
+    assert set(schemas["Item"]["properties"]) == {"id", "png", "prompt", "columns", "image"}
     assert set(schemas["Answer"]["properties"]) == {"id", "value", "passed", "error"}
     assert "8-bit RGB PNG" in schemas["Item"]["properties"]["png"]["description"]
 

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.weights import NamedWeights
-from progrpo.types import Condition
+from progrpo.types import Condition, Prompt
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PolicySettings:
 
 
 class Policy(Protocol):
-    """A text-to-image model whose denoiser is trained; one file per model family implements it.
+    """A model of pictures from text, or from text and a picture, whose denoiser is trained; one file per model family implements it.
 
     Everything outside the denoiser is frozen, and there is no dropout anywhere: the same inputs give the same output
     in sampling and in training.
@@ -52,6 +52,8 @@ class Policy(Protocol):
 
     denoiser_name: ClassVar[str]
     """`transformer` or `unet`: what diffusers' pipeline calls the part that is trained."""
+    edits: ClassVar[bool]
+    """Whether the model changes a picture: every prompt must then have one, its column `image` (`progrpo.sources`)."""
     prediction: str
     """What the network's output means, a name of `progrpo.diffusion.prediction.PREDICTIONS`."""
 
@@ -75,12 +77,15 @@ class Policy(Protocol):
         """Levels (B,) at places (float64) in [0, T] of that grid."""
         ...
 
-    def encode(self, texts: Sequence[str]) -> Condition:
-        """One row a text, on the policy's device. ValueError for a new text after `release_text_encoders`."""
+    def encode(self, prompts: Sequence[Prompt]) -> Condition:
+        """One row a prompt, on the policy's device: its text and, of a policy that `edits`, its picture; other columns are not read.
+
+        ValueError for a new text after `release_text_encoders`, and for a picture that is lacking or cannot be read.
+        """
         ...
 
     def release_text_encoders(self) -> None:
-        """Free the text encoders; texts that were encoded before can still be asked for."""
+        """Free the text encoders; prompts that were encoded before can still be asked for."""
         ...
 
     def predict(self, x_BCHW: Tensor, timestep: Tensor, condition: Condition, guidance_scale: float = 1.0) -> Tensor:

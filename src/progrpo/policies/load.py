@@ -20,7 +20,7 @@ from torch.utils.benchmark import Timer
 from transformers.utils import logging as transformers_logging
 
 from progrpo.policies.base import Policy, PolicySettings
-from progrpo.policies.flux import FluxPolicy
+from progrpo.policies.flux import FluxKontextPolicy, FluxPolicy
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.sd3 import SD3Policy
 from progrpo.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
@@ -29,6 +29,7 @@ from progrpo.zoo import WEIGHTS
 
 BUILT_IN = ("shapes-flow", "shapes-diffusion")
 POLICIES: dict[str, type[PipelinePolicy]] = {
+    "FluxKontextPipeline": FluxKontextPolicy,
     "FluxPipeline": FluxPolicy,
     "StableDiffusion3Pipeline": SD3Policy,
     "StableDiffusionPipeline": StableDiffusionPolicy,

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.weights import NamedWeights
-from progrpo.types import Condition
+from progrpo.types import Condition, Prompt
 from progrpo.zoo import WEIGHTS
 
 BUILT_IN_DECODER = "shapes-tiny"
@@ -34,6 +34,7 @@ class PipelinePolicy(ABC):
     """The pipeline's component that is trained."""
     lora_targets: ClassVar[tuple[str, ...]]
     """What a LoRA adapts if nothing else is asked, as endings of module names; `*` stands for anything."""
+    edits: ClassVar[bool] = False
     prediction: str
 
     def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, resolution: int) -> None:
@@ -134,12 +135,18 @@ class PipelinePolicy(ABC):
 
     # --- what they share --------------------------------------------------------------------------------------------
 
-    def encode(self, texts: Sequence[str]) -> Condition:
-        for text in texts:
-            if text not in self._encoded:
-                self._encoded[text] = self._encode_one(text)
-        rows = [self._encoded[text] for text in texts]
+    def encode(self, prompts: Sequence[Prompt]) -> Condition:
+        rows = [self._row(prompt) for prompt in prompts]
         return Condition({name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]})
+
+    def _row(self, prompt: Prompt) -> dict[str, Tensor]:
+        """What the network is told of one prompt, on the CPU."""
+        return self._text_row(prompt.text)
+
+    def _text_row(self, text: str) -> dict[str, Tensor]:
+        if text not in self._encoded:
+            self._encoded[text] = self._encode_one(text)
+        return self._encoded[text]
 
     @torch.no_grad()
     def _encode_one(self, text: str) -> dict[str, Tensor]:
@@ -149,8 +156,8 @@ class PipelinePolicy(ABC):
         return {name: t[0].to("cpu", self._settings.dtype) for name, t in self._encode_text(text).items()}
 
     def _encode_unconditional(self) -> Condition:
-        """What guidance leads away from."""
-        return self.encode([""])
+        """What guidance leads away from: no text. What it does not name is the prompt's own in both branches."""
+        return Condition({name: row[None].to(self.device) for name, row in self._text_row("").items()})
 
     def release_text_encoders(self) -> None:
         for name in self._pipeline.components:
@@ -166,7 +173,7 @@ class PipelinePolicy(ABC):
             return self._output(x_BCHW, timestep_B, condition)
         pair = Condition(
             {
-                name: torch.cat([self._unconditional.tensors[name].expand_as(rows), rows])
+                name: torch.cat([self._unconditional.tensors.get(name, rows).expand_as(rows), rows])
                 for name, rows in condition.tensors.items()
             }
         )

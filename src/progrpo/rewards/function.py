@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from progrpo.rewards.base import Refusal, Score
+from progrpo.sources import COLUMN, pictures
 from progrpo.types import Prompt
 
 
@@ -20,9 +21,9 @@ class FunctionReward:
     """`function(images, prompts, **columns) -> sequence of float | None`, plain or async, or an object with it as `score`.
 
     `images` are PIL pictures and `prompts` texts. A column reaches the function as a list under its own name if the
-    function has a parameter of that name (or takes `**kwargs`). None, NaN and infinities are missing scores; a `Score` may be
-    returned for a number, to say more. An object's `load()` is called once before its first score, its `close()` when the run
-    ends. With an attribute `groupwise = True` the pictures of one call are a group's, as a ranking needs them.
+    function has a parameter of that name (or takes `**kwargs`); that of source pictures, `image`, holds PIL pictures in RGB.
+    None, NaN and infinities are missing scores; a `Score` may be returned for a number, to say more. An object's `load()` is
+    called once before its first score, its `close()` when the run ends. With an attribute `groupwise = True` the pictures of one call are a group's, as a ranking needs them.
     """
 
     def __init__(self, function: Any, batch_size: int | None = None) -> None:
@@ -66,7 +67,7 @@ class FunctionReward:
         self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt], columns: dict[str, list[Any]], part: slice
     ) -> list[Score]:
         images = [Image.fromarray(p) for p in pictures_NHWC]
-        told = {name: values[part] for name, values in columns.items()}
+        told = {name: pictures(values[part]) if name == COLUMN else values[part] for name, values in columns.items()}
         values = self.function(images, [p.text for p in prompts], **told)
         if inspect.iscoroutine(values):
             values = _finished(values)

@@ -36,7 +36,7 @@ def rollout(
     group's final rewards select the survivors; all finalists' rewards are kept beside theirs.
     """
     plan.validate(sampling.num_inference_steps)
-    condition = policy.encode([p.text for p in prompts])
+    condition = policy.encode(prompts)
     previews: list[Preview] = []
 
     def prune(step: int, batch: Trajectories) -> Trajectories:

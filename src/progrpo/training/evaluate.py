@@ -18,6 +18,7 @@ from progrpo.rewards.base import Judge, Scorer
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
+from progrpo.sources import check_sources
 from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
 from progrpo.training.checks import check_failures
 from progrpo.training.distributed import Ranks
@@ -106,7 +107,7 @@ def evaluate(
     for places in mine.split(sampling.microbatch) if len(mine) else ():  # splitting nothing gives one empty part
         batch = [prompts[i] for i in places.tolist()]
         start = expand(policy, places, 1, sampling, NoiseKey(seed, 0))
-        final = denoise(policy, policy.encode([p.text for p in batch]), start, sampling, NoiseKey(seed, 0), Meter())
+        final = denoise(policy, policy.encode(batch), start, sampling, NoiseKey(seed, 0), Meter())
         images_NHWC = policy.decode(final.x_NCHW).numpy()
         scores = reward.score(images_NHWC, batch, places)  # each a group of its own
         verdicts = judge.passes(images_NHWC, batch) if judge else [None] * len(batch)
@@ -139,7 +140,7 @@ def evaluate(
 def _diversities(
     policy: Policy, prompts: Sequence[Prompt], places: Tensor, sampling: Sampling, seed: int
 ) -> list[float]:
-    key, condition = NoiseKey(seed, 0), policy.encode([prompts[i].text for i in places.tolist()])
+    key, condition = NoiseKey(seed, 0), policy.encode([prompts[i] for i in places.tolist()])
     final = denoise(policy, condition, expand(policy, places, _GROUP, sampling, key), sampling, key, Meter())
     images_NHWC = policy.decode(final.x_NCHW).numpy()
     return [diversity(group) for group in np.split(images_NHWC, len(places))]
@@ -205,6 +206,8 @@ def evaluate_model(
     policy = trained_policy(target, None, ranks)
     sampling = ode(policy, num_inference_steps, guidance_scale, microbatch=64)
     chosen = eval_prompts(prompts, split, pictures)
+    if policy.edits:
+        check_sources(chosen)
     result = evaluate(
         policy,
         reward_of,
