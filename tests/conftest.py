@@ -182,6 +182,14 @@ def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _tiny_sd(tmp_path_factory.mktemp("models") / "tiny-sd-v", "v_prediction")
 
 
+FLUX_SHIFTS: dict[str, Any] = {
+    "use_dynamic_shifting": True,
+    "base_image_seq_len": 9,
+    "base_shift": 0.4,
+    "max_shift": 1.3,
+}
+
+
 def _tiny_flux(folder: Path, guidance_embeds: bool, kind: str = "FluxPipeline", **scheduler: Any) -> Path:
     import diffusers
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
@@ -216,8 +224,7 @@ def _tiny_flux(folder: Path, guidance_embeds: bool, kind: str = "FluxPipeline", 
 @pytest.fixture(scope="session")
 def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FLUX.1-dev, told its guidance and shifted by picture size. Its own is 256x256, and tests ask for 16x16."""
-    shifts = {"use_dynamic_shifting": True, "base_image_seq_len": 9, "base_shift": 0.4, "max_shift": 1.3}
-    return _tiny_flux(tmp_path_factory.mktemp("models") / "tiny-flux", True, **shifts)
+    return _tiny_flux(tmp_path_factory.mktemp("models") / "tiny-flux", True, **FLUX_SHIFTS)
 
 
 @pytest.fixture(scope="session")
@@ -229,8 +236,8 @@ def tiny_flux_schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_kontext(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FLUX.1-Kontext-dev, which changes a picture; told its guidance and shifted as the tiny FLUX.1-dev."""
-    shifts = {"use_dynamic_shifting": True, "base_image_seq_len": 9, "base_shift": 0.4, "max_shift": 1.3}
-    return _tiny_flux(tmp_path_factory.mktemp("models") / "tiny-kontext", True, "FluxKontextPipeline", **shifts)
+    folder = tmp_path_factory.mktemp("models") / "tiny-kontext"
+    return _tiny_flux(folder, True, "FluxKontextPipeline", **FLUX_SHIFTS)
 
 
 @pytest.fixture(scope="session")

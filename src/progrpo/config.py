@@ -49,7 +49,8 @@ class ModelConfig:
 class PromptConfig:
     source: str = "shapes"
     """`shapes` (the built-in world, its train split), a .txt (a prompt a line) or .jsonl ({"prompt": ..., columns}) file, or `dataset:NAME`: a
-    dataset of the `datasets` library, on the hub or saved in a folder, with a column `prompt`."""
+    dataset of the `datasets` library, on the hub or saved in a folder, with a column `prompt`. For a model that edits the column
+    `image` is the picture to change; in a file its path, from the file's folder."""
     per_iteration: int = 12
     order: Literal["turn", "signal"] = "turn"
     """`turn`: kinds in turn, each prompt once before any comes again. `signal`: drawn in proportion to how far the rewards of a

@@ -181,7 +181,7 @@ def make_app(
         if size > 4 * max_megabytes * 2**20:
             raise HTTPException(413, f"pictures that need {size >> 20} MB in one request; send fewer at a time")
         with room.held(size):
-            decoded = await run_in_threadpool(lambda: list(map(_decoded_both, items, opened)))
+            decoded = await run_in_threadpool(lambda: list(map(_decoded, items, opened)))
             readable = [both for both in decoded if not isinstance(both, Score)]
             asked = batches.ask([picture for picture, _ in readable], [prompt for _, prompt in readable])
             answers = iter(await _unless_gone(asked, request))
@@ -239,25 +239,16 @@ async def _gone(request: Request) -> None:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _opened_both(item: Item) -> tuple[Image.Image, Image.Image | None] | Score:
+_Opened = tuple[Image.Image, Image.Image | None] | Score
+
+
+def _opened_both(item: Item) -> _Opened:
     """A picture and its prompt's source, of which no more than the headers were read, or the score that is missing for them."""
-    image, source = _opened(item.png), None if item.image is None else _opened(item.image)
-    if isinstance(image, Score) or isinstance(source, Score):
-        return image if isinstance(image, Score) else source
-    return image, source
-
-
-def _decoded_both(
-    item: Item, opened: tuple[Image.Image, Image.Image | None] | Score
-) -> tuple[np.ndarray, Prompt] | Score:
-    if isinstance(opened, Score):
-        return opened
-    image, source = opened
-    pixels, its_source = _decoded(image), None if source is None else _decoded(source)
-    if isinstance(pixels, Score) or isinstance(its_source, Score):
-        return pixels if isinstance(pixels, Score) else its_source
-    given = {COLUMN: source} if COLUMN in item.model_fields_set else {}
-    return pixels, Prompt(item.prompt, {**item.columns, **given})
+    image = _opened(item.png)
+    if isinstance(image, Score) or item.image is None:
+        return image if isinstance(image, Score) else (image, None)
+    source = _opened(item.image)
+    return source if isinstance(source, Score) else (image, source)
 
 
 def _opened(png: str) -> Image.Image | Score:
@@ -272,11 +263,18 @@ def _opened(png: str) -> Image.Image | Score:
     return image
 
 
-def _decoded(image: Image.Image) -> np.ndarray | Score:
+def _decoded(item: Item, opened: _Opened) -> tuple[np.ndarray, Prompt] | Score:
+    if isinstance(opened, Score):
+        return opened
+    image, source = opened
     try:
-        return np.asarray(image)
+        pixels = np.asarray(image)
+        if source is not None:
+            source.load()
     except Exception as error:
         return Score(None, error=f"the picture is damaged: {error}")
+    given = {COLUMN: source} if COLUMN in item.model_fields_set else {}
+    return pixels, Prompt(item.prompt, {**item.columns, **given})
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
