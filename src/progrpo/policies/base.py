@@ -21,7 +21,8 @@ from progrpo.types import Condition, Prompt
 class PolicySettings:
     """How a pipeline becomes a policy.
 
-    `weights` are trained as a LoRA (of `lora_rank`, `lora_alpha`, and `lora_targets` or the family's own) or in full.
+    `weights` are trained as a LoRA (of `lora_rank`, `lora_alpha`, and `lora_targets` or the family's own) or in full. `lora` is one
+    to train further, by its folder, file or hub id: its rank, alpha and layers then take the place of those.
     `seed` draws the LoRA's A whatever the global generator's state. Trained weights are float32 in every case; the
     denoiser's frozen weights and the VAE are in `dtype`, the text encoders stay in the dtype they came in.
     `max_sequence_length` counts T5's tokens. `resolution` is the side of the square picture in pixels (none: the model's own).
@@ -33,6 +34,7 @@ class PolicySettings:
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_targets: Sequence[str] = ()
+    lora: str = ""
     max_sequence_length: int = 16
     seed: int = 0
     device: torch.device | str = "cpu"

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
+from progrpo.policies.lora import ADAPTER, continue_lora, in_float32
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition, Prompt
 from progrpo.zoo import WEIGHTS
@@ -75,7 +76,10 @@ class PipelinePolicy(ABC):
         _cast(pipeline.vae, cls._vae_dtype(pipeline, settings.dtype))
         if settings.weights == "lora":
             _cast(denoiser, settings.dtype)
-            _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
+            if settings.lora:
+                continue_lora(pipeline, cls.denoiser_name, settings.lora)
+            else:
+                _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
         elif settings.weights == "full":
             _cast(denoiser, torch.float32)
             denoiser.requires_grad_(True)
@@ -231,7 +235,7 @@ class PipelinePolicy(ABC):
                 self._save_lora(folder)
 
     def _save_lora(self, folder: Path) -> None:
-        metadata = self.denoiser.peft_config["default"].to_dict()  # without it alpha is lost
+        metadata = self.denoiser.peft_config[ADAPTER].to_dict()  # without it alpha is lost
         metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: equal weights should be equal files
         layers = get_peft_model_state_dict(self.denoiser)
         names = f"{self.denoiser_name}_lora_layers", f"{self.denoiser_name}_lora_adapter_metadata"
@@ -319,6 +323,4 @@ def _add_lora(denoiser: ModelMixin, settings: PolicySettings, targets: tuple[str
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, from the global generator
         torch.default_generator.manual_seed(settings.seed)
         denoiser.add_adapter(config)
-    for parameter in denoiser.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # peft follows the base's dtype, in which small updates vanish
+    in_float32(denoiser)

@@ -293,7 +293,7 @@ class Run:
     def _train(self, console: Console, start: float, stop: Stop, fresh: bool) -> None:
         console.say(self._what_runs())
         if fresh:
-            console.say(f"evaluating the base model on {len(self.held_out.test)} pictures")
+            console.say(f"evaluating the model as it is, on {len(self.held_out.test)} pictures")
             self._evaluate("before", "reference", console)
         self._write_summary(start, "running")
         while self.trainer.iteration < self.config.iterations and not self._hacked:
