@@ -156,6 +156,8 @@ class Sample:
     """A built-in model's name, a folder in diffusers' format, or a hub id."""
     prompt: tuple[str, ...]
     """One prompt or several."""
+    image: tuple[Path, ...] = ()
+    """For a model that edits: the picture to change, one for all prompts or one for each."""
     lora: Path | None = None
     """A run folder, or a LoRA folder in diffusers' format."""
     out: Path = Path("samples")
@@ -171,7 +173,7 @@ class Sample:
         _within(1, 10_000, count=self.count)
         from progrpo.data import prompts_of
 
-        prompts = [prompt.text for prompt in prompts_of(self.prompt, "--prompt")]
+        prompts = prompts_of(self._rows(), "--prompt")
         from progrpo.training.sample import sample_pictures
 
         files = sample_pictures(
@@ -185,6 +187,15 @@ class Sample:
             count=self.count,
         )
         print("\n".join(str(file) for file in files))
+
+    def _rows(self) -> list[dict[str, str]]:
+        if len(self.image) not in (0, 1, len(self.prompt)):
+            raise ValueError(
+                f"--image: {len(self.image)} pictures for {len(self.prompt)} prompts; give one for all, or one for each"
+            )
+        images = self.image * len(self.prompt) if len(self.image) == 1 else self.image
+        shown = [{"image": str(image)} for image in images] or [{} for _ in self.prompt]
+        return [{"prompt": text, **row} for text, row in zip(self.prompt, shown, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

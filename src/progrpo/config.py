@@ -21,8 +21,12 @@ class ModelConfig:
     path: str = "shapes-flow"
     """A built-in model's name, a folder in diffusers' format, or a hub id."""
     weights: Literal["lora", "full"] = "lora"
-    """Train low-rank adapters (peft) or every weight of the denoiser. The reference of a LoRA is the model without it. That of full
+    """Train low-rank adapters (peft) or every weight of the denoiser. The reference of a fresh LoRA is the model without it. That of full
     weights is a frozen copy, kept only where the objective measures a distance to it (a kl_beta above 0, or dgpo)."""
+    lora: str = ""
+    """A LoRA to train further, in diffusers' format: a run folder, a folder, a file or a hub id; empty: a fresh one. Its rank, alpha and
+    layers are its own, the three fields below are not read. The reference, from which a KL is measured and with which a run
+    compares itself, is the model with this LoRA; what is saved takes its place, on the same base."""
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_targets: tuple[str, ...] = ()
@@ -55,7 +59,8 @@ class ModelConfig:
 class PromptConfig:
     source: str = "shapes"
     """`shapes` (the built-in world, its train split), a .txt (a prompt a line) or .jsonl ({"prompt": ..., columns}) file, or `dataset:NAME`: a
-    dataset of the `datasets` library, on the hub or saved in a folder, with a column `prompt`."""
+    dataset of the `datasets` library, on the hub or saved in a folder, with a column `prompt`. For a model that edits the column
+    `image` is the picture to change; in a file its path, from the file's folder."""
     per_iteration: int = 12
     order: Literal["turn", "signal"] = "turn"
     """`turn`: kinds in turn, each prompt once before any comes again. `signal`: drawn in proportion to how far the rewards of a
@@ -689,6 +694,10 @@ def _check_terms(path: str, terms: Sequence[RewardTerm]) -> None:
 
 
 def _check_together(config: Config) -> None:
+    if config.model.lora and config.model.weights != "lora":
+        raise ValueError(
+            f"model.lora must be empty for model.weights {config.model.weights}: a LoRA is trained further as a LoRA"
+        )
     if trains_transitions(config):
         _check_window(config.sampling)
     if config.sampling.sde_window in ("first", "sliding", "random"):

@@ -14,14 +14,15 @@ from torch.nn import Parameter
 
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.weights import NamedWeights
-from progrpo.types import Condition
+from progrpo.types import Condition, Prompt
 
 
 @dataclass(frozen=True)
 class PolicySettings:
     """How a pipeline becomes a policy.
 
-    `weights` are trained as a LoRA (of `lora_rank`, `lora_alpha`, and `lora_targets` or the family's own) or in full.
+    `weights` are trained as a LoRA (of `lora_rank`, `lora_alpha`, and `lora_targets` or the family's own) or in full. `lora` is one
+    to train further, by its folder, file or hub id: its rank, alpha and layers then take the place of those.
     `seed` draws the LoRA's A whatever the global generator's state. Trained weights are float32 in every case; the
     denoiser's frozen weights and the VAE are in `dtype`, the text encoders stay in the dtype they came in.
     `max_sequence_length` counts T5's tokens. `resolution` is the side of the square picture in pixels, `frames` the length of a
@@ -34,6 +35,7 @@ class PolicySettings:
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_targets: Sequence[str] = ()
+    lora: str = ""
     max_sequence_length: int = 16
     seed: int = 0
     device: torch.device | str = "cpu"
@@ -47,7 +49,7 @@ class PolicySettings:
 
 
 class Policy(Protocol):
-    """A text-to-image model whose denoiser is trained; one file per model family implements it.
+    """A model of pictures from text, or from text and a picture, whose denoiser is trained; one file per model family implements it.
 
     Everything outside the denoiser is frozen, and there is no dropout anywhere: the same inputs give the same output
     in sampling and in training.
@@ -55,6 +57,8 @@ class Policy(Protocol):
 
     denoiser_name: ClassVar[str]
     """`transformer` or `unet`: what diffusers' pipeline calls the part that is trained."""
+    edits: ClassVar[bool]
+    """Whether the model changes a picture: every prompt must then have one, its column `image` (`progrpo.sources`)."""
     prediction: str
     """What the network's output means, a name of `progrpo.diffusion.prediction.PREDICTIONS`."""
 
@@ -83,12 +87,15 @@ class Policy(Protocol):
         """Levels (B,) at places (float64) in [0, T] of that grid."""
         ...
 
-    def encode(self, texts: Sequence[str]) -> Condition:
-        """One row a text, on the policy's device. ValueError for a new text after `release_text_encoders`."""
+    def encode(self, prompts: Sequence[Prompt]) -> Condition:
+        """One row a prompt, on the policy's device: its text and, of a policy that `edits`, its picture; other columns are not read.
+
+        ValueError for a new text after `release_text_encoders`, and for a picture that is lacking or cannot be read.
+        """
         ...
 
     def release_text_encoders(self) -> None:
-        """Free the text encoders; texts that were encoded before can still be asked for."""
+        """Free the text encoders; prompts that were encoded before can still be asked for."""
         ...
 
     def predict(self, x_BCHW: Tensor, timestep: Tensor, condition: Condition, guidance_scale: float = 1.0) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,8 @@ from torch.utils.benchmark import Timer
 from transformers.utils import logging as transformers_logging
 
 from progrpo.policies.base import Policy, PolicySettings
-from progrpo.policies.flux import FluxPolicy
+from progrpo.policies.flux import FluxKontextPolicy, FluxPolicy
+from progrpo.policies.lora import HUB_ID, LORA_FILE
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.sd3 import SD3Policy
 from progrpo.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
@@ -30,15 +30,13 @@ from progrpo.zoo import WEIGHTS
 
 BUILT_IN = ("shapes-flow", "shapes-diffusion")
 POLICIES: dict[str, type[PipelinePolicy]] = {
+    "FluxKontextPipeline": FluxKontextPolicy,
     "FluxPipeline": FluxPolicy,
     "StableDiffusion3Pipeline": SD3Policy,
     "StableDiffusionPipeline": StableDiffusionPolicy,
     "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
     "WanPipeline": WanPolicy,
 }
-
-_LORA = "pytorch_lora_weights.safetensors"
-_HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 
 
 def quiet() -> None:
@@ -82,7 +80,7 @@ def policy_from_pipeline(pipeline: DiffusionPipeline, settings: PolicySettings) 
 
 
 def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path) -> None:
-    if os.path.isfile(folder / _LORA):  # Path's own raises at a name that is too long
+    if os.path.isfile(folder / LORA_FILE):  # Path's own raises at a name that is too long
         with _sayable(folder, "trained weights"):
             _merge_lora(pipeline, folder)
     elif os.path.isfile(folder / "config.json"):
@@ -95,7 +93,7 @@ def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path
             _require_whole(trained, folder)
         setattr(pipeline, denoiser_name, trained.to(base.dtype))
     else:
-        raise ValueError(f"{named(folder)} holds no trained weights: neither {_LORA} nor a denoiser's config.json")
+        raise ValueError(f"{named(folder)} holds no trained weights: neither {LORA_FILE} nor a denoiser's config.json")
 
 
 def _merge_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -103,7 +101,7 @@ def _merge_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
     pipeline.load_lora_weights(folder)
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     taken = sum(p.numel() for part in parts for name, p in part.named_parameters() if "lora_" in name)
-    if taken != (stored := _stored(folder / _LORA)) or not stored:
+    if taken != (stored := _stored(folder / LORA_FILE)) or not stored:
         raise ValueError(
             f"its LoRA has {stored:,} weights, of which this model takes {taken:,}; it is of another model"
         )
@@ -122,7 +120,7 @@ def locate(path: str | Path) -> str:
                 f"model.path: {named(folder)} has no model_index.json; give a folder written by save_pretrained"
             )
         return folder
-    if _HUB_ID.fullmatch(str(path)):
+    if HUB_ID.fullmatch(str(path)):
         return str(path)
     raise ValueError(
         f"model.path: {named(path) or 'an empty text'} is neither a built-in model ({', '.join(BUILT_IN)}), a folder nor a hub id"

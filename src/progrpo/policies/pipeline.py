@@ -18,9 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
+from progrpo.policies.lora import ADAPTER, continue_lora, in_float32
 from progrpo.policies.sharded import Step, shard_frozen
 from progrpo.policies.weights import NamedWeights
-from progrpo.types import Condition
+from progrpo.types import Condition, Prompt
 from progrpo.zoo import WEIGHTS
 
 BUILT_IN_DECODER = "shapes-tiny"
@@ -38,6 +39,7 @@ class PipelinePolicy(ABC):
     """What a LoRA adapts if nothing else is asked, as endings of module names; `*` stands for anything."""
     vae_dtype: ClassVar[torch.dtype | None] = None
     """The autoencoder's, where it is not the rest's."""
+    edits: ClassVar[bool] = False
     prediction: str
 
     def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, resolution: int) -> None:
@@ -67,6 +69,7 @@ class PipelinePolicy(ABC):
             _compile(self.denoiser)
         if settings.shard:
             self._step = Step(self.device, self._stand_in)
+            self._shapes = self.network_inputs()  # asked now, while the text encoders are there
 
     @classmethod
     def from_pipeline(cls, pipeline: DiffusionPipeline, settings: PolicySettings) -> Self:
@@ -82,7 +85,10 @@ class PipelinePolicy(ABC):
         _cast(pipeline.vae, cls._vae_dtype(pipeline, settings.dtype))
         if settings.weights == "lora":
             _cast(denoiser, settings.dtype)
-            _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
+            if settings.lora:
+                continue_lora(pipeline, cls.denoiser_name, settings.lora)
+            else:
+                _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
             if settings.shard:
                 shard_frozen(denoiser, torch.device(settings.device))
         elif settings.weights == "full":
@@ -148,8 +154,8 @@ class PipelinePolicy(ABC):
         """Named tensors of one text, each with a first dimension of 1."""
 
     @abstractmethod
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of these tensors, without the first dimension: what `encode` will give, known without a text encoder."""
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that `encode` gives, without the first dimension: known without encoding anything."""
 
     @abstractmethod
     def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
@@ -165,12 +171,18 @@ class PipelinePolicy(ABC):
 
     # --- what they share --------------------------------------------------------------------------------------------
 
-    def encode(self, texts: Sequence[str]) -> Condition:
-        for text in texts:
-            if text not in self._encoded:
-                self._encoded[text] = self._encode_one(text)
-        rows = [self._encoded[text] for text in texts]
+    def encode(self, prompts: Sequence[Prompt]) -> Condition:
+        rows = [self._row(prompt) for prompt in prompts]
         return Condition({name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]})
+
+    def _row(self, prompt: Prompt) -> dict[str, Tensor]:
+        """What the network is told of one prompt, on the CPU."""
+        return self._text_row(prompt.text)
+
+    def _text_row(self, text: str) -> dict[str, Tensor]:
+        if text not in self._encoded:
+            self._encoded[text] = self._encode_one(text)
+        return self._encoded[text]
 
     @torch.no_grad()
     def _encode_one(self, text: str) -> dict[str, Tensor]:
@@ -179,12 +191,16 @@ class PipelinePolicy(ABC):
             raise ValueError(f"{text!r} is new and the text encoders are released; encode all prompts before that")
         return {name: t[0].to("cpu", self._settings.dtype) for name, t in self._encode_text(text).items()}
 
+    def network_inputs(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a row of what the network is told beside latents and timestep."""
+        return self.condition_shapes() | ({"guidance": ()} if self.embeds_guidance else {})
+
     def _encode_unconditional(self) -> Condition:
-        return self.encode([""])
+        """What guidance leads away from: no text. What it does not name is the prompt's own in both branches."""
+        return Condition({name: row[None].to(self.device) for name, row in self._text_row("").items()})
 
     @cached_property
     def _unconditional(self) -> Condition:
-        """What guidance leads away from."""
         return self._encode_unconditional()
 
     def release_text_encoders(self) -> None:
@@ -203,7 +219,7 @@ class PipelinePolicy(ABC):
             return self._output(x_BCHW, timestep_B, condition)
         pair = Condition(
             {
-                name: torch.cat([self._unconditional.tensors[name].expand_as(rows), rows])
+                name: torch.cat([self._unconditional.tensors.get(name, rows).expand_as(rows), rows])
                 for name, rows in condition.tensors.items()
             }
         )
@@ -235,7 +251,10 @@ class PipelinePolicy(ABC):
     def _stand_in(self, training: bool) -> None:
         """A network call that takes part in the others' and adds 0 to gradients."""
         x, timestep_B = torch.ones(1, *self.latent_shape, device=self.device), torch.ones(1, device=self.device)
-        told = {**self._unconditional.tensors, **({"guidance": timestep_B} if self.embeds_guidance else {})}
+        told = {
+            name: torch.ones(1, *shape, device=self.device, dtype=self._settings.dtype)
+            for name, shape in self._shapes.items()
+        }
         with torch.set_grad_enabled(training):
             output = self._run(x, timestep_B, Condition(told))
         if training:
@@ -279,7 +298,7 @@ class PipelinePolicy(ABC):
                 self._save_lora(folder)
 
     def _save_lora(self, folder: Path) -> None:
-        metadata = self.denoiser.peft_config["default"].to_dict()  # without it alpha is lost
+        metadata = self.denoiser.peft_config[ADAPTER].to_dict()  # without it alpha is lost
         metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: equal weights should be equal files
         layers = get_peft_model_state_dict(self.denoiser)
         names = f"{self.denoiser_name}_lora_layers", f"{self.denoiser_name}_lora_adapter_metadata"
@@ -367,6 +386,4 @@ def _add_lora(denoiser: ModelMixin, settings: PolicySettings, targets: tuple[str
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, from the global generator
         torch.default_generator.manual_seed(settings.seed)
         denoiser.add_adapter(config)
-    for parameter in denoiser.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # peft follows the base's dtype, in which small updates vanish
+    in_float32(denoiser)
