@@ -50,6 +50,12 @@ class ModelConfig:
     ratios must begin at 1, in float32 only."""
     activation_checkpointing: bool = False
     """Compute activations anew in the backward pass: less memory, about a third more time in the update."""
+    offload: bool = False
+    """The denoiser and the text encoders are on the device by turns, and on the CPU else. The start then takes what the larger of both
+    takes, and not their sum; with `keep_text_encoders` every iteration moves them."""
+    decoding: Literal["whole", "sliced", "tiled"] = "whole"
+    """How many pictures the decoder takes at once: a microbatch, one (the same picture up to rounding), or one in overlapping tiles, whose
+    seams are blended."""
     shard: bool = False
     """With several processes: each holds a part of the frozen weights (torch's fully_shard), and blocks are gathered while they run. For
     models too large for one device; of a LoRA only."""
@@ -768,11 +774,12 @@ def _check_shard(config: Config) -> None:
         "model.weights full": config.model.weights == "full",
         "model.compile": config.model.compile,
         "optim.reuse_rollout": config.optim.reuse_rollout,
+        "model.offload": config.model.offload,
     }
     for name, asked in against.items():
         if asked:
             raise ValueError(
-                f"model.shard must be false for {name}: only the frozen weights of an uncompiled network are shared out"
+                f"model.shard must be false for {name}: it shares out the frozen weights of an uncompiled network that stays on its device"
             )
 
 

@@ -28,7 +28,8 @@ class PolicySettings:
     `max_sequence_length` counts T5's tokens. `resolution` is the side of the square picture in pixels, `frames` the length of a
     video (none: the model's own).
     `compile` has torch compile the denoiser, once for each shape that it meets. `activation_checkpointing` computes activations
-    anew in the backward pass instead of keeping them. `shard` shares a denoiser's frozen weights out among the processes. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
+    anew in the backward pass instead of keeping them. `shard` shares a denoiser's frozen weights out among the processes. With `offload` the
+    denoiser and the text encoders are on the device by turns. `decoding` is of a microbatch at once, of one picture, or of one in tiles. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
     """
 
     weights: Literal["lora", "full"] = "lora"
@@ -45,6 +46,8 @@ class PolicySettings:
     compile: bool = False
     activation_checkpointing: bool = False
     shard: bool = False
+    offload: bool = False
+    decoding: Literal["whole", "sliced", "tiled"] = "whole"
     tiny_decoder: str = ""
 
 

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.lora import ADAPTER, continue_lora, in_float32
+from progrpo.policies.offload import Turns
 from progrpo.policies.sharded import Step, shard_frozen
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition, Prompt
@@ -55,7 +56,8 @@ class PipelinePolicy(ABC):
         self._step: Step | None = None
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
         self.embeds_guidance = bool(getattr(self.denoiser.config, "guidance_embeds", False))
-        self.device: torch.device = self.denoiser.device
+        self.device: torch.device = torch.device(settings.device)
+        self._turns = _turns(pipeline, self.denoiser, self.device) if settings.offload else None
         self.latent_shape = self._latents(resolution // self._vae_scale(pipeline))
         self.trainable: Mapping[str, nn.Parameter] = {
             name: p for name, p in self.denoiser.named_parameters() if p.requires_grad
@@ -79,7 +81,7 @@ class PipelinePolicy(ABC):
         resolution = cls._checked_resolution(pipeline, settings.resolution)
         denoiser = getattr(pipeline, cls.denoiser_name)
         for module in _modules(pipeline):
-            if module is not denoiser or not settings.shard:
+            if not (module is denoiser and settings.shard) and not (module is not pipeline.vae and settings.offload):
                 module.to(settings.device)
             module.requires_grad_(False)
         _cast(pipeline.vae, cls._vae_dtype(pipeline, settings.dtype))
@@ -98,6 +100,7 @@ class PipelinePolicy(ABC):
             raise ValueError(f"model.weights: {settings.weights!r} is not known; use 'lora' or 'full'")
         for module in _modules(pipeline):
             module.eval()
+        _set_decoding(pipeline.vae, settings.decoding)
         # pictures are convolved faster in this order of memory: the decoder by a fifth on a CPU, U-Nets on a GPU alone
         if not any(p.ndim == 5 for p in pipeline.vae.parameters()):  # a video's has weights that cannot be in it
             pipeline.vae.to(memory_format=torch.channels_last)
@@ -206,6 +209,8 @@ class PipelinePolicy(ABC):
     def release_text_encoders(self) -> None:
         assert self._unconditional  # which is encoded when it is first asked for, and may be later than now
         self._released = True
+        if self._turns is not None:
+            self._turns.leave_to(self.denoiser)
         for name in self._pipeline.components:
             if name.startswith("text_encoder"):
                 setattr(self._pipeline, name, None)
@@ -352,6 +357,19 @@ def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings) -> Auto
         )
     tiny.requires_grad_(False).eval()
     return tiny.to(settings.device, memory_format=torch.channels_last)
+
+
+def _turns(pipeline: DiffusionPipeline, denoiser: nn.Module, device: torch.device) -> Turns:
+    """The denoiser's, where copies of its weights are taken, and the text encoders'."""
+    encoders = [module for module in _modules(pipeline) if module is not pipeline.vae and module is not denoiser]
+    return Turns(device, [denoiser], encoders)
+
+
+def _set_decoding(vae: ModelMixin, decoding: str) -> None:
+    if decoding != "whole":
+        vae.enable_slicing()
+    if decoding == "tiled":
+        vae.enable_tiling()
 
 
 def _compile(denoiser: ModelMixin) -> None:

@@ -121,6 +121,8 @@ def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str
         compile=model.compile,
         activation_checkpointing=model.activation_checkpointing,
         shard=model.shard and ranks.world > 1,
+        offload=model.offload,
+        decoding=model.decoding,
         tiny_decoder=tiny_decoder,
     )
 
