@@ -49,11 +49,6 @@ def write(rows: list[dict[str, Any]]) -> None:
     Path("told/prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
-def untimed(folder: Path) -> list[dict[str, Any]]:
-    records = RunFolder(folder).read_metrics()
-    return [{k: v for k, v in r.items() if k != "seconds" and not k.startswith("time/")} for r in records]
-
-
 def edited(model: Path, image: str, lora: Path | None = None) -> np.ndarray:
     pipeline = DiffusionPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
@@ -65,7 +60,7 @@ def edited(model: Path, image: str, lora: Path | None = None) -> np.ndarray:
     return drawn.images
 
 
-def test_it_is_trained_stopped_measured_and_asked_for_pictures(own, tmp_path, tiny_kontext, capsys):
+def test_it_is_trained_measured_and_asked_for_pictures(own, tmp_path, tiny_kontext, capsys):
     options = ["smoke", *own, "--audit.every", "1", "--eval.every", "1"]
     assert main(["train", *options, "--out", "run", "--iterations", "2"]) == 0
     found = RunFolder(tmp_path / "run").read_summary()
@@ -73,10 +68,6 @@ def test_it_is_trained_stopped_measured_and_asked_for_pictures(own, tmp_path, ti
     assert not any(found["rewards"]["missing"].values()) and found["reward_before"] != found["reward_after"]
     base, trained = (edited(tiny_kontext, "told/pictures/a.png", lora) for lora in (None, tmp_path / "run" / "lora"))
     assert np.abs(trained - base).max() > 1e-3
-
-    assert main(["train", *options, "--out", "resumed", "--iterations", "1"]) == 0
-    assert main(["train", "--resume", "resumed", "--iterations", "2"]) == 0
-    assert untimed(tmp_path / "run") == untimed(tmp_path / "resumed") != []
 
     capsys.readouterr()
     asked = ["--reward", "own_likeness:likeness", "--pictures", "3", "--num-inference-steps", "6", "--json"]
