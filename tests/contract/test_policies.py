@@ -41,6 +41,8 @@ class Case:
 
 # SD3's last block throws its text stream away, and with it the text's queries.
 SD3_UNUSED = ("blocks.1.attn.add_q_proj", "blocks.1.attn.norm_added_q")
+# So does Qwen-Image's, with what comes after its attention as well.
+QWEN_IMAGE_UNUSED = tuple(f"blocks.1.{name}" for name in ("attn.add_q_proj", "attn.to_add_out", "txt_mlp"))
 CASES = {
     "sd3-lora": Case("tiny_sd3", "lora", without_gradient=SD3_UNUSED),
     "sd3-full": Case("tiny_sd3", "full", without_gradient=SD3_UNUSED),
@@ -51,6 +53,8 @@ CASES = {
     "flux-full": Case("tiny_flux", "full"),
     "flux-schnell-lora": Case("tiny_flux_schnell", "lora"),
     "kontext-lora": Case("tiny_kontext", "lora"),
+    "flux2-klein-lora": Case("tiny_flux2_klein", "lora"),
+    "qwen-image-lora": Case("tiny_qwen_image", "lora", without_gradient=QWEN_IMAGE_UNUSED),
     "sdxl-lora": Case("tiny_sdxl", "lora"),
     "sdxl-full": Case("tiny_sdxl", "full"),
     "wan-lora": Case("tiny_wan", "lora", always_float32=("time_embedder",)),
@@ -120,18 +124,28 @@ def _diffusers(pipeline: Any, policy: Policy, guidance_scale: float, output_type
     video = hasattr(pipeline, "vae_scale_factor_spatial")
     scale = pipeline.vae_scale_factor_spatial if video else pipeline.vae_scale_factor
     latents, side = _noise(policy), policy.latent_shape[-1] * scale
-    flux = hasattr(pipeline, "_pack_latents")
-    if flux:
+    packed = hasattr(pipeline, "_pack_latents")
+    patchified = hasattr(pipeline, "_patchify_latents")  # before it packs; and it is guided by itself
+    if patchified:
+        latents = pipeline._patchify_latents(latents)
+    elif packed:
         latents = pipeline._pack_latents(latents, *latents.shape)
-    if flux and not policy.embeds_guidance and guidance_scale > 1:
-        prompt |= {"true_cfg_scale": guidance_scale, "negative_prompt": [""] * len(TEXTS)}
+    if packed and not patchified and not policy.embeds_guidance and guidance_scale > 1:
+        nothing = " " if type(pipeline).__name__ == "QwenImagePipeline" else ""
+        prompt |= {"true_cfg_scale": guidance_scale, "negative_prompt": [nothing] * len(TEXTS)}
     if policy.edits:  # it would go by the source's size, and by the million pixels of the model's own
         stretched = [source.resize((side, side), Image.Resampling.LANCZOS) for source in SOURCES]
         prompt |= {"image": prompt.pop("image_latents", stretched), "max_area": side**2, "_auto_resize": False}
-    if hasattr(pipeline, "text_encoder_3") or flux or video:
+    if hasattr(pipeline, "text_encoder_3") or packed or video:
         prompt["max_sequence_length"] = TOKENS
     if video:
         prompt["num_frames"] = FRAMES
+    steps: list[Tensor] = []
+
+    def note(pipeline: Any, step: int, timestep: Any, told: dict[str, Tensor]) -> dict[str, Tensor]:
+        steps.append(told["latents"])
+        return {}
+
     found = pipeline(
         **({} if "prompt_embeds" in prompt else {"prompt": list(TEXTS)}),
         **prompt,
@@ -142,9 +156,12 @@ def _diffusers(pipeline: Any, policy: Policy, guidance_scale: float, output_type
         guidance_scale=guidance_scale,
         output_type=output_type,
         return_dict=False,
+        callback_on_step_end=note,
     )[0]
-    packed = flux and output_type == "latent"
-    return pipeline._unpack_latents(found, side, side, pipeline.vae_scale_factor) if packed else found
+    if not packed or output_type != "latent":
+        return found
+    tokens, (height, width) = steps[-1].transpose(1, 2), (count // 2 for count in policy.latent_shape[1:])
+    return torch.nn.functional.pixel_shuffle(tokens.unflatten(2, (height, width)), 2)
 
 
 def _velocity(policy: Policy) -> Tensor:
@@ -194,8 +211,8 @@ def test_a_flow_models_levels_are_the_schedulers_own_or_shifted(tiny_sd3):
     assert torch.equal(policy.levels(STEPS).sigma, sigmas)
 
 
-@pytest.mark.parametrize("model", ["tiny_flux", "tiny_flux_schnell"])
-def test_flux_has_the_levels_that_its_pipeline_sampled_on(request, model):
+@pytest.mark.parametrize("model", ["tiny_flux", "tiny_flux_schnell", "tiny_flux2_klein", "tiny_qwen_image"])
+def test_a_packed_model_has_the_levels_that_its_pipeline_sampled_on(request, model):
     folder = request.getfixturevalue(model)
     pipeline = _pipeline(folder)
     for resolution in (8, 16):  # 4 tokens and 16, where the scheduler's base is 9
@@ -205,7 +222,10 @@ def test_flux_has_the_levels_that_its_pipeline_sampled_on(request, model):
         assert torch.equal(levels.sigma, pipeline.scheduler.sigmas)
         assert torch.equal(levels.timestep[:-1], pipeline.scheduler.timesteps) and levels.timestep[-1] == 0
         even = torch.linspace(1, 0, STEPS + 1)
-        torch.testing.assert_close(policy.levels(STEPS, shift=3.0).sigma, 3 * even / (1 + 2 * even))
+        shifted = 3 * even / (1 + 2 * even)
+        if model == "tiny_qwen_image":  # stretched to end at 0.02
+            shifted[:-1] = 1 - (1 - shifted[:-1]) * (1 - 0.02) / (1 - shifted[-2])
+        torch.testing.assert_close(policy.levels(STEPS, shift=3.0).sigma, shifted)
     assert torch.equal(levels.sigma, even) == (model == "tiny_flux_schnell")
 
 
@@ -264,6 +284,9 @@ def test_guidance_is_taken_between_prompt_and_empty_prompt_with_gradients_throug
     nothing = policy._unconditional.take(torch.tensor([0, 0]))  # SDXL has zeros for the empty prompt
     v_u = policy.predict(x, timestep, nothing)
     expected = v_u + w * (v_c - v_u)
+    if type(policy).__name__ == "QwenImagePolicy":  # of the conditional's length, in each patch of 2x2
+        lengths = [torch.nn.functional.avg_pool2d(v.square().sum(1, True), 2).sqrt() for v in (v_c, expected)]
+        expected = expected * (lengths[0] / lengths[1]).repeat_interleave(2, 2).repeat_interleave(2, 3)
     torch.testing.assert_close(v, expected, rtol=1e-4, atol=1e-5)
     parameter = next(iter(policy.trainable.values()))
     (gradient,), (expected_gradient,) = (torch.autograd.grad(out.square().mean(), parameter) for out in (v, expected))
@@ -288,8 +311,8 @@ def test_gradient_reaches_every_trained_weight_and_no_frozen_one(policy, case):
     before = {name: t.clone() for name, t in policy.frozen()}
     policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(PROMPTS)).square().mean().backward()
     for name, p in policy.trainable.items():
-        assert p.grad is not None, name
-        assert bool(p.grad.any()) != any(part in name for part in case.without_gradient), name
+        reached = p.grad is not None and bool(p.grad.any())
+        assert reached != any(part in name for part in case.without_gradient), name
     assert not set(before) & set(policy.trainable)
     assert all(t.grad is None and not t.requires_grad for _, t in policy.frozen())
     torch.optim.SGD(policy.trainable.values(), lr=0.1).step()
@@ -345,7 +368,9 @@ def test_saved_weights_give_diffusers_the_trained_pictures(policy, case, pipelin
 
 def test_a_text_is_encoded_once_and_alone(policy):
     calls = []
-    handle = policy._pipeline.text_encoder.register_forward_hook(lambda *args: calls.append(len(args[1][0])))
+    handle = policy._pipeline.text_encoder.register_forward_hook(
+        lambda module, inputs, named, output: calls.append(len([*inputs, *named.values()][0])), with_kwargs=True
+    )
     first, second, nothing = (Prompt(text, PROMPTS[0].columns) for text in ("a b", "c d", ""))
     together = policy.encode([first, second, first, nothing])
     again = policy.encode([second])
@@ -389,7 +414,9 @@ def test_low_precision_keeps_trained_weights_and_velocities_in_float32(case, fol
     v = low.predict(_noise(low), torch.tensor(600.0), low.encode(PROMPTS), 3.0)
     assert v.dtype == torch.float32
     v.square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in low.trainable.values())
+    unused = {name for name in low.trainable if any(part in name for part in case.without_gradient)}
+    for name, p in low.trainable.items():
+        assert name in unused if p.grad is None else p.grad.isfinite().all(), name
     expected = policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(PROMPTS), 3.0)
     assert (v - expected).abs().max() < 0.1 * expected.abs().max()
     assert low.decode(_noise(low)).dtype == torch.uint8
@@ -723,7 +750,7 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(tmp_path, monkeypatch):
         (tmp_path / "empty", "has no model_index.json"),
         (
             other,
-            "is a AllegroPipeline; progrpo trains FluxKontextPipeline, FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline",
+            "is a AllegroPipeline; progrpo trains Flux2KleinPipeline, FluxKontextPipeline, FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline",
         ),
         (tmp_path / "absent", "neither a built-in model"),
         ("nobody/nothing", "no folder has that name, and the Hugging Face hub was tried"),

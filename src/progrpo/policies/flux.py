@@ -5,27 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from progrpo.policies.base import PolicySettings
-from progrpo.policies.flow import FlowPolicy
+from progrpo.policies.packed import PATCH, PackedFlowPolicy, packed, unpacked
 from progrpo.sources import key_of, source_of
 from progrpo.types import Condition, Prompt
 
-_PATCH = 2
-"""Rows and columns of a latent that are one token."""
 
-
-class FluxPolicy(FlowPolicy):
+class FluxPolicy(PackedFlowPolicy):
     """A `FluxPipeline`. A LoRA adapts attention and feed-forward of both kinds of blocks: of two streams, and of one.
 
-    Latents are tokens within the network only. FLUX.1-dev is told the guidance scale; FLUX.1-schnell is not, and is guided
+    FLUX.1-dev is told the guidance scale; FLUX.1-schnell is not, and is guided
     by a pair of calls, which its pipeline calls `true_cfg_scale`.
     """
 
@@ -41,33 +35,6 @@ class FluxPolicy(FlowPolicy):
         super()._check(pipeline)
         if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:
             raise ValueError("model.path: the pipeline lacks a text encoder; FLUX is told a text by CLIP and by T5")
-        takes, tokens = pipeline.transformer.config.in_channels, pipeline.vae.config.latent_channels * _PATCH**2
-        if takes != tokens:
-            raise ValueError(
-                f"model.path: the transformer takes {takes} channels where tokens of latents have {tokens}; use a model"
-                " that takes text alone, not one for editing or control"
-            )
-
-    @classmethod
-    def _patch(cls, pipeline: DiffusionPipeline) -> int:
-        return _PATCH
-
-    @classmethod
-    def _sample_size(cls, pipeline: DiffusionPipeline) -> int:
-        size: int = pipeline.default_sample_size
-        return size
-
-    def _grid(self, num_inference_steps: int) -> dict[str, Any]:
-        """Even from 1 to 1/T; a scheduler that shifts by picture size is told the number of tokens as `mu`."""
-        config, (height, width) = self._pipeline.scheduler.config, self.latent_shape[1:]
-        mu = calculate_shift(
-            height * width // _PATCH**2,
-            config.base_image_seq_len,
-            config.max_image_seq_len,
-            config.base_shift,
-            config.max_shift,
-        )
-        return {"sigmas": np.linspace(1.0, 1 / num_inference_steps, num_inference_steps), "mu": mu}
 
     def _encode_text(self, text: str) -> dict[str, Tensor]:
         embeds, pooled, _ = self._pipeline.encode_prompt(
@@ -83,12 +50,12 @@ class FluxPolicy(FlowPolicy):
         }
 
     def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
-        told, (height, width) = condition.tensors, (side // _PATCH for side in x_BCHW.shape[2:])
+        told, (height, width) = condition.tensors, (side // PATCH for side in x_BCHW.shape[2:])
         shown = self._shown(x_BCHW, condition)
         counts = len(shown), height, width
         places = (torch.arange(count, dtype=torch.float32, device=x_BCHW.device) for count in counts)
         tokens_BLD = self.denoiser(
-            hidden_states=torch.cat([pixel_unshuffle(x, _PATCH).flatten(2).transpose(1, 2) for x in shown], dim=1),
+            hidden_states=torch.cat([packed(x) for x in shown], dim=1),
             timestep=timestep_B / 1000,  # by which the network multiplies it again
             guidance=told.get("guidance"),
             pooled_projections=told["pooled_prompt_embeds"],
@@ -97,8 +64,7 @@ class FluxPolicy(FlowPolicy):
             img_ids=torch.cartesian_prod(*places),
             return_dict=False,
         )[0]
-        own_BLD = tokens_BLD[:, : height * width]
-        return pixel_shuffle(own_BLD.transpose(1, 2).unflatten(2, (height, width)), _PATCH)
+        return unpacked(tokens_BLD[:, : height * width], height, width)
 
     def _shown(self, x_BCHW: Tensor, condition: Condition) -> list[Tensor]:
         """Latents of one size that the network sees, each numbered by its tokens' first coordinate; the sample's own come first."""
@@ -140,7 +106,7 @@ class FluxKontextPolicy(FluxPolicy):
 
     def _observe(self, module: nn.Module, inputs: Any, output: Any) -> None:
         _, height, width = self.latent_shape
-        super()._observe(module, inputs, output[-1][:, : height * width // _PATCH**2])  # not those of the source
+        super()._observe(module, inputs, output[-1][:, : height * width // PATCH**2])  # not those of the source
 
     def _shown(self, x_BCHW: Tensor, condition: Condition) -> list[Tensor]:
         return [x_BCHW, condition.tensors["image_latents"]]

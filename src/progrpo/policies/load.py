@@ -20,8 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.flux import FluxKontextPolicy, FluxPolicy
+from progrpo.policies.flux2 import Flux2KleinPolicy
 from progrpo.policies.lora import HUB_ID, LORA_FILE
 from progrpo.policies.pipeline import PipelinePolicy
+from progrpo.policies.qwen_image import QwenImagePolicy
 from progrpo.policies.sd3 import SD3Policy
 from progrpo.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 from progrpo.policies.wan import WanPolicy
@@ -30,8 +32,10 @@ from progrpo.zoo import WEIGHTS
 
 BUILT_IN = ("shapes-flow", "shapes-diffusion")
 POLICIES: dict[str, type[PipelinePolicy]] = {
+    "Flux2KleinPipeline": Flux2KleinPolicy,
     "FluxKontextPipeline": FluxKontextPolicy,
     "FluxPipeline": FluxPolicy,
+    "QwenImagePipeline": QwenImagePolicy,
     "StableDiffusion3Pipeline": SD3Policy,
     "StableDiffusionPipeline": StableDiffusionPolicy,
     "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
@@ -165,11 +169,19 @@ def _read_pipeline(source: str, kind: type[PipelinePolicy], settings: PolicySett
             source,
             dtype={kind.denoiser_name: denoiser, "vae": kind.vae_dtype or settings.dtype, "default": settings.dtype},
             use_safetensors=True,
+            **_absent_encoders(source),
         )
         for name, part in pipeline.components.items():
             if part is not None and Path(source).is_dir():
                 _require_whole(part, Path(source, name))
     return pipeline
+
+
+def _absent_encoders(source: str) -> dict[str, None]:
+    """Text encoders that the pipeline was saved without, and their tokenizers: diffusers must be told of them to load the rest."""
+    absent = {name for name, part in DiffusionPipeline.load_config(source).items() if part == [None, None]}
+    encoders = {name for name in absent if name.startswith("text_encoder")}
+    return dict.fromkeys(encoders | {name for name in absent if name.replace("tokenizer", "text_encoder") in encoders})
 
 
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "spiece.model"}

@@ -41,6 +41,8 @@ class PipelinePolicy(ABC):
     vae_dtype: ClassVar[torch.dtype | None] = None
     """The autoencoder's, where it is not the rest's."""
     edits: ClassVar[bool] = False
+    no_prompt: ClassVar[str] = ""
+    """The text that guidance leads away from."""
     prediction: str
 
     def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, resolution: int) -> None:
@@ -51,7 +53,7 @@ class PipelinePolicy(ABC):
         self._encoded: dict[str, dict[str, Tensor]] = {}
         self._released = False
         self._seen: list[Tensor] | None = None
-        self._tiny = _tiny_decoder(pipeline, settings)
+        self._tiny = _tiny_decoder(pipeline, settings, self._latent_channels(pipeline))
         self.compiled = settings.compile
         self._step: Step | None = None
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
@@ -133,7 +135,13 @@ class PipelinePolicy(ABC):
         """The shape of one latent of so many rows and columns."""
         if self._settings.frames is not None:
             raise ValueError("model.frames: this model makes pictures, not videos; leave it empty")
-        return (self._pipeline.vae.config.latent_channels, side, side)
+        return (self._latent_channels(self._pipeline), side, side)
+
+    @classmethod
+    def _latent_channels(cls, pipeline: DiffusionPipeline) -> int:
+        config = pipeline.vae.config
+        channels: int = config.z_dim if "z_dim" in config else config.latent_channels  # as autoencoders of videos say
+        return channels
 
     @classmethod
     def _patch(cls, pipeline: DiffusionPipeline) -> int:
@@ -200,7 +208,7 @@ class PipelinePolicy(ABC):
 
     def _encode_unconditional(self) -> Condition:
         """What guidance leads away from: no text. What it does not name is the prompt's own in both branches."""
-        return Condition({name: row[None].to(self.device) for name, row in self._text_row("").items()})
+        return Condition({name: row[None].to(self.device) for name, row in self._text_row(self.no_prompt).items()})
 
     @cached_property
     def _unconditional(self) -> Condition:
@@ -230,7 +238,10 @@ class PipelinePolicy(ABC):
         )
         both = self._output(torch.cat([x_BCHW, x_BCHW]), torch.cat([timestep_B, timestep_B]), pair)
         unconditional, conditional = both.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        return self._guided(unconditional, conditional, guidance_scale)
+
+    def _guided(self, unconditional_BCHW: Tensor, conditional_BCHW: Tensor, guidance_scale: float) -> Tensor:
+        return unconditional_BCHW + guidance_scale * (conditional_BCHW - unconditional_BCHW)
 
     def _output(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         assert all(len(rows) == len(x_BCHW) for rows in condition.tensors.values())
@@ -338,7 +349,7 @@ def _pooled(output: Any) -> Tensor:
     return torch.cat([tokens.mean(1), tokens.std(1)], dim=1)
 
 
-def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings) -> AutoencoderTiny | None:
+def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings, channels: int) -> AutoencoderTiny | None:
     """In the autoencoder's dtype and place; ValueError for one that decodes latents of another kind."""
     if not settings.tiny_decoder:
         return None
@@ -350,10 +361,10 @@ def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings) -> Auto
     except OSError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"preview.tiny_decoder: cannot load {name}: {reason}") from error
-    if tiny.config.latent_channels != vae.config.latent_channels:
+    if tiny.config.latent_channels != channels:
         raise ValueError(
             f"preview.tiny_decoder: {name} decodes latents of {tiny.config.latent_channels} channels, and this"
-            f" model's have {vae.config.latent_channels}; take the one that was made for its autoencoder"
+            f" model's have {channels}; take the one that was made for its autoencoder"
         )
     tiny.requires_grad_(False).eval()
     return tiny.to(settings.device, memory_format=torch.channels_last)

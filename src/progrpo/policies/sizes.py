@@ -77,7 +77,8 @@ def sizes(path: str, settings: PolicySettings, called: int, trained: int, decode
 
         def decode() -> None:
             with torch.no_grad():
-                vae.decode(torch.empty(decoded, *policy.latent_shape, dtype=vae.dtype), return_dict=False)
+                latents = policy._unscaled(torch.empty(decoded, *policy.latent_shape))
+                vae.decode(latents.to(vae.dtype), return_dict=False)
 
         own = [*denoiser.parameters(), *denoiser.buffers(), *vae.parameters(), *vae.buffers()]
         call_flops, call_bytes = _measured(lambda: call(called, False), own)
