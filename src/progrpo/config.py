@@ -489,7 +489,8 @@ def _read_fields(kind: Any, data: Any, prefix: str) -> Any:
         raise ValueError(
             f"{prefix.rstrip('.') or 'a configuration'} must be an object of named fields, not {quoted(data)}"
         )
-    hints = {f.name: get_type_hints(kind)[f.name] for f in fields(kind)}
+    all_hints = get_type_hints(kind)  # once: it compiles every annotation anew
+    hints = {f.name: all_hints[f.name] for f in fields(kind)}
     for name in data:
         if name not in hints:
             close = nearest(prefix + name, _names_at(prefix, hints)) if isinstance(name, str) else ""
