@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +14,27 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from progrpo.cli import main
-from progrpo.config import DGPOConfig, GRPOConfig, ObjectiveConfig, PlanConfig, SamplingConfig, resolve_plan
+from progrpo.config import (
+    AuditConfig,
+    Config,
+    DGPOConfig,
+    GRPOConfig,
+    NFTConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PlanConfig,
+    PromptConfig,
+    RewardConfig,
+    RewardTerm,
+    SamplingConfig,
+    resolve_plan,
+)
 from progrpo.policies.architectures import ARCHITECTURES
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import load_policy
 from progrpo.policies.sizes import _built, _measured, sizes
 from progrpo.recipes import load_recipe
-from progrpo.training.estimate import _latents, _others
+from progrpo.training.estimate import Device, _latents, _leaner, _memory, _others, _sizes, _with_microbatches, estimate
 from progrpo.types import Condition
 
 PARAMETERS = {
@@ -86,12 +102,82 @@ def test_checkpointing_takes_another_forward_pass_and_less_memory(tiny_sd3):
 
 
 def test_latents_at_their_most_by_hand():
+    """Of 24 members: where each is, what the network says, the noise that it began at, and of its path each latent once."""
     base = replace(load_recipe("sd3"), sampling=SamplingConfig(num_inference_steps=10, latent_dtype="bfloat16"))
-    place_and_output, kept = 2 * 4, 2 * 2
     flat = replace(base, plan=PlanConfig("none"))
-    assert _latents(flat, resolve_plan(flat)) == 24 * (place_and_output + 9 * kept)
+    assert _latents(flat, resolve_plan(flat), False) == {
+        "call": 24 * (4 + 4 + 4 + 2 * 10),
+        "decoding": 24 * (4 + 4 + 2 * 10),
+        "step": 24 * (4 + 4 + 7 * 4 + 2 * 10),
+        "update": 24 * (4 + 2 * 10),
+    }
     pruned = replace(base, plan=PlanConfig("custom", group_size=24, prune=((4, 6),)))
-    assert _latents(pruned, resolve_plan(pruned)) == 24 * (place_and_output + 5 * kept)
+    assert _latents(pruned, resolve_plan(pruned), False) == {
+        "call": 24 * (4 + 4 + 4 + 2 * 5),
+        "decoding": 24 * (4 + 4 + 4 + 4 + 2 * 5),
+        "step": 24 * (4 + 4 + 7 * 4 + 2 * 4),  # of the step before anyone is pruned
+        "update": 6 * (4 + 2 * 10),
+    }
+    single = replace(pruned, sampling=SamplingConfig(num_inference_steps=10), optim=OptimConfig(updates_per_rollout=2))
+    found = _latents(single, resolve_plan(single), True)
+    assert found["call"] == 24 * (4 + 4 + 4 * 5 + 4 * 4)  # where it is is the path's end, and steps' means are kept
+    assert found["update"] == 6 * (4 + 4 * 10 + 4 * 9) * 1.5
+
+
+@pytest.mark.parametrize(("plan", "objective"), [(((1, 2),), "grpo"), ((), "nft")], ids=["pruned", "nft"])
+def test_an_iterations_memory_is_what_it_holds(plan, objective, monkeypatch):
+    """The most beyond what was there before it, of a second iteration: Adam's moments are there by then."""
+    config = Config(
+        prompts=PromptConfig(per_iteration=2),
+        sampling=SamplingConfig(num_inference_steps=3, microbatch=4),
+        plan=PlanConfig("custom", group_size=6, prune=plan),
+        objective=ObjectiveConfig(name=objective, nft=NFTConfig(draws=1)),
+        optim=OptimConfig(microbatch=2),
+        audit=AuditConfig(every=0),
+    )
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    predicted, measured = importlib.import_module("memory").iteration(config)
+    assert predicted["sampling"] == pytest.approx(measured["sampling"], rel=0.15)
+    assert predicted["update"] == pytest.approx(measured["update"], rel=0.15)
+
+
+def test_what_would_make_it_fit():
+    """The largest microbatches that fit, by the estimate of the configuration that is changed so; if none does, also what costs time."""
+    base = replace(
+        load_recipe("smoke"),
+        sampling=SamplingConfig(num_inference_steps=6, microbatch=16),
+        optim=OptimConfig(microbatch=16),
+    )
+    plan = resolve_plan(base)
+
+    def peaks(config: Config) -> dict[str, float]:
+        return _memory(config, plan, _sizes(config), 1)["peaks"]
+
+    def changed(wanted: dict[str, Any]) -> Config:
+        sampling = wanted.get("sampling.microbatch", 16)
+        leaner = wanted.get("model.activation_checkpointing", False)
+        config = _with_microbatches(base, sampling, wanted.get("optim.microbatch", 16))
+        return replace(config, model=replace(config.model, activation_checkpointing=leaner))
+
+    half = peaks(_with_microbatches(base, 16, 8))
+    roomy = Device(1.001 * max(half.values()) / 0.9, 1)
+    assert _leaner(base, plan, roomy, 1) == {"optim.microbatch": 8}
+    tight = Device(1.03 * max(peaks(_with_microbatches(base, 1, 1)).values()) / 0.9, 1)
+    wanted = _leaner(base, plan, tight, 1)
+    assert max(peaks(changed(wanted)).values()) <= 0.9 * tight.memory
+    assert _leaner(base, plan, Device(0.001, 1), 1) == {}
+
+
+def test_rewards_are_counted_where_their_networks_are_known():
+    terms = (
+        RewardTerm("pickscore"),
+        RewardTerm("hpsv2", url="http://elsewhere:8000"),
+        RewardTerm("shapes"),
+        RewardTerm("ocr"),
+    )
+    found = estimate(replace(load_recipe("smoke"), reward=RewardConfig(terms)), "l4", 0.35, 1)
+    assert found["memory_gb"]["rewards"] == pytest.approx(2 * 986_109_441 / 1e9)
+    assert found["rewards_not_counted"] == ["ocr"]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +202,6 @@ def test_the_command_says_what_fits(capsys):
     assert main([*args, "--processes", "2", "--share-of-peak", "0.7"]) == 0
     half = json.loads(capsys.readouterr().out)
     assert half["seconds_per_iteration"] == pytest.approx(whole["seconds_per_iteration"] / 4)
-    assert half["memory_gb"]["latents"] == pytest.approx(whole["memory_gb"]["latents"] / 2)
+    assert half["memory_gb"]["latents in the update"] == pytest.approx(whole["memory_gb"]["latents in the update"] / 2)
     assert main(["plan", "smoke", "--gpu", "l4", "--model.path", "some/model"]) == 2
     assert "how large some/model is is not known here; give its folder" in capsys.readouterr().err

@@ -107,12 +107,12 @@ def _bytes(module: nn.Module) -> int:
 
 def _measured(work: Callable[[], None], own: list[Tensor]) -> tuple[int, int]:
     """FLOPs, and the most bytes that live at once beside `own`."""
-    with _Watch(own) as seen:
+    with Watch(own) as seen:
         work()
     return seen.flops, seen.most
 
 
-class _Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):
     """Counts operations as torch's FlopCounterMode, which would keep alive what checkpoints compute anew, and bytes."""
 
     def __init__(self, own: list[Tensor]) -> None:

@@ -1,18 +1,20 @@
 """What an iteration takes on a device, before anything is loaded: operations, memory by what holds it, time at a share of the peak.
 
-Operations and memory are the model's own code's on tensors without content (`policies.sizes`). Not in them: rewards' networks,
-what an allocator loses, and a denoiser's two compiled copies.
+Operations and memory are the model's own code's on tensors without content (`policies.sizes`). Not in them: rewards' operations and the
+memory of those that `REWARDS` does not know, what an allocator loses, and a denoiser's two compiled copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
 from typing import Any, get_args
 
 import torch
 
-from progrpo.config import GPU, Config, microbatch, resolve_plan, trained_steps, trains_transitions
+from progrpo.config import GPU, Config, RewardTerm, microbatch, resolve_plan, trained_steps, trains_transitions
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import quiet
 from progrpo.policies.sizes import Sizes, sizes
@@ -22,14 +24,18 @@ from progrpo.training.build import OBJECTIVES
 from progrpo.training.judge import prompt_cost
 
 _FLOAT, _GB = 4, 1e9
-_ROOM = 0.9  # of a card's memory: an allocator, rewards and the driver want some
+_ROOM = 0.9  # of a card's memory: an allocator, unknown rewards and the driver want some
+_STEP = 7  # latents at once where noise is added: output, mean, noise, the next one, and three for its log-prob
+REWARDS = {"clipscore": 427_616_513, "aesthetic": 303_966_208, "pickscore": 986_109_441, "hpsv2": 986_109_441}
+"""Parameters of rewards' networks: CLIP's ViT-L/14, its pictures' half, ViT-H/14 twice."""
+_WITHOUT_NETWORK = ("shapes", "shapes_strict", "shapes_mixed", "jpeg_compressibility", "jpeg_incompressibility")
 
 
 @dataclass(frozen=True)
 class Device:
     """GB of memory, and TFLOPS of dense bfloat16 matrix products as its maker states them."""
 
-    memory: int
+    memory: float
     peak: float
 
 
@@ -58,6 +64,8 @@ def estimate(config: Config, device: str, share: float, processes: int) -> dict[
     seconds = sum(operations.values()) / processes / (card.peak * 1e12 * share)
     begun = config.prompts.per_iteration * plan.group_size
     peak = max(memory["peaks"].values())
+    fits = peak <= _ROOM * card.memory
+    unknown = [term.name for term in _rewards(config) if term.name not in (*REWARDS, *_WITHOUT_NETWORK)]
     return {
         "model": config.model.path,
         "parameters": found.frozen + found.trained,
@@ -69,7 +77,14 @@ def estimate(config: Config, device: str, share: float, processes: int) -> dict[
         "peak_gb": memory["peaks"],
         "device": device,
         "device_gb": card.memory,
-        "fits": peak <= _ROOM * card.memory,
+        **({"rewards_not_counted": unknown} if unknown else {}),
+        "fits": fits,
+        **(
+            {}
+            if fits
+            else {"would_fit_with": _leaner(config, plan, card, processes) or "no settings that are known here"}
+        ),
+        "fits_on": [name for name, other in GPUS.items() if peak <= _ROOM * other.memory],
         "share_of_peak_assumed": share,
         "seconds_per_iteration": seconds,
         "pictures_per_hour": {
@@ -77,6 +92,9 @@ def estimate(config: Config, device: str, share: float, processes: int) -> dict[
             "trained_on": 3600 / seconds * config.prompts.per_iteration * plan.survivors,
         },
     }
+
+
+_sizes_of = cache(sizes)
 
 
 def _sizes(config: Config) -> Sizes:
@@ -95,7 +113,7 @@ def _sizes(config: Config) -> Sizes:
     )
     called, trained = microbatch(config.sampling), microbatch(config.optim)
     rows = trained * (pair if trains_transitions(config) else 1)
-    return sizes(model.path, settings, called * pair, rows, min(called, DECODED))
+    return _sizes_of(model.path, settings, called * pair, rows, min(called, DECODED))
 
 
 def _memory(config: Config, plan: Plan, found: Sizes, processes: int) -> dict[str, dict[str, float]]:
@@ -103,36 +121,158 @@ def _memory(config: Config, plan: Plan, found: Sizes, processes: int) -> dict[st
     reference = config.model.weights == "lora" or objective.uses_reference
     copies = len(objective.averages) + reference + (config.optim.ema_decay > 0) + config.eval.keep_best
     prompts = -(-config.prompts.per_iteration // processes)
+    latents = {
+        name: prompts * found.latent * of_one
+        for name, of_one in _latents(config, plan, objective.needs == "means").items()
+    }
     parts = {
         "frozen weights": found.frozen_bytes / (processes if config.model.shard else 1),
         "decoder": found.decoder_bytes,
-        "trained weights, gradients, optimizer": 4 * _FLOAT * found.trained,
+        "trained weights, optimizer": 3 * _FLOAT * found.trained,
         "copies of trained weights": copies * _FLOAT * found.trained,
-        "latents": prompts * found.latent * _latents(config, plan),
+        "rewards": sum(_reward_bytes(term) for term in _rewards(config)),
+        "gradients": _FLOAT * found.trained,
+        "latents while sampling": max(latents["call"], latents["decoding"], latents["step"]),
+        "latents in the update": latents["update"],
+        "graphs of sampling": _graphs(config, plan) * prompts * found.train_bytes / microbatch(config.optim),
         "network call": found.call_bytes,
         "decoding": found.decode_bytes,
         "forward and backward pass": found.train_bytes,
         "text encoders": found.text_encoder_bytes,
     }
-    resident = sum(list(parts.values())[:4]) + (parts["text encoders"] if config.model.keep_text_encoders else 0)
+    resident = sum(list(parts.values())[:5]) + (parts["text encoders"] if config.model.keep_text_encoders else 0)
     denoiser = parts["frozen weights"] + _FLOAT * found.trained
+    moments = latents["call"] + found.call_bytes, latents["decoding"] + found.decode_bytes, latents["step"]
+    passes = parts["gradients"] + parts["forward and backward pass"]
     peaks = {
         "start": parts["decoder"] + (max if config.model.offload else sum)((denoiser, parts["text encoders"])),
-        "sampling": resident + parts["latents"] + max(parts["network call"], parts["decoding"]),
-        "update": resident + parts["latents"] + parts["forward and backward pass"],
+        "sampling": resident + parts["graphs of sampling"] + max(moments),
+        "update": resident + parts["graphs of sampling"] + parts["latents in the update"] + passes,
     }
     return {
         name: {part: value / _GB for part, value in told.items()} for name, told in (("parts", parts), ("peaks", peaks))
     }
 
 
-def _latents(config: Config, plan: Plan) -> float:
-    """Bytes a number of a latent, for a prompt's trajectories at their most: where each is, what the network says, what is kept of its path."""
-    trained, kept = trained_steps(config, 0), torch.finfo(getattr(torch, config.sampling.latent_dtype)).bits // 8
-    return max(
-        plan.living_at(step) * (2 * _FLOAT + 2 * kept * sum(s <= step for s in trained))
-        for step in range(config.sampling.num_inference_steps)
+def _latents(config: Config, plan: Plan, means: bool) -> dict[str, float]:
+    """Bytes a number of a latent, for a prompt's trajectories at their most: in a network call, beside the decoder, where a step is
+    taken, and in the update."""
+    steps, trained = config.sampling.num_inference_steps, trained_steps(config, 0)
+    kept = torch.finfo(getattr(torch, config.sampling.latent_dtype)).bits // 8
+
+    def own(step: int) -> int:
+        """Of a trajectory before that step: its path, each latent once, and its place, where the path does not end in it."""
+        done = sum(s < step for s in trained)
+        path = (done + 1) * kept + done * means * _FLOAT if done else 0
+        return path + (0 if kept == _FLOAT and step - 1 in trained else _FLOAT)
+
+    calls, decodings, moves = [], [own(steps) * plan.finalists], []
+    for step in range(steps):
+        living = plan.living_at(step)
+        left = plan.keep_after(step) or living
+        calls.append(living * (own(step) + _FLOAT))
+        moves.append(left * (own(step) + _STEP * _FLOAT))
+        if left < living:
+            decodings.append(living * (own(step) + 2 * _FLOAT))
+            moves.append((living + left) * (own(step) + _FLOAT))
+    if plan.survivors < plan.finalists:
+        moves.append((plan.finalists + plan.survivors) * own(steps))
+    updates = config.optim.updates_per_rollout
+    share = 1 + (1 / updates if updates > 1 else 0)  # an update's own trajectories are taken from all
+    update = plan.survivors * own(steps) * share
+    begun = plan.group_size * _FLOAT  # the noise that all began at, which a rollout holds to its end
+    return {
+        "call": begun + max(calls),
+        "decoding": begun + max(decodings),
+        "step": begun + max(moves),
+        "update": update,
+    }
+
+
+def _graphs(config: Config, plan: Plan) -> int:
+    """Rows of a prompt whose graphs are held until the update."""
+    return sum(plan.living_at(step) for step in trained_steps(config, 0)) if config.optim.reuse_rollout else 0
+
+
+def _rewards(config: Config) -> list[RewardTerm]:
+    """Those that a card of the run has to hold."""
+    return [term for term in (*config.reward.terms, *config.eval.rewards) if not term.url and term.device != "cpu"]
+
+
+def _reward_bytes(term: RewardTerm) -> int:
+    return REWARDS.get(term.name, 0) * (4 if term.dtype == "float32" else 2)
+
+
+# --- what would fit ---------------------------------------------------------------------------------------------------
+
+
+def _leaner(config: Config, plan: Plan, card: Device, processes: int) -> dict[str, Any]:
+    """By field, what to change so that it fits, nothing of which changes what is learnt but by rounding; empty if that is not enough.
+
+    First microbatches, which cost least, then what costs time or precision. Memory is linear in a microbatch.
+    """
+    told = config.model.activation_checkpointing, config.sampling.latent_dtype
+    for checkpointing, latent_dtype, offload in product(
+        (told[0], True), (told[1], "bfloat16"), (config.model.offload, not config.model.shard)
+    ):
+        model = replace(config.model, activation_checkpointing=checkpointing, offload=offload)
+        changed = replace(config, model=model, sampling=replace(config.sampling, latent_dtype=latent_dtype))
+        fitting = _fitting_microbatches(changed, plan, card, processes)
+        if fitting is not None:
+            found = {
+                "model.activation_checkpointing": (checkpointing, told[0]),
+                "sampling.latent_dtype": (latent_dtype, told[1]),
+                "model.offload": (offload, config.model.offload),
+                "sampling.microbatch": (fitting[0], config.sampling.microbatch),
+                "optim.microbatch": (fitting[1], config.optim.microbatch),
+            }
+            return {name: new for name, (new, old) in found.items() if new != old}
+    return {}
+
+
+def _fitting_microbatches(config: Config, plan: Plan, card: Device, processes: int) -> tuple[int, int] | None:
+    """The largest halves of a half that fit, of sampling and of the update, which do not have their peaks at the same time."""
+    most = microbatch(config.sampling), microbatch(config.optim)
+    whole, single = (_sizes(_with_microbatches(config, *sizes)) for sizes in (most, (1, 1)))
+
+    def peaks(sampling: int, update: int) -> dict[str, float]:
+        at = replace(
+            whole,
+            call_bytes=_between(single.call_bytes, whole.call_bytes, sampling, most[0]),
+            decode_bytes=_between(
+                single.decode_bytes, whole.decode_bytes, min(sampling, DECODED), min(most[0], DECODED)
+            ),
+            train_bytes=_between(single.train_bytes, whole.train_bytes, update, most[1]),
+        )
+        return _memory(_with_microbatches(config, sampling, update), plan, at, processes)["peaks"]
+
+    room = _ROOM * card.memory
+    called = next((n for n in _halves(most[0]) if peaks(n, 1)["sampling"] <= room), None)
+    trained = next((n for n in _halves(most[1]) if peaks(1, n)["update"] <= room), None)
+    if called is None or trained is None or peaks(1, 1)["start"] > room:
+        return None
+    return called, trained
+
+
+def _with_microbatches(config: Config, sampling: int, update: int) -> Config:
+    return replace(
+        config,
+        sampling=replace(config.sampling, microbatch=sampling),
+        optim=replace(config.optim, microbatch=update),
     )
+
+
+def _between(single: int, whole: int, rows: int, most: int) -> int:
+    return whole if rows == most else round(single + (whole - single) * (rows - 1) / (most - 1))
+
+
+def _halves(number: int) -> Iterable[int]:
+    while number:
+        yield number
+        number //= 2
+
+
+# --- operations -------------------------------------------------------------------------------------------------------
 
 
 def _operations(config: Config, plan: Plan, found: Sizes) -> Mapping[str, float]:
