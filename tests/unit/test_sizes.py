@@ -85,6 +85,11 @@ def test_checkpointing_takes_another_forward_pass_and_less_memory(tiny_sd3):
     assert checkpointed.train_bytes < plain.train_bytes
 
 
+def test_a_decoder_takes_what_the_policy_gives_it_and_not_latents(tiny_qwen_image):
+    found = sizes(str(tiny_qwen_image), PolicySettings(resolution=16), 2, 2, 2)  # one of videos
+    assert found.latent == 4 * 8 * 8 and found.decode_flops > 0 and found.train_bytes > 0
+
+
 def test_latents_at_their_most_by_hand():
     base = replace(load_recipe("sd3"), sampling=SamplingConfig(num_inference_steps=10, latent_dtype="bfloat16"))
     place_and_output, kept = 2 * 4, 2 * 2
