@@ -80,7 +80,7 @@ def allocated(work: Callable[[], object]) -> int:
 
 def compared(name: str, path: str, settings: PolicySettings, policy: Policy | None = None) -> dict[str, object]:
     policy = policy or load_policy(path, settings)
-    told = {n: torch.randn(1, *shape) for n, shape in policy.text_shapes().items()}  # type: ignore[attr-defined]
+    told = {n: torch.randn(1, *shape) for n, shape in policy.condition_shapes().items()}  # type: ignore[attr-defined]
 
     def call(rows: int) -> torch.Tensor:
         condition = Condition({n: t.expand(rows, *t.shape[1:]) for n, t in told.items()})

@@ -183,14 +183,23 @@ def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _tiny_sd(tmp_path_factory.mktemp("models") / "tiny-sd-v", "v_prediction")
 
 
-def _tiny_flux(folder: Path, guidance_embeds: bool, **scheduler: Any) -> Path:
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+FLUX_SHIFTS: dict[str, Any] = {
+    "use_dynamic_shifting": True,
+    "base_image_seq_len": 9,
+    "base_shift": 0.4,
+    "max_shift": 1.3,
+}
+
+
+def _tiny_flux(folder: Path, guidance_embeds: bool, kind: str = "FluxPipeline", **scheduler: Any) -> Path:
+    import diffusers
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
     from transformers import CLIPTextModel
 
     clip, t5 = _clip_tokenizer(), _t5_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipeline = FluxPipeline(
+        pipeline = getattr(diffusers, kind)(
             transformer=FluxTransformer2DModel(
                 in_channels=4 * 2 * 2,
                 num_layers=1,
@@ -216,14 +225,20 @@ def _tiny_flux(folder: Path, guidance_embeds: bool, **scheduler: Any) -> Path:
 @pytest.fixture(scope="session")
 def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FLUX.1-dev, told its guidance and shifted by picture size. Its own is 256x256, and tests ask for 16x16."""
-    shifts = {"use_dynamic_shifting": True, "base_image_seq_len": 9, "base_shift": 0.4, "max_shift": 1.3}
-    return _tiny_flux(tmp_path_factory.mktemp("models") / "tiny-flux", True, **shifts)
+    return _tiny_flux(tmp_path_factory.mktemp("models") / "tiny-flux", True, **FLUX_SHIFTS)
 
 
 @pytest.fixture(scope="session")
 def tiny_flux_schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FLUX.1-schnell: guided by a pair of calls if at all, on an even grid."""
     return _tiny_flux(tmp_path_factory.mktemp("models") / "tiny-flux-schnell", False, shift=1.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_kontext(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX.1-Kontext-dev, which changes a picture; told its guidance and shifted as the tiny FLUX.1-dev."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-kontext"
+    return _tiny_flux(folder, True, "FluxKontextPipeline", **FLUX_SHIFTS)
 
 
 @pytest.fixture(scope="session")
@@ -444,6 +459,21 @@ def redness(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
     return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
 
 
+def told(*texts: str) -> list[Any]:
+    """Prompts with a source picture each, which differs by the text and which only models that edit look at."""
+    from PIL import Image
+
+    from progrpo.types import Prompt
+
+    drawn = [np.random.default_rng(list(text.encode())).integers(0, 256, (16, 16, 3), np.uint8) for text in texts]
+    return [Prompt(text, {"image": Image.fromarray(pixels)}) for text, pixels in zip(texts, drawn, strict=True)]
+
+
+@pytest.fixture(scope="session", name="told")
+def _told() -> Callable[..., list[Any]]:
+    return told
+
+
 @pytest.fixture(scope="session")
 def prompts() -> tuple[str, ...]:
     return PROMPTS
@@ -534,11 +564,10 @@ def tiny_trainer(tiny_policy: Callable[..., Any]) -> Callable[..., Any]:
     from progrpo.rewards.mix import alone
     from progrpo.training.distributed import Ranks
     from progrpo.training.trainer import Trainer
-    from progrpo.types import Prompt
 
     def build(config: Any, policy: Any = None, reward: Callable[..., Any] = redness) -> Any:
         policy = policy or tiny_policy(config.model.weights)
-        order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
+        order = InTurn({"": tuple(told(*PROMPTS))}, config.seed)
         return Trainer(config, policy, alone(OnFrames(FunctionReward(reward), 1)), order, Ranks())
 
     return build

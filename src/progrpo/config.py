@@ -21,8 +21,12 @@ class ModelConfig:
     path: str = "shapes-flow"
     """A built-in model's name, a folder in diffusers' format, or a hub id."""
     weights: Literal["lora", "full"] = "lora"
-    """Train low-rank adapters (peft) or every weight of the denoiser. The reference of a LoRA is the model without it. That of full
+    """Train low-rank adapters (peft) or every weight of the denoiser. The reference of a fresh LoRA is the model without it. That of full
     weights is a frozen copy, kept only where the objective measures a distance to it (a kl_beta above 0, or dgpo)."""
+    lora: str = ""
+    """A LoRA to train further, in diffusers' format: a run folder, a folder, a file or a hub id; empty: a fresh one. Its rank, alpha and
+    layers are its own, the three fields below are not read. The reference, from which a KL is measured and with which a run
+    compares itself, is the model with this LoRA; what is saved takes its place, on the same base."""
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_targets: tuple[str, ...] = ()
@@ -46,6 +50,12 @@ class ModelConfig:
     ratios must begin at 1, in float32 only."""
     activation_checkpointing: bool = False
     """Compute activations anew in the backward pass: less memory, about a third more time in the update."""
+    offload: bool = False
+    """The denoiser and the text encoders are on the device by turns, and on the CPU else. The start then takes what the larger of both
+    takes, and not their sum; with `keep_text_encoders` every iteration moves them."""
+    decoding: Literal["whole", "sliced", "tiled"] = "whole"
+    """How many pictures the decoder takes at once: a microbatch, one (the same picture up to rounding), or one in overlapping tiles, whose
+    seams are blended."""
     shard: bool = False
     """With several processes: each holds a part of the frozen weights (torch's fully_shard), and blocks are gathered while they run. For
     models too large for one device; of a LoRA only."""
@@ -55,7 +65,8 @@ class ModelConfig:
 class PromptConfig:
     source: str = "shapes"
     """`shapes` (the built-in world, its train split), a .txt (a prompt a line) or .jsonl ({"prompt": ..., columns}) file, or `dataset:NAME`: a
-    dataset of the `datasets` library, on the hub or saved in a folder, with a column `prompt`."""
+    dataset of the `datasets` library, on the hub or saved in a folder, with a column `prompt`. For a model that edits the column
+    `image` is the picture to change; in a file its path, from the file's folder."""
     per_iteration: int = 12
     order: Literal["turn", "signal"] = "turn"
     """`turn`: kinds in turn, each prompt once before any comes again. `signal`: drawn in proportion to how far the rewards of a
@@ -478,7 +489,8 @@ def _read_fields(kind: Any, data: Any, prefix: str) -> Any:
         raise ValueError(
             f"{prefix.rstrip('.') or 'a configuration'} must be an object of named fields, not {quoted(data)}"
         )
-    hints = {f.name: get_type_hints(kind)[f.name] for f in fields(kind)}
+    all_hints = get_type_hints(kind)  # once: it compiles every annotation anew
+    hints = {f.name: all_hints[f.name] for f in fields(kind)}
     for name in data:
         if name not in hints:
             close = nearest(prefix + name, _names_at(prefix, hints)) if isinstance(name, str) else ""
@@ -689,6 +701,10 @@ def _check_terms(path: str, terms: Sequence[RewardTerm]) -> None:
 
 
 def _check_together(config: Config) -> None:
+    if config.model.lora and config.model.weights != "lora":
+        raise ValueError(
+            f"model.lora must be empty for model.weights {config.model.weights}: a LoRA is trained further as a LoRA"
+        )
     if trains_transitions(config):
         _check_window(config.sampling)
     if config.sampling.sde_window in ("first", "sliding", "random"):
@@ -759,11 +775,12 @@ def _check_shard(config: Config) -> None:
         "model.weights full": config.model.weights == "full",
         "model.compile": config.model.compile,
         "optim.reuse_rollout": config.optim.reuse_rollout,
+        "model.offload": config.model.offload,
     }
     for name, asked in against.items():
         if asked:
             raise ValueError(
-                f"model.shard must be false for {name}: only the frozen weights of an uncompiled network are shared out"
+                f"model.shard must be false for {name}: it shares out the frozen weights of an uncompiled network that stays on its device"
             )
 
 

@@ -7,17 +7,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
 from progrpo.config import AuditConfig, ModelConfig, OptimConfig, PlanConfig, PreviewConfig, SamplingConfig
 from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.load import load_policy, policy_from_pipeline
+from progrpo.types import Prompt
 
 TEXTS = ("red cat", "blue dog", "green bird")
-PACKED = ("tiny_flux", "tiny_flux_schnell", "tiny_flux2_klein", "tiny_qwen_image")
+SOURCES = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)) for i in range(3)]
+PROMPTS = [Prompt(text, {"image": source}) for text, source in zip(TEXTS, SOURCES, strict=True)]
+PACKED = ("tiny_flux", "tiny_flux_schnell", "tiny_kontext", "tiny_flux2_klein", "tiny_qwen_image")
 OF_PICTURES = ("tiny_sd3", *PACKED, "tiny_sd", "tiny_sdxl")
 FAMILIES = (*OF_PICTURES, "tiny_wan")
 SETTINGS = PolicySettings(lora_rank=2, lora_alpha=6, max_sequence_length=8, resolution=16)
@@ -46,7 +51,7 @@ def noise(policy: Policy, count: int = len(TEXTS)) -> Tensor:
 
 
 def predicted(policy: Policy, guidance_scale: float = 1.0) -> Tensor:
-    return policy.predict(noise(policy), torch.tensor(400.0), policy.encode(TEXTS), guidance_scale)
+    return policy.predict(noise(policy), torch.tensor(400.0), policy.encode(PROMPTS), guidance_scale)
 
 
 def differentiated(policy: Policy) -> dict[str, Tensor]:
@@ -94,8 +99,10 @@ def test_features_are_means_and_stds_over_places(loaded, folder, monkeypatch):
         predicted(policy)
     for features, states in zip(found, hidden, strict=True):
         places = states.flatten(2).transpose(1, 2) if states.dim() == 4 else states
-        if folder.name == "tiny-flux2-klein":  # after the text's, in blocks of one stream
-            places = places[:, -4 * 4 :]
+        if policy.edits:
+            places = places[:, : places.shape[1] // 2]  # the source's come after the picture's own
+        if folder.name == "tiny-flux2-klein":
+            places = places[:, -4 * 4 :]  # the text's come before them, in blocks of one stream
         width = places.shape[2]
         assert features.shape == (len(TEXTS), 2 * width) and places.shape[1] > 1
         torch.testing.assert_close(features[:, :width], places.sum(1) / places.shape[1])

@@ -7,17 +7,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from torch import Tensor
 
 from progrpo.diffusion.process import Process
 from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.load import load_policy, policy_from_pipeline
 from progrpo.storage import load_state, save_state
+from progrpo.types import Prompt
 
 TEXTS = ("red cat", "blue dog")
+SOURCES = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (24, 20, 3), np.uint8)) for i in range(2)]
+PROMPTS = tuple(Prompt(text, {"image": source}) for text, source in zip(TEXTS, SOURCES, strict=True))
 STEPS = 4
 TOKENS = 12
 FRAMES = 3
@@ -47,6 +52,7 @@ CASES = {
     "flux-lora": Case("tiny_flux", "lora"),
     "flux-full": Case("tiny_flux", "full"),
     "flux-schnell-lora": Case("tiny_flux_schnell", "lora"),
+    "kontext-lora": Case("tiny_kontext", "lora"),
     "flux2-klein-lora": Case("tiny_flux2_klein", "lora"),
     "qwen-image-lora": Case("tiny_qwen_image", "lora", without_gradient=QWEN_IMAGE_UNUSED),
     "sdxl-lora": Case("tiny_sdxl", "lora"),
@@ -106,7 +112,7 @@ def _perturb(policy: Policy, scale: float = 0.1) -> None:
 
 @torch.no_grad()
 def _ode(policy: Policy, guidance_scale: float) -> Tensor:
-    x, condition = _noise(policy), policy.encode(TEXTS)
+    x, condition = _noise(policy), policy.encode(PROMPTS)
     process = Process(policy.prediction, "ddim", policy.levels(STEPS), (0.0,) * STEPS)
     for step in range(STEPS):
         output = policy.predict(x, process.timestep(step, x), condition, guidance_scale)
@@ -127,11 +133,19 @@ def _diffusers(pipeline: Any, policy: Policy, guidance_scale: float, output_type
     if packed and not patchified and not policy.embeds_guidance and guidance_scale > 1:
         nothing = " " if type(pipeline).__name__ == "QwenImagePipeline" else ""
         prompt |= {"true_cfg_scale": guidance_scale, "negative_prompt": [nothing] * len(TEXTS)}
+    if policy.edits:  # it would go by the source's size, and by the million pixels of the model's own
+        stretched = [source.resize((side, side), Image.Resampling.LANCZOS) for source in SOURCES]
+        prompt |= {"image": prompt.pop("image_latents", stretched), "max_area": side**2, "_auto_resize": False}
     if hasattr(pipeline, "text_encoder_3") or packed or video:
         prompt["max_sequence_length"] = TOKENS
     if video:
         prompt["num_frames"] = FRAMES
     steps: list[Tensor] = []
+
+    def note(pipeline: Any, step: int, timestep: Any, told: dict[str, Tensor]) -> dict[str, Tensor]:
+        steps.append(told["latents"])
+        return {}
+
     found = pipeline(
         **({} if "prompt_embeds" in prompt else {"prompt": list(TEXTS)}),
         **prompt,
@@ -142,7 +156,7 @@ def _diffusers(pipeline: Any, policy: Policy, guidance_scale: float, output_type
         guidance_scale=guidance_scale,
         output_type=output_type,
         return_dict=False,
-        callback_on_step_end=lambda pipeline, step, timestep, told: steps.append(told["latents"]) or {},
+        callback_on_step_end=note,
     )[0]
     if not packed or output_type != "latent":
         return found
@@ -152,11 +166,11 @@ def _diffusers(pipeline: Any, policy: Policy, guidance_scale: float, output_type
 
 def _velocity(policy: Policy) -> Tensor:
     with torch.no_grad():
-        return policy.predict(_noise(policy), torch.tensor(700.0), policy.encode(TEXTS))
+        return policy.predict(_noise(policy), torch.tensor(700.0), policy.encode(PROMPTS))
 
 
 def test_without_noise_it_is_the_diffusers_pipeline_bit_for_bit(policy, pipeline):
-    embeddings = policy.encode(TEXTS).tensors  # each text alone: the pipeline's batch of two gives other last bits
+    embeddings = policy.encode(PROMPTS).tensors  # each text alone: the pipeline's batch of two gives other last bits
     assert torch.equal(_ode(policy, 1.0), _diffusers(pipeline, policy, 1.0, "latent", **embeddings))
 
 
@@ -243,7 +257,7 @@ def test_levels_between_the_grids_are_on_the_way(policy):
 
 
 def test_a_timestep_for_all_is_a_timestep_for_each(policy):
-    condition, x = policy.encode(TEXTS), _noise(policy)
+    condition, x = policy.encode(PROMPTS), _noise(policy)
     for guidance_scale in (1.0, 3.5):
         one = policy.predict(x, torch.tensor(600.0), condition, guidance_scale)
         each = policy.predict(x, torch.tensor([600.0, 600.0]), condition, guidance_scale)
@@ -254,9 +268,9 @@ def test_a_timestep_for_all_is_a_timestep_for_each(policy):
 
 def test_each_row_is_told_its_own_prompt(policy):
     x = _noise(policy, 1).expand(2, *policy.latent_shape)
-    v = policy.predict(x, torch.tensor(600.0), policy.encode(TEXTS))
+    v = policy.predict(x, torch.tensor(600.0), policy.encode(PROMPTS))
     assert (v[0] - v[1]).abs().max() > 1e-2
-    back = policy.predict(x, torch.tensor(600.0), policy.encode(TEXTS[::-1]))
+    back = policy.predict(x, torch.tensor(600.0), policy.encode(PROMPTS[::-1]))
     torch.testing.assert_close(back.flip(0), v)
 
 
@@ -265,8 +279,8 @@ def test_guidance_is_taken_between_prompt_and_empty_prompt_with_gradients_throug
         pytest.skip("the network is told of it")
     _perturb(policy)
     x, timestep, w = _noise(policy), torch.tensor(600.0), 3.0
-    v = policy.predict(x, timestep, policy.encode(TEXTS), w)
-    v_c = policy.predict(x, timestep, policy.encode(TEXTS))
+    v = policy.predict(x, timestep, policy.encode(PROMPTS), w)
+    v_c = policy.predict(x, timestep, policy.encode(PROMPTS))
     nothing = policy._unconditional.take(torch.tensor([0, 0]))  # SDXL has zeros for the empty prompt
     v_u = policy.predict(x, timestep, nothing)
     expected = v_u + w * (v_c - v_u)
@@ -283,7 +297,7 @@ def test_embedded_guidance_is_an_input_of_one_call(tiny_flux, tiny_flux_schnell)
     for folder, rows in ((tiny_flux, [2, 2]), (tiny_flux_schnell, [2, 4])):
         policy, told = _load(folder, "lora"), []
         policy.denoiser.register_forward_pre_hook(lambda m, a, k: told.append(k), with_kwargs=True)  # noqa: B023
-        outputs = [policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(TEXTS), w) for w in (1.0, 3.0)]
+        outputs = [policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(PROMPTS), w) for w in (1.0, 3.0)]
         assert [len(inputs["hidden_states"]) for inputs in told] == rows
         assert (outputs[0] - outputs[1]).abs().max() > 1e-3
         embedded = folder == tiny_flux
@@ -295,7 +309,7 @@ def test_embedded_guidance_is_an_input_of_one_call(tiny_flux, tiny_flux_schnell)
 def test_gradient_reaches_every_trained_weight_and_no_frozen_one(policy, case):
     _perturb(policy)
     before = {name: t.clone() for name, t in policy.frozen()}
-    policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(TEXTS)).square().mean().backward()
+    policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(PROMPTS)).square().mean().backward()
     for name, p in policy.trainable.items():
         reached = p.grad is not None and bool(p.grad.any())
         assert reached != any(part in name for part in case.without_gradient), name
@@ -308,7 +322,7 @@ def test_gradient_reaches_every_trained_weight_and_no_frozen_one(policy, case):
 def test_reference_is_the_base_model_after_training(policy, pipeline):
     _perturb(policy)
     trained = _ode(policy, 1.0)
-    base = _diffusers(pipeline, policy, 1.0, "latent", **policy.encode(TEXTS).tensors)
+    base = _diffusers(pipeline, policy, 1.0, "latent", **policy.encode(PROMPTS).tensors)
     assert (trained - base).abs().max() > 1e-2
     with policy.weights("reference"):
         assert torch.equal(_ode(policy, 1.0), base)
@@ -357,8 +371,9 @@ def test_a_text_is_encoded_once_and_alone(policy):
     handle = policy._pipeline.text_encoder.register_forward_hook(
         lambda module, inputs, named, output: calls.append(len([*inputs, *named.values()][0])), with_kwargs=True
     )
-    together = policy.encode(["a b", "c d", "a b", ""])
-    again = policy.encode(["c d"])
+    first, second, nothing = (Prompt(text, PROMPTS[0].columns) for text in ("a b", "c d", ""))
+    together = policy.encode([first, second, first, nothing])
+    again = policy.encode([second])
     handle.remove()
     assert calls == [1, 1, 1]
     for name, rows in together.tensors.items():
@@ -367,18 +382,18 @@ def test_a_text_is_encoded_once_and_alone(policy):
 
 
 def test_what_texts_become_is_known_without_encoding_them(policy):
-    told = policy.encode(["red cat"]).tensors
-    assert policy.text_shapes() == {name: tuple(rows.shape[1:]) for name, rows in told.items()}
+    told = policy.encode(PROMPTS[:1]).tensors
+    assert policy.condition_shapes() == {name: tuple(rows.shape[1:]) for name, rows in told.items()}
 
 
 def test_text_encoders_can_be_released(policy):
-    before = policy.encode(TEXTS)
+    before = policy.encode(PROMPTS)
     policy.release_text_encoders()
-    after = policy.encode(TEXTS)
+    after = policy.encode(PROMPTS)
     assert all(torch.equal(rows, after.tensors[name]) for name, rows in before.tensors.items())
     assert policy.predict(_noise(policy), torch.tensor(600.0), after, 3.0).isfinite().all()
     with pytest.raises(ValueError, match=r"'a new one' is new and the text encoders are released"):
-        policy.encode(["a new one"])
+        policy.encode([Prompt("a new one", PROMPTS[0].columns)])
 
 
 def test_nothing_is_random_in_the_network(policy):
@@ -396,13 +411,13 @@ def test_low_precision_keeps_trained_weights_and_velocities_in_float32(case, fol
         wide = {name for name, p in frozen if any(part in name for part in case.always_float32)}
         assert {p.dtype for name, p in frozen if name not in wide} == {torch.bfloat16}
         assert {p.dtype for name, p in frozen if name in wide} == ({torch.float32} if case.always_float32 else set())
-    v = low.predict(_noise(low), torch.tensor(600.0), low.encode(TEXTS), 3.0)
+    v = low.predict(_noise(low), torch.tensor(600.0), low.encode(PROMPTS), 3.0)
     assert v.dtype == torch.float32
     v.square().mean().backward()
     unused = {name for name in low.trainable if any(part in name for part in case.without_gradient)}
     for name, p in low.trainable.items():
         assert name in unused if p.grad is None else p.grad.isfinite().all(), name
-    expected = policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(TEXTS), 3.0)
+    expected = policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(PROMPTS), 3.0)
     assert (v - expected).abs().max() < 0.1 * expected.abs().max()
     assert low.decode(_noise(low)).dtype == torch.uint8
 
@@ -473,14 +488,14 @@ def test_a_distilled_flux2_klein_is_sampled_without_guidance(tiny_flux2_klein):
 
 
 def test_qwen_image_is_told_where_a_text_ends_whatever_it_is_filled_up_to(tiny_qwen_image):
-    texts = ["red", "red cat"]
+    prompts = [Prompt("red"), Prompt("red cat")]
     long, short = (_load(tiny_qwen_image, "lora", max_sequence_length=tokens) for tokens in (40, TOKENS))
-    told = short.encode(texts).tensors
+    told = short.encode(prompts).tensors
     assert told["prompt_embeds_mask"].sum(1).tolist() == [8, 9]  # 3 letters and " cat", and five tokens of the chat's
     assert not told["prompt_embeds"][0, 8:].any() and told["prompt_embeds"][0, :8].any()
-    outputs = [p.predict(_noise(p), torch.tensor(600.0), p.encode(texts), 3.0) for p in (long, short)]
+    outputs = [p.predict(_noise(p), torch.tensor(600.0), p.encode(prompts), 3.0) for p in (long, short)]
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
-    cut = _load(tiny_qwen_image, "lora", max_sequence_length=4).encode(texts).tensors
+    cut = _load(tiny_qwen_image, "lora", max_sequence_length=4).encode(prompts).tensors
     assert cut["prompt_embeds_mask"].all() and torch.equal(cut["prompt_embeds"], told["prompt_embeds"][:, :4])
 
 
@@ -511,10 +526,10 @@ def test_the_t5_may_be_absent(tiny_sd3):
 )
 def test_what_an_absent_encoder_of_sd3_would_say_is_zeros(tiny_sd3, absent):
     settings = PolicySettings(lora_rank=2, lora_alpha=2, max_sequence_length=TOKENS)
-    whole = dict(policy_from_pipeline(_pipeline(tiny_sd3), settings).encode(["red cat"]).tensors)
+    whole = dict(policy_from_pipeline(_pipeline(tiny_sd3), settings).encode([PROMPTS[0]]).tensors)
     without = {f"{part}{n}": None for n in absent for part in ("text_encoder", "tokenizer")}
     policy = policy_from_pipeline(DiffusionPipeline.from_pretrained(tiny_sd3, **without), settings)
-    found = dict(policy.encode(["red cat"]).tensors)
+    found = dict(policy.encode([PROMPTS[0]]).tensors)
     expected = {name: rows.clone() for name, rows in whole.items()}
     half, clip = whole["pooled_prompt_embeds"].shape[1] // 2, whole["prompt_embeds"].shape[1] - TOKENS
     for n, columns in (("", slice(0, half)), ("_2", slice(half, 2 * half))):
@@ -528,9 +543,9 @@ def test_what_an_absent_encoder_of_sd3_would_say_is_zeros(tiny_sd3, absent):
     for name, rows in expected.items():
         assert torch.equal(found[name], rows), name
     policy.release_text_encoders()
-    assert torch.equal(policy.encode(["red cat"]).tensors["pooled_prompt_embeds"], found["pooled_prompt_embeds"])
+    assert torch.equal(policy.encode([PROMPTS[0]]).tensors["pooled_prompt_embeds"], found["pooled_prompt_embeds"])
     with pytest.raises(ValueError, match="released"):
-        policy.encode(["another"])
+        policy.encode([Prompt("another")])
 
 
 def test_sd3_without_any_text_encoder_is_refused(tiny_sd3):
@@ -543,7 +558,7 @@ def test_a_model_that_was_saved_without_a_text_encoder_is_loaded_without_it(tiny
     lacking = DiffusionPipeline.from_pretrained(tiny_sd3, text_encoder_3=None, tokenizer_3=None)
     lacking.save_pretrained(tmp_path / "lacking")
     policy, whole = _load(tmp_path / "lacking", "lora"), _load(tiny_sd3, "lora")
-    found, of_all = (p.encode(TEXTS).tensors["prompt_embeds"] for p in (policy, whole))
+    found, of_all = (p.encode(PROMPTS).tensors["prompt_embeds"] for p in (policy, whole))
     assert torch.equal(found[:, :-TOKENS], of_all[:, :-TOKENS]) and not found[:, -TOKENS:].any()
 
 
@@ -569,6 +584,60 @@ def test_a_packed_model_for_more_than_text_is_refused(request, model):
         ValueError, match=r"the transformer takes 32 channels where tokens of latents have 16; .* alone"
     ):
         policy_from_pipeline(pipeline, PolicySettings())
+
+
+def test_a_model_that_edits_is_told_the_source_beside_the_noise_and_is_not_asked_about_it(tiny_kontext):
+    policy, told = _load(tiny_kontext, "lora"), []
+    policy.denoiser.register_forward_pre_hook(lambda m, a, k: told.append(k), with_kwargs=True)
+    one, other = (policy.encode([Prompt("red cat", prompt.columns)]) for prompt in PROMPTS)
+    assert torch.equal(one.tensors["prompt_embeds"], other.tensors["prompt_embeds"])
+    x = _noise(policy, 1)
+    v = [policy.predict(x, torch.tensor(600.0), condition) for condition in (one, other)]
+    assert v[0].shape == x.shape and (v[0] - v[1]).abs().max() > 1e-2
+    assert told[0]["hidden_states"].shape == (1, 2 * 16, 16)
+    assert told[0]["img_ids"][:, 0].tolist() == [0.0] * 16 + [1.0] * 16
+    assert torch.equal(told[0]["img_ids"][:16, 1:], told[0]["img_ids"][16:, 1:])
+
+
+def test_a_source_is_encoded_once_as_its_pipeline_does(tiny_kontext, tmp_path):
+    policy, pipeline, encoded = _load(tiny_kontext, "lora"), _pipeline(tiny_kontext), []
+    policy._pipeline.vae.encoder.register_forward_hook(lambda *args: encoded.append(1))
+    SOURCES[0].save(tmp_path / "source.png")
+    path = str(tmp_path / "source.png")
+    asked = [Prompt("red cat", {"image": path}), Prompt("blue dog", {"image": path}), PROMPTS[0]]
+    rows = policy.encode(asked).tensors["image_latents"]
+    assert len(encoded) == 2 and torch.equal(rows[0], rows[1])  # by its path, and by its pixels
+    (tmp_path / "source.png").unlink()
+    assert torch.equal(policy.encode(asked).tensors["image_latents"], rows) and len(encoded) == 2
+    pixels = pipeline.image_processor.preprocess(SOURCES[0], 16, 16)
+    expected = pipeline._encode_vae_image(pixels, None)
+    for row in (rows[0], rows[2]):
+        torch.testing.assert_close(row[None], expected, rtol=0, atol=1e-6)
+
+
+def test_a_pair_of_calls_shows_the_source_in_both(tiny_kontext):
+    pipeline = _pipeline(tiny_kontext)
+    told = {**pipeline.transformer.config, "guidance_embeds": False}
+    pipeline.transformer = type(pipeline.transformer).from_config(told)
+    settings = PolicySettings(lora_rank=2, max_sequence_length=TOKENS, resolution=16)
+    policy = policy_from_pipeline(pipeline, settings)
+    x, condition, w = _noise(policy), policy.encode(PROMPTS), 3.0
+    nothing = policy.encode([Prompt("", prompt.columns) for prompt in PROMPTS])
+    v_u, v_c = (policy.predict(x, torch.tensor(600.0), told) for told in (nothing, condition))
+    v = policy.predict(x, torch.tensor(600.0), condition, w)
+    torch.testing.assert_close(v, v_u + w * (v_c - v_u), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_without_a_source_is_named(tiny_kontext):
+    policy = _load(tiny_kontext, "lora")
+    for columns, message in (
+        ({}, r"the prompt 'red cat' has no column image: this model changes a picture"),
+        ({"image": 3}, r"column image of the prompt 'red cat' must be a picture or the path of one, not 3"),
+        ({"image": "none.png"}, r"column image of the prompt 'red cat': none\.png cannot be read .*: no such file"),
+        ({"image": b"text"}, r"column image of the prompt 'red cat': what it holds cannot be read as a picture"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            policy.encode([Prompt("red cat", columns)])
 
 
 @pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux", "tiny_wan"])
@@ -665,7 +734,7 @@ def test_a_unets_lora_adapts_the_transformer_blocks_by_default(tiny_sd):
 def test_sdxl_is_told_the_pictures_size_and_zeros_for_no_prompt(tiny_sdxl):
     policy, told = _load(tiny_sdxl, "lora", resolution=8), []
     policy.denoiser.register_forward_pre_hook(lambda m, a, k: told.append(k["added_cond_kwargs"]), with_kwargs=True)
-    policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(TEXTS), 2.0)
+    policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(PROMPTS), 2.0)
     (added,) = told
     assert added["time_ids"].tolist() == [[8, 8, 0, 0, 8, 8]] * 4
     assert not added["text_embeds"][:2].any() and added["text_embeds"][2:].all()
@@ -740,7 +809,7 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(tmp_path, monkeypatch):
         (tmp_path / "empty", "has no model_index.json"),
         (
             other,
-            "is a AllegroPipeline; progrpo trains Flux2KleinPipeline, FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline",
+            "is a AllegroPipeline; progrpo trains Flux2KleinPipeline, FluxKontextPipeline, FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline",
         ),
         (tmp_path / "absent", "neither a built-in model"),
         ("nobody/nothing", "no folder has that name, and the Hugging Face hub was tried"),

@@ -42,15 +42,16 @@ MAY_SEE = {
     "progrpo.objectives.surrogate": (),
 }
 # And whom they must not see; the rim stands above everyone.
-RIM = ("progrpo.cli", "progrpo.training", "progrpo.recipes", "progrpo.config")
+RIM = ("progrpo.cli", "progrpo.training", "progrpo.imports", "progrpo.recipes", "progrpo.config")
 MUST_NOT_SEE = {
-    "progrpo.training": ("progrpo.cli",),
+    "progrpo.training": ("progrpo.cli", "progrpo.imports"),
+    "progrpo.imports": ("progrpo.cli", "progrpo.training"),
     "progrpo.policies": (*RIM, "progrpo.rollout", "progrpo.objectives", "progrpo.tracking"),
     "progrpo.rewards": (*RIM, "progrpo.rollout", "progrpo.objectives", "progrpo.tracking"),
     "progrpo.tracking": RIM,
-    "progrpo.recipes": ("progrpo.cli", "progrpo.training"),
+    "progrpo.recipes": ("progrpo.cli", "progrpo.training", "progrpo.imports"),
 }
-KNOW_CONFIG = ("progrpo.cli", "progrpo.recipes", "progrpo.config", "progrpo.training")
+KNOW_CONFIG = ("progrpo.cli", "progrpo.imports", "progrpo.recipes", "progrpo.config", "progrpo.training")
 TORCH_ONLY = (
     "progrpo.diffusion",
     "progrpo.packing",
@@ -60,7 +61,15 @@ TORCH_ONLY = (
 )
 STANDARD_LIBRARY_ONLY = ("progrpo.rollout.plan", "progrpo.rollout.window", "progrpo.types", "progrpo.config")
 KNOW_DIFFUSERS_AND_PEFT = ("progrpo.policies", "progrpo.zoo")
-FREE_OF_TORCH = ("progrpo.cli", "progrpo.config", "progrpo.recipes", "progrpo.rollout.plan", "progrpo.tracking.report")
+FREE_OF_TORCH = (
+    "progrpo.cli",
+    "progrpo.config",
+    "progrpo.imports.flow_grpo",
+    "progrpo.imports.flow_factory",
+    "progrpo.recipes",
+    "progrpo.rollout.plan",
+    "progrpo.tracking.report",
+)
 
 
 def module_of(path: Path) -> str:

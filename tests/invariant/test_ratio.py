@@ -90,6 +90,7 @@ SDE, PRESERVING = ("flow_grpo", "dance"), ("ddim", "cps", "cps_reduced")
 SAMPLERS = {
     "sd3": (*SDE, *PRESERVING),
     "flux": (*SDE, *PRESERVING),
+    "kontext": ("flow_grpo",),
     "sd": PRESERVING,
     "sd_v": PRESERVING,
     "sdxl": PRESERVING,

@@ -55,7 +55,7 @@ def test_memory_is_what_is_allocated(weights):
     settings = PolicySettings(weights=weights)
     policy: Any = load_policy("shapes-flow", settings)
     found = sizes("shapes-flow", settings, 8, 4, 4)
-    told = {name: torch.randn(4, *shape) for name, shape in policy.text_shapes().items()}
+    told = {name: torch.randn(4, *shape) for name, shape in policy.condition_shapes().items()}
 
     def train() -> None:
         policy.predict(torch.randn(4, *policy.latent_shape), torch.tensor(500.0), Condition(told)).sum().backward()

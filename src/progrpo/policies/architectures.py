@@ -127,6 +127,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "stabilityai/stable-diffusion-3-medium-diffusers": _sd3(**_MEDIUM, pos_embed_max_size=192),
     "black-forest-labs/FLUX.1-dev": _flux(guidance_embeds=True),
     "black-forest-labs/FLUX.1-schnell": _flux(guidance_embeds=False),
+    "black-forest-labs/FLUX.1-Kontext-dev": _flux(guidance_embeds=True) | {"_class_name": "FluxKontextPipeline"},
     "CompVis/stable-diffusion-v1-4": _sd1(),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _sd1(),
     "stabilityai/stable-diffusion-xl-base-1.0": _sdxl(),

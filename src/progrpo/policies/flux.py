@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor, nn
 
+from progrpo.policies.base import PolicySettings
 from progrpo.policies.packed import PATCH, PackedFlowPolicy, packed, unpacked
-from progrpo.types import Condition
+from progrpo.sources import key_of, source_of
+from progrpo.types import Condition, Prompt
 
 
 class FluxPolicy(PackedFlowPolicy):
@@ -39,7 +42,7 @@ class FluxPolicy(PackedFlowPolicy):
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         config, tokens = self.denoiser.config, self._settings.max_sequence_length
         return {
             "prompt_embeds": (tokens, config.joint_attention_dim),
@@ -48,9 +51,11 @@ class FluxPolicy(PackedFlowPolicy):
 
     def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         told, (height, width) = condition.tensors, (side // PATCH for side in x_BCHW.shape[2:])
-        places = (torch.arange(count, dtype=torch.float32, device=x_BCHW.device) for count in (1, height, width))
+        shown = self._shown(x_BCHW, condition)
+        counts = len(shown), height, width
+        places = (torch.arange(count, dtype=torch.float32, device=x_BCHW.device) for count in counts)
         tokens_BLD = self.denoiser(
-            hidden_states=packed(x_BCHW),
+            hidden_states=torch.cat([packed(x) for x in shown], dim=1),
             timestep=timestep_B / 1000,  # by which the network multiplies it again
             guidance=told.get("guidance"),
             pooled_projections=told["pooled_prompt_embeds"],
@@ -59,8 +64,49 @@ class FluxPolicy(PackedFlowPolicy):
             img_ids=torch.cartesian_prod(*places),
             return_dict=False,
         )[0]
-        return unpacked(tokens_BLD, height, width)
+        return unpacked(tokens_BLD[:, : height * width], height, width)
+
+    def _shown(self, x_BCHW: Tensor, condition: Condition) -> list[Tensor]:
+        """Latents of one size that the network sees, each numbered by its tokens' first coordinate; the sample's own come first."""
+        return [x_BCHW]
 
     def _observed_modules(self) -> Sequence[nn.Module]:
         blocks = [*self.denoiser.transformer_blocks, *self.denoiser.single_transformer_blocks]
         return blocks[len(blocks) // 2], blocks[-1]
+
+
+class FluxKontextPolicy(FluxPolicy):
+    """A `FluxKontextPipeline`, which changes a picture as the text says (FLUX.1 Kontext, arXiv 2506.15742).
+
+    The source is stretched to the square that is sampled, encoded, and shown to the network as further tokens, which its output
+    is cut off of. Where guidance is a pair of calls, both see it.
+    """
+
+    edits: ClassVar[bool] = True
+
+    def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, resolution: int) -> None:
+        self._sources: dict[str, Tensor] = {}
+        super().__init__(pipeline, settings, resolution)
+
+    def _row(self, prompt: Prompt) -> dict[str, Tensor]:
+        if (source := key_of(prompt)) not in self._sources:
+            self._sources[source] = self._encode_picture(source_of(prompt))
+        return {**super()._row(prompt), "image_latents": self._sources[source]}
+
+    @torch.no_grad()
+    def _encode_picture(self, image: Image.Image) -> Tensor:
+        pipeline, vae = self._pipeline, self._pipeline.vae
+        pixels = pipeline.image_processor.preprocess(image, height=self._resolution, width=self._resolution)
+        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        scaled: Tensor = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        return scaled[0].to("cpu", self._settings.dtype)
+
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        return super().condition_shapes() | {"image_latents": self.latent_shape}
+
+    def _observe(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        _, height, width = self.latent_shape
+        super()._observe(module, inputs, output[-1][:, : height * width // PATCH**2])  # not those of the source
+
+    def _shown(self, x_BCHW: Tensor, condition: Condition) -> list[Tensor]:
+        return [x_BCHW, condition.tensors["image_latents"]]

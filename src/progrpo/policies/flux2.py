@@ -45,7 +45,7 @@ class Flux2KleinPolicy(PackedFlowPolicy):
         )
         return {"prompt_embeds": embeds}
 
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (self._settings.max_sequence_length, self.denoiser.config.joint_attention_dim)}
 
     def predict(self, x_BCHW: Tensor, timestep: Tensor, condition: Condition, guidance_scale: float = 1.0) -> Tensor:

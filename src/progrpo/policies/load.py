@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +19,9 @@ from torch.utils.benchmark import Timer
 from transformers.utils import logging as transformers_logging
 
 from progrpo.policies.base import Policy, PolicySettings
-from progrpo.policies.flux import FluxPolicy
+from progrpo.policies.flux import FluxKontextPolicy, FluxPolicy
 from progrpo.policies.flux2 import Flux2KleinPolicy
+from progrpo.policies.lora import HUB_ID, LORA_FILE
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.qwen_image import QwenImagePolicy
 from progrpo.policies.sd3 import SD3Policy
@@ -33,6 +33,7 @@ from progrpo.zoo import WEIGHTS
 BUILT_IN = ("shapes-flow", "shapes-diffusion")
 POLICIES: dict[str, type[PipelinePolicy]] = {
     "Flux2KleinPipeline": Flux2KleinPolicy,
+    "FluxKontextPipeline": FluxKontextPolicy,
     "FluxPipeline": FluxPolicy,
     "QwenImagePipeline": QwenImagePolicy,
     "StableDiffusion3Pipeline": SD3Policy,
@@ -40,9 +41,6 @@ POLICIES: dict[str, type[PipelinePolicy]] = {
     "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
     "WanPipeline": WanPolicy,
 }
-
-_LORA = "pytorch_lora_weights.safetensors"
-_HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 
 
 def quiet() -> None:
@@ -86,7 +84,7 @@ def policy_from_pipeline(pipeline: DiffusionPipeline, settings: PolicySettings) 
 
 
 def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path) -> None:
-    if os.path.isfile(folder / _LORA):  # Path's own raises at a name that is too long
+    if os.path.isfile(folder / LORA_FILE):  # Path's own raises at a name that is too long
         with _sayable(folder, "trained weights"):
             _merge_lora(pipeline, folder)
     elif os.path.isfile(folder / "config.json"):
@@ -99,7 +97,7 @@ def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path
             _require_whole(trained, folder)
         setattr(pipeline, denoiser_name, trained.to(base.dtype))
     else:
-        raise ValueError(f"{named(folder)} holds no trained weights: neither {_LORA} nor a denoiser's config.json")
+        raise ValueError(f"{named(folder)} holds no trained weights: neither {LORA_FILE} nor a denoiser's config.json")
 
 
 def _merge_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -107,7 +105,7 @@ def _merge_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
     pipeline.load_lora_weights(folder)
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     taken = sum(p.numel() for part in parts for name, p in part.named_parameters() if "lora_" in name)
-    if taken != (stored := _stored(folder / _LORA)) or not stored:
+    if taken != (stored := _stored(folder / LORA_FILE)) or not stored:
         raise ValueError(
             f"its LoRA has {stored:,} weights, of which this model takes {taken:,}; it is of another model"
         )
@@ -126,7 +124,7 @@ def locate(path: str | Path) -> str:
                 f"model.path: {named(folder)} has no model_index.json; give a folder written by save_pretrained"
             )
         return folder
-    if _HUB_ID.fullmatch(str(path)):
+    if HUB_ID.fullmatch(str(path)):
         return str(path)
     raise ValueError(
         f"model.path: {named(path) or 'an empty text'} is neither a built-in model ({', '.join(BUILT_IN)}), a folder nor a hub id"

@@ -18,9 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
+from progrpo.policies.lora import ADAPTER, continue_lora, in_float32
+from progrpo.policies.offload import Turns
 from progrpo.policies.sharded import Step, shard_frozen
 from progrpo.policies.weights import NamedWeights
-from progrpo.types import Condition
+from progrpo.types import Condition, Prompt
 from progrpo.zoo import WEIGHTS
 
 BUILT_IN_DECODER = "shapes-tiny"
@@ -38,6 +40,9 @@ class PipelinePolicy(ABC):
     """What a LoRA adapts if nothing else is asked, as endings of module names; `*` stands for anything."""
     vae_dtype: ClassVar[torch.dtype | None] = None
     """The autoencoder's, where it is not the rest's."""
+    edits: ClassVar[bool] = False
+    no_prompt: ClassVar[str] = ""
+    """The text that guidance leads away from."""
     prediction: str
 
     def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, resolution: int) -> None:
@@ -53,7 +58,8 @@ class PipelinePolicy(ABC):
         self._step: Step | None = None
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
         self.embeds_guidance = bool(getattr(self.denoiser.config, "guidance_embeds", False))
-        self.device: torch.device = self.denoiser.device
+        self.device: torch.device = torch.device(settings.device)
+        self._turns = _turns(pipeline, self.denoiser, self.device) if settings.offload else None
         self.latent_shape = self._latents(resolution // self._vae_scale(pipeline))
         self.trainable: Mapping[str, nn.Parameter] = {
             name: p for name, p in self.denoiser.named_parameters() if p.requires_grad
@@ -67,6 +73,7 @@ class PipelinePolicy(ABC):
             _compile(self.denoiser)
         if settings.shard:
             self._step = Step(self.device, self._stand_in)
+            self._shapes = self.network_inputs()  # asked now, while the text encoders are there
 
     @classmethod
     def from_pipeline(cls, pipeline: DiffusionPipeline, settings: PolicySettings) -> Self:
@@ -76,13 +83,16 @@ class PipelinePolicy(ABC):
         resolution = cls._checked_resolution(pipeline, settings.resolution)
         denoiser = getattr(pipeline, cls.denoiser_name)
         for module in _modules(pipeline):
-            if module is not denoiser or not settings.shard:
+            if not (module is denoiser and settings.shard) and not (module is not pipeline.vae and settings.offload):
                 module.to(settings.device)
             module.requires_grad_(False)
         _cast(pipeline.vae, cls._vae_dtype(pipeline, settings.dtype))
         if settings.weights == "lora":
             _cast(denoiser, settings.dtype)
-            _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
+            if settings.lora:
+                continue_lora(pipeline, cls.denoiser_name, settings.lora)
+            else:
+                _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
             if settings.shard:
                 shard_frozen(denoiser, torch.device(settings.device))
         elif settings.weights == "full":
@@ -92,6 +102,7 @@ class PipelinePolicy(ABC):
             raise ValueError(f"model.weights: {settings.weights!r} is not known; use 'lora' or 'full'")
         for module in _modules(pipeline):
             module.eval()
+        _set_decoding(pipeline.vae, settings.decoding)
         # pictures are convolved faster in this order of memory: the decoder by a fifth on a CPU, U-Nets on a GPU alone
         if not any(p.ndim == 5 for p in pipeline.vae.parameters()):  # a video's has weights that cannot be in it
             pipeline.vae.to(memory_format=torch.channels_last)
@@ -154,8 +165,8 @@ class PipelinePolicy(ABC):
         """Named tensors of one text, each with a first dimension of 1."""
 
     @abstractmethod
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of these tensors, without the first dimension: what `encode` will give, known without a text encoder."""
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that `encode` gives, without the first dimension: known without encoding anything."""
 
     @abstractmethod
     def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
@@ -171,12 +182,18 @@ class PipelinePolicy(ABC):
 
     # --- what they share --------------------------------------------------------------------------------------------
 
-    def encode(self, texts: Sequence[str]) -> Condition:
-        for text in texts:
-            if text not in self._encoded:
-                self._encoded[text] = self._encode_one(text)
-        rows = [self._encoded[text] for text in texts]
+    def encode(self, prompts: Sequence[Prompt]) -> Condition:
+        rows = [self._row(prompt) for prompt in prompts]
         return Condition({name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]})
+
+    def _row(self, prompt: Prompt) -> dict[str, Tensor]:
+        """What the network is told of one prompt, on the CPU."""
+        return self._text_row(prompt.text)
+
+    def _text_row(self, text: str) -> dict[str, Tensor]:
+        if text not in self._encoded:
+            self._encoded[text] = self._encode_one(text)
+        return self._encoded[text]
 
     @torch.no_grad()
     def _encode_one(self, text: str) -> dict[str, Tensor]:
@@ -185,17 +202,23 @@ class PipelinePolicy(ABC):
             raise ValueError(f"{text!r} is new and the text encoders are released; encode all prompts before that")
         return {name: t[0].to("cpu", self._settings.dtype) for name, t in self._encode_text(text).items()}
 
+    def network_inputs(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a row of what the network is told beside latents and timestep."""
+        return self.condition_shapes() | ({"guidance": ()} if self.embeds_guidance else {})
+
     def _encode_unconditional(self) -> Condition:
-        return self.encode([""])
+        """What guidance leads away from: no text. What it does not name is the prompt's own in both branches."""
+        return Condition({name: row[None].to(self.device) for name, row in self._text_row(self.no_prompt).items()})
 
     @cached_property
     def _unconditional(self) -> Condition:
-        """What guidance leads away from."""
         return self._encode_unconditional()
 
     def release_text_encoders(self) -> None:
         assert self._unconditional  # which is encoded when it is first asked for, and may be later than now
         self._released = True
+        if self._turns is not None:
+            self._turns.leave_to(self.denoiser)
         for name in self._pipeline.components:
             if name.startswith("text_encoder"):
                 setattr(self._pipeline, name, None)
@@ -209,7 +232,7 @@ class PipelinePolicy(ABC):
             return self._output(x_BCHW, timestep_B, condition)
         pair = Condition(
             {
-                name: torch.cat([self._unconditional.tensors[name].expand_as(rows), rows])
+                name: torch.cat([self._unconditional.tensors.get(name, rows).expand_as(rows), rows])
                 for name, rows in condition.tensors.items()
             }
         )
@@ -244,7 +267,10 @@ class PipelinePolicy(ABC):
     def _stand_in(self, training: bool) -> None:
         """A network call that takes part in the others' and adds 0 to gradients."""
         x, timestep_B = torch.ones(1, *self.latent_shape, device=self.device), torch.ones(1, device=self.device)
-        told = {**self._unconditional.tensors, **({"guidance": timestep_B} if self.embeds_guidance else {})}
+        told = {
+            name: torch.ones(1, *shape, device=self.device, dtype=self._settings.dtype)
+            for name, shape in self._shapes.items()
+        }
         with torch.set_grad_enabled(training):
             output = self._run(x, timestep_B, Condition(told))
         if training:
@@ -288,7 +314,7 @@ class PipelinePolicy(ABC):
                 self._save_lora(folder)
 
     def _save_lora(self, folder: Path) -> None:
-        metadata = self.denoiser.peft_config["default"].to_dict()  # without it alpha is lost
+        metadata = self.denoiser.peft_config[ADAPTER].to_dict()  # without it alpha is lost
         metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: equal weights should be equal files
         layers = get_peft_model_state_dict(self.denoiser)
         names = f"{self.denoiser_name}_lora_layers", f"{self.denoiser_name}_lora_adapter_metadata"
@@ -344,6 +370,19 @@ def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings, channel
     return tiny.to(settings.device, memory_format=torch.channels_last)
 
 
+def _turns(pipeline: DiffusionPipeline, denoiser: nn.Module, device: torch.device) -> Turns:
+    """The denoiser's, where copies of its weights are taken, and the text encoders'."""
+    encoders = [module for module in _modules(pipeline) if module is not pipeline.vae and module is not denoiser]
+    return Turns(device, [denoiser], encoders)
+
+
+def _set_decoding(vae: ModelMixin, decoding: str) -> None:
+    if decoding != "whole":
+        vae.enable_slicing()
+    if decoding == "tiled":
+        vae.enable_tiling()
+
+
 def _compile(denoiser: ModelMixin) -> None:
     """In place, so that names of parameters stay. Sampling, training, audits and evaluation each have shapes of their own."""
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
@@ -376,6 +415,4 @@ def _add_lora(denoiser: ModelMixin, settings: PolicySettings, targets: tuple[str
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, from the global generator
         torch.default_generator.manual_seed(settings.seed)
         denoiser.add_adapter(config)
-    for parameter in denoiser.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # peft follows the base's dtype, in which small updates vanish
+    in_float32(denoiser)

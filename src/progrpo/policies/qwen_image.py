@@ -12,9 +12,6 @@ from torch.nn.functional import pad
 from progrpo.policies.packed import PATCH, PackedFlowPolicy, packed, unpacked
 from progrpo.types import Condition
 
-_NO_PROMPT = " "
-"""What the model's authors guide away from: one space."""
-
 
 class QwenImagePolicy(PackedFlowPolicy):
     """A `QwenImagePipeline` (Qwen-Image, arXiv 2508.02324). A LoRA adapts attention and feed-forward of both streams.
@@ -23,6 +20,7 @@ class QwenImagePolicy(PackedFlowPolicy):
     filled up to `max_sequence_length`, and a mask tells the network where.
     """
 
+    no_prompt: ClassVar[str] = " "
     lora_targets: ClassVar[tuple[str, ...]] = (
         *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
         *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
@@ -44,10 +42,7 @@ class QwenImagePolicy(PackedFlowPolicy):
             "prompt_embeds_mask": pad(embeds.new_ones(embeds.shape[:2]), (0, missing)),
         }
 
-    def _encode_unconditional(self) -> Condition:
-        return self.encode([_NO_PROMPT])
-
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         tokens = self._settings.max_sequence_length
         return {
             "prompt_embeds": (tokens, self.denoiser.config.joint_attention_dim),

@@ -84,7 +84,7 @@ class SD3Policy(FlowPolicy):
         said = encoder(told.input_ids.to(self.device), output_hidden_states=True)
         return said.hidden_states[-2], said[0]
 
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         config, clip = self.denoiser.config, self._pipeline.text_encoder or self._pipeline.text_encoder_2
         places = clip.config.max_position_embeddings if clip else self._pipeline.tokenizer_max_length
         tokens = places + self._settings.max_sequence_length

@@ -67,7 +67,7 @@ def sizes(path: str, settings: PolicySettings, called: int, trained: int, decode
 
         def call(rows: int, grad: bool) -> None:
             x, at = torch.empty(rows, *policy.latent_shape), torch.empty(rows)
-            shapes = policy.text_shapes() | ({"guidance": ()} if policy.embeds_guidance else {})
+            shapes = policy.network_inputs()
             told = {name: torch.empty(rows, *shape, dtype=settings.dtype) for name, shape in shapes.items()}
             low = settings.dtype != torch.float32
             with torch.set_grad_enabled(grad), torch.autocast("cpu", settings.dtype, enabled=low, cache_enabled=False):

@@ -71,7 +71,7 @@ class StableDiffusionPolicy(PipelinePolicy):
         )
         return {"prompt_embeds": embeds}
 
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         tokens = self._pipeline.text_encoder.config.max_position_embeddings
         return {"prompt_embeds": (tokens, self.denoiser.config.cross_attention_dim)}
 
@@ -107,9 +107,9 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         pooled: int = self._pipeline.text_encoder_2.config.projection_dim
-        return super().text_shapes() | {"pooled_prompt_embeds": (pooled,)}
+        return super().condition_shapes() | {"pooled_prompt_embeds": (pooled,)}
 
     def _encode_unconditional(self) -> Condition:
         encoded = super()._encode_unconditional()

@@ -95,7 +95,7 @@ class WanPolicy(FlowPolicy):
         )
         return {"prompt_embeds": embeds}
 
-    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (self._settings.max_sequence_length, self.denoiser.config.text_dim)}
 
     def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:

@@ -111,6 +111,7 @@ def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str
         lora_rank=model.lora_rank,
         lora_alpha=model.lora_alpha,
         lora_targets=model.lora_targets,
+        lora=str(_saved_by(Path(model.lora)) if model.lora and _is_run(Path(model.lora)) else model.lora),
         max_sequence_length=model.max_sequence_length,
         resolution=model.resolution,
         frames=model.frames,
@@ -120,6 +121,8 @@ def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str
         compile=model.compile,
         activation_checkpointing=model.activation_checkpointing,
         shard=model.shard and ranks.world > 1,
+        offload=model.offload,
+        decoding=model.decoding,
         tiny_decoder=tiny_decoder,
     )
 
@@ -145,11 +148,16 @@ def trained_policy(target: str, trained: Path | None, ranks: Ranks) -> Policy:
     if _is_run(Path(target)):
         trained = Path(target)
     if trained is not None and _is_run(trained):
-        saved = [trained / name for name in ("lora", "transformer", "unet") if (trained / name).is_dir()]
-        if not saved:
-            raise ValueError(f"{named(trained)} has saved no trained weights yet; they are written when the run ends")
-        trained = saved[0]
-    return policy_from(config_of(target).model, 0, ranks, trained)
+        trained = _saved_by(trained)
+    model = replace(config_of(target).model, lora="")  # what a run saved has in it where it began
+    return policy_from(model, 0, ranks, trained)
+
+
+def _saved_by(run: Path) -> Path:
+    saved = [run / name for name in ("lora", "transformer", "unet") if (run / name).is_dir()]
+    if not saved:
+        raise ValueError(f"{named(run)} has saved no trained weights yet; they are written when the run ends")
+    return saved[0]
 
 
 def config_of(target: str) -> Config:

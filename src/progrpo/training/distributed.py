@@ -31,7 +31,8 @@ class Ranks:
                     f"accelerate launch asks for {engine}, which progrpo has no use for: launch without it, and share a model that is too"
                     " large for one device by --model.shard"
                 )
-        self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+        self._accelerator = Accelerator(cpu=not accelerated)
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
@@ -45,6 +46,8 @@ class Ranks:
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over processes."""
+        if self.world == 1:  # also where the device has no float64, as Apple's
+            return values
         self._join()
         return self._accelerator.reduce(values.to(self.device), "sum")
 

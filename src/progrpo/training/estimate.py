@@ -89,6 +89,7 @@ def _sizes(config: Config) -> Sizes:
         max_sequence_length=model.max_sequence_length,
         resolution=model.resolution,
         frames=model.frames,
+        decoding=model.decoding,
         dtype=torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype),
         activation_checkpointing=model.activation_checkpointing,
     )
@@ -114,8 +115,9 @@ def _memory(config: Config, plan: Plan, found: Sizes, processes: int) -> dict[st
         "text encoders": found.text_encoder_bytes,
     }
     resident = sum(list(parts.values())[:4]) + (parts["text encoders"] if config.model.keep_text_encoders else 0)
+    denoiser = parts["frozen weights"] + _FLOAT * found.trained
     peaks = {
-        "start": parts["frozen weights"] + parts["decoder"] + _FLOAT * found.trained + parts["text encoders"],
+        "start": parts["decoder"] + (max if config.model.offload else sum)((denoiser, parts["text encoders"])),
         "sampling": resident + parts["latents"] + max(parts["network call"], parts["decoding"]),
         "update": resident + parts["latents"] + parts["forward and backward pass"],
     }

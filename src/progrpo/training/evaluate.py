@@ -22,6 +22,7 @@ from progrpo.rewards.base import Judge, Scorer
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
+from progrpo.sources import check_sources
 from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
 from progrpo.training.checks import check_failures
 from progrpo.training.distributed import Ranks
@@ -116,7 +117,7 @@ def evaluate(
     for places in mine.split(sampling.microbatch) if len(mine) else ():  # splitting nothing gives one empty part
         batch = [prompts[i] for i in places.tolist()]
         start = expand(policy, places, 1, sampling, NoiseKey(seed, 0))
-        final = denoise(policy, policy.encode([p.text for p in batch]), start, sampling, NoiseKey(seed, 0), Meter())
+        final = denoise(policy, policy.encode(batch), start, sampling, NoiseKey(seed, 0), Meter())
         made_NHWC = policy.decode(final.x_NCHW).numpy()
         images_NHWC, scores = still(made_NHWC), reward.score(made_NHWC, batch, places)  # each a group of its own
         verdicts = judge.passes(images_NHWC, batch) if judge else [None] * len(batch)
@@ -149,7 +150,7 @@ def evaluate(
 def _diversities(
     policy: Policy, prompts: Sequence[Prompt], places: Tensor, sampling: Sampling, seed: int
 ) -> list[float]:
-    key, condition = NoiseKey(seed, 0), policy.encode([prompts[i].text for i in places.tolist()])
+    key, condition = NoiseKey(seed, 0), policy.encode([prompts[i] for i in places.tolist()])
     final = denoise(policy, condition, expand(policy, places, _GROUP, sampling, key), sampling, key, Meter())
     images_NHWC = still(policy.decode(final.x_NCHW).numpy())
     return [diversity(group) for group in np.split(images_NHWC, len(places))]
@@ -167,7 +168,7 @@ def kl_to_reference(
     if "reference" not in policy.named_weights:
         return None
     places, key = torch.arange(min(_COMPARED, len(prompts))), NoiseKey(seed, 0)
-    condition, path = policy.encode([prompts[i].text for i in places.tolist()]), list[Trajectories]()
+    condition, path = policy.encode([prompts[i] for i in places.tolist()]), list[Trajectories]()
 
     def note(step: int, batch: Trajectories) -> Trajectories:
         path.append(batch)
@@ -251,6 +252,8 @@ def evaluate_model(
     policy = trained_policy(target, None, ranks)
     sampling = ode(policy, num_inference_steps, guidance_scale, rows_at_once(policy))
     chosen = eval_prompts(prompts, split, pictures)
+    if policy.edits:
+        check_sources(chosen)
     result = evaluate(
         policy,
         reward_of,

@@ -29,6 +29,7 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.plan import UnitCosts, preset
 from progrpo.rollout.plan import path as plan_path
 from progrpo.rollout.plan import summary as plan_summary
+from progrpo.sources import check_sources
 from progrpo.tracking.console import Console
 from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
@@ -138,7 +139,7 @@ def train(
     check(config)
     table: Prompts = {"": told}
     test = [watched[i % len(watched)] for i in range(config.eval.pictures)]
-    config = measured(config, policy, table[""][0].text, ranks)
+    config = measured(config, policy, table[""][0], ranks)
     order = ORDERS[config.prompts.order](table, config.seed)
     held_out = HeldOut(test, test, None, _held_out_rewards(config))
     run = Run(config, policy, scorer, order, held_out, RunFolder(out), ranks)
@@ -184,7 +185,7 @@ def _from_config(config: Config, run: RunFolder, ranks: Ranks) -> Run:
     source, pictures = config.eval.prompts, config.eval.pictures
     test, validation = (eval_prompts(source, split, pictures) for split in ("test", "validation"))
     policy = policy_from(config.model, config.seed, ranks, tiny_decoder=tiny_decoder(config.preview))
-    config = measured(config, policy, order.prompts_for(0, 1)[0].text, ranks)
+    config = measured(config, policy, order.prompts_for(0, 1)[0], ranks)
     return Run(
         config,
         policy,
@@ -237,13 +238,15 @@ class Run:
         self._path = plan_path(self.trainer.plan)
         self._hacking, self._hacked = HackingWatch(config.watch.max_kl), False
         self._warnings: list[str] = []
-        self._check_rewards(order)
+        self._check_prompts(order)
 
-    def _check_rewards(self, order: PromptOrder) -> None:
-        """Before a folder is made, or an old run replaced: what a reward lacks is often known without a picture."""
+    def _check_prompts(self, order: PromptOrder) -> None:
+        """Before a folder is made, or an old run replaced: what the model or a reward lacks is often known without a picture."""
         count = self.config.prompts.per_iteration
         ahead = order.ahead(0, self.config.iterations, count)
         own = list({id(p): p for p in chain(self.held_out.test, self.held_out.validation, ahead)}.values())
+        if self.policy.edits:
+            check_sources(own)
         self.reward.check(own)
         if self.held_out.rewards is not None:
             self.held_out.rewards.check([*self.held_out.test, *self.held_out.validation])
@@ -299,7 +302,7 @@ class Run:
     def _train(self, console: Console, start: float, stop: Stop, fresh: bool) -> None:
         console.say(self._what_runs())
         if fresh:
-            console.say(f"evaluating the base model on {len(self.held_out.test)} pictures")
+            console.say(f"evaluating the model as it is, on {len(self.held_out.test)} pictures")
             self._evaluate("before", "reference", console)
         self._write_summary(start, "running")
         while self.trainer.iteration < self.config.iterations and not self._hacked:
@@ -345,14 +348,15 @@ class Run:
         )
 
     def _encode_all(self) -> None:
-        """Every text that this process will meet goes through the text encoders once, and they leave memory."""
+        """Every prompt that this process will meet is encoded once, and the text encoders leave memory."""
         done, wanted = self.trainer.iteration, self.config
         ahead = self.trainer.order.ahead(done, wanted.iterations, wanted.prompts.per_iteration)
-        prompts = [*dict.fromkeys(prompt.text for prompt in ahead), *(prompt.text for prompt in self.held_out.test)]
-        if self.config.eval.every:
-            prompts += [prompt.text for prompt in self.held_out.validation]
-        for text in prompts:  # one by one: the policy keeps the rows on the CPU, the device never holds them all
-            self.policy.encode([text])
+        watched = self.held_out.validation if self.config.eval.every else ()
+        prompts = {id(prompt): prompt for prompt in chain(ahead, self.held_out.test, watched)}
+        for (
+            prompt
+        ) in prompts.values():  # one by one: the policy keeps the rows on the CPU, the device never holds them all
+            self.policy.encode([prompt])
         self.policy.release_text_encoders()
 
     def _due(self, every: int) -> bool:

@@ -12,9 +12,11 @@ from PIL import Image
 from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
+from progrpo.sources import COLUMN
 from progrpo.training.build import trained_policy
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import ode, rows_at_once
+from progrpo.types import Prompt
 from progrpo.words import named
 
 _FRAME = 62
@@ -23,7 +25,7 @@ _FRAME = 62
 
 def sample_pictures(
     model: str,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     lora: Path | None,
     out: Path,
@@ -36,10 +38,12 @@ def sample_pictures(
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"--out: {named(out)} is a file; give a folder")
     policy = trained_policy(model, lora, Ranks())
+    if not policy.edits and any(COLUMN in prompt.columns for prompt in prompts):
+        raise ValueError(f"--image: {named(model)} is told a text alone; leave it out, or give a model that edits")
     sampling = ode(policy, num_inference_steps, guidance_scale, rows_at_once(policy))
     key = NoiseKey(seed, 0)
     start = expand(policy, torch.arange(len(prompts)), count, sampling, key)
-    final = denoise(policy, policy.encode(list(prompts)), start, sampling, key, Meter())
+    final = denoise(policy, policy.encode(prompts), start, sampling, key, Meter())
     images_NHWC = policy.decode(final.x_NCHW).numpy()
     try:
         out.mkdir(parents=True, exist_ok=True)
