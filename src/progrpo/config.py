@@ -31,12 +31,13 @@ class ModelConfig:
     lora_alpha: int = 32
     lora_targets: tuple[str, ...] = ()
     """Endings of module names to adapt, where `*` stands for anything; empty: attention and feed-forward projections (of both
-    streams of SD3 and FLUX, and of FLUX's single blocks; of Wan's attention to the video and to the text)."""
+    streams of SD3, FLUX and Qwen-Image, and of FLUX's single blocks; of Wan's attention to the video and to the text)."""
     max_sequence_length: int = 16
     """T5 tokens of SD3, FLUX and Wan; there is no attention mask in them, so this changes the picture and multiplies the cost. Wan
-    was made for 512, of which those after the text are zeros."""
+    was made for 512, of which those after the text are zeros. FLUX.2 klein, made for 512, and Qwen-Image count the tokens of their own
+    encoder, the words of its chat around the prompt included; in Qwen-Image those after a text are masked."""
     resolution: int | None = None
-    """Side of the square picture or video in pixels; empty: the model's own (1024 of SD 3.5 and FLUX, 480 of Wan)."""
+    """Side of the square picture or video in pixels; empty: the model's own (1024 of SD 3.5, FLUX and Qwen-Image, 480 of Wan)."""
     frames: int | None = None
     """Frames of a video, one more than a multiple of 4 for Wan; empty: the model's own (81 of Wan). Models of pictures have none."""
     keep_text_encoders: bool = False

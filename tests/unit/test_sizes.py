@@ -30,6 +30,8 @@ PARAMETERS = {
     ("CompVis/stable-diffusion-v1-4", "text_encoder"): 123_060_480,
     ("stabilityai/stable-diffusion-xl-base-1.0", "text_encoder_2"): 694_659_840,
     ("black-forest-labs/FLUX.1-dev", "text_encoder_2"): 4_762_310_656,
+    ("Qwen/Qwen-Image", "transformer"): 20_430_401_088,
+    ("Qwen/Qwen-Image", "text_encoder"): 8_292_166_656,
 }
 
 

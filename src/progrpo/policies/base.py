@@ -25,7 +25,7 @@ class PolicySettings:
     to train further, by its folder, file or hub id: its rank, alpha and layers then take the place of those.
     `seed` draws the LoRA's A whatever the global generator's state. Trained weights are float32 in every case; the
     denoiser's frozen weights and the VAE are in `dtype`, the text encoders stay in the dtype they came in.
-    `max_sequence_length` counts T5's tokens. `resolution` is the side of the square picture in pixels, `frames` the length of a
+    `max_sequence_length` counts T5's tokens, or those of Qwen-Image's and FLUX.2's encoder. `resolution` is the side of the square picture in pixels, `frames` the length of a
     video (none: the model's own).
     `compile` has torch compile the denoiser, once for each shape that it meets. `activation_checkpointing` computes activations
     anew in the backward pass instead of keeping them. `shard` shares a denoiser's frozen weights out among the processes. With `offload` the
