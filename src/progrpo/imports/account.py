@@ -200,11 +200,8 @@ def translate(
     return Translation(config, tuple(rows))
 
 
-_NEEDED = {
-    "model.path": "a model",
-    "prompts.source": "a prompt file",
-    "reward.terms": "a reward",
-}  # whose defaults are the built-in ones
+# Fields whose defaults, of the built-in world, nobody means who comes from elsewhere.
+_NEEDED = {"model.path": "a model", "prompts.source": "a prompt file", "reward.terms": "a reward"}
 
 
 def _unknown(setting: Setting) -> Outcome:

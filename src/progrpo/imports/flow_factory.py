@@ -352,10 +352,6 @@ def _pool(setting: Setting) -> Outcome:
     return Outcome("translated", "counted in sampling.sde_window_end")
 
 
-def _lora(field: str, value: Any) -> Outcome:
-    return sets({f"model.{field}": value})
-
-
 def _lora_rank(setting: Setting) -> Outcome:
     if setting.all.get("model.finetune_type") != "lora":
         return not_needed("all weights are trained")
