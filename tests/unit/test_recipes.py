@@ -47,7 +47,7 @@ def test_tasks_of_sd35m_differ_in_reward_prompts_and_kl_alone():
     for task, beta in betas.items():
         config = load_recipe(f"sd35m-{task}")
         assert [term.name for term in config.reward.terms] == [task] and config.objective.grpo.kl_beta == beta
-        own = {
+        own: dict[str, Any] = {
             "recipe": config.recipe,
             "prompts": config.prompts,
             "reward": config.reward,
