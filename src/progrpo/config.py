@@ -45,7 +45,7 @@ class ModelConfig:
     """Compute activations anew in the backward pass: less memory, about a third more time in the update."""
     shard: bool = False
     """With several processes: each holds a part of the frozen weights (torch's fully_shard), and blocks are gathered while they run. For
-    models too large for one device; of a LoRA only."""
+    models too large for one device; of a LoRA only, and with microbatches that are given."""
 
 
 @dataclass(frozen=True)
@@ -754,6 +754,12 @@ def _check_shard(config: Config) -> None:
             raise ValueError(
                 f"model.shard must be false for {name}: only the frozen weights of an uncompiled network are shared out"
             )
+    for name, size in (
+        ("sampling.microbatch", config.sampling.microbatch),
+        ("optim.microbatch", config.optim.microbatch),
+    ):
+        if size is None:  # it is measured up to where memory ends, and there the others would wait for ever
+            raise ValueError(f"{name} must be given for model.shard: processes that share a network cannot measure it")
 
 
 def _check_preserving(config: Config) -> None:

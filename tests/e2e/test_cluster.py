@@ -19,7 +19,7 @@ from progrpo.cli import main
 
 pytestmark = pytest.mark.slow
 
-SMOKE = ("smoke", "--model.dtype", "float32", "--checkpoint.every", "1", "--eval.pictures", "2")
+SMOKE = ("smoke", "--checkpoint.every", "1", "--eval.pictures", "2", "--prompts.per-iteration", "3")
 
 
 def launch(world: int, *args: str, log: Path) -> subprocess.Popen[bytes]:
@@ -58,10 +58,10 @@ def test_two_that_share_weights_leave_what_one_goes_on_with(straight, tmp_path):
     assert_same(run, straight)
 
 
-def test_what_one_began_two_finish(straight, tmp_path):
+def test_what_one_began_three_finish(straight, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     assert main(["train", *SMOKE, "--iterations", "2", "--out", str(run)]) == 0
-    assert launch(2, "--resume", str(run), "--iterations", "4", log=log).wait(90) == 0, log.read_text()
+    assert launch(3, "--resume", str(run), "--iterations", "4", log=log).wait(90) == 0, log.read_text()
     assert_same(run, straight)
 
 
@@ -95,6 +95,6 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on(straight, tmp_path, vi
 
 def test_what_is_refused_ends_all(tmp_path):
     log = tmp_path / "log"
-    assert launch(3, *SMOKE, "--out", str(tmp_path / "run"), log=log).wait(120) != 0
-    assert "prompts.per_iteration is 2, fewer than the 3 processes" in log.read_text()
+    assert launch(4, *SMOKE, "--out", str(tmp_path / "run"), log=log).wait(120) != 0
+    assert "prompts.per_iteration is 3, fewer than the 4 processes" in log.read_text()
     assert not (tmp_path / "run").exists()

@@ -122,6 +122,10 @@ def by_the_library(model, out, found, ranks):
     progrpo.train(DiffusionPipeline.from_pretrained(model), PROMPTS, redness, config=CONFIG, out=mine)
     found["wrote"] = mine.exists()
     try:
+        progrpo.train(DiffusionPipeline.from_pretrained(model), PROMPTS, redness, config=CONFIG, out=mine)
+    except ValueError as error:
+        found["taken"] = str(error)
+    try:
         trained(model, replace(CONFIG, prompts=PromptConfig(per_iteration=1)), redness)
     except ValueError as error:
         found["too few"] = str(error)
@@ -253,6 +257,12 @@ def test_only_the_main_process_writes(one, two):
     assert [found(two, rank)["wrote"] for rank in (0, 1)] == [True, False]
     ours, theirs = ({p.relative_to(f) for p in f.rglob("*")} for f in (two / "run of 0", one / "run of 0"))
     assert ours == theirs
+
+
+def test_what_the_main_process_alone_finds_wrong_is_refused_in_all(two):
+    assert [found(two, rank)["taken"] for rank in (0, 1)] == [
+        f"{two / 'run of 0'} already holds a run (config.json); give another --out or resume it with `progrpo train --resume {two / 'run of 0'}`"
+    ] * 2
 
 
 def test_a_process_without_a_prompt_is_refused(two):

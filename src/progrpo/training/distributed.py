@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -14,28 +15,36 @@ from torch import Tensor
 from torch.distributed import DistError
 from torch.nn import Parameter
 
-_ENGINES = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron",
+_Found = TypeVar("_Found")
+_SHARED = "share a model that is too large for one device by --model.shard"
+_IGNORED = {
+    "ACCELERATE_USE_FSDP": ("FSDP", _SHARED),
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", _SHARED),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron", _SHARED),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism config", _SHARED),
+    "ACCELERATE_MIXED_PRECISION": ("mixed precision", "give --model.dtype"),
+    "ACCELERATE_DYNAMO_BACKEND": ("torch dynamo", "give --model.compile"),
 }
+"""What accelerate's launcher tells its processes to use, and what to do instead. Gradient accumulation it tells with DeepSpeed alone."""
+_NOTHING = ("", "0", "no", "n", "false", "f", "off")
 
 
 class Ranks:
-    """ValueError where accelerate was launched with an engine that would be ignored here."""
+    """ValueError where accelerate was launched with something that would be ignored here."""
 
     def __init__(self) -> None:
-        for variable, engine in _ENGINES.items():
-            if os.environ.get(variable, "").lower() in ("1", "true"):
+        for variable, (what, instead) in _IGNORED.items():
+            if os.environ.get(variable, "").lower() not in _NOTHING:
                 raise ValueError(
-                    f"accelerate launch asks for {engine}, which progrpo has no use for: launch without it, and share a model that is too"
-                    " large for one device by --model.shard"
+                    f"accelerate launch asks for {what} ({variable}), which would have no effect: launch without it, and {instead}"
                 )
         self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
+        if self.world > 1:  # while Python is there: gloo's threads hold tensors of its, and abort the process if they let go later
+            atexit.register(self._accelerator.end_training)
         self.attend: Callable[[], None] | None = None
         """What this process does before it waits for the others: a policy's `attend`."""
 
@@ -63,9 +72,25 @@ class Ranks:
         self._join()
         return gather_object(items) if self.world > 1 else items
 
-    def wait(self) -> None:
+    def from_main(self, work: Callable[[], _Found]) -> _Found:
+        """What `work` gives in the main process, in all. So is its ValueError: none waits for what does not come."""
+        found: Any = None
+        refused: ValueError | None = None
+        if self.is_main:
+            try:
+                found = work()
+            except ValueError as error:
+                refused = error
+        found, words = self.gather([(found, refused and str(refused))])[0]
+        if words is not None:
+            raise refused or ValueError(words)
+        return found  # type: ignore[no-any-return]
+
+    def leave(self) -> None:
+        """At the end of a run, until all are here: a launcher that sees one end badly kills those that still write."""
         self._join()
-        self._accelerator.wait_for_everyone()
+        for _ in range(8):  # a sharded network keeps gloo's threads to the very end: none shall still hold a tensor of Python's
+            self._accelerator.wait_for_everyone()
 
     def _join(self) -> None:
         if self.attend is not None:

@@ -24,9 +24,7 @@ def measured(config: Config, policy: Policy, text: str, ranks: Ranks) -> Config:
     sampling, optim = config.sampling, config.optim
     if sampling.microbatch is not None and optim.microbatch is not None:
         return config
-    ranks.attend = policy.attend
-    found = ranks.gather([_fastest(config, policy, text, ranks) if ranks.is_main else None])[0]
-    assert found is not None
+    found = ranks.from_main(lambda: _fastest(config, policy, text, ranks))
     return replace(
         config,
         sampling=replace(sampling, microbatch=sampling.microbatch or found[0]),

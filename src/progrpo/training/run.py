@@ -97,10 +97,12 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
             raise ValueError(
                 f"{folder} is at iteration {state['iteration']}, past --iterations {config.iterations}; give more"
             )
-        if ranks.is_main:
+
+        def go_back() -> None:
             run.write_config(to_dict(config))
             run.truncate(state["iteration"])
-        ranks.wait()
+
+        ranks.from_main(go_back)
         return _from_config(config, run, ranks).train(state)
 
 
@@ -250,9 +252,9 @@ class Run:
 
     def create(self, overwrite: bool) -> None:
         """Make the run folder, once every part of the run could be built; ValueError if it holds a run already."""
-        if self.ranks.is_main:
-            RunFolder.create(self.folder.path, overwrite).write_config(to_dict(self.config))
-        self.ranks.wait()
+        self.ranks.from_main(
+            lambda: RunFolder.create(self.folder.path, overwrite).write_config(to_dict(self.config))
+        )
 
     def train(self, state: Mapping[str, Any] | None = None) -> RunFolder:
         start = time.perf_counter()
@@ -287,6 +289,7 @@ class Run:
         self._write_summary(start, "finished")
         if self.ranks.is_main:
             console.summary_table(self.folder.read_summary(), write_report(self.folder.path))
+        self.ranks.leave()
         return self.folder
 
     def _lost(self, error: BaseException) -> LostProcessError:
