@@ -44,8 +44,9 @@ class ModelConfig:
     activation_checkpointing: bool = False
     """Compute activations anew in the backward pass: less memory, about a third more time in the update."""
     shard: bool = False
-    """With several processes: each holds a part of the frozen weights (torch's fully_shard), and blocks are gathered while they run. For
-    models too large for one device; of a LoRA only, and with microbatches that are given."""
+    """With several processes: each holds a part of the denoiser's weights (torch's fully_shard), and blocks are gathered while they run. A LoRA
+    stays whole; of weights that are trained in full gradients, averages and the optimizer's state are shared out too. For models too large for
+    one device, with microbatches that are given."""
 
 
 @dataclass(frozen=True)
@@ -745,14 +746,13 @@ def _check_split_groups(config: Config) -> None:
 def _check_shard(config: Config) -> None:
     """Gathered weights are gone after a call, and all processes make the same calls."""
     against = {
-        "model.weights full": config.model.weights == "full",
         "model.compile": config.model.compile,
         "optim.reuse_rollout": config.optim.reuse_rollout,
     }
     for name, asked in against.items():
         if asked:
             raise ValueError(
-                f"model.shard must be false for {name}: only the frozen weights of an uncompiled network are shared out"
+                f"model.shard must be false for {name}: a block's weights are gathered when it is called, and gone after it"
             )
     for name, size in (
         ("sampling.microbatch", config.sampling.microbatch),

@@ -154,8 +154,8 @@ def test_defaults_are_right():
             "prompts.split_groups must be false for objective.name dgpo",
         ),
         (
-            Config(model=ModelConfig(shard=True, weights="full")),
-            "model.shard must be false for model.weights full",
+            Config(model=ModelConfig(shard=True, compile=True)),
+            "model.shard must be false for model.compile",
         ),
         (Config(model=ModelConfig(shard=True)), "sampling.microbatch must be given for model.shard"),
         (Config(seed="1"), "seed must be a whole number, not '1'"),  # type: ignore[arg-type]

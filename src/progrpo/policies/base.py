@@ -26,7 +26,7 @@ class PolicySettings:
     denoiser's frozen weights and the VAE are in `dtype`, the text encoders stay in the dtype they came in.
     `max_sequence_length` counts T5's tokens. `resolution` is the side of the square picture in pixels (none: the model's own).
     `compile` has torch compile the denoiser, once for each shape that it meets. `activation_checkpointing` computes activations
-    anew in the backward pass instead of keeping them. `shard` shares a denoiser's frozen weights out among the processes. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
+    anew in the backward pass instead of keeping them. `shard` shares a denoiser's weights out among the processes. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
     """
 
     weights: Literal["lora", "full"] = "lora"
@@ -121,8 +121,11 @@ class Policy(Protocol):
         """The denoiser's tensors that training must not move, with their names."""
         ...
 
-    def save(self, folder: Path, weights: str = "current") -> None:
-        """Write what was trained in a format that diffusers loads without progrpo."""
+    def save(self, folder: Path | None, weights: str = "current") -> None:
+        """Write what was trained in a format that diffusers loads without progrpo.
+
+        All processes take part, since weights may be shared out among them; one has a folder.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import atexit
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed import DistError
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 _Found = TypeVar("_Found")
@@ -43,7 +44,9 @@ class Ranks:
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
-        if self.world > 1:  # while Python is there: gloo's threads hold tensors of its, and abort the process if they let go later
+        if (
+            self.world > 1
+        ):  # while Python is there: gloo's threads hold tensors of its, and abort the process if they let go later
             atexit.register(self._accelerator.end_training)
         self.attend: Callable[[], None] | None = None
         """What this process does before it waits for the others: a policy's `attend`."""
@@ -54,13 +57,17 @@ class Ranks:
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over processes."""
-        self._join()
+        self.join()
         return self._accelerator.reduce(values.to(self.device), "sum")
 
     def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Replace each gradient by its sum over processes (a missing one counts as zero), in one transfer."""
-        parameters = list(parameters)
-        if self.world == 1:
+        """Replace each gradient by its sum over processes (a missing one counts as zero), in one transfer.
+
+        Those of weights that are shared out are such sums already.
+        """
+        parameters = [p for p in parameters if not isinstance(p, DTensor)]
+        self.join()
+        if self.world == 1 or not parameters:
             return
         flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
         summed = self.sum(flat).split([p.numel() for p in parameters])
@@ -69,30 +76,33 @@ class Ranks:
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The lists of all processes, one after another."""
-        self._join()
+        self.join()
         return gather_object(items) if self.world > 1 else items
 
     def from_main(self, work: Callable[[], _Found]) -> _Found:
         """What `work` gives in the main process, in all. So is its ValueError: none waits for what does not come."""
-        found: Any = None
+        found: _Found | None = None
         refused: ValueError | None = None
         if self.is_main:
             try:
                 found = work()
             except ValueError as error:
                 refused = error
-        found, words = self.gather([(found, refused and str(refused))])[0]
+        told, words = self.gather([(found, refused and str(refused))])[0]
         if words is not None:
             raise refused or ValueError(words)
-        return found  # type: ignore[no-any-return]
+        return cast(_Found, told)
 
     def leave(self) -> None:
         """At the end of a run, until all are here: a launcher that sees one end badly kills those that still write."""
-        self._join()
-        for _ in range(8):  # a sharded network keeps gloo's threads to the very end: none shall still hold a tensor of Python's
+        self.join()
+        for _ in range(
+            8
+        ):  # a sharded network keeps gloo's threads to the very end: none shall still hold a tensor of Python's
             self._accelerator.wait_for_everyone()
 
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Take part in the others' network calls, where they are made together, until none has one to make."""
         if self.attend is not None:
             self.attend()
 
