@@ -92,10 +92,20 @@ def test_shared_weights_that_are_trained_go_from_one_to_two_to_three(straight_fu
     SD3Transformer2DModel.from_pretrained(run / "transformer")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_dies_ends_all_and_the_run_goes_on(straight, tmp_path, victim):
+def test_two_go_on_as_two_would_have_gone_to_the_bit(tmp_path):
+    whole, parts, log = tmp_path / "whole", tmp_path / "parts", tmp_path / "log"
+    shared = (*SMOKE, *FULL)
+    assert launch(2, *shared, "--iterations", "3", "--out", str(whole), log=log).wait(90) == 0, log.read_text()
+    assert launch(2, *shared, "--iterations", "2", "--out", str(parts), log=log).wait(90) == 0, log.read_text()
+    assert launch(2, "--resume", str(parts), "--iterations", "3", log=log).wait(90) == 0, log.read_text()
+    ours, expected = trained(parts), trained(whole)
+    assert all(torch.equal(weight, expected[name]) for name, weight in ours.items())
+
+
+@pytest.mark.parametrize(("victim", "how"), [(0, ()), (1, ()), (1, ("--model.shard",))])
+def test_a_process_that_dies_ends_all_and_the_run_goes_on(straight, tmp_path, victim, how):
     run, log = tmp_path / "run", tmp_path / "log"
-    launched = launch(2, *SMOKE, "--iterations", "500", "--out", str(run), log=log)
+    launched = launch(2, *SMOKE, *how, "--iterations", "500", "--out", str(run), log=log)
     while launched.poll() is None and len(list((run / "checkpoints").glob("iteration_*[0-9]"))) < 2:
         time.sleep(0.05)
     workers = {
