@@ -73,7 +73,7 @@ class Bare:
     def __init__(self, policy: Policy, reward: Reward, config: Config, prompts: list[Prompt]) -> None:
         self.policy, self.reward, self.config = policy, reward, config
         self.prompts = prompts
-        self.condition = policy.encode([p.text for p in prompts])
+        self.condition = policy.encode(prompts)
         self.timestep = policy.levels(10).timestep[5]
         self.passes = FURTHER_PASSES[config.objective.name]
 
@@ -154,12 +154,12 @@ def measure(config: Config, iterations: int) -> dict[str, Any]:
     ranks = Ranks()
     config = settled(config, ranks)
     policy = policy_from(config.model, config.seed, ranks, tiny_decoder=tiny_decoder(config.preview))
-    order, reward = train_order(config.prompts, config.seed), scorer_from(config.reward.terms)
+    order, reward = train_order(config.prompts, config.seed), scorer_from(config.reward.terms, config.reward.frames)
     prompts = order.prompts_for(0, config.prompts.per_iteration)
     config = replace(config, preview=PreviewConfig())
-    config = measured(config, policy, prompts[0].text, ranks)
+    config = measured(config, policy, prompts[0], ranks)
     trainer = Trainer(config, policy, reward, order, ranks)
-    policy.encode([p.text for p in order.prompts_for(0, config.prompts.per_iteration * (iterations + 1))])
+    policy.encode(order.prompts_for(0, config.prompts.per_iteration * (iterations + 1)))
     bare, rows = Bare(policy, reward, config, prompts), []
     with peak_memory() as peak:
         before = bare.measure()

@@ -412,6 +412,10 @@ ROWS += (
     '{"prompt": NaN}',
     "9" * 5000,
 )
+ROWS += tuple(
+    f'{{"prompt": "a", "image": {image}}}'
+    for image in ("null", "3", '""', '"none.png"', '"\\ud800"', '"\\u0000"', '"."')
+)
 ROWS += (DEEP, '{"prompt": "a", "n": ' + "9" * 5000 + "}", "{'prompt': 'a'}", '{"prompt": ["a"]}', '{"a\\nb": 1}')
 
 

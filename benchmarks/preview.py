@@ -48,7 +48,7 @@ class Bench:
     ) -> tuple[dict[str, list[np.ndarray]], torch.Tensor, Trajectories]:
         """Scores of each way by step, final rewards, and the finished group."""
         seen: dict[str, list[np.ndarray]] = {name: [] for name in ways}
-        condition, key = self.policy.encode([prompt.text]), NoiseKey(seed, 0)
+        condition, key = self.policy.encode([prompt]), NoiseKey(seed, 0)
 
         def watch(step: int, batch: Trajectories) -> Trajectories:
             for name, way in ways.items():

@@ -124,7 +124,8 @@ def run(config: Config, seconds: float, every: float, pictures: int) -> list[dic
     """Validation figures against seconds of training, first those of the base."""
     ranks = Ranks()
     config = settled(config, ranks)
-    policy, reward = policy_from(config.model, config.seed, ranks), scorer_from(config.reward.terms)
+    policy = policy_from(config.model, config.seed, ranks)
+    reward = scorer_from(config.reward.terms, config.reward.frames)
     trainer = Trainer(config, policy, reward, train_order(config.prompts, config.seed), ranks)
     prompts, judge = eval_prompts("shapes", "validation", pictures), judge_for("shapes")
     sampling = ode(policy, config.eval.num_inference_steps, 1.0, 64)

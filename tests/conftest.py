@@ -3,6 +3,7 @@ one needs, and a policy of two weights for computing by hand."""
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -100,10 +101,10 @@ def _unet(cross_attention_dim: int = WIDTH // 2, **more: Any) -> Any:
     )
 
 
-def _vae(**scaling: Any) -> Any:
-    from diffusers import AutoencoderKL
+def _vae(kind: str = "AutoencoderKL", **scaling: Any) -> Any:
+    import diffusers
 
-    return AutoencoderKL(
+    return getattr(diffusers, kind)(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 8),
@@ -182,14 +183,23 @@ def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _tiny_sd(tmp_path_factory.mktemp("models") / "tiny-sd-v", "v_prediction")
 
 
-def _tiny_flux(folder: Path, guidance_embeds: bool, **scheduler: Any) -> Path:
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+FLUX_SHIFTS: dict[str, Any] = {
+    "use_dynamic_shifting": True,
+    "base_image_seq_len": 9,
+    "base_shift": 0.4,
+    "max_shift": 1.3,
+}
+
+
+def _tiny_flux(folder: Path, guidance_embeds: bool, kind: str = "FluxPipeline", **scheduler: Any) -> Path:
+    import diffusers
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
     from transformers import CLIPTextModel
 
     clip, t5 = _clip_tokenizer(), _t5_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipeline = FluxPipeline(
+        pipeline = getattr(diffusers, kind)(
             transformer=FluxTransformer2DModel(
                 in_channels=4 * 2 * 2,
                 num_layers=1,
@@ -215,14 +225,20 @@ def _tiny_flux(folder: Path, guidance_embeds: bool, **scheduler: Any) -> Path:
 @pytest.fixture(scope="session")
 def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FLUX.1-dev, told its guidance and shifted by picture size. Its own is 256x256, and tests ask for 16x16."""
-    shifts = {"use_dynamic_shifting": True, "base_image_seq_len": 9, "base_shift": 0.4, "max_shift": 1.3}
-    return _tiny_flux(tmp_path_factory.mktemp("models") / "tiny-flux", True, **shifts)
+    return _tiny_flux(tmp_path_factory.mktemp("models") / "tiny-flux", True, **FLUX_SHIFTS)
 
 
 @pytest.fixture(scope="session")
 def tiny_flux_schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FLUX.1-schnell: guided by a pair of calls if at all, on an even grid."""
     return _tiny_flux(tmp_path_factory.mktemp("models") / "tiny-flux-schnell", False, shift=1.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_kontext(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX.1-Kontext-dev, which changes a picture; told its guidance and shifted as the tiny FLUX.1-dev."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-kontext"
+    return _tiny_flux(folder, True, "FluxKontextPipeline", **FLUX_SHIFTS)
 
 
 @pytest.fixture(scope="session")
@@ -255,6 +271,184 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+FRAMES = 3
+
+
+def frames_of(folder: Path) -> int | None:
+    """How long tests ask a model's videos to be; its own are 81 frames."""
+    return FRAMES if folder.name == "tiny-wan" else None
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan 2.1 with its UniPC: of 16x16 and 3 frames, latents are 4x2x8x8."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    t5 = _t5_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = WanPipeline(
+            tokenizer=t5,
+            text_encoder=UMT5EncoderModel(
+                UMT5Config(vocab_size=len(t5), d_model=WIDTH, d_kv=4, d_ff=WIDTH, num_layers=1, num_heads=2)
+            ),
+            vae=AutoencoderKLWan(
+                base_dim=4,
+                z_dim=4,
+                dim_mult=[1, 2],
+                num_res_blocks=0,
+                temperal_downsample=[True],
+                latents_mean=[0.1, -0.2, 0.3, 0.0],
+                latents_std=[1.5, 0.8, 1.2, 2.0],
+                scale_factor_temporal=2,
+                scale_factor_spatial=2,
+            ),
+            scheduler=UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+            ),
+            transformer=WanTransformer3DModel(
+                in_channels=4,
+                out_channels=4,
+                text_dim=WIDTH,
+                freq_dim=8,
+                ffn_dim=WIDTH,
+                num_layers=2,
+                num_attention_heads=2,
+                attention_head_dim=12,
+                rope_max_seq_len=32,
+            ),
+        )
+    folder = tmp_path_factory.mktemp("models") / "tiny-wan"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+QWEN_IMAGE_WORDS = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the objects"
+    " and background:"
+)
+"""Of the system prompt that its pipeline puts before every text, and drops again as 34 tokens: each word and comma is one."""
+
+
+def _qwen_tokenizer() -> Any:
+    """Letters, and as whole words those of the chat and of `QWEN_IMAGE_WORDS`."""
+    from transformers import Qwen2Tokenizer
+
+    words = ["system", "user", "assistant", " cat", " dog", *re.findall(r" ?\w+", QWEN_IMAGE_WORDS)]
+    words = [word.replace(" ", "Ġ") for word in words]  # as byte-level tokens write a space
+    pieces = dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word)))
+    tokens = dict.fromkeys([*string.ascii_letters, *".,:<>/Ġ", "Ċ", *("".join(piece) for piece in pieces)])
+    tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=list(pieces))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen-Image, whose grid is shifted by picture size and ends at 0.02: of 16x16, latents are 4x8x8."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    tokenizer = _qwen_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    }
+    eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": WIDTH}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = QwenImagePipeline(
+            transformer=QwenImageTransformer2DModel(
+                in_channels=4 * 2 * 2,
+                out_channels=4,
+                num_layers=2,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                joint_attention_dim=WIDTH,
+                axes_dims_rope=(2, 2, 4),
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, base_image_seq_len=9, base_shift=0.5, max_shift=0.9, shift_terminal=0.02
+            ),
+            vae=AutoencoderKLQwenImage(
+                base_dim=4,
+                z_dim=4,
+                dim_mult=[1, 2],
+                num_res_blocks=0,
+                temperal_downsample=[False],
+                latents_mean=[0.1, -0.2, 0.3, 0.0],
+                latents_std=[1.5, 0.8, 1.2, 2.0],
+            ),
+            text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=eyes)),
+            tokenizer=tokenizer,
+        )
+    before = pipeline.prompt_template_encode.partition("{}")[0]
+    assert len(tokenizer(before).input_ids) == pipeline.prompt_template_encode_start_idx
+    folder = tmp_path_factory.mktemp("models") / "tiny-qwen-image"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_flux2_klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX.2 klein base, guided by a pair of calls: of 16x16, latents are 4x8x8. Its text encoder is read at layers 9, 18 and 27."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = _qwen_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = _vae("AutoencoderKLFlux2")
+        for statistic in (vae.bn.running_mean, vae.bn.running_var):
+            statistic.uniform_(0.5, 1.5)
+        transformer = Flux2Transformer2DModel(
+            in_channels=4 * 2 * 2,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 8,
+            timestep_guidance_channels=8,
+            guidance_embeds=False,
+            axes_dims_rope=(2, 2, 2, 2),
+        )
+        for weights in transformer.parameters():
+            weights.data *= 2  # random, but not blind to the text
+        pipeline = Flux2KleinPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=vae,
+            text_encoder=Qwen3ForCausalLM(
+                Qwen3Config(
+                    vocab_size=len(tokenizer),
+                    hidden_size=8,
+                    intermediate_size=4,
+                    num_hidden_layers=27,
+                    num_attention_heads=1,
+                    num_key_value_heads=1,
+                    head_dim=4,
+                    initializer_range=0.3,
+                )
+            ),
+            tokenizer=tokenizer,
+        )
+    folder = tmp_path_factory.mktemp("models") / "tiny-flux2-klein"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 # --- runs of it -------------------------------------------------------------------------------------------------------
 
 PROMPTS = ("red cat", "blue dog", "green bird")
@@ -263,6 +457,21 @@ PROMPTS = ("red cat", "blue dog", "green bird")
 def redness(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
     """A reward that tells any two pictures apart: the mean of the red channel, from 0 to 1."""
     return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
+
+
+def told(*texts: str) -> list[Any]:
+    """Prompts with a source picture each, which differs by the text and which only models that edit look at."""
+    from PIL import Image
+
+    from progrpo.types import Prompt
+
+    drawn = [np.random.default_rng(list(text.encode())).integers(0, 256, (16, 16, 3), np.uint8) for text in texts]
+    return [Prompt(text, {"image": Image.fromarray(pixels)}) for text, pixels in zip(texts, drawn, strict=True)]
+
+
+@pytest.fixture(scope="session", name="told")
+def _told() -> Callable[..., list[Any]]:
+    return told
 
 
 @pytest.fixture(scope="session")
@@ -317,7 +526,15 @@ def tiny_policy(tiny_sd3: Path, tiny_pipeline: Callable[..., Any]) -> Callable[.
     def load(
         weights: Any = "lora", dtype: torch.dtype = torch.float32, moved: float = 0.0, folder: Path = tiny_sd3
     ) -> Any:
-        settings = PolicySettings(weights, lora_rank=2, lora_alpha=4, max_sequence_length=8, dtype=dtype, resolution=16)
+        settings = PolicySettings(
+            weights,
+            lora_rank=2,
+            lora_alpha=4,
+            max_sequence_length=8,
+            dtype=dtype,
+            resolution=16,
+            frames=frames_of(folder),
+        )
         policy = policy_from_pipeline(tiny_pipeline(folder), settings)
         move(policy, moved)
         return policy
@@ -342,16 +559,16 @@ def _move() -> Callable[[Any, float], None]:
 def tiny_trainer(tiny_policy: Callable[..., Any]) -> Callable[..., Any]:
     """A trainer of a configuration, of the tiny policy and of `redness` if no other is given."""
     from progrpo.data import InTurn
+    from progrpo.rewards.frames import OnFrames
     from progrpo.rewards.function import FunctionReward
     from progrpo.rewards.mix import alone
     from progrpo.training.distributed import Ranks
     from progrpo.training.trainer import Trainer
-    from progrpo.types import Prompt
 
     def build(config: Any, policy: Any = None, reward: Callable[..., Any] = redness) -> Any:
         policy = policy or tiny_policy(config.model.weights)
-        order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
-        return Trainer(config, policy, alone(FunctionReward(reward)), order, Ranks())
+        order = InTurn({"": tuple(told(*PROMPTS))}, config.seed)
+        return Trainer(config, policy, alone(OnFrames(FunctionReward(reward), 1)), order, Ranks())
 
     return build
 

@@ -23,6 +23,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from progrpo import __version__
 from progrpo.config import (
     DEVICES,
+    GPU,
     Config,
     PlanConfig,
     RewardTerm,
@@ -33,7 +34,7 @@ from progrpo.config import (
     resolve_plan,
     trained_items,
 )
-from progrpo.durable import DiskError
+from progrpo.durable import DiskError, write_text
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.rollout.plan import summary
 from progrpo.training.errors import Interrupted, LostProcessError, SelfCheckError
@@ -98,12 +99,18 @@ class Recipes:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Say what a recipe's plan costs a prompt: network calls, decodes, rewards. Needs no weights."""
+    """Say what a recipe's plan costs: network calls, decodes, rewards; with --gpu also operations, memory and time. Needs no weights."""
 
     plan: Literal["recipe", "standard", "flash", "posthoc", "none", "sd14", "custom"] = "recipe"
     """The recipe's own plan, or another in its place."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    gpu: GPU | None = None
+    """Estimate memory by what holds it, and time, on such a card."""
+    share_of_peak: float = 0.35
+    """Of the card's peak that a network call is assumed to reach."""
+    processes: int = 1
+    """One to a card."""
     json: FlagCreatePairsOff[bool] = False
     """Print JSON."""
     config: _Fields
@@ -111,6 +118,8 @@ class Plan:
     def run(self) -> None:
         config = self._config()
         check(config)
+        _within(0.01, 1, share_of_peak=self.share_of_peak)
+        _within(1, 100_000, processes=self.processes)
         sampling = config.sampling
         costs = summary(
             resolve_plan(config),
@@ -119,7 +128,12 @@ class Plan:
             sampling.in_pairs,
             config.preview.ode_steps,
         )
-        print(_result({"recipe": config.recipe, "plan": config.plan.preset, **costs}, self.json))
+        told = {"recipe": config.recipe, "plan": config.plan.preset, **costs}
+        if self.gpu is not None:
+            from progrpo.training.estimate import estimate
+
+            told |= estimate(config, self.gpu, self.share_of_peak, self.processes)
+        print(_result(told, self.json))
 
     def _config(self) -> Config:
         sampling, plan = self.config.sampling, self.config.plan
@@ -142,6 +156,8 @@ class Sample:
     """A built-in model's name, a folder in diffusers' format, or a hub id."""
     prompt: tuple[str, ...]
     """One prompt or several."""
+    image: tuple[Path, ...] = ()
+    """For a model that edits: the picture to change, one for all prompts or one for each."""
     lora: Path | None = None
     """A run folder, or a LoRA folder in diffusers' format."""
     out: Path = Path("samples")
@@ -157,7 +173,7 @@ class Sample:
         _within(1, 10_000, count=self.count)
         from progrpo.data import prompts_of
 
-        prompts = [prompt.text for prompt in prompts_of(self.prompt, "--prompt")]
+        prompts = prompts_of(self._rows(), "--prompt")
         from progrpo.training.sample import sample_pictures
 
         files = sample_pictures(
@@ -171,6 +187,15 @@ class Sample:
             count=self.count,
         )
         print("\n".join(str(file) for file in files))
+
+    def _rows(self) -> list[dict[str, str]]:
+        if len(self.image) not in (0, 1, len(self.prompt)):
+            raise ValueError(
+                f"--image: {len(self.image)} pictures for {len(self.prompt)} prompts; give one for all, or one for each"
+            )
+        images = self.image * len(self.prompt) if len(self.image) == 1 else self.image
+        shown = [{"image": str(image)} for image in images] or [{} for _ in self.prompt]
+        return [{"prompt": text, **row} for text, row in zip(self.prompt, shown, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,9 +365,52 @@ class ServeReward:
         serve(self.name, self.host, self.port, settings, self.max_pictures, self.max_megabytes)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Translate the settings of flow_grpo or Flow-Factory into a configuration, and say what became of each."""
+
+    framework: Positional[Literal["flow_grpo", "flow-factory"]]
+    settings: Annotated[Positional[str], arg(metavar="FILE")]
+    """flow_grpo's config/grpo.py:FUNCTION, or Flow-Factory's YAML. It is read, and nothing in it is run."""
+    out: Path | None = None
+    """The configuration's file, for `progrpo train`; without it FUNCTION.json or the YAML's name with .json, here."""
+    overwrite: FlagCreatePairsOff[bool] = False
+    """Replace a file that is already there."""
+    gpus: int | None = None
+    """flow_grpo: on how many it runs, where the file does not say."""
+    script: Literal["auto", "plain", "fast", "guard"] = "auto"
+    """flow_grpo: which of its training scripts reads the settings. `plain` trains all steps, `fast` a window, `guard` by GRPO-Guard's
+    ratio; `auto` tells from the names and from whether a window is set."""
+
+    def run(self) -> None:
+        if self.framework != "flow_grpo" and (self.gpus is not None or self.script != "auto"):
+            raise ValueError(f"--gpus and --script are options of flow_grpo, not of {self.framework}")
+        _within(1, 100_000, gpus=1 if self.gpus is None else self.gpus)
+        from progrpo.imports.account import in_words
+        from progrpo.imports.flow_factory import import_flow_factory
+        from progrpo.imports.flow_grpo import import_flow_grpo
+
+        out = self.out or Path(re.split(r"[:/\\]", self.settings)[-1]).with_suffix(".json")
+        if out.exists() and not self.overwrite:
+            raise ValueError(f"{named(out)} is already there; give another --out, or --overwrite")
+        if self.framework == "flow_grpo":
+            translation = import_flow_grpo(self.settings, self.gpus, self.script)
+        else:
+            translation = import_flow_factory(self.settings)
+        named_so = replace(translation.config, recipe=re.sub(r"[^\w.-]", "-", out.stem)[:100] or "imported")
+        check(named_so)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_text(out, config_to_json(named_so))
+        except OSError as error:
+            raise ValueError(f"{named(out)} cannot be written: {error.strerror}") from None
+        print(f"{in_words(translation)}\n\n{named(out)} is written: progrpo train {named(out)}")
+
+
 COMMANDS: dict[str, type] = {
     "train": Train,
     "recipes": Recipes,
+    "import": Import,
     "plan": Plan,
     "sample": Sample,
     "eval": Eval,
@@ -496,18 +564,26 @@ def _columns(rows: Mapping[str, object]) -> str:
 
 
 def _result(values: Mapping[str, Any], as_json: bool) -> str:
-    return json.dumps(values, indent=2) if as_json else _columns({k: _in_short(v) for k, v in values.items()})
+    if as_json:
+        return json.dumps(values, indent=2)
+    lines: dict[str, str] = {}
+    for name, value in values.items():
+        parts = value if isinstance(value, Mapping) and len(value) > 1 else None
+        lines |= {f"{name}: {part}": _in_short(v) for part, v in parts.items()} if parts else {name: _in_short(value)}
+    return _columns(lines)
 
 
 def _in_short(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, int) and abs(value) >= 10_000:
+        return f"{value:,}"
     if isinstance(value, Mapping):
         return ", ".join(f"{k} {_in_short(v)}" for k, v in value.items())
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _within(low: int, high: int, **options: float) -> None:
+def _within(low: float, high: float, **options: float) -> None:
     for name, value in options.items():
         if not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} must be between {low:,} and {high:,}, not {quoted(value)}")

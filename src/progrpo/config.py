@@ -21,17 +21,24 @@ class ModelConfig:
     path: str = "shapes-flow"
     """A built-in model's name, a folder in diffusers' format, or a hub id."""
     weights: Literal["lora", "full"] = "lora"
-    """Train low-rank adapters (peft) or every weight of the denoiser. The reference of a LoRA is the model without it. That of full
+    """Train low-rank adapters (peft) or every weight of the denoiser. The reference of a fresh LoRA is the model without it. That of full
     weights is a frozen copy, kept only where the objective measures a distance to it (a kl_beta above 0, or dgpo)."""
+    lora: str = ""
+    """A LoRA to train further, in diffusers' format: a run folder, a folder, a file or a hub id; empty: a fresh one. Its rank, alpha and
+    layers are its own, the three fields below are not read. The reference, from which a KL is measured and with which a run
+    compares itself, is the model with this LoRA; what is saved takes its place, on the same base."""
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_targets: tuple[str, ...] = ()
     """Endings of module names to adapt, where `*` stands for anything; empty: attention and feed-forward projections (of both
-    streams of SD3 and FLUX, and of FLUX's single blocks)."""
+    streams of SD3 and FLUX, and of FLUX's single blocks; of Wan's attention to the video and to the text)."""
     max_sequence_length: int = 16
-    """T5 tokens of SD3 and FLUX; there is no attention mask in them, so this changes the picture and multiplies the cost."""
+    """T5 tokens of SD3, FLUX and Wan; there is no attention mask in them, so this changes the picture and multiplies the cost. Wan
+    was made for 512, of which those after the text are zeros."""
     resolution: int | None = None
-    """Side of the square picture in pixels; empty: the model's own (1024 of SD 3.5 and FLUX)."""
+    """Side of the square picture or video in pixels; empty: the model's own (1024 of SD 3.5 and FLUX, 480 of Wan)."""
+    frames: int | None = None
+    """Frames of a video, one more than a multiple of 4 for Wan; empty: the model's own (81 of Wan). Models of pictures have none."""
     keep_text_encoders: bool = False
     """False: every prompt that the run will meet is encoded at its start, and the text encoders leave memory. True: they
     stay, and encode as prompts come; for runs of so many prompts that the embeddings would not fit."""
@@ -43,6 +50,12 @@ class ModelConfig:
     ratios must begin at 1, in float32 only."""
     activation_checkpointing: bool = False
     """Compute activations anew in the backward pass: less memory, about a third more time in the update."""
+    offload: bool = False
+    """The denoiser and the text encoders are on the device by turns, and on the CPU else. The start then takes what the larger of both
+    takes, and not their sum; with `keep_text_encoders` every iteration moves them."""
+    decoding: Literal["whole", "sliced", "tiled"] = "whole"
+    """How many pictures the decoder takes at once: a microbatch, one (the same picture up to rounding), or one in overlapping tiles, whose
+    seams are blended."""
     shard: bool = False
     """With several processes: each holds a part of the denoiser's weights (torch's fully_shard), and blocks are gathered while they run. A LoRA
     stays whole; of weights that are trained in full gradients, averages and the optimizer's state are shared out too. For models too large for
@@ -53,7 +66,8 @@ class ModelConfig:
 class PromptConfig:
     source: str = "shapes"
     """`shapes` (the built-in world, its train split), a .txt (a prompt a line) or .jsonl ({"prompt": ..., columns}) file, or `dataset:NAME`: a
-    dataset of the `datasets` library, on the hub or saved in a folder, with a column `prompt`."""
+    dataset of the `datasets` library, on the hub or saved in a folder, with a column `prompt`. For a model that edits the column
+    `image` is the picture to change; in a file its path, from the file's folder."""
     per_iteration: int = 12
     order: Literal["turn", "signal"] = "turn"
     """`turn`: kinds in turn, each prompt once before any comes again. `signal`: drawn in proportion to how far the rewards of a
@@ -133,6 +147,9 @@ class PreviewConfig:
     probe_threshold: float = 0.5
     """Spearman's correlation with final rewards, mean over the last audits, from which on the probe takes over."""
 
+
+GPU = Literal["h200", "h100", "a100-80gb", "a100-40gb", "l40s", "a6000", "rtx5090", "rtx4090", "rtx3090", "l4"]
+"""Cards whose memory and speed `progrpo plan` knows."""
 
 BUILT_IN_REWARDS = (
     "shapes",
@@ -214,6 +231,9 @@ class RewardConfig:
     """What is rewarded: one reward, or the weighted sum of several. Of the built-in verifier: `shapes` (graded), `shapes_strict` (1 where all is right, else 0)
     and `shapes_mixed` (their mean). For any prompts: clipscore, pickscore, hpsv2, imagereward, aesthetic, ocr, geneval, jpeg_compressibility,
     jpeg_incompressibility, nsfw, vlm, or `module:function`. Each is NAME, WEIGHT*NAME or a JSON object: docs/rewards.md."""
+    frames: int = 4
+    """Of a video, evenly spaced with the first and the last, that a reward of pictures scores; the video's score is their mean. 1: the
+    middle one. A function of yours with `video = True` is given all."""
     quorum: float = 0.5
     """A group of which a smaller share of the survivors has a score is skipped; at least two members are needed always."""
     max_missing: float = 0.5
@@ -470,7 +490,8 @@ def _read_fields(kind: Any, data: Any, prefix: str) -> Any:
         raise ValueError(
             f"{prefix.rstrip('.') or 'a configuration'} must be an object of named fields, not {quoted(data)}"
         )
-    hints = {f.name: get_type_hints(kind)[f.name] for f in fields(kind)}
+    all_hints = get_type_hints(kind)  # once: it compiles every annotation anew
+    hints = {f.name: all_hints[f.name] for f in fields(kind)}
     for name in data:
         if name not in hints:
             close = nearest(prefix + name, _names_at(prefix, hints)) if isinstance(name, str) else ""
@@ -577,6 +598,7 @@ _RULES: dict[str, _Rule] = {
     "model.lora_alpha": _at_least(1),
     "model.max_sequence_length": _between(1, 512),
     "model.resolution": _or_empty(_between(8, 4096), " for the model's own"),
+    "model.frames": _or_empty(_between(1, 1024), " for the model's own"),
     "prompts.per_iteration": _between(1, 100_000),
     "sampling.num_inference_steps": _STEPS,
     "sampling.guidance_scale": _at_least(1),
@@ -592,6 +614,7 @@ _RULES: dict[str, _Rule] = {
     "preview.ode_steps": _STEPS,
     "preview.probe_threshold": _between(-1, 1),
     "reward.terms": (lambda v: len(v) > 0, "one reward or more"),
+    "reward.frames": _between(1, 1024),
     "reward.quorum": _between(0, 1),
     "reward.max_missing": _between(0, 1),
     "reward.waves": _at_least(1),
@@ -679,6 +702,10 @@ def _check_terms(path: str, terms: Sequence[RewardTerm]) -> None:
 
 
 def _check_together(config: Config) -> None:
+    if config.model.lora and config.model.weights != "lora":
+        raise ValueError(
+            f"model.lora must be empty for model.weights {config.model.weights}: a LoRA is trained further as a LoRA"
+        )
     if trains_transitions(config):
         _check_window(config.sampling)
     if config.sampling.sde_window in ("first", "sliding", "random"):
@@ -748,11 +775,12 @@ def _check_shard(config: Config) -> None:
     against = {
         "model.compile": config.model.compile,
         "optim.reuse_rollout": config.optim.reuse_rollout,
+        "model.offload": config.model.offload,
     }
     for name, asked in against.items():
         if asked:
             raise ValueError(
-                f"model.shard must be false for {name}: a block's weights are gathered when it is called, and gone after it"
+                f"model.shard must be false for {name}: a block's weights are gathered on the device when it is called, and gone after it"
             )
     for name, size in (
         ("sampling.microbatch", config.sampling.microbatch),

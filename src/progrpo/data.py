@@ -7,13 +7,14 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from progrpo.sources import COLUMN
 from progrpo.types import Prompt
 from progrpo.words import named, quoted
 from progrpo.zoo.shapes import world
@@ -28,6 +29,7 @@ Prompts = Mapping[str, tuple[Prompt, ...]]
 def load_prompts(source: str, split: str = "train") -> Prompts:
     """The prompts of `shapes` or of `dataset:NAME` (their `split`), or of a .txt or .jsonl file (which has no splits), UTF-8.
 
+    A file's column `image` is the path of a picture, from the file's own folder, and becomes one from the current folder.
     NAME is a folder of `datasets` or its name on the hub; the column `prompt` holds the texts, and without a split `validation` or `test` its
     only one, or `train`, serves. ValueError, one sentence with the line, on a file that is missing, empty, not UTF-8 or not in its format.
     """
@@ -43,12 +45,25 @@ def load_prompts(source: str, split: str = "train") -> Prompts:
     if not os.path.isfile(path):  # which takes every text: Path's own raises at one that is too long
         raise ValueError(f"no prompt file {named(source)}{_nearest(path)}")
     try:
-        prompts = tuple(_READERS[path.suffix](text, where) for text, where in _lines(path))
+        prompts = tuple(
+            _from_folder(path.parent, _READERS[path.suffix](text, where), where) for text, where in _lines(path)
+        )
     except OSError as error:
         raise ValueError(f"the prompt file {named(path)} cannot be read: {error.strerror}") from None
     if not prompts:
         raise ValueError(f"{named(path)} holds no prompt: write one a line")
     return {"": prompts}
+
+
+def _from_folder(folder: Path, prompt: Prompt, where: str) -> Prompt:
+    if (given := prompt.columns.get(COLUMN)) is None:
+        return prompt
+    if not isinstance(given, str):
+        raise ValueError(f"{where}: {COLUMN} must be the path of a picture, not {quoted(given)}")
+    path = os.path.join(folder, os.path.expanduser(given))
+    if not os.path.isfile(path):
+        raise ValueError(f"{where}: {COLUMN}: no picture {named(path)}; give its path from the prompt file's folder")
+    return replace(prompt, columns={**prompt.columns, COLUMN: path})
 
 
 def prompts_of(given: object, name: str) -> tuple[Prompt, ...]:
@@ -89,10 +104,18 @@ def _rows(name: str, split: str) -> tuple[Prompt, ...]:
     if isinstance(found, datasets.DatasetDict):
         there = [s for s in (split, "train", *found) if s in found]
         found = found[there[0]]
-    rows = tuple(prompt_of_row(row, f"dataset:{name}, row {n}") for n, row in enumerate(found))
+    if isinstance(found.features.get(COLUMN), datasets.Image):  # files stay files: thousands of pictures would not fit
+        found = found.cast_column(COLUMN, datasets.Image(decode=False))
+    rows = tuple(prompt_of_row(_with_file(row), f"dataset:{name}, row {n}") for n, row in enumerate(found))
     if not rows:
         raise ValueError(f"dataset:{name} holds no prompt")
     return rows
+
+
+def _with_file(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with a picture's bytes, or its path, in place of the pair that `datasets` has."""
+    pair = row.get(COLUMN)
+    return {**row, COLUMN: pair["bytes"] or pair["path"]} if isinstance(pair, Mapping) else row
 
 
 def _nearest(path: Path) -> str:

@@ -77,30 +77,76 @@ def sd14_hpsv2() -> Config:
     )
 
 
+# What flow_grpo's training scripts adapt: the attention projections of both streams.
+_ATTENTION = tuple(
+    f"attn.{name}"
+    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+)
+_EMA_OF_TWO_UPDATES = (
+    0.974  # flow_grpo's average takes 0.9 of itself at every eighth update; ours is taken once an iteration
+)
+
+
+def _sd35m(reward: str, kl_beta: float, prompts: str = "txt") -> Config:
+    """Flow-GRPO's settings on SD 3.5 Medium (arXiv 2505.05470), of which tasks differ in reward, prompts and KL, with Pro-GRPO's plan.
+
+    Pro-GRPO's own learning settings are not known in public. The std of advantages is that of the survivors, as in its paper; flow_grpo
+    takes the whole batch's: `--objective.advantage batch`.
+    """
+    return Config(
+        recipe=f"sd35m-{reward}",
+        iterations=1000,
+        model=ModelConfig(
+            path="stabilityai/stable-diffusion-3.5-medium",
+            lora_rank=32,
+            lora_alpha=64,
+            lora_targets=_ATTENTION,
+            max_sequence_length=128,
+            resolution=512,
+            dtype="bfloat16",
+        ),
+        prompts=PromptConfig(source=f"prompts.{prompts}", per_iteration=48),
+        sampling=SamplingConfig(guidance_scale=4.5, microbatch=8),
+        plan=PlanConfig(preset="standard"),
+        reward=RewardConfig((RewardTerm(reward),)),
+        objective=ObjectiveConfig(grpo=GRPOConfig(kl_beta=kl_beta, kl_form="flow_grpo")),
+        optim=OptimConfig(lr=3e-4, updates_per_rollout=2, microbatch=8, ema_decay=_EMA_OF_TWO_UPDATES),
+        eval=EvalConfig(prompts=f"eval.{prompts}", pictures=200, num_inference_steps=40, guidance_scale=4.5),
+    )
+
+
 def sd35m_pickscore() -> Config:
     """The paper's run on SD 3.5 Medium towards PickScore; bring prompts.txt and eval.txt.
 
     Plan `standard`, or `--plan.preset flash` (Pro-GRPO, arXiv 2512.15347, whose learning settings are not known in public);
     the rest is Flow-GRPO's (arXiv 2505.05470), whose baseline is `--plan.preset none`, a group of 24.
     """
-    return Config(
-        recipe="sd35m-pickscore",
-        iterations=1000,
-        model=ModelConfig(
-            path="stabilityai/stable-diffusion-3.5-medium",
-            lora_rank=32,
-            lora_alpha=64,
-            max_sequence_length=128,
-            dtype="bfloat16",
-        ),
-        prompts=PromptConfig(source="prompts.txt", per_iteration=48),
-        sampling=SamplingConfig(guidance_scale=4.5, microbatch=8),
-        plan=PlanConfig(preset="standard"),
-        reward=RewardConfig((RewardTerm("pickscore"),)),
-        objective=ObjectiveConfig(grpo=GRPOConfig(kl_beta=0.01, kl_form="flow_grpo")),
-        optim=OptimConfig(lr=3e-4, updates_per_rollout=2, microbatch=8, ema_decay=0.9),
-        eval=EvalConfig(prompts="eval.txt", pictures=200, num_inference_steps=40, guidance_scale=4.5),
-    )
+    return _sd35m("pickscore", kl_beta=0.01)
+
+
+def sd35m_hpsv2() -> Config:
+    """The paper's other reward on SD 3.5 Medium, HPSv2.1; bring prompts.txt and eval.txt.
+
+    Pro-GRPO (arXiv 2512.15347) names such a run and not its settings, and Flow-GRPO (arXiv 2505.05470) has none: these are what it has for
+    PickScore, the other judge of preferences.
+    """
+    return _sd35m("hpsv2", kl_beta=0.01)
+
+
+def sd35m_geneval() -> Config:
+    """SD 3.5 Medium towards GenEval's checks; bring prompts.jsonl and eval.jsonl, GenEval's metadata.
+
+    Flow-GRPO's settings for it (arXiv 2505.05470); the plan is Pro-GRPO's (arXiv 2512.15347), which was not published with this reward.
+    """
+    return _sd35m("geneval", kl_beta=0.04, prompts="jsonl")
+
+
+def sd35m_ocr() -> Config:
+    """SD 3.5 Medium towards text that can be read; bring prompts.txt and eval.txt, with texts in quotes.
+
+    Flow-GRPO's settings for it (arXiv 2505.05470); the plan is Pro-GRPO's (arXiv 2512.15347), which was not published with this reward.
+    """
+    return _sd35m("ocr", kl_beta=0.04)
 
 
 def flux_pickscore() -> Config:
@@ -109,7 +155,6 @@ def flux_pickscore() -> Config:
     Flow-GRPO's settings for it (arXiv 2505.05470), with embedded guidance and the model's own shift; its baseline is
     `--plan.preset none`, a group of 24. The plan is Pro-GRPO's (arXiv 2512.15347), which was not published on FLUX.
     """
-    attention = "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"
     feed_forward = "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"
     return Config(
         recipe="flux-pickscore",
@@ -118,7 +163,7 @@ def flux_pickscore() -> Config:
             path="black-forest-labs/FLUX.1-dev",
             lora_rank=64,
             lora_alpha=128,
-            lora_targets=(*(f"attn.{name}" for name in attention), *feed_forward),
+            lora_targets=(*_ATTENTION, *feed_forward),
             max_sequence_length=128,
             resolution=512,
             dtype="bfloat16",
@@ -130,9 +175,51 @@ def flux_pickscore() -> Config:
         ),
         plan=PlanConfig(preset="standard"),
         reward=RewardConfig((RewardTerm("pickscore"),)),
-        optim=OptimConfig(lr=3e-4, updates_per_rollout=2, microbatch=4, ema_decay=0.9),
+        optim=OptimConfig(lr=3e-4, updates_per_rollout=2, microbatch=4, ema_decay=_EMA_OF_TWO_UPDATES),
         eval=EvalConfig(prompts="eval.txt", pictures=200, num_inference_steps=28, guidance_scale=3.5),
     )
+
+
+def lean(config: Config, gb: int, sampled: int, trained: int, checkpointing: bool = True) -> Config:
+    """A recipe for one GPU of `gb` GB: less at once, latents in bfloat16, and as many prompts an iteration as one GPU can sample.
+
+    `sampled` and `trained` are the rows of a network call, without and with a backward pass. Eight prompts an iteration is Flow-GRPO's
+    own setting for one GPU (arXiv 2505.05470). Text encoders leave memory once the prompts are encoded (`model.keep_text_encoders`). That it
+    fits is reckoned and not measured: where it does not, a run halves its microbatches and goes on.
+    """
+    return replace(
+        config,
+        recipe=f"{config.recipe}-{gb}gb",
+        model=replace(config.model, activation_checkpointing=checkpointing),
+        prompts=replace(config.prompts, per_iteration=8),
+        sampling=replace(config.sampling, latent_dtype="bfloat16", microbatch=sampled),
+        optim=replace(config.optim, microbatch=trained),
+    )
+
+
+def sd35m_pickscore_24gb() -> Config:
+    """`sd35m-pickscore` on one GPU of 24 GB, 8 prompts an iteration; bring prompts.txt and eval.txt."""
+    return lean(sd35m_pickscore(), 24, sampled=4, trained=2)
+
+
+def sd35m_pickscore_48gb() -> Config:
+    """`sd35m-pickscore` on one GPU of 48 GB, 8 prompts an iteration; bring prompts.txt and eval.txt."""
+    return lean(sd35m_pickscore(), 48, sampled=16, trained=8)
+
+
+def sd35m_pickscore_80gb() -> Config:
+    """`sd35m-pickscore` on one GPU of 80 GB, 8 prompts an iteration; bring prompts.txt and eval.txt."""
+    return lean(sd35m_pickscore(), 80, sampled=32, trained=8, checkpointing=False)
+
+
+def flux_pickscore_48gb() -> Config:
+    """`flux-pickscore` on one GPU of 48 GB, 8 prompts an iteration; bring prompts.txt and eval.txt."""
+    return lean(flux_pickscore(), 48, sampled=4, trained=2)
+
+
+def flux_pickscore_80gb() -> Config:
+    """`flux-pickscore` on one GPU of 80 GB, 8 prompts an iteration; bring prompts.txt and eval.txt."""
+    return lean(flux_pickscore(), 80, sampled=16, trained=8)
 
 
 def sd3() -> Config:
@@ -145,6 +232,7 @@ def sd3() -> Config:
             lora_rank=32,
             lora_alpha=64,
             max_sequence_length=128,
+            resolution=512,
             dtype="bfloat16",
         ),
         sampling=SamplingConfig(guidance_scale=4.5, microbatch=8),
@@ -174,7 +262,15 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "shapes-diffusion": shapes_diffusion,
     "sd14-hpsv2": sd14_hpsv2,
     "sd35m-pickscore": sd35m_pickscore,
+    "sd35m-pickscore-24gb": sd35m_pickscore_24gb,
+    "sd35m-pickscore-48gb": sd35m_pickscore_48gb,
+    "sd35m-pickscore-80gb": sd35m_pickscore_80gb,
+    "sd35m-hpsv2": sd35m_hpsv2,
+    "sd35m-geneval": sd35m_geneval,
+    "sd35m-ocr": sd35m_ocr,
     "flux-pickscore": flux_pickscore,
+    "flux-pickscore-48gb": flux_pickscore_48gb,
+    "flux-pickscore-80gb": flux_pickscore_80gb,
     "sd3": sd3,
     "smoke": smoke,
 }

@@ -2,6 +2,9 @@
 
 Dimension letters, everywhere in progrpo: P prompts, G members of a group, K kept members, N flattened rows (prompt-major,
 members ascending), T denoising steps, B microbatch, C H W latent. A suffix names the shape: `x_NCHW`, `rewards_N`.
+
+A video has a frame axis: its latents are (N, C, F, H, W) where a name says NCHW, and what is decoded of them (N, F, H, W, 3) where it
+says NHWC. Steps and densities treat all dims but the first alike, so that only policies, decoders and rewards can tell.
 """
 
 from __future__ import annotations

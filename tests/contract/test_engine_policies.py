@@ -7,17 +7,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
 from progrpo.config import AuditConfig, ModelConfig, OptimConfig, PlanConfig, PreviewConfig, SamplingConfig
 from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.load import load_policy, policy_from_pipeline
+from progrpo.types import Prompt
 
 TEXTS = ("red cat", "blue dog", "green bird")
-FAMILIES = ("tiny_sd3", "tiny_flux", "tiny_flux_schnell", "tiny_sd", "tiny_sdxl")
+SOURCES = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)) for i in range(3)]
+PROMPTS = [Prompt(text, {"image": source}) for text, source in zip(TEXTS, SOURCES, strict=True)]
+OF_PICTURES = ("tiny_sd3", "tiny_flux", "tiny_flux_schnell", "tiny_kontext", "tiny_sd", "tiny_sdxl")
+FAMILIES = (*OF_PICTURES, "tiny_wan")
 SETTINGS = PolicySettings(lora_rank=2, lora_alpha=6, max_sequence_length=8, resolution=16)
 
 
@@ -31,7 +37,8 @@ def loaded(folder: Path, move: Any) -> Any:
     """The family's policy with moved weights."""
 
     def of(**changes: Any) -> Any:
-        policy = load_policy(folder, replace(SETTINGS, **changes))
+        length = 3 if folder.name == "tiny-wan" else None
+        policy = load_policy(folder, replace(SETTINGS, frames=length, **changes))
         move(policy, 0.1)
         return policy
 
@@ -43,7 +50,7 @@ def noise(policy: Policy, count: int = len(TEXTS)) -> Tensor:
 
 
 def predicted(policy: Policy, guidance_scale: float = 1.0) -> Tensor:
-    return policy.predict(noise(policy), torch.tensor(400.0), policy.encode(TEXTS), guidance_scale)
+    return policy.predict(noise(policy), torch.tensor(400.0), policy.encode(PROMPTS), guidance_scale)
 
 
 def differentiated(policy: Policy) -> dict[str, Tensor]:
@@ -91,6 +98,8 @@ def test_features_are_means_and_stds_over_places(loaded, monkeypatch):
         predicted(policy)
     for features, states in zip(found, hidden, strict=True):
         places = states.flatten(2).transpose(1, 2) if states.dim() == 4 else states
+        if policy.edits:
+            places = places[:, : places.shape[1] // 2]  # the source's come after the picture's own
         width = places.shape[2]
         assert features.shape == (len(TEXTS), 2 * width) and places.shape[1] > 1
         torch.testing.assert_close(features[:, :width], places.sum(1) / places.shape[1])
@@ -188,6 +197,7 @@ def save_tiny_decoder(folder: Path, channels: int = 4, scaling_factor: float = 1
     return folder
 
 
+@pytest.mark.parametrize("folder", OF_PICTURES, indirect=True)
 def test_a_tiny_decoder_serves_previews_alone(loaded, tmp_path):
     place = save_tiny_decoder(tmp_path / "tiny")
     plain, policy = loaded(), loaded(tiny_decoder=str(place))
@@ -203,12 +213,14 @@ def test_a_tiny_decoder_serves_previews_alone(loaded, tmp_path):
     assert found.float().std() > 1  # not one grey
 
 
+@pytest.mark.parametrize("folder", OF_PICTURES, indirect=True)
 def test_a_tiny_decoder_is_not_trained(loaded, tmp_path):
     policy = loaded(tiny_decoder=str(save_tiny_decoder(tmp_path / "tiny")))
     assert not any(p.requires_grad for p in policy._tiny.parameters()) and not policy._tiny.training
     assert policy.trainable.keys() == loaded().trainable.keys()
 
 
+@pytest.mark.parametrize("folder", OF_PICTURES, indirect=True)
 def test_a_tiny_decoder_of_other_latents_is_refused(folder, tmp_path):
     place = save_tiny_decoder(tmp_path / "tiny", channels=8)
     with pytest.raises(ValueError, match=r"preview\.tiny_decoder: .*tiny decodes latents of 8 channels.* 4") as found:
@@ -216,12 +228,21 @@ def test_a_tiny_decoder_of_other_latents_is_refused(folder, tmp_path):
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.parametrize("folder", OF_PICTURES, indirect=True)
 def test_a_tiny_decoder_that_is_not_there_is_refused(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for place in (tmp_path / "absent", tmp_path / "empty"):
         with pytest.raises(ValueError, match=r"^preview\.tiny_decoder: cannot load ") as found:
             load_policy(folder, replace(SETTINGS, tiny_decoder=str(place)))
         assert str(place) in str(found.value) and "\n" not in str(found.value)
+
+
+def test_a_tiny_decoder_of_pictures_is_refused_for_videos(tiny_wan, tmp_path):
+    place = save_tiny_decoder(tmp_path / "tiny")
+    with pytest.raises(
+        ValueError, match=r"^preview\.tiny_decoder: an AutoencoderTiny decodes pictures, and .* videos$"
+    ):
+        load_policy(tiny_wan, replace(SETTINGS, frames=3, tiny_decoder=str(place)))
 
 
 # --- compile ----------------------------------------------------------------------------------------------------------

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from torch import Tensor
 
 from progrpo.diffusion.process import Process
 from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.load import load_policy, policy_from_pipeline
 from progrpo.storage import load_state, save_state
+from progrpo.types import Prompt
 
 TEXTS = ("red cat", "blue dog")
+SOURCES = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (24, 20, 3), np.uint8)) for i in range(2)]
+PROMPTS = tuple(Prompt(text, {"image": source}) for text, source in zip(TEXTS, SOURCES, strict=True))
 STEPS = 4
 TOKENS = 12
+FRAMES = 3
 
 
 @dataclass(frozen=True)
@@ -28,10 +35,14 @@ class Case:
     weights: str
     without_gradient: tuple[str, ...] = ()
     """The denoiser's parameters that cannot change the picture, as parts of their names."""
+    always_float32: tuple[str, ...] = ()
+    """Those that diffusers keeps in float32, likewise."""
 
 
 # SD3's last block throws its text stream away, and with it the text's queries.
 SD3_UNUSED = ("blocks.1.attn.add_q_proj", "blocks.1.attn.norm_added_q")
+# So does Qwen-Image's, with what comes after its attention as well.
+QWEN_IMAGE_UNUSED = tuple(f"blocks.1.{name}" for name in ("attn.add_q_proj", "attn.to_add_out", "txt_mlp"))
 CASES = {
     "sd3-lora": Case("tiny_sd3", "lora", without_gradient=SD3_UNUSED),
     "sd3-full": Case("tiny_sd3", "full", without_gradient=SD3_UNUSED),
@@ -41,8 +52,12 @@ CASES = {
     "flux-lora": Case("tiny_flux", "lora"),
     "flux-full": Case("tiny_flux", "full"),
     "flux-schnell-lora": Case("tiny_flux_schnell", "lora"),
+    "kontext-lora": Case("tiny_kontext", "lora"),
+    "flux2-klein-lora": Case("tiny_flux2_klein", "lora"),
+    "qwen-image-lora": Case("tiny_qwen_image", "lora", without_gradient=QWEN_IMAGE_UNUSED),
     "sdxl-lora": Case("tiny_sdxl", "lora"),
     "sdxl-full": Case("tiny_sdxl", "full"),
+    "wan-lora": Case("tiny_wan", "lora", always_float32=("time_embedder",)),
 }
 
 
@@ -69,7 +84,8 @@ def pipeline(folder: Path) -> Any:
 
 def _load(folder: Path | str, weights: Any, **changes: Any) -> Any:
     settings = PolicySettings(weights, lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, resolution=16)
-    return load_policy(folder, replace(settings, **changes))
+    length = FRAMES if Path(folder).name == "tiny-wan" else None
+    return load_policy(folder, replace(settings, **{"frames": length, **changes}))
 
 
 def _pipeline(folder: Path) -> Any:
@@ -77,6 +93,8 @@ def _pipeline(folder: Path) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     if hasattr(pipeline, "unet"):  # whatever it came with, its noise schedule is sampled by DDIM
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    if type(pipeline).__name__ == "WanPipeline":  # in place of UniPC, of the same shift
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipeline.scheduler.config.flow_shift)
     return pipeline
 
 
@@ -94,7 +112,7 @@ def _perturb(policy: Policy, scale: float = 0.1) -> None:
 
 @torch.no_grad()
 def _ode(policy: Policy, guidance_scale: float) -> Tensor:
-    x, condition = _noise(policy), policy.encode(TEXTS)
+    x, condition = _noise(policy), policy.encode(PROMPTS)
     process = Process(policy.prediction, "ddim", policy.levels(STEPS), (0.0,) * STEPS)
     for step in range(STEPS):
         output = policy.predict(x, process.timestep(step, x), condition, guidance_scale)
@@ -103,14 +121,31 @@ def _ode(policy: Policy, guidance_scale: float) -> Tensor:
 
 
 def _diffusers(pipeline: Any, policy: Policy, guidance_scale: float, output_type: str, **prompt: Any) -> Any:
-    latents, side = _noise(policy), policy.latent_shape[-1] * pipeline.vae_scale_factor
-    flux = hasattr(pipeline, "_pack_latents")
-    if flux:
+    video = hasattr(pipeline, "vae_scale_factor_spatial")
+    scale = pipeline.vae_scale_factor_spatial if video else pipeline.vae_scale_factor
+    latents, side = _noise(policy), policy.latent_shape[-1] * scale
+    packed = hasattr(pipeline, "_pack_latents")
+    patchified = hasattr(pipeline, "_patchify_latents")  # before it packs; and it is guided by itself
+    if patchified:
+        latents = pipeline._patchify_latents(latents)
+    elif packed:
         latents = pipeline._pack_latents(latents, *latents.shape)
-    if flux and not policy.embeds_guidance and guidance_scale > 1:
-        prompt |= {"true_cfg_scale": guidance_scale, "negative_prompt": [""] * len(TEXTS)}
-    if hasattr(pipeline, "text_encoder_3") or flux:
+    if packed and not patchified and not policy.embeds_guidance and guidance_scale > 1:
+        nothing = " " if type(pipeline).__name__ == "QwenImagePipeline" else ""
+        prompt |= {"true_cfg_scale": guidance_scale, "negative_prompt": [nothing] * len(TEXTS)}
+    if policy.edits:  # it would go by the source's size, and by the million pixels of the model's own
+        stretched = [source.resize((side, side), Image.Resampling.LANCZOS) for source in SOURCES]
+        prompt |= {"image": prompt.pop("image_latents", stretched), "max_area": side**2, "_auto_resize": False}
+    if hasattr(pipeline, "text_encoder_3") or packed or video:
         prompt["max_sequence_length"] = TOKENS
+    if video:
+        prompt["num_frames"] = FRAMES
+    steps: list[Tensor] = []
+
+    def note(pipeline: Any, step: int, timestep: Any, told: dict[str, Tensor]) -> dict[str, Tensor]:
+        steps.append(told["latents"])
+        return {}
+
     found = pipeline(
         **({} if "prompt_embeds" in prompt else {"prompt": list(TEXTS)}),
         **prompt,
@@ -120,18 +155,22 @@ def _diffusers(pipeline: Any, policy: Policy, guidance_scale: float, output_type
         num_inference_steps=STEPS,
         guidance_scale=guidance_scale,
         output_type=output_type,
-    ).images
-    packed = flux and output_type == "latent"
-    return pipeline._unpack_latents(found, side, side, pipeline.vae_scale_factor) if packed else found
+        return_dict=False,
+        callback_on_step_end=note,
+    )[0]
+    if not packed or output_type != "latent":
+        return found
+    tokens, (height, width) = steps[-1].transpose(1, 2), (count // 2 for count in policy.latent_shape[1:])
+    return torch.nn.functional.pixel_shuffle(tokens.unflatten(2, (height, width)), 2)
 
 
 def _velocity(policy: Policy) -> Tensor:
     with torch.no_grad():
-        return policy.predict(_noise(policy), torch.tensor(700.0), policy.encode(TEXTS))
+        return policy.predict(_noise(policy), torch.tensor(700.0), policy.encode(PROMPTS))
 
 
 def test_without_noise_it_is_the_diffusers_pipeline_bit_for_bit(policy, pipeline):
-    embeddings = policy.encode(TEXTS).tensors  # each text alone: the pipeline's batch of two gives other last bits
+    embeddings = policy.encode(PROMPTS).tensors  # each text alone: the pipeline's batch of two gives other last bits
     assert torch.equal(_ode(policy, 1.0), _diffusers(pipeline, policy, 1.0, "latent", **embeddings))
 
 
@@ -151,6 +190,9 @@ def test_pictures_are_the_diffusers_pipelines(policy, pipeline):
 
 
 def _grey(picture: Any) -> Tensor:
+    """A picture of PIL, or a list of frames, as a tensor."""
+    if isinstance(picture, list):
+        return torch.stack([_grey(frame) for frame in picture])
     return torch.tensor(list(picture.tobytes()), dtype=torch.int32).view(picture.height, picture.width, 3)
 
 
@@ -169,8 +211,8 @@ def test_a_flow_models_levels_are_the_schedulers_own_or_shifted(tiny_sd3):
     assert torch.equal(policy.levels(STEPS).sigma, sigmas)
 
 
-@pytest.mark.parametrize("model", ["tiny_flux", "tiny_flux_schnell"])
-def test_flux_has_the_levels_that_its_pipeline_sampled_on(request, model):
+@pytest.mark.parametrize("model", ["tiny_flux", "tiny_flux_schnell", "tiny_flux2_klein", "tiny_qwen_image"])
+def test_a_packed_model_has_the_levels_that_its_pipeline_sampled_on(request, model):
     folder = request.getfixturevalue(model)
     pipeline = _pipeline(folder)
     for resolution in (8, 16):  # 4 tokens and 16, where the scheduler's base is 9
@@ -180,7 +222,10 @@ def test_flux_has_the_levels_that_its_pipeline_sampled_on(request, model):
         assert torch.equal(levels.sigma, pipeline.scheduler.sigmas)
         assert torch.equal(levels.timestep[:-1], pipeline.scheduler.timesteps) and levels.timestep[-1] == 0
         even = torch.linspace(1, 0, STEPS + 1)
-        torch.testing.assert_close(policy.levels(STEPS, shift=3.0).sigma, 3 * even / (1 + 2 * even))
+        shifted = 3 * even / (1 + 2 * even)
+        if model == "tiny_qwen_image":  # stretched to end at 0.02
+            shifted[:-1] = 1 - (1 - shifted[:-1]) * (1 - 0.02) / (1 - shifted[-2])
+        torch.testing.assert_close(policy.levels(STEPS, shift=3.0).sigma, shifted)
     assert torch.equal(levels.sigma, even) == (model == "tiny_flux_schnell")
 
 
@@ -212,7 +257,7 @@ def test_levels_between_the_grids_are_on_the_way(policy):
 
 
 def test_a_timestep_for_all_is_a_timestep_for_each(policy):
-    condition, x = policy.encode(TEXTS), _noise(policy)
+    condition, x = policy.encode(PROMPTS), _noise(policy)
     for guidance_scale in (1.0, 3.5):
         one = policy.predict(x, torch.tensor(600.0), condition, guidance_scale)
         each = policy.predict(x, torch.tensor([600.0, 600.0]), condition, guidance_scale)
@@ -222,10 +267,10 @@ def test_a_timestep_for_all_is_a_timestep_for_each(policy):
 
 
 def test_each_row_is_told_its_own_prompt(policy):
-    x = _noise(policy, 1).expand(2, -1, -1, -1)
-    v = policy.predict(x, torch.tensor(600.0), policy.encode(TEXTS))
+    x = _noise(policy, 1).expand(2, *policy.latent_shape)
+    v = policy.predict(x, torch.tensor(600.0), policy.encode(PROMPTS))
     assert (v[0] - v[1]).abs().max() > 1e-2
-    back = policy.predict(x, torch.tensor(600.0), policy.encode(TEXTS[::-1]))
+    back = policy.predict(x, torch.tensor(600.0), policy.encode(PROMPTS[::-1]))
     torch.testing.assert_close(back.flip(0), v)
 
 
@@ -234,11 +279,14 @@ def test_guidance_is_taken_between_prompt_and_empty_prompt_with_gradients_throug
         pytest.skip("the network is told of it")
     _perturb(policy)
     x, timestep, w = _noise(policy), torch.tensor(600.0), 3.0
-    v = policy.predict(x, timestep, policy.encode(TEXTS), w)
-    v_c = policy.predict(x, timestep, policy.encode(TEXTS))
+    v = policy.predict(x, timestep, policy.encode(PROMPTS), w)
+    v_c = policy.predict(x, timestep, policy.encode(PROMPTS))
     nothing = policy._unconditional.take(torch.tensor([0, 0]))  # SDXL has zeros for the empty prompt
     v_u = policy.predict(x, timestep, nothing)
     expected = v_u + w * (v_c - v_u)
+    if type(policy).__name__ == "QwenImagePolicy":  # of the conditional's length, in each patch of 2x2
+        lengths = [torch.nn.functional.avg_pool2d(v.square().sum(1, True), 2).sqrt() for v in (v_c, expected)]
+        expected = expected * (lengths[0] / lengths[1]).repeat_interleave(2, 2).repeat_interleave(2, 3)
     torch.testing.assert_close(v, expected, rtol=1e-4, atol=1e-5)
     parameter = next(iter(policy.trainable.values()))
     (gradient,), (expected_gradient,) = (torch.autograd.grad(out.square().mean(), parameter) for out in (v, expected))
@@ -249,7 +297,7 @@ def test_embedded_guidance_is_an_input_of_one_call(tiny_flux, tiny_flux_schnell)
     for folder, rows in ((tiny_flux, [2, 2]), (tiny_flux_schnell, [2, 4])):
         policy, told = _load(folder, "lora"), []
         policy.denoiser.register_forward_pre_hook(lambda m, a, k: told.append(k), with_kwargs=True)  # noqa: B023
-        outputs = [policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(TEXTS), w) for w in (1.0, 3.0)]
+        outputs = [policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(PROMPTS), w) for w in (1.0, 3.0)]
         assert [len(inputs["hidden_states"]) for inputs in told] == rows
         assert (outputs[0] - outputs[1]).abs().max() > 1e-3
         embedded = folder == tiny_flux
@@ -261,10 +309,10 @@ def test_embedded_guidance_is_an_input_of_one_call(tiny_flux, tiny_flux_schnell)
 def test_gradient_reaches_every_trained_weight_and_no_frozen_one(policy, case):
     _perturb(policy)
     before = {name: t.clone() for name, t in policy.frozen()}
-    policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(TEXTS)).square().mean().backward()
+    policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(PROMPTS)).square().mean().backward()
     for name, p in policy.trainable.items():
-        assert p.grad is not None, name
-        assert bool(p.grad.any()) != any(part in name for part in case.without_gradient), name
+        reached = p.grad is not None and bool(p.grad.any())
+        assert reached != any(part in name for part in case.without_gradient), name
     assert not set(before) & set(policy.trainable)
     assert all(t.grad is None and not t.requires_grad for _, t in policy.frozen())
     torch.optim.SGD(policy.trainable.values(), lr=0.1).step()
@@ -274,7 +322,7 @@ def test_gradient_reaches_every_trained_weight_and_no_frozen_one(policy, case):
 def test_reference_is_the_base_model_after_training(policy, pipeline):
     _perturb(policy)
     trained = _ode(policy, 1.0)
-    base = _diffusers(pipeline, policy, 1.0, "latent", **policy.encode(TEXTS).tensors)
+    base = _diffusers(pipeline, policy, 1.0, "latent", **policy.encode(PROMPTS).tensors)
     assert (trained - base).abs().max() > 1e-2
     with policy.weights("reference"):
         assert torch.equal(_ode(policy, 1.0), base)
@@ -320,24 +368,32 @@ def test_saved_weights_give_diffusers_the_trained_pictures(policy, case, pipelin
 
 def test_a_text_is_encoded_once_and_alone(policy):
     calls = []
-    handle = policy._pipeline.text_encoder.register_forward_hook(lambda *args: calls.append(len(args[1][0])))
-    together = policy.encode(["a b", "c d", "a b", ""])
-    again = policy.encode(["c d"])
+    handle = policy._pipeline.text_encoder.register_forward_hook(
+        lambda module, inputs, named, output: calls.append(len([*inputs, *named.values()][0])), with_kwargs=True
+    )
+    first, second, nothing = (Prompt(text, PROMPTS[0].columns) for text in ("a b", "c d", ""))
+    together = policy.encode([first, second, first, nothing])
+    again = policy.encode([second])
     handle.remove()
-    assert calls == [1, 1]  # the empty prompt is known from the start
+    assert calls == [1, 1, 1]
     for name, rows in together.tensors.items():
         assert torch.equal(rows[0], rows[2]) and torch.equal(again.tensors[name][0], rows[1])
         assert not rows.requires_grad
 
 
+def test_what_texts_become_is_known_without_encoding_them(policy):
+    told = policy.encode(PROMPTS[:1]).tensors
+    assert policy.condition_shapes() == {name: tuple(rows.shape[1:]) for name, rows in told.items()}
+
+
 def test_text_encoders_can_be_released(policy):
-    before = policy.encode(TEXTS)
+    before = policy.encode(PROMPTS)
     policy.release_text_encoders()
-    after = policy.encode(TEXTS)
+    after = policy.encode(PROMPTS)
     assert all(torch.equal(rows, after.tensors[name]) for name, rows in before.tensors.items())
     assert policy.predict(_noise(policy), torch.tensor(600.0), after, 3.0).isfinite().all()
     with pytest.raises(ValueError, match=r"'a new one' is new and the text encoders are released"):
-        policy.encode(["a new one"])
+        policy.encode([Prompt("a new one", PROMPTS[0].columns)])
 
 
 def test_nothing_is_random_in_the_network(policy):
@@ -351,12 +407,17 @@ def test_low_precision_keeps_trained_weights_and_velocities_in_float32(case, fol
     low = _load(folder, case.weights, dtype=torch.bfloat16)
     assert {p.dtype for p in low.trainable.values()} == {torch.float32}
     if case.weights == "lora":
-        assert {p.dtype for _, p in low.frozen() if isinstance(p, torch.Tensor) and p.dim() == 2} == {torch.bfloat16}
-    v = low.predict(_noise(low), torch.tensor(600.0), low.encode(TEXTS), 3.0)
+        frozen = [(name, p) for name, p in low.frozen() if p.dim() == 2 and "rope" not in name]
+        wide = {name for name, p in frozen if any(part in name for part in case.always_float32)}
+        assert {p.dtype for name, p in frozen if name not in wide} == {torch.bfloat16}
+        assert {p.dtype for name, p in frozen if name in wide} == ({torch.float32} if case.always_float32 else set())
+    v = low.predict(_noise(low), torch.tensor(600.0), low.encode(PROMPTS), 3.0)
     assert v.dtype == torch.float32
     v.square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in low.trainable.values())
-    expected = policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(TEXTS), 3.0)
+    unused = {name for name in low.trainable if any(part in name for part in case.without_gradient)}
+    for name, p in low.trainable.items():
+        assert name in unused if p.grad is None else p.grad.isfinite().all(), name
+    expected = policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(PROMPTS), 3.0)
     assert (v - expected).abs().max() < 0.1 * expected.abs().max()
     assert low.decode(_noise(low)).dtype == torch.uint8
 
@@ -424,10 +485,10 @@ def test_the_t5_may_be_absent(tiny_sd3):
 )
 def test_what_an_absent_encoder_of_sd3_would_say_is_zeros(tiny_sd3, absent):
     settings = PolicySettings(lora_rank=2, lora_alpha=2, max_sequence_length=TOKENS)
-    whole = dict(policy_from_pipeline(_pipeline(tiny_sd3), settings).encode(["red cat"]).tensors)
+    whole = dict(policy_from_pipeline(_pipeline(tiny_sd3), settings).encode([PROMPTS[0]]).tensors)
     without = {f"{part}{n}": None for n in absent for part in ("text_encoder", "tokenizer")}
     policy = policy_from_pipeline(DiffusionPipeline.from_pretrained(tiny_sd3, **without), settings)
-    found = dict(policy.encode(["red cat"]).tensors)
+    found = dict(policy.encode([PROMPTS[0]]).tensors)
     expected = {name: rows.clone() for name, rows in whole.items()}
     half, clip = whole["pooled_prompt_embeds"].shape[1] // 2, whole["prompt_embeds"].shape[1] - TOKENS
     for n, columns in (("", slice(0, half)), ("_2", slice(half, 2 * half))):
@@ -441,9 +502,9 @@ def test_what_an_absent_encoder_of_sd3_would_say_is_zeros(tiny_sd3, absent):
     for name, rows in expected.items():
         assert torch.equal(found[name], rows), name
     policy.release_text_encoders()
-    assert torch.equal(policy.encode(["red cat"]).tensors["pooled_prompt_embeds"], found["pooled_prompt_embeds"])
+    assert torch.equal(policy.encode([PROMPTS[0]]).tensors["pooled_prompt_embeds"], found["pooled_prompt_embeds"])
     with pytest.raises(ValueError, match="released"):
-        policy.encode(["another"])
+        policy.encode([Prompt("another")])
 
 
 def test_sd3_without_any_text_encoder_is_refused(tiny_sd3):
@@ -468,11 +529,134 @@ def test_a_flux_for_more_than_text_is_refused(tiny_flux):
         policy_from_pipeline(pipeline, PolicySettings())
 
 
-@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux"])
+def test_a_model_that_edits_is_told_the_source_beside_the_noise_and_is_not_asked_about_it(tiny_kontext):
+    policy, told = _load(tiny_kontext, "lora"), []
+    policy.denoiser.register_forward_pre_hook(lambda m, a, k: told.append(k), with_kwargs=True)
+    one, other = (policy.encode([Prompt("red cat", prompt.columns)]) for prompt in PROMPTS)
+    assert torch.equal(one.tensors["prompt_embeds"], other.tensors["prompt_embeds"])
+    x = _noise(policy, 1)
+    v = [policy.predict(x, torch.tensor(600.0), condition) for condition in (one, other)]
+    assert v[0].shape == x.shape and (v[0] - v[1]).abs().max() > 1e-2
+    assert told[0]["hidden_states"].shape == (1, 2 * 16, 16)
+    assert told[0]["img_ids"][:, 0].tolist() == [0.0] * 16 + [1.0] * 16
+    assert torch.equal(told[0]["img_ids"][:16, 1:], told[0]["img_ids"][16:, 1:])
+
+
+def test_a_source_is_encoded_once_as_its_pipeline_does(tiny_kontext, tmp_path):
+    policy, pipeline, encoded = _load(tiny_kontext, "lora"), _pipeline(tiny_kontext), []
+    policy._pipeline.vae.encoder.register_forward_hook(lambda *args: encoded.append(1))
+    SOURCES[0].save(tmp_path / "source.png")
+    path = str(tmp_path / "source.png")
+    asked = [Prompt("red cat", {"image": path}), Prompt("blue dog", {"image": path}), PROMPTS[0]]
+    rows = policy.encode(asked).tensors["image_latents"]
+    assert len(encoded) == 2 and torch.equal(rows[0], rows[1])  # by its path, and by its pixels
+    (tmp_path / "source.png").unlink()
+    assert torch.equal(policy.encode(asked).tensors["image_latents"], rows) and len(encoded) == 2
+    pixels = pipeline.image_processor.preprocess(SOURCES[0], 16, 16)
+    expected = pipeline._encode_vae_image(pixels, None)
+    for row in (rows[0], rows[2]):
+        torch.testing.assert_close(row[None], expected, rtol=0, atol=1e-6)
+
+
+def test_a_pair_of_calls_shows_the_source_in_both(tiny_kontext):
+    pipeline = _pipeline(tiny_kontext)
+    told = {**pipeline.transformer.config, "guidance_embeds": False}
+    pipeline.transformer = type(pipeline.transformer).from_config(told)
+    settings = PolicySettings(lora_rank=2, max_sequence_length=TOKENS, resolution=16)
+    policy = policy_from_pipeline(pipeline, settings)
+    x, condition, w = _noise(policy), policy.encode(PROMPTS), 3.0
+    nothing = policy.encode([Prompt("", prompt.columns) for prompt in PROMPTS])
+    v_u, v_c = (policy.predict(x, torch.tensor(600.0), told) for told in (nothing, condition))
+    v = policy.predict(x, torch.tensor(600.0), condition, w)
+    torch.testing.assert_close(v, v_u + w * (v_c - v_u), rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_without_a_source_is_named(tiny_kontext):
+    policy = _load(tiny_kontext, "lora")
+    for columns, message in (
+        ({}, r"the prompt 'red cat' has no column image: this model changes a picture"),
+        ({"image": 3}, r"column image of the prompt 'red cat' must be a picture or the path of one, not 3"),
+        ({"image": "none.png"}, r"column image of the prompt 'red cat': none\.png cannot be read .*: no such file"),
+        ({"image": b"text"}, r"column image of the prompt 'red cat': what it holds cannot be read as a picture"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            policy.encode([Prompt("red cat", columns)])
+
+
+@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux", "tiny_wan"])
 def test_a_flow_model_with_another_scheduler_is_refused(request, model):
     pipeline = _pipeline(request.getfixturevalue(model))
     pipeline.scheduler = DDIMScheduler()
     with pytest.raises(ValueError, match=r"model\.path: the scheduler is a DDIMScheduler; replace it by a FlowMatch"):
+        policy_from_pipeline(pipeline, PolicySettings())
+
+
+def test_wan_is_sampled_on_eulers_grid_of_its_unipcs_shift(tiny_wan):
+    policy, pipeline = _load(tiny_wan, "lora"), _pipeline(tiny_wan)
+    pipeline.scheduler.set_timesteps(STEPS)
+    assert torch.equal(policy.levels(STEPS).sigma, pipeline.scheduler.sigmas)
+    assert torch.equal(policy.levels(STEPS).timestep[:-1], pipeline.scheduler.timesteps)
+    assert pipeline.scheduler.config.shift == 3
+
+
+def test_a_lora_of_wan_adapts_both_attentions_and_the_feed_forward_by_default(tiny_wan):
+    adapted = {name.split(".lora_")[0] for name in _load(tiny_wan, "lora").trainable}
+    attention = {f"{attn}.{name}" for attn in ("attn1", "attn2") for name in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert adapted == {f"blocks.{i}.{n}" for i in range(2) for n in attention | {"ffn.net.0.proj", "ffn.net.2"}}
+
+
+def test_wans_autoencoder_is_float32_whatever_the_rest_is(tiny_wan):
+    saved = _pipeline(tiny_wan).vae.state_dict()
+    for dtype in (torch.bfloat16, torch.float16):
+        found = _load(tiny_wan, "lora", dtype=dtype)._pipeline.vae.state_dict()
+        assert all(torch.equal(weight, saved[name]) for name, weight in found.items())
+
+
+def test_videos_are_decoded_one_at_a_time(tiny_wan):
+    policy, rows = _load(tiny_wan, "lora"), []
+    policy._pipeline.vae.decoder.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    assert len(policy.decode(_noise(policy, 3))) == 3
+    assert rows == [1] * 3 * 2  # and a latent's frame at a time
+
+
+def test_frames_set_the_length_of_a_video_and_must_fit(tiny_wan, tiny_sd3):
+    for frames, latents in ((1, 1), (7, 4)):
+        policy = _load(tiny_wan, "lora", resolution=8, frames=frames)
+        assert policy.latent_shape == (4, latents, 4, 4)
+        assert policy.decode(_noise(policy, 2)).shape == (2, frames, 8, 8, 3)
+    assert _load(tiny_wan, "lora", resolution=None, frames=None).latent_shape == (4, 41, 240, 240)
+    with pytest.raises(ValueError, match=r"^model\.frames: 8 is not one more than a multiple of 2; .* 7 and 9$"):
+        _load(tiny_wan, "lora", frames=8)
+    with pytest.raises(ValueError, match=r"^model\.frames: this model makes pictures, not videos; leave it empty$"):
+        _load(tiny_sd3, "lora", frames=9)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
+        {"boundary_ratio": 0.875},
+        {"expand_timesteps": True},
+    ],
+)
+def test_a_wan_of_another_kind_is_refused_by_its_index_alone(tiny_wan, tmp_path, change):
+    index = json.loads((tiny_wan / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | change))
+    with pytest.raises(ValueError, match=r"^model\.path: this is a Wan 2\.2, .*; use a text-to-video Wan 2\.1"):
+        _load(tmp_path, "lora")
+
+
+def test_a_wan_of_another_kind_is_refused_as_a_pipeline(tiny_wan):
+    pipeline = _pipeline(tiny_wan)
+    pipeline.register_modules(transformer_2=pipeline.transformer)
+    with pytest.raises(ValueError, match=r"^model\.path: this is a Wan 2\.2"):
+        policy_from_pipeline(pipeline, PolicySettings())
+    pipeline = _pipeline(tiny_wan)
+    pipeline.transformer = type(pipeline.transformer).from_config(pipeline.transformer.config, in_channels=9)
+    with pytest.raises(ValueError, match=r"takes 9 channels where latents have 4; .* not one from picture to video"):
+        policy_from_pipeline(pipeline, PolicySettings())
+    pipeline = DiffusionPipeline.from_pretrained(tiny_wan, text_encoder=None)
+    with pytest.raises(ValueError, match=r"model\.path: the pipeline lacks its text encoder"):
         policy_from_pipeline(pipeline, PolicySettings())
 
 
@@ -493,7 +677,7 @@ def test_a_unets_lora_adapts_the_transformer_blocks_by_default(tiny_sd):
 def test_sdxl_is_told_the_pictures_size_and_zeros_for_no_prompt(tiny_sdxl):
     policy, told = _load(tiny_sdxl, "lora", resolution=8), []
     policy.denoiser.register_forward_pre_hook(lambda m, a, k: told.append(k["added_cond_kwargs"]), with_kwargs=True)
-    policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(TEXTS), 2.0)
+    policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(PROMPTS), 2.0)
     (added,) = told
     assert added["time_ids"].tolist() == [[8, 8, 0, 0, 8, 8]] * 4
     assert not added["text_embeds"][:2].any() and added["text_embeds"][2:].all()
@@ -566,7 +750,7 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(tmp_path, monkeypatch):
         (tmp_path / "empty", "has no model_index.json"),
         (
             other,
-            "is a AllegroPipeline; progrpo trains FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline",
+            "is a AllegroPipeline; progrpo trains Flux2KleinPipeline, FluxKontextPipeline, FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline",
         ),
         (tmp_path / "absent", "neither a built-in model"),
         ("nobody/nothing", "no folder has that name, and the Hugging Face hub was tried"),

@@ -14,7 +14,10 @@ from progrpo.cli import COMMANDS, main
 from progrpo.config import config_from_json
 from progrpo.recipes import RECIPES, load_recipe
 
-NAMES = "quickstart, shapes-diffusion, sd14-hpsv2, sd35m-pickscore, flux-pickscore, sd3, smoke"  # of recipes
+NAMES = (  # of recipes
+    "quickstart, shapes-diffusion, sd14-hpsv2, sd35m-pickscore, sd35m-pickscore-24gb, sd35m-pickscore-48gb, sd35m-pickscore-80gb,"
+    " sd35m-hpsv2, sd35m-geneval, sd35m-ocr, flux-pickscore, flux-pickscore-48gb, flux-pickscore-80gb, sd3, smoke"
+)
 
 
 def refusal(capsys, *args):
@@ -114,7 +117,7 @@ def test_plan_reads_a_config_file(capsys, tmp_path):
     [
         (
             ("trian",),
-            "'trian' is no command of progrpo (train, recipes, plan, sample, eval, report, repro, pretrain, serve-reward);",
+            "'trian' is no command of progrpo (train, recipes, import, plan, sample, eval, report, repro, pretrain, serve-reward);",
         ),
         (("train",), f"a recipe ({NAMES}), a config file or a run folder comes first"),
         (

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
 from progrpo.cli import main
 from progrpo.tracking.run_folder import RunFolder
@@ -88,6 +89,43 @@ def test_stop_and_resume_is_a_straight_run(weights, own, tiny_sd, tmp_path):
     for when in ("before", "after"):
         both = [RunFolder(tmp_path / run).read_evaluation(when) for run in ("straight", "resumed")]
         assert both[0] == both[1] != []
+
+
+def test_a_run_goes_on_from_the_lora_of_another(own, tiny_sd, tmp_path, capsys):
+    options = ["--model.path", str(tiny_sd), *own]
+    assert main(["train", "smoke", "--out", "first", "--iterations", "2", *options]) == 0
+    more = [*options, "--model.lora", "first", "--model.lora-rank", "7"]
+    assert main(["train", "smoke", "--out", "second", "--iterations", "3", *more]) == 0
+    first, second = (RunFolder(tmp_path / run) for run in ("first", "second"))
+    ended, began, after = (
+        [{**record, "picture": None} for record in run.read_evaluation(when)]
+        for run, when in ((first, "after"), (second, "before"), (second, "after"))
+    )
+    assert ended == began != after
+    assert main(["train", "smoke", "--out", "resumed", "--iterations", "1", *more]) == 0
+    assert main(["train", "--resume", "resumed", "--iterations", "3"]) == 0
+    assert untimed(tmp_path / "second") == untimed(tmp_path / "resumed") != []
+    files = [tmp_path / run / "lora" / "pytorch_lora_weights.safetensors" for run in ("second", "resumed", "first")]
+    tensors = [load_file(file) for file in files]
+    assert all(torch.equal(tensors[0][name], tensor) for name, tensor in tensors[1].items())
+    assert all(tensors[0][name].shape == tensor.shape for name, tensor in tensors[2].items())
+
+    capsys.readouterr()
+    asked = ["--reward", "own_reward:redness", "--prompts", "prompts.txt", "--pictures", "3", "--json"]
+    asked += ["--num-inference-steps", "6"]  # as the recipe's own evaluations
+    assert main(["eval", "second", *asked]) == 0  # what it began with is in what it saved, and not twice
+    graded = json.loads(capsys.readouterr().out)["graded"]
+    assert graded == pytest.approx(second.read_summary()["reward_after"], abs=5e-5)
+
+    assert main(["plan", "smoke", *options, "--model.lora", "absent"]) == 0
+    capsys.readouterr()
+    for wrong, sentence in (
+        (["--model.lora", "absent"], "model.lora: cannot train absent further: it is neither a folder, a file nor"),
+        (["--model.lora", "first", "--model.weights", "full"], "model.lora must be empty for model.weights full"),
+    ):
+        assert main(["train", "smoke", "--out", "no", *options, *wrong]) == 2 and not (tmp_path / "no").exists()
+        error = capsys.readouterr().err
+        assert error.startswith(f"progrpo: error: {sentence}") and error.count("\n") == 1
 
 
 def test_the_papers_plans_are_costed_without_weights(capsys):

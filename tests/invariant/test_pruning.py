@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from progrpo.config import PlanConfig, SamplingConfig
+from progrpo.rewards.frames import OnFrames
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.mix import alone
 from progrpo.rollout.meter import Meter
@@ -18,7 +19,7 @@ from progrpo.rollout.plan import Plan, PrunePoint
 from progrpo.rollout.prune import SELECTORS
 from progrpo.rollout.rollout import rollout
 from progrpo.training.build import sampling_from
-from progrpo.types import Prompt, Rollout
+from progrpo.types import Rollout
 
 GROUP = 6
 FULL = Plan(GROUP)
@@ -26,24 +27,24 @@ PRUNED = Plan(GROUP, (PrunePoint(0, 5), PrunePoint(2, 3)))
 TOLERANCE = 1e-5  # between microbatches of different sizes: matrix kernels differ by shape
 
 
-@pytest.fixture(scope="module", params=["tiny_sd3", "tiny_flux"])
+@pytest.fixture(scope="module", params=["tiny_sd3", "tiny_flux", "tiny_kontext"])
 def policy(request, tiny_policy):
     return tiny_policy(moved=0.1, folder=request.getfixturevalue(request.param))
 
 
 @pytest.fixture
-def draw(policy, tiny_config, prompts, redness):
+def draw(policy, tiny_config, prompts, told, redness):
     """A rollout of some of the prompts in slots of choice."""
 
     def run(
         plan: Plan, slots=(0, 1), microbatch=1, guidance_scale=1.0, reward=redness, which=(0, 1), **more
     ) -> Rollout:
-        told = {"guidance_scale": guidance_scale, "embedded_guidance": policy.embeds_guidance}
-        wanted = SamplingConfig(num_inference_steps=4, microbatch=microbatch, **told, **more)
+        guided = {"guidance_scale": guidance_scale, "embedded_guidance": policy.embeds_guidance}
+        wanted = SamplingConfig(num_inference_steps=4, microbatch=microbatch, **guided, **more)
         sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
-        chosen, slot_P = [Prompt(prompts[i]) for i in which], torch.tensor(slots)
+        chosen, slot_P = told(*(prompts[i] for i in which)), torch.tensor(slots)
         parts = plan, sampling, SELECTORS["ovf"], NoiseKey(3, 1), Meter()
-        return rollout(policy, alone(FunctionReward(reward)), chosen, slot_P, *parts)
+        return rollout(policy, alone(OnFrames(FunctionReward(reward), 2)), chosen, slot_P, *parts)
 
     return run
 

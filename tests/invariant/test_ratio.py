@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -89,9 +90,11 @@ SDE, PRESERVING = ("flow_grpo", "dance"), ("ddim", "cps", "cps_reduced")
 SAMPLERS = {
     "sd3": (*SDE, *PRESERVING),
     "flux": (*SDE, *PRESERVING),
+    "kontext": ("flow_grpo",),
     "sd": PRESERVING,
     "sd_v": PRESERVING,
     "sdxl": PRESERVING,
+    "wan": ("flow_grpo",),
 }
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -156,7 +159,7 @@ def test_ratio_is_one_with_full_weights(moved_policy, first, family):
 def test_guarded_ratio_is_one(moved_policy, first, family, latent_dtype):
     policy = moved_policy(family)
     objective, experience = first(policy, "guard", latent_dtype=latent_dtype)
-    assert objective.clip_range == pytest.approx(2e-6 * 256)
+    assert objective.clip_range == pytest.approx(2e-6 * 16 * 64 * 64 / math.prod(policy.latent_shape))
     assert_on_policy(policy, objective, experience)
 
 

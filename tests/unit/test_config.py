@@ -125,6 +125,8 @@ def test_defaults_are_right():
         (Config(iterations=0), "iterations must be at least 1, not 0"),
         (Config(recipe="../x"), "recipe must be a name of letters"),
         (Config(model=ModelConfig(max_sequence_length=513)), "model.max_sequence_length must be between 1 and 512"),
+        (Config(model=ModelConfig(frames=0)), "model.frames must be between 1 and 1,024"),
+        (Config(reward=RewardConfig(frames=0)), "reward.frames must be between 1 and 1,024"),
         (Config(sampling=SamplingConfig(noise_level=0.0)), "sampling.noise_level must be above 0"),
         (Config(sampling=SamplingConfig(noise_level=float("nan"))), "sampling.noise_level must be above 0"),
         (Config(sampling=SamplingConfig(shift=-1.0)), "sampling.shift must be above 0, or empty"),

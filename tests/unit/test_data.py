@@ -6,10 +6,14 @@ import json
 import sys
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from progrpo.data import BySignal, InTurn, load_prompts, prompts_of
+from progrpo.sources import source_of
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 
@@ -229,6 +233,32 @@ def test_by_signal_resumes_exactly(of_easy_and_hard):
     assert set(texts(straight.ahead(8, 9, 5))) >= set(texts(straight.prompts_for(8, 5)))
 
 
+def test_a_files_pictures_are_found_from_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "told").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("told/a.png", "b.png"):
+        Image.new("RGB", (3, 2)).save(path)
+    rows: list[dict[str, Any]] = [
+        {"image": "a.png"},
+        {"image": "../b.png"},
+        {"image": str(tmp_path / "b.png")},
+        {"image": None},
+        {},
+    ]
+    lines = "".join(json.dumps({"prompt": "a", **row}) + "\n" for row in rows)
+    Path("told/prompts.jsonl").write_text(lines)
+    (prompts,) = load_prompts("told/prompts.jsonl").values()
+    assert [source_of(prompt).size for prompt in prompts[:3]] == [(3, 2)] * 3
+    assert [prompt.columns.get("image") for prompt in prompts[3:]] == [None, None]
+    for given, message in (
+        (3, "image must be the path of a picture, not 3"),
+        ("b.png", "image: no picture told/b.png"),
+    ):
+        Path("told/prompts.jsonl").write_text(lines + json.dumps({"prompt": "a", "image": given}))
+        with pytest.raises(ValueError, match=rf"told/prompts\.jsonl, line 6: {message}"):
+            load_prompts("told/prompts.jsonl")
+
+
 # --- the datasets library ---------------------------------------------------------------------------------------------
 
 
@@ -255,6 +285,17 @@ ROWS = tuple(Prompt(f"a cat {i}", {"target": f"t{i}", "n": i}) for i in range(3)
 @pytest.mark.parametrize("name", ["one", "splits", "train", "files"])
 def test_a_datasets_rows_are_prompts_with_columns(saved, name):
     assert load_prompts(f"dataset:{saved / name}") == {"": ROWS}
+
+
+def test_a_datasets_pictures_stay_files_until_they_are_asked_for(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    drawn = Image.new("RGB", (3, 2), (9, 8, 7))
+    rows = {"prompt": ["a", "b"], "image": [drawn, None]}
+    features = datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "edits")
+    one, other = load_prompts(f"dataset:{tmp_path / 'edits'}")[""]
+    assert isinstance(one.columns["image"], bytes) and other.columns["image"] is None
+    assert source_of(one).tobytes() == drawn.tobytes()
 
 
 def test_a_dataset_has_splits_and_train_serves_where_one_lacks(saved):

@@ -12,6 +12,7 @@ from progrpo.config import PlanConfig, PromptConfig
 from progrpo.training import measure
 from progrpo.training.distributed import Ranks
 from progrpo.training.measure import measured
+from progrpo.types import Prompt
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def asked(tiny_config):
 
 
 def chosen(config: Any, policy: Any) -> tuple[int | None, int | None]:
-    found = measured(config, policy, "red cat", Ranks())
+    found = measured(config, policy, Prompt("red cat"), Ranks())
     assert replace(found, sampling=config.sampling, optim=config.optim) == config
     assert replace(found.sampling, microbatch=None) == replace(config.sampling, microbatch=None)
     return found.sampling.microbatch, found.optim.microbatch
@@ -66,7 +67,7 @@ def test_what_is_given_stays_and_nothing_is_measured(policy, asked, monkeypatch)
 
     monkeypatch.setattr(policy, "predict", never)
     config = asked(5, 7)
-    assert measured(config, policy, "red cat", Ranks()) is config
+    assert measured(config, policy, Prompt("red cat"), Ranks()) is config
 
 
 @pytest.mark.parametrize(("sampling", "optim"), [(5, None), (None, 7)])
@@ -178,7 +179,7 @@ def test_where_nothing_fits_a_sentence_says_what_to_give(policy, asked, memory):
     with pytest.raises(
         ValueError, match=r"^sampling\.microbatch: .* fit into the memory of cpu; give it and optim\.microbatch"
     ):
-        measured(asked(), policy, "red cat", Ranks())
+        measured(asked(), policy, Prompt("red cat"), Ranks())
     memory(7, 7)
     with pytest.raises(ValueError, match=r"not even 8 rows fit .* optim\.microbatch"):
-        measured(asked(), policy, "red cat", Ranks())
+        measured(asked(), policy, Prompt("red cat"), Ranks())

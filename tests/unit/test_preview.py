@@ -180,11 +180,11 @@ def test_steps_of_a_diffusion_model_are_ddims_without_noise(linear_diffusion_pol
     assert meter.cost == Cost(nfe=(len(timesteps) - 1) * ROWS)
 
 
-@pytest.mark.parametrize("folder", ["tiny_sd3", "tiny_flux", "tiny_sd"])
+@pytest.mark.parametrize("folder", ["tiny_sd3", "tiny_flux", "tiny_wan", "tiny_sd"])
 def test_as_many_steps_as_are_left_are_the_samplers_own_ode(request, tiny_policy, folder):
     policy, key = tiny_policy(moved=0.1, folder=request.getfixturevalue(folder)), NoiseKey(5, 2)
     process = Process(policy.prediction, "ddim", policy.levels(4), (0.0,) * 4)
-    sampling, condition = Sampling(process, microbatch=4), policy.encode([p.text for p in PROMPTS])
+    sampling, condition = Sampling(process, microbatch=4), policy.encode(PROMPTS)
     batch, found = expand(policy, torch.tensor([0, 1]), 2, sampling, key), []
 
     def watch(step: int, living: Trajectories) -> Trajectories:
@@ -238,7 +238,7 @@ def test_a_trusted_probe_is_asked_and_nothing_is_decoded(linear_policy):
 def test_where_the_probe_is_not_trusted_pictures_are_looked_at(tiny_policy):
     policy, meter, reward = tiny_policy(moved=0.1), Meter(), Counted()
     process = Process(policy.prediction, "ddim", policy.levels(3), (0.0,) * 3)
-    sampling, condition = Sampling(process, microbatch=2), policy.encode([p.text for p in PROMPTS])
+    sampling, condition = Sampling(process, microbatch=2), policy.encode(PROMPTS)
     key, how = NoiseKey(0, 0), Previewing(ode_steps=2, probe=trusted_at(3, 1))
     batch = expand(policy, torch.tensor([0, 1]), 2, sampling, key)
     found = []
@@ -284,7 +284,7 @@ def test_a_rollout_counts_what_its_plan_says_of_probes_and_further_steps(tiny_po
 
 def _width_of_features(policy: Any) -> int:
     with policy.observed() as found, torch.no_grad():
-        policy.predict(torch.zeros(1, *policy.latent_shape), torch.tensor(500.0), policy.encode(["red cat"]))
+        policy.predict(torch.zeros(1, *policy.latent_shape), torch.tensor(500.0), policy.encode(PROMPTS[:1]))
     return sum(f.shape[1] for f in found)
 
 
@@ -296,7 +296,7 @@ def test_the_tiny_decoder_is_used_where_it_is_asked_for(tiny_sd3, tmp_path):
     policy = load_policy(tiny_sd3, PolicySettings(lora_rank=2, max_sequence_length=8, tiny_decoder=str(tmp_path)))
     x = torch.randn(4, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     group, process = torch.tensor([0, 0, 1, 1]), Process("flow", "ddim", policy.levels(2), (0.0, 0.0))
-    batch, condition = Trajectories(group, group, torch.arange(4), x, -x), policy.encode([p.text for p in PROMPTS])
+    batch, condition = Trajectories(group, group, torch.arange(4), x, -x), policy.encode(PROMPTS)
     x0 = process.x0(0, x, -x)
     for tiny, expected in ((True, policy.preview(x0)), (False, policy.decode(x0))):
         parts = batch, 0, Sampling(process, microbatch=3), Previewing(tiny=tiny), Meter()

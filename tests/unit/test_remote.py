@@ -18,6 +18,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from progrpo.rewards.base import Refusal, RewardSettings, Score
+from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.remote import RemoteReward
 from progrpo.rewards.server import make_app
 from progrpo.rewards.shapes import ShapesReward
@@ -95,6 +96,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_scores_are_the_rewards_own_in_order(batch_size):
     with served(Sums(), batch_size=batch_size) as reward:
         assert reward.score(PICTURES, PROMPTS) == [Score(value) for value in SUMS]
+
+
+def test_source_pictures_reach_a_reward_elsewhere(tmp_path):
+    def likeness(images: Any, prompts: Any, image: Any) -> list[float]:
+        pairs = zip(images, image, strict=True)
+        return [-1.0 if b is None else float(np.abs(np.asarray(a, int) - np.asarray(b)).sum()) for a, b in pairs]
+
+    Image.fromarray(PICTURES[1]).save(tmp_path / "source.png")
+    sources = [Image.fromarray(PICTURES[0]), str(tmp_path / "source.png"), None, Image.fromarray(PICTURES[9])]
+    prompts = [Prompt(f"{i}", {"image": source}) for i, source in enumerate(sources)]
+    with served(FunctionReward(likeness), batch_size=4) as reward:
+        found = values(reward.score(PICTURES[:4], prompts))
+    assert found == values(FunctionReward(likeness).score(PICTURES[:4], prompts))
+    assert found[:3] == [0.0, 0.0, -1.0] and found[3] not in (0.0, -1.0)
 
 
 def test_scores_of_a_built_in_reward_are_those_of_here():

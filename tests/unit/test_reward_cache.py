@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from progrpo.rewards.base import Refusal, Score
 from progrpo.rewards.cache import Cached
@@ -55,6 +56,19 @@ def test_another_picture_prompt_column_or_reward_is_another_score(tmp_path):
     for i, (identity, picture, prompt) in enumerate(cases):
         Cached(paid, identity, tmp_path).score(picture, [prompt])
         assert len(paid.shown) == 2 + i
+
+
+def test_a_source_picture_is_told_by_its_pixels(tmp_path):
+    paid, source = Paid(), Image.fromarray(PICTURES[1])
+    source.save(tmp_path / "a.png")
+    Image.fromarray(PICTURES[2]).save(tmp_path / "b.png")
+    cached = Cached(paid, "vlm", tmp_path)
+    cached.score(PICTURES[:1], [Prompt("p", {"image": source})])
+    cached.score(PICTURES[:1], [Prompt("p", {"image": source.copy()})])
+    cached.score(PICTURES[:1], [Prompt("p", {"image": str(tmp_path / "a.png")})])
+    assert paid.shown == ["p"]
+    cached.score(PICTURES[:1], [Prompt("p", {"image": str(tmp_path / "b.png")})])
+    assert paid.shown == ["p", "p"]
 
 
 def test_failures_are_asked_about_again(tmp_path):

@@ -35,6 +35,13 @@ def where(images, prompts):
     return [float(os.getpid())] * len(images)
 
 
+def lengths(images, prompts):
+    return [float(len(video)) for video in images]
+
+
+lengths.video = True
+
+
 def fails(images, prompts):
     if "bad" in prompts:
         raise ZeroDivisionError("of my own making")
@@ -73,6 +80,12 @@ def test_scores_are_those_of_this_process_in_order(here):
             assert found == alone.score(PICTURES[rows], PROMPTS[rows])
         assert reward.score(PICTURES[:0], []) == []
         assert [s.value is None for s in reward.score(PICTURES, PROMPTS)] == [i == 3 for i in range(7)]
+
+
+@pytest.mark.parametrize(("name", "video"), [("lengths", True), ("mean", False)])
+def test_whether_it_is_given_whole_videos_is_known_here(here, name, video):
+    with processes(name, 1) as reward:
+        assert reward.video == video
 
 
 def test_more_processes_than_pictures_are_no_trouble(here):

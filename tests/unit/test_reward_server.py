@@ -127,6 +127,22 @@ def test_prompts_and_columns_reach_the_reward():
         assert values(scores(client, item(picture(), columns={"target": {"x": [1, 2.5]}}))) == [2.5]
 
 
+def test_a_source_picture_is_checked_as_the_other_one(monkeypatch):
+    monkeypatch.setattr(server, "_LARGEST", 100)
+    shown = picture(3, 2)
+    source, large = (base64.b64encode(png(drawn)).decode() for drawn in (shown, picture(11, 10)))
+    with served(Recorded(lambda prompt, value: float(np.asarray(prompt.columns["image"]).sum()))) as client:
+        good, bad, huge = scores(
+            client,
+            item(picture(), image=source),
+            item(picture(), image="no PNG"),
+            item(picture(), image=large),
+        )
+    assert good["value"] == float(shown.sum())
+    assert bad["value"] is None and "no PNG in base64" in bad["error"]
+    assert huge["value"] is None and "pixels" in huge["error"]
+
+
 @pytest.mark.parametrize("wrong", [None, float("nan"), float("inf"), float("-inf")])
 def test_what_is_no_number_is_null_with_an_error(wrong):
     with served(Recorded(lambda prompt, value: wrong if prompt.text == "bad" else value)) as client:
@@ -346,7 +362,7 @@ def test_health_says_what_was_done():
 def test_its_schema_is_told():
     with served() as client:
         schemas = client.get("/openapi.json").json()["components"]["schemas"]
-    assert set(schemas["Item"]["properties"]) == {"id", "png", "prompt", "columns"}
+    assert set(schemas["Item"]["properties"]) == {"id", "png", "prompt", "columns", "image"}
     assert set(schemas["Answer"]["properties"]) == {"id", "value", "passed", "error"}
     assert "8-bit RGB PNG" in schemas["Item"]["properties"]["png"]["description"]
 
@@ -567,6 +583,8 @@ def test_what_cannot_be_served_is_refused_in_one_sentence(capsys, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "pictures of a group" in refusal(capsys, "ranks_of_mine:rank")
+    (tmp_path / "moves_of_mine.py").write_text("def move(images, prompts): return []\nmove.video = True\n")
+    assert "scores whole videos, and a server is sent pictures" in refusal(capsys, "moves_of_mine:move")
     assert "neither built in" in refusal(capsys, "absent")
     assert "--max-pictures must be between 1 and 100,000, not 0" in refusal(capsys, "shapes", "--max-pictures", "0")
     with server._listening("127.0.0.1", 0) as taken:

@@ -94,25 +94,25 @@ def test_members_may_begin_at_their_groups_noise(tiny_policy):
     assert not any(torch.equal(x, second[0]) for x in own.x_NCHW)
 
 
-def test_members_that_began_as_one_part_at_the_first_step(tiny_policy, tiny_config):
+def test_members_that_began_as_one_part_at_the_first_step(tiny_policy, tiny_config, told):
     policy, key = tiny_policy(), NoiseKey(seed=5, iteration=2)
     wanted = SamplingConfig(num_inference_steps=3, same_latent=True)
     sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
     batch = expand(policy, torch.tensor([4, 9]), 3, sampling, key)
-    path = denoise(policy, policy.encode(["red cat", "blue dog"]), batch, sampling, key, Meter()).path
+    path = denoise(policy, policy.encode(told("red cat", "blue dog")), batch, sampling, key, Meter()).path
     assert len(path[0].x_NCHW.flatten(1).unique(dim=0)) == 2
     assert len(path[0].x_next_NCHW.flatten(1).unique(dim=0)) == 6
 
 
 @pytest.mark.parametrize("latent_dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("folder", ["tiny_sd3", "tiny_flux", "tiny_sd"])
-def test_a_trajectory_goes_on_from_what_was_stored(request, tiny_policy, tiny_config, folder, latent_dtype):
+@pytest.mark.parametrize("folder", ["tiny_sd3", "tiny_flux", "tiny_kontext", "tiny_wan", "tiny_sd"])
+def test_a_trajectory_goes_on_from_what_was_stored(request, tiny_policy, tiny_config, told, folder, latent_dtype):
     policy, key = tiny_policy(folder=request.getfixturevalue(folder)), NoiseKey(seed=5, iteration=2)
     dtype, wanted = getattr(torch, latent_dtype), SamplingConfig(num_inference_steps=4, latent_dtype=latent_dtype)
     sampling = sampling_from(tiny_config(sampling=wanted), policy, "means", 0)
     batch = expand(policy, torch.tensor([4, 9]), 2, sampling, key)
     assert torch.equal(batch.x_NCHW.to(dtype).float(), batch.x_NCHW)
-    done = denoise(policy, policy.encode(["red cat", "blue dog"]), batch, sampling, key, Meter())
+    done = denoise(policy, policy.encode(told("red cat", "blue dog")), batch, sampling, key, Meter())
     assert torch.equal(done.path[0].x_NCHW.float(), batch.x_NCHW)
     assert all(torch.equal(t.x_next_NCHW, after.x_NCHW) for t, after in pairwise(done.path))
     for t in done.path:
@@ -127,7 +127,7 @@ def test_a_trajectory_goes_on_from_what_was_stored(request, tiny_policy, tiny_co
     assert done.x_NCHW.dtype == torch.float32 and torch.equal(done.x_NCHW.to(dtype).float(), done.x_NCHW)
 
 
-def test_steps_without_noise_are_rounded_too(tiny_policy):
+def test_steps_without_noise_are_rounded_too(tiny_policy, told):
     policy, key = tiny_policy(), NoiseKey(seed=5, iteration=2)
     sampling = replace(ode(policy, 3, 1.0, 8), latent_dtype=torch.bfloat16)
     batch, seen = expand(policy, torch.tensor([4]), 2, sampling, key), []
@@ -136,7 +136,7 @@ def test_steps_without_noise_are_rounded_too(tiny_policy):
         seen.append(living.x_NCHW)
         return living
 
-    denoise(policy, policy.encode(["red cat"]), batch, sampling, key, Meter(), watch)
+    denoise(policy, policy.encode(told("red cat")), batch, sampling, key, Meter(), watch)
     assert len(seen) == 3 and all(torch.equal(x.bfloat16().float(), x) for x in seen)
 
 

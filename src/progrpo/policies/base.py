@@ -14,38 +14,45 @@ from torch.nn import Parameter
 
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.weights import NamedWeights
-from progrpo.types import Condition
+from progrpo.types import Condition, Prompt
 
 
 @dataclass(frozen=True)
 class PolicySettings:
     """How a pipeline becomes a policy.
 
-    `weights` are trained as a LoRA (of `lora_rank`, `lora_alpha`, and `lora_targets` or the family's own) or in full.
+    `weights` are trained as a LoRA (of `lora_rank`, `lora_alpha`, and `lora_targets` or the family's own) or in full. `lora` is one
+    to train further, by its folder, file or hub id: its rank, alpha and layers then take the place of those.
     `seed` draws the LoRA's A whatever the global generator's state. Trained weights are float32 in every case; the
     denoiser's frozen weights and the VAE are in `dtype`, the text encoders stay in the dtype they came in.
-    `max_sequence_length` counts T5's tokens. `resolution` is the side of the square picture in pixels (none: the model's own).
+    `max_sequence_length` counts T5's tokens. `resolution` is the side of the square picture in pixels, `frames` the length of a
+    video (none: the model's own).
     `compile` has torch compile the denoiser, once for each shape that it meets. `activation_checkpointing` computes activations
-    anew in the backward pass instead of keeping them. `shard` shares a denoiser's weights out among the processes. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
+    anew in the backward pass instead of keeping them. `shard` shares a denoiser's weights out among the processes. With `offload` the
+    denoiser and the text encoders are on the device by turns. `decoding` is of a microbatch at once, of one picture, or of one in tiles. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
     """
 
     weights: Literal["lora", "full"] = "lora"
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_targets: Sequence[str] = ()
+    lora: str = ""
     max_sequence_length: int = 16
     seed: int = 0
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
     resolution: int | None = None
+    frames: int | None = None
     compile: bool = False
     activation_checkpointing: bool = False
     shard: bool = False
+    offload: bool = False
+    decoding: Literal["whole", "sliced", "tiled"] = "whole"
     tiny_decoder: str = ""
 
 
 class Policy(Protocol):
-    """A text-to-image model whose denoiser is trained; one file per model family implements it.
+    """A model of pictures from text, or from text and a picture, whose denoiser is trained; one file per model family implements it.
 
     Everything outside the denoiser is frozen, and there is no dropout anywhere: the same inputs give the same output
     in sampling and in training.
@@ -53,11 +60,13 @@ class Policy(Protocol):
 
     denoiser_name: ClassVar[str]
     """`transformer` or `unet`: what diffusers' pipeline calls the part that is trained."""
+    edits: ClassVar[bool]
+    """Whether the model changes a picture: every prompt must then have one, its column `image` (`progrpo.sources`)."""
     prediction: str
     """What the network's output means, a name of `progrpo.diffusion.prediction.PREDICTIONS`."""
 
-    latent_shape: tuple[int, int, int]
-    """(C, H, W) of one latent."""
+    latent_shape: tuple[int, ...]
+    """(C, H, W) of one latent, of a video (C, F, H, W)."""
     device: torch.device
     trainable: Mapping[str, Parameter]
     """The parameters that the optimizer may change, by their name in the denoiser."""
@@ -81,16 +90,19 @@ class Policy(Protocol):
         """Levels (B,) at places (float64) in [0, T] of that grid."""
         ...
 
-    def encode(self, texts: Sequence[str]) -> Condition:
-        """One row a text, on the policy's device. ValueError for a new text after `release_text_encoders`."""
+    def encode(self, prompts: Sequence[Prompt]) -> Condition:
+        """One row a prompt, on the policy's device: its text and, of a policy that `edits`, its picture; other columns are not read.
+
+        ValueError for a new text after `release_text_encoders`, and for a picture that is lacking or cannot be read.
+        """
         ...
 
     def release_text_encoders(self) -> None:
-        """Free the text encoders; texts that were encoded before can still be asked for."""
+        """Free the text encoders; prompts that were encoded before can still be asked for."""
         ...
 
     def predict(self, x_BCHW: Tensor, timestep: Tensor, condition: Condition, guidance_scale: float = 1.0) -> Tensor:
-        """The network's output at x, float32 (B, C, H, W).
+        """The network's output at x, float32, in x's shape.
 
         `timestep` is () or (B,), row b of `condition` belongs to row b of x. A `guidance_scale` w other than 1 is
         classifier-free guidance, o_u + w (o_c - o_u), with gradients through both branches and twice the cost; a network that
@@ -99,7 +111,7 @@ class Policy(Protocol):
         ...
 
     def decode(self, x0_BCHW: Tensor) -> Tensor:
-        """Pictures, uint8 (B, H, W, 3) on the CPU, without gradient."""
+        """Pictures, uint8 (B, H, W, 3) on the CPU, without gradient; of a model of videos all frames, (B, F, H, W, 3)."""
         ...
 
     def preview(self, x0_BCHW: Tensor) -> Tensor:

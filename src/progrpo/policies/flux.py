@@ -5,24 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from progrpo.policies.flow import FlowPolicy
-from progrpo.types import Condition
-
-_PATCH = 2
-"""Rows and columns of a latent that are one token."""
+from progrpo.policies.base import PolicySettings
+from progrpo.policies.packed import PATCH, PackedFlowPolicy, packed, unpacked
+from progrpo.sources import key_of, source_of
+from progrpo.types import Condition, Prompt
 
 
-class FluxPolicy(FlowPolicy):
+class FluxPolicy(PackedFlowPolicy):
     """A `FluxPipeline`. A LoRA adapts attention and feed-forward of both kinds of blocks: of two streams, and of one.
 
-    Latents are tokens within the network only. FLUX.1-dev is told the guidance scale; FLUX.1-schnell is not, and is guided
+    FLUX.1-dev is told the guidance scale; FLUX.1-schnell is not, and is guided
     by a pair of calls, which its pipeline calls `true_cfg_scale`.
     """
 
@@ -38,33 +35,6 @@ class FluxPolicy(FlowPolicy):
         super()._check(pipeline)
         if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:
             raise ValueError("model.path: the pipeline lacks a text encoder; FLUX is told a text by CLIP and by T5")
-        takes, tokens = pipeline.transformer.config.in_channels, pipeline.vae.config.latent_channels * _PATCH**2
-        if takes != tokens:
-            raise ValueError(
-                f"model.path: the transformer takes {takes} channels where tokens of latents have {tokens}; use a model"
-                " that takes text alone, not one for editing or control"
-            )
-
-    @classmethod
-    def _patch(cls, pipeline: DiffusionPipeline) -> int:
-        return _PATCH
-
-    @classmethod
-    def _sample_size(cls, pipeline: DiffusionPipeline) -> int:
-        size: int = pipeline.default_sample_size
-        return size
-
-    def _grid(self, num_inference_steps: int) -> dict[str, Any]:
-        """Even from 1 to 1/T; a scheduler that shifts by picture size is told the number of tokens as `mu`."""
-        config, (_, height, width) = self._pipeline.scheduler.config, self.latent_shape
-        mu = calculate_shift(
-            height * width // _PATCH**2,
-            config.base_image_seq_len,
-            config.max_image_seq_len,
-            config.base_shift,
-            config.max_shift,
-        )
-        return {"sigmas": np.linspace(1.0, 1 / num_inference_steps, num_inference_steps), "mu": mu}
 
     def _encode_text(self, text: str) -> dict[str, Tensor]:
         embeds, pooled, _ = self._pipeline.encode_prompt(
@@ -72,11 +42,20 @@ class FluxPolicy(FlowPolicy):
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        config, tokens = self.denoiser.config, self._settings.max_sequence_length
+        return {
+            "prompt_embeds": (tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+
     def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
-        told, (height, width) = condition.tensors, (side // _PATCH for side in x_BCHW.shape[2:])
-        places = (torch.arange(count, dtype=torch.float32, device=x_BCHW.device) for count in (1, height, width))
+        told, (height, width) = condition.tensors, (side // PATCH for side in x_BCHW.shape[2:])
+        shown = self._shown(x_BCHW, condition)
+        counts = len(shown), height, width
+        places = (torch.arange(count, dtype=torch.float32, device=x_BCHW.device) for count in counts)
         tokens_BLD = self.denoiser(
-            hidden_states=pixel_unshuffle(x_BCHW, _PATCH).flatten(2).transpose(1, 2),
+            hidden_states=torch.cat([packed(x) for x in shown], dim=1),
             timestep=timestep_B / 1000,  # by which the network multiplies it again
             guidance=told.get("guidance"),
             pooled_projections=told["pooled_prompt_embeds"],
@@ -85,8 +64,49 @@ class FluxPolicy(FlowPolicy):
             img_ids=torch.cartesian_prod(*places),
             return_dict=False,
         )[0]
-        return pixel_shuffle(tokens_BLD.transpose(1, 2).unflatten(2, (height, width)), _PATCH)
+        return unpacked(tokens_BLD[:, : height * width], height, width)
+
+    def _shown(self, x_BCHW: Tensor, condition: Condition) -> list[Tensor]:
+        """Latents of one size that the network sees, each numbered by its tokens' first coordinate; the sample's own come first."""
+        return [x_BCHW]
 
     def _observed_modules(self) -> Sequence[nn.Module]:
         blocks = [*self.denoiser.transformer_blocks, *self.denoiser.single_transformer_blocks]
         return blocks[len(blocks) // 2], blocks[-1]
+
+
+class FluxKontextPolicy(FluxPolicy):
+    """A `FluxKontextPipeline`, which changes a picture as the text says (FLUX.1 Kontext, arXiv 2506.15742).
+
+    The source is stretched to the square that is sampled, encoded, and shown to the network as further tokens, which its output
+    is cut off of. Where guidance is a pair of calls, both see it.
+    """
+
+    edits: ClassVar[bool] = True
+
+    def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, resolution: int) -> None:
+        self._sources: dict[str, Tensor] = {}
+        super().__init__(pipeline, settings, resolution)
+
+    def _row(self, prompt: Prompt) -> dict[str, Tensor]:
+        if (source := key_of(prompt)) not in self._sources:
+            self._sources[source] = self._encode_picture(source_of(prompt))
+        return {**super()._row(prompt), "image_latents": self._sources[source]}
+
+    @torch.no_grad()
+    def _encode_picture(self, image: Image.Image) -> Tensor:
+        pipeline, vae = self._pipeline, self._pipeline.vae
+        pixels = pipeline.image_processor.preprocess(image, height=self._resolution, width=self._resolution)
+        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        scaled: Tensor = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        return scaled[0].to("cpu", self._settings.dtype)
+
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        return super().condition_shapes() | {"image_latents": self.latent_shape}
+
+    def _observe(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        _, height, width = self.latent_shape
+        super()._observe(module, inputs, output[-1][:, : height * width // PATCH**2])  # not those of the source
+
+    def _shown(self, x_BCHW: Tensor, condition: Condition) -> list[Tensor]:
+        return [x_BCHW, condition.tensors["image_latents"]]

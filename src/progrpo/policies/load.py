@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,23 +19,28 @@ from torch.utils.benchmark import Timer
 from transformers.utils import logging as transformers_logging
 
 from progrpo.policies.base import Policy, PolicySettings
-from progrpo.policies.flux import FluxPolicy
+from progrpo.policies.flux import FluxKontextPolicy, FluxPolicy
+from progrpo.policies.flux2 import Flux2KleinPolicy
+from progrpo.policies.lora import HUB_ID, LORA_FILE
 from progrpo.policies.pipeline import PipelinePolicy
+from progrpo.policies.qwen_image import QwenImagePolicy
 from progrpo.policies.sd3 import SD3Policy
 from progrpo.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
+from progrpo.policies.wan import WanPolicy
 from progrpo.words import named
 from progrpo.zoo import WEIGHTS
 
 BUILT_IN = ("shapes-flow", "shapes-diffusion")
 POLICIES: dict[str, type[PipelinePolicy]] = {
+    "Flux2KleinPipeline": Flux2KleinPolicy,
+    "FluxKontextPipeline": FluxKontextPolicy,
     "FluxPipeline": FluxPolicy,
+    "QwenImagePipeline": QwenImagePolicy,
     "StableDiffusion3Pipeline": SD3Policy,
     "StableDiffusionPipeline": StableDiffusionPolicy,
     "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
+    "WanPipeline": WanPolicy,
 }
-
-_LORA = "pytorch_lora_weights.safetensors"
-_HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 
 
 def quiet() -> None:
@@ -66,7 +70,7 @@ def load_policy(path: str | Path, settings: PolicySettings, trained: str | Path 
     Reads safetensors only and runs no code from the folder. ValueError if there is nothing to load, or a pipeline
     class that no policy is written for.
     """
-    source = _locate(path)
+    source = locate(path)
     kind = _supported(source)
     pipeline = _read_pipeline(source, kind, settings)
     if trained is not None:
@@ -80,7 +84,7 @@ def policy_from_pipeline(pipeline: DiffusionPipeline, settings: PolicySettings) 
 
 
 def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path) -> None:
-    if os.path.isfile(folder / _LORA):  # Path's own raises at a name that is too long
+    if os.path.isfile(folder / LORA_FILE):  # Path's own raises at a name that is too long
         with _sayable(folder, "trained weights"):
             _merge_lora(pipeline, folder)
     elif os.path.isfile(folder / "config.json"):
@@ -93,7 +97,7 @@ def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path
             _require_whole(trained, folder)
         setattr(pipeline, denoiser_name, trained.to(base.dtype))
     else:
-        raise ValueError(f"{named(folder)} holds no trained weights: neither {_LORA} nor a denoiser's config.json")
+        raise ValueError(f"{named(folder)} holds no trained weights: neither {LORA_FILE} nor a denoiser's config.json")
 
 
 def _merge_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -101,7 +105,7 @@ def _merge_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
     pipeline.load_lora_weights(folder)
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     taken = sum(p.numel() for part in parts for name, p in part.named_parameters() if "lora_" in name)
-    if taken != (stored := _stored(folder / _LORA)) or not stored:
+    if taken != (stored := _stored(folder / LORA_FILE)) or not stored:
         raise ValueError(
             f"its LoRA has {stored:,} weights, of which this model takes {taken:,}; it is of another model"
         )
@@ -109,7 +113,7 @@ def _merge_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
     pipeline.unload_lora_weights()
 
 
-def _locate(path: str | Path) -> str:
+def locate(path: str | Path) -> str:
     """A folder that has a pipeline in it, or a hub id."""
     if str(path) in BUILT_IN:
         return _built_in(str(path))
@@ -120,7 +124,7 @@ def _locate(path: str | Path) -> str:
                 f"model.path: {named(folder)} has no model_index.json; give a folder written by save_pretrained"
             )
         return folder
-    if _HUB_ID.fullmatch(str(path)):
+    if HUB_ID.fullmatch(str(path)):
         return str(path)
     raise ValueError(
         f"model.path: {named(path) or 'an empty text'} is neither a built-in model ({', '.join(BUILT_IN)}), a folder nor a hub id"
@@ -141,7 +145,9 @@ def _supported(source: str) -> type[PipelinePolicy]:
     """Decided on the pipeline's index alone, before gigabytes are fetched."""
     with _sayable(source):
         index = dict(DiffusionPipeline.load_config(source))
-    return _policy_class(str(index.get("_class_name")), source)
+    kind = _policy_class(str(index.get("_class_name")), source)
+    kind.check_index(index)
+    return kind
 
 
 def _policy_class(name: str, source: str) -> type[PipelinePolicy]:
@@ -160,12 +166,22 @@ def _read_pipeline(source: str, kind: type[PipelinePolicy], settings: PolicySett
             if not isinstance(json.loads(file.read_bytes()), dict):
                 raise ValueError(f"{file} holds no object of named settings")
         pipeline = DiffusionPipeline.from_pretrained(
-            source, dtype={kind.denoiser_name: denoiser, "default": settings.dtype}, use_safetensors=True
+            source,
+            dtype={kind.denoiser_name: denoiser, "vae": kind.vae_dtype or settings.dtype, "default": settings.dtype},
+            use_safetensors=True,
+            **_absent_encoders(source),
         )
         for name, part in pipeline.components.items():
             if part is not None and Path(source).is_dir():
                 _require_whole(part, Path(source, name))
     return pipeline
+
+
+def _absent_encoders(source: str) -> dict[str, None]:
+    """Text encoders that the pipeline was saved without, and their tokenizers: diffusers must be told of them to load the rest."""
+    absent = {name for name, part in DiffusionPipeline.load_config(source).items() if part == [None, None]}
+    encoders = {name for name in absent if name.startswith("text_encoder")}
+    return dict.fromkeys(encoders | {name for name in absent if name.replace("tokenizer", "text_encoder") in encoders})
 
 
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "spiece.model"}

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,9 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
+from progrpo.policies.lora import ADAPTER, continue_lora, in_float32
+from progrpo.policies.offload import Turns
 from progrpo.policies.sharded import Step, all_gathered, share_out
 from progrpo.policies.weights import NamedWeights
-from progrpo.types import Condition
+from progrpo.types import Condition, Prompt
 from progrpo.zoo import WEIGHTS
 
 BUILT_IN_DECODER = "shapes-tiny"
@@ -35,6 +38,11 @@ class PipelinePolicy(ABC):
     """The pipeline's component that is trained."""
     lora_targets: ClassVar[tuple[str, ...]]
     """What a LoRA adapts if nothing else is asked, as endings of module names; `*` stands for anything."""
+    vae_dtype: ClassVar[torch.dtype | None] = None
+    """The autoencoder's, where it is not the rest's."""
+    edits: ClassVar[bool] = False
+    no_prompt: ClassVar[str] = ""
+    """The text that guidance leads away from."""
     prediction: str
 
     def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, resolution: int) -> None:
@@ -45,19 +53,18 @@ class PipelinePolicy(ABC):
         self._encoded: dict[str, dict[str, Tensor]] = {}
         self._released = False
         self._seen: list[Tensor] | None = None
-        self._tiny = _tiny_decoder(pipeline, settings)
+        self._tiny = _tiny_decoder(pipeline, settings, self._latent_channels(pipeline))
         self.compiled = settings.compile
         self._step: Step | None = None
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
         self.embeds_guidance = bool(getattr(self.denoiser.config, "guidance_embeds", False))
-        self.device: torch.device = self.denoiser.device
-        side = resolution // pipeline.vae_scale_factor
-        self.latent_shape: tuple[int, int, int] = (pipeline.vae.config.latent_channels, side, side)
+        self.device: torch.device = torch.device(settings.device)
+        self._turns = _turns(pipeline, self.denoiser, self.device) if settings.offload else None
+        self.latent_shape = self._latents(resolution // self._vae_scale(pipeline))
         self.trainable: Mapping[str, nn.Parameter] = {
             name: p for name, p in self.denoiser.named_parameters() if p.requires_grad
         }
         self.named_weights = NamedWeights(self.trainable)
-        self._unconditional = self._encode_unconditional()
         for module in self._observed_modules():
             module.register_forward_hook(self._observe)
         if settings.activation_checkpointing:
@@ -66,21 +73,26 @@ class PipelinePolicy(ABC):
             _compile(self.denoiser)
         if settings.shard:
             self._step = Step(self.device, self._stand_in)
+            self._shapes = self.network_inputs()  # asked now, while the text encoders are there
 
     @classmethod
     def from_pipeline(cls, pipeline: DiffusionPipeline, settings: PolicySettings) -> Self:
         """Take the pipeline over: it moves to the device, is frozen, and its denoiser gets what `settings` ask for."""
+        cls.check_index(pipeline.config)
         cls._check(pipeline)
         resolution = cls._checked_resolution(pipeline, settings.resolution)
         denoiser = getattr(pipeline, cls.denoiser_name)
         for module in _modules(pipeline):
-            if module is not denoiser or not settings.shard:
+            if not (module is denoiser and settings.shard) and not (module is not pipeline.vae and settings.offload):
                 module.to(settings.device)
             module.requires_grad_(False)
         _cast(pipeline.vae, cls._vae_dtype(pipeline, settings.dtype))
         if settings.weights == "lora":
             _cast(denoiser, settings.dtype)
-            _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
+            if settings.lora:
+                continue_lora(pipeline, cls.denoiser_name, settings.lora)
+            else:
+                _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
             if settings.shard:
                 lora = [p for p in denoiser.parameters() if p.requires_grad]
                 share_out(denoiser, torch.device(settings.device), whole=lora)
@@ -93,13 +105,19 @@ class PipelinePolicy(ABC):
             raise ValueError(f"model.weights: {settings.weights!r} is not known; use 'lora' or 'full'")
         for module in _modules(pipeline):
             module.eval()
+        _set_decoding(pipeline.vae, settings.decoding)
         # pictures are convolved faster in this order of memory: the decoder by a fifth on a CPU, U-Nets on a GPU alone
-        pipeline.vae.to(memory_format=torch.channels_last)
+        if not any(p.ndim == 5 for p in pipeline.vae.parameters()):  # a video's has weights that cannot be in it
+            pipeline.vae.to(memory_format=torch.channels_last)
         if cls.denoiser_name == "unet" and torch.device(settings.device).type == "cuda":
             denoiser.to(memory_format=torch.channels_last)
         return cls(pipeline, settings, resolution)
 
     # --- what a family says of itself -------------------------------------------------------------------------------
+
+    @classmethod  # noqa: B027 (most families refuse nothing by it)
+    def check_index(cls, index: Mapping[str, Any]) -> None:
+        """ValueError for a pipeline that the policy cannot work with, as far as its model_index.json tells."""
 
     @classmethod
     @abstractmethod
@@ -108,7 +126,25 @@ class PipelinePolicy(ABC):
 
     @classmethod
     def _vae_dtype(cls, pipeline: DiffusionPipeline, dtype: torch.dtype) -> torch.dtype:
-        return dtype
+        return cls.vae_dtype or dtype
+
+    @classmethod
+    def _vae_scale(cls, pipeline: DiffusionPipeline) -> int:
+        """Pixels of a picture to a row or column of its latent."""
+        scale: int = pipeline.vae_scale_factor
+        return scale
+
+    def _latents(self, side: int) -> tuple[int, ...]:
+        """The shape of one latent of so many rows and columns."""
+        if self._settings.frames is not None:
+            raise ValueError("model.frames: this model makes pictures, not videos; leave it empty")
+        return (self._latent_channels(self._pipeline), side, side)
+
+    @classmethod
+    def _latent_channels(cls, pipeline: DiffusionPipeline) -> int:
+        config = pipeline.vae.config
+        channels: int = config.z_dim if "z_dim" in config else config.latent_channels  # as autoencoders of videos say
+        return channels
 
     @classmethod
     def _patch(cls, pipeline: DiffusionPipeline) -> int:
@@ -132,6 +168,10 @@ class PipelinePolicy(ABC):
         """Named tensors of one text, each with a first dimension of 1."""
 
     @abstractmethod
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that `encode` gives, without the first dimension: known without encoding anything."""
+
+    @abstractmethod
     def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         """The network's output, in any dtype."""
 
@@ -145,12 +185,18 @@ class PipelinePolicy(ABC):
 
     # --- what they share --------------------------------------------------------------------------------------------
 
-    def encode(self, texts: Sequence[str]) -> Condition:
-        for text in texts:
-            if text not in self._encoded:
-                self._encoded[text] = self._encode_one(text)
-        rows = [self._encoded[text] for text in texts]
+    def encode(self, prompts: Sequence[Prompt]) -> Condition:
+        rows = [self._row(prompt) for prompt in prompts]
         return Condition({name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]})
+
+    def _row(self, prompt: Prompt) -> dict[str, Tensor]:
+        """What the network is told of one prompt, on the CPU."""
+        return self._text_row(prompt.text)
+
+    def _text_row(self, text: str) -> dict[str, Tensor]:
+        if text not in self._encoded:
+            self._encoded[text] = self._encode_one(text)
+        return self._encoded[text]
 
     @torch.no_grad()
     def _encode_one(self, text: str) -> dict[str, Tensor]:
@@ -159,12 +205,23 @@ class PipelinePolicy(ABC):
             raise ValueError(f"{text!r} is new and the text encoders are released; encode all prompts before that")
         return {name: t[0].to("cpu", self._settings.dtype) for name, t in self._encode_text(text).items()}
 
+    def network_inputs(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a row of what the network is told beside latents and timestep."""
+        return self.condition_shapes() | ({"guidance": ()} if self.embeds_guidance else {})
+
     def _encode_unconditional(self) -> Condition:
-        """What guidance leads away from."""
-        return self.encode([""])
+        """What guidance leads away from: no text. What it does not name is the prompt's own in both branches."""
+        return Condition({name: row[None].to(self.device) for name, row in self._text_row(self.no_prompt).items()})
+
+    @cached_property
+    def _unconditional(self) -> Condition:
+        return self._encode_unconditional()
 
     def release_text_encoders(self) -> None:
+        assert self._unconditional  # which is encoded when it is first asked for, and may be later than now
         self._released = True
+        if self._turns is not None:
+            self._turns.leave_to(self.denoiser)
         for name in self._pipeline.components:
             if name.startswith("text_encoder"):
                 setattr(self._pipeline, name, None)
@@ -178,13 +235,16 @@ class PipelinePolicy(ABC):
             return self._output(x_BCHW, timestep_B, condition)
         pair = Condition(
             {
-                name: torch.cat([self._unconditional.tensors[name].expand_as(rows), rows])
+                name: torch.cat([self._unconditional.tensors.get(name, rows).expand_as(rows), rows])
                 for name, rows in condition.tensors.items()
             }
         )
         both = self._output(torch.cat([x_BCHW, x_BCHW]), torch.cat([timestep_B, timestep_B]), pair)
         unconditional, conditional = both.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        return self._guided(unconditional, conditional, guidance_scale)
+
+    def _guided(self, unconditional_BCHW: Tensor, conditional_BCHW: Tensor, guidance_scale: float) -> Tensor:
+        return unconditional_BCHW + guidance_scale * (conditional_BCHW - unconditional_BCHW)
 
     def _output(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         assert all(len(rows) == len(x_BCHW) for rows in condition.tensors.values())
@@ -210,7 +270,10 @@ class PipelinePolicy(ABC):
     def _stand_in(self, weights: int, training: bool) -> None:
         """A network call that takes part in the others' and adds 0 to gradients."""
         x, timestep_B = torch.ones(1, *self.latent_shape, device=self.device), torch.ones(1, device=self.device)
-        told = {**self._unconditional.tensors, **({"guidance": timestep_B} if self.embeds_guidance else {})}
+        told = {
+            name: torch.ones(1, *shape, device=self.device, dtype=self._settings.dtype)
+            for name, shape in self._shapes.items()
+        }
         seen, self._seen = self._seen, None
         with self.named_weights.instead(self.named_weights.names[weights]), torch.set_grad_enabled(training):
             output = self._run(x, timestep_B, Condition(told))
@@ -268,7 +331,7 @@ class PipelinePolicy(ABC):
             denoiser.save_pretrained(folder)
 
     def _save_lora(self, folder: Path) -> None:
-        metadata = self.denoiser.peft_config["default"].to_dict()  # without it alpha is lost
+        metadata = self.denoiser.peft_config[ADAPTER].to_dict()  # without it alpha is lost
         metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: equal weights should be equal files
         layers = get_peft_model_state_dict(self.denoiser)
         names = f"{self.denoiser_name}_lora_layers", f"{self.denoiser_name}_lora_adapter_metadata"
@@ -282,8 +345,8 @@ class PipelinePolicy(ABC):
 
     @classmethod
     def _checked_resolution(cls, pipeline: DiffusionPipeline, resolution: int | None) -> int:
-        own: int = cls._sample_size(pipeline) * pipeline.vae_scale_factor
-        multiple = pipeline.vae_scale_factor * cls._patch(pipeline)
+        own = cls._sample_size(pipeline) * cls._vae_scale(pipeline)
+        multiple = cls._vae_scale(pipeline) * cls._patch(pipeline)
         if resolution is not None and (resolution <= 0 or resolution % multiple):
             raise ValueError(f"resolution: {resolution} is not a multiple of {multiple}; the model's own is {own}")
         return own if resolution is None else resolution
@@ -293,7 +356,7 @@ class PipelinePolicy(ABC):
 def _pictures(decoder: ModelMixin, latents_BCHW: Tensor) -> Tensor:
     pictures_BCHW = decoder.decode(latents_BCHW.to(decoder.dtype), return_dict=False)[0].float()
     bytes_BCHW = (pictures_BCHW * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return bytes_BCHW.permute(0, 2, 3, 1).contiguous().cpu()
+    return bytes_BCHW.movedim(1, -1).contiguous().cpu()
 
 
 def _pooled(output: Any) -> Tensor:
@@ -303,7 +366,7 @@ def _pooled(output: Any) -> Tensor:
     return torch.cat([tokens.mean(1), tokens.std(1)], dim=1)
 
 
-def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings) -> AutoencoderTiny | None:
+def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings, channels: int) -> AutoencoderTiny | None:
     """In the autoencoder's dtype and place; ValueError for one that decodes latents of another kind."""
     if not settings.tiny_decoder:
         return None
@@ -315,13 +378,26 @@ def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings) -> Auto
     except OSError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"preview.tiny_decoder: cannot load {name}: {reason}") from error
-    if tiny.config.latent_channels != vae.config.latent_channels:
+    if tiny.config.latent_channels != channels:
         raise ValueError(
             f"preview.tiny_decoder: {name} decodes latents of {tiny.config.latent_channels} channels, and this"
-            f" model's have {vae.config.latent_channels}; take the one that was made for its autoencoder"
+            f" model's have {channels}; take the one that was made for its autoencoder"
         )
     tiny.requires_grad_(False).eval()
     return tiny.to(settings.device, memory_format=torch.channels_last)
+
+
+def _turns(pipeline: DiffusionPipeline, denoiser: nn.Module, device: torch.device) -> Turns:
+    """The denoiser's, where copies of its weights are taken, and the text encoders'."""
+    encoders = [module for module in _modules(pipeline) if module is not pipeline.vae and module is not denoiser]
+    return Turns(device, [denoiser], encoders)
+
+
+def _set_decoding(vae: ModelMixin, decoding: str) -> None:
+    if decoding != "whole":
+        vae.enable_slicing()
+    if decoding == "tiled":
+        vae.enable_tiling()
 
 
 def _compile(denoiser: ModelMixin) -> None:
@@ -356,6 +432,4 @@ def _add_lora(denoiser: ModelMixin, settings: PolicySettings, targets: tuple[str
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, from the global generator
         torch.default_generator.manual_seed(settings.seed)
         denoiser.add_adapter(config)
-    for parameter in denoiser.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # peft follows the base's dtype, in which small updates vanish
+    in_float32(denoiser)

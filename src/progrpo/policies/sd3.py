@@ -84,6 +84,15 @@ class SD3Policy(FlowPolicy):
         said = encoder(told.input_ids.to(self.device), output_hidden_states=True)
         return said.hidden_states[-2], said[0]
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        config, clip = self.denoiser.config, self._pipeline.text_encoder or self._pipeline.text_encoder_2
+        places = clip.config.max_position_embeddings if clip else self._pipeline.tokenizer_max_length
+        tokens = places + self._settings.max_sequence_length
+        return {
+            "prompt_embeds": (tokens, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+
     def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         output: Tensor = self.denoiser(
             hidden_states=x_BCHW,

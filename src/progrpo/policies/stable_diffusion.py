@@ -71,6 +71,10 @@ class StableDiffusionPolicy(PipelinePolicy):
         )
         return {"prompt_embeds": embeds}
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        tokens = self._pipeline.text_encoder.config.max_position_embeddings
+        return {"prompt_embeds": (tokens, self.denoiser.config.cross_attention_dim)}
+
     def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         output: Tensor = self.denoiser(
             x_BCHW, timestep_B, condition.tensors["prompt_embeds"], return_dict=False, **self._added(condition)
@@ -102,6 +106,10 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
             prompt=[text], device=self.device, do_classifier_free_guidance=False
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        pooled: int = self._pipeline.text_encoder_2.config.projection_dim
+        return super().condition_shapes() | {"pooled_prompt_embeds": (pooled,)}
 
     def _encode_unconditional(self) -> Condition:
         encoded = super()._encode_unconditional()

@@ -1,6 +1,7 @@
 """Copies of the trainable weights under a name: the reference of the KL term, the old policy, an average over time.
 
-The same mechanism serves LoRA and full fine-tuning. A LoRA starts with B = 0, so its reference is the base model.
+The same mechanism serves LoRA and full fine-tuning. A fresh LoRA starts with B = 0, so its reference is the
+base model; one that is trained further has itself, as it was at the start.
 """
 
 from __future__ import annotations

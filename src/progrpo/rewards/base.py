@@ -68,7 +68,10 @@ class RewardSettings:
 
 class Reward(Protocol):
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
-        """One score a picture (uint8, (N, H, W, 3)), in order."""
+        """One score a picture (uint8, (N, H, W, 3)), in order.
+
+        A reward with an attribute `video = True` is given videos (N, F, H, W, 3) whole; another sees some of their frames.
+        """
         ...
 
 

@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from progrpo.rewards.base import Refusal, Reward, Score, check, close
+from progrpo.sources import COLUMN, key, pictures
 from progrpo.types import Prompt
 
 
 class Cached:
     """Asks `reward` only about pictures and prompts that it has not scored before; failures are asked about again.
 
-    A score is found by the sha256 of the reward's `identity` (its name and model), the picture's pixels and size, the prompt and its columns. The file
-    is `folder`/NAME.sqlite, and several processes may use it at once.
+    A score is found by the sha256 of the reward's `identity` (its name and model), the picture's pixels and size, the prompt and its columns
+    (of a source picture its pixels, not its path). The file is `folder`/NAME.sqlite, and several processes may use it at once.
     """
 
     def __init__(self, reward: Reward, identity: str, folder: Path) -> None:
@@ -36,7 +37,10 @@ class Cached:
             ) from error
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
-        keys = [self._key(picture, prompt) for picture, prompt in zip(pictures_NHWC, prompts, strict=True)]
+        sources = [
+            None if source is None else key(source) for source in pictures([p.columns.get(COLUMN) for p in prompts])
+        ]
+        keys = [self._key(*row) for row in zip(pictures_NHWC, prompts, sources, strict=True)]
         known = self._known(keys)
         first = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}  # of equal ones one is asked
         rows = sorted(first.values())
@@ -47,10 +51,9 @@ class Cached:
             known |= new
         return [known[key] for key in keys]
 
-    def _key(self, picture_HWC: np.ndarray, prompt: Prompt) -> str:
-        told = json.dumps(
-            [self._identity, picture_HWC.shape, prompt.text, dict(prompt.columns)], sort_keys=True, default=str
-        )
+    def _key(self, picture_HWC: np.ndarray, prompt: Prompt, source: str | None) -> str:
+        columns = dict(prompt.columns) if source is None else {**prompt.columns, COLUMN: source}
+        told = json.dumps([self._identity, picture_HWC.shape, prompt.text, columns], sort_keys=True, default=str)
         return hashlib.sha256(told.encode() + b"\0" + np.ascontiguousarray(picture_HWC).tobytes()).hexdigest()
 
     def _known(self, keys: Sequence[str]) -> dict[str, Score]:

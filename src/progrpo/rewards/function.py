@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from progrpo.rewards.base import Refusal, Score
+from progrpo.sources import COLUMN, pictures
 from progrpo.types import Prompt
 
 
@@ -20,9 +21,10 @@ class FunctionReward:
     """`function(images, prompts, **columns) -> sequence of float | None`, plain or async, or an object with it as `score`.
 
     `images` are PIL pictures and `prompts` texts. A column reaches the function as a list under its own name if the
-    function has a parameter of that name (or takes `**kwargs`). None, NaN and infinities are missing scores; a `Score` may be
-    returned for a number, to say more. An object's `load()` is called once before its first score, its `close()` when the run
-    ends. With an attribute `groupwise = True` the pictures of one call are a group's, as a ranking needs them.
+    function has a parameter of that name (or takes `**kwargs`); that of source pictures, `image`, holds PIL pictures in RGB.
+    None, NaN and infinities are missing scores; a `Score` may be returned for a number, to say more. An object's `load()` is
+    called once before its first score, its `close()` when the run ends. With an attribute `groupwise = True` the pictures of one call are a group's, as a ranking needs them.
+    With `video = True` an image is a whole video, a uint8 array (F, H, W, 3), and a picture one of a single frame.
     """
 
     def __init__(self, function: Any, batch_size: int | None = None) -> None:
@@ -31,6 +33,7 @@ class FunctionReward:
         if not callable(self.function):
             raise Refusal(f"reward {function!r} is neither a function nor an object with a method score")
         self.groupwise = bool(getattr(function, "groupwise", False))
+        self.video = bool(getattr(function, "video", False))
         self._whole, self._batch_size = function, batch_size
         self._loaded, self._one = False, threading.Lock()
         self._called = getattr(self.function, "__qualname__", "function")
@@ -65,8 +68,11 @@ class FunctionReward:
     def _call(
         self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt], columns: dict[str, list[Any]], part: slice
     ) -> list[Score]:
-        images = [Image.fromarray(p) for p in pictures_NHWC]
-        told = {name: values[part] for name, values in columns.items()}
+        if self.video:
+            images: list[Any] = list(pictures_NHWC if pictures_NHWC.ndim == 5 else pictures_NHWC[:, None])
+        else:
+            images = [Image.fromarray(p) for p in pictures_NHWC]
+        told = {name: pictures(values[part]) if name == COLUMN else values[part] for name, values in columns.items()}
         values = self.function(images, [p.text for p in prompts], **told)
         if inspect.iscoroutine(values):
             values = _finished(values)

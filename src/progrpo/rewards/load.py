@@ -83,7 +83,7 @@ def load_reward(name: str, settings: RewardSettings = RewardSettings(), processe
         raise Refusal(f"reward {name!r} ranks a group, which processes would take apart; leave out its processes")
     from progrpo.rewards.processes import InProcesses
 
-    return InProcesses(load_reward, name, processes, settings)
+    return InProcesses(load_reward, name, processes, settings, bool(getattr(here, "video", False)))
 
 
 def _load(name: str, settings: RewardSettings) -> Reward:

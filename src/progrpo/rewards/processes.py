@@ -31,9 +31,15 @@ class InProcesses:
     """
 
     def __init__(
-        self, make: Callable[[str, RewardSettings], Reward], name: str, count: int, settings: RewardSettings
+        self,
+        make: Callable[[str, RewardSettings], Reward],
+        name: str,
+        count: int,
+        settings: RewardSettings,
+        video: bool = False,
     ) -> None:
-        self._count = count
+        """`video`: the reward is given videos whole."""
+        self._count, self.video = count, video
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
         self._pool = ProcessPoolExecutor(count, context, initializer=_load, initargs=(make, name, settings))
 

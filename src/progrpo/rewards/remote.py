@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from progrpo.rewards.base import Refusal, RewardSettings, Score
+from progrpo.sources import COLUMN, pictures
 from progrpo.types import Prompt
 
 PROTOCOL: Final = 1
@@ -71,7 +72,7 @@ class RemoteReward:
             return []
         self._meet()
         # a reward sees which columns there are: a request must not lack one because its own prompts do
-        names = sorted({name for prompt in prompts for name in prompt.columns})
+        names = sorted({name for prompt in prompts for name in prompt.columns} - {COLUMN})
         told = [{name: p.columns.get(name) for name in names} for p in prompts]
         parts = [slice(i, i + self._batch_size) for i in range(0, len(prompts), self._batch_size)]
         outage = _Outage()  # shared, so that many requests wait for a server that is down no longer than one
@@ -125,10 +126,14 @@ class RemoteReward:
         columns: Sequence[Mapping[str, Any]],
         outage: _Outage,
     ) -> list[Score]:
-        items = [
+        items: list[dict[str, Any]] = [
             {"id": i, "png": _png(picture), "prompt": prompt.text, "columns": told}
             for i, (picture, prompt, told) in enumerate(zip(pictures_NHWC, prompts, columns, strict=True))
         ]
+        if any(COLUMN in prompt.columns for prompt in prompts):
+            sources = pictures([prompt.columns.get(COLUMN) for prompt in prompts])
+            for item, source in zip(items, sources, strict=True):
+                item["image"] = None if source is None else _png(np.asarray(source))
         try:
             response = self._send("POST", "/v1/score", self._json(items), outage=outage)
             return _scores(_object(response).get("scores"), len(items))

@@ -1,6 +1,6 @@
 """A reward for other machines, over HTTP: pictures as PNG in JSON, a score for each back. Its client is RemoteReward.
 
-    POST /v1/score  {"version": 1, "reward": NAME, "items": [{"id": 0, "png": BASE64, "prompt": TEXT, "columns": {}}, ...]}
+    POST /v1/score  {"version": 1, "reward": NAME, "items": [{"id": 0, "png": BASE64, "prompt": TEXT, "columns": {}, "image": BASE64}, ...]}
                     {"version": 1, "reward": NAME, "scores": [{"id": 0, "value": 0.5, "passed": null, "error": null}, ...]}
     GET /health     {"status": "ok", "reward": NAME, "version": ..., "protocol": 1, "requests": ..., ...}
     GET /openapi.json, their schema
@@ -43,6 +43,7 @@ from progrpo import __version__
 from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score, close
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.remote import PROTOCOL, TOKEN
+from progrpo.sources import COLUMN
 from progrpo.types import Prompt
 
 _LARGEST = 4096 * 4096  # pixels of a picture
@@ -70,6 +71,8 @@ def serve(
         raise ValueError(
             f"reward {name!r} compares the pictures of a group, and a server does not know which these are"
         )
+    if getattr(reward, "video", False):
+        raise ValueError(f"reward {name!r} scores whole videos, and a server is sent pictures")
     reward.score(np.zeros((0, 8, 8, 3), np.uint8), [])
     app = make_app(name, reward, token, settings.batch, max_pictures, max_megabytes)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=75, ws="none", lifespan="on")
@@ -102,6 +105,8 @@ class Item(BaseModel, use_attribute_docstrings=True):
     """Base64 of an 8-bit RGB PNG."""
     prompt: str
     columns: dict[str, JsonValue] = {}
+    image: str | None = None
+    """The prompt's source picture likewise, where it has one; the reward finds it in the column of that name."""
     id: int | None = None
     """Comes back with the score."""
 
@@ -172,16 +177,17 @@ def make_app(
             raise HTTPException(422, f"this server gives the reward {name!r}, not {question.reward!r}")
         if len(items) > max_pictures:
             raise HTTPException(413, f"{len(items)} pictures in one request; this server takes {max_pictures} at most")
-        opened = await run_in_threadpool(lambda: [_opened(item) for item in items])
-        size = sum(_BYTES_A_PIXEL * image.width * image.height for image in opened if isinstance(image, Image.Image))
+        opened = await run_in_threadpool(lambda: [_opened_both(item) for item in items])
+        there = [image for both in opened if not isinstance(both, Score) for image in both if image is not None]
+        size = sum(_BYTES_A_PIXEL * image.width * image.height for image in there)
         if size > 4 * max_megabytes * 2**20:
             raise HTTPException(413, f"pictures that need {size >> 20} MB in one request; send fewer at a time")
         with room.held(size):
-            pictures = await run_in_threadpool(lambda: [_decoded(image) for image in opened])
-            readable = [(p, item) for p, item in zip(pictures, items, strict=True) if isinstance(p, np.ndarray)]
-            asked = batches.ask([p for p, _ in readable], [Prompt(item.prompt, item.columns) for _, item in readable])
+            decoded = await run_in_threadpool(lambda: list(map(_decoded, items, opened)))
+            readable = [both for both in decoded if not isinstance(both, Score)]
+            asked = batches.ask([picture for picture, _ in readable], [prompt for _, prompt in readable])
             answers = iter(await _unless_gone(asked, request))
-        found = [next(answers) if isinstance(p, np.ndarray) else p for p in pictures]
+        found = [both if isinstance(both, Score) else next(answers) for both in decoded]
         refusal = next((f for f in found if isinstance(f, Refusal)), None)
         if refusal is not None:
             raise HTTPException(422, _in_words(refusal))
@@ -235,10 +241,21 @@ async def _gone(request: Request) -> None:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _opened(item: Item) -> Image.Image | Score:
-    """A picture of which no more than the header was read, or the score that is missing for it."""
+_Opened = tuple[Image.Image, Image.Image | None] | Score
+
+
+def _opened_both(item: Item) -> _Opened:
+    """A picture and its prompt's source, of which no more than the headers were read, or the score that is missing for them."""
+    image = _opened(item.png)
+    if isinstance(image, Score) or item.image is None:
+        return image if isinstance(image, Score) else (image, None)
+    source = _opened(item.image)
+    return source if isinstance(source, Score) else (image, source)
+
+
+def _opened(png: str) -> Image.Image | Score:
     try:
-        image = Image.open(BytesIO(base64.b64decode(item.png, validate=True)), formats=["PNG"])
+        image = Image.open(BytesIO(base64.b64decode(png, validate=True)), formats=["PNG"])
     except Exception as error:  # Pillow's are of many kinds
         return Score(None, error=f"the picture is no PNG in base64: {error}")
     if image.mode != "RGB":
@@ -248,13 +265,18 @@ def _opened(item: Item) -> Image.Image | Score:
     return image
 
 
-def _decoded(image: Image.Image | Score) -> np.ndarray | Score:
-    if isinstance(image, Score):
-        return image
+def _decoded(item: Item, opened: _Opened) -> tuple[np.ndarray, Prompt] | Score:
+    if isinstance(opened, Score):
+        return opened
+    image, source = opened
     try:
-        return np.asarray(image)
+        pixels = np.asarray(image)
+        if source is not None:
+            source.load()
     except Exception as error:
         return Score(None, error=f"the picture is damaged: {error}")
+    given = {COLUMN: source} if COLUMN in item.model_fields_set else {}
+    return pixels, Prompt(item.prompt, {**item.columns, **given})
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from progrpo.diffusion.prediction import PREDICTIONS
+from progrpo.frames import still
 from progrpo.packing import of_one_shape
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Scorer
@@ -17,7 +18,7 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.probe import Probe
 from progrpo.types import Condition, Prompt, Scores, Trajectories
 
-_DECODED = 32  # pictures at once: a decoder needs many times a network call's memory, and of more leaves a CPU's cache
+DECODED = 32  # pictures at once: a decoder needs many times a network call's memory, and of more leaves a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ def score(
     meter: Meter,
     tiny: bool = False,
 ) -> tuple[Tensor, Scores]:
-    """Decode and reward: pictures uint8 (N, H, W, 3), and what they are worth."""
+    """Decode and reward: pictures uint8 (N, H, W, 3), of videos their middle frames, and what they are worth."""
     decode = policy.preview if tiny else policy.decode
-    images_NHWC = torch.cat([decode(part) for part in x0_NCHW.split(min(microbatch, _DECODED))])
+    images_NHWC = torch.cat([decode(part) for part in x0_NCHW.split(min(microbatch, DECODED))])
     scores = reward.score(images_NHWC.numpy(), [prompts[g] for g in batch.group_N.tolist()], batch.group_N)
     meter.count(decodes=len(batch), reward_calls=len(batch))
-    return images_NHWC, scores
+    return still(images_NHWC), scores

@@ -39,7 +39,7 @@ def rollout(
     `together` share each group's members, and each has its part of the rollout.
     """
     plan.validate(sampling.num_inference_steps)
-    condition = policy.encode([p.text for p in prompts])
+    condition = policy.encode(prompts)
     previews: list[Preview] = []
 
     def kept(batch: Trajectories, scores_N: Tensor, keep: int, step: int) -> Tensor:

@@ -91,7 +91,7 @@ def audit(
     scores: list[Tensor] = []
     used: list[Tensor] = []
     pictures: list[Tensor] = []
-    condition = policy.encode([prompt.text])
+    condition = policy.encode([prompt])
 
     def watch(step: int, batch: Trajectories) -> Trajectories:
         def see(way: Previewing) -> tuple[Tensor | None, Tensor]:

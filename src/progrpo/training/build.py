@@ -37,6 +37,7 @@ from progrpo.policies.load import fastest_dtype, load_policy, quiet
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge, Refusal, Reward, RewardSettings
 from progrpo.rewards.cache import Cached
+from progrpo.rewards.frames import OnFrames
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.mix import Mixture, Ranking, Term
 from progrpo.rewards.patient import Patient
@@ -110,14 +111,18 @@ def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str
         lora_rank=model.lora_rank,
         lora_alpha=model.lora_alpha,
         lora_targets=model.lora_targets,
+        lora=str(_saved_by(Path(model.lora)) if model.lora and _is_run(Path(model.lora)) else model.lora),
         max_sequence_length=model.max_sequence_length,
         resolution=model.resolution,
+        frames=model.frames,
         seed=seed,
         device=ranks.device,
         dtype=getattr(torch, model.dtype),
         compile=model.compile,
         activation_checkpointing=model.activation_checkpointing,
         shard=model.shard and ranks.world > 1,
+        offload=model.offload,
+        decoding=model.decoding,
         tiny_decoder=tiny_decoder,
     )
 
@@ -143,11 +148,16 @@ def trained_policy(target: str, trained: Path | None, ranks: Ranks) -> Policy:
     if _is_run(Path(target)):
         trained = Path(target)
     if trained is not None and _is_run(trained):
-        saved = [trained / name for name in ("lora", "transformer", "unet") if (trained / name).is_dir()]
-        if not saved:
-            raise ValueError(f"{named(trained)} has saved no trained weights yet; they are written when the run ends")
-        trained = saved[0]
-    return policy_from(config_of(target).model, 0, ranks, trained)
+        trained = _saved_by(trained)
+    model = replace(config_of(target).model, lora="")  # what a run saved has in it where it began
+    return policy_from(model, 0, ranks, trained)
+
+
+def _saved_by(run: Path) -> Path:
+    saved = [run / name for name in ("lora", "transformer", "unet") if (run / name).is_dir()]
+    if not saved:
+        raise ValueError(f"{named(run)} has saved no trained weights yet; they are written when the run ends")
+    return saved[0]
 
 
 def config_of(target: str) -> Config:
@@ -196,9 +206,9 @@ def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) 
     )
 
 
-def scorer_from(terms: Sequence[RewardTerm], ranking: Ranking | None = None) -> Mixture:
-    """The rewards that a configuration names, as one."""
-    return Mixture([term_from(wanted, load_reward_of(wanted)) for wanted in terms], ranking)
+def scorer_from(terms: Sequence[RewardTerm], frames: int, ranking: Ranking | None = None) -> Mixture:
+    """The rewards that a configuration names, as one; those of pictures see so many frames of a video."""
+    return Mixture([term_from(wanted, load_reward_of(wanted), frames) for wanted in terms], ranking)
 
 
 def load_reward_of(wanted: RewardTerm) -> Reward:
@@ -213,9 +223,9 @@ def load_reward_of(wanted: RewardTerm) -> Reward:
     return load_reward(wanted.name, settings, wanted.processes)
 
 
-def term_from(wanted: RewardTerm, reward: Reward) -> Term:
-    """A reward with what its term asks for: patience, a cache, a weight, a gate."""
-    groupwise = bool(getattr(reward, "groupwise", False))
+def term_from(wanted: RewardTerm, reward: Reward, frames: int) -> Term:
+    """A reward with what its term asks for: patience, a cache, a weight, a gate. One of pictures scores videos by `frames` of theirs."""
+    groupwise, whole = (bool(getattr(reward, name, False)) for name in ("groupwise", "video"))
     if groupwise and wanted.cache:
         raise Refusal(
             f"reward {wanted.name!r} ranks a group, so its scores cannot be kept by picture; leave out its cache"
@@ -224,6 +234,7 @@ def term_from(wanted: RewardTerm, reward: Reward) -> Term:
     reward = Patient(reward, wanted.retries, None if wanted.url else wanted.timeout)
     if wanted.cache:
         reward = Cached(reward, " ".join(filter(None, (wanted.name, wanted.model))), Path(wanted.cache))
+    reward = reward if whole else OnFrames(reward, frames)
     return Term(wanted.name, reward, wanted.weight, wanted.needs, wanted.at_least, groupwise)
 
 

@@ -67,12 +67,17 @@ def check_bound(policy: Policy, experience: Experience) -> None:
 
 def sum_of_trained(policy: Policy) -> float:
     """Of all trained weights, enough to see that some moved."""
-    return sum(gathered(p.detach().sum(dtype=torch.float64)).item() for p in policy.trainable.values())
+    return sum(gathered(_exact(p).sum()).item() for p in policy.trainable.values())
 
 
 def fingerprint(policy: Policy) -> dict[str, tuple[float, float]]:
     """Two sums of each frozen tensor, enough to see that one moved."""
-    return {name: (t.double().sum().item(), t.double().square().sum().item()) for name, t in policy.frozen()}
+    return {name: (_exact(t).sum().item(), _exact(t).square().sum().item()) for name, t in policy.frozen()}
+
+
+def _exact(t: torch.Tensor) -> torch.Tensor:
+    """In float64, or in float32 on Apple's devices, which have no other."""
+    return t.detach().float() if t.device.type == "mps" else t.detach().double()
 
 
 def check_frozen(policy: Policy, before: Mapping[str, tuple[float, float]]) -> None:

@@ -39,7 +39,8 @@ class Ranks:
                 raise ValueError(
                     f"accelerate launch asks for {what} ({variable}), which would have no effect: launch without it, and {instead}"
                 )
-        self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+        self._accelerator = Accelerator(cpu=not accelerated)
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
@@ -57,6 +58,8 @@ class Ranks:
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over processes."""
+        if self.world == 1:  # also where the device has no float64, as Apple's
+            return values
         self.join()
         return self._accelerator.reduce(values.to(self.device), "sum")
 

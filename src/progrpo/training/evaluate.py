@@ -15,12 +15,14 @@ from progrpo.config import RewardTerm, check
 from progrpo.diffusion.gaussian import mean_square
 from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.diffusion.process import Process
+from progrpo.frames import still
 from progrpo.packing import of_one_shape
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Judge, Scorer
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
+from progrpo.sources import check_sources
 from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
 from progrpo.training.checks import check_failures
 from progrpo.training.distributed import Ranks
@@ -89,6 +91,11 @@ def ode(
     return Sampling(process, guidance_scale=guidance_scale, embedded_guidance=told, microbatch=microbatch)
 
 
+def rows_at_once(policy: Policy) -> int:
+    """Of a network call, where no run has chosen: a video is as large as a batch of pictures."""
+    return 64 if len(policy.latent_shape) == 3 else 1
+
+
 def evaluate(
     policy: Policy,
     reward: Scorer,
@@ -110,14 +117,14 @@ def evaluate(
     for places in mine.split(sampling.microbatch) if len(mine) else ():  # splitting nothing gives one empty part
         batch = [prompts[i] for i in places.tolist()]
         start = expand(policy, places, 1, sampling, NoiseKey(seed, 0))
-        final = denoise(policy, policy.encode([p.text for p in batch]), start, sampling, NoiseKey(seed, 0), Meter())
-        images_NHWC = policy.decode(final.x_NCHW).numpy()
-        scores = reward.score(images_NHWC, batch, places)  # each a group of its own
+        final = denoise(policy, policy.encode(batch), start, sampling, NoiseKey(seed, 0), Meter())
+        made_NHWC = policy.decode(final.x_NCHW).numpy()
+        images_NHWC, scores = still(made_NHWC), reward.score(made_NHWC, batch, places)  # each a group of its own
         verdicts = judge.passes(images_NHWC, batch) if judge else [None] * len(batch)
         graded, strict, others = (
             _listed(scores.value_N),
             _listed(scores.passed_N),
-            _parts(held_out, images_NHWC, batch, places),
+            _parts(held_out, made_NHWC, batch, places),
         )
         for n, i in enumerate(places.tolist()):
             record = {
@@ -143,9 +150,9 @@ def evaluate(
 def _diversities(
     policy: Policy, prompts: Sequence[Prompt], places: Tensor, sampling: Sampling, seed: int
 ) -> list[float]:
-    key, condition = NoiseKey(seed, 0), policy.encode([prompts[i].text for i in places.tolist()])
+    key, condition = NoiseKey(seed, 0), policy.encode([prompts[i] for i in places.tolist()])
     final = denoise(policy, condition, expand(policy, places, _GROUP, sampling, key), sampling, key, Meter())
-    images_NHWC = policy.decode(final.x_NCHW).numpy()
+    images_NHWC = still(policy.decode(final.x_NCHW).numpy())
     return [diversity(group) for group in np.split(images_NHWC, len(places))]
 
 
@@ -161,7 +168,7 @@ def kl_to_reference(
     if "reference" not in policy.named_weights:
         return None
     places, key = torch.arange(min(_COMPARED, len(prompts))), NoiseKey(seed, 0)
-    condition, path = policy.encode([prompts[i].text for i in places.tolist()]), list[Trajectories]()
+    condition, path = policy.encode([prompts[i] for i in places.tolist()]), list[Trajectories]()
 
     def note(step: int, batch: Trajectories) -> Trajectories:
         path.append(batch)
@@ -240,10 +247,13 @@ def evaluate_model(
         )
     config = replace(config, reward=replace(config.reward, terms=terms))
     check(config)
-    reward_of, held_out = scorer_from(terms), scorer_from(config.eval.rewards) if config.eval.rewards else None
+    frames, others = config.reward.frames, config.eval.rewards
+    reward_of, held_out = scorer_from(terms, frames), scorer_from(others, frames) if others else None
     policy = trained_policy(target, None, ranks)
-    sampling = ode(policy, num_inference_steps, guidance_scale, microbatch=64)
+    sampling = ode(policy, num_inference_steps, guidance_scale, rows_at_once(policy))
     chosen = eval_prompts(prompts, split, pictures)
+    if policy.edits:
+        check_sources(chosen)
     result = evaluate(
         policy,
         reward_of,
@@ -255,11 +265,8 @@ def evaluate_model(
         diverse=DIVERSE_PROMPTS,
         held_out=held_out,
     )
-    check_failures(
-        [found for scorer in (reward_of, held_out) if scorer for found in [scorer.failures()]],
-        config.reward.max_missing,
-        "the evaluation",
-    )
+    for scorer in filter(None, (reward_of, held_out)):
+        check_failures([scorer.failures()], config.reward.max_missing, "the evaluation")
     return {
         "target": target,
         "num_inference_steps": num_inference_steps,

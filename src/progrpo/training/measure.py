@@ -13,18 +13,19 @@ from torch import Tensor
 from progrpo.config import Config, resolve_plan, trained_items
 from progrpo.policies.base import Policy
 from progrpo.training.distributed import Ranks
+from progrpo.types import Prompt
 
 _SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128)
 _ROUNDS = 5
 _CLOSE = 1.06  # of two sizes that are as fast as that, the smaller one: it takes less memory and fills up less
 
 
-def measured(config: Config, policy: Policy, text: str, ranks: Ranks) -> Config:
-    """The configuration with microbatches in place of those that it leaves open; `text` is a prompt of the run."""
+def measured(config: Config, policy: Policy, prompt: Prompt, ranks: Ranks) -> Config:
+    """The configuration with microbatches in place of those that it leaves open; `prompt` is one of the run."""
     sampling, optim = config.sampling, config.optim
     if sampling.microbatch is not None and optim.microbatch is not None:
         return config
-    found = ranks.from_main(lambda: _fastest(config, policy, text, ranks))
+    found = ranks.from_main(lambda: _fastest(config, policy, prompt, ranks))
     return replace(
         config,
         sampling=replace(sampling, microbatch=sampling.microbatch or found[0]),
@@ -32,12 +33,12 @@ def measured(config: Config, policy: Policy, text: str, ranks: Ranks) -> Config:
     )
 
 
-def _fastest(config: Config, policy: Policy, text: str, ranks: Ranks) -> tuple[int, int]:
+def _fastest(config: Config, policy: Policy, prompt: Prompt, ranks: Ranks) -> tuple[int, int]:
     """Rows of a network call, and items of a forward and backward pass."""
     plan, prompts = resolve_plan(config), -(-config.prompts.per_iteration // ranks.world)
     rows_T = [prompts * plan.living_at(step) for step in range(config.sampling.num_inference_steps)]
     items = prompts * plan.survivors * trained_items(config)
-    told, guidance = policy.encode([text]), config.sampling.guidance_scale
+    told, guidance = policy.encode([prompt]), config.sampling.guidance_scale
     middle = policy.levels(2, config.sampling.shift).timestep[1]
 
     def call(size: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from progrpo.config import Config, ObjectiveConfig, RewardTerm, check, microbatch, to_dict, trained_items
+from progrpo.config import Config, RewardTerm, check, microbatch, to_dict, trained_items
 from progrpo.data import ORDERS, PromptOrder, Prompts, prompts_of
 from progrpo.durable import new_folder
 from progrpo.policies.base import Policy
@@ -29,6 +29,7 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.plan import UnitCosts, preset
 from progrpo.rollout.plan import path as plan_path
 from progrpo.rollout.plan import summary as plan_summary
+from progrpo.sources import check_sources
 from progrpo.tracking.console import Console
 from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
@@ -120,7 +121,7 @@ def train(
 
     `prompts` are texts, `Prompt`s, or rows with a field `prompt` and columns beside it, such as a `datasets.Dataset`.
     `reward(images, prompts, **columns)` gives a float, or None where it failed, for each PIL picture: a function, also an async
-    one, or an object with it as `score`. It may be a built-in reward's name, a `progrpo.config.RewardTerm`, or a list of any of
+    one, or an object with it as `score`. Of a model of videos it sees some frames, or with `video = True` whole ones. It may be a built-in reward's name, a `progrpo.config.RewardTerm`, or a list of any of
     these, which are summed with the weights of pairs (reward, weight). Before and after are measured on `eval_prompts`,
     or else on the training prompts. `config.model.path`, `config.prompts.source` and `config.reward.terms` are not read. The
     LoRA is in `out`/lora, in diffusers' format. Returns the run folder; its `read_summary()` has the figures.
@@ -135,12 +136,12 @@ def train(
     config = settled(config, ranks)
     decoder = tiny_decoder(config.preview)
     policy = policy_from_pipeline(pipeline, settings_from(config.model, config.seed, ranks, decoder))
-    terms, scorer = _mixed(reward, config.objective)
+    terms, scorer = _mixed(reward, config)
     config = replace(config, reward=replace(config.reward, terms=terms))
     check(config)
     table: Prompts = {"": told}
     test = [watched[i % len(watched)] for i in range(config.eval.pictures)]
-    config = measured(config, policy, table[""][0].text, ranks)
+    config = measured(config, policy, table[""][0], ranks)
     order = ORDERS[config.prompts.order](table, config.seed)
     held_out = HeldOut(test, test, None, _held_out_rewards(config))
     run = Run(config, policy, scorer, order, held_out, RunFolder(out), ranks)
@@ -150,7 +151,7 @@ def train(
 
 
 def _mixed(
-    wanted: Rewarding | Sequence[Rewarding | tuple[Rewarding, float]], objective: ObjectiveConfig
+    wanted: Rewarding | Sequence[Rewarding | tuple[Rewarding, float]], config: Config
 ) -> tuple[tuple[RewardTerm, ...], Mixture]:
     """The rewards of a library call as a configuration would name them, and as one."""
     terms: list[RewardTerm] = []
@@ -167,8 +168,8 @@ def _mixed(
             name = next(n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in taken)  # two lambdas
             term, made = RewardTerm(name, 1.0 if weight is None else weight), FunctionReward(reward)
         terms.append(term)
-        mixed.append(term_from(term, made))
-    return tuple(terms), Mixture(mixed, ranking_of(objective, terms))
+        mixed.append(term_from(term, made, config.reward.frames))
+    return tuple(terms), Mixture(mixed, ranking_of(config.objective, terms))
 
 
 def _name_of(reward: Any) -> str:
@@ -177,16 +178,16 @@ def _name_of(reward: Any) -> str:
 
 
 def _held_out_rewards(config: Config) -> Mixture | None:
-    return scorer_from(config.eval.rewards) if config.eval.rewards else None
+    return scorer_from(config.eval.rewards, config.reward.frames) if config.eval.rewards else None
 
 
 def _from_config(config: Config, run: RunFolder, ranks: Ranks) -> Run:
-    reward = scorer_from(config.reward.terms, ranking_of(config.objective, config.reward.terms))
+    reward = scorer_from(config.reward.terms, config.reward.frames, ranking_of(config.objective, config.reward.terms))
     order = train_order(config.prompts, config.seed)
     source, pictures = config.eval.prompts, config.eval.pictures
     test, validation = (eval_prompts(source, split, pictures) for split in ("test", "validation"))
     policy = policy_from(config.model, config.seed, ranks, tiny_decoder=tiny_decoder(config.preview))
-    config = measured(config, policy, order.prompts_for(0, 1)[0].text, ranks)
+    config = measured(config, policy, order.prompts_for(0, 1)[0], ranks)
     return Run(
         config,
         policy,
@@ -239,13 +240,15 @@ class Run:
         self._path = plan_path(self.trainer.plan)
         self._hacking, self._hacked = HackingWatch(config.watch.max_kl), False
         self._warnings: list[str] = []
-        self._check_rewards(order)
+        self._check_prompts(order)
 
-    def _check_rewards(self, order: PromptOrder) -> None:
-        """Before a folder is made, or an old run replaced: what a reward lacks is often known without a picture."""
+    def _check_prompts(self, order: PromptOrder) -> None:
+        """Before a folder is made, or an old run replaced: what the model or a reward lacks is often known without a picture."""
         count = self.config.prompts.per_iteration
         ahead = order.ahead(0, self.config.iterations, count)
         own = list({id(p): p for p in chain(self.held_out.test, self.held_out.validation, ahead)}.values())
+        if self.policy.edits:
+            check_sources(own)
         self.reward.check(own)
         if self.held_out.rewards is not None:
             self.held_out.rewards.check([*self.held_out.test, *self.held_out.validation])
@@ -300,7 +303,7 @@ class Run:
     def _train(self, console: Console, start: float, stop: Stop, fresh: bool) -> None:
         console.say(self._what_runs())
         if fresh:
-            console.say(f"evaluating the base model on {len(self.held_out.test)} pictures")
+            console.say(f"evaluating the model as it is, on {len(self.held_out.test)} pictures")
             self._evaluate("before", "reference", console)
         self._write_summary(start, "running")
         while self.trainer.iteration < self.config.iterations and not self._hacked:
@@ -346,14 +349,15 @@ class Run:
         )
 
     def _encode_all(self) -> None:
-        """Every text that this process will meet goes through the text encoders once, and they leave memory."""
+        """Every prompt that this process will meet is encoded once, and the text encoders leave memory."""
         done, wanted = self.trainer.iteration, self.config
         ahead = self.trainer.order.ahead(done, wanted.iterations, wanted.prompts.per_iteration)
-        prompts = [*dict.fromkeys(prompt.text for prompt in ahead), *(prompt.text for prompt in self.held_out.test)]
-        if self.config.eval.every:
-            prompts += [prompt.text for prompt in self.held_out.validation]
-        for text in prompts:  # one by one: the policy keeps the rows on the CPU, the device never holds them all
-            self.policy.encode([text])
+        watched = self.held_out.validation if self.config.eval.every else ()
+        prompts = {id(prompt): prompt for prompt in chain(ahead, self.held_out.test, watched)}
+        for (
+            prompt
+        ) in prompts.values():  # one by one: the policy keeps the rows on the CPU, the device never holds them all
+            self.policy.encode([prompt])
         self.policy.release_text_encoders()
 
     def _due(self, every: int) -> bool:

@@ -1,0 +1,1 @@
+"""Settings of other frameworks as a configuration of ours, with an account of every one of them."""

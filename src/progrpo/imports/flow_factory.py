@@ -1,0 +1,611 @@
+"""Flow-Factory's settings: a YAML file, as its `ff-train` takes it. What the file leaves out has Flow-Factory's own default, and is listed as such."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from progrpo.imports.account import (
+    Outcome,
+    Rule,
+    Setting,
+    Translation,
+    choice,
+    flattened,
+    ignored,
+    no_equal,
+    not_needed,
+    only,
+    sets,
+    to,
+    translate,
+    translated,
+)
+from progrpo.words import named, quoted
+
+_MOST_BYTES = 1_000_000
+
+# What holds where a file is silent and ours would be another. Those of an objective hold for it alone.
+_DEFAULTS: dict[str, Any] = {
+    "mixed_precision": "bf16",
+    "num_processes": 1,
+    "model.model_name_or_path": "black-forest-labs/FLUX.1-dev",
+    "model.finetune_type": "full",
+    "model.lora_rank": 8,
+    "train.trainer_type": "grpo",
+    "train.resolution": 512,
+    "train.num_inference_steps": 10,
+    "train.guidance_scale": 3.5,
+    "train.per_device_batch_size": 1,
+    "train.group_size": 1,
+    "train.unique_sample_num_per_epoch": 8,
+    "train.gradient_step_per_epoch": 2,
+    "train.gradient_accumulation_steps": "auto",
+    "train.max_epochs": None,
+    "train.seed": 42,
+    "train.global_std": True,
+    "train.advantage_aggregation": "gdpo",
+    "train.adv_clip_range": 5.0,
+    "train.kl_beta": 0,
+    "train.ema_decay": 0.995,
+    "train.ema_update_interval": 10,
+    "train.latent_storage_dtype": "fp16",
+    "scheduler.dynamics_type": "Flow-SDE",
+    "scheduler.noise_level": 0.7,
+    "scheduler.num_sde_steps": 1,
+    "eval.num_inference_steps": 30,
+    "eval.guidance_scale": 3.5,
+    "eval.eval_freq": 10,
+    "log.save_freq": 10,
+}
+_DEFAULTS_OF: dict[str, dict[str, Any]] = {
+    "grpo": {"train.clip_range": 1e-4, "train.kl_type": "x-based"},
+    "grpo-guard": {"train.clip_range": 1e-4, "train.kl_type": "x-based"},
+    "nft": {"train.nft_beta": 1.0, "train.num_train_timesteps": 0, "train.timestep_range": 0.9},
+    "awm": {
+        "train.awm_weighting": "Uniform",
+        "train.ema_kl_beta": 0,
+        "train.clip_range": 1e-4,
+        "train.num_train_timesteps": 0,
+        "train.timestep_range": 0.9,
+    },
+    "dgpo": {
+        "train.dpo_beta": 100.0,
+        "train.clip_range": 1e-4,
+        "train.num_train_timesteps": 0,
+        "train.timestep_range": 0.6,
+    },
+}
+_OPTIMIZER = {"learning_rate": 1e-5, "weight_decay": 1e-4, "betas": [0.9, 0.999], "max_grad_norm": 1.0}
+_OLD_OPTIMIZER = {
+    "train.learning_rate": "learning_rate",
+    "train.adam_weight_decay": "weight_decay",
+    "train.adam_betas": "betas",
+    "train.adam_epsilon": "eps",
+    "train.max_grad_norm": "max_grad_norm",
+}
+
+REWARDS = {
+    "pickscore": "pickscore",
+    "clip": "clipscore",
+    "clipscore": "clipscore",
+    "ocr": "ocr",
+    "geneval": "geneval",
+    "hpsv2": "hpsv2",
+    "imagereward": "imagereward",
+    "aesthetic": "aesthetic",
+    "vllm_evaluate": "vlm",
+}  # in small letters, as it looks them up
+
+
+def import_flow_factory(path: str) -> Translation:
+    """The configuration that a YAML file asks for, and what became of each setting. ValueError, one sentence, if it cannot be read or run."""
+    settings = {name: _number_if_one(value) for name, value in flattened(_in_one_shape(_read(Path(path)))).items()}
+    trainer = settings.get("train.trainer_type", "grpo")
+    if not isinstance(trainer, str) or trainer not in _DEFAULTS_OF:
+        raise ValueError(f"train.trainer_type {quoted(trainer)} has no equal here; there are {', '.join(_DEFAULTS_OF)}")
+    defaults = {**_DEFAULTS, **_DEFAULTS_OF[trainer], **{f"optimizers[0].{n}": v for n, v in _OPTIMIZER.items()}}
+    silent = {name: value for name, value in defaults.items() if name not in settings}
+    return translate({**settings, **silent}, RULES, defaults=silent)
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"{named(path)} is over {_MOST_BYTES // 10**6} MB, so no settings")
+        data = yaml.safe_load(content)
+    except OSError as error:
+        raise ValueError(f"{named(path)} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{named(path)} is no YAML file: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(data, dict) or not data:
+        raise ValueError(f"{named(path)} holds no settings by name")
+    return data
+
+
+def _in_one_shape(data: dict[Any, Any]) -> dict[Any, Any]:
+    """Older files in the shape of newer ones: one reward or data set without a list, and the optimizer's settings under `train`."""
+    data = {str(key): value for key, value in data.items()}
+    for one, many in (("reward", "rewards"), ("rewards", "rewards"), ("eval_rewards", "eval_rewards")):
+        if isinstance(data.get(one), dict):
+            data[many] = [data.pop(one)]
+    train = data.get("train")
+    if isinstance(train, dict) and "optimizers" not in data:
+        old = {new: train[key] for name, new in _OLD_OPTIMIZER.items() if (key := name.partition(".")[2]) in train}
+        data["train"] = {key: value for key, value in train.items() if f"train.{key}" not in _OLD_OPTIMIZER}
+        data["optimizers"] = [old] if old else []
+    if isinstance(train, dict) and "beta_dpo" in train:
+        train = data["train"] = {
+            "dpo_beta" if key == "beta_dpo" else key: value for key, value in data["train"].items()
+        }
+    files = data.get("data")
+    if isinstance(files, dict) and "dataset_dir" in files and "datasets" not in files:
+        rest = {key: value for key, value in files.items() if key != "dataset_dir"}
+        data["data"] = {"datasets": [{"dataset_dir": files["dataset_dir"]}], **rest}
+    return data
+
+
+def _number_if_one(value: Any) -> Any:
+    """1e-4 is a text in YAML 1.1, and a number to whoever wrote it."""
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d{1,20}(\.\d{0,20})?[eE][-+]?\d{1,3}", value)
+    return float(value) if is_number else value
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def _trainer(setting: Setting) -> str:
+    return str(setting.all["train.trainer_type"])
+
+
+def _objective(setting: Setting) -> str:
+    return _trainer(setting).removesuffix("-guard")
+
+
+def _of_objective(field: str, *trainers: str) -> Rule:
+    """The field of that name of the objective in use, if it is one of these."""
+
+    def rule(setting: Setting) -> Outcome:
+        if trainers and _objective(setting) not in trainers:
+            return not_needed(f"{_trainer(setting)} does not read it")
+        return sets({f"objective.{_objective(setting)}.{field}": setting.value})
+
+    return rule
+
+
+def _trainer_type(setting: Setting) -> Outcome:
+    fields = {"objective.name": _objective(setting)}
+    if setting.value == "grpo-guard":
+        fields["objective.grpo.ratio"] = "guard"
+    return sets(fields)
+
+
+def _symmetric(setting: Setting) -> float | None:
+    """What bounds both sides alike: one number, or a pair of it and its negative."""
+    if isinstance(setting.value, list):
+        low, high = setting.value if len(setting.value) == 2 else (None, None)
+        return float(high) if isinstance(high, int | float) and low == -high else None
+    return setting.number()
+
+
+def _clip_range(setting: Setting) -> Outcome:
+    bound, objective = _symmetric(setting), _objective(setting)
+    if objective == "nft":
+        return not_needed("nft does not read it")
+    if bound is None:
+        return no_equal("both sides are clipped alike here; ours is the published one")
+    return sets({f"objective.{objective}.clip_range": bound})
+
+
+def _adv_clip_range(setting: Setting) -> Outcome:
+    bound = _symmetric(setting)
+    if bound is None:
+        return no_equal("both sides are clipped alike here")
+    return sets({f"objective.{_objective(setting)}.adv_clip_max": bound})
+
+
+def _kl_type(setting: Setting) -> Outcome:
+    form = setting.one_of({"x-based": "latent", "v-based": "velocity"})
+    if _objective(setting) == "grpo":
+        return sets({"objective.grpo.kl_form": form})
+    return not_needed("velocities here, too") if form == "velocity" else no_equal("velocities are compared here")
+
+
+def _aggregation(setting: Setting) -> Outcome:
+    if setting.one_of({"sum": False, "gdpo": True}):
+        return translated(objective__advantage="gdpo", note="whose std is the batch's")
+    return sets({"objective.advantage": "batch" if setting.all.get("train.global_std") else "group"})
+
+
+def _global_std(setting: Setting) -> Outcome:
+    if setting.all.get("train.advantage_aggregation") == "gdpo":
+        return not_needed("gdpo normalises by group, then by batch")
+    return Outcome("translated", "counted in objective.advantage")
+
+
+def _resolution(setting: Setting) -> Outcome:
+    value = setting.value
+    sides = value if isinstance(value, list) else [value]
+    if len(set(map(str, sides))) != 1:
+        return no_equal("pictures are square here; the model's own size")
+    return sets({"model.resolution": sides[0]})
+
+
+def _eval_resolution(setting: Setting) -> Outcome:
+    same = setting.value == setting.all.get("train.resolution")
+    return (
+        not_needed("evaluations have the size of training")
+        if same
+        else no_equal("evaluations have the size of training")
+    )
+
+
+def _guidance(setting: Setting) -> Outcome:
+    fields = {"sampling.guidance_scale": max(1.0, setting.number())}
+    if "flux" in str(setting.all.get("model.model_name_or_path")).lower() and setting.number() > 1:
+        fields["sampling.embedded_guidance"] = True
+    return sets(fields)
+
+
+def _microbatch(setting: Setting) -> Outcome:
+    return translated(sampling__microbatch=setting.value, optim__microbatch=setting.value)
+
+
+def _steps_of_epoch(setting: Setting) -> Outcome:
+    if setting.all.get("train.gradient_accumulation_steps") == "auto":
+        return sets({"optim.updates_per_rollout": setting.value})
+    return not_needed("gradient_accumulation_steps says so instead")
+
+
+def _accumulation(setting: Setting) -> Outcome:
+    if setting.value == "auto":
+        return not_needed("gradient_step_per_epoch says so")
+    pictures = setting.count("train.unique_sample_num_per_epoch") * setting.count("train.group_size")
+    batches = pictures // (setting.count("train.per_device_batch_size") * setting.count("num_processes"))
+    return sets(
+        {"optim.updates_per_rollout": max(1, batches // setting.count())}, f"{batches} batches of an epoch over it"
+    )
+
+
+def _iterations(setting: Setting) -> Outcome:
+    if setting.value is None or setting.number() < 0:
+        return sets({"iterations": 100_000}, "without end there; stop it by hand")
+    return sets({"iterations": setting.value})
+
+
+def _ema_decay(setting: Setting) -> Outcome:
+    if _objective(setting) != "grpo":
+        return no_equal(f"{_trainer(setting)} keeps its old policy by a schedule of its own")
+    decay, every = setting.number(), setting.count("train.ema_update_interval")
+    each = round(decay ** (1 / every), 4) if 0 < decay < 1 else decay
+    return sets({"optim.ema_decay": each}, f"{decay:g} at every {every} epochs there")
+
+
+def _ema_interval(setting: Setting) -> Outcome:
+    if _objective(setting) != "grpo":
+        return no_equal(f"{_trainer(setting)} keeps its old policy by a schedule of its own")
+    return Outcome("translated", "counted in optim.ema_decay")
+
+
+def _latent_dtype(setting: Setting) -> Outcome:
+    names = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+    if setting.value is None:
+        return no_equal("latents are kept in float32, or in what sampling.latent_dtype says")
+    return sets({"sampling.latent_dtype": setting.one_of(names)})
+
+
+def _is_ode(setting: Setting) -> bool:
+    return setting.all.get("scheduler.dynamics_type") == "ODE"
+
+
+def _dynamics(setting: Setting) -> Outcome:
+    if _is_ode(setting):
+        return translated(sampling__sde_window="none")
+    return sets(
+        {"sampling.sampler": setting.one_of({"flow-sde": "flow_grpo", "dance-sde": "dance", "cps": "cps_reduced"})}
+    )
+
+
+def _noise_level(setting: Setting) -> Outcome:
+    return not_needed("the ODE adds none") if _is_ode(setting) else sets({"sampling.noise_level": setting.value})
+
+
+def _noisy_steps(setting: Setting) -> Outcome:
+    """So many steps, drawn from a list for each epoch; ours lie side by side."""
+    if _is_ode(setting):
+        return not_needed("the ODE adds no noise")
+    last = setting.count("train.num_inference_steps") - 1
+    pool = setting.all.get("scheduler.sde_steps") or list(range(last))
+    if not isinstance(pool, list) or not all(isinstance(step, int) for step in pool):
+        raise ValueError(f"scheduler.sde_steps must be a list of steps, not {quoted(pool)}")
+    size, end = setting.count(), min(max(pool) + 1, last)
+    if size >= last:
+        return sets({"sampling.sde_window": "all"})
+    fields = {"sampling.sde_window": "random", "sampling.sde_window_size": size, "sampling.sde_window_end": end}
+    return sets(fields, "side by side here, drawn one by one there")
+
+
+def _pool(setting: Setting) -> Outcome:
+    if _is_ode(setting) or setting.value is None:
+        return not_needed("all but the last step")
+    first = (
+        min((step for step in setting.value if isinstance(step, int)), default=0)
+        if isinstance(setting.value, list)
+        else 0
+    )
+    if first > 0:
+        return no_equal(f"sampling.sde_window_end is from it, but windows may begin before step {first} here")
+    return Outcome("translated", "counted in sampling.sde_window_end")
+
+
+def _lora(field: str, value: Any) -> Outcome:
+    return sets({f"model.{field}": value})
+
+
+def _lora_rank(setting: Setting) -> Outcome:
+    if setting.all.get("model.finetune_type") != "lora":
+        return not_needed("all weights are trained")
+    fields = {"model.lora_rank": setting.value}
+    if setting.all.get("model.lora_alpha") is None:
+        fields["model.lora_alpha"] = 2 * setting.count()
+    return sets(fields)
+
+
+def _lora_alpha(setting: Setting) -> Outcome:
+    if setting.all.get("model.finetune_type") != "lora":
+        return not_needed("all weights are trained")
+    return not_needed("twice the rank") if setting.value is None else sets({"model.lora_alpha": setting.value})
+
+
+def _targets(setting: Setting) -> Outcome:
+    if setting.all.get("model.finetune_type") != "lora":
+        return not_needed("all weights are trained")
+    if isinstance(setting.value, list):
+        return sets({"model.lora_targets": setting.value})
+    if setting.value in ("default", "all"):
+        return no_equal(
+            "attention and feed-forward of both streams, our default; model.lora_targets takes another list"
+        )
+    return sets({"model.lora_targets": [setting.value]})
+
+
+def _dataset(setting: Setting) -> Outcome:
+    if setting.name != "data.datasets[0].dataset_dir":
+        return no_equal("one data set is read here; put them into one file")
+    folder = Path(setting.text()).expanduser()
+    end = ".txt" if (folder / "train.txt").is_file() and not (folder / "train.jsonl").is_file() else ".jsonl"
+    return sets({"prompts.source": str(folder / f"train{end}"), "eval.prompts": str(folder / f"test{end}")})
+
+
+def _reward_name(setting: Setting) -> str:
+    """Ours, or that of a function which the user writes."""
+    model = setting.text()
+    last = re.split(r"[.:/]", model)[-1]
+    return REWARDS.get(model.lower()) or f"my_rewards:{last if last.isidentifier() else 'reward'}"
+
+
+def _reward(setting: Setting) -> Outcome:
+    own, place = _reward_name(setting), _place(setting)
+    trained = [
+        Setting(n, v, setting.all) for n, v in setting.all.items() if re.fullmatch(r"rewards\[\d+\]\.reward_model", n)
+    ]
+    if setting.name.startswith("eval_") and own in [_reward_name(other) for other in trained]:
+        return not_needed("what is trained on is measured at every evaluation")
+    if own.startswith("my_rewards:"):
+        why = f"no built-in reward; write it as {own} (docs/rewards.md), which the configuration names"
+        return no_equal(why, {f"{place}.name": own})
+    return sets({f"{place}.name": own})
+
+
+def _reward_field(field: str, names: Mapping[str, Any] | None = None) -> Rule:
+    """A setting of a reward that ours has, too; of one that is only evaluated, where it is not trained on as well."""
+
+    def rule(setting: Setting) -> Outcome:
+        model = setting.all.get(setting.name.rpartition(".")[0] + ".reward_model")
+        if model is None or _reward(Setting(_model_of(setting), model, setting.all)).fate == "not needed here":
+            return not_needed("this reward is measured as it is trained on")
+        value = setting.one_of(names) if names else setting.value
+        return sets({f"{_place(setting)}.{field}": value})
+
+    return rule
+
+
+def _model_of(setting: Setting) -> str:
+    return setting.name.rpartition(".")[0] + ".reward_model"
+
+
+def _place(setting: Setting) -> str:
+    index = re.findall(r"\[(\d+)\]", setting.name)[0]
+    return f"{'eval.rewards' if setting.name.startswith('eval_') else 'reward.terms'}[{index}]"
+
+
+def _first_optimizer(rule: Rule) -> Rule:
+    return lambda s: rule(s) if s.name.startswith("optimizers[0].") else no_equal("there is one optimizer")
+
+
+def _draws(setting: Setting) -> Outcome:
+    objective = _objective(setting)
+    if objective == "grpo":
+        return not_needed("grpo trains the noisy steps")
+    if setting.value in (None, 0):
+        share = Setting("train.timestep_range", setting.all.get("train.timestep_range"), setting.all)
+        draws = max(1, int(setting.count("train.num_inference_steps") * (_from_the_start(share) or 1)))
+        return sets({f"objective.{objective}.draws": draws}, "all steps of train.timestep_range")
+    return sets({f"objective.{objective}.draws": setting.value})
+
+
+def _from_the_start(setting: Setting) -> float | None:
+    """The share of the grid from its noisy end, where the range begins there."""
+    if isinstance(setting.value, list):
+        low, high = setting.value if len(setting.value) == 2 else (None, None)
+        return float(high) if isinstance(high, int | float) and low == 0 else None
+    return setting.number()
+
+
+def _range(setting: Setting) -> Outcome:
+    objective, share = _objective(setting), _from_the_start(setting)
+    if objective == "grpo":
+        return not_needed("grpo trains the noisy steps")
+    if share is None:
+        return no_equal("noise levels are drawn from the grid's noisy end on")
+    return sets({f"objective.{objective}.time_fraction": share})
+
+
+def _weighting(setting: Setting) -> Outcome:
+    if _objective(setting) != "awm":
+        return not_needed(f"{_trainer(setting)} does not read it")
+    ours = {"uniform": "uniform", "t": "t", "t2": "t2", "t**2": "t2"}.get(str(setting.value).lower())
+    return sets({"objective.awm.weighting": ours}) if ours else no_equal("uniform, our default")
+
+
+_PLACE = "progrpo train --out says where a run is kept"
+_LAUNCH = "accelerate launch or torchrun starts the processes"
+_LOADING = "prompts are read at once, and encoded at the start"
+_ON_DEVICE = "they stay on the run's device"
+_ONE = "one data set is read"
+
+RULES: dict[str, Rule] = {
+    "launcher": ignored(_LAUNCH),
+    "config_file": ignored(_LAUNCH),
+    "num_processes": ignored(_LAUNCH),
+    "main_process_port": ignored(_LAUNCH),
+    "mixed_precision": choice("model.dtype", {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}),
+    "run_name": ignored(_PLACE),
+    "project": ignored(_PLACE),
+    "logging_backend": ignored("metrics go to the run folder and its report"),
+    "model.model_name_or_path": to("model.path"),
+    "model.model_type": ignored("told from the model itself"),
+    "model.finetune_type": choice("model.weights", {"lora": "lora", "full": "full"}),
+    "model.lora_rank": _lora_rank,
+    "model.lora_alpha": _lora_alpha,
+    "model.target_modules": _targets,
+    "model.target_components": only(
+        "transformer", ["transformer"], why="the denoiser is what is trained", otherwise="the denoiser alone is trained"
+    ),
+    "model.master_weight_dtype": only(
+        "fp32", "float32", why="the same here", otherwise="trained weights are kept in float32"
+    ),
+    "model.resume_path": only(
+        None, why="nothing to resume", otherwise="progrpo train --resume goes on with runs of its own"
+    ),
+    "model.resume_type": only(
+        None, why="nothing to resume", otherwise="progrpo train --resume goes on with runs of its own"
+    ),
+    "log.run_name": ignored(_PLACE),
+    "log.project": ignored(_PLACE),
+    "log.logging_backend": ignored("metrics go to the run folder and its report"),
+    "log.save_dir": ignored(_PLACE),
+    "log.save_freq": lambda s: (
+        no_equal("checkpoints cannot be turned off") if s.value == 0 else sets({"checkpoint.every": s.value})
+    ),
+    "log.save_model_only": ignored("a checkpoint is the whole state, so that runs can go on"),
+    "data.datasets[].dataset_dir": _dataset,
+    "data.datasets[].name": ignored("a label"),
+    "data.datasets[].train.weight": ignored(_ONE),
+    "data.datasets[].train.max_dataset_size": only(
+        None, why="the whole file", otherwise="the whole file is used; cut it"
+    ),
+    "data.datasets[].eval": ignored(_ONE),
+    "data.max_dataset_size": only(None, why="the whole file", otherwise="the whole file is used; cut it"),
+    "data.preprocessing_batch_size": ignored(_LOADING),
+    "data.dataloader_num_workers": ignored(_LOADING),
+    "data.enable_preprocess": ignored(_LOADING),
+    "data.force_reprocess": ignored(_LOADING),
+    "data.cache_dir": ignored(_LOADING),
+    "data.sampler_type": ignored("groups are dealt to processes without a rule for their number"),
+    "data.sampler_subgroup_size": ignored("groups are dealt to processes without a rule for their number"),
+    "train.trainer_type": _trainer_type,
+    "train.resolution": _resolution,
+    "train.num_inference_steps": to("sampling.num_inference_steps"),
+    "train.guidance_scale": _guidance,
+    "train.max_epochs": _iterations,
+    "train.per_device_batch_size": _microbatch,
+    "train.group_size": lambda s: translated(
+        plan__preset="custom", plan__group_size=s.value, note="no pruning; --plan.preset standard prunes"
+    ),
+    "train.unique_sample_num_per_epoch": to("prompts.per_iteration"),
+    "train.gradient_step_per_epoch": _steps_of_epoch,
+    "train.gradient_accumulation_steps": _accumulation,
+    "train.num_inner_epochs": only(
+        1, why="each picture is trained on once", otherwise="each picture is trained on once"
+    ),
+    "train.global_std": _global_std,
+    "train.advantage_aggregation": _aggregation,
+    "train.clip_range": _clip_range,
+    "train.adv_clip_range": _adv_clip_range,
+    "train.kl_type": _kl_type,
+    "train.kl_beta": _of_objective("kl_beta"),
+    "train.ref_param_device": ignored(_ON_DEVICE),
+    "train.ema_decay": _ema_decay,
+    "train.ema_update_interval": _ema_interval,
+    "train.ema_device": ignored(_ON_DEVICE),
+    "train.ema_decay_schedule": only("constant", why="the same here", otherwise="an average has one decay"),
+    "train.time_sampling_strategy": only(
+        "discrete", why="of the grid", otherwise="levels of the sampling grid are drawn"
+    ),
+    "train.time_shift": ignored("of logit-normal times alone"),
+    "train.ghuber_power": ignored("of Huber weights alone"),
+    "train.enable_gradient_checkpointing": to("model.activation_checkpointing"),
+    "train.latent_storage_dtype": _latent_dtype,
+    "train.offload_samples_to_cpu": only(False, why="off", otherwise="an iteration's latents stay on the device"),
+    "train.shuffle_samples": ignored("microbatches mix steps and trajectories"),
+    "train.reward_optimization_overlap": only(
+        False, why="off", otherwise="reward.waves scores while the next pictures are sampled"
+    ),
+    "train.reward_optimization_overlap_mode": ignored("of an overlap that is not there"),
+    "train.reward_optimization_overlap_poll_interval": ignored("of an overlap that is not there"),
+    "train.seed": to("seed"),
+    "train.nft_beta": _of_objective("beta", "nft"),
+    "train.ema_kl_beta": _of_objective("average_beta", "awm"),
+    "train.awm_weighting": _weighting,
+    "train.dpo_beta": _of_objective("dpo_beta", "dgpo"),
+    "train.num_train_timesteps": _draws,
+    "train.timestep_range": _range,
+    "train.use_shared_noise": only(True, why="a group shares its noise", otherwise="a group shares its noise"),
+    "train.clip_dsm": only(True, why="the loss is clipped", otherwise="the loss is clipped"),
+    "train.off_policy": only(
+        False, why="pictures are from the weights in training", otherwise="pictures are from the weights in training"
+    ),
+    "scheduler.dynamics_type": _dynamics,
+    "scheduler.noise_level": _noise_level,
+    "scheduler.num_sde_steps": _noisy_steps,
+    "scheduler.sde_steps": _pool,
+    "scheduler.seed": ignored("windows follow from the run's seed"),
+    "eval.resolution": _eval_resolution,
+    "eval.num_inference_steps": to("eval.num_inference_steps"),
+    "eval.guidance_scale": lambda s: sets({"eval.guidance_scale": max(1.0, s.number())}),
+    "eval.per_device_batch_size": ignored("evaluations take sampling.microbatch"),
+    "eval.eval_freq": to("eval.every"),
+    "eval.seed": lambda s: (
+        not_needed("the same noise at every evaluation") if s.value is None else sets({"eval.seed": s.value})
+    ),
+    "rewards[].name": ignored("a label"),
+    "rewards[].reward_model": _reward,
+    "rewards[].weight": _reward_field("weight"),
+    "rewards[].batch_size": _reward_field("batch_size"),
+    "rewards[].device": _reward_field("device"),
+    "rewards[].dtype": _reward_field(
+        "dtype",
+        {
+            "bfloat16": "bfloat16",
+            "bf16": "bfloat16",
+            "float16": "float16",
+            "fp16": "float16",
+            "float32": "float32",
+            "fp32": "float32",
+        },
+    ),
+    "optimizers[].name": ignored("a label"),
+    "optimizers[].learning_rate": _first_optimizer(to("optim.lr")),
+    "optimizers[].weight_decay": _first_optimizer(to("optim.weight_decay")),
+    "optimizers[].betas": _first_optimizer(to("optim.betas")),
+    "optimizers[].eps": _first_optimizer(only(1e-8, why="the same here", otherwise="1e-8 here")),
+    "optimizers[].max_grad_norm": _first_optimizer(to("optim.max_grad_norm")),
+}
+RULES |= {f"eval_{name}": rule for name, rule in RULES.items() if name.startswith("rewards[]")}

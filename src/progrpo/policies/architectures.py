@@ -1,0 +1,136 @@
+"""How large published models are, by their hub ids: what their config.json files say, so that a plan needs neither hub nor token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Architecture = dict[str, Any]
+"""As a pipeline's folder has it: `_class_name`, and by the name of each part its library, its class and its configuration."""
+
+_CLIP_L: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+_CLIP_L |= {"projection_dim": 768, "vocab_size": 49408, "max_position_embeddings": 77}
+_CLIP_G = _CLIP_L | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
+_CLIP_G |= {"num_attention_heads": 20, "projection_dim": 1280}
+_T5: dict[str, Any] = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "vocab_size": 32128,
+}
+_T5 |= {"feed_forward_proj": "gated-gelu"}
+
+_CLIP_TEXT, _CLIP_PROJECTED = ("transformers", "CLIPTextModel"), ("transformers", "CLIPTextModelWithProjection")
+_EULER = ("diffusers", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
+_DDIM = ("diffusers", "DDIMScheduler", {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+
+
+def _vae(latent_channels: int, **more: Any) -> tuple[str, str, dict[str, Any]]:
+    config = {
+        "latent_channels": latent_channels,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        **more,
+    }
+    return "diffusers", "AutoencoderKL", config
+
+
+def _sd3(**transformer: Any) -> Architecture:
+    config = {"sample_size": 128, "in_channels": 16, "out_channels": 16, "patch_size": 2, "attention_head_dim": 64}
+    config |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, **transformer}
+    config["caption_projection_dim"] = 64 * config["num_attention_heads"]
+    return {
+        "_class_name": "StableDiffusion3Pipeline",
+        "transformer": ("diffusers", "SD3Transformer2DModel", config),
+        "scheduler": _EULER,
+        "vae": _vae(16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609),
+        "text_encoder": (*_CLIP_PROJECTED, _CLIP_L),
+        "text_encoder_2": (*_CLIP_PROJECTED, _CLIP_G),
+        "text_encoder_3": ("transformers", "T5EncoderModel", _T5),
+    }
+
+
+def _flux(guidance_embeds: bool) -> Architecture:
+    config = {"in_channels": 64, "num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24}
+    config |= {"attention_head_dim": 128, "joint_attention_dim": 4096, "pooled_projection_dim": 768}
+    return {
+        "_class_name": "FluxPipeline",
+        "transformer": ("diffusers", "FluxTransformer2DModel", config | {"guidance_embeds": guidance_embeds}),
+        "scheduler": _EULER,
+        "vae": _vae(16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159),
+        "text_encoder": (*_CLIP_TEXT, _CLIP_L),
+        "text_encoder_2": ("transformers", "T5EncoderModel", _T5),
+    }
+
+
+def _sd1() -> Architecture:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ("diffusers", "UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768}),
+        "scheduler": _DDIM,
+        "vae": _vae(4),
+        "text_encoder": (*_CLIP_TEXT, _CLIP_L),
+    }
+
+
+def _sdxl() -> Architecture:
+    config = {
+        "sample_size": 128,
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+    return {
+        "_class_name": "StableDiffusionXLPipeline",
+        "unet": ("diffusers", "UNet2DConditionModel", config),
+        "scheduler": _DDIM,
+        "vae": _vae(4, scaling_factor=0.13025),
+        "text_encoder": (*_CLIP_TEXT, _CLIP_L),
+        "text_encoder_2": (*_CLIP_PROJECTED, _CLIP_G),
+    }
+
+
+def _wan(heads: int, ffn_dim: int, layers: int) -> Architecture:
+    config = {"num_attention_heads": heads, "attention_head_dim": 128, "ffn_dim": ffn_dim, "num_layers": layers}
+    return {
+        "_class_name": "WanPipeline",
+        "transformer": ("diffusers", "WanTransformer3DModel", config | {"text_dim": 4096}),
+        "scheduler": _EULER,
+        "vae": ("diffusers", "AutoencoderKLWan", {}),
+        "text_encoder": ("transformers", "UMT5EncoderModel", _T5 | {"vocab_size": 256384}),
+    }
+
+
+_MEDIUM = {"num_layers": 24, "num_attention_heads": 24}
+ARCHITECTURES: dict[str, Architecture] = {
+    "stabilityai/stable-diffusion-3.5-medium": _sd3(
+        **_MEDIUM, pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=list(range(13))
+    ),
+    "stabilityai/stable-diffusion-3.5-large": _sd3(
+        num_layers=38, num_attention_heads=38, pos_embed_max_size=192, qk_norm="rms_norm"
+    ),
+    "stabilityai/stable-diffusion-3-medium-diffusers": _sd3(**_MEDIUM, pos_embed_max_size=192),
+    "black-forest-labs/FLUX.1-dev": _flux(guidance_embeds=True),
+    "black-forest-labs/FLUX.1-schnell": _flux(guidance_embeds=False),
+    "black-forest-labs/FLUX.1-Kontext-dev": _flux(guidance_embeds=True) | {"_class_name": "FluxKontextPipeline"},
+    "CompVis/stable-diffusion-v1-4": _sd1(),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": _sd1(),
+    "stabilityai/stable-diffusion-xl-base-1.0": _sdxl(),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _wan(heads=12, ffn_dim=8960, layers=30),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": _wan(heads=40, ffn_dim=13824, layers=40),
+}

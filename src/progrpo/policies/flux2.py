@@ -1,0 +1,90 @@
+"""FLUX.2 klein, flow models: the one file that knows their pipeline and their network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from progrpo.policies.packed import PATCH, PackedFlowPolicy, packed, unpacked
+from progrpo.types import Condition
+
+
+class Flux2KleinPolicy(PackedFlowPolicy):
+    """A `Flux2KleinPipeline`. A LoRA adapts attention and feed-forward of both kinds of blocks: of two streams, and of one.
+
+    The base models are guided by a pair of calls, the distilled ones not at all. Its grid is shifted by picture size and number of
+    steps.
+    """
+
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+        *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+        *(f"{feed_forward}.{name}" for feed_forward in ("ff", "ff_context") for name in ("linear_in", "linear_out")),
+        *(f"single_transformer_blocks.*.attn.{name}" for name in ("to_qkv_mlp_proj", "to_out")),
+    )
+
+    @classmethod
+    def _check(cls, pipeline: DiffusionPipeline) -> None:
+        super()._check(pipeline)
+        if pipeline.text_encoder is None:
+            raise ValueError("model.path: the pipeline lacks its text encoder; load it with the pipeline")
+
+    def _mu(self, tokens: int, num_inference_steps: int) -> float:
+        shift: float = compute_empirical_mu(tokens, num_inference_steps)
+        return shift
+
+    def _encode_text(self, text: str) -> dict[str, Tensor]:
+        embeds, _ = self._pipeline.encode_prompt(
+            prompt=[text], device=self.device, max_sequence_length=self._settings.max_sequence_length
+        )
+        return {"prompt_embeds": embeds}
+
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (self._settings.max_sequence_length, self.denoiser.config.joint_attention_dim)}
+
+    def predict(self, x_BCHW: Tensor, timestep: Tensor, condition: Condition, guidance_scale: float = 1.0) -> Tensor:
+        if guidance_scale != 1.0 and self._pipeline.config.is_distilled:
+            raise ValueError(
+                f"sampling.guidance_scale: {guidance_scale:g} would guide a distilled model, which is guided already; use 1,"
+                " or a base model"
+            )
+        return super().predict(x_BCHW, timestep, condition, guidance_scale)
+
+    def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
+        embeds, (height, width) = condition.tensors["prompt_embeds"], (side // PATCH for side in x_BCHW.shape[2:])
+        tokens_BLD = self.denoiser(
+            hidden_states=packed(x_BCHW),
+            timestep=timestep_B / 1000,  # by which the network multiplies it again
+            encoder_hidden_states=embeds,
+            txt_ids=_places((1, 1, 1, embeds.shape[1]), x_BCHW.device),
+            img_ids=_places((1, height, width, 1), x_BCHW.device),
+            return_dict=False,
+        )[0]
+        return unpacked(tokens_BLD, height, width)
+
+    def _observed_modules(self) -> Sequence[nn.Module]:
+        blocks = [*self.denoiser.transformer_blocks, *self.denoiser.single_transformer_blocks]
+        return blocks[len(blocks) // 2], blocks[-1]
+
+    def _observe(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        _, height, width = self.latent_shape
+        hidden = output if isinstance(output, Tensor) else output[-1]
+        # a block of one stream has the text's tokens in it, before the picture's
+        super()._observe(module, inputs, hidden[:, -(height * width // PATCH**2) :])
+
+    def _unscaled(self, x0_BCHW: Tensor) -> Tensor:
+        """By the statistics that the autoencoder has of each channel of a token."""
+        norm, epsilon = self._pipeline.vae.bn, self._pipeline.vae.config.batch_norm_eps
+        mean, std = (t.to(x0_BCHW).reshape(-1, 1, 1) for t in (norm.running_mean, (norm.running_var + epsilon).sqrt()))
+        return pixel_shuffle(pixel_unshuffle(x0_BCHW, PATCH) * std + mean, PATCH)
+
+
+def _places(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Of tokens: time, row, column, and place in the text, int (L, 4)."""
+    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in counts))

@@ -1,0 +1,145 @@
+"""A LoRA that was trained, by a run or by others, is what a policy of any family goes on with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from progrpo.policies.base import Policy, PolicySettings
+from progrpo.policies.load import load_policy
+
+SETTINGS = PolicySettings(lora_rank=2, lora_alpha=6, max_sequence_length=8, resolution=16)
+FILE = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(params=["tiny_sd3", "tiny_kontext", "tiny_sd"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def told(told: Any) -> Any:
+    return told("red cat", "blue dog")
+
+
+@torch.no_grad()
+def velocity(policy: Policy, prompts: Any) -> Tensor:
+    x = torch.randn(len(prompts), *policy.latent_shape, generator=torch.Generator().manual_seed(3))
+    return policy.predict(x, torch.tensor(700.0), policy.encode(prompts))
+
+
+def trained(folder: Path, move: Any, out: Path, **changes: Any) -> Any:
+    """A policy that has learnt, and saved its LoRA."""
+    policy = load_policy(folder, replace(SETTINGS, **changes))
+    move(policy, 0.2)
+    policy.save(out)
+    return policy
+
+
+def continued(folder: Path, source: Path | str, **changes: Any) -> Any:
+    return load_policy(folder, replace(SETTINGS, lora=str(source), lora_rank=5, lora_alpha=5, **changes))
+
+
+def settings_in(folder: Path) -> Any:
+    with safe_open(folder / FILE, "pt") as file:
+        return json.loads(file.metadata()["lora_adapter_metadata"])
+
+
+def test_it_goes_on_where_the_other_ended_and_is_saved_as_one(folder, move, told, tmp_path):
+    first = trained(folder, move, tmp_path / "first")
+    state = torch.get_rng_state()
+    policy = continued(folder, tmp_path / "first")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert policy.trainable.keys() == first.trainable.keys()
+    assert all(p.requires_grad and torch.equal(p, first.trainable[name]) for name, p in policy.trainable.items())
+    before = velocity(first, told)
+    assert torch.equal(velocity(policy, told), before)
+    policy.save(tmp_path / "same")
+    assert settings_in(tmp_path / "same") == settings_in(tmp_path / "first")
+
+    move(policy, 0.2)
+    after = velocity(policy, told)
+    assert (after - before).abs().max() > 1e-3
+    with policy.weights("reference"):
+        assert torch.equal(velocity(policy, told), before)
+    policy.save(tmp_path / "second")
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(tmp_path / "second", local_files_only=True)
+    other = load_policy(folder, SETTINGS, tmp_path / "second")  # merged, and so rounded
+    torch.testing.assert_close(velocity(other, told), after, rtol=1e-3, atol=1e-4 * after.abs().max().item())
+    denoiser = getattr(pipeline, policy.denoiser_name)
+    loaded = dict(denoiser.named_parameters())
+    assert denoiser.peft_config["default_0"].lora_alpha == 6
+    assert all(torch.equal(loaded[name.replace(".default", ".default_0")], p) for name, p in policy.trainable.items())
+
+
+def test_in_low_precision_not_a_bit_of_it_is_lost(tiny_kontext, move, tmp_path):
+    first = trained(tiny_kontext, move, tmp_path)
+    policy = continued(tiny_kontext, tmp_path / FILE, dtype=torch.bfloat16)
+    assert all(
+        p.dtype == torch.float32 and torch.equal(p, first.trainable[name]) for name, p in policy.trainable.items()
+    )
+    assert {p.dtype for _, p in policy.frozen() if p.dim() == 2 and p.is_floating_point()} == {torch.bfloat16}
+
+
+def test_a_lora_of_other_layers_and_several_ranks_keeps_them(tiny_sd3, move, told, tmp_path):
+    pipeline = DiffusionPipeline.from_pretrained(tiny_sd3)
+    layers, patterns = ["attn.to_q", "attn.to_v"], {"rank_pattern": {"to_v": 3}, "alpha_pattern": {"to_v": 9}}
+    pipeline.transformer.add_adapter(LoraConfig(r=1, lora_alpha=2, target_modules=layers, **patterns))
+    with torch.no_grad():
+        for name, p in pipeline.transformer.named_parameters():
+            if "lora_" in name:
+                p.normal_(generator=torch.Generator().manual_seed(len(name)))
+    pipeline.transformer.save_lora_adapter(tmp_path / "theirs", weight_name=FILE)
+    file = tmp_path / "theirs" / FILE
+    tensors = {f"transformer.{name}": tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})  # as older scripts wrote it, without its settings
+    policy = continued(tiny_sd3, tmp_path / "theirs")
+    assert {name.split(".attn.")[1].split(".")[0] for name in policy.trainable} == {"to_q", "to_v"}
+    assert {len(p) for name, p in policy.trainable.items() if "to_v.lora_A" in name} == {3}
+    move(policy, 0.1)
+    policy.save(tmp_path / "ours")
+    again = continued(tiny_sd3, tmp_path / "ours")
+    assert torch.equal(velocity(again, told), velocity(policy, told))
+
+
+def test_what_cannot_be_trained_further_is_said_in_a_sentence(
+    tiny_sd3, tiny_sd, tiny_flux, move, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    trained(tiny_sd3, move, tmp_path / "sd3")
+    trained(tiny_flux, move, tmp_path / "flux")
+    trained(tiny_sd, move, tmp_path / "sd")
+    own = load_file(tmp_path / "sd3" / FILE)
+    name = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
+
+    def holding(tensors: dict[str, Tensor]) -> Path:
+        save_file(tensors, tmp_path / "changed.safetensors")
+        return tmp_path / "changed.safetensors"
+
+    cases = {
+        "its single_transformer_blocks.* has no place in this model; it is of another": lambda: tmp_path / "flux",
+        "it adapts the unet, and what is trained here is the transformer alone": lambda: tmp_path / "sd",
+        "it adapts the text_encoder, and": lambda: holding({**own, "text_encoder.a.lora_A.weight": torch.ones(1)}),
+        "it is not a plain LoRA": lambda: holding({**own, "transformer.a.dora_scale": torch.ones(1)}),
+        "it is not a plain LoRA in diff": lambda: holding({"a": torch.ones(1)}),
+        "size mismatch|shape": lambda: holding({**own, name: own[name][:, :-1].contiguous()}),
+        "its .*to_q.lora_A.weight has": lambda: holding({n: t for n, t in own.items() if n != name}),
+        "neither a folder with a pytorch_lora_weights.safetensors nor a file": lambda: tmp_path,
+        "neither a folder, a file nor a hub id": lambda: tmp_path / "absent",
+        ".": lambda: "nobody/nothing",
+    }
+    for message, source in cases.items():
+        with pytest.raises(ValueError, match=rf"^model\.lora: cannot train .* further: .*({message})") as caught:
+            continued(tiny_sd3, source())
+        assert "\n" not in str(caught.value)

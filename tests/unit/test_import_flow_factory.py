@@ -1,0 +1,264 @@
+"""Flow-Factory's settings are translated and accounted for one by one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from progrpo.config import RewardTerm
+from progrpo.imports.account import FATES
+from progrpo.imports.flow_factory import RULES, import_flow_factory
+
+SETTINGS: dict[str, Any] = {
+    "launcher": "accelerate",
+    "num_processes": 8,
+    "mixed_precision": "bf16",
+    "data": {
+        "datasets": [
+            {"name": "mine", "dataset_dir": "prompts", "train": {"weight": 1, "max_dataset_size": 9}, "eval": {}}
+        ]
+    },
+    "model": {
+        **{
+            "finetune_type": "lora",
+            "lora_rank": 32,
+            "target_modules": ["attn.to_q", "attn.to_k"],
+            "model_type": "sd3-5",
+        },
+        "model_name_or_path": "somebody/stable-diffusion-3.5",
+    },
+    "train": {
+        **{"trainer_type": "grpo", "advantage_aggregation": "sum", "clip_range": "1e-4", "adv_clip_range": [-5.0, 5.0]},
+        **{
+            "kl_type": "v-based",
+            "kl_beta": 0.001,
+            "resolution": [512, 512],
+            "num_inference_steps": 10,
+            "guidance_scale": 4.5,
+        },
+        **{"per_device_batch_size": 8, "group_size": 24, "global_std": True, "unique_sample_num_per_epoch": 48},
+        **{
+            "gradient_step_per_epoch": 2,
+            "gradient_accumulation_steps": "auto",
+            "ema_decay": 0.99,
+            "ema_update_interval": 4,
+        },
+        **{"enable_gradient_checkpointing": True, "seed": 3, "max_epochs": 100},
+    },
+    "scheduler": {
+        "dynamics_type": "CPS",
+        "noise_level": 0.8,
+        "num_sde_steps": 3,
+        "sde_steps": [0, 1, 2, 3, 4],
+        "seed": 1,
+    },
+    "eval": {"resolution": 512, "guidance_scale": 1.0, "num_inference_steps": 40, "eval_freq": 20},
+    "rewards": [
+        {"name": "a", "reward_model": "PickScore", "batch_size": 16, "device": "cuda", "dtype": "bfloat16"},
+        {"name": "b", "reward_model": "mine.judges.Judge", "weight": 0.5},
+    ],
+    "eval_rewards": [
+        {"name": "c", "reward_model": "PickScore", "batch_size": 32},
+        {"name": "d", "reward_model": "CLIP"},
+    ],
+    "optimizers": [{"name": "default", "learning_rate": 3e-4, "betas": [0.9, 0.99], "eps": 1e-8, "max_grad_norm": 0.5}],
+    "log": {"save_freq": 30, "save_dir": "saves"},
+}
+
+
+def imported(folder: Path, **changes: Any):
+    """The settings with changes by dotted names, None to leave one out."""
+    settings = deepcopy(SETTINGS)
+    for name, value in changes.items():
+        part, _, rest = name.partition("__")
+        if rest:
+            settings[part][rest] = value
+        else:
+            settings[part] = value
+    file = folder / "mine.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return import_flow_factory(str(file))
+
+
+def fates(translation) -> dict[str, str]:
+    return {row.name: row.outcome.fate for row in translation.rows}
+
+
+def test_a_file_is_translated(tmp_path):
+    config = imported(tmp_path).config
+    assert (config.iterations, config.seed, config.checkpoint.every) == (100, 3, 30)
+    model = config.model
+    assert (model.weights, model.lora_rank, model.lora_alpha, model.lora_targets) == (
+        "lora",
+        32,
+        64,
+        ("attn.to_q", "attn.to_k"),
+    )
+    assert (model.path, model.resolution, model.dtype) == ("somebody/stable-diffusion-3.5", 512, "bfloat16")
+    assert model.activation_checkpointing
+    assert (config.prompts.source, config.prompts.per_iteration) == ("prompts/train.jsonl", 48)
+    sampling = config.sampling
+    assert (sampling.sampler, sampling.noise_level, sampling.latent_dtype) == ("cps_reduced", 0.8, "float16")
+    assert (sampling.sde_window, sampling.sde_window_size, sampling.sde_window_end) == ("random", 3, 5)
+    assert (sampling.microbatch, config.optim.microbatch, config.plan.group_size) == (8, 8, 24)
+    assert (config.objective.name, config.objective.advantage) == ("grpo", "batch")
+    grpo = config.objective.grpo
+    assert (grpo.clip_range, grpo.adv_clip_max, grpo.kl_beta, grpo.kl_form) == (1e-4, 5.0, 1e-3, "velocity")
+    optim = config.optim
+    assert (optim.lr, optim.betas, optim.max_grad_norm, optim.updates_per_rollout) == (3e-4, (0.9, 0.99), 0.5, 2)
+    assert optim.ema_decay == pytest.approx(0.99**0.25, abs=1e-4)
+    assert (config.eval.every, config.eval.guidance_scale) == (20, 1.0)
+    assert config.reward.terms == (
+        RewardTerm("pickscore", batch_size=16, device="cuda", dtype="bfloat16"),
+        RewardTerm("my_rewards:Judge", 0.5),
+    )
+    assert config.eval.rewards == (RewardTerm("clipscore"),)
+
+
+def test_every_setting_ends_in_one_list_once(tmp_path):
+    translation = imported(tmp_path, surprise={"a": [1, {"b": 2}]}, train__later=None)
+    names = Counter(row.name for row in translation.rows)
+
+    def leaves(value, name=""):
+        if isinstance(value, dict) and value:
+            return [leaf for key, inner in value.items() for leaf in leaves(inner, f"{name}.{key}".strip("."))]
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            return [leaf for i, item in enumerate(value) for leaf in leaves(item, f"{name}[{i}]")]
+        return [name]
+
+    given = [*leaves(SETTINGS), "surprise.a[0]", "surprise.a[1].b", "train.later"]
+    assert set(names.values()) == {1}
+    assert {name for name in names if not name.endswith("(its default)")} == set(given)
+    found = fates(translation)
+    assert set(found.values()) == set(FATES[:3])
+    assert {found[name] for name in given[-3:]} == {"no equal here"}
+    assert found["rewards[1].reward_model"] == "no equal here" and found["scheduler.sde_steps"] == "translated"
+
+
+def test_what_a_file_leaves_out_has_their_default_and_not_ours(tmp_path):
+    file = tmp_path / "short.yaml"
+    file.write_text("model: {finetune_type: lora}\ntrain: {group_size: 4}\nrewards: {reward_model: OCR}")
+    translation = import_flow_factory(str(file))
+    config = translation.config
+    assert (config.model.path, config.model.lora_rank, config.model.lora_alpha) == (
+        "black-forest-labs/FLUX.1-dev",
+        8,
+        16,
+    )
+    assert config.sampling.embedded_guidance and config.sampling.guidance_scale == 3.5
+    assert (config.sampling.sde_window, config.sampling.sde_window_size) == ("random", 1)
+    assert (config.objective.advantage, config.objective.grpo.kl_form, config.optim.lr) == ("gdpo", "latent", 1e-5)
+    assert config.reward.terms == (RewardTerm("ocr"),)
+    assert fates(translation)["model.lora_rank (its default)"] == "translated"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "changes", "expected"),
+    [
+        ("grpo-guard", {"scheduler__dynamics_type": "Flow-SDE"}, {"ratio": "guard", "clip_range": 1e-4}),
+        (
+            "nft",
+            {"train__nft_beta": 0.5, "train__timestep_range": 0.5},
+            {"beta": 0.5, "draws": 5, "time_fraction": 0.5},
+        ),
+        (
+            "awm",
+            {"train__ema_kl_beta": 1, "train__clip_range": 1},
+            {"average_beta": 1.0, "clip_range": 1.0, "draws": 9},
+        ),
+        (
+            "dgpo",
+            {"train__beta_dpo": 50, "train__num_train_timesteps": 4},
+            {"dpo_beta": 50.0, "draws": 4, "time_fraction": 0.6},
+        ),
+    ],
+)
+def test_each_trainer_has_its_objective(tmp_path, trainer, changes, expected):
+    ode = {} if trainer == "grpo-guard" else {"scheduler": {"dynamics_type": "ODE"}}
+    config = imported(tmp_path, train__trainer_type=trainer, **ode, **changes).config
+    assert config.objective.name == trainer.removesuffix("-guard")
+    part = getattr(config.objective, config.objective.name)
+    assert {name: getattr(part, name) for name in expected} == expected
+    assert config.sampling.sde_window == ("none" if ode else "random")
+
+
+def test_accumulation_counts_updates(tmp_path):
+    config = imported(tmp_path, train__gradient_accumulation_steps=6).config
+    assert config.optim.updates_per_rollout == 48 * 24 // (8 * 8) // 6
+
+
+def test_older_files_have_the_same_meaning(tmp_path):
+    old = deepcopy(SETTINGS)
+    old["train"] |= {"learning_rate": 3e-4, "adam_betas": [0.9, 0.99], "max_grad_norm": 0.5}
+    del old["optimizers"]
+    old["data"] = {"dataset_dir": "prompts"}
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump(old))
+    assert import_flow_factory(str(file)).config == imported(tmp_path).config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"train__trainer_type": "dpo"},
+            "train.trainer_type 'dpo' has no equal here; there are grpo, grpo-guard, nft, awm, dgpo",
+        ),
+        (
+            {"train__group_size": 1},
+            "what was read cannot be run here: plan.group_size must be between 2 and 100,000, not 1",
+        ),
+        ({"train__kl_type": "z"}, "train.kl_type must be one of x-based, v-based, not 'z'"),
+        ({"scheduler__dynamics_type": "ODE"}, "sampling.sde_window must leave objective.name grpo stochastic steps"),
+        ({"train__ema_update_interval": 0}, "train.ema_update_interval must be a whole number of at least 1, not 0"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name(tmp_path, changes, message):
+    with pytest.raises(ValueError) as refused:
+        imported(tmp_path, **changes)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"just a text",
+        b"a: [",
+        b"\xff\xfe\x00",
+        b"a: !!python/object/apply:os.system ['true']",
+        b"a: &a [*a, {b: *a}]",
+        b"l0: &l0 {a: 1, b: 2}\n"
+        + b"".join(b"l%d: &l%d {a: *l%d, b: *l%d}\n" % (i, i, i - 1, i - 1) for i in range(1, 30)),
+        b"a: " + b"[" * 5000,
+    ],
+)
+def test_a_file_that_is_no_settings_is_refused_in_one_sentence(tmp_path, content):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ValueError) as refused:
+        import_flow_factory(str(file))
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
+def test_nonsense_is_translated_or_refused_in_one_sentence(tmp_path):
+    """Every setting that has a rule, one after the other."""
+    junk = (None, True, -1, 0, 2.5, 10**30, float("nan"), "text", [], {}, [1, 2], {"a": 1}, "\n")
+    for i, name in enumerate(RULES):
+        settings, value = deepcopy(SETTINGS), junk[i % len(junk)]
+        *parents, last = name.replace("[]", ".0").split(".")
+        part: Any = settings
+        for step in parents:
+            part = part[int(step)] if step.isdigit() else part.setdefault(step, {})
+        part[last] = value
+        file = tmp_path / "mine.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        try:
+            import_flow_factory(str(file))
+        except ValueError as refused:
+            assert "\n" not in str(refused) and len(str(refused)) < 600, (name, value)

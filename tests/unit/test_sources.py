@@ -1,0 +1,74 @@
+"""Source pictures of prompts: whatever form they are given in, the same pixels; and what is none is named."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from progrpo.sources import check_sources, key, key_of, picture, pictures, source_of
+from progrpo.types import Prompt
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    Image.fromarray(PIXELS).save(tmp_path / "source.png")
+    return tmp_path / "source.png"
+
+
+def test_a_path_a_files_bytes_and_a_picture_are_the_same(file):
+    for value in (file, str(file), file.read_bytes(), Image.fromarray(PIXELS)):
+        found = source_of(Prompt("a", {"image": value}))
+        assert found.mode == "RGB" and np.array_equal(np.asarray(found), PIXELS)
+    check_sources([Prompt("a", {"image": value}) for value in (str(file), file.read_bytes(), Image.fromarray(PIXELS))])
+
+
+def test_pictures_are_upright_and_rgb(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera on its side
+    Image.fromarray(PIXELS).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(np.asarray(picture(tmp_path / "turned.png")), np.rot90(PIXELS, -1))
+    assert picture(Image.new("LA", (2, 3))).mode == "RGB"
+
+
+def test_a_column_is_read_once_a_value_and_may_have_gaps(file):
+    value = str(file)
+    one, nothing, other = pictures([value, None, value])
+    assert one is other and nothing is None
+
+
+def test_a_key_is_a_path_or_what_is_held(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn, changed = Image.fromarray(PIXELS), Image.fromarray(PIXELS ^ 1)
+    assert key("source.png") == key(file) == key_of(Prompt("a", {"image": str(file)}))
+    assert key(drawn) == key(drawn.copy()) != key(changed)
+    assert key(drawn) != key(Image.fromarray(PIXELS.reshape(7, 5, 3)))
+    assert key(b"a") != key(b"b")
+
+
+def test_what_is_no_picture_is_said_in_a_sentence(tmp_path, file):
+    postscript = BytesIO()
+    Image.fromarray(PIXELS).save(postscript, "EPS")  # which Pillow has another program read
+    (tmp_path / "text.png").write_text("none")
+    for value, message in (
+        (None, "the prompt 'a' has no column image: this model changes a picture"),
+        ("", "cannot be read as a picture"),
+        ("a\0b", "cannot be read as a picture"),
+        ("none.png", "none.png cannot be read as a picture: no such file"),
+        (str(tmp_path), "cannot be read as a picture"),
+        (tmp_path / "text.png", "cannot be read as a picture"),
+        (postscript.getvalue(), "what it holds cannot be read as a picture"),
+        (["a"], r"column image of the prompt 'a' must be a picture or the path of one, not \['a'\]"),
+    ):
+        for look in (source_of, lambda prompt: check_sources([prompt])):
+            with pytest.raises(ValueError, match=message) as caught:
+                look(Prompt("a", {} if value is None else {"image": value}))
+            assert "\n" not in str(caught.value)
+    cut = file.read_bytes()[:60]
+    with pytest.raises(ValueError, match="what it holds cannot be read as a picture"):
+        picture(cut)
