@@ -58,8 +58,9 @@ class ModelConfig:
     """How many pictures the decoder takes at once: a microbatch, one (the same picture up to rounding), or one in overlapping tiles, whose
     seams are blended."""
     shard: bool = False
-    """With several processes: each holds a part of the frozen weights (torch's fully_shard), and blocks are gathered while they run. For
-    models too large for one device; of a LoRA only."""
+    """With several processes: each holds a part of the denoiser's weights (torch's fully_shard), and blocks are gathered while they run. A LoRA
+    stays whole; of weights that are trained in full gradients, averages and the optimizer's state are shared out too. For models too large for
+    one device, with microbatches that are given."""
 
 
 @dataclass(frozen=True)
@@ -773,7 +774,6 @@ def _check_split_groups(config: Config) -> None:
 def _check_shard(config: Config) -> None:
     """Gathered weights are gone after a call, and all processes make the same calls."""
     against = {
-        "model.weights full": config.model.weights == "full",
         "model.compile": config.model.compile,
         "optim.reuse_rollout": config.optim.reuse_rollout,
         "model.offload": config.model.offload,
@@ -781,8 +781,14 @@ def _check_shard(config: Config) -> None:
     for name, asked in against.items():
         if asked:
             raise ValueError(
-                f"model.shard must be false for {name}: it shares out the frozen weights of an uncompiled network that stays on its device"
+                f"model.shard must be false for {name}: a block's weights are gathered on the device when it is called, and gone after it"
             )
+    for name, size in (
+        ("sampling.microbatch", config.sampling.microbatch),
+        ("optim.microbatch", config.optim.microbatch),
+    ):
+        if size is None:  # it is measured up to where memory ends, and there the others would wait for ever
+            raise ValueError(f"{name} must be given for model.shard: processes that share a network cannot measure it")
 
 
 def _check_preserving(config: Config) -> None:

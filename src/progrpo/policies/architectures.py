@@ -28,7 +28,13 @@ _T5 |= {"feed_forward_proj": "gated-gelu"}
 
 _CLIP_TEXT, _CLIP_PROJECTED = ("transformers", "CLIPTextModel"), ("transformers", "CLIPTextModelWithProjection")
 _EULER = ("diffusers", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
-_NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False}
+_NOISE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+}
 _DDIM = ("diffusers", "DDIMScheduler", _NOISE)
 
 
