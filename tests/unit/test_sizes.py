@@ -175,6 +175,17 @@ def test_what_would_make_it_fit():
     assert _leaner(base, plan, Device(0.001, 1), 1) == {}
 
 
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_what_processes_share_out(weights):
+    """A LoRA stays whole everywhere, weights that are trained in full do not."""
+    base = load_recipe("smoke")
+    config = replace(base, model=replace(base.model, weights=weights, shard=True))
+    alone, shared = (_memory(config, resolve_plan(config), _sizes(config), count)["parts"] for count in (1, 2))
+    assert shared["frozen weights"] == alone["frozen weights"] / 2
+    for part in ("trained weights, optimizer", "copies of trained weights", "gradients"):
+        assert shared[part] == alone[part] / (2 if weights == "full" else 1)
+
+
 def test_rewards_are_counted_where_their_networks_are_known():
     terms = (
         RewardTerm("pickscore"),

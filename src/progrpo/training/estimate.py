@@ -120,18 +120,20 @@ def _memory(config: Config, plan: Plan, found: Sizes, processes: int) -> dict[st
     objective = OBJECTIVES[config.objective.name](config.objective)
     reference = config.model.weights == "lora" or objective.uses_reference
     copies = len(objective.averages) + reference + (config.optim.ema_decay > 0) + config.eval.keep_best
+    shared = processes if config.model.shard else 1  # a LoRA stays whole everywhere
+    trained = _FLOAT * found.trained / (shared if config.model.weights == "full" else 1)
     prompts = -(-config.prompts.per_iteration // processes)
     latents = {
         name: prompts * found.latent * of_one
         for name, of_one in _latents(config, plan, objective.needs == "means").items()
     }
     parts = {
-        "frozen weights": found.frozen_bytes / (processes if config.model.shard else 1),
+        "frozen weights": found.frozen_bytes / shared,
         "decoder": found.decoder_bytes,
-        "trained weights, optimizer": 3 * _FLOAT * found.trained,
-        "copies of trained weights": copies * _FLOAT * found.trained,
+        "trained weights, optimizer": 3 * trained,
+        "copies of trained weights": copies * trained,
         "rewards": sum(_reward_bytes(term) for term in _rewards(config)),
-        "gradients": _FLOAT * found.trained,
+        "gradients": trained,
         "latents while sampling": max(latents["call"], latents["decoding"], latents["step"]),
         "latents in the update": latents["update"],
         "graphs of sampling": _graphs(config, plan) * prompts * found.train_bytes / microbatch(config.optim),
@@ -141,7 +143,7 @@ def _memory(config: Config, plan: Plan, found: Sizes, processes: int) -> dict[st
         "text encoders": found.text_encoder_bytes,
     }
     resident = sum(list(parts.values())[:5]) + (parts["text encoders"] if config.model.keep_text_encoders else 0)
-    denoiser = parts["frozen weights"] + _FLOAT * found.trained
+    denoiser = parts["frozen weights"] + trained
     moments = latents["call"] + found.call_bytes, latents["decoding"] + found.decode_bytes, latents["step"]
     passes = parts["gradients"] + parts["forward and backward pass"]
     peaks = {
