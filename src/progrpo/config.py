@@ -323,6 +323,9 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps AdamW's two averages of each weight in 8 bits (arXiv 2110.02861) where a parameter has 4096 numbers or more: a quarter
+    of the memory, other figures. It needs the extra `lean`."""
     lr: float = 1e-3
     warmup: int = 0
     """Iterations over which the rate rises to `lr`, in equal steps."""

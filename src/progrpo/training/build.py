@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from progrpo.config import (
     Config,
     ModelConfig,
     ObjectiveConfig,
+    OptimConfig,
     PreviewConfig,
     PromptConfig,
     RewardTerm,
@@ -87,6 +90,24 @@ def objective_from(config: Config, policy: Policy) -> Objective:
         clip_range = _GUARD_CLIP_OF_ALL / dims if guarded else sampler.clip_range_for(dims)
         wanted = replace(wanted, grpo=replace(wanted.grpo, clip_range=clip_range))
     return OBJECTIVES[wanted.name](wanted)
+
+
+def optimizer_from(wanted: OptimConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """ValueError, with the pip command, for one whose package is not installed."""
+    kind = torch.optim.AdamW if wanted.name == "adamw" else _adamw_8bit()
+    return kind(parameters, lr=wanted.lr, betas=wanted.betas, weight_decay=wanted.weight_decay)
+
+
+def _adamw_8bit() -> type[Optimizer]:
+    """Its quantised averages are plain tensors beside their scales, so that checkpoints hold them as they are."""
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "optim.name adamw_8bit needs bitsandbytes, which is not installed: pip install 'progrpo[lean]'"
+        )
+    from bitsandbytes.optim import AdamW8bit
+
+    kind: type[Optimizer] = AdamW8bit
+    return kind
 
 
 def settled(config: Config, ranks: Ranks) -> Config:

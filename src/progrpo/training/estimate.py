@@ -22,6 +22,7 @@ from progrpo.training.build import OBJECTIVES
 from progrpo.training.judge import prompt_cost
 
 _FLOAT, _GB = 4, 1e9
+_AVERAGES = {"adamw": 2 * _FLOAT, "adamw_8bit": 2 * (1 + _FLOAT / 256)}  # bytes a weight; 256 share a scale
 _ROOM = 0.9  # of a card's memory: an allocator, rewards and the driver want some
 
 
@@ -106,7 +107,7 @@ def _memory(config: Config, plan: Plan, found: Sizes, processes: int) -> dict[st
     parts = {
         "frozen weights": found.frozen_bytes / (processes if config.model.shard else 1),
         "decoder": found.decoder_bytes,
-        "trained weights, gradients, optimizer": 4 * _FLOAT * found.trained,
+        "trained weights, gradients, optimizer": (2 * _FLOAT + _AVERAGES[config.optim.name]) * found.trained,
         "copies of trained weights": copies * _FLOAT * found.trained,
         "latents": prompts * found.latent * _latents(config, plan),
         "network call": found.call_bytes,

@@ -25,7 +25,7 @@ from progrpo.rollout.rollout import rollout
 from progrpo.rollout.waves import in_waves
 from progrpo.training import checks
 from progrpo.training.audit import Audit, audit
-from progrpo.training.build import objective_from, previewing, sampling_from
+from progrpo.training.build import objective_from, optimizer_from, previewing, sampling_from
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.errors import SelfCheckError
 from progrpo.training.judge import PlanJudge, plan_from, prompt_cost
@@ -104,12 +104,9 @@ class Trainer:
         self.plan, self.how, self.judge = resolve_plan(config), previewing(config), PlanJudge(config)
         self.select = SELECTORS[config.plan.selector]
         self.objective = objective_from(config, policy)
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            policy.trainable.values(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
-        )
+        self.optimizer = optimizer_from(config.optim, policy.trainable.values())
         self.iteration, self.totals = 0, Totals()
-        for name in (*([EMA] if optim.ema_decay > 0 else []), *self.objective.averages):
+        for name in (*([EMA] if config.optim.ema_decay > 0 else []), *self.objective.averages):
             policy.named_weights.snapshot(name)
         self._frozen, self._checked = checks.fingerprint(policy), False
         watch = config.watch
