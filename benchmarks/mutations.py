@@ -44,6 +44,8 @@ from progrpo.config import (
     trained_items,
 )
 from progrpo.data import load_prompts
+from progrpo.imports.flow_factory import import_flow_factory
+from progrpo.imports.flow_grpo import import_flow_grpo
 from progrpo.recipes import RECIPES, load_recipe
 from progrpo.rollout.plan import summary
 
@@ -120,11 +122,12 @@ WORDS += (
     "null",
 )
 SHARES = {
-    "recipe": 0.44,
+    "recipe": 0.41,
     "python": 0.2,
     "arguments": 0.2,
     "prompts": 0.06,
     "config file": 0.04,
+    "settings file": 0.03,
     "library": 0.03,
     "run": 0.03,
 }
@@ -291,6 +294,7 @@ LINES = (
         "pretrain shapes-flow --out o --vae-steps 3",
         "pretrain shapes-tiny --device cpu",
     ),
+    *("import flow_grpo p.py:f --gpus 8 --out i.json", "import flow-factory p.txt --overwrite"),
     *("serve-reward shapes --port 0 --host 127.0.0.1", "--version", "--help"),
 )
 
@@ -451,6 +455,42 @@ def config_file_case(rng: random.Random, work: Path) -> Case:
     return Case("config file", f"{content[:200]!r}", read, (str(folder / "config.json"), *_FIELDS))
 
 
+SETTINGS = {
+    ".yaml": b"""model: {finetune_type: lora, lora_rank: 8, model_name_or_path: m}
+train: {trainer_type: grpo, group_size: 4, clip_range: 1e-4, resolution: [64, 64], guidance_scale: 4.5}
+scheduler: {dynamics_type: CPS, num_sde_steps: 2, sde_steps: [0, 1, 2]}
+rewards: [{reward_model: OCR, weight: 0.5}, {reward_model: a.b.C}]
+""",
+    ".py": b"""import ml_collections
+def f(gpu_number=2):
+    config = ml_collections.ConfigDict()
+    config.sample = sample = ml_collections.ConfigDict({"num_steps": 10, "train_batch_size": 4})
+    sample.num_image_per_prompt, sample.num_batches_per_epoch = 8, int(8 / gpu_number)
+    config.reward_fn = {"ocr": 1.0, "deqa": 0.5} if gpu_number > 1 else {}
+    config.run_name = f"a-{gpu_number}"
+    return config
+""",
+}
+
+
+def settings_file_case(rng: random.Random, work: Path) -> Case:
+    """Another framework's settings, for `progrpo import`."""
+    suffix = rng.choice(list(SETTINGS))
+    file, content = (
+        work / f"stranger{suffix}",
+        SETTINGS[suffix] if rng.random() < 0.1 else damaged(SETTINGS[suffix], rng),
+    )
+
+    def read() -> None:
+        file.write_bytes(content)
+        try:
+            use((import_flow_factory(str(file)) if suffix == ".yaml" else import_flow_grpo(f"{file}:f")).config)
+        finally:
+            file.unlink()
+
+    return Case("settings file", f"{suffix} {content[:200]!r}", read, (str(file),))
+
+
 # --- library calls ----------------------------------------------------------------------------------------------------
 
 
@@ -597,6 +637,7 @@ MAKERS: dict[str, Callable[[random.Random, Path], Case]] = {
     "arguments": arguments_case,
     "prompts": prompts_case,
     "config file": config_file_case,
+    "settings file": settings_file_case,
     "library": library_case,
     "run": run_case,
 }

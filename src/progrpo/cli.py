@@ -390,13 +390,13 @@ class Import:
         from progrpo.imports.flow_factory import import_flow_factory
         from progrpo.imports.flow_grpo import import_flow_grpo
 
-        out = self.out or Path(re.split(r"[:/\\]", self.settings)[-1]).with_suffix(".json")
-        if out.exists() and not self.overwrite:
-            raise ValueError(f"{named(out)} is already there; give another --out, or --overwrite")
         if self.framework == "flow_grpo":
             translation = import_flow_grpo(self.settings, self.gpus, self.script)
         else:
             translation = import_flow_factory(self.settings)
+        out = self.out or Path(re.split(r"[:/\\]", self.settings)[-1]).with_suffix(".json")
+        if os.path.exists(out) and not self.overwrite:
+            raise ValueError(f"{named(out)} is already there; give another --out, or --overwrite")
         named_so = replace(translation.config, recipe=re.sub(r"[^\w.-]", "-", out.stem)[:100] or "imported")
         check(named_so)
         try:

@@ -31,12 +31,13 @@ class ModelConfig:
     lora_alpha: int = 32
     lora_targets: tuple[str, ...] = ()
     """Endings of module names to adapt, where `*` stands for anything; empty: attention and feed-forward projections (of both
-    streams of SD3 and FLUX, and of FLUX's single blocks; of Wan's attention to the video and to the text)."""
+    streams of SD3, FLUX and Qwen-Image, and of FLUX's single blocks; of Wan's attention to the video and to the text)."""
     max_sequence_length: int = 16
     """T5 tokens of SD3, FLUX and Wan; there is no attention mask in them, so this changes the picture and multiplies the cost. Wan
-    was made for 512, of which those after the text are zeros."""
+    was made for 512, of which those after the text are zeros. FLUX.2 klein, made for 512, and Qwen-Image count the tokens of their own
+    encoder, the words of its chat around the prompt included; in Qwen-Image those after a text are masked."""
     resolution: int | None = None
-    """Side of the square picture or video in pixels; empty: the model's own (1024 of SD 3.5 and FLUX, 480 of Wan)."""
+    """Side of the square picture or video in pixels; empty: the model's own (1024 of SD 3.5, FLUX and Qwen-Image, 480 of Wan)."""
     frames: int | None = None
     """Frames of a video, one more than a multiple of 4 for Wan; empty: the model's own (81 of Wan). Models of pictures have none."""
     keep_text_encoders: bool = False
@@ -57,8 +58,9 @@ class ModelConfig:
     """How many pictures the decoder takes at once: a microbatch, one (the same picture up to rounding), or one in overlapping tiles, whose
     seams are blended."""
     shard: bool = False
-    """With several processes: each holds a part of the frozen weights (torch's fully_shard), and blocks are gathered while they run. For
-    models too large for one device; of a LoRA only."""
+    """With several processes: each holds a part of the denoiser's weights (torch's fully_shard), and blocks are gathered while they run. A LoRA
+    stays whole; of weights that are trained in full gradients, averages and the optimizer's state are shared out too. For models too large for
+    one device, with microbatches that are given."""
 
 
 @dataclass(frozen=True)
@@ -775,7 +777,6 @@ def _check_split_groups(config: Config) -> None:
 def _check_shard(config: Config) -> None:
     """Gathered weights are gone after a call, and all processes make the same calls."""
     against = {
-        "model.weights full": config.model.weights == "full",
         "model.compile": config.model.compile,
         "optim.reuse_rollout": config.optim.reuse_rollout,
         "model.offload": config.model.offload,
@@ -783,8 +784,14 @@ def _check_shard(config: Config) -> None:
     for name, asked in against.items():
         if asked:
             raise ValueError(
-                f"model.shard must be false for {name}: it shares out the frozen weights of an uncompiled network that stays on its device"
+                f"model.shard must be false for {name}: a block's weights are gathered on the device when it is called, and gone after it"
             )
+    for name, size in (
+        ("sampling.microbatch", config.sampling.microbatch),
+        ("optim.microbatch", config.optim.microbatch),
+    ):
+        if size is None:  # it is measured up to where memory ends, and there the others would wait for ever
+            raise ValueError(f"{name} must be given for model.shard: processes that share a network cannot measure it")
 
 
 def _check_preserving(config: Config) -> None:

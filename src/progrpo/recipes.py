@@ -199,7 +199,7 @@ def lean(config: Config, gb: int, sampled: int, trained: int, checkpointing: boo
 
 def sd35m_pickscore_24gb() -> Config:
     """`sd35m-pickscore` on one GPU of 24 GB, 8 prompts an iteration; bring prompts.txt and eval.txt."""
-    return lean(sd35m_pickscore(), 24, sampled=4, trained=2)
+    return lean(sd35m_pickscore(), 24, sampled=4, trained=4)
 
 
 def sd35m_pickscore_48gb() -> Config:
@@ -214,7 +214,7 @@ def sd35m_pickscore_80gb() -> Config:
 
 def flux_pickscore_48gb() -> Config:
     """`flux-pickscore` on one GPU of 48 GB, 8 prompts an iteration; bring prompts.txt and eval.txt."""
-    return lean(flux_pickscore(), 48, sampled=4, trained=2)
+    return lean(flux_pickscore(), 48, sampled=4, trained=4)
 
 
 def flux_pickscore_80gb() -> Config:

@@ -98,14 +98,26 @@ class Trajectories:
         return self.x_NCHW.shape[0]
 
     def take(self, rows: Tensor) -> Trajectories:
-        """The rows named, in that order, in new memory."""
+        """The rows named, in that order, in new memory; if they are all of them, these trajectories themselves.
+
+        A latent that one transition ends at and the next begins at stays one.
+        """
+        if rows.tolist() == list(range(len(self))):
+            return self
+        path: list[Transition] = []
+        for before, transition in zip((None, *self.path), self.path, strict=False):
+            taken = transition.take(rows)
+            if before is not None and before.x_next_NCHW is transition.x_NCHW:
+                taken = replace(taken, x_NCHW=path[-1].x_next_NCHW)
+            path.append(taken)
+        onwards = bool(self.path) and self.path[-1].x_next_NCHW is self.x_NCHW
         return Trajectories(
             self.group_N[rows],
             self.slot_N[rows],
             self.member_N[rows],
-            self.x_NCHW[rows],
+            path[-1].x_next_NCHW if onwards else self.x_NCHW[rows],
             None if self.output_NCHW is None else self.output_NCHW[rows],
-            tuple(t.take(rows) for t in self.path),
+            tuple(path),
             None if self.attached_NCHW is None else self.attached_NCHW[rows],
             tuple(f[rows] for f in self.features),
         )

@@ -458,6 +458,47 @@ def test_a_lora_of_flux_adapts_both_kinds_of_blocks_and_nothing_else_by_default(
     assert adapted == of_two | {f"single_transformer_blocks.{i}.{n}" for i in range(2) for n in single}
 
 
+def test_a_lora_of_flux2_klein_adapts_both_kinds_of_blocks_by_default(tiny_flux2_klein):
+    adapted = {name.split(".lora_")[0] for name in _load(tiny_flux2_klein, "lora").trainable}
+    attention = {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+    feed_forward = {f"{ff}.{name}" for ff in ("ff", "ff_context") for name in ("linear_in", "linear_out")}
+    of_two = {f"transformer_blocks.0.{name}" for name in {f"attn.{name}" for name in attention} | feed_forward}
+    of_one = {f"single_transformer_blocks.{i}.attn.{name}" for i in range(2) for name in ("to_qkv_mlp_proj", "to_out")}
+    assert adapted == of_two | of_one
+
+
+def test_a_lora_of_qwen_image_adapts_both_streams_of_every_block_by_default(tiny_qwen_image):
+    adapted = {name.split(".lora_")[0] for name in _load(tiny_qwen_image, "lora").trainable}
+    attention = {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+    feed_forward = {f"{mlp}.{name}" for mlp in ("img_mlp", "txt_mlp") for name in ("net.0.proj", "net.2")}
+    wanted = {f"attn.{name}" for name in attention} | feed_forward
+    assert adapted == {f"transformer_blocks.{i}.{name}" for i in range(2) for name in wanted}
+
+
+def test_a_distilled_flux2_klein_is_sampled_without_guidance(tiny_flux2_klein):
+    pipeline = _pipeline(tiny_flux2_klein)
+    pipeline.register_to_config(is_distilled=True)
+    policy = policy_from_pipeline(
+        pipeline, PolicySettings(lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, resolution=16)
+    )
+    with pytest.raises(ValueError, match=r"sampling\.guidance_scale: 3\.5 would guide a distilled model, .* use 1"):
+        _ode(policy, 3.5)
+    own = _diffusers(pipeline, policy, 3.5, "latent")  # which ignores it
+    torch.testing.assert_close(_ode(policy, 1.0), own, rtol=0, atol=1e-5)
+
+
+def test_qwen_image_is_told_where_a_text_ends_whatever_it_is_filled_up_to(tiny_qwen_image):
+    prompts = [Prompt("red"), Prompt("red cat")]
+    long, short = (_load(tiny_qwen_image, "lora", max_sequence_length=tokens) for tokens in (40, TOKENS))
+    told = short.encode(prompts).tensors
+    assert told["prompt_embeds_mask"].sum(1).tolist() == [8, 9]  # 3 letters and " cat", and five tokens of the chat's
+    assert not told["prompt_embeds"][0, 8:].any() and told["prompt_embeds"][0, :8].any()
+    outputs = [p.predict(_noise(p), torch.tensor(600.0), p.encode(prompts), 3.0) for p in (long, short)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+    cut = _load(tiny_qwen_image, "lora", max_sequence_length=4).encode(prompts).tensors
+    assert cut["prompt_embeds_mask"].all() and torch.equal(cut["prompt_embeds"], told["prompt_embeds"][:, :4])
+
+
 def test_lora_targets_can_be_chosen(tiny_sd3):
     adapted = {name.split(".lora_")[0] for name in _load(tiny_sd3, "lora", lora_targets=("attn.to_q",)).trainable}
     assert adapted == {f"transformer_blocks.{i}.attn.to_q" for i in range(2)}
@@ -513,6 +554,21 @@ def test_sd3_without_any_text_encoder_is_refused(tiny_sd3):
         policy_from_pipeline(DiffusionPipeline.from_pretrained(tiny_sd3, **none), PolicySettings())
 
 
+def test_a_model_that_was_saved_without_a_text_encoder_is_loaded_without_it(tiny_sd3, tmp_path):
+    lacking = DiffusionPipeline.from_pretrained(tiny_sd3, text_encoder_3=None, tokenizer_3=None)
+    lacking.save_pretrained(tmp_path / "lacking")
+    policy, whole = _load(tmp_path / "lacking", "lora"), _load(tiny_sd3, "lora")
+    found, of_all = (p.encode(PROMPTS).tensors["prompt_embeds"] for p in (policy, whole))
+    assert torch.equal(found[:, :-TOKENS], of_all[:, :-TOKENS]) and not found[:, -TOKENS:].any()
+
+
+@pytest.mark.parametrize("model", ["tiny_flux2_klein", "tiny_qwen_image"])
+def test_a_model_of_one_text_encoder_without_it_is_refused(request, model):
+    pipeline = DiffusionPipeline.from_pretrained(request.getfixturevalue(model), text_encoder=None)
+    with pytest.raises(ValueError, match=r"model\.path: the pipeline lacks its text encoder; load it"):
+        policy_from_pipeline(pipeline, PolicySettings())
+
+
 @pytest.mark.parametrize("encoder", ["text_encoder", "text_encoder_2"])
 def test_flux_without_a_text_encoder_is_refused(tiny_flux, encoder):
     pipeline = DiffusionPipeline.from_pretrained(tiny_flux, **{encoder: None})
@@ -520,8 +576,9 @@ def test_flux_without_a_text_encoder_is_refused(tiny_flux, encoder):
         policy_from_pipeline(pipeline, PolicySettings())
 
 
-def test_a_flux_for_more_than_text_is_refused(tiny_flux):
-    pipeline = _pipeline(tiny_flux)
+@pytest.mark.parametrize("model", ["tiny_flux", "tiny_flux2_klein", "tiny_qwen_image"])
+def test_a_packed_model_for_more_than_text_is_refused(request, model):
+    pipeline = _pipeline(request.getfixturevalue(model))
     pipeline.transformer = type(pipeline.transformer).from_config(pipeline.transformer.config, in_channels=32)
     with pytest.raises(
         ValueError, match=r"the transformer takes 32 channels where tokens of latents have 16; .* alone"
@@ -725,7 +782,7 @@ def test_a_safety_checker_takes_no_memory(tiny_sd):
     assert pipeline.safety_checker is None
 
 
-@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux"])
+@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux", "tiny_flux2_klein", "tiny_qwen_image"])
 def test_resolution_sets_the_latent_and_must_fit(request, model):
     folder = request.getfixturevalue(model)
     policy = _load(folder, "lora", resolution=8)
@@ -735,7 +792,9 @@ def test_resolution_sets_the_latent_and_must_fit(request, model):
         _load(folder, "lora", resolution=10)
 
 
-@pytest.mark.parametrize(("model", "side"), [("tiny_sd3", 8), ("tiny_sdxl", 8), ("tiny_flux", 128)])
+@pytest.mark.parametrize(
+    ("model", "side"), [("tiny_sd3", 8), ("tiny_sdxl", 8), ("tiny_flux", 128), ("tiny_qwen_image", 128)]
+)
 def test_without_a_resolution_it_is_the_models_own(request, model, side):
     assert _load(request.getfixturevalue(model), "lora", resolution=None).latent_shape == (4, side, side)
 

@@ -13,13 +13,16 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
 from progrpo.cli import main
+from progrpo.zoo import WEIGHTS
 
 pytestmark = pytest.mark.slow
 
-SMOKE = ("smoke", "--model.dtype", "float32", "--checkpoint.every", "1", "--eval.pictures", "2")
+SMOKE = ("smoke", "--checkpoint.every", "1", "--eval.pictures", "2", "--prompts.per-iteration", "3")
+FULL = ("--model.weights", "full", "--model.shard", "--optim.ema-decay", "0.5")
 
 
 def launch(world: int, *args: str, log: Path) -> subprocess.Popen[bytes]:
@@ -29,16 +32,22 @@ def launch(world: int, *args: str, log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*command, "-m", "progrpo", "train", *args], env=env, stdout=file, stderr=file)
 
 
+DENOISER = Path("transformer") / "diffusion_pytorch_model.safetensors"
+
+
 def trained(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "lora" / "pytorch_lora_weights.safetensors")
+    lora = run / "lora" / "pytorch_lora_weights.safetensors"
+    return load_file(lora if lora.exists() else run / DENOISER)
 
 
 def assert_same(run: Path, other: Path) -> None:
-    """Up to the rounding of other microbatches: the weights have moved a thousand times as far."""
-    expected = trained(other)
-    for name, weight in trained(run).items():
+    """Up to the rounding of other microbatches: the weights have moved a hundred times as far."""
+    ours, expected = trained(run), trained(other)
+    assert ours.keys() == expected.keys()
+    for name, weight in ours.items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5, msg=name)
-    assert max(weight.abs().max() for name, weight in expected.items() if "lora_B" in name) > 2e-3
+    before = load_file(WEIGHTS / "shapes-flow" / DENOISER)  # a LoRA's B begins at 0
+    assert max((w - before.get(name, 0)).abs().max() for name, w in expected.items() if "lora_A" not in name) > 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +55,14 @@ def straight(tmp_path_factory) -> Path:
     """Four iterations in one process."""
     out = tmp_path_factory.mktemp("straight") / "run"
     assert main(["train", *SMOKE, "--iterations", "4", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def straight_full(tmp_path_factory) -> Path:
+    """The same with all weights."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert main(["train", *SMOKE, *FULL, "--iterations", "4", "--out", str(out)]) == 0
     return out
 
 
@@ -58,17 +75,37 @@ def test_two_that_share_weights_leave_what_one_goes_on_with(straight, tmp_path):
     assert_same(run, straight)
 
 
-def test_what_one_began_two_finish(straight, tmp_path):
+def test_what_one_began_three_finish(straight, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     assert main(["train", *SMOKE, "--iterations", "2", "--out", str(run)]) == 0
-    assert launch(2, "--resume", str(run), "--iterations", "4", log=log).wait(90) == 0, log.read_text()
+    assert launch(3, "--resume", str(run), "--iterations", "4", log=log).wait(90) == 0, log.read_text()
     assert_same(run, straight)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_dies_ends_all_and_the_run_goes_on(straight, tmp_path, victim):
+def test_shared_weights_that_are_trained_go_from_one_to_two_to_three(straight_full, tmp_path):
+    """In the end as a denoiser that diffusers reads; in one process they are whole."""
     run, log = tmp_path / "run", tmp_path / "log"
-    launched = launch(2, *SMOKE, "--iterations", "500", "--out", str(run), log=log)
+    assert main(["train", *SMOKE, *FULL, "--iterations", "1", "--out", str(run)]) == 0
+    assert launch(2, "--resume", str(run), "--iterations", "2", log=log).wait(90) == 0, log.read_text()
+    assert launch(3, "--resume", str(run), "--iterations", "4", log=log).wait(120) == 0, log.read_text()
+    assert_same(run, straight_full)
+    SD3Transformer2DModel.from_pretrained(run / "transformer")
+
+
+def test_two_go_on_as_two_would_have_gone_to_the_bit(tmp_path):
+    whole, parts, log = tmp_path / "whole", tmp_path / "parts", tmp_path / "log"
+    shared = (*SMOKE, *FULL)
+    assert launch(2, *shared, "--iterations", "3", "--out", str(whole), log=log).wait(90) == 0, log.read_text()
+    assert launch(2, *shared, "--iterations", "2", "--out", str(parts), log=log).wait(90) == 0, log.read_text()
+    assert launch(2, "--resume", str(parts), "--iterations", "3", log=log).wait(90) == 0, log.read_text()
+    ours, expected = trained(parts), trained(whole)
+    assert all(torch.equal(weight, expected[name]) for name, weight in ours.items())
+
+
+@pytest.mark.parametrize(("victim", "how"), [(0, ()), (1, ()), (1, ("--model.shard",))])
+def test_a_process_that_dies_ends_all_and_the_run_goes_on(straight, tmp_path, victim, how):
+    run, log = tmp_path / "run", tmp_path / "log"
+    launched = launch(2, *SMOKE, *how, "--iterations", "500", "--out", str(run), log=log)
     while launched.poll() is None and len(list((run / "checkpoints").glob("iteration_*[0-9]"))) < 2:
         time.sleep(0.05)
     workers = {
@@ -95,6 +132,6 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on(straight, tmp_path, vi
 
 def test_what_is_refused_ends_all(tmp_path):
     log = tmp_path / "log"
-    assert launch(3, *SMOKE, "--out", str(tmp_path / "run"), log=log).wait(120) != 0
-    assert "prompts.per_iteration is 2, fewer than the 3 processes" in log.read_text()
+    assert launch(4, *SMOKE, "--out", str(tmp_path / "run"), log=log).wait(120) != 0
+    assert "prompts.per_iteration is 3, fewer than the 4 processes" in log.read_text()
     assert not (tmp_path / "run").exists()

@@ -51,7 +51,8 @@ def test_a_run_counts_what_its_plan_predicts(trainer, plan, guidance_scale):
 
 
 @pytest.mark.parametrize(
-    ("model", "guidance_scale"), [("tiny_sd3", 1.0), ("tiny_sd3", 3.0), ("tiny_flux", 3.0), ("tiny_wan", 3.0)]
+    ("model", "guidance_scale"),
+    [("tiny_sd3", 1.0), ("tiny_sd3", 3.0), ("tiny_flux", 3.0), ("tiny_qwen_image", 3.0), ("tiny_wan", 3.0)],
 )
 def test_what_is_counted_is_what_the_networks_did(trainer, redness, model, guidance_scale):
     rewarded = []

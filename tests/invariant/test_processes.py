@@ -29,10 +29,11 @@ from torch.distributed.tensor import DTensor
 
 import progrpo
 from progrpo.config import AuditConfig, CheckpointConfig, Config, EvalConfig, ModelConfig
-from progrpo.config import OptimConfig, PlanConfig, PreviewConfig, PromptConfig, SamplingConfig
+from progrpo.config import NFTConfig, ObjectiveConfig, OptimConfig, PlanConfig, PreviewConfig, PromptConfig, SamplingConfig
 from progrpo.data import InTurn
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import policy_from_pipeline
+from progrpo.policies.sharded import gathered
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.mix import alone
 from progrpo.training.distributed import Ranks
@@ -51,6 +52,7 @@ CONFIG = Config(
     eval=EvalConfig(pictures=1, num_inference_steps=2),
     checkpoint=CheckpointConfig(every=1),
 )
+NFT = ObjectiveConfig(name="nft", nft=NFTConfig(kl_beta=0.01))  # calls by three sets of weights for each of the items
 
 
 def redness(images, prompts):
@@ -73,7 +75,7 @@ class Failing:
 def trained(model, config, reward):
     """Survivors and records of each iteration, and the weights in the end."""
     shard = config.model.shard and Ranks().world > 1
-    settings = PolicySettings(lora_rank=2, lora_alpha=4, max_sequence_length=8, shard=shard)
+    settings = PolicySettings(config.model.weights, lora_rank=2, lora_alpha=4, max_sequence_length=8, shard=shard)
     policy = policy_from_pipeline(DiffusionPipeline.from_pretrained(model), settings)
     order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
     trainer = Trainer(config, policy, alone(FunctionReward(reward)), order, Ranks())
@@ -84,10 +86,11 @@ def trained(model, config, reward):
         survivors += [[i, s, m] for s, m in zip(living.slot_N.tolist(), living.member_N.tolist())]
         records.append(done.record)
     trainer.check_frozen()
+    full = config.model.weights == "full"
     for name, p in policy.denoiser.named_parameters():
-        assert isinstance(p, DTensor) == (shard and not p.requires_grad), name
+        assert isinstance(p, DTensor) == (shard and (full or not p.requires_grad)), name
         assert not isinstance(p, DTensor) or p.to_local().numel() < p.numel(), name
-    return survivors, records, {name: p.detach().clone() for name, p in policy.trainable.items()}
+    return survivors, records, {name: gathered(p.detach()).clone() for name, p in policy.trainable.items()}
 
 
 def work(model, out):
@@ -101,6 +104,8 @@ def work(model, out):
     together = replace(CONFIG, prompts=PromptConfig(per_iteration=3, split_groups=True))
     cases["split"] = (together, redness)
     cases["shard"] = (replace(CONFIG, model=replace(CONFIG.model, shard=True)), redness)
+    full = replace(CONFIG, model=replace(CONFIG.model, shard=True, weights="full"), objective=NFT)
+    cases["full shard"] = (replace(full, optim=OptimConfig(lr=1e-4, updates_per_rollout=2, ema_decay=0.5, microbatch=7)), Failing(middle))
     five = replace(CONFIG, prompts=PromptConfig(per_iteration=5))  # on three: 2, 2 and 1
     cases["five"] = (replace(five, optim=OptimConfig(updates_per_rollout=2)), redness)
     cases["five shard"] = (replace(five, model=replace(CONFIG.model, shard=True)), Failing(middle))
@@ -122,6 +127,10 @@ def by_the_library(model, out, found, ranks):
     progrpo.train(DiffusionPipeline.from_pretrained(model), PROMPTS, redness, config=CONFIG, out=mine)
     found["wrote"] = mine.exists()
     try:
+        progrpo.train(DiffusionPipeline.from_pretrained(model), PROMPTS, redness, config=CONFIG, out=mine)
+    except ValueError as error:
+        found["taken"] = str(error)
+    try:
         trained(model, replace(CONFIG, prompts=PromptConfig(per_iteration=1)), redness)
     except ValueError as error:
         found["too few"] = str(error)
@@ -130,7 +139,7 @@ def by_the_library(model, out, found, ranks):
 if __name__ == "__main__":
     work(sys.argv[1], Path(sys.argv[2]))
 '''
-WHOLE = ("updates 1", "updates 2", "batch", "gdpo", "probe", "failing", "shard")
+WHOLE = ("updates 1", "updates 2", "batch", "gdpo", "probe", "failing", "shard", "full shard")
 CASES = (*WHOLE, "split", "split batch")
 OF_THREE = ("five", "five shard", "split")
 
@@ -205,14 +214,15 @@ def test_the_same_members_survive(one, two, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_same_weights_are_learnt(one, two, case):
+def test_the_same_weights_are_learnt(one, two, tiny_sd3, case):
     alone, first, second = (
         load_file(out / f"{case} {rank}.safetensors") for out, rank in ((one, 0), (two, 0), (two, 1))
     )
     for name, weight in alone.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], weight, rtol=0, atol=1e-5, msg=name)
-    assert any(weight.abs().max() > 1e-4 for name, weight in alone.items() if "lora_B" in name)
+    before = load_file(tiny_sd3 / "transformer" / "diffusion_pytorch_model.safetensors")  # a LoRA's B begins at 0
+    assert any((w - before.get(name, 0)).abs().max() > 1e-4 for name, w in alone.items() if "lora_A" not in name)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -253,6 +263,12 @@ def test_only_the_main_process_writes(one, two):
     assert [found(two, rank)["wrote"] for rank in (0, 1)] == [True, False]
     ours, theirs = ({p.relative_to(f) for p in f.rglob("*")} for f in (two / "run of 0", one / "run of 0"))
     assert ours == theirs
+
+
+def test_what_the_main_process_alone_finds_wrong_is_refused_in_all(two):
+    assert [found(two, rank)["taken"] for rank in (0, 1)] == [
+        f"{two / 'run of 0'} already holds a run (config.json); give another --out or resume it with `progrpo train --resume {two / 'run of 0'}`"
+    ] * 2
 
 
 def test_a_process_without_a_prompt_is_refused(two):

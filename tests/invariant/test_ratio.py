@@ -95,6 +95,8 @@ SAMPLERS = {
     "sd_v": PRESERVING,
     "sdxl": PRESERVING,
     "wan": ("flow_grpo",),
+    "flux2_klein": ("flow_grpo",),
+    "qwen_image": ("flow_grpo",),
 }
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -49,7 +49,7 @@ def test_the_clip_range_is_the_published_one_in_proportion_to_the_latent_unless_
 
 # --- samplers of families ---------------------------------------------------------------------------------------------
 
-FLOW, DIFFUSION = ("sd3", "flux", "kontext"), ("sd", "sd_v", "sdxl")
+FLOW, DIFFUSION = ("sd3", "flux", "kontext", "flux2_klein", "qwen_image"), ("sd", "sd_v", "sdxl")
 FAMILIES = FLOW + DIFFUSION
 
 

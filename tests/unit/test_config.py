@@ -155,6 +155,11 @@ def test_defaults_are_right():
             Config(prompts=PromptConfig(split_groups=True), objective=ObjectiveConfig(name="dgpo")),
             "prompts.split_groups must be false for objective.name dgpo",
         ),
+        (
+            Config(model=ModelConfig(shard=True, compile=True)),
+            "model.shard must be false for model.compile",
+        ),
+        (Config(model=ModelConfig(shard=True)), "sampling.microbatch must be given for model.shard"),
         (Config(seed="1"), "seed must be a whole number, not '1'"),  # type: ignore[arg-type]
     ],
 )

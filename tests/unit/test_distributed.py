@@ -8,12 +8,22 @@ import torch.distributed as dist
 from progrpo.training.distributed import Ranks, is_lost
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_an_engine_of_accelerate_is_refused_with_what_to_take(engine, monkeypatch):
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(ValueError, match=r"asks for .*launch without it.*--model\.shard"):
+@pytest.mark.parametrize(
+    ("variable", "value", "nothing", "instead"),
+    [
+        ("USE_FSDP", "true", "false", "model.shard"),
+        ("USE_DEEPSPEED", "true", "false", "model.shard"),
+        ("USE_MEGATRON_LM", "true", "false", "model.shard"),
+        ("USE_PARALLELISM_CONFIG", "true", "false", "model.shard"),
+        ("MIXED_PRECISION", "bf16", "no", "model.dtype"),
+        ("DYNAMO_BACKEND", "INDUCTOR", "NO", "model.compile"),
+    ],
+)
+def test_what_accelerate_is_told_in_vain_is_refused_with_what_to_take(variable, value, nothing, instead, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_{variable}", value)
+    with pytest.raises(ValueError, match=rf"asks for .*\(ACCELERATE_{variable}\).*launch without it.*--{instead}"):
         Ranks()
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "false")
+    monkeypatch.setenv(f"ACCELERATE_{variable}", nothing)
     assert Ranks().world == 1
 
 

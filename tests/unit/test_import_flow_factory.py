@@ -155,6 +155,7 @@ def test_what_a_file_leaves_out_has_their_default_and_not_ours(tmp_path):
     assert (config.objective.advantage, config.objective.grpo.kl_form, config.optim.lr) == ("gdpo", "latent", 1e-5)
     assert config.reward.terms == (RewardTerm("ocr"),)
     assert fates(translation)["model.lora_rank (its default)"] == "translated"
+    assert fates(translation)["a prompt file"] == "no equal here" and "a reward" not in fates(translation)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_older_files_have_the_same_meaning(tmp_path):
         ),
         (
             {"train__group_size": 1},
-            "what was read cannot be run here: plan.group_size must be between 2 and 100,000, not 1",
+            "mine.yaml asks for what cannot be run here: plan.group_size must be between 2 and 100,000, not 1",
         ),
         ({"train__kl_type": "z"}, "train.kl_type must be one of x-based, v-based, not 'z'"),
         ({"scheduler__dynamics_type": "ODE"}, "sampling.sde_window must leave objective.name grpo stochastic steps"),
@@ -235,7 +236,7 @@ def test_what_cannot_be_run_is_refused_by_name(tmp_path, changes, message):
         b"a: &a [*a, {b: *a}]",
         b"l0: &l0 {a: 1, b: 2}\n"
         + b"".join(b"l%d: &l%d {a: *l%d, b: *l%d}\n" % (i, i, i - 1, i - 1) for i in range(1, 30)),
-        b"a: " + b"[" * 5000,
+        b"a: " + b"[" * 1500,
     ],
 )
 def test_a_file_that_is_no_settings_is_refused_in_one_sentence(tmp_path, content):
@@ -248,7 +249,7 @@ def test_a_file_that_is_no_settings_is_refused_in_one_sentence(tmp_path, content
 
 def test_nonsense_is_translated_or_refused_in_one_sentence(tmp_path):
     """Every setting that has a rule, one after the other."""
-    junk = (None, True, -1, 0, 2.5, 10**30, float("nan"), "text", [], {}, [1, 2], {"a": 1}, "\n")
+    junk: tuple[Any, ...] = (None, True, -1, 0, 2.5, 10**30, float("nan"), "text", [], {}, [1, 2], {"a": 1}, "\n")
     for i, name in enumerate(RULES):
         settings, value = deepcopy(SETTINGS), junk[i % len(junk)]
         *parents, last = name.replace("[]", ".0").split(".")

@@ -134,7 +134,8 @@ def test_every_setting_ends_in_one_list(tmp_path):
     assert translation.config.seed == 0  # and not the 7 that the base has
     printed = in_words(translation)
     assert all(sum(line.split()[:1] == [n] for line in printed.splitlines()) == 1 for n in names if n != "a statement")
-    assert "grpo.py, line 26" in printed and "config.seed = fetch()" in printed
+    lines = (tmp_path / "config/grpo.py").read_text().splitlines()
+    assert f"grpo.py, line {lines.index('    config.seed = fetch()') + 1};" in printed
 
 
 def test_a_window_is_read_by_the_fast_script(tmp_path):
@@ -278,6 +279,12 @@ def test_a_file_that_is_no_settings_is_refused_in_one_sentence(tmp_path, body):
     with pytest.raises(ValueError) as refused:
         import_flow_grpo(f"{written(tmp_path, body)}:f", gpus=1)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
+def test_a_base_that_importlib_loads_is_read(tmp_path):
+    loaded = 'spec = importlib.util.spec_from_file_location("base", os.path.join(os.path.dirname(__file__), "base.py"))'
+    main = MAIN.replace(MAIN.splitlines()[2], f"{loaded}\nbase = importlib.util.module_from_spec(spec)")
+    assert import_flow_grpo(f"{written(tmp_path, '', main=main)}:common").config.seed == 7
 
 
 def test_a_file_elsewhere_is_not_loaded(tmp_path):

@@ -55,7 +55,16 @@ def test_the_tally_sees_what_is_wrong(work):
     assert counts["refused"] == counts["files_left"] == len(wrong) == 1 and not (work / "half").exists()
 
 
-SHARES = {"recipe": 250, "python": 120, "arguments": 100, "prompts": 60, "config file": 40, "library": 40, "run": 12}
+SHARES = {
+    "recipe": 250,
+    "python": 120,
+    "arguments": 100,
+    "prompts": 60,
+    "config file": 40,
+    "settings file": 60,
+    "library": 40,
+    "run": 12,
+}
 
 
 @pytest.mark.parametrize("kind", SHARES)

@@ -180,7 +180,9 @@ def test_steps_of_a_diffusion_model_are_ddims_without_noise(linear_diffusion_pol
     assert meter.cost == Cost(nfe=(len(timesteps) - 1) * ROWS)
 
 
-@pytest.mark.parametrize("folder", ["tiny_sd3", "tiny_flux", "tiny_wan", "tiny_sd"])
+@pytest.mark.parametrize(
+    "folder", ["tiny_sd3", "tiny_flux", "tiny_flux2_klein", "tiny_qwen_image", "tiny_wan", "tiny_sd"]
+)
 def test_as_many_steps_as_are_left_are_the_samplers_own_ode(request, tiny_policy, folder):
     policy, key = tiny_policy(moved=0.1, folder=request.getfixturevalue(folder)), NoiseKey(5, 2)
     process = Process(policy.prediction, "ddim", policy.levels(4), (0.0,) * 4)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from progrpo.config import Config, check, config_from_json, config_to_json, resolve_plan, trained_items
@@ -31,6 +34,36 @@ def test_embedded_guidance_costs_one_call():
     cost = prompt_cost(config, resolve_plan(config))
     assert cost.nfe == 48 * 4 + 24 + 12  # of 48 members 24 live on after the fourth call, 12 after the fifth
     assert cost.trained_steps == 12 * 5
+
+
+def test_tasks_of_sd35m_differ_in_reward_prompts_and_kl_alone():
+    betas = {
+        "pickscore": 0.01,
+        "hpsv2": 0.01,
+        "geneval": 0.04,
+        "ocr": 0.04,
+    }  # of Flow-GRPO's configurations; hpsv2's is ours
+    base = load_recipe("sd35m-pickscore")
+    assert (base.model.resolution, base.plan.preset, base.optim.lr) == (512, "standard", 3e-4)
+    for task, beta in betas.items():
+        config = load_recipe(f"sd35m-{task}")
+        assert [term.name for term in config.reward.terms] == [task] and config.objective.grpo.kl_beta == beta
+        own: dict[str, Any] = {
+            "recipe": config.recipe,
+            "prompts": config.prompts,
+            "reward": config.reward,
+            "objective": config.objective,
+        }
+        assert replace(base, **own, eval=replace(base.eval, prompts=config.eval.prompts)) == config
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("gb")])
+def test_lean_recipes_learn_the_same_of_fewer_prompts(name):
+    lean, base = load_recipe(name), load_recipe(name.rpartition("-")[0])
+    assert lean.prompts.per_iteration == 8 and lean.sampling.latent_dtype == "bfloat16"
+    for part in ("plan", "reward", "objective", "eval"):
+        assert getattr(lean, part) == getattr(base, part)
+    assert replace(lean.optim, microbatch=base.optim.microbatch) == base.optim
 
 
 def test_a_config_file_and_a_run_folder_load_as_recipes(tmp_path):

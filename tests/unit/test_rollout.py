@@ -127,6 +127,24 @@ def test_a_trajectory_goes_on_from_what_was_stored(request, tiny_policy, tiny_co
     assert done.x_NCHW.dtype == torch.float32 and torch.equal(done.x_NCHW.to(dtype).float(), done.x_NCHW)
 
 
+@pytest.mark.parametrize("latent_dtype", ["float32", "bfloat16"])
+def test_a_latent_is_kept_once_however_often_a_batch_is_taken(tiny_policy, tiny_config, told, latent_dtype):
+    policy, key = tiny_policy(), NoiseKey(seed=5, iteration=2)
+    wanted = SamplingConfig(num_inference_steps=4, latent_dtype=latent_dtype)
+    sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
+    batch = expand(policy, torch.tensor([4]), 4, sampling, key)
+
+    def prune(step: int, living: Trajectories) -> Trajectories:
+        return living.take(torch.arange(0, len(living), 2)) if step < 2 else living
+
+    done = denoise(policy, policy.encode(told("red cat")), batch, sampling, key, Meter(), prune)
+    kept = [x for t in done.path for x in (t.x_NCHW, t.x_next_NCHW)]
+    assert len(done) == 1 and len(kept) == 6
+    assert len({x.data_ptr() for x in kept}) == 4
+    assert all(torch.equal(before.x_next_NCHW, after.x_NCHW) for before, after in pairwise(done.path))
+    assert done.take(torch.arange(1)) is done
+
+
 def test_steps_without_noise_are_rounded_too(tiny_policy, told):
     policy, key = tiny_policy(), NoiseKey(seed=5, iteration=2)
     sampling = replace(ode(policy, 3, 1.0, 8), latent_dtype=torch.bfloat16)

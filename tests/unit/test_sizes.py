@@ -30,6 +30,8 @@ PARAMETERS = {
     ("CompVis/stable-diffusion-v1-4", "text_encoder"): 123_060_480,
     ("stabilityai/stable-diffusion-xl-base-1.0", "text_encoder_2"): 694_659_840,
     ("black-forest-labs/FLUX.1-dev", "text_encoder_2"): 4_762_310_656,
+    ("Qwen/Qwen-Image", "transformer"): 20_430_401_088,
+    ("Qwen/Qwen-Image", "text_encoder"): 8_292_166_656,
 }
 
 
@@ -83,6 +85,11 @@ def test_checkpointing_takes_another_forward_pass_and_less_memory(tiny_sd3):
     assert plain.call_flops == checkpointed.call_flops
     assert checkpointed.train_flops == pytest.approx(1.5 * plain.train_flops, rel=0.1)
     assert checkpointed.train_bytes < plain.train_bytes
+
+
+def test_a_decoder_takes_what_the_policy_gives_it_and_not_latents(tiny_qwen_image):
+    found = sizes(str(tiny_qwen_image), PolicySettings(resolution=16), 2, 2, 2)  # one of videos
+    assert found.latent == 4 * 8 * 8 and found.decode_flops > 0 and found.train_bytes > 0
 
 
 def test_latents_at_their_most_by_hand():

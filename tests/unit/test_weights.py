@@ -154,6 +154,20 @@ def test_nothing_else_is_allowed_inside_a_swap():
             action()
 
 
+def test_one_swap_may_stand_in_for_another_which_comes_back():
+    parameters = _parameters(1.0)
+    weights = NamedWeights(parameters)
+    _set(parameters, 2.0)
+    weights.snapshot("old")
+    _set(parameters, 3.0)
+    with weights.swapped("old"):
+        for name, value in (("reference", 1.0), ("current", 3.0), ("old", 2.0)):
+            with weights.instead(name):
+                assert weights.active == name and _values(parameters) == {value}
+            assert weights.active == "old" and _values(parameters) == {2.0}
+    assert _values(parameters) == {3.0}
+
+
 def test_wrong_names_are_refused():
     weights = NamedWeights(_parameters())
     with pytest.raises(ValueError, match="no weights named 'ema'; there are current, reference"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from progrpo.config import Config, check, from_dict
@@ -141,6 +142,12 @@ def choice(path: str, choices: Mapping[str, Any]) -> Rule:
     return lambda setting: sets({path: setting.one_of(choices)})
 
 
+def precision(setting: Setting) -> Outcome:
+    """Accelerate's `mixed_precision`."""
+    dtype = setting.one_of({"fp16": "float16", "bf16": "bfloat16", "no": "float32"})
+    return sets({"model.dtype": dtype}, "losses are not scaled here; bfloat16 is safer" if dtype == "float16" else "")
+
+
 def counted_in(path: str) -> Rule:
     """One of several settings that make a field of ours, which another one's rule sets."""
     return lambda setting: Outcome("translated", f"counted in {path}")
@@ -163,33 +170,45 @@ def only(*usual: Any, why: str, otherwise: str) -> Rule:
 
 
 def translate(
-    settings: Mapping[str, Any], rules: Mapping[str, Rule], unread: Iterable[Row] = (), defaults: Container[str] = ()
+    source: Path,
+    settings: Mapping[str, Any],
+    rules: Mapping[str, Rule],
+    unread: Iterable[Row] = (),
+    defaults: Container[str] = (),
 ) -> Translation:
-    """A checked configuration from settings by their rules; of `defaults` it is said that the source does not name them.
+    """A checked configuration from a file's settings by their rules; of `defaults` it is said that the file does not name them.
 
     A rule's name has `[]` where settings have an index or a key in brackets. A setting without a rule has no equal. ValueError, one sentence
-    with the setting or the field of ours, where a value is none that its rule knows, or the whole cannot be run.
+    with the file, and the setting or the field of ours, where a value is none that its rule knows, or the whole cannot be run.
     """
-    rows, data = list(unread), dict[str, Any]()
-    for name, value in settings.items():
-        rule = rules.get(re.sub(r"\[[^]]*\]", "[]", name), _unknown)
-        outcome = rule(Setting(name, value, settings))
-        rows.append(Row(f"{name} (its default)" if name in defaults else name, value, outcome))
-        for path, ours in outcome.fields.items():
-            _put(data, path, ours)
     try:
+        rows, data, written = list(unread), dict[str | int, Any](), set[str]()
+        for name, value in settings.items():
+            rule = rules.get(re.sub(r"\[[^]]*\]", "[]", name), _unknown)
+            outcome = rule(Setting(name, value, settings))
+            rows.append(Row(f"{name} (its default)" if name in defaults else name, value, outcome))
+            for path, ours in outcome.fields.items():
+                _put(data, path, ours)
+                written.add(path.partition("[")[0])
+        for path, what in _NEEDED.items():
+            if path not in written:
+                rows.append(Row(what, None, no_equal(f"none is named that can be taken; give --{path}")))
         config = from_dict(_with_lists(data))
         check(config)
     except ValueError as error:
-        raise ValueError(f"what was read cannot be run here: {error}") from None
+        raise ValueError(f"{named(source)} asks for what cannot be run here: {error}") from None
     return Translation(config, tuple(rows))
+
+
+# Fields whose defaults, of the built-in world, nobody means who comes from elsewhere.
+_NEEDED = {"model.path": "a model", "prompts.source": "a prompt file", "reward.terms": "a reward"}
 
 
 def _unknown(setting: Setting) -> Outcome:
     return no_equal("not a setting that this import knows")
 
 
-def _put(data: dict[str, Any], path: str, value: Any) -> None:
+def _put(data: dict[str | int, Any], path: str, value: Any) -> None:
     *parents, last = [int(step) if step.isdigit() else step for step in re.findall(r"[^.\[\]]+", path)]
     for step in parents:
         data = data.setdefault(step, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from progrpo.imports.account import (
     no_equal,
     not_needed,
     only,
+    precision,
     sets,
     to,
     translate,
@@ -104,29 +106,35 @@ REWARDS = {
 
 def import_flow_factory(path: str) -> Translation:
     """The configuration that a YAML file asks for, and what became of each setting. ValueError, one sentence, if it cannot be read or run."""
-    settings = {name: _number_if_one(value) for name, value in flattened(_in_one_shape(_read(Path(path)))).items()}
+    file = Path(path)
+    settings = {name: _number_if_one(value) for name, value in _read(file).items()}
     trainer = settings.get("train.trainer_type", "grpo")
     if not isinstance(trainer, str) or trainer not in _DEFAULTS_OF:
-        raise ValueError(f"train.trainer_type {quoted(trainer)} has no equal here; there are {', '.join(_DEFAULTS_OF)}")
+        raise ValueError(
+            f"{named(file)}: train.trainer_type {quoted(trainer)} has no equal here; there are {', '.join(_DEFAULTS_OF)}"
+        )
     defaults = {**_DEFAULTS, **_DEFAULTS_OF[trainer], **{f"optimizers[0].{n}": v for n, v in _OPTIMIZER.items()}}
     silent = {name: value for name, value in defaults.items() if name not in settings}
-    return translate({**settings, **silent}, RULES, defaults=silent)
+    return translate(file, {**settings, **silent}, RULES, defaults=silent)
 
 
-def _read(path: Path) -> dict[Any, Any]:
+def _read(path: Path) -> dict[str, Any]:
+    """Its settings by their dotted names."""
+    if not os.path.isfile(path):
+        raise ValueError(f"no file {named(path)}")
     try:
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
-            raise ValueError(f"{named(path)} is over {_MOST_BYTES // 10**6} MB, so no settings")
+            raise ValueError(f"over {_MOST_BYTES // 10**6} MB, so no settings")
         data = yaml.safe_load(content)
+        if not isinstance(data, dict) or not data:
+            raise ValueError("it holds no settings by name")
+        return flattened(_in_one_shape(data))
     except OSError as error:
         raise ValueError(f"{named(path)} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{named(path)} is no YAML file: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(data, dict) or not data:
-        raise ValueError(f"{named(path)} holds no settings by name")
-    return data
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{named(path)} is no settings file: {' '.join(str(error).split())[:200]}") from None
 
 
 def _in_one_shape(data: dict[Any, Any]) -> dict[Any, Any]:
@@ -344,10 +352,6 @@ def _pool(setting: Setting) -> Outcome:
     return Outcome("translated", "counted in sampling.sde_window_end")
 
 
-def _lora(field: str, value: Any) -> Outcome:
-    return sets({f"model.{field}": value})
-
-
 def _lora_rank(setting: Setting) -> Outcome:
     if setting.all.get("model.finetune_type") != "lora":
         return not_needed("all weights are trained")
@@ -475,7 +479,7 @@ RULES: dict[str, Rule] = {
     "config_file": ignored(_LAUNCH),
     "num_processes": ignored(_LAUNCH),
     "main_process_port": ignored(_LAUNCH),
-    "mixed_precision": choice("model.dtype", {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}),
+    "mixed_precision": precision,
     "run_name": ignored(_PLACE),
     "project": ignored(_PLACE),
     "logging_backend": ignored("metrics go to the run folder and its report"),

@@ -23,6 +23,7 @@ from progrpo.imports.account import (
     no_equal,
     not_needed,
     only,
+    precision,
     sets,
     to,
     translate,
@@ -63,7 +64,10 @@ def import_flow_grpo(config: str, gpus: int | None = None, script: Script = "aut
     """
     file, function = _file_and_function(config)
     reading = read_settings(file, function)
-    settings = _bracketed(flattened(reading.settings))
+    try:
+        settings = _bracketed(flattened(reading.settings))
+    except ValueError as error:
+        raise ValueError(f"{named(file)}: {error}") from None
     unread = {name: value for name, value in settings.items() if isinstance(value, Unread)}
     known = {name: value for name, value in settings.items() if name not in unread}
     known["gpu_number"] = gpus if gpus is not None else _gpus(reading, config)
@@ -72,7 +76,7 @@ def import_flow_grpo(config: str, gpus: int | None = None, script: Script = "aut
         known.setdefault(name, value)
     rows = [Row(name, value.text, _unread(value)) for name, value in unread.items()]
     rows += [Row("a statement", value.text, _unread(value)) for value in reading.unread]
-    return translate(known, RULES, rows)
+    return translate(file, known, RULES, rows)
 
 
 def _file_and_function(config: str) -> tuple[Path, str]:
@@ -291,7 +295,7 @@ RULES: dict[str, Rule] = {
     ),
     "use_lora": lambda setting: sets({"model.weights": "lora" if setting.value else "full"}),
     "resolution": to("model.resolution"),
-    "mixed_precision": choice("model.dtype", {"fp16": "float16", "bf16": "bfloat16", "no": "float32"}),
+    "mixed_precision": precision,
     "activation_checkpointing": to("model.activation_checkpointing"),
     "fsdp_optimizer_offload": only(False, why="off", otherwise="the optimizer stays on the device"),
     "allow_tf32": ignored("torch's own setting; arithmetic alone"),
@@ -310,7 +314,7 @@ RULES: dict[str, Rule] = {
     "dataset": _dataset,
     "prompt_fn": _prompt_fn,
     "prompt_fn_kwargs": ignored(_STALE),
-    "reward_fn": lambda setting: no_equal("no reward is named"),
+    "reward_fn": lambda setting: no_equal("it is empty, or cannot be read"),
     "reward_fn[]": _reward,
     "per_prompt_stat_tracking": only(
         True, why="groups have a mean of their own", otherwise="advantages are around each group's own mean"

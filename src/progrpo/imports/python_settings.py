@@ -17,7 +17,7 @@ from typing import Any
 
 from progrpo.words import named, quoted
 
-_MOST_BYTES, _MOST_NODES, _MOST_CALLS, _LONGEST = 1_000_000, 200_000, 32, 10_000
+_MOST_BYTES, _MOST_NODES, _MOST_CALLS, _LONGEST = 1_000_000, 20_000, 32, 10_000
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,9 @@ def _parsed(path: Path) -> ast.Module:
     except OSError as error:
         raise ValueError(f"{named(path)} cannot be read: {error.strerror}") from None
     except SyntaxError as error:
-        raise ValueError(f"{named(path)} is no Python file: line {error.lineno}: {error.msg}") from None
+        raise ValueError(f"{named(path)} is no Python file: line {error.lineno}: {named(error.msg)}") from None
     except (ValueError, MemoryError) as error:  # NUL bytes, another encoding, more nesting than the parser takes
-        raise ValueError(f"{named(path)} is no Python file that can be read: {error}") from None
+        raise ValueError(f"{named(path)} is no Python file that can be read: {named(error)}") from None
 
 
 def _required(node: ast.FunctionDef) -> bool:

@@ -28,7 +28,14 @@ _T5 |= {"feed_forward_proj": "gated-gelu"}
 
 _CLIP_TEXT, _CLIP_PROJECTED = ("transformers", "CLIPTextModel"), ("transformers", "CLIPTextModelWithProjection")
 _EULER = ("diffusers", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
-_DDIM = ("diffusers", "DDIMScheduler", {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+_NOISE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+_DDIM = ("diffusers", "DDIMScheduler", _NOISE)
 
 
 def _vae(latent_channels: int, **more: Any) -> tuple[str, str, dict[str, Any]]:
@@ -68,6 +75,37 @@ def _flux(guidance_embeds: bool) -> Architecture:
         "vae": _vae(16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159),
         "text_encoder": (*_CLIP_TEXT, _CLIP_L),
         "text_encoder_2": ("transformers", "T5EncoderModel", _T5),
+    }
+
+
+def _klein(layers: int, single_layers: int, heads: int, **text: int) -> Architecture:
+    config = {"num_layers": layers, "num_single_layers": single_layers, "num_attention_heads": heads}
+    config |= {"joint_attention_dim": 3 * text["hidden_size"], "guidance_embeds": False}
+    qwen3: dict[str, Any] = {"vocab_size": 151936, "num_hidden_layers": 36, "num_attention_heads": 32}
+    return {
+        "_class_name": "Flux2KleinPipeline",
+        "transformer": ("diffusers", "Flux2Transformer2DModel", config),
+        "scheduler": _EULER,
+        "vae": ("diffusers", "AutoencoderKLFlux2", {}),
+        "text_encoder": (
+            "transformers",
+            "Qwen3ForCausalLM",
+            qwen3 | {"num_key_value_heads": 8, "head_dim": 128} | text,
+        ),
+    }
+
+
+def _qwen_image() -> Architecture:
+    text = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    text |= {"num_attention_heads": 28, "num_key_value_heads": 4}
+    eyes = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    encoder = {"text_config": text, "vision_config": eyes}
+    return {
+        "_class_name": "QwenImagePipeline",
+        "transformer": ("diffusers", "QwenImageTransformer2DModel", {}),
+        "scheduler": _EULER,
+        "vae": ("diffusers", "AutoencoderKLQwenImage", {}),
+        "text_encoder": ("transformers", "Qwen2_5_VLForConditionalGeneration", encoder),
     }
 
 
@@ -116,6 +154,8 @@ def _wan(heads: int, ffn_dim: int, layers: int) -> Architecture:
     }
 
 
+_KLEIN_4B = _klein(5, 20, 24, hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True)
+_KLEIN_9B = _klein(8, 24, 32, hidden_size=4096, intermediate_size=12288)
 _MEDIUM = {"num_layers": 24, "num_attention_heads": 24}
 ARCHITECTURES: dict[str, Architecture] = {
     "stabilityai/stable-diffusion-3.5-medium": _sd3(
@@ -128,6 +168,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "black-forest-labs/FLUX.1-dev": _flux(guidance_embeds=True),
     "black-forest-labs/FLUX.1-schnell": _flux(guidance_embeds=False),
     "black-forest-labs/FLUX.1-Kontext-dev": _flux(guidance_embeds=True) | {"_class_name": "FluxKontextPipeline"},
+    "black-forest-labs/FLUX.2-klein-base-4B": _KLEIN_4B,
+    "black-forest-labs/FLUX.2-klein-4B": _KLEIN_4B,
+    "black-forest-labs/FLUX.2-klein-base-9B": _KLEIN_9B,
+    "black-forest-labs/FLUX.2-klein-9B": _KLEIN_9B,
+    "Qwen/Qwen-Image": _qwen_image(),
     "CompVis/stable-diffusion-v1-4": _sd1(),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _sd1(),
     "stabilityai/stable-diffusion-xl-base-1.0": _sdxl(),

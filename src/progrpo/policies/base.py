@@ -25,10 +25,10 @@ class PolicySettings:
     to train further, by its folder, file or hub id: its rank, alpha and layers then take the place of those.
     `seed` draws the LoRA's A whatever the global generator's state. Trained weights are float32 in every case; the
     denoiser's frozen weights and the VAE are in `dtype`, the text encoders stay in the dtype they came in.
-    `max_sequence_length` counts T5's tokens. `resolution` is the side of the square picture in pixels, `frames` the length of a
+    `max_sequence_length` counts T5's tokens, or those of Qwen-Image's and FLUX.2's encoder. `resolution` is the side of the square picture in pixels, `frames` the length of a
     video (none: the model's own).
     `compile` has torch compile the denoiser, once for each shape that it meets. `activation_checkpointing` computes activations
-    anew in the backward pass instead of keeping them. `shard` shares a denoiser's frozen weights out among the processes. With `offload` the
+    anew in the backward pass instead of keeping them. `shard` shares a denoiser's weights out among the processes. With `offload` the
     denoiser and the text encoders are on the device by turns. `decoding` is of a microbatch at once, of one picture, or of one in tiles. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
     """
 
@@ -133,8 +133,11 @@ class Policy(Protocol):
         """The denoiser's tensors that training must not move, with their names."""
         ...
 
-    def save(self, folder: Path, weights: str = "current") -> None:
-        """Write what was trained in a format that diffusers loads without progrpo."""
+    def save(self, folder: Path | None, weights: str = "current") -> None:
+        """Write what was trained in a format that diffusers loads without progrpo.
+
+        All processes take part, since weights may be shared out among them; one has a folder.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:

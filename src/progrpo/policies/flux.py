@@ -19,8 +19,8 @@ from progrpo.types import Condition, Prompt
 class FluxPolicy(PackedFlowPolicy):
     """A `FluxPipeline`. A LoRA adapts attention and feed-forward of both kinds of blocks: of two streams, and of one.
 
-    FLUX.1-dev is told the guidance scale; FLUX.1-schnell is not, and is guided
-    by a pair of calls, which its pipeline calls `true_cfg_scale`.
+    FLUX.1-dev is told the guidance scale; FLUX.1-schnell is not, and is guided by a pair of calls, which its pipeline calls
+    `true_cfg_scale`.
     """
 
     lora_targets: ClassVar[tuple[str, ...]] = (

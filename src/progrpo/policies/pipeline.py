@@ -20,7 +20,7 @@ from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.lora import ADAPTER, continue_lora, in_float32
 from progrpo.policies.offload import Turns
-from progrpo.policies.sharded import Step, shard_frozen
+from progrpo.policies.sharded import Step, all_gathered, share_out
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition, Prompt
 from progrpo.zoo import WEIGHTS
@@ -94,10 +94,13 @@ class PipelinePolicy(ABC):
             else:
                 _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
             if settings.shard:
-                shard_frozen(denoiser, torch.device(settings.device))
+                lora = [p for p in denoiser.parameters() if p.requires_grad]
+                share_out(denoiser, torch.device(settings.device), whole=lora)
         elif settings.weights == "full":
             _cast(denoiser, torch.float32)
             denoiser.requires_grad_(True)
+            if settings.shard:
+                share_out(denoiser, torch.device(settings.device), whole=())
         else:
             raise ValueError(f"model.weights: {settings.weights!r} is not known; use 'lora' or 'full'")
         for module in _modules(pipeline):
@@ -246,7 +249,7 @@ class PipelinePolicy(ABC):
     def _output(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         assert all(len(rows) == len(x_BCHW) for rows in condition.tensors.values())
         if self._step is not None:
-            self._step.call(training=torch.is_grad_enabled())
+            self._step.call(self.named_weights.names.index(self.named_weights.active), torch.is_grad_enabled())
         return self._run(x_BCHW, timestep_B, condition)
 
     def _run(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
@@ -264,17 +267,19 @@ class PipelinePolicy(ABC):
     def attend(self) -> Callable[[], None] | None:
         return None if self._step is None else self._step.attend
 
-    def _stand_in(self, training: bool) -> None:
+    def _stand_in(self, weights: int, training: bool) -> None:
         """A network call that takes part in the others' and adds 0 to gradients."""
         x, timestep_B = torch.ones(1, *self.latent_shape, device=self.device), torch.ones(1, device=self.device)
         told = {
             name: torch.ones(1, *shape, device=self.device, dtype=self._settings.dtype)
             for name, shape in self._shapes.items()
         }
-        with torch.set_grad_enabled(training):
+        seen, self._seen = self._seen, None
+        with self.named_weights.instead(self.named_weights.names[weights]), torch.set_grad_enabled(training):
             output = self._run(x, timestep_B, Condition(told))
-        if training:
-            output.backward(torch.zeros_like(output))
+            if training:
+                output.backward(torch.zeros_like(output))
+        self._seen = seen
 
     def decode(self, x0_BCHW: Tensor) -> Tensor:
         return _pictures(self._pipeline.vae, self._unscaled(x0_BCHW))
@@ -305,13 +310,25 @@ class PipelinePolicy(ABC):
         yield from ((name, p.detach()) for name, p in self.denoiser.named_parameters() if not p.requires_grad)
         yield from self.denoiser.named_buffers()
 
-    def save(self, folder: Path, weights: str = "current") -> None:
+    def save(self, folder: Path | None, weights: str = "current") -> None:
         """A LoRA for the pipeline's `load_lora_weights(folder)`, or a denoiser of the pipeline's class to load."""
         with self.weights(weights):
             if self._settings.weights == "full":
-                self.denoiser.save_pretrained(folder)
-            else:
+                self._save_denoiser(folder)
+            elif folder is not None:
                 self._save_lora(folder)
+
+    def _save_denoiser(self, folder: Path | None) -> None:
+        denoiser = self.denoiser
+        if self._step is not None:
+            weights = all_gathered(denoiser.state_dict(), keep=folder is not None)
+            with torch.device("meta"):
+                kind: Any = type(denoiser).__bases__[-1]  # fully_shard put a class of its own in front
+                denoiser = kind.from_config(denoiser.config)
+            if folder is not None:
+                denoiser.load_state_dict(weights, assign=True)
+        if folder is not None:
+            denoiser.save_pretrained(folder)
 
     def _save_lora(self, folder: Path) -> None:
         metadata = self.denoiser.peft_config[ADAPTER].to_dict()  # without it alpha is lost

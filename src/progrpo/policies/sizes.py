@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from progrpo.policies.architectures import ARCHITECTURES, Architecture
 from progrpo.policies.base import PolicySettings
@@ -80,7 +80,8 @@ def sizes(path: str, settings: PolicySettings, called: int, trained: int, decode
                 latents = policy._unscaled(torch.empty(decoded, *policy.latent_shape))
                 vae.decode(latents.to(vae.dtype), return_dict=False)
 
-        own = [*denoiser.parameters(), *denoiser.buffers(), *vae.parameters(), *vae.buffers()]
+        gradients = [p.grad for p in denoiser.parameters() if p.grad is not None]
+        own = [*denoiser.parameters(), *denoiser.buffers(), *vae.parameters(), *vae.buffers(), *gradients]
         call_flops, call_bytes = _measured(lambda: call(called, False), own)
         train_flops, train_bytes = _measured(lambda: call(trained, True), own)
         decode_flops, decode_bytes = _measured(decode, own)
@@ -106,22 +107,24 @@ def _bytes(module: nn.Module) -> int:
 
 def _measured(work: Callable[[], None], own: list[Tensor]) -> tuple[int, int]:
     """FLOPs, and the most bytes that live at once beside `own`."""
-    counter, peak = FlopCounterMode(display=False), _Peak(own)
-    with counter:
+    with _Watch(own) as seen:
         work()
-    with peak:  # not within the other, which keeps alive what checkpoints compute anew
-        work()
-    return int(counter.get_total_flops()), peak.most
+    return seen.flops, seen.most
 
 
-class _Peak(TorchDispatchMode):
+class _Watch(TorchDispatchMode):
+    """Counts operations as torch's FlopCounterMode, which would keep alive what checkpoints compute anew, and bytes."""
+
     def __init__(self, own: list[Tensor]) -> None:
         super().__init__()
-        self.most = self._now = 0
+        self.flops = self.most = self._now = 0
         self._living: dict[int, int] = {t.untyped_storage()._cdata: 0 for t in own}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        found = func(*args, **kwargs)
+        if (operations := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += operations(*args, **kwargs, out_val=found)
         for tensor in tree_leaves(found):
             if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in self._living:
                 storage = tensor.untyped_storage()
@@ -182,12 +185,14 @@ def _read(path: str) -> Architecture:
 
 
 def _fake(module: nn.Module) -> None:
-    """Parameters and buffers that have a place on the CPU, in name alone."""
+    """Parameters and buffers that have a place on the CPU, in name alone. Gradients are there, as after the first microbatch."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                part._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                part._parameters[name] = named = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                if named.requires_grad:
+                    named.grad = torch.empty_like(fake)
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

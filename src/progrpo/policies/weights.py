@@ -11,7 +11,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
+
+from progrpo.policies.sharded import as_shared
 
 CURRENT = "current"
 
@@ -58,14 +61,23 @@ class NamedWeights:
     def swapped(self, name: str) -> Iterator[None]:
         """Run the block with the weights `name` in the parameters; the current ones come back however it ends."""
         self._require_current(f"switch to {name!r}")
-        stored = {} if name == CURRENT else self._stored(name)
-        self._exchange(stored)
-        self._active = name
+        with self.instead(name):
+            yield
+
+    @contextmanager
+    def instead(self, name: str) -> Iterator[None]:
+        """The same within another such block, whose weights come back."""
+        before = self._active
+        self._switch(name)
         try:
             yield
         finally:
-            self._exchange(stored)
-            self._active = CURRENT
+            self._switch(before)
+
+    @property
+    def active(self) -> str:
+        """The weights that are in the parameters."""
+        return self._active
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Every set by name, `current` first. The tensors are the live ones, not copies."""
@@ -79,18 +91,33 @@ class NamedWeights:
         for name, tensors in state.items():
             self._check_fit(name, tensors)
         for key, parameter in self._parameters.items():
-            parameter.copy_(state[CURRENT][key])
+            parameter.copy_(as_shared(state[CURRENT][key], parameter))
         self._sets = {
-            name: {key: tensors[key].to(p, copy=True) for key, p in self._parameters.items()}
+            name: {key: as_shared(tensors[key], p) for key, p in self._parameters.items()}
             for name, tensors in state.items()
             if name != CURRENT
         }
 
+    def _switch(self, name: str) -> None:
+        if name == self._active:
+            return
+        stored = {} if name == CURRENT else self._stored(name)
+        self._exchange({} if self._active == CURRENT else self._stored(self._active))
+        self._exchange(stored)
+        self._active = name
+
+    @torch.no_grad()
     def _exchange(self, stored: dict[str, Tensor]) -> None:
         # Storage changes hands and nothing is copied: a graph that was built before the block is still right after it.
         for key, tensor in stored.items():
             parameter = self._parameters[key]
-            stored[key], parameter.data = parameter.data, tensor
+            if isinstance(parameter, DTensor):  # fully_shard gathers from storage of its own, so values change hands
+                own, other = parameter.to_local(), tensor.to_local()  # type: ignore[attr-defined]
+                kept = own.clone()
+                own.copy_(other)
+                other.copy_(kept)
+            else:
+                stored[key], parameter.data = parameter.data, tensor
 
     def _stored(self, name: str) -> dict[str, Tensor]:
         if name not in self._sets:

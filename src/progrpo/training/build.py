@@ -114,7 +114,7 @@ def settled(config: Config, ranks: Ranks) -> Config:
     """The configuration with what is chosen by measuring, as the main process measures it."""
     if config.model.dtype != "auto":
         return config
-    dtype = ranks.gather([fastest_dtype(ranks.device) if ranks.is_main else None])[0]
+    dtype = ranks.from_main(lambda: fastest_dtype(ranks.device))
     return replace(config, model=replace(config.model, dtype=dtype))
 
 

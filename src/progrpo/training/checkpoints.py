@@ -7,7 +7,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,14 @@ def newest(run: Path, ranks: Ranks, warn: Callable[[str], None]) -> dict[str, An
 
     ValueError if there is none, or if it is of a progrpo that kept something else.
     """
-    found = _newest(run, warn) if ranks.is_main else None
-    path = ranks.gather([found and found[0]])[0]
-    state = found[1] if found else load_state(path)
+    read: dict[Path, dict[str, Any]] = {}
+
+    def find() -> Path:
+        path, read[path] = _newest(run, warn)
+        return path
+
+    path = ranks.from_main(find)
+    state = read.get(path) or load_state(path)
     lacking = [name for name in ("iteration", "config", "versions") if name not in state]
     if lacking:
         raise ValueError(f"{path} has no {lacking[0]}: it is of another version of progrpo; go on with that one")
@@ -141,7 +146,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 @contextmanager
 def writing_to(run: Path, ranks: Ranks) -> Iterator[None]:
     """Run the block as the only one that writes to the run folder; DiskError, in one sentence, if the disk refuses."""
-    with only_writer(run) if ranks.is_main else nullcontext():
+    with ExitStack() as locked:
+        ranks.from_main(lambda: locked.enter_context(only_writer(run)))
         try:
             yield
         except (OSError, SafetensorError) as error:

@@ -8,6 +8,7 @@ import torch
 
 from progrpo.objectives.base import Experience
 from progrpo.policies.base import Policy
+from progrpo.policies.sharded import gathered
 from progrpo.rewards.mix import Failures
 from progrpo.training.errors import SelfCheckError
 
@@ -42,12 +43,12 @@ def check_failures(failures: Sequence[Failures], bound: float, when: str) -> Non
 def check_moved(policy: Policy) -> None:
     """Some trained weight differs from the reference, and all are finite."""
     state = policy.state_dict()
-    moved = any(not torch.equal(p, state["reference"][name]) for name, p in state["current"].items())
+    moved = any(not torch.equal(gathered(p), gathered(state["reference"][n])) for n, p in state["current"].items())
     if not moved:
         raise SelfCheckError(
             "no trained weight moved in the first update: is optim.lr too small for the weights' dtype?"
         )
-    if not all(p.isfinite().all() for p in state["current"].values()):
+    if not all(gathered(p).isfinite().all() for p in state["current"].values()):
         raise SelfCheckError("a trained weight is not finite after the first update; lower optim.lr")
 
 
@@ -66,7 +67,7 @@ def check_bound(policy: Policy, experience: Experience) -> None:
 
 def sum_of_trained(policy: Policy) -> float:
     """Of all trained weights, enough to see that some moved."""
-    return sum(_exact(p).sum().item() for p in policy.trainable.values())
+    return sum(gathered(_exact(p).sum()).item() for p in policy.trainable.values())
 
 
 def fingerprint(policy: Policy) -> dict[str, tuple[float, float]]:

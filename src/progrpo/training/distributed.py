@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed import DistError
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-_ENGINES = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron",
+_Found = TypeVar("_Found")
+_SHARED = "share a model that is too large for one device by --model.shard"
+_IGNORED = {
+    "ACCELERATE_USE_FSDP": ("FSDP", _SHARED),
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", _SHARED),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron", _SHARED),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism config", _SHARED),
+    "ACCELERATE_MIXED_PRECISION": ("mixed precision", "give --model.dtype"),
+    "ACCELERATE_DYNAMO_BACKEND": ("torch dynamo", "give --model.compile"),
 }
+"""What accelerate's launcher tells its processes to use, and what to do instead. Gradient accumulation it tells with DeepSpeed alone."""
+_NOTHING = ("", "0", "no", "n", "false", "f", "off")
 
 
 class Ranks:
-    """ValueError where accelerate was launched with an engine that would be ignored here."""
+    """ValueError where accelerate was launched with something that would be ignored here."""
 
     def __init__(self) -> None:
-        for variable, engine in _ENGINES.items():
-            if os.environ.get(variable, "").lower() in ("1", "true"):
+        for variable, (what, instead) in _IGNORED.items():
+            if os.environ.get(variable, "").lower() not in _NOTHING:
                 raise ValueError(
-                    f"accelerate launch asks for {engine}, which progrpo has no use for: launch without it, and share a model that is too"
-                    " large for one device by --model.shard"
+                    f"accelerate launch asks for {what} ({variable}), which would have no effect: launch without it, and {instead}"
                 )
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
         self._accelerator = Accelerator(cpu=not accelerated)
@@ -37,6 +45,10 @@ class Ranks:
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
+        if (
+            self.world > 1
+        ):  # while Python is there: gloo's threads hold tensors of its, and abort the process if they let go later
+            atexit.register(self._accelerator.end_training)
         self.attend: Callable[[], None] | None = None
         """What this process does before it waits for the others: a policy's `attend`."""
 
@@ -48,13 +60,17 @@ class Ranks:
         """Elementwise sum over processes."""
         if self.world == 1:  # also where the device has no float64, as Apple's
             return values
-        self._join()
+        self.join()
         return self._accelerator.reduce(values.to(self.device), "sum")
 
     def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Replace each gradient by its sum over processes (a missing one counts as zero), in one transfer."""
-        parameters = list(parameters)
-        if self.world == 1:
+        """Replace each gradient by its sum over processes (a missing one counts as zero), in one transfer.
+
+        Those of weights that are shared out are such sums already.
+        """
+        parameters = [p for p in parameters if not isinstance(p, DTensor)]
+        self.join()
+        if self.world == 1 or not parameters:
             return
         flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
         summed = self.sum(flat).split([p.numel() for p in parameters])
@@ -63,14 +79,33 @@ class Ranks:
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The lists of all processes, one after another."""
-        self._join()
+        self.join()
         return gather_object(items) if self.world > 1 else items
 
-    def wait(self) -> None:
-        self._join()
-        self._accelerator.wait_for_everyone()
+    def from_main(self, work: Callable[[], _Found]) -> _Found:
+        """What `work` gives in the main process, in all. So is its ValueError: none waits for what does not come."""
+        found: _Found | None = None
+        refused: ValueError | None = None
+        if self.is_main:
+            try:
+                found = work()
+            except ValueError as error:
+                refused = error
+        told, words = self.gather([(found, refused and str(refused))])[0]
+        if words is not None:
+            raise refused or ValueError(words)
+        return cast(_Found, told)
 
-    def _join(self) -> None:
+    def leave(self) -> None:
+        """At the end of a run, until all are here: a launcher that sees one end badly kills those that still write."""
+        self.join()
+        for _ in range(
+            8
+        ):  # a sharded network keeps gloo's threads to the very end: none shall still hold a tensor of Python's
+            self._accelerator.wait_for_everyone()
+
+    def join(self) -> None:
+        """Take part in the others' network calls, where they are made together, until none has one to make."""
         if self.attend is not None:
             self.attend()
 

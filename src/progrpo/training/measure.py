@@ -25,9 +25,7 @@ def measured(config: Config, policy: Policy, prompt: Prompt, ranks: Ranks) -> Co
     sampling, optim = config.sampling, config.optim
     if sampling.microbatch is not None and optim.microbatch is not None:
         return config
-    ranks.attend = policy.attend
-    found = ranks.gather([_fastest(config, policy, prompt, ranks) if ranks.is_main else None])[0]
-    assert found is not None
+    found = ranks.from_main(lambda: _fastest(config, policy, prompt, ranks))
     return replace(
         config,
         sampling=replace(sampling, microbatch=sampling.microbatch or found[0]),

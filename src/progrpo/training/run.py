@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, count
 from pathlib import Path
@@ -98,10 +98,12 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
             raise ValueError(
                 f"{folder} is at iteration {state['iteration']}, past --iterations {config.iterations}; give more"
             )
-        if ranks.is_main:
+
+        def go_back() -> None:
             run.write_config(to_dict(config))
             run.truncate(state["iteration"])
-        ranks.wait()
+
+        ranks.from_main(go_back)
         return _from_config(config, run, ranks).train(state)
 
 
@@ -253,9 +255,7 @@ class Run:
 
     def create(self, overwrite: bool) -> None:
         """Make the run folder, once every part of the run could be built; ValueError if it holds a run already."""
-        if self.ranks.is_main:
-            RunFolder.create(self.folder.path, overwrite).write_config(to_dict(self.config))
-        self.ranks.wait()
+        self.ranks.from_main(lambda: RunFolder.create(self.folder.path, overwrite).write_config(to_dict(self.config)))
 
     def train(self, state: Mapping[str, Any] | None = None) -> RunFolder:
         start = time.perf_counter()
@@ -290,6 +290,7 @@ class Run:
         self._write_summary(start, "finished")
         if self.ranks.is_main:
             console.summary_table(self.folder.read_summary(), write_report(self.folder.path))
+        self.ranks.leave()
         return self.folder
 
     def _lost(self, error: BaseException) -> LostProcessError:
@@ -321,10 +322,10 @@ class Run:
         console.say(f"evaluating the trained model{which} on {len(self.held_out.test)} pictures")
         weights = Best.NAME if self.best else self.trainer.evaluated_weights
         self._evaluate("after", weights, console)
-        if self.ranks.is_main:
-            name = "lora" if self.config.model.weights == "lora" else self.policy.denoiser_name
-            with new_folder(self.folder.path / name) as folder:  # a run that is killed here leaves no half of it
-                self.policy.save(folder, weights)
+        name = "lora" if self.config.model.weights == "lora" else self.policy.denoiser_name
+        whole = new_folder(self.folder.path / name)  # a run that is killed here leaves no half of it
+        with whole if self.ranks.is_main else nullcontext() as folder:
+            self.policy.save(folder, weights)
 
     def _keep_microbatches(self, console: Console) -> None:
         """Those that memory was found not to be enough for were halved; a resumed run begins with what fits."""
@@ -472,13 +473,12 @@ class Run:
         return result
 
     def _checkpoint(self, wall_seconds: float) -> None:
-        if not self.ranks.is_main:
-            return
         start = time.perf_counter()
         best = None if self.best is None else asdict(self.best)
         state = {**self.trainer.state_dict(), "best": best, "pays": self._pays, "wall_seconds": wall_seconds}
         state |= {"hacking": self._hacking.state_dict(), "hacked": self._hacked, "warnings": self._warnings}
-        checkpoints.save(self.folder.path, state, self.config)
+        if self.ranks.is_main:
+            checkpoints.save(self.folder.path, state, self.config)
         self.trainer.totals.add_seconds({"checkpoint": time.perf_counter() - start})
 
     # --- the summary --------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from progrpo.data import PromptOrder
 from progrpo.objectives.advantage import group_statistics
 from progrpo.objectives.base import Experience
 from progrpo.policies.base import Policy
+from progrpo.policies.sharded import all_gathered, as_shared
 from progrpo.rewards.base import Scorer
 from progrpo.rewards.mix import Failures, Mixture
 from progrpo.rollout.denoise import Sampling
@@ -217,7 +218,7 @@ class Trainer:
         self.checks.updates(self.iteration, skipped, self.config.optim.updates_per_rollout)
         taught = self.ranks.sum(torch.tensor(float(items))).item() > 0 and not skipped
         self.checks.weights(self.iteration, checks.sum_of_trained(self.policy), taught)
-        if items and not skipped and not self._checked:
+        if taught and not self._checked:
             self._check_first_update(seen, experience)
         return tally
 
@@ -230,7 +231,9 @@ class Trainer:
         if "reference" not in self.policy.named_weights:
             return  # a resumed run that let it go after these checks
         checks.check_moved(self.policy)
-        checks.check_bound(self.policy, experience)
+        if len(experience):
+            checks.check_bound(self.policy, experience)
+        self.ranks.join()  # the others may be at it still, and need this process' part of the reference
         if self.config.model.weights == "full" and not self.objective.uses_reference:
             self.policy.named_weights.forget("reference")  # a copy of the whole denoiser that nothing asks for
 
@@ -340,10 +343,11 @@ class Trainer:
         checks.check_frozen(self.policy, self._frozen)
 
     def state_dict(self) -> dict[str, Any]:
+        """Of the main process whole; all must ask for it, since some weights may be shared out."""
         return {
             "iteration": self.iteration,
-            "policy": self.policy.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "policy": all_gathered(self.policy.state_dict(), self.ranks.is_main),
+            "optimizer": all_gathered(self.optimizer.state_dict(), self.ranks.is_main),
             "order": self.order.state_dict(),
             "totals": self.totals.state_dict(),
             "plan": asdict(self.plan),
@@ -352,9 +356,18 @@ class Trainer:
             "probe": None if self.how.probe is None else self.how.probe.state_dict(),
         }
 
+    def _moments(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """An optimizer's saved state with what belongs to weights that are shared out shared out alike."""
+        parameters = list(self.policy.trainable.values())
+        state = {
+            i: {name: as_shared(t, parameters[i]) if t.shape == parameters[i].shape else t for name, t in found.items()}
+            for i, found in saved["state"].items()
+        }
+        return {**saved, "state": state}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.policy.load_state_dict(state["policy"])
-        self.optimizer.load_state_dict(dict(state["optimizer"]))
+        self.optimizer.load_state_dict(self._moments(state["optimizer"]))
         self.order.load_state_dict(state["order"])
         self.totals.load_state_dict(state["totals"])
         self.plan = plan_from(state["plan"])

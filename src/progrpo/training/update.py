@@ -22,6 +22,7 @@ from progrpo.objectives.advantage import (
 from progrpo.objectives.base import Experience, Loss, Noise, Objective
 from progrpo.packing import filled_up, in_equal_parts, of_one_shape, of_whole_blocks
 from progrpo.policies.base import Policy
+from progrpo.policies.sharded import gathered
 from progrpo.rollout.denoise import Sampling
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.errors import SelfCheckError
@@ -186,7 +187,7 @@ def update(
         experience, prepared = ready, True
         items += len(telling) * per_trajectory
         ranks.sum_gradients(policy.trainable.values())
-        norm = torch.nn.utils.clip_grad_norm_(policy.trainable.values(), config.max_grad_norm)
+        norm = gathered(torch.nn.utils.clip_grad_norm_(policy.trainable.values(), config.max_grad_norm))
         lost = torch.tensor(float(not math.isfinite(seen.sums.get("update/loss", 0.0))))
         if ranks.sum(lost).item() or not norm.isfinite():
             skipped += 1
