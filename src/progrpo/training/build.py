@@ -139,6 +139,7 @@ def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str
         seed=seed,
         device=ranks.device,
         dtype=getattr(torch, model.dtype),
+        quantize=model.quantize,
         compile=model.compile,
         activation_checkpointing=model.activation_checkpointing,
         shard=model.shard and ranks.world > 1,
@@ -170,7 +171,8 @@ def trained_policy(target: str, trained: Path | None, ranks: Ranks) -> Policy:
         trained = Path(target)
     if trained is not None and _is_run(trained):
         trained = _saved_by(trained)
-    model = replace(config_of(target).model, lora="")  # what a run saved has in it where it began
+    # what a run saved has in it where it began, and is for the model as it is
+    model = replace(config_of(target).model, lora="", quantize="none")
     return policy_from(model, 0, ranks, trained)
 
 

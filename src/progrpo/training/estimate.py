@@ -92,6 +92,7 @@ def _sizes(config: Config) -> Sizes:
         frames=model.frames,
         decoding=model.decoding,
         dtype=torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype),
+        quantize=model.quantize,
         activation_checkpointing=model.activation_checkpointing,
     )
     called, trained = microbatch(config.sampling), microbatch(config.optim)

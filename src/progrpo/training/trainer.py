@@ -360,7 +360,10 @@ class Trainer:
         """An optimizer's saved state with what belongs to weights that are shared out shared out alike."""
         parameters = list(self.policy.trainable.values())
         state = {
-            i: {name: as_shared(t, parameters[i]) if t.shape == parameters[i].shape else t for name, t in found.items()}
+            i: {
+                name: as_shared(t, parameters[i]) if isinstance(t, Tensor) and t.shape == parameters[i].shape else t
+                for name, t in found.items()
+            }
             for i, found in saved["state"].items()
         }
         return {**saved, "state": state}
