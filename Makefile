@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CON
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow kill-test lint bench wheel-test audit pretrain clean
+.PHONY: help setup quickstart test test-slow kill-test lean-test lint bench wheel-test audit pretrain clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
@@ -22,7 +22,7 @@ quickstart: setup ## train the built-in model for ten minutes; the report is run
 
 test: lint ## style, types and the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadscope
-test-slow: wheel-test kill-test ## what takes minutes
+test-slow: wheel-test kill-test lean-test ## what takes minutes
 	@$(BIN)/python -m pytest -m slow
 kill-test: setup ## kill a run a hundred times, also within checkpoints, and compare what comes out
 	@$(BIN)/python benchmarks/kill.py --kills 100
@@ -41,6 +41,10 @@ wheel-test: setup ## build the wheel and train from it in an empty environment
 	@$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 	@$(MAKE) --no-print-directory VENV=build/wheel/venv WHAT="$$(ls build/wheel/*.whl)" setup
 	@cd build/wheel && venv/bin/progrpo train quickstart --iterations 1 --eval.pictures 12 --out run
+
+lean-test: $(VENV)/.ready-dev ## test the extra `lean`, which is not in .venv since every start takes longer with it
+	@$(INSTALL) --no-deps --upgrade --target build/lean bitsandbytes
+	@PYTHONPATH=build/lean $(BIN)/python -m pytest tests/unit/test_adamw_8bit.py
 
 audit: ## ask the advisory database about every pinned package (needs the network)
 	@$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit==2.10.1

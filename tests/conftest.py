@@ -524,7 +524,11 @@ def tiny_policy(tiny_sd3: Path, tiny_pipeline: Callable[..., Any]) -> Callable[.
     from progrpo.policies.load import policy_from_pipeline
 
     def load(
-        weights: Any = "lora", dtype: torch.dtype = torch.float32, moved: float = 0.0, folder: Path = tiny_sd3
+        weights: Any = "lora",
+        dtype: torch.dtype = torch.float32,
+        moved: float = 0.0,
+        folder: Path = tiny_sd3,
+        quantize: Any = "none",
     ) -> Any:
         settings = PolicySettings(
             weights,
@@ -534,6 +538,7 @@ def tiny_policy(tiny_sd3: Path, tiny_pipeline: Callable[..., Any]) -> Callable[.
             dtype=dtype,
             resolution=16,
             frames=frames_of(folder),
+            quantize=quantize,
         )
         policy = policy_from_pipeline(tiny_pipeline(folder), settings)
         move(policy, moved)

@@ -46,6 +46,9 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights and the network's forward pass; step math is always float32. `auto`: float32 or bfloat16, whichever
     this device multiplies matrices faster in, measured when the run begins and then kept in its configuration."""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: the frozen weights of the linear layers of the denoiser's blocks are kept as 8-bit integers, a scale to each row, half of bfloat16's
+    memory. The reference, samples and evaluations of the run are this model's; the saved LoRA is for the unquantised one."""
     compile: bool = False
     """Have torch compile the denoiser, which takes a minute or more at the start and needs a C++ compiler on a CPU. With GRPO, whose
     ratios must begin at 1, in float32 only."""
@@ -325,6 +328,9 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps AdamW's two averages of each weight in 8 bits (arXiv 2110.02861) where a parameter has 4096 numbers or more: a quarter
+    of the memory, other figures. It needs the extra `lean`."""
     lr: float = 1e-3
     warmup: int = 0
     """Iterations over which the rate rises to `lr`, in equal steps."""
@@ -707,6 +713,10 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             f"model.lora must be empty for model.weights {config.model.weights}: a LoRA is trained further as a LoRA"
         )
+    if config.model.quantize != "none" and config.model.weights != "lora":
+        raise ValueError(
+            f"model.quantize must be none for model.weights {config.model.weights}: weights in 8 bits are frozen, so train a LoRA"
+        )
     if trains_transitions(config):
         _check_window(config.sampling)
     if config.sampling.sde_window in ("first", "sliding", "random"):
@@ -773,16 +783,19 @@ def _check_split_groups(config: Config) -> None:
 
 def _check_shard(config: Config) -> None:
     """Gathered weights are gone after a call, and all processes make the same calls."""
+    gathered = "a block's weights are gathered on the device when it is called, and gone after it"
+    whole = "what is kept in 8 bits is not shared out"
+    full_in_8_bits = config.optim.name == "adamw_8bit" and config.model.weights == "full"
     against = {
-        "model.compile": config.model.compile,
-        "optim.reuse_rollout": config.optim.reuse_rollout,
-        "model.offload": config.model.offload,
+        "model.compile": (config.model.compile, gathered),
+        "optim.reuse_rollout": (config.optim.reuse_rollout, gathered),
+        "model.offload": (config.model.offload, gathered),
+        "model.quantize": (config.model.quantize != "none", whole),
+        "optim.name adamw_8bit with model.weights full": (full_in_8_bits, whole),
     }
-    for name, asked in against.items():
+    for name, (asked, why) in against.items():
         if asked:
-            raise ValueError(
-                f"model.shard must be false for {name}: a block's weights are gathered on the device when it is called, and gone after it"
-            )
+            raise ValueError(f"model.shard must be false for {name}: {why}")
     for name, size in (
         ("sampling.microbatch", config.sampling.microbatch),
         ("optim.microbatch", config.optim.microbatch),

@@ -106,11 +106,11 @@ def moved_policy(request, tiny_policy):
     """A family's policy with moved weights, made once: nothing here trains it."""
     made: dict[tuple[str, ...], Any] = {}
 
-    def of(family: str, weights: str = "lora", network: str = "float32") -> Any:
-        key = family, weights, network
+    def of(family: str, weights: str = "lora", network: str = "float32", quantize: str = "none") -> Any:
+        key = family, weights, network, quantize
         if key not in made:
             folder = request.getfixturevalue(f"tiny_{family}")
-            made[key] = tiny_policy(weights, getattr(torch, network), moved=0.1, folder=folder)
+            made[key] = tiny_policy(weights, getattr(torch, network), moved=0.1, folder=folder, quantize=quantize)
         return made[key]
 
     return of
@@ -172,6 +172,14 @@ def test_ratio_is_one_in_low_precision_for_every_family(moved_policy, first, fam
     for latent_dtype in ("float32", dtype):
         objective, experience = first(policy, latent_dtype=latent_dtype)
         assert_on_policy(policy, objective, experience, microbatches=(3, 64))
+
+
+@pytest.mark.parametrize(("family", "network"), [("sd3", "float32"), *((f, "bfloat16") for f in SAMPLERS)])
+def test_ratio_is_one_beside_frozen_weights_in_8_bits(moved_policy, first, family, network):
+    policy = moved_policy(family, network=network, quantize="int8")
+    assert sum(t.dtype == torch.int8 for _, t in policy.frozen()) > 5
+    objective, experience = first(policy)
+    assert_on_policy(policy, objective, experience, microbatches=(3, 64))
 
 
 @pytest.mark.parametrize("latent_dtype", DTYPES)

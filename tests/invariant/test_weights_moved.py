@@ -16,10 +16,16 @@ def copies(tensors):
     return {name: tensor.detach().clone() for name, tensor in tensors}
 
 
-@pytest.mark.parametrize(("weights", "kl_beta"), [("lora", 0.0), ("full", 0.0), ("full", 0.01)])
-def test_trained_weights_move_and_frozen_ones_do_not(tiny_trainer, tiny_config, weights, kl_beta):
+@pytest.mark.parametrize(
+    ("weights", "quantize", "kl_beta"),
+    [("lora", "none", 0.0), ("lora", "int8", 0.0), ("full", "none", 0.0), ("full", "none", 0.01)],
+)
+def test_trained_weights_move_and_frozen_ones_do_not(
+    tiny_trainer, tiny_config, tiny_policy, weights, quantize, kl_beta
+):
     model = replace(tiny_config().model, weights=weights)
-    trainer = tiny_trainer(tiny_config(model=model, objective=ObjectiveConfig(grpo=GRPOConfig(kl_beta=kl_beta))))
+    config = tiny_config(model=model, objective=ObjectiveConfig(grpo=GRPOConfig(kl_beta=kl_beta)))
+    trainer = tiny_trainer(config, tiny_policy(weights, quantize=quantize))
     policy = trainer.policy
     start, frozen = copies(policy.trainable.items()), copies(policy.frozen())
     for _ in range(2):

@@ -159,7 +159,19 @@ def test_defaults_are_right():
             Config(model=ModelConfig(shard=True, compile=True)),
             "model.shard must be false for model.compile",
         ),
+        (
+            Config(model=ModelConfig(shard=True, quantize="int8")),
+            "model.shard must be false for model.quantize: what is kept in 8 bits is not shared out",
+        ),
+        (
+            Config(model=ModelConfig("shapes-flow", "full", shard=True), optim=OptimConfig("adamw_8bit")),
+            "model.shard must be false for optim.name adamw_8bit with model.weights full",
+        ),
         (Config(model=ModelConfig(shard=True)), "sampling.microbatch must be given for model.shard"),
+        (
+            Config(model=ModelConfig("shapes-flow", "full", quantize="int8")),
+            "model.quantize must be none for model.weights full: weights in 8 bits are frozen, so train a LoRA",
+        ),
         (Config(seed="1"), "seed must be a whole number, not '1'"),  # type: ignore[arg-type]
     ],
 )

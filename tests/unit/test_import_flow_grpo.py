@@ -94,7 +94,8 @@ def fates(translation) -> dict[str, str]:
 
 
 def test_a_task_is_translated(tmp_path):
-    config = task(tmp_path, "config.train.beta = 0.04", "config.train.ema = True").config
+    lines = "config.train.beta = 0.04", "config.train.ema = True", "config.train.use_8bit_adam = True"
+    config = task(tmp_path, *lines).config
     assert (config.iterations, config.seed, config.checkpoint.every, config.checkpoint.keep) == (500, 7, 20, 3)
     model = config.model
     assert (model.path, model.dtype, model.resolution) == ("somebody/stable-diffusion-3.5", "bfloat16", 512)
@@ -111,7 +112,7 @@ def test_a_task_is_translated(tmp_path):
     assert config.sampling.sde_window == "auto" and not config.sampling.train_last_step
     assert (config.objective.grpo.kl_beta, config.objective.grpo.kl_form) == (0.04, "flow_grpo")
     assert (config.objective.advantage, config.objective.grpo.clip_range) == ("batch", 1e-4)
-    assert (config.optim.lr, config.optim.betas) == (3e-4, (0.9, 0.99))
+    assert (config.optim.name, config.optim.lr, config.optim.betas) == ("adamw_8bit", 3e-4, (0.9, 0.99))
     assert config.optim.ema_decay == pytest.approx(published.optim.ema_decay) == pytest.approx(0.9 ** (2 / 8), abs=1e-4)
     assert config.reward.terms == (RewardTerm("ocr"),)
 

@@ -347,7 +347,7 @@ RULES: dict[str, Rule] = {
     "train.num_inner_epochs": only(
         1, why="each picture is trained on once", otherwise="each picture is trained on once"
     ),
-    "train.use_8bit_adam": only(False, why="off", otherwise="AdamW's state is kept in float32"),
+    "train.use_8bit_adam": lambda setting: sets({"optim.name": "adamw_8bit" if setting.value else "adamw"}),
     "train.learning_rate": to("optim.lr"),
     "train.adam_beta1": lambda setting: sets({"optim.betas": [setting.number(), setting.number("train.adam_beta2")]}),
     "train.adam_beta2": counted_in("optim.betas"),

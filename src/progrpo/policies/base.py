@@ -27,6 +27,7 @@ class PolicySettings:
     denoiser's frozen weights and the VAE are in `dtype`, the text encoders stay in the dtype they came in.
     `max_sequence_length` counts T5's tokens, or those of Qwen-Image's and FLUX.2's encoder. `resolution` is the side of the square picture in pixels, `frames` the length of a
     video (none: the model's own).
+    `quantize` keeps the frozen weights of the linear layers of the denoiser's blocks as 8-bit integers, beside a LoRA.
     `compile` has torch compile the denoiser, once for each shape that it meets. `activation_checkpointing` computes activations
     anew in the backward pass instead of keeping them. `shard` shares a denoiser's weights out among the processes. With `offload` the
     denoiser and the text encoders are on the device by turns. `decoding` is of a microbatch at once, of one picture, or of one in tiles. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
@@ -43,6 +44,7 @@ class PolicySettings:
     dtype: torch.dtype = torch.float32
     resolution: int | None = None
     frames: int | None = None
+    quantize: Literal["none", "int8"] = "none"
     compile: bool = False
     activation_checkpointing: bool = False
     shard: bool = False

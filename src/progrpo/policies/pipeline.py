@@ -20,6 +20,7 @@ from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.lora import ADAPTER, continue_lora, in_float32
 from progrpo.policies.offload import Turns
+from progrpo.policies.quantized import quantize_blocks
 from progrpo.policies.sharded import Step, all_gathered, share_out
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition, Prompt
@@ -82,6 +83,9 @@ class PipelinePolicy(ABC):
         cls._check(pipeline)
         resolution = cls._checked_resolution(pipeline, settings.resolution)
         denoiser = getattr(pipeline, cls.denoiser_name)
+        if settings.quantize == "int8":  # before it moves, so that the device never holds the wide weights
+            _cast(denoiser, settings.dtype)
+            quantize_blocks(denoiser)
         for module in _modules(pipeline):
             if not (module is denoiser and settings.shard) and not (module is not pipeline.vae and settings.offload):
                 module.to(settings.device)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from progrpo.config import (
     Config,
     ModelConfig,
     ObjectiveConfig,
+    OptimConfig,
     PreviewConfig,
     PromptConfig,
     RewardTerm,
@@ -89,6 +92,24 @@ def objective_from(config: Config, policy: Policy) -> Objective:
     return OBJECTIVES[wanted.name](wanted)
 
 
+def optimizer_from(wanted: OptimConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """ValueError, with the pip command, for one whose package is not installed."""
+    kind: Callable[..., Optimizer] = torch.optim.AdamW if wanted.name == "adamw" else _adamw_8bit()
+    return kind(parameters, lr=wanted.lr, betas=wanted.betas, weight_decay=wanted.weight_decay)
+
+
+def _adamw_8bit() -> type[Optimizer]:
+    """Its quantised averages are plain tensors beside their scales, so that checkpoints hold them as they are."""
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "optim.name adamw_8bit needs bitsandbytes, which is not installed: pip install 'progrpo[lean]'"
+        )
+    from bitsandbytes.optim import AdamW8bit
+
+    kind: type[Optimizer] = AdamW8bit
+    return kind
+
+
 def settled(config: Config, ranks: Ranks) -> Config:
     """The configuration with what is chosen by measuring, as the main process measures it."""
     if config.model.dtype != "auto":
@@ -118,6 +139,7 @@ def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str
         seed=seed,
         device=ranks.device,
         dtype=getattr(torch, model.dtype),
+        quantize=model.quantize,
         compile=model.compile,
         activation_checkpointing=model.activation_checkpointing,
         shard=model.shard and ranks.world > 1,
@@ -149,7 +171,8 @@ def trained_policy(target: str, trained: Path | None, ranks: Ranks) -> Policy:
         trained = Path(target)
     if trained is not None and _is_run(trained):
         trained = _saved_by(trained)
-    model = replace(config_of(target).model, lora="")  # what a run saved has in it where it began
+    # what a run saved has in it where it began, and is for the model as it is
+    model = replace(config_of(target).model, lora="", quantize="none")
     return policy_from(model, 0, ranks, trained)
 
 

@@ -24,6 +24,7 @@ from progrpo.training.build import OBJECTIVES
 from progrpo.training.judge import prompt_cost
 
 _FLOAT, _GB = 4, 1e9
+_AVERAGES = {"adamw": 2 * _FLOAT, "adamw_8bit": 2 * (1 + _FLOAT / 256)}  # bytes a weight; 256 share a scale
 _ROOM = 0.9  # of a card's memory: an allocator, unknown rewards and the driver want some
 _STEP = 7  # latents at once where noise is added: output, mean, noise, the next one, and three for its log-prob
 REWARDS = {"clipscore": 427_616_513, "aesthetic": 303_966_208, "pickscore": 986_109_441, "hpsv2": 986_109_441}
@@ -109,6 +110,7 @@ def _sizes(config: Config) -> Sizes:
         frames=model.frames,
         decoding=model.decoding,
         dtype=torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype),
+        quantize=model.quantize,
         activation_checkpointing=model.activation_checkpointing,
     )
     called, trained = microbatch(config.sampling), microbatch(config.optim)
@@ -130,7 +132,7 @@ def _memory(config: Config, plan: Plan, found: Sizes, processes: int) -> dict[st
     parts = {
         "frozen weights": found.frozen_bytes / shared,
         "decoder": found.decoder_bytes,
-        "trained weights, optimizer": 3 * trained,
+        "trained weights, optimizer": trained * (1 + _AVERAGES[config.optim.name] / _FLOAT),
         "copies of trained weights": copies * trained,
         "rewards": sum(_reward_bytes(term) for term in _rewards(config)),
         "gradients": trained,

@@ -26,7 +26,7 @@ from progrpo.rollout.rollout import rollout
 from progrpo.rollout.waves import in_waves
 from progrpo.training import checks
 from progrpo.training.audit import Audit, audit
-from progrpo.training.build import objective_from, previewing, sampling_from
+from progrpo.training.build import objective_from, optimizer_from, previewing, sampling_from
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.errors import SelfCheckError
 from progrpo.training.judge import PlanJudge, plan_from, prompt_cost
@@ -105,12 +105,9 @@ class Trainer:
         self.plan, self.how, self.judge = resolve_plan(config), previewing(config), PlanJudge(config)
         self.select = SELECTORS[config.plan.selector]
         self.objective = objective_from(config, policy)
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            policy.trainable.values(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
-        )
+        self.optimizer = optimizer_from(config.optim, policy.trainable.values())
         self.iteration, self.totals = 0, Totals()
-        for name in (*([EMA] if optim.ema_decay > 0 else []), *self.objective.averages):
+        for name in (*([EMA] if config.optim.ema_decay > 0 else []), *self.objective.averages):
             policy.named_weights.snapshot(name)
         self._frozen, self._checked = checks.fingerprint(policy), False
         watch = config.watch
@@ -363,7 +360,10 @@ class Trainer:
         """An optimizer's saved state with what belongs to weights that are shared out shared out alike."""
         parameters = list(self.policy.trainable.values())
         state = {
-            i: {name: as_shared(t, parameters[i]) if t.shape == parameters[i].shape else t for name, t in found.items()}
+            i: {
+                name: as_shared(t, parameters[i]) if isinstance(t, Tensor) and t.shape == parameters[i].shape else t
+                for name, t in found.items()
+            }
             for i, found in saved["state"].items()
         }
         return {**saved, "state": state}

@@ -1,0 +1,62 @@
+"""Frozen linear layers whose weights are 8-bit integers, for training a LoRA beside them.
+
+A row of a weight is 127 steps to either side of 0, as long as its largest number asks (symmetric, round to nearest). It is
+widened to the dtype of the call each time, in the backward pass again: no graph holds a wide copy, and a call computes the
+same with and without a gradient, so that ratios begin at 1.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_IN_A_BLOCK = re.compile(r"\.\d+\.")
+
+
+def quantize_blocks(denoiser: nn.Module) -> None:
+    """In place: the linear layers of its numbered blocks. The few before and after them keep their precision, where it counts most."""
+    for name, module in list(denoiser.named_modules()):
+        if isinstance(module, nn.Linear) and _IN_A_BLOCK.search(name):
+            denoiser.set_submodule(name, Int8Linear(module))
+
+
+class Int8Linear(nn.Linear):
+    """`linear` with its weight as int8 (O, I) and a float32 `scale` (O, 1), whose product it is up to half a scale."""
+
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        self.weight = nn.Parameter((weight / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        kind = input.device.type  # autocast does not see what an autograd function is made of
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        output: Tensor = _Product.apply(input.to(dtype), self.weight, self.scale, self.bias)
+        return output
+
+
+class _Product(torch.autograd.Function):
+    """x (..., I) to x W^T + b (..., O), with a gradient for x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, _widened(weight, scale, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        return gradient @ _widened(weight, scale, gradient.dtype), None, None, None
+
+
+def _widened(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype).mul_(scale.to(dtype))

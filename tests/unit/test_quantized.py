@@ -1,0 +1,158 @@
+"""Frozen weights in 8 bits: the layer against its closed form, and a denoiser of such layers beside a LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from progrpo.config import Config, ModelConfig, config_to_json
+from progrpo.policies.base import PolicySettings
+from progrpo.policies.load import load_policy
+from progrpo.policies.quantized import Int8Linear
+from progrpo.training.build import policy_from, trained_policy
+from progrpo.training.distributed import Ranks
+from progrpo.types import Prompt
+
+SETTINGS = PolicySettings(lora_rank=2, lora_alpha=6, max_sequence_length=8, resolution=16)
+FAMILIES = ("tiny_sd3", "tiny_flux", "tiny_sdxl", "tiny_wan", "tiny_qwen_image")
+
+
+@pytest.fixture
+def linear() -> nn.Linear:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = nn.Linear(48, 32).requires_grad_(False)
+        layer.weight[3] = 0.0  # a row without a scale of its own
+        layer.weight[5, 7] = 100.0
+        return layer
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1))
+
+
+def wide(layer: Int8Linear) -> Tensor:
+    return layer.weight.double() * layer.scale.double()
+
+
+def test_every_weight_is_within_half_a_scale_and_a_rows_largest_is_exact(linear):
+    layer = Int8Linear(linear)
+    assert layer.weight.dtype == torch.int8 and layer.scale.shape == (32, 1) and layer.weight.abs().max() == 127
+    off = (wide(layer) - linear.weight.double()).abs()
+    assert (off <= layer.scale.double() * (0.5 + 1e-5)).all() and off.max() > 0
+    assert wide(layer)[3].eq(0).all() and wide(layer)[5, 7].item() == pytest.approx(100, rel=1e-6)
+
+
+def test_output_and_gradient_are_those_of_the_widened_weight(linear, x):
+    layer, inputs = Int8Linear(linear), x.clone().requires_grad_()
+    output = layer(inputs)
+    with torch.no_grad():
+        assert torch.equal(layer(x), output)
+    assert (output.double() - (x.double() @ wide(layer).T + linear.bias.double())).abs().max() < 1e-4
+    towards = torch.randn_like(output)
+    (output * towards).sum().backward()
+    assert (inputs.grad.double() - towards.double() @ wide(layer)).abs().max() < 1e-4
+
+
+def test_autocast_decides_on_the_dtype_as_for_any_linear_layer(linear, x):
+    layer, low = Int8Linear(linear.bfloat16()), torch.bfloat16
+    with torch.autocast("cpu", low):
+        found, plain = layer(x), linear(x)
+    assert found.dtype == plain.dtype == low
+    expected = nn.functional.linear(x.to(low), wide(layer).to(low), linear.bias)
+    assert (found - expected).abs().max() <= 0.01 * expected.abs().max()
+
+
+def test_no_graph_holds_a_wide_weight(linear, x):
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        Int8Linear(linear)(x.requires_grad_())
+    assert [(t.dtype, t.shape) for t in kept] == [(torch.int8, (32, 48)), (torch.float32, (32, 1))]
+
+
+# --- a policy of them -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=FAMILIES)
+def loaded(request: pytest.FixtureRequest, move: Any) -> Any:
+    """The family's policy with moved weights, the same whatever its frozen ones are kept in."""
+    folder = request.getfixturevalue(request.param)
+
+    def of(**changes: Any) -> Any:
+        policy = load_policy(folder, replace(SETTINGS, frames=3 if folder.name == "tiny-wan" else None, **changes))
+        if "lora" not in changes:
+            move(policy, 0.1)
+        return policy
+
+    return of
+
+
+def output(policy: Any) -> Tensor:
+    x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
+    return policy.predict(x, torch.tensor(700.0), policy.encode([Prompt("red cat"), Prompt("blue dog")]))
+
+
+def in_blocks(policy: Any) -> list[str]:
+    return [name for name, module in policy.denoiser.named_modules() if isinstance(module, Int8Linear)]
+
+
+def test_blocks_are_in_8_bits_the_lora_is_whole_and_fits_the_unquantised_model(loaded, tmp_path):
+    whole, lean = loaded(), loaded(quantize="int8")
+    assert len(in_blocks(lean)) > 5 and not in_blocks(whole)
+    assert [n for n, t in lean.frozen() if t.dtype == torch.int8] == [f"{n}.weight" for n in in_blocks(lean)]
+    assert all(torch.equal(p, whole.trainable[name]) for name, p in lean.trainable.items())
+    with torch.no_grad():
+        found, expected = output(lean), output(whole)
+    assert 0 < (found - expected).norm() < 0.05 * expected.norm()
+    output(lean).square().mean().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in lean.trainable.values())
+    lean.save(tmp_path / "lora")
+    taken = loaded(lora=str(tmp_path / "lora"))  # as diffusers reads it, on the unquantised model
+    with torch.no_grad():
+        assert torch.equal(output(taken), expected)
+    again = loaded(lora=str(tmp_path / "lora"), quantize="int8")
+    with torch.no_grad():
+        assert torch.equal(output(again), found)
+
+
+def test_scales_stay_precise_where_the_rest_is_not(tiny_sd3):
+    policy: Any = load_policy(tiny_sd3, replace(SETTINGS, dtype=torch.bfloat16, quantize="int8"))
+    layers = [module for module in policy.denoiser.modules() if isinstance(module, Int8Linear)]
+    assert {layer.scale.dtype for layer in layers} == {torch.float32}
+
+
+def test_a_saved_lora_gives_diffusers_the_pictures_of_the_unquantised_model(tiny_sd3, tiny_pipeline, move, tmp_path):
+    policy = load_policy(tiny_sd3, replace(SETTINGS, quantize="int8"))
+    move(policy, 0.1)
+    policy.save(tmp_path)
+    pipeline = tiny_pipeline(tiny_sd3)
+    pipeline.load_lora_weights(tmp_path, local_files_only=True)
+    told = policy.encode([Prompt("red cat")]).tensors
+    x = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        one = policy.predict(x, torch.tensor(500.0), policy.encode([Prompt("red cat")]))
+        other = pipeline.transformer(
+            x, told["prompt_embeds"], told["pooled_prompt_embeds"], torch.tensor([500.0]), return_dict=False
+        )[0]
+    assert 0 < (one - other).norm() < 0.05 * other.norm()
+
+
+def test_a_run_is_told_and_what_it_saved_is_looked_at_on_the_whole_model(tiny_sd3, tmp_path):
+    model = ModelConfig(str(tiny_sd3), lora_rank=2, max_sequence_length=8, quantize="int8")
+    policy: Any = policy_from(model, 0, Ranks())
+    assert in_blocks(policy)
+    run = tmp_path / "run"
+    policy.save(run / "lora")
+    (run / "config.json").write_text(config_to_json(Config(model=model)))
+    (run / "summary.json").write_text("{}")
+    assert not in_blocks(trained_policy(str(run), None, Ranks()))
