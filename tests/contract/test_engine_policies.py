@@ -149,6 +149,17 @@ def test_checkpointed_activations_give_the_same_outputs_and_gradients(loaded, we
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_activations_are_computed_anew_by_the_kernels_of_the_call(tiny_sd3, move):
+    policies = [
+        load_policy(tiny_sd3, replace(SETTINGS, dtype=torch.bfloat16, activation_checkpointing=asked))
+        for asked in (False, True)
+    ]
+    for policy in policies:
+        move(policy, 0.1)
+    expected, found = map(differentiated, policies)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
 @dataclass
 class Held:
     """How many numbers a graph keeps for its backward pass."""

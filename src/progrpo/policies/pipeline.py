@@ -15,6 +15,7 @@ from diffusers import AutoencoderTiny, DiffusionPipeline, ModelMixin
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
@@ -69,7 +70,7 @@ class PipelinePolicy(ABC):
         for module in self._observed_modules():
             module.register_forward_hook(self._observe)
         if settings.activation_checkpointing:
-            self.denoiser.enable_gradient_checkpointing()
+            self.denoiser.enable_gradient_checkpointing(self._checkpointed)
         if settings.compile:
             _compile(self.denoiser)
         if settings.shard:
@@ -259,13 +260,20 @@ class PipelinePolicy(ABC):
     def _run(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         # No cache of cast weights: it would outlive a change of weights inside a caller's own autocast block.
         dtype = self._settings.dtype
-        low_precision = dtype != torch.float32
         with (
-            torch.autocast(self.device.type, dtype, enabled=low_precision, cache_enabled=False),
-            # on a CPU, torch's fused attention in low precision has a gradient slower than the whole rest
-            sdpa_kernel(SDPBackend.MATH) if low_precision and self.device.type == "cpu" else nullcontext(),
+            torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False),
+            self._attention(),
         ):
             return self._call(x_BCHW, timestep_B, condition).float()
+
+    def _attention(self) -> AbstractContextManager[None]:
+        """On a CPU, torch's fused attention in low precision has a gradient slower than the whole rest."""
+        slow = self._settings.dtype != torch.float32 and self.device.type == "cpu"
+        return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
+
+    def _checkpointed(self, block: nn.Module, *inputs: Any) -> Any:
+        """What is computed anew is computed outside of the call, and must be by the same kernels."""
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self._attention()))
 
     @property
     def attend(self) -> Callable[[], None] | None:

@@ -1,0 +1,137 @@
+"""What knobs that save memory save and cost: `python benchmarks/lean.py [--json]`; docs/memory.md has the table.
+
+Of a LoRA on a transformer of SD 3.5's kind with random weights (`benchmarks/memory.py`), on the CPU on one thread: bytes of the denoiser's
+frozen weights, the most bytes that live at once beside them in a microbatch's forward and backward pass, seconds of that pass and of a
+network call. Of frozen weights in 8 bits also how far the output is off, on that model and on shapes-flow, whose weights were trained:
+the root of the mean square difference over that of the output, the worst step of a grid of 10. Of 8-bit AdamW, if its package is
+there: bytes and seconds of a step of two million weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from memory import CALLED, TOKENS, TRAINED, allocated, random_sd3
+
+from progrpo.config import OptimConfig
+from progrpo.policies.base import Policy, PolicySettings
+from progrpo.policies.load import load_policy, policy_from_pipeline, quiet
+from progrpo.training.build import optimizer_from
+from progrpo.types import Condition, Prompt
+from progrpo.zoo.shapes.world import sample_prompts
+
+LORA = PolicySettings(lora_rank=32, max_sequence_length=TOKENS, dtype=torch.bfloat16)
+WIDE = replace(LORA, dtype=torch.float32)
+KNOBS = {
+    "float32": WIDE,
+    "float32, int8": replace(WIDE, quantize="int8"),
+    "bfloat16": LORA,
+    "bfloat16, int8": replace(LORA, quantize="int8"),
+    "bfloat16, activation checkpointing": replace(LORA, activation_checkpointing=True),
+    "bfloat16, both": replace(LORA, quantize="int8", activation_checkpointing=True),
+}
+TEXTS, STEPS, REPEATS = 24, 10, 3
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """The least of some, after one that does not count."""
+    work()
+    found = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def passes(settings: PolicySettings) -> dict[str, float]:
+    policy: Any = policy_from_pipeline(random_sd3(), settings)
+    told = {name: torch.randn(1, *shape) for name, shape in policy.condition_shapes().items()}
+
+    def call(rows: int) -> torch.Tensor:
+        condition = Condition({name: t.expand(rows, *t.shape[1:]) for name, t in told.items()})
+        output: torch.Tensor = policy.predict(torch.randn(rows, *policy.latent_shape), torch.tensor(500.0), condition)
+        return output
+
+    def train() -> None:
+        call(TRAINED).square().mean().backward()
+
+    update = seconds(train)  # gradients are there from then on, and belong to the weights
+    with torch.no_grad():
+        sample = seconds(lambda: call(CALLED))
+    return {
+        "frozen_MB": sum(t.nbytes for _, t in policy.frozen()) / 1e6,
+        "forward_and_backward_MB": allocated(train) / 1e6,
+        "call_seconds": sample,
+        "forward_and_backward_seconds": update,
+    }
+
+
+@torch.no_grad()
+def off(
+    settings: PolicySettings, prompts: list[Prompt] | None, load: Callable[[PolicySettings], Policy]
+) -> list[float]:
+    """Of both networks at the latents that the wide one comes to, from its noisy end to data; without prompts it is told noise."""
+    wide, lean = (load(replace(settings, quantize=kept)) for kept in ("none", "int8"))
+    generator, rows = torch.Generator().manual_seed(0), TEXTS
+    if prompts is None:
+        shapes: dict[str, tuple[int, ...]] = wide.condition_shapes()  # type: ignore[attr-defined]
+        told = Condition({name: torch.randn(rows, *shape, generator=generator) for name, shape in shapes.items()})
+    else:
+        told = wide.encode(prompts)
+    levels, found = wide.levels(STEPS), []
+    x = torch.randn(rows, *wide.latent_shape, generator=generator)
+    for step in range(STEPS):
+        one, other = (policy.predict(x, levels.timestep[step], told) for policy in (wide, lean))
+        found.append(((other - one).norm() / one.norm()).item())
+        x = x + (levels.sigma[step + 1] - levels.sigma[step]) * one
+    return found
+
+
+def averages(name: Any) -> dict[str, float]:
+    weights = torch.nn.Parameter(torch.randn(2048, 1024))
+    optimizer = optimizer_from(OptimConfig(name), [weights])
+    weights.grad = torch.randn_like(weights)
+    taken = seconds(optimizer.step)
+    state = optimizer.state_dict()["state"][0]
+    held = state.get("__bnb_optimizer_quant_state__", state).values()  # where bitsandbytes puts it
+    return {"averages_MB": sum(t.nbytes for t in held if torch.is_tensor(t)) / 1e6, "step_seconds": taken}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    options = parser.parse_args()
+    quiet()
+    torch.set_num_threads(1)
+
+    def random(settings: PolicySettings) -> Policy:
+        torch.manual_seed(0)
+        return policy_from_pipeline(random_sd3(), settings)
+
+    prompts = sample_prompts("test", TEXTS, seed=0)
+    results: dict[str, Any] = {name: passes(settings) for name, settings in KNOBS.items()}
+    results["int8's output is off by"] = {
+        "random SD3": max(off(WIDE, None, random)),
+        "shapes-flow": max(off(PolicySettings(), prompts, lambda settings: load_policy("shapes-flow", settings))),
+    }
+    for name in ("adamw", "adamw_8bit") if find_spec("bitsandbytes") else ("adamw",):
+        results[name] = averages(name)
+    if options.json:
+        print(json.dumps(results))
+        return
+    for name, told in results.items():
+        print(name)
+        for figure, value in told.items():
+            print(f"  {figure:32s}{value:10.4f}")
+
+
+if __name__ == "__main__":
+    main()
