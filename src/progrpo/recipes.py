@@ -212,6 +212,12 @@ def sd35m_pickscore_80gb() -> Config:
     return lean(sd35m_pickscore(), 80, sampled=32, trained=8, checkpointing=False)
 
 
+def flux_pickscore_24gb() -> Config:
+    """`flux-pickscore` on one GPU of 24 GB, its frozen weights in 8 bits; bring prompts.txt and eval.txt."""
+    config = lean(flux_pickscore(), 24, sampled=4, trained=2)
+    return replace(config, model=replace(config.model, quantize="int8", offload=True, decoding="sliced"))
+
+
 def flux_pickscore_48gb() -> Config:
     """`flux-pickscore` on one GPU of 48 GB, 8 prompts an iteration; bring prompts.txt and eval.txt."""
     return lean(flux_pickscore(), 48, sampled=4, trained=4)
@@ -269,6 +275,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "sd35m-geneval": sd35m_geneval,
     "sd35m-ocr": sd35m_ocr,
     "flux-pickscore": flux_pickscore,
+    "flux-pickscore-24gb": flux_pickscore_24gb,
     "flux-pickscore-48gb": flux_pickscore_48gb,
     "flux-pickscore-80gb": flux_pickscore_80gb,
     "sd3": sd3,
