@@ -178,7 +178,8 @@ def test_ratio_is_one_in_low_precision_for_every_family(moved_policy, first, fam
 def test_ratio_is_one_beside_frozen_weights_in_8_bits(moved_policy, first, family, network):
     policy = moved_policy(family, network=network, quantize="int8")
     assert sum(t.dtype == torch.int8 for _, t in policy.frozen()) > 5
-    assert_on_policy(policy, *first(policy), microbatches=(3, 64))
+    objective, experience = first(policy)
+    assert_on_policy(policy, objective, experience, microbatches=(3, 64))
 
 
 @pytest.mark.parametrize("latent_dtype", DTYPES)

@@ -28,7 +28,7 @@ def test_it_is_adamw_up_to_the_rounding_of_averages_in_a_quarter_of_the_memory()
     moved, held = {}, {}
     for name in ("adamw", "adamw_8bit"):
         weights = torch.nn.Parameter(torch.zeros(64, 128))
-        optimizer = optimizer_from(OptimConfig(name), [weights])  # type: ignore[arg-type]
+        optimizer = optimizer_from(OptimConfig(name), [weights])
         for gradient in gradients:
             weights.grad = gradient.clone()
             optimizer.step()

@@ -38,7 +38,7 @@ class Int8Linear(nn.Linear):
         self.bias = linear.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        kind = input.device.type  # autocast does not see what an autograd function is made of
+        kind = input.device.type  # what autocast would do, but before the weight is widened to a dtype that is too wide
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
         output: Tensor = _Product.apply(input.to(dtype), self.weight, self.scale, self.bias)
         return output
@@ -53,8 +53,9 @@ class _Product(torch.autograd.Function):
         return F.linear(x, _widened(weight, scale, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return gradient @ _widened(*ctx.saved_tensors, gradient.dtype), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        return gradient @ _widened(weight, scale, gradient.dtype), None, None, None
 
 
 def _widened(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
