@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from progrpo.config import Config, ModelConfig, config_to_json
 from progrpo.policies.base import PolicySettings
@@ -59,11 +60,27 @@ def test_output_and_gradient_are_those_of_the_widened_weight(linear, x):
     assert (inputs.grad.double() - towards.double() @ wide(layer)).abs().max() < 1e-4
 
 
-def test_autocast_decides_on_the_dtype_as_for_any_linear_layer(linear, x):
+class Made(TorchDispatchMode):
+    """Dtypes of what is computed in a shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.dtypes = shape, set[torch.dtype]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and found.shape == self.shape:
+            self.dtypes.add(found.dtype)
+        return found
+
+
+def test_autocast_decides_on_the_dtype_and_nothing_is_wider(linear, x):
     layer, low = Int8Linear(linear.bfloat16()), torch.bfloat16
+    with torch.autocast("cpu", low), Made((32, 48)) as made:
+        found = layer(x)
     with torch.autocast("cpu", low):
-        found, plain = layer(x), linear(x)
-    assert found.dtype == plain.dtype == low
+        plain = linear(x)
+    assert found.dtype == plain.dtype == low and made.dtypes <= {low, torch.int8}
     expected = nn.functional.linear(x.to(low), wide(layer).to(low), linear.bias)
     assert (found - expected).abs().max() <= 0.01 * expected.abs().max()
 
@@ -155,4 +172,5 @@ def test_a_run_is_told_and_what_it_saved_is_looked_at_on_the_whole_model(tiny_sd
     policy.save(run / "lora")
     (run / "config.json").write_text(config_to_json(Config(model=model)))
     (run / "summary.json").write_text("{}")
-    assert not in_blocks(trained_policy(str(run), None, Ranks()))
+    looked_at: Any = trained_policy(str(run), None, Ranks())
+    assert not in_blocks(looked_at)

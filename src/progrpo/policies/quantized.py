@@ -38,7 +38,7 @@ class Int8Linear(nn.Linear):
         self.bias = linear.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        kind = input.device.type  # autocast does not see what an autograd function is made of
+        kind = input.device.type  # what autocast would do, but before the weight is widened to a dtype that is too wide
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
         output: Tensor = _Product.apply(input.to(dtype), self.weight, self.scale, self.bias)
         return output

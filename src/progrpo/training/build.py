@@ -98,7 +98,7 @@ def optimizer_from(wanted: OptimConfig, parameters: Iterable[nn.Parameter]) -> O
     return kind(parameters, lr=wanted.lr, betas=wanted.betas, weight_decay=wanted.weight_decay)
 
 
-def _adamw_8bit() -> type[Optimizer]:
+def _adamw_8bit() -> Callable[..., Optimizer]:
     """Its quantised averages are plain tensors beside their scales, so that checkpoints hold them as they are."""
     if find_spec("bitsandbytes") is None:
         raise ValueError(
@@ -106,7 +106,7 @@ def _adamw_8bit() -> type[Optimizer]:
         )
     from bitsandbytes.optim import AdamW8bit
 
-    kind: type[Optimizer] = AdamW8bit
+    kind: Callable[..., Optimizer] = AdamW8bit
     return kind
 
 
