@@ -20,7 +20,7 @@ from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
 from progrpo.rollout.prune import SELECTORS, survivors
 from progrpo.rollout.rollout import rollout
-from progrpo.rollout.spread import dealt, shared_out, survivors_of_all, transfers
+from progrpo.rollout.spread import ALONE, Together, dealt, shared_out, survivors_of_all, transfers
 from progrpo.training.build import sampling_from
 from progrpo.types import Prompt, Rollout, Trajectories, Transition
 
@@ -111,15 +111,15 @@ def test_a_rollout_of_several_is_that_of_one(tiny_policy, world):
 
     policies = [tiny_policy() for _ in range(world)]  # not within threads, where libraries' tricks to load them collide
 
-    def sample(together: Member | None) -> tuple[Rollout, Meter]:
-        policy, meter = policies[together.rank if together else 0], Meter()
+    def sample(together: Together) -> tuple[Rollout, Meter]:
+        policy, meter = policies[together.rank], Meter()
         sampling = sampling_from(config, policy, "transitions", 0)
         reward, select = alone(FunctionReward(redness)), SELECTORS["ovf"]
         rolled = rollout(policy, reward, prompts, slots, plan, sampling, select, key, meter, together=together)
         return rolled, meter
 
     config = Config(sampling=SamplingConfig(num_inference_steps=4, microbatch=1))  # one row a call: bit for bit
-    (one, alone_meter), parts = sample(None), each(world, sample)
+    (one, alone_meter), parts = sample(ALONE), each(world, sample)
     rows = sorted(
         (m, rewards, x)
         for rolled, _ in parts

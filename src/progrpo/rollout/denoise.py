@@ -127,9 +127,7 @@ def _advance(batch: Trajectories, step: int, sampling: Sampling, key: NoiseKey) 
     if step in sampling.stored_steps:
         log_prob, dtype = process.log_prob(x_next, mean, std), sampling.latent_dtype
         kept = mean if sampling.stored_means else None
-        goes_on = (
-            path and path[-1].step == step - 1
-        )  # x is then what the transition before ended at, and is not kept twice
-        start = path[-1].x_next_NCHW if goes_on else x.to(dtype)
+        # after a stored step x is what that transition ended at, and is not kept twice
+        start = path[-1].x_next_NCHW if path and path[-1].step == step - 1 else x.to(dtype)
         path = (*path, Transition(step, start, x_next.to(dtype), log_prob, kept, attached))
     return replace(batch, x_NCHW=x_next, path=path)

@@ -14,8 +14,8 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan
 from progrpo.rollout.preview import Previewing, preview, score
-from progrpo.rollout.prune import Selector, survivors
-from progrpo.rollout.spread import Together, dealt, shared_out, survivors_of_all
+from progrpo.rollout.prune import Selector
+from progrpo.rollout.spread import ALONE, Together, dealt, shared_out, survivors_of_all
 from progrpo.types import Preview, Prompt, Rollout, Trajectories
 
 
@@ -30,7 +30,7 @@ def rollout(
     key: NoiseKey,
     meter: Meter,
     how: Previewing = Previewing(),  # noqa: B008 (frozen)
-    together: Together | None = None,
+    together: Together = ALONE,
 ) -> Rollout:
     """One group a prompt, expanded, pruned as `plan` says, finished, decoded and rewarded.
 
@@ -43,10 +43,7 @@ def rollout(
     previews: list[Preview] = []
 
     def kept(batch: Trajectories, scores_N: Tensor, keep: int, step: int) -> Tensor:
-        seeds_P = key.group_seeds(slot_P, step)
-        if together is None:
-            return survivors(batch.group_N, scores_N, keep, select, seeds_P, len(prompts))
-        return survivors_of_all(batch, scores_N, keep, select, seeds_P, len(prompts), together)
+        return survivors_of_all(batch, scores_N, keep, select, key.group_seeds(slot_P, step), len(prompts), together)
 
     def prune(step: int, batch: Trajectories) -> Trajectories:
         keep = plan.keep_after(step)
@@ -55,12 +52,9 @@ def rollout(
         _, scores_N = preview(policy, reward, prompts, condition, batch, step, sampling, how, meter)
         rows = kept(batch, scores_N, keep, step)
         previews.append(Preview(step, batch.group_N, batch.member_N, scores_N, _mask(rows, len(batch))))
-        batch = batch.take(rows)
-        return batch if together is None else shared_out(batch, together)
+        return shared_out(batch.take(rows), together)
 
-    batch = expand(policy, slot_P, plan.group_size, sampling, key)
-    if together is not None:
-        batch = dealt(batch, together)
+    batch = dealt(expand(policy, slot_P, plan.group_size, sampling, key), together)
     finalists = denoise(policy, condition, batch, sampling, key, meter, prune)
     with meter.stage("reward"):
         images_NHWC, scores = score(policy, reward, prompts, finalists, finalists.x_NCHW, sampling.microbatch, meter)

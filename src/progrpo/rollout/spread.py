@@ -28,6 +28,17 @@ class Together(Protocol):
         ...
 
 
+class _Alone:
+    rank, world = 0, 1
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        return items
+
+
+ALONE: Together = _Alone()
+"""A process that samples its groups whole."""
+
+
 def dealt(batch: Trajectories, together: Together) -> Trajectories:
     """This process' share of whole groups: every world-th row."""
     return batch.take(torch.arange(together.rank, len(batch), together.world))
@@ -71,7 +82,7 @@ def shared_out(batch: Trajectories, together: Together) -> Trajectories:
 
 
 def transfers(counts: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Who gives whom how many, so that counts differ by one at most and as few as possible move; the first have the one more."""
+    """Who gives whom how many, so that counts differ by one at most and as few as possible move."""
     share, more = divmod(sum(counts), len(counts))
     # who already has most keeps the one more, or it would move for nothing
     largest = sorted(range(len(counts)), key=lambda i: -counts[i])[:more]

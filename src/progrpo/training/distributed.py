@@ -45,9 +45,8 @@ class Ranks:
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
-        if (
-            self.world > 1
-        ):  # while Python is there: gloo's threads hold tensors of its, and abort the process if they let go later
+        if self.world > 1:
+            # while Python is there: gloo's threads hold tensors of its, and abort the process if they let go later
             atexit.register(self._accelerator.end_training)
         self.attend: Callable[[], None] | None = None
         """What this process does before it waits for the others: a policy's `attend`."""
@@ -99,9 +98,8 @@ class Ranks:
     def leave(self) -> None:
         """At the end of a run, until all are here: a launcher that sees one end badly kills those that still write."""
         self.join()
-        for _ in range(
-            8
-        ):  # a sharded network keeps gloo's threads to the very end: none shall still hold a tensor of Python's
+        # several, since a sharded network keeps gloo's threads to the very end, and none shall still hold a tensor of Python's
+        for _ in range(8):
             self._accelerator.wait_for_everyone()
 
     def join(self) -> None:

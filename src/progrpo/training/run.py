@@ -354,9 +354,8 @@ class Run:
         ahead = self.trainer.order.ahead(done, wanted.iterations, wanted.prompts.per_iteration)
         watched = self.held_out.validation if self.config.eval.every else ()
         prompts = {id(prompt): prompt for prompt in chain(ahead, self.held_out.test, watched)}
-        for (
-            prompt
-        ) in prompts.values():  # one by one: the policy keeps the rows on the CPU, the device never holds them all
+        # one by one: the policy keeps the rows on the CPU, the device never holds them all
+        for prompt in prompts.values():
             self.policy.encode([prompt])
         self.policy.release_text_encoders()
 

@@ -23,6 +23,7 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.prune import SELECTORS
 from progrpo.rollout.rollout import rollout
+from progrpo.rollout.spread import ALONE, Together
 from progrpo.rollout.waves import in_waves
 from progrpo.training import checks
 from progrpo.training.audit import Audit, audit
@@ -133,7 +134,7 @@ class Trainer:
         start, meter, key = time.perf_counter(), Meter(), NoiseKey(self.config.seed, self.iteration)
         self.totals.predicted += self.predicted()
         prompts = self.order.prompts_for(self.iteration, self.config.prompts.per_iteration)
-        slots = torch.arange(len(prompts)) if self._together else self.ranks.deal(len(prompts))
+        slots = torch.arange(len(prompts)) if self.config.prompts.split_groups else self.ranks.deal(len(prompts))
         sampling = self.sampling
         with self.policy.weights(self.objective.rollout_weights):
             rolled = self.within_memory(lambda m: self._roll_out(prompts, slots, self.sampling, key, m), meter)
@@ -158,9 +159,9 @@ class Trainer:
         return Iteration(record, rolled, found)
 
     @property
-    def _together(self) -> Ranks | None:
-        """The processes, if they share groups."""
-        return self.ranks if self.config.prompts.split_groups else None
+    def _together(self) -> Together:
+        """Those who sample a group."""
+        return self.ranks if self.config.prompts.split_groups else ALONE
 
     def within_memory(self, sample: Callable[[Meter], _Sampled], meter: Meter) -> _Sampled:
         """What `sample` gives, with half of `config`'s microbatch where memory runs out: noise knows whose it is, so it is the same."""
@@ -173,7 +174,7 @@ class Trainer:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if self._together or self.policy.attend:  # the others are in the midst of it
+                if self._together.world > 1 or self.policy.attend:  # the others are in the midst of it
                     raise SelfCheckError(
                         "out of memory while processes work together (model.shard, prompts.split_groups), so that one of them cannot"
                         " try again; lower sampling.microbatch"
@@ -198,9 +199,8 @@ class Trainer:
         weights, quorum, diverse = self.reward.weights, self.config.reward.quorum, Tally()
         if (found := group_diversity(rolled.images_NHWC.numpy(), rolled.group_N.numpy())) is not None:
             diverse.add("rollout/diversity", found * len(rolled.prompts), len(rolled.prompts))
-        experience, tally = learn_from(
-            rolled, sampling, key, wanted, clip, self.ranks, weights, quorum, self._together is not None
-        )
+        together = self._together
+        experience, tally = learn_from(rolled, sampling, key, wanted, clip, self.ranks, weights, quorum, together)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.iteration)
         optim = self.config.optim

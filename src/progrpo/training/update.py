@@ -24,6 +24,7 @@ from progrpo.packing import filled_up, in_equal_parts, of_one_shape, of_whole_bl
 from progrpo.policies.base import Policy
 from progrpo.policies.sharded import gathered
 from progrpo.rollout.denoise import Sampling
+from progrpo.rollout.spread import ALONE, Together
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.errors import SelfCheckError
 from progrpo.training.memory import halved, is_out_of_memory
@@ -57,27 +58,26 @@ def learn_from(
     ranks: Ranks,
     weights: Mapping[str, float],
     quorum: float = 0.0,
-    together: bool = False,
+    together: Together = ALONE,
 ) -> tuple[Experience, Tally]:
     """Every survivor whose reward is there, with its advantage; and what the rewards looked like.
 
     `weights` are those of the rewards that were mixed, by name. A group that misses the `quorum` is left out. Of groups that
-    processes sampled `together`, each process knows all rewards, and learns from its own part.
+    processes sampled `together`, each knows all rewards, and learns from its own part.
     """
     num_groups, tally = len(rollout.prompts), Tally()
     finals = rollout.finalist_rewards_F, rollout.finalist_group_F
     told = _Rewarded(rollout.rewards_N, rollout.group_N, rollout.parts_NR, *finals)
-    parts = ranks.gather([told]) if together else [told]
-    own = torch.arange(len(told.rewards_N)) + sum(
-        len(part.rewards_N) for part in parts[: ranks.rank if together else 0]
-    )
+    parts = together.gather([told])
+    own = torch.arange(len(told.rewards_N)) + sum(len(part.rewards_N) for part in parts[: together.rank])
     whole = _Rewarded.joined(parts)
     rewards_N = with_quorum(whole.rewards_N, whole.group_N, num_groups, quorum)
     statistics = group_statistics(rewards_N, whole.group_N, num_groups)
     finalists = group_statistics(whole.finalist_rewards_F, whole.finalist_group_F, num_groups)
 
     def moments_of_all(values_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        count, total, total_sq = moments(values_N) if together else ranks.sum(moments(values_N)).cpu()
+        own_share = moments(values_N) / together.world  # each knows what all of those together know
+        count, total, total_sq = ranks.sum(own_share).cpu()
         return count, total, total_sq
 
     scale = {"eps": objective.adv_eps, "clip_max": adv_clip_max}
@@ -108,7 +108,7 @@ def learn_from(
     if not rollout.previews:
         tally.add_finite("reward/group_std_full", finalists.std_P)
     tally.count("reward/missing", int((~rollout.finalist_rewards_F.isfinite()).sum()))
-    if ranks.is_main or not together:  # what all know is counted once
+    if together.rank == 0:  # what all know is counted once
         tally.count("reward/skipped_groups", num_groups - len(whole.group_N[rewards_N.isfinite()].unique()))
         tally.count("advantage/zero_variance_groups", int((~taught.informative_P).sum()))
     experience = Experience(
