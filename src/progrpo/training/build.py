@@ -127,25 +127,33 @@ def policy_from(
 
 
 def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str = "") -> PolicySettings:
+    """Of a policy on this process' device."""
+    return replace(
+        model_settings(model),
+        lora=str(_saved_by(Path(model.lora)) if model.lora and _is_run(Path(model.lora)) else model.lora),
+        seed=seed,
+        device=ranks.device,
+        shard=model.shard and ranks.world > 1,
+        tiny_decoder=tiny_decoder,
+    )
+
+
+def model_settings(model: ModelConfig) -> PolicySettings:
+    """What a configuration says of a policy by itself; its dtype must be chosen."""
     return PolicySettings(
         weights=model.weights,
         lora_rank=model.lora_rank,
         lora_alpha=model.lora_alpha,
         lora_targets=model.lora_targets,
-        lora=str(_saved_by(Path(model.lora)) if model.lora and _is_run(Path(model.lora)) else model.lora),
         max_sequence_length=model.max_sequence_length,
         resolution=model.resolution,
         frames=model.frames,
-        seed=seed,
-        device=ranks.device,
         dtype=getattr(torch, model.dtype),
         quantize=model.quantize,
         compile=model.compile,
         activation_checkpointing=model.activation_checkpointing,
-        shard=model.shard and ranks.world > 1,
         offload=model.offload,
         decoding=model.decoding,
-        tiny_decoder=tiny_decoder,
     )
 
 

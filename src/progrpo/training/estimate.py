@@ -15,12 +15,11 @@ from typing import Any, get_args
 import torch
 
 from progrpo.config import GPU, Config, RewardTerm, microbatch, resolve_plan, trained_steps, trains_transitions
-from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import quiet
 from progrpo.policies.sizes import Sizes, sizes
 from progrpo.rollout.plan import Plan
 from progrpo.rollout.preview import DECODED
-from progrpo.training.build import OBJECTIVES
+from progrpo.training.build import OBJECTIVES, model_settings
 from progrpo.training.judge import prompt_cost
 
 _FLOAT, _GB = 4, 1e9
@@ -100,19 +99,8 @@ _sizes_of = cache(sizes)
 
 def _sizes(config: Config) -> Sizes:
     model, pair = config.model, 2 if config.sampling.in_pairs else 1
-    settings = PolicySettings(
-        weights=model.weights,
-        lora_rank=model.lora_rank,
-        lora_alpha=model.lora_alpha,
-        lora_targets=model.lora_targets,
-        max_sequence_length=model.max_sequence_length,
-        resolution=model.resolution,
-        frames=model.frames,
-        decoding=model.decoding,
-        dtype=torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype),
-        quantize=model.quantize,
-        activation_checkpointing=model.activation_checkpointing,
-    )
+    dtype: Any = "bfloat16" if model.dtype == "auto" else model.dtype
+    settings = model_settings(replace(model, dtype=dtype, offload=False))
     called, trained = microbatch(config.sampling), microbatch(config.optim)
     rows = trained * (pair if trains_transitions(config) else 1)
     return _sizes_of(model.path, settings, called * pair, rows, min(called, DECODED))
@@ -129,12 +117,15 @@ def _memory(config: Config, plan: Plan, found: Sizes, processes: int) -> dict[st
         name: prompts * found.latent * of_one
         for name, of_one in _latents(config, plan, objective.needs == "means").items()
     }
-    parts = {
+    always = {
         "frozen weights": found.frozen_bytes / shared,
         "decoder": found.decoder_bytes,
         "trained weights, optimizer": trained * (1 + _AVERAGES[config.optim.name] / _FLOAT),
         "copies of trained weights": copies * trained,
         "rewards": sum(_reward_bytes(term) for term in _rewards(config)),
+    }
+    parts = {
+        **always,
         "gradients": trained,
         "latents while sampling": max(latents["call"], latents["decoding"], latents["step"]),
         "latents in the update": latents["update"],
@@ -144,7 +135,7 @@ def _memory(config: Config, plan: Plan, found: Sizes, processes: int) -> dict[st
         "forward and backward pass": found.train_bytes,
         "text encoders": found.text_encoder_bytes,
     }
-    resident = sum(list(parts.values())[:5]) + (parts["text encoders"] if config.model.keep_text_encoders else 0)
+    resident = sum(always.values()) + (parts["text encoders"] if config.model.keep_text_encoders else 0)
     denoiser = parts["frozen weights"] + trained
     moments = latents["call"] + found.call_bytes, latents["decoding"] + found.decode_bytes, latents["step"]
     passes = parts["gradients"] + parts["forward and backward pass"]
