@@ -321,7 +321,7 @@ def quickly_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux"])
+@pytest.mark.parametrize("model", ["tiny_sd3", pytest.param("tiny_flux", marks=pytest.mark.slow)])
 def test_a_second_iteration_of_a_plan_that_prunes_compiles_nothing(
     quickly_compiled, request, model, tiny_trainer, tiny_config
 ):

@@ -46,6 +46,7 @@ def test_judge_loads(exported: Path) -> None:
     assert sum(p.numel() for p in load_judge(exported / "weights" / "shapes-judge").parameters()) > 0
 
 
+@pytest.mark.slow
 def test_finished_stages_are_not_trained_again(exported: Path) -> None:
     lines: list[str] = []
     again = pretrain(exported / "state", budget=TINY, device="cpu", log=lines.append)
@@ -54,6 +55,7 @@ def test_finished_stages_are_not_trained_again(exported: Path) -> None:
     assert all(torch.equal(first[name], t) for name, t in again.transformer.state_dict().items())
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_trained_further(exported: Path, tmp_path: Path) -> None:
     start = exported / "weights" / "shapes-flow"
     before = StableDiffusion3Pipeline.from_pretrained(start)
@@ -163,6 +165,7 @@ def test_its_figures_stand_beside_it(distilled: Path) -> None:
     assert all(len(rows) == STEPS for rows in found["against_full"].values())
 
 
+@pytest.mark.slow
 def test_the_tiny_decoders_training_goes_on_where_it_stopped(distilled: Path) -> None:
     lines: list[str] = []
     teacher, state = distilled.parent / "shapes-flow", distilled.parent.parent / "distilled"

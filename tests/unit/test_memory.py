@@ -37,7 +37,9 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize(("objective", "updates"), [("grpo", 2), ("nft", 1), ("awm", 1), ("dgpo", 1), ("dgpo", 2)])
+@pytest.mark.parametrize(
+    ("objective", "updates"), [("grpo", 2), ("nft", 1), pytest.param("awm", 1, marks=pytest.mark.slow), ("dgpo", 2)]
+)
 def test_a_run_that_runs_out_of_memory_learns_what_it_would_have(
     tiny_trainer, tiny_config, tiny_policy, monkeypatch, objective, updates
 ):
