@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -100,7 +101,21 @@ def no_equal(why: str, fields: Mapping[str, Any] | None = None) -> Outcome:
     return Outcome("no equal here", why, fields or {})
 
 
-_MOST_SETTINGS, _DEEPEST = 10_000, 32
+_MOST_SETTINGS, _DEEPEST, _MOST_BYTES = 10_000, 32, 1_000_000
+
+
+def content_of(path: Path) -> bytes:
+    """Of a settings file; ValueError where there is none, it cannot be read, or it is too large to be one."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{named(path)} is no file; give the path of the settings")
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{named(path)} cannot be read: {error.strerror}") from None
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"{named(path)} is no settings file: over {_MOST_BYTES // 10**6} MB")
+    return content
 
 
 def flattened(data: Mapping[Any, Any]) -> dict[str, Any]:

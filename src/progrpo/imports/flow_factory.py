@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from progrpo.imports.account import (
     Setting,
     Translation,
     choice,
+    content_of,
     flattened,
     ignored,
     no_equal,
@@ -28,8 +28,6 @@ from progrpo.imports.account import (
     translated,
 )
 from progrpo.words import named, quoted
-
-_MOST_BYTES = 1_000_000
 
 # What holds where a file is silent and ours would be another. Those of an objective hold for it alone.
 _DEFAULTS: dict[str, Any] = {
@@ -120,19 +118,12 @@ def import_flow_factory(path: str) -> Translation:
 
 def _read(path: Path) -> dict[str, Any]:
     """Its settings by their dotted names."""
-    if not os.path.isfile(path):
-        raise ValueError(f"no file {named(path)}")
+    content = content_of(path)
     try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise ValueError(f"over {_MOST_BYTES // 10**6} MB, so no settings")
         data = yaml.safe_load(content)
         if not isinstance(data, dict) or not data:
             raise ValueError("it holds no settings by name")
         return flattened(_in_one_shape(data))
-    except OSError as error:
-        raise ValueError(f"{named(path)} cannot be read: {error.strerror}") from None
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{named(path)} is no settings file: {' '.join(str(error).split())[:200]}") from None
 
@@ -194,12 +185,17 @@ def _trainer_type(setting: Setting) -> Outcome:
     return sets(fields)
 
 
-def _symmetric(setting: Setting) -> float | None:
-    """What bounds both sides alike: one number, or a pair of it and its negative."""
+def _end(setting: Setting, start: Callable[[float], float]) -> float | None:
+    """Of a range that begins where `start(end)` says, or one number for it; None for another range."""
     if isinstance(setting.value, list):
         low, high = setting.value if len(setting.value) == 2 else (None, None)
-        return float(high) if isinstance(high, int | float) and low == -high else None
+        return float(high) if isinstance(high, int | float) and low == start(high) else None
     return setting.number()
+
+
+def _symmetric(setting: Setting) -> float | None:
+    """What bounds both sides alike."""
+    return _end(setting, lambda end: -end)
 
 
 def _clip_range(setting: Setting) -> Outcome:
@@ -446,10 +442,7 @@ def _draws(setting: Setting) -> Outcome:
 
 def _from_the_start(setting: Setting) -> float | None:
     """The share of the grid from its noisy end, where the range begins there."""
-    if isinstance(setting.value, list):
-        low, high = setting.value if len(setting.value) == 2 else (None, None)
-        return float(high) if isinstance(high, int | float) and low == 0 else None
-    return setting.number()
+    return _end(setting, lambda end: 0)
 
 
 def _range(setting: Setting) -> Outcome:

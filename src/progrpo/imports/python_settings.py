@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from progrpo.imports.account import content_of
 from progrpo.words import named, quoted
 
-_MOST_BYTES, _MOST_NODES, _MOST_CALLS, _LONGEST = 1_000_000, 20_000, 32, 10_000
+_MOST_NODES, _MOST_CALLS, _LONGEST = 20_000, 32, 10_000
 
 
 @dataclass(frozen=True)
@@ -126,16 +127,9 @@ class _File:
 
 
 def _parsed(path: Path) -> ast.Module:
-    if not os.path.isfile(path):
-        raise ValueError(f"no file {named(path)}")
+    content = content_of(path)
     try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise ValueError(f"over {_MOST_BYTES // 10**6} MB, so no settings")
         return ast.parse(content)
-    except OSError as error:
-        raise ValueError(f"{named(path)} cannot be read: {error.strerror}") from None
     except SyntaxError as error:
         raise ValueError(f"{named(path)} is no Python file: line {error.lineno}: {named(error.msg)}") from None
     except (ValueError, MemoryError) as error:  # NUL bytes, another encoding, more nesting than the parser takes
