@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -210,13 +211,34 @@ def test_a_field_that_the_checkpoint_does_not_know_is_no_change(run):
 def test_other_versions_are_said(run):
     found = load_state(run / "checkpoints" / "iteration_000003")
     warnings: list[str] = []
-    check_versions(found, warnings.append)
+    check_versions(found, CONFIG, warnings.append)
     assert warnings == []
     found["versions"] |= {"torch": "1.0"}
     del found["versions"]["peft"]
-    check_versions(found, warnings.append)
+    check_versions(found, CONFIG, warnings.append)
     (warning,) = warnings
     assert "torch 1.0 -> 2" in warning and "peft unknown -> " in warning and "python" not in warning
+
+
+def test_the_version_of_an_optimizers_package_is_kept_by_runs_that_use_it(run, monkeypatch):
+    lean, warnings = replace(CONFIG, optim=OptimConfig("adamw_8bit")), list[str]()
+    there = run / "packages" / "bitsandbytes-0.1.dist-info"
+    there.mkdir(parents=True)
+    (there / "METADATA").write_text("Name: bitsandbytes\nVersion: 0.1\n")
+    monkeypatch.syspath_prepend(there.parent)
+    for config, iteration in ((lean, 4), (CONFIG, 5)):
+        save(run, state(iteration), config)
+    kept, plain = (load_state(run / "checkpoints" / f"iteration_00000{i}")["versions"] for i in (4, 5))
+    assert kept == plain | {"bitsandbytes": "0.1"} and "bitsandbytes" not in plain
+    check_versions({"versions": kept | {"bitsandbytes": "0.0"}}, lean, warnings.append)
+    check_versions({"versions": kept}, lean, warnings.append)
+    (warning,) = warnings
+    assert warning.endswith(": bitsandbytes 0.0 -> 0.1")
+
+
+def test_a_run_can_be_looked_at_where_its_optimizers_package_is_not(run, monkeypatch):
+    monkeypatch.setattr(sys, "path", [])  # nor is any other's
+    assert checkpoints.versions(replace(CONFIG, optim=OptimConfig("adamw_8bit")))["bitsandbytes"] == "not installed"
 
 
 # --- a disk that refuses ----------------------------------------------------------------------------------------------

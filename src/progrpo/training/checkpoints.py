@@ -8,7 +8,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,23 @@ from progrpo.training.distributed import Ranks
 from progrpo.words import quoted
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+_OF_OPTIMIZERS = {"adamw_8bit": ("bitsandbytes",)}
 _FOLDER, _NAME = "checkpoints", "iteration_"
 _MAY_DIFFER = ("iterations", "sampling.microbatch", "optim.microbatch")
 """What --iterations lengthens, and how memory cuts the work into parts, which a run may change on its way."""
 
 
-def versions() -> dict[str, str]:
-    """Of what a run's figures depend on."""
-    return {"python": platform.python_version(), "progrpo": __version__} | {name: version(name) for name in _PACKAGES}
+def versions(config: Config) -> dict[str, str]:
+    """Of what a run's figures depend on; an optimizer's own package is among them where the run uses it."""
+    packages = (*_PACKAGES, *_OF_OPTIMIZERS.get(config.optim.name, ()))
+    return {"python": platform.python_version(), "progrpo": __version__} | {name: _version(name) for name in packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a run may be taken up where its optimizer is not; it is refused when it is built
+        return "not installed"
 
 
 def save(run: Path, state: Mapping[str, Any], config: Config) -> None:
@@ -38,7 +47,7 @@ def save(run: Path, state: Mapping[str, Any], config: Config) -> None:
     folder = run / _FOLDER
     folder.mkdir(exist_ok=True)  # without its parents: a run folder that vanished is not made anew
     sync(run)
-    whole = {**state, "config": to_dict(config), "versions": versions()}
+    whole = {**state, "config": to_dict(config), "versions": versions(config)}
     save_state(folder / f"{_NAME}{state['iteration']:06d}", whole)
     _tidy(run, state["iteration"], config.checkpoint.keep)
 
@@ -119,11 +128,11 @@ def check_unchanged(run: Path, state: Mapping[str, Any], config: Config) -> None
         )
 
 
-def check_versions(state: Mapping[str, Any], warn: Callable[[str], None]) -> None:
+def check_versions(state: Mapping[str, Any], config: Config, warn: Callable[[str], None]) -> None:
     """A warning if the checkpoint is of other versions: the run goes on, and may not come to what it would have."""
     differing = [
         f"{name} {state['versions'].get(name, 'unknown')} -> {now}"
-        for name, now in versions().items()
+        for name, now in versions(config).items()
         if state["versions"].get(name) != now
     ]
     if differing:

@@ -93,7 +93,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
         state = checkpoints.newest(folder, ranks, warn)
         if not accept_changes:
             checkpoints.check_unchanged(folder, state, config)
-        checkpoints.check_versions(state, warn)
+        checkpoints.check_versions(state, config, warn)
         if state["iteration"] > config.iterations:
             raise ValueError(
                 f"{folder} is at iteration {state['iteration']}, past --iterations {config.iterations}; give more"
@@ -557,7 +557,7 @@ class Run:
                 },
                 "warnings": self._warnings,
                 "seconds_by_stage": totals.seconds,
-                "versions": checkpoints.versions(),
+                "versions": checkpoints.versions(config),
                 "device": _device(self.ranks.device),
                 "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             }
