@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -128,6 +129,35 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on(straight, tmp_path, vi
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
     if target == 4:
         assert_same(run, straight)
+
+
+@pytest.mark.parametrize("survivor", [0, 1])
+@pytest.mark.parametrize("met", [0, 1], ids=["at-once", "while-models-load"])
+def test_a_process_that_dies_before_the_first_iteration_is_said_in_the_same_sentence(tmp_path, survivor, met):
+    """Without a launcher that ends the others itself, as where it is on another machine."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    dies = f"""
+import os, pathlib, signal
+from progrpo.training.distributed import Ranks
+ranks = Ranks()
+for _ in range({met}):
+    ranks.gather([pathlib.Path({str(out)!r})])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    env = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
+    with log.open("w") as file:
+        lost = subprocess.Popen([sys.executable, "-c", dies], env={**env, "RANK": str(1 - survivor)})
+        command = [sys.executable, "-m", "progrpo", "train", *SMOKE, "--out", str(out)]
+        lives = subprocess.Popen(command, env={**env, "RANK": str(survivor)}, stdout=file, stderr=file)
+    assert lost.wait(60) == -signal.SIGKILL
+    assert lives.wait(60) == 1
+    said = log.read_text()
+    assert "progrpo: stopped: another process of this run was lost (" in said
+    assert said.rstrip().endswith("there is no checkpoint yet") and "Traceback" not in said
+    assert not out.exists() or survivor == 0
 
 
 def test_what_is_refused_ends_all(tmp_path):

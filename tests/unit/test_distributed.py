@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from progrpo.training.distributed import Ranks, is_lost
+from progrpo.training.distributed import Ranks, is_lost, lost_in_words
+from progrpo.training.errors import LostProcessError
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,15 @@ def test_a_lost_process_is_told_from_a_mistake():
     assert is_lost(dist.DistBackendError("NCCL error"))
     assert not is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_lost(ValueError("Connection closed by peer"))
+
+
+def test_a_lost_process_is_said_once_and_in_one_sentence():
+    with pytest.raises(LostProcessError) as found, lost_in_words(lambda: "begin anew"):  # noqa: SIM117
+        with lost_in_words(lambda: "go on"):
+            raise RuntimeError("[gloo/pair.cc:553] Connection closed by peer. This is\na longer story")
+    assert str(found.value) == (
+        "another process of this run was lost ([gloo/pair.cc:553] Connection closed by peer); go on"
+    )
+    with pytest.raises(RuntimeError, match="shapes") as other, lost_in_words(lambda: "go on"):
+        raise RuntimeError("shapes cannot be multiplied")
+    assert type(other.value) is RuntimeError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.distributed import DistError
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
+
+from progrpo.training.errors import LostProcessError
 
 _Found = TypeVar("_Found")
 _SHARED = "share a model that is too large for one device by --model.shard"
@@ -110,8 +113,22 @@ class Ranks:
 
 def is_lost(error: BaseException) -> bool:
     """Whether a process that this one waited for is gone; gloo says it by a plain RuntimeError."""
+    if isinstance(error, LostProcessError):  # said already
+        return False
     words = "Connection closed by peer", "Connection reset by peer", "gloo"
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
+
+
+@contextmanager
+def lost_in_words(on: Callable[[], str]) -> Iterator[None]:
+    """Run the block; LostProcessError, in one sentence that ends in what `on` says, where another process is found to be gone."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_lost(error):
+            raise
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise LostProcessError(f"another process of this run was lost ({reason}); {on()}") from error
 
 
 @dataclass

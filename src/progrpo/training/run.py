@@ -48,8 +48,8 @@ from progrpo.training.build import (
     tiny_decoder,
     train_order,
 )
-from progrpo.training.distributed import Ranks, is_lost
-from progrpo.training.errors import Interrupted, LostProcessError
+from progrpo.training.distributed import Ranks, lost_in_words
+from progrpo.training.errors import Interrupted
 from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, evaluate, kl_to_reference, ode
 from progrpo.training.judge import prompt_cost
 from progrpo.training.measure import measured
@@ -65,14 +65,23 @@ Rewarding = Callable[..., Any] | str | RewardTerm | Any
 """What a library call may be given as a reward: see `train`."""
 
 
+_NO_CHECKPOINT = "there is no checkpoint yet"
+
+
+def _how_to_go_on(run: Path) -> str:
+    last = checkpoints.saved(run)
+    return f"go on from {last[-1].name} with --resume {run}" if last else _NO_CHECKPOINT
+
+
 def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
     """Train a configuration into a new run folder; DiskError if the disk refuses what is written there."""
     check(config)
-    ranks = Ranks()
-    config = settled(config, ranks)
-    out = ranks.gather([out])[0]  # where it was chosen by what is free, another process may have chosen later
-    run = _from_config(config, RunFolder(out), ranks)
-    with checkpoints.writing_to(out, ranks):
+    with lost_in_words(lambda: _NO_CHECKPOINT):
+        ranks = Ranks()
+        config = settled(config, ranks)
+        out = ranks.gather([out])[0]  # where it was chosen by what is free, another process may have chosen later
+        run = _from_config(config, RunFolder(out), ranks)
+    with lost_in_words(lambda: _how_to_go_on(out)), checkpoints.writing_to(out, ranks):
         run.create(overwrite)
         return run.train()
 
@@ -83,13 +92,14 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
     ValueError if the configuration was changed since, unless that is accepted.
     """
     config = load_recipe(str(folder))
-    ranks = Ranks()
     run = RunFolder(folder)
     if iterations is not None:
         config = replace(config, iterations=iterations)
         check(config)
+    with lost_in_words(lambda: _how_to_go_on(folder)):
+        ranks = Ranks()
     warn = Console(config.iterations, enabled=ranks.is_main).warn
-    with checkpoints.writing_to(folder, ranks):
+    with lost_in_words(lambda: _how_to_go_on(folder)), checkpoints.writing_to(folder, ranks):
         state = checkpoints.newest(folder, ranks, warn)
         if not accept_changes:
             checkpoints.check_unchanged(folder, state, config)
@@ -132,20 +142,21 @@ def train(
     check(config)
     told = prompts_of(prompts, "prompts")
     watched = told if eval_prompts is None else prompts_of(eval_prompts, "eval_prompts")
-    ranks = Ranks()
-    config = settled(config, ranks)
-    decoder = tiny_decoder(config.preview)
-    policy = policy_from_pipeline(pipeline, settings_from(config.model, config.seed, ranks, decoder))
-    terms, scorer = _mixed(reward, config)
-    config = replace(config, reward=replace(config.reward, terms=terms))
-    check(config)
-    table: Prompts = {"": told}
-    test = [watched[i % len(watched)] for i in range(config.eval.pictures)]
-    config = measured(config, policy, table[""][0], ranks)
-    order = ORDERS[config.prompts.order](table, config.seed)
-    held_out = HeldOut(test, test, None, _held_out_rewards(config))
-    run = Run(config, policy, scorer, order, held_out, RunFolder(out), ranks)
-    with checkpoints.writing_to(Path(out), ranks):
+    with lost_in_words(lambda: _NO_CHECKPOINT):
+        ranks = Ranks()
+        config = settled(config, ranks)
+        decoder = tiny_decoder(config.preview)
+        policy = policy_from_pipeline(pipeline, settings_from(config.model, config.seed, ranks, decoder))
+        terms, scorer = _mixed(reward, config)
+        config = replace(config, reward=replace(config.reward, terms=terms))
+        check(config)
+        table: Prompts = {"": told}
+        test = [watched[i % len(watched)] for i in range(config.eval.pictures)]
+        config = measured(config, policy, table[""][0], ranks)
+        order = ORDERS[config.prompts.order](table, config.seed)
+        held_out = HeldOut(test, test, None, _held_out_rewards(config))
+        run = Run(config, policy, scorer, order, held_out, RunFolder(out), ranks)
+    with lost_in_words(lambda: _how_to_go_on(run.folder.path)), checkpoints.writing_to(run.folder.path, ranks):
         run.create(overwrite)
         return run.train()
 
@@ -277,13 +288,12 @@ class Run:
         if not self.config.model.keep_text_encoders:
             self._encode_all()
         try:
-            with Stop(self.ranks) as stop:
+            with lost_in_words(lambda: _how_to_go_on(self.folder.path)), Stop(self.ranks) as stop:
                 self._train(console, start, stop, fresh=state is None)
-        except BaseException as error:
-            why = self._lost(error) if is_lost(error) else error
+        except BaseException as why:
             with suppress(OSError):  # of a full disk, which must not hide why
                 self._write_summary(start, f"stopped: {str(why) or type(why).__name__}")
-            raise why from (None if why is error else error)
+            raise
         finally:
             for scorer in filter(None, (self.reward, self.held_out.rewards)):
                 scorer.close()
@@ -292,13 +302,6 @@ class Run:
             console.summary_table(self.folder.read_summary(), write_report(self.folder.path))
         self.ranks.leave()
         return self.folder
-
-    def _lost(self, error: BaseException) -> LostProcessError:
-        last = checkpoints.saved(self.folder.path)
-        on = f"go on from {last[-1].name} with --resume {self.folder.path}" if last else "there is no checkpoint yet"
-        return LostProcessError(
-            f"another process of this run was lost ({str(error).splitlines()[0].partition('. ')[0]}); {on}"
-        )
 
     def _train(self, console: Console, start: float, stop: Stop, fresh: bool) -> None:
         console.say(self._what_runs())
