@@ -32,10 +32,11 @@ class ModelConfig:
     lora_targets: tuple[str, ...] = ()
     """Endings of module names to adapt, where `*` stands for anything; empty: attention and feed-forward projections (of both
     streams of SD3, FLUX and Qwen-Image, and of FLUX's single blocks; of Wan's attention to the video and to the text)."""
-    max_sequence_length: int = 16
-    """T5 tokens of SD3, FLUX and Wan; there is no attention mask in them, so this changes the picture and multiplies the cost. Wan
-    was made for 512, of which those after the text are zeros. FLUX.2 klein, made for 512, and Qwen-Image count the tokens of their own
-    encoder, the words of its chat around the prompt included; in Qwen-Image those after a text are masked."""
+    max_sequence_length: int | None = None
+    """T5 tokens of SD3, FLUX and Wan, past which a text is cut; empty: as many as the model's pipeline takes (256 of SD3, 512 of the others), and
+    16 of the built-in. There is no attention mask in them, so this changes the picture and multiplies the cost; in Wan those after the
+    text are zeros. FLUX.2 klein and Qwen-Image count the tokens of their own encoder, the words of its chat around the prompt included; in
+    Qwen-Image those after a text are masked."""
     resolution: int | None = None
     """Side of the square picture or video in pixels; empty: the model's own (1024 of SD 3.5, FLUX and Qwen-Image, 480 of Wan)."""
     frames: int | None = None
@@ -603,7 +604,7 @@ _RULES: dict[str, _Rule] = {
     "iterations": _at_least(1),
     "model.lora_rank": _between(1, 4096),
     "model.lora_alpha": _at_least(1),
-    "model.max_sequence_length": _between(1, 512),
+    "model.max_sequence_length": _or_empty(_between(1, 512), " for the model's own"),
     "model.resolution": _or_empty(_between(8, 4096), " for the model's own"),
     "model.frames": _or_empty(_between(1, 1024), " for the model's own"),
     "prompts.per_iteration": _between(1, 100_000),

@@ -386,6 +386,30 @@ def test_what_texts_become_is_known_without_encoding_them(policy):
     assert policy.condition_shapes() == {name: tuple(rows.shape[1:]) for name, rows in told.items()}
 
 
+@pytest.mark.parametrize(
+    ("model", "tokens"),
+    [
+        ("tiny_sd3", 256),
+        *((model, 512) for model in ("tiny_flux", "tiny_kontext", "tiny_flux2_klein", "tiny_qwen_image", "tiny_wan")),
+    ],
+)
+def test_a_text_is_as_long_as_the_models_pipeline_takes_it_unless_told_otherwise(request, model, tokens):
+    folder = request.getfixturevalue(model)
+    own, short = (_load(folder, "lora", max_sequence_length=length) for length in (None, TOKENS))
+    assert own.condition_shapes()["prompt_embeds"][0] - short.condition_shapes()["prompt_embeds"][0] == tokens - TOKENS
+    long = [Prompt("red cat " * 12 + end, PROMPTS[0].columns) for end in ("red cat " * 6, "blue dog " * 6)]
+    for policy, told_apart in ((own, True), (short, False)):
+        x, condition = _noise(policy, 1).expand(2, *policy.latent_shape), policy.encode(long)
+        assert condition.tensors["prompt_embeds"].shape[1:] == policy.condition_shapes()["prompt_embeds"]
+        v = policy.predict(x, torch.tensor(600.0), condition)
+        assert ((v[0] - v[1]).abs().max() > 1e-4) == told_apart
+
+
+def test_the_built_in_model_is_told_as_many_tokens_as_it_was_made_for():
+    shapes = [load_policy("shapes-flow", PolicySettings(max_sequence_length=n)).condition_shapes() for n in (None, 16)]
+    assert shapes[0] == shapes[1]
+
+
 def test_text_encoders_can_be_released(policy):
     before = policy.encode(PROMPTS)
     policy.release_text_encoders()

@@ -42,6 +42,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_kontext: Path) -> 
     write([{"prompt": text, "image": image} for text, image in rows])
     prompts = ["--prompts.source", "told/prompts.jsonl", "--eval.prompts", "told/prompts.jsonl"]
     model = ["--model.path", str(tiny_kontext), "--model.resolution", "16", "--model.lora-rank", "2"]
+    model += ["--model.max-sequence-length", "16"]
     return [*prompts, *model, "--eval.pictures", "3", "--reward.terms", "own_likeness:likeness", "--optim.lr", "0.01"]
 
 

@@ -61,6 +61,7 @@ def trained(here: Path, tiny_wan: Path) -> Path:
     options = ["--prompts.source", "prompts.txt", "--eval.prompts", "prompts.txt", "--eval.pictures", "3"]
     options += ["--model.path", str(tiny_wan), "--model.resolution", "16", "--model.frames", "5", "--optim.lr", "0.01"]
     options += ["--reward.terms", "video_rewards:redness", "2*video_rewards:motion", "--reward.frames", "3"]
+    options += ["--model.max-sequence-length", "16"]
     options += ["--sampling.guidance-scale", "2", "--preview.ode-steps", "2", "--preview.probe", "--audit.every", "1"]
     options += ["--eval.rewards", "jpeg_compressibility"]
     assert main(["train", "smoke", "--out", "run", *options]) == 0

@@ -38,12 +38,12 @@ class FluxPolicy(PackedFlowPolicy):
 
     def _encode_text(self, text: str) -> dict[str, Tensor]:
         embeds, pooled, _ = self._pipeline.encode_prompt(
-            prompt=[text], device=self.device, max_sequence_length=self._settings.max_sequence_length
+            prompt=[text], device=self.device, max_sequence_length=self._text_tokens
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
-        config, tokens = self.denoiser.config, self._settings.max_sequence_length
+        config, tokens = self.denoiser.config, self._text_tokens
         return {
             "prompt_embeds": (tokens, config.joint_attention_dim),
             "pooled_prompt_embeds": (config.pooled_projection_dim,),

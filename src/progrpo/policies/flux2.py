@@ -41,12 +41,12 @@ class Flux2KleinPolicy(PackedFlowPolicy):
 
     def _encode_text(self, text: str) -> dict[str, Tensor]:
         embeds, _ = self._pipeline.encode_prompt(
-            prompt=[text], device=self.device, max_sequence_length=self._settings.max_sequence_length
+            prompt=[text], device=self.device, max_sequence_length=self._text_tokens
         )
         return {"prompt_embeds": embeds}
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (self._settings.max_sequence_length, self.denoiser.config.joint_attention_dim)}
+        return {"prompt_embeds": (self._text_tokens, self.denoiser.config.joint_attention_dim)}
 
     def predict(self, x_BCHW: Tensor, timestep: Tensor, condition: Condition, guidance_scale: float = 1.0) -> Tensor:
         if guidance_scale != 1.0 and self._pipeline.config.is_distilled:

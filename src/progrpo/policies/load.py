@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +32,7 @@ from progrpo.words import named
 from progrpo.zoo import WEIGHTS
 
 BUILT_IN = ("shapes-flow", "shapes-diffusion")
+_BUILT_IN_TOKENS = 16  # which all of their texts fit into, and which they were made for
 POLICIES: dict[str, type[PipelinePolicy]] = {
     "Flux2KleinPipeline": Flux2KleinPolicy,
     "FluxKontextPipeline": FluxKontextPolicy,
@@ -70,6 +72,7 @@ def load_policy(path: str | Path, settings: PolicySettings, trained: str | Path 
     Reads safetensors only and runs no code from the folder. ValueError if there is nothing to load, or a pipeline
     class that no policy is written for.
     """
+    settings = of_model(path, settings)
     source = locate(path)
     kind = _supported(source)
     pipeline = _read_pipeline(source, kind, settings)
@@ -111,6 +114,13 @@ def _merge_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
         )
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
+
+
+def of_model(path: str | Path, settings: PolicySettings) -> PolicySettings:
+    """The settings with what a built-in model has of its own where they leave it open."""
+    if str(path) in BUILT_IN and settings.max_sequence_length is None:
+        return replace(settings, max_sequence_length=_BUILT_IN_TOKENS)
+    return settings
 
 
 def locate(path: str | Path) -> str:

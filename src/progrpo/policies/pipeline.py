@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -193,6 +194,14 @@ class PipelinePolicy(ABC):
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
         rows = [self._row(prompt) for prompt in prompts]
         return Condition({name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]})
+
+    @property
+    def _text_tokens(self) -> int:
+        """How many tokens of a text the network is told: those that were asked for, or as many as the pipeline itself takes."""
+        if self._settings.max_sequence_length is not None:
+            return self._settings.max_sequence_length
+        own: int = signature(type(self._pipeline).__call__).parameters["max_sequence_length"].default
+        return own
 
     def _row(self, prompt: Prompt) -> dict[str, Tensor]:
         """What the network is told of one prompt, on the CPU."""

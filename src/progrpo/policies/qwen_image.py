@@ -34,7 +34,7 @@ class QwenImagePolicy(PackedFlowPolicy):
             raise ValueError("model.path: the pipeline lacks its text encoder; load it with the pipeline")
 
     def _encode_text(self, text: str) -> dict[str, Tensor]:
-        length = self._settings.max_sequence_length
+        length = self._text_tokens
         embeds, _ = self._pipeline.encode_prompt(prompt=[text], device=self.device, max_sequence_length=length)
         missing = length - embeds.shape[1]
         return {
@@ -43,7 +43,7 @@ class QwenImagePolicy(PackedFlowPolicy):
         }
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
-        tokens = self._settings.max_sequence_length
+        tokens = self._text_tokens
         return {
             "prompt_embeds": (tokens, self.denoiser.config.joint_attention_dim),
             "prompt_embeds_mask": (tokens,),

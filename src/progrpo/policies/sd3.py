@@ -51,7 +51,7 @@ class SD3Policy(FlowPolicy):
             prompt_3=None,
             device=self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self._settings.max_sequence_length,
+            max_sequence_length=self._text_tokens,
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
@@ -63,7 +63,7 @@ class SD3Policy(FlowPolicy):
         length = there[0].model_max_length if there else pipeline.tokenizer_max_length
         t5 = pipeline._get_t5_prompt_embeds(
             [text],
-            max_sequence_length=self._settings.max_sequence_length,
+            max_sequence_length=self._text_tokens,
             device=self.device,
             dtype=self._settings.dtype,
         )
@@ -87,7 +87,7 @@ class SD3Policy(FlowPolicy):
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         config, clip = self.denoiser.config, self._pipeline.text_encoder or self._pipeline.text_encoder_2
         places = clip.config.max_position_embeddings if clip else self._pipeline.tokenizer_max_length
-        tokens = places + self._settings.max_sequence_length
+        tokens = places + self._text_tokens
         return {
             "prompt_embeds": (tokens, config.joint_attention_dim),
             "pooled_prompt_embeds": (config.pooled_projection_dim,),

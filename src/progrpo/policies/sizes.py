@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from progrpo.policies.architectures import ARCHITECTURES, Architecture
 from progrpo.policies.base import PolicySettings
-from progrpo.policies.load import POLICIES, locate
+from progrpo.policies.load import POLICIES, locate, of_model
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.types import Condition
 
@@ -152,7 +152,7 @@ def _without_weights(path: str, settings: PolicySettings) -> PipelinePolicy:
             if isinstance(parts[name], nn.Module):  # a text encoder too comes in the model's dtype
                 parts[name].to(settings.dtype)
     pipeline = getattr(diffusers, told["_class_name"])(**parts)
-    return kind.from_pipeline(pipeline, replace(settings, device="meta", compile=False, tiny_decoder=""))
+    return kind.from_pipeline(pipeline, replace(of_model(path, settings), device="meta", compile=False, tiny_decoder=""))
 
 
 def _arguments(class_name: str) -> list[str]:

@@ -90,13 +90,13 @@ class WanPolicy(FlowPolicy):
         embeds, _ = self._pipeline.encode_prompt(
             prompt=[text],
             do_classifier_free_guidance=False,
-            max_sequence_length=self._settings.max_sequence_length,
+            max_sequence_length=self._text_tokens,
             device=self.device,
         )
         return {"prompt_embeds": embeds}
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (self._settings.max_sequence_length, self.denoiser.config.text_dim)}
+        return {"prompt_embeds": (self._text_tokens, self.denoiser.config.text_dim)}
 
     def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         output: Tensor = self.denoiser(
