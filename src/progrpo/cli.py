@@ -186,7 +186,8 @@ class Sample:
             guidance_scale=self.guidance_scale,
             count=self.count,
         )
-        print("\n".join(str(file) for file in files))
+        if files:
+            print("\n".join(str(file) for file in files))
 
     def _rows(self) -> list[dict[str, str]]:
         if len(self.image) not in (0, 1, len(self.prompt)):
@@ -230,7 +231,8 @@ class Eval:
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
         )
-        print(_result(result, self.json))
+        if result is not None:
+            print(_result(result, self.json))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
+import pytest
 from PIL import Image
 
 from progrpo.cli import main
@@ -12,6 +19,39 @@ def test_the_end_of_a_long_prompt_changes_the_picture(tiny_sd3, tmp_path):
     begins, found = "a red cat beside a green bird and ", []
     for end in ("a blue dog under a tree of green birds", "nothing at all but a great deal of red"):
         out = str(tmp_path / end[:4])
-        assert main(["sample", str(tiny_sd3), "--prompt", begins + end, "--out", out, "--num-inference-steps", "4"]) == 0
+        assert (
+            main(["sample", str(tiny_sd3), "--prompt", begins + end, "--out", out, "--num-inference-steps", "4"]) == 0
+        )
         found.append(np.asarray(Image.open(f"{out}/000-00.png"), int))
     assert np.abs(found[0] - found[1]).max() > 1
+
+
+def in_three(*args: str) -> str:
+    """What the command prints in three processes; the launcher's own words are on stderr."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", "-m", "progrpo"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *args], env=env, stdout=subprocess.PIPE, text=True, check=True, timeout=120).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_several_processes_share_pictures_out_and_one_writes_them(tmp_path, capsys, count):
+    """Of three processes one has nothing to do for two pictures, and their shares differ for four."""
+    asked = ["sample", "shapes-flow", "--prompt", "a red circle", "a blue square", "--count", str(count)]
+    asked += ["--num-inference-steps", "4", "--out"]
+    assert main([*asked, str(tmp_path / "one")]) == 0
+    files = [Path(line).name for line in capsys.readouterr().out.split()]
+    assert in_three(*asked, str(tmp_path / "three")).split() == [str(tmp_path / "three" / name) for name in files]
+    for name in files:
+        one, other = (np.asarray(Image.open(tmp_path / out / name), int) for out in ("one", "three"))
+        assert np.abs(one - other).max() <= 1
+
+
+@pytest.mark.slow
+def test_several_processes_measure_together_and_one_says_what(capsys):
+    asked = ["eval", "shapes-flow", "--pictures", "2", "--num-inference-steps", "4", "--json"]
+    assert main(asked) == 0
+    alone, together = json.loads(capsys.readouterr().out), json.loads(in_three(*asked))
+    assert together.keys() == alone.keys() and together["pictures"] == alone["pictures"] == 2
+    for name in ("graded", "judge", "diversity"):
+        assert together[name] == pytest.approx(alone[name], abs=1e-3), name

@@ -152,7 +152,9 @@ def _without_weights(path: str, settings: PolicySettings) -> PipelinePolicy:
             if isinstance(parts[name], nn.Module):  # a text encoder too comes in the model's dtype
                 parts[name].to(settings.dtype)
     pipeline = getattr(diffusers, told["_class_name"])(**parts)
-    return kind.from_pipeline(pipeline, replace(of_model(path, settings), device="meta", compile=False, tiny_decoder=""))
+    return kind.from_pipeline(
+        pipeline, replace(of_model(path, settings), device="meta", compile=False, tiny_decoder="")
+    )
 
 
 def _arguments(class_name: str) -> list[str]:

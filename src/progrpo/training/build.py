@@ -181,7 +181,9 @@ def trained_policy(target: str, trained: Path | None, ranks: Ranks) -> Policy:
         trained = _saved_by(trained)
     # what a run saved has in it where it began, and is for the model as it is
     model = replace(config_of(target).model, lora="", quantize="none")
-    return policy_from(model, 0, ranks, trained)
+    policy = policy_from(model, 0, ranks, trained)
+    ranks.attend = policy.attend
+    return policy
 
 
 def _saved_by(run: Path) -> Path:

@@ -25,7 +25,7 @@ from progrpo.rollout.noise import NoiseKey
 from progrpo.sources import check_sources
 from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
 from progrpo.training.checks import check_failures
-from progrpo.training.distributed import Ranks
+from progrpo.training.distributed import Ranks, lost_in_words
 from progrpo.training.pictures import diversity, saturation, sharpness
 from progrpo.types import Prompt, Trajectories
 from progrpo.words import named
@@ -227,12 +227,14 @@ def evaluate_model(
     num_inference_steps: int,
     guidance_scale: float,
     seed: int = 1234,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Figures of a model, or of a run's trained weights, on `pictures` prompts; a run's own prompts and rewards for None.
+
+    Several processes share the prompts out, and the figures are given to the main one alone.
 
     A run folder may be a stranger's: a reward of its own that is code, asks a server or writes scores is used only if `reward` names it.
     """
-    ranks, config = Ranks(), config_of(target)
+    config = config_of(target)
     prompts = prompts or config.eval.prompts
     if reward:
         terms, harmful = tuple(map(RewardTerm.from_text, reward)), []
@@ -249,24 +251,29 @@ def evaluate_model(
     check(config)
     frames, others = config.reward.frames, config.eval.rewards
     reward_of, held_out = scorer_from(terms, frames), scorer_from(others, frames) if others else None
-    policy = trained_policy(target, None, ranks)
-    sampling = ode(policy, num_inference_steps, guidance_scale, rows_at_once(policy))
     chosen = eval_prompts(prompts, split, pictures)
-    if policy.edits:
-        check_sources(chosen)
-    result = evaluate(
-        policy,
-        reward_of,
-        judge_for(prompts),
-        chosen,
-        sampling,
-        seed,
-        ranks,
-        diverse=DIVERSE_PROMPTS,
-        held_out=held_out,
-    )
-    for scorer in filter(None, (reward_of, held_out)):
-        check_failures([scorer.failures()], config.reward.max_missing, "the evaluation")
+    with lost_in_words(lambda: "give the command again"):
+        ranks = Ranks()
+        policy = trained_policy(target, None, ranks)
+        if policy.edits:
+            check_sources(chosen)
+        sampling = ode(policy, num_inference_steps, guidance_scale, rows_at_once(policy))
+        result = evaluate(
+            policy,
+            reward_of,
+            judge_for(prompts),
+            chosen,
+            sampling,
+            seed,
+            ranks,
+            diverse=DIVERSE_PROMPTS,
+            held_out=held_out,
+        )
+        for scorer in filter(None, (reward_of, held_out)):
+            check_failures(ranks.gather([scorer.failures()]), config.reward.max_missing, "the evaluation")
+        ranks.leave()
+    if not ranks.is_main:
+        return None
     return {
         "target": target,
         "num_inference_steps": num_inference_steps,

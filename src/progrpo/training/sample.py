@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -14,7 +15,7 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.sources import COLUMN
 from progrpo.training.build import trained_policy
-from progrpo.training.distributed import Ranks
+from progrpo.training.distributed import Ranks, lost_in_words
 from progrpo.training.evaluate import ode, rows_at_once
 from progrpo.types import Prompt
 from progrpo.words import named
@@ -34,29 +35,45 @@ def sample_pictures(
     guidance_scale: float,
     count: int,
 ) -> list[Path]:
-    """Write `count` pictures a prompt to `out` as PNG, videos as animated WebP; noise is keyed by the prompt's place and the picture's number."""
+    """Write `count` pictures a prompt to `out` as PNG, videos as animated WebP; noise is keyed by the prompt's place and the picture's number.
+
+    Several processes share the pictures out; the main one writes them, and the files are given to it alone.
+    """
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"--out: {named(out)} is a file; give a folder")
-    policy = trained_policy(model, lora, Ranks())
-    if not policy.edits and any(COLUMN in prompt.columns for prompt in prompts):
-        raise ValueError(f"--image: {named(model)} is told a text alone; leave it out, or give a model that edits")
-    sampling = ode(policy, num_inference_steps, guidance_scale, rows_at_once(policy))
-    key = NoiseKey(seed, 0)
-    start = expand(policy, torch.arange(len(prompts)), count, sampling, key)
-    final = denoise(policy, policy.encode(prompts), start, sampling, key, Meter())
-    images_NHWC = policy.decode(final.x_NCHW).numpy()
+    with lost_in_words(lambda: "give the command again"):
+        ranks = Ranks()
+        policy = trained_policy(model, lora, ranks)
+        if not policy.edits and any(COLUMN in prompt.columns for prompt in prompts):
+            raise ValueError(f"--image: {named(model)} is told a text alone; leave it out, or give a model that edits")
+        sampling = ode(policy, num_inference_steps, guidance_scale, rows_at_once(policy))
+        key, condition = NoiseKey(seed, 0), policy.encode(prompts)
+        start = expand(policy, torch.arange(len(prompts)), count, sampling, key)
+        found: list[tuple[int, int, np.ndarray]] = []
+        mine = ranks.deal(len(start))
+        for rows in mine.split(sampling.microbatch) if len(mine) else ():  # splitting nothing gives one empty part
+            final = denoise(policy, condition, start.take(rows), sampling, key, Meter())
+            images_NHWC = policy.decode(final.x_NCHW).numpy()
+            found += zip(final.group_N.tolist(), final.member_N.tolist(), images_NHWC, strict=True)
+        drawn = sorted(ranks.gather(found), key=lambda one: one[:2])
+        files = ranks.from_main(lambda: _written(drawn, out))
+        ranks.leave()
+    return files if ranks.is_main else []
+
+
+def _written(drawn: Sequence[tuple[int, int, np.ndarray]], out: Path) -> list[Path]:
+    """The files of pictures (H, W, 3) or videos (F, H, W, 3), each with its group and its number there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out: {named(out)} cannot be made: {error.strerror}; give another folder") from error
-    kind = "webp" if images_NHWC.ndim == 5 else "png"
-    files = [
-        out / f"{g:03d}-{m:02d}.{kind}" for g, m in zip(final.group_N.tolist(), final.member_N.tolist(), strict=True)
-    ]
-    for file, image in zip(files, images_NHWC, strict=True):
-        if kind == "webp":
+    files: list[Path] = []
+    for group, member, image in drawn:
+        video = image.ndim == 4
+        files.append(out / f"{group:03d}-{member:02d}.{'webp' if video else 'png'}")
+        if video:
             first, *rest = map(Image.fromarray, image)
-            first.save(file, save_all=True, append_images=rest, duration=_FRAME, loop=0, quality=90)
+            first.save(files[-1], save_all=True, append_images=rest, duration=_FRAME, loop=0, quality=90)
         else:
-            Image.fromarray(image).save(file)
+            Image.fromarray(image).save(files[-1])
     return files
