@@ -406,7 +406,9 @@ def test_a_text_is_as_long_as_the_models_pipeline_takes_it_unless_told_otherwise
 
 
 def test_the_built_in_model_is_told_as_many_tokens_as_it_was_made_for():
-    shapes = [load_policy("shapes-flow", PolicySettings(max_sequence_length=n)).condition_shapes() for n in (None, 16)]
+    shapes = [
+        _load("shapes-flow", "lora", max_sequence_length=n, resolution=None).condition_shapes() for n in (None, 16)
+    ]
     assert shapes[0] == shapes[1]
 
 

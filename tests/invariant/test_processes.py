@@ -117,9 +117,20 @@ def work(model, out):
         found[name] = {"survivors": survivors, "records": records}
         save_file(weights, out / f"{name} {ranks.rank}.safetensors")
     found["world"] = ranks.world
+    found["decayed"] = decayed(ranks)
     if ranks.world < 3:
         by_the_library(model, out, found, ranks)
     (out / f"found {ranks.rank}.json").write_text(json.dumps(found))
+
+
+def decayed(ranks):
+    """Three weights after a step with weight decay: two items reached the first, one the second, and none the third."""
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    for item in ranks.deal(2).tolist():
+        sum(weights[:1 if item else 2]).sum().backward()
+    ranks.sum_gradients(weights)
+    torch.optim.AdamW(weights, lr=0.1, weight_decay=0.5).step()
+    return [weight.tolist() for weight in weights]
 
 
 def by_the_library(model, out, found, ranks):
@@ -257,6 +268,13 @@ def test_three_do_what_one_does(one, three, case):
             "update/grad_norm",
         ):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
+
+
+def test_a_weight_that_no_item_reaches_is_not_decayed_in_one_process_nor_in_two(one, two):
+    """As those of Qwen-Image's last block that turn the text's stream into what is thrown away."""
+    first, second, third = found(one, 0)["decayed"]
+    assert first == second and first != third == [1.0, 1.0]
+    assert found(two, 0)["decayed"] == found(two, 1)["decayed"] == [first, second, third]
 
 
 def test_only_the_main_process_writes(one, two):

@@ -66,18 +66,20 @@ class Ranks:
         return self._accelerator.reduce(values.to(self.device), "sum")
 
     def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Replace each gradient by its sum over processes (a missing one counts as zero), in one transfer.
+        """Replace each gradient by its sum over processes, in one transfer; one that is missing here counts as zero.
 
+        One that is missing everywhere stays so, as it does in one process: an optimizer would decay a weight whose gradient is zero.
         Those of weights that are shared out are such sums already.
         """
         parameters = [p for p in parameters if not isinstance(p, DTensor)]
         self.join()
         if self.world == 1 or not parameters:
             return
-        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-        summed = self.sum(flat).split([p.numel() for p in parameters])
-        for parameter, gradient in zip(parameters, summed, strict=True):
-            parameter.grad = gradient.view_as(parameter)
+        own = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
+        there = own[0].new_tensor([p.grad is not None for p in parameters])
+        *summed, found = self.sum(torch.cat([*own, there])).split([*(p.numel() for p in parameters), len(parameters)])
+        for parameter, gradient, count in zip(parameters, summed, found.tolist(), strict=True):
+            parameter.grad = gradient.view_as(parameter) if count else None
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The lists of all processes, one after another."""
