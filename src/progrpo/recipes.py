@@ -180,6 +180,55 @@ def flux_pickscore() -> Config:
     )
 
 
+def kontext_vlm() -> Config:
+    """FLUX.1 Kontext, which edits, by a vision model's marks; bring edits.jsonl and eval.jsonl.
+
+    A line of those is {"prompt": ..., "image": a path, "question": what the judge is asked}: the judge does not see the source, so that
+    the question must say what is to be left alone; a reward of your own that takes `image` may compare. The network's settings are those
+    of `flux-pickscore`, Flow-GRPO's on FLUX.1-dev (arXiv 2505.05470), and the guidance is Kontext's own (arXiv 2506.15742). That they
+    suit editing is our choice, as the reward is: nobody has published such a run with this plan.
+    """
+    base = flux_pickscore()
+    return replace(
+        base,
+        recipe="kontext-vlm",
+        model=replace(base.model, path="black-forest-labs/FLUX.1-Kontext-dev"),
+        prompts=replace(base.prompts, source="edits.jsonl"),
+        sampling=replace(base.sampling, guidance_scale=2.5),
+        reward=RewardConfig((RewardTerm("vlm"),)),
+        eval=replace(base.eval, prompts="eval.jsonl", guidance_scale=2.5),
+    )
+
+
+def wan_pickscore() -> Config:
+    """Videos by Wan 2.1 (1.3B) towards PickScore of their frames; bring prompts.txt and eval.txt.
+
+    The step's noise and the clip range of 1e-4 are DanceGRPO's (arXiv 2505.07818): the range that is taken if none is
+    given goes by a latent's size and would be 1.3e-5 here. Guidance and shift are Wan's own (arXiv 2503.20314). The rest is our choice, and not run
+    by us: a LoRA, 33 square frames, 20 steps, and a plan that halves groups after twelve of them.
+    """
+    return Config(
+        recipe="wan-pickscore",
+        iterations=300,
+        model=ModelConfig(
+            path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+            lora_rank=32,
+            lora_alpha=64,
+            resolution=480,
+            frames=33,
+            dtype="bfloat16",
+            activation_checkpointing=True,
+        ),
+        prompts=PromptConfig(source="prompts.txt", per_iteration=8),
+        sampling=SamplingConfig(num_inference_steps=20, guidance_scale=5.0, sampler="dance", microbatch=1),
+        plan=PlanConfig(preset="custom", group_size=16, prune=((11, 8),)),
+        reward=RewardConfig((RewardTerm("pickscore"),)),
+        objective=ObjectiveConfig(grpo=GRPOConfig(clip_range=1e-4)),
+        optim=OptimConfig(lr=1e-4, microbatch=1),
+        eval=EvalConfig(prompts="eval.txt", pictures=32, num_inference_steps=50, guidance_scale=5.0),
+    )
+
+
 def lean(config: Config, gb: int, sampled: int, trained: int, checkpointing: bool = True) -> Config:
     """A recipe for one GPU of `gb` GB: less at once, latents in bfloat16, and as many prompts an iteration as one GPU can sample.
 
@@ -278,6 +327,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "flux-pickscore-24gb": flux_pickscore_24gb,
     "flux-pickscore-48gb": flux_pickscore_48gb,
     "flux-pickscore-80gb": flux_pickscore_80gb,
+    "kontext-vlm": kontext_vlm,
+    "wan-pickscore": wan_pickscore,
     "sd3": sd3,
     "smoke": smoke,
 }

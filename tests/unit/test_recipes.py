@@ -36,6 +36,12 @@ def test_embedded_guidance_costs_one_call():
     assert cost.trained_steps == 12 * 5
 
 
+def test_a_videos_clip_range_is_given_and_not_scaled_down_by_its_size():
+    config = load_recipe("wan-pickscore")
+    assert config.objective.grpo.clip_range == 1e-4 and (config.model.resolution, config.model.frames) == (480, 33)
+    assert summary(resolve_plan(config), 20, trained_items(config), True)["nfe_per_prompt"] == 2 * (16 * 12 + 8 * 8)
+
+
 def test_tasks_of_sd35m_differ_in_reward_prompts_and_kl_alone():
     betas = {
         "pickscore": 0.01,
