@@ -449,6 +449,37 @@ def tiny_flux2_klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+FAMILIES = (
+    "tiny_sd3",
+    "tiny_flux",
+    "tiny_flux_schnell",
+    "tiny_kontext",
+    "tiny_flux2_klein",
+    "tiny_qwen_image",
+    "tiny_wan",
+    "tiny_sd",
+    "tiny_sd_v",
+    "tiny_sdxl",
+)
+"""All pipelines, by the fixtures above: a new policy's joins here, and with it every suite of what all policies must do."""
+_QUICK = ("tiny_sd3", "tiny_kontext", "tiny_flux2_klein", "tiny_wan", "tiny_sd")
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Path:
+    """The folder of each pipeline in turn."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(
+    scope="session",
+    params=[name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+)
+def family_at_length(request: pytest.FixtureRequest) -> Path:
+    """The same for suites that take seconds of each: one of each kind, and the others in the slow suite."""
+    return request.getfixturevalue(request.param)
+
+
 # --- runs of it -------------------------------------------------------------------------------------------------------
 
 PROMPTS = ("red cat", "blue dog", "green bird")

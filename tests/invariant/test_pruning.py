@@ -27,9 +27,9 @@ PRUNED = Plan(GROUP, (PrunePoint(0, 5), PrunePoint(2, 3)))
 TOLERANCE = 1e-5  # between microbatches of different sizes: matrix kernels differ by shape
 
 
-@pytest.fixture(scope="module", params=["tiny_sd3", "tiny_flux", "tiny_kontext", "tiny_qwen_image"])
-def policy(request, tiny_policy):
-    return tiny_policy(moved=0.1, folder=request.getfixturevalue(request.param))
+@pytest.fixture(scope="module")
+def policy(family_at_length, tiny_policy):
+    return tiny_policy(moved=0.1, folder=family_at_length)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,6 @@ from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
 
 SETTINGS = PolicySettings(lora_rank=2, lora_alpha=6, max_sequence_length=8, resolution=16)
-FAMILIES = ("tiny_sd3", "tiny_flux", "tiny_sdxl", "tiny_wan", "tiny_qwen_image")
 
 
 @pytest.fixture
@@ -100,10 +100,10 @@ def test_no_graph_holds_a_wide_weight(linear, x):
 # --- a policy of them -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=FAMILIES)
-def loaded(request: pytest.FixtureRequest, move: Any) -> Any:
+@pytest.fixture
+def loaded(family_at_length: Path, move: Any) -> Any:
     """The family's policy with moved weights, the same whatever its frozen ones are kept in."""
-    folder = request.getfixturevalue(request.param)
+    folder = family_at_length
 
     def of(**changes: Any) -> Any:
         policy = load_policy(folder, replace(SETTINGS, frames=3 if folder.name == "tiny-wan" else None, **changes))
@@ -114,32 +114,33 @@ def loaded(request: pytest.FixtureRequest, move: Any) -> Any:
     return of
 
 
-def output(policy: Any) -> Tensor:
+def output(policy: Any, prompts: Any) -> Tensor:
     x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
-    return policy.predict(x, torch.tensor(700.0), policy.encode([Prompt("red cat"), Prompt("blue dog")]))
+    return policy.predict(x, torch.tensor(700.0), policy.encode(prompts))
 
 
 def in_blocks(policy: Any) -> list[str]:
     return [name for name, module in policy.denoiser.named_modules() if isinstance(module, Int8Linear)]
 
 
-def test_blocks_are_in_8_bits_the_lora_is_whole_and_fits_the_unquantised_model(loaded, tmp_path):
+def test_blocks_are_in_8_bits_the_lora_is_whole_and_fits_the_unquantised_model(loaded, told, tmp_path):
+    prompts = told("red cat", "blue dog")
     whole, lean = loaded(), loaded(quantize="int8")
     assert len(in_blocks(lean)) > 5 and not in_blocks(whole)
     assert [n for n, t in lean.frozen() if t.dtype == torch.int8] == [f"{n}.weight" for n in in_blocks(lean)]
     assert all(torch.equal(p, whole.trainable[name]) for name, p in lean.trainable.items())
     with torch.no_grad():
-        found, expected = output(lean), output(whole)
+        found, expected = output(lean, prompts), output(whole, prompts)
     assert 0 < (found - expected).norm() < 0.05 * expected.norm()
-    output(lean).square().mean().backward()
+    output(lean, prompts).square().mean().backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in lean.trainable.values())
     lean.save(tmp_path / "lora")
     taken = loaded(lora=str(tmp_path / "lora"))  # as diffusers reads it, on the unquantised model
     with torch.no_grad():
-        assert torch.equal(output(taken), expected)
+        assert torch.equal(output(taken, prompts), expected)
     again = loaded(lora=str(tmp_path / "lora"), quantize="int8")
     with torch.no_grad():
-        assert torch.equal(output(again), found)
+        assert torch.equal(output(again, prompts), found)
 
 
 def test_scales_stay_precise_where_the_rest_is_not(tiny_sd3):
