@@ -88,6 +88,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
     if iterations is not None:
         config = replace(config, iterations=iterations)
         check(config)
+    config = settled(config, ranks)
     warn = Console(config.iterations, enabled=ranks.is_main).warn
     with checkpoints.writing_to(folder, ranks):
         state = checkpoints.newest(folder, ranks, warn)
@@ -302,6 +303,8 @@ class Run:
 
     def _train(self, console: Console, start: float, stop: Stop, fresh: bool) -> None:
         console.say(self._what_runs())
+        if self.ranks.zero is not None and self.ranks.zero.stage:
+            console.say(self.ranks.zero.in_words(self.ranks.world))
         if fresh:
             console.say(f"evaluating the model as it is, on {len(self.held_out.test)} pictures")
             self._evaluate("before", "reference", console)
