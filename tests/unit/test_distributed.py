@@ -12,7 +12,6 @@ from progrpo.training.distributed import Ranks, is_lost
     ("variable", "value", "nothing", "instead"),
     [
         ("USE_FSDP", "true", "false", "model.shard"),
-        ("USE_DEEPSPEED", "true", "false", "model.shard"),
         ("USE_MEGATRON_LM", "true", "false", "model.shard"),
         ("USE_PARALLELISM_CONFIG", "true", "false", "model.shard"),
         ("MIXED_PRECISION", "bf16", "no", "model.dtype"),

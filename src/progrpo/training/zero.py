@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from progrpo.config import Config
-from progrpo.words import quoted
+from progrpo.words import named, quoted
 
 _AVERAGES = ("exp_avg", "exp_avg_sq")
 _INSTEAD = {
@@ -80,52 +80,42 @@ def asked() -> Zero | None:
         offload = {where: dict(zero.pop(f"offload_{where}", None) or {}) for where in ("optimizer", "param")}
         stage, clip = int(zero["stage"]), _number(config.get("gradient_clipping", "auto"))
         buckets = {name: int(size) for name in _BUCKETS if (size := _number(zero.get(name, "auto"))) is not None}
-        dtype = _dtype(config)
-    except _Refused:
-        raise
+        enabled = {name: str(dict(config.get(name, {})).get("enabled")).lower() == "true" for name in ("fp16", "bf16")}
     except (ValueError, TypeError, KeyError, AttributeError, OSError, NotImplementedError) as error:
-        words = " ".join(str(error).split())
-        raise _refused(f"cannot be read ({words})", "mend deepspeed_config in accelerate's configuration") from error
-    for name, value in config.items():
-        if name in _INSTEAD and value not in ("auto", *((1,) if name == "gradient_accumulation_steps" else ())):
-            raise _refused(f"has {name}", _INSTEAD[name])
-        if name not in {*_INSTEAD, *_SAY_NOTHING, *_READ}:
-            raise _refused(f"has {quoted(name)}, which has no equal here", "leave it out")
-    if not 0 <= stage <= 2:
         raise _refused(
-            f"asks for ZeRO stage {stage}", "take 1 or 2, or share the model out by --model.shard without DeepSpeed"
-        )
-    if (device := str(offload["param"].get("device") or "none")) != "none":
-        raise _refused(f"offloads parameters to {device}", "make that none; --model.offload keeps parts on the CPU")
-    if (device := str(offload["optimizer"].get("device") or "none")) not in ("none", "cpu"):
-        raise _refused(f"offloads the optimizer to {device}", "make that cpu or none")
-    if device == "cpu" and stage == 0:
-        raise _refused("offloads the optimizer in ZeRO stage 0", "take stage 1")
+            f"what cannot be read ({named(' '.join(str(error).split()))})", "mend its deepspeed_config"
+        ) from error
+    for name, value in config.items():
+        if name in _INSTEAD and value != "auto" and (name, value) != ("gradient_accumulation_steps", 1):
+            raise _refused(name if isinstance(value, dict) else f"{name} {quoted(value)}", _INSTEAD[name])
+        if name not in {*_INSTEAD, *_SAY_NOTHING, *_READ}:
+            raise _refused(f"{named(name)}, which has no equal here", "leave it out")
     for name in zero.keys() - {"stage", *_OF_SPEED}:
         if not name.startswith("stage3_"):
-            raise _refused(f"has zero_optimization.{name}, which has no equal here", "leave it out")
+            raise _refused(f"zero_optimization.{named(name)}, which has no equal here", "leave it out")
+    if not 0 <= stage <= 2:
+        raise _refused(f"stage {stage}", "take 1 or 2, or share the model out by --model.shard and without DeepSpeed")
+    if (device := str(offload["param"].get("device") or "none")) != "none":
+        raise _refused(f"parameters to offload to {device}", "make that none; --model.offload keeps parts on the CPU")
+    if (device := str(offload["optimizer"].get("device") or "none")) not in ("none", "cpu"):
+        raise _refused(f"the optimizer to offload to {device}", "make that cpu or none")
+    if device == "cpu" and stage == 0:
+        raise _refused("the optimizer to offload in stage 0", "take stage 1")
+    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if mixed not in ("no", "bf16") or enabled["fp16"]:
+        raise _refused("fp16" if enabled["fp16"] else named(mixed), "take bf16 or no: losses are not scaled here")
     return Zero(
         stage,
         offload=device == "cpu",
         pin_memory=bool(offload["optimizer"].get("pin_memory")),
         buckets=buckets,
-        dtype=dtype,
+        dtype="bfloat16" if mixed == "bf16" or enabled["bf16"] else None,
         max_grad_norm=clip,
     )
 
 
 def _number(value: object) -> float | None:
     return None if value == "auto" else float(str(value))
-
-
-def _dtype(config: Mapping[str, Any]) -> Literal["bfloat16"] | None:
-    """None where nothing is said, as by mixed_precision no."""
-    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    enabled = {name: str(config.get(name, {}).get("enabled")).lower() == "true" for name in ("fp16", "bf16")}
-    if mixed not in ("no", "bf16") or enabled["fp16"]:
-        what = "fp16" if enabled["fp16"] else mixed
-        raise _refused(f"asks for {what}", "take bf16 or no: losses are not scaled here")
-    return "bfloat16" if mixed == "bf16" or enabled["bf16"] else None
 
 
 def agreed(config: Config, zero: Zero) -> Config:
@@ -135,31 +125,28 @@ def agreed(config: Config, zero: Zero) -> Config:
         config = replace(config, model=replace(model, dtype=zero.dtype))
     elif zero.dtype not in (None, model.dtype):
         raise _refused(
-            f"asks for {zero.dtype} and model.dtype is {model.dtype}",
-            "give --model.dtype bfloat16, or mixed_precision no",
+            f"{zero.dtype}, and model.dtype is {model.dtype}", "give --model.dtype bfloat16, or mixed_precision no"
         )
     if zero.max_grad_norm not in (None, optim.max_grad_norm):
         raise _refused(
-            f"has gradient_clipping {zero.max_grad_norm:g} and optim.max_grad_norm is {optim.max_grad_norm:g}",
+            f"gradient_clipping {zero.max_grad_norm:g}, and optim.max_grad_norm is {optim.max_grad_norm:g}",
             "make it auto, or both the same",
         )
     if zero.stage == 0:
         return config
     if model.shard:
-        raise _refused("shares out the optimizer's state, as model.shard does with the rest", "take one of the two")
+        raise _refused("the optimizer's state to share out, as model.shard does", "take one of the two")
     if optim.name != "adamw":
-        raise _refused(f"cannot share out the state of optim.name {optim.name}", "give --optim.name adamw")
+        raise _refused(f"the state of optim.name {optim.name}, which has no parts", "give --optim.name adamw")
     if find_spec("deepspeed") is None:
-        raise _refused("needs a package that is not installed", "pip install 'progrpo[deepspeed]'")
+        raise ValueError(
+            "accelerate launch asks for DeepSpeed, which is not installed: pip install 'progrpo[deepspeed]'"
+        )
     return config
 
 
-class _Refused(ValueError):
-    """Of what has no equal here, and not of what cannot be read."""
-
-
-def _refused(what: str, instead: str) -> _Refused:
-    return _Refused(f"what accelerate launch asks of DeepSpeed {what}; {instead}")
+def _refused(what: str, instead: str) -> ValueError:
+    return ValueError(f"accelerate launch gives DeepSpeed {what}; {instead}")
 
 
 class PartitionedAdamW(AdamW):
@@ -180,7 +167,9 @@ class PartitionedAdamW(AdamW):
         import deepspeed
 
         if not hasattr(deepspeed.DeepSpeedEngine, "coalesce_grad_reduction"):
-            raise _refused("needs a newer one", "pip install 'progrpo[deepspeed]'")
+            raise ValueError(
+                "accelerate launch asks for DeepSpeed, which is too old: pip install --upgrade 'progrpo[deepspeed]'"
+            )
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         whole = list(parameters)
         super().__init__(whole, lr=lr, betas=betas, weight_decay=weight_decay)
