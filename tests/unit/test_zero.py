@@ -130,6 +130,8 @@ def test_what_has_no_equal_is_refused_with_what_to_take(launched, changed, of_ac
         ({"fp16": {"enabled": True}}, "fp16; take bf16"),
         ({"amp": {"enabled": True}}, "amp, which has no equal here; leave it out"),
         ({"zero_optimization": {"stage": 1, "zenflow": {}}}, "zero_optimization.zenflow, which has no equal"),
+        ({"zero_optimization": {"stage": 1, "allgather_bucket_size": 7}}, "allgather_bucket_size 7; .*even"),
+        ({"zero_optimization": {"stage": 1, "reduce_bucket_size": 1e999}}, "cannot be read"),
         ({"zero_optimization": {"stage": "one"}}, "cannot be read .*one"),
         ({"zero_optimization": 1}, "cannot be read"),
         ({"bf16": 1}, "cannot be read"),

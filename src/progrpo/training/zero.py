@@ -81,7 +81,7 @@ def asked() -> Zero | None:
         stage, clip = int(zero["stage"]), _number(config.get("gradient_clipping", "auto"))
         buckets = {name: int(size) for name in _BUCKETS if (size := _number(zero.get(name, "auto"))) is not None}
         enabled = {name: str(dict(config.get(name, {})).get("enabled")).lower() == "true" for name in ("fp16", "bf16")}
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, NotImplementedError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, OverflowError, NotImplementedError) as error:
         raise _refused(
             f"what cannot be read ({named(' '.join(str(error).split()))})", "mend its deepspeed_config"
         ) from error
@@ -93,6 +93,9 @@ def asked() -> Zero | None:
     for name in zero.keys() - {"stage", *_OF_SPEED}:
         if not name.startswith("stage3_"):
             raise _refused(f"zero_optimization.{named(name)}, which has no equal here", "leave it out")
+    for name, size in buckets.items():
+        if size <= 0 or size % 2:
+            raise _refused(f"zero_optimization.{name} {size}", "make it auto, or a positive and even number")
     if not 0 <= stage <= 2:
         raise _refused(f"stage {stage}", "take 1 or 2, or share the model out by --model.shard and without DeepSpeed")
     if (device := str(offload["param"].get("device") or "none")) != "none":
