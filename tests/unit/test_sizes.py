@@ -113,8 +113,8 @@ def test_a_size_that_is_not_square_is_counted_by_its_area(request, model):
     """Also of a video, and beside a source, which is of the same size."""
     path, frames = str(request.getfixturevalue(model)), 3 if model == "tiny_wan" else None
 
-    def found(*resolution: int) -> Any:
-        return sizes(path, PolicySettings(resolution=resolution, frames=frames, lora_rank=2), 1, 1, 1)
+    def found(height: int, width: int) -> Any:
+        return sizes(path, PolicySettings(resolution=(height, width), frames=frames, lora_rank=2), 1, 1, 1)
 
     wide, square = found(8, 32), found(16, 16)
     assert wide.latent == square.latent and wide.call_flops == square.call_flops
