@@ -108,7 +108,7 @@ def test_a_decoder_takes_what_the_policy_gives_it_and_not_latents(tiny_qwen_imag
     assert found.latent == 4 * 8 * 8 and found.decode_flops > 0 and found.train_bytes > 0
 
 
-@pytest.mark.parametrize("model", ["tiny_wan", "tiny_kontext"])
+@pytest.mark.parametrize("model", [pytest.param("tiny_wan", marks=pytest.mark.slow), "tiny_kontext"])
 def test_a_size_that_is_not_square_is_counted_by_its_area(request, model):
     """Also of a video, and beside a source, which is of the same size."""
     path, frames = str(request.getfixturevalue(model)), 3 if model == "tiny_wan" else None
