@@ -117,6 +117,19 @@ def test_a_decoder_takes_what_the_policy_gives_it_and_not_latents(tiny_qwen_imag
     assert found.latent == 4 * 8 * 8 and found.decode_flops > 0 and found.train_bytes > 0
 
 
+@pytest.mark.parametrize("model", [pytest.param("tiny_wan", marks=pytest.mark.slow), "tiny_kontext"])
+def test_a_size_that_is_not_square_is_counted_by_its_area(request, model):
+    """Also of a video, and beside a source, which is of the same size."""
+    path, frames = str(request.getfixturevalue(model)), 3 if model == "tiny_wan" else None
+
+    def found(height: int, width: int) -> Any:
+        return sizes(path, PolicySettings(resolution=(height, width), frames=frames, lora_rank=2), 1, 1, 1)
+
+    wide, square = found(8, 32), found(16, 16)
+    assert wide.latent == square.latent and wide.call_flops == square.call_flops
+    assert wide.train_flops == square.train_flops and wide.decode_flops > 0
+
+
 def test_latents_at_their_most_by_hand():
     """Of 24 members: where each is, what the network says, the noise that it began at, and of its path each latent once."""
     base = replace(load_recipe("sd3"), sampling=SamplingConfig(num_inference_steps=10, latent_dtype="bfloat16"))
