@@ -25,6 +25,35 @@ pytestmark = [
 SMOKE = ("smoke", "--checkpoint.every", "1", "--eval.pictures", "2", "--prompts.per-iteration", "3")
 FULL = ("--model.weights", "full", "--optim.ema-decay", "0.5", "--optim.updates-per-rollout", "2")
 
+STEPS = '''
+"""AdamW with its state in parts beside AdamW itself, by large gradients: DeepSpeed must not clip what is clipped already."""
+import torch
+from torch.optim import AdamW
+
+from progrpo.training.distributed import Ranks
+from progrpo.training.zero import PartitionedAdamW, Zero
+
+ranks, how = Ranks(), {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
+for zero in (Zero(1), Zero(2, offload=True)):
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in ((5, 3), (7,), (2, 2))] for _ in range(2))
+    parted, whole = PartitionedAdamW(ours, zero, **how), AdamW(theirs, **how)
+    for lr in (1e-2, 2e-2, 1e-3):
+        for own, other in zip(ours, theirs):
+            own.grad = torch.randn(own.shape, generator=generator) * 100
+            other.grad = own.grad.clone()
+        parted.param_groups[0]["lr"] = whole.param_groups[0]["lr"] = lr
+        parted.step()
+        whole.step()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    if ranks.is_main:
+        torch.testing.assert_close(parted.state_dict(), whole.state_dict(), rtol=1e-5, atol=1e-6)
+    else:
+        assert parted.state_dict()["state"] == {}
+    assert all(state["exp_avg"].numel() == 14 for state in parted._parts.state.values())  # of 26, in even parts
+ranks.leave()
+'''
+
 
 def launch(world: int, tmp_path: Path, *args: str, **of_deepspeed: Any) -> str:
     """What it said. With three prompts two processes make different numbers of backward passes."""
@@ -67,6 +96,14 @@ def assert_same(run: Path, other: Path) -> None:
     for name in ("step", "exp_avg", "exp_avg_sq"):
         one, two = (torch.cat([s[name].flatten() for s in o["state"].values()]) for o in (mine, theirs))
         assert one.norm() > 0 and (one - two).norm() <= 1e-3 * two.norm(), name
+
+
+def test_steps_are_adamws_and_each_process_has_half_of_the_state(tmp_path):
+    (script := tmp_path / "steps.py").write_text(STEPS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module", params=[(), FULL], ids=["lora", "full"])
