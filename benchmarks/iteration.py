@@ -3,7 +3,7 @@
     python benchmarks/iteration.py [--models shapes-flow shapes-diffusion] [--plans none posthoc standard flash window]
                                    [--objective grpo] [--iterations 5] [--prompts 4] [--compile] [--reuse-rollout] [--json]
     python benchmarks/iteration.py --random-weights --models stabilityai/stable-diffusion-3.5-medium black-forest-labs/FLUX.1-dev
-                                   [--resolution 512] [--max-sequence-length 128] [--activation-checkpointing]
+                                   [--resolution 512 | H W] [--max-sequence-length 128] [--activation-checkpointing]
                                    [--microbatch 16] [--train-microbatch 4]
 
 `window` is an early window: noise on the first 3 of 10 steps alone, 24 members, of which 12 go on right after it. Before and
@@ -94,12 +94,13 @@ def config_for(model: str, plan: str, wanted: argparse.Namespace) -> Config:
 
 
 def of_real_size(config: Config, wanted: argparse.Namespace) -> Config:
+    pixels = wanted.resolution or []
     model = replace(
         config.model,
         dtype="bfloat16",
         lora_rank=32,
         lora_alpha=64,
-        resolution=wanted.resolution,
+        resolution=pixels[0] if len(pixels) == 1 else (pixels[0], pixels[1]) if pixels else None,
         max_sequence_length=wanted.max_sequence_length,
         activation_checkpointing=wanted.activation_checkpointing,
     )
@@ -320,7 +321,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--random-weights", action="store_true")
-    parser.add_argument("--resolution", type=int)
+    parser.add_argument("--resolution", type=int, nargs="+")
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--max-sequence-length", type=int, default=16)
     parser.add_argument("--activation-checkpointing", action="store_true")

@@ -83,17 +83,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     wanted = parser.parse_args()
     quiet()
-    found = {
-        plan: {ms: measure(wanted.model, plan, ms / 1000, wanted.waves, wanted.iterations) for ms in wanted.delay_ms}
-        for plan in wanted.plans
-    }
+    found: dict[str, dict[float, Any]] = {}
+    for plan in wanted.plans:
+        for ms in wanted.delay_ms:
+            by_waves = measure(wanted.model, plan, ms / 1000, wanted.waves, wanted.iterations)
+            found.setdefault(plan, {})[ms] = by_waves
+            if not wanted.json:
+                told = "  ".join(f"{n}: {r['seconds']:.2f} s ({r['gain']:.2f})" for n, r in by_waves.items())
+                most = by_waves[wanted.waves[0]]["bound"]
+                print(f"{plan:9s} {ms:3g} ms a picture, waves {told}; at most {most:.2f}", flush=True)
     if wanted.json:
         print(json.dumps({**vars(wanted), "found": found}, indent=1))
-        return
-    for plan, by_delay in found.items():
-        for ms, by_waves in by_delay.items():
-            told = "  ".join(f"{n}: {r['seconds']:.2f} s ({r['gain']:.2f})" for n, r in by_waves.items())
-            print(f"{plan:9s} {ms:3g} ms a picture, waves {told}; at most {next(iter(by_waves.values()))['bound']:.2f}")
 
 
 if __name__ == "__main__":
