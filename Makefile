@@ -9,12 +9,12 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CON
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow kill-test lean-test lint bench wheel-test audit pretrain clean
+.PHONY: help setup quickstart test test-slow kill-test lean-test deepspeed-test lint bench wheel-test audit pretrain clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
 help: ## say what there is
-	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready ## install everything into .venv, once
 quickstart: setup ## train the built-in model for ten minutes; the report is runs/quickstart/report.html
@@ -22,7 +22,7 @@ quickstart: setup ## train the built-in model for ten minutes; the report is run
 
 test: lint ## style, types and the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadscope
-test-slow: wheel-test kill-test lean-test ## what takes minutes
+test-slow: wheel-test kill-test lean-test deepspeed-test ## what takes minutes
 	@$(BIN)/python -m pytest -m slow
 kill-test: setup ## kill a run a hundred times, also within checkpoints, and compare what comes out
 	@$(BIN)/python benchmarks/kill.py --kills 100
@@ -45,6 +45,11 @@ wheel-test: setup ## build the wheel and train from it in an empty environment
 lean-test: $(VENV)/.ready-dev ## test the extra `lean`, which is not in .venv since every start takes longer with it
 	@$(INSTALL) --no-deps --upgrade --target build/lean bitsandbytes
 	@PYTHONPATH=build/lean $(BIN)/python -m pytest tests/unit/test_adamw_8bit.py
+
+# where torch is the CPU's, so are its processes; ninja and a C++ compiler build what they speak by, once
+deepspeed-test: $(VENV)/.ready-dev ## test the extra `deepspeed`, which is not in .venv either: on the CPU, in two and three processes
+	@DS_BUILD_OPS=0 $(INSTALL) --no-deps --upgrade --target build/deepspeed deepspeed einops hjson msgpack ninja nvidia-ml-py py-cpuinfo
+	@PATH="$(CURDIR)/build/deepspeed/bin:$$PATH" PYTHONPATH="$(CURDIR)/build/deepspeed" $(BIN)/python -m pytest -m slow tests/e2e/test_deepspeed.py
 
 audit: ## ask the advisory database about every pinned package (needs the network)
 	@$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit==2.10.1

@@ -2,6 +2,9 @@
 
     python benchmarks/iteration.py [--models shapes-flow shapes-diffusion] [--plans none posthoc standard flash window]
                                    [--objective grpo] [--iterations 5] [--prompts 4] [--compile] [--reuse-rollout] [--json]
+    python benchmarks/iteration.py --random-weights --models stabilityai/stable-diffusion-3.5-medium black-forest-labs/FLUX.1-dev
+                                   [--resolution 512 | H W] [--max-sequence-length 128] [--activation-checkpointing]
+                                   [--microbatch 16] [--train-microbatch 4]
 
 `window` is an early window: noise on the first 3 of 10 steps alone, 24 members, of which 12 go on right after it. Before and
 after every iteration the unit costs are measured bare: a call of the network, with and without gradient, a decoded picture, by
@@ -12,7 +15,14 @@ update     the same of trained items, forward and backward, and the further forw
 model      seconds of the iteration over what its counts cost at these units (the cost model)
 previews   their seconds over those of sampling: by the full decoder as it ran, by the tiny one and the probe at their unit costs
 
+matmul     FLOPs a second of the sampling stage and of the update, as the model's own code counts them (progrpo.policies.sizes), over
+           those of one large matrix product in the same process and dtype: MFU against what the device reaches
+MFU        the same over the maker's figure, for a card of progrpo.training.estimate.GPUS
+
 Medians over iterations after one that is not counted. NFE, decodes and reward calls must be those that the plan predicts.
+
+With `--random-weights` a model is built by its published architecture and filled with random numbers, where it runs: no hub, no
+text encoders (texts are random as well), LoRA of rank 32, bfloat16, rewards by the size of the picture's JPEG.
 """
 
 from __future__ import annotations
@@ -30,13 +40,26 @@ from typing import Any
 import psutil
 import torch
 
-from progrpo.config import Config, ModelConfig, PlanConfig, PreviewConfig, SamplingConfig, microbatch
-from progrpo.policies.base import Policy
-from progrpo.rewards.base import Reward
+from progrpo.config import (
+    Config,
+    ModelConfig,
+    PlanConfig,
+    PreviewConfig,
+    RewardConfig,
+    RewardTerm,
+    SamplingConfig,
+    microbatch,
+    trains_transitions,
+)
+from progrpo.policies.base import Policy, PolicySettings
+from progrpo.policies.load import POLICIES, policy_from_pipeline, quiet
+from progrpo.policies.sizes import Sizes, sizes, without_weights
+from progrpo.rewards.base import Scorer
 from progrpo.rollout.plan import UnitCosts
 from progrpo.rollout.probe import Probe
-from progrpo.training.build import policy_from, scorer_from, settled, tiny_decoder, train_order
+from progrpo.training.build import model_settings, policy_from, scorer_from, settled, tiny_decoder, train_order
 from progrpo.training.distributed import Ranks
+from progrpo.training.estimate import GPUS
 from progrpo.training.measure import measured
 from progrpo.training.trainer import Trainer
 from progrpo.types import Cost, Prompt
@@ -47,6 +70,8 @@ WINDOW = (
 )
 FURTHER_PASSES = {"grpo": 0, "dgpo": 2, "nft": 2, "awm": 2}
 """Forward passes of an item without gradient, which an objective compares with: of the reference and an average of the weights."""
+SIDE = 8192 if torch.cuda.is_available() else 2048
+_PRODUCTS = 8 if torch.cuda.is_available() else 1
 _REPEATS = 3
 _DECODED = 32  # as the rollout decodes
 
@@ -55,33 +80,78 @@ def config_for(model: str, plan: str, wanted: argparse.Namespace) -> Config:
     dtype = "float32" if wanted.compile and wanted.objective == "grpo" else "auto"  # see config: ratios must be exact
     base = Config(model=ModelConfig(path=model, dtype=dtype, compile=wanted.compile))
     chosen, sampling = WINDOW if plan == "window" else (PlanConfig(preset=plan), base.sampling)
-    return replace(
+    config = replace(
         base,
         plan=chosen,
-        sampling=sampling,
+        sampling=replace(sampling, microbatch=wanted.microbatch),
         preview=PreviewConfig(decoder="tiny"),  # so that the policy has it; what runs is set below
         objective=replace(base.objective, name=wanted.objective),
-        optim=replace(base.optim, reuse_rollout=wanted.reuse_rollout),
+        optim=replace(base.optim, reuse_rollout=wanted.reuse_rollout, microbatch=wanted.train_microbatch),
         prompts=replace(base.prompts, per_iteration=wanted.prompts),
         audit=replace(base.audit, every=0),
     )
+    return of_real_size(config, wanted) if wanted.random_weights else config
+
+
+def of_real_size(config: Config, wanted: argparse.Namespace) -> Config:
+    pixels = wanted.resolution or []
+    model = replace(
+        config.model,
+        dtype="bfloat16",
+        lora_rank=32,
+        lora_alpha=64,
+        resolution=pixels[0] if len(pixels) == 1 else (pixels[0], pixels[1]) if pixels else None,
+        max_sequence_length=wanted.max_sequence_length,
+        activation_checkpointing=wanted.activation_checkpointing,
+    )
+    sampling = replace(config.sampling, guidance_scale=wanted.guidance_scale)
+    reward = RewardConfig((RewardTerm("jpeg_compressibility"),))
+    return replace(config, model=model, sampling=sampling, reward=reward, preview=PreviewConfig())
+
+
+def random_policy(path: str, settings: PolicySettings) -> Policy:
+    """A model by its architecture, of random numbers, which is told random numbers for every text."""
+    on_meta = without_weights(path, settings.dtype)
+    kind = POLICIES[type(on_meta).__name__]
+    shapes = kind.from_pipeline(on_meta, replace(settings, device="meta", compile=False)).condition_shapes()
+    pipeline = without_weights(path, settings.dtype)
+    for name, part in pipeline.components.items():
+        if name.startswith("text_encoder"):
+            setattr(pipeline, name, torch.nn.Identity())  # nobody asks it for anything
+        elif isinstance(part, torch.nn.Module):
+            fill(part.to_empty(device=settings.device))
+    policy: Any = policy_from_pipeline(pipeline, settings)
+    policy._encode_text = lambda text: {name: torch.randn(1, *shape) for name, shape in shapes.items()}
+    return policy  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def fill(module: torch.nn.Module) -> None:
+    """So that signals keep their size from layer to layer, and pictures differ."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.ndim > 1 and tensor.is_floating_point():
+            tensor.normal_(std=tensor[0].numel() ** -0.5)
+        else:
+            tensor.fill_(float(name.endswith("weight")))
 
 
 class Bare:
     """The parts of an iteration on their own, on inputs of its shapes: seconds of each row."""
 
-    def __init__(self, policy: Policy, reward: Reward, config: Config, prompts: list[Prompt]) -> None:
+    def __init__(self, policy: Policy, reward: Scorer, config: Config, prompts: list[Prompt]) -> None:
         self.policy, self.reward, self.config = policy, reward, config
         self.prompts = prompts
         self.condition = policy.encode(prompts)
         self.timestep = policy.levels(10).timestep[5]
         self.passes = FURTHER_PASSES[config.objective.name]
+        self.guidance, self.pair = config.sampling.guidance_scale, 2 if config.sampling.in_pairs else 1
 
     def _call(self, size: int) -> torch.Tensor:
         rows = torch.arange(size) % len(self.prompts)
         x = torch.randn(size, *self.policy.latent_shape, generator=torch.Generator().manual_seed(0))
         x = x.to(self.policy.device)
-        return self.policy.predict(x, self.timestep.to(x), self.condition.take(rows.to(self.policy.device)))
+        told = self.condition.take(rows.to(self.policy.device))
+        return self.policy.predict(x, self.timestep.to(x), told, self.guidance)
 
     def _train(self, size: int) -> None:
         for _ in range(self.passes):
@@ -98,21 +168,29 @@ class Bare:
         calls, items = microbatch(self.config.sampling), microbatch(self.config.optim)
         latents = torch.randn(_DECODED, *self.policy.latent_shape).to(self.policy.device)
         pictures = self.policy.decode(latents).numpy()
-        asked = [self.prompts[i % len(self.prompts)] for i in range(_DECODED)]
+        groups = (torch.arange(_DECODED) % len(self.prompts)).sort().values
+        asked = [self.prompts[g] for g in groups]
         probe = Probe(1)
         with self.policy.observed() as seen:
             self._sample(calls)
         features = torch.cat(seen, dim=1)[-calls:].cpu()
         probe.learn([features], torch.randn(calls), torch.zeros(calls, dtype=torch.int64))
         works: dict[str, tuple[Callable[[], object], int]] = {
-            "call": (lambda: self._sample(calls), calls),
+            "call": (lambda: self._sample(calls), calls * self.pair),
             "train": (lambda: self._train(items), items),
             "decode": (lambda: self.policy.decode(latents), _DECODED),
             "tiny": (lambda: self.policy.preview(latents), _DECODED),
-            "reward": (lambda: self.reward.score(pictures, asked), _DECODED),
+            "matmul": (self._matmul, 1),
+            "reward": (lambda: self.reward.score(pictures, asked, groups), _DECODED),
             "probe": (lambda: probe.score(0, features), calls),
         }
         return {name: seconds(work) / rows for name, (work, rows) in works.items()}
+
+    def _matmul(self) -> None:
+        """Of a size that keeps a GPU busy, or a CPU for a tenth of a second."""
+        a = torch.ones(SIDE, SIDE, device=self.policy.device, dtype=getattr(torch, self.config.model.dtype))
+        for _ in range(_PRODUCTS):
+            a @ a
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -150,14 +228,19 @@ def peak_memory() -> Iterator[Callable[[], float]]:
         thread.join()
 
 
-def measure(config: Config, iterations: int) -> dict[str, Any]:
+def measure(config: Config, iterations: int, random_weights: bool) -> dict[str, Any]:
     ranks = Ranks()
     config = settled(config, ranks)
-    policy = policy_from(config.model, config.seed, ranks, tiny_decoder=tiny_decoder(config.preview))
+    settings = replace(model_settings(config.model), device=ranks.device)
+    if random_weights:
+        policy = random_policy(config.model.path, settings)
+    else:
+        policy = policy_from(config.model, config.seed, ranks, tiny_decoder=tiny_decoder(config.preview))
     order, reward = train_order(config.prompts, config.seed), scorer_from(config.reward.terms, config.reward.frames)
     prompts = order.prompts_for(0, config.prompts.per_iteration)
     config = replace(config, preview=PreviewConfig())
     config = measured(config, policy, prompts[0], ranks)
+    flops = flops_of(config, sizes(config.model.path, replace(settings, device="cpu"), 1, 1, 1))
     trainer = Trainer(config, policy, reward, order, ranks)
     policy.encode(order.prompts_for(0, config.prompts.per_iteration * (iterations + 1)))
     bare, rows = Bare(policy, reward, config, prompts), []
@@ -169,7 +252,7 @@ def measure(config: Config, iterations: int) -> dict[str, Any]:
             units = {name: (before[name] + after[name]) / 2 for name in after}
             before = after
             if i:
-                rows.append(row(record, units))
+                rows.append(row(record, units, flops))
         memory = peak()
     same = ("nfe", "decodes", "reward_calls")
     predicted, counted = trainer.predicted(iterations + 1), trainer.totals.counted
@@ -185,11 +268,20 @@ def measure(config: Config, iterations: int) -> dict[str, Any]:
     }
 
 
-def row(record: dict[str, Any], units: dict[str, float]) -> dict[str, float]:
+def flops_of(config: Config, own: Sizes) -> tuple[int, int]:
+    """Of one NFE, and of one trained item with the passes that it is compared with."""
+    paired = trains_transitions(config) and config.sampling.in_pairs
+    further = FURTHER_PASSES[config.objective.name] * own.call_flops
+    return own.call_flops, (2 if paired else 1) * own.train_flops + further
+
+
+def row(record: dict[str, Any], units: dict[str, float], flops: tuple[int, int]) -> dict[str, float]:
     stages = {name: record[f"time/{name}"] for name in ("sample", "preview", "reward", "update", "other")}
     cost = Cost(**{name: record[f"rollout/{name}"] for name in asdict(Cost())})
     picture = units["decode"] + units["reward"]
     promised = UnitCosts(units["call"], picture, picture, units["train"]).seconds(cost)
+    sampled, trained = cost.nfe * flops[0] / stages["sample"], cost.trained_steps * flops[1] / stages["update"]
+    matmul = 2 * SIDE**3 * _PRODUCTS / units["matmul"]
     return {
         "seconds": record["seconds"],
         **stages,
@@ -201,8 +293,23 @@ def row(record: dict[str, Any], units: dict[str, float]) -> dict[str, float]:
         "previews, full": stages["preview"] / stages["sample"],
         "previews, tiny": cost.previews * (units["tiny"] + units["reward"]) / stages["sample"],
         "previews, probe": cost.previews * units["probe"] / stages["sample"],
+        "sampling TFLOPS": sampled / 1e12,
+        "update TFLOPS": trained / 1e12,
+        "sampling, of a matmul": sampled / matmul,
+        "update, of a matmul": trained / matmul,
+        **{
+            f"{name}, MFU": rate / peak
+            for peak in stated_peak()
+            for name, rate in (("sampling", sampled), ("update", trained))
+        },
         **{f"unit {name} ms": 1000 * value for name, value in units.items()},
     }
+
+
+def stated_peak() -> list[float]:
+    """FLOPs a second of the card as its maker says, where it is one that is known; else none."""
+    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
+    return [card.peak * 1e12 for short, card in GPUS.items() if short.split("-")[0] in name][:1]
 
 
 def main() -> None:
@@ -213,18 +320,30 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--random-weights", action="store_true")
+    parser.add_argument("--resolution", type=int, nargs="+")
+    parser.add_argument("--guidance-scale", type=float, default=1.0)
+    parser.add_argument("--max-sequence-length", type=int, default=16)
+    parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--microbatch", type=int)
+    parser.add_argument("--train-microbatch", type=int)
     parser.add_argument("--reuse-rollout", action="store_true")
     parser.add_argument("--json", action="store_true")
     wanted = parser.parse_args()
+    quiet()
     found: dict[str, dict[str, Any]] = {}
     for model in wanted.models:
         for plan in wanted.plans:
-            result = measure(config_for(model, plan, wanted), wanted.iterations)
+            result = measure(config_for(model, plan, wanted), wanted.iterations, wanted.random_weights)
             found.setdefault(model, {})[plan] = result
             if not wanted.json:
                 print(line(model, plan, result), flush=True)
     if wanted.json:
-        print(json.dumps({**vars(wanted), "torch": torch.__version__, "plans": found}, indent=1))
+        told = {
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        }
+        print(json.dumps({**vars(wanted), **told, "plans": found}, indent=1))
 
 
 def line(model: str, plan: str, r: dict[str, Any]) -> str:
@@ -233,7 +352,7 @@ def line(model: str, plan: str, r: dict[str, Any]) -> str:
     counts = "" if r["counts_agree"] else "  COUNTS DIFFER"
     return (
         f"{model:17s} {plan:9s} {r['seconds']:.2f} s: {stages};  of the bare network: sampling {r['sampling']:.1%},"
-        f" update {r['update rate']:.1%};  model x {r['model']:.3f};  previews {previews};  {r['peak GiB']:.1f} GiB{counts}"
+        f" update {r['update rate']:.1%}, of a matmul {r['sampling, of a matmul']:.0%}, {r['update, of a matmul']:.0%};  model x {r['model']:.3f};  previews {previews};  {r['peak GiB']:.1f} GiB{counts}"
     )
 
 

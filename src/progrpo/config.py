@@ -37,8 +37,9 @@ class ModelConfig:
     16 of the built-in. There is no attention mask in them, so this changes the picture and multiplies the cost; in Wan those after the
     text are zeros. FLUX.2 klein and Qwen-Image count the tokens of their own encoder, the words of its chat around the prompt included; in
     Qwen-Image those after a text are masked."""
-    resolution: int | None = None
-    """Side of the square picture or video in pixels; empty: the model's own (1024 of SD 3.5, FLUX and Qwen-Image, 480 of Wan)."""
+    resolution: int | tuple[int, int] | None = None
+    """Pixels of a picture or video: one number for a square, or height and width (`--model.resolution 480 832`, in JSON `[480, 832]`), in
+    diffusers' order and in the multiples that the model takes. Empty: the model's own (1024 of SD 3.5, FLUX and Qwen-Image, 480 832 of Wan)."""
     frames: int | None = None
     """Frames of a video, one more than a multiple of 4 for Wan; empty: the model's own (81 of Wan). Models of pictures have none."""
     keep_text_encoders: bool = False
@@ -523,7 +524,7 @@ def _read(kind: Any, value: Any, path: str) -> Any:
         return _read_fields(kind, value, path + ".")
     choices = get_args(kind)
     if get_origin(kind) in (Union, types.UnionType):
-        return None if value is None else _read(choices[0], value, path)
+        return None if value is None else _read(_of_shape(choices, value), value, path)
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
         kinds = (choices[0],) * len(value) if choices[-1] is Ellipsis else choices
         if len(kinds) == len(value):
@@ -537,6 +538,13 @@ def _read(kind: Any, value: Any, path: str) -> Any:
     if value in choices if get_origin(kind) is Literal else _is_plain(kind, value):
         return value
     raise ValueError(f"{path} must be {_type_in_words(kind)}, not {quoted(value)}")
+
+
+def _of_shape(choices: Sequence[Any], value: Any) -> Any:
+    """Which of a union's types a value that is not empty is read as: a list as its list, if it has one."""
+    kinds = [kind for kind in choices if kind is not types.NoneType]
+    alike = [kind for kind in kinds if (get_origin(kind) is tuple) == isinstance(value, list | tuple)]
+    return (alike or kinds)[0]
 
 
 _HUGE = 2**63  # from here on whole numbers do not fit torch's
@@ -581,6 +589,10 @@ def _or_empty(rule: _Rule, words: str = "") -> _Rule:
 _STEPS = _between(1, 1000)  # diffusion models know a thousand levels, and flow models need no more
 _FRACTION: _Rule = (lambda v: 0 <= v < 1, "at least 0 and below 1")
 _SHARE: _Rule = (lambda v: 0 < v <= 1, "above 0 and at most 1")
+_SIDES: _Rule = (
+    lambda v: all(8 <= side <= 4096 for side in (v if isinstance(v, tuple) else (v,))),
+    "between 8 and 4,096 pixels, one number for a square or height and width",
+)
 
 DEVICES = r"auto|(cpu|cuda|mps|xpu|npu|hpu)(:\d{1,2})?"
 
@@ -605,7 +617,7 @@ _RULES: dict[str, _Rule] = {
     "model.lora_rank": _between(1, 4096),
     "model.lora_alpha": _at_least(1),
     "model.max_sequence_length": _or_empty(_between(1, 512), " for the model's own"),
-    "model.resolution": _or_empty(_between(8, 4096), " for the model's own"),
+    "model.resolution": _or_empty(_SIDES, " for the model's own"),
     "model.frames": _or_empty(_between(1, 1024), " for the model's own"),
     "prompts.per_iteration": _between(1, 100_000),
     "sampling.num_inference_steps": _STEPS,

@@ -204,8 +204,8 @@ def wan_pickscore() -> Config:
     """Videos by Wan 2.1 (1.3B) towards PickScore of their frames; bring prompts.txt and eval.txt.
 
     The step's noise and the clip range of 1e-4 are DanceGRPO's (arXiv 2505.07818): the range that is taken if none is
-    given goes by a latent's size and would be 1.3e-5 here. Guidance and shift are Wan's own (arXiv 2503.20314). The rest is our choice, and not run
-    by us: a LoRA, 33 square frames, 20 steps, and a plan that halves groups after twelve of them.
+    given goes by a latent's size and would be 7.3e-6 here. Guidance, shift and size are Wan's own (arXiv 2503.20314). The rest is our choice,
+    and not run by us: a LoRA, 33 frames, 20 steps, and a plan that halves groups after twelve of them.
     """
     return Config(
         recipe="wan-pickscore",
@@ -214,7 +214,6 @@ def wan_pickscore() -> Config:
             path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
             lora_rank=32,
             lora_alpha=64,
-            resolution=480,
             frames=33,
             dtype="bfloat16",
             activation_checkpointing=True,

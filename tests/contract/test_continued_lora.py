@@ -82,7 +82,7 @@ def test_it_goes_on_where_the_other_ended_and_is_saved_as_one(folder, move, told
     policy.save(tmp_path / "second")
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.load_lora_weights(tmp_path / "second", local_files_only=True)
-    other = load_policy(folder, SETTINGS, tmp_path / "second")  # merged, and so rounded
+    other = load_policy(folder, settings_for(folder), tmp_path / "second")  # merged, and so rounded
     torch.testing.assert_close(velocity(other, told), after, rtol=1e-3, atol=1e-4 * after.abs().max().item())
     denoiser = getattr(pipeline, policy.denoiser_name)
     loaded = dict(denoiser.named_parameters())

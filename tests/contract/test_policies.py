@@ -123,7 +123,7 @@ def _ode(policy: Policy, guidance_scale: float) -> Tensor:
 def _diffusers(pipeline: Any, policy: Policy, guidance_scale: float, output_type: str, **prompt: Any) -> Any:
     video = hasattr(pipeline, "vae_scale_factor_spatial")
     scale = pipeline.vae_scale_factor_spatial if video else pipeline.vae_scale_factor
-    latents, side = _noise(policy), policy.latent_shape[-1] * scale
+    latents, (height, width) = _noise(policy), (side * scale for side in policy.latent_shape[-2:])
     packed = hasattr(pipeline, "_pack_latents")
     patchified = hasattr(pipeline, "_patchify_latents")  # before it packs; and it is guided by itself
     if patchified:
@@ -134,8 +134,8 @@ def _diffusers(pipeline: Any, policy: Policy, guidance_scale: float, output_type
         nothing = " " if type(pipeline).__name__ == "QwenImagePipeline" else ""
         prompt |= {"true_cfg_scale": guidance_scale, "negative_prompt": [nothing] * len(TEXTS)}
     if policy.edits:  # it would go by the source's size, and by the million pixels of the model's own
-        stretched = [source.resize((side, side), Image.Resampling.LANCZOS) for source in SOURCES]
-        prompt |= {"image": prompt.pop("image_latents", stretched), "max_area": side**2, "_auto_resize": False}
+        covering = [pipeline.image_processor.resize(source, height, width, "crop") for source in SOURCES]
+        prompt |= {"image": prompt.pop("image_latents", covering), "max_area": height * width, "_auto_resize": False}
     if hasattr(pipeline, "text_encoder_3") or packed or video:
         prompt["max_sequence_length"] = TOKENS
     if video:
@@ -149,8 +149,8 @@ def _diffusers(pipeline: Any, policy: Policy, guidance_scale: float, output_type
     found = pipeline(
         **({} if "prompt_embeds" in prompt else {"prompt": list(TEXTS)}),
         **prompt,
-        height=side,
-        width=side,
+        height=height,
+        width=width,
         latents=latents,
         num_inference_steps=STEPS,
         guidance_scale=guidance_scale,
@@ -160,8 +160,8 @@ def _diffusers(pipeline: Any, policy: Policy, guidance_scale: float, output_type
     )[0]
     if not packed or output_type != "latent":
         return found
-    tokens, (height, width) = steps[-1].transpose(1, 2), (count // 2 for count in policy.latent_shape[1:])
-    return torch.nn.functional.pixel_shuffle(tokens.unflatten(2, (height, width)), 2)
+    rows, columns = (count // 2 for count in policy.latent_shape[1:])
+    return torch.nn.functional.pixel_shuffle(steps[-1].transpose(1, 2).unflatten(2, (rows, columns)), 2)
 
 
 def _velocity(policy: Policy) -> Tensor:
@@ -196,6 +196,20 @@ def _grey(picture: Any) -> Tensor:
     return torch.tensor(list(picture.tobytes()), dtype=torch.int32).view(picture.height, picture.width, 3)
 
 
+@pytest.mark.parametrize("model", sorted({case.model for case in CASES.values()} - {"tiny_sd_v", "tiny_flux_schnell"}))
+def test_without_noise_it_is_the_diffusers_pipeline_where_pictures_are_not_square(request, model):
+    folder = request.getfixturevalue(model)
+    policy, pipeline = _load(folder, "lora", resolution=(16, 32)), _pipeline(folder)
+    assert policy.latent_shape[-2:] == (8, 16)
+    embeddings = policy.encode(PROMPTS).tensors
+    found = _ode(policy, 1.0)
+    assert torch.equal(found, _diffusers(pipeline, policy, 1.0, "latent", **embeddings))
+    pictures = policy.decode(found)
+    expected = torch.stack([_grey(picture) for picture in _diffusers(pipeline, policy, 1.0, "pil")])
+    assert pictures.shape == expected.shape and pictures.shape[-3:] == (16, 32, 3)
+    assert (pictures.int() - expected).abs().max() <= 1
+
+
 def test_a_flow_models_levels_are_the_schedulers_own_or_shifted(tiny_sd3):
     policy, pipeline = _load(tiny_sd3, "lora"), _pipeline(tiny_sd3)
     levels = policy.levels(STEPS)
@@ -215,7 +229,7 @@ def test_a_flow_models_levels_are_the_schedulers_own_or_shifted(tiny_sd3):
 def test_a_packed_model_has_the_levels_that_its_pipeline_sampled_on(request, model):
     folder = request.getfixturevalue(model)
     pipeline = _pipeline(folder)
-    for resolution in (8, 16):  # 4 tokens and 16, where the scheduler's base is 9
+    for resolution in (8, 16, (8, 24)):  # 4 tokens, 16 and 12, where the scheduler's base is 9
         policy = _load(folder, "lora", resolution=resolution)
         _diffusers(pipeline, policy, 1.0, "latent")
         levels = policy.levels(STEPS)
@@ -635,10 +649,25 @@ def test_a_source_is_encoded_once_as_its_pipeline_does(tiny_kontext, tmp_path):
     assert len(encoded) == 2 and torch.equal(rows[0], rows[1])  # by its path, and by its pixels
     (tmp_path / "source.png").unlink()
     assert torch.equal(policy.encode(asked).tensors["image_latents"], rows) and len(encoded) == 2
-    pixels = pipeline.image_processor.preprocess(SOURCES[0], 16, 16)
+    pixels = pipeline.image_processor.preprocess(SOURCES[0], 16, 16, "crop")
     expected = pipeline._encode_vae_image(pixels, None)
     for row in (rows[0], rows[2]):
         torch.testing.assert_close(row[None], expected, rtol=0, atol=1e-6)
+
+
+def test_a_source_of_another_shape_covers_the_size_that_is_sampled_and_is_cropped_at_its_middle(tiny_kontext):
+    middle = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
+    edge = np.zeros((16, 8, 3), np.uint8)
+    wide = np.concatenate([edge, middle, edge], axis=1)
+    tall = np.concatenate([edge.reshape(4, 32, 3), middle, edge.reshape(4, 32, 3)])
+    large = Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 96, 3), np.uint8))
+    reduced = large.resize((48, 16), Image.Resampling.LANCZOS).crop((8, 0, 40, 16))
+    policy = _load(tiny_kontext, "lora", resolution=(16, 32))
+    sources = [*map(Image.fromarray, (middle, wide, tall)), large, reduced]
+    rows = policy.encode([Prompt("red cat", {"image": source}) for source in sources]).tensors["image_latents"]
+    assert rows.shape == (5, *policy.latent_shape)
+    assert torch.equal(rows[1], rows[0]) and torch.equal(rows[2], rows[0])
+    assert torch.equal(rows[3], rows[4])
 
 
 def test_a_pair_of_calls_shows_the_source_in_both(tiny_kontext):
@@ -707,7 +736,7 @@ def test_frames_set_the_length_of_a_video_and_must_fit(tiny_wan, tiny_sd3):
         policy = _load(tiny_wan, "lora", resolution=8, frames=frames)
         assert policy.latent_shape == (4, latents, 4, 4)
         assert policy.decode(_noise(policy, 2)).shape == (2, frames, 8, 8, 3)
-    assert _load(tiny_wan, "lora", resolution=None, frames=None).latent_shape == (4, 41, 240, 240)
+    assert _load(tiny_wan, "lora", resolution=None, frames=None).latent_shape == (4, 41, 240, 416)
     with pytest.raises(ValueError, match=r"^model\.frames: 8 is not one more than a multiple of 2; .* 7 and 9$"):
         _load(tiny_wan, "lora", frames=8)
     with pytest.raises(ValueError, match=r"^model\.frames: this model makes pictures, not videos; leave it empty$"):
@@ -758,11 +787,11 @@ def test_a_unets_lora_adapts_the_transformer_blocks_by_default(tiny_sd):
 
 
 def test_sdxl_is_told_the_pictures_size_and_zeros_for_no_prompt(tiny_sdxl):
-    policy, told = _load(tiny_sdxl, "lora", resolution=8), []
+    policy, told = _load(tiny_sdxl, "lora", resolution=(8, 12)), []
     policy.denoiser.register_forward_pre_hook(lambda m, a, k: told.append(k["added_cond_kwargs"]), with_kwargs=True)
     policy.predict(_noise(policy), torch.tensor(600.0), policy.encode(PROMPTS), 2.0)
     (added,) = told
-    assert added["time_ids"].tolist() == [[8, 8, 0, 0, 8, 8]] * 4
+    assert added["time_ids"].tolist() == [[8, 12, 0, 0, 8, 12]] * 4
     assert not added["text_embeds"][:2].any() and added["text_embeds"][2:].all()
 
 
@@ -814,8 +843,22 @@ def test_resolution_sets_the_latent_and_must_fit(request, model):
     policy = _load(folder, "lora", resolution=8)
     assert policy.latent_shape == (4, 4, 4)
     assert policy.decode(_noise(policy, 1)).shape == (1, 8, 8, 3)
-    with pytest.raises(ValueError, match="resolution: 10 is not a multiple of 4"):
-        _load(folder, "lora", resolution=10)
+    for resolution, message in (
+        (10, r"10 is not a multiple of 4; 8 or 12 would do"),
+        (2, r"2 is not a multiple of 4; 4 would do"),
+        ((8, 10), r"8 10 \(height and width\) are not both multiples of 4; 8 8 or 8 12 would do"),
+        ((3, 9), r"3 9 \(height and width\) are not both multiples of 4; 4 8 or 4 12 would do"),
+    ):
+        with pytest.raises(ValueError, match=rf"^model\.resolution: {message}$"):
+            _load(folder, "lora", resolution=resolution)
+
+
+def test_a_size_beyond_the_embedding_of_places_is_refused(tiny_sd3):
+    assert _load(tiny_sd3, "lora", resolution=(8, 32)).latent_shape == (4, 4, 16)
+    with pytest.raises(
+        ValueError, match=r"^model\.resolution: 36 is more than 32 pixels a side, where .* places ends$"
+    ):
+        _load(tiny_sd3, "lora", resolution=(8, 36))
 
 
 @pytest.mark.parametrize(

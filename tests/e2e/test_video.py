@@ -29,13 +29,13 @@ calls = Counter()
 
 def redness(images, prompts):
     calls["redness"] += 1
-    assert all(image.size == (16, 16) for image in images)
+    assert all(image.size == (32, 16) for image in images)
     return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
 
 
 def motion(images, prompts):
     calls["motion"] += 1
-    assert all(image.shape == (5, 16, 16, 3) for image in images)
+    assert all(image.shape == (5, 16, 32, 3) for image in images)
     return [float(np.abs(np.diff(image.astype(float), axis=0)).mean()) / 255 for image in images]
 
 
@@ -59,7 +59,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def trained(here: Path, tiny_wan: Path) -> Path:
     """The folder of a run of two rewards, with audits, further preview steps and a probe."""
     options = ["--prompts.source", "prompts.txt", "--eval.prompts", "prompts.txt", "--eval.pictures", "3"]
-    options += ["--model.path", str(tiny_wan), "--model.resolution", "16", "--model.frames", "5", "--optim.lr", "0.01"]
+    options += ["--model.path", str(tiny_wan), "--model.resolution", "16", "32", "--model.frames", "5"]
+    options += ["--optim.lr", "0.01"]
     options += ["--reward.terms", "video_rewards:redness", "2*video_rewards:motion", "--reward.frames", "3"]
     options += ["--model.max-sequence-length", "16"]
     options += ["--sampling.guidance-scale", "2", "--preview.ode-steps", "2", "--preview.probe", "--audit.every", "1"]
@@ -77,13 +78,13 @@ def test_a_run_on_videos_counts_what_it_predicts_and_reports(trained):
     calls = sys.modules["video_rewards"].calls
     assert calls["redness"] == 3 * calls["motion"] > 0  # frames
     pictures = [record["picture"] for record in run.read_evaluation("after")]
-    assert len(pictures) == 3 and all(np.asarray(Image.open(trained / name)).shape == (16, 16, 3) for name in pictures)
+    assert len(pictures) == 3 and all(np.asarray(Image.open(trained / name)).shape == (16, 32, 3) for name in pictures)
     assert all(record["held_out"]["jpeg_compressibility"] < 0 for record in run.read_evaluation("after"))
     (first, *_) = run.read_audits()
     assert Image.open(trained / first["strip"]).size[1] == 16 * len(first["final"])
     report = re.findall(r"data:image/jpeg;base64,([\w+/=]+)", (trained / "report.html").read_text())
     shown = Counter(Image.open(BytesIO(base64.b64decode(picture))).size for picture in report)
-    assert shown == {(16, 16): 2 * 3, (7 * 16, 6 * 16): 2}  # before and after, and audits of 6 by 6 steps and the end
+    assert shown == {(32, 16): 2 * 3, (7 * 32, 6 * 16): 2}  # before and after, and audits of 6 by 6 steps and the end
 
 
 def test_diffusers_loads_what_was_trained(trained, tiny_wan):
@@ -93,7 +94,7 @@ def test_diffusers_loads_what_was_trained(trained, tiny_wan):
         if lora is not None:
             pipeline.load_lora_weights(lora, local_files_only=True)
         noise = torch.Generator().manual_seed(0)
-        options = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 3, "max_sequence_length": 8}
+        options = {"height": 16, "width": 32, "num_frames": 5, "num_inference_steps": 3, "max_sequence_length": 8}
         return pipeline("red cat", generator=noise, output_type="np", **options).frames
 
     assert np.abs(drawn(trained / "lora") - drawn(None)).max() > 1e-3
@@ -105,7 +106,7 @@ def test_a_video_is_written_as_an_animated_picture(trained, here):
     assert [file.name for file in files] == ["000-00.webp", "000-01.webp"]
     for file in files:
         with Image.open(file) as video:
-            assert (video.format, video.size) == ("WEBP", (16, 16)) and len(ImageSequence.all_frames(video)) == 5
+            assert (video.format, video.size) == ("WEBP", (32, 16)) and len(ImageSequence.all_frames(video)) == 5
 
 
 def test_a_trained_model_of_videos_is_measured(trained, capsys):

@@ -106,6 +106,7 @@ def test_guidance_is_counted_as_the_model_takes_it(policy_of, family, embedded):
 def test_the_resolution_reaches_the_policy():
     settings = settings_from(ModelConfig(resolution=512), 0, Ranks())
     assert settings.resolution == 512 and settings_from(ModelConfig(), 0, Ranks()).resolution is None
+    assert settings_from(ModelConfig(resolution=(480, 832)), 0, Ranks()).resolution == (480, 832)
     assert settings_from(ModelConfig(frames=5), 0, Ranks()).frames == 5
 
 

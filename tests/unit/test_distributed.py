@@ -13,7 +13,6 @@ from progrpo.training.errors import LostProcessError
     ("variable", "value", "nothing", "instead"),
     [
         ("USE_FSDP", "true", "false", "model.shard"),
-        ("USE_DEEPSPEED", "true", "false", "model.shard"),
         ("USE_MEGATRON_LM", "true", "false", "model.shard"),
         ("USE_PARALLELISM_CONFIG", "true", "false", "model.shard"),
         ("MIXED_PRECISION", "bf16", "no", "model.dtype"),

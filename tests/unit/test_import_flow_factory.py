@@ -120,6 +120,34 @@ def test_a_file_is_translated(tmp_path):
     assert config.eval.rewards == (RewardTerm("clipscore"),)
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train__resolution": [480, 832]}, (480, 832)),
+        ({"train__resolution": [512]}, 512),
+        ({"train__resolution": None}, 512),
+        ({"train__height": 480, "train__width": 832}, (480, 832)),
+        ({"train__width": 768}, (512, 768)),
+        ({"train__resolution": [480, 832], "train__height": 832}, 832),
+    ],
+)
+def test_a_size_is_height_and_width(tmp_path, changes, expected):
+    translation = imported(tmp_path, **changes)
+    assert translation.config.model.resolution == expected
+    assert {fates(translation)[name.replace("__", ".")] for name in changes} == {"translated"}
+
+
+def test_an_evaluation_of_another_size_or_length_has_no_equal(tmp_path):
+    wide = {"train__resolution": [480, 832], "train__num_frames": 33}
+    same = {"eval__resolution": 480, "eval__width": 832, "eval__num_frames": 33}
+    translation = imported(tmp_path, **wide, **same)
+    assert translation.config.model.frames == 33
+    assert {fates(translation)[name.replace("__", ".")] for name in same} == {"not needed here"}
+    other = {"eval__resolution": [832, 480], "eval__num_frames": 17}
+    found = fates(imported(tmp_path, **wide, **other))
+    assert {found[name.replace("__", ".")] for name in other} == {"no equal here"}
+
+
 def test_every_setting_ends_in_one_list_once(tmp_path):
     translation = imported(tmp_path, surprise={"a": [1, {"b": 2}]}, train__later=None)
     names = Counter(row.name for row in translation.rows)

@@ -117,6 +117,17 @@ def test_a_task_is_translated(tmp_path):
     assert config.reward.terms == (RewardTerm("ocr"),)
 
 
+def test_a_video_has_height_width_and_frames(tmp_path):
+    translation = task(tmp_path, "config.height = 240", "config.width = 416", "config.frames = 33")
+    assert (translation.config.model.resolution, translation.config.model.frames) == ((240, 416), 33)
+    found = fates(translation)
+    assert found["height"] == found["width"] == found["frames"] == "translated"
+    assert found["resolution"] == "not needed here"
+    for side in ("height", "width"):
+        translation = task(tmp_path, f"config.{side} = 240")
+        assert fates(translation)[side] == "no equal here" and translation.config.model.resolution == 512
+
+
 def test_every_setting_ends_in_one_list(tmp_path):
     lines = ['config.train.new_one = "x"', "config.sample.kl_reward = 0.1", "config.seed = fetch()", "config.run()"]
     translation = task(tmp_path, *lines)

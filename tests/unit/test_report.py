@@ -1,7 +1,10 @@
+import base64
 import re
+from io import BytesIO
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from progrpo.tracking.report import charts, write_report
 from progrpo.tracking.report.film import spread
@@ -72,6 +75,15 @@ def text(folder):
     page = write_report(folder.path).read_text(encoding="utf-8")
     head, _, rest = page.partition("<script>")
     return head + rest.partition("</script></head>")[2]
+
+
+def test_wide_pictures_are_shown_whole(run):
+    run.write_evaluation("before", evaluation([True]), pictures(1).repeat(2, axis=2))
+    page = text(run)
+    (uri,) = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)"', page)
+    assert Image.open(BytesIO(base64.b64decode(uri))).size == (16, 8)
+    (style,) = re.findall(r"\.shot img \{([^}]+)\}", page)
+    assert "height: auto" in style and "aspect-ratio" not in style and "object-fit" not in style
 
 
 def test_a_run_that_has_only_begun_has_a_report(run):

@@ -34,7 +34,16 @@ from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import load_policy
 from progrpo.policies.sizes import _built, _measured, sizes
 from progrpo.recipes import load_recipe
-from progrpo.training.estimate import Device, _latents, _leaner, _memory, _others, _sizes, _with_microbatches, estimate
+from progrpo.training.estimate import (
+    Device,
+    _latents,
+    _leaner,
+    _memory,
+    _others,
+    _with_microbatches,
+    estimate,
+    sizes_for,
+)
 from progrpo.types import Condition
 
 PARAMETERS = {
@@ -108,6 +117,19 @@ def test_a_decoder_takes_what_the_policy_gives_it_and_not_latents(tiny_qwen_imag
     assert found.latent == 4 * 8 * 8 and found.decode_flops > 0 and found.train_bytes > 0
 
 
+@pytest.mark.parametrize("model", [pytest.param("tiny_wan", marks=pytest.mark.slow), "tiny_kontext"])
+def test_a_size_that_is_not_square_is_counted_by_its_area(request, model):
+    """Also of a video, and beside a source, which is of the same size."""
+    path, frames = str(request.getfixturevalue(model)), 3 if model == "tiny_wan" else None
+
+    def found(height: int, width: int) -> Any:
+        return sizes(path, PolicySettings(resolution=(height, width), frames=frames, lora_rank=2), 1, 1, 1)
+
+    wide, square = found(8, 32), found(16, 16)
+    assert wide.latent == square.latent and wide.call_flops == square.call_flops
+    assert wide.train_flops == square.train_flops and wide.decode_flops > 0
+
+
 def test_latents_at_their_most_by_hand():
     """Of 24 members: where each is, what the network says, the noise that it began at, and of its path each latent once."""
     base = replace(load_recipe("sd3"), sampling=SamplingConfig(num_inference_steps=10, latent_dtype="bfloat16"))
@@ -161,7 +183,7 @@ def test_what_would_make_it_fit():
     plan = resolve_plan(base)
 
     def peaks(config: Config) -> dict[str, float]:
-        return _memory(config, plan, _sizes(config), 1)["peaks"]
+        return _memory(config, plan, sizes_for(config), 1)["peaks"]
 
     def changed(wanted: dict[str, Any]) -> Config:
         sampling = wanted.get("sampling.microbatch", 16)
@@ -183,7 +205,7 @@ def test_what_processes_share_out(weights):
     """A LoRA stays whole everywhere, weights that are trained in full do not."""
     base = load_recipe("smoke")
     config = replace(base, model=replace(base.model, weights=weights, shard=True))
-    alone, shared = (_memory(config, resolve_plan(config), _sizes(config), count)["parts"] for count in (1, 2))
+    alone, shared = (_memory(config, resolve_plan(config), sizes_for(config), count)["parts"] for count in (1, 2))
     assert shared["frozen weights"] == alone["frozen weights"] / 2
     for part in ("trained weights, optimizer", "copies of trained weights", "gradients"):
         assert shared[part] == alone[part] / (2 if weights == "full" else 1)

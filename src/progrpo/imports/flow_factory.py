@@ -233,21 +233,40 @@ def _global_std(setting: Setting) -> Outcome:
     return Outcome("translated", "counted in objective.advantage")
 
 
+def _size(setting: Setting, part: str) -> list[Any]:
+    """Height and width under `train` or `eval`: those of the resolution, of which one number is a square, unless they are given themselves."""
+    told = (
+        setting.all.get(f"{part}.resolution", 1024) or 512
+    )  # where it is not said (of an evaluation), and where it is empty
+    sides = told if isinstance(told, list) else [told]
+    given = (setting.all.get(f"{part}.{side}") for side in ("height", "width"))
+    return [side if own is None else own for side, own in zip((sides[0], sides[:2][-1]), given, strict=True)]
+
+
 def _resolution(setting: Setting) -> Outcome:
-    value = setting.value
-    sides = value if isinstance(value, list) else [value]
-    if len(set(map(str, sides))) != 1:
-        return no_equal("pictures are square here; the model's own size")
-    return sets({"model.resolution": sides[0]})
+    height, width = _size(setting, "train")
+    return sets({"model.resolution": height if height == width else [height, width]})
 
 
-def _eval_resolution(setting: Setting) -> Outcome:
-    same = setting.value == setting.all.get("train.resolution")
+def _side(setting: Setting) -> Outcome:
+    if setting.value is None:
+        return not_needed("train.resolution says it")
+    return Outcome("translated", "counted in model.resolution")
+
+
+def _eval_size(setting: Setting) -> Outcome:
+    same = _size(setting, "eval") == _size(setting, "train")
     return (
         not_needed("evaluations have the size of training")
         if same
         else no_equal("evaluations have the size of training")
     )
+
+
+def _eval_frames(setting: Setting) -> Outcome:
+    if setting.value in (None, setting.all.get("train.num_frames")):
+        return not_needed("evaluations have the length of training")
+    return no_equal("evaluations have the length of training")
 
 
 def _guidance(setting: Setting) -> Outcome:
@@ -519,6 +538,9 @@ RULES: dict[str, Rule] = {
     "data.sampler_subgroup_size": ignored("groups are dealt to processes without a rule for their number"),
     "train.trainer_type": _trainer_type,
     "train.resolution": _resolution,
+    "train.height": _side,
+    "train.width": _side,
+    "train.num_frames": to("model.frames"),
     "train.num_inference_steps": to("sampling.num_inference_steps"),
     "train.guidance_scale": _guidance,
     "train.max_epochs": _iterations,
@@ -574,7 +596,10 @@ RULES: dict[str, Rule] = {
     "scheduler.num_sde_steps": _noisy_steps,
     "scheduler.sde_steps": _pool,
     "scheduler.seed": ignored("windows follow from the run's seed"),
-    "eval.resolution": _eval_resolution,
+    "eval.resolution": _eval_size,
+    "eval.height": _eval_size,
+    "eval.width": _eval_size,
+    "eval.num_frames": _eval_frames,
     "eval.num_inference_steps": to("eval.num_inference_steps"),
     "eval.guidance_scale": lambda s: sets({"eval.guidance_scale": max(1.0, s.number())}),
     "eval.per_device_batch_size": ignored("evaluations take sampling.microbatch"),

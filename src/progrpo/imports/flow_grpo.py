@@ -136,6 +136,28 @@ def _has_window(setting: Setting) -> bool:
     return setting.all["script"] == "fast" and size != 0
 
 
+def _has_size(setting: Setting) -> bool:
+    return "height" in setting.all and "width" in setting.all
+
+
+def _resolution(setting: Setting) -> Outcome:
+    if _has_size(setting):
+        return not_needed("its script for videos reads height and width")
+    return sets({"model.resolution": setting.value})
+
+
+def _height(setting: Setting) -> Outcome:
+    if not _has_size(setting):
+        return no_equal("there is no width beside it; give --model.resolution HEIGHT WIDTH")
+    return sets({"model.resolution": [setting.value, setting.all["width"]]})
+
+
+def _width(setting: Setting) -> Outcome:
+    if not _has_size(setting):
+        return no_equal("there is no height beside it; give --model.resolution HEIGHT WIDTH")
+    return Outcome("translated", "counted in model.resolution")
+
+
 def _of_script(setting: Setting) -> Outcome:
     if setting.one_of({"plain": False, "fast": False, "guard": True}):
         return translated(objective__grpo__ratio="guard", objective__grpo__step_weights="inverse_h")
@@ -294,7 +316,10 @@ RULES: dict[str, Rule] = {
         "main", why="the hub's main branch here, too", otherwise="no field for a revision; give a folder as model.path"
     ),
     "use_lora": lambda setting: sets({"model.weights": "lora" if setting.value else "full"}),
-    "resolution": to("model.resolution"),
+    "resolution": _resolution,
+    "height": _height,
+    "width": _width,
+    "frames": to("model.frames"),
     "mixed_precision": precision,
     "activation_checkpointing": to("model.activation_checkpointing"),
     "fsdp_optimizer_offload": only(False, why="off", otherwise="the optimizer stays on the device"),

@@ -25,8 +25,8 @@ class PolicySettings:
     to train further, by its folder, file or hub id: its rank, alpha and layers then take the place of those.
     `seed` draws the LoRA's A whatever the global generator's state. Trained weights are float32 in every case; the
     denoiser's frozen weights and the VAE are in `dtype`, the text encoders stay in the dtype they came in.
-    `max_sequence_length` counts T5's tokens, or those of Qwen-Image's and FLUX.2's encoder (none: the model's own number, for the built-in 16). `resolution` is the side of the square picture in pixels, `frames` the length of a
-    video (none: the model's own).
+    `max_sequence_length` counts T5's tokens, or those of Qwen-Image's and FLUX.2's encoder (none: the model's own number, for the built-in 16). `resolution` is the side of a square picture or video in pixels, or its height
+    and width, `frames` the length of a video (none: the model's own).
     `quantize` keeps the frozen weights of the linear layers of the denoiser's blocks as 8-bit integers, beside a LoRA.
     `compile` has torch compile the denoiser, once for each shape that it meets. `activation_checkpointing` computes activations
     anew in the backward pass instead of keeping them. `shard` shares a denoiser's weights out among the processes. With `offload` the
@@ -42,7 +42,7 @@ class PolicySettings:
     seed: int = 0
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
-    resolution: int | None = None
+    resolution: int | tuple[int, int] | None = None
     frames: int | None = None
     quantize: Literal["none", "int8"] = "none"
     compile: bool = False

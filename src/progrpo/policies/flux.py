@@ -78,15 +78,16 @@ class FluxPolicy(PackedFlowPolicy):
 class FluxKontextPolicy(FluxPolicy):
     """A `FluxKontextPipeline`, which changes a picture as the text says (FLUX.1 Kontext, arXiv 2506.15742).
 
-    The source is stretched to the square that is sampled, encoded, and shown to the network as further tokens, which its output
-    is cut off of. Where guidance is a pair of calls, both see it.
+    The source is resized until it covers the size that is sampled and cropped at its middle, so that all rows have as many tokens: the
+    pipeline itself keeps the source's shape. Encoded, it is shown to the network as further tokens, which its output is cut off of.
+    Where guidance is a pair of calls, both see it.
     """
 
     edits: ClassVar[bool] = True
 
-    def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, resolution: int) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, size: tuple[int, int]) -> None:
         self._sources: dict[str, Tensor] = {}
-        super().__init__(pipeline, settings, resolution)
+        super().__init__(pipeline, settings, size)
 
     def _row(self, prompt: Prompt) -> dict[str, Tensor]:
         if (source := key_of(prompt)) not in self._sources:
@@ -95,8 +96,8 @@ class FluxKontextPolicy(FluxPolicy):
 
     @torch.no_grad()
     def _encode_picture(self, image: Image.Image) -> Tensor:
-        pipeline, vae = self._pipeline, self._pipeline.vae
-        pixels = pipeline.image_processor.preprocess(image, height=self._resolution, width=self._resolution)
+        (height, width), vae = self._size, self._pipeline.vae
+        pixels = self._pipeline.image_processor.preprocess(image, height, width, resize_mode="crop")
         latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
         scaled: Tensor = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         return scaled[0].to("cpu", self._settings.dtype)

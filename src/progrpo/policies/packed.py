@@ -44,9 +44,9 @@ class PackedFlowPolicy(FlowPolicy):
         return PATCH
 
     @classmethod
-    def _sample_size(cls, pipeline: DiffusionPipeline) -> int:
-        size: int = pipeline.default_sample_size
-        return size
+    def _own_size(cls, pipeline: DiffusionPipeline) -> tuple[int, int]:
+        side: int = pipeline.default_sample_size * cls._vae_scale(pipeline)
+        return side, side
 
     def _grid(self, num_inference_steps: int) -> dict[str, Any]:
         """Even from 1 to 1/T; a scheduler that shifts by picture size is told `mu`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -48,11 +48,14 @@ class PipelinePolicy(ABC):
     """The text that guidance leads away from."""
     prediction: str
 
-    def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, resolution: int) -> None:
-        """Wrap a pipeline whose trainable parameters are already marked; `from_pipeline` is the way in."""
+    def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, size: tuple[int, int]) -> None:
+        """Wrap a pipeline whose trainable parameters are already marked; `from_pipeline` is the way in.
+
+        `size` is the height and width of its pictures in pixels.
+        """
         self._pipeline = pipeline
         self._settings = settings
-        self._resolution = resolution
+        self._size = size
         self._encoded: dict[str, dict[str, Tensor]] = {}
         self._released = False
         self._seen: list[Tensor] | None = None
@@ -63,7 +66,7 @@ class PipelinePolicy(ABC):
         self.embeds_guidance = bool(getattr(self.denoiser.config, "guidance_embeds", False))
         self.device: torch.device = torch.device(settings.device)
         self._turns = _turns(pipeline, self.denoiser, self.device) if settings.offload else None
-        self.latent_shape = self._latents(resolution // self._vae_scale(pipeline))
+        self.latent_shape = self._latents(*(side // self._vae_scale(pipeline) for side in size))
         self.trainable: Mapping[str, nn.Parameter] = {
             name: p for name, p in self.denoiser.named_parameters() if p.requires_grad
         }
@@ -83,7 +86,7 @@ class PipelinePolicy(ABC):
         """Take the pipeline over: it moves to the device, is frozen, and its denoiser gets what `settings` ask for."""
         cls.check_index(pipeline.config)
         cls._check(pipeline)
-        resolution = cls._checked_resolution(pipeline, settings.resolution)
+        size = cls._checked_size(pipeline, settings.resolution)
         denoiser = getattr(pipeline, cls.denoiser_name)
         if settings.quantize == "int8":  # before it moves, so that the device never holds the wide weights
             _cast(denoiser, settings.dtype)
@@ -117,7 +120,7 @@ class PipelinePolicy(ABC):
             pipeline.vae.to(memory_format=torch.channels_last)
         if cls.denoiser_name == "unet" and torch.device(settings.device).type == "cuda":
             denoiser.to(memory_format=torch.channels_last)
-        return cls(pipeline, settings, resolution)
+        return cls(pipeline, settings, size)
 
     # --- what a family says of itself -------------------------------------------------------------------------------
 
@@ -140,11 +143,11 @@ class PipelinePolicy(ABC):
         scale: int = pipeline.vae_scale_factor
         return scale
 
-    def _latents(self, side: int) -> tuple[int, ...]:
+    def _latents(self, height: int, width: int) -> tuple[int, ...]:
         """The shape of one latent of so many rows and columns."""
         if self._settings.frames is not None:
             raise ValueError("model.frames: this model makes pictures, not videos; leave it empty")
-        return (self._latent_channels(self._pipeline), side, side)
+        return (self._latent_channels(self._pipeline), height, width)
 
     @classmethod
     def _latent_channels(cls, pipeline: DiffusionPipeline) -> int:
@@ -158,10 +161,10 @@ class PipelinePolicy(ABC):
         return 1
 
     @classmethod
-    def _sample_size(cls, pipeline: DiffusionPipeline) -> int:
-        """Rows and columns of the latents that the model was made for."""
-        size: int = getattr(pipeline, cls.denoiser_name).config.sample_size
-        return size
+    def _own_size(cls, pipeline: DiffusionPipeline) -> tuple[int, int]:
+        """Height and width in pixels that the model was made for."""
+        side: int = getattr(pipeline, cls.denoiser_name).config.sample_size * cls._vae_scale(pipeline)
+        return side, side
 
     @abstractmethod
     def levels(self, num_inference_steps: int, shift: float | None = None) -> Levels: ...
@@ -365,12 +368,26 @@ class PipelinePolicy(ABC):
         self.named_weights.load_state_dict(state)
 
     @classmethod
-    def _checked_resolution(cls, pipeline: DiffusionPipeline, resolution: int | None) -> int:
-        own = cls._sample_size(pipeline) * cls._vae_scale(pipeline)
+    def _checked_size(cls, pipeline: DiffusionPipeline, resolution: int | tuple[int, int] | None) -> tuple[int, int]:
+        """Height and width in pixels; ValueError, with the next that would do, for those that are no whole patches of latents."""
+        if resolution is None:
+            return cls._own_size(pipeline)
         multiple = cls._vae_scale(pipeline) * cls._patch(pipeline)
-        if resolution is not None and (resolution <= 0 or resolution % multiple):
-            raise ValueError(f"resolution: {resolution} is not a multiple of {multiple}; the model's own is {own}")
-        return own if resolution is None else resolution
+        sides = (resolution,) if isinstance(resolution, int) else resolution
+        if any(side <= 0 or side % multiple for side in sides):
+            counts = [divmod(side, multiple) for side in sides]
+            smaller, larger = [n for n, _ in counts], [n + (rest > 0) for n, rest in counts]
+            near = dict.fromkeys(_in_pixels(max(n, 1) * multiple for n in sizes) for sizes in (smaller, larger))
+            what = "is not a multiple" if len(sides) == 1 else "(height and width) are not both multiples"
+            raise ValueError(
+                f"model.resolution: {_in_pixels(sides)} {what} of {multiple}; {' or '.join(near)} would do"
+            )
+        return sides[0], sides[-1]
+
+
+def _in_pixels(sides: Iterable[int]) -> str:
+    """As `--model.resolution` takes them."""
+    return " ".join(map(str, sides))
 
 
 @torch.no_grad()

@@ -37,6 +37,16 @@ class SD3Policy(FlowPolicy):
         patch: int = pipeline.patch_size
         return patch
 
+    @classmethod
+    def _checked_size(cls, pipeline: DiffusionPipeline, resolution: int | tuple[int, int] | None) -> tuple[int, int]:
+        size = super()._checked_size(pipeline, resolution)
+        longest = pipeline.transformer.config.pos_embed_max_size * cls._patch(pipeline) * cls._vae_scale(pipeline)
+        if max(size) > longest:
+            raise ValueError(
+                f"model.resolution: {max(size)} is more than {longest} pixels a side, where this model's embedding of places ends"
+            )
+        return size
+
     def levels(self, num_inference_steps: int, shift: float | None = None) -> Levels:
         if shift is None and self._pipeline.scheduler.config.use_dynamic_shifting:
             raise ValueError("sampling.shift: this model shifts its grid by picture size; give a number, such as 3")

@@ -15,6 +15,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +25,6 @@ from torch.utils.flop_counter import flop_registry
 from progrpo.policies.architectures import ARCHITECTURES, Architecture
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import POLICIES, locate, of_model
-from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.types import Condition
 
 _PARTS = ("transformer", "unet", "vae", "scheduler")
@@ -57,7 +57,9 @@ def sizes(path: str, settings: PolicySettings, called: int, trained: int, decode
 
     ValueError for a hub id whose architecture is not known here.
     """
-    policy = _without_weights(path, settings)
+    pipeline = without_weights(path, settings.dtype)
+    bare = replace(of_model(path, settings), device="meta", compile=False, tiny_decoder="")
+    policy = POLICIES[type(pipeline).__name__].from_pipeline(pipeline, bare)
     denoiser, vae = policy.denoiser, policy._pipeline.vae
     encoders = [part for name, part in policy._pipeline.components.items() if name.startswith("text_encoder") and part]
     weights = [(p.numel(), p.numel() * p.element_size(), p.requires_grad) for p in denoiser.parameters()]
@@ -141,20 +143,21 @@ class Watch(TorchDispatchMode):
 # --- models without weights -------------------------------------------------------------------------------------------
 
 
-def _without_weights(path: str, settings: PolicySettings) -> PipelinePolicy:
+def without_weights(path: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline of a published model, a built-in one or a folder, by its configuration: tensors on the meta device, no tokenizers.
+
+    ValueError for a hub id whose architecture is not known here.
+    """
     told = ARCHITECTURES.get(path) or _read(path)
-    kind = POLICIES[told["_class_name"]]
     parts: dict[str, Any] = {name: None for name in _arguments(told["_class_name"])}
     for name, part in told.items():
         if name != "_class_name":
             with torch.device("cpu" if name == "scheduler" else "meta"):
                 parts[name] = _built(*part)
             if isinstance(parts[name], nn.Module):  # a text encoder too comes in the model's dtype
-                parts[name].to(settings.dtype)
-    pipeline = getattr(diffusers, told["_class_name"])(**parts)
-    return kind.from_pipeline(
-        pipeline, replace(of_model(path, settings), device="meta", compile=False, tiny_decoder="")
-    )
+                parts[name].to(dtype)
+    kind: type[DiffusionPipeline] = getattr(diffusers, told["_class_name"])
+    return kind(**parts)
 
 
 def _arguments(class_name: str) -> list[str]:

@@ -25,10 +25,10 @@ class StableDiffusionPolicy(PipelinePolicy):
     denoiser_name: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
-    def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, resolution: int) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, size: tuple[int, int]) -> None:
         self._scheduler = _ddim(pipeline)
         self.prediction: str = self._scheduler.config.prediction_type
-        super().__init__(pipeline, settings, resolution)
+        super().__init__(pipeline, settings, size)
 
     @classmethod
     def _check(cls, pipeline: DiffusionPipeline) -> None:
@@ -118,8 +118,10 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
         return encoded
 
     def _added(self, condition: Condition) -> dict[str, dict[str, Tensor]]:
-        pooled, size = condition.tensors["pooled_prompt_embeds"], (self._resolution, self._resolution)
-        time_ids = pooled.new_tensor([*size, 0, 0, *size]).expand(len(pooled), -1)  # original size, crop, target size
+        pooled = condition.tensors["pooled_prompt_embeds"]
+        time_ids = pooled.new_tensor([*self._size, 0, 0, *self._size]).expand(
+            len(pooled), -1
+        )  # original size, crop, target size
         return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
 
     def _unscaled(self, x0_BCHW: Tensor) -> Tensor:

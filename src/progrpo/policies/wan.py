@@ -13,8 +13,8 @@ from progrpo.policies.base import PolicySettings
 from progrpo.policies.flow import FlowPolicy
 from progrpo.types import Condition
 
-_SIDE, _FRAMES = 480, 81
-"""Of the model's own videos, pixels and pictures. It was trained on wide ones; policies make square ones."""
+_SIZE, _FRAMES = (480, 832), 81
+"""Of the model's own videos: height and width in pixels, and pictures."""
 
 
 class WanPolicy(FlowPolicy):
@@ -30,10 +30,10 @@ class WanPolicy(FlowPolicy):
     )
     vae_dtype: ClassVar[torch.dtype | None] = torch.float32
 
-    def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, resolution: int) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, size: tuple[int, int]) -> None:
         if settings.tiny_decoder:
             raise ValueError("preview.tiny_decoder: an AutoencoderTiny decodes pictures, and this model makes videos")
-        super().__init__(pipeline, settings, resolution)
+        super().__init__(pipeline, settings, size)
         pipeline.vae.enable_slicing()  # one video at a time: a video takes a batch of pictures' memory
 
     @classmethod
@@ -73,10 +73,10 @@ class WanPolicy(FlowPolicy):
         return patch
 
     @classmethod
-    def _sample_size(cls, pipeline: DiffusionPipeline) -> int:
-        return _SIDE // cls._vae_scale(pipeline)
+    def _own_size(cls, pipeline: DiffusionPipeline) -> tuple[int, int]:
+        return _SIZE
 
-    def _latents(self, side: int) -> tuple[int, ...]:
+    def _latents(self, height: int, width: int) -> tuple[int, ...]:
         frames = _FRAMES if self._settings.frames is None else self._settings.frames
         together: int = self._pipeline.vae_scale_factor_temporal
         if rest := (frames - 1) % together:
@@ -84,7 +84,7 @@ class WanPolicy(FlowPolicy):
                 f"model.frames: {frames} is not one more than a multiple of {together}; the nearest are {frames - rest} and"
                 f" {frames - rest + together}"
             )
-        return (self._pipeline.vae.config.z_dim, 1 + (frames - 1) // together, side, side)
+        return (self._pipeline.vae.config.z_dim, 1 + (frames - 1) // together, height, width)
 
     def _encode_text(self, text: str) -> dict[str, Tensor]:
         embeds, _ = self._pipeline.encode_prompt(

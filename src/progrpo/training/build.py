@@ -48,6 +48,7 @@ from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.preview import Previewing
 from progrpo.rollout.probe import Probe
 from progrpo.training.distributed import Ranks
+from progrpo.training.zero import PartitionedAdamW, Zero, agreed
 from progrpo.types import Prompt
 from progrpo.words import named
 from progrpo.zoo import WEIGHTS
@@ -92,8 +93,10 @@ def objective_from(config: Config, policy: Policy) -> Objective:
     return OBJECTIVES[wanted.name](wanted)
 
 
-def optimizer_from(wanted: OptimConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """ValueError, with the pip command, for one whose package is not installed."""
+def optimizer_from(wanted: OptimConfig, parameters: Iterable[nn.Parameter], zero: Zero | None = None) -> Optimizer:
+    """Its state shared out among processes where `zero` asks for it. ValueError, with the pip command, for one whose package is not installed."""
+    if zero is not None and zero.stage:
+        return PartitionedAdamW(parameters, zero, lr=wanted.lr, betas=wanted.betas, weight_decay=wanted.weight_decay)
     kind: Callable[..., Optimizer] = torch.optim.AdamW if wanted.name == "adamw" else _adamw_8bit()
     return kind(parameters, lr=wanted.lr, betas=wanted.betas, weight_decay=wanted.weight_decay)
 
@@ -111,7 +114,12 @@ def _adamw_8bit() -> Callable[..., Optimizer]:
 
 
 def settled(config: Config, ranks: Ranks) -> Config:
-    """The configuration with what is chosen by measuring, as the main process measures it."""
+    """The configuration with what is chosen by measuring, as the main process measures it.
+
+    ValueError where it contradicts what is asked of DeepSpeed.
+    """
+    if ranks.zero is not None:
+        config = agreed(config, ranks.zero)
     if config.model.dtype != "auto":
         return config
     dtype = ranks.from_main(lambda: fastest_dtype(ranks.device))

@@ -11,25 +11,31 @@ from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, patch_environment
 from torch import Tensor
 from torch.distributed import DistError
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from progrpo.training import zero
 from progrpo.training.errors import LostProcessError
 
 _Found = TypeVar("_Found")
 _SHARED = "share a model that is too large for one device by --model.shard"
 _IGNORED = {
     "ACCELERATE_USE_FSDP": ("FSDP", _SHARED),
-    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", _SHARED),
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron", _SHARED),
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism config", _SHARED),
     "ACCELERATE_MIXED_PRECISION": ("mixed precision", "give --model.dtype"),
     "ACCELERATE_DYNAMO_BACKEND": ("torch dynamo", "give --model.compile"),
 }
 """What accelerate's launcher tells its processes to use, and what to do instead. Gradient accumulation it tells with DeepSpeed alone."""
+_OF_DEEPSPEED = {
+    "ACCELERATE_USE_DEEPSPEED": "false",
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+}
+"""What accelerate itself is told of it: processes are those of plain data parallelism, and what DeepSpeed does is `zero`'s."""
 _NOTHING = ("", "0", "no", "n", "false", "f", "off")
 
 
@@ -37,13 +43,18 @@ class Ranks:
     """ValueError where accelerate was launched with something that would be ignored here."""
 
     def __init__(self) -> None:
+        self.zero = zero.asked()
+        """What of DeepSpeed is asked for."""
         for variable, (what, instead) in _IGNORED.items():
+            if self.zero is not None and variable in _OF_DEEPSPEED:
+                continue
             if os.environ.get(variable, "").lower() not in _NOTHING:
                 raise ValueError(
                     f"accelerate launch asks for {what} ({variable}), which would have no effect: launch without it, and {instead}"
                 )
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
-        self._accelerator = Accelerator(cpu=not accelerated)
+        with patch_environment(**_OF_DEEPSPEED):
+            self._accelerator = Accelerator(cpu=not accelerated)
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes

@@ -58,9 +58,9 @@ def estimate(config: Config, device: str, share: float, processes: int) -> dict[
     """Ready for JSON; memory in GB, of the process that has most. `share` is of the device's peak, and an assumption."""
     quiet()
     plan, card = resolve_plan(config), GPUS[device]
-    found = _sizes(config)
+    found = sizes_for(config)
     memory = _memory(config, plan, found, processes)
-    operations = _operations(config, plan, found)
+    operations = flops_by_stage(config, plan, found)
     seconds = sum(operations.values()) / processes / (card.peak * 1e12 * share)
     begun = config.prompts.per_iteration * plan.group_size
     peak = max(memory["peaks"].values())
@@ -97,7 +97,8 @@ def estimate(config: Config, device: str, share: float, processes: int) -> dict[
 _sizes_of = cache(sizes)
 
 
-def _sizes(config: Config) -> Sizes:
+def sizes_for(config: Config) -> Sizes:
+    """Of a configuration's model, at its microbatches."""
     model, pair = config.model, 2 if config.sampling.in_pairs else 1
     dtype: Any = "bfloat16" if model.dtype == "auto" else model.dtype
     settings = model_settings(replace(model, dtype=dtype, offload=False))
@@ -228,7 +229,7 @@ def _leaner(config: Config, plan: Plan, card: Device, processes: int) -> dict[st
 def _fitting_microbatches(config: Config, plan: Plan, card: Device, processes: int) -> tuple[int, int] | None:
     """The largest halves of a half that fit, of sampling and of the update, which do not have their peaks at the same time."""
     most = microbatch(config.sampling), microbatch(config.optim)
-    whole, single = (_sizes(_with_microbatches(config, *sizes)) for sizes in (most, (1, 1)))
+    whole, single = (sizes_for(_with_microbatches(config, *sizes)) for sizes in (most, (1, 1)))
 
     def peaks(sampling: int, update: int) -> dict[str, float]:
         at = replace(
@@ -270,8 +271,8 @@ def _halves(number: int) -> Iterable[int]:
 # --- operations -------------------------------------------------------------------------------------------------------
 
 
-def _operations(config: Config, plan: Plan, found: Sizes) -> Mapping[str, float]:
-    """Of an iteration over all processes."""
+def flops_by_stage(config: Config, plan: Plan, found: Sizes) -> Mapping[str, float]:
+    """FLOPs of an iteration by stage, over all processes."""
     cost = prompt_cost(config, plan) * config.prompts.per_iteration
     rows = cost.trained_steps * (2 if trains_transitions(config) and config.sampling.in_pairs else 1)
     return {

@@ -98,6 +98,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
         check(config)
     with lost_in_words(lambda: _how_to_go_on(folder)):
         ranks = Ranks()
+        config = settled(config, ranks)
     warn = Console(config.iterations, enabled=ranks.is_main).warn
     with lost_in_words(lambda: _how_to_go_on(folder)), checkpoints.writing_to(folder, ranks):
         state = checkpoints.newest(folder, ranks, warn)
@@ -305,6 +306,8 @@ class Run:
 
     def _train(self, console: Console, start: float, stop: Stop, fresh: bool) -> None:
         console.say(self._what_runs())
+        if self.ranks.zero is not None and self.ranks.zero.stage:
+            console.say(self.ranks.zero.in_words(self.ranks.world))
         if fresh:
             console.say(f"evaluating the model as it is, on {len(self.held_out.test)} pictures")
             self._evaluate("before", "reference", console)

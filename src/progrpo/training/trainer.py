@@ -35,6 +35,7 @@ from progrpo.training.memory import halved, is_out_of_memory
 from progrpo.training.pictures import group_diversity
 from progrpo.training.update import learn_from, update
 from progrpo.training.watch import SelfChecks
+from progrpo.training.zero import PartitionedAdamW
 from progrpo.types import Cost, Prompt, Rollout
 
 EMA = "ema"
@@ -106,7 +107,7 @@ class Trainer:
         self.plan, self.how, self.judge = resolve_plan(config), previewing(config), PlanJudge(config)
         self.select = SELECTORS[config.plan.selector]
         self.objective = objective_from(config, policy)
-        self.optimizer = optimizer_from(config.optim, policy.trainable.values())
+        self.optimizer = optimizer_from(config.optim, policy.trainable.values(), ranks.zero)
         self.iteration, self.totals = 0, Totals()
         for name in (*([EMA] if config.optim.ema_decay > 0 else []), *self.objective.averages):
             policy.named_weights.snapshot(name)
@@ -358,6 +359,10 @@ class Trainer:
 
     def _moments(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """An optimizer's saved state with what belongs to weights that are shared out shared out alike."""
+        if isinstance(
+            self.optimizer, PartitionedAdamW
+        ):  # takes its part of each itself, and the whole is never on the device
+            return dict(saved)
         parameters = list(self.policy.trainable.values())
         state = {
             i: {

@@ -1,0 +1,356 @@
+"""How an iteration's time falls with the number of processes, on paper, from the seconds of its parts and the bytes of its messages.
+
+    python benchmarks/scaling.py [--recipes sd35m-pickscore flux-pickscore] [--plans none posthoc standard flash]
+                                 [--gpu h100 --share-of-peak 0.35 --least-ms 20] [--processes 1 2 4 ... 1024]
+                                 [--per-node 8 --inside-gbs 450 --between-gbs 50 --latency-us 20] [--json]
+    python benchmarks/scaling.py --recipes quickstart --measure [--check]
+
+Strong scaling: the iteration stays the same, prompts and all. Of each number of processes the fullest one counts: prompts are dealt
+whole, or members of groups where that is shorter (`prompts.split_groups`; for objectives that allow it), rows of a network call are filled up and items
+are cut in equal parts as the engine does it. Seconds of a call are the model's own FLOPs at a share of the card's peak, which is an
+assumption, and no less than `--least-ms`, what launching its kernels takes. With `--measure` they are measured here, for each number of rows.
+
+Messages: the sum of gradients of each update in float32 (a ring in a machine and one between machines, so twice the bytes over
+each, and a latency for each doubling); what is gathered as objects reaches every process: scores at prune points, survivors that move,
+rewards, metrics. Their number and size are counted on one iteration of the built-in model, by the trainer's own calls. Not in it: audits, evaluations,
+checkpoints, waiting for a slower machine, and overlap of any of it with computing.
+
+`--check` runs the same iterations in one and in two processes of one thread each and compares with what is promised for two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import pickle
+import statistics
+import subprocess
+import tempfile
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from iteration import Bare
+from iteration import seconds as timed
+
+from progrpo.config import Config, PlanConfig, microbatch, resolve_plan, trained_items, trained_steps
+from progrpo.policies.load import quiet
+from progrpo.recipes import load_recipe
+from progrpo.rollout.plan import Plan
+from progrpo.training.build import policy_from, scorer_from, settled, train_order
+from progrpo.training.distributed import Ranks
+from progrpo.training.estimate import GPUS, flops_by_stage, sizes_for
+from progrpo.training.trainer import Trainer
+
+PROCESSES = [2**i for i in range(11)]
+_ITERATIONS = 4
+
+
+@dataclass(frozen=True)
+class Units:
+    """Seconds on one process: of a network call and of a forward and backward pass by rows, and of a picture decoded and scored."""
+
+    call: Callable[[int], float]
+    train: Callable[[int], float]
+    picture: float
+
+
+@dataclass(frozen=True)
+class Messages:
+    """Of one process in an iteration: collectives of numbers, gathers of objects, bytes of these as `fixed + rows * per_row`, where rows are those
+    that it finishes; and seconds to unpickle one process' objects."""
+
+    sums: int
+    gathers: int
+    fixed: float
+    per_row: float
+    unpickling: float
+
+
+@dataclass(frozen=True)
+class Network:
+    """GB a second that a process sends, within a machine and between machines; seconds until a message arrives."""
+
+    per_node: int
+    inside: float
+    between: float
+    latency: float
+
+    def sum(self, size: float, processes: int) -> float:
+        """A ring within each machine and one between machines."""
+        if processes == 1:
+            return 0.0
+        inside = 2 * size / (self.inside * 1e9)
+        between = 2 * size / (self.between * 1e9) if processes > self.per_node else 0.0
+        return inside + between + self._hops(processes)
+
+    def gather(self, size: float, processes: int) -> float:
+        """So many bytes of each, to all; their lengths go before."""
+        if processes == 1:
+            return 0.0
+        slowest = self.between if processes > self.per_node else self.inside
+        return size * processes / (slowest * 1e9) + 2 * self._hops(processes)
+
+    def _hops(self, processes: int) -> float:
+        return 2 * math.ceil(math.log2(processes)) * self.latency
+
+
+def seconds(
+    config: Config, processes: int, split: bool, units: Units, trained: int, latent: int, told: Messages, net: Network
+) -> dict[str, float]:
+    """Of an iteration by part, on the process that has most to do."""
+    plan, prompts, world = resolve_plan(config), config.prompts.per_iteration, processes
+
+    def own(members: int) -> int:
+        return -(-prompts * members // world) if split else -(-prompts // world) * members
+
+    called, learnt, updates = microbatch(config.sampling), microbatch(config.optim), config.optim.updates_per_rollout
+    pair = 2 if config.sampling.in_pairs else 1
+    steps = config.sampling.num_inference_steps
+    sample = sum(filled(own(plan.living_at(step)), called, pair, units.call) for step in range(steps))
+    pictures = sum(own(plan.living_at(point.step)) for point in plan.active_points()) + own(plan.finalists)
+    items = -(-own(plan.survivors) * trained_items(config) // updates)
+    parts = -(-items // learnt)
+    update = updates * parts * units.train(-(-items // parts))
+    moving = moved(config, plan, world, latent, net) if split and world > 1 else 0.0
+    collectives = updates * net.sum(4 * trained, world) + told.sums * net.sum(8, world)
+    rows = own(plan.finalists)
+    objects = net.gather(told.fixed + rows * told.per_row, world) + (told.gathers - 1) * net.gather(0, world)
+    unpickling = told.unpickling * world if world > 1 else 0.0
+    found = {"sample": sample, "pictures": pictures * units.picture, "update": update, "gradients": collectives}
+    return found | {"objects": objects + unpickling, "survivors that move": moving}
+
+
+def filled(rows: int, size: int, pair: int, call: Callable[[int], float]) -> float:
+    """Microbatches of one shape, the last one filled up."""
+    shape = min(rows, size)
+    return -(-rows // shape) * call(shape * pair)
+
+
+def moved(config: Config, plan: Plan, world: int, latent: int, net: Network) -> float:
+    """Seconds of `rollout.spread.shared_out`, where survivors are as if drawn by lot: every process hears of every parcel."""
+    draw, total = torch.Generator().manual_seed(0), 0.0
+    bytes_each = torch.finfo(getattr(torch, config.sampling.latent_dtype)).bits // 8
+    for point in plan.active_points():
+        before = config.prompts.per_iteration * plan.living_at(point.step)
+        after = config.prompts.per_iteration * point.keep
+        owner = torch.arange(before)[torch.randperm(before, generator=draw)[:after]] % world
+        counts = torch.bincount(owner, minlength=world)
+        most = int((counts - after // world).clamp(min=0).max())
+        path = sum(step < point.step + 1 for step in trained_steps(config, 0)) + 1
+        total += net.gather(most * path * latent * bytes_each, world)
+    return total
+
+
+# --- where the numbers come from ------------------------------------------------------------------------------------
+
+
+def on_paper(config: Config, gpu: str, share: float, least: float) -> tuple[Units, int, int]:
+    """Units, trained parameters and numbers of a latent, from the model's own code."""
+    found, rate = sizes_for(config), GPUS[gpu].peak * 1e12 * share
+    plan = resolve_plan(config)
+    per_item = flops_by_stage(config, plan, found)["update"] / (
+        config.prompts.per_iteration * plan.survivors * trained_items(config)
+    )
+    units = Units(
+        call=lambda rows: max(least, rows * found.call_flops / rate),
+        train=lambda rows: max(3 * least, rows * per_item / rate),
+        picture=found.decode_flops / rate,
+    )
+    return units, found.trained, found.latent
+
+
+def measured_here(config: Config) -> tuple[Units, int, int]:
+    """The same, timed on this device for 1, 2, 4 ... rows, between which it goes straight."""
+    ranks = Ranks()
+    policy = policy_from(config.model, config.seed, ranks)
+    order, reward = train_order(config.prompts, config.seed), scorer_from(config.reward.terms, config.reward.frames)
+    bare = Bare(policy, reward, config, order.prompts_for(0, config.prompts.per_iteration))
+    pair = 2 if config.sampling.in_pairs else 1
+    unit = bare.measure()
+    call = by_rows(bare._sample, microbatch(config.sampling))
+    train = by_rows(bare._train, microbatch(config.optim))
+    latent = math.prod(policy.latent_shape)
+    trained = sum(p.numel() for p in policy.trainable.values())
+    return Units(lambda rows: call(rows / pair), train, unit["decode"] + unit["reward"]), trained, latent
+
+
+def by_rows(work: Callable[[int], object], most: int) -> Callable[[float], float]:
+    """Seconds by rows."""
+    sizes = sorted({*(2**i for i in range(most.bit_length())), most})
+    found = [timed(lambda size=size: work(size)) for size in sizes]  # type: ignore[misc]
+
+    def at(rows: float) -> float:
+        i = min(max(bisect_left(sizes, rows), 1), len(sizes) - 1) if len(sizes) > 1 else 0
+        if not i:
+            return found[0]
+        low, high = sizes[i - 1], sizes[i]
+        return found[i - 1] + (found[i] - found[i - 1]) * (rows - low) / (high - low)
+
+    return at
+
+
+class Counted(Ranks):
+    """One process that notes what it would tell the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums, self.parcels = 0, list[bytes]()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        self.sums += 1
+        return super().sum(values)
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        self.parcels.append(pickle.dumps(items))
+        return super().gather(items)
+
+
+def counted(config: Config, split: bool) -> Messages:
+    """On the built-in model, by the same plan and objective, with one prompt and with two."""
+    small = replace(
+        config,
+        model=replace(load_recipe("smoke").model),
+        reward=load_recipe("smoke").reward,
+        sampling=replace(config.sampling, guidance_scale=1.0, embedded_guidance=False, microbatch=48),
+        audit=replace(config.audit, every=0),
+        optim=replace(config.optim, microbatch=48),
+    )
+    told: list[Counted] = []
+    for prompts in (1, 2):
+        ranks = Counted()
+        wanted = replace(small.prompts, source="shapes", per_iteration=prompts, split_groups=split)
+        its = replace(small, prompts=wanted)
+        order, reward = train_order(wanted, 0), scorer_from(its.reward.terms, its.reward.frames)
+        trainer = Trainer(its, policy_from(its.model, 0, ranks), reward, order, ranks)
+        trainer.step()
+        ranks.sums, ranks.parcels = 0, []  # the first iteration has checks of its own
+        trainer.step()
+        told.append(ranks)
+    one, two = (sum(map(len, ranks.parcels)) for ranks in told)
+    rows = resolve_plan(small).finalists
+    per_row = max(0, two - one) / rows
+
+    def unpickle() -> None:
+        for parcel in told[0].parcels:
+            pickle.loads(parcel)
+
+    return Messages(told[0].sums, len(told[0].parcels), one - rows * per_row, per_row, timed(unpickle))
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def table(config: Config, wanted: argparse.Namespace, processes: list[int]) -> dict[int, dict[str, Any]]:
+    if wanted.measure:
+        units, trained, latent = measured_here(config)
+    else:
+        units, trained, latent = on_paper(config, wanted.gpu, wanted.share_of_peak, wanted.least_ms / 1000)
+    net = Network(wanted.per_node, wanted.inside_gbs, wanted.between_gbs, wanted.latency_us / 1e6)
+    may_split = config.objective.name == "grpo"
+    told = {split: counted(config, split) for split in ({False, may_split} if max(processes) > 1 else {False})}
+    found: dict[int, dict[str, Any]] = {}
+    for world in processes:
+        ways = {
+            split: seconds(config, world, split, units, trained, latent, told[split], net)
+            for split in told
+            if split or world <= config.prompts.per_iteration
+        }
+        if not ways:
+            break
+        split = min(ways, key=lambda way: sum(ways[way].values()))
+        parts, total = ways[split], sum(ways[split].values())
+        found[world] = {"seconds": total, "groups split": split, **parts}
+        found[world]["efficiency"] = found[processes[0]]["seconds"] * processes[0] / (total * world)
+    return found
+
+
+def check(config: Config, wanted: argparse.Namespace) -> dict[str, float]:
+    """Iterations a second of two processes over those of one, each of one thread, beside what is promised."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    promised = table(config, wanted, [1, 2])
+    rounds = []
+    for _ in range(3):
+        one, two = (run(wanted.recipes[0], config, count) for count in (1, 2))
+        rounds.append(one / two)
+    return {
+        "promised": promised[1]["seconds"] / promised[2]["seconds"],
+        "measured": statistics.median(rounds),
+        "least": min(rounds),
+        "most": max(rounds),
+    }
+
+
+def run(recipe: str, config: Config, processes: int) -> float:
+    """Median seconds of an iteration of a real run, the first left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        launch = ["torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", "progrpo"]
+        short = {
+            "iterations": _ITERATIONS + 1,
+            "audit.every": 0,
+            "eval.pictures": 12,
+            "model.dtype": config.model.dtype,
+        }
+        options = [f"--{name}={value}" for name, value in short.items()]
+        subprocess.run(
+            [*launch, "train", recipe, *options, "--out", folder, "--overwrite"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=True,
+            capture_output=True,
+        )
+        records = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(r["seconds"] for r in records if r.get("iteration", 0) > 0 and "seconds" in r)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=["sd35m-pickscore", "flux-pickscore"])
+    parser.add_argument("--plans", nargs="+", default=["none", "posthoc", "standard", "flash"])
+    parser.add_argument("--processes", type=int, nargs="+", default=PROCESSES)
+    parser.add_argument("--gpu", default="h100", choices=list(GPUS))
+    parser.add_argument("--share-of-peak", type=float, default=0.35)
+    parser.add_argument("--least-ms", type=float, default=20.0)
+    parser.add_argument("--per-node", type=int, default=8)
+    parser.add_argument("--inside-gbs", type=float, default=450.0)
+    parser.add_argument("--between-gbs", type=float, default=50.0)
+    parser.add_argument("--latency-us", type=float, default=20.0)
+    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    wanted = parser.parse_args()
+    quiet()
+    found: dict[str, dict[str, Any]] = {}
+    for recipe in wanted.recipes:
+        config = settled(load_recipe(recipe), Ranks())
+        if wanted.check:
+            found[recipe] = check(config, wanted)
+            continue
+        for plan in wanted.plans:
+            chosen = config if plan == "recipe" else replace(config, plan=PlanConfig(preset=plan))
+            found.setdefault(recipe, {})[plan] = table(chosen, wanted, wanted.processes)
+    if wanted.json:
+        print(json.dumps({**vars(wanted), "found": found}, indent=1))
+        return
+    for recipe, result in found.items():
+        if wanted.check:
+            print(
+                f"{recipe}: two processes {result['measured']:.2f} times as fast ({result['least']:.2f} to {result['most']:.2f}), promised {result['promised']:.2f}"
+            )
+            continue
+        for plan, by_world in result.items():
+            for world, r in by_world.items():
+                told = r["gradients"] + r["objects"] + r["survivors that move"]
+                split = ", groups split" if r["groups split"] else ""
+                print(
+                    f"{recipe} {plan} {world:5d}: {r['seconds']:9.2f} s, efficiency {r['efficiency']:.0%}, messages {told / r['seconds']:.1%}{split}"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""ZeRO by DeepSpeed: the optimizer's state is shared out among processes, and kept in the CPU's memory where that is asked for.
+
+accelerate's launcher says in its environment what it wants of DeepSpeed; it is read here, and what has no equal is refused. DeepSpeed then
+makes the optimizer's step, and nothing else. Gradients add up whole in each process and are summed and clipped as in every run, so that
+processes may go through different numbers of microbatches, or none: DeepSpeed's own stage 2 reduces in each backward pass, and would wait
+for those who have no more of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DeepSpeedPlugin
+from torch import nn
+from torch.optim import AdamW
+
+from progrpo.config import Config
+from progrpo.words import named, quoted
+
+_AVERAGES = ("exp_avg", "exp_avg_sq")
+_INSTEAD = {
+    "optimizer": "give optim.lr and the other fields of optim instead",
+    "scheduler": "give optim.warmup and optim.decay instead",
+    "train_batch_size": "make it auto: it follows from prompts.per_iteration and the plan",
+    "train_micro_batch_size_per_gpu": "make it auto and give optim.microbatch",
+    "gradient_accumulation_steps": "make it 1 or auto: it follows from optim.microbatch, anew in each step",
+}
+"""Sections of DeepSpeed's configuration that say what ours says."""
+_SAY_NOTHING = {
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+}
+_READ = {"zero_optimization", "gradient_clipping", "bf16", "fp16"}
+_BUCKETS = {"allgather_bucket_size", "reduce_bucket_size"}
+_OF_SPEED = _BUCKETS | {
+    "allgather_partitions",
+    "contiguous_gradients",
+    "overlap_comm",
+    "reduce_scatter",
+    "round_robin_gradients",
+    "sub_group_size",
+}
+"""Settings that change when something is sent, and not what. Those of backward passes have nothing to act on."""
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What is asked of DeepSpeed. Stage 0 is plain data parallelism, without DeepSpeed."""
+
+    stage: int
+    offload: bool = False
+    pin_memory: bool = False
+    buckets: Mapping[str, int] | None = None
+    dtype: Literal["bfloat16"] | None = None
+    """What mixed precision it asks for, by the name that `model.dtype` has for it."""
+    max_grad_norm: float | None = None
+
+    def in_words(self, processes: int) -> str:
+        place = " on the CPU" if self.offload else ""
+        whole = "; gradients stay whole in each until the step, also in stage 2" if self.stage == 2 else ""
+        return f"DeepSpeed: the optimizer's state is shared out among {processes} processes{place}{whole}"
+
+
+def asked() -> Zero | None:
+    """What accelerate's launcher asks of DeepSpeed; None where it does not. ValueError for what has no equal here."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() not in ("1", "true", "yes", "on", "y", "t"):
+        return None
+    try:
+        config = DeepSpeedPlugin().deepspeed_config
+        zero = dict(config["zero_optimization"])
+        offload = {where: dict(zero.pop(f"offload_{where}", None) or {}) for where in ("optimizer", "param")}
+        stage, clip = int(zero["stage"]), _number(config.get("gradient_clipping", "auto"))
+        buckets = {name: int(size) for name in _BUCKETS if (size := _number(zero.get(name, "auto"))) is not None}
+        enabled = {name: str(dict(config.get(name, {})).get("enabled")).lower() == "true" for name in ("fp16", "bf16")}
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, OverflowError, NotImplementedError) as error:
+        raise _refused(
+            f"what cannot be read ({named(' '.join(str(error).split()))})", "mend its deepspeed_config"
+        ) from error
+    for name, value in config.items():
+        if name in _INSTEAD and value != "auto" and (name, value) != ("gradient_accumulation_steps", 1):
+            raise _refused(name if isinstance(value, dict) else f"{name} {quoted(value)}", _INSTEAD[name])
+        if name not in {*_INSTEAD, *_SAY_NOTHING, *_READ}:
+            raise _refused(f"{named(name)}, which has no equal here", "leave it out")
+    for name in zero.keys() - {"stage", *_OF_SPEED}:
+        if not name.startswith("stage3_"):
+            raise _refused(f"zero_optimization.{named(name)}, which has no equal here", "leave it out")
+    for name, size in buckets.items():
+        if size <= 0 or size % 2:
+            raise _refused(f"zero_optimization.{name} {size}", "make it auto, or a positive and even number")
+    if not 0 <= stage <= 2:
+        raise _refused(f"stage {stage}", "take 1 or 2, or share the model out by --model.shard and without DeepSpeed")
+    if (device := str(offload["param"].get("device") or "none")) != "none":
+        raise _refused(f"parameters to offload to {device}", "make that none; --model.offload keeps parts on the CPU")
+    if (device := str(offload["optimizer"].get("device") or "none")) not in ("none", "cpu"):
+        raise _refused(f"the optimizer to offload to {device}", "make that cpu or none")
+    if device == "cpu" and stage == 0:
+        raise _refused("the optimizer to offload in stage 0", "take stage 1")
+    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if mixed not in ("no", "bf16") or enabled["fp16"]:
+        raise _refused("fp16" if enabled["fp16"] else named(mixed), "take bf16 or no: losses are not scaled here")
+    return Zero(
+        stage,
+        offload=device == "cpu",
+        pin_memory=bool(offload["optimizer"].get("pin_memory")),
+        buckets=buckets,
+        dtype="bfloat16" if mixed == "bf16" or enabled["bf16"] else None,
+        max_grad_norm=clip,
+    )
+
+
+def _number(value: object) -> float | None:
+    return None if value == "auto" else float(str(value))
+
+
+def agreed(config: Config, zero: Zero) -> Config:
+    """The configuration, with the dtype that is asked for in place of auto; ValueError where it contradicts what is asked for."""
+    model, optim = config.model, config.optim
+    if zero.dtype is not None and model.dtype == "auto":
+        config = replace(config, model=replace(model, dtype=zero.dtype))
+    elif zero.dtype not in (None, model.dtype):
+        raise _refused(
+            f"{zero.dtype}, and model.dtype is {model.dtype}", "give --model.dtype bfloat16, or mixed_precision no"
+        )
+    if zero.max_grad_norm not in (None, optim.max_grad_norm):
+        raise _refused(
+            f"gradient_clipping {zero.max_grad_norm:g}, and optim.max_grad_norm is {optim.max_grad_norm:g}",
+            "make it auto, or both the same",
+        )
+    if zero.stage == 0:
+        return config
+    if model.shard:
+        raise _refused("the optimizer's state to share out, as model.shard does", "take one of the two")
+    if optim.name != "adamw":
+        raise _refused(f"the state of optim.name {optim.name}, which has no parts", "give --optim.name adamw")
+    if find_spec("deepspeed") is None:
+        raise ValueError(
+            "accelerate launch asks for DeepSpeed, which is not installed: pip install 'progrpo[deepspeed]'"
+        )
+    return config
+
+
+def _refused(what: str, instead: str) -> ValueError:
+    return ValueError(f"accelerate launch gives DeepSpeed {what}; {instead}")
+
+
+class PartitionedAdamW(AdamW):
+    """AdamW of whole parameters in float32 and their whole gradients, alike in all processes; each has its part of the averages.
+
+    A step changes the parameters in all. Its state is saved and loaded as AdamW's own is, whole, so that any number of processes with
+    or without DeepSpeed goes on from it.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        zero: Zero,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+    ) -> None:
+        import deepspeed
+
+        if not hasattr(deepspeed.DeepSpeedEngine, "coalesce_grad_reduction"):
+            raise ValueError(
+                "accelerate launch asks for DeepSpeed, which is too old: pip install --upgrade 'progrpo[deepspeed]'"
+            )
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        whole = list(parameters)
+        super().__init__(whole, lr=lr, betas=betas, weight_decay=weight_decay)
+        # torch's own on the CPU, too: fused it is made for vectors, and nothing has to be compiled
+        parts = AdamW(whole, lr=lr, betas=betas, weight_decay=weight_decay, fused=zero.offload or None)
+        self._engine, self._zero, *_ = deepspeed.initialize(
+            model=nn.ParameterList(whole), optimizer=parts, config=_deepspeed_config(zero, whole)
+        )
+        self._parts = parts
+        self._make_state()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for own, parts in zip(self.param_groups, self._parts.param_groups, strict=True):
+            parts.update({name: own[name] for name in ("lr", "betas", "eps", "weight_decay")})
+        with self._engine.coalesce_grad_reduction():
+            pass  # gradients are there and alike in all: at its end each gets their mean, of its part
+        self._zero.step()
+
+    def _make_state(self) -> None:
+        """Now and not in the first step, so that it can be loaded; by a step that changes nothing."""
+        (group,) = self.param_groups
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+        lr, group["lr"] = group["lr"], 0.0
+        self.step()
+        self.zero_grad(set_to_none=True)
+        group["lr"] = lr
+        self._set_steps(torch.tensor(0.0))
+
+    def _set_steps(self, steps: torch.Tensor) -> None:
+        for state in self._parts.state.values():
+            state["step"].copy_(steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """On the CPU of the main process; the others, which must ask for it as well, get none of the averages."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        (steps,) = {float(state["step"]) for state in self._parts.state.values()}
+        (group,) = self.param_groups
+        state: dict[int, dict[str, Any]] = {}
+        for i, parameter in enumerate(group["params"]):
+            found = {name: safe_get_full_optimizer_state(parameter, name) for name in _AVERAGES}
+            if dist.get_rank() == 0:
+                state[i] = {"step": torch.tensor(steps), **{name: average.cpu() for name, average in found.items()}}
+        return {**super().state_dict(), "state": state}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """AdamW's state, whole, from which each takes its part. The parameters must have been loaded before."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        super().load_state_dict({**state_dict, "state": {}})
+        saved = state_dict["state"]
+        (group,) = self.param_groups
+        for i, parameter in enumerate(group["params"]):
+            safe_set_full_fp32_param(parameter, parameter.detach())
+            for name in _AVERAGES:  # a weight that no gradient came to has none
+                average = saved[i][name] if i in saved else torch.zeros(parameter.shape)
+                safe_set_full_optimizer_state(parameter, average, name)
+        self._set_steps(max((found["step"] for found in saved.values()), default=torch.tensor(0.0)))
+
+
+def _deepspeed_config(zero: Zero, parameters: list[nn.Parameter]) -> dict[str, Any]:
+    """All that would act in backward passes is off, and so are its clip, 1 unless told, and its own AdamW for the CPU."""
+    buckets = {"reduce_bucket_size": 500_000_000, **(zero.buckets or {})}
+    buckets["reduce_bucket_size"] = min(buckets["reduce_bucket_size"], sum(p.numel() for p in parameters))
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": zero.pin_memory}} if zero.offload else {}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": 1,
+            "overlap_comm": False,
+            "contiguous_gradients": False,
+            **buckets,
+            **offload,
+        },
+    }
