@@ -166,7 +166,7 @@ def test_the_global_generators_change_nothing(config, straight, tmp_path, monkey
 
 def test_other_versions_are_said_and_go_on(straight, tmp_path, monkeypatch, capsys):
     shutil.copytree(straight, tmp_path / "run")
-    monkeypatch.setattr(checkpoints, "versions", lambda: {"torch": "9.9"})
+    monkeypatch.setattr(checkpoints, "versions", lambda config: {"torch": "9.9"})
     resume_run(tmp_path / "run")
     said = f"torch {torch.__version__.partition('+')[0]}"
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
