@@ -101,6 +101,7 @@ def test_it_shares_its_teachers_autoencoder(taught: Path) -> None:
     assert vae.config.shift_factor is None
 
 
+@pytest.mark.slow
 def test_its_training_goes_on_where_it_stopped(taught: Path) -> None:
     lines: list[str] = []
     teacher, state = taught.parent / "shapes-flow", taught.parent.parent / "taught"
@@ -154,11 +155,13 @@ def distilled(exported: Path) -> Path:
     return weights / "shapes-tiny"
 
 
+@pytest.mark.slow
 def test_the_tiny_decoder_loads_with_no_further_argument(distilled: Path) -> None:
     tiny = AutoencoderTiny.from_pretrained(distilled)
     assert tiny.decode(torch.zeros(1, 8, 16, 16)).sample.shape == (1, 3, 64, 64)
 
 
+@pytest.mark.slow
 def test_its_figures_stand_beside_it(distilled: Path) -> None:
     found = json.loads((distilled / "figures.json").read_text())
     assert found["milliseconds_a_picture"].keys() == {"full", "tiny", "full, bfloat16", "tiny, bfloat16"}
