@@ -27,6 +27,7 @@ import os
 import pickle
 import statistics
 import subprocess
+import sys
 import tempfile
 from bisect import bisect_left
 from collections.abc import Callable
@@ -290,7 +291,16 @@ def check(config: Config, wanted: argparse.Namespace) -> dict[str, float]:
 def run(recipe: str, config: Config, processes: int) -> float:
     """Median seconds of an iteration of a real run, the first left out."""
     with tempfile.TemporaryDirectory() as folder:
-        launch = ["torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", "progrpo"]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            "-m",
+            "progrpo",
+        ]
         short = {
             "iterations": _ITERATIONS + 1,
             "audit.every": 0,
