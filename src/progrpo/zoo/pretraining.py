@@ -1,15 +1,42 @@
-"""One stage of pretraining: a loss, an optimizer and an average of the weights, stopped and resumed at any step."""
+"""How a built-in model is made: where its making begins, a stage of training that stops and resumes at any step, and what is left of it."""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline, ModelMixin
 
-from progrpo.durable import whole_folder
+from progrpo.durable import whole_folder, write_text
 from progrpo.storage import load_state, save_state
+
+
+def begun(out: Path, seed: int, device: str) -> torch.device:
+    """The folder is made and torch's generator seeded; `auto` is a GPU where there is one."""
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def delivered(
+    model: DiffusionPipeline | ModelMixin,
+    name: str,
+    figures: Mapping[str, Any],
+    out: Path,
+    export: Path | None,
+    log: Callable[[str], None],
+) -> None:
+    """Its figures are said and written to `out`; with `export` the model's folder is written there by `name`, and they beside it."""
+    measured = json.dumps(figures, indent=1)
+    write_text(out / "figures.json", measured)
+    log(measured)
+    if export:
+        model.save_pretrained(export / name)
+        write_text(export / name / "figures.json", measured)
 
 
 class Ema:

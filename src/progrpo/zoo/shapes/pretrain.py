@@ -6,7 +6,6 @@ encoders, and the judge. Every picture is drawn here; no data is downloaded.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -21,9 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from progrpo.durable import write_text
 from progrpo.types import Prompt
-from progrpo.zoo.pretraining import train_stage
+from progrpo.zoo.pretraining import begun, delivered, train_stage
 from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.judge import Judge, judge_loss, save_judge
 from progrpo.zoo.shapes.models import (
@@ -293,9 +291,7 @@ def pretrain(
     `device` auto is a GPU where there is one. With `start`, an exported `shapes-flow` folder, its autoencoder stays and
     its text encoders and denoiser are trained further.
     """
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
+    place = begun(out, seed, device)
     text, transformer = TextStack(), build_transformer()
     vae = load_parts(start, text, transformer).to(place) if start else train_vae(out, budget, seed, place, log)
     z, prompts = cache_latents(vae, out, budget.pictures, seed, log)
@@ -308,11 +304,7 @@ def pretrain(
         "28 steps, guidance 7, 256 T5 tokens": {**_DEFAULTS, "pictures": budget.test_pictures // 2},
     }
     found = figures(pipeline, budget.test_pictures, ways, max_sequence_length=min(LENGTHS))
-    measured = json.dumps(found, indent=1)
-    write_text(out / "figures.json", measured)
-    log(measured)
+    delivered(pipeline, "shapes-flow", found, out, export, log)
     if export:
-        pipeline.save_pretrained(export / "shapes-flow")
-        write_text(export / "shapes-flow" / "figures.json", measured)
         save_judge(judge, export / "shapes-judge")
     return pipeline

@@ -8,7 +8,6 @@ model gets far in half an hour of a laptop.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel
 
-from progrpo.durable import write_text
 from progrpo.types import Prompt
-from progrpo.zoo.pretraining import train_stage
+from progrpo.zoo.pretraining import begun, delivered, train_stage
 from progrpo.zoo.shapes.models import CLIP_LENGTH, assemble_diffusion, build_unet, noise_scheduler
 from progrpo.zoo.shapes.pretrain import DROP_TEXT, Log, cache_latents, compiled, figures, measure
 
@@ -211,9 +209,7 @@ def pretrain_diffusion(
 
     `teacher` is the folder of `shapes-flow`. `device` auto is a GPU where there is one.
     """
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
+    place = begun(out, seed, device)
     flow, unet = StableDiffusion3Pipeline.from_pretrained(teacher), build_unet()
     clip = begin_text_encoder(flow)
     z, prompts = cache_latents(flow.vae.to(place), out, budget.pictures, seed, log)
@@ -222,10 +218,5 @@ def pretrain_diffusion(
     log("measuring the finished model on test prompts")
     defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "pictures": budget.test_pictures // 2}
     found = figures(pipeline, budget.test_pictures, {"50 steps, guidance 7.5": defaults})
-    measured = json.dumps(found, indent=1)
-    write_text(out / "figures.json", measured)
-    log(measured)
-    if export:
-        pipeline.save_pretrained(export / "shapes-diffusion")
-        write_text(export / "shapes-diffusion" / "figures.json", measured)
+    delivered(pipeline, "shapes-diffusion", found, out, export, log)
     return pipeline

@@ -7,7 +7,6 @@ of `shapes-flow` from its first, blurry ones to its finals.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -22,10 +21,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from progrpo.durable import write_text
 from progrpo.tracking.statistics import spearman
 from progrpo.types import Prompt
-from progrpo.zoo.pretraining import train_stage
+from progrpo.zoo.pretraining import begun, delivered, train_stage
 from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.models import LATENT, to_pictures, to_tensor
 from progrpo.zoo.shapes.pretrain import Log
@@ -249,9 +247,7 @@ def pretrain_tiny(
 
     `teacher` is the folder of `shapes-flow`. `device` auto is a GPU where there is one.
     """
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
+    place = begun(out, seed, device)
     flow, tiny = StableDiffusion3Pipeline.from_pretrained(teacher).to(place), build_tiny_decoder()
     flow.vae.to(memory_format=torch.channels_last)
     z, pictures = cache_pairs(flow, out, budget, seed, log)
@@ -259,12 +255,8 @@ def pretrain_tiny(
     unseen = projections(flow, validation, torch.Generator().manual_seed(1)).flatten(0, 1)
     train_decoder(tiny, z, pictures, (unseen, decoded(flow.vae, unseen)), out, budget, seed, place, log)
     log("measuring the finished decoder on test prompts")
-    measured = json.dumps(tiny_figures(tiny, flow, budget), indent=1)
-    write_text(out / "figures.json", measured)
-    log(measured)
-    if export:
-        factors = flow.vae.config  # so that it decodes what a denoiser says
-        tiny.register_to_config(scaling_factor=factors.scaling_factor, shift_factor=factors.shift_factor)
-        tiny.save_pretrained(export / "shapes-tiny")
-        write_text(export / "shapes-tiny" / "figures.json", measured)
+    found, factors = tiny_figures(tiny, flow, budget), flow.vae.config
+    # so that it decodes what a denoiser says
+    tiny.register_to_config(scaling_factor=factors.scaling_factor, shift_factor=factors.shift_factor)
+    delivered(tiny, "shapes-tiny", found, out, export, log)
     return tiny
