@@ -32,7 +32,7 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -49,17 +49,17 @@ from progrpo.config import (
     RewardTerm,
     SamplingConfig,
     microbatch,
-    trains_transitions,
 )
 from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.load import POLICIES, policy_from_pipeline, quiet
-from progrpo.policies.sizes import Sizes, sizes, without_weights
+from progrpo.policies.sizes import without_weights
 from progrpo.rewards.base import Scorer
 from progrpo.rollout.plan import UnitCosts
+from progrpo.rollout.preview import DECODED
 from progrpo.rollout.probe import Probe
 from progrpo.training.build import model_settings, policy_from, scorer_from, settled, tiny_decoder, train_order
 from progrpo.training.distributed import Ranks
-from progrpo.training.estimate import GPUS
+from progrpo.training.estimate import GPUS, flops_by_stage, sizes_for
 from progrpo.training.measure import measured
 from progrpo.training.trainer import Trainer
 from progrpo.types import Cost, Prompt
@@ -73,7 +73,6 @@ FURTHER_PASSES = {"grpo": 0, "dgpo": 2, "nft": 2, "awm": 2}
 SIDE = 8192 if torch.cuda.is_available() else 2048
 _PRODUCTS = 8 if torch.cuda.is_available() else 1
 _REPEATS = 3
-_DECODED = 32  # as the rollout decodes
 
 
 def config_for(model: str, plan: str, wanted: argparse.Namespace) -> Config:
@@ -166,9 +165,9 @@ class Bare:
 
     def measure(self) -> dict[str, float]:
         calls, items = microbatch(self.config.sampling), microbatch(self.config.optim)
-        latents = torch.randn(_DECODED, *self.policy.latent_shape).to(self.policy.device)
+        latents = torch.randn(DECODED, *self.policy.latent_shape).to(self.policy.device)
         pictures = self.policy.decode(latents).numpy()
-        groups = (torch.arange(_DECODED) % len(self.prompts)).sort().values
+        groups = (torch.arange(DECODED) % len(self.prompts)).sort().values
         asked = [self.prompts[g] for g in groups]
         probe = Probe(1)
         with self.policy.observed() as seen:
@@ -178,10 +177,10 @@ class Bare:
         works: dict[str, tuple[Callable[[], object], int]] = {
             "call": (lambda: self._sample(calls), calls * self.pair),
             "train": (lambda: self._train(items), items),
-            "decode": (lambda: self.policy.decode(latents), _DECODED),
-            "tiny": (lambda: self.policy.preview(latents), _DECODED),
+            "decode": (lambda: self.policy.decode(latents), DECODED),
+            "tiny": (lambda: self.policy.preview(latents), DECODED),
             "matmul": (self._matmul, 1),
-            "reward": (lambda: self.reward.score(pictures, asked, groups), _DECODED),
+            "reward": (lambda: self.reward.score(pictures, asked, groups), DECODED),
             "probe": (lambda: probe.score(0, features), calls),
         }
         return {name: seconds(work) / rows for name, (work, rows) in works.items()}
@@ -240,8 +239,8 @@ def measure(config: Config, iterations: int, random_weights: bool) -> dict[str, 
     prompts = order.prompts_for(0, config.prompts.per_iteration)
     config = replace(config, preview=PreviewConfig())
     config = measured(config, policy, prompts[0], ranks)
-    flops = flops_of(config, sizes(config.model.path, replace(settings, device="cpu"), 1, 1, 1))
     trainer = Trainer(config, policy, reward, order, ranks)
+    flops = flops_by_stage(config, trainer.plan, sizes_for(config))
     policy.encode(order.prompts_for(0, config.prompts.per_iteration * (iterations + 1)))
     bare, rows = Bare(policy, reward, config, prompts), []
     with peak_memory() as peak:
@@ -268,19 +267,12 @@ def measure(config: Config, iterations: int, random_weights: bool) -> dict[str, 
     }
 
 
-def flops_of(config: Config, own: Sizes) -> tuple[int, int]:
-    """Of one NFE, and of one trained item with the passes that it is compared with."""
-    paired = trains_transitions(config) and config.sampling.in_pairs
-    further = FURTHER_PASSES[config.objective.name] * own.call_flops
-    return own.call_flops, (2 if paired else 1) * own.train_flops + further
-
-
-def row(record: dict[str, Any], units: dict[str, float], flops: tuple[int, int]) -> dict[str, float]:
+def row(record: dict[str, Any], units: dict[str, float], flops: Mapping[str, float]) -> dict[str, float]:
     stages = {name: record[f"time/{name}"] for name in ("sample", "preview", "reward", "update", "other")}
     cost = Cost(**{name: record[f"rollout/{name}"] for name in asdict(Cost())})
     picture = units["decode"] + units["reward"]
     promised = UnitCosts(units["call"], picture, picture, units["train"]).seconds(cost)
-    sampled, trained = cost.nfe * flops[0] / stages["sample"], cost.trained_steps * flops[1] / stages["update"]
+    sampled, trained = flops["sampling"] / stages["sample"], flops["update"] / stages["update"]
     matmul = 2 * SIDE**3 * _PRODUCTS / units["matmul"]
     return {
         "seconds": record["seconds"],

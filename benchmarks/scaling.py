@@ -216,7 +216,7 @@ def counted(config: Config, split: bool) -> Messages:
     """On the built-in model, by the same plan and objective, with one prompt and with two."""
     small = replace(
         config,
-        model=replace(load_recipe("smoke").model),
+        model=load_recipe("smoke").model,
         reward=load_recipe("smoke").reward,
         sampling=replace(config.sampling, guidance_scale=1.0, embedded_guidance=False, microbatch=48),
         audit=replace(config.audit, every=0),

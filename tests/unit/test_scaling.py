@@ -1,4 +1,4 @@
-"""What benchmarks/scaling.py and benchmarks/iteration.py reckon, by hand, and that both commands run at real architectures' doors."""
+"""What benchmarks/scaling.py reckons, by hand; and that it and benchmarks/iteration.py with random weights run."""
 
 from __future__ import annotations
 
