@@ -235,9 +235,8 @@ def _global_std(setting: Setting) -> Outcome:
 
 def _size(setting: Setting, part: str) -> list[Any]:
     """Height and width under `train` or `eval`: those of the resolution, of which one number is a square, unless they are given themselves."""
-    told = (
-        setting.all.get(f"{part}.resolution", 1024) or 512
-    )  # where it is not said (of an evaluation), and where it is empty
+    # 1024 where it is not said (of an evaluation), 512 where it is empty
+    told = setting.all.get(f"{part}.resolution", 1024) or 512
     sides = told if isinstance(told, list) else [told]
     given = (setting.all.get(f"{part}.{side}") for side in ("height", "width"))
     return [side if own is None else own for side, own in zip((sides[0], sides[:2][-1]), given, strict=True)]

@@ -48,9 +48,8 @@ POLICIES: dict[str, type[PipelinePolicy]] = {
 def quiet() -> None:
     """No progress bars while parts are loaded, and no words from the libraries below; a command line's wish."""
     diffusers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity(
-        diffusers_logging.CRITICAL
-    )  # it logs what it then raises, which we say in a sentence
+    # it logs what it then raises, which we say in a sentence
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 

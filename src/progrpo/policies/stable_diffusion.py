@@ -119,9 +119,8 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
 
     def _added(self, condition: Condition) -> dict[str, dict[str, Tensor]]:
         pooled = condition.tensors["pooled_prompt_embeds"]
-        time_ids = pooled.new_tensor([*self._size, 0, 0, *self._size]).expand(
-            len(pooled), -1
-        )  # original size, crop, target size
+        # original size, crop, target size
+        time_ids = pooled.new_tensor([*self._size, 0, 0, *self._size]).expand(len(pooled), -1)
         return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
 
     def _unscaled(self, x0_BCHW: Tensor) -> Tensor:

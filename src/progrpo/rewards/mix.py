@@ -64,9 +64,8 @@ class Mixture:
             counts_N = torch.ones(len(prompts), dtype=torch.bool)
             values_N = torch.zeros(len(prompts), dtype=torch.float64)
             if term.needs:
-                counts_N = (
-                    parts[term.needs] >= term.at_least
-                )  # not where that one is missing, and then this is missing too
+                # not where that one is missing, and then this is missing too
+                counts_N = parts[term.needs] >= term.at_least
                 values_N[parts[term.needs].isnan()] = math.nan
             rows = counts_N.nonzero().flatten()
             scores = self._scores(term, pictures_NHWC, prompts, group_N, rows)

@@ -359,10 +359,8 @@ class Trainer:
 
     def _moments(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """An optimizer's saved state with what belongs to weights that are shared out shared out alike."""
-        if isinstance(
-            self.optimizer, PartitionedAdamW
-        ):  # takes its part of each itself, and the whole is never on the device
-            return dict(saved)
+        if isinstance(self.optimizer, PartitionedAdamW):
+            return dict(saved)  # of which it takes its part itself, so that the whole is never on the device
         parameters = list(self.policy.trainable.values())
         state = {
             i: {

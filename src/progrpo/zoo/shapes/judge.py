@@ -33,9 +33,8 @@ class Judge(nn.Module):
         def block(i: int, o: int, stride: int = 1) -> nn.Sequential:
             return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
 
-        self.body = nn.Sequential(
-            block(3, 24, 2), block(24, width, 2), *[block(width, width) for _ in range(5)]
-        )  # the last cells see 47 pixels: any object whole
+        # the last cells see 47 pixels: any object whole
+        self.body = nn.Sequential(block(3, 24, 2), block(24, width, 2), *[block(width, width) for _ in range(5)])
         self.head = nn.Conv2d(width, 3 + len(_COLOURS) + len(_SHAPES), 1)
 
     def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
