@@ -86,6 +86,7 @@ def taught(exported: Path) -> Path:
     return weights / "shapes-diffusion"
 
 
+@pytest.mark.slow
 def test_the_taught_model_loads_with_no_further_argument(taught: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(taught)
     pipeline.set_progress_bar_config(disable=True)
@@ -94,6 +95,7 @@ def test_the_taught_model_loads_with_no_further_argument(taught: Path) -> None:
     assert images.shape == (1, 64, 64, 3)
 
 
+@pytest.mark.slow
 def test_it_shares_its_teachers_autoencoder(taught: Path) -> None:
     vae = StableDiffusionPipeline.from_pretrained(taught).vae
     teachers = StableDiffusion3Pipeline.from_pretrained(taught.parent / "shapes-flow").vae.state_dict()
