@@ -86,17 +86,19 @@ def _segment(pictures_NHWC: np.ndarray) -> np.ndarray:
     n, h, w, _ = pictures_NHWC.shape
     sides = [pictures_NHWC[:, 0], pictures_NHWC[:, -1], pictures_NHWC[:, :, 0], pictures_NHWC[:, :, -1]]
     ground_N3 = np.median(np.concatenate(sides, axis=1), axis=1).astype(np.float32)
-    away = pictures_NHWC.reshape(n, h * w, 3) - ground_N3[:, None]
+    # a plane for each of red, green and blue: a loop over three numbers for every pixel would take most of the time
+    planes = [pictures_NHWC[..., i].reshape(n, h * w) - ground_N3[:, i, None] for i in range(3)]
     # no colour is nearer to a light ground than this at half coverage, so most pixels need no closer look
-    pixel = np.flatnonzero(np.einsum("nxc,nxc->nx", away, away) > _FAINT**2)
-    away = away.reshape(-1, 3)[pixel]
+    pixel = np.flatnonzero(sum(plane * plane for plane in planes) > _FAINT**2)
     picture = pixel // (h * w)
-    along_CM = np.empty((len(_COLOURS), len(pixel)), np.float32)  # |away| times the cosine to each colour's direction
-    length_CN = np.empty((len(_COLOURS), n), np.float32)
-    for c, colour in enumerate(_PALETTE_C3 * 255):
-        direction_N3 = colour - ground_N3
-        length_CN[c] = np.linalg.norm(direction_N3, axis=1) + 1e-3
-        along_CM[c] = np.einsum("mc,mc->m", away, (direction_N3 / length_CN[c][:, None])[picture])
+    away_3M = np.stack([plane.ravel()[pixel] for plane in planes])
+    palette_C3 = _PALETTE_C3 * 255
+    length_CN = np.linalg.norm(palette_C3[:, None] - ground_N3, axis=2) + np.float32(1e-3)
+    # |away| times the cosine to each colour's direction, which is the colour less the ground
+    on_ground_M = (away_3M * ground_N3.T[:, picture]).sum(0)
+    # no matrix product, whose rounding may depend on what else is scored beside a picture
+    on_palette_CM = sum(palette_C3[:, i, None] * away for i, away in enumerate(away_3M))
+    along_CM = (on_palette_CM - on_ground_M) / length_CN[:, picture]
     nearest = along_CM.argmax(0)
     cover = along_CM[nearest, np.arange(len(pixel))] / length_CN[nearest, picture]
     colour_X = np.full(n * h * w, -1, np.int8)
