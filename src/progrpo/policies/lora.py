@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import hf_hub_download
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor
 
@@ -51,10 +52,16 @@ def continue_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str) 
 
 
 def in_float32(denoiser: ModelMixin) -> None:
-    """The parameters that are trained: peft follows the base's dtype, in which small updates vanish."""
+    """The parameters that are trained: peft follows the base's dtype, in which small updates vanish.
+
+    Their layers no longer raise what comes in to float32 themselves: autocast lowers it again, to the same numbers.
+    """
     for name, parameter in denoiser.named_parameters():
         if f".{ADAPTER}." in name:
             parameter.data = parameter.data.float()
+    for module in denoiser.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def _file(source: str) -> Path:

@@ -43,6 +43,8 @@ class PipelinePolicy(ABC):
     """What a LoRA adapts if nothing else is asked, as endings of module names; `*` stands for anything."""
     vae_dtype: ClassVar[torch.dtype | None] = None
     """The autoencoder's, where it is not the rest's."""
+    plain_attention: ClassVar[type | None] = None
+    """An attention processor of matrix products for the denoiser; None where there is none for its kind."""
     edits: ClassVar[bool] = False
     no_prompt: ClassVar[str] = ""
     """The text that guidance leads away from."""
@@ -112,6 +114,8 @@ class PipelinePolicy(ABC):
                 share_out(denoiser, torch.device(settings.device), whole=())
         else:
             raise ValueError(f"model.weights: {settings.weights!r} is not known; use 'lora' or 'full'")
+        if _slow_attention(settings) and cls.plain_attention is not None:
+            denoiser.set_attn_processor(cls.plain_attention())
         for module in _modules(pipeline):
             module.eval()
         _set_decoding(pipeline.vae, settings.decoding)
@@ -279,9 +283,9 @@ class PipelinePolicy(ABC):
             return self._call(x_BCHW, timestep_B, condition).float()
 
     def _attention(self) -> AbstractContextManager[None]:
-        """On a CPU, torch's fused attention in low precision has a gradient slower than the whole rest."""
-        slow = self._settings.dtype != torch.float32 and self.device.type == "cpu"
-        return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
+        """Torch's own matrix products, where fused attention is slow and the denoiser has no processor without it."""
+        fused_is_slow = _slow_attention(self._settings) and self.plain_attention is None
+        return sdpa_kernel(SDPBackend.MATH) if fused_is_slow else nullcontext()
 
     def _checkpointed(self, block: nn.Module, *inputs: Any) -> Any:
         """What is computed anew is computed outside of the call, and must be by the same kernels."""
@@ -436,6 +440,14 @@ def _set_decoding(vae: ModelMixin, decoding: str) -> None:
         vae.enable_slicing()
     if decoding == "tiled":
         vae.enable_tiling()
+
+
+def _slow_attention(settings: PolicySettings) -> bool:
+    """On a CPU in low precision, torch's fused attention has a gradient slower than the whole rest.
+
+    What torch has without it computes in float32, and takes two to three times as long as products in the dtype itself.
+    """
+    return settings.dtype != torch.float32 and torch.device(settings.device).type == "cpu"
 
 
 def _compile(denoiser: ModelMixin) -> None:

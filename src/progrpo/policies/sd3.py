@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from progrpo.diffusion.levels import Levels
+from progrpo.policies.attention import JointAttention
 from progrpo.policies.flow import FlowPolicy
 from progrpo.types import Condition
 
@@ -25,6 +26,7 @@ class SD3Policy(FlowPolicy):
         *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
         *(f"{feed_forward}.{name}" for feed_forward in ("ff", "ff_context") for name in ("net.0.proj", "net.2")),
     )
+    plain_attention: ClassVar[type] = JointAttention
 
     @classmethod
     def _check(cls, pipeline: DiffusionPipeline) -> None:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from progrpo.diffusion.levels import Levels, between_diffusion_levels, diffusion_levels
@@ -24,6 +25,7 @@ class StableDiffusionPolicy(PipelinePolicy):
 
     denoiser_name: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    plain_attention: ClassVar[type] = AttnProcessor
 
     def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, size: tuple[int, int]) -> None:
         self._scheduler = _ddim(pipeline)

@@ -1,0 +1,95 @@
+"""Attention by matrix products against diffusers' own processor, which uses torch's fused kernel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, JointAttnProcessor2_0
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from progrpo.policies.attention import JointAttention
+from progrpo.policies.base import PolicySettings
+from progrpo.policies.load import load_policy
+from progrpo.policies.pipeline import PipelinePolicy
+from progrpo.types import Condition
+
+WIDTH, PLACES, TOKENS = 24, 10, 7
+
+
+def loaded(folder: Path, dtype: torch.dtype) -> PipelinePolicy:
+    policy = load_policy(folder, PolicySettings(dtype=dtype))
+    assert isinstance(policy, PipelinePolicy)
+    return policy
+
+
+def layer(norm: str | None, text: bool, last: bool) -> Attention:
+    torch.manual_seed(0)
+    made = Attention(
+        query_dim=WIDTH,
+        added_kv_proj_dim=WIDTH if text else None,
+        context_pre_only=last if text else None,
+        dim_head=8,
+        heads=3,
+        out_dim=WIDTH,
+        bias=True,
+        qk_norm=norm,
+        processor=JointAttnProcessor2_0(),
+    )
+    return made.double()
+
+
+@pytest.mark.parametrize("norm", [None, "rms_norm"], ids=["plain", "normed"])
+@pytest.mark.parametrize(("text", "last"), [(True, False), (True, True), (False, False)], ids=["both", "last", "alone"])
+def test_it_is_diffusers_joint_attention_with_its_gradients(norm, text, last):
+    attn = layer(norm, text, last)
+    text_states = torch.randn(2, TOKENS, WIDTH).double() if text else None
+    results = []
+    for processor in (JointAttnProcessor2_0(), JointAttention()):
+        x = torch.linspace(-1, 1, 2 * PLACES * WIDTH).double().sin().view(2, PLACES, WIDTH).requires_grad_()
+        out = processor(attn, x, text_states)
+        found = out if isinstance(out, tuple) else (out,)
+        sum(part.square().sum() for part in found).backward()
+        weights = [p.grad for p in attn.parameters() if p.grad is not None]
+        attn.zero_grad()
+        results.append((*found, x.grad, *weights))
+    fused, products = results
+    assert len(fused) == len(products)
+    for expected, got in zip(fused, products, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_a_cpu_in_low_precision_attends_by_matrix_products(tiny_sd3, tiny_sd, dtype):
+    for pipeline, kind in ((tiny_sd3, JointAttention), (tiny_sd, AttnProcessor)):
+        denoiser = loaded(pipeline, dtype).denoiser
+        assert all(isinstance(p, kind) == (dtype != torch.float32) for p in denoiser.attn_processors.values())
+
+
+def test_raising_a_loras_input_to_float32_would_change_no_bit(tiny_sd3):
+    policy = loaded(tiny_sd3, torch.bfloat16)
+    layers = [module for module in policy.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+    told = {
+        name: torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+        for name, shape in policy.condition_shapes().items()
+    }
+    x = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, parameter in policy.trainable.items():  # a fresh LoRA's B is 0, and its A would have no gradient
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(2))
+    results: list[list[torch.Tensor]] = []
+    for raised in (False, True):
+        assert layers
+        for module in layers:
+            assert results or not module.cast_input_dtype_enabled
+            module.cast_input_dtype_enabled = raised
+        out = policy.predict(x, torch.tensor(500.0), Condition(told))
+        out.square().mean().backward()
+        gradients = [p.grad.clone() for p in policy.trainable.values() if p.grad is not None]
+        assert len(gradients) == len(policy.trainable)
+        results.append([out.detach(), *gradients])
+        for parameter in policy.trainable.values():
+            parameter.grad = None
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
