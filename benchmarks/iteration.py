@@ -56,13 +56,13 @@ from progrpo.policies.sizes import without_weights
 from progrpo.rewards.base import Scorer
 from progrpo.rollout.plan import UnitCosts
 from progrpo.rollout.preview import DECODED
-from progrpo.rollout.probe import Probe
+from progrpo.rollout.probe import Probe, glance, lessons, texts
 from progrpo.training.build import model_settings, policy_from, scorer_from, settled, tiny_decoder, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.estimate import GPUS, flops_by_stage, sizes_for
 from progrpo.training.measure import measured
 from progrpo.training.trainer import Trainer
-from progrpo.types import Cost, Prompt
+from progrpo.types import Cost, Prompt, Trajectories
 
 WINDOW = (
     PlanConfig(preset="custom", group_size=24, prune=((3, 12),)),
@@ -169,11 +169,10 @@ class Bare:
         pictures = self.policy.decode(latents).numpy()
         groups = (torch.arange(DECODED) % len(self.prompts)).sort().values
         asked = [self.prompts[g] for g in groups]
-        probe = Probe(1)
-        with self.policy.observed() as seen:
-            self._sample(calls)
-        features = torch.cat(seen, dim=1)[-calls:].cpu()
-        probe.learn([features], torch.randn(calls), torch.zeros(calls, dtype=torch.int64))
+        probe, told, group = Probe(1), texts(self.condition), torch.arange(calls) * len(self.prompts) // calls
+        seen = glance(torch.randn(calls, *self.policy.latent_shape))
+        finished = Trajectories(group, group, torch.arange(calls), latents, glances=(seen,))
+        probe.learn(list(lessons(finished, self.condition, torch.randn(calls)).values()))
         works: dict[str, tuple[Callable[[], object], int]] = {
             "call": (lambda: self._sample(calls), calls * self.pair),
             "train": (lambda: self._train(items), items),
@@ -181,7 +180,7 @@ class Bare:
             "tiny": (lambda: self.policy.preview(latents), DECODED),
             "matmul": (self._matmul, 1),
             "reward": (lambda: self.reward.score(pictures, asked, groups), DECODED),
-            "probe": (lambda: probe.score(0, features), calls),
+            "probe": (lambda: probe.score(0, seen, told, group), calls),
         }
         return {name: seconds(work) / rows for name, (work, rows) in works.items()}
 

@@ -1,7 +1,7 @@
 """How well a preview ranks a group, by step and by kind of preview: Spearman's correlation within a group with the final rewards.
 
     python benchmarks/preview.py [--models shapes-flow shapes-diffusion] [--objective grpo] [--groups 24] [--group-size 24]
-                                 [--seeds 0 1 2] [--probe-groups 60] [--window W] [--json]
+                                 [--seeds 0 1 2] [--probe-groups 300] [--window W] [--json]
 
 Kinds: the one-step projection by the full decoder (`x0`) and by the tiny one (`tiny`); two and three steps of the ODE (`ode 2`,
 `ode 3`: one and two network calls more); and a probe that learnt from `--probe-groups` other groups, of training prompts.
@@ -29,7 +29,7 @@ from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import Previewing, preview, score
-from progrpo.rollout.probe import Probe
+from progrpo.rollout.probe import Probe, lessons, texts
 from progrpo.tracking.statistics import hit_rate, spearman
 from progrpo.training.build import objective_from, policy_from, sampling_from, settled, tiny_decoder
 from progrpo.training.distributed import Ranks
@@ -63,11 +63,12 @@ class Bench:
         return seen, final, batch
 
     def probe(self, groups: int, seed: int) -> Probe:
-        """One that learnt from so many groups of training prompts."""
-        probe = Probe(self.sampling.num_inference_steps)
+        """One that learnt from so many groups of training prompts, one after another, as from audits."""
+        probe = Probe(self.sampling.num_inference_steps, seed)
         for i, prompt in enumerate(world.sample_prompts("train", groups, seed)):
-            _, final, batch = self.group(prompt, 10_000 + i, seed, {})
-            probe.learn(batch.features, final, batch.group_N)
+            seen, final, batch = self.group(prompt, 10_000 + i, seed, {"x0": WAYS["x0"]})
+            previews_TN = torch.tensor(np.stack(seen["x0"]))
+            probe.learn(list(lessons(batch, self.policy.encode([prompt]), final, previews_TN).values()))
         return probe
 
     def measure(self, groups: int, seed: int, probe: Probe) -> dict[str, dict[str, list[float]]]:
@@ -75,7 +76,8 @@ class Bench:
         found: dict[str, list[tuple[list[float | None], list[float | None]]]] = {}
         for slot, prompt in enumerate(world.sample_prompts("validation", groups, seed)):
             seen, final, batch = self.group(prompt, slot, seed, WAYS)
-            seen["probe"] = [probe.score(step, f).numpy() for step, f in enumerate(batch.features)]
+            told = texts(self.policy.encode([prompt]))
+            seen["probe"] = [probe.score(t, g, told, batch.group_N).numpy() for t, g in enumerate(batch.glances)]
             truth, keep = final.numpy(), self.group_size // 2
             for name, steps in seen.items():
                 ranked = [spearman(s, truth) for s in steps], [hit_rate(s, truth, keep) for s in steps]
@@ -144,7 +146,7 @@ def main() -> None:
     parser.add_argument("--objective", default="grpo")
     parser.add_argument("--groups", type=int, default=24)
     parser.add_argument("--group-size", type=int, default=24)
-    parser.add_argument("--probe-groups", type=int, default=60)
+    parser.add_argument("--probe-groups", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num-inference-steps", type=int, default=10)
     parser.add_argument("--window", type=int)

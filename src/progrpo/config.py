@@ -149,7 +149,7 @@ class PreviewConfig:
     ode_steps: int = 1
     """Steps of the ODE from here to data. 1 is the projection that costs no network call; each further one costs one."""
     probe: bool = False
-    """Learn a probe of the denoiser's hidden states, which ranks at a prune point once its measured agreement is high enough."""
+    """Learn a small network on x0 projections, which ranks at a prune point once its measured agreement is high enough."""
     probe_threshold: float = 0.5
     """Spearman's correlation with final rewards, mean over the last audits, from which on the probe takes over."""
 

@@ -55,7 +55,7 @@ def join(parts: Sequence[Trajectories]) -> Trajectories:
         output_NCHW=_those([p.output_NCHW for p in parts]),
         path=tuple(_transition([p.path[i] for p in parts]) for i in range(len(first.path))),
         attached_NCHW=_those([p.attached_NCHW for p in parts]),
-        features=tuple(torch.cat([p.features[i] for p in parts]) for i in range(len(first.features))),
+        glances=tuple(torch.cat([p.glances[i] for p in parts]) for i in range(len(first.glances))),
     )
 
 

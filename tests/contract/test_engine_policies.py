@@ -1,4 +1,4 @@
-"""What a policy can do beside predicting: be observed, checkpoint activations, preview by a tiny decoder, compile."""
+"""What a policy can do beside predicting: be probed, checkpoint activations, preview by a tiny decoder, compile."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from progrpo.config import AuditConfig, ModelConfig, OptimConfig, PlanConfig, PreviewConfig, SamplingConfig
 from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.load import load_policy, policy_from_pipeline
+from progrpo.rollout.probe import glance, texts
 from progrpo.types import Prompt
 
 TEXTS = ("red cat", "blue dog", "green bird")
@@ -66,77 +67,15 @@ def differentiated(policy: Policy) -> dict[str, Tensor]:
     return found
 
 
-# --- observed ---------------------------------------------------------------------------------------------------------
+# --- probed -----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_features_are_of_the_conditional_branch_with_and_without_guidance(loaded):
+def test_a_probe_can_see_its_latents_and_is_told_its_texts(loaded):
     policy = loaded()
-    with policy.observed() as plain:
-        predicted(policy)
-    with policy.observed() as guided:
-        predicted(policy, 3.0)
-    assert len(plain) == len(guided) == 2  # layers
-    rows, pairs = len(TEXTS), not policy.embeds_guidance
-    for one, other in zip(plain, guided, strict=True):
-        assert one.dtype == torch.float32 and one.isfinite().all() and len(one) == rows
-        assert len(other) == (2 * rows if pairs else rows)
-        if not pairs:
-            continue
-        torch.testing.assert_close(other[-rows:], one, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(other[:rows], one, rtol=1e-4, atol=1e-5)  # the branch without a prompt
-        assert len(one.unique(dim=0)) == rows
-
-
-@torch.no_grad()
-def test_features_are_means_and_stds_over_places(loaded, folder, monkeypatch):
-    policy = loaded()
-    hidden: list[Tensor] = []
-
-    def keep(module: Any, inputs: Any, output: Any) -> None:
-        hidden.append(output if isinstance(output, Tensor) else output[-1])
-
-    for module in policy._observed_modules():
-        module.register_forward_hook(keep)
-    with policy.observed() as found:
-        predicted(policy)
-    for features, states in zip(found, hidden, strict=True):
-        places = states.flatten(2).transpose(1, 2) if states.dim() == 4 else states
-        if policy.edits:
-            places = places[:, : places.shape[1] // 2]  # the source's come after the picture's own
-        if folder.name == "tiny-flux2-klein":
-            places = places[:, -4 * 4 :]  # the text's come before them, in blocks of one stream
-        width = places.shape[2]
-        assert features.shape == (len(TEXTS), 2 * width) and places.shape[1] > 1
-        torch.testing.assert_close(features[:, :width], places.sum(1) / places.shape[1])
-        spread = (places - places.mean(1, keepdim=True)).square().sum(1) / (places.shape[1] - 1)
-        torch.testing.assert_close(features[:, width:].square(), spread, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_observing_changes_no_output_and_no_gradient(loaded, guidance_scale):
-    policy = loaded()
-    alone, gradient = predicted(policy, guidance_scale), differentiated(policy)
-    with policy.observed() as found:
-        watched = predicted(policy, guidance_scale)
-    assert torch.equal(watched, alone)
-    with policy.observed() as with_graph:
-        again = differentiated(policy)
-    assert all(torch.equal(again[name], gradient[name]) for name in gradient)
-    assert not any(f.requires_grad for f in (*found, *with_graph))
-
-
-@torch.no_grad()
-def test_nothing_is_collected_outside_the_block(loaded):
-    policy = loaded()
-    with policy.observed() as first:
-        predicted(policy)
-    predicted(policy)
-    assert len(first) == 2
-    with pytest.raises(ZeroDivisionError), policy.observed() as second:
-        raise ZeroDivisionError
-    predicted(policy)
-    assert second == []
+    told, seen = texts(policy.encode(PROMPTS)), glance(noise(policy))
+    assert told.ndim == 3 and len(told) == len(seen) == len(TEXTS) and seen.ndim == 4
+    assert told.isfinite().all() and len(told.flatten(1).unique(dim=0)) == len(TEXTS)
 
 
 # --- activation checkpointing -----------------------------------------------------------------------------------------
@@ -182,17 +121,6 @@ def test_checkpointing_keeps_fewer_activations(loaded):
             predicted(policy)
         kept.append(held.numbers)
     assert kept[1] < 0.7 * kept[0]
-
-
-def test_features_are_collected_once_with_checkpointing(loaded):
-    policy = loaded(activation_checkpointing=True)
-    with policy.observed() as found:
-        output = predicted(policy)
-    with torch.no_grad(), policy.observed() as without:
-        predicted(policy)
-    output.mean().backward()  # which computes the blocks again
-    assert len(found) == len(without) == 2
-    assert all(torch.equal(a, b) for a, b in zip(found, without, strict=True))
 
 
 # --- tiny decoder -----------------------------------------------------------------------------------------------------
@@ -344,5 +272,5 @@ def test_a_second_iteration_of_a_plan_that_prunes_compiles_nothing(
     for _ in range(2):
         trainer.step()
     assert compilations() == met
-    # sampling with features and, on the way to previews, without; training; and the one row that self-checks look at
-    assert met - start == 4
+    # sampling, training, and the one row that self-checks look at
+    assert met - start == 3

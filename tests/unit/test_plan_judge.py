@@ -11,7 +11,7 @@ from progrpo.config import Config, GRPOConfig, ObjectiveConfig, PlanConfig, Prev
 from progrpo.rollout.payoff import Simulation
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, preset
 from progrpo.rollout.preview import Previewing
-from progrpo.rollout.probe import Probe
+from progrpo.rollout.probe import Lesson, Probe
 from progrpo.rollout.prune import SELECTORS
 from progrpo.storage import load_state, save_state
 from progrpo.training.judge import PlanJudge, Verdict, plan_from, prompt_cost
@@ -90,8 +90,8 @@ def test_plain_grpo_pays_one():
 
 
 def test_a_probes_steps_cost_no_preview():
-    probe, values = Probe(STEPS), torch.arange(4.0)
-    probe.learn([values[:, None]] * STEPS, values, torch.zeros(4, dtype=torch.int64))
+    probe, rewards = Probe(STEPS), torch.arange(4.0)
+    probe.learn([Lesson(torch.zeros(STEPS, 4, 1, 2, 2), torch.zeros(1, 1), rewards, rewards.expand(STEPS, -1))])
     for _ in range(3):
         probe.watch([0.9 if step == 5 else 0.0 for step in range(STEPS)])
     judge = judged(config(), *[flat(0.7)] * 3)

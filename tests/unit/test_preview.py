@@ -22,7 +22,7 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
 from progrpo.rollout.preview import Previewing, preview, projected
-from progrpo.rollout.probe import Probe
+from progrpo.rollout.probe import Lesson, Probe, glance, texts
 from progrpo.rollout.prune import SELECTORS
 from progrpo.rollout.rollout import rollout
 from progrpo.types import Condition, Cost, Prompt, Trajectories
@@ -213,10 +213,12 @@ class Counted:
         return [Score(float(np.mean(p))) for p in pictures_NHWC]
 
 
-def trusted_at(steps: int, *good: int) -> Probe:
-    """A probe that ranks by its one feature, and was right at the steps named alone."""
-    probe, values = Probe(steps), torch.tensor([[0.0], [1.0], [2.0]])
-    probe.learn([values] * steps, values[:, 0], torch.zeros(3, dtype=torch.int64))
+def trusted_at(steps: int, *good: int, shape: tuple[int, ...] = (1, 2, 2), text: tuple[int, ...] = (1, 1)) -> Probe:
+    """A probe of latents and texts of these shapes that was right at the steps named alone."""
+    generator = torch.Generator().manual_seed(0)
+    probe, rewards = Probe(steps), torch.arange(3.0)
+    seen, told = (torch.randn(*size, generator=generator).half() for size in ((steps, 3, *shape), text))
+    probe.learn([Lesson(seen, told, rewards, rewards.expand(steps, -1))])
     for _ in range(3):
         probe.watch([0.9 if step in good else 0.1 for step in range(steps)])
     return probe
@@ -224,12 +226,13 @@ def trusted_at(steps: int, *good: int) -> Probe:
 
 def test_a_trusted_probe_is_asked_and_nothing_is_decoded(linear_policy):
     sampling, meter, reward = flow(), Meter(), Counted()
-    features = [torch.tensor([[float(i + 10 * step)] for i in range(ROWS)]) for step in range(2)]
-    batch = replace(called(linear_policy, sampling, 1), features=tuple(features))
-    probe = trusted_at(3, 1)
+    glances = tuple(torch.randn(ROWS, 1, 2, 2, generator=torch.Generator().manual_seed(s)).half() for s in range(2))
+    batch, told = replace(called(linear_policy, sampling, 1), glances=glances), torch.ones(len(PROMPTS), 1, 1)
+    probe, condition = trusted_at(3, 1), Condition({**CONDITION.tensors, "prompt_embeds": told})
     how = Previewing(ode_steps=3, probe=probe)  # a linear policy has no decoder, and further steps would be counted
-    pictures, scores = preview(linear_policy, alone(reward), PROMPTS, CONDITION, batch, 1, sampling, how, meter)
-    assert torch.equal(scores, probe.score(1, features[1])) and not torch.equal(scores, probe.score(1, features[0]))
+    pictures, scores = preview(linear_policy, alone(reward), PROMPTS, condition, batch, 1, sampling, how, meter)
+    right, wrong = (probe.score(step, glances[step], told, batch.group_N) for step in (1, 0))
+    assert torch.equal(scores, right) and not torch.equal(scores, wrong)
     assert pictures is None and meter.cost == Cost(probed=ROWS) and reward.shown == []
     assert set(meter.seconds) == {"preview"}
 
@@ -264,27 +267,16 @@ def test_the_steps_that_are_probed_are_those_that_reach_the_threshold():
 
 def test_a_rollout_counts_what_its_plan_says_of_probes_and_further_steps(tiny_policy):
     policy, meter, reward = tiny_policy(moved=0.1), Meter(), Counted()
-    width = _width_of_features(policy)
-    probe, values = Probe(4), torch.randn(6, width, generator=torch.Generator().manual_seed(0))
-    probe.learn([values] * 4, values[:, 0], torch.zeros(6, dtype=torch.int64))
-    for _ in range(3):
-        probe.watch([0.1, 0.1, 0.9, 0.1])
+    told = texts(policy.encode(PROMPTS)).shape[1:]
+    probe = trusted_at(4, 2, shape=tuple(glance(torch.zeros(1, *policy.latent_shape)).shape[1:]), text=tuple(told))
     process = Process(policy.prediction, "flow_grpo", policy.levels(4), (0.7,) * 4)
-    sampling = Sampling(process, frozenset({0, 1}), features=True, guidance_scale=3.0)
+    sampling = Sampling(process, frozenset({0, 1}), glances=True, guidance_scale=3.0)
     plan, how = Plan(5, (PrunePoint(0, 4), PrunePoint(2, 3))), Previewing(ode_steps=3, probe=probe)
     parts = plan, sampling, SELECTORS["ovf"], NoiseKey(0, 0), meter, how
     rolled = rollout(policy, alone(reward), PROMPTS, torch.tensor([0, 1]), *parts)
     assert meter.cost == plan.predict(4, 0, True, 3, frozenset({2})) * 2
     assert meter.cost.probed == 8 and meter.cost.previews == 10 and reward.shown == [10, 6]
-    last = rolled.previews[1]
-    kept = torch.stack(list(rolled.trajectories.features))[2]
-    torch.testing.assert_close(last.scores_N[last.kept_N], probe.score(2, kept))
-
-
-def _width_of_features(policy: Any) -> int:
-    with policy.observed() as found, torch.no_grad():
-        policy.predict(torch.zeros(1, *policy.latent_shape), torch.tensor(500.0), policy.encode(PROMPTS[:1]))
-    return sum(f.shape[1] for f in found)
+    assert len(rolled.trajectories.glances) == 4 and all(len(g) == 6 for g in rolled.trajectories.glances)
 
 
 def test_the_tiny_decoder_is_used_where_it_is_asked_for(tiny_sd3, tmp_path):

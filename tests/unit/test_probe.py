@@ -1,4 +1,4 @@
-"""The probe against a ridge regression that is written out, and when it is believed."""
+"""The probe: what it sees and is told, that it learns to rank, and when it is believed."""
 
 from __future__ import annotations
 
@@ -6,141 +6,179 @@ import numpy as np
 import pytest
 import torch
 
-from progrpo.rollout.probe import Probe
+from progrpo.rollout import probe as module
+from progrpo.rollout.probe import Lesson, Probe, glance, lessons, texts
 from progrpo.storage import load_state, save_state
 from progrpo.tracking.statistics import spearman
+from progrpo.types import Condition, Trajectories
 
-STEPS, WIDTH, GROUP = 2, 5, 6
+STEPS, GROUP, CHANNELS, SIDE, TOKENS = 2, 6, 3, 4, 5
 NAN = float("nan")
 
 
-def drawn(groups: int, width: int = WIDTH, seed: int = 0):
-    """Features of each step, rewards that they tell something of, and groups; each group has a level of its own."""
+def drawn(groups: int, seed: int = 0, members: int = GROUP) -> list[Lesson]:
+    """A latent is worth its first channel's mean, more or less of it as the text says; the first step's is hidden in noise."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+        return torch.randn(*shape, generator=generator)
 
-    group = torch.arange(groups).repeat_interleave(GROUP)
-    spread = torch.linspace(0.1, 30, width, dtype=torch.float64)  # layers differ in size by orders
-    level = 5 * draw(groups, width)[group]
-    features = [spread * (draw(len(group), width) + level) for _ in range(STEPS)]
-    truth = draw(width) / spread
-    rewards = features[0] @ truth + 3 * draw(groups)[group] + 0.5 * draw(len(group))
-    return features, rewards, group
-
-
-def by_hand(features, rewards, group) -> np.ndarray:
-    """Weights by numpy: each group less its mean, features in units of their spread, a ridge of their squares."""
-    x, y = features.double().numpy().copy(), rewards.double().numpy().copy()
-    there = np.isfinite(y)
-    x, y, g = x[there], y[there], group.numpy()[there]
-    for one in np.unique(g):
-        x[g == one] -= x[g == one].mean(0)
-        y[g == one] -= y[g == one].mean()
-    size = np.sqrt((x**2).sum(0))
-    scaled = x / size
-    # (X'X + I) w = X'y as the least squares of rows below one another, so that no normal equations are solved twice
-    stacked = np.concatenate([scaled, np.eye(len(size))])
-    wanted = np.concatenate([y, np.zeros(len(size))])
-    return np.linalg.lstsq(stacked, wanted, rcond=None)[0] / size
+    found = []
+    for _ in range(groups):
+        latents, wanted = draw(members, CHANNELS, SIDE, SIDE) + 2 * draw(members, CHANNELS, 1, 1), draw(1).sign()
+        text = draw(TOKENS, 2)
+        text[:, 1] = wanted
+        seen = torch.stack([draw(*latents.shape), 5 + 3 * latents]).half()
+        rewards = (wanted * latents[:, 0].mean((1, 2)) + 3 * draw(1)).double()
+        found.append(Lesson(seen, text.half(), rewards, torch.full((STEPS, members), NAN, dtype=torch.float64)))
+    return found
 
 
-def learnt(*parts) -> Probe:
-    probe = Probe(STEPS)
-    for features, rewards, group in parts:
-        probe.learn(features, rewards, group)
+def learnt(*parts: list[Lesson], seed: int = 0) -> Probe:
+    probe = Probe(STEPS, seed)
+    for part in parts:
+        probe.learn(part)
     return probe
 
 
-def test_scores_are_those_of_a_ridge_regression_at_every_step():
-    features, rewards, group = drawn(8)
-    probe, fresh = learnt((features, rewards, group)), drawn(2, seed=1)[0]
-    for step in range(STEPS):
-        expected = fresh[step].numpy() @ by_hand(features[step], rewards, group)
-        np.testing.assert_allclose(probe.score(step, fresh[step]), expected, rtol=1e-9)
-    assert not torch.allclose(probe.score(0, fresh[0]), probe.score(1, fresh[0]))
+def scores(probe: Probe, asked: list[Lesson], step: int = 1) -> torch.Tensor:
+    group = torch.arange(len(asked)).repeat_interleave(torch.tensor([len(a.rewards_N) for a in asked]))
+    return probe.score(
+        step, torch.cat([a.seen_TNCHW[step] for a in asked]), torch.stack([a.text for a in asked]), group
+    )
 
 
-def test_learning_in_two_goes_is_learning_in_one():
-    features, rewards, group = drawn(8)
-    cut = 3 * GROUP
-    first = [f[:cut] for f in features], rewards[:cut], group[:cut]
-    second = [f[cut:] for f in features], rewards[cut:], group[cut:] - 3  # each iteration numbers its own groups
-    fresh = drawn(2, seed=1)[0][0]
-    once = learnt((features, rewards, group)).score(0, fresh)
-    torch.testing.assert_close(learnt(first, second).score(0, fresh), once, rtol=1e-9, atol=0)
-    torch.testing.assert_close(learnt(second, first).score(0, fresh), once, rtol=1e-9, atol=0)
+# --- what it sees and is told -----------------------------------------------------------------------------------------
 
 
-def test_what_it_has_said_does_not_outlive_what_it_learns():
-    probe, fresh = learnt(drawn(4)), drawn(2, seed=1)[0][0]
-    before = probe.score(0, fresh)
-    more = drawn(4, seed=2)
-    probe.learn(*more)
-    after = probe.score(0, fresh)
-    assert not torch.allclose(before, after)
-    torch.testing.assert_close(after, learnt(drawn(4), more).score(0, fresh))
+def test_large_latents_are_averaged_down_and_small_ones_seen_as_they_are():
+    x = torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    by_hand = x.view(2, 3, 16, 2, 16, 4).mean((3, 5))
+    torch.testing.assert_close(glance(x).float(), by_hand, atol=2e-3, rtol=2e-3)
+    assert glance(x).dtype == torch.float16
+    assert torch.equal(glance(x[..., :8, :16]), x[..., :8, :16].half())
+    assert glance(x[..., :9, :3]).shape == (2, 3, 8, 2)  # patches of 2 x 2 need even sides
 
 
-def test_a_missing_reward_leaves_its_row_out_of_the_groups_mean():
-    features, rewards, group = drawn(6)
-    there = torch.ones(len(rewards), dtype=torch.bool)
-    there[[0, 7, 8, 20]] = False
-    there[group == 4] = False  # a group without any
-    gone = rewards.where(there, NAN)
-    fresh = drawn(2, seed=1)[0][0]
-    left = learnt(([f[there] for f in features], rewards[there], group[there]))
-    torch.testing.assert_close(learnt((features, gone, group)).score(0, fresh), left.score(0, fresh))
-    expected = fresh.numpy() @ by_hand(features[0], gone, group)
-    np.testing.assert_allclose(left.score(0, fresh), expected, rtol=1e-9)
+def test_of_a_video_the_mean_frame_is_seen():
+    x = torch.randn(2, 3, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(glance(x), glance(x.sum(2) / 5))
+
+
+@pytest.mark.parametrize("width", [3, 128, 129, 700])
+def test_wide_texts_are_narrowed_by_the_same_matrix_every_time(width):
+    told = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(0))
+    found = texts(Condition({"prompt_embeds": told}))
+    assert found.shape == (2, 4, min(width, 128)) and found.dtype == torch.float16
+    assert torch.equal(found, texts(Condition({"prompt_embeds": told})))
+    if width <= 128:
+        assert torch.equal(found, told.half())
+    else:  # lengths and angles stay as far as so many numbers can keep them
+        pairs = [
+            (found[0, i].float() @ found[1, j].float(), told[0, i] @ told[1, j]) for i in range(4) for j in range(4)
+        ]
+        lengths = [(found[0, i].float().norm() ** 2, told[0, i].norm() ** 2) for i in range(4)]
+        narrowed, whole = torch.tensor(pairs + lengths).T
+        assert torch.corrcoef(torch.stack([narrowed, whole]))[0, 1] > 0.8
+
+
+def test_a_lesson_is_what_was_seen_of_one_group():
+    group, slot = torch.tensor([0, 0, 2, 2, 2]), torch.tensor([7, 7, 5, 5, 5])
+    glances = tuple(torch.randn(5, CHANNELS, SIDE, SIDE).half() for _ in range(STEPS))
+    told, rewards = torch.randn(3, TOKENS, 2), torch.arange(5.0, dtype=torch.float64)
+    finished = Trajectories(group, slot, torch.arange(5), torch.zeros(5, CHANNELS, SIDE, SIDE), glances=glances)
+    previews = torch.arange(10.0, dtype=torch.float64).view(STEPS, 5)
+    by_slot = lessons(finished, Condition({"prompt_embeds": told}), rewards, previews)
+    first, second = by_slot[7], by_slot[5]
+    assert torch.equal(second.seen_TNCHW, torch.stack(glances)[:, 2:]) and torch.equal(second.text, told[2].half())
+    assert second.rewards_N.tolist() == [2, 3, 4] and second.previews_TN.tolist() == [[2, 3, 4], [7, 8, 9]]
+    assert torch.equal(first.text, told[0].half()) and first.rewards_N.tolist() == [0, 1]
+    alone = lessons(finished, Condition({"prompt_embeds": told}), rewards)
+    assert all(lesson.previews_TN.isnan().all() for lesson in alone.values()) and alone.keys() == {5, 7}
+    blind = Trajectories(group, group, torch.arange(5), finished.x_NCHW)
+    assert lessons(blind, Condition({}), rewards) == {}
+
+
+# --- what it learns ---------------------------------------------------------------------------------------------------
+
+
+def test_it_ranks_groups_that_it_has_not_seen_as_their_texts_ask():
+    probe, fresh = learnt(*(drawn(4, seed) for seed in range(60))), drawn(12, seed=1000)
+    found = {step: scores(probe, fresh, step).view(12, GROUP).numpy() for step in range(STEPS)}
+    truth = [lesson.rewards_N.numpy() for lesson in fresh]
+    told, blind = (np.mean([spearman(s, t) or 0.0 for s, t in zip(found[step], truth, strict=True)]) for step in (1, 0))
+    assert told > 0.9 and abs(blind) < 0.4  # the first step knows nothing of the reward
+    swapped = [Lesson(a.seen_TNCHW, (a.text * torch.tensor([1, -1])).half(), a.rewards_N, a.previews_TN) for a in fresh]
+    turned = scores(probe, swapped).view(12, GROUP).numpy()
+    assert np.mean([spearman(s, t) or 0.0 for s, t in zip(turned, truth, strict=True)]) < -0.8
+
+
+def test_previews_teach_as_well_where_they_are_known():
+    known = [Lesson(a.seen_TNCHW, a.text, a.rewards_N, a.rewards_N.expand(STEPS, -1)) for a in drawn(4)]
+    assert not torch.equal(scores(learnt(known), known), scores(learnt(drawn(4)), known))
+
+
+def test_a_score_is_made_within_the_group_alone():
+    probe, fresh = learnt(drawn(8)), drawn(3, seed=5)
+    together, alone = scores(probe, fresh), torch.cat([scores(probe, [one]) for one in fresh])
+    assert together.dtype == torch.float64 and together.isfinite().all()
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    doubled = [Lesson(torch.cat([a.seen_TNCHW] * 2, 1), a.text, a.rewards_N.repeat(2), a.previews_TN) for a in fresh]
+    twice = scores(probe, doubled).view(3, 2, GROUP)
+    torch.testing.assert_close(twice[:, 0].flatten(), together, rtol=1e-4, atol=1e-5)
+
+
+def test_groups_of_any_size_have_scores():
+    probe = learnt(drawn(4), drawn(2, members=1), drawn(2, members=3))
+    assert scores(probe, [*drawn(1, members=1), *drawn(1, members=2), *drawn(1, members=30)]).isfinite().all()
+
+
+def test_means_are_of_those_that_are_there():
+    generator = torch.Generator().manual_seed(0)
+    values, group = torch.randn(9, 2, generator=generator), torch.tensor([0, 0, 1, 1, 1, 3, 3, 3, 3])
+    there = torch.rand(9, 2, generator=generator) > 0.4
+    found = module._centred(values, there, group)
+    for k in range(2):
+        for g in (0, 1, 3):
+            own = (group == g) & there[:, k]
+            mean = values[own, k].sum() / max(1, int(own.sum()))
+            torch.testing.assert_close(found[group == g, k], values[group == g, k] - mean)
+
+
+def test_a_missing_reward_is_no_number():
+    """Its row teaches nothing: the network is moved as if it said of that row what it says anyway."""
+    one = drawn(1)[0]
+    gone = one.rewards_N.clone()
+    gone[[1, 4]] = NAN
+    probe = learnt([Lesson(one.seen_TNCHW, one.text, gone, one.previews_TN)])
+    zero = learnt([Lesson(one.seen_TNCHW, one.text, gone.nan_to_num(0.0), one.previews_TN)])
+    assert scores(probe, [one]).isfinite().all()
+    assert not torch.allclose(scores(probe, [one]), scores(zero, [one]))
 
 
 def test_rewards_that_are_all_missing_teach_nothing():
-    features, rewards, group = drawn(2)
-    probe = learnt((features, torch.full_like(rewards, NAN), group))
+    one = drawn(1)[0]
+    lost = Lesson(one.seen_TNCHW, one.text, torch.full_like(one.rewards_N, NAN), one.previews_TN)
+    probe = learnt([lost], [])
     assert not probe.knows
-    probe.learn(features, rewards, group)
+    probe.learn([lost, *drawn(4)])
     assert probe.knows
-    torch.testing.assert_close(probe.score(0, features[0]), learnt((features, rewards, group)).score(0, features[0]))
+    assert torch.equal(scores(probe, [one]), scores(learnt(drawn(4)), [one]))
 
 
-def test_a_feature_that_never_differs_is_no_trouble():
-    features, rewards, group = drawn(6)
-    constant = [torch.cat([f, torch.ones(len(f), 1, dtype=torch.float64)], dim=1) for f in features]
-    scores = learnt((constant, rewards, group)).score(0, constant[0])
-    torch.testing.assert_close(scores, learnt((features, rewards, group)).score(0, features[0]))
+def test_the_latest_groups_are_kept(monkeypatch):
+    monkeypatch.setattr(module, "_KEPT", 3)
+    parts = [drawn(2, seed) for seed in range(3)]
+    kept = learnt(*parts).state_dict()["learnt"]["lessons"]
+    wanted = [parts[1][1], *parts[2]]
+    assert all(torch.equal(k["seen_TNCHW"], w.seen_TNCHW) for k, w in zip(kept, wanted, strict=True))
 
 
-def test_it_ranks_groups_that_it_has_not_seen():
-    features, rewards, group = drawn(40)
-    held_out = group >= 30
-    probe = learnt(([f[~held_out] for f in features], rewards[~held_out], group[~held_out]))
-    told, blind = [], []
-    for one in range(30, 40):
-        rows = group == one
-        found = [spearman(probe.score(s, features[s][rows]).numpy(), rewards[rows].numpy()) for s in range(STEPS)]
-        told.append(found[0] or 0.0)
-        blind.append(found[1] or 0.0)
-    assert np.mean(told) > 0.8
-    assert abs(np.mean(blind)) < 0.4  # the second step's features know nothing of the reward
-
-
-@pytest.mark.parametrize("width", [513, 700])
-def test_wide_features_are_narrowed_and_still_rank(width):
-    generator = torch.Generator().manual_seed(0)
-    group = torch.arange(12).repeat_interleave(GROUP)
-    features = torch.randn(len(group), width, generator=generator)
-    rewards = features[:, :3].sum(1).double()
-    probe = learnt(([features] * STEPS, rewards, group))
-    scores = probe.score(0, features)
-    assert scores.shape == rewards.shape and scores.dtype == torch.float64
-    seen = [spearman(scores[group == g].numpy(), rewards[group == g].numpy()) or 0.0 for g in range(12)]
-    assert np.mean(seen) > 0.9
-    square = probe.state_dict()["square"]
-    assert square.shape == (STEPS, 512, 512)  # what is kept grows with the square of the width
-    again = learnt(([features] * STEPS, rewards, group))
-    assert torch.equal(again.score(0, features), scores)  # mapped by the same matrix in every run
+def test_it_is_a_function_of_its_seed_and_what_it_was_taught_and_draws_from_nobody_else():
+    state, fresh = torch.get_rng_state(), drawn(2, seed=9)
+    found = [scores(learnt(drawn(4), drawn(4, 1), seed=seed), fresh) for seed in (0, 0, 1)]
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # --- when it is believed ----------------------------------------------------------------------------------------------
@@ -190,25 +228,24 @@ def test_who_has_learnt_nothing_is_not_trusted():
         probe.watch((1.0, 1.0))
     assert probe.agreement(0) == 1 and not probe.trusted(0, 0.5)
     with pytest.raises(AssertionError, match="learn first"):
-        probe.score(0, torch.zeros(1, WIDTH))
+        scores(probe, drawn(1))
 
 
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_probe_comes_back_from_disk_as_it_was(tmp_path):
-    probe, fresh = watched((0.1, None), (0.7, 0.3), (0.8, 0.4)), drawn(2, seed=1)[0]
+    probe, fresh = watched((0.1, None), (0.7, 0.3), (0.8, 0.4)), drawn(2, seed=1)
     save_state(tmp_path / "state", probe.state_dict())
     other = learnt(drawn(3, seed=5))
-    other.score(0, fresh[0])  # whose weights must not stay
     other.load_state_dict(load_state(tmp_path / "state"))
     for step in range(STEPS):
-        assert torch.equal(other.score(step, fresh[step]), probe.score(step, fresh[step]))
+        assert torch.equal(scores(other, fresh, step), scores(probe, fresh, step))
         assert other.agreement(step) == probe.agreement(step)
     for one in (probe, other):
-        one.learn(*drawn(2, seed=3))
+        one.learn(drawn(2, seed=3))
         one.watch((0.9, 0.9))
-    assert torch.equal(other.score(0, fresh[0]), probe.score(0, fresh[0]))
+    assert torch.equal(scores(other, fresh), scores(probe, fresh))
     assert other.agreement(1) == probe.agreement(1) is not None
 
 
@@ -217,6 +254,5 @@ def test_a_probe_that_knows_nothing_comes_back_so(tmp_path):
     other = learnt(drawn(2))
     other.load_state_dict(load_state(tmp_path / "state"))
     assert not other.knows and other.agreement(0) is None
-    features, rewards, group = drawn(3)
-    other.learn(features, rewards, group)
-    assert torch.equal(other.score(0, features[0]), learnt((features, rewards, group)).score(0, features[0]))
+    other.learn(drawn(3))
+    assert torch.equal(scores(other, drawn(1, 7)), scores(learnt(drawn(3)), drawn(1, 7)))

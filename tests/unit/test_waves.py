@@ -39,7 +39,7 @@ def policy(tiny_policy):
 def sampling(policy, tiny_config):
     """Microbatches of one: kernels differ by shape."""
     wanted = SamplingConfig(num_inference_steps=3, microbatch=1)
-    return replace(sampling_from(tiny_config(sampling=wanted), policy, "means", 0), features=True)
+    return replace(sampling_from(tiny_config(sampling=wanted), policy, "means", 0), glances=True)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def tensors(rolled: Rollout) -> dict[str, Tensor]:
     living = rolled.trajectories
     found = {f"condition {name}": rows for name, rows in rolled.condition.tensors.items()}
     found |= {name: getattr(living, name) for name in ("group_N", "slot_N", "member_N", "x_NCHW")}
-    found |= {f"features {i}": f for i, f in enumerate(living.features)}
+    found |= {f"glance {i}": g for i, g in enumerate(living.glances)}
     for t in living.path:
         of_step = {"x": t.x_NCHW, "x_next": t.x_next_NCHW, "log_prob": t.log_prob_N, "mean": t.mean_NCHW}
         found |= {f"{name} {t.step}": rows for name, rows in of_step.items() if rows is not None}
@@ -83,7 +83,7 @@ def test_waves_change_nothing(roll, redness, prompts, waves):
     )
     assert parted.prompts == once.prompts == tuple(Prompt(p) for p in prompts)
     one, other = tensors(once), tensors(parted)
-    assert one.keys() == other.keys() and {"mean 1", "features 2", "preview 0 scores_N"} <= one.keys()
+    assert one.keys() == other.keys() and {"mean 1", "glance 2", "preview 0 scores_N"} <= one.keys()
     for name, rows in one.items():
         assert torch.equal(rows.nan_to_num(-1.0), other[name].nan_to_num(-1.0)), name
     assert (

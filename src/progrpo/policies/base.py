@@ -120,13 +120,6 @@ class Policy(Protocol):
         """The same for the eyes of a preview: by the tiny decoder where the policy has one."""
         ...
 
-    def observed(self) -> AbstractContextManager[list[Tensor]]:
-        """Collect what a probe reads of one call of `predict` within the block: float32 (B, F) of each of some layers.
-
-        Means and stds over places of the hidden states. With classifier-free guidance the first half of 2B rows is the unconditional branch.
-        """
-        ...
-
     def weights(self, name: str) -> AbstractContextManager[None]:
         """Run the block with the weights of that name: `current`, or one of `named_weights`."""
         ...

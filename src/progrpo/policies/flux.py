@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.packed import PATCH, PackedFlowPolicy, packed, unpacked
@@ -70,10 +69,6 @@ class FluxPolicy(PackedFlowPolicy):
         """Latents of one size that the network sees, each numbered by its tokens' first coordinate; the sample's own come first."""
         return [x_BCHW]
 
-    def _observed_modules(self) -> Sequence[nn.Module]:
-        blocks = [*self.denoiser.transformer_blocks, *self.denoiser.single_transformer_blocks]
-        return blocks[len(blocks) // 2], blocks[-1]
-
 
 class FluxKontextPolicy(FluxPolicy):
     """A `FluxKontextPipeline`, which changes a picture as the text says (FLUX.1 Kontext, arXiv 2506.15742).
@@ -104,10 +99,6 @@ class FluxKontextPolicy(FluxPolicy):
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         return super().condition_shapes() | {"image_latents": self.latent_shape}
-
-    def _observe(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        _, height, width = self.latent_shape
-        super()._observe(module, inputs, output[-1][:, : height * width // PATCH**2])  # not those of the source
 
     def _shown(self, x_BCHW: Tensor, condition: Condition) -> list[Tensor]:
         return [x_BCHW, condition.tensors["image_latents"]]

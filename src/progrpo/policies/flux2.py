@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from progrpo.policies.packed import PATCH, PackedFlowPolicy, packed, unpacked
@@ -67,16 +67,6 @@ class Flux2KleinPolicy(PackedFlowPolicy):
             return_dict=False,
         )[0]
         return unpacked(tokens_BLD, height, width)
-
-    def _observed_modules(self) -> Sequence[nn.Module]:
-        blocks = [*self.denoiser.transformer_blocks, *self.denoiser.single_transformer_blocks]
-        return blocks[len(blocks) // 2], blocks[-1]
-
-    def _observe(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        _, height, width = self.latent_shape
-        hidden = output if isinstance(output, Tensor) else output[-1]
-        # a block of one stream has the text's tokens in it, before the picture's
-        super()._observe(module, inputs, hidden[:, -(height * width // PATCH**2) :])
 
     def _unscaled(self, x0_BCHW: Tensor) -> Tensor:
         """By the statistics that the autoencoder has of each channel of a token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from functools import cached_property
 from inspect import signature
@@ -60,7 +60,6 @@ class PipelinePolicy(ABC):
         self._size = size
         self._encoded: dict[str, dict[str, Tensor]] = {}
         self._released = False
-        self._seen: list[Tensor] | None = None
         self._tiny = _tiny_decoder(pipeline, settings, self._latent_channels(pipeline))
         self.compiled = settings.compile
         self._step: Step | None = None
@@ -73,8 +72,6 @@ class PipelinePolicy(ABC):
             name: p for name, p in self.denoiser.named_parameters() if p.requires_grad
         }
         self.named_weights = NamedWeights(self.trainable)
-        for module in self._observed_modules():
-            module.register_forward_hook(self._observe)
         if settings.activation_checkpointing:
             self.denoiser.enable_gradient_checkpointing(self._checkpointed)
         if settings.compile:
@@ -189,10 +186,6 @@ class PipelinePolicy(ABC):
         """The network's output, in any dtype."""
 
     @abstractmethod
-    def _observed_modules(self) -> Sequence[nn.Module]:
-        """Parts of the denoiser whose hidden states of the picture, pooled over places, tell how it will turn out."""
-
-    @abstractmethod
     def _unscaled(self, x0_BCHW: Tensor) -> Tensor:
         """Latents as the autoencoder decodes them."""
 
@@ -302,12 +295,10 @@ class PipelinePolicy(ABC):
             name: torch.ones(1, *shape, device=self.device, dtype=self._settings.dtype)
             for name, shape in self._shapes.items()
         }
-        seen, self._seen = self._seen, None
         with self.named_weights.instead(self.named_weights.names[weights]), torch.set_grad_enabled(training):
             output = self._run(x, timestep_B, Condition(told))
             if training:
                 output.backward(torch.zeros_like(output))
-        self._seen = seen
 
     def decode(self, x0_BCHW: Tensor) -> Tensor:
         return _pictures(self._pipeline.vae, self._unscaled(x0_BCHW))
@@ -317,19 +308,6 @@ class PipelinePolicy(ABC):
             return self.decode(x0_BCHW)
         config = self._tiny.config
         return _pictures(self._tiny, x0_BCHW / config.scaling_factor + config.shift_factor)
-
-    @contextmanager
-    def observed(self) -> Iterator[list[Tensor]]:
-        seen: list[Tensor] = []
-        self._seen = seen
-        try:
-            yield seen
-        finally:
-            self._seen = None
-
-    def _observe(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self._seen is not None:
-            self._seen.append(_pooled(output))
 
     def weights(self, name: str) -> AbstractContextManager[None]:
         return self.named_weights.swapped(name)
@@ -399,13 +377,6 @@ def _pictures(decoder: ModelMixin, latents_BCHW: Tensor) -> Tensor:
     pictures_BCHW = decoder.decode(latents_BCHW.to(decoder.dtype), return_dict=False)[0].float()
     bytes_BCHW = (pictures_BCHW * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     return bytes_BCHW.movedim(1, -1).contiguous().cpu()
-
-
-def _pooled(output: Any) -> Tensor:
-    """Mean and std over places of hidden states (B, L, D) or (B, D, H, W), the last of what a block gives: (B, 2 D)."""
-    hidden = (output if isinstance(output, Tensor) else output[-1]).detach().float()
-    tokens = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
-    return torch.cat([tokens.mean(1), tokens.std(1)], dim=1)
 
 
 def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings, channels: int) -> AutoencoderTiny | None:

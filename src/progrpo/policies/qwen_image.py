@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from progrpo.policies.packed import PATCH, PackedFlowPolicy, packed, unpacked
@@ -67,10 +66,6 @@ class QwenImagePolicy(PackedFlowPolicy):
             return_dict=False,
         )[0]
         return unpacked(tokens_BLD, height, width)
-
-    def _observed_modules(self) -> Sequence[nn.Module]:
-        blocks = self.denoiser.transformer_blocks
-        return blocks[len(blocks) // 2], blocks[-1]
 
     def _unscaled(self, x0_BCHW: Tensor) -> Tensor:
         """With the axis of frames."""

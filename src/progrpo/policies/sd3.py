@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -114,7 +113,3 @@ class SD3Policy(FlowPolicy):
             return_dict=False,
         )[0]
         return output
-
-    def _observed_modules(self) -> Sequence[nn.Module]:
-        blocks = self.denoiser.transformer_blocks
-        return blocks[len(blocks) // 2], blocks[-1]

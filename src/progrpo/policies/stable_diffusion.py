@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
-from torch import Tensor, nn
+from torch import Tensor
 
 from progrpo.diffusion.levels import Levels, between_diffusion_levels, diffusion_levels
 from progrpo.policies.base import PolicySettings
@@ -82,9 +81,6 @@ class StableDiffusionPolicy(PipelinePolicy):
             x_BCHW, timestep_B, condition.tensors["prompt_embeds"], return_dict=False, **self._added(condition)
         )[0]
         return output
-
-    def _observed_modules(self) -> Sequence[nn.Module]:
-        return self.denoiser.up_blocks[0], self.denoiser.up_blocks[-1]
 
     def _added(self, condition: Condition) -> dict[str, dict[str, Tensor]]:
         """What else the U-Net is told."""

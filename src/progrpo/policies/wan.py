@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.flow import FlowPolicy
@@ -106,9 +106,6 @@ class WanPolicy(FlowPolicy):
             return_dict=False,
         )[0]
         return output
-
-    def _observed_modules(self) -> Sequence[nn.Module]:
-        return self.denoiser.blocks[len(self.denoiser.blocks) // 2], self.denoiser.blocks[-1]
 
     def _unscaled(self, x0_BCHW: Tensor) -> Tensor:
         config = self._pipeline.vae.config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +13,7 @@ from progrpo.packing import of_one_shape
 from progrpo.policies.base import Policy
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import INITIAL, NoiseKey
+from progrpo.rollout.probe import glance
 from progrpo.types import WHOLE_GROUP, Condition, Trajectories, Transition
 
 
@@ -23,7 +23,7 @@ class Sampling:
 
     Only stochastic steps have them. Latents are rounded to `latent_dtype` before their log-probs are taken and so may be
     stored in it. With `same_latent` the members of a group begin at one noise. With `attached` the outputs of stored steps
-    keep their graphs, with `features` network calls also give what a probe reads. With `embedded_guidance` the network is told
+    keep their graphs, with `glances` what a probe sees is kept of every step. With `embedded_guidance` the network is told
     the guidance scale, else guidance takes a pair of calls.
     """
 
@@ -36,7 +36,7 @@ class Sampling:
     same_latent: bool = False
     latent_dtype: torch.dtype = torch.float32
     attached: bool = False
-    features: bool = False
+    glances: bool = False
 
     def __post_init__(self) -> None:
         assert all(self.process.noise_levels[step] > 0 for step in self.stored_steps), "an ODE step has no log-prob"
@@ -98,21 +98,17 @@ def _call(
         return replace(batch, output_NCHW=torch.empty_like(batch.x_NCHW))
     timestep = sampling.process.timestep(step, batch.x_NCHW)
     attached = sampling.attached and step in sampling.stored_steps
-    outputs, features = [], []
+    outputs = []
     with torch.set_grad_enabled(attached):
         for rows in of_one_shape(len(batch), shape):
             told = condition.take(batch.group_N[rows].to(policy.device))
-            with policy.observed() if sampling.features else nullcontext([]) as seen:
-                outputs.append(policy.predict(batch.x_NCHW[rows], timestep, told, sampling.guidance_scale))
-            if seen:
-                features.append(torch.cat(seen, dim=1)[-len(rows) :].cpu())
+            outputs.append(policy.predict(batch.x_NCHW[rows], timestep, told, sampling.guidance_scale))
         output = torch.cat(outputs)[: len(batch)]
-    return replace(
-        batch,
-        output_NCHW=output.detach(),
-        attached_NCHW=output if attached else None,
-        features=(*batch.features, torch.cat(features)[: len(batch)]) if features else (),
-    )
+    batch = replace(batch, output_NCHW=output.detach(), attached_NCHW=output if attached else None)
+    if sampling.glances:
+        seen = glance(sampling.process.x0(step, batch.x_NCHW, output.detach()))
+        batch = replace(batch, glances=(*batch.glances, seen))
+    return batch
 
 
 def _advance(batch: Trajectories, step: int, sampling: Sampling, key: NoiseKey) -> Trajectories:

@@ -15,7 +15,7 @@ from progrpo.policies.base import Policy
 from progrpo.rewards.base import Scorer
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
-from progrpo.rollout.probe import Probe
+from progrpo.rollout.probe import Probe, texts
 from progrpo.types import Condition, Prompt, Scores, Trajectories
 
 DECODED = 32  # pictures at once: a decoder needs many times a network call's memory, and of more leaves a CPU's cache
@@ -64,7 +64,7 @@ def preview(
         assert how.probe is not None
         with meter.stage("preview"):
             meter.count(probed=len(batch))
-            return None, how.probe.score(step, batch.features[step])
+            return None, how.probe.score(step, batch.glances[step], texts(condition), batch.group_N)
     x0 = projected(policy, condition, batch, step, sampling, how.ode_steps, meter)
     with meter.stage("preview"):
         meter.count(previews=len(batch))

@@ -1,71 +1,156 @@
-"""A small head on the denoiser's own hidden states that ranks unfinished trajectories without a decoder or a reward.
+"""A small network that ranks unfinished trajectories by their x0 projections, without a decoder or a reward.
 
-Probes on activations rank final quality early in a trajectory (Probe-Select, arXiv 2603.02829). This one is learnt during the
-run, in closed form: a ridge regression for each step, of rewards on features, both less their group's mean, since only the
-ranking within a group counts.
+That early latents tell how a picture will turn out is what Probe-Select found (arXiv 2603.02829), with probes trained beforehand. This
+one learns during the run, from the trajectories that reach their end. One network serves all steps: late projections, nearly
+the latents whose pictures were rewarded, teach it the reward, and what they teach holds for early ones.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-_WIDTH = 512
-"""Wider features are mapped to so many by a fixed random matrix: what is kept grows with the square."""
-_RIDGE = 1.0
-"""Times the mean square of the features. Of .1, .3, 1 and 3 the best for 20 groups; the choice hardly matters for 100."""
+from progrpo.types import Condition, Trajectories
+
+_SIDE = 16
+"""Rows and columns of a latent that are looked at; larger ones are averaged down to so many, which bounds what is kept."""
+_TEXT_WIDTH = 128
+"""Wider text embeddings are mapped to so many numbers a token by a fixed random matrix."""
+_WIDTH, _TOLD = 24, 64
+"""Channels of the network, and numbers that say what was asked for and at which step."""
+_KEPT = 128
+"""Groups that it goes on learning from, the latest."""
+_TOGETHER = 8
+"""Groups of one step of the optimizer, each at a sampling step of its own."""
+_PASSES = 2
+"""How often a new group is seen at each sampling step, in the mean; more only learn the groups by heart."""
+_LEARNING_RATE, _WEIGHT_DECAY, _AVERAGED = 2e-3, 0.05, 0.98
 _REMEMBERED = 6
 """Audits whose mean agreement decides."""
 
 
-class Probe:
-    """Of T steps. Everything it knows is a sum over the rows it has seen, so the order of learning does not matter."""
+@torch.no_grad()
+def glance(x0_NCHW: Tensor) -> Tensor:
+    """What a probe sees of x0 projections: float16 (N, C, h, w) on the CPU, h and w even and at most 16; a video's mean frame."""
+    still = x0_NCHW.float() if x0_NCHW.ndim == 4 else x0_NCHW.float().mean(2)
+    height, width = (max(2, min(side, _SIDE) // 2 * 2) for side in still.shape[2:])
+    return F.adaptive_avg_pool2d(still, (height, width)).half().cpu()
 
-    def __init__(self, num_steps: int) -> None:
-        self.num_steps = num_steps
-        self._square: Tensor | None = None  # (T, F, F) float64
-        self._product: Tensor | None = None  # (T, F)
-        self._weights: dict[int, Tensor] = {}
+
+def texts(condition: Condition) -> Tensor:
+    """What a probe is told: float16 (P, tokens, width) on the CPU, at most 128 wide."""
+    told = condition.tensors["prompt_embeds"].detach().float().cpu()
+    if (width := told.shape[2]) > _TEXT_WIDTH:
+        told = told @ torch.randn(width, _TEXT_WIDTH, generator=torch.Generator().manual_seed(width)) / width**0.5
+    return told.half()
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """N finished trajectories of one group: glances by step (T, N, C, h, w), its text (tokens, width), final rewards (N,).
+
+    `previews_TN` are the rewards of their previews, where they are known. NaN is missing.
+    """
+
+    seen_TNCHW: Tensor
+    text: Tensor
+    rewards_N: Tensor
+    previews_TN: Tensor
+
+
+def lessons(
+    finished: Trajectories, condition: Condition, rewards_N: Tensor, previews_TN: Tensor | None = None
+) -> dict[int, Lesson]:
+    """One of each group, by its slot; `condition` has a row a group."""
+    if not finished.glances:
+        return {}
+    told, seen_TNCHW = texts(condition), torch.stack(finished.glances)
+    if previews_TN is None:
+        previews_TN = rewards_N.new_full((len(seen_TNCHW), len(rewards_N)), torch.nan)
+    found = {}
+    for group in finished.group_N.unique().tolist():
+        own = finished.group_N == group
+        lesson = Lesson(seen_TNCHW[:, own], told[group], rewards_N[own], previews_TN[:, own])
+        found[int(finished.slot_N[own][0])] = lesson
+    return found
+
+
+class Probe:
+    """Of T steps; `seed` draws its first weights."""
+
+    def __init__(self, num_steps: int, seed: int = 0) -> None:
+        self.num_steps, self.seed = num_steps, seed
+        self._head: _Head | None = None
+        self._lessons: list[Lesson] = []
         self._agreement: list[list[float | None]] = []
 
-    def learn(self, features: Sequence[Tensor], rewards_N: Tensor, group_N: Tensor) -> None:
-        """From N finished trajectories: their features (N, F) at each step, and rewards, of which NaN is missing."""
-        there = rewards_N.isfinite()
-        if not there.any():
+    def learn(self, lessons: Sequence[Lesson]) -> None:
+        """From groups that are new, and from those that it has kept."""
+        new = [lesson for lesson in lessons if lesson.rewards_N.isfinite().sum() >= 2]
+        if not new:
             return
-        group = group_N[there].unique(return_inverse=True)[1]
-        y = _centred(rewards_N[there, None].double(), group)[:, 0]
-        x = torch.stack([_centred(_narrow(f[there]), group) for f in features])
-        if self._square is None or self._product is None:
-            width = x.shape[2]
-            self._square = x.new_zeros(self.num_steps, width, width)
-            self._product = x.new_zeros(self.num_steps, width)
-        self._square += x.transpose(1, 2) @ x
-        self._product += (x.transpose(1, 2) @ y[:, None])[..., 0]
-        self._weights.clear()
+        if self._head is None:
+            self._begin(new[0])
+        assert self._head is not None
+        for lesson in new:
+            self._head.measure(lesson)
+        self._lessons = [*self._lessons, *new][-_KEPT:]
+        for _ in range(math.ceil(len(new) * self.num_steps * _PASSES / _TOGETHER)):
+            self._step(self._head)
 
     @property
     def knows(self) -> bool:
         """Whether it has learnt anything."""
-        return self._square is not None
+        return self._head is not None
 
-    def score(self, step: int, features_NF: Tensor) -> Tensor:
-        """float64 (N,), comparable within a group only."""
+    @torch.no_grad()
+    def score(self, step: int, seen_NCHW: Tensor, texts_P: Tensor, group_N: Tensor) -> Tensor:
+        """float64 (N,) of glances at P groups after `step`, comparable within a group only, and made by comparing it."""
         assert self.knows, "learn first"
-        if step not in self._weights:
-            self._weights[step] = self._solve(step)
-        return _narrow(features_NF) @ self._weights[step]
+        step_P = torch.full((len(texts_P),), step)
+        return self._average(seen_NCHW, texts_P, step_P, group_N).sum(1).double()
 
-    def _solve(self, step: int) -> Tensor:
-        assert self._square is not None and self._product is not None
-        square, product = self._square[step], self._product[step]
-        size = square.diagonal().clamp(min=1e-12)  # each feature in units of its own spread
-        scale = size.rsqrt()
-        ridge = torch.eye(len(size), dtype=square.dtype) * _RIDGE
-        return scale * torch.linalg.solve(scale[:, None] * square * scale + ridge, scale * product)
+    def _begin(self, lesson: Lesson) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)
+            self._head = _Head(self.num_steps, lesson)
+        self._average = copy.deepcopy(self._head).requires_grad_(False)
+        self._optimizer = torch.optim.AdamW(
+            self._head.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY, foreach=True
+        )
+        self._steps = 0
+
+    def _step(self, head: _Head) -> None:
+        drawn = torch.Generator().manual_seed(self._steps)  # so that a resumed run draws alike
+        which = torch.randint(len(self._lessons), (_TOGETHER,), generator=drawn).tolist()
+        step_P = torch.randint(self.num_steps, (_TOGETHER,), generator=drawn)
+        chosen = [(self._lessons[i], t) for i, t in zip(which, step_P.tolist(), strict=True)]
+        group_N = torch.repeat_interleave(torch.tensor([len(lesson.rewards_N) for lesson, _ in chosen]))
+        seen = torch.cat([lesson.seen_TNCHW[t] for lesson, t in chosen])
+        final = torch.cat([lesson.rewards_N for lesson, _ in chosen])
+        preview = torch.cat([lesson.previews_TN[t] for lesson, t in chosen])
+        wanted_N2 = torch.stack([final, preview], dim=1).float()
+        said_N2 = head(seen, torch.stack([lesson.text for lesson, _ in chosen]), step_P, group_N)
+        there = wanted_N2.isfinite()
+        off = _centred(said_N2, there, group_N) - _centred(wanted_N2.nan_to_num(), there, group_N)
+        loss = off.where(there, 0.0).square().sum() / there.sum() / head.reward_variance()
+        loss.backward()
+        nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._steps += 1
+        kept = min(_AVERAGED, self._steps / (self._steps + 9))  # the first steps leave the first weights fast
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self._average.parameters()), list(head.parameters()), 1 - kept)
+            for average, buffer in zip(self._average.buffers(), head.buffers(), strict=True):
+                average.copy_(buffer)
 
     def watch(self, agreement: Sequence[float | None]) -> None:
         """Note how well it ranked a group that it had not learnt from: Spearman by step, None where there is none."""
@@ -82,25 +167,120 @@ class Probe:
         return self.knows and found is not None and found >= threshold
 
     def state_dict(self) -> dict[str, Any]:
-        learnt = {} if self._square is None else {"square": self._square, "product": self._product}
-        return {"agreement": self._agreement, **learnt}
+        learnt = None
+        if self._head is not None:
+            learnt = {
+                "head": self._head.state_dict(),
+                "average": self._average.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "steps": self._steps,
+                "lessons": [dict(vars(lesson)) for lesson in self._lessons],
+            }
+        return {"agreement": self._agreement, "learnt": learnt}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._agreement = [list(audit) for audit in state["agreement"]]
-        learnt = (state.get(name) for name in ("square", "product"))
-        self._square, self._product = (None if sums is None else sums.clone() for sums in learnt)
-        self._weights.clear()
+        self._head, self._lessons = None, []
+        if (learnt := state["learnt"]) is None:
+            return
+        self._lessons = [Lesson(**lesson) for lesson in learnt["lessons"]]
+        self._begin(self._lessons[0])
+        assert self._head is not None
+        self._head.load_state_dict(learnt["head"])
+        self._average.load_state_dict(learnt["average"])
+        self._optimizer.load_state_dict(learnt["optimizer"])
+        self._steps = learnt["steps"]
 
 
-def _centred(values_NF: Tensor, group_N: Tensor) -> Tensor:
-    groups = int(group_N.max()) + 1 if len(group_N) else 0
-    total = values_NF.new_zeros(groups, values_NF.shape[1]).index_add(0, group_N, values_NF)
-    return values_NF - (total / torch.bincount(group_N, minlength=groups)[:, None])[group_N]
+class _Head(nn.Module):
+    """From glances to what each is worth within its group: its final reward, and its preview's, which is easier to learn.
+
+    Convolutions over patches of 2 x 2, scaled and shifted by the text and the step, then what differs from place to place, in
+    units of the group's spread.
+    """
+
+    squares: Tensor
+
+    def __init__(self, num_steps: int, lesson: Lesson) -> None:
+        super().__init__()
+        channels, height, width = lesson.seen_TNCHW.shape[2:]
+        self.patches = nn.Linear(4 * channels, _WIDTH)
+        self.places = nn.Parameter(0.02 * torch.randn(height // 2, width // 2, _WIDTH))
+        self.convolutions = nn.ModuleList(nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1) for _ in range(2))
+        self.tokens = nn.Linear(lesson.text.shape[1], _TOLD)
+        self.told = nn.Linear(_TOLD, _TOLD)
+        self.step = nn.Embedding(num_steps, _TOLD)
+        self.modulation = nn.Linear(_TOLD, 6 * _WIDTH)
+        self.worth = nn.Sequential(nn.Linear(2 * _WIDTH + _TOLD, 128), nn.GELU(), nn.Linear(128, 2))
+        nn.init.normal_(self.step.weight, std=0.1)
+        nn.init.normal_(self.modulation.weight, std=0.02)
+        nn.init.zeros_(self.modulation.bias)
+        self.latents, self.texts = _Moments(num_steps, channels), _Moments(lesson.text.shape[1])
+        self.register_buffer("squares", torch.zeros(2, dtype=torch.float64))
+
+    def measure(self, lesson: Lesson) -> None:
+        """What is seen and told is taken in units of its spread over all lessons."""
+        self.latents.add(lesson.seen_TNCHW.movedim(1, -1).flatten(2))
+        self.texts.add(lesson.text.T)
+        rewards = lesson.rewards_N[lesson.rewards_N.isfinite()]
+        self.squares += torch.tensor([(rewards - rewards.mean()).square().sum(), len(rewards)])
+
+    def reward_variance(self) -> float:
+        """Within a group."""
+        total, count = self.squares.tolist()
+        return total / count + 1e-12
+
+    def forward(self, seen_NCHW: Tensor, texts_P: Tensor, step_P: Tensor, group_N: Tensor) -> Tensor:
+        """float32 (N, 2): the final reward, and the preview's."""
+        mean_TC, std_TC = self.latents.mean_std()
+        rows = step_P[group_N]
+        seen = (seen_NCHW.float() - mean_TC[rows, :, None, None]) / std_TC[rows, :, None, None]
+        mean, std = self.texts.mean_std()
+        told_P = self.told(F.gelu(self.tokens((texts_P.float() - mean) / std)).mean(1)) + self.step(step_P)
+        scale_shift = self.modulation(told_P).unflatten(1, (3, 2, 1, 1, _WIDTH))[group_N]
+
+        def modulated(h_NHWC: Tensor, layer: int) -> Tensor:
+            scale, shift = scale_shift[:, layer].unbind(1)
+            return F.gelu(torch.addcmul(shift, F.layer_norm(h_NHWC, (_WIDTH,)), 1 + scale))
+
+        h = modulated(self.patches(F.pixel_unshuffle(seen, 2).permute(0, 2, 3, 1)) + self.places, 0)
+        for layer, convolution in enumerate(self.convolutions, start=1):
+            h = h + modulated(convolution(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), layer)
+        mean_NF = h.mean((1, 2))
+        std_NF = ((h - mean_NF[:, None, None]).square().mean((1, 2)) + 1e-4).sqrt()
+        pooled = torch.cat([mean_NF, std_NF], dim=1)
+        pooled = _centred(pooled, torch.ones_like(pooled, dtype=torch.bool), group_N)
+        spread = (_means(pooled.square(), torch.ones_like(pooled, dtype=torch.bool), group_N) + 1e-4).sqrt()
+        return self.worth(torch.cat([pooled / spread[group_N], told_P[group_N]], dim=1))
 
 
-def _narrow(features_NF: Tensor) -> Tensor:
-    features, width = features_NF.double(), features_NF.shape[1]
-    if width <= _WIDTH:
-        return features
-    fixed = torch.randn(width, _WIDTH, generator=torch.Generator().manual_seed(width), dtype=torch.float64)
-    return features @ fixed / width**0.5
+class _Moments(nn.Module):
+    """Mean and std of many numbers a place, over all that were added."""
+
+    sums: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(3, *shape, dtype=torch.float64))
+
+    def add(self, values: Tensor) -> None:
+        """(*shape, any number)."""
+        values = values.double()
+        ones = torch.full(values.shape[:-1], values.shape[-1], dtype=torch.float64)
+        self.sums += torch.stack([ones, values.sum(-1), values.square().sum(-1)])
+
+    def mean_std(self) -> tuple[Tensor, Tensor]:
+        count, total, squares = self.sums
+        mean = total / count
+        return mean.float(), (squares / count - mean.square()).clamp(min=1e-6).sqrt().float()
+
+
+def _centred(values_NK: Tensor, there_NK: Tensor, group_N: Tensor) -> Tensor:
+    """Less the mean of those of the group that are there."""
+    return values_NK - _means(values_NK, there_NK, group_N)[group_N]
+
+
+def _means(values_NK: Tensor, there_NK: Tensor, group_N: Tensor) -> Tensor:
+    groups = values_NK.new_zeros(int(group_N.max()) + 1 if len(group_N) else 0, values_NK.shape[1])
+    total = groups.index_add(0, group_N, values_NK.where(there_NK, 0.0))
+    return total / groups.index_add(0, group_N, there_NK.to(groups)).clamp(min=1)

@@ -16,6 +16,7 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan
 from progrpo.rollout.preview import Previewing, preview, score
+from progrpo.rollout.probe import Lesson, lessons, texts
 from progrpo.rollout.prune import SELECTORS, Selector
 from progrpo.tracking.statistics import hit_rate, spearman
 from progrpo.types import Prompt, Trajectories
@@ -26,7 +27,7 @@ class Audit:
     """Scores of T previews (T, G) and of the final pictures (G,), with pictures uint8 (G, T+1, H, W, 3).
 
     `scores_TG` are of one-step projections through the full decoder; `used_TG` of what the run decides on where it is
-    something else, `probe_TG` a probe's, where there is one. `trajectories` are the finished group, for the probe to learn from.
+    something else, `probe_TG` a probe's, where there is one. `lessons` are what the probe has to learn from it.
     `kept_uniform` and `kept_ovf` are whom these selectors keep when they know the final rewards: as many as the plan's
     survivors, or half where the plan keeps everyone.
     """
@@ -40,7 +41,7 @@ class Audit:
     kept_ovf: list[int]
     used_TG: Tensor
     probe_TG: Tensor | None
-    trajectories: Trajectories
+    lessons: dict[int, Lesson]
 
     def agreement(self) -> list[float | None]:
         """Spearman between each step's previews and the final rewards; None where the group has no variance."""
@@ -112,7 +113,10 @@ def audit(
     keep = plan.survivors if plan.survivors < plan.group_size else max(2, plan.group_size // 2)
     seeds = key.group_seeds(slot_P, sampling.num_inference_steps)
     probe = how.probe
-    probed = [probe.score(t, f) for t, f in enumerate(batch.features)] if probe and probe.knows else None
+    probed = None
+    if probe is not None and probe.knows:
+        told = texts(condition)
+        probed = [probe.score(t, seen, told, batch.group_N) for t, seen in enumerate(batch.glances)]
     decided = [probed[t] if probed and how.probed([t]) else used_G for t, used_G in enumerate(used)]
     return Audit(
         prompt=prompt,
@@ -124,7 +128,7 @@ def audit(
         kept_ovf=_kept(SELECTORS["ovf"], final_G, keep, seeds),
         used_TG=torch.stack(decided),
         probe_TG=None if probed is None else torch.stack(probed),
-        trajectories=batch,
+        lessons=lessons(batch, condition, final_G, torch.stack(scores)),
     )
 
 

@@ -176,7 +176,7 @@ def previewing(config: Config) -> Previewing:
     return Previewing(
         ode_steps=wanted.ode_steps,
         tiny=wanted.decoder == "tiny",
-        probe=Probe(config.sampling.num_inference_steps) if wanted.probe else None,
+        probe=Probe(config.sampling.num_inference_steps, config.seed) if wanted.probe else None,
         threshold=wanted.probe_threshold,
     )
 
@@ -243,7 +243,7 @@ def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) 
         embedded_guidance=policy.embeds_guidance,
         microbatch=microbatch(wanted),
         attached=config.optim.reuse_rollout,
-        features=config.preview.probe,
+        glances=config.preview.probe,
     )
 
 

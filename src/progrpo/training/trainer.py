@@ -21,6 +21,7 @@ from progrpo.rewards.mix import Failures, Mixture
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.probe import lessons
 from progrpo.rollout.prune import SELECTORS
 from progrpo.rollout.rollout import rollout
 from progrpo.rollout.spread import ALONE, Together
@@ -275,15 +276,15 @@ class Trainer:
         probe = self.how.probe
         if probe is None:
             return
-        finished = [(rolled.trajectories.features, rolled.rewards_N, rolled.group_N)]
+        new = lessons(rolled.trajectories, rolled.condition, rolled.rewards_N)
         if found is not None:
-            finished.append((found.trajectories.features, found.final_G, found.trajectories.group_N))
+            new |= found.lessons
         watched = self.ranks.gather([found.probe_agreement() if found is not None else None])
         for agreement in watched:
             if agreement is not None:
                 probe.watch(agreement)
-        for features, rewards_N, group_N in self.ranks.gather(finished):
-            probe.learn(features, rewards_N, group_N)
+        everyones = {slot: lesson for told in self.ranks.gather([new]) for slot, lesson in told.items()}
+        probe.learn([lesson for _, lesson in sorted(everyones.items())])  # in one order, whoever sampled which
 
     def _check_previews(self, record: Mapping[str, Any]) -> None:
         """Of the audit, if there was one; all processes hear of it."""
