@@ -59,7 +59,7 @@ class Bench:
         batch = expand(self.policy, torch.tensor([slot]), self.group_size, self.sampling, key)
         batch = denoise(self.policy, condition, batch, self.sampling, key, Meter(), watch)
         microbatch = self.sampling.microbatch
-        final = score(self.policy, self.reward, [prompt], batch, batch.x_NCHW, microbatch, Meter())[1]
+        final = score(self.policy, self.reward, [prompt], batch, batch.x_NCHW, microbatch, Meter())[1].ranking_N
         return seen, final, batch
 
     def probe(self, groups: int, seed: int) -> Probe:

@@ -23,15 +23,17 @@ _SIDE = 16
 """Rows and columns of a latent that are looked at; larger ones are averaged down to so many, which bounds what is kept."""
 _TEXT_WIDTH = 128
 """Wider text embeddings are mapped to so many numbers a token by a fixed random matrix."""
-_WIDTH, _TOLD = 24, 64
+_WIDTH, _TOLD = 16, 64
 """Channels of the network, and numbers that say what was asked for and at which step."""
 _KEPT = 128
 """Groups that it goes on learning from, the latest."""
 _TOGETHER = 8
 """Groups of one step of the optimizer, each at a sampling step of its own."""
-_PASSES = 2
+_PASSES = 3
 """How often a new group is seen at each sampling step, in the mean; more only learn the groups by heart."""
-_LEARNING_RATE, _WEIGHT_DECAY, _AVERAGED = 2e-3, 0.05, 0.98
+_LEARNING_RATE, _WEIGHT_DECAY, _AVERAGED = 3e-3, 0.3, 0.98
+_LEFT_OUT = 0.3
+"""The share of pooled numbers that a learning row goes without (dropout)."""
 _REMEMBERED = 6
 """Audits whose mean agreement decides."""
 
@@ -137,7 +139,10 @@ class Probe:
         final = torch.cat([lesson.rewards_N for lesson, _ in chosen])
         preview = torch.cat([lesson.previews_TN[t] for lesson, t in chosen])
         wanted_N2 = torch.stack([final, preview], dim=1).float()
-        said_N2 = head(seen, torch.stack([lesson.text for lesson, _ in chosen]), step_P, group_N)
+        left = torch.rand(len(group_N), 2 * _WIDTH, generator=drawn) >= _LEFT_OUT
+        said_N2 = head(
+            seen, torch.stack([lesson.text for lesson, _ in chosen]), step_P, group_N, left / (1 - _LEFT_OUT)
+        )
         there = wanted_N2.isfinite()
         off = _centred(said_N2, there, group_N) - _centred(wanted_N2.nan_to_num(), there, group_N)
         loss = off.where(there, 0.0).square().sum() / there.sum() / head.reward_variance()
@@ -230,8 +235,10 @@ class _Head(nn.Module):
         total, count = self.squares.tolist()
         return total / count + 1e-12
 
-    def forward(self, seen_NCHW: Tensor, texts_P: Tensor, step_P: Tensor, group_N: Tensor) -> Tensor:
-        """float32 (N, 2): the final reward, and the preview's."""
+    def forward(
+        self, seen_NCHW: Tensor, texts_P: Tensor, step_P: Tensor, group_N: Tensor, dropout: Tensor | float = 1.0
+    ) -> Tensor:
+        """float32 (N, 2): the final reward, and the preview's. `dropout` times the pooled numbers is what is read of them."""
         mean_TC, std_TC = self.latents.mean_std()
         rows = step_P[group_N]
         seen = (seen_NCHW.float() - mean_TC[rows, :, None, None]) / std_TC[rows, :, None, None]
@@ -251,7 +258,7 @@ class _Head(nn.Module):
         pooled = torch.cat([mean_NF, std_NF], dim=1)
         pooled = _centred(pooled, torch.ones_like(pooled, dtype=torch.bool), group_N)
         spread = (_means(pooled.square(), torch.ones_like(pooled, dtype=torch.bool), group_N) + 1e-4).sqrt()
-        return self.worth(torch.cat([pooled / spread[group_N], told_P[group_N]], dim=1))
+        return self.worth(torch.cat([pooled / spread[group_N] * dropout, told_P[group_N]], dim=1))
 
 
 class _Moments(nn.Module):
