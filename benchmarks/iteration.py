@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -327,8 +328,7 @@ def main() -> None:
         for plan in wanted.plans:
             result = measure(config_for(model, plan, wanted), wanted.iterations, wanted.random_weights)
             found.setdefault(model, {})[plan] = result
-            if not wanted.json:
-                print(line(model, plan, result), flush=True)
+            print(line(model, plan, result), flush=True, file=sys.stderr if wanted.json else sys.stdout)
     if wanted.json:
         told = {
             "torch": torch.__version__,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -110,7 +111,10 @@ def measured(model: str, wanted: argparse.Namespace) -> dict[str, Any]:
     policy = policy_from(config.model, 0, ranks, tiny_decoder=tiny_decoder(asked))
     sampling = sampling_from(config, policy, objective_from(config, policy).needs, 0)
     bench = Bench(policy, alone(load_reward("shapes")), replace(sampling, stored_steps=frozenset()), wanted.group_size)
-    by_seed = [bench.measure(wanted.groups, s, bench.probe(wanted.probe_groups, s)) for s in wanted.seeds]
+    by_seed = []
+    for seed in wanted.seeds:
+        by_seed.append(bench.measure(wanted.groups, seed, bench.probe(wanted.probe_groups, seed)))
+        print(f"{model}, seed {seed}: done", file=sys.stderr, flush=True)
     return {
         "sampler": sampling.process.sampler,
         "noise_level": sampling.process.noise_levels[0],

@@ -1,0 +1,105 @@
+"""Attention on a CPU in bfloat16, and what a LoRA's layers do with their input: milliseconds a row, in one process.
+
+    python benchmarks/attention.py [--models shapes-flow shapes-diffusion] [--rows 48] [--rounds 7] [--json]
+
+`products` is what a policy takes there (progrpo.policies.attention, diffusers' AttnProcessor); `math` is torch's attention without fused
+kernels, `fused` with them; `products, raised` has a LoRA's input raised to float32 first, as peft does by default. Of a network
+call, and of one with its gradient. Ways take turns, round by round; medians over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0, JointAttnProcessor2_0
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from progrpo.config import ModelConfig
+from progrpo.policies.load import quiet
+from progrpo.policies.pipeline import PipelinePolicy
+from progrpo.policies.sd3 import SD3Policy
+from progrpo.training.build import policy_from
+from progrpo.training.distributed import Ranks
+from progrpo.zoo.shapes import world
+
+
+@dataclass(frozen=True)
+class Way:
+    products: bool
+    fused: bool = False
+    raised: bool = False
+
+    def prepare(self, policy: PipelinePolicy) -> None:
+        theirs = JointAttnProcessor2_0 if isinstance(policy, SD3Policy) else AttnProcessor2_0
+        assert policy.plain_attention is not None
+        policy.denoiser.set_attn_processor(policy.plain_attention() if self.products else theirs())
+        for module in policy.denoiser.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = self.raised
+
+    def kernels(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.products or self.fused else sdpa_kernel(SDPBackend.MATH)
+
+
+WAYS = {
+    "products": Way(products=True),
+    "products, raised": Way(products=True, raised=True),
+    "math": Way(products=False),
+    "fused": Way(products=False, fused=True),
+}
+
+
+def measured(model: str, rows: int, rounds: int) -> dict[str, dict[str, float]]:
+    policy: Any = policy_from(ModelConfig(path=model, dtype="bfloat16"), 0, Ranks())
+    told = policy.encode(world.sample_prompts("train", 4, 0)).take(torch.arange(rows) % 4)
+    x = torch.randn(rows, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    timestep = policy.levels(10).timestep[5]
+
+    def seconds(way: Way, gradient: bool) -> float:
+        way.prepare(policy)
+        start = time.perf_counter()
+        with way.kernels(), torch.set_grad_enabled(gradient):
+            output = policy.predict(x, timestep, told)
+            if gradient:
+                output.square().mean().backward()
+        return time.perf_counter() - start
+
+    found: dict[tuple[str, str], list[float]] = {}
+    for i in range(rounds + 1):
+        for name, way in WAYS.items():
+            for kind, gradient in (("call", False), ("call and gradient", True)):
+                spent = seconds(way, gradient)
+                if i:
+                    found.setdefault((name, kind), []).append(1000 * spent / rows)
+    return {
+        name: {kind: statistics.median(found[name, kind]) for kind in ("call", "call and gradient")} for name in WAYS
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["shapes-flow", "shapes-diffusion"])
+    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    wanted = parser.parse_args()
+    quiet()
+    found = {model: measured(model, wanted.rows, wanted.rounds) for model in wanted.models}
+    if wanted.json:
+        print(json.dumps({**vars(wanted), "torch": torch.__version__, "ms a row": found}, indent=1))
+        return
+    for model, ways in found.items():
+        for name, kinds in ways.items():
+            print(f"{model:17s} {name:17s}", "  ".join(f"{kind} {ms:.2f} ms" for kind, ms in kinds.items()))
+
+
+if __name__ == "__main__":
+    main()
