@@ -137,7 +137,7 @@ def test_means_are_of_those_that_are_there():
     generator = torch.Generator().manual_seed(0)
     values, group = torch.randn(9, 2, generator=generator), torch.tensor([0, 0, 1, 1, 1, 3, 3, 3, 3])
     there = torch.rand(9, 2, generator=generator) > 0.4
-    found = module._centred(values, there, group)
+    found = module._centred(values, group, there)
     for k in range(2):
         for g in (0, 1, 3):
             own = (group == g) & there[:, k]

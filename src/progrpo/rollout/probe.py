@@ -144,7 +144,7 @@ class Probe:
             seen, torch.stack([lesson.text for lesson, _ in chosen]), step_P, group_N, left / (1 - _LEFT_OUT)
         )
         there = wanted_N2.isfinite()
-        off = _centred(said_N2, there, group_N) - _centred(wanted_N2.nan_to_num(), there, group_N)
+        off = _centred(said_N2, group_N, there) - _centred(wanted_N2, group_N, there)
         loss = off.where(there, 0.0).square().sum() / there.sum() / head.reward_variance()
         loss.backward()
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
@@ -255,10 +255,9 @@ class _Head(nn.Module):
             h = h + modulated(convolution(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), layer)
         mean_NF = h.mean((1, 2))
         std_NF = ((h - mean_NF[:, None, None]).square().mean((1, 2)) + 1e-4).sqrt()
-        pooled = torch.cat([mean_NF, std_NF], dim=1)
-        pooled = _centred(pooled, torch.ones_like(pooled, dtype=torch.bool), group_N)
-        spread = (_means(pooled.square(), torch.ones_like(pooled, dtype=torch.bool), group_N) + 1e-4).sqrt()
-        return self.worth(torch.cat([pooled / spread[group_N] * dropout, told_P[group_N]], dim=1))
+        off = _centred(torch.cat([mean_NF, std_NF], dim=1), group_N)
+        spread_P = (_means(off.square(), group_N) + 1e-4).sqrt()
+        return self.worth(torch.cat([off / spread_P[group_N] * dropout, told_P[group_N]], dim=1))
 
 
 class _Moments(nn.Module):
@@ -282,12 +281,14 @@ class _Moments(nn.Module):
         return mean.float(), (squares / count - mean.square()).clamp(min=1e-6).sqrt().float()
 
 
-def _centred(values_NK: Tensor, there_NK: Tensor, group_N: Tensor) -> Tensor:
-    """Less the mean of those of the group that are there."""
-    return values_NK - _means(values_NK, there_NK, group_N)[group_N]
+def _centred(values_NK: Tensor, group_N: Tensor, there_NK: Tensor | None = None) -> Tensor:
+    """Less the group's mean, which is of those that are there."""
+    return values_NK - _means(values_NK, group_N, there_NK)[group_N]
 
 
-def _means(values_NK: Tensor, there_NK: Tensor, group_N: Tensor) -> Tensor:
-    groups = values_NK.new_zeros(int(group_N.max()) + 1 if len(group_N) else 0, values_NK.shape[1])
-    total = groups.index_add(0, group_N, values_NK.where(there_NK, 0.0))
-    return total / groups.index_add(0, group_N, there_NK.to(groups)).clamp(min=1)
+def _means(values_NK: Tensor, group_N: Tensor, there_NK: Tensor | None = None) -> Tensor:
+    """Of each group up to the last that has a row, (P, K); 0 where nobody is there."""
+    there = torch.ones_like(values_NK, dtype=torch.bool) if there_NK is None else there_NK
+    groups = values_NK.new_zeros(int(group_N.max()) + 1, values_NK.shape[1])
+    total = groups.index_add(0, group_N, values_NK.where(there, 0.0))
+    return total / groups.index_add(0, group_N, there.to(groups)).clamp(min=1)
