@@ -1,10 +1,10 @@
 """How well a preview ranks a group, by step and by kind of preview: Spearman's correlation within a group with the final rewards.
 
     python benchmarks/preview.py [--models shapes-flow shapes-diffusion] [--objective grpo] [--groups 24] [--group-size 24]
-                                 [--seeds 0 1 2] [--probe-groups 300] [--window W] [--json]
+                                 [--seeds 0 1 2] [--probe-groups 50 100 200 300] [--window W] [--json]
 
 Kinds: the one-step projection by the full decoder (`x0`) and by the tiny one (`tiny`); two and three steps of the ODE (`ode 2`,
-`ode 3`: one and two network calls more); and a probe that learnt from `--probe-groups` other groups, of training prompts.
+`ode 3`: one and two network calls more); and a probe after each number of `--probe-groups` other groups, of training prompts.
 `--objective grpo` samples as it does, every step stochastic by the model's own sampler at its published noise level; `dgpo` and
 others without noise; with `--window` only the first so many steps are. Groups run unpruned on validation prompts, all kinds in turn; groups without variance are left out. Per
 seed the mean over groups, then mean and spread (std, ddof 1) over seeds.
@@ -13,6 +13,7 @@ seed the mean over groups, then mean and spread (std, ddof 1) over seeds.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -63,22 +64,25 @@ class Bench:
         final = score(self.policy, self.reward, [prompt], batch, batch.x_NCHW, microbatch, Meter())[1].ranking_N
         return seen, final, batch
 
-    def probe(self, groups: int, seed: int) -> Probe:
-        """One that learnt from so many groups of training prompts, one after another, as from audits."""
-        probe = Probe(self.sampling.num_inference_steps, seed)
-        for i, prompt in enumerate(world.sample_prompts("train", groups, seed)):
+    def probes(self, counts: list[int], seed: int) -> dict[str, Probe]:
+        """One that learnt from so many groups of training prompts, one after another, as from audits; as it was at each count."""
+        probe, found = Probe(self.sampling.num_inference_steps, seed), {}
+        for i, prompt in enumerate(world.sample_prompts("train", max(counts), seed)):
             seen, final, batch = self.group(prompt, 10_000 + i, seed, {"x0": WAYS["x0"]})
             previews_TN = torch.tensor(np.stack(seen["x0"]))
             probe.learn(list(lessons(batch, self.policy.encode([prompt]), final, previews_TN).values()))
-        return probe
+            if i + 1 in counts:
+                found[f"probe {i + 1}"] = copy.deepcopy(probe)
+        return found
 
-    def measure(self, groups: int, seed: int, probe: Probe) -> dict[str, dict[str, list[float]]]:
+    def measure(self, groups: int, seed: int, probes: dict[str, Probe]) -> dict[str, dict[str, list[float]]]:
         """By way, mean over groups at each step: rank correlation and hit rate of half the group."""
         found: dict[str, list[tuple[list[float | None], list[float | None]]]] = {}
         for slot, prompt in enumerate(world.sample_prompts("validation", groups, seed)):
             seen, final, batch = self.group(prompt, slot, seed, WAYS)
             told = texts(self.policy.encode([prompt]))
-            seen["probe"] = [probe.score(t, g, told, batch.group_N).numpy() for t, g in enumerate(batch.glances)]
+            for name, probe in probes.items():
+                seen[name] = [probe.score(t, g, told, batch.group_N).numpy() for t, g in enumerate(batch.glances)]
             truth, keep = final.numpy(), self.group_size // 2
             for name, steps in seen.items():
                 ranked = [spearman(s, truth) for s in steps], [hit_rate(s, truth, keep) for s in steps]
@@ -113,7 +117,7 @@ def measured(model: str, wanted: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(policy, alone(load_reward("shapes")), replace(sampling, stored_steps=frozenset()), wanted.group_size)
     by_seed = []
     for seed in wanted.seeds:
-        by_seed.append(bench.measure(wanted.groups, seed, bench.probe(wanted.probe_groups, seed)))
+        by_seed.append(bench.measure(wanted.groups, seed, bench.probes(wanted.probe_groups, seed)))
         print(f"{model}, seed {seed}: done", file=sys.stderr, flush=True)
     return {
         "sampler": sampling.process.sampler,
@@ -150,7 +154,7 @@ def main() -> None:
     parser.add_argument("--objective", default="grpo")
     parser.add_argument("--groups", type=int, default=24)
     parser.add_argument("--group-size", type=int, default=24)
-    parser.add_argument("--probe-groups", type=int, default=300)
+    parser.add_argument("--probe-groups", type=int, nargs="+", default=[50, 100, 200, 300])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num-inference-steps", type=int, default=10)
     parser.add_argument("--window", type=int)
@@ -164,7 +168,7 @@ def main() -> None:
         print(f"{model}, {result['sampler']} {result['noise_level']:g}")
         for name, way in result["ways"].items():
             pairs = zip(way["spearman"]["mean"], way["spearman"]["std_over_seeds"], strict=True)
-            print(f"  {name:6s}", "  ".join(f"{mean:5.2f}+-{std:.2f}" for mean, std in pairs))
+            print(f"  {name:9s}", "  ".join(f"{mean:5.2f}+-{std:.2f}" for mean, std in pairs))
 
 
 if __name__ == "__main__":
