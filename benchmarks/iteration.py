@@ -10,7 +10,7 @@
 after every iteration the unit costs are measured bare: a call of the network, with and without gradient, a decoded picture, by
 the full and by the tiny decoder, and a reward. From these:
 
-sampling   rows a second of the sampling stage over those of the bare network at the same microbatch
+sampling   rows a second of the sampling stage over those of the bare network in calls of the same sizes
 update     the same of trained items, forward and backward, and the further forward passes that the objective compares with
 model      seconds of the iteration over what its counts cost at these units (the cost model)
 previews   their seconds over those of sampling: by the full decoder as it ran, by the tiny one and the probe at their unit costs
@@ -36,6 +36,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import psutil
@@ -50,7 +51,9 @@ from progrpo.config import (
     RewardTerm,
     SamplingConfig,
     microbatch,
+    resolve_plan,
 )
+from progrpo.packing import evenly
 from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.load import POLICIES, policy_from_pipeline, quiet
 from progrpo.policies.sizes import without_weights
@@ -144,6 +147,9 @@ class Bare:
         self.condition = policy.encode(prompts)
         self.timestep = policy.levels(10).timestep[5]
         self.passes = FURTHER_PASSES[config.objective.name]
+        plan, most = resolve_plan(config), microbatch(config.sampling)
+        self.rows_T = [len(prompts) * plan.living_at(step) for step in range(config.sampling.num_inference_steps)]
+        self.shapes_T = [min(most, self.rows_T[0]) if policy.compiled else evenly(r, most) for r in self.rows_T]
         self.guidance, self.pair = config.sampling.guidance_scale, 2 if config.sampling.in_pairs else 1
 
     def _call(self, size: int) -> torch.Tensor:
@@ -175,7 +181,6 @@ class Bare:
         finished = Trajectories(group, group, torch.arange(calls), latents, glances=(seen,))
         probe.learn(list(lessons(finished, self.condition, torch.randn(calls)).values()))
         works: dict[str, tuple[Callable[[], object], int]] = {
-            "call": (lambda: self._sample(calls), calls * self.pair),
             "train": (lambda: self._train(items), items),
             "decode": (lambda: self.policy.decode(latents), DECODED),
             "tiny": (lambda: self.policy.preview(latents), DECODED),
@@ -183,7 +188,10 @@ class Bare:
             "reward": (lambda: self.reward.score(pictures, asked, groups), DECODED),
             "probe": (lambda: probe.score(0, seen, told, group), calls),
         }
-        return {name: seconds(work) / rows for name, (work, rows) in works.items()}
+        units = {name: seconds(work) / rows for name, (work, rows) in works.items()}
+        by_shape = {shape: seconds(partial(self._sample, shape)) / shape for shape in set(self.shapes_T)}
+        spent = sum(rows * by_shape[shape] for rows, shape in zip(self.rows_T, self.shapes_T, strict=True))
+        return {"call": spent / sum(self.rows_T) / self.pair, **units}
 
     def _matmul(self) -> None:
         """Of a size that keeps a GPU busy, or a CPU for a tenth of a second."""

@@ -21,6 +21,11 @@ def of_one_shape(count: int, size: int) -> list[Tensor]:
     return list(rows.split(size)) if count else []
 
 
+def evenly(count: int, size: int) -> int:
+    """Rows of a microbatch where `count` rows are shared out evenly among as few as `size` allows: with of_one_shape, little is filled up."""
+    return -(-count // -(-count // size)) if count else size
+
+
 def in_equal_parts(count: int, size: int) -> list[Tensor]:
     """0 .. count-1 in as few microbatches as `size` allows, which differ by at most one row.
 

@@ -101,10 +101,12 @@ def test_of_sizes_that_are_nearly_as_fast_the_smaller_is_chosen(policy, asked, c
     assert chosen(asked(), policy) == (12, 12)
 
 
-def test_rows_that_are_only_filled_up_are_paid_for(policy, asked, clock):
-    # ten rows in calls of 8 are 16 that are computed
+@pytest.mark.parametrize(("compiled", "best"), [(False, 8), (True, 10)])
+def test_rows_that_are_only_filled_up_are_paid_for(policy, asked, clock, monkeypatch, compiled, best):
+    # ten rows in calls of 8 are 16 that are computed by a compiled network, and twice 5 by another
+    monkeypatch.setattr(policy, "compiled", compiled)
     clock(lambda rows: 1e-3 + rows, lambda rows: rows)
-    assert chosen(asked(group=10, keep=5, prompts=1), policy)[0] == 10
+    assert chosen(asked(group=10, keep=5, prompts=1), policy)[0] == best
 
 
 def test_the_fastest_of_several_rounds_counts(policy, asked, clock):

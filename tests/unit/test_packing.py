@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from progrpo.packing import filled_up, in_equal_parts, of_one_shape, of_whole_blocks
+from progrpo.packing import evenly, filled_up, in_equal_parts, of_one_shape, of_whole_blocks
 
 SIZES = [(1, 1), (1, 8), (7, 1), (7, 2), (7, 3), (8, 4), (9, 4), (10, 64), (25, 8)]
 
@@ -27,6 +27,15 @@ def test_microbatches_of_one_shape_are_all_full(count, size):
 def test_the_last_microbatch_is_filled_by_copies_of_the_last_row():
     assert [part.tolist() for part in of_one_shape(5, 4)] == [[0, 1, 2, 3], [4, 4, 4, 4]]
     assert [part.tolist() for part in of_one_shape(2, 5)] == [[0, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(("count", "size"), SIZES)
+def test_evenly_shared_out_rows_take_no_more_calls_and_fill_up_less_than_one_row_a_call(count, size):
+    shape = evenly(count, size)
+    calls = len(of_one_shape(count, size))
+    assert shape <= size and len(of_one_shape(count, shape)) == calls
+    assert 0 <= calls * shape - count < calls
+    assert evenly(0, size) == size
 
 
 @pytest.mark.parametrize(("count", "size"), SIZES)

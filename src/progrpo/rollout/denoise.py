@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from progrpo.diffusion.process import Process
-from progrpo.packing import of_one_shape
+from progrpo.packing import evenly, of_one_shape
 from progrpo.policies.base import Policy
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import INITIAL, NoiseKey
@@ -79,8 +79,10 @@ def denoise(
 
     `condition` has one row a prompt. Steps and log-probs are float32, whatever the network runs in.
     """
-    shape = min(sampling.microbatch, len(batch))
+    first = min(sampling.microbatch, len(batch))
     for step in range(sampling.num_inference_steps):
+        # a compiled network would be compiled again for another shape
+        shape = first if policy.compiled else evenly(len(batch), sampling.microbatch)
         with meter.stage("sample"):
             batch = _call(policy, condition, batch, step, sampling, shape)
             meter.count(nfe=len(batch) * sampling.nfe_per_call)
@@ -93,7 +95,7 @@ def denoise(
 def _call(
     policy: Policy, condition: Condition, batch: Trajectories, step: int, sampling: Sampling, shape: int
 ) -> Trajectories:
-    """The network at every row's x, in microbatches of `shape` rows whoever is left."""
+    """The network at every row's x, in microbatches of `shape` rows."""
     if not len(batch):
         return replace(batch, output_NCHW=torch.empty_like(batch.x_NCHW))
     timestep = sampling.process.timestep(step, batch.x_NCHW)

@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from progrpo.config import Config, resolve_plan, trained_items
+from progrpo.packing import evenly
 from progrpo.policies.base import Policy
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
@@ -59,9 +61,17 @@ def _fastest(config: Config, policy: Policy, prompt: Prompt, ranks: Ranks) -> tu
         forward = _seconds(sample, max(rows_T), policy.device)
         both = _seconds(train, items, policy.device)
     return (
-        _best({size: sum(-(-rows // size) for rows in rows_T) * s for size, s in forward.items()}),
+        _best({size: _sampled(rows_T, size, forward, policy.compiled) for size in forward}),
         _best({size: items / size * s for size, s in both.items()}),
     )
+
+
+def _sampled(rows_T: list[int], size: int, seconds: dict[int, float], one_shape: bool) -> float:
+    """Of all network calls of a rollout; between sizes that were timed, seconds are taken to grow evenly."""
+    calls = [(-(-rows // size), size if one_shape else evenly(rows, size)) for rows in rows_T]
+    shapes = [shape for _, shape in calls]
+    found = np.interp(shapes, [0, *seconds], [0.0, *seconds.values()])
+    return float(sum(count * s for (count, _), s in zip(calls, found, strict=True)))
 
 
 def _seconds(work: Callable[[int], None], most: int, device: torch.device) -> dict[int, float]:
