@@ -98,7 +98,9 @@ def work(model, out):
     found, middle = {}, InTurn({"": tuple(map(Prompt, PROMPTS))}, 0).prompts_for(0, 2)[1].text
     cases = {f"updates {n}": (replace(CONFIG, optim=OptimConfig(updates_per_rollout=n)), redness) for n in (1, 2)}
     cases["batch"] = (replace(CONFIG, objective=replace(CONFIG.objective, advantage="batch")), redness)
-    cases["gdpo"] = (replace(CONFIG, objective=replace(CONFIG.objective, advantage="gdpo")), redness)
+    # one picture a call: decoders round by shape, and a pixel that comes out another moves a reward
+    single = replace(CONFIG, sampling=replace(CONFIG.sampling, microbatch=1))
+    cases["gdpo"] = (replace(single, objective=replace(CONFIG.objective, advantage="gdpo")), redness)
     cases["probe"] = (replace(CONFIG, preview=PreviewConfig(probe=True, probe_threshold=-1), audit=AuditConfig(every=1)), redness)
     cases["failing"] = (CONFIG, Failing(middle))
     together = replace(CONFIG, prompts=PromptConfig(per_iteration=3, split_groups=True))
