@@ -40,6 +40,7 @@ from iteration import Bare
 from iteration import seconds as timed
 
 from progrpo.config import Config, PlanConfig, microbatch, resolve_plan, trained_items, trained_steps
+from progrpo.packing import evenly
 from progrpo.policies.load import quiet
 from progrpo.recipes import load_recipe
 from progrpo.rollout.plan import Plan
@@ -113,7 +114,7 @@ def seconds(
     called, learnt, updates = microbatch(config.sampling), microbatch(config.optim), config.optim.updates_per_rollout
     pair = 2 if config.sampling.in_pairs else 1
     steps = config.sampling.num_inference_steps
-    sample = sum(filled(own(plan.living_at(step)), called, pair, units.call) for step in range(steps))
+    sample = sum(called_evenly(own(plan.living_at(step)), called, pair, units.call) for step in range(steps))
     pictures = sum(own(plan.living_at(point.step)) for point in plan.active_points()) + own(plan.finalists)
     items = -(-own(plan.survivors) * trained_items(config) // updates)
     parts = -(-items // learnt)
@@ -127,10 +128,9 @@ def seconds(
     return found | {"objects": objects + unpickling, "survivors that move": moving}
 
 
-def filled(rows: int, size: int, pair: int, call: Callable[[int], float]) -> float:
-    """Microbatches of one shape, the last one filled up."""
-    shape = min(rows, size)
-    return -(-rows // shape) * call(shape * pair)
+def called_evenly(rows: int, size: int, pair: int, call: Callable[[int], float]) -> float:
+    """Shared out evenly among as few calls as there can be, as the engine does."""
+    return -(-rows // size) * call(evenly(rows, size) * pair)
 
 
 def moved(config: Config, plan: Plan, world: int, latent: int, net: Network) -> float:

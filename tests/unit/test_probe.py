@@ -146,7 +146,7 @@ def test_means_are_of_those_that_are_there():
 
 
 def test_a_missing_reward_is_no_number():
-    """Its row teaches nothing: the network is moved as if it said of that row what it says anyway."""
+    """Above all not 0: what is learnt differs from what a reward of 0 teaches, and is finite."""
     one = drawn(1)[0]
     gone = one.rewards_N.clone()
     gone[[1, 4]] = NAN

@@ -95,6 +95,8 @@ class Policy(Protocol):
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
         """One row a prompt, on the policy's device: its text and, of a policy that `edits`, its picture; other columns are not read.
 
+        Among its tensors is `prompt_embeds`, (P, tokens, width), which a probe is told.
+
         ValueError for a new text after `release_text_encoders`, and for a picture that is lacking or cannot be read.
         """
         ...
