@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
+from progrpo.policies.decoder import quicken
 from progrpo.policies.lora import ADAPTER, continue_lora, in_float32
 from progrpo.policies.offload import Turns
 from progrpo.policies.quantized import quantize_blocks
@@ -111,8 +112,10 @@ class PipelinePolicy(ABC):
                 share_out(denoiser, torch.device(settings.device), whole=())
         else:
             raise ValueError(f"model.weights: {settings.weights!r} is not known; use 'lora' or 'full'")
-        if _slow_attention(settings) and cls.plain_attention is not None:
-            denoiser.set_attn_processor(cls.plain_attention())
+        if _narrow_on_cpu(settings):
+            quicken(pipeline.vae)
+            if cls.plain_attention is not None:
+                denoiser.set_attn_processor(cls.plain_attention())
         for module in _modules(pipeline):
             module.eval()
         _set_decoding(pipeline.vae, settings.decoding)
@@ -277,7 +280,7 @@ class PipelinePolicy(ABC):
 
     def _attention(self) -> AbstractContextManager[None]:
         """Torch's own matrix products, where fused attention is slow and the denoiser has no processor without it."""
-        fused_is_slow = _slow_attention(self._settings) and self.plain_attention is None
+        fused_is_slow = _narrow_on_cpu(self._settings) and self.plain_attention is None
         return sdpa_kernel(SDPBackend.MATH) if fused_is_slow else nullcontext()
 
     def _checkpointed(self, block: nn.Module, *inputs: Any) -> Any:
@@ -375,7 +378,7 @@ def _in_pixels(sides: Iterable[int]) -> str:
 @torch.no_grad()
 def _pictures(decoder: ModelMixin, latents_BCHW: Tensor) -> Tensor:
     pictures_BCHW = decoder.decode(latents_BCHW.to(decoder.dtype), return_dict=False)[0].float()
-    bytes_BCHW = (pictures_BCHW * 0.5 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+    bytes_BCHW = pictures_BCHW.mul_(0.5).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
     return bytes_BCHW.movedim(1, -1).contiguous().cpu()
 
 
@@ -397,6 +400,8 @@ def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings, channel
             f" model's have {channels}; take the one that was made for its autoencoder"
         )
     tiny.requires_grad_(False).eval()
+    if _narrow_on_cpu(settings):
+        quicken(tiny)
     return tiny.to(settings.device, memory_format=torch.channels_last)
 
 
@@ -413,10 +418,11 @@ def _set_decoding(vae: ModelMixin, decoding: str) -> None:
         vae.enable_tiling()
 
 
-def _slow_attention(settings: PolicySettings) -> bool:
-    """On a CPU in low precision, torch's fused attention has a gradient slower than the whole rest.
+def _narrow_on_cpu(settings: PolicySettings) -> bool:
+    """In low precision on a CPU, where some of what torch and diffusers have is slow.
 
-    What torch has without it computes in float32, and takes two to three times as long as products in the dtype itself.
+    Torch's fused attention has a gradient slower than the whole rest there. What torch has without it computes in float32, and
+    takes two to three times as long as products in the dtype itself.
     """
     return settings.dtype != torch.float32 and torch.device(settings.device).type == "cpu"
 

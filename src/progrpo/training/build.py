@@ -48,6 +48,7 @@ from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.preview import Previewing
 from progrpo.rollout.probe import Probe
 from progrpo.training.distributed import Ranks
+from progrpo.training.memory import keep_freed_memory
 from progrpo.training.zero import PartitionedAdamW, Zero, agreed
 from progrpo.types import Prompt
 from progrpo.words import named
@@ -131,6 +132,7 @@ def policy_from(
 ) -> Policy:
     """The policy that a configuration names, optionally with weights that a run has saved."""
     quiet()
+    keep_freed_memory()
     return load_policy(model.path, settings_from(model, seed, ranks, tiny_decoder), trained)
 
 

@@ -1,0 +1,111 @@
+"""A decoder's layers as ones that take less time on a CPU in low precision."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+_FEW_CHANNELS = 16  # of a group: from here on torch's kernel for normalising in low precision fills its vectors
+_SMALL_MAP = 1024  # places: below, torch takes a kernel of its own for maps in channels-last order
+
+
+@torch.no_grad()
+def quicken(decoder: nn.Module) -> None:
+    """Put layers that compute the same, up to rounding, in the places of those of diffusers that are slow. For inference alone."""
+    for parent in list(decoder.modules()):
+        if isinstance(parent, nn.ReLU | nn.SiLU):
+            parent.inplace = True  # each follows a convolution, a normalisation or a sum, which nothing else reads
+        layers = list(parent.named_children())
+        for name, layer in layers:
+            if isinstance(layer, ResnetBlock2D) and _plain(layer):
+                setattr(parent, name, _Residual(layer))
+            elif isinstance(layer, Upsample2D) and layer.norm is None and _threefold(layer.conv):
+                setattr(parent, name, _Upsampled(upsampled(layer.conv)))
+        if isinstance(parent, nn.Sequential):
+            for (name, layer), (after, convolution) in zip(layers, layers[1:], strict=False):
+                if isinstance(layer, nn.Upsample) and _doubles(layer) and _threefold(convolution):
+                    setattr(parent, name, nn.Identity())
+                    setattr(parent, after, upsampled(convolution))
+
+
+def upsampled(convolution: nn.Conv2d) -> nn.ConvTranspose2d:
+    """The convolution of 3 x 3 of a map whose every place was doubled both ways, without the doubled map.
+
+    Four places of the large map show one of the small, so most of what is multiplied is multiplied twice: one transposed
+    convolution of 4 x 4 with stride 2 has 4 products for a place instead of 9.
+    """
+    weight_OI33 = convolution.weight.detach().float()
+    o, i = weight_OI33.shape[:2]
+    spread_OI44 = weight_OI33.new_zeros(o, i, 4, 4)
+    for down in range(2):
+        for right in range(2):
+            spread_OI44[:, :, down : down + 3, right : right + 3] += weight_OI33.flip(-2, -1)
+    layer = nn.ConvTranspose2d(i, o, 4, stride=2, padding=1, bias=convolution.bias is not None)
+    layer = layer.to(convolution.weight).requires_grad_(False)
+    layer.weight.copy_(spread_OI44.transpose(0, 1))
+    if convolution.bias is not None and layer.bias is not None:
+        layer.bias.copy_(convolution.bias)
+    return layer
+
+
+class _Upsampled(nn.Module):
+    """Called as diffusers calls its `Upsample2D`."""
+
+    def __init__(self, convolution: nn.ConvTranspose2d) -> None:
+        super().__init__()
+        self.conv = convolution
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.conv(x_BCHW)  # type: ignore[no-any-return]
+
+
+class _Residual(nn.Module):
+    """A `ResnetBlock2D` that is told no time, writing over its own intermediate maps."""
+
+    def __init__(self, block: ResnetBlock2D) -> None:
+        super().__init__()
+        self.norm1, self.conv1, self.norm2, self.conv2 = block.norm1, block.conv1, block.norm2, block.conv2
+        self.nonlinearity, self.conv_shortcut = block.nonlinearity, block.conv_shortcut
+
+    def forward(self, x_BCHW: Tensor, temb: None = None) -> Tensor:
+        changed = self.conv1(self.nonlinearity(_normalised(self.norm1, x_BCHW)))
+        changed = self.conv2(self.nonlinearity(_normalised(self.norm2, changed)))
+        return changed.add_(x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))  # type: ignore[no-any-return]
+
+
+def _normalised(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
+    """In float32 where torch's kernel for the dtype works through small maps number by number."""
+    small = x_BCHW.shape[-2:].numel() < _SMALL_MAP and norm.num_channels // norm.num_groups < _FEW_CHANNELS
+    if not small:
+        return norm(x_BCHW)  # type: ignore[no-any-return]
+    weight, bias = norm.weight.float(), norm.bias.float()
+    return F.group_norm(x_BCHW.float(), norm.num_groups, weight, bias, norm.eps).to(x_BCHW.dtype)
+
+
+def _plain(block: ResnetBlock2D) -> bool:
+    """It only normalises, convolves twice and adds."""
+    return (
+        block.time_emb_proj is None
+        and block.time_embedding_norm != "scale_shift"
+        and block.upsample is None
+        and block.downsample is None
+        and block.output_scale_factor == 1
+    )
+
+
+def _threefold(layer: nn.Module | None) -> bool:
+    return (
+        type(layer) is nn.Conv2d
+        and layer.kernel_size == (3, 3)
+        and layer.stride == layer.dilation == (1, 1)
+        and layer.padding == (1, 1)
+        and layer.padding_mode == "zeros"
+        and layer.groups == 1
+    )
+
+
+def _doubles(layer: nn.Upsample) -> bool:
+    return layer.mode == "nearest" and layer.scale_factor == 2
