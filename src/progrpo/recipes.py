@@ -36,7 +36,7 @@ def quickstart() -> Config:
         model=ModelConfig(weights="full", dtype="auto"),
         prompts=PromptConfig(per_iteration=12),
         # microbatches are not left to be measured, so that equal seeds give equal runs; these fill up and hold groups whole
-        sampling=SamplingConfig(num_inference_steps=8, microbatch=48),
+        sampling=SamplingConfig(num_inference_steps=8, microbatch=72),
         plan=PlanConfig(preset="custom", group_size=24, prune=((4, 12),)),
         reward=RewardConfig((RewardTerm("shapes_mixed"),)),
         objective=ObjectiveConfig(name="dgpo", dgpo=DGPOConfig(draws=2, kl_beta=0.0)),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import resource
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -127,3 +132,29 @@ def test_other_errors_are_raised(tiny_trainer, tiny_config, tiny_policy, monkeyp
     monkeypatch.setattr(policy, "predict", breaks)
     with pytest.raises(RuntimeError, match="mat1"):
         tiny_trainer(tiny_config(), policy).step()
+
+
+FAULTS = """
+import resource, sys
+import torch
+from progrpo.training.memory import keep_freed_memory
+keep_freed_memory()
+torch.ones(2**22)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    torch.ones(2**22)  # 16 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+@pytest.mark.parametrize(
+    "told, kept", [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "100000", "MALLOC_MMAP_THRESHOLD_": "100000"}, False)]
+)
+def test_freed_memory_is_kept_unless_the_user_has_said_otherwise(told, kept):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"))}
+    run = subprocess.run(
+        [sys.executable, "-c", FAULTS], env={**environment, **told}, capture_output=True, text=True, check=True
+    )
+    pages_of_all = 50 * 2**24 / resource.getpagesize()
+    assert (int(run.stdout) < pages_of_all / 4) is kept

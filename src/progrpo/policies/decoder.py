@@ -1,21 +1,25 @@
-"""A decoder's layers as ones that take less time on a CPU in low precision."""
+"""An autoencoder's layers as ones that take less time on a CPU in low precision."""
 
 from __future__ import annotations
+
+from itertools import pairwise
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 _FEW_CHANNELS = 16  # of a group: from here on torch's kernel for normalising in low precision fills its vectors
 _SMALL_MAP = 1024  # places: below, torch takes a kernel of its own for maps in channels-last order
 
 
 @torch.no_grad()
-def quicken(decoder: nn.Module) -> None:
+def quicken(autoencoder: nn.Module) -> None:
     """Put layers that compute the same, up to rounding, in the places of those of diffusers that are slow. For inference alone."""
-    for parent in list(decoder.modules()):
+    for parent in list(autoencoder.modules()):
         if isinstance(parent, nn.ReLU | nn.SiLU):
             parent.inplace = True  # each follows a convolution, a normalisation or a sum, which nothing else reads
         layers = list(parent.named_children())
@@ -25,7 +29,7 @@ def quicken(decoder: nn.Module) -> None:
             elif isinstance(layer, Upsample2D) and layer.norm is None and _threefold(layer.conv):
                 setattr(parent, name, _Upsampled(upsampled(layer.conv)))
         if isinstance(parent, nn.Sequential):
-            for (name, layer), (after, convolution) in zip(layers, layers[1:], strict=False):
+            for (name, layer), (after, convolution) in pairwise(layers):
                 if isinstance(layer, nn.Upsample) and _doubles(layer) and _threefold(convolution):
                     setattr(parent, name, nn.Identity())
                     setattr(parent, after, upsampled(convolution))
@@ -43,8 +47,9 @@ def upsampled(convolution: nn.Conv2d) -> nn.ConvTranspose2d:
     for down in range(2):
         for right in range(2):
             spread_OI44[:, :, down : down + 3, right : right + 3] += weight_OI33.flip(-2, -1)
-    layer = nn.ConvTranspose2d(i, o, 4, stride=2, padding=1, bias=convolution.bias is not None)
-    layer = layer.to(convolution.weight).requires_grad_(False)
+    like = {"dtype": convolution.weight.dtype, "device": convolution.weight.device}
+    layer = skip_init(nn.ConvTranspose2d, i, o, 4, stride=2, padding=1, bias=convolution.bias is not None, **like)
+    layer.requires_grad_(False)
     layer.weight.copy_(spread_OI44.transpose(0, 1))
     if convolution.bias is not None and layer.bias is not None:
         layer.bias.copy_(convolution.bias)
@@ -59,7 +64,7 @@ class _Upsampled(nn.Module):
         self.conv = convolution
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.conv(x_BCHW)  # type: ignore[no-any-return]
+        return self.conv(x_BCHW)
 
 
 class _Residual(nn.Module):
@@ -73,14 +78,14 @@ class _Residual(nn.Module):
     def forward(self, x_BCHW: Tensor, temb: None = None) -> Tensor:
         changed = self.conv1(self.nonlinearity(_normalised(self.norm1, x_BCHW)))
         changed = self.conv2(self.nonlinearity(_normalised(self.norm2, changed)))
-        return changed.add_(x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))  # type: ignore[no-any-return]
+        return changed.add_(x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
 
 
 def _normalised(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
     """In float32 where torch's kernel for the dtype works through small maps number by number."""
     small = x_BCHW.shape[-2:].numel() < _SMALL_MAP and norm.num_channels // norm.num_groups < _FEW_CHANNELS
     if not small:
-        return norm(x_BCHW)  # type: ignore[no-any-return]
+        return norm(x_BCHW)
     weight, bias = norm.weight.float(), norm.bias.float()
     return F.group_norm(x_BCHW.float(), norm.num_groups, weight, bias, norm.eps).to(x_BCHW.dtype)
 
@@ -96,7 +101,7 @@ def _plain(block: ResnetBlock2D) -> bool:
     )
 
 
-def _threefold(layer: nn.Module | None) -> bool:
+def _threefold(layer: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     return (
         type(layer) is nn.Conv2d
         and layer.kernel_size == (3, 3)

@@ -18,7 +18,7 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.probe import Probe, texts
 from progrpo.types import Condition, Prompt, Scores, Trajectories
 
-DECODED = 32  # pictures at once: a decoder needs many times a network call's memory, and of more leaves a CPU's cache
+DECODED = 32  # pictures at once: a decoder needs many times a network call's memory
 
 
 @dataclass(frozen=True)
