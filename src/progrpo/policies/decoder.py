@@ -76,18 +76,17 @@ class _Residual(nn.Module):
         self.nonlinearity, self.conv_shortcut = block.nonlinearity, block.conv_shortcut
 
     def forward(self, x_BCHW: Tensor, temb: None = None) -> Tensor:
-        changed = self.conv1(self.nonlinearity(_normalised(self.norm1, x_BCHW)))
-        changed = self.conv2(self.nonlinearity(_normalised(self.norm2, changed)))
+        changed = self.conv1(self._activated(self.norm1, x_BCHW))
+        changed = self.conv2(self._activated(self.norm2, changed))
         return changed.add_(x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
 
-
-def _normalised(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
-    """In float32 where torch's kernel for the dtype works through small maps number by number."""
-    small = x_BCHW.shape[-2:].numel() < _SMALL_MAP and norm.num_channels // norm.num_groups < _FEW_CHANNELS
-    if not small:
-        return norm(x_BCHW)
-    weight, bias = norm.weight.float(), norm.bias.float()
-    return F.group_norm(x_BCHW.float(), norm.num_groups, weight, bias, norm.eps).to(x_BCHW.dtype)
+    def _activated(self, norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
+        """Normalised and made nonlinear: in float32 where torch's kernel for the dtype works through small maps number by number."""
+        if x_BCHW.shape[-2:].numel() >= _SMALL_MAP or norm.num_channels // norm.num_groups >= _FEW_CHANNELS:
+            return self.nonlinearity(norm(x_BCHW))
+        weight, bias = norm.weight.float(), norm.bias.float()
+        normed = F.group_norm(x_BCHW.float(), norm.num_groups, weight, bias, norm.eps)
+        return self.nonlinearity(normed).to(x_BCHW.dtype)
 
 
 def _plain(block: ResnetBlock2D) -> bool:
