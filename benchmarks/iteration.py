@@ -66,7 +66,7 @@ from progrpo.training.distributed import Ranks
 from progrpo.training.estimate import GPUS, flops_by_stage, sizes_for
 from progrpo.training.measure import measured
 from progrpo.training.trainer import Trainer
-from progrpo.types import Cost, Prompt, Trajectories
+from progrpo.types import Cost, Rollout, Trajectories
 
 WINDOW = (
     PlanConfig(preset="custom", group_size=24, prune=((3, 12),)),
@@ -139,11 +139,11 @@ def fill(module: torch.nn.Module) -> None:
 
 
 class Bare:
-    """The parts of an iteration on their own, on inputs of its shapes: seconds of each row."""
+    """The parts of an iteration on their own, on inputs of its shapes and on pictures that it made: seconds of each row."""
 
-    def __init__(self, policy: Policy, reward: Scorer, config: Config, prompts: list[Prompt]) -> None:
-        self.policy, self.reward, self.config = policy, reward, config
-        self.prompts = prompts
+    def __init__(self, policy: Policy, reward: Scorer, config: Config, rolled: Rollout) -> None:
+        self.policy, self.reward, self.config, self.rolled = policy, reward, config, rolled
+        self.prompts = prompts = rolled.prompts
         self.condition = policy.encode(prompts)
         self.timestep = policy.levels(10).timestep[5]
         self.passes = FURTHER_PASSES[config.objective.name]
@@ -173,8 +173,7 @@ class Bare:
     def measure(self) -> dict[str, float]:
         calls, items = microbatch(self.config.sampling), microbatch(self.config.optim)
         latents = torch.randn(DECODED, *self.policy.latent_shape).to(self.policy.device)
-        pictures = self.policy.decode(latents).numpy()
-        groups = (torch.arange(DECODED) % len(self.prompts)).sort().values
+        groups, pictures = self.rolled.group_N[:DECODED], self.rolled.images_NHWC[:DECODED].numpy()
         asked = [self.prompts[g] for g in groups]
         probe, told, group = Probe(1), texts(self.condition), torch.arange(calls) * len(self.prompts) // calls
         seen = glance(torch.randn(calls, *self.policy.latent_shape))
@@ -185,7 +184,7 @@ class Bare:
             "decode": (lambda: self.policy.decode(latents), DECODED),
             "tiny": (lambda: self.policy.preview(latents), DECODED),
             "matmul": (self._matmul, 1),
-            "reward": (lambda: self.reward.score(pictures, asked, groups), DECODED),
+            "reward": (lambda: self.reward.score(pictures, asked, groups), len(asked)),
             "probe": (lambda: probe.score(0, seen, told, group), calls),
         }
         units = {name: seconds(work) / rows for name, (work, rows) in works.items()}
@@ -250,16 +249,16 @@ def measure(config: Config, iterations: int, random_weights: bool) -> dict[str, 
     trainer = Trainer(config, policy, reward, order, ranks)
     flops = flops_by_stage(config, trainer.plan, sizes_for(config))
     policy.encode(order.prompts_for(0, config.prompts.per_iteration * (iterations + 1)))
-    bare, rows = Bare(policy, reward, config, prompts), []
+    rows = []
     with peak_memory() as peak:
+        bare = Bare(policy, reward, config, trainer.step().rollout)
         before = bare.measure()
-        for i in range(iterations + 1):
+        for _ in range(iterations):
             record = trainer.step().record
             after = bare.measure()
             units = {name: (before[name] + after[name]) / 2 for name in after}
             before = after
-            if i:
-                rows.append(row(record, units, flops))
+            rows.append(row(record, units, flops))
         memory = peak()
     same = ("nfe", "decodes", "reward_calls")
     predicted, counted = trainer.predicted(iterations + 1), trainer.totals.counted

@@ -171,7 +171,7 @@ def measured_here(config: Config) -> tuple[Units, int, int]:
     ranks = Ranks()
     policy = policy_from(config.model, config.seed, ranks)
     order, reward = train_order(config.prompts, config.seed), scorer_from(config.reward.terms, config.reward.frames)
-    bare = Bare(policy, reward, config, order.prompts_for(0, config.prompts.per_iteration))
+    bare = Bare(policy, reward, config, Trainer(config, policy, reward, order, ranks).step().rollout)
     pair = 2 if config.sampling.in_pairs else 1
     unit = bare.measure()
     call = by_rows(bare._sample, microbatch(config.sampling))

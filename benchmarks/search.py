@@ -39,6 +39,10 @@ def changed(base: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
     }
 
 
+def rewarded(name: str) -> Changes:
+    return {"reward": {"terms": [{"name": name}]}}
+
+
 # Noise and training at the first three of eight steps, no pruning
 WINDOW: Changes = {
     "iterations": 1000,
@@ -55,7 +59,7 @@ FINAL = changed(PRUNE, {"sampling": {"sde_window": "auto"}})
 DGPO = changed(FINAL, {"objective": {"name": "dgpo"}})
 # Two times a picture instead of four, and no pull to the reference: half the training's cost
 CHEAP = changed(DGPO, {"objective": {"dgpo": {"draws": 2, "kl_beta": 0.0}}})
-MIXED: Changes = {"reward": {"name": "shapes_mixed"}}
+MIXED: Changes = rewarded("shapes_mixed")
 # All of the denoiser's weights
 FULL = changed(CHEAP, {**MIXED, "model": {"weights": "full"}, "optim": {"lr": 2e-4}})
 ONE = changed(FULL, {"objective": {"dgpo": {"draws": 1}}})
@@ -63,24 +67,32 @@ ONE = changed(FULL, {"objective": {"dgpo": {"draws": 1}}})
 OBJECTIVE = changed(FINAL, {**MIXED, "model": {"weights": "full"}, "optim": {"lr": 2e-4}})
 # Half the rate, falling from the start, and gradients cut where they are usual: at 2e-4 one seed of three fell back
 CALM: Changes = {"iterations": 80, "optim": {"lr": 1e-4, "decay": 1.0, "max_grad_norm": 0.1, "ema_decay": 0.9}}
+# Audits as often as a plan is judged well, where the plan may follow them and where it may not
+QUICKSTART = changed(to_dict(load_recipe("quickstart")), {"audit": {"every": 5}})
+ADAPTIVE: Changes = {"plan": {"adaptive": True}}
+EARLY: Changes = {"plan": {"prune": [[1, 12]]}}
 # The recipe of the diffusion model, and what was tried beside it
 UNET = to_dict(load_recipe("shapes-diffusion"))
 
 TRIALS: dict[str, Changes] = {
     "quickstart": to_dict(load_recipe("quickstart")),
+    "quickstart audited": QUICKSTART,
+    "quickstart adaptive": changed(QUICKSTART, ADAPTIVE),
+    "quickstart pruned early": changed(QUICKSTART, EARLY),
+    "quickstart pruned early, adaptive": changed(QUICKSTART, {"plan": {**EARLY["plan"], **ADAPTIVE["plan"]}}),
     "grpo": WINDOW,
     "grpo prune": PRUNE,
-    "grpo prune mixed": changed(PRUNE, {"reward": {"name": "shapes_mixed"}}),
+    "grpo prune mixed": changed(PRUNE, MIXED),
     "grpo prune signal": changed(PRUNE, {"prompts": {"order": "signal"}}),
-    "grpo prune signal mixed": changed(PRUNE, {"prompts": {"order": "signal"}, "reward": {"name": "shapes_mixed"}}),
+    "grpo prune signal mixed": changed(PRUNE, {**MIXED, "prompts": {"order": "signal"}}),
     "grpo prune full": changed(PRUNE, {"model": {"weights": "full"}, "optim": {"lr": 2e-4}}),
     **{f"objective {name}": changed(OBJECTIVE, {"objective": {"name": name}}) for name in ("nft", "awm", "dgpo")},
     "objective grpo": changed(OBJECTIVE, {"sampling": {"sde_window": "first"}}),
     "nft": changed(FINAL, {"objective": {"name": "nft"}}),
     "awm": changed(FINAL, {"objective": {"name": "awm"}}),
     "dgpo": DGPO,
-    "dgpo mixed": changed(DGPO, {"reward": {"name": "shapes_mixed"}}),
-    "dgpo strict": changed(DGPO, {"reward": {"name": "shapes_strict"}}),
+    "dgpo mixed": changed(DGPO, MIXED),
+    "dgpo strict": changed(DGPO, rewarded("shapes_strict")),
     "dgpo signal": changed(DGPO, {"prompts": {"order": "signal"}}),
     "dgpo lr 5e-4": changed(DGPO, {"optim": {"lr": 5e-4}}),
     "dgpo lr 2e-3": changed(DGPO, {"optim": {"lr": 2e-3}}),
@@ -115,12 +127,12 @@ TRIALS: dict[str, Changes] = {
 
 
 def config_of(changes: Changes, seed: int) -> Config:
-    config = from_dict(changed(to_dict(Config()), {**changes, "seed": seed, "audit": {"every": 0}}))
+    config = from_dict(changed(to_dict(Config()), {"audit": {"every": 0}, **changes, "seed": seed}))
     check(config)
     return config
 
 
-def run(config: Config, seconds: float, every: float, pictures: int) -> list[dict[str, float | None]]:
+def run(config: Config, seconds: float, every: float, pictures: int) -> list[dict[str, Any]]:
     """Validation figures against seconds of training, first those of the base."""
     ranks = Ranks()
     config = settled(config, ranks)
@@ -129,7 +141,8 @@ def run(config: Config, seconds: float, every: float, pictures: int) -> list[dic
     trainer = Trainer(config, policy, reward, train_order(config.prompts, config.seed), ranks)
     prompts, judge = eval_prompts("shapes", "validation", pictures), judge_for("shapes")
     sampling = ode(policy, config.eval.num_inference_steps, 1.0, 64)
-    spent, due, curve = 0.0, 0.0, []
+    spent, due = 0.0, 0.0
+    curve: list[dict[str, Any]] = []
     while True:
         over = spent >= seconds or trainer.iteration >= config.iterations
         if spent >= due or over:
@@ -137,11 +150,14 @@ def run(config: Config, seconds: float, every: float, pictures: int) -> list[dic
                 found = evaluate(policy, reward, judge, prompts, sampling, config.eval.seed, ranks)
             figures = {name: found.mean(name) for name in ("strict", "graded", "judge")}
             curve.append({"seconds": round(spent, 1), "iterations": trainer.iteration, **_rounded(figures)})
+            if config.plan.adaptive:
+                curve[-1]["prune"] = [[point.step, point.keep] for point in trainer.plan.prune]
             print("   ", curve[-1], flush=True)
             due = spent + every
         if over:
             return curve
-        spent += trainer.step().record["seconds"]
+        record = trainer.step().record
+        spent += record["seconds"] - record["time/audit"]
 
 
 def _rounded(figures: Mapping[str, float | None]) -> dict[str, float | None]:

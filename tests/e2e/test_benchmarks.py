@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -48,3 +49,13 @@ def test_it_runs_and_prints_one_json_object(name):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert isinstance(found, dict) and len(numbers(found)) > 3
+
+
+@pytest.mark.slow
+def test_a_search_runs_and_may_try_all_of_its_trials(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    search = importlib.import_module("search")
+    for changes in search.TRIALS.values():
+        search.config_of(changes, seed=0)
+    found = search.run(search.config_of(search.TRIALS["quickstart adaptive"], seed=0), 0.1, 1.0, pictures=2)
+    assert [point["iterations"] for point in found] == [0, 1] and found[0]["prune"] == [[4, 12]]
