@@ -14,6 +14,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL: dict[str, list[str]] = {
     "attention": ["--models", "shapes-flow", "--rows", "2", "--rounds", "1"],
+    "cpu": ["--rows", "2", "--pictures", "1", "--rounds", "1"],
     "iteration": ["--models", "shapes-flow", "--plans", "window", "--prompts", "1", "--iterations", "1"],
     "preview": [
         "--models",

@@ -1,0 +1,117 @@
+"""What is done for CPUs in low precision: decoders' layers, and freed memory that is kept.
+
+    python benchmarks/cpu.py [--model shapes-flow] [--rows 96] [--pictures 32] [--rounds 7] [--json]
+
+decoders   milliseconds a picture, by diffusers' layers and by those of progrpo.policies.decoder, which take turns in one process;
+           and how far both are from float32, as the root mean square of pixels in [-1, 1]
+memory     milliseconds a row of a network call without gradient, in processes of their own that take turns: with freed memory kept
+           (progrpo.training.memory), and as glibc has it
+
+Medians over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from progrpo.config import ModelConfig
+from progrpo.policies.decoder import quicken
+from progrpo.policies.load import quiet
+from progrpo.policies.pipeline import BUILT_IN_DECODER
+from progrpo.training.build import policy_from
+from progrpo.training.distributed import Ranks
+from progrpo.zoo import WEIGHTS
+from progrpo.zoo.shapes import world
+
+UNTOLD = {"GLIBC_TUNABLES": "glibc.malloc.check=0"}  # a user's own word, after which nothing is changed
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def decoders(model: str, pictures: int, rounds: int) -> dict[str, dict[str, float]]:
+    full, tiny = WEIGHTS / model / "vae", WEIGHTS / BUILT_IN_DECODER
+    found = {}
+    for name, true in (("full", AutoencoderKL.from_pretrained(full)), ("tiny", AutoencoderTiny.from_pretrained(tiny))):
+        ways = {"diffusers": copy.deepcopy(true).bfloat16(), "progrpo": copy.deepcopy(true).bfloat16()}
+        quicken(ways["progrpo"])
+        latents = torch.randn(pictures, true.config.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
+        expected = true.decode(latents).sample
+        narrow, spent, error = latents.bfloat16(), {way: [] for way in ways}, {}
+        for way, decoder in ways.items():
+            decoder.to(memory_format=torch.channels_last)
+            error[way] = float((decoder.decode(narrow).sample.float() - expected).square().mean().sqrt())
+        for _ in range(rounds):
+            for way, decoder in ways.items():
+                spent[way].append(seconds(partial(decoder.decode, narrow)))
+        for way in ways:
+            ms = 1000 * statistics.median(spent[way]) / pictures
+            found[f"{name}, {way}"] = {"ms a picture": ms, "rms": error[way]}
+    return found
+
+
+def call(model: str, rows: int, rounds: int) -> float:
+    """Of a process that has done nothing else: milliseconds a row."""
+    policy: Any = policy_from(ModelConfig(path=model, dtype="bfloat16"), 0, Ranks())
+    told = policy.encode(world.sample_prompts("train", 4, 0)).take(torch.arange(rows) % 4)
+    x, timestep = torch.randn(rows, *policy.latent_shape), policy.levels(10).timestep[5]
+    with torch.no_grad():
+        spent = [seconds(lambda: policy.predict(x, timestep, told)) for _ in range(rounds + 1)]
+    return 1000 * statistics.median(spent[1:]) / rows
+
+
+def memory(command: list[str], rounds: int) -> dict[str, float]:
+    spent: dict[str, list[float]] = {"kept": [], "as glibc has it": []}
+    for _ in range(rounds):
+        for way, told in zip(spent, ({}, UNTOLD), strict=True):
+            done = subprocess.run(command, env={**os.environ, **told}, capture_output=True, text=True, check=True)
+            spent[way].append(float(done.stdout))
+    return {way: statistics.median(found) for way, found in spent.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="shapes-flow")
+    parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--pictures", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only-call", action="store_true", help="print the milliseconds of a call in this process")
+    parser.add_argument("--json", action="store_true")
+    wanted = parser.parse_args()
+    quiet()
+    if wanted.only_call:
+        print(call(wanted.model, wanted.rows, wanted.rounds))
+        return
+    again = [sys.executable, __file__, "--only-call", "--model", wanted.model, "--rows", str(wanted.rows)]
+    found = {
+        "decoders": decoders(wanted.model, wanted.pictures, 3 * wanted.rounds),
+        "memory, ms a row": memory(again, -(-wanted.rounds // 2)),
+    }
+    if wanted.json:
+        print(json.dumps({**vars(wanted), "torch": torch.__version__, **found}, indent=1))
+        return
+    for name, figures in found["decoders"].items():
+        print(f"{name:17s} {figures['ms a picture']:.3f} ms a picture, {figures['rms']:.5f} from float32")
+    for name, ms in found["memory, ms a row"].items():
+        print(f"{name:17s} {ms:.3f} ms a row of a network call")
+
+
+if __name__ == "__main__":
+    main()
