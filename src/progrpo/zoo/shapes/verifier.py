@@ -6,13 +6,14 @@ ideal shapes stretched to its bounding box. No learning: `judge.py` is the indep
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
+from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from progrpo.types import Prompt
@@ -31,6 +32,7 @@ _DEPTH = 2  # cells: what lies deeper than this inside an ideal shape is its cor
 _SOLID = 0.9  # of its core that a shape must fill: outlines are no shapes (a decoder rounds tips, but leaves no holes)
 _MALFORMED = 0.8  # of a form's grade that is left to a component that is stretched, hollow or of no object's size
 _FIT_FLOOR = 0.5  # overlap that any patch reaches: graded scores count from here
+_AT_ONCE = 32  # pictures: more would not stay in the processor's cache from one step to the next
 _COS_DIRECTION = 0.5  # cosine of the largest angle to the named direction (GenEval's rule)
 
 
@@ -77,8 +79,8 @@ class Verdict:
     seen: tuple[Seen, ...]
 
 
-def _segment(pictures_NHWC: np.ndarray) -> np.ndarray:
-    """int8 (N, H, W): the index of each pixel's colour, -1 for the ground.
+def _segment(pictures_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Flat indices of the coloured pixels in rising order, and the index of the colour of each.
 
     A pixel on an object's edge mixes object and ground, so what is compared is its direction away from the ground; it
     belongs to the object from half coverage on. The ground is what most of the border shows.
@@ -86,47 +88,81 @@ def _segment(pictures_NHWC: np.ndarray) -> np.ndarray:
     n, h, w, _ = pictures_NHWC.shape
     sides = [pictures_NHWC[:, 0], pictures_NHWC[:, -1], pictures_NHWC[:, :, 0], pictures_NHWC[:, :, -1]]
     ground_N3 = np.median(np.concatenate(sides, axis=1), axis=1).astype(np.float32)
-    # a plane for each of red, green and blue: a loop over three numbers for every pixel would take most of the time
-    planes = [pictures_NHWC[..., i].reshape(n, h * w) - ground_N3[:, i, None] for i in range(3)]
+    # by whole rows: a loop over three numbers for every pixel would take most of the time
+    away_X3 = (pictures_NHWC.reshape(n, h, w * 3) - np.tile(ground_N3, w)[:, None]).reshape(-1, 3)
+    square_X3 = away_X3 * away_X3
     # no colour is nearer to a light ground than this at half coverage, so most pixels need no closer look
-    pixel = np.flatnonzero(sum(plane * plane for plane in planes) > _FAINT**2)
+    pixel = np.flatnonzero(square_X3[:, 0] + square_X3[:, 1] + square_X3[:, 2] > _FAINT**2)
     picture = pixel // (h * w)
-    away_3M = np.stack([plane.ravel()[pixel] for plane in planes])
+    count_N = np.bincount(picture, minlength=n)
+    away_3M = np.ascontiguousarray(away_X3.take(pixel, axis=0).T)
     palette_C3 = _PALETTE_C3 * 255
     length_CN = np.linalg.norm(palette_C3[:, None] - ground_N3, axis=2) + np.float32(1e-3)
     # |away| times the cosine to each colour's direction, which is the colour less the ground
-    on_ground_M = (away_3M * ground_N3.T[:, picture]).sum(0)
+    on_ground_M = (away_3M * np.repeat(ground_N3.T, count_N, axis=1)).sum(0)
     # no matrix product, whose rounding may depend on what else is scored beside a picture
     on_palette_CM = sum(palette_C3[:, i, None] * away for i, away in enumerate(away_3M))
-    along_CM = (on_palette_CM - on_ground_M) / length_CN[:, picture]
-    nearest = along_CM.argmax(0)
-    cover = along_CM[nearest, np.arange(len(pixel))] / length_CN[nearest, picture]
-    colour_X = np.full(n * h * w, -1, np.int8)
-    colour_X[pixel] = np.where(cover >= 0.5, nearest, -1)
-    return colour_X.reshape(n, h, w)
+    along_CM = (on_palette_CM - on_ground_M) / np.repeat(length_CN, count_N, axis=1)
+    best_M = along_CM.max(0)
+    # the first of the nearest is found by counting those before it: `argmax` over a few long rows is slow
+    before_CM = along_CM < best_M
+    for former_M, later_M in itertools.pairwise(before_CM):
+        later_M &= former_M
+    nearest_M = before_CM.sum(0, dtype=np.int8)
+    covered = best_M / length_CN.ravel().take(nearest_M * np.int64(n) + picture) >= 0.5
+    return pixel[covered], nearest_M[covered]
 
 
-def _components(colour_NHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Flat indices of the coloured pixels, and for each the number of its 4-connected component of one colour."""
-    index = np.flatnonzero(colour_NHW >= 0)
-    compact = np.full(colour_NHW.shape, -1, np.int32)
-    compact.flat[index] = np.arange(len(index), dtype=np.int32)
-    same_x = (colour_NHW[:, :, 1:] == colour_NHW[:, :, :-1]) & (colour_NHW[:, :, 1:] >= 0)
-    same_y = (colour_NHW[:, 1:] == colour_NHW[:, :-1]) & (colour_NHW[:, 1:] >= 0)
-    start = np.concatenate([compact[:, :, :-1][same_x], compact[:, :-1][same_y]])
-    end = np.concatenate([compact[:, :, 1:][same_x], compact[:, 1:][same_y]])
-    edges = coo_array((np.ones(len(start), np.int8), (start, end)), shape=(len(index), len(index)))
-    return index, connected_components(edges, directed=False)[1]
+@dataclass(frozen=True)
+class _Runs:
+    """The runs of pixels of one colour in a row, in rising order; run 0 stands for the ground and has no pixels."""
+
+    colour: np.ndarray
+    start: np.ndarray  # flat index of the first pixel
+    length: np.ndarray
+    at_X: np.ndarray  # the run that each pixel belongs to
 
 
-def _patches(label_NHW: np.ndarray, names: np.ndarray, picture: np.ndarray, box_M4: np.ndarray) -> np.ndarray:
+def _runs(pixel: np.ndarray, colour: np.ndarray, width: int, pixels: int) -> _Runs:
+    fresh = pixel == pixel // width * width
+    fresh[:1] = True
+    fresh[1:] |= (pixel[1:] != pixel[:-1] + 1) | (colour[1:] != colour[:-1])
+    first = np.flatnonzero(fresh)
+    at_X = np.zeros(pixels, np.int32)
+    at_X[pixel] = np.cumsum(fresh, dtype=np.int32)
+    return _Runs(
+        colour=np.concatenate([np.array([-1], np.int8), colour[first]]),
+        start=np.concatenate([[0], pixel[first]]),
+        length=np.concatenate([[0], np.diff(first, append=len(pixel))]),
+        at_X=at_X,
+    )
+
+
+def _components(runs: _Runs, height: int, width: int) -> np.ndarray:
+    """For each run the number of its 4-connected component of one colour, which rise in order of their first runs.
+
+    Where two runs touch, the first pixel of one lies above or below the other.
+    """
+    beside_R2 = runs.start[:, None] + [-width, width]
+    other_R2 = runs.at_X.take(beside_R2, mode="clip")
+    same = (runs.colour[other_R2] == runs.colour[:, None]) & (
+        beside_R2 // (height * width) == runs.start[:, None] // (height * width)
+    )
+    own = np.arange(len(runs.start), dtype=np.int32)
+    ends = np.where(same, other_R2, own[:, None]).ravel()
+    starts = np.arange(0, len(ends) + 1, 2, dtype=np.int32)
+    edges = csr_array((np.ones(len(ends)), ends, starts), shape=(len(own), len(own)))
+    return connected_components(edges, directed=False)[1]
+
+
+def _patches(label_X: np.ndarray, offset: np.ndarray, width: int, box_M4: np.ndarray) -> np.ndarray:
     """(M, cells*cells) float32, 1 where a component covers the middle of a cell of its bounding box."""
     cell = (np.arange(_CELLS) + 0.5) / _CELLS
     left, right, top, bottom = box_M4.T[..., None]
-    rows = (top + cell * (bottom - top)).astype(np.int64)
+    rows = (top + cell * (bottom - top)).astype(np.int64) * width + offset[:, None]
     columns = (left + cell * (right - left)).astype(np.int64)
-    inside = label_NHW[picture[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return (inside == names[:, None, None]).reshape(len(names), -1).astype(np.float32)
+    inside = label_X[rows[:, :, None] + columns[:, None, :]]
+    return (inside == np.arange(len(box_M4))[:, None, None]).reshape(len(box_M4), -1).astype(np.float32)
 
 
 def _fits(patch_MX: np.ndarray) -> np.ndarray:
@@ -138,36 +174,50 @@ def look(pictures_NHWC: np.ndarray) -> list[tuple[Seen, ...]]:
     """What each picture (uint8, (N, H, W, 3)) shows: its components above the size of a speck."""
     if pictures_NHWC.ndim != 4 or pictures_NHWC.shape[-1] != 3 or pictures_NHWC.dtype != np.uint8:
         raise ValueError(f"pictures must be uint8 (N, H, W, 3), not {pictures_NHWC.dtype} {pictures_NHWC.shape}")
-    _, height, width, _ = pictures_NHWC.shape
-    colour_NHW = _segment(pictures_NHWC)
-    index, label = _components(colour_NHW)
-    area = np.bincount(label)
+    parts = range(0, len(pictures_NHWC), _AT_ONCE)
+    return [seen for i in parts for seen in _look(pictures_NHWC[i : i + _AT_ONCE])]
+
+
+def _look(pictures_NHWC: np.ndarray) -> list[tuple[Seen, ...]]:
+    n, height, width, _ = pictures_NHWC.shape
+    runs = _runs(*_segment(pictures_NHWC), width, n * height * width)
+    label_R = _components(runs, height, width)
+    area = np.bincount(label_R, runs.length)
     names = np.flatnonzero(area >= _SPECK)
     out: list[list[Seen]] = [[] for _ in pictures_NHWC]
     if len(names) == 0:
         return [() for _ in pictures_NHWC]
-    order = np.argsort(label, kind="stable")  # pixels of a component side by side, so that each reduces in one run
-    first = np.concatenate([[0], np.cumsum(area)[:-1]])
-    ys, xs = np.divmod(index[order] % (height * width), width)
-    extremes = [(np.minimum, xs, 0), (np.maximum, xs, 1), (np.minimum, ys, 0), (np.maximum, ys, 1)]
-    box_M4 = np.stack([reduce.reduceat(v, first)[names] + past for reduce, v, past in extremes], axis=1)
-    x_M, y_M = (np.add.reduceat(v, first)[names] / area[names] for v in (xs, ys))
-    pixel = index[order[first[names]]]
-    label_NHW = np.full(colour_NHW.size, -1, np.int32)
-    label_NHW[index] = label
-    patch_MX = _patches(label_NHW.reshape(colour_NHW.shape), names, pixel // (height * width), box_M4)
+    number = np.full(len(area), -1)
+    number[names] = np.arange(len(names))
+    number_R = number[label_R]
+    order = np.argsort(number_R, kind="stable")  # runs of a component side by side and in their order
+    order = order[np.searchsorted(number_R[order], 0) :]
+    component = number_R[order]
+    first = np.searchsorted(component, np.arange(len(names)))
+    last = np.append(first[1:], len(component)) - 1
+    length = runs.length[order]
+    row, x = np.divmod(runs.start[order], width)
+    picture_M, top_M = np.divmod(row[first], height)
+    bottom_M = row[last] % height + 1
+    left_M = np.minimum.reduceat(x, first)
+    right_M = np.maximum.reduceat(x + length, first)
+    area_M = area[names]
+    x_M = np.add.reduceat(length * (2 * x + length - 1) // 2, first) / area_M
+    y_M = np.add.reduceat(length * (row % height), first) / area_M
+    box_M4 = np.stack([left_M, right_M, top_M, bottom_M], axis=1)
+    patch_MX = _patches(number_R[runs.at_X], picture_M * (height * width), width, box_M4)
     fits_MS = _fits(patch_MX)
     well_formed_M = _well_formed(patch_MX, fits_MS, box_M4)
     for m, best in enumerate(fits_MS.argmax(1)):
-        out[pixel[m] // (height * width)].append(
+        out[picture_M[m]].append(
             Seen(
-                colour=_COLOURS[colour_NHW.flat[pixel[m]]],
+                colour=_COLOURS[runs.colour[order[first[m]]]],
                 shape=_SHAPES[best],
                 fits=tuple(fits_MS[m].tolist()),
                 well_formed=bool(well_formed_M[m]),
                 x=float(x_M[m]),
                 y=float(y_M[m]),
-                area=int(area[names[m]]),
+                area=int(area_M[m]),
             )
         )
     return [tuple(seen) for seen in out]
