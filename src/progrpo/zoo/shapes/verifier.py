@@ -88,18 +88,19 @@ def _segment(pictures_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     n, h, w, _ = pictures_NHWC.shape
     sides = [pictures_NHWC[:, 0], pictures_NHWC[:, -1], pictures_NHWC[:, :, 0], pictures_NHWC[:, :, -1]]
     ground_N3 = np.median(np.concatenate(sides, axis=1), axis=1).astype(np.float32)
-    # by whole rows: a loop over three numbers for every pixel would take most of the time
-    away_X3 = (pictures_NHWC.reshape(n, h, w * 3) - np.tile(ground_N3, w)[:, None]).reshape(-1, 3)
-    square_X3 = away_X3 * away_X3
-    # no colour is nearer to a light ground than this at half coverage, so most pixels need no closer look
-    pixel = np.flatnonzero(square_X3[:, 0] + square_X3[:, 1] + square_X3[:, 2] > _FAINT**2)
+    # most pixels are in no channel far enough from the ground, which bytes tell, and whole rows of them, soonest
+    rows_NHX = pictures_NHWC.reshape(n, h, w * 3)
+    floor_N1X = np.tile(ground_N3.astype(np.uint8), w)[:, None]
+    far_X3 = (np.maximum(rows_NHX, floor_N1X) - np.minimum(rows_NHX, floor_N1X)).reshape(-1, 3)
+    pixel = np.flatnonzero(np.maximum(np.maximum(far_X3[:, 0], far_X3[:, 1]), far_X3[:, 2]) >= _FAINT / 3**0.5 - 0.5)
     picture = pixel // (h * w)
     count_N = np.bincount(picture, minlength=n)
-    away_3M = np.ascontiguousarray(away_X3.take(pixel, axis=0).T)
+    ground_3M = np.repeat(ground_N3.T, count_N, axis=1)
+    away_3M = rows_NHX.reshape(-1, 3).take(pixel, axis=0).T - ground_3M
     palette_C3 = _PALETTE_C3 * 255
     length_CN = np.linalg.norm(palette_C3[:, None] - ground_N3, axis=2) + np.float32(1e-3)
     # |away| times the cosine to each colour's direction, which is the colour less the ground
-    on_ground_M = (away_3M * np.repeat(ground_N3.T, count_N, axis=1)).sum(0)
+    on_ground_M = (away_3M * ground_3M).sum(0)
     # no matrix product, whose rounding may depend on what else is scored beside a picture
     on_palette_CM = sum(palette_C3[:, i, None] * away for i, away in enumerate(away_3M))
     along_CM = (on_palette_CM - on_ground_M) / np.repeat(length_CN, count_N, axis=1)
@@ -109,7 +110,9 @@ def _segment(pictures_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for former_M, later_M in itertools.pairwise(before_CM):
         later_M &= former_M
     nearest_M = before_CM.sum(0, dtype=np.int8)
-    covered = best_M / length_CN.ravel().take(nearest_M * np.int64(n) + picture) >= 0.5
+    cover_M = best_M / length_CN.ravel().take(nearest_M * np.int64(n) + picture)
+    # no colour is nearer to a light ground than `_FAINT` at half coverage
+    covered = (cover_M >= 0.5) & ((away_3M * away_3M).sum(0) > _FAINT**2)
     return pixel[covered], nearest_M[covered]
 
 
@@ -155,13 +158,13 @@ def _components(runs: _Runs, height: int, width: int) -> np.ndarray:
     return connected_components(edges, directed=False)[1]
 
 
-def _patches(label_X: np.ndarray, offset: np.ndarray, width: int, box_M4: np.ndarray) -> np.ndarray:
+def _patches(number_R: np.ndarray, at_X: np.ndarray, offset: np.ndarray, width: int, box_M4: np.ndarray) -> np.ndarray:
     """(M, cells*cells) float32, 1 where a component covers the middle of a cell of its bounding box."""
     cell = (np.arange(_CELLS) + 0.5) / _CELLS
     left, right, top, bottom = box_M4.T[..., None]
     rows = (top + cell * (bottom - top)).astype(np.int64) * width + offset[:, None]
     columns = (left + cell * (right - left)).astype(np.int64)
-    inside = label_X[rows[:, :, None] + columns[:, None, :]]
+    inside = number_R.take(at_X.take(rows[:, :, None] + columns[:, None, :]))
     return (inside == np.arange(len(box_M4))[:, None, None]).reshape(len(box_M4), -1).astype(np.float32)
 
 
@@ -205,7 +208,7 @@ def _look(pictures_NHWC: np.ndarray) -> list[tuple[Seen, ...]]:
     x_M = np.add.reduceat(length * (2 * x + length - 1) // 2, first) / area_M
     y_M = np.add.reduceat(length * (row % height), first) / area_M
     box_M4 = np.stack([left_M, right_M, top_M, bottom_M], axis=1)
-    patch_MX = _patches(number_R[runs.at_X], picture_M * (height * width), width, box_M4)
+    patch_MX = _patches(number_R, runs.at_X, picture_M * (height * width), width, box_M4)
     fits_MS = _fits(patch_MX)
     well_formed_M = _well_formed(patch_MX, fits_MS, box_M4)
     for m, best in enumerate(fits_MS.argmax(1)):
