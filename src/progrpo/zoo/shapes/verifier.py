@@ -96,14 +96,16 @@ def _segment(pictures_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     picture = pixel // (h * w)
     count_N = np.bincount(picture, minlength=n)
     ground_3M = np.repeat(ground_N3.T, count_N, axis=1)
-    away_3M = rows_NHX.reshape(-1, 3).take(pixel, axis=0).T - ground_3M
+    away_3M = rows_NHX.reshape(-1, 3).take(pixel, axis=0).T.astype(np.float32, order="C") - ground_3M
     palette_C3 = _PALETTE_C3 * 255
     length_CN = np.linalg.norm(palette_C3[:, None] - ground_N3, axis=2) + np.float32(1e-3)
-    # |away| times the cosine to each colour's direction, which is the colour less the ground
-    on_ground_M = (away_3M * ground_3M).sum(0)
-    # no matrix product, whose rounding may depend on what else is scored beside a picture
-    on_palette_CM = sum(palette_C3[:, i, None] * away for i, away in enumerate(away_3M))
-    along_CM = (on_palette_CM - on_ground_M) / np.repeat(length_CN, count_N, axis=1)
+    # |away| times the cosine to each colour's direction, which is the colour less the ground; in place, for memory that
+    # is new takes as long as the sums, and as no matrix product, whose rounding may depend on what else is scored
+    along_CM = palette_C3[:, 0, None] * away_3M[0]
+    along_CM += palette_C3[:, 1, None] * away_3M[1]
+    along_CM += palette_C3[:, 2, None] * away_3M[2]
+    along_CM -= (ground_3M * away_3M).sum(0)
+    along_CM /= np.repeat(length_CN, count_N, axis=1)
     best_M = along_CM.max(0)
     # the first of the nearest is found by counting those before it: `argmax` over a few long rows is slow
     before_CM = along_CM < best_M
@@ -211,18 +213,10 @@ def _look(pictures_NHWC: np.ndarray) -> list[tuple[Seen, ...]]:
     patch_MX = _patches(number_R, runs.at_X, picture_M * (height * width), width, box_M4)
     fits_MS = _fits(patch_MX)
     well_formed_M = _well_formed(patch_MX, fits_MS, box_M4)
-    for m, best in enumerate(fits_MS.argmax(1)):
-        out[picture_M[m]].append(
-            Seen(
-                colour=_COLOURS[runs.colour[order[first[m]]]],
-                shape=_SHAPES[best],
-                fits=tuple(fits_MS[m].tolist()),
-                well_formed=bool(well_formed_M[m]),
-                x=float(x_M[m]),
-                y=float(y_M[m]),
-                area=int(area_M[m]),
-            )
-        )
+    colour_M = runs.colour[order[first]]
+    columns = (picture_M, colour_M, fits_MS.argmax(1), fits_MS, well_formed_M, x_M, y_M, area_M.astype(np.int64))
+    for picture, colour, shape, fits, *rest in zip(*(column.tolist() for column in columns), strict=True):
+        out[picture].append(Seen(_COLOURS[colour], _SHAPES[shape], tuple(fits), *rest))
     return [tuple(seen) for seen in out]
 
 
@@ -265,14 +259,18 @@ def _grade(seen: Sequence[Seen], prompt: Prompt) -> float:
     wanted, relation = prompt.columns["objects"], prompt.columns["relation"]
     if not seen:
         return 0.0
-    quality = np.array([[_quality(s, colour, shape) for colour, shape in wanted] for s in seen])
-    rows, columns = linear_sum_assignment(quality, maximize=True)
-    score = quality[rows, columns].sum() / max(len(seen), len(wanted))
+    quality = [[_quality(s, colour, shape) for colour, shape in wanted] for s in seen]
+    most = max(len(seen), len(wanted))
+    if 1 in (len(seen), len(wanted)):  # nothing to assign but the best, and nothing that can be on the named side
+        return max(map(max, quality)) / most * (1.0 if relation is None else 0.5)
+    quality_MW = np.array(quality)
+    rows, columns = linear_sum_assignment(quality_MW, maximize=True)
+    score = float(quality_MW[rows, columns].sum()) / most
     if relation is None:
-        return float(score)
+        return score
     place = {int(c): (seen[r].x, seen[r].y) for r, c in zip(rows, columns, strict=True)}
     cosine = related(place[0], place[1], relation) if len(place) == 2 else -1.0
-    return float(score * (0.75 + 0.25 * np.clip(cosine / _COS_DIRECTION, -1, 1)))
+    return score * (0.75 + 0.25 * max(-1.0, min(1.0, cosine / _COS_DIRECTION)))
 
 
 def satisfies(objects: Sequence[tuple[str, str, float, float]], prompt: Prompt) -> bool:
