@@ -22,6 +22,7 @@ from progrpo.zoo.shapes.world import COLOURS, RELATIONS, SHAPES
 _COLOURS, _SHAPES = tuple(COLOURS), tuple(SHAPES)
 _PALETTE_C3 = np.array([COLOURS[c] for c in _COLOURS], np.float32)
 _FAINT = 88  # of 255: distance from the ground below which no pixel is half covered by any colour
+_NEAR = int(_FAINT / 3**0.5 - 0.5)  # a pixel that is no farther in any channel, whole levels counted, is not farther
 _SPECK = 16  # pixels: smaller components are dirt of the decoder, not objects
 _SMALLEST, _LARGEST = 9, 40  # pixels: sides of a bounding box that an object may have
 _MATCH = 0.84  # overlap from which a component counts as its shape (chosen by benchmarks/threshold.py)
@@ -32,8 +33,8 @@ _DEPTH = 2  # cells: what lies deeper than this inside an ideal shape is its cor
 _SOLID = 0.9  # of its core that a shape must fill: outlines are no shapes (a decoder rounds tips, but leaves no holes)
 _MALFORMED = 0.8  # of a form's grade that is left to a component that is stretched, hollow or of no object's size
 _FIT_FLOOR = 0.5  # overlap that any patch reaches: graded scores count from here
-_AT_ONCE = 32  # pictures: more would not stay in the processor's cache from one step to the next
 _COS_DIRECTION = 0.5  # cosine of the largest angle to the named direction (GenEval's rule)
+_AT_ONCE = 48  # pictures: more would not stay in the processor's cache from one step to the next
 
 
 def _templates() -> tuple[np.ndarray, np.ndarray]:
@@ -88,26 +89,26 @@ def _segment(pictures_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     n, h, w, _ = pictures_NHWC.shape
     sides = [pictures_NHWC[:, 0], pictures_NHWC[:, -1], pictures_NHWC[:, :, 0], pictures_NHWC[:, :, -1]]
     ground_N3 = np.median(np.concatenate(sides, axis=1), axis=1).astype(np.float32)
-    # most pixels are in no channel far enough from the ground, which bytes tell, and whole rows of them, soonest
+    # most pixels are near the ground in every channel, which is soonest told in bytes, and of whole rows
     rows_NHX = pictures_NHWC.reshape(n, h, w * 3)
     floor_N1X = np.tile(ground_N3.astype(np.uint8), w)[:, None]
     far_X3 = (np.maximum(rows_NHX, floor_N1X) - np.minimum(rows_NHX, floor_N1X)).reshape(-1, 3)
-    pixel = np.flatnonzero(np.maximum(np.maximum(far_X3[:, 0], far_X3[:, 1]), far_X3[:, 2]) >= _FAINT / 3**0.5 - 0.5)
+    pixel = np.flatnonzero(np.maximum(np.maximum(far_X3[:, 0], far_X3[:, 1]), far_X3[:, 2]) > _NEAR)
     picture = pixel // (h * w)
     count_N = np.bincount(picture, minlength=n)
     ground_3M = np.repeat(ground_N3.T, count_N, axis=1)
     away_3M = rows_NHX.reshape(-1, 3).take(pixel, axis=0).T.astype(np.float32, order="C") - ground_3M
     palette_C3 = _PALETTE_C3 * 255
     length_CN = np.linalg.norm(palette_C3[:, None] - ground_N3, axis=2) + np.float32(1e-3)
-    # |away| times the cosine to each colour's direction, which is the colour less the ground; in place, for memory that
-    # is new takes as long as the sums, and as no matrix product, whose rounding may depend on what else is scored
+    # |away| times the cosine to each colour's direction, which is the colour less the ground. No matrix product: its
+    # rounding may depend on what else is scored beside a picture. In place: new memory costs as much as the sums
     along_CM = palette_C3[:, 0, None] * away_3M[0]
     along_CM += palette_C3[:, 1, None] * away_3M[1]
     along_CM += palette_C3[:, 2, None] * away_3M[2]
     along_CM -= (ground_3M * away_3M).sum(0)
     along_CM /= np.repeat(length_CN, count_N, axis=1)
     best_M = along_CM.max(0)
-    # the first of the nearest is found by counting those before it: `argmax` over a few long rows is slow
+    # the colours before the first of the nearest are counted, for `argmax` over a few long rows is slow
     before_CM = along_CM < best_M
     for former_M, later_M in itertools.pairwise(before_CM):
         later_M &= former_M
@@ -125,48 +126,50 @@ class _Runs:
     colour: np.ndarray
     start: np.ndarray  # flat index of the first pixel
     length: np.ndarray
-    at_X: np.ndarray  # the run that each pixel belongs to
+    at_NHW: np.ndarray  # the run that each pixel belongs to
 
 
-def _runs(pixel: np.ndarray, colour: np.ndarray, width: int, pixels: int) -> _Runs:
-    fresh = pixel == pixel // width * width
+def _runs(pixel: np.ndarray, colour: np.ndarray, shape: tuple[int, ...]) -> _Runs:
+    """The runs of the coloured pixels that `_segment` found in pictures of this shape (N, H, W)."""
+    fresh = pixel == pixel // shape[2] * shape[2]
     fresh[:1] = True
     fresh[1:] |= (pixel[1:] != pixel[:-1] + 1) | (colour[1:] != colour[:-1])
     first = np.flatnonzero(fresh)
-    at_X = np.zeros(pixels, np.int32)
-    at_X[pixel] = np.cumsum(fresh, dtype=np.int32)
+    at_NHW = np.zeros(shape, np.int32)
+    at_NHW.reshape(-1)[pixel] = np.cumsum(fresh, dtype=np.int32)
     return _Runs(
         colour=np.concatenate([np.array([-1], np.int8), colour[first]]),
         start=np.concatenate([[0], pixel[first]]),
         length=np.concatenate([[0], np.diff(first, append=len(pixel))]),
-        at_X=at_X,
+        at_NHW=at_NHW,
     )
 
 
-def _components(runs: _Runs, height: int, width: int) -> np.ndarray:
-    """For each run the number of its 4-connected component of one colour, which rise in order of their first runs.
+def _components(runs: _Runs) -> np.ndarray:
+    """For each run the number of its 4-connected component of one colour; components count up by their first runs.
 
-    Where two runs touch, the first pixel of one lies above or below the other.
+    Where two runs touch, the first pixel of one lies above or below the other: so each run looks there from its first
+    pixel, and has two edges, which lead back to itself where there is nothing to be joined to.
     """
+    _, height, width = runs.at_NHW.shape
     beside_R2 = runs.start[:, None] + [-width, width]
-    other_R2 = runs.at_X.take(beside_R2, mode="clip")
-    same = (runs.colour[other_R2] == runs.colour[:, None]) & (
-        beside_R2 // (height * width) == runs.start[:, None] // (height * width)
-    )
-    own = np.arange(len(runs.start), dtype=np.int32)
-    ends = np.where(same, other_R2, own[:, None]).ravel()
-    starts = np.arange(0, len(ends) + 1, 2, dtype=np.int32)
-    edges = csr_array((np.ones(len(ends)), ends, starts), shape=(len(own), len(own)))
+    other_R2 = runs.at_NHW.take(beside_R2, mode="clip")
+    same_colour = runs.colour[other_R2] == runs.colour[:, None]
+    same_picture = beside_R2 // (height * width) == runs.start[:, None] // (height * width)
+    count = len(runs.start)
+    ends = np.where(same_colour & same_picture, other_R2, np.arange(count, dtype=np.int32)[:, None]).ravel()
+    edges = csr_array((np.ones(2 * count), ends, np.arange(0, 2 * count + 1, 2, dtype=np.int32)), shape=(count, count))
     return connected_components(edges, directed=False)[1]
 
 
-def _patches(number_R: np.ndarray, at_X: np.ndarray, offset: np.ndarray, width: int, box_M4: np.ndarray) -> np.ndarray:
+def _patches(component_R: np.ndarray, at_NHW: np.ndarray, picture_M: np.ndarray, box_M4: np.ndarray) -> np.ndarray:
     """(M, cells*cells) float32, 1 where a component covers the middle of a cell of its bounding box."""
+    _, height, width = at_NHW.shape
     cell = (np.arange(_CELLS) + 0.5) / _CELLS
     left, right, top, bottom = box_M4.T[..., None]
-    rows = (top + cell * (bottom - top)).astype(np.int64) * width + offset[:, None]
+    rows = (top + cell * (bottom - top)).astype(np.int64) + picture_M[:, None] * height
     columns = (left + cell * (right - left)).astype(np.int64)
-    inside = number_R.take(at_X.take(rows[:, :, None] + columns[:, None, :]))
+    inside = component_R.take(at_NHW.take(rows[:, :, None] * width + columns[:, None, :]))
     return (inside == np.arange(len(box_M4))[:, None, None]).reshape(len(box_M4), -1).astype(np.float32)
 
 
@@ -184,45 +187,43 @@ def look(pictures_NHWC: np.ndarray) -> list[tuple[Seen, ...]]:
 
 
 def _look(pictures_NHWC: np.ndarray) -> list[tuple[Seen, ...]]:
-    n, height, width, _ = pictures_NHWC.shape
-    runs = _runs(*_segment(pictures_NHWC), width, n * height * width)
-    label_R = _components(runs, height, width)
-    area = np.bincount(label_R, runs.length)
-    names = np.flatnonzero(area >= _SPECK)
-    out: list[list[Seen]] = [[] for _ in pictures_NHWC]
-    if len(names) == 0:
+    """`look` at few enough pictures to go through them together."""
+    runs = _runs(*_segment(pictures_NHWC), pictures_NHWC.shape[:3])
+    label_R = _components(runs)
+    area_L = np.bincount(label_R, runs.length)
+    names_M = np.flatnonzero(area_L >= _SPECK)
+    if len(names_M) == 0:
         return [() for _ in pictures_NHWC]
-    number = np.full(len(area), -1)
-    number[names] = np.arange(len(names))
-    number_R = number[label_R]
-    order = np.argsort(number_R, kind="stable")  # runs of a component side by side and in their order
-    order = order[np.searchsorted(number_R[order], 0) :]
-    component = number_R[order]
-    first = np.searchsorted(component, np.arange(len(names)))
-    last = np.append(first[1:], len(component)) - 1
-    length = runs.length[order]
+    component_L = np.full(len(area_L), -1)
+    component_L[names_M] = np.arange(len(names_M))
+    component_R = component_L[label_R]
+    large = np.flatnonzero(component_R >= 0)
+    order = large[np.argsort(component_R[large], kind="stable")]  # runs of a component side by side, to be reduced
+    first_M = np.searchsorted(component_R[order], np.arange(len(names_M)))
+    _, height, width = runs.at_NHW.shape
     row, x = np.divmod(runs.start[order], width)
-    picture_M, top_M = np.divmod(row[first], height)
-    bottom_M = row[last] % height + 1
-    left_M = np.minimum.reduceat(x, first)
-    right_M = np.maximum.reduceat(x + length, first)
-    area_M = area[names]
-    x_M = np.add.reduceat(length * (2 * x + length - 1) // 2, first) / area_M
-    y_M = np.add.reduceat(length * (row % height), first) / area_M
-    box_M4 = np.stack([left_M, right_M, top_M, bottom_M], axis=1)
-    patch_MX = _patches(number_R, runs.at_X, picture_M * (height * width), width, box_M4)
+    picture, y = np.divmod(row, height)
+    length = runs.length[order]
+    extremes = [(np.minimum, x), (np.maximum, x + length), (np.minimum, y), (np.maximum, y + 1)]
+    box_M4 = np.stack([reduce.reduceat(v, first_M) for reduce, v in extremes], axis=1)
+    sums = (length * x + length * (length - 1) // 2, length * y)
+    x_M, y_M = (np.add.reduceat(v, first_M) / area_L[names_M] for v in sums)
+    picture_M, colour_M = picture[first_M], runs.colour[order[first_M]]
+    patch_MX = _patches(component_R, runs.at_NHW, picture_M, box_M4)
     fits_MS = _fits(patch_MX)
     well_formed_M = _well_formed(patch_MX, fits_MS, box_M4)
-    colour_M = runs.colour[order[first]]
-    columns = (picture_M, colour_M, fits_MS.argmax(1), fits_MS, well_formed_M, x_M, y_M, area_M.astype(np.int64))
-    for picture, colour, shape, fits, *rest in zip(*(column.tolist() for column in columns), strict=True):
-        out[picture].append(Seen(_COLOURS[colour], _SHAPES[shape], tuple(fits), *rest))
+    area_M = area_L[names_M].astype(np.int64)
+    columns = (picture_M, colour_M, fits_MS.argmax(1), fits_MS, well_formed_M, x_M, y_M, area_M)
+    out: list[list[Seen]] = [[] for _ in pictures_NHWC]
+    for n, colour, shape, fits, *rest in zip(*(column.tolist() for column in columns), strict=True):
+        out[n].append(Seen(_COLOURS[colour], _SHAPES[shape], tuple(fits), *rest))
     return [tuple(seen) for seen in out]
 
 
 def _well_formed(patch_MX: np.ndarray, fits_MS: np.ndarray, box_M4: np.ndarray) -> np.ndarray:
     """bool (M,): of an object's size, not stretched, clearly one of the shapes, and solid."""
-    core_MX = _CORES_SX[fits_MS.argmax(1)]
+    best_M = fits_MS.argmax(1)
+    solid_MS = patch_MX @ _CORES_SX.T >= _SOLID * _CORES_SX.sum(1)
     sides = np.stack([box_M4[:, 1] - box_M4[:, 0], box_M4[:, 3] - box_M4[:, 2]])
     ranked = np.sort(fits_MS, axis=1)
     return (
@@ -231,7 +232,7 @@ def _well_formed(patch_MX: np.ndarray, fits_MS: np.ndarray, box_M4: np.ndarray) 
         & (sides.max(0) <= _LARGEST)
         & (ranked[:, -1] >= _MATCH)
         & (ranked[:, -1] - ranked[:, -2] >= _MARGIN)
-        & ((patch_MX * core_MX).sum(1) >= _SOLID * core_MX.sum(1))
+        & solid_MS[np.arange(len(best_M)), best_M]
     )
 
 
