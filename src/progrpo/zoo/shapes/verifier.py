@@ -262,7 +262,7 @@ def _grade(seen: Sequence[Seen], prompt: Prompt) -> float:
         return 0.0
     quality = [[_quality(s, colour, shape) for colour, shape in wanted] for s in seen]
     most = max(len(seen), len(wanted))
-    if 1 in (len(seen), len(wanted)):  # nothing to assign but the best, and nothing that can be on the named side
+    if min(len(seen), len(wanted)) == 1:  # nothing to assign but the best, and nothing that can be on the named side
         return max(map(max, quality)) / most * (1.0 if relation is None else 0.5)
     quality_MW = np.array(quality)
     rows, columns = linear_sum_assignment(quality_MW, maximize=True)
