@@ -119,6 +119,36 @@ def test_a_verdict_does_not_depend_on_the_others():
     )
 
 
+def test_a_verdict_does_not_depend_on_what_is_scored_beside():
+    """To the last bit, with pictures that a model may make: blurred, noisy, some of nothing but noise."""
+    prompts, _, pictures, _ = truth()
+    rng = np.random.default_rng(6)
+    level = rng.choice([0, 4, 20, 60, 200], (150, 1, 1, 1))
+    mixed = ndimage.gaussian_filter(pictures[:150] + level * rng.normal(size=(150, 64, 64, 3)), (0, 0.8, 0.8, 0))
+    mixed = mixed.clip(0, 255).round().astype(np.uint8)
+    together = verify(mixed, prompts[:150])
+    assert [verify(mixed[i : i + 1], prompts[i : i + 1])[0] for i in range(150)] == together
+    for start, stop in ((0, 47), (1, 50), (50, 150)):
+        assert verify(mixed[start:stop], prompts[start:stop]) == together[start:stop]
+
+
+def test_components_are_those_of_a_plain_labelling():
+    """Blocks of random colours: they nest, fork and join, touch at corners and lie on the border."""
+    rng = np.random.default_rng(7)
+    colours = np.array([(240, 240, 240), *(np.array(c) * 255 for c in COLOURS.values())], np.uint8)
+    blocks = rng.choice(len(colours), (40, 16, 12), p=[0.6, 0.14, 0.14, *[0.12 / 5] * 5])
+    blocks = blocks.repeat(3, axis=1).repeat(4, axis=2)
+    for drawn, seen in zip(blocks, look(colours[blocks]), strict=True):
+        expected = []
+        for i, colour in enumerate(COLOURS, start=1):
+            labels, count = ndimage.label(drawn == i)
+            places = (np.nonzero(labels == k) for k in range(1, count + 1))
+            expected += [
+                (colour, len(ys), xs.sum() / len(xs), ys.sum() / len(ys)) for ys, xs in places if len(ys) >= 16
+            ]
+        assert sorted((s.colour, s.area, s.x, s.y) for s in seen) == sorted(expected)
+
+
 # --- tampering --------------------------------------------------------------------------------------------------------
 
 

@@ -6,13 +6,14 @@ ideal shapes stretched to its bounding box. No learning: `judge.py` is the indep
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
+from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from progrpo.types import Prompt
@@ -21,6 +22,7 @@ from progrpo.zoo.shapes.world import COLOURS, RELATIONS, SHAPES
 _COLOURS, _SHAPES = tuple(COLOURS), tuple(SHAPES)
 _PALETTE_C3 = np.array([COLOURS[c] for c in _COLOURS], np.float32)
 _FAINT = 88  # of 255: distance from the ground below which no pixel is half covered by any colour
+_NEAR = int(_FAINT / 3**0.5 - 0.5)  # a pixel that is no farther in any channel, whole levels counted, is not farther
 _SPECK = 16  # pixels: smaller components are dirt of the decoder, not objects
 _SMALLEST, _LARGEST = 9, 40  # pixels: sides of a bounding box that an object may have
 _MATCH = 0.84  # overlap from which a component counts as its shape (chosen by benchmarks/threshold.py)
@@ -32,6 +34,7 @@ _SOLID = 0.9  # of its core that a shape must fill: outlines are no shapes (a de
 _MALFORMED = 0.8  # of a form's grade that is left to a component that is stretched, hollow or of no object's size
 _FIT_FLOOR = 0.5  # overlap that any patch reaches: graded scores count from here
 _COS_DIRECTION = 0.5  # cosine of the largest angle to the named direction (GenEval's rule)
+_AT_ONCE = 48  # pictures: more would not stay in the processor's cache from one step to the next
 
 
 def _templates() -> tuple[np.ndarray, np.ndarray]:
@@ -77,8 +80,8 @@ class Verdict:
     seen: tuple[Seen, ...]
 
 
-def _segment(pictures_NHWC: np.ndarray) -> np.ndarray:
-    """int8 (N, H, W): the index of each pixel's colour, -1 for the ground.
+def _segment(pictures_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Flat indices of the coloured pixels in rising order, and the index of the colour of each.
 
     A pixel on an object's edge mixes object and ground, so what is compared is its direction away from the ground; it
     belongs to the object from half coverage on. The ground is what most of the border shows.
@@ -86,47 +89,88 @@ def _segment(pictures_NHWC: np.ndarray) -> np.ndarray:
     n, h, w, _ = pictures_NHWC.shape
     sides = [pictures_NHWC[:, 0], pictures_NHWC[:, -1], pictures_NHWC[:, :, 0], pictures_NHWC[:, :, -1]]
     ground_N3 = np.median(np.concatenate(sides, axis=1), axis=1).astype(np.float32)
-    # a plane for each of red, green and blue: a loop over three numbers for every pixel would take most of the time
-    planes = [pictures_NHWC[..., i].reshape(n, h * w) - ground_N3[:, i, None] for i in range(3)]
-    # no colour is nearer to a light ground than this at half coverage, so most pixels need no closer look
-    pixel = np.flatnonzero(sum(plane * plane for plane in planes) > _FAINT**2)
+    # most pixels are near the ground in every channel, which is soonest told in bytes, and of whole rows
+    rows_NHX = pictures_NHWC.reshape(n, h, w * 3)
+    floor_N1X = np.tile(ground_N3.astype(np.uint8), w)[:, None]
+    far_X3 = (np.maximum(rows_NHX, floor_N1X) - np.minimum(rows_NHX, floor_N1X)).reshape(-1, 3)
+    pixel = np.flatnonzero(np.maximum(np.maximum(far_X3[:, 0], far_X3[:, 1]), far_X3[:, 2]) > _NEAR)
     picture = pixel // (h * w)
-    away_3M = np.stack([plane.ravel()[pixel] for plane in planes])
+    count_N = np.bincount(picture, minlength=n)
+    ground_3M = np.repeat(ground_N3.T, count_N, axis=1)
+    away_3M = rows_NHX.reshape(-1, 3).take(pixel, axis=0).T.astype(np.float32, order="C") - ground_3M
     palette_C3 = _PALETTE_C3 * 255
     length_CN = np.linalg.norm(palette_C3[:, None] - ground_N3, axis=2) + np.float32(1e-3)
-    # |away| times the cosine to each colour's direction, which is the colour less the ground
-    on_ground_M = (away_3M * ground_N3.T[:, picture]).sum(0)
-    # no matrix product, whose rounding may depend on what else is scored beside a picture
-    on_palette_CM = sum(palette_C3[:, i, None] * away for i, away in enumerate(away_3M))
-    along_CM = (on_palette_CM - on_ground_M) / length_CN[:, picture]
-    nearest = along_CM.argmax(0)
-    cover = along_CM[nearest, np.arange(len(pixel))] / length_CN[nearest, picture]
-    colour_X = np.full(n * h * w, -1, np.int8)
-    colour_X[pixel] = np.where(cover >= 0.5, nearest, -1)
-    return colour_X.reshape(n, h, w)
+    # |away| times the cosine to each colour's direction, which is the colour less the ground. No matrix product: its
+    # rounding may depend on what else is scored beside a picture. In place: new memory costs as much as the sums
+    along_CM = palette_C3[:, 0, None] * away_3M[0]
+    along_CM += palette_C3[:, 1, None] * away_3M[1]
+    along_CM += palette_C3[:, 2, None] * away_3M[2]
+    along_CM -= (ground_3M * away_3M).sum(0)
+    along_CM /= np.repeat(length_CN, count_N, axis=1)
+    best_M = along_CM.max(0)
+    # the colours before the first of the nearest are counted, for `argmax` over a few long rows is slow
+    before_CM = along_CM < best_M
+    for former_M, later_M in itertools.pairwise(before_CM):
+        later_M &= former_M
+    nearest_M = before_CM.sum(0, dtype=np.int8)
+    cover_M = best_M / length_CN.ravel().take(nearest_M * np.int64(n) + picture)
+    # no colour is nearer to a light ground than `_FAINT` at half coverage
+    covered = (cover_M >= 0.5) & ((away_3M * away_3M).sum(0) > _FAINT**2)
+    return pixel[covered], nearest_M[covered]
 
 
-def _components(colour_NHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Flat indices of the coloured pixels, and for each the number of its 4-connected component of one colour."""
-    index = np.flatnonzero(colour_NHW >= 0)
-    compact = np.full(colour_NHW.shape, -1, np.int32)
-    compact.flat[index] = np.arange(len(index), dtype=np.int32)
-    same_x = (colour_NHW[:, :, 1:] == colour_NHW[:, :, :-1]) & (colour_NHW[:, :, 1:] >= 0)
-    same_y = (colour_NHW[:, 1:] == colour_NHW[:, :-1]) & (colour_NHW[:, 1:] >= 0)
-    start = np.concatenate([compact[:, :, :-1][same_x], compact[:, :-1][same_y]])
-    end = np.concatenate([compact[:, :, 1:][same_x], compact[:, 1:][same_y]])
-    edges = coo_array((np.ones(len(start), np.int8), (start, end)), shape=(len(index), len(index)))
-    return index, connected_components(edges, directed=False)[1]
+@dataclass(frozen=True)
+class _Runs:
+    """The runs of pixels of one colour in a row, in rising order; run 0 stands for the ground and has no pixels."""
+
+    colour: np.ndarray
+    start: np.ndarray  # flat index of the first pixel
+    length: np.ndarray
+    at_NHW: np.ndarray  # the run that each pixel belongs to
 
 
-def _patches(label_NHW: np.ndarray, names: np.ndarray, picture: np.ndarray, box_M4: np.ndarray) -> np.ndarray:
+def _runs(pixel: np.ndarray, colour: np.ndarray, shape: tuple[int, ...]) -> _Runs:
+    """The runs of the coloured pixels that `_segment` found in pictures of this shape (N, H, W)."""
+    fresh = pixel == pixel // shape[2] * shape[2]
+    fresh[:1] = True
+    fresh[1:] |= (pixel[1:] != pixel[:-1] + 1) | (colour[1:] != colour[:-1])
+    first = np.flatnonzero(fresh)
+    at_NHW = np.zeros(shape, np.int32)
+    at_NHW.reshape(-1)[pixel] = np.cumsum(fresh, dtype=np.int32)
+    return _Runs(
+        colour=np.concatenate([np.array([-1], np.int8), colour[first]]),
+        start=np.concatenate([[0], pixel[first]]),
+        length=np.concatenate([[0], np.diff(first, append=len(pixel))]),
+        at_NHW=at_NHW,
+    )
+
+
+def _components(runs: _Runs) -> np.ndarray:
+    """For each run the number of its 4-connected component of one colour; components count up by their first runs.
+
+    Where two runs touch, the first pixel of one lies above or below the other: so each run looks there from its first
+    pixel, and has two edges, which lead back to itself where there is nothing to be joined to.
+    """
+    _, height, width = runs.at_NHW.shape
+    beside_R2 = runs.start[:, None] + [-width, width]
+    other_R2 = runs.at_NHW.take(beside_R2, mode="clip")
+    same_colour = runs.colour[other_R2] == runs.colour[:, None]
+    same_picture = beside_R2 // (height * width) == runs.start[:, None] // (height * width)
+    count = len(runs.start)
+    ends = np.where(same_colour & same_picture, other_R2, np.arange(count, dtype=np.int32)[:, None]).ravel()
+    edges = csr_array((np.ones(2 * count), ends, np.arange(0, 2 * count + 1, 2, dtype=np.int32)), shape=(count, count))
+    return connected_components(edges, directed=False)[1]
+
+
+def _patches(component_R: np.ndarray, at_NHW: np.ndarray, picture_M: np.ndarray, box_M4: np.ndarray) -> np.ndarray:
     """(M, cells*cells) float32, 1 where a component covers the middle of a cell of its bounding box."""
+    _, height, width = at_NHW.shape
     cell = (np.arange(_CELLS) + 0.5) / _CELLS
     left, right, top, bottom = box_M4.T[..., None]
-    rows = (top + cell * (bottom - top)).astype(np.int64)
+    rows = (top + cell * (bottom - top)).astype(np.int64) + picture_M[:, None] * height
     columns = (left + cell * (right - left)).astype(np.int64)
-    inside = label_NHW[picture[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return (inside == names[:, None, None]).reshape(len(names), -1).astype(np.float32)
+    inside = component_R.take(at_NHW.take(rows[:, :, None] * width + columns[:, None, :]))
+    return (inside == np.arange(len(box_M4))[:, None, None]).reshape(len(box_M4), -1).astype(np.float32)
 
 
 def _fits(patch_MX: np.ndarray) -> np.ndarray:
@@ -138,44 +182,48 @@ def look(pictures_NHWC: np.ndarray) -> list[tuple[Seen, ...]]:
     """What each picture (uint8, (N, H, W, 3)) shows: its components above the size of a speck."""
     if pictures_NHWC.ndim != 4 or pictures_NHWC.shape[-1] != 3 or pictures_NHWC.dtype != np.uint8:
         raise ValueError(f"pictures must be uint8 (N, H, W, 3), not {pictures_NHWC.dtype} {pictures_NHWC.shape}")
-    _, height, width, _ = pictures_NHWC.shape
-    colour_NHW = _segment(pictures_NHWC)
-    index, label = _components(colour_NHW)
-    area = np.bincount(label)
-    names = np.flatnonzero(area >= _SPECK)
-    out: list[list[Seen]] = [[] for _ in pictures_NHWC]
-    if len(names) == 0:
+    parts = range(0, len(pictures_NHWC), _AT_ONCE)
+    return [seen for i in parts for seen in _look(pictures_NHWC[i : i + _AT_ONCE])]
+
+
+def _look(pictures_NHWC: np.ndarray) -> list[tuple[Seen, ...]]:
+    """`look` at few enough pictures to go through them together."""
+    runs = _runs(*_segment(pictures_NHWC), pictures_NHWC.shape[:3])
+    label_R = _components(runs)
+    area_L = np.bincount(label_R, runs.length)
+    names_M = np.flatnonzero(area_L >= _SPECK)
+    if len(names_M) == 0:
         return [() for _ in pictures_NHWC]
-    order = np.argsort(label, kind="stable")  # pixels of a component side by side, so that each reduces in one run
-    first = np.concatenate([[0], np.cumsum(area)[:-1]])
-    ys, xs = np.divmod(index[order] % (height * width), width)
-    extremes = [(np.minimum, xs, 0), (np.maximum, xs, 1), (np.minimum, ys, 0), (np.maximum, ys, 1)]
-    box_M4 = np.stack([reduce.reduceat(v, first)[names] + past for reduce, v, past in extremes], axis=1)
-    x_M, y_M = (np.add.reduceat(v, first)[names] / area[names] for v in (xs, ys))
-    pixel = index[order[first[names]]]
-    label_NHW = np.full(colour_NHW.size, -1, np.int32)
-    label_NHW[index] = label
-    patch_MX = _patches(label_NHW.reshape(colour_NHW.shape), names, pixel // (height * width), box_M4)
+    component_L = np.full(len(area_L), -1)
+    component_L[names_M] = np.arange(len(names_M))
+    component_R = component_L[label_R]
+    large = np.flatnonzero(component_R >= 0)
+    order = large[np.argsort(component_R[large], kind="stable")]  # runs of a component side by side, to be reduced
+    first_M = np.searchsorted(component_R[order], np.arange(len(names_M)))
+    _, height, width = runs.at_NHW.shape
+    row, x = np.divmod(runs.start[order], width)
+    picture, y = np.divmod(row, height)
+    length = runs.length[order]
+    extremes = [(np.minimum, x), (np.maximum, x + length), (np.minimum, y), (np.maximum, y + 1)]
+    box_M4 = np.stack([reduce.reduceat(v, first_M) for reduce, v in extremes], axis=1)
+    sums = (length * x + length * (length - 1) // 2, length * y)
+    x_M, y_M = (np.add.reduceat(v, first_M) / area_L[names_M] for v in sums)
+    picture_M, colour_M = picture[first_M], runs.colour[order[first_M]]
+    patch_MX = _patches(component_R, runs.at_NHW, picture_M, box_M4)
     fits_MS = _fits(patch_MX)
     well_formed_M = _well_formed(patch_MX, fits_MS, box_M4)
-    for m, best in enumerate(fits_MS.argmax(1)):
-        out[pixel[m] // (height * width)].append(
-            Seen(
-                colour=_COLOURS[colour_NHW.flat[pixel[m]]],
-                shape=_SHAPES[best],
-                fits=tuple(fits_MS[m].tolist()),
-                well_formed=bool(well_formed_M[m]),
-                x=float(x_M[m]),
-                y=float(y_M[m]),
-                area=int(area[names[m]]),
-            )
-        )
+    area_M = area_L[names_M].astype(np.int64)
+    columns = (picture_M, colour_M, fits_MS.argmax(1), fits_MS, well_formed_M, x_M, y_M, area_M)
+    out: list[list[Seen]] = [[] for _ in pictures_NHWC]
+    for n, colour, shape, fits, *rest in zip(*(column.tolist() for column in columns), strict=True):
+        out[n].append(Seen(_COLOURS[colour], _SHAPES[shape], tuple(fits), *rest))
     return [tuple(seen) for seen in out]
 
 
 def _well_formed(patch_MX: np.ndarray, fits_MS: np.ndarray, box_M4: np.ndarray) -> np.ndarray:
     """bool (M,): of an object's size, not stretched, clearly one of the shapes, and solid."""
-    core_MX = _CORES_SX[fits_MS.argmax(1)]
+    best_M = fits_MS.argmax(1)
+    solid_MS = patch_MX @ _CORES_SX.T >= _SOLID * _CORES_SX.sum(1)
     sides = np.stack([box_M4[:, 1] - box_M4[:, 0], box_M4[:, 3] - box_M4[:, 2]])
     ranked = np.sort(fits_MS, axis=1)
     return (
@@ -184,7 +232,7 @@ def _well_formed(patch_MX: np.ndarray, fits_MS: np.ndarray, box_M4: np.ndarray) 
         & (sides.max(0) <= _LARGEST)
         & (ranked[:, -1] >= _MATCH)
         & (ranked[:, -1] - ranked[:, -2] >= _MARGIN)
-        & ((patch_MX * core_MX).sum(1) >= _SOLID * core_MX.sum(1))
+        & solid_MS[np.arange(len(best_M)), best_M]
     )
 
 
@@ -212,14 +260,18 @@ def _grade(seen: Sequence[Seen], prompt: Prompt) -> float:
     wanted, relation = prompt.columns["objects"], prompt.columns["relation"]
     if not seen:
         return 0.0
-    quality = np.array([[_quality(s, colour, shape) for colour, shape in wanted] for s in seen])
-    rows, columns = linear_sum_assignment(quality, maximize=True)
-    score = quality[rows, columns].sum() / max(len(seen), len(wanted))
+    quality = [[_quality(s, colour, shape) for colour, shape in wanted] for s in seen]
+    most = max(len(seen), len(wanted))
+    if min(len(seen), len(wanted)) == 1:  # nothing to assign but the best, and nothing that can be on the named side
+        return max(map(max, quality)) / most * (1.0 if relation is None else 0.5)
+    quality_MW = np.array(quality)
+    rows, columns = linear_sum_assignment(quality_MW, maximize=True)
+    score = float(quality_MW[rows, columns].sum()) / most
     if relation is None:
-        return float(score)
+        return score
     place = {int(c): (seen[r].x, seen[r].y) for r, c in zip(rows, columns, strict=True)}
     cosine = related(place[0], place[1], relation) if len(place) == 2 else -1.0
-    return float(score * (0.75 + 0.25 * np.clip(cosine / _COS_DIRECTION, -1, 1)))
+    return score * (0.75 + 0.25 * max(-1.0, min(1.0, cosine / _COS_DIRECTION)))
 
 
 def satisfies(objects: Sequence[tuple[str, str, float, float]], prompt: Prompt) -> bool:
