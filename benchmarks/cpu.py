@@ -33,6 +33,7 @@ from progrpo.policies.load import quiet
 from progrpo.policies.pipeline import BUILT_IN_DECODER
 from progrpo.training.build import policy_from
 from progrpo.training.distributed import Ranks
+from progrpo.training.memory import keep_freed_memory
 from progrpo.zoo import WEIGHTS
 from progrpo.zoo.shapes import world
 
@@ -99,6 +100,7 @@ def main() -> None:
     if wanted.only_call:
         print(call(wanted.model, wanted.rows, wanted.rounds))
         return
+    keep_freed_memory()
     again = [sys.executable, __file__, "--only-call", "--model", wanted.model, "--rows", str(wanted.rows)]
     found = {
         "decoders": decoders(wanted.model, wanted.pictures, 3 * wanted.rounds),
