@@ -1,8 +1,8 @@
-"""What is done for CPUs in low precision: decoders' layers, and freed memory that is kept.
+"""What is done for CPUs in low precision: a decoder's layers, and freed memory that is kept.
 
     python benchmarks/cpu.py [--model shapes-flow] [--rows 96] [--pictures 32] [--rounds 7] [--json]
 
-decoders   milliseconds a picture, by diffusers' layers and by those of progrpo.policies.decoder, which take turns in one process;
+decoder    milliseconds a picture, by diffusers' layers and by those of progrpo.policies.decoder, which take turns in one process;
            and how far both are from float32, as the root mean square of pixels in [-1, 1]
 memory     milliseconds a row of a network call without gradient, in processes of their own that take turns: with freed memory kept
            (progrpo.training.memory), and as glibc has it
@@ -25,12 +25,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL
 
 from progrpo.config import ModelConfig
 from progrpo.policies.decoder import quicken
 from progrpo.policies.load import quiet
-from progrpo.policies.pipeline import BUILT_IN_DECODER
 from progrpo.training.build import policy_from
 from progrpo.training.distributed import Ranks
 from progrpo.training.memory import keep_freed_memory
@@ -47,25 +46,20 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
-def decoders(model: str, pictures: int, rounds: int) -> dict[str, dict[str, float]]:
-    full, tiny = WEIGHTS / model / "vae", WEIGHTS / BUILT_IN_DECODER
-    found = {}
-    for name, true in (("full", AutoencoderKL.from_pretrained(full)), ("tiny", AutoencoderTiny.from_pretrained(tiny))):
-        ways = {"diffusers": copy.deepcopy(true).bfloat16(), "progrpo": copy.deepcopy(true).bfloat16()}
-        quicken(ways["progrpo"])
-        latents = torch.randn(pictures, true.config.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
-        expected = true.decode(latents).sample
-        narrow, spent, error = latents.bfloat16(), {way: [] for way in ways}, {}
+def decoding(model: str, pictures: int, rounds: int) -> dict[str, dict[str, float]]:
+    true = AutoencoderKL.from_pretrained(WEIGHTS / model / "vae")
+    ways = {"diffusers": copy.deepcopy(true).bfloat16(), "progrpo": copy.deepcopy(true).bfloat16()}
+    quicken(ways["progrpo"])
+    latents = torch.randn(pictures, true.config.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = true.decode(latents).sample
+    narrow, spent, error = latents.bfloat16(), {way: [] for way in ways}, {}
+    for way, decoder in ways.items():
+        decoder.to(memory_format=torch.channels_last)
+        error[way] = float((decoder.decode(narrow).sample.float() - expected).square().mean().sqrt())
+    for _ in range(rounds):
         for way, decoder in ways.items():
-            decoder.to(memory_format=torch.channels_last)
-            error[way] = float((decoder.decode(narrow).sample.float() - expected).square().mean().sqrt())
-        for _ in range(rounds):
-            for way, decoder in ways.items():
-                spent[way].append(seconds(partial(decoder.decode, narrow)))
-        for way in ways:
-            ms = 1000 * statistics.median(spent[way]) / pictures
-            found[f"{name}, {way}"] = {"ms a picture": ms, "rms": error[way]}
-    return found
+            spent[way].append(seconds(partial(decoder.decode, narrow)))
+    return {way: {"ms a picture": 1000 * statistics.median(spent[way]) / pictures, "rms": error[way]} for way in ways}
 
 
 def call(model: str, rows: int, rounds: int) -> float:
@@ -103,13 +97,13 @@ def main() -> None:
     keep_freed_memory()
     again = [sys.executable, __file__, "--only-call", "--model", wanted.model, "--rows", str(wanted.rows)]
     found = {
-        "decoders": decoders(wanted.model, wanted.pictures, 3 * wanted.rounds),
+        "decoder": decoding(wanted.model, wanted.pictures, 3 * wanted.rounds),
         "memory, ms a row": memory(again, -(-wanted.rounds // 2)),
     }
     if wanted.json:
         print(json.dumps({**vars(wanted), "torch": torch.__version__, **found}, indent=1))
         return
-    for name, figures in found["decoders"].items():
+    for name, figures in found["decoder"].items():
         print(f"{name:17s} {figures['ms a picture']:.3f} ms a picture, {figures['rms']:.5f} from float32")
     for name, ms in found["memory, ms a row"].items():
         print(f"{name:17s} {ms:.3f} ms a row of a network call")

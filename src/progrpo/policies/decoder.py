@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TypeGuard
 
 import torch
@@ -20,19 +19,11 @@ _SMALL_MAP = 1024  # places: below, torch takes a kernel of its own for maps in 
 def quicken(autoencoder: nn.Module) -> None:
     """Put layers that compute the same, up to rounding, in the places of those of diffusers that are slow. For inference alone."""
     for parent in list(autoencoder.modules()):
-        if isinstance(parent, nn.ReLU | nn.SiLU):
-            parent.inplace = True  # each follows a convolution, a normalisation or a sum, which nothing else reads
-        layers = list(parent.named_children())
-        for name, layer in layers:
+        for name, layer in list(parent.named_children()):
             if isinstance(layer, ResnetBlock2D) and _plain(layer):
                 setattr(parent, name, _Residual(layer))
             elif isinstance(layer, Upsample2D) and layer.norm is None and _threefold(layer.conv):
                 setattr(parent, name, _Upsampled(upsampled(layer.conv)))
-        if isinstance(parent, nn.Sequential):
-            for (name, layer), (after, convolution) in pairwise(layers):
-                if isinstance(layer, nn.Upsample) and _doubles(layer) and _threefold(convolution):
-                    setattr(parent, name, nn.Identity())
-                    setattr(parent, after, upsampled(convolution))
 
 
 def upsampled(convolution: nn.Conv2d) -> nn.ConvTranspose2d:
@@ -74,6 +65,8 @@ class _Residual(nn.Module):
         super().__init__()
         self.norm1, self.conv1, self.norm2, self.conv2 = block.norm1, block.conv1, block.norm2, block.conv2
         self.nonlinearity, self.conv_shortcut = block.nonlinearity, block.conv_shortcut
+        if isinstance(self.nonlinearity, nn.SiLU):
+            self.nonlinearity.inplace = True  # it follows a normalisation, which nothing else reads
 
     def forward(self, x_BCHW: Tensor, temb: None = None) -> Tensor:
         changed = self.conv1(self._activated(self.norm1, x_BCHW))
@@ -109,7 +102,3 @@ def _threefold(layer: nn.Module | None) -> TypeGuard[nn.Conv2d]:
         and layer.padding_mode == "zeros"
         and layer.groups == 1
     )
-
-
-def _doubles(layer: nn.Upsample) -> bool:
-    return layer.mode == "nearest" and layer.scale_factor == 2

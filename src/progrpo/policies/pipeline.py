@@ -400,8 +400,6 @@ def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings, channel
             f" model's have {channels}; take the one that was made for its autoencoder"
         )
     tiny.requires_grad_(False).eval()
-    if _narrow_on_cpu(settings):
-        quicken(tiny)
     return tiny.to(settings.device, memory_format=torch.channels_last)
 
 
