@@ -17,7 +17,7 @@ help: ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready ## install everything into .venv, once
-quickstart: setup ## train the built-in model for nine minutes; the report is runs/quickstart/report.html
+quickstart: setup ## train the built-in model for five to nine minutes; the report is runs/quickstart/report.html
 	@$(BIN)/progrpo train quickstart --out runs/quickstart --overwrite
 
 test: lint ## style, types and the tests
