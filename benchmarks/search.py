@@ -77,6 +77,8 @@ UNET = to_dict(load_recipe("shapes-diffusion"))
 TRIALS: dict[str, Changes] = {
     "quickstart": to_dict(load_recipe("quickstart")),
     "quickstart audited": QUICKSTART,
+    # as long an iteration without pruning: groups of 16, all of whom are finished and trained on
+    "quickstart unpruned": changed(QUICKSTART, {"plan": {"group_size": 16, "prune": []}}),
     "quickstart adaptive": changed(QUICKSTART, ADAPTIVE),
     "quickstart pruned early": changed(QUICKSTART, EARLY),
     "quickstart pruned early, adaptive": changed(QUICKSTART, {"plan": {**EARLY["plan"], **ADAPTIVE["plan"]}}),
