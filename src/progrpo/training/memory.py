@@ -11,7 +11,7 @@ import torch
 from progrpo.training.errors import SelfCheckError
 
 _KEPT = 2**31 - 1  # bytes: the most that mallopt can be told
-_GLIBC = {"M_TRIM_THRESHOLD": -1, "M_MMAP_THRESHOLD": -3}
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h numbers them
 _USERS_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
@@ -23,8 +23,8 @@ def keep_freed_memory() -> None:
     """
     tell = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if tell is not None and not any(name in os.environ for name in _USERS_OWN):
-        for parameter in _GLIBC.values():
-            tell(parameter, _KEPT)
+        for threshold in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+            tell(threshold, _KEPT)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
