@@ -153,7 +153,8 @@ def run(config: Config, seconds: float, every: float, pictures: int) -> list[dic
             figures = {name: found.mean(name) for name in ("strict", "graded", "judge")}
             curve.append({"seconds": round(spent, 1), "iterations": trainer.iteration, **_rounded(figures)})
             if config.plan.adaptive:
-                curve[-1]["prune"] = [[point.step, point.keep] for point in trainer.plan.prune]
+                plan = trainer.plan
+                curve[-1] |= {"prune": [[p.step, p.keep] for p in plan.prune], "final_keep": plan.final_keep}
             print("   ", curve[-1], flush=True)
             due = spent + every
         if over:

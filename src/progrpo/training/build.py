@@ -132,7 +132,7 @@ def policy_from(
 ) -> Policy:
     """The policy that a configuration names, optionally with weights that a run has saved."""
     quiet()
-    if torch.device(ranks.device).type == "cpu":  # beside a GPU it is weights that are freed, once they are there
+    if ranks.device.type == "cpu":  # beside a GPU it is weights that are freed, once they are there
         keep_freed_memory()
     return load_policy(model.path, settings_from(model, seed, ranks, tiny_decoder), trained)
 
