@@ -69,8 +69,6 @@ OBJECTIVE = changed(FINAL, {**MIXED, "model": {"weights": "full"}, "optim": {"lr
 CALM: Changes = {"iterations": 80, "optim": {"lr": 1e-4, "decay": 1.0, "max_grad_norm": 0.1, "ema_decay": 0.9}}
 # Audits as often as a plan is judged well, where the plan may follow them and where it may not
 QUICKSTART = changed(to_dict(load_recipe("quickstart")), {"audit": {"every": 5}})
-ADAPTIVE: Changes = {"plan": {"adaptive": True}}
-EARLY: Changes = {"plan": {"prune": [[1, 12]]}}
 # The recipe of the diffusion model, and what was tried beside it
 UNET = to_dict(load_recipe("shapes-diffusion"))
 
@@ -79,9 +77,8 @@ TRIALS: dict[str, Changes] = {
     "quickstart audited": QUICKSTART,
     # as long an iteration without pruning: groups of 16, all of whom are finished and trained on
     "quickstart unpruned": changed(QUICKSTART, {"plan": {"group_size": 16, "prune": []}}),
-    "quickstart adaptive": changed(QUICKSTART, ADAPTIVE),
-    "quickstart pruned early": changed(QUICKSTART, EARLY),
-    "quickstart pruned early, adaptive": changed(QUICKSTART, {"plan": {**EARLY["plan"], **ADAPTIVE["plan"]}}),
+    "quickstart adaptive": changed(QUICKSTART, {"plan": {"adaptive": True}}),
+    "quickstart pruned early, adaptive": changed(QUICKSTART, {"plan": {"adaptive": True, "prune": [[1, 12]]}}),
     "grpo": WINDOW,
     "grpo prune": PRUNE,
     "grpo prune mixed": changed(PRUNE, MIXED),

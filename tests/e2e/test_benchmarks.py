@@ -53,7 +53,7 @@ def test_it_runs_and_prints_one_json_object(name):
 
 
 @pytest.mark.slow
-def test_a_search_runs_and_may_try_all_of_its_trials(tmp_path, monkeypatch):
+def test_a_search_runs_and_may_try_all_of_its_trials(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     search = importlib.import_module("search")
     for changes in search.TRIALS.values():

@@ -17,17 +17,20 @@ _SMALL_MAP = 1024  # places: below, torch takes a kernel of its own for maps in 
 
 @torch.no_grad()
 def quicken(autoencoder: nn.Module) -> None:
-    """Put layers that compute the same, up to rounding, in the places of those of diffusers that are slow. For inference alone."""
+    """Put layers that compute the same, up to rounding, in the places of diffusers' `ResnetBlock2D` and `Upsample2D`. In place.
+
+    For decoding and encoding alone: no gradient can go through them, and those that are told a time or do more stay as they are.
+    """
     for parent in list(autoencoder.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, ResnetBlock2D) and _plain(layer):
                 setattr(parent, name, _Residual(layer))
             elif isinstance(layer, Upsample2D) and layer.norm is None and _threefold(layer.conv):
-                setattr(parent, name, _Upsampled(upsampled(layer.conv)))
+                setattr(parent, name, upsampled(layer.conv))
 
 
 def upsampled(convolution: nn.Conv2d) -> nn.ConvTranspose2d:
-    """The convolution of 3 x 3 of a map whose every place was doubled both ways, without the doubled map.
+    """(B, I, H, W) to (B, O, 2H, 2W): the 3 x 3 convolution of a map whose every place was doubled both ways, without that map.
 
     Four places of the large map show one of the small, so most of what is multiplied is multiplied twice: one transposed
     convolution of 4 x 4 with stride 2 has 4 products for a place instead of 9.
@@ -45,17 +48,6 @@ def upsampled(convolution: nn.Conv2d) -> nn.ConvTranspose2d:
     if convolution.bias is not None and layer.bias is not None:
         layer.bias.copy_(convolution.bias)
     return layer
-
-
-class _Upsampled(nn.Module):
-    """Called as diffusers calls its `Upsample2D`."""
-
-    def __init__(self, convolution: nn.ConvTranspose2d) -> None:
-        super().__init__()
-        self.conv = convolution
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.conv(x_BCHW)
 
 
 class _Residual(nn.Module):

@@ -18,8 +18,8 @@ _USERS_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLE
 def keep_freed_memory() -> None:
     """Have the C library keep what tensors free for the next ones. Where it is not glibc, or the user has told it what to do, nothing.
 
-    It would give memory back to the system at every layer, to ask for it again, and the system clears each page that it gives: a
-    third of the time of a network call of the built-in models, until after some large tensors glibc takes to keeping more.
+    It would give memory back to the system at every layer, to ask for it again, and the system clears each page that it gives:
+    over a third of a network call's time on the built-in models (benchmarks/cpu.py), until after some large tensors glibc keeps more.
     """
     tell = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if tell is not None and not any(name in os.environ for name in _USERS_OWN):
