@@ -84,12 +84,22 @@ def denoise(
         # a compiled network would be compiled again for another shape
         shape = first if policy.compiled else evenly(len(batch), sampling.microbatch)
         with meter.stage("sample"):
-            batch = _call(policy, condition, batch, step, sampling, shape)
-            meter.count(nfe=len(batch) * sampling.nfe_per_call)
-        batch = between(step, batch)
+            called = _call(policy, condition, batch, step, sampling, shape)
+            meter.count(nfe=len(called) * sampling.nfe_per_call)
+            noise = _noise(called, step, sampling, key)  # drawn on the CPU while a GPU is still at the call
+        batch = between(step, called)
         with meter.stage("sample"):
-            batch = _advance(batch, step, sampling, key)
+            if batch is not called:
+                noise = _noise(batch, step, sampling, key)
+            batch = _advance(batch, step, sampling, noise)
     return batch
+
+
+def _noise(batch: Trajectories, step: int, sampling: Sampling, key: NoiseKey) -> Tensor | None:
+    """Of every row at a stochastic step."""
+    if sampling.process.noise_levels[step] == 0:
+        return None
+    return key.draw(batch.slot_N, batch.member_N, step, batch.x_NCHW.shape[1:])
 
 
 def _call(
@@ -113,15 +123,14 @@ def _call(
     return batch
 
 
-def _advance(batch: Trajectories, step: int, sampling: Sampling, key: NoiseKey) -> Trajectories:
+def _advance(batch: Trajectories, step: int, sampling: Sampling, noise_NCHW: Tensor | None) -> Trajectories:
     assert batch.output_NCHW is not None
     x, output, attached, process = batch.x_NCHW, batch.output_NCHW, batch.attached_NCHW, sampling.process
     batch = replace(batch, output_NCHW=None, attached_NCHW=None)
-    if process.noise_levels[step] == 0:
+    if noise_NCHW is None:
         return replace(batch, x_NCHW=sampling.rounded(process.deterministic(step, x, output)))
     mean, std = process.mean_std(step, x, output)
-    noise = key.draw(batch.slot_N, batch.member_N, step, x.shape[1:]).to(x.device)
-    x_next, path = sampling.rounded(mean + std * noise), batch.path
+    x_next, path = sampling.rounded(mean + std * noise_NCHW.to(x.device)), batch.path
     if step in sampling.stored_steps:
         log_prob, dtype = process.log_prob(x_next, mean, std), sampling.latent_dtype
         kept = mean if sampling.stored_means else None
