@@ -41,6 +41,7 @@ from typing import Any
 
 import psutil
 import torch
+from diffusers import AutoencoderTiny
 
 from progrpo.config import (
     Config,
@@ -63,7 +64,7 @@ from progrpo.rollout.preview import DECODED
 from progrpo.rollout.probe import Probe, glance, lessons, texts
 from progrpo.training.build import model_settings, policy_from, scorer_from, settled, tiny_decoder, train_order
 from progrpo.training.distributed import Ranks
-from progrpo.training.estimate import GPUS, flops_by_stage, sizes_for
+from progrpo.training.estimate import GPUS, estimate, flops_by_stage, sizes_for
 from progrpo.training.measure import measured
 from progrpo.training.trainer import Trainer
 from progrpo.types import Cost, Rollout, Trajectories
@@ -80,8 +81,7 @@ _REPEATS = 3
 
 
 def config_for(model: str, plan: str, wanted: argparse.Namespace) -> Config:
-    dtype = "float32" if wanted.compile and wanted.objective == "grpo" else "auto"  # see config: ratios must be exact
-    base = Config(model=ModelConfig(path=model, dtype=dtype, compile=wanted.compile))
+    base = Config(model=ModelConfig(path=model, dtype="auto", compile=wanted.compile))
     chosen, sampling = WINDOW if plan == "window" else (PlanConfig(preset=plan), base.sampling)
     config = replace(
         base,
@@ -124,8 +124,16 @@ def random_policy(path: str, settings: PolicySettings) -> Policy:
         elif isinstance(part, torch.nn.Module):
             fill(part.to_empty(device=settings.device))
     policy: Any = policy_from_pipeline(pipeline, settings)
+    policy._tiny = random_tiny_decoder(policy)
     policy._encode_text = lambda text: {name: torch.randn(1, *shape) for name, shape in shapes.items()}
     return policy  # type: ignore[no-any-return]
+
+
+def random_tiny_decoder(policy: Any) -> AutoencoderTiny:
+    """Of TAESD's architecture, for the model's latents."""
+    tiny = AutoencoderTiny(latent_channels=policy.latent_shape[0]).requires_grad_(False).eval()
+    fill(tiny)
+    return tiny.to(policy.device, policy._settings.dtype, memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -150,6 +158,8 @@ class Bare:
         plan, most = resolve_plan(config), microbatch(config.sampling)
         self.rows_T = [len(prompts) * plan.living_at(step) for step in range(config.sampling.num_inference_steps)]
         self.shapes_T = [min(most, self.rows_T[0]) if policy.compiled else evenly(r, most) for r in self.rows_T]
+        # drawn: a GPU multiplies ones faster, which flip fewer bits
+        self.matrix = torch.randn(SIDE, SIDE, device=policy.device, dtype=getattr(torch, config.model.dtype))
         self.guidance, self.pair = config.sampling.guidance_scale, 2 if config.sampling.in_pairs else 1
 
     def _call(self, size: int) -> torch.Tensor:
@@ -172,17 +182,18 @@ class Bare:
 
     def measure(self) -> dict[str, float]:
         calls, items = microbatch(self.config.sampling), microbatch(self.config.optim)
-        latents = torch.randn(DECODED, *self.policy.latent_shape).to(self.policy.device)
+        decoded = min(calls, DECODED)
+        latents = torch.randn(decoded, *self.policy.latent_shape).to(self.policy.device)
         groups, pictures = self.rolled.group_N[:DECODED], self.rolled.images_NHWC[:DECODED].numpy()
         asked = [self.prompts[g] for g in groups]
         probe, told, group = Probe(1), texts(self.condition), torch.arange(calls) * len(self.prompts) // calls
         seen = glance(torch.randn(calls, *self.policy.latent_shape))
-        finished = Trajectories(group, group, torch.arange(calls), latents, glances=(seen,))
+        finished = Trajectories(group, group, torch.arange(calls), seen, glances=(seen,))
         probe.learn(list(lessons(finished, self.condition, torch.randn(calls)).values()))
         works: dict[str, tuple[Callable[[], object], int]] = {
             "train": (lambda: self._train(items), items),
-            "decode": (lambda: self.policy.decode(latents), DECODED),
-            "tiny": (lambda: self.policy.preview(latents), DECODED),
+            "decode": (lambda: self.policy.decode(latents), decoded),
+            "tiny": (lambda: self.policy.preview(latents), decoded),
             "matmul": (self._matmul, 1),
             "reward": (lambda: self.reward.score(pictures, asked, groups), len(asked)),
             "probe": (lambda: probe.score(0, seen, told, group), calls),
@@ -194,22 +205,26 @@ class Bare:
 
     def _matmul(self) -> None:
         """Of a size that keeps a GPU busy, or a CPU for a tenth of a second."""
-        a = torch.ones(SIDE, SIDE, device=self.policy.device, dtype=getattr(torch, self.config.model.dtype))
         for _ in range(_PRODUCTS):
-            a @ a
+            self.matrix @ self.matrix
 
 
 def seconds(work: Callable[[], object]) -> float:
     """Median of some calls, after one."""
     work()
+    synchronize()
     found = []
     for _ in range(_REPEATS):
         start = time.perf_counter()
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         found.append(time.perf_counter() - start)
     return statistics.median(found)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 @contextmanager
@@ -249,23 +264,25 @@ def measure(config: Config, iterations: int, random_weights: bool) -> dict[str, 
     trainer = Trainer(config, policy, reward, order, ranks)
     flops = flops_by_stage(config, trainer.plan, sizes_for(config))
     policy.encode(order.prompts_for(0, config.prompts.per_iteration * (iterations + 1)))
-    rows = []
-    with peak_memory() as peak:
-        bare = Bare(policy, reward, config, trainer.step().rollout)
-        before = bare.measure()
-        for _ in range(iterations):
+    bare = Bare(policy, reward, config, trainer.step().rollout)
+    before, rows, peaks, ratios = bare.measure(), [], [], [0.0]
+    for _ in range(iterations):
+        with peak_memory() as peak:
             record = trainer.step().record
-            after = bare.measure()
-            units = {name: (before[name] + after[name]) / 2 for name in after}
-            before = after
-            rows.append(row(record, units, flops))
-        memory = peak()
+            peaks.append(peak())
+        ratios.append(record.get("update/on_policy_deviation", 0.0))
+        after = bare.measure()
+        units = {name: (before[name] + after[name]) / 2 for name in after}
+        before = after
+        rows.append(row(record, units, flops))
     same = ("nfe", "decodes", "reward_calls")
     predicted, counted = trainer.predicted(iterations + 1), trainer.totals.counted
     return {
         **{key: statistics.median(r[key] for r in rows) for key in rows[0]},
         "model by iteration": [round(r["model"], 3) for r in rows],
-        "peak GiB": memory,
+        "peak GiB": max(peaks),
+        "predicted GiB": predicted_memory(config),
+        "ratio off 1 by": max(ratios),
         "microbatch": [config.sampling.microbatch, config.optim.microbatch],
         "dtype": config.model.dtype,
         "predicted": asdict(predicted),
@@ -303,6 +320,12 @@ def row(record: dict[str, Any], units: dict[str, float], flops: Mapping[str, flo
         },
         **{f"unit {name} ms": 1000 * value for name, value in units.items()},
     }
+
+
+def predicted_memory(config: Config) -> float | None:
+    """GiB that `progrpo plan` promises of sampling and the update, on a GPU; a CPU's process holds much else."""
+    peaks = estimate(config, "h200", 1.0, 1)["peak_gb"]
+    return max(peaks["sampling"], peaks["update"]) * 1e9 / 2**30 if torch.cuda.is_available() else None
 
 
 def stated_peak() -> list[float]:

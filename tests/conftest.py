@@ -637,6 +637,7 @@ class LinearPolicy:
     prediction = "flow"
     embeds_guidance = False
     compiled = False
+    repeatable = True
     attend = None
     latent_shape = (1, 2, 2)
     device = torch.device("cpu")
@@ -698,6 +699,14 @@ class LinearDiffusionPolicy(LinearPolicy):
 def linear_diffusion_policy() -> Callable[[str], LinearDiffusionPolicy]:
     """New at every call, of a prediction type."""
     return lambda prediction: LinearDiffusionPolicy(0.3, -0.2, prediction)
+
+
+@pytest.fixture(scope="session")
+def linear_transitions(linear_experience: Callable[..., Any]) -> Callable[..., Any]:
+    """The same as GRPO has it before the first of two updates: the old log-probs are those that were stored."""
+    from progrpo.objectives.grpo import GRPO
+
+    return lambda policy, *args, **named: GRPO(0.05).prepare(policy, linear_experience(policy, *args, **named), 64, 2)
 
 
 @pytest.fixture(scope="session")

@@ -52,8 +52,7 @@ class ModelConfig:
     """int8: the frozen weights of the linear layers of the denoiser's blocks are kept as 8-bit integers, a scale to each row, half of bfloat16's
     memory. The reference, samples and evaluations of the run are this model's; the saved LoRA is for the unquantised one."""
     compile: bool = False
-    """Have torch compile the denoiser, which takes a minute or more at the start and needs a C++ compiler on a CPU. With GRPO, whose
-    ratios must begin at 1, in float32 only."""
+    """Have torch compile the denoiser's blocks, which takes a minute or two at the start and needs a C++ compiler on a CPU."""
     activation_checkpointing: bool = False
     """Compute activations anew in the backward pass: less memory, about a third more time in the update."""
     offload: bool = False
@@ -743,11 +742,6 @@ def _check_together(config: Config) -> None:
     if config.optim.reuse_rollout and not trains_transitions(config):
         raise ValueError(
             f"optim.reuse_rollout must be false for objective.name {config.objective.name}: it trains noise levels that were not sampled"
-        )
-    if config.model.compile and trains_transitions(config) and config.model.dtype != "float32":
-        raise ValueError(
-            f"model.dtype must be float32 for model.compile with objective.name grpo, not {config.model.dtype}: in low precision the"
-            " compiled networks of sampling and of training round differently, and ratios would start off 1"
         )
     if config.eval.best_by and config.eval.best_by not in [term.name for term in config.eval.rewards]:
         raise ValueError(

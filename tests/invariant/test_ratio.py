@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from progrpo.config import GRPOConfig, ObjectiveConfig, PlanConfig, SamplingConfig
+from progrpo.config import GRPOConfig, ObjectiveConfig, OptimConfig, PlanConfig, SamplingConfig
 from progrpo.objectives.base import Experience, Loss, Objective
 from progrpo.objectives.grpo import GRPO
-from progrpo.training.checks import SelfCheckError, check_ratio
+from progrpo.training.checks import SelfCheckError, check_ratio, rounding_of_ratio
 
 CLIP_RANGE = 3e-3
 Rollouts = Callable[[float], Experience]
@@ -249,3 +249,42 @@ def test_a_clip_range_finer_than_float32_allows_its_rounding_and_no_more():
         check_ratio(1.5e-6, clip_range=2e-6)
     with pytest.raises(SelfCheckError, match=r"where 5\.0e-07 is allowed"):
         check_ratio(6e-7, clip_range=5e-7)
+
+
+# --- where sampling and training round differently --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [2048, 65536])
+def test_rounding_is_told_from_another_prediction(dims):
+    """A mean that is off by a share of the noise's std, in a direction of its own: the log-ratio over 300 draws."""
+    generator = torch.Generator().manual_seed(0)
+    z, way = (torch.randn(300, dims, dtype=torch.float64, generator=generator) for _ in range(2))
+    for share, allowed in ((1 / 60, True), (0.08, True), (0.3, False)):
+        log_ratio = (z.square() - (z - share * way).square()).mean(1) / 2
+        worst = log_ratio.expm1().abs().max().item()
+        assert (worst <= rounding_of_ratio(dims)) is allowed, (share, worst)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_network_that_rounds_otherwise_where_it_trains_is_trained_and_a_wrong_one_is_not(
+    tiny_policy, tiny_trainer, tiny_config, monkeypatch, updates
+):
+    def trainer_of(off: float, repeatable: bool) -> Any:
+        policy = tiny_policy("lora", moved=0.1)
+        whole, policy.repeatable = policy._run, repeatable
+
+        def run(*inputs: Any) -> torch.Tensor:
+            output = whole(*inputs)
+            if not torch.is_grad_enabled():
+                return output
+            return output + off * torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+
+        monkeypatch.setattr(policy, "_run", run)
+        return tiny_trainer(tiny_config(optim=OptimConfig(updates_per_rollout=updates, microbatch=3)), policy)
+
+    with pytest.raises(SelfCheckError, match="off-policy"):
+        trainer_of(0.01, repeatable=True).step()
+    record = trainer_of(0.01, repeatable=False).step().record
+    assert CLIP_RANGE / 100 < record["update/on_policy_deviation"] < 0.02
+    with pytest.raises(SelfCheckError, match="off-policy"):
+        trainer_of(0.5, repeatable=False).step()

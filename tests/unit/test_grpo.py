@@ -61,8 +61,8 @@ def shift(policy, a=0.0, b=0.0):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_loss_by_hand(linear_policy, linear_experience, guidance_scale):
-    experience = linear_experience(linear_policy, ADVANTAGES, off=0.05, guidance_scale=guidance_scale)
+def test_loss_by_hand(linear_policy, linear_transitions, guidance_scale):
+    experience = linear_transitions(linear_policy, ADVANTAGES, off=0.05, guidance_scale=guidance_scale)
     shift(linear_policy, a=0.05, b=0.02)
     loss = GRPO(CLIP).loss(linear_policy, experience, ITEMS)
     total, clipped, deviation = by_hand(linear_policy, experience)
@@ -75,8 +75,8 @@ def test_loss_by_hand(linear_policy, linear_experience, guidance_scale):
 
 
 @pytest.mark.parametrize(("kl_beta", "guidance_scale"), [(0.0, 1.0), (0.3, 1.0), (0.3, 3.0)])
-def test_gradient_against_finite_differences(linear_policy, linear_experience, kl_beta, guidance_scale):
-    experience = linear_experience(linear_policy, ADVANTAGES, off=0.05, guidance_scale=guidance_scale)
+def test_gradient_against_finite_differences(linear_policy, linear_transitions, kl_beta, guidance_scale):
+    experience = linear_transitions(linear_policy, ADVANTAGES, off=0.05, guidance_scale=guidance_scale)
     shift(linear_policy, a=0.05, b=0.02)
     grpo, step = GRPO(CLIP, kl_beta=kl_beta), 1e-6
     found = gradients(linear_policy, grpo.loss(linear_policy, experience, ITEMS))
@@ -90,8 +90,8 @@ def test_gradient_against_finite_differences(linear_policy, linear_experience, k
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_a_step_makes_what_was_good_likelier(linear_policy, linear_experience, advantage):
-    experience = linear_experience(linear_policy, [advantage] + [0.0] * 4)
+def test_a_step_makes_what_was_good_likelier(linear_policy, linear_transitions, advantage):
+    experience = linear_transitions(linear_policy, [advantage] + [0.0] * 4)
     before = [t.log_prob_N[0] for t in experience.trajectories.path]
     loss = GRPO(CLIP).loss(linear_policy, experience, ITEMS)
     da, db = gradients(linear_policy, loss)
@@ -102,36 +102,36 @@ def test_a_step_makes_what_was_good_likelier(linear_policy, linear_experience, a
     assert change * advantage > 1e-6
 
 
-def test_on_policy_nothing_is_clipped_and_the_loss_is_minus_the_advantages(linear_policy, linear_experience):
-    loss = GRPO(CLIP).loss(linear_policy, linear_experience(linear_policy, ADVANTAGES), ITEMS)
+def test_on_policy_nothing_is_clipped_and_the_loss_is_minus_the_advantages(linear_policy, linear_transitions):
+    loss = GRPO(CLIP).loss(linear_policy, linear_transitions(linear_policy, ADVANTAGES), ITEMS)
     assert loss.total.item() == pytest.approx(-2 * sum(ADVANTAGES), abs=1e-12)
     assert loss.maxima["ratio_max_deviation"].item() < 1e-12 and loss.sums["clip_fraction"] == 0
 
 
-def test_kl_and_its_gradient_are_zero_at_the_reference(linear_policy, linear_experience):
-    loss = GRPO(CLIP, kl_beta=1.0).loss(linear_policy, linear_experience(linear_policy, [0.0] * 5), ITEMS)
+def test_kl_and_its_gradient_are_zero_at_the_reference(linear_policy, linear_transitions):
+    loss = GRPO(CLIP, kl_beta=1.0).loss(linear_policy, linear_transitions(linear_policy, [0.0] * 5), ITEMS)
     assert loss.total == 0 and loss.sums["kl"] == 0
     assert all(gradient == 0 for gradient in gradients(linear_policy, loss))
 
 
-def test_exact_kl_is_that_of_the_two_gaussians(linear_policy, linear_experience):
-    experience = linear_experience(linear_policy, ADVANTAGES)
+def test_exact_kl_is_that_of_the_two_gaussians(linear_policy, linear_transitions):
+    experience = linear_transitions(linear_policy, ADVANTAGES)
     shift(linear_policy, a=0.03, b=-0.05)
     loss = GRPO(CLIP, kl_beta=0.7).loss(linear_policy, experience, ITEMS)
     assert loss.total.item() == pytest.approx(by_hand(linear_policy, experience, 0.7)[0], rel=1e-9)
     assert loss.sums["kl"] > 0
 
 
-def test_flow_grpos_kl_leaves_out_the_step_length(linear_policy, linear_experience):
-    experience = linear_experience(linear_policy, ADVANTAGES)
+def test_flow_grpos_kl_leaves_out_the_step_length(linear_policy, linear_transitions):
+    experience = linear_transitions(linear_policy, ADVANTAGES)
     shift(linear_policy, a=0.03, b=-0.05)
     loss = GRPO(CLIP, kl_beta=0.7, kl_form="flow_grpo").loss(linear_policy, experience, ITEMS)
     expected, _, _ = by_hand(linear_policy, experience, 0.7, lambda p, q, h: kl_divergence(p, q) * h)
     assert loss.total.item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_kl_reaches_the_current_weights_and_not_the_reference(linear_policy, linear_experience):
-    experience = linear_experience(linear_policy, [0.0] * 5)
+def test_kl_reaches_the_current_weights_and_not_the_reference(linear_policy, linear_transitions):
+    experience = linear_transitions(linear_policy, [0.0] * 5)
     shift(linear_policy, a=0.1)
     da, _ = gradients(linear_policy, GRPO(CLIP, kl_beta=1.0).loss(linear_policy, experience, ITEMS))
     assert da > 0  # downhill is back to the reference
@@ -147,8 +147,8 @@ def test_kl_reaches_the_current_weights_and_not_the_reference(linear_policy, lin
         {"step_weights": "noise", "kl_beta": 0.5, "kl_form": "velocity"},
     ],
 )
-def test_neither_the_cut_nor_the_order_of_items_matters(linear_policy, linear_experience, settings):
-    experience = linear_experience(linear_policy, ADVANTAGES, off=0.05)
+def test_neither_the_cut_nor_the_order_of_items_matters(linear_policy, linear_transitions, settings):
+    experience = linear_transitions(linear_policy, ADVANTAGES, off=0.05)
     shift(linear_policy, a=0.05, b=0.02)
     grpo = GRPO(CLIP, **settings)
     whole = grpo.loss(linear_policy, experience, ITEMS)
@@ -163,8 +163,8 @@ def test_neither_the_cut_nor_the_order_of_items_matters(linear_policy, linear_ex
         torch.testing.assert_close(found, list(gradients(linear_policy, grpo.loss(linear_policy, experience, ITEMS))))
 
 
-def test_an_item_is_a_transition_of_a_trajectory(linear_policy, linear_experience):
-    experience = linear_experience(linear_policy, ADVANTAGES, off=0.05)
+def test_an_item_is_a_transition_of_a_trajectory(linear_policy, linear_transitions):
+    experience = linear_transitions(linear_policy, ADVANTAGES, off=0.05)
     assert GRPO(CLIP).items_per_trajectory(experience) == 2 and GRPO(CLIP).needs == "transitions"
     alone = experience.take(torch.tensor([3]))
     for transition in (0, 1):
@@ -190,8 +190,8 @@ def test_guard_needs_means_and_plain_does_not():
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_guarded_loss_by_hand(linear_policy, linear_experience, guidance_scale):
-    experience = linear_experience(linear_policy, ADVANTAGES, off=0.5, guidance_scale=guidance_scale)
+def test_guarded_loss_by_hand(linear_policy, linear_transitions, guidance_scale):
+    experience = linear_transitions(linear_policy, ADVANTAGES, off=0.5, guidance_scale=guidance_scale)
     shift(linear_policy, a=0.2, b=0.1)
     loss = variant(ratio="guard").loss(linear_policy, experience, ITEMS)
     total, clipped, cut, deviation = 0.0, 0, 0, 0.0
@@ -212,8 +212,8 @@ def test_guarded_loss_by_hand(linear_policy, linear_experience, guidance_scale):
     assert loss.maxima["ratio_max_deviation"].item() == pytest.approx(deviation, rel=1e-9)
 
 
-def test_a_guarded_log_ratio_is_the_drawn_noise_times_the_move_of_the_mean(linear_policy, linear_experience):
-    experience = linear_experience(linear_policy, [-1.0] * 5)
+def test_a_guarded_log_ratio_is_the_drawn_noise_times_the_move_of_the_mean(linear_policy, linear_transitions):
+    experience = linear_transitions(linear_policy, [-1.0] * 5)
     shift(linear_policy, a=0.02, b=0.01)
     wide = variant(ratio="guard", clip_range=10.0)
     for item in range(10):
@@ -225,14 +225,14 @@ def test_a_guarded_log_ratio_is_the_drawn_noise_times_the_move_of_the_mean(linea
         assert found.item() == pytest.approx(expected.item(), rel=1e-9)
 
 
-def test_on_policy_a_guarded_ratio_is_one(linear_policy, linear_experience):
-    loss = variant(ratio="guard").loss(linear_policy, linear_experience(linear_policy, ADVANTAGES), ITEMS)
+def test_on_policy_a_guarded_ratio_is_one(linear_policy, linear_transitions):
+    loss = variant(ratio="guard").loss(linear_policy, linear_transitions(linear_policy, ADVANTAGES), ITEMS)
     assert loss.total.item() == pytest.approx(-2 * sum(ADVANTAGES), abs=1e-12)
     assert loss.maxima["ratio_max_deviation"].item() < 1e-12 and loss.sums["clip_fraction"] == 0
 
 
-def test_on_policy_a_guarded_gradient_is_the_plain_one_times_the_std_of_the_step(linear_policy, linear_experience):
-    experience = linear_experience(linear_policy, ADVANTAGES)
+def test_on_policy_a_guarded_gradient_is_the_plain_one_times_the_std_of_the_step(linear_policy, linear_transitions):
+    experience = linear_transitions(linear_policy, ADVANTAGES)
     for step, (_, _, std) in enumerate(step_numbers(experience)):
         items = torch.arange(5) + 5 * step
         plain, guarded = (
@@ -245,8 +245,8 @@ def test_on_policy_a_guarded_gradient_is_the_plain_one_times_the_std_of_the_step
 
 @pytest.mark.parametrize("ratio", ["plain", "guard"])
 @pytest.mark.parametrize("step_weights", ["equal", "noise", "inverse_h"])
-def test_step_weights_by_hand(linear_policy, linear_experience, ratio, step_weights):
-    experience = linear_experience(linear_policy, ADVANTAGES, off=0.05)
+def test_step_weights_by_hand(linear_policy, linear_transitions, ratio, step_weights):
+    experience = linear_transitions(linear_policy, ADVANTAGES, off=0.05)
     shift(linear_policy, a=0.05, b=0.02)
     raw = {
         "equal": [1.0, 1.0],
@@ -265,8 +265,8 @@ def test_step_weights_by_hand(linear_policy, linear_experience, ratio, step_weig
             assert weighed.total == plain.total
 
 
-def test_step_weights_leave_the_kl_term_alone(linear_policy, linear_experience):
-    experience = linear_experience(linear_policy, [0.0] * 5)
+def test_step_weights_leave_the_kl_term_alone(linear_policy, linear_transitions):
+    experience = linear_transitions(linear_policy, [0.0] * 5)
     shift(linear_policy, a=0.05, b=0.02)
     totals = [
         variant(step_weights=weights, kl_beta=0.7).loss(linear_policy, experience, ITEMS).total.item()
@@ -275,8 +275,8 @@ def test_step_weights_leave_the_kl_term_alone(linear_policy, linear_experience):
     assert totals[0] > 0 and totals == pytest.approx([totals[0]] * 3, rel=1e-12)
 
 
-def test_weights_of_a_single_trained_step_are_one(linear_policy, linear_experience):
-    experience = linear_experience(linear_policy, ADVANTAGES, off=0.05)
+def test_weights_of_a_single_trained_step_are_one(linear_policy, linear_transitions):
+    experience = linear_transitions(linear_policy, ADVANTAGES, off=0.05)
     for transition in experience.trajectories.path:
         alone = replace(experience, trajectories=replace(experience.trajectories, path=(transition,)))
         totals = [
@@ -288,8 +288,8 @@ def test_weights_of_a_single_trained_step_are_one(linear_policy, linear_experien
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("kl_form", ["latent", "velocity"])
-def test_plain_distances_by_hand(linear_policy, linear_experience, kl_form, guidance_scale):
-    experience = linear_experience(linear_policy, [0.0] * 5, guidance_scale=guidance_scale)
+def test_plain_distances_by_hand(linear_policy, linear_transitions, kl_form, guidance_scale):
+    experience = linear_transitions(linear_policy, [0.0] * 5, guidance_scale=guidance_scale)
     shift(linear_policy, a=0.03, b=-0.05)
     loss = variant(kl_beta=0.7, kl_form=kl_form).loss(linear_policy, experience, ITEMS)
     expected = 0.0
@@ -304,8 +304,8 @@ def test_plain_distances_by_hand(linear_policy, linear_experience, kl_form, guid
 
 
 @pytest.mark.parametrize("kl_form", ["exact", "flow_grpo", "latent", "velocity"])
-def test_every_form_of_kl_is_zero_at_the_reference(linear_policy, linear_experience, kl_form):
-    experience = linear_experience(linear_policy, [0.0] * 5)
+def test_every_form_of_kl_is_zero_at_the_reference(linear_policy, linear_transitions, kl_form):
+    experience = linear_transitions(linear_policy, [0.0] * 5)
     loss = variant(kl_beta=1.0, kl_form=kl_form).loss(linear_policy, experience, ITEMS)
     assert loss.total == 0 and loss.sums["kl"] == 0
     assert all(gradient == 0 for gradient in gradients(linear_policy, loss))
@@ -320,9 +320,9 @@ def test_every_form_of_kl_is_zero_at_the_reference(linear_policy, linear_experie
     ),
 )
 def test_gradients_of_all_variants_against_finite_differences(
-    linear_policy, linear_experience, ratio, step_weights, kl_form
+    linear_policy, linear_transitions, ratio, step_weights, kl_form
 ):
-    experience = linear_experience(linear_policy, ADVANTAGES, off=0.05)
+    experience = linear_transitions(linear_policy, ADVANTAGES, off=0.05)
     shift(linear_policy, a=0.2, b=0.1)
     grpo, step = variant(ratio=ratio, step_weights=step_weights, kl_beta=0.3, kl_form=kl_form), 1e-6
     loss = grpo.loss(linear_policy, experience, ITEMS)
@@ -334,3 +334,38 @@ def test_gradients_of_all_variants_against_finite_differences(
             around.append(grpo.loss(linear_policy, experience, ITEMS).total.item())
             shift(linear_policy, **{name: -sign * step})
         assert gradient.item() == pytest.approx((around[0] - around[1]) / (2 * step), rel=1e-5)
+
+
+# --- whose log-probs are the old ones ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", ["plain", "guard"])
+def test_with_one_update_rounding_between_sampling_and_training_changes_no_gradient(
+    linear_policy, linear_experience, ratio
+):
+    exact, rounded = (linear_experience(linear_policy, ADVANTAGES, off=off) for off in (0.0, 0.5))
+    objective = variant(ratio=ratio)
+    found = []
+    for experience in (exact, rounded):
+        loss = objective.loss(linear_policy, objective.prepare(linear_policy, experience, 3, 1), ITEMS)
+        assert loss.sums["clip_fraction"] == 0
+        found.append(gradients(linear_policy, loss))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
+    assert loss.maxima["ratio_max_deviation"] > 0.1  # which is told all the same
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 64])
+def test_before_several_updates_a_network_that_rounds_otherwise_is_asked_itself(
+    linear_policy, linear_experience, microbatch
+):
+    exact, rounded = (linear_experience(linear_policy, ADVANTAGES, off=off) for off in (0.0, 0.5))
+    stored = torch.stack([t.log_prob_N for t in rounded.trajectories.path], dim=1)
+    assert torch.equal(GRPO(CLIP).prepare(linear_policy, rounded, microbatch, 2).before_ND, stored)
+    linear_policy.repeatable = False
+    asked = GRPO(CLIP).prepare(linear_policy, rounded, microbatch, 2)
+    expected = GRPO(CLIP).prepare(linear_policy, exact, microbatch, 2)
+    torch.testing.assert_close(asked.before_ND, expected.before_ND, rtol=1e-12, atol=0)
+    assert not asked.before_ND.requires_grad
+    assert (asked.before_ND - stored).abs().max() > 0.1
+    loss = GRPO(CLIP).loss(linear_policy, asked, ITEMS)
+    assert loss.sums["clip_fraction"] == 0 and loss.total.item() == pytest.approx(-2 * sum(ADVANTAGES))

@@ -95,10 +95,10 @@ def policy(request, linear_diffusion_policy):
 
 
 @pytest.fixture(params=LEVELS)
-def experience_of(request, policy, linear_experience):
+def experience_of(request, policy, linear_transitions):
     """Transitions of all three steps: the last too has noise."""
     process = policy.process(request.param, LEVELS[request.param])
-    return lambda advantages=ADVANTAGES, **more: linear_experience(
+    return lambda advantages=ADVANTAGES, **more: linear_transitions(
         policy, advantages, process=process, steps=(0, 1, 2), **more
     )
 
@@ -148,10 +148,10 @@ def test_step_weights_by_hand(policy, experience_of, step_weights):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "cps"])
-def test_guarded_ratio_by_hand(policy, linear_experience, sampler):
+def test_guarded_ratio_by_hand(policy, linear_transitions, sampler):
     """The noise that was drawn times the move of the mean, whatever the step's std."""
     process = policy.process(sampler, LEVELS[sampler])
-    experience = linear_experience(policy, [-1.0] * 5, process=process, steps=(0, 1, 2))
+    experience = linear_transitions(policy, [-1.0] * 5, process=process, steps=(0, 1, 2))
     shift(policy, a=0.02, b=0.01)
     objective = GRPO(clip_range=10.0, ratio="guard")
     for item in ITEMS.tolist():

@@ -198,7 +198,7 @@ def test_every_trajectory_serves_one_of_several_updates(linear_policy, linear_ex
     with torch.no_grad():
         linear_policy.a -= once[0]
         linear_policy.b -= once[1]
-    rest = experience.take((parts == 1).nonzero().flatten())
+    rest = GRPO(0.1).prepare(linear_policy, experience, 64, 2).take((parts == 1).nonzero().flatten())
     twice = gradient_of(linear_policy, rest, torch.arange(10 - size)) / (10 - size)
     with torch.no_grad():
         linear_policy.a += once[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 from progrpo.diffusion.gaussian import kl, mean_square
 from progrpo.objectives.base import Average, Experience, Loss, Needs
 from progrpo.objectives.surrogate import clipped_surrogate, guarded_log_ratio, outside_clip
+from progrpo.packing import in_equal_parts
 from progrpo.policies.base import Policy
 
 
@@ -48,7 +49,22 @@ class GRPO:
         return len(experience.trajectories.path)
 
     def prepare(self, policy: Policy, experience: Experience, microbatch: int, updates: int) -> Experience:
-        return experience  # sampling stored the old log-probs
+        """The old log-probs. With one update they are the current ones without gradient. With more they are those that sampling stored,
+        or, where what samples and what trains round differently, the network's own before the first update."""
+        if updates == 1:
+            return experience
+        path = experience.trajectories.path
+        if policy.repeatable or experience.attached:
+            return experience.noting(torch.stack([t.log_prob_N for t in path], dim=1))
+        parts = in_equal_parts(len(experience) * len(path), microbatch)
+        now_I = torch.cat([self._log_prob(policy, experience, items_B) for items_B in parts])
+        return experience.noting(now_I.reshape(len(path), len(experience)).T)
+
+    def _log_prob(self, policy: Policy, experience: Experience, items_B: Tensor) -> Tensor:
+        """Without gradient, but by the network that has one: compiled, that is another one."""
+        step = _Steps.gather(policy, experience, items_B)
+        now = step.outcome(policy)
+        return experience.process.log_prob(step.x_next, now.mean, now.std).detach()
 
     def loss(self, policy: Policy, experience: Experience, items_B: Tensor) -> Loss:
         step = _Steps.gather(policy, experience, items_B)
@@ -56,10 +72,13 @@ class GRPO:
             with torch.no_grad(), policy.weights("reference"):
                 reference = step.outcome(policy)
         now = step.outcome(policy, step.attached)
-        log_ratio_B = experience.process.log_prob(step.x_next, now.mean, now.std) - step.log_prob
-        if self.ratio == "guard":
-            assert step.mean is not None
-            log_ratio_B = guarded_log_ratio(log_ratio_B, now.mean, step.mean, now.std)
+        log_prob_B = experience.process.log_prob(step.x_next, now.mean, now.std)
+        before = experience.before_ND
+        if before is None:
+            log_ratio_B = self._log_ratio(log_prob_B, now, log_prob_B.detach(), now.mean.detach())
+        else:
+            log_ratio_B = self._log_ratio(log_prob_B, now, before[step.rows, step.place], step.mean)
+        of_sampled_B = self._log_ratio(log_prob_B, now, step.log_prob, step.mean).detach()
         weights_B = _STEP_WEIGHTS[self.step_weights](experience)[step.place]
         loss_B = weights_B * clipped_surrogate(log_ratio_B, step.advantages, self.clip_range)
         means = {"clip_fraction": outside_clip(log_ratio_B.detach(), self.clip_range).float()}
@@ -67,7 +86,13 @@ class GRPO:
             kl_B = _KL_FORMS[self.kl_form](now, reference, step)
             loss_B = loss_B + self.kl_beta * kl_B
             means["kl"] = kl_B.detach()
-        return Loss(loss_B, means, {"ratio_max_deviation": log_ratio_B.detach().expm1().abs()})
+        return Loss(loss_B, means, {"ratio_max_deviation": of_sampled_B.expm1().abs()})
+
+    def _log_ratio(self, log_prob_B: Tensor, now: _Outcome, old_B: Tensor, old_mean: Tensor | None) -> Tensor:
+        if self.ratio == "plain":
+            return log_prob_B - old_B
+        assert old_mean is not None
+        return guarded_log_ratio(log_prob_B - old_B, now.mean, old_mean, now.std)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,10 @@ class Policy(Protocol):
     compiled: bool
     """Whether the network is compiled anew for each shape that it meets, so that shapes should be few."""
 
+    repeatable: bool
+    """Whether a row's output is the same, to a few float32 steps, however many rows are with it and whether gradients are kept. In low
+    precision it is not where kernels differ by shape, as on a GPU, or networks with and without gradient are compiled apart."""
+
     @property
     def attend(self) -> Callable[[], None] | None:
         """What this process has to do before it waits for others, where network calls are made by all processes together; else None."""

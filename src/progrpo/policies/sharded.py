@@ -27,13 +27,17 @@ def share_out(denoiser: nn.Module, device: torch.device, whole: Collection[Param
     A backward pass leaves in each process the sum over processes of its part of the gradients.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    stacks = [child for child in denoiser.children() if isinstance(child, nn.ModuleList)]
-    for module in (*(block for stack in stacks for block in stack), denoiser):
+    for module in (*blocks(denoiser), denoiser):
         shared = fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=set(whole))
         shared.set_gradient_divide_factor(1.0)
         shared.set_force_sum_reduction_for_comms(True)  # gloo has no other
     for parameter in whole:
         parameter.data = parameter.data.to(device)
+
+
+def blocks(denoiser: nn.Module) -> list[nn.Module]:
+    """What it is stacked from, each of which runs as a whole."""
+    return [block for child in denoiser.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -118,8 +118,15 @@ def score(
     tiny: bool = False,
 ) -> tuple[Tensor, Scores]:
     """Decode and reward: pictures uint8 (N, H, W, 3), of videos their middle frames, and what they are worth."""
-    decode = policy.preview if tiny else policy.decode
-    images_NHWC = torch.cat([decode(part) for part in x0_NCHW.split(min(microbatch, DECODED))])
+    images_NHWC = decoded(policy, x0_NCHW, microbatch, tiny)
     scores = reward.score(images_NHWC.numpy(), [prompts[g] for g in batch.group_N.tolist()], batch.group_N)
     meter.count(decodes=len(batch), reward_calls=len(batch))
     return still(images_NHWC), scores
+
+
+def decoded(policy: Policy, x0_NCHW: Tensor, microbatch: int, tiny: bool = False) -> Tensor:
+    """What latents show, uint8 (N, H, W, 3) on the CPU or of videos (N, F, H, W, 3); not more at once than a decoder has memory for."""
+    decode, most = policy.preview if tiny else policy.decode, min(microbatch, DECODED)
+    # a compiled decoder would be compiled again for another shape
+    parts = of_one_shape(len(x0_NCHW), most) if policy.compiled else torch.arange(len(x0_NCHW)).split(most)
+    return torch.cat([decode(x0_NCHW[rows]) for rows in parts])[: len(x0_NCHW)]

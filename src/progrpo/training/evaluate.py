@@ -22,6 +22,7 @@ from progrpo.rewards.base import Judge, Scorer
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.preview import decoded
 from progrpo.sources import check_sources
 from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
 from progrpo.training.checks import check_failures
@@ -118,7 +119,7 @@ def evaluate(
         batch = [prompts[i] for i in places.tolist()]
         start = expand(policy, places, 1, sampling, NoiseKey(seed, 0))
         final = denoise(policy, policy.encode(batch), start, sampling, NoiseKey(seed, 0), Meter())
-        made_NHWC = policy.decode(final.x_NCHW).numpy()
+        made_NHWC = decoded(policy, final.x_NCHW, sampling.microbatch).numpy()
         images_NHWC, scores = still(made_NHWC), reward.score(made_NHWC, batch, places)  # each a group of its own
         verdicts = judge.passes(images_NHWC, batch) if judge else [None] * len(batch)
         graded, strict, others = (
@@ -152,7 +153,7 @@ def _diversities(
 ) -> list[float]:
     key, condition = NoiseKey(seed, 0), policy.encode([prompts[i] for i in places.tolist()])
     final = denoise(policy, condition, expand(policy, places, _GROUP, sampling, key), sampling, key, Meter())
-    images_NHWC = still(policy.decode(final.x_NCHW).numpy())
+    images_NHWC = still(decoded(policy, final.x_NCHW, sampling.microbatch).numpy())
     return [diversity(group) for group in np.split(images_NHWC, len(places))]
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.preview import decoded
 from progrpo.sources import COLUMN
 from progrpo.training.build import trained_policy
 from progrpo.training.distributed import Ranks, lost_in_words
@@ -53,7 +54,7 @@ def sample_pictures(
         mine = ranks.deal(len(start))
         for rows in mine.split(sampling.microbatch) if len(mine) else ():  # splitting nothing gives one empty part
             final = denoise(policy, condition, start.take(rows), sampling, key, Meter())
-            images_NHWC = policy.decode(final.x_NCHW).numpy()
+            images_NHWC = decoded(policy, final.x_NCHW, sampling.microbatch).numpy()
             found += zip(final.group_N.tolist(), final.member_N.tolist(), images_NHWC, strict=True)
         drawn = sorted(ranks.gather(found), key=lambda one: one[:2])
         files = ranks.from_main(lambda: _written(drawn, out))

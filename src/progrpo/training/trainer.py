@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -229,7 +230,8 @@ class Trainer:
         self._checked = True
         if "update/on_policy_deviation" in seen.maxima:
             assert self.objective.clip_range is not None
-            checks.check_ratio(seen.maxima["update/on_policy_deviation"], self.objective.clip_range)
+            rounding = 0.0 if self.policy.repeatable else checks.rounding_of_ratio(math.prod(self.policy.latent_shape))
+            checks.check_ratio(seen.maxima["update/on_policy_deviation"], self.objective.clip_range, rounding)
         if "reference" not in self.policy.named_weights:
             return  # a resumed run that let it go after these checks
         checks.check_moved(self.policy)
