@@ -80,8 +80,8 @@ class Policy(Protocol):
     """Whether the network is compiled anew for each shape that it meets, so that shapes should be few."""
 
     repeatable: bool
-    """Whether a row's output is the same, to a few float32 steps, however many rows are with it and whether gradients are kept. In low
-    precision it is not where kernels differ by shape, as on a GPU, or networks with and without gradient are compiled apart."""
+    """Whether a row's output is the same, to a few float32 steps, however many rows are with it and whether gradients are kept: on a CPU,
+    but for networks compiled in low precision. Kernels of a GPU differ by shape, and those compiled with and without gradient are two."""
 
     @property
     def attend(self) -> Callable[[], None] | None:

@@ -64,8 +64,8 @@ class PipelinePolicy(ABC):
         self._released = False
         self._tiny = _tiny_decoder(pipeline, settings, self._latent_channels(pipeline))
         self.compiled = settings.compile
-        kept_apart = settings.compile or torch.device(settings.device).type != "cpu"
-        self.repeatable = settings.dtype == torch.float32 or not kept_apart
+        exact = settings.dtype == torch.float32 or not settings.compile
+        self.repeatable = exact and torch.device(settings.device).type == "cpu"
         self._step: Step | None = None
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
         self.embeds_guidance = bool(getattr(self.denoiser.config, "guidance_embeds", False))
