@@ -10,7 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from progrpo.policies.decoder import quicken, upsampled
+from progrpo.policies.decoder import Fours, quicken, upsampled
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +39,31 @@ def test_one_transposed_convolution_is_doubling_and_convolving(bias, size):
     assert not any(p.requires_grad for p in layer.parameters())
     # its weights are summed in float32, since the dtype that they come in is narrower
     torch.testing.assert_close(layer(x), expected, atol=2e-7, rtol=0)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [(4, 8), (5, 12), (1, 4)])
+def test_four_places_at_once_are_those_one_by_one(memory_format, bias, size):
+    convolution = nn.Conv2d(6, 3, 3, padding=1, bias=bias).double()
+    x = torch.randn(2, 6, *size, dtype=torch.float64).to(memory_format=memory_format)
+    layer = Fours(convolution)
+    assert not any(p.requires_grad for p in layer.parameters())
+    torch.testing.assert_close(layer(x), convolution(x), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_four_at_once_where_rows_are_multiples_of_four(blocks):
+    plain = _autoencoder(
+        block_out_channels=(8,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+    )
+    quick = copy.deepcopy(plain)
+    quicken(quick)
+    assert isinstance(quick.decoder.conv_out, Fours) == (blocks == 3)
+    z = torch.randn(1, 4, 3, 5)
+    torch.testing.assert_close(quick.decode(z).sample, plain.decode(z).sample, atol=1e-3, rtol=1e-3)
 
 
 def _autoencoder(**changes):

@@ -380,7 +380,8 @@ def _in_pixels(sides: Iterable[int]) -> str:
 
 @torch.no_grad()
 def _pictures(decoder: ModelMixin, latents_BCHW: Tensor) -> Tensor:
-    pictures_BCHW = decoder.decode(latents_BCHW.to(decoder.dtype), return_dict=False)[0].float()
+    dtype = next(decoder.parameters()).dtype  # diffusers looks for it in every layer
+    pictures_BCHW = decoder.decode(latents_BCHW.to(dtype), return_dict=False)[0].float()
     bytes_BCHW = pictures_BCHW.mul_(0.5).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
     return bytes_BCHW.movedim(1, -1).contiguous().cpu()
 
