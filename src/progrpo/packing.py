@@ -34,6 +34,11 @@ def in_equal_parts(count: int, size: int) -> list[Tensor]:
     return list(torch.arange(count).tensor_split(-(-count // size))) if count else []
 
 
+def of_update(count: int, size: int, one_shape: bool) -> list[Tensor]:
+    """0 .. count-1 as an update goes through them: in equal parts, or for a compiled network in parts of one shape."""
+    return of_one_shape(count, size) if one_shape else in_equal_parts(count, size)
+
+
 def of_whole_blocks(lengths: Sequence[int], size: int) -> list[Tensor]:
     """Rows in blocks of these lengths, none of them above `size`, as microbatches of neighbouring blocks; none is parted."""
     starts, filled, start = [0], 0, 0

@@ -17,7 +17,7 @@ from progrpo.diffusion.gaussian import mean_square
 from progrpo.diffusion.levels import Levels
 from progrpo.diffusion.prediction import PREDICTIONS, Prediction
 from progrpo.objectives.base import Experience
-from progrpo.packing import in_equal_parts
+from progrpo.packing import of_update
 from progrpo.policies.base import Policy
 from progrpo.types import WHOLE_GROUP, Condition
 
@@ -121,6 +121,6 @@ def noted(
     """`note` of every item, in microbatches as the update makes them: (N, D)."""
     items = len(experience) * draws.count
     values = torch.empty(items, dtype=experience.trajectories.x_NCHW.dtype)
-    for items_B in in_equal_parts(items, microbatch):
+    for items_B in of_update(items, microbatch, policy.compiled):
         values[items_B] = note(Noised.gather(policy, experience, items_B, draws)).to(values)
     return values.reshape(draws.count, len(experience)).T.contiguous()

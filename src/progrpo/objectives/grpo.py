@@ -12,7 +12,7 @@ from torch import Tensor
 from progrpo.diffusion.gaussian import kl, mean_square
 from progrpo.objectives.base import Average, Experience, Loss, Needs
 from progrpo.objectives.surrogate import clipped_surrogate, guarded_log_ratio, outside_clip
-from progrpo.packing import in_equal_parts
+from progrpo.packing import of_update
 from progrpo.policies.base import Policy
 
 
@@ -56,8 +56,9 @@ class GRPO:
         path = experience.trajectories.path
         if policy.repeatable or experience.attached:
             return experience.noting(torch.stack([t.log_prob_N for t in path], dim=1))
-        parts = in_equal_parts(len(experience) * len(path), microbatch)
-        now_I = torch.cat([self._log_prob(policy, experience, items_B) for items_B in parts])
+        count = len(experience) * len(path)
+        parts = of_update(count, microbatch, policy.compiled)
+        now_I = torch.cat([self._log_prob(policy, experience, items_B) for items_B in parts])[:count]
         return experience.noting(now_I.reshape(len(path), len(experience)).T)
 
     def _log_prob(self, policy: Policy, experience: Experience, items_B: Tensor) -> Tensor:

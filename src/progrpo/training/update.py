@@ -20,7 +20,7 @@ from progrpo.objectives.advantage import (
     with_quorum,
 )
 from progrpo.objectives.base import Experience, Loss, Noise, Objective
-from progrpo.packing import filled_up, in_equal_parts, of_one_shape, of_whole_blocks
+from progrpo.packing import filled_up, of_update, of_whole_blocks
 from progrpo.policies.base import Policy
 from progrpo.policies.sharded import gathered
 from progrpo.rollout.denoise import Sampling
@@ -46,7 +46,7 @@ class Packing:
             lengths = torch.bincount(experience.trajectories.group_N).tolist() * per_trajectory
             parts = of_whole_blocks(lengths, self.microbatch)
             return [filled_up(part, self.microbatch) for part in parts] if self.one_shape else parts
-        return (of_one_shape if self.one_shape else in_equal_parts)(len(experience) * per_trajectory, self.microbatch)
+        return of_update(len(experience) * per_trajectory, self.microbatch, self.one_shape)
 
 
 def learn_from(
