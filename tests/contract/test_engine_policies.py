@@ -17,6 +17,8 @@ from torch import Tensor
 from progrpo.config import AuditConfig, ModelConfig, OptimConfig, PlanConfig, PreviewConfig, SamplingConfig
 from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.load import load_policy, policy_from_pipeline
+from progrpo.policies.pipeline import _compiled_decoder
+from progrpo.rollout.preview import decoded
 from progrpo.rollout.probe import glance, texts
 from progrpo.types import Prompt
 
@@ -252,15 +254,18 @@ def quickly_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("model", "graphs"), [("tiny_sd3", 4), pytest.param("tiny_flux", 6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("model", "microbatch", "graphs"),
+    [("tiny_sd3", 3, 4), ("tiny_sd3", 9, 6), pytest.param("tiny_flux", 3, 6, marks=pytest.mark.slow)],
+)
 def test_a_second_iteration_of_a_plan_that_prunes_compiles_nothing(
-    quickly_compiled, request, model, graphs, tiny_trainer, tiny_config
+    quickly_compiled, request, model, microbatch, graphs, tiny_trainer, tiny_config
 ):
     policy = load_policy(request.getfixturevalue(model), replace(SETTINGS, lora_alpha=4, compile=True))
     config = tiny_config(
         model=ModelConfig(lora_rank=2, lora_alpha=4, max_sequence_length=8),
         plan=PlanConfig("custom", group_size=5, prune=((0, 4), (1, 3))),
-        sampling=SamplingConfig(num_inference_steps=4, microbatch=3),
+        sampling=SamplingConfig(num_inference_steps=4, microbatch=microbatch),
         optim=OptimConfig(microbatch=5),
         preview=PreviewConfig(probe=True, ode_steps=2),
         audit=AuditConfig(every=1),
@@ -272,5 +277,31 @@ def test_a_second_iteration_of_a_plan_that_prunes_compiles_nothing(
     for _ in range(2):
         trainer.step()
     assert compilations() == met
-    # of sampling and training, for every kind of block
+    # for every kind of block of sampling, of training, and of an audit whose group is smaller than a microbatch
     assert met - start == graphs
+
+
+def test_of_decoders_those_of_pictures_are_compiled_and_on_no_cpu(tiny_sd3, tiny_wan):
+    vaes = [DiffusionPipeline.from_pretrained(f, use_safetensors=True).vae for f in (tiny_sd3, tiny_wan)]
+    on_gpu = replace(SETTINGS, device="cuda")
+    assert [_compiled_decoder(vae, on_gpu) for vae in vaes] == [[vaes[0].decoder], []]
+    assert not _compiled_decoder(vaes[0], SETTINGS) and not _compiled_decoder(
+        vaes[0], replace(on_gpu, decoding="tiled")
+    )
+
+
+@pytest.mark.parametrize(("compiled", "sizes"), [(False, [4, 4, 1]), (True, [4, 4, 4])])
+def test_a_compiled_decoder_sees_one_shape(tiny_policy, monkeypatch, compiled, sizes):
+    policy, met = tiny_policy(), []
+    decode = policy.decode
+
+    def noted(x: Tensor) -> Tensor:
+        met.append(len(x))
+        return decode(x)
+
+    monkeypatch.setattr(policy, "compiled", compiled)
+    monkeypatch.setattr(policy, "decode", noted)
+    x0 = torch.randn(9, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    pictures = decoded(policy, x0, 4)
+    assert met == sizes and len(pictures) == 9
+    assert (pictures.int() - decode(x0).int()).abs().max() <= 1

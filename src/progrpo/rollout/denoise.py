@@ -49,9 +49,18 @@ class Sampling:
     def nfe_per_call(self) -> int:
         return 2 if self.guidance_scale > 1 and not self.embedded_guidance else 1
 
+    def within(self, rows: int) -> Sampling:
+        """With calls of so many rows at most, where no more are begun."""
+        return replace(self, microbatch=min(self.microbatch, max(rows, 1)))
+
     def rounded(self, x: Tensor) -> Tensor:
         """x as it is stored, in its own dtype again: a log-prob of anything else would not be that of what is trained."""
         return x if x.dtype == self.latent_dtype else x.to(self.latent_dtype).to(x.dtype)
+
+
+def call_size(policy: Policy, rows: int, sampling: Sampling) -> int:
+    """Rows of each of the network calls for so many: equal ones, or what a compiled network was compiled for."""
+    return sampling.microbatch if policy.compiled else evenly(rows, sampling.microbatch)
 
 
 Between = Callable[[int, Trajectories], Trajectories]
@@ -79,10 +88,9 @@ def denoise(
 
     `condition` has one row a prompt. Steps and log-probs are float32, whatever the network runs in.
     """
-    first = min(sampling.microbatch, len(batch))
+    sampling = sampling.within(len(batch))
     for step in range(sampling.num_inference_steps):
-        # a compiled network would be compiled again for another shape
-        shape = first if policy.compiled else evenly(len(batch), sampling.microbatch)
+        shape = call_size(policy, len(batch), sampling)
         with meter.stage("sample"):
             called = _call(policy, condition, batch, step, sampling, shape)
             meter.count(nfe=len(called) * sampling.nfe_per_call)

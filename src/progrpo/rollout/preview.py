@@ -10,10 +10,10 @@ from torch import Tensor
 
 from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.frames import still
-from progrpo.packing import evenly, of_one_shape
+from progrpo.packing import of_one_shape
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Scorer
-from progrpo.rollout.denoise import Sampling
+from progrpo.rollout.denoise import Sampling, call_size
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.probe import Probe, texts
 from progrpo.types import Condition, Prompt, Scores, Trajectories
@@ -93,7 +93,7 @@ def projected(
         return process.x0(step, x, output)
     places = torch.linspace(step, process.num_steps, ode_steps + 1, dtype=torch.float64)[:-1]
     levels, prediction = policy.between(process.levels_T1, places).to(x), PREDICTIONS[process.prediction]
-    shape = min(sampling.microbatch, len(batch)) if policy.compiled else evenly(len(batch), sampling.microbatch)
+    shape = call_size(policy, len(batch), sampling)
     with meter.stage("sample"):
         for k in range(1, ode_steps):
             x = prediction.step(x, output, levels[k - 1], levels[k])

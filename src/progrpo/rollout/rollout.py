@@ -55,6 +55,7 @@ def rollout(
         return shared_out(batch.take(rows), together)
 
     batch = dealt(expand(policy, slot_P, plan.group_size, sampling, key), together)
+    sampling = sampling.within(len(batch))
     finalists = denoise(policy, condition, batch, sampling, key, meter, prune)
     with meter.stage("reward"):
         images_NHWC, scores = score(policy, reward, prompts, finalists, finalists.x_NCHW, sampling.microbatch, meter)

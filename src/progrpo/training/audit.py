@@ -107,6 +107,7 @@ def audit(
 
     slot_P = torch.tensor([slot])
     batch = expand(policy, slot_P, plan.group_size, sampling, key)
+    sampling = sampling.within(len(batch))
     batch = denoise(policy, condition, batch, replace(sampling, attached=False), key, meter, watch)
     images_NHWC, scored = score(policy, reward, [prompt], batch, batch.x_NCHW, sampling.microbatch, meter)
     final_G = scored.ranking_N

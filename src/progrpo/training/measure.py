@@ -18,7 +18,8 @@ from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
 
 _SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128)
-_ROUNDS = 5
+_ROUNDS = 5  # on a CPU, which others may share; a GPU's times hardly differ
+_ROUNDS_ON_A_GPU = 2
 _CLOSE = 1.06  # of two sizes that are as fast as that, the smaller one: it takes less memory and fills up less
 
 
@@ -92,7 +93,8 @@ def _seconds(work: Callable[[int], None], most: int, device: torch.device) -> di
             f"sampling.microbatch: not even {min(most, *_SIZES)} rows fit into the memory of {device}; give it and"
             " optim.microbatch, from 1 on"
         )
-    rounds = [[_timed(work, size, device) for size in sizes] for _ in range(_ROUNDS)]
+    count = _ROUNDS if device.type == "cpu" else _ROUNDS_ON_A_GPU
+    rounds = [[_timed(work, size, device) for size in sizes] for _ in range(count)]
     return {size: statistics.median(found) for size, found in zip(sizes, zip(*rounds, strict=True), strict=True)}
 
 
