@@ -371,9 +371,10 @@ def line(model: str, plan: str, r: dict[str, Any]) -> str:
     stages = "  ".join(f"{name} {r[name]:.2f}" for name in ("sample", "preview", "reward", "update", "other"))
     previews = " ".join(f"{r[f'previews, {kind}']:.1%}" for kind in ("full", "tiny", "probe"))
     counts = "" if r["counts_agree"] else "  COUNTS DIFFER"
+    told = "" if r["predicted GiB"] is None else f" (predicted {r['predicted GiB']:.1f})"
     return (
         f"{model:17s} {plan:9s} {r['seconds']:.2f} s: {stages};  of the bare network: sampling {r['sampling']:.1%},"
-        f" update {r['update rate']:.1%}, of a matmul {r['sampling, of a matmul']:.0%}, {r['update, of a matmul']:.0%};  model x {r['model']:.3f};  previews {previews};  {r['peak GiB']:.1f} GiB{counts}"
+        f" update {r['update rate']:.1%}, of a matmul {r['sampling, of a matmul']:.0%}, {r['update, of a matmul']:.0%};  model x {r['model']:.3f};  previews {previews};  {r['peak GiB']:.1f} GiB{told}{counts}"
     )
 
 

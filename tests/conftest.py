@@ -636,7 +636,7 @@ class LinearPolicy:
 
     prediction = "flow"
     embeds_guidance = False
-    compiled = False
+    compiled = compiled_decoder = False
     repeatable = True
     attend = None
     latent_shape = (1, 2, 2)

@@ -281,6 +281,24 @@ def test_a_second_iteration_of_a_plan_that_prunes_compiles_nothing(
     assert met - start == graphs
 
 
+@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_sd"])
+def test_compiled_blocks_compute_their_activations_anew(quickly_compiled, request, model, move):
+    found = []
+    for asked in (False, True):
+        settings = replace(SETTINGS, activation_checkpointing=True, compile=asked)
+        policy = load_policy(request.getfixturevalue(model), settings)
+        move(policy, 0.1)
+        output = predicted(policy)
+        parameters = list(policy.trainable.values())
+        told = torch.autograd.grad(output.square().mean(), parameters, allow_unused=True)
+        found.append((output.detach(), [g for g in told if g is not None]))
+    (output, expected), (compiled, own) = found
+    torch.testing.assert_close(compiled, output, rtol=0, atol=1e-5)
+    assert len(own) == len(expected) > 10
+    for mine, theirs in zip(own, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+
+
 def test_of_decoders_those_of_pictures_are_compiled_and_on_no_cpu(tiny_sd3, tiny_wan):
     vaes = [DiffusionPipeline.from_pretrained(f, use_safetensors=True).vae for f in (tiny_sd3, tiny_wan)]
     on_gpu = replace(SETTINGS, device="cuda")
@@ -299,7 +317,7 @@ def test_a_compiled_decoder_sees_one_shape(tiny_policy, monkeypatch, compiled, s
         met.append(len(x))
         return decode(x)
 
-    monkeypatch.setattr(policy, "compiled", compiled)
+    monkeypatch.setattr(policy, "compiled_decoder", compiled)
     monkeypatch.setattr(policy, "decode", noted)
     x0 = torch.randn(9, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     pictures = decoded(policy, x0, 4)

@@ -77,6 +77,7 @@ def trained(model, config, reward):
     shard = config.model.shard and Ranks().world > 1
     settings = PolicySettings(config.model.weights, lora_rank=2, lora_alpha=4, max_sequence_length=8, shard=shard)
     policy = policy_from_pipeline(DiffusionPipeline.from_pretrained(model), settings)
+    policy.repeatable = not config.model.shard  # as on GPUs
     order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
     trainer = Trainer(config, policy, alone(FunctionReward(reward)), order, Ranks())
     survivors, records = [], []
@@ -105,12 +106,13 @@ def work(model, out):
     cases["failing"] = (CONFIG, Failing(middle))
     together = replace(CONFIG, prompts=PromptConfig(per_iteration=3, split_groups=True))
     cases["split"] = (together, redness)
-    cases["shard"] = (replace(CONFIG, model=replace(CONFIG.model, shard=True)), redness)
+    twice = OptimConfig(updates_per_rollout=2, microbatch=5)
+    cases["shard"] = (replace(CONFIG, model=replace(CONFIG.model, shard=True), optim=twice), redness)
     full = replace(CONFIG, model=replace(CONFIG.model, shard=True, weights="full"), objective=NFT)
     cases["full shard"] = (replace(full, optim=OptimConfig(lr=1e-4, updates_per_rollout=2, ema_decay=0.5, microbatch=7)), Failing(middle))
     five = replace(CONFIG, prompts=PromptConfig(per_iteration=5))  # on three: 2, 2 and 1
     cases["five"] = (replace(five, optim=OptimConfig(updates_per_rollout=2)), redness)
-    cases["five shard"] = (replace(five, model=replace(CONFIG.model, shard=True)), Failing(middle))
+    cases["five shard"] = (replace(five, model=replace(CONFIG.model, shard=True), optim=twice), Failing(middle))
     cases["split batch"] = (replace(together, objective=replace(CONFIG.objective, advantage="batch")), redness)
     if ranks.world == 3:
         cases = {name: cases[name] for name in ("five", "five shard", "split")}

@@ -339,14 +339,27 @@ def test_gradients_of_all_variants_against_finite_differences(
 # --- whose log-probs are the old ones ---------------------------------------------------------------------------------
 
 
+def rounded(experience):
+    """As sampled by a network that rounds otherwise: log-probs are off by a half and more, means by a tenth."""
+    path = tuple(
+        replace(t, log_prob_N=t.log_prob_N + 0.5 + 0.1 * t.step, mean_NCHW=t.mean_NCHW + 0.1)
+        for t in experience.trajectories.path
+    )
+    return replace(experience, trajectories=replace(experience.trajectories, path=path))
+
+
+def old(experience) -> torch.Tensor:
+    assert experience.before_ND is not None
+    return experience.before_ND
+
+
 @pytest.mark.parametrize("ratio", ["plain", "guard"])
 def test_with_one_update_rounding_between_sampling_and_training_changes_no_gradient(
     linear_policy, linear_experience, ratio
 ):
-    exact, rounded = (linear_experience(linear_policy, ADVANTAGES, off=off) for off in (0.0, 0.5))
-    objective = variant(ratio=ratio)
+    exact, objective = linear_experience(linear_policy, ADVANTAGES), variant(ratio=ratio)
     found = []
-    for experience in (exact, rounded):
+    for experience in (exact, rounded(exact)):
         loss = objective.loss(linear_policy, objective.prepare(linear_policy, experience, 3, 1), ITEMS)
         assert loss.sums["clip_fraction"] == 0
         found.append(gradients(linear_policy, loss))
@@ -354,24 +367,33 @@ def test_with_one_update_rounding_between_sampling_and_training_changes_no_gradi
     assert loss.maxima["ratio_max_deviation"] > 0.1  # which is told all the same
 
 
-def noted(policy, experience, microbatch) -> torch.Tensor:
-    found = GRPO(CLIP).prepare(policy, experience, microbatch, 2).before_ND
-    assert found is not None
-    return found
-
-
-@pytest.mark.parametrize("microbatch", [1, 3, 64])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("microbatch", [1, 3, 4, 64])
+@pytest.mark.parametrize("ratio", ["plain", "guard"])
 def test_before_several_updates_a_network_that_rounds_otherwise_is_asked_itself(
-    linear_policy, linear_experience, microbatch
+    linear_policy, linear_experience, ratio, microbatch, compiled
 ):
-    exact, rounded = (linear_experience(linear_policy, ADVANTAGES, off=off) for off in (0.0, 0.5))
-    stored = torch.stack([t.log_prob_N for t in rounded.trajectories.path], dim=1)
-    assert torch.equal(noted(linear_policy, rounded, microbatch), stored)
-    expected = noted(linear_policy, exact, microbatch)
+    exact, objective = linear_experience(linear_policy, ADVANTAGES), variant(ratio=ratio)
+    sampled = rounded(exact)
+    stored = torch.stack([t.log_prob_N for t in sampled.trajectories.path], dim=1)
+    assert torch.equal(old(objective.prepare(linear_policy, sampled, microbatch, 2)), stored)
+    expected = objective.prepare(linear_policy, exact, microbatch, 2)
+    linear_policy.repeatable, linear_policy.compiled = False, compiled
+    asked = objective.prepare(linear_policy, sampled, microbatch, 2)
+    torch.testing.assert_close(old(asked), old(expected), rtol=1e-12, atol=0)
+    for found, wanted in zip(asked.trajectories.path, expected.trajectories.path, strict=True):
+        torch.testing.assert_close(found.mean_NCHW, wanted.mean_NCHW, rtol=1e-12, atol=1e-15)
+    assert not old(asked).requires_grad
+    now = objective.loss(linear_policy, asked, ITEMS)
+    assert now.sums["clip_fraction"] == 0 and now.total.item() == pytest.approx(-2 * sum(ADVANTAGES))
+    assert now.maxima["ratio_max_deviation"] > 0.1
+    shift(linear_policy, a=0.02, b=0.01)  # as the first update does; both halves of the rows then
+    rows = torch.tensor([0, 3])
+    parts = (objective.loss(linear_policy, e.take(rows), torch.arange(4)).total for e in (asked, expected))
+    assert next(parts).item() == pytest.approx(next(parts).item(), rel=1e-9)
+
+
+def test_a_process_without_trajectories_asks_nothing(linear_policy, linear_experience):
     linear_policy.repeatable = False
-    asked = GRPO(CLIP).prepare(linear_policy, rounded, microbatch, 2)
-    own = noted(linear_policy, rounded, microbatch)
-    torch.testing.assert_close(own, expected, rtol=1e-12, atol=0)
-    assert not own.requires_grad and (own - stored).abs().max() > 0.1
-    loss = GRPO(CLIP).loss(linear_policy, asked, ITEMS)
-    assert loss.sums["clip_fraction"] == 0 and loss.total.item() == pytest.approx(-2 * sum(ADVANTAGES))
+    nothing = linear_experience(linear_policy, ADVANTAGES).take(torch.arange(0))
+    assert old(GRPO(CLIP).prepare(linear_policy, nothing, 3, 2)).shape == (0, 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -49,23 +49,27 @@ class GRPO:
         return len(experience.trajectories.path)
 
     def prepare(self, policy: Policy, experience: Experience, microbatch: int, updates: int) -> Experience:
-        """The old log-probs. With one update they are the current ones without gradient. With more they are those that sampling stored,
-        or, where what samples and what trains round differently, the network's own before the first update."""
+        """The old log-probs, and means. With one update they are the current ones without gradient. With more they are those that
+        sampling stored, or, where what samples and what trains round differently, the network's own before the first update."""
         if updates == 1:
             return experience
         path = experience.trajectories.path
-        if policy.repeatable or experience.attached:
-            return experience.noting(torch.stack([t.log_prob_N for t in path], dim=1))
-        count = len(experience) * len(path)
-        parts = of_update(count, microbatch, policy.compiled)
-        now_I = torch.cat([self._log_prob(policy, experience, items_B) for items_B in parts])[:count]
-        return experience.noting(now_I.reshape(len(path), len(experience)).T)
-
-    def _log_prob(self, policy: Policy, experience: Experience, items_B: Tensor) -> Tensor:
-        """Without gradient, but by the network that has one: compiled, that is another one."""
-        step = _Steps.gather(policy, experience, items_B)
-        now = step.outcome(policy)
-        return experience.process.log_prob(step.x_next, now.mean, now.std).detach()
+        old_ND = torch.stack([t.log_prob_N for t in path], dim=1)
+        if policy.repeatable:
+            return experience.noting(old_ND)
+        means = [None if t.mean_NCHW is None else torch.empty_like(t.mean_NCHW) for t in path]
+        for items_B in of_update(old_ND.numel(), microbatch, policy.compiled):
+            step = _Steps.gather(policy, experience, items_B)
+            # compiled, the network with gradients is another one, whose rounding is asked for
+            with torch.set_grad_enabled(policy.compiled):
+                now = step.outcome(policy)
+            old_ND[step.rows, step.place] = experience.process.log_prob(step.x_next, now.mean, now.std).detach()
+            for d, mean_NCHW in enumerate(means):
+                if mean_NCHW is not None:
+                    own = step.place == d
+                    mean_NCHW[step.rows.to(own.device)[own]] = now.mean.detach()[own]
+        own_path = tuple(replace(t, mean_NCHW=mean) for t, mean in zip(path, means, strict=True))
+        return replace(experience, trajectories=replace(experience.trajectories, path=own_path)).noting(old_ND)
 
     def loss(self, policy: Policy, experience: Experience, items_B: Tensor) -> Loss:
         step = _Steps.gather(policy, experience, items_B)
@@ -75,7 +79,9 @@ class GRPO:
         now = step.outcome(policy, step.attached)
         log_prob_B = experience.process.log_prob(step.x_next, now.mean, now.std)
         before = experience.before_ND
-        if before is None:
+        if (
+            before is None or step.attached is not None
+        ):  # the only update, or the first, which goes through sampling's graphs
             log_ratio_B = self._log_ratio(log_prob_B, now, log_prob_B.detach(), now.mean.detach())
         else:
             log_ratio_B = self._log_ratio(log_prob_B, now, before[step.rows, step.place], step.mean)

@@ -28,7 +28,7 @@ class PolicySettings:
     `max_sequence_length` counts T5's tokens, or those of Qwen-Image's and FLUX.2's encoder (none: the model's own number, for the built-in 16). `resolution` is the side of a square picture or video in pixels, or its height
     and width, `frames` the length of a video (none: the model's own).
     `quantize` keeps the frozen weights of the linear layers of the denoiser's blocks as 8-bit integers, beside a LoRA.
-    `compile` has torch compile the denoiser, once for each shape that it meets. `activation_checkpointing` computes activations
+    `compile` has torch compile the denoiser's blocks, once for each shape that they meet, and on a GPU a decoder of pictures. `activation_checkpointing` computes activations
     anew in the backward pass instead of keeping them. `shard` shares a denoiser's weights out among the processes. With `offload` the
     denoiser and the text encoders are on the device by turns. `decoding` is of a microbatch at once, of one picture, or of one in tiles. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
     """
@@ -78,6 +78,8 @@ class Policy(Protocol):
     """Whether guidance is an input of the network, as in FLUX.1-dev: it then costs no second call."""
     compiled: bool
     """Whether the network is compiled anew for each shape that it meets, so that shapes should be few."""
+    compiled_decoder: bool
+    """The same of what decodes pictures."""
 
     repeatable: bool
     """Whether a row's output is the same, to a few float32 steps, however many rows are with it and whether gradients are kept: on a CPU,

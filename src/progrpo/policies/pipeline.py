@@ -78,8 +78,10 @@ class PipelinePolicy(ABC):
         self.named_weights = NamedWeights(self.trainable)
         if settings.activation_checkpointing:
             self.denoiser.enable_gradient_checkpointing(self._checkpointed)
+        decoders = _compiled_decoder(pipeline.vae, settings) if settings.compile else []
+        self.compiled_decoder = bool(decoders)
         if settings.compile:
-            _compile(*blocks(self.denoiser), *_compiled_decoder(pipeline.vae, settings))
+            _compile(*blocks(self.denoiser), *decoders)
         if settings.shard:
             self._step = Step(self.device, self._stand_in)
             self._shapes = self.network_inputs()  # asked now, while the text encoders are there
@@ -286,6 +288,7 @@ class PipelinePolicy(ABC):
         fused_is_slow = _narrow_on_cpu(self._settings) and self.plain_attention is None
         return sdpa_kernel(SDPBackend.MATH) if fused_is_slow else nullcontext()
 
+    @torch.compiler.disable(recursive=False)  # blocks of a U-Net call it from inside
     def _checkpointed(self, block: nn.Module, *inputs: Any) -> Any:
         """What is computed anew is computed outside of the call, and must be by the same kernels."""
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self._attention()))
@@ -440,9 +443,12 @@ def _compile(*modules: nn.Module) -> None:
 
 
 def _compiled_decoder(vae: ModelMixin, settings: PolicySettings) -> list[nn.Module]:
-    """A decoder of pictures, whose norms go through memory several times on a GPU. On a CPU it is slower compiled than not."""
-    whole = torch.device(settings.device).type != "cpu" and settings.decoding != "tiled"  # tiles have many shapes
-    return [vae.decoder] if whole and isinstance(vae.decoder, Decoder) else []
+    """A decoder of pictures, whose norms go through memory several times on a GPU. On a CPU it is slower compiled than not.
+
+    Not one that is to save memory: slices and tiles have shapes of their own.
+    """
+    wanted = torch.device(settings.device).type != "cpu" and settings.decoding == "whole"
+    return [vae.decoder] if wanted and isinstance(vae.decoder, Decoder) else []
 
 
 def _modules(pipeline: DiffusionPipeline) -> list[nn.Module]:

@@ -36,8 +36,10 @@ def share_out(denoiser: nn.Module, device: torch.device, whole: Collection[Param
 
 
 def blocks(denoiser: nn.Module) -> list[nn.Module]:
-    """What it is stacked from, each of which runs as a whole."""
-    return [block for child in denoiser.children() if isinstance(child, nn.ModuleList) for block in child]
+    """What it is stacked from, each of which runs as a whole; of a U-Net the middle one, too, which stands alone."""
+    stacked = [block for child in denoiser.children() if isinstance(child, nn.ModuleList) for block in child]
+    middle = getattr(denoiser, "mid_block", None)
+    return stacked if middle is None else [*stacked, middle]
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -128,5 +128,6 @@ def decoded(policy: Policy, x0_NCHW: Tensor, microbatch: int, tiny: bool = False
     """What latents show, uint8 (N, H, W, 3) on the CPU or of videos (N, F, H, W, 3); not more at once than a decoder has memory for."""
     decode, most = policy.preview if tiny else policy.decode, min(microbatch, DECODED)
     # a compiled decoder would be compiled again for another shape
-    parts = of_one_shape(len(x0_NCHW), most) if policy.compiled else torch.arange(len(x0_NCHW)).split(most)
+    one_shape = policy.compiled_decoder and not tiny
+    parts = of_one_shape(len(x0_NCHW), most) if one_shape else torch.arange(len(x0_NCHW)).split(most)
     return torch.cat([decode(x0_NCHW[rows]) for rows in parts])[: len(x0_NCHW)]

@@ -14,7 +14,7 @@ from progrpo.rewards.mix import Failures
 from progrpo.training.errors import SelfCheckError
 
 _ROUNDING = 1e-6  # a few float32 steps of a log-prob near 1
-_OFF = 0.1  # of a step's noise, that its mean may be off by where sampling and training round differently
+_OFF = 0.05  # of a step's noise, that its mean may be off by where sampling and training round differently
 
 
 def check_ratio(deviation: float, clip_range: float, rounding: float = 0.0) -> None:
@@ -31,9 +31,9 @@ def check_ratio(deviation: float, clip_range: float, rounding: float = 0.0) -> N
 
 
 def rounding_of_ratio(dims: int) -> float:
-    """How far from 1 a ratio may be where a step's mean, rounded in low precision, is off by a tenth of the noise's std.
+    """How far from 1 a ratio may be where a step's mean, rounded in low precision, is off by a twentieth of the noise's std.
 
-    A log-prob, a mean over `dims`, then changes by the mean of z / 10, z being the noise that was drawn, less 1 / 200. On an H200 in
+    A log-prob, a mean over `dims`, then changes by the mean of z / 20, z being the noise that was drawn, less 1 / 800. On an H200 in
     bfloat16 the worst of 216 was 3e-4 at 65,536 dims, a sixtieth of the std.
     """
     return 4 * _OFF / math.sqrt(dims) + _OFF**2 / 2

@@ -230,7 +230,8 @@ class Trainer:
         self._checked = True
         if "update/on_policy_deviation" in seen.maxima:
             assert self.objective.clip_range is not None
-            rounding = 0.0 if self.policy.repeatable else checks.rounding_of_ratio(math.prod(self.policy.latent_shape))
+            exact = self.policy.repeatable or self.objective.needs == "latents"
+            rounding = 0.0 if exact else checks.rounding_of_ratio(math.prod(self.policy.latent_shape))
             checks.check_ratio(seen.maxima["update/on_policy_deviation"], self.objective.clip_range, rounding)
         if "reference" not in self.policy.named_weights:
             return  # a resumed run that let it go after these checks
