@@ -57,7 +57,7 @@ class Policy(Protocol):
     """A model of pictures from text, or from text and a picture, whose denoiser is trained; one file per model family implements it.
 
     Everything outside the denoiser is frozen, and there is no dropout anywhere: the same inputs give the same output
-    in sampling and in training.
+    in sampling and in training, up to rounding (see `repeatable`).
     """
 
     denoiser_name: ClassVar[str]

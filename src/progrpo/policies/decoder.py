@@ -60,8 +60,8 @@ def upsampled(convolution: nn.Conv2d) -> nn.ConvTranspose2d:
 class Fours(nn.Module):
     """A 3 x 3 convolution to few channels, of maps whose rows are multiples of 4, which computes four places of a row at once.
 
-    Kernels compute 16 channels in the time of 3. For four places together, of which 3 x 6 are seen, that is as long as for two one
-    by one. In channels-last order their numbers lie as the map's do, and nothing is moved.
+    As a convolution of 3 x 6 with stride 4 to four times the channels: it has twice the products of the four, but kernels compute 16 channels in the time
+    of 3. In channels-last order its numbers lie as the map's do, and nothing is moved.
     """
 
     def __init__(self, convolution: nn.Conv2d) -> None:
@@ -80,6 +80,7 @@ class Fours(nn.Module):
             self.convolution.bias.copy_(convolution.bias.repeat(4))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        assert x_BCHW.shape[-1] % 4 == 0
         fours_BHWC = self.convolution(x_BCHW).movedim(1, -1)
         b, h, w, c = fours_BHWC.shape
         return fours_BHWC.reshape(b, h, 4 * w, c // 4).movedim(-1, 1)
