@@ -113,9 +113,11 @@ def work(model, out):
     five = replace(CONFIG, prompts=PromptConfig(per_iteration=5))  # on three: 2, 2 and 1
     cases["five"] = (replace(five, optim=OptimConfig(updates_per_rollout=2)), redness)
     cases["five shard"] = (replace(five, model=replace(CONFIG.model, shard=True), optim=twice), Failing(middle))
+    few = replace(together, prompts=PromptConfig(per_iteration=1, split_groups=True), plan=PlanConfig("custom", group_size=5, prune=((1, 2),)))
+    cases["few"] = (few, redness)  # on three: one has nobody
     cases["split batch"] = (replace(together, objective=replace(CONFIG.objective, advantage="batch")), redness)
     if ranks.world == 3:
-        cases = {name: cases[name] for name in ("five", "five shard", "split")}
+        cases = {name: cases[name] for name in ("five", "five shard", "split", "few")}
     for name, (config, reward) in cases.items():
         survivors, records, weights = trained(model, config, reward)
         found[name] = {"survivors": survivors, "records": records}
@@ -156,7 +158,7 @@ if __name__ == "__main__":
 '''
 WHOLE = ("updates 1", "updates 2", "batch", "gdpo", "probe", "failing", "shard", "full shard")
 CASES = (*WHOLE, "split", "split batch")
-OF_THREE = ("five", "five shard", "split")
+OF_THREE = ("five", "five shard", "split", "few")
 
 
 @pytest.fixture(scope="module")
