@@ -1,7 +1,7 @@
 """Where an iteration's time goes, against the bare network on the same inputs in the same process, per plan.
 
     python benchmarks/iteration.py [--models shapes-flow shapes-diffusion] [--plans none posthoc standard flash window]
-                                   [--objective grpo] [--iterations 5] [--prompts 4] [--compile] [--reuse-rollout] [--json]
+                                   [--objective grpo] [--iterations 5] [--prompts 4] [--compile] [--reuse-rollout] [--json [FILE]]
     python benchmarks/iteration.py --random-weights --models stabilityai/stable-diffusion-3.5-medium black-forest-labs/FLUX.1-dev
                                    [--resolution 512 | H W] [--max-sequence-length 128] [--activation-checkpointing]
                                    [--microbatch 16] [--train-microbatch 4]
@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -350,7 +351,9 @@ def main() -> None:
     parser.add_argument("--microbatch", type=int)
     parser.add_argument("--train-microbatch", type=int)
     parser.add_argument("--reuse-rollout", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--json", nargs="?", const="-", help="print JSON, or write it to a file as each plan is measured"
+    )
     wanted = parser.parse_args()
     quiet()
     found: dict[str, dict[str, Any]] = {}
@@ -359,12 +362,15 @@ def main() -> None:
             result = measure(config_for(model, plan, wanted), wanted.iterations, wanted.random_weights)
             found.setdefault(model, {})[plan] = result
             print(line(model, plan, result), flush=True, file=sys.stderr if wanted.json else sys.stdout)
-    if wanted.json:
-        told = {
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        }
-        print(json.dumps({**vars(wanted), **told, "plans": found}, indent=1))
+            if wanted.json not in (None, "-"):  # so that what is there stays, if a lent machine goes
+                Path(wanted.json).write_text(as_json(wanted, found))
+    if wanted.json == "-":
+        print(as_json(wanted, found), end="")
+
+
+def as_json(wanted: argparse.Namespace, found: dict[str, dict[str, Any]]) -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return json.dumps({**vars(wanted), "torch": torch.__version__, "device": device, "plans": found}, indent=1) + "\n"
 
 
 def line(model: str, plan: str, r: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from progrpo.policies.load import load_policy, policy_from_pipeline
 from progrpo.policies.pipeline import _compiled_decoder
 from progrpo.rollout.preview import decoded
 from progrpo.rollout.probe import glance, texts
+from progrpo.training.checks import rounding_of_ratio
 from progrpo.types import Prompt
 
 TEXTS = ("red cat", "blue dog", "green bird")
@@ -297,6 +299,22 @@ def test_compiled_blocks_compute_their_activations_anew(quickly_compiled, reques
     assert len(own) == len(expected) > 10
     for mine, theirs in zip(own, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_grpo_trains_what_is_compiled_in_low_precision(tiny_sd3, tiny_trainer, tiny_config):
+    """By the compiler that users have: networks with and without gradient are fused, and round, differently."""
+    torch._dynamo.reset()
+    policy = load_policy(tiny_sd3, replace(SETTINGS, dtype=torch.bfloat16, compile=True))
+    config = tiny_config(
+        model=ModelConfig(lora_rank=2, lora_alpha=4, max_sequence_length=8, dtype="bfloat16", compile=True),
+        optim=OptimConfig(microbatch=4, updates_per_rollout=2),
+    )
+    trainer = tiny_trainer(config, policy)
+    for _ in range(2):
+        record = trainer.step().record
+        assert 0 < record["update/on_policy_deviation"] <= rounding_of_ratio(math.prod(policy.latent_shape))
 
 
 def test_of_decoders_those_of_pictures_are_compiled_and_on_no_cpu(tiny_sd3, tiny_wan):
