@@ -19,6 +19,9 @@ matmul     FLOPs a second of the sampling stage and of the update, as the model'
            those of one large matrix product in the same process and dtype: MFU against what the device reaches
 MFU        the same over the maker's figure, for a card of progrpo.training.estimate.GPUS
 
+Beside them the most memory of an iteration, on a GPU with what `progrpo plan` predicts of it, and in JSON how far a ratio was off 1 before
+an iteration's first update.
+
 Medians over iterations after one that is not counted. NFE, decodes and reward calls must be those that the plan predicts.
 
 With `--random-weights` a model is built by its published architecture and filled with random numbers, where it runs: no hub, no
@@ -325,8 +328,10 @@ def row(record: dict[str, Any], units: dict[str, float], flops: Mapping[str, flo
 
 def predicted_memory(config: Config) -> float | None:
     """GiB that `progrpo plan` promises of sampling and the update, on a GPU; a CPU's process holds much else."""
-    peaks = estimate(config, "h200", 1.0, 1)["peak_gb"]
-    return max(peaks["sampling"], peaks["update"]) * 1e9 / 2**30 if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    peaks = estimate(config, "h200", 1.0, 1)["peak_gb"]  # the same for every card
+    return max(peaks["sampling"], peaks["update"]) * 1e9 / 2**30
 
 
 def stated_peak() -> list[float]:

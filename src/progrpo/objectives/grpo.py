@@ -79,9 +79,8 @@ class GRPO:
         now = step.outcome(policy, step.attached)
         log_prob_B = experience.process.log_prob(step.x_next, now.mean, now.std)
         before = experience.before_ND
-        if (
-            before is None or step.attached is not None
-        ):  # the only update, or the first, which goes through sampling's graphs
+        # it is the only update, or the first of several that goes back through sampling's graphs
+        if before is None or step.attached is not None:
             log_ratio_B = self._log_ratio(log_prob_B, now, log_prob_B.detach(), now.mean.detach())
         else:
             log_ratio_B = self._log_ratio(log_prob_B, now, before[step.rows, step.place], step.mean)

@@ -127,9 +127,9 @@ def score(
 def decoded(policy: Policy, x0_NCHW: Tensor, microbatch: int, tiny: bool = False) -> Tensor:
     """What latents show, uint8 (N, H, W, 3) on the CPU or of videos (N, F, H, W, 3); not more at once than a decoder has memory for."""
     decode, most = policy.preview if tiny else policy.decode, min(microbatch, DECODED)
-    # a compiled decoder would be compiled again for another shape
     if not len(x0_NCHW):  # of a group that has fewer members than processes; a decoder takes no fewer than one
         return decode(x0_NCHW.new_zeros(1, *x0_NCHW.shape[1:]))[:0]
+    # a compiled decoder would be compiled again for another shape
     one_shape = policy.compiled_decoder and not tiny
     parts = of_one_shape(len(x0_NCHW), most) if one_shape else torch.arange(len(x0_NCHW)).split(most)
     return torch.cat([decode(x0_NCHW[rows]) for rows in parts])[: len(x0_NCHW)]

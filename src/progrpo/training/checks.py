@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from progrpo.objectives.base import Experience
+from progrpo.objectives.base import Experience, Objective
 from progrpo.policies.base import Policy
 from progrpo.policies.sharded import gathered
 from progrpo.rewards.mix import Failures
@@ -28,6 +28,12 @@ def check_ratio(deviation: float, clip_range: float, rounding: float = 0.0) -> N
             f"the first update is off-policy: a ratio deviates by {deviation:.1e} from 1 where {allowed:.1e} is"
             " allowed; sampling and training compute different predictions (dropout, mixed precision, changed weights)"
         )
+
+
+def rounding_between(policy: Policy, objective: Objective) -> float:
+    """How far from 1 a ratio may be since sampling and training round differently: the density of a step that was sampled, and no other."""
+    exact = policy.repeatable or objective.needs == "latents"
+    return 0.0 if exact else rounding_of_ratio(math.prod(policy.latent_shape))
 
 
 def rounding_of_ratio(dims: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -230,8 +229,7 @@ class Trainer:
         self._checked = True
         if "update/on_policy_deviation" in seen.maxima:
             assert self.objective.clip_range is not None
-            exact = self.policy.repeatable or self.objective.needs == "latents"
-            rounding = 0.0 if exact else checks.rounding_of_ratio(math.prod(self.policy.latent_shape))
+            rounding = checks.rounding_between(self.policy, self.objective)
             checks.check_ratio(seen.maxima["update/on_policy_deviation"], self.objective.clip_range, rounding)
         if "reference" not in self.policy.named_weights:
             return  # a resumed run that let it go after these checks
