@@ -73,15 +73,9 @@ def test_ratio_is_one_at_every_microbatch(tiny_policy, guided, weights, moved):
 @pytest.mark.parametrize("weights", ["lora", "full"])
 def test_ratio_is_one_in_low_precision(tiny_policy, guided, weights, dtype):
     policy = tiny_policy(weights, dtype, moved=0.1)
-    worst, clipped = seen(policy, guided(policy), microbatches=(3, 64))
+    # matrices of one row are vectors, for which there are other kernels: a call has two
+    worst, clipped = seen(policy, guided(policy), microbatches=(1, 3, 64))
     assert worst <= CLIP_RANGE / 100 and clipped == 0
-
-
-def test_in_low_precision_a_microbatch_of_one_rounds_otherwise_but_within_the_clip_range(tiny_policy, guided):
-    # its matrices are vectors, for which there are other kernels
-    policy = tiny_policy("lora", torch.bfloat16, moved=0.1)
-    worst, clipped = seen(policy, guided(policy), microbatches=(1,))
-    assert worst <= CLIP_RANGE / 2 and clipped == 0
 
 
 # --- every family, sampler and storage --------------------------------------------------------------------------------

@@ -188,6 +188,22 @@ def test_pictures_that_become_of_another_kind_are_named():
     assert watch.look(around(0.5, 1), {}, {"saturation": [0.4] * 100}) == []  # the reward did not rise
 
 
+def test_a_statistic_is_compared_with_the_first_there_was_however_many_values_it_has():
+    watch = HackingWatch()
+    for diversity in ([], [None], [0.3]):  # one value is none
+        assert watch.look(around(0.5, 0), {}, {"diversity": diversity}) == []
+    assert watch.look(around(0.7, 1), {}, {"diversity": [0.3, None, 0.28]}) == []
+    (said,) = watch.look(around(0.7, 1), {}, {"diversity": [0.1] * 5})
+    assert said.startswith("diversity of the pictures went from 0.29 to 0.1")
+
+
+def test_a_witness_that_has_no_values_at_first_is_watched_from_when_it_has():
+    watch = HackingWatch()
+    rounds = [(0.2, None), (0.4, 0.8), (0.6, None), (0.7, 0.3)]
+    found = [watch.look(around(r, 0), {"w": [None] * 100 if w is None else around(w, 1)}, {}) for r, w in rounds]
+    assert found[:3] == [[], [], []] and found[3][0].startswith("w fell from 0.79")
+
+
 def test_going_too_far_from_the_reference_is_a_sign_while_the_reward_rises():
     watch = HackingWatch(max_kl=0.5)
     assert watch.look(around(0.5, 0), {}, {}, 0.9) == []  # nothing to compare with

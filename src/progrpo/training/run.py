@@ -317,7 +317,7 @@ class Run:
             done = self.trainer.step()
             self._keep_microbatches(console)
             if self.config.eval.every and self.trainer.iteration % self.config.eval.every == 0:
-                done.record.update(self._validate(console))
+                done.record.update(self._validate(done.record, console))
             if self.ranks.is_main:
                 self._keep(done, console)
             if self._due(self.config.checkpoint.every) or self._hacked:
@@ -403,8 +403,8 @@ class Run:
         if self.ranks.is_main:
             self.folder.write_evaluation(when, result.records, result.pictures_NHWC)
 
-    def _validate(self, console: Console) -> dict[str, float | None]:
-        """On the validation prompts, for the curves."""
+    def _validate(self, record: Mapping[str, Any], console: Console) -> dict[str, float | None]:
+        """On the validation prompts after the iteration of that record, for the curves."""
         result = self._measure(self.held_out.validation, self.trainer.evaluated_weights, console)
         by = self.config.eval.best_by
         reward = result.held_out()[by] if by else result.mean("graded")
@@ -418,7 +418,7 @@ class Run:
             self._ode,
             self.config.eval.seed,
         )
-        self._watch_for_hacking(result, kl, console)
+        self._watch_for_hacking(result, kl, record.get("rollout/diversity"), console)
         own = {f"eval/{name}": result.mean(name) for name in ("graded", "strict", "judge", *STATISTICS)}
         own |= {} if kl is None else {"eval/kl": kl}
         return own | {f"eval/held_out@{name}": value for name, value in result.held_out().items()}
@@ -429,15 +429,17 @@ class Run:
         wanted, size = self.config.eval, microbatch(self.trainer.config.sampling)
         return ode(self.policy, wanted.num_inference_steps, wanted.guidance_scale, size)
 
-    def _watch_for_hacking(self, result: Evaluation, kl: float | None, console: Console) -> None:
-        """The main process compares, and all end together where that is asked for."""
+    def _watch_for_hacking(
+        self, result: Evaluation, kl: float | None, diversity: float | None, console: Console
+    ) -> None:
+        """The main process compares, and all end together where that is asked for. `diversity` is the last iteration's."""
         if self.config.watch.hacking == "off":
             return
         if self.ranks.is_main:
             witnesses = {"the judge's share": result.column("judge")} | {
                 f"the held-out {name}": [r["held_out"][name] for r in result.records] for name in result.held_out()
             }
-            recent = [r.get("rollout/diversity") for r in self.folder.read_metrics()[-5:]]
+            recent = [*(r.get("rollout/diversity") for r in self.folder.read_metrics()[-4:]), diversity]
             statistics = {name: result.column(name) for name in STATISTICS} | {"diversity within groups": recent}
             found = self._hacking.look(result.column("graded"), witnesses, statistics, kl)
             for sentence in found:

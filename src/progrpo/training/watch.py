@@ -132,9 +132,9 @@ def change(before: Sequence[float | None], after: Sequence[float | None]) -> Cha
 class HackingWatch:
     """Compares evaluations on the way, all of the same prompts and noise: does the trained reward rise while witnesses fall?
 
-    A witness (a judge, a held-out reward) is compared with the evaluation at which it was best, a statistic of pictures with the
-    first one. Both differences must be more than two standard errors, picture by picture. A distance to the reference above
-    `max_kl` (0: no limit) is one more sign, while the reward is higher than at first.
+    A witness (a judge, a held-out reward) is compared with the evaluation at which it was best; both differences must be more than two
+    standard errors, picture by picture. A statistic is compared by its mean with the first one that there was, while the reward is higher
+    than at the first evaluation. So is a distance to the reference with `max_kl` (0: no limit).
     """
 
     def __init__(self, max_kl: float = 0.0) -> None:
@@ -150,7 +150,7 @@ class HackingWatch:
         statistics: Mapping[str, Sequence[float | None]],
         kl: float | None = None,
     ) -> list[str]:
-        """What is suspicious about an evaluation, in words; each argument but the distance to the reference has a value a picture."""
+        """What is suspicious about an evaluation, in words. Rewards and witnesses have a value a picture, statistics any number of values."""
         found = [*self._witnesses(reward, witnesses), *self._statistics(reward, statistics), *self._kl(reward, kl)]
         self._alarms = self._alarms + 1 if found else 0
         return found
@@ -164,7 +164,7 @@ class HackingWatch:
         found = []
         for name, values in witnesses.items():
             best = self._best.get(name)
-            if best is None or _mean(values) >= _mean(best[name]):
+            if best is None or math.isnan(_mean(best[name])) or _mean(values) >= _mean(best[name]):
                 self._best[name] = {REWARD: list(reward), name: list(values)}
                 continue
             gain, loss = change(best[REWARD], reward), change(best[name], values)
@@ -178,19 +178,14 @@ class HackingWatch:
     def _statistics(
         self, reward: Sequence[float | None], statistics: Mapping[str, Sequence[float | None]]
     ) -> list[str]:
-        if not self._first:
-            self._first = {REWARD: list(reward), **{name: list(values) for name, values in statistics.items()}}
-            return []
-        if not change(self._first[REWARD], reward).rose:
-            return []
-        found = []
+        if REWARD not in self._first:
+            self._first[REWARD] = list(reward)
+        rose, found = change(self._first[REWARD], reward).rose, []
         for name, values in statistics.items():
-            before, now = _mean(self._first[name]), _mean(values)
-            if (
-                before > 0
-                and not 1 / _FACTOR < now / before < _FACTOR
-                and change(self._first[name], values).error < math.inf
-            ):
+            if not _two(values):
+                continue
+            before, now = _mean(self._first.setdefault(name, list(values))), _mean(values)
+            if rose and before > 0 and not 1 / _FACTOR < now / before < _FACTOR:
                 found.append(
                     f"{name} of the pictures went from {before:.3g} to {now:.3g} while the trained reward rose"
                 )
@@ -210,6 +205,11 @@ class HackingWatch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._best = {name: {k: list(v) for k, v in best.items()} for name, best in state["best"].items()}
         self._first, self._alarms = {name: list(v) for name, v in state["first"].items()}, state["alarms"]
+
+
+def _two(values: Sequence[float | None]) -> bool:
+    """Whether two values are there at least: one says nothing of a kind of pictures."""
+    return sum(value is not None for value in values) >= 2
 
 
 def _mean(values: Sequence[float | None]) -> float:
