@@ -77,6 +77,11 @@ TRIALS: dict[str, Changes] = {
     "quickstart audited": QUICKSTART,
     # as long an iteration without pruning: groups of 16, all of whom are finished and trained on
     "quickstart unpruned": changed(QUICKSTART, {"plan": {"group_size": 16, "prune": []}}),
+    # as long an iteration again, of more prompts: 24 of each are begun and 6 trained, or 8 that are not pruned
+    "quickstart of few": changed(QUICKSTART, {"prompts": {"per_iteration": 17}, "plan": {"prune": [[3, 6]]}}),
+    "quickstart of few, unpruned": changed(
+        QUICKSTART, {"prompts": {"per_iteration": 24}, "plan": {"group_size": 8, "prune": []}}
+    ),
     "quickstart adaptive": changed(QUICKSTART, {"plan": {"adaptive": True}}),
     "quickstart pruned early, adaptive": changed(QUICKSTART, {"plan": {"adaptive": True, "prune": [[1, 12]]}}),
     "grpo": WINDOW,

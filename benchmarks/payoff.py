@@ -1,0 +1,271 @@
+"""What a plan's gradient is worth, measured from gradients, beside what a run reckons with (plan/pays).
+
+    python benchmarks/payoff.py [--recipe quickstart] [--after 4] [--prompts 80] [--seeds 0 1 2] [--plans standard "24 -> 12 after 4"]
+                                [--num-inference-steps 8] [--guidance-scale 1] [--window 3] [--ode-steps 1] [--json [FILE]]
+
+The policy is a recipe's after so many of its iterations (without `--recipe`: GRPO with a LoRA on `shapes-flow`, unpruned). Then groups
+of 48 run to their end, previewed at every step, and each member's gradient is taken. From these follows the gradient of
+every plan on the same members: it keeps whom the previews choose and has advantages among its survivors, as a run has.
+What a gradient is worth is its SNR^2: the square of its mean along the policy gradient (of the full groups of all other prompts)
+over its variance from prompt to prompt. No step size is in it. Gradients are of all trained weights, hashed to DIMS numbers
+with random signs, which keeps inner products.
+
+signal      SNR^2 of a prompt over that of `none` (24 members, all trained on); standard error by the jackknife over all prompts
+predicted   the same by progrpo.rollout.payoff, from the agreement of these previews with the final rewards
+seconds     of a prompt over those of `none`, by the plan's counts and the unit costs of the iterations before
+pays        signal over seconds, measured and predicted; a run writes the second as plan/pays
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from progrpo.config import Config, ModelConfig
+from progrpo.objectives.advantage import advantages, group_statistics
+from progrpo.objectives.base import Experience
+from progrpo.policies.load import quiet
+from progrpo.recipes import load_recipe
+from progrpo.rollout.denoise import denoise, expand
+from progrpo.rollout.meter import Meter
+from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.payoff import Simulation
+from progrpo.rollout.plan import Plan, PrunePoint, path, preset, unit_costs
+from progrpo.rollout.preview import Previewing, preview, score
+from progrpo.rollout.prune import SELECTORS
+from progrpo.tracking.statistics import spearman
+from progrpo.training.build import policy_from, scorer_from, settled, train_order
+from progrpo.training.distributed import Ranks
+from progrpo.training.judge import prompt_cost
+from progrpo.training.measure import measured
+from progrpo.training.trainer import Trainer
+from progrpo.types import Prompt, Trajectories
+from progrpo.zoo.shapes import world
+
+LARGEST, DIMS = 48, 2**15
+
+
+def plans(steps: int) -> dict[str, Plan]:
+    """`none` first; then the other presets, plain groups, choices by final rewards, and one prune point early to late."""
+    named = {name: preset(name, steps) for name in ("none", "posthoc", "standard", "flash")}
+    named |= {f"plain {size}": Plan(size) for size in (8, 12, 16, 48)}
+    named |= {f"{size}, best {keep}": Plan(size, (), keep) for size, keep in ((24, 6), (48, 24), (48, 12))}
+    for size, keep in ((24, 12), (24, 6), (48, 24), (48, 12)):
+        for step in range(1, steps - 1):
+            named[f"{size} -> {keep} after {step}"] = Plan(size, (PrunePoint(step, keep),))
+    return named
+
+
+class Members(NamedTuple):
+    """Of one full group: scores of the previews (T, G), final rewards (G,), and each member's gradient for an advantage of 1."""
+
+    seen_TG: Tensor
+    final_G: Tensor
+    gradient_GD: Tensor
+
+
+class Bench:
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.how = trainer, Previewing(trainer.config.preview.ode_steps)
+        length, generator = sum(p.numel() for p in self._trained), torch.Generator().manual_seed(0)
+        self.place = torch.randint(DIMS, (length,), generator=generator)
+        self.sign = torch.randint(2, (length,), generator=generator).float() * 2 - 1
+
+    @property
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return list(self.trainer.policy.trainable.values())
+
+    def group(self, prompt: Prompt, slot: int, seed: int) -> Members:
+        policy, reward, sampling = self.trainer.policy, self.trainer.reward, self.trainer.sampling
+        condition, key, seen = policy.encode([prompt]), NoiseKey(seed, 0), []
+
+        def watch(step: int, batch: Trajectories) -> Trajectories:
+            seen.append(preview(policy, reward, [prompt], condition, batch, step, sampling, self.how, Meter())[1])
+            return batch
+
+        batch = expand(policy, torch.tensor([slot]), LARGEST, sampling, key)
+        batch = denoise(policy, condition, batch, replace(sampling, attached=False), key, Meter(), watch)
+        final_G = score(policy, reward, [prompt], batch, batch.x_NCHW, sampling.microbatch, Meter())[1].ranking_N
+        whole = Experience(batch, torch.ones(LARGEST), condition, sampling.process, key, sampling.guidance_scale)
+        gradients = [self._gradient(whole.take(torch.tensor([member]))) for member in range(LARGEST)]
+        return Members(torch.stack(seen), final_G, torch.stack(gradients))
+
+    def _gradient(self, member: Experience) -> Tensor:
+        objective, policy = self.trainer.objective, self.trainer.policy
+        ready = objective.prepare(policy, member, LARGEST, updates=1)
+        items = torch.arange(objective.items_per_trajectory(ready))
+        objective.loss(policy, ready, items).total.backward()
+        none = torch.zeros(())
+        parts = [(none.expand(p.shape) if p.grad is None else p.grad).flatten().float() for p in self._trained]
+        for parameter in self._trained:
+            parameter.grad = None
+        return torch.zeros(DIMS).index_add(0, self.place, torch.cat(parts) * self.sign)
+
+
+def chosen(plan: Plan, members: Members) -> Tensor:
+    """Who is left of the group's first `group_size` members."""
+    living = torch.arange(plan.group_size)
+
+    def kept(scores_G: Tensor, keep: int) -> Tensor:
+        there = torch.ones(1, len(scores_G), dtype=torch.bool)
+        return SELECTORS["ovf"](scores_G[None], keep, there, torch.zeros(1, dtype=torch.int64)).indices_PK[0]
+
+    for point in plan.active_points():
+        living = living[kept(members.seen_TG[point.step, living], point.keep)]
+    return living if plan.final_keep is None else living[kept(members.final_G[living], plan.final_keep)]
+
+
+def gradient_of(plan: Plan, members: Members, clip_max: float) -> Tensor:
+    """Of a prompt: the mean over survivors of advantage times gradient; (DIMS,)."""
+    rows = chosen(plan, members)
+    rewards_K, one_group = members.final_G[rows], torch.zeros(len(rows), dtype=torch.int64)
+    advantages_K, _ = advantages(rewards_K, one_group, group_statistics(rewards_K, one_group, 1), clip_max=clip_max)
+    return advantages_K @ members.gradient_GD[rows] / len(rows)
+
+
+class Moments(NamedTuple):
+    """Of a plan's gradients over prompts: their mean along the policy gradient, the squared length of that mean, their variance."""
+
+    along: float
+    mean_sq: float
+    variance: float
+
+    @classmethod
+    def of(cls, with_full_PP: np.ndarray, own_PP: np.ndarray) -> Moments:
+        """From inner products with the full groups' gradients and with each other; a prompt is never multiplied with itself."""
+        mean_sq = _off_diagonal(own_PP)
+        return cls(_off_diagonal(with_full_PP), mean_sq, float(np.trace(own_PP)) / len(own_PP) - mean_sq)
+
+
+def _off_diagonal(found_PP: np.ndarray) -> float:
+    count = len(found_PP)
+    return float(found_PP.sum() - np.trace(found_PP)) / (count * (count - 1))
+
+
+def signal(by_seed: list[Moments]) -> float:
+    """SNR^2 of a prompt, up to the policy gradient's length, which all plans share."""
+    along, _, variance = np.mean(by_seed, axis=0).tolist()
+    found: float = along * abs(along) / variance
+    return found
+
+
+def worth(plan: list[Tensor], none: list[Tensor], full: list[Tensor]) -> dict[str, Any]:
+    """Of gradients (P, DIMS) by seed: the plan's signal over that of `none`."""
+    products = [[((g @ f.T).numpy(), (g @ g.T).numpy()) for g, f in zip(of, full, strict=True)] for of in (plan, none)]
+    ours, theirs = ([Moments.of(*pair) for pair in by_seed] for by_seed in products)
+    left_out = []
+    for s, gradient_PD in enumerate(plan):
+        for p in range(len(gradient_PD)):
+            rest = np.arange(len(gradient_PD)) != p
+            without = [
+                [*found[:s], Moments.of(*(x[rest][:, rest] for x in by_seed[s])), *found[s + 1 :]]
+                for found, by_seed in zip((ours, theirs), products, strict=True)
+            ]
+            left_out.append(signal(without[0]) / signal(without[1]))
+    _, mean_sq, variance = np.mean(ours, axis=0).tolist()
+    return {
+        "snr_sq": mean_sq / variance,
+        "signal": signal(ours) / signal(theirs),
+        "error": float(np.sqrt((len(left_out) - 1) * np.var(left_out))),
+        "by seed": [signal([a]) / signal([b]) for a, b in zip(ours, theirs, strict=True)],
+    }
+
+
+def config_for(wanted: argparse.Namespace) -> Config:
+    plain = Config(model=ModelConfig(dtype="auto"))
+    config = load_recipe(wanted.recipe) if wanted.recipe else replace(plain, plan=replace(plain.plan, preset="none"))
+    given = {name: getattr(wanted, name) for name in ("num_inference_steps", "guidance_scale")}
+    sampling = replace(config.sampling, **{name: value for name, value in given.items() if value is not None})
+    if wanted.window:
+        sampling = replace(sampling, sde_window="first", sde_window_size=wanted.window)
+    preview = replace(config.preview, ode_steps=wanted.ode_steps)
+    return replace(config, sampling=sampling, preview=preview, audit=replace(config.audit, every=0))
+
+
+def measure(wanted: argparse.Namespace) -> dict[str, Any]:
+    config, ranks = config_for(wanted), Ranks()
+    steps = config.sampling.num_inference_steps
+    named = {name: plan for name, plan in plans(steps).items() if name in ("none", *(wanted.plans or plans(steps)))}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in ("full", *named)}
+    agreements: list[list[float | None]] = []
+    seconds: dict[str, list[float]] = {name: [] for name in named}
+    for seed in wanted.seeds:
+        trainer = trained(replace(config, seed=seed), wanted.after, ranks)
+        units, bench = unit_costs(trainer.totals.counted, trainer.totals.seconds), Bench(trainer)
+        of_seed: dict[str, list[Tensor]] = {name: [] for name in gradients}
+        for slot, prompt in enumerate(world.sample_prompts("validation", wanted.prompts, seed)):
+            members = bench.group(prompt, slot, seed)
+            for name, plan in {"full": Plan(LARGEST), **named}.items():
+                of_seed[name].append(gradient_of(plan, members, trainer.objective.adv_clip_max))
+            agreements.append([spearman(seen.numpy(), members.final_G.numpy()) for seen in members.seen_TG])
+            if slot % 20 == 19:
+                print(f"seed {seed}: {slot + 1} prompts", file=sys.stderr, flush=True)
+        for name, plan in named.items():
+            seconds[name].append(units.seconds(prompt_cost(trainer.config, plan)))
+        for name, found in of_seed.items():
+            gradients[name].append(torch.stack(found))
+    agreement_T = [float(np.mean([v for v in step if v is not None])) for step in zip(*agreements, strict=True)]
+    simulation = Simulation.of(agreement_T, LARGEST)
+    expected = {name: simulation.signal(plan, SELECTORS["ovf"]) for name, plan in named.items()}
+    found = {}
+    for name, plan in named.items():
+        ours = worth(gradients[name], gradients["none"], gradients["full"])
+        predicted, spent = expected[name] / expected["none"], float(np.sum(seconds[name]) / np.sum(seconds["none"]))
+        rates = {"pays": ours["signal"] / spent, "pays, predicted": predicted / spent}
+        found[name] = {"path": path(plan), **ours, "predicted": predicted, "seconds": spent, **rates}
+    return {"agreement": agreement_T, "plans": found}
+
+
+def trained(config: Config, iterations: int, ranks: Ranks) -> Trainer:
+    """A run's trainer after so many iterations, without evaluations and files."""
+    config = settled(config, ranks)
+    policy, order = policy_from(config.model, config.seed, ranks), train_order(config.prompts, config.seed)
+    reward = scorer_from(config.reward.terms, config.reward.frames)
+    trainer = Trainer(measured(config, policy, order.prompts_for(0, 1)[0], ranks), policy, reward, order, ranks)
+    for _ in range(iterations):
+        trainer.step()
+    return trainer
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = ["| Plan | signal | predicted | seconds | pays | predicted |", "|---|---|---|---|---|---|"]
+    for name, r in found["plans"].items():
+        lines.append(
+            f"| {name} | {r['signal']:.2f} ± {r['error']:.2f} | {r['predicted']:.2f} | {r['seconds']:.2f}"
+            f" | {r['pays']:.2f} ± {r['error'] / r['seconds']:.2f} | {r['pays, predicted']:.2f} |"
+        )
+    told = ", ".join(f"{a:.2f}" for a in found["agreement"])
+    return "\n".join([*lines, "", f"Agreement of previews by step: {told}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe")
+    parser.add_argument("--after", type=int, default=4, help="iterations of training before")
+    parser.add_argument("--prompts", type=int, default=80, help="of each seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--plans", nargs="+", help="some of them alone")
+    parser.add_argument("--num-inference-steps", type=int)
+    parser.add_argument("--guidance-scale", type=float)
+    parser.add_argument("--window", type=int, help="noise and training on the first so many steps alone")
+    parser.add_argument("--ode-steps", type=int, default=1, help="of previews")
+    parser.add_argument("--json", nargs="?", const="-", help="print JSON, or write it to a file")
+    wanted = parser.parse_args()
+    quiet()
+    found = measure(wanted)
+    told = json.dumps({**vars(wanted), "torch": torch.__version__, **found}, indent=1) + "\n"
+    if wanted.json not in (None, "-"):
+        Path(wanted.json).write_text(told)
+    print(told if wanted.json == "-" else table(found))
+
+
+if __name__ == "__main__":
+    main()
