@@ -187,8 +187,8 @@ class Preview:
 class Rollout:
     """N finished trajectories of P prompts, prompt-major. Rewards are float64 and NaN where missing.
 
-    `passed_N` is a strict verdict (1, 0, NaN for none); `parts_NR` are the rewards that were mixed. F finalists were rewarded; with a `final_keep` the N survivors
-    are some of them, otherwise all.
+    `ranking_N` is what selectors compare; `passed_N` is a strict verdict (1, 0, NaN for none); `parts_NR` are the rewards that were mixed.
+    F finalists were rewarded; with a `final_keep` the N survivors are some of them, otherwise all.
     """
 
     prompts: tuple[Prompt, ...]
@@ -196,6 +196,7 @@ class Rollout:
     trajectories: Trajectories
     images_NHWC: Tensor
     rewards_N: Tensor
+    ranking_N: Tensor
     passed_N: Tensor
     parts_NR: Tensor
     finalist_rewards_F: Tensor

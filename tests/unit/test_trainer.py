@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from progrpo.config import AuditConfig, GRPOConfig, ObjectiveConfig, OptimConfig, PlanConfig, PromptConfig
+from progrpo.config import (
+    AuditConfig,
+    GRPOConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PlanConfig,
+    PreviewConfig,
+    PromptConfig,
+)
 from progrpo.storage import load_state, save_state
 from progrpo.training.trainer import Totals
 from progrpo.types import Cost
@@ -129,3 +137,20 @@ def test_more_prompts_an_iteration_than_there_are_come_again(tiny_trainer, tiny_
     assert len(rolled.prompts) == 4 and len({p.text for p in rolled.prompts}) == 3
     starts = rolled.trajectories.path[0].x_NCHW
     assert len(starts.flatten(1).unique(dim=0)) == len(starts)  # the same prompt in two slots is two groups
+
+
+def test_failures_of_an_audit_are_counted_with_its_iteration(tiny_trainer, tiny_config):
+    # a checkpoint after it would not know of them, and a resumed run would count fewer
+    trainer = tiny_trainer(tiny_config(audit=AuditConfig(every=1)), reward=lambda i, p: [None, *[0.5] * (len(i) - 1)])
+    record = trainer.step().record
+    asked = record["rollout/reward_calls"] + trainer.totals.audited.reward_calls
+    assert trainer.totals.asked == {"reward": asked} and not any(trainer.reward.failures().asked.values())
+    assert 0 < record["reward/failed@reward"] < trainer.totals.missing["reward"]
+
+
+def test_a_probe_learns_what_selectors_compare(tiny_trainer, tiny_config):
+    trainer = tiny_trainer(tiny_config(preview=PreviewConfig(probe=True)))
+    trainer.reward._ranking = lambda parts_NR, group_N: -parts_NR[:, 0]  # as GDPO's sum, no multiple of the reward
+    rolled = trainer.step().rollout
+    taught = torch.cat([lesson.rewards_N for lesson in trainer.how.probe._lessons])
+    assert torch.equal(taught, rolled.ranking_N) and torch.equal(taught, -rolled.rewards_N)

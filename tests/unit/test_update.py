@@ -32,6 +32,7 @@ def rolled(rewards, groups, finalists=None, finalist_groups=None, previews=(), p
         trajectories=Trajectories(group, group, rows, rows.float().reshape(-1, 1, 1, 1)),
         images_NHWC=torch.zeros(len(group), 2, 2, 3, dtype=torch.uint8),
         rewards_N=reward,
+        ranking_N=reward,
         passed_N=torch.tensor(passed or [NAN] * len(group), dtype=torch.float64),
         parts_NR=reward[:, None] if parts is None else torch.tensor(parts, dtype=torch.float64),
         finalist_rewards_F=reward if finalists is None else torch.tensor(finalists, dtype=torch.float64),

@@ -190,8 +190,8 @@ def test_pictures_that_become_of_another_kind_are_named():
 
 def test_a_statistic_is_compared_with_the_first_there_was_however_many_values_it_has():
     watch = HackingWatch()
-    for diversity in ([], [None], [0.3]):  # one value is none
-        assert watch.look(around(0.5, 0), {}, {"diversity": diversity}) == []
+    for values in ([], [None], [0.3]):  # one value is none
+        assert watch.look(around(0.5, 0), {}, {"diversity": values}) == []
     assert watch.look(around(0.7, 1), {}, {"diversity": [0.3, None, 0.28]}) == []
     (said,) = watch.look(around(0.7, 1), {}, {"diversity": [0.1] * 5})
     assert said.startswith("diversity of the pictures went from 0.29 to 0.1")

@@ -68,6 +68,7 @@ def rollout(
         trajectories=finalists.take(rows),
         images_NHWC=images_NHWC[rows],
         rewards_N=scores.value_N[rows],
+        ranking_N=scores.ranking_N[rows],
         passed_N=scores.passed_N[rows],
         parts_NR=scores.parts_NR[rows],
         finalist_rewards_F=scores.value_N,

@@ -74,6 +74,7 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
         ),
         images_NHWC=torch.cat([r.images_NHWC for r in parts]),
         rewards_N=torch.cat([r.rewards_N for r in parts]),
+        ranking_N=torch.cat([r.ranking_N for r in parts]),
         passed_N=torch.cat([r.passed_N for r in parts]),
         parts_NR=torch.cat([r.parts_NR for r in parts]),
         finalist_rewards_F=torch.cat([r.finalist_rewards_F for r in parts]),

@@ -148,6 +148,10 @@ class Trainer:
         if self._audit_due() and self.ranks.is_main:
             with meter.stage("audit"):
                 found = self._audit(prompts, key, audited)
+        if (
+            self._audit_due()
+        ):  # now, and not with the next iteration's, of which a resumed run would not know; nothing is trained on it
+            self._collect_failures()
         record = self._record(tally, meter, audited, found, time.perf_counter() - start)
         record |= {f"reward/failed@{name}": count for name, count in failed.items() if count}
         self.checks.rewards(self.iteration, record, len(prompts))
@@ -242,10 +246,15 @@ class Trainer:
 
     def check_failures(self, when: str) -> dict[str, int]:
         """How many scores of each reward are missing since this was last called, over all processes; more than allowed stop the run."""
-        found = self.ranks.gather([self.reward.failures()])
-        self.totals.add_failures(found)
+        found = self._collect_failures()
         checks.check_failures(found, self.config.reward.max_missing, when)
         return {name: sum(f.missing[name] for f in found) for name in self.reward.weights}
+
+    def _collect_failures(self) -> list[Failures]:
+        """Those of all processes since this was last called, which are added to the totals."""
+        found = self.ranks.gather([self.reward.failures()])
+        self.totals.add_failures(found)
+        return found
 
     def _audit_due(self) -> bool:
         """In this iteration; the main process makes it, and all know."""
@@ -277,7 +286,7 @@ class Trainer:
         probe = self.how.probe
         if probe is None:
             return
-        new = lessons(rolled.trajectories, rolled.condition, rolled.rewards_N)
+        new = lessons(rolled.trajectories, rolled.condition, rolled.ranking_N)
         if found is not None:
             new |= found.lessons
         watched = self.ranks.gather([found.probe_agreement() if found is not None else None])
