@@ -764,6 +764,8 @@ def _check_together(config: Config) -> None:
             "plan.group_size, plan.prune and plan.final_keep are read only when plan.preset is custom,"
             f" not {plan.preset}; set it or leave them out"
         )
+    if config.sampling.same_latent:
+        _check_parted(config)
     for name, asked in (("plan.adaptive", plan.adaptive), ("preview.probe", config.preview.probe)):
         if asked and not config.audit.every:
             raise ValueError(f"{name} must have audit.every above 0: audits measure how well previews rank")
@@ -771,6 +773,18 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             "objective.baseline must be survivors under a plan that prunes while sampling: "
             "the pruned members have no final rewards"
+        )
+
+
+def _check_parted(config: Config) -> None:
+    """Where a group's members begin as one, noise must have parted them before the first of them is let go."""
+    points, sampling = resolve_plan(config).active_points(), config.sampling
+    moves = sampling.sde_window in ("sliding", "random")
+    latest = _window_end(sampling) - sampling.sde_window_size if moves else 0
+    if points and points[0].step <= latest:
+        raise ValueError(
+            f"plan.prune must begin after step {latest} for sampling.same_latent, not at step {points[0].step}: a group's members are"
+            f" equal until the noise of step {latest}" + (" where the window comes last" if moves else "")
         )
 
 

@@ -399,7 +399,7 @@ def test_a_guarded_ratio_goes_with_a_density():
 @pytest.mark.parametrize("kind", ["auto", "all", "first", "sliding", "random"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_members_begin_as_one_only_where_steps_part_them(objective, kind):
-    config = configured(objective, sde_window=kind, same_latent=True)
+    config = dataclasses.replace(configured(objective, sde_window=kind, same_latent=True), plan=PlanConfig("none"))
     if stochastic_steps(config, 0):
         check(config)
     else:
@@ -411,6 +411,17 @@ def test_members_begin_as_one_only_where_steps_part_them(objective, kind):
                 "sampling.same_latent must be false where no step adds noise (sampling.sde_window):"
                 " a group's members would be equal"
             )
+
+
+@pytest.mark.parametrize(("kind", "latest"), [("all", 0), ("first", 0), ("sliding", 4), ("random", 4)])
+def test_members_that_begin_as_one_are_parted_before_they_are_compared(kind, latest):
+    def pruned(step: int) -> Config:
+        base = configured("grpo", sde_window=kind, sde_window_size=2, sde_window_end=6, same_latent=True)
+        return dataclasses.replace(base, plan=PlanConfig("custom", group_size=6, prune=((step, 3),)))
+
+    check(pruned(latest + 1))
+    with pytest.raises(ValueError, match=f"plan.prune must begin after step {latest} for sampling.same_latent"):
+        check(pruned(latest))
 
 
 def test_an_unknown_sampler_or_dtype_is_refused_by_name():

@@ -154,3 +154,21 @@ def test_a_probe_learns_what_selectors_compare(tiny_trainer, tiny_config):
     rolled = trainer.step().rollout
     taught = torch.cat([lesson.rewards_N for lesson in trainer.how.probe._lessons])
     assert torch.equal(taught, rolled.ranking_N) and torch.equal(taught, -rolled.rewards_N)
+
+
+def test_a_state_is_taken_up_by_the_trainers_own_settings(tiny_trainer, tiny_config):
+    # as with --accept-changes: none of these may stay as it was without a word
+    before = tiny_trainer(tiny_config())
+    before.step()
+    after = tiny_trainer(
+        tiny_config(
+            optim=OptimConfig(weight_decay=0.5, betas=(0.5, 0.9), ema_decay=0.9),
+            plan=PlanConfig("custom", group_size=6, prune=((1, 2),)),
+            preview=PreviewConfig(probe=True),
+        )
+    )
+    after.load_state_dict(before.state_dict())
+    (group,) = after.optimizer.param_groups
+    assert (group["weight_decay"], group["betas"]) == (0.5, (0.5, 0.9)) and after.iteration == 1
+    assert same(after.policy.state_dict()["ema"], weights(before)) and after.plan.group_size == 6
+    assert after.step().record["rollout/survivors"] == 2 * 2

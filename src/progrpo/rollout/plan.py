@@ -113,12 +113,15 @@ class UnitCosts:
 def unit_costs(counted: Cost, seconds: Mapping[str, float]) -> UnitCosts:
     """From what was counted and how long its stages took; both must hold a finished iteration.
 
-    A preview that was never made is taken to cost what a finished picture does.
+    A preview that was never made is taken to cost what a finished picture does. What `overlapped` the sampling of others (`reward.waves`)
+    cost no time.
     """
-    finish = seconds["reward"] / (counted.decodes - counted.previews)
+    waited = seconds["preview"] + seconds["reward"]
+    own = max(0.0, 1 - seconds.get("overlapped", 0.0) / waited) if waited else 1.0
+    finish = own * seconds["reward"] / (counted.decodes - counted.previews)
     return UnitCosts(
         call=seconds["sample"] / counted.nfe,
-        preview=seconds["preview"] / counted.previews if counted.previews else finish,
+        preview=own * seconds["preview"] / counted.previews if counted.previews else finish,
         finish=finish,
         train=seconds["update"] / max(1, counted.trained_steps),
     )

@@ -322,8 +322,8 @@ class Trainer:
         self.totals.audited += watched
         stages = {name: meter.seconds.get(name, 0.0) for name in _STAGES}
         stages["other"] = max(0.0, seconds - sum(stages.values()))
-        self.totals.add_seconds(stages)
         stages["overlapped"] = max(0.0, sum(stages.values()) - seconds)
+        self.totals.add_seconds(stages)
         record: dict[str, Any] = {"iteration": self.iteration, "seconds": seconds, **tally.over(self.ranks)}
         record |= self.order.metrics()
         record |= {f"rollout/{name}": value for name, value in asdict(spent).items()}
@@ -383,13 +383,23 @@ class Trainer:
         return {**saved, "state": state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, by the settings of this trainer's own configuration where they are others than the saved one's."""
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        own_weights = self.policy.named_weights.names
         self.policy.load_state_dict(state["policy"])
+        for name in (EMA, *self.objective.averages):
+            if name in own_weights and name not in self.policy.named_weights:  # an average that begins only now
+                self.policy.named_weights.snapshot(name)
         self.optimizer.load_state_dict(self._moments(state["optimizer"]))
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
         self.order.load_state_dict(state["order"])
         self.totals.load_state_dict(state["totals"])
-        self.plan = plan_from(state["plan"])
+        saved = plan_from(state["plan"])
+        if self.config.plan.adaptive and saved.group_size == self.plan.group_size:
+            self.plan = saved
         self.judge.load_state_dict(state["judge"])
         self.checks.load_state_dict(state["checks"])
-        if self.how.probe is not None:
+        if self.how.probe is not None and state["probe"] is not None:
             self.how.probe.load_state_dict(state["probe"])
         self.iteration = state["iteration"]

@@ -69,7 +69,8 @@ def _disagreement(cost: Mapping[str, Any]) -> str:
 
 
 def _time(run: Run) -> str:
-    stages = run.summary.get("seconds_by_stage") or _summed(run)
+    stages = dict(run.summary.get("seconds_by_stage") or _summed(run))
+    stages.pop("overlapped", None)  # counted in two stages already
     total = sum(stages.values())
     if not total:
         return note("No time is recorded yet.")
@@ -86,5 +87,4 @@ def _bar(share: float) -> str:
 
 def _summed(run: Run) -> dict[str, float]:
     stages = dict.fromkeys(key for record in run.metrics for key in record if key.startswith("time/"))
-    stages.pop("time/overlapped", None)  # counted in two stages already
     return {key.removeprefix("time/"): sum(r.get(key) or 0.0 for r in run.metrics) for key in stages}
