@@ -100,6 +100,14 @@ def test_a_probes_steps_cost_no_preview():
     assert with_probe / verdict(judge, FLASH).pays == pytest.approx(flash / (flash - 24 * PREVIEW), rel=1e-12)
 
 
+def test_costs_that_were_written_down_are_taken_in_place_of_measured_ones():
+    judge = PlanJudge(config())
+    judge.recorded = UnitCosts(1.0, 2.0, 3.0, 4.0)
+    for _ in range(3):
+        judge.watch(flat(0.7), COUNTED, SECONDS)
+    assert judge.units == judge.recorded
+
+
 def test_costs_are_those_of_the_first_verdict():
     judge = judged(config(), *[flat(0.7)] * 3)
     assert judge.units == UnitCosts(CALL, PREVIEW, FINISH, TRAIN)

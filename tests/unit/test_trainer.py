@@ -103,6 +103,25 @@ def test_the_average_of_the_weights_lags_behind(tiny_trainer, tiny_config):
     assert tiny_trainer(tiny_config()).evaluated_weights == "current"
 
 
+def test_an_objectives_average_follows_from_the_first_iteration_on(tiny_trainer, tiny_config):
+    objective = ObjectiveConfig(name="dgpo")
+    trainer = tiny_trainer(tiny_config(objective=objective))
+    first = weights(trainer)
+    trainer.step()
+    # min(1e-3 n, 0.3) after the n-th, and the first is the first: with 0 the average would be the weights
+    expected = {name: 1e-3 * first[name] + (1 - 1e-3) * now for name, now in weights(trainer).items()}
+    average = trainer.policy.state_dict()["average"]
+    assert all(torch.allclose(average[name], expected[name], rtol=1e-6, atol=1e-9) for name in first)
+    assert not same(average, weights(trainer))
+
+
+def test_audits_go_through_the_places_of_an_iteration(tiny_trainer, tiny_config):
+    trainer = tiny_trainer(tiny_config(audit=AuditConfig(every=2)))  # of two prompts an iteration
+    done = [trainer.step() for _ in range(4)]
+    places = [trainer.order.prompts_for(i, 2).index(done[i].audit.prompt) for i in (1, 3)]
+    assert places == [0, 1]
+
+
 def test_predictions_are_per_prompt(tiny_trainer, tiny_config):
     trainer = tiny_trainer(tiny_config(prompts=PromptConfig(per_iteration=3)))
     # 4 members for two steps and 3 for two, seen once by four and once by three, three trained on three steps

@@ -175,6 +175,12 @@ def test_parts_deal_every_group_evenly(parts):
         assert counts.sum() == size and counts.max() - counts.min() <= 1
 
 
+def test_what_is_left_over_of_groups_falls_to_every_update_in_turn():
+    group = torch.arange(6).repeat_interleave(3)
+    dealt = _parts(_experience_of(group, group), 2)
+    assert torch.bincount(dealt).tolist() == [9, 9]
+
+
 def test_parts_belong_to_the_slot_and_not_to_the_company():
     group, slot = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 2, 2, 5, 5])
     together = _parts(_experience_of(group, slot), 2)
