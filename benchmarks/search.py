@@ -69,6 +69,7 @@ OBJECTIVE = changed(FINAL, {**MIXED, "model": {"weights": "full"}, "optim": {"lr
 CALM: Changes = {"iterations": 80, "optim": {"lr": 1e-4, "decay": 1.0, "max_grad_norm": 0.1, "ema_decay": 0.9}}
 # Audits as often as a plan is judged well, where the plan may follow them and where it may not
 QUICKSTART = changed(to_dict(load_recipe("quickstart")), {"audit": {"every": 5}})
+SMALL = changed(QUICKSTART, {"iterations": 230, "prompts": {"per_iteration": 6}, "audit": {"every": 0}})
 # The recipe of the diffusion model, and what was tried beside it
 UNET = to_dict(load_recipe("shapes-diffusion"))
 
@@ -77,11 +78,11 @@ TRIALS: dict[str, Changes] = {
     "quickstart audited": QUICKSTART,
     # as long an iteration without pruning: groups of 16, all of whom are finished and trained on
     "quickstart unpruned": changed(QUICKSTART, {"plan": {"group_size": 16, "prune": []}}),
-    # as long an iteration again, of more prompts: 24 of each are begun and 6 trained, or 8 that are not pruned
+    # as long an iteration again, of more prompts: 24 of each are begun and 6 trained
     "quickstart of few": changed(QUICKSTART, {"prompts": {"per_iteration": 17}, "plan": {"prune": [[3, 6]]}}),
-    "quickstart of few, unpruned": changed(
-        QUICKSTART, {"prompts": {"per_iteration": 24}, "plan": {"group_size": 8, "prune": []}}
-    ),
+    # as long a run of shorter iterations: half the prompts, and of each as much as 11 unpruned members take
+    "quickstart small": changed(SMALL, {"plan": {"prune": [[3, 6]]}}),
+    "quickstart small, unpruned": changed(SMALL, {"plan": {"group_size": 11, "prune": []}}),
     "quickstart adaptive": changed(QUICKSTART, {"plan": {"adaptive": True}}),
     "quickstart pruned early, adaptive": changed(QUICKSTART, {"plan": {"adaptive": True, "prune": [[1, 12]]}}),
     "grpo": WINDOW,
