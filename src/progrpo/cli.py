@@ -502,15 +502,35 @@ def _reward_term(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[RewardTerm
     )
 
 
-class _WrongTermError(Exception):
-    """A reward's ValueError on its way through tyro, which would drop the words of one."""
+@_REGISTRY.primitive_rule
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    """An empty word, such as a shell's variable that is not set, names no path: Python's Path takes it for the current folder."""
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: _not_empty(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
+
+
+class _WrongWordError(Exception):
+    """A ValueError about a word on its way through tyro, which would drop what it says."""
 
 
 def _term(text: str) -> RewardTerm:
     try:
         return RewardTerm.from_text(text)
     except ValueError as error:
-        raise _WrongTermError(str(error)) from None
+        raise _WrongWordError(str(error)) from None
+
+
+def _not_empty(path: str) -> Path:
+    if not path:
+        raise _WrongWordError("a path is empty (''); give one, or . for the current folder")
+    return Path(path)
 
 
 def _options(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
@@ -521,7 +541,7 @@ def _options(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
             value, unknown = tyro.cli(
                 kind, args=args, prog=prog, default=default, return_unknown_args=True, registry=_REGISTRY
             )
-    except _WrongTermError as error:
+    except _WrongWordError as error:
         raise ValueError(str(error)) from None
     except SystemExit as stop:
         if stop.code != 2:

@@ -18,7 +18,6 @@ import torch
 
 from progrpo.config import Config, RewardTerm, check, microbatch, to_dict, trained_items
 from progrpo.data import ORDERS, PromptOrder, Prompts, prompts_of
-from progrpo.durable import new_folder
 from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge
@@ -329,7 +328,7 @@ class Run:
         weights = Best.NAME if self.best else self.trainer.evaluated_weights
         self._evaluate("after", weights, console)
         name = "lora" if self.config.model.weights == "lora" else self.policy.denoiser_name
-        whole = new_folder(self.folder.path / name)  # a run that is killed here leaves no half of it
+        whole = self.folder.weights(name)  # a run that is killed here leaves no half of it
         with whole if self.ranks.is_main else nullcontext() as folder:
             self.policy.save(folder, weights)
 
