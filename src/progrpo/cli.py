@@ -74,7 +74,7 @@ class Resume:
     iterations: int | None = None
     """Iterations in all; without it as many as the run was started for."""
     accept_changes: FlagCreatePairsOff[bool] = False
-    """Go on though config.json was changed since the checkpoint."""
+    """Go on though config.json or the prompts were changed since the checkpoint."""
 
     def run(self) -> None:
         _require_run(self.resume)

@@ -199,6 +199,29 @@ def test_a_changed_configuration_is_refused_unless_accepted(straight, tmp_path):
     resume_run(tmp_path / "run")  # the change is the run's own now
 
 
+def test_changed_prompts_are_refused_unless_accepted(config, prompts, tmp_path):
+    train, test = tmp_path / "train.txt", tmp_path / "test.txt"
+    for file in (train, test):
+        file.write_text("\n".join(prompts))
+    own = replace(config.prompts, source=str(train)), replace(config.eval, prompts=str(test))
+    run = train_run(replace(config, iterations=1, prompts=own[0], eval=own[1]), tmp_path / "run")
+    resume_run(run.path)  # what is unchanged is not asked about
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()}
+    test.write_text("\n".join(reversed(prompts)))
+    with pytest.raises(ValueError, match=rf"^the evaluation prompts \({test}\) of {run.path} are not those"):
+        resume_run(run.path)
+    train.write_text(prompts[0])
+    with pytest.raises(ValueError, match=rf"^the training prompts \({train}\) and evaluation prompts \({test}\) of"):
+        resume_run(run.path)
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()} == before
+    resume_run(run.path, 2, accept_changes=True)
+    (warning,) = run.read_summary()["warnings"]
+    assert "before and after are of different prompts" in warning
+    assert "different prompts" in (run.path / "report.html").read_text()
+    assert run.read_metrics()[1]["prompts/seen"] == 1  # what was observed of the others is forgotten
+    resume_run(run.path)  # these are the run's own now
+
+
 def test_one_run_writes_to_a_folder(config, straight, tmp_path):
     shutil.copytree(straight, tmp_path / "run")
     with only_writer(tmp_path / "run"):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,7 @@ from progrpo.durable import PREVIOUS, WRITING, DiskError, sync
 from progrpo.storage import disk_error, load_state, save_state
 from progrpo.tracking.lock import only_writer
 from progrpo.training.distributed import Ranks
+from progrpo.types import Prompt
 from progrpo.words import quoted
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -126,6 +128,43 @@ def check_unchanged(run: Path, state: Mapping[str, Any], config: Config) -> None
             f"{run / 'config.json'} was changed since the checkpoint: {', '.join(differing)};"
             " put it back, or give --accept-changes to go on with it"
         )
+
+
+def digest(prompts: Iterable[Prompt]) -> str:
+    """What tells lists of prompts apart: texts and columns, in order. Of a column's object that is no plain value its kind counts alone."""
+    whole = hashlib.sha256()
+    for prompt in prompts:
+        whole.update(f"{prompt.text!r} {_told(prompt.columns)}\n".encode())
+    return whole.hexdigest()
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(sorted(f'{_told(name)}: {_told(v)}' for name, v in value.items()))}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_told, value))}]"
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, int):
+        return hex(value)  # in decimals one may be too long for Python
+    return repr(value) if value is None or isinstance(value, str | float) else type(value).__qualname__
+
+
+def check_prompts(
+    run: Path, state: Mapping[str, Any], now: Mapping[str, str], sources: Mapping[str, str], accept: bool
+) -> list[str]:
+    """Which prompts are not those that the run had until now, by what they are for. ValueError that names them, unless that is accepted.
+
+    `now` are digests and `sources` where the prompts are from. A checkpoint of before there were digests is taken.
+    """
+    was = state.get("prompts", {})
+    changed = [name for name in now if name in was and was[name] != now[name]]
+    if changed and not accept:
+        which = " and ".join(f"{name} prompts ({sources[name]})" for name in changed)
+        raise ValueError(
+            f"the {which} of {run} are not those that it had until the checkpoint; put them back, or give --accept-changes to go on with these"
+        )
+    return changed
 
 
 def check_versions(state: Mapping[str, Any], config: Config, warn: Callable[[str], None]) -> None:

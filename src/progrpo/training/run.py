@@ -88,7 +88,7 @@ def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
 def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool = False) -> RunFolder:
     """Go on from the newest whole checkpoint, exactly as the run would have gone; DiskError if the disk refuses.
 
-    ValueError if the configuration was changed since, unless that is accepted.
+    ValueError if the configuration or the prompts were changed since, unless that is accepted.
     """
     config = load_recipe(str(folder))
     run = RunFolder(folder)
@@ -109,12 +109,16 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
                 f"{folder} is at iteration {state['iteration']}, past --iterations {config.iterations}; give more"
             )
 
+        made = _from_config(config, run, ranks)
+        sources = {"training": config.prompts.source, "evaluation": config.eval.prompts}
+        changed = checkpoints.check_prompts(folder, state, made.prompts, sources, accept_changes)
+
         def go_back() -> None:
             run.write_config(to_dict(config))
             run.truncate(state["iteration"])
 
         ranks.from_main(go_back)
-        return _from_config(config, run, ranks).train(state)
+        return made.train(state, changed)
 
 
 def train(
@@ -251,6 +255,11 @@ class Run:
         self._path = plan_path(self.trainer.plan)
         self._hacking, self._hacked = HackingWatch(config.watch.max_kl), False
         self._warnings: list[str] = []
+        self.prompts = {
+            "training": checkpoints.digest(order.whole),
+            "evaluation": checkpoints.digest(chain(held_out.test, held_out.validation)),
+        }
+        """Digests, by what the prompts are for."""
         self._check_prompts(order)
 
     def _check_prompts(self, order: PromptOrder) -> None:
@@ -268,23 +277,24 @@ class Run:
         """Make the run folder, once every part of the run could be built; ValueError if it holds a run already."""
         self.ranks.from_main(lambda: RunFolder.create(self.folder.path, overwrite).write_config(to_dict(self.config)))
 
-    def train(self, state: Mapping[str, Any] | None = None) -> RunFolder:
+    def train(self, state: Mapping[str, Any] | None = None, changed: Sequence[str] = ()) -> RunFolder:
+        """To the end; from a checkpoint's `state`, whose prompts for what `changed` names were others."""
         start = time.perf_counter()
         if state is not None:
-            self.trainer.load_state_dict(state)
-            self.best = None if state["best"] is None else Best(**state["best"])
-            self._pays, self._path = state["pays"], plan_path(self.trainer.plan)
-            self._hacking.load_state_dict(state["hacking"])
-            self._hacked, self._warnings = state["hacked"], list(state["warnings"])
+            self._take_up(state, changed)
             start -= state["wall_seconds"]
-            if self.ranks.is_main and (costs := self.folder.read_costs()) is not None:
-                self.trainer.judge.recorded = UnitCosts(**costs)
         console = Console(
             self.config.iterations,
             nfe_unpruned=self._nfe_unpruned(1),
             history=self.folder.read_metrics(),
             enabled=self.ranks.is_main,
         )
+        if "evaluation" in changed:
+            self._warn(
+                "the evaluation prompts were changed during the run: before and after are of different prompts, so what lies"
+                " between them is not what training did",
+                console,
+            )
         if not self.config.model.keep_text_encoders:
             self._encode_all()
         try:
@@ -302,6 +312,24 @@ class Run:
             console.summary_table(self.folder.read_summary(), write_report(self.folder.path))
         self.ranks.leave()
         return self.folder
+
+    def _take_up(self, state: Mapping[str, Any], changed: Sequence[str]) -> None:
+        if "training" in changed:  # what was observed is of other prompts
+            state = {**state, "order": self.trainer.order.state_dict()}
+        self.trainer.load_state_dict(state)
+        self.best = None if state["best"] is None else Best(**state["best"])
+        self._pays, self._path = state["pays"], plan_path(self.trainer.plan)
+        if "evaluation" not in changed:  # else there is nothing to compare with yet
+            self._hacking.load_state_dict(state["hacking"])
+        self._hacked, self._warnings = state["hacked"], list(state["warnings"])
+        if self.ranks.is_main and (costs := self.folder.read_costs()) is not None:
+            self.trainer.judge.recorded = UnitCosts(**costs)
+
+    def _warn(self, sentence: str, console: Console) -> None:
+        """Once, in the console, and kept for the summary and the report."""
+        if sentence not in self._warnings:
+            self._warnings.append(sentence)
+            console.warn(sentence)
 
     def _train(self, console: Console, start: float, stop: Stop, fresh: bool) -> None:
         console.say(self._what_runs())
@@ -442,9 +470,7 @@ class Run:
             statistics = {name: result.column(name) for name in STATISTICS} | {"diversity within groups": recent}
             found = self._hacking.look(result.column("graded"), witnesses, statistics, kl)
             for sentence in found:
-                if sentence not in self._warnings:
-                    self._warnings.append(sentence)
-                    console.warn(f"the model may be learning to please the reward alone: {sentence}")
+                self._warn(f"the model may be learning to please the reward alone: {sentence}", console)
         ended = self.config.watch.hacking == "stop" and self._hacking.alarms >= 2
         self._hacked = self.ranks.gather([ended])[0]
         if self._hacked:
@@ -483,6 +509,7 @@ class Run:
         best = None if self.best is None else asdict(self.best)
         state = {**self.trainer.state_dict(), "best": best, "pays": self._pays, "wall_seconds": wall_seconds}
         state |= {"hacking": self._hacking.state_dict(), "hacked": self._hacked, "warnings": self._warnings}
+        state["prompts"] = self.prompts
         if self.ranks.is_main:
             checkpoints.save(self.folder.path, state, self.config)
         self.trainer.totals.add_seconds({"checkpoint": time.perf_counter() - start})
