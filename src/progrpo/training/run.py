@@ -6,8 +6,8 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, count
 from pathlib import Path
@@ -20,7 +20,7 @@ from progrpo.config import Config, RewardTerm, check, microbatch, to_dict, train
 from progrpo.data import ORDERS, PromptOrder, Prompts, prompts_of
 from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
-from progrpo.rewards.base import Judge
+from progrpo.rewards.base import Judge, Refusal
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.mix import Mixture, Term
 from progrpo.rollout.denoise import Sampling
@@ -48,7 +48,7 @@ from progrpo.training.build import (
     train_order,
 )
 from progrpo.training.distributed import Ranks, lost_in_words
-from progrpo.training.errors import Interrupted
+from progrpo.training.errors import Interrupted, MissingScoresError
 from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, evaluate, kl_to_reference, ode
 from progrpo.training.judge import prompt_cost
 from progrpo.training.measure import measured
@@ -70,6 +70,18 @@ _NO_CHECKPOINT = "there is no checkpoint yet"
 def _how_to_go_on(run: Path) -> str:
     last = checkpoints.saved(run)
     return f"go on from {last[-1].name} with --resume {run}" if last else _NO_CHECKPOINT
+
+
+@contextmanager
+def _mendable(run: Path) -> Iterator[None]:
+    """What a reward says to end the run, with the command that goes on once that is mended, if there is a checkpoint."""
+    try:
+        yield
+    except (MissingScoresError, Refusal) as error:
+        if not (last := checkpoints.saved(run)):
+            raise
+        kind = MissingScoresError if isinstance(error, MissingScoresError) else Refusal
+        raise kind(f"{error}; mend that, and go on from {last[-1].name} with: progrpo train --resume {run}") from error
 
 
 def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
@@ -298,7 +310,8 @@ class Run:
         if not self.config.model.keep_text_encoders:
             self._encode_all()
         try:
-            with lost_in_words(lambda: _how_to_go_on(self.folder.path)), Stop(self.ranks) as stop:
+            path = self.folder.path
+            with lost_in_words(lambda: _how_to_go_on(path)), _mendable(path), Stop(self.ranks) as stop:
                 self._train(console, start, stop, fresh=state is None)
         except BaseException as why:
             with suppress(OSError):  # of a full disk, which must not hide why
@@ -341,7 +354,7 @@ class Run:
         self._write_summary(start, "running")
         while self.trainer.iteration < self.config.iterations and not self._hacked:
             self._stop_if_asked(stop, start)
-            done = self.trainer.step()
+            done = self._step(start)
             self._keep_microbatches(console)
             if self.config.eval.every and self.trainer.iteration % self.config.eval.every == 0:
                 done.record.update(self._validate(done.record, console))
@@ -359,6 +372,17 @@ class Run:
         whole = self.folder.weights(name)  # a run that is killed here leaves no half of it
         with whole if self.ranks.is_main else nullcontext() as folder:
             self.policy.save(folder, weights)
+
+    def _step(self, start: float) -> Iteration:
+        """The next iteration. Where a reward ends the run before anything of it was learnt, what was trained until then is saved."""
+        before = self.trainer.totals.state_dict()
+        try:
+            return self.trainer.step()
+        except (MissingScoresError, Refusal) as error:
+            together = isinstance(error, MissingScoresError) or self.ranks.world == 1  # all save; one alone may refuse
+            if self.trainer.iteration and self.trainer.untouched and together:
+                self._checkpoint(time.perf_counter() - start, before)
+            raise
 
     def _keep_microbatches(self, console: Console) -> None:
         """Those that memory was found not to be enough for were halved; a resumed run begins with what fits."""
@@ -504,12 +528,13 @@ class Run:
                     )
         return result
 
-    def _checkpoint(self, wall_seconds: float) -> None:
+    def _checkpoint(self, wall_seconds: float, totals: Mapping[str, Any] | None = None) -> None:
+        """As after the last iteration. `totals` take the place of those that the next one has begun to count in."""
         start = time.perf_counter()
         best = None if self.best is None else asdict(self.best)
         state = {**self.trainer.state_dict(), "best": best, "pays": self._pays, "wall_seconds": wall_seconds}
         state |= {"hacking": self._hacking.state_dict(), "hacked": self._hacked, "warnings": self._warnings}
-        state["prompts"] = self.prompts
+        state |= {"prompts": self.prompts, "totals": totals or state["totals"]}
         if self.ranks.is_main:
             checkpoints.save(self.folder.path, state, self.config)
         self.trainer.totals.add_seconds({"checkpoint": time.perf_counter() - start})

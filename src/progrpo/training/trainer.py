@@ -110,6 +110,8 @@ class Trainer:
         self.objective = objective_from(config, policy)
         self.optimizer = optimizer_from(config.optim, policy.trainable.values(), ranks.zero)
         self.iteration, self.totals = 0, Totals()
+        self.untouched = True
+        """Whether nothing but totals has changed since the last iteration ended: until the next one has its scores."""
         for name in (*([EMA] if config.optim.ema_decay > 0 else []), *self.objective.averages):
             policy.named_weights.snapshot(name)
         self._frozen, self._checked = checks.fingerprint(policy), False
@@ -141,6 +143,7 @@ class Trainer:
         with self.policy.weights(self.objective.rollout_weights):
             rolled = self.within_memory(lambda m: self._roll_out(prompts, slots, self.sampling, key, m), meter)
         failed = self.check_failures(f"iteration {self.iteration}")
+        self.untouched = False
         self._observe(slots, rolled)
         with meter.stage("update"):
             tally = self._update(rolled, sampling, key, meter)
@@ -157,7 +160,7 @@ class Trainer:
         since = time.perf_counter() - start - record["seconds"]
         record |= {"seconds": record["seconds"] + since, "time/other": record["time/other"] + since}
         self.totals.add_seconds({"other": since})
-        self.iteration += 1
+        self.iteration, self.untouched = self.iteration + 1, True
         return Iteration(record, rolled, found)
 
     @property
