@@ -17,7 +17,16 @@ from progrpo.config import CheckpointConfig, Config, ModelConfig, OptimConfig, S
 from progrpo.durable import DiskError
 from progrpo.storage import load_state, save_state
 from progrpo.training import checkpoints
-from progrpo.training.checkpoints import check_unchanged, check_versions, digest, newest, save, saved, writing_to
+from progrpo.training.checkpoints import (
+    check_length,
+    check_unchanged,
+    check_versions,
+    digest,
+    newest,
+    save,
+    saved,
+    writing_to,
+)
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
 
@@ -201,6 +210,17 @@ def test_a_changed_configuration_is_refused_with_the_fields(run):
 def test_what_a_run_may_change_on_its_way_is_no_change(run):
     longer = replace(CONFIG, iterations=99, sampling=SamplingConfig(microbatch=3), optim=OptimConfig(microbatch=2))
     check_unchanged(run, load_state(run / "checkpoints" / "iteration_000003"), longer)
+
+
+@pytest.mark.parametrize(("decay", "iterations", "warned"), [(1.0, 8, 1), (1.0, 4, 0), (1.0, 3, 0), (0.0, 8, 0)])
+def test_another_length_is_said_where_the_learning_rate_depends_on_it(run, decay, iterations, warned):
+    config, warnings = replace(CONFIG, iterations=4, optim=OptimConfig(lr=1e-3, decay=decay)), list[str]()
+    save(run, state(3), config)
+    found = load_state(run / "checkpoints" / "iteration_000003")
+    check_length(found, replace(config, iterations=iterations), warnings.append)
+    assert len(warnings) == warned
+    if warned:  # of 2 of 4 iterations left, and of 5 of 8
+        assert "was after 4 and is after 8 iterations: it goes on with 0.000625 after 0.0005" in warnings[0]
 
 
 def test_a_field_that_the_checkpoint_does_not_know_is_no_change(run):

@@ -9,6 +9,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from progrpo import __version__
-from progrpo.config import Config, config_to_json, to_dict
+from progrpo.config import Config, config_to_json, learning_rate, to_dict
 from progrpo.durable import PREVIOUS, WRITING, DiskError, sync
 from progrpo.storage import disk_error, load_state, save_state
 from progrpo.tracking.lock import only_writer
@@ -177,6 +178,18 @@ def check_versions(state: Mapping[str, Any], config: Config, warn: Callable[[str
     if differing:
         warn(
             f"the checkpoint is of other versions, so figures may differ from a straight run's: {', '.join(differing)}"
+        )
+
+
+def check_length(state: Mapping[str, Any], config: Config, warn: Callable[[str], None]) -> None:
+    """A warning if the run gets another length while its learning rate depends on that."""
+    was, done = replace(config, iterations=state["config"]["iterations"]), state["iteration"]
+    if config.optim.decay and was.iterations != config.iterations != done:
+        until, now = learning_rate(was, max(0, done - 1)), learning_rate(config, done)
+        warn(
+            f"the learning rate falls towards the run's end (optim.decay {config.optim.decay:g}), which was after {was.iterations} and is"
+            f" after {config.iterations} iterations: it goes on with {now:.3g} after {until:.3g}, so the run is not what one of"
+            f" {config.iterations} iterations from the start would be"
         )
 
 

@@ -100,6 +100,8 @@ def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
 def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool = False) -> RunFolder:
     """Go on from the newest whole checkpoint, exactly as the run would have gone; DiskError if the disk refuses.
 
+    With other `iterations`, as a run of so many would have gone, unless its learning rate depends on their number (`optim.decay`).
+
     ValueError if the configuration or the prompts were changed since, unless that is accepted.
     """
     config = load_recipe(str(folder))
@@ -116,6 +118,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
         if not accept_changes:
             checkpoints.check_unchanged(folder, state, config)
         checkpoints.check_versions(state, config, warn)
+        checkpoints.check_length(state, config, warn)
         if state["iteration"] > config.iterations:
             raise ValueError(
                 f"{folder} is at iteration {state['iteration']}, past --iterations {config.iterations}; give more"
