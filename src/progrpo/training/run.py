@@ -321,13 +321,23 @@ class Run:
                 self._write_summary(start, f"stopped: {str(why) or type(why).__name__}")
             raise
         finally:
-            for scorer in filter(None, (self.reward, self.held_out.rewards)):
-                scorer.close()
+            self._close_rewards(console)
         self._write_summary(start, "finished")
         if self.ranks.is_main:
             console.summary_table(self.folder.read_summary(), write_report(self.folder.path))
         self.ranks.leave()
         return self.folder
+
+    def _close_rewards(self, console: Console) -> None:
+        """One that fails in it takes nothing from the run, whose scores are all there."""
+        for scorer in filter(None, (self.reward, self.held_out.rewards)):
+            try:
+                scorer.close()
+            except Exception as error:
+                said = " ".join(f"{type(error).__name__}: {error}".split())
+                console.warn(
+                    f"a reward's close() failed ({said}); the run is not affected, what the reward holds may be held still"
+                )
 
     def _take_up(self, state: Mapping[str, Any], changed: Sequence[str]) -> None:
         if "training" in changed:  # what was observed is of other prompts
