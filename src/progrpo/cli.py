@@ -432,10 +432,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _parse(list(sys.argv[1:] if argv is None else argv))()
     except ValueError as error:
-        print(f"progrpo: error: {' '.join(str(error).split())}", file=sys.stderr)  # a library's may have lines
+        print(f"progrpo: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except (SelfCheckError, DiskError, LostProcessError) as error:
-        print(f"progrpo: stopped: {error}", file=sys.stderr)
+        print(f"progrpo: stopped: {_one_line(error)}", file=sys.stderr)
         return 1
     except Interrupted as stopped:
         print(f"progrpo: {stopped}", file=sys.stderr)
@@ -444,6 +444,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("progrpo: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    """What it says: a library's words may have lines, and so may those of a reward that a sentence ends with."""
+    return " ".join(str(error).split())
 
 
 def _parse(args: list[str]) -> Callable[[], None]:

@@ -161,7 +161,7 @@ def test_a_run_that_was_cut_off_is_taken_up_at_its_last_checkpoint(config, strai
 @pytest.mark.parametrize(
     ("fails", "says", "goes_on"),
     [
-        ({16: None, 17: None}, "14 of 14 scores of reward failing_reward:redness are missing", 3),
+        ({16: None, 17: None}, "^iteration 4: 14 of 14 scores of reward failing_reward:redness are missing", 3),
         ({17: Refusal("no licence")}, "^no licence", 3),
         ({20: Refusal("no licence")}, "^no licence", 2),  # by an audit, after its iteration's update
         ({2: Refusal("no licence")}, "^no licence$", None),  # before anything was trained
@@ -186,6 +186,18 @@ def test_a_reward_that_ends_the_run_costs_no_finished_iteration(
     resume_run(run)
     assert_the_same_run(run, straight)
     assert RunFolder(run).read_summary()["rewards"] == RunFolder(straight).read_summary()["rewards"]
+
+
+def test_what_a_reward_says_in_lines_is_one_sentence(config, tmp_path, reward_module, capsys):
+    """SystemExit among it, which ended the run without a word."""
+    reward = RewardConfig((RewardTerm("failing_reward:redness", retries=0),))
+    (tmp_path / "config.json").write_text(config_to_json(replace(config, reward=reward)))
+    reward_module.calls, reward_module.fails = 0, dict.fromkeys(range(1, 9), SystemExit("the judge\nis out"))
+    assert main(["train", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]) == 1
+    reward_module.fails = {}
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("progrpo: stopped: evaluation after 0 iterations: 3 of 3 scores of reward")
+    assert said.endswith("last error: reward failing_reward:redness: SystemExit: the judge is out")
 
 
 def test_the_global_generators_change_nothing(config, straight, tmp_path, monkeypatch, reward_module):
