@@ -74,7 +74,7 @@ class Resume:
     iterations: int | None = None
     """Iterations in all; without it as many as the run was started for."""
     accept_changes: FlagCreatePairsOff[bool] = False
-    """Go on though config.json was changed since the checkpoint."""
+    """Go on though config.json or the prompts were changed since the checkpoint."""
 
     def run(self) -> None:
         _require_run(self.resume)
@@ -432,10 +432,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _parse(list(sys.argv[1:] if argv is None else argv))()
     except ValueError as error:
-        print(f"progrpo: error: {' '.join(str(error).split())}", file=sys.stderr)  # a library's may have lines
+        print(f"progrpo: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except (SelfCheckError, DiskError, LostProcessError) as error:
-        print(f"progrpo: stopped: {error}", file=sys.stderr)
+        print(f"progrpo: stopped: {_one_line(error)}", file=sys.stderr)
         return 1
     except Interrupted as stopped:
         print(f"progrpo: {stopped}", file=sys.stderr)
@@ -444,6 +444,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("progrpo: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    """What it says: a library's words may have lines, and so may those of a reward that a sentence ends with."""
+    return " ".join(str(error).split())
 
 
 def _parse(args: list[str]) -> Callable[[], None]:
@@ -502,15 +507,35 @@ def _reward_term(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[RewardTerm
     )
 
 
-class _WrongTermError(Exception):
-    """A reward's ValueError on its way through tyro, which would drop the words of one."""
+@_REGISTRY.primitive_rule
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    """An empty word, such as a shell's variable that is not set, names no path: Python's Path takes it for the current folder."""
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: _not_empty(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
+
+
+class _WrongWordError(Exception):
+    """A ValueError about a word on its way through tyro, which would drop what it says."""
 
 
 def _term(text: str) -> RewardTerm:
     try:
         return RewardTerm.from_text(text)
     except ValueError as error:
-        raise _WrongTermError(str(error)) from None
+        raise _WrongWordError(str(error)) from None
+
+
+def _not_empty(path: str) -> Path:
+    if not path:
+        raise _WrongWordError("a path is empty (''); give one, or . for the current folder")
+    return Path(path)
 
 
 def _options(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
@@ -521,7 +546,7 @@ def _options(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
             value, unknown = tyro.cli(
                 kind, args=args, prog=prog, default=default, return_unknown_args=True, registry=_REGISTRY
             )
-    except _WrongTermError as error:
+    except _WrongWordError as error:
         raise ValueError(str(error)) from None
     except SystemExit as stop:
         if stop.code != 2:

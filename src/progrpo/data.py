@@ -191,6 +191,11 @@ _READERS: dict[str, Callable[[str, str], Prompt]] = {".txt": _read_text, ".jsonl
 class PromptOrder(Protocol):
     """Which prompts an iteration gets, equally on all processes."""
 
+    @property
+    def whole(self) -> Iterable[Prompt]:
+        """Every prompt there is, as its source has them."""
+        ...
+
     def prompts_for(self, iteration: int, count: int) -> list[Prompt]:
         """The `count` prompts of a zero-based iteration, where every iteration has as many."""
         ...
@@ -218,6 +223,10 @@ class InTurn:
 
     prompts: Prompts
     seed: int
+
+    @property
+    def whole(self) -> Iterable[Prompt]:
+        return [prompt for of_kind in self.prompts.values() for prompt in of_kind]
 
     def prompts_for(self, iteration: int, count: int) -> list[Prompt]:
         return [self._at(iteration * count + i) for i in range(count)]
@@ -267,6 +276,10 @@ class BySignal:
         self._seed, self._floor = seed, floor
         self._own, self._seen = np.zeros(len(self._all)), np.zeros(len(self._all), dtype=np.int64)
         self._of_kind = np.full(len(prompts), np.nan)
+
+    @property
+    def whole(self) -> Iterable[Prompt]:
+        return self._all
 
     def prompts_for(self, iteration: int, count: int) -> list[Prompt]:
         return [self._all[i] for i in self._chosen(iteration, count)]

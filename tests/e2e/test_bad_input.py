@@ -63,6 +63,7 @@ def said(*words, timeout=60):
         (("plan", "utf16.json"), "utf16.json: not UTF-8 text; save the file as UTF-8"),
         (("plan", "deep.json"), "deep.json: not JSON: lists or objects in one another without end"),
         (("report", "."), ". is no run folder"),
+        (("train", "smoke", "--out", ""), "a path is empty (''); give one, or . for the current folder"),
     ],
 )
 def test_what_is_refused_before_torch_is_imported(here, words, sentence):

@@ -50,8 +50,11 @@ def test_it_is_said_and_shown_and_training_goes_on(trained, capsys):
     run = trained("warn")
     said = capsys.readouterr().out
     (warning, *_) = run.read_summary()["warnings"]
-    assert warning.startswith(f"the held-out {MODULE}:paleness fell from ") and "trained reward rose" in warning
-    assert f"warning: the model may be learning to please the reward alone: {warning}" in " ".join(said.split())
+    cheating = "the model may be learning to please the reward alone: "
+    assert (
+        warning.startswith(f"{cheating}the held-out {MODULE}:paleness fell from ") and "trained reward rose" in warning
+    )
+    assert f"warning: {warning}" in " ".join(said.split())
     assert len(run.read_metrics()) == 12
     assert "the trained reward rose" in (run.path / "report.html").read_text()
 

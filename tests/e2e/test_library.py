@@ -191,6 +191,23 @@ def test_a_plan_that_selects_on_final_rewards_is_audited_and_reported(
     assert run.read_summary()["nfe_saved"] == 0
 
 
+def test_a_reward_that_cannot_be_closed_is_warned_of(tiny_pipeline, tiny_config, prompts, redness, tmp_path, capsys):
+    closed = []
+
+    class Held:
+        def score(self, images, prompts):
+            return redness(images, prompts)
+
+        def close(self):
+            closed.append(self)
+            raise ConnectionError("the judge\nis out")
+
+    config = tiny_config(iterations=1)
+    run = progrpo.train(tiny_pipeline(), prompts, [Held(), Held()], config=config, out=tmp_path / "run")
+    assert len(closed) == 2 and "ConnectionError: the judge is out" in capsys.readouterr().out
+    assert run.read_summary()["status"] == "finished" and (run.path / "report.html").is_file()
+
+
 def test_rewards_that_are_all_missing_stop_the_run_with_a_sentence(tiny_pipeline, tiny_config, prompts, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(SelfCheckError, match=r"3 of 3 scores of reward .*lambda.* are missing"):

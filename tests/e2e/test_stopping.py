@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import progrpo
+from progrpo.config import RewardConfig, RewardTerm
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.distributed import Ranks
 from progrpo.training.errors import Interrupted
+from progrpo.training.run import resume_run, train_run
 from progrpo.training.stopping import Stop
 
 TIMELESS = ("reward/mean", "update/grad_norm", "rollout/nfe")
@@ -44,6 +48,38 @@ def test_a_signal_ends_the_run_after_the_step(
     assert run.read_summary()["status"].startswith(f"stopped: {number.name}")
     assert [r["iteration"] for r in run.read_metrics()] == [0, 1]
     assert (run.path / "checkpoints" / "iteration_000002").is_dir()
+
+
+def test_a_signal_before_the_first_iteration_keeps_the_evaluation(
+    tiny_sd3, tiny_config, prompts, tmp_path, monkeypatch, capfd
+):
+    """Sent while the model is evaluated as it is; what goes on is the run that was not stopped."""
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    (tmp_path / "stopped_here.py").write_text(
+        "import numpy as np\nwhen = lambda: None\n"
+        "def redness(images, prompts):\n    when()\n    return [float(np.asarray(i)[..., 0].mean()) for i in images]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    stopped_here = importlib.import_module("stopped_here")
+    base = tiny_config()
+    config = replace(
+        base,
+        model=replace(base.model, path=str(tiny_sd3)),
+        prompts=replace(base.prompts, source=str(tmp_path / "prompts.txt")),
+        eval=replace(base.eval, prompts=str(tmp_path / "prompts.txt")),
+        reward=RewardConfig((RewardTerm("stopped_here:redness"),)),
+    )
+    whole = train_run(config, tmp_path / "whole")
+    monkeypatch.setattr(stopped_here, "when", lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match=r"^SIGINT after 0 of 2 iterations; all is saved"):
+        train_run(config, tmp_path / "broken")
+    assert "progrpo: SIGINT: the run ends" in capfd.readouterr().err
+    monkeypatch.setattr(stopped_here, "when", lambda: None)
+    again = resume_run(tmp_path / "broken")
+    ours, theirs = ([{k: r[k] for k in TIMELESS} for r in run.read_metrics()] for run in (again, whole))
+    assert ours == theirs and len(ours) == 2
+    for when in ("before", "after"):
+        assert again.read_evaluation(when) == whole.read_evaluation(when) != []
 
 
 def test_the_command_line_ends_with_the_line_that_goes_on_and_the_run_is_the_unbroken_one(tmp_path):
@@ -80,11 +116,15 @@ def test_the_command_line_ends_with_the_line_that_goes_on_and_the_run_is_the_unb
     assert again.read_evaluation("after") == whole.read_evaluation("after")
 
 
-def test_a_second_interrupt_does_not_wait():
+def test_a_second_interrupt_does_not_wait(capfd):
     with Stop(Ranks()) as stop:
         assert stop.asked() is None
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.asked() is signal.SIGINT
+        (said,) = capfd.readouterr().err.splitlines()
+        assert said.startswith("progrpo: SIGINT: the run ends, with all saved, as soon as") and "Ctrl-C" in said
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked() is signal.SIGTERM and capfd.readouterr().err == ""
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)

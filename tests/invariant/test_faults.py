@@ -179,7 +179,7 @@ def test_a_reward_that_always_fails_stops_the_run_with_the_last_error(kind, tiny
         trainer.reward = reward
         before = {name: p.clone() for name, p in trainer.policy.trainable.items()}
         error = "it gave no finite number" if kind == "quiet" else "OSError: the judge is out"
-        with pytest.raises(SelfCheckError, match=rf"iteration 0: 14 of 14 scores of reward mine are missing.*{error}"):
+        with pytest.raises(SelfCheckError, match=rf"iteration 1: 14 of 14 scores of reward mine are missing.*{error}"):
             trainer.step()
     assert all(torch.equal(p, before[name]) for name, p in trainer.policy.trainable.items())
 

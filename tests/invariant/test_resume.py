@@ -29,12 +29,14 @@ from progrpo.config import (
     config_to_json,
 )
 from progrpo.objectives.grpo import GRPO
+from progrpo.rewards.base import Refusal
 from progrpo.storage import load_state
 from progrpo.tracking.lock import only_writer
 from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training import checkpoints
 from progrpo.training.distributed import Ranks
+from progrpo.training.errors import MissingScoresError
 from progrpo.training.run import resume_run, train_run
 from progrpo.training.update import update
 
@@ -42,21 +44,23 @@ ITERATIONS = 4
 REWARD = """
 import numpy as np
 
-calls, fails_at, disturbs = 0, None, lambda: None
+calls, fails, disturbs = 0, {}, lambda: None
 
 def redness(images, prompts):
     global calls
     calls += 1
     disturbs()
-    if calls == fails_at:
-        raise KeyboardInterrupt("the power is out")  # no failure of a reward, which the run would survive
+    if calls in fails:
+        if fails[calls] is None:
+            return [None for image in images]
+        raise fails[calls]
     return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
 """
 
 
 @pytest.fixture(scope="module")
 def reward_module(tmp_path_factory):
-    """A module on the path whose reward can be told to fail at its n-th call."""
+    """A module on the path whose reward can be told how to fail at its n-th call."""
     import importlib
     import sys
 
@@ -139,15 +143,61 @@ def test_a_run_that_is_lengthened_is_a_longer_run(config, straight, tmp_path):
 
 
 def test_a_run_that_was_cut_off_is_taken_up_at_its_last_checkpoint(config, straight, tmp_path, reward_module):
-    reward_module.calls, reward_module.fails_at = 0, 17  # in the fourth iteration, with checkpoints after two
+    power_is_out = KeyboardInterrupt("the power is out")  # no failure of a reward, which the run would survive
+    reward_module.calls, reward_module.fails = (
+        0,
+        {17: power_is_out},
+    )  # in the fourth iteration, with checkpoints after two
     with pytest.raises(KeyboardInterrupt, match="the power is out"):
         train_run(config, tmp_path / "run")
-    reward_module.fails_at = None
+    reward_module.fails = {}
     stopped = RunFolder(tmp_path / "run")
     assert stopped.read_summary()["status"] == "stopped: the power is out"
     assert [r["iteration"] for r in stopped.read_metrics()] == [0, 1, 2]
     resume_run(tmp_path / "run")
     assert_the_same_run(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize(
+    ("fails", "says", "goes_on"),
+    [
+        ({16: None, 17: None}, "^iteration 4: 14 of 14 scores of reward failing_reward:redness are missing", 3),
+        ({17: Refusal("no licence")}, "^no licence", 3),
+        ({20: Refusal("no licence")}, "^no licence", 2),  # by an audit, after its iteration's update
+        ({2: Refusal("no licence")}, "^no licence$", None),  # before anything was trained
+    ],
+)
+def test_a_reward_that_ends_the_run_costs_no_finished_iteration(
+    config, straight, tmp_path, reward_module, fails, says, goes_on
+):
+    """Checkpoints are after two iterations."""
+    run = tmp_path / "run"
+    reward_module.calls, reward_module.fails = 0, fails
+    with pytest.raises((MissingScoresError, Refusal), match=says) as stopped:
+        train_run(config, run)
+    reward_module.fails = {}
+    assert RunFolder(run).read_summary()["status"] == f"stopped: {stopped.value}"
+    if goes_on is None:
+        assert not (run / "checkpoints").exists()
+        return
+    assert str(stopped.value).endswith(
+        f"; mend that, and go on from iteration_00000{goes_on} with: progrpo train --resume {run}"
+    )
+    resume_run(run)
+    assert_the_same_run(run, straight)
+    assert RunFolder(run).read_summary()["rewards"] == RunFolder(straight).read_summary()["rewards"]
+
+
+def test_what_a_reward_says_in_lines_is_one_sentence(config, tmp_path, reward_module, capsys):
+    """SystemExit among it, which ended the run without a word."""
+    reward = RewardConfig((RewardTerm("failing_reward:redness", retries=0),))
+    (tmp_path / "config.json").write_text(config_to_json(replace(config, reward=reward)))
+    reward_module.calls, reward_module.fails = 0, dict.fromkeys(range(1, 9), SystemExit("the judge\nis out"))
+    assert main(["train", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]) == 1
+    reward_module.fails = {}
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("progrpo: stopped: evaluation after 0 iterations: 3 of 3 scores of reward")
+    assert said.endswith("last error: reward failing_reward:redness: SystemExit: the judge is out")
 
 
 def test_the_global_generators_change_nothing(config, straight, tmp_path, monkeypatch, reward_module):
@@ -197,6 +247,29 @@ def test_a_changed_configuration_is_refused_unless_accepted(straight, tmp_path):
     records = RunFolder(tmp_path / "run").read_metrics()
     assert [r["update/lr"] for r in records] == [1e-3] * ITERATIONS + [2e-3]
     resume_run(tmp_path / "run")  # the change is the run's own now
+
+
+def test_changed_prompts_are_refused_unless_accepted(config, prompts, tmp_path):
+    train, test = tmp_path / "train.txt", tmp_path / "test.txt"
+    for file in (train, test):
+        file.write_text("\n".join(prompts))
+    own = replace(config.prompts, source=str(train)), replace(config.eval, prompts=str(test))
+    run = train_run(replace(config, iterations=1, prompts=own[0], eval=own[1]), tmp_path / "run")
+    resume_run(run.path)  # what is unchanged is not asked about
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()}
+    test.write_text("\n".join(reversed(prompts)))
+    with pytest.raises(ValueError, match=rf"^the evaluation prompts \({test}\) of {run.path} are not those"):
+        resume_run(run.path)
+    train.write_text(prompts[0])
+    with pytest.raises(ValueError, match=rf"^the training prompts \({train}\) and evaluation prompts \({test}\) of"):
+        resume_run(run.path)
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()} == before
+    resume_run(run.path, 2, accept_changes=True)
+    (warning,) = run.read_summary()["warnings"]
+    assert "before and after are of different prompts" in warning
+    assert "different prompts" in (run.path / "report.html").read_text()
+    assert run.read_metrics()[1]["prompts/seen"] == 1  # what was observed of the others is forgotten
+    resume_run(run.path)  # these are the run's own now
 
 
 def test_one_run_writes_to_a_folder(config, straight, tmp_path):

@@ -76,14 +76,14 @@ def test_updates_whose_gradient_is_not_finite_are_skipped_and_too_many_stop_the_
     assert record["update/skipped"] == 0 and record["update/grad_norm"] > 0
     assert any(not torch.equal(p, start[name]) for name, p in policy.trainable.items())
     bad[0] = True
-    with pytest.raises(SelfCheckError, match=r"iteration 2: 2 of the last 3 updates were skipped.*lower optim\.lr"):
+    with pytest.raises(SelfCheckError, match=r"iteration 3: 2 of the last 3 updates were skipped.*lower optim\.lr"):
         trainer.step()
 
 
 def test_rewards_that_are_all_missing_stop_the_run(tiny_trainer, tiny_config):
     trainer = tiny_trainer(tiny_config(), reward=lambda images, prompts: [None] * len(images))
     with pytest.raises(
-        SelfCheckError, match=r"iteration 0: 14 of 14 scores of reward reward are missing.*no finite number"
+        SelfCheckError, match=r"iteration 1: 14 of 14 scores of reward reward are missing.*no finite number"
     ):
         trainer.step()
 

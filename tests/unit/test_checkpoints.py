@@ -10,14 +10,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from progrpo import storage
 from progrpo.config import CheckpointConfig, Config, ModelConfig, OptimConfig, SamplingConfig
 from progrpo.durable import DiskError
 from progrpo.storage import load_state, save_state
 from progrpo.training import checkpoints
-from progrpo.training.checkpoints import check_unchanged, check_versions, newest, save, saved, writing_to
+from progrpo.training.checkpoints import (
+    check_length,
+    check_unchanged,
+    check_versions,
+    digest,
+    newest,
+    save,
+    saved,
+    writing_to,
+)
 from progrpo.training.distributed import Ranks
+from progrpo.types import Prompt
 
 CONFIG = Config(checkpoint=CheckpointConfig(keep=2))
 
@@ -201,11 +212,41 @@ def test_what_a_run_may_change_on_its_way_is_no_change(run):
     check_unchanged(run, load_state(run / "checkpoints" / "iteration_000003"), longer)
 
 
+@pytest.mark.parametrize(("decay", "iterations", "warned"), [(1.0, 8, 1), (1.0, 4, 0), (1.0, 3, 0), (0.0, 8, 0)])
+def test_another_length_is_said_where_the_learning_rate_depends_on_it(run, decay, iterations, warned):
+    config, warnings = replace(CONFIG, iterations=4, optim=OptimConfig(lr=1e-3, decay=decay)), list[str]()
+    save(run, state(3), config)
+    found = load_state(run / "checkpoints" / "iteration_000003")
+    check_length(found, replace(config, iterations=iterations), warnings.append)
+    assert len(warnings) == warned
+    if warned:  # of 2 of 4 iterations left, and of 5 of 8
+        assert "was after 4 and is after 8 iterations: it goes on with 0.000625 after 0.0005" in warnings[0]
+
+
 def test_a_field_that_the_checkpoint_does_not_know_is_no_change(run):
     """It was saved before there was such a field, whose default is what it did."""
     found = load_state(run / "checkpoints" / "iteration_000003")
     del found["config"]["optim"]["ema_decay"]
     check_unchanged(run, found, replace(CONFIG, optim=OptimConfig(ema_decay=0.5)))
+
+
+def test_lists_of_prompts_are_told_apart_by_texts_columns_and_order():
+    rows = {"a": Prompt("a", {"x": 1, "y": [b"1", {"z": None}]}), "b": Prompt("b", {"image": Image.new("RGB", (2, 2))})}
+    same = [Prompt("a", {"y": (b"1", {"z": None}), "x": 1}), Prompt("b", {"image": Image.new("RGB", (2, 2))})]
+    assert digest(rows.values()) == digest(same)
+    others = [
+        [rows["b"], rows["a"]],
+        [rows["a"]],
+        [rows["a"], Prompt("b")],
+        [Prompt("a", {**rows["a"].columns, "x": 2}), rows["b"]],
+        [Prompt("a", {"x": 1, "y": [b"2", {"z": None}]}), rows["b"]],
+    ]
+    assert len({digest(rows.values()), *map(digest, others)}) == 6
+
+
+def test_a_checkpoint_of_before_there_were_digests_is_taken(run):
+    now, sources = {"training": "1"}, {"training": "a.txt"}
+    assert checkpoints.check_prompts(run, {}, now, sources, accept=False) == []
 
 
 def test_other_versions_are_said(run):

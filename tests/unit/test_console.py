@@ -68,6 +68,14 @@ def test_the_summary_is_a_table_and_what_was_spent(capsys):
     ]
 
 
+def test_rewards_of_millions_are_short(capsys):
+    large = {"reward_before": 1e12, "reward_after": -3e15, "held_out_before": {"size": 1234567.0}}
+    Console(iterations=20).summary_table({**SUMMARY, **large})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == ["reward", "1e+12", "-3e+15", "-3.001e+15"]
+    assert lines[3] == ["held", "out:", "size", "1.23457e+06", "–", "–"]
+
+
 def test_the_judge_is_shown_where_there_is_one(capsys):
     Console(iterations=20).summary_table({**SUMMARY, "judge_before": 0.5})
     assert "judge            50.0 %       –             –" in capsys.readouterr().out

@@ -57,6 +57,13 @@ def test_a_bad_picture_costs_no_other():
     assert reward.asked[2:] == [[n] for n in range(20)]
 
 
+@pytest.mark.parametrize("how", [{}, {"timeout": 60.0}])
+def test_a_reward_that_ends_python_has_failed_like_another(how):
+    asked, _, _ = patient(lambda call, numbers: SystemExit("no key") if 3 in numbers else None, retries=0, **how)
+    scores = asked.score(PICTURES, PROMPTS)
+    assert [s.value is None for s in scores] == [n == 3 for n in range(20)] and scores[3].error == "SystemExit: no key"
+
+
 def test_a_reward_that_is_down_is_not_asked_about_every_picture():
     asked, reward, _ = patient(lambda call, numbers: ConnectionError(), retries=0)
     scores = asked.score(PICTURES, PROMPTS)

@@ -17,18 +17,71 @@ def pictures(*shape):
 
 def test_a_run_is_not_overwritten_by_accident(tmp_path):
     RunFolder.create(tmp_path / "run").write_config({"seed": 1})
-    with pytest.raises(ValueError, match=r"already holds a run .*--resume"):
+    with pytest.raises(ValueError, match=r"already holds a run .*--resume .*--overwrite"):
         RunFolder.create(tmp_path / "run")
 
 
+@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints/iteration_000002", "samples/0000.png"])
+def test_what_is_left_of_a_run_is_not_mixed_with_another(tmp_path, left):
+    (tmp_path / left).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"holds {left} of another run, whose config.json is gone.*--overwrite"):
+        RunFolder.create(tmp_path)
+    assert (tmp_path / left).exists()
+    RunFolder.create(tmp_path, overwrite=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_is_not_taken_for_a_run(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").touch()
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"holds transformer/config\.json but no run"):
+            RunFolder.create(tmp_path, overwrite)
+    assert (tmp_path / "transformer" / "config.json").exists()
+
+
+def test_an_empty_name_is_not_the_current_folder():
+    with pytest.raises(ValueError, match="name is empty"):
+        RunFolder.create("")
+
+
 def test_overwriting_deletes_the_run_and_nothing_else(tmp_path):
-    run = RunFolder.create(tmp_path)
+    """Of folders whose names a user's own may have: what a run writes there, and they themselves when that leaves them empty."""
+    mine = ("notes.txt", "samples/mine.txt", "audit/mine.json", "checkpoints/best/a.pt", "lora/README.md", "unet/x.png")
+    for name in (*mine, "lora/pytorch_lora_weights.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    run = RunFolder(tmp_path)
     run.write_config({})
     run.append_metrics({"iteration": 0})
     run.save_samples(0, pictures(2))
-    (tmp_path / "notes.txt").write_text("mine")
+    run.write_audit({"iteration": 0, "steps": []}, pictures(2, 1))
+    run.write_evaluation("before", [{"prompt": "a"}], pictures(1))
+    for left in ("checkpoints/iteration_000001", "checkpoints/iteration_000002.writing", "lora.previous"):
+        (tmp_path / left).mkdir()
+    (tmp_path / "lora.previous" / "pytorch_lora_weights.safetensors").touch()
+    (tmp_path / "samples" / "0001.png.12.writing").touch()
+    (tmp_path / "samples" / "novel.writing").touch()
     RunFolder.create(tmp_path, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    there = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert there == sorted([*mine, "samples/novel.writing"])
+    assert not (tmp_path / "evaluation").exists() and not (tmp_path / "lora.previous").exists()
+
+
+def test_new_weights_leave_what_lies_beside_the_old(tmp_path):
+    run = RunFolder.create(tmp_path)
+    for version in ("old", "new"):
+        with run.weights("lora") as folder:
+            (folder / "pytorch_lora_weights.safetensors").write_text(version)
+        if version == "old":
+            (tmp_path / "lora" / "README.md").write_text("mine")
+            (tmp_path / "lora" / "pictures").mkdir()
+    assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == [
+        "README.md",
+        "pictures",
+        "pytorch_lora_weights.safetensors",
+    ]
+    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").read_text() == "new"
 
 
 def test_numbers_without_a_json_form_become_null(tmp_path):
@@ -114,17 +167,17 @@ def test_overwriting_deletes_checkpoints_first_and_the_config_last(tmp_path, mon
     monkeypatch.setattr(shutil, "rmtree", noted(shutil.rmtree))
     monkeypatch.setattr(Path, "unlink", noted(Path.unlink))
     RunFolder.create(run.path, overwrite=True)
-    assert (deleted[0], deleted[-1]) == ("checkpoints", "config.json") and "samples" in deleted
+    assert deleted == ["iteration_000001", "0000.png", "metrics.jsonl", "config.json"]
     assert list(run.path.iterdir()) == []
 
 
-def test_what_cannot_be_deleted_stops_an_overwriting(tmp_path):
-    """A folder that is a link to another disk: its checkpoints would be taken for the new run's."""
+def test_overwriting_a_run_whose_checkpoints_lie_elsewhere(tmp_path):
+    """In a folder that is a link to another disk: they would be taken for the new run's. The link is the user's."""
     RunFolder.create(tmp_path / "run").write_config({})
-    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "iteration_000001").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="symbolic link"):
-        RunFolder.create(tmp_path / "run", overwrite=True)
+    RunFolder.create(tmp_path / "run", overwrite=True)
+    assert [*(tmp_path / "elsewhere").iterdir()] == [] and (tmp_path / "run" / "checkpoints").is_symlink()
 
 
 def test_a_folder_that_vanished_is_not_made_anew(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,8 +94,10 @@ class Mixture:
             check(term.reward, prompts)
 
     def close(self) -> None:
-        for term in self._terms:
-            close(term.reward)
+        """All of them, also where one raises."""
+        with ExitStack() as closing:
+            for term in self._terms:
+                closing.callback(close, term.reward)
 
     def _scores(
         self, term: Term, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt], group_N: Tensor, rows: Tensor

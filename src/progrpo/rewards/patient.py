@@ -14,6 +14,10 @@ from progrpo.types import Prompt
 
 _HOPELESS = 8  # single pictures that fail before the first success: the reward is down, not a picture bad
 _HANGING = 4  # calls that were given up and still run
+_FAILURES = (
+    Exception,
+    SystemExit,
+)  # whatever a reward's author let through; the second would end the run without a word
 
 
 class Patient:
@@ -38,7 +42,7 @@ class Patient:
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         found, rows = [Score(None)] * len(prompts), list(range(len(prompts)))
-        failure: Exception | None = None
+        failure: BaseException | None = None
         for attempt in range(self._retries + 1):
             if attempt:
                 self._sleep(self._backoff * 2 ** (attempt - 1) * (0.5 + random.random()))
@@ -46,7 +50,7 @@ class Patient:
                 scores, failure = self._in_time(pictures_NHWC[rows], [prompts[i] for i in rows]), None
             except Refusal:
                 raise
-            except Exception as error:  # whatever a reward's author let through
+            except _FAILURES as error:
                 scores, failure = [_failed(error)] * len(rows), error
             for i, score in zip(rows, scores, strict=True):
                 found[i] = score
@@ -71,7 +75,7 @@ class Patient:
                 scores += self._in_time(pictures_NHWC[i : i + 1], prompts[i : i + 1])
             except Refusal:
                 raise
-            except Exception as error:
+            except _FAILURES as error:
                 scores.append(_failed(error))
                 down = len(scores) >= _HOPELESS and all(s.error for s in scores)
                 if down or isinstance(error, TimeoutError):
@@ -104,5 +108,5 @@ class Patient:
         raise TimeoutError(f"no answer in {self._timeout:g} s")
 
 
-def _failed(error: Exception) -> Score:
+def _failed(error: BaseException) -> Score:
     return Score(None, error=f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)

@@ -8,14 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from progrpo.tracking.wording import MISSING, count, duration, number, percent
+from progrpo.tracking.wording import MISSING, count, duration, number, percent, signed
 
 _RECENT = 5
 _PREVIEW = "preview/rank_correlation@"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}"
 
 
 class Console:
@@ -98,7 +94,7 @@ class Console:
         reward = record.get("reward/mean")
         if reward is None or self._first_reward is None:
             return f"reward {MISSING}"
-        return f"reward {number(reward)} ({_signed(reward - self._first_reward)})"
+        return f"reward {number(reward)} ({signed(reward - self._first_reward)})"
 
     def _nfe(self, record: Mapping[str, Any]) -> str:
         nfe = record.get("rollout/nfe")
@@ -186,7 +182,7 @@ def _summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]
 def _change(before: float | None, after: float | None, share: bool) -> str:
     if before is None or after is None:
         return MISSING
-    return f"{100 * (after - before):+.1f} points" if share else _signed(after - before)
+    return f"{100 * (after - before):+.1f} points" if share else signed(after - before)
 
 
 def _spent(summary: Mapping[str, Any]) -> str:

@@ -14,17 +14,33 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from progrpo.durable import WRITING, append, sync, write_file
+from progrpo.durable import PREVIOUS, WRITING, append, new_folder, sync, whole_folder, write_file
 
 _FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "report.html")
-_FOLDERS = ("checkpoints", "evaluation", "audit", "samples", "lora", "transformer", "unet")
+_ENDS = f"({re.escape(WRITING)}|{re.escape(PREVIOUS)})?"
+_WEIGHTS = {
+    "lora": r"pytorch_lora_weights\.safetensors",
+    **dict.fromkeys(("transformer", "unet"), r"config\.json|diffusion_pytorch_model[^/]*\.safetensors(\.index\.json)?"),
+}
+_IN_FOLDERS = {
+    "checkpoints": rf"iteration_\d+{_ENDS}",
+    "evaluation/before": r"\d+\.png",
+    "evaluation/after": r"\d+\.png",
+    "evaluation": r"(before|after)\.json",
+    "audit": r"\d+\.(json|png)",
+    "samples": r"\d+\.png",
+    **{folder + end: files for folder, files in _WEIGHTS.items() for end in ("", WRITING, PREVIOUS)},
+}
+"""What a run writes in folders, whose names a user's own may have; an inner folder before the one that it lies in."""
 _GAP_GREY = 236
 _SIDE = 192  # pixels of a picture on an audit's sheet, as many as the report shows
 
@@ -82,45 +98,64 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
+        """ValueError for an empty name, which would be the current folder."""
+        if not str(path):
+            raise ValueError("the run folder's name is empty; give one, or . for the current folder")
         self.path = Path(path)
 
     @classmethod
     def create(cls, path: str | Path, overwrite: bool = False) -> RunFolder:
-        """A folder for a new run; ValueError if it holds one already, unless that one may be deleted."""
+        """A folder for a new run.
+
+        ValueError if it holds one already, or what is left of one, unless that may be deleted; and for weights beside no run, which are
+        somebody else's.
+        """
         run = cls(path)
-        if (run.path / "config.json").exists():
-            if not overwrite:
-                raise ValueError(
-                    f"{path} already holds a run (config.json); give another --out or resume it with "
-                    f"`progrpo train --resume {path}`"
-                )
-            run._delete()
+        left = [str(file.relative_to(run.path)) for file in run._own()]
+        if left and all(Path(file).parent.name in _WEIGHTS for file in left):
+            raise ValueError(f"{path} holds {left[0]} but no run; a run would replace it: give another --out")
+        if left and not overwrite:
+            raise ValueError(
+                f"{path} already holds a run (config.json); resume it with `progrpo train --resume {path}`, replace it with"
+                " --overwrite, or give another --out"
+                if "config.json" in left
+                else f"{path} holds {left[0]} of another run, whose config.json is gone; replace it with --overwrite, or give another --out"
+            )
+        run._delete(left)
         run.path.mkdir(parents=True, exist_ok=True)
         return run
 
-    def _delete(self) -> None:
-        """Delete the files of a run, and only those: the folder may hold something of the user's.
+    def _own(self) -> Iterator[Path]:
+        """What a run wrote, and nothing that a user put beside it: checkpoints first and config.json last."""
+        for folder, names in _IN_FOLDERS.items():
+            there = sorted((self.path / folder).iterdir()) if (self.path / folder).is_dir() else []
+            yield from (path for path in there if re.fullmatch(names, path.name))
+        yield from (path for name in reversed(_FILES) if (path := self.path / name).exists())
 
-        Checkpoints go first and config.json last: if this is cut off, the rest is a run to be overwritten, which neither goes on
-        from half of its files nor lets a new one begin among them.
+    def _delete(self, own: Sequence[str]) -> None:
+        """Delete these, and a folder only when that leaves it empty.
+
+        If this is cut off, the rest is a run to be overwritten, which neither goes on from half of its files nor lets a new one
+        begin among them.
         """
+        if not own:
+            return
         self._delete_unfinished()
-        for name in (*_FOLDERS, *reversed(_FILES)):
-            path = self.path / name
-            if path.is_dir():
+        for path in map(self.path.joinpath, own):
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
-                path.unlink(missing_ok=True)
-            sync(self.path)
+                path.unlink()
+            sync(path.parent)
+        for folder in map(self.path.joinpath, _IN_FOLDERS):
+            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def _delete_unfinished(self) -> None:
-        """What a killed writer has left. Checkpoints see to their own."""
-        for path in self.path.glob(f"*{WRITING}"):
-            if path.name.startswith(_FILES):
-                path.unlink()
-        for name in _FOLDERS:
-            for path in (self.path / name).glob(f"**/*{WRITING}"):
-                if path.is_file():
+        """What a killed writer has left of single files. Checkpoints and weights see to their own."""
+        for folder, names in [(".", "|".join(map(re.escape, _FILES))), *_IN_FOLDERS.items()]:
+            for path in (self.path / folder).glob(f"*{WRITING}"):
+                if re.fullmatch(rf"({names})\.\d+{re.escape(WRITING)}", path.name) and path.is_file():
                     path.unlink()
 
     def _write(self, relative: str, write: Callable[[BinaryIO], Any]) -> Path:
@@ -193,9 +228,23 @@ class RunFolder:
             if int(path.stem) >= iteration:
                 path.unlink()
 
-    def _numbered(self, folder: str) -> Iterator[Path]:
+    def _numbered(self, folder: str) -> list[Path]:
         """The files of a folder that are named by their iteration."""
-        return (path for path in (self.path / folder).glob("*.*") if path.stem.isdecimal())
+        there = (self.path / folder).glob("*.*")
+        return [path for path in there if re.fullmatch(_IN_FOLDERS[folder], path.name)]
+
+    @contextmanager
+    def weights(self, name: str) -> Iterator[Path]:
+        """A folder of weights for the block to fill: it takes its place whole, and keeps what a user put into the one before."""
+        with new_folder(self.path / name) as folder:
+            yield folder
+            before = whole_folder(self.path / name)
+
+            def own(at: str, names: list[str]) -> list[str]:
+                return [n for n in names if Path(at) == before and re.fullmatch(_WEIGHTS[name], n)]
+
+            if before.is_dir():
+                shutil.copytree(before, folder, symlinks=True, ignore=own, dirs_exist_ok=True)
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 

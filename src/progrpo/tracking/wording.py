@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 MISSING = "–"
+_LARGE = 1e6  # from here on digits behind the point say nothing, and those before it fill a table
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    return MISSING if value is None else f"{value:.{digits}f}"
+    if value is None:
+        return MISSING
+    return f"{value:g}" if abs(value) >= _LARGE else f"{value:.{digits}f}"
+
+
+def signed(value: float) -> str:
+    return f"{value:+g}" if abs(value) >= _LARGE else f"{value:+.3f}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:

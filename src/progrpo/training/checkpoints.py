@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from progrpo import __version__
-from progrpo.config import Config, config_to_json, to_dict
+from progrpo.config import Config, config_to_json, learning_rate, to_dict
 from progrpo.durable import PREVIOUS, WRITING, DiskError, sync
 from progrpo.storage import disk_error, load_state, save_state
 from progrpo.tracking.lock import only_writer
 from progrpo.training.distributed import Ranks
+from progrpo.types import Prompt
 from progrpo.words import quoted
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -128,6 +131,43 @@ def check_unchanged(run: Path, state: Mapping[str, Any], config: Config) -> None
         )
 
 
+def digest(prompts: Iterable[Prompt]) -> str:
+    """What tells lists of prompts apart: texts and columns, in order. Of a column's object that is no plain value its kind counts alone."""
+    whole = hashlib.sha256()
+    for prompt in prompts:
+        whole.update(f"{prompt.text!r} {_told(prompt.columns)}\n".encode())
+    return whole.hexdigest()
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(sorted(f'{_told(name)}: {_told(v)}' for name, v in value.items()))}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_told, value))}]"
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, int):
+        return hex(value)  # in decimals one may be too long for Python
+    return repr(value) if value is None or isinstance(value, str | float) else type(value).__qualname__
+
+
+def check_prompts(
+    run: Path, state: Mapping[str, Any], now: Mapping[str, str], sources: Mapping[str, str], accept: bool
+) -> list[str]:
+    """Which prompts are not those that the run had until now, by what they are for. ValueError that names them, unless that is accepted.
+
+    `now` are digests and `sources` where the prompts are from. A checkpoint of before there were digests is taken.
+    """
+    was = state.get("prompts", {})
+    changed = [name for name in now if name in was and was[name] != now[name]]
+    if changed and not accept:
+        which = " and ".join(f"{name} prompts ({sources[name]})" for name in changed)
+        raise ValueError(
+            f"the {which} of {run} are not those that it had until the checkpoint; put them back, or give --accept-changes to go on with these"
+        )
+    return changed
+
+
 def check_versions(state: Mapping[str, Any], config: Config, warn: Callable[[str], None]) -> None:
     """A warning if the checkpoint is of other versions: the run goes on, and may not come to what it would have."""
     differing = [
@@ -138,6 +178,18 @@ def check_versions(state: Mapping[str, Any], config: Config, warn: Callable[[str
     if differing:
         warn(
             f"the checkpoint is of other versions, so figures may differ from a straight run's: {', '.join(differing)}"
+        )
+
+
+def check_length(state: Mapping[str, Any], config: Config, warn: Callable[[str], None]) -> None:
+    """A warning if the run gets another length while its learning rate depends on that."""
+    was, done = replace(config, iterations=state["config"]["iterations"]), state["iteration"]
+    if config.optim.decay and was.iterations != config.iterations != done:
+        until, now = learning_rate(was, max(0, done - 1)), learning_rate(config, done)
+        warn(
+            f"the learning rate falls towards the run's end (optim.decay {config.optim.decay:g}), which was after {was.iterations} and is"
+            f" after {config.iterations} iterations: it goes on with {now:.3g} after {until:.3g}, so the run is not what one of"
+            f" {config.iterations} iterations from the start would be"
         )
 
 

@@ -11,7 +11,7 @@ from progrpo.objectives.base import Experience, Objective
 from progrpo.policies.base import Policy
 from progrpo.policies.sharded import gathered
 from progrpo.rewards.mix import Failures
-from progrpo.training.errors import SelfCheckError
+from progrpo.training.errors import MissingScoresError, SelfCheckError
 
 _ROUNDING = 1e-6  # a few float32 steps of a log-prob near 1
 _OFF = 0.05  # of a step's noise, that its mean may be off by where sampling and training round differently
@@ -51,7 +51,7 @@ def check_failures(failures: Sequence[Failures], bound: float, when: str) -> Non
         asked, missing = (sum(f.asked[name] for f in failures), sum(f.missing[name] for f in failures))
         if missing > bound * asked or (asked and missing == asked):
             last = next((f.last_error for f in failures if f.last_error), None)
-            raise SelfCheckError(
+            raise MissingScoresError(
                 f"{when}: {missing} of {asked} scores of reward {name} are missing (reward.max_missing allows"
                 f" {bound:.0%}); last error: {last or 'none was given'}"
             )

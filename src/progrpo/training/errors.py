@@ -13,5 +13,9 @@ class SelfCheckError(RuntimeError):
     """The run is not doing what it says; the message names what was seen and the likely cause."""
 
 
+class MissingScoresError(SelfCheckError):
+    """A reward failed on more pictures than a run may lack. What was trained until then is not suspect."""
+
+
 class LostProcessError(RuntimeError):
     """Another process of the run is gone, so that this one cannot go on; the message says from where the run can."""

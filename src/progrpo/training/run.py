@@ -6,8 +6,8 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, count
 from pathlib import Path
@@ -18,10 +18,9 @@ import torch
 
 from progrpo.config import Config, RewardTerm, check, microbatch, to_dict, trained_items
 from progrpo.data import ORDERS, PromptOrder, Prompts, prompts_of
-from progrpo.durable import new_folder
 from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
-from progrpo.rewards.base import Judge
+from progrpo.rewards.base import Judge, Refusal
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.mix import Mixture, Term
 from progrpo.rollout.denoise import Sampling
@@ -49,7 +48,7 @@ from progrpo.training.build import (
     train_order,
 )
 from progrpo.training.distributed import Ranks, lost_in_words
-from progrpo.training.errors import Interrupted
+from progrpo.training.errors import Interrupted, MissingScoresError
 from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, evaluate, kl_to_reference, ode
 from progrpo.training.judge import prompt_cost
 from progrpo.training.measure import measured
@@ -73,6 +72,18 @@ def _how_to_go_on(run: Path) -> str:
     return f"go on from {last[-1].name} with --resume {run}" if last else _NO_CHECKPOINT
 
 
+@contextmanager
+def _mendable(run: Path) -> Iterator[None]:
+    """What a reward says to end the run, with the command that goes on once that is mended, if there is a checkpoint."""
+    try:
+        yield
+    except (MissingScoresError, Refusal) as error:
+        if not (last := checkpoints.saved(run)):
+            raise
+        kind = MissingScoresError if isinstance(error, MissingScoresError) else Refusal
+        raise kind(f"{error}; mend that, and go on from {last[-1].name} with: progrpo train --resume {run}") from error
+
+
 def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
     """Train a configuration into a new run folder; DiskError if the disk refuses what is written there."""
     check(config)
@@ -89,7 +100,9 @@ def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
 def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool = False) -> RunFolder:
     """Go on from the newest whole checkpoint, exactly as the run would have gone; DiskError if the disk refuses.
 
-    ValueError if the configuration was changed since, unless that is accepted.
+    With other `iterations`, as a run of so many would have gone, unless its learning rate depends on their number (`optim.decay`).
+
+    ValueError if the configuration or the prompts were changed since, unless that is accepted.
     """
     config = load_recipe(str(folder))
     run = RunFolder(folder)
@@ -105,17 +118,22 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
         if not accept_changes:
             checkpoints.check_unchanged(folder, state, config)
         checkpoints.check_versions(state, config, warn)
+        checkpoints.check_length(state, config, warn)
         if state["iteration"] > config.iterations:
             raise ValueError(
                 f"{folder} is at iteration {state['iteration']}, past --iterations {config.iterations}; give more"
             )
+
+        made = _from_config(config, run, ranks)
+        sources = {"training": config.prompts.source, "evaluation": config.eval.prompts}
+        changed = checkpoints.check_prompts(folder, state, made.prompts, sources, accept_changes)
 
         def go_back() -> None:
             run.write_config(to_dict(config))
             run.truncate(state["iteration"])
 
         ranks.from_main(go_back)
-        return _from_config(config, run, ranks).train(state)
+        return made.train(state, changed)
 
 
 def train(
@@ -252,6 +270,11 @@ class Run:
         self._path = plan_path(self.trainer.plan)
         self._hacking, self._hacked = HackingWatch(config.watch.max_kl), False
         self._warnings: list[str] = []
+        self.prompts = {
+            "training": checkpoints.digest(order.whole),
+            "evaluation": checkpoints.digest(chain(held_out.test, held_out.validation)),
+        }
+        """Digests, by what the prompts are for."""
         self._check_prompts(order)
 
     def _check_prompts(self, order: PromptOrder) -> None:
@@ -269,40 +292,70 @@ class Run:
         """Make the run folder, once every part of the run could be built; ValueError if it holds a run already."""
         self.ranks.from_main(lambda: RunFolder.create(self.folder.path, overwrite).write_config(to_dict(self.config)))
 
-    def train(self, state: Mapping[str, Any] | None = None) -> RunFolder:
+    def train(self, state: Mapping[str, Any] | None = None, changed: Sequence[str] = ()) -> RunFolder:
+        """To the end; from a checkpoint's `state`, whose prompts for what `changed` names were others."""
         start = time.perf_counter()
         if state is not None:
-            self.trainer.load_state_dict(state)
-            self.best = None if state["best"] is None else Best(**state["best"])
-            self._pays, self._path = state["pays"], plan_path(self.trainer.plan)
-            self._hacking.load_state_dict(state["hacking"])
-            self._hacked, self._warnings = state["hacked"], list(state["warnings"])
+            self._take_up(state, changed)
             start -= state["wall_seconds"]
-            if self.ranks.is_main and (costs := self.folder.read_costs()) is not None:
-                self.trainer.judge.recorded = UnitCosts(**costs)
         console = Console(
             self.config.iterations,
             nfe_unpruned=self._nfe_unpruned(1),
             history=self.folder.read_metrics(),
             enabled=self.ranks.is_main,
         )
+        if "evaluation" in changed:
+            self._warn(
+                "the evaluation prompts were changed during the run: before and after are of different prompts, so what lies"
+                " between them is not what training did",
+                console,
+            )
         if not self.config.model.keep_text_encoders:
             self._encode_all()
         try:
-            with lost_in_words(lambda: _how_to_go_on(self.folder.path)), Stop(self.ranks) as stop:
+            path = self.folder.path
+            with lost_in_words(lambda: _how_to_go_on(path)), _mendable(path), Stop(self.ranks) as stop:
                 self._train(console, start, stop, fresh=state is None)
         except BaseException as why:
             with suppress(OSError):  # of a full disk, which must not hide why
                 self._write_summary(start, f"stopped: {str(why) or type(why).__name__}")
             raise
         finally:
-            for scorer in filter(None, (self.reward, self.held_out.rewards)):
-                scorer.close()
+            self._close_rewards(console)
         self._write_summary(start, "finished")
         if self.ranks.is_main:
             console.summary_table(self.folder.read_summary(), write_report(self.folder.path))
         self.ranks.leave()
         return self.folder
+
+    def _close_rewards(self, console: Console) -> None:
+        """One that fails in it takes nothing from the run, whose scores are all there."""
+        for scorer in filter(None, (self.reward, self.held_out.rewards)):
+            try:
+                scorer.close()
+            except Exception as error:
+                said = " ".join(f"{type(error).__name__}: {error}".split())
+                console.warn(
+                    f"a reward's close() failed ({said}); the run is not affected, what the reward holds may be held still"
+                )
+
+    def _take_up(self, state: Mapping[str, Any], changed: Sequence[str]) -> None:
+        if "training" in changed:  # what was observed is of other prompts
+            state = {**state, "order": self.trainer.order.state_dict()}
+        self.trainer.load_state_dict(state)
+        self.best = None if state["best"] is None else Best(**state["best"])
+        self._pays, self._path = state["pays"], plan_path(self.trainer.plan)
+        if "evaluation" not in changed:  # else there is nothing to compare with yet
+            self._hacking.load_state_dict(state["hacking"])
+        self._hacked, self._warnings = state["hacked"], list(state["warnings"])
+        if self.ranks.is_main and (costs := self.folder.read_costs()) is not None:
+            self.trainer.judge.recorded = UnitCosts(**costs)
+
+    def _warn(self, sentence: str, console: Console) -> None:
+        """Once, in the console, and kept for the summary and the report."""
+        if sentence not in self._warnings:
+            self._warnings.append(sentence)
+            console.warn(sentence)
 
     def _train(self, console: Console, start: float, stop: Stop, fresh: bool) -> None:
         console.say(self._what_runs())
@@ -314,7 +367,7 @@ class Run:
         self._write_summary(start, "running")
         while self.trainer.iteration < self.config.iterations and not self._hacked:
             self._stop_if_asked(stop, start)
-            done = self.trainer.step()
+            done = self._step(start)
             self._keep_microbatches(console)
             if self.config.eval.every and self.trainer.iteration % self.config.eval.every == 0:
                 done.record.update(self._validate(done.record, console))
@@ -329,9 +382,20 @@ class Run:
         weights = Best.NAME if self.best else self.trainer.evaluated_weights
         self._evaluate("after", weights, console)
         name = "lora" if self.config.model.weights == "lora" else self.policy.denoiser_name
-        whole = new_folder(self.folder.path / name)  # a run that is killed here leaves no half of it
+        whole = self.folder.weights(name)  # a run that is killed here leaves no half of it
         with whole if self.ranks.is_main else nullcontext() as folder:
             self.policy.save(folder, weights)
+
+    def _step(self, start: float) -> Iteration:
+        """The next iteration. Where a reward ends the run before anything of it was learnt, what was trained until then is saved."""
+        before = self.trainer.totals.state_dict()
+        try:
+            return self.trainer.step()
+        except (MissingScoresError, Refusal) as error:
+            together = isinstance(error, MissingScoresError) or self.ranks.world == 1  # all save; one alone may refuse
+            if self.trainer.iteration and self.trainer.untouched and together:
+                self._checkpoint(time.perf_counter() - start, before)
+            raise
 
     def _keep_microbatches(self, console: Console) -> None:
         """Those that memory was found not to be enough for were halved; a resumed run begins with what fits."""
@@ -443,9 +507,7 @@ class Run:
             statistics = {name: result.column(name) for name in STATISTICS} | {"diversity within groups": recent}
             found = self._hacking.look(result.column("graded"), witnesses, statistics, kl)
             for sentence in found:
-                if sentence not in self._warnings:
-                    self._warnings.append(sentence)
-                    console.warn(f"the model may be learning to please the reward alone: {sentence}")
+                self._warn(f"the model may be learning to please the reward alone: {sentence}", console)
         ended = self.config.watch.hacking == "stop" and self._hacking.alarms >= 2
         self._hacked = self.ranks.gather([ended])[0]
         if self._hacked:
@@ -479,11 +541,13 @@ class Run:
                     )
         return result
 
-    def _checkpoint(self, wall_seconds: float) -> None:
+    def _checkpoint(self, wall_seconds: float, totals: Mapping[str, Any] | None = None) -> None:
+        """As after the last iteration. `totals` take the place of those that the next one has begun to count in."""
         start = time.perf_counter()
         best = None if self.best is None else asdict(self.best)
         state = {**self.trainer.state_dict(), "best": best, "pays": self._pays, "wall_seconds": wall_seconds}
         state |= {"hacking": self._hacking.state_dict(), "hacked": self._hacked, "warnings": self._warnings}
+        state |= {"prompts": self.prompts, "totals": totals or state["totals"]}
         if self.ranks.is_main:
             checkpoints.save(self.folder.path, state, self.config)
         self.trainer.totals.add_seconds({"checkpoint": time.perf_counter() - start})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -13,7 +15,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """While it is entered, the first of these signals is noted and not obeyed; a second SIGINT is a KeyboardInterrupt at once.
+    """While it is entered, the first of these signals is noted, said and not obeyed; a SIGINT after it is a KeyboardInterrupt at once.
 
     In another thread than the main one, where Python has no say over signals, it notes nothing.
     """
@@ -41,4 +43,11 @@ class Stop:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._noted and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self._noted and self._ranks.is_main:
+            said = (
+                f"progrpo: {signal.Signals(number).name}: the run ends, with all saved, as soon as this iteration or evaluation is done;"
+                " Ctrl-C from now on ends it at once, and what is not saved is lost\n"
+            )
+            with suppress(OSError):  # nobody may be there to read
+                os.write(2, said.encode())  # print may be in the middle of another line
         self._noted = number

@@ -110,6 +110,8 @@ class Trainer:
         self.objective = objective_from(config, policy)
         self.optimizer = optimizer_from(config.optim, policy.trainable.values(), ranks.zero)
         self.iteration, self.totals = 0, Totals()
+        self.untouched = True
+        """Whether nothing but totals has changed since the last iteration ended: until the next one has its scores."""
         for name in (*([EMA] if config.optim.ema_decay > 0 else []), *self.objective.averages):
             policy.named_weights.snapshot(name)
         self._frozen, self._checked = checks.fingerprint(policy), False
@@ -120,6 +122,11 @@ class Trainer:
     def evaluated_weights(self) -> str:
         """The weights that evaluation and the saved LoRA use."""
         return EMA if self.config.optim.ema_decay > 0 else "current"
+
+    @property
+    def _number(self) -> int:
+        """Of the iteration that runs, as people are told it: counted from 1."""
+        return self.iteration + 1
 
     @property
     def sampling(self) -> Sampling:
@@ -140,7 +147,8 @@ class Trainer:
         sampling = self.sampling
         with self.policy.weights(self.objective.rollout_weights):
             rolled = self.within_memory(lambda m: self._roll_out(prompts, slots, self.sampling, key, m), meter)
-        failed = self.check_failures(f"iteration {self.iteration}")
+        failed = self.check_failures(f"iteration {self._number}")
+        self.untouched = False
         self._observe(slots, rolled)
         with meter.stage("update"):
             tally = self._update(rolled, sampling, key, meter)
@@ -154,14 +162,14 @@ class Trainer:
             self._collect_failures()
         record = self._record(tally, meter, audited, found, time.perf_counter() - start)
         record |= {f"reward/failed@{name}": count for name, count in failed.items() if count}
-        self.checks.rewards(self.iteration, record, len(prompts))
+        self.checks.rewards(self._number, record, len(prompts))
         self._learn_of_previews(rolled, found)
         record |= self._judge_plan(found)
         self._check_previews(record)
         since = time.perf_counter() - start - record["seconds"]
         record |= {"seconds": record["seconds"] + since, "time/other": record["time/other"] + since}
         self.totals.add_seconds({"other": since})
-        self.iteration += 1
+        self.iteration, self.untouched = self.iteration + 1, True
         return Iteration(record, rolled, found)
 
     @property
@@ -221,9 +229,9 @@ class Trainer:
         for name, average in self.objective.averages.items():
             self.policy.named_weights.update(name, average.decay(self.iteration + 1))
         skipped = int(seen.maxima["update/skipped"])
-        self.checks.updates(self.iteration, skipped, self.config.optim.updates_per_rollout)
+        self.checks.updates(self._number, skipped, self.config.optim.updates_per_rollout)
         taught = self.ranks.sum(torch.tensor(float(items))).item() > 0 and not skipped
-        self.checks.weights(self.iteration, checks.sum_of_trained(self.policy), taught)
+        self.checks.weights(self._number, checks.sum_of_trained(self.policy), taught)
         if taught and not self._checked:
             self._check_first_update(seen, experience)
         return tally
@@ -300,7 +308,7 @@ class Trainer:
         """Of the audit, if there was one; all processes hear of it."""
         if self._audit_due():
             found = [value for name, value in record.items() if name.startswith("preview/rank_correlation@")]
-            self.checks.agreement(self.iteration, self.ranks.gather([found])[0])
+            self.checks.agreement(self._number, self.ranks.gather([found])[0])
 
     def _judge_plan(self, found: Audit | None) -> dict[str, Any]:
         """What the main process makes of the plan after an audit; every process takes the plan that it chooses."""

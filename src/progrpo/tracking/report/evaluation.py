@@ -107,7 +107,7 @@ def _rewards(run: Run) -> str:
     rows |= {f"{name}, scores missing": f"{count(n)} of {count(asked[name])}" for name, n in missing.items() if n}
     if any(missing.values()):
         rows["last error of a reward"] = about.get("last_error") or "none was given"
-    said = "".join(note(f"The model may be learning to please the reward alone: {escape(w)}.") for w in _warnings(run))
+    said = "".join(note(f"Warning: {escape(w)}.") for w in _warnings(run))
     return said + (f"<h3>Rewards</h3>{pairs(rows)}" if rows else "")
 
 
