@@ -224,6 +224,7 @@ def test_mistakes_are_refused_before_anything_is_sampled(
         ({"prompts": []}, "prompts is empty; give at least one"),
         ({"config": tiny_config(optim=OptimConfig(lr=0.0))}, r"optim\.lr must be above 0, not 0\.0"),
         ({"out": trained[0.0]}, "already holds a run"),
+        ({"prompts": [{"prompt": "a", "least": 0.5}, "b"], "reward": Verdicts()}, "takes 'least', but the prompt 'b'"),
     ):
         asked = {"prompts": prompts, "reward": redness, "config": tiny_config(), "out": tmp_path / "run", **wrong}
         with pytest.raises(ValueError, match=message):

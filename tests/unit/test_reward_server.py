@@ -355,7 +355,8 @@ def test_health_says_what_was_done():
         "requests": 1,
         "pictures": 2,
         "failures": 1,
-        "waiting": 0,
+        "columns": [],
+            "waiting": 0,
     }
 
 

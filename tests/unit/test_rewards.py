@@ -86,14 +86,30 @@ def test_a_column_comes_only_if_it_is_asked_for():
     ]
 
 
-def test_a_column_that_no_prompt_has_is_named():
-    def one(images, prompts, traget):
-        return [0.0] * 3
+def test_a_column_that_a_prompt_lacks_is_named_before_a_picture_is_scored_and_never_afterwards():
+    def one(images, prompts, traget, note=None):
+        return [0.0 if t is None else 1.0 for t in traget]
 
-    with pytest.raises(ValueError, match=r"one takes 'traget', but these prompts have no column .*\(note, target\)"):
-        FunctionReward(one).score(PICTURES, PROMPTS)
-    with pytest.raises(ValueError, match=r"\(none at all\); add it to the prompt file or give it a default"):
-        FunctionReward(one).score(PICTURES, [Prompt("a")] * 3)
+    reward = FunctionReward(one)
+    with pytest.raises(Refusal, match=r"one takes 'traget', but the prompt 'a' has no column .*\(note, target\)"):
+        reward.check(PROMPTS)
+    whole = Prompt("a", {"traget": None})
+    reward.check([whole])
+    with pytest.raises(Refusal, match=r"the prompt 'last' has .*\(none at all\); give it to every prompt, or the param"):
+        reward.check([whole, whole, Prompt("last")])
+    assert [s.value for s in reward.score(PICTURES[:1], [Prompt("last")])] == [0.0]
+
+
+def test_columns_are_looked_at_before_anything_is_loaded():
+    class Slow:
+        def load(self):
+            raise AssertionError("loaded")
+
+        def score(self, images, prompts, target):
+            return target
+
+    with pytest.raises(Refusal, match=r"Slow\.score takes 'target', but the prompt 'c'"):
+        FunctionReward(Slow()).check(PROMPTS)
 
 
 def test_the_first_two_parameters_may_have_any_name():

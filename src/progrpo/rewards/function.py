@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from progrpo.rewards.base import Refusal, Score
+from progrpo.rewards.base import Refusal, Score, require_columns
 from progrpo.sources import COLUMN, pictures
 from progrpo.types import Prompt
 
@@ -23,7 +23,7 @@ class FunctionReward:
     `images` are PIL pictures and `prompts` texts. A column reaches the function as a list under its own name if the
     function has a parameter of that name (or takes `**kwargs`); that of source pictures, `image`, holds PIL pictures in RGB.
     None, NaN and infinities are missing scores; a `Score` may be returned for a number, to say more. An object's `load()` is
-    called once before its first score, its `close()` when the run ends. With an attribute `groupwise = True` the pictures of one call are a group's, as a ranking needs them.
+    called once before its first score, its `close()` when the run ends. `needed` names the columns that every prompt must have, which `check` sees to. With an attribute `groupwise = True` the pictures of one call are a group's, as a ranking needs them.
     With `video = True` an image is a whole video, a uint8 array (F, H, W, 3), and a picture one of a single frame.
     """
 
@@ -42,7 +42,7 @@ class FunctionReward:
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._names = {p.name for p in named} - self._first_two
-        self._needed = {p.name for p in named if p.default is p.empty} - self._first_two
+        self.needed = sorted({p.name for p in named if p.default is p.empty} - self._first_two)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         self._load()
@@ -52,8 +52,8 @@ class FunctionReward:
         return [score for part in parts for score in self._call(pictures_NHWC[part], prompts[part], columns, part)]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
+        require_columns(self._called, self.needed, prompts)
         self._load()
-        self._columns(prompts)
 
     def close(self) -> None:
         if hasattr(self._whole, "close"):
@@ -84,13 +84,7 @@ class FunctionReward:
     def _columns(self, prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
         """The columns that the function takes, as lists; None where a prompt has no such column."""
         there = {name for p in prompts for name in p.columns} - self._first_two
-        lacking = sorted(self._needed - there)
-        if lacking and prompts:
-            raise Refusal(
-                f"reward {self._called} takes {lacking[0]!r}, but these prompts have no column of that name"
-                f" ({', '.join(sorted(there)) or 'none at all'}); add it to the prompt file or give it a default"
-            )
-        wanted = there if self._takes_all else there & self._names
+        wanted = (there if self._takes_all else there & self._names).union(self.needed)
         return {name: [p.columns.get(name) for p in prompts] for name in sorted(wanted)}
 
 
