@@ -356,7 +356,7 @@ def test_health_says_what_was_done():
         "pictures": 2,
         "failures": 1,
         "columns": [],
-            "waiting": 0,
+        "waiting": 0,
     }
 
 

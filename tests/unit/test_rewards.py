@@ -1,6 +1,8 @@
 """Plain functions as rewards, and from a name to a reward."""
 
 import asyncio
+import functools
+import inspect
 import math
 import sys
 from typing import Any
@@ -95,7 +97,9 @@ def test_a_column_that_a_prompt_lacks_is_named_before_a_picture_is_scored_and_ne
         reward.check(PROMPTS)
     whole = Prompt("a", {"traget": None})
     reward.check([whole])
-    with pytest.raises(Refusal, match=r"the prompt 'last' has .*\(none at all\); give it to every prompt, or the param"):
+    with pytest.raises(
+        Refusal, match=r"the prompt 'last' has .*\(none at all\); give it to every prompt, or the param"
+    ):
         reward.check([whole, whole, Prompt("last")])
     assert [s.value for s in reward.score(PICTURES[:1], [Prompt("last")])] == [0.0]
 
@@ -112,24 +116,89 @@ def test_columns_are_looked_at_before_anything_is_loaded():
         FunctionReward(Slow()).check(PROMPTS)
 
 
-def test_the_first_two_parameters_may_have_any_name():
-    prompts = [Prompt("a", {"texts": 1, "pictures": 2, "rest": 3})] * 3
+def called(function):
+    """What a reward function is given for two prompts with a target and a scale, by parameter: "pictures", or the value."""
+    given: dict[str, Any] = {}
+    signature = inspect.signature(function)
 
-    def plain(pictures, texts):
-        return [len(t) for t in texts]
+    @functools.wraps(function)
+    def noting(*arguments, **named):
+        bound = signature.bind(*arguments, **named).arguments
+        given.update({name: "pictures" if shows(value) else value for name, value in bound.items()})
+        return [0.0, 0.0]
 
-    def everything(pictures, texts, **columns):
-        assert list(columns) == ["rest"]
-        return [len(t) for t in texts]
+    def shows(value):
+        return isinstance(value, list) and isinstance(value[0], Image.Image)
 
-    def any_arguments(*arguments, rest):
-        return rest
+    prompts = [Prompt("a", {"target": 1, "scale": 3}), Prompt("b", {"target": 2, "scale": 4})]
+    reward = FunctionReward(noting)
+    reward.check(prompts)
+    reward.score(PICTURES[:2], prompts)
+    return given
 
-    assert [FunctionReward(f).score(PICTURES, prompts)[0].value for f in (plain, everything, any_arguments)] == [
-        1,
-        1,
-        3,
-    ]
+
+BOTH = ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("function", "given"),
+    [
+        (lambda images, prompts: ..., {"images": "pictures", "prompts": BOTH}),
+        (lambda prompts, images: ..., {"images": "pictures", "prompts": BOTH}),
+        (lambda target, *, prompts, images: ..., {"images": "pictures", "prompts": BOTH, "target": [1, 2]}),
+        (lambda images, target: ..., {"images": "pictures", "target": [1, 2]}),
+        (lambda videos: ..., {"videos": "pictures"}),
+        (lambda texts, pictures, scale: ..., {"pictures": "pictures", "texts": BOTH, "scale": [3, 4]}),
+        (lambda pics: ..., {"pics": "pictures"}),
+        (lambda pics, texts: ..., {"pics": "pictures", "texts": BOTH}),
+        (lambda pics, texts, /, target: ..., {"pics": "pictures", "texts": BOTH, "target": [1, 2]}),
+        (lambda pics, prompts: ..., {"pics": "pictures", "prompts": BOTH}),
+        (lambda prompts, pics, scale: ..., {"pics": "pictures", "prompts": BOTH, "scale": [3, 4]}),
+        (lambda *both, target: ..., {"both": ("pictures", BOTH), "target": [1, 2]}),
+        (lambda images, **others: ..., {"images": "pictures", "others": {"prompts": BOTH, "target": [1, 2], "scale": [3, 4]}}),
+        (lambda images, prompts, **others: ..., {"images": "pictures", "prompts": BOTH, "others": {"target": [1, 2], "scale": [3, 4]}}),
+        (lambda images, target=None, absent=7: ..., {"images": "pictures", "target": [1, 2]}),
+    ],
+)  # fmt: skip
+def test_pictures_and_texts_are_given_by_name_or_else_to_the_first_two_parameters(function, given):
+    found = called(function)
+    if "both" in found:
+        found["both"] = ("pictures" if isinstance(found["both"][0][0], Image.Image) else None, found["both"][1])
+    assert found == given
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        (lambda: ..., "takes no pictures; give it a parameter `images`"),
+        (lambda prompts: ..., "takes no pictures; give it a parameter `images`"),
+        (lambda *, target: ..., "takes no pictures; give it a parameter `images`"),
+        (
+            lambda completions, **others: ...,
+            "takes `completions`, which are a language model's; pictures come as `images`",
+        ),
+        (lambda prompts, completions: ..., "takes `completions`, which are a language model's"),
+        (max, "does not say what it takes; call it in a function of images and prompts"),
+    ],
+)
+def test_what_cannot_be_given_pictures_is_refused_at_once(function, sentence):
+    with pytest.raises(Refusal, match=f"^reward .* {sentence}"):
+        FunctionReward(function)
+
+
+def test_a_column_that_is_called_as_the_texts_may_be_is_not_taken_for_them():
+    reward, told = FunctionReward(lambda images, texts: [0.0]), [Prompt("a", {"texts": "b"})]
+    with pytest.raises(
+        Refusal, match=r"'texts' would be given the pictures or the texts, and the prompts have a column"
+    ):
+        reward.check(told)
+
+
+@pytest.mark.parametrize("function", [lambda pics, target: ..., lambda target, texts: ..., lambda prompts, target: ...])
+def test_a_column_is_never_taken_for_the_pictures_or_the_texts(function):
+    for ask in (FunctionReward(function).check, functools.partial(FunctionReward(function).score, PICTURES)):
+        with pytest.raises(Refusal, match=r"'target' would be given .*; call .* `images` and `prompts`"):
+            ask(PROMPTS)
 
 
 def test_scores_may_be_of_any_number_type_or_missing():

@@ -87,7 +87,8 @@ def require_columns(reward: str, needed: Iterable[str], prompts: Sequence[Prompt
         if lacking := [name for name in needed if name not in prompt.columns]:
             raise Refusal(
                 f"reward {reward} takes {lacking[0]!r}, but the prompt {quoted(prompt.text)} has no column of that name"
-                f" ({named(', '.join(sorted(prompt.columns))) or 'none at all'}); give it to every prompt, or the parameter a default"
+                f" ({named(', '.join(sorted(prompt.columns))) or 'none at all'}); give it to every prompt, or the"
+                " parameter a default (the texts themselves are `prompts`)"
             )
 
 
