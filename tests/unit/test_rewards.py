@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from progrpo.config import BUILT_IN_REWARDS
-from progrpo.rewards.base import Refusal, Score
+from progrpo.rewards.base import Refusal, Score, check
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.load import REWARDS, load_reward
 from progrpo.rewards.shapes import ShapesReward
@@ -425,11 +425,60 @@ def test_a_missing_function_is_refused(attribute, shown, tmp_path, monkeypatch):
         load_reward(f"my_reward:{attribute}")
 
 
-def test_what_the_users_module_lacks_is_not_blamed_on_the_name(tmp_path, monkeypatch):
-    write(tmp_path, "import no_such_dependency\n")
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("import no_such_dependency\n", ", line 1: ModuleNotFoundError: No module named 'no_such_dependency'"),
+        ("\ndef score(:\n", ", line 2: SyntaxError: invalid syntax"),
+        ("def score(images, prompts):\nreturn 1\n", ", line 2: IndentationError: expected an indented block "),
+        ("def f():\n    raise OSError('no\\nfile')\n\nf()\n", ", line 2: OSError: no file"),
+        ("import json\n\njson.loads('{')\n", ", line 3: JSONDecodeError: Expecting property name"),
+        ("assert not 1\n", ", line 1: AssertionError"),
+        ("import sys\nsys.exit(3)\n", ", line 2: SystemExit: 3"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_refused_with_its_line(text, sentence, tmp_path, monkeypatch):
+    write(tmp_path, text, "my_reward_broken")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
-        load_reward("my_reward:score")
+    with pytest.raises(Refusal) as refused:
+        load_reward("my_reward_broken:score")
+    start = "reward 'my_reward_broken:score': its module cannot be imported: my_reward_broken.py"
+    assert str(refused.value).startswith(start + sentence) and str(refused.value).isprintable()
+
+
+CLASSES = """
+class Needy:
+    def __init__(self, threshold):
+        pass
+
+class Fails:
+    def __init__(self):
+        open("no such file")
+
+class Unloaded:
+    def load(self):
+        raise OSError("no weights at /x")
+
+    def score(self, images, prompts):
+        return [0.0] * len(images)
+"""
+
+
+def test_a_class_that_cannot_be_made_or_loaded_is_refused_with_its_line(tmp_path, monkeypatch):
+    write(tmp_path, CLASSES, "my_reward_classes")
+    monkeypatch.chdir(tmp_path)
+    for name, sentence in (
+        ("Needy", r"made without arguments: TypeError: Needy.__init__\(\) missing 1 .* argument: 'threshold'$"),
+        ("Fails", r"made without arguments: my_reward_classes.py, line 8: FileNotFoundError: .*'no such file'$"),
+    ):
+        with pytest.raises(Refusal, match=f"^reward 'my_reward_classes:{name}': the class cannot be {sentence}"):
+            load_reward(f"my_reward_classes:{name}")
+    reward = load_reward("my_reward_classes:Unloaded")
+    for ask in (functools.partial(check, reward), functools.partial(reward.score, PICTURES[:0])):
+        with pytest.raises(
+            Refusal, match=r"its load\(\) failed: my_reward_classes.py, line 12: OSError: no weights at /x$"
+        ):
+            ask([])
 
 
 def test_the_configuration_knows_the_built_in_rewards():

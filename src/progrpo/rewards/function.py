@@ -16,6 +16,7 @@ from PIL import Image
 from progrpo.rewards.base import Refusal, Score, require_columns
 from progrpo.sources import COLUMN, pictures
 from progrpo.types import Prompt
+from progrpo.words import raised
 
 _PICTURES, _TEXTS = "pictures", "texts"
 _OWN_NAMES = {"images": _PICTURES, "prompts": _TEXTS}  # which no column can have
@@ -29,7 +30,7 @@ class FunctionReward:
     out. Where none of these names is there, they are the first two parameters. A column reaches the function as a list under its own name if the
     function has a parameter of that name (or takes `**kwargs`); that of source pictures, `image`, holds PIL pictures in RGB.
     None, NaN and infinities are missing scores; a `Score` may be returned for a number, to say more. An object's `load()` is
-    called once before its first score, its `close()` when the run ends. `needed` names the columns that every prompt must have, which `check` sees to. With an attribute `groupwise = True` the pictures of one call are a group's, as a ranking needs them.
+    called once before its first score (what it raises is a Refusal), its `close()` when the run ends. `needed` names the columns that every prompt must have, which `check` sees to. With an attribute `groupwise = True` the pictures of one call are a group's, as a ranking needs them.
     With `video = True` an image is a whole video, a uint8 array (F, H, W, 3), and a picture one of a single frame.
     """
 
@@ -75,7 +76,12 @@ class FunctionReward:
     def _load(self) -> None:
         with self._one:
             if not self._loaded and hasattr(self._whole, "load"):
-                self._whole.load()
+                try:
+                    self._whole.load()
+                except Refusal:
+                    raise
+                except Exception as error:
+                    raise Refusal(f"reward {self._called}: its load() failed: {raised(error)}") from error
             self._loaded = True
 
     def _call(
