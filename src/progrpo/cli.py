@@ -102,7 +102,7 @@ class Plan:
     """Say what a recipe's plan costs: network calls, decodes, rewards; with --gpu also operations, memory and time. Needs no weights."""
 
     plan: Literal["recipe", "standard", "flash", "posthoc", "none", "sd14", "custom"] = "recipe"
-    """The recipe's own plan, or another in its place."""
+    """The recipe's own plan, or another in its place, as --plan.preset; `custom` is that of --plan.group-size, --plan.prune and --plan.final-keep."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     gpu: GPU | None = None
@@ -136,15 +136,12 @@ class Plan:
         print(_result(told, self.json))
 
     def _config(self) -> Config:
-        sampling, plan = self.config.sampling, self.config.plan
+        sampling = self.config.sampling
         if self.num_inference_steps is not None:
             sampling = replace(sampling, num_inference_steps=self.num_inference_steps)
         if self.guidance_scale is not None:
             sampling = replace(sampling, guidance_scale=self.guidance_scale)
-        if self.plan == "custom":
-            plan = replace(plan, preset="custom")
-        elif self.plan != "recipe":
-            plan = PlanConfig(preset=self.plan, selector=plan.selector, adaptive=plan.adaptive)
+        plan = self.config.plan if self.plan == "recipe" else replace(self.config.plan, preset=self.plan)
         return replace(self.config, sampling=sampling, plan=plan)
 
 
@@ -474,15 +471,24 @@ def _parse_recipe(command: str, args: list[str]) -> Callable[[], None]:
             f"a recipe ({', '.join(RECIPES)}), a config file or a run folder comes first: progrpo {command} RECIPE ..."
         )
     recipe = load_recipe(args[0])
-    if _names_a_preset(args):  # which brings its own group and points: those of the recipe's custom plan must go
+    if _plan_named(command, args, recipe.plan) not in ("recipe", "custom"):
+        # it brings its own group and points: those of the recipe's custom plan must go
         recipe = replace(recipe, plan=PlanConfig(selector=recipe.plan.selector))
     return _options(kind, args[1:], f"progrpo {command} {args[0]}", kind(config=recipe)).run
 
 
-def _names_a_preset(args: Sequence[str]) -> bool:
-    """Whether `--plan.preset` is given, and not as custom."""
+def _plan_named(command: str, args: Sequence[str], own: PlanConfig) -> str:
+    """What `--plan.preset`, or `--plan` of `plan`, is given as. ValueError for both, and for a custom plan of which nothing is said."""
     words = [word for arg in args for word in arg.split("=", 1)]
-    return any(name == "--plan.preset" and value != "custom" for name, value in pairwise(words))
+    options = ("--plan", "--plan.preset") if command == "plan" else ("--plan.preset",)
+    wanted = {option: value for option, value in pairwise(words) if option in options}
+    if len(wanted) > 1:
+        raise ValueError("--plan and --plan.preset name a plan each; leave one out")
+    option, preset = next(iter(wanted.items()), ("", "recipe"))
+    fields = ("--plan.group-size", "--plan.prune", "--plan.final-keep")
+    if preset == "custom" and own.preset != "custom" and not {word.replace("_", "-") for word in words} & {*fields}:
+        raise ValueError(f"{option} custom needs the plan: give {', '.join(fields[:-1])} or {fields[-1]}")
+    return preset
 
 
 _REGISTRY = ConstructorRegistry()
