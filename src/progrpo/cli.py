@@ -150,7 +150,7 @@ class Sample:
     """Draw pictures for prompts, with a trained LoRA if asked."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """A built-in model's name, a folder in diffusers' format, or a hub id."""
+    """A run folder, a built-in model's name, a folder in diffusers' format, or a hub id."""
     prompt: tuple[str, ...]
     """One prompt or several."""
     image: tuple[Path, ...] = ()
@@ -158,9 +158,12 @@ class Sample:
     lora: Path | None = None
     """A run folder, or a LoRA folder in diffusers' format."""
     out: Path = Path("samples")
-    seed: int = 0
-    num_inference_steps: int = 10
-    guidance_scale: float = 1.0
+    seed: int | None = None
+    """Without it that of the run's evaluations, 0 where no run is named."""
+    num_inference_steps: int | None = None
+    """Without it as many as the run's evaluations took, 10 where no run is named."""
+    guidance_scale: float | None = None
+    """Without it that of the run's evaluations, 1 (none) where no run is named."""
     count: int = 1
     """Pictures a prompt."""
 
@@ -209,13 +212,18 @@ class Eval:
     split: Literal["test", "validation"] = "test"
     """Of `shapes`: tune on validation, state figures on test."""
     pictures: int = 512
-    num_inference_steps: int = 10
-    guidance_scale: float = 1.0
+    num_inference_steps: int | None = None
+    """Without it as many as the run's own evaluations took, 10 for a model."""
+    guidance_scale: float | None = None
+    """Without it that of the run's own evaluations, 1 (none) for a model."""
+    seed: int | None = None
+    """Without it that of the run's own evaluations, 1234 for a model."""
     json: FlagCreatePairsOff[bool] = False
     """Print JSON."""
 
     def run(self) -> None:
         _within(1, 1000, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
+        _within(0, 2**63 - 1, seed=self.seed)
         _within(1, 1_000_000, pictures=self.pictures)
         from progrpo.training.evaluate import evaluate_model
 
@@ -227,6 +235,7 @@ class Eval:
             pictures=self.pictures,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            seed=self.seed,
         )
         if result is not None:
             print(_result(result, self.json))
@@ -287,7 +296,7 @@ class Pretrain:
 
     def run(self) -> None:
         steps_of = ("vae_steps", "flow_steps", "judge_steps", "unet_steps", "decoder_steps")
-        _within(1, 10**9, **{name: steps for name in steps_of if (steps := getattr(self, name)) is not None})
+        _within(1, 10**9, **{name: getattr(self, name) for name in steps_of})
         _device(self.device)
         from progrpo.zoo import WEIGHTS
 
@@ -384,7 +393,7 @@ class Import:
     def run(self) -> None:
         if self.framework != "flow_grpo" and (self.gpus is not None or self.script != "auto"):
             raise ValueError(f"--gpus and --script are options of flow_grpo, not of {self.framework}")
-        _within(1, 100_000, gpus=1 if self.gpus is None else self.gpus)
+        _within(1, 100_000, gpus=self.gpus)
         from progrpo.imports.account import in_words
         from progrpo.imports.flow_factory import import_flow_factory
         from progrpo.imports.flow_grpo import import_flow_grpo
@@ -591,9 +600,10 @@ def _in_short(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _within(low: float, high: float, **options: float) -> None:
+def _within(low: float, high: float, **options: float | None) -> None:
+    """ValueError for an option that is given and lies elsewhere."""
     for name, value in options.items():
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} must be between {low:,} and {high:,}, not {quoted(value)}")
 
 
