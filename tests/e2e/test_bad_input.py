@@ -179,6 +179,16 @@ def test_half_a_lora_is_refused(trained, tmp_path):
         load_policy("shapes-flow", PolicySettings("lora", lora_rank=2), folder)
 
 
+def test_an_evaluation_whose_reward_cannot_read_the_prompts_is_refused_before_a_picture_is_drawn(here, capsys):
+    (here / "cats.txt").write_text("a cat")
+    (here / "my_held_out.py").write_text("def score(images, prompts, target): return target")
+    words = ["eval", "no-such-folder", "--prompts", "cats.txt"]  # which would be missed as soon as it is to be loaded
+    assert main(words) == 2
+    assert "the reward `shapes` cannot read the prompt 'a cat'" in capsys.readouterr().err
+    assert main([*words, "--reward", "my_held_out:score"]) == 2
+    assert "takes 'target', but the prompt 'a cat' has no column" in capsys.readouterr().err
+
+
 # --- a stranger's run folder ------------------------------------------------------------------------------------------
 
 

@@ -343,7 +343,7 @@ def test_shapes_is_the_verifier():
 
 
 def test_shapes_refuses_prompts_of_another_world():
-    with pytest.raises(ValueError, match=r"cannot read the prompt 'a cat'.*prompts.source shapes.*module:function"):
+    with pytest.raises(Refusal, match=r"cannot read the prompt 'a cat'.*built-in prompts, `shapes`;.*module:function"):
         ShapesReward().score(PICTURES[:1], [Prompt("a cat")])
 
 

@@ -268,6 +268,8 @@ def evaluate_model(
     frames, others = config.reward.frames, config.eval.rewards
     reward_of, held_out = scorer_from(terms, frames), scorer_from(others, frames) if others else None
     chosen = eval_prompts(prompts, split, pictures)
+    for scorer in filter(None, (reward_of, held_out)):
+        scorer.check(chosen)
     with lost_in_words(lambda: "give the command again"):
         ranks = Ranks()
         policy = trained_policy(target, None, ranks)
