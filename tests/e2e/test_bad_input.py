@@ -34,6 +34,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "utf16.txt").write_bytes("a cat\na dog\n".encode("utf-16"))
     (tmp_path / "nul.txt").write_bytes(b"a cat\na \0 dog\n")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a cat"}\n{"text": "a dog"}\n')
+    (tmp_path / "taken.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog", "images": 2}\n')
     with (tmp_path / "long.txt").open("wb") as file:
         file.truncate(4 * 2**30)  # a line of four gigabytes, without any on the disk
     return tmp_path
@@ -83,6 +84,10 @@ def test_what_is_refused_with_torch(here):
     [
         ("nul.txt", "nul.txt, line 2: not UTF-8 text"),
         ("rows.jsonl", "rows.jsonl, line 2: has no field named prompt, only text"),
+        (
+            "taken.jsonl",
+            "taken.jsonl, line 2: no column can be called images, as which a reward is given pictures; rename",
+        ),
         ("long.txt", "long.txt, line 1: over 1 MB long; write a prompt a line"),
         (".", "prompts must come from"),
         ("x" * 300 + ".txt", "no prompt file"),
