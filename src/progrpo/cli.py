@@ -158,6 +158,7 @@ class Sample:
     lora: Path | None = None
     """A run folder, or a LoRA folder in diffusers' format."""
     out: Path = Path("samples")
+    """The folder; 001-03.png is the fourth picture of the second prompt. Prompts are numbered on from those that are there, and nothing is replaced."""
     seed: int | None = None
     """Without it that of the run's evaluations, 0 where no run is named."""
     num_inference_steps: int | None = None

@@ -142,7 +142,12 @@ def test_pictures_are_drawn_with_what_a_run_trained(run, tmp_path, capsys):
     files = capsys.readouterr().out.split()
     assert files == [str(tmp_path / f"{g:03d}-{m:02d}.png") for g in (0, 1) for m in (0, 1)]
     assert {Image.open(file).size for file in files} == {(64, 64)}
-    assert len({Path(file).read_bytes() for file in files}) == 4
+    before = {file: Path(file).read_bytes() for file in files}
+    assert len(set(before.values())) == 4
+    (tmp_path / "notes-00.png").touch()
+    assert main(["sample", "shapes-flow", "--prompt", "a green ring", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "002-00.png")]
+    assert {file: Path(file).read_bytes() for file in files} == before
 
 
 def test_a_runs_own_settings_are_taken_where_it_is_named(run, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from progrpo.training.evaluate import asked_for, ode, rows_at_once
 from progrpo.types import Prompt
 from progrpo.words import named
 
+_NAME = re.compile(r"(\d+)-\d+\.(png|webp)")
 _FRAME = 62
 """Milliseconds, of Wan's 16 frames a second."""
 
@@ -39,6 +41,7 @@ def sample_pictures(
 ) -> list[Path]:
     """Write `count` pictures a prompt to `out` as PNG, videos as animated WebP; noise is keyed by the prompt's place and the picture's number.
 
+    None that is there is replaced: prompts are numbered on.
     For None the seed, steps and guidance are those of the evaluations of the run that `model` or `lora` is; of no run 0 and the configuration's defaults.
     Several processes share the pictures out; the main one writes them, and the files are given to it alone.
     """
@@ -68,18 +71,19 @@ def sample_pictures(
 
 
 def _written(drawn: Sequence[tuple[int, int, np.ndarray]], out: Path) -> list[Path]:
-    """The files of pictures (H, W, 3) or videos (F, H, W, 3), each with its group and its number there."""
+    """The files of pictures (H, W, 3) or videos (F, H, W, 3), each with its group and its number there; groups follow those that lie there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out: {named(out)} cannot be made: {error.strerror}; give another folder") from error
-    files: list[Path] = []
+    there = [int(found[1]) for file in out.iterdir() if (found := _NAME.fullmatch(file.name))]
+    first, files = max(there, default=-1) + 1, list[Path]()
     for group, member, image in drawn:
         video = image.ndim == 4
-        files.append(out / f"{group:03d}-{member:02d}.{'webp' if video else 'png'}")
+        files.append(out / f"{first + group:03d}-{member:02d}.{'webp' if video else 'png'}")
         if video:
-            first, *rest = map(Image.fromarray, image)
-            first.save(files[-1], save_all=True, append_images=rest, duration=_FRAME, loop=0, quality=90)
+            start, *rest = map(Image.fromarray, image)
+            start.save(files[-1], save_all=True, append_images=rest, duration=_FRAME, loop=0, quality=90)
         else:
             Image.fromarray(image).save(files[-1])
     return files
