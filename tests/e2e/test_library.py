@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 
 import progrpo
@@ -230,6 +231,21 @@ def test_mistakes_are_refused_before_anything_is_sampled(
         with pytest.raises(ValueError, match=message):
             progrpo.train(tiny_pipeline(), **asked)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_pipeline_that_has_an_adapter_is_refused_until_that_is_gone(
+    tiny_pipeline, tiny_config, prompts, redness, tmp_path
+):
+    asked = {"prompts": prompts, "reward": redness, "config": tiny_config(iterations=1), "out": tmp_path / "run"}
+    pipeline = tiny_pipeline()
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"^the pipeline's transformer has an adapter already: call fuse_lora\(\) and"):
+        progrpo.train(pipeline, **asked)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    progrpo.train(pipeline, **asked)
+    with pytest.raises(ValueError, match=r"^this pipeline was given to a run already, .*; load it again$"):
+        progrpo.train(pipeline, **asked)
 
 
 def test_a_run_can_be_overwritten_if_asked(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
