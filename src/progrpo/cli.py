@@ -435,6 +435,7 @@ COMMANDS: dict[str, type] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 when done, 2 on a user's mistake (one sentence on stderr), 1 if the run stopped itself, 128 + the signal's number when one ended it."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or it tells of every attempt to reach the hub
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or importing it warns of picture formats we do not use
     try:
         _parse(list(sys.argv[1:] if argv is None else argv))()

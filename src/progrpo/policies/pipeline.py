@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.decoder import quicken
+from progrpo.policies.hub import reason_of
 from progrpo.policies.lora import ADAPTER, continue_lora, in_float32
 from progrpo.policies.offload import Turns
 from progrpo.policies.quantized import quantize_blocks
@@ -415,8 +416,7 @@ def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings, channel
             WEIGHTS / name if name == BUILT_IN_DECODER else name, use_safetensors=True, dtype=vae.dtype
         )
     except OSError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"preview.tiny_decoder: cannot load {name}: {reason}") from error
+        raise ValueError(f"preview.tiny_decoder: cannot load {name}: {reason_of(error, name)}") from error
     if tiny.config.latent_channels != channels:
         raise ValueError(
             f"preview.tiny_decoder: {name} decodes latents of {tiny.config.latent_channels} channels, and this"
