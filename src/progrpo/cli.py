@@ -555,7 +555,13 @@ def _of_box(box: str) -> str:
     words = ["" if set(line) <= {"─", "-"} else line for line in lines[1:]]
     sentence = " ".join(takewhile(bool, dropwhile(not_, words))).removeprefix("Error parsing ").rstrip(".")
     usage = lines[lines.index("Argument helptext:") + 1 :][:1] if "Argument helptext:" in lines else []
+    # of an option that may be left out tyro has the choices in a set, with None
+    sentence = re.sub(r"\('.*'None'.*\)", lambda found: f"({_without_none(found[0])})", sentence)
     return named(" ".join([sentence, *(f"(it is {line})" for line in usage)]))
+
+
+def _without_none(choices: str) -> str:
+    return ", ".join(sorted({choice for choice in re.findall(r"'[^']*'", choices)} - {"'None'"}))
 
 
 def _unknown(arguments: list[str], kind: Any, prog: str) -> str:
@@ -587,6 +593,8 @@ def _result(values: Mapping[str, Any], as_json: bool) -> str:
         return json.dumps(values, indent=2)
     lines: dict[str, str] = {}
     for name, value in values.items():
+        if value is None or value == {}:  # what was not measured: JSON says so too
+            continue
         parts = value if isinstance(value, Mapping) and len(value) > 1 else None
         lines |= {f"{name}: {part}": _in_short(v) for part, v in parts.items()} if parts else {name: _in_short(value)}
     return _columns(lines)

@@ -59,6 +59,18 @@ def said(*words, timeout=60):
         (("train", "smoke", "--optim.lr", "high"), "--optim.lr: could not convert string to float: 'high'"),
         (("train", "smoke", "--plan.prune", "3"), "--plan.prune"),
         (("plan", "smoke", "--reward.terms", '{"nme": "ocr"}'), "reward.terms.nme is not a field"),
+        (
+            ("plan", "smoke", "--reward.terms", '{"name": "ocr", "foo": 1}'),
+            "reward.terms.foo is not a field; a reward has name,",
+        ),
+        (
+            ("plan", "smoke", "--reward.terms", "0*ocr", "0*shapes"),
+            "reward.terms: every weight is 0, so that nothing is",
+        ),
+        (
+            ("plan", "smoke", "--gpu", "foo"),
+            "Expected one of ('a100-40gb', 'a100-80gb', 'a6000', 'h100', 'h200', 'l4', 'l40s',",
+        ),
         (("plan", "cut.json"), "cut.json: not JSON"),
         (("plan", "twice.json"), "twice.json: not JSON: seed is given twice; leave one out"),
         (("plan", "utf16.json"), "utf16.json: not UTF-8 text; save the file as UTF-8"),

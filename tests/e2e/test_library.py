@@ -225,6 +225,13 @@ def test_mistakes_are_refused_before_anything_is_sampled(
         ({"prompts": []}, "prompts is empty; give at least one"),
         ({"config": tiny_config(optim=OptimConfig(lr=0.0))}, r"optim\.lr must be above 0, not 0\.0"),
         ({"out": trained[0.0]}, "already holds a run"),
+        (
+            {"reward": [(redness, 1, 2)]},
+            r"a reward with a weight must be a pair \(reward, weight\), not \(<function redn",
+        ),
+        ({"reward": [(redness, "x")]}, r"reward\.terms\[0\]\.weight must be a number, not 'x'"),
+        ({"reward": [(redness, 0)]}, r"reward\.terms: every weight is 0, so that nothing is rewarded"),
+        ({"reward": Verdicts}, r"reward Verdicts is a class; give an object of it, Verdicts\(\.\.\.\)"),
         ({"prompts": [{"prompt": "a", "least": 0.5}, "b"], "reward": Verdicts()}, "takes 'least', but the prompt 'b'"),
     ):
         asked = {"prompts": prompts, "reward": redness, "config": tiny_config(), "out": tmp_path / "run", **wrong}

@@ -134,6 +134,14 @@ def test_a_run_is_measured_again_as_it_measured_itself(run, capsys):
     assert main(["eval", str(run), "--pictures", "2", "--num-inference-steps", "2", "--seed", "5", "--json"]) == 0
     other = json.loads(capsys.readouterr().out)
     assert (other["num_inference_steps"], other["guidance_scale"], other["seed"]) == (2, 1.0, 5)
+    assert (
+        main(
+            ["eval", "shapes-flow", "--pictures", "1", "--num-inference-steps", "2", "--reward", "jpeg_compressibility"]
+        )
+        == 0
+    )
+    table = capsys.readouterr().out
+    assert "graded" in table and not any(word in table for word in ("None", "strict", "held_out"))
 
 
 def test_pictures_are_drawn_with_what_a_run_trained(run, tmp_path, capsys):

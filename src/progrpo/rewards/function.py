@@ -36,6 +36,10 @@ class FunctionReward:
 
     def __init__(self, function: Any, batch_size: int | None = None) -> None:
         """`batch_size`: pictures of a call at most; None: all that there are. Refusal for what cannot be given pictures."""
+        if isinstance(function, type):
+            raise Refusal(
+                f"reward {function.__qualname__} is a class; give an object of it, {function.__qualname__}(...)"
+            )
         self.function: Callable[..., Any] = getattr(function, "score", function)
         if not callable(self.function):
             raise Refusal(f"reward {function!r} is neither a function nor an object with a method score")

@@ -57,6 +57,7 @@ from progrpo.training.stopping import Stop
 from progrpo.training.trainer import Iteration, Trainer
 from progrpo.training.watch import HackingWatch
 from progrpo.types import Prompt
+from progrpo.words import quoted
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -170,6 +171,8 @@ def _mixed(
     terms: list[RewardTerm] = []
     mixed: list[Term] = []
     for item in wanted if isinstance(wanted, list | tuple) else [wanted]:
+        if isinstance(item, tuple) and len(item) != 2:
+            raise ValueError(f"a reward with a weight must be a pair (reward, weight), not {quoted(item)}")
         reward, weight = item if isinstance(item, tuple) else (item, None)
         if isinstance(reward, str):
             reward = RewardTerm.from_text(reward)
