@@ -102,7 +102,7 @@ class Plan:
     """Say what a recipe's plan costs: network calls, decodes, rewards; with --gpu also operations, memory and time. Needs no weights."""
 
     plan: Literal["recipe", "standard", "flash", "posthoc", "none", "sd14", "custom"] = "recipe"
-    """The recipe's own plan, or another in its place."""
+    """The recipe's own plan, or another in its place, as --plan.preset; `custom` is that of --plan.group-size, --plan.prune and --plan.final-keep."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     gpu: GPU | None = None
@@ -136,15 +136,12 @@ class Plan:
         print(_result(told, self.json))
 
     def _config(self) -> Config:
-        sampling, plan = self.config.sampling, self.config.plan
+        sampling = self.config.sampling
         if self.num_inference_steps is not None:
             sampling = replace(sampling, num_inference_steps=self.num_inference_steps)
         if self.guidance_scale is not None:
             sampling = replace(sampling, guidance_scale=self.guidance_scale)
-        if self.plan == "custom":
-            plan = replace(plan, preset="custom")
-        elif self.plan != "recipe":
-            plan = PlanConfig(preset=self.plan, selector=plan.selector, adaptive=plan.adaptive)
+        plan = self.config.plan if self.plan == "recipe" else replace(self.config.plan, preset=self.plan)
         return replace(self.config, sampling=sampling, plan=plan)
 
 
@@ -153,7 +150,7 @@ class Sample:
     """Draw pictures for prompts, with a trained LoRA if asked."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """A built-in model's name, a folder in diffusers' format, or a hub id."""
+    """A run folder, a built-in model's name, a folder in diffusers' format, or a hub id."""
     prompt: tuple[str, ...]
     """One prompt or several."""
     image: tuple[Path, ...] = ()
@@ -161,9 +158,13 @@ class Sample:
     lora: Path | None = None
     """A run folder, or a LoRA folder in diffusers' format."""
     out: Path = Path("samples")
-    seed: int = 0
-    num_inference_steps: int = 10
-    guidance_scale: float = 1.0
+    """The folder; 001-03.png is the fourth picture of the second prompt. Prompts are numbered on from those that are there, and nothing is replaced."""
+    seed: int | None = None
+    """Without it that of the run's evaluations, 0 where no run is named."""
+    num_inference_steps: int | None = None
+    """Without it as many as the run's evaluations took, 10 where no run is named."""
+    guidance_scale: float | None = None
+    """Without it that of the run's evaluations, 1 (none) where no run is named."""
     count: int = 1
     """Pictures a prompt."""
 
@@ -212,13 +213,18 @@ class Eval:
     split: Literal["test", "validation"] = "test"
     """Of `shapes`: tune on validation, state figures on test."""
     pictures: int = 512
-    num_inference_steps: int = 10
-    guidance_scale: float = 1.0
+    num_inference_steps: int | None = None
+    """Without it as many as the run's own evaluations took, 10 for a model."""
+    guidance_scale: float | None = None
+    """Without it that of the run's own evaluations, 1 (none) for a model."""
+    seed: int | None = None
+    """Without it that of the run's own evaluations, 1234 for a model."""
     json: FlagCreatePairsOff[bool] = False
     """Print JSON."""
 
     def run(self) -> None:
         _within(1, 1000, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
+        _within(0, 2**63 - 1, seed=self.seed)
         _within(1, 1_000_000, pictures=self.pictures)
         from progrpo.training.evaluate import evaluate_model
 
@@ -230,6 +236,7 @@ class Eval:
             pictures=self.pictures,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            seed=self.seed,
         )
         if result is not None:
             print(_result(result, self.json))
@@ -290,7 +297,7 @@ class Pretrain:
 
     def run(self) -> None:
         steps_of = ("vae_steps", "flow_steps", "judge_steps", "unet_steps", "decoder_steps")
-        _within(1, 10**9, **{name: steps for name in steps_of if (steps := getattr(self, name)) is not None})
+        _within(1, 10**9, **{name: getattr(self, name) for name in steps_of})
         _device(self.device)
         from progrpo.zoo import WEIGHTS
 
@@ -387,7 +394,7 @@ class Import:
     def run(self) -> None:
         if self.framework != "flow_grpo" and (self.gpus is not None or self.script != "auto"):
             raise ValueError(f"--gpus and --script are options of flow_grpo, not of {self.framework}")
-        _within(1, 100_000, gpus=1 if self.gpus is None else self.gpus)
+        _within(1, 100_000, gpus=self.gpus)
         from progrpo.imports.account import in_words
         from progrpo.imports.flow_factory import import_flow_factory
         from progrpo.imports.flow_grpo import import_flow_grpo
@@ -428,6 +435,7 @@ COMMANDS: dict[str, type] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 when done, 2 on a user's mistake (one sentence on stderr), 1 if the run stopped itself, 128 + the signal's number when one ended it."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or it tells of every attempt to reach the hub
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or importing it warns of picture formats we do not use
     try:
         _parse(list(sys.argv[1:] if argv is None else argv))()
@@ -479,15 +487,24 @@ def _parse_recipe(command: str, args: list[str]) -> Callable[[], None]:
             f"a recipe ({', '.join(RECIPES)}), a config file or a run folder comes first: progrpo {command} RECIPE ..."
         )
     recipe = load_recipe(args[0])
-    if _names_a_preset(args):  # which brings its own group and points: those of the recipe's custom plan must go
+    if _plan_named(command, args, recipe.plan) not in ("recipe", "custom"):
+        # it brings its own group and points: those of the recipe's custom plan must go
         recipe = replace(recipe, plan=PlanConfig(selector=recipe.plan.selector))
     return _options(kind, args[1:], f"progrpo {command} {args[0]}", kind(config=recipe)).run
 
 
-def _names_a_preset(args: Sequence[str]) -> bool:
-    """Whether `--plan.preset` is given, and not as custom."""
+def _plan_named(command: str, args: Sequence[str], own: PlanConfig) -> str:
+    """What `--plan.preset`, or `--plan` of `plan`, is given as. ValueError for both, and for a custom plan of which nothing is said."""
     words = [word for arg in args for word in arg.split("=", 1)]
-    return any(name == "--plan.preset" and value != "custom" for name, value in pairwise(words))
+    options = ("--plan", "--plan.preset") if command == "plan" else ("--plan.preset",)
+    wanted = {option: value for option, value in pairwise(words) if option in options}
+    if len(wanted) > 1:
+        raise ValueError("--plan and --plan.preset name a plan each; leave one out")
+    option, preset = next(iter(wanted.items()), ("", "recipe"))
+    fields = ("--plan.group-size", "--plan.prune", "--plan.final-keep")
+    if preset == "custom" and own.preset != "custom" and not {word.replace("_", "-") for word in words} & {*fields}:
+        raise ValueError(f"{option} custom needs the plan: give {', '.join(fields[:-1])} or {fields[-1]}")
+    return preset
 
 
 _REGISTRY = ConstructorRegistry()
@@ -563,7 +580,13 @@ def _of_box(box: str) -> str:
     words = ["" if set(line) <= {"─", "-"} else line for line in lines[1:]]
     sentence = " ".join(takewhile(bool, dropwhile(not_, words))).removeprefix("Error parsing ").rstrip(".")
     usage = lines[lines.index("Argument helptext:") + 1 :][:1] if "Argument helptext:" in lines else []
+    # of an option that may be left out tyro has the choices in a set, with None
+    sentence = re.sub(r"\('.*'None'.*\)", lambda found: f"({_without_none(found[0])})", sentence)
     return named(" ".join([sentence, *(f"(it is {line})" for line in usage)]))
+
+
+def _without_none(choices: str) -> str:
+    return ", ".join(sorted({choice for choice in re.findall(r"'[^']*'", choices)} - {"'None'"}))
 
 
 def _unknown(arguments: list[str], kind: Any, prog: str) -> str:
@@ -595,6 +618,8 @@ def _result(values: Mapping[str, Any], as_json: bool) -> str:
         return json.dumps(values, indent=2)
     lines: dict[str, str] = {}
     for name, value in values.items():
+        if value is None or value == {}:  # what was not measured: JSON says so too
+            continue
         parts = value if isinstance(value, Mapping) and len(value) > 1 else None
         lines |= {f"{name}: {part}": _in_short(v) for part, v in parts.items()} if parts else {name: _in_short(value)}
     return _columns(lines)
@@ -610,9 +635,10 @@ def _in_short(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _within(low: float, high: float, **options: float) -> None:
+def _within(low: float, high: float, **options: float | None) -> None:
+    """ValueError for an option that is given and lies elsewhere."""
     for name, value in options.items():
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} must be between {low:,} and {high:,}, not {quoted(value)}")
 
 

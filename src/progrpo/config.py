@@ -502,7 +502,7 @@ def _read_fields(kind: Any, data: Any, prefix: str) -> Any:
     hints = {f.name: all_hints[f.name] for f in fields(kind)}
     for name in data:
         if name not in hints:
-            close = nearest(prefix + name, _names_at(prefix, hints)) if isinstance(name, str) else ""
+            close = _meant(kind, prefix, name, hints) if isinstance(name, str) else ""
             raise ValueError(f"{prefix}{named(name)} is not a field{close}")
     lacking = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     for name in lacking:
@@ -511,8 +511,10 @@ def _read_fields(kind: Any, data: Any, prefix: str) -> Any:
     return kind(**{name: _read(hints[name], value, prefix + name) for name, value in data.items()})
 
 
-def _names_at(prefix: str, hints: Iterable[str]) -> list[str]:
-    return [prefix + name for name in hints] + field_paths()
+def _meant(kind: Any, prefix: str, name: str, hints: Iterable[str]) -> str:
+    if kind is RewardTerm:  # one of a list: its fields are no options of the command line
+        return nearest(name, hints) or f"; a reward has {', '.join(hints)}"
+    return nearest(prefix + name, [*(prefix + hint for hint in hints), *field_paths()])
 
 
 def _read(kind: Any, value: Any, path: str) -> Any:
@@ -721,6 +723,8 @@ def _check_terms(path: str, terms: Sequence[RewardTerm]) -> None:
 
 
 def _check_together(config: Config) -> None:
+    if not any(term.weight for term in config.reward.terms):
+        raise ValueError("reward.terms: every weight is 0, so that nothing is rewarded; give one of them another")
     if config.model.lora and config.model.weights != "lora":
         raise ValueError(
             f"model.lora must be empty for model.weights {config.model.weights}: a LoRA is trained further as a LoRA"

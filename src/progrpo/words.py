@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import traceback
 import unicodedata
 
 _MOST = 120
+_HERE = os.path.dirname(__file__)
 
 
 def quoted(value: object) -> str:
@@ -20,6 +24,29 @@ def named(name: object) -> str:
     """A name or a path as it is; one that would not fit on a line as `quoted` has it."""
     text = str(name)
     return _in_short(text) if text.isprintable() else quoted(text)
+
+
+def raised(error: BaseException) -> str:
+    """What a user's code raised, with the line of their file that it came from, where there is one."""
+    if isinstance(error, SyntaxError):
+        file, line, reason = error.filename, error.lineno, error.msg
+    else:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_theirs(frame.filename)]
+        own = [
+            frame for frame in frames if frame.filename == frames[0].filename
+        ]  # not deep in a package that they call
+        file, line, reason = (own[-1].filename, own[-1].lineno, str(error)) if own else (None, None, str(error))
+    shown = "" if file is None else f"{named(_from_here(file))}, line {line}: "
+    return f"{shown}{': '.join(filter(None, (type(error).__name__, named(' '.join(reason.split())))))}"
+
+
+def _is_theirs(file: str) -> bool:
+    return not file.startswith(("<", _HERE + os.sep)) and file != importlib.__file__
+
+
+def _from_here(file: str) -> str:
+    path = os.path.relpath(file)
+    return file if path.startswith(os.pardir) else path
 
 
 def is_one_line(text: str) -> bool:

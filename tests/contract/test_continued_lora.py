@@ -144,7 +144,7 @@ def test_what_cannot_be_trained_further_is_said_in_a_sentence(
         "its .*to_q.lora_A.weight has": lambda: holding({n: t for n, t in own.items() if n != name}),
         "neither a folder with a pytorch_lora_weights.safetensors nor a file": lambda: tmp_path,
         "neither a folder, a file nor a hub id": lambda: tmp_path / "absent",
-        ".": lambda: "nobody/nothing",
+        "the hub cannot be reached": lambda: "nobody/nothing",
     }
     for message, source in cases.items():
         with pytest.raises(ValueError, match=rf"^model\.lora: cannot train .* further: .*({message})") as caught:

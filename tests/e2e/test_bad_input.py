@@ -34,6 +34,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "utf16.txt").write_bytes("a cat\na dog\n".encode("utf-16"))
     (tmp_path / "nul.txt").write_bytes(b"a cat\na \0 dog\n")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a cat"}\n{"text": "a dog"}\n')
+    (tmp_path / "taken.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog", "images": 2}\n')
     with (tmp_path / "long.txt").open("wb") as file:
         file.truncate(4 * 2**30)  # a line of four gigabytes, without any on the disk
     return tmp_path
@@ -58,6 +59,18 @@ def said(*words, timeout=60):
         (("train", "smoke", "--optim.lr", "high"), "--optim.lr: could not convert string to float: 'high'"),
         (("train", "smoke", "--plan.prune", "3"), "--plan.prune"),
         (("plan", "smoke", "--reward.terms", '{"nme": "ocr"}'), "reward.terms.nme is not a field"),
+        (
+            ("plan", "smoke", "--reward.terms", '{"name": "ocr", "foo": 1}'),
+            "reward.terms.foo is not a field; a reward has name,",
+        ),
+        (
+            ("plan", "smoke", "--reward.terms", "0*ocr", "0*shapes"),
+            "reward.terms: every weight is 0, so that nothing is",
+        ),
+        (
+            ("plan", "smoke", "--gpu", "foo"),
+            "Expected one of ('a100-40gb', 'a100-80gb', 'a6000', 'h100', 'h200', 'l4', 'l40s',",
+        ),
         (("plan", "cut.json"), "cut.json: not JSON"),
         (("plan", "twice.json"), "twice.json: not JSON: seed is given twice; leave one out"),
         (("plan", "utf16.json"), "utf16.json: not UTF-8 text; save the file as UTF-8"),
@@ -84,6 +97,10 @@ def test_what_is_refused_with_torch(here):
     [
         ("nul.txt", "nul.txt, line 2: not UTF-8 text"),
         ("rows.jsonl", "rows.jsonl, line 2: has no field named prompt, only text"),
+        (
+            "taken.jsonl",
+            "taken.jsonl, line 2: no column can be called images, as which a reward is given pictures; rename",
+        ),
         ("long.txt", "long.txt, line 1: over 1 MB long; write a prompt a line"),
         (".", "prompts must come from"),
         ("x" * 300 + ".txt", "no prompt file"),
@@ -178,6 +195,16 @@ def test_half_a_lora_is_refused(trained, tmp_path):
     lose(folder / "pytorch_lora_weights.safetensors", "transformer_blocks.1.attn.to_q.lora_B.weight")
     with pytest.raises(ValueError, match=r"trained weights: cannot load .*half: .* of another model$"):
         load_policy("shapes-flow", PolicySettings("lora", lora_rank=2), folder)
+
+
+def test_an_evaluation_whose_reward_cannot_read_the_prompts_is_refused_before_a_picture_is_drawn(here, capsys):
+    (here / "cats.txt").write_text("a cat")
+    (here / "my_held_out.py").write_text("def score(images, prompts, target): return target")
+    words = ["eval", "no-such-folder", "--prompts", "cats.txt"]  # which would be missed as soon as it is to be loaded
+    assert main(words) == 2
+    assert "the reward `shapes` cannot read the prompt 'a cat'" in capsys.readouterr().err
+    assert main([*words, "--reward", "my_held_out:score"]) == 2
+    assert "takes 'target', but the prompt 'a cat' has no column" in capsys.readouterr().err
 
 
 # --- a stranger's run folder ------------------------------------------------------------------------------------------

@@ -94,12 +94,15 @@ def test_plan_counts_network_calls(capsys, args, nfe):
     assert json.loads(printed(capsys, "plan", "sd3", "--json", *unguided, *args))["nfe_per_prompt"] == nfe
 
 
-@pytest.mark.parametrize("args", [("--plan.preset", "flash"), ("--plan.preset=flash",)])
+@pytest.mark.parametrize("args", [("--plan.preset", "flash"), ("--plan.preset=flash",), ("--plan", "flash")])
 def test_a_preset_takes_the_place_of_a_recipes_custom_plan(capsys, args):
     shown = json.loads(printed(capsys, "plan", "quickstart", "--json", *args))
     assert shown["path"] == [24, 16, 12]
-    own = json.loads(printed(capsys, "plan", "quickstart", "--json", "--plan.preset", "custom"))
-    assert own["path"] == [24, 12] and own["prune_steps"] == [4]
+    for option in ("--plan.preset", "--plan"):
+        own = json.loads(printed(capsys, "plan", "quickstart", "--json", option, "custom"))
+        assert own["path"] == [24, 12] and own["prune_steps"] == [4]
+    new = json.loads(printed(capsys, "plan", "sd3", "--json", "--plan", "custom", "--plan.group_size", "24"))
+    assert new["path"] == [24]
 
 
 def test_plan_prints_a_table(capsys):
@@ -139,6 +142,13 @@ def test_plan_reads_a_config_file(capsys, tmp_path):
         (("train", "smoke", "--sampling.noise_level", "0"), "sampling.noise_level must be above 0"),
         (("train", "smoke", "--iterations", "0"), "iterations must be at least 1, not 0"),
         (("plan", "smoke", "--num-inference-steps", "4"), "prune step 3 saves no network call"),
+        (
+            ("plan", "sd3", "--plan", "none", "--plan.group-size", "8"),
+            "plan.group_size, plan.prune and plan.final_keep are read only when plan.preset is custom, not none",
+        ),
+        (("plan", "sd3", "--plan=flash", "--plan.preset=none"), "--plan and --plan.preset name a plan each; leave one"),
+        (("plan", "sd3", "--plan", "custom"), "--plan custom needs the plan: give --plan.group-size, --plan.prune or "),
+        (("train", "sd3", "--plan.preset", "custom"), "--plan.preset custom needs the plan: give --plan.group-size"),
         (("plan", "smoke", "--plan.prune", "3", "9"), "prune keep at step 3 must be at most the 6 members"),
         (("train", "smoke", "--resume", "nowhere"), "progrpo train --resume does not take smoke"),
         (("train", "--resume", "nowhere"), "nowhere is no run folder (it holds no config.json)"),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 
 import progrpo
@@ -241,11 +242,34 @@ def test_mistakes_are_refused_before_anything_is_sampled(
         ({"prompts": []}, "prompts is empty; give at least one"),
         ({"config": tiny_config(optim=OptimConfig(lr=0.0))}, r"optim\.lr must be above 0, not 0\.0"),
         ({"out": trained[0.0]}, "already holds a run"),
+        (
+            {"reward": [(redness, 1, 2)]},
+            r"a reward with a weight must be a pair \(reward, weight\), not \(<function redn",
+        ),
+        ({"reward": [(redness, "x")]}, r"reward\.terms\[0\]\.weight must be a number, not 'x'"),
+        ({"reward": [(redness, 0)]}, r"reward\.terms: every weight is 0, so that nothing is rewarded"),
+        ({"reward": Verdicts}, r"reward Verdicts is a class; give an object of it, Verdicts\(\.\.\.\)"),
+        ({"prompts": [{"prompt": "a", "least": 0.5}, "b"], "reward": Verdicts()}, "takes 'least', but the prompt 'b'"),
     ):
         asked = {"prompts": prompts, "reward": redness, "config": tiny_config(), "out": tmp_path / "run", **wrong}
         with pytest.raises(ValueError, match=message):
             progrpo.train(tiny_pipeline(), **asked)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_pipeline_that_has_an_adapter_is_refused_until_that_is_gone(
+    tiny_pipeline, tiny_config, prompts, redness, tmp_path
+):
+    asked = {"prompts": prompts, "reward": redness, "config": tiny_config(iterations=1), "out": tmp_path / "run"}
+    pipeline = tiny_pipeline()
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"^the pipeline's transformer has an adapter already: call fuse_lora\(\) and"):
+        progrpo.train(pipeline, **asked)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    progrpo.train(pipeline, **asked)
+    with pytest.raises(ValueError, match=r"^this pipeline was given to a run already, .*; load it again$"):
+        progrpo.train(pipeline, **asked)
 
 
 def test_a_run_can_be_overwritten_if_asked(tiny_pipeline, tiny_config, prompts, redness, tmp_path):

@@ -125,11 +125,23 @@ def test_a_report_is_written_anew(run, capsys):
     assert "smoke" in (run / "report.html").read_text()
 
 
-def test_a_run_is_measured_again(run, capsys):
-    assert main(["eval", str(run), "--pictures", "12", "--num-inference-steps", "6", "--json"]) == 0
+def test_a_run_is_measured_again_as_it_measured_itself(run, capsys):
+    assert main(["eval", str(run), "--pictures", "12", "--json"]) == 0
     found, summary = json.loads(capsys.readouterr().out), RunFolder(run).read_summary()
     assert found["pictures"] == 12 and set(found["strict_by_kind"]) == set(summary["accuracy_by_kind_after"])
     assert found["graded"] == pytest.approx(summary["reward_after"], abs=0.01)  # the LoRA is merged here: rounding
+    assert (found["num_inference_steps"], found["guidance_scale"], found["seed"]) == (6, 1.0, 1234)
+    assert main(["eval", str(run), "--pictures", "2", "--num-inference-steps", "2", "--seed", "5", "--json"]) == 0
+    other = json.loads(capsys.readouterr().out)
+    assert (other["num_inference_steps"], other["guidance_scale"], other["seed"]) == (2, 1.0, 5)
+    assert (
+        main(
+            ["eval", "shapes-flow", "--pictures", "1", "--num-inference-steps", "2", "--reward", "jpeg_compressibility"]
+        )
+        == 0
+    )
+    table = capsys.readouterr().out
+    assert "graded" in table and not any(word in table for word in ("None", "strict", "held_out"))
 
 
 def test_pictures_are_drawn_with_what_a_run_trained(run, tmp_path, capsys):
@@ -138,4 +150,25 @@ def test_pictures_are_drawn_with_what_a_run_trained(run, tmp_path, capsys):
     files = capsys.readouterr().out.split()
     assert files == [str(tmp_path / f"{g:03d}-{m:02d}.png") for g in (0, 1) for m in (0, 1)]
     assert {Image.open(file).size for file in files} == {(64, 64)}
-    assert len({Path(file).read_bytes() for file in files}) == 4
+    before = {file: Path(file).read_bytes() for file in files}
+    assert len(set(before.values())) == 4
+    (tmp_path / "notes-00.png").touch()
+    assert main(["sample", "shapes-flow", "--prompt", "a green ring", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "002-00.png")]
+    assert {file: Path(file).read_bytes() for file in files} == before
+
+
+def test_a_runs_own_settings_are_taken_where_it_is_named(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    as_it_evaluates = ["--num-inference-steps", "6", "--guidance-scale", "1", "--seed", "1234"]
+    asked = ["sample", "shapes-flow", "--prompt", "a red circle"]
+    for out, words in (
+        ("run", ["sample", str(run), "--prompt", "a red circle"]),
+        ("lora", [*asked, "--lora", str(run)]),
+        ("said", [*asked, "--lora", str(run), *as_it_evaluates]),
+        ("folder", [*asked, "--lora", str(run / "lora")]),
+        ("default", [*asked, "--lora", str(run / "lora"), "--num-inference-steps", "10", "--seed", "0"]),
+    ):
+        assert main([*words, "--out", out]) == 0
+    drawn = {out: (tmp_path / out / "000-00.png").read_bytes() for out in ("run", "lora", "said", "folder", "default")}
+    assert drawn["run"] == drawn["lora"] == drawn["said"] != drawn["folder"] == drawn["default"]

@@ -262,8 +262,8 @@ def test_if_nobody_teaches_nothing_moves(build):
 
 
 def test_a_group_that_teaches_nothing_is_left_out_of_the_graphs_too(build, redness, prompts, monkeypatch):
-    def flat_for_one(images, asked):
-        return [0.5 if p == prompts[0] else r for p, r in zip(asked, redness(images, asked), strict=True)]
+    def flat_for_one(images, texts):
+        return [0.5 if p == prompts[0] else r for p, r in zip(texts, redness(images, texts), strict=True)]
 
     steps = []
     for reuse in (False, True):
@@ -275,8 +275,8 @@ def test_a_group_that_teaches_nothing_is_left_out_of_the_graphs_too(build, redne
 
 
 def test_missing_rewards_and_final_selection_are_no_trouble(build, redness, monkeypatch):
-    def missing(images, asked):
-        return [None if i == 1 else r for i, r in enumerate(redness(images, asked))]
+    def missing(images, texts):
+        return [None if i == 1 else r for i, r in enumerate(redness(images, texts))]
 
     steps = []
     for reuse in (False, True):

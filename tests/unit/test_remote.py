@@ -431,6 +431,19 @@ def test_every_request_names_its_reward_and_protocol():
     assert values(asks(server).score(PICTURES, PROMPTS)) == SUMS
 
 
+def test_a_column_that_a_prompt_lacks_is_said_before_a_picture_is_sent():
+    def wanted(images: Any, prompts: Any, row: Any, note: Any = None) -> list[float]:
+        return row
+
+    with served(FunctionReward(wanted)) as reward:
+        reward.check(PROMPTS)
+        with pytest.raises(Refusal, match="reward 'sum' takes 'row', but the prompt 'bare' has no column of that name"):
+            reward.check([*PROMPTS, Prompt("bare")])
+    early = Faulty()
+    early.health.append(httpx2.Response(200, json=HEALTH | {"columns": 3}))
+    asks(early).check([Prompt("bare")])
+
+
 def test_every_request_has_every_column():
     seen: list[dict[str, Any]] = []
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from progrpo.rewards.base import Refusal
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.processes import InProcesses
 from progrpo.types import Prompt
@@ -104,6 +105,13 @@ def test_an_error_in_a_process_is_raised_here_and_the_next_call_is_answered(here
         with pytest.raises(ZeroDivisionError, match="of my own making"):
             reward.score(PICTURES, [Prompt("good")] * 6 + [Prompt("bad")])
         assert len(reward.score(PICTURES, [Prompt("good")] * 7)) == 7
+
+
+def test_a_column_that_a_prompt_lacks_is_said_by_a_process(here):
+    with processes("mean", 1) as reward:
+        reward.check(PROMPTS)
+        with pytest.raises(Refusal, match="mean takes 'target', but the prompt 'bare' has no column of that name"):
+            reward.check([*PROMPTS, Prompt("bare")])
 
 
 def test_a_wrong_name_is_refused_before_any_process_starts(here):

@@ -355,6 +355,7 @@ def test_health_says_what_was_done():
         "requests": 1,
         "pictures": 2,
         "failures": 1,
+        "columns": [],
         "waiting": 0,
     }
 

@@ -1,6 +1,8 @@
 """Plain functions as rewards, and from a name to a reward."""
 
 import asyncio
+import functools
+import inspect
 import math
 import sys
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image
 
 from progrpo.config import BUILT_IN_REWARDS
-from progrpo.rewards.base import Refusal, Score
+from progrpo.rewards.base import Refusal, Score, check
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.load import REWARDS, load_reward
 from progrpo.rewards.shapes import ShapesReward
@@ -86,34 +88,117 @@ def test_a_column_comes_only_if_it_is_asked_for():
     ]
 
 
-def test_a_column_that_no_prompt_has_is_named():
-    def one(images, prompts, traget):
-        return [0.0] * 3
+def test_a_column_that_a_prompt_lacks_is_named_before_a_picture_is_scored_and_never_afterwards():
+    def one(images, prompts, traget, note=None):
+        return [0.0 if t is None else 1.0 for t in traget]
 
-    with pytest.raises(ValueError, match=r"one takes 'traget', but these prompts have no column .*\(note, target\)"):
-        FunctionReward(one).score(PICTURES, PROMPTS)
-    with pytest.raises(ValueError, match=r"\(none at all\); add it to the prompt file or give it a default"):
-        FunctionReward(one).score(PICTURES, [Prompt("a")] * 3)
+    reward = FunctionReward(one)
+    with pytest.raises(Refusal, match=r"one takes 'traget', but the prompt 'a' has no column .*\(note, target\)"):
+        reward.check(PROMPTS)
+    whole = Prompt("a", {"traget": None})
+    reward.check([whole])
+    with pytest.raises(
+        Refusal, match=r"the prompt 'last' has .*\(none at all\); give it to every prompt, or the param"
+    ):
+        reward.check([whole, whole, Prompt("last")])
+    assert [s.value for s in reward.score(PICTURES[:1], [Prompt("last")])] == [0.0]
 
 
-def test_the_first_two_parameters_may_have_any_name():
-    prompts = [Prompt("a", {"texts": 1, "pictures": 2, "rest": 3})] * 3
+def test_columns_are_looked_at_before_anything_is_loaded():
+    class Slow:
+        def load(self):
+            raise AssertionError("loaded")
 
-    def plain(pictures, texts):
-        return [len(t) for t in texts]
+        def score(self, images, prompts, target):
+            return target
 
-    def everything(pictures, texts, **columns):
-        assert list(columns) == ["rest"]
-        return [len(t) for t in texts]
+    with pytest.raises(Refusal, match=r"Slow\.score takes 'target', but the prompt 'c'"):
+        FunctionReward(Slow()).check(PROMPTS)
 
-    def any_arguments(*arguments, rest):
-        return rest
 
-    assert [FunctionReward(f).score(PICTURES, prompts)[0].value for f in (plain, everything, any_arguments)] == [
-        1,
-        1,
-        3,
-    ]
+def called(function):
+    """What a reward function is given for two prompts with a target and a scale, by parameter: "pictures", or the value."""
+    given: dict[str, Any] = {}
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def noting(*arguments, **named):
+        bound = signature.bind(*arguments, **named).arguments
+        given.update({name: "pictures" if shows(value) else value for name, value in bound.items()})
+        return [0.0, 0.0]
+
+    def shows(value):
+        return isinstance(value, list) and isinstance(value[0], Image.Image)
+
+    prompts = [Prompt("a", {"target": 1, "scale": 3}), Prompt("b", {"target": 2, "scale": 4})]
+    reward = FunctionReward(noting)
+    reward.check(prompts)
+    reward.score(PICTURES[:2], prompts)
+    return given
+
+
+BOTH = ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("function", "given"),
+    [
+        (lambda images, prompts: ..., {"images": "pictures", "prompts": BOTH}),
+        (lambda prompts, images: ..., {"images": "pictures", "prompts": BOTH}),
+        (lambda target, *, prompts, images: ..., {"images": "pictures", "prompts": BOTH, "target": [1, 2]}),
+        (lambda images, target: ..., {"images": "pictures", "target": [1, 2]}),
+        (lambda videos: ..., {"videos": "pictures"}),
+        (lambda texts, pictures, scale: ..., {"pictures": "pictures", "texts": BOTH, "scale": [3, 4]}),
+        (lambda pics: ..., {"pics": "pictures"}),
+        (lambda pics, texts: ..., {"pics": "pictures", "texts": BOTH}),
+        (lambda pics, texts, /, target: ..., {"pics": "pictures", "texts": BOTH, "target": [1, 2]}),
+        (lambda pics, prompts: ..., {"pics": "pictures", "prompts": BOTH}),
+        (lambda prompts, pics, scale: ..., {"pics": "pictures", "prompts": BOTH, "scale": [3, 4]}),
+        (lambda *both, target: ..., {"both": ("pictures", BOTH), "target": [1, 2]}),
+        (lambda images, **others: ..., {"images": "pictures", "others": {"prompts": BOTH, "target": [1, 2], "scale": [3, 4]}}),
+        (lambda images, prompts, **others: ..., {"images": "pictures", "prompts": BOTH, "others": {"target": [1, 2], "scale": [3, 4]}}),
+        (lambda images, target=None, absent=7: ..., {"images": "pictures", "target": [1, 2]}),
+    ],
+)  # fmt: skip
+def test_pictures_and_texts_are_given_by_name_or_else_to_the_first_two_parameters(function, given):
+    found = called(function)
+    if "both" in found:
+        found["both"] = ("pictures" if isinstance(found["both"][0][0], Image.Image) else None, found["both"][1])
+    assert found == given
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        (lambda: ..., "takes no pictures; give it a parameter `images`"),
+        (lambda prompts: ..., "takes no pictures; give it a parameter `images`"),
+        (lambda *, target: ..., "takes no pictures; give it a parameter `images`"),
+        (
+            lambda completions, **others: ...,
+            "takes `completions`, which are a language model's; pictures come as `images`",
+        ),
+        (lambda prompts, completions: ..., "takes `completions`, which are a language model's"),
+        (max, "does not say what it takes; call it in a function of images and prompts"),
+    ],
+)
+def test_what_cannot_be_given_pictures_is_refused_at_once(function, sentence):
+    with pytest.raises(Refusal, match=f"^reward .* {sentence}"):
+        FunctionReward(function)
+
+
+def test_a_column_that_is_called_as_the_texts_may_be_is_not_taken_for_them():
+    reward, told = FunctionReward(lambda images, texts: [0.0]), [Prompt("a", {"texts": "b"})]
+    with pytest.raises(
+        Refusal, match=r"'texts' would be given the pictures or the texts, and the prompts have a column"
+    ):
+        reward.check(told)
+
+
+@pytest.mark.parametrize("function", [lambda pics, target: ..., lambda target, texts: ..., lambda prompts, target: ...])
+def test_a_column_is_never_taken_for_the_pictures_or_the_texts(function):
+    for ask in (FunctionReward(function).check, functools.partial(FunctionReward(function).score, PICTURES)):
+        with pytest.raises(Refusal, match=r"'target' would be given .*; call .* `images` and `prompts`"):
+            ask(PROMPTS)
 
 
 def test_scores_may_be_of_any_number_type_or_missing():
@@ -258,7 +343,7 @@ def test_shapes_is_the_verifier():
 
 
 def test_shapes_refuses_prompts_of_another_world():
-    with pytest.raises(ValueError, match=r"cannot read the prompt 'a cat'.*prompts.source shapes.*module:function"):
+    with pytest.raises(Refusal, match=r"cannot read the prompt 'a cat'.*built-in prompts, `shapes`;.*module:function"):
         ShapesReward().score(PICTURES[:1], [Prompt("a cat")])
 
 
@@ -340,11 +425,60 @@ def test_a_missing_function_is_refused(attribute, shown, tmp_path, monkeypatch):
         load_reward(f"my_reward:{attribute}")
 
 
-def test_what_the_users_module_lacks_is_not_blamed_on_the_name(tmp_path, monkeypatch):
-    write(tmp_path, "import no_such_dependency\n")
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("import no_such_dependency\n", ", line 1: ModuleNotFoundError: No module named 'no_such_dependency'"),
+        ("\ndef score(:\n", ", line 2: SyntaxError: invalid syntax"),
+        ("def score(images, prompts):\nreturn 1\n", ", line 2: IndentationError: expected an indented block "),
+        ("def f():\n    raise OSError('no\\nfile')\n\nf()\n", ", line 2: OSError: no file"),
+        ("import json\n\njson.loads('{')\n", ", line 3: JSONDecodeError: Expecting property name"),
+        ("assert not 1\n", ", line 1: AssertionError"),
+        ("import sys\nsys.exit(3)\n", ", line 2: SystemExit: 3"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_refused_with_its_line(text, sentence, tmp_path, monkeypatch):
+    write(tmp_path, text, "my_reward_broken")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
-        load_reward("my_reward:score")
+    with pytest.raises(Refusal) as refused:
+        load_reward("my_reward_broken:score")
+    start = "reward 'my_reward_broken:score': its module cannot be imported: my_reward_broken.py"
+    assert str(refused.value).startswith(start + sentence) and str(refused.value).isprintable()
+
+
+CLASSES = """
+class Needy:
+    def __init__(self, threshold):
+        pass
+
+class Fails:
+    def __init__(self):
+        open("no such file")
+
+class Unloaded:
+    def load(self):
+        raise OSError("no weights at /x")
+
+    def score(self, images, prompts):
+        return [0.0] * len(images)
+"""
+
+
+def test_a_class_that_cannot_be_made_or_loaded_is_refused_with_its_line(tmp_path, monkeypatch):
+    write(tmp_path, CLASSES, "my_reward_classes")
+    monkeypatch.chdir(tmp_path)
+    for name, sentence in (
+        ("Needy", r"made without arguments: TypeError: Needy.__init__\(\) missing 1 .* argument: 'threshold'$"),
+        ("Fails", r"made without arguments: my_reward_classes.py, line 8: FileNotFoundError: .*'no such file'$"),
+    ):
+        with pytest.raises(Refusal, match=f"^reward 'my_reward_classes:{name}': the class cannot be {sentence}"):
+            load_reward(f"my_reward_classes:{name}")
+    reward = load_reward("my_reward_classes:Unloaded")
+    for ask in (functools.partial(check, reward), functools.partial(reward.score, PICTURES[:0])):
+        with pytest.raises(
+            Refusal, match=r"its load\(\) failed: my_reward_classes.py, line 12: OSError: no weights at /x$"
+        ):
+            ask([])
 
 
 def test_the_configuration_knows_the_built_in_rewards():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.flux import FluxKontextPolicy, FluxPolicy
 from progrpo.policies.flux2 import Flux2KleinPolicy
+from progrpo.policies.hub import reason_of
 from progrpo.policies.lora import HUB_ID, LORA_FILE
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.qwen_image import QwenImagePolicy
@@ -52,6 +54,7 @@ def quiet() -> None:
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", ".*local_dir_use_symlinks.*")  # of how diffusers calls the hub's library
 
 
 def fastest_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
@@ -229,5 +232,4 @@ def _sayable(source: str | Path, what: str = "model.path") -> Iterator[None]:
     except Exception as error:  # of many kinds: of JSON, of safetensors, of a class that gets another's settings
         place = "" if os.path.isdir(source) else "; no folder has that name, and the Hugging Face hub was tried"
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}, "
-        reason = named(" ".join(str(error).split()))
-        raise ValueError(f"{what}: cannot load {named(source)}{place}: {kind}{reason}") from error
+        raise ValueError(f"{what}: cannot load {named(source)}{place}: {kind}{reason_of(error, source)}") from error

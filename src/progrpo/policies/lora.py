@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor
 
+from progrpo.policies.hub import reason_of
 from progrpo.words import named
 
 ADAPTER = "default"
@@ -47,8 +48,7 @@ def continue_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str) 
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of many kinds: of safetensors, of the hub, of peft at another model's shapes
-        reason = named(" ".join(str(error).split()))
-        raise ValueError(f"model.lora: cannot train {named(source)} further: {reason}") from error
+        raise ValueError(f"model.lora: cannot train {named(source)} further: {reason_of(error, source)}") from error
 
 
 def in_float32(denoiser: ModelMixin) -> None:

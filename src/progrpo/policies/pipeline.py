@@ -10,11 +10,13 @@ from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Self
+from weakref import WeakSet
 
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline, ModelMixin
 from diffusers.models.autoencoders.vae import Decoder
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.decoder import quicken
+from progrpo.policies.hub import reason_of
 from progrpo.policies.lora import ADAPTER, continue_lora, in_float32
 from progrpo.policies.offload import Turns
 from progrpo.policies.quantized import quantize_blocks
@@ -31,6 +34,7 @@ from progrpo.types import Condition, Prompt
 from progrpo.zoo import WEIGHTS
 
 BUILT_IN_DECODER = "shapes-tiny"
+_TAKEN: WeakSet[DiffusionPipeline] = WeakSet()  # whose denoisers have what a policy trains
 
 
 class PipelinePolicy(ABC):
@@ -88,11 +92,19 @@ class PipelinePolicy(ABC):
 
     @classmethod
     def from_pipeline(cls, pipeline: DiffusionPipeline, settings: PolicySettings) -> Self:
-        """Take the pipeline over: it moves to the device, is frozen, and its denoiser gets what `settings` ask for."""
+        """Take the pipeline over: it moves to the device, is frozen, and its denoiser gets what `settings` ask for.
+
+        ValueError for one that a policy was made of before, that has an adapter already, or that does not fit the settings.
+        """
+        if pipeline in _TAKEN:
+            raise ValueError(
+                "this pipeline was given to a run already, which took it over and changed it; load it again"
+            )
         cls.check_index(pipeline.config)
         cls._check(pipeline)
         size = cls._checked_size(pipeline, settings.resolution)
         denoiser = getattr(pipeline, cls.denoiser_name)
+        _require_no_adapter(denoiser, cls.denoiser_name)
         if settings.quantize == "int8":  # before it moves, so that the device never holds the wide weights
             _cast(denoiser, settings.dtype)
             quantize_blocks(denoiser)
@@ -117,6 +129,7 @@ class PipelinePolicy(ABC):
                 share_out(denoiser, torch.device(settings.device), whole=())
         else:
             raise ValueError(f"model.weights: {settings.weights!r} is not known; use 'lora' or 'full'")
+        _TAKEN.add(pipeline)
         if _narrow_on_cpu(settings):
             quicken(pipeline.vae)
             if cls.plain_attention is not None:
@@ -403,8 +416,7 @@ def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings, channel
             WEIGHTS / name if name == BUILT_IN_DECODER else name, use_safetensors=True, dtype=vae.dtype
         )
     except OSError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"preview.tiny_decoder: cannot load {name}: {reason}") from error
+        raise ValueError(f"preview.tiny_decoder: cannot load {name}: {reason_of(error, name)}") from error
     if tiny.config.latent_channels != channels:
         raise ValueError(
             f"preview.tiny_decoder: {name} decodes latents of {tiny.config.latent_channels} channels, and this"
@@ -462,6 +474,14 @@ def _modules(pipeline: DiffusionPipeline) -> list[nn.Module]:
 def _cast(module: ModelMixin, dtype: torch.dtype) -> None:
     if module.dtype != dtype:  # diffusers warns of every cast, also of one that changes nothing
         module.to(dtype)
+
+
+def _require_no_adapter(denoiser: ModelMixin, name: str) -> None:
+    if any(isinstance(module, BaseTunerLayer) for module in denoiser.modules()):
+        raise ValueError(
+            f"the pipeline's {name} has an adapter already: call fuse_lora() and unload_lora_weights() to keep what it"
+            " learnt, the latter alone to leave it out, or name it in model.lora to train it further"
+        )
 
 
 def _add_lora(denoiser: ModelMixin, settings: PolicySettings, targets: tuple[str, ...]) -> None:

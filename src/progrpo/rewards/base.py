@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from progrpo.types import Prompt, Scores
+from progrpo.words import named, quoted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +79,17 @@ class Reward(Protocol):
 def check(reward: Reward, prompts: Sequence[Prompt]) -> None:
     """Refusal, before a picture is drawn, where a reward can tell that it will not work with these prompts or here."""
     getattr(reward, "check", lambda prompts: None)(prompts)
+
+
+def require_columns(reward: str, needed: Iterable[str], prompts: Sequence[Prompt]) -> None:
+    """Refusal for the first prompt that lacks a column which a reward needs of all: a call may be of that prompt alone."""
+    for prompt in prompts:
+        if lacking := [name for name in needed if name not in prompt.columns]:
+            raise Refusal(
+                f"reward {reward} takes {lacking[0]!r}, but the prompt {quoted(prompt.text)} has no column of that name"
+                f" ({named(', '.join(sorted(prompt.columns))) or 'none at all'}); give it to every prompt, or the"
+                " parameter a default (the texts themselves are `prompts`)"
+            )
 
 
 def close(reward: Reward) -> None:

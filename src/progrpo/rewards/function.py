@@ -5,30 +5,41 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from progrpo.rewards.base import Refusal, Score
+from progrpo.rewards.base import Refusal, Score, require_columns
 from progrpo.sources import COLUMN, pictures
 from progrpo.types import Prompt
+from progrpo.words import raised
+
+_PICTURES, _TEXTS = "pictures", "texts"
+_OWN_NAMES = {"images": _PICTURES, "prompts": _TEXTS}  # which no column can have
+_NAMES = {**_OWN_NAMES, "pictures": _PICTURES, "videos": _PICTURES, "texts": _TEXTS}
 
 
 class FunctionReward:
     """`function(images, prompts, **columns) -> sequence of float | None`, plain or async, or an object with it as `score`.
 
-    `images` are PIL pictures and `prompts` texts. A column reaches the function as a list under its own name if the
+    `images` (or `pictures`, `videos`) are PIL pictures and `prompts` (or `texts`) texts, wherever they stand; the texts may be left
+    out. Where none of these names is there, they are the first two parameters. A column reaches the function as a list under its own name if the
     function has a parameter of that name (or takes `**kwargs`); that of source pictures, `image`, holds PIL pictures in RGB.
     None, NaN and infinities are missing scores; a `Score` may be returned for a number, to say more. An object's `load()` is
-    called once before its first score, its `close()` when the run ends. With an attribute `groupwise = True` the pictures of one call are a group's, as a ranking needs them.
+    called once before its first score (what it raises is a Refusal), its `close()` when the run ends. `needed` names the columns that every prompt must have, which `check` sees to. With an attribute `groupwise = True` the pictures of one call are a group's, as a ranking needs them.
     With `video = True` an image is a whole video, a uint8 array (F, H, W, 3), and a picture one of a single frame.
     """
 
     def __init__(self, function: Any, batch_size: int | None = None) -> None:
-        """`batch_size`: pictures of a call at most; None: all that there are."""
+        """`batch_size`: pictures of a call at most; None: all that there are. Refusal for what cannot be given pictures."""
+        if isinstance(function, type):
+            raise Refusal(
+                f"reward {function.__qualname__} is a class; give an object of it, {function.__qualname__}(...)"
+            )
         self.function: Callable[..., Any] = getattr(function, "score", function)
         if not callable(self.function):
             raise Refusal(f"reward {function!r} is neither a function nor an object with a method score")
@@ -37,12 +48,18 @@ class FunctionReward:
         self._whole, self._batch_size = function, batch_size
         self._loaded, self._one = False, threading.Lock()
         self._called = getattr(self.function, "__qualname__", "function")
-        parameters = list(inspect.signature(self.function).parameters.values())
-        self._first_two = {p.name for p in parameters[:2] if p.kind is p.POSITIONAL_OR_KEYWORD}
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        parameters = _parameters(self.function, self._called)
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._names = {p.name for p in named} - self._first_two
-        self._needed = {p.name for p in named if p.default is p.empty} - self._first_two
+        self._bound = _bound(parameters, self._takes_all)
+        if not {_PICTURES} & {*self._bound.in_order, *self._bound.by_name.values()}:
+            raise Refusal(f"reward {self._called} takes no pictures; give it a parameter `images`")
+        if "completions" in self._bound.guessed:  # a function that was written for TRL
+            raise Refusal(
+                f"reward {self._called} takes `completions`, which are a language model's; pictures come as `images`"
+            )
+        columns = [p for p in parameters if _has_a_name(p) and p.name not in self._bound.names]
+        self._names = {p.name for p in columns}
+        self.needed = sorted(p.name for p in columns if p.default is p.empty)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         self._load()
@@ -52,8 +69,9 @@ class FunctionReward:
         return [score for part in parts for score in self._call(pictures_NHWC[part], prompts[part], columns, part)]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        self._load()
         self._columns(prompts)
+        require_columns(self._called, self.needed, prompts)
+        self._load()
 
     def close(self) -> None:
         if hasattr(self._whole, "close"):
@@ -62,7 +80,12 @@ class FunctionReward:
     def _load(self) -> None:
         with self._one:
             if not self._loaded and hasattr(self._whole, "load"):
-                self._whole.load()
+                try:
+                    self._whole.load()
+                except Refusal:
+                    raise
+                except Exception as error:
+                    raise Refusal(f"reward {self._called}: its load() failed: {raised(error)}") from error
             self._loaded = True
 
     def _call(
@@ -73,7 +96,9 @@ class FunctionReward:
         else:
             images = [Image.fromarray(p) for p in pictures_NHWC]
         told = {name: pictures(values[part]) if name == COLUMN else values[part] for name, values in columns.items()}
-        values = self.function(images, [p.text for p in prompts], **told)
+        given = {_PICTURES: images, _TEXTS: [p.text for p in prompts]}
+        told |= {name: given[what] for name, what in self._bound.by_name.items()}
+        values = self.function(*(given[what] for what in self._bound.in_order), **told)
         if inspect.iscoroutine(values):
             values = _finished(values)
         if not hasattr(values, "__len__") or len(values) != len(prompts):
@@ -82,16 +107,61 @@ class FunctionReward:
         return [v if isinstance(v, Score) else Score(None if v is None else float(v)) for v in values]
 
     def _columns(self, prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
-        """The columns that the function takes, as lists; None where a prompt has no such column."""
-        there = {name for p in prompts for name in p.columns} - self._first_two
-        lacking = sorted(self._needed - there)
-        if lacking and prompts:
+        """The columns that the function takes, as lists; None where a prompt has no such column. Refusal where it is not clear what it takes."""
+        there = {name for p in prompts for name in p.columns}
+        if unclear := sorted((self._bound.names & there) - _OWN_NAMES.keys()):
             raise Refusal(
-                f"reward {self._called} takes {lacking[0]!r}, but these prompts have no column of that name"
-                f" ({', '.join(sorted(there)) or 'none at all'}); add it to the prompt file or give it a default"
+                f"reward {self._called}: {unclear[0]!r} would be given the pictures or the texts, and the prompts have a"
+                " column of that name; call what takes these `images` and `prompts`"
             )
-        wanted = there if self._takes_all else there & self._names
+        there -= self._bound.names
+        wanted = (there if self._takes_all else there & self._names).union(self.needed)
         return {name: [p.columns.get(name) for p in prompts] for name in sorted(wanted)}
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """How a function is given the pictures and the texts."""
+
+    by_name: Mapping[str, str]
+    in_order: Sequence[str]
+    guessed: Sequence[str]
+    """The parameters that are taken to be for them by their place alone."""
+
+    @property
+    def names(self) -> set[str]:
+        """The parameters that are for no column."""
+        return {*self.by_name, *self.guessed}
+
+
+def _bound(parameters: Sequence[inspect.Parameter], takes_all: bool) -> _Bound:
+    by_place = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    by_name = {p.name: _NAMES[p.name] for p in parameters if p.name in _NAMES and _has_a_name(p)}
+    in_order, guessed = list[str](), list[str]()
+    if not by_name:
+        any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        in_order = [_PICTURES, _TEXTS][: 2 if any_number else len(by_place)]
+        guessed = by_place[:2]
+    elif _PICTURES not in by_name.values():
+        guessed = [name for name in by_place if name not in by_name][:1]
+        by_name |= dict.fromkeys(guessed, _PICTURES)
+    if takes_all:  # by name, as it does the columns
+        told = {*in_order, *by_name.values()}
+        by_name |= {name: what for name, what in _OWN_NAMES.items() if what not in told}
+    return _Bound(by_name, in_order, guessed)
+
+
+def _parameters(function: Callable[..., Any], called: str) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # of some that are written in C
+        raise Refusal(
+            f"reward {called} does not say what it takes; call it in a function of images and prompts"
+        ) from None
+
+
+def _has_a_name(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
 
 
 def _finished(answer: Coroutine[Any, Any, Any]) -> Any:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from progrpo.rewards.base import Refusal, Reward, RewardSettings
-from progrpo.words import quoted
+from progrpo.words import quoted, raised
 
 
 def _shapes(strict_share: float, settings: RewardSettings) -> Reward:
@@ -98,12 +98,12 @@ def _load(name: str, settings: RewardSettings) -> Reward:
         sys.path.append(str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the user's module is there, something that it imports is not
-        raise Refusal(
-            f"reward {quoted(name)}: there is no module {quoted(module_name)} in this folder or installed"
-        ) from None
+    except (Exception, SystemExit) as error:  # whatever the module's author let through
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise Refusal(
+                f"reward {quoted(name)}: there is no module {quoted(module_name)} in this folder or installed"
+            ) from None
+        raise Refusal(f"reward {quoted(name)}: its module cannot be imported: {raised(error)}") from error
     found = getattr(module, attribute, None)
     if not callable(found) and not hasattr(found, "score"):
         raise Refusal(
@@ -111,4 +111,11 @@ def _load(name: str, settings: RewardSettings) -> Reward:
         )
     from progrpo.rewards.function import FunctionReward
 
-    return FunctionReward(found() if isinstance(found, type) else found, settings.batch_size)
+    if isinstance(found, type):
+        try:
+            found = found()
+        except Exception as error:
+            raise Refusal(
+                f"reward {quoted(name)}: the class cannot be made without arguments: {raised(error)}"
+            ) from error
+    return FunctionReward(found, settings.batch_size)

@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 
-from progrpo.rewards.base import Reward, RewardSettings, Score
+from progrpo.rewards.base import Reward, RewardSettings, Score, check
 from progrpo.types import Prompt
 
 _here: Reward | None = None  # of a worker: loaded once when it starts
@@ -22,6 +22,11 @@ def _load(make: Callable[[str, RewardSettings], Reward], name: str, settings: Re
 def _score(pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
     assert _here is not None
     return _here.score(pictures_NHWC, prompts)
+
+
+def _check(prompts: Sequence[Prompt]) -> None:
+    assert _here is not None
+    check(_here, prompts)
 
 
 class InProcesses:
@@ -50,6 +55,11 @@ class InProcesses:
         rows = [part for part in np.array_split(np.arange(len(prompts)), self._count) if len(part)]
         asked = [self._pool.submit(_score, pictures_NHWC[part], [prompts[i] for i in part]) for part in rows]
         return [score for answer in asked for score in answer.result()]
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        self._pool.submit(
+            _check, list(prompts)
+        ).result()  # in one of them: what it loads to tell is loaded there anyway
 
     def close(self) -> None:
         self._pool.shutdown()

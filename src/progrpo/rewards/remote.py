@@ -20,7 +20,7 @@ import httpx2
 import numpy as np
 from PIL import Image
 
-from progrpo.rewards.base import Refusal, RewardSettings, Score
+from progrpo.rewards.base import Refusal, RewardSettings, Score, require_columns
 from progrpo.sources import COLUMN, pictures
 from progrpo.types import Prompt
 
@@ -50,6 +50,7 @@ class RemoteReward:
         self._name, self._client, self._batch_size, self._patience = name, client, batch_size, patience
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix=f"reward-{name}")
         self._met, self._one, self._closed = False, threading.Lock(), threading.Event()
+        self._needed = list[str]()
 
     @classmethod
     def make(cls, name: str, settings: RewardSettings) -> Self:
@@ -86,6 +87,7 @@ class RemoteReward:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         self._meet()
+        require_columns(repr(self._name), self._needed, prompts)
 
     def close(self) -> None:
         self._closed.set()
@@ -117,6 +119,8 @@ class RemoteReward:
                 raise Refusal(
                     f"reward {self._name!r}: the server at {self._client.base_url} gives {health.get('reward')!r}"
                 )
+            columns = health.get("columns")  # which a server of an earlier version does not tell
+            self._needed = [str(name) for name in columns] if isinstance(columns, list) else []
             self._met = True
 
     def _ask(

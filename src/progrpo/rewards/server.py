@@ -137,6 +137,8 @@ class Health(BaseModel, use_attribute_docstrings=True):
     reward: str
     version: str = __version__
     protocol: Literal[1] = PROTOCOL
+    columns: list[str] = []
+    """That the reward needs of every prompt."""
     requests: int = 0
     """That were answered with scores."""
     pictures: int = 0
@@ -154,7 +156,7 @@ def make_app(
 ) -> FastAPI:
     """The server of one reward. Requests under way hold 16 times `max_megabytes` together at most; one more is told to wait."""
     batches, room, started = Batches(reward, batch_size), Room(16 * max_megabytes * 2**20), time.monotonic()
-    counts = Health(reward=name)
+    counts = Health(reward=name, columns=list(getattr(reward, "needed", ())))
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:

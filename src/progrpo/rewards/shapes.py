@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from progrpo.rewards.base import Score
+from progrpo.rewards.base import Refusal, Score
 from progrpo.types import Prompt
+from progrpo.words import quoted
 from progrpo.zoo.shapes.verifier import verify
 
 
@@ -23,9 +24,9 @@ class ShapesReward:
     def check(self, prompts: Sequence[Prompt]) -> None:
         strangers = [p.text for p in prompts if "objects" not in p.columns]
         if strangers:
-            raise ValueError(
-                f"the reward `shapes` cannot read the prompt {strangers[0]!r}: it needs the built-in prompts"
-                " (--prompts.source shapes); name a reward of your own as module:function"
+            raise Refusal(
+                f"the reward `shapes` cannot read the prompt {quoted(strangers[0])}: it needs the built-in prompts, `shapes`;"
+                " give these, or another reward, such as module:function of your own"
             )
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:

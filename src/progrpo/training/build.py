@@ -197,6 +197,12 @@ def trained_policy(target: str, trained: Path | None, ranks: Ranks) -> Policy:
     return policy
 
 
+def run_of(target: str, trained: Path | None = None) -> Config | None:
+    """The configuration of the run that is meant by `trained_policy`'s arguments; None where a model alone is, or a LoRA of no run."""
+    runs = [folder for folder in (Path(target), trained) if folder is not None and _is_run(folder)]
+    return load_recipe(str(runs[0])) if runs else None
+
+
 def _saved_by(run: Path) -> Path:
     saved = [run / name for name in ("lora", "transformer", "unet") if (run / name).is_dir()]
     if not saved:
@@ -206,7 +212,7 @@ def _saved_by(run: Path) -> Path:
 
 def config_of(target: str) -> Config:
     """A run's configuration, or the default one for a model."""
-    return load_recipe(target) if _is_run(Path(target)) else Config(model=ModelConfig(path=target))
+    return run_of(target) or Config(model=ModelConfig(path=target))
 
 
 def _is_run(folder: Path) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.config import RewardTerm, check
+from progrpo.config import EvalConfig, RewardTerm, check
 from progrpo.diffusion.gaussian import mean_square
 from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.diffusion.process import Process
@@ -90,6 +90,18 @@ def ode(
     )
     told = policy.embeds_guidance
     return Sampling(process, guidance_scale=guidance_scale, embedded_guidance=told, microbatch=microbatch)
+
+
+def asked_for(
+    own: EvalConfig, num_inference_steps: int | None, guidance_scale: float | None, seed: int | None
+) -> EvalConfig:
+    """How a run evaluates itself, with what a user says otherwise."""
+    return replace(
+        own,
+        num_inference_steps=own.num_inference_steps if num_inference_steps is None else num_inference_steps,
+        guidance_scale=own.guidance_scale if guidance_scale is None else guidance_scale,
+        seed=own.seed if seed is None else seed,
+    )
 
 
 def rows_at_once(policy: Policy) -> int:
@@ -225,11 +237,13 @@ def evaluate_model(
     reward: Sequence[str] | None,
     split: str,
     pictures: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-    seed: int = 1234,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    seed: int | None = None,
 ) -> dict[str, Any] | None:
-    """Figures of a model, or of a run's trained weights, on `pictures` prompts; a run's own prompts and rewards for None.
+    """Figures of a model, or of a run's trained weights, on `pictures` prompts.
+
+    For None a run's own prompts, rewards, steps, guidance and seed of its evaluations, of a model the configuration's defaults.
 
     Several processes share the prompts out, and the figures are given to the main one alone.
 
@@ -248,24 +262,27 @@ def evaluate_model(
             f"{named(target)} is measured by {named(harmful[0].to_text())}, which runs code of yours, asks a server or writes scores:"
             " if you trust that, give --reward with it; else another reward"
         )
-    config = replace(config, reward=replace(config.reward, terms=terms))
+    wanted = asked_for(config.eval, num_inference_steps, guidance_scale, seed)
+    config = replace(config, reward=replace(config.reward, terms=terms), eval=wanted)
     check(config)
     frames, others = config.reward.frames, config.eval.rewards
     reward_of, held_out = scorer_from(terms, frames), scorer_from(others, frames) if others else None
     chosen = eval_prompts(prompts, split, pictures)
+    for scorer in filter(None, (reward_of, held_out)):
+        scorer.check(chosen)
     with lost_in_words(lambda: "give the command again"):
         ranks = Ranks()
         policy = trained_policy(target, None, ranks)
         if policy.edits:
             check_sources(chosen)
-        sampling = ode(policy, num_inference_steps, guidance_scale, rows_at_once(policy))
+        sampling = ode(policy, wanted.num_inference_steps, wanted.guidance_scale, rows_at_once(policy))
         result = evaluate(
             policy,
             reward_of,
             judge_for(prompts),
             chosen,
             sampling,
-            seed,
+            wanted.seed,
             ranks,
             diverse=DIVERSE_PROMPTS,
             held_out=held_out,
@@ -277,7 +294,8 @@ def evaluate_model(
         return None
     return {
         "target": target,
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
+        "num_inference_steps": wanted.num_inference_steps,
+        "guidance_scale": wanted.guidance_scale,
+        "seed": wanted.seed,
         **result.figures(),
     }

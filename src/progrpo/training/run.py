@@ -56,6 +56,7 @@ from progrpo.training.stopping import Stop
 from progrpo.training.trainer import Iteration, Trainer
 from progrpo.training.watch import HackingWatch
 from progrpo.types import Prompt
+from progrpo.words import quoted
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -153,7 +154,8 @@ def train(
     one, or an object with it as `score`. Of a model of videos it sees some frames, or with `video = True` whole ones. It may be a built-in reward's name, a `progrpo.config.RewardTerm`, or a list of any of
     these, which are summed with the weights of pairs (reward, weight). Before and after are measured on `eval_prompts`,
     or else on the training prompts. `config.model.path`, `config.prompts.source` and `config.reward.terms` are not read. The
-    LoRA is in `out`/lora, in diffusers' format. Returns the run folder; its `read_summary()` has the figures.
+    LoRA is in `out`/lora, in diffusers' format. The pipeline is taken over: its denoiser is changed and its text encoders leave it, so load it
+    again for pictures or another run. ValueError, one sentence, for a mistake that is to be mended. Returns the run folder; its `read_summary()` has the figures.
     """
     from progrpo.policies.load import policy_from_pipeline
 
@@ -187,6 +189,8 @@ def _mixed(
     terms: list[RewardTerm] = []
     mixed: list[Term] = []
     for item in wanted if isinstance(wanted, list | tuple) else [wanted]:
+        if isinstance(item, tuple) and len(item) != 2:
+            raise ValueError(f"a reward with a weight must be a pair (reward, weight), not {quoted(item)}")
         reward, weight = item if isinstance(item, tuple) else (item, None)
         if isinstance(reward, str):
             reward = RewardTerm.from_text(reward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,17 +11,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from progrpo.config import EvalConfig
 from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import decoded
 from progrpo.sources import COLUMN
-from progrpo.training.build import trained_policy
+from progrpo.training.build import run_of, trained_policy
 from progrpo.training.distributed import Ranks, lost_in_words
-from progrpo.training.evaluate import ode, rows_at_once
+from progrpo.training.evaluate import asked_for, ode, rows_at_once
 from progrpo.types import Prompt
 from progrpo.words import named
 
+_NAME = re.compile(r"(\d+)-\d+\.(png|webp)")
 _FRAME = 62
 """Milliseconds, of Wan's 16 frames a second."""
 
@@ -31,24 +34,29 @@ def sample_pictures(
     *,
     lora: Path | None,
     out: Path,
-    seed: int,
-    num_inference_steps: int,
-    guidance_scale: float,
+    seed: int | None,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
     count: int,
 ) -> list[Path]:
     """Write `count` pictures a prompt to `out` as PNG, videos as animated WebP; noise is keyed by the prompt's place and the picture's number.
 
+    None that is there is replaced: prompts are numbered on.
+    For None the seed, steps and guidance are those of the evaluations of the run that `model` or `lora` is; of no run 0 and the configuration's defaults.
     Several processes share the pictures out; the main one writes them, and the files are given to it alone.
     """
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"--out: {named(out)} is a file; give a folder")
+    run = run_of(model, lora)
+    own = EvalConfig(seed=0) if run is None else run.eval
+    wanted = asked_for(own, num_inference_steps, guidance_scale, seed)
     with lost_in_words(lambda: "give the command again"):
         ranks = Ranks()
         policy = trained_policy(model, lora, ranks)
         if not policy.edits and any(COLUMN in prompt.columns for prompt in prompts):
             raise ValueError(f"--image: {named(model)} is told a text alone; leave it out, or give a model that edits")
-        sampling = ode(policy, num_inference_steps, guidance_scale, rows_at_once(policy))
-        key, condition = NoiseKey(seed, 0), policy.encode(prompts)
+        sampling = ode(policy, wanted.num_inference_steps, wanted.guidance_scale, rows_at_once(policy))
+        key, condition = NoiseKey(wanted.seed, 0), policy.encode(prompts)
         start = expand(policy, torch.arange(len(prompts)), count, sampling, key)
         found: list[tuple[int, int, np.ndarray]] = []
         mine = ranks.deal(len(start))
@@ -63,18 +71,19 @@ def sample_pictures(
 
 
 def _written(drawn: Sequence[tuple[int, int, np.ndarray]], out: Path) -> list[Path]:
-    """The files of pictures (H, W, 3) or videos (F, H, W, 3), each with its group and its number there."""
+    """The files of pictures (H, W, 3) or videos (F, H, W, 3), each with its group and its number there; groups follow those that lie there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out: {named(out)} cannot be made: {error.strerror}; give another folder") from error
-    files: list[Path] = []
+    there = [int(found[1]) for file in out.iterdir() if (found := _NAME.fullmatch(file.name))]
+    first, files = max(there, default=-1) + 1, list[Path]()
     for group, member, image in drawn:
         video = image.ndim == 4
-        files.append(out / f"{group:03d}-{member:02d}.{'webp' if video else 'png'}")
+        files.append(out / f"{first + group:03d}-{member:02d}.{'webp' if video else 'png'}")
         if video:
-            first, *rest = map(Image.fromarray, image)
-            first.save(files[-1], save_all=True, append_images=rest, duration=_FRAME, loop=0, quality=90)
+            start, *rest = map(Image.fromarray, image)
+            start.save(files[-1], save_all=True, append_images=rest, duration=_FRAME, loop=0, quality=90)
         else:
             Image.fromarray(image).save(files[-1])
     return files

@@ -156,9 +156,8 @@ class Trainer:
         if self._audit_due() and self.ranks.is_main:
             with meter.stage("audit"):
                 found = self._audit(prompts, key, audited)
-        if (
-            self._audit_due()
-        ):  # now, and not with the next iteration's, of which a resumed run would not know; nothing is trained on it
+        if self._audit_due():
+            # with the next iteration's they would be unknown to a run that is resumed here; nothing is trained on an audit
             self._collect_failures()
         record = self._record(tally, meter, audited, found, time.perf_counter() - start)
         record |= {f"reward/failed@{name}": count for name, count in failed.items() if count}
