@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from progrpo import storage
-from progrpo.config import CheckpointConfig, Config, ModelConfig, OptimConfig, SamplingConfig
+from progrpo.config import CheckpointConfig, Config, ModelConfig, ObjectiveConfig, OptimConfig, SamplingConfig
 from progrpo.durable import DiskError
 from progrpo.storage import load_state, save_state
 from progrpo.training import checkpoints
@@ -197,10 +197,10 @@ def test_a_run_folder_that_is_gone_is_not_made_anew(run):
 
 def test_a_changed_configuration_is_refused_with_the_fields(run):
     found = load_state(run / "checkpoints" / "iteration_000003")
-    check_unchanged(run, found, CONFIG)
+    check_unchanged(run, found, CONFIG, accept=False)
     changed = replace(CONFIG, seed=1, optim=OptimConfig(betas=(0.9, 0.99)), model=ModelConfig(path="x"))
     with pytest.raises(ValueError) as refused:
-        check_unchanged(run, found, changed)
+        check_unchanged(run, found, changed, accept=False)
     assert str(refused.value) == (
         f"{run}/config.json was changed since the checkpoint: seed was 0 and is 1, model.path was 'shapes-flow' and is 'x',"
         " optim.betas was [0.9, 0.999] and is [0.9, 0.99]; put it back, or give --accept-changes to go on with it"
@@ -209,7 +209,17 @@ def test_a_changed_configuration_is_refused_with_the_fields(run):
 
 def test_what_a_run_may_change_on_its_way_is_no_change(run):
     longer = replace(CONFIG, iterations=99, sampling=SamplingConfig(microbatch=3), optim=OptimConfig(microbatch=2))
-    check_unchanged(run, load_state(run / "checkpoints" / "iteration_000003"), longer)
+    check_unchanged(run, load_state(run / "checkpoints" / "iteration_000003"), longer, accept=False)
+
+
+def test_what_a_checkpoint_is_of_no_use_without_cannot_be_changed(run):
+    found = load_state(run / "checkpoints" / "iteration_000003")
+    calmer = replace(CONFIG, optim=OptimConfig(weight_decay=0.5))
+    check_unchanged(run, found, calmer, accept=True)
+    with pytest.raises(
+        ValueError, match=r"the checkpoint: objective\.name was 'grpo' and is 'nft'; put that back, since"
+    ):
+        check_unchanged(run, found, replace(calmer, objective=ObjectiveConfig(name="nft")), accept=True)
 
 
 @pytest.mark.parametrize(("decay", "iterations", "warned"), [(1.0, 8, 1), (1.0, 4, 0), (1.0, 3, 0), (0.0, 8, 0)])
@@ -227,7 +237,7 @@ def test_a_field_that_the_checkpoint_does_not_know_is_no_change(run):
     """It was saved before there was such a field, whose default is what it did."""
     found = load_state(run / "checkpoints" / "iteration_000003")
     del found["config"]["optim"]["ema_decay"]
-    check_unchanged(run, found, replace(CONFIG, optim=OptimConfig(ema_decay=0.5)))
+    check_unchanged(run, found, replace(CONFIG, optim=OptimConfig(ema_decay=0.5)), accept=False)
 
 
 def test_lists_of_prompts_are_told_apart_by_texts_columns_and_order():

@@ -30,6 +30,16 @@ _OF_OPTIMIZERS = {"adamw_8bit": ("bitsandbytes",)}
 _FOLDER, _NAME = "checkpoints", "iteration_"
 _MAY_DIFFER = ("iterations", "sampling.microbatch", "optim.microbatch")
 """What --iterations lengthens, and how memory cuts the work into parts, which a run may change on its way."""
+_FIXED = (
+    "model.weights",
+    "model.lora_rank",
+    "model.lora_targets",
+    "objective.name",
+    "optim.name",
+    "prompts.order",
+    "sampling.num_inference_steps",
+)
+"""What a checkpoint's weights, averages and observations are of, so that they would mean nothing to a run with another."""
 
 
 def versions(config: Config) -> dict[str, str]:
@@ -116,18 +126,26 @@ def _newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any
     raise ValueError(f"{run} holds no checkpoint yet; {anew}")
 
 
-def check_unchanged(run: Path, state: Mapping[str, Any], config: Config) -> None:
-    """ValueError, with every differing field and both values, if the run was not trained with this configuration until now."""
+def check_unchanged(run: Path, state: Mapping[str, Any], config: Config, accept: bool) -> None:
+    """ValueError, with every differing field and both values, if the run was not trained with this configuration until now.
+
+    Where that is accepted, only for fields that a run cannot change on its way.
+    """
     was, now = _flat(state["config"]), _flat(json.loads(config_to_json(config)))
-    differing = [
-        f"{name} was {quoted(was[name])} and is {quoted(value)}"
+    differing = {
+        name: f"{name} was {quoted(was[name])} and is {quoted(value)}"
         for name, value in now.items()
         if name in was and was[name] != value and name not in _MAY_DIFFER
-    ]
-    if differing:
+    }
+    fixed = [words for name, words in differing.items() if name in _FIXED]
+    if fixed or (differing and not accept):
+        mend = (
+            "put that back, since a checkpoint is of no use to a run with another, or start a new run"
+            if fixed
+            else "put it back, or give --accept-changes to go on with it"
+        )
         raise ValueError(
-            f"{run / 'config.json'} was changed since the checkpoint: {', '.join(differing)};"
-            " put it back, or give --accept-changes to go on with it"
+            f"{run / 'config.json'} was changed since the checkpoint: {', '.join(fixed or differing.values())}; {mend}"
         )
 
 

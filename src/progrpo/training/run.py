@@ -116,8 +116,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
     warn = Console(config.iterations, enabled=ranks.is_main).warn
     with lost_in_words(lambda: _how_to_go_on(folder)), checkpoints.writing_to(folder, ranks):
         state = checkpoints.newest(folder, ranks, warn)
-        if not accept_changes:
-            checkpoints.check_unchanged(folder, state, config)
+        checkpoints.check_unchanged(folder, state, config, accept_changes)
         checkpoints.check_versions(state, config, warn)
         checkpoints.check_length(state, config, warn)
         if state["iteration"] > config.iterations:
