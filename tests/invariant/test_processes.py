@@ -291,7 +291,7 @@ def test_only_the_main_process_writes(one, two):
 
 def test_what_the_main_process_alone_finds_wrong_is_refused_in_all(two):
     assert [found(two, rank)["taken"] for rank in (0, 1)] == [
-        f"{two / 'run of 0'} already holds a run (config.json); give another --out or resume it with `progrpo train --resume {two / 'run of 0'}`"
+        f"{two / 'run of 0'} already holds a run (config.json); resume it with `progrpo train --resume {two / 'run of 0'}`, replace it with --overwrite, or give another --out"
     ] * 2
 
 
