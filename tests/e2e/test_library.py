@@ -267,6 +267,8 @@ def test_a_pipeline_that_has_an_adapter_is_refused_until_that_is_gone(
         progrpo.train(pipeline, **asked)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
+    with pytest.raises(ValueError, match="takes no pictures"):
+        progrpo.train(pipeline, **asked | {"reward": lambda: None})  # which is known before it is taken over
     progrpo.train(pipeline, **asked)
     with pytest.raises(ValueError, match=r"^this pipeline was given to a run already, .*; load it again$"):
         progrpo.train(pipeline, **asked)

@@ -165,11 +165,11 @@ def train(
     with lost_in_words(lambda: _NO_CHECKPOINT):
         ranks = Ranks()
         config = settled(config, ranks)
-        decoder = tiny_decoder(config.preview)
-        policy = policy_from_pipeline(pipeline, settings_from(config.model, config.seed, ranks, decoder))
-        terms, scorer = _mixed(reward, config)
+        terms, scorer = _mixed(reward, config)  # before the pipeline is taken over: a mistake here costs no loading
         config = replace(config, reward=replace(config.reward, terms=terms))
         check(config)
+        decoder = tiny_decoder(config.preview)
+        policy = policy_from_pipeline(pipeline, settings_from(config.model, config.seed, ranks, decoder))
         table: Prompts = {"": told}
         test = [watched[i % len(watched)] for i in range(config.eval.pictures)]
         config = measured(config, policy, table[""][0], ranks)
