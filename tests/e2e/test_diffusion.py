@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from progrpo.cli import main
@@ -76,7 +77,10 @@ def test_a_folder_of_ones_own_is_trained_and_diffusers_loads_the_result(name, ow
         pipeline.unet = type(pipeline.unet).from_pretrained(tmp_path / "run" / "unet")
     assert np.abs(drawn(pipeline) - base).max() > 1e-3
     assert main(["sample", model, "--lora", "run", "--prompt", "red cat", "--out", "pictures"]) == 0
-    assert (tmp_path / "pictures" / "000-00.png").is_file()
+    assert Image.open(tmp_path / "pictures" / "000-00.png").size == (
+        16,
+        16,
+    )  # as in the run, also where that was asked for
 
 
 @pytest.mark.parametrize("weights", ["lora", "full"])

@@ -172,3 +172,5 @@ def test_a_runs_own_settings_are_taken_where_it_is_named(run, tmp_path, monkeypa
         assert main([*words, "--out", out]) == 0
     drawn = {out: (tmp_path / out / "000-00.png").read_bytes() for out in ("run", "lora", "said", "folder", "default")}
     assert drawn["run"] == drawn["lora"] == drawn["said"] != drawn["folder"] == drawn["default"]
+    assert main(["sample", str(run), "--prompt", "a red circle", "--lora", str(run), "--out", "both"]) == 2
+    assert not (tmp_path / "both").exists()

@@ -185,13 +185,23 @@ def previewing(config: Config) -> Previewing:
 
 
 def trained_policy(target: str, trained: Path | None, ranks: Ranks) -> Policy:
-    """A model by name, folder or hub id, or what a run folder has trained; `trained` may name a run or its LoRA folder."""
+    """A model by name, folder or hub id, or what a run folder has trained; `trained` may name a run or its LoRA folder.
+
+    With a run's settings where one is named. ValueError for a run that is told to take what another trained.
+    """
+    run, model = run_of(target, trained), ModelConfig(path=target)
+    if run is not None:
+        model = run.model if _is_run(Path(target)) else replace(run.model, path=target)
     if _is_run(Path(target)):
+        if trained is not None:
+            raise ValueError(
+                f"--lora: {named(target)} is a run, with weights of its own; give its model, or leave --lora out"
+            )
         trained = Path(target)
     if trained is not None and _is_run(trained):
         trained = _saved_by(trained)
     # what a run saved has in it where it began, and is for the model as it is
-    model = replace(config_of(target).model, lora="", quantize="none")
+    model = replace(model, lora="", quantize="none")
     policy = policy_from(model, 0, ranks, trained)
     ranks.attend = policy.attend
     return policy
