@@ -32,9 +32,8 @@ def raised(error: BaseException) -> str:
         file, line, reason = error.filename, error.lineno, error.msg
     else:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_theirs(frame.filename)]
-        own = [
-            frame for frame in frames if frame.filename == frames[0].filename
-        ]  # not deep in a package that they call
+        # not deep in a package that they call
+        own = [frame for frame in frames if frame.filename == frames[0].filename]
         file, line, reason = (own[-1].filename, own[-1].lineno, str(error)) if own else (None, None, str(error))
     shown = "" if file is None else f"{named(_from_here(file))}, line {line}: "
     return f"{shown}{': '.join(filter(None, (type(error).__name__, named(' '.join(reason.split())))))}"

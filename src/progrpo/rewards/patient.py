@@ -14,10 +14,8 @@ from progrpo.types import Prompt
 
 _HOPELESS = 8  # single pictures that fail before the first success: the reward is down, not a picture bad
 _HANGING = 4  # calls that were given up and still run
-_FAILURES = (
-    Exception,
-    SystemExit,
-)  # whatever a reward's author let through; the second would end the run without a word
+# Whatever a reward's author let through; the second would end the run without a word
+_FAILURES = (Exception, SystemExit)
 
 
 class Patient:

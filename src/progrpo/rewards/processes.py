@@ -57,9 +57,8 @@ class InProcesses:
         return [score for answer in asked for score in answer.result()]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        self._pool.submit(
-            _check, list(prompts)
-        ).result()  # in one of them: what it loads to tell is loaded there anyway
+        # in one of them: what it loads to tell is loaded there anyway
+        self._pool.submit(_check, list(prompts)).result()
 
     def close(self) -> None:
         self._pool.shutdown()
