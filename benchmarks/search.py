@@ -80,8 +80,10 @@ TRIALS: dict[str, Changes] = {
     "quickstart unpruned": changed(QUICKSTART, {"plan": {"group_size": 16, "prune": []}}),
     # as long an iteration again, of more prompts: 24 of each are begun and 6 trained
     "quickstart of few": changed(QUICKSTART, {"prompts": {"per_iteration": 17}, "plan": {"prune": [[3, 6]]}}),
-    # as long a run of shorter iterations: half the prompts, and of each as much as 11 unpruned members take
+    # as long a run of shorter iterations: half the prompts, pruned as they are; or of each as much as 11 unpruned members take
+    "quickstart short": changed(SMALL, {"iterations": 160}),
     "quickstart small": changed(SMALL, {"plan": {"prune": [[3, 6]]}}),
+    "quickstart small, half the rate": changed(SMALL, {"plan": {"prune": [[3, 6]]}, "optim": {"lr": 5e-5}}),
     "quickstart small, unpruned": changed(SMALL, {"plan": {"group_size": 11, "prune": []}}),
     "quickstart adaptive": changed(QUICKSTART, {"plan": {"adaptive": True}}),
     "quickstart pruned early, adaptive": changed(QUICKSTART, {"plan": {"adaptive": True, "prune": [[1, 12]]}}),

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL: dict[str, list[str]] = {
     "attention": ["--models", "shapes-flow", "--rows", "2", "--rounds", "1"],
     "cpu": ["--rows", "2", "--pictures", "1", "--rounds", "1"],
     "iteration": ["--models", "shapes-flow", "--plans", "window", "--prompts", "1", "--iterations", "1"],
+    "payoff": ["--recipe", "quickstart", "--prompts", "3", "--seeds", "0", "--after", "1", "--plans", "posthoc"],
     "preview": [
         "--models",
         "shapes-flow",
@@ -60,3 +62,18 @@ def test_a_search_runs_and_may_try_all_of_its_trials(monkeypatch):
         search.config_of(changes, seed=0)
     found = search.run(search.config_of(search.TRIALS["quickstart adaptive"], seed=0), 0.1, 1.0, pictures=2)
     assert [point["iterations"] for point in found] == [0, 1] and found[0]["prune"] == [[4, 12]]
+
+
+def test_what_a_gradient_is_worth_is_found_where_it_is_known(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    payoff = importlib.import_module("payoff")
+    generator = torch.Generator().manual_seed(0)
+    mean_D, prompts, dims = torch.full((400,), 0.05), 300, 400
+    noise = [torch.randn(3, prompts, dims, generator=generator) for _ in range(3)]
+    full, twice, none = (
+        [mean_D + scale * seed for seed in kind] for scale, kind in zip((0.5, 0.5**0.5, 1.0), noise, strict=True)
+    )
+    found = payoff.worth(twice, none, full)  # half the variance
+    assert found["signal"] == pytest.approx(2, abs=4 * found["error"]) and found["error"] < 0.3
+    assert found["snr_sq"] == pytest.approx(2 * dims * 0.05**2 / dims, rel=0.3)
+    assert payoff.worth([2 * g for g in none], none, full)["signal"] == pytest.approx(1)  # no step size is in it
