@@ -84,7 +84,9 @@ def config(tiny_sd3, tiny_config, prompts, reward_module, tmp_path_factory) -> C
         model=replace(base.model, path=str(tiny_sd3)),
         prompts=PromptConfig(source=str(file), per_iteration=2, order="signal"),
         reward=RewardConfig((RewardTerm("failing_reward:redness"),)),
-        optim=OptimConfig(ema_decay=0.5, updates_per_rollout=2),
+        # given, since two runs that measure theirs may choose differently, and then differ by rounding
+        sampling=replace(base.sampling, microbatch=8),
+        optim=OptimConfig(ema_decay=0.5, updates_per_rollout=2, microbatch=8),
         audit=AuditConfig(every=2),
         eval=replace(base.eval, prompts=str(file), every=1, keep_best=True),
         checkpoint=CheckpointConfig(every=2),
