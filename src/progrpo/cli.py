@@ -510,34 +510,6 @@ def _plan_named(command: str, args: Sequence[str], own: PlanConfig) -> str:
 _REGISTRY = ConstructorRegistry()
 
 
-@_REGISTRY.primitive_rule
-def _reward_term(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[RewardTerm] | None:
-    """One word on the command line names a reward, where tyro would ask for each of its fields."""
-    if info.type is not RewardTerm:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="[WEIGHT*]NAME",
-        instance_from_str=lambda words: _term(words[0]),
-        is_instance=lambda value: isinstance(value, RewardTerm),
-        str_from_instance=lambda term: [term.to_text()],
-    )
-
-
-@_REGISTRY.primitive_rule
-def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
-    """An empty word, such as a shell's variable that is not set, names no path: Python's Path takes it for the current folder."""
-    if info.type is not Path:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=lambda words: _not_empty(words[0]),
-        is_instance=lambda value: isinstance(value, Path),
-        str_from_instance=lambda path: [str(path)],
-    )
-
-
 class _WrongWordError(Exception):
     """A ValueError about a word on its way through tyro, which would drop what it says."""
 
@@ -553,6 +525,27 @@ def _not_empty(path: str) -> Path:
     if not path:
         raise _WrongWordError("a path is empty (''); give one, or . for the current folder")
     return Path(path)
+
+
+def _one_word(kind: type, metavar: str, read: Callable[[str], Any], written: Callable[[Any], str]) -> None:
+    """Have the command line take a value of this kind as one word."""
+
+    @_REGISTRY.primitive_rule
+    def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        if info.type is not kind:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=metavar,
+            instance_from_str=lambda words: read(words[0]),
+            is_instance=lambda value: isinstance(value, kind),
+            str_from_instance=lambda value: [written(value)],
+        )
+
+
+# tyro would ask for each field of a reward, and Python's Path takes an empty word, such as a shell's variable that is not set, for the current folder
+_one_word(RewardTerm, "[WEIGHT*]NAME", _term, RewardTerm.to_text)
+_one_word(Path, "PATH", _not_empty, str)
 
 
 def _options(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:

@@ -15,12 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from progrpo.sources import COLUMN
-from progrpo.types import Prompt
+from progrpo.types import GIVEN, Prompt
 from progrpo.words import named, quoted
 from progrpo.zoo.shapes import world
 
 _LINE_BYTES = 1_000_000
-_TAKEN = {"images": "pictures", "prompts": "texts"}  # what a reward function is given under these names
 _DATASET, _ON_DISK = "dataset:", "dataset_dict.json"
 
 Prompts = Mapping[str, tuple[Prompt, ...]]
@@ -163,9 +162,9 @@ def prompt_of_row(row: Mapping[str, Any], where: str) -> Prompt:
         raise ValueError(f"{where}: prompt must be a text that is not empty, not {quoted(text)}")
     if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):  # tokenizers take neither
         raise ValueError(f"{where}: prompt must be a text without NUL and halves of characters, not {quoted(text)}")
-    if taken := [name for name in _TAKEN if name in row]:
+    if taken := [name for name in GIVEN if name in row]:
         raise ValueError(
-            f"{where}: no column can be called {taken[0]}, as which a reward is given {_TAKEN[taken[0]]};"
+            f"{where}: no column can be called {taken[0]}, as which a reward is given {GIVEN[taken[0]]};"
             " rename it or leave it out"
         )
     return Prompt(text.strip(), {name: value for name, value in row.items() if name != "prompt"})

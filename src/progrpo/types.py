@@ -22,6 +22,10 @@ WHOLE_GROUP = -1
 """In place of a member's number: of noise that a group shares."""
 
 
+GIVEN = {"images": "pictures", "prompts": "texts"}
+"""What a reward function is given under these names, which no column of a prompt can have."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What is asked for: a text, and columns (targets, scenes, references) that a reward may need."""

@@ -15,12 +15,11 @@ from PIL import Image
 
 from progrpo.rewards.base import Refusal, Score, require_columns
 from progrpo.sources import COLUMN, pictures
-from progrpo.types import Prompt
+from progrpo.types import GIVEN, Prompt
 from progrpo.words import raised
 
 _PICTURES, _TEXTS = "pictures", "texts"
-_OWN_NAMES = {"images": _PICTURES, "prompts": _TEXTS}  # which no column can have
-_NAMES = {**_OWN_NAMES, "pictures": _PICTURES, "videos": _PICTURES, "texts": _TEXTS}
+_NAMES = {**GIVEN, "pictures": _PICTURES, "videos": _PICTURES, "texts": _TEXTS}
 
 
 class FunctionReward:
@@ -109,7 +108,7 @@ class FunctionReward:
     def _columns(self, prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
         """The columns that the function takes, as lists; None where a prompt has no such column. Refusal where it is not clear what it takes."""
         there = {name for p in prompts for name in p.columns}
-        if unclear := sorted((self._bound.names & there) - _OWN_NAMES.keys()):
+        if unclear := sorted((self._bound.names & there) - GIVEN.keys()):
             raise Refusal(
                 f"reward {self._called}: {unclear[0]!r} would be given the pictures or the texts, and the prompts have a"
                 " column of that name; call what takes these `images` and `prompts`"
@@ -147,7 +146,7 @@ def _bound(parameters: Sequence[inspect.Parameter], takes_all: bool) -> _Bound:
         by_name |= dict.fromkeys(guessed, _PICTURES)
     if takes_all:  # by name, as it does the columns
         told = {*in_order, *by_name.values()}
-        by_name |= {name: what for name, what in _OWN_NAMES.items() if what not in told}
+        by_name |= {name: what for name, what in GIVEN.items() if what not in told}
     return _Bound(by_name, in_order, guessed)
 
 

@@ -189,19 +189,17 @@ def trained_policy(target: str, trained: Path | None, ranks: Ranks) -> Policy:
 
     With a run's settings where one is named. ValueError for a run that is told to take what another trained.
     """
-    run, model = run_of(target, trained), ModelConfig(path=target)
-    if run is not None:
-        model = run.model if _is_run(Path(target)) else replace(run.model, path=target)
+    run, path = run_of(target, trained) or Config(), target
     if _is_run(Path(target)):
         if trained is not None:
             raise ValueError(
                 f"--lora: {named(target)} is a run, with weights of its own; give its model, or leave --lora out"
             )
-        trained = Path(target)
+        trained, path = Path(target), run.model.path
     if trained is not None and _is_run(trained):
         trained = _saved_by(trained)
     # what a run saved has in it where it began, and is for the model as it is
-    model = replace(model, lora="", quantize="none")
+    model = replace(run.model, path=path, lora="", quantize="none")
     policy = policy_from(model, 0, ranks, trained)
     ranks.attend = policy.attend
     return policy
