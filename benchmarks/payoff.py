@@ -11,6 +11,7 @@ over its variance from prompt to prompt. No step size is in it. Gradients are of
 with random signs, which keeps inner products.
 
 signal      SNR^2 of a prompt over that of `none` (24 members, all trained on); standard error by the jackknife over all prompts
+bearing     cosine of the plan's mean gradient with the policy gradient: what is missing to 1 is bias, which no number of prompts averages out
 predicted   the same by progrpo.rollout.payoff, from the agreement of these previews with the final rewards
 seconds     of a prompt over those of `none`, by the plan's counts and the unit costs of the iterations before
 pays        signal over seconds, measured and predicted; a run writes the second as plan/pays
@@ -157,26 +158,42 @@ def signal(by_seed: list[Moments]) -> float:
     return found
 
 
+def bearing(plan: list[Moments], full: list[Moments]) -> float:
+    """Cosine of a plan's mean gradient with that of full groups."""
+    along, mean_sq, _ = np.mean(plan, axis=0).tolist()
+    _, full_sq, _ = np.mean(full, axis=0).tolist()
+    return float(along / np.sqrt(mean_sq * full_sq)) if min(mean_sq, full_sq) > 0 else float("nan")
+
+
 def worth(plan: list[Tensor], none: list[Tensor], full: list[Tensor]) -> dict[str, Any]:
-    """Of gradients (P, DIMS) by seed: the plan's signal over that of `none`."""
-    products = [[((g @ f.T).numpy(), (g @ g.T).numpy()) for g, f in zip(of, full, strict=True)] for of in (plan, none)]
-    ours, theirs = ([Moments.of(*pair) for pair in by_seed] for by_seed in products)
-    left_out = []
+    """Of gradients (P, DIMS) by seed: the plan's signal over that of `none`, and its bearing."""
+    kinds = (plan, none, full)
+    products = [[((g @ f.T).numpy(), (g @ g.T).numpy()) for g, f in zip(of, full, strict=True)] for of in kinds]
+    found = [[Moments.of(*pair) for pair in by_seed] for by_seed in products]
+    signals, bearings = [], []
     for s, gradient_PD in enumerate(plan):
         for p in range(len(gradient_PD)):
             rest = np.arange(len(gradient_PD)) != p
-            without = [
-                [*found[:s], Moments.of(*(x[rest][:, rest] for x in by_seed[s])), *found[s + 1 :]]
-                for found, by_seed in zip((ours, theirs), products, strict=True)
-            ]
-            left_out.append(signal(without[0]) / signal(without[1]))
+            ours, theirs, whole = (
+                [*of[:s], Moments.of(*(x[rest][:, rest] for x in by_seed[s])), *of[s + 1 :]]
+                for of, by_seed in zip(found, products, strict=True)
+            )
+            signals.append(signal(ours) / signal(theirs))
+            bearings.append(bearing(ours, whole))
+    ours, theirs, whole = found
     _, mean_sq, variance = np.mean(ours, axis=0).tolist()
     return {
         "snr_sq": mean_sq / variance,
         "signal": signal(ours) / signal(theirs),
-        "error": float(np.sqrt((len(left_out) - 1) * np.var(left_out))),
+        "error": _jackknife(signals),
+        "bearing": bearing(ours, whole),
+        "bearing, error": _jackknife(bearings),
         "by seed": [signal([a]) / signal([b]) for a, b in zip(ours, theirs, strict=True)],
     }
+
+
+def _jackknife(without_one: list[float]) -> float:
+    return float(np.sqrt((len(without_one) - 1) * np.var(without_one)))
 
 
 def config_for(wanted: argparse.Namespace) -> Config:
@@ -236,10 +253,11 @@ def trained(config: Config, iterations: int, ranks: Ranks) -> Trainer:
 
 
 def table(found: dict[str, Any]) -> str:
-    lines = ["| Plan | signal | predicted | seconds | pays | predicted |", "|---|---|---|---|---|---|"]
+    lines = ["| Plan | signal | predicted | bearing | seconds | pays | predicted |", "|---|---|---|---|---|---|---|"]
     for name, r in found["plans"].items():
         lines.append(
-            f"| {name} | {r['signal']:.2f} ± {r['error']:.2f} | {r['predicted']:.2f} | {r['seconds']:.2f}"
+            f"| {name} | {r['signal']:.2f} ± {r['error']:.2f} | {r['predicted']:.2f}"
+            f" | {r['bearing']:.2f} ± {r['bearing, error']:.2f} | {r['seconds']:.2f}"
             f" | {r['pays']:.2f} ± {r['error'] / r['seconds']:.2f} | {r['pays, predicted']:.2f} |"
         )
     told = ", ".join(f"{a:.2f}" for a in found["agreement"])

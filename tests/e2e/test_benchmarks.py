@@ -77,3 +77,6 @@ def test_what_a_gradient_is_worth_is_found_where_it_is_known(monkeypatch):
     assert found["signal"] == pytest.approx(2, abs=4 * found["error"]) and found["error"] < 0.3
     assert found["snr_sq"] == pytest.approx(2 * dims * 0.05**2 / dims, rel=0.3)
     assert payoff.worth([2 * g for g in none], none, full)["signal"] == pytest.approx(1)  # no step size is in it
+    assert found["bearing"] == pytest.approx(1, abs=4 * found["bearing, error"]) and found["bearing, error"] < 0.1
+    aside_D = torch.full((400,), 0.05) * (-1) ** torch.arange(400)  # at right angles to the mean, and as long
+    assert payoff.worth([g + aside_D for g in twice], none, full)["bearing"] == pytest.approx(0.5**0.5, abs=0.06)
