@@ -18,7 +18,7 @@ import progrpo
 from progrpo.config import RewardConfig, RewardTerm
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.distributed import Ranks
-from progrpo.training.errors import Interrupted
+from progrpo.training.errors import Interrupted, SelfCheckError
 from progrpo.training.run import resume_run, train_run
 from progrpo.training.stopping import Stop
 
@@ -48,6 +48,32 @@ def test_a_signal_ends_the_run_after_the_step(
     assert run.read_summary()["status"].startswith(f"stopped: {number.name}")
     assert [r["iteration"] for r in run.read_metrics()] == [0, 1]
     assert (run.path / "checkpoints" / "iteration_000002").is_dir()
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_signal_in_the_runs_last_moments_does_not_take_its_last_word(
+    broken, tiny_pipeline, tiny_config, prompts, redness, tmp_path
+):
+    """A launcher that sees one process die sends it to the others while they say what happened."""
+
+    class Held:
+        def score(self, images, prompts):
+            return [None] * len(images) if broken else redness(images, prompts)
+
+        def close(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    obeyed = []
+    before = signal.signal(signal.SIGTERM, lambda *_: obeyed.append(1))
+    try:
+        progrpo.train(tiny_pipeline(), prompts, Held(), config=tiny_config(iterations=1), out=tmp_path / "run")
+    except SelfCheckError as error:
+        assert broken and "scores of reward" in str(error)
+    else:
+        assert not broken and RunFolder(tmp_path / "run").read_summary()["status"] == "finished"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not obeyed
 
 
 def test_a_signal_before_the_first_iteration_keeps_the_evaluation(

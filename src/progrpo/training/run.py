@@ -315,19 +315,21 @@ class Run:
             )
         if not self.config.model.keep_text_encoders:
             self._encode_all()
-        try:
-            path = self.folder.path
-            with lost_in_words(lambda: _how_to_go_on(path)), _mendable(path), Stop(self.ranks) as stop:
-                self._train(console, start, stop, fresh=state is None)
-        except BaseException as why:
-            with suppress(OSError):  # of a full disk, which must not hide why
-                self._write_summary(start, f"stopped: {str(why) or type(why).__name__}")
-            raise
-        finally:
-            self._close_rewards(console)
-        self._write_summary(start, "finished")
-        if self.ranks.is_main:
-            console.summary_table(self.folder.read_summary(), write_report(self.folder.path))
+        path = self.folder.path
+        # to its last word: a launcher that sees one process die sends the others SIGTERM while they are about to say what happened
+        with Stop(self.ranks) as stop:
+            try:
+                with lost_in_words(lambda: _how_to_go_on(path)), _mendable(path):
+                    self._train(console, start, stop, fresh=state is None)
+            except BaseException as why:
+                with suppress(OSError):  # of a full disk, which must not hide why
+                    self._write_summary(start, f"stopped: {str(why) or type(why).__name__}")
+                raise
+            finally:
+                self._close_rewards(console)
+            self._write_summary(start, "finished")
+            if self.ranks.is_main:
+                console.summary_table(self.folder.read_summary(), write_report(path))
         self.ranks.leave()
         return self.folder
 
