@@ -143,6 +143,15 @@ def test_a_source_picture_is_checked_as_the_other_one(monkeypatch):
     assert huge["value"] is None and "pixels" in huge["error"]
 
 
+def test_no_request_names_a_file_of_the_servers_machine(tmp_path):
+    (tmp_path / "own.png").write_bytes(png(picture()))
+    body = question(item(picture(), columns={"image": str(tmp_path / "own.png")}))
+    reward = Recorded()
+    with served(reward) as client:
+        told = detail(client.post("/v1/score", json=body), 422)
+    assert "a source picture is sent as `image` beside the columns" in told and reward.calls == []
+
+
 @pytest.mark.parametrize("wrong", [None, float("nan"), float("inf"), float("-inf")])
 def test_what_is_no_number_is_null_with_an_error(wrong):
     with served(Recorded(lambda prompt, value: wrong if prompt.text == "bad" else value)) as client:

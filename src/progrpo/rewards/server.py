@@ -35,7 +35,7 @@ from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from PIL import Image
-from pydantic import BaseModel, JsonValue
+from pydantic import BaseModel, JsonValue, field_validator
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -109,6 +109,14 @@ class Item(BaseModel, use_attribute_docstrings=True):
     """The prompt's source picture likewise, where it has one; the reward finds it in the column of that name."""
     id: int | None = None
     """Comes back with the score."""
+
+    @field_validator("columns")
+    @classmethod
+    def _names_no_file(cls, columns: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        # there it would be a path, and the file of that name be opened on this machine
+        if COLUMN in columns:
+            raise ValueError(f"a source picture is sent as `{COLUMN}` beside the columns")
+        return columns
 
 
 class Question(BaseModel, use_attribute_docstrings=True):
