@@ -9,6 +9,7 @@ from PIL import Image
 
 from progrpo.rewards.base import Refusal, Score
 from progrpo.rewards.cache import Cached
+from progrpo.rewards.function import FunctionReward
 from progrpo.types import Prompt
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
@@ -91,6 +92,15 @@ def test_a_value_that_is_no_number_is_not_kept(tmp_path):
     for _ in range(2):
         assert math.isnan(cached.score(PICTURES[:1], PROMPTS[:1])[0].number())
     assert paid.shown == ["p0", "p0"]
+
+
+def test_numpys_numbers_come_back_as_they_were_given(tmp_path):
+    def judge(images, prompts):
+        return [Score(np.float32(0.5), passed=np.bool_(text == "p0")) for text in prompts]  # type: ignore[arg-type]
+
+    cached = Cached(FunctionReward(judge), "mine", tmp_path)
+    for _ in range(2):
+        assert cached.score(PICTURES[:2], PROMPTS[:2]) == [Score(0.5, True), Score(0.5, False)]
 
 
 def test_equal_pictures_of_one_call_are_paid_for_once(tmp_path):

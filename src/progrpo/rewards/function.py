@@ -103,7 +103,7 @@ class FunctionReward:
         if not hasattr(values, "__len__") or len(values) != len(prompts):
             count = f"{len(values)} scores" if hasattr(values, "__len__") else f"{type(values).__name__!r}, no scores"
             raise Refusal(f"reward {self._called} returned {count} for {len(prompts)} pictures; return one each")
-        return [v if isinstance(v, Score) else Score(None if v is None else float(v)) for v in values]
+        return [(v if isinstance(v, Score) else Score(v)).plain() for v in values]
 
     def _columns(self, prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
         """The columns that the function takes, as lists; None where a prompt has no such column. Refusal where it is not clear what it takes."""

@@ -362,7 +362,7 @@ class Batches:
             return
         try:
             pictures_NHWC = np.stack([one.picture_HWC for one in batch])
-            scores = [_plain(s) for s in self._reward.score(pictures_NHWC, [one.prompt for one in batch])]
+            scores = [s.plain() for s in self._reward.score(pictures_NHWC, [one.prompt for one in batch])]
             if len(scores) != len(batch):
                 raise RuntimeError(f"the reward gave {len(scores)} scores for {len(batch)} pictures")
         except BaseException as error:  # of SystemExit too: this thread must go on, or no request is ever answered
@@ -375,12 +375,6 @@ class Batches:
         else:
             for one, score in zip(batch, scores, strict=True):
                 one.answer.set_result(score)
-
-
-def _plain(score: Score) -> Score:
-    """Python's own numbers; raises where a score has others."""
-    passed = None if score.passed is None else bool(score.passed)
-    return Score(None if score.value is None else float(score.value), passed, score.error)
 
 
 # --- who may ask, and how much ----------------------------------------------------------------------------------------
