@@ -265,6 +265,8 @@ def test_what_cannot_be_run_is_refused_by_name(tmp_path, changes, message):
         b"l0: &l0 {a: 1, b: 2}\n"
         + b"".join(b"l%d: &l%d {a: *l%d, b: *l%d}\n" % (i, i, i - 1, i - 1) for i in range(1, 30)),
         b"a: " + b"[" * 1500,
+        b"l0: &l0 [1, 2]\n" + b"".join(b"l%d: &l%d [*l%d, *l%d]\n" % (i, i, i - 1, i - 1) for i in range(1, 60)),
+        b"l0: &l0 {a: 1}\n" + b"".join(b"l%d: &l%d {<<: [*l%d, *l%d]}\n" % (i, i, i - 1, i - 1) for i in range(1, 60)),
     ],
 )
 def test_a_file_that_is_no_settings_is_refused_in_one_sentence(tmp_path, content):

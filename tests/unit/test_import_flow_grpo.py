@@ -292,6 +292,13 @@ def test_a_file_that_is_no_settings_is_refused_in_one_sentence(tmp_path, body):
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
 
 
+@pytest.mark.parametrize("use", ["f'{a}'", "str(a)", "a == b", "max(a, b)", "{a: 1}", "{}[a]", "a"])
+def test_what_is_shared_a_hundredfold_takes_no_time(tmp_path, use):
+    lines = ["a, b = (1, 2), (1, 2)", *["a, b = (a, a), (b, b)"] * 60, f"config.shared = {use}"]
+    with pytest.raises(ValueError, match="are more than 10,000 settings" if use == "a" else "does not return settings"):
+        task(tmp_path, *lines)
+
+
 def test_a_base_that_importlib_loads_is_read(tmp_path):
     loaded = 'spec = importlib.util.spec_from_file_location("base", os.path.join(os.path.dirname(__file__), "base.py"))'
     main = MAIN.replace(MAIN.splitlines()[2], f"{loaded}\nbase = importlib.util.module_from_spec(spec)")

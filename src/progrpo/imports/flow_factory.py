@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from progrpo.imports.account import (
+    MOST_SETTINGS,
     Outcome,
     Rule,
     Setting,
@@ -116,11 +117,20 @@ def import_flow_factory(path: str) -> Translation:
     return translate(file, {**settings, **silent}, RULES, defaults=silent)
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe one, for which a list of objects that are merged (`<<`) into one is no work without end."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_SETTINGS:
+            raise ValueError("too many objects are merged into one another")
+
+
 def _read(path: Path) -> dict[str, Any]:
     """Its settings by their dotted names."""
     content = content_of(path)
     try:
-        data = yaml.safe_load(content)
+        data = yaml.load(content, _Loader)
         if not isinstance(data, dict) or not data:
             raise ValueError("it holds no settings by name")
         return flattened(_in_one_shape(data))
