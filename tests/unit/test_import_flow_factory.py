@@ -231,6 +231,12 @@ def test_older_files_have_the_same_meaning(tmp_path):
     assert import_flow_factory(str(file)).config == imported(tmp_path).config
 
 
+def test_a_home_that_nobody_has_is_a_folder_like_another(tmp_path):
+    assert (
+        imported(tmp_path, data={"dataset_dir": "~nobody-here/x"}).config.prompts.source == "~nobody-here/x/train.jsonl"
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -244,6 +250,11 @@ def test_older_files_have_the_same_meaning(tmp_path):
         ),
         ({"train__kl_type": "z"}, "train.kl_type must be one of x-based, v-based, not 'z'"),
         ({"scheduler__dynamics_type": "ODE"}, "sampling.sde_window must leave objective.name grpo stochastic steps"),
+        ({"data": {"dataset_dir": "d" * 5000}}, "asks for what cannot be run here: prompts.source must"),
+        (
+            {"train__num_inference_steps": 1, "scheduler__sde_steps": None},
+            "sampling.num_inference_steps must be at least 2, not 1",
+        ),
         ({"train__ema_update_interval": 0}, "train.ema_update_interval must be a whole number of at least 1, not 0"),
     ],
 )

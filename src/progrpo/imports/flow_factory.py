@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -356,9 +357,10 @@ def _noisy_steps(setting: Setting) -> Outcome:
     pool = setting.all.get("scheduler.sde_steps") or list(range(last))
     if not isinstance(pool, list) or not all(isinstance(step, int) for step in pool):
         raise ValueError(f"scheduler.sde_steps must be a list of steps, not {quoted(pool)}")
-    size, end = setting.count(), min(max(pool) + 1, last)
+    size = setting.count()
     if size >= last:
         return sets({"sampling.sde_window": "all"})
+    end = min(max(pool) + 1, last)
     fields = {"sampling.sde_window": "random", "sampling.sde_window_size": size, "sampling.sde_window_end": end}
     return sets(fields, "side by side here, drawn one by one there")
 
@@ -406,8 +408,10 @@ def _targets(setting: Setting) -> Outcome:
 def _dataset(setting: Setting) -> Outcome:
     if setting.name != "data.datasets[0].dataset_dir":
         return no_equal("one data set is read here; put them into one file")
-    folder = Path(setting.text()).expanduser()
-    end = ".txt" if (folder / "train.txt").is_file() and not (folder / "train.jsonl").is_file() else ".jsonl"
+    folder = Path(os.path.expanduser(setting.text()))
+    # as os.path asks: Path's own raise at no such user and at a name that is too long
+    is_text = os.path.isfile(folder / "train.txt") and not os.path.isfile(folder / "train.jsonl")
+    end = ".txt" if is_text else ".jsonl"
     return sets({"prompts.source": str(folder / f"train{end}"), "eval.prompts": str(folder / f"test{end}")})
 
 
