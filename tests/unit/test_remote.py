@@ -185,6 +185,47 @@ def test_many_may_ask_at_once_and_the_server_is_met_once():
     assert found == [SUMS] * 5 and len(meetings) == 1
 
 
+def drips() -> Iterator[bytes]:
+    while True:
+        time.sleep(0.02)
+        yield b" "
+
+
+def floods() -> Iterator[bytes]:
+    while True:
+        yield b" " * 2**20
+
+
+ENDLESS: dict[str, tuple[Callable[[], httpx2.Response], str]] = {
+    "drips": (lambda: httpx2.Response(200, content=drips()), "an answer that does not end"),
+    "floods": (lambda: httpx2.Response(200, content=floods()), "an answer of more than 16 MB"),
+    "no gzip": (
+        lambda: httpx2.Response(200, content=iter([b"none"]), headers={"Content-Encoding": "gzip"}),
+        "DecodingError",
+    ),
+    "nested": (lambda: httpx2.Response(200, content=b"[" * 100_000), "its answer holds no scores"),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_an_answer_that_does_not_end_or_cannot_be_read_is_a_missing_score(name):
+    answer, problem = ENDLESS[name]
+    client = httpx2.Client(
+        transport=httpx2.MockTransport(Faulty(lambda number, items: answer())), base_url="http://server", timeout=0.2
+    )
+    started = time.monotonic()
+    (score,) = RemoteReward("sum", client, patience=0.0).score(PICTURES[:1], PROMPTS[:1])
+    assert score.value is None and problem in (score.error or "") and time.monotonic() - started < 5
+
+
+def test_what_drips_for_ever_is_no_server():
+    server = Faulty()
+    server.health = [httpx2.Response(200, content=drips())]
+    client = httpx2.Client(transport=httpx2.MockTransport(server), base_url="http://server", timeout=0.2)
+    with pytest.raises(Refusal, match="no server answers at http://server"):
+        RemoteReward("sum", client, patience=0.0).check([])
+
+
 # --- a server in trouble ----------------------------------------------------------------------------------------------
 
 

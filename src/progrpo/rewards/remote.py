@@ -31,6 +31,7 @@ TOKEN = "PROGRPO_REWARD_TOKEN"
 
 _AT_ONCE = 4  # requests under way: the server scores one while the next ones are encoded and sent
 _PATIENCE, _FIRST_WAIT, _LONGEST_WAIT = 60.0, 0.25, 8.0  # seconds
+_LARGEST = 2**24  # bytes of an answer
 
 
 class RemoteReward:
@@ -160,8 +161,8 @@ class RemoteReward:
         while True:
             retry_after = 0.0
             try:
-                response = self._client.request(method, path, content=body, headers=kind)
-            except httpx2.TransportError as error:
+                response = answer_of(self._client, method, path, content=body, headers=kind)
+            except httpx2.RequestError as error:
                 trouble = f"{type(error).__name__}: {error}"
             else:
                 if response.status_code == 200:
@@ -189,6 +190,20 @@ class _Outage:
 
 class _NoAnswer(Exception):
     """What a request came to, in the end."""
+
+
+def answer_of(client: httpx2.Client, method: str, path: str, **told: Any) -> httpx2.Response:
+    """What a server answers, read whole; httpx2's error also where it goes on for longer than the client waits, or for ever."""
+    with client.stream(method, path, **told) as response:
+        until, content = time.monotonic() + (client.timeout.read or math.inf), bytearray()
+        for part in response.iter_bytes():
+            content += part
+            if len(content) > _LARGEST:
+                raise httpx2.ReadError(f"an answer of more than {_LARGEST >> 20} MB")
+            if time.monotonic() > until:
+                raise httpx2.ReadTimeout("an answer that does not end")
+    kept = [(name, value) for name, value in response.headers.raw if name.lower() in (b"content-type", b"retry-after")]
+    return httpx2.Response(response.status_code, headers=kept, content=bytes(content))
 
 
 # --- what is sent and answered ----------------------------------------------------------------------------------------
@@ -220,7 +235,7 @@ def _object(response: httpx2.Response) -> dict[str, Any]:
     """The JSON object of an answer; empty where it is none."""
     try:
         value = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
