@@ -20,7 +20,7 @@ from starlette.testclient import TestClient
 from progrpo.rewards.base import Refusal, RewardSettings, Score
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.remote import RemoteReward
-from progrpo.rewards.server import make_app
+from progrpo.rewards.server import make_app, serve
 from progrpo.rewards.shapes import ShapesReward
 from progrpo.types import Prompt
 from progrpo.zoo.shapes.world import examples
@@ -432,6 +432,15 @@ def test_the_token_of_the_environment_is_sent(monkeypatch):
         reward._client._transport = httpx2.MockTransport(server)
         reward._meet()
         assert seen.pop() == header
+
+
+@pytest.mark.parametrize("token", ["geheim-ä", "two\nlines", "bell\a"])
+def test_a_token_that_no_header_holds_is_refused_on_both_sides(token, monkeypatch):
+    monkeypatch.setenv("PROGRPO_REWARD_TOKEN", token)
+    with pytest.raises(Refusal, match=r"^PROGRPO_REWARD_TOKEN has characters that no token has; set it anew$"):
+        RemoteReward.make("sum", RewardSettings(url="http://server:8000"))
+    with pytest.raises(Refusal, match="PROGRPO_REWARD_TOKEN has characters that no token has"):
+        serve("jpeg_compressibility", port=0)
 
 
 def test_settings_reach_the_client():

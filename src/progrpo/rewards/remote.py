@@ -59,7 +59,7 @@ class RemoteReward:
             raise Refusal(
                 f"reward {name!r}: its server's url is {settings.url!r}, and must be such as http://127.0.0.1:8000"
             )
-        token = os.environ.get(TOKEN, "").strip()
+        token = token_of_environment()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         client = httpx2.Client(
             base_url=settings.url,
@@ -207,6 +207,14 @@ def answer_of(client: httpx2.Client, method: str, path: str, **told: Any) -> htt
 
 
 # --- what is sent and answered ----------------------------------------------------------------------------------------
+
+
+def token_of_environment() -> str:
+    """Empty where there is none; Refusal for one that no header can hold."""
+    token = os.environ.get(TOKEN, "").strip()
+    if not (token.isascii() and token.isprintable()):
+        raise Refusal(f"{TOKEN} has characters that no token has; set it anew")
+    return token
 
 
 def _is_http(url: str) -> bool:

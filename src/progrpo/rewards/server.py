@@ -15,7 +15,6 @@ import base64
 import hmac
 import ipaddress
 import math
-import os
 import socket
 import threading
 import time
@@ -42,7 +41,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from progrpo import __version__
 from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score, close
 from progrpo.rewards.load import load_reward
-from progrpo.rewards.remote import PROTOCOL, TOKEN
+from progrpo.rewards.remote import PROTOCOL, TOKEN, token_of_environment
 from progrpo.sources import COLUMN
 from progrpo.types import Prompt
 
@@ -63,7 +62,7 @@ def serve(
 
     ValueError, one sentence, where it cannot start. The reward's weights are loaded before the port opens.
     """
-    token = os.environ.get(TOKEN, "").strip()
+    token = token_of_environment()
     if not token and not _is_loopback(host):
         raise ValueError(f"{host} can be reached from other machines: set {TOKEN} to a secret that clients must know")
     reward = load_reward(name, settings)
