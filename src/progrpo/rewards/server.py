@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Hashable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Literal
@@ -48,6 +48,7 @@ from progrpo.types import Prompt
 _LARGEST = 4096 * 4096  # pixels of a picture
 _BYTES_A_PIXEL = 7  # 4 of Pillow's and 3 of the array
 _STALLED = 60.0  # seconds without a byte of a body that has begun
+_HANGING = 10.0  # seconds that the reward has for its last batches when the server ends
 
 
 def serve(
@@ -238,6 +239,8 @@ async def _unless_gone(asked: Sequence[Future[_Found]], request: Request) -> lis
     gone.cancel()
     if not answers.done():
         answers.cancel()
+        with suppress(asyncio.CancelledError):  # which asyncio would report as an error that nobody saw
+            await answers
         raise HTTPException(499, "the client is gone")
     return answers.result()
 
@@ -330,11 +333,11 @@ class Batches:
             return sum(map(len, self._waiting.values()))
 
     def close(self) -> None:
-        """Score what waits, and end."""
+        """Score what waits, and end. A reward that hangs is left to itself: nobody waits for it any more."""
         with self._news:
             self._open = False
             self._news.notify()
-        self._thread.join()
+        self._thread.join(_HANGING)
 
     def _work(self) -> None:
         while (batch := self._next()) is not None:
