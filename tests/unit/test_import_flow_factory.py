@@ -216,6 +216,13 @@ def test_each_trainer_has_its_objective(tmp_path, trainer, changes, expected):
     assert config.sampling.sde_window == ("none" if ode else "random")
 
 
+def test_no_row_is_of_a_setting_that_nobody_gave(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {group_size: 4}\nrewards: [{reward_model: OCR}]\n")
+    given = {row.name for row in import_flow_factory(str(file)).rows if not row.name.endswith("(its default)")}
+    assert given == {"train.group_size", "rewards[0].reward_model", "a prompt file"}
+
+
 def test_accumulation_counts_updates(tmp_path):
     config = imported(tmp_path, train__gradient_accumulation_steps=6).config
     assert config.optim.updates_per_rollout == 48 * 24 // (8 * 8) // 6

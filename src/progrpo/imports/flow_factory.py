@@ -149,7 +149,8 @@ def _in_one_shape(data: dict[Any, Any]) -> dict[Any, Any]:
     if isinstance(train, dict) and "optimizers" not in data:
         old = {new: train[key] for name, new in _OLD_OPTIMIZER.items() if (key := name.partition(".")[2]) in train}
         data["train"] = {key: value for key, value in train.items() if f"train.{key}" not in _OLD_OPTIMIZER}
-        data["optimizers"] = [old] if old else []
+        if old:
+            data["optimizers"] = [old]
     if isinstance(train, dict) and "beta_dpo" in train:
         train = data["train"] = {
             "dpo_beta" if key == "beta_dpo" else key: value for key, value in data["train"].items()
