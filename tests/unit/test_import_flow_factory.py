@@ -111,7 +111,7 @@ def test_a_file_is_translated(tmp_path):
     assert (grpo.clip_range, grpo.adv_clip_max, grpo.kl_beta, grpo.kl_form) == (1e-4, 5.0, 1e-3, "velocity")
     optim = config.optim
     assert (optim.lr, optim.betas, optim.max_grad_norm, optim.updates_per_rollout) == (3e-4, (0.9, 0.99), 0.5, 2)
-    assert optim.ema_decay == pytest.approx(0.99**0.25, abs=1e-4)
+    assert optim.ema_decay == pytest.approx(0.99**0.25, abs=1e-6)
     assert (config.eval.every, config.eval.guidance_scale) == (20, 1.0)
     assert config.reward.terms == (
         RewardTerm("pickscore", batch_size=16, device="cuda", dtype="bfloat16"),
@@ -221,6 +221,11 @@ def test_no_row_is_of_a_setting_that_nobody_gave(tmp_path):
     file.write_text("train: {group_size: 4}\nrewards: [{reward_model: OCR}]\n")
     given = {row.name for row in import_flow_factory(str(file)).rows if not row.name.endswith("(its default)")}
     assert given == {"train.group_size", "rewards[0].reward_model", "a prompt file"}
+
+
+def test_a_slow_average_stays_one(tmp_path):
+    slow = imported(tmp_path, train__ema_decay=0.9999, train__ema_update_interval=10).config.optim.ema_decay
+    assert slow == pytest.approx(0.9999**0.1, abs=1e-6) and slow < 1
 
 
 def test_accumulation_counts_updates(tmp_path):

@@ -317,7 +317,7 @@ def _ema_decay(setting: Setting) -> Outcome:
     if _objective(setting) != "grpo":
         return no_equal(f"{_trainer(setting)} keeps its old policy by a schedule of its own")
     decay, every = setting.number(), setting.count("train.ema_update_interval")
-    each = round(decay ** (1 / every), 4) if 0 < decay < 1 else decay
+    each = round(decay ** (1 / every), 6) if 0 < decay < 1 else decay
     return sets({"optim.ema_decay": each}, f"{decay:g} at every {every} epochs there")
 
 
