@@ -269,6 +269,23 @@ def test_what_an_unknown_condition_sets_is_unread(tmp_path):
     assert len(found.unread) == 2
 
 
+def test_what_a_file_changes_before_its_functions_is_followed(tmp_path):
+    top = [
+        *["A = 1", "A *= 3", "B: int = 4", "C = 5", "if A > 2:", "    C = 6"],
+        *["D, E, F = 7, 8, 9", "for D in range(3):", "    pass", "with open('x') as x:", "    E = 1", "del F"],
+        *["G = 10", "if __name__ == '__main__':", "    G = 11", "print(G)"],
+    ]
+    found = read(tmp_path, *[f"config.{name.lower()} = {name}" for name in "ABCDEFG"], top="\n".join(top))
+    known = {name: value for name, value in found.settings.items() if not isinstance(value, Unread)}
+    assert known == {"a": 3, "b": 4, "c": 6, "g": 10}
+    assert [unread.text for unread in found.unread] == ["for D in range(3):", "with open('x') as x:", "del F"]
+
+
+def test_a_setting_that_is_deleted_or_counted_by_is_unread(tmp_path):
+    found = read(tmp_path, "config.a, config.b = 1, 2", "del config.a", "for config.b in range(3):", "    pass")
+    assert isinstance(found.settings["a"], Unread) and isinstance(found.settings["b"], Unread)
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -282,6 +299,7 @@ def test_what_an_unknown_condition_sets_is_unread(tmp_path):
         "def f(:",
         "\0",
         "def g():\n    return {}",
+        "return\ndef f():\n    return 3",
         "".join(f"def f{i}():\n    return {{'a': f{i - 1}(), 'b': f{i - 1}()}}\n" for i in range(1, 60))
         + "def f():\n    return f59()",
     ],

@@ -11,6 +11,7 @@ import ast
 import operator
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,11 @@ class _File:
         tree = _parsed(path)
         self.functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
         self.launchable = [name for name, node in self.functions.items() if not _required(node)]
-        self.names: dict[str, Any] = {"__file__": str(path)}
-        for node in tree.body:
-            if isinstance(node, ast.Assign):
-                _Frame(self, self.names).assign(node, node.targets, node.value)
+        self.names: dict[str, Any] = {"__file__": str(path), "__name__": path.stem}
+        # calls are of loaders and paths there, and what they give is taken by name
+        body = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Expr)]
+        with suppress(_Returned):  # which no file that runs has there
+            _Frame(self, self.names).run(body)
 
     @property
     def is_main(self) -> bool:
@@ -192,7 +194,7 @@ class _Frame:
         for target in targets:
             self.store(target, found, node)
 
-    def store(self, target: ast.expr, value: Any, node: ast.stmt) -> None:
+    def store(self, target: ast.expr, value: Any, node: ast.stmt | ast.expr) -> None:
         try:
             match target:
                 case ast.Name(id=name):
@@ -222,8 +224,8 @@ class _Frame:
         """A statement that is not followed: what it would assign is unread, and it is said where it stands."""
         self.file.reading.unread.append(self.place(node))
         for inner in ast.walk(node):
-            if isinstance(inner, ast.Assign | ast.AnnAssign | ast.AugAssign):
-                for target in inner.targets if isinstance(inner, ast.Assign) else [inner.target]:
+            if isinstance(inner, _STORES):
+                for target in inner.targets if isinstance(inner, ast.Assign | ast.Delete) else [inner.target]:
                     self.store(target, self.place(inner), inner)
 
     def place(self, node: ast.stmt | ast.expr) -> Unread:
@@ -373,5 +375,6 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "os.path.dirname": os.path.dirname,
     "os.path.abspath": os.path.abspath,
 }
+_STORES = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Delete, ast.For, ast.NamedExpr)
 _CONFIG_DICTS = ("ml_collections.ConfigDict", "config_dict.ConfigDict", "ConfigDict")
 _LOADERS = ("imp.load_source", "importlib.util.spec_from_file_location")
