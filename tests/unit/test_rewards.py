@@ -240,6 +240,14 @@ def test_another_number_of_scores_is_refused_by_name():
         FunctionReward(Scorer(2)).score(PICTURES, PROMPTS)
 
 
+@pytest.mark.parametrize("answer", ["123", {1: 0.1, 2: 0.2, 3: 0.3}, {0.1, 0.2, 0.3}])
+def test_what_has_no_score_at_each_place_is_refused(answer):
+    with pytest.raises(
+        Refusal, match=rf"returned '{type(answer).__name__}', no scores for 3 pictures; return one each"
+    ):
+        FunctionReward(lambda images, prompts: answer).score(PICTURES, PROMPTS)
+
+
 def test_a_score_may_be_returned_for_a_number():
     def strict(images, prompts):
         return [Score(0.5, True), Score(None, error="too dark"), 3]
