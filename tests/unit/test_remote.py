@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 
 from progrpo.rewards.base import Refusal, RewardSettings, Score
 from progrpo.rewards.function import FunctionReward
+from progrpo.rewards.load import load_reward
 from progrpo.rewards.remote import RemoteReward
 from progrpo.rewards.server import make_app, serve
 from progrpo.rewards.shapes import ShapesReward
@@ -449,6 +450,20 @@ def test_settings_reach_the_client():
     assert str(reward._client.base_url).startswith("https://server/base")
     plain = RemoteReward.make("sum", RewardSettings(url="http://server"))
     assert (plain._batch_size, plain._client.timeout) == (16, httpx2.Timeout(60))
+
+
+@pytest.mark.parametrize(
+    ("option", "settings", "processes"),
+    [
+        ("model", RewardSettings(url="http://server", model="other"), 0),
+        ("device", RewardSettings(url="http://server", device="cuda:1"), 0),
+        ("dtype", RewardSettings(url="http://server", dtype="float16"), 0),
+        ("processes", RewardSettings(url="http://server"), 2),
+    ],
+)
+def test_what_the_server_decides_is_refused_here(option, settings, processes):
+    with pytest.raises(Refusal, match=f"^reward 'sum': its server scores, so {option} would change nothing here"):
+        load_reward("sum", settings, processes)
 
 
 @pytest.mark.parametrize(

@@ -70,11 +70,18 @@ REWARDS: dict[str, Callable[[RewardSettings], Reward]] = {
 def load_reward(name: str, settings: RewardSettings = RewardSettings(), processes: int = 0) -> Reward:  # noqa: B008 (frozen)
     """A built-in reward, or `module:function` found on the Python path or in the current folder.
 
-    With `processes` it scores in so many of its own; with a `url` a server scores, but for `vlm`, which asks its own kind.
+    With `processes` it scores in so many of its own; with a `url` a server scores, which says itself by what, but for `vlm`, which
+    asks its own kind.
     """
     if settings.url and name != "vlm":
         from progrpo.rewards.remote import RemoteReward
 
+        own = {"model": settings.model, "device": settings.device, "dtype": settings.dtype, "processes": processes}
+        if said := [option for option, value in own.items() if value not in ("", "auto", 0)]:
+            raise Refusal(
+                f"reward {name!r}: its server scores, so {said[0]} would change nothing here; leave it out, and give the"
+                " server its own options"
+            )
         return RemoteReward.make(name, settings)
     here = _load(name, settings)  # also with processes: so that a wrong name is refused at once
     if processes == 0:
