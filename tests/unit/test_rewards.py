@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from progrpo.config import BUILT_IN_REWARDS
-from progrpo.rewards.base import Refusal, Score, check
+from progrpo.rewards.base import Refusal, RewardSettings, Score, check
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.load import REWARDS, load_reward
 from progrpo.rewards.shapes import ShapesReward
@@ -338,6 +338,12 @@ def test_an_error_in_the_users_function_is_the_users_to_see():
 
     with pytest.raises(ZeroDivisionError, match="mine"):
         FunctionReward(broken).score(PICTURES, PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["pickscore", "ocr", "shapes"])
+def test_a_model_that_a_reward_does_not_take_is_refused(name):
+    with pytest.raises(Refusal, match=f"^reward '{name}' takes no other model"):
+        load_reward(name, RewardSettings(model="somebody/other"))
 
 
 # --- the built-in one -------------------------------------------------------------------------------------------------

@@ -66,6 +66,8 @@ REWARDS: dict[str, Callable[[RewardSettings], Reward]] = {
     "vlm": _vlm,
 }
 
+_OF_ANY_MODEL = ("clipscore", "geneval", "vlm")
+
 
 def load_reward(name: str, settings: RewardSettings = RewardSettings(), processes: int = 0) -> Reward:  # noqa: B008 (frozen)
     """A built-in reward, or `module:function` found on the Python path or in the current folder.
@@ -95,6 +97,8 @@ def load_reward(name: str, settings: RewardSettings = RewardSettings(), processe
 
 def _load(name: str, settings: RewardSettings) -> Reward:
     if name in REWARDS:
+        if settings.model and name not in _OF_ANY_MODEL:
+            raise Refusal(f"reward {name!r} takes no other model ({', '.join(_OF_ANY_MODEL)} do); leave out model")
         return REWARDS[name](settings)
     module_name, colon, attribute = name.partition(":")
     if not colon or not all(module_name.split(".")) or "\0" in module_name:
