@@ -223,6 +223,12 @@ def test_no_row_is_of_a_setting_that_nobody_gave(tmp_path):
     assert given == {"train.group_size", "rewards[0].reward_model", "a prompt file"}
 
 
+@pytest.mark.parametrize(("model", "embedded"), [("FLUX.1-dev", True), ("FLUX.2-klein-base-4B", False)])
+def test_which_flux_is_told_its_guidance(tmp_path, model, embedded):
+    sampling = imported(tmp_path, model__model_name_or_path=f"black-forest-labs/{model}").config.sampling
+    assert (sampling.guidance_scale, sampling.embedded_guidance) == (4.5, embedded)
+
+
 def test_a_slow_average_stays_one(tmp_path):
     slow = imported(tmp_path, train__ema_decay=0.9999, train__ema_update_interval=10).config.optim.ema_decay
     assert slow == pytest.approx(0.9999**0.1, abs=1e-6) and slow < 1

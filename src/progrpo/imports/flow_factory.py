@@ -282,7 +282,9 @@ def _eval_frames(setting: Setting) -> Outcome:
 
 def _guidance(setting: Setting) -> Outcome:
     fields = {"sampling.guidance_scale": max(1.0, setting.number())}
-    if "flux" in str(setting.all.get("model.model_name_or_path")).lower() and setting.number() > 1:
+    model = str(setting.all.get("model.model_name_or_path")).lower()
+    # FLUX.2 klein is guided by a pair of calls
+    if "flux" in model and "klein" not in model and setting.number() > 1:
         fields["sampling.embedded_guidance"] = True
     return sets(fields)
 
