@@ -391,6 +391,13 @@ def health(**told: Any) -> Faulty:
     return server
 
 
+def test_what_a_server_says_is_a_short_line_that_drives_no_terminal():
+    server = Faulty(lambda number, items: httpx2.Response(422, json={"detail": "\x1b[31mred\n" + "x" * 10**6}))
+    with pytest.raises(Refusal, match=r"says 422 \\x1b\[31mred x+$") as refused:
+        asks(server).score(PICTURES, PROMPTS)
+    assert len(str(refused.value)) < 1200
+
+
 def test_a_server_of_something_else_is_refused_before_any_picture_is_sent():
     assert "gives 'other'" in refused(health(protocol=1, reward="other"))
     assert "speaks protocol 2 and this progrpo protocol 1" in refused(health(protocol=2, reward="sum"))

@@ -249,8 +249,10 @@ def _object(response: httpx2.Response) -> dict[str, Any]:
 
 
 def _detail(response: httpx2.Response) -> str:
-    """What the server says of itself, or the start of whatever it says."""
-    return " ".join(str(_object(response).get("detail") or response.text[:200] or response.reason_phrase).split())
+    """What the server says of itself, or the start of whatever it says, as a line."""
+    said = str(_object(response).get("detail") or response.text[:200] or response.reason_phrase)
+    line = " ".join(said.split())[:1000]
+    return line if line.isprintable() else ascii(line)[1:-1]
 
 
 def _retry_after(response: httpx2.Response) -> float:
