@@ -281,9 +281,18 @@ def test_what_a_file_changes_before_its_functions_is_followed(tmp_path):
     assert [unread.text for unread in found.unread] == ["for D in range(3):", "with open('x') as x:", "del F"]
 
 
-def test_a_setting_that_is_deleted_or_counted_by_is_unread(tmp_path):
-    found = read(tmp_path, "config.a, config.b = 1, 2", "del config.a", "for config.b in range(3):", "    pass")
-    assert isinstance(found.settings["a"], Unread) and isinstance(found.settings["b"], Unread)
+@pytest.mark.parametrize(
+    "line",
+    [
+        "del config.a",
+        "for config.a in range(3): pass",
+        "with open('x') as config.a: pass",
+        "config.b = open(n := 5); config.a = n",
+        "if open(n := 5): pass\n    config.a = n",
+    ],
+)
+def test_what_is_assigned_in_passing_is_unread(tmp_path, line):
+    assert isinstance(read(tmp_path, "n = 1", "config.a = 2", line).settings["a"], Unread)
 
 
 @pytest.mark.parametrize(

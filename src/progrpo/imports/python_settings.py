@@ -223,10 +223,13 @@ class _Frame:
     def give_up(self, node: ast.stmt) -> None:
         """A statement that is not followed: what it would assign is unread, and it is said where it stands."""
         self.file.reading.unread.append(self.place(node))
+        self.lose(node)
+
+    def lose(self, node: ast.AST) -> None:
+        """What it would assign, count by, open or delete is unread."""
         for inner in ast.walk(node):
-            if isinstance(inner, _STORES):
-                for target in inner.targets if isinstance(inner, ast.Assign | ast.Delete) else [inner.target]:
-                    self.store(target, self.place(inner), inner)
+            if isinstance(inner, ast.Name | ast.Attribute | ast.Subscript) and not isinstance(inner.ctx, ast.Load):
+                self.store(inner, self.place(inner), inner)
 
     def place(self, node: ast.stmt | ast.expr) -> Unread:
         return Unread(self.file.path.name, node.lineno, quoted(ast.unparse(node).partition("\n")[0])[1:-1])
@@ -235,6 +238,7 @@ class _Frame:
         try:
             return self.value(node)
         except _UnreadableError:
+            self.lose(node)  # what is assigned inside of it
             return self.place(statement or node)
 
     def value(self, node: ast.expr) -> Any:
@@ -375,6 +379,5 @@ _PLAIN: dict[str, Callable[..., Any]] = {
     "os.path.dirname": os.path.dirname,
     "os.path.abspath": os.path.abspath,
 }
-_STORES = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Delete, ast.For, ast.NamedExpr)
 _CONFIG_DICTS = ("ml_collections.ConfigDict", "config_dict.ConfigDict", "ConfigDict")
 _LOADERS = ("imp.load_source", "importlib.util.spec_from_file_location")
