@@ -62,8 +62,10 @@ def write_text(path: Path, text: str) -> None:
 def append(path: Path, data: bytes) -> None:
     """Add to the end of a file, on the disk when it comes back; one that is killed here leaves a part of `data` at most."""
     new = not path.exists()
-    with naming(path), path.open("ab", buffering=0) as file:
+    with naming(path), path.open("ab") as file:
         file.write(data)
+        # a disk that has room for a part alone takes it without a word, which an unbuffered file would not notice
+        file.flush()
         os.fsync(file.fileno())
     if new:
         sync(path.parent)

@@ -77,11 +77,17 @@ def _opened(value: Any, where: str) -> Iterator[Image.Image]:
         raise ValueError(f"{where} must be a picture or the path of one, not {quoted(value)}")
     try:
         if isinstance(value, Image.Image):
-            yield value
+            yield _of_8_bits(value)
         else:
             with Image.open(BytesIO(value) if isinstance(value, bytes) else value, formats=_FORMATS) as image:
-                yield image
+                yield _of_8_bits(image)
     except Exception as error:  # Pillow's are of many kinds
         which = named(value) if isinstance(value, str | os.PathLike) else "what it holds"
         reason = "no such file" if isinstance(error, FileNotFoundError) else named(" ".join(str(error).split()))
         raise ValueError(f"{where}: {which} cannot be read as a picture: {reason}") from error
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # which Pillow cuts at 255: nearly all of it would be white, or black
+        raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}); save it with 8")
+    return image

@@ -197,6 +197,18 @@ def test_a_folder_that_lacks_a_file_of_a_clip_is_refused(tmp_path, lacking):
         CLIPScore.from_hub(RewardSettings(device="cpu", model=str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("name", "what"), [("model.safetensors", "weights of"), ("vocab.json", "vocab.json and merges.txt of")]
+)
+def test_a_file_of_a_clip_that_was_cut_is_refused(tmp_path, name, what):
+    save_clip(tmp_path, small_clip())
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-100])
+    with pytest.raises(
+        Refusal, match=rf"^reward 'clipscore': the {what} {tmp_path} are damaged \(.*; fetch them anew$"
+    ):
+        CLIPScore.from_hub(RewardSettings(device="cpu", model=str(tmp_path)))
+
+
 @pytest.mark.parametrize("change", [lambda w: {}, lambda w: {"text_projection.weight": w[:-1].clone()}])
 def test_weights_that_lack_or_do_not_fit_are_not_made_up(tmp_path, change):
     save_clip(tmp_path, small_clip())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 
 import pytest
 
@@ -79,6 +80,18 @@ def test_a_full_disk_names_the_file_and_leaves_no_half(tmp_path):
     assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         append(tmp_path / "/dev/full", b"x")
+
+
+def test_a_disk_with_room_for_a_part_of_a_line_is_full(tmp_path):
+    file = tmp_path / "m"
+    append(file, b"x" * 50)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (80, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/m'"):
+            append(file, b"y" * 50)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_line_is_on_the_disk_when_it_is_appended(tmp_path, synced):

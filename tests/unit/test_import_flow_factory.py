@@ -111,7 +111,7 @@ def test_a_file_is_translated(tmp_path):
     assert (grpo.clip_range, grpo.adv_clip_max, grpo.kl_beta, grpo.kl_form) == (1e-4, 5.0, 1e-3, "velocity")
     optim = config.optim
     assert (optim.lr, optim.betas, optim.max_grad_norm, optim.updates_per_rollout) == (3e-4, (0.9, 0.99), 0.5, 2)
-    assert optim.ema_decay == pytest.approx(0.99**0.25, abs=1e-4)
+    assert optim.ema_decay == pytest.approx(0.99**0.25, abs=1e-6)
     assert (config.eval.every, config.eval.guidance_scale) == (20, 1.0)
     assert config.reward.terms == (
         RewardTerm("pickscore", batch_size=16, device="cuda", dtype="bfloat16"),
@@ -216,6 +216,24 @@ def test_each_trainer_has_its_objective(tmp_path, trainer, changes, expected):
     assert config.sampling.sde_window == ("none" if ode else "random")
 
 
+def test_no_row_is_of_a_setting_that_nobody_gave(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {group_size: 4}\nrewards: [{reward_model: OCR}]\n")
+    given = {row.name for row in import_flow_factory(str(file)).rows if not row.name.endswith("(its default)")}
+    assert given == {"train.group_size", "rewards[0].reward_model", "a prompt file"}
+
+
+@pytest.mark.parametrize(("model", "embedded"), [("FLUX.1-dev", True), ("FLUX.2-klein-base-4B", False)])
+def test_which_flux_is_told_its_guidance(tmp_path, model, embedded):
+    sampling = imported(tmp_path, model__model_name_or_path=f"black-forest-labs/{model}").config.sampling
+    assert (sampling.guidance_scale, sampling.embedded_guidance) == (4.5, embedded)
+
+
+def test_a_slow_average_stays_one(tmp_path):
+    slow = imported(tmp_path, train__ema_decay=0.9999, train__ema_update_interval=10).config.optim.ema_decay
+    assert slow == pytest.approx(0.9999**0.1, abs=1e-6) and slow < 1
+
+
 def test_accumulation_counts_updates(tmp_path):
     config = imported(tmp_path, train__gradient_accumulation_steps=6).config
     assert config.optim.updates_per_rollout == 48 * 24 // (8 * 8) // 6
@@ -231,6 +249,12 @@ def test_older_files_have_the_same_meaning(tmp_path):
     assert import_flow_factory(str(file)).config == imported(tmp_path).config
 
 
+def test_a_home_that_nobody_has_is_a_folder_like_another(tmp_path):
+    assert (
+        imported(tmp_path, data={"dataset_dir": "~nobody-here/x"}).config.prompts.source == "~nobody-here/x/train.jsonl"
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -244,6 +268,11 @@ def test_older_files_have_the_same_meaning(tmp_path):
         ),
         ({"train__kl_type": "z"}, "train.kl_type must be one of x-based, v-based, not 'z'"),
         ({"scheduler__dynamics_type": "ODE"}, "sampling.sde_window must leave objective.name grpo stochastic steps"),
+        ({"data": {"dataset_dir": "d" * 5000}}, "asks for what cannot be run here: prompts.source must"),
+        (
+            {"train__num_inference_steps": 1, "scheduler__sde_steps": None},
+            "sampling.num_inference_steps must be at least 2, not 1",
+        ),
         ({"train__ema_update_interval": 0}, "train.ema_update_interval must be a whole number of at least 1, not 0"),
     ],
 )
@@ -265,6 +294,8 @@ def test_what_cannot_be_run_is_refused_by_name(tmp_path, changes, message):
         b"l0: &l0 {a: 1, b: 2}\n"
         + b"".join(b"l%d: &l%d {a: *l%d, b: *l%d}\n" % (i, i, i - 1, i - 1) for i in range(1, 30)),
         b"a: " + b"[" * 1500,
+        b"l0: &l0 [1, 2]\n" + b"".join(b"l%d: &l%d [*l%d, *l%d]\n" % (i, i, i - 1, i - 1) for i in range(1, 60)),
+        b"l0: &l0 {a: 1}\n" + b"".join(b"l%d: &l%d {<<: [*l%d, *l%d]}\n" % (i, i, i - 1, i - 1) for i in range(1, 60)),
     ],
 )
 def test_a_file_that_is_no_settings_is_refused_in_one_sentence(tmp_path, content):

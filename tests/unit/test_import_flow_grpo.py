@@ -269,6 +269,32 @@ def test_what_an_unknown_condition_sets_is_unread(tmp_path):
     assert len(found.unread) == 2
 
 
+def test_what_a_file_changes_before_its_functions_is_followed(tmp_path):
+    top = [
+        *["A = 1", "A *= 3", "B: int = 4", "C = 5", "if A > 2:", "    C = 6"],
+        *["D, E, F = 7, 8, 9", "for D in range(3):", "    pass", "with open('x') as x:", "    E = 1", "del F"],
+        *["G = 10", "if __name__ == '__main__':", "    G = 11", "print(G)"],
+    ]
+    found = read(tmp_path, *[f"config.{name.lower()} = {name}" for name in "ABCDEFG"], top="\n".join(top))
+    known = {name: value for name, value in found.settings.items() if not isinstance(value, Unread)}
+    assert known == {"a": 3, "b": 4, "c": 6, "g": 10}
+    assert [unread.text for unread in found.unread] == ["for D in range(3):", "with open('x') as x:", "del F"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "del config.a",
+        "for config.a in range(3): pass",
+        "with open('x') as config.a: pass",
+        "config.b = open(n := 5); config.a = n",
+        "if open(n := 5): pass\n    config.a = n",
+    ],
+)
+def test_what_is_assigned_in_passing_is_unread(tmp_path, line):
+    assert isinstance(read(tmp_path, "n = 1", "config.a = 2", line).settings["a"], Unread)
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -282,6 +308,7 @@ def test_what_an_unknown_condition_sets_is_unread(tmp_path):
         "def f(:",
         "\0",
         "def g():\n    return {}",
+        "return\ndef f():\n    return 3",
         "".join(f"def f{i}():\n    return {{'a': f{i - 1}(), 'b': f{i - 1}()}}\n" for i in range(1, 60))
         + "def f():\n    return f59()",
     ],
@@ -290,6 +317,13 @@ def test_a_file_that_is_no_settings_is_refused_in_one_sentence(tmp_path, body):
     with pytest.raises(ValueError) as refused:
         import_flow_grpo(f"{written(tmp_path, body)}:f", gpus=1)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize("use", ["f'{a}'", "str(a)", "a == b", "max(a, b)", "{a: 1}", "{}[a]", "a"])
+def test_what_is_shared_a_hundredfold_takes_no_time(tmp_path, use):
+    lines = ["a, b = (1, 2), (1, 2)", *["a, b = (a, a), (b, b)"] * 60, f"config.shared = {use}"]
+    with pytest.raises(ValueError, match="are more than 10,000 settings" if use == "a" else "does not return settings"):
+        task(tmp_path, *lines)
 
 
 def test_a_base_that_importlib_loads_is_read(tmp_path):

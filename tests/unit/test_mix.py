@@ -122,6 +122,15 @@ def test_failures_are_counted_by_reward_with_the_last_error_and_then_anew():
     assert mixture.failures().last_error == "reward b: OSError: gone"
 
 
+def test_the_last_error_is_a_line_that_files_and_terminals_take():
+    told = Score(None, error="first\n\x1b[31msecond \ud800")
+    mixture = Mixture([Term("b", Table([told, Score(None, error="x" * 10**6)]))])
+    mixture.score(PICTURES[:1], PROMPTS[:1], GROUPS[:1])
+    assert mixture.failures().last_error == r"reward b: 'first \x1b[31msecond \ud800'"
+    mixture.score(PICTURES[1:2], PROMPTS[1:2], GROUPS[1:2])
+    assert len(mixture.failures().last_error or "") < 300
+
+
 def test_another_number_of_scores_is_a_defect_of_the_reward():
     class Short(Table):
         def score(self, pictures_NHWC, prompts):

@@ -126,6 +126,29 @@ def test_only_the_pictures_that_failed_are_asked_about_again():
     assert scores[5] == Score(None, error="busy") and reward.asked == [list(range(20)), [2, 5, 9]]
 
 
+def test_a_reward_that_ranks_a_group_is_asked_about_all_of_it_again_and_never_about_a_picture_alone():
+    class Ranks:
+        groupwise = True
+
+        def __init__(self, troubles):
+            self.asked, self.troubles = [], troubles
+
+        def score(self, pictures_NHWC, prompts):
+            self.asked.append(len(prompts))
+            trouble = self.troubles.pop(0) if self.troubles else None
+            if isinstance(trouble, Exception):
+                raise trouble
+            places = pictures_NHWC[:, 0, 0, 0].argsort().argsort()
+            return [Score(None, error="busy") if n == trouble else Score(float(p)) for n, p in enumerate(places)]
+
+    reward = Ranks([3, OSError("reset"), None])
+    scores = Patient(reward, retries=2, sleep=lambda s: None).score(PICTURES, PROMPTS)
+    assert [s.value for s in scores] == list(range(20)) and reward.asked == [20, 20, 20]
+    reward = Ranks([OSError("reset")])
+    scores = Patient(reward, retries=0, sleep=lambda s: None).score(PICTURES, PROMPTS)
+    assert scores == [Score(None, error="OSError: reset")] * 20 and reward.asked == [20]
+
+
 # --- time -------------------------------------------------------------------------------------------------------------
 
 

@@ -19,8 +19,9 @@ from starlette.testclient import TestClient
 
 from progrpo.rewards.base import Refusal, RewardSettings, Score
 from progrpo.rewards.function import FunctionReward
+from progrpo.rewards.load import load_reward
 from progrpo.rewards.remote import RemoteReward
-from progrpo.rewards.server import make_app
+from progrpo.rewards.server import make_app, serve
 from progrpo.rewards.shapes import ShapesReward
 from progrpo.types import Prompt
 from progrpo.zoo.shapes.world import examples
@@ -183,6 +184,47 @@ def test_many_may_ask_at_once_and_the_server_is_met_once():
     for thread in threads:
         thread.join(20)
     assert found == [SUMS] * 5 and len(meetings) == 1
+
+
+def drips() -> Iterator[bytes]:
+    while True:
+        time.sleep(0.02)
+        yield b" "
+
+
+def floods() -> Iterator[bytes]:
+    while True:
+        yield b" " * 2**20
+
+
+ENDLESS: dict[str, tuple[Callable[[], httpx2.Response], str]] = {
+    "drips": (lambda: httpx2.Response(200, content=drips()), "an answer that does not end"),
+    "floods": (lambda: httpx2.Response(200, content=floods()), "an answer of more than 16 MB"),
+    "no gzip": (
+        lambda: httpx2.Response(200, content=iter([b"none"]), headers={"Content-Encoding": "gzip"}),
+        "DecodingError",
+    ),
+    "nested": (lambda: httpx2.Response(200, content=b"[" * 100_000), "its answer holds no scores"),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_an_answer_that_does_not_end_or_cannot_be_read_is_a_missing_score(name):
+    answer, problem = ENDLESS[name]
+    client = httpx2.Client(
+        transport=httpx2.MockTransport(Faulty(lambda number, items: answer())), base_url="http://server", timeout=0.2
+    )
+    started = time.monotonic()
+    (score,) = RemoteReward("sum", client, patience=0.0).score(PICTURES[:1], PROMPTS[:1])
+    assert score.value is None and problem in (score.error or "") and time.monotonic() - started < 5
+
+
+def test_what_drips_for_ever_is_no_server():
+    server = Faulty()
+    server.health = [httpx2.Response(200, content=drips())]
+    client = httpx2.Client(transport=httpx2.MockTransport(server), base_url="http://server", timeout=0.2)
+    with pytest.raises(Refusal, match="no server answers at http://server"):
+        RemoteReward("sum", client, patience=0.0).check([])
 
 
 # --- a server in trouble ----------------------------------------------------------------------------------------------
@@ -349,6 +391,13 @@ def health(**told: Any) -> Faulty:
     return server
 
 
+def test_what_a_server_says_is_a_short_line_that_drives_no_terminal():
+    server = Faulty(lambda number, items: httpx2.Response(422, json={"detail": "\x1b[31mred\n" + "x" * 10**6}))
+    with pytest.raises(Refusal, match=r"says 422 \\x1b\[31mred x+$") as refused:
+        asks(server).score(PICTURES, PROMPTS)
+    assert len(str(refused.value)) < 1200
+
+
 def test_a_server_of_something_else_is_refused_before_any_picture_is_sent():
     assert "gives 'other'" in refused(health(protocol=1, reward="other"))
     assert "speaks protocol 2 and this progrpo protocol 1" in refused(health(protocol=2, reward="sum"))
@@ -393,12 +442,35 @@ def test_the_token_of_the_environment_is_sent(monkeypatch):
         assert seen.pop() == header
 
 
+@pytest.mark.parametrize("token", ["geheim-ä", "two\nlines", "bell\a"])
+def test_a_token_that_no_header_holds_is_refused_on_both_sides(token, monkeypatch):
+    monkeypatch.setenv("PROGRPO_REWARD_TOKEN", token)
+    with pytest.raises(Refusal, match=r"^PROGRPO_REWARD_TOKEN has characters that no token has; set it anew$"):
+        RemoteReward.make("sum", RewardSettings(url="http://server:8000"))
+    with pytest.raises(Refusal, match="PROGRPO_REWARD_TOKEN has characters that no token has"):
+        serve("jpeg_compressibility", port=0)
+
+
 def test_settings_reach_the_client():
     reward = RemoteReward.make("sum", RewardSettings(url="https://server/base", timeout=7, batch_size=5))
     assert (reward._batch_size, reward._client.timeout) == (5, httpx2.Timeout(7))
     assert str(reward._client.base_url).startswith("https://server/base")
     plain = RemoteReward.make("sum", RewardSettings(url="http://server"))
     assert (plain._batch_size, plain._client.timeout) == (16, httpx2.Timeout(60))
+
+
+@pytest.mark.parametrize(
+    ("option", "settings", "processes"),
+    [
+        ("model", RewardSettings(url="http://server", model="other"), 0),
+        ("device", RewardSettings(url="http://server", device="cuda:1"), 0),
+        ("dtype", RewardSettings(url="http://server", dtype="float16"), 0),
+        ("processes", RewardSettings(url="http://server"), 2),
+    ],
+)
+def test_what_the_server_decides_is_refused_here(option, settings, processes):
+    with pytest.raises(Refusal, match=f"^reward 'sum': its server scores, so {option} would change nothing here"):
+        load_reward("sum", settings, processes)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
 """Scores are paid for once, and only what is the same is the same."""
 
+import copy
 import math
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from progrpo.rewards.base import Refusal, Score
 from progrpo.rewards.cache import Cached
+from progrpo.rewards.function import FunctionReward
 from progrpo.types import Prompt
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
@@ -71,6 +75,37 @@ def test_a_source_picture_is_told_by_its_pixels(tmp_path):
     assert paid.shown == ["p", "p"]
 
 
+def test_columns_that_json_does_not_know_are_told_by_what_they_hold(tmp_path):
+    many = np.arange(2000)
+    other = many.copy()
+    other[1000] = -1  # which NumPy leaves out of an array's text
+    red, blue = (Image.new("RGB", (2, 2), color) for color in ("red", "blue"))
+    pairs = [(many, other), (torch.zeros(2000), torch.ones(2000)), (red, blue), (b"1", b"2"), (date.min, date.max)]
+    paid = Paid()
+    cached = Cached(paid, "vlm", tmp_path)
+    for one, another in pairs:
+        before = len(paid.shown)
+        for value in (one, another, copy.deepcopy(one)):
+            cached.score(PICTURES[:1], [Prompt("same", {"about": value})])
+        assert len(paid.shown) == before + 2
+
+
+@pytest.mark.parametrize("value", [object(), {1: 2, "a": 3}, {"deep": object()}])
+def test_columns_that_cannot_be_told_apart_are_refused_before_a_picture_is_drawn(tmp_path, value):
+    cached = Cached(Paid(), "vlm", tmp_path)
+    problem = r"^reward 'vlm': the columns of the prompt 'a' cannot be told from others \(.*; leave out its cache$"
+    for ask in (cached.check, lambda prompts: cached.score(PICTURES[:1], prompts)):
+        with pytest.raises(Refusal, match=problem):
+            ask([Prompt("a", {"about": value})])
+
+
+def test_a_cache_that_is_lost_on_the_way_is_refused_in_a_sentence(tmp_path):
+    cached = Cached(Paid(), "vlm", tmp_path / "kept")
+    (tmp_path / "kept" / "vlm.sqlite").write_bytes(b"another's" * 200)
+    with pytest.raises(Refusal, match=r"^reward 'vlm': its cache .*kept cannot be used \(file is not a database\)"):
+        cached.score(PICTURES[:1], PROMPTS[:1])
+
+
 def test_failures_are_asked_about_again(tmp_path):
     paid = Paid(fails={"p1"})
     cached = Cached(paid, "vlm", tmp_path)
@@ -91,6 +126,15 @@ def test_a_value_that_is_no_number_is_not_kept(tmp_path):
     for _ in range(2):
         assert math.isnan(cached.score(PICTURES[:1], PROMPTS[:1])[0].number())
     assert paid.shown == ["p0", "p0"]
+
+
+def test_numpys_numbers_come_back_as_they_were_given(tmp_path):
+    def judge(images, prompts):
+        return [Score(np.float32(0.5), passed=np.bool_(text == "p0")) for text in prompts]  # type: ignore[arg-type]
+
+    cached = Cached(FunctionReward(judge), "mine", tmp_path)
+    for _ in range(2):
+        assert cached.score(PICTURES[:2], PROMPTS[:2]) == [Score(0.5, True), Score(0.5, False)]
 
 
 def test_equal_pictures_of_one_call_are_paid_for_once(tmp_path):

@@ -14,12 +14,14 @@ import pytest
 
 from progrpo.rewards.base import Refusal
 from progrpo.rewards.load import load_reward
+from progrpo.rewards.patient import Patient
 from progrpo.rewards.processes import InProcesses
 from progrpo.types import Prompt
 
 MODULE = "my_processed_reward"
 REWARD = '''
 import os
+import time
 
 import numpy as np
 
@@ -41,6 +43,10 @@ def lengths(images, prompts):
 
 
 lengths.video = True
+
+
+def hangs(images, prompts):
+    time.sleep(1000)
 
 
 def fails(images, prompts):
@@ -70,7 +76,7 @@ def processes(name: str, count: int) -> Iterator[Any]:
     try:
         yield reward
     finally:
-        reward._pool.shutdown()
+        reward.close()
 
 
 def test_scores_are_those_of_this_process_in_order(here):
@@ -105,6 +111,18 @@ def test_an_error_in_a_process_is_raised_here_and_the_next_call_is_answered(here
         with pytest.raises(ZeroDivisionError, match="of my own making"):
             reward.score(PICTURES, [Prompt("good")] * 6 + [Prompt("bad")])
         assert len(reward.score(PICTURES, [Prompt("good")] * 7)) == 7
+
+
+def test_processes_that_hang_are_ended(here, monkeypatch):
+    monkeypatch.setattr("progrpo.rewards.processes._GRACE", 0.1)
+    reward = load_reward(f"{MODULE}:hangs", processes=1)
+    assert isinstance(reward, InProcesses)
+    (score,) = Patient(reward, retries=0, timeout=0.1).score(PICTURES[:1], PROMPTS[:1])
+    assert score.error == "TimeoutError: no answer in 0.1 s"
+    (worker,) = reward._pool._processes.values()
+    reward.close()
+    worker.join(20)
+    assert not worker.is_alive()
 
 
 def test_a_column_that_a_prompt_lacks_is_said_by_a_process(here):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import struct
 import threading
@@ -141,6 +142,15 @@ def test_a_source_picture_is_checked_as_the_other_one(monkeypatch):
     assert good["value"] == float(shown.sum())
     assert bad["value"] is None and "no PNG in base64" in bad["error"]
     assert huge["value"] is None and "pixels" in huge["error"]
+
+
+def test_no_request_names_a_file_of_the_servers_machine(tmp_path):
+    (tmp_path / "own.png").write_bytes(png(picture()))
+    body = question(item(picture(), columns={"image": str(tmp_path / "own.png")}))
+    reward = Recorded()
+    with served(reward) as client:
+        told = detail(client.post("/v1/score", json=body), 422)
+    assert "a source picture is sent as `image` beside the columns" in told and reward.calls == []
 
 
 @pytest.mark.parametrize("wrong", [None, float("nan"), float("inf"), float("-inf")])
@@ -530,7 +540,7 @@ def running(app: Any) -> Iterator[str]:
             thread.join(20)
 
 
-def test_pictures_of_a_client_that_is_gone_are_not_scored():
+def test_pictures_of_a_client_that_is_gone_are_not_scored(caplog):
     reward = Recorded()
     with running(make_app("sum", reward)) as url, httpx2.Client(base_url=url, timeout=20) as client:
         with busy(reward, client) as pool:
@@ -541,6 +551,21 @@ def test_pictures_of_a_client_that_is_gone_are_not_scored():
             time.sleep(0.2)  # for the server to see that the connection is closed
         assert other.result(20)[0]["value"] is not None
     assert reward.calls == [["first"], ["other"]]
+    gc.collect()
+    assert caplog.text == ""  # nor does asyncio tell of it
+
+
+def test_a_reward_that_hangs_does_not_keep_the_server_from_ending(monkeypatch):
+    monkeypatch.setattr(server, "_HANGING", 0.1)
+    reward = Recorded()
+    reward.free.clear()
+    batches = server.Batches(reward, 1)
+    batches.ask([picture()], [Prompt("a")])
+    assert reward.busy.wait(20)
+    started = time.monotonic()
+    batches.close()
+    assert time.monotonic() - started < 5
+    reward.free.set()
 
 
 def test_a_body_that_stalls_is_given_up_but_no_slow_reward(monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from progrpo.config import BUILT_IN_REWARDS
-from progrpo.rewards.base import Refusal, Score, check
+from progrpo.rewards.base import Refusal, RewardSettings, Score, check
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.load import REWARDS, load_reward
 from progrpo.rewards.shapes import ShapesReward
@@ -240,6 +240,14 @@ def test_another_number_of_scores_is_refused_by_name():
         FunctionReward(Scorer(2)).score(PICTURES, PROMPTS)
 
 
+@pytest.mark.parametrize("answer", ["123", {1: 0.1, 2: 0.2, 3: 0.3}, {0.1, 0.2, 0.3}])
+def test_what_has_no_score_at_each_place_is_refused(answer):
+    with pytest.raises(
+        Refusal, match=rf"returned '{type(answer).__name__}', no scores for 3 pictures; return one each"
+    ):
+        FunctionReward(lambda images, prompts: answer).score(PICTURES, PROMPTS)
+
+
 def test_a_score_may_be_returned_for_a_number():
     def strict(images, prompts):
         return [Score(0.5, True), Score(None, error="too dark"), 3]
@@ -330,6 +338,12 @@ def test_an_error_in_the_users_function_is_the_users_to_see():
 
     with pytest.raises(ZeroDivisionError, match="mine"):
         FunctionReward(broken).score(PICTURES, PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["pickscore", "ocr", "shapes"])
+def test_a_model_that_a_reward_does_not_take_is_refused(name):
+    with pytest.raises(Refusal, match=f"^reward '{name}' takes no other model"):
+        load_reward(name, RewardSettings(model="somebody/other"))
 
 
 # --- the built-in one -------------------------------------------------------------------------------------------------

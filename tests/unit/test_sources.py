@@ -64,6 +64,8 @@ def test_what_is_no_picture_is_said_in_a_sentence(tmp_path, file):
         (tmp_path / "text.png", "cannot be read as a picture"),
         (postscript.getvalue(), "what it holds cannot be read as a picture"),
         (["a"], r"column image of the prompt 'a' must be a picture or the path of one, not \['a'\]"),
+        (Image.fromarray(np.full((2, 2), 40_000, np.uint16)), r"it has more than 8 bits a channel \(mode I;16\); save"),
+        (Image.new("F", (2, 2)), r"it has more than 8 bits a channel \(mode F\); save it with 8$"),
     ):
         for look in (source_of, lambda prompt: check_sources([prompt])):
             with pytest.raises(ValueError, match=message) as caught:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx2
 import numpy as np
 import pytest
 from PIL import Image
@@ -300,7 +301,7 @@ def test_answers_that_are_none(answer, problem):
 
 
 def test_answers_that_are_no_json():
-    for content in ("<html>502 Bad Gateway</html>", "", "\0", '{"choices"'):
+    for content in ("<html>502 Bad Gateway</html>", "", "\0", '{"choices"', "[" * 100_000):
         with pytest.raises(ValueError, match="no completion: "):
             mark_of(content)
 
@@ -353,6 +354,21 @@ def test_a_slow_server_is_a_missing_score(serve):
     scores = judge.score(pictures(3), [Prompt("")] * 3)
     assert time.monotonic() - started < 0.5
     assert scores == [Score(0.5), Score(None, error="the server did not answer in time"), Score(0.5)]
+
+
+def test_an_answer_that_does_not_end_is_a_missing_score():
+    def drips():
+        while True:
+            time.sleep(0.02)
+            yield b" "
+
+    judge = VLMJudge("http://server/v1", "m")
+    judge._client = httpx2.Client(
+        transport=httpx2.MockTransport(lambda request: httpx2.Response(200, content=drips())),
+        base_url="http://server/v1",
+        timeout=0.2,
+    )
+    assert judge.score(pictures(1), [Prompt("")]) == [Score(None, error="the server did not answer in time")]
 
 
 def test_no_server_is_a_missing_score(serve):

@@ -101,7 +101,7 @@ def no_equal(why: str, fields: Mapping[str, Any] | None = None) -> Outcome:
     return Outcome("no equal here", why, fields or {})
 
 
-_MOST_SETTINGS, _DEEPEST, _MOST_BYTES = 10_000, 32, 1_000_000
+MOST_SETTINGS, _DEEPEST, _MOST_BYTES = 10_000, 32, 1_000_000
 
 
 def content_of(path: Path) -> bytes:
@@ -121,14 +121,30 @@ def content_of(path: Path) -> bytes:
 def flattened(data: Mapping[Any, Any]) -> dict[str, Any]:
     """Every setting by its dotted name; those in a list of objects by `name[0].part`. An empty object is itself a value.
 
-    ValueError if there are more than any configuration has, as where parts are shared a hundredfold or hold themselves.
+    ValueError if there are more than any configuration has, what lists hold among them, as where parts are shared a hundredfold or
+    hold themselves.
     """
-    found = dict[str, Any]()
+    found, count = dict[str, Any](), 0
     for name, value in _leaves(data, "", 0):
         found[name] = value
-        if len(found) > _MOST_SETTINGS:
-            raise ValueError(f"there are more than {_MOST_SETTINGS:,} settings, so this is no configuration")
+        for _ in parts(value):
+            count += 1
+            if count > MOST_SETTINGS:
+                raise ValueError(f"there are more than {MOST_SETTINGS:,} settings, so this is no configuration")
     return found
+
+
+def parts(value: Any) -> Iterator[Any]:
+    """A value, and what lists and objects hold, one by one: of what is shared a hundredfold, or holds itself, without end."""
+    open_ones = [iter([value])]
+    while open_ones:
+        for part in open_ones[-1]:
+            yield part
+            if isinstance(part, Mapping | list | tuple):
+                open_ones.append(iter(part.values() if isinstance(part, Mapping) else part))
+                break
+        else:
+            open_ones.pop()
 
 
 def _leaves(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:

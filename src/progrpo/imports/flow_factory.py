@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 
 from progrpo.imports.account import (
+    MOST_SETTINGS,
     Outcome,
     Rule,
     Setting,
@@ -116,11 +118,20 @@ def import_flow_factory(path: str) -> Translation:
     return translate(file, {**settings, **silent}, RULES, defaults=silent)
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe one, for which a list of objects that are merged (`<<`) into one is no work without end."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_SETTINGS:
+            raise ValueError("too many objects are merged into one another")
+
+
 def _read(path: Path) -> dict[str, Any]:
     """Its settings by their dotted names."""
     content = content_of(path)
     try:
-        data = yaml.safe_load(content)
+        data = yaml.load(content, _Loader)
         if not isinstance(data, dict) or not data:
             raise ValueError("it holds no settings by name")
         return flattened(_in_one_shape(data))
@@ -138,7 +149,8 @@ def _in_one_shape(data: dict[Any, Any]) -> dict[Any, Any]:
     if isinstance(train, dict) and "optimizers" not in data:
         old = {new: train[key] for name, new in _OLD_OPTIMIZER.items() if (key := name.partition(".")[2]) in train}
         data["train"] = {key: value for key, value in train.items() if f"train.{key}" not in _OLD_OPTIMIZER}
-        data["optimizers"] = [old] if old else []
+        if old:
+            data["optimizers"] = [old]
     if isinstance(train, dict) and "beta_dpo" in train:
         train = data["train"] = {
             "dpo_beta" if key == "beta_dpo" else key: value for key, value in data["train"].items()
@@ -270,7 +282,9 @@ def _eval_frames(setting: Setting) -> Outcome:
 
 def _guidance(setting: Setting) -> Outcome:
     fields = {"sampling.guidance_scale": max(1.0, setting.number())}
-    if "flux" in str(setting.all.get("model.model_name_or_path")).lower() and setting.number() > 1:
+    model = str(setting.all.get("model.model_name_or_path")).lower()
+    # FLUX.2 klein is guided by a pair of calls
+    if "flux" in model and "klein" not in model and setting.number() > 1:
         fields["sampling.embedded_guidance"] = True
     return sets(fields)
 
@@ -305,7 +319,7 @@ def _ema_decay(setting: Setting) -> Outcome:
     if _objective(setting) != "grpo":
         return no_equal(f"{_trainer(setting)} keeps its old policy by a schedule of its own")
     decay, every = setting.number(), setting.count("train.ema_update_interval")
-    each = round(decay ** (1 / every), 4) if 0 < decay < 1 else decay
+    each = round(decay ** (1 / every), 6) if 0 < decay < 1 else decay
     return sets({"optim.ema_decay": each}, f"{decay:g} at every {every} epochs there")
 
 
@@ -346,9 +360,10 @@ def _noisy_steps(setting: Setting) -> Outcome:
     pool = setting.all.get("scheduler.sde_steps") or list(range(last))
     if not isinstance(pool, list) or not all(isinstance(step, int) for step in pool):
         raise ValueError(f"scheduler.sde_steps must be a list of steps, not {quoted(pool)}")
-    size, end = setting.count(), min(max(pool) + 1, last)
+    size = setting.count()
     if size >= last:
         return sets({"sampling.sde_window": "all"})
+    end = min(max(pool) + 1, last)
     fields = {"sampling.sde_window": "random", "sampling.sde_window_size": size, "sampling.sde_window_end": end}
     return sets(fields, "side by side here, drawn one by one there")
 
@@ -396,8 +411,10 @@ def _targets(setting: Setting) -> Outcome:
 def _dataset(setting: Setting) -> Outcome:
     if setting.name != "data.datasets[0].dataset_dir":
         return no_equal("one data set is read here; put them into one file")
-    folder = Path(setting.text()).expanduser()
-    end = ".txt" if (folder / "train.txt").is_file() and not (folder / "train.jsonl").is_file() else ".jsonl"
+    folder = Path(os.path.expanduser(setting.text()))
+    # as os.path asks: Path's own raise at no such user and at a name that is too long
+    is_text = os.path.isfile(folder / "train.txt") and not os.path.isfile(folder / "train.jsonl")
+    end = ".txt" if is_text else ".jsonl"
     return sets({"prompts.source": str(folder / f"train{end}"), "eval.prompts": str(folder / f"test{end}")})
 
 

@@ -11,11 +11,12 @@ import ast
 import operator
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from progrpo.imports.account import content_of
+from progrpo.imports.account import content_of, parts
 from progrpo.words import named, quoted
 
 _MOST_NODES, _MOST_CALLS, _LONGEST = 20_000, 32, 10_000
@@ -89,10 +90,11 @@ class _File:
         tree = _parsed(path)
         self.functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
         self.launchable = [name for name, node in self.functions.items() if not _required(node)]
-        self.names: dict[str, Any] = {"__file__": str(path)}
-        for node in tree.body:
-            if isinstance(node, ast.Assign):
-                _Frame(self, self.names).assign(node, node.targets, node.value)
+        self.names: dict[str, Any] = {"__file__": str(path), "__name__": path.stem}
+        # calls are of loaders and paths there, and what they give is taken by name
+        body = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Expr)]
+        with suppress(_Returned):  # which no file that runs has there
+            _Frame(self, self.names).run(body)
 
     @property
     def is_main(self) -> bool:
@@ -192,7 +194,7 @@ class _Frame:
         for target in targets:
             self.store(target, found, node)
 
-    def store(self, target: ast.expr, value: Any, node: ast.stmt) -> None:
+    def store(self, target: ast.expr, value: Any, node: ast.stmt | ast.expr) -> None:
         try:
             match target:
                 case ast.Name(id=name):
@@ -221,10 +223,13 @@ class _Frame:
     def give_up(self, node: ast.stmt) -> None:
         """A statement that is not followed: what it would assign is unread, and it is said where it stands."""
         self.file.reading.unread.append(self.place(node))
+        self.lose(node)
+
+    def lose(self, node: ast.AST) -> None:
+        """What it would assign, count by, open or delete is unread."""
         for inner in ast.walk(node):
-            if isinstance(inner, ast.Assign | ast.AnnAssign | ast.AugAssign):
-                for target in inner.targets if isinstance(inner, ast.Assign) else [inner.target]:
-                    self.store(target, self.place(inner), inner)
+            if isinstance(inner, ast.Name | ast.Attribute | ast.Subscript) and not isinstance(inner.ctx, ast.Load):
+                self.store(inner, self.place(inner), inner)
 
     def place(self, node: ast.stmt | ast.expr) -> Unread:
         return Unread(self.file.path.name, node.lineno, quoted(ast.unparse(node).partition("\n")[0])[1:-1])
@@ -233,6 +238,7 @@ class _Frame:
         try:
             return self.value(node)
         except _UnreadableError:
+            self.lose(node)  # what is assigned inside of it
             return self.place(statement or node)
 
     def value(self, node: ast.expr) -> Any:
@@ -253,6 +259,15 @@ class _Frame:
             raise _UnreadableError
         return found
 
+    def looked_into(self, node: ast.expr) -> Any:
+        """The same of a value that is written, compared or looked up: each of its parts is work, as often as it is shared."""
+        found = self.value(node)
+        for _ in parts(found):
+            self.file.budget.nodes -= 1
+            if self.file.budget.nodes < 0:
+                raise _UnreadableError
+        return found
+
     def _value(self, node: ast.expr) -> Any:
         match node:
             case ast.Constant(value=None | bool() | int() | float() | str() as value):
@@ -263,14 +278,14 @@ class _Frame:
                 settings = self.value(owner)
                 return settings[name] if isinstance(settings, dict) else _refuse()
             case ast.Subscript(value=owner, slice=index):
-                return self.value(owner)[self.value(index)]
+                return self.value(owner)[self.looked_into(index)]
             case ast.Tuple(elts=items):
                 return tuple(self.value(item) for item in items)
             case ast.List(elts=items):
                 return [self.value(item) for item in items]
             case ast.Dict(keys=keys, values=values):
                 return {
-                    self.value(k) if k else _refuse(): self.value_or_unread(v)
+                    self.looked_into(k) if k else _refuse(): self.value_or_unread(v)
                     for k, v in zip(keys, values, strict=True)
                 }
             case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
@@ -284,14 +299,14 @@ class _Frame:
                         return found
                 return self.value(values[-1])
             case ast.Compare(left=left, ops=ops, comparators=others) if all(type(op) in _COMPARE for op in ops):
-                values = [self.value(item) for item in (left, *others)]
+                values = [self.looked_into(item) for item in (left, *others)]
                 return all(_COMPARE[type(op)](a, b) for op, a, b in zip(ops, values, values[1:], strict=False))
             case ast.IfExp(test=test, body=yes, orelse=no):
                 return self.value(yes if self.value(test) else no)
             case ast.JoinedStr(values=values):
                 return "".join(str(self.value(part)) for part in values)
             case ast.FormattedValue(value=inner, format_spec=None):
-                return self.value(inner)
+                return self.looked_into(inner)
             case ast.Call():
                 return self._call(node)
         raise _UnreadableError
@@ -299,12 +314,12 @@ class _Frame:
     def _call(self, node: ast.Call) -> Any:
         name, arguments = ast.unparse(node.func), node.args
         if name in _PLAIN and not node.keywords:
-            return _PLAIN[name](*[self.value(argument) for argument in arguments])
+            return _PLAIN[name](*[self.looked_into(argument) for argument in arguments])
         if name == "os.getcwd":  # its scripts are started from the folder above `config`
             folder = self.file.main.resolve().parent
             return str(folder.parent if folder.name == "config" else folder)
         if name in _CONFIG_DICTS and len(arguments) <= 1 and not node.keywords:
-            return dict(self.value(arguments[0])) if arguments else {}
+            return dict(self.looked_into(arguments[0])) if arguments else {}
         if name in _LOADERS and len(arguments) == 2:
             return self.file.beside(self.value(arguments[1]))
         if name == "importlib.util.module_from_spec" and len(arguments) == 1:

@@ -31,6 +31,11 @@ class Score:
         """The value, NaN where it is missing or not finite."""
         return self.value if self.value is not None and math.isfinite(self.value) else math.nan
 
+    def plain(self) -> Score:
+        """In Python's own numbers, which caches and servers can write; raises where it has none that are like them."""
+        passed = None if self.passed is None else bool(self.passed)
+        return Score(None if self.value is None else float(self.value), passed, self.error)
+
 
 class Refusal(ValueError):
     """A reward cannot work with these prompts or on this machine at all: a mistake to be mended, not a failed score.

@@ -8,33 +8,38 @@ import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from pathlib import Path
+from datetime import date, time, timedelta
+from decimal import Decimal
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
+from PIL import Image
+from torch import Tensor
 
 from progrpo.rewards.base import Refusal, Reward, Score, check, close
 from progrpo.sources import COLUMN, key, pictures
 from progrpo.types import Prompt
+from progrpo.words import quoted
 
 
 class Cached:
     """Asks `reward` only about pictures and prompts that it has not scored before; failures are asked about again.
 
     A score is found by the sha256 of the reward's `identity` (its name and model), the picture's pixels and size, the prompt and its columns
-    (of a source picture its pixels, not its path). The file is `folder`/NAME.sqlite, and several processes may use it at once.
+    (of pictures in them their pixels, not a path). The file is `folder`/NAME.sqlite, and several processes may use it at once. Refusal
+    where that cannot be used, or a column has a value that cannot be told from others.
     """
 
     def __init__(self, reward: Reward, identity: str, folder: Path) -> None:
-        self._reward, self._identity = reward, identity
+        self._reward, self._identity, self._folder = reward, identity, folder
         self._file = folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', identity).strip('-')}.sqlite"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._open() as database:
                 database.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, value REAL, passed INTEGER)")
-        except (OSError, sqlite3.Error) as error:
-            raise Refusal(
-                f"reward {identity!r}: its cache {folder} cannot be used ({error}); name another folder"
-            ) from error
+        except OSError as error:
+            raise self._unusable(error) from error
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         sources = [
@@ -53,8 +58,17 @@ class Cached:
 
     def _key(self, picture_HWC: np.ndarray, prompt: Prompt, source: str | None) -> str:
         columns = dict(prompt.columns) if source is None else {**prompt.columns, COLUMN: source}
-        told = json.dumps([self._identity, picture_HWC.shape, prompt.text, columns], sort_keys=True, default=str)
+        told = self._written([self._identity, picture_HWC.shape, prompt.text, columns], prompt)
         return hashlib.sha256(told.encode() + b"\0" + np.ascontiguousarray(picture_HWC).tobytes()).hexdigest()
+
+    def _written(self, told: Any, prompt: Prompt) -> str:
+        try:
+            return json.dumps(told, sort_keys=True, default=_exactly)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise Refusal(
+                f"reward {self._identity!r}: the columns of the prompt {quoted(prompt.text)} cannot be told from others"
+                f" ({error}), so its scores cannot be kept; leave out its cache"
+            ) from error
 
     def _known(self, keys: Sequence[str]) -> dict[str, Score]:
         with self._open() as database:
@@ -71,6 +85,8 @@ class Cached:
             database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", whole)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            self._written(dict(prompt.columns), prompt)
         check(self._reward, prompts)
 
     def close(self) -> None:
@@ -79,5 +95,24 @@ class Cached:
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         # one for each use: connections belong to the thread that made them, and waves ask from several
-        with closing(sqlite3.connect(self._file, timeout=60)) as database, database:
-            yield database
+        try:
+            with closing(sqlite3.connect(self._file, timeout=60)) as database, database:
+                yield database
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> Refusal:
+        return Refusal(
+            f"reward {self._identity!r}: its cache {self._folder} cannot be used ({error}); name another folder"
+        )
+
+
+def _exactly(value: Any) -> Any:
+    """What JSON does not know, so that values that differ stay so: a text of an array leaves most of it out, an object's is its place in memory."""
+    if isinstance(value, Image.Image):
+        return key(value)
+    if isinstance(value, np.ndarray | np.generic | Tensor):
+        return [str(value.dtype), value.tolist()]
+    if isinstance(value, bytes | date | time | timedelta | Decimal | PurePath):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__} has no text of its own")

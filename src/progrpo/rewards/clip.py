@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from progrpo.rewards.hub import file_of
+from progrpo.rewards.hub import damaged, file_of
 
 VIT_H = ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")
 VIT_L = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
@@ -81,5 +81,8 @@ def head_of(state: Mapping[str, Tensor]) -> nn.Sequential:
 def tokenizer_of(reward: str, repository: str, revision: str) -> CLIPTokenizer:
     # Not by from_pretrained, which gives an empty tokenizer, and no error, where there are no files.
     files = [file_of(reward, repository, name, revision) for name in ("vocab.json", "merges.txt")]
-    vocabulary, merges = BPE.read_file(*map(str, files))
+    try:
+        vocabulary, merges = BPE.read_file(*map(str, files))
+    except Exception as error:  # it knows no other
+        raise damaged(reward, f"vocab.json and merges.txt of {repository}", error) from error
     return CLIPTokenizer(vocab=vocabulary, merges=merges)

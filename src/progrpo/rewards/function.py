@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -100,10 +100,11 @@ class FunctionReward:
         values = self.function(*(given[what] for what in self._bound.in_order), **told)
         if inspect.iscoroutine(values):
             values = _finished(values)
-        if not hasattr(values, "__len__") or len(values) != len(prompts):
-            count = f"{len(values)} scores" if hasattr(values, "__len__") else f"{type(values).__name__!r}, no scores"
+        in_order = hasattr(values, "__len__") and not isinstance(values, str | Mapping | Set)
+        if not in_order or len(values) != len(prompts):
+            count = f"{len(values)} scores" if in_order else f"{type(values).__name__!r}, no scores"
             raise Refusal(f"reward {self._called} returned {count} for {len(prompts)} pictures; return one each")
-        return [v if isinstance(v, Score) else Score(None if v is None else float(v)) for v in values]
+        return [(v if isinstance(v, Score) else Score(v)).plain() for v in values]
 
     def _columns(self, prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
         """The columns that the function takes, as lists; None where a prompt has no such column. Refusal where it is not clear what it takes."""

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import numpy as np
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from safetensors import SafetensorError
 from torch import Tensor
 
 from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score, check
@@ -46,7 +47,7 @@ class OnFirstScore:
 
 @contextmanager
 def fetching(reward: str, what: str, source: str = "the Hugging Face hub") -> Iterator[None]:
-    """Says in a Refusal which reward lacks what, where neither the cache nor the network has it."""
+    """Says in a Refusal which reward lacks what, where neither the cache nor the network has it, or has it whole."""
     try:
         yield
     except OSError as error:
@@ -54,6 +55,13 @@ def fetching(reward: str, what: str, source: str = "the Hugging Face hub") -> It
         raise Refusal(
             f"reward {reward!r}: there is no cached copy of {what}, and {source} did not give one: {reason}"
         ) from error
+    except SafetensorError as error:
+        raise damaged(reward, f"weights of {what}", error) from error
+
+
+def damaged(reward: str, what: str, error: Exception) -> Refusal:
+    reason = " ".join(str(error).split())
+    return Refusal(f"reward {reward!r}: the {what} are damaged ({reason}); fetch them anew")
 
 
 def file_of(reward: str, repository: str, name: str, revision: str) -> Path:

@@ -66,15 +66,24 @@ REWARDS: dict[str, Callable[[RewardSettings], Reward]] = {
     "vlm": _vlm,
 }
 
+_OF_ANY_MODEL = ("clipscore", "geneval", "vlm")
+
 
 def load_reward(name: str, settings: RewardSettings = RewardSettings(), processes: int = 0) -> Reward:  # noqa: B008 (frozen)
     """A built-in reward, or `module:function` found on the Python path or in the current folder.
 
-    With `processes` it scores in so many of its own; with a `url` a server scores, but for `vlm`, which asks its own kind.
+    With `processes` it scores in so many of its own; with a `url` a server scores, which says itself by what, but for `vlm`, which
+    asks its own kind.
     """
     if settings.url and name != "vlm":
         from progrpo.rewards.remote import RemoteReward
 
+        own = {"model": settings.model, "device": settings.device, "dtype": settings.dtype, "processes": processes}
+        if said := [option for option, value in own.items() if value not in ("", "auto", 0)]:
+            raise Refusal(
+                f"reward {name!r}: its server scores, so {said[0]} would change nothing here; leave it out, and give the"
+                " server its own options"
+            )
         return RemoteReward.make(name, settings)
     here = _load(name, settings)  # also with processes: so that a wrong name is refused at once
     if processes == 0:
@@ -88,6 +97,8 @@ def load_reward(name: str, settings: RewardSettings = RewardSettings(), processe
 
 def _load(name: str, settings: RewardSettings) -> Reward:
     if name in REWARDS:
+        if settings.model and name not in _OF_ANY_MODEL:
+            raise Refusal(f"reward {name!r} takes no other model ({', '.join(_OF_ANY_MODEL)} do); leave out model")
         return REWARDS[name](settings)
     module_name, colon, attribute = name.partition(":")
     if not colon or not all(module_name.split(".")) or "\0" in module_name:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from progrpo.rewards.base import Reward, Score, check, close
 from progrpo.types import Prompt, Scores
+from progrpo.words import named
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ class Mixture:
             self._asked[name] += len(scores)
             self._missing[name] += len(missing)
             if missing:
-                self._last_error = f"reward {name}: {missing[-1].error or 'it gave no finite number'}"
+                said = " ".join(str(missing[-1].error or "it gave no finite number").split())
+                self._last_error = f"reward {name}: {named(said)}"
 
 
 def alone(reward: Reward, name: str = "reward") -> Mixture:

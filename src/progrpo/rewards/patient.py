@@ -23,7 +23,8 @@ class Patient:
 
     Pictures whose score has an `error` are asked about again likewise. Of a call that keeps raising each picture is asked about
     alone, so that a bad one costs no other. A call that takes more than `timeout` seconds has failed; it is left to itself, and
-    its pictures are not asked about alone. A Refusal is raised.
+    its pictures are not asked about alone. A reward that ranks a group (`groupwise`) is asked about all of it again, and never
+    about a picture alone: places in a part of it are others. A Refusal is raised.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Patient:
         self._reward, self._retries, self._timeout = reward, retries, timeout
         self._backoff, self._sleep = backoff, sleep
         self._calls: list[threading.Thread] = []
+        self._ranks = bool(getattr(reward, "groupwise", False))
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         found, rows = [Score(None)] * len(prompts), list(range(len(prompts)))
@@ -52,10 +54,11 @@ class Patient:
                 scores, failure = [_failed(error)] * len(rows), error
             for i, score in zip(rows, scores, strict=True):
                 found[i] = score
-            rows = [i for i in rows if found[i].error is not None]
-            if not rows:
+            failed = [i for i in rows if found[i].error is not None]
+            if not failed:
                 return found
-        if failure is not None and not isinstance(failure, TimeoutError) and len(rows) > 1:
+            rows = rows if self._ranks else failed
+        if failure is not None and not isinstance(failure, TimeoutError) and len(rows) > 1 and not self._ranks:
             for i, score in zip(rows, self._one_by_one(pictures_NHWC[rows], [prompts[i] for i in rows]), strict=True):
                 found[i] = score
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
@@ -10,6 +11,8 @@ import numpy as np
 
 from progrpo.rewards.base import Reward, RewardSettings, Score, check
 from progrpo.types import Prompt
+
+_GRACE = 5.0  # seconds in which processes end themselves
 
 _here: Reward | None = None  # of a worker: loaded once when it starts
 
@@ -61,4 +64,10 @@ class InProcesses:
         self._pool.submit(_check, list(prompts)).result()
 
     def close(self) -> None:
-        self._pool.shutdown()
+        """Also where one hangs, which would keep the program from ending."""
+        workers = list((self._pool._processes or {}).values())
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        until = time.monotonic() + _GRACE
+        for worker in workers:
+            worker.join(max(0.0, until - time.monotonic()))
+            worker.kill()

@@ -31,6 +31,7 @@ TOKEN = "PROGRPO_REWARD_TOKEN"
 
 _AT_ONCE = 4  # requests under way: the server scores one while the next ones are encoded and sent
 _PATIENCE, _FIRST_WAIT, _LONGEST_WAIT = 60.0, 0.25, 8.0  # seconds
+_LARGEST = 2**24  # bytes of an answer
 
 
 class RemoteReward:
@@ -58,7 +59,7 @@ class RemoteReward:
             raise Refusal(
                 f"reward {name!r}: its server's url is {settings.url!r}, and must be such as http://127.0.0.1:8000"
             )
-        token = os.environ.get(TOKEN, "").strip()
+        token = token_of_environment()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         client = httpx2.Client(
             base_url=settings.url,
@@ -160,8 +161,8 @@ class RemoteReward:
         while True:
             retry_after = 0.0
             try:
-                response = self._client.request(method, path, content=body, headers=kind)
-            except httpx2.TransportError as error:
+                response = answer_of(self._client, method, path, content=body, headers=kind)
+            except httpx2.RequestError as error:
                 trouble = f"{type(error).__name__}: {error}"
             else:
                 if response.status_code == 200:
@@ -191,7 +192,29 @@ class _NoAnswer(Exception):
     """What a request came to, in the end."""
 
 
+def answer_of(client: httpx2.Client, method: str, path: str, **told: Any) -> httpx2.Response:
+    """What a server answers, read whole; httpx2's error also where it goes on for longer than the client waits, or for ever."""
+    with client.stream(method, path, **told) as response:
+        until, content = time.monotonic() + (client.timeout.read or math.inf), bytearray()
+        for part in response.iter_bytes():
+            content += part
+            if len(content) > _LARGEST:
+                raise httpx2.ReadError(f"an answer of more than {_LARGEST >> 20} MB")
+            if time.monotonic() > until:
+                raise httpx2.ReadTimeout("an answer that does not end")
+    kept = [(name, value) for name, value in response.headers.raw if name.lower() in (b"content-type", b"retry-after")]
+    return httpx2.Response(response.status_code, headers=kept, content=bytes(content))
+
+
 # --- what is sent and answered ----------------------------------------------------------------------------------------
+
+
+def token_of_environment() -> str:
+    """Empty where there is none; Refusal for one that no header can hold."""
+    token = os.environ.get(TOKEN, "").strip()
+    if not (token.isascii() and token.isprintable()):
+        raise Refusal(f"{TOKEN} has characters that no token has; set it anew")
+    return token
 
 
 def _is_http(url: str) -> bool:
@@ -220,14 +243,16 @@ def _object(response: httpx2.Response) -> dict[str, Any]:
     """The JSON object of an answer; empty where it is none."""
     try:
         value = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def _detail(response: httpx2.Response) -> str:
-    """What the server says of itself, or the start of whatever it says."""
-    return " ".join(str(_object(response).get("detail") or response.text[:200] or response.reason_phrase).split())
+    """What the server says of itself, or the start of whatever it says, as a line."""
+    said = str(_object(response).get("detail") or response.text[:200] or response.reason_phrase)
+    line = " ".join(said.split())[:1000]
+    return line if line.isprintable() else ascii(line)[1:-1]
 
 
 def _retry_after(response: httpx2.Response) -> float:

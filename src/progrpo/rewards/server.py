@@ -15,14 +15,13 @@ import base64
 import hmac
 import ipaddress
 import math
-import os
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Hashable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Literal
@@ -35,20 +34,21 @@ from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from PIL import Image
-from pydantic import BaseModel, JsonValue
+from pydantic import BaseModel, JsonValue, field_validator
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from progrpo import __version__
 from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score, close
 from progrpo.rewards.load import load_reward
-from progrpo.rewards.remote import PROTOCOL, TOKEN
+from progrpo.rewards.remote import PROTOCOL, TOKEN, token_of_environment
 from progrpo.sources import COLUMN
 from progrpo.types import Prompt
 
 _LARGEST = 4096 * 4096  # pixels of a picture
 _BYTES_A_PIXEL = 7  # 4 of Pillow's and 3 of the array
 _STALLED = 60.0  # seconds without a byte of a body that has begun
+_HANGING = 10.0  # seconds that the reward has for its last batches when the server ends
 
 
 def serve(
@@ -63,7 +63,7 @@ def serve(
 
     ValueError, one sentence, where it cannot start. The reward's weights are loaded before the port opens.
     """
-    token = os.environ.get(TOKEN, "").strip()
+    token = token_of_environment()
     if not token and not _is_loopback(host):
         raise ValueError(f"{host} can be reached from other machines: set {TOKEN} to a secret that clients must know")
     reward = load_reward(name, settings)
@@ -109,6 +109,14 @@ class Item(BaseModel, use_attribute_docstrings=True):
     """The prompt's source picture likewise, where it has one; the reward finds it in the column of that name."""
     id: int | None = None
     """Comes back with the score."""
+
+    @field_validator("columns")
+    @classmethod
+    def _names_no_file(cls, columns: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        # there it would be a path, and the file of that name be opened on this machine
+        if COLUMN in columns:
+            raise ValueError(f"a source picture is sent as `{COLUMN}` beside the columns")
+        return columns
 
 
 class Question(BaseModel, use_attribute_docstrings=True):
@@ -231,6 +239,8 @@ async def _unless_gone(asked: Sequence[Future[_Found]], request: Request) -> lis
     gone.cancel()
     if not answers.done():
         answers.cancel()
+        with suppress(asyncio.CancelledError):  # which asyncio would report as an error that nobody saw
+            await answers
         raise HTTPException(499, "the client is gone")
     return answers.result()
 
@@ -323,11 +333,11 @@ class Batches:
             return sum(map(len, self._waiting.values()))
 
     def close(self) -> None:
-        """Score what waits, and end."""
+        """Score what waits, and end. A reward that hangs is left to itself: nobody waits for it any more."""
         with self._news:
             self._open = False
             self._news.notify()
-        self._thread.join()
+        self._thread.join(_HANGING)
 
     def _work(self) -> None:
         while (batch := self._next()) is not None:
@@ -354,7 +364,7 @@ class Batches:
             return
         try:
             pictures_NHWC = np.stack([one.picture_HWC for one in batch])
-            scores = [_plain(s) for s in self._reward.score(pictures_NHWC, [one.prompt for one in batch])]
+            scores = [s.plain() for s in self._reward.score(pictures_NHWC, [one.prompt for one in batch])]
             if len(scores) != len(batch):
                 raise RuntimeError(f"the reward gave {len(scores)} scores for {len(batch)} pictures")
         except BaseException as error:  # of SystemExit too: this thread must go on, or no request is ever answered
@@ -367,12 +377,6 @@ class Batches:
         else:
             for one, score in zip(batch, scores, strict=True):
                 one.answer.set_result(score)
-
-
-def _plain(score: Score) -> Score:
-    """Python's own numbers; raises where a score has others."""
-    passed = None if score.passed is None else bool(score.passed)
-    return Score(None if score.value is None else float(score.value), passed, score.error)
 
 
 # --- who may ask, and how much ----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from progrpo.rewards.base import Refusal, RewardSettings, Score
+from progrpo.rewards.remote import answer_of
 from progrpo.types import Prompt
 
 QUESTION = (
@@ -79,7 +80,8 @@ class VLMJudge:
 
     def _score(self, picture_HWC: np.ndarray, prompt: Prompt) -> Score:
         try:
-            response = self._client.post("chat/completions", json=self._request(picture_HWC, prompt))
+            request = self._request(picture_HWC, prompt)
+            response = answer_of(self._client, "POST", "chat/completions", json=request)
         except httpx2.TimeoutException:
             return Score(None, error="the server did not answer in time")
         except httpx2.HTTPError as error:
@@ -129,7 +131,7 @@ def mark_of(completion: str) -> float:
         choice = json.loads(completion)["choices"][0]
         text, stopped = choice["message"].get("content"), choice.get("finish_reason")
         refused = choice["message"].get("refusal")
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"the server's answer is no completion: {_short(completion)}") from None
     if refused or stopped == "content_filter":
         raise ValueError(f"the model refused: {_short(str(refused or text))}")
