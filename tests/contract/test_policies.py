@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -828,6 +834,20 @@ def test_a_model_of_noise_at_pure_noise_is_refused(tiny_sd, tiny_sd_v):
                 policy_from_pipeline(pipeline, PolicySettings())
         else:
             assert policy_from_pipeline(pipeline, PolicySettings(lora_rank=2)).levels(STEPS).alpha.isfinite().all()
+
+
+@pytest.mark.parametrize("scheduler", [LCMScheduler, EulerDiscreteScheduler])
+def test_what_a_scheduler_has_by_default_stays_when_its_noise_is_sampled_by_ddim(tiny_sd, tmp_path, scheduler):
+    pipeline = _pipeline(tiny_sd)
+    pipeline.scheduler = scheduler()
+    pipeline.scheduler.save_pretrained(tmp_path)  # a file says every default, where an object lists those it was left
+    own, settings = pipeline.scheduler, PolicySettings(lora_rank=2)
+    levels = policy_from_pipeline(pipeline, settings).levels(STEPS)
+    signal = own.alphas_cumprod[levels.timestep[:-1].long()]
+    assert torch.equal(levels.alpha[:-1], signal.sqrt())
+    pipeline = _pipeline(tiny_sd)
+    pipeline.scheduler = scheduler.from_pretrained(tmp_path)
+    assert torch.equal(policy_from_pipeline(pipeline, settings).levels(STEPS).timestep, levels.timestep)
 
 
 def test_a_safety_checker_takes_no_memory(tiny_sd):

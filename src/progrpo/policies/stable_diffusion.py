@@ -131,4 +131,6 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
 
 def _ddim(pipeline: DiffusionPipeline) -> DDIMScheduler:
     """The pipeline's noise as DDIM's scheduler. Latents are never clipped: they are no pictures."""
-    return DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
+    # the list of what was left to a scheduler's own defaults, which diffusers would have DDIM replace by its own
+    told = {name: value for name, value in pipeline.scheduler.config.items() if name != "_use_default_values"}
+    return DDIMScheduler.from_config(told, clip_sample=False, thresholding=False)
