@@ -13,9 +13,11 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    UniPCMultistepScheduler,
 )
 from PIL import Image
 from torch import Tensor
@@ -822,6 +824,38 @@ def test_an_unet_for_more_than_text_is_refused(tiny_sd):
     with pytest.raises(
         ValueError, match=r"model\.path: the U-Net takes 9 channels where latents have 4; .* inpainting"
     ):
+        policy_from_pipeline(pipeline, PolicySettings())
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EDMEulerScheduler(),
+        FlowMatchEulerDiscreteScheduler(),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_an_unet_of_noise_that_ddim_does_not_know_is_refused(tiny_sdxl, scheduler):
+    pipeline = _pipeline(tiny_sdxl)
+    pipeline.scheduler = scheduler
+    with pytest.raises(
+        ValueError, match=rf"^model\.path: the scheduler is a {type(scheduler).__name__}, for whose noise"
+    ):
+        policy_from_pipeline(pipeline, PolicySettings())
+
+
+def test_an_unet_that_must_be_told_the_guidance_scale_is_refused(tiny_sd):
+    pipeline = _pipeline(tiny_sd)
+    pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config, time_cond_proj_dim=8)
+    with pytest.raises(ValueError, match=r"^model\.path: the U-Net must be told the guidance scale"):
+        policy_from_pipeline(pipeline, PolicySettings())
+
+
+@pytest.mark.parametrize(("encoder", "which"), [("text_encoder", "its"), ("text_encoder_2", "its second")])
+def test_sdxl_without_a_text_encoder_is_refused(tiny_sdxl, encoder, which):
+    pipeline = DiffusionPipeline.from_pretrained(tiny_sdxl, **{encoder: None})
+    with pytest.raises(ValueError, match=rf"^model\.path: the pipeline lacks {which} text encoder; load it"):
         policy_from_pipeline(pipeline, PolicySettings())
 
 
