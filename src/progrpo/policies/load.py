@@ -231,5 +231,4 @@ def _sayable(source: str | Path, what: str = "model.path") -> Iterator[None]:
         raise
     except Exception as error:  # of many kinds: of JSON, of safetensors, of a class that gets another's settings
         place = "" if os.path.isdir(source) else "; no folder has that name, and the Hugging Face hub was tried"
-        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}, "
-        raise ValueError(f"{what}: cannot load {named(source)}{place}: {kind}{reason_of(error, source)}") from error
+        raise ValueError(f"{what}: cannot load {named(source)}{place}: {reason_of(error, source)}") from error

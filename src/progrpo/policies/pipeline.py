@@ -31,6 +31,7 @@ from progrpo.policies.quantized import quantize_blocks
 from progrpo.policies.sharded import Step, all_gathered, blocks, share_out
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition, Prompt
+from progrpo.words import named
 from progrpo.zoo import WEIGHTS
 
 BUILT_IN_DECODER = "shapes-tiny"
@@ -415,8 +416,12 @@ def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings, channel
         tiny = AutoencoderTiny.from_pretrained(
             WEIGHTS / name if name == BUILT_IN_DECODER else name, use_safetensors=True, dtype=vae.dtype
         )
-    except OSError as error:
-        raise ValueError(f"preview.tiny_decoder: cannot load {name}: {reason_of(error, name)}") from error
+        if any(weight.is_meta for weight in tiny.parameters()):
+            raise ValueError("it lacks weights that an AutoencoderTiny has")
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of many kinds: of JSON, of safetensors, of a class that gets another's settings
+        raise ValueError(f"preview.tiny_decoder: cannot load {named(name)}: {reason_of(error, name)}") from error
     if tiny.config.latent_channels != channels:
         raise ValueError(
             f"preview.tiny_decoder: {name} decodes latents of {tiny.config.latent_channels} channels, and this"
