@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -442,6 +444,16 @@ def test_text_encoders_can_be_released(policy):
     assert policy.predict(_noise(policy), torch.tensor(600.0), after, 3.0).isfinite().all()
     with pytest.raises(ValueError, match=r"'a new one' is new and the text encoders are released"):
         policy.encode([Prompt("a new one", PROMPTS[0].columns)])
+
+
+def test_guidance_goes_on_after_the_text_encoders_where_python_leaves_out_asserts(tiny_sd):
+    policy = _load(tiny_sd, "lora")
+    told = policy.encode(PROMPTS)
+    names: dict[str, Any] = {}
+    source = textwrap.dedent(inspect.getsource(type(policy).release_text_encoders))
+    exec(compile(source, "<as python -O>", "exec", optimize=1), names)
+    names["release_text_encoders"](policy)
+    assert policy.predict(_noise(policy), torch.tensor(600.0), told, 3.0).isfinite().all()
 
 
 def test_nothing_is_random_in_the_network(policy):

@@ -254,7 +254,7 @@ class PipelinePolicy(ABC):
         return self._encode_unconditional()
 
     def release_text_encoders(self) -> None:
-        assert self._unconditional  # which is encoded when it is first asked for, and may be later than now
+        self._text_row(self.no_prompt)  # what guidance leads away from may be asked for later than now
         self._released = True
         if self._turns is not None:
             self._turns.leave_to(self.denoiser)
