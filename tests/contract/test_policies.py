@@ -267,6 +267,8 @@ def test_a_diffusion_models_levels_are_ddims(request, model):
         policy.levels(STEPS, shift=3.0)
     with pytest.raises(ValueError, match=r"sampling\.num_inference_steps: 1001 is more than the 1000 timesteps"):
         policy.levels(1001)
+    with pytest.raises(ValueError, match=r"sampling\.num_inference_steps: 1000 steps begin beyond the 1000 timesteps"):
+        policy.levels(1000)
 
 
 def test_levels_between_the_grids_are_on_the_way(policy):

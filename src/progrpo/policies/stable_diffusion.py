@@ -71,6 +71,10 @@ class StableDiffusionPolicy(PipelinePolicy):
             )
         scheduler.set_timesteps(num_inference_steps)
         timesteps = scheduler.timesteps
+        if timesteps[0] >= count:  # as many steps as timesteps, on a grid that is offset by one
+            raise ValueError(
+                f"sampling.num_inference_steps: {num_inference_steps} steps begin beyond the {count} timesteps of the model; use fewer"
+            )
         last = int(timesteps[-1]) - count // num_inference_steps
         final = scheduler.alphas_cumprod[last] if last >= 0 else scheduler.final_alpha_cumprod
         return diffusion_levels(timesteps, scheduler.alphas_cumprod, final)
