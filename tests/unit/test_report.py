@@ -216,8 +216,9 @@ def test_of_one_pair_no_error_is_given(run):
 
 
 def test_a_stopped_run_says_why(run):
-    run.write_summary({"status": "stopped: out of memory"})
-    assert "0 of 2 iterations and stopped: out of memory" in verdict(read_run(run.path))
+    run.append_metrics({"iteration": 0, "seconds": 2.0})
+    run.write_summary({"status": "stopped: out of memory", "iterations": 1})
+    assert "1 of 2 iterations and stopped: out of memory" in verdict(read_run(run.path))
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):

@@ -47,7 +47,8 @@ def verdict(run: Run) -> str:
 
 def _what_ran(run: Run) -> str:
     model = escape(run.config.get("model", {}).get("path", "The model"))
-    done = f"{len(run.metrics)} of {escape(run.iterations or '?')} iterations"
+    # of those that were wanted: a summary counts those that were done
+    done = f"{len(run.metrics)} of {escape(run.config.get('iterations', '?'))} iterations"
     if run.status == "finished":
         return f"{model} was trained for {escape(run.iterations)} iterations in {duration(run.summary.get('wall_seconds'))}"
     if run.status == "running":
