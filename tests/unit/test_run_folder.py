@@ -40,6 +40,11 @@ def test_a_model_is_not_taken_for_a_run(tmp_path):
     assert (tmp_path / "transformer" / "config.json").exists()
 
 
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^the run folder's name '/.*/a\\udcff' is no text in UTF-8; give another$"):
+        RunFolder.create(f"{tmp_path}/a\udcff")
+
+
 def test_an_empty_name_is_not_the_current_folder():
     with pytest.raises(ValueError, match="name is empty"):
         RunFolder.create("")

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from progrpo.durable import PREVIOUS, WRITING, append, new_folder, sync, whole_folder, write_file
+from progrpo.words import named
 
 _FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "report.html")
 _ENDS = f"({re.escape(WRITING)}|{re.escape(PREVIOUS)})?"
@@ -98,9 +99,11 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """ValueError for an empty name, which would be the current folder."""
+        """ValueError for an empty name, which would be the current folder, and for one that no file of a run could say."""
         if not str(path):
             raise ValueError("the run folder's name is empty; give one, or . for the current folder")
+        if any("\ud800" <= c <= "\udfff" for c in str(path)):  # bytes that are no UTF-8, as Python has them
+            raise ValueError(f"the run folder's name {named(path)} is no text in UTF-8; give another")
         self.path = Path(path)
 
     @classmethod
