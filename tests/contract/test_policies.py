@@ -490,6 +490,19 @@ def test_low_precision_without_training_is_near_the_float32_pictures(case, folde
     assert (low.decode(x0).int() - policy.decode(x0).int()).abs().float().mean() < 3
 
 
+@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_wan"])
+def test_a_saved_denoiser_takes_the_models_place_in_low_precision_as_it_is(request, tmp_path, model):
+    folder = request.getfixturevalue(model)
+    _load(folder, "full").save(tmp_path / "saved")
+    settings = PolicySettings(lora_rank=2, max_sequence_length=TOKENS, resolution=16, dtype=torch.bfloat16)
+    settings = replace(settings, frames=FRAMES if model == "tiny_wan" else None)
+    own, taken = load_policy(folder, settings), load_policy(folder, settings, tmp_path / "saved")
+    found = dict(taken.frozen())
+    for name, tensor in own.frozen():  # of Wan some in float32
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    assert torch.equal(_velocity(taken), _velocity(own))
+
+
 def test_lora_starts_from_its_seed_alone(tiny_sd3):
     state = torch.get_rng_state()
     one = _load(tiny_sd3, "lora", seed=5)

@@ -98,9 +98,9 @@ def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path
             kind = type(base).load_config(folder).get("_class_name")
             if kind != type(base).__name__:
                 raise ValueError(f"they are of a {kind}, and this model has a {type(base).__name__}")
-            trained = type(base).from_pretrained(folder, use_safetensors=True)
+            trained = type(base).from_pretrained(folder, use_safetensors=True, dtype=base.dtype)
             _require_whole(trained, folder)
-        setattr(pipeline, denoiser_name, trained.to(base.dtype))
+        setattr(pipeline, denoiser_name, trained)
     else:
         raise ValueError(f"{named(folder)} holds no trained weights: neither {LORA_FILE} nor a denoiser's config.json")
 
