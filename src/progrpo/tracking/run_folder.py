@@ -210,16 +210,20 @@ class RunFolder:
         append(self.path / "metrics.jsonl", _encode(record).encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All records, without a last line that is still being written; ValueError for a broken line elsewhere."""
+        """All records, without a last line that is still being written; ValueError for a line elsewhere that is none."""
         path = self.path / "metrics.jsonl"
         lines = path.read_bytes().splitlines() if path.exists() else []
         records = []
         for i, line in enumerate(lines):
             try:
-                records.append(json.loads(line))
-            except ValueError:  # of JSON, or a character cut in two
+                record = json.loads(line)
+            except (ValueError, RecursionError):  # of JSON, or a character cut in two
                 if i + 1 < len(lines):
                     raise ValueError(f"{path}: line {i + 1} is not JSON; delete that line") from None
+                continue
+            if not (isinstance(record, dict) and isinstance(record.get("iteration"), int)):
+                raise ValueError(f"{path}: line {i + 1} is no record of an iteration; delete that line")
+            records.append(record)
         return records
 
     def truncate(self, iteration: int) -> None:
