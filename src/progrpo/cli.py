@@ -6,6 +6,8 @@ import io
 import json
 import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
@@ -14,7 +16,7 @@ from importlib.util import find_spec
 from itertools import count, dropwhile, pairwise, takewhile
 from operator import not_
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
@@ -439,6 +441,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or importing it warns of picture formats we do not use
     try:
         _parse(list(sys.argv[1:] if argv is None else argv))()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _unread(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tells of the rest as it ends
+        return 128 + signal.SIGPIPE
     except ValueError as error:
         print(f"progrpo: error: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -452,6 +460,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("progrpo: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _unread(file: TextIO) -> bool:
+    """Whether who was to read a pipe, such as head, is gone."""
+    asked = select.poll()
+    asked.register(file, 0)  # of nothing but errors
+    return bool(asked.poll(0))
 
 
 def _one_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from progrpo.config import AuditConfig, ModelConfig, OptimConfig, PlanConfig, PreviewConfig, SamplingConfig
@@ -184,6 +186,19 @@ def test_a_tiny_decoder_that_is_not_there_is_refused(folder, tmp_path):
         with pytest.raises(ValueError, match=r"^preview\.tiny_decoder: cannot load ") as found:
             load_policy(folder, replace(SETTINGS, tiny_decoder=str(place)))
         assert str(place) in str(found.value) and "\n" not in str(found.value)
+
+
+def test_a_tiny_decoder_that_is_none_is_refused(tiny_sd, tmp_path):
+    place, file = save_tiny_decoder(tmp_path / "half"), "diffusion_pytorch_model.safetensors"
+    weights = load_file(place / file)
+    save_file(dict(list(weights.items())[1:]), place / file)
+    for name, reason in (
+        (tiny_sd / "vae", "it lacks weights that an AutoencoderTiny has"),  # the whole autoencoder
+        (place, "it lacks weights that an AutoencoderTiny has"),
+        (place / "config.json", ".+"),
+    ):
+        with pytest.raises(ValueError, match=rf"^preview\.tiny_decoder: cannot load {re.escape(str(name))}: {reason}$"):
+            load_policy(tiny_sd, replace(SETTINGS, tiny_decoder=str(name)))
 
 
 def test_a_tiny_decoder_of_pictures_is_refused_for_videos(tiny_wan, tmp_path):

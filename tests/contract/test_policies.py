@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -257,6 +267,8 @@ def test_a_diffusion_models_levels_are_ddims(request, model):
         policy.levels(STEPS, shift=3.0)
     with pytest.raises(ValueError, match=r"sampling\.num_inference_steps: 1001 is more than the 1000 timesteps"):
         policy.levels(1001)
+    with pytest.raises(ValueError, match=r"sampling\.num_inference_steps: 1000 steps begin beyond the 1000 timesteps"):
+        policy.levels(1000)
 
 
 def test_levels_between_the_grids_are_on_the_way(policy):
@@ -436,6 +448,16 @@ def test_text_encoders_can_be_released(policy):
         policy.encode([Prompt("a new one", PROMPTS[0].columns)])
 
 
+def test_guidance_goes_on_after_the_text_encoders_where_python_leaves_out_asserts(tiny_sd):
+    policy = _load(tiny_sd, "lora")
+    told = policy.encode(PROMPTS)
+    names: dict[str, Any] = {}
+    source = textwrap.dedent(inspect.getsource(type(policy).release_text_encoders))
+    exec(compile(source, "<as python -O>", "exec", optimize=1), names)
+    names["release_text_encoders"](policy)
+    assert policy.predict(_noise(policy), torch.tensor(600.0), told, 3.0).isfinite().all()
+
+
 def test_nothing_is_random_in_the_network(policy):
     modules = [m for m in policy._pipeline.components.values() if isinstance(m, torch.nn.Module)]
     assert not any(m.training for module in modules for m in module.modules())
@@ -466,6 +488,19 @@ def test_low_precision_without_training_is_near_the_float32_pictures(case, folde
     low = _load(folder, case.weights, dtype=torch.bfloat16)
     x0 = _noise(policy)
     assert (low.decode(x0).int() - policy.decode(x0).int()).abs().float().mean() < 3
+
+
+@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_wan"])
+def test_a_saved_denoiser_takes_the_models_place_in_low_precision_as_it_is(request, tmp_path, model):
+    folder = request.getfixturevalue(model)
+    _load(folder, "full").save(tmp_path / "saved")
+    settings = PolicySettings(lora_rank=2, max_sequence_length=TOKENS, resolution=16, dtype=torch.bfloat16)
+    settings = replace(settings, frames=FRAMES if model == "tiny_wan" else None)
+    own, taken = load_policy(folder, settings), load_policy(folder, settings, tmp_path / "saved")
+    found = dict(taken.frozen())
+    for name, tensor in own.frozen():  # of Wan some in float32
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    assert torch.equal(_velocity(taken), _velocity(own))
 
 
 def test_lora_starts_from_its_seed_alone(tiny_sd3):
@@ -819,6 +854,38 @@ def test_an_unet_for_more_than_text_is_refused(tiny_sd):
         policy_from_pipeline(pipeline, PolicySettings())
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EDMEulerScheduler(),
+        FlowMatchEulerDiscreteScheduler(),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_an_unet_of_noise_that_ddim_does_not_know_is_refused(tiny_sdxl, scheduler):
+    pipeline = _pipeline(tiny_sdxl)
+    pipeline.scheduler = scheduler
+    with pytest.raises(
+        ValueError, match=rf"^model\.path: the scheduler is a {type(scheduler).__name__}, for whose noise"
+    ):
+        policy_from_pipeline(pipeline, PolicySettings())
+
+
+def test_an_unet_that_must_be_told_the_guidance_scale_is_refused(tiny_sd):
+    pipeline = _pipeline(tiny_sd)
+    pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config, time_cond_proj_dim=8)
+    with pytest.raises(ValueError, match=r"^model\.path: the U-Net must be told the guidance scale"):
+        policy_from_pipeline(pipeline, PolicySettings())
+
+
+@pytest.mark.parametrize(("encoder", "which"), [("text_encoder", "its"), ("text_encoder_2", "its second")])
+def test_sdxl_without_a_text_encoder_is_refused(tiny_sdxl, encoder, which):
+    pipeline = DiffusionPipeline.from_pretrained(tiny_sdxl, **{encoder: None})
+    with pytest.raises(ValueError, match=rf"^model\.path: the pipeline lacks {which} text encoder; load it"):
+        policy_from_pipeline(pipeline, PolicySettings())
+
+
 def test_a_model_of_noise_at_pure_noise_is_refused(tiny_sd, tiny_sd_v):
     for folder, refused in ((tiny_sd, True), (tiny_sd_v, False)):
         pipeline = _pipeline(folder)
@@ -828,6 +895,20 @@ def test_a_model_of_noise_at_pure_noise_is_refused(tiny_sd, tiny_sd_v):
                 policy_from_pipeline(pipeline, PolicySettings())
         else:
             assert policy_from_pipeline(pipeline, PolicySettings(lora_rank=2)).levels(STEPS).alpha.isfinite().all()
+
+
+@pytest.mark.parametrize("scheduler", [LCMScheduler, EulerDiscreteScheduler])
+def test_what_a_scheduler_has_by_default_stays_when_its_noise_is_sampled_by_ddim(tiny_sd, tmp_path, scheduler):
+    pipeline = _pipeline(tiny_sd)
+    pipeline.scheduler = scheduler()
+    pipeline.scheduler.save_pretrained(tmp_path)  # a file says every default, where an object lists those it was left
+    own, settings = pipeline.scheduler, PolicySettings(lora_rank=2)
+    levels = policy_from_pipeline(pipeline, settings).levels(STEPS)
+    signal = own.alphas_cumprod[levels.timestep[:-1].long()]
+    assert torch.equal(levels.alpha[:-1], signal.sqrt())
+    pipeline = _pipeline(tiny_sd)
+    pipeline.scheduler = scheduler.from_pretrained(tmp_path)
+    assert torch.equal(policy_from_pipeline(pipeline, settings).levels(STEPS).timestep, levels.timestep)
 
 
 def test_a_safety_checker_takes_no_memory(tiny_sd):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +35,16 @@ def printed(capsys, *args):
     out, err = capsys.readouterr()
     assert err == ""
     return out
+
+
+def test_who_stops_reading_ends_a_command_without_a_word():
+    command = subprocess.Popen(
+        [sys.executable, "-m", "progrpo", "recipes", "sd3"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert command.stdout is not None and command.stderr is not None
+    command.stdout.close()
+    assert command.stderr.read() == b"" and command.wait() == 128 + signal.SIGPIPE
+    command.stderr.close()
 
 
 def test_help_is_quick_and_needs_no_torch():

@@ -113,6 +113,22 @@ def test_a_missing_sheet_is_said_and_no_more(run):
     assert "The pictures of this audit (audit/0001.png) are not there" in text(run)
 
 
+def test_members_of_whom_none_has_a_reward_are_said(run):
+    run.write_audit(
+        {**audit(0, final=(None, None, 0.5, 0.4)), "stopped_at": [None, None, 1, 1]}, pictures(GROUP, STEPS + 1)
+    )
+    page = text(run)
+    assert "The plan, on previews</b><span>none has a reward</span>" in page and "nan" not in page
+
+
+def test_kinds_of_prompts_are_names_and_who_has_none_is_left_out(run):
+    for when in ("before", "after"):
+        records = [{**r, "kind": kind} for r, kind in zip(evaluation([True] * 3), ("2", "10", None), strict=True)]
+        run.write_evaluation(when, records, pictures(3))
+    page = text(run)
+    assert '"x":["2","10"]' in page and '"type":"category"' in page
+
+
 def test_a_constant_group_is_left_out(run):
     run.write_audit(audit(0, final=(0.5, 0.5, 0.5, 0.5)), pictures(GROUP, STEPS + 1))
     assert "there is no rank correlation to show" in text(run)
@@ -183,6 +199,7 @@ def test_who_is_dropped_on_final_rewards_is_out_at_the_end(run):
         ([True] * 40, [False] * 20 + [True] * 20, "fell from 100.0 ± 0.0 % to 50.0 ± 7.9 %"),
         ([True, False] * 20, [True, False] * 19 + [True, True], "did not measurably change, going from 50.0"),
         ([True, False], [True, False], "did not measurably change"),
+        ([False], [True], "did not measurably change, going from 0.0 ± 0.0 % to 100.0 ± 0.0 % on 1 test prompts"),
     ],
 )
 def test_the_verdict_claims_no_more_than_two_standard_errors(run, before, after, words):
@@ -193,9 +210,15 @@ def test_the_verdict_claims_no_more_than_two_standard_errors(run, before, after,
     assert found.endswith("while pruning saved 25 % of its groups’ network evaluations.")
 
 
+def test_of_one_pair_no_error_is_given(run):
+    finish(run, [False], [True])
+    assert "<span>+100.0 points, picture by picture</span>" in text(run)
+
+
 def test_a_stopped_run_says_why(run):
-    run.write_summary({"status": "stopped: out of memory"})
-    assert "0 of 2 iterations and stopped: out of memory" in verdict(read_run(run.path))
+    run.append_metrics({"iteration": 0, "seconds": 2.0})
+    run.write_summary({"status": "stopped: out of memory", "iterations": 1})
+    assert "1 of 2 iterations and stopped: out of memory" in verdict(read_run(run.path))
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):

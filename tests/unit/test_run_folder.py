@@ -40,6 +40,11 @@ def test_a_model_is_not_taken_for_a_run(tmp_path):
     assert (tmp_path / "transformer" / "config.json").exists()
 
 
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^the run folder's name '/.*/a\\udcff' is no text in UTF-8; give another$"):
+        RunFolder.create(f"{tmp_path}/a\udcff")
+
+
 def test_an_empty_name_is_not_the_current_folder():
     with pytest.raises(ValueError, match="name is empty"):
         RunFolder.create("")
@@ -112,9 +117,15 @@ def test_a_half_written_last_line_is_left_out(tmp_path, tail):
     assert [record["iteration"] for record in run.read_metrics()] == [0, 1]
 
 
-def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\n{"iter\n{"iteration": 2}\n')
-    with pytest.raises(ValueError, match="line 2"):
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [('{"iter', "not JSON"), ("[" * 9999, "not JSON")]
+    + [(line, "no record of an iteration") for line in ("{}", "3", "[]", '{"iteration": "1"}')],
+    ids=lambda text: text[:20],
+)
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path, line, reason):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"iteration": 0}}\n{line}\n{{"iteration": 2}}\n')
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl: line 2 is {reason}; delete that line$"):
         RunFolder(tmp_path).read_metrics()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -248,3 +249,25 @@ def test_the_command_says_what_fits(capsys):
     assert half["memory_gb"]["latents in the update"] == pytest.approx(whole["memory_gb"]["latents in the update"] / 2)
     assert main(["plan", "smoke", "--gpu", "l4", "--model.path", "some/model"]) == 2
     assert "how large some/model is is not known here; give its folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("model_index.json", "[1]", r"cannot load .*: TypeError, .*"),
+        ("model_index.json", '{"_class_name": "AllegroPipeline"}', r".* is a AllegroPipeline; progrpo trains .*"),
+        ("model_index.json", '{"_class_name": "WanPipeline", "expand_timesteps": true}', r"this is a Wan 2\.2, .*"),
+        ("vae/config.json", "{", r"cannot load .*: Expecting property name .*"),
+        ("transformer/config.json", None, r"cannot load .*: \[Errno 2\] No such file .*"),
+        ("transformer/config.json", '{"num_layers": "x"}', r"cannot load .*: TypeError, .*"),
+    ],
+)
+def test_a_folder_that_is_no_whole_model_is_refused_in_a_sentence(tiny_sd3, tmp_path, file, text, reason):
+    configs = shutil.ignore_patterns("*.safetensors")
+    folder = shutil.copytree(tiny_sd3, tmp_path / "model", ignore=configs)
+    if text is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=rf"^model\.path: {reason}$"):
+        sizes(str(folder), PolicySettings(), 1, 1, 1)

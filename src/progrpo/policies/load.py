@@ -76,7 +76,7 @@ def load_policy(path: str | Path, settings: PolicySettings, trained: str | Path 
     """
     settings = of_model(path, settings)
     source = locate(path)
-    kind = _supported(source)
+    kind = supported(source)
     pipeline = _read_pipeline(source, kind, settings)
     if trained is not None:
         _apply_trained(pipeline, kind.denoiser_name, Path(trained))
@@ -90,17 +90,17 @@ def policy_from_pipeline(pipeline: DiffusionPipeline, settings: PolicySettings) 
 
 def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path) -> None:
     if os.path.isfile(folder / LORA_FILE):  # Path's own raises at a name that is too long
-        with _sayable(folder, "trained weights"):
+        with sayable(folder, "trained weights"):
             _merge_lora(pipeline, folder)
     elif os.path.isfile(folder / "config.json"):
         base = getattr(pipeline, denoiser_name)
-        with _sayable(folder, "trained weights"):
+        with sayable(folder, "trained weights"):
             kind = type(base).load_config(folder).get("_class_name")
             if kind != type(base).__name__:
                 raise ValueError(f"they are of a {kind}, and this model has a {type(base).__name__}")
-            trained = type(base).from_pretrained(folder, use_safetensors=True)
+            trained = type(base).from_pretrained(folder, use_safetensors=True, dtype=base.dtype)
             _require_whole(trained, folder)
-        setattr(pipeline, denoiser_name, trained.to(base.dtype))
+        setattr(pipeline, denoiser_name, trained)
     else:
         raise ValueError(f"{named(folder)} holds no trained weights: neither {LORA_FILE} nor a denoiser's config.json")
 
@@ -153,9 +153,9 @@ def _built_in(name: str) -> str:
     return str(folder)
 
 
-def _supported(source: str) -> type[PipelinePolicy]:
+def supported(source: str) -> type[PipelinePolicy]:
     """Decided on the pipeline's index alone, before gigabytes are fetched."""
-    with _sayable(source):
+    with sayable(source):
         index = dict(DiffusionPipeline.load_config(source))
     kind = _policy_class(str(index.get("_class_name")), source)
     kind.check_index(index)
@@ -171,7 +171,7 @@ def _policy_class(name: str, source: str) -> type[PipelinePolicy]:
 def _read_pipeline(source: str, kind: type[PipelinePolicy], settings: PolicySettings) -> DiffusionPipeline:
     """Loaded in `dtype`, but a denoiser that is trained in full in float32: no precision is lost on the way."""
     denoiser = torch.float32 if settings.weights == "full" else settings.dtype
-    with _sayable(source):
+    with sayable(source):
         for file in Path(source).glob(
             "*/*config.json"
         ):  # the libraries take other JSON for a hub's name, and ask there
@@ -223,7 +223,7 @@ def _stored(file: Path, without: Container[str] = ()) -> int:
 
 
 @contextmanager
-def _sayable(source: str | Path, what: str = "model.path") -> Iterator[None]:
+def sayable(source: str | Path, what: str = "model.path") -> Iterator[None]:
     """Whatever the libraries below raise at a damaged file, as a ValueError of one sentence."""
     try:
         yield
@@ -231,5 +231,4 @@ def _sayable(source: str | Path, what: str = "model.path") -> Iterator[None]:
         raise
     except Exception as error:  # of many kinds: of JSON, of safetensors, of a class that gets another's settings
         place = "" if os.path.isdir(source) else "; no folder has that name, and the Hugging Face hub was tried"
-        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}, "
-        raise ValueError(f"{what}: cannot load {named(source)}{place}: {kind}{reason_of(error, source)}") from error
+        raise ValueError(f"{what}: cannot load {named(source)}{place}: {reason_of(error, source)}") from error

@@ -31,6 +31,7 @@ from progrpo.policies.quantized import quantize_blocks
 from progrpo.policies.sharded import Step, all_gathered, blocks, share_out
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition, Prompt
+from progrpo.words import named
 from progrpo.zoo import WEIGHTS
 
 BUILT_IN_DECODER = "shapes-tiny"
@@ -253,7 +254,7 @@ class PipelinePolicy(ABC):
         return self._encode_unconditional()
 
     def release_text_encoders(self) -> None:
-        assert self._unconditional  # which is encoded when it is first asked for, and may be later than now
+        self._text_row(self.no_prompt)  # what guidance leads away from may be asked for later than now
         self._released = True
         if self._turns is not None:
             self._turns.leave_to(self.denoiser)
@@ -415,8 +416,12 @@ def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings, channel
         tiny = AutoencoderTiny.from_pretrained(
             WEIGHTS / name if name == BUILT_IN_DECODER else name, use_safetensors=True, dtype=vae.dtype
         )
-    except OSError as error:
-        raise ValueError(f"preview.tiny_decoder: cannot load {name}: {reason_of(error, name)}") from error
+        if any(weight.is_meta for weight in tiny.parameters()):
+            raise ValueError("it lacks weights that an AutoencoderTiny has")
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of many kinds: of JSON, of safetensors, of a class that gets another's settings
+        raise ValueError(f"preview.tiny_decoder: cannot load {named(name)}: {reason_of(error, name)}") from error
     if tiny.config.latent_channels != channels:
         raise ValueError(
             f"preview.tiny_decoder: {name} decodes latents of {tiny.config.latent_channels} channels, and this"

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from progrpo.policies.architectures import ARCHITECTURES, Architecture
 from progrpo.policies.base import PolicySettings
-from progrpo.policies.load import POLICIES, locate, of_model
+from progrpo.policies.load import POLICIES, locate, of_model, sayable, supported
 from progrpo.types import Condition
 
 _PARTS = ("transformer", "unet", "vae", "scheduler")
@@ -150,14 +150,15 @@ def without_weights(path: str, dtype: torch.dtype) -> DiffusionPipeline:
     """
     told = ARCHITECTURES.get(path) or _read(path)
     parts: dict[str, Any] = {name: None for name in _arguments(told["_class_name"])}
-    for name, part in told.items():
-        if name != "_class_name":
-            with torch.device("cpu" if name == "scheduler" else "meta"):
-                parts[name] = _built(*part)
-            if isinstance(parts[name], nn.Module):  # a text encoder too comes in the model's dtype
-                parts[name].to(dtype)
-    kind: type[DiffusionPipeline] = getattr(diffusers, told["_class_name"])
-    return kind(**parts)
+    with sayable(path):
+        for name, part in told.items():
+            if name != "_class_name":
+                with torch.device("cpu" if name == "scheduler" else "meta"):
+                    parts[name] = _built(*part)
+                if isinstance(parts[name], nn.Module):  # a text encoder too comes in the model's dtype
+                    parts[name].to(dtype)
+        kind: type[DiffusionPipeline] = getattr(diffusers, told["_class_name"])
+        return kind(**parts)
 
 
 def _arguments(class_name: str) -> list[str]:
@@ -180,13 +181,15 @@ def _read(path: str) -> Architecture:
         raise ValueError(
             f"model.path: how large {path} is is not known here; give its folder, or one of {', '.join(ARCHITECTURES)}"
         )
-    index = json.loads((folder / "model_index.json").read_bytes())
-    told: Architecture = {"_class_name": index["_class_name"]}
-    for name, (library, class_name) in ((n, v) for n, v in index.items() if isinstance(v, list) and all(v)):
-        if name in _PARTS or name.startswith("text_encoder"):
-            file = "scheduler_config.json" if name == "scheduler" else "config.json"
-            told[name] = library, class_name, json.loads((folder / name / file).read_bytes())
-    return told
+    supported(str(folder))
+    with sayable(folder):
+        index = json.loads((folder / "model_index.json").read_bytes())
+        told: Architecture = {"_class_name": index["_class_name"]}
+        for name, (library, class_name) in ((n, v) for n, v in index.items() if isinstance(v, list) and all(v)):
+            if name in _PARTS or name.startswith("text_encoder"):
+                file = "scheduler_config.json" if name == "scheduler" else "config.json"
+                told[name] = library, class_name, json.loads((folder / name / file).read_bytes())
+        return told
 
 
 def _fake(module: nn.Module) -> None:

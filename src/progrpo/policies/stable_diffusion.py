@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from progrpo.diffusion.levels import Levels, between_diffusion_levels, diffusion_levels
+from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.types import Condition
@@ -40,6 +41,17 @@ class StableDiffusionPolicy(PipelinePolicy):
                 f"model.path: the U-Net takes {pipeline.unet.config.in_channels} channels where latents have"
                 f" {pipeline.vae.config.latent_channels}; use a model that takes text alone, not one for inpainting"
             )
+        if pipeline.unet.config.time_cond_proj_dim is not None:
+            raise ValueError(
+                "model.path: the U-Net must be told the guidance scale, as a latent consistency model's, which cannot be done"
+                " here; use the model that it was distilled from"
+            )
+        own = pipeline.scheduler.config
+        if "beta_schedule" not in own or own.prediction_type not in PREDICTIONS:
+            raise ValueError(
+                f"model.path: the scheduler is a {type(pipeline.scheduler).__name__}, for whose noise DDIM has no steps; use"
+                " a model that says epsilon, v_prediction or sample on a schedule of betas"
+            )
         scheduler = _ddim(pipeline)
         if scheduler.config.prediction_type == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
             raise ValueError(
@@ -59,6 +71,10 @@ class StableDiffusionPolicy(PipelinePolicy):
             )
         scheduler.set_timesteps(num_inference_steps)
         timesteps = scheduler.timesteps
+        if timesteps[0] >= count:  # as many steps as timesteps, on a grid that is offset by one
+            raise ValueError(
+                f"sampling.num_inference_steps: {num_inference_steps} steps begin beyond the {count} timesteps of the model; use fewer"
+            )
         last = int(timesteps[-1]) - count // num_inference_steps
         final = scheduler.alphas_cumprod[last] if last >= 0 else scheduler.final_alpha_cumprod
         return diffusion_levels(timesteps, scheduler.alphas_cumprod, final)
@@ -99,6 +115,12 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
         overflows = dtype == torch.float16 and pipeline.vae.config.force_upcast
         return torch.float32 if overflows else dtype
 
+    @classmethod
+    def _check(cls, pipeline: DiffusionPipeline) -> None:
+        super()._check(pipeline)
+        if pipeline.text_encoder_2 is None:
+            raise ValueError("model.path: the pipeline lacks its second text encoder; load it with the pipeline")
+
     def _encode_text(self, text: str) -> dict[str, Tensor]:
         embeds, _, pooled, _ = self._pipeline.encode_prompt(
             prompt=[text], device=self.device, do_classifier_free_guidance=False
@@ -131,4 +153,6 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
 
 def _ddim(pipeline: DiffusionPipeline) -> DDIMScheduler:
     """The pipeline's noise as DDIM's scheduler. Latents are never clipped: they are no pictures."""
-    return DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
+    # the list of what was left to a scheduler's own defaults, which diffusers would have DDIM replace by its own
+    told = {name: value for name, value in pipeline.scheduler.config.items() if name != "_use_default_values"}
+    return DDIMScheduler.from_config(told, clip_sample=False, thresholding=False)

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from progrpo.durable import PREVIOUS, WRITING, append, new_folder, sync, whole_folder, write_file
+from progrpo.words import named
 
 _FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "report.html")
 _ENDS = f"({re.escape(WRITING)}|{re.escape(PREVIOUS)})?"
@@ -98,9 +99,11 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """ValueError for an empty name, which would be the current folder."""
+        """ValueError for an empty name, which would be the current folder, and for one that no file of a run could say."""
         if not str(path):
             raise ValueError("the run folder's name is empty; give one, or . for the current folder")
+        if any("\ud800" <= c <= "\udfff" for c in str(path)):  # bytes that are no UTF-8, as Python has them
+            raise ValueError(f"the run folder's name {named(path)} is no text in UTF-8; give another")
         self.path = Path(path)
 
     @classmethod
@@ -207,16 +210,20 @@ class RunFolder:
         append(self.path / "metrics.jsonl", _encode(record).encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All records, without a last line that is still being written; ValueError for a broken line elsewhere."""
+        """All records, without a last line that is still being written; ValueError for a line elsewhere that is none."""
         path = self.path / "metrics.jsonl"
         lines = path.read_bytes().splitlines() if path.exists() else []
         records = []
         for i, line in enumerate(lines):
             try:
-                records.append(json.loads(line))
-            except ValueError:  # of JSON, or a character cut in two
+                record = json.loads(line)
+            except (ValueError, RecursionError):  # of JSON, or a character cut in two
                 if i + 1 < len(lines):
                     raise ValueError(f"{path}: line {i + 1} is not JSON; delete that line") from None
+                continue
+            if not (isinstance(record, dict) and isinstance(record.get("iteration"), int)):
+                raise ValueError(f"{path}: line {i + 1} is no record of an iteration; delete that line")
+            records.append(record)
         return records
 
     def truncate(self, iteration: int) -> None:

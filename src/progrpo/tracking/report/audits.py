@@ -81,6 +81,6 @@ def _standardised(audit: Mapping[str, Any]) -> np.ndarray | None:
 
 
 def _histogram(place: int, title: str, colour: str, groups: Sequence[np.ndarray], top: float) -> str:
-    std = np.mean([values.std() for values in groups if len(values)])
-    about = f"{len(groups[-1])} a group, std {std:.2f}"
+    stds = [values.std() for values in groups if len(values)]
+    about = f"{len(groups[-1])} a group, std {np.mean(stds):.2f}" if stds else "none has a reward"
     return chart(charts.histogram(np.concatenate(groups), colour, top), f"kept-{place}", title, about)

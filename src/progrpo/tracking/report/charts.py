@@ -123,7 +123,8 @@ def accuracy_bars(before: Mapping[str, Mean], after: Mapping[str, Mean]) -> Figu
         for shares, name, colour in sides
         if shares
     ]
-    figure = _figure(data, _axis("", {"showgrid": False}), _axis("", {"range": [0, 1.04], "tickformat": ".0%"}), 270)
+    x = _axis("", {"showgrid": False, "type": "category"})  # kinds that are figures or dates are still names
+    figure = _figure(data, x, _axis("", {"range": [0, 1.04], "tickformat": ".0%"}), 270)
     figure["layout"] |= {"bargap": 0.42, "bargroupgap": 0.06}
     return figure
 

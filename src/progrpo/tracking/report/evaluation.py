@@ -117,6 +117,6 @@ def _warnings(run: Run) -> list[object]:
 
 
 def _by_kind(records: Records) -> dict[str, Mean]:
-    kinds = dict.fromkeys(record["kind"] for record in records)
+    kinds = dict.fromkeys(record["kind"] for record in records if record["kind"])
     found = {kind: accuracy([r for r in records if r["kind"] == kind]) for kind in kinds}
     return {escape(kind): mean for kind, mean in found.items() if mean is not None}

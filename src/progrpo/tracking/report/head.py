@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isnan
 
 import numpy as np
 
@@ -46,7 +47,8 @@ def verdict(run: Run) -> str:
 
 def _what_ran(run: Run) -> str:
     model = escape(run.config.get("model", {}).get("path", "The model"))
-    done = f"{len(run.metrics)} of {escape(run.iterations or '?')} iterations"
+    # of those that were wanted: a summary counts those that were done
+    done = f"{len(run.metrics)} of {escape(run.config.get('iterations', '?'))} iterations"
     if run.status == "finished":
         return f"{model} was trained for {escape(run.iterations)} iterations in {duration(run.summary.get('wall_seconds'))}"
     if run.status == "running":
@@ -78,7 +80,7 @@ def _moved(run: Run) -> str:
     change = run.accuracy_change()
     if change is None:
         return "went"
-    if change.value == 0 or abs(change.value) <= 2 * change.error:
+    if change.value == 0 or not abs(change.value) > 2 * change.error:  # of one pair the error is not known
         return "did not measurably change, going"
     return "rose" if change.value > 0 else "fell"
 
@@ -116,7 +118,8 @@ def _change(run: Run) -> str:
     change = run.accuracy_change()
     if change is None:
         return "the reward gives no verdicts" if run.after else "not evaluated after training yet"
-    return f"{100 * change.value:+.1f} ± {100 * change.error:.1f} points, picture by picture"
+    error = "" if isnan(change.error) else f" ± {100 * change.error:.1f}"
+    return f"{100 * change.value:+.1f}{error} points, picture by picture"
 
 
 def _network_evaluations(run: Run) -> str:
