@@ -7,8 +7,9 @@ The policy is a recipe's after so many of its iterations (without `--recipe`: GR
 of 48 run to their end, previewed at every step, and each member's gradient is taken. From these follows the gradient of
 every plan on the same members: it keeps whom the previews choose and has advantages among its survivors, as a run has.
 What a gradient is worth is its SNR^2: the square of its mean along the policy gradient (of the full groups of all other prompts)
-over its variance from prompt to prompt. No step size is in it. Gradients are of all trained weights, hashed to DIMS numbers
-with random signs, which keeps inner products.
+over its variance from prompt to prompt. No step size is in it. Lengths are AdamW's: a weight counts by its gradient over the fourth root of
+its second moment, so that the product with the policy gradient is what a step gains in first order. Gradients are of all trained weights,
+hashed to DIMS numbers with random signs, which keeps inner products. DGPO's weight by how decided a group is is left out.
 
 signal      SNR^2 of a prompt over that of `none` (24 members, all trained on); standard error by the jackknife over all prompts
 bearing     cosine of the plan's mean gradient with the policy gradient: what is missing to 1 is bias, which no number of prompts averages out
@@ -33,6 +34,7 @@ from torch import Tensor
 from progrpo.config import Config, ModelConfig
 from progrpo.objectives.advantage import advantages, group_statistics
 from progrpo.objectives.base import Experience
+from progrpo.objectives.dgpo import DGPO
 from progrpo.policies.load import quiet
 from progrpo.recipes import load_recipe
 from progrpo.rollout.denoise import denoise, expand
@@ -78,11 +80,18 @@ class Bench:
         self.trainer, self.how = trainer, Previewing(trainer.config.preview.ode_steps)
         length, generator = sum(p.numel() for p in self._trained), torch.Generator().manual_seed(0)
         self.place = torch.randint(DIMS, (length,), generator=generator)
-        self.sign = torch.randint(2, (length,), generator=generator).float() * 2 - 1
+        self.factor = (torch.randint(2, (length,), generator=generator).float() * 2 - 1) * self._metric()
+        self.objective = trainer.objective
+        if isinstance(self.objective, DGPO):
+            self.objective = replace(self.objective, dpo_beta=0.0)
 
     @property
     def _trained(self) -> list[torch.nn.Parameter]:
         return list(self.trainer.policy.trainable.values())
+
+    def _metric(self) -> Tensor:
+        seen = [self.trainer.optimizer.state[p]["exp_avg_sq"].flatten().float() for p in self._trained]
+        return (torch.cat(seen).sqrt() + self.trainer.optimizer.defaults["eps"]).rsqrt()
 
     def group(self, prompt: Prompt, slot: int, seed: int) -> Members:
         policy, reward, sampling = self.trainer.policy, self.trainer.reward, self.trainer.sampling
@@ -100,7 +109,7 @@ class Bench:
         return Members(torch.stack(seen), final_G, torch.stack(gradients))
 
     def _gradient(self, member: Experience) -> Tensor:
-        objective, policy = self.trainer.objective, self.trainer.policy
+        objective, policy = self.objective, self.trainer.policy
         ready = objective.prepare(policy, member, LARGEST, updates=1)
         items = torch.arange(objective.items_per_trajectory(ready))
         objective.loss(policy, ready, items).total.backward()
@@ -108,7 +117,7 @@ class Bench:
         parts = [(none.expand(p.shape) if p.grad is None else p.grad).flatten().float() for p in self._trained]
         for parameter in self._trained:
             parameter.grad = None
-        return torch.zeros(DIMS).index_add(0, self.place, torch.cat(parts) * self.sign)
+        return torch.zeros(DIMS).index_add(0, self.place, torch.cat(parts) * self.factor)
 
 
 def chosen(plan: Plan, members: Members) -> Tensor:

@@ -17,10 +17,10 @@ def reason_of(error: Exception, source: str | Path) -> str:
     cut_off = None if os.path.isdir(source) else next((e for e in _behind(error) if isinstance(e, _UNREACHABLE)), None)
     if cut_off is not None:
         return f"the hub cannot be reached ({_on_a_line(cut_off)}); try again with a network, or give a folder"
-    kind = (
-        "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}, "
-    )  # whose words alone say little
-    return f"{kind}{_on_a_line(error)}"
+    if isinstance(error, OSError | ValueError):
+        return _on_a_line(error)
+    # the words of other kinds alone say little
+    return f"{type(error).__name__}, {_on_a_line(error)}"
 
 
 def _behind(error: BaseException) -> Iterator[BaseException]:
