@@ -85,6 +85,8 @@ TRIALS: dict[str, Changes] = {
     "quickstart small": changed(SMALL, {"plan": {"prune": [[3, 6]]}}),
     "quickstart small, half the rate": changed(SMALL, {"plan": {"prune": [[3, 6]]}, "optim": {"lr": 5e-5}}),
     "quickstart small, unpruned": changed(SMALL, {"plan": {"group_size": 11, "prune": []}}),
+    # as much work again: the six are chosen later, in fewer iterations
+    "quickstart small, later": changed(SMALL, {"iterations": 195, "plan": {"prune": [[5, 6]]}}),
     # the same six of 24, but chosen by how they end; and six that nobody chose
     "quickstart small, by final rewards": changed(SMALL, {"plan": {"prune": [], "final_keep": 6}}),
     "quickstart small, six": changed(SMALL, {"plan": {"group_size": 6, "prune": []}}),
