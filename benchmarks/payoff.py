@@ -78,7 +78,7 @@ class Members(NamedTuple):
 class Bench:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.how = trainer, Previewing(trainer.config.preview.ode_steps)
-        length, generator = sum(p.numel() for p in self._trained), torch.Generator().manual_seed(0)
+        length, generator = sum(p.numel() for p in self.trained), torch.Generator().manual_seed(0)
         self.place = torch.randint(DIMS, (length,), generator=generator)
         self.factor = (torch.randint(2, (length,), generator=generator).float() * 2 - 1) * self._metric()
         self.objective = trainer.objective
@@ -86,14 +86,21 @@ class Bench:
             self.objective = replace(self.objective, dpo_beta=0.0)
 
     @property
-    def _trained(self) -> list[torch.nn.Parameter]:
+    def trained(self) -> list[torch.nn.Parameter]:
         return list(self.trainer.policy.trainable.values())
 
     def _metric(self) -> Tensor:
-        seen = [self.trainer.optimizer.state[p]["exp_avg_sq"].flatten().float() for p in self._trained]
+        seen = [self.trainer.optimizer.state[p]["exp_avg_sq"].flatten().float() for p in self.trained]
         return (torch.cat(seen).sqrt() + self.trainer.optimizer.defaults["eps"]).rsqrt()
 
     def group(self, prompt: Prompt, slot: int, seed: int) -> Members:
+        whole, seen_TG, final_G = self.finished(prompt, slot, seed, LARGEST)
+        gradients = [self.gradient(whole.take(torch.tensor([member]))) * self.factor for member in range(LARGEST)]
+        hashed = [torch.zeros(DIMS).index_add(0, self.place, gradient) for gradient in gradients]
+        return Members(seen_TG, final_G, torch.stack(hashed))
+
+    def finished(self, prompt: Prompt, slot: int, seed: int, size: int) -> tuple[Experience, Tensor, Tensor]:
+        """A group run to its end, of advantages of 1; scores of its previews (T, G) and final rewards (G,)."""
         policy, reward, sampling = self.trainer.policy, self.trainer.reward, self.trainer.sampling
         condition, key, seen = policy.encode([prompt]), NoiseKey(seed, 0), []
 
@@ -101,26 +108,25 @@ class Bench:
             seen.append(preview(policy, reward, [prompt], condition, batch, step, sampling, self.how, Meter())[1])
             return batch
 
-        batch = expand(policy, torch.tensor([slot]), LARGEST, sampling, key)
+        batch = expand(policy, torch.tensor([slot]), size, sampling, key)
         batch = denoise(policy, condition, batch, replace(sampling, attached=False), key, Meter(), watch)
         final_G = score(policy, reward, [prompt], batch, batch.x_NCHW, sampling.microbatch, Meter())[1].ranking_N
-        whole = Experience(batch, torch.ones(LARGEST), condition, sampling.process, key, sampling.guidance_scale)
-        gradients = [self._gradient(whole.take(torch.tensor([member]))) for member in range(LARGEST)]
-        return Members(torch.stack(seen), final_G, torch.stack(gradients))
+        whole = Experience(batch, torch.ones(size), condition, sampling.process, key, sampling.guidance_scale)
+        return whole, torch.stack(seen), final_G
 
-    def _gradient(self, member: Experience) -> Tensor:
-        objective, policy = self.objective, self.trainer.policy
-        ready = objective.prepare(policy, member, LARGEST, updates=1)
-        items = torch.arange(objective.items_per_trajectory(ready))
-        objective.loss(policy, ready, items).total.backward()
+    def gradient(self, of: Experience) -> Tensor:
+        """Of the loss over these members, of all trained weights in a row."""
+        ready = self.objective.prepare(self.trainer.policy, of, LARGEST, updates=1)
+        items = torch.arange(len(of) * self.objective.items_per_trajectory(ready))
+        self.objective.loss(self.trainer.policy, ready, items).total.backward()
         none = torch.zeros(())
-        parts = [(none.expand(p.shape) if p.grad is None else p.grad).flatten().float() for p in self._trained]
-        for parameter in self._trained:
+        parts = [(none.expand(p.shape) if p.grad is None else p.grad).flatten().float() for p in self.trained]
+        for parameter in self.trained:
             parameter.grad = None
-        return torch.zeros(DIMS).index_add(0, self.place, torch.cat(parts) * self.factor)
+        return torch.cat(parts)
 
 
-def chosen(plan: Plan, members: Members) -> Tensor:
+def chosen(plan: Plan, seen_TG: Tensor, final_G: Tensor) -> Tensor:
     """Who is left of the group's first `group_size` members."""
     living = torch.arange(plan.group_size)
 
@@ -129,16 +135,20 @@ def chosen(plan: Plan, members: Members) -> Tensor:
         return SELECTORS["ovf"](scores_G[None], keep, there, torch.zeros(1, dtype=torch.int64)).indices_PK[0]
 
     for point in plan.active_points():
-        living = living[kept(members.seen_TG[point.step, living], point.keep)]
-    return living if plan.final_keep is None else living[kept(members.final_G[living], plan.final_keep)]
+        living = living[kept(seen_TG[point.step, living], point.keep)]
+    return living if plan.final_keep is None else living[kept(final_G[living], plan.final_keep)]
 
 
 def gradient_of(plan: Plan, members: Members, clip_max: float) -> Tensor:
     """Of a prompt: the mean over survivors of advantage times gradient; (DIMS,)."""
-    rows = chosen(plan, members)
-    rewards_K, one_group = members.final_G[rows], torch.zeros(len(rows), dtype=torch.int64)
-    advantages_K, _ = advantages(rewards_K, one_group, group_statistics(rewards_K, one_group, 1), clip_max=clip_max)
-    return advantages_K @ members.gradient_GD[rows] / len(rows)
+    rows = chosen(plan, members.seen_TG, members.final_G)
+    return advantages_of(members.final_G[rows], clip_max) @ members.gradient_GD[rows] / len(rows)
+
+
+def advantages_of(rewards_K: Tensor, clip_max: float) -> Tensor:
+    """Of one group's survivors."""
+    one_group = torch.zeros(len(rewards_K), dtype=torch.int64)
+    return advantages(rewards_K, one_group, group_statistics(rewards_K, one_group, 1), clip_max=clip_max)[0]
 
 
 class Moments(NamedTuple):

@@ -33,6 +33,7 @@ SMALL: dict[str, list[str]] = {
         "3",
     ],
     "selection": ["--repeats", "1"],
+    "step": ["--after", "1", "--prompts", "1", "--pictures", "2", "--lengths", "1e-4", "--seeds", "0"],
     "verifier": ["--repeats", "1"],
     "waves": ["--plans", "none", "--delay-ms", "1", "--waves", "1", "2", "--iterations", "1"],
 }

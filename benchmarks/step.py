@@ -1,0 +1,144 @@
+"""What a step along a plan's gradient does to rewards: of all survivors, and of those above and those below their group's mean alone.
+
+    python benchmarks/step.py [--recipe quickstart] [--after 4 70] [--prompts 80] [--lengths 1e-4 3e-4] [--seeds 0 1 2] [--json [FILE]]
+
+The policy is a recipe's after so many of its iterations. Each plan's gradient is the sum over prompts of what an update would go along, DGPO's
+weight by how decided a group is left out. A step divides it by the root of AdamW's second moments and has the length given, as the root
+mean square over all weights: that of so large a move by AdamW. Then pictures of other prompts are scored, from the noise they had before.
+
+share       length of this part of the gradient over that of the whole
+cosine      with the whole of `none`
+graded      change of the verifier's mean score by the step; `strict` of its verdicts; mean over seeds
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from payoff import Bench, advantages_of, chosen, trained
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from progrpo.config import Config
+from progrpo.policies.load import quiet
+from progrpo.recipes import load_recipe
+from progrpo.rollout.plan import Plan, PrunePoint
+from progrpo.training.distributed import Ranks
+from progrpo.training.evaluate import evaluate, ode
+from progrpo.training.trainer import Trainer
+from progrpo.zoo.shapes import world
+
+SIZE = 24
+PLANS = {
+    "none": Plan(SIZE),
+    "24, 6 by final rewards": Plan(SIZE, (), 6),
+    "24 -> 6 after 3": Plan(SIZE, (PrunePoint(3, 6),)),
+}
+PARTS = ("all", "above", "below")
+
+
+def directions(bench: Bench, prompts: int, seed: int) -> dict[str, dict[str, Tensor]]:
+    """Of each plan and part, what AdamW would go along, uphill: the gradient over the root of its second moments."""
+    objective, found = bench.trainer.objective, {name: {part: torch.zeros(()) for part in PARTS} for name in PLANS}
+    for slot, prompt in enumerate(world.sample_prompts("validation", prompts, seed + 1)):
+        whole, seen_TG, final_G = bench.finished(prompt, slot, seed, SIZE)
+        for name, plan in PLANS.items():
+            rows = chosen(plan, seen_TG, final_G)
+            advantages_K = advantages_of(final_G[rows], objective.adv_clip_max)
+            for part, there_K in {"above": advantages_K > 0, "below": advantages_K < 0}.items():
+                if there_K.any():
+                    told = replace(whole.take(rows[there_K]), advantages_N=advantages_K[there_K].float())
+                    found[name][part] = found[name][part] + bench.gradient(told)
+    moments = [bench.trainer.optimizer.state[p]["exp_avg_sq"].float() for p in bench.trained]
+    scale = parameters_to_vector(moments).sqrt() + bench.trainer.optimizer.defaults["eps"]
+    for parts in found.values():
+        parts |= {"above": parts["above"] / scale, "below": parts["below"] / scale}
+        parts["all"] = parts["above"] + parts["below"]
+    return found
+
+
+def scores(trainer: Trainer, pictures: int) -> dict[str, float]:
+    """Means over validation prompts that no direction is of."""
+    sampling = ode(trainer.policy, trainer.config.eval.num_inference_steps, 1.0, 64)
+    prompts = world.sample_prompts("validation", pictures, 0)
+    found = evaluate(trainer.policy, trainer.reward, None, prompts, sampling, 0, Ranks())
+    return {name: float(found.mean(name) or 0.0) for name in ("graded", "strict")}
+
+
+def of_seed(config: Config, after: int, wanted: argparse.Namespace) -> dict[str, Any]:
+    trainer = trained(config, after, Ranks())
+    found, result = directions(Bench(trainer), wanted.prompts, config.seed), dict[str, Any]()
+    parameters = list(trainer.policy.trainable.values())
+    start = parameters_to_vector(parameters).detach().clone()
+    before, reference = scores(trainer, wanted.pictures), found["none"]["all"]
+    for name, parts in found.items():
+        for part, uphill in parts.items():
+            told = {
+                "share": float(uphill.norm() / parts["all"].norm()),
+                "cosine": float(cosine_similarity(uphill, reference, dim=0)),
+            }
+            for length in wanted.lengths:
+                vector_to_parameters(start - uphill * (length / uphill.square().mean().sqrt()), parameters)
+                told |= {f"{k} by {length:g}": v - before[k] for k, v in scores(trainer, wanted.pictures).items()}
+            vector_to_parameters(start, parameters)
+            result[f"{name}: {part}"] = told
+            print(f"seed {config.seed} after {after}, {name}: {part}: {told}", file=sys.stderr, flush=True)
+    return result
+
+
+def measure(wanted: argparse.Namespace) -> dict[str, Any]:
+    """By iterations: of each plan and part the figures of all seeds."""
+    found = dict[str, Any]()
+    for after in wanted.after:
+        seeds = [of_seed(replace(load_recipe(wanted.recipe), seed=seed), after, wanted) for seed in wanted.seeds]
+        found[str(after)] = {
+            row: {figure: [of[row][figure] for of in seeds] for figure in told} for row, told in seeds[0].items()
+        }
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = []
+    for after, rows in found.items():
+        figures = list(next(iter(rows.values())))
+        lines += [
+            "",
+            f"After {after} iterations:",
+            "",
+            f"| Gradient of | {' | '.join(figures)} |",
+            "|---" * (len(figures) + 1) + "|",
+        ]
+        lines += [
+            f"| {row} | {' | '.join(f'{np.mean(told[f]):+.3f}' for f in figures)} |" for row, told in rows.items()
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="quickstart")
+    parser.add_argument("--after", type=int, nargs="+", default=[4, 70], help="iterations of training before")
+    parser.add_argument("--prompts", type=int, default=80, help="of a gradient")
+    parser.add_argument("--pictures", type=int, default=256, help="that are scored, one a prompt")
+    parser.add_argument("--lengths", type=float, nargs="+", default=[1e-4, 3e-4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--json", nargs="?", const="-", help="print JSON, or write it to a file")
+    wanted = parser.parse_args()
+    quiet()
+    found = measure(wanted)
+    told = json.dumps({**vars(wanted), "torch": torch.__version__, "found": found}, indent=1) + "\n"
+    if wanted.json not in (None, "-"):
+        Path(wanted.json).write_text(told)
+    print(told if wanted.json == "-" else table(found))
+
+
+if __name__ == "__main__":
+    main()
