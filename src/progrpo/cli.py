@@ -589,7 +589,7 @@ def _of_box(box: str) -> str:
     sentence = " ".join(takewhile(bool, dropwhile(not_, words))).removeprefix("Error parsing ").rstrip(".")
     usage = lines[lines.index("Argument helptext:") + 1 :][:1] if "Argument helptext:" in lines else []
     # of an option that may be left out tyro has the choices in a set, with None
-    sentence = re.sub(r"\('.*'None'.*\)", lambda found: f"({_without_none(found[0])})", sentence)
+    sentence = re.sub(r"\(('[^']*', )*'None'(, '[^']*')*\)", lambda found: f"({_without_none(found[0])})", sentence)
     return named(" ".join([sentence, *(f"(it is {line})" for line in usage)]))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from progrpo.cli import main
+from progrpo.cli import _of_box, main
 from progrpo.config import config_to_json
 from progrpo.data import load_prompts
 from progrpo.policies.base import PolicySettings
@@ -239,3 +239,9 @@ def test_a_strangers_reward_is_asked_only_by_name(strangers, capsys, term, held_
     assert main(["eval", "run", "--pictures", "2"]) == 2
     assert "if you trust that, give --reward with it" in capsys.readouterr().err
     assert not Path("imported").exists() and not Path("scores").exists()
+
+
+@pytest.mark.parametrize("choices", ["'None', 'b', 'a'", "'b', 'None', 'a'", "'b', 'a', 'None'"])
+def test_choices_come_in_one_order_wherever_their_set_has_none(choices):
+    box = f"╭─ Parsing error ─╮\n│ Expected one of ({choices}), not 'c'. │\n╰─────────────────╯\n"
+    assert _of_box(box) == "Expected one of ('a', 'b'), not 'c'"
