@@ -80,7 +80,10 @@ class Bench:
         self.trainer, self.how = trainer, Previewing(trainer.config.preview.ode_steps)
         length, generator = sum(p.numel() for p in self.trained), torch.Generator().manual_seed(0)
         self.place = torch.randint(DIMS, (length,), generator=generator)
-        self.factor = (torch.randint(2, (length,), generator=generator).float() * 2 - 1) * self._metric()
+        seen = [trainer.optimizer.state[p]["exp_avg_sq"].flatten().float() for p in self.trained]
+        self.root = torch.cat(seen).sqrt() + trainer.optimizer.defaults["eps"]
+        """What AdamW divides each weight's gradient by."""
+        self.factor = (torch.randint(2, (length,), generator=generator).float() * 2 - 1) * self.root.rsqrt()
         self.objective = trainer.objective
         if isinstance(self.objective, DGPO):
             self.objective = replace(self.objective, dpo_beta=0.0)
@@ -88,10 +91,6 @@ class Bench:
     @property
     def trained(self) -> list[torch.nn.Parameter]:
         return list(self.trainer.policy.trainable.values())
-
-    def _metric(self) -> Tensor:
-        seen = [self.trainer.optimizer.state[p]["exp_avg_sq"].flatten().float() for p in self.trained]
-        return (torch.cat(seen).sqrt() + self.trainer.optimizer.defaults["eps"]).rsqrt()
 
     def group(self, prompt: Prompt, slot: int, seed: int) -> Members:
         whole, seen_TG, final_G = self.finished(prompt, slot, seed, LARGEST)

@@ -57,10 +57,8 @@ def directions(bench: Bench, prompts: int, seed: int) -> dict[str, dict[str, Ten
                 if there_K.any():
                     told = replace(whole.take(rows[there_K]), advantages_N=advantages_K[there_K].float())
                     found[name][part] = found[name][part] + bench.gradient(told)
-    moments = [bench.trainer.optimizer.state[p]["exp_avg_sq"].float() for p in bench.trained]
-    scale = parameters_to_vector(moments).sqrt() + bench.trainer.optimizer.defaults["eps"]
     for parts in found.values():
-        parts |= {"above": parts["above"] / scale, "below": parts["below"] / scale}
+        parts |= {"above": parts["above"] / bench.root, "below": parts["below"] / bench.root}
         parts["all"] = parts["above"] + parts["below"]
     return found
 
