@@ -24,7 +24,7 @@ from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.flux import FluxKontextPolicy, FluxPolicy
 from progrpo.policies.flux2 import Flux2KleinPolicy
 from progrpo.policies.hub import reason_of
-from progrpo.policies.lora import HUB_ID, LORA_FILE
+from progrpo.policies.lora_files import HUB_ID
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.qwen_image import QwenImagePolicy
 from progrpo.policies.sd3 import SD3Policy
@@ -70,7 +70,8 @@ def fastest_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
 def load_policy(path: str | Path, settings: PolicySettings, trained: str | Path | None = None) -> Policy:
     """The policy for a built-in model's name, a folder in diffusers' format, or a hub id (`owner/name`).
 
-    `trained` is a folder that a policy's `save` wrote: its LoRA is merged, or its denoiser takes the place of the model's.
+    `trained` is a denoiser's folder, which takes the place of the model's, or a LoRA, by its folder, file or hub id, which is added as
+    `settings.lora` is.
     Reads safetensors only and runs no code from the folder. ValueError if there is nothing to load, or a pipeline
     class that no policy is written for.
     """
@@ -78,8 +79,10 @@ def load_policy(path: str | Path, settings: PolicySettings, trained: str | Path 
     source = locate(path)
     kind = supported(source)
     pipeline = _read_pipeline(source, kind, settings)
-    if trained is not None:
+    if trained is not None and os.path.isfile(os.path.join(trained, "config.json")):
         _apply_trained(pipeline, kind.denoiser_name, Path(trained))
+    elif trained is not None:
+        settings = replace(settings, weights="lora", lora=str(trained))
     return policy_from_pipeline(pipeline, settings)
 
 
@@ -89,33 +92,14 @@ def policy_from_pipeline(pipeline: DiffusionPipeline, settings: PolicySettings) 
 
 
 def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path) -> None:
-    if os.path.isfile(folder / LORA_FILE):  # Path's own raises at a name that is too long
-        with sayable(folder, "trained weights"):
-            _merge_lora(pipeline, folder)
-    elif os.path.isfile(folder / "config.json"):
-        base = getattr(pipeline, denoiser_name)
-        with sayable(folder, "trained weights"):
-            kind = type(base).load_config(folder).get("_class_name")
-            if kind != type(base).__name__:
-                raise ValueError(f"they are of a {kind}, and this model has a {type(base).__name__}")
-            trained = type(base).from_pretrained(folder, use_safetensors=True, dtype=base.dtype)
-            _require_whole(trained, folder)
-        setattr(pipeline, denoiser_name, trained)
-    else:
-        raise ValueError(f"{named(folder)} holds no trained weights: neither {LORA_FILE} nor a denoiser's config.json")
-
-
-def _merge_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """ValueError for another model's, of which diffusers takes what fits, and be it nothing, in silence."""
-    pipeline.load_lora_weights(folder)
-    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    taken = sum(p.numel() for part in parts for name, p in part.named_parameters() if "lora_" in name)
-    if taken != (stored := _stored(folder / LORA_FILE)) or not stored:
-        raise ValueError(
-            f"its LoRA has {stored:,} weights, of which this model takes {taken:,}; it is of another model"
-        )
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
+    base = getattr(pipeline, denoiser_name)
+    with sayable(folder, "trained weights"):
+        kind = type(base).load_config(folder).get("_class_name")
+        if kind != type(base).__name__:
+            raise ValueError(f"they are of a {kind}, and this model has a {type(base).__name__}")
+        trained = type(base).from_pretrained(folder, use_safetensors=True, dtype=base.dtype)
+        _require_whole(trained, folder)
+    setattr(pipeline, denoiser_name, trained)
 
 
 def of_model(path: str | Path, settings: PolicySettings) -> PolicySettings:
