@@ -7,6 +7,7 @@ beside the tensors, kohya in tensors of their own. Without any the scale is 1.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -182,7 +183,6 @@ def _scaled(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _converted(pipeline: DiffusionPipeline, denoiser_name: str, raw: dict[str, Tensor]) -> dict[str, Tensor]:
     """By the denoiser's own names, as diffusers has them of each format that it knows."""
-    layers = len({found["layer"] for name in raw if (found := _MATRIX.fullmatch(name))})
     unet = {"unet_config": pipeline.unet.config} if denoiser_name == "unet" else {}
     theirs = type(pipeline).lora_state_dict(dict(raw), return_lora_metadata=True, return_alphas=True, **unet)[0]
     tensors: dict[str, Tensor] = convert_unet_state_dict_to_peft(theirs)
@@ -193,10 +193,20 @@ def _converted(pipeline: DiffusionPipeline, denoiser_name: str, raw: dict[str, T
             f" {others[0]} out of the file, or merge them into the model's first"
         )
     own = {name.removeprefix(f"{denoiser_name}."): tensor for name, tensor in tensors.items()}
-    if len(own) < 2 * layers or any(name.startswith(_KOHYA) for name in own):
+    if any(name.startswith(_KOHYA) for name in own) or not _is_all(own, raw):
         kind = type(pipeline).__name__
         raise ValueError(f"diffusers does not know all of its names for a {kind}; convert it to diffusers' format")
     return own
+
+
+def _is_all(own: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> bool:
+    """Whether nothing was let go: layers may be split into several, which leaves the sum of squares of second matrices."""
+    seconds = [
+        [t for name, t in tensors.items() if (found := _MATRIX.fullmatch(name)) and found["side"] in ("B", "up")]
+        for tensors in (own, raw)
+    ]
+    kept, told = (sum(float(t.double().square().sum()) for t in tensors) for tensors in seconds)
+    return len(seconds[0]) >= len(seconds[1]) and math.isclose(kept, told, rel_tol=1e-6)
 
 
 # --- what scales it ---------------------------------------------------------------------------------------------------
