@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import progrpo
 from progrpo.rewards.base import Refusal
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.patient import Patient
@@ -137,3 +141,41 @@ def test_a_wrong_name_is_refused_before_any_process_starts(here):
         load_reward(f"{MODULE}:absent", processes=2)
     with pytest.raises(ValueError, match="neither built in"):
         load_reward("absent", processes=2)
+
+
+def test_a_signal_to_all_processes_is_left_to_the_run(here):
+    """A closed terminal, Ctrl-C and a scheduler's end of time reach them too, while the run finishes its iteration."""
+    with processes("where", 1) as reward:
+        (first,) = reward.score(PICTURES[:1], PROMPTS[:1])
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            os.kill(int(first.value), number)
+        assert reward.score(PICTURES[:1], PROMPTS[:1]) == [first]
+
+
+def test_processes_end_with_a_run_that_is_killed(here):
+    """What they hold of a GPU would be missing in the run that goes on."""
+    script = (
+        "import time, numpy as np\nfrom progrpo.rewards.load import load_reward\nfrom progrpo.types import Prompt\n"
+        "if __name__ == '__main__':\n"
+        f"    reward = load_reward('{MODULE}:where', processes=1)\n"
+        "    print(int(reward.score(np.zeros((1, 4, 4, 3), np.uint8), [Prompt('a')])[0].value), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    (here / "run.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": f"{Path(progrpo.__file__).parents[1]}{os.pathsep}{here}"}
+    run = subprocess.Popen([sys.executable, "run.py"], stdout=subprocess.PIPE, text=True, env=environment)
+    assert run.stdout is not None
+    worker = int(run.stdout.readline())
+    run.kill()
+    run.wait()
+    run.stdout.close()
+    deadline = time.monotonic() + 20
+    while runs(worker) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not runs(worker)
+
+
+def runs(process: int) -> bool:
+    with suppress(FileNotFoundError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False

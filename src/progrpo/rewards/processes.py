@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -10,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 
 from progrpo.rewards.base import Reward, RewardSettings, Score, check
+from progrpo.streams import make_streams_tolerant
 from progrpo.types import Prompt
 
 _GRACE = 5.0  # seconds in which processes end themselves
@@ -19,7 +23,23 @@ _here: Reward | None = None  # of a worker: loaded once when it starts
 
 def _load(make: Callable[[str, RewardSettings], Reward], name: str, settings: RewardSettings) -> None:
     global _here
+    _belong_to_the_run()
     _here = make(name, settings)
+
+
+def _belong_to_the_run() -> None:
+    """A terminal's and a scheduler's signals reach every process: the run says when this one ends, or ends without a word of it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    make_streams_tolerant()
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+    """Else a killed run would leave this process, and what it holds of a GPU, behind."""
+    if (run := multiprocessing.parent_process()) is not None:
+        run.join()
+        os._exit(1)
 
 
 def _score(pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
