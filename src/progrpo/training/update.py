@@ -13,9 +13,8 @@ from torch.optim import Optimizer
 from progrpo.config import ObjectiveConfig, OptimConfig, microbatch
 from progrpo.objectives.advantage import (
     advantages,
-    batch_std_from_moments,
+    batch_mean_std,
     group_statistics,
-    moments,
     normalised_sum,
     with_quorum,
 )
@@ -76,18 +75,15 @@ def learn_from(
     statistics = group_statistics(rewards_N, whole.group_N, num_groups)
     finalists = group_statistics(whole.finalist_rewards_F, whole.finalist_group_F, num_groups)
 
-    def moments_of_all(values_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        own_share = moments(values_N) / together.world  # each knows what all of those together know
-        count, total, total_sq = ranks.sum(own_share).cpu()
-        return count, total, total_sq
+    def add_up(moments_3: Tensor) -> Tensor:
+        return ranks.sum(moments_3 / together.world).cpu()  # each knows what all of those together know
 
     scale = {"eps": objective.adv_eps, "clip_max": adv_clip_max}
     if objective.advantage == "gdpo":
         parts_NR = whole.parts_NR.where(rewards_N.isfinite()[:, None], torch.nan)
         weights_R = torch.tensor(list(weights.values()), dtype=torch.float64)
         values_N = normalised_sum(parts_NR, weights_R, whole.group_N, num_groups, objective.adv_eps)
-        count, total, total_sq = moments_of_all(values_N)
-        mean, std = total / count.clamp(min=1), batch_std_from_moments(count, total, total_sq)
+        mean, std = batch_mean_std(values_N, add_up)
         taught = group_statistics(values_N, whole.group_N, num_groups)
         advantages_N, observed_N = advantages(values_N, whole.group_N, taught.around(mean), std=std, **scale)
     else:
@@ -96,7 +92,7 @@ def learn_from(
             rewards_N,
             whole.group_N,
             statistics if objective.baseline == "survivors" else finalists,
-            std=batch_std_from_moments(*moments_of_all(rewards_N)) if batch else None,
+            std=batch_mean_std(rewards_N, add_up)[1] if batch else None,
             **scale,
         )
         taught = statistics
