@@ -47,7 +47,8 @@ class ModelConfig:
     stay, and encode as prompts come; for runs of so many prompts that the embeddings would not fit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights and the network's forward pass; step math is always float32. `auto`: float32 or bfloat16, whichever
-    this device multiplies matrices faster in, measured when the run begins and then kept in its configuration."""
+    this device multiplies matrices faster in, measured when the run begins and then kept in its configuration. In float16, for GPUs
+    without bfloat16, losses are scaled, and a model whose numbers pass 65,504 gives no picture."""
     quantize: Literal["none", "int8"] = "none"
     """int8: the frozen weights of the linear layers of the denoiser's blocks are kept as 8-bit integers, a scale to each row, half of bfloat16's
     memory. The reference, samples and evaluations of the run are this model's; the saved LoRA is for the unquantised one."""
