@@ -380,7 +380,7 @@ class ServeReward:
 class Import:
     """Translate the settings of flow_grpo or Flow-Factory into a configuration, and say what became of each."""
 
-    framework: Positional[Literal["flow_grpo", "flow-factory"]]
+    framework: Positional[Literal["flow_grpo", "flow-grpo", "flow-factory", "flow_factory"]]
     settings: Annotated[Positional[str], arg(metavar="FILE")]
     """flow_grpo's config/grpo.py:FUNCTION, or Flow-Factory's YAML. It is read, and nothing in it is run."""
     out: Path | None = None
@@ -394,14 +394,15 @@ class Import:
     ratio; `auto` tells from the names and from whether a window is set."""
 
     def run(self) -> None:
-        if self.framework != "flow_grpo" and (self.gpus is not None or self.script != "auto"):
+        framework = self.framework.replace("-", "_")
+        if framework != "flow_grpo" and (self.gpus is not None or self.script != "auto"):
             raise ValueError(f"--gpus and --script are options of flow_grpo, not of {self.framework}")
         _within(1, 100_000, gpus=self.gpus)
         from progrpo.imports.account import in_words
         from progrpo.imports.flow_factory import import_flow_factory
         from progrpo.imports.flow_grpo import import_flow_grpo
 
-        if self.framework == "flow_grpo":
+        if framework == "flow_grpo":
             translation = import_flow_grpo(self.settings, self.gpus, self.script)
         else:
             translation = import_flow_factory(self.settings)
