@@ -13,6 +13,7 @@ import yaml
 
 from progrpo.imports.account import (
     MOST_SETTINGS,
+    UNIPC_LEVELS,
     Near,
     Outcome,
     Rule,
@@ -41,6 +42,7 @@ _DEFAULTS: dict[str, Any] = {
     "model.model_name_or_path": "black-forest-labs/FLUX.1-dev",
     "model.finetune_type": "full",
     "model.lora_rank": 8,
+    "model.target_modules": "all",
     "train.trainer_type": "grpo",
     "train.resolution": 512,
     "train.num_inference_steps": 10,
@@ -129,8 +131,21 @@ _NOT_BUILT_IN = {
     "consistent_editing": "a judge of edits",
 }
 
-_TRAINED_HERE = ("sd3-5", "flux1", "flux1-kontext", "flux2-klein", "qwen-image", "wan2_t2v")
-"""Its types of models that have a policy here."""
+_ATTENTION = tuple(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
+_ATTENTION += tuple(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"))
+_FF = tuple(f"{stream}.{name}" for stream in ("ff", "ff_context") for name in ("net.0.proj", "net.2"))
+_FF2 = tuple(f"{stream}.{name}" for stream in ("ff", "ff_context") for name in ("linear_in", "linear_out"))
+_WAN = tuple(f"{attention}.{name.removeprefix('attn.')}" for attention in ("attn1", "attn2") for name in _ATTENTION[:4])
+_DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
+    "sd3-5": _ATTENTION,
+    "flux1": (*_ATTENTION, *_FF),
+    "flux1-kontext": (*_ATTENTION, *_FF),
+    "flux2-klein": (*_ATTENTION, *_FF2, "attn.to_qkv_mlp_proj"),
+    # it also names img_mlp.net.2.proj and txt_mlp.net.2.proj, which are no layers
+    "qwen-image": (*_ATTENTION, "img_mlp.net.0.proj", "txt_mlp.net.0.proj"),
+    "wan2_t2v": (*_WAN, "ffn.net.0.proj", "ffn.net.2"),
+}
+"""Its types of models that have a policy here, and the layers that `target_modules: default` is of each."""
 
 # Its settings of the average that nft, awm and dgpo compare with, at the values that ours has.
 _AVERAGES: dict[str, dict[str, Any]] = {
@@ -161,6 +176,8 @@ def import_flow_factory(path: str) -> Translation:
     silent = {name: value for name, value in defaults.items() if name not in settings}
     if "train.trainer_type" in settings:
         settings["train.trainer_type"] = trainer
+    if str(settings.get("model.model_type")).lower() == "wan2_t2v":
+        silent["scheduler.levels"] = "UniPC's"
     return translate(file, {**settings, **silent}, RULES, defaults=silent)
 
 
@@ -482,10 +499,10 @@ def _model(setting: Setting) -> Outcome:
 
 
 def _model_type(setting: Setting) -> Outcome:
-    if setting.value is not None and str(setting.value).lower() not in _TRAINED_HERE:
+    if setting.value is not None and str(setting.value).lower() not in _DEFAULT_TARGETS:
         raise ValueError(
             f"model.model_type {quoted(setting.value)} is of models that cannot be trained here; there are"
-            f" {', '.join(_TRAINED_HERE)}"
+            f" {', '.join(_DEFAULT_TARGETS)}"
         )
     return not_needed("told from the model itself")
 
@@ -523,6 +540,9 @@ def _targets(setting: Setting) -> Outcome:
         return not_needed("all weights are trained")
     if isinstance(setting.value, list):
         return sets({"model.lora_targets": setting.value})
+    layers = _DEFAULT_TARGETS.get(str(setting.all.get("model.model_type")).lower())
+    if setting.value == "default" and layers:
+        return sets({"model.lora_targets": list(layers)})
     if setting.value in ("default", "all"):
         return no_equal(
             "attention and feed-forward of both streams, our default; model.lora_targets takes another list"
@@ -835,6 +855,7 @@ RULES: dict[str, Rule] = {
     "scheduler.sde_steps": _pool,
     "scheduler.seed": ignored("windows follow from the run's seed"),
     "scheduler.flow_shift": to("sampling.shift"),
+    "scheduler.levels": lambda s: no_equal(UNIPC_LEVELS),
     "eval.resolution": _eval_size,
     "eval.height": _eval_size,
     "eval.width": _eval_size,
