@@ -116,7 +116,7 @@ def test_a_number_added_to_all_rewards_changes_no_advantage_of_any_kind(objectiv
     def advantages(added):
         survivors, group = (finalists + added)[chosen].tolist(), [groups[i] for i in chosen]
         rollout = rolled(
-            survivors, group, (finalists + added).tolist(), groups, parts=(parts + [added, 0.0]).tolist()
+            survivors, group, (finalists + added).tolist(), groups, parts=np.add(parts, [added, 0.0]).tolist()
         )
         experience, seen = learnt(rollout, weights=weights, **objective)
         return experience.advantages_N, seen["reward/std"]
