@@ -104,7 +104,13 @@ def test_advantages_are_clipped():
 @pytest.mark.parametrize("shift", [1e8, -1e9])
 @pytest.mark.parametrize(
     "objective",
-    [{}, {"advantage": "batch"}, {"advantage": "gdpo"}, {"baseline": "group"}, {"advantage": "batch", "baseline": "group"}],
+    [
+        {},
+        {"advantage": "batch"},
+        {"advantage": "gdpo"},
+        {"baseline": "group"},
+        {"advantage": "batch", "baseline": "group"},
+    ],
 )
 def test_a_number_added_to_all_rewards_changes_no_advantage_of_any_kind(objective, shift):
     """Rewards are in eighths, which the shift leaves exact."""
