@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ RED, HALF_RED, BLUE_UNDER_NOTHING = (255, 0, 0, 255), (255, 0, 0, 128), (0, 0, 2
 ON_WHITE = [(255, 0, 0), (255, 127, 127), (255, 255, 255)]  # 128 / 255 of red over white, and white alone
 
 
-def row(mode: str, values: list[object]) -> Image.Image:
+def row(mode: str, values: list[Any]) -> Image.Image:
     drawn = Image.new(mode, (len(values), 1))
     drawn.putdata(values)
     return drawn
@@ -52,7 +53,7 @@ def seen(value: object) -> list[tuple[int, ...]]:
     return [tuple(pixel) for pixel in np.asarray(picture(value))[0].tolist()]
 
 
-def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     file = BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
