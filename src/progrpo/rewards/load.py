@@ -60,13 +60,14 @@ REWARDS: dict[str, Callable[[RewardSettings], Reward]] = {
     "aesthetic": partial(_of_hub, "aesthetic", "Aesthetic"),
     "ocr": _ocr,
     "geneval": partial(_of_hub, "geneval", "GenEval"),
+    "geneval_flow_grpo": partial(_of_hub, "geneval", "GenEvalFlowGRPO"),
     "jpeg_compressibility": partial(_jpeg, -1),
     "jpeg_incompressibility": partial(_jpeg, 1),
     "nsfw": _nsfw,
     "vlm": _vlm,
 }
 
-_OF_ANY_MODEL = ("clipscore", "geneval", "vlm")
+_OF_ANY_MODEL = ("clipscore", "geneval", "geneval_flow_grpo", "vlm")
 
 
 def load_reward(name: str, settings: RewardSettings = RewardSettings(), processes: int = 0) -> Reward:  # noqa: B008 (frozen)
