@@ -20,11 +20,6 @@ from progrpo.words import is_one_line, named, quoted
 class ModelConfig:
     path: str = "shapes-flow"
     """A built-in model's name, a folder in diffusers' format, or a hub id."""
-    revision: str = ""
-    """Branch, tag or commit of a hub id; empty: its main branch. A commit is the same model whenever the run goes on."""
-    variant: str = ""
-    """Which of several kinds of weights files is read, such as fp16 (`model.fp16.safetensors`), of a folder or a hub id; parts that lack it are
-    read without. It names files and chooses no precision: that is `dtype`."""
     weights: Literal["lora", "full"] = "lora"
     """Train low-rank adapters (peft) or every weight of the denoiser. The reference of a fresh LoRA is the model without it. That of full
     weights is a frozen copy, kept only where the objective measures a distance to it (a kl_beta above 0, or dgpo)."""
@@ -71,6 +66,11 @@ class ModelConfig:
     """With several processes: each holds a part of the denoiser's weights (torch's fully_shard), and blocks are gathered while they run. A LoRA
     stays whole; of weights that are trained in full gradients, averages and the optimizer's state are shared out too. For models too large for
     one device, with microbatches that are given."""
+    revision: str = ""
+    """Branch, tag or commit of a hub id; empty: its main branch. A commit is the same model whenever the run goes on."""
+    variant: str = ""
+    """Which of several kinds of weights files is read, such as fp16 (`model.fp16.safetensors`), of a folder or a hub id; parts that lack it are
+    read without. It names files and chooses no precision: that is `dtype`."""
 
 
 @dataclass(frozen=True)

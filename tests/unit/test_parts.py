@@ -82,7 +82,9 @@ def test_weights_under_other_names_are_none(copy, file, prefix):
 def test_what_a_file_lacks_is_not_made_up_where_another_variant_has_it(copy, file, word):
     beside(copy / file, "fp16")
     change(copy / file, without(word))
-    assert re.search(rf"{re.escape(str((copy / file).parent))} lacks \d of the \d+ tensors .* such as \S*{word}", refusal(copy))
+    assert re.search(
+        rf"{re.escape(str((copy / file).parent))} lacks \d of the \d+ tensors .* such as \S*{word}", refusal(copy)
+    )
 
 
 def test_weights_of_another_size_are_refused(copy):
@@ -100,8 +102,8 @@ def test_what_a_trained_denoiser_lacks_is_refused(copy, tmp_path):
 
 
 def test_a_model_of_the_hub_is_read_at_its_revision_and_is_as_whole_as_a_folder(hub, copy):
-    there = load_policy("owner/model", PolicySettings("lora", lora_rank=2, revision="other"))
-    here = load_policy(copy, SETTINGS)
+    there: Any = load_policy("owner/model", PolicySettings("lora", lora_rank=2, revision="other"))
+    here: Any = load_policy(copy, SETTINGS)
     for mine, theirs in zip(here.denoiser.parameters(), there.denoiser.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     prompts = [Prompt("red cat", {})]
@@ -114,32 +116,44 @@ def test_a_model_of_the_hub_is_read_at_its_revision_and_is_as_whole_as_a_folder(
 
 def test_a_folder_has_no_revision(copy):
     for path in (copy, "shapes-flow"):
-        assert refusal(path, revision="main").startswith(f"model.revision: {path} is no hub id, and has no revision main;")
+        assert refusal(path, revision="main").startswith(
+            f"model.revision: {path} is no hub id, and has no revision main;"
+        )
 
 
 def test_a_variant_is_read_where_it_is_and_named_where_it_is_all_there_is(copy):
-    plain = load_policy(copy, SETTINGS)
+    plain: Any = load_policy(copy, SETTINGS)
     for file in (TEXT, UNET):
         beside(copy / file, "fp16")
         change(copy / file, lambda tensors: {name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
-    chosen = load_policy(copy, PolicySettings("lora", lora_rank=2, variant="fp16"))  # the autoencoder has no variant
+    chosen: Any = load_policy(copy, replace(SETTINGS, variant="fp16"))  # the autoencoder has no variant
     for mine, theirs in zip(plain.denoiser.parameters(), chosen.denoiser.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    assert "it has no weights of the variant ema, of others fp16; leave model.variant empty" in refusal(copy, variant="ema")
+    assert "it has no weights of the variant ema, of others fp16; leave model.variant empty" in refusal(
+        copy, variant="ema"
+    )
     for file in (TEXT, UNET):
         (copy / file).unlink()
     said = refusal(copy)
-    assert f"{copy / 'text_encoder'} holds the variant fp16 of its weights alone; give model.variant fp16, or --variant fp16" in said
+    assert (
+        f"{copy / 'text_encoder'} holds the variant fp16 of its weights alone; give model.variant fp16, or --variant fp16"
+        in said
+    )
 
 
 def test_pickles_and_single_files_are_refused_with_the_way_to_convert_them(copy, tmp_path):
     (copy / UNET).rename(copy / "unet" / "diffusion_pytorch_model.bin")
     said = refusal(copy)
-    assert "unet holds its weights as diffusion_pytorch_model.bin" in said and "save_pretrained(FOLDER) writes safetensors" in said
+    assert (
+        "unet holds its weights as diffusion_pytorch_model.bin" in said
+        and "save_pretrained(FOLDER) writes safetensors" in said
+    )
     single = tmp_path / "v1-5.safetensors"
     save_file({"model.diffusion_model.x": torch.zeros(1)}, single)
     for path in (single, "models/v1-5.ckpt"):
-        assert refusal(path).startswith(f"model.path: {path} is a single file, and a model is a folder in diffusers' format")
+        assert refusal(path).startswith(
+            f"model.path: {path} is a single file, and a model is a folder in diffusers' format"
+        )
 
 
 def test_a_safety_checker_that_is_not_there_is_not_missed(copy):

@@ -193,7 +193,9 @@ def _read_pipeline(source: str, kind: type[PipelinePolicy], settings: PolicySett
     with sayable(source):
         folder = fetched(source, settings.revision, settings.variant, kind.left_out)
         _require_objects(folder)
-        index = {name: part for name, part in DiffusionPipeline.load_config(folder).items() if name not in kind.left_out}
+        index = {
+            name: part for name, part in DiffusionPipeline.load_config(folder).items() if name not in kind.left_out
+        }
         parts = networks(folder, index, dtypes, settings.variant)
         absent = {**dict.fromkeys(_absent_encoders(index)), **kind.left_out}
         pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **parts, **absent)

@@ -107,7 +107,9 @@ def _require_weights(folder: Path, variants: Collection[str], variant: str) -> N
             f" --variant {own} of sample and eval"
         )
     if pickles := sorted(file.name for file in folder.glob("*") if file.suffix in _PICKLES):
-        raise UnfitError(f"{named(folder)} holds its weights as {named(pickles[0])}, and not in safetensors. {_PICKLED}")
+        raise UnfitError(
+            f"{named(folder)} holds its weights as {named(pickles[0])}, and not in safetensors. {_PICKLED}"
+        )
     raise UnfitError(f"{named(folder)} holds no weights in safetensors; copy the whole folder")
 
 

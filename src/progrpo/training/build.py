@@ -186,9 +186,7 @@ def previewing(config: Config) -> Previewing:
     )
 
 
-def trained_policy(
-    target: str, trained: Path | None, ranks: Ranks, revision: str = "", variant: str = ""
-) -> Policy:
+def trained_policy(target: str, trained: Path | None, ranks: Ranks, revision: str = "", variant: str = "") -> Policy:
     """A model by name, folder or hub id, or what a run folder has trained; `trained` may name a run or its LoRA folder.
 
     With a run's settings where one is named. ValueError for a run that is told to take what another trained, or another revision or
