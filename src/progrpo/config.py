@@ -47,7 +47,8 @@ class ModelConfig:
     stay, and encode as prompts come; for runs of so many prompts that the embeddings would not fit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights and the network's forward pass; step math is always float32. `auto`: float32 or bfloat16, whichever
-    this device multiplies matrices faster in, measured when the run begins and then kept in its configuration."""
+    this device multiplies matrices faster in, measured when the run begins and then kept in its configuration. In float16, for GPUs
+    without bfloat16, losses are scaled, and a model whose numbers pass 65,504 gives no picture."""
     quantize: Literal["none", "int8"] = "none"
     """int8: the frozen weights of the linear layers of the denoiser's blocks are kept as 8-bit integers, a scale to each row, half of bfloat16's
     memory. The reference, samples and evaluations of the run are this model's; the saved LoRA is for the unquantised one."""
@@ -65,6 +66,11 @@ class ModelConfig:
     """With several processes: each holds a part of the denoiser's weights (torch's fully_shard), and blocks are gathered while they run. A LoRA
     stays whole; of weights that are trained in full gradients, averages and the optimizer's state are shared out too. For models too large for
     one device, with microbatches that are given."""
+    revision: str = ""
+    """Branch, tag or commit of a hub id; empty: its main branch. A commit is the same model whenever the run goes on."""
+    variant: str = ""
+    """Which of several kinds of weights files is read, such as fp16 (`model.fp16.safetensors`), of a folder or a hub id; parts that lack it are
+    read without. It names files and chooses no precision: that is `dtype`."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +96,12 @@ class SamplingConfig:
     embedded_guidance: bool = False
     """The model is told the guidance scale and needs no second call. Must be true for FLUX.1-dev where the scale is above 1, and
     false for other models."""
-    sampler: Literal["auto", "flow_grpo", "dance", "ddim", "cps", "cps_reduced"] = "auto"
-    """How a stochastic step adds noise. For flow models Flow-GRPO's SDE (`flow_grpo`, arXiv 2505.05470) or DanceGRPO's (`dance`,
-    arXiv 2505.07818); for flow and diffusion models `ddim` (with eta) and `cps` (arXiv 2509.05952; `cps_reduced` has the published
+    sampler: Literal["auto", "flow_grpo", "dance", "flow_grpo_wan", "ddim", "cps", "cps_reduced"] = "auto"
+    """How a stochastic step adds noise. For flow models Flow-GRPO's SDE (`flow_grpo`, arXiv 2505.05470), DanceGRPO's (`dance`,
+    arXiv 2505.07818) or that of flow_grpo's script for Wan (`flow_grpo_wan`); for flow and diffusion models `ddim` (with eta) and `cps` (arXiv 2509.05952; `cps_reduced` has the published
     stand-in for its log-prob). `auto`: flow_grpo for a flow model, ddim for a diffusion model."""
     noise_level: float | None = None
-    """How much noise: Flow-GRPO's a, DanceGRPO's and DDIM's eta, CPS's. Empty: the published 0.7, 0.3, 1 and 0.8."""
+    """How much noise: Flow-GRPO's a, DanceGRPO's and DDIM's eta, CPS's. Empty: the published 0.7 (1 of `flow_grpo_wan`), 0.3, 1 and 0.8."""
     shift: float | None = None
     """Time shift of a flow model's grid; empty: the model's own."""
     same_latent: bool = False
@@ -624,6 +630,8 @@ _RULES: dict[str, _Rule] = {
     "recipe": (lambda v: re.fullmatch(r"\w[\w.-]{0,99}", v), "a name of letters, digits, dots and dashes, 100 at most"),
     "seed": _at_least(0),
     "iterations": _at_least(1),
+    "model.revision": (lambda v: re.fullmatch(r"(\w[\w./-]*)?", v), "a branch, tag or commit of the hub, or empty"),
+    "model.variant": (lambda v: re.fullmatch(r"([A-Za-z]\w*)?", v), "a name such as fp16, or empty"),
     "model.lora_rank": _between(1, 4096),
     "model.lora_alpha": _at_least(1),
     "model.max_sequence_length": _or_empty(_between(1, 512), " for the model's own"),
@@ -856,7 +864,7 @@ def _check_preserving(config: Config) -> None:
         )
     if trains_transitions(config) and grpo.kl_form == "flow_grpo":
         raise ValueError(
-            "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance), not"
+            "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance, flow_grpo_wan), not"
             f" {sampling.sampler}; take exact"
         )
 

@@ -27,6 +27,7 @@ from progrpo.policies.decoder import quicken
 from progrpo.policies.hub import reason_of
 from progrpo.policies.lora import ADAPTER, continue_lora, in_float32
 from progrpo.policies.offload import Turns
+from progrpo.policies.parts import whole
 from progrpo.policies.quantized import quantize_blocks
 from progrpo.policies.sharded import Step, all_gathered, blocks, share_out
 from progrpo.policies.tokens import Reader, Truncation, truncation
@@ -54,6 +55,8 @@ class PipelinePolicy(ABC):
     plain_attention: ClassVar[type | None] = None
     """An attention processor of matrix products for the denoiser; None where there is none for its kind."""
     edits: ClassVar[bool] = False
+    left_out: ClassVar[Mapping[str, Any]] = {}
+    """What the pipeline is given in the place of parts that are never loaded."""
     no_prompt: ClassVar[str] = ""
     """The text that guidance leads away from."""
     prediction: str
@@ -433,11 +436,8 @@ def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings, channel
         return None
     vae, name = pipeline.vae, settings.tiny_decoder
     try:
-        tiny = AutoencoderTiny.from_pretrained(
-            WEIGHTS / name if name == BUILT_IN_DECODER else name, use_safetensors=True, dtype=vae.dtype
-        )
-        if any(weight.is_meta for weight in tiny.parameters()):
-            raise ValueError("it lacks weights that an AutoencoderTiny has")
+        place = WEIGHTS / name if name == BUILT_IN_DECODER else name
+        tiny: AutoencoderTiny = whole(AutoencoderTiny, place, dtype=vae.dtype)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of many kinds: of JSON, of safetensors, of a class that gets another's settings

@@ -248,6 +248,8 @@ def evaluate_model(
     num_inference_steps: int | None,
     guidance_scale: float | None,
     seed: int | None = None,
+    revision: str = "",
+    variant: str = "",
 ) -> dict[str, Any] | None:
     """Figures of a model, or of a run's trained weights, on `pictures` prompts.
 
@@ -280,7 +282,7 @@ def evaluate_model(
         scorer.check(chosen)
     with lost_in_words(lambda: "give the command again"):
         ranks = Ranks()
-        policy = trained_policy(target, None, ranks)
+        policy = trained_policy(target, None, ranks, revision, variant)
         if policy.edits:
             check_sources(chosen)
         warn_of_cuts(policy, chosen, ranks)

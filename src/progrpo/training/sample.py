@@ -38,6 +38,8 @@ def sample_pictures(
     num_inference_steps: int | None,
     guidance_scale: float | None,
     count: int,
+    revision: str = "",
+    variant: str = "",
 ) -> list[Path]:
     """Write `count` pictures a prompt to `out` as PNG, videos as animated WebP; noise is keyed by the prompt's place and the picture's number.
 
@@ -52,7 +54,7 @@ def sample_pictures(
     wanted = asked_for(own, num_inference_steps, guidance_scale, seed)
     with lost_in_words(lambda: "give the command again"):
         ranks = Ranks()
-        policy = trained_policy(model, lora, ranks)
+        policy = trained_policy(model, lora, ranks, revision, variant)
         if not policy.edits and any(COLUMN in prompt.columns for prompt in prompts):
             raise ValueError(f"--image: {named(model)} is told a text alone; leave it out, or give a model that edits")
         warn_of_cuts(policy, prompts, ranks)

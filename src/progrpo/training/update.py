@@ -26,6 +26,7 @@ from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.spread import ALONE, Together
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.errors import SelfCheckError
+from progrpo.training.loss_scale import LossScale
 from progrpo.training.memory import halved, is_out_of_memory
 from progrpo.types import Rollout
 
@@ -140,16 +141,19 @@ def update(
     experience: Experience,
     config: OptimConfig,
     ranks: Ranks,
+    scale: LossScale | None = None,
 ) -> tuple[Tally, int, int]:
     """`updates_per_rollout` optimizer steps, each on its share of every group; what was seen, and items trained.
 
-    A step whose loss or gradient is not finite is not taken, and only counted. Where memory runs out, half the microbatch is tried;
-    the last one that was enough is the third thing returned.
+    A step whose loss or gradient is not finite is not taken, and only counted. Where a scaled gradient alone overflows, all processes
+    compute it again at half the `scale`. Where memory runs out, half the microbatch is tried; the last one that was enough is the
+    third thing returned.
 
     The loss is the mean over the trajectories of all processes and their items. Trajectories without an advantage count in that
     mean but are not computed: their group has no variance and teaches nothing.
     """
     tally, items, skipped, parts = Tally(), 0, 0, config.updates_per_rollout
+    scale = LossScale() if scale is None else scale
     packing, prepared = Packing(microbatch(config), policy.compiled), False
     for part in range(parts):
         counted: tuple[float, float] | None = None  # once, however often a part is tried: all processes take part in it
@@ -164,8 +168,7 @@ def update(
                 if counted is None:
                     sizes = torch.tensor([len(share) * per_trajectory, len(telling)], dtype=torch.float64)
                     everywhere, taught = counted = tuple(ranks.sum(sizes).tolist())
-                seen = _accumulate(policy, objective, telling, everywhere, packing)
-                break
+                seen = _accumulate(policy, objective, telling, everywhere / scale.value, packing)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -178,26 +181,59 @@ def update(
                     raise SelfCheckError(
                         "out of memory in an update that goes back through what sampling computed; leave out optim.reuse_rollout"
                     ) from error
+                optimizer.zero_grad(set_to_none=True)
+                packing = replace(packing, microbatch=halved(packing.microbatch, "optim.microbatch"))
+                continue
+            experience, prepared = ready, True
+            gradient = _gradient(policy, seen, config.max_grad_norm, ranks, scale)
+            # graphs of the rollout are used up, and go through another factor only in the next iteration
+            if not gradient.overflows or not scale.lower() or (config.reuse_rollout and part == 0):
+                break
+            tally.raise_to("update/rescaled", tally.maxima.get("update/rescaled", 0.0) + 1)
             optimizer.zero_grad(set_to_none=True)
-            packing = replace(packing, microbatch=halved(packing.microbatch, "optim.microbatch"))
-        experience, prepared = ready, True
         items += len(telling) * per_trajectory
-        ranks.sum_gradients(policy.trainable.values())
-        norm = gathered(torch.nn.utils.clip_grad_norm_(policy.trainable.values(), config.max_grad_norm))
-        lost = torch.tensor(float(not math.isfinite(seen.sums.get("update/loss", 0.0))))
-        if ranks.sum(lost).item() or not norm.isfinite():
+        if not gradient.usable:
             skipped += 1
             optimizer.zero_grad(set_to_none=True)
             continue
+        scale.count()
         tally.merge(seen)
         if part == 0 and _DEVIATION in tally.maxima:  # no step was taken yet: what sampled is what is trained
             tally.raise_to("update/on_policy_deviation", tally.maxima[_DEVIATION])
-        tally.add("update/grad_norm", norm.item(), 1)
+        tally.add("update/grad_norm", gradient.norm, 1)
         if taught:  # else momentum alone would move the weights
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     tally.raise_to("update/skipped", skipped)
+    if scale.enabled:
+        tally.raise_to("update/loss_scale", scale.value)
     return tally, items, packing.microbatch
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """A step's gradient, the same on all processes: its norm before it is clipped, and whether the loss is finite everywhere."""
+
+    norm: float
+    finite_loss: bool
+
+    @property
+    def usable(self) -> bool:
+        return self.finite_loss and math.isfinite(self.norm)
+
+    @property
+    def overflows(self) -> bool:
+        return self.finite_loss and not math.isfinite(self.norm)
+
+
+def _gradient(policy: Policy, seen: Tally, max_norm: float, ranks: Ranks, scale: LossScale) -> _Gradient:
+    """Sum the gradients over processes, unscale and clip them, in place."""
+    parameters = policy.trainable.values()
+    ranks.sum_gradients(parameters)
+    scale.unscale(parameters)
+    norm = gathered(torch.nn.utils.clip_grad_norm_(parameters, max_norm)).item()
+    lost = torch.tensor(float(not math.isfinite(seen.sums.get("update/loss", 0.0))))
+    return _Gradient(norm, not ranks.sum(lost).item())
 
 
 def _parts(experience: Experience, parts: int) -> Tensor:
