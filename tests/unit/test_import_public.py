@@ -934,6 +934,10 @@ def test_what_nft_draws_from_is_the_old_policy_in_both(tmp_path):
     other = {**settings, "train": {**settings["train"], "off_policy": False, "ramp_rate": 0.01}}
     rows = {row.name: row.outcome for row in as_file(tmp_path, other).rows}
     assert rows["train.off_policy"].fate == rows["train.ramp_rate"].fate == "no equal here"
+    silent = {name: value for name, value in settings["train"].items() if name not in OLD}
+    rows = {row.name: row.outcome for row in as_file(tmp_path, {**settings, "train": silent}).rows}
+    for name in ("off_policy", "ema_decay", "ema_decay_schedule", "ema_update_interval"):
+        assert rows[f"train.{name} (its default)"].fate == "no equal here"
 
 
 @pytest.mark.parametrize("kind", _OTHER_MODELS)

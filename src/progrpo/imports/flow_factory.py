@@ -60,6 +60,7 @@ _DEFAULTS: dict[str, Any] = {
     "train.kl_beta": 0,
     "train.ema_decay": 0.995,
     "train.ema_update_interval": 10,
+    "train.ema_decay_schedule": "power",
     "train.latent_storage_dtype": "fp16",
     "train.adv_eps": 1e-6,
     "scheduler.dynamics_type": "Flow-SDE",
@@ -73,7 +74,12 @@ _DEFAULTS: dict[str, Any] = {
 _DEFAULTS_OF: dict[str, dict[str, Any]] = {
     "grpo": {"train.clip_range": 1e-4, "train.kl_type": "x-based"},
     "grpo-guard": {"train.clip_range": 1e-4, "train.kl_type": "x-based"},
-    "nft": {"train.nft_beta": 1.0, "train.num_train_timesteps": 0, "train.timestep_range": 0.9},
+    "nft": {
+        "train.nft_beta": 1.0,
+        "train.off_policy": False,
+        "train.num_train_timesteps": 0,
+        "train.timestep_range": 0.9,
+    },
     "awm": {
         "train.awm_weighting": "Uniform",
         "train.ema_kl_beta": 0,
@@ -405,7 +411,7 @@ def _ema_decay(setting: Setting) -> Outcome:
 
 def _awm_average(setting: Setting) -> Outcome:
     """A decay that rises to this over `warmup_steps` epochs in equal steps, if its schedule is that one."""
-    if setting.all.get("train.ema_decay_schedule") != "linear" or "train.warmup_steps" not in setting.all:
+    if not _rises_in_equal_steps(setting):
         return no_equal("the average that awm compares with has a decay of min(.0003 n, .3) here after epoch n")
     ramp = round(setting.number() / setting.count("train.warmup_steps"), 9)
     return sets({"objective.awm.average_limit": setting.number(), "objective.awm.average_ramp": ramp})
@@ -424,10 +430,14 @@ def _ema_schedule(setting: Setting) -> Outcome:
     return not_needed("the same here") if same else no_equal("an average has one decay")
 
 
+def _rises_in_equal_steps(setting: Setting) -> bool:
+    return setting.all.get("train.ema_decay_schedule") == "linear" and "train.warmup_steps" in setting.all
+
+
 def _warmup(setting: Setting) -> Outcome:
-    if _objective(setting) == "awm":
+    if _objective(setting) == "awm" and _rises_in_equal_steps(setting):
         return Outcome("translated", "counted in objective.awm.average_ramp")
-    return not_needed(f"{_trainer(setting)} does not read it")
+    return not_needed("of a schedule that is not taken")
 
 
 def _off_policy(setting: Setting) -> Outcome:

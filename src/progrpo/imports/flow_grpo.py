@@ -459,9 +459,7 @@ RULES: dict[str, Rule] = {
     "script.max_sequence_length": to("model.max_sequence_length"),
     "script.eval_prompts": lambda setting: no_equal("eval.pictures says how many are drawn; 512"),
     "pretrained.model": _model,
-    "pretrained.revision": only(
-        "main", why="the hub's main branch here, too", otherwise="no field for a revision; give a folder as model.path"
-    ),
+    "pretrained.revision": ignored(_STALE),
     "use_lora": lambda setting: sets({"model.weights": "lora" if setting.value else "full"}),
     "resolution": _resolution,
     "height": _height,
