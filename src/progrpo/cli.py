@@ -167,6 +167,8 @@ class Sample:
     """Without it as many as the run's evaluations took, 10 where no run is named."""
     guidance_scale: float | None = None
     """Without it that of the run's evaluations, 1 (none) where no run is named."""
+    negative_prompt: str | None = None
+    """A text that guidance leads away from; without it that of the run, none where no run is named."""
     count: int = 1
     """Pictures a prompt."""
     revision: str = ""
@@ -191,6 +193,7 @@ class Sample:
             seed=self.seed,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
             count=self.count,
             revision=self.revision,
             variant=self.variant,
@@ -225,6 +228,8 @@ class Eval:
     """Without it as many as the run's own evaluations took, 10 for a model."""
     guidance_scale: float | None = None
     """Without it that of the run's own evaluations, 1 (none) for a model."""
+    negative_prompt: str | None = None
+    """A text that guidance leads away from; without it the run's own, none for a model."""
     seed: int | None = None
     """Without it that of the run's own evaluations, 1234 for a model."""
     revision: str = ""
@@ -248,6 +253,7 @@ class Eval:
             pictures=self.pictures,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
             seed=self.seed,
             revision=self.revision,
             variant=self.variant,

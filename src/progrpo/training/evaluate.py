@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.config import EvalConfig, RewardTerm, check
+from progrpo.config import Config, EvalConfig, RewardTerm, check
 from progrpo.diffusion.gaussian import mean_square
 from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.diffusion.process import Process
@@ -104,6 +104,17 @@ def asked_for(
         guidance_scale=own.guidance_scale if guidance_scale is None else guidance_scale,
         seed=own.seed if seed is None else seed,
     )
+
+
+def away_from(own: Config | None, negative_prompt: str | None, guidance_scale: float) -> str:
+    """The text that guidance leads away from: a run's own, if no other is given. ValueError for one that has no effect."""
+    if negative_prompt and guidance_scale == 1:
+        raise ValueError(
+            "--negative-prompt has no effect at a guidance scale of 1; give --guidance-scale above 1, or leave it out"
+        )
+    if negative_prompt is None:
+        return own.sampling.negative_prompt if own is not None and guidance_scale > 1 else ""
+    return negative_prompt
 
 
 def rows_at_once(policy: Policy) -> int:
@@ -248,12 +259,13 @@ def evaluate_model(
     num_inference_steps: int | None,
     guidance_scale: float | None,
     seed: int | None = None,
+    negative_prompt: str | None = None,
     revision: str = "",
     variant: str = "",
 ) -> dict[str, Any] | None:
     """Figures of a model, or of a run's trained weights, on `pictures` prompts.
 
-    For None a run's own prompts, rewards, steps, guidance and seed of its evaluations, of a model the configuration's defaults.
+    For None a run's own prompts, rewards, steps, guidance, negative prompt and seed of its evaluations, of a model the configuration's defaults.
 
     Several processes share the prompts out, and the figures are given to the main one alone.
 
@@ -273,7 +285,9 @@ def evaluate_model(
             " if you trust that, give --reward with it; else another reward"
         )
     wanted = asked_for(config.eval, num_inference_steps, guidance_scale, seed)
+    away = away_from(config, negative_prompt, wanted.guidance_scale)
     config = replace(config, reward=replace(config.reward, terms=terms), eval=wanted)
+    config = replace(config, sampling=replace(config.sampling, negative_prompt=away))
     check(config)
     frames, others = config.reward.frames, config.eval.rewards
     reward_of, held_out = scorer_from(terms, frames), scorer_from(others, frames) if others else None
@@ -282,7 +296,7 @@ def evaluate_model(
         scorer.check(chosen)
     with lost_in_words(lambda: "give the command again"):
         ranks = Ranks()
-        policy = trained_policy(target, None, ranks, revision, variant)
+        policy = trained_policy(target, None, ranks, revision, variant, away)
         if policy.edits:
             check_sources(chosen)
         warn_of_cuts(policy, chosen, ranks)
@@ -307,6 +321,7 @@ def evaluate_model(
         "target": target,
         "num_inference_steps": wanted.num_inference_steps,
         "guidance_scale": wanted.guidance_scale,
+        **({"negative_prompt": away} if away else {}),
         "seed": wanted.seed,
         **result.figures(),
     }

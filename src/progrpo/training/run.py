@@ -169,8 +169,8 @@ def train(
         terms, scorer = _mixed(reward, config)  # before the pipeline is taken over: a mistake here costs no loading
         config = replace(config, reward=replace(config.reward, terms=terms))
         check(config)
-        decoder = tiny_decoder(config.preview)
-        policy = policy_from_pipeline(pipeline, settings_from(config.model, config.seed, ranks, decoder))
+        decoder, away = tiny_decoder(config.preview), config.sampling.negative_prompt
+        policy = policy_from_pipeline(pipeline, settings_from(config.model, config.seed, ranks, decoder, away))
         table: Prompts = {"": told}
         test = [watched[i % len(watched)] for i in range(config.eval.pictures)]
         config = measured(config, policy, table[""][0], ranks)
@@ -220,7 +220,8 @@ def _from_config(config: Config, run: RunFolder, ranks: Ranks) -> Run:
     order = train_order(config.prompts, config.seed)
     source, pictures = config.eval.prompts, config.eval.pictures
     test, validation = (eval_prompts(source, split, pictures) for split in ("test", "validation"))
-    policy = policy_from(config.model, config.seed, ranks, tiny_decoder=tiny_decoder(config.preview))
+    decoder, away = tiny_decoder(config.preview), config.sampling.negative_prompt
+    policy = policy_from(config.model, config.seed, ranks, tiny_decoder=decoder, negative_prompt=away)
     config = measured(config, policy, order.prompts_for(0, 1)[0], ranks)
     return Run(
         config,
