@@ -31,6 +31,7 @@ from progrpo.rollout.plan import summary as plan_summary
 from progrpo.sources import check_sources
 from progrpo.streams import tolerant_streams
 from progrpo.tracking.console import Console
+from progrpo.tracking.lock import Lock
 from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.statistics import spearman
@@ -94,9 +95,9 @@ def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
         config = settled(config, ranks)
         out = ranks.gather([out])[0]  # where it was chosen by what is free, another process may have chosen later
         run = _from_config(config, RunFolder(out), ranks)
-    with lost_in_words(lambda: _how_to_go_on(out)), checkpoints.writing_to(out, ranks):
+    with lost_in_words(lambda: _how_to_go_on(out)), checkpoints.writing_to(out, ranks) as lock:
         run.create(overwrite)
-        return run.train()
+        return run.train(lock)
 
 
 def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool = False) -> RunFolder:
@@ -115,7 +116,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
         ranks = Ranks()
         config = settled(config, ranks)
     warn = Console(config.iterations, enabled=ranks.is_main).warn
-    with lost_in_words(lambda: _how_to_go_on(folder)), checkpoints.writing_to(folder, ranks):
+    with lost_in_words(lambda: _how_to_go_on(folder)), checkpoints.writing_to(folder, ranks) as lock:
         state = checkpoints.newest(folder, ranks, warn)
         checkpoints.check_unchanged(folder, state, config, accept_changes)
         checkpoints.check_versions(state, config, warn)
@@ -134,7 +135,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
             run.truncate(state["iteration"])
 
         ranks.from_main(go_back)
-        return made.train(state, changed)
+        return made.train(lock, state, changed)
 
 
 def train(
@@ -177,9 +178,9 @@ def train(
         order = ORDERS[config.prompts.order](table, config.seed)
         held_out = HeldOut(test, test, None, _held_out_rewards(config))
         run = Run(config, policy, scorer, order, held_out, RunFolder(out), ranks)
-    with lost_in_words(lambda: _how_to_go_on(run.folder.path)), checkpoints.writing_to(run.folder.path, ranks):
+    with lost_in_words(lambda: _how_to_go_on(run.folder.path)), checkpoints.writing_to(run.folder.path, ranks) as lock:
         run.create(overwrite)
-        return run.train()
+        return run.train(lock)
 
 
 def _mixed(
@@ -274,6 +275,7 @@ class Run:
         self._path = plan_path(self.trainer.plan)
         self._hacking, self._hacked = HackingWatch(config.watch.max_kl), False
         self._warnings: list[str] = []
+        self._lock: Lock | None = None
         self.prompts = {
             "training": checkpoints.digest(order.whole),
             "evaluation": checkpoints.digest(chain(held_out.test, held_out.validation)),
@@ -296,9 +298,11 @@ class Run:
         """Make the run folder, once every part of the run could be built; ValueError if it holds a run already."""
         self.ranks.from_main(lambda: RunFolder.create(self.folder.path, overwrite).write_config(to_dict(self.config)))
 
-    def train(self, state: Mapping[str, Any] | None = None, changed: Sequence[str] = ()) -> RunFolder:
-        """To the end; from a checkpoint's `state`, whose prompts for what `changed` names were others."""
-        start = time.perf_counter()
+    def train(
+        self, lock: Lock | None, state: Mapping[str, Any] | None = None, changed: Sequence[str] = ()
+    ) -> RunFolder:
+        """To the end; from a checkpoint's `state`, whose prompts for what `changed` names were others. The main process has the `lock`."""
+        start, self._lock = time.perf_counter(), lock
         if state is not None:
             self._take_up(state, changed)
             start -= state["wall_seconds"]
@@ -418,7 +422,9 @@ class Run:
         """The next iteration. Where a reward ends the run before anything of it was learnt, what was trained until then is saved."""
         before = self.trainer.totals.state_dict()
         try:
-            return self.trainer.step()
+            done = self.trainer.step()
+            self._require_lock()
+            return done
         except (MissingScoresError, Refusal) as error:
             together = isinstance(error, MissingScoresError) or self.ranks.world == 1  # all save; one alone may refuse
             if self.trainer.iteration and self.trainer.untouched and together:
@@ -494,6 +500,7 @@ class Run:
     def _evaluate(self, when: str, weights: str, console: Console) -> None:
         """On the test prompts, for the summary."""
         result = self._measure(self.held_out.test, weights, console, diverse=DIVERSE_PROMPTS)
+        self._require_lock()
         if self.ranks.is_main:
             self.folder.write_evaluation(when, result.records, result.pictures_NHWC)
 
@@ -573,6 +580,7 @@ class Run:
 
     def _checkpoint(self, wall_seconds: float, totals: Mapping[str, Any] | None = None) -> None:
         """As after the last iteration. `totals` take the place of those that the next one has begun to count in."""
+        self._require_lock()
         start = time.perf_counter()
         best = None if self.best is None else asdict(self.best)
         state = {**self.trainer.state_dict(), "best": best, "pays": self._pays, "wall_seconds": wall_seconds}
@@ -614,8 +622,17 @@ class Run:
         per_call = sampling.nfe_per_call * sampling.num_inference_steps
         return self.trainer.plan.group_size * per_call * self.config.prompts.per_iteration * iterations
 
+    def _require_lock(self) -> None:
+        """Before something is written: LockLostError where another run has taken the folder over, which took this one for dead."""
+
+        def check() -> None:
+            if self._lock is not None:
+                self._lock.check()
+
+        self.ranks.from_main(check)
+
     def _write_summary(self, start: float, status: str) -> None:
-        if not self.ranks.is_main:
+        if not self.ranks.is_main or (self._lock is not None and self._lock.lost_to is not None):
             return
         config, totals, done = self.config, self.trainer.totals, self.trainer.iteration
         costs = self._plan_costs()
