@@ -170,6 +170,10 @@ class Sample:
     """Without it that of the run's evaluations, 1 (none) where no run is named."""
     count: int = 1
     """Pictures a prompt."""
+    revision: str = ""
+    """Of a model that is a hub id: its branch, tag or commit, as --model.revision of `train`."""
+    variant: str = ""
+    """Of a model: which of its weights files, such as fp16, as --model.variant of `train`."""
 
     def run(self) -> None:
         _within(0, 2**63 - 1, seed=self.seed)
@@ -189,6 +193,8 @@ class Sample:
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             count=self.count,
+            revision=self.revision,
+            variant=self.variant,
         )
         if files:
             print("\n".join(str(file) for file in files))
@@ -222,6 +228,10 @@ class Eval:
     """Without it that of the run's own evaluations, 1 (none) for a model."""
     seed: int | None = None
     """Without it that of the run's own evaluations, 1234 for a model."""
+    revision: str = ""
+    """Of a model that is a hub id: its branch, tag or commit, as --model.revision of `train`."""
+    variant: str = ""
+    """Of a model: which of its weights files, such as fp16, as --model.variant of `train`."""
     json: FlagCreatePairsOff[bool] = False
     """Print JSON."""
 
@@ -240,6 +250,8 @@ class Eval:
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             seed=self.seed,
+            revision=self.revision,
+            variant=self.variant,
         )
         if result is not None:
             _show(_result(result, self.json), costly=True)
