@@ -74,9 +74,10 @@ def prompts_of(given: object, name: str) -> tuple[Prompt, ...]:
 
     ValueError that begins with `name` if it is none, or anything else.
     """
-    _require_ordered(given, name)
+    rows = _rows_of_table(given)
+    _require_ordered(rows, name)
     try:
-        items = iter(_rows_of_table(given))
+        items = iter(rows)
     except TypeError:  # an array without dimensions says that it can be iterated
         raise ValueError(f"{name} {_LIST}, not {quoted(given)}") from None
     prompts = tuple(_prompt_of(item, f"{name}[{i}]") for i, item in enumerate(items))
@@ -105,7 +106,7 @@ def _require_ordered(given: object, name: str) -> None:
         raise ValueError(refused)
 
 
-def _rows_of_table(given: Any) -> Iterable[Any]:
+def _rows_of_table(given: Any) -> Any:
     """The rows of a table of another library, and anything else as it is."""
     for (library, kind), rows in _TABLES.items():
         loaded = sys.modules.get(library)  # where a table is, its library is loaded
