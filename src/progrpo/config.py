@@ -48,7 +48,8 @@ class ModelConfig:
     stay, and encode as prompts come; for runs of so many prompts that the embeddings would not fit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights and the network's forward pass; step math is always float32. `auto`: float32 or bfloat16, whichever
-    this device multiplies matrices faster in, measured when the run begins and then kept in its configuration."""
+    this device multiplies matrices faster in, measured when the run begins and then kept in its configuration. In float16, for GPUs
+    without bfloat16, losses are scaled, and a model whose numbers pass 65,504 gives no picture."""
     quantize: Literal["none", "int8"] = "none"
     """int8: the frozen weights of the linear layers of the denoiser's blocks are kept as 8-bit integers, a scale to each row, half of bfloat16's
     memory. The reference, samples and evaluations of the run are this model's; the saved LoRA is for the unquantised one."""
@@ -168,6 +169,7 @@ BUILT_IN_REWARDS = (
     "aesthetic",
     "ocr",
     "geneval",
+    "geneval_flow_grpo",
     "jpeg_compressibility",
     "jpeg_incompressibility",
     "nsfw",
@@ -237,8 +239,8 @@ class RewardTerm:
 class RewardConfig:
     terms: tuple[RewardTerm, ...] = (RewardTerm("shapes"),)
     """What is rewarded: one reward, or the weighted sum of several. Of the built-in verifier: `shapes` (graded), `shapes_strict` (1 where all is right, else 0)
-    and `shapes_mixed` (their mean). For any prompts: clipscore, pickscore, hpsv2, imagereward, aesthetic, ocr, geneval, jpeg_compressibility,
-    jpeg_incompressibility, nsfw, vlm, or `module:function`. Each is NAME, WEIGHT*NAME or a JSON object: docs/rewards.md."""
+    and `shapes_mixed` (their mean). For any prompts: clipscore, pickscore, hpsv2, imagereward, aesthetic, ocr, geneval, geneval_flow_grpo,
+    jpeg_compressibility, jpeg_incompressibility, nsfw, vlm, or `module:function`. Each is NAME, WEIGHT*NAME or a JSON object: docs/rewards.md."""
     frames: int = 4
     """Of a video, evenly spaced with the first and the last, that a reward of pictures scores; the video's score is their mean. 1: the
     middle one. A function of yours with `video = True` is given all."""
@@ -286,14 +288,22 @@ class AWMConfig:
     """Noise levels a trajectory that are trained."""
     time_fraction: float = 0.9
     """They lie in this share of the sampling grid, from its noisy end."""
-    weighting: Literal["uniform", "t", "t2"] = "uniform"
-    """Of the flow-matching loss by its noise level."""
+    weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "uniform"
+    """Of the flow-matching loss: by its noise level t, or a root of it times t. ghuber is the authors' and Flow-Factory's."""
+    huber_power: float = 0.25
+    """Of ghuber alone: t (loss ** power) / power. huber is half of it at the power 0.5."""
     clip_range: float = 1.0
     adv_clip_max: float = 1.0
+    """Flow-Factory's; the authors' is 5, with an `adv_scale` of 0.2."""
+    adv_scale: float = 1.0
+    """Clipped advantages are multiplied by it."""
     kl_beta: float = 1e-4
     """On the mean square distance of velocities to the reference."""
     average_beta: float = 1.0
     """The same to an average of the weights over time."""
+    average_ramp: float = 3e-4
+    """The average's decay is min(average_ramp n, average_limit) after the n-th iteration. Flow-Factory's; the authors' is 0.001."""
+    average_limit: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -325,7 +335,7 @@ class ObjectiveConfig:
     nft: NFTConfig = field(default_factory=NFTConfig)
     """DiffusionNFT (arXiv 2509.16117)."""
     awm: AWMConfig = field(default_factory=AWMConfig)
-    """Advantage weighted matching (arXiv 2509.25050)."""
+    """Advantage weighted matching (arXiv 2509.25050). Defaults are Flow-Factory's for SD3.5 but for the weighting; recipe sd35m-awm has the authors'."""
     dgpo: DGPOConfig = field(default_factory=DGPOConfig)
     """Direct group preference optimisation (arXiv 2510.08425)."""
 
@@ -650,6 +660,10 @@ _RULES: dict[str, _Rule] = {
     "objective.awm.clip_range": _above(0),
     "objective.awm.kl_beta": _at_least(0),
     "objective.awm.average_beta": _at_least(0),
+    "objective.awm.huber_power": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "objective.awm.adv_scale": _above(0),
+    "objective.awm.average_ramp": _at_least(0),
+    "objective.awm.average_limit": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "objective.dgpo.dpo_beta": _above(0),
     "objective.dgpo.clip_range": _above(0),
     "objective.dgpo.kl_beta": _at_least(0),

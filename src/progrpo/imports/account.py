@@ -176,7 +176,7 @@ def choice(path: str, choices: Mapping[str, Any]) -> Rule:
 def precision(setting: Setting) -> Outcome:
     """Accelerate's `mixed_precision`."""
     dtype = setting.one_of({"fp16": "float16", "bf16": "bfloat16", "no": "float32"})
-    return sets({"model.dtype": dtype}, "losses are not scaled here; bfloat16 is safer" if dtype == "float16" else "")
+    return sets({"model.dtype": dtype}, "losses are scaled, as there" if dtype == "float16" else "")
 
 
 def counted_in(path: str) -> Rule:

@@ -456,7 +456,9 @@ class Run:
         for scorer in filter(None, (self.reward, self.held_out.rewards)):
             try:
                 scorer.close()
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 said = " ".join(f"{type(error).__name__}: {error}".split())
                 console.warn(
                     f"a reward's close() failed ({said}); the run is not affected, what the reward holds may be held still"
