@@ -170,7 +170,7 @@ def unequal(model, out, ranks):
     said = {}
     for name, (prompts, options) in calls.items():
         if name == "weights" and second:  # as a text encoder that is not in the files gets random ones
-            pipeline.text_encoder_2.init_weights()
+            pipeline.text_encoder_2.get_input_embeddings().weight.data.normal_()
         try:
             progrpo.train(pipeline, prompts, redness, out=out, **{"config": CONFIG, **options})
         except ValueError as error:
