@@ -37,7 +37,7 @@ class ModelConfig:
     """T5 tokens of SD3, FLUX and Wan, past which a text is cut; empty: as many as the model's pipeline takes (256 of SD3, 512 of the others), and
     16 of the built-in. There is no attention mask in them, so this changes the picture and multiplies the cost; in Wan those after the
     text are zeros. FLUX.2 klein and Qwen-Image count the tokens of their own encoder, the words of its chat around the prompt included; in
-    Qwen-Image those after a text are masked."""
+    Qwen-Image those after a text are masked. How many prompts are cut is said at the start of a run."""
     resolution: int | tuple[int, int] | None = None
     """Pixels of a picture or video: one number for a square, or height and width (`--model.resolution 480 832`, in JSON `[480, 832]`), in
     diffusers' order and in the multiples that the model takes. Empty: the model's own (1024 of SD 3.5, FLUX and Qwen-Image, 480 832 of Wan)."""
@@ -67,6 +67,11 @@ class ModelConfig:
     """With several processes: each holds a part of the denoiser's weights (torch's fully_shard), and blocks are gathered while they run. A LoRA
     stays whole; of weights that are trained in full gradients, averages and the optimizer's state are shared out too. For models too large for
     one device, with microbatches that are given."""
+    revision: str = ""
+    """Branch, tag or commit of a hub id; empty: its main branch. A commit is the same model whenever the run goes on."""
+    variant: str = ""
+    """Which of several kinds of weights files is read, such as fp16 (`model.fp16.safetensors`), of a folder or a hub id; parts that lack it are
+    read without. It names files and chooses no precision: that is `dtype`."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +97,12 @@ class SamplingConfig:
     embedded_guidance: bool = False
     """The model is told the guidance scale and needs no second call. Must be true for FLUX.1-dev where the scale is above 1, and
     false for other models."""
-    sampler: Literal["auto", "flow_grpo", "dance", "ddim", "cps", "cps_reduced"] = "auto"
-    """How a stochastic step adds noise. For flow models Flow-GRPO's SDE (`flow_grpo`, arXiv 2505.05470) or DanceGRPO's (`dance`,
-    arXiv 2505.07818); for flow and diffusion models `ddim` (with eta) and `cps` (arXiv 2509.05952; `cps_reduced` has the published
+    sampler: Literal["auto", "flow_grpo", "dance", "flow_grpo_wan", "ddim", "cps", "cps_reduced"] = "auto"
+    """How a stochastic step adds noise. For flow models Flow-GRPO's SDE (`flow_grpo`, arXiv 2505.05470), DanceGRPO's (`dance`,
+    arXiv 2505.07818) or that of flow_grpo's script for Wan (`flow_grpo_wan`); for flow and diffusion models `ddim` (with eta) and `cps` (arXiv 2509.05952; `cps_reduced` has the published
     stand-in for its log-prob). `auto`: flow_grpo for a flow model, ddim for a diffusion model."""
     noise_level: float | None = None
-    """How much noise: Flow-GRPO's a, DanceGRPO's and DDIM's eta, CPS's. Empty: the published 0.7, 0.3, 1 and 0.8."""
+    """How much noise: Flow-GRPO's a, DanceGRPO's and DDIM's eta, CPS's. Empty: the published 0.7 (1 of `flow_grpo_wan`), 0.3, 1 and 0.8."""
     shift: float | None = None
     """Time shift of a flow model's grid; empty: the model's own."""
     same_latent: bool = False
@@ -628,6 +633,8 @@ _RULES: dict[str, _Rule] = {
     "recipe": (lambda v: re.fullmatch(r"\w[\w.-]{0,99}", v), "a name of letters, digits, dots and dashes, 100 at most"),
     "seed": _at_least(0),
     "iterations": _at_least(1),
+    "model.revision": (lambda v: re.fullmatch(r"(\w[\w./-]*)?", v), "a branch, tag or commit of the hub, or empty"),
+    "model.variant": (lambda v: re.fullmatch(r"([A-Za-z]\w*)?", v), "a name such as fp16, or empty"),
     "model.lora_rank": _between(1, 4096),
     "model.lora_alpha": _at_least(1),
     "model.max_sequence_length": _or_empty(_between(1, 512), " for the model's own"),
@@ -860,7 +867,7 @@ def _check_preserving(config: Config) -> None:
         )
     if trains_transitions(config) and grpo.kl_form == "flow_grpo":
         raise ValueError(
-            "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance), not"
+            "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance, flow_grpo_wan), not"
             f" {sampling.sampler}; take exact"
         )
 

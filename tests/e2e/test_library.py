@@ -25,12 +25,15 @@ from progrpo.config import (
     OptimConfig,
     PlanConfig,
     PromptConfig,
+    RewardConfig,
+    RewardTerm,
     SamplingConfig,
 )
 from progrpo.rewards.base import Score
 from progrpo.rollout.noise import INITIAL, NoiseKey
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.errors import Interrupted, SelfCheckError
+from progrpo.training.run import train_run
 from progrpo.types import Prompt
 
 STEPS = 3
@@ -303,6 +306,25 @@ def test_a_run_of_the_library_goes_on_by_its_own_configuration_and_with_changes_
     assert len(run.read_metrics()) == 2 and any("evaluation prompts" in w for w in run.read_summary()["warnings"])
 
 
+def test_a_run_of_relative_paths_is_used_from_any_folder(tiny_sd3, tiny_config, prompts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(tiny_sd3)
+    Path("told").mkdir()
+    Path("told/prompts.txt").write_text("\n".join(prompts))
+    config = tiny_config(
+        iterations=1,
+        prompts=PromptConfig(source="told/prompts.txt", per_iteration=2),
+        reward=RewardConfig((RewardTerm("jpeg_compressibility"),)),
+        eval=EvalConfig(prompts="told/prompts.txt", pictures=2, num_inference_steps=1),
+    )
+    train_run(replace(config, model=replace(config.model, path="model")), Path("run"))
+    monkeypatch.chdir(tmp_path.parent)
+    run = str(tmp_path / "run")
+    assert main(["train", "--resume", run, "--iterations", "2"]) == 0
+    assert main(["eval", run, "--pictures", "2", "--num-inference-steps", "1"]) == 0
+    assert main(["sample", run, "--prompt", "a", "--out", str(tmp_path / "samples")]) == 0
+
+
 def test_commands_say_what_a_run_of_the_library_needs(trained, tiny_sd3, tmp_path, capsys, monkeypatch):
     run = trained[0.0]
     monkeypatch.chdir(tmp_path)
@@ -328,6 +350,18 @@ def test_commands_say_what_a_run_of_the_library_needs(trained, tiny_sd3, tmp_pat
     assert main(["sample", str(tiny_sd3), "--lora", str(run), "--prompt", "a", "--num-inference-steps", "1"]) == 0
     given = "--prompts shapes --reward jpeg_compressibility --pictures 2 --num-inference-steps 1"
     assert main(["eval", str(tiny_sd3), "--lora", str(run), *given.split()]) == 0
+
+
+def test_prompts_that_are_cut_are_said_at_the_start_and_kept(tiny_pipeline, tiny_config, redness, tmp_path, capsys):
+    begins = "a red cat beside a green bird and " * 4
+    config = tiny_config(iterations=1)
+    prompts = [f"{begins}{end}" for end in ("a dog", "a cat")] + ["cat"]
+    run = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run")
+    said = capsys.readouterr().out
+    (warning,) = (w for w in run.read_summary()["warnings"] if "longer than the text encoders read" in w)
+    assert warning.startswith("2 of 3 prompts are longer") and "so that 2 are told as another one is" in warning
+    assert said.count(f"warning: {warning}") == 1
+    assert said.index(warning) < said.index("evaluating the model as it is")
 
 
 def test_rewards_that_are_all_missing_stop_the_run_with_a_sentence(tiny_pipeline, tiny_config, prompts, tmp_path):

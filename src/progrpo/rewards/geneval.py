@@ -417,10 +417,10 @@ def _detector_of(name: str, revision: str) -> tuple[PreTrainedModel, BaseImagePr
         if kind == "mask2former":
             # The size at which Mask2Former is trained and measured on COCO; the hub's copies say 384 by 384.
             size = {"shortest_edge": 800, "longest_edge": 1333}
-            model = Mask2FormerForUniversalSegmentation.from_pretrained(name, use_safetensors=True, **common)
+            model = pretrained(Mask2FormerForUniversalSegmentation, "geneval", name, revision)
             return model, AutoImageProcessor.from_pretrained(name, backend="pil", size=size, **common)
         if kind in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
-            model = AutoModelForObjectDetection.from_pretrained(name, use_safetensors=True, **common)
+            model = pretrained(AutoModelForObjectDetection, "geneval", name, revision)
             return model, AutoImageProcessor.from_pretrained(name, backend="pil", **common)
     raise Refusal(
         f"reward 'geneval': {name} is a {kind}, not a detector of objects; name a Mask2Former, a DETR or an RT-DETR"
