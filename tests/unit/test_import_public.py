@@ -436,6 +436,13 @@ def test_flow_grpos_rewards_keep_their_share_of_the_sum(tmp_path, theirs, ours, 
     assert {row.outcome.fate for row in translation.rows if row.name.startswith("reward_fn")} == {fate}
 
 
+@pytest.mark.parametrize(("use_lora", "expected"), [(True, "runs/lora"), (False, "")])
+def test_a_lora_of_flow_grpo_is_trained_further(tmp_path, use_lora, expected):
+    more = {"train.lora_path": "runs/lora", "use_lora": use_lora}
+    translation = imported(tmp_path, "task", sd3("ocr", {"ocr": 1.0}, **batches(1, 8, 8, 8), **more))
+    assert translation.config.model.lora == expected
+
+
 # --- Flow-Factory -----------------------------------------------------------------------------------------------------
 
 
@@ -934,6 +941,10 @@ def test_what_nft_draws_from_is_the_old_policy_in_both(tmp_path):
     other = {**settings, "train": {**settings["train"], "off_policy": False, "ramp_rate": 0.01}}
     rows = {row.name: row.outcome for row in as_file(tmp_path, other).rows}
     assert rows["train.off_policy"].fate == rows["train.ramp_rate"].fate == "no equal here"
+    silent = {name: value for name, value in settings["train"].items() if name not in OLD}
+    rows = {row.name: row.outcome for row in as_file(tmp_path, {**settings, "train": silent}).rows}
+    for name in ("off_policy", "ema_decay", "ema_decay_schedule", "ema_update_interval"):
+        assert rows[f"train.{name} (its default)"].fate == "no equal here"
 
 
 @pytest.mark.parametrize("kind", _OTHER_MODELS)
@@ -983,3 +994,16 @@ def test_flow_factorys_rewards_keep_their_share(tmp_path, theirs, name, factor, 
     weight = 3.0 if aggregation == "gdpo" else 3.0 * factor
     assert (found.name, found.weight) == (name, pytest.approx(weight, rel=1e-6))
     assert {row.outcome.fate for row in translation.rows if row.name == "rewards[0].reward_model"} == {fate}
+
+
+@pytest.mark.parametrize(
+    ("finetune_type", "resume_type", "expected"),
+    [("lora", None, "owner/mine"), ("lora", "lora", "owner/mine"), ("lora", "state", ""), ("full", None, "")],
+)
+def test_a_lora_of_flow_factory_is_trained_further(tmp_path, finetune_type, resume_type, expected):
+    settings = of(SD35, "sd3-5", 8, size(512, 10, 1.0), sde(0.7, [1, 2]), [term("PickScore")])
+    settings["model"] |= {"finetune_type": finetune_type, "resume_path": "owner/mine", "resume_type": resume_type}
+    translation = as_file(tmp_path, settings)
+    assert translation.config.model.lora == expected
+    fates = {row.outcome.fate for row in translation.rows if row.name.startswith("model.resume")}
+    assert fates == {"translated" if expected else "no equal here"}

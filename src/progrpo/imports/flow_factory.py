@@ -21,6 +21,7 @@ from progrpo.imports.account import (
     Translation,
     choice,
     content_of,
+    continued_lora,
     flattened,
     ignored,
     no_equal,
@@ -60,6 +61,7 @@ _DEFAULTS: dict[str, Any] = {
     "train.kl_beta": 0,
     "train.ema_decay": 0.995,
     "train.ema_update_interval": 10,
+    "train.ema_decay_schedule": "power",
     "train.latent_storage_dtype": "fp16",
     "train.adv_eps": 1e-6,
     "scheduler.dynamics_type": "Flow-SDE",
@@ -73,7 +75,12 @@ _DEFAULTS: dict[str, Any] = {
 _DEFAULTS_OF: dict[str, dict[str, Any]] = {
     "grpo": {"train.clip_range": 1e-4, "train.kl_type": "x-based"},
     "grpo-guard": {"train.clip_range": 1e-4, "train.kl_type": "x-based"},
-    "nft": {"train.nft_beta": 1.0, "train.num_train_timesteps": 0, "train.timestep_range": 0.9},
+    "nft": {
+        "train.nft_beta": 1.0,
+        "train.off_policy": False,
+        "train.num_train_timesteps": 0,
+        "train.timestep_range": 0.9,
+    },
     "awm": {
         "train.awm_weighting": "Uniform",
         "train.ema_kl_beta": 0,
@@ -405,7 +412,7 @@ def _ema_decay(setting: Setting) -> Outcome:
 
 def _awm_average(setting: Setting) -> Outcome:
     """A decay that rises to this over `warmup_steps` epochs in equal steps, if its schedule is that one."""
-    if setting.all.get("train.ema_decay_schedule") != "linear" or "train.warmup_steps" not in setting.all:
+    if not _rises_in_equal_steps(setting):
         return no_equal("the average that awm compares with has a decay of min(.0003 n, .3) here after epoch n")
     ramp = round(setting.number() / setting.count("train.warmup_steps"), 9)
     return sets({"objective.awm.average_limit": setting.number(), "objective.awm.average_ramp": ramp})
@@ -424,10 +431,14 @@ def _ema_schedule(setting: Setting) -> Outcome:
     return not_needed("the same here") if same else no_equal("an average has one decay")
 
 
+def _rises_in_equal_steps(setting: Setting) -> bool:
+    return setting.all.get("train.ema_decay_schedule") == "linear" and "train.warmup_steps" in setting.all
+
+
 def _warmup(setting: Setting) -> Outcome:
-    if _objective(setting) == "awm":
+    if _objective(setting) == "awm" and _rises_in_equal_steps(setting):
         return Outcome("translated", "counted in objective.awm.average_ramp")
-    return not_needed(f"{_trainer(setting)} does not read it")
+    return not_needed("of a schedule that is not taken")
 
 
 def _off_policy(setting: Setting) -> Outcome:
@@ -533,6 +544,26 @@ def _lora_alpha(setting: Setting) -> Outcome:
     if setting.all.get("model.finetune_type") != "lora":
         return not_needed("all weights are trained")
     return not_needed("twice the rank") if setting.value is None else sets({"model.lora_alpha": setting.value})
+
+
+_RESUMING = "progrpo train --resume goes on with runs of its own"
+
+
+def _resumes_lora(setting: Setting) -> bool:
+    kind = setting.all.get("model.resume_type") or setting.all.get("model.finetune_type")
+    return kind == "lora" == setting.all.get("model.finetune_type")
+
+
+def _resumed(setting: Setting) -> Outcome:
+    if setting.value is None:
+        return not_needed("nothing to resume")
+    return continued_lora(setting) if _resumes_lora(setting) else no_equal(_RESUMING)
+
+
+def _resume_type(setting: Setting) -> Outcome:
+    if setting.all.get("model.resume_path") is None:
+        return not_needed("nothing to resume")
+    return Outcome("translated", "counted in model.lora") if _resumes_lora(setting) else no_equal(_RESUMING)
 
 
 def _targets(setting: Setting) -> Outcome:
@@ -742,12 +773,8 @@ RULES: dict[str, Rule] = {
     "model.master_weight_dtype": only(
         "fp32", "float32", why="the same here", otherwise="trained weights are kept in float32"
     ),
-    "model.resume_path": only(
-        None, why="nothing to resume", otherwise="progrpo train --resume goes on with runs of its own"
-    ),
-    "model.resume_type": only(
-        None, why="nothing to resume", otherwise="progrpo train --resume goes on with runs of its own"
-    ),
+    "model.resume_path": _resumed,
+    "model.resume_type": _resume_type,
     "log.run_name": ignored(_PLACE),
     "log.project": ignored(_PLACE),
     "log.logging_backend": ignored("metrics go to the run folder and its report"),
