@@ -159,7 +159,7 @@ class Sample:
     image: tuple[Path, ...] = ()
     """For a model that edits: the picture to change, one for all prompts or one for each."""
     lora: Path | None = None
-    """A run folder, or a LoRA folder in diffusers' format."""
+    """A run folder, or a LoRA: a folder, a file in safetensors or a hub id, as --model.lora of `train`."""
     out: Path = Path("samples")
     """The folder; 001-03.png is the fourth picture of the second prompt. Prompts are numbered on from those that are there, and nothing is replaced."""
     seed: int | None = None
@@ -215,6 +215,8 @@ class Eval:
 
     target: Annotated[Positional[str], arg(metavar="RUN|MODEL")]
     """A run folder, a built-in model's name, a folder in diffusers' format, or a hub id."""
+    lora: Path | None = None
+    """For a model: a run folder, or a LoRA folder in diffusers' format."""
     prompts: str | None = None
     """`shapes` or a prompt file (.txt, .jsonl); without it the run's own, `shapes` for a model."""
     reward: tuple[str, ...] = ()
@@ -243,6 +245,7 @@ class Eval:
 
         result = evaluate_model(
             self.target,
+            lora=self.lora,
             prompts=self.prompts,
             reward=self.reward,
             split=self.split,

@@ -15,7 +15,7 @@ from weakref import WeakSet
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline, ModelMixin
 from diffusers.models.autoencoders.vae import Decoder
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,8 +24,9 @@ from torch.utils.checkpoint import checkpoint
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.decoder import quicken
+from progrpo.policies.fingerprint import fingerprint
 from progrpo.policies.hub import reason_of
-from progrpo.policies.lora import ADAPTER, continue_lora, in_float32
+from progrpo.policies.lora import continue_lora, in_float32, save_lora
 from progrpo.policies.offload import Turns
 from progrpo.policies.parts import whole
 from progrpo.policies.quantized import quantize_blocks
@@ -60,6 +61,7 @@ class PipelinePolicy(ABC):
     no_prompt: ClassVar[str] = ""
     """The text that guidance leads away from."""
     prediction: str
+    fingerprints: Mapping[str, str]
 
     def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, size: tuple[int, int]) -> None:
         """Wrap a pipeline whose trainable parameters are already marked; `from_pipeline` is the way in.
@@ -123,18 +125,19 @@ class PipelinePolicy(ABC):
             _cast(denoiser, settings.dtype)
             if settings.lora:
                 continue_lora(pipeline, cls.denoiser_name, settings.lora)
-            else:
-                _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
-            if settings.shard:
-                lora = [p for p in denoiser.parameters() if p.requires_grad]
-                share_out(denoiser, torch.device(settings.device), whole=lora)
         elif settings.weights == "full":
             _cast(denoiser, torch.float32)
             denoiser.requires_grad_(True)
-            if settings.shard:
-                share_out(denoiser, torch.device(settings.device), whole=())
         else:
             raise ValueError(f"model.weights: {settings.weights!r} is not known; use 'lora' or 'full'")
+        fingerprints = _fingerprints(
+            pipeline
+        )  # while every process has all weights; a fresh LoRA's follow from the seed
+        if settings.weights == "lora" and not settings.lora:
+            _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
+        if settings.shard:
+            lora = [p for p in denoiser.parameters() if p.requires_grad] if settings.weights == "lora" else []
+            share_out(denoiser, torch.device(settings.device), whole=lora)
         _TAKEN.add(pipeline)
         if _narrow_on_cpu(settings):
             quicken(pipeline.vae)
@@ -148,7 +151,9 @@ class PipelinePolicy(ABC):
             pipeline.vae.to(memory_format=torch.channels_last)
         if cls.denoiser_name == "unet" and torch.device(settings.device).type == "cuda":
             denoiser.to(memory_format=torch.channels_last)
-        return cls(pipeline, settings, size)
+        policy = cls(pipeline, settings, size)
+        policy.fingerprints = fingerprints
+        return policy
 
     # --- what a family says of itself -------------------------------------------------------------------------------
 
@@ -372,7 +377,7 @@ class PipelinePolicy(ABC):
             if self._settings.weights == "full":
                 self._save_denoiser(folder)
             elif folder is not None:
-                self._save_lora(folder)
+                save_lora(self.denoiser, self.denoiser_name, folder)
 
     def _save_denoiser(self, folder: Path | None) -> None:
         denoiser = self.denoiser
@@ -385,13 +390,6 @@ class PipelinePolicy(ABC):
                 denoiser.load_state_dict(weights, assign=True)
         if folder is not None:
             denoiser.save_pretrained(folder)
-
-    def _save_lora(self, folder: Path) -> None:
-        metadata = self.denoiser.peft_config[ADAPTER].to_dict()  # without it alpha is lost
-        metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: equal weights should be equal files
-        layers = get_peft_model_state_dict(self.denoiser)
-        names = f"{self.denoiser_name}_lora_layers", f"{self.denoiser_name}_lora_adapter_metadata"
-        type(self._pipeline).save_lora_weights(folder, **dict(zip(names, (layers, metadata), strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
         return self.named_weights.state_dict()
@@ -494,6 +492,11 @@ def _compiled_decoder(vae: ModelMixin, settings: PolicySettings) -> list[nn.Modu
 
 def _modules(pipeline: DiffusionPipeline) -> list[nn.Module]:
     return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+def _fingerprints(pipeline: DiffusionPipeline) -> dict[str, str]:
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return {name: fingerprint(part) for name, part in parts.items()}
 
 
 def _cast(module: ModelMixin, dtype: torch.dtype) -> None:
