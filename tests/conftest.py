@@ -637,7 +637,7 @@ class LinearPolicy:
     prediction = "flow"
     embeds_guidance = False
     compiled = compiled_decoder = False
-    repeatable = True
+    batch_invariant = True
     attend = None
     latent_shape = (1, 2, 2)
     device = torch.device("cpu")

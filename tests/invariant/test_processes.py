@@ -77,7 +77,7 @@ def trained(model, config, reward):
     shard = config.model.shard and Ranks().world > 1
     settings = PolicySettings(config.model.weights, lora_rank=2, lora_alpha=4, max_sequence_length=8, shard=shard)
     policy = policy_from_pipeline(DiffusionPipeline.from_pretrained(model), settings)
-    policy.repeatable = not config.model.shard  # as on GPUs
+    policy.batch_invariant = not config.model.shard  # as on GPUs
     order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
     trainer = Trainer(config, policy, alone(FunctionReward(reward)), order, Ranks())
     survivors, records = [], []
