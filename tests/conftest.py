@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,14 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # tensors here are tiny: on a busy machine threads wait for each other for seconds
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs in tests, also those of other processes, know no timings of an earlier one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 WIDTH = 16  # of the T5, of the joined CLIPs and of the tokens: diffusers pads or crops silently if they differ
 CLIP_TOKENS = 16
