@@ -30,7 +30,8 @@ from progrpo.types import Prompt
 _SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128)
 _CLOSE = 1.06  # of two sizes that are as fast as that, the smaller one: it takes less memory and fills up less
 _SAMPLING_BUDGET, _TRAINING_BUDGET = 1.0, 2.0  # seconds of calls
-_BLOCK = 0.1  # seconds of calls of one size: short calls alone would slip through the gaps of a busy machine's other work
+# Short calls would slip through the gaps of other work, so each size is timed for as long:
+_BLOCK = 0.1  # seconds
 _BUSY = 0.15  # share of the processors that others may use while an answer is measured that is kept
 
 
@@ -178,8 +179,9 @@ class Timings:
             sample, train = ({int(n): float(s) for n, s in kept[name].items()} for name in ("sample", "train"))
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        right = kept["key"] == key and sample and train and all(0 < s < math.inf for s in [*sample.values(), *train.values()])
-        return cls(sample, train) if right else None
+        seconds = [*sample.values(), *train.values()]
+        usable = bool(sample and train) and all(0 < s < math.inf for s in seconds)
+        return cls(sample, train) if usable and kept["key"] == key else None
 
     def keep(self, key: Mapping[str, Any]) -> None:
         """Keep them in the user's cache; not those of a busy machine, and nowhere if there is no place for it."""
