@@ -36,7 +36,7 @@ class ModelConfig:
     """T5 tokens of SD3, FLUX and Wan, past which a text is cut; empty: as many as the model's pipeline takes (256 of SD3, 512 of the others), and
     16 of the built-in. There is no attention mask in them, so this changes the picture and multiplies the cost; in Wan those after the
     text are zeros. FLUX.2 klein and Qwen-Image count the tokens of their own encoder, the words of its chat around the prompt included; in
-    Qwen-Image those after a text are masked."""
+    Qwen-Image those after a text are masked. How many prompts are cut is said at the start of a run."""
     resolution: int | tuple[int, int] | None = None
     """Pixels of a picture or video: one number for a square, or height and width (`--model.resolution 480 832`, in JSON `[480, 832]`), in
     diffusers' order and in the multiples that the model takes. Empty: the model's own (1024 of SD 3.5, FLUX and Qwen-Image, 480 832 of Wan)."""
@@ -47,7 +47,8 @@ class ModelConfig:
     stay, and encode as prompts come; for runs of so many prompts that the embeddings would not fit."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Of the frozen weights and the network's forward pass; step math is always float32. `auto`: float32 or bfloat16, whichever
-    this device multiplies matrices faster in, measured when the run begins and then kept in its configuration."""
+    this device multiplies matrices faster in, measured when the run begins and then kept in its configuration. In float16, for GPUs
+    without bfloat16, losses are scaled, and a model whose numbers pass 65,504 gives no picture."""
     quantize: Literal["none", "int8"] = "none"
     """int8: the frozen weights of the linear layers of the denoiser's blocks are kept as 8-bit integers, a scale to each row, half of bfloat16's
     memory. The reference, samples and evaluations of the run are this model's; the saved LoRA is for the unquantised one."""
@@ -65,6 +66,11 @@ class ModelConfig:
     """With several processes: each holds a part of the denoiser's weights (torch's fully_shard), and blocks are gathered while they run. A LoRA
     stays whole; of weights that are trained in full gradients, averages and the optimizer's state are shared out too. For models too large for
     one device, with microbatches that are given."""
+    revision: str = ""
+    """Branch, tag or commit of a hub id; empty: its main branch. A commit is the same model whenever the run goes on."""
+    variant: str = ""
+    """Which of several kinds of weights files is read, such as fp16 (`model.fp16.safetensors`), of a folder or a hub id; parts that lack it are
+    read without. It names files and chooses no precision: that is `dtype`."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +96,12 @@ class SamplingConfig:
     embedded_guidance: bool = False
     """The model is told the guidance scale and needs no second call. Must be true for FLUX.1-dev where the scale is above 1, and
     false for other models."""
-    sampler: Literal["auto", "flow_grpo", "dance", "ddim", "cps", "cps_reduced"] = "auto"
-    """How a stochastic step adds noise. For flow models Flow-GRPO's SDE (`flow_grpo`, arXiv 2505.05470) or DanceGRPO's (`dance`,
-    arXiv 2505.07818); for flow and diffusion models `ddim` (with eta) and `cps` (arXiv 2509.05952; `cps_reduced` has the published
+    sampler: Literal["auto", "flow_grpo", "dance", "flow_grpo_wan", "ddim", "cps", "cps_reduced"] = "auto"
+    """How a stochastic step adds noise. For flow models Flow-GRPO's SDE (`flow_grpo`, arXiv 2505.05470), DanceGRPO's (`dance`,
+    arXiv 2505.07818) or that of flow_grpo's script for Wan (`flow_grpo_wan`); for flow and diffusion models `ddim` (with eta) and `cps` (arXiv 2509.05952; `cps_reduced` has the published
     stand-in for its log-prob). `auto`: flow_grpo for a flow model, ddim for a diffusion model."""
     noise_level: float | None = None
-    """How much noise: Flow-GRPO's a, DanceGRPO's and DDIM's eta, CPS's. Empty: the published 0.7, 0.3, 1 and 0.8."""
+    """How much noise: Flow-GRPO's a, DanceGRPO's and DDIM's eta, CPS's. Empty: the published 0.7 (1 of `flow_grpo_wan`), 0.3, 1 and 0.8."""
     shift: float | None = None
     """Time shift of a flow model's grid; empty: the model's own."""
     same_latent: bool = False
@@ -167,6 +173,7 @@ BUILT_IN_REWARDS = (
     "aesthetic",
     "ocr",
     "geneval",
+    "geneval_flow_grpo",
     "jpeg_compressibility",
     "jpeg_incompressibility",
     "nsfw",
@@ -234,8 +241,8 @@ class RewardTerm:
 class RewardConfig:
     terms: tuple[RewardTerm, ...] = (RewardTerm("shapes"),)
     """What is rewarded: one reward, or the weighted sum of several. Of the built-in verifier: `shapes` (graded), `shapes_strict` (1 where all is right, else 0)
-    and `shapes_mixed` (their mean). For any prompts: clipscore, pickscore, hpsv2, imagereward, aesthetic, ocr, geneval, jpeg_compressibility,
-    jpeg_incompressibility, nsfw, vlm, or `module:function`. Each is NAME, WEIGHT*NAME or a JSON object: docs/rewards.md."""
+    and `shapes_mixed` (their mean). For any prompts: clipscore, pickscore, hpsv2, imagereward, aesthetic, ocr, geneval, geneval_flow_grpo,
+    jpeg_compressibility, jpeg_incompressibility, nsfw, vlm, or `module:function`. Each is NAME, WEIGHT*NAME or a JSON object: docs/rewards.md."""
     frames: int = 4
     """Of a video, evenly spaced with the first and the last, that a reward of pictures scores; the video's score is their mean. 1: the
     middle one. A function of yours with `video = True` is given all."""
@@ -283,14 +290,22 @@ class AWMConfig:
     """Noise levels a trajectory that are trained."""
     time_fraction: float = 0.9
     """They lie in this share of the sampling grid, from its noisy end."""
-    weighting: Literal["uniform", "t", "t2"] = "uniform"
-    """Of the flow-matching loss by its noise level."""
+    weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "uniform"
+    """Of the flow-matching loss: by its noise level t, or a root of it times t. ghuber is the authors' and Flow-Factory's."""
+    huber_power: float = 0.25
+    """Of ghuber alone: t (loss ** power) / power. huber is half of it at the power 0.5."""
     clip_range: float = 1.0
     adv_clip_max: float = 1.0
+    """Flow-Factory's; the authors' is 5, with an `adv_scale` of 0.2."""
+    adv_scale: float = 1.0
+    """Clipped advantages are multiplied by it."""
     kl_beta: float = 1e-4
     """On the mean square distance of velocities to the reference."""
     average_beta: float = 1.0
     """The same to an average of the weights over time."""
+    average_ramp: float = 3e-4
+    """The average's decay is min(average_ramp n, average_limit) after the n-th iteration. Flow-Factory's; the authors' is 0.001."""
+    average_limit: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -322,7 +337,7 @@ class ObjectiveConfig:
     nft: NFTConfig = field(default_factory=NFTConfig)
     """DiffusionNFT (arXiv 2509.16117)."""
     awm: AWMConfig = field(default_factory=AWMConfig)
-    """Advantage weighted matching (arXiv 2509.25050)."""
+    """Advantage weighted matching (arXiv 2509.25050). Defaults are Flow-Factory's for SD3.5 but for the weighting; recipe sd35m-awm has the authors'."""
     dgpo: DGPOConfig = field(default_factory=DGPOConfig)
     """Direct group preference optimisation (arXiv 2510.08425)."""
 
@@ -615,6 +630,8 @@ _RULES: dict[str, _Rule] = {
     "recipe": (lambda v: re.fullmatch(r"\w[\w.-]{0,99}", v), "a name of letters, digits, dots and dashes, 100 at most"),
     "seed": _at_least(0),
     "iterations": _at_least(1),
+    "model.revision": (lambda v: re.fullmatch(r"(\w[\w./-]*)?", v), "a branch, tag or commit of the hub, or empty"),
+    "model.variant": (lambda v: re.fullmatch(r"([A-Za-z]\w*)?", v), "a name such as fp16, or empty"),
     "model.lora_rank": _between(1, 4096),
     "model.lora_alpha": _at_least(1),
     "model.max_sequence_length": _or_empty(_between(1, 512), " for the model's own"),
@@ -647,6 +664,10 @@ _RULES: dict[str, _Rule] = {
     "objective.awm.clip_range": _above(0),
     "objective.awm.kl_beta": _at_least(0),
     "objective.awm.average_beta": _at_least(0),
+    "objective.awm.huber_power": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "objective.awm.adv_scale": _above(0),
+    "objective.awm.average_ramp": _at_least(0),
+    "objective.awm.average_limit": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "objective.dgpo.dpo_beta": _above(0),
     "objective.dgpo.clip_range": _above(0),
     "objective.dgpo.kl_beta": _at_least(0),
@@ -843,7 +864,7 @@ def _check_preserving(config: Config) -> None:
         )
     if trains_transitions(config) and grpo.kl_form == "flow_grpo":
         raise ValueError(
-            "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance), not"
+            "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance, flow_grpo_wan), not"
             f" {sampling.sampler}; take exact"
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from progrpo.config import (
     AuditConfig,
+    AWMConfig,
     CheckpointConfig,
     Config,
     DGPOConfig,
@@ -87,14 +88,14 @@ _EMA_OF_TWO_UPDATES = (
 )
 
 
-def _sd35m(reward: str, kl_beta: float, prompts: str = "txt") -> Config:
+def _sd35m(task: str, kl_beta: float, prompts: str = "txt", reward: str = "") -> Config:
     """Flow-GRPO's settings on SD 3.5 Medium (arXiv 2505.05470), of which tasks differ in reward, prompts and KL, with Pro-GRPO's plan.
 
     Pro-GRPO's own learning settings are not known in public. The std of advantages is that of the survivors, as in its paper; flow_grpo
     takes the whole batch's: `--objective.advantage batch`.
     """
     return Config(
-        recipe=f"sd35m-{reward}",
+        recipe=f"sd35m-{task}",
         iterations=1000,
         model=ModelConfig(
             path="stabilityai/stable-diffusion-3.5-medium",
@@ -108,7 +109,7 @@ def _sd35m(reward: str, kl_beta: float, prompts: str = "txt") -> Config:
         prompts=PromptConfig(source=f"prompts.{prompts}", per_iteration=48),
         sampling=SamplingConfig(guidance_scale=4.5, microbatch=8),
         plan=PlanConfig(preset="standard"),
-        reward=RewardConfig((RewardTerm(reward),)),
+        reward=RewardConfig((RewardTerm(reward or task),)),
         objective=ObjectiveConfig(grpo=GRPOConfig(kl_beta=kl_beta, kl_form="flow_grpo")),
         optim=OptimConfig(lr=3e-4, updates_per_rollout=2, microbatch=8, ema_decay=_EMA_OF_TWO_UPDATES),
         eval=EvalConfig(prompts=f"eval.{prompts}", pictures=200, num_inference_steps=40, guidance_scale=4.5),
@@ -136,9 +137,10 @@ def sd35m_hpsv2() -> Config:
 def sd35m_geneval() -> Config:
     """SD 3.5 Medium towards GenEval's checks; bring prompts.jsonl and eval.jsonl, GenEval's metadata.
 
-    Flow-GRPO's settings for it (arXiv 2505.05470); the plan is Pro-GRPO's (arXiv 2512.15347), which was not published with this reward.
+    Flow-GRPO's settings and value of it (arXiv 2505.05470); the plan is Pro-GRPO's (arXiv 2512.15347), which was not published with
+    this reward. `--reward.terms geneval` has a value that stays in 0..1.
     """
-    return _sd35m("geneval", kl_beta=0.04, prompts="jsonl")
+    return _sd35m("geneval", kl_beta=0.04, prompts="jsonl", reward="geneval_flow_grpo")
 
 
 def sd35m_ocr() -> Config:
@@ -147,6 +149,28 @@ def sd35m_ocr() -> Config:
     Flow-GRPO's settings for it (arXiv 2505.05470); the plan is Pro-GRPO's (arXiv 2512.15347), which was not published with this reward.
     """
     return _sd35m("ocr", kl_beta=0.04)
+
+
+def sd35m_awm() -> Config:
+    """SD 3.5 Medium towards PickScore by AWM, with its authors' settings; bring prompts.txt and eval.txt.
+
+    From their public configuration for one node of eight GPUs (arXiv 2509.25050), whose baseline is `--plan.preset none`, a group of 24; their
+    solver is SA-Solver, ours the ODE's Euler steps. The plan is Pro-GRPO's (arXiv 2512.15347), which was not published with this
+    objective. Flow-Factory's settings are the objective's defaults, with `weighting ghuber`.
+    """
+    base = _sd35m("awm", kl_beta=0.0, reward="pickscore")
+    return replace(
+        base,
+        prompts=replace(base.prompts, per_iteration=24),
+        sampling=replace(base.sampling, num_inference_steps=14, guidance_scale=1.0),
+        objective=ObjectiveConfig(
+            name="awm",
+            advantage="batch",
+            awm=AWMConfig(weighting="ghuber", adv_clip_max=5.0, adv_scale=0.2, average_ramp=1e-3),
+        ),
+        optim=replace(base.optim, updates_per_rollout=1, ema_decay=0.99),
+        eval=replace(base.eval, guidance_scale=1.0),
+    )
 
 
 def flux_pickscore() -> Config:
@@ -322,6 +346,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "sd35m-hpsv2": sd35m_hpsv2,
     "sd35m-geneval": sd35m_geneval,
     "sd35m-ocr": sd35m_ocr,
+    "sd35m-awm": sd35m_awm,
     "flux-pickscore": flux_pickscore,
     "flux-pickscore-24gb": flux_pickscore_24gb,
     "flux-pickscore-48gb": flux_pickscore_48gb,

@@ -31,7 +31,7 @@ from progrpo.rewards.base import RewardSettings, Score
 from progrpo.rewards.clip import ClipCosine
 from progrpo.rewards.clipscore import CLIPScore
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.geneval import Colors, Detector, GenEval
+from progrpo.rewards.geneval import Colors, Detector, GenEval, GenEvalFlowGRPO
 from progrpo.rewards.hpsv2 import HPSv2
 from progrpo.rewards.imagereward import ImageReward
 from progrpo.rewards.imagereward import tokenizer_of as blip_tokenizer
@@ -129,7 +129,7 @@ def small_imagereward() -> ImageReward:
     )
 
 
-def small_geneval() -> GenEval:
+def small_geneval(kind: type[GenEval] = GenEval) -> GenEval:
     """Its detector has seen nothing, and so finds most things everywhere."""
     config = YolosConfig(
         image_size=[64, 64],
@@ -142,7 +142,7 @@ def small_geneval() -> GenEval:
     processor = YolosImageProcessorPil(size={"height": 64, "width": 64})
     clip = small(ClipCosine)
     colors = Colors(clip._model, clip._tokenizer, clip._image_processor)
-    return GenEval(Detector(random_weights(lambda: YolosForObjectDetection(config)), processor), colors)
+    return kind(Detector(random_weights(lambda: YolosForObjectDetection(config)), processor), colors)
 
 
 def reads_the_colour(picture_HWC):
@@ -158,6 +158,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "aesthetic": small_aesthetic,
     "ocr": lambda: OCR(reads_the_colour),
     "geneval": small_geneval,
+    "geneval_flow_grpo": lambda: small_geneval(GenEvalFlowGRPO),
     "function": lambda: FunctionReward(brightness),
     "function of a column": lambda: FunctionReward(wanted_objects),
     "function of all columns": lambda: FunctionReward(all_columns),

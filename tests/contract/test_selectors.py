@@ -121,3 +121,11 @@ def test_no_groups(select):
     empty = torch.empty(0, 4)
     selection = select(empty, 2, empty.bool(), torch.empty(0, dtype=torch.long))
     assert selection.indices_PK.shape == (0, 2)
+
+
+@pytest.mark.parametrize("shift", [1e8, -1e9, 1e12])
+def test_a_number_added_to_all_scores_changes_no_choice(select, shift):
+    scores_PG, present_PG, seeds_P = problem()
+    scores_PG = (scores_PG * 64).round() / 64  # which every shift leaves exact
+    plain, shifted = (select(scores, 5, present_PG, seeds_P) for scores in (scores_PG, scores_PG + shift))
+    assert rows(plain) == rows(shifted)

@@ -95,7 +95,7 @@ SAMPLERS = {
     "sd": PRESERVING,
     "sd_v": PRESERVING,
     "sdxl": PRESERVING,
-    "wan": ("flow_grpo",),
+    "wan": ("flow_grpo", "flow_grpo_wan"),
     "flux2_klein": ("flow_grpo",),
     "qwen_image": ("flow_grpo",),
 }

@@ -7,7 +7,7 @@ import torch
 from progrpo.objectives.advantage import (
     GroupStatistics,
     advantages,
-    batch_std_from_moments,
+    batch_mean_std,
     group_statistics,
     moments,
     normalised_sum,
@@ -131,22 +131,101 @@ def test_statistics_of_the_full_group_for_some_of_its_members():
     torch.testing.assert_close(ours, expected.float())
 
 
+def over_ranks(*shares):
+    """Mean and std as each of these ranks has them, which must agree."""
+
+    def on_rank(values):
+        seen: list[torch.Tensor] = []
+
+        def add_up(own):
+            centre = torch.zeros(()) if not seen else seen[0][1] / seen[0][0].clamp(min=1)
+            seen.append(torch.stack([moments(share, centre) for share in shares]).sum(0))
+            torch.testing.assert_close(own, moments(values, centre))
+            return seen[-1]
+
+        return torch.stack(batch_mean_std(values, add_up))
+
+    first, *rest = (on_rank(share) for share in shares)
+    assert all(torch.equal(first, other) for other in rest)
+    return first.tolist()
+
+
+def alone(rewards):
+    return [t.item() for t in batch_mean_std(rewards, lambda own: own)]
+
+
 def test_std_of_the_batch_over_ranks():
     rewards, group = ragged()
-    total = moments(rewards[:11]) + moments(rewards[11:])
-    std = batch_std_from_moments(*total)
-    assert std.item() == pytest.approx(np.nanstd(rewards.numpy()), rel=1e-12)
-    ours, _ = both(rewards, group, std=std)
+    std = alone(rewards)[1]
+    assert std == pytest.approx(np.nanstd(rewards.numpy()), rel=1e-12)
+    ours, _ = both(rewards, group, std=torch.tensor(std, dtype=torch.float64))
     statistics = group_statistics(rewards, group, 5)
     expected = ((rewards - statistics.mean_P[group]) / (std + 1e-4)).nan_to_num(0.0)
     torch.testing.assert_close(ours, expected.float())
 
 
+@pytest.mark.parametrize("shift", [0.0, 1e8, -1e12])
+@pytest.mark.parametrize("cuts", [(29,), (11, 18), (1, 0, 28), (10, 9, 5, 5)])
+def test_mean_and_std_of_the_batch_do_not_know_how_many_ranks_there_are(shift, cuts):
+    """Of rewards that every shift leaves exact: numpy's of what is not shifted is the truth."""
+    rewards, _ = ragged()
+    rewards = (rewards * 64).round() / 64
+    mean, std = over_ranks(*(rewards + shift).split(cuts))
+    assert std == pytest.approx(np.nanstd(rewards.numpy()), rel=1e-12)
+    assert mean == pytest.approx(np.nanmean(rewards.numpy()) + shift, rel=1e-14)
+
+
 def test_batch_std_of_close_rewards_and_of_none():
     rewards = 26 + 0.01 * torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert batch_std_from_moments(*moments(rewards)).item() == pytest.approx(np.std(rewards.numpy()), rel=1e-8)
-    assert batch_std_from_moments(*moments(torch.tensor([NAN]))) == 0
-    assert batch_std_from_moments(*moments(torch.full((7,), 0.1, dtype=torch.float64))).item() < 1e-7
+    assert alone(rewards)[1] == pytest.approx(np.std(rewards.numpy()), rel=1e-12)
+    assert alone(torch.tensor([NAN])) == [0.0, 0.0]
+    assert alone(torch.full((7,), 0.1, dtype=torch.float64))[1] < 1e-16
+
+
+# --- a number that is added to all rewards -----------------------------------------------------------------------------
+
+SHIFTS = [1e3, -1e6, 1e8, 1e9, 1e12]
+
+
+def exact(rewards):
+    """In 64ths, to which every shift can be added without rounding."""
+    return (rewards * 64).round() / 64
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_a_shift_changes_no_advantage(shift):
+    rewards, group = ragged()
+    rewards = exact(rewards)
+    plain, shifted = (group_statistics(r, group, 5) for r in (rewards, rewards + shift))
+    torch.testing.assert_close(shifted.std_P, plain.std_P, rtol=1e-14, atol=0)
+    torch.testing.assert_close(shifted.mean_P - shift, plain.mean_P, rtol=0, atol=1e-15 * abs(shift) + 1e-14)
+    assert shifted.informative_P.tolist() == plain.informative_P.tolist()
+    # of a mean near 1e12 the last digit is 1e-4
+    torch.testing.assert_close(both(rewards + shift, group)[0], both(rewards, group)[0], rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_a_shift_changes_no_normalised_sum(shift):
+    parts = exact(torch.randn(12, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    group, weights = torch.arange(12) % 3, torch.tensor([1.0, 0.5])
+    shifted = normalised_sum(parts + torch.tensor([shift, 0.0]), weights, group, 3)
+    torch.testing.assert_close(shifted, normalised_sum(parts, weights, group, 3), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e9 + 0.1, -1e15 / 3])
+def test_equal_rewards_are_flat_at_any_size_and_the_next_number_but_a_few_is_not(value):
+    flat = torch.full((24,), value, dtype=torch.float64)
+    group = torch.zeros(24, dtype=torch.long)
+    assert group_statistics(flat, group, 1).std_P.item() == 0
+    apart = flat.clone()
+    apart[:12] += 64 * np.spacing(max(abs(value), 1.0))
+    assert group_statistics(apart, group, 1).informative_P.all()
+    assert both(apart, group, 1, eps=1e-300)[0].abs().tolist() == pytest.approx([1.0] * 24, rel=0.1)
+
+
+def test_rewards_of_a_thousand_million_and_one_teach():
+    ours, _ = both(torch.tensor([1e9 - 1, 1e9 + 1], dtype=torch.float64), torch.zeros(2, dtype=torch.long), 1)
+    assert ours.tolist() == pytest.approx([-1, 1], rel=2e-4)
 
 
 def test_statistics_are_plain_values():

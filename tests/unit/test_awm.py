@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 
+from progrpo.config import AWMConfig
 from progrpo.objectives.awm import AWM
 from progrpo.objectives.forward_process import Draws, Noised
+from progrpo.recipes import load_recipe
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
 DRAWS, FRACTION, CLIP = 3, 0.9, 0.15
 ITEMS = torch.arange(5 * DRAWS)
-WEIGHTINGS = {"uniform": lambda t: 1.0, "t": lambda t: t, "t2": lambda t: t * t}
+WEIGHTINGS = {  # of an error e at the noise level t: minus the "log-probability"
+    "uniform": lambda e, t: e,
+    "t": lambda e, t: t * e,
+    "t2": lambda e, t: t * t * e,
+    "huber": lambda e, t: t * (math.sqrt(e + 1e-10) - 1e-5),
+    "ghuber": lambda e, t: 4 * t * (math.sqrt(math.sqrt(e + 1e-10)) - 10**-2.5),
+}
 
 
 def awm(**settings):
@@ -55,7 +64,7 @@ def velocity(at, weights):
 
 def log_prob(at, weights, weighting):
     off = velocity(at, weights) - at.target
-    return -WEIGHTINGS[weighting](at.levels.sigma.item()) * (off**2).mean().item()
+    return -WEIGHTINGS[weighting]((off**2).mean().item(), at.levels.sigma.item())
 
 
 def by_hand(policy, experience, objective, old):
@@ -63,7 +72,8 @@ def by_hand(policy, experience, objective, old):
     sums = dict.fromkeys(("loss", "outside", "cut", "reference", "average"), 0.0)
     deviation = 0.0
     for i in range(len(experience) * DRAWS):
-        at, advantage = item(policy, experience, i), experience.advantages_N[i % 5].item()
+        at = item(policy, experience, i)
+        advantage = experience.advantages_N[i % 5].item() * objective.adv_scale
         now, then = (log_prob(at, w, objective.weighting) for w in (numbers(policy), old))
         ratio = math.exp(now - then)
         bounded = min(max(ratio, 1 - objective.clip_range), 1 + objective.clip_range)
@@ -93,6 +103,9 @@ CASES = [
     {"weighting": "uniform"},
     {"weighting": "t"},
     {"weighting": "t2"},
+    {"weighting": "huber", "clip_range": 0.05},
+    {"weighting": "ghuber", "clip_range": 0.05},
+    {"adv_scale": 0.2},
     {"kl_beta": 0.3},
     {"average_beta": 0.7},
     {"weighting": "t", "kl_beta": 0.3, "average_beta": 0.7},
@@ -225,3 +238,17 @@ def test_what_it_asks_for(experience):
     assert objective.items_per_trajectory(experience) == DRAWS and objective.needs == "latents"
     assert objective.rollout_weights == "current" and set(objective.averages) == {"average"}
     assert [objective.averages["average"].decay(n) for n in (1, 100, 2000)] == pytest.approx([3e-4, 0.03, 0.3])
+
+
+def test_the_authors_settings_are_told_from_flow_factorys():
+    """Read in both public configurations for SD3.5: the clip of advantages, what they are divided by, and the average's decay."""
+    authors, flow_factory = load_recipe("sd35m-awm").objective.awm, AWMConfig()
+    averages = [AWM(**asdict(c)).averages["average"] for c in (authors, flow_factory)]
+    assert [[a.decay(n) for n in (1, 100, 250, 400, 2000)] for a in averages] == [
+        pytest.approx([0.001, 0.1, 0.25, 0.3, 0.3]),
+        pytest.approx([0.0003, 0.03, 0.075, 0.12, 0.3]),
+    ]
+    largest = [c.adv_clip_max * c.adv_scale for c in (authors, flow_factory)]
+    assert largest == [1.0, 1.0] and (authors.adv_clip_max, flow_factory.adv_clip_max) == (5.0, 1.0)
+    assert (authors.weighting, authors.huber_power, authors.clip_range) == ("ghuber", 0.25, 1.0)
+    assert (authors.draws, authors.time_fraction, authors.kl_beta, authors.average_beta) == (6, 0.9, 1e-4, 1.0)

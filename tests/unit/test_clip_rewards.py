@@ -29,7 +29,7 @@ from progrpo.rewards.aesthetic import Aesthetic
 from progrpo.rewards.base import Refusal, RewardSettings
 from progrpo.rewards.clip import VIT_H, VIT_L, head_of
 from progrpo.rewards.clipscore import CLIPScore
-from progrpo.rewards.hpsv2 import CHECKPOINT, HPSv2, clip_of, config_of, weights_of
+from progrpo.rewards.hpsv2 import CHECKPOINT, HPSv2, clip_of, config_of, squared, weights_of
 from progrpo.rewards.hub import OnFirstScore, placed, read_pickle
 from progrpo.rewards.pickscore import PickScore
 from progrpo.types import Prompt
@@ -364,7 +364,9 @@ def published_pixels(pictures_NHWC: np.ndarray) -> torch.Tensor:
         height, width = (round(scale * side) for side in picture.shape[:2])
         resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
         square = Image.new("RGB", (224, 224))
-        square.paste(resized, (math.ceil((224 - width) / 2), math.ceil((224 - height) / 2)))
+        square.paste(
+            resized, ((224 - width) // 2, (224 - height) // 2)
+        )  # the published padding: floor, and the rest after
         rows.append(normalised(square))
     return torch.stack(rows)
 
@@ -383,6 +385,17 @@ def test_hpsv2_is_open_clips_network_through_a_checkpoint(shape, tmp_path):
     converted = clip_of(state, text_heads=4, vision_heads=8)
     scores = HPSv2(converted, tokenizer(), CLIPImageProcessorPil()).score(drawn, PROMPTS)
     assert values(scores) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("height", "before", "after"), [(50, 56, 56), (97, 3, 4), (99, 1, 1), (98, 2, 2), (100, 0, 0)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_hpsv2_has_the_odd_row_of_black_at_the_end(height, before, after, turned):
+    """Numbers of the published code's padding, pad // 2 first and pad - pad // 2 last, for a side of 224."""
+    white = np.full((height, 100, 3), 255, np.uint8)
+    square = squared(white.transpose(1, 0, 2) if turned else white, 224)
+    rows = (square.transpose(1, 0, 2) if turned else square)[..., 0]
+    assert square.shape == (224, 224, 3)
+    assert not rows[:before].any() and not rows[224 - after :].any() and (rows[before : 224 - after] == 255).all()
 
 
 def test_a_vit_h_of_open_clip_is_one_of_transformers():

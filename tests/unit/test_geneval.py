@@ -6,11 +6,13 @@ import string
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -26,6 +28,8 @@ from transformers import (
 )
 
 import progrpo
+from progrpo.config import RewardTerm
+from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Refusal, Score
 from progrpo.rewards.clip import VIT_L
 from progrpo.rewards.geneval import (
@@ -37,9 +41,12 @@ from progrpo.rewards.geneval import (
     Detection,
     Detector,
     GenEval,
+    GenEvalFlowGRPO,
+    _detector_of,
     box_of,
     crop_of,
     demand_of,
+    flow_grpo_credit,
     judge,
     relations,
 )
@@ -124,7 +131,7 @@ ONE, TWO, THREE = (Demand((Clause("dog", n),)) for n in (1, 2, 3))
     [
         (ONE, 0, 0.0, False),
         (ONE, 1, 1.0, True),
-        (ONE, 2, 0.0, True),  # GenEval wants enough, Flow-GRPO the number
+        (ONE, 2, 0.0, True),  # GenEval asks for enough, the value for the number
         (TWO, 1, 0.5, False),
         (TWO, 3, 0.5, True),
         (THREE, 1, 1 / 3, False),
@@ -194,7 +201,7 @@ BESIDE = Demand((Clause("cat", 1), Clause("dog", 1, None, ("left of", 0))))
         ([], 0.0, False),
         ([see("dog", 0.8), see("dog", 0.7, x=90), see("cat", x=50)], 1 / 3, True),  # the most certain dog is right
         ([see("dog", 0.7), see("dog", 0.8, x=90), see("cat", x=50)], 1 / 3, False),
-        ([see("dog"), see("cat", 0.8, x=50), see("cat", 0.7, x=-50)], 1 / 3, True),  # Flow-GRPO's target must be exact
+        ([see("dog"), see("cat", 0.8, x=50), see("cat", 0.7, x=-50)], 1 / 3, True),  # the value's target must be exact
     ],
 )
 def test_positions(seen, value, passed):
@@ -218,6 +225,82 @@ def test_a_target_of_the_wrong_color_is_no_target():
 
 def test_a_later_mistake_does_not_mend_an_earlier_one():
     assert judge(Demand((Clause("dog", 1), Clause("cat", 1))), [see("cat")], unasked) == Score(0.5, False)
+
+
+# --- Flow-GRPO's value: numbers worked out by hand after its authors' reward server --------------------------------------
+
+
+def flow_grpo(demand, seen, colors_of=unasked):
+    return judge(demand, seen, colors_of, flow_grpo_credit)
+
+
+@pytest.mark.parametrize(
+    ("demand", "seen", "value", "passed"),
+    [
+        (ONE, 0, 0.0, False),
+        (ONE, 1, 1.0, True),
+        (ONE, 2, 0.0, True),
+        (ONE, 3, -1.0, True),  # below 0, and further with every object too many
+        (ONE, 16, -14.0, True),
+        (ONE, 20, -14.0, True),  # no more than 16 are looked at
+        (TWO, 1, 0.5, False),
+        (TWO, 5, -0.5, True),
+        (THREE, 4, 2 / 3, True),
+        (THREE, 7, -1 / 3, True),
+        (Demand((Clause("dog", 1),), (Clause("cat", 1),)), 1, 1.0, False),  # what is excluded counts for nothing
+    ],
+)
+def test_flow_grpos_counts(demand, seen, value, passed):
+    score = flow_grpo(demand, [*dogs(seen), see("cat")])
+    assert (score.value, score.passed) == (pytest.approx(value), passed)
+
+
+@pytest.mark.parametrize(
+    ("count", "colors", "value"),
+    [
+        (1, ["red"], 1.0),
+        (1, ["blue"], 0.5),
+        (1, [], 0.0),  # 0 for the number, 0 for the colour
+        (2, ["red", "blue"], 0.75),
+        (2, ["red"], 0.25),
+        (1, ["red", "red"], 0.0),
+        (1, ["red", "red", "red"], -0.5),  # (-1 + 0) / 2
+    ],
+)
+def test_flow_grpos_colors(count, colors, value):
+    seen = [see("dog", 0.9 - 0.1 * i, color=color) for i, color in enumerate(colors)]
+    assert flow_grpo(Demand((Clause("dog", count, "red"),)), seen, painted).value == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("seen", "value"),
+    [
+        ([see("dog"), see("cat", x=50)], 1.0),  # 1 and 1 for the numbers, 1 for the place
+        ([see("dog", x=50), see("cat")], 0.75),  # 1, 1, 0 and another 1
+        ([see("dog")], 1 / 3),  # 0; 1 and 0, for there is no target
+        ([see("cat")], 1 / 3),  # 1; 0 and 0 for the place
+        ([see("dog"), see("cat", x=50), see("cat", x=70), see("cat", x=90)], 0.0),  # -1; 1 and 0
+        ([], 0.0),
+    ],
+)
+def test_flow_grpos_positions(seen, value):
+    assert flow_grpo(BESIDE, seen).value == pytest.approx(value)
+
+
+def test_flow_grpo_asks_for_no_position_where_a_color_is_wrong():
+    demand = Demand((Clause("cat", 1), Clause("dog", 1, "red", ("left of", 0))))
+    assert flow_grpo(demand, [see("dog", color="blue"), see("cat", x=50)], painted).value == pytest.approx(2 / 3)
+    target = Demand((Clause("cat", 1, "blue"), Clause("dog", 1, None, ("left of", 0))))
+    assert flow_grpo(target, [see("dog"), see("cat", x=50)], painted).value == pytest.approx(2 / 4)  # 1, 0; 1, 0
+
+
+def test_each_value_has_its_own_name():
+    detector = SimpleNamespace(labels={"dog"}, detect=lambda pictures: [dogs(3)] * len(pictures))
+    prompt = Prompt("a dog", {"include": [{"class": "dog", "count": 1}]})
+    pictures = np.zeros((1, 8, 8, 3), np.uint8)
+    values = [kind(detector, unasked).score(pictures, [prompt])[0] for kind in (GenEval, GenEvalFlowGRPO)]  # type: ignore[arg-type]
+    assert values == [Score(0.0, True), Score(-1.0, True)]
+    assert load_recipe("sd35m-geneval").reward.terms == (RewardTerm("geneval_flow_grpo"),)
 
 
 # --- what a prompt demands --------------------------------------------------------------------------------------------
@@ -622,3 +705,15 @@ def test_from_the_cache_without_a_network(tmp_path):
         f"reward 'geneval': {clip} is a clip, not a detector of objects; name a Mask2Former, a DETR or an RT-DETR"
     )
     assert missing.startswith("reward 'geneval': there is no cached copy of nobody/nothing, and the Hugging Face hub")
+
+
+def test_a_detector_whose_file_has_other_names_is_refused(tmp_path):
+    small_yolos().save_pretrained(tmp_path)
+    YolosImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(tmp_path)
+    _detector_of(str(tmp_path), "main")
+    file = tmp_path / "model.safetensors"
+    save_file({f"module.{name}": weight for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(
+        Refusal, match=rf"^reward 'geneval': {tmp_path} is no YolosForObjectDetection, it has no \S+ of"
+    ):
+        _detector_of(str(tmp_path), "main")

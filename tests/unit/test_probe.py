@@ -118,6 +118,17 @@ def test_previews_teach_as_well_where_they_are_known():
     assert not torch.equal(scores(learnt(known), known), scores(learnt(drawn(4)), known))
 
 
+def test_a_number_added_to_all_rewards_teaches_the_same():
+    """Rewards are in 64ths, of which the shift and the mean of eight are exact in float64, and in float32 not."""
+
+    def lesson(one: Lesson, shift: float) -> Lesson:
+        rewards = (one.rewards_N * 64).round() / 64 + shift
+        return Lesson(one.seen_TNCHW, one.text, rewards, rewards.expand(STEPS, -1))
+
+    plain, shifted = ([lesson(one, shift) for one in drawn(6, members=8)] for shift in (0.0, 1e9))
+    torch.testing.assert_close(scores(learnt(shifted), shifted), scores(learnt(plain), plain), rtol=1e-4, atol=1e-5)
+
+
 def test_a_score_is_made_within_the_group_alone():
     probe, fresh = learnt(drawn(8)), drawn(3, seed=5)
     together, alone = scores(probe, fresh), torch.cat([scores(probe, [one]) for one in fresh])

@@ -51,9 +51,10 @@ def test_tasks_of_sd35m_differ_in_reward_prompts_and_kl_alone():
     }  # of Flow-GRPO's configurations; hpsv2's is ours
     base = load_recipe("sd35m-pickscore")
     assert (base.model.resolution, base.plan.preset, base.optim.lr) == (512, "standard", 3e-4)
+    rewards = {task: task for task in betas} | {"geneval": "geneval_flow_grpo"}
     for task, beta in betas.items():
         config = load_recipe(f"sd35m-{task}")
-        assert [term.name for term in config.reward.terms] == [task] and config.objective.grpo.kl_beta == beta
+        assert [term.name for term in config.reward.terms] == [rewards[task]] and config.objective.grpo.kl_beta == beta
         own: dict[str, Any] = {
             "recipe": config.recipe,
             "prompts": config.prompts,

@@ -189,14 +189,19 @@ def test_what_the_reward_fails_at_is_missing_and_no_other(error):
         assert client.get("/health").json()["failures"] == 2
 
 
-def test_a_reward_that_loses_count_scores_nothing():
+def test_a_reward_that_loses_count_is_refused_and_not_asked_again():
     class Short(Recorded):
-        def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
-            return [Score(1.0)] * 3
+        asked = 0
 
-    with served(Short()) as client:
-        found = scores(client, item(picture()), item(picture()))
-    assert values(found) == [None, None] and "3 scores for 1 pictures" in found[0]["error"]
+        def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+            self.asked += 1
+            return [Score(1.0)]
+
+    reward = Short()
+    with served(reward) as client:
+        answer = client.post("/v1/score", json=question(item(picture()), item(picture())))
+    assert (answer.status_code, reward.asked) == (422, 1)
+    assert answer.json()["detail"] == "the reward gave 1 scores for 2 pictures; return one each"
 
 
 @pytest.mark.parametrize("share", [0.1, 1.0])

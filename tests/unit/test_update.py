@@ -101,6 +101,37 @@ def test_advantages_are_clipped():
     assert experience.advantages_N.max() == 5.0
 
 
+@pytest.mark.parametrize("shift", [1e8, -1e9])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {},
+        {"advantage": "batch"},
+        {"advantage": "gdpo"},
+        {"baseline": "group"},
+        {"advantage": "batch", "baseline": "group"},
+    ],
+)
+def test_a_number_added_to_all_rewards_changes_no_advantage_of_any_kind(objective, shift):
+    """Rewards are in eighths, which the shift leaves exact."""
+    finalists = np.random.default_rng(0).integers(-16, 17, 24) / 8
+    groups, chosen = [0] * 12 + [1] * 12, [*range(6), *range(12, 20)]
+    parts = np.stack([finalists[chosen], np.linspace(0, 1, 14)], axis=1)
+    weights = {"one": 1.0, "other": 0.0}
+
+    def advantages(added):
+        survivors, group = (finalists + added)[chosen].tolist(), [groups[i] for i in chosen]
+        rollout = rolled(
+            survivors, group, (finalists + added).tolist(), groups, parts=np.add(parts, [added, 0.0]).tolist()
+        )
+        experience, seen = learnt(rollout, weights=weights, **objective)
+        return experience.advantages_N, seen["reward/std"]
+
+    (shifted, shifted_std), (plain, std) = advantages(shift), advantages(0.0)
+    torch.testing.assert_close(shifted, plain, rtol=1e-6, atol=1e-6)
+    assert plain.abs().max() > 0.5 and shifted_std == pytest.approx(std, rel=1e-12)
+
+
 def test_the_grid_goes_along():
     experience, _ = learnt(rolled([1.0, 3.0], [0, 0]))
     assert experience.process is SAMPLING.process

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from progrpo.rewards.base import Refusal, RewardSettings, Score
+from progrpo.rewards.base import Refusal, RewardSettings, Score, WrongAnswer
+from progrpo.rewards.patient import Patient
 from progrpo.rewards.vlm import MAX_TOKENS, VLMJudge, mark_of
 from progrpo.types import Prompt
 
@@ -298,6 +299,16 @@ def test_answers_without_a_mark(text, problem):
 def test_answers_that_are_none(answer, problem):
     with pytest.raises(ValueError, match=problem):
         mark_of(json.dumps(answer))
+
+
+@pytest.mark.parametrize("answer", [[7], 7, "7", {}, {"score": 7}, {"detail": "Not Found"}])
+def test_what_another_api_answers_is_refused_at_once(serve, answer):
+    judge, server = serve(lambda request: (200, json.dumps(answer)))
+    with pytest.raises(
+        WrongAnswer, match=r"^reward 'vlm': the server's answer is no completion: .*; check that the url is"
+    ):
+        Patient(judge, sleep=lambda seconds: None).score(pictures(1), [Prompt("")])
+    assert len(server.asked) == 1
 
 
 def test_answers_that_are_no_json():

@@ -84,6 +84,7 @@ def test_none_of_it_is_asked_for_without_the_launcher():
     [
         ({}, {}, Zero(2, buckets={})),
         ({}, {"mixed_precision": "bf16"}, Zero(2, buckets={}, dtype="bfloat16")),
+        ({}, {"mixed_precision": "fp16"}, Zero(2, buckets={}, dtype="float16")),
         ({"zero_stage": 1, "offload_optimizer_device": "cpu"}, {}, Zero(1, offload=True, buckets={})),
         ({"gradient_clipping": 0.5}, {}, Zero(2, buckets={}, max_grad_norm=0.5)),
         ({"zero_stage": 0}, {}, Zero(0, buckets={})),
@@ -110,7 +111,6 @@ def test_what_a_file_of_deepspeeds_says(launched, tmp_path):
         ({"offload_param_device": "cpu"}, {}, "parameters to offload to cpu; .*--model.offload"),
         ({"offload_optimizer_device": "cpu", "zero_stage": 0}, {}, "offload in stage 0; take stage 1"),
         ({"gradient_accumulation_steps": 4}, {}, "gradient_accumulation_steps 4; .*optim.microbatch"),
-        ({}, {"mixed_precision": "fp16"}, "fp16; take bf16"),
         ({"gradient_clipping": "much"}, {}, "cannot be read .*much.*; mend"),
     ],
 )
@@ -120,6 +120,13 @@ def test_what_has_no_equal_is_refused_with_what_to_take(launched, changed, of_ac
         Ranks()
 
 
+def test_a_precision_that_no_model_is_trained_in_is_refused(launched, monkeypatch):
+    launched(OF_TRL)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")  # accelerate launches it on a GPU alone
+    with pytest.raises(ValueError, match=r"gives DeepSpeed mixed_precision fp8; take bf16, fp16 or no"):
+        asked()
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -127,7 +134,7 @@ def test_what_has_no_equal_is_refused_with_what_to_take(launched, changed, of_ac
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler; give optim.warmup"),
         ({"train_batch_size": 64}, "train_batch_size 64; .*prompts.per_iteration"),
         ({"train_micro_batch_size_per_gpu": 2}, "train_micro_batch_size_per_gpu 2; .*optim.microbatch"),
-        ({"fp16": {"enabled": True}}, "fp16; take bf16"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both fp16 and bf16; take one"),
         ({"amp": {"enabled": True}}, "amp, which has no equal here; leave it out"),
         ({"zero_optimization": {"stage": 1, "zenflow": {}}}, "zero_optimization.zenflow, which has no equal"),
         ({"zero_optimization": {"stage": 1, "allgather_bucket_size": 7}}, "allgather_bucket_size 7; .*even"),

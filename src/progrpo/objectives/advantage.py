@@ -5,12 +5,13 @@ Groups may end with different counts, because rewards fail and members are prune
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-_MIN_RELATIVE_STD = 1e-8  # below it a std is rounding: a mean of equal float64 rewards need not equal them
+_ROUNDING = 16 * torch.finfo(torch.float64).eps  # below this share of rewards a std is that of sums in another order
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class GroupStatistics:
     @property
     def informative_P(self) -> Tensor:
         """Which groups can teach: at least two observed rewards, and not all the same."""
-        return (self.count_P >= 2) & (self.std_P > _MIN_RELATIVE_STD * self.mean_P.abs().clamp(min=1))
+        return (self.count_P >= 2) & (self.std_P > _ROUNDING * self.mean_P.abs().clamp(min=1))
 
 
 def _group_sum(values_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
@@ -36,13 +37,18 @@ def _group_sum(values_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
 
 
 def group_statistics(rewards_N: Tensor, group_N: Tensor, num_groups: int) -> GroupStatistics:
-    """Mean, std and count of the observed rewards of each group; `group_N` int64 in [0, num_groups)."""
+    """Mean, std and count of the observed rewards of each group; `group_N` int64 in [0, num_groups).
+
+    Sums are of what rewards have above their group's lowest, so that a number added to all of them changes no std.
+    """
     observed_N = rewards_N.isfinite()
     rewards, group = rewards_N[observed_N].double(), group_N[observed_N]
     count_P = torch.bincount(group, minlength=num_groups)
-    mean_P = _group_sum(rewards, group, num_groups) / count_P
-    variance_P = _group_sum((rewards - mean_P[group]).square(), group, num_groups) / count_P
-    return GroupStatistics(mean_P, variance_P.sqrt(), count_P)
+    lowest_P = rewards.new_full((num_groups,), torch.inf).scatter_reduce(0, group, rewards, "amin")
+    above_N = rewards - lowest_P[group]
+    mean_P = _group_sum(above_N, group, num_groups) / count_P
+    variance_P = _group_sum((above_N - mean_P[group]).square(), group, num_groups) / count_P
+    return GroupStatistics(lowest_P + mean_P, variance_P.sqrt(), count_P)
 
 
 def with_quorum(rewards_N: Tensor, group_N: Tensor, num_groups: int, quorum: float) -> Tensor:
@@ -66,19 +72,23 @@ def normalised_sum(parts_NR: Tensor, weights_R: Tensor, group_N: Tensor, num_gro
     return total_N
 
 
-def moments(rewards_N: Tensor) -> Tensor:
-    """Count, sum and sum of squares of the observed rewards, (3,) float64: add them over ranks, then take the std."""
-    rewards = rewards_N[rewards_N.isfinite()].double()
-    return torch.stack([rewards.new_tensor(float(len(rewards))), rewards.sum(), rewards.square().sum()])
+def moments(rewards_N: Tensor, centre: Tensor | float = 0.0) -> Tensor:
+    """Count, sum and sum of squares of the observed rewards less `centre`, (3,) float64, to be added up over ranks."""
+    off = rewards_N[rewards_N.isfinite()].double() - centre
+    return torch.stack([off.new_tensor(float(len(off))), off.sum(), off.square().sum()])
 
 
-def batch_std_from_moments(count: Tensor, total: Tensor, total_sq: Tensor) -> Tensor:
-    """Std (ddof 0) of all rewards that went into the moments, shape (), float64; 0 if there were none.
+def batch_mean_std(rewards_N: Tensor, add_up: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and std (ddof 0) of all observed rewards of all ranks, of shape (), float64; 0 if there are none.
 
-    Takes the three entries of summed `moments`. The difference of squares keeps nine digits at rewards of 26 +- 0.01.
+    `add_up` sums a rank's `moments` over ranks. It is asked twice, first for the mean: squares are of distances to it, since a
+    difference of squares of large rewards has no digit left.
     """
-    count = count.double().clamp(min=1)
-    return (total_sq.double() / count - (total.double() / count).square()).clamp(min=0).sqrt()
+    count, total, _ = add_up(moments(rewards_N)).unbind()
+    centre = total / count.clamp(min=1)
+    count, off, off_sq = add_up(moments(rewards_N, centre)).unbind()
+    mean_off, mean_sq = off / count.clamp(min=1), off_sq / count.clamp(min=1)
+    return centre + mean_off, (mean_sq - mean_off.square()).clamp(min=0).sqrt()
 
 
 def advantages(

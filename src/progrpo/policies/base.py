@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from progrpo.diffusion.levels import Levels
+from progrpo.policies.tokens import Truncation
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition, Prompt
 
@@ -31,6 +32,7 @@ class PolicySettings:
     `compile` has torch compile the denoiser's blocks, once for each shape that they meet, and on a GPU a decoder of pictures. `activation_checkpointing` computes activations
     anew in the backward pass instead of keeping them. `shard` shares a denoiser's weights out among the processes. With `offload` the
     denoiser and the text encoders are on the device by turns. `decoding` is of a microbatch at once, of one picture, or of one in tiles. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
+    `revision` is a hub id's branch, tag or commit, `variant` which of several kinds of weights files is read (fp16: `model.fp16.safetensors`).
     """
 
     weights: Literal["lora", "full"] = "lora"
@@ -51,6 +53,8 @@ class PolicySettings:
     offload: bool = False
     decoding: Literal["whole", "sliced", "tiled"] = "whole"
     tiny_decoder: str = ""
+    revision: str = ""
+    variant: str = ""
 
 
 class Policy(Protocol):
@@ -114,6 +118,10 @@ class Policy(Protocol):
 
         ValueError for a new text after `release_text_encoders`, and for a picture that is lacking or cannot be read.
         """
+        ...
+
+    def truncation(self, texts: Sequence[str]) -> Truncation:
+        """How many of the texts are longer than the text encoders read, also after `release_text_encoders`."""
         ...
 
     def release_text_encoders(self) -> None:

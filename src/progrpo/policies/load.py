@@ -6,11 +6,11 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -25,6 +25,7 @@ from progrpo.policies.flux import FluxKontextPolicy, FluxPolicy
 from progrpo.policies.flux2 import Flux2KleinPolicy
 from progrpo.policies.hub import reason_of
 from progrpo.policies.lora import HUB_ID, LORA_FILE
+from progrpo.policies.parts import fetched, networks, whole
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.qwen_image import QwenImagePolicy
 from progrpo.policies.sd3 import SD3Policy
@@ -84,8 +85,8 @@ def load_policy(path: str | Path, settings: PolicySettings, trained: str | Path 
     class that no policy is written for.
     """
     settings = of_model(path, settings)
-    source = locate(path)
-    kind = supported(source)
+    source = locate(path, settings.revision)
+    kind = supported(source, settings.revision)
     pipeline = _read_pipeline(source, kind, settings)
     if trained is not None:
         _apply_trained(pipeline, kind.denoiser_name, Path(trained))
@@ -107,8 +108,7 @@ def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path
             kind = type(base).load_config(folder).get("_class_name")
             if kind != type(base).__name__:
                 raise ValueError(f"they are of a {kind}, and this model has a {type(base).__name__}")
-            trained = type(base).from_pretrained(folder, use_safetensors=True, dtype=base.dtype)
-            _require_whole(trained, folder)
+            trained = whole(type(base), folder, dtype=base.dtype)
         setattr(pipeline, denoiser_name, trained)
     else:
         raise ValueError(f"{named(folder)} holds no trained weights: neither {LORA_FILE} nor a denoiser's config.json")
@@ -134,8 +134,17 @@ def of_model(path: str | Path, settings: PolicySettings) -> PolicySettings:
     return settings
 
 
-def locate(path: str | Path) -> str:
-    """A folder that has a pipeline in it, or a hub id."""
+def locate(path: str | Path, revision: str = "") -> str:
+    """A folder that has a pipeline in it, or a hub id, which alone has revisions."""
+    source = _located(path)
+    if revision and os.path.isdir(source):
+        raise ValueError(
+            f"model.revision: {named(path)} is no hub id, and has no revision {named(revision)}; leave it empty, or give a hub id"
+        )
+    return source
+
+
+def _located(path: str | Path) -> str:
     if str(path) in BUILT_IN:
         return _built_in(str(path))
     folder = os.path.expanduser(path)  # as os.path.isdir, and unlike Path's, it takes every text
@@ -145,11 +154,20 @@ def locate(path: str | Path) -> str:
                 f"model.path: {named(folder)} has no model_index.json; give a folder written by save_pretrained"
             )
         return folder
+    if os.path.isfile(folder) or folder.endswith(_SINGLE_FILES):
+        raise ValueError(
+            f"model.path: {named(path)} is a single file, and a model is a folder in diffusers' format: load the file with"
+            " from_single_file of its pipeline in diffusers, such as StableDiffusionPipeline, write it with save_pretrained(FOLDER), and"
+            " give FOLDER"
+        )
     if HUB_ID.fullmatch(str(path)):
         return str(path)
     raise ValueError(
         f"model.path: {named(path) or 'an empty text'} is neither a built-in model ({', '.join(BUILT_IN)}), a folder nor a hub id"
     )
+
+
+_SINGLE_FILES = (".safetensors", ".ckpt", ".gguf", ".pt", ".pth", ".bin")
 
 
 def _built_in(name: str) -> str:
@@ -162,10 +180,10 @@ def _built_in(name: str) -> str:
     return str(folder)
 
 
-def supported(source: str) -> type[PipelinePolicy]:
+def supported(source: str, revision: str = "") -> type[PipelinePolicy]:
     """Decided on the pipeline's index alone, before gigabytes are fetched."""
     with sayable(source):
-        index = dict(DiffusionPipeline.load_config(source))
+        index = dict(DiffusionPipeline.load_config(source, revision=revision or None))
     kind = _policy_class(str(index.get("_class_name")), source)
     kind.check_index(index)
     return kind
@@ -180,55 +198,51 @@ def _policy_class(name: str, source: str) -> type[PipelinePolicy]:
 def _read_pipeline(source: str, kind: type[PipelinePolicy], settings: PolicySettings) -> DiffusionPipeline:
     """Loaded in `dtype`, but a denoiser that is trained in full in float32: no precision is lost on the way."""
     denoiser = torch.float32 if settings.weights == "full" else settings.dtype
+    dtypes = {kind.denoiser_name: denoiser, "vae": kind.vae_dtype or settings.dtype, "default": settings.dtype}
     with sayable(source):
-        for file in Path(source).glob(
-            "*/*config.json"
-        ):  # the libraries take other JSON for a hub's name, and ask there
-            if not isinstance(json.loads(file.read_bytes()), dict):
-                raise ValueError(f"{file} holds no object of named settings")
-        pipeline = DiffusionPipeline.from_pretrained(
-            source,
-            dtype={kind.denoiser_name: denoiser, "vae": kind.vae_dtype or settings.dtype, "default": settings.dtype},
-            use_safetensors=True,
-            **_absent_encoders(source),
-        )
+        folder = fetched(source, settings.revision, settings.variant, kind.left_out)
+        _require_objects(folder)
+        index = {
+            name: part for name, part in DiffusionPipeline.load_config(folder).items() if name not in kind.left_out
+        }
+        parts = networks(folder, index, dtypes, settings.variant)
+        absent = {**dict.fromkeys(_absent_encoders(index)), **kind.left_out}
+        pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **parts, **absent)
         for name, part in pipeline.components.items():
-            if part is not None and Path(source).is_dir():
-                _require_whole(part, Path(source, name))
+            if isinstance(part, nn.Module) and name not in parts:
+                raise ValueError(f"its {name} is of no class that diffusers or transformers has")
+            if name.startswith("tokenizer") and part is not None:
+                _require_vocabulary(folder / name)
     return pipeline
 
 
-def _absent_encoders(source: str) -> dict[str, None]:
+def _require_objects(folder: Path) -> None:
+    """ValueError for a configuration file that holds something else, which the libraries take for a hub's name."""
+    for file in folder.glob("*/*config.json"):
+        if not isinstance(json.loads(file.read_bytes()), dict):
+            raise ValueError(f"{file} holds no object of named settings")
+
+
+def _absent_encoders(index: Mapping[str, Any]) -> set[str]:
     """Text encoders that the pipeline was saved without, and their tokenizers: diffusers must be told of them to load the rest."""
-    absent = {name for name, part in DiffusionPipeline.load_config(source).items() if part == [None, None]}
+    absent = {name for name, part in index.items() if part == [None, None]}
     encoders = {name for name in absent if name.startswith("text_encoder")}
-    return dict.fromkeys(encoders | {name for name in absent if name.replace("tokenizer", "text_encoder") in encoders})
+    return encoders | {name for name in absent if name.replace("tokenizer", "text_encoder") in encoders}
 
 
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "spiece.model"}
 
 
-def _require_whole(part: object, folder: Path) -> None:
-    """ValueError where the files of a pipeline's part lack something that the libraries fill up in silence.
-
-    Missing weights become random numbers, a missing vocabulary an empty one. Weights are counted and not named, since names
-    change on the way from a file to a module; tied ones are stored once.
-    """
-    if folder.name.startswith("tokenizer") and not _VOCABULARIES & {file.name for file in folder.glob("*")}:
+def _require_vocabulary(folder: Path) -> None:
+    """ValueError for a tokenizer without one, of which transformers makes an empty one in silence."""
+    if not _VOCABULARIES & {file.name for file in folder.glob("*")}:
         raise ValueError(f"{folder} holds none of {', '.join(sorted(_VOCABULARIES))}")
-    if not isinstance(part, nn.Module):
-        return
-    buffers = dict(part.named_buffers())
-    stored = sum(_stored(file, buffers) for file in folder.glob("*.safetensors"))
-    if stored < (wanted := sum(parameter.numel() for parameter in part.parameters())):
-        raise ValueError(f"{folder} holds {stored:,} weights, and its config.json asks for {wanted:,}")
 
 
-def _stored(file: Path, without: Container[str] = ()) -> int:
+def _stored(file: Path) -> int:
     """Numbers in a safetensors file."""
     with safe_open(file, "pt") as weights:
-        names = [name for name in weights.keys() if name not in without]  # noqa: SIM118 (it is no dict)
-        return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118 (it is no dict)
 
 
 @contextmanager

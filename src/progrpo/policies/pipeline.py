@@ -28,8 +28,10 @@ from progrpo.policies.hub import reason_of
 from progrpo.policies.invariance import is_batch_invariant
 from progrpo.policies.lora import ADAPTER, continue_lora, in_float32
 from progrpo.policies.offload import Turns
+from progrpo.policies.parts import whole
 from progrpo.policies.quantized import quantize_blocks
 from progrpo.policies.sharded import Step, all_gathered, blocks, share_out
+from progrpo.policies.tokens import Reader, Truncation, truncation
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition, Prompt
 from progrpo.words import named
@@ -54,6 +56,8 @@ class PipelinePolicy(ABC):
     plain_attention: ClassVar[type | None] = None
     """An attention processor of matrix products for the denoiser; None where there is none for its kind."""
     edits: ClassVar[bool] = False
+    left_out: ClassVar[Mapping[str, Any]] = {}
+    """What the pipeline is given in the place of parts that are never loaded."""
     no_prompt: ClassVar[str] = ""
     """The text that guidance leads away from."""
     prediction: str
@@ -75,6 +79,7 @@ class PipelinePolicy(ABC):
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
         self.embeds_guidance = bool(getattr(self.denoiser.config, "guidance_embeds", False))
         self.device: torch.device = torch.device(settings.device)
+        self._readers = self._text_readers()  # asked now, while the text encoders are there
         self._turns = _turns(pipeline, self.denoiser, self.device) if settings.offload else None
         self.latent_shape = self._latents(*(side // self._vae_scale(pipeline) for side in size))
         self.trainable: Mapping[str, nn.Parameter] = {
@@ -224,6 +229,24 @@ class PipelinePolicy(ABC):
             return self._settings.max_sequence_length
         own: int = signature(type(self._pipeline).__call__).parameters["max_sequence_length"].default
         return own
+
+    def truncation(self, texts: Sequence[str]) -> Truncation:
+        return truncation(self._readers, texts)
+
+    def _text_readers(self) -> list[Reader]:
+        """CLIP reads as much as its tokenizer says, others as many tokens as the network is told."""
+        found, parts = [], self._pipeline.components
+        for place in ("", "_2", "_3"):
+            encoder, tokenizer = parts.get(f"text_encoder{place}"), parts.get(f"tokenizer{place}")
+            if encoder is not None and tokenizer is not None:
+                clip = encoder.config.model_type.startswith("clip")
+                limit = tokenizer.model_max_length if clip else self._text_tokens
+                found.append(Reader(f"text_encoder{place}", tokenizer, limit, not clip, self._written))
+        return found
+
+    def _written(self, text: str) -> str:
+        """What tokenizers are given for a text."""
+        return text
 
     def _row(self, prompt: Prompt) -> dict[str, Tensor]:
         """What the network is told of one prompt, on the CPU."""
@@ -433,11 +456,8 @@ def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings, channel
         return None
     vae, name = pipeline.vae, settings.tiny_decoder
     try:
-        tiny = AutoencoderTiny.from_pretrained(
-            WEIGHTS / name if name == BUILT_IN_DECODER else name, use_safetensors=True, dtype=vae.dtype
-        )
-        if any(weight.is_meta for weight in tiny.parameters()):
-            raise ValueError("it lacks weights that an AutoencoderTiny has")
+        place = WEIGHTS / name if name == BUILT_IN_DECODER else name
+        tiny: AutoencoderTiny = whole(AutoencoderTiny, place, dtype=vae.dtype)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of many kinds: of JSON, of safetensors, of a class that gets another's settings

@@ -45,15 +45,14 @@ class ClipCosine:
             list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids
         device = self._model.device
-        size = self._size(*pictures_BHWC.shape[1:3])
-        pixels_BCHW = pixels_of(pictures_BHWC, self._image_processor, size)
+        pixels_BCHW = pixels_of(self._framed(pictures_BHWC), self._image_processor)
         f_BD = self._model.get_image_features(pixels_BCHW.to(device)).pooler_output.float()
         g_BD = self._model.get_text_features(ids_BL.to(device)).pooler_output.float()
         return (f_BD / f_BD.norm(dim=-1, keepdim=True) * g_BD / g_BD.norm(dim=-1, keepdim=True)).sum(-1)
 
-    def _size(self, height: int, width: int) -> dict[str, int] | None:
-        """What pictures are resized to before the processor's central crop; None: what the processor says."""
-        return None
+    def _framed(self, pictures_BHWC: np.ndarray) -> np.ndarray:
+        """The pictures as the processor is given them, which resizes and crops."""
+        return pictures_BHWC
 
 
 def parts_of(count: int, size: int) -> list[slice]:
@@ -61,12 +60,11 @@ def parts_of(count: int, size: int) -> list[slice]:
     return [slice(i, i + size) for i in range(0, count, size)]
 
 
-def pixels_of(
-    pictures_BHWC: np.ndarray, image_processor: CLIPImageProcessorPil, size: dict[str, int] | None = None
-) -> Tensor:
-    """Resized to `size` or the processor's own, cropped at the centre and normalised."""
-    told = {"size": size or dict(image_processor.size), "input_data_format": "channels_last"}
-    pixels_BCHW: Tensor = image_processor(list(pictures_BHWC), return_tensors="pt", **told).pixel_values
+def pixels_of(pictures_BHWC: np.ndarray, image_processor: CLIPImageProcessorPil) -> Tensor:
+    """Resized to the processor's size, cropped at the centre and normalised."""
+    pixels_BCHW: Tensor = image_processor(
+        list(pictures_BHWC), return_tensors="pt", input_data_format="channels_last"
+    ).pixel_values
     return pixels_BCHW
 
 

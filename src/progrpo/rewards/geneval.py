@@ -143,51 +143,126 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
     return {name for name, part in zip(RELATIONS, (-dx, dx, -dy, dy), strict=True) if part > 0.5}
 
 
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """What a picture holds for a clause: the objects of its class, the most certain first, 16 at most.
+
+    `colored` counts those with the clause's colour among the first `clause.count`; all count where it names none, and none where
+    there are fewer.
+    """
+
+    clause: Clause
+    objects: Sequence[Detection]
+    colored: int
+
+    @property
+    def enough(self) -> bool:
+        return len(self.objects) >= self.clause.count
+
+    @property
+    def exact(self) -> bool:
+        return len(self.objects) == self.clause.count
+
+    @property
+    def deviation(self) -> float:
+        """Objects too many or too few, a share of those that are asked for."""
+        return abs(len(self.objects) - self.clause.count) / self.clause.count
+
+
+def matched(findings: Sequence[Finding], counted: Callable[[Finding], bool]) -> list[Sequence[Detection]]:
+    """Of each clause the objects looked at, where `counted`, their colour and their position are right; else none."""
+    groups: list[Sequence[Detection]] = []
+    for finding in findings:
+        clause, group = finding.clause, finding.objects[: finding.clause.count]
+        right = counted(finding) and finding.colored == clause.count
+        if right and clause.position is not None:
+            relation, target = clause.position
+            pairs = [(one, other) for one in group for other in groups[target]]
+            right = bool(pairs) and all(relation in relations(a.box, b.box) for a, b in pairs)
+        groups.append(group if right else [])
+    return groups
+
+
+Credit = Callable[[Sequence[Finding], Sequence[bool]], float]
+
+
+def partial_credit(findings: Sequence[Finding], absent: Sequence[bool]) -> float:
+    """The mean of all checks, each in 0..1; `absent`: of each excluded class that no clause counts, whether it is not there.
+
+    For a clause that asks for n objects of which the picture has m, max(0, 1 - |m - n| / n); if it names a colour, the share of
+    objects that have it, and if it names a position, 1 where all of them are there; both 0 where m is not n. An excluded class
+    that no clause counts is a check too. The parts are Flow-GRPO's, the bounds and the zeros are this project's.
+    """
+    checks: list[float] = []
+    for finding, group in zip(findings, matched(findings, lambda f: f.enough), strict=True):
+        clause = finding.clause
+        checks.append(max(0.0, 1 - finding.deviation))
+        if clause.color is not None:
+            checks.append(finding.exact * finding.colored / clause.count)
+        if clause.position is not None:
+            checks.append(float(bool(group) and finding.exact and findings[clause.position[1]].exact))
+    checks += map(float, absent)
+    return sum(checks) / len(checks)
+
+
+def flow_grpo_credit(findings: Sequence[Finding], absent: Sequence[bool]) -> float:
+    """Flow-GRPO's reward (arXiv 2505.05470), as its authors' public reward server gives it: at most 1, and below 0 where a
+    class has more than twice the objects that are asked for.
+
+    It is the mean of these numbers. For a clause that asks for n objects of which the picture has m, 1 - |m - n| / n. Where m
+    is not n, one 0 if it names a colour or a position. Where m is n, the share of objects with its colour, if it names one; and,
+    if it names a position and colours are right, 0 where the target is not as asked, 1 where all are in position, and 0 and 1
+    where they are not. What is excluded counts for nothing.
+    """
+    parts: list[float] = []
+    groups = matched(findings, lambda f: f.exact)
+    for finding, group in zip(findings, groups, strict=True):
+        clause = finding.clause
+        parts.append(1 - finding.deviation)
+        if not finding.exact:
+            parts += [0.0] * (clause.color is not None or clause.position is not None)
+            continue
+        if clause.color is not None:
+            parts.append(finding.colored / clause.count)
+        if clause.position is not None and finding.colored == clause.count:
+            placed = [1.0] if group else [0.0, 1.0]
+            parts += placed if groups[clause.position[1]] else [0.0]
+    return sum(parts) / len(parts)
+
+
 def judge(
     demand: Demand,
     detections: Sequence[Detection],
     colors_of: Callable[[Sequence[Detection], str], list[str]],
+    credit: Credit = partial_credit,
 ) -> Score:
     """The score of a picture with these detections; `colors_of` tells the colours of objects of a class.
 
     `passed` is GenEval's verdict. Its most certain objects are looked at: of each class as many as are asked for, and more may
-    be there if `exclude` does not forbid them.
-
-    The value is the mean of all checks, each in 0..1 (Flow-GRPO's, arXiv 2505.05470): for a clause that asks for n objects of
-    which the picture has m, max(0, 1 - |m - n| / n); if it names a colour, the share of objects that have it, and if it names a
-    position, 1 where all of them are there; both 0 where m is not n. An excluded class that no clause counts is a check too.
+    be there if `exclude` does not forbid them. The value is what `credit` gives.
     """
     objects: dict[str, list[Detection]] = {}
     for found in sorted(detections, key=lambda d: -d.score):
         if found.score > demand.threshold:
             objects.setdefault(found.label, []).append(found)
-    passed, checks = True, []
-    groups: list[list[Detection]] = []  # of each clause the objects looked at, none if they are not as asked
-    exact: list[bool] = []
-    for clause in demand.include:
-        there = objects.get(_coco(clause.label), [])[:MOST]
-        group = there[: clause.count]
-        right = len(group) == clause.count
-        exact.append(len(there) == clause.count)
-        checks.append(max(0.0, 1 - abs(len(there) - clause.count) / clause.count))
-        if clause.color is not None:
-            share = colors_of(group, clause.label).count(clause.color) / clause.count if right else 0.0
-            checks.append(share * exact[-1])
-            right = share == 1
-        if clause.position is not None:
-            relation, target = clause.position
-            pairs = [(one, other) for one in group for other in groups[target]]
-            right = right and bool(pairs) and all(relation in relations(a.box, b.box) for a, b in pairs)
-            checks.append(float(right and exact[-1] and exact[target]))
-        groups.append(group if right else [])
-        passed = passed and right
+    findings = [_finding(clause, objects, colors_of) for clause in demand.include]
     counted = {_coco(clause.label) for clause in demand.include}
-    for clause in demand.exclude:
-        absent = len(objects.get(_coco(clause.label), [])[:MOST]) < clause.count
-        passed = passed and absent
-        if _coco(clause.label) not in counted:
-            checks.append(float(absent))
-    return Score(sum(checks) / len(checks), passed)
+    absent = [(c, len(objects.get(_coco(c.label), [])[:MOST]) < c.count) for c in demand.exclude]
+    passed = all(matched(findings, lambda f: f.enough)) and all(away for _, away in absent)
+    return Score(credit(findings, [away for c, away in absent if _coco(c.label) not in counted]), passed)
+
+
+def _finding(
+    clause: Clause,
+    objects: Mapping[str, Sequence[Detection]],
+    colors_of: Callable[[Sequence[Detection], str], list[str]],
+) -> Finding:
+    there = objects.get(_coco(clause.label), [])[:MOST]
+    if len(there) < clause.count:
+        return Finding(clause, there, 0)
+    if clause.color is None:
+        return Finding(clause, there, clause.count)
+    return Finding(clause, there, colors_of(there[: clause.count], clause.label).count(clause.color))
 
 
 def _coco(label: str) -> str:
@@ -292,7 +367,7 @@ def crop_of(picture_HWC: np.ndarray, found: Detection) -> np.ndarray:
 
 
 class GenEval:
-    """The graded value and GenEval's verdict (`judge`) of what a detector and a CLIP see.
+    """The value that `credit` gives, and GenEval's verdict (`judge`), of what a detector and a CLIP see.
 
     Prompts have GenEval's columns: include, a list of {"class", "count", "color"?, "position"?}, and perhaps exclude and tag.
     As published: thresholds, the rules for position and number, CLIP ViT-L/14 and its texts. Unlike it, the detector is
@@ -312,6 +387,9 @@ class GenEval:
         colors = Colors(placed(clip, settings), tokenizer_of("geneval", *VIT_L), CLIPImageProcessorPil())
         return cls(Detector(placed(model, exact), image_processor, settings.batch), colors)
 
+    def credit(self, findings: Sequence[Finding], absent: Sequence[bool]) -> float:
+        return partial_credit(findings, absent)
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
             demand_of(prompt, self._detector.labels)
@@ -320,9 +398,16 @@ class GenEval:
         demands = [demand_of(prompt, self._detector.labels) for prompt in prompts]
         seen = self._detector.detect(pictures_NHWC)
         return [
-            judge(demand, detections, partial(self._colors, picture_HWC))
+            judge(demand, detections, partial(self._colors, picture_HWC), self.credit)
             for demand, detections, picture_HWC in zip(demands, seen, pictures_NHWC, strict=True)
         ]
+
+
+class GenEvalFlowGRPO(GenEval):
+    """The same, with Flow-GRPO's value (`flow_grpo_credit`)."""
+
+    def credit(self, findings: Sequence[Finding], absent: Sequence[bool]) -> float:
+        return flow_grpo_credit(findings, absent)
 
 
 def _detector_of(name: str, revision: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -332,10 +417,10 @@ def _detector_of(name: str, revision: str) -> tuple[PreTrainedModel, BaseImagePr
         if kind == "mask2former":
             # The size at which Mask2Former is trained and measured on COCO; the hub's copies say 384 by 384.
             size = {"shortest_edge": 800, "longest_edge": 1333}
-            model = Mask2FormerForUniversalSegmentation.from_pretrained(name, use_safetensors=True, **common)
+            model = pretrained(Mask2FormerForUniversalSegmentation, "geneval", name, revision)
             return model, AutoImageProcessor.from_pretrained(name, backend="pil", size=size, **common)
         if kind in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
-            model = AutoModelForObjectDetection.from_pretrained(name, use_safetensors=True, **common)
+            model = pretrained(AutoModelForObjectDetection, "geneval", name, revision)
             return model, AutoImageProcessor.from_pretrained(name, backend="pil", **common)
     raise Refusal(
         f"reward 'geneval': {name} is a {kind}, not a detector of objects; name a Mask2Former, a DETR or an RT-DETR"

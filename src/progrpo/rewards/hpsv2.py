@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
@@ -22,8 +23,8 @@ SHA256 = "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837"
 class HPSv2(ClipCosine):
     """<f / |f|, g / |g|> for picture features f and text features g, without a logit scale: about 0.2 to 0.35.
 
-    As in the published code, pictures are resized to 224 on their longer side and filled up to a square with black, and texts are
-    cut at 77 tokens. Unlike it, resizing always smooths (there that depends on torchvision's version) and rounds to 8 bits, and
+    As in the published code, pictures are resized to 224 on their longer side and filled up to a square with black (`squared`), and
+    texts are cut at 77 tokens. Unlike it, resizing always smooths (there that depends on torchvision's version) and rounds to 8 bits, and
     texts are not repaired by ftfy.
     """
 
@@ -37,10 +38,21 @@ class HPSv2(ClipCosine):
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         return [Score(cosine) for cosine in self.cosines(pictures_NHWC, [p.text for p in prompts])]
 
-    def _size(self, height: int, width: int) -> dict[str, int]:
-        # Of this size the processor's central crop cuts nothing, and fills up with black.
-        scale = self._image_processor.crop_size["height"] / max(height, width)
-        return {"height": round(scale * height), "width": round(scale * width)}
+    def _framed(self, pictures_BHWC: np.ndarray) -> np.ndarray:
+        side = self._image_processor.crop_size["height"]
+        return np.stack([squared(picture_HWC, side) for picture_HWC in pictures_BHWC])
+
+
+def squared(picture_HWC: np.ndarray, side: int) -> np.ndarray:
+    """The picture with `side` pixels on its longer side, in the middle of a black square.
+
+    Where an odd number of black rows or columns is left, one more is below or on the right, as in the published code.
+    """
+    height, width = (max(1, round(side / max(picture_HWC.shape[:2]) * length)) for length in picture_HWC.shape[:2])
+    resized = Image.fromarray(picture_HWC).resize((width, height), Image.Resampling.BICUBIC)
+    square = Image.new("RGB", (side, side))
+    square.paste(resized, ((side - width) // 2, (side - height) // 2))
+    return np.asarray(square)
 
 
 # --- from open_clip to transformers -----------------------------------------------------------------------------------

@@ -60,13 +60,14 @@ REWARDS: dict[str, Callable[[RewardSettings], Reward]] = {
     "aesthetic": partial(_of_hub, "aesthetic", "Aesthetic"),
     "ocr": _ocr,
     "geneval": partial(_of_hub, "geneval", "GenEval"),
+    "geneval_flow_grpo": partial(_of_hub, "geneval", "GenEvalFlowGRPO"),
     "jpeg_compressibility": partial(_jpeg, -1),
     "jpeg_incompressibility": partial(_jpeg, 1),
     "nsfw": _nsfw,
     "vlm": _vlm,
 }
 
-_OF_ANY_MODEL = ("clipscore", "geneval", "vlm")
+_OF_ANY_MODEL = ("clipscore", "geneval", "geneval_flow_grpo", "vlm")
 
 
 def load_reward(name: str, settings: RewardSettings = RewardSettings(), processes: int = 0) -> Reward:  # noqa: B008 (frozen)
@@ -109,7 +110,9 @@ def _load(name: str, settings: RewardSettings) -> Reward:
         sys.path.append(str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever the module's author let through
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the module's author let through
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise Refusal(
                 f"reward {quoted(name)}: there is no module {quoted(module_name)} in this folder or installed"
@@ -125,8 +128,10 @@ def _load(name: str, settings: RewardSettings) -> Reward:
     if isinstance(found, type):
         try:
             found = found()
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise Refusal(
                 f"reward {quoted(name)}: the class cannot be made without arguments: {raised(error)}"
             ) from error
-    return FunctionReward(found, settings.batch_size)
+    return FunctionReward(found, settings.batch_size, settings.timeout)

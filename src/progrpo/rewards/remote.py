@@ -20,7 +20,7 @@ import httpx2
 import numpy as np
 from PIL import Image
 
-from progrpo.rewards.base import Refusal, RewardSettings, Score, require_columns
+from progrpo.rewards.base import Refusal, RewardSettings, Score, WrongAnswer, require_columns
 from progrpo.sources import COLUMN, pictures
 from progrpo.types import Prompt
 
@@ -141,7 +141,9 @@ class RemoteReward:
                 item["image"] = None if source is None else _png(np.asarray(source))
         try:
             response = self._send("POST", "/v1/score", self._json(items), outage=outage)
-            return _scores(_object(response).get("scores"), len(items))
+            return _scores(response, len(items))
+        except WrongAnswer as error:
+            raise WrongAnswer(f"reward {self._name!r}: the server at {self._client.base_url} {error}") from None
         except _NoAnswer as error:
             return [Score(None, error=f"reward server at {self._client.base_url}: {error}")] * len(items)
 
@@ -260,19 +262,28 @@ def _retry_after(response: httpx2.Response) -> float:
     return float(seconds) if seconds.isascii() and seconds.isdigit() else 0.0
 
 
-def _scores(answers: Any, count: int) -> list[Score]:
-    """The scores of `count` items, which must be answered in their order."""
+def _scores(response: httpx2.Response, count: int) -> list[Score]:
+    """The scores of `count` items in their order. _NoAnswer for what is no JSON, as a connection leaves it; WrongAnswer for other JSON."""
+    try:
+        told = response.json()
+    except (ValueError, RecursionError):
+        raise _NoAnswer("its answer is no JSON") from None
+    answers = told.get("scores") if isinstance(told, dict) else None
     if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
-        raise _NoAnswer("its answer holds no scores")
+        raise WrongAnswer('answers without scores; it must give {"scores": [{"id": 0, "value": 0.5}, ...]}')
     if [answer.get("id") for answer in answers] != list(range(count)):
-        raise _NoAnswer(f"its answer is not one score for each of {count} pictures in their order")
+        raise WrongAnswer(
+            f"gives {len(answers)} scores for {count} pictures; it must give one each, in their order, with the id of each"
+        )
     return [_score(answer) for answer in answers]
 
 
 def _score(answer: Mapping[str, Any]) -> Score:
     value: Any = answer.get("value")
     passed, error = answer.get("passed"), answer.get("error")
-    number = float(value) if type(value) in (int, float) and abs(value) <= sys.float_info.max else None
+    if type(value) not in (int, float, type(None)):
+        raise WrongAnswer(f"gives {value!r:.60} for a score; it must give a number, or null and an error")
+    number = float(value) if value is not None and abs(value) <= sys.float_info.max else None
     if number is None and not error:
         error = f"the server gave {value!r:.60} for a score"
     return Score(number, passed if isinstance(passed, bool) else None, None if error is None else str(error))

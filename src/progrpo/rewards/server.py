@@ -39,7 +39,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from progrpo import __version__
-from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score, close
+from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score, WrongAnswer, close
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.remote import PROTOCOL, TOKEN, token_of_environment
 from progrpo.sources import COLUMN
@@ -272,6 +272,8 @@ def _opened(png: str) -> Image.Image | Score:
         return Score(None, error=f"the picture is no PNG in base64: {error}")
     if image.mode != "RGB":
         return Score(None, error=f"the picture is {image.mode} and must be RGB of 8 bits")
+    if image.has_transparency_data:
+        return Score(None, error="the picture has a transparent colour and must be RGB without one")
     if image.width * image.height > _LARGEST:
         return Score(None, error=f"the picture has {image.width} x {image.height} pixels; {_LARGEST} are allowed")
     return image
@@ -308,7 +310,7 @@ class Batches:
     """One thread that calls the reward, with up to `batch_size` of what has come in meanwhile, from whichever requests.
 
     A batch is of one picture size and one set of columns. If it fails, each of its pictures is asked about alone, so that
-    no request has to do with another's mistake.
+    no request has to do with another's mistake; but for a WrongAnswer, which is the reward's own.
     """
 
     def __init__(self, reward: Reward, batch_size: int) -> None:
@@ -366,14 +368,15 @@ class Batches:
             pictures_NHWC = np.stack([one.picture_HWC for one in batch])
             scores = [s.plain() for s in self._reward.score(pictures_NHWC, [one.prompt for one in batch])]
             if len(scores) != len(batch):
-                raise RuntimeError(f"the reward gave {len(scores)} scores for {len(batch)} pictures")
+                raise WrongAnswer(f"the reward gave {len(scores)} scores for {len(batch)} pictures; return one each")
         except BaseException as error:  # of SystemExit too: this thread must go on, or no request is ever answered
-            if len(batch) > 1:
+            if len(batch) > 1 and not isinstance(error, WrongAnswer):
                 for one in batch:
                     self._score([one])
                 return
             failed = error if isinstance(error, Refusal) else Score(None, error=f"{type(error).__name__}: {error}")
-            batch[0].answer.set_result(failed)
+            for one in batch:
+                one.answer.set_result(failed)
         else:
             for one, score in zip(batch, scores, strict=True):
                 one.answer.set_result(score)

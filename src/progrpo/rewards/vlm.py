@@ -15,7 +15,7 @@ import httpx2
 import numpy as np
 from PIL import Image
 
-from progrpo.rewards.base import Refusal, RewardSettings, Score
+from progrpo.rewards.base import Refusal, RewardSettings, Score, WrongAnswer
 from progrpo.rewards.remote import answer_of
 from progrpo.types import Prompt
 
@@ -90,6 +90,8 @@ class VLMJudge:
         if response.is_success:
             try:
                 return Score(mark_of(text) / BEST)
+            except WrongAnswer as error:
+                raise WrongAnswer(f"reward 'vlm': {error}; check that the url is such as {_EXAMPLE}") from None
             except ValueError as error:
                 return Score(None, error=str(error))
         said = f"the server answered {response.status_code}: {_short(text)}"
@@ -126,11 +128,16 @@ _ALONE = rf"\W*?{_NUMBER}\W*"
 
 
 def mark_of(completion: str) -> float:
-    """The mark in a completion; ValueError, which says what is there instead, if there is none."""
+    """The mark in a completion; ValueError, which says what is there instead, if there is none. WrongAnswer for what another API answers."""
     try:
-        choice = json.loads(completion)["choices"][0]
+        answer = json.loads(completion)
+        if not isinstance(answer, dict) or not answer.keys() & {"choices", "error"}:
+            raise WrongAnswer(f"the server's answer is no completion: {_short(completion)}")
+        choice = answer["choices"][0]
         text, stopped = choice["message"].get("content"), choice.get("finish_reason")
         refused = choice["message"].get("refusal")
+    except WrongAnswer:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"the server's answer is no completion: {_short(completion)}") from None
     if refused or stopped == "content_filter":

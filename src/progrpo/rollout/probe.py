@@ -138,13 +138,13 @@ class Probe:
         seen = torch.cat([lesson.seen_TNCHW[t] for lesson, t in chosen])
         final = torch.cat([lesson.rewards_N for lesson, _ in chosen])
         preview = torch.cat([lesson.previews_TN[t] for lesson, t in chosen])
-        wanted_N2 = torch.stack([final, preview], dim=1).float()
+        wanted_N2 = torch.stack([final, preview], dim=1).double()  # float32 has no digit for 1e9 +- 1
         left = torch.rand(len(group_N), 2 * _WIDTH, generator=drawn) >= _LEFT_OUT
         said_N2 = head(
             seen, torch.stack([lesson.text for lesson, _ in chosen]), step_P, group_N, left / (1 - _LEFT_OUT)
         )
         there = wanted_N2.isfinite()
-        off = _centred(said_N2, group_N, there) - _centred(wanted_N2, group_N, there)
+        off = _centred(said_N2, group_N, there) - _centred(wanted_N2, group_N, there).float()
         loss = off.where(there, 0.0).square().sum() / there.sum() / head.reward_variance()
         loss.backward()
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
@@ -227,7 +227,7 @@ class _Head(nn.Module):
         """What is seen and told is taken in units of its spread over all lessons."""
         self.latents.add(lesson.seen_TNCHW.movedim(1, -1).flatten(2))
         self.texts.add(lesson.text.T)
-        rewards = lesson.rewards_N[lesson.rewards_N.isfinite()]
+        rewards = lesson.rewards_N[lesson.rewards_N.isfinite()].double()
         self.squares += torch.tensor([(rewards - rewards.mean()).square().sum(), len(rewards)])
 
     def reward_variance(self) -> float:

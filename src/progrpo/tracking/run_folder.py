@@ -63,6 +63,11 @@ def _encode(value: Any, indent: int | None = None) -> str:
     return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
 
 
+def _in_bytes(text: str) -> bytes:
+    """UTF-8. Half of a character, as Python reads bytes of a file's name that are no text, is written as JSON's escape of it."""
+    return text.encode(errors="backslashreplace")
+
+
 def _decode(data: bytes, path: Path) -> Any:
     try:
         return json.loads(data)
@@ -173,7 +178,7 @@ class RunFolder:
     # --- numbers and words --------------------------------------------------------------------------------------------
 
     def write_text(self, relative: str, text: str) -> Path:
-        return self._write(relative, lambda file: file.write(text.encode()))
+        return self._write(relative, lambda file: file.write(_in_bytes(text)))
 
     def write_json(self, relative: str, value: Any) -> Path:
         return self.write_text(relative, _encode(value, indent=1))
@@ -207,7 +212,7 @@ class RunFolder:
         return costs
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        append(self.path / "metrics.jsonl", _encode(record).encode())
+        append(self.path / "metrics.jsonl", _in_bytes(_encode(record)))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All records, without a last line that is still being written; ValueError for a line elsewhere that is none."""

@@ -152,6 +152,8 @@ def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str
 def model_settings(model: ModelConfig) -> PolicySettings:
     """What a configuration says of a policy by itself; its dtype must be chosen."""
     return PolicySettings(
+        revision=model.revision,
+        variant=model.variant,
         weights=model.weights,
         lora_rank=model.lora_rank,
         lora_alpha=model.lora_alpha,
@@ -184,10 +186,11 @@ def previewing(config: Config) -> Previewing:
     )
 
 
-def trained_policy(target: str, trained: Path | None, ranks: Ranks) -> Policy:
+def trained_policy(target: str, trained: Path | None, ranks: Ranks, revision: str = "", variant: str = "") -> Policy:
     """A model by name, folder or hub id, or what a run folder has trained; `trained` may name a run or its LoRA folder.
 
-    With a run's settings where one is named. ValueError for a run that is told to take what another trained.
+    With a run's settings where one is named. ValueError for a run that is told to take what another trained, or another revision or
+    variant of its model.
     """
     run, path = run_of(target, trained) or Config(), target
     if _is_run(Path(target)):
@@ -195,11 +198,16 @@ def trained_policy(target: str, trained: Path | None, ranks: Ranks) -> Policy:
             raise ValueError(
                 f"--lora: {named(target)} is a run, with weights of its own; give its model, or leave --lora out"
             )
+        if revision or variant:
+            raise ValueError(
+                f"--{'revision' if revision else 'variant'}: {named(target)} is a run, whose model's is in its config.json; leave it out"
+            )
         trained, path = Path(target), run.model.path
+        revision, variant = run.model.revision, run.model.variant
     if trained is not None and _is_run(trained):
         trained = _saved_by(trained)
     # what a run saved has in it where it began, and is for the model as it is
-    model = replace(run.model, path=path, lora="", quantize="none")
+    model = replace(run.model, path=path, revision=revision, variant=variant, lora="", quantize="none")
     policy = policy_from(model, 0, ranks, trained)
     ranks.attend = policy.attend
     return policy

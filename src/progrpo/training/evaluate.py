@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import decoded
 from progrpo.sources import check_sources
+from progrpo.tracking.console import Console
 from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
 from progrpo.training.checks import check_failures
 from progrpo.training.distributed import Ranks, lost_in_words
@@ -229,6 +231,12 @@ def _harmful(term: RewardTerm) -> bool:
     return ":" in term.name or bool(term.url or term.cache)
 
 
+def warn_of_cuts(policy: Policy, prompts: Sequence[Prompt], ranks: Ranks) -> None:
+    """On stderr, for results go to stdout."""
+    if said := policy.truncation([prompt.text for prompt in prompts]).in_words():
+        Console(0, enabled=ranks.is_main, file=sys.stderr).warn(said)
+
+
 @torch.no_grad()
 def evaluate_model(
     target: str,
@@ -240,6 +248,8 @@ def evaluate_model(
     num_inference_steps: int | None,
     guidance_scale: float | None,
     seed: int | None = None,
+    revision: str = "",
+    variant: str = "",
 ) -> dict[str, Any] | None:
     """Figures of a model, or of a run's trained weights, on `pictures` prompts.
 
@@ -272,9 +282,10 @@ def evaluate_model(
         scorer.check(chosen)
     with lost_in_words(lambda: "give the command again"):
         ranks = Ranks()
-        policy = trained_policy(target, None, ranks)
+        policy = trained_policy(target, None, ranks, revision, variant)
         if policy.edits:
             check_sources(chosen)
+        warn_of_cuts(policy, chosen, ranks)
         sampling = ode(policy, wanted.num_inference_steps, wanted.guidance_scale, rows_at_once(policy))
         result = evaluate(
             policy,

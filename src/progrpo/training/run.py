@@ -29,6 +29,7 @@ from progrpo.rollout.plan import UnitCosts, preset
 from progrpo.rollout.plan import path as plan_path
 from progrpo.rollout.plan import summary as plan_summary
 from progrpo.sources import check_sources
+from progrpo.streams import tolerant_streams
 from progrpo.tracking.console import Console
 from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
@@ -282,14 +283,17 @@ class Run:
 
     def _check_prompts(self, order: PromptOrder) -> None:
         """Before a folder is made, or an old run replaced: what the model or a reward lacks is often known without a picture."""
-        count = self.config.prompts.per_iteration
-        ahead = order.ahead(0, self.config.iterations, count)
-        own = list({id(p): p for p in chain(self.held_out.test, self.held_out.validation, ahead)}.values())
+        own = self._met(order)
         if self.policy.edits:
             check_sources(own)
         self.reward.check(own)
         if self.held_out.rewards is not None:
             self.held_out.rewards.check([*self.held_out.test, *self.held_out.validation])
+
+    def _met(self, order: PromptOrder) -> list[Prompt]:
+        """Every prompt that the whole run, all processes together, may meet."""
+        ahead = order.ahead(0, self.config.iterations, self.config.prompts.per_iteration)
+        return list({id(p): p for p in chain(self.held_out.test, self.held_out.validation, ahead)}.values())
 
     def create(self, overwrite: bool) -> None:
         """Make the run folder, once every part of the run could be built; ValueError if it holds a run already."""
@@ -313,32 +317,54 @@ class Run:
                 " between them is not what training did",
                 console,
             )
+        if said := self.policy.truncation([p.text for p in self._met(self.trainer.order)]).in_words():
+            self._warn(said, console)
         if not self.config.model.keep_text_encoders:
             self._encode_all()
         path = self.folder.path
         # to its last word: a launcher that sees one process die sends the others SIGTERM while they are about to say what happened
-        with Stop(self.ranks) as stop:
+        with Stop(self.ranks) as stop, tolerant_streams():
             try:
                 with lost_in_words(lambda: _how_to_go_on(path)), _mendable(path):
                     self._train(console, start, stop, fresh=state is None)
             except BaseException as why:
-                with suppress(OSError):  # of a full disk, which must not hide why
+                with suppress(Exception):  # such as that of a full disk, which must not hide why
                     self._write_summary(start, f"stopped: {str(why) or type(why).__name__}")
                 raise
             finally:
                 self._close_rewards(console)
             self._write_summary(start, "finished")
             if self.ranks.is_main:
-                console.summary_table(self.folder.read_summary(), write_report(path))
+                self._conclude(console)
         self.ranks.leave()
         return self.folder
+
+    def _conclude(self, console: Console) -> None:
+        """All is saved: what is still to be said about it takes nothing from that."""
+        report = None
+        with self._aside("writing report.html", console):
+            report = write_report(self.folder.path)
+        with self._aside("reading summary.json", console):
+            console.summary_table(self.folder.read_summary(), report)
+
+    @contextmanager
+    def _aside(self, what: str, console: Console) -> Iterator[None]:
+        """Run the block, which only informs: where it fails, a warning says so, and the run goes on."""
+        try:
+            yield
+        except Exception as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            said = " ".join(f"{type(error).__name__}: {reason}".split())
+            self._warn(f"{what} failed ({said}); the run is not affected", console)
 
     def _close_rewards(self, console: Console) -> None:
         """One that fails in it takes nothing from the run, whose scores are all there."""
         for scorer in filter(None, (self.reward, self.held_out.rewards)):
             try:
                 scorer.close()
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 said = " ".join(f"{type(error).__name__}: {error}".split())
                 console.warn(
                     f"a reward's close() failed ({said}); the run is not affected, what the reward holds may be held still"
@@ -380,6 +406,8 @@ class Run:
                 self._keep(done, console)
             if self._due(self.config.checkpoint.every) or self._hacked:
                 self._checkpoint(time.perf_counter() - start)
+            with self._aside("writing summary.json", console):
+                self._write_summary(start, "running")
         self._stop_if_asked(stop, start)
         self.trainer.check_frozen()
         which = f", as it was after iteration {self.best.iterations}" if self.best else ""
@@ -447,9 +475,11 @@ class Run:
         console.iteration(done.record)
         self._say_of_plan(done.record, console)
         if done.audit is not None:
-            self.folder.write_audit(done.audit.record(done.record["iteration"]), done.audit.pictures_GSHWC)
+            with self._aside("writing an audit", console):
+                self.folder.write_audit(done.audit.record(done.record["iteration"]), done.audit.pictures_GSHWC)
         if self._due(self.config.checkpoint.every):
-            self.folder.save_samples(done.record["iteration"], done.rollout.images_NHWC[:32].numpy())
+            with self._aside("writing samples", console):
+                self.folder.save_samples(done.record["iteration"], done.rollout.images_NHWC[:32].numpy())
 
     def _say_of_plan(self, record: Mapping[str, Any], console: Console) -> None:
         """Once when the plan turns out not to pay, and whenever another one takes over."""
@@ -594,7 +624,11 @@ class Run:
             return
         config, totals, done = self.config, self.trainer.totals, self.trainer.iteration
         costs = self._plan_costs()
-        agreement = _agreement(self.folder.read_audits())
+        agreement: dict[int, float | None] = {}
+        with suppress(
+            ValueError, LookupError, TypeError
+        ):  # of an audit's file that somebody changed: the report says so
+            agreement = _agreement(self.folder.read_audits())
         unpruned, none = self._nfe_unpruned(done), preset("none", config.sampling.num_inference_steps)
         plain = prompt_cost(config, none).nfe * config.prompts.per_iteration * done
         self.folder.write_summary(
@@ -636,7 +670,7 @@ class Run:
                 "seconds_by_stage": totals.seconds,
                 "versions": checkpoints.versions(config),
                 "device": _device(self.ranks.device),
-                "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                "command": " ".join([*(Path(program).name for program in sys.argv[:1]), *sys.argv[1:]]),
             }
         )
 

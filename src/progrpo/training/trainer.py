@@ -32,6 +32,7 @@ from progrpo.training.build import objective_from, optimizer_from, previewing, s
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.errors import SelfCheckError
 from progrpo.training.judge import PlanJudge, plan_from, prompt_cost
+from progrpo.training.loss_scale import LossScale
 from progrpo.training.memory import halved, is_out_of_memory
 from progrpo.training.pictures import group_diversity
 from progrpo.training.update import learn_from, update
@@ -110,6 +111,7 @@ class Trainer:
         self.objective = objective_from(config, policy)
         self._agree_on_batch_invariance()
         self.optimizer = optimizer_from(config.optim, policy.trainable.values(), ranks.zero)
+        self.loss_scale = LossScale(config.model.dtype == "float16")
         self.iteration, self.totals = 0, Totals()
         self.untouched = True
         """Whether nothing but totals has changed since the last iteration ended: until the next one has its scores."""
@@ -229,7 +231,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.iteration)
         optim = self.config.optim
-        seen, items, enough = update(self.policy, self.objective, self.optimizer, experience, optim, self.ranks)
+        learning = self.policy, self.objective, self.optimizer, experience, optim, self.ranks
+        seen, items, enough = update(*learning, self.loss_scale)
         if enough < microbatch(optim):
             self.config = replace(self.config, optim=replace(optim, microbatch=enough))
         meter.count(trained_steps=items)
@@ -379,6 +382,7 @@ class Trainer:
             "iteration": self.iteration,
             "policy": all_gathered(self.policy.state_dict(), self.ranks.is_main),
             "optimizer": all_gathered(self.optimizer.state_dict(), self.ranks.is_main),
+            "loss_scale": self.loss_scale.state_dict(),
             "order": self.order.state_dict(),
             "totals": self.totals.state_dict(),
             "plan": asdict(self.plan),
@@ -412,6 +416,7 @@ class Trainer:
         self.optimizer.load_state_dict(self._moments(state["optimizer"]))
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
+        self.loss_scale.load_state_dict(state.get("loss_scale", {}))
         self.order.load_state_dict(state["order"])
         self.totals.load_state_dict(state["totals"])
         saved = plan_from(state["plan"])

@@ -13,9 +13,8 @@ from torch.optim import Optimizer
 from progrpo.config import ObjectiveConfig, OptimConfig, microbatch
 from progrpo.objectives.advantage import (
     advantages,
-    batch_std_from_moments,
+    batch_mean_std,
     group_statistics,
-    moments,
     normalised_sum,
     with_quorum,
 )
@@ -27,6 +26,7 @@ from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.spread import ALONE, Together
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.errors import SelfCheckError
+from progrpo.training.loss_scale import LossScale
 from progrpo.training.memory import halved, is_out_of_memory
 from progrpo.types import Rollout
 
@@ -75,18 +75,15 @@ def learn_from(
     statistics = group_statistics(rewards_N, whole.group_N, num_groups)
     finalists = group_statistics(whole.finalist_rewards_F, whole.finalist_group_F, num_groups)
 
-    def moments_of_all(values_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        own_share = moments(values_N) / together.world  # each knows what all of those together know
-        count, total, total_sq = ranks.sum(own_share).cpu()
-        return count, total, total_sq
+    def add_up(moments_3: Tensor) -> Tensor:
+        return ranks.sum(moments_3 / together.world).cpu()  # each knows what all of those together know
 
     scale = {"eps": objective.adv_eps, "clip_max": adv_clip_max}
     if objective.advantage == "gdpo":
         parts_NR = whole.parts_NR.where(rewards_N.isfinite()[:, None], torch.nan)
         weights_R = torch.tensor(list(weights.values()), dtype=torch.float64)
         values_N = normalised_sum(parts_NR, weights_R, whole.group_N, num_groups, objective.adv_eps)
-        count, total, total_sq = moments_of_all(values_N)
-        mean, std = total / count.clamp(min=1), batch_std_from_moments(count, total, total_sq)
+        mean, std = batch_mean_std(values_N, add_up)
         taught = group_statistics(values_N, whole.group_N, num_groups)
         advantages_N, observed_N = advantages(values_N, whole.group_N, taught.around(mean), std=std, **scale)
     else:
@@ -95,7 +92,7 @@ def learn_from(
             rewards_N,
             whole.group_N,
             statistics if objective.baseline == "survivors" else finalists,
-            std=batch_std_from_moments(*moments_of_all(rewards_N)) if batch else None,
+            std=batch_mean_std(rewards_N, add_up)[1] if batch else None,
             **scale,
         )
         taught = statistics
@@ -144,16 +141,19 @@ def update(
     experience: Experience,
     config: OptimConfig,
     ranks: Ranks,
+    scale: LossScale | None = None,
 ) -> tuple[Tally, int, int]:
     """`updates_per_rollout` optimizer steps, each on its share of every group; what was seen, and items trained.
 
-    A step whose loss or gradient is not finite is not taken, and only counted. Where memory runs out, half the microbatch is tried;
-    the last one that was enough is the third thing returned.
+    A step whose loss or gradient is not finite is not taken, and only counted. Where a scaled gradient alone overflows, all processes
+    compute it again at half the `scale`. Where memory runs out, half the microbatch is tried; the last one that was enough is the
+    third thing returned.
 
     The loss is the mean over the trajectories of all processes and their items. Trajectories without an advantage count in that
     mean but are not computed: their group has no variance and teaches nothing.
     """
     tally, items, skipped, parts = Tally(), 0, 0, config.updates_per_rollout
+    scale = LossScale() if scale is None else scale
     packing, prepared = Packing(microbatch(config), policy.compiled), False
     for part in range(parts):
         counted: tuple[float, float] | None = None  # once, however often a part is tried: all processes take part in it
@@ -168,8 +168,7 @@ def update(
                 if counted is None:
                     sizes = torch.tensor([len(share) * per_trajectory, len(telling)], dtype=torch.float64)
                     everywhere, taught = counted = tuple(ranks.sum(sizes).tolist())
-                seen = _accumulate(policy, objective, telling, everywhere, packing)
-                break
+                seen = _accumulate(policy, objective, telling, everywhere / scale.value, packing)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -182,26 +181,59 @@ def update(
                     raise SelfCheckError(
                         "out of memory in an update that goes back through what sampling computed; leave out optim.reuse_rollout"
                     ) from error
+                optimizer.zero_grad(set_to_none=True)
+                packing = replace(packing, microbatch=halved(packing.microbatch, "optim.microbatch"))
+                continue
+            experience, prepared = ready, True
+            gradient = _gradient(policy, seen, config.max_grad_norm, ranks, scale)
+            # graphs of the rollout are used up, and go through another factor only in the next iteration
+            if not gradient.overflows or not scale.lower() or (config.reuse_rollout and part == 0):
+                break
+            tally.raise_to("update/rescaled", tally.maxima.get("update/rescaled", 0.0) + 1)
             optimizer.zero_grad(set_to_none=True)
-            packing = replace(packing, microbatch=halved(packing.microbatch, "optim.microbatch"))
-        experience, prepared = ready, True
         items += len(telling) * per_trajectory
-        ranks.sum_gradients(policy.trainable.values())
-        norm = gathered(torch.nn.utils.clip_grad_norm_(policy.trainable.values(), config.max_grad_norm))
-        lost = torch.tensor(float(not math.isfinite(seen.sums.get("update/loss", 0.0))))
-        if ranks.sum(lost).item() or not norm.isfinite():
+        if not gradient.usable:
             skipped += 1
             optimizer.zero_grad(set_to_none=True)
             continue
+        scale.count()
         tally.merge(seen)
         if part == 0 and _DEVIATION in tally.maxima:  # no step was taken yet: what sampled is what is trained
             tally.raise_to("update/on_policy_deviation", tally.maxima[_DEVIATION])
-        tally.add("update/grad_norm", norm.item(), 1)
+        tally.add("update/grad_norm", gradient.norm, 1)
         if taught:  # else momentum alone would move the weights
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     tally.raise_to("update/skipped", skipped)
+    if scale.enabled:
+        tally.raise_to("update/loss_scale", scale.value)
     return tally, items, packing.microbatch
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """A step's gradient, the same on all processes: its norm before it is clipped, and whether the loss is finite everywhere."""
+
+    norm: float
+    finite_loss: bool
+
+    @property
+    def usable(self) -> bool:
+        return self.finite_loss and math.isfinite(self.norm)
+
+    @property
+    def overflows(self) -> bool:
+        return self.finite_loss and not math.isfinite(self.norm)
+
+
+def _gradient(policy: Policy, seen: Tally, max_norm: float, ranks: Ranks, scale: LossScale) -> _Gradient:
+    """Sum the gradients over processes, unscale and clip them, in place."""
+    parameters = policy.trainable.values()
+    ranks.sum_gradients(parameters)
+    scale.unscale(parameters)
+    norm = gathered(torch.nn.utils.clip_grad_norm_(parameters, max_norm)).item()
+    lost = torch.tensor(float(not math.isfinite(seen.sums.get("update/loss", 0.0))))
+    return _Gradient(norm, not ranks.sum(lost).item())
 
 
 def _parts(experience: Experience, parts: int) -> Tensor:

@@ -39,6 +39,7 @@ _SAY_NOTHING = {
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 }
+_DTYPES: Mapping[str, Literal["bfloat16", "float16"]] = {"bf16": "bfloat16", "fp16": "float16"}
 _READ = {"zero_optimization", "gradient_clipping", "bf16", "fp16"}
 _BUCKETS = {"allgather_bucket_size", "reduce_bucket_size"}
 _OF_SPEED = _BUCKETS | {
@@ -60,7 +61,7 @@ class Zero:
     offload: bool = False
     pin_memory: bool = False
     buckets: Mapping[str, int] | None = None
-    dtype: Literal["bfloat16"] | None = None
+    dtype: Literal["bfloat16", "float16"] | None = None
     """What mixed precision it asks for, by the name that `model.dtype` has for it."""
     max_grad_norm: float | None = None
 
@@ -80,7 +81,7 @@ def asked() -> Zero | None:
         offload = {where: dict(zero.pop(f"offload_{where}", None) or {}) for where in ("optimizer", "param")}
         stage, clip = int(zero["stage"]), _number(config.get("gradient_clipping", "auto"))
         buckets = {name: int(size) for name in _BUCKETS if (size := _number(zero.get(name, "auto"))) is not None}
-        enabled = {name: str(dict(config.get(name, {})).get("enabled")).lower() == "true" for name in ("fp16", "bf16")}
+        enabled = {name: str(dict(config.get(name, {})).get("enabled")).lower() == "true" for name in _DTYPES}
     except (ValueError, TypeError, KeyError, AttributeError, OSError, OverflowError, NotImplementedError) as error:
         raise _refused(
             f"what cannot be read ({named(' '.join(str(error).split()))})", "mend its deepspeed_config"
@@ -105,14 +106,17 @@ def asked() -> Zero | None:
     if device == "cpu" and stage == 0:
         raise _refused("the optimizer to offload in stage 0", "take stage 1")
     mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if mixed not in ("no", "bf16") or enabled["fp16"]:
-        raise _refused("fp16" if enabled["fp16"] else named(mixed), "take bf16 or no: losses are not scaled here")
+    if mixed not in ("no", "bf16", "fp16"):
+        raise _refused(f"mixed_precision {named(mixed)}", "take bf16, fp16 or no")
+    narrow = {dtype for name, dtype in _DTYPES.items() if mixed == name or enabled[name]}
+    if len(narrow) > 1:
+        raise _refused("both fp16 and bf16", "take one of the two")
     return Zero(
         stage,
         offload=device == "cpu",
         pin_memory=bool(offload["optimizer"].get("pin_memory")),
         buckets=buckets,
-        dtype="bfloat16" if mixed == "bf16" or enabled["bf16"] else None,
+        dtype=next(iter(narrow), None),
         max_grad_norm=clip,
     )
 
@@ -128,7 +132,7 @@ def agreed(config: Config, zero: Zero) -> Config:
         config = replace(config, model=replace(model, dtype=zero.dtype))
     elif zero.dtype not in (None, model.dtype):
         raise _refused(
-            f"{zero.dtype}, and model.dtype is {model.dtype}", "give --model.dtype bfloat16, or mixed_precision no"
+            f"{zero.dtype}, and model.dtype is {model.dtype}", f"give --model.dtype {zero.dtype}, or mixed_precision no"
         )
     if zero.max_grad_norm not in (None, optim.max_grad_norm):
         raise _refused(

@@ -77,7 +77,7 @@ def _standardised(audit: Mapping[str, Any]) -> np.ndarray | None:
     """Final rewards less the group's mean over its std, NaN where missing; None if they do not differ."""
     final = np.array(audit["final"], dtype=np.float64)
     there = final[~np.isnan(final)]
-    return (final - there.mean()) / there.std() if len(there) > 1 and there.std() > 0 else None
+    return (final - there.mean()) / there.std() if len(there) > 1 and np.ptp(there) > 0 else None
 
 
 def _histogram(place: int, title: str, colour: str, groups: Sequence[np.ndarray], top: float) -> str:

@@ -1,0 +1,130 @@
+"""Gradients through float16: what they are without a scale, with one, and where one overflows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from progrpo.config import ModelConfig, ObjectiveConfig, OptimConfig
+from progrpo.objectives.grpo import GRPO
+from progrpo.training.distributed import Ranks
+from progrpo.training.loss_scale import LossScale
+from progrpo.training.update import update
+
+FEW = 1e-5  # of an advantage: as small a share of the loss as an item has in a batch of a hundred thousand
+
+
+class Noting(torch.optim.SGD):
+    """Plain descent that keeps the gradients of its last step."""
+
+    def step(self, closure=None):  # type: ignore[override]
+        self.seen = torch.cat([p.grad.flatten().clone() for p in self.param_groups[0]["params"] if p.grad is not None])
+        super().step(closure)
+
+
+@pytest.fixture
+def gradient(tiny_policy, tiny_trainer, tiny_sd, tiny_config, first_experience):
+    """The gradient of a first update, and what was seen, in a dtype and with a scale."""
+
+    def of(dtype, scale, objective="grpo", weights="lora", **optim):
+        config = tiny_config(
+            model=ModelConfig(dtype=dtype, weights=weights), objective=ObjectiveConfig(name=objective, adv_eps=1e-4)
+        )
+        policy = tiny_policy(weights, getattr(torch, dtype), moved=0.02, folder=tiny_sd)
+        trainer = tiny_trainer(config, policy)
+        experience = first_experience(trainer)
+        experience = replace(experience, advantages_N=experience.advantages_N * FEW)
+        noting = Noting(policy.trainable.values(), lr=0.0)
+        wanted = OptimConfig(max_grad_norm=1e9, **optim)
+        tally, *_ = update(policy, trainer.objective, noting, experience, wanted, Ranks(), scale)
+        return noting.seen, tally.over(Ranks())
+
+    return of
+
+
+def off(found, true):
+    """The share of a vector that is error."""
+    return ((found - true).norm() / true.norm()).item()
+
+
+@pytest.mark.parametrize("objective", ["grpo", "nft", "awm", "dgpo"])
+def test_a_float16_gradient_is_float32s_but_for_rounding(gradient, objective):
+    true, _ = gradient("float32", None, objective)
+    scaled, seen = gradient("float16", LossScale(True), objective)
+    plain, _ = gradient("float16", None, objective)
+    allowed = 64 * torch.finfo(torch.float16).eps
+    assert off(scaled, true) < allowed < off(plain, true)
+    assert seen["update/loss_scale"] == 2**16 and seen["update/grad_norm"] == pytest.approx(true.norm().item(), rel=0.1)
+
+
+def test_so_is_that_of_all_weights(gradient):
+    true, _ = gradient("float32", None, weights="full")
+    scaled, _ = gradient("float16", LossScale(True), weights="full")
+    assert off(scaled, true) < 64 * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_bit_of_another_dtypes_gradient_changes(gradient, dtype):
+    plain, seen = gradient(dtype, None)
+    off, same = gradient(dtype, LossScale(False))
+    assert torch.equal(plain, off) and same == seen and "update/loss_scale" not in seen
+
+
+def test_an_overflow_is_computed_again_at_half_the_scale(gradient):
+    scale = LossScale(True)
+    scale.value = 2.0**60
+    found, seen = gradient("float16", scale)
+    true, _ = gradient("float32", None)
+    assert off(found, true) < 64 * torch.finfo(torch.float16).eps
+    assert seen["update/skipped"] == 0 and seen["update/rescaled"] > 0
+    assert seen["update/loss_scale"] == scale.value == 2 ** (60 - seen["update/rescaled"])
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_gradient_that_is_not_finite_at_any_scale_is_skipped(linear_policy, linear_experience, scaled):
+    experience = linear_experience(linear_policy, [1.5, -0.5, -1.0, 2.0, -2.0])
+    linear_policy.a.register_hook(lambda gradient: gradient * torch.inf)
+    scale, before = LossScale(scaled), linear_policy.a.item()
+    descent = torch.optim.SGD(linear_policy.trainable.values(), lr=1.0)
+    tally, *_ = update(linear_policy, GRPO(0.1), descent, experience, OptimConfig(), Ranks(), scale)
+    seen = tally.over(Ranks())
+    assert seen["update/skipped"] == 1 and linear_policy.a.item() == before and scale.value == 1
+    assert seen.get("update/rescaled") == (16 if scaled else None)
+
+
+def test_the_scale_doubles_after_fifty_updates_and_begins_to_count_anew():
+    scale = LossScale(True)
+    for _ in range(49):
+        scale.count()
+    taken_up = LossScale(True)
+    taken_up.load_state_dict(scale.state_dict())
+    assert taken_up.value == 2**16
+    for one in (scale, taken_up):
+        one.count()
+        assert one.value == 2**17
+        assert one.lower() and one.value == 2**16
+    off = LossScale(False)
+    off.load_state_dict(scale.state_dict())
+    for _ in range(50):
+        off.count()
+    assert off.value == 1 and not off.lower() and off.state_dict() == {}
+    scale.load_state_dict(off.state_dict())  # as of a run that began before losses were scaled
+    assert scale.value == 2**16
+
+
+def test_a_trainers_scale_is_of_its_dtype_and_in_its_state(tiny_policy, tiny_trainer, tiny_sd, tiny_config):
+    def build(dtype):
+        policy = tiny_policy(dtype=getattr(torch, dtype), folder=tiny_sd)
+        return tiny_trainer(tiny_config(model=ModelConfig(dtype=dtype)), policy)
+
+    trainer, taken_up = build("float16"), build("float16")
+    trainer.loss_scale.lower()
+    state = trainer.state_dict()
+    taken_up.load_state_dict(state)
+    assert taken_up.loss_scale.state_dict() == {"value": 2.0**15, "clean": 0}
+    taken_up.load_state_dict(
+        {name: value for name, value in state.items() if name != "loss_scale"}
+    )  # an old checkpoint
+    assert not build("bfloat16").loss_scale.enabled
