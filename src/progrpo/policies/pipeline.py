@@ -346,7 +346,7 @@ class PipelinePolicy(ABC):
         generator = torch.Generator().manual_seed(0)
         x_NCHW = torch.randn(most, *self.latent_shape, generator=generator).to(self.device)
         timestep_N = self.levels(2).timestep[1].to(x_NCHW).expand(most)
-        condition = Condition(self._ones(self.network_inputs()) | self._unconditional.tensors)
+        condition = Condition({**self._ones(self.network_inputs()), **self._unconditional.tensors})
         condition = condition.take(torch.zeros(most, dtype=torch.int64, device=self.device))
 
         def output(size: int) -> Tensor:
@@ -358,8 +358,8 @@ class PipelinePolicy(ABC):
 
     def _ones(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """One row of a condition of these shapes."""
-        like = {"device": self.device, "dtype": self._settings.dtype}
-        return {name: torch.ones(1, *shape, **like) for name, shape in shapes.items()}
+        dtype = self._settings.dtype
+        return {name: torch.ones(1, *shape, device=self.device, dtype=dtype) for name, shape in shapes.items()}
 
     def _stand_in(self, weights: int, training: bool) -> None:
         """A network call that takes part in the others' and adds 0 to gradients."""
