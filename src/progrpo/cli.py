@@ -158,7 +158,7 @@ class Sample:
     image: tuple[Path, ...] = ()
     """For a model that edits: the picture to change, one for all prompts or one for each."""
     lora: Path | None = None
-    """A run folder, or a LoRA folder in diffusers' format."""
+    """A run folder, or a LoRA: a folder, a file in safetensors or a hub id, as --model.lora of `train`."""
     out: Path = Path("samples")
     """The folder; 001-03.png is the fourth picture of the second prompt. Prompts are numbered on from those that are there, and nothing is replaced."""
     seed: int | None = None

@@ -24,11 +24,13 @@ class ModelConfig:
     """Train low-rank adapters (peft) or every weight of the denoiser. The reference of a fresh LoRA is the model without it. That of full
     weights is a frozen copy, kept only where the objective measures a distance to it (a kl_beta above 0, or dgpo)."""
     lora: str = ""
-    """A LoRA to train further, in diffusers' format: a run folder, a folder, a file or a hub id; empty: a fresh one. Its rank, alpha and
-    layers are its own, the three fields below are not read. The reference, from which a KL is measured and with which a run
-    compares itself, is the model with this LoRA; what is saved takes its place, on the same base."""
+    """A LoRA to train further: a run folder, a folder in diffusers' or peft's format (with adapter_config.json), a file in safetensors, also in
+    kohya's format where diffusers reads it, or a hub id; empty: a fresh one. Its rank, alpha and layers are its own, the three fields below are not
+    read. The reference, from which a KL is measured and with which a run compares itself, is the model with this LoRA; what is saved
+    takes its place, on the same base."""
     lora_rank: int = 16
     lora_alpha: int = 32
+    """The LoRA counts lora_alpha / lora_rank times. What is saved has that in its numbers, and alpha = rank."""
     lora_targets: tuple[str, ...] = ()
     """Endings of module names to adapt, where `*` stands for anything; empty: attention and feed-forward projections (of both
     streams of SD3, FLUX and Qwen-Image, and of FLUX's single blocks; of Wan's attention to the video and to the text)."""

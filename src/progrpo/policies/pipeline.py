@@ -15,7 +15,7 @@ from weakref import WeakSet
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline, ModelMixin
 from diffusers.models.autoencoders.vae import Decoder
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,7 +26,7 @@ from progrpo.policies.base import PolicySettings
 from progrpo.policies.decoder import quicken
 from progrpo.policies.hub import reason_of
 from progrpo.policies.invariance import is_batch_invariant
-from progrpo.policies.lora import ADAPTER, continue_lora, in_float32
+from progrpo.policies.lora import continue_lora, in_float32, save_lora
 from progrpo.policies.offload import Turns
 from progrpo.policies.parts import whole
 from progrpo.policies.quantized import quantize_blocks
@@ -392,7 +392,7 @@ class PipelinePolicy(ABC):
             if self._settings.weights == "full":
                 self._save_denoiser(folder)
             elif folder is not None:
-                self._save_lora(folder)
+                save_lora(self.denoiser, self.denoiser_name, folder)
 
     def _save_denoiser(self, folder: Path | None) -> None:
         denoiser = self.denoiser
@@ -405,13 +405,6 @@ class PipelinePolicy(ABC):
                 denoiser.load_state_dict(weights, assign=True)
         if folder is not None:
             denoiser.save_pretrained(folder)
-
-    def _save_lora(self, folder: Path) -> None:
-        metadata = self.denoiser.peft_config[ADAPTER].to_dict()  # without it alpha is lost
-        metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: equal weights should be equal files
-        layers = get_peft_model_state_dict(self.denoiser)
-        names = f"{self.denoiser_name}_lora_layers", f"{self.denoiser_name}_lora_adapter_metadata"
-        type(self._pipeline).save_lora_weights(folder, **dict(zip(names, (layers, metadata), strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
         return self.named_weights.state_dict()
