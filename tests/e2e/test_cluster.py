@@ -126,7 +126,7 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on(straight, tmp_path, vi
     assert all(not worker.is_running() for worker in workers.values())
     said = log.read_text()
     assert "progrpo: stopped: another process of this run was lost (" in said
-    assert f"with --resume {run}" in said
+    assert f"with progrpo train --resume {run}" in said
     if victim:  # the one that writes lived on
         assert json.loads((run / "summary.json").read_text())["status"].startswith("stopped: another process")
     done = len((run / "metrics.jsonl").read_text().splitlines())

@@ -150,10 +150,34 @@ def by_the_library(model, out, found, ranks):
         progrpo.train(DiffusionPipeline.from_pretrained(model), PROMPTS, redness, config=CONFIG, out=mine)
     except ValueError as error:
         found["taken"] = str(error)
+    if ranks.world == 2:
+        found["unequal"] = unequal(model, out / "unequal", ranks)
     try:
         trained(model, replace(CONFIG, prompts=PromptConfig(per_iteration=1)), redness)
     except ValueError as error:
         found["too few"] = str(error)
+
+
+def unequal(model, out, ranks):
+    """What is said where the second process has other prompts, other weights or another configuration than the first."""
+    second, pipeline = ranks.rank == 1, DiffusionPipeline.from_pretrained(model)
+    other = replace(CONFIG, optim=OptimConfig(lr=0.5))
+    calls = {
+        "training": (PROMPTS[::-1] if second else PROMPTS, {}),
+        "evaluation": (PROMPTS, {"eval_prompts": ["a" if second else "b"]}),
+        "configuration": (PROMPTS, {"config": other if second else CONFIG}),
+        "resume": (PROMPTS, {"resume": second}),
+        "weights": (PROMPTS, {}),
+    }
+    said = {}
+    for name, (prompts, options) in calls.items():
+        if name == "weights" and second:  # as a text encoder that is not in the files gets random ones
+            pipeline.text_encoder_2.get_input_embeddings().weight.data.normal_()
+        try:
+            progrpo.train(pipeline, prompts, redness, out=out, **{"config": CONFIG, **options})
+        except ValueError as error:
+            said[name] = str(error)
+    return {**said, "wrote": out.exists()}
 
 
 if __name__ == "__main__":
@@ -293,8 +317,23 @@ def test_only_the_main_process_writes(one, two):
 
 def test_what_the_main_process_alone_finds_wrong_is_refused_in_all(two):
     assert [found(two, rank)["taken"] for rank in (0, 1)] == [
-        f"{two / 'run of 0'} already holds a run (config.json); resume it with `progrpo train --resume {two / 'run of 0'}`, replace it with --overwrite, or give another --out"
+        f"{two / 'run of 0'} already holds a run (config.json); resume it with progrpo.train(..., out={str(two / 'run of 0')!r}, resume=True),"
+        " replace it with --overwrite (in Python overwrite=True), or give another folder as --out (out)"
     ] * 2
+
+
+def test_what_must_be_equal_and_is_not_is_refused_in_all_by_its_name(two):
+    said = found(two, 0)["unequal"]
+    assert found(two, 1)["unequal"] == said and said.pop("wrote") is False
+    assert said["training"].startswith("the list of training prompts must be the same in all processes, and is ")
+    assert "(it begins with 'red cat') in process 0" in said["training"]
+    assert "(it begins with 'green bird') in process 1; give all the same prompts" in said["training"]
+    assert said["evaluation"].startswith("the list of evaluation prompts must be the same in all processes")
+    assert said["configuration"] == (
+        "optim.lr must be the same in all processes, and is 0.001 in process 0 and 0.5 in process 1; give all the same configuration"
+    )
+    assert said["resume"].startswith("resume must be the same in all processes, and is False in process 0 and True")
+    assert said["weights"].startswith("the weights of text_encoder_2 must be the same in all processes")
 
 
 def test_a_process_without_a_prompt_is_refused(two):

@@ -326,6 +326,18 @@ def test_demands_of_the_published_metadata():
 DOG = {"class": "dog", "count": 1}
 
 
+def test_names_are_known_however_they_are_written():
+    columns = {
+        "tag": "Counting ",
+        "include": [
+            {"class": "Computer\u00a0Mouse", "count": 1, "color": "Red"},
+            {"class": "\uff24\uff4f\uff47", "count": 2, "color": " blue", "position": ["Left  of", 0]},
+        ],
+    }
+    mouse, dog = Clause("computer mouse", 1, "red"), Clause("dog", 2, "blue", ("left of", 0))
+    assert demand_of(Prompt("", columns), LABELS) == Demand((mouse, dog), (), 0.9)
+
+
 @pytest.mark.parametrize(
     ("columns", "problem"),
     [

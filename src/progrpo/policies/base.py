@@ -68,6 +68,8 @@ class Policy(Protocol):
     """`transformer` or `unet`: what diffusers' pipeline calls the part that is trained."""
     edits: ClassVar[bool]
     """Whether the model changes a picture: every prompt must then have one, its column `image` (`progrpo.sources`)."""
+    fingerprints: Mapping[str, str]
+    """What tells the weights of each part (the denoiser, the text encoders, the VAE) from another model's, as they are before training."""
     prediction: str
     """What the network's output means, a name of `progrpo.diffusion.prediction.PREDICTIONS`."""
 

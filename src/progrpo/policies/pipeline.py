@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.decoder import quicken
+from progrpo.policies.fingerprint import fingerprint
 from progrpo.policies.hub import reason_of
 from progrpo.policies.invariance import is_batch_invariant
 from progrpo.policies.lora import continue_lora, in_float32, save_lora
@@ -61,6 +62,7 @@ class PipelinePolicy(ABC):
     no_prompt: ClassVar[str] = ""
     """The text that guidance leads away from."""
     prediction: str
+    fingerprints: Mapping[str, str]
 
     def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, size: tuple[int, int]) -> None:
         """Wrap a pipeline whose trainable parameters are already marked; `from_pipeline` is the way in.
@@ -123,18 +125,19 @@ class PipelinePolicy(ABC):
             _cast(denoiser, settings.dtype)
             if settings.lora:
                 continue_lora(pipeline, cls.denoiser_name, settings.lora)
-            else:
-                _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
-            if settings.shard:
-                lora = [p for p in denoiser.parameters() if p.requires_grad]
-                share_out(denoiser, torch.device(settings.device), whole=lora)
         elif settings.weights == "full":
             _cast(denoiser, torch.float32)
             denoiser.requires_grad_(True)
-            if settings.shard:
-                share_out(denoiser, torch.device(settings.device), whole=())
         else:
             raise ValueError(f"model.weights: {settings.weights!r} is not known; use 'lora' or 'full'")
+        fingerprints = _fingerprints(
+            pipeline
+        )  # while every process has all weights; a fresh LoRA's follow from the seed
+        if settings.weights == "lora" and not settings.lora:
+            _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
+        if settings.shard:
+            lora = [p for p in denoiser.parameters() if p.requires_grad] if settings.weights == "lora" else []
+            share_out(denoiser, torch.device(settings.device), whole=lora)
         _TAKEN.add(pipeline)
         if _narrow_on_cpu(settings):
             quicken(pipeline.vae)
@@ -148,7 +151,9 @@ class PipelinePolicy(ABC):
             pipeline.vae.to(memory_format=torch.channels_last)
         if cls.denoiser_name == "unet" and torch.device(settings.device).type == "cuda":
             denoiser.to(memory_format=torch.channels_last)
-        return cls(pipeline, settings, size)
+        policy = cls(pipeline, settings, size)
+        policy.fingerprints = fingerprints
+        return policy
 
     # --- what a family says of itself -------------------------------------------------------------------------------
 
@@ -513,6 +518,11 @@ def _compiled_decoder(vae: ModelMixin, settings: PolicySettings) -> list[nn.Modu
 
 def _modules(pipeline: DiffusionPipeline) -> list[nn.Module]:
     return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+def _fingerprints(pipeline: DiffusionPipeline) -> dict[str, str]:
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return {name: fingerprint(part) for name, part in parts.items()}
 
 
 def _cast(module: ModelMixin, dtype: torch.dtype) -> None:
