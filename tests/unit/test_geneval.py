@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -41,6 +42,7 @@ from progrpo.rewards.geneval import (
     Detector,
     GenEval,
     GenEvalFlowGRPO,
+    _detector_of,
     box_of,
     crop_of,
     demand_of,
@@ -322,6 +324,18 @@ def test_demands_of_the_published_metadata():
 
 
 DOG = {"class": "dog", "count": 1}
+
+
+def test_names_are_known_however_they_are_written():
+    columns = {
+        "tag": "Counting ",
+        "include": [
+            {"class": "Computer\u00a0Mouse", "count": 1, "color": "Red"},
+            {"class": "\uff24\uff4f\uff47", "count": 2, "color": " blue", "position": ["Left  of", 0]},
+        ],
+    }
+    mouse, dog = Clause("computer mouse", 1, "red"), Clause("dog", 2, "blue", ("left of", 0))
+    assert demand_of(Prompt("", columns), LABELS) == Demand((mouse, dog), (), 0.9)
 
 
 @pytest.mark.parametrize(
@@ -703,3 +717,15 @@ def test_from_the_cache_without_a_network(tmp_path):
         f"reward 'geneval': {clip} is a clip, not a detector of objects; name a Mask2Former, a DETR or an RT-DETR"
     )
     assert missing.startswith("reward 'geneval': there is no cached copy of nobody/nothing, and the Hugging Face hub")
+
+
+def test_a_detector_whose_file_has_other_names_is_refused(tmp_path):
+    small_yolos().save_pretrained(tmp_path)
+    YolosImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(tmp_path)
+    _detector_of(str(tmp_path), "main")
+    file = tmp_path / "model.safetensors"
+    save_file({f"module.{name}": weight for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(
+        Refusal, match=rf"^reward 'geneval': {tmp_path} is no YolosForObjectDetection, it has no \S+ of"
+    ):
+        _detector_of(str(tmp_path), "main")

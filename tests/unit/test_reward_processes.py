@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -139,6 +140,15 @@ def test_a_wrong_name_is_refused_before_any_process_starts(here):
         load_reward(f"{MODULE}:absent", processes=2)
     with pytest.raises(ValueError, match="neither built in"):
         load_reward("absent", processes=2)
+
+
+def test_what_a_terminal_sends_to_all_processes_is_left_to_the_run(here):
+    """Ctrl-C and a hang-up, while the run finishes its iteration."""
+    with processes("where", 1) as reward:
+        (first,) = reward.score(PICTURES[:1], PROMPTS[:1])
+        for number in (signal.SIGHUP, signal.SIGINT):
+            os.kill(int(first.value), number)
+        assert reward.score(PICTURES[:1], PROMPTS[:1]) == [first]
 
 
 # --- processes that end -----------------------------------------------------------------------------------------------

@@ -11,14 +11,18 @@ from progrpo.environment import on_the_way_to_the_hub
 from progrpo.words import named
 
 _UNREACHABLE = (ConnectionError, TimeoutError, socket.gaierror)  # beneath whichever client the hub's library has
-_MISLED = (
-    ImportError,
-    FileNotFoundError,
-)  # what a client makes of a SOCKS proxy and of certificates that are not there
+# What a client makes of a SOCKS proxy without its package, and of certificates that are not there
+_MISLED = (ImportError, FileNotFoundError)
+
+
+class UnfitError(ValueError):
+    """What is wrong with a model's files, in a sentence of our own: unlike a library's it is not cut."""
 
 
 def reason_of(error: Exception, source: str | Path) -> str:
     """Why `source` could not be loaded, on one line. Of a hub that cannot be reached the libraries say that it lacks the file."""
+    if isinstance(error, UnfitError):
+        return str(error)
     if not os.path.isdir(source):
         way = on_the_way_to_the_hub()
         kinds = (*_UNREACHABLE, *_MISLED) if way else _UNREACHABLE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,15 +116,22 @@ def read_pickle(reward: str, path: Path, sha256: str) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def pretrained(kind: type[_Model], reward: str, repository: str, revision: str) -> _Model:
-    """A network of transformers from the safetensors of a repository at a commit, or of a folder."""
+_UNUSED = re.compile(r"criterion\.|.*num_batches_tracked$")  # of a loss and of training: no picture depends on them
+
+
+def pretrained(kind: Any, reward: str, repository: str, revision: str) -> Any:
+    """A network of transformers, or of one of its Auto classes, from the safetensors of a repository at a commit, or of a folder.
+
+    Refusal where they lack what its configuration asks for.
+    """
     told = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with fetching(reward, repository):
         model, report = kind.from_pretrained(repository, revision=revision, **told)
     lacking = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    lacking = {name for name in lacking if not _UNUSED.match(name)}
     if lacking:  # else they would be random
         raise Refusal(
-            f"reward {reward!r}: {repository} is no {kind.__name__}, it has no {min(lacking)} of the right size"
+            f"reward {reward!r}: {repository} is no {type(model).__name__}, it has no {min(lacking)} of the right size"
         )
     return model
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score, check, close
+from progrpo.streams import make_streams_tolerant
 from progrpo.types import Prompt
 from progrpo.words import named, quoted
 
@@ -213,9 +214,12 @@ _make: Callable[[], Reward]
 def _begin(begun: Any, make: Make, name: str, settings: RewardSettings) -> None:
     global _make
     _make = functools.partial(make, name, settings)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches this process too, and the run's own decides what to do
+    for number in (
+        signal.SIGINT,
+        signal.SIGHUP,
+    ):  # a terminal sends them to this process too, and the run's own decides
+        signal.signal(number, signal.SIG_IGN)
+    make_streams_tolerant()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(BaseException):  # the first call says it
         check(_reward(), [])

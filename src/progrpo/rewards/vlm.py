@@ -18,6 +18,7 @@ from PIL import Image
 from progrpo.environment import on_the_way
 from progrpo.rewards.base import Refusal, RewardSettings, Score, WrongAnswer
 from progrpo.rewards.remote import answer_of, client_of
+from progrpo.texts import folded
 from progrpo.types import Prompt
 
 QUESTION = (
@@ -144,7 +145,7 @@ def mark_of(completion: str) -> float:
         raise ValueError(f"the answer was cut off at {MAX_TOKENS} tokens: {_short(str(text))}")
     if not isinstance(text, str):
         raise ValueError("the answer has no text")
-    marks = _marks(text.rpartition("</think>")[2])
+    marks = _marks(folded(text).rpartition("</think>")[2])  # some write ８／１０, and a minus has many forms
     if len(marks) != 1:
         raise ValueError(f"the answer has {'no mark' if not marks else 'several marks'}: {_short(text)}")
     (mark,) = marks
