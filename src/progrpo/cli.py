@@ -214,6 +214,8 @@ class Eval:
 
     target: Annotated[Positional[str], arg(metavar="RUN|MODEL")]
     """A run folder, a built-in model's name, a folder in diffusers' format, or a hub id."""
+    lora: Path | None = None
+    """For a model: a run folder, or a LoRA folder in diffusers' format."""
     prompts: str | None = None
     """`shapes` or a prompt file (.txt, .jsonl); without it the run's own, `shapes` for a model."""
     reward: tuple[str, ...] = ()
@@ -242,6 +244,7 @@ class Eval:
 
         result = evaluate_model(
             self.target,
+            lora=self.lora,
             prompts=self.prompts,
             reward=self.reward,
             split=self.split,
