@@ -8,11 +8,12 @@ import math
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from progrpo.rollout.plan import Plan, PrunePoint, preset
 from progrpo.rollout.window import window
+from progrpo.types import FROM_PYTHON
 from progrpo.words import is_one_line, named, quoted
 
 
@@ -215,6 +216,8 @@ class RewardTerm:
     """Score in so many processes of their own, each with the reward loaded: for rewards whose time goes into Python. 0: in this one."""
     cache: str = ""
     """A folder in which scores are kept by picture and prompt, for judges that cost money; empty: none."""
+    from_python: bool = False
+    """Written by `progrpo.train`: the reward was given as an object, of which this is the name."""
 
     @classmethod
     def from_text(cls, text: str) -> RewardTerm:
@@ -237,7 +240,7 @@ class RewardTerm:
 
     def to_text(self) -> str:
         """As `from_text` reads it."""
-        if self == RewardTerm(self.name, self.weight):
+        if replace(self, from_python=False) == RewardTerm(self.name, self.weight):
             return self.name if self.weight == 1 else f"{self.weight:g}*{self.name}"
         return json.dumps({f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default})
 
@@ -913,6 +916,17 @@ def _check_window_fits(sampling: SamplingConfig) -> None:
         raise ValueError(
             f"sampling.sde_window_size must be at most the {end} steps that a window may lie in, not {size}"
         )
+
+
+def from_python(config: Config) -> list[str]:
+    """The fields that hold what `progrpo.train` was given as objects, which only the same call can give again."""
+    names = {
+        "model.path": config.model.path,
+        "prompts.source": config.prompts.source,
+        "eval.prompts": config.eval.prompts,
+    }
+    objects = [field for field, name in names.items() if name.endswith(FROM_PYTHON)]
+    return objects + ["reward.terms"] * any(term.from_python for term in config.reward.terms)
 
 
 # --- what the fields mean together ------------------------------------------------------------------------------------

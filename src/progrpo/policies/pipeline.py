@@ -24,7 +24,9 @@ from torch.utils.checkpoint import checkpoint
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.decoder import quicken
+from progrpo.policies.fingerprint import fingerprint
 from progrpo.policies.hub import reason_of
+from progrpo.policies.invariance import is_batch_invariant
 from progrpo.policies.lora import continue_lora, in_float32, save_lora
 from progrpo.policies.offload import Turns
 from progrpo.policies.parts import whole
@@ -60,6 +62,7 @@ class PipelinePolicy(ABC):
     no_prompt: ClassVar[str] = ""
     """The text that guidance leads away from where no negative prompt is given."""
     prediction: str
+    fingerprints: Mapping[str, str]
 
     def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, size: tuple[int, int]) -> None:
         """Wrap a pipeline whose trainable parameters are already marked; `from_pipeline` is the way in.
@@ -73,8 +76,7 @@ class PipelinePolicy(ABC):
         self._released = False
         self._tiny = _tiny_decoder(pipeline, settings, self._latent_channels(pipeline))
         self.compiled = settings.compile
-        exact = settings.dtype == torch.float32 or not settings.compile
-        self.repeatable = exact and torch.device(settings.device).type == "cpu"
+        self.batch_invariant = _may_be_batch_invariant(settings)
         self._step: Step | None = None
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
         self.embeds_guidance = bool(getattr(self.denoiser.config, "guidance_embeds", False))
@@ -127,18 +129,19 @@ class PipelinePolicy(ABC):
             _cast(denoiser, settings.dtype)
             if settings.lora:
                 continue_lora(pipeline, cls.denoiser_name, settings.lora)
-            else:
-                _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
-            if settings.shard:
-                lora = [p for p in denoiser.parameters() if p.requires_grad]
-                share_out(denoiser, torch.device(settings.device), whole=lora)
         elif settings.weights == "full":
             _cast(denoiser, torch.float32)
             denoiser.requires_grad_(True)
-            if settings.shard:
-                share_out(denoiser, torch.device(settings.device), whole=())
         else:
             raise ValueError(f"model.weights: {settings.weights!r} is not known; use 'lora' or 'full'")
+        fingerprints = _fingerprints(
+            pipeline
+        )  # while every process has all weights; a fresh LoRA's follow from the seed
+        if settings.weights == "lora" and not settings.lora:
+            _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
+        if settings.shard:
+            lora = [p for p in denoiser.parameters() if p.requires_grad] if settings.weights == "lora" else []
+            share_out(denoiser, torch.device(settings.device), whole=lora)
         _TAKEN.add(pipeline)
         if _narrow_on_cpu(settings):
             quicken(pipeline.vae)
@@ -152,7 +155,9 @@ class PipelinePolicy(ABC):
             pipeline.vae.to(memory_format=torch.channels_last)
         if cls.denoiser_name == "unet" and torch.device(settings.device).type == "cuda":
             denoiser.to(memory_format=torch.channels_last)
-        return cls(pipeline, settings, size)
+        policy = cls(pipeline, settings, size)
+        policy.fingerprints = fingerprints
+        return policy
 
     # --- what a family says of itself -------------------------------------------------------------------------------
 
@@ -348,15 +353,35 @@ class PipelinePolicy(ABC):
     def attend(self) -> Callable[[], None] | None:
         return None if self._step is None else self._step.attend
 
+    def measure_batch_invariance(self, sizes: Iterable[int]) -> bool:
+        if not self.batch_invariant:
+            return False
+        sizes = list(sizes)
+        most = max(sizes)
+        generator = torch.Generator().manual_seed(0)
+        x_NCHW = torch.randn(most, *self.latent_shape, generator=generator).to(self.device)
+        timestep_N = self.levels(2).timestep[1].to(x_NCHW).expand(most)
+        condition = Condition({**self._ones(self.network_inputs()), **self._unconditional.tensors})
+        condition = condition.take(torch.zeros(most, dtype=torch.int64, device=self.device))
+
+        def output(size: int) -> Tensor:
+            rows = torch.arange(size, device=self.device)
+            return self._output(x_NCHW[rows], timestep_N[rows], condition.take(rows))
+
+        self.batch_invariant = is_batch_invariant(output, sizes)
+        return self.batch_invariant
+
+    def _ones(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """One row of a condition of these shapes."""
+        dtype = self._settings.dtype
+        return {name: torch.ones(1, *shape, device=self.device, dtype=dtype) for name, shape in shapes.items()}
+
     def _stand_in(self, weights: int, training: bool) -> None:
         """A network call that takes part in the others' and adds 0 to gradients."""
         x, timestep_B = torch.ones(1, *self.latent_shape, device=self.device), torch.ones(1, device=self.device)
-        told = {
-            name: torch.ones(1, *shape, device=self.device, dtype=self._settings.dtype)
-            for name, shape in self._shapes.items()
-        }
+        condition = Condition(self._ones(self._shapes))
         with self.named_weights.instead(self.named_weights.names[weights]), torch.set_grad_enabled(training):
-            output = self._run(x, timestep_B, Condition(told))
+            output = self._run(x, timestep_B, condition)
             if training:
                 output.backward(torch.zeros_like(output))
 
@@ -467,6 +492,12 @@ def _set_decoding(vae: ModelMixin, decoding: str) -> None:
         vae.enable_tiling()
 
 
+def _may_be_batch_invariant(settings: PolicySettings) -> bool:
+    """False where it is known without measuring: on a GPU, compiled in low precision, and where processes make calls together."""
+    same_network = settings.dtype == torch.float32 or not settings.compile
+    return same_network and torch.device(settings.device).type == "cpu" and not settings.shard
+
+
 def _narrow_on_cpu(settings: PolicySettings) -> bool:
     """In low precision on a CPU, where some of what torch and diffusers have is slow.
 
@@ -497,6 +528,11 @@ def _compiled_decoder(vae: ModelMixin, settings: PolicySettings) -> list[nn.Modu
 
 def _modules(pipeline: DiffusionPipeline) -> list[nn.Module]:
     return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+def _fingerprints(pipeline: DiffusionPipeline) -> dict[str, str]:
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return {name: fingerprint(part) for name, part in parts.items()}
 
 
 def _cast(module: ModelMixin, dtype: torch.dtype) -> None:
