@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -14,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from progrpo.rollout.plan import Plan, PrunePoint, preset
 from progrpo.rollout.window import window
 from progrpo.types import FROM_PYTHON
-from progrpo.words import is_one_line, named, quoted
+from progrpo.words import is_one_line, named, nearest, quoted
 
 
 @dataclass(frozen=True)
@@ -502,15 +501,6 @@ def field_paths(kind: Any = Config, prefix: str = "") -> list[str]:
     nested = [field_paths(hints[f.name], f"{prefix}{f.name}.") for f in fields(kind) if is_dataclass(hints[f.name])]
     own = [prefix + f.name for f in fields(kind) if not is_dataclass(hints[f.name])]
     return own + [path for paths in nested for path in paths]
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean X?`, where X looks like `name` whole or in its last dotted part, else nothing."""
-    names = list(names) if len(name) <= 100 else []
-    by_tail = {n.rpartition(".")[2]: n for n in reversed(names)}  # where parts are shared, the first name
-    whole = difflib.get_close_matches(name, names, 1)
-    tail = [by_tail[t] for t in difflib.get_close_matches(name.rpartition(".")[2], by_tail, 1)]
-    return f"; did you mean {(whole or tail)[0]}?" if whole or tail else ""
 
 
 def _read_fields(kind: Any, data: Any, prefix: str) -> Any:

@@ -24,9 +24,8 @@ from progrpo.config import (
     RewardTerm,
     SamplingConfig,
     config_from_json,
-    nearest,
 )
-from progrpo.words import named
+from progrpo.words import named, nearest
 
 
 def quickstart() -> Config:

@@ -33,6 +33,7 @@ from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge, Refusal
 from progrpo.rewards.function import FunctionReward
+from progrpo.rewards.load import refuse_within_import
 from progrpo.rewards.mix import Mixture, Term
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
@@ -169,6 +170,7 @@ def train(
 
     ValueError, one sentence, for a mistake that is to be mended. Returns the run folder; its `read_summary()` has the figures.
     """
+    refuse_within_import()
     if overwrite and resume:
         raise ValueError("overwrite and resume exclude each other: replace the run in out, or go on with it")
     if config is not None:
