@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.decoder import quicken
+from progrpo.policies.handover import take_over
 from progrpo.policies.hub import reason_of
 from progrpo.policies.lora import ADAPTER, continue_lora, in_float32
 from progrpo.policies.offload import Turns
@@ -104,6 +105,7 @@ class PipelinePolicy(ABC):
             raise ValueError(
                 "this pipeline was given to a run already, which took it over and changed it; load it again"
             )
+        take_over(pipeline, cls.denoiser_name)
         cls.check_index(pipeline.config)
         cls._check(pipeline)
         size = cls._checked_size(pipeline, settings.resolution)

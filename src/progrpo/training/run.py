@@ -54,6 +54,7 @@ from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, e
 from progrpo.training.judge import prompt_cost
 from progrpo.training.measure import measured
 from progrpo.training.stopping import Stop
+from progrpo.training.torch_state import usual_torch
 from progrpo.training.trainer import Iteration, Trainer
 from progrpo.training.watch import HackingWatch
 from progrpo.types import Prompt
@@ -86,6 +87,7 @@ def _mendable(run: Path) -> Iterator[None]:
         raise kind(f"{error}; mend that, and go on from {last[-1].name} with: progrpo train --resume {run}") from error
 
 
+@usual_torch()
 def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
     """Train a configuration into a new run folder; DiskError if the disk refuses what is written there."""
     check(config)
@@ -99,6 +101,7 @@ def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
         return run.train()
 
 
+@usual_torch()
 def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool = False) -> RunFolder:
     """Go on from the newest whole checkpoint, exactly as the run would have gone; DiskError if the disk refuses.
 
@@ -137,6 +140,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
         return made.train(state, changed)
 
 
+@usual_torch()
 def train(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str | Prompt | Mapping[str, Any]],
