@@ -36,7 +36,7 @@ class ModelConfig:
     """T5 tokens of SD3, FLUX and Wan, past which a text is cut; empty: as many as the model's pipeline takes (256 of SD3, 512 of the others), and
     16 of the built-in. There is no attention mask in them, so this changes the picture and multiplies the cost; in Wan those after the
     text are zeros. FLUX.2 klein and Qwen-Image count the tokens of their own encoder, the words of its chat around the prompt included; in
-    Qwen-Image those after a text are masked."""
+    Qwen-Image those after a text are masked. How many prompts are cut is said at the start of a run."""
     resolution: int | tuple[int, int] | None = None
     """Pixels of a picture or video: one number for a square, or height and width (`--model.resolution 480 832`, in JSON `[480, 832]`), in
     diffusers' order and in the multiples that the model takes. Empty: the model's own (1024 of SD 3.5, FLUX and Qwen-Image, 480 832 of Wan)."""

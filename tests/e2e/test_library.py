@@ -209,6 +209,18 @@ def test_a_reward_that_cannot_be_closed_is_warned_of(tiny_pipeline, tiny_config,
     assert run.read_summary()["status"] == "finished" and (run.path / "report.html").is_file()
 
 
+def test_prompts_that_are_cut_are_said_at_the_start_and_kept(tiny_pipeline, tiny_config, redness, tmp_path, capsys):
+    begins = "a red cat beside a green bird and " * 4
+    config = tiny_config(iterations=1)
+    prompts = [f"{begins}{end}" for end in ("a dog", "a cat")] + ["cat"]
+    run = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run")
+    said = capsys.readouterr().out
+    (warning,) = (w for w in run.read_summary()["warnings"] if "longer than the text encoders read" in w)
+    assert warning.startswith("2 of 3 prompts are longer") and "so that 2 are told as another one is" in warning
+    assert said.count(f"warning: {warning}") == 1
+    assert said.index(warning) < said.index("evaluating the model as it is")
+
+
 def test_rewards_that_are_all_missing_stop_the_run_with_a_sentence(tiny_pipeline, tiny_config, prompts, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(SelfCheckError, match=r"3 of 3 scores of reward .*lambda.* are missing"):

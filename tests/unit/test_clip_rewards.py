@@ -364,7 +364,9 @@ def published_pixels(pictures_NHWC: np.ndarray) -> torch.Tensor:
         height, width = (round(scale * side) for side in picture.shape[:2])
         resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
         square = Image.new("RGB", (224, 224))
-        square.paste(resized, ((224 - width) // 2, (224 - height) // 2))  # the published padding: floor, and the rest after
+        square.paste(
+            resized, ((224 - width) // 2, (224 - height) // 2)
+        )  # the published padding: floor, and the rest after
         rows.append(normalised(square))
     return torch.stack(rows)
 

@@ -233,7 +233,7 @@ GRPO: dict[str, tuple[dict[str, Any], set[str], tuple[RewardTerm, ...], dict[str
         {
             **_SD3,
             **{"sampling.sde_window": "random", "sampling.sde_window_size": 2, "sampling.noise_level": 0.8},
-            **{"objective.grpo.clip_range": 1e-5, "sampling.sde_window_end": 9},
+            **{"objective.grpo.clip_range": 1e-5, "sampling.sde_window_end": 7},
         },
     ),
     "pickscore_sd3_fast_nocfg": (
@@ -538,6 +538,18 @@ PICK = (ours("pickscore"),)
 RANK = RewardTerm("my_rewards:PickScore_Rank", batch_size=16, device="cuda", dtype="bfloat16")
 JUDGE = [term("rational_rewards_t2i", batch_size=8, api_base_url="http://127.0.0.1:8000/v1")]
 WAN21 = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+
+LAYERS = {
+    "sd3-5": ATTENTION,
+    "flux1": ATTENTION | FF,
+    "flux1-kontext": ATTENTION | FF,
+    "flux2-klein": ATTENTION
+    | {f"{stream}.{n}" for stream in ("ff", "ff_context") for n in ("linear_in", "linear_out")}
+    | {"attn.to_qkv_mlp_proj"},
+    "qwen-image": ATTENTION | {"img_mlp.net.0.proj", "txt_mlp.net.0.proj"},
+    "wan2_t2v": {f"{a}.{n}" for a in ("attn1", "attn2") for n in ("to_q", "to_k", "to_v", "to_out.0")}
+    | {"ffn.net.0.proj", "ffn.net.2"},
+}
 
 # file -> its settings, the rewards, and what else it means
 FACTORY: dict[str, tuple[dict[str, Any], tuple[RewardTerm, ...], dict[str, Any]]] = {
@@ -909,6 +921,9 @@ def test_flow_factorys_file(tmp_path, name):
     translation = as_file(tmp_path, settings)
     assert values(translation.config, expected) == expected
     assert translation.config.reward.terms == rewards
+    model = translation.config.model
+    by_default = "target_modules" in settings["model"] and model.weights == "lora"
+    assert set(model.lora_targets) == (LAYERS[settings["model"]["model_type"]] if by_default else set())
 
 
 def test_what_nft_draws_from_is_the_old_policy_in_both(tmp_path):
@@ -919,6 +934,10 @@ def test_what_nft_draws_from_is_the_old_policy_in_both(tmp_path):
     other = {**settings, "train": {**settings["train"], "off_policy": False, "ramp_rate": 0.01}}
     rows = {row.name: row.outcome for row in as_file(tmp_path, other).rows}
     assert rows["train.off_policy"].fate == rows["train.ramp_rate"].fate == "no equal here"
+    silent = {name: value for name, value in settings["train"].items() if name not in OLD}
+    rows = {row.name: row.outcome for row in as_file(tmp_path, {**settings, "train": silent}).rows}
+    for name in ("off_policy", "ema_decay", "ema_decay_schedule", "ema_update_interval"):
+        assert rows[f"train.{name} (its default)"].fate == "no equal here"
 
 
 @pytest.mark.parametrize("kind", _OTHER_MODELS)

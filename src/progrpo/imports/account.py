@@ -197,6 +197,12 @@ def only(*usual: Any, why: str, otherwise: str) -> Rule:
     return rule
 
 
+UNIPC_LEVELS = (
+    "its levels are .999 (1 - i / T) before the shift; ours are Euler's, from 1 to .001, with the model's own shift"
+)
+"""What Wan's scheduler does in either framework."""
+
+
 # --- rewards ----------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +227,7 @@ def reward_outcome(place: str, own: str, near: Near | None, weight: float | None
     fields: dict[str, Any] = {f"{place}.name": own}
     if weight is not None:
         fields[f"{place}.weight"] = weight if factor == 1 else round(weight * factor, 9)
-    scale = "" if factor == 1 or weight is None else f"weight {weight:g} there, whose reward is {factor:.6g} of ours"
+    scale = "" if factor == 1 or weight is None else f"weight {weight:g} there, whose reward is {factor:.6g} times ours"
     if near is None:
         why = f"no built-in reward{what and f' ({what})'}; write it as {own} (docs/rewards.md), which the configuration names"
         return no_equal(why, fields)

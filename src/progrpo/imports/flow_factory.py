@@ -13,6 +13,7 @@ import yaml
 
 from progrpo.imports.account import (
     MOST_SETTINGS,
+    UNIPC_LEVELS,
     Near,
     Outcome,
     Rule,
@@ -41,6 +42,7 @@ _DEFAULTS: dict[str, Any] = {
     "model.model_name_or_path": "black-forest-labs/FLUX.1-dev",
     "model.finetune_type": "full",
     "model.lora_rank": 8,
+    "model.target_modules": "all",
     "train.trainer_type": "grpo",
     "train.resolution": 512,
     "train.num_inference_steps": 10,
@@ -58,6 +60,7 @@ _DEFAULTS: dict[str, Any] = {
     "train.kl_beta": 0,
     "train.ema_decay": 0.995,
     "train.ema_update_interval": 10,
+    "train.ema_decay_schedule": "power",
     "train.latent_storage_dtype": "fp16",
     "train.adv_eps": 1e-6,
     "scheduler.dynamics_type": "Flow-SDE",
@@ -71,7 +74,12 @@ _DEFAULTS: dict[str, Any] = {
 _DEFAULTS_OF: dict[str, dict[str, Any]] = {
     "grpo": {"train.clip_range": 1e-4, "train.kl_type": "x-based"},
     "grpo-guard": {"train.clip_range": 1e-4, "train.kl_type": "x-based"},
-    "nft": {"train.nft_beta": 1.0, "train.num_train_timesteps": 0, "train.timestep_range": 0.9},
+    "nft": {
+        "train.nft_beta": 1.0,
+        "train.off_policy": False,
+        "train.num_train_timesteps": 0,
+        "train.timestep_range": 0.9,
+    },
     "awm": {
         "train.awm_weighting": "Uniform",
         "train.ema_kl_beta": 0,
@@ -129,8 +137,21 @@ _NOT_BUILT_IN = {
     "consistent_editing": "a judge of edits",
 }
 
-_TRAINED_HERE = ("sd3-5", "flux1", "flux1-kontext", "flux2-klein", "qwen-image", "wan2_t2v")
-"""Its types of models that have a policy here."""
+_ATTENTION = tuple(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
+_ATTENTION += tuple(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"))
+_FF = tuple(f"{stream}.{name}" for stream in ("ff", "ff_context") for name in ("net.0.proj", "net.2"))
+_FF2 = tuple(f"{stream}.{name}" for stream in ("ff", "ff_context") for name in ("linear_in", "linear_out"))
+_WAN = tuple(f"{attention}.{name.removeprefix('attn.')}" for attention in ("attn1", "attn2") for name in _ATTENTION[:4])
+_DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
+    "sd3-5": _ATTENTION,
+    "flux1": (*_ATTENTION, *_FF),
+    "flux1-kontext": (*_ATTENTION, *_FF),
+    "flux2-klein": (*_ATTENTION, *_FF2, "attn.to_qkv_mlp_proj"),
+    # it also names img_mlp.net.2.proj and txt_mlp.net.2.proj, which are no layers
+    "qwen-image": (*_ATTENTION, "img_mlp.net.0.proj", "txt_mlp.net.0.proj"),
+    "wan2_t2v": (*_WAN, "ffn.net.0.proj", "ffn.net.2"),
+}
+"""Its types of models that have a policy here, and the layers that `target_modules: default` is of each."""
 
 # Its settings of the average that nft, awm and dgpo compare with, at the values that ours has.
 _AVERAGES: dict[str, dict[str, Any]] = {
@@ -161,6 +182,8 @@ def import_flow_factory(path: str) -> Translation:
     silent = {name: value for name, value in defaults.items() if name not in settings}
     if "train.trainer_type" in settings:
         settings["train.trainer_type"] = trainer
+    if str(settings.get("model.model_type")).lower() == "wan2_t2v":
+        silent["scheduler.levels"] = "UniPC's"
     return translate(file, {**settings, **silent}, RULES, defaults=silent)
 
 
@@ -388,7 +411,7 @@ def _ema_decay(setting: Setting) -> Outcome:
 
 def _awm_average(setting: Setting) -> Outcome:
     """A decay that rises to this over `warmup_steps` epochs in equal steps, if its schedule is that one."""
-    if setting.all.get("train.ema_decay_schedule") != "linear" or "train.warmup_steps" not in setting.all:
+    if not _rises_in_equal_steps(setting):
         return no_equal("the average that awm compares with has a decay of min(.0003 n, .3) here after epoch n")
     ramp = round(setting.number() / setting.count("train.warmup_steps"), 9)
     return sets({"objective.awm.average_limit": setting.number(), "objective.awm.average_ramp": ramp})
@@ -407,10 +430,14 @@ def _ema_schedule(setting: Setting) -> Outcome:
     return not_needed("the same here") if same else no_equal("an average has one decay")
 
 
+def _rises_in_equal_steps(setting: Setting) -> bool:
+    return setting.all.get("train.ema_decay_schedule") == "linear" and "train.warmup_steps" in setting.all
+
+
 def _warmup(setting: Setting) -> Outcome:
-    if _objective(setting) == "awm":
+    if _objective(setting) == "awm" and _rises_in_equal_steps(setting):
         return Outcome("translated", "counted in objective.awm.average_ramp")
-    return not_needed(f"{_trainer(setting)} does not read it")
+    return not_needed("of a schedule that is not taken")
 
 
 def _off_policy(setting: Setting) -> Outcome:
@@ -482,10 +509,10 @@ def _model(setting: Setting) -> Outcome:
 
 
 def _model_type(setting: Setting) -> Outcome:
-    if setting.value is not None and str(setting.value).lower() not in _TRAINED_HERE:
+    if setting.value is not None and str(setting.value).lower() not in _DEFAULT_TARGETS:
         raise ValueError(
             f"model.model_type {quoted(setting.value)} is of models that cannot be trained here; there are"
-            f" {', '.join(_TRAINED_HERE)}"
+            f" {', '.join(_DEFAULT_TARGETS)}"
         )
     return not_needed("told from the model itself")
 
@@ -523,6 +550,9 @@ def _targets(setting: Setting) -> Outcome:
         return not_needed("all weights are trained")
     if isinstance(setting.value, list):
         return sets({"model.lora_targets": setting.value})
+    layers = _DEFAULT_TARGETS.get(str(setting.all.get("model.model_type")).lower())
+    if setting.value == "default" and layers:
+        return sets({"model.lora_targets": list(layers)})
     if setting.value in ("default", "all"):
         return no_equal(
             "attention and feed-forward of both streams, our default; model.lora_targets takes another list"
@@ -835,6 +865,7 @@ RULES: dict[str, Rule] = {
     "scheduler.sde_steps": _pool,
     "scheduler.seed": ignored("windows follow from the run's seed"),
     "scheduler.flow_shift": to("sampling.shift"),
+    "scheduler.levels": lambda s: no_equal(UNIPC_LEVELS),
     "eval.resolution": _eval_size,
     "eval.height": _eval_size,
     "eval.width": _eval_size,

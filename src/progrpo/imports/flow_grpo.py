@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from progrpo.imports.account import (
+    UNIPC_LEVELS,
     Near,
     Outcome,
     Row,
@@ -71,6 +72,8 @@ _GPUS = (
 )  # names that its functions give the number of GPUs
 
 _ALGORITHM = "train.algorithm"
+_AGAIN = "sample.sample_time_per_prompt"
+_OLDER_WINDOW = "sample.train_num_steps"
 _GRPO_ALONE = (
     "only GRPO is translated from flow_grpo, since the other settings mean something else under another algorithm"
 )
@@ -158,13 +161,13 @@ def _script(file: Path, function: str, reading: Reading) -> str:
     guard = "guard" in file.stem or "rationorm" in function or "guard" in function
     if guard or reading.settings.get("rationorm") is True:
         return "guard"
-    windowed = reading.assigned & {"sample.sde_window_size", "sample.sde_type", "sample.train_num_steps"}
+    windowed = reading.assigned & {"sample.sde_window_size", "sample.sde_type", _OLDER_WINDOW}
     return "fast" if windowed else "plain"
 
 
 def _model_kind(settings: Mapping[str, Any]) -> str:
     """Whose script it is, by the model's name; SD3's where that tells nothing."""
-    name = str(settings.get("pretrained.model", "")).lower().rstrip("/").rpartition("/")[2]
+    name = _last_part(settings.get("pretrained.model", ""))
     if "frames" in settings or re.search(r"wan\W?[12]", name):
         return "Wan"
     if "qwen" in name:
@@ -172,6 +175,11 @@ def _model_kind(settings: Mapping[str, Any]) -> str:
     if "flux" in name or "kontext" in name:
         return "FLUX Kontext" if "kontext" in name else "FLUX"
     return "SD3"
+
+
+def _last_part(model: Any) -> str:
+    """Of a model's path or hub id, in small letters."""
+    return str(model).lower().rstrip("/").rpartition("/")[2]
 
 
 def _fixed_by_scripts(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,12 +221,8 @@ def _reads_windows(setting: Setting) -> bool:
 
 
 def _has_window(setting: Setting) -> bool:
-    return _reads_windows(setting) and _window(setting.all) != 0
-
-
-def _window(settings: Mapping[str, Any]) -> Any:
-    """Its size; an older script has another name for it, and then does not read this one."""
-    return settings.get("sample.train_num_steps", settings.get("sample.sde_window_size"))
+    size = setting.all.get("sample.sde_window_size")
+    return _reads_windows(setting) and size != 0 and _OLDER_WINDOW not in setting.all
 
 
 def _unread_for_wan(rule: Rule) -> Rule:
@@ -235,7 +239,7 @@ def _algorithm(setting: Setting) -> Outcome:
 
 def _model(setting: Setting) -> Outcome:
     for part, model in _NO_POLICY.items():
-        if part in setting.text().lower():
+        if part in _last_part(setting.text()):
             raise ValueError(f"pretrained.model {quoted(setting.value)} is a {model}, which cannot be trained here")
     return sets({"model.path": setting.value})
 
@@ -304,14 +308,25 @@ def _cfg(setting: Setting) -> Outcome:
 
 
 def _window_size(setting: Setting) -> Outcome:
-    if setting.name not in ("sample.train_num_steps",) and "sample.train_num_steps" in setting.all:
-        return not_needed("sample.train_num_steps says it")
     if not _has_window(setting):
         return not_needed("the script reads no window, or it is all steps")
     return translated(
         sampling__sde_window="random",
         sampling__sde_window_size=setting.value,
         note="one window for all prompts of an iteration; there one for each batch",
+    )
+
+
+def _older_window(setting: Setting) -> Outcome:
+    """The size of the window in an older fast script, which began anywhere in the grid's first half."""
+    if not _reads_windows(setting):
+        return not_needed("the script reads no window")
+    size, steps = setting.count(), setting.count("sample.num_steps")
+    return translated(
+        sampling__sde_window="random",
+        sampling__sde_window_size=size,
+        sampling__sde_window_end=min(steps // 2 + size, steps - 1),
+        note="pictures of a batch share the steps before the window there; here each has its own",
     )
 
 
@@ -427,7 +442,6 @@ def _statistics(setting: Setting) -> Outcome:
     return sets({"objective.advantage": "batch" if setting.value else "group"}, "std of all pictures, or of each group")
 
 
-_AGAIN = "sample.sample_time_per_prompt"
 _STALE = "not read by the training scripts"
 _PLACE = "progrpo train --out says where a run is kept"
 _BAGEL = "read by the script for BAGEL alone"
@@ -437,9 +451,7 @@ RULES: dict[str, Rule] = {
     "gpu_number": counted_in("prompts.per_iteration"),
     "script.model": _scripts,
     "script.sampler": to("sampling.sampler", "a rate of sigma_1 sigma, whatever sample.noise_level says"),
-    "script.levels": lambda setting: no_equal(
-        "its levels are .999 (1 - i / T) before the shift; ours are Euler's, from 1 to .001, with the model's own shift"
-    ),
+    "script.levels": lambda setting: no_equal(UNIPC_LEVELS),
     "script.activation_checkpointing": to("model.activation_checkpointing"),
     "script.lora_rank": to("model.lora_rank"),
     "script.lora_alpha": to("model.lora_alpha"),
@@ -447,9 +459,7 @@ RULES: dict[str, Rule] = {
     "script.max_sequence_length": to("model.max_sequence_length"),
     "script.eval_prompts": lambda setting: no_equal("eval.pictures says how many are drawn; 512"),
     "pretrained.model": _model,
-    "pretrained.revision": only(
-        "main", why="the hub's main branch here, too", otherwise="no field for a revision; give a folder as model.path"
-    ),
+    "pretrained.revision": ignored(_STALE),
     "use_lora": lambda setting: sets({"model.weights": "lora" if setting.value else "full"}),
     "resolution": _resolution,
     "height": _height,
@@ -490,7 +500,7 @@ RULES: dict[str, Rule] = {
     "sample.mini_num_image_per_prompt": counted_in("prompts.per_iteration"),
     "sample.num_image_per_prompt": _group_size,
     _AGAIN: counted_in("plan.group_size"),
-    "sample.train_num_steps": _window_size,
+    _OLDER_WINDOW: _older_window,
     "sample.num_batches_per_epoch": _batches,
     "sample.test_batch_size": ignored("evaluations take sampling.microbatch"),
     "sample.batch_size": ignored(_STALE),

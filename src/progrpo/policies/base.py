@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from progrpo.diffusion.levels import Levels
+from progrpo.policies.tokens import Truncation
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition, Prompt
 
@@ -110,6 +111,10 @@ class Policy(Protocol):
 
         ValueError for a new text after `release_text_encoders`, and for a picture that is lacking or cannot be read.
         """
+        ...
+
+    def truncation(self, texts: Sequence[str]) -> Truncation:
+        """How many of the texts are longer than the text encoders read, also after `release_text_encoders`."""
         ...
 
     def release_text_encoders(self) -> None:

@@ -31,6 +31,7 @@ from progrpo.policies.offload import Turns
 from progrpo.policies.parts import whole
 from progrpo.policies.quantized import quantize_blocks
 from progrpo.policies.sharded import Step, all_gathered, blocks, share_out
+from progrpo.policies.tokens import Reader, Truncation, truncation
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition, Prompt
 from progrpo.words import named
@@ -79,6 +80,7 @@ class PipelinePolicy(ABC):
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
         self.embeds_guidance = bool(getattr(self.denoiser.config, "guidance_embeds", False))
         self.device: torch.device = torch.device(settings.device)
+        self._readers = self._text_readers()  # asked now, while the text encoders are there
         self._turns = _turns(pipeline, self.denoiser, self.device) if settings.offload else None
         self.latent_shape = self._latents(*(side // self._vae_scale(pipeline) for side in size))
         self.trainable: Mapping[str, nn.Parameter] = {
@@ -229,6 +231,24 @@ class PipelinePolicy(ABC):
             return self._settings.max_sequence_length
         own: int = signature(type(self._pipeline).__call__).parameters["max_sequence_length"].default
         return own
+
+    def truncation(self, texts: Sequence[str]) -> Truncation:
+        return truncation(self._readers, texts)
+
+    def _text_readers(self) -> list[Reader]:
+        """CLIP reads as much as its tokenizer says, others as many tokens as the network is told."""
+        found, parts = [], self._pipeline.components
+        for place in ("", "_2", "_3"):
+            encoder, tokenizer = parts.get(f"text_encoder{place}"), parts.get(f"tokenizer{place}")
+            if encoder is not None and tokenizer is not None:
+                clip = encoder.config.model_type.startswith("clip")
+                limit = tokenizer.model_max_length if clip else self._text_tokens
+                found.append(Reader(f"text_encoder{place}", tokenizer, limit, not clip, self._written))
+        return found
+
+    def _written(self, text: str) -> str:
+        """What tokenizers are given for a text."""
+        return text
 
     def _row(self, prompt: Prompt) -> dict[str, Tensor]:
         """What the network is told of one prompt, on the CPU."""

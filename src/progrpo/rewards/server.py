@@ -272,6 +272,8 @@ def _opened(png: str) -> Image.Image | Score:
         return Score(None, error=f"the picture is no PNG in base64: {error}")
     if image.mode != "RGB":
         return Score(None, error=f"the picture is {image.mode} and must be RGB of 8 bits")
+    if image.has_transparency_data:
+        return Score(None, error="the picture has a transparent colour and must be RGB without one")
     if image.width * image.height > _LARGEST:
         return Score(None, error=f"the picture has {image.width} x {image.height} pixels; {_LARGEST} are allowed")
     return image

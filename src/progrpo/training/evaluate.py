@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import decoded
 from progrpo.sources import check_sources
+from progrpo.tracking.console import Console
 from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
 from progrpo.training.checks import check_failures
 from progrpo.training.distributed import Ranks, lost_in_words
@@ -229,6 +231,12 @@ def _harmful(term: RewardTerm) -> bool:
     return ":" in term.name or bool(term.url or term.cache)
 
 
+def warn_of_cuts(policy: Policy, prompts: Sequence[Prompt], ranks: Ranks) -> None:
+    """On stderr, for results go to stdout."""
+    if said := policy.truncation([prompt.text for prompt in prompts]).in_words():
+        Console(0, enabled=ranks.is_main, file=sys.stderr).warn(said)
+
+
 @torch.no_grad()
 def evaluate_model(
     target: str,
@@ -277,6 +285,7 @@ def evaluate_model(
         policy = trained_policy(target, None, ranks, revision, variant)
         if policy.edits:
             check_sources(chosen)
+        warn_of_cuts(policy, chosen, ranks)
         sampling = ode(policy, wanted.num_inference_steps, wanted.guidance_scale, rows_at_once(policy))
         result = evaluate(
             policy,

@@ -287,14 +287,17 @@ class Run:
 
     def _check_prompts(self, order: PromptOrder) -> None:
         """Before a folder is made, or an old run replaced: what the model or a reward lacks is often known without a picture."""
-        count = self.config.prompts.per_iteration
-        ahead = order.ahead(0, self.config.iterations, count)
-        own = list({id(p): p for p in chain(self.held_out.test, self.held_out.validation, ahead)}.values())
+        own = self._met(order)
         if self.policy.edits:
             check_sources(own)
         self.reward.check(own)
         if self.held_out.rewards is not None:
             self.held_out.rewards.check([*self.held_out.test, *self.held_out.validation])
+
+    def _met(self, order: PromptOrder) -> list[Prompt]:
+        """Every prompt that the whole run, all processes together, may meet."""
+        ahead = order.ahead(0, self.config.iterations, self.config.prompts.per_iteration)
+        return list({id(p): p for p in chain(self.held_out.test, self.held_out.validation, ahead)}.values())
 
     def create(self, overwrite: bool) -> None:
         """Make the run folder, once every part of the run could be built; ValueError if it holds a run already."""
@@ -318,6 +321,8 @@ class Run:
                 " between them is not what training did",
                 console,
             )
+        if said := self.policy.truncation([p.text for p in self._met(self.trainer.order)]).in_words():
+            self._warn(said, console)
         if not self.config.model.keep_text_encoders:
             self._encode_all()
         path = self.folder.path

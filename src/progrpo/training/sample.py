@@ -19,7 +19,7 @@ from progrpo.rollout.preview import decoded
 from progrpo.sources import COLUMN
 from progrpo.training.build import run_of, trained_policy
 from progrpo.training.distributed import Ranks, lost_in_words
-from progrpo.training.evaluate import asked_for, ode, rows_at_once
+from progrpo.training.evaluate import asked_for, ode, rows_at_once, warn_of_cuts
 from progrpo.types import Prompt
 from progrpo.words import named
 
@@ -57,6 +57,7 @@ def sample_pictures(
         policy = trained_policy(model, lora, ranks, revision, variant)
         if not policy.edits and any(COLUMN in prompt.columns for prompt in prompts):
             raise ValueError(f"--image: {named(model)} is told a text alone; leave it out, or give a model that edits")
+        warn_of_cuts(policy, prompts, ranks)
         sampling = ode(policy, wanted.num_inference_steps, wanted.guidance_scale, rows_at_once(policy))
         key, condition = NoiseKey(wanted.seed, 0), policy.encode(prompts)
         start = expand(policy, torch.arange(len(prompts)), count, sampling, key)
