@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class Levels:
     alpha: Tensor
     sigma: Tensor
     timestep: Tensor
-    ends: Levels | None = None
+    ends: Levels | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.sigma)
