@@ -39,6 +39,7 @@ from progrpo.durable import DiskError, write_text
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.rollout.plan import summary
 from progrpo.streams import failure_of, occupy_standard_descriptors, release_standard_descriptors, tolerant_streams
+from progrpo.tracking.lock import LockLostError
 from progrpo.training.errors import Interrupted, LostProcessError, SelfCheckError
 from progrpo.words import named, quoted
 
@@ -158,7 +159,7 @@ class Sample:
     image: tuple[Path, ...] = ()
     """For a model that edits: the picture to change, one for all prompts or one for each."""
     lora: Path | None = None
-    """A run folder, or a LoRA folder in diffusers' format."""
+    """A run folder, or a LoRA: a folder, a file in safetensors or a hub id, as --model.lora of `train`."""
     out: Path = Path("samples")
     """The folder; 001-03.png is the fourth picture of the second prompt. Prompts are numbered on from those that are there, and nothing is replaced."""
     seed: int | None = None
@@ -214,6 +215,8 @@ class Eval:
 
     target: Annotated[Positional[str], arg(metavar="RUN|MODEL")]
     """A run folder, a built-in model's name, a folder in diffusers' format, or a hub id."""
+    lora: Path | None = None
+    """For a model: a run folder, or a LoRA folder in diffusers' format."""
     prompts: str | None = None
     """`shapes` or a prompt file (.txt, .jsonl); without it the run's own, `shapes` for a model."""
     reward: tuple[str, ...] = ()
@@ -242,6 +245,7 @@ class Eval:
 
         result = evaluate_model(
             self.target,
+            lora=self.lora,
             prompts=self.prompts,
             reward=self.reward,
             split=self.split,
@@ -465,12 +469,12 @@ def _done(args: list[str]) -> int:
     """The exit code, once the command is done and an error of it is said."""
     try:
         _parse(args)()
+    except (SelfCheckError, DiskError, LostProcessError, LockLostError) as error:
+        print(f"progrpo: stopped: {_one_line(error)}", file=sys.stderr)
+        return 1
     except ValueError as error:
         print(f"progrpo: error: {_one_line(error)}", file=sys.stderr)
         return 2
-    except (SelfCheckError, DiskError, LostProcessError) as error:
-        print(f"progrpo: stopped: {_one_line(error)}", file=sys.stderr)
-        return 1
     except _UnreadError as unread:
         print(unread, end="", file=sys.stderr)
         return unread.code

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from progrpo.rollout.plan import Plan, PrunePoint, preset
 from progrpo.rollout.window import window
+from progrpo.types import FROM_PYTHON
 from progrpo.words import is_one_line, named, quoted
 
 
@@ -24,11 +25,13 @@ class ModelConfig:
     """Train low-rank adapters (peft) or every weight of the denoiser. The reference of a fresh LoRA is the model without it. That of full
     weights is a frozen copy, kept only where the objective measures a distance to it (a kl_beta above 0, or dgpo)."""
     lora: str = ""
-    """A LoRA to train further, in diffusers' format: a run folder, a folder, a file or a hub id; empty: a fresh one. Its rank, alpha and
-    layers are its own, the three fields below are not read. The reference, from which a KL is measured and with which a run
-    compares itself, is the model with this LoRA; what is saved takes its place, on the same base."""
+    """A LoRA to train further: a run folder, a folder in diffusers' or peft's format (with adapter_config.json), a file in safetensors, also in
+    kohya's format where diffusers reads it, or a hub id; empty: a fresh one. Its rank, alpha and layers are its own, the three fields below are not
+    read. The reference, from which a KL is measured and with which a run compares itself, is the model with this LoRA; what is saved
+    takes its place, on the same base."""
     lora_rank: int = 16
     lora_alpha: int = 32
+    """The LoRA counts lora_alpha / lora_rank times. What is saved has that in its numbers, and alpha = rank."""
     lora_targets: tuple[str, ...] = ()
     """Endings of module names to adapt, where `*` stands for anything; empty: attention and feed-forward projections (of both
     streams of SD3, FLUX and Qwen-Image, and of FLUX's single blocks; of Wan's attention to the video and to the text)."""
@@ -214,6 +217,8 @@ class RewardTerm:
     """Score in so many processes of their own, each with the reward loaded: for rewards whose time goes into Python. 0: in this one."""
     cache: str = ""
     """A folder in which scores are kept by picture and prompt, for judges that cost money; empty: none."""
+    from_python: bool = False
+    """Written by `progrpo.train`: the reward was given as an object, of which this is the name."""
 
     @classmethod
     def from_text(cls, text: str) -> RewardTerm:
@@ -236,7 +241,7 @@ class RewardTerm:
 
     def to_text(self) -> str:
         """As `from_text` reads it."""
-        if self == RewardTerm(self.name, self.weight):
+        if replace(self, from_python=False) == RewardTerm(self.name, self.weight):
             return self.name if self.weight == 1 else f"{self.weight:g}*{self.name}"
         return json.dumps({f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default})
 
@@ -906,6 +911,17 @@ def _check_window_fits(sampling: SamplingConfig) -> None:
         raise ValueError(
             f"sampling.sde_window_size must be at most the {end} steps that a window may lie in, not {size}"
         )
+
+
+def from_python(config: Config) -> list[str]:
+    """The fields that hold what `progrpo.train` was given as objects, which only the same call can give again."""
+    names = {
+        "model.path": config.model.path,
+        "prompts.source": config.prompts.source,
+        "eval.prompts": config.eval.prompts,
+    }
+    objects = [field for field, name in names.items() if name.endswith(FROM_PYTHON)]
+    return objects + ["reward.terms"] * any(term.from_python for term in config.reward.terms)
 
 
 # --- what the fields mean together ------------------------------------------------------------------------------------

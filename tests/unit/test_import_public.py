@@ -436,6 +436,13 @@ def test_flow_grpos_rewards_keep_their_share_of_the_sum(tmp_path, theirs, ours, 
     assert {row.outcome.fate for row in translation.rows if row.name.startswith("reward_fn")} == {fate}
 
 
+@pytest.mark.parametrize(("use_lora", "expected"), [(True, "runs/lora"), (False, "")])
+def test_a_lora_of_flow_grpo_is_trained_further(tmp_path, use_lora, expected):
+    more = {"train.lora_path": "runs/lora", "use_lora": use_lora}
+    translation = imported(tmp_path, "task", sd3("ocr", {"ocr": 1.0}, **batches(1, 8, 8, 8), **more))
+    assert translation.config.model.lora == expected
+
+
 # --- Flow-Factory -----------------------------------------------------------------------------------------------------
 
 
@@ -987,3 +994,16 @@ def test_flow_factorys_rewards_keep_their_share(tmp_path, theirs, name, factor, 
     weight = 3.0 if aggregation == "gdpo" else 3.0 * factor
     assert (found.name, found.weight) == (name, pytest.approx(weight, rel=1e-6))
     assert {row.outcome.fate for row in translation.rows if row.name == "rewards[0].reward_model"} == {fate}
+
+
+@pytest.mark.parametrize(
+    ("finetune_type", "resume_type", "expected"),
+    [("lora", None, "owner/mine"), ("lora", "lora", "owner/mine"), ("lora", "state", ""), ("full", None, "")],
+)
+def test_a_lora_of_flow_factory_is_trained_further(tmp_path, finetune_type, resume_type, expected):
+    settings = of(SD35, "sd3-5", 8, size(512, 10, 1.0), sde(0.7, [1, 2]), [term("PickScore")])
+    settings["model"] |= {"finetune_type": finetune_type, "resume_path": "owner/mine", "resume_type": resume_type}
+    translation = as_file(tmp_path, settings)
+    assert translation.config.model.lora == expected
+    fates = {row.outcome.fate for row in translation.rows if row.name.startswith("model.resume")}
+    assert fates == {"translated" if expected else "no equal here"}

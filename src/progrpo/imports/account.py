@@ -179,6 +179,14 @@ def precision(setting: Setting) -> Outcome:
     return sets({"model.dtype": dtype}, "losses are scaled, as there" if dtype == "float16" else "")
 
 
+def continued_lora(setting: Setting) -> Outcome:
+    """An adapter that is trained further; in both frameworks a reference is the model without it."""
+    return sets(
+        {"model.lora": setting.text()},
+        "its rank, alpha and layers are its own; a KL is measured from the model with it, there from the one without",
+    )
+
+
 def counted_in(path: str) -> Rule:
     """One of several settings that make a field of ours, which another one's rule sets."""
     return lambda setting: Outcome("translated", f"counted in {path}")

@@ -21,6 +21,7 @@ from progrpo.imports.account import (
     Translation,
     choice,
     content_of,
+    continued_lora,
     flattened,
     ignored,
     no_equal,
@@ -545,6 +546,26 @@ def _lora_alpha(setting: Setting) -> Outcome:
     return not_needed("twice the rank") if setting.value is None else sets({"model.lora_alpha": setting.value})
 
 
+_RESUMING = "progrpo train --resume goes on with runs of its own"
+
+
+def _resumes_lora(setting: Setting) -> bool:
+    kind = setting.all.get("model.resume_type") or setting.all.get("model.finetune_type")
+    return kind == "lora" == setting.all.get("model.finetune_type")
+
+
+def _resumed(setting: Setting) -> Outcome:
+    if setting.value is None:
+        return not_needed("nothing to resume")
+    return continued_lora(setting) if _resumes_lora(setting) else no_equal(_RESUMING)
+
+
+def _resume_type(setting: Setting) -> Outcome:
+    if setting.all.get("model.resume_path") is None:
+        return not_needed("nothing to resume")
+    return Outcome("translated", "counted in model.lora") if _resumes_lora(setting) else no_equal(_RESUMING)
+
+
 def _targets(setting: Setting) -> Outcome:
     if setting.all.get("model.finetune_type") != "lora":
         return not_needed("all weights are trained")
@@ -752,12 +773,8 @@ RULES: dict[str, Rule] = {
     "model.master_weight_dtype": only(
         "fp32", "float32", why="the same here", otherwise="trained weights are kept in float32"
     ),
-    "model.resume_path": only(
-        None, why="nothing to resume", otherwise="progrpo train --resume goes on with runs of its own"
-    ),
-    "model.resume_type": only(
-        None, why="nothing to resume", otherwise="progrpo train --resume goes on with runs of its own"
-    ),
+    "model.resume_path": _resumed,
+    "model.resume_type": _resume_type,
     "log.run_name": ignored(_PLACE),
     "log.project": ignored(_PLACE),
     "log.logging_backend": ignored("metrics go to the run folder and its report"),

@@ -21,6 +21,7 @@ from progrpo.imports.account import (
     Setting,
     Translation,
     choice,
+    continued_lora,
     counted_in,
     flattened,
     ignored,
@@ -393,6 +394,12 @@ def _accumulation(setting: Setting) -> Outcome:
     return sets({"optim.updates_per_rollout": _updates(setting)}, "batches of an epoch over it")
 
 
+def _lora_path(setting: Setting) -> Outcome:
+    if not setting.value:
+        return not_needed("adapters begin anew")
+    return continued_lora(setting) if setting.all.get("use_lora") else not_needed("all weights are trained")
+
+
 def _ema(setting: Setting) -> Outcome:
     if not setting.value:
         return sets({"optim.ema_decay": 0.0})
@@ -541,9 +548,7 @@ RULES: dict[str, Rule] = {
     "train.timestep_shift": ignored(_BAGEL),
     "train.timestep_fraction": _timestep_fraction,
     "train.beta": _beta,
-    "train.lora_path": only(
-        None, "", why="adapters begin anew", otherwise="adapters begin anew; fuse that LoRA into a model folder"
-    ),
+    "train.lora_path": _lora_path,
     "train.ema": _ema,
     "train.sft": only(0, why="off", otherwise="no supervised loss beside the reward's"),
     "train.sft_batch_size": ignored("of the supervised loss alone"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,13 +63,15 @@ class Policy(Protocol):
     """A model of pictures from text, or from text and a picture, whose denoiser is trained; one file per model family implements it.
 
     Everything outside the denoiser is frozen, and there is no dropout anywhere: the same inputs give the same output
-    in sampling and in training, up to rounding (see `repeatable`).
+    in sampling and in training, up to rounding (see `batch_invariant`).
     """
 
     denoiser_name: ClassVar[str]
     """`transformer` or `unet`: what diffusers' pipeline calls the part that is trained."""
     edits: ClassVar[bool]
     """Whether the model changes a picture: every prompt must then have one, its column `image` (`progrpo.sources`)."""
+    fingerprints: Mapping[str, str]
+    """What tells the weights of each part (the denoiser, the text encoders, the VAE) from another model's, as they are before training."""
     prediction: str
     """What the network's output means, a name of `progrpo.diffusion.prediction.PREDICTIONS`."""
 
@@ -87,9 +89,11 @@ class Policy(Protocol):
     compiled_decoder: bool
     """The same of what decodes pictures."""
 
-    repeatable: bool
-    """Whether a row's output is the same, to a few float32 steps, however many rows are with it and whether gradients are kept: on a CPU,
-    but for networks compiled in low precision. Kernels of a GPU differ by shape, and those compiled with and without gradient are two."""
+    batch_invariant: bool
+    """Whether a row's output is the same, to a few float32 steps, however many rows are with it and whether gradients are kept.
+
+    False on a GPU, whose kernels differ by shape, and for networks compiled in low precision, of which there are two. On a CPU
+    it depends on the processor and the dtype, so `measure_batch_invariance` has the last word."""
 
     @property
     def attend(self) -> Callable[[], None] | None:
@@ -102,6 +106,13 @@ class Policy(Protocol):
 
     def between(self, levels_T1: Levels, place_B: Tensor) -> Levels:
         """Levels (B,) at places (float64) in [0, T] of that grid."""
+        ...
+
+    def measure_batch_invariance(self, sizes: Iterable[int]) -> bool:
+        """Measure whether the network is batch-invariant in calls of these sizes, note it as `batch_invariant` and return it.
+
+        What is False already stays so and is not measured.
+        """
         ...
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition:

@@ -15,7 +15,7 @@ from weakref import WeakSet
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline, ModelMixin
 from diffusers.models.autoencoders.vae import Decoder
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,9 +24,11 @@ from torch.utils.checkpoint import checkpoint
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.decoder import quicken
+from progrpo.policies.fingerprint import fingerprint
 from progrpo.policies.handover import take_over
 from progrpo.policies.hub import reason_of
-from progrpo.policies.lora import ADAPTER, continue_lora, in_float32
+from progrpo.policies.invariance import is_batch_invariant
+from progrpo.policies.lora import continue_lora, in_float32, save_lora
 from progrpo.policies.offload import Turns
 from progrpo.policies.parts import whole
 from progrpo.policies.quantized import quantize_blocks
@@ -61,6 +63,7 @@ class PipelinePolicy(ABC):
     no_prompt: ClassVar[str] = ""
     """The text that guidance leads away from."""
     prediction: str
+    fingerprints: Mapping[str, str]
 
     def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, size: tuple[int, int]) -> None:
         """Wrap a pipeline whose trainable parameters are already marked; `from_pipeline` is the way in.
@@ -74,8 +77,7 @@ class PipelinePolicy(ABC):
         self._released = False
         self._tiny = _tiny_decoder(pipeline, settings, self._latent_channels(pipeline))
         self.compiled = settings.compile
-        exact = settings.dtype == torch.float32 or not settings.compile
-        self.repeatable = exact and torch.device(settings.device).type == "cpu"
+        self.batch_invariant = _may_be_batch_invariant(settings)
         self._step: Step | None = None
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
         self.embeds_guidance = bool(getattr(self.denoiser.config, "guidance_embeds", False))
@@ -125,18 +127,19 @@ class PipelinePolicy(ABC):
             _cast(denoiser, settings.dtype)
             if settings.lora:
                 continue_lora(pipeline, cls.denoiser_name, settings.lora)
-            else:
-                _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
-            if settings.shard:
-                lora = [p for p in denoiser.parameters() if p.requires_grad]
-                share_out(denoiser, torch.device(settings.device), whole=lora)
         elif settings.weights == "full":
             _cast(denoiser, torch.float32)
             denoiser.requires_grad_(True)
-            if settings.shard:
-                share_out(denoiser, torch.device(settings.device), whole=())
         else:
             raise ValueError(f"model.weights: {settings.weights!r} is not known; use 'lora' or 'full'")
+        fingerprints = _fingerprints(
+            pipeline
+        )  # while every process has all weights; a fresh LoRA's follow from the seed
+        if settings.weights == "lora" and not settings.lora:
+            _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
+        if settings.shard:
+            lora = [p for p in denoiser.parameters() if p.requires_grad] if settings.weights == "lora" else []
+            share_out(denoiser, torch.device(settings.device), whole=lora)
         _TAKEN.add(pipeline)
         if _narrow_on_cpu(settings):
             quicken(pipeline.vae)
@@ -150,7 +153,9 @@ class PipelinePolicy(ABC):
             pipeline.vae.to(memory_format=torch.channels_last)
         if cls.denoiser_name == "unet" and torch.device(settings.device).type == "cuda":
             denoiser.to(memory_format=torch.channels_last)
-        return cls(pipeline, settings, size)
+        policy = cls(pipeline, settings, size)
+        policy.fingerprints = fingerprints
+        return policy
 
     # --- what a family says of itself -------------------------------------------------------------------------------
 
@@ -340,15 +345,35 @@ class PipelinePolicy(ABC):
     def attend(self) -> Callable[[], None] | None:
         return None if self._step is None else self._step.attend
 
+    def measure_batch_invariance(self, sizes: Iterable[int]) -> bool:
+        if not self.batch_invariant:
+            return False
+        sizes = list(sizes)
+        most = max(sizes)
+        generator = torch.Generator().manual_seed(0)
+        x_NCHW = torch.randn(most, *self.latent_shape, generator=generator).to(self.device)
+        timestep_N = self.levels(2).timestep[1].to(x_NCHW).expand(most)
+        condition = Condition({**self._ones(self.network_inputs()), **self._unconditional.tensors})
+        condition = condition.take(torch.zeros(most, dtype=torch.int64, device=self.device))
+
+        def output(size: int) -> Tensor:
+            rows = torch.arange(size, device=self.device)
+            return self._output(x_NCHW[rows], timestep_N[rows], condition.take(rows))
+
+        self.batch_invariant = is_batch_invariant(output, sizes)
+        return self.batch_invariant
+
+    def _ones(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """One row of a condition of these shapes."""
+        dtype = self._settings.dtype
+        return {name: torch.ones(1, *shape, device=self.device, dtype=dtype) for name, shape in shapes.items()}
+
     def _stand_in(self, weights: int, training: bool) -> None:
         """A network call that takes part in the others' and adds 0 to gradients."""
         x, timestep_B = torch.ones(1, *self.latent_shape, device=self.device), torch.ones(1, device=self.device)
-        told = {
-            name: torch.ones(1, *shape, device=self.device, dtype=self._settings.dtype)
-            for name, shape in self._shapes.items()
-        }
+        condition = Condition(self._ones(self._shapes))
         with self.named_weights.instead(self.named_weights.names[weights]), torch.set_grad_enabled(training):
-            output = self._run(x, timestep_B, Condition(told))
+            output = self._run(x, timestep_B, condition)
             if training:
                 output.backward(torch.zeros_like(output))
 
@@ -374,7 +399,7 @@ class PipelinePolicy(ABC):
             if self._settings.weights == "full":
                 self._save_denoiser(folder)
             elif folder is not None:
-                self._save_lora(folder)
+                save_lora(self.denoiser, self.denoiser_name, folder)
 
     def _save_denoiser(self, folder: Path | None) -> None:
         denoiser = self.denoiser
@@ -387,13 +412,6 @@ class PipelinePolicy(ABC):
                 denoiser.load_state_dict(weights, assign=True)
         if folder is not None:
             denoiser.save_pretrained(folder)
-
-    def _save_lora(self, folder: Path) -> None:
-        metadata = self.denoiser.peft_config[ADAPTER].to_dict()  # without it alpha is lost
-        metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: equal weights should be equal files
-        layers = get_peft_model_state_dict(self.denoiser)
-        names = f"{self.denoiser_name}_lora_layers", f"{self.denoiser_name}_lora_adapter_metadata"
-        type(self._pipeline).save_lora_weights(folder, **dict(zip(names, (layers, metadata), strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
         return self.named_weights.state_dict()
@@ -466,6 +484,12 @@ def _set_decoding(vae: ModelMixin, decoding: str) -> None:
         vae.enable_tiling()
 
 
+def _may_be_batch_invariant(settings: PolicySettings) -> bool:
+    """False where it is known without measuring: on a GPU, compiled in low precision, and where processes make calls together."""
+    same_network = settings.dtype == torch.float32 or not settings.compile
+    return same_network and torch.device(settings.device).type == "cpu" and not settings.shard
+
+
 def _narrow_on_cpu(settings: PolicySettings) -> bool:
     """In low precision on a CPU, where some of what torch and diffusers have is slow.
 
@@ -496,6 +520,11 @@ def _compiled_decoder(vae: ModelMixin, settings: PolicySettings) -> list[nn.Modu
 
 def _modules(pipeline: DiffusionPipeline) -> list[nn.Module]:
     return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+def _fingerprints(pipeline: DiffusionPipeline) -> dict[str, str]:
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return {name: fingerprint(part) for name, part in parts.items()}
 
 
 def _cast(module: ModelMixin, dtype: torch.dtype) -> None:
