@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from progrpo.environment import on_the_way_to_the_hub
 from progrpo.sources import COLUMN
 from progrpo.types import GIVEN, Prompt
 from progrpo.words import named, quoted
@@ -156,7 +157,7 @@ def _rows(name: str, split: str) -> tuple[Prompt, ...]:
         )
     except Exception as error:  # of many kinds: no network, no such name, a file of another format
         reason = named(" ".join(str(error).split()))
-        raise ValueError(f"dataset:{named(name)} could not be loaded: {reason}") from None
+        raise ValueError(f"dataset:{named(name)} could not be loaded{on_the_way_to_the_hub()}: {reason}") from None
     if isinstance(found, datasets.DatasetDict):
         there = [s for s in (split, "train", *found) if s in found]
         found = found[there[0]]

@@ -558,9 +558,9 @@ def published_color(model: CLIPModel, picture: np.ndarray, found: Detection, lab
     if found.mask_HW is not None:
         image = Image.composite(image, Image.new("RGB", image.size, "#999"), Image.fromarray(found.mask_HW))
     image = image.crop(found.box)
-    scale = 224 / min(image.size)
-    image = image.resize((int(scale * image.width), int(scale * image.height)), Image.Resampling.BICUBIC)
-    left, top = (image.width - 224) // 2, (image.height - 224) // 2
+    short = min(image.size)  # then open_clip's, which is torchvision's Resize and CenterCrop
+    image = image.resize((int(224 * image.width / short), int(224 * image.height / short)), Image.Resampling.BICUBIC)
+    left, top = (round((length - 224) / 2.0) for length in image.size)
     pixels = torch.tensor(np.asarray(image.crop((left, top, left + 224, top + 224)))) / 255
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
     seen = model.get_image_features(((pixels - mean) / std).permute(2, 0, 1)[None]).pooler_output[0]

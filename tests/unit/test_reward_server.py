@@ -25,6 +25,7 @@ from starlette.testclient import TestClient
 
 import progrpo
 from progrpo.cli import main
+from progrpo.environment import is_loopback
 from progrpo.rewards import server
 from progrpo.rewards.base import Refusal, Score
 from progrpo.rewards.server import make_app
@@ -606,7 +607,7 @@ def test_it_is_open_to_other_machines_only_with_a_token(capsys, monkeypatch):
         assert "set PROGRPO_REWARD_TOKEN" in refusal(capsys, "shapes", "--host", host)
     monkeypatch.setenv("PROGRPO_REWARD_TOKEN", " \n")
     assert "set PROGRPO_REWARD_TOKEN" in refusal(capsys, "shapes", "--host", "0.0.0.0")
-    assert all(server._is_loopback(host) for host in ("127.0.0.1", "127.8.9.1", "::1", "localhost"))
+    assert all(is_loopback(host) for host in ("127.0.0.1", "127.8.9.1", "::1", "localhost"))
 
 
 def test_what_cannot_be_served_is_refused_in_one_sentence(capsys, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ class PolicySettings:
     anew in the backward pass instead of keeping them. `shard` shares a denoiser's weights out among the processes. With `offload` the
     denoiser and the text encoders are on the device by turns. `decoding` is of a microbatch at once, of one picture, or of one in tiles. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
     `revision` is a hub id's branch, tag or commit, `variant` which of several kinds of weights files is read (fp16: `model.fp16.safetensors`).
+    A diffusion model's steps end where diffusers' DDIM has them end, or where the `next` begins (`step_ends`).
     """
 
     weights: Literal["lora", "full"] = "lora"
@@ -55,13 +56,14 @@ class PolicySettings:
     tiny_decoder: str = ""
     revision: str = ""
     variant: str = ""
+    step_ends: Literal["diffusers", "next"] = "diffusers"
 
 
 class Policy(Protocol):
     """A model of pictures from text, or from text and a picture, whose denoiser is trained; one file per model family implements it.
 
     Everything outside the denoiser is frozen, and there is no dropout anywhere: the same inputs give the same output
-    in sampling and in training, up to rounding (see `repeatable`).
+    in sampling and in training, up to rounding (see `batch_invariant`).
     """
 
     denoiser_name: ClassVar[str]
@@ -87,9 +89,11 @@ class Policy(Protocol):
     compiled_decoder: bool
     """The same of what decodes pictures."""
 
-    repeatable: bool
-    """Whether a row's output is the same, to a few float32 steps, however many rows are with it and whether gradients are kept: on a CPU,
-    but for networks compiled in low precision. Kernels of a GPU differ by shape, and those compiled with and without gradient are two."""
+    batch_invariant: bool
+    """Whether a row's output is the same, to a few float32 steps, however many rows are with it and whether gradients are kept.
+
+    False on a GPU, whose kernels differ by shape, and for networks compiled in low precision, of which there are two. On a CPU
+    it depends on the processor and the dtype, so `measure_batch_invariance` has the last word."""
 
     @property
     def attend(self) -> Callable[[], None] | None:
@@ -102,6 +106,13 @@ class Policy(Protocol):
 
     def between(self, levels_T1: Levels, place_B: Tensor) -> Levels:
         """Levels (B,) at places (float64) in [0, T] of that grid."""
+        ...
+
+    def measure_batch_invariance(self, sizes: Iterable[int]) -> bool:
+        """Measure whether the network is batch-invariant in calls of these sizes, note it as `batch_invariant` and return it.
+
+        What is False already stays so and is not measured.
+        """
         ...
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition:

@@ -25,7 +25,9 @@ from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.decoder import quicken
 from progrpo.policies.fingerprint import fingerprint
+from progrpo.policies.handover import take_over
 from progrpo.policies.hub import reason_of
+from progrpo.policies.invariance import is_batch_invariant
 from progrpo.policies.lora import continue_lora, in_float32, save_lora
 from progrpo.policies.offload import Turns
 from progrpo.policies.parts import whole
@@ -75,8 +77,7 @@ class PipelinePolicy(ABC):
         self._released = False
         self._tiny = _tiny_decoder(pipeline, settings, self._latent_channels(pipeline))
         self.compiled = settings.compile
-        exact = settings.dtype == torch.float32 or not settings.compile
-        self.repeatable = exact and torch.device(settings.device).type == "cpu"
+        self.batch_invariant = _may_be_batch_invariant(settings)
         self._step: Step | None = None
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
         self.embeds_guidance = bool(getattr(self.denoiser.config, "guidance_embeds", False))
@@ -108,6 +109,7 @@ class PipelinePolicy(ABC):
             raise ValueError(
                 "this pipeline was given to a run already, which took it over and changed it; load it again"
             )
+        take_over(pipeline, cls.denoiser_name)
         cls.check_index(pipeline.config)
         cls._check(pipeline)
         size = cls._checked_size(pipeline, settings.resolution)
@@ -343,15 +345,35 @@ class PipelinePolicy(ABC):
     def attend(self) -> Callable[[], None] | None:
         return None if self._step is None else self._step.attend
 
+    def measure_batch_invariance(self, sizes: Iterable[int]) -> bool:
+        if not self.batch_invariant:
+            return False
+        sizes = list(sizes)
+        most = max(sizes)
+        generator = torch.Generator().manual_seed(0)
+        x_NCHW = torch.randn(most, *self.latent_shape, generator=generator).to(self.device)
+        timestep_N = self.levels(2).timestep[1].to(x_NCHW).expand(most)
+        condition = Condition({**self._ones(self.network_inputs()), **self._unconditional.tensors})
+        condition = condition.take(torch.zeros(most, dtype=torch.int64, device=self.device))
+
+        def output(size: int) -> Tensor:
+            rows = torch.arange(size, device=self.device)
+            return self._output(x_NCHW[rows], timestep_N[rows], condition.take(rows))
+
+        self.batch_invariant = is_batch_invariant(output, sizes)
+        return self.batch_invariant
+
+    def _ones(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """One row of a condition of these shapes."""
+        dtype = self._settings.dtype
+        return {name: torch.ones(1, *shape, device=self.device, dtype=dtype) for name, shape in shapes.items()}
+
     def _stand_in(self, weights: int, training: bool) -> None:
         """A network call that takes part in the others' and adds 0 to gradients."""
         x, timestep_B = torch.ones(1, *self.latent_shape, device=self.device), torch.ones(1, device=self.device)
-        told = {
-            name: torch.ones(1, *shape, device=self.device, dtype=self._settings.dtype)
-            for name, shape in self._shapes.items()
-        }
+        condition = Condition(self._ones(self._shapes))
         with self.named_weights.instead(self.named_weights.names[weights]), torch.set_grad_enabled(training):
-            output = self._run(x, timestep_B, Condition(told))
+            output = self._run(x, timestep_B, condition)
             if training:
                 output.backward(torch.zeros_like(output))
 
@@ -460,6 +482,12 @@ def _set_decoding(vae: ModelMixin, decoding: str) -> None:
         vae.enable_slicing()
     if decoding == "tiled":
         vae.enable_tiling()
+
+
+def _may_be_batch_invariant(settings: PolicySettings) -> bool:
+    """False where it is known without measuring: on a GPU, compiled in low precision, and where processes make calls together."""
+    same_network = settings.dtype == torch.float32 or not settings.compile
+    return same_network and torch.device(settings.device).type == "cpu" and not settings.shard
 
 
 def _narrow_on_cpu(settings: PolicySettings) -> bool:

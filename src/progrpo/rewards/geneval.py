@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 from progrpo.rewards.base import Refusal, RewardSettings, Score
-from progrpo.rewards.clip import VIT_L, tokenizer_of
+from progrpo.rewards.clip import VIT_L, middle_of, tokenizer_of
 from progrpo.rewards.hub import fetching, placed, pretrained
 from progrpo.texts import folded
 from progrpo.types import Prompt
@@ -347,7 +347,8 @@ class Colors:
 
     @torch.no_grad()
     def __call__(self, picture_HWC: np.ndarray, objects: Sequence[Detection], label: str) -> list[str]:
-        crops = [crop_of(picture_HWC, found) for found in objects]
+        side = self._image_processor.crop_size["height"]
+        crops = [middle_of(crop_of(picture_HWC, found), side) for found in objects]
         made = self._image_processor(crops, input_data_format="channels_last", return_tensors="pt")
         pixels_BCHW = made.pixel_values.to(self._model.device, self._model.dtype)
         f_BD = self._model.get_image_features(pixels_BCHW).pooler_output.float()

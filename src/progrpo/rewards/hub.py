@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
+import httpx2
 import numpy as np
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from safetensors import SafetensorError
 from torch import Tensor
 
+from progrpo.environment import on_the_way, on_the_way_to_the_hub
 from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score, check
 from progrpo.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+_HUB = "the Hugging Face hub"
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 _Model = TypeVar("_Model", bound="PreTrainedModel")
@@ -47,14 +51,17 @@ class OnFirstScore:
 
 
 @contextmanager
-def fetching(reward: str, what: str, source: str = "the Hugging Face hub") -> Iterator[None]:
+def fetching(reward: str, what: str, source: str = _HUB) -> Iterator[None]:
     """Says in a Refusal which reward lacks what, where neither the cache nor the network has it, or has it whole."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ImportError, httpx2.InvalidURL) as error:
+        if isinstance(error, ImportError) and "socks" not in str(error).lower():
+            raise
+        way = on_the_way_to_the_hub() if source == _HUB else on_the_way(source)
         reason = " ".join(str(error).split())
         raise Refusal(
-            f"reward {reward!r}: there is no cached copy of {what}, and {source} did not give one: {reason}"
+            f"reward {reward!r}: there is no cached copy of {what}, and {source}{way} did not give one: {reason}"
         ) from error
     except SafetensorError as error:
         raise damaged(reward, f"weights of {what}", error) from error

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import ssl
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ import httpx2
 import numpy as np
 from PIL import Image
 
+from progrpo.environment import on_the_way, proxy_for
 from progrpo.rewards.base import Refusal, RewardSettings, Score, WrongAnswer, require_columns
 from progrpo.sources import COLUMN, pictures
 from progrpo.types import Prompt
@@ -52,6 +54,7 @@ class RemoteReward:
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix=f"reward-{name}")
         self._met, self._one, self._closed = False, threading.Lock(), threading.Event()
         self._needed = list[str]()
+        self._server = f"{client.base_url}{on_the_way(str(client.base_url))}"
 
     @classmethod
     def make(cls, name: str, settings: RewardSettings) -> Self:
@@ -61,12 +64,7 @@ class RemoteReward:
             )
         token = token_of_environment()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        client = httpx2.Client(
-            base_url=settings.url,
-            headers=headers,
-            timeout=settings.patience,
-            limits=httpx2.Limits(max_connections=_AT_ONCE),
-        )
+        client = client_of(name, settings.url, settings.patience, _AT_ONCE, headers)
         return cls(name, client, settings.batch)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
@@ -106,20 +104,18 @@ class RemoteReward:
                 health = _object(self._send("GET", "/health", outage=_Outage()))
             except _NoAnswer as error:
                 raise Refusal(
-                    f"reward {self._name!r}: no server answers at {self._client.base_url} ({error});"
+                    f"reward {self._name!r}: no server answers at {self._server} ({error});"
                     f" start one: progrpo serve-reward {self._name}"
                 ) from None
             if "protocol" not in health:
-                raise Refusal(f"reward {self._name!r}: what answers at {self._client.base_url} is no reward server")
+                raise Refusal(f"reward {self._name!r}: what answers at {self._server} is no reward server")
             if health["protocol"] != PROTOCOL:
                 raise Refusal(
-                    f"reward {self._name!r}: the server at {self._client.base_url} speaks protocol {health['protocol']}"
+                    f"reward {self._name!r}: the server at {self._server} speaks protocol {health['protocol']}"
                     f" and this progrpo protocol {PROTOCOL}; install the same version on both"
                 )
             if health.get("reward") != self._name:
-                raise Refusal(
-                    f"reward {self._name!r}: the server at {self._client.base_url} gives {health.get('reward')!r}"
-                )
+                raise Refusal(f"reward {self._name!r}: the server at {self._server} gives {health.get('reward')!r}")
             columns = health.get("columns")  # which a server of an earlier version does not tell
             self._needed = [str(name) for name in columns] if isinstance(columns, list) else []
             self._met = True
@@ -143,9 +139,9 @@ class RemoteReward:
             response = self._send("POST", "/v1/score", self._json(items), outage=outage)
             return _scores(response, len(items))
         except WrongAnswer as error:
-            raise WrongAnswer(f"reward {self._name!r}: the server at {self._client.base_url} {error}") from None
+            raise WrongAnswer(f"reward {self._name!r}: the server at {self._server} {error}") from None
         except _NoAnswer as error:
-            return [Score(None, error=f"reward server at {self._client.base_url}: {error}")] * len(items)
+            return [Score(None, error=f"reward server at {self._server}: {error}")] * len(items)
 
     def _json(self, items: list[dict[str, Any]]) -> bytes:
         try:
@@ -172,7 +168,7 @@ class RemoteReward:
                     return response
                 trouble = f"{response.status_code} {_detail(response)}"
                 if response.status_code < 500 and response.status_code not in (408, 429):
-                    raise Refusal(f"reward {self._name!r}: the server at {self._client.base_url} says {trouble}")
+                    raise Refusal(f"reward {self._name!r}: the server at {self._server} says {trouble}")
                 retry_after = _retry_after(response)
             now = time.monotonic()
             outage.since = min(outage.since, now)
@@ -192,6 +188,22 @@ class _Outage:
 
 class _NoAnswer(Exception):
     """What a request came to, in the end."""
+
+
+def client_of(reward: str, url: str, timeout: float, connections: int, headers: Mapping[str, str]) -> httpx2.Client:
+    """A client of a server, whose connections stay open. Refusal where the environment keeps it from there.
+
+    A server on this machine is asked without a proxy, and one without TLS needs no certificates.
+    """
+    base, proxy = httpx2.URL(url), proxy_for(url)
+    verify = True if base.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+    try:
+        transport = httpx2.HTTPTransport(verify=verify, limits=limits, proxy=None if proxy is None else proxy.url)
+    except (ImportError, OSError, ValueError, httpx2.InvalidURL) as error:
+        reason = " ".join(str(error).split())
+        raise Refusal(f"reward {reward!r}: {url}{on_the_way(url)} cannot be asked: {reason}") from error
+    return httpx2.Client(base_url=base, headers=headers, timeout=timeout, transport=transport)
 
 
 def answer_of(client: httpx2.Client, method: str, path: str, **told: Any) -> httpx2.Response:

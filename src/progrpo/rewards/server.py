@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
-import ipaddress
 import math
 import socket
 import threading
@@ -39,6 +38,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from progrpo import __version__
+from progrpo.environment import is_loopback
 from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score, WrongAnswer, close
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.remote import PROTOCOL, TOKEN, token_of_environment
@@ -64,7 +64,7 @@ def serve(
     ValueError, one sentence, where it cannot start. The reward's weights are loaded before the port opens.
     """
     token = token_of_environment()
-    if not token and not _is_loopback(host):
+    if not token and not is_loopback(host):
         raise ValueError(f"{host} can be reached from other machines: set {TOKEN} to a secret that clients must know")
     reward = load_reward(name, settings)
     if getattr(reward, "groupwise", False):
@@ -81,13 +81,6 @@ def serve(
         secret = "with a token" if token else "no token"
         print(f"reward {name} at http://{where}:{listener.getsockname()[1]} ({secret})", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _listening(host: str, port: int) -> socket.socket:
