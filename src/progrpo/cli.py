@@ -38,6 +38,7 @@ from progrpo.durable import DiskError, write_text
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.rollout.plan import summary
 from progrpo.streams import failure_of, occupy_standard_descriptors, release_standard_descriptors, tolerant_streams
+from progrpo.tracking.lock import LockLostError
 from progrpo.training.errors import Interrupted, LostProcessError, SelfCheckError
 from progrpo.words import named, nearest, quoted
 
@@ -467,12 +468,12 @@ def _done(args: list[str]) -> int:
     """The exit code, once the command is done and an error of it is said."""
     try:
         _parse(args)()
+    except (SelfCheckError, DiskError, LostProcessError, LockLostError) as error:
+        print(f"progrpo: stopped: {_one_line(error)}", file=sys.stderr)
+        return 1
     except ValueError as error:
         print(f"progrpo: error: {_one_line(error)}", file=sys.stderr)
         return 2
-    except (SelfCheckError, DiskError, LostProcessError) as error:
-        print(f"progrpo: stopped: {_one_line(error)}", file=sys.stderr)
-        return 1
     except _UnreadError as unread:
         print(unread, end="", file=sys.stderr)
         return unread.code

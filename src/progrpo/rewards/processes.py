@@ -225,10 +225,7 @@ _make: Callable[[], Reward]
 def _begin(begun: Any, make: Make, name: str, settings: RewardSettings) -> None:
     global _make
     _make = functools.partial(make, name, settings)
-    for number in (
-        signal.SIGINT,
-        signal.SIGHUP,
-    ):  # a terminal sends them to this process too, and the run's own decides
+    for number in (signal.SIGINT, signal.SIGHUP):  # of a terminal, to all processes: the run's own decides
         signal.signal(number, signal.SIG_IGN)
     make_streams_tolerant()
     threading.Thread(target=_end_with_parent, daemon=True).start()
