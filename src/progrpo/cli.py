@@ -31,7 +31,6 @@ from progrpo.config import (
     check,
     config_to_json,
     field_paths,
-    nearest,
     resolve_plan,
     trained_items,
 )
@@ -41,7 +40,7 @@ from progrpo.rollout.plan import summary
 from progrpo.streams import failure_of, occupy_standard_descriptors, release_standard_descriptors, tolerant_streams
 from progrpo.tracking.lock import LockLostError
 from progrpo.training.errors import Interrupted, LostProcessError, SelfCheckError
-from progrpo.words import named, quoted
+from progrpo.words import named, nearest, quoted
 
 _Fields = Annotated[Config, arg(name="")]  # the configuration's fields stand beside the command's own options
 

@@ -24,9 +24,8 @@ from progrpo.config import (
     RewardTerm,
     SamplingConfig,
     config_from_json,
-    nearest,
 )
-from progrpo.words import named
+from progrpo.words import named, nearest
 
 
 def quickstart() -> Config:
@@ -381,13 +380,14 @@ def load_recipe(name: str) -> Config:
     if name in RECIPES:
         return RECIPES[name]()
     # os.path asks what Path would raise at: a name too long for a path, or with a NUL in it
-    path = Path(name, "config.json") if os.path.isdir(name) else Path(name)
+    of_run = os.path.isdir(name)
+    path = Path(name, "config.json") if of_run else Path(name)
     if not os.path.isfile(path):
         raise ValueError(
             f"{named(name)} is no recipe ({', '.join(RECIPES)}), config file or run folder{nearest(name, RECIPES)}"
         )
     try:
-        return config_from_json(_text_of(path))
+        return config_from_json(_text_of(path), of_run)
     except OSError as error:
         raise ValueError(f"{named(path)} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

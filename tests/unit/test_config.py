@@ -25,7 +25,6 @@ from progrpo.config import (
     field_paths,
     from_dict,
     learning_rate,
-    nearest,
     resolve_plan,
     stochastic_steps,
     to_dict,
@@ -34,6 +33,7 @@ from progrpo.config import (
     trains_transitions,
 )
 from progrpo.rollout.plan import PRESETS, Plan, PrunePoint
+from progrpo.words import nearest
 
 EVERYTHING_SET = Config(
     recipe="mine",

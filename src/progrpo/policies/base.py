@@ -34,6 +34,7 @@ class PolicySettings:
     anew in the backward pass instead of keeping them. `shard` shares a denoiser's weights out among the processes. With `offload` the
     denoiser and the text encoders are on the device by turns. `decoding` is of a microbatch at once, of one picture, or of one in tiles. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
     `revision` is a hub id's branch, tag or commit, `variant` which of several kinds of weights files is read (fp16: `model.fp16.safetensors`).
+    A diffusion model's steps end where diffusers' DDIM has them end, or where the `next` begins (`step_ends`).
     """
 
     weights: Literal["lora", "full"] = "lora"
@@ -57,6 +58,7 @@ class PolicySettings:
     tiny_decoder: str = ""
     revision: str = ""
     variant: str = ""
+    step_ends: Literal["diffusers", "next"] = "diffusers"
 
 
 class Policy(Protocol):

@@ -25,6 +25,7 @@ from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.decoder import quicken
 from progrpo.policies.fingerprint import fingerprint
+from progrpo.policies.handover import take_over
 from progrpo.policies.hub import reason_of
 from progrpo.policies.invariance import is_batch_invariant
 from progrpo.policies.lora import continue_lora, in_float32, save_lora
@@ -112,6 +113,7 @@ class PipelinePolicy(ABC):
             raise ValueError(
                 "this pipeline was given to a run already, which took it over and changed it; load it again"
             )
+        take_over(pipeline, cls.denoiser_name)
         cls.check_index(pipeline.config)
         cls._check(pipeline)
         size = cls._checked_size(pipeline, settings.resolution)

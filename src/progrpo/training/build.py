@@ -195,6 +195,7 @@ def model_settings(model: ModelConfig) -> PolicySettings:
     return PolicySettings(
         revision=model.revision,
         variant=model.variant,
+        step_ends=model.step_ends,
         weights=model.weights,
         lora_rank=model.lora_rank,
         lora_alpha=model.lora_alpha,

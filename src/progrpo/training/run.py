@@ -33,6 +33,7 @@ from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge, Refusal
 from progrpo.rewards.function import FunctionReward
+from progrpo.rewards.load import refuse_within_import
 from progrpo.rewards.mix import Mixture, Term
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
@@ -67,6 +68,7 @@ from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, e
 from progrpo.training.judge import prompt_cost
 from progrpo.training.measure import measured
 from progrpo.training.stopping import Stop
+from progrpo.training.torch_state import usual_torch
 from progrpo.training.trainer import Iteration, Trainer
 from progrpo.training.watch import HackingWatch
 from progrpo.types import FROM_PYTHON, Prompt
@@ -100,6 +102,7 @@ def _mendable(run: Path) -> Iterator[None]:
         raise kind(f"{error}; mend that, and go on from {last[-1].name} with: {command}") from error
 
 
+@usual_torch()
 def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
     """Train a configuration into a new run folder; DiskError if the disk refuses what is written there."""
     check(config)
@@ -118,6 +121,7 @@ def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
     return _begun(run, overwrite)
 
 
+@usual_torch()
 def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool = False) -> RunFolder:
     """Go on from the newest whole checkpoint, exactly as the run would have gone; DiskError if the disk refuses.
 
@@ -141,6 +145,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
         return _resumed(config, lambda: _named_parts(config, ranks), run, ranks, accept_changes)
 
 
+@usual_torch()
 def train(
     pipeline: DiffusionPipeline,
     prompts: Iterable[str | Prompt | Mapping[str, Any]],
@@ -170,6 +175,7 @@ def train(
 
     ValueError, one sentence, for a mistake that is to be mended. Returns the run folder; its `read_summary()` has the figures.
     """
+    refuse_within_import()
     if overwrite and resume:
         raise ValueError("overwrite and resume exclude each other: replace the run in out, or go on with it")
     if config is not None:
