@@ -159,11 +159,19 @@ def test_a_folders_only_file_is_its_lora_whatever_its_name(tiny_sd3, saved, prom
     (folder := tmp_path / "named").mkdir()
     shutil.copy(tmp_path / "own" / FILE, folder / "my_style.safetensors")
     same(in_both_ways(tiny_sd3, folder, prompts), expected)
+    named = {name.replace(".weight", ".default.weight"): t for name, t in load_file(tmp_path / "own" / FILE).items()}
+    save_file(named, tmp_path / "default.safetensors")
+    same(in_both_ways(tiny_sd3, tmp_path / "default.safetensors", prompts), expected)
     shutil.copy(tmp_path / "own" / FILE, folder / "another.safetensors")
     with pytest.raises(
         ValueError, match=r"a folder with 2 files in safetensors; give one of them, such as another.saf"
     ):
         load_policy(tiny_sd3, SETTINGS, folder)
+    (torn := tmp_path / "torn.safetensors").write_bytes((tmp_path / "own" / FILE).read_bytes()[:-9])
+    with pytest.raises(
+        ValueError, match=r"^cannot use the LoRA .*: torn.safetensors is no file in safetensors, or a dam"
+    ):
+        load_policy(tiny_sd3, SETTINGS, torn)
     (pickled := tmp_path / "pickled").mkdir()
     (pickled / "adapter_model.bin").touch()
     for source in (pickled, pickled / "adapter_model.bin"):
