@@ -179,6 +179,24 @@ def test_a_folders_only_file_is_its_lora_whatever_its_name(tiny_sd3, saved, prom
             load_policy(tiny_sd3, SETTINGS, source)
 
 
+def test_a_lora_in_the_place_of_a_model_and_a_model_in_that_of_a_lora_are_named(tiny_sd3, saved, tmp_path):
+    saved(tiny_sd3)
+    shutil.copytree(tmp_path / "own", tmp_path / "run" / "lora")
+    for path in (tmp_path / "own", tmp_path / "own" / FILE, tmp_path / "run"):
+        with pytest.raises(
+            ValueError, match=r"^model.path: .* is a LoRA; give the model that it belongs to, and the LoRA"
+        ):
+            load_policy(path, SETTINGS)
+    for folder in (tiny_sd3, tiny_sd3 / "transformer"):
+        with pytest.raises(
+            ValueError, match=r"^cannot use the LoRA .*: it is a folder with a whole model or denoiser, and"
+        ):
+            load_policy(tiny_sd3, replace(SETTINGS, lora=str(folder)))
+    shutil.copytree(tiny_sd3, tmp_path / "both")
+    shutil.copy(tmp_path / "own" / FILE, tmp_path / "both")
+    load_policy(tmp_path / "both", SETTINGS)
+
+
 def test_what_diffusers_has_no_names_for_is_refused(tiny_sd3, tiny_sd, saved, tmp_path):
     tensors, _ = saved(tiny_sd)
     save_file({n: t.contiguous() for n, t in kohya(tensors, 1.0).items()}, tmp_path / "kohya.safetensors")

@@ -106,8 +106,27 @@ def _file(source: str) -> Path:
     return _from_hub(source)
 
 
-def _chosen(names: Iterable[str]) -> str:
+def is_lora(path: str) -> bool:
+    """Whether a file or folder is a LoRA, or a run that trained one, as far as names tell."""
+    if os.path.isdir(path):
+        index, *loras = (
+            os.path.isfile(os.path.join(path, name))
+            for name in ("model_index.json", LORA_FILE, f"lora/{LORA_FILE}", _PEFT_FILE)
+        )
+        return any(loras) and not index
+    if not os.path.isfile(path):
+        return False
+    try:
+        with safe_open(path, "pt") as stored:
+            return any(_MATRIX.fullmatch(name) for name in stored.keys())  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, OSError):
+        return False
+
+
+def _chosen(names: Collection[str]) -> str:
     """The file in a folder that is its LoRA."""
+    if "model_index.json" in names or any(name.startswith("diffusion_pytorch_model") for name in names):
+        raise ValueError("it is a folder with a whole model or denoiser, and no LoRA")
     there = sorted(name for name in names if name.endswith(".safetensors"))
     for name in (LORA_FILE, _PEFT_FILE):
         if name in there:
