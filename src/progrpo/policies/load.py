@@ -194,7 +194,8 @@ def _read_pipeline(source: str, kind: type[PipelinePolicy], settings: PolicySett
         }
         parts = networks(folder, index, dtypes, settings.variant)
         absent = {**dict.fromkeys(_absent_encoders(index)), **kind.left_out}
-        pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **parts, **absent)
+        # told the dtypes as well, without which it casts what it is given
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtypes, use_safetensors=True, **parts, **absent)
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module) and name not in parts:
                 raise ValueError(f"its {name} is of no class that diffusers or transformers has")
