@@ -527,11 +527,20 @@ def _parse(args: list[str]) -> Callable[[], None]:
         raise ValueError(
             f"{quoted(command)} is no command of progrpo ({', '.join(COMMANDS)}){nearest(command, COMMANDS)}"
         )
+    _require_current_folder()
     if command == "train" and any(a.partition("=")[0] == "--resume" for a in rest):
         return _options(Resume, rest, "progrpo train --resume").run
     if command in ("train", "plan"):
         return _parse_recipe(command, rest)
     return _options(COMMANDS[command], rest, f"progrpo {command}").run
+
+
+def _require_current_folder() -> None:
+    """Without one, torch's libraries end the process as they are loaded, in words of their own."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("the current folder is gone; change to one that is there") from None
 
 
 def _parse_recipe(command: str, args: list[str]) -> Callable[[], None]:
