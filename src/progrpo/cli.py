@@ -218,7 +218,9 @@ class Eval:
     lora: Path | None = None
     """For a model: a run folder, or a LoRA folder in diffusers' format."""
     prompts: str | None = None
-    """`shapes` or a prompt file (.txt, .jsonl); without it the run's own, `shapes` for a model."""
+    """`shapes`, a prompt file or dataset:NAME, as --eval.prompts of `train`; without it the run's own, `shapes` for a model."""
+    column: str | None = None
+    """The field of their rows that holds the text; without it the run's own, `prompt` for a model."""
     reward: tuple[str, ...] = ()
     """One or several, as `--reward.terms` of `train`; without it the run's own, `shapes` for a model."""
     split: Literal["test", "validation"] = "test"
@@ -247,6 +249,7 @@ class Eval:
             self.target,
             lora=self.lora,
             prompts=self.prompts,
+            column=self.column,
             reward=self.reward,
             split=self.split,
             pictures=self.pictures,

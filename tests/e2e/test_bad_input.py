@@ -85,7 +85,7 @@ def test_what_is_refused_before_torch_is_imported(here, words, sentence):
 
 def test_what_is_refused_with_torch(here):
     wrong = ["--prompts.source", "utf16.txt", "--out", "run"]
-    assert "utf16.txt, line 1: not UTF-8 text; save the file as UTF-8" in said("train", "smoke", *wrong)
+    assert "utf16.txt, line 1: not UTF-8 text but UTF-16; save the file as UTF-8" in said("train", "smoke", *wrong)
     shutil.copytree(WEIGHTS / "shapes-flow", "model")
     whole = Path("model", WEIGHTS_OF.format("transformer"))
     whole.write_bytes(whole.read_bytes()[:-1000])
