@@ -32,7 +32,6 @@ from progrpo.config import (
     check,
     config_to_json,
     field_paths,
-    nearest,
     resolve_plan,
     trained_items,
 )
@@ -42,7 +41,7 @@ from progrpo.rollout.plan import summary
 from progrpo.streams import failure_of, occupy_standard_descriptors, release_standard_descriptors, tolerant_streams
 from progrpo.tracking.lock import LockLostError
 from progrpo.training.errors import Interrupted, LostProcessError, SelfCheckError
-from progrpo.words import named, quoted
+from progrpo.words import named, nearest, quoted
 
 _Fields = Annotated[Config, arg(name="")]  # the configuration's fields stand beside the command's own options
 
@@ -169,6 +168,8 @@ class Sample:
     """Without it as many as the run's evaluations took, 10 where no run is named."""
     guidance_scale: float | None = None
     """Without it that of the run's evaluations, 1 (none) where no run is named."""
+    negative_prompt: str | None = None
+    """A text that guidance leads away from; without it that of the run, none where no run is named."""
     count: int = 1
     """Pictures a prompt."""
     revision: str = ""
@@ -193,6 +194,7 @@ class Sample:
             seed=self.seed,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
             count=self.count,
             revision=self.revision,
             variant=self.variant,
@@ -229,6 +231,8 @@ class Eval:
     """Without it as many as the run's own evaluations took, 10 for a model."""
     guidance_scale: float | None = None
     """Without it that of the run's own evaluations, 1 (none) for a model."""
+    negative_prompt: str | None = None
+    """A text that guidance leads away from; without it the run's own, none for a model."""
     seed: int | None = None
     """Without it that of the run's own evaluations, 1234 for a model."""
     revision: str = ""
@@ -253,6 +257,7 @@ class Eval:
             pictures=self.pictures,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
             seed=self.seed,
             revision=self.revision,
             variant=self.variant,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -14,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from progrpo.rollout.plan import Plan, PrunePoint, preset
 from progrpo.rollout.window import window
 from progrpo.types import FROM_PYTHON
-from progrpo.words import is_one_line, named, quoted
+from progrpo.words import is_one_line, named, nearest, quoted
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,9 @@ class SamplingConfig:
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
     """1 is no classifier-free guidance; above 1 a network call counts twice. See `embedded_guidance`."""
+    negative_prompt: str = ""
+    """A text that guidance leads away from, in training and wherever the run is measured or sampled from; empty: none, as the model's own
+    pipeline has it. It counts where a guidance scale is above 1 and guidance is a pair of calls."""
     embedded_guidance: bool = False
     """The model is told the guidance scale and needs no second call. Must be true for FLUX.1-dev where the scale is above 1, and
     false for other models."""
@@ -517,15 +519,6 @@ def field_paths(kind: Any = Config, prefix: str = "") -> list[str]:
     return own + [path for paths in nested for path in paths]
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean X?`, where X looks like `name` whole or in its last dotted part, else nothing."""
-    names = list(names) if len(name) <= 100 else []
-    by_tail = {n.rpartition(".")[2]: n for n in reversed(names)}  # where parts are shared, the first name
-    whole = difflib.get_close_matches(name, names, 1)
-    tail = [by_tail[t] for t in difflib.get_close_matches(name.rpartition(".")[2], by_tail, 1)]
-    return f"; did you mean {(whole or tail)[0]}?" if whole or tail else ""
-
-
 def _read_fields(kind: Any, data: Any, prefix: str) -> Any:
     if not isinstance(data, Mapping):
         raise ValueError(
@@ -772,6 +765,8 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             f"model.quantize must be none for model.weights {config.model.weights}: weights in 8 bits are frozen, so train a LoRA"
         )
+    if config.sampling.negative_prompt:
+        _check_negative(config)
     if trains_transitions(config):
         _check_window(config.sampling)
     if config.sampling.sde_window in ("first", "sliding", "random"):
@@ -816,6 +811,19 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             "objective.baseline must be survivors under a plan that prunes while sampling: "
             "the pruned members have no final rewards"
+        )
+
+
+def _check_negative(config: Config) -> None:
+    if config.sampling.embedded_guidance:
+        raise ValueError(
+            "sampling.negative_prompt must be empty for sampling.embedded_guidance: a model that is told the guidance scale leads away"
+            " from no text"
+        )
+    if max(config.sampling.guidance_scale, config.eval.guidance_scale) <= 1:
+        raise ValueError(
+            "sampling.negative_prompt must be empty where sampling.guidance_scale and eval.guidance_scale are 1, since it would have no"
+            " effect; raise one of them, or leave it out"
         )
 
 

@@ -13,12 +13,14 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import progrpo
 from progrpo.config import RewardConfig, RewardTerm
 from progrpo.tracking.lock import LockLostError
+from progrpo.tracking.report.run import Run, read_run
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.checkpoints import saved
 from progrpo.training.distributed import Ranks
@@ -46,7 +48,7 @@ def test_a_signal_ends_the_run_after_the_step(
         progrpo.train(tiny_pipeline(), prompts, signalled, config=config, out=tmp_path / "run")
     assert signal.getsignal(number) is before
     assert stopped.value.signal == number
-    assert f"progrpo train --resume {tmp_path / 'run'}" in str(stopped.value)
+    assert f"progrpo.train(..., out={str(tmp_path / 'run')!r}, resume=True)" in str(stopped.value)
     assert str(stopped.value).startswith(f"{number.name} after 2 of 4 iterations; all is saved")
     run = RunFolder(tmp_path / "run")
     assert run.read_summary()["status"].startswith(f"stopped: {number.name}")
@@ -138,6 +140,22 @@ def test_what_only_informs_does_not_end_a_run(tiny_pipeline, tiny_config, prompt
     for what in ("writing samples", "writing an audit", "writing report.html"):
         assert f"warning: {what} failed (" in said
     assert (out / "checkpoints" / "iteration_000002").is_dir() and any((out / "lora").iterdir())
+
+
+def test_a_run_under_way_has_a_report_of_its_last_iteration(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
+    out, calls, seen = tmp_path / "run", iter(range(1000)), list[tuple[Run, dict[str, Any]]]()
+
+    def score(images, texts):
+        if next(calls) == 5:  # in the third iteration
+            seen.append((read_run(out), RunFolder(out).read_summary()))
+        return redness(images, texts)
+
+    progrpo.train(tiny_pipeline(), prompts, score, config=tiny_config(iterations=4), out=out)
+    ((run, summary),) = seen
+    assert (run.status, summary["status"], summary["iterations"], len(run.metrics)) == ("running", "running", 2, 2)
+    assert summary["wall_seconds"] == run.wall_seconds > sum(record["seconds"] for record in run.metrics)
+    assert summary["nfe"] == summary["cost"]["counted"]["nfe"] == sum(r["rollout/nfe"] for r in run.metrics)
+    assert summary["seconds_by_stage"]["sample"] == sum(r["time/sample"] for r in run.metrics)
 
 
 def test_a_run_that_was_taken_for_dead_writes_nothing_more(tiny_pipeline, tiny_config, prompts, redness, tmp_path):

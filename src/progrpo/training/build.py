@@ -161,16 +161,23 @@ def settled(config: Config, ranks: Ranks) -> Config:
 
 
 def policy_from(
-    model: ModelConfig, seed: int, ranks: Ranks, trained: Path | None = None, tiny_decoder: str = ""
+    model: ModelConfig,
+    seed: int,
+    ranks: Ranks,
+    trained: Path | None = None,
+    tiny_decoder: str = "",
+    negative_prompt: str = "",
 ) -> Policy:
     """The policy that a configuration names, optionally with weights that a run has saved."""
     quiet()
     if ranks.device.type == "cpu":  # beside a GPU it is weights that are freed, once they are there
         keep_freed_memory()
-    return load_policy(model.path, settings_from(model, seed, ranks, tiny_decoder), trained)
+    return load_policy(model.path, settings_from(model, seed, ranks, tiny_decoder, negative_prompt), trained)
 
 
-def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str = "") -> PolicySettings:
+def settings_from(
+    model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str = "", negative_prompt: str = ""
+) -> PolicySettings:
     """Of a policy on this process' device."""
     return replace(
         model_settings(model),
@@ -179,6 +186,7 @@ def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str
         device=ranks.device,
         shard=model.shard and ranks.world > 1,
         tiny_decoder=tiny_decoder,
+        negative_prompt=negative_prompt,
     )
 
 
@@ -220,7 +228,14 @@ def previewing(config: Config) -> Previewing:
     )
 
 
-def trained_policy(target: str, trained: Path | None, ranks: Ranks, revision: str = "", variant: str = "") -> Policy:
+def trained_policy(
+    target: str,
+    trained: Path | None,
+    ranks: Ranks,
+    revision: str = "",
+    variant: str = "",
+    negative_prompt: str = "",
+) -> Policy:
     """A model by name, folder or hub id, or what a run folder has trained; `trained` may name a run or its LoRA folder.
 
     With a run's settings where one is named. ValueError for a run that is told to take what another trained, or another revision or
@@ -246,7 +261,7 @@ def trained_policy(target: str, trained: Path | None, ranks: Ranks, revision: st
         trained = _saved_by(trained)
     # what a run saved has in it where it began, and is for the model as it is
     model = replace(run.model, path=path, revision=revision, variant=variant, lora="", quantize="none")
-    policy = policy_from(model, 0, ranks, trained)
+    policy = policy_from(model, 0, ranks, trained, negative_prompt=negative_prompt)
     ranks.attend = policy.attend
     return policy
 

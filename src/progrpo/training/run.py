@@ -33,6 +33,7 @@ from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge, Refusal
 from progrpo.rewards.function import FunctionReward
+from progrpo.rewards.load import refuse_within_import
 from progrpo.rewards.mix import Mixture, Term
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
@@ -174,6 +175,7 @@ def train(
 
     ValueError, one sentence, for a mistake that is to be mended. Returns the run folder; its `read_summary()` has the figures.
     """
+    refuse_within_import()
     if overwrite and resume:
         raise ValueError("overwrite and resume exclude each other: replace the run in out, or go on with it")
     if config is not None:
@@ -209,7 +211,8 @@ def train(
 def _taken_over(pipeline: DiffusionPipeline, config: Config, ranks: Ranks) -> Policy:
     from progrpo.policies.load import policy_from_pipeline
 
-    settings = settings_from(config.model, config.seed, ranks, tiny_decoder(config.preview))
+    decoder, away = tiny_decoder(config.preview), config.sampling.negative_prompt
+    settings = settings_from(config.model, config.seed, ranks, decoder, away)
     return policy_from_pipeline(pipeline, settings)
 
 
@@ -329,13 +332,14 @@ def _held_out_rewards(config: Config) -> Mixture | None:
 def _named_parts(config: Config, ranks: Ranks) -> Parts:
     """What a configuration names."""
     source, pictures = config.eval.prompts, config.eval.pictures
+    decoder, away = tiny_decoder(config.preview), config.sampling.negative_prompt
     test, validation = (eval_prompts(source, split, pictures) for split in ("test", "validation"))
     return Parts(
         config,
         scorer_from(config.reward.terms, config.reward.frames, ranking_of(config.objective, config.reward.terms)),
         train_order(config.prompts, config.seed),
         HeldOut(test, validation, judge_for(source), _held_out_rewards(config)),
-        lambda: policy_from(config.model, config.seed, ranks, tiny_decoder=tiny_decoder(config.preview)),
+        lambda: policy_from(config.model, config.seed, ranks, None, decoder, away),
     )
 
 
