@@ -82,9 +82,12 @@ class ModelConfig:
 @dataclass(frozen=True)
 class PromptConfig:
     source: str = "shapes"
-    """`shapes` (the built-in world, its train split), a .txt (a prompt a line) or .jsonl ({"prompt": ..., columns}) file, or `dataset:NAME`: a
-    dataset of the `datasets` library, on the hub or saved in a folder, with a column `prompt`. For a model that edits the column
-    `image` is the picture to change; in a file its path, from the file's folder."""
+    """`shapes` (the built-in world, its train split); a file: .txt (a prompt a line), .jsonl (an object a line), .json (a list of texts or
+    objects), .csv (a line of names, then rows) or .parquet; or `dataset:NAME` or `dataset:NAME:CONFIG`: a dataset of the `datasets` library, on the
+    hub or saved in a folder, and one of its configurations. For a model that edits the column `image` is the picture to change; in a file its
+    path, from the file's folder."""
+    column: str = "prompt"
+    """The field of a row that holds its text; the others reach rewards by their names. Also of rows that Python gives."""
     per_iteration: int = 12
     order: Literal["turn", "signal"] = "turn"
     """`turn`: kinds in turn, each prompt once before any comes again. `signal`: drawn in proportion to how far the rewards of a
@@ -99,6 +102,9 @@ class SamplingConfig:
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
     """1 is no classifier-free guidance; above 1 a network call counts twice. See `embedded_guidance`."""
+    negative_prompt: str = ""
+    """A text that guidance leads away from, in training and wherever the run is measured or sampled from; empty: none, as the model's own
+    pipeline has it. It counts where a guidance scale is above 1 and guidance is a pair of calls."""
     embedded_guidance: bool = False
     """The model is told the guidance scale and needs no second call. Must be true for FLUX.1-dev where the scale is above 1, and
     false for other models."""
@@ -384,6 +390,8 @@ class AuditConfig:
 class EvalConfig:
     prompts: str = "shapes"
     """`shapes` (the built-in test split), a prompt file, or `dataset:NAME` (its split `test`, else its `train`)."""
+    column: str = "prompt"
+    """As that of `prompts`."""
     pictures: int = 512
     every: int = 0
     """Evaluate every n iterations on the validation prompts; before and after always happen, on the test prompts."""
@@ -646,6 +654,8 @@ _RULES: dict[str, _Rule] = {
     "model.resolution": _or_empty(_SIDES, " for the model's own"),
     "model.frames": _or_empty(_between(1, 1024), " for the model's own"),
     "prompts.per_iteration": _between(1, 100_000),
+    "prompts.column": (bool, "the name of a field"),
+    "eval.column": (bool, "the name of a field"),
     "sampling.num_inference_steps": _STEPS,
     "sampling.guidance_scale": _at_least(1),
     "sampling.noise_level": (
@@ -762,6 +772,8 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             f"model.quantize must be none for model.weights {config.model.weights}: weights in 8 bits are frozen, so train a LoRA"
         )
+    if config.sampling.negative_prompt:
+        _check_negative(config)
     if trains_transitions(config):
         _check_window(config.sampling)
     if config.sampling.sde_window in ("first", "sliding", "random"):
@@ -806,6 +818,19 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             "objective.baseline must be survivors under a plan that prunes while sampling: "
             "the pruned members have no final rewards"
+        )
+
+
+def _check_negative(config: Config) -> None:
+    if config.sampling.embedded_guidance:
+        raise ValueError(
+            "sampling.negative_prompt must be empty for sampling.embedded_guidance: a model that is told the guidance scale leads away"
+            " from no text"
+        )
+    if max(config.sampling.guidance_scale, config.eval.guidance_scale) <= 1:
+        raise ValueError(
+            "sampling.negative_prompt must be empty where sampling.guidance_scale and eval.guidance_scale are 1, since it would have no"
+            " effect; raise one of them, or leave it out"
         )
 
 

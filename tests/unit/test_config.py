@@ -396,6 +396,22 @@ def test_a_guarded_ratio_goes_with_a_density():
     )
 
 
+def test_a_negative_prompt_goes_with_guidance_of_two_calls():
+    def wanted(**sampling: object) -> Config:
+        return from_dict({"sampling": {"negative_prompt": "blurred", **sampling}})
+
+    check(wanted(guidance_scale=4.5))
+    check(dataclasses.replace(wanted(), eval=EvalConfig(guidance_scale=4.5)))
+    with pytest.raises(
+        ValueError, match=r"^sampling.negative_prompt must be empty where .* are 1, since it would have no"
+    ):
+        check(wanted())
+    with pytest.raises(
+        ValueError, match=r"^sampling.negative_prompt must be empty for sampling.embedded_guidance: a model"
+    ):
+        check(wanted(guidance_scale=3.5, embedded_guidance=True))
+
+
 @pytest.mark.parametrize("kind", ["auto", "all", "first", "sliding", "random"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_members_begin_as_one_only_where_steps_part_them(objective, kind):

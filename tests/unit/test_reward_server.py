@@ -146,6 +146,17 @@ def test_a_source_picture_is_checked_as_the_other_one(monkeypatch):
     assert huge["value"] is None and "pixels" in huge["error"]
 
 
+def test_a_picture_that_is_transparent_is_a_missing_score():
+    """What lies under a transparent colour is not what anybody sees."""
+    files: dict[str, BytesIO] = {}
+    for mode, options in (("RGB", {"transparency": (9, 9, 9)}), ("RGBA", {})):
+        Image.new(mode, (3, 2), (9, 9, 9)).save(files.setdefault(mode, BytesIO()), "PNG", **options)
+    with served(Recorded(lambda prompt, value: value)) as client:
+        keyed, alpha = scores(client, *(item(file.getvalue()) for file in files.values()))
+    assert keyed["value"] is None and "transparent colour" in keyed["error"]
+    assert alpha["value"] is None and "must be RGB" in alpha["error"]
+
+
 def test_no_request_names_a_file_of_the_servers_machine(tmp_path):
     (tmp_path / "own.png").write_bytes(png(picture()))
     body = question(item(picture(), columns={"image": str(tmp_path / "own.png")}))

@@ -26,6 +26,7 @@ class PolicySettings:
     to train further, by its folder, file or hub id: its rank, alpha and layers then take the place of those.
     `seed` draws the LoRA's A whatever the global generator's state. Trained weights are float32 in every case; the
     denoiser's frozen weights and the VAE are in `dtype`, the text encoders stay in the dtype they came in.
+    `negative_prompt` is a text that guidance leads away from (empty: what the model's pipeline takes without one).
     `max_sequence_length` counts T5's tokens, or those of Qwen-Image's and FLUX.2's encoder (none: the model's own number, for the built-in 16). `resolution` is the side of a square picture or video in pixels, or its height
     and width, `frames` the length of a video (none: the model's own).
     `quantize` keeps the frozen weights of the linear layers of the denoiser's blocks as 8-bit integers, beside a LoRA.
@@ -42,6 +43,7 @@ class PolicySettings:
     lora_targets: Sequence[str] = ()
     lora: str = ""
     max_sequence_length: int | None = None
+    negative_prompt: str = ""
     seed: int = 0
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32

@@ -148,7 +148,7 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
 
     def _encode_unconditional(self) -> Condition:
         encoded = super()._encode_unconditional()
-        if self._pipeline.config.force_zeros_for_empty_prompt:
+        if self._pipeline.config.force_zeros_for_empty_prompt and not self._settings.negative_prompt:
             return Condition({name: torch.zeros_like(rows) for name, rows in encoded.tensors.items()})
         return encoded
 

@@ -35,6 +35,7 @@ _MAY_DIFFER = ("iterations", "sampling.microbatch", "optim.microbatch")
 _FIXED = (
     "model.weights",
     "model.lora_rank",
+    "model.lora_alpha",
     "model.lora_targets",
     "objective.name",
     "optim.name",
