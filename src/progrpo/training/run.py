@@ -63,6 +63,7 @@ from progrpo.training.build import (
     train_order,
 )
 from progrpo.training.distributed import Ranks, lost_in_words
+from progrpo.training.equal_inputs import require_same_model, require_same_prompts, require_same_settings
 from progrpo.training.errors import Interrupted, MissingScoresError
 from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, evaluate, kl_to_reference, ode
 from progrpo.training.judge import prompt_cost
@@ -114,7 +115,7 @@ def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
         )
     with lost_in_words(lambda: _NO_CHECKPOINT):
         ranks = Ranks()
-        _require_same_settings(ranks, config)
+        require_same_settings(ranks, config)
         config = settled(located(config), ranks)
         out = ranks.gather([out])[0]  # where it was chosen by what is free, another process may have chosen later
         run = Run(_named_parts(config, ranks), RunFolder(out), ranks)
@@ -140,7 +141,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
         check(config)
     with lost_in_words(lambda: _how_to_go_on(folder)):
         ranks = Ranks()
-        _require_same_settings(ranks, config)
+        require_same_settings(ranks, config)
         config = settled(config, ranks)
         return _resumed(config, lambda: _named_parts(config, ranks), run, ranks, accept_changes)
 
@@ -182,7 +183,7 @@ def train(
         check(config)
     with lost_in_words(lambda: _NO_CHECKPOINT):
         ranks = Ranks()
-        _require_same_settings(ranks, config, resume=resume, accept_changes=accept_changes)
+        require_same_settings(ranks, config, resume=resume, accept_changes=accept_changes)
         folder = RunFolder(ranks.gather([out])[0])
         own = ranks.from_main(lambda: _own_config(folder, accept_changes)) if resume else None
         config = settled(_given_config(config, own, pipeline), ranks)
@@ -254,13 +255,6 @@ def _own_config(folder: RunFolder, accept: bool) -> Config:
             " left it, with accept_changes=True)"
         )
     return load_recipe(str(folder.path))
-
-
-def _require_same_settings(ranks: Ranks, config: Config | None, **options: bool) -> None:
-    """Before anything else is done together: processes of other settings would wait for each other at other places."""
-    flat = {} if config is None else checkpoints.flat(to_dict(config))
-    given = {name: quoted(value) for name, value in {"config": config is not None, **options, **flat}.items()}
-    ranks.require_same(given, "give all the same configuration")
 
 
 def _begun(run: Run, overwrite: bool) -> RunFolder:
@@ -379,13 +373,8 @@ class Parts:
     def check(self, ranks: Ranks) -> None:
         """ValueError for rewards that lack something, which is often known without a picture, and for prompts that differ by process."""
         firsts = {"training": next(iter(self.order.whole)), "evaluation": self.held_out.test[0]}
-        shown = {
-            f"the list of {name} prompts": f"{digest[:8]} (it begins with {quoted(firsts[name].text)})"
-            for name, digest in self.prompts.items()
-        }
-        ranks.require_same(
-            shown, "give all the same prompts in the same order: sort what comes out of a set, seed what is shuffled"
-        )
+        for name, digest in self.prompts.items():
+            require_same_prompts(ranks, name, digest, firsts[name])
         self.reward.check(self.met)
         if self.held_out.rewards is not None:
             self.held_out.rewards.check([*self.held_out.test, *self.held_out.validation])
@@ -407,10 +396,7 @@ class Run:
         """ValueError for what cannot work, before a folder is made or an old run replaced."""
         parts.check(ranks)
         self.policy, self.reward, self.held_out = parts.load(), parts.reward, parts.held_out
-        weights = {f"the weights of {name}": told[:8] for name, told in self.policy.fingerprints.items()}
-        ranks.require_same(
-            weights, "load the same model in all: one whose files lack weights gets other random ones in each"
-        )
+        require_same_model(ranks, self.policy)
         if self.policy.edits:
             check_sources(parts.met)
         self.config = measured(parts.config, self.policy, parts.order.prompts_for(0, 1)[0], ranks)
