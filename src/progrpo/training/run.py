@@ -447,8 +447,9 @@ class Run:
                 " between them is not what training did",
                 console,
             )
-        if said := self.policy.truncation([p.text for p in self._met]).in_words():
-            self._warn(said, console)
+        for said in (self.policy.ignored, self.policy.truncation([p.text for p in self._met]).in_words()):
+            if said:
+                self._warn(said, console)
         if not self.config.model.keep_text_encoders:
             self._encode_all()
         path = self.folder.path
