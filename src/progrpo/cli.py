@@ -221,7 +221,9 @@ class Eval:
     lora: Path | None = None
     """For a model: a run folder, or a LoRA folder in diffusers' format."""
     prompts: str | None = None
-    """`shapes` or a prompt file (.txt, .jsonl); without it the run's own, `shapes` for a model."""
+    """`shapes`, a prompt file or dataset:NAME, as --eval.prompts of `train`; without it the run's own, `shapes` for a model."""
+    column: str | None = None
+    """The field of their rows that holds the text; without it the run's own, `prompt` for a model."""
     reward: tuple[str, ...] = ()
     """One or several, as `--reward.terms` of `train`; without it the run's own, `shapes` for a model."""
     split: Literal["test", "validation"] = "test"
@@ -252,6 +254,7 @@ class Eval:
             self.target,
             lora=self.lora,
             prompts=self.prompts,
+            column=self.column,
             reward=self.reward,
             split=self.split,
             pictures=self.pictures,
@@ -528,11 +531,20 @@ def _parse(args: list[str]) -> Callable[[], None]:
         raise ValueError(
             f"{quoted(command)} is no command of progrpo ({', '.join(COMMANDS)}){nearest(command, COMMANDS)}"
         )
+    _require_current_folder()
     if command == "train" and any(a.partition("=")[0] == "--resume" for a in rest):
         return _options(Resume, rest, "progrpo train --resume").run
     if command in ("train", "plan"):
         return _parse_recipe(command, rest)
     return _options(COMMANDS[command], rest, f"progrpo {command}").run
+
+
+def _require_current_folder() -> None:
+    """Without one, torch's libraries end the process as they are loaded, in words of their own."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("the current folder is gone; change to one that is there") from None
 
 
 def _parse_recipe(command: str, args: list[str]) -> Callable[[], None]:

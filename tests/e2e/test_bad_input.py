@@ -105,7 +105,7 @@ def test_values_of_flags_and_paths_in_pieces_are_said_to_be_that(here, capsys, w
 
 def test_what_is_refused_with_torch(here):
     wrong = ["--prompts.source", "utf16.txt", "--out", "run"]
-    assert "utf16.txt, line 1: not UTF-8 text; save the file as UTF-8" in said("train", "smoke", *wrong)
+    assert "utf16.txt, line 1: not UTF-8 text but UTF-16; save the file as UTF-8" in said("train", "smoke", *wrong)
     shutil.copytree(WEIGHTS / "shapes-flow", "model")
     whole = Path("model", WEIGHTS_OF.format("transformer"))
     whole.write_bytes(whole.read_bytes()[:-1000])
