@@ -140,7 +140,7 @@ class Policy(Protocol):
         """The network's output at x, float32, in x's shape.
 
         `timestep` is () or (B,), row b of `condition` belongs to row b of x. A `guidance_scale` w other than 1 is
-        classifier-free guidance, o_u + w (o_c - o_u), with gradients through both branches and twice the cost; a network that
+        classifier-free guidance, o_u + w (o_c - o_u), away from the negative prompt, with gradients through both branches and twice the cost; a network that
         `embeds_guidance` is told w, 1 as well as any other.
         """
         ...
