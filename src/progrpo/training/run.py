@@ -19,6 +19,7 @@ import torch
 
 from progrpo.config import (
     Config,
+    ModelConfig,
     OptimConfig,
     RewardTerm,
     SamplingConfig,
@@ -165,7 +166,7 @@ def train(
     `reward(images, prompts, **columns)` gives a float, or None where it failed, for each PIL picture: a function, also an async
     one, or an object with it as `score`. Of a model of videos it sees some frames, or with `video = True` whole ones. It may be a built-in reward's name, a `progrpo.config.RewardTerm`, or a list of any of
     these, which are summed with the weights of pairs (reward, weight). Before and after are measured on `eval_prompts`,
-    or else on the training prompts. `config.model.path`, `config.prompts.source` and `config.reward.terms` are not read. The
+    or else on the training prompts. `config.model.path`, `revision` and `variant`, `config.prompts.source` and `config.reward.terms` are not read. The
     LoRA is in `out`/lora, in diffusers' format. The pipeline is taken over: its denoiser is changed and its text encoders leave it, so load it
     again for pictures or another run.
 
@@ -228,9 +229,11 @@ def _given_config(config: Config | None, own: Config | None, pipeline: Diffusion
     if own is None:
         return config
     dtype = own.model.dtype if config.model.dtype == "auto" else config.model.dtype
+    # a run from before this setting was called without it, and has its other value
+    ends = own.model.step_ends if config.model.step_ends == ModelConfig().step_ends else config.model.step_ends
     return replace(
         config,
-        model=replace(config.model, dtype=dtype),
+        model=replace(config.model, dtype=dtype, step_ends=ends),
         sampling=replace(config.sampling, microbatch=_smaller(config.sampling, own.sampling)),
         optim=replace(config.optim, microbatch=_smaller(config.optim, own.optim)),
     )
