@@ -82,9 +82,12 @@ class ModelConfig:
 @dataclass(frozen=True)
 class PromptConfig:
     source: str = "shapes"
-    """`shapes` (the built-in world, its train split), a .txt (a prompt a line) or .jsonl ({"prompt": ..., columns}) file, or `dataset:NAME`: a
-    dataset of the `datasets` library, on the hub or saved in a folder, with a column `prompt`. For a model that edits the column
-    `image` is the picture to change; in a file its path, from the file's folder."""
+    """`shapes` (the built-in world, its train split); a file: .txt (a prompt a line), .jsonl (an object a line), .json (a list of texts or
+    objects), .csv (a line of names, then rows) or .parquet; or `dataset:NAME` or `dataset:NAME:CONFIG`: a dataset of the `datasets` library, on the
+    hub or saved in a folder, and one of its configurations. For a model that edits the column `image` is the picture to change; in a file its
+    path, from the file's folder."""
+    column: str = "prompt"
+    """The field of a row that holds its text; the others reach rewards by their names. Also of rows that Python gives."""
     per_iteration: int = 12
     order: Literal["turn", "signal"] = "turn"
     """`turn`: kinds in turn, each prompt once before any comes again. `signal`: drawn in proportion to how far the rewards of a
@@ -387,6 +390,8 @@ class AuditConfig:
 class EvalConfig:
     prompts: str = "shapes"
     """`shapes` (the built-in test split), a prompt file, or `dataset:NAME` (its split `test`, else its `train`)."""
+    column: str = "prompt"
+    """As that of `prompts`."""
     pictures: int = 512
     every: int = 0
     """Evaluate every n iterations on the validation prompts; before and after always happen, on the test prompts."""
@@ -649,6 +654,8 @@ _RULES: dict[str, _Rule] = {
     "model.resolution": _or_empty(_SIDES, " for the model's own"),
     "model.frames": _or_empty(_between(1, 1024), " for the model's own"),
     "prompts.per_iteration": _between(1, 100_000),
+    "prompts.column": (bool, "the name of a field"),
+    "eval.column": (bool, "the name of a field"),
     "sampling.num_inference_steps": _STEPS,
     "sampling.guidance_scale": _at_least(1),
     "sampling.noise_level": (

@@ -31,7 +31,7 @@ from progrpo.training.stopping import Stop
 TIMELESS = ("reward/mean", "update/grad_norm", "rollout/nfe")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_the_run_after_the_step(
     number, tiny_pipeline, tiny_config, prompts, redness, tmp_path, monkeypatch
 ):
@@ -54,6 +54,22 @@ def test_a_signal_ends_the_run_after_the_step(
     assert run.read_summary()["status"].startswith(f"stopped: {number.name}")
     assert [r["iteration"] for r in run.read_metrics()] == [0, 1]
     assert (run.path / "checkpoints" / "iteration_000002").is_dir()
+
+
+def test_a_handler_of_a_users_own_for_a_queues_notice_stays(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
+    """Such as one that writes where every thread is."""
+    heard = []
+
+    def noticed(images, texts):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return redness(images, texts)
+
+    before = signal.signal(signal.SIGUSR2, lambda *_: heard.append(1))
+    try:
+        run = progrpo.train(tiny_pipeline(), prompts, noticed, config=tiny_config(iterations=1), out=tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert heard and run.read_summary()["status"] == "finished"
 
 
 def test_a_hang_up_that_is_ignored_stays_so(tiny_pipeline, tiny_config, prompts, redness, tmp_path):

@@ -26,7 +26,7 @@ from progrpo.config import (
     stochastic_steps,
     trained_steps,
 )
-from progrpo.data import DATASET, ORDERS, PromptOrder, load_prompts
+from progrpo.data import DATASET, ORDERS, TEXT, PromptOrder, load_prompts, of_configuration
 from progrpo.diffusion.process import Process
 from progrpo.diffusion.samplers import SAMPLERS
 from progrpo.objectives.advantage import normalised_sum
@@ -141,10 +141,12 @@ def _located_term(term: RewardTerm) -> RewardTerm:
 
 
 def _absolute(name: str) -> str:
-    dataset = DATASET if name.startswith(DATASET) else ""
-    path = os.path.expanduser(name.removeprefix(dataset))
+    if name.startswith(DATASET):
+        dataset, config = of_configuration(name.removeprefix(DATASET))
+        return ":".join([DATASET.rstrip(":"), _absolute(dataset), *filter(None, [config])])
+    path = os.path.expanduser(name)
     known = name in ("", "shapes", BUILT_IN_DECODER, *BUILT_IN)
-    return name if known or not os.path.exists(path) else dataset + os.path.abspath(path)
+    return name if known or not os.path.exists(path) else os.path.abspath(path)
 
 
 def settled(config: Config, ranks: Ranks) -> Config:
@@ -370,14 +372,14 @@ def ranking_of(objective: ObjectiveConfig, terms: Sequence[RewardTerm]) -> Ranki
 
 
 def train_order(prompts: PromptConfig, seed: int) -> PromptOrder:
-    return ORDERS[prompts.order](load_prompts(prompts.source, "train"), seed)
+    return ORDERS[prompts.order](load_prompts(prompts.source, "train", prompts.column), seed)
 
 
-def eval_prompts(source: str, split: str, count: int) -> list[Prompt]:
+def eval_prompts(source: str, split: str, count: int, column: str = TEXT) -> list[Prompt]:
     """The same `count` prompts every time: of the built-in split by kind in turn, of a file from its start, again and again."""
     if source == "shapes":
         return world.sample_prompts(split, count, seed=0)
-    (prompts,) = load_prompts(source, split).values()
+    (prompts,) = load_prompts(source, split, column).values()
     return [prompts[i % len(prompts)] for i in range(count)]
 
 

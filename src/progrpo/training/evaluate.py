@@ -259,8 +259,8 @@ def _require_names(
 
 
 def warn_of_cuts(policy: Policy, prompts: Sequence[Prompt], ranks: Ranks) -> None:
-    """On stderr, for results go to stdout."""
-    if said := policy.truncation([prompt.text for prompt in prompts]).in_words():
+    """Of what the pipeline itself would do otherwise, and of cut prompts: on stderr, for results go to stdout."""
+    for said in filter(None, (policy.ignored, policy.truncation([prompt.text for prompt in prompts]).in_words())):
         Console(0, enabled=ranks.is_main, file=sys.stderr).warn(said)
 
 
@@ -270,6 +270,7 @@ def evaluate_model(
     *,
     lora: Path | None,
     prompts: str | None,
+    column: str | None,
     reward: Sequence[str] | None,
     split: str,
     pictures: int,
@@ -309,7 +310,7 @@ def evaluate_model(
     check(config)
     frames, others = config.reward.frames, config.eval.rewards
     reward_of, held_out = scorer_from(terms, frames), scorer_from(others, frames) if others else None
-    chosen = eval_prompts(prompts, split, pictures)
+    chosen = eval_prompts(prompts, split, pictures, column or config.eval.column)
     for scorer in filter(None, (reward_of, held_out)):
         scorer.check(chosen)
     with lost_in_words(lambda: "give the command again"):

@@ -161,8 +161,8 @@ def train(
 ) -> RunFolder:
     """Fine-tune a diffusers pipeline towards a reward, as a library.
 
-    `prompts` are texts, `Prompt`s, or rows with a field `prompt` and columns beside it, in an order of their own: a list, a `datasets.Dataset`,
-    a table of pandas, polars or pyarrow.
+    `prompts` are texts, `Prompt`s, or rows with a field `prompt` (or `config.prompts.column`) and columns beside it, in an order of their own: a
+    list, a `datasets.Dataset`, a table of pandas, polars or pyarrow, or the `pathlib.Path` of a prompt file.
     `reward(images, prompts, **columns)` gives a float, or None where it failed, for each PIL picture: a function, also an async
     one, or an object with it as `score`. Of a model of videos it sees some frames, or with `video = True` whole ones. It may be a built-in reward's name, a `progrpo.config.RewardTerm`, or a list of any of
     these, which are summed with the weights of pairs (reward, weight). Before and after are measured on `eval_prompts`,
@@ -181,14 +181,14 @@ def train(
         raise ValueError("overwrite and resume exclude each other: replace the run in out, or go on with it")
     if config is not None:
         check(config)
-    told = prompts_of(prompts, "prompts")
-    watched = told if eval_prompts is None else prompts_of(eval_prompts, "eval_prompts")
     with lost_in_words(lambda: _NO_CHECKPOINT):
         ranks = Ranks()
         _require_same_settings(ranks, config, resume=resume, accept_changes=accept_changes)
         folder = RunFolder(ranks.gather([out])[0])
         own = ranks.from_main(lambda: _own_config(folder, accept_changes)) if resume else None
         config = settled(_given_config(config, own, pipeline), ranks)
+        told = prompts_of(prompts, "prompts", config.prompts.column)
+        watched = told if eval_prompts is None else prompts_of(eval_prompts, "eval_prompts", config.eval.column)
         terms, scorer = _mixed(reward, config)  # before the pipeline is taken over: a mistake here costs no loading
         config = replace(config, reward=replace(config.reward, terms=terms))
         check(config)
@@ -332,9 +332,9 @@ def _held_out_rewards(config: Config) -> Mixture | None:
 
 def _named_parts(config: Config, ranks: Ranks) -> Parts:
     """What a configuration names."""
-    source, pictures = config.eval.prompts, config.eval.pictures
+    source, pictures, column = config.eval.prompts, config.eval.pictures, config.eval.column
     decoder, away = tiny_decoder(config.preview), config.sampling.negative_prompt
-    test, validation = (eval_prompts(source, split, pictures) for split in ("test", "validation"))
+    test, validation = (eval_prompts(source, split, pictures, column) for split in ("test", "validation"))
     return Parts(
         config,
         scorer_from(config.reward.terms, config.reward.frames, ranking_of(config.objective, config.reward.terms)),
@@ -459,7 +459,8 @@ class Run:
                 " between them is not what training did",
                 console,
             )
-        for said in filter(None, (self.policy.truncation([p.text for p in self._met]).in_words(), self._of_overlap())):
+        cuts = self.policy.truncation([p.text for p in self._met]).in_words()
+        for said in filter(None, (self.policy.ignored, cuts, self._of_overlap())):
             self._warn(said, console)
         if not self.config.model.keep_text_encoders:
             self._encode_all()
