@@ -308,7 +308,7 @@ def test_processes_that_all_die_at_their_start_are_refused_in_a_sentence(here):
     (here / f"{MODULE}.py").write_text(
         "import multiprocessing, os\nif multiprocessing.parent_process():\n    os._exit(3)\n\ndef mean(images, prompts):\n    ...\n"
     )
-    sentence = r"its processes end before .* \(a process ended with exit code 3\)$"
+    sentence = r"its processes end before .* \(a process ended with exit code 3\); if each of them runs the script"
     with processes("mean", 1) as reward, pytest.raises(Refusal, match=sentence):
         reward.check([])
 

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gc
 import json
+import re
 import struct
 import threading
 import time
@@ -310,6 +311,18 @@ def test_where_there_is_no_more_room_a_client_is_told_to_wait():
             assert asked.pop().result(20).status_code == 200
             assert [values(a.result(20)) for a in asked] == [[0.0]] * 4
             reward.busy.clear()
+
+
+def test_a_reward_that_fails_in_its_close_is_said_in_a_sentence(capsys):
+    class Unclosed(Recorded):
+        def close(self) -> None:
+            raise OSError("still busy")
+
+    with served(Unclosed()) as client:
+        assert client.get("/health").status_code == 200
+    assert re.search(
+        r"^progrpo: reward .*: its close\(\) failed: .*OSError: still busy$", capsys.readouterr().err, re.MULTILINE
+    )
 
 
 def test_what_waits_is_scored_before_the_end_and_the_reward_is_closed():

@@ -74,6 +74,8 @@ class Policy(Protocol):
     """Whether the model changes a picture: every prompt must then have one, its column `image` (`progrpo.sources`)."""
     fingerprints: Mapping[str, str]
     """What tells the weights of each part (the denoiser, the text encoders, the VAE) from another model's, as they are before training."""
+    ignored: str
+    """What the pipeline's own sampling would do and this policy's does not, in a sentence; empty for nothing."""
     prediction: str
     """What the network's output means, a name of `progrpo.diffusion.prediction.PREDICTIONS`."""
 
@@ -138,7 +140,7 @@ class Policy(Protocol):
         """The network's output at x, float32, in x's shape.
 
         `timestep` is () or (B,), row b of `condition` belongs to row b of x. A `guidance_scale` w other than 1 is
-        classifier-free guidance, o_u + w (o_c - o_u), with gradients through both branches and twice the cost; a network that
+        classifier-free guidance, o_u + w (o_c - o_u), away from the negative prompt, with gradients through both branches and twice the cost; a network that
         `embeds_guidance` is told w, 1 as well as any other.
         """
         ...

@@ -77,7 +77,8 @@ class InProcesses:
             self._answers([call], None)
         except LostWorkerError as error:
             raise Refusal(
-                f"reward {self._name!r}: its processes end before they have scored anything ({error})"
+                f"reward {self._name!r}: its processes end before they have scored anything ({error}); if each of them runs the script"
+                ' that starts this run again, put what it does under `if __name__ == "__main__":`'
             ) from None
 
     def close(self) -> None:

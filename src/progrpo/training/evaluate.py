@@ -259,8 +259,8 @@ def _require_names(
 
 
 def warn_of_cuts(policy: Policy, prompts: Sequence[Prompt], ranks: Ranks) -> None:
-    """On stderr, for results go to stdout."""
-    if said := policy.truncation([prompt.text for prompt in prompts]).in_words():
+    """Of what the pipeline itself would do otherwise, and of cut prompts: on stderr, for results go to stdout."""
+    for said in filter(None, (policy.ignored, policy.truncation([prompt.text for prompt in prompts]).in_words())):
         Console(0, enabled=ranks.is_main, file=sys.stderr).warn(said)
 
 
