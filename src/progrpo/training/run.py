@@ -42,6 +42,7 @@ from progrpo.rollout.plan import path as plan_path
 from progrpo.rollout.plan import summary as plan_summary
 from progrpo.sources import check_sources
 from progrpo.streams import tolerant_streams
+from progrpo.texts import shared
 from progrpo.tracking.console import Console
 from progrpo.tracking.lock import Lock
 from progrpo.tracking.report import write_report
@@ -431,6 +432,17 @@ class Run:
         self._warnings: list[str] = []
         self._lock: Lock | None = None
 
+    def _of_overlap(self) -> str | None:
+        """Of evaluation prompts that are trained on while others are not; where all are, that is what was asked for."""
+        held_out = list(dict.fromkeys(p.text for p in (*self.held_out.test, *self.held_out.validation)))
+        trained = [] if self.policy.edits else shared(held_out, (p.text for p in self.trainer.order.whole))
+        if not 0 < len(trained) < len(held_out):
+            return None
+        return (
+            f"{len(trained)} of {len(held_out)} evaluation prompts are trained on as well (letters, quotes and spaces in any form),"
+            f" so evaluations are not of held-out prompts alone; the first is {quoted(trained[0])}"
+        )
+
     def create(self, overwrite: bool) -> None:
         """Make the run folder, once every part of the run could be built; ValueError if it holds a run already."""
         self.ranks.from_main(lambda: RunFolder.create(self.folder.path, overwrite).write_config(to_dict(self.config)))
@@ -455,9 +467,9 @@ class Run:
                 " between them is not what training did",
                 console,
             )
-        for said in (self.policy.ignored, self.policy.truncation([p.text for p in self._met]).in_words()):
-            if said:
-                self._warn(said, console)
+        cuts = self.policy.truncation([p.text for p in self._met]).in_words()
+        for said in filter(None, (self.policy.ignored, cuts, self._of_overlap())):
+            self._warn(said, console)
         if not self.config.model.keep_text_encoders:
             self._encode_all()
         path = self.folder.path
