@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -224,6 +225,44 @@ def test_a_reward_that_cannot_be_closed_is_warned_of(tiny_pipeline, tiny_config,
     run = progrpo.train(tiny_pipeline(), prompts, [Held(), Held()], config=config, out=tmp_path / "run")
     assert len(closed) == 2 and "ConnectionError: the judge is out" in capsys.readouterr().out
     assert run.read_summary()["status"] == "finished" and (run.path / "report.html").is_file()
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_an_async_reward_is_loaded_asked_and_closed_in_one_loop_however_the_run_ends(
+    works, tiny_pipeline, tiny_config, prompts, redness, tmp_path
+):
+    events: list[str] = []
+
+    class Whole:
+        async def load(self):
+            self.one, self.loop = asyncio.Semaphore(1), asyncio.get_running_loop()
+            events.append("load")
+
+        async def score(self, images, prompts):
+            async def of(image):
+                async with self.one:
+                    await asyncio.sleep(0)
+                    return redness([image], None)[0]
+
+            events.append("score")
+            return await asyncio.gather(*map(of, images))
+
+        async def close(self):
+            assert asyncio.get_running_loop() is self.loop
+            events.append("close")
+
+    def lacking(images, absent):
+        raise AssertionError("asked")
+
+    config = tiny_config(iterations=1, reward=RewardConfig(waves=2))
+    if works:
+        run = progrpo.train(tiny_pipeline(), prompts, Whole(), config=config, out=tmp_path / "run")
+        (missing,) = run.read_summary()["rewards"]["missing"].values()
+        assert missing == 0 and events.count("score") > 2
+    else:
+        with pytest.raises(ValueError, match="takes 'absent'"):
+            progrpo.train(tiny_pipeline(), prompts, [Whole(), lacking], config=config, out=tmp_path / "run")
+    assert [event for event in events if event != "score"] == ["load", "close"] and events[-1] == "close"
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
