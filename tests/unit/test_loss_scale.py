@@ -19,7 +19,7 @@ FEW = 1e-5  # of an advantage: as small a share of the loss as an item has in a 
 class Noting(torch.optim.SGD):
     """Plain descent that keeps the gradients of its last step."""
 
-    def step(self, closure=None):  # type: ignore[override]
+    def step(self, closure=None):
         self.seen = torch.cat([p.grad.flatten().clone() for p in self.param_groups[0]["params"] if p.grad is not None])
         super().step(closure)
 

@@ -114,6 +114,9 @@ def _merge_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
         raise ValueError(
             f"its LoRA has {stored:,} weights, of which this model takes {taken:,}; it is of another model"
         )
+    for name, weight in ((name, p) for part in parts for name, p in part.named_parameters() if "lora_" in name):
+        if not weight.isfinite().all():
+            raise ValueError(f"its {name} has numbers that are not finite, as of a training that diverged")
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
 
