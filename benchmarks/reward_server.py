@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
+import psutil
 from PIL import Image
 
 from progrpo.rewards.base import RewardSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,15 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # tensors here are tiny: on a busy machine threads wait for each other for seconds
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs in tests, also those of other processes, know no timings of an earlier one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 WIDTH = 16  # of the T5, of the joined CLIPs and of the tokens: diffusers pads or crops silently if they differ
 CLIP_TOKENS = 16
@@ -628,6 +637,23 @@ def first_experience() -> Callable[[Any], Any]:
     return roll
 
 
+@pytest.fixture(scope="session")
+def assert_trained_alike() -> Callable[..., None]:
+    """Assert that two runs have trained the same weights, by name, up to what their gradients were rounded by.
+
+    AdamW divides a gradient by its own size. Where one is but rounding its step has any sign, and the learning rate's length:
+    such weights are few, and at most two learning rates apart for each step.
+    """
+
+    def check(weights: Mapping[str, Any], expected: Mapping[str, Any], lr: float, steps: int) -> None:
+        assert weights.keys() == expected.keys()
+        apart = torch.cat([(weights[name] - weight).abs().flatten() for name, weight in expected.items()])
+        assert apart.max() <= 2.1 * lr * steps
+        assert (apart > 0.01 * lr).double().mean() < 0.01
+
+    return check
+
+
 # --- a policy for computing by hand -----------------------------------------------------------------------------------
 
 
@@ -637,7 +663,7 @@ class LinearPolicy:
     prediction = "flow"
     embeds_guidance = False
     compiled = compiled_decoder = False
-    repeatable = True
+    batch_invariant = True
     attend = None
     latent_shape = (1, 2, 2)
     device = torch.device("cpu")

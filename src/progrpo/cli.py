@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import select
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from importlib.util import find_spec
 from itertools import count, dropwhile, pairwise, takewhile
 from operator import not_
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
@@ -39,6 +38,7 @@ from progrpo.config import (
 from progrpo.durable import DiskError, write_text
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.rollout.plan import summary
+from progrpo.streams import failure_of, occupy_standard_descriptors, release_standard_descriptors, tolerant_streams
 from progrpo.training.errors import Interrupted, LostProcessError, SelfCheckError
 from progrpo.words import named, quoted
 
@@ -94,9 +94,9 @@ class Recipes:
 
     def run(self) -> None:
         if self.name is None:
-            print(_columns({name: describe(name) for name in RECIPES}))
+            _show(_columns({name: describe(name) for name in RECIPES}))
         else:
-            print(config_to_json(load_recipe(self.name)), end="")
+            _show(config_to_json(load_recipe(self.name)).rstrip())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class Plan:
             from progrpo.training.estimate import estimate
 
             told |= estimate(config, self.gpu, self.share_of_peak, self.processes)
-        print(_result(told, self.json))
+        _show(_result(told, self.json))
 
     def _config(self) -> Config:
         sampling = self.config.sampling
@@ -158,7 +158,7 @@ class Sample:
     image: tuple[Path, ...] = ()
     """For a model that edits: the picture to change, one for all prompts or one for each."""
     lora: Path | None = None
-    """A run folder, or a LoRA folder in diffusers' format."""
+    """A run folder, or a LoRA: a folder, a file in safetensors or a hub id, as --model.lora of `train`."""
     out: Path = Path("samples")
     """The folder; 001-03.png is the fourth picture of the second prompt. Prompts are numbered on from those that are there, and nothing is replaced."""
     seed: int | None = None
@@ -169,6 +169,10 @@ class Sample:
     """Without it that of the run's evaluations, 1 (none) where no run is named."""
     count: int = 1
     """Pictures a prompt."""
+    revision: str = ""
+    """Of a model that is a hub id: its branch, tag or commit, as --model.revision of `train`."""
+    variant: str = ""
+    """Of a model: which of its weights files, such as fp16, as --model.variant of `train`."""
 
     def run(self) -> None:
         _within(0, 2**63 - 1, seed=self.seed)
@@ -188,6 +192,8 @@ class Sample:
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             count=self.count,
+            revision=self.revision,
+            variant=self.variant,
         )
         if files:
             print("\n".join(str(file) for file in files))
@@ -208,6 +214,8 @@ class Eval:
 
     target: Annotated[Positional[str], arg(metavar="RUN|MODEL")]
     """A run folder, a built-in model's name, a folder in diffusers' format, or a hub id."""
+    lora: Path | None = None
+    """For a model: a run folder, or a LoRA folder in diffusers' format."""
     prompts: str | None = None
     """`shapes` or a prompt file (.txt, .jsonl); without it the run's own, `shapes` for a model."""
     reward: tuple[str, ...] = ()
@@ -221,6 +229,10 @@ class Eval:
     """Without it that of the run's own evaluations, 1 (none) for a model."""
     seed: int | None = None
     """Without it that of the run's own evaluations, 1234 for a model."""
+    revision: str = ""
+    """Of a model that is a hub id: its branch, tag or commit, as --model.revision of `train`."""
+    variant: str = ""
+    """Of a model: which of its weights files, such as fp16, as --model.variant of `train`."""
     json: FlagCreatePairsOff[bool] = False
     """Print JSON."""
 
@@ -232,6 +244,7 @@ class Eval:
 
         result = evaluate_model(
             self.target,
+            lora=self.lora,
             prompts=self.prompts,
             reward=self.reward,
             split=self.split,
@@ -239,9 +252,11 @@ class Eval:
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             seed=self.seed,
+            revision=self.revision,
+            variant=self.variant,
         )
         if result is not None:
-            print(_result(result, self.json))
+            _show(_result(result, self.json), costly=True)
 
 
 @dataclass(frozen=True)
@@ -270,7 +285,7 @@ class Repro:
         from progrpo.repro.table4 import in_words, table4
 
         found = table4()
-        print(json.dumps(found, indent=2) if self.json else in_words(found))
+        _show(json.dumps(found, indent=2) if self.json else in_words(found))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,7 +395,7 @@ class ServeReward:
 class Import:
     """Translate the settings of flow_grpo or Flow-Factory into a configuration, and say what became of each."""
 
-    framework: Positional[Literal["flow_grpo", "flow-factory"]]
+    framework: Positional[Literal["flow_grpo", "flow-grpo", "flow-factory", "flow_factory"]]
     settings: Annotated[Positional[str], arg(metavar="FILE")]
     """flow_grpo's config/grpo.py:FUNCTION, or Flow-Factory's YAML. It is read, and nothing in it is run."""
     out: Path | None = None
@@ -394,14 +409,15 @@ class Import:
     ratio; `auto` tells from the names and from whether a window is set."""
 
     def run(self) -> None:
-        if self.framework != "flow_grpo" and (self.gpus is not None or self.script != "auto"):
+        framework = self.framework.replace("-", "_")
+        if framework != "flow_grpo" and (self.gpus is not None or self.script != "auto"):
             raise ValueError(f"--gpus and --script are options of flow_grpo, not of {self.framework}")
         _within(1, 100_000, gpus=self.gpus)
         from progrpo.imports.account import in_words
         from progrpo.imports.flow_factory import import_flow_factory
         from progrpo.imports.flow_grpo import import_flow_grpo
 
-        if self.framework == "flow_grpo":
+        if framework == "flow_grpo":
             translation = import_flow_grpo(self.settings, self.gpus, self.script)
         else:
             translation = import_flow_factory(self.settings)
@@ -436,23 +452,31 @@ COMMANDS: dict[str, type] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when done, 2 on a user's mistake (one sentence on stderr), 1 if the run stopped itself, 128 + the signal's number when one ended it."""
+    """Run the command line; 0 when done, 2 on a user's mistake (one sentence on stderr), 1 if the run stopped itself or its result
+    could not be printed, 128 + the signal's number when one ended it."""
+    occupy_standard_descriptors()
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or it tells of every attempt to reach the hub
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or importing it warns of picture formats we do not use
     try:
-        _parse(list(sys.argv[1:] if argv is None else argv))()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        if not _unread(sys.stdout):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tells of the rest as it ends
-        return 128 + signal.SIGPIPE
+        with tolerant_streams():
+            return _done(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        release_standard_descriptors()
+
+
+def _done(args: list[str]) -> int:
+    """The exit code, once the command is done and an error of it is said."""
+    try:
+        _parse(args)()
     except ValueError as error:
         print(f"progrpo: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except (SelfCheckError, DiskError, LostProcessError) as error:
         print(f"progrpo: stopped: {_one_line(error)}", file=sys.stderr)
         return 1
+    except _UnreadError as unread:
+        print(unread, end="", file=sys.stderr)
+        return unread.code
     except Interrupted as stopped:
         print(f"progrpo: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
@@ -462,11 +486,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _unread(file: TextIO) -> bool:
-    """Whether who was to read a pipe, such as head, is gone."""
-    asked = select.poll()
-    asked.register(file, 0)  # of nothing but errors
-    return bool(asked.poll(0))
+class _UnreadError(Exception):
+    """Standard output did not take what a command was asked for."""
+
+    def __init__(self, words: str, code: int) -> None:
+        super().__init__(words)
+        self.code = code
+
+
+def _show(result: str, costly: bool = False) -> None:
+    """Print what a command was asked for, and not words on its way. Where that fails, standard error gets a costly result."""
+    print(result, flush=True)
+    if (failure := failure_of(sys.stdout)) is None:
+        return
+    words = f"{result}\n" if costly else ""
+    if isinstance(failure, BrokenPipeError):  # who was to read, such as head, has seen enough
+        raise _UnreadError(words, 128 + signal.SIGPIPE)
+    raise _UnreadError(f"{words}progrpo: standard output cannot be written: {failure}\n", 1)
 
 
 def _one_line(error: Exception) -> str:
@@ -477,9 +513,9 @@ def _one_line(error: Exception) -> str:
 def _parse(args: list[str]) -> Callable[[], None]:
     """What the arguments ask to be done."""
     if not args or args[0] in ("-h", "--help"):
-        return lambda: print(_help())
+        return lambda: _show(_help())
     if args[0] == "--version":
-        return lambda: print(f"progrpo {__version__}")
+        return lambda: _show(f"progrpo {__version__}")
     command, rest = args[0], args[1:]
     if command not in COMMANDS:
         raise ValueError(

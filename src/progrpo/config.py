@@ -8,11 +8,12 @@ import math
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from progrpo.rollout.plan import Plan, PrunePoint, preset
 from progrpo.rollout.window import window
+from progrpo.types import FROM_PYTHON
 from progrpo.words import is_one_line, named, quoted
 
 
@@ -24,11 +25,13 @@ class ModelConfig:
     """Train low-rank adapters (peft) or every weight of the denoiser. The reference of a fresh LoRA is the model without it. That of full
     weights is a frozen copy, kept only where the objective measures a distance to it (a kl_beta above 0, or dgpo)."""
     lora: str = ""
-    """A LoRA to train further, in diffusers' format: a run folder, a folder, a file or a hub id; empty: a fresh one. Its rank, alpha and
-    layers are its own, the three fields below are not read. The reference, from which a KL is measured and with which a run
-    compares itself, is the model with this LoRA; what is saved takes its place, on the same base."""
+    """A LoRA to train further: a run folder, a folder in diffusers' or peft's format (with adapter_config.json), a file in safetensors, also in
+    kohya's format where diffusers reads it, or a hub id; empty: a fresh one. Its rank, alpha and layers are its own, the three fields below are not
+    read. The reference, from which a KL is measured and with which a run compares itself, is the model with this LoRA; what is saved
+    takes its place, on the same base."""
     lora_rank: int = 16
     lora_alpha: int = 32
+    """The LoRA counts lora_alpha / lora_rank times. What is saved has that in its numbers, and alpha = rank."""
     lora_targets: tuple[str, ...] = ()
     """Endings of module names to adapt, where `*` stands for anything; empty: attention and feed-forward projections (of both
     streams of SD3, FLUX and Qwen-Image, and of FLUX's single blocks; of Wan's attention to the video and to the text)."""
@@ -36,7 +39,7 @@ class ModelConfig:
     """T5 tokens of SD3, FLUX and Wan, past which a text is cut; empty: as many as the model's pipeline takes (256 of SD3, 512 of the others), and
     16 of the built-in. There is no attention mask in them, so this changes the picture and multiplies the cost; in Wan those after the
     text are zeros. FLUX.2 klein and Qwen-Image count the tokens of their own encoder, the words of its chat around the prompt included; in
-    Qwen-Image those after a text are masked."""
+    Qwen-Image those after a text are masked. How many prompts are cut is said at the start of a run."""
     resolution: int | tuple[int, int] | None = None
     """Pixels of a picture or video: one number for a square, or height and width (`--model.resolution 480 832`, in JSON `[480, 832]`), in
     diffusers' order and in the multiples that the model takes. Empty: the model's own (1024 of SD 3.5, FLUX and Qwen-Image, 480 832 of Wan)."""
@@ -66,6 +69,11 @@ class ModelConfig:
     """With several processes: each holds a part of the denoiser's weights (torch's fully_shard), and blocks are gathered while they run. A LoRA
     stays whole; of weights that are trained in full gradients, averages and the optimizer's state are shared out too. For models too large for
     one device, with microbatches that are given."""
+    revision: str = ""
+    """Branch, tag or commit of a hub id; empty: its main branch. A commit is the same model whenever the run goes on."""
+    variant: str = ""
+    """Which of several kinds of weights files is read, such as fp16 (`model.fp16.safetensors`), of a folder or a hub id; parts that lack it are
+    read without. It names files and chooses no precision: that is `dtype`."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +99,12 @@ class SamplingConfig:
     embedded_guidance: bool = False
     """The model is told the guidance scale and needs no second call. Must be true for FLUX.1-dev where the scale is above 1, and
     false for other models."""
-    sampler: Literal["auto", "flow_grpo", "dance", "ddim", "cps", "cps_reduced"] = "auto"
-    """How a stochastic step adds noise. For flow models Flow-GRPO's SDE (`flow_grpo`, arXiv 2505.05470) or DanceGRPO's (`dance`,
-    arXiv 2505.07818); for flow and diffusion models `ddim` (with eta) and `cps` (arXiv 2509.05952; `cps_reduced` has the published
+    sampler: Literal["auto", "flow_grpo", "dance", "flow_grpo_wan", "ddim", "cps", "cps_reduced"] = "auto"
+    """How a stochastic step adds noise. For flow models Flow-GRPO's SDE (`flow_grpo`, arXiv 2505.05470), DanceGRPO's (`dance`,
+    arXiv 2505.07818) or that of flow_grpo's script for Wan (`flow_grpo_wan`); for flow and diffusion models `ddim` (with eta) and `cps` (arXiv 2509.05952; `cps_reduced` has the published
     stand-in for its log-prob). `auto`: flow_grpo for a flow model, ddim for a diffusion model."""
     noise_level: float | None = None
-    """How much noise: Flow-GRPO's a, DanceGRPO's and DDIM's eta, CPS's. Empty: the published 0.7, 0.3, 1 and 0.8."""
+    """How much noise: Flow-GRPO's a, DanceGRPO's and DDIM's eta, CPS's. Empty: the published 0.7 (1 of `flow_grpo_wan`), 0.3, 1 and 0.8."""
     shift: float | None = None
     """Time shift of a flow model's grid; empty: the model's own."""
     same_latent: bool = False
@@ -205,6 +213,8 @@ class RewardTerm:
     """Score in so many processes of their own, each with the reward loaded: for rewards whose time goes into Python. 0: in this one."""
     cache: str = ""
     """A folder in which scores are kept by picture and prompt, for judges that cost money; empty: none."""
+    from_python: bool = False
+    """Written by `progrpo.train`: the reward was given as an object, of which this is the name."""
 
     @classmethod
     def from_text(cls, text: str) -> RewardTerm:
@@ -227,7 +237,7 @@ class RewardTerm:
 
     def to_text(self) -> str:
         """As `from_text` reads it."""
-        if self == RewardTerm(self.name, self.weight):
+        if replace(self, from_python=False) == RewardTerm(self.name, self.weight):
             return self.name if self.weight == 1 else f"{self.weight:g}*{self.name}"
         return json.dumps({f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default})
 
@@ -625,6 +635,8 @@ _RULES: dict[str, _Rule] = {
     "recipe": (lambda v: re.fullmatch(r"\w[\w.-]{0,99}", v), "a name of letters, digits, dots and dashes, 100 at most"),
     "seed": _at_least(0),
     "iterations": _at_least(1),
+    "model.revision": (lambda v: re.fullmatch(r"(\w[\w./-]*)?", v), "a branch, tag or commit of the hub, or empty"),
+    "model.variant": (lambda v: re.fullmatch(r"([A-Za-z]\w*)?", v), "a name such as fp16, or empty"),
     "model.lora_rank": _between(1, 4096),
     "model.lora_alpha": _at_least(1),
     "model.max_sequence_length": _or_empty(_between(1, 512), " for the model's own"),
@@ -857,7 +869,7 @@ def _check_preserving(config: Config) -> None:
         )
     if trains_transitions(config) and grpo.kl_form == "flow_grpo":
         raise ValueError(
-            "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance), not"
+            "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance, flow_grpo_wan), not"
             f" {sampling.sampler}; take exact"
         )
 
@@ -886,6 +898,17 @@ def _check_window_fits(sampling: SamplingConfig) -> None:
         raise ValueError(
             f"sampling.sde_window_size must be at most the {end} steps that a window may lie in, not {size}"
         )
+
+
+def from_python(config: Config) -> list[str]:
+    """The fields that hold what `progrpo.train` was given as objects, which only the same call can give again."""
+    names = {
+        "model.path": config.model.path,
+        "prompts.source": config.prompts.source,
+        "eval.prompts": config.eval.prompts,
+    }
+    objects = [field for field, name in names.items() if name.endswith(FROM_PYTHON)]
+    return objects + ["reward.terms"] * any(term.from_python for term in config.reward.terms)
 
 
 # --- what the fields mean together ------------------------------------------------------------------------------------

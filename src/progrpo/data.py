@@ -6,7 +6,8 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from progrpo.environment import on_the_way_to_the_hub
 from progrpo.sources import COLUMN
 from progrpo.types import GIVEN, Prompt
 from progrpo.words import named, quoted
 from progrpo.zoo.shapes import world
 
 _LINE_BYTES = 1_000_000
-_DATASET, _ON_DISK = "dataset:", "dataset_dict.json"
+DATASET = "dataset:"
+"""What the name of a dataset begins with, in the place of a file's."""
+_ON_DISK = "dataset_dict.json"
 
 Prompts = Mapping[str, tuple[Prompt, ...]]
 """Prompts by kind; a file's are all of one kind, which has no name."""
@@ -35,8 +39,8 @@ def load_prompts(source: str, split: str = "train") -> Prompts:
     """
     if source == "shapes":
         return world.prompts(split)
-    if source.startswith(_DATASET):
-        return {"": _rows(source.removeprefix(_DATASET), split)}
+    if source.startswith(DATASET):
+        return {"": _rows(source.removeprefix(DATASET), split)}
     path = Path(source)
     if path.suffix not in _READERS:
         raise ValueError(
@@ -67,13 +71,66 @@ def _from_folder(folder: Path, prompt: Prompt, where: str) -> Prompt:
 
 
 def prompts_of(given: object, name: str) -> tuple[Prompt, ...]:
-    """What Python code gives as prompts: texts, `Prompt`s or rows. ValueError that begins with `name` if it is none, or anything else."""
-    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
-        raise ValueError(f"{name} must be a list of texts, Prompts or rows with a field prompt, not {quoted(given)}")
-    prompts = tuple(_prompt_of(item, f"{name}[{i}]") for i, item in enumerate(given))
+    """What Python code gives as prompts: texts, `Prompt`s or rows, in an order of their own; a table is its rows.
+
+    ValueError that begins with `name` if it is none, or anything else.
+    """
+    rows = _rows_of_table(given)
+    _require_ordered(rows, name)
+    try:
+        items = iter(rows)
+    except TypeError:  # an array without dimensions says that it can be iterated
+        raise ValueError(f"{name} {_LIST}, not {quoted(given)}") from None
+    prompts = tuple(_prompt_of(item, f"{name}[{i}]") for i, item in enumerate(items))
     if not prompts:
         raise ValueError(f"{name} is empty; give at least one")
     return prompts
+
+
+_LIST = "must be a list of texts, Prompts or rows with a field prompt"
+_TEXTS = str | bytes | bytearray | memoryview
+
+
+def _require_ordered(given: object, name: str) -> None:
+    refused = f"{name} {_LIST}, not {quoted(given)}"
+    if isinstance(given, Mapping):
+        parts = ", ".join(f"{name}[{quoted(key)}]" for key in list(given)[:3])
+        raise ValueError(f"{refused}; one of its parts may be meant ({parts})" if parts else refused)
+    if isinstance(given, MappingView) and isinstance(given, Set):
+        raise ValueError(f"{refused}; give list(...) of them if they are the prompts")
+    if (isinstance(given, Set) and not isinstance(given, Sequence)) or isinstance(given, type(iter(set()))):
+        raise ValueError(
+            f"{refused}: a set has another order in each process and at each start; give sorted(...) of it, or"
+            " list(dict.fromkeys(texts)) to drop duplicates"
+        )
+    if isinstance(given, _TEXTS) or not isinstance(given, Iterable):
+        raise ValueError(refused)
+
+
+def _rows_of_table(given: Any) -> Any:
+    """The rows of a table of another library, and anything else as it is."""
+    for (library, kind), rows in _TABLES.items():
+        loaded = sys.modules.get(library)  # where a table is, its library is loaded
+        if loaded is not None and isinstance(given, getattr(loaded, kind)):
+            return rows(given)
+    return given
+
+
+def _rows_of_pandas(table: Any) -> list[dict[str, Any]]:
+    """Cells that are missing, which pandas has as NaN, are None as in a JSON file."""
+    rows: list[dict[str, Any]] = table.astype(object).where(table.notna(), None).to_dict("records")
+    return rows
+
+
+_TABLES: dict[tuple[str, str], Callable[[Any], Iterable[Any]]] = {
+    ("pandas", "DataFrame"): _rows_of_pandas,
+    ("polars", "DataFrame"): lambda table: table.to_dicts(),
+    ("pyarrow", "Table"): lambda table: table.to_pylist(),
+    ("pyarrow", "RecordBatch"): lambda table: table.to_pylist(),
+    ("pyarrow", "Array"): lambda column: column.to_pylist(),
+    ("pyarrow", "ChunkedArray"): lambda column: column.to_pylist(),
+}
+"""Tables whose iterator gives something else than rows, by library and class."""
 
 
 def _prompt_of(item: object, where: str) -> Prompt:
@@ -100,7 +157,7 @@ def _rows(name: str, split: str) -> tuple[Prompt, ...]:
         )
     except Exception as error:  # of many kinds: no network, no such name, a file of another format
         reason = named(" ".join(str(error).split()))
-        raise ValueError(f"dataset:{named(name)} could not be loaded: {reason}") from None
+        raise ValueError(f"dataset:{named(name)} could not be loaded{on_the_way_to_the_hub()}: {reason}") from None
     if isinstance(found, datasets.DatasetDict):
         there = [s for s in (split, "train", *found) if s in found]
         found = found[there[0]]

@@ -20,9 +20,20 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's others incl
 
 
 def picture(value: Any, where: str = COLUMN) -> Image.Image:
-    """Upright RGB pixels of a path, of a file's bytes or of a PIL picture; ValueError that begins with `where`."""
+    """Upright RGB pixels of a path, of a file's bytes or of a PIL picture; ValueError that begins with `where`.
+
+    What is transparent is seen on white: colours under it, which no viewer shows, are often noise or black.
+    """
     with _opened(value, where) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return _on_white(ImageOps.exif_transpose(image))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    # Pillow has no way from premultiplied grey to RGBA but over LA
+    seen = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
 
 
 def pictures(values: Sequence[Any]) -> list[Image.Image | None]:

@@ -26,6 +26,10 @@ GIVEN = {"images": "pictures", "prompts": "texts"}
 """What a reward function is given under these names, which no column of a prompt can have."""
 
 
+FROM_PYTHON = "given to progrpo.train"
+"""How a run's config.json ends the name of a model or of prompts that only Python code has: no name loads them."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What is asked for: a text, and columns (targets, scenes, references) that a reward may need."""

@@ -44,7 +44,10 @@ def _is_theirs(file: str) -> bool:
 
 
 def _from_here(file: str) -> str:
-    path = os.path.relpath(file)
+    try:
+        path = os.path.relpath(file)
+    except OSError:  # the current folder is gone
+        return file
     return file if path.startswith(os.pardir) else path
 
 

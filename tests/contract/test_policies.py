@@ -972,3 +972,32 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(tmp_path, monkeypatch):
 def test_unknown_kind_of_weights_is_refused(tiny_sd3):
     with pytest.raises(ValueError, match=r"model\.weights: 'dora' is not known"):
         _load(tiny_sd3, "dora")
+
+
+# --- texts that are too long -------------------------------------------------------------------------------------------
+
+
+def test_texts_are_said_to_become_equal_exactly_where_the_network_is_told_the_same(case, policy):
+    """Pairs that differ in their last letter, longer by one letter each: what the tensors say is the truth."""
+    if case.weights == "full":
+        pytest.skip("as with a LoRA")
+    equal, cut = [], []
+    for count in range(1, 2 * TOKENS):
+        texts = [f"{'a' * count}{end}" for end in "bc"]
+        told = policy.encode([Prompt(text, {"image": SOURCES[0]}) for text in texts]).tensors
+        found = policy.truncation(texts)
+        assert found.count == 2 and set(found.cut) <= set(texts) and found.equal in (0, 2)
+        equal.append(found.equal == 2)
+        cut.append(len(found.cut) == 2)
+        assert equal[-1] == all(torch.equal(*rows) for name, rows in told.items() if name != "image_latents")
+    assert equal == sorted(equal) and equal[-1] and cut == sorted(cut)
+    assert all(cut[i] for i in range(len(cut)) if equal[i])
+    policy.release_text_encoders()
+    assert policy.truncation(["a" * 4 * TOKENS + end for end in "bc"]).equal == 2
+
+
+def test_a_text_that_fits_is_not_said_to_be_cut(tiny_sd, tiny_flux):
+    for folder, name, fits in ((tiny_sd, "text_encoder", 14), (tiny_flux, "text_encoder_2", TOKENS - 2)):
+        policy = _load(folder, "lora")
+        (reader,) = (r for r in policy._readers if r.name == name)
+        assert [len(ids) - reader.limit for ids in reader.tokens(["a" * fits, "a" * (fits + 1)])] == [0, 1], name

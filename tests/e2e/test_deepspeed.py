@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from progrpo.cli import main
+from progrpo.config import OptimConfig
 from progrpo.storage import load_state
 
 pytestmark = [
@@ -85,17 +87,19 @@ def trained(run: Path) -> dict[str, torch.Tensor]:
     return load_file(lora if lora.exists() else run / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def assert_same(run: Path, other: Path) -> None:
-    """The weights, and the optimizer's state: AdamW's steps alone would hide a wrong scale of gradients."""
-    ours, expected = trained(run), trained(other)
-    assert ours.keys() == expected.keys()
-    for name, weight in ours.items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5, msg=name)
-    mine, theirs = (state_of(folder)["optimizer"] for folder in (run, other))
-    assert mine["param_groups"] == theirs["param_groups"] and mine["state"].keys() == theirs["state"].keys()
-    for name in ("step", "exp_avg", "exp_avg_sq"):
-        one, two = (torch.cat([s[name].flatten() for s in o["state"].values()]) for o in (mine, theirs))
-        assert one.norm() > 0 and (one - two).norm() <= 1e-3 * two.norm(), name
+@pytest.fixture(scope="module")
+def assert_same(assert_trained_alike) -> Callable[[Path, Path], None]:
+    """Assert equal weights, and optimizer states: AdamW's steps alone would hide a wrong scale of gradients."""
+
+    def check(run: Path, other: Path) -> None:
+        assert_trained_alike(trained(run), trained(other), OptimConfig().lr, steps=4)
+        mine, theirs = (state_of(folder)["optimizer"] for folder in (run, other))
+        assert mine["param_groups"] == theirs["param_groups"] and mine["state"].keys() == theirs["state"].keys()
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            one, two = (torch.cat([s[name].flatten() for s in o["state"].values()]) for o in (mine, theirs))
+            assert one.norm() > 0 and (one - two).norm() <= 1e-3 * two.norm(), name
+
+    return check
 
 
 def test_steps_are_adamws_and_each_process_has_half_of_the_state(tmp_path):
@@ -114,14 +118,14 @@ def straight(request, tmp_path_factory) -> tuple[tuple[str, ...], Path]:
     return request.param, out
 
 
-def test_two_train_what_one_does(straight, tmp_path):
+def test_two_train_what_one_does(straight, tmp_path, assert_same):
     how, alone = straight
     said = launch(2, tmp_path, *SMOKE, *how, "--iterations", "3", "--out", str(tmp_path / "run"), zero_stage=2)
     assert "the optimizer's state is shared out among 2 processes; gradients stay whole" in said
     assert_same(tmp_path / "run", alone)
 
 
-def test_one_and_two_and_three_take_turns(straight, tmp_path):
+def test_one_and_two_and_three_take_turns(straight, tmp_path, assert_same):
     """One without DeepSpeed, two with the state on the CPU, three: checkpoints are whole, whoever writes them."""
     how, alone = straight
     run = str(tmp_path / "run")
@@ -132,7 +136,7 @@ def test_one_and_two_and_three_take_turns(straight, tmp_path):
     assert_same(tmp_path / "run", alone)
 
 
-def test_what_two_leave_one_goes_on_with(straight, tmp_path):
+def test_what_two_leave_one_goes_on_with(straight, tmp_path, assert_same):
     how, alone = straight
     run = str(tmp_path / "run")
     launch(2, tmp_path, *SMOKE, *how, "--iterations", "2", "--out", run, zero_stage=1)

@@ -124,7 +124,7 @@ def test_a_run_goes_on_from_the_lora_of_another(own, tiny_sd, tmp_path, capsys):
     assert main(["plan", "smoke", *options, "--model.lora", "absent"]) == 0
     capsys.readouterr()
     for wrong, sentence in (
-        (["--model.lora", "absent"], "model.lora: cannot train absent further: it is neither a folder, a file nor"),
+        (["--model.lora", "absent"], "cannot use the LoRA absent: it is neither a folder, a file nor"),
         (["--model.lora", "first", "--model.weights", "full"], "model.lora must be empty for model.weights full"),
     ):
         assert main(["train", "smoke", "--out", "no", *options, *wrong]) == 2 and not (tmp_path / "no").exists()

@@ -63,6 +63,19 @@ def test_a_file_that_is_there_is_not_overwritten(file, tmp_path, capsys, monkeyp
     assert main(["import", "flow_grpo", f"{file}:tiny", "--overwrite"]) == 0
 
 
+@pytest.mark.parametrize("framework", ["flow_grpo", "flow-grpo"])
+def test_flow_grpos_name_is_read_as_package_and_as_repository(file, tmp_path, framework):
+    assert main(["import", framework, file, "--out", str(tmp_path / "mine.json")]) == 0
+
+
+@pytest.mark.parametrize("framework", ["flow_factory", "flow-factory"])
+def test_flow_factorys_name_is_read_as_package_and_as_repository(tmp_path, monkeypatch, framework):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("train: {group_size: 4}\nrewards: {reward_model: PickScore}\n")
+    assert main(["import", framework, "mine.yaml"]) == 0
+    assert load_recipe("mine.json").plan.group_size == 4
+
+
 def test_options_of_the_other_framework_are_refused(capsys):
     assert main(["import", "flow-factory", "mine.yaml", "--gpus", "8"]) == 2
     assert "--gpus and --script are options of flow_grpo, not of flow-factory" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,26 @@ import pytest
 import torch
 from peft import LoraConfig
 from PIL import Image
+from safetensors.torch import load_file
 
 import progrpo
-from progrpo.config import AuditConfig, EvalConfig, ObjectiveConfig, OptimConfig, PlanConfig
+from progrpo.cli import main
+from progrpo.config import (
+    AuditConfig,
+    EvalConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PlanConfig,
+    PromptConfig,
+    RewardConfig,
+    RewardTerm,
+    SamplingConfig,
+)
 from progrpo.rewards.base import Score
 from progrpo.rollout.noise import INITIAL, NoiseKey
-from progrpo.training.errors import SelfCheckError
+from progrpo.tracking.run_folder import RunFolder
+from progrpo.training.errors import Interrupted, SelfCheckError
+from progrpo.training.run import train_run
 from progrpo.types import Prompt
 
 STEPS = 3
@@ -207,6 +223,145 @@ def test_a_reward_that_cannot_be_closed_is_warned_of(tiny_pipeline, tiny_config,
     run = progrpo.train(tiny_pipeline(), prompts, [Held(), Held()], config=config, out=tmp_path / "run")
     assert len(closed) == 2 and "ConnectionError: the judge is out" in capsys.readouterr().out
     assert run.read_summary()["status"] == "finished" and (run.path / "report.html").is_file()
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    records = RunFolder(folder).read_metrics()
+    return [{k: v for k, v in r.items() if k != "seconds" and not k.startswith("time/")} for r in records]
+
+
+def assert_the_same(folder: Path, straight: Path) -> None:
+    """To the last bit: what was measured, and what was trained."""
+    assert untimed(folder) == untimed(straight) != []
+    for when in ("before", "after"):
+        assert RunFolder(folder).read_evaluation(when) == RunFolder(straight).read_evaluation(when) != []
+    ours, theirs = (load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (folder, straight))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_of_the_library_goes_on_as_if_it_had_not_been_stopped(
+    tiny_pipeline, tiny_config, prompts, redness, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(
+        iterations=4,
+        prompts=PromptConfig(per_iteration=2, order="signal"),
+        sampling=SamplingConfig(num_inference_steps=4, microbatch=8),
+        optim=OptimConfig(lr=0.03, microbatch=8, ema_decay=0.5),
+    )
+    straight = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out="straight").path
+    calls = iter(range(100))
+
+    def preempted(images, prompts):
+        if next(calls) == 5:  # one evaluation, then a preview and a final scoring an iteration
+            os.kill(os.getpid(), signal.SIGTERM)
+        return redness(images, prompts)
+
+    preempted.__module__, preempted.__qualname__ = redness.__module__, redness.__qualname__
+    out = tmp_path / "my run"
+    with pytest.raises(Interrupted, match=rf"go on with: progrpo\.train\(\.\.\., out='{out}', resume=True\)$"):
+        progrpo.train(tiny_pipeline(), prompts, preempted, config=replace(config, iterations=3), out=out)
+    assert len(RunFolder(out).read_metrics()) == 3
+    again = tiny_pipeline()
+    for wrong, message in (
+        ({"prompts": prompts[::-1]}, r"the training prompts \(prompts given to progrpo.train\) .*accept_changes=True"),
+        ({"eval_prompts": ["a"]}, "the evaluation prompts"),
+        (
+            {"config": replace(config, optim=OptimConfig(lr=1.0))},
+            "the configuration of .*my run was changed.* optim.lr was",
+        ),
+        ({"reward": [redness, redness]}, "reward.terms was .*accept_changes=True"),
+        ({"out": "nowhere"}, "resume: nowhere holds no run"),
+        ({"out": straight, "overwrite": True}, "overwrite and resume exclude each other"),
+        ({"pipeline": moved(tiny_pipeline())}, "the weights of transformer .* are not those that .*my run began with"),
+    ):
+        asked = {"pipeline": again, "prompts": prompts, "reward": redness, "config": config, "out": out, **wrong}
+        with pytest.raises(ValueError, match=message):
+            progrpo.train(**asked, resume=True)
+    monkeypatch.chdir(tmp_path.parent)
+    progrpo.train(again, prompts, redness, config=config, out=out, resume=True)
+    assert_the_same(out, tmp_path / straight)
+
+
+def moved(pipeline: Any) -> Any:
+    next(pipeline.transformer.parameters()).data[0] += 1e-3
+    return pipeline
+
+
+def test_a_run_of_the_library_goes_on_by_its_own_configuration_and_with_changes_that_are_accepted(
+    tiny_pipeline, tiny_config, prompts, redness, tmp_path
+):
+    out = tmp_path / "run"
+    progrpo.train(tiny_pipeline(), prompts, redness, config=tiny_config(iterations=1), out=out)
+    measured = json.loads((out / "config.json").read_text())
+    assert measured["sampling"]["microbatch"] and measured["optim"]["microbatch"]
+    run = progrpo.train(tiny_pipeline(), prompts, redness, out=out, resume=True)
+    assert run.read_summary()["status"] == "finished" and len(run.read_metrics()) == 1
+    longer = tiny_config(iterations=2, optim=OptimConfig(lr=0.5))
+    progrpo.train(tiny_pipeline(), prompts[:2], redness, config=longer, out=out, resume=True, accept_changes=True)
+    assert json.loads((out / "config.json").read_text())["optim"] == {**measured["optim"], "lr": 0.5}
+    assert len(run.read_metrics()) == 2 and any("evaluation prompts" in w for w in run.read_summary()["warnings"])
+
+
+def test_a_run_of_relative_paths_is_used_from_any_folder(tiny_sd3, tiny_config, prompts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(tiny_sd3)
+    Path("told").mkdir()
+    Path("told/prompts.txt").write_text("\n".join(prompts))
+    config = tiny_config(
+        iterations=1,
+        prompts=PromptConfig(source="told/prompts.txt", per_iteration=2),
+        reward=RewardConfig((RewardTerm("jpeg_compressibility"),)),
+        eval=EvalConfig(prompts="told/prompts.txt", pictures=2, num_inference_steps=1),
+    )
+    train_run(replace(config, model=replace(config.model, path="model")), Path("run"))
+    monkeypatch.chdir(tmp_path.parent)
+    run = str(tmp_path / "run")
+    assert main(["train", "--resume", run, "--iterations", "2"]) == 0
+    assert main(["eval", run, "--pictures", "2", "--num-inference-steps", "1"]) == 0
+    assert main(["sample", run, "--prompt", "a", "--out", str(tmp_path / "samples")]) == 0
+
+
+def test_commands_say_what_a_run_of_the_library_needs(trained, tiny_sd3, tmp_path, capsys, monkeypatch):
+    run = trained[0.0]
+    monkeypatch.chdir(tmp_path)
+    config = json.loads((run / "config.json").read_text())
+    assert config["model"]["path"] == "a StableDiffusion3Pipeline given to progrpo.train"
+    assert config["prompts"]["source"] == config["eval"]["prompts"] == "prompts given to progrpo.train"
+    assert [(t["name"].rpartition(":")[2], t["from_python"]) for t in config["reward"]["terms"]] == [("redness", True)]
+    for words, message in (
+        (
+            ["train", "--resume", run],
+            f"go on with progrpo.train(..., out={str(run)!r}, resume=True), with these given again",
+        ),
+        (
+            ["train", run, "--model.path", tiny_sd3],
+            "prompts.source, eval.prompts, reward.terms: a run of progrpo.train had",
+        ),
+        (["sample", run, "--prompt", "a"], f"name the model it was: progrpo sample MODEL --lora {run}"),
+        (["eval", run], f"progrpo eval MODEL --lora {run} --prompts FILE --reward NAME"),
+        (["eval", tiny_sd3, "--lora", run], f"progrpo eval {tiny_sd3} --lora {run} --prompts FILE --reward NAME"),
+    ):
+        assert main([str(word) for word in words]) == 2
+        assert message in (said := capsys.readouterr().err) and said.count("\n") == 1
+    assert main(["sample", str(tiny_sd3), "--lora", str(run), "--prompt", "a", "--num-inference-steps", "1"]) == 0
+    given = "--prompts shapes --reward jpeg_compressibility --pictures 2 --num-inference-steps 1"
+    assert main(["eval", str(tiny_sd3), "--lora", str(run), *given.split()]) == 0
+
+
+def test_prompts_that_are_cut_are_said_at_the_start_and_kept(tiny_pipeline, tiny_config, redness, tmp_path, capsys):
+    begins = "a red cat beside a green bird and " * 4
+    config = tiny_config(iterations=1)
+    prompts = [f"{begins}{end}" for end in ("a dog", "a cat")] + ["cat"]
+    run = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run")
+    said = capsys.readouterr().out
+    (warning,) = (w for w in run.read_summary()["warnings"] if "longer than the text encoders read" in w)
+    assert warning.startswith("2 of 3 prompts are longer") and "so that 2 are told as another one is" in warning
+    assert said.count(f"warning: {warning}") == 1
+    assert said.index(warning) < said.index("evaluating the model as it is")
 
 
 def test_rewards_that_are_all_missing_stop_the_run_with_a_sentence(tiny_pipeline, tiny_config, prompts, tmp_path):

@@ -26,6 +26,26 @@ def test_the_end_of_a_long_prompt_changes_the_picture(tiny_sd3, tmp_path):
     assert np.abs(found[0] - found[1]).max() > 1
 
 
+def test_prompts_that_are_cut_are_said_beside_what_is_printed(tmp_path, capsys):
+    """The built-in model reads 16 tokens."""
+    begins = "a red circle and a blue square and a green triangle and "
+    texts = [begins + end for end in ("a yellow circle", "nothing else at all")]
+    (tmp_path / "prompts.txt").write_text("\n".join([*texts, "a red circle"]))
+    steps = ["--num-inference-steps", "1"]
+    assert main(["sample", "shapes-flow", "--prompt", *texts, "--out", str(tmp_path / "out"), *steps]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2 and err.startswith(
+        "warning: 2 of 2 prompts are longer than the text encoders read"
+    )
+    asked = ["eval", "shapes-flow", "--prompts", str(tmp_path / "prompts.txt"), "--pictures", "3", "--json"]
+    asked += ["--reward", "jpeg_compressibility"]
+    assert main([*asked, *steps]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["pictures"] == 3 and err.startswith("warning: 2 of 3 prompts are longer")
+    assert main(["sample", "shapes-flow", "--prompt", "a red circle", "--out", str(tmp_path / "out"), *steps]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def in_three(*args: str) -> str:
     """What the command prints in three processes; the launcher's own words are on stderr."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", "-m", "progrpo"]

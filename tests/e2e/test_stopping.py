@@ -1,14 +1,16 @@
-"""SIGINT and SIGTERM finish the step, save and end with the line that goes on."""
+"""SIGINT, SIGTERM and SIGHUP finish the step, save and end with the line that goes on."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import pty
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from progrpo.training.stopping import Stop
 TIMELESS = ("reward/mean", "update/grad_norm", "rollout/nfe")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_the_step(
     number, tiny_pipeline, tiny_config, prompts, redness, tmp_path, monkeypatch
 ):
@@ -48,6 +50,91 @@ def test_a_signal_ends_the_run_after_the_step(
     assert run.read_summary()["status"].startswith(f"stopped: {number.name}")
     assert [r["iteration"] for r in run.read_metrics()] == [0, 1]
     assert (run.path / "checkpoints" / "iteration_000002").is_dir()
+
+
+def test_a_hang_up_that_is_ignored_stays_so(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
+    """As under nohup."""
+
+    def hung_up(images, texts):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return redness(images, texts)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = progrpo.train(tiny_pipeline(), prompts, hung_up, config=tiny_config(iterations=1), out=tmp_path / "run")
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert run.read_summary()["status"] == "finished"
+
+
+def closed_terminal():
+    main_side, terminal = pty.openpty()
+    os.close(main_side)
+    return os.fdopen(terminal, "w", encoding="utf-8")
+
+
+def unread_pipe():
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w", encoding="utf-8")
+
+
+def full_disk():
+    return os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", encoding="utf-8")
+
+
+@pytest.mark.parametrize("gone", [closed_terminal, unread_pipe, full_disk, lambda: None])
+def test_a_run_whose_console_is_gone_is_the_run_with_one(
+    gone, tiny_pipeline, tiny_config, prompts, redness, tmp_path, monkeypatch
+):
+    """Also where a reward prints, a library's progress bar draws and something warns."""
+
+    tqdm = importlib.import_module("tqdm").tqdm
+
+    def outspoken(images, texts):
+        print("scoring", len(images), flush=True)
+        list(tqdm(range(3), mininterval=0, desc="pictures"))
+        warnings.warn("careful", stacklevel=1)
+        print("scored", file=sys.stderr, flush=True)
+        return redness(images, texts)
+
+    monkeypatch.setattr(sys, "stdout", out := gone())
+    monkeypatch.setattr(sys, "stderr", err := gone())
+    with warnings.catch_warnings(action="always", category=UserWarning):
+        config = tiny_config(iterations=2)
+        run = progrpo.train(tiny_pipeline(), prompts, outspoken, config=config, out=tmp_path / "run")
+    assert (sys.stdout, sys.stderr) == (out, err)
+    for stream in filter(None, (out, err)):
+        os.dup2(nowhere := os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what it holds still goes there
+        os.close(nowhere)
+        stream.close()
+    assert run.read_summary()["status"] == "finished" and run.read_summary()["rewards"]["missing"] == {
+        name: 0 for name in run.read_summary()["rewards"]["asked"]
+    }
+    assert len(run.read_metrics()) == 2 and (run.path / "report.html").is_file()
+
+
+def test_what_only_informs_does_not_end_a_run(tiny_pipeline, tiny_config, prompts, redness, tmp_path, capsys):
+    """Pictures of samples, audits and the report have nowhere to go, and an audit's file is broken."""
+    out = tmp_path / "run"
+
+    def score(images, texts):
+        (out / "samples").touch()
+        (out / "report.html").mkdir(exist_ok=True)
+        (out / "audit").mkdir(exist_ok=True)
+        (out / "audit" / "0001.png").mkdir(exist_ok=True)
+        (out / "audit" / "0000.json").write_text("{")
+        return redness(images, texts)
+
+    base = tiny_config(iterations=2)
+    config = replace(base, audit=replace(base.audit, every=2))
+    run = progrpo.train(tiny_pipeline(), prompts, score, config=config, out=out)
+    assert run.read_summary()["status"] == "finished" and len(run.read_metrics()) == 2
+    said = capsys.readouterr().out
+    for what in ("writing samples", "writing an audit", "writing report.html"):
+        assert f"warning: {what} failed (" in said
+    assert (out / "checkpoints" / "iteration_000002").is_dir() and any((out / "lora").iterdir())
 
 
 @pytest.mark.parametrize("broken", [False, True])

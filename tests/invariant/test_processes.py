@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from progrpo.config import OptimConfig
+
 SCRIPT = '''
 """python script.py MODEL OUT: what each process trained and kept, by case, and a run of the library; of three only what they add."""
 import json, sys
@@ -77,7 +79,7 @@ def trained(model, config, reward):
     shard = config.model.shard and Ranks().world > 1
     settings = PolicySettings(config.model.weights, lora_rank=2, lora_alpha=4, max_sequence_length=8, shard=shard)
     policy = policy_from_pipeline(DiffusionPipeline.from_pretrained(model), settings)
-    policy.repeatable = not config.model.shard  # as on GPUs
+    policy.batch_invariant = not config.model.shard  # as on GPUs
     order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
     trainer = Trainer(config, policy, alone(FunctionReward(reward)), order, Ranks())
     survivors, records = [], []
@@ -148,10 +150,34 @@ def by_the_library(model, out, found, ranks):
         progrpo.train(DiffusionPipeline.from_pretrained(model), PROMPTS, redness, config=CONFIG, out=mine)
     except ValueError as error:
         found["taken"] = str(error)
+    if ranks.world == 2:
+        found["unequal"] = unequal(model, out / "unequal", ranks)
     try:
         trained(model, replace(CONFIG, prompts=PromptConfig(per_iteration=1)), redness)
     except ValueError as error:
         found["too few"] = str(error)
+
+
+def unequal(model, out, ranks):
+    """What is said where the second process has other prompts, other weights or another configuration than the first."""
+    second, pipeline = ranks.rank == 1, DiffusionPipeline.from_pretrained(model)
+    other = replace(CONFIG, optim=OptimConfig(lr=0.5))
+    calls = {
+        "training": (PROMPTS[::-1] if second else PROMPTS, {}),
+        "evaluation": (PROMPTS, {"eval_prompts": ["a" if second else "b"]}),
+        "configuration": (PROMPTS, {"config": other if second else CONFIG}),
+        "resume": (PROMPTS, {"resume": second}),
+        "weights": (PROMPTS, {}),
+    }
+    said = {}
+    for name, (prompts, options) in calls.items():
+        if name == "weights" and second:  # as a text encoder that is not in the files gets random ones
+            pipeline.text_encoder_2.get_input_embeddings().weight.data.normal_()
+        try:
+            progrpo.train(pipeline, prompts, redness, out=out, **{"config": CONFIG, **options})
+        except ValueError as error:
+            said[name] = str(error)
+    return {**said, "wrote": out.exists()}
 
 
 if __name__ == "__main__":
@@ -159,6 +185,7 @@ if __name__ == "__main__":
 '''
 WHOLE = ("updates 1", "updates 2", "batch", "gdpo", "probe", "failing", "shard", "full shard")
 CASES = (*WHOLE, "split", "split batch")
+LR = OptimConfig().lr  # the most of all cases
 OF_THREE = ("five", "five shard", "split", "few")
 
 
@@ -232,13 +259,13 @@ def test_the_same_members_survive(one, two, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_same_weights_are_learnt(one, two, tiny_sd3, case):
+def test_the_same_weights_are_learnt(one, two, tiny_sd3, case, assert_trained_alike):
     alone, first, second = (
         load_file(out / f"{case} {rank}.safetensors") for out, rank in ((one, 0), (two, 0), (two, 1))
     )
-    for name, weight in alone.items():
+    assert_trained_alike(first, alone, LR, steps=4)
+    for name in alone:
         assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], weight, rtol=0, atol=1e-5, msg=name)
     before = load_file(tiny_sd3 / "transformer" / "diffusion_pytorch_model.safetensors")  # a LoRA's B begins at 0
     assert any((w - before.get(name, 0)).abs().max() > 1e-4 for name, w in alone.items() if "lora_A" not in name)
 
@@ -258,14 +285,12 @@ def test_the_same_metrics_are_recorded(one, two, case):
 
 
 @pytest.mark.parametrize("case", OF_THREE)
-def test_three_do_what_one_does(one, three, case):
+def test_three_do_what_one_does(one, three, case, assert_trained_alike):
     parts, whole = [found(three, rank)[case] for rank in range(3)], found(one, 0)[case]
     assert sorted(member for part in parts for member in part["survivors"]) == sorted(whole["survivors"])
     expected = load_file(one / f"{case} 0.safetensors")
     for rank in range(3):
-        weights = load_file(three / f"{case} {rank}.safetensors")
-        for name, weight in expected.items():
-            torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-5, msg=name)
+        assert_trained_alike(load_file(three / f"{case} {rank}.safetensors"), expected, LR, steps=4)
     for ours, theirs in zip(parts[0]["records"], whole["records"], strict=True):
         for name in (
             "reward/mean",
@@ -292,8 +317,23 @@ def test_only_the_main_process_writes(one, two):
 
 def test_what_the_main_process_alone_finds_wrong_is_refused_in_all(two):
     assert [found(two, rank)["taken"] for rank in (0, 1)] == [
-        f"{two / 'run of 0'} already holds a run (config.json); resume it with `progrpo train --resume {two / 'run of 0'}`, replace it with --overwrite, or give another --out"
+        f"{two / 'run of 0'} already holds a run (config.json); resume it with progrpo.train(..., out={str(two / 'run of 0')!r}, resume=True),"
+        " replace it with --overwrite (in Python overwrite=True), or give another folder as --out (out)"
     ] * 2
+
+
+def test_what_must_be_equal_and_is_not_is_refused_in_all_by_its_name(two):
+    said = found(two, 0)["unequal"]
+    assert found(two, 1)["unequal"] == said and said.pop("wrote") is False
+    assert said["training"].startswith("the list of training prompts must be the same in all processes, and is ")
+    assert "(it begins with 'red cat') in process 0" in said["training"]
+    assert "(it begins with 'green bird') in process 1; give all the same prompts" in said["training"]
+    assert said["evaluation"].startswith("the list of evaluation prompts must be the same in all processes")
+    assert said["configuration"] == (
+        "optim.lr must be the same in all processes, and is 0.001 in process 0 and 0.5 in process 1; give all the same configuration"
+    )
+    assert said["resume"].startswith("resume must be the same in all processes, and is False in process 0 and True")
+    assert said["weights"].startswith("the weights of text_encoder_2 must be the same in all processes")
 
 
 def test_a_process_without_a_prompt_is_refused(two):

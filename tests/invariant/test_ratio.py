@@ -13,7 +13,7 @@ import torch
 from progrpo.config import GRPOConfig, ObjectiveConfig, OptimConfig, PlanConfig, SamplingConfig
 from progrpo.objectives.base import Experience, Loss, Objective
 from progrpo.objectives.grpo import GRPO
-from progrpo.training.checks import SelfCheckError, check_ratio, rounding_of_ratio
+from progrpo.training.checks import SelfCheckError, check_ratio, rounding_between, rounding_of_ratio
 
 CLIP_RANGE = 3e-3
 Rollouts = Callable[[float], Experience]
@@ -33,6 +33,11 @@ def deviation(policy: Any, experience: Experience, microbatch: int = 64) -> floa
 @pytest.fixture
 def trainer(tiny_trainer, tiny_config):
     return tiny_trainer(tiny_config())
+
+
+def allowed(policy: Any, clip_range: float = CLIP_RANGE) -> float:
+    """A run's own bound: a hundredth of the clip range, and rounding where this processor's kernels differ by shape."""
+    return max(clip_range / 100, rounding_between(policy, GRPO(clip_range)))
 
 
 def seen(policy: Any, rollouts: Rollouts, microbatches: tuple[int, ...]) -> tuple[float, float]:
@@ -66,7 +71,8 @@ def guided(tiny_trainer, tiny_config, first_experience):
 def test_ratio_is_one_at_every_microbatch(tiny_policy, guided, weights, moved):
     policy = tiny_policy(weights, moved=moved)
     worst, clipped = seen(policy, guided(policy), microbatches=(1, 3, 64))
-    assert worst <= CLIP_RANGE / 100 and clipped == 0
+    assert worst <= allowed(policy)
+    assert clipped == 0 or not policy.batch_invariant
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -75,7 +81,8 @@ def test_ratio_is_one_in_low_precision(tiny_policy, guided, weights, dtype):
     policy = tiny_policy(weights, dtype, moved=0.1)
     # matrices of one row are vectors, for which there are other kernels: a call has two
     worst, clipped = seen(policy, guided(policy), microbatches=(1, 3, 64))
-    assert worst <= CLIP_RANGE / 100 and clipped == 0
+    assert worst <= allowed(policy)
+    assert clipped == 0 or not policy.batch_invariant
 
 
 # --- every family, sampler and storage --------------------------------------------------------------------------------
@@ -88,7 +95,7 @@ SAMPLERS = {
     "sd": PRESERVING,
     "sd_v": PRESERVING,
     "sdxl": PRESERVING,
-    "wan": ("flow_grpo",),
+    "wan": ("flow_grpo", "flow_grpo_wan"),
     "flux2_klein": ("flow_grpo",),
     "qwen_image": ("flow_grpo",),
 }
@@ -130,8 +137,8 @@ def assert_on_policy(policy, objective, experience, microbatches=(1, 3, 64)):
     for microbatch in microbatches:
         found = losses(policy, experience, microbatch, objective)
         worst = max(loss.maxima["ratio_max_deviation"].item() for loss in found)
-        assert worst <= min(objective.clip_range, CLIP_RANGE) / 100, (microbatch, worst)
-        assert sum(loss.sums["clip_fraction"].item() for loss in found) == 0
+        assert worst <= allowed(policy, min(objective.clip_range, CLIP_RANGE)), (microbatch, worst)
+        assert not policy.batch_invariant or sum(loss.sums["clip_fraction"].item() for loss in found) == 0
 
 
 @pytest.mark.parametrize("latent_dtype", DTYPES)
@@ -263,9 +270,9 @@ def test_rounding_is_told_from_another_prediction(dims):
 def test_a_network_that_rounds_otherwise_where_it_trains_is_trained_and_a_wrong_one_is_not(
     tiny_policy, tiny_trainer, tiny_config, monkeypatch, updates
 ):
-    def trainer_of(off: float, repeatable: bool) -> Any:
+    def trainer_of(off: float) -> Any:
         policy = tiny_policy("lora", moved=0.1)
-        whole, policy.repeatable = policy._run, repeatable
+        whole = policy._run
 
         def run(*inputs: Any) -> torch.Tensor:
             output = whole(*inputs)
@@ -276,9 +283,13 @@ def test_a_network_that_rounds_otherwise_where_it_trains_is_trained_and_a_wrong_
         monkeypatch.setattr(policy, "_run", run)
         return tiny_trainer(tiny_config(optim=OptimConfig(updates_per_rollout=updates, microbatch=3)), policy)
 
-    with pytest.raises(SelfCheckError, match="off-policy"):
-        trainer_of(0.01, repeatable=True).step()
-    record = trainer_of(0.01, repeatable=False).step().record
+    trainer = trainer_of(0.01)
+    assert not trainer.policy.batch_invariant  # as measured when it was built
+    record = trainer.step().record
     assert CLIP_RANGE / 100 < record["update/on_policy_deviation"] < 0.02
+    trainer = trainer_of(0.01)
+    trainer.policy.batch_invariant = True
     with pytest.raises(SelfCheckError, match="off-policy"):
-        trainer_of(0.5, repeatable=False).step()
+        trainer.step()
+    with pytest.raises(SelfCheckError, match="off-policy"):
+        trainer_of(0.5).step()

@@ -322,7 +322,7 @@ def test_a_finished_run_can_be_resumed_and_does_nothing_more(straight):
 
 
 def test_what_cannot_be_resumed_is_refused(straight, tmp_path):
-    with pytest.raises(ValueError, match="is at iteration 4, past --iterations 3"):
+    with pytest.raises(ValueError, match="is at iteration 4, past 3 iterations"):
         resume_run(straight, 3)
     empty = RunFolder.create(tmp_path / "empty")
     empty.write_config(json.loads((straight / "config.json").read_text()))

@@ -135,11 +135,11 @@ def over_ranks(*shares):
     """Mean and std as each of these ranks has them, which must agree."""
 
     def on_rank(values):
-        seen = []
+        seen: list[torch.Tensor] = []
 
         def add_up(own):
-            centre = 0.0 if not seen else seen[0][1] / seen[0][0].clamp(min=1)
-            seen.append(sum(moments(share, centre) for share in shares))
+            centre = torch.zeros(()) if not seen else seen[0][1] / seen[0][0].clamp(min=1)
+            seen.append(torch.stack([moments(share, centre) for share in shares]).sum(0))
             torch.testing.assert_close(own, moments(values, centre))
             return seen[-1]
 

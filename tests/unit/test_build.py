@@ -8,11 +8,30 @@ from dataclasses import replace
 import pytest
 import torch
 
-from progrpo.config import Config, GRPOConfig, ModelConfig, ObjectiveConfig, SamplingConfig
+from progrpo.config import (
+    Config,
+    EvalConfig,
+    GRPOConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PreviewConfig,
+    PromptConfig,
+    RewardConfig,
+    RewardTerm,
+    SamplingConfig,
+)
 from progrpo.objectives.grpo import GRPO
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import fastest_dtype, policy_from_pipeline
-from progrpo.training.build import OBJECTIVES, objective_from, sampler_for, sampling_from, settings_from, settled
+from progrpo.training.build import (
+    OBJECTIVES,
+    located,
+    objective_from,
+    sampler_for,
+    sampling_from,
+    settings_from,
+    settled,
+)
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import ode
 
@@ -27,6 +46,31 @@ def test_auto_is_measured_once_and_written_down():
     assert chosen.model.dtype in ("float32", "bfloat16") and chosen == Config(model=chosen.model)
     assert settled(chosen, Ranks()) is chosen
     assert fastest_dtype(torch.device("cpu")) in ("float32", "bfloat16")
+
+
+def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for folder in ("model", "home/lora", "taesd", "owner/local", "shapes", "shapes-flow"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "prompts.txt").touch()
+    term = RewardTerm("clipscore", model="owner/local", cache="scores")
+    config = Config(
+        model=ModelConfig(path="model", lora="~/lora"),
+        prompts=PromptConfig(source="prompts.txt"),
+        preview=PreviewConfig(decoder="tiny", tiny_decoder="./taesd"),
+        reward=RewardConfig((term,)),
+        eval=EvalConfig(prompts="dataset:owner/local", rewards=(replace(term, name="vlm", cache=""),)),
+    )
+    found = located(config)
+    assert (found.model.path, found.model.lora) == (f"{tmp_path}/model", f"{tmp_path}/home/lora")
+    assert (found.prompts.source, found.eval.prompts) == (f"{tmp_path}/prompts.txt", f"dataset:{tmp_path}/owner/local")
+    assert found.preview.tiny_decoder == f"{tmp_path}/taesd"
+    assert found.reward.terms == (replace(term, model=f"{tmp_path}/owner/local", cache=f"{tmp_path}/scores"),)
+    assert found.eval.rewards == config.eval.rewards  # a vision model's name is its server's
+    assert located(found) == found
+    names = Config(model=ModelConfig(path="owner/hub"), eval=EvalConfig(prompts="dataset:owner/hub"))
+    assert located(names) == names and located(Config()) == Config()
 
 
 @pytest.mark.parametrize("ratio", ["plain", "guard"])

@@ -255,8 +255,27 @@ def test_lists_of_prompts_are_told_apart_by_texts_columns_and_order():
 
 
 def test_a_checkpoint_of_before_there_were_digests_is_taken(run):
-    now, sources = {"training": "1"}, {"training": "a.txt"}
-    assert checkpoints.check_prompts(run, {}, now, sources, accept=False) == []
+    now = {"training": "1", "unet": "2"}
+    assert checkpoints.check_prompts(run, {}, now, CONFIG, accept=False) == []
+    checkpoints.check_weights(run, {}, now, CONFIG, accept=False)
+
+
+def test_another_model_is_refused_by_its_parts_unless_that_is_accepted(run):
+    state = {"weights": {"unet": "1", "vae": "2", "text_encoder": "3"}}
+    now = {"unet": "1", "vae": "4", "text_encoder": "5"}
+    message = (
+        rf"^the weights of vae, text_encoder \(shapes-flow\) are not those that {run} began with; .*--accept-changes"
+    )
+    with pytest.raises(ValueError, match=message):
+        checkpoints.check_weights(run, state, now, CONFIG, accept=False)
+    checkpoints.check_weights(run, state, now, CONFIG, accept=True)
+    checkpoints.check_weights(run, state, {"unet": "1", "safety_checker": "6"}, CONFIG, accept=False)
+
+
+def test_a_reward_of_before_there_was_a_field_is_no_change(run):
+    found = load_state(run / "checkpoints" / "iteration_000003")
+    assert found["config"]["reward"]["terms"][0].pop("from_python") is False
+    check_unchanged(run, found, CONFIG, accept=False)
 
 
 def test_other_versions_are_said(run):

@@ -27,7 +27,7 @@ import progrpo
 from progrpo.rewards import hpsv2, pickscore
 from progrpo.rewards.aesthetic import Aesthetic
 from progrpo.rewards.base import Refusal, RewardSettings
-from progrpo.rewards.clip import VIT_H, VIT_L, head_of
+from progrpo.rewards.clip import VIT_H, VIT_L, head_of, middle_of
 from progrpo.rewards.clipscore import CLIPScore
 from progrpo.rewards.hpsv2 import CHECKPOINT, HPSv2, clip_of, config_of, squared, weights_of
 from progrpo.rewards.hub import OnFirstScore, placed, read_pickle
@@ -364,7 +364,9 @@ def published_pixels(pictures_NHWC: np.ndarray) -> torch.Tensor:
         height, width = (round(scale * side) for side in picture.shape[:2])
         resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
         square = Image.new("RGB", (224, 224))
-        square.paste(resized, ((224 - width) // 2, (224 - height) // 2))  # the published padding: floor, and the rest after
+        square.paste(
+            resized, ((224 - width) // 2, (224 - height) // 2)
+        )  # the published padding: floor, and the rest after
         rows.append(normalised(square))
     return torch.stack(rows)
 
@@ -383,6 +385,15 @@ def test_hpsv2_is_open_clips_network_through_a_checkpoint(shape, tmp_path):
     converted = clip_of(state, text_heads=4, vision_heads=8)
     scores = HPSv2(converted, tokenizer(), CLIPImageProcessorPil()).score(drawn, PROMPTS)
     assert values(scores) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("extra", "before"), [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 2), (7, 4), (9, 4)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_middle_is_torchvisions(extra, before, turned):
+    """Numbers of its CenterCrop, which rounds half of the rest to an even number."""
+    drawn = np.random.default_rng(0).integers(0, 256, (224, 224 + extra, 3), np.uint8)
+    found = middle_of(drawn.transpose(1, 0, 2) if turned else drawn, 224)
+    assert np.array_equal(found.transpose(1, 0, 2) if turned else found, drawn[:, before : before + 224])
 
 
 @pytest.mark.parametrize(("height", "before", "after"), [(50, 56, 56), (97, 3, 4), (99, 1, 1), (98, 2, 2), (100, 0, 0)])

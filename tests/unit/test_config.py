@@ -381,7 +381,7 @@ def test_flow_grpos_kl_goes_with_a_diffusion_rate(sampler):
         with pytest.raises(ValueError) as refused:
             check(wanted("grpo"))
         assert str(refused.value) == (
-            "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance), not"
+            "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance, flow_grpo_wan), not"
             f" {sampler}; take exact"
         )
 
@@ -426,7 +426,7 @@ def test_members_that_begin_as_one_are_parted_before_they_are_compared(kind, lat
 
 def test_an_unknown_sampler_or_dtype_is_refused_by_name():
     for field, value, words in (
-        ("sampler", "ddpm", "auto, flow_grpo, dance, ddim, cps, cps_reduced"),
+        ("sampler", "ddpm", "auto, flow_grpo, dance, flow_grpo_wan, ddim, cps, cps_reduced"),
         ("latent_dtype", "float64", "float32, bfloat16, float16"),
     ):
         with pytest.raises(ValueError) as refused:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -106,6 +107,86 @@ def test_what_is_no_list_of_prompts_is_refused(given, message):
     with pytest.raises(ValueError) as refused:
         prompts_of(given, "prompts")
     assert str(refused.value).startswith(message) and str(refused.value).isprintable()
+
+
+UNORDERED = {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            UNORDERED,
+            "a set has another order in each process and at each start; give sorted(...) of it, or list(dict.fr",
+        ),
+        (frozenset("a"), "not frozenset({'a'}): a set has another order"),
+        (iter(UNORDERED), "a set has another order"),
+        ({"a": 1}.keys(), "not dict_keys(['a']); give list(...) of them if they are the prompts"),
+        ({"a": 1}.items(), "give list(...) of them"),
+        ({"train": ["a"], "test": ["b"]}, "; one of its parts may be meant (prompts['train'], prompts['test'])"),
+        (bytearray(b"a"), "not bytearray(b'a')"),
+        (np.array("a"), "not array('a'"),
+        (np.array([["a", "b"]]), "prompts[0] must be a text"),
+        (np.array([b"a"]), "prompts[0] must be a text"),
+        ([b"a"], "prompts[0] must be a text"),
+        ([["a"]], "prompts[0] must be a text"),
+        ([float("nan")], "prompts[0] must be a text, a Prompt or a row with a field prompt, not nan"),
+        ([{"prompt": None}], "prompts[0]: prompt must be a text that is not empty, not None"),
+        ([{"prompt": float("nan")}], "prompts[0]: prompt must be a text that is not empty, not nan"),
+    ],
+)
+def test_what_has_no_order_or_holds_no_prompts_is_refused(given, message):
+    with pytest.raises(ValueError, match=r"^prompts.*\b(must be|not)\b") as refused:
+        prompts_of(given, "prompts")
+    assert message in str(refused.value) and str(refused.value).isprintable()
+
+
+def test_what_has_an_order_is_taken_in_it():
+    texts_of = ["b", "a", "b"]
+    for given in (
+        tuple(texts_of),
+        np.array(texts_of),
+        (text for text in texts_of),
+        map(str.strip, texts_of),
+        dict(enumerate(texts_of)).values(),
+    ):
+        assert texts(prompts_of(given, "prompts")) == texts_of
+    with pytest.raises(TypeError, match="of the generator's own"):
+        prompts_of(failing(), "prompts")
+
+
+def failing():
+    yield "a"
+    raise TypeError("of the generator's own")
+
+
+ROWS_WITH_GAPS = [{"prompt": " a ", "n": 1.0, "tag": None}, {"prompt": "b", "n": None, "tag": "t"}]
+PROMPTS_WITH_GAPS = (Prompt("a", {"n": 1.0, "tag": None}), Prompt("b", {"n": None, "tag": "t"}))
+
+
+def test_a_table_is_its_rows():
+    pandas, pyarrow, datasets = (pytest.importorskip(name) for name in ("pandas", "pyarrow", "datasets"))
+    table = pyarrow.Table.from_pylist(ROWS_WITH_GAPS)
+    for given in (
+        pandas.DataFrame(ROWS_WITH_GAPS),  # what is missing is NaN there
+        table,
+        *table.to_batches(),
+        datasets.Dataset.from_list(ROWS_WITH_GAPS),
+        datasets.Dataset.from_list(ROWS_WITH_GAPS).to_iterable_dataset(),
+    ):
+        assert prompts_of(given, "prompts") == PROMPTS_WITH_GAPS
+    for column in (pandas.DataFrame(ROWS_WITH_GAPS)["prompt"], table["prompt"], table["prompt"].chunk(0)):
+        assert texts(prompts_of(column, "prompts")) == ["a", "b"]
+    for given, message in (
+        (pandas.DataFrame({"text": ["a"]}), "prompts[0]: has no field named prompt, only text"),
+        (pandas.DataFrame({"prompt": ["a", None]}), "prompts[1]: prompt must be a text that is not empty, not None"),
+        (pandas.Series(["a", None]), "prompts[1] must be a text, a Prompt or a row with a field prompt, not "),
+        (pandas.DataFrame({"prompt": []}), "prompts is empty"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS_WITH_GAPS)), "may be meant (prompts['train'])"),
+    ):
+        with pytest.raises(ValueError, match=r"^prompts") as refused:
+            prompts_of(given, "prompts")
+        assert message in str(refused.value)
 
 
 def test_lines_are_counted_whatever_ends_them(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -41,6 +42,7 @@ from progrpo.rewards.geneval import (
     Detector,
     GenEval,
     GenEvalFlowGRPO,
+    _detector_of,
     box_of,
     crop_of,
     demand_of,
@@ -324,6 +326,18 @@ def test_demands_of_the_published_metadata():
 DOG = {"class": "dog", "count": 1}
 
 
+def test_names_are_known_however_they_are_written():
+    columns = {
+        "tag": "Counting ",
+        "include": [
+            {"class": "Computer\u00a0Mouse", "count": 1, "color": "Red"},
+            {"class": "\uff24\uff4f\uff47", "count": 2, "color": " blue", "position": ["Left  of", 0]},
+        ],
+    }
+    mouse, dog = Clause("computer mouse", 1, "red"), Clause("dog", 2, "blue", ("left of", 0))
+    assert demand_of(Prompt("", columns), LABELS) == Demand((mouse, dog), (), 0.9)
+
+
 @pytest.mark.parametrize(
     ("columns", "problem"),
     [
@@ -544,9 +558,9 @@ def published_color(model: CLIPModel, picture: np.ndarray, found: Detection, lab
     if found.mask_HW is not None:
         image = Image.composite(image, Image.new("RGB", image.size, "#999"), Image.fromarray(found.mask_HW))
     image = image.crop(found.box)
-    scale = 224 / min(image.size)
-    image = image.resize((int(scale * image.width), int(scale * image.height)), Image.Resampling.BICUBIC)
-    left, top = (image.width - 224) // 2, (image.height - 224) // 2
+    short = min(image.size)  # then open_clip's, which is torchvision's Resize and CenterCrop
+    image = image.resize((int(224 * image.width / short), int(224 * image.height / short)), Image.Resampling.BICUBIC)
+    left, top = (int(round((length - 224) / 2.0)) for length in image.size)
     pixels = torch.tensor(np.asarray(image.crop((left, top, left + 224, top + 224)))) / 255
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
     seen = model.get_image_features(((pixels - mean) / std).permute(2, 0, 1)[None]).pooler_output[0]
@@ -703,3 +717,15 @@ def test_from_the_cache_without_a_network(tmp_path):
         f"reward 'geneval': {clip} is a clip, not a detector of objects; name a Mask2Former, a DETR or an RT-DETR"
     )
     assert missing.startswith("reward 'geneval': there is no cached copy of nobody/nothing, and the Hugging Face hub")
+
+
+def test_a_detector_whose_file_has_other_names_is_refused(tmp_path):
+    small_yolos().save_pretrained(tmp_path)
+    YolosImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(tmp_path)
+    _detector_of(str(tmp_path), "main")
+    file = tmp_path / "model.safetensors"
+    save_file({f"module.{name}": weight for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(
+        Refusal, match=rf"^reward 'geneval': {tmp_path} is no YolosForObjectDetection, it has no \S+ of"
+    ):
+        _detector_of(str(tmp_path), "main")

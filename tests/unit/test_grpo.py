@@ -378,7 +378,7 @@ def test_before_several_updates_a_network_that_rounds_otherwise_is_asked_itself(
     stored = torch.stack([t.log_prob_N for t in sampled.trajectories.path], dim=1)
     assert torch.equal(old(objective.prepare(linear_policy, sampled, microbatch, 2)), stored)
     expected = objective.prepare(linear_policy, exact, microbatch, 2)
-    linear_policy.repeatable, linear_policy.compiled = False, compiled
+    linear_policy.batch_invariant, linear_policy.compiled = False, compiled
     asked = objective.prepare(linear_policy, sampled, microbatch, 2)
     torch.testing.assert_close(old(asked), old(expected), rtol=1e-12, atol=0)
     for found, wanted in zip(asked.trajectories.path, expected.trajectories.path, strict=True):
@@ -394,6 +394,6 @@ def test_before_several_updates_a_network_that_rounds_otherwise_is_asked_itself(
 
 
 def test_a_process_without_trajectories_asks_nothing(linear_policy, linear_experience):
-    linear_policy.repeatable = False
+    linear_policy.batch_invariant = False
     nothing = linear_experience(linear_policy, ADVANTAGES).take(torch.arange(0))
     assert old(GRPO(CLIP).prepare(linear_policy, nothing, 3, 2)).shape == (0, 2)

@@ -47,7 +47,7 @@ LONG = "a text of so many letters that not all of them are read"
 TEXTS = ["Réd cat", "a dog", LONG, "birds [ENC] of a tree", "", "a %", "an [DEC]"] * 3
 PROMPTS = [Prompt(f"{text} {letter}") for text, letter in zip(TEXTS, string.ascii_lowercase, strict=False)]
 assert len(PROMPTS) > RewardSettings().batch
-SHAPES = {"square": (40, 40), "tall": (46, 30), "wide": (21, 50), "large": (300, 224)}
+SHAPES = {"square": (40, 40), "tall": (46, 30), "wide": (21, 50), "large": (300, 224), "odd": (224, 227)}
 
 
 def pictures(shape: tuple[int, int], count: int = len(PROMPTS)) -> np.ndarray:
@@ -56,10 +56,10 @@ def pictures(shape: tuple[int, int], count: int = len(PROMPTS)) -> np.ndarray:
 
 
 def published_pixels(picture: np.ndarray) -> torch.Tensor:
-    """The shorter side to 224, the middle of the other, CLIP's mean and standard deviation."""
+    """The shorter side to 224, the middle of the other (torchvision's: half of what is left, rounded), CLIP's mean and std."""
     height, width = picture.shape[:2]
     shape = (224, int(224 * height / width)) if width <= height else (int(224 * width / height), 224)
-    left, top = (shape[0] - 224) // 2, (shape[1] - 224) // 2
+    left, top = (int(round((length - 224) / 2.0)) for length in shape)
     made = Image.fromarray(picture).resize(shape, Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
     return ((torch.tensor(np.asarray(made)) / 255 - mean) / std).permute(2, 0, 1)

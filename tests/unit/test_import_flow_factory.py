@@ -114,7 +114,7 @@ def test_a_file_is_translated(tmp_path):
     assert optim.ema_decay == pytest.approx(0.99**0.25, abs=1e-6)
     assert (config.eval.every, config.eval.guidance_scale) == (20, 1.0)
     assert config.reward.terms == (
-        RewardTerm("pickscore", batch_size=16, device="cuda", dtype="bfloat16"),
+        RewardTerm("pickscore", batch_size=16, device="cuda", dtype="float32"),
         RewardTerm("my_rewards:Judge", 0.5),
     )
     assert config.eval.rewards == (RewardTerm("clipscore"),)

@@ -20,6 +20,13 @@ def policy(tiny_policy):
     return tiny_policy()
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
 def asked(tiny_config):
     """Six prompts in groups of 24, of which 12 live on after step 1 of 4; three steps are trained."""
@@ -46,14 +53,14 @@ def chosen(config: Any, policy: Any) -> tuple[int | None, int | None]:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A call of so many rows takes `sample(rows)` seconds, with its backward pass `train(rows)`."""
+    """A call of so many rows takes `sample(rows)` microseconds, with its backward pass `train(rows)`."""
 
     def of(sample: Any, train: Any) -> list[tuple[str, int]]:
         timed: list[tuple[str, int]] = []
 
         def tell(work: Any, size: int, device: torch.device) -> float:
             timed.append((work.__name__, size))
-            return {"sample": sample, "train": train}[work.__name__](size)
+            return 1e-6 * {"sample": sample, "train": train}[work.__name__](size)
 
         monkeypatch.setattr(measure, "_timed", tell)
         return timed
@@ -109,17 +116,32 @@ def test_rows_that_are_only_filled_up_are_paid_for(policy, asked, clock, monkeyp
     assert chosen(asked(group=10, keep=5, prompts=1), policy)[0] == best
 
 
-def test_the_fastest_of_several_rounds_counts(policy, asked, clock):
-    calls: dict[int, int] = {}
-
+def test_one_disturbed_size_neither_wins_nor_ends_the_search(policy, asked, clock):
     def disturbed(rows: int) -> float:
-        calls[rows] = calls.get(rows, 0) + 1
-        return 100.0 if rows == 48 and calls[rows] <= 3 else 1 + (rows != 48) * rows
+        return 100.0 if rows == 16 else 1 + (rows > 48) * rows
 
-    timed = clock(disturbed, lambda rows: rows)
-    assert chosen(asked(), policy)[0] == 48
-    sizes = [size for name, size in timed if name == "sample"]
-    assert sizes[:9] == sorted(set(sizes)) and sizes[9:18] == sizes[:9]  # round by round, not size by size
+    clock(disturbed, disturbed)
+    assert chosen(asked(), policy) == (48, 48)
+
+
+def test_measuring_ends_where_the_time_a_row_is_flat(policy, asked, clock):
+    timed = clock(lambda rows: 1 + rows, lambda rows: 100 + rows)
+    assert chosen(asked(), policy)[0] in (8, 12, 16)
+    assert {size for name, size in timed if name == "sample"} == {8, 12, 16, 24}
+    assert max(size for name, size in timed if name == "train") == 128
+
+
+def test_measuring_ends_where_its_budget_does(policy, asked, clock):
+    timed = clock(lambda rows: 1e5 * (5 + rows / 8), lambda rows: 3e6)
+    assert chosen(asked(), policy) == (8, 8)  # a call of 8 takes 0.6 s, and a backward pass 3 s
+    assert {name: len([n for n, _ in timed if n == name]) for name in ("sample", "train")} == {"sample": 1, "train": 1}
+
+
+def test_short_calls_are_timed_for_as_long_as_long_ones(policy, asked, clock):
+    timed = clock(lambda rows: 1e3 * rows, lambda rows: 1e3)
+    chosen(asked(), policy)
+    calls = [size for name, size in timed if name == "sample"]
+    assert (calls.count(8) - 1) * 8e-3 >= 0.1 and (calls.count(24) - 1) * 24e-3 >= 0.1
 
 
 @pytest.mark.parametrize(("group", "keep", "prompts"), [(3, 2, 1), (4, 3, 2), (24, 12, 1), (10, 2, 2)])
@@ -165,7 +187,7 @@ def bounded_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def tell(work: Any, size: int, device: torch.device) -> float:
         timed(work, size, device)
-        return 1.0
+        return 1e-2
 
     monkeypatch.setattr(measure, "_timed", tell)
 
@@ -185,3 +207,59 @@ def test_where_nothing_fits_a_sentence_says_what_to_give(policy, asked, memory):
     memory(7, 7)
     with pytest.raises(ValueError, match=r"not even 8 rows fit .* optim\.microbatch"):
         measured(asked(), policy, Prompt("red cat"), Ranks())
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def quiet(monkeypatch: pytest.MonkeyPatch, share: float = 0.0) -> None:
+    monkeypatch.setattr(measure._OtherLoad, "share", lambda self: share)
+
+
+def test_an_answer_is_kept_for_the_same_machine_and_model(policy, asked, clock, cache, monkeypatch):
+    quiet(monkeypatch)
+    clock(lambda rows: 1.0, lambda rows: 1.0)
+    first = chosen(asked(), policy)
+    timed = clock(lambda rows: rows, lambda rows: rows)
+    assert chosen(asked(), policy) == first == (96, 128) and not timed
+    chosen(asked(group=12, keep=6), policy)  # of another plan
+    assert timed and len(list(cache.rglob("*.json"))) == 2
+
+
+@pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"lora_rank": 7}, {"resolution": 32}])
+def test_another_model_is_measured_anew(policy, asked, clock, monkeypatch, change):
+    quiet(monkeypatch)
+    timed = clock(lambda rows: 1.0, lambda rows: 1.0)
+    chosen(asked(), policy)
+    count, config = len(timed), asked()
+    measured(replace(config, model=replace(config.model, **change)), policy, Prompt("red cat"), Ranks())
+    assert len(timed) == 2 * count
+
+
+def test_what_a_busy_machine_answered_is_not_kept(policy, asked, clock, cache, monkeypatch):
+    quiet(monkeypatch, share=0.5)
+    clock(lambda rows: 1.0, lambda rows: 1.0)
+    assert chosen(asked(), policy) == (96, 128) and not list(cache.rglob("*.json"))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"key": 1}', '{"key": {}, "sample": {"8": -1}, "train": {"8": 1}}'])
+def test_a_damaged_cache_is_measured_over(policy, asked, clock, cache, monkeypatch, text):
+    quiet(monkeypatch)
+    clock(lambda rows: 1.0, lambda rows: 1.0)
+    chosen(asked(), policy)
+    (file,) = cache.rglob("*.json")
+    file.write_text(text)
+    assert chosen(asked(), policy) == (96, 128) and len(file.read_text()) > len(text)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(policy, asked, clock, cache, monkeypatch):
+    quiet(monkeypatch)
+    cache.write_text("a file, where a folder should be")
+    clock(lambda rows: 1.0, lambda rows: 1.0)
+    assert chosen(asked(), policy) == (96, 128)
+
+
+def test_the_load_of_others_is_a_share_of_the_processors():
+    load = measure._OtherLoad()
+    sum(range(10**6))
+    assert 0 <= load.share() <= 1.5  # clocks tick in hundredths of a second

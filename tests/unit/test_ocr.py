@@ -101,6 +101,62 @@ def test_scores_by_hand(prompt, lines, value):
     assert found.passed == (value == 1)
 
 
+# --- one text in several forms -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "read"),
+    [
+        ("caf\u00e9", "cafe\u0301"),  # an accent of its own
+        ("Cr\u00e8me Br\u00fbl\u00e9e", "CRE\u0300ME BRU\u0302LE\u0301E"),
+        ("\u1ec7", "e\u0323\u0302"),  # two of them, in either order
+        ("Stra\u00dfe", "STRASSE"),
+        ("\u1e9e", "ss"),
+        ("\u0130stanbul", "istanbul"),  # dotted I
+        ("D\u0131\u015f", "DI\u015e"),  # dotless i
+        ("\u039f\u0394\u039f\u03a3", "\u03bf\u03b4\u03bf\u03c2"),  # a sigma at the end of a word
+        ("\ufb01ne o\ufb03ce", "FINE OFFICE"),  # ligatures
+        ("OPEN 24", "\uff2f\uff30\uff25\uff2e\u3000\uff12\uff14"),  # full width
+        ("\u30ac\u30e9\u30b9", "\uff76\uff9e\uff97\uff7d"),  # half-width katakana with its mark
+        ("\ud55c\uae00", "\u1112\u1161\u11ab\u1100\u1173\u11af"),  # hangul in its parts
+        ("don't", "don\u2019t"),
+        ("don\u2019t", "DON\u00b4T"),
+        ('the "best"', "the \u201cbest\u201d"),
+        ('the "best"', "the ''best''"),
+        ("well-known", "well\u2013known"),
+        ("well\u2011known", "WELL-KNOWN"),
+        ("3 \u2212 2", "3-2"),
+        ("10\u00a0000", "10 000"),
+        ("wait\u2026", "wait..."),
+        ("x\u00b2", "x2"),
+        ("\u2167", "VIII"),
+        ("co\u00adop", "coop"),  # a soft hyphen
+        ("zero\u200bwidth", "zero width"),
+        ("I \u2665\ufe0f NY", "I \u2665 NY"),
+    ],
+)
+def test_equal_texts_in_unequal_strings_are_equal(target, read):
+    for wanted, seen in ((target, read), (read, target)):
+        assert score(asks_for(wanted), seen) == Score(1.0, True)
+        assert score(Prompt(f'a sign that says "{wanted}"', {"target": None}), seen).passed or '"' in wanted + seen
+        assert score(asks_for(wanted, "more"), f"{seen} more") == Score(1.0, True)
+
+
+@pytest.mark.parametrize(
+    ("target", "read", "value"),
+    [
+        ("caf\u00e9", "cafe", 0.75),  # an accent that is not there is missing
+        ("cafe\u0301", "cafe", 0.75),  # and is one letter's, however it is written
+        ("na\u00efve", "naive", 0.8),
+        ("Stra\u00dfe", "Strase", 6 / 7),
+        ("well-known", "wellknown", 0.9),
+        ("O", "0", 0.0),
+    ],
+)
+def test_other_texts_are_other_texts(target, read, value):
+    assert score(asks_for(target), read).value == pytest.approx(value)
+
+
 # --- targets ----------------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +177,28 @@ def test_scores_by_hand(prompt, lines, value):
         ('an open " mark', []),
         ("nothing", []),
         ("", []),
+        ("""a 12" pizza with the word "HOT" on the box""", ["HOT"]),
+        ("""a 12” pizza with the word “HOT” on the box""", ["HOT"]),
+        ("""a 12" pizza and a 14" pizza, the sign says "HOT" """, ["HOT"]),
+        ("""a 24"x36" poster that reads "ART" """, ["ART"]),
+        ("""a man of 6'2" with a shirt that says "TALL" """, ["TALL"]),
+        ("""a man of 6' with a shirt that says 'TALL'""", ["TALL"]),
+        ("""a 12" pizza with the word 'HOT'""", ["HOT"]),
+        ("""a 2½" badge that says "HI" """, ["HI"]),
+        ('a 12" pizza', []),
+        ('a sign that says "24"', ["24"]),
+        ('signs "Route 66" and "Motel 6"', ["Route 66", "Motel 6"]),
+        ('a sign "Route 66", 12" wide', ["Route 66"]),
+        ('the menu says "a 12" pizza"', ['a 12" pizza']),
+        ("the '90s sign says 'DISCO'", ["DISCO"]),
+        ("a sign that says 'the 90's'", ["the 90's"]),
+        ("»Offen« und «Ouvert»", ["Offen", "Ouvert"]),
+        ("‚Offen‘ und ‹Ouvert›", ["Offen", "Ouvert"]),
+        ("en skylt ”Öppet” här", ["Öppet"]),
+        ("「営業中」と『休業』の看板", ["営業中", "休業"]),
+        ('牌子上写着"你好"的店', ["你好"]),
+        ("牌子上写着'你好'的店", ["你好"]),
+        ('a sign with “mixed" marks', ["mixed"]),
     ],
 )
 def test_quotes(text, found):

@@ -1,5 +1,7 @@
 """Rewards that fail: tried again, given so much time, isolated, and missing where nothing helps."""
 
+import asyncio
+import concurrent.futures
 import threading
 import time
 
@@ -57,11 +59,19 @@ def test_a_bad_picture_costs_no_other():
     assert reward.asked[2:] == [[n] for n in range(20)]
 
 
+class Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
 @pytest.mark.parametrize("how", [{}, {"timeout": 60.0}])
-def test_a_reward_that_ends_python_has_failed_like_another(how):
-    asked, _, _ = patient(lambda call, numbers: SystemExit("no key") if 3 in numbers else None, retries=0, **how)
+@pytest.mark.parametrize(
+    "kind", [SystemExit, asyncio.CancelledError, concurrent.futures.CancelledError, GeneratorExit, Panic]
+)
+def test_whatever_a_reward_lets_through_is_a_failure_like_another(how, kind):
+    asked, _, _ = patient(lambda call, numbers: kind("gone") if 3 in numbers else None, retries=0, **how)
     scores = asked.score(PICTURES, PROMPTS)
-    assert [s.value is None for s in scores] == [n == 3 for n in range(20)] and scores[3].error == "SystemExit: no key"
+    assert [s.value is None for s in scores] == [n == 3 for n in range(20)]
+    assert scores[3].error == f"{kind.__name__}: gone"
 
 
 def test_a_reward_that_is_down_is_not_asked_about_every_picture():

@@ -17,7 +17,7 @@ from progrpo.diffusion.sigmas import sigma_grid
 
 M, C = 0.8, 0.5  # mean and std of the data
 OF_DIFFUSION = ["epsilon", "v_prediction", "sample"]
-SDE, PRESERVING = ["flow_grpo", "dance"], ["ddim", "cps", "cps_reduced"]
+SDE, PRESERVING = ["flow_grpo", "dance", "flow_grpo_wan"], ["ddim", "cps", "cps_reduced"]
 ALL = [("flow", sampler) for sampler in SAMPLERS] + [(name, sampler) for name in OF_DIFFUSION for sampler in PRESERVING]
 
 

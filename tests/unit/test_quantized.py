@@ -19,7 +19,7 @@ from progrpo.training.build import policy_from, trained_policy
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
 
-SETTINGS = PolicySettings(lora_rank=2, lora_alpha=6, max_sequence_length=8, resolution=16)
+SETTINGS = PolicySettings(lora_rank=2, lora_alpha=4, max_sequence_length=8, resolution=16)
 
 
 @pytest.fixture

@@ -17,9 +17,10 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from progrpo.rewards.base import Refusal, RewardSettings, Score
+from progrpo.rewards.base import Refusal, RewardSettings, Score, WrongAnswer
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.load import load_reward
+from progrpo.rewards.patient import Patient
 from progrpo.rewards.remote import RemoteReward
 from progrpo.rewards.server import make_app, serve
 from progrpo.rewards.shapes import ShapesReward
@@ -204,7 +205,7 @@ ENDLESS: dict[str, tuple[Callable[[], httpx2.Response], str]] = {
         lambda: httpx2.Response(200, content=iter([b"none"]), headers={"Content-Encoding": "gzip"}),
         "DecodingError",
     ),
-    "nested": (lambda: httpx2.Response(200, content=b"[" * 100_000), "its answer holds no scores"),
+    "nested": (lambda: httpx2.Response(200, content=b"[" * 100_000), "its answer is no JSON"),
 }
 
 
@@ -559,20 +560,44 @@ WRONG: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_an_answer_of_another_length_order_or_kind_is_an_error_of_its_pictures(name):
-    found = replies(WRONG[name])
-    assert values(found) == [None] * 5
-    assert all("its answer " in (s.error or "") for s in found)
+def test_an_answer_of_another_length_order_or_kind_is_refused_at_once(name):
+    with pytest.raises(WrongAnswer, match=r"^reward 'sum': the server at http://server:8000 .*must give ") as refused:
+        replies(WRONG[name])
+    assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("value", [None, "0.5", True, float("nan"), float("inf"), 10**400, [1.0], {}], ids=str)
+def changed(value: Any) -> list[Score]:
+    """What comes of it where one score has that value."""
+    return replies(lambda scores: {"scores": [s | {"value": value} if s["id"] == 2 else s for s in scores]})
+
+
+@pytest.mark.parametrize("value", ["0.5", True, [1.0], {}], ids=str)
+def test_a_value_of_another_type_is_refused_at_once(value):
+    with pytest.raises(WrongAnswer, match=r"gives .* for a score; it must give a number, or null and an error$"):
+        changed(value)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), 10**400], ids=str)
 def test_a_value_that_is_no_number_is_missing(value):
-    def change(scores: list[dict[str, Any]]) -> Any:
-        return {"scores": [score | {"value": value} if score["id"] == 2 else score for score in scores]}
-
-    found = replies(change)
+    found = changed(value)
     assert values(found) == [None if i == 2 else SUMS[5 + i] for i in range(5)]
     assert found[2].error is not None and found[2].error.startswith("the server gave ")
+
+
+@pytest.mark.parametrize("answer", [[1.0], [[0.5], [0.5]], "0.5", 0.5, {"score": 0.5}])
+def test_a_served_function_that_answers_wrongly_is_refused_here_and_asked_once(answer):
+    asked = []
+
+    def wrong(images: Any, prompts: Any) -> Any:
+        asked.append(len(images))
+        return answer
+
+    with (
+        served(FunctionReward(wrong), batch_size=2) as reward,
+        pytest.raises(Refusal, match=r"wrong returned .*; return"),
+    ):
+        Patient(reward, sleep=lambda seconds: None).score(PICTURES[:2], PROMPTS[:2])
+    assert asked == [2]
 
 
 def test_a_verdict_that_is_none_is_left_out():

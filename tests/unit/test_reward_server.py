@@ -25,6 +25,7 @@ from starlette.testclient import TestClient
 
 import progrpo
 from progrpo.cli import main
+from progrpo.environment import is_loopback
 from progrpo.rewards import server
 from progrpo.rewards.base import Refusal, Score
 from progrpo.rewards.server import make_app
@@ -189,14 +190,19 @@ def test_what_the_reward_fails_at_is_missing_and_no_other(error):
         assert client.get("/health").json()["failures"] == 2
 
 
-def test_a_reward_that_loses_count_scores_nothing():
+def test_a_reward_that_loses_count_is_refused_and_not_asked_again():
     class Short(Recorded):
-        def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
-            return [Score(1.0)] * 3
+        asked = 0
 
-    with served(Short()) as client:
-        found = scores(client, item(picture()), item(picture()))
-    assert values(found) == [None, None] and "3 scores for 1 pictures" in found[0]["error"]
+        def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+            self.asked += 1
+            return [Score(1.0)]
+
+    reward = Short()
+    with served(reward) as client:
+        answer = client.post("/v1/score", json=question(item(picture()), item(picture())))
+    assert (answer.status_code, reward.asked) == (422, 1)
+    assert answer.json()["detail"] == "the reward gave 1 scores for 2 pictures; return one each"
 
 
 @pytest.mark.parametrize("share", [0.1, 1.0])
@@ -601,7 +607,7 @@ def test_it_is_open_to_other_machines_only_with_a_token(capsys, monkeypatch):
         assert "set PROGRPO_REWARD_TOKEN" in refusal(capsys, "shapes", "--host", host)
     monkeypatch.setenv("PROGRPO_REWARD_TOKEN", " \n")
     assert "set PROGRPO_REWARD_TOKEN" in refusal(capsys, "shapes", "--host", "0.0.0.0")
-    assert all(server._is_loopback(host) for host in ("127.0.0.1", "127.8.9.1", "::1", "localhost"))
+    assert all(is_loopback(host) for host in ("127.0.0.1", "127.8.9.1", "::1", "localhost"))
 
 
 def test_what_cannot_be_served_is_refused_in_one_sentence(capsys, tmp_path, monkeypatch):

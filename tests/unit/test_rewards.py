@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from progrpo.config import BUILT_IN_REWARDS
-from progrpo.rewards.base import Refusal, RewardSettings, Score, check
+from progrpo.rewards.base import Refusal, RewardSettings, Score, WrongAnswer, check
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.load import REWARDS, load_reward
+from progrpo.rewards.patient import Patient
 from progrpo.rewards.shapes import ShapesReward
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
@@ -22,6 +24,7 @@ from progrpo.zoo.shapes.verifier import verify
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), dtype=np.uint8)
 PROMPTS = [Prompt("a", {"target": 1, "note": "x"}), Prompt("b", {"target": 2}), Prompt("c")]
+HIGH: Any = "high"
 
 
 @pytest.fixture(autouse=True)
@@ -325,6 +328,64 @@ def test_a_ranking_says_so_and_is_never_taken_apart():
 def test_an_answer_that_is_no_sequence_is_refused(answer):
     with pytest.raises(Refusal, match=r"no scores for 3 pictures; return one each"):
         FunctionReward(lambda images, prompts: answer).score(PICTURES, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (
+            [[0.1], [0.2], [0.3]],
+            r"returned \[0.1\], of type 'list', as the score of picture 0 of 3; return a number or None",
+        ),
+        (np.zeros((3, 2)), r"of type 'ndarray', as the score of picture 0 of 3; return a number or None for each"),
+        (np.zeros((3, 1)), r"of type 'ndarray', as the score of picture 0"),
+        (np.zeros((1, 3)), r"returned 1 scores for 3 pictures; return one each"),
+        (np.float64(0.5), r"returned 'float64', no scores for 3 pictures; return one each"),
+        (np.zeros(()), r"returned 'ndarray', no scores for 3 pictures"),
+        (torch.zeros(()), r"returned 'Tensor', no scores for 3 pictures"),
+        (torch.zeros(3, 2), r"of type 'Tensor', as the score of picture 0 of 3"),
+        (b"abc", r"returned 'bytes', no scores for 3 pictures"),
+        ([0.5, "0.5", 0.5], r"returned '0.5', of type 'str', as the score of picture 1 of 3"),
+        ([0.5, None, {"score": 1.0}], r"of type 'dict', as the score of picture 2 of 3"),
+        ([0.5, 1j, 0.5], r"returned 1j, of type 'complex', as the score of picture 1 of 3"),
+        ([Score(HIGH), 0.5, 0.5], r"returned Score\(value='high'.*as the score of picture 0 of 3"),
+        (
+            ([0.1, 0.2, 0.3], {"seen": 3}, None),
+            r"returned \[0.1, 0.2, 0.3\], of type 'list', as the score of picture 0",
+        ),
+    ],
+    ids=str,
+)
+def test_a_score_of_another_type_or_shape_is_refused_at_once_with_what_was_expected(answer, sentence):
+    asked = []
+
+    def wrong(images, prompts):
+        asked.append(len(images))
+        return answer
+
+    with pytest.raises(WrongAnswer, match=rf"^reward .*wrong .*{sentence}"):
+        Patient(FunctionReward(wrong), sleep=lambda seconds: None).score(PICTURES, PROMPTS)
+    assert asked == [3]
+
+
+def test_coroutines_that_nobody_awaits_are_refused_with_how_to_await_them():
+    async def one(image):
+        return 0.5
+
+    with pytest.raises(
+        WrongAnswer, match=r"of type 'coroutine', .*; await them: return await asyncio.gather\(\*them\)$"
+    ):
+        FunctionReward(lambda images, prompts: [one(image) for image in images]).score(PICTURES, PROMPTS)
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+def test_scores_that_are_tensors_with_gradients_are_numbers():
+    values = torch.tensor([0.25, 0.5, 0.75], requires_grad=True)
+    assert [s.value for s in FunctionReward(lambda images, prompts: values).score(PICTURES, PROMPTS)] == [
+        0.25,
+        0.5,
+        0.75,
+    ]
 
 
 def test_what_cannot_be_called_is_refused():

@@ -17,8 +17,22 @@ def pictures(*shape):
 
 def test_a_run_is_not_overwritten_by_accident(tmp_path):
     RunFolder.create(tmp_path / "run").write_config({"seed": 1})
-    with pytest.raises(ValueError, match=r"already holds a run .*--resume .*--overwrite"):
+    with pytest.raises(ValueError, match=r"already holds a run \(config.json\); replace it with --overwrite"):
         RunFolder.create(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "iteration_000001").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"; resume it with progrpo train --resume .*run, replace it with --overwrite"):
+        RunFolder.create(tmp_path / "run")
+
+
+def test_the_command_that_goes_on_is_one_that_works(tmp_path):
+    run = RunFolder.create(tmp_path / "my run")
+    path = f"'{tmp_path}/my run'"
+    assert run.command("resume") == f"progrpo train --resume {path}"
+    run.write_config({"model": {"path": "shapes-flow"}})
+    assert run.command("anew") == f"progrpo train {path} --out {path} --overwrite"
+    run.write_config({"model": {"path": "a FluxPipeline given to progrpo.train"}})
+    assert run.command("resume") == f"progrpo.train(..., out={path}, resume=True)"
+    assert run.command("anew") == f"progrpo.train(..., out={path}, overwrite=True)"
 
 
 @pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints/iteration_000002", "samples/0000.png"])

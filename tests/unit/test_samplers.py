@@ -16,7 +16,7 @@ BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 FLOW = flow_levels(sigma_grid(10, 3.0).double())
 DIFFUSION = diffusion_levels(torch.arange(901, 0, -100), (1 - BETAS).cumprod(0), torch.tensor(1.0))
 LEVELS = {"flow": FLOW} | dict.fromkeys(("epsilon", "v_prediction", "sample"), DIFFUSION)
-SDE, PRESERVING = ["flow_grpo", "dance"], ["ddim", "cps", "cps_reduced"]
+SDE, PRESERVING = ["flow_grpo", "dance", "flow_grpo_wan"], ["ddim", "cps", "cps_reduced"]
 KEEPS_MARGINALS = [(name, sampler) for name in LEVELS for sampler in PRESERVING]
 ALL = [("flow", sampler) for sampler in SDE] + KEEPS_MARGINALS
 
@@ -114,11 +114,12 @@ def test_a_std_of_one_for_all_or_of_each_row_broadcasts_over_x(name, sampler):
 def test_scales_by_hand():
     """Each of a step from sigma s to t: two diffusion rates and two stds."""
     sigma = FLOW.sigma.tolist()
-    expected: dict[str, list[float]] = {"flow_grpo": [], "dance": [], "ddim": [], "cps": []}
+    expected: dict[str, list[float]] = {"flow_grpo": [], "dance": [], "flow_grpo_wan": [], "ddim": [], "cps": []}
     for step in range(10):
         s, t = sigma[step], sigma[step + 1]
         expected["flow_grpo"].append(0.6 * math.sqrt(s / (1 - (sigma[1] if step == 0 else s))))
         expected["dance"].append(0.6)
+        expected["flow_grpo_wan"].append(0.6 * sigma[1] * s)
         expected["ddim"].append(0.6 * t / s * math.sqrt(s**2 - ((1 - s) * t / (1 - t)) ** 2))
         expected["cps"].append(t * math.sin(0.3 * math.pi))
     expected["cps_reduced"] = expected["cps"]
@@ -182,6 +183,7 @@ def test_log_probs_are_mean_densities_but_for_the_reduced_one(std):
         ("flow_grpo", (16, 64, 64), 1e-4),
         ("flow_grpo", (8, 16, 16), 3.2e-3),
         ("dance", (16, 64, 64), 1e-4),
+        ("flow_grpo_wan", (16, 9, 30, 52), 1e-3),
         ("ddim", (4, 64, 64), 1e-4),
         ("ddim", (8, 16, 16), 1e-4 * (4 * 64 * 64) / 2048),
         ("cps", (16, 64, 64), 1e-5),
@@ -193,7 +195,7 @@ def test_clip_range_goes_with_the_size_of_the_latent(sampler, shape, clip_range)
 
 
 def test_published_noise_levels():
-    published = {"flow_grpo": 0.7, "dance": 0.3, "ddim": 1.0, "cps": 0.8, "cps_reduced": 0.8}
+    published = {"flow_grpo": 0.7, "dance": 0.3, "flow_grpo_wan": 1.0, "ddim": 1.0, "cps": 0.8, "cps_reduced": 0.8}
     assert {name: sampler.noise_level for name, sampler in SAMPLERS.items()} == published
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,62 @@ def test_pictures_are_upright_and_rgb(tmp_path):
     Image.fromarray(PIXELS).save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(np.asarray(picture(tmp_path / "turned.png")), np.rot90(PIXELS, -1))
     assert picture(Image.new("LA", (2, 3))).mode == "RGB"
+
+
+# --- what is transparent -----------------------------------------------------------------------------------------------
+
+RED, HALF_RED, BLUE_UNDER_NOTHING = (255, 0, 0, 255), (255, 0, 0, 128), (0, 0, 255, 0)
+ON_WHITE = [(255, 0, 0), (255, 127, 127), (255, 255, 255)]  # 128 / 255 of red over white, and white alone
+
+
+def row(mode: str, values: list[Any]) -> Image.Image:
+    drawn = Image.new(mode, (len(values), 1))
+    drawn.putdata(values)
+    return drawn
+
+
+def seen(value: object) -> list[tuple[int, ...]]:
+    return [tuple(pixel) for pixel in np.asarray(picture(value))[0].tolist()]
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_what_is_transparent_is_seen_on_white():
+    drawn = row("RGBA", [RED, HALF_RED, BLUE_UNDER_NOTHING])
+    kinds = {"PNG": {}, "WEBP": {"lossless": True, "exact": True}, "TIFF": {}}
+    for value in (drawn, drawn.convert("RGBa"), *(saved(drawn, kind, **options) for kind, options in kinds.items())):
+        assert seen(value) == [pytest.approx(pixel, abs=1) for pixel in ON_WHITE]
+
+
+def test_grey_that_is_transparent_is_seen_on_white():
+    drawn = row("LA", [(100, 255), (0, 128), (0, 0)])
+    for value in (drawn, saved(drawn), drawn.convert("La")):
+        assert seen(value) == [pytest.approx((g, g, g), abs=1) for g in (100, 127, 255)]
+
+
+def test_a_palette_or_a_colour_that_is_transparent_is_seen_on_white():
+    palette = row("P", [0, 1, 2])
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    assert seen(saved(palette)) == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    for value in (saved(palette, transparency=1), saved(palette, "GIF", transparency=1)):  # one colour of it
+        assert seen(value) == [(255, 0, 0), (255, 255, 255), (0, 0, 255)]
+    half = saved(palette, transparency=bytes([255, 0, 128]))  # each of its own
+    assert seen(half) == [(255, 0, 0), (255, 255, 255), pytest.approx((127, 127, 255), abs=1)]
+    plain = row("RGB", [(1, 2, 3), (9, 9, 9)])
+    assert seen(saved(plain, transparency=(9, 9, 9))) == [(1, 2, 3), (255, 255, 255)]
+    assert seen(saved(row("L", [7, 9]), transparency=9)) == [(7, 7, 7), (255, 255, 255)]
+
+
+def test_a_transparent_picture_is_turned_upright_as_well():
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    assert seen(saved(row("RGBA", [RED, HALF_RED, BLUE_UNDER_NOTHING]), exif=exif)) == [
+        pytest.approx(pixel, abs=1) for pixel in ON_WHITE[::-1]
+    ]
 
 
 def test_a_column_is_read_once_a_value_and_may_have_gaps(file):

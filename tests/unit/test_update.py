@@ -105,7 +105,13 @@ def test_advantages_are_clipped():
 @pytest.mark.parametrize("shift", [1e8, -1e9])
 @pytest.mark.parametrize(
     "objective",
-    [{}, {"advantage": "batch"}, {"advantage": "gdpo"}, {"baseline": "group"}, {"advantage": "batch", "baseline": "group"}],
+    [
+        {},
+        {"advantage": "batch"},
+        {"advantage": "gdpo"},
+        {"baseline": "group"},
+        {"advantage": "batch", "baseline": "group"},
+    ],
 )
 def test_a_number_added_to_all_rewards_changes_no_advantage_of_any_kind(objective, shift):
     """Rewards are in eighths, which the shift leaves exact."""
@@ -117,7 +123,7 @@ def test_a_number_added_to_all_rewards_changes_no_advantage_of_any_kind(objectiv
     def advantages(added):
         survivors, group = (finalists + added)[chosen].tolist(), [groups[i] for i in chosen]
         rollout = rolled(
-            survivors, group, (finalists + added).tolist(), groups, parts=(parts + [added, 0.0]).tolist()
+            survivors, group, (finalists + added).tolist(), groups, parts=np.add(parts, [added, 0.0]).tolist()
         )
         experience, seen = learnt(rollout, weights=weights, **objective)
         return experience.advantages_N, seen["reward/std"]

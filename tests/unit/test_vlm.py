@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from progrpo.rewards.base import Refusal, RewardSettings, Score
+from progrpo.rewards.base import Refusal, RewardSettings, Score, WrongAnswer
+from progrpo.rewards.patient import Patient
 from progrpo.rewards.vlm import MAX_TOKENS, VLMJudge, mark_of
 from progrpo.types import Prompt
 
@@ -235,6 +236,14 @@ def test_pictures_of_any_strides(serve):
         ("**Rating:** 7", 7),
         ("Rating: 7/10 for its 3 dogs", 7),
         ("The score is 7.5 for its 3 dogs", 7.5),
+        ("\uff17", 7),  # full width
+        ("\uff17\uff0f\uff11\uff10", 7),
+        ("\uff17\uff0e\uff15", 7.5),
+        ('\uff5b"score"\uff1a\uff17\uff5d', 7),
+        ("7\u204410", 7),
+        ("{\u201cscore\u201d: \u201c7\u201d}", 7),  # curly quotes
+        ('{"Score": 7, "reason": "3 dogs"}', 7),
+        ("Score:\u00a07\u200b", 7),
         ('<think>Perhaps {"score": 2}? Score: 3</think>\n{"score": 7}', 7),
     ],
 )
@@ -255,6 +264,12 @@ def test_marks(text, mark):
         ("score7", "no mark"),
         ("1e1", "no mark"),
         ("7,5", "no mark"),
+        ("\uff17\uff0c\uff15", "no mark"),
+        ("Score: 8\u20149", "no mark"),  # a range, whatever its dash
+        ("Score: 8 \u2212 9", "no mark"),
+        ("8\uff0d9", "no mark"),
+        ("\u22121", "not from 0 to 10"),  # a minus, whatever its form
+        ("Score: \u22121", "not from 0 to 10"),
         ('{"score": null}', "no mark"),
         ('{"score": true}', "no mark"),
         ('{"score": NaN}', "no mark"),
@@ -298,6 +313,16 @@ def test_answers_without_a_mark(text, problem):
 def test_answers_that_are_none(answer, problem):
     with pytest.raises(ValueError, match=problem):
         mark_of(json.dumps(answer))
+
+
+@pytest.mark.parametrize("answer", [[7], 7, "7", {}, {"score": 7}, {"detail": "Not Found"}])
+def test_what_another_api_answers_is_refused_at_once(serve, answer):
+    judge, server = serve(lambda request: (200, json.dumps(answer)))
+    with pytest.raises(
+        WrongAnswer, match=r"^reward 'vlm': the server's answer is no completion: .*; check that the url is"
+    ):
+        Patient(judge, sleep=lambda seconds: None).score(pictures(1), [Prompt("")])
+    assert len(server.asked) == 1
 
 
 def test_answers_that_are_no_json():

@@ -53,6 +53,7 @@ def _preserving(
 
 
 _FLOW_DIMS, _SD_DIMS = 16 * 64 * 64, 4 * 64 * 64  # of 512 px pictures, in SD3.5 and in SD1.x
+_WAN_DIMS = 16 * 9 * 30 * 52  # of Wan's videos of 33 frames, 240 by 416 px
 
 SAMPLERS: dict[str, Sampler] = {
     # Flow-GRPO (arXiv 2505.05470)
@@ -71,6 +72,15 @@ SAMPLERS: dict[str, Sampler] = {
         noise_level=0.3,
         clip_range=1e-4,
         clip_dims=_FLOW_DIMS,
+        flow_only=True,
+    ),
+    # flow_grpo's script for Wan: a rate in proportion to sigma, sigma_one sigma at noise level 1
+    "flow_grpo_wan": Sampler(
+        scale=lambda levels, a: a * levels.sigma[1] * levels.sigma[:-1],
+        mean_std=_sde,
+        noise_level=1.0,
+        clip_range=1e-3,
+        clip_dims=_WAN_DIMS,
         flow_only=True,
     ),
     # DDIM with eta (arXiv 2010.02502), DanceGRPO's and DDPO's on Stable Diffusion

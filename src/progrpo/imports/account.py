@@ -179,6 +179,14 @@ def precision(setting: Setting) -> Outcome:
     return sets({"model.dtype": dtype}, "losses are scaled, as there" if dtype == "float16" else "")
 
 
+def continued_lora(setting: Setting) -> Outcome:
+    """An adapter that is trained further; in both frameworks a reference is the model without it."""
+    return sets(
+        {"model.lora": setting.text()},
+        "its rank, alpha and layers are its own; a KL is measured from the model with it, there from the one without",
+    )
+
+
 def counted_in(path: str) -> Rule:
     """One of several settings that make a field of ours, which another one's rule sets."""
     return lambda setting: Outcome("translated", f"counted in {path}")
@@ -195,6 +203,45 @@ def only(*usual: Any, why: str, otherwise: str) -> Rule:
         return not_needed(why) if setting.value in usual else no_equal(otherwise)
 
     return rule
+
+
+UNIPC_LEVELS = (
+    "its levels are .999 (1 - i / T) before the shift; ours are Euler's, from 1 to .001, with the model's own shift"
+)
+"""What Wan's scheduler does in either framework."""
+
+
+# --- rewards ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Near:
+    """Our reward that is nearest to one of another framework, whose value is `factor` times ours.
+
+    `differs`: in what they differ besides, a clause; empty if in nothing.
+    """
+
+    name: str
+    factor: float = 1.0
+    differs: str = ""
+
+
+def reward_outcome(place: str, own: str, near: Near | None, weight: float | None, what: str = "") -> Outcome:
+    """A reward as the term `own` at `place`; its weight, if any, is converted so that both frameworks add up the same numbers.
+
+    Without an equal it is named all the same: the nearest of ours, or a function that the user writes (`what` says what of).
+    """
+    factor = near.factor if near else 1.0
+    fields: dict[str, Any] = {f"{place}.name": own}
+    if weight is not None:
+        fields[f"{place}.weight"] = weight if factor == 1 else round(weight * factor, 9)
+    scale = "" if factor == 1 or weight is None else f"weight {weight:g} there, whose reward is {factor:.6g} times ours"
+    if near is None:
+        why = f"no built-in reward{what and f' ({what})'}; write it as {own} (docs/rewards.md), which the configuration names"
+        return no_equal(why, fields)
+    if near.differs:
+        return no_equal("; ".join(filter(None, (f"{own} is nearest: {near.differs}", scale))), fields)
+    return sets(fields, scale)
 
 
 # --- all of them together ---------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,22 @@ import yaml
 
 from progrpo.imports.account import (
     MOST_SETTINGS,
+    UNIPC_LEVELS,
+    Near,
     Outcome,
     Rule,
     Setting,
     Translation,
     choice,
     content_of,
+    continued_lora,
     flattened,
     ignored,
     no_equal,
     not_needed,
     only,
     precision,
+    reward_outcome,
     sets,
     to,
     translate,
@@ -38,6 +43,7 @@ _DEFAULTS: dict[str, Any] = {
     "model.model_name_or_path": "black-forest-labs/FLUX.1-dev",
     "model.finetune_type": "full",
     "model.lora_rank": 8,
+    "model.target_modules": "all",
     "train.trainer_type": "grpo",
     "train.resolution": 512,
     "train.num_inference_steps": 10,
@@ -55,7 +61,9 @@ _DEFAULTS: dict[str, Any] = {
     "train.kl_beta": 0,
     "train.ema_decay": 0.995,
     "train.ema_update_interval": 10,
+    "train.ema_decay_schedule": "power",
     "train.latent_storage_dtype": "fp16",
+    "train.adv_eps": 1e-6,
     "scheduler.dynamics_type": "Flow-SDE",
     "scheduler.noise_level": 0.7,
     "scheduler.num_sde_steps": 1,
@@ -67,7 +75,12 @@ _DEFAULTS: dict[str, Any] = {
 _DEFAULTS_OF: dict[str, dict[str, Any]] = {
     "grpo": {"train.clip_range": 1e-4, "train.kl_type": "x-based"},
     "grpo-guard": {"train.clip_range": 1e-4, "train.kl_type": "x-based"},
-    "nft": {"train.nft_beta": 1.0, "train.num_train_timesteps": 0, "train.timestep_range": 0.9},
+    "nft": {
+        "train.nft_beta": 1.0,
+        "train.off_policy": False,
+        "train.num_train_timesteps": 0,
+        "train.timestep_range": 0.9,
+    },
     "awm": {
         "train.awm_weighting": "Uniform",
         "train.ema_kl_beta": 0,
@@ -91,17 +104,68 @@ _OLD_OPTIMIZER = {
     "train.max_grad_norm": "max_grad_norm",
 }
 
+_UNREGISTERED = "it has none of this name of its own, and what yours returns is not known here"
 REWARDS = {
-    "pickscore": "pickscore",
-    "clip": "clipscore",
-    "clipscore": "clipscore",
-    "ocr": "ocr",
-    "geneval": "geneval",
-    "hpsv2": "hpsv2",
-    "imagereward": "imagereward",
-    "aesthetic": "aesthetic",
-    "vllm_evaluate": "vlm",
+    "pickscore": Near("pickscore"),
+    "clip": Near(
+        "clipscore",
+        1 / 2.5,
+        "theirs is the cosine with the prompt, and of a video's first frame; ours is 2.5 times that, with 'A photo depicts '"
+        " before the prompt, and never below 0",
+    ),
+    "ocr": Near(
+        "ocr",
+        differs="theirs has had the whole prompt as its target, or a mean over quotes by the longer text; ours is"
+        " 1 - edits / length of what the prompt has in quotes",
+    ),
+    "geneval": Near(
+        "geneval",
+        differs="theirs is the mean over clauses of the least of number and colour, with a place by centres alone; both are in 0..1",
+    ),
+    "vllm_evaluate": Near(
+        "vlm",
+        differs="theirs is P(yes) / (P(yes) + P(no)) of 'Is it a beautiful image?', without the prompt; ours a mark of 0 to 10, over"
+        " 10, for which a column `question` says what is asked",
+    ),
+    **{name: Near(name, differs=_UNREGISTERED) for name in ("hpsv2", "imagereward", "aesthetic", "clipscore")},
 }  # in small letters, as it looks them up
+_NOT_BUILT_IN = {
+    "pickscore_rank": "PickScore's rank in its group over the group's size: a function with `groupwise = True`",
+    "clap": "of sound",
+    "imagebind": "of sound",
+    "rational_rewards_t2i": "a judge's marks, from a server",
+    "rational_rewards_edit": "a judge's marks, from a server",
+    "consistent_editing": "a judge of edits",
+}
+
+_ATTENTION = tuple(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
+_ATTENTION += tuple(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"))
+_FF = tuple(f"{stream}.{name}" for stream in ("ff", "ff_context") for name in ("net.0.proj", "net.2"))
+_FF2 = tuple(f"{stream}.{name}" for stream in ("ff", "ff_context") for name in ("linear_in", "linear_out"))
+_WAN = tuple(f"{attention}.{name.removeprefix('attn.')}" for attention in ("attn1", "attn2") for name in _ATTENTION[:4])
+_DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
+    "sd3-5": _ATTENTION,
+    "flux1": (*_ATTENTION, *_FF),
+    "flux1-kontext": (*_ATTENTION, *_FF),
+    "flux2-klein": (*_ATTENTION, *_FF2, "attn.to_qkv_mlp_proj"),
+    # it also names img_mlp.net.2.proj and txt_mlp.net.2.proj, which are no layers
+    "qwen-image": (*_ATTENTION, "img_mlp.net.0.proj", "txt_mlp.net.0.proj"),
+    "wan2_t2v": (*_WAN, "ffn.net.0.proj", "ffn.net.2"),
+}
+"""Its types of models that have a policy here, and the layers that `target_modules: default` is of each."""
+
+# Its settings of the average that nft, awm and dgpo compare with, at the values that ours has.
+_AVERAGES: dict[str, dict[str, Any]] = {
+    "nft": {
+        "train.ema_decay": 0.5,
+        "train.ema_update_interval": 1,
+        "train.ema_decay_schedule": "piecewise_linear",
+        "train.flat_steps": 0,
+        "train.ramp_rate": 1e-3,
+    },
+    "awm": {"train.ema_update_interval": 1, "train.ema_decay_schedule": "linear"},
+    "dgpo": {"train.ema_ref_max_decay": 0.3, "train.ema_ref_ramp_rate": 1e-3},
+}
 
 
 def import_flow_factory(path: str) -> Translation:
@@ -109,12 +173,18 @@ def import_flow_factory(path: str) -> Translation:
     file = Path(path)
     settings = {name: _number_if_one(value) for name, value in _read(file).items()}
     trainer = settings.get("train.trainer_type", "grpo")
+    if isinstance(trainer, str):
+        trainer = trainer.lower()  # as it looks them up
     if not isinstance(trainer, str) or trainer not in _DEFAULTS_OF:
         raise ValueError(
             f"{named(file)}: train.trainer_type {quoted(trainer)} has no equal here; there are {', '.join(_DEFAULTS_OF)}"
         )
     defaults = {**_DEFAULTS, **_DEFAULTS_OF[trainer], **{f"optimizers[0].{n}": v for n, v in _OPTIMIZER.items()}}
     silent = {name: value for name, value in defaults.items() if name not in settings}
+    if "train.trainer_type" in settings:
+        settings["train.trainer_type"] = trainer
+    if str(settings.get("model.model_type")).lower() == "wan2_t2v":
+        silent["scheduler.levels"] = "UniPC's"
     return translate(file, {**settings, **silent}, RULES, defaults=silent)
 
 
@@ -134,7 +204,8 @@ def _read(path: Path) -> dict[str, Any]:
         data = yaml.load(content, _Loader)
         if not isinstance(data, dict) or not data:
             raise ValueError("it holds no settings by name")
-        return flattened(_in_one_shape(data))
+        settings = flattened(_in_one_shape(data))
+        return {re.sub(r"(rewards\[\d+\]\.weight)\.(.*)", r"\1[\2]", name): value for name, value in settings.items()}
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{named(path)} is no settings file: {' '.join(str(error).split())[:200]}") from None
 
@@ -315,18 +386,67 @@ def _iterations(setting: Setting) -> Outcome:
     return sets({"iterations": setting.value})
 
 
+def _average(setting: Setting) -> Outcome:
+    """A setting of the average that the objective compares with."""
+    own = _AVERAGES.get(_objective(setting), {})
+    if setting.name not in own:
+        return not_needed(f"{_trainer(setting)} does not read it")
+    here = own[setting.name]
+    return not_needed("the same here") if setting.value == here else no_equal(f"{here} here, as published")
+
+
+def _averages_for_evaluations(setting: Setting) -> bool:
+    """Whether the average that `train.ema_decay` speaks of is for evaluations alone."""
+    return _objective(setting) in ("grpo", "dgpo")
+
+
 def _ema_decay(setting: Setting) -> Outcome:
-    if _objective(setting) != "grpo":
-        return no_equal(f"{_trainer(setting)} keeps its old policy by a schedule of its own")
+    if _objective(setting) == "awm":
+        return _awm_average(setting)
+    if not _averages_for_evaluations(setting):
+        return _average(setting)
     decay, every = setting.number(), setting.count("train.ema_update_interval")
     each = round(decay ** (1 / every), 6) if 0 < decay < 1 else decay
     return sets({"optim.ema_decay": each}, f"{decay:g} at every {every} epochs there")
 
 
+def _awm_average(setting: Setting) -> Outcome:
+    """A decay that rises to this over `warmup_steps` epochs in equal steps, if its schedule is that one."""
+    if not _rises_in_equal_steps(setting):
+        return no_equal("the average that awm compares with has a decay of min(.0003 n, .3) here after epoch n")
+    ramp = round(setting.number() / setting.count("train.warmup_steps"), 9)
+    return sets({"objective.awm.average_limit": setting.number(), "objective.awm.average_ramp": ramp})
+
+
 def _ema_interval(setting: Setting) -> Outcome:
-    if _objective(setting) != "grpo":
-        return no_equal(f"{_trainer(setting)} keeps its old policy by a schedule of its own")
+    if not _averages_for_evaluations(setting):
+        return _average(setting)
     return Outcome("translated", "counted in optim.ema_decay")
+
+
+def _ema_schedule(setting: Setting) -> Outcome:
+    if not _averages_for_evaluations(setting):
+        return _average(setting)
+    same = setting.value in ("constant", "power")  # which begins lower, and is constant after some epochs
+    return not_needed("the same here") if same else no_equal("an average has one decay")
+
+
+def _rises_in_equal_steps(setting: Setting) -> bool:
+    return setting.all.get("train.ema_decay_schedule") == "linear" and "train.warmup_steps" in setting.all
+
+
+def _warmup(setting: Setting) -> Outcome:
+    if _objective(setting) == "awm" and _rises_in_equal_steps(setting):
+        return Outcome("translated", "counted in objective.awm.average_ramp")
+    return not_needed("of a schedule that is not taken")
+
+
+def _off_policy(setting: Setting) -> Outcome:
+    """NFT draws its pictures from the old policy here, and the others from the weights in training."""
+    nft = _objective(setting) == "nft"
+    if bool(setting.value) is nft:
+        return not_needed("the same here")
+    return no_equal(f"pictures are from the {'old policy' if nft else 'weights in training'} here")
 
 
 def _latent_dtype(setting: Setting) -> Outcome:
@@ -381,6 +501,36 @@ def _pool(setting: Setting) -> Outcome:
     return Outcome("translated", "counted in sampling.sde_window_end")
 
 
+def _model(setting: Setting) -> Outcome:
+    if re.search(r"wan\W?2\W2", setting.text().lower()):
+        raise ValueError(
+            f"model.model_name_or_path {quoted(setting.value)} is a Wan 2.2, of two networks, which cannot be trained here"
+        )
+    return sets({"model.path": setting.value})
+
+
+def _model_type(setting: Setting) -> Outcome:
+    if setting.value is not None and str(setting.value).lower() not in _DEFAULT_TARGETS:
+        raise ValueError(
+            f"model.model_type {quoted(setting.value)} is of models that cannot be trained here; there are"
+            f" {', '.join(_DEFAULT_TARGETS)}"
+        )
+    return not_needed("told from the model itself")
+
+
+def _source_size(setting: Setting) -> Outcome:
+    if "kontext" in str(setting.all.get("model.model_name_or_path")).lower():
+        return not_needed("pictures to change have the size that the model's pipeline gives them")
+    return no_equal("FLUX.1 Kontext alone is given pictures here; other models make theirs from the prompt")
+
+
+def _frames(setting: Setting) -> Outcome:
+    frames = setting.value
+    every = isinstance(frames, int) and 1 <= frames <= 1024
+    fields = {"model.frames": frames, **({"reward.frames": frames} if every else {})}
+    return sets(fields, "its rewards score every frame of a video")
+
+
 def _lora_rank(setting: Setting) -> Outcome:
     if setting.all.get("model.finetune_type") != "lora":
         return not_needed("all weights are trained")
@@ -396,11 +546,34 @@ def _lora_alpha(setting: Setting) -> Outcome:
     return not_needed("twice the rank") if setting.value is None else sets({"model.lora_alpha": setting.value})
 
 
+_RESUMING = "progrpo train --resume goes on with runs of its own"
+
+
+def _resumes_lora(setting: Setting) -> bool:
+    kind = setting.all.get("model.resume_type") or setting.all.get("model.finetune_type")
+    return kind == "lora" == setting.all.get("model.finetune_type")
+
+
+def _resumed(setting: Setting) -> Outcome:
+    if setting.value is None:
+        return not_needed("nothing to resume")
+    return continued_lora(setting) if _resumes_lora(setting) else no_equal(_RESUMING)
+
+
+def _resume_type(setting: Setting) -> Outcome:
+    if setting.all.get("model.resume_path") is None:
+        return not_needed("nothing to resume")
+    return Outcome("translated", "counted in model.lora") if _resumes_lora(setting) else no_equal(_RESUMING)
+
+
 def _targets(setting: Setting) -> Outcome:
     if setting.all.get("model.finetune_type") != "lora":
         return not_needed("all weights are trained")
     if isinstance(setting.value, list):
         return sets({"model.lora_targets": setting.value})
+    layers = _DEFAULT_TARGETS.get(str(setting.all.get("model.model_type")).lower())
+    if setting.value == "default" and layers:
+        return sets({"model.lora_targets": list(layers)})
     if setting.value in ("default", "all"):
         return no_equal(
             "attention and feed-forward of both streams, our default; model.lora_targets takes another list"
@@ -418,41 +591,116 @@ def _dataset(setting: Setting) -> Outcome:
     return sets({"prompts.source": str(folder / f"train{end}"), "eval.prompts": str(folder / f"test{end}")})
 
 
+def _near(setting: Setting) -> Near | None:
+    """Ours; under gdpo without its scale, which is divided out there."""
+    near = REWARDS.get(setting.text().lower())
+    scaled = setting.all.get("train.advantage_aggregation") != "gdpo"
+    return near if near is None or scaled else replace(near, factor=1.0)
+
+
 def _reward_name(setting: Setting) -> str:
     """Ours, or that of a function which the user writes."""
-    model = setting.text()
-    last = re.split(r"[.:/]", model)[-1]
-    return REWARDS.get(model.lower()) or f"my_rewards:{last if last.isidentifier() else 'reward'}"
+    last = re.split(r"[.:/]", setting.text())[-1]
+    near = _near(setting)
+    return near.name if near else f"my_rewards:{last if last.isidentifier() else 'reward'}"
+
+
+def _applies(setting: Setting) -> bool:
+    """Whether a reward is one of the data set that is read."""
+    sets_of_it = setting.all.get(setting.name.rpartition(".")[0] + ".applicable_datasets")
+    return not isinstance(sets_of_it, list) or setting.all.get("data.datasets[0].name") in sets_of_it
 
 
 def _reward(setting: Setting) -> Outcome:
-    own, place = _reward_name(setting), _place(setting)
+    own = _reward_name(setting)
+    if not _applies(setting):
+        return no_equal(
+            f"of other data sets than the one that is read, {named(setting.all.get('data.datasets[0].name'))}"
+        )
     trained = [
         Setting(n, v, setting.all) for n, v in setting.all.items() if re.fullmatch(r"rewards\[\d+\]\.reward_model", n)
     ]
-    if setting.name.startswith("eval_") and own in [_reward_name(other) for other in trained]:
+    if setting.name.startswith("eval_") and own in [_reward_name(other) for other in trained if _applies(other)]:
         return not_needed("what is trained on is measured at every evaluation")
-    if own.startswith("my_rewards:"):
-        why = f"no built-in reward; write it as {own} (docs/rewards.md), which the configuration names"
-        return no_equal(why, {f"{place}.name": own})
-    return sets({f"{place}.name": own})
+    what = _NOT_BUILT_IN.get(setting.text().lower(), "")
+    return reward_outcome(_place(setting), own, _near(setting), _reward_weight(setting), what)
+
+
+def _reward_weight(setting: Setting) -> float | None:
+    """Of a reward that is trained on, in the data set that is read."""
+    if setting.name.startswith("eval_"):
+        return None
+    head = setting.name.rpartition(".")[0] + ".weight"
+    names = head, f"{head}[{setting.all.get('data.datasets[0].name')}]"
+    return next((setting.number(name) for name in names if name in setting.all), 1.0)
+
+
+def _weight(setting: Setting) -> Outcome:
+    if setting.name.startswith("eval_"):
+        return not_needed("what is measured alone has no weight")
+    if (refused := _beside(setting)) is not None:
+        return refused
+    return Outcome("translated", f"counted in {_place(setting)}.weight")
+
+
+def _weight_of_set(setting: Setting) -> Outcome:
+    own = setting.name.endswith(f"[{setting.all.get('data.datasets[0].name')}]")
+    return _weight(setting) if own else not_needed("of a data set that is not read")
+
+
+def _beside(setting: Setting) -> Outcome | None:
+    """What becomes of a setting whose reward is not taken, or measured as it is trained on; None of another's."""
+    head = re.sub(r"(\[\d+\]).*", r"\1", setting.name)
+    model = setting.all.get(f"{head}.reward_model")
+    if model is None:
+        return not_needed("there is no reward beside it")
+    reward = Setting(f"{head}.reward_model", model, setting.all)
+    if not _applies(reward):
+        return not_needed("its reward is not taken")
+    return (
+        not_needed("this reward is measured as it is trained on") if _reward(reward).fate == "not needed here" else None
+    )
 
 
 def _reward_field(field: str, names: Mapping[str, Any] | None = None) -> Rule:
     """A setting of a reward that ours has, too; of one that is only evaluated, where it is not trained on as well."""
 
     def rule(setting: Setting) -> Outcome:
-        model = setting.all.get(setting.name.rpartition(".")[0] + ".reward_model")
-        if model is None or _reward(Setting(_model_of(setting), model, setting.all)).fate == "not needed here":
-            return not_needed("this reward is measured as it is trained on")
+        if (refused := _beside(setting)) is not None:
+            return refused
         value = setting.one_of(names) if names else setting.value
         return sets({f"{_place(setting)}.{field}": value})
 
     return rule
 
 
-def _model_of(setting: Setting) -> str:
-    return setting.name.rpartition(".")[0] + ".reward_model"
+_DTYPES = {
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+    "float32": "float32",
+    "fp32": "float32",
+}
+
+
+def _reward_dtype(setting: Setting) -> Outcome:
+    model = setting.all.get(setting.name.rpartition(".")[0] + ".reward_model")
+    if str(model).lower() != "pickscore" or _beside(setting) is not None:
+        return _reward_field("dtype", _DTYPES)(setting)
+    return sets({f"{_place(setting)}.dtype": "float32"}, "its PickScore computes in float32 whatever this says")
+
+
+def _of_judge(field: str) -> Rule:
+    """A setting of the server that `vlm` asks."""
+
+    def rule(setting: Setting) -> Outcome:
+        model = setting.all.get(setting.name.rpartition(".")[0] + ".reward_model")
+        if str(model).lower() != "vllm_evaluate":
+            return no_equal("of a reward that you write")
+        return _reward_field(field)(setting)
+
+    return rule
 
 
 def _place(setting: Setting) -> str:
@@ -492,13 +740,15 @@ def _range(setting: Setting) -> Outcome:
 def _weighting(setting: Setting) -> Outcome:
     if _objective(setting) != "awm":
         return not_needed(f"{_trainer(setting)} does not read it")
-    ours = {"uniform": "uniform", "t": "t", "t2": "t2", "t**2": "t2"}.get(str(setting.value).lower())
+    names = {"uniform": "uniform", "t": "t", "t2": "t2", "t**2": "t2", "huber": "huber", "ghuber": "ghuber"}
+    ours = names.get(str(setting.value).lower())
     return sets({"objective.awm.weighting": ours}) if ours else no_equal("uniform, our default")
 
 
 _PLACE = "progrpo train --out says where a run is kept"
 _LAUNCH = "accelerate launch or torchrun starts the processes"
 _LOADING = "prompts are read at once, and encoded at the start"
+_CURRENT = "pictures are from the weights in training"
 _ON_DEVICE = "they stay on the run's device"
 _ONE = "one data set is read"
 
@@ -511,8 +761,8 @@ RULES: dict[str, Rule] = {
     "run_name": ignored(_PLACE),
     "project": ignored(_PLACE),
     "logging_backend": ignored("metrics go to the run folder and its report"),
-    "model.model_name_or_path": to("model.path"),
-    "model.model_type": ignored("told from the model itself"),
+    "model.model_name_or_path": _model,
+    "model.model_type": _model_type,
     "model.finetune_type": choice("model.weights", {"lora": "lora", "full": "full"}),
     "model.lora_rank": _lora_rank,
     "model.lora_alpha": _lora_alpha,
@@ -523,12 +773,8 @@ RULES: dict[str, Rule] = {
     "model.master_weight_dtype": only(
         "fp32", "float32", why="the same here", otherwise="trained weights are kept in float32"
     ),
-    "model.resume_path": only(
-        None, why="nothing to resume", otherwise="progrpo train --resume goes on with runs of its own"
-    ),
-    "model.resume_type": only(
-        None, why="nothing to resume", otherwise="progrpo train --resume goes on with runs of its own"
-    ),
+    "model.resume_path": _resumed,
+    "model.resume_type": _resume_type,
     "log.run_name": ignored(_PLACE),
     "log.project": ignored(_PLACE),
     "log.logging_backend": ignored("metrics go to the run folder and its report"),
@@ -556,7 +802,10 @@ RULES: dict[str, Rule] = {
     "train.resolution": _resolution,
     "train.height": _side,
     "train.width": _side,
-    "train.num_frames": to("model.frames"),
+    "train.num_frames": _frames,
+    "train.frame_rate": ignored("a video's frames are what is trained on"),
+    "train.condition_image_size": _source_size,
+    "train.auto_resize": _source_size,
     "train.num_inference_steps": to("sampling.num_inference_steps"),
     "train.guidance_scale": _guidance,
     "train.max_epochs": _iterations,
@@ -580,12 +829,34 @@ RULES: dict[str, Rule] = {
     "train.ema_decay": _ema_decay,
     "train.ema_update_interval": _ema_interval,
     "train.ema_device": ignored(_ON_DEVICE),
-    "train.ema_decay_schedule": only("constant", why="the same here", otherwise="an average has one decay"),
+    "train.ema_decay_schedule": _ema_schedule,
+    "train.flat_steps": _average,
+    "train.ramp_rate": _average,
+    "train.warmup_steps": _warmup,
+    "train.ema_ref_max_decay": _average,
+    "train.ema_ref_ramp_rate": _average,
+    "train.ema_ref_device": ignored(_ON_DEVICE),
+    "train.adv_eps": to("objective.adv_eps", "stds are at least that there, and not settable"),
+    "train.clip_kl": only(False, why="off", otherwise="the distance to the reference is not clipped"),
+    "train.switch_ema_ref": lambda s: (
+        no_equal(_CURRENT) if _objective(s) == "dgpo" else not_needed(f"{_trainer(s)} does not read it")
+    ),
+    "train.kl_cfg": only(1, why="the reference is not guided", otherwise="the reference is not guided"),
+    "train.use_ema_ref": only(
+        False, why="the reference is the model at its start", otherwise="the reference is the model at its start"
+    ),
+    "train.kl_weight": only(
+        "Uniform", why="the same here", otherwise="distances to the reference count alike at all times"
+    ),
     "train.time_sampling_strategy": only(
         "discrete", why="of the grid", otherwise="levels of the sampling grid are drawn"
     ),
     "train.time_shift": ignored("of logit-normal times alone"),
-    "train.ghuber_power": ignored("of Huber weights alone"),
+    "train.ghuber_power": lambda s: (
+        sets({"objective.awm.huber_power": s.value})
+        if _objective(s) == "awm"
+        else not_needed(f"{_trainer(s)} does not read it")
+    ),
     "train.enable_gradient_checkpointing": to("model.activation_checkpointing"),
     "train.latent_storage_dtype": _latent_dtype,
     "train.offload_samples_to_cpu": only(False, why="off", otherwise="an iteration's latents stay on the device"),
@@ -604,18 +875,20 @@ RULES: dict[str, Rule] = {
     "train.timestep_range": _range,
     "train.use_shared_noise": only(True, why="a group shares its noise", otherwise="a group shares its noise"),
     "train.clip_dsm": only(True, why="the loss is clipped", otherwise="the loss is clipped"),
-    "train.off_policy": only(
-        False, why="pictures are from the weights in training", otherwise="pictures are from the weights in training"
-    ),
+    "train.off_policy": _off_policy,
     "scheduler.dynamics_type": _dynamics,
     "scheduler.noise_level": _noise_level,
     "scheduler.num_sde_steps": _noisy_steps,
     "scheduler.sde_steps": _pool,
     "scheduler.seed": ignored("windows follow from the run's seed"),
+    "scheduler.flow_shift": to("sampling.shift"),
+    "scheduler.levels": lambda s: no_equal(UNIPC_LEVELS),
     "eval.resolution": _eval_size,
     "eval.height": _eval_size,
     "eval.width": _eval_size,
     "eval.num_frames": _eval_frames,
+    "eval.condition_image_size": _source_size,
+    "eval.auto_resize": _source_size,
     "eval.num_inference_steps": to("eval.num_inference_steps"),
     "eval.guidance_scale": lambda s: sets({"eval.guidance_scale": max(1.0, s.number())}),
     "eval.per_device_batch_size": ignored("evaluations take sampling.microbatch"),
@@ -625,20 +898,22 @@ RULES: dict[str, Rule] = {
     ),
     "rewards[].name": ignored("a label"),
     "rewards[].reward_model": _reward,
-    "rewards[].weight": _reward_field("weight"),
+    "rewards[].weight": _weight,
+    "rewards[].weight[]": _weight_of_set,
+    "rewards[].applicable_datasets": ignored("of the data set that is read, or not"),
     "rewards[].batch_size": _reward_field("batch_size"),
     "rewards[].device": _reward_field("device"),
-    "rewards[].dtype": _reward_field(
-        "dtype",
-        {
-            "bfloat16": "bfloat16",
-            "bf16": "bfloat16",
-            "float16": "float16",
-            "fp16": "float16",
-            "float32": "float32",
-            "fp32": "float32",
-        },
-    ),
+    "rewards[].dtype": _reward_dtype,
+    "rewards[].async_reward": ignored("reward.waves scores while the next pictures are sampled"),
+    "rewards[].num_workers": ignored("reward.waves scores while the next pictures are sampled"),
+    "rewards[].api_base_url": _of_judge("url"),
+    "rewards[].vlm_model": _of_judge("model"),
+    "rewards[].timeout": _of_judge("timeout"),
+    "rewards[].max_retries": _of_judge("retries"),
+    "rewards[].api_key": ignored("OPENAI_API_KEY in the environment is read"),
+    "rewards[].max_concurrent": ignored("as many as batch_size says are asked about at once"),
+    "rewards[].top_logprobs": ignored("marks are read, and not probabilities"),
+    "rewards[].canonicalize": ignored("marks are read, and not probabilities"),
     "optimizers[].name": ignored("a label"),
     "optimizers[].learning_rate": _first_optimizer(to("optim.lr")),
     "optimizers[].weight_decay": _first_optimizer(to("optim.weight_decay")),

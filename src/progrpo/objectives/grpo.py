@@ -55,7 +55,7 @@ class GRPO:
             return experience
         path = experience.trajectories.path
         old_ND = torch.stack([t.log_prob_N for t in path], dim=1)
-        if policy.repeatable:
+        if policy.batch_invariant:
             return experience.noting(old_ND)
         means = [None if t.mean_NCHW is None else torch.empty_like(t.mean_NCHW) for t in path]
         for items_B in of_update(old_ND.numel(), microbatch, policy.compiled):

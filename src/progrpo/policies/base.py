@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from progrpo.diffusion.levels import Levels
+from progrpo.policies.tokens import Truncation
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition, Pictures, Prompt
 
@@ -31,6 +32,7 @@ class PolicySettings:
     `compile` has torch compile the denoiser's blocks, once for each shape that they meet, and on a GPU a decoder of pictures. `activation_checkpointing` computes activations
     anew in the backward pass instead of keeping them. `shard` shares a denoiser's weights out among the processes. With `offload` the
     denoiser and the text encoders are on the device by turns. `decoding` is of a microbatch at once, of one picture, or of one in tiles. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
+    `revision` is a hub id's branch, tag or commit, `variant` which of several kinds of weights files is read (fp16: `model.fp16.safetensors`).
     """
 
     weights: Literal["lora", "full"] = "lora"
@@ -51,19 +53,23 @@ class PolicySettings:
     offload: bool = False
     decoding: Literal["whole", "sliced", "tiled"] = "whole"
     tiny_decoder: str = ""
+    revision: str = ""
+    variant: str = ""
 
 
 class Policy(Protocol):
     """A model of pictures from text, or from text and a picture, whose denoiser is trained; one file per model family implements it.
 
     Everything outside the denoiser is frozen, and there is no dropout anywhere: the same inputs give the same output
-    in sampling and in training, up to rounding (see `repeatable`).
+    in sampling and in training, up to rounding (see `batch_invariant`).
     """
 
     denoiser_name: ClassVar[str]
     """`transformer` or `unet`: what diffusers' pipeline calls the part that is trained."""
     edits: ClassVar[bool]
     """Whether the model changes a picture: every prompt must then have one, its column `image` (`progrpo.sources`)."""
+    fingerprints: Mapping[str, str]
+    """What tells the weights of each part (the denoiser, the text encoders, the VAE) from another model's, as they are before training."""
     prediction: str
     """What the network's output means, a name of `progrpo.diffusion.prediction.PREDICTIONS`."""
 
@@ -81,9 +87,11 @@ class Policy(Protocol):
     compiled_decoder: bool
     """The same of what decodes pictures."""
 
-    repeatable: bool
-    """Whether a row's output is the same, to a few float32 steps, however many rows are with it and whether gradients are kept: on a CPU,
-    but for networks compiled in low precision. Kernels of a GPU differ by shape, and those compiled with and without gradient are two."""
+    batch_invariant: bool
+    """Whether a row's output is the same, to a few float32 steps, however many rows are with it and whether gradients are kept.
+
+    False on a GPU, whose kernels differ by shape, and for networks compiled in low precision, of which there are two. On a CPU
+    it depends on the processor and the dtype, so `measure_batch_invariance` has the last word."""
 
     @property
     def attend(self) -> Callable[[], None] | None:
@@ -98,6 +106,13 @@ class Policy(Protocol):
         """Levels (B,) at places (float64) in [0, T] of that grid."""
         ...
 
+    def measure_batch_invariance(self, sizes: Iterable[int]) -> bool:
+        """Measure whether the network is batch-invariant in calls of these sizes, note it as `batch_invariant` and return it.
+
+        What is False already stays so and is not measured.
+        """
+        ...
+
     def encode(self, prompts: Sequence[Prompt]) -> Condition:
         """One row a prompt, on the policy's device: its text and, of a policy that `edits`, its picture; other columns are not read.
 
@@ -105,6 +120,10 @@ class Policy(Protocol):
 
         ValueError for a new text after `release_text_encoders`, and for a picture that is lacking or cannot be read.
         """
+        ...
+
+    def truncation(self, texts: Sequence[str]) -> Truncation:
+        """How many of the texts are longer than the text encoders read, also after `release_text_encoders`."""
         ...
 
     def release_text_encoders(self) -> None:

@@ -45,6 +45,13 @@ class Flux2KleinPolicy(PackedFlowPolicy):
         )
         return {"prompt_embeds": embeds}
 
+    def _written(self, text: str) -> str:
+        """As its pipeline: the turn of a user in a chat, whose marks count as tokens."""
+        written: str = self._pipeline.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return written
+
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (self._text_tokens, self.denoiser.config.joint_attention_dim)}
 

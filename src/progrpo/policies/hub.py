@@ -7,16 +7,28 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from progrpo.environment import on_the_way_to_the_hub
 from progrpo.words import named
 
 _UNREACHABLE = (ConnectionError, TimeoutError, socket.gaierror)  # beneath whichever client the hub's library has
+# What a client makes of a SOCKS proxy without its package, and of certificates that are not there
+_MISLED = (ImportError, FileNotFoundError)
+
+
+class UnfitError(ValueError):
+    """What is wrong with a model's files, in a sentence of our own: unlike a library's it is not cut."""
 
 
 def reason_of(error: Exception, source: str | Path) -> str:
     """Why `source` could not be loaded, on one line. Of a hub that cannot be reached the libraries say that it lacks the file."""
-    cut_off = None if os.path.isdir(source) else next((e for e in _behind(error) if isinstance(e, _UNREACHABLE)), None)
-    if cut_off is not None:
-        return f"the hub cannot be reached ({_on_a_line(cut_off)}); try again with a network, or give a folder"
+    if isinstance(error, UnfitError):
+        return str(error)
+    if not os.path.isdir(source):
+        way = on_the_way_to_the_hub()
+        kinds = (*_UNREACHABLE, *_MISLED) if way else _UNREACHABLE
+        cut_off = next((e for e in _behind(error) if isinstance(e, kinds)), None)
+        if cut_off is not None:
+            return f"the hub{way} cannot be reached ({_on_a_line(cut_off)}); try again with a network, or give a folder"
     if isinstance(error, OSError | ValueError):
         return _on_a_line(error)
     # the words of other kinds alone say little

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from safetensors import safe_open
 from torch import nn
 from torch.utils.benchmark import Timer
 from transformers.utils import logging as transformers_logging
@@ -24,7 +22,8 @@ from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.flux import FluxKontextPolicy, FluxPolicy
 from progrpo.policies.flux2 import Flux2KleinPolicy
 from progrpo.policies.hub import reason_of
-from progrpo.policies.lora import HUB_ID, LORA_FILE
+from progrpo.policies.lora_files import HUB_ID, LORA_FILE
+from progrpo.policies.parts import fetched, networks, whole
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.qwen_image import QwenImagePolicy
 from progrpo.policies.sd3 import SD3Policy
@@ -57,29 +56,41 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*local_dir_use_symlinks.*")  # of how diffusers calls the hub's library
 
 
+_CLEARLY_FASTER = 1.2  # less would let chance choose between two runs of one command
+
+
 def fastest_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
-    """Which of the two the device multiplies matrices faster in; processors without instructions for bfloat16 emulate it."""
-    seconds: dict[Literal["float32", "bfloat16"], float] = {}
-    for name in ("float32", "bfloat16"):
-        a = torch.randn(1024, 1024, device=device, dtype=getattr(torch, name))
-        timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
-        seconds[name] = timer.blocked_autorange(min_run_time=0.1).median
-    return min(seconds, key=lambda name: seconds[name])
+    """bfloat16 where the device multiplies matrices clearly faster in it; processors without instructions for it emulate it.
+
+    Both are timed in turn, and the best of each counts: other work on the processors must not decide.
+    """
+    timers = [_product(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    rounds = [[timer.timeit(1).mean for timer in timers] for _ in range(6)]
+    wide, narrow = (min(seconds) for seconds in zip(*rounds, strict=True))
+    return "bfloat16" if narrow * _CLEARLY_FASTER < wide else "float32"
+
+
+def _product(device: torch.device, dtype: torch.dtype) -> Timer:
+    a = torch.randn(1024, 1024, device=device, dtype=dtype)
+    return Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
 
 
 def load_policy(path: str | Path, settings: PolicySettings, trained: str | Path | None = None) -> Policy:
     """The policy for a built-in model's name, a folder in diffusers' format, or a hub id (`owner/name`).
 
-    `trained` is a folder that a policy's `save` wrote: its LoRA is merged, or its denoiser takes the place of the model's.
+    `trained` is a denoiser's folder, which takes the place of the model's, or a LoRA, by its folder, file or hub id, which is added as
+    `settings.lora` is.
     Reads safetensors only and runs no code from the folder. ValueError if there is nothing to load, or a pipeline
     class that no policy is written for.
     """
     settings = of_model(path, settings)
-    source = locate(path)
-    kind = supported(source)
+    source = locate(path, settings.revision)
+    kind = supported(source, settings.revision)
     pipeline = _read_pipeline(source, kind, settings)
-    if trained is not None:
+    if trained is not None and _is_denoiser(trained):
         _apply_trained(pipeline, kind.denoiser_name, Path(trained))
+    elif trained is not None:
+        settings = replace(settings, weights="lora", lora=str(trained))
     return policy_from_pipeline(pipeline, settings)
 
 
@@ -88,37 +99,19 @@ def policy_from_pipeline(pipeline: DiffusionPipeline, settings: PolicySettings) 
     return _policy_class(type(pipeline).__name__, "the pipeline").from_pipeline(pipeline, settings)
 
 
+def _is_denoiser(folder: str | Path) -> bool:
+    is_lora, has_config = (os.path.isfile(os.path.join(folder, name)) for name in (LORA_FILE, "config.json"))
+    return has_config and not is_lora
+
+
 def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path) -> None:
-    if os.path.isfile(folder / LORA_FILE):  # Path's own raises at a name that is too long
-        with sayable(folder, "trained weights"):
-            _merge_lora(pipeline, folder)
-    elif os.path.isfile(folder / "config.json"):
-        base = getattr(pipeline, denoiser_name)
-        with sayable(folder, "trained weights"):
-            kind = type(base).load_config(folder).get("_class_name")
-            if kind != type(base).__name__:
-                raise ValueError(f"they are of a {kind}, and this model has a {type(base).__name__}")
-            trained = type(base).from_pretrained(folder, use_safetensors=True, dtype=base.dtype)
-            _require_whole(trained, folder)
-        setattr(pipeline, denoiser_name, trained)
-    else:
-        raise ValueError(f"{named(folder)} holds no trained weights: neither {LORA_FILE} nor a denoiser's config.json")
-
-
-def _merge_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """ValueError for another model's, of which diffusers takes what fits, and be it nothing, in silence."""
-    pipeline.load_lora_weights(folder)
-    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    taken = sum(p.numel() for part in parts for name, p in part.named_parameters() if "lora_" in name)
-    if taken != (stored := _stored(folder / LORA_FILE)) or not stored:
-        raise ValueError(
-            f"its LoRA has {stored:,} weights, of which this model takes {taken:,}; it is of another model"
-        )
-    for name, weight in ((name, p) for part in parts for name, p in part.named_parameters() if "lora_" in name):
-        if not weight.isfinite().all():
-            raise ValueError(f"its {name} has numbers that are not finite, as of a training that diverged")
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
+    base = getattr(pipeline, denoiser_name)
+    with sayable(folder, "trained weights"):
+        kind = type(base).load_config(folder).get("_class_name")
+        if kind != type(base).__name__:
+            raise ValueError(f"they are of a {kind}, and this model has a {type(base).__name__}")
+        trained = whole(type(base), folder, dtype=base.dtype)
+    setattr(pipeline, denoiser_name, trained)
 
 
 def of_model(path: str | Path, settings: PolicySettings) -> PolicySettings:
@@ -128,8 +121,17 @@ def of_model(path: str | Path, settings: PolicySettings) -> PolicySettings:
     return settings
 
 
-def locate(path: str | Path) -> str:
-    """A folder that has a pipeline in it, or a hub id."""
+def locate(path: str | Path, revision: str = "") -> str:
+    """A folder that has a pipeline in it, or a hub id, which alone has revisions."""
+    source = _located(path)
+    if revision and os.path.isdir(source):
+        raise ValueError(
+            f"model.revision: {named(path)} is no hub id, and has no revision {named(revision)}; leave it empty, or give a hub id"
+        )
+    return source
+
+
+def _located(path: str | Path) -> str:
     if str(path) in BUILT_IN:
         return _built_in(str(path))
     folder = os.path.expanduser(path)  # as os.path.isdir, and unlike Path's, it takes every text
@@ -139,11 +141,20 @@ def locate(path: str | Path) -> str:
                 f"model.path: {named(folder)} has no model_index.json; give a folder written by save_pretrained"
             )
         return folder
+    if os.path.isfile(folder) or folder.endswith(_SINGLE_FILES):
+        raise ValueError(
+            f"model.path: {named(path)} is a single file, and a model is a folder in diffusers' format: load the file with"
+            " from_single_file of its pipeline in diffusers, such as StableDiffusionPipeline, write it with save_pretrained(FOLDER), and"
+            " give FOLDER"
+        )
     if HUB_ID.fullmatch(str(path)):
         return str(path)
     raise ValueError(
         f"model.path: {named(path) or 'an empty text'} is neither a built-in model ({', '.join(BUILT_IN)}), a folder nor a hub id"
     )
+
+
+_SINGLE_FILES = (".safetensors", ".ckpt", ".gguf", ".pt", ".pth", ".bin")
 
 
 def _built_in(name: str) -> str:
@@ -156,10 +167,10 @@ def _built_in(name: str) -> str:
     return str(folder)
 
 
-def supported(source: str) -> type[PipelinePolicy]:
+def supported(source: str, revision: str = "") -> type[PipelinePolicy]:
     """Decided on the pipeline's index alone, before gigabytes are fetched."""
     with sayable(source):
-        index = dict(DiffusionPipeline.load_config(source))
+        index = dict(DiffusionPipeline.load_config(source, revision=revision or None))
     kind = _policy_class(str(index.get("_class_name")), source)
     kind.check_index(index)
     return kind
@@ -174,55 +185,45 @@ def _policy_class(name: str, source: str) -> type[PipelinePolicy]:
 def _read_pipeline(source: str, kind: type[PipelinePolicy], settings: PolicySettings) -> DiffusionPipeline:
     """Loaded in `dtype`, but a denoiser that is trained in full in float32: no precision is lost on the way."""
     denoiser = torch.float32 if settings.weights == "full" else settings.dtype
+    dtypes = {kind.denoiser_name: denoiser, "vae": kind.vae_dtype or settings.dtype, "default": settings.dtype}
     with sayable(source):
-        for file in Path(source).glob(
-            "*/*config.json"
-        ):  # the libraries take other JSON for a hub's name, and ask there
-            if not isinstance(json.loads(file.read_bytes()), dict):
-                raise ValueError(f"{file} holds no object of named settings")
-        pipeline = DiffusionPipeline.from_pretrained(
-            source,
-            dtype={kind.denoiser_name: denoiser, "vae": kind.vae_dtype or settings.dtype, "default": settings.dtype},
-            use_safetensors=True,
-            **_absent_encoders(source),
-        )
+        folder = fetched(source, settings.revision, settings.variant, kind.left_out)
+        _require_objects(folder)
+        index = {
+            name: part for name, part in DiffusionPipeline.load_config(folder).items() if name not in kind.left_out
+        }
+        parts = networks(folder, index, dtypes, settings.variant)
+        absent = {**dict.fromkeys(_absent_encoders(index)), **kind.left_out}
+        pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **parts, **absent)
         for name, part in pipeline.components.items():
-            if part is not None and Path(source).is_dir():
-                _require_whole(part, Path(source, name))
+            if isinstance(part, nn.Module) and name not in parts:
+                raise ValueError(f"its {name} is of no class that diffusers or transformers has")
+            if name.startswith("tokenizer") and part is not None:
+                _require_vocabulary(folder / name)
     return pipeline
 
 
-def _absent_encoders(source: str) -> dict[str, None]:
+def _require_objects(folder: Path) -> None:
+    """ValueError for a configuration file that holds something else, which the libraries take for a hub's name."""
+    for file in folder.glob("*/*config.json"):
+        if not isinstance(json.loads(file.read_bytes()), dict):
+            raise ValueError(f"{file} holds no object of named settings")
+
+
+def _absent_encoders(index: Mapping[str, Any]) -> set[str]:
     """Text encoders that the pipeline was saved without, and their tokenizers: diffusers must be told of them to load the rest."""
-    absent = {name for name, part in DiffusionPipeline.load_config(source).items() if part == [None, None]}
+    absent = {name for name, part in index.items() if part == [None, None]}
     encoders = {name for name in absent if name.startswith("text_encoder")}
-    return dict.fromkeys(encoders | {name for name in absent if name.replace("tokenizer", "text_encoder") in encoders})
+    return encoders | {name for name in absent if name.replace("tokenizer", "text_encoder") in encoders}
 
 
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "spiece.model"}
 
 
-def _require_whole(part: object, folder: Path) -> None:
-    """ValueError where the files of a pipeline's part lack something that the libraries fill up in silence.
-
-    Missing weights become random numbers, a missing vocabulary an empty one. Weights are counted and not named, since names
-    change on the way from a file to a module; tied ones are stored once.
-    """
-    if folder.name.startswith("tokenizer") and not _VOCABULARIES & {file.name for file in folder.glob("*")}:
+def _require_vocabulary(folder: Path) -> None:
+    """ValueError for a tokenizer without one, of which transformers makes an empty one in silence."""
+    if not _VOCABULARIES & {file.name for file in folder.glob("*")}:
         raise ValueError(f"{folder} holds none of {', '.join(sorted(_VOCABULARIES))}")
-    if not isinstance(part, nn.Module):
-        return
-    buffers = dict(part.named_buffers())
-    stored = sum(_stored(file, buffers) for file in folder.glob("*.safetensors"))
-    if stored < (wanted := sum(parameter.numel() for parameter in part.parameters())):
-        raise ValueError(f"{folder} holds {stored:,} weights, and its config.json asks for {wanted:,}")
-
-
-def _stored(file: Path, without: Container[str] = ()) -> int:
-    """Numbers in a safetensors file."""
-    with safe_open(file, "pt") as weights:
-        names = [name for name in weights.keys() if name not in without]  # noqa: SIM118 (it is no dict)
-        return sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
 
 
 @contextmanager

@@ -1,54 +1,71 @@
-"""A LoRA in diffusers' format as what is trained further: its rank, alpha and layers are the file's."""
+"""A LoRA in a denoiser: one that is there already as what is trained further, and what is saved of any.
+
+What is saved means the same to every reader: alpha / rank is in lora_B, and alpha is the rank. A reader of tensors alone, which
+knows no alpha, takes just that. The alpha that it was trained with is in the header, for those who train it further: with another
+split Adam's steps would be others.
+"""
 
 from __future__ import annotations
 
-import os
-import re
+import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub import hf_hub_download
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from progrpo.policies.hub import reason_of
+from progrpo.policies.lora_files import LORA_FILE, SETTINGS, TRAINED_WITH, read_lora
 from progrpo.words import named
 
 ADAPTER = "default"
 """What peft calls the adapter that is trained."""
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers calls a LoRA in its folder."""
-HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
-
-_LAYER = re.compile(r"(?P<part>\w+)\..+\.lora_[AB]\.weight")
 
 
 def continue_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str) -> None:
-    """Give the denoiser the LoRA of a folder, a file or a hub id, in float32 and bit for bit.
+    """Give the denoiser the LoRA of a folder, a file or a hub id, in float32.
 
+    Bit for bit, but for one that was saved here and trained with an alpha / rank that is no power of two: that is up to rounding.
     ValueError, one sentence, for what is no LoRA of this denoiser alone: every number in the file must find its place.
     """
     denoiser = getattr(pipeline, denoiser_name)
     try:
-        file = _file(source)
-        _require_plain(file, denoiser_name)
-        found = type(pipeline).lora_state_dict(file.parent, weight_name=file.name, return_lora_metadata=True)
-        tensors, metadata = found[0], found[-1]
+        lora = read_lora(pipeline, denoiser_name, source)
+        _require_layers(lora.tensors, denoiser)
+        _require_finite(lora.tensors)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a misfit, which is said below; what peft draws is replaced
-            denoiser.load_lora_adapter(tensors, prefix=denoiser_name, metadata=metadata, adapter_name=ADAPTER)
+            denoiser.load_lora_adapter(
+                dict(lora.tensors), prefix=None, metadata=lora.config.to_dict(), adapter_name=ADAPTER
+            )
         in_float32(denoiser)  # what was loaded was rounded to the base's dtype
-        own = {name.removeprefix(f"{denoiser_name}."): tensor for name, tensor in tensors.items()}
-        _require_taken(own, denoiser)
+        _require_taken(lora.tensors, denoiser)
+        scale = _scales(denoiser) if lora.rescaled else {}
+        own = {name: tensor / scale.get(name, 1.0) for name, tensor in lora.tensors.items()}
         set_peft_model_state_dict(denoiser, own, ADAPTER)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of many kinds: of safetensors, of the hub, of peft at another model's shapes
-        raise ValueError(f"model.lora: cannot train {named(source)} further: {reason_of(error, source)}") from error
+        raise ValueError(f"cannot use the LoRA {named(source)}: {reason_of(error, source)}") from error
+
+
+def save_lora(denoiser: ModelMixin, denoiser_name: str, folder: Path) -> None:
+    """Write the LoRA in diffusers' format."""
+    config: LoraConfig = denoiser.peft_config[ADAPTER]
+    scale, layers = _scales(denoiser), get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
+    tensors = {f"{denoiser_name}.{name}": (t * scale.get(name, 1.0)).contiguous() for name, t in layers.items()}
+    trained_with = {name: getattr(config, name) for name in ("lora_alpha", "alpha_pattern", "use_rslora")}
+    settings = config.to_dict() | {"lora_alpha": config.r, "alpha_pattern": config.rank_pattern, "use_rslora": False}
+    settings["target_modules"] = sorted(config.target_modules)  # a set: equal weights should be equal files
+    header = {SETTINGS: {f"{denoiser_name}.{name}": v for name, v in settings.items()}, TRAINED_WITH: trained_with}
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {name: json.dumps(value, sort_keys=True) for name, value in header.items()}
+    save_file(tensors, folder / LORA_FILE, {"format": "pt", **texts})
 
 
 def in_float32(denoiser: ModelMixin) -> None:
@@ -64,29 +81,26 @@ def in_float32(denoiser: ModelMixin) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def _file(source: str) -> Path:
-    path = os.path.expanduser(source)
-    inside = os.path.join(path, LORA_FILE) if os.path.isdir(path) else path
-    if os.path.isfile(inside) and inside.endswith(".safetensors"):
-        return Path(inside)
-    if os.path.exists(path):
-        raise ValueError(f"it is neither a folder with a {LORA_FILE} nor a file in safetensors")
-    if not HUB_ID.fullmatch(source):
-        raise ValueError("it is neither a folder, a file nor a hub id")
-    return Path(hf_hub_download(source, LORA_FILE))
+def _scales(denoiser: ModelMixin) -> dict[str, float]:
+    """What peft multiplies a layer's product by, under the name of its second matrix."""
+    layers = {name: module for name, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {f"{name}.lora_B.weight": float(module.scaling[ADAPTER]) for name, module in layers.items()}
 
 
-def _require_plain(file: Path, denoiser_name: str) -> None:
-    """Of the file itself: diffusers lets go of what it does not know."""
-    with safe_open(file, "pt") as stored:
-        parts = {found["part"] if (found := _LAYER.fullmatch(name)) else None for name in stored.keys()}  # noqa: SIM118
-    if None in parts or not parts:
-        raise ValueError("it is not a plain LoRA in diffusers' format, of lora_A and lora_B")
-    if others := sorted(filter(None, parts - {denoiser_name})):
-        raise ValueError(f"it adapts the {others[0]}, and what is trained here is the {denoiser_name} alone")
+def _require_layers(own: Mapping[str, Tensor], denoiser: ModelMixin) -> None:
+    layers = {name for name, _ in denoiser.named_modules()}
+    if strange := [name for name in own if name.partition(".lora_")[0] not in layers]:
+        raise ValueError(f"its {min(strange)} has no place in this model; it is of another")
 
 
-def _require_taken(own: dict[str, Tensor], denoiser: ModelMixin) -> None:
+def _require_finite(own: Mapping[str, Tensor]) -> None:
+    if strange := [name for name, tensor in own.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"its {min(strange)} has numbers that are not finite, as of a training that diverged; take another"
+        )
+
+
+def _require_taken(own: Mapping[str, Tensor], denoiser: ModelMixin) -> None:
     taken = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
     strange = own.keys() ^ taken.keys() or {name for name in own if own[name].shape != taken[name].shape}
     if strange:

@@ -15,7 +15,7 @@ from weakref import WeakSet
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline, ModelMixin
 from diffusers.models.autoencoders.vae import Decoder
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,11 +24,15 @@ from torch.utils.checkpoint import checkpoint
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.decoder import quicken
+from progrpo.policies.fingerprint import fingerprint
 from progrpo.policies.hub import reason_of
-from progrpo.policies.lora import ADAPTER, continue_lora, in_float32
+from progrpo.policies.invariance import is_batch_invariant
+from progrpo.policies.lora import continue_lora, in_float32, save_lora
 from progrpo.policies.offload import Turns
+from progrpo.policies.parts import whole
 from progrpo.policies.quantized import quantize_blocks
 from progrpo.policies.sharded import Step, all_gathered, blocks, share_out
+from progrpo.policies.tokens import Reader, Truncation, truncation
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition, Pictures, Prompt
 from progrpo.words import named, quoted
@@ -53,9 +57,12 @@ class PipelinePolicy(ABC):
     plain_attention: ClassVar[type | None] = None
     """An attention processor of matrix products for the denoiser; None where there is none for its kind."""
     edits: ClassVar[bool] = False
+    left_out: ClassVar[Mapping[str, Any]] = {}
+    """What the pipeline is given in the place of parts that are never loaded."""
     no_prompt: ClassVar[str] = ""
     """The text that guidance leads away from."""
     prediction: str
+    fingerprints: Mapping[str, str]
 
     def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, size: tuple[int, int]) -> None:
         """Wrap a pipeline whose trainable parameters are already marked; `from_pipeline` is the way in.
@@ -69,12 +76,12 @@ class PipelinePolicy(ABC):
         self._released = False
         self._tiny = _tiny_decoder(pipeline, settings, self._latent_channels(pipeline))
         self.compiled = settings.compile
-        exact = settings.dtype == torch.float32 or not settings.compile
-        self.repeatable = exact and torch.device(settings.device).type == "cpu"
+        self.batch_invariant = _may_be_batch_invariant(settings)
         self._step: Step | None = None
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
         self.embeds_guidance = bool(getattr(self.denoiser.config, "guidance_embeds", False))
         self.device: torch.device = torch.device(settings.device)
+        self._readers = self._text_readers()  # asked now, while the text encoders are there
         self._turns = _turns(pipeline, self.denoiser, self.device) if settings.offload else None
         self.latent_shape = self._latents(*(side // self._vae_scale(pipeline) for side in size))
         self.trainable: Mapping[str, nn.Parameter] = {
@@ -118,17 +125,20 @@ class PipelinePolicy(ABC):
             _cast(denoiser, settings.dtype)
             if settings.lora:
                 continue_lora(pipeline, cls.denoiser_name, settings.lora)
-            else:
-                _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
         elif settings.weights == "full":
             _cast(denoiser, torch.float32)
             denoiser.requires_grad_(True)
         else:
             raise ValueError(f"model.weights: {settings.weights!r} is not known; use 'lora' or 'full'")
-        _require_finite(pipeline, cls.denoiser_name, settings)
+        _require_finite(pipeline, cls.denoiser_name)
+        fingerprints = _fingerprints(
+            pipeline
+        )  # while every process has all weights; a fresh LoRA's follow from the seed
+        if settings.weights == "lora" and not settings.lora:
+            _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
         if settings.shard:
-            trained = [p for p in denoiser.parameters() if p.requires_grad]
-            share_out(denoiser, torch.device(settings.device), whole=trained if settings.weights == "lora" else ())
+            lora = [p for p in denoiser.parameters() if p.requires_grad] if settings.weights == "lora" else []
+            share_out(denoiser, torch.device(settings.device), whole=lora)
         _TAKEN.add(pipeline)
         if _narrow_on_cpu(settings):
             quicken(pipeline.vae)
@@ -142,7 +152,9 @@ class PipelinePolicy(ABC):
             pipeline.vae.to(memory_format=torch.channels_last)
         if cls.denoiser_name == "unet" and torch.device(settings.device).type == "cuda":
             denoiser.to(memory_format=torch.channels_last)
-        return cls(pipeline, settings, size)
+        policy = cls(pipeline, settings, size)
+        policy.fingerprints = fingerprints
+        return policy
 
     # --- what a family says of itself -------------------------------------------------------------------------------
 
@@ -223,6 +235,24 @@ class PipelinePolicy(ABC):
             return self._settings.max_sequence_length
         own: int = signature(type(self._pipeline).__call__).parameters["max_sequence_length"].default
         return own
+
+    def truncation(self, texts: Sequence[str]) -> Truncation:
+        return truncation(self._readers, texts)
+
+    def _text_readers(self) -> list[Reader]:
+        """CLIP reads as much as its tokenizer says, others as many tokens as the network is told."""
+        found, parts = [], self._pipeline.components
+        for place in ("", "_2", "_3"):
+            encoder, tokenizer = parts.get(f"text_encoder{place}"), parts.get(f"tokenizer{place}")
+            if encoder is not None and tokenizer is not None:
+                clip = encoder.config.model_type.startswith("clip")
+                limit = tokenizer.model_max_length if clip else self._text_tokens
+                found.append(Reader(f"text_encoder{place}", tokenizer, limit, not clip, self._written))
+        return found
+
+    def _written(self, text: str) -> str:
+        """What tokenizers are given for a text."""
+        return text
 
     def _row(self, prompt: Prompt) -> dict[str, Tensor]:
         """What the network is told of one prompt, on the CPU."""
@@ -325,15 +355,35 @@ class PipelinePolicy(ABC):
     def attend(self) -> Callable[[], None] | None:
         return None if self._step is None else self._step.attend
 
+    def measure_batch_invariance(self, sizes: Iterable[int]) -> bool:
+        if not self.batch_invariant:
+            return False
+        sizes = list(sizes)
+        most = max(sizes)
+        generator = torch.Generator().manual_seed(0)
+        x_NCHW = torch.randn(most, *self.latent_shape, generator=generator).to(self.device)
+        timestep_N = self.levels(2).timestep[1].to(x_NCHW).expand(most)
+        condition = Condition({**self._ones(self.network_inputs()), **self._unconditional.tensors})
+        condition = condition.take(torch.zeros(most, dtype=torch.int64, device=self.device))
+
+        def output(size: int) -> Tensor:
+            rows = torch.arange(size, device=self.device)
+            return self._output(x_NCHW[rows], timestep_N[rows], condition.take(rows))
+
+        self.batch_invariant = is_batch_invariant(output, sizes)
+        return self.batch_invariant
+
+    def _ones(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """One row of a condition of these shapes."""
+        dtype = self._settings.dtype
+        return {name: torch.ones(1, *shape, device=self.device, dtype=dtype) for name, shape in shapes.items()}
+
     def _stand_in(self, weights: int, training: bool) -> None:
         """A network call that takes part in the others' and adds 0 to gradients."""
         x, timestep_B = torch.ones(1, *self.latent_shape, device=self.device), torch.ones(1, device=self.device)
-        told = {
-            name: torch.ones(1, *shape, device=self.device, dtype=self._settings.dtype)
-            for name, shape in self._shapes.items()
-        }
+        condition = Condition(self._ones(self._shapes))
         with self.named_weights.instead(self.named_weights.names[weights]), torch.set_grad_enabled(training):
-            output = self._run(x, timestep_B, Condition(told))
+            output = self._run(x, timestep_B, condition)
             if training:
                 output.backward(torch.zeros_like(output))
 
@@ -372,7 +422,7 @@ class PipelinePolicy(ABC):
             if self._settings.weights == "full":
                 self._save_denoiser(folder)
             elif folder is not None:
-                self._save_lora(folder)
+                save_lora(self.denoiser, self.denoiser_name, folder)
 
     def _save_denoiser(self, folder: Path | None) -> None:
         denoiser = self.denoiser
@@ -385,13 +435,6 @@ class PipelinePolicy(ABC):
                 denoiser.load_state_dict(weights, assign=True)
         if folder is not None:
             denoiser.save_pretrained(folder)
-
-    def _save_lora(self, folder: Path) -> None:
-        metadata = self.denoiser.peft_config[ADAPTER].to_dict()  # without it alpha is lost
-        metadata["target_modules"] = sorted(metadata["target_modules"])  # a set: equal weights should be equal files
-        layers = get_peft_model_state_dict(self.denoiser)
-        names = f"{self.denoiser_name}_lora_layers", f"{self.denoiser_name}_lora_adapter_metadata"
-        type(self._pipeline).save_lora_weights(folder, **dict(zip(names, (layers, metadata), strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
         return self.named_weights.state_dict()
@@ -434,7 +477,7 @@ def _fault(part: str, dtype: torch.dtype) -> str:
     return f"the {part} gave no finite numbers (in {kept}); look at what was loaded and at what was trained (optim.lr)"
 
 
-def _require_finite(pipeline: DiffusionPipeline, denoiser_name: str, settings: PolicySettings) -> None:
+def _require_finite(pipeline: DiffusionPipeline, denoiser_name: str) -> None:
     """ValueError that names the first weight that is not finite in every number: nothing that is made with it would be."""
     for name, part in pipeline.components.items():
         if not isinstance(part, nn.Module):
@@ -442,10 +485,9 @@ def _require_finite(pipeline: DiffusionPipeline, denoiser_name: str, settings: P
         scales = part.named_buffers() if name == denoiser_name else ()
         for path, weight in (*part.named_parameters(), *scales):
             if weight.is_floating_point() and not _all_finite(weight):
-                field = "model.lora" if name == denoiser_name and f".{ADAPTER}." in path else "model.path"
                 narrow = ", or another model.dtype if it is finite there" if weight.dtype == torch.float16 else ""
                 raise ValueError(
-                    f"{field}: the {name}'s {path} has numbers that are not finite, as of a damaged file or a training that"
+                    f"model.path: the {name}'s {path} has numbers that are not finite, as of a damaged file or a training that"
                     f" diverged; give another{narrow}"
                 )
 
@@ -461,11 +503,8 @@ def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings, channel
         return None
     vae, name = pipeline.vae, settings.tiny_decoder
     try:
-        tiny = AutoencoderTiny.from_pretrained(
-            WEIGHTS / name if name == BUILT_IN_DECODER else name, use_safetensors=True, dtype=vae.dtype
-        )
-        if any(weight.is_meta for weight in tiny.parameters()):
-            raise ValueError("it lacks weights that an AutoencoderTiny has")
+        place = WEIGHTS / name if name == BUILT_IN_DECODER else name
+        tiny: AutoencoderTiny = whole(AutoencoderTiny, place, dtype=vae.dtype)
         if not all(map(_all_finite, tiny.parameters())):
             raise ValueError("its weights are not all finite")
     except (MemoryError, torch.OutOfMemoryError):
@@ -492,6 +531,12 @@ def _set_decoding(vae: ModelMixin, decoding: str) -> None:
         vae.enable_slicing()
     if decoding == "tiled":
         vae.enable_tiling()
+
+
+def _may_be_batch_invariant(settings: PolicySettings) -> bool:
+    """False where it is known without measuring: on a GPU, compiled in low precision, and where processes make calls together."""
+    same_network = settings.dtype == torch.float32 or not settings.compile
+    return same_network and torch.device(settings.device).type == "cpu" and not settings.shard
 
 
 def _narrow_on_cpu(settings: PolicySettings) -> bool:
@@ -524,6 +569,11 @@ def _compiled_decoder(vae: ModelMixin, settings: PolicySettings) -> list[nn.Modu
 
 def _modules(pipeline: DiffusionPipeline) -> list[nn.Module]:
     return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+def _fingerprints(pipeline: DiffusionPipeline) -> dict[str, str]:
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return {name: fingerprint(part) for name, part in parts.items()}
 
 
 def _cast(module: ModelMixin, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from progrpo.policies.packed import PATCH, PackedFlowPolicy, packed, unpacked
+from progrpo.policies.tokens import Reader
 from progrpo.types import Condition, Pictures
 
 
@@ -41,6 +42,16 @@ class QwenImagePolicy(PackedFlowPolicy):
             "prompt_embeds": pad(embeds, (0, 0, 0, missing)),
             "prompt_embeds_mask": pad(embeds.new_ones(embeds.shape[:2]), (0, missing)),
         }
+
+    def _text_readers(self) -> list[Reader]:
+        """As its pipeline: tokens of the instruction before the text are dropped, those after it count."""
+        own: int = self._pipeline.tokenizer_max_length
+        limit = self._pipeline.prompt_template_encode_start_idx + min(self._text_tokens, own)
+        return [Reader("text_encoder", self._pipeline.tokenizer, limit, self._text_tokens < own, self._written)]
+
+    def _written(self, text: str) -> str:
+        written: str = self._pipeline.prompt_template_encode.format(text)
+        return written
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         tokens = self._text_tokens

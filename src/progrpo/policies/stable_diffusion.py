@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -26,6 +27,10 @@ class StableDiffusionPolicy(PipelinePolicy):
     denoiser_name: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     plain_attention: ClassVar[type] = AttnProcessor
+    left_out: ClassVar[Mapping[str, Any]] = {
+        **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder")),
+        "requires_safety_checker": False,
+    }
 
     def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, size: tuple[int, int]) -> None:
         self._scheduler = _ddim(pipeline)
@@ -109,6 +114,8 @@ class StableDiffusionPolicy(PipelinePolicy):
 
 class StableDiffusionXLPolicy(StableDiffusionPolicy):
     """A `StableDiffusionXLPipeline`: pooled embeddings, and the picture's size, uncropped, as time ids."""
+
+    left_out: ClassVar[Mapping[str, Any]] = dict.fromkeys(("feature_extractor", "image_encoder"))
 
     @classmethod
     def _vae_dtype(cls, pipeline: DiffusionPipeline, dtype: torch.dtype) -> torch.dtype:

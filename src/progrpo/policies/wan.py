@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 
 from progrpo.policies.base import PolicySettings
@@ -94,6 +95,10 @@ class WanPolicy(FlowPolicy):
             device=self.device,
         )
         return {"prompt_embeds": embeds}
+
+    def _written(self, text: str) -> str:
+        written: str = prompt_clean(text)
+        return written
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (self._text_tokens, self.denoiser.config.text_dim)}

@@ -27,7 +27,8 @@ class Aesthetic:
     """h(f / |f|) for features f of OpenAI's CLIP ViT-L/14 and five linear layers h: a rating, about 1..10, mostly 4 to 7.
 
     The value as published, and as in Flow-GRPO's code (arXiv 2505.05470). Pictures are resized to 224 on their shorter side and
-    cropped at the centre, in which the published code may differ by a pixel where they are not square.
+    cropped at the centre by CLIP's processor, as in Flow-GRPO's; the published code rounds an odd rest otherwise (`middle_of`), which
+    may be a pixel where they are not square.
     """
 
     def __init__(

@@ -44,6 +44,10 @@ class Refusal(ValueError):
     """
 
 
+class WrongAnswer(Refusal):
+    """What a reward returned is no score for each picture, whichever the pictures are: its author's mistake."""
+
+
 @dataclass(frozen=True)
 class RewardSettings:
     """What a built-in reward is told. Those without a network, a choice of models or a server read none of it."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from tokenizers.models import BPE
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
@@ -66,6 +67,19 @@ def pixels_of(pictures_BHWC: np.ndarray, image_processor: CLIPImageProcessorPil)
         list(pictures_BHWC), return_tensors="pt", input_data_format="channels_last"
     ).pixel_values
     return pixels_BCHW
+
+
+def middle_of(picture_HWC: np.ndarray, side: int) -> np.ndarray:
+    """The middle square of a picture whose shorter side is brought to `side` pixels, as torchvision's Resize and CenterCrop.
+
+    Of an odd number of rows or columns too many, the half that is cut before the square is rounded to an even number; CLIP's
+    own processor rounds it down.
+    """
+    height, width = picture_HWC.shape[:2]
+    size = [int(side * length / min(height, width)) for length in (width, height)]
+    left, top = (round((length - side) / 2) for length in size)
+    resized = Image.fromarray(picture_HWC).resize((size[0], size[1]), Image.Resampling.BICUBIC)
+    return np.asarray(resized.crop((left, top, left + side, top + side)))
 
 
 def head_of(state: Mapping[str, Tensor]) -> nn.Sequential:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
+import math
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from progrpo.rewards.base import Refusal, Score, require_columns
+from progrpo.rewards.base import Refusal, Score, WrongAnswer, require_columns
+from progrpo.rewards.loop import finished
 from progrpo.sources import COLUMN, pictures
 from progrpo.types import GIVEN, Prompt
-from progrpo.words import raised
+from progrpo.words import quoted, raised
 
+_CLOSING = 30.0  # seconds that an async close() may take
 _PICTURES, _TEXTS = "pictures", "texts"
 _NAMES = {**GIVEN, "pictures": _PICTURES, "videos": _PICTURES, "texts": _TEXTS}
 
@@ -28,13 +30,16 @@ class FunctionReward:
     `images` (or `pictures`, `videos`) are PIL pictures and `prompts` (or `texts`) texts, wherever they stand; the texts may be left
     out. Where none of these names is there, they are the first two parameters. A column reaches the function as a list under its own name if the
     function has a parameter of that name (or takes `**kwargs`); that of source pictures, `image`, holds PIL pictures in RGB.
-    None, NaN and infinities are missing scores; a `Score` may be returned for a number, to say more. An object's `load()` is
-    called once before its first score (what it raises is a Refusal), its `close()` when the run ends. `needed` names the columns that every prompt must have, which `check` sees to. With an attribute `groupwise = True` the pictures of one call are a group's, as a ranking needs them.
+    None, NaN and infinities are missing scores; a `Score` may be returned for a number, to say more. Whatever else is returned is
+    a WrongAnswer. An object's `load()` is called once before its first score (what it raises is a Refusal), its `close()` when the
+    run ends. What is async runs on one event loop, so that clients and locks made once serve every call. `needed` names the columns that every prompt must have, which `check` sees to. With an attribute `groupwise = True` the pictures of one call are a group's, as a ranking needs them.
     With `video = True` an image is a whole video, a uint8 array (F, H, W, 3), and a picture one of a single frame.
     """
 
-    def __init__(self, function: Any, batch_size: int | None = None) -> None:
-        """`batch_size`: pictures of a call at most; None: all that there are. Refusal for what cannot be given pictures."""
+    def __init__(self, function: Any, batch_size: int | None = None, timeout: float | None = None) -> None:
+        """`batch_size`: pictures of a call at most; None: all that there are. `timeout`: seconds after which an async call is
+        cancelled; None: never. Refusal for what cannot be given pictures.
+        """
         if isinstance(function, type):
             raise Refusal(
                 f"reward {function.__qualname__} is a class; give an object of it, {function.__qualname__}(...)"
@@ -44,7 +49,7 @@ class FunctionReward:
             raise Refusal(f"reward {function!r} is neither a function nor an object with a method score")
         self.groupwise = bool(getattr(function, "groupwise", False))
         self.video = bool(getattr(function, "video", False))
-        self._whole, self._batch_size = function, batch_size
+        self._whole, self._batch_size, self._timeout = function, batch_size, timeout
         self._loaded, self._one = False, threading.Lock()
         self._called = getattr(self.function, "__qualname__", "function")
         parameters = _parameters(self.function, self._called)
@@ -65,7 +70,8 @@ class FunctionReward:
         columns = self._columns(prompts)
         size = len(prompts) if self._batch_size is None or self.groupwise else self._batch_size
         parts = [slice(i, i + size) for i in range(0, len(prompts), size)] if prompts else []
-        return [score for part in parts for score in self._call(pictures_NHWC[part], prompts[part], columns, part)]
+        until = math.inf if self._timeout is None else time.monotonic() + self._timeout
+        return [s for part in parts for s in self._call(pictures_NHWC[part], prompts[part], columns, part, until)]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         self._columns(prompts)
@@ -74,21 +80,30 @@ class FunctionReward:
 
     def close(self) -> None:
         if hasattr(self._whole, "close"):
-            self._whole.close()
+            closed = self._whole.close()
+            if inspect.isawaitable(closed):
+                finished(closed, _CLOSING)
 
     def _load(self) -> None:
         with self._one:
             if not self._loaded and hasattr(self._whole, "load"):
                 try:
-                    self._whole.load()
-                except Refusal:
+                    loaded = self._whole.load()
+                    if inspect.isawaitable(loaded):
+                        finished(loaded)
+                except (Refusal, KeyboardInterrupt):
                     raise
-                except Exception as error:
+                except BaseException as error:
                     raise Refusal(f"reward {self._called}: its load() failed: {raised(error)}") from error
             self._loaded = True
 
     def _call(
-        self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt], columns: dict[str, list[Any]], part: slice
+        self,
+        pictures_NHWC: np.ndarray,
+        prompts: Sequence[Prompt],
+        columns: dict[str, list[Any]],
+        part: slice,
+        until: float,
     ) -> list[Score]:
         if self.video:
             images: list[Any] = list(pictures_NHWC if pictures_NHWC.ndim == 5 else pictures_NHWC[:, None])
@@ -98,13 +113,29 @@ class FunctionReward:
         given = {_PICTURES: images, _TEXTS: [p.text for p in prompts]}
         told |= {name: given[what] for name, what in self._bound.by_name.items()}
         values = self.function(*(given[what] for what in self._bound.in_order), **told)
-        if inspect.iscoroutine(values):
-            values = _finished(values)
-        in_order = hasattr(values, "__len__") and not isinstance(values, str | Mapping | Set)
-        if not in_order or len(values) != len(prompts):
-            count = f"{len(values)} scores" if in_order else f"{type(values).__name__!r}, no scores"
-            raise Refusal(f"reward {self._called} returned {count} for {len(prompts)} pictures; return one each")
-        return [(v if isinstance(v, Score) else Score(v)).plain() for v in values]
+        if inspect.isawaitable(values):
+            values = finished(values, None if until == math.inf else max(0.0, until - time.monotonic()))
+        return self._scores(values, len(prompts))
+
+    def _scores(self, values: Any, count: int) -> list[Score]:
+        """The answer of a call as `count` scores; WrongAnswer where it is none, which asking again would not mend."""
+        length = _length(values)
+        if length != count:
+            returned = f"{type(values).__name__!r}, no scores" if length is None else f"{length} scores"
+            raise WrongAnswer(f"reward {self._called} returned {returned} for {count} pictures; return one each")
+        scores = [_score(value) for value in values]
+        if None in scores:
+            first = scores.index(None)
+            value = next(value for i, value in enumerate(values) if i == first)
+            mend = "return a number or None for each"
+            if inspect.isawaitable(value):
+                mend = "await them: return await asyncio.gather(*them)"
+                _close(values)
+            raise WrongAnswer(
+                f"reward {self._called} returned {quoted(value)}, of type {type(value).__name__!r}, as the score of picture"
+                f" {first} of {count}; {mend}"
+            )
+        return [score for score in scores if score is not None]
 
     def _columns(self, prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
         """The columns that the function takes, as lists; None where a prompt has no such column. Refusal where it is not clear what it takes."""
@@ -164,11 +195,29 @@ def _has_a_name(parameter: inspect.Parameter) -> bool:
     return parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
 
 
-def _finished(answer: Coroutine[Any, Any, Any]) -> Any:
-    """What an async function returns in the end; in a notebook, whose own loop runs in this thread, by another thread."""
+def _length(values: Any) -> int | None:
+    """How many values there are; None where they have no order, or are no values."""
+    if isinstance(values, str | bytes | bytearray | Mapping | Set):
+        return None
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(answer)
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, answer).result()
+        return len(values)
+    except TypeError:  # also of an array without dimensions
+        return None
+
+
+def _score(value: Any) -> Score | None:
+    """A user's value as a score; None for what is no number: a text, a list, several numbers, what must be awaited."""
+    score = value if isinstance(value, Score) else Score(value)
+    if isinstance(score.value, str | bytes):
+        return None
+    try:
+        return score.plain()
+    except (TypeError, ValueError):
+        return None
+
+
+def _close(values: Iterable[Any]) -> None:
+    """Coroutines that nobody will await, of which Python would warn one by one."""
+    for value in values:
+        if inspect.iscoroutine(value):
+            value.close()

@@ -25,8 +25,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 from progrpo.rewards.base import Refusal, RewardSettings, Score
-from progrpo.rewards.clip import VIT_L, tokenizer_of
+from progrpo.rewards.clip import VIT_L, middle_of, tokenizer_of
 from progrpo.rewards.hub import fetching, placed, pretrained
+from progrpo.texts import folded
 from progrpo.types import Prompt
 
 DETECTOR = ("facebook/mask2former-swin-tiny-coco-instance", "22c4a2f15dc88149b8b8d9f4d42c54431fbd66f6")
@@ -80,7 +81,8 @@ def demand_of(prompt: Prompt, labels: Collection[str]) -> Demand:
     if not include:
         raise _unreadable(prompt, 'it has no column include; add one, such as [{"class": "dog", "count": 2}]')
     clauses = _clauses(prompt, "include", include, labels), _clauses(prompt, "exclude", exclude or [], labels)
-    return Demand(*clauses, COUNTING_THRESHOLD if prompt.columns.get("tag") == "counting" else THRESHOLD)
+    counting = folded(str(prompt.columns.get("tag"))) == "counting"
+    return Demand(*clauses, COUNTING_THRESHOLD if counting else THRESHOLD)
 
 
 def _clauses(prompt: Prompt, column: str, entries: Any, labels: Collection[str]) -> tuple[Clause, ...]:
@@ -90,24 +92,32 @@ def _clauses(prompt: Prompt, column: str, entries: Any, labels: Collection[str])
 
 
 def _clause(prompt: Prompt, where: str, index: int, entry: Mapping[str, Any], labels: Collection[str]) -> Clause:
-    label, count, color, position = (entry.get(name) for name in ("class", "count", "color", "position"))
-    if not isinstance(label, str) or label not in labels:
-        near = difflib.get_close_matches(str(label), labels)
+    given, count, shade, position = (entry.get(name) for name in ("class", "count", "color", "position"))
+    label, color = _known(given, labels), _known(shade, COLORS)
+    if label is None:
+        near = difflib.get_close_matches(str(given), labels)
         known = f"did you mean {' or '.join(near)}?" if near else f"it knows {', '.join(sorted(labels))}"
-        raise _unreadable(prompt, f"the detector does not know the class {label!r} of {where}; {known}")
+        raise _unreadable(prompt, f"the detector does not know the class {given!r} of {where}; {known}")
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise _unreadable(prompt, f"the count of {where} is {count!r}; give a whole number of 1 or more")
-    if color is not None and color not in COLORS:
-        raise _unreadable(prompt, f"the color of {where} is {color!r}; give one of {', '.join(COLORS)}")
+    if shade is not None and color is None:
+        raise _unreadable(prompt, f"the color of {where} is {shade!r}; give one of {', '.join(COLORS)}")
     if position is None:
         return Clause(label, count, color)
     match position:
-        case [relation, int(target)] if relation in RELATIONS and 0 <= target < index:
+        case [name, int(target)] if (relation := _known(name, RELATIONS)) and 0 <= target < index:
             return Clause(label, count, color, (relation, target))
     raise _unreadable(
         prompt,
         f"the position of {where} is {position!r}; give one of {', '.join(RELATIONS)} and the number of an entry before it",
     )
+
+
+def _known(given: Any, names: Collection[str]) -> str | None:
+    """The one of the names that is meant, however it is written; None if none is."""
+    if not isinstance(given, str) or given in names:
+        return given if isinstance(given, str) else None
+    return next((name for name in names if folded(name) == folded(given)), None)
 
 
 def _unreadable(prompt: Prompt, problem: str) -> Refusal:
@@ -337,7 +347,8 @@ class Colors:
 
     @torch.no_grad()
     def __call__(self, picture_HWC: np.ndarray, objects: Sequence[Detection], label: str) -> list[str]:
-        crops = [crop_of(picture_HWC, found) for found in objects]
+        side = self._image_processor.crop_size["height"]
+        crops = [middle_of(crop_of(picture_HWC, found), side) for found in objects]
         made = self._image_processor(crops, input_data_format="channels_last", return_tensors="pt")
         pixels_BCHW = made.pixel_values.to(self._model.device, self._model.dtype)
         f_BD = self._model.get_image_features(pixels_BCHW).pooler_output.float()
@@ -417,10 +428,10 @@ def _detector_of(name: str, revision: str) -> tuple[PreTrainedModel, BaseImagePr
         if kind == "mask2former":
             # The size at which Mask2Former is trained and measured on COCO; the hub's copies say 384 by 384.
             size = {"shortest_edge": 800, "longest_edge": 1333}
-            model = Mask2FormerForUniversalSegmentation.from_pretrained(name, use_safetensors=True, **common)
+            model = pretrained(Mask2FormerForUniversalSegmentation, "geneval", name, revision)
             return model, AutoImageProcessor.from_pretrained(name, backend="pil", size=size, **common)
         if kind in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
-            model = AutoModelForObjectDetection.from_pretrained(name, use_safetensors=True, **common)
+            model = pretrained(AutoModelForObjectDetection, "geneval", name, revision)
             return model, AutoImageProcessor.from_pretrained(name, backend="pil", **common)
     raise Refusal(
         f"reward 'geneval': {name} is a {kind}, not a detector of objects; name a Mask2Former, a DETR or an RT-DETR"

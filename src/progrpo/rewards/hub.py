@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,17 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
 
+import httpx2
 import numpy as np
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from safetensors import SafetensorError
 from torch import Tensor
 
+from progrpo.environment import on_the_way, on_the_way_to_the_hub
 from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score, check
 from progrpo.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+_HUB = "the Hugging Face hub"
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 _Model = TypeVar("_Model", bound="PreTrainedModel")
@@ -46,14 +51,17 @@ class OnFirstScore:
 
 
 @contextmanager
-def fetching(reward: str, what: str, source: str = "the Hugging Face hub") -> Iterator[None]:
+def fetching(reward: str, what: str, source: str = _HUB) -> Iterator[None]:
     """Says in a Refusal which reward lacks what, where neither the cache nor the network has it, or has it whole."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ImportError, httpx2.InvalidURL) as error:
+        if isinstance(error, ImportError) and "socks" not in str(error).lower():
+            raise
+        way = on_the_way_to_the_hub() if source == _HUB else on_the_way(source)
         reason = " ".join(str(error).split())
         raise Refusal(
-            f"reward {reward!r}: there is no cached copy of {what}, and {source} did not give one: {reason}"
+            f"reward {reward!r}: there is no cached copy of {what}, and {source}{way} did not give one: {reason}"
         ) from error
     except SafetensorError as error:
         raise damaged(reward, f"weights of {what}", error) from error
@@ -108,15 +116,22 @@ def read_pickle(reward: str, path: Path, sha256: str) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def pretrained(kind: type[_Model], reward: str, repository: str, revision: str) -> _Model:
-    """A network of transformers from the safetensors of a repository at a commit, or of a folder."""
+_UNUSED = re.compile(r"criterion\.|.*num_batches_tracked$")  # of a loss and of training: no picture depends on them
+
+
+def pretrained(kind: Any, reward: str, repository: str, revision: str) -> Any:
+    """A network of transformers, or of one of its Auto classes, from the safetensors of a repository at a commit, or of a folder.
+
+    Refusal where they lack what its configuration asks for.
+    """
     told = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with fetching(reward, repository):
         model, report = kind.from_pretrained(repository, revision=revision, **told)
     lacking = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    lacking = {name for name in lacking if not _UNUSED.match(name)}
     if lacking:  # else they would be random
         raise Refusal(
-            f"reward {reward!r}: {repository} is no {kind.__name__}, it has no {min(lacking)} of the right size"
+            f"reward {reward!r}: {repository} is no {type(model).__name__}, it has no {min(lacking)} of the right size"
         )
     return model
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from progrpo.rewards.base import RewardSettings, Score
-from progrpo.rewards.clip import head_of, parts_of, pixels_of
+from progrpo.rewards.clip import head_of, middle_of, parts_of, pixels_of
 from progrpo.rewards.hub import converted, file_of, placed, read_pickle, renamed, sha256_at_hub
 from progrpo.types import Prompt
 
@@ -34,8 +34,7 @@ class ImageReward:
     """(h(t) - 0.167) / 1.033 for five linear layers h and BLIP's feature t of the text's first token, having seen the picture.
 
     Of mean 0 and standard deviation 1 on the pictures it was trained with: mostly -2 to 2. As in the published code, texts are
-    cut at 35 tokens, and pictures are resized to 224 on their shorter side and cropped at the centre, in which it may differ by
-    a pixel where they are not square.
+    cut at 35 tokens, and pictures are resized to 224 on their shorter side and cropped at the centre.
     """
 
     def __init__(
@@ -77,7 +76,9 @@ class ImageReward:
     def _rewards(self, pictures_BHWC: np.ndarray, texts: list[str]) -> Tensor:
         device = self._vision.device
         told = self._tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
-        picture_BPD = self._vision(pixels_of(pictures_BHWC, self._image_processor).to(device)).last_hidden_state
+        side = self._image_processor.crop_size["height"]
+        middles_BHWC = np.stack([middle_of(picture_HWC, side) for picture_HWC in pictures_BHWC])
+        picture_BPD = self._vision(pixels_of(middles_BHWC, self._image_processor).to(device)).last_hidden_state
         text_BLD = self._text(
             input_ids=told.input_ids.to(device),
             attention_mask=told.attention_mask.to(device),

@@ -110,7 +110,9 @@ def _load(name: str, settings: RewardSettings) -> Reward:
         sys.path.append(str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever the module's author let through
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the module's author let through
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise Refusal(
                 f"reward {quoted(name)}: there is no module {quoted(module_name)} in this folder or installed"
@@ -126,8 +128,10 @@ def _load(name: str, settings: RewardSettings) -> Reward:
     if isinstance(found, type):
         try:
             found = found()
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise Refusal(
                 f"reward {quoted(name)}: the class cannot be made without arguments: {raised(error)}"
             ) from error
-    return FunctionReward(found, settings.batch_size)
+    return FunctionReward(found, settings.batch_size, settings.timeout)

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 
 from progrpo.rewards.base import Refusal, RewardSettings, Score
 from progrpo.rewards.hub import require
+from progrpo.texts import folded
 from progrpo.types import Prompt
 
-_DOUBLE = re.compile(r'"([^"]*)"|[“„]([^“”]*)[“”]|«([^»]*)»')
-_SINGLE = re.compile(  # an apostrophe inside a word neither opens nor closes
-    r"(?<!\w)'((?:[^']|(?<=\w)'(?=\w))*)'(?!\w)|‘((?:[^’]|(?<=\w)’(?=\w))*)’(?!\w)"
-)
+_DOUBLE = {  # what opens a quotation, and what may close it
+    '"': '"',
+    "\N{FULLWIDTH QUOTATION MARK}": "\N{FULLWIDTH QUOTATION MARK}",
+    "“": '”“"',
+    "„": '“”"',
+    "”": "”",
+    "«": "»",
+    "»": "«",
+    "「": "」",
+    "『": "』",
+    "〝": "〞〟",
+}
+_SINGLE = {"'": "'", "‘": "’'", "‚": "‘’", "‹": "›", "›": "‹"}
+_FRACTIONS = "¼½¾⅛⅜⅝⅞"
 
 
 class OCR:
     """max(1 - N_e / N_ref, 0), Flow-GRPO's reward for text (arXiv 2505.05470): 0..1, passed if it is 1.
 
     N_ref is the length of the text asked for, the target, and N_e the least number of insertions, deletions and substitutions
-    between it and the text read: all lines joined, from the top down. As in the published code both are compared in lower
-    case and without spaces, N_e is 0 if the target is part of the text read, and a picture without text has 0. What differs:
+    between it and the text read: all lines joined, from the top down. As in the published code both are compared without case
+    and spaces, N_e is 0 if the target is part of the text read, and a picture without text has 0. What differs:
 
+    - Letters, quotation marks and dashes that Unicode has in several forms are compared in one (`progrpo.texts.folded`).
     - The target is the prompt's column `target` if it has one, else what the prompt has in quotes: in double ones ("", “”, „“,
-      «»), or in single ones ('', ‘’) if there are none; the published code takes the first "" alone.
+      «», 「」), or in single ones ('', ‘’) if there are none; the published code takes the first "" alone. A mark after a number
+      (12" pizza) is one of inches or feet, where it can be.
     - There may be several targets (a list in the column, several quotes). Then each is compared with that part of the text
       read that is nearest to it, for the rest may belong to the others, and N_e and N_ref are sums over them.
     - The reader is PP-OCRv6 (small), not PaddleOCR's English model, and pictures below 256 on their shorter side are enlarged
@@ -72,8 +85,8 @@ class OCR:
 
 
 def plain(text: str) -> str:
-    """In lower case, without white space."""
-    return "".join(text.split()).lower()
+    """In the form that is compared, without white space."""
+    return folded(text).replace(" ", "")
 
 
 def targets(prompt: Prompt) -> list[str]:
@@ -96,9 +109,57 @@ def targets(prompt: Prompt) -> list[str]:
 def quoted(text: str) -> list[str]:
     """What stands in double quotes; if nothing does, in single ones."""
     for marks in (_DOUBLE, _SINGLE):
-        if found := [inside for groups in marks.findall(text) if (inside := "".join(groups)).strip()]:
+        if found := [inside for inside in _between(text, marks) if inside.strip()]:
             return found
     return []
+
+
+def _between(text: str, marks: Mapping[str, str]) -> list[str]:
+    found, place = [], 0
+    while place < len(text):
+        end = _end(text, place, marks) if _opens(text, place, marks) else None
+        if end is not None:
+            found.append(text[place + 1 : end])
+            place = end
+        place += 1
+    return found
+
+
+def _opens(text: str, place: int, marks: Mapping[str, str]) -> bool:
+    """Not where it is an apostrophe, a plural's end or a mark of inches."""
+    if text[place] not in marks:
+        return False
+    return not (_in_word(text[place - 1 : place]) if text[place] in "'”" else _measures(text, place))
+
+
+def _end(text: str, start: int, marks: Mapping[str, str]) -> int | None:
+    """Where the quotation that begins at `start` ends."""
+    closing = marks[text[start]]
+    places = [i for i in range(start + 1, len(text)) if text[i] in closing]
+    for number, i in enumerate(places, 1):
+        if text[i] in "'’" and _in_word(text[i + 1 : i + 2]):
+            if i > start + 1 and _in_word(text[i - 1]):
+                continue  # an apostrophe
+            return None
+        if not (_measures(text, i) and any(_closes(text, after) for after in places[number : number + 1])):
+            return i
+    return None
+
+
+def _in_word(letter: str) -> bool:
+    """Whether an apostrophe can be beside it; scripts without case, such as Chinese, have none and often no spaces."""
+    return letter.isalnum() and unicodedata.category(letter) != "Lo"
+
+
+def _measures(text: str, place: int) -> bool:
+    """Whether a mark may be one of inches or feet: it follows a number."""
+    return place > 0 and (text[place - 1].isdigit() or text[place - 1] in _FRACTIONS) and text[place] in "\"'”’"
+
+
+def _closes(text: str, place: int) -> bool:
+    """Whether a mark can be nothing but the end of a quotation: it follows a letter, and none follows it."""
+    before, after = text[place - 1 : place], text[place + 1 : place + 2]
+    return not (before.isspace() or _in_word(after) or _measures(text, place))
 
 
 def similarity(wanted: Sequence[str], read: str) -> float:

@@ -14,8 +14,9 @@ from progrpo.types import Prompt
 
 _HOPELESS = 8  # single pictures that fail before the first success: the reward is down, not a picture bad
 _HANGING = 4  # calls that were given up and still run
-# Whatever a reward's author let through; the second would end the run without a word
-_FAILURES = (Exception, SystemExit)
+# What ends a call and the run. Anything else that a reward's author let through is a failure: also a SystemExit, which would end the
+# run without a word, a request that was cancelled, and a panic of a library in Rust
+_ENDS = (Refusal, KeyboardInterrupt)
 
 
 class Patient:
@@ -24,7 +25,7 @@ class Patient:
     Pictures whose score has an `error` are asked about again likewise. Of a call that keeps raising each picture is asked about
     alone, so that a bad one costs no other. A call that takes more than `timeout` seconds has failed; it is left to itself, and
     its pictures are not asked about alone. A reward that ranks a group (`groupwise`) is asked about all of it again, and never
-    about a picture alone: places in a part of it are others. A Refusal is raised.
+    about a picture alone: places in a part of it are others. A Refusal and a KeyboardInterrupt are raised.
     """
 
     def __init__(
@@ -48,9 +49,9 @@ class Patient:
                 self._sleep(self._backoff * 2 ** (attempt - 1) * (0.5 + random.random()))
             try:
                 scores, failure = self._in_time(pictures_NHWC[rows], [prompts[i] for i in rows]), None
-            except Refusal:
+            except _ENDS:
                 raise
-            except _FAILURES as error:
+            except BaseException as error:
                 scores, failure = [_failed(error)] * len(rows), error
             for i, score in zip(rows, scores, strict=True):
                 found[i] = score
@@ -74,9 +75,9 @@ class Patient:
         for i in range(len(prompts)):
             try:
                 scores += self._in_time(pictures_NHWC[i : i + 1], prompts[i : i + 1])
-            except Refusal:
+            except _ENDS:
                 raise
-            except _FAILURES as error:
+            except BaseException as error:
                 scores.append(_failed(error))
                 down = len(scores) >= _HOPELESS and all(s.error for s in scores)
                 if down or isinstance(error, TimeoutError):

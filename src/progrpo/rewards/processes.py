@@ -2,72 +2,268 @@
 
 from __future__ import annotations
 
+import ast
+import atexit
+import functools
+import inspect
 import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from progrpo.rewards.base import Reward, RewardSettings, Score, check
+from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score, check, close
+from progrpo.streams import make_streams_tolerant
 from progrpo.types import Prompt
+from progrpo.words import named, quoted
 
 _GRACE = 5.0  # seconds in which processes end themselves
+_SLACK = 1.0  # seconds after its time limit in which a call may still end itself
 
-_here: Reward | None = None  # of a worker: loaded once when it starts
-
-
-def _load(make: Callable[[str, RewardSettings], Reward], name: str, settings: RewardSettings) -> None:
-    global _here
-    _here = make(name, settings)
-
-
-def _score(pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
-    assert _here is not None
-    return _here.score(pictures_NHWC, prompts)
-
-
-def _check(prompts: Sequence[Prompt]) -> None:
-    assert _here is not None
-    check(_here, prompts)
+Make = Callable[[str, RewardSettings], Reward]
+_Call = tuple[Any, ...]
+"""A function and what it is given."""
 
 
 class InProcesses:
     """The reward `make(name, settings)`, loaded in each of `count` processes; pictures are dealt among them in order.
 
-    An error in a process is raised here, as it was there.
+    An error in a process is raised here, as it was there. Where a process ends, all are replaced and the calls under way are a
+    LostWorkerError each, so that asking again may help. Where a call takes longer than `settings.timeout`, likewise, once all have
+    loaded the reward.
     """
 
-    def __init__(
-        self,
-        make: Callable[[str, RewardSettings], Reward],
-        name: str,
-        count: int,
-        settings: RewardSettings,
-        video: bool = False,
-    ) -> None:
-        """`video`: the reward is given videos whole."""
-        self._count, self.video = count, video
-        context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-        self._pool = ProcessPoolExecutor(count, context, initializer=_load, initargs=(make, name, settings))
+    def __init__(self, make: Make, name: str, count: int, settings: RewardSettings, video: bool = False) -> None:
+        """`video`: the reward is given videos whole. Refusal where each process would begin with the call that made it."""
+        if line := _unguarded_line():
+            raise Refusal(
+                f"reward {name!r}: each of its processes would run {named(line)} again, which starts this run; put that line, and"
+                ' whatever else the script is to do once, under `if __name__ == "__main__":`'
+            )
+        self._name, self._count, self._timeout, self.video = name, count, settings.timeout, video
+        self._start = functools.partial(_Workers, count, make, name, settings)
+        self._workers, self._one, self._closed = self._start(), threading.Lock(), False
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         # a reward sees which columns there are: a part must not lack one because its own prompts do
         names = {name for prompt in prompts for name in prompt.columns}
         prompts = [Prompt(p.text, {name: p.columns.get(name) for name in names}) for p in prompts]
         rows = [part for part in np.array_split(np.arange(len(prompts)), self._count) if len(part)]
-        asked = [self._pool.submit(_score, pictures_NHWC[part], [prompts[i] for i in part]) for part in rows]
-        return [score for answer in asked for score in answer.result()]
+        calls = [(_score, pictures_NHWC[part], [prompts[i] for i in part]) for part in rows]
+        return [score for scores in self._answers(calls, self._timeout) for score in scores]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        # in one of them: what it loads to tell is loaded there anyway
-        self._pool.submit(_check, list(prompts)).result()
+        _refuse_unsendable(self._name, prompts)
+        call = (_check, list(prompts))  # in one of them: what it loads to tell is loaded there anyway
+        with suppress(LostWorkerError):  # once may be chance
+            self._answers([call], None)
+            return
+        try:
+            self._answers([call], None)
+        except LostWorkerError as error:
+            raise Refusal(
+                f"reward {self._name!r}: its processes end before they have scored anything ({error})"
+            ) from None
 
     def close(self) -> None:
         """Also where one hangs, which would keep the program from ending."""
-        workers = list((self._pool._processes or {}).values())
+        with self._one:
+            self._closed = True
+            self._workers.end(_GRACE)
+
+    def _answers(self, calls: Sequence[_Call], timeout: float | None) -> list[Any]:
+        workers, asked = self._submitted(calls)
+        if timeout is not None and not _all_done(asked, timeout + _SLACK):
+            if any([not answer.cancel() and answer.running() for answer in asked]) and workers.all_begun():
+                workers.stuck = True
+                self._replace(workers, 0.0)
+            raise TimeoutError(f"no answer in {timeout:g} s")
+        try:
+            return [answer.result() for answer in asked]
+        except BrokenProcessPool:
+            if workers.stuck:  # in another call
+                return self._answers(calls, timeout)
+            raise LostWorkerError(self._replace(workers, _GRACE)) from None
+
+    def _submitted(self, calls: Sequence[_Call]) -> tuple[_Workers, list[Future[Any]]]:
+        workers = self._workers
+        try:
+            return workers, workers.submit(calls)
+        except BrokenProcessPool:  # one has ended since the last call, which lost nothing
+            self._replace(workers, _GRACE)
+            return self._workers, self._workers.submit(calls)
+
+    def _replace(self, workers: _Workers, grace: float) -> str:
+        """New processes in place of these, unless another call has seen to that; how one of these ended."""
+        with self._one:
+            if workers is self._workers and not self._closed:
+                workers.end(grace)  # first, for what they hold
+                self._workers = self._start()
+            return workers.ending
+
+
+def _all_done(asked: Sequence[Future[Any]], seconds: float) -> bool:
+    """Whether all are answered, cancelled or lost by then."""
+    until = time.monotonic() + seconds
+    for answer in asked:
+        try:
+            answer.exception(max(0.0, until - time.monotonic()))
+        except TimeoutError:
+            return False
+        except CancelledError:
+            continue
+    return True
+
+
+class LostWorkerError(RuntimeError):
+    """A process that was scoring ended."""
+
+
+class _Workers:
+    """Processes that have the reward, until one of them ends or hangs."""
+
+    def __init__(self, count: int, make: Make, name: str, settings: RewardSettings) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+        self._count, self._begun = count, context.Value("i", 0)
+        self._pool = ProcessPoolExecutor(
+            count, context, initializer=_begin, initargs=(self._begun, make, name, settings)
+        )
+        self.stuck, self.ending = False, "a process ended"
+
+    def submit(self, calls: Sequence[_Call]) -> list[Future[Any]]:
+        return [self._pool.submit(*call) for call in calls]
+
+    def all_begun(self) -> bool:
+        return self._begun.value == self._count
+
+    def end(self, grace: float) -> None:
+        processes = list((self._pool._processes or {}).values())
         self._pool.shutdown(wait=False, cancel_futures=True)
-        until = time.monotonic() + _GRACE
-        for worker in workers:
-            worker.join(max(0.0, until - time.monotonic()))
-            worker.kill()
+        until = time.monotonic() + grace
+        for process in processes:
+            process.join(max(0.0, until - time.monotonic()))
+        self.ending = _ending([process.exitcode for process in processes])
+        for process in processes:
+            process.kill()
+
+
+def _ending(codes: Sequence[int | None]) -> str:
+    """How the first of some processes ended; the pool itself ends the others by SIGTERM."""
+    code = next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), None)
+    if code is None:
+        return "a process ended"
+    if code > 0:
+        return f"a process ended with exit code {code}"
+    cause = ", as where memory runs out" if code == -signal.SIGKILL else ""
+    return f"a process was ended by {signal.Signals(-code).name}{cause}"
+
+
+def _refuse_unsendable(reward: str, prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        for column, value in prompt.columns.items():
+            try:
+                pickle.dumps(value)
+            except Exception:  # of many kinds
+                raise Refusal(
+                    f"reward {reward!r}: the column {column!r} cannot be sent to its processes, for {quoted(value)} cannot be"
+                    " pickled; leave out processes, or give the prompts plain values"
+                ) from None
+
+
+# --- the script that starts a run -------------------------------------------------------------------------------------
+
+
+def _unguarded_line() -> str | None:
+    """Where the main script now is, if a new process, which imports that script, would come there too."""
+    main = sys.modules["__main__"]
+    name, file = getattr(getattr(main, "__spec__", None), "name", ""), getattr(main, "__file__", None)
+    if file is None or name.endswith("__main__"):  # which new processes do not import
+        return None
+    frame = inspect.currentframe()
+    while frame is not None and not (frame.f_globals is vars(main) and frame.f_code.co_name == "<module>"):
+        frame = frame.f_back
+    if frame is None or _is_conditional(file, frame.f_lineno):
+        return None
+    return f"{Path(file).name}, line {frame.f_lineno}"
+
+
+def _is_conditional(file: str, line: int) -> bool:
+    """Whether that line of a Python file stands under an `if`; also where that cannot be told."""
+    try:
+        nodes = ast.walk(ast.parse(Path(file).read_bytes()))
+    except (OSError, SyntaxError, ValueError):
+        return True
+    return any(isinstance(n, ast.If | ast.Match) and n.lineno <= line <= (n.end_lineno or line) for n in nodes)
+
+
+# --- in a process -----------------------------------------------------------------------------------------------------
+
+_make: Callable[[], Reward]
+
+
+def _begin(begun: Any, make: Make, name: str, settings: RewardSettings) -> None:
+    global _make
+    _make = functools.partial(make, name, settings)
+    for number in (
+        signal.SIGINT,
+        signal.SIGHUP,
+    ):  # a terminal sends them to this process too, and the run's own decides
+        signal.signal(number, signal.SIG_IGN)
+    make_streams_tolerant()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(BaseException):  # the first call says it
+        check(_reward(), [])
+    with begun.get_lock():
+        begun.value += 1
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)  # nobody is left to ask
+
+
+@functools.cache
+def _reward() -> Reward:
+    reward = _make()
+    atexit.register(_close, reward)
+    return reward
+
+
+def _close(reward: Reward) -> None:
+    with suppress(Exception):  # the scores are all there, and nobody reads what a process says as it ends
+        close(reward)
+
+
+def _score(pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+    with _sendable():
+        return _reward().score(pictures_NHWC, prompts)
+
+
+def _check(prompts: Sequence[Prompt]) -> None:
+    with _sendable():
+        check(_reward(), prompts)
+
+
+@contextmanager
+def _sendable() -> Iterator[None]:
+    """An error that cannot be pickled, which would break the pool, as one that can."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None
+        raise

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import ssl
 import sys
 import threading
 import time
@@ -20,7 +21,8 @@ import httpx2
 import numpy as np
 from PIL import Image
 
-from progrpo.rewards.base import Refusal, RewardSettings, Score, require_columns
+from progrpo.environment import on_the_way, proxy_for
+from progrpo.rewards.base import Refusal, RewardSettings, Score, WrongAnswer, require_columns
 from progrpo.sources import COLUMN, pictures
 from progrpo.types import Prompt
 
@@ -52,6 +54,7 @@ class RemoteReward:
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix=f"reward-{name}")
         self._met, self._one, self._closed = False, threading.Lock(), threading.Event()
         self._needed = list[str]()
+        self._server = f"{client.base_url}{on_the_way(str(client.base_url))}"
 
     @classmethod
     def make(cls, name: str, settings: RewardSettings) -> Self:
@@ -61,12 +64,7 @@ class RemoteReward:
             )
         token = token_of_environment()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        client = httpx2.Client(
-            base_url=settings.url,
-            headers=headers,
-            timeout=settings.patience,
-            limits=httpx2.Limits(max_connections=_AT_ONCE),
-        )
+        client = client_of(name, settings.url, settings.patience, _AT_ONCE, headers)
         return cls(name, client, settings.batch)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
@@ -106,20 +104,18 @@ class RemoteReward:
                 health = _object(self._send("GET", "/health", outage=_Outage()))
             except _NoAnswer as error:
                 raise Refusal(
-                    f"reward {self._name!r}: no server answers at {self._client.base_url} ({error});"
+                    f"reward {self._name!r}: no server answers at {self._server} ({error});"
                     f" start one: progrpo serve-reward {self._name}"
                 ) from None
             if "protocol" not in health:
-                raise Refusal(f"reward {self._name!r}: what answers at {self._client.base_url} is no reward server")
+                raise Refusal(f"reward {self._name!r}: what answers at {self._server} is no reward server")
             if health["protocol"] != PROTOCOL:
                 raise Refusal(
-                    f"reward {self._name!r}: the server at {self._client.base_url} speaks protocol {health['protocol']}"
+                    f"reward {self._name!r}: the server at {self._server} speaks protocol {health['protocol']}"
                     f" and this progrpo protocol {PROTOCOL}; install the same version on both"
                 )
             if health.get("reward") != self._name:
-                raise Refusal(
-                    f"reward {self._name!r}: the server at {self._client.base_url} gives {health.get('reward')!r}"
-                )
+                raise Refusal(f"reward {self._name!r}: the server at {self._server} gives {health.get('reward')!r}")
             columns = health.get("columns")  # which a server of an earlier version does not tell
             self._needed = [str(name) for name in columns] if isinstance(columns, list) else []
             self._met = True
@@ -141,9 +137,11 @@ class RemoteReward:
                 item["image"] = None if source is None else _png(np.asarray(source))
         try:
             response = self._send("POST", "/v1/score", self._json(items), outage=outage)
-            return _scores(_object(response).get("scores"), len(items))
+            return _scores(response, len(items))
+        except WrongAnswer as error:
+            raise WrongAnswer(f"reward {self._name!r}: the server at {self._server} {error}") from None
         except _NoAnswer as error:
-            return [Score(None, error=f"reward server at {self._client.base_url}: {error}")] * len(items)
+            return [Score(None, error=f"reward server at {self._server}: {error}")] * len(items)
 
     def _json(self, items: list[dict[str, Any]]) -> bytes:
         try:
@@ -170,7 +168,7 @@ class RemoteReward:
                     return response
                 trouble = f"{response.status_code} {_detail(response)}"
                 if response.status_code < 500 and response.status_code not in (408, 429):
-                    raise Refusal(f"reward {self._name!r}: the server at {self._client.base_url} says {trouble}")
+                    raise Refusal(f"reward {self._name!r}: the server at {self._server} says {trouble}")
                 retry_after = _retry_after(response)
             now = time.monotonic()
             outage.since = min(outage.since, now)
@@ -190,6 +188,22 @@ class _Outage:
 
 class _NoAnswer(Exception):
     """What a request came to, in the end."""
+
+
+def client_of(reward: str, url: str, timeout: float, connections: int, headers: Mapping[str, str]) -> httpx2.Client:
+    """A client of a server, whose connections stay open. Refusal where the environment keeps it from there.
+
+    A server on this machine is asked without a proxy, and one without TLS needs no certificates.
+    """
+    base, proxy = httpx2.URL(url), proxy_for(url)
+    verify = True if base.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+    try:
+        transport = httpx2.HTTPTransport(verify=verify, limits=limits, proxy=None if proxy is None else proxy.url)
+    except (ImportError, OSError, ValueError, httpx2.InvalidURL) as error:
+        reason = " ".join(str(error).split())
+        raise Refusal(f"reward {reward!r}: {url}{on_the_way(url)} cannot be asked: {reason}") from error
+    return httpx2.Client(base_url=base, headers=headers, timeout=timeout, transport=transport)
 
 
 def answer_of(client: httpx2.Client, method: str, path: str, **told: Any) -> httpx2.Response:
@@ -260,19 +274,28 @@ def _retry_after(response: httpx2.Response) -> float:
     return float(seconds) if seconds.isascii() and seconds.isdigit() else 0.0
 
 
-def _scores(answers: Any, count: int) -> list[Score]:
-    """The scores of `count` items, which must be answered in their order."""
+def _scores(response: httpx2.Response, count: int) -> list[Score]:
+    """The scores of `count` items in their order. _NoAnswer for what is no JSON, as a connection leaves it; WrongAnswer for other JSON."""
+    try:
+        told = response.json()
+    except (ValueError, RecursionError):
+        raise _NoAnswer("its answer is no JSON") from None
+    answers = told.get("scores") if isinstance(told, dict) else None
     if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
-        raise _NoAnswer("its answer holds no scores")
+        raise WrongAnswer('answers without scores; it must give {"scores": [{"id": 0, "value": 0.5}, ...]}')
     if [answer.get("id") for answer in answers] != list(range(count)):
-        raise _NoAnswer(f"its answer is not one score for each of {count} pictures in their order")
+        raise WrongAnswer(
+            f"gives {len(answers)} scores for {count} pictures; it must give one each, in their order, with the id of each"
+        )
     return [_score(answer) for answer in answers]
 
 
 def _score(answer: Mapping[str, Any]) -> Score:
     value: Any = answer.get("value")
     passed, error = answer.get("passed"), answer.get("error")
-    number = float(value) if type(value) in (int, float) and abs(value) <= sys.float_info.max else None
+    if type(value) not in (int, float, type(None)):
+        raise WrongAnswer(f"gives {value!r:.60} for a score; it must give a number, or null and an error")
+    number = float(value) if value is not None and abs(value) <= sys.float_info.max else None
     if number is None and not error:
         error = f"the server gave {value!r:.60} for a score"
     return Score(number, passed if isinstance(passed, bool) else None, None if error is None else str(error))

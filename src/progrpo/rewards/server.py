@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
-import ipaddress
 import math
 import socket
 import threading
@@ -39,7 +38,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from progrpo import __version__
-from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score, close
+from progrpo.environment import is_loopback
+from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score, WrongAnswer, close
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.remote import PROTOCOL, TOKEN, token_of_environment
 from progrpo.sources import COLUMN
@@ -64,7 +64,7 @@ def serve(
     ValueError, one sentence, where it cannot start. The reward's weights are loaded before the port opens.
     """
     token = token_of_environment()
-    if not token and not _is_loopback(host):
+    if not token and not is_loopback(host):
         raise ValueError(f"{host} can be reached from other machines: set {TOKEN} to a secret that clients must know")
     reward = load_reward(name, settings)
     if getattr(reward, "groupwise", False):
@@ -81,13 +81,6 @@ def serve(
         secret = "with a token" if token else "no token"
         print(f"reward {name} at http://{where}:{listener.getsockname()[1]} ({secret})", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -272,6 +265,8 @@ def _opened(png: str) -> Image.Image | Score:
         return Score(None, error=f"the picture is no PNG in base64: {error}")
     if image.mode != "RGB":
         return Score(None, error=f"the picture is {image.mode} and must be RGB of 8 bits")
+    if image.has_transparency_data:
+        return Score(None, error="the picture has a transparent colour and must be RGB without one")
     if image.width * image.height > _LARGEST:
         return Score(None, error=f"the picture has {image.width} x {image.height} pixels; {_LARGEST} are allowed")
     return image
@@ -308,7 +303,7 @@ class Batches:
     """One thread that calls the reward, with up to `batch_size` of what has come in meanwhile, from whichever requests.
 
     A batch is of one picture size and one set of columns. If it fails, each of its pictures is asked about alone, so that
-    no request has to do with another's mistake.
+    no request has to do with another's mistake; but for a WrongAnswer, which is the reward's own.
     """
 
     def __init__(self, reward: Reward, batch_size: int) -> None:
@@ -366,14 +361,15 @@ class Batches:
             pictures_NHWC = np.stack([one.picture_HWC for one in batch])
             scores = [s.plain() for s in self._reward.score(pictures_NHWC, [one.prompt for one in batch])]
             if len(scores) != len(batch):
-                raise RuntimeError(f"the reward gave {len(scores)} scores for {len(batch)} pictures")
+                raise WrongAnswer(f"the reward gave {len(scores)} scores for {len(batch)} pictures; return one each")
         except BaseException as error:  # of SystemExit too: this thread must go on, or no request is ever answered
-            if len(batch) > 1:
+            if len(batch) > 1 and not isinstance(error, WrongAnswer):
                 for one in batch:
                     self._score([one])
                 return
             failed = error if isinstance(error, Refusal) else Score(None, error=f"{type(error).__name__}: {error}")
-            batch[0].answer.set_result(failed)
+            for one in batch:
+                one.answer.set_result(failed)
         else:
             for one, score in zip(batch, scores, strict=True):
                 one.answer.set_result(score)

@@ -15,8 +15,10 @@ import httpx2
 import numpy as np
 from PIL import Image
 
-from progrpo.rewards.base import Refusal, RewardSettings, Score
-from progrpo.rewards.remote import answer_of
+from progrpo.environment import on_the_way
+from progrpo.rewards.base import Refusal, RewardSettings, Score, WrongAnswer
+from progrpo.rewards.remote import answer_of, client_of
+from progrpo.texts import folded
 from progrpo.types import Prompt
 
 QUESTION = (
@@ -32,6 +34,7 @@ _MENDED_BY_THE_USER = {
     401: "the key in OPENAI_API_KEY",
     403: "the key's rights",
     404: "the model's name and the url",
+    407: "the proxy's user and password",
 }
 
 
@@ -46,12 +49,8 @@ class VLMJudge:
     def __init__(self, url: str, model: str, key: str = "", timeout: float = 60.0, batch_size: int = 16) -> None:
         """`batch_size` pictures are asked about at once, over connections that stay open."""
         self._model, self._key = model, key
-        self._client = httpx2.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx2.Timeout(timeout),
-            limits=httpx2.Limits(max_connections=batch_size, max_keepalive_connections=batch_size),
-        )
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client, self._way = client_of("vlm", url, timeout, batch_size, headers), on_the_way(url)
         self._threads = ThreadPoolExecutor(batch_size, thread_name_prefix="vlm")
 
     @classmethod
@@ -83,16 +82,18 @@ class VLMJudge:
             request = self._request(picture_HWC, prompt)
             response = answer_of(self._client, "POST", "chat/completions", json=request)
         except httpx2.TimeoutException:
-            return Score(None, error="the server did not answer in time")
+            return Score(None, error=f"the server{self._way} did not answer in time")
         except httpx2.HTTPError as error:
-            return Score(None, error=f"the server cannot be reached: {error}")
+            return Score(None, error=f"the server{self._way} cannot be reached: {error}")
         text = response.text.replace(self._key, "***") if self._key else response.text  # some servers repeat it
         if response.is_success:
             try:
                 return Score(mark_of(text) / BEST)
+            except WrongAnswer as error:
+                raise WrongAnswer(f"reward 'vlm': {error}; check that the url is such as {_EXAMPLE}") from None
             except ValueError as error:
                 return Score(None, error=str(error))
-        said = f"the server answered {response.status_code}: {_short(text)}"
+        said = f"the server{self._way} answered {response.status_code}: {_short(text)}"
         if response.status_code in _MENDED_BY_THE_USER:
             raise Refusal(f"reward 'vlm': {said}; check {_MENDED_BY_THE_USER[response.status_code]}")
         return Score(None, error=said)
@@ -126,11 +127,16 @@ _ALONE = rf"\W*?{_NUMBER}\W*"
 
 
 def mark_of(completion: str) -> float:
-    """The mark in a completion; ValueError, which says what is there instead, if there is none."""
+    """The mark in a completion; ValueError, which says what is there instead, if there is none. WrongAnswer for what another API answers."""
     try:
-        choice = json.loads(completion)["choices"][0]
+        answer = json.loads(completion)
+        if not isinstance(answer, dict) or not answer.keys() & {"choices", "error"}:
+            raise WrongAnswer(f"the server's answer is no completion: {_short(completion)}")
+        choice = answer["choices"][0]
         text, stopped = choice["message"].get("content"), choice.get("finish_reason")
         refused = choice["message"].get("refusal")
+    except WrongAnswer:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"the server's answer is no completion: {_short(completion)}") from None
     if refused or stopped == "content_filter":
@@ -139,7 +145,7 @@ def mark_of(completion: str) -> float:
         raise ValueError(f"the answer was cut off at {MAX_TOKENS} tokens: {_short(str(text))}")
     if not isinstance(text, str):
         raise ValueError("the answer has no text")
-    marks = _marks(text.rpartition("</think>")[2])
+    marks = _marks(folded(text).rpartition("</think>")[2])  # some write ８／１０, and a minus has many forms
     if len(marks) != 1:
         raise ValueError(f"the answer has {'no mark' if not marks else 'several marks'}: {_short(text)}")
     (mark,) = marks

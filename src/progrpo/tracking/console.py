@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from progrpo.streams import tolerant
 from progrpo.tracking.wording import MISSING, count, duration, number, percent, signed
 
 _RECENT = 5
@@ -15,7 +16,7 @@ _PREVIEW = "preview/rank_correlation@"
 
 
 class Console:
-    """Prints the progress of one run.
+    """Prints the progress of one run. What cannot be printed is dropped: the records are in the run folder.
 
     `nfe_unpruned`: the NFE that an iteration would take if no trajectory were pruned, for the share saved.
     `history`: the records of a resumed run, oldest first. `enabled`: False on all processes but the main one.
@@ -32,7 +33,7 @@ class Console:
         self.iterations = iterations
         self.nfe_unpruned = nfe_unpruned
         self.enabled = enabled
-        self._file = file or sys.stdout
+        self._file = tolerant(file or sys.stdout)
         self._first_reward: float | None = None
         self._seconds: deque[float] = deque(maxlen=_RECENT)
         self._rich = self._open_rich() if enabled and self._file.isatty() else None

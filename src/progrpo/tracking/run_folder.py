@@ -15,15 +15,17 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from progrpo.durable import PREVIOUS, WRITING, append, new_folder, sync, whole_folder, write_file
+from progrpo.types import FROM_PYTHON
 from progrpo.words import named
 
 _FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "report.html")
@@ -42,6 +44,7 @@ _IN_FOLDERS = {
     **{folder + end: files for folder, files in _WEIGHTS.items() for end in ("", WRITING, PREVIOUS)},
 }
 """What a run writes in folders, whose names a user's own may have; an inner folder before the one that it lies in."""
+_OTHERWISE = "replace it with --overwrite (in Python overwrite=True), or give another folder as --out (out)"
 _GAP_GREY = 236
 _SIDE = 192  # pixels of a picture on an audit's sheet, as many as the report shows
 
@@ -61,6 +64,11 @@ def _plain(value: Any) -> Any:
 
 def _encode(value: Any, indent: int | None = None) -> str:
     return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _in_bytes(text: str) -> bytes:
+    """UTF-8. Half of a character, as Python reads bytes of a file's name that are no text, is written as JSON's escape of it."""
+    return text.encode(errors="backslashreplace")
 
 
 def _decode(data: bytes, path: Path) -> Any:
@@ -116,17 +124,35 @@ class RunFolder:
         run = cls(path)
         left = [str(file.relative_to(run.path)) for file in run._own()]
         if left and all(Path(file).parent.name in _WEIGHTS for file in left):
-            raise ValueError(f"{path} holds {left[0]} but no run; a run would replace it: give another --out")
+            raise ValueError(f"{path} holds {left[0]} but no run; a run would replace it: give another folder")
+        saved = any(file.startswith("checkpoints") for file in left)
+        resumed = f"resume it with {run.command('resume')}, " if saved else ""
         if left and not overwrite:
             raise ValueError(
-                f"{path} already holds a run (config.json); resume it with `progrpo train --resume {path}`, replace it with"
-                " --overwrite, or give another --out"
+                f"{path} already holds a run (config.json); {resumed}{_OTHERWISE}"
                 if "config.json" in left
-                else f"{path} holds {left[0]} of another run, whose config.json is gone; replace it with --overwrite, or give another --out"
+                else f"{path} holds {left[0]} of another run, whose config.json is gone; {_OTHERWISE}"
             )
         run._delete(left)
         run.path.mkdir(parents=True, exist_ok=True)
         return run
+
+    def command(self, what: Literal["resume", "anew"]) -> str:
+        """How the run that lies here goes on from its last checkpoint, or begins anew: a command, or a call where only Python has its parts."""
+        path = shlex.quote(str(self.path))
+        if self.is_of_python():
+            return f"progrpo.train(..., out={str(self.path)!r}, {'resume' if what == 'resume' else 'overwrite'}=True)"
+        return (
+            f"progrpo train --resume {path}" if what == "resume" else f"progrpo train {path} --out {path} --overwrite"
+        )
+
+    def is_of_python(self) -> bool:
+        """Whether the run's model was given to `progrpo.train`, so that no command can load it."""
+        try:
+            model = self.read_config()["model"]["path"]
+        except (ValueError, LookupError, TypeError, OSError):  # there is none, or it is damaged
+            return False
+        return isinstance(model, str) and model.endswith(FROM_PYTHON)
 
     def _own(self) -> Iterator[Path]:
         """What a run wrote, and nothing that a user put beside it: checkpoints first and config.json last."""
@@ -173,7 +199,7 @@ class RunFolder:
     # --- numbers and words --------------------------------------------------------------------------------------------
 
     def write_text(self, relative: str, text: str) -> Path:
-        return self._write(relative, lambda file: file.write(text.encode()))
+        return self._write(relative, lambda file: file.write(_in_bytes(text)))
 
     def write_json(self, relative: str, value: Any) -> Path:
         return self.write_text(relative, _encode(value, indent=1))
@@ -207,7 +233,7 @@ class RunFolder:
         return costs
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        append(self.path / "metrics.jsonl", _encode(record).encode())
+        append(self.path / "metrics.jsonl", _in_bytes(_encode(record)))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All records, without a last line that is still being written; ValueError for a line elsewhere that is none."""

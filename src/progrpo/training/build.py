@@ -26,7 +26,7 @@ from progrpo.config import (
     stochastic_steps,
     trained_steps,
 )
-from progrpo.data import ORDERS, PromptOrder, load_prompts
+from progrpo.data import DATASET, ORDERS, PromptOrder, load_prompts
 from progrpo.diffusion.process import Process
 from progrpo.diffusion.samplers import SAMPLERS
 from progrpo.objectives.advantage import normalised_sum
@@ -36,7 +36,8 @@ from progrpo.objectives.dgpo import DGPO
 from progrpo.objectives.grpo import GRPO
 from progrpo.objectives.nft import NFT
 from progrpo.policies.base import Policy, PolicySettings
-from progrpo.policies.load import fastest_dtype, load_policy, quiet
+from progrpo.policies.load import BUILT_IN, fastest_dtype, load_policy, quiet
+from progrpo.policies.pipeline import BUILT_IN_DECODER
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge, Refusal, Reward, RewardSettings
 from progrpo.rewards.cache import Cached
@@ -50,7 +51,7 @@ from progrpo.rollout.probe import Probe
 from progrpo.training.distributed import Ranks
 from progrpo.training.memory import keep_freed_memory
 from progrpo.training.zero import PartitionedAdamW, Zero, agreed
-from progrpo.types import Prompt
+from progrpo.types import FROM_PYTHON, Prompt
 from progrpo.words import named
 from progrpo.zoo import WEIGHTS
 from progrpo.zoo.shapes import world
@@ -114,6 +115,38 @@ def _adamw_8bit() -> Callable[..., Optimizer]:
     return kind
 
 
+def located(config: Config) -> Config:
+    """The configuration with absolute paths in place of relative ones, so that a run folder can be used from any folder.
+
+    What names nothing on this disk (a built-in, a hub id) stays as it is.
+    """
+    model, preview = config.model, config.preview
+    return replace(
+        config,
+        model=replace(model, path=_absolute(model.path), lora=_absolute(model.lora)),
+        prompts=replace(config.prompts, source=_absolute(config.prompts.source)),
+        preview=replace(preview, tiny_decoder=_absolute(preview.tiny_decoder)),
+        reward=replace(config.reward, terms=tuple(map(_located_term, config.reward.terms))),
+        eval=replace(
+            config.eval,
+            prompts=_absolute(config.eval.prompts),
+            rewards=tuple(map(_located_term, config.eval.rewards)),
+        ),
+    )
+
+
+def _located_term(term: RewardTerm) -> RewardTerm:
+    model = term.model if term.url or term.name == "vlm" else _absolute(term.model)  # a server has names of its own
+    return replace(term, model=model, cache=os.path.abspath(os.path.expanduser(term.cache)) if term.cache else "")
+
+
+def _absolute(name: str) -> str:
+    dataset = DATASET if name.startswith(DATASET) else ""
+    path = os.path.expanduser(name.removeprefix(dataset))
+    known = name in ("", "shapes", BUILT_IN_DECODER, *BUILT_IN)
+    return name if known or not os.path.exists(path) else dataset + os.path.abspath(path)
+
+
 def settled(config: Config, ranks: Ranks) -> Config:
     """The configuration with what is chosen by measuring, as the main process measures it.
 
@@ -152,6 +185,8 @@ def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str
 def model_settings(model: ModelConfig) -> PolicySettings:
     """What a configuration says of a policy by itself; its dtype must be chosen."""
     return PolicySettings(
+        revision=model.revision,
+        variant=model.variant,
         weights=model.weights,
         lora_rank=model.lora_rank,
         lora_alpha=model.lora_alpha,
@@ -184,10 +219,11 @@ def previewing(config: Config) -> Previewing:
     )
 
 
-def trained_policy(target: str, trained: Path | None, ranks: Ranks) -> Policy:
+def trained_policy(target: str, trained: Path | None, ranks: Ranks, revision: str = "", variant: str = "") -> Policy:
     """A model by name, folder or hub id, or what a run folder has trained; `trained` may name a run or its LoRA folder.
 
-    With a run's settings where one is named. ValueError for a run that is told to take what another trained.
+    With a run's settings where one is named. ValueError for a run that is told to take what another trained, or another revision or
+    variant of its model.
     """
     run, path = run_of(target, trained) or Config(), target
     if _is_run(Path(target)):
@@ -195,11 +231,20 @@ def trained_policy(target: str, trained: Path | None, ranks: Ranks) -> Policy:
             raise ValueError(
                 f"--lora: {named(target)} is a run, with weights of its own; give its model, or leave --lora out"
             )
+        if revision or variant:
+            raise ValueError(
+                f"--{'revision' if revision else 'variant'}: {named(target)} is a run, whose model's is in its config.json; leave it out"
+            )
         trained, path = Path(target), run.model.path
+        if path.endswith(FROM_PYTHON):
+            raise ValueError(
+                f"{named(target)} trained {path}, which no name loads; name the model it was: progrpo sample MODEL --lora {named(target)}"
+            )
+        revision, variant = run.model.revision, run.model.variant
     if trained is not None and _is_run(trained):
         trained = _saved_by(trained)
     # what a run saved has in it where it began, and is for the model as it is
-    model = replace(run.model, path=path, lora="", quantize="none")
+    model = replace(run.model, path=path, revision=revision, variant=variant, lora="", quantize="none")
     policy = policy_from(model, 0, ranks, trained)
     ranks.attend = policy.attend
     return policy
@@ -218,9 +263,9 @@ def _saved_by(run: Path) -> Path:
     return saved[0]
 
 
-def config_of(target: str) -> Config:
-    """A run's configuration, or the default one for a model."""
-    return run_of(target) or Config(model=ModelConfig(path=target))
+def config_of(target: str, trained: Path | None = None) -> Config:
+    """The configuration of the run that is meant by `trained_policy`'s arguments, or the default one for a model."""
+    return run_of(target, trained) or Config(model=ModelConfig(path=target))
 
 
 def _is_run(folder: Path) -> bool:

@@ -9,7 +9,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from progrpo import __version__
-from progrpo.config import Config, config_to_json, learning_rate, to_dict
+from progrpo.config import Config, RewardTerm, config_to_json, from_python, learning_rate, to_dict
 from progrpo.durable import PREVIOUS, WRITING, DiskError, sync
 from progrpo.storage import disk_error, load_state, save_state
 from progrpo.tracking.lock import only_writer
+from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
 from progrpo.words import quoted
@@ -110,7 +111,7 @@ def newest(run: Path, ranks: Ranks, warn: Callable[[str], None]) -> dict[str, An
 
 
 def _newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    anew = f"start it anew with progrpo train {run} --out {run} --overwrite"
+    anew = f"start it anew with {RunFolder(run).command('anew')}"
     found, damaged = saved(run), []
     for path in reversed(found):
         try:
@@ -131,7 +132,7 @@ def check_unchanged(run: Path, state: Mapping[str, Any], config: Config, accept:
 
     Where that is accepted, only for fields that a run cannot change on its way.
     """
-    was, now = _flat(state["config"]), _flat(json.loads(config_to_json(config)))
+    was, now = flat(state["config"]), flat(json.loads(config_to_json(config)))
     differing = {
         name: f"{name} was {quoted(was[name])} and is {quoted(value)}"
         for name, value in now.items()
@@ -142,11 +143,15 @@ def check_unchanged(run: Path, state: Mapping[str, Any], config: Config, accept:
         mend = (
             "put that back, since a checkpoint is of no use to a run with another, or start a new run"
             if fixed
-            else "put it back, or give --accept-changes to go on with it"
+            else f"put it back, or give {_accept(config)} to go on with it"
         )
-        raise ValueError(
-            f"{run / 'config.json'} was changed since the checkpoint: {', '.join(fixed or differing.values())}; {mend}"
-        )
+        where = f"the configuration of {run}" if from_python(config) else run / "config.json"
+        raise ValueError(f"{where} was changed since the checkpoint: {', '.join(fixed or differing.values())}; {mend}")
+
+
+def _accept(config: Config) -> str:
+    """How changes are accepted, on the command line or by the library."""
+    return "accept_changes=True" if from_python(config) else "--accept-changes"
 
 
 def digest(prompts: Iterable[Prompt]) -> str:
@@ -170,20 +175,37 @@ def _told(value: Any) -> str:
 
 
 def check_prompts(
-    run: Path, state: Mapping[str, Any], now: Mapping[str, str], sources: Mapping[str, str], accept: bool
+    run: Path, state: Mapping[str, Any], now: Mapping[str, str], config: Config, accept: bool
 ) -> list[str]:
     """Which prompts are not those that the run had until now, by what they are for. ValueError that names them, unless that is accepted.
 
-    `now` are digests and `sources` where the prompts are from. A checkpoint of before there were digests is taken.
+    `now` are digests. A checkpoint of before there were digests is taken.
     """
-    was = state.get("prompts", {})
-    changed = [name for name in now if name in was and was[name] != now[name]]
+    changed = _changed(state.get("prompts", {}), now)
     if changed and not accept:
+        sources = {"training": config.prompts.source, "evaluation": config.eval.prompts}
         which = " and ".join(f"{name} prompts ({sources[name]})" for name in changed)
         raise ValueError(
-            f"the {which} of {run} are not those that it had until the checkpoint; put them back, or give --accept-changes to go on with these"
+            f"the {which} of {run} are not those that it had until the checkpoint; put them back, or give {_accept(config)} to go on with these"
         )
     return changed
+
+
+def check_weights(run: Path, state: Mapping[str, Any], now: Mapping[str, str], config: Config, accept: bool) -> None:
+    """ValueError, with the parts, where the model is not the one that the run began with, unless that is accepted.
+
+    `now` are fingerprints. A checkpoint of before there were fingerprints is taken.
+    """
+    changed = _changed(state.get("weights", {}), now)
+    if changed and not accept:
+        raise ValueError(
+            f"the weights of {', '.join(changed)} ({config.model.path}) are not those that {run} began with; load the model as it was then,"
+            f" or give {_accept(config)} to go on with this one"
+        )
+
+
+def _changed(was: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    return [name for name in now if name in was and was[name] != now[name]]
 
 
 def check_versions(state: Mapping[str, Any], config: Config, warn: Callable[[str], None]) -> None:
@@ -211,11 +233,13 @@ def check_length(state: Mapping[str, Any], config: Config, warn: Callable[[str],
         )
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Fields by their dotted names."""
     out: dict[str, Any] = {}
     for name, value in tree.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        if isinstance(value, list):  # of rewards: fields that a checkpoint is too old to have are at their defaults
+            value = [{**asdict(RewardTerm("")), **v} if isinstance(v, Mapping) else v for v in value]
+        out |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return out
 
 
@@ -257,5 +281,5 @@ def _mend(error: OSError, run: Path) -> str:
     first = {errno.ENOSPC: "make space", errno.EDQUOT: "make space"}.get(error.errno or 0, "mend that")
     last = saved(run)
     if not last:
-        return f"there is no checkpoint yet: {first}, then start anew with progrpo train {run} --out {run} --overwrite"
-    return f"the last good checkpoint is {last[-1].name}: {first}, then go on with progrpo train --resume {run}"
+        return f"there is no checkpoint yet: {first}, then start anew with {RunFolder(run).command('anew')}"
+    return f"the last good checkpoint is {last[-1].name}: {first}, then go on with {RunFolder(run).command('resume')}"

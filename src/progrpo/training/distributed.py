@@ -111,6 +111,17 @@ class Ranks:
             raise refused or ValueError(words)
         return cast(_Found, told)
 
+    def require_same(self, given: Mapping[str, str], mend: str) -> None:
+        """ValueError in all processes, with the name and both values, where `given` is not the same in each; `mend` ends the sentence."""
+        mains, *others = self.gather([given])
+        for rank, own in enumerate(others, 1):
+            if differing := [name for name in {**mains, **own} if mains.get(name) != own.get(name)]:
+                name = differing[0]
+                raise ValueError(
+                    f"{name} must be the same in all processes, and is {mains.get(name)} in process 0 and {own.get(name)} in"
+                    f" process {rank}; {mend}"
+                )
+
     def leave(self) -> None:
         """At the end of a run, until all are here: a launcher that sees one end badly kills those that still write."""
         self.join()

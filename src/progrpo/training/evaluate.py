@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.config import EvalConfig, RewardTerm, check
+from progrpo.config import Config, EvalConfig, RewardTerm, check, from_python
 from progrpo.diffusion.gaussian import mean_square
 from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.diffusion.process import Process
@@ -24,6 +26,7 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import decoded
 from progrpo.sources import check_sources
+from progrpo.tracking.console import Console
 from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
 from progrpo.training.checks import check_failures, fault_of
 from progrpo.training.distributed import Ranks, lost_in_words
@@ -244,10 +247,32 @@ def _harmful(term: RewardTerm) -> bool:
     return ":" in term.name or bool(term.url or term.cache)
 
 
+def _require_names(
+    target: str, lora: Path | None, config: Config, prompts: str | None, reward: Sequence[str] | None
+) -> None:
+    """ValueError, with the command to give, where a run of `progrpo.train` has no name of what is asked for."""
+    objects, run = from_python(config), lora or target
+    unnamed = lora is None and "model.path" in objects
+    options = ["--prompts FILE"] * (not prompts and "eval.prompts" in objects)
+    options += ["--reward NAME"] * (not reward and "reward.terms" in objects)
+    if unnamed or options:
+        words = " ".join(["MODEL" if unnamed else target, *([f"--lora {run}"] if unnamed or lora else []), *options])
+        raise ValueError(
+            f"{named(run)} is a run of progrpo.train, which was given objects where a name is needed here: progrpo eval {words}"
+        )
+
+
+def warn_of_cuts(policy: Policy, prompts: Sequence[Prompt], ranks: Ranks) -> None:
+    """On stderr, for results go to stdout."""
+    if said := policy.truncation([prompt.text for prompt in prompts]).in_words():
+        Console(0, enabled=ranks.is_main, file=sys.stderr).warn(said)
+
+
 @torch.no_grad()
 def evaluate_model(
     target: str,
     *,
+    lora: Path | None,
     prompts: str | None,
     reward: Sequence[str] | None,
     split: str,
@@ -255,8 +280,10 @@ def evaluate_model(
     num_inference_steps: int | None,
     guidance_scale: float | None,
     seed: int | None = None,
+    revision: str = "",
+    variant: str = "",
 ) -> dict[str, Any] | None:
-    """Figures of a model, or of a run's trained weights, on `pictures` prompts.
+    """Figures of a model, with a LoRA or what a run has trained if `lora` names it, or of a run's trained weights, on `pictures` prompts.
 
     For None a run's own prompts, rewards, steps, guidance and seed of its evaluations, of a model the configuration's defaults.
 
@@ -264,7 +291,8 @@ def evaluate_model(
 
     A run folder may be a stranger's: a reward of its own that is code, asks a server or writes scores is used only if `reward` names it.
     """
-    config = config_of(target)
+    config = config_of(target, lora)
+    _require_names(target, lora, config, prompts, reward)
     prompts = prompts or config.eval.prompts
     if reward:
         terms, harmful = tuple(map(RewardTerm.from_text, reward)), []
@@ -287,9 +315,10 @@ def evaluate_model(
         scorer.check(chosen)
     with lost_in_words(lambda: "give the command again"):
         ranks = Ranks()
-        policy = trained_policy(target, None, ranks)
+        policy = trained_policy(target, lora, ranks, revision, variant)
         if policy.edits:
             check_sources(chosen)
+        warn_of_cuts(policy, chosen, ranks)
         sampling = ode(policy, wanted.num_inference_steps, wanted.guidance_scale, rows_at_once(policy))
         result = evaluate(
             policy,

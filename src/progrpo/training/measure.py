@@ -1,26 +1,38 @@
-"""What is chosen by measuring when a run begins: microbatches. The main process measures, and the choice stays in config.json."""
+"""Microbatches that are chosen by measuring when a run begins. The main process measures, and the choice stays in config.json."""
 
 from __future__ import annotations
 
-import statistics
+import hashlib
+import json
+import math
+import os
+import platform
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
 from progrpo.config import Config, resolve_plan, trained_items
+from progrpo.durable import write_text
 from progrpo.packing import evenly
 from progrpo.policies.base import Policy
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
 
 _SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128)
-_ROUNDS = 5  # on a CPU, which others may share; a GPU's times hardly differ
-_ROUNDS_ON_A_GPU = 2
 _CLOSE = 1.06  # of two sizes that are as fast as that, the smaller one: it takes less memory and fills up less
+_SAMPLING_BUDGET, _TRAINING_BUDGET = 1.0, 2.0  # seconds of calls
+# Short calls would slip through the gaps of other work, so each size is timed for as long:
+_BLOCK = 0.1  # seconds
+_BUSY = 0.15  # share of the processors that others may use while an answer is measured that is kept
 
 
 def measured(config: Config, policy: Policy, prompt: Prompt, ranks: Ranks) -> Config:
@@ -28,11 +40,11 @@ def measured(config: Config, policy: Policy, prompt: Prompt, ranks: Ranks) -> Co
     sampling, optim = config.sampling, config.optim
     if sampling.microbatch is not None and optim.microbatch is not None:
         return config
-    found = ranks.from_main(lambda: _fastest(config, policy, prompt, ranks))
+    fastest = ranks.from_main(lambda: _fastest(config, policy, prompt, ranks))
     return replace(
         config,
-        sampling=replace(sampling, microbatch=sampling.microbatch or found[0]),
-        optim=replace(optim, microbatch=optim.microbatch or found[1]),
+        sampling=replace(sampling, microbatch=sampling.microbatch or fastest[0]),
+        optim=replace(optim, microbatch=optim.microbatch or fastest[1]),
     )
 
 
@@ -41,13 +53,26 @@ def _fastest(config: Config, policy: Policy, prompt: Prompt, ranks: Ranks) -> tu
     plan, prompts = resolve_plan(config), -(-config.prompts.per_iteration // ranks.world)
     rows_T = [prompts * plan.living_at(step) for step in range(config.sampling.num_inference_steps)]
     items = prompts * plan.survivors * trained_items(config)
-    told, guidance = policy.encode([prompt]), config.sampling.guidance_scale
+    key = _key(config, policy, max(rows_T), items)
+    timings = Timings.recall(key)
+    if timings is None:
+        timings = _timings(config, policy, prompt, (max(rows_T), items))
+        timings.keep(key)
+    return (
+        _best({n: _sampled(rows_T, n, timings.sample, policy.compiled) for n in timings.sample}),
+        _best({n: items / n * seconds for n, seconds in timings.train.items()}),
+    )
+
+
+def _timings(config: Config, policy: Policy, prompt: Prompt, most: tuple[int, int]) -> Timings:
+    """Seconds of a call, without gradient and with it, up to so many rows and items."""
+    condition, guidance = policy.encode([prompt]), config.sampling.guidance_scale
     middle = policy.levels(2, config.sampling.shift).timestep[1]
 
     def call(size: int) -> Tensor:
         rows = torch.zeros(size, dtype=torch.int64)
         x = torch.zeros(size, *policy.latent_shape, device=policy.device)
-        return policy.predict(x, middle.to(x), told.take(rows.to(policy.device)), guidance)
+        return policy.predict(x, middle.to(x), condition.take(rows.to(policy.device)), guidance)
 
     def sample(size: int) -> None:
         with torch.no_grad():
@@ -58,44 +83,65 @@ def _fastest(config: Config, policy: Policy, prompt: Prompt, ranks: Ranks) -> tu
         for parameter in policy.trainable.values():
             parameter.grad = None
 
+    load = _OtherLoad()
     with torch.compiler.set_stance("force_eager"):  # one compilation for each size would take minutes
-        forward = _seconds(sample, max(rows_T), policy.device)
-        both = _seconds(train, items, policy.device)
-    return (
-        _best({size: _sampled(rows_T, size, forward, policy.compiled) for size in forward}),
-        _best({size: items / size * s for size, s in both.items()}),
-    )
+        sampling = _seconds(sample, most[0], policy.device, _SAMPLING_BUDGET)
+        training = _seconds(train, most[1], policy.device, _TRAINING_BUDGET)
+    return Timings(sampling, training, quiet=load.share() <= _BUSY)
 
 
-def _sampled(rows_T: list[int], size: int, seconds: dict[int, float], one_shape: bool) -> float:
-    """Of all network calls of a rollout; between sizes that were timed, seconds are taken to grow evenly."""
+def _sampled(rows_T: list[int], size: int, seconds: Mapping[int, float], one_shape: bool) -> float:
+    """Seconds of all network calls of a rollout; between sizes that were timed, they are taken to grow evenly."""
     calls = [(-(-rows // size), size if one_shape else evenly(rows, size)) for rows in rows_T]
     shapes = [shape for _, shape in calls]
-    found = np.interp(shapes, [0, *seconds], [0.0, *seconds.values()])
-    return float(sum(count * s for (count, _), s in zip(calls, found, strict=True)))
+    each = np.interp(shapes, [0, *seconds], [0.0, *seconds.values()])
+    return float(sum(count * s for (count, _), s in zip(calls, each, strict=True)))
 
 
-def _seconds(work: Callable[[int], None], most: int, device: torch.device) -> dict[int, float]:
-    """Of one call by size, up to `most` rows and to what fits into memory.
+def _seconds(work: Callable[[int], None], most: int, device: torch.device, budget: float) -> dict[int, float]:
+    """Mean seconds of a call by size, upwards to `most` rows and to what fits into memory.
 
-    The median of several, which go round by round. On a shared machine others' work then slows all sizes down alike; the fastest
-    would favour small ones, which slip through its gaps.
+    Ends where the time a row has become flat, and where the next size would go beyond the budget in seconds.
     """
+    seconds: dict[int, float] = {}
     sizes = sorted({min(size, most) for size in _SIZES})
-    for size in list(sizes):
+    spent = 0.0
+    for size, following in pairwise([*sizes, 0]):
         try:
-            _timed(work, size, device)
+            warm_up = _timed(work, size, device)
+            block = [warm_up] if warm_up > budget / 4 else _block(work, size, device)
         except torch.OutOfMemoryError:
-            sizes = [s for s in sizes if s < size]
             break
-    if not sizes:
+        seconds[size] = sum(block) / len(block)
+        spent += warm_up + sum(block)
+        growing = 2 * seconds[size] * following / size
+        if _is_flat(seconds) or spent + growing > budget:
+            break
+    if not seconds:
         raise ValueError(
-            f"sampling.microbatch: not even {min(most, *_SIZES)} rows fit into the memory of {device}; give it and"
+            f"sampling.microbatch: not even {sizes[0]} rows fit into the memory of {device}; give it and"
             " optim.microbatch, from 1 on"
         )
-    count = _ROUNDS if device.type == "cpu" else _ROUNDS_ON_A_GPU
-    rounds = [[_timed(work, size, device) for size in sizes] for _ in range(count)]
-    return {size: statistics.median(found) for size, found in zip(sizes, zip(*rounds, strict=True), strict=True)}
+    return seconds
+
+
+def _block(work: Callable[[int], None], size: int, device: torch.device) -> list[float]:
+    """Seconds of each of as many calls as take a tenth of a second, and no more than a hundred."""
+    block = [_timed(work, size, device)]
+    while sum(block) < _BLOCK and len(block) < 100:
+        block.append(_timed(work, size, device))
+    return block
+
+
+def _is_flat(seconds: Mapping[int, float]) -> bool:
+    """Whether neither of the two largest sizes takes notably less a row than sizes of half as many rows and fewer.
+
+    Two, since a disturbance of one must not end the search.
+    """
+    rate = {size: s / size for size, s in seconds.items()}
+    largest = list(rate)[-2:]
+    smaller = {size: [r for n, r in rate.items() if 2 * n <= size] for size in largest}
+    return all(smaller[size] and rate[size] * _CLOSE > min(smaller[size]) for size in largest)
 
 
 def _timed(work: Callable[[int], None], size: int, device: torch.device) -> float:
@@ -106,6 +152,94 @@ def _timed(work: Callable[[int], None], size: int, device: torch.device) -> floa
     return time.perf_counter() - start
 
 
-def _best(seconds: dict[int, float]) -> int:
+def _best(seconds: Mapping[int, float]) -> int:
     least = min(seconds.values())
     return min(size for size, s in seconds.items() if s <= _CLOSE * least)
+
+
+# --- the answer is kept for the same machine and model ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Mean seconds of a call by size, while sampling and while training.
+
+    They are `quiet` if other work took little of the processors meanwhile.
+    """
+
+    sample: Mapping[int, float]
+    train: Mapping[int, float]
+    quiet: bool = True
+
+    @classmethod
+    def recall(cls, key: Mapping[str, Any]) -> Self | None:
+        """What was kept under that key; None where nothing was, or it cannot be read."""
+        try:
+            kept = json.loads(_file(key).read_bytes())
+            sample, train = ({int(n): float(s) for n, s in kept[name].items()} for name in ("sample", "train"))
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        seconds = [*sample.values(), *train.values()]
+        usable = bool(sample and train) and all(0 < s < math.inf for s in seconds)
+        return cls(sample, train) if usable and kept["key"] == key else None
+
+    def keep(self, key: Mapping[str, Any]) -> None:
+        """Keep them in the user's cache; not those of a busy machine, and nowhere if there is no place for it."""
+        if not self.quiet:
+            return
+        with suppress(OSError, RuntimeError):
+            file = _file(key)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps({"key": key, "sample": self.sample, "train": self.train}))
+
+
+def _key(config: Config, policy: Policy, rows: int, items: int) -> dict[str, Any]:
+    """What a call's seconds depend on, as JSON has it."""
+    model = {k: v for k, v in asdict(config.model).items() if k not in ("path", "lora", "keep_text_encoders")}
+    frozen = sum(t.numel() for _, t in policy.frozen())
+    trained = sum(p.numel() for p in policy.trainable.values())
+    key = {
+        "torch": torch.__version__,
+        "processor": _processor(policy.device),
+        "threads": torch.get_num_threads(),
+        "policy": [type(policy).__name__, frozen, trained, policy.latent_shape, model],
+        "pairs": config.sampling.in_pairs,
+        "most": [rows, items],
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(key))
+    return plain
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _file(key: Mapping[str, Any]) -> Path:
+    """RuntimeError where the user has no home."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return cache / "progrpo" / "microbatches" / f"{digest[:32]}.json"
+
+
+class _OtherLoad:
+    """The share of the processors' time that other processes take from now on."""
+
+    def __init__(self) -> None:
+        self._start, self._busy = time.perf_counter(), _busy_elsewhere()
+
+    def share(self) -> float:
+        whole = (time.perf_counter() - self._start) * (psutil.cpu_count() or 1)
+        return max(0.0, _busy_elsewhere() - self._busy) / whole
+
+
+def _busy_elsewhere() -> float:
+    """Seconds of processors since the machine started, less those of this process."""
+    own, every = psutil.Process().cpu_times(), psutil.cpu_times()
+    idle = every.idle + getattr(every, "iowait", 0.0)
+    return sum(every) - getattr(every, "guest", 0.0) - getattr(every, "guest_nice", 0.0) - idle - own.user - own.system

@@ -6,9 +6,10 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,8 +17,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
-from progrpo.config import Config, RewardTerm, check, microbatch, to_dict, trained_items
-from progrpo.data import ORDERS, PromptOrder, Prompts, prompts_of
+from progrpo.config import (
+    Config,
+    OptimConfig,
+    RewardTerm,
+    SamplingConfig,
+    check,
+    from_python,
+    microbatch,
+    to_dict,
+    trained_items,
+)
+from progrpo.data import ORDERS, PromptOrder, prompts_of
 from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge, Refusal
@@ -29,6 +40,7 @@ from progrpo.rollout.plan import UnitCosts, preset
 from progrpo.rollout.plan import path as plan_path
 from progrpo.rollout.plan import summary as plan_summary
 from progrpo.sources import check_sources
+from progrpo.streams import tolerant_streams
 from progrpo.tracking.console import Console
 from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
@@ -38,6 +50,7 @@ from progrpo.training.build import (
     eval_prompts,
     judge_for,
     load_reward_of,
+    located,
     policy_from,
     ranking_of,
     scorer_from,
@@ -55,7 +68,7 @@ from progrpo.training.measure import measured
 from progrpo.training.stopping import Stop
 from progrpo.training.trainer import Iteration, Trainer
 from progrpo.training.watch import HackingWatch
-from progrpo.types import Prompt
+from progrpo.types import FROM_PYTHON, Prompt
 from progrpo.words import quoted
 
 if TYPE_CHECKING:
@@ -70,7 +83,7 @@ _NO_CHECKPOINT = "there is no checkpoint yet"
 
 def _how_to_go_on(run: Path) -> str:
     last = checkpoints.saved(run)
-    return f"go on from {last[-1].name} with --resume {run}" if last else _NO_CHECKPOINT
+    return f"go on from {last[-1].name} with {RunFolder(run).command('resume')}" if last else _NO_CHECKPOINT
 
 
 @contextmanager
@@ -82,20 +95,26 @@ def _mendable(run: Path) -> Iterator[None]:
         if not (last := checkpoints.saved(run)):
             raise
         kind = MissingScoresError if isinstance(error, MissingScoresError) else Refusal
-        raise kind(f"{error}; mend that, and go on from {last[-1].name} with: progrpo train --resume {run}") from error
+        command = RunFolder(run).command("resume")
+        raise kind(f"{error}; mend that, and go on from {last[-1].name} with: {command}") from error
 
 
 def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
     """Train a configuration into a new run folder; DiskError if the disk refuses what is written there."""
     check(config)
+    if objects := from_python(config):
+        options = ", ".join(f"--{name}" for name in objects)
+        raise ValueError(
+            f"{', '.join(objects)}: a run of progrpo.train had these as objects, which no name loads; give {options}, or call"
+            " progrpo.train again"
+        )
     with lost_in_words(lambda: _NO_CHECKPOINT):
         ranks = Ranks()
-        config = settled(config, ranks)
+        _require_same_settings(ranks, config)
+        config = settled(located(config), ranks)
         out = ranks.gather([out])[0]  # where it was chosen by what is free, another process may have chosen later
-        run = _from_config(config, RunFolder(out), ranks)
-    with lost_in_words(lambda: _how_to_go_on(out)), checkpoints.writing_to(out, ranks):
-        run.create(overwrite)
-        return run.train()
+        run = Run(_named_parts(config, ranks), RunFolder(out), ranks)
+    return _begun(run, overwrite)
 
 
 def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool = False) -> RunFolder:
@@ -103,82 +122,167 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
 
     With other `iterations`, as a run of so many would have gone, unless its learning rate depends on their number (`optim.decay`).
 
-    ValueError if the configuration or the prompts were changed since, unless that is accepted.
+    ValueError if the configuration, the prompts or the model were changed since, unless that is accepted.
     """
-    config = load_recipe(str(folder))
-    run = RunFolder(folder)
+    config, run = load_recipe(str(folder)), RunFolder(folder)
+    if run.is_of_python():
+        raise ValueError(
+            f"{folder} is a run of progrpo.train, whose pipeline, prompts and rewards only Python has: go on with"
+            f" {run.command('resume')}, with these given again"
+        )
     if iterations is not None:
         config = replace(config, iterations=iterations)
         check(config)
     with lost_in_words(lambda: _how_to_go_on(folder)):
         ranks = Ranks()
+        _require_same_settings(ranks, config)
         config = settled(config, ranks)
-    warn = Console(config.iterations, enabled=ranks.is_main).warn
-    with lost_in_words(lambda: _how_to_go_on(folder)), checkpoints.writing_to(folder, ranks):
-        state = checkpoints.newest(folder, ranks, warn)
-        checkpoints.check_unchanged(folder, state, config, accept_changes)
-        checkpoints.check_versions(state, config, warn)
-        checkpoints.check_length(state, config, warn)
-        if state["iteration"] > config.iterations:
-            raise ValueError(
-                f"{folder} is at iteration {state['iteration']}, past --iterations {config.iterations}; give more"
-            )
-
-        made = _from_config(config, run, ranks)
-        sources = {"training": config.prompts.source, "evaluation": config.eval.prompts}
-        changed = checkpoints.check_prompts(folder, state, made.prompts, sources, accept_changes)
-
-        def go_back() -> None:
-            run.write_config(to_dict(config))
-            run.truncate(state["iteration"])
-
-        ranks.from_main(go_back)
-        return made.train(state, changed)
+        return _resumed(config, lambda: _named_parts(config, ranks), run, ranks, accept_changes)
 
 
 def train(
     pipeline: DiffusionPipeline,
-    prompts: Sequence[str | Prompt | Mapping[str, Any]],
+    prompts: Iterable[str | Prompt | Mapping[str, Any]],
     reward: Rewarding | Sequence[Rewarding | tuple[Rewarding, float]],
     *,
     config: Config | None = None,
     out: str | Path = "runs/custom",
-    eval_prompts: Sequence[str | Prompt | Mapping[str, Any]] | None = None,
+    eval_prompts: Iterable[str | Prompt | Mapping[str, Any]] | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    accept_changes: bool = False,
 ) -> RunFolder:
     """Fine-tune a diffusers pipeline towards a reward, as a library.
 
-    `prompts` are texts, `Prompt`s, or rows with a field `prompt` and columns beside it, such as a `datasets.Dataset`.
+    `prompts` are texts, `Prompt`s, or rows with a field `prompt` and columns beside it, in an order of their own: a list, a `datasets.Dataset`,
+    a table of pandas, polars or pyarrow.
     `reward(images, prompts, **columns)` gives a float, or None where it failed, for each PIL picture: a function, also an async
     one, or an object with it as `score`. Of a model of videos it sees some frames, or with `video = True` whole ones. It may be a built-in reward's name, a `progrpo.config.RewardTerm`, or a list of any of
     these, which are summed with the weights of pairs (reward, weight). Before and after are measured on `eval_prompts`,
     or else on the training prompts. `config.model.path`, `config.prompts.source` and `config.reward.terms` are not read. The
     LoRA is in `out`/lora, in diffusers' format. The pipeline is taken over: its denoiser is changed and its text encoders leave it, so load it
-    again for pictures or another run. ValueError, one sentence, for a mistake that is to be mended. Returns the run folder; its `read_summary()` has the figures.
-    """
-    from progrpo.policies.load import policy_from_pipeline
+    again for pictures or another run.
 
-    config = Config() if config is None else config
-    check(config)
+    With `resume`, and the pipeline as it was before the run, the prompts and the rewards given again, the run in `out` goes on from its newest
+    whole checkpoint, exactly as it would have gone; without a `config` by its own, and with more `iterations` as a longer run. What was
+    changed since is refused, unless `accept_changes`.
+
+    ValueError, one sentence, for a mistake that is to be mended. Returns the run folder; its `read_summary()` has the figures.
+    """
+    if overwrite and resume:
+        raise ValueError("overwrite and resume exclude each other: replace the run in out, or go on with it")
+    if config is not None:
+        check(config)
     told = prompts_of(prompts, "prompts")
     watched = told if eval_prompts is None else prompts_of(eval_prompts, "eval_prompts")
     with lost_in_words(lambda: _NO_CHECKPOINT):
         ranks = Ranks()
-        config = settled(config, ranks)
+        _require_same_settings(ranks, config, resume=resume, accept_changes=accept_changes)
+        folder = RunFolder(ranks.gather([out])[0])
+        own = ranks.from_main(lambda: _own_config(folder, accept_changes)) if resume else None
+        config = settled(_given_config(config, own, pipeline), ranks)
         terms, scorer = _mixed(reward, config)  # before the pipeline is taken over: a mistake here costs no loading
         config = replace(config, reward=replace(config.reward, terms=terms))
         check(config)
-        decoder = tiny_decoder(config.preview)
-        policy = policy_from_pipeline(pipeline, settings_from(config.model, config.seed, ranks, decoder))
-        table: Prompts = {"": told}
-        test = [watched[i % len(watched)] for i in range(config.eval.pictures)]
-        config = measured(config, policy, table[""][0], ranks)
-        order = ORDERS[config.prompts.order](table, config.seed)
-        held_out = HeldOut(test, test, None, _held_out_rewards(config))
-        run = Run(config, policy, scorer, order, held_out, RunFolder(out), ranks)
-    with lost_in_words(lambda: _how_to_go_on(run.folder.path)), checkpoints.writing_to(run.folder.path, ranks):
+
+        def parts() -> Parts:
+            test = [watched[i % len(watched)] for i in range(config.eval.pictures)]
+            return Parts(
+                config,
+                scorer,
+                ORDERS[config.prompts.order]({"": told}, config.seed),
+                HeldOut(test, test, None, _held_out_rewards(config)),
+                lambda: _taken_over(pipeline, config, ranks),
+            )
+
+        if resume:
+            return _resumed(config, parts, folder, ranks, accept_changes)
+        run = Run(parts(), folder, ranks)
+    return _begun(run, overwrite)
+
+
+def _taken_over(pipeline: DiffusionPipeline, config: Config, ranks: Ranks) -> Policy:
+    from progrpo.policies.load import policy_from_pipeline
+
+    settings = settings_from(config.model, config.seed, ranks, tiny_decoder(config.preview))
+    return policy_from_pipeline(pipeline, settings)
+
+
+def _given_config(config: Config | None, own: Config | None, pipeline: DiffusionPipeline) -> Config:
+    """The configuration of a library call, which says what Python gave; of a run that goes on with what `own` has measured."""
+    config = located(config or own or Config())
+    config = replace(
+        config,
+        model=replace(config.model, path=f"a {type(pipeline).__name__} {FROM_PYTHON}"),
+        prompts=replace(config.prompts, source=f"prompts {FROM_PYTHON}"),
+        eval=replace(config.eval, prompts=f"prompts {FROM_PYTHON}"),
+    )
+    if own is None:
+        return config
+    dtype = own.model.dtype if config.model.dtype == "auto" else config.model.dtype
+    return replace(
+        config,
+        model=replace(config.model, dtype=dtype),
+        sampling=replace(config.sampling, microbatch=_smaller(config.sampling, own.sampling)),
+        optim=replace(config.optim, microbatch=_smaller(config.optim, own.optim)),
+    )
+
+
+def _smaller(given: SamplingConfig | OptimConfig, own: SamplingConfig | OptimConfig) -> int | None:
+    """Of a microbatch that is asked for and one that was measured, or halved where memory ran out."""
+    sizes = [part.microbatch for part in (given, own) if part.microbatch is not None]
+    return min(sizes, default=None)
+
+
+def _own_config(folder: RunFolder, accept: bool) -> Config:
+    """Of a library run that is to go on; ValueError for no run, and for one of the command line."""
+    if not (folder.path / "config.json").is_file():
+        raise ValueError(
+            f"resume: {folder.path} holds no run (no config.json); give its folder as out, or leave resume out"
+        )
+    if not (folder.is_of_python() or accept):
+        raise ValueError(
+            f"resume: {folder.path} is a run of the command line; go on with {folder.command('resume')} (or, where an older progrpo.train"
+            " left it, with accept_changes=True)"
+        )
+    return load_recipe(str(folder.path))
+
+
+def _require_same_settings(ranks: Ranks, config: Config | None, **options: bool) -> None:
+    """Before anything else is done together: processes of other settings would wait for each other at other places."""
+    flat = {} if config is None else checkpoints.flat(to_dict(config))
+    given = {name: quoted(value) for name, value in {"config": config is not None, **options, **flat}.items()}
+    ranks.require_same(given, "give all the same configuration")
+
+
+def _begun(run: Run, overwrite: bool) -> RunFolder:
+    with lost_in_words(lambda: _how_to_go_on(run.folder.path)), checkpoints.writing_to(run.folder.path, run.ranks):
         run.create(overwrite)
         return run.train()
+
+
+def _resumed(config: Config, parts: Callable[[], Parts], folder: RunFolder, ranks: Ranks, accept: bool) -> RunFolder:
+    path, warn = folder.path, Console(config.iterations, enabled=ranks.is_main).warn
+    with lost_in_words(lambda: _how_to_go_on(path)), checkpoints.writing_to(path, ranks):
+        state = checkpoints.newest(path, ranks, warn)
+        checkpoints.check_unchanged(path, state, config, accept)
+        checkpoints.check_versions(state, config, warn)
+        checkpoints.check_length(state, config, warn)
+        if state["iteration"] > config.iterations:
+            raise ValueError(
+                f"{path} is at iteration {state['iteration']}, past {config.iterations} iterations; give more"
+            )
+        made = parts()
+        changed = checkpoints.check_prompts(path, state, made.prompts, config, accept)
+        run = Run(made, folder, ranks)
+        checkpoints.check_weights(path, state, run.policy.fingerprints, config, accept)
+
+        def go_back() -> None:
+            folder.write_config(to_dict(config))
+            folder.truncate(state["iteration"])
+
+        ranks.from_main(go_back)
+        return run.train(state, changed)
 
 
 def _mixed(
@@ -194,12 +298,12 @@ def _mixed(
         if isinstance(reward, str):
             reward = RewardTerm.from_text(reward)
         if isinstance(reward, RewardTerm):
-            term = reward if weight is None else replace(reward, weight=weight)
+            term = replace(reward, from_python=False, weight=reward.weight if weight is None else weight)
             made = load_reward_of(term)
         else:
             name, taken = _name_of(reward), {other.name for other in terms}
             name = next(n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in taken)  # two lambdas
-            term, made = RewardTerm(name, 1.0 if weight is None else weight), FunctionReward(reward)
+            term, made = RewardTerm(name, 1.0 if weight is None else weight, from_python=True), FunctionReward(reward)
         terms.append(term)
         mixed.append(term_from(term, made, config.reward.frames))
     return tuple(terms), Mixture(mixed, ranking_of(config.objective, terms))
@@ -214,21 +318,16 @@ def _held_out_rewards(config: Config) -> Mixture | None:
     return scorer_from(config.eval.rewards, config.reward.frames) if config.eval.rewards else None
 
 
-def _from_config(config: Config, run: RunFolder, ranks: Ranks) -> Run:
-    reward = scorer_from(config.reward.terms, config.reward.frames, ranking_of(config.objective, config.reward.terms))
-    order = train_order(config.prompts, config.seed)
+def _named_parts(config: Config, ranks: Ranks) -> Parts:
+    """What a configuration names."""
     source, pictures = config.eval.prompts, config.eval.pictures
     test, validation = (eval_prompts(source, split, pictures) for split in ("test", "validation"))
-    policy = policy_from(config.model, config.seed, ranks, tiny_decoder=tiny_decoder(config.preview))
-    config = measured(config, policy, order.prompts_for(0, 1)[0], ranks)
-    return Run(
+    return Parts(
         config,
-        policy,
-        reward,
-        order,
+        scorer_from(config.reward.terms, config.reward.frames, ranking_of(config.objective, config.reward.terms)),
+        train_order(config.prompts, config.seed),
         HeldOut(test, validation, judge_for(source), _held_out_rewards(config)),
-        run,
-        ranks,
+        lambda: policy_from(config.model, config.seed, ranks, tiny_decoder=tiny_decoder(config.preview)),
     )
 
 
@@ -244,6 +343,43 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What a run is made of. Its model is loaded last, since most mistakes are seen without it."""
+
+    config: Config
+    reward: Mixture
+    order: PromptOrder
+    held_out: HeldOut
+    load: Callable[[], Policy]
+
+    @cached_property
+    def prompts(self) -> dict[str, str]:
+        """Digests, by what the prompts are for."""
+        evaluation = chain(self.held_out.test, self.held_out.validation)
+        return {"training": checkpoints.digest(self.order.whole), "evaluation": checkpoints.digest(evaluation)}
+
+    @cached_property
+    def met(self) -> list[Prompt]:
+        """Every prompt that the run may meet, once."""
+        ahead = self.order.ahead(0, self.config.iterations, self.config.prompts.per_iteration)
+        return list({id(p): p for p in chain(self.held_out.test, self.held_out.validation, ahead)}.values())
+
+    def check(self, ranks: Ranks) -> None:
+        """ValueError for rewards that lack something, which is often known without a picture, and for prompts that differ by process."""
+        firsts = {"training": next(iter(self.order.whole)), "evaluation": self.held_out.test[0]}
+        shown = {
+            f"the list of {name} prompts": f"{digest[:8]} (it begins with {quoted(firsts[name].text)})"
+            for name, digest in self.prompts.items()
+        }
+        ranks.require_same(
+            shown, "give all the same prompts in the same order: sort what comes out of a set, seed what is shuffled"
+        )
+        self.reward.check(self.met)
+        if self.held_out.rewards is not None:
+            self.held_out.rewards.check([*self.held_out.test, *self.held_out.validation])
+
+
+@dataclass(frozen=True)
 class Best:
     """The evaluation on validation prompts with the highest mean of a reward so far; its weights are kept under `NAME`."""
 
@@ -255,41 +391,24 @@ class Best:
 class Run:
     """Evaluates, trains, saves and reports. Only the main process writes."""
 
-    def __init__(
-        self,
-        config: Config,
-        policy: Policy,
-        reward: Mixture,
-        order: PromptOrder,
-        held_out: HeldOut,
-        folder: RunFolder,
-        ranks: Ranks,
-    ) -> None:
-        self.config, self.policy, self.reward = config, policy, reward
-        self.held_out, self.folder, self.ranks = held_out, folder, ranks
-        self.trainer = Trainer(config, policy, reward, order, ranks)
+    def __init__(self, parts: Parts, folder: RunFolder, ranks: Ranks) -> None:
+        """ValueError for what cannot work, before a folder is made or an old run replaced."""
+        parts.check(ranks)
+        self.policy, self.reward, self.held_out = parts.load(), parts.reward, parts.held_out
+        weights = {f"the weights of {name}": told[:8] for name, told in self.policy.fingerprints.items()}
+        ranks.require_same(
+            weights, "load the same model in all: one whose files lack weights gets other random ones in each"
+        )
+        if self.policy.edits:
+            check_sources(parts.met)
+        self.config = measured(parts.config, self.policy, parts.order.prompts_for(0, 1)[0], ranks)
+        self.folder, self.ranks, self.prompts, self._met = folder, ranks, parts.prompts, parts.met
+        self.trainer = Trainer(self.config, self.policy, self.reward, parts.order, ranks)
         self.best: Best | None = None
         self._pays: float | None = None
         self._path = plan_path(self.trainer.plan)
-        self._hacking, self._hacked = HackingWatch(config.watch.max_kl), False
+        self._hacking, self._hacked = HackingWatch(self.config.watch.max_kl), False
         self._warnings: list[str] = []
-        self.prompts = {
-            "training": checkpoints.digest(order.whole),
-            "evaluation": checkpoints.digest(chain(held_out.test, held_out.validation)),
-        }
-        """Digests, by what the prompts are for."""
-        self._check_prompts(order)
-
-    def _check_prompts(self, order: PromptOrder) -> None:
-        """Before a folder is made, or an old run replaced: what the model or a reward lacks is often known without a picture."""
-        count = self.config.prompts.per_iteration
-        ahead = order.ahead(0, self.config.iterations, count)
-        own = list({id(p): p for p in chain(self.held_out.test, self.held_out.validation, ahead)}.values())
-        if self.policy.edits:
-            check_sources(own)
-        self.reward.check(own)
-        if self.held_out.rewards is not None:
-            self.held_out.rewards.check([*self.held_out.test, *self.held_out.validation])
 
     def create(self, overwrite: bool) -> None:
         """Make the run folder, once every part of the run could be built; ValueError if it holds a run already."""
@@ -313,32 +432,54 @@ class Run:
                 " between them is not what training did",
                 console,
             )
+        if said := self.policy.truncation([p.text for p in self._met]).in_words():
+            self._warn(said, console)
         if not self.config.model.keep_text_encoders:
             self._encode_all()
         path = self.folder.path
         # to its last word: a launcher that sees one process die sends the others SIGTERM while they are about to say what happened
-        with Stop(self.ranks) as stop:
+        with Stop(self.ranks) as stop, tolerant_streams():
             try:
                 with lost_in_words(lambda: _how_to_go_on(path)), _mendable(path):
                     self._train(console, start, stop, fresh=state is None)
             except BaseException as why:
-                with suppress(OSError):  # of a full disk, which must not hide why
+                with suppress(Exception):  # such as that of a full disk, which must not hide why
                     self._write_summary(start, f"stopped: {str(why) or type(why).__name__}")
                 raise
             finally:
                 self._close_rewards(console)
             self._write_summary(start, "finished")
             if self.ranks.is_main:
-                console.summary_table(self.folder.read_summary(), write_report(path))
+                self._conclude(console)
         self.ranks.leave()
         return self.folder
+
+    def _conclude(self, console: Console) -> None:
+        """All is saved: what is still to be said about it takes nothing from that."""
+        report = None
+        with self._aside("writing report.html", console):
+            report = write_report(self.folder.path)
+        with self._aside("reading summary.json", console):
+            console.summary_table(self.folder.read_summary(), report)
+
+    @contextmanager
+    def _aside(self, what: str, console: Console) -> Iterator[None]:
+        """Run the block, which only informs: where it fails, a warning says so, and the run goes on."""
+        try:
+            yield
+        except Exception as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            said = " ".join(f"{type(error).__name__}: {reason}".split())
+            self._warn(f"{what} failed ({said}); the run is not affected", console)
 
     def _close_rewards(self, console: Console) -> None:
         """One that fails in it takes nothing from the run, whose scores are all there."""
         for scorer in filter(None, (self.reward, self.held_out.rewards)):
             try:
                 scorer.close()
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 said = " ".join(f"{type(error).__name__}: {error}".split())
                 console.warn(
                     f"a reward's close() failed ({said}); the run is not affected, what the reward holds may be held still"
@@ -386,6 +527,8 @@ class Run:
                 self._keep(done, console)
             if self._due(self.config.checkpoint.every) or self._hacked:
                 self._checkpoint(time.perf_counter() - start)
+            with self._aside("writing summary.json", console):
+                self._write_summary(start, "running")
         self._stop_if_asked(stop, start)
         self.trainer.check_frozen()
         which = f", as it was after iteration {self.best.iterations}" if self.best else ""
@@ -426,7 +569,7 @@ class Run:
         self._checkpoint(time.perf_counter() - start)
         raise Interrupted(
             f"{signal.name} after {self.trainer.iteration} of {self.config.iterations} iterations; all is saved, go on with:"
-            f" progrpo train --resume {self.folder.path}",
+            f" {self.folder.command('resume')}",
             signal,
         )
 
@@ -454,9 +597,11 @@ class Run:
         console.iteration(done.record)
         self._say_of_plan(done.record, console)
         if done.audit is not None:
-            self.folder.write_audit(done.audit.record(done.record["iteration"]), done.audit.pictures_GSHWC)
+            with self._aside("writing an audit", console):
+                self.folder.write_audit(done.audit.record(done.record["iteration"]), done.audit.pictures_GSHWC)
         if self._due(self.config.checkpoint.every):
-            self.folder.save_samples(done.record["iteration"], done.rollout.images_NHWC[:32].numpy())
+            with self._aside("writing samples", console):
+                self.folder.save_samples(done.record["iteration"], done.rollout.images_NHWC[:32].numpy())
 
     def _say_of_plan(self, record: Mapping[str, Any], console: Console) -> None:
         """Once when the plan turns out not to pay, and whenever another one takes over."""
@@ -559,7 +704,11 @@ class Run:
         best = None if self.best is None else asdict(self.best)
         state = {**self.trainer.state_dict(), "best": best, "pays": self._pays, "wall_seconds": wall_seconds}
         state |= {"hacking": self._hacking.state_dict(), "hacked": self._hacked, "warnings": self._warnings}
-        state |= {"prompts": self.prompts, "totals": totals or state["totals"]}
+        state |= {
+            "prompts": self.prompts,
+            "weights": dict(self.policy.fingerprints),
+            "totals": totals or state["totals"],
+        }
         if self.ranks.is_main:
             checkpoints.save(self.folder.path, state, self.config)
         self.trainer.totals.add_seconds({"checkpoint": time.perf_counter() - start})
@@ -601,7 +750,11 @@ class Run:
             return
         config, totals, done = self.config, self.trainer.totals, self.trainer.iteration
         costs = self._plan_costs()
-        agreement = _agreement(self.folder.read_audits())
+        agreement: dict[int, float | None] = {}
+        with suppress(
+            ValueError, LookupError, TypeError
+        ):  # of an audit's file that somebody changed: the report says so
+            agreement = _agreement(self.folder.read_audits())
         unpruned, none = self._nfe_unpruned(done), preset("none", config.sampling.num_inference_steps)
         plain = prompt_cost(config, none).nfe * config.prompts.per_iteration * done
         self.folder.write_summary(
@@ -644,7 +797,7 @@ class Run:
                 "seconds_by_stage": totals.seconds,
                 "versions": checkpoints.versions(config),
                 "device": _device(self.ranks.device),
-                "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                "command": " ".join([*(Path(program).name for program in sys.argv[:1]), *sys.argv[1:]]),
             }
         )
 

@@ -20,7 +20,7 @@ from progrpo.sources import COLUMN
 from progrpo.training.build import run_of, trained_policy
 from progrpo.training.distributed import Ranks, lost_in_words
 from progrpo.training.errors import MissingPicturesError
-from progrpo.training.evaluate import asked_for, ode, rows_at_once
+from progrpo.training.evaluate import asked_for, ode, rows_at_once, warn_of_cuts
 from progrpo.types import Prompt
 from progrpo.words import named
 
@@ -39,6 +39,8 @@ def sample_pictures(
     num_inference_steps: int | None,
     guidance_scale: float | None,
     count: int,
+    revision: str = "",
+    variant: str = "",
 ) -> list[Path]:
     """Write `count` pictures a prompt to `out` as PNG, videos as animated WebP; noise is keyed by the prompt's place and the picture's number.
 
@@ -54,9 +56,10 @@ def sample_pictures(
     wanted = asked_for(own, num_inference_steps, guidance_scale, seed)
     with lost_in_words(lambda: "give the command again"):
         ranks = Ranks()
-        policy = trained_policy(model, lora, ranks)
+        policy = trained_policy(model, lora, ranks, revision, variant)
         if not policy.edits and any(COLUMN in prompt.columns for prompt in prompts):
             raise ValueError(f"--image: {named(model)} is told a text alone; leave it out, or give a model that edits")
+        warn_of_cuts(policy, prompts, ranks)
         sampling = ode(policy, wanted.num_inference_steps, wanted.guidance_scale, rows_at_once(policy))
         key, condition = NoiseKey(wanted.seed, 0), policy.encode(prompts)
         start = expand(policy, torch.arange(len(prompts)), count, sampling, key)

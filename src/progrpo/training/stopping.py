@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run between two iterations, with everything saved."""
+"""SIGINT, SIGTERM and SIGHUP end a run between two iterations, with everything saved."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Self
 
 from progrpo.training.distributed import Ranks
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop:
     """While it is entered, the first of these signals is noted, said and not obeyed; a SIGINT after it is a KeyboardInterrupt at once.
 
-    In another thread than the main one, where Python has no say over signals, it notes nothing.
+    A SIGHUP that is ignored, as under nohup, stays so. In another thread than the main one, where Python has no say over signals, it
+    notes nothing.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -26,7 +27,8 @@ class Stop:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            heeded = [number for number in _SIGNALS if not _is_ignored_hangup(number)]
+            self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(
@@ -51,3 +53,7 @@ class Stop:
             with suppress(OSError):  # nobody may be there to read
                 os.write(2, said.encode())  # print may be in the middle of another line
         self._noted = number
+
+
+def _is_ignored_hangup(number: signal.Signals) -> bool:
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN

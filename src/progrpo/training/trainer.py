@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from progrpo.config import Config, learning_rate, microbatch, resolve_plan
+from progrpo.config import Config, learning_rate, microbatch, resolve_plan, trained_items
 from progrpo.data import PromptOrder
 from progrpo.objectives.advantage import group_statistics
 from progrpo.objectives.base import Experience
@@ -114,6 +114,7 @@ class Trainer:
         self.plan, self.how, self.judge = resolve_plan(config), previewing(config), PlanJudge(config)
         self.select = SELECTORS[config.plan.selector]
         self.objective = objective_from(config, policy)
+        self._agree_on_batch_invariance()
         self.optimizer = optimizer_from(config.optim, policy.trainable.values(), ranks.zero)
         self.loss_scale = LossScale(config.model.dtype == "float16")
         self.iteration, self.totals = 0, Totals()
@@ -124,6 +125,17 @@ class Trainer:
         self._frozen, self._checked = checks.fingerprint(policy), False
         watch = config.watch
         self.checks = SelfChecks(watch.max_skipped, watch.flat_iterations, watch.still_iterations, watch.lost_agreement)
+
+    def _agree_on_batch_invariance(self) -> None:
+        """Measure it on every process, in calls of one row, a few, and as many as the run makes; all go by the least of them."""
+        if self.objective.needs == "latents":
+            return
+        sampling, prompts = self.config.sampling, self.config.prompts.per_iteration
+        rows = min(microbatch(sampling), prompts * self.plan.group_size)
+        items = min(microbatch(self.config.optim), prompts * self.plan.survivors * trained_items(self.config))
+        branches = 2 if sampling.in_pairs else 1
+        measured = self.policy.measure_batch_invariance([1, 3, branches * rows, branches * items])
+        self.policy.batch_invariant = all(self.ranks.gather([measured]))
 
     @property
     def evaluated_weights(self) -> str:

@@ -1,0 +1,27 @@
+"""Batch invariance: whether a row's output is the same whatever rows are beside it, and whether gradients are kept or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+ROUNDING = 64 * torch.finfo(torch.float32).eps
+"""What float32 kernels of another shape may change of an output, as a share of its largest number."""
+
+
+def is_batch_invariant(output: Callable[[int], Tensor], sizes: Iterable[int]) -> bool:
+    """Compare the first row's output over calls of several sizes, with and without gradients.
+
+    `output(size)` gives (size, ...) and has the same inputs in its first row every time. Kernels are chosen by the shape of a
+    call and by the instructions of the processor, so only a measurement tells: in float16, some round a row otherwise in each shape.
+    """
+    first_rows = [_first_row(output, size, keep_graph) for size in dict.fromkeys(sizes) for keep_graph in (False, True)]
+    allowed = ROUNDING * first_rows[0].abs().max()
+    return all(bool((row - first_rows[0]).abs().max() <= allowed) for row in first_rows)
+
+
+def _first_row(output: Callable[[int], Tensor], size: int, keep_graph: bool) -> Tensor:
+    with torch.set_grad_enabled(keep_graph):
+        return output(size)[0].detach().clone()

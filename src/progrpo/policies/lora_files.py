@@ -1,0 +1,257 @@
+"""LoRA files as others write them: diffusers' format, peft's folders, and those of kohya's kind that diffusers converts.
+
+A reader gets two matrices for each layer and what scales their product, which every format keeps elsewhere: diffusers and peft in settings
+beside the tensors, kohya in tensors of their own. Without any the scale is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import convert_unet_state_dict_to_peft
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft import LoraConfig
+from safetensors import safe_open
+from torch import Tensor
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers calls a LoRA in its folder."""
+SETTINGS = "lora_adapter_metadata"
+"""What diffusers calls peft's settings in a file's header."""
+TRAINED_WITH = "progrpo_trained_with"
+"""Settings in a file's header that the weights were trained with, where they were rescaled for saving."""
+HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
+
+_PEFT_FILE, _PEFT_SETTINGS, _PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+_KOHYA = ("lora_unet_", "lora_te")
+_MATRIX = re.compile(
+    r"(?P<layer>.+?)[._]lora(?:\d|_linear_layer)?[._](?P<side>A|B|down|up)(?:\.default)?\.weight", re.DOTALL
+)
+_OTHER_KINDS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_": "OFT",
+    "boft_": "BOFT",
+    "vera_lambda": "VeRA",
+    "on_input": "(IA)3",
+    "lora_mid": "LoCon in Tucker's form",
+    ".diff": "difference of whole weights",
+    "lora_B.bias": "LoRA with biases",
+}
+"""What is no plain LoRA, by a part of its tensors' names."""
+_SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+_OTHER_SETTINGS = {
+    "use_dora": "DoRA",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "BD-LoRA",
+    "monteclora_config": "MonteCLoRA",
+    "alora_invocation_tokens": "aLoRA",
+    "layer_replication": "LoRA of replicated layers",
+}
+_REWRITES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings that change the model's own weights, beside which alone such a LoRA means something."""
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """`tensors` by the denoiser's names, `LAYER.lora_A.weight` (r, I, ...) and `LAYER.lora_B.weight` (O, r, ...), float32, for peft's `config`.
+
+    `rescaled`: the configuration's alpha / r is in lora_B already, as `save_lora` writes it.
+    """
+
+    tensors: dict[str, Tensor]
+    config: LoraConfig
+    rescaled: bool
+
+
+def read_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str) -> LoraWeights:
+    """The LoRA of a folder, a file or a hub id. ValueError, a part of a sentence, for what is no plain LoRA of the denoiser alone."""
+    file = _file(source)
+    with safe_open(file, "pt") as stored:
+        header = stored.metadata() or {}
+        raw = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no dict)
+    _require_plain(raw)
+    if any(name.startswith(_PEFT_PREFIX) for name in raw):
+        own, settings = {name.removeprefix(_PEFT_PREFIX): t.float() for name, t in raw.items()}, _beside(file)
+    else:
+        own = _converted(pipeline, denoiser_name, _scaled(raw))
+        settings = _of_part(json.loads(header.get(SETTINGS, "{}")), denoiser_name)
+    trained_with = json.loads(header.get(TRAINED_WITH, "{}"))
+    return LoraWeights(own, _config(settings | trained_with, own), bool(trained_with))
+
+
+# --- where the file is ------------------------------------------------------------------------------------------------
+
+
+def _file(source: str) -> Path:
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
+        return Path(path, _chosen(os.listdir(path)))
+    if os.path.isfile(path):
+        _require_safe([path])
+        return Path(path)
+    if not HUB_ID.fullmatch(source):
+        raise ValueError("it is neither a folder, a file nor a hub id")
+    return _from_hub(source)
+
+
+def _chosen(names: Iterable[str]) -> str:
+    """The file in a folder that is its LoRA."""
+    there = sorted(name for name in names if name.endswith(".safetensors"))
+    for name in (LORA_FILE, _PEFT_FILE):
+        if name in there:
+            return name
+    if len(there) > 1:
+        raise ValueError(f"it is a folder with {len(there)} files in safetensors; give one of them, such as {there[0]}")
+    if not there:
+        _require_safe(names)
+        raise ValueError(f"it is a folder without a LoRA: with neither {LORA_FILE} nor {_PEFT_FILE}")
+    return there[0]
+
+
+def _require_safe(names: Iterable[str]) -> None:
+    for name in sorted(names):
+        if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
+            raise ValueError(
+                f"{os.path.basename(name)} is a pickle, which can run code and is never read here; load it where you trust it and"
+                " save it as safetensors"
+            )
+
+
+def _from_hub(source: str) -> Path:
+    try:
+        return Path(hf_hub_download(source, LORA_FILE))
+    except EntryNotFoundError as error:
+        missing = error
+    try:
+        hf_hub_download(source, _PEFT_SETTINGS)
+        return Path(hf_hub_download(source, _PEFT_FILE))
+    except LocalEntryNotFoundError:  # the hub cannot be asked
+        raise missing from None
+    except EntryNotFoundError:
+        raise ValueError(f"it has neither {LORA_FILE} nor {_PEFT_FILE}; download its file and give that") from None
+
+
+# --- what is in it ----------------------------------------------------------------------------------------------------
+
+
+def _require_plain(names: Collection[str]) -> None:
+    """Both matrices of each layer, and nothing beside them: the libraries below let go of what they do not know."""
+    sides: dict[str, set[str]] = {}
+    for name in names:
+        for part, kind in _OTHER_KINDS.items():
+            if part in name:
+                raise ValueError(f"it is a {kind} ({name}), and only plain LoRAs are used here")
+        if found := _MATRIX.fullmatch(name):
+            sides.setdefault(found["layer"], set()).add(found["side"])
+    alone = [name for name in names if not _MATRIX.fullmatch(name) and name.removesuffix(".alpha") not in sides]
+    if not sides:
+        raise ValueError("it is not a LoRA: no tensor in it is one of lora_A and lora_B, or of lora_down and lora_up")
+    if alone:
+        raise ValueError(f"it is not a plain LoRA, since it holds {min(alone)}")
+    if half := [layer for layer, found in sides.items() if len(found) != 2]:
+        raise ValueError(f"its {min(half)} has one of two matrices, so that the file is damaged")
+
+
+def _scaled(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in float32 with kohya's scales, alpha / r, in their second matrices; r is left of alpha where its readers need one."""
+    matrices = [(name, found) for name in raw if (found := _MATRIX.fullmatch(name))]
+    ranks = {found["layer"]: len(raw[name]) for name, found in matrices if found["side"] in ("A", "down")}
+    scaled = {}
+    for name, found in matrices:
+        layer, second = found["layer"], found["side"] in ("B", "up")
+        alpha = raw.get(f"{layer}.alpha")
+        scale = float(alpha) / ranks[layer] if second and alpha is not None else 1.0
+        scaled[name] = raw[name].float() * scale
+        if name.startswith(_KOHYA):
+            scaled[f"{layer}.alpha"] = torch.tensor(float(ranks[layer]))
+    return scaled
+
+
+def _converted(pipeline: DiffusionPipeline, denoiser_name: str, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the denoiser's own names, as diffusers has them of each format that it knows."""
+    unet = {"unet_config": pipeline.unet.config} if denoiser_name == "unet" else {}
+    theirs = type(pipeline).lora_state_dict(dict(raw), return_lora_metadata=True, return_alphas=True, **unet)[0]
+    tensors: dict[str, Tensor] = convert_unet_state_dict_to_peft(theirs)
+    parts = {name.partition(".")[0] for name in tensors}
+    if others := sorted(part for part in parts if part in pipeline.components and part != denoiser_name):
+        raise ValueError(
+            f"it adapts the {others[0]}, and what is trained here is the {denoiser_name} alone; leave the tensors of the"
+            f" {others[0]} out of the file, or merge them into the model's first"
+        )
+    own = {name.removeprefix(f"{denoiser_name}."): tensor for name, tensor in tensors.items()}
+    if any(name.startswith(_KOHYA) for name in own) or not _is_all(own, raw):
+        kind = type(pipeline).__name__
+        raise ValueError(f"diffusers does not know all of its names for a {kind}; convert it to diffusers' format")
+    return own
+
+
+def _is_all(own: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> bool:
+    """Whether nothing was let go: layers may be split into several, which leaves the sum of squares of second matrices."""
+    seconds = [
+        [t for name, t in tensors.items() if (found := _MATRIX.fullmatch(name)) and found["side"] in ("B", "up")]
+        for tensors in (own, raw)
+    ]
+    kept, told = (sum(float(t.double().square().sum()) for t in tensors) for tensors in seconds)
+    return len(seconds[0]) >= len(seconds[1]) and math.isclose(kept, told, rel_tol=1e-6)
+
+
+# --- what scales it ---------------------------------------------------------------------------------------------------
+
+
+def _beside(file: Path) -> dict[str, Any]:
+    """The settings of peft's folder."""
+    path = file.with_name(_PEFT_SETTINGS)
+    if not path.is_file():
+        raise ValueError(
+            f"it is in peft's format, and {_PEFT_SETTINGS}, which says how strong it is, is not beside {file.name}; put it there"
+        )
+    settings: dict[str, Any] = json.loads(path.read_bytes())
+    if (kind := settings.get("peft_type")) != "LORA":
+        raise ValueError(f"it is a {kind}, and only plain LoRAs are used here")
+    return settings
+
+
+def _of_part(settings: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Of the settings in a header those of one part; where a part was saved alone, all are its own."""
+    if "r" in settings:
+        return dict(settings)
+    return {name.removeprefix(f"{part}."): v for name, v in settings.items() if name.startswith(f"{part}.")}
+
+
+def _config(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LoraConfig:
+    """peft's, of plain layers; without settings ranks are the matrices' and the scale is 1."""
+    for name, kind in _OTHER_SETTINGS.items():
+        if settings.get(name):
+            raise ValueError(f"it is a {kind}, and only plain LoRAs are used here")
+    if (began := str(settings.get("init_lora_weights"))).startswith(_REWRITES):
+        raise ValueError(
+            f"it began with {began}, which changed the model's own weights; have peft save it for the unchanged model"
+            " (path_initial_model_for_weight_conversion)"
+        )
+    scaling = {name: settings[name] for name in _SCALING if name in settings} or _of_ranks(tensors)
+    alphas = scaling["lora_alpha"], *scaling.get("alpha_pattern", {}).values()
+    if not min(alphas) > 0:
+        raise ValueError(f"its alpha is {min(alphas)}, with which a LoRA adds nothing")
+    layers = sorted({name.partition(".lora_")[0] for name in tensors})
+    return LoraConfig(target_modules=layers, init_lora_weights="gaussian", **scaling)
+
+
+def _of_ranks(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    ranks = {f"^{name.partition('.lora_')[0]}": len(t) for name, t in tensors.items() if ".lora_A." in name}
+    most = Counter(ranks.values()).most_common(1)[0][0]
+    others = {layer: rank for layer, rank in ranks.items() if rank != most}
+    return {"r": most, "lora_alpha": most, "rank_pattern": others, "alpha_pattern": dict(others)}

@@ -1,0 +1,82 @@
+"""How much of a text its encoders are told, which diffusers says in warnings that a command line has no room for."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from progrpo.words import quoted
+
+_TOGETHER = 1024  # texts; a tokenizer shares them out among threads
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A text encoder by its name in the pipeline: its tokenizer, and how many tokens it takes, special ones with them.
+
+    `written` is what the tokenizer is given for a text, `settable` whether `model.max_sequence_length` is the limit.
+    """
+
+    name: str
+    tokenizer: Any
+    limit: int
+    settable: bool = False
+    written: Callable[[str], str] = str
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Of each text all of them."""
+        written = [self.written(text) for text in texts]
+        parts = [written[i : i + _TOGETHER] for i in range(0, len(written), _TOGETHER)]
+        return [ids for part in parts for ids in self.tokenizer(part, verbose=False).input_ids]
+
+    def cut(self, text: str) -> list[int]:
+        """The tokens that are left of one that is too long."""
+        ids: list[int] = self.tokenizer(self.written(text), truncation=True, max_length=self.limit).input_ids
+        return ids
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Of so many different texts, those that any encoder cuts, how many each does, and how many cuts make equal to another."""
+
+    count: int
+    cut: tuple[str, ...] = ()
+    by_reader: Mapping[Reader, int] = field(default_factory=dict)
+    equal: int = 0
+
+    def in_words(self) -> str | None:
+        """A sentence, None where nothing is cut."""
+        if not self.cut:
+            return None
+        first, *others = self.by_reader.items()
+        counts = [f"{first[0].name} reads {first[0].limit} tokens: {first[1]}"]
+        counts += [f"{reader.name} {reader.limit}: {count}" for reader, count in others]
+        equal = f", so that {self.equal} are told as another one is" * bool(self.equal)
+        raised = " or raise model.max_sequence_length" * any(reader.settable for reader in self.by_reader)
+        return (
+            f"{len(self.cut)} of {self.count} prompts {'is' if len(self.cut) == 1 else 'are'} longer than the text encoders read, and"
+            f" cut ({', '.join(counts)}){equal}, though a reward may read them whole; shorten them{raised}; the first is"
+            f" {quoted(self.cut[0])}"
+        )
+
+
+def truncation(readers: Sequence[Reader], texts: Sequence[str]) -> Truncation:
+    """Of the texts, each counted once."""
+    texts = list(dict.fromkeys(texts))
+    told: dict[str, list[tuple[int, ...]]] = {text: [] for text in texts}
+    cut_by: dict[Reader, list[str]] = {}
+    for reader in readers:
+        for text, ids in zip(texts, reader.tokens(texts), strict=True):
+            too_long = len(ids) > reader.limit
+            if too_long:
+                cut_by.setdefault(reader, []).append(text)
+            told[text].append(tuple(reader.cut(text) if too_long else ids))
+    cut = set[str]().union(*cut_by.values())
+    alike = defaultdict[tuple[tuple[int, ...], ...], list[str]](list)
+    for text, rows in told.items():
+        alike[tuple(rows)].append(text)
+    equal = sum(len(group) for group in alike.values() if len(group) > 1 and not cut.isdisjoint(group))
+    counts = {reader: len(found) for reader, found in cut_by.items()}
+    return Truncation(len(texts), tuple(text for text in texts if text in cut), counts, equal)

@@ -1,0 +1,180 @@
+"""LoRAs in the formats that others write: each number finds its place, as strong as it was, or a sentence says why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import convert_state_dict_to_kohya
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from progrpo.policies.base import Policy, PolicySettings
+from progrpo.policies.load import load_policy
+
+SETTINGS = PolicySettings(lora_rank=2, lora_alpha=4, max_sequence_length=8, resolution=16)
+FILE = "pytorch_lora_weights.safetensors"
+
+
+@torch.no_grad()
+def velocity(policy: Policy, prompts: Any) -> Tensor:
+    x = torch.randn(len(prompts), *policy.latent_shape, generator=torch.Generator().manual_seed(3))
+    return policy.predict(x, torch.tensor(700.0), policy.encode(prompts))
+
+
+@pytest.fixture
+def prompts(told: Any) -> Any:
+    return told("red cat", "blue dog")
+
+
+@pytest.fixture
+def saved(move: Any, tmp_path: Path, prompts: Any) -> Callable[..., tuple[dict[str, Tensor], Tensor]]:
+    """What a policy of a folder saves after it has learnt, with its output; the file is in tmp_path/own."""
+
+    def of(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
+        policy: Any = load_policy(folder, SETTINGS)
+        move(policy, 0.2)
+        policy.save(tmp_path / "own")
+        return load_file(tmp_path / "own" / FILE), velocity(policy, prompts)
+
+    return of
+
+
+def same(found: Tensor, expected: Tensor, rounding: float = 1e-5) -> None:
+    torch.testing.assert_close(found, expected, rtol=10 * rounding, atol=rounding * expected.abs().max().item())
+
+
+def in_both_ways(folder: Path, source: Path, prompts: Any) -> Tensor:
+    """The output of the model with a LoRA, trained further and sampled from."""
+    policy = load_policy(folder, replace(SETTINGS, lora=str(source)))
+    found = velocity(policy, prompts)
+    same(velocity(load_policy(folder, SETTINGS, source), prompts), found)
+    policy.save(source.parent / "again")
+    same(velocity(load_policy(folder, SETTINGS, source.parent / "again"), prompts), found)
+    return found
+
+
+def kohya(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """In kohya's format, with the same product for another alpha."""
+    converted = {name: torch.as_tensor(t) for name, t in convert_state_dict_to_kohya(dict(tensors)).items()}
+    for name in [name for name in converted if name.endswith(".alpha")]:
+        up, rank = name.replace(".alpha", ".lora_up.weight"), int(converted[name])
+        converted[name], converted[up] = torch.tensor(alpha), converted[up] * rank / alpha
+    return converted
+
+
+@pytest.mark.parametrize("layers", ["all", "several alphas"])
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
+def test_kohyas_files_are_as_strong_as_their_alphas_say(request, model, layers, saved, prompts, tmp_path):
+    folder = request.getfixturevalue(model)
+    tensors, expected = saved(folder)
+    theirs = kohya(tensors, 1.0)
+    if layers == "several alphas":
+        first, second = [name for name in sorted(theirs) if name.endswith(".alpha")][:2]
+        up, other = (name.replace(".alpha", ".lora_up.weight") for name in (first, second))
+        theirs[first], theirs[up] = torch.tensor(0.5), theirs[up] * 2
+        del theirs[second]  # which is as strong as alpha = r
+        theirs[other] = theirs[other] / 2
+    save_file({name: t.contiguous() for name, t in theirs.items()}, tmp_path / "my style.safetensors")
+    same(in_both_ways(folder, tmp_path / "my style.safetensors", prompts), expected)
+
+
+def test_a_file_of_kohyas_whose_layers_are_fused_is_taken_apart(tiny_flux, prompts, tmp_path):
+    policy: Any = load_policy(tiny_flux, SETTINGS)
+    block, draw = "transformer_blocks.0", torch.Generator().manual_seed(1)
+    layers = [policy.denoiser.get_submodule(f"{block}.attn.to_{name}").base_layer for name in ("q", "k", "v")]
+    out, (width, wide) = policy.denoiser.get_submodule(f"{block}.attn.to_out.0").base_layer, layers[0].weight.shape
+    down, up = torch.randn(4, wide, generator=draw), torch.randn(3 * width, 4, generator=draw)
+    file, name = tmp_path / "fused.safetensors", "lora_unet_double_blocks_0_img_attn_{}".format
+    tensors = {f"{name('qkv')}.lora_down.weight": down, f"{name('qkv')}.lora_up.weight": up}
+    tensors |= {f"{name('proj')}.lora_down.weight": down, f"{name('proj')}.lora_up.weight": up[:width].contiguous()}
+    tensors[f"{name('qkv')}.alpha"] = torch.tensor(1.0)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors, file)
+    for layer, rows in zip(layers, up.split(width), strict=True):
+        layer.weight.data += 0.25 * rows @ down
+    out.weight.data += up[:width] @ down
+    same(in_both_ways(tiny_flux, file, prompts), velocity(policy, prompts), 1e-4)
+    save_file({**tensors, "lora_unet_double_blocks_99_img_attn_proj.lora_down.weight": down}, file)
+    with pytest.raises(ValueError, match=r"^cannot use the LoRA .*fused.safetensors: its .*99.* one of two matrices"):
+        load_policy(tiny_flux, SETTINGS, file)
+    far = {
+        f"lora_unet_double_blocks_99_img_attn_proj.lora_{side}.weight": t.clone()
+        for side, t in (("down", down), ("up", up))
+    }
+    save_file({**tensors, **far}, file)
+    with pytest.raises(ValueError, match=r"^cannot use the LoRA .*fused.safetensors: Incompat|all of its names"):
+        load_policy(tiny_flux, SETTINGS, file)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_sd"])
+def test_pefts_folders_are_as_strong_as_their_settings_say(request, model, prompts, tmp_path, rslora):
+    folder = request.getfixturevalue(model)
+    policy: Any = load_policy(folder, replace(SETTINGS, lora_targets=("to_k",)))  # whose network is then peft's alone
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    network = getattr(pipeline, policy.denoiser_name)
+    patterns: Any = {"rank_pattern": {"to_v": 3}, "alpha_pattern": {"to_v": 9}}
+    theirs = get_peft_model(
+        network, LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"], use_rslora=rslora, **patterns)
+    )
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p.normal_(0, 0.2, generator=torch.Generator().manual_seed(len(name)))
+    theirs.save_pretrained(tmp_path / "lora")  # as flow_grpo does
+    policy.denoiser = network
+    expected = velocity(policy, prompts)
+    same(in_both_ways(folder, tmp_path / "lora", prompts), expected)
+    same(in_both_ways(folder, tmp_path / "lora" / "adapter_model.safetensors", prompts), expected)
+    settings = tmp_path / "lora" / "adapter_config.json"
+    told = json.loads(settings.read_text())
+    cases = {
+        "it is a LOHA": {"peft_type": "LOHA"},
+        "it is a DoRA": {"use_dora": True},
+        "it began with pissa_niter_4, which changed": {"init_lora_weights": "pissa_niter_4"},
+        "its alpha is 0": {"lora_alpha": 0},
+    }
+    for sentence, change in cases.items():
+        settings.write_text(json.dumps(told | change))
+        with pytest.raises(ValueError, match=rf"^cannot use the LoRA .*lora: {sentence}"):
+            load_policy(folder, SETTINGS, tmp_path / "lora")
+    settings.unlink()
+    with pytest.raises(
+        ValueError, match=r"peft's format, and adapter_config.json, which says how strong it is, is not"
+    ):
+        load_policy(folder, replace(SETTINGS, lora=str(tmp_path / "lora")))
+
+
+def test_a_folders_only_file_is_its_lora_whatever_its_name(tiny_sd3, saved, prompts, tmp_path, monkeypatch):
+    _, expected = saved(tiny_sd3)
+    (folder := tmp_path / "named").mkdir()
+    shutil.copy(tmp_path / "own" / FILE, folder / "my_style.safetensors")
+    same(in_both_ways(tiny_sd3, folder, prompts), expected)
+    shutil.copy(tmp_path / "own" / FILE, folder / "another.safetensors")
+    with pytest.raises(
+        ValueError, match=r"a folder with 2 files in safetensors; give one of them, such as another.saf"
+    ):
+        load_policy(tiny_sd3, SETTINGS, folder)
+    (pickled := tmp_path / "pickled").mkdir()
+    (pickled / "adapter_model.bin").touch()
+    for source in (pickled, pickled / "adapter_model.bin"):
+        with pytest.raises(ValueError, match=r"adapter_model.bin is a pickle, which can run code and is never read"):
+            load_policy(tiny_sd3, SETTINGS, source)
+
+
+def test_what_diffusers_has_no_names_for_is_refused(tiny_sd3, tiny_sd, saved, tmp_path):
+    tensors, _ = saved(tiny_sd)
+    save_file({n: t.contiguous() for n, t in kohya(tensors, 1.0).items()}, tmp_path / "kohya.safetensors")
+    with pytest.raises(
+        ValueError, match=r"diffusers does not know all of its names for a StableDiffusion3Pipeline; conv"
+    ):
+        load_policy(tiny_sd3, SETTINGS, tmp_path / "kohya.safetensors")

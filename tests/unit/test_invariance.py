@@ -1,0 +1,65 @@
+"""Batch invariance, on networks of which it is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from progrpo.policies.invariance import ROUNDING, is_batch_invariant
+
+ROWS = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+SIZES = (1, 3, 64)
+
+
+def rounding_by_shape(share: float, seen: list[tuple[int, bool]] | None = None):
+    """Output that calls of more than three rows change by a share of its largest number."""
+
+    def output(size: int) -> Tensor:
+        if seen is not None:
+            seen.append((size, torch.is_grad_enabled()))
+        return ROWS[:size] + (share * ROWS[0].abs().max() if size > 3 else 0)
+
+    return output
+
+
+def test_every_size_is_called_with_and_without_gradients():
+    seen: list[tuple[int, bool]] = []
+    assert is_batch_invariant(rounding_by_shape(0, seen), (1, 3, 3, 64))
+    assert seen == [(size, grad) for size in SIZES for grad in (False, True)]
+
+
+@pytest.mark.parametrize(("share", "invariant"), [(ROUNDING / 2, True), (2 * ROUNDING, False), (2**-11, False)])
+def test_a_few_steps_of_float32_are_allowed_and_a_step_of_float16_is_not(share, invariant):
+    assert is_batch_invariant(rounding_by_shape(share), SIZES) is invariant
+
+
+def test_a_network_that_rounds_otherwise_with_gradients_is_not_invariant():
+    def output(size: int) -> Tensor:
+        return ROWS[:size] * (1 + 1e-3 * torch.is_grad_enabled())
+
+    assert not is_batch_invariant(output, SIZES)
+
+
+def test_output_that_is_not_finite_is_not_taken_for_invariant():
+    assert not is_batch_invariant(lambda size: ROWS[:size] * torch.nan, SIZES)
+
+
+def test_what_is_known_not_to_be_invariant_is_not_measured(tiny_policy, monkeypatch):
+    policy = tiny_policy()
+
+    def never(*inputs: object) -> Tensor:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(policy, "_run", never)
+    policy.batch_invariant = False
+    assert policy.measure_batch_invariance(SIZES) is False
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux", "kontext", "sd", "sdxl", "wan", "flux2_klein", "qwen_image"])
+def test_every_family_is_measured_without_a_prompt(request, tiny_policy, family):
+    policy = tiny_policy(folder=request.getfixturevalue(f"tiny_{family}"))
+    assert policy.batch_invariant is True  # presumed, for float32 on a CPU
+    measured = policy.measure_batch_invariance(SIZES)
+    assert measured is policy.batch_invariant
+    assert all(p.grad is None for p in policy.trainable.values())
