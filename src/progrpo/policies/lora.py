@@ -37,7 +37,6 @@ def continue_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str) 
     try:
         lora = read_lora(pipeline, denoiser_name, source)
         _require_layers(lora.tensors, denoiser)
-        _require_finite(lora.tensors)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a misfit, which is said below; what peft draws is replaced
             denoiser.load_lora_adapter(
@@ -91,13 +90,6 @@ def _require_layers(own: Mapping[str, Tensor], denoiser: ModelMixin) -> None:
     layers = {name for name, _ in denoiser.named_modules()}
     if strange := [name for name in own if name.partition(".lora_")[0] not in layers]:
         raise ValueError(f"its {min(strange)} has no place in this model; it is of another")
-
-
-def _require_finite(own: Mapping[str, Tensor]) -> None:
-    if strange := [name for name, tensor in own.items() if not tensor.isfinite().all()]:
-        raise ValueError(
-            f"its {min(strange)} has numbers that are not finite, as of a training that diverged; take another"
-        )
 
 
 def _require_taken(own: Mapping[str, Tensor], denoiser: ModelMixin) -> None:

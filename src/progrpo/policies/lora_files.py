@@ -84,6 +84,10 @@ def read_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str) -> L
         header = stored.metadata() or {}
         raw = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no dict)
     _require_plain(raw)
+    if strange := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"its {min(strange)} has numbers that are not finite, as of a training that diverged; take another"
+        )
     if any(name.startswith(_PEFT_PREFIX) for name in raw):
         own, settings = {name.removeprefix(_PEFT_PREFIX): t.float() for name, t in raw.items()}, _beside(file)
     else:

@@ -74,15 +74,13 @@ def fault_of(failures: Sequence[Failures]) -> str:
 
 
 def check_moved(policy: Policy) -> None:
-    """Some trained weight differs from the reference, and all are finite."""
+    """Some trained weight differs from the reference."""
     state = policy.state_dict()
     moved = any(not torch.equal(gathered(p), gathered(state["reference"][n])) for n, p in state["current"].items())
     if not moved:
         raise SelfCheckError(
             "no trained weight moved in the first update: is optim.lr too small for the weights' dtype?"
         )
-    if not all(gathered(p).isfinite().all() for p in state["current"].values()):
-        raise SelfCheckError("a trained weight is not finite after the first update; lower optim.lr")
 
 
 @torch.no_grad()
