@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CON
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow kill-test lean-test deepspeed-test lint bench wheel-test audit pretrain clean
+.PHONY: help setup quickstart test test-processors test-slow kill-test lean-test deepspeed-test lint bench wheel-test audit pretrain clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
@@ -22,6 +22,11 @@ quickstart: setup ## train the built-in model for five to nine minutes; the repo
 
 test: lint ## style, types and the tests
 	@$(BIN)/python -m pytest -n 2 --dist loadscope
+# what depends on a processor's kernels, as an older processor computes it: with AVX2 alone, and without bfloat16's instructions
+OLDER := "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2" "ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=default"
+BY_PROCESSOR := tests/invariant/test_ratio.py tests/invariant/test_processes.py tests/invariant/test_reused_rollout.py tests/unit/test_invariance.py
+test-processors: $(VENV)/.ready-dev ## the tests of ratios and processes again, with the kernels of older processors
+	@set -e; for isa in $(OLDER); do echo "$$isa"; env $$isa $(BIN)/python -m pytest -n 2 --dist loadscope $(BY_PROCESSOR); done
 test-slow: wheel-test kill-test lean-test deepspeed-test ## what takes minutes
 	@$(BIN)/python -m pytest -m slow
 kill-test: setup ## kill a run a hundred times, also within checkpoints, and compare what comes out

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+from progrpo.threads import set_wait_policy
 
 if TYPE_CHECKING:
     from progrpo.training.run import train
 
 __all__ = ["__version__", "train"]
 __version__ = "0.1.0"
+
+set_wait_policy(os.environ)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +14,9 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from itertools import count, dropwhile, pairwise, takewhile
-from operator import not_
+from operator import attrgetter, not_
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
@@ -31,7 +32,6 @@ from progrpo.config import (
     check,
     config_to_json,
     field_paths,
-    nearest,
     resolve_plan,
     trained_items,
 )
@@ -39,8 +39,9 @@ from progrpo.durable import DiskError, write_text
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.rollout.plan import summary
 from progrpo.streams import failure_of, occupy_standard_descriptors, release_standard_descriptors, tolerant_streams
+from progrpo.tracking.lock import LockLostError
 from progrpo.training.errors import Interrupted, LostProcessError, SelfCheckError
-from progrpo.words import named, quoted
+from progrpo.words import named, nearest, quoted
 
 _Fields = Annotated[Config, arg(name="")]  # the configuration's fields stand beside the command's own options
 
@@ -167,6 +168,8 @@ class Sample:
     """Without it as many as the run's evaluations took, 10 where no run is named."""
     guidance_scale: float | None = None
     """Without it that of the run's evaluations, 1 (none) where no run is named."""
+    negative_prompt: str | None = None
+    """A text that guidance leads away from; without it that of the run, none where no run is named."""
     count: int = 1
     """Pictures a prompt."""
     revision: str = ""
@@ -191,6 +194,7 @@ class Sample:
             seed=self.seed,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
             count=self.count,
             revision=self.revision,
             variant=self.variant,
@@ -217,7 +221,9 @@ class Eval:
     lora: Path | None = None
     """For a model: a run folder, or a LoRA folder in diffusers' format."""
     prompts: str | None = None
-    """`shapes` or a prompt file (.txt, .jsonl); without it the run's own, `shapes` for a model."""
+    """`shapes`, a prompt file or dataset:NAME, as --eval.prompts of `train`; without it the run's own, `shapes` for a model."""
+    column: str | None = None
+    """The field of their rows that holds the text; without it the run's own, `prompt` for a model."""
     reward: tuple[str, ...] = ()
     """One or several, as `--reward.terms` of `train`; without it the run's own, `shapes` for a model."""
     split: Literal["test", "validation"] = "test"
@@ -227,6 +233,8 @@ class Eval:
     """Without it as many as the run's own evaluations took, 10 for a model."""
     guidance_scale: float | None = None
     """Without it that of the run's own evaluations, 1 (none) for a model."""
+    negative_prompt: str | None = None
+    """A text that guidance leads away from; without it the run's own, none for a model."""
     seed: int | None = None
     """Without it that of the run's own evaluations, 1234 for a model."""
     revision: str = ""
@@ -246,11 +254,13 @@ class Eval:
             self.target,
             lora=self.lora,
             prompts=self.prompts,
+            column=self.column,
             reward=self.reward,
             split=self.split,
             pictures=self.pictures,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
             seed=self.seed,
             revision=self.revision,
             variant=self.variant,
@@ -468,12 +478,12 @@ def _done(args: list[str]) -> int:
     """The exit code, once the command is done and an error of it is said."""
     try:
         _parse(args)()
+    except (SelfCheckError, DiskError, LostProcessError, LockLostError) as error:
+        print(f"progrpo: stopped: {_one_line(error)}", file=sys.stderr)
+        return 1
     except ValueError as error:
         print(f"progrpo: error: {_one_line(error)}", file=sys.stderr)
         return 2
-    except (SelfCheckError, DiskError, LostProcessError) as error:
-        print(f"progrpo: stopped: {_one_line(error)}", file=sys.stderr)
-        return 1
     except _UnreadError as unread:
         print(unread, end="", file=sys.stderr)
         return unread.code
@@ -521,11 +531,20 @@ def _parse(args: list[str]) -> Callable[[], None]:
         raise ValueError(
             f"{quoted(command)} is no command of progrpo ({', '.join(COMMANDS)}){nearest(command, COMMANDS)}"
         )
+    _require_current_folder()
     if command == "train" and any(a.partition("=")[0] == "--resume" for a in rest):
         return _options(Resume, rest, "progrpo train --resume").run
     if command in ("train", "plan"):
         return _parse_recipe(command, rest)
     return _options(COMMANDS[command], rest, f"progrpo {command}").run
+
+
+def _require_current_folder() -> None:
+    """Without one, torch's libraries end the process as they are loaded, in words of their own."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("the current folder is gone; change to one that is there") from None
 
 
 def _parse_recipe(command: str, args: list[str]) -> Callable[[], None]:
@@ -537,11 +556,19 @@ def _parse_recipe(command: str, args: list[str]) -> Callable[[], None]:
         raise ValueError(
             f"a recipe ({', '.join(RECIPES)}), a config file or a run folder comes first: progrpo {command} RECIPE ..."
         )
+    _require_quotes(command, args)
     recipe = load_recipe(args[0])
     if _plan_named(command, args, recipe.plan) not in ("recipe", "custom"):
         # it brings its own group and points: those of the recipe's custom plan must go
         recipe = replace(recipe, plan=PlanConfig(selector=recipe.plan.selector))
     return _options(kind, args[1:], f"progrpo {command} {args[0]}", kind(config=recipe)).run
+
+
+def _require_quotes(command: str, args: Sequence[str]) -> None:
+    """ValueError where the words before the options are a path that a shell has cut at its spaces."""
+    words = list(takewhile(lambda word: not word.startswith("--"), args))
+    if len(words) > 1 and not os.path.exists(words[0]) and os.path.exists(whole := " ".join(words)):
+        raise ValueError(f"a path with spaces must stand in quotes: progrpo {command} {shlex.quote(whole)} ...")
 
 
 def _plan_named(command: str, args: Sequence[str], own: PlanConfig) -> str:
@@ -614,7 +641,7 @@ def _options(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:
             raise
         raise ValueError(f"{_of_box(said.getvalue())}; see {prog} --help") from None
     if unknown:
-        raise ValueError(_unknown(unknown, kind, prog))
+        raise ValueError(_unknown(unknown, args, kind, prog))
     return value
 
 
@@ -633,11 +660,46 @@ def _without_none(choices: str) -> str:
     return ", ".join(sorted({choice for choice in re.findall(r"'[^']*'", choices)} - {"'None'"}))
 
 
-def _unknown(arguments: list[str], kind: Any, prog: str) -> str:
-    wrong = next((a for a in arguments if a.startswith("--")), arguments[0]).partition("=")[0]
-    names = [f.name for f in fields(kind) if f.name != "config"] + (field_paths() if kind in (Train, Plan) else [])
-    options = ["--" + name.replace("_", "-") for name in names]
-    return f"{prog} does not take {named(wrong)}{nearest(wrong.replace('_', '-'), options)}"
+def _unknown(unknown: list[str], args: list[str], kind: Any, prog: str) -> str:
+    wrong = next((word for word in unknown if word.startswith("--")), None)
+    if wrong is None:
+        return _stray(unknown[0], args, kind, prog)
+    wrong = wrong.partition("=")[0]
+    own = [_option(f.name) for f in fields(kind) if f.name != "config"]
+    pairs = [name for path in field_paths() for name in _names(path)] if kind in (Train, Plan) else []
+    return f"{prog} does not take {named(wrong)}{nearest(wrong.replace('_', '-'), [*own, *pairs])}"
+
+
+def _stray(word: str, args: list[str], kind: Any, prog: str) -> str:
+    """Why a word is left that belongs to no option: a flag was given a value, or a shell has cut a path at its spaces."""
+    words = [part for arg in args for part in arg.split("=", 1)]
+    before, after = words[: words.index(word)], words[words.index(word) :]
+    start = next((i for i in reversed(range(len(before))) if before[i].startswith("--")), -1)
+    option = before[start] if start >= 0 else ""
+    if option.replace("_", "-") in _flags(kind):
+        *_, negative = _names(option.removeprefix("--"))
+        off = f"{negative} turns it off" if "." in option else "without it it is off"
+        return f"{prog}: {option} takes no value, so leave out {named(word)}: {option} alone turns it on, {off}"
+    whole = " ".join([*before[start + 1 :], *takewhile(lambda part: not part.startswith("--"), after)])
+    return f"{prog} does not take {named(word)}; a value with spaces, such as a path, must stand in quotes: {named(f'{option} {shlex.quote(whole)}'.strip())}"
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _names(path: str) -> list[str]:
+    """A field as an option, and the option that turns it off if it is a flag."""
+    part, dot, name = path.rpartition(".")
+    return [_option(path)] + ([_option(f"{part}{dot}no-{name}")] if _option(path) in _flags(Train) else [])
+
+
+def _flags(kind: Any) -> set[str]:
+    """Options that are true or false."""
+    own = {_option(name) for name, hint in get_type_hints(kind).items() if hint is bool}
+    if kind not in (Train, Plan):
+        return own
+    return own | {_option(path) for path in field_paths() if isinstance(attrgetter(path)(Config()), bool)}
 
 
 def _help() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -14,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from progrpo.rollout.plan import Plan, PrunePoint, preset
 from progrpo.rollout.window import window
 from progrpo.types import FROM_PYTHON
-from progrpo.words import is_one_line, named, quoted
+from progrpo.words import is_one_line, named, nearest, quoted
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,21 @@ class ModelConfig:
     variant: str = ""
     """Which of several kinds of weights files is read, such as fp16 (`model.fp16.safetensors`), of a folder or a hub id; parts that lack it are
     read without. It names files and chooses no precision: that is `dtype`."""
+    step_ends: Literal["diffusers", "next"] = "diffusers"
+    """Where a diffusion model's step ends. `diffusers`: 1000 // T timesteps on, as in its DDIMScheduler, so that without noise a picture is its
+    pipeline's own. `next`: where the next step begins. They are one for the spacing `leading`, and for `trailing` where T divides
+    1000; else a step's mean differs by 1 to 40 %. A run whose config.json lacks this field was begun by `next`, and goes on so."""
 
 
 @dataclass(frozen=True)
 class PromptConfig:
     source: str = "shapes"
-    """`shapes` (the built-in world, its train split), a .txt (a prompt a line) or .jsonl ({"prompt": ..., columns}) file, or `dataset:NAME`: a
-    dataset of the `datasets` library, on the hub or saved in a folder, with a column `prompt`. For a model that edits the column
-    `image` is the picture to change; in a file its path, from the file's folder."""
+    """`shapes` (the built-in world, its train split); a file: .txt (a prompt a line), .jsonl (an object a line), .json (a list of texts or
+    objects), .csv (a line of names, then rows) or .parquet; or `dataset:NAME` or `dataset:NAME:CONFIG`: a dataset of the `datasets` library, on the
+    hub or saved in a folder, and one of its configurations. For a model that edits the column `image` is the picture to change; in a file its
+    path, from the file's folder."""
+    column: str = "prompt"
+    """The field of a row that holds its text; the others reach rewards by their names. Also of rows that Python gives."""
     per_iteration: int = 12
     order: Literal["turn", "signal"] = "turn"
     """`turn`: kinds in turn, each prompt once before any comes again. `signal`: drawn in proportion to how far the rewards of a
@@ -96,6 +102,9 @@ class SamplingConfig:
     num_inference_steps: int = 10
     guidance_scale: float = 1.0
     """1 is no classifier-free guidance; above 1 a network call counts twice. See `embedded_guidance`."""
+    negative_prompt: str = ""
+    """A text that guidance leads away from, in training and wherever the run is measured or sampled from; empty: none, as the model's own
+    pipeline has it. It counts where a guidance scale is above 1 and guidance is a pair of calls."""
     embedded_guidance: bool = False
     """The model is told the guidance scale and needs no second call. Must be true for FLUX.1-dev where the scale is above 1, and
     false for other models."""
@@ -381,6 +390,8 @@ class AuditConfig:
 class EvalConfig:
     prompts: str = "shapes"
     """`shapes` (the built-in test split), a prompt file, or `dataset:NAME` (its split `test`, else its `train`)."""
+    column: str = "prompt"
+    """As that of `prompts`."""
     pictures: int = 512
     every: int = 0
     """Evaluate every n iterations on the validation prompts; before and after always happen, on the test prompts."""
@@ -461,12 +472,21 @@ def config_to_json(config: Config) -> str:
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 
-def config_from_json(text: str) -> Config:
+def config_from_json(text: str, of_run: bool = False) -> Config:
+    """A configuration file's, or a run's own config.json, in which every field was written that there was then."""
     try:
         data = _from_json(text)
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
-    return from_dict(data)
+    config = from_dict(data)
+    return _as_it_was(config, data) if of_run else config
+
+
+def _as_it_was(config: Config, data: Mapping[str, Any]) -> Config:
+    """With what a run did before there was a field for it, where its default is another."""
+    if "step_ends" in data.get("model", {}):
+        return config
+    return replace(config, model=replace(config.model, step_ends="next"))
 
 
 def _from_json(text: str) -> Any:
@@ -502,15 +522,6 @@ def field_paths(kind: Any = Config, prefix: str = "") -> list[str]:
     nested = [field_paths(hints[f.name], f"{prefix}{f.name}.") for f in fields(kind) if is_dataclass(hints[f.name])]
     own = [prefix + f.name for f in fields(kind) if not is_dataclass(hints[f.name])]
     return own + [path for paths in nested for path in paths]
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean X?`, where X looks like `name` whole or in its last dotted part, else nothing."""
-    names = list(names) if len(name) <= 100 else []
-    by_tail = {n.rpartition(".")[2]: n for n in reversed(names)}  # where parts are shared, the first name
-    whole = difflib.get_close_matches(name, names, 1)
-    tail = [by_tail[t] for t in difflib.get_close_matches(name.rpartition(".")[2], by_tail, 1)]
-    return f"; did you mean {(whole or tail)[0]}?" if whole or tail else ""
 
 
 def _read_fields(kind: Any, data: Any, prefix: str) -> Any:
@@ -643,6 +654,8 @@ _RULES: dict[str, _Rule] = {
     "model.resolution": _or_empty(_SIDES, " for the model's own"),
     "model.frames": _or_empty(_between(1, 1024), " for the model's own"),
     "prompts.per_iteration": _between(1, 100_000),
+    "prompts.column": (bool, "the name of a field"),
+    "eval.column": (bool, "the name of a field"),
     "sampling.num_inference_steps": _STEPS,
     "sampling.guidance_scale": _at_least(1),
     "sampling.noise_level": (
@@ -759,6 +772,8 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             f"model.quantize must be none for model.weights {config.model.weights}: weights in 8 bits are frozen, so train a LoRA"
         )
+    if config.sampling.negative_prompt:
+        _check_negative(config)
     if trains_transitions(config):
         _check_window(config.sampling)
     if config.sampling.sde_window in ("first", "sliding", "random"):
@@ -803,6 +818,19 @@ def _check_together(config: Config) -> None:
         raise ValueError(
             "objective.baseline must be survivors under a plan that prunes while sampling: "
             "the pruned members have no final rewards"
+        )
+
+
+def _check_negative(config: Config) -> None:
+    if config.sampling.embedded_guidance:
+        raise ValueError(
+            "sampling.negative_prompt must be empty for sampling.embedded_guidance: a model that is told the guidance scale leads away"
+            " from no text"
+        )
+    if max(config.sampling.guidance_scale, config.eval.guidance_scale) <= 1:
+        raise ValueError(
+            "sampling.negative_prompt must be empty where sampling.guidance_scale and eval.guidance_scale are 1, since it would have no"
+            " effect; raise one of them, or leave it out"
         )
 
 

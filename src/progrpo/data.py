@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, MappingView, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,51 +15,56 @@ from typing import Any, Protocol
 import numpy as np
 
 from progrpo.environment import on_the_way_to_the_hub
+from progrpo.prompt_files import READERS, with_file
 from progrpo.sources import COLUMN
 from progrpo.types import GIVEN, Prompt
 from progrpo.words import named, quoted
 from progrpo.zoo.shapes import world
 
-_LINE_BYTES = 1_000_000
 DATASET = "dataset:"
 """What the name of a dataset begins with, in the place of a file's."""
 _ON_DISK = "dataset_dict.json"
+TEXT = "prompt"
+"""The field that holds a row's text, where no other is named."""
 
 Prompts = Mapping[str, tuple[Prompt, ...]]
 """Prompts by kind; a file's are all of one kind, which has no name."""
 
 
-def load_prompts(source: str, split: str = "train") -> Prompts:
-    """The prompts of `shapes` or of `dataset:NAME` (their `split`), or of a .txt or .jsonl file (which has no splits), UTF-8.
+def load_prompts(source: str, split: str = "train", column: str = TEXT) -> Prompts:
+    """The prompts of `shapes` or of `dataset:NAME` (their `split`), or of a file (which has no splits): .txt, .jsonl, .json, .csv or .parquet.
 
-    A file's column `image` is the path of a picture, from the file's own folder, and becomes one from the current folder.
-    NAME is a folder of `datasets` or its name on the hub; the column `prompt` holds the texts, and without a split `validation` or `test` its
-    only one, or `train`, serves. ValueError, one sentence with the line, on a file that is missing, empty, not UTF-8 or not in its format.
+    The field `column` of a row holds the text, and all others are columns of the prompt. A file's column `image` is the path of a picture, from
+    the file's own folder, and becomes one from the current folder.
+    NAME is a folder of `datasets` or its name on the hub, or NAME:CONFIG for one of its configurations; without a split `validation` or `test` its
+    only one, or `train`, serves. ValueError, one sentence with the line or row, on a file that is missing, empty, not UTF-8 or not in its format.
     """
     if source == "shapes":
         return world.prompts(split)
     if source.startswith(DATASET):
-        return {"": _rows(source.removeprefix(DATASET), split)}
+        return {"": _of_dataset(source.removeprefix(DATASET), split, column)}
     path = Path(source)
-    if path.suffix not in _READERS:
+    if (kind := path.suffix.lower()) not in READERS:
         raise ValueError(
-            f"prompts must come from `shapes`, a .txt or a .jsonl file or dataset:NAME, not {quoted(source)}{_nearest(path)}"
+            f"prompts must come from `shapes`, a file ({', '.join(READERS)}) or dataset:NAME, not {quoted(source)}{_nearest(path)}"
         )
     if not os.path.isfile(path):  # which takes every text: Path's own raises at one that is too long
         raise ValueError(f"no prompt file {named(source)}{_nearest(path)}")
     try:
         prompts = tuple(
-            _from_folder(path.parent, _READERS[path.suffix](text, where), where) for text, where in _lines(path)
+            _from_folder(path.parent, prompt_of_row(row, where, column), where)
+            for row, where in READERS[kind](path, column)
         )
     except OSError as error:
         raise ValueError(f"the prompt file {named(path)} cannot be read: {error.strerror}") from None
     if not prompts:
-        raise ValueError(f"{named(path)} holds no prompt: write one a line")
+        raise ValueError(f"{named(path)} holds no prompt; write one at least")
     return {"": prompts}
 
 
 def _from_folder(folder: Path, prompt: Prompt, where: str) -> Prompt:
-    if (given := prompt.columns.get(COLUMN)) is None:
+    given = prompt.columns.get(COLUMN)
+    if given is None or isinstance(given, bytes):  # in parquet the file itself may be in the row
         return prompt
     if not isinstance(given, str):
         raise ValueError(f"{where}: {COLUMN} must be the path of a picture, not {quoted(given)}")
@@ -70,29 +74,34 @@ def _from_folder(folder: Path, prompt: Prompt, where: str) -> Prompt:
     return replace(prompt, columns={**prompt.columns, COLUMN: path})
 
 
-def prompts_of(given: object, name: str) -> tuple[Prompt, ...]:
-    """What Python code gives as prompts: texts, `Prompt`s or rows, in an order of their own; a table is its rows.
+def prompts_of(given: object, name: str, column: str = TEXT) -> tuple[Prompt, ...]:
+    """What Python code gives as prompts: texts, `Prompt`s or rows, in an order of their own; a table is its rows, a `Path` a prompt file.
 
-    ValueError that begins with `name` if it is none, or anything else.
+    The field `column` of a row holds the text. ValueError that begins with `name` if it is none, or anything else.
     """
-    rows = _rows_of_table(given)
-    _require_ordered(rows, name)
+    if isinstance(given, os.PathLike):
+        return next(iter(load_prompts(os.fspath(given), column=column).values()))
+    rows, refused = _rows_of_table(given), f"{name} must be a list of {_items(column)}, not {quoted(given)}"
+    _require_ordered(rows, name, refused)
     try:
         items = iter(rows)
     except TypeError:  # an array without dimensions says that it can be iterated
-        raise ValueError(f"{name} {_LIST}, not {quoted(given)}") from None
-    prompts = tuple(_prompt_of(item, f"{name}[{i}]") for i, item in enumerate(items))
+        raise ValueError(refused) from None
+    prompts = tuple(_prompt_of(item, f"{name}[{i}]", column) for i, item in enumerate(items))
     if not prompts:
         raise ValueError(f"{name} is empty; give at least one")
     return prompts
 
 
-_LIST = "must be a list of texts, Prompts or rows with a field prompt"
+def _items(column: str) -> str:
+    return f"texts, Prompts or rows with a field {column}"
+
+
 _TEXTS = str | bytes | bytearray | memoryview
 
 
-def _require_ordered(given: object, name: str) -> None:
-    refused = f"{name} {_LIST}, not {quoted(given)}"
+def _require_ordered(given: object, name: str, refused: str) -> None:
+    """ValueError that begins with `refused`."""
     if isinstance(given, Mapping):
         parts = ", ".join(f"{name}[{quoted(key)}]" for key in list(given)[:3])
         raise ValueError(f"{refused}; one of its parts may be meant ({parts})" if parts else refused)
@@ -103,6 +112,8 @@ def _require_ordered(given: object, name: str) -> None:
             f"{refused}: a set has another order in each process and at each start; give sorted(...) of it, or"
             " list(dict.fromkeys(texts)) to drop duplicates"
         )
+    if isinstance(given, str) and Path(given).suffix.lower() in READERS:
+        raise ValueError(f"{refused}; a prompt file is given as pathlib.Path({quoted(given)})")
     if isinstance(given, _TEXTS) or not isinstance(given, Iterable):
         raise ValueError(refused)
 
@@ -133,121 +144,84 @@ _TABLES: dict[tuple[str, str], Callable[[Any], Iterable[Any]]] = {
 """Tables whose iterator gives something else than rows, by library and class."""
 
 
-def _prompt_of(item: object, where: str) -> Prompt:
+def _prompt_of(item: object, where: str, column: str) -> Prompt:
     if isinstance(item, Prompt):
-        return prompt_of_row({**item.columns, "prompt": item.text}, where)
+        return prompt_of_row({**item.columns, TEXT: item.text}, where)
     if isinstance(item, Mapping):
-        return prompt_of_row(item, where)
+        return prompt_of_row(item, where, column)
     if isinstance(item, str):
-        return prompt_of_row({"prompt": item}, where)
-    raise ValueError(f"{where} must be a text, a Prompt or a row with a field prompt, not {quoted(item)}")
+        return prompt_of_row({TEXT: item}, where)
+    raise ValueError(f"{where} must be a text, a Prompt or a row with a field {column}, not {quoted(item)}")
 
 
-def _rows(name: str, split: str) -> tuple[Prompt, ...]:
+def of_configuration(name: str) -> tuple[str, str]:
+    """A dataset's name, and that of its configuration: empty where none is named, as of a folder with a colon in its own."""
+    dataset, _, config = name.rpartition(":")
+    return (name, "") if not dataset or os.path.exists(os.path.expanduser(name)) else (dataset, config)
+
+
+def _of_dataset(source: str, split: str, column: str) -> tuple[Prompt, ...]:
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"prompts from dataset:{name} need datasets: pip install 'progrpo[datasets]'") from None
+        raise ValueError(f"prompts from dataset:{source} need datasets: pip install 'progrpo[datasets]'") from None
     datasets.disable_progress_bars()
-    try:
-        found = (
-            datasets.load_from_disk(name)
-            if Path(name, _ON_DISK).is_file() or Path(name, "state.json").is_file()
-            else datasets.load_dataset(name)
+    name, config = of_configuration(source)
+    on_disk = Path(name, _ON_DISK).is_file() or Path(name, "state.json").is_file()
+    if on_disk and config:
+        raise ValueError(
+            f"dataset:{named(source)}: a dataset that was saved has no configurations; leave {named(config)} out"
         )
+    try:
+        loaded = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name, config or None)
     except Exception as error:  # of many kinds: no network, no such name, a file of another format
         reason = named(" ".join(str(error).split()))
-        raise ValueError(f"dataset:{named(name)} could not be loaded{on_the_way_to_the_hub()}: {reason}") from None
-    if isinstance(found, datasets.DatasetDict):
-        there = [s for s in (split, "train", *found) if s in found]
-        found = found[there[0]]
-    if isinstance(found.features.get(COLUMN), datasets.Image):  # files stay files: thousands of pictures would not fit
-        found = found.cast_column(COLUMN, datasets.Image(decode=False))
-    rows = tuple(prompt_of_row(_with_file(row), f"dataset:{name}, row {n}") for n, row in enumerate(found))
+        several = f"; name one as dataset:{named(name)}:CONFIG" if "onfig name is missing" in reason else ""
+        raise ValueError(
+            f"dataset:{named(source)} could not be loaded{on_the_way_to_the_hub()}: {reason}{several}"
+        ) from None
+    if isinstance(loaded, datasets.DatasetDict):
+        there = [s for s in (split, "train", *loaded) if s in loaded]
+        loaded = loaded[there[0]]
+    if isinstance(loaded.features.get(COLUMN), datasets.Image):  # files stay files: thousands of pictures would not fit
+        loaded = loaded.cast_column(COLUMN, datasets.Image(decode=False))
+    rows = tuple(prompt_of_row(with_file(row), f"dataset:{source}, row {n}", column) for n, row in enumerate(loaded))
     if not rows:
-        raise ValueError(f"dataset:{name} holds no prompt")
+        raise ValueError(f"dataset:{source} holds no prompt")
     return rows
-
-
-def _with_file(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with a picture's bytes, or its path, in place of the pair that `datasets` has."""
-    pair = row.get(COLUMN)
-    return {**row, COLUMN: pair["bytes"] or pair["path"]} if isinstance(pair, Mapping) else row
 
 
 def _nearest(path: Path) -> str:
     try:
-        beside = [str(p) for p in path.parent.iterdir() if p.suffix in _READERS]
+        beside = [str(p) for p in path.parent.iterdir() if p.suffix.lower() in READERS]
     except (OSError, ValueError):  # no folder, one that is not ours to read, or no path at all
         beside = []
     close = difflib.get_close_matches(str(path), ["shapes", *beside], 1)
     return f"; did you mean {named(close[0])}?" if close else ""
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a file that are not blank, stripped, each with its place for messages."""
-    number = 0
-    with path.open("rb") as file:
-        while read := file.readline(_LINE_BYTES + 1):
-            if len(read) > _LINE_BYTES:
-                raise ValueError(
-                    f"{named(path)}, line {number + 1}: over {_LINE_BYTES // 10**6} MB long; write a prompt a line"
-                )
-            for line in read.splitlines():  # more than one where old Macs' line ends are in it
-                number += 1
-                where = f"{named(path)}, line {number}"
-                if text := _decode(line, where).strip():
-                    yield text, where
-
-
-def _decode(line: bytes, where: str) -> str:
-    try:
-        text = line.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:  # what UTF-16 looks like, if it could be decoded at all
-        raise ValueError(f"{where}: not UTF-8 text; save the file as UTF-8")
-    return text
-
-
-def prompt_of_row(row: Mapping[str, Any], where: str) -> Prompt:
-    """A row with a field `prompt`; every other field is a column of that prompt. ValueError that begins with `where` if it is none."""
-    if "prompt" not in row:
-        raise ValueError(f"{where}: has no field named prompt{_field_hint(row)}")
-    text = row["prompt"]
+def prompt_of_row(row: Mapping[str, Any], where: str, column: str = TEXT) -> Prompt:
+    """A row whose field `column` is the text; every other field is a column of that prompt. ValueError that begins with `where` if it is none."""
+    if column not in row:
+        raise ValueError(f"{where}: has no field named {named(column)}{_field_hint(row)}")
+    text = row[column]
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: prompt must be a text that is not empty, not {quoted(text)}")
+        raise ValueError(f"{where}: {named(column)} must be a text that is not empty, not {quoted(text)}")
     if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):  # tokenizers take neither
-        raise ValueError(f"{where}: prompt must be a text without NUL and halves of characters, not {quoted(text)}")
-    if taken := [name for name in GIVEN if name in row]:
+        raise ValueError(
+            f"{where}: {named(column)} must be a text without NUL and halves of characters, not {quoted(text)}"
+        )
+    columns = {name: value for name, value in row.items() if name != column}
+    if taken := [name for name in GIVEN if name in columns]:
         raise ValueError(
             f"{where}: no column can be called {taken[0]}, as which a reward is given {GIVEN[taken[0]]};"
             " rename it or leave it out"
         )
-    return Prompt(text.strip(), {name: value for name, value in row.items() if name != "prompt"})
-
-
-def _read_text(text: str, where: str) -> Prompt:
-    return Prompt(text)
-
-
-def _read_json(text: str, where: str) -> Prompt:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}, column {error.colno})") from None
-    except (ValueError, RecursionError):  # JSON by its grammar
-        raise ValueError(f"{where}: numbers of thousands of digits or lists without end; leave them out") from None
-    if not isinstance(row, dict):
-        raise ValueError(f'{where}: must be an object such as {{"prompt": "a red circle"}}, not {quoted(row)}')
-    return prompt_of_row(row, where)
+    return Prompt(text.strip(), columns)
 
 
 def _field_hint(row: Mapping[str, object]) -> str:
-    return f", only {named(', '.join(map(str, row)))}" if row else ""
-
-
-_READERS: dict[str, Callable[[str, str], Prompt]] = {".txt": _read_text, ".jsonl": _read_json}
+    return f", only {named(', '.join(map(str, row)))}; prompts.column or eval.column names another" if row else ""
 
 
 class PromptOrder(Protocol):

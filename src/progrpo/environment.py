@@ -15,6 +15,7 @@ from progrpo.words import named
 
 _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 _HUB = "https://huggingface.co"
+_OFFLINE, _TRUE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), ("1", "ON", "YES", "TRUE")  # as its library reads them
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ def on_the_way_to_the_hub() -> str:
     settings = []
     if endpoint != _HUB:
         settings.append(f"at {named(endpoint)}, which HF_ENDPOINT names")
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
-        settings.append("HF_HUB_OFFLINE is set, so it was not asked")
+    if offline := next((name for name in _OFFLINE if os.environ.get(name, "").upper() in _TRUE), None):
+        settings.append(f"{offline} is set, so it was not asked")
     return _in_brackets([*settings, *_between(endpoint)])
 
 
@@ -71,8 +72,8 @@ def _between(url: str) -> Iterator[str]:
     if (proxy := proxy_for(url)) is not None:
         yield str(proxy)
     for name in _CERTIFICATES:
-        if url.startswith("https:") and (path := os.environ.get(name)) and not os.path.exists(path):
-            yield f"{name} names {named(path)}, which is not there"
+        if url.startswith("https:") and (path := os.environ.get(name)):
+            yield f"with the certificates that {name} names, {named(path)}{'' if os.path.exists(path) else ', which are not there'}"
 
 
 def _in_brackets(parts: Iterable[str]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import traceback
 import unicodedata
+from collections.abc import Iterable
 
 _MOST = 120
 _HERE = os.path.dirname(__file__)
@@ -24,6 +26,15 @@ def named(name: object) -> str:
     """A name or a path as it is; one that would not fit on a line as `quoted` has it."""
     text = str(name)
     return _in_short(text) if text.isprintable() else quoted(text)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean X?`, where X looks like `name` whole or in its last dotted part, else nothing."""
+    names = list(names) if len(name) <= 100 else []
+    by_tail = {n.rpartition(".")[2]: n for n in reversed(names)}  # where parts are shared, the first name
+    whole = difflib.get_close_matches(name, names, 1)
+    tail = [by_tail[t] for t in difflib.get_close_matches(name.rpartition(".")[2], by_tail, 1)]
+    return f"; did you mean {(whole or tail)[0]}?" if whole or tail else ""
 
 
 def raised(error: BaseException) -> str:

@@ -159,16 +159,42 @@ def test_a_folders_only_file_is_its_lora_whatever_its_name(tiny_sd3, saved, prom
     (folder := tmp_path / "named").mkdir()
     shutil.copy(tmp_path / "own" / FILE, folder / "my_style.safetensors")
     same(in_both_ways(tiny_sd3, folder, prompts), expected)
+    named = {name.replace(".weight", ".default.weight"): t for name, t in load_file(tmp_path / "own" / FILE).items()}
+    save_file(named, tmp_path / "default.safetensors")
+    same(in_both_ways(tiny_sd3, tmp_path / "default.safetensors", prompts), expected)
     shutil.copy(tmp_path / "own" / FILE, folder / "another.safetensors")
     with pytest.raises(
         ValueError, match=r"a folder with 2 files in safetensors; give one of them, such as another.saf"
     ):
         load_policy(tiny_sd3, SETTINGS, folder)
+    (torn := tmp_path / "torn.safetensors").write_bytes((tmp_path / "own" / FILE).read_bytes()[:-9])
+    with pytest.raises(
+        ValueError, match=r"^cannot use the LoRA .*: torn.safetensors is no file in safetensors, or a dam"
+    ):
+        load_policy(tiny_sd3, SETTINGS, torn)
     (pickled := tmp_path / "pickled").mkdir()
     (pickled / "adapter_model.bin").touch()
     for source in (pickled, pickled / "adapter_model.bin"):
         with pytest.raises(ValueError, match=r"adapter_model.bin is a pickle, which can run code and is never read"):
             load_policy(tiny_sd3, SETTINGS, source)
+
+
+def test_a_lora_in_the_place_of_a_model_and_a_model_in_that_of_a_lora_are_named(tiny_sd3, saved, tmp_path):
+    saved(tiny_sd3)
+    shutil.copytree(tmp_path / "own", tmp_path / "run" / "lora")
+    for path in (tmp_path / "own", tmp_path / "own" / FILE, tmp_path / "run"):
+        with pytest.raises(
+            ValueError, match=r"^model.path: .* is a LoRA; give the model that it belongs to, and the LoRA"
+        ):
+            load_policy(path, SETTINGS)
+    for folder in (tiny_sd3, tiny_sd3 / "transformer"):
+        with pytest.raises(
+            ValueError, match=r"^cannot use the LoRA .*: it is a folder with a whole model or denoiser, and"
+        ):
+            load_policy(tiny_sd3, replace(SETTINGS, lora=str(folder)))
+    shutil.copytree(tiny_sd3, tmp_path / "both")
+    shutil.copy(tmp_path / "own" / FILE, tmp_path / "both")
+    load_policy(tmp_path / "both", SETTINGS)
 
 
 def test_what_diffusers_has_no_names_for_is_refused(tiny_sd3, tiny_sd, saved, tmp_path):

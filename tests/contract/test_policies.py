@@ -142,7 +142,7 @@ def _diffusers(pipeline: Any, policy: Policy, guidance_scale: float, output_type
         latents = pipeline._pack_latents(latents, *latents.shape)
     if packed and not patchified and not policy.embeds_guidance and guidance_scale > 1:
         nothing = " " if type(pipeline).__name__ == "QwenImagePipeline" else ""
-        prompt |= {"true_cfg_scale": guidance_scale, "negative_prompt": [nothing] * len(TEXTS)}
+        prompt = {"true_cfg_scale": guidance_scale, "negative_prompt": [nothing] * len(TEXTS), **prompt}
     if policy.edits:  # it would go by the source's size, and by the million pixels of the model's own
         covering = [pipeline.image_processor.resize(source, height, width, "crop") for source in SOURCES]
         prompt |= {"image": prompt.pop("image_latents", covering), "max_area": height * width, "_auto_resize": False}
@@ -189,6 +189,25 @@ def test_without_noise_it_is_the_diffusers_pipeline_from_text_to_latent(policy, 
     expected = _diffusers(pipeline, policy, guidance_scale, "latent")
     size = max(1.0, expected.abs().max().item())  # an untrained network that says noise ends far from 1
     torch.testing.assert_close(_ode(policy, guidance_scale), expected, rtol=0, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize(
+    "model", ["tiny_sd3", "tiny_sd", "tiny_sdxl", "tiny_flux_schnell", "tiny_qwen_image", "tiny_wan"]
+)
+def test_guidance_leads_away_from_the_negative_prompt_as_the_diffusers_pipeline_does(request, model):
+    folder = request.getfixturevalue(model)
+    policy, plain = (_load(folder, "lora", negative_prompt=text) for text in ("green bird", ""))
+    expected = _diffusers(_pipeline(folder), policy, 3.5, "latent", negative_prompt=["green bird"] * len(TEXTS))
+    size = max(1.0, expected.abs().max().item())
+    policy.encode(PROMPTS)
+    policy.release_text_encoders()
+    torch.testing.assert_close(_ode(policy, 3.5), expected, rtol=0, atol=1e-5 * size)
+    assert (_ode(plain, 3.5) - expected).abs().max() > 1e-3 * size
+
+
+def test_a_model_that_is_told_its_guidance_leads_away_from_no_text(tiny_flux):
+    with pytest.raises(ValueError, match=r"^sampling\.negative_prompt: this model is told .* leave it empty$"):
+        _load(tiny_flux, "lora", negative_prompt="green bird")
 
 
 def test_pictures_are_the_diffusers_pipelines(policy, pipeline):

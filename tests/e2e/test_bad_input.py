@@ -83,9 +83,29 @@ def test_what_is_refused_before_torch_is_imported(here, words, sentence):
     assert sentence in said(*words)
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("train smoke --model.compile True", "--model.compile takes no value, so leave out True: --model.compile alone turns it on, --model.no-compile turns"),
+        ("plan smoke --model.compile=False", "--model.compile takes no value, so leave out False: "),
+        ("train smoke --overwrite true", "--overwrite takes no value, so leave out true: --overwrite alone turns it on, with"),
+        ("eval shapes-flow --json 1", "progrpo eval: --json takes no value"),
+        ("train smoke --out a run", "does not take run; a value with spaces, such as a path, must stand in quotes: --out 'a run'"),
+        ("train smoke --out=my own run", "does not take own; a value with spaces, such as a path, must stand in quotes: --out 'my own run'"),
+        ("sample my model --prompt x", "progrpo sample does not take model; a value with spaces, such as a path, must stand in quotes: 'my model'"),
+        ("train my recipe.json", "a path with spaces must stand in quotes: progrpo train 'my recipe.json' ..."),
+        ("plan smoke --model.compil", "does not take --model.compil; did you mean --model.compile?"),
+    ],
+)  # fmt: skip
+def test_values_of_flags_and_paths_in_pieces_are_said_to_be_that(here, capsys, words, sentence):
+    (here / "my recipe.json").write_text("{}")
+    assert main(words.split()) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_what_is_refused_with_torch(here):
     wrong = ["--prompts.source", "utf16.txt", "--out", "run"]
-    assert "utf16.txt, line 1: not UTF-8 text; save the file as UTF-8" in said("train", "smoke", *wrong)
+    assert "utf16.txt, line 1: not UTF-8 text but UTF-16; save the file as UTF-8" in said("train", "smoke", *wrong)
     shutil.copytree(WEIGHTS / "shapes-flow", "model")
     whole = Path("model", WEIGHTS_OF.format("transformer"))
     whole.write_bytes(whole.read_bytes()[:-1000])

@@ -14,6 +14,7 @@ import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL: dict[str, list[str]] = {
+    "busy": ["--spins", "shipped", "default", "--iterations", "2", "--rounds", "1", "--busy", "1"],
     "attention": ["--models", "shapes-flow", "--rows", "2", "--rounds", "1"],
     "cpu": ["--rows", "2", "--pictures", "1", "--rounds", "1"],
     "iteration": ["--models", "shapes-flow", "--plans", "window", "--prompts", "1", "--iterations", "1"],
@@ -33,6 +34,7 @@ SMALL: dict[str, list[str]] = {
         "3",
     ],
     "selection": ["--repeats", "1"],
+    "startup": ["--repeats", "1", "--busy", "1"],
     "step": ["--after", "1", "--prompts", "1", "--pictures", "2", "--lengths", "1e-4", "--seeds", "0"],
     "verifier": ["--repeats", "1"],
     "waves": ["--plans", "none", "--delay-ms", "1", "--waves", "1", "2", "--iterations", "1"],

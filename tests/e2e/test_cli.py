@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +47,14 @@ def test_who_stops_reading_ends_a_command_without_a_word():
     command.stdout.close()
     assert command.stderr.read() == b"" and command.wait() == 128 + signal.SIGPIPE
     command.stderr.close()
+
+
+def test_a_current_folder_that_is_gone_is_a_sentence(tmp_path):
+    script = f"mkdir gone; cd gone; rmdir ../gone; {sys.executable} -m progrpo train smoke"
+    environment = {**os.environ, "PYTHONPATH": str(Path(progrpo.__file__).parents[1])}
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "progrpo: error: the current folder is gone; change to one that is there"
 
 
 def test_help_is_quick_and_needs_no_torch():

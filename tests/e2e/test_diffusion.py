@@ -132,6 +132,34 @@ def test_a_run_goes_on_from_the_lora_of_another(own, tiny_sd, tmp_path, capsys):
         assert error.startswith(f"progrpo: error: {sentence}") and error.count("\n") == 1
 
 
+def test_a_negative_prompt_is_the_runs_wherever_it_is_looked_at(own, tiny_sd, tmp_path, capsys):
+    guided = ["--sampling.guidance-scale", "3", "--eval.guidance-scale", "3"]
+    away = ["--sampling.negative-prompt", "blue dog"]
+    options = ["--model.path", str(tiny_sd), *own, *guided]
+    assert main(["train", "smoke", "--out", "run", "--iterations", "1", *options, *away]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["sampling"]["negative_prompt"] == "blue dog"
+    assert main(["train", "--resume", "run", "--iterations", "2"]) == 0
+    for out, said in (("own", []), ("same", ["blue dog"]), ("other", ["green bird"]), ("none", [""])):
+        told = ["--negative-prompt", *said] if said else []
+        assert main(["sample", "run", "--prompt", "red cat", "--out", out, *told]) == 0
+    pictures = [np.asarray(Image.open(f"{out}/000-00.png"), int) for out in ("own", "same", "other", "none")]
+    apart = [np.abs(picture - pictures[0]).max() for picture in pictures[1:]]
+    assert apart[0] <= 1 < min(apart[1:])
+    capsys.readouterr()
+    measured = ["eval", "run", "--reward", "own_reward:redness", "--pictures", "2", "--json"]
+    assert main(measured) == 0
+    assert json.loads(capsys.readouterr().out)["negative_prompt"] == "blue dog"
+    assert main([*measured, "--guidance-scale", "1"]) == 0
+    assert "negative_prompt" not in json.loads(capsys.readouterr().out)
+    for words in (["sample", "run", "--prompt", "x"], measured):
+        assert main([*words, "--guidance-scale", "1", "--negative-prompt", "x"]) == 2
+        error = capsys.readouterr().err
+        assert error == (
+            "progrpo: error: --negative-prompt has no effect at a guidance scale of 1; give --guidance-scale above 1, or"
+            " leave it out\n"
+        )
+
+
 def test_the_papers_plans_are_costed_without_weights(capsys):
     def plan(*args: str) -> dict[str, Any]:
         assert main(["plan", *args, "--json"]) == 0

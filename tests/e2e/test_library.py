@@ -310,12 +310,12 @@ def test_a_run_of_relative_paths_is_used_from_any_folder(tiny_sd3, tiny_config, 
     monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(tiny_sd3)
     Path("told").mkdir()
-    Path("told/prompts.txt").write_text("\n".join(prompts))
+    Path("told/prompts.csv").write_text("\n".join(["caption", *prompts]))
     config = tiny_config(
         iterations=1,
-        prompts=PromptConfig(source="told/prompts.txt", per_iteration=2),
+        prompts=PromptConfig(source="told/prompts.csv", column="caption", per_iteration=2),
         reward=RewardConfig((RewardTerm("jpeg_compressibility"),)),
-        eval=EvalConfig(prompts="told/prompts.txt", pictures=2, num_inference_steps=1),
+        eval=EvalConfig(prompts="told/prompts.csv", column="caption", pictures=2, num_inference_steps=1),
     )
     train_run(replace(config, model=replace(config.model, path="model")), Path("run"))
     monkeypatch.chdir(tmp_path.parent)
@@ -348,7 +348,8 @@ def test_commands_say_what_a_run_of_the_library_needs(trained, tiny_sd3, tmp_pat
         assert main([str(word) for word in words]) == 2
         assert message in (said := capsys.readouterr().err) and said.count("\n") == 1
     assert main(["sample", str(tiny_sd3), "--lora", str(run), "--prompt", "a", "--num-inference-steps", "1"]) == 0
-    given = "--prompts shapes --reward jpeg_compressibility --pictures 2 --num-inference-steps 1"
+    Path("prompts.csv").write_text("caption,kind\na cat,x\n")
+    given = "--prompts prompts.csv --column caption --reward jpeg_compressibility --pictures 2 --num-inference-steps 1"
     assert main(["eval", str(tiny_sd3), "--lora", str(run), *given.split()]) == 0
 
 

@@ -13,12 +13,16 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import progrpo
 from progrpo.config import RewardConfig, RewardTerm
+from progrpo.tracking.lock import LockLostError
+from progrpo.tracking.report.run import Run, read_run
 from progrpo.tracking.run_folder import RunFolder
+from progrpo.training.checkpoints import saved
 from progrpo.training.distributed import Ranks
 from progrpo.training.errors import Interrupted, SelfCheckError
 from progrpo.training.run import resume_run, train_run
@@ -27,7 +31,7 @@ from progrpo.training.stopping import Stop
 TIMELESS = ("reward/mean", "update/grad_norm", "rollout/nfe")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_the_run_after_the_step(
     number, tiny_pipeline, tiny_config, prompts, redness, tmp_path, monkeypatch
 ):
@@ -44,12 +48,28 @@ def test_a_signal_ends_the_run_after_the_step(
         progrpo.train(tiny_pipeline(), prompts, signalled, config=config, out=tmp_path / "run")
     assert signal.getsignal(number) is before
     assert stopped.value.signal == number
-    assert f"progrpo train --resume {tmp_path / 'run'}" in str(stopped.value)
+    assert f"progrpo.train(..., out={str(tmp_path / 'run')!r}, resume=True)" in str(stopped.value)
     assert str(stopped.value).startswith(f"{number.name} after 2 of 4 iterations; all is saved")
     run = RunFolder(tmp_path / "run")
     assert run.read_summary()["status"].startswith(f"stopped: {number.name}")
     assert [r["iteration"] for r in run.read_metrics()] == [0, 1]
     assert (run.path / "checkpoints" / "iteration_000002").is_dir()
+
+
+def test_a_handler_of_a_users_own_for_a_queues_notice_stays(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
+    """Such as one that writes where every thread is."""
+    heard = []
+
+    def noticed(images, texts):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return redness(images, texts)
+
+    before = signal.signal(signal.SIGUSR2, lambda *_: heard.append(1))
+    try:
+        run = progrpo.train(tiny_pipeline(), prompts, noticed, config=tiny_config(iterations=1), out=tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert heard and run.read_summary()["status"] == "finished"
 
 
 def test_a_hang_up_that_is_ignored_stays_so(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
@@ -99,11 +119,12 @@ def test_a_run_whose_console_is_gone_is_the_run_with_one(
         print("scored", file=sys.stderr, flush=True)
         return redness(images, texts)
 
+    pipeline = tiny_pipeline()
     monkeypatch.setattr(sys, "stdout", out := gone())
     monkeypatch.setattr(sys, "stderr", err := gone())
     with warnings.catch_warnings(action="always", category=UserWarning):
         config = tiny_config(iterations=2)
-        run = progrpo.train(tiny_pipeline(), prompts, outspoken, config=config, out=tmp_path / "run")
+        run = progrpo.train(pipeline, prompts, outspoken, config=config, out=tmp_path / "run")
     assert (sys.stdout, sys.stderr) == (out, err)
     for stream in filter(None, (out, err)):
         os.dup2(nowhere := os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what it holds still goes there
@@ -135,6 +156,38 @@ def test_what_only_informs_does_not_end_a_run(tiny_pipeline, tiny_config, prompt
     for what in ("writing samples", "writing an audit", "writing report.html"):
         assert f"warning: {what} failed (" in said
     assert (out / "checkpoints" / "iteration_000002").is_dir() and any((out / "lora").iterdir())
+
+
+def test_a_run_under_way_has_a_report_of_its_last_iteration(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
+    out, calls, seen = tmp_path / "run", iter(range(1000)), list[tuple[Run, dict[str, Any]]]()
+
+    def score(images, texts):
+        if next(calls) == 5:  # in the third iteration
+            seen.append((read_run(out), RunFolder(out).read_summary()))
+        return redness(images, texts)
+
+    progrpo.train(tiny_pipeline(), prompts, score, config=tiny_config(iterations=4), out=out)
+    ((run, summary),) = seen
+    assert (run.status, summary["status"], summary["iterations"], len(run.metrics)) == ("running", "running", 2, 2)
+    assert summary["wall_seconds"] == run.wall_seconds > sum(record["seconds"] for record in run.metrics)
+    assert summary["nfe"] == summary["cost"]["counted"]["nfe"] == sum(r["rollout/nfe"] for r in run.metrics)
+    assert summary["seconds_by_stage"]["sample"] == sum(r["time/sample"] for r in run.metrics)
+
+
+def test_a_run_that_was_taken_for_dead_writes_nothing_more(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
+    """Its machine slept while another took the folder over."""
+    out, calls = tmp_path / "run", iter(range(1000))
+
+    def score(images, texts):
+        if next(calls) == 3:  # in the second iteration
+            (out / "run.lock").write_text('{"pid": 7, "host": "another", "started": 1}')
+        return redness(images, texts)
+
+    with pytest.raises(LockLostError, match="was taken over by process 7 on another"):
+        progrpo.train(tiny_pipeline(), prompts, score, config=tiny_config(iterations=4), out=out)
+    run = RunFolder(out)
+    assert len(run.read_metrics()) == 1 and [path.name for path in saved(out)] == ["iteration_000001"]
+    assert run.read_summary()["status"] == "running" and '"another"' in (out / "run.lock").read_text()
 
 
 @pytest.mark.parametrize("broken", [False, True])

@@ -69,7 +69,9 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
     assert found.reward.terms == (replace(term, model=f"{tmp_path}/owner/local", cache=f"{tmp_path}/scores"),)
     assert found.eval.rewards == config.eval.rewards  # a vision model's name is its server's
     assert located(found) == found
-    names = Config(model=ModelConfig(path="owner/hub"), eval=EvalConfig(prompts="dataset:owner/hub"))
+    parted = located(Config(eval=EvalConfig(prompts="dataset:owner/local:part")))
+    assert parted.eval.prompts == f"dataset:{tmp_path}/owner/local:part"
+    names = Config(model=ModelConfig(path="owner/hub"), eval=EvalConfig(prompts="dataset:owner/hub:part"))
     assert located(names) == names and located(Config()) == Config()
 
 

@@ -220,6 +220,8 @@ def test_what_a_checkpoint_is_of_no_use_without_cannot_be_changed(run):
         ValueError, match=r"the checkpoint: objective\.name was 'grpo' and is 'nft'; put that back, since"
     ):
         check_unchanged(run, found, replace(calmer, objective=ObjectiveConfig(name="nft")), accept=True)
+    with pytest.raises(ValueError, match=r"the checkpoint: model\.lora_alpha was 32 and is 64; put that back, since"):
+        check_unchanged(run, found, replace(calmer, model=replace(calmer.model, lora_alpha=64)), accept=True)
 
 
 @pytest.mark.parametrize(("decay", "iterations", "warned"), [(1.0, 8, 1), (1.0, 4, 0), (1.0, 3, 0), (0.0, 8, 0)])

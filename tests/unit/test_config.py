@@ -25,7 +25,6 @@ from progrpo.config import (
     field_paths,
     from_dict,
     learning_rate,
-    nearest,
     resolve_plan,
     stochastic_steps,
     to_dict,
@@ -34,6 +33,7 @@ from progrpo.config import (
     trains_transitions,
 )
 from progrpo.rollout.plan import PRESETS, Plan, PrunePoint
+from progrpo.words import nearest
 
 EVERYTHING_SET = Config(
     recipe="mine",
@@ -394,6 +394,22 @@ def test_a_guarded_ratio_goes_with_a_density():
     assert str(refused.value) == (
         "objective.grpo.ratio guard must go with a sampler whose log-prob is a density, not cps_reduced; take cps"
     )
+
+
+def test_a_negative_prompt_goes_with_guidance_of_two_calls():
+    def wanted(**sampling: object) -> Config:
+        return from_dict({"sampling": {"negative_prompt": "blurred", **sampling}})
+
+    check(wanted(guidance_scale=4.5))
+    check(dataclasses.replace(wanted(), eval=EvalConfig(guidance_scale=4.5)))
+    with pytest.raises(
+        ValueError, match=r"^sampling.negative_prompt must be empty where .* are 1, since it would have no"
+    ):
+        check(wanted())
+    with pytest.raises(
+        ValueError, match=r"^sampling.negative_prompt must be empty for sampling.embedded_guidance: a model"
+    ):
+        check(wanted(guidance_scale=3.5, embedded_guidance=True))
 
 
 @pytest.mark.parametrize("kind", ["auto", "all", "first", "sliding", "random"])

@@ -49,15 +49,48 @@ def test_json_lines_hold_columns(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.txt", "a\nb".encode("utf-16"), "line 1: not UTF-8 text; save the file as UTF-8"),
-        ("p.txt", "a\nb".encode("utf-16-le"), "line 1: not UTF-8 text"),
-        ("p.txt", b"fine\nbad \xff\n", "line 2: not UTF-8 text"),
+        ("p.txt", "a\nb".encode("utf-16"), "line 1: not UTF-8 text but UTF-16; save the file as UTF-8"),
+        ("p.txt", "a\nb".encode("utf-16-le"), "line 1: not UTF-8 text but UTF-16; save the file as UTF-8"),
+        ("p.txt", b"fine\nbad \xff\x81\n", "line 2: not UTF-8 text; save the file as UTF-8"),
+        (
+            "p.txt",
+            "fine\ncafé".encode("cp1252"),
+            "line 2: not UTF-8 text but perhaps Windows-1252, in which it reads 'café'; save the file as UTF-8",
+        ),
+        ("p.csv", "prompt\ncafé\n".encode("cp1252"), "line 2: not UTF-8 text but perhaps Windows-1252"),
+        ("p.json", '["a"]'.encode("utf-16"), "line 1: not UTF-8 text but UTF-16"),
         ("p.txt", b"fine\n\nbad \x00\n", "line 3: not UTF-8 text"),
         ("p.txt", b"", "holds no prompt"),
         ("p.txt", b"\n  \n", "holds no prompt"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt"', "line 2: not JSON"),
         ("p.jsonl", b'"a"', "line 1: must be an object such as"),
-        ("p.jsonl", b'{"text": "a", "n": 1}', "line 1: has no field named prompt, only text, n"),
+        (
+            "p.jsonl",
+            b'{"text": "a", "n": 1}',
+            "line 1: has no field named prompt, only text, n; prompts.column or eval.column names another",
+        ),
+        ("p.json", b'["a",\n3]', "row 1: must be a text or an object with a field prompt, not 3"),
+        ("p.json", b'["a", {"n": 1}]', "row 1: has no field named prompt, only n"),
+        ("p.json", b'["a", ""]', "row 1: prompt must be a text that is not empty, not ''"),
+        ("p.json", b'["a",\n "b"', "not JSON (Expecting ',' delimiter, line 2, column 5)"),
+        ("p.json", b'{"prompt": "a"}\n{"prompt": "b"}', "line 2, column 1); an object a line is a .jsonl file"),
+        ("p.json", b'{"prompt": ["a", "b"]}', "must be a list of texts or of objects such as"),
+        ("p.json", b"[]", "holds no prompt"),
+        ("p.json", b'{"prompts": []}', "holds no prompt"),
+        ("p.csv", b"", "holds no prompt"),
+        ("p.csv", b"prompt,n\n", "holds no prompt"),
+        ("p.csv", b"text,n\na,1\n", "line 2: has no field named prompt, only text, n"),
+        ("p.csv", b"prompt;n\na;1\n", "line 1: columns are separated by ';'; save the file with commas"),
+        ("p.csv", b"prompt,n,n\na,1,2\n", "line 1: two columns are called n"),
+        (
+            "p.csv",
+            b'prompt\n"a\nb"\n\na cat, sitting\n',
+            "line 5: 2 fields where there are 1 names; put a text that holds a comma",
+        ),
+        ("p.csv", b'prompt,n\n"a\nb",1\n,2\n', "line 4: prompt must be a text that is not empty, not ''"),
+        ("p.csv", b'prompt\nfine\n"a "b" c"\n', "line 3: not CSV"),
+        ("p.csv", b'prompt\nfine\n"never closed\n', "line 3: not CSV"),
+        ("p.parquet", b"PAR1", "p.parquet: not a parquet file"),
         ("p.jsonl", b'{"prompt": 3}', "line 1: prompt must be a text that is not empty, not 3"),
         ("p.jsonl", b'{"prompt": " "}', "line 1: prompt must be a text that is not empty, not ' '"),
     ],
@@ -80,8 +113,55 @@ def test_missing_files_are_refused_with_the_nearest(tmp_path):
 def test_other_sources_are_refused():
     with pytest.raises(ValueError, match=r"not 'shape'; did you mean shapes\?"):
         load_prompts("shape")
-    with pytest.raises(ValueError, match=r"a \.txt or a \.jsonl file or dataset:NAME, not 'p.csv'"):
-        load_prompts("p.csv")
+    message = r"a file \(\.txt, \.jsonl, \.json, \.csv, \.parquet\) or dataset:NAME, not 'p.xlsx'"
+    with pytest.raises(ValueError, match=message):
+        load_prompts("p.xlsx")
+
+
+TOLD = (Prompt('a "red" cat,\nsitting', {"tag": "x", "n": None}), Prompt("ein grüner Würfel", {"tag": None, "n": "2"}))
+
+
+def as_rows(column):
+    return [{column: prompt.text, **prompt.columns} for prompt in TOLD]
+
+
+@pytest.mark.parametrize("column", ["prompt", "caption", "prompts"])
+def test_every_format_holds_the_same_rows(tmp_path, column):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = as_rows(column)
+    table = f'\ufeff {column} ,tag,n\r\n"a ""red"" cat,\nsitting",x,\r\n\r\nein grüner Würfel,,2\r\n'
+    (tmp_path / "p.csv").write_bytes(table.encode())
+    (tmp_path / "P.JSON").write_text(json.dumps(rows), "utf-8-sig")
+    (tmp_path / "of key.json").write_text(json.dumps({"version": 1, "prompts": rows}, indent=1))
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
+    for file in tmp_path.iterdir():
+        assert load_prompts(str(file), column=column) == {"": TOLD}, file
+        assert prompts_of(file, "prompts", column) == TOLD
+    (tmp_path / "texts.json").write_text(json.dumps([prompt.text for prompt in TOLD]))
+    assert texts(load_prompts(str(tmp_path / "texts.json"), column=column)[""]) == texts(TOLD)
+    with pytest.raises(ValueError, match=rf"row 0: has no field named other, only {column}, tag, n; prompts.column"):
+        load_prompts(str(tmp_path / "p.parquet"), column="other")
+
+
+def test_rows_of_python_may_name_their_text_otherwise():
+    given = [*as_rows("caption"), "a text", Prompt("a prompt", {"caption": "kept"})]
+    told = prompts_of(given, "prompts", "caption")
+    assert told == (*TOLD, Prompt("a text"), Prompt("a prompt", {"caption": "kept"}))
+    with pytest.raises(ValueError, match=r"^prompts\[0\]: has no field named caption, only prompt"):
+        prompts_of([{"prompt": "a"}], "prompts", "caption")
+    with pytest.raises(ValueError, match=r"a prompt file is given as pathlib\.Path\('a/p\.csv'\)$"):
+        prompts_of("a/p.csv", "prompts")
+
+
+def test_parquet_needs_its_library(tmp_path, monkeypatch):
+    (tmp_path / "p.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(
+        ValueError, match=r"p\.parquet: a parquet file needs pyarrow: pip install 'progrpo\[datasets\]'"
+    ):
+        load_prompts(str(tmp_path / "p.parquet"))
 
 
 def test_python_gives_texts_prompts_and_rows():
@@ -385,9 +465,29 @@ def test_a_dataset_has_splits_and_train_serves_where_one_lacks(saved):
     assert load_prompts(f"dataset:{saved / 'train'}", "test") == {"": ROWS}
 
 
+def test_a_dataset_has_configurations(tmp_path):
+    pytest.importorskip("datasets")
+    folder = tmp_path / "several"
+    folder.mkdir()
+    parts = "".join(f"- config_name: {name}\n  data_files: {name}.csv\n" for name in ("cats", "dogs"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    for name in ("cats", "dogs"):
+        (folder / f"{name}.csv").write_text(f"caption\ntwo {name}\n")
+    for split in ("train", "test"):
+        assert texts(load_prompts(f"dataset:{folder}:dogs", split, "caption")[""]) == ["two dogs"]
+    with pytest.raises(ValueError, match=rf"\['cats', 'dogs'\].*; name one as dataset:{folder}:CONFIG$"):
+        load_prompts(f"dataset:{folder}", column="caption")
+    with pytest.raises(ValueError, match=rf"^dataset:{folder}:cows could not be loaded: .*cows"):
+        load_prompts(f"dataset:{folder}:cows", column="caption")
+
+
 def test_datasets_that_hold_no_prompts_are_refused_in_a_sentence(saved, monkeypatch):
-    with pytest.raises(ValueError, match=r"wrong, row 0: has no field named prompt, only text$"):
+    with pytest.raises(ValueError, match=r"wrong, row 0: has no field named prompt, only text; prompts.column"):
         load_prompts(f"dataset:{saved / 'wrong'}")
+    with pytest.raises(
+        ValueError, match=r"^dataset:.*one:x: a dataset that was saved has no configurations; leave x out$"
+    ):
+        load_prompts(f"dataset:{saved / 'one'}:x")
     with pytest.raises(ValueError, match=r"^dataset:.*absent could not be loaded: [^\n]*$"):
         load_prompts(f"dataset:{saved / 'absent'}")
     monkeypatch.setitem(sys.modules, "datasets", None)

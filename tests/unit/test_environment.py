@@ -163,7 +163,7 @@ def test_a_proxy_in_the_way_is_named_without_its_password(monkeypatch):
         (
             {"SSL_CERT_FILE": "/no/such"},
             "https",
-            r"SSL_CERT_FILE names /no/such, which is not there\) cannot be asked: ",
+            r"the certificates that SSL_CERT_FILE names, /no/such, which are not there\) cannot be asked: ",
         ),
     ],
 )
@@ -197,9 +197,11 @@ def test_what_keeps_the_hub_away_is_named(monkeypatch):
     assert "mirror" not in reason_of(ImportError("Using SOCKS proxy"), os.getcwd())
 
 
-def test_certificates_are_named_for_tls_alone(monkeypatch):
-    monkeypatch.setenv("SSL_CERT_FILE", "/no/such")
-    assert (
-        on_the_way("http://box") == ""
-        and on_the_way("https://box") == " (SSL_CERT_FILE names /no/such, which is not there)"
-    )
+def test_certificates_are_named_for_tls_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    known = f" (with the certificates that SSL_CERT_FILE names, {tmp_path}/ca.pem"
+    assert on_the_way("http://box") == "" and on_the_way("https://box") == f"{known}, which are not there)"
+    (tmp_path / "ca.pem").write_text("none")
+    assert on_the_way("https://box") == f"{known})"
+    with pytest.raises(Refusal, match=r"SSL_CERT_FILE names, .*ca.pem\) cannot be asked: "):
+        remote("https://box")

@@ -184,16 +184,18 @@ def ratio_terms(log_ratio, advantage, clip_range):
     return max(-advantage * ratio, -advantage * bounded), bounded != ratio
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "t", "t2"])
+@pytest.mark.parametrize("weighting", ["uniform", "t", "t2", "huber", "ghuber"])
 def test_awm_by_hand(policy, experience, weighting):
     """The time that weighs an error is the share of noise sigma, not the timestep."""
-    objective = AWM(DRAWS, FRACTION, weighting, clip_range=0.05, kl_beta=0.3, average_beta=0.7)
+    objective = AWM(DRAWS, FRACTION, weighting, clip_range=0.05, adv_scale=0.5, kl_beta=0.3, average_beta=0.7)
     prepared = objective.prepare(policy, experience, 4, 2)
     become(policy, later := (0.6, -0.1))
     loss, total, clipped = objective.loss(policy, prepared, ITEMS), 0.0, 0
     for item in items(policy, experience):
-        weight = {"uniform": 1.0, "t": item.sigma, "t2": item.sigma**2}[weighting]
-        term, outside = ratio_terms(weight * (item.error(NOW) - item.error(later)), item.advantage, 0.05)
+        power = {"huber": 0.5, "ghuber": 0.25}.get(weighting, 1.0)
+        weight = {"uniform": 1.0, "t2": item.sigma**2, "ghuber": item.sigma * 4}.get(weighting, item.sigma)
+        before, now = ((item.error(w) + 1e-10) ** power for w in (NOW, later))
+        term, outside = ratio_terms(weight * (before - now), 0.5 * item.advantage, 0.05)
         total += term + 0.3 * item.apart(later, START) + 0.7 * item.apart(later, BEFORE)
         clipped += outside
     assert 0 < clipped < len(ITEMS) and loss.sums["clip_fraction"] == clipped

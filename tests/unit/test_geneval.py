@@ -560,7 +560,7 @@ def published_color(model: CLIPModel, picture: np.ndarray, found: Detection, lab
     image = image.crop(found.box)
     short = min(image.size)  # then open_clip's, which is torchvision's Resize and CenterCrop
     image = image.resize((int(224 * image.width / short), int(224 * image.height / short)), Image.Resampling.BICUBIC)
-    left, top = (int(round((length - 224) / 2.0)) for length in image.size)
+    left, top = (round((length - 224) / 2.0) for length in image.size)
     pixels = torch.tensor(np.asarray(image.crop((left, top, left + 224, top + 224)))) / 255
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
     seen = model.get_image_features(((pixels - mean) / std).permute(2, 0, 1)[None]).pooler_output[0]

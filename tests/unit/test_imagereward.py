@@ -59,7 +59,7 @@ def published_pixels(picture: np.ndarray) -> torch.Tensor:
     """The shorter side to 224, the middle of the other (torchvision's: half of what is left, rounded), CLIP's mean and std."""
     height, width = picture.shape[:2]
     shape = (224, int(224 * height / width)) if width <= height else (int(224 * width / height), 224)
-    left, top = (int(round((length - 224) / 2.0)) for length in shape)
+    left, top = (round((length - 224) / 2.0) for length in shape)
     made = Image.fromarray(picture).resize(shape, Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
     return ((torch.tensor(np.asarray(made)) / 255 - mean) / std).permute(2, 0, 1)

@@ -165,3 +165,12 @@ def test_a_safety_checker_that_is_not_there_is_not_missed(copy):
     }
     index.write_text(json.dumps(stated))  # as that of SD 1.x
     assert load_policy(copy, SETTINGS).denoiser_name == "unet"
+
+
+def test_every_part_comes_in_its_dtype(tiny_sd):
+    for weights in ("lora", "full"):
+        policy: Any = load_policy(tiny_sd, replace(SETTINGS, weights=weights, dtype=torch.bfloat16))
+        pipeline = policy._pipeline
+        assert pipeline.text_encoder.dtype == pipeline.vae.dtype == torch.bfloat16
+        frozen = torch.float32 if weights == "full" else torch.bfloat16
+        assert {p.dtype for name, p in policy.denoiser.named_parameters() if "lora" not in name} == {frozen}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from progrpo.tracking.lock import only_writer
 from progrpo.tracking.report import charts, write_report
 from progrpo.tracking.report.film import spread
 from progrpo.tracking.report.head import verdict
@@ -87,10 +88,12 @@ def test_wide_pictures_are_shown_whole(run):
 
 
 def test_a_run_that_has_only_begun_has_a_report(run):
-    page = text(run)
+    with only_writer(run.path):
+        page = text(run)
+    assert ">running<" in page
     for words in ("has not been evaluated yet", "No evaluation is written yet", "No iteration is finished yet"):
         assert words in page
-    for words in ("No audit group is written yet", "The cost is counted when the run ends", "No time is recorded yet"):
+    for words in ("No audit group is written yet", "No cost is counted yet", "No time is recorded yet"):
         assert words in page
 
 
@@ -98,8 +101,9 @@ def test_a_run_under_way_says_what_is_not_there_yet(run):
     run.write_evaluation("before", evaluation([True, False]), pictures(2))
     run.append_metrics({"iteration": 0, "seconds": 2.0, "reward/mean": 0.5, "reward/std": None})
     run.write_audit(audit(0), pictures(GROUP, STEPS + 1))
-    page = text(run)
-    assert "1 of 2 iterations are done" in page
+    with only_writer(run.path):
+        page = text(run)
+    assert "1 of 2 iterations are done in 2.0 s (" in page
     assert "There is no evaluation after training yet" in page
     assert (
         "Not recorded so far: Strict accuracy, Spread within a group, Distance to the reference, Preview agreement"
@@ -222,6 +226,33 @@ def test_a_stopped_run_says_why(run):
     run.append_metrics({"iteration": 0, "seconds": 2.0})
     run.write_summary({"status": "stopped: out of memory", "iterations": 1})
     assert "1 of 2 iterations and stopped: out of memory" in verdict(read_run(run.path))
+
+
+def test_a_killed_run_has_its_figures_and_not_those_of_its_first_evaluation(run):
+    """Its summary is of before the first iteration, or of the moment when it was taken up."""
+    cost = {"nfe": 300, "decodes": 30, "reward_calls": 30, "trained_steps": 9}
+    run.write_summary(
+        {
+            "status": "running",
+            "iterations": 3,
+            "wall_seconds": 12.0,
+            "nfe": 300,
+            "cost": {"predicted": cost, "counted": cost},
+            "seconds_by_stage": {"sample": 6.0},
+        }
+    )
+    for i in range(5):
+        run.append_metrics({"iteration": i, "seconds": 40.0, "rollout/nfe": 100, "time/sample": 30.0})
+    found = read_run(run.path)
+    assert (found.status, found.wall_seconds, len(found.since_summary)) == ("killed", 12 + 2 * 40, 2)
+    page = text(run)
+    assert "was trained for 5 of 2 iterations in 1 min 32 s, until its process or its machine was gone" in page
+    assert '<span class="status killed">killed</span>' in page
+    for label, value in {"Wall time": "1 min 32 s", "Network evaluations": "500"}.items():
+        assert f"<span>{label}</span><strong>{value}</strong>" in page
+    assert "Counted after 3 iterations; 2 more are done." in page and "<td>1 min 06 s</td>" in page
+    with only_writer(run.path):
+        assert read_run(run.path).status == "running"
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):

@@ -308,7 +308,7 @@ def test_processes_that_all_die_at_their_start_are_refused_in_a_sentence(here):
     (here / f"{MODULE}.py").write_text(
         "import multiprocessing, os\nif multiprocessing.parent_process():\n    os._exit(3)\n\ndef mean(images, prompts):\n    ...\n"
     )
-    sentence = r"its processes end before .* \(a process ended with exit code 3\)$"
+    sentence = r"its processes end before .* \(a process ended with exit code 3\); if each of them runs the script"
     with processes("mean", 1) as reward, pytest.raises(Refusal, match=sentence):
         reward.check([])
 
@@ -371,3 +371,27 @@ def test_a_script_with_a_guard_scores_in_its_processes(here):
     (here / "script.py").write_text(UNGUARDED.format(call=call))
     done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "2", "")
+
+
+def test_what_a_notebook_defines_is_refused_to_processes(here):
+    code = (
+        "from progrpo.rewards.load import load_reward\ndef mine(images, prompts): ...\n"
+        "assert load_reward('__main__:mine')\nload_reward('__main__:mine', processes=1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    said = done.stderr.strip().splitlines()[-1]
+    assert (
+        "reward '__main__:mine': its processes do not have what a notebook defines; put it into a module of its own"
+        in said
+    )
+
+
+def test_what_a_guarded_script_defines_is_scored_in_its_processes(here):
+    (here / "script.py").write_text(
+        "import numpy as np\nfrom progrpo.rewards.load import load_reward\nfrom progrpo.types import Prompt\n"
+        "def mine(images, prompts):\n    return [7.0] * len(images)\n"
+        "if __name__ == '__main__':\n    reward = load_reward('__main__:mine', processes=1)\n"
+        "    print(reward.score(np.zeros((1, 4, 4, 3), np.uint8), [Prompt('a')])[0].value)\n    reward.close()\n"
+    )
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, "7.0"), done.stderr

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gc
 import json
+import re
 import struct
 import threading
 import time
@@ -143,6 +144,17 @@ def test_a_source_picture_is_checked_as_the_other_one(monkeypatch):
     assert good["value"] == float(shown.sum())
     assert bad["value"] is None and "no PNG in base64" in bad["error"]
     assert huge["value"] is None and "pixels" in huge["error"]
+
+
+def test_a_picture_that_is_transparent_is_a_missing_score():
+    """What lies under a transparent colour is not what anybody sees."""
+    files: dict[str, BytesIO] = {}
+    for mode, options in (("RGB", {"transparency": (9, 9, 9)}), ("RGBA", {})):
+        Image.new(mode, (3, 2), (9, 9, 9)).save(files.setdefault(mode, BytesIO()), "PNG", **options)
+    with served(Recorded(lambda prompt, value: value)) as client:
+        keyed, alpha = scores(client, *(item(file.getvalue()) for file in files.values()))
+    assert keyed["value"] is None and "transparent colour" in keyed["error"]
+    assert alpha["value"] is None and "must be RGB" in alpha["error"]
 
 
 def test_no_request_names_a_file_of_the_servers_machine(tmp_path):
@@ -299,6 +311,18 @@ def test_where_there_is_no_more_room_a_client_is_told_to_wait():
             assert asked.pop().result(20).status_code == 200
             assert [values(a.result(20)) for a in asked] == [[0.0]] * 4
             reward.busy.clear()
+
+
+def test_a_reward_that_fails_in_its_close_is_said_in_a_sentence(capsys):
+    class Unclosed(Recorded):
+        def close(self) -> None:
+            raise OSError("still busy")
+
+    with served(Unclosed()) as client:
+        assert client.get("/health").status_code == 200
+    assert re.search(
+        r"^progrpo: reward .*: its close\(\) failed: .*OSError: still busy$", capsys.readouterr().err, re.MULTILINE
+    )
 
 
 def test_what_waits_is_scored_before_the_end_and_the_reward_is_closed():

@@ -568,3 +568,51 @@ def test_shapes_rewards_are_graded_strict_or_between(name, strict_share):
     scores = load_reward(name).score(drawn, prompts)
     assert [s.value for s in scores] == pytest.approx(expected)
     assert {s.passed for s in scores} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("my_reward.py:score", r"a module is named as Python imports it; write my_reward:score$"),
+        ("./my_reward.py:score", r"write my_reward:score$"),
+        ("rewards/my_reward.py:score", r"write rewards.my_reward:score$"),
+        ("rewards/my_reward:score", r"write rewards.my_reward:score$"),
+        ("my_reward.py", r"write my_reward:function$"),
+        ("/else/where/my_reward.py:score", r"write my_reward:score, and add /else/where to PYTHONPATH$"),
+        ("my_reward.score", r"nor of the form module:function; a function score of a module is my_reward:score$"),
+        ("pickscroe", r"nor of the form module:function; did you mean pickscore\?$"),
+        ("my_reward:scroe", r"has no function or class 'scroe' \(its file is .*my_reward.py\); did you mean score\?$"),
+        ("my_reward:score()", r"has no function or class 'score\(\)' .*; did you mean score\?$"),
+        ("__main__:absent", r"'absent' is of the script or notebook that named it, .* put it into a module of its own"),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_refused_with_the_right_one(name, sentence, tmp_path, monkeypatch):
+    write(tmp_path, "def score(images, prompts):\n    return [0.0] * len(images)\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refusal, match=sentence):
+        load_reward(name)
+
+
+def test_a_function_in_place_of_a_name_is_refused():
+    wrong: Any = lambda images: [0.0] * len(images)  # noqa: E731
+    with pytest.raises(
+        Refusal, match=r"named by a text such as my_module:redness, not <function .*progrpo.train takes functions"
+    ):
+        load_reward(wrong)
+
+
+def test_a_module_that_starts_a_run_where_it_is_imported_is_refused_with_the_guard(tmp_path, monkeypatch):
+    text = "import progrpo\n\ndef score(images, prompts):\n    return [0.0] * len(images)\n\nprogrpo.train(None, ['a'], score)\n"
+    write(tmp_path, text, "my_reward_script")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        Refusal, match=r"^reward 'my_reward_script:score': importing its module starts a run; put .* `if __name__"
+    ):
+        load_reward("my_reward_script:score")
+
+
+def test_a_module_may_load_another_reward_where_it_is_imported(tmp_path, monkeypatch):
+    text = "from progrpo.rewards.load import load_reward\njpeg = load_reward('jpeg_compressibility')\n\ndef score(images):\n    return [0.0] * len(images)\n"
+    write(tmp_path, text, "my_reward_of_others")
+    monkeypatch.chdir(tmp_path)
+    load_reward("my_reward_of_others:score")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,12 +12,14 @@ from torch import Tensor
 class Levels:
     """x = alpha x0 + sigma eps, and the network's `timestep` there: each (), (B,), or (T+1,) for a grid from noise to data.
 
-    A flow model has alpha = 1 - sigma; a diffusion model alpha^2 + sigma^2 = 1.
+    A flow model has alpha = 1 - sigma; a diffusion model alpha^2 + sigma^2 = 1. `ends` (T,) are those of a grid whose steps end
+    elsewhere than where the next ones begin, as DDIM's do in diffusers; a part of a grid has none.
     """
 
     alpha: Tensor
     sigma: Tensor
     timestep: Tensor
+    ends: Levels | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.sigma)
@@ -28,6 +30,18 @@ class Levels:
     def to(self, like: Tensor) -> Levels:
         """On the device and in the dtype of `like`."""
         return Levels(self.alpha.to(like), self.sigma.to(like), self.timestep.to(like))
+
+
+def end_of(levels_T1: Levels, step: int | Tensor) -> Levels:
+    """Where steps of a grid end."""
+    return levels_T1[step + 1] if levels_T1.ends is None else levels_T1.ends[step]
+
+
+def stacked(*levels: Levels) -> Levels:
+    """Levels () as those of a grid."""
+    return Levels(
+        *(torch.stack(parts) for parts in zip(*((at.alpha, at.sigma, at.timestep) for at in levels), strict=True))
+    )
 
 
 def over(value: Tensor, x: Tensor) -> Tensor:

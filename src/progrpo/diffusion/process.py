@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from progrpo.diffusion.levels import Levels
+from progrpo.diffusion.levels import Levels, end_of, stacked
 from progrpo.diffusion.prediction import PREDICTIONS, Prediction
 from progrpo.diffusion.samplers import SAMPLERS, Sampler
 
@@ -45,9 +45,16 @@ class Process:
     @cached_property
     def scales_T(self) -> Tensor:
         """Diffusion rate (an SDE's sampler) or std (the others'), of each step; 0 where it is deterministic."""
-        scales = {level: self._sampler.scale(self.levels_T1, level) for level in set(self.noise_levels) if level > 0}
+        scales = {level: self._scale(level) for level in set(self.noise_levels) if level > 0}
         nothing = torch.zeros_like(self.levels_T1.sigma[0])
         return torch.stack([scales[a][step] if a > 0 else nothing for step, a in enumerate(self.noise_levels)])
+
+    def _scale(self, noise_level: float) -> Tensor:
+        grid = self.levels_T1
+        if grid.ends is None:
+            return self._sampler.scale(grid, noise_level)
+        steps = [stacked(grid[step], end_of(grid, step)) for step in range(self.num_steps)]
+        return torch.cat([self._sampler.scale(step, noise_level) for step in steps])
 
     @property
     def lengths_T(self) -> Tensor:
@@ -73,11 +80,11 @@ class Process:
 
     def deterministic(self, step: int | Tensor, x: Tensor, output: Tensor) -> Tensor:
         """x_next without fresh noise."""
-        return self._prediction.step(x, output, self.levels_T1[step].to(x), self.levels_T1[step + 1].to(x))
+        return self._prediction.step(x, output, self.levels_T1[step].to(x), end_of(self.levels_T1, step).to(x))
 
     def mean_std(self, step: int | Tensor, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """The Gaussian of x_next: mean in x's shape and std of shape () or (B, 1, ...)."""
-        at, after = self.levels_T1[step].to(x), self.levels_T1[step + 1].to(x)
+        at, after = self.levels_T1[step].to(x), end_of(self.levels_T1, step).to(x)
         return self._sampler.mean_std(self._prediction, x, output, at, after, self.scales_T[step].to(x))
 
     def log_prob(self, x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:

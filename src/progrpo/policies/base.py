@@ -26,6 +26,7 @@ class PolicySettings:
     to train further, by its folder, file or hub id: its rank, alpha and layers then take the place of those.
     `seed` draws the LoRA's A whatever the global generator's state. Trained weights are float32 in every case; the
     denoiser's frozen weights and the VAE are in `dtype`, the text encoders stay in the dtype they came in.
+    `negative_prompt` is a text that guidance leads away from (empty: what the model's pipeline takes without one).
     `max_sequence_length` counts T5's tokens, or those of Qwen-Image's and FLUX.2's encoder (none: the model's own number, for the built-in 16). `resolution` is the side of a square picture or video in pixels, or its height
     and width, `frames` the length of a video (none: the model's own).
     `quantize` keeps the frozen weights of the linear layers of the denoiser's blocks as 8-bit integers, beside a LoRA.
@@ -33,6 +34,7 @@ class PolicySettings:
     anew in the backward pass instead of keeping them. `shard` shares a denoiser's weights out among the processes. With `offload` the
     denoiser and the text encoders are on the device by turns. `decoding` is of a microbatch at once, of one picture, or of one in tiles. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
     `revision` is a hub id's branch, tag or commit, `variant` which of several kinds of weights files is read (fp16: `model.fp16.safetensors`).
+    A diffusion model's steps end where diffusers' DDIM has them end, or where the `next` begins (`step_ends`).
     """
 
     weights: Literal["lora", "full"] = "lora"
@@ -41,6 +43,7 @@ class PolicySettings:
     lora_targets: Sequence[str] = ()
     lora: str = ""
     max_sequence_length: int | None = None
+    negative_prompt: str = ""
     seed: int = 0
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -55,6 +58,7 @@ class PolicySettings:
     tiny_decoder: str = ""
     revision: str = ""
     variant: str = ""
+    step_ends: Literal["diffusers", "next"] = "diffusers"
 
 
 class Policy(Protocol):
@@ -134,7 +138,7 @@ class Policy(Protocol):
         """The network's output at x, float32, in x's shape.
 
         `timestep` is () or (B,), row b of `condition` belongs to row b of x. A `guidance_scale` w other than 1 is
-        classifier-free guidance, o_u + w (o_c - o_u), with gradients through both branches and twice the cost; a network that
+        classifier-free guidance, o_u + w (o_c - o_u), away from the negative prompt, with gradients through both branches and twice the cost; a network that
         `embeds_guidance` is told w, 1 as well as any other.
         """
         ...

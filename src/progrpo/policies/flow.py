@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -9,6 +10,11 @@ from torch import Tensor
 
 from progrpo.diffusion.levels import Levels, between_flow_levels, flow_levels
 from progrpo.policies.pipeline import PipelinePolicy
+
+_NOT_HERE = {
+    "stochastic_sampling": "draws noise at every step, where sampling.noise_level says how much a step draws",
+    "invert_sigmas": "counts noise from data to noise",
+}
 
 
 class FlowPolicy(PipelinePolicy):
@@ -22,6 +28,12 @@ class FlowPolicy(PipelinePolicy):
         if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
             kind = type(pipeline.scheduler).__name__
             raise ValueError(f"model.path: the scheduler is a {kind}; replace it by a FlowMatchEulerDiscreteScheduler")
+        for setting, does in _NOT_HERE.items():
+            if pipeline.scheduler.config[setting]:
+                raise ValueError(
+                    f"model.path: the scheduler has {setting}, which {does}; set it to false in scheduler/scheduler_config.json, or by"
+                    f" pipeline.scheduler.register_to_config({setting}=False)"
+                )
 
     @property
     def _num_train_timesteps(self) -> int:
@@ -29,8 +41,10 @@ class FlowPolicy(PipelinePolicy):
         return number
 
     def levels(self, num_inference_steps: int, shift: float | None = None) -> Levels:
-        changes = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._pipeline.scheduler.config, **changes)
+        scheduler = deepcopy(self._pipeline.scheduler)  # a set_shift() of its owner is in no configuration
+        if shift is not None:
+            changes = {"shift": shift, "use_dynamic_shifting": False}
+            scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **changes)
         scheduler.set_timesteps(num_inference_steps, **self._grid(num_inference_steps))
         return flow_levels(scheduler.sigmas, self._num_train_timesteps)
 

@@ -22,7 +22,7 @@ from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.flux import FluxKontextPolicy, FluxPolicy
 from progrpo.policies.flux2 import Flux2KleinPolicy
 from progrpo.policies.hub import reason_of
-from progrpo.policies.lora_files import HUB_ID, LORA_FILE
+from progrpo.policies.lora_files import HUB_ID, LORA_FILE, is_lora
 from progrpo.policies.parts import fetched, networks, whole
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.qwen_image import QwenImagePolicy
@@ -135,6 +135,11 @@ def _located(path: str | Path) -> str:
     if str(path) in BUILT_IN:
         return _built_in(str(path))
     folder = os.path.expanduser(path)  # as os.path.isdir, and unlike Path's, it takes every text
+    if path and is_lora(folder):
+        raise ValueError(
+            f"model.path: {named(path)} is a LoRA; give the model that it belongs to, and the LoRA as model.lora (--lora of sample"
+            " and eval)"
+        )
     if path and os.path.isdir(folder):
         if not os.path.isfile(os.path.join(folder, "model_index.json")):
             raise ValueError(
@@ -194,7 +199,8 @@ def _read_pipeline(source: str, kind: type[PipelinePolicy], settings: PolicySett
         }
         parts = networks(folder, index, dtypes, settings.variant)
         absent = {**dict.fromkeys(_absent_encoders(index)), **kind.left_out}
-        pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **parts, **absent)
+        # told the dtypes as well, without which it casts what it is given
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtypes, use_safetensors=True, **parts, **absent)
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module) and name not in parts:
                 raise ValueError(f"its {name} is of no class that diffusers or transformers has")

@@ -22,7 +22,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import LoraConfig
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -35,9 +35,7 @@ HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 
 _PEFT_FILE, _PEFT_SETTINGS, _PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 _KOHYA = ("lora_unet_", "lora_te")
-_MATRIX = re.compile(
-    r"(?P<layer>.+?)[._]lora(?:\d|_linear_layer)?[._](?P<side>A|B|down|up)(?:\.default)?\.weight", re.DOTALL
-)
+_MATRIX = re.compile(r"(?P<layer>.+?)[._]lora(?:\d|_linear_layer)?[._](?P<side>A|B|down|up)\.weight", re.DOTALL)
 _OTHER_KINDS = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
@@ -80,19 +78,19 @@ class LoraWeights:
 def read_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str) -> LoraWeights:
     """The LoRA of a folder, a file or a hub id. ValueError, a part of a sentence, for what is no plain LoRA of the denoiser alone."""
     file = _file(source)
-    with safe_open(file, "pt") as stored:
-        header = stored.metadata() or {}
-        raw = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no dict)
+    raw, header = _read(file)
     _require_plain(raw)
     if strange := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
         raise ValueError(
             f"its {min(strange)} has numbers that are not finite, as of a training that diverged; take another"
         )
+    scaled = _scaled(raw)
     if any(name.startswith(_PEFT_PREFIX) for name in raw):
-        own, settings = {name.removeprefix(_PEFT_PREFIX): t.float() for name, t in raw.items()}, _beside(file)
+        own, settings = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in scaled.items()}, _beside(file)
     else:
-        own = _converted(pipeline, denoiser_name, _scaled(raw))
-        settings = _of_part(json.loads(header.get(SETTINGS, "{}")), denoiser_name)
+        own = _converted(pipeline, denoiser_name, scaled)
+        has_alphas = any(name.endswith(".alpha") for name in raw)  # which are what scales it then
+        settings = {} if has_alphas else _of_part(json.loads(header.get(SETTINGS, "{}")), denoiser_name)
     trained_with = json.loads(header.get(TRAINED_WITH, "{}"))
     return LoraWeights(own, _config(settings | trained_with, own), bool(trained_with))
 
@@ -112,8 +110,27 @@ def _file(source: str) -> Path:
     return _from_hub(source)
 
 
-def _chosen(names: Iterable[str]) -> str:
+def is_lora(path: str) -> bool:
+    """Whether a file or folder is a LoRA, or a run that trained one, as far as names tell."""
+    if os.path.isdir(path):
+        index, *loras = (
+            os.path.isfile(os.path.join(path, name))
+            for name in ("model_index.json", LORA_FILE, f"lora/{LORA_FILE}", _PEFT_FILE)
+        )
+        return any(loras) and not index
+    if not os.path.isfile(path):
+        return False
+    try:
+        with safe_open(path, "pt") as stored:
+            return any(_MATRIX.fullmatch(name) for name in stored.keys())  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, OSError):
+        return False
+
+
+def _chosen(names: Collection[str]) -> str:
     """The file in a folder that is its LoRA."""
+    if "model_index.json" in names or any(name.startswith("diffusion_pytorch_model") for name in names):
+        raise ValueError("it is a folder with a whole model or denoiser, and no LoRA")
     there = sorted(name for name in names if name.endswith(".safetensors"))
     for name in (LORA_FILE, _PEFT_FILE):
         if name in there:
@@ -147,6 +164,18 @@ def _from_hub(source: str) -> Path:
         raise missing from None
     except EntryNotFoundError:
         raise ValueError(f"it has neither {LORA_FILE} nor {_PEFT_FILE}; download its file and give that") from None
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header; where peft's own name of the adapter is in a tensor's, it is left out."""
+    try:
+        with safe_open(file, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no dict)
+            return {
+                name.replace(".default.weight", ".weight"): t for name, t in tensors.items()
+            }, stored.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{file.name} is no file in safetensors, or a damaged one ({error})") from None
 
 
 # --- what is in it ----------------------------------------------------------------------------------------------------

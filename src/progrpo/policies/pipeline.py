@@ -25,6 +25,7 @@ from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.decoder import quicken
 from progrpo.policies.fingerprint import fingerprint
+from progrpo.policies.handover import take_over
 from progrpo.policies.hub import reason_of
 from progrpo.policies.invariance import is_batch_invariant
 from progrpo.policies.lora import continue_lora, in_float32, save_lora
@@ -60,7 +61,7 @@ class PipelinePolicy(ABC):
     left_out: ClassVar[Mapping[str, Any]] = {}
     """What the pipeline is given in the place of parts that are never loaded."""
     no_prompt: ClassVar[str] = ""
-    """The text that guidance leads away from."""
+    """The text that guidance leads away from where no negative prompt is given."""
     prediction: str
     fingerprints: Mapping[str, str]
 
@@ -81,6 +82,10 @@ class PipelinePolicy(ABC):
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
         self.embeds_guidance = bool(getattr(self.denoiser.config, "guidance_embeds", False))
         self.device: torch.device = torch.device(settings.device)
+        if settings.negative_prompt and self.embeds_guidance:
+            raise ValueError(
+                "sampling.negative_prompt: this model is told the guidance scale and leads away from no text; leave it empty"
+            )
         self._readers = self._text_readers()  # asked now, while the text encoders are there
         self._turns = _turns(pipeline, self.denoiser, self.device) if settings.offload else None
         self.latent_shape = self._latents(*(side // self._vae_scale(pipeline) for side in size))
@@ -108,6 +113,7 @@ class PipelinePolicy(ABC):
             raise ValueError(
                 "this pipeline was given to a run already, which took it over and changed it; load it again"
             )
+        take_over(pipeline, cls.denoiser_name)
         cls.check_index(pipeline.config)
         cls._check(pipeline)
         size = cls._checked_size(pipeline, settings.resolution)
@@ -229,6 +235,10 @@ class PipelinePolicy(ABC):
         return Condition({name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]})
 
     @property
+    def _negative_prompt(self) -> str:
+        return self._settings.negative_prompt or self.no_prompt
+
+    @property
     def _text_tokens(self) -> int:
         """How many tokens of a text the network is told: those that were asked for, or as many as the pipeline itself takes."""
         if self._settings.max_sequence_length is not None:
@@ -237,7 +247,7 @@ class PipelinePolicy(ABC):
         return own
 
     def truncation(self, texts: Sequence[str]) -> Truncation:
-        return truncation(self._readers, texts)
+        return truncation(self._readers, [*texts, *filter(None, [self._settings.negative_prompt])])
 
     def _text_readers(self) -> list[Reader]:
         """CLIP reads as much as its tokenizer says, others as many tokens as the network is told."""
@@ -286,15 +296,17 @@ class PipelinePolicy(ABC):
         return self.condition_shapes() | ({"guidance": ()} if self.embeds_guidance else {})
 
     def _encode_unconditional(self) -> Condition:
-        """What guidance leads away from: no text. What it does not name is the prompt's own in both branches."""
-        return Condition({name: row[None].to(self.device) for name, row in self._text_row(self.no_prompt).items()})
+        """What guidance leads away from: the negative prompt, or no text. What it does not name is the prompt's own in both branches."""
+        return Condition(
+            {name: row[None].to(self.device) for name, row in self._text_row(self._negative_prompt).items()}
+        )
 
     @cached_property
     def _unconditional(self) -> Condition:
         return self._encode_unconditional()
 
     def release_text_encoders(self) -> None:
-        self._text_row(self.no_prompt)  # what guidance leads away from may be asked for later than now
+        self._text_row(self._negative_prompt)  # what guidance leads away from may be asked for later than now
         self._released = True
         if self._turns is not None:
             self._turns.leave_to(self.denoiser)

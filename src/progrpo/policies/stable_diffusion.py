@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ class StableDiffusionPolicy(PipelinePolicy):
     """A `StableDiffusionPipeline`. A LoRA adapts the attention and feed-forward layers of the U-Net's transformer blocks.
 
     It is sampled on DDIM's grid, whatever scheduler the pipeline came with; that one's noise schedule, prediction type and
-    spacing stay.
+    spacing stay. Its steps end where those of diffusers' DDIM do, or (`step_ends` next) where the next ones begin.
     """
 
     denoiser_name: ClassVar[str] = "unet"
@@ -75,14 +76,21 @@ class StableDiffusionPolicy(PipelinePolicy):
                 f"sampling.num_inference_steps: {num_inference_steps} is more than the {count} timesteps of the model"
             )
         scheduler.set_timesteps(num_inference_steps)
-        timesteps = scheduler.timesteps
+        timesteps = scheduler.timesteps[
+            :num_inference_steps
+        ]  # one too many come of how some trailing grids are rounded
         if timesteps[0] >= count:  # as many steps as timesteps, on a grid that is offset by one
             raise ValueError(
                 f"sampling.num_inference_steps: {num_inference_steps} steps begin beyond the {count} timesteps of the model; use fewer"
             )
-        last = int(timesteps[-1]) - count // num_inference_steps
-        final = scheduler.alphas_cumprod[last] if last >= 0 else scheduler.final_alpha_cumprod
-        return diffusion_levels(timesteps, scheduler.alphas_cumprod, final)
+        end_T = timesteps - count // num_inference_steps  # as in DDIMScheduler.step
+        alphas = scheduler.alphas_cumprod
+        signal_T = torch.where(end_T >= 0, alphas[end_T.clamp(min=0)], scheduler.final_alpha_cumprod)
+        levels = diffusion_levels(timesteps, alphas, signal_T[-1])
+        if self._settings.step_ends == "next" or torch.equal(end_T[:-1], timesteps[1:]):
+            return levels
+        ends = Levels(signal_T.sqrt(), (1 - signal_T).sqrt(), end_T.clamp(min=0).to(signal_T.dtype))
+        return replace(levels, ends=ends)
 
     def between(self, levels_T1: Levels, place_B: Tensor) -> Levels:
         return between_diffusion_levels(levels_T1, place_B, self._scheduler.alphas_cumprod)
@@ -140,7 +148,7 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
 
     def _encode_unconditional(self) -> Condition:
         encoded = super()._encode_unconditional()
-        if self._pipeline.config.force_zeros_for_empty_prompt:
+        if self._pipeline.config.force_zeros_for_empty_prompt and not self._settings.negative_prompt:
             return Condition({name: torch.zeros_like(rows) for name, rows in encoded.tensors.items()})
         return encoded
 

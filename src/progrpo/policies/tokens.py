@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,16 +66,16 @@ class Truncation:
 def truncation(readers: Sequence[Reader], texts: Sequence[str]) -> Truncation:
     """Of the texts, each counted once."""
     texts = list(dict.fromkeys(texts))
-    told: dict[str, list[tuple[int, ...]]] = {text: [] for text in texts}
+    told: dict[str, list[bytes]] = {text: [] for text in texts}  # of which there may be many
     cut_by: dict[Reader, list[str]] = {}
     for reader in readers:
         for text, ids in zip(texts, reader.tokens(texts), strict=True):
             too_long = len(ids) > reader.limit
             if too_long:
                 cut_by.setdefault(reader, []).append(text)
-            told[text].append(tuple(reader.cut(text) if too_long else ids))
+            told[text].append(array("L", reader.cut(text) if too_long else ids).tobytes())
     cut = set[str]().union(*cut_by.values())
-    alike = defaultdict[tuple[tuple[int, ...], ...], list[str]](list)
+    alike = defaultdict[tuple[bytes, ...], list[str]](list)
     for text, rows in told.items():
         alike[tuple(rows)].append(text)
     equal = sum(len(group) for group in alike.values() if len(group) > 1 and not cut.isdisjoint(group))

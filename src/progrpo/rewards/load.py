@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 from progrpo.rewards.base import Refusal, Reward, RewardSettings
-from progrpo.words import quoted, raised
+from progrpo.words import named, nearest, quoted, raised
 
 
 def _shapes(strict_share: float, settings: RewardSettings) -> Reward:
@@ -76,6 +79,10 @@ def load_reward(name: str, settings: RewardSettings = RewardSettings(), processe
     With `processes` it scores in so many of its own; with a `url` a server scores, which says itself by what, but for `vlm`, which
     asks its own kind.
     """
+    if not isinstance(name, str):
+        raise Refusal(
+            f"a reward is named by a text such as my_module:redness, not {quoted(name)}; progrpo.train takes functions themselves"
+        )
     if settings.url and name != "vlm":
         from progrpo.rewards.remote import RemoteReward
 
@@ -101,28 +108,11 @@ def _load(name: str, settings: RewardSettings) -> Reward:
         if settings.model and name not in _OF_ANY_MODEL:
             raise Refusal(f"reward {name!r} takes no other model ({', '.join(_OF_ANY_MODEL)} do); leave out model")
         return REWARDS[name](settings)
-    module_name, colon, attribute = name.partition(":")
-    if not colon or not all(module_name.split(".")) or "\0" in module_name:
-        raise Refusal(
-            f"reward {quoted(name)} is neither built in ({', '.join(REWARDS)}) nor of the form module:function"
-        )
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # whatever the module's author let through
-        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-            raise Refusal(
-                f"reward {quoted(name)}: there is no module {quoted(module_name)} in this folder or installed"
-            ) from None
-        raise Refusal(f"reward {quoted(name)}: its module cannot be imported: {raised(error)}") from error
+    module_name, attribute = _module_and_attribute(name)
+    module = _imported(module_name, name)
     found = getattr(module, attribute, None)
     if not callable(found) and not hasattr(found, "score"):
-        raise Refusal(
-            f"reward {quoted(name)}: the module {quoted(module_name)} has no function or class {quoted(attribute)}"
-        )
+        raise Refusal(f"reward {quoted(name)}: {_lacks(module, module_name, attribute)}")
     from progrpo.rewards.function import FunctionReward
 
     if isinstance(found, type):
@@ -135,3 +125,71 @@ def _load(name: str, settings: RewardSettings) -> Reward:
                 f"reward {quoted(name)}: the class cannot be made without arguments: {raised(error)}"
             ) from error
     return FunctionReward(found, settings.batch_size, settings.timeout)
+
+
+def refuse_within_import() -> None:
+    """Refusal where a reward's module, which is now being imported, starts a run of its own."""
+    if name := _importing.get():
+        raise Refusal(
+            f"reward {quoted(name)}: importing its module starts a run; put what that file does when it is run under"
+            ' `if __name__ == "__main__":`'
+        )
+
+
+_importing: ContextVar[str] = ContextVar("importing", default="")
+
+
+def _module_and_attribute(name: str) -> tuple[str, str]:
+    """The two parts of `module:function`; Refusal, with what it should be, for another name."""
+    module, colon, attribute = name.partition(":")
+    if module.endswith(".py") or os.sep in module:
+        raise Refusal(f"reward {quoted(name)}: a module is named as Python imports it; {_as_module(module, attribute)}")
+    if colon and all(module.split(".")) and "\0" not in module:
+        return module, attribute
+    *packages, last = name.split(".")
+    dotted = not colon and all(part.isidentifier() for part in (*packages, last))
+    of_module = f"; a function {last} of a module is {'.'.join(packages)}:{last}"
+    raise Refusal(
+        f"reward {quoted(name)} is neither built in ({', '.join(REWARDS)}) nor of the form module:function"
+        f"{of_module if packages and dotted else nearest(name, REWARDS)}"
+    )
+
+
+def _as_module(file: str, attribute: str) -> str:
+    """How the function of a file is named."""
+    path = Path(file.removesuffix(".py"))
+    function = attribute or "function"
+    if path.is_absolute() or ".." in path.parts:
+        return f"write {named(path.name)}:{named(function)}, and add {named(path.parent.resolve())} to PYTHONPATH"
+    return f"write {named('.'.join(path.parts))}:{named(function)}"
+
+
+def _imported(module: str, reward: str) -> ModuleType:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    before = _importing.set(reward)
+    try:
+        return importlib.import_module(module)
+    except (KeyboardInterrupt, Refusal):
+        raise
+    except BaseException as error:  # whatever the module's author let through
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise Refusal(
+                f"reward {quoted(reward)}: there is no module {quoted(module)} in this folder or installed"
+            ) from None
+        raise Refusal(f"reward {quoted(reward)}: its module cannot be imported: {raised(error)}") from error
+    finally:
+        _importing.reset(before)
+
+
+def _lacks(module: ModuleType, name: str, attribute: str) -> str:
+    """That a module has no such function, and what may be meant."""
+    if name == "__main__":
+        return (
+            f"{quoted(attribute)} is of the script or notebook that named it, which is not what runs here; put it into a module"
+            " of its own and name it module:function"
+        )
+    there = [key for key, value in vars(module).items() if callable(value)]
+    file = getattr(module, "__file__", None)
+    where = f" (its file is {named(file)})" if file else ""
+    return f"the module {quoted(name)} has no function or class {quoted(attribute)}{where}{nearest(attribute, there)}"

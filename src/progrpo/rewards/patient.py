@@ -89,7 +89,7 @@ class Patient:
             return self._reward.score(pictures_NHWC, prompts)
         self._calls = [call for call in self._calls if call.is_alive()]
         if len(self._calls) >= _HANGING:
-            raise TimeoutError(f"{_HANGING} earlier calls still hang")
+            raise TimeoutError(f"{_HANGING} earlier calls still hang; in processes of its own such calls are ended")
         answer: list[list[Score]] = []
         failure: list[BaseException] = []
 

@@ -50,6 +50,11 @@ class InProcesses:
                 f"reward {name!r}: each of its processes would run {named(line)} again, which starts this run; put that line, and"
                 ' whatever else the script is to do once, under `if __name__ == "__main__":`'
             )
+        if name.startswith("__main__:") and _script() is None:
+            raise Refusal(
+                f"reward {name!r}: its processes do not have what a notebook defines; put it into a module of its own, my_rewards.py,"
+                " and name it my_rewards:function"
+            )
         self._name, self._count, self._timeout, self.video = name, count, settings.timeout, video
         self._start = functools.partial(_Workers, count, make, name, settings)
         self._workers, self._one, self._closed = self._start(), threading.Lock(), False
@@ -72,7 +77,8 @@ class InProcesses:
             self._answers([call], None)
         except LostWorkerError as error:
             raise Refusal(
-                f"reward {self._name!r}: its processes end before they have scored anything ({error})"
+                f"reward {self._name!r}: its processes end before they have scored anything ({error}); if each of them runs the script"
+                ' that starts this run again, put what it does under `if __name__ == "__main__":`'
             ) from None
 
     def close(self) -> None:
@@ -183,11 +189,17 @@ def _refuse_unsendable(reward: str, prompts: Sequence[Prompt]) -> None:
 # --- the script that starts a run -------------------------------------------------------------------------------------
 
 
+def _script() -> str | None:
+    """The file of the main script, which new processes import; None in a notebook, and where they do not."""
+    main = sys.modules["__main__"]
+    name = getattr(getattr(main, "__spec__", None), "name", "")
+    return None if name.endswith("__main__") else getattr(main, "__file__", None)
+
+
 def _unguarded_line() -> str | None:
     """Where the main script now is, if a new process, which imports that script, would come there too."""
-    main = sys.modules["__main__"]
-    name, file = getattr(getattr(main, "__spec__", None), "name", ""), getattr(main, "__file__", None)
-    if file is None or name.endswith("__main__"):  # which new processes do not import
+    main, file = sys.modules["__main__"], _script()
+    if file is None:
         return None
     frame = inspect.currentframe()
     while frame is not None and not (frame.f_globals is vars(main) and frame.f_code.co_name == "<module>"):
@@ -214,10 +226,7 @@ _make: Callable[[], Reward]
 def _begin(begun: Any, make: Make, name: str, settings: RewardSettings) -> None:
     global _make
     _make = functools.partial(make, name, settings)
-    for number in (
-        signal.SIGINT,
-        signal.SIGHUP,
-    ):  # a terminal sends them to this process too, and the run's own decides
+    for number in (signal.SIGINT, signal.SIGHUP):  # of a terminal, to all processes: the run's own decides
         signal.signal(number, signal.SIG_IGN)
     make_streams_tolerant()
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -15,6 +15,7 @@ import base64
 import hmac
 import math
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -44,6 +45,7 @@ from progrpo.rewards.load import load_reward
 from progrpo.rewards.remote import PROTOCOL, TOKEN, token_of_environment
 from progrpo.sources import COLUMN
 from progrpo.types import Prompt
+from progrpo.words import raised
 
 _LARGEST = 4096 * 4096  # pixels of a picture
 _BYTES_A_PIXEL = 7  # 4 of Pillow's and 3 of the array
@@ -163,7 +165,10 @@ def make_app(
     async def life(app: FastAPI) -> AsyncIterator[None]:
         yield
         await run_in_threadpool(batches.close)
-        close(reward)
+        try:
+            await run_in_threadpool(close, reward)
+        except Exception as error:
+            print(f"progrpo: reward {name}: its close() failed: {raised(error)}", file=sys.stderr)
 
     app = FastAPI(title="progrpo reward server", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, token=token, room=room, max_bytes=max_megabytes * 2**20)

@@ -26,7 +26,7 @@ from progrpo.config import (
     stochastic_steps,
     trained_steps,
 )
-from progrpo.data import DATASET, ORDERS, PromptOrder, load_prompts
+from progrpo.data import DATASET, ORDERS, TEXT, PromptOrder, load_prompts, of_configuration
 from progrpo.diffusion.process import Process
 from progrpo.diffusion.samplers import SAMPLERS
 from progrpo.objectives.advantage import normalised_sum
@@ -141,10 +141,12 @@ def _located_term(term: RewardTerm) -> RewardTerm:
 
 
 def _absolute(name: str) -> str:
-    dataset = DATASET if name.startswith(DATASET) else ""
-    path = os.path.expanduser(name.removeprefix(dataset))
+    if name.startswith(DATASET):
+        dataset, config = of_configuration(name.removeprefix(DATASET))
+        return ":".join([DATASET.rstrip(":"), _absolute(dataset), *filter(None, [config])])
+    path = os.path.expanduser(name)
     known = name in ("", "shapes", BUILT_IN_DECODER, *BUILT_IN)
-    return name if known or not os.path.exists(path) else dataset + os.path.abspath(path)
+    return name if known or not os.path.exists(path) else os.path.abspath(path)
 
 
 def settled(config: Config, ranks: Ranks) -> Config:
@@ -161,16 +163,23 @@ def settled(config: Config, ranks: Ranks) -> Config:
 
 
 def policy_from(
-    model: ModelConfig, seed: int, ranks: Ranks, trained: Path | None = None, tiny_decoder: str = ""
+    model: ModelConfig,
+    seed: int,
+    ranks: Ranks,
+    trained: Path | None = None,
+    tiny_decoder: str = "",
+    negative_prompt: str = "",
 ) -> Policy:
     """The policy that a configuration names, optionally with weights that a run has saved."""
     quiet()
     if ranks.device.type == "cpu":  # beside a GPU it is weights that are freed, once they are there
         keep_freed_memory()
-    return load_policy(model.path, settings_from(model, seed, ranks, tiny_decoder), trained)
+    return load_policy(model.path, settings_from(model, seed, ranks, tiny_decoder, negative_prompt), trained)
 
 
-def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str = "") -> PolicySettings:
+def settings_from(
+    model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str = "", negative_prompt: str = ""
+) -> PolicySettings:
     """Of a policy on this process' device."""
     return replace(
         model_settings(model),
@@ -179,6 +188,7 @@ def settings_from(model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str
         device=ranks.device,
         shard=model.shard and ranks.world > 1,
         tiny_decoder=tiny_decoder,
+        negative_prompt=negative_prompt,
     )
 
 
@@ -187,6 +197,7 @@ def model_settings(model: ModelConfig) -> PolicySettings:
     return PolicySettings(
         revision=model.revision,
         variant=model.variant,
+        step_ends=model.step_ends,
         weights=model.weights,
         lora_rank=model.lora_rank,
         lora_alpha=model.lora_alpha,
@@ -219,7 +230,14 @@ def previewing(config: Config) -> Previewing:
     )
 
 
-def trained_policy(target: str, trained: Path | None, ranks: Ranks, revision: str = "", variant: str = "") -> Policy:
+def trained_policy(
+    target: str,
+    trained: Path | None,
+    ranks: Ranks,
+    revision: str = "",
+    variant: str = "",
+    negative_prompt: str = "",
+) -> Policy:
     """A model by name, folder or hub id, or what a run folder has trained; `trained` may name a run or its LoRA folder.
 
     With a run's settings where one is named. ValueError for a run that is told to take what another trained, or another revision or
@@ -245,7 +263,7 @@ def trained_policy(target: str, trained: Path | None, ranks: Ranks, revision: st
         trained = _saved_by(trained)
     # what a run saved has in it where it began, and is for the model as it is
     model = replace(run.model, path=path, revision=revision, variant=variant, lora="", quantize="none")
-    policy = policy_from(model, 0, ranks, trained)
+    policy = policy_from(model, 0, ranks, trained, negative_prompt=negative_prompt)
     ranks.attend = policy.attend
     return policy
 
@@ -354,14 +372,14 @@ def ranking_of(objective: ObjectiveConfig, terms: Sequence[RewardTerm]) -> Ranki
 
 
 def train_order(prompts: PromptConfig, seed: int) -> PromptOrder:
-    return ORDERS[prompts.order](load_prompts(prompts.source, "train"), seed)
+    return ORDERS[prompts.order](load_prompts(prompts.source, "train", prompts.column), seed)
 
 
-def eval_prompts(source: str, split: str, count: int) -> list[Prompt]:
+def eval_prompts(source: str, split: str, count: int, column: str = TEXT) -> list[Prompt]:
     """The same `count` prompts every time: of the built-in split by kind in turn, of a file from its start, again and again."""
     if source == "shapes":
         return world.sample_prompts(split, count, seed=0)
-    (prompts,) = load_prompts(source, split).values()
+    (prompts,) = load_prompts(source, split, column).values()
     return [prompts[i % len(prompts)] for i in range(count)]
 
 

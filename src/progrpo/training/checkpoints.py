@@ -20,7 +20,8 @@ from progrpo import __version__
 from progrpo.config import Config, RewardTerm, config_to_json, from_python, learning_rate, to_dict
 from progrpo.durable import PREVIOUS, WRITING, DiskError, sync
 from progrpo.storage import disk_error, load_state, save_state
-from progrpo.tracking.lock import only_writer
+from progrpo.tracking.console import Console
+from progrpo.tracking.lock import Lock, only_writer
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
@@ -34,6 +35,7 @@ _MAY_DIFFER = ("iterations", "sampling.microbatch", "optim.microbatch")
 _FIXED = (
     "model.weights",
     "model.lora_rank",
+    "model.lora_alpha",
     "model.lora_targets",
     "objective.name",
     "optim.name",
@@ -247,12 +249,16 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def writing_to(run: Path, ranks: Ranks) -> Iterator[None]:
-    """Run the block as the only one that writes to the run folder; DiskError, in one sentence, if the disk refuses."""
+def writing_to(run: Path, ranks: Ranks) -> Iterator[Lock | None]:
+    """Run the block as the only one that writes to the run folder; DiskError, in one sentence, if the disk refuses.
+
+    The main process has the folder's lock, and the others None.
+    """
+    say, held = Console(0, enabled=ranks.is_main).say, list[Lock]()
     with ExitStack() as locked:
-        ranks.from_main(lambda: locked.enter_context(only_writer(run)))
+        ranks.from_main(lambda: held.append(locked.enter_context(only_writer(run, say))))
         try:
-            yield
+            yield next(iter(held), None)
         except (OSError, SafetensorError) as error:
             first = _first(error, run)
             if not _is_of_disk(first, run):

@@ -107,6 +107,17 @@ def asked_for(
     )
 
 
+def away_from(own: Config | None, negative_prompt: str | None, guidance_scale: float) -> str:
+    """The text that guidance leads away from: a run's own, if no other is given. ValueError for one that has no effect."""
+    if negative_prompt and guidance_scale == 1:
+        raise ValueError(
+            "--negative-prompt has no effect at a guidance scale of 1; give --guidance-scale above 1, or leave it out"
+        )
+    if negative_prompt is None:
+        return own.sampling.negative_prompt if own is not None and guidance_scale > 1 else ""
+    return negative_prompt
+
+
 def rows_at_once(policy: Policy) -> int:
     """Of a network call, where no run has chosen: a video is as large as a batch of pictures."""
     return 64 if len(policy.latent_shape) == 3 else 1
@@ -274,18 +285,20 @@ def evaluate_model(
     *,
     lora: Path | None,
     prompts: str | None,
+    column: str | None,
     reward: Sequence[str] | None,
     split: str,
     pictures: int,
     num_inference_steps: int | None,
     guidance_scale: float | None,
     seed: int | None = None,
+    negative_prompt: str | None = None,
     revision: str = "",
     variant: str = "",
 ) -> dict[str, Any] | None:
     """Figures of a model, with a LoRA or what a run has trained if `lora` names it, or of a run's trained weights, on `pictures` prompts.
 
-    For None a run's own prompts, rewards, steps, guidance and seed of its evaluations, of a model the configuration's defaults.
+    For None a run's own prompts, rewards, steps, guidance, negative prompt and seed of its evaluations, of a model the configuration's defaults.
 
     Several processes share the prompts out, and the figures are given to the main one alone.
 
@@ -306,16 +319,18 @@ def evaluate_model(
             " if you trust that, give --reward with it; else another reward"
         )
     wanted = asked_for(config.eval, num_inference_steps, guidance_scale, seed)
+    away = away_from(config, negative_prompt, wanted.guidance_scale)
     config = replace(config, reward=replace(config.reward, terms=terms), eval=wanted)
+    config = replace(config, sampling=replace(config.sampling, negative_prompt=away))
     check(config)
     frames, others = config.reward.frames, config.eval.rewards
     reward_of, held_out = scorer_from(terms, frames), scorer_from(others, frames) if others else None
-    chosen = eval_prompts(prompts, split, pictures)
+    chosen = eval_prompts(prompts, split, pictures, column or config.eval.column)
     for scorer in filter(None, (reward_of, held_out)):
         scorer.check(chosen)
     with lost_in_words(lambda: "give the command again"):
         ranks = Ranks()
-        policy = trained_policy(target, lora, ranks, revision, variant)
+        policy = trained_policy(target, lora, ranks, revision, variant, away)
         if policy.edits:
             check_sources(chosen)
         warn_of_cuts(policy, chosen, ranks)
@@ -341,6 +356,7 @@ def evaluate_model(
         "target": target,
         "num_inference_steps": wanted.num_inference_steps,
         "guidance_scale": wanted.guidance_scale,
+        **({"negative_prompt": away} if away else {}),
         "seed": wanted.seed,
         **result.figures(),
         **(

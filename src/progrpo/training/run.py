@@ -33,6 +33,7 @@ from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge, Refusal
 from progrpo.rewards.function import FunctionReward
+from progrpo.rewards.load import refuse_within_import
 from progrpo.rewards.mix import Mixture, Term
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
@@ -42,6 +43,7 @@ from progrpo.rollout.plan import summary as plan_summary
 from progrpo.sources import check_sources
 from progrpo.streams import tolerant_streams
 from progrpo.tracking.console import Console
+from progrpo.tracking.lock import Lock
 from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.statistics import spearman
@@ -66,6 +68,7 @@ from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, e
 from progrpo.training.judge import prompt_cost
 from progrpo.training.measure import measured
 from progrpo.training.stopping import Stop
+from progrpo.training.torch_state import usual_torch
 from progrpo.training.trainer import Iteration, Trainer
 from progrpo.training.watch import HackingWatch
 from progrpo.types import FROM_PYTHON, Prompt
@@ -99,6 +102,7 @@ def _mendable(run: Path) -> Iterator[None]:
         raise kind(f"{error}; mend that, and go on from {last[-1].name} with: {command}") from error
 
 
+@usual_torch()
 def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
     """Train a configuration into a new run folder; DiskError if the disk refuses what is written there."""
     check(config)
@@ -117,6 +121,7 @@ def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
     return _begun(run, overwrite)
 
 
+@usual_torch()
 def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool = False) -> RunFolder:
     """Go on from the newest whole checkpoint, exactly as the run would have gone; DiskError if the disk refuses.
 
@@ -140,6 +145,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
         return _resumed(config, lambda: _named_parts(config, ranks), run, ranks, accept_changes)
 
 
+@usual_torch()
 def train(
     pipeline: DiffusionPipeline,
     prompts: Iterable[str | Prompt | Mapping[str, Any]],
@@ -154,8 +160,8 @@ def train(
 ) -> RunFolder:
     """Fine-tune a diffusers pipeline towards a reward, as a library.
 
-    `prompts` are texts, `Prompt`s, or rows with a field `prompt` and columns beside it, in an order of their own: a list, a `datasets.Dataset`,
-    a table of pandas, polars or pyarrow.
+    `prompts` are texts, `Prompt`s, or rows with a field `prompt` (or `config.prompts.column`) and columns beside it, in an order of their own: a
+    list, a `datasets.Dataset`, a table of pandas, polars or pyarrow, or the `pathlib.Path` of a prompt file.
     `reward(images, prompts, **columns)` gives a float, or None where it failed, for each PIL picture: a function, also an async
     one, or an object with it as `score`. Of a model of videos it sees some frames, or with `video = True` whole ones. It may be a built-in reward's name, a `progrpo.config.RewardTerm`, or a list of any of
     these, which are summed with the weights of pairs (reward, weight). Before and after are measured on `eval_prompts`,
@@ -169,18 +175,19 @@ def train(
 
     ValueError, one sentence, for a mistake that is to be mended. Returns the run folder; its `read_summary()` has the figures.
     """
+    refuse_within_import()
     if overwrite and resume:
         raise ValueError("overwrite and resume exclude each other: replace the run in out, or go on with it")
     if config is not None:
         check(config)
-    told = prompts_of(prompts, "prompts")
-    watched = told if eval_prompts is None else prompts_of(eval_prompts, "eval_prompts")
     with lost_in_words(lambda: _NO_CHECKPOINT):
         ranks = Ranks()
         _require_same_settings(ranks, config, resume=resume, accept_changes=accept_changes)
         folder = RunFolder(ranks.gather([out])[0])
         own = ranks.from_main(lambda: _own_config(folder, accept_changes)) if resume else None
         config = settled(_given_config(config, own, pipeline), ranks)
+        told = prompts_of(prompts, "prompts", config.prompts.column)
+        watched = told if eval_prompts is None else prompts_of(eval_prompts, "eval_prompts", config.eval.column)
         terms, scorer = _mixed(reward, config)  # before the pipeline is taken over: a mistake here costs no loading
         config = replace(config, reward=replace(config.reward, terms=terms))
         check(config)
@@ -204,7 +211,8 @@ def train(
 def _taken_over(pipeline: DiffusionPipeline, config: Config, ranks: Ranks) -> Policy:
     from progrpo.policies.load import policy_from_pipeline
 
-    settings = settings_from(config.model, config.seed, ranks, tiny_decoder(config.preview))
+    decoder, away = tiny_decoder(config.preview), config.sampling.negative_prompt
+    settings = settings_from(config.model, config.seed, ranks, decoder, away)
     return policy_from_pipeline(pipeline, settings)
 
 
@@ -256,14 +264,17 @@ def _require_same_settings(ranks: Ranks, config: Config | None, **options: bool)
 
 
 def _begun(run: Run, overwrite: bool) -> RunFolder:
-    with lost_in_words(lambda: _how_to_go_on(run.folder.path)), checkpoints.writing_to(run.folder.path, run.ranks):
+    with (
+        lost_in_words(lambda: _how_to_go_on(run.folder.path)),
+        checkpoints.writing_to(run.folder.path, run.ranks) as lock,
+    ):
         run.create(overwrite)
-        return run.train()
+        return run.train(lock)
 
 
 def _resumed(config: Config, parts: Callable[[], Parts], folder: RunFolder, ranks: Ranks, accept: bool) -> RunFolder:
     path, warn = folder.path, Console(config.iterations, enabled=ranks.is_main).warn
-    with lost_in_words(lambda: _how_to_go_on(path)), checkpoints.writing_to(path, ranks):
+    with lost_in_words(lambda: _how_to_go_on(path)), checkpoints.writing_to(path, ranks) as lock:
         state = checkpoints.newest(path, ranks, warn)
         checkpoints.check_unchanged(path, state, config, accept)
         checkpoints.check_versions(state, config, warn)
@@ -282,7 +293,7 @@ def _resumed(config: Config, parts: Callable[[], Parts], folder: RunFolder, rank
             folder.truncate(state["iteration"])
 
         ranks.from_main(go_back)
-        return run.train(state, changed)
+        return run.train(lock, state, changed)
 
 
 def _mixed(
@@ -320,14 +331,15 @@ def _held_out_rewards(config: Config) -> Mixture | None:
 
 def _named_parts(config: Config, ranks: Ranks) -> Parts:
     """What a configuration names."""
-    source, pictures = config.eval.prompts, config.eval.pictures
-    test, validation = (eval_prompts(source, split, pictures) for split in ("test", "validation"))
+    source, pictures, column = config.eval.prompts, config.eval.pictures, config.eval.column
+    decoder, away = tiny_decoder(config.preview), config.sampling.negative_prompt
+    test, validation = (eval_prompts(source, split, pictures, column) for split in ("test", "validation"))
     return Parts(
         config,
         scorer_from(config.reward.terms, config.reward.frames, ranking_of(config.objective, config.reward.terms)),
         train_order(config.prompts, config.seed),
         HeldOut(test, validation, judge_for(source), _held_out_rewards(config)),
-        lambda: policy_from(config.model, config.seed, ranks, tiny_decoder=tiny_decoder(config.preview)),
+        lambda: policy_from(config.model, config.seed, ranks, None, decoder, away),
     )
 
 
@@ -409,14 +421,17 @@ class Run:
         self._path = plan_path(self.trainer.plan)
         self._hacking, self._hacked = HackingWatch(self.config.watch.max_kl), False
         self._warnings: list[str] = []
+        self._lock: Lock | None = None
 
     def create(self, overwrite: bool) -> None:
         """Make the run folder, once every part of the run could be built; ValueError if it holds a run already."""
         self.ranks.from_main(lambda: RunFolder.create(self.folder.path, overwrite).write_config(to_dict(self.config)))
 
-    def train(self, state: Mapping[str, Any] | None = None, changed: Sequence[str] = ()) -> RunFolder:
-        """To the end; from a checkpoint's `state`, whose prompts for what `changed` names were others."""
-        start = time.perf_counter()
+    def train(
+        self, lock: Lock | None, state: Mapping[str, Any] | None = None, changed: Sequence[str] = ()
+    ) -> RunFolder:
+        """To the end; from a checkpoint's `state`, whose prompts for what `changed` names were others. The main process has the `lock`."""
+        start, self._lock = time.perf_counter(), lock
         if state is not None:
             self._take_up(state, changed)
             start -= state["wall_seconds"]
@@ -545,7 +560,9 @@ class Run:
         """The next iteration. Where a reward ends the run before anything of it was learnt, what was trained until then is saved."""
         before = self.trainer.totals.state_dict()
         try:
-            return self.trainer.step()
+            done = self.trainer.step()
+            self._require_lock()
+            return done
         except (MissingScoresError, Refusal) as error:
             together = isinstance(error, MissingScoresError) or self.ranks.world == 1  # all save; one alone may refuse
             if self.trainer.iteration and self.trainer.untouched and together:
@@ -621,6 +638,7 @@ class Run:
     def _evaluate(self, when: str, weights: str, console: Console) -> None:
         """On the test prompts, for the summary."""
         result = self._measure(self.held_out.test, weights, console, diverse=DIVERSE_PROMPTS)
+        self._require_lock()
         if self.ranks.is_main:
             self.folder.write_evaluation(when, result.records, result.pictures_NHWC)
 
@@ -700,6 +718,7 @@ class Run:
 
     def _checkpoint(self, wall_seconds: float, totals: Mapping[str, Any] | None = None) -> None:
         """As after the last iteration. `totals` take the place of those that the next one has begun to count in."""
+        self._require_lock()
         start = time.perf_counter()
         best = None if self.best is None else asdict(self.best)
         state = {**self.trainer.state_dict(), "best": best, "pays": self._pays, "wall_seconds": wall_seconds}
@@ -745,8 +764,17 @@ class Run:
         per_call = sampling.nfe_per_call * sampling.num_inference_steps
         return self.trainer.plan.group_size * per_call * self.config.prompts.per_iteration * iterations
 
+    def _require_lock(self) -> None:
+        """Before something is written: LockLostError where another run has taken the folder over, which took this one for dead."""
+
+        def check() -> None:
+            if self._lock is not None:
+                self._lock.check()
+
+        self.ranks.from_main(check)
+
     def _write_summary(self, start: float, status: str) -> None:
-        if not self.ranks.is_main:
+        if not self.ranks.is_main or (self._lock is not None and self._lock.lost_to is not None):
             return
         config, totals, done = self.config, self.trainer.totals, self.trainer.iteration
         costs = self._plan_costs()

@@ -20,7 +20,7 @@ from progrpo.sources import COLUMN
 from progrpo.training.build import run_of, trained_policy
 from progrpo.training.distributed import Ranks, lost_in_words
 from progrpo.training.errors import MissingPicturesError
-from progrpo.training.evaluate import asked_for, ode, rows_at_once, warn_of_cuts
+from progrpo.training.evaluate import asked_for, away_from, ode, rows_at_once, warn_of_cuts
 from progrpo.types import Prompt
 from progrpo.words import named
 
@@ -39,13 +39,14 @@ def sample_pictures(
     num_inference_steps: int | None,
     guidance_scale: float | None,
     count: int,
+    negative_prompt: str | None = None,
     revision: str = "",
     variant: str = "",
 ) -> list[Path]:
     """Write `count` pictures a prompt to `out` as PNG, videos as animated WebP; noise is keyed by the prompt's place and the picture's number.
 
     None that is there is replaced: prompts are numbered on.
-    For None the seed, steps and guidance are those of the evaluations of the run that `model` or `lora` is; of no run 0 and the configuration's defaults.
+    For None the seed, steps, guidance and negative prompt are those of the evaluations of the run that `model` or `lora` is; of no run 0 and the configuration's defaults.
     MissingPicturesError where the model gave none that is finite; those that it gave are written.
     Several processes share the pictures out; the main one writes them, and the files are given to it alone.
     """
@@ -54,9 +55,10 @@ def sample_pictures(
     run = run_of(model, lora)
     own = EvalConfig(seed=0) if run is None else run.eval
     wanted = asked_for(own, num_inference_steps, guidance_scale, seed)
+    away = away_from(run, negative_prompt, wanted.guidance_scale)
     with lost_in_words(lambda: "give the command again"):
         ranks = Ranks()
-        policy = trained_policy(model, lora, ranks, revision, variant)
+        policy = trained_policy(model, lora, ranks, revision, variant, away)
         if not policy.edits and any(COLUMN in prompt.columns for prompt in prompts):
             raise ValueError(f"--image: {named(model)} is told a text alone; leave it out, or give a model that edits")
         warn_of_cuts(policy, prompts, ranks)

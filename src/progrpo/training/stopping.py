@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP end a run between two iterations, with everything saved."""
+"""SIGINT, SIGTERM, SIGHUP and what a queue may send in their place end a run between two iterations, with everything saved."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from typing import Self
 
 from progrpo.training.distributed import Ranks
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_UNLESS_TAKEN = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""Those that would kill the process where nobody handles or ignores them: a closed terminal's, a queue's notice, a CPU limit's."""
 
 
 class Stop:
     """While it is entered, the first of these signals is noted, said and not obeyed; a SIGINT after it is a KeyboardInterrupt at once.
 
-    A SIGHUP that is ignored, as under nohup, stays so. In another thread than the main one, where Python has no say over signals, it
-    notes nothing.
+    A SIGHUP that is ignored, as under nohup, stays so, and so does a handler of the user's own for a queue's notice. In another thread
+    than the main one, where Python has no say over signals, it notes nothing.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -27,8 +29,8 @@ class Stop:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            heeded = [number for number in _SIGNALS if not _is_ignored_hangup(number)]
-            self._before = {number: signal.signal(number, self._note) for number in heeded}
+            free = [number for number in _UNLESS_TAKEN if signal.getsignal(number) is signal.SIG_DFL]
+            self._before = {number: signal.signal(number, self._note) for number in (*_SIGNALS, *free)}
         return self
 
     def __exit__(
@@ -53,7 +55,3 @@ class Stop:
             with suppress(OSError):  # nobody may be there to read
                 os.write(2, said.encode())  # print may be in the middle of another line
         self._noted = number
-
-
-def _is_ignored_hangup(number: signal.Signals) -> bool:
-    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN

@@ -7,7 +7,7 @@ from typing import Any
 
 from progrpo.tracking.report import charts, page
 from progrpo.tracking.report.page import chart, escape, note, section
-from progrpo.tracking.report.run import Run
+from progrpo.tracking.report.run import Records, Run
 from progrpo.tracking.wording import count, duration, percent
 
 _LINES = {
@@ -43,13 +43,13 @@ def _plan(run: Run) -> str:
 def _spent(run: Run) -> str:
     cost = run.summary.get("cost")
     if not cost:
-        return note("The cost is counted when the run ends.")
+        return note("No cost is counted yet.")
     rows = [
         [f"{title}<small>{about}</small>", *(count(cost[name].get(key)) for key in _COLUMNS)]
         for name, (title, about) in _LINES.items()
         if cost.get(name)
     ]
-    return page.table(("", *_COLUMNS.values()), rows) + _savings(run) + _disagreement(cost)
+    return page.table(("", *_COLUMNS.values()), rows) + _savings(run) + _disagreement(cost) + _uncounted(run)
 
 
 def _savings(run: Run) -> str:
@@ -61,6 +61,11 @@ def _savings(run: Run) -> str:
     return f'<p class="after">{words}</p>' if words else ""
 
 
+def _uncounted(run: Run) -> str:
+    since = len(run.since_summary)
+    return note(f"Counted after {len(run.metrics) - since} iterations; {since} more are done.") if since else ""
+
+
 def _disagreement(cost: Mapping[str, Any]) -> str:
     """What sampling costs must be as predicted, else the report says so; trajectories without advantage are not trained."""
     predicted, counted = cost.get("predicted") or {}, cost.get("counted") or {}
@@ -69,7 +74,9 @@ def _disagreement(cost: Mapping[str, Any]) -> str:
 
 
 def _time(run: Run) -> str:
-    stages = dict(run.summary.get("seconds_by_stage") or _summed(run))
+    stages = dict(run.summary.get("seconds_by_stage") or {})
+    for stage, seconds in _summed(run.since_summary).items():
+        stages[stage] = stages.get(stage, 0.0) + seconds
     stages.pop("overlapped", None)  # counted in two stages already
     total = sum(stages.values())
     if not total:
@@ -85,6 +92,6 @@ def _bar(share: float) -> str:
     return f'<span class="bar"><i style="width:{100 * share:.1f}%"></i></span>'
 
 
-def _summed(run: Run) -> dict[str, float]:
-    stages = dict.fromkeys(key for record in run.metrics for key in record if key.startswith("time/"))
-    return {key.removeprefix("time/"): sum(r.get(key) or 0.0 for r in run.metrics) for key in stages}
+def _summed(records: Records) -> dict[str, float]:
+    stages = dict.fromkeys(key for record in records for key in record if key.startswith("time/"))
+    return {key.removeprefix("time/"): sum(r.get(key) or 0.0 for r in records) for key in stages}

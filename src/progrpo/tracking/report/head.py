@@ -52,8 +52,14 @@ def _what_ran(run: Run) -> str:
     if run.status == "finished":
         return f"{model} was trained for {escape(run.iterations)} iterations in {duration(run.summary.get('wall_seconds'))}"
     if run.status == "running":
-        return f"{model} is being trained, {done} are done"
-    return f"{model} was trained for {done} and {escape(run.status)}"
+        return f"{model} is being trained, {done} are done{_so_far(run)}"
+    if run.status == "killed":
+        return f"{model} was trained for {done}{_so_far(run)}, until its process or its machine was gone"
+    return f"{model} was trained for {done}{_so_far(run)} and {escape(run.status)}"
+
+
+def _so_far(run: Run) -> str:
+    return f" in {duration(run.wall_seconds)}" if run.wall_seconds else ""
 
 
 def _what_came(run: Run) -> str:
@@ -124,7 +130,7 @@ def _change(run: Run) -> str:
 
 def _network_evaluations(run: Run) -> str:
     saved, ratio = run.summary.get("nfe_saved"), run.summary.get("nfe_ratio_to_none")
-    nfe = run.summary.get("nfe") or sum(r.get("rollout/nfe") or 0 for r in run.metrics) or None
+    nfe = (run.summary.get("nfe") or 0) + sum(r.get("rollout/nfe") or 0 for r in run.since_summary) or None
     details = [] if saved is None else [f"{percent(saved, 0)} saved by pruning"]
     details += [] if ratio is None else [f"{ratio:.2f} × plain GRPO’s"]
     return _tile("Network evaluations", count(nfe), ", ".join(details) or "NFE of the training samples")
@@ -143,5 +149,9 @@ def _previews(run: Run) -> str:
 
 def _time(run: Run) -> str:
     each = [record["seconds"] for record in run.metrics if record.get("seconds") is not None]
-    whole = run.summary.get("wall_seconds") or sum(each) or None
-    return _tile("Wall time", duration(whole), f"{np.mean(each):.1f} s an iteration" if each else "no iteration yet")
+    until = "" if run.status == "finished" or not each else ", until the last one"
+    return _tile(
+        "Wall time",
+        duration(run.wall_seconds),
+        f"{np.mean(each):.1f} s an iteration{until}" if each else "no iteration yet",
+    )

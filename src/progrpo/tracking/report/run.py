@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from progrpo.tracking.lock import is_held
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.statistics import Mean, paired_difference, share
 from progrpo.words import named
@@ -26,6 +27,8 @@ class Run:
     before: Records
     after: Records
     audits: Records
+    held: bool = False
+    """Whether a process writes to the folder at this moment."""
 
     @property
     def recipe(self) -> str:
@@ -37,7 +40,21 @@ class Run:
 
     @property
     def status(self) -> str:
-        return str(self.summary.get("status") or "running")
+        """`killed` for a run that was under way when it was last heard of, and of which no process is there any more."""
+        status = str(self.summary.get("status") or "running")
+        return "killed" if status == "running" and not self.held else status
+
+    @property
+    def since_summary(self) -> Records:
+        """The records of iterations that the summary does not count yet."""
+        if self.status not in ("running", "killed"):  # which was written when the run ended
+            return []
+        return [r for r in self.metrics if r["iteration"] >= (self.summary.get("iterations") or 0)]
+
+    @property
+    def wall_seconds(self) -> float | None:
+        """Of the whole run; of one that has not ended, until its last iteration."""
+        return (self.summary.get("wall_seconds") or 0) + sum(r.get("seconds") or 0 for r in self.since_summary) or None
 
     @property
     def path_of_plan(self) -> list[int]:
@@ -79,6 +96,7 @@ def read_run(path: Path) -> Run:
         before=_read(folder, "evaluation/before.json", partial(folder.read_evaluation, "before"), list),
         after=_read(folder, "evaluation/after.json", partial(folder.read_evaluation, "after"), list),
         audits=[_audit(record) for record in _read(folder, "audit", folder.read_audits, list)],
+        held=is_held(folder.path),
     )
 
 

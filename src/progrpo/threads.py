@@ -1,0 +1,19 @@
+"""The wait policy of OpenMP's threads, which must be set before torch loads OpenMP."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+
+SPINS = 5000
+"""Rounds that a thread of GNU's OpenMP waits in a loop for the others before it sleeps (benchmarks/busy.py)."""
+_USERS_OWN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+def set_wait_policy(environment: MutableMapping[str, str]) -> None:
+    """Set how long threads spin at a barrier, unless the user has.
+
+    GNU's OpenMP, which torch is built with on Linux, spins for milliseconds. Where other processes use the cores, that is
+    time in which the thread that is waited for gets none of them.
+    """
+    if not any(name in environment for name in _USERS_OWN):
+        environment["GOMP_SPINCOUNT"] = str(SPINS)
