@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from progrpo.frames import still
 from progrpo.packing import of_one_shape
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Judge, Scorer
+from progrpo.rewards.mix import close_all
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -259,8 +261,8 @@ def _require_names(
 
 
 def warn_of_cuts(policy: Policy, prompts: Sequence[Prompt], ranks: Ranks) -> None:
-    """On stderr, for results go to stdout."""
-    if said := policy.truncation([prompt.text for prompt in prompts]).in_words():
+    """Of what the pipeline itself would do otherwise, and of cut prompts: on stderr, for results go to stdout."""
+    for said in filter(None, (policy.ignored, policy.truncation([prompt.text for prompt in prompts]).in_words())):
         Console(0, enabled=ranks.is_main, file=sys.stderr).warn(said)
 
 
@@ -311,9 +313,10 @@ def evaluate_model(
     frames, others = config.reward.frames, config.eval.rewards
     reward_of, held_out = scorer_from(terms, frames), scorer_from(others, frames) if others else None
     chosen = eval_prompts(prompts, split, pictures, column or config.eval.column)
-    for scorer in filter(None, (reward_of, held_out)):
-        scorer.check(chosen)
-    with lost_in_words(lambda: "give the command again"):
+    with ExitStack() as ending, lost_in_words(lambda: "give the command again"):
+        ending.callback(close_all, (reward_of, held_out), Console(0, file=sys.stderr).warn)
+        for scorer in filter(None, (reward_of, held_out)):
+            scorer.check(chosen)
         ranks = Ranks()
         policy = trained_policy(target, lora, ranks, revision, variant, away)
         if policy.edits:

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, count
@@ -34,7 +34,7 @@ from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge, Refusal
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.load import refuse_within_import
-from progrpo.rewards.mix import Mixture, Term
+from progrpo.rewards.mix import Mixture, Term, close_all
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.plan import UnitCosts, preset
@@ -42,6 +42,7 @@ from progrpo.rollout.plan import path as plan_path
 from progrpo.rollout.plan import summary as plan_summary
 from progrpo.sources import check_sources
 from progrpo.streams import tolerant_streams
+from progrpo.texts import shared
 from progrpo.tracking.console import Console
 from progrpo.tracking.lock import Lock
 from progrpo.tracking.report import write_report
@@ -400,13 +401,21 @@ class Best:
     reward: float
 
 
+def _unsaid(sentence: str) -> None:
+    """For a warning beside a refusal, which is the sentence to be read."""
+
+
 class Run:
     """Evaluates, trains, saves and reports. Only the main process writes."""
 
     def __init__(self, parts: Parts, folder: RunFolder, ranks: Ranks) -> None:
         """ValueError for what cannot work, before a folder is made or an old run replaced."""
-        parts.check(ranks)
-        self.policy, self.reward, self.held_out = parts.load(), parts.reward, parts.held_out
+        self.reward, self.held_out = parts.reward, parts.held_out
+        with ExitStack() as refused:
+            refused.callback(close_all, (self.reward, self.held_out.rewards), _unsaid)
+            parts.check(ranks)
+            self.policy = parts.load()
+            refused.pop_all()
         weights = {f"the weights of {name}": told[:8] for name, told in self.policy.fingerprints.items()}
         ranks.require_same(
             weights, "load the same model in all: one whose files lack weights gets other random ones in each"
@@ -422,6 +431,17 @@ class Run:
         self._hacking, self._hacked = HackingWatch(self.config.watch.max_kl), False
         self._warnings: list[str] = []
         self._lock: Lock | None = None
+
+    def _of_overlap(self) -> str | None:
+        """Of evaluation prompts that are trained on while others are not; where all are, that is what was asked for."""
+        held_out = list(dict.fromkeys(p.text for p in (*self.held_out.test, *self.held_out.validation)))
+        trained = [] if self.policy.edits else shared(held_out, (p.text for p in self.trainer.order.whole))
+        if not 0 < len(trained) < len(held_out):
+            return None
+        return (
+            f"{len(trained)} of {len(held_out)} evaluation prompts are trained on as well (letters, quotes and spaces in any form),"
+            f" so evaluations are not of held-out prompts alone; the first is {quoted(trained[0])}"
+        )
 
     def create(self, overwrite: bool) -> None:
         """Make the run folder, once every part of the run could be built; ValueError if it holds a run already."""
@@ -447,7 +467,8 @@ class Run:
                 " between them is not what training did",
                 console,
             )
-        if said := self.policy.truncation([p.text for p in self._met]).in_words():
+        cuts = self.policy.truncation([p.text for p in self._met]).in_words()
+        for said in filter(None, (self.policy.ignored, cuts, self._of_overlap())):
             self._warn(said, console)
         if not self.config.model.keep_text_encoders:
             self._encode_all()
@@ -462,7 +483,7 @@ class Run:
                     self._write_summary(start, f"stopped: {str(why) or type(why).__name__}")
                 raise
             finally:
-                self._close_rewards(console)
+                close_all((self.reward, self.held_out.rewards), console.warn)
             self._write_summary(start, "finished")
             if self.ranks.is_main:
                 self._conclude(console)
@@ -486,19 +507,6 @@ class Run:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             said = " ".join(f"{type(error).__name__}: {reason}".split())
             self._warn(f"{what} failed ({said}); the run is not affected", console)
-
-    def _close_rewards(self, console: Console) -> None:
-        """One that fails in it takes nothing from the run, whose scores are all there."""
-        for scorer in filter(None, (self.reward, self.held_out.rewards)):
-            try:
-                scorer.close()
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:
-                said = " ".join(f"{type(error).__name__}: {error}".split())
-                console.warn(
-                    f"a reward's close() failed ({said}); the run is not affected, what the reward holds may be held still"
-                )
 
     def _take_up(self, state: Mapping[str, Any], changed: Sequence[str]) -> None:
         if "training" in changed:  # what was observed is of other prompts
