@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from progrpo.config import Config, EvalConfig, RewardTerm, check, from_python
+from progrpo.data import unread
 from progrpo.diffusion.gaussian import mean_square
 from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.diffusion.process import Process
@@ -262,7 +263,8 @@ def _require_names(
 
 def warn_of_cuts(policy: Policy, prompts: Sequence[Prompt], ranks: Ranks) -> None:
     """Of what the pipeline itself would do otherwise, and of cut prompts: on stderr, for results go to stdout."""
-    for said in filter(None, (policy.ignored, policy.truncation([prompt.text for prompt in prompts]).in_words())):
+    cuts = policy.truncation([prompt.text for prompt in prompts]).in_words()
+    for said in filter(None, (policy.ignored, cuts, unread(prompts))):
         Console(0, enabled=ranks.is_main, file=sys.stderr).warn(said)
 
 

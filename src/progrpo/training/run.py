@@ -28,7 +28,7 @@ from progrpo.config import (
     to_dict,
     trained_items,
 )
-from progrpo.data import ORDERS, PromptOrder, prompts_of
+from progrpo.data import ORDERS, PromptOrder, prompts_of, unread
 from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge, Refusal
@@ -468,7 +468,7 @@ class Run:
                 console,
             )
         cuts = self.policy.truncation([p.text for p in self._met]).in_words()
-        for said in filter(None, (self.policy.ignored, cuts, self._of_overlap())):
+        for said in filter(None, (self.policy.ignored, cuts, unread(self._met), self._of_overlap())):
             self._warn(said, console)
         if not self.config.model.keep_text_encoders:
             self._encode_all()
