@@ -31,8 +31,10 @@ from progrpo.rollout.preview import decoded
 from progrpo.sources import check_sources
 from progrpo.tracking.console import Console
 from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
+from progrpo.training.checkpoints import digest
 from progrpo.training.checks import check_failures
 from progrpo.training.distributed import Ranks, lost_in_words
+from progrpo.training.equal_inputs import require_same_prompts
 from progrpo.training.pictures import diversity, saturation, sharpness
 from progrpo.types import Prompt, Trajectories
 from progrpo.words import named
@@ -320,6 +322,7 @@ def evaluate_model(
         for scorer in filter(None, (reward_of, held_out)):
             scorer.check(chosen)
         ranks = Ranks()
+        require_same_prompts(ranks, "evaluation", digest(chosen), chosen[0])
         policy = trained_policy(target, lora, ranks, revision, variant, away)
         if policy.edits:
             check_sources(chosen)
