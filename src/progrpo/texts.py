@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 
 _FORMS = str.maketrans(
     {
@@ -24,7 +25,15 @@ def folded(text: str) -> str:
     Letters are composed and without case, width or ligature (NFKC, ß as ss, Turkish i's alike), quotation marks and dashes are
     ASCII's, white space is single spaces, and what has no width is left out. Accents stay: é is not e.
     """
+    if text.isascii():
+        return " ".join(text.lower().replace("`", "'").replace("''", '"').split())
     letters = unicodedata.normalize("NFKC", text.translate(_FORMS)).casefold().replace("i\N{COMBINING DOT ABOVE}", "i")
     plain = unicodedata.normalize("NFKC", letters).translate(_FORMS).replace("''", '"')
     seen = (c for c in plain if unicodedata.category(c) != _NO_WIDTH and ord(c) not in _VARIANTS)
     return " ".join("".join(seen).split())
+
+
+def shared(texts: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Those of the texts that say the same as one of the others."""
+    known = {folded(other) for other in others}
+    return [text for text in texts if folded(text) in known]

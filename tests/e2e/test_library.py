@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -225,6 +227,44 @@ def test_a_reward_that_cannot_be_closed_is_warned_of(tiny_pipeline, tiny_config,
     assert run.read_summary()["status"] == "finished" and (run.path / "report.html").is_file()
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_an_async_reward_is_loaded_asked_and_closed_in_one_loop_however_the_run_ends(
+    works, tiny_pipeline, tiny_config, prompts, redness, tmp_path
+):
+    events: list[str] = []
+
+    class Whole:
+        async def load(self):
+            self.one, self.loop = asyncio.Semaphore(1), asyncio.get_running_loop()
+            events.append("load")
+
+        async def score(self, images, prompts):
+            async def of(image):
+                async with self.one:
+                    await asyncio.sleep(0)
+                    return redness([image], None)[0]
+
+            events.append("score")
+            return await asyncio.gather(*map(of, images))
+
+        async def close(self):
+            assert asyncio.get_running_loop() is self.loop
+            events.append("close")
+
+    def lacking(images, absent):
+        raise AssertionError("asked")
+
+    config = tiny_config(iterations=1, reward=RewardConfig(waves=2))
+    if works:
+        run = progrpo.train(tiny_pipeline(), prompts, Whole(), config=config, out=tmp_path / "run")
+        (missing,) = run.read_summary()["rewards"]["missing"].values()
+        assert missing == 0 and events.count("score") > 2
+    else:
+        with pytest.raises(ValueError, match="takes 'absent'"):
+            progrpo.train(tiny_pipeline(), prompts, [Whole(), lacking], config=config, out=tmp_path / "run")
+    assert [event for event in events if event != "score"] == ["load", "close"] and events[-1] == "close"
+
+
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
@@ -355,12 +395,15 @@ def test_commands_say_what_a_run_of_the_library_needs(trained, tiny_sd3, tmp_pat
 
 def test_prompts_that_are_cut_are_said_at_the_start_and_kept(tiny_pipeline, tiny_config, redness, tmp_path, capsys):
     begins = "a red cat beside a green bird and " * 4
-    config = tiny_config(iterations=1)
+    config = tiny_config(iterations=1, eval=EvalConfig(pictures=4, num_inference_steps=STEPS))
     prompts = [f"{begins}{end}" for end in ("a dog", "a cat")] + ["cat"]
-    run = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run")
+    told = {"eval_prompts": ["CAT", "dog", *prompts[:2]], "config": config, "out": tmp_path / "run"}
+    run = progrpo.train(tiny_pipeline(), prompts, redness, **told)
     said = capsys.readouterr().out
+    (both,) = (w for w in run.read_summary()["warnings"] if "trained on as well" in w)
+    assert both.startswith("3 of 4 evaluation prompts are trained on") and both.endswith("the first is 'CAT'")
     (warning,) = (w for w in run.read_summary()["warnings"] if "longer than the text encoders read" in w)
-    assert warning.startswith("2 of 3 prompts are longer") and "so that 2 are told as another one is" in warning
+    assert re.match("2 of [45] prompts are longer", warning) and "so that 2 are told as another one is" in warning
     assert said.count(f"warning: {warning}") == 1
     assert said.index(warning) < said.index("evaluating the model as it is")
 

@@ -67,6 +67,27 @@ def test_several_processes_share_pictures_out_and_one_writes_them(tmp_path, caps
         assert np.abs(one - other).max() <= 1
 
 
+def test_a_reward_is_closed_when_its_evaluation_ends(tmp_path, monkeypatch, capsys):
+    code = "class Own:\n    def score(self, images):\n        return [1.0] * len(images)\n\n    def close(self):\n        raise OSError('busy')\n"
+    (tmp_path / "own_closing.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    asked = [
+        "eval",
+        "shapes-flow",
+        "--pictures",
+        "1",
+        "--num-inference-steps",
+        "1",
+        "--reward",
+        "own_closing:Own",
+        "--json",
+    ]
+    assert main(asked) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["graded"] == 1 and "a reward's close() failed (OSError: busy)" in said.err
+
+
 @pytest.mark.slow
 def test_several_processes_measure_together_and_one_says_what(capsys):
     asked = ["eval", "shapes-flow", "--pictures", "2", "--num-inference-steps", "4", "--json"]

@@ -8,6 +8,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 import progrpo
 from progrpo.policies.base import PolicySettings
@@ -107,6 +108,31 @@ def test_a_flow_scheduler_that_steps_otherwise_is_refused(tiny_sd3, tiny_pipelin
     pipeline = tiny_pipeline(tiny_sd3)
     pipeline.scheduler.register_to_config(**{setting: True})
     with pytest.raises(ValueError, match=rf"^model\.path: the scheduler has {setting}, which .*register_to_config\("):
+        policy_from_pipeline(pipeline, SETTINGS)
+
+
+def test_what_a_diffusion_scheduler_would_do_otherwise_is_said(tiny_sd, tiny_pipeline):
+    def said(kind: Any, **settings: Any) -> str:
+        pipeline = tiny_pipeline(tiny_sd)
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **settings)
+        return policy_from_pipeline(pipeline, SETTINGS).ignored
+
+    assert (
+        said(DDIMScheduler, clip_sample=False) == ""
+        and policy_from_pipeline(tiny_pipeline(tiny_sd), SETTINGS).ignored == ""
+    )
+    assert said(EulerDiscreteScheduler, use_karras_sigmas=True).startswith(
+        "the EulerDiscreteScheduler's use_karras_sigmas is not used: steps are DDIM's"
+    )
+    assert "DDIMScheduler's clip_sample and thresholding are not used" in said(
+        DDIMScheduler, clip_sample=True, thresholding=True
+    )
+
+
+def test_a_unet_that_is_shown_a_picture_is_refused(tiny_sd, tiny_pipeline):
+    pipeline = tiny_pipeline(tiny_sd)
+    pipeline.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")  # as load_ip_adapter()
+    with pytest.raises(ValueError, match=r"by an IP-Adapter; take it off with unload_ip_adapter\(\)$"):
         policy_from_pipeline(pipeline, SETTINGS)
 
 

@@ -74,6 +74,8 @@ class Policy(Protocol):
     """Whether the model changes a picture: every prompt must then have one, its column `image` (`progrpo.sources`)."""
     fingerprints: Mapping[str, str]
     """What tells the weights of each part (the denoiser, the text encoders, the VAE) from another model's, as they are before training."""
+    ignored: str
+    """What the pipeline's own sampling would do and this policy's does not, in a sentence; empty for nothing."""
     prediction: str
     """What the network's output means, a name of `progrpo.diffusion.prediction.PREDICTIONS`."""
 

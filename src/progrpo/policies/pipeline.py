@@ -64,6 +64,7 @@ class PipelinePolicy(ABC):
     """The text that guidance leads away from where no negative prompt is given."""
     prediction: str
     fingerprints: Mapping[str, str]
+    ignored: str = ""
 
     def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, size: tuple[int, int]) -> None:
         """Wrap a pipeline whose trainable parameters are already marked; `from_pipeline` is the way in.
@@ -115,6 +116,7 @@ class PipelinePolicy(ABC):
             )
         take_over(pipeline, cls.denoiser_name)
         cls.check_index(pipeline.config)
+        ignored = cls._ignored(pipeline)
         cls._check(pipeline)
         size = cls._checked_size(pipeline, settings.resolution)
         denoiser = getattr(pipeline, cls.denoiser_name)
@@ -159,7 +161,7 @@ class PipelinePolicy(ABC):
         if cls.denoiser_name == "unet" and torch.device(settings.device).type == "cuda":
             denoiser.to(memory_format=torch.channels_last)
         policy = cls(pipeline, settings, size)
-        policy.fingerprints = fingerprints
+        policy.fingerprints, policy.ignored = fingerprints, ignored
         return policy
 
     # --- what a family says of itself -------------------------------------------------------------------------------
@@ -172,6 +174,11 @@ class PipelinePolicy(ABC):
     @abstractmethod
     def _check(cls, pipeline: DiffusionPipeline) -> None:
         """ValueError for a pipeline that the policy cannot work with."""
+
+    @classmethod
+    def _ignored(cls, pipeline: DiffusionPipeline) -> str:
+        """What the pipeline's own loop would do and sampling here does not, in a sentence; empty for nothing."""
+        return ""
 
     @classmethod
     def _vae_dtype(cls, pipeline: DiffusionPipeline, dtype: torch.dtype) -> torch.dtype:
@@ -577,6 +584,17 @@ def _compiled_decoder(vae: ModelMixin, settings: PolicySettings) -> list[nn.Modu
     """
     wanted = torch.device(settings.device).type != "cpu" and settings.decoding == "whole"
     return [vae.decoder] if wanted and isinstance(vae.decoder, Decoder) else []
+
+
+def unused(scheduler: Any, names: Iterable[str], instead: str) -> str:
+    """Which of these settings the pipeline's own scheduler has and the one that is stepped on does not, in a sentence."""
+    there = [name for name in names if scheduler.config.get(name)]
+    verb = "is" if len(there) == 1 else "are"
+    return f"the {type(scheduler).__name__}'s {' and '.join(there)} {verb} not used: {instead}" if there else ""
+
+
+GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+"""Settings of diffusers' schedulers that lay their grid otherwise."""
 
 
 def _modules(pipeline: DiffusionPipeline) -> list[nn.Module]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from progrpo.diffusion.levels import Levels, between_diffusion_levels, diffusion_levels
 from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.policies.base import PolicySettings
-from progrpo.policies.pipeline import PipelinePolicy
+from progrpo.policies.pipeline import GRIDS, PipelinePolicy, unused
 from progrpo.types import Condition
 
 
@@ -52,6 +52,10 @@ class StableDiffusionPolicy(PipelinePolicy):
                 "model.path: the U-Net must be told the guidance scale, as a latent consistency model's, which cannot be done"
                 " here; use the model that it was distilled from"
             )
+        if pipeline.unet.config.encoder_hid_dim_type is not None:
+            raise ValueError(
+                "model.path: the U-Net is shown a picture as well, by an IP-Adapter; take it off with unload_ip_adapter()"
+            )
         own = pipeline.scheduler.config
         if "beta_schedule" not in own or own.prediction_type not in PREDICTIONS:
             raise ValueError(
@@ -66,6 +70,11 @@ class StableDiffusionPolicy(PipelinePolicy):
             )
         if getattr(pipeline, "safety_checker", None) is not None:
             pipeline.safety_checker = None  # it judges pictures, which here rewards do; it would only take memory
+
+    @classmethod
+    def _ignored(cls, pipeline: DiffusionPipeline) -> str:
+        names = (*GRIDS, "clip_sample", "thresholding")
+        return unused(pipeline.scheduler, names, "steps are DDIM's, on its spacing's grid, and latents are not clipped")
 
     def levels(self, num_inference_steps: int, shift: float | None = None) -> Levels:
         if shift is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.flow import FlowPolicy
+from progrpo.policies.pipeline import GRIDS, unused
 from progrpo.types import Condition
 
 _SIZE, _FRAMES = (480, 832), 81
@@ -62,6 +63,12 @@ class WanPolicy(FlowPolicy):
                 f"model.path: the transformer takes {takes} channels where latents have {channels}; use a model that"
                 " takes text alone, not one from picture to video or for control"
             )
+
+    @classmethod
+    def _ignored(cls, pipeline: DiffusionPipeline) -> str:
+        if isinstance(pipeline.scheduler, UniPCMultistepScheduler):
+            return unused(pipeline.scheduler, GRIDS, "steps are Euler's, on the grid of its flow_shift")
+        return super()._ignored(pipeline)
 
     @classmethod
     def _vae_scale(cls, pipeline: DiffusionPipeline) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -160,6 +160,20 @@ class Mixture:
 def alone(reward: Reward, name: str = "reward") -> Mixture:
     """A single reward as what a run is rewarded by."""
     return Mixture([Term(name, reward, groupwise=bool(getattr(reward, "groupwise", False)))])
+
+
+def close_all(mixtures: Iterable[Mixture | None], warn: Callable[[str], None]) -> None:
+    """Close them. Of one that fails in it a sentence goes to `warn`, and nothing else is lost: its scores are all there."""
+    for mixture in filter(None, mixtures):
+        try:
+            mixture.close()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            warn(
+                f"a reward's close() failed ({said}); nothing else is affected, what the reward holds may be held still"
+            )
 
 
 def _all(verdicts: Sequence[bool | None]) -> float:

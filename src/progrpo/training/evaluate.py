@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from progrpo.config import Config, EvalConfig, RewardTerm, check, from_python
+from progrpo.data import unread
 from progrpo.diffusion.gaussian import mean_square
 from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.diffusion.process import Process
@@ -21,6 +23,7 @@ from progrpo.frames import still
 from progrpo.packing import of_one_shape
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Judge, Scorer
+from progrpo.rewards.mix import close_all
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -28,8 +31,10 @@ from progrpo.rollout.preview import decoded
 from progrpo.sources import check_sources
 from progrpo.tracking.console import Console
 from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
+from progrpo.training.checkpoints import digest
 from progrpo.training.checks import check_failures, fault_of
 from progrpo.training.distributed import Ranks, lost_in_words
+from progrpo.training.equal_inputs import require_same_prompts
 from progrpo.training.pictures import diversity, saturation, sharpness
 from progrpo.types import Prompt, Trajectories
 from progrpo.words import named
@@ -274,8 +279,9 @@ def _require_names(
 
 
 def warn_of_cuts(policy: Policy, prompts: Sequence[Prompt], ranks: Ranks) -> None:
-    """On stderr, for results go to stdout."""
-    if said := policy.truncation([prompt.text for prompt in prompts]).in_words():
+    """Of what the pipeline itself would do otherwise, and of cut prompts: on stderr, for results go to stdout."""
+    cuts = policy.truncation([prompt.text for prompt in prompts]).in_words()
+    for said in filter(None, (policy.ignored, cuts, unread(prompts))):
         Console(0, enabled=ranks.is_main, file=sys.stderr).warn(said)
 
 
@@ -326,10 +332,12 @@ def evaluate_model(
     frames, others = config.reward.frames, config.eval.rewards
     reward_of, held_out = scorer_from(terms, frames), scorer_from(others, frames) if others else None
     chosen = eval_prompts(prompts, split, pictures, column or config.eval.column)
-    for scorer in filter(None, (reward_of, held_out)):
-        scorer.check(chosen)
-    with lost_in_words(lambda: "give the command again"):
+    with ExitStack() as ending, lost_in_words(lambda: "give the command again"):
+        ending.callback(close_all, (reward_of, held_out), Console(0, file=sys.stderr).warn)
+        for scorer in filter(None, (reward_of, held_out)):
+            scorer.check(chosen)
         ranks = Ranks()
+        require_same_prompts(ranks, "evaluation", digest(chosen), chosen[0])
         policy = trained_policy(target, lora, ranks, revision, variant, away)
         if policy.edits:
             check_sources(chosen)
