@@ -71,12 +71,13 @@ class ModelConfig:
     revision: str = ""
     """Branch, tag or commit of a hub id; empty: its main branch. A commit is the same model whenever the run goes on."""
     variant: str = ""
-    """Which of several kinds of weights files is read, such as fp16 (`model.fp16.safetensors`), of a folder or a hub id; parts that lack it are
-    read without. It names files and chooses no precision: that is `dtype`."""
+    """Which of several kinds of weights files is read, such as fp16 (`model.fp16.safetensors`), of a folder or a hub id;
+    parts that lack it are read without. It names files and chooses no precision: that is `dtype`."""
     step_ends: Literal["diffusers", "next"] = "diffusers"
-    """Where a diffusion model's step ends. `diffusers`: 1000 // T timesteps on, as in its DDIMScheduler, so that without noise a picture is its
-    pipeline's own. `next`: where the next step begins. They are one for the spacing `leading`, and for `trailing` where T divides
-    1000; else a step's mean differs by 1 to 40 %. A run whose config.json lacks this field was begun by `next`, and goes on so."""
+    """Where a diffusion model's step ends. `diffusers`: 1000 // T timesteps on, as in its DDIMScheduler, so that without
+    noise a picture is its pipeline's own. `next`: where the next step begins. They are one for the spacing `leading`, and
+    for `trailing` where T divides 1000; else where a step leads differs, by up to 15 % at 6 steps of `linspace` and 0.3 %
+    of `trailing`. A run whose config.json lacks this field was begun by `next`, and goes on so."""
 
 
 @dataclass(frozen=True)

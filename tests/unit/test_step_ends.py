@@ -9,11 +9,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from progrpo.config import config_to_json
+from progrpo.config import Config, ModelConfig, config_to_json
 from progrpo.diffusion.process import Process
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.recipes import load_recipe
+from progrpo.training.run import _given_config
 
 SPACINGS = ("leading", "trailing", "linspace")
 COUNTS = (1, 2, 6, 7, 10, 61, 300)  # of 1000, and 61 is a trailing grid that diffusers makes one step too long
@@ -59,6 +60,10 @@ def test_steps_that_end_where_the_next_begin_are_another_setting(tiny_sd, tiny_p
     assert levels("linspace", 10, "next").ends is None
     ends = levels("linspace", 10, "diffusers").ends
     assert ends.timestep.tolist() == [899, 788, 677, 566, 455, 344, 233, 122, 11, 0]
+    for spacing, size in (("linspace", 0.15), ("trailing", 0.003)):  # as config.py says of both settings
+        grid = levels(spacing, 6, "diffusers")
+        apart = torch.stack([grid.ends.alpha - grid.alpha[1:], grid.ends.sigma - grid.sigma[1:]])
+        assert 0.5 * size < apart[:, :-1].norm(dim=0).max() < 1.05 * size  # of x0 and noise of one size
     assert levels("trailing", 10, "diffusers").ends is None and levels("trailing", 7, "diffusers").ends is not None
 
 
@@ -78,3 +83,13 @@ def test_a_run_from_before_the_setting_goes_on_as_it_was(tmp_path):
         (folder / "config.json").write_text(json.dumps(written))
     ends = {name: load_recipe(str(tmp_path / name)).model.step_ends for name in ("new", "old", "old.json")}
     assert ends == {"new": "diffusers", "old": "next", "old.json": "diffusers"}
+
+
+def test_a_call_that_goes_on_with_such_a_run_need_not_name_it(tiny_sd3, tiny_pipeline):
+    def ends(given: Any, own: Any) -> str:
+        configs = (Config(model=ModelConfig(step_ends=one)) for one in (given, own))
+        asked, recorded = configs
+        return _given_config(asked, recorded, tiny_pipeline(tiny_sd3)).model.step_ends
+
+    assert ends("diffusers", "next") == "next" and ends("diffusers", "diffusers") == "diffusers"
+    assert ends("next", "diffusers") == "next"  # which is then refused as a change

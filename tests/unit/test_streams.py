@@ -9,6 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,19 @@ def closed_file():
     return file
 
 
-GONE = [unread_pipe, full_disk, closed_terminal, closed_file]
+def full_pipe():
+    """Of a reader that has set it not to block, as some terminals and programs do, and is slow."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(write, bytes(4096))
+    ends.append(read)  # it stays open
+    return os.fdopen(write, "w", encoding="utf-8")
+
+
+ends: list[int] = []
+GONE = [unread_pipe, full_disk, closed_terminal, closed_file, full_pipe]
 
 
 def let_go(stream):

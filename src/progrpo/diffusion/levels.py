@@ -12,8 +12,8 @@ from torch import Tensor
 class Levels:
     """x = alpha x0 + sigma eps, and the network's `timestep` there: each (), (B,), or (T+1,) for a grid from noise to data.
 
-    A flow model has alpha = 1 - sigma; a diffusion model alpha^2 + sigma^2 = 1. `ends` (T,) are those of a grid whose steps end
-    elsewhere than where the next ones begin, as DDIM's do in diffusers; a part of a grid has none.
+    A flow model has alpha = 1 - sigma; a diffusion model alpha^2 + sigma^2 = 1. `ends` (T,) are those of a
+    grid whose steps end elsewhere than where the next ones begin, as DDIM's do in diffusers; a part of a grid has none.
     """
 
     alpha: Tensor

@@ -12,10 +12,10 @@ from torch._dynamo import OptimizedModule
 
 
 def take_over(pipeline: DiffusionPipeline, denoiser_name: str) -> None:
-    """Undo `torch.compile`, accelerate's offloading, caches between steps and `torch.inference_mode` in every part. In place.
+    """Undo `torch.compile`, accelerate's offloading, caches between steps and `torch.inference_mode`. In place.
 
-    Names of weights are then the model's own, weights are where they can be read, and gradients can go through them. ValueError
-    for what cannot be undone: fused projections, which a LoRA would be beside, and weights that are quantised already.
+    Names of weights are then the model's own, weights are where they can be read, and gradients can go through them.
+    ValueError for what cannot be undone: fused projections, which a LoRA would be beside, and quantised weights.
     """
     for name, part in list(pipeline.components.items()):
         if isinstance(part, OptimizedModule):
@@ -58,10 +58,11 @@ def _like(tensor: Tensor, copied: Tensor) -> Tensor:
 def _require_separate(denoiser: nn.Module, name: str) -> None:
     if any(getattr(module, "fused_projections", False) for module in denoiser.modules()):
         raise ValueError(
-            f"the pipeline's {name} has fused projections, which a LoRA cannot adapt: load it again without fuse_qkv_projections()"
+            f"the pipeline's {name} has fused projections, which a LoRA cannot adapt: load it again without"
+            " fuse_qkv_projections()"
         )
     if getattr(denoiser, "is_quantized", False):
         raise ValueError(
-            f"the pipeline's {name} is quantised: load it without quantization_config; model.quantize int8 keeps its frozen"
-            " weights in 8 bits"
+            f"the pipeline's {name} is quantised: load it without quantization_config; model.quantize int8 keeps its"
+            " frozen weights in 8 bits"
         )

@@ -126,7 +126,8 @@ def locate(path: str | Path, revision: str = "") -> str:
     source = _located(path)
     if revision and os.path.isdir(source):
         raise ValueError(
-            f"model.revision: {named(path)} is no hub id, and has no revision {named(revision)}; leave it empty, or give a hub id"
+            f"model.revision: {named(path)} is no hub id, and has no revision {named(revision)}; leave it empty, or give a"
+            " hub id"
         )
     return source
 
@@ -149,8 +150,8 @@ def _located(path: str | Path) -> str:
     if os.path.isfile(folder) or folder.endswith(_SINGLE_FILES):
         raise ValueError(
             f"model.path: {named(path)} is a single file, and a model is a folder in diffusers' format: load the file with"
-            " from_single_file of its pipeline in diffusers, such as StableDiffusionPipeline, write it with save_pretrained(FOLDER), and"
-            " give FOLDER"
+            " from_single_file of its pipeline in diffusers, such as StableDiffusionPipeline, write it with"
+            " save_pretrained(FOLDER), and give FOLDER"
         )
     if HUB_ID.fullmatch(str(path)):
         return str(path)

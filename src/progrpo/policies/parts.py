@@ -24,7 +24,7 @@ _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch
 
 
 def fetched(source: str, revision: str, variant: str, without: Collection[str]) -> Path:
-    """The folder of a pipeline: `source` itself, or the snapshot of a hub id, which is downloaded but for the parts `without`."""
+    """The folder of a pipeline: `source` itself, or the snapshot of a hub id, downloaded but for the parts `without`."""
     if Path(source).is_dir():
         return Path(source)
     options = {"revision": revision or None, "variant": variant or None, "use_safetensors": True}
@@ -47,7 +47,8 @@ def networks(folder: Path, index: Mapping[str, Any], dtypes: Mapping[str, torch.
     if variant and not any(variant in variants for variants in held.values()):
         others = ", ".join(sorted(set().union(*held.values()) - {""})) or "none"
         raise UnfitError(
-            f"it has no weights of the variant {named(variant)}, of others {others}; leave model.variant empty, or name one that it has"
+            f"it has no weights of the variant {named(variant)}, of others {others}; leave model.variant empty, or name one"
+            " that it has"
         )
     chosen = {name: variant if variant in held[name] else "" for name in kinds}
     for name in kinds:
@@ -59,10 +60,10 @@ def networks(folder: Path, index: Mapping[str, Any], dtypes: Mapping[str, torch.
 
 
 def whole(kind: Any, source: str | Path, **options: Any) -> Any:
-    """`kind.from_pretrained` from safetensors; ValueError where the files do not fill the network that their config.json describes.
+    """`kind.from_pretrained` from safetensors; ValueError where files do not fill the network that config.json describes.
 
-    What they lack would be random numbers, or no numbers at all. The loaders are asked for it: names change on the way from a
-    file to a network, so that neither names nor numbers in files tell.
+    What they lack would be random numbers, or no numbers at all. The loaders are asked for it: names change on the way
+    from a file to a network, so that neither names nor numbers in files tell.
     """
     if not issubclass(kind, ModelMixin):  # transformers says in its log alone what has another size
         options["ignore_mismatched_sizes"] = True
@@ -71,8 +72,8 @@ def whole(kind: Any, source: str | Path, **options: Any) -> Any:
     lacking |= {name for name, *_ in report["mismatched_keys"]}
     if lacking:
         raise UnfitError(
-            f"{named(source)} lacks {len(lacking):,} of the {len(network.state_dict()):,} tensors that its config.json asks for,"
-            f" such as {named(min(lacking))}{_others(report['unexpected_keys'])}"
+            f"{named(source)} lacks {len(lacking):,} of the {len(network.state_dict()):,} tensors that its config.json"
+            f" asks for, such as {named(min(lacking))}{_others(report['unexpected_keys'])}"
         )
     return network
 
@@ -103,8 +104,8 @@ def _require_weights(folder: Path, variants: Collection[str], variant: str) -> N
     if variants:
         own = min(variants)
         raise UnfitError(
-            f"{named(folder)} holds the variant {', '.join(sorted(variants))} of its weights alone; give model.variant {own}, or"
-            f" --variant {own} of sample and eval"
+            f"{named(folder)} holds the variant {', '.join(sorted(variants))} of its weights alone; give model.variant"
+            f" {own}, or --variant {own} of sample and eval"
         )
     if pickles := sorted(file.name for file in folder.glob("*") if file.suffix in _PICKLES):
         raise UnfitError(

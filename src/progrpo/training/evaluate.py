@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from progrpo.config import Config, EvalConfig, RewardTerm, check, from_python
+from progrpo.data import unread
 from progrpo.diffusion.gaussian import mean_square
 from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.diffusion.process import Process
@@ -30,8 +31,10 @@ from progrpo.rollout.preview import decoded
 from progrpo.sources import check_sources
 from progrpo.tracking.console import Console
 from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
+from progrpo.training.checkpoints import digest
 from progrpo.training.checks import check_failures
 from progrpo.training.distributed import Ranks, lost_in_words
+from progrpo.training.equal_inputs import require_same_prompts
 from progrpo.training.pictures import diversity, saturation, sharpness
 from progrpo.types import Prompt, Trajectories
 from progrpo.words import named
@@ -262,7 +265,8 @@ def _require_names(
 
 def warn_of_cuts(policy: Policy, prompts: Sequence[Prompt], ranks: Ranks) -> None:
     """Of what the pipeline itself would do otherwise, and of cut prompts: on stderr, for results go to stdout."""
-    for said in filter(None, (policy.ignored, policy.truncation([prompt.text for prompt in prompts]).in_words())):
+    cuts = policy.truncation([prompt.text for prompt in prompts]).in_words()
+    for said in filter(None, (policy.ignored, cuts, unread(prompts))):
         Console(0, enabled=ranks.is_main, file=sys.stderr).warn(said)
 
 
@@ -318,6 +322,7 @@ def evaluate_model(
         for scorer in filter(None, (reward_of, held_out)):
             scorer.check(chosen)
         ranks = Ranks()
+        require_same_prompts(ranks, "evaluation", digest(chosen), chosen[0])
         policy = trained_policy(target, lora, ranks, revision, variant, away)
         if policy.edits:
             check_sources(chosen)

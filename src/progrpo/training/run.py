@@ -19,6 +19,7 @@ import torch
 
 from progrpo.config import (
     Config,
+    ModelConfig,
     OptimConfig,
     RewardTerm,
     SamplingConfig,
@@ -28,7 +29,7 @@ from progrpo.config import (
     to_dict,
     trained_items,
 )
-from progrpo.data import ORDERS, PromptOrder, prompts_of
+from progrpo.data import ORDERS, PromptOrder, prompts_of, unread
 from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge, Refusal
@@ -64,6 +65,7 @@ from progrpo.training.build import (
     train_order,
 )
 from progrpo.training.distributed import Ranks, lost_in_words
+from progrpo.training.equal_inputs import require_same_model, require_same_prompts, require_same_settings
 from progrpo.training.errors import Interrupted, MissingScoresError
 from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, evaluate, kl_to_reference, ode
 from progrpo.training.judge import prompt_cost
@@ -115,7 +117,7 @@ def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
         )
     with lost_in_words(lambda: _NO_CHECKPOINT):
         ranks = Ranks()
-        _require_same_settings(ranks, config)
+        require_same_settings(ranks, config)
         config = settled(located(config), ranks)
         out = ranks.gather([out])[0]  # where it was chosen by what is free, another process may have chosen later
         run = Run(_named_parts(config, ranks), RunFolder(out), ranks)
@@ -141,7 +143,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
         check(config)
     with lost_in_words(lambda: _how_to_go_on(folder)):
         ranks = Ranks()
-        _require_same_settings(ranks, config)
+        require_same_settings(ranks, config)
         config = settled(config, ranks)
         return _resumed(config, lambda: _named_parts(config, ranks), run, ranks, accept_changes)
 
@@ -166,7 +168,7 @@ def train(
     `reward(images, prompts, **columns)` gives a float, or None where it failed, for each PIL picture: a function, also an async
     one, or an object with it as `score`. Of a model of videos it sees some frames, or with `video = True` whole ones. It may be a built-in reward's name, a `progrpo.config.RewardTerm`, or a list of any of
     these, which are summed with the weights of pairs (reward, weight). Before and after are measured on `eval_prompts`,
-    or else on the training prompts. `config.model.path`, `config.prompts.source` and `config.reward.terms` are not read. The
+    or else on the training prompts. `config.model.path`, `revision` and `variant`, `config.prompts.source` and `config.reward.terms` are not read. The
     LoRA is in `out`/lora, in diffusers' format. The pipeline is taken over: its denoiser is changed and its text encoders leave it, so load it
     again for pictures or another run.
 
@@ -183,7 +185,7 @@ def train(
         check(config)
     with lost_in_words(lambda: _NO_CHECKPOINT):
         ranks = Ranks()
-        _require_same_settings(ranks, config, resume=resume, accept_changes=accept_changes)
+        require_same_settings(ranks, config, resume=resume, accept_changes=accept_changes)
         folder = RunFolder(ranks.gather([out])[0])
         own = ranks.from_main(lambda: _own_config(folder, accept_changes)) if resume else None
         config = settled(_given_config(config, own, pipeline), ranks)
@@ -229,9 +231,11 @@ def _given_config(config: Config | None, own: Config | None, pipeline: Diffusion
     if own is None:
         return config
     dtype = own.model.dtype if config.model.dtype == "auto" else config.model.dtype
+    # a run from before this setting was called without it, and has its other value
+    ends = own.model.step_ends if config.model.step_ends == ModelConfig().step_ends else config.model.step_ends
     return replace(
         config,
-        model=replace(config.model, dtype=dtype),
+        model=replace(config.model, dtype=dtype, step_ends=ends),
         sampling=replace(config.sampling, microbatch=_smaller(config.sampling, own.sampling)),
         optim=replace(config.optim, microbatch=_smaller(config.optim, own.optim)),
     )
@@ -255,13 +259,6 @@ def _own_config(folder: RunFolder, accept: bool) -> Config:
             " left it, with accept_changes=True)"
         )
     return load_recipe(str(folder.path))
-
-
-def _require_same_settings(ranks: Ranks, config: Config | None, **options: bool) -> None:
-    """Before anything else is done together: processes of other settings would wait for each other at other places."""
-    flat = {} if config is None else checkpoints.flat(to_dict(config))
-    given = {name: quoted(value) for name, value in {"config": config is not None, **options, **flat}.items()}
-    ranks.require_same(given, "give all the same configuration")
 
 
 def _begun(run: Run, overwrite: bool) -> RunFolder:
@@ -380,13 +377,8 @@ class Parts:
     def check(self, ranks: Ranks) -> None:
         """ValueError for rewards that lack something, which is often known without a picture, and for prompts that differ by process."""
         firsts = {"training": next(iter(self.order.whole)), "evaluation": self.held_out.test[0]}
-        shown = {
-            f"the list of {name} prompts": f"{digest[:8]} (it begins with {quoted(firsts[name].text)})"
-            for name, digest in self.prompts.items()
-        }
-        ranks.require_same(
-            shown, "give all the same prompts in the same order: sort what comes out of a set, seed what is shuffled"
-        )
+        for name, digest in self.prompts.items():
+            require_same_prompts(ranks, name, digest, firsts[name])
         self.reward.check(self.met)
         if self.held_out.rewards is not None:
             self.held_out.rewards.check([*self.held_out.test, *self.held_out.validation])
@@ -415,11 +407,8 @@ class Run:
             refused.callback(close_all, (self.reward, self.held_out.rewards), _unsaid)
             parts.check(ranks)
             self.policy = parts.load()
+            require_same_model(ranks, self.policy)
             refused.pop_all()
-        weights = {f"the weights of {name}": told[:8] for name, told in self.policy.fingerprints.items()}
-        ranks.require_same(
-            weights, "load the same model in all: one whose files lack weights gets other random ones in each"
-        )
         if self.policy.edits:
             check_sources(parts.met)
         self.config = measured(parts.config, self.policy, parts.order.prompts_for(0, 1)[0], ranks)
@@ -468,7 +457,7 @@ class Run:
                 console,
             )
         cuts = self.policy.truncation([p.text for p in self._met]).in_words()
-        for said in filter(None, (self.policy.ignored, cuts, self._of_overlap())):
+        for said in filter(None, (self.policy.ignored, cuts, unread(self._met), self._of_overlap())):
             self._warn(said, console)
         if not self.config.model.keep_text_encoders:
             self._encode_all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from contextlib import suppress
 from types import FrameType, TracebackType
@@ -52,6 +53,7 @@ class Stop:
                 f"progrpo: {signal.Signals(number).name}: the run ends, with all saved, as soon as this iteration or evaluation is done;"
                 " Ctrl-C from now on ends it at once, and what is not saved is lost\n"
             )
-            with suppress(OSError):  # nobody may be there to read
-                os.write(2, said.encode())  # print may be in the middle of another line
+            with suppress(OSError, ValueError):  # nobody may be there to read
+                if sys.__stderr__ is not None:  # else its number may be a file's
+                    os.write(sys.__stderr__.fileno(), said.encode())  # print may be in the middle of another line
         self._noted = number

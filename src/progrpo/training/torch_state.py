@@ -10,10 +10,10 @@ import torch
 
 @contextmanager
 def usual_torch() -> Iterator[None]:
-    """Run the block, or a function as its decorator, with gradients, float32 and the CPU as defaults, and without autocast.
+    """Run the block, or what it decorates, with gradients, float32 and the CPU as defaults, and without autocast.
 
-    A notebook may be in `no_grad`, `inference_mode` or `autocast`, or have set another default dtype or device. All of it is back
-    after the block.
+    A notebook may be in `no_grad`, `inference_mode` or `autocast`, or have set another default dtype or device. All of
+    it is back after the block.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
