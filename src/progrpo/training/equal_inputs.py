@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from progrpo.config import Config, to_dict
 from progrpo.policies.base import Policy
 from progrpo.training import checkpoints
@@ -9,12 +12,25 @@ from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
 from progrpo.words import quoted
 
+_PLACES = ("model.path", "model.lora", "prompts.source", "eval.prompts")
+
 
 def require_same_settings(ranks: Ranks, config: Config | None, **options: bool) -> None:
     """Before anything else is done together: processes of other settings would wait for each other at other places."""
-    flat = {} if config is None else checkpoints.flat(to_dict(config))
-    given = {name: quoted(value) for name, value in {"config": config is not None, **options, **flat}.items()}
-    ranks.require_same(given, "give all the same configuration")
+    given = {"config": config is not None, **options, **({} if config is None else comparable(config))}
+    ranks.require_same({name: quoted(value) for name, value in given.items()}, "give all the same configuration")
+
+
+def comparable(config: Config) -> dict[str, Any]:
+    """The fields, by their dotted names, that must be the same.
+
+    Where a model or prompts lie may differ by machine, since their contents are compared; each process may have a device, a server and a
+    cache of its own for a reward.
+    """
+    flat = checkpoints.flat(to_dict(config))
+    for rewards, terms in (("reward.terms", config.reward.terms), ("eval.rewards", config.eval.rewards)):
+        flat[rewards] = [replace(term, device="auto", url="", cache="").to_text() for term in terms]
+    return {name: value for name, value in flat.items() if name not in _PLACES}
 
 
 def require_same_prompts(ranks: Ranks, name: str, digest: str, first: Prompt) -> None:

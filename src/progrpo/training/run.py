@@ -515,6 +515,10 @@ class Run:
             self._warnings.append(sentence)
             console.warn(sentence)
 
+    def _warn_of_lost_pictures(self, console: Console) -> None:
+        if fault := self.trainer.totals.fault:
+            self._warn(f"pictures are missing, which are not scored nor trained on: {fault}", console)
+
     def _train(self, console: Console, start: float, stop: Stop, fresh: bool) -> None:
         console.say(self._what_runs())
         if self.ranks.zero is not None and self.ranks.zero.stage:
@@ -522,6 +526,7 @@ class Run:
         if fresh:
             console.say(f"evaluating the model as it is, on {len(self.held_out.test)} pictures")
             self._evaluate("before", "reference", console)
+            self._warn_of_lost_pictures(console)
         self._write_summary(start, "running")
         while self.trainer.iteration < self.config.iterations and not self._hacked:
             self._stop_if_asked(stop, start)
@@ -529,6 +534,7 @@ class Run:
             self._keep_microbatches(console)
             if self.config.eval.every and self.trainer.iteration % self.config.eval.every == 0:
                 done.record.update(self._validate(done.record, console))
+            self._warn_of_lost_pictures(console)
             if self.ranks.is_main:
                 self._keep(done, console)
             if self._due(self.config.checkpoint.every) or self._hacked:
@@ -541,6 +547,7 @@ class Run:
         console.say(f"evaluating the trained model{which} on {len(self.held_out.test)} pictures")
         weights = Best.NAME if self.best else self.trainer.evaluated_weights
         self._evaluate("after", weights, console)
+        self._warn_of_lost_pictures(console)
         name = "lora" if self.config.model.weights == "lora" else self.policy.denoiser_name
         whole = self.folder.weights(name)  # a run that is killed here leaves no half of it
         with whole if self.ranks.is_main else nullcontext() as folder:
@@ -810,6 +817,7 @@ class Run:
                     "missing": totals.missing,
                     "last_error": totals.last_error,
                 },
+                "missing_pictures": totals.lost,
                 "warnings": self._warnings,
                 "seconds_by_stage": totals.seconds,
                 "versions": checkpoints.versions(config),
