@@ -672,7 +672,7 @@ def _unknown(unknown: list[str], args: list[str], kind: Any, prog: str) -> str:
 
 def _stray(word: str, args: list[str], kind: Any, prog: str) -> str:
     """Why a word is left that belongs to no option: a flag was given a value, or a shell has cut a path at its spaces."""
-    words = [part for arg in args for part in arg.split("=", 1)]
+    words = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
     before, after = words[: words.index(word)], words[words.index(word) :]
     start = next((i for i in reversed(range(len(before))) if before[i].startswith("--")), -1)
     option = before[start] if start >= 0 else ""

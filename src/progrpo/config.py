@@ -264,7 +264,7 @@ class RewardConfig:
     quorum: float = 0.5
     """A group of which a smaller share of the survivors has a score is skipped; at least two members are needed always."""
     max_missing: float = 0.5
-    """The run stops, with the last error, when a larger share of an iteration's scores is missing."""
+    """The run stops, with the last error, when a larger share of an iteration's pictures or scores is missing."""
     waves: int = 1
     """In so many parts an iteration's prompts are sampled. While pictures of one wave are scored, the next is sampled: for rewards
     that are slow and busy elsewhere (a server, another device, other processes)."""

@@ -74,6 +74,16 @@ def _from_folder(folder: Path, prompt: Prompt, where: str) -> Prompt:
     return replace(prompt, columns={**prompt.columns, COLUMN: path})
 
 
+def unread(prompts: Iterable[Prompt]) -> str | None:
+    """A sentence on a column that other trainers read and this one does not; None where there is none."""
+    if not any("negative_prompt" in prompt.columns for prompt in prompts):
+        return None
+    return (
+        "the prompts have a column negative_prompt, which only rewards are given: what guidance leads away from is one text for all,"
+        " sampling.negative_prompt"
+    )
+
+
 def prompts_of(given: object, name: str, column: str = TEXT) -> tuple[Prompt, ...]:
     """What Python code gives as prompts: texts, `Prompt`s or rows, in an order of their own; a table is its rows, a `Path` a prompt file.
 

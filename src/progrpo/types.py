@@ -181,6 +181,21 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """What N latents show: uint8 (N, H, W, 3) on the CPU, of videos (N, F, H, W, 3), and which of them are pictures, bool (N,).
+
+    One that is not finite in every number is none: it is grey, and no reward sees it. `fault` says why the last such one is none.
+    """
+
+    images_NHWC: Tensor
+    there_N: Tensor
+    fault: str = ""
+
+    def first(self, count: int) -> Pictures:
+        return Pictures(self.images_NHWC[:count], self.there_N[:count], self.fault)
+
+
+@dataclass(frozen=True)
 class Preview:
     """What was seen of N living trajectories after the network call of `step`; `kept_N` says who went on."""
 
@@ -196,13 +211,14 @@ class Rollout:
     """N finished trajectories of P prompts, prompt-major. Rewards are float64 and NaN where missing.
 
     `ranking_N` is what selectors compare; `passed_N` is a strict verdict (1, 0, NaN for none); `parts_NR` are the rewards that were mixed.
-    F finalists were rewarded; with a `final_keep` the N survivors are some of them, otherwise all.
+    `there_N` says whose picture is one (see `Pictures`). F finalists were rewarded; with a `final_keep` the N survivors are some of them, otherwise all.
     """
 
     prompts: tuple[Prompt, ...]
     condition: Condition
     trajectories: Trajectories
     images_NHWC: Tensor
+    there_N: Tensor
     rewards_N: Tensor
     ranking_N: Tensor
     passed_N: Tensor

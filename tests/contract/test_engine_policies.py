@@ -24,7 +24,7 @@ from progrpo.policies.pipeline import _compiled_decoder
 from progrpo.rollout.preview import decoded
 from progrpo.rollout.probe import glance, texts
 from progrpo.training.checks import rounding_of_ratio
-from progrpo.types import Prompt
+from progrpo.types import Pictures, Prompt
 
 TEXTS = ("red cat", "blue dog", "green bird")
 SOURCES = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)) for i in range(3)]
@@ -153,12 +153,12 @@ def test_a_tiny_decoder_serves_previews_alone(loaded, tmp_path):
     place = save_tiny_decoder(tmp_path / "tiny")
     plain, policy = loaded(), loaded(tiny_decoder=str(place))
     x0 = noise(policy)
-    full = policy.decode(x0)
-    assert torch.equal(full, plain.decode(x0)) and torch.equal(plain.preview(x0), full)
+    full = policy.decode(x0).images_NHWC
+    assert torch.equal(full, plain.decode(x0).images_NHWC) and torch.equal(plain.preview(x0).images_NHWC, full)
     tiny = AutoencoderTiny.from_pretrained(place)
     with torch.no_grad():
         expected = tiny.decode(x0 / 1.3 + 0.2, return_dict=False)[0].permute(0, 2, 3, 1)
-    found = policy.preview(x0)
+    found = policy.preview(x0).images_NHWC
     assert found.shape == full.shape and found.dtype == torch.uint8 and not torch.equal(found, full)
     assert (found.float() - (expected * 0.5 + 0.5).clamp(0, 1) * 255).abs().max() <= 0.51  # rounding
     assert found.float().std() > 1  # not one grey
@@ -346,13 +346,13 @@ def test_a_compiled_decoder_sees_one_shape(tiny_policy, monkeypatch, compiled, s
     policy, met = tiny_policy(), []
     decode = policy.decode
 
-    def noted(x: Tensor) -> Tensor:
+    def noted(x: Tensor) -> Pictures:
         met.append(len(x))
         return decode(x)
 
     monkeypatch.setattr(policy, "compiled_decoder", compiled)
     monkeypatch.setattr(policy, "decode", noted)
     x0 = torch.randn(9, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    pictures = decoded(policy, x0, 4)
+    pictures = decoded(policy, x0, 4).images_NHWC
     assert met == sizes and len(pictures) == 9
-    assert (pictures.int() - decode(x0).int()).abs().max() <= 1
+    assert (pictures.int() - decode(x0).images_NHWC.int()).abs().max() <= 1

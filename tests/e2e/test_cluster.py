@@ -49,7 +49,8 @@ def assert_same(assert_trained_alike) -> Callable[[Path, Path], None]:
 
     def check(run: Path, other: Path) -> None:
         expected = trained(other)
-        assert_trained_alike(trained(run), expected, OptimConfig().lr, steps=4)
+        # a LoRA's second matrix is saved alpha / rank times, which is 2
+        assert_trained_alike(trained(run), expected, 2 * OptimConfig().lr, steps=4)
         before = load_file(WEIGHTS / "shapes-flow" / DENOISER)  # a LoRA's B begins at 0
         moved = [(w - before.get(name, 0)).abs().max() for name, w in expected.items() if "lora_A" not in name]
         assert max(moved) > 1e-3

@@ -119,6 +119,7 @@ def without(rolled: Rollout, rows: torch.Tensor) -> Rollout:
         rolled,
         trajectories=rolled.trajectories.take(rows),
         images_NHWC=rolled.images_NHWC[rows],
+        there_N=rolled.there_N[rows],
         rewards_N=rolled.rewards_N[rows],
         passed_N=rolled.passed_N[rows],
         parts_NR=rolled.parts_NR[rows],

@@ -95,9 +95,3 @@ def test_moved_weights_that_do_not_reach_the_network_are_seen(tiny_trainer, tiny
     policy._pipeline.transformer.disable_adapters()
     with pytest.raises(SelfCheckError, match="the adapter is not bound to it"):
         checks.check_bound(policy, experience)
-
-
-def test_weights_that_are_not_finite_are_seen(tiny_policy):
-    policy = tiny_policy(moved=float("inf"))
-    with pytest.raises(SelfCheckError, match="a trained weight is not finite after the first update"):
-        checks.check_moved(policy)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from progrpo.data import BySignal, InTurn, load_prompts, prompts_of
+from progrpo.data import BySignal, InTurn, load_prompts, prompts_of, unread
 from progrpo.sources import source_of
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
@@ -36,6 +36,15 @@ def test_shapes_are_the_worlds_splits():
 def test_text_files_hold_a_prompt_a_line(tmp_path):
     content = "\ufeffa red circle\r\n\r\n  ein grüner Würfel \u2028 daneben\n\t\n".encode()
     assert texts(of_file(tmp_path, "p.txt", content)) == ["a red circle", "ein grüner Würfel \u2028 daneben"]
+
+
+def test_a_column_that_other_trainers_read_is_said_not_to_be():
+    rows = [{"prompt": "a cat", "kind": "x"}, {"prompt": "a dog", "negative_prompt": "blurred"}]
+    assert unread(prompts_of(rows[:1], "prompts")) is None
+    said = unread(prompts_of(rows, "prompts"))
+    assert said is not None and said.startswith(
+        "the prompts have a column negative_prompt, which only rewards are given:"
+    )
 
 
 def test_json_lines_hold_columns(tmp_path):

@@ -249,7 +249,7 @@ def test_where_the_probe_is_not_trusted_pictures_are_looked_at(tiny_policy):
         if step == 0:
             found.append(preview(policy, alone(reward), PROMPTS, condition, living, 0, sampling, how, meter)[1])
             x0 = projected(policy, condition, living, 0, sampling, 2, Meter())
-            found.append(torch.tensor([p.float().mean() for p in policy.decode(x0)], dtype=torch.float64))
+            found.append(torch.tensor([p.float().mean() for p in policy.decode(x0).images_NHWC], dtype=torch.float64))
         return living
 
     denoise(policy, condition, batch, sampling, key, Meter(), watch)
@@ -289,10 +289,10 @@ def test_the_tiny_decoder_is_used_where_it_is_asked_for(tiny_sd3, tmp_path):
     group, process = torch.tensor([0, 0, 1, 1]), Process("flow", "ddim", policy.levels(2), (0.0, 0.0))
     batch, condition = Trajectories(group, group, torch.arange(4), x, -x), policy.encode(PROMPTS)
     x0 = process.x0(0, x, -x)
-    for tiny, expected in ((True, policy.preview(x0)), (False, policy.decode(x0))):
+    for tiny, expected in ((True, policy.preview(x0).images_NHWC), (False, policy.decode(x0).images_NHWC)):
         parts = batch, 0, Sampling(process, microbatch=3), Previewing(tiny=tiny), Meter()
         images, values = preview(policy, alone(Counted()), PROMPTS, condition, *parts)
         assert images is not None
         assert torch.equal(images, expected)
         assert values.tolist() == pytest.approx([p.float().mean().item() for p in expected])
-    assert not torch.equal(policy.preview(x0), policy.decode(x0))
+    assert not torch.equal(policy.preview(x0).images_NHWC, policy.decode(x0).images_NHWC)

@@ -386,6 +386,15 @@ def test_what_a_notebook_defines_is_refused_to_processes(here):
     )
 
 
+def test_a_script_that_is_piped_into_python_is_refused_with_a_file_to_write(here):
+    code = "from progrpo.rewards.load import load_reward\nload_reward('jpeg_compressibility', processes=1)\n"
+    done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, timeout=60)
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.endswith(
+        "its processes cannot import <stdin>, which starts this run; write it into a file and run that"
+    )
+
+
 def test_what_a_guarded_script_defines_is_scored_in_its_processes(here):
     (here / "script.py").write_text(
         "import numpy as np\nfrom progrpo.rewards.load import load_reward\nfrom progrpo.types import Prompt\n"

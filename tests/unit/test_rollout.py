@@ -175,7 +175,7 @@ def test_scores_are_numbers_verdicts_and_gaps(tiny_policy):
     x0 = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     images, scores = score(policy, alone(Verdicts(found)), [Prompt("a"), Prompt("b")], batch, x0, 2, meter)
     values, passed = scores.value_N, scores.passed_N
-    assert images.shape == (3, 16, 16, 3) and images.dtype == torch.uint8
+    assert images.images_NHWC.shape == (3, 16, 16, 3) and images.images_NHWC.dtype == torch.uint8
     np.testing.assert_array_equal(values, [0.5, NAN, NAN])
     np.testing.assert_array_equal(passed, [1.0, NAN, 0.0])
     assert values.dtype == torch.float64

@@ -31,6 +31,7 @@ def rolled(rewards, groups, finalists=None, finalist_groups=None, previews=(), p
         condition=Condition({}),
         trajectories=Trajectories(group, group, rows, rows.float().reshape(-1, 1, 1, 1)),
         images_NHWC=torch.zeros(len(group), 2, 2, 3, dtype=torch.uint8),
+        there_N=torch.ones(len(group), dtype=torch.bool),
         rewards_N=reward,
         ranking_N=reward,
         passed_N=torch.tensor(passed or [NAN] * len(group), dtype=torch.float64),

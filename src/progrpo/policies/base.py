@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.tokens import Truncation
 from progrpo.policies.weights import NamedWeights
-from progrpo.types import Condition, Prompt
+from progrpo.types import Condition, Pictures, Prompt
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,11 @@ class Policy(Protocol):
         """
         ...
 
-    def decode(self, x0_BCHW: Tensor) -> Tensor:
-        """Pictures, uint8 (B, H, W, 3) on the CPU, without gradient; of a model of videos all frames, (B, F, H, W, 3)."""
+    def decode(self, x0_BCHW: Tensor) -> Pictures:
+        """Pictures on the CPU, without gradient; of a model of videos all frames."""
         ...
 
-    def preview(self, x0_BCHW: Tensor) -> Tensor:
+    def preview(self, x0_BCHW: Tensor) -> Pictures:
         """The same for the eyes of a preview: by the tiny decoder where the policy has one."""
         ...
 

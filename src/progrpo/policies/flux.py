@@ -95,7 +95,7 @@ class FluxKontextPolicy(FluxPolicy):
         pixels = self._pipeline.image_processor.preprocess(image, height, width, resize_mode="crop")
         latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
         scaled: Tensor = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-        return scaled[0].to("cpu", self._settings.dtype)
+        return self._encoded_finitely("the picture of a prompt", {"image_latents": scaled})["image_latents"]
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         return super().condition_shapes() | {"image_latents": self.latent_shape}

@@ -80,6 +80,10 @@ def read_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str) -> L
     file = _file(source)
     raw, header = _read(file)
     _require_plain(raw)
+    if strange := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"its {min(strange)} has numbers that are not finite, as of a training that diverged; take another"
+        )
     scaled = _scaled(raw)
     if any(name.startswith(_PEFT_PREFIX) for name in raw):
         own, settings = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in scaled.items()}, _beside(file)

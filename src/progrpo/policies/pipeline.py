@@ -35,8 +35,8 @@ from progrpo.policies.quantized import quantize_blocks
 from progrpo.policies.sharded import Step, all_gathered, blocks, share_out
 from progrpo.policies.tokens import Reader, Truncation, truncation
 from progrpo.policies.weights import NamedWeights
-from progrpo.types import Condition, Prompt
-from progrpo.words import named
+from progrpo.types import Condition, Pictures, Prompt
+from progrpo.words import named, quoted
 from progrpo.zoo import WEIGHTS
 
 BUILT_IN_DECODER = "shapes-tiny"
@@ -138,6 +138,7 @@ class PipelinePolicy(ABC):
             denoiser.requires_grad_(True)
         else:
             raise ValueError(f"model.weights: {settings.weights!r} is not known; use 'lora' or 'full'")
+        _require_finite(pipeline, cls.denoiser_name)
         fingerprints = _fingerprints(
             pipeline
         )  # while every process has all weights; a fresh LoRA's follow from the seed
@@ -284,7 +285,18 @@ class PipelinePolicy(ABC):
         # Alone in its batch, so that a text's embedding never depends on the company it was first met in.
         if self._released:
             raise ValueError(f"{text!r} is new and the text encoders are released; encode all prompts before that")
-        return {name: t[0].to("cpu", self._settings.dtype) for name, t in self._encode_text(text).items()}
+        return self._encoded_finitely(quoted(text), self._encode_text(text))
+
+    def _encoded_finitely(self, what: str, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The one row that was encoded, as the network is told it; ValueError where the dtype does not hold its numbers."""
+        row = {name: t[0].to("cpu", self._settings.dtype) for name, t in encoded.items()}
+        if strange := [name for name, t in row.items() if not t.isfinite().all()]:
+            dtype = str(self._settings.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"what {what} is encoded as ({strange[0]}) is not finite in {dtype}; take another model.dtype (bfloat16, float32),"
+                " or look at the model's encoder"
+            )
+        return row
 
     def network_inputs(self) -> dict[str, tuple[int, ...]]:
         """Shapes of a row of what the network is told beside latents and timestep."""
@@ -394,14 +406,27 @@ class PipelinePolicy(ABC):
             if training:
                 output.backward(torch.zeros_like(output))
 
-    def decode(self, x0_BCHW: Tensor) -> Tensor:
-        return _pictures(self._pipeline.vae, self._unscaled(x0_BCHW))
+    def decode(self, x0_BCHW: Tensor) -> Pictures:
+        return self._pictures(self._pipeline.vae, self._unscaled(x0_BCHW), "decoder")
 
-    def preview(self, x0_BCHW: Tensor) -> Tensor:
+    def preview(self, x0_BCHW: Tensor) -> Pictures:
         if self._tiny is None:
             return self.decode(x0_BCHW)
         config = self._tiny.config
-        return _pictures(self._tiny, x0_BCHW / config.scaling_factor + config.shift_factor)
+        return self._pictures(self._tiny, x0_BCHW / config.scaling_factor + config.shift_factor, "tiny decoder")
+
+    @torch.no_grad()
+    def _pictures(self, decoder: ModelMixin, latents_BCHW: Tensor, name: str) -> Pictures:
+        dtype = next(decoder.parameters()).dtype  # diffusers looks for it in every layer
+        pictures_BCHW = decoder.decode(latents_BCHW.to(dtype), return_dict=False)[0].float()
+        there_B = _finite_rows(pictures_BCHW)
+        fault = ""
+        if not there_B.all():
+            pictures_BCHW[~there_B] = 0.0  # a cast of NaN is whatever the processor makes of it
+            decoded = _finite_rows(latents_BCHW)[~there_B].all()
+            fault = _fault(name, dtype) if decoded else _fault(self.denoiser_name, self._settings.dtype)
+        bytes_BCHW = pictures_BCHW.mul_(0.5).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+        return Pictures(bytes_BCHW.movedim(1, -1).contiguous().cpu(), there_B.cpu(), fault)
 
     def weights(self, name: str) -> AbstractContextManager[None]:
         return self.named_weights.swapped(name)
@@ -459,12 +484,36 @@ def _in_pixels(sides: Iterable[int]) -> str:
     return " ".join(map(str, sides))
 
 
-@torch.no_grad()
-def _pictures(decoder: ModelMixin, latents_BCHW: Tensor) -> Tensor:
-    dtype = next(decoder.parameters()).dtype  # diffusers looks for it in every layer
-    pictures_BCHW = decoder.decode(latents_BCHW.to(dtype), return_dict=False)[0].float()
-    bytes_BCHW = pictures_BCHW.mul_(0.5).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
-    return bytes_BCHW.movedim(1, -1).contiguous().cpu()
+def _finite_rows(values_BCHW: Tensor) -> Tensor:
+    return values_BCHW.isfinite().flatten(1).all(1)
+
+
+def _fault(part: str, dtype: torch.dtype) -> str:
+    """Why there is no picture, with the likely mend."""
+    if dtype == torch.float16:
+        return f"the {part} gave no finite numbers; in float16 they end at 65,504: take model.dtype bfloat16 or float32"
+    kept = str(dtype).removeprefix("torch.")
+    return f"the {part} gave no finite numbers (in {kept}); look at what was loaded and at what was trained (optim.lr)"
+
+
+def _require_finite(pipeline: DiffusionPipeline, denoiser_name: str) -> None:
+    """ValueError that names the first weight that is not finite in every number: nothing that is made with it would be."""
+    for name, part in pipeline.components.items():
+        if not isinstance(part, nn.Module):
+            continue
+        scales = part.named_buffers() if name == denoiser_name else ()
+        for path, weight in (*part.named_parameters(), *scales):
+            if weight.is_floating_point() and not _all_finite(weight):
+                narrow = ", or another model.dtype if it is finite there" if weight.dtype == torch.float16 else ""
+                raise ValueError(
+                    f"model.path: the {name}'s {path} has numbers that are not finite, as of a damaged file or a training that"
+                    f" diverged; give another{narrow}"
+                )
+
+
+def _all_finite(weight: Tensor) -> bool:
+    """Whether no number is NaN or infinite, by the two ends, which take no memory."""
+    return all(end.isfinite().item() for end in weight.detach().aminmax()) if weight.numel() else True
 
 
 def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings, channels: int) -> AutoencoderTiny | None:
@@ -475,6 +524,8 @@ def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings, channel
     try:
         place = WEIGHTS / name if name == BUILT_IN_DECODER else name
         tiny: AutoencoderTiny = whole(AutoencoderTiny, place, dtype=vae.dtype)
+        if not all(map(_all_finite, tiny.parameters())):
+            raise ValueError("its weights are not all finite")
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of many kinds: of JSON, of safetensors, of a class that gets another's settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from diffusers import DiffusionPipeline
@@ -10,7 +11,7 @@ from torch.nn.functional import pad
 
 from progrpo.policies.packed import PATCH, PackedFlowPolicy, packed, unpacked
 from progrpo.policies.tokens import Reader
-from progrpo.types import Condition
+from progrpo.types import Condition, Pictures
 
 
 class QwenImagePolicy(PackedFlowPolicy):
@@ -84,5 +85,6 @@ class QwenImagePolicy(PackedFlowPolicy):
         mean, std = (x0_BCHW.new_tensor(v).reshape(-1, 1, 1) for v in (config.latents_mean, config.latents_std))
         return (x0_BCHW * std + mean).unsqueeze(2)
 
-    def decode(self, x0_BCHW: Tensor) -> Tensor:
-        return super().decode(x0_BCHW)[:, 0]
+    def decode(self, x0_BCHW: Tensor) -> Pictures:
+        whole = super().decode(x0_BCHW)
+        return replace(whole, images_NHWC=whole.images_NHWC[:, 0])

@@ -114,8 +114,18 @@ class Scorer(Protocol):
         """The rewards' names and weights, in the order of the columns of their parts."""
         ...
 
-    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt], group_N: Tensor) -> Scores:
-        """Of N pictures (uint8) of the groups that `group_N` (int64) says, in order."""
+    def score(
+        self,
+        pictures_NHWC: np.ndarray,
+        prompts: Sequence[Prompt],
+        group_N: Tensor,
+        there_N: Tensor | None = None,
+        fault: str = "",
+    ) -> Scores:
+        """Of N pictures (uint8) of the groups that `group_N` (int64) says, in order.
+
+        Where `there_N` is False there is none, as `fault` says: no reward sees it, and its scores are missing.
+        """
         ...
 
 

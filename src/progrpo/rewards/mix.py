@@ -31,11 +31,17 @@ class Term:
 
 @dataclass(frozen=True)
 class Failures:
-    """Of the scores that were asked for, how many are missing, by reward, and the last error that said why."""
+    """Of the scores that were asked for, how many are missing, by reward, and the last error that said why.
+
+    Of the `pictures`, `lost` were none, as `fault` says: their scores are among those that are missing.
+    """
 
     asked: Mapping[str, int]
     missing: Mapping[str, int]
     last_error: str | None
+    pictures: int = 0
+    lost: int = 0
+    fault: str = ""
 
 
 Ranking = Callable[[Tensor, Tensor], Tensor]
@@ -59,12 +65,21 @@ class Mixture:
         """The name of a reward that must see whole groups, if there is one."""
         return next((term.name for term in self._terms if term.groupwise), None)
 
-    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt], group_N: Tensor) -> Scores:
+    def score(
+        self,
+        pictures_NHWC: np.ndarray,
+        prompts: Sequence[Prompt],
+        group_N: Tensor,
+        there_N: Tensor | None = None,
+        fault: str = "",
+    ) -> Scores:
+        there_N = torch.ones(len(prompts), dtype=torch.bool) if there_N is None else there_N
+        self._count_pictures(there_N, fault)
         parts: dict[str, Tensor] = {}
         verdicts: list[list[bool | None]] = []
         for term in self._terms:
-            counts_N = torch.ones(len(prompts), dtype=torch.bool)
-            values_N = torch.zeros(len(prompts), dtype=torch.float64)
+            counts_N, values_N = there_N, torch.zeros(len(prompts), dtype=torch.float64)
+            values_N[~there_N] = math.nan
             if term.needs:
                 # not where that one is missing, and then this is missing too
                 counts_N = parts[term.needs] >= term.at_least
@@ -74,7 +89,8 @@ class Mixture:
             values_N[rows] = torch.tensor([s.number() for s in scores], dtype=torch.float64)
             parts[term.name] = values_N
             if not term.needs:
-                verdicts.append([s.passed for s in scores])
+                passed = dict(zip(rows.tolist(), (s.passed for s in scores), strict=True))
+                verdicts.append([passed.get(i) for i in range(len(prompts))])
         parts_NR = torch.stack(list(parts.values()), dim=1)
         weights_R = torch.tensor(list(self.weights.values()), dtype=torch.float64)
         value_N = (parts_NR * weights_R).sum(1)
@@ -85,7 +101,7 @@ class Mixture:
     def failures(self) -> Failures:
         """Since this was last asked."""
         with self._lock:
-            found = Failures(self._asked, self._missing, self._last_error)
+            found = Failures(self._asked, self._missing, self._last_error, self._pictures, self._lost, self._fault)
             self._count_anew()
         return found
 
@@ -118,6 +134,18 @@ class Mixture:
     def _count_anew(self) -> None:
         self._asked, self._missing = ({term.name: 0 for term in self._terms} for _ in range(2))
         self._last_error: str | None = None
+        self._pictures, self._lost, self._fault = 0, 0, ""
+
+    def _count_pictures(self, there_N: Tensor, fault: str) -> None:
+        lost = int((~there_N).sum())
+        with self._lock:
+            self._pictures += len(there_N)
+            self._lost += lost
+            for term in self._terms if lost else ():
+                self._asked[term.name] += lost
+                self._missing[term.name] += lost
+            if lost:
+                self._fault, self._last_error = fault, self._last_error or fault
 
     def _count(self, name: str, scores: Sequence[Score]) -> None:
         missing = [s for s in scores if math.isnan(s.number())]

@@ -44,17 +44,8 @@ class InProcesses:
     """
 
     def __init__(self, make: Make, name: str, count: int, settings: RewardSettings, video: bool = False) -> None:
-        """`video`: the reward is given videos whole. Refusal where each process would begin with the call that made it."""
-        if line := _unguarded_line():
-            raise Refusal(
-                f"reward {name!r}: each of its processes would run {named(line)} again, which starts this run; put that line, and"
-                ' whatever else the script is to do once, under `if __name__ == "__main__":`'
-            )
-        if name.startswith("__main__:") and _script() is None:
-            raise Refusal(
-                f"reward {name!r}: its processes do not have what a notebook defines; put it into a module of its own, my_rewards.py,"
-                " and name it my_rewards:function"
-            )
+        """`video`: the reward is given videos whole. Refusal where new processes cannot have the reward."""
+        _check_script(name)
         self._name, self._count, self._timeout, self.video = name, count, settings.timeout, video
         self._start = functools.partial(_Workers, count, make, name, settings)
         self._workers, self._one, self._closed = self._start(), threading.Lock(), False
@@ -154,10 +145,13 @@ class _Workers:
 
     def end(self, grace: float) -> None:
         processes = list((self._pool._processes or {}).values())
+        manager: Any = self._pool._executor_manager_thread
         self._pool.shutdown(wait=False, cancel_futures=True)
         until = time.monotonic() + grace
         for process in processes:
             process.join(max(0.0, until - time.monotonic()))
+        if manager is not None:  # it may have asked for an exit code first, which only one can
+            manager.join(min(grace, 0.5))
         self.ending = _ending([process.exitcode for process in processes])
         for process in processes:
             process.kill()
@@ -187,6 +181,25 @@ def _refuse_unsendable(reward: str, prompts: Sequence[Prompt]) -> None:
 
 
 # --- the script that starts a run -------------------------------------------------------------------------------------
+
+
+def _check_script(reward: str) -> None:
+    """Refusal where new processes, which import the main script, could not, would lack the reward, or would begin with all that it does."""
+    script = _script()
+    if script is None and reward.startswith("__main__:"):
+        raise Refusal(
+            f"reward {reward!r}: its processes do not have what a notebook defines; put it into a module of its own, my_rewards.py,"
+            " and name it my_rewards:function"
+        )
+    if script is not None and not os.path.exists(script):
+        raise Refusal(
+            f"reward {reward!r}: its processes cannot import {named(script)}, which starts this run; write it into a file and run that"
+        )
+    if line := _unguarded_line():
+        raise Refusal(
+            f"reward {reward!r}: each of its processes would run {named(line)} again, which starts this run; put that line, and"
+            ' whatever else the script is to do once, under `if __name__ == "__main__":`'
+        )
 
 
 def _script() -> str | None:

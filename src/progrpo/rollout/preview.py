@@ -16,7 +16,7 @@ from progrpo.rewards.base import Scorer
 from progrpo.rollout.denoise import Sampling, call_size
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.probe import Probe, texts
-from progrpo.types import Condition, Prompt, Scores, Trajectories
+from progrpo.types import Condition, Pictures, Prompt, Scores, Trajectories
 
 DECODED = 32  # pictures at once: a decoder needs many times a network call's memory
 
@@ -68,8 +68,8 @@ def preview(
     x0 = projected(policy, condition, batch, step, sampling, how.ode_steps, meter)
     with meter.stage("preview"):
         meter.count(previews=len(batch))
-        images_NHWC, scores = score(policy, reward, prompts, batch, x0, sampling.microbatch, meter, tiny=how.tiny)
-        return images_NHWC, scores.ranking_N
+        pictures, scores = score(policy, reward, prompts, batch, x0, sampling.microbatch, meter, tiny=how.tiny)
+        return pictures.images_NHWC, scores.ranking_N
 
 
 @torch.no_grad()
@@ -116,20 +116,32 @@ def score(
     microbatch: int,
     meter: Meter,
     tiny: bool = False,
-) -> tuple[Tensor, Scores]:
-    """Decode and reward: pictures uint8 (N, H, W, 3), of videos their middle frames, and what they are worth."""
-    images_NHWC = decoded(policy, x0_NCHW, microbatch, tiny)
-    scores = reward.score(images_NHWC.numpy(), [prompts[g] for g in batch.group_N.tolist()], batch.group_N)
+) -> tuple[Pictures, Scores]:
+    """Decode and reward: pictures, of videos their middle frames, and what they are worth."""
+    pictures = decoded(policy, x0_NCHW, microbatch, tiny)
+    scores = reward.score(
+        pictures.images_NHWC.numpy(),
+        [prompts[g] for g in batch.group_N.tolist()],
+        batch.group_N,
+        pictures.there_N,
+        pictures.fault,
+    )
     meter.count(decodes=len(batch), reward_calls=len(batch))
-    return still(images_NHWC), scores
+    return replace(pictures, images_NHWC=still(pictures.images_NHWC)), scores
 
 
-def decoded(policy: Policy, x0_NCHW: Tensor, microbatch: int, tiny: bool = False) -> Tensor:
-    """What latents show, uint8 (N, H, W, 3) on the CPU or of videos (N, F, H, W, 3); not more at once than a decoder has memory for."""
+def decoded(policy: Policy, x0_NCHW: Tensor, microbatch: int, tiny: bool = False) -> Pictures:
+    """What latents show; not more at once than a decoder has memory for."""
     decode, most = policy.preview if tiny else policy.decode, min(microbatch, DECODED)
     if not len(x0_NCHW):  # of a group that has fewer members than processes; a decoder takes no fewer than one
-        return decode(x0_NCHW.new_zeros(1, *x0_NCHW.shape[1:]))[:0]
+        return decode(x0_NCHW.new_zeros(1, *x0_NCHW.shape[1:])).first(0)
     # a compiled decoder would be compiled again for another shape
     one_shape = policy.compiled_decoder and not tiny
     parts = of_one_shape(len(x0_NCHW), most) if one_shape else torch.arange(len(x0_NCHW)).split(most)
-    return torch.cat([decode(x0_NCHW[rows]) for rows in parts])[: len(x0_NCHW)]
+    made = [decode(x0_NCHW[rows]) for rows in parts]
+    whole = Pictures(
+        torch.cat([part.images_NHWC for part in made]),
+        torch.cat([part.there_N for part in made]),
+        next((part.fault for part in reversed(made) if part.fault), ""),
+    )
+    return whole.first(len(x0_NCHW))

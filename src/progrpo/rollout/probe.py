@@ -78,7 +78,9 @@ def lessons(
         previews_TN = rewards_N.new_full((len(seen_TNCHW), len(rewards_N)), torch.nan)
     found = {}
     for group in finished.group_N.unique().tolist():
-        own = finished.group_N == group
+        own = (finished.group_N == group) & seen_TNCHW.isfinite().flatten(2).all(2).all(0)
+        if not own.any():
+            continue
         lesson = Lesson(seen_TNCHW[:, own], told[group], rewards_N[own], previews_TN[:, own])
         found[int(finished.slot_N[own][0])] = lesson
     return found
@@ -114,10 +116,17 @@ class Probe:
 
     @torch.no_grad()
     def score(self, step: int, seen_NCHW: Tensor, texts_P: Tensor, group_N: Tensor) -> Tensor:
-        """float64 (N,) of glances at P groups after `step`, comparable within a group only, and made by comparing it."""
+        """float64 (N,) of glances at P groups after `step`, comparable within a group only, and made by comparing it.
+
+        NaN of a glance that is not finite, which the group is not compared with.
+        """
         assert self.knows, "learn first"
-        step_P = torch.full((len(texts_P),), step)
-        return self._average(seen_NCHW, texts_P, step_P, group_N).sum(1).double()
+        step_P, there_N = torch.full((len(texts_P),), step), seen_NCHW.isfinite().flatten(1).all(1)
+        scores_N = torch.full((len(there_N),), torch.nan, dtype=torch.float64)
+        if there_N.any():
+            found = self._average(seen_NCHW[there_N], texts_P, step_P, group_N[there_N])
+            scores_N[there_N] = found.sum(1).double()
+        return scores_N
 
     def _begin(self, lesson: Lesson) -> None:
         with torch.random.fork_rng(devices=[]):

@@ -58,7 +58,7 @@ def rollout(
     sampling = sampling.within(len(batch))
     finalists = denoise(policy, condition, batch, sampling, key, meter, prune)
     with meter.stage("reward"):
-        images_NHWC, scores = score(policy, reward, prompts, finalists, finalists.x_NCHW, sampling.microbatch, meter)
+        pictures, scores = score(policy, reward, prompts, finalists, finalists.x_NCHW, sampling.microbatch, meter)
     rows = torch.arange(len(finalists))
     if plan.final_keep is not None:
         rows = kept(finalists, scores.ranking_N, plan.final_keep, sampling.num_inference_steps)
@@ -66,7 +66,8 @@ def rollout(
         prompts=tuple(prompts),
         condition=condition,
         trajectories=finalists.take(rows),
-        images_NHWC=images_NHWC[rows],
+        images_NHWC=pictures.images_NHWC[rows],
+        there_N=pictures.there_N[rows],
         rewards_N=scores.value_N[rows],
         ranking_N=scores.ranking_N[rows],
         passed_N=scores.passed_N[rows],

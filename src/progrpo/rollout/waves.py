@@ -28,10 +28,17 @@ class _Elsewhere:
     def __init__(self, reward: Scorer, turn: threading.Lock) -> None:
         self._reward, self._turn, self.weights = reward, turn, reward.weights
 
-    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt], group_N: Tensor) -> Scores:
+    def score(
+        self,
+        pictures_NHWC: np.ndarray,
+        prompts: Sequence[Prompt],
+        group_N: Tensor,
+        there_N: Tensor | None = None,
+        fault: str = "",
+    ) -> Scores:
         self._turn.release()
         try:
-            return self._reward.score(pictures_NHWC, prompts, group_N)
+            return self._reward.score(pictures_NHWC, prompts, group_N, there_N, fault)
         finally:
             self._turn.acquire()
 
@@ -73,6 +80,7 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
             [replace(r.trajectories, group_N=r.group_N + start) for r, start in zip(parts, starts, strict=True)]
         ),
         images_NHWC=torch.cat([r.images_NHWC for r in parts]),
+        there_N=torch.cat([r.there_N for r in parts]),
         rewards_N=torch.cat([r.rewards_N for r in parts]),
         ranking_N=torch.cat([r.ranking_N for r in parts]),
         passed_N=torch.cat([r.passed_N for r in parts]),

@@ -109,7 +109,7 @@ def audit(
     batch = expand(policy, slot_P, plan.group_size, sampling, key)
     sampling = sampling.within(len(batch))
     batch = denoise(policy, condition, batch, replace(sampling, attached=False), key, meter, watch)
-    images_NHWC, scored = score(policy, reward, [prompt], batch, batch.x_NCHW, sampling.microbatch, meter)
+    finished, scored = score(policy, reward, [prompt], batch, batch.x_NCHW, sampling.microbatch, meter)
     final_G = scored.ranking_N
     keep = plan.survivors if plan.survivors < plan.group_size else max(2, plan.group_size // 2)
     seeds = key.group_seeds(slot_P, sampling.num_inference_steps)
@@ -123,7 +123,7 @@ def audit(
         prompt=prompt,
         scores_TG=torch.stack(scores),
         final_G=final_G,
-        pictures_GSHWC=torch.stack([*pictures, images_NHWC], dim=1).numpy(),
+        pictures_GSHWC=torch.stack([*pictures, finished.images_NHWC], dim=1).numpy(),
         stopped_at=_stops(plan, decided, final_G, select, key, slot_P),
         kept_uniform=_kept(SELECTORS["uniform"], final_G, keep, seeds),
         kept_ovf=_kept(SELECTORS["ovf"], final_G, keep, seeds),

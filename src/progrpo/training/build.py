@@ -49,6 +49,7 @@ from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.preview import Previewing
 from progrpo.rollout.probe import Probe
 from progrpo.training.distributed import Ranks
+from progrpo.training.equal_inputs import require_same_model
 from progrpo.training.memory import keep_freed_memory
 from progrpo.training.zero import PartitionedAdamW, Zero, agreed
 from progrpo.types import FROM_PYTHON, Prompt
@@ -264,6 +265,7 @@ def trained_policy(
     # what a run saved has in it where it began, and is for the model as it is
     model = replace(run.model, path=path, revision=revision, variant=variant, lora="", quantize="none")
     policy = policy_from(model, 0, ranks, trained, negative_prompt=negative_prompt)
+    require_same_model(ranks, policy)
     ranks.attend = policy.attend
     return policy
 

@@ -17,5 +17,9 @@ class MissingScoresError(SelfCheckError):
     """A reward failed on more pictures than a run may lack. What was trained until then is not suspect."""
 
 
+class MissingPicturesError(SelfCheckError):
+    """A model gave numbers that are not finite in place of pictures; the message says which part of it did."""
+
+
 class LostProcessError(RuntimeError):
     """Another process of the run is gone, so that this one cannot go on; the message says from where the run can."""

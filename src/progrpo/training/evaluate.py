@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from progrpo.config import Config, EvalConfig, RewardTerm, check, from_python
+from progrpo.data import unread
 from progrpo.diffusion.gaussian import mean_square
 from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.diffusion.process import Process
@@ -30,8 +31,10 @@ from progrpo.rollout.preview import decoded
 from progrpo.sources import check_sources
 from progrpo.tracking.console import Console
 from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
-from progrpo.training.checks import check_failures
+from progrpo.training.checkpoints import digest
+from progrpo.training.checks import check_failures, fault_of
 from progrpo.training.distributed import Ranks, lost_in_words
+from progrpo.training.equal_inputs import require_same_prompts
 from progrpo.training.pictures import diversity, saturation, sharpness
 from progrpo.types import Prompt, Trajectories
 from progrpo.words import named
@@ -147,14 +150,11 @@ def evaluate(
         batch = [prompts[i] for i in places.tolist()]
         start = expand(policy, places, 1, sampling, NoiseKey(seed, 0))
         final = denoise(policy, policy.encode(batch), start, sampling, NoiseKey(seed, 0), Meter())
-        made_NHWC = decoded(policy, final.x_NCHW, sampling.microbatch).numpy()
-        images_NHWC, scores = still(made_NHWC), reward.score(made_NHWC, batch, places)  # each a group of its own
-        verdicts = judge.passes(images_NHWC, batch) if judge else [None] * len(batch)
-        graded, strict, others = (
-            _listed(scores.value_N),
-            _listed(scores.passed_N),
-            _parts(held_out, made_NHWC, batch, places),
-        )
+        made = decoded(policy, final.x_NCHW, sampling.microbatch)
+        shown = made.images_NHWC.numpy(), batch, places, made.there_N, made.fault  # each a group of its own
+        images_NHWC, there, scores = still(shown[0]), made.there_N.tolist(), reward.score(*shown)
+        verdicts = _verdicts(judge, images_NHWC, batch, there)
+        graded, strict, others = (_listed(scores.value_N), _listed(scores.passed_N), _parts(held_out, *shown))
         for n, i in enumerate(places.tolist()):
             record = {
                 "prompt": batch[n].text,
@@ -163,7 +163,7 @@ def evaluate(
                 "strict": None if strict[n] is None else bool(strict[n]),
                 "judge": verdicts[n],
                 "held_out": others[n],
-                **{statistic: measure(images_NHWC[n]) for statistic, measure in STATISTICS.items()},
+                **{name: measure(images_NHWC[n]) if there[n] else None for name, measure in STATISTICS.items()},
                 "diversity": None,
             }
             found.append((i, record, images_NHWC[n] if i < pictures else None))
@@ -178,11 +178,12 @@ def evaluate(
 
 def _diversities(
     policy: Policy, prompts: Sequence[Prompt], places: Tensor, sampling: Sampling, seed: int
-) -> list[float]:
+) -> list[float | None]:
     key, condition = NoiseKey(seed, 0), policy.encode([prompts[i] for i in places.tolist()])
     final = denoise(policy, condition, expand(policy, places, _GROUP, sampling, key), sampling, key, Meter())
-    images_NHWC = still(decoded(policy, final.x_NCHW, sampling.microbatch).numpy())
-    return [diversity(group) for group in np.split(images_NHWC, len(places))]
+    made = decoded(policy, final.x_NCHW, sampling.microbatch)
+    images_NHWC, there_N = still(made.images_NHWC.numpy()), made.there_N.numpy()
+    return [diversity(images_NHWC[rows][there_N[rows]]) for rows in np.split(np.arange(len(there_N)), len(places))]
 
 
 @torch.no_grad()
@@ -217,7 +218,9 @@ def kl_to_reference(
             ]
             apart = batch.output_NCHW - torch.cat(before)[: len(places)]
             distances.append(mean_square(apart).cpu() * weight)
-    return float(torch.cat(distances).mean())
+    apart_N = torch.cat(distances)
+    there_N = apart_N.isfinite()
+    return float(apart_N[there_N].mean()) if there_N.any() else None
 
 
 def _listed(values_N: Tensor) -> list[float | None]:
@@ -225,13 +228,28 @@ def _listed(values_N: Tensor) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values_N.tolist()]
 
 
+def _verdicts(
+    judge: Judge | None, images_NHWC: np.ndarray, prompts: Sequence[Prompt], there: Sequence[bool]
+) -> list[bool | None]:
+    """What a judge says of each picture that is there."""
+    rows = [n for n, is_there in enumerate(there) if is_there]
+    passed = judge.passes(images_NHWC[rows], [prompts[n] for n in rows]) if judge and rows else []
+    found = dict(zip(rows, passed, strict=False))
+    return [found.get(n) for n in range(len(prompts))]
+
+
 def _parts(
-    held_out: Scorer | None, images_NHWC: np.ndarray, prompts: Sequence[Prompt], places: Tensor
+    held_out: Scorer | None,
+    images_NHWC: np.ndarray,
+    prompts: Sequence[Prompt],
+    places: Tensor,
+    there_N: Tensor,
+    fault: str,
 ) -> list[dict[str, float | None]]:
     """What each held-out reward gives each picture."""
     if held_out is None:
         return [{} for _ in prompts]
-    parts_NR = held_out.score(images_NHWC, prompts, places).parts_NR
+    parts_NR = held_out.score(images_NHWC, prompts, places, there_N, fault).parts_NR
     return [dict(zip(held_out.weights, _listed(row), strict=True)) for row in parts_NR]
 
 
@@ -262,7 +280,8 @@ def _require_names(
 
 def warn_of_cuts(policy: Policy, prompts: Sequence[Prompt], ranks: Ranks) -> None:
     """Of what the pipeline itself would do otherwise, and of cut prompts: on stderr, for results go to stdout."""
-    for said in filter(None, (policy.ignored, policy.truncation([prompt.text for prompt in prompts]).in_words())):
+    cuts = policy.truncation([prompt.text for prompt in prompts]).in_words()
+    for said in filter(None, (policy.ignored, cuts, unread(prompts))):
         Console(0, enabled=ranks.is_main, file=sys.stderr).warn(said)
 
 
@@ -318,6 +337,7 @@ def evaluate_model(
         for scorer in filter(None, (reward_of, held_out)):
             scorer.check(chosen)
         ranks = Ranks()
+        require_same_prompts(ranks, "evaluation", digest(chosen), chosen[0])
         policy = trained_policy(target, lora, ranks, revision, variant, away)
         if policy.edits:
             check_sources(chosen)
@@ -334,8 +354,9 @@ def evaluate_model(
             diverse=DIVERSE_PROMPTS,
             held_out=held_out,
         )
-        for scorer in filter(None, (reward_of, held_out)):
-            check_failures(ranks.gather([scorer.failures()]), config.reward.max_missing, "the evaluation")
+        failures = [ranks.gather([scorer.failures()]) for scorer in filter(None, (reward_of, held_out))]
+        for found in failures:
+            check_failures(found, config.reward.max_missing, "the evaluation")
         ranks.leave()
     if not ranks.is_main:
         return None
@@ -346,4 +367,9 @@ def evaluate_model(
         **({"negative_prompt": away} if away else {}),
         "seed": wanted.seed,
         **result.figures(),
+        **(
+            {"missing_pictures": lost, "fault": fault_of(failures[0])}
+            if (lost := sum(f.lost for f in failures[0]))
+            else {}
+        ),
     }

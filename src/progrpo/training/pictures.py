@@ -21,15 +21,20 @@ def saturation(picture_HWC: np.ndarray) -> float:
     return float(np.divide(high - low, high, out=np.zeros_like(high), where=high > 0).mean())
 
 
-def diversity(images_GHWC: np.ndarray) -> float:
-    """How much pictures of one prompt differ: root mean square pixel difference, in units of the full range, mean over pairs."""
-    flat = images_GHWC.reshape(len(images_GHWC), -1) / 255
-    return float(np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in combinations(flat, 2)]))
+def diversity(images_GHWC: np.ndarray) -> float | None:
+    """How much pictures of one prompt differ: root mean square pixel difference, in units of the full range, mean over pairs.
+
+    None of fewer than two.
+    """
+    flat = [image.ravel() / 255 for image in images_GHWC]
+    pairs = [np.sqrt(np.mean((a - b) ** 2)) for a, b in combinations(flat, 2)]
+    return float(np.mean(pairs)) if pairs else None
 
 
 def group_diversity(images_NHWC: np.ndarray, group_N: np.ndarray) -> float | None:
     """The mean over groups of the diversity of a few members, on every so many pixels; None where no group has two."""
     step = -(-max(images_NHWC.shape[1:3]) // _SIDE)
     groups = [np.flatnonzero(group_N == g)[:_MEMBERS] for g in np.unique(group_N)]
-    found = [diversity(images_NHWC[rows][:, ::step, ::step]) for rows in groups if len(rows) > 1]
-    return float(np.mean(found)) if found else None
+    found = [diversity(images_NHWC[rows][:, ::step, ::step]) for rows in groups]
+    there = [value for value in found if value is not None]
+    return float(np.mean(there)) if there else None

@@ -29,7 +29,7 @@ from progrpo.config import (
     to_dict,
     trained_items,
 )
-from progrpo.data import ORDERS, PromptOrder, prompts_of
+from progrpo.data import ORDERS, PromptOrder, prompts_of, unread
 from progrpo.policies.base import Policy
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge, Refusal
@@ -65,6 +65,7 @@ from progrpo.training.build import (
     train_order,
 )
 from progrpo.training.distributed import Ranks, lost_in_words
+from progrpo.training.equal_inputs import require_same_model, require_same_prompts, require_same_settings
 from progrpo.training.errors import Interrupted, MissingScoresError
 from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, evaluate, kl_to_reference, ode
 from progrpo.training.judge import prompt_cost
@@ -116,7 +117,7 @@ def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
         )
     with lost_in_words(lambda: _NO_CHECKPOINT):
         ranks = Ranks()
-        _require_same_settings(ranks, config)
+        require_same_settings(ranks, config)
         config = settled(located(config), ranks)
         out = ranks.gather([out])[0]  # where it was chosen by what is free, another process may have chosen later
         run = Run(_named_parts(config, ranks), RunFolder(out), ranks)
@@ -142,7 +143,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
         check(config)
     with lost_in_words(lambda: _how_to_go_on(folder)):
         ranks = Ranks()
-        _require_same_settings(ranks, config)
+        require_same_settings(ranks, config)
         config = settled(config, ranks)
         return _resumed(config, lambda: _named_parts(config, ranks), run, ranks, accept_changes)
 
@@ -184,7 +185,7 @@ def train(
         check(config)
     with lost_in_words(lambda: _NO_CHECKPOINT):
         ranks = Ranks()
-        _require_same_settings(ranks, config, resume=resume, accept_changes=accept_changes)
+        require_same_settings(ranks, config, resume=resume, accept_changes=accept_changes)
         folder = RunFolder(ranks.gather([out])[0])
         own = ranks.from_main(lambda: _own_config(folder, accept_changes)) if resume else None
         config = settled(_given_config(config, own, pipeline), ranks)
@@ -258,13 +259,6 @@ def _own_config(folder: RunFolder, accept: bool) -> Config:
             " left it, with accept_changes=True)"
         )
     return load_recipe(str(folder.path))
-
-
-def _require_same_settings(ranks: Ranks, config: Config | None, **options: bool) -> None:
-    """Before anything else is done together: processes of other settings would wait for each other at other places."""
-    flat = {} if config is None else checkpoints.flat(to_dict(config))
-    given = {name: quoted(value) for name, value in {"config": config is not None, **options, **flat}.items()}
-    ranks.require_same(given, "give all the same configuration")
 
 
 def _begun(run: Run, overwrite: bool) -> RunFolder:
@@ -383,13 +377,8 @@ class Parts:
     def check(self, ranks: Ranks) -> None:
         """ValueError for rewards that lack something, which is often known without a picture, and for prompts that differ by process."""
         firsts = {"training": next(iter(self.order.whole)), "evaluation": self.held_out.test[0]}
-        shown = {
-            f"the list of {name} prompts": f"{digest[:8]} (it begins with {quoted(firsts[name].text)})"
-            for name, digest in self.prompts.items()
-        }
-        ranks.require_same(
-            shown, "give all the same prompts in the same order: sort what comes out of a set, seed what is shuffled"
-        )
+        for name, digest in self.prompts.items():
+            require_same_prompts(ranks, name, digest, firsts[name])
         self.reward.check(self.met)
         if self.held_out.rewards is not None:
             self.held_out.rewards.check([*self.held_out.test, *self.held_out.validation])
@@ -418,11 +407,8 @@ class Run:
             refused.callback(close_all, (self.reward, self.held_out.rewards), _unsaid)
             parts.check(ranks)
             self.policy = parts.load()
+            require_same_model(ranks, self.policy)
             refused.pop_all()
-        weights = {f"the weights of {name}": told[:8] for name, told in self.policy.fingerprints.items()}
-        ranks.require_same(
-            weights, "load the same model in all: one whose files lack weights gets other random ones in each"
-        )
         if self.policy.edits:
             check_sources(parts.met)
         self.config = measured(parts.config, self.policy, parts.order.prompts_for(0, 1)[0], ranks)
@@ -471,7 +457,7 @@ class Run:
                 console,
             )
         cuts = self.policy.truncation([p.text for p in self._met]).in_words()
-        for said in filter(None, (self.policy.ignored, cuts, self._of_overlap())):
+        for said in filter(None, (self.policy.ignored, cuts, unread(self._met), self._of_overlap())):
             self._warn(said, console)
         if not self.config.model.keep_text_encoders:
             self._encode_all()
@@ -529,6 +515,10 @@ class Run:
             self._warnings.append(sentence)
             console.warn(sentence)
 
+    def _warn_of_lost_pictures(self, console: Console) -> None:
+        if fault := self.trainer.totals.fault:
+            self._warn(f"pictures are missing, which are not scored nor trained on: {fault}", console)
+
     def _train(self, console: Console, start: float, stop: Stop, fresh: bool) -> None:
         console.say(self._what_runs())
         if self.ranks.zero is not None and self.ranks.zero.stage:
@@ -536,6 +526,7 @@ class Run:
         if fresh:
             console.say(f"evaluating the model as it is, on {len(self.held_out.test)} pictures")
             self._evaluate("before", "reference", console)
+            self._warn_of_lost_pictures(console)
         self._write_summary(start, "running")
         while self.trainer.iteration < self.config.iterations and not self._hacked:
             self._stop_if_asked(stop, start)
@@ -543,6 +534,7 @@ class Run:
             self._keep_microbatches(console)
             if self.config.eval.every and self.trainer.iteration % self.config.eval.every == 0:
                 done.record.update(self._validate(done.record, console))
+            self._warn_of_lost_pictures(console)
             if self.ranks.is_main:
                 self._keep(done, console)
             if self._due(self.config.checkpoint.every) or self._hacked:
@@ -555,6 +547,7 @@ class Run:
         console.say(f"evaluating the trained model{which} on {len(self.held_out.test)} pictures")
         weights = Best.NAME if self.best else self.trainer.evaluated_weights
         self._evaluate("after", weights, console)
+        self._warn_of_lost_pictures(console)
         name = "lora" if self.config.model.weights == "lora" else self.policy.denoiser_name
         whole = self.folder.weights(name)  # a run that is killed here leaves no half of it
         with whole if self.ranks.is_main else nullcontext() as folder:
@@ -824,6 +817,7 @@ class Run:
                     "missing": totals.missing,
                     "last_error": totals.last_error,
                 },
+                "missing_pictures": totals.lost,
                 "warnings": self._warnings,
                 "seconds_by_stage": totals.seconds,
                 "versions": checkpoints.versions(config),

@@ -19,6 +19,7 @@ from progrpo.rollout.preview import decoded
 from progrpo.sources import COLUMN
 from progrpo.training.build import run_of, trained_policy
 from progrpo.training.distributed import Ranks, lost_in_words
+from progrpo.training.errors import MissingPicturesError
 from progrpo.training.evaluate import asked_for, away_from, ode, rows_at_once, warn_of_cuts
 from progrpo.types import Prompt
 from progrpo.words import named
@@ -46,6 +47,7 @@ def sample_pictures(
 
     None that is there is replaced: prompts are numbered on.
     For None the seed, steps, guidance and negative prompt are those of the evaluations of the run that `model` or `lora` is; of no run 0 and the configuration's defaults.
+    MissingPicturesError where the model gave none that is finite; those that it gave are written.
     Several processes share the pictures out; the main one writes them, and the files are given to it alone.
     """
     if os.path.exists(out) and not os.path.isdir(out):
@@ -63,15 +65,26 @@ def sample_pictures(
         sampling = ode(policy, wanted.num_inference_steps, wanted.guidance_scale, rows_at_once(policy))
         key, condition = NoiseKey(wanted.seed, 0), policy.encode(prompts)
         start = expand(policy, torch.arange(len(prompts)), count, sampling, key)
-        found: list[tuple[int, int, np.ndarray]] = []
+        found: list[tuple[int, int, np.ndarray | None]] = []
+        faults: list[str] = []
         mine = ranks.deal(len(start))
         for rows in mine.split(sampling.microbatch) if len(mine) else ():  # splitting nothing gives one empty part
             final = denoise(policy, condition, start.take(rows), sampling, key, Meter())
-            images_NHWC = decoded(policy, final.x_NCHW, sampling.microbatch).numpy()
-            found += zip(final.group_N.tolist(), final.member_N.tolist(), images_NHWC, strict=True)
+            made = decoded(policy, final.x_NCHW, sampling.microbatch)
+            shown = zip(made.images_NHWC.numpy(), made.there_N.tolist(), strict=True)
+            images = (image if is_there else None for image, is_there in shown)
+            found += zip(final.group_N.tolist(), final.member_N.tolist(), images, strict=True)
+            faults += filter(None, [made.fault])
         drawn = sorted(ranks.gather(found), key=lambda one: one[:2])
-        files = ranks.from_main(lambda: _written(drawn, out))
+        there = [(group, member, image) for group, member, image in drawn if image is not None]
+        files = ranks.from_main(lambda: _written(there, out)) if there else []
+        why = ranks.gather(faults)
         ranks.leave()
+        if why:
+            rest = f"; the others are in {named(out)}" if there else ""
+            raise MissingPicturesError(
+                f"{len(drawn) - len(there)} of {len(drawn)} pictures are missing: {why[-1]}{rest}"
+            )
     return files if ranks.is_main else []
 
 

@@ -59,6 +59,9 @@ class Totals:
     """Scores of each reward, evaluations and audits included; how many of them are missing, and the last error that said why."""
     missing: dict[str, int] = field(default_factory=dict)
     last_error: str | None = None
+    lost: int = 0
+    """Pictures that were none, previews, evaluations and audits included; and why the last of them was."""
+    fault: str = ""
 
     def add_failures(self, found: Sequence[Failures]) -> None:
         for f in found:
@@ -66,6 +69,7 @@ class Totals:
                 self.asked[name] = self.asked.get(name, 0) + f.asked[name]
                 self.missing[name] = self.missing.get(name, 0) + f.missing[name]
             self.last_error = f.last_error or self.last_error
+            self.lost, self.fault = self.lost + f.lost, f.fault or self.fault
 
     def add_seconds(self, spent: Mapping[str, float]) -> None:
         for stage, seconds in spent.items():
@@ -80,6 +84,7 @@ class Totals:
         )
         self.seconds, self.asked, self.missing = (dict(state[name]) for name in ("seconds", "asked", "missing"))
         self.last_error = state["last_error"]
+        self.lost, self.fault = state.get("lost", 0), state.get("fault", "")
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,9 @@ class Trainer:
         sampling = self.sampling
         with self.policy.weights(self.objective.rollout_weights):
             rolled = self.within_memory(lambda m: self._roll_out(prompts, slots, self.sampling, key, m), meter)
+        lost = self.totals.lost
         failed = self.check_failures(f"iteration {self._number}")
+        lost = self.totals.lost - lost
         self.untouched = False
         self._observe(slots, rolled)
         with meter.stage("update"):
@@ -175,6 +182,7 @@ class Trainer:
             self._collect_failures()
         record = self._record(tally, meter, audited, found, time.perf_counter() - start)
         record |= {f"reward/failed@{name}": count for name, count in failed.items() if count}
+        record |= {"rollout/missing_pictures": lost} if lost else {}
         self.checks.rewards(self._number, record, len(prompts))
         self._learn_of_previews(rolled, found)
         record |= self._judge_plan(found)
@@ -224,7 +232,8 @@ class Trainer:
     def _update(self, rolled: Rollout, sampling: Sampling, key: NoiseKey, meter: Meter) -> Tally:
         wanted, clip = self.config.objective, self.objective.adv_clip_max
         weights, quorum, diverse = self.reward.weights, self.config.reward.quorum, Tally()
-        if (found := group_diversity(rolled.images_NHWC.numpy(), rolled.group_N.numpy())) is not None:
+        there = rolled.there_N.numpy()
+        if (found := group_diversity(rolled.images_NHWC.numpy()[there], rolled.group_N.numpy()[there])) is not None:
             diverse.add("rollout/diversity", found * len(rolled.prompts), len(rolled.prompts))
         together = self._together
         experience, tally = learn_from(rolled, sampling, key, wanted, clip, self.ranks, weights, quorum, together)

@@ -58,6 +58,8 @@ class SelfChecks:
 
     def weights(self, iteration: int, fingerprint: float, taught: bool) -> None:
         """A sum over the trained weights after an iteration in which there was something to learn, or not."""
+        if not math.isfinite(fingerprint):
+            raise SelfCheckError(f"iteration {iteration}: a trained weight is no longer finite; lower optim.lr")
         still = taught and self._weights == fingerprint
         self._still, self._weights = self._still + 1 if still else 0, fingerprint
         if self._still_iterations and self._still >= self._still_iterations:
