@@ -144,7 +144,8 @@ class _Workers:
         return self._begun.value == self._count
 
     def end(self, grace: float) -> None:
-        processes, manager = list((self._pool._processes or {}).values()), self._pool._executor_manager_thread
+        processes = list((self._pool._processes or {}).values())
+        manager: Any = self._pool._executor_manager_thread
         self._pool.shutdown(wait=False, cancel_futures=True)
         until = time.monotonic() + grace
         for process in processes:
