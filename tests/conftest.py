@@ -3,6 +3,7 @@ one needs, and a policy of two weights for computing by hand."""
 
 from __future__ import annotations
 
+import os
 import re
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+for _name in (
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "HF_ENDPOINT",
+    *(name for name in os.environ if name.lower().endswith("_proxy")),
+):
+    os.environ.pop(_name, None)  # sentences name what lies before a server: here they are of no machine's own
 
 torch.set_num_threads(1)  # tensors here are tiny: on a busy machine threads wait for each other for seconds
 

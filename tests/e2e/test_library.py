@@ -34,7 +34,7 @@ from progrpo.config import (
 from progrpo.rewards.base import Score
 from progrpo.rollout.noise import INITIAL, NoiseKey
 from progrpo.tracking.run_folder import RunFolder
-from progrpo.training.errors import Interrupted, SelfCheckError
+from progrpo.training.errors import Interrupted, MissingScoresError, SelfCheckError
 from progrpo.training.run import train_run
 from progrpo.types import Prompt
 
@@ -324,6 +324,25 @@ def test_a_run_of_the_library_goes_on_as_if_it_had_not_been_stopped(
     monkeypatch.chdir(tmp_path.parent)
     progrpo.train(again, prompts, redness, config=config, out=out, resume=True)
     assert_the_same(out, tmp_path / straight)
+
+
+def test_a_reward_that_ends_a_run_of_the_library_says_how_to_go_on(
+    tiny_pipeline, tiny_config, prompts, redness, tmp_path
+):
+    calls, out, mended = iter(range(100)), tmp_path / "run", list[bool]()
+
+    def judged(images, prompts):
+        return (
+            redness(images, prompts) if next(calls) < 4 or mended else [None] * len(images)
+        )  # from the second's finals on
+
+    config = tiny_config(iterations=3)
+    message = rf"; mend that, and go on from iteration_000002 with: progrpo\.train\(\.\.\., out='{out}', resume=True\)$"
+    with pytest.raises(MissingScoresError, match=message):
+        progrpo.train(tiny_pipeline(), prompts, judged, config=config, out=out)
+    mended.append(True)
+    run = progrpo.train(tiny_pipeline(), prompts, judged, config=config, out=out, resume=True)
+    assert run.read_summary()["status"] == "finished" and len(run.read_metrics()) == 3
 
 
 def moved(pipeline: Any) -> Any:

@@ -25,8 +25,8 @@ def reason_of(error: Exception, source: str | Path) -> str:
         return str(error)
     if not os.path.isdir(source):
         way = on_the_way_to_the_hub()
-        kinds = (*_UNREACHABLE, *_MISLED) if way else _UNREACHABLE
-        cut_off = next((e for e in _behind(error) if isinstance(e, kinds)), None)
+        kinds = (_UNREACHABLE, _MISLED) if way else (_UNREACHABLE,)  # what says most comes first
+        cut_off = next((e for kind in kinds for e in _behind(error) if isinstance(e, kind)), None)
         if cut_off is not None:
             return f"the hub{way} cannot be reached ({_on_a_line(cut_off)}); try again with a network, or give a folder"
     if isinstance(error, OSError | ValueError):
