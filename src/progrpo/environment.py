@@ -36,9 +36,13 @@ class Proxy:
 
 def proxy_for(url: str) -> Proxy | None:
     """The proxy before a server; None for this machine, and where NO_PROXY lists the host."""
-    parts, proxies = urlsplit(url), getproxies()
-    host, found = parts.hostname or "", next((s for s in (parts.scheme, "all") if proxies.get(s)), None)
-    if found is None or _is_here(host) or proxy_bypass(host) or _in_a_network(host, proxies.get("no", "")):
+    try:
+        parts, proxies = urlsplit(url), getproxies()
+    except ValueError:  # it is no URL
+        return None
+    host, place = parts.hostname or "", parts.netloc.rpartition("@")[2]
+    found = next((scheme for scheme in (parts.scheme, "all") if proxies.get(scheme)), None)
+    if found is None or _is_here(host) or proxy_bypass(place) or _in_a_network(host, proxies.get("no", "")):
         return None
     proxy = proxies[found] if "://" in proxies[found] else f"http://{proxies[found]}"
     names = (f"{found}_proxy", f"{found}_proxy".upper())

@@ -125,6 +125,9 @@ def test_a_server_on_this_machine_is_asked_whatever_the_environment_says(client,
         ({"ALL_PROXY": "http://p:1"}, "http://[::1]:8000", None),
         ({"ALL_PROXY": "http://p:1"}, "http://127.8.9.10", None),
         ({"ALL_PROXY": "http://p:1"}, "http://a.localhost", None),
+        ({"http_proxy": "http://p:1", "NO_PROXY": "box:8000"}, "http://me@box:8000/v1", None),
+        ({"http_proxy": "http://p:1", "NO_PROXY": "box:8001"}, "http://box:8000/v1", "http://p:1"),
+        ({"ALL_PROXY": "http://p:1"}, "https://[", None),
     ],
 )
 def test_which_proxy_is_before_a_server(variables, url, proxy, monkeypatch):

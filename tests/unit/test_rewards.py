@@ -378,6 +378,17 @@ def test_coroutines_that_nobody_awaits_are_refused_with_how_to_await_them():
         FunctionReward(lambda images, prompts: [one(image) for image in images]).score(PICTURES, PROMPTS)
 
 
+def test_an_async_function_that_does_not_await_all_is_told_to():
+    async def one(image):
+        return 0.5
+
+    async def returns_too_soon(images, prompts):
+        return asyncio.gather(*map(one, images))
+
+    with pytest.raises(WrongAnswer, match=r"returned '_GatheringFuture', no scores for 3 pictures; await it$"):
+        FunctionReward(returns_too_soon).score(PICTURES, PROMPTS)
+
+
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
 def test_scores_that_are_tensors_with_gradients_are_numbers():
     values = torch.tensor([0.25, 0.5, 0.75], requires_grad=True)

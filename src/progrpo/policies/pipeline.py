@@ -503,7 +503,7 @@ def _require_finite(pipeline: DiffusionPipeline, denoiser_name: str) -> None:
             continue
         scales = part.named_buffers() if name == denoiser_name else ()
         for path, weight in (*part.named_parameters(), *scales):
-            if weight.is_floating_point() and not _all_finite(weight):
+            if weight.is_floating_point() and not weight.is_meta and not _all_finite(weight):
                 narrow = ", or another model.dtype if it is finite there" if weight.dtype == torch.float16 else ""
                 raise ValueError(
                     f"model.path: the {name}'s {path} has numbers that are not finite, as of a damaged file or a training that"

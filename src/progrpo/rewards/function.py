@@ -122,10 +122,8 @@ class FunctionReward:
         length = _length(values)
         if length != count:
             returned = f"{type(values).__name__!r}, no scores" if length is None else f"{length} scores"
-            raise WrongAnswer(
-                f"reward {self._called} returned {returned} for {count} pictures; return one each, a list of numbers"
-                " or None"
-            )
+            mend = "await it" if inspect.isawaitable(values) else "return one each, a list of numbers or None"
+            raise WrongAnswer(f"reward {self._called} returned {returned} for {count} pictures; {mend}")
         scores = [_score(value) for value in values]
         if None in scores:
             first = scores.index(None)
