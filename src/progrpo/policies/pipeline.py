@@ -389,7 +389,8 @@ class PipelinePolicy(ABC):
             rows = torch.arange(size, device=self.device)
             return self._output(x_NCHW[rows], timestep_N[rows], condition.take(rows))
 
-        self.batch_invariant = is_batch_invariant(output, sizes)
+        with torch.compiler.set_stance("force_eager"):  # one compilation for each size would take minutes
+            self.batch_invariant = is_batch_invariant(output, sizes)
         return self.batch_invariant
 
     def _ones(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
