@@ -148,7 +148,9 @@ def test_in_low_precision_not_a_bit_of_it_is_lost(tiny_kontext, move, tmp_path):
         p.dtype == torch.float32 and torch.equal(p, first.trainable[name]) for name, p in policy.trainable.items()
     )
     assert {p.dtype for _, p in policy.frozen() if p.dim() == 2 and p.is_floating_point()} == {torch.bfloat16}
-    looked_at: Any = load_policy(tiny_kontext, replace(SETTINGS, dtype=torch.bfloat16), tmp_path)  # as sample and eval do
+    looked_at: Any = load_policy(
+        tiny_kontext, replace(SETTINGS, dtype=torch.bfloat16), tmp_path
+    )  # as sample and eval do
     plain = dict(load_policy(tiny_kontext, replace(SETTINGS, dtype=torch.bfloat16)).frozen())
     assert all(torch.equal(p, first.trainable[name]) for name, p in looked_at.trainable.items())
     assert all(torch.equal(p, plain[name]) for name, p in looked_at.frozen())

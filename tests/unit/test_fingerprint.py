@@ -20,7 +20,7 @@ def network():
 
 def test_names_order_and_layout_do_not_count(network):
     renamed = nn.ModuleDict({"x": network["c"], "y": copy.deepcopy(network["a"]), "z": network["b"]})
-    renamed["y"].to(memory_format=torch.channels_last)
+    renamed["y"].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     assert fingerprint(renamed) == fingerprint(network)
 
 
