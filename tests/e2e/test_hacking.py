@@ -46,14 +46,16 @@ def trained(tiny_pipeline, tiny_config, prompts, redness, tmp_path, monkeypatch)
     sys.modules.pop(MODULE, None)
 
 
+def warnings_of_hacking(run: RunFolder) -> list[str]:
+    cheating = "the model may be learning to please the reward alone: "
+    return [warning for warning in run.read_summary()["warnings"] if warning.startswith(cheating)]
+
+
 def test_it_is_said_and_shown_and_training_goes_on(trained, capsys):
     run = trained("warn")
     said = capsys.readouterr().out
-    (warning, *_) = run.read_summary()["warnings"]
-    cheating = "the model may be learning to please the reward alone: "
-    assert (
-        warning.startswith(f"{cheating}the held-out {MODULE}:paleness fell from ") and "trained reward rose" in warning
-    )
+    warning = warnings_of_hacking(run)[0]
+    assert f"the held-out {MODULE}:paleness fell from " in warning and "trained reward rose" in warning
     assert f"warning: {warning}" in " ".join(said.split())
     assert len(run.read_metrics()) == 12
     assert "the trained reward rose" in (run.path / "report.html").read_text()
@@ -68,8 +70,9 @@ def test_it_ends_training_where_that_is_asked_for(trained, capsys):
 
 
 def test_the_best_by_the_held_out_reward_is_another(trained):
-    by_reward = trained("off", keep_best=True).read_summary()
-    assert by_reward["warnings"] == []
+    run = trained("off", keep_best=True)
+    by_reward = run.read_summary()
+    assert not warnings_of_hacking(run)
     import shutil
 
     shutil.rmtree("run")

@@ -247,7 +247,8 @@ def test_no_text_is_evaluated_and_nothing_is_unpickled():
     for file in FILES:
         for name, told in calls(file):
             assert name not in ("eval", "exec", "compile", "__import__", "os.system"), (file, name)
-            assert name.partition(".")[0] not in ("pickle", "dill", "marshal", "shelve"), (file, name)
+            unpickles = name.partition(".")[0] in ("pickle", "dill", "marshal", "shelve") and name != "pickle.dumps"
+            assert not unpickles, (file, name)
             assert told.get("shell", "False") == "False" and told.get("allow_pickle", "False") == "False", (file, name)
             assert told.get("trust_remote_code", "False") == "False", (file, name)
             if name == "torch.load":

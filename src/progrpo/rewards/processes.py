@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import atexit
+import copy
 import functools
 import inspect
 import multiprocessing
@@ -285,7 +286,8 @@ def _sendable() -> Iterator[None]:
         yield
     except BaseException as error:
         try:
-            pickle.loads(pickle.dumps(error))
+            copy.copy(error)  # which makes it anew from its arguments, as unpickling does
+            pickle.dumps(error)
         except Exception:
             raise RuntimeError(f"{type(error).__name__}: {error}") from None
         raise
