@@ -73,7 +73,9 @@ def port() -> Iterator[int]:
 
 
 def remote(url: str) -> RemoteReward:
-    return RemoteReward.make("half", RewardSettings(url=url, timeout=0.2))
+    reward = RemoteReward.make("half", RewardSettings(url=url, timeout=0.2))
+    reward._patience = 0.0  # of a server that is down: nobody starts one meanwhile
+    return reward
 
 
 def judge(url: str) -> VLMJudge:
