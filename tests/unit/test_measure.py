@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -58,7 +59,7 @@ def clock(monkeypatch):
     def of(sample: Any, train: Any) -> list[tuple[str, int]]:
         timed: list[tuple[str, int]] = []
 
-        def tell(work: Any, size: int, device: torch.device) -> float:
+        def tell(work: Any, size: int, clock: Any) -> float:
             timed.append((work.__name__, size))
             return 1e-6 * {"sample": sample, "train": train}[work.__name__](size)
 
@@ -185,8 +186,8 @@ def bounded_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The call is made, and takes the same time whatever it holds."""
     timed = measure._timed
 
-    def tell(work: Any, size: int, device: torch.device) -> float:
-        timed(work, size, device)
+    def tell(work: Any, size: int, clock: Any) -> float:
+        timed(work, size, clock)
         return 1e-2
 
     monkeypatch.setattr(measure, "_timed", tell)
@@ -263,3 +264,23 @@ def test_the_load_of_others_is_a_share_of_the_processors():
     load = measure._OtherLoad()
     sum(range(10**6))
     assert 0 <= load.share() <= 1.5  # clocks tick in hundredths of a second
+
+
+def test_beside_other_work_one_thread_is_timed_by_what_it_gets_of_a_processor(policy, asked, monkeypatch):
+    quiet(monkeypatch, share=0.5)
+    seen = []
+
+    def tell(work: Any, size: int, clock: Any) -> float:
+        seen.append((clock.now, torch.get_num_threads()))
+        return 1e-2
+
+    monkeypatch.setattr(measure, "_timed", tell)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        sampling, optim = chosen(asked(), policy)
+        assert torch.get_num_threads() == 2
+        assert (sampling, optim) == (144, 216)  # one thread was timed at half of these
+    finally:
+        torch.set_num_threads(threads)
+    assert set(seen) == {(time.process_time, 1)}

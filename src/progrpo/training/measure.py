@@ -8,8 +8,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -84,9 +84,10 @@ def _timings(config: Config, policy: Policy, prompt: Prompt, most: tuple[int, in
             parameter.grad = None
 
     load = _OtherLoad()
-    with torch.compiler.set_stance("force_eager"):  # one compilation for each size would take minutes
-        sampling = _seconds(sample, most[0], policy.device, _SAMPLING_BUDGET)
-        training = _seconds(train, most[1], policy.device, _TRAINING_BUDGET)
+    # eager, since one compilation for each size would take minutes
+    with torch.compiler.set_stance("force_eager"), _undisturbed(policy.device, load) as clock:
+        sampling = _seconds(sample, most[0], clock, _SAMPLING_BUDGET)
+        training = _seconds(train, most[1], clock, _TRAINING_BUDGET)
     return Timings(sampling, training, quiet=load.share() <= _BUSY)
 
 
@@ -98,18 +99,18 @@ def _sampled(rows_T: list[int], size: int, seconds: Mapping[int, float], one_sha
     return float(sum(count * s for (count, _), s in zip(calls, each, strict=True)))
 
 
-def _seconds(work: Callable[[int], None], most: int, device: torch.device, budget: float) -> dict[int, float]:
+def _seconds(work: Callable[[int], None], most: int, clock: _Clock, budget: float) -> dict[int, float]:
     """Mean seconds of a call by size, upwards to `most` rows and to what fits into memory.
 
     Ends where the time a row has become flat, and where the next size would go beyond the budget in seconds.
     """
     seconds: dict[int, float] = {}
-    sizes = sorted({min(size, most) for size in _SIZES})
+    sizes = sorted({min(size, -(-most // clock.threads)) for size in _SIZES})
     spent = 0.0
     for size, following in pairwise([*sizes, 0]):
         try:
-            warm_up = _timed(work, size, device)
-            block = [warm_up] if warm_up > budget / 4 else _block(work, size, device)
+            warm_up = _timed(work, size, clock)
+            block = [warm_up] if warm_up > budget / 4 else _block(work, size, clock)
         except torch.OutOfMemoryError:
             break
         seconds[size] = sum(block) / len(block)
@@ -119,17 +120,17 @@ def _seconds(work: Callable[[int], None], most: int, device: torch.device, budge
             break
     if not seconds:
         raise ValueError(
-            f"sampling.microbatch: not even {sizes[0]} rows fit into the memory of {device}; give it and"
+            f"sampling.microbatch: not even {sizes[0]} rows fit into the memory of {clock.device}; give it and"
             " optim.microbatch, from 1 on"
         )
-    return seconds
+    return {min(clock.threads * size, most): s for size, s in seconds.items()}
 
 
-def _block(work: Callable[[int], None], size: int, device: torch.device) -> list[float]:
+def _block(work: Callable[[int], None], size: int, clock: _Clock) -> list[float]:
     """Seconds of each of as many calls as take a tenth of a second, and no more than a hundred."""
-    block = [_timed(work, size, device)]
+    block = [_timed(work, size, clock)]
     while sum(block) < _BLOCK and len(block) < 100:
-        block.append(_timed(work, size, device))
+        block.append(_timed(work, size, clock))
     return block
 
 
@@ -144,12 +145,42 @@ def _is_flat(seconds: Mapping[int, float]) -> bool:
     return all(smaller[size] and rate[size] * _CLOSE > min(smaller[size]) for size in largest)
 
 
-def _timed(work: Callable[[int], None], size: int, device: torch.device) -> float:
-    start = time.perf_counter()
+@dataclass(frozen=True)
+class _Clock:
+    """Seconds of work on a device: of the wall, or of this process on a processor.
+
+    The work may be timed on one of several `threads`: as many times the rows then take all of them as long.
+    """
+
+    device: torch.device
+    now: Callable[[], float] = time.perf_counter
+    threads: int = 1
+
+
+@contextmanager
+def _undisturbed(device: torch.device, load: _OtherLoad) -> Iterator[_Clock]:
+    """Run the block with a clock that other work on the processors hardly moves.
+
+    Beside other work that is the time of this process on a processor, and one thread: several would wait for each other.
+    """
+    time.sleep(_BLOCK)  # in which this process takes nothing
+    if device.type != "cpu" or load.share() <= _BUSY:
+        yield _Clock(device)
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield _Clock(device, time.process_time, threads)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _timed(work: Callable[[int], None], size: int, clock: _Clock) -> float:
+    start = clock.now()
     work(size)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    if clock.device.type == "cuda":
+        torch.cuda.synchronize(clock.device)
+    return clock.now() - start
 
 
 def _best(seconds: Mapping[int, float]) -> int:
