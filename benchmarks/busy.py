@@ -52,7 +52,17 @@ def seconds(spins: str, iterations: int) -> list[float]:
         environment["GOMP_SPINCOUNT"] = OWN_DEFAULT if spins == "default" else spins
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "progrpo", "train", "quickstart", "--out", f"{folder}/run"]
-        command += ["--iterations", str(iterations), "--audit.every", "0", "--eval.every", "0", "--eval.pictures", "2", "--eval.no-keep-best"]
+        command += [
+            "--iterations",
+            str(iterations),
+            "--audit.every",
+            "0",
+            "--eval.every",
+            "0",
+            "--eval.pictures",
+            "2",
+            "--eval.no-keep-best",
+        ]
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
         records = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["seconds"] for line in records][1:]

@@ -6,6 +6,8 @@ import importlib
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from progrpo.config import config_to_json
 
 STAGES = (
@@ -15,6 +17,7 @@ STAGES = (
 )  # what of a checkpoint's writing is not done any more: in the midst of its tensors, later, and near its end
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_a_straight_run(tiny_sd3, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     kill = importlib.import_module("kill")

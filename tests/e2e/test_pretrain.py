@@ -28,6 +28,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_folder_loads_with_no_further_argument(exported: Path) -> None:
     pipeline = StableDiffusion3Pipeline.from_pretrained(exported / "weights" / "shapes-flow")
     pipeline.set_progress_bar_config(disable=True)
@@ -36,12 +37,14 @@ def test_folder_loads_with_no_further_argument(exported: Path) -> None:
     assert images.shape == (1, 64, 64, 3)
 
 
+@pytest.mark.slow
 def test_weights_are_safetensors_below_the_limit(exported: Path) -> None:
     files = [f for f in (exported / "weights").rglob("*") if f.is_file()]
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
     assert sum(f.stat().st_size for f in files) < 25e6
 
 
+@pytest.mark.slow
 def test_judge_loads(exported: Path) -> None:
     assert sum(p.numel() for p in load_judge(exported / "weights" / "shapes-judge").parameters()) > 0
 
@@ -113,6 +116,7 @@ def test_its_training_goes_on_where_it_stopped(taught: Path) -> None:
     assert all(torch.equal(first[name], t) for name, t in again.unet.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_teachers_noise_is_that_of_its_velocity(exported: Path) -> None:
     """A flow model that says the true velocity says the true noise, whatever the autoencoder's offset."""
     flow = StableDiffusion3Pipeline.from_pretrained(exported / "weights" / "shapes-flow")

@@ -33,7 +33,7 @@ TIMELESS = ("reward/mean", "update/grad_norm", "rollout/nfe")
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_the_run_after_the_step(
-    number, tiny_pipeline, tiny_config, prompts, redness, tmp_path, monkeypatch
+    number, request, tiny_pipeline, tiny_config, prompts, redness, tmp_path, monkeypatch
 ):
     calls = iter(range(1000))
 
@@ -43,6 +43,9 @@ def test_a_signal_ends_the_run_after_the_step(
         return redness(images, texts)
 
     config = tiny_config(iterations=4)
+    ours = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    inherited = signal.signal(number, ours)  # under nohup SIGHUP is ignored
+    request.addfinalizer(lambda: signal.signal(number, inherited))
     before = signal.getsignal(number)
     with pytest.raises(Interrupted) as stopped:
         progrpo.train(tiny_pipeline(), prompts, signalled, config=config, out=tmp_path / "run")
@@ -251,6 +254,7 @@ def test_a_signal_before_the_first_iteration_keeps_the_evaluation(
         assert again.read_evaluation(when) == whole.read_evaluation(when) != []
 
 
+@pytest.mark.slow
 def test_the_command_line_ends_with_the_line_that_goes_on_and_the_run_is_the_unbroken_one(tmp_path):
     common = ["train", "smoke", "--iterations", "3", "--eval.pictures", "4", "--checkpoint.every", "100", "--seed", "3"]
     common += ["--model.dtype", "float32"]

@@ -284,6 +284,7 @@ def test_the_same_metrics_are_recorded(one, two, case):
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OF_THREE)
 def test_three_do_what_one_does(one, three, case, assert_trained_alike):
     parts, whole = [found(three, rank)[case] for rank in range(3)], found(one, 0)[case]

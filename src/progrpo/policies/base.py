@@ -112,10 +112,10 @@ class Policy(Protocol):
         """Levels (B,) at places (float64) in [0, T] of that grid."""
         ...
 
-    def measure_batch_invariance(self, sizes: Iterable[int]) -> bool:
-        """Measure whether the network is batch-invariant in calls of these sizes, note it as `batch_invariant` and return it.
+    def measure_batch_invariance(self, sampled: Iterable[int], trained: Iterable[int]) -> bool:
+        """Measure whether the network is batch-invariant, note it as `batch_invariant` and return it.
 
-        What is False already stays so and is not measured.
+        Calls have `sampled` rows without gradients, and `trained` rows with them. What is False already is not measured.
         """
         ...
 

@@ -374,11 +374,11 @@ class PipelinePolicy(ABC):
     def attend(self) -> Callable[[], None] | None:
         return None if self._step is None else self._step.attend
 
-    def measure_batch_invariance(self, sizes: Iterable[int]) -> bool:
+    def measure_batch_invariance(self, sampled: Iterable[int], trained: Iterable[int]) -> bool:
         if not self.batch_invariant:
             return False
-        sizes = list(sizes)
-        most = max(sizes)
+        sampled, trained = list(sampled), list(trained)
+        most = max(*sampled, *trained)
         generator = torch.Generator().manual_seed(0)
         x_NCHW = torch.randn(most, *self.latent_shape, generator=generator).to(self.device)
         timestep_N = self.levels(2).timestep[1].to(x_NCHW).expand(most)
@@ -390,7 +390,7 @@ class PipelinePolicy(ABC):
             return self._output(x_NCHW[rows], timestep_N[rows], condition.take(rows))
 
         with torch.compiler.set_stance("force_eager"):  # one compilation for each size would take minutes
-            self.batch_invariant = is_batch_invariant(output, sizes)
+            self.batch_invariant = is_batch_invariant(output, sampled, trained)
         return self.batch_invariant
 
     def _ones(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

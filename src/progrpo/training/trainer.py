@@ -134,7 +134,7 @@ class Trainer:
         rows = min(microbatch(sampling), prompts * self.plan.group_size)
         items = min(microbatch(self.config.optim), prompts * self.plan.survivors * trained_items(self.config))
         branches = 2 if sampling.in_pairs else 1
-        measured = self.policy.measure_batch_invariance([1, 3, branches * rows, branches * items])
+        measured = self.policy.measure_batch_invariance([1, branches * rows], [3, branches * items])
         self.policy.batch_invariant = all(self.ranks.gather([measured]))
 
     @property
