@@ -68,6 +68,11 @@ def _from_folder(folder: Path, prompt: Prompt, where: str) -> Prompt:
         return prompt
     if not isinstance(given, str):
         raise ValueError(f"{where}: {COLUMN} must be the path of a picture, not {quoted(given)}")
+    if "://" in given:
+        raise ValueError(
+            f"{where}: {COLUMN}: {named(given)} is a URL, and pictures are read from this disk alone; download it and give"
+            " its path, or name the column otherwise where neither the model nor a reward reads it"
+        )
     path = os.path.join(folder, os.path.expanduser(given))
     if not os.path.isfile(path):
         raise ValueError(f"{where}: {COLUMN}: no picture {named(path)}; give its path from the prompt file's folder")

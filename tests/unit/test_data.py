@@ -502,3 +502,11 @@ def test_datasets_that_hold_no_prompts_are_refused_in_a_sentence(saved, monkeypa
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"need datasets: pip install 'progrpo\[datasets\]'"):
         load_prompts(f"dataset:{saved / 'one'}")
+
+
+def test_a_picture_that_is_a_url_is_named_as_one(tmp_path):
+    (file := tmp_path / "urls.jsonl").write_text('{"prompt": "a cat", "image": "https://example.org/a.png"}\n')
+    with pytest.raises(
+        ValueError, match=r"urls\.jsonl, line 1: image: https://example\.org/a\.png is a URL, .*download"
+    ):
+        load_prompts(str(file), "train")
