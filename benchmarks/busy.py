@@ -1,11 +1,12 @@
 """What other work on the processors costs a run, by how long OpenMP's threads spin at a barrier.
 
-    python benchmarks/busy.py [--spins shipped default 0 1000 5000 20000] [--busy 2] [--iterations 4] [--rounds 2] [--json]
+    python benchmarks/busy.py [--spins shipped default 0 1000 5000 20000] [--busy 2] [--iterations 4] [--rounds 2]
+                              [--json]
 
-Runs iterations of the quickstart alone, and beside as many processes as `--busy` says that do nothing but count. Prints the
-seconds of an iteration, the median over iterations but the first and over rounds, and their ratios: alone to OpenMP's own
-default, and beside others to alone. The lost share is what the scheduler takes away in any case: with two threads on two cores
-beside two others, half of each core, so a ratio of 2.
+Runs iterations of the quickstart alone, and beside as many processes as `--busy` says that do nothing but count. Prints
+the seconds of an iteration, the median over iterations but the first and over rounds, and the ratio of beside to alone.
+The lost share is what the scheduler takes away in any case: with two threads on two cores beside two others, half of
+each core, so a ratio of 2.
 
 shipped    what progrpo sets (progrpo.threads)
 default    what OpenMP does by itself

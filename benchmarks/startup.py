@@ -2,9 +2,10 @@
 
     python benchmarks/startup.py [--model shapes-flow] [--repeats 3] [--busy 2] [--json]
 
-measuring  seconds, and seconds of processors, until microbatches are chosen for the quickstart's plan and objective: by measuring,
-           by measuring beside as many counting processes as `--busy` says, and from the cache
-choice     seconds of an iteration with each of the choices, and with the quickstart's own 72, alone and in turn; the median of three
+measuring  seconds, and seconds of processors, until microbatches are chosen for the quickstart's plan and objective: by
+           measuring, by measuring beside as many counting processes as `--busy` says, and from the cache
+choice     seconds of an iteration with each of the choices, and with the quickstart's own 72, alone and in turn; the
+           median of three
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ _USERS_OWN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 def set_wait_policy(environment: MutableMapping[str, str]) -> None:
     """Set how long threads spin at a barrier, unless the user has.
 
-    GNU's OpenMP, which torch is built with on Linux, spins for milliseconds. Where other processes use the cores, that is
-    time in which the thread that is waited for gets none of them.
+    GNU's OpenMP, which torch is built with on Linux, spins for milliseconds. Where other processes use the cores, the
+    thread that is waited for gets none of them meanwhile.
     """
     if not any(name in environment for name in _USERS_OWN):
         environment["GOMP_SPINCOUNT"] = str(SPINS)

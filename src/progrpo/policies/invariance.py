@@ -1,4 +1,4 @@
-"""Batch invariance: whether a row's output is the same whatever rows are beside it, and whether gradients are kept or not."""
+"""Batch invariance: a row's output is the same whatever rows are beside it, and whether gradients are kept or not."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ ROUNDING = 64 * torch.finfo(torch.float32).eps
 
 
 def is_batch_invariant(output: Callable[[int], Tensor], sampled: Iterable[int], trained: Iterable[int]) -> bool:
-    """Compare the first row's output over calls of sizes that are `sampled`, without gradients, and `trained`, with them.
+    """Compare the first row's output over calls of `sampled` rows without gradients, and of `trained` rows with them.
 
-    `output(size)` gives (size, ...) and has the same inputs in its first row every time. Kernels are chosen by the shape of a
-    call and by the instructions of the processor, so only a measurement tells: in float16, some round a row otherwise in each shape.
+    `output(size)` gives (size, ...) and has the same inputs in its first row every time. Kernels are chosen by the shape of
+    a call and by the processor's instructions, so only a measurement tells. In float16 some round a row otherwise in each
+    shape.
     """
     first_rows = [_first_row(output, size, keep_graph=False) for size in dict.fromkeys(sampled)]
     first_rows += [_first_row(output, size, keep_graph=True) for size in dict.fromkeys(trained)]

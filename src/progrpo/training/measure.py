@@ -1,4 +1,7 @@
-"""Microbatches that are chosen by measuring when a run begins. The main process measures, and the choice stays in config.json."""
+"""Microbatches that are chosen by measuring when a run begins.
+
+The main process measures, and the choice stays in config.json.
+"""
 
 from __future__ import annotations
 
@@ -161,7 +164,8 @@ class _Clock:
 def _undisturbed(device: torch.device, load: _OtherLoad) -> Iterator[_Clock]:
     """Run the block with a clock that other work on the processors hardly moves.
 
-    Beside other work that is the time of this process on a processor, and one thread: several would wait for each other.
+    Beside other work that is the time of this process on a processor, and one thread, since several would wait for each
+    other.
     """
     time.sleep(_BLOCK)  # in which this process takes nothing
     if device.type != "cpu" or load.share() <= _BUSY:
