@@ -173,9 +173,9 @@ class Sample:
     count: int = 1
     """Pictures a prompt."""
     revision: str = ""
-    """Of a model that is a hub id: its branch, tag or commit, as --model.revision of `train`."""
+    """The branch, tag or commit of a model that is a hub id, as --model.revision of `train`."""
     variant: str = ""
-    """Of a model: which of its weights files, such as fp16, as --model.variant of `train`."""
+    """Which of a model's weights files to read, such as fp16, as --model.variant of `train`."""
 
     def run(self) -> None:
         _within(0, 2**63 - 1, seed=self.seed)
@@ -238,9 +238,9 @@ class Eval:
     seed: int | None = None
     """Without it that of the run's own evaluations, 1234 for a model."""
     revision: str = ""
-    """Of a model that is a hub id: its branch, tag or commit, as --model.revision of `train`."""
+    """The branch, tag or commit of a model that is a hub id, as --model.revision of `train`."""
     variant: str = ""
-    """Of a model: which of its weights files, such as fp16, as --model.variant of `train`."""
+    """Which of a model's weights files to read, such as fp16, as --model.variant of `train`."""
     json: FlagCreatePairsOff[bool] = False
     """Print JSON."""
 

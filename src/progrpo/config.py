@@ -306,9 +306,9 @@ class AWMConfig:
     time_fraction: float = 0.9
     """They lie in this share of the sampling grid, from its noisy end."""
     weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "uniform"
-    """Of the flow-matching loss: by its noise level t, or a root of it times t. ghuber is the authors' and Flow-Factory's."""
+    """The flow-matching loss by its noise level t, or a root of it times t. ghuber is the authors' and Flow-Factory's."""
     huber_power: float = 0.25
-    """Of ghuber alone: t (loss ** power) / power. huber is half of it at the power 0.5."""
+    """The power of ghuber alone: t (loss ** power) / power. huber is half of it at the power 0.5."""
     clip_range: float = 1.0
     adv_clip_max: float = 1.0
     """Flow-Factory's; the authors' is 5, with an `adv_scale` of 0.2."""

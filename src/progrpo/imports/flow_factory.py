@@ -627,7 +627,7 @@ def _reward(setting: Setting) -> Outcome:
 
 
 def _reward_weight(setting: Setting) -> float | None:
-    """Of a reward that is trained on, in the data set that is read."""
+    """The outcome for a reward that is trained on, in the data set that is read."""
     if setting.name.startswith("eval_"):
         return None
     head = setting.name.rpartition(".")[0] + ".weight"

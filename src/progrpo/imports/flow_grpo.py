@@ -179,7 +179,7 @@ def _model_kind(settings: Mapping[str, Any]) -> str:
 
 
 def _last_part(model: Any) -> str:
-    """Of a model's path or hub id, in small letters."""
+    """The last part of a model's path or hub id, in small letters."""
     return str(model).lower().rstrip("/").rpartition("/")[2]
 
 

@@ -18,7 +18,7 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def _checksum(tensor: Tensor) -> str:
-    """Of its dtype and shape, and of its bytes as whole numbers, summed 32 kB at a time: exact, and as fast as memory.
+    """Digest a tensor's dtype, shape and bytes, these as whole numbers summed 32 kB at a time: exact, and as fast as memory.
 
     One without memory, of a model that is only measured, has no bytes.
     """

@@ -259,7 +259,7 @@ def _beside(file: Path) -> dict[str, Any]:
 
 
 def _of_part(settings: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """Of the settings in a header those of one part; where a part was saved alone, all are its own."""
+    """Select one part's settings from those in a header; where a part was saved alone, all are its own."""
     if "r" in settings:
         return dict(settings)
     return {name.removeprefix(f"{part}."): v for name, v in settings.items() if name.startswith(f"{part}.")}

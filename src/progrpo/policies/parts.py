@@ -87,7 +87,7 @@ def _network(entry: object) -> Any:
 
 
 def _variants(folder: Path) -> set[str]:
-    """Of the weights in a folder; empty for those without one."""
+    """The variants of the weights in a folder; empty for those without one."""
     found = (_WEIGHTS.fullmatch(file.name) for file in folder.glob("*.safetensors"))
     return {match["variant"] or "" for match in found if match}
 

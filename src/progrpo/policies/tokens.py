@@ -27,7 +27,7 @@ class Reader:
     written: Callable[[str], str] = str
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Of each text all of them."""
+        """All tokens of each text, also those beyond the limit."""
         written = [self.written(text) for text in texts]
         parts = [written[i : i + _TOGETHER] for i in range(0, len(written), _TOGETHER)]
         return [ids for part in parts for ids in self.tokenizer(part, verbose=False).input_ids]
@@ -40,7 +40,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Truncation:
-    """Of so many different texts, those that any encoder cuts, how many each does, and how many cuts make equal to another."""
+    """The texts, of `count` different ones, that an encoder cuts: by encoder, and how many become equal to another."""
 
     count: int
     cut: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ class Truncation:
 
 
 def truncation(readers: Sequence[Reader], texts: Sequence[str]) -> Truncation:
-    """Of the texts, each counted once."""
+    """Count the cut texts, each text once."""
     texts = list(dict.fromkeys(texts))
     told: dict[str, list[bytes]] = {text: [] for text in texts}  # of which there may be many
     cut_by: dict[Reader, list[str]] = {}

@@ -122,7 +122,7 @@ class Scorer(Protocol):
         there_N: Tensor | None = None,
         fault: str = "",
     ) -> Scores:
-        """Of N pictures (uint8) of the groups that `group_N` (int64) says, in order.
+        """Score N pictures (uint8) of the groups that `group_N` (int64) says, in order.
 
         Where `there_N` is False there is none, as `fault` says: no reward sees it, and its scores are missing.
         """

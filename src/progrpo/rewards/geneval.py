@@ -180,7 +180,7 @@ class Finding:
 
 
 def matched(findings: Sequence[Finding], counted: Callable[[Finding], bool]) -> list[Sequence[Detection]]:
-    """Of each clause the objects looked at, where `counted`, their colour and their position are right; else none."""
+    """The objects looked at for each clause, where `counted`, their colour and their position are right; else none."""
     groups: list[Sequence[Detection]] = []
     for finding in findings:
         clause, group = finding.clause, finding.objects[: finding.clause.count]

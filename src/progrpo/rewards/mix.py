@@ -31,7 +31,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Failures:
-    """Of the scores that were asked for, how many are missing, by reward, and the last error that said why.
+    """The numbers of scores asked for and missing, by reward, and the last error that said why.
 
     Of the `pictures`, `lost` were none, as `fault` says: their scores are among those that are missing.
     """

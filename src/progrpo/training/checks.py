@@ -47,7 +47,7 @@ def rounding_of_ratio(dims: int) -> float:
 
 
 def check_failures(failures: Sequence[Failures], bound: float, when: str) -> None:
-    """Of pictures, and of what all processes asked of a reward, no larger share is missing than the bound, and not everything."""
+    """Refuse a share of missing pictures or scores, over all processes, that is above the bound, or everything missing."""
     pictures, lost = (sum(getattr(f, name) for f in failures) for name in ("pictures", "lost"))
     if _too_many(lost, pictures, bound):
         raise MissingScoresError(

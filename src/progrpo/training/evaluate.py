@@ -279,7 +279,7 @@ def _require_names(
 
 
 def warn_of_cuts(policy: Policy, prompts: Sequence[Prompt], ranks: Ranks) -> None:
-    """Of what the pipeline itself would do otherwise, and of cut prompts: on stderr, for results go to stdout."""
+    """Warn of what the pipeline itself would do otherwise, and of cut prompts: on stderr, for results go to stdout."""
     cuts = policy.truncation([prompt.text for prompt in prompts]).in_words()
     for said in filter(None, (policy.ignored, cuts, unread(prompts))):
         Console(0, enabled=ranks.is_main, file=sys.stderr).warn(said)

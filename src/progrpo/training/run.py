@@ -242,13 +242,13 @@ def _given_config(config: Config | None, own: Config | None, pipeline: Diffusion
 
 
 def _smaller(given: SamplingConfig | OptimConfig, own: SamplingConfig | OptimConfig) -> int | None:
-    """Of a microbatch that is asked for and one that was measured, or halved where memory ran out."""
+    """The smaller of a microbatch that is asked for and one that was measured, or halved where memory ran out."""
     sizes = [part.microbatch for part in (given, own) if part.microbatch is not None]
     return min(sizes, default=None)
 
 
 def _own_config(folder: RunFolder, accept: bool) -> Config:
-    """Of a library run that is to go on; ValueError for no run, and for one of the command line."""
+    """The configuration of a library run to go on with; ValueError for no run, and for one of the command line."""
     if not (folder.path / "config.json").is_file():
         raise ValueError(
             f"resume: {folder.path} holds no run (no config.json); give its folder as out, or leave resume out"
@@ -422,7 +422,7 @@ class Run:
         self._lock: Lock | None = None
 
     def _of_overlap(self) -> str | None:
-        """Of evaluation prompts that are trained on while others are not; where all are, that is what was asked for."""
+        """A warning of evaluation prompts that are trained on while others are not; where all are, that was asked for."""
         held_out = list(dict.fromkeys(p.text for p in (*self.held_out.test, *self.held_out.validation)))
         trained = [] if self.policy.edits else shared(held_out, (p.text for p in self.trainer.order.whole))
         if not 0 < len(trained) < len(held_out):

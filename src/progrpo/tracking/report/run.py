@@ -53,7 +53,7 @@ class Run:
 
     @property
     def wall_seconds(self) -> float | None:
-        """Of the whole run; of one that has not ended, until its last iteration."""
+        """Seconds of the whole run; of one that has not ended, until its last iteration."""
         return (self.summary.get("wall_seconds") or 0) + sum(r.get("seconds") or 0 for r in self.since_summary) or None
 
     @property
