@@ -13,7 +13,7 @@ import json
 from dataclasses import replace
 from itertools import product
 
-from progrpo.config import EvalConfig
+from progrpo.config import EvalSettings
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.mix import alone
 from progrpo.training.build import config_of, eval_prompts, judge_for, policy_from, settled, trained_policy
@@ -40,7 +40,7 @@ def main() -> None:
     def measured(split: str, pictures: int, steps: int, scale: float) -> dict[str, float | None]:
         prompts = eval_prompts("shapes", split, pictures)
         sampling = ode(policy, steps, scale, 64)
-        found = evaluate(policy, reward, judge, prompts, sampling, EvalConfig().seed, ranks)
+        found = evaluate(policy, reward, judge, prompts, sampling, EvalSettings().seed, ranks)
         return {name: round(found.mean(name) or 0, 4) for name in ("strict", "graded", "judge")}
 
     validation = {(n, w): measured("validation", wanted.pictures // 2, n, w) for n, w in product(STEPS, SCALES)}

@@ -49,12 +49,12 @@ from diffusers import AutoencoderTiny
 
 from progrpo.config import (
     Config,
-    ModelConfig,
-    PlanConfig,
-    PreviewConfig,
-    RewardConfig,
+    ModelSettings,
+    PlanSettings,
+    PreviewSettings,
+    RewardMixSettings,
     RewardTerm,
-    SamplingConfig,
+    SamplingSettings,
     microbatch,
     resolve_plan,
 )
@@ -74,8 +74,8 @@ from progrpo.training.trainer import Trainer
 from progrpo.types import Cost, Rollout, Trajectories
 
 WINDOW = (
-    PlanConfig(preset="custom", group_size=24, prune=((3, 12),)),
-    SamplingConfig(sde_window="first", sde_window_size=3),
+    PlanSettings(preset="custom", group_size=24, prune=((3, 12),)),
+    SamplingSettings(sde_window="first", sde_window_size=3),
 )
 FURTHER_PASSES = {"grpo": 0, "dgpo": 2, "nft": 2, "awm": 2}
 """Forward passes of an item without gradient, which an objective compares with: of the reference and an average of the weights."""
@@ -85,13 +85,13 @@ _REPEATS = 3
 
 
 def config_for(model: str, plan: str, wanted: argparse.Namespace) -> Config:
-    base = Config(model=ModelConfig(path=model, dtype="auto", compile=wanted.compile))
-    chosen, sampling = WINDOW if plan == "window" else (PlanConfig(preset=plan), base.sampling)
+    base = Config(model=ModelSettings(path=model, dtype="auto", compile=wanted.compile))
+    chosen, sampling = WINDOW if plan == "window" else (PlanSettings(preset=plan), base.sampling)
     config = replace(
         base,
         plan=chosen,
         sampling=replace(sampling, microbatch=wanted.microbatch),
-        preview=PreviewConfig(decoder="tiny"),  # so that the policy has it; what runs is set below
+        preview=PreviewSettings(decoder="tiny"),  # so that the policy has it; what runs is set below
         objective=replace(base.objective, name=wanted.objective),
         optim=replace(base.optim, reuse_rollout=wanted.reuse_rollout, microbatch=wanted.train_microbatch),
         prompts=replace(base.prompts, per_iteration=wanted.prompts),
@@ -112,8 +112,8 @@ def of_real_size(config: Config, wanted: argparse.Namespace) -> Config:
         activation_checkpointing=wanted.activation_checkpointing,
     )
     sampling = replace(config.sampling, guidance_scale=wanted.guidance_scale)
-    reward = RewardConfig((RewardTerm("jpeg_compressibility"),))
-    return replace(config, model=model, sampling=sampling, reward=reward, preview=PreviewConfig())
+    reward = RewardMixSettings((RewardTerm("jpeg_compressibility"),))
+    return replace(config, model=model, sampling=sampling, reward=reward, preview=PreviewSettings())
 
 
 def random_policy(path: str, settings: PolicySettings) -> Policy:
@@ -263,7 +263,7 @@ def measure(config: Config, iterations: int, random_weights: bool) -> dict[str, 
         policy = policy_from(config.model, config.seed, ranks, tiny_decoder=tiny_decoder(config.preview))
     order, reward = train_order(config.prompts, config.seed), scorer_from(config.reward.terms, config.reward.frames)
     prompts = order.prompts_for(0, config.prompts.per_iteration)
-    config = replace(config, preview=PreviewConfig())
+    config = replace(config, preview=PreviewSettings())
     config = measured(config, policy, prompts[0], ranks)
     trainer = Trainer(config, policy, reward, order, ranks)
     flops = flops_by_stage(config, trainer.plan, sizes_for(config))

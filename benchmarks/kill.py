@@ -33,14 +33,14 @@ import torch
 from progrpo import storage
 from progrpo.cli import main
 from progrpo.config import (
-    AuditConfig,
+    AuditSettings,
     Config,
-    EvalConfig,
-    PlanConfig,
-    PromptConfig,
-    RewardConfig,
+    EvalSettings,
+    PlanSettings,
+    PromptSettings,
+    RewardMixSettings,
     RewardTerm,
-    WatchConfig,
+    WatchSettings,
     config_to_json,
 )
 from progrpo.recipes import load_recipe
@@ -337,14 +337,16 @@ def configuration(home: Path) -> Config:
         base,
         recipe="kill",
         iterations=16,
-        prompts=PromptConfig(str(prompts), per_iteration=1, order="signal"),
+        prompts=PromptSettings(str(prompts), per_iteration=1, order="signal"),
         sampling=replace(base.sampling, num_inference_steps=3),
-        plan=PlanConfig(preset="custom", group_size=4, prune=((1, 3),)),
-        reward=RewardConfig((RewardTerm("jpeg_compressibility"),)),
+        plan=PlanSettings(preset="custom", group_size=4, prune=((1, 3),)),
+        reward=RewardMixSettings((RewardTerm("jpeg_compressibility"),)),
         optim=replace(base.optim, ema_decay=0.5),
-        audit=AuditConfig(every=1),
-        watch=WatchConfig(flat_iterations=0, still_iterations=0, lost_agreement=0, hacking="off"),  # it learns nothing
-        eval=EvalConfig(prompts=str(prompts), pictures=2, every=1, keep_best=True, num_inference_steps=1),
+        audit=AuditSettings(every=1),
+        watch=WatchSettings(
+            flat_iterations=0, still_iterations=0, lost_agreement=0, hacking="off"
+        ),  # it learns nothing
+        eval=EvalSettings(prompts=str(prompts), pictures=2, every=1, keep_best=True, num_inference_steps=1),
     )
 
 

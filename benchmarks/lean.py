@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from memory import CALLED, TOKENS, TRAINED, allocated, random_sd3
 
-from progrpo.config import OptimConfig
+from progrpo.config import OptimSettings
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import load_policy, policy_from_pipeline, quiet
 from progrpo.training.build import optimizer_from
@@ -88,7 +88,7 @@ def off_by(**changes: Any) -> dict[str, float]:
 
 def averages(name: Any) -> dict[str, float]:
     weights = torch.nn.Parameter(torch.randn(2048, 1024))
-    optimizer = optimizer_from(OptimConfig(name), [weights])
+    optimizer = optimizer_from(OptimSettings(name), [weights])
     weights.grad = torch.randn_like(weights)
     taken = seconds(optimizer.step)
     state = optimizer.state_dict()["state"][0]

@@ -23,16 +23,16 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from progrpo.config import (
-    AuditConfig,
+    AuditSettings,
     Config,
-    DGPOConfig,
-    ModelConfig,
-    NFTConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    PlanConfig,
-    PromptConfig,
-    SamplingConfig,
+    DGPOSettings,
+    ModelSettings,
+    NFTSettings,
+    ObjectiveSettings,
+    OptimSettings,
+    PlanSettings,
+    PromptSettings,
+    SamplingSettings,
     resolve_plan,
 )
 from progrpo.policies.base import Policy, PolicySettings
@@ -175,25 +175,28 @@ def iteration(config: Config) -> tuple[dict[str, float], dict[str, float]]:
 
 def iterations() -> dict[str, Config]:
     base = Config(
-        prompts=PromptConfig(per_iteration=4),
-        sampling=SamplingConfig(num_inference_steps=6, microbatch=4),
-        plan=PlanConfig("none"),
-        optim=OptimConfig(microbatch=2),
-        audit=AuditConfig(every=0),
+        prompts=PromptSettings(per_iteration=4),
+        sampling=SamplingSettings(num_inference_steps=6, microbatch=4),
+        plan=PlanSettings("none"),
+        optim=OptimSettings(microbatch=2),
+        audit=AuditSettings(every=0),
     )
     pruned = replace(
-        base, prompts=PromptConfig(per_iteration=12), plan=PlanConfig("custom", group_size=24, prune=((3, 4),))
+        base, prompts=PromptSettings(per_iteration=12), plan=PlanSettings("custom", group_size=24, prune=((3, 4),))
     )
     low = {"latent_dtype": "bfloat16"}
-    dgpo, nft = ObjectiveConfig("dgpo", dgpo=DGPOConfig(draws=1)), ObjectiveConfig("nft", nft=NFTConfig(draws=1))
+    dgpo, nft = (
+        ObjectiveSettings("dgpo", dgpo=DGPOSettings(draws=1)),
+        ObjectiveSettings("nft", nft=NFTSettings(draws=1)),
+    )
     return {
         "GRPO, 24": base,
         "GRPO, 24, latents in bfloat16": replace(base, sampling=replace(base.sampling, **low)),
         "GRPO, 24 -> 4": pruned,
         "GRPO, 24 -> 4, latents in bfloat16": replace(pruned, sampling=replace(base.sampling, **low)),
-        "GRPO, 24, two updates": replace(base, optim=OptimConfig(microbatch=2, updates_per_rollout=2)),
+        "GRPO, 24, two updates": replace(base, optim=OptimSettings(microbatch=2, updates_per_rollout=2)),
         "NFT, 24": replace(base, objective=nft),
-        "DGPO, 24, all weights": replace(base, objective=dgpo, model=ModelConfig(weights="full")),
+        "DGPO, 24, all weights": replace(base, objective=dgpo, model=ModelSettings(weights="full")),
     }
 
 

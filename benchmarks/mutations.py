@@ -43,9 +43,9 @@ from progrpo.config import (
     to_dict,
     trained_items,
 )
-from progrpo.data import load_prompts
 from progrpo.imports.flow_factory import import_flow_factory
 from progrpo.imports.flow_grpo import import_flow_grpo
+from progrpo.prompts.load import load_prompts
 from progrpo.recipes import RECIPES, load_recipe
 from progrpo.rollout.plan import summary
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.config import Config, ModelConfig
+from progrpo.config import Config, ModelSettings
 from progrpo.objectives.advantage import advantages, group_statistics
 from progrpo.objectives.base import Experience
 from progrpo.objectives.dgpo import DGPO
@@ -215,7 +215,7 @@ def _jackknife(without_one: list[float]) -> float:
 
 
 def config_for(wanted: argparse.Namespace) -> Config:
-    plain = Config(model=ModelConfig(dtype="auto"))
+    plain = Config(model=ModelSettings(dtype="auto"))
     config = load_recipe(wanted.recipe) if wanted.recipe else replace(plain, plan=replace(plain.plan, preset="none"))
     given = {name: getattr(wanted, name) for name in ("num_inference_steps", "guidance_scale")}
     sampling = replace(config.sampling, **{name: value for name, value in given.items() if value is not None})

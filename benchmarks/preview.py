@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from progrpo.config import Config, ModelConfig, ObjectiveConfig, PreviewConfig, SamplingConfig
+from progrpo.config import Config, ModelSettings, ObjectiveSettings, PreviewSettings, SamplingSettings
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Reward
 from progrpo.rewards.load import load_reward
@@ -99,16 +99,16 @@ def means(by_group: list[list[float | None]]) -> list[float]:
 
 
 def measured(model: str, wanted: argparse.Namespace) -> dict[str, Any]:
-    ranks, asked = Ranks(), PreviewConfig(decoder="tiny", probe=True)
+    ranks, asked = Ranks(), PreviewSettings(decoder="tiny", probe=True)
     config = Config(
-        model=ModelConfig(path=model, dtype="auto"),
-        sampling=SamplingConfig(
+        model=ModelSettings(path=model, dtype="auto"),
+        sampling=SamplingSettings(
             num_inference_steps=wanted.num_inference_steps,
             microbatch=wanted.group_size,
             sde_window="first" if wanted.window else "auto",
             sde_window_size=wanted.window or 1,
         ),
-        objective=ObjectiveConfig(name=wanted.objective),
+        objective=ObjectiveSettings(name=wanted.objective),
         preview=asked,
     )
     config = settled(config, ranks)

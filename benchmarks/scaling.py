@@ -39,7 +39,7 @@ import torch
 from iteration import Bare
 from iteration import seconds as timed
 
-from progrpo.config import Config, PlanConfig, microbatch, resolve_plan, trained_items, trained_steps
+from progrpo.config import Config, PlanSettings, microbatch, resolve_plan, trained_items, trained_steps
 from progrpo.packing import evenly
 from progrpo.policies.load import quiet
 from progrpo.recipes import load_recipe
@@ -342,7 +342,7 @@ def main() -> None:
             found[recipe] = check(config, wanted)
             continue
         for plan in wanted.plans:
-            chosen = config if plan == "recipe" else replace(config, plan=PlanConfig(preset=plan))
+            chosen = config if plan == "recipe" else replace(config, plan=PlanSettings(preset=plan))
             found.setdefault(recipe, {})[plan] = table(chosen, wanted, wanted.processes)
     if wanted.json:
         print(json.dumps({**vars(wanted), "found": found}, indent=1))

@@ -19,7 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from progrpo.config import AuditConfig, Config, ModelConfig, PlanConfig, PromptConfig, RewardConfig, SamplingConfig
+from progrpo.config import (
+    AuditSettings,
+    Config,
+    ModelSettings,
+    PlanSettings,
+    PromptSettings,
+    RewardMixSettings,
+    SamplingSettings,
+)
 from progrpo.policies.load import quiet
 from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.load import load_reward
@@ -43,16 +51,16 @@ class Slow:
 def measure(model: str, plan: str, delay: float, waves: Sequence[int], iterations: int) -> dict[int, dict[str, float]]:
     ranks = Ranks()
     base = Config(
-        model=ModelConfig(path=model, dtype="auto"),
-        prompts=PromptConfig(per_iteration=6),
-        sampling=SamplingConfig(microbatch=48),
-        plan=PlanConfig(preset=plan),
-        audit=AuditConfig(every=0),
+        model=ModelSettings(path=model, dtype="auto"),
+        prompts=PromptSettings(per_iteration=6),
+        sampling=SamplingSettings(microbatch=48),
+        plan=PlanSettings(preset=plan),
+        audit=AuditSettings(every=0),
     )
     base = settled(replace(base, optim=replace(base.optim, microbatch=48)), ranks)
     trainers = {}
     for count in waves:
-        config = replace(base, reward=RewardConfig(waves=count))
+        config = replace(base, reward=RewardMixSettings(waves=count))
         reward = alone(Slow(load_reward("shapes"), delay))
         order = train_order(config.prompts, 0)
         trainers[count] = Trainer(config, policy_from(config.model, 0, ranks), reward, order, ranks)

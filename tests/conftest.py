@@ -554,14 +554,14 @@ def tiny_config() -> Callable[..., Any]:
     base = c.Config(
         recipe="tiny",
         iterations=2,
-        model=c.ModelConfig(lora_rank=2, lora_alpha=4, max_sequence_length=8),
-        prompts=c.PromptConfig(per_iteration=2),
-        sampling=c.SamplingConfig(num_inference_steps=4),
-        plan=c.PlanConfig(preset="custom", group_size=4, prune=((1, 3),)),
-        objective=c.ObjectiveConfig(grpo=c.GRPOConfig(clip_range=3e-3)),
-        audit=c.AuditConfig(every=0),
-        eval=c.EvalConfig(pictures=3, num_inference_steps=3),
-        checkpoint=c.CheckpointConfig(every=1),
+        model=c.ModelSettings(lora_rank=2, lora_alpha=4, max_sequence_length=8),
+        prompts=c.PromptSettings(per_iteration=2),
+        sampling=c.SamplingSettings(num_inference_steps=4),
+        plan=c.PlanSettings(preset="custom", group_size=4, prune=((1, 3),)),
+        objective=c.ObjectiveSettings(grpo=c.GRPOSettings(clip_range=3e-3)),
+        audit=c.AuditSettings(every=0),
+        eval=c.EvalSettings(pictures=3, num_inference_steps=3),
+        checkpoint=c.CheckpointSettings(every=1),
     )
     return lambda **sections: replace(base, **sections)
 
@@ -612,7 +612,7 @@ def _move() -> Callable[[Any, float], None]:
 @pytest.fixture(scope="session")
 def tiny_trainer(tiny_policy: Callable[..., Any]) -> Callable[..., Any]:
     """A trainer of a configuration, of the tiny policy and of `redness` if no other is given."""
-    from progrpo.data import InTurn
+    from progrpo.prompts.order import InTurn
     from progrpo.rewards.frames import OnFrames
     from progrpo.rewards.function import FunctionReward
     from progrpo.rewards.mix import alone

@@ -24,24 +24,23 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from progrpo import __version__
 from progrpo.config import (
-    DEVICES,
     GPU,
     Config,
-    PlanConfig,
+    PlanSettings,
     RewardTerm,
     check,
     config_to_json,
-    field_paths,
     resolve_plan,
     trained_items,
 )
 from progrpo.durable import DiskError, write_text
+from progrpo.messages import named, nearest, quoted
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.rollout.plan import summary
+from progrpo.settings import DEVICE_PATTERN, field_paths
 from progrpo.streams import failure_of, occupy_standard_descriptors, release_standard_descriptors, tolerant_streams
 from progrpo.tracking.lock import LockLostError
 from progrpo.training.errors import Interrupted, LostProcessError, SelfCheckError
-from progrpo.words import named, nearest, quoted
 
 _Fields = Annotated[Config, arg(name="")]  # the configuration's fields stand beside the command's own options
 
@@ -181,7 +180,7 @@ class Sample:
         _within(0, 2**63 - 1, seed=self.seed)
         _within(1, 1000, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
         _within(1, 10_000, count=self.count)
-        from progrpo.data import prompts_of
+        from progrpo.prompts.load import prompts_of
 
         prompts = prompts_of(self._rows(), "--prompt")
         from progrpo.training.sample import sample_pictures
@@ -394,10 +393,10 @@ class ServeReward:
         lacking = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
         if lacking:
             raise ValueError(f"serve-reward needs {lacking[0]}, which is not installed: pip install 'progrpo[server]'")
-        from progrpo.rewards.base import RewardSettings
+        from progrpo.rewards.base import OneRewardSettings
         from progrpo.rewards.server import serve
 
-        settings = RewardSettings(self.device, self.dtype, self.batch_size, self.model)
+        settings = OneRewardSettings(self.device, self.dtype, self.batch_size, self.model)
         serve(self.name, self.host, self.port, settings, self.max_pictures, self.max_megabytes)
 
 
@@ -560,7 +559,7 @@ def _parse_recipe(command: str, args: list[str]) -> Callable[[], None]:
     recipe = load_recipe(args[0])
     if _plan_named(command, args, recipe.plan) not in ("recipe", "custom"):
         # it brings its own group and points: those of the recipe's custom plan must go
-        recipe = replace(recipe, plan=PlanConfig(selector=recipe.plan.selector))
+        recipe = replace(recipe, plan=PlanSettings(selector=recipe.plan.selector))
     return _options(kind, args[1:], f"progrpo {command} {args[0]}", kind(config=recipe)).run
 
 
@@ -571,7 +570,7 @@ def _require_quotes(command: str, args: Sequence[str]) -> None:
         raise ValueError(f"a path with spaces must stand in quotes: progrpo {command} {shlex.quote(whole)} ...")
 
 
-def _plan_named(command: str, args: Sequence[str], own: PlanConfig) -> str:
+def _plan_named(command: str, args: Sequence[str], own: PlanSettings) -> str:
     """What `--plan.preset`, or `--plan` of `plan`, is given as. ValueError for both, and for a custom plan of which nothing is said."""
     words = [word for arg in args for word in arg.split("=", 1)]
     options = ("--plan", "--plan.preset") if command == "plan" else ("--plan.preset",)
@@ -666,7 +665,7 @@ def _unknown(unknown: list[str], args: list[str], kind: Any, prog: str) -> str:
         return _stray(unknown[0], args, kind, prog)
     wrong = wrong.partition("=")[0]
     own = [_option(f.name) for f in fields(kind) if f.name != "config"]
-    pairs = [name for path in field_paths() for name in _names(path)] if kind in (Train, Plan) else []
+    pairs = [name for path in field_paths(Config) for name in _names(path)] if kind in (Train, Plan) else []
     return f"{prog} does not take {named(wrong)}{nearest(wrong.replace('_', '-'), [*own, *pairs])}"
 
 
@@ -699,7 +698,7 @@ def _flags(kind: Any) -> set[str]:
     own = {_option(name) for name, hint in get_type_hints(kind).items() if hint is bool}
     if kind not in (Train, Plan):
         return own
-    return own | {_option(path) for path in field_paths() if isinstance(attrgetter(path)(Config()), bool)}
+    return own | {_option(path) for path in field_paths(Config) if isinstance(attrgetter(path)(Config()), bool)}
 
 
 def _help() -> str:
@@ -749,7 +748,7 @@ def _within(low: float, high: float, **options: float | None) -> None:
 
 
 def _device(name: str) -> None:
-    if not re.fullmatch(DEVICES, name):
+    if not re.fullmatch(DEVICE_PATTERN, name):
         raise ValueError(
             f"--device must be auto, or a device by torch's name, such as cpu or cuda:0, not {quoted(name)}"
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from progrpo.words import named
+from progrpo.messages import named
 
 _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 _HUB = "https://huggingface.co"

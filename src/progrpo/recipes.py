@@ -8,24 +8,24 @@ from dataclasses import replace
 from pathlib import Path
 
 from progrpo.config import (
-    AuditConfig,
-    AWMConfig,
-    CheckpointConfig,
+    AuditSettings,
+    AWMSettings,
+    CheckpointSettings,
     Config,
-    DGPOConfig,
-    EvalConfig,
-    GRPOConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    PlanConfig,
-    PromptConfig,
-    RewardConfig,
+    DGPOSettings,
+    EvalSettings,
+    GRPOSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    OptimSettings,
+    PlanSettings,
+    PromptSettings,
+    RewardMixSettings,
     RewardTerm,
-    SamplingConfig,
+    SamplingSettings,
     config_from_json,
 )
-from progrpo.words import named, nearest
+from progrpo.messages import named, nearest
 
 
 def quickstart() -> Config:
@@ -33,17 +33,17 @@ def quickstart() -> Config:
     return Config(
         recipe="quickstart",
         iterations=80,
-        model=ModelConfig(weights="full", dtype="auto"),
-        prompts=PromptConfig(per_iteration=12),
+        model=ModelSettings(weights="full", dtype="auto"),
+        prompts=PromptSettings(per_iteration=12),
         # microbatches are not left to be measured, so that equal seeds give equal runs; these fill up and hold groups whole
-        sampling=SamplingConfig(num_inference_steps=8, microbatch=72),
-        plan=PlanConfig(preset="custom", group_size=24, prune=((4, 12),)),
-        reward=RewardConfig((RewardTerm("shapes_mixed"),)),
-        objective=ObjectiveConfig(name="dgpo", dgpo=DGPOConfig(draws=2, kl_beta=0.0)),
-        optim=OptimConfig(lr=1e-4, decay=1.0, max_grad_norm=0.1, microbatch=72, ema_decay=0.9),
-        audit=AuditConfig(every=10),
-        eval=EvalConfig(every=10, keep_best=True),
-        checkpoint=CheckpointConfig(every=10),
+        sampling=SamplingSettings(num_inference_steps=8, microbatch=72),
+        plan=PlanSettings(preset="custom", group_size=24, prune=((4, 12),)),
+        reward=RewardMixSettings((RewardTerm("shapes_mixed"),)),
+        objective=ObjectiveSettings(name="dgpo", dgpo=DGPOSettings(draws=2, kl_beta=0.0)),
+        optim=OptimSettings(lr=1e-4, decay=1.0, max_grad_norm=0.1, microbatch=72, ema_decay=0.9),
+        audit=AuditSettings(every=10),
+        eval=EvalSettings(every=10, keep_best=True),
+        checkpoint=CheckpointSettings(every=10),
     )
 
 
@@ -67,13 +67,13 @@ def sd14_hpsv2() -> Config:
     return Config(
         recipe="sd14-hpsv2",
         iterations=300,
-        model=ModelConfig(path="CompVis/stable-diffusion-v1-4", weights="full", dtype="bfloat16"),
-        prompts=PromptConfig(source="prompts.txt", per_iteration=32),
-        sampling=SamplingConfig(num_inference_steps=50, guidance_scale=5.0, same_latent=True, microbatch=16),
-        plan=PlanConfig(preset="sd14"),
-        reward=RewardConfig((RewardTerm("hpsv2"),)),
-        optim=OptimConfig(lr=1e-5, updates_per_rollout=2, microbatch=8),
-        eval=EvalConfig(prompts="eval.txt", pictures=200, num_inference_steps=50, guidance_scale=5.0),
+        model=ModelSettings(path="CompVis/stable-diffusion-v1-4", weights="full", dtype="bfloat16"),
+        prompts=PromptSettings(source="prompts.txt", per_iteration=32),
+        sampling=SamplingSettings(num_inference_steps=50, guidance_scale=5.0, same_latent=True, microbatch=16),
+        plan=PlanSettings(preset="sd14"),
+        reward=RewardMixSettings((RewardTerm("hpsv2"),)),
+        optim=OptimSettings(lr=1e-5, updates_per_rollout=2, microbatch=8),
+        eval=EvalSettings(prompts="eval.txt", pictures=200, num_inference_steps=50, guidance_scale=5.0),
     )
 
 
@@ -96,7 +96,7 @@ def _sd35m(task: str, kl_beta: float, prompts: str = "txt", reward: str = "") ->
     return Config(
         recipe=f"sd35m-{task}",
         iterations=1000,
-        model=ModelConfig(
+        model=ModelSettings(
             path="stabilityai/stable-diffusion-3.5-medium",
             lora_rank=32,
             lora_alpha=64,
@@ -105,13 +105,13 @@ def _sd35m(task: str, kl_beta: float, prompts: str = "txt", reward: str = "") ->
             resolution=512,
             dtype="bfloat16",
         ),
-        prompts=PromptConfig(source=f"prompts.{prompts}", per_iteration=48),
-        sampling=SamplingConfig(guidance_scale=4.5, microbatch=8),
-        plan=PlanConfig(preset="standard"),
-        reward=RewardConfig((RewardTerm(reward or task),)),
-        objective=ObjectiveConfig(grpo=GRPOConfig(kl_beta=kl_beta, kl_form="flow_grpo")),
-        optim=OptimConfig(lr=3e-4, updates_per_rollout=2, microbatch=8, ema_decay=_EMA_OF_TWO_UPDATES),
-        eval=EvalConfig(prompts=f"eval.{prompts}", pictures=200, num_inference_steps=40, guidance_scale=4.5),
+        prompts=PromptSettings(source=f"prompts.{prompts}", per_iteration=48),
+        sampling=SamplingSettings(guidance_scale=4.5, microbatch=8),
+        plan=PlanSettings(preset="standard"),
+        reward=RewardMixSettings((RewardTerm(reward or task),)),
+        objective=ObjectiveSettings(grpo=GRPOSettings(kl_beta=kl_beta, kl_form="flow_grpo")),
+        optim=OptimSettings(lr=3e-4, updates_per_rollout=2, microbatch=8, ema_decay=_EMA_OF_TWO_UPDATES),
+        eval=EvalSettings(prompts=f"eval.{prompts}", pictures=200, num_inference_steps=40, guidance_scale=4.5),
     )
 
 
@@ -162,10 +162,10 @@ def sd35m_awm() -> Config:
         base,
         prompts=replace(base.prompts, per_iteration=24),
         sampling=replace(base.sampling, num_inference_steps=14, guidance_scale=1.0),
-        objective=ObjectiveConfig(
+        objective=ObjectiveSettings(
             name="awm",
             advantage="batch",
-            awm=AWMConfig(weighting="ghuber", adv_clip_max=5.0, adv_scale=0.2, average_ramp=1e-3),
+            awm=AWMSettings(weighting="ghuber", adv_clip_max=5.0, adv_scale=0.2, average_ramp=1e-3),
         ),
         optim=replace(base.optim, updates_per_rollout=1, ema_decay=0.99),
         eval=replace(base.eval, guidance_scale=1.0),
@@ -182,7 +182,7 @@ def flux_pickscore() -> Config:
     return Config(
         recipe="flux-pickscore",
         iterations=1000,
-        model=ModelConfig(
+        model=ModelSettings(
             path="black-forest-labs/FLUX.1-dev",
             lora_rank=64,
             lora_alpha=128,
@@ -192,14 +192,14 @@ def flux_pickscore() -> Config:
             dtype="bfloat16",
             activation_checkpointing=True,
         ),
-        prompts=PromptConfig(source="prompts.txt", per_iteration=48),
-        sampling=SamplingConfig(
+        prompts=PromptSettings(source="prompts.txt", per_iteration=48),
+        sampling=SamplingSettings(
             num_inference_steps=6, guidance_scale=3.5, embedded_guidance=True, noise_level=0.9, microbatch=8
         ),
-        plan=PlanConfig(preset="standard"),
-        reward=RewardConfig((RewardTerm("pickscore"),)),
-        optim=OptimConfig(lr=3e-4, updates_per_rollout=2, microbatch=4, ema_decay=_EMA_OF_TWO_UPDATES),
-        eval=EvalConfig(prompts="eval.txt", pictures=200, num_inference_steps=28, guidance_scale=3.5),
+        plan=PlanSettings(preset="standard"),
+        reward=RewardMixSettings((RewardTerm("pickscore"),)),
+        optim=OptimSettings(lr=3e-4, updates_per_rollout=2, microbatch=4, ema_decay=_EMA_OF_TWO_UPDATES),
+        eval=EvalSettings(prompts="eval.txt", pictures=200, num_inference_steps=28, guidance_scale=3.5),
     )
 
 
@@ -218,7 +218,7 @@ def kontext_vlm() -> Config:
         model=replace(base.model, path="black-forest-labs/FLUX.1-Kontext-dev"),
         prompts=replace(base.prompts, source="edits.jsonl"),
         sampling=replace(base.sampling, guidance_scale=2.5),
-        reward=RewardConfig((RewardTerm("vlm"),)),
+        reward=RewardMixSettings((RewardTerm("vlm"),)),
         eval=replace(base.eval, prompts="eval.jsonl", guidance_scale=2.5),
     )
 
@@ -241,7 +241,7 @@ def wan_pickscore() -> Config:
     return Config(
         recipe="wan-pickscore",
         iterations=300,
-        model=ModelConfig(
+        model=ModelSettings(
             path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
             lora_rank=32,
             lora_alpha=64,
@@ -249,15 +249,15 @@ def wan_pickscore() -> Config:
             dtype="bfloat16",
             activation_checkpointing=True,
         ),
-        prompts=PromptConfig(source="prompts.txt", per_iteration=8),
-        sampling=SamplingConfig(
+        prompts=PromptSettings(source="prompts.txt", per_iteration=8),
+        sampling=SamplingSettings(
             num_inference_steps=20, guidance_scale=5.0, negative_prompt=_WAN_NEGATIVE, sampler="dance", microbatch=1
         ),
-        plan=PlanConfig(preset="custom", group_size=16, prune=((11, 8),)),
-        reward=RewardConfig((RewardTerm("pickscore"),)),
-        objective=ObjectiveConfig(grpo=GRPOConfig(clip_range=1e-4)),
-        optim=OptimConfig(lr=1e-4, microbatch=1),
-        eval=EvalConfig(prompts="eval.txt", pictures=32, num_inference_steps=50, guidance_scale=5.0),
+        plan=PlanSettings(preset="custom", group_size=16, prune=((11, 8),)),
+        reward=RewardMixSettings((RewardTerm("pickscore"),)),
+        objective=ObjectiveSettings(grpo=GRPOSettings(clip_range=1e-4)),
+        optim=OptimSettings(lr=1e-4, microbatch=1),
+        eval=EvalSettings(prompts="eval.txt", pictures=32, num_inference_steps=50, guidance_scale=5.0),
     )
 
 
@@ -314,7 +314,7 @@ def sd3() -> Config:
     return Config(
         recipe="sd3",
         iterations=300,
-        model=ModelConfig(
+        model=ModelSettings(
             path="stabilityai/stable-diffusion-3.5-medium",
             lora_rank=32,
             lora_alpha=64,
@@ -322,10 +322,10 @@ def sd3() -> Config:
             resolution=512,
             dtype="bfloat16",
         ),
-        sampling=SamplingConfig(guidance_scale=4.5, microbatch=8),
-        plan=PlanConfig(preset="standard"),
-        optim=OptimConfig(lr=3e-4, microbatch=8, ema_decay=0.9),
-        eval=EvalConfig(guidance_scale=4.5),
+        sampling=SamplingSettings(guidance_scale=4.5, microbatch=8),
+        plan=PlanSettings(preset="standard"),
+        optim=OptimSettings(lr=3e-4, microbatch=8, ema_decay=0.9),
+        eval=EvalSettings(guidance_scale=4.5),
     )
 
 
@@ -334,13 +334,13 @@ def smoke() -> Config:
     return Config(
         recipe="smoke",
         iterations=2,
-        prompts=PromptConfig(per_iteration=2),
-        sampling=SamplingConfig(num_inference_steps=6, microbatch=12),
-        plan=PlanConfig(preset="custom", group_size=6, prune=((3, 4),)),
-        optim=OptimConfig(microbatch=40),
-        audit=AuditConfig(every=2),
-        eval=EvalConfig(pictures=12, num_inference_steps=6),
-        checkpoint=CheckpointConfig(every=1),
+        prompts=PromptSettings(per_iteration=2),
+        sampling=SamplingSettings(num_inference_steps=6, microbatch=12),
+        plan=PlanSettings(preset="custom", group_size=6, prune=((3, 4),)),
+        optim=OptimSettings(microbatch=40),
+        audit=AuditSettings(every=2),
+        eval=EvalSettings(pictures=12, num_inference_steps=6),
+        checkpoint=CheckpointSettings(every=1),
     )
 
 

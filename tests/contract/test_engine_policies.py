@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from progrpo.config import AuditConfig, ModelConfig, OptimConfig, PlanConfig, PreviewConfig, SamplingConfig
+from progrpo.config import AuditSettings, ModelSettings, OptimSettings, PlanSettings, PreviewSettings, SamplingSettings
 from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.load import load_policy, policy_from_pipeline
 from progrpo.policies.pipeline import _compiled_decoder
@@ -280,12 +280,12 @@ def test_a_second_iteration_of_a_plan_that_prunes_compiles_nothing(
 ):
     policy = load_policy(request.getfixturevalue(model), replace(SETTINGS, lora_alpha=4, compile=True))
     config = tiny_config(
-        model=ModelConfig(lora_rank=2, lora_alpha=4, max_sequence_length=8),
-        plan=PlanConfig("custom", group_size=5, prune=((0, 4), (1, 3))),
-        sampling=SamplingConfig(num_inference_steps=4, microbatch=microbatch),
-        optim=OptimConfig(microbatch=5),
-        preview=PreviewConfig(probe=True, ode_steps=2),
-        audit=AuditConfig(every=1),
+        model=ModelSettings(lora_rank=2, lora_alpha=4, max_sequence_length=8),
+        plan=PlanSettings("custom", group_size=5, prune=((0, 4), (1, 3))),
+        sampling=SamplingSettings(num_inference_steps=4, microbatch=microbatch),
+        optim=OptimSettings(microbatch=5),
+        preview=PreviewSettings(probe=True, ode_steps=2),
+        audit=AuditSettings(every=1),
     )
     trainer, start = tiny_trainer(config, policy), compilations()
     first = trainer.step().record
@@ -323,8 +323,8 @@ def test_grpo_trains_what_is_compiled_in_low_precision(tiny_sd3, tiny_trainer, t
     torch._dynamo.reset()
     policy = load_policy(tiny_sd3, replace(SETTINGS, dtype=torch.bfloat16, compile=True))
     config = tiny_config(
-        model=ModelConfig(lora_rank=2, lora_alpha=4, max_sequence_length=8, dtype="bfloat16", compile=True),
-        optim=OptimConfig(microbatch=4, updates_per_rollout=2),
+        model=ModelSettings(lora_rank=2, lora_alpha=4, max_sequence_length=8, dtype="bfloat16", compile=True),
+        optim=OptimSettings(microbatch=4, updates_per_rollout=2),
     )
     trainer = tiny_trainer(config, policy)
     for _ in range(2):

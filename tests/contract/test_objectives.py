@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from progrpo.config import ObjectiveConfig, OptimConfig, SamplingConfig, from_dict, trained_items
+from progrpo.config import ObjectiveSettings, OptimSettings, SamplingSettings, from_dict, trained_items
 from progrpo.objectives.base import Objective
 from progrpo.training.build import OBJECTIVES
 from progrpo.training.distributed import Ranks
@@ -18,7 +18,7 @@ from progrpo.training.update import update
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
 
 
-def configured(name: str, **settings: Any) -> ObjectiveConfig:
+def configured(name: str, **settings: Any) -> ObjectiveSettings:
     return from_dict({"objective": {"name": name, name: settings}}).objective
 
 
@@ -31,7 +31,7 @@ LATENT = [name for name, wanted in CONFIGS.items() if OBJECTIVES[wanted.name](wa
 
 
 @pytest.fixture(params=CONFIGS)
-def wanted(request) -> ObjectiveConfig:
+def wanted(request) -> ObjectiveSettings:
     return CONFIGS[request.param]
 
 
@@ -132,7 +132,7 @@ def test_trajectories_without_an_advantage_count_and_are_not_computed(policy, ob
     """The step is that of the telling ones, by the number of all."""
     experience = linear_experience(policy, [1.5, 0.0, -1.0, 0.0, 0.0])
     start, ranks = policy.a.item(), Ranks()
-    config = OptimConfig(updates_per_rollout=updates, max_grad_norm=1e9, microbatch=4)
+    config = OptimSettings(updates_per_rollout=updates, max_grad_norm=1e9, microbatch=4)
     descent = torch.optim.SGD(policy.trainable.values(), lr=1e-3)
     per = objective.items_per_trajectory(experience)
     prepared = objective.prepare(policy, experience, 4, updates)
@@ -147,7 +147,9 @@ def test_trajectories_without_an_advantage_count_and_are_not_computed(policy, ob
 def test_a_rollout_without_any_advantage_moves_nothing(policy, objective, linear_experience):
     before = copies(policy.trainable.items())
     optimizer = torch.optim.AdamW(policy.trainable.values(), lr=0.1, weight_decay=0.1)
-    tally, items, _ = update(policy, objective, optimizer, linear_experience(policy, [0.0] * 5), OptimConfig(), Ranks())
+    tally, items, _ = update(
+        policy, objective, optimizer, linear_experience(policy, [0.0] * 5), OptimSettings(), Ranks()
+    )
     assert items == 0 and "update/loss" not in tally.sums
     assert same(copies(policy.trainable.items()), before)
 
@@ -155,7 +157,7 @@ def test_a_rollout_without_any_advantage_moves_nothing(policy, objective, linear
 def test_of_nobody_there_is_nothing_to_learn(policy, objective, linear_experience):
     nobody = linear_experience(policy, ADVANTAGES).take(torch.empty(0, dtype=torch.long))
     optimizer = torch.optim.AdamW(policy.trainable.values(), lr=0.1)
-    _, items, _ = update(policy, objective, optimizer, nobody, OptimConfig(updates_per_rollout=2), Ranks())
+    _, items, _ = update(policy, objective, optimizer, nobody, OptimSettings(updates_per_rollout=2), Ranks())
     assert items == 0
 
 
@@ -202,7 +204,7 @@ def test_what_is_stored_is_what_is_asked_for(build, first_experience):
 
 
 def test_stochastic_rollouts_are_stored_only_for_transitions(build, first_experience):
-    trainer = build(sampling=SamplingConfig(num_inference_steps=4, sde_window="all"))
+    trainer = build(sampling=SamplingSettings(num_inference_steps=4, sde_window="all"))
     assert all(level > 0 for level in trainer.sampling.process.noise_levels)
     path = first_experience(trainer).trajectories.path
     assert len(path) == (0 if trainer.objective.needs == "latents" else 3)
@@ -245,7 +247,7 @@ def test_what_is_counted_is_predicted_and_what_the_network_did(build, redness, g
         """Nothing can be learnt from red cats."""
         return [0.5 if prompt == "red cat" else r for prompt, r in zip(prompts, redness(images, prompts), strict=True)]
 
-    trainer = build(partly, sampling=SamplingConfig(num_inference_steps=4, guidance_scale=guidance_scale))
+    trainer = build(partly, sampling=SamplingSettings(num_inference_steps=4, guidance_scale=guidance_scale))
     trained, teaching = [], 0
     trainer.policy._pipeline.transformer.register_forward_hook(
         lambda module, args, kwargs, out: trained.append(len(out[0])) if torch.is_grad_enabled() else None,
@@ -295,7 +297,7 @@ def assert_a_resumed_run_is_a_straight_one(trainer, fresh, stop):
 
 
 def test_stop_and_resume_is_a_straight_run(build):
-    sections = {"optim": OptimConfig(updates_per_rollout=2, ema_decay=0.5)}
+    sections = {"optim": OptimSettings(updates_per_rollout=2, ema_decay=0.5)}
     assert_a_resumed_run_is_a_straight_one(build(**sections), build(**sections), stop=2)
 
 
@@ -306,7 +308,7 @@ WINDOWS = ("all", "first", "sliding", "random")
     ("name", "kind"), [*((name, kind) for name in CONFIGS for kind in WINDOWS), *((n, "none") for n in LATENT)]
 )
 def test_a_resumed_window_lies_where_it_would_have(tiny_trainer, tiny_config, name, kind):
-    sampling = SamplingConfig(num_inference_steps=4, sde_window=kind, sde_window_size=1, sde_window_interval=1)
+    sampling = SamplingSettings(num_inference_steps=4, sde_window=kind, sde_window_size=1, sde_window_interval=1)
     config = tiny_config(objective=CONFIGS[name], sampling=sampling)
     trainer, fresh = tiny_trainer(config), tiny_trainer(config)
     assert_a_resumed_run_is_a_straight_one(trainer, fresh, stop=2)
@@ -314,7 +316,7 @@ def test_a_resumed_window_lies_where_it_would_have(tiny_trainer, tiny_config, na
 
 
 def test_a_window_is_what_is_sampled_and_trained(tiny_trainer, tiny_config):
-    sampling = SamplingConfig(num_inference_steps=4, sde_window="sliding", sde_window_size=1, sde_window_interval=1)
+    sampling = SamplingSettings(num_inference_steps=4, sde_window="sliding", sde_window_size=1, sde_window_interval=1)
     trainer = tiny_trainer(tiny_config(objective=CONFIGS["grpo-guard"], sampling=sampling))
     for start in (0, 1, 2, 0):
         assert [level > 0 for level in trainer.sampling.process.noise_levels] == [step == start for step in range(4)]

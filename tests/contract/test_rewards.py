@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from progrpo.rewards.aesthetic import Aesthetic
-from progrpo.rewards.base import RewardSettings, Score
+from progrpo.rewards.base import OneRewardSettings, Score
 from progrpo.rewards.clip import ClipCosine
 from progrpo.rewards.clipscore import CLIPScore
 from progrpo.rewards.function import FunctionReward
@@ -150,7 +150,7 @@ def reads_the_colour(picture_HWC):
 
 
 BUILDERS: dict[str, Callable[[], Any]] = {
-    **{name: functools.partial(make, RewardSettings()) for name, make in REWARDS.items() if name != "vlm"},
+    **{name: functools.partial(make, OneRewardSettings()) for name, make in REWARDS.items() if name != "vlm"},
     "clipscore": small_clipscore,
     "pickscore": lambda: small(PickScore),
     "hpsv2": lambda: small(HPSv2),

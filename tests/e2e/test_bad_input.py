@@ -13,9 +13,9 @@ import pytest
 
 from progrpo.cli import _of_box, main
 from progrpo.config import config_to_json
-from progrpo.data import load_prompts
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import load_policy
+from progrpo.prompts.load import load_prompts
 from progrpo.recipes import load_recipe
 from progrpo.zoo import WEIGHTS
 

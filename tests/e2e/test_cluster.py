@@ -19,7 +19,7 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
 from progrpo.cli import main
-from progrpo.config import OptimConfig
+from progrpo.config import OptimSettings
 from progrpo.zoo import WEIGHTS
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def assert_same(assert_trained_alike) -> Callable[[Path, Path], None]:
     def check(run: Path, other: Path) -> None:
         expected = trained(other)
         # a LoRA's second matrix is saved alpha / rank times, which is 2
-        assert_trained_alike(trained(run), expected, 2 * OptimConfig().lr, steps=4)
+        assert_trained_alike(trained(run), expected, 2 * OptimSettings().lr, steps=4)
         before = load_file(WEIGHTS / "shapes-flow" / DENOISER)  # a LoRA's B begins at 0
         moved = [(w - before.get(name, 0)).abs().max() for name, w in expected.items() if "lora_A" not in name]
         assert max(moved) > 1e-3

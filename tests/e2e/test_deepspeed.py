@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from progrpo.cli import main
-from progrpo.config import OptimConfig
+from progrpo.config import OptimSettings
 from progrpo.storage import load_state
 
 pytestmark = [
@@ -93,7 +93,7 @@ def assert_same(assert_trained_alike) -> Callable[[Path, Path], None]:
 
     def check(run: Path, other: Path) -> None:
         # a LoRA's second matrix is saved alpha / rank times, which is 2
-        assert_trained_alike(trained(run), trained(other), 2 * OptimConfig().lr, steps=4)
+        assert_trained_alike(trained(run), trained(other), 2 * OptimSettings().lr, steps=4)
         mine, theirs = (state_of(folder)["optimizer"] for folder in (run, other))
         assert mine["param_groups"] == theirs["param_groups"] and mine["state"].keys() == theirs["state"].keys()
         for name in ("step", "exp_avg", "exp_avg_sq"):

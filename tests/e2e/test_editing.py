@@ -15,7 +15,7 @@ from PIL import Image
 
 import progrpo
 from progrpo.cli import main
-from progrpo.config import PreviewConfig
+from progrpo.config import PreviewSettings
 from progrpo.tracking.run_folder import RunFolder
 
 REWARD = """
@@ -121,7 +121,7 @@ def test_python_code_gives_pictures_and_its_reward_gets_them(tiny_pipeline, tiny
             seen.append(np.array_equal(np.asarray(source), np.asarray(prompt.columns["image"])))
         return [-float(np.abs(np.asarray(a, float) - np.asarray(b)).mean()) for a, b in zip(images, image, strict=True)]
 
-    config = tiny_config(preview=PreviewConfig(ode_steps=2))
+    config = tiny_config(preview=PreviewSettings(ode_steps=2))
     config = replace(config, model=replace(config.model, resolution=16))
     run = progrpo.train(tiny_pipeline(tiny_kontext), prompts, likeness, config=config, out=tmp_path / "run")
     assert run.read_summary()["status"] == "finished" and seen and all(seen)

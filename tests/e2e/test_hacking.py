@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import progrpo
-from progrpo.config import EvalConfig, OptimConfig, PromptConfig, RewardTerm, WatchConfig
+from progrpo.config import EvalSettings, OptimSettings, PromptSettings, RewardTerm, WatchSettings
 from progrpo.tracking.run_folder import RunFolder
 
 MODULE = "held_out_here"
@@ -29,16 +29,16 @@ def trained(tiny_pipeline, tiny_config, prompts, redness, tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
     def run(hacking: Any, **more: Any) -> RunFolder:
-        evaluation = EvalConfig(
+        evaluation = EvalSettings(
             pictures=8, num_inference_steps=3, every=1, rewards=(RewardTerm(f"{MODULE}:paleness"),), **more
         )
         config = tiny_config(
             iterations=12,
             model=replace(tiny_config().model, weights="full"),
-            prompts=PromptConfig(per_iteration=3),
+            prompts=PromptSettings(per_iteration=3),
             eval=evaluation,
-            optim=OptimConfig(lr=0.01),
-            watch=WatchConfig(hacking=hacking),
+            optim=OptimSettings(lr=0.01),
+            watch=WatchSettings(hacking=hacking),
         )
         return progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run")
 

@@ -21,15 +21,15 @@ from safetensors.torch import load_file
 import progrpo
 from progrpo.cli import main
 from progrpo.config import (
-    AuditConfig,
-    EvalConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    PlanConfig,
-    PromptConfig,
-    RewardConfig,
+    AuditSettings,
+    EvalSettings,
+    ObjectiveSettings,
+    OptimSettings,
+    PlanSettings,
+    PromptSettings,
+    RewardMixSettings,
     RewardTerm,
-    SamplingConfig,
+    SamplingSettings,
 )
 from progrpo.rewards.base import Score
 from progrpo.rollout.noise import INITIAL, NoiseKey
@@ -60,9 +60,9 @@ def trained(tiny_pipeline, tiny_config, prompts, redness, tmp_path_factory):
 
     def train(ema_decay: float) -> Path:
         config = tiny_config(
-            optim=OptimConfig(lr=0.03, ema_decay=ema_decay),
-            audit=AuditConfig(every=2),
-            eval=EvalConfig(pictures=3, num_inference_steps=STEPS),
+            optim=OptimSettings(lr=0.03, ema_decay=ema_decay),
+            audit=AuditSettings(every=2),
+            eval=EvalSettings(pictures=3, num_inference_steps=STEPS),
         )
         out = tmp_path_factory.mktemp("runs") / "run"
         return progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out).path
@@ -114,7 +114,7 @@ def test_the_lora_gives_diffusers_the_pictures_that_the_run_shows(trained, tiny_
             place, first = torch.tensor([i]), torch.tensor([0])
             picture = pipeline(
                 prompt,
-                latents=NoiseKey(EvalConfig().seed, 0).draw(place, first, INITIAL, (4, 8, 8)),
+                latents=NoiseKey(EvalSettings().seed, 0).draw(place, first, INITIAL, (4, 8, 8)),
                 height=16,
                 width=16,
                 num_inference_steps=STEPS,
@@ -159,7 +159,7 @@ def test_a_reward_with_verdicts_and_columns(tiny_pipeline, tiny_config, prompts,
         Prompt(text, {"least": least, "kind": kind})
         for text, least, kind in zip(prompts, (0, 0, 1), "aab", strict=True)
     ]
-    config = tiny_config(iterations=1, eval=EvalConfig(pictures=3, num_inference_steps=2))
+    config = tiny_config(iterations=1, eval=EvalSettings(pictures=3, num_inference_steps=2))
     run = progrpo.train(tiny_pipeline(), asked, Verdicts(), config=config, out=tmp_path / "run", eval_prompts=asked)
     found = run.read_summary()
     assert found["accuracy_after"] == pytest.approx(2 / 3) and found["accuracy_by_kind_after"] == {"a": 1.0, "b": 0.0}
@@ -183,7 +183,7 @@ def test_several_rewards_of_every_kind_are_mixed(tiny_pipeline, tiny_config, pro
     ]
     rewards += [(lambda i, p: [1.0] * len(i), 2.0)]
     rows = [{"prompt": text, "note": "from a row"} for text in prompts]
-    config = tiny_config(iterations=1, objective=ObjectiveConfig(advantage="gdpo"))
+    config = tiny_config(iterations=1, objective=ObjectiveSettings(advantage="gdpo"))
     run = progrpo.train(tiny_pipeline(), rows, rewards, config=config, out=tmp_path / "run")
     summary, (record,) = run.read_summary(), run.read_metrics()
     weights = summary["rewards"]["weights"]
@@ -201,8 +201,8 @@ def test_several_rewards_of_every_kind_are_mixed(tiny_pipeline, tiny_config, pro
 def test_a_plan_that_selects_on_final_rewards_is_audited_and_reported(
     tiny_pipeline, tiny_config, prompts, redness, tmp_path
 ):
-    plan = PlanConfig("custom", group_size=4, final_keep=2)
-    config = tiny_config(iterations=1, plan=plan, audit=AuditConfig(every=1))
+    plan = PlanSettings("custom", group_size=4, final_keep=2)
+    config = tiny_config(iterations=1, plan=plan, audit=AuditSettings(every=1))
     run = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run")
     (audit,) = run.read_audits()
     assert sorted(map(str, audit["stopped_at"])) == ["4", "4", "None", "None"]
@@ -254,7 +254,7 @@ def test_an_async_reward_is_loaded_asked_and_closed_in_one_loop_however_the_run_
     def lacking(images, absent):
         raise AssertionError("asked")
 
-    config = tiny_config(iterations=1, reward=RewardConfig(waves=2))
+    config = tiny_config(iterations=1, reward=RewardMixSettings(waves=2))
     if works:
         run = progrpo.train(tiny_pipeline(), prompts, Whole(), config=config, out=tmp_path / "run")
         (missing,) = run.read_summary()["rewards"]["missing"].values()
@@ -288,9 +288,9 @@ def test_a_run_of_the_library_goes_on_as_if_it_had_not_been_stopped(
     monkeypatch.chdir(tmp_path)
     config = tiny_config(
         iterations=4,
-        prompts=PromptConfig(per_iteration=2, order="signal"),
-        sampling=SamplingConfig(num_inference_steps=4, microbatch=8),
-        optim=OptimConfig(lr=0.03, microbatch=8, ema_decay=0.5),
+        prompts=PromptSettings(per_iteration=2, order="signal"),
+        sampling=SamplingSettings(num_inference_steps=4, microbatch=8),
+        optim=OptimSettings(lr=0.03, microbatch=8, ema_decay=0.5),
     )
     straight = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out="straight").path
     calls = iter(range(100))
@@ -310,7 +310,7 @@ def test_a_run_of_the_library_goes_on_as_if_it_had_not_been_stopped(
         ({"prompts": prompts[::-1]}, r"the training prompts \(prompts given to progrpo.train\) .*accept_changes=True"),
         ({"eval_prompts": ["a"]}, "the evaluation prompts"),
         (
-            {"config": replace(config, optim=OptimConfig(lr=1.0))},
+            {"config": replace(config, optim=OptimSettings(lr=1.0))},
             "the configuration of .*my run was changed.* optim.lr was",
         ),
         ({"reward": [redness, redness]}, "reward.terms was .*accept_changes=True"),
@@ -359,7 +359,7 @@ def test_a_run_of_the_library_goes_on_by_its_own_configuration_and_with_changes_
     assert measured["sampling"]["microbatch"] and measured["optim"]["microbatch"]
     run = progrpo.train(tiny_pipeline(), prompts, redness, out=out, resume=True)
     assert run.read_summary()["status"] == "finished" and len(run.read_metrics()) == 1
-    longer = tiny_config(iterations=2, optim=OptimConfig(lr=0.5))
+    longer = tiny_config(iterations=2, optim=OptimSettings(lr=0.5))
     progrpo.train(tiny_pipeline(), prompts[:2], redness, config=longer, out=out, resume=True, accept_changes=True)
     assert json.loads((out / "config.json").read_text())["optim"] == {**measured["optim"], "lr": 0.5}
     assert len(run.read_metrics()) == 2 and any("evaluation prompts" in w for w in run.read_summary()["warnings"])
@@ -372,9 +372,9 @@ def test_a_run_of_relative_paths_is_used_from_any_folder(tiny_sd3, tiny_config, 
     Path("told/prompts.csv").write_text("\n".join(["caption", *prompts]))
     config = tiny_config(
         iterations=1,
-        prompts=PromptConfig(source="told/prompts.csv", column="caption", per_iteration=2),
-        reward=RewardConfig((RewardTerm("jpeg_compressibility"),)),
-        eval=EvalConfig(prompts="told/prompts.csv", column="caption", pictures=2, num_inference_steps=1),
+        prompts=PromptSettings(source="told/prompts.csv", column="caption", per_iteration=2),
+        reward=RewardMixSettings((RewardTerm("jpeg_compressibility"),)),
+        eval=EvalSettings(prompts="told/prompts.csv", column="caption", pictures=2, num_inference_steps=1),
     )
     train_run(replace(config, model=replace(config.model, path="model")), Path("run"))
     monkeypatch.chdir(tmp_path.parent)
@@ -414,7 +414,7 @@ def test_commands_say_what_a_run_of_the_library_needs(trained, tiny_sd3, tmp_pat
 
 def test_prompts_that_are_cut_are_said_at_the_start_and_kept(tiny_pipeline, tiny_config, redness, tmp_path, capsys):
     begins = "a red cat beside a green bird and " * 4
-    config = tiny_config(iterations=1, eval=EvalConfig(pictures=4, num_inference_steps=STEPS))
+    config = tiny_config(iterations=1, eval=EvalSettings(pictures=4, num_inference_steps=STEPS))
     prompts = [f"{begins}{end}" for end in ("a dog", "a cat")] + ["cat"]
     told = {"eval_prompts": ["CAT", "dog", *prompts[:2]], "config": config, "out": tmp_path / "run"}
     run = progrpo.train(tiny_pipeline(), prompts, redness, **told)
@@ -458,7 +458,7 @@ def test_mistakes_are_refused_before_anything_is_sampled(
 ):
     for wrong, message in (
         ({"prompts": []}, "prompts is empty; give at least one"),
-        ({"config": tiny_config(optim=OptimConfig(lr=0.0))}, r"optim\.lr must be above 0, not 0\.0"),
+        ({"config": tiny_config(optim=OptimSettings(lr=0.0))}, r"optim\.lr must be above 0, not 0\.0"),
         ({"out": trained[0.0]}, "already holds a run"),
         (
             {"reward": [(redness, 1, 2)]},
@@ -493,7 +493,7 @@ def test_a_pipeline_that_has_an_adapter_is_refused_until_that_is_gone(
 
 
 def test_a_run_can_be_overwritten_if_asked(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
-    config, out = tiny_config(iterations=1, eval=EvalConfig(pictures=1, num_inference_steps=1)), tmp_path / "run"
+    config, out = tiny_config(iterations=1, eval=EvalSettings(pictures=1, num_inference_steps=1)), tmp_path / "run"
     first = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out).read_metrics()
     again = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out, overwrite=True).read_metrics()
     assert len(again) == 1 and again[0]["reward/mean"] == first[0]["reward/mean"]
@@ -502,8 +502,8 @@ def test_a_run_can_be_overwritten_if_asked(tiny_pipeline, tiny_config, prompts, 
 def test_the_best_weights_on_the_way_are_kept_if_asked(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
     config = tiny_config(
         iterations=4,
-        optim=OptimConfig(lr=0.1),
-        eval=EvalConfig(pictures=3, num_inference_steps=STEPS, every=1, keep_best=True),
+        optim=OptimSettings(lr=0.1),
+        eval=EvalSettings(pictures=3, num_inference_steps=STEPS, every=1, keep_best=True),
     )
     run = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run")
     on_the_way = [r["eval/graded"] for r in run.read_metrics()]  # on the same prompts here as after

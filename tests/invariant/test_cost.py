@@ -5,31 +5,31 @@ from __future__ import annotations
 import pytest
 import torch
 
-from progrpo.config import AuditConfig, PlanConfig, PromptConfig, SamplingConfig, from_dict
+from progrpo.config import AuditSettings, PlanSettings, PromptSettings, SamplingSettings, from_dict
 from progrpo.rollout.plan import PRESETS
 from progrpo.types import Cost
 
 STEPS = 4
 PLANS = {
     **{name: from_dict({"plan": {"preset": name}}).plan for name in PRESETS},
-    "point-and-final": PlanConfig("custom", group_size=5, prune=((1, 4), (2, 4)), final_keep=2),
+    "point-and-final": PlanSettings("custom", group_size=5, prune=((1, 4), (2, 4)), final_keep=2),
 }
 
 
 @pytest.fixture
 def trainer(tiny_trainer, tiny_config, tiny_policy, tiny_sd3, request):
-    def build(plan: PlanConfig, guidance_scale: float, reward=None, microbatch=None, folder=tiny_sd3):
+    def build(plan: PlanSettings, guidance_scale: float, reward=None, microbatch=None, folder=tiny_sd3):
         policy = tiny_policy(folder=folder)
         config = tiny_config(
             plan=plan,
-            prompts=PromptConfig(per_iteration=2 if plan.preset == "custom" else 1),
-            sampling=SamplingConfig(
+            prompts=PromptSettings(per_iteration=2 if plan.preset == "custom" else 1),
+            sampling=SamplingSettings(
                 num_inference_steps=STEPS,
                 guidance_scale=guidance_scale,
                 embedded_guidance=policy.embeds_guidance,
                 microbatch=microbatch,
             ),
-            audit=AuditConfig(every=2),
+            audit=AuditSettings(every=2),
         )
         return tiny_trainer(config, policy, reward=reward or request.getfixturevalue("redness"))
 

@@ -14,8 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from progrpo.config import AWMConfig, DGPOConfig, NFTConfig, ObjectiveConfig, OptimConfig, PlanConfig, PromptConfig
-from progrpo.rewards.base import Reward, RewardSettings
+from progrpo.config import (
+    AWMSettings,
+    DGPOSettings,
+    NFTSettings,
+    ObjectiveSettings,
+    OptimSettings,
+    PlanSettings,
+    PromptSettings,
+)
+from progrpo.rewards.base import OneRewardSettings, Reward
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.mix import Mixture, Term
 from progrpo.rewards.patient import Patient
@@ -28,7 +36,7 @@ from progrpo.training.update import learn_from, update
 from progrpo.types import Rollout
 
 SLOTS, GROUP = 6, 20
-EVERYONE = PlanConfig(preset="custom", group_size=GROUP)
+EVERYONE = PlanSettings(preset="custom", group_size=GROUP)
 
 
 def name_of(image: Any) -> str:
@@ -68,7 +76,7 @@ def served(function: Callable[..., Any]) -> Iterator[Reward]:
     while not server.started:
         assert thread.is_alive()
     port = server.servers[0].sockets[0].getsockname()[1]
-    reward = RemoteReward.make("mine", RewardSettings(url=f"http://127.0.0.1:{port}"))
+    reward = RemoteReward.make("mine", OneRewardSettings(url=f"http://127.0.0.1:{port}"))
     try:
         yield reward
     finally:
@@ -129,11 +137,11 @@ def without(rolled: Rollout, rows: torch.Tensor) -> Rollout:
 
 
 OBJECTIVES = {
-    "grpo": ObjectiveConfig(),
-    "gdpo": ObjectiveConfig(advantage="gdpo"),
-    "nft": ObjectiveConfig(name="nft", nft=NFTConfig(draws=1)),
-    "awm": ObjectiveConfig(name="awm", awm=AWMConfig(draws=1)),
-    "dgpo": ObjectiveConfig(name="dgpo", dgpo=DGPOConfig(draws=1)),
+    "grpo": ObjectiveSettings(),
+    "gdpo": ObjectiveSettings(advantage="gdpo"),
+    "nft": ObjectiveSettings(name="nft", nft=NFTSettings(draws=1)),
+    "awm": ObjectiveSettings(name="awm", awm=AWMSettings(draws=1)),
+    "dgpo": ObjectiveSettings(name="dgpo", dgpo=DGPOSettings(draws=1)),
 }
 CASES = [(kind, rate, "grpo") for kind in KINDS for rate in (0.01, 0.1)]
 CASES += [("plain", 0.1, name) for name in OBJECTIVES if name != "grpo"]
@@ -144,10 +152,10 @@ def test_the_gradient_is_that_of_the_pictures_that_were_scored(
     kind, rate, objective, tiny_trainer, tiny_policy, tiny_config, redness
 ):
     config = tiny_config(
-        prompts=PromptConfig(per_iteration=SLOTS),
+        prompts=PromptSettings(per_iteration=SLOTS),
         plan=EVERYONE,
         objective=OBJECTIVES[objective],
-        optim=OptimConfig(max_grad_norm=1e9),
+        optim=OptimSettings(max_grad_norm=1e9),
     )
     clean = tiny_trainer(config, tiny_policy(moved=0.1), reward=redness)
     full = roll(clean)
@@ -187,7 +195,7 @@ def test_a_reward_that_always_fails_stops_the_run_with_the_last_error(kind, tiny
 
 def test_previews_fail_the_same_way_and_the_run_goes_on(tiny_trainer, tiny_config, redness):
     config = tiny_config(
-        prompts=PromptConfig(per_iteration=3), plan=PlanConfig(preset="custom", group_size=8, prune=((1, 5),))
+        prompts=PromptSettings(per_iteration=3), plan=PlanSettings(preset="custom", group_size=8, prune=((1, 5),))
     )
     with rewarded("plain", redness, lambda name: int(name[:2], 16) < 50) as reward:  # about 20 % of all pictures
         trainer = tiny_trainer(config)
@@ -220,7 +228,7 @@ def test_faults_that_pass_when_asked_again_leave_no_trace(tiny_trainer, tiny_con
 
 
 def test_a_group_below_its_quorum_teaches_nothing(tiny_trainer, tiny_config, redness):
-    config = tiny_config(prompts=PromptConfig(per_iteration=2), plan=EVERYONE, optim=OptimConfig(max_grad_norm=1e9))
+    config = tiny_config(prompts=PromptSettings(per_iteration=2), plan=EVERYONE, optim=OptimSettings(max_grad_norm=1e9))
     trainer = tiny_trainer(config)
     full = roll(trainer)
     rewards = full.rewards_N.clone()

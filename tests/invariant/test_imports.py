@@ -26,18 +26,29 @@ PROTOCOLS = (
     "progrpo.frames",
 )
 
+SETTINGS = (
+    "progrpo.settings",
+    "progrpo.objectives.settings",
+    "progrpo.policies.settings",
+    "progrpo.prompts.settings",
+    "progrpo.rewards.settings",
+    "progrpo.rollout.settings",
+    "progrpo.training.settings",
+)
+
 # Each rule: the modules it binds (a module and all below it), and what of progrpo they may import besides themselves.
 MAY_SEE = {
     "progrpo.types": (),
-    "progrpo.config": ("progrpo.rollout.plan", "progrpo.rollout.window", "progrpo.types", "progrpo.words"),
+    "progrpo.settings": ("progrpo.messages",),
+    "progrpo.config": (*SETTINGS, "progrpo.rollout.plan", "progrpo.types"),
     "progrpo.diffusion": (),
     "progrpo.packing": ("progrpo.types",),
     "progrpo.frames": (),
-    "progrpo.rollout": PROTOCOLS,
+    "progrpo.rollout": (*PROTOCOLS, "progrpo.settings"),
     "progrpo.rollout.plan": ("progrpo.types",),
     "progrpo.rollout.window": (),
     "progrpo.rollout.prune": (),
-    "progrpo.objectives": PROTOCOLS,
+    "progrpo.objectives": (*PROTOCOLS, "progrpo.settings"),
     "progrpo.objectives.advantage": (),
     "progrpo.objectives.surrogate": (),
 }
@@ -59,7 +70,7 @@ TORCH_ONLY = (
     "progrpo.objectives.advantage",
     "progrpo.objectives.surrogate",
 )
-STANDARD_LIBRARY_ONLY = ("progrpo.rollout.plan", "progrpo.rollout.window", "progrpo.types", "progrpo.config")
+STANDARD_LIBRARY_ONLY = (*SETTINGS, "progrpo.rollout.plan", "progrpo.rollout.window", "progrpo.types", "progrpo.config")
 KNOW_DIFFUSERS_AND_PEFT = ("progrpo.policies", "progrpo.zoo")
 FREE_OF_TORCH = (
     "progrpo.cli",
@@ -185,9 +196,18 @@ def test_only_the_rim_knows_config_training_and_the_command_line():
         if not entrance and not within(module, KNOW_CONFIG):
             assert not within_any(inner(module), "progrpo.config"), f"{module} imports progrpo.config"
         if not entrance and not within(module, ("progrpo.cli", "progrpo.training")):
-            assert not within_any(inner(module), "progrpo.training"), f"{module} imports progrpo.training"
+            seen = inner(module) - ({"progrpo.training.settings"} if module == "progrpo.config" else set())
+            assert not within_any(seen, "progrpo.training"), f"{module} imports progrpo.training"
         if not entrance and not within(module, ("progrpo.cli",)):
             assert not within_any(inner(module), "progrpo.cli"), f"{module} imports progrpo.cli"
+
+
+def test_no_room_sees_the_settings_of_another():
+    for module in MODULES:
+        room = module.split(".")[1] if "." in module else ""
+        rim = ("progrpo", "progrpo.config", "progrpo.cli", "progrpo.recipes", "progrpo.imports", "progrpo.training")
+        strangers = {name for name in inner(module) if name in SETTINGS[1:] and name.split(".")[1] != room}
+        assert not strangers or within(module, rim[1:]), f"{module} imports {sorted(strangers)}"
 
 
 def within_any(names: set[str], room: str) -> bool:

@@ -14,7 +14,7 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 import progrpo
-from progrpo.config import AuditConfig, ModelConfig, PreviewConfig
+from progrpo.config import AuditSettings, ModelSettings, PreviewSettings
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.rewards.base import Score
@@ -155,7 +155,7 @@ def test_what_is_learnt_is_what_the_pictures_that_are_there_teach(tiny_trainer, 
 def test_a_member_without_a_preview_goes_first(tiny_trainer, tiny_config, tiny_pipeline, monkeypatch, tmp_path, way):
     config = tiny_config(
         plan=replace(tiny_config().plan, prune=((1, 2),)),
-        preview=PreviewConfig(decoder="tiny" if way == "preview" else "full"),
+        preview=PreviewSettings(decoder="tiny" if way == "preview" else "full"),
     )
     tiny = AutoencoderTiny(
         latent_channels=4,
@@ -253,7 +253,7 @@ def test_an_evaluation_without_some_pictures_is_of_the_others(tiny_policy, monke
 
 
 def test_an_audit_goes_on_without_them(tiny_trainer, tiny_config, monkeypatch):
-    trainer = tiny_trainer(tiny_config(audit=AuditConfig(every=1)))
+    trainer = tiny_trainer(tiny_config(audit=AuditSettings(every=1)))
     loses(trainer.policy, monkeypatch, {1})
     done = trainer.step()
     assert (
@@ -312,7 +312,7 @@ def nan_lora(trained, tmp_path):
 
 
 def test_a_lora_that_is_not_finite_is_refused(nan_lora, tiny_pipeline, tiny_config, redness, prompts, tmp_path):
-    config = tiny_config(model=ModelConfig(max_sequence_length=8, lora=str(nan_lora)))
+    config = tiny_config(model=ModelSettings(max_sequence_length=8, lora=str(nan_lora)))
     with pytest.raises(ValueError, match=r"LoRA .*bad: its .* has numbers that are not finite"):
         run(tiny_pipeline(), config, redness, prompts, tmp_path / "run")
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from progrpo.config import OptimConfig
+from progrpo.config import OptimSettings
 
 SCRIPT = '''
 """python script.py MODEL OUT: what each process trained and kept, by case, and a run of the library; of three only what they add."""
@@ -30,9 +30,9 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 import progrpo
-from progrpo.config import AuditConfig, CheckpointConfig, Config, EvalConfig, ModelConfig
-from progrpo.config import NFTConfig, ObjectiveConfig, OptimConfig, PlanConfig, PreviewConfig, PromptConfig, SamplingConfig
-from progrpo.data import InTurn
+from progrpo.config import AuditSettings, CheckpointSettings, Config, EvalSettings, ModelSettings
+from progrpo.config import NFTSettings, ObjectiveSettings, OptimSettings, PlanSettings, PreviewSettings, PromptSettings, SamplingSettings
+from progrpo.prompts.order import InTurn
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.policies.sharded import gathered
@@ -46,15 +46,15 @@ torch.set_num_threads(1)
 PROMPTS = ("red cat", "blue dog", "green bird")
 CONFIG = Config(
     iterations=2,
-    model=ModelConfig(lora_rank=2, lora_alpha=4, max_sequence_length=8),
-    prompts=PromptConfig(per_iteration=3),
-    sampling=SamplingConfig(num_inference_steps=4, microbatch=5),
-    plan=PlanConfig("custom", group_size=5, prune=((1, 4),), final_keep=3),
-    audit=AuditConfig(every=2),
-    eval=EvalConfig(pictures=1, num_inference_steps=2),
-    checkpoint=CheckpointConfig(every=1),
+    model=ModelSettings(lora_rank=2, lora_alpha=4, max_sequence_length=8),
+    prompts=PromptSettings(per_iteration=3),
+    sampling=SamplingSettings(num_inference_steps=4, microbatch=5),
+    plan=PlanSettings("custom", group_size=5, prune=((1, 4),), final_keep=3),
+    audit=AuditSettings(every=2),
+    eval=EvalSettings(pictures=1, num_inference_steps=2),
+    checkpoint=CheckpointSettings(every=1),
 )
-NFT = ObjectiveConfig(name="nft", nft=NFTConfig(kl_beta=0.01))  # calls by three sets of weights for each of the items
+NFT = ObjectiveSettings(name="nft", nft=NFTSettings(kl_beta=0.01))  # calls by three sets of weights for each of the items
 
 
 def redness(images, prompts):
@@ -99,23 +99,23 @@ def trained(model, config, reward):
 def work(model, out):
     ranks = Ranks()
     found, middle = {}, InTurn({"": tuple(map(Prompt, PROMPTS))}, 0).prompts_for(0, 2)[1].text
-    cases = {f"updates {n}": (replace(CONFIG, optim=OptimConfig(updates_per_rollout=n)), redness) for n in (1, 2)}
+    cases = {f"updates {n}": (replace(CONFIG, optim=OptimSettings(updates_per_rollout=n)), redness) for n in (1, 2)}
     cases["batch"] = (replace(CONFIG, objective=replace(CONFIG.objective, advantage="batch")), redness)
     # one picture a call: decoders round by shape, and a pixel that comes out another moves a reward
     single = replace(CONFIG, sampling=replace(CONFIG.sampling, microbatch=1))
     cases["gdpo"] = (replace(single, objective=replace(CONFIG.objective, advantage="gdpo")), redness)
-    cases["probe"] = (replace(CONFIG, preview=PreviewConfig(probe=True, probe_threshold=-1), audit=AuditConfig(every=1)), redness)
+    cases["probe"] = (replace(CONFIG, preview=PreviewSettings(probe=True, probe_threshold=-1), audit=AuditSettings(every=1)), redness)
     cases["failing"] = (CONFIG, Failing(middle))
-    together = replace(CONFIG, prompts=PromptConfig(per_iteration=3, split_groups=True))
+    together = replace(CONFIG, prompts=PromptSettings(per_iteration=3, split_groups=True))
     cases["split"] = (together, redness)
-    twice = OptimConfig(updates_per_rollout=2, microbatch=5)
+    twice = OptimSettings(updates_per_rollout=2, microbatch=5)
     cases["shard"] = (replace(CONFIG, model=replace(CONFIG.model, shard=True), optim=twice), redness)
     full = replace(CONFIG, model=replace(CONFIG.model, shard=True, weights="full"), objective=NFT)
-    cases["full shard"] = (replace(full, optim=OptimConfig(lr=1e-4, updates_per_rollout=2, ema_decay=0.5, microbatch=7)), Failing(middle))
-    five = replace(CONFIG, prompts=PromptConfig(per_iteration=5))  # on three: 2, 2 and 1
-    cases["five"] = (replace(five, optim=OptimConfig(updates_per_rollout=2)), redness)
+    cases["full shard"] = (replace(full, optim=OptimSettings(lr=1e-4, updates_per_rollout=2, ema_decay=0.5, microbatch=7)), Failing(middle))
+    five = replace(CONFIG, prompts=PromptSettings(per_iteration=5))  # on three: 2, 2 and 1
+    cases["five"] = (replace(five, optim=OptimSettings(updates_per_rollout=2)), redness)
     cases["five shard"] = (replace(five, model=replace(CONFIG.model, shard=True), optim=twice), Failing(middle))
-    few = replace(together, prompts=PromptConfig(per_iteration=1, split_groups=True), plan=PlanConfig("custom", group_size=5, prune=((1, 2),)))
+    few = replace(together, prompts=PromptSettings(per_iteration=1, split_groups=True), plan=PlanSettings("custom", group_size=5, prune=((1, 2),)))
     cases["few"] = (few, redness)  # on three: one has nobody
     cases["split batch"] = (replace(together, objective=replace(CONFIG.objective, advantage="batch")), redness)
     if ranks.world == 3:
@@ -153,7 +153,7 @@ def by_the_library(model, out, found, ranks):
     if ranks.world == 2:
         found["unequal"] = unequal(model, out / "unequal", ranks)
     try:
-        trained(model, replace(CONFIG, prompts=PromptConfig(per_iteration=1)), redness)
+        trained(model, replace(CONFIG, prompts=PromptSettings(per_iteration=1)), redness)
     except ValueError as error:
         found["too few"] = str(error)
 
@@ -161,7 +161,7 @@ def by_the_library(model, out, found, ranks):
 def unequal(model, out, ranks):
     """What is said where the second process has other prompts, other weights or another configuration than the first."""
     second, pipeline = ranks.rank == 1, DiffusionPipeline.from_pretrained(model)
-    other = replace(CONFIG, optim=OptimConfig(lr=0.5))
+    other = replace(CONFIG, optim=OptimSettings(lr=0.5))
     calls = {
         "training": (PROMPTS[::-1] if second else PROMPTS, {}),
         "evaluation": (PROMPTS, {"eval_prompts": ["a" if second else "b"]}),
@@ -185,7 +185,7 @@ if __name__ == "__main__":
 '''
 WHOLE = ("updates 1", "updates 2", "batch", "gdpo", "probe", "failing", "shard", "full shard")
 CASES = (*WHOLE, "split", "split batch")
-LR = OptimConfig().lr  # the most of all cases
+LR = OptimSettings().lr  # the most of all cases
 OF_THREE = ("five", "five shard", "split", "few")
 
 

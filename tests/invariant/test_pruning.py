@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from progrpo.config import PlanConfig, SamplingConfig
+from progrpo.config import PlanSettings, SamplingSettings
 from progrpo.rewards.frames import OnFrames
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.mix import alone
@@ -40,7 +40,7 @@ def draw(policy, tiny_config, prompts, told, redness):
         plan: Plan, slots=(0, 1), microbatch=1, guidance_scale=1.0, reward=redness, which=(0, 1), **more
     ) -> Rollout:
         guided = {"guidance_scale": guidance_scale, "embedded_guidance": policy.embeds_guidance}
-        wanted = SamplingConfig(num_inference_steps=4, microbatch=microbatch, **guided, **more)
+        wanted = SamplingSettings(num_inference_steps=4, microbatch=microbatch, **guided, **more)
         sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
         chosen, slot_P = told(*(prompts[i] for i in which)), torch.tensor(slots)
         parts = plan, sampling, SELECTORS["ovf"], NoiseKey(3, 1), Meter()
@@ -132,8 +132,8 @@ def test_previews_say_who_went_on(draw):
 
 
 def test_keeping_everyone_is_plain_grpo_bit_for_bit(tiny_trainer, tiny_config):
-    keeps_all = PlanConfig("custom", group_size=4, prune=((0, 4), (2, 4)), final_keep=4)
-    trainers = [tiny_trainer(tiny_config(plan=plan)) for plan in (PlanConfig("custom", group_size=4), keeps_all)]
+    keeps_all = PlanSettings("custom", group_size=4, prune=((0, 4), (2, 4)), final_keep=4)
+    trainers = [tiny_trainer(tiny_config(plan=plan)) for plan in (PlanSettings("custom", group_size=4), keeps_all)]
     for _ in range(2):
         records = [untimed(trainer.step().record) for trainer in trainers]
         assert records[0] == records[1]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from progrpo.config import GRPOConfig, ObjectiveConfig, OptimConfig, PlanConfig, SamplingConfig
+from progrpo.config import GRPOSettings, ObjectiveSettings, OptimSettings, PlanSettings, SamplingSettings
 from progrpo.objectives.base import Experience, Loss, Objective
 from progrpo.objectives.grpo import GRPO
 from progrpo.training.checks import SelfCheckError, check_ratio, rounding_between, rounding_of_ratio
@@ -59,7 +59,7 @@ def guided(tiny_trainer, tiny_config, first_experience):
 
     def of(policy: Any) -> Rollouts:
         def roll(guidance_scale: float) -> Experience:
-            sampling = SamplingConfig(num_inference_steps=4, guidance_scale=guidance_scale, microbatch=3)
+            sampling = SamplingSettings(num_inference_steps=4, guidance_scale=guidance_scale, microbatch=3)
             return first_experience(tiny_trainer(tiny_config(sampling=sampling), policy))
 
         return roll
@@ -121,10 +121,13 @@ def moved_policy(request, tiny_policy):
 def first(tiny_trainer, tiny_config, first_experience):
     """Objective and experience of a first iteration: 2 groups of 4, of which 3 live, guidance and 2 trained steps of 3."""
 
-    def of(policy: Any, ratio: Any = "plain", plan: PlanConfig | None = None, **sampling: Any):
+    def of(policy: Any, ratio: Any = "plain", plan: PlanSettings | None = None, **sampling: Any):
         wanted = {"num_inference_steps": 3, "guidance_scale": 3.0, "microbatch": 3, **sampling}
         wanted["embedded_guidance"] = policy.embeds_guidance
-        sections = {"sampling": SamplingConfig(**wanted), "objective": ObjectiveConfig(grpo=GRPOConfig(ratio=ratio))}
+        sections = {
+            "sampling": SamplingSettings(**wanted),
+            "objective": ObjectiveSettings(grpo=GRPOSettings(ratio=ratio)),
+        }
         trainer = tiny_trainer(tiny_config(**sections, **({"plan": plan} if plan else {})), policy)
         return trainer.objective, first_experience(trainer)
 
@@ -194,7 +197,7 @@ def test_ratio_is_one_at_a_last_step_of_little_noise(moved_policy, first, family
 
 
 def test_latents_rounded_after_their_log_probs_would_be_seen(moved_policy, first):
-    policy, plan = moved_policy("sd"), PlanConfig("custom", group_size=2)
+    policy, plan = moved_policy("sd"), PlanSettings("custom", group_size=2)
     settings = {"num_inference_steps": 50, "train_last_step": True, "microbatch": 4}
     for latent_dtype, after, seen in (("bfloat16", False, False), ("float32", False, False), ("float32", True, True)):
         objective, experience = first(policy, plan=plan, latent_dtype=latent_dtype, **settings)
@@ -281,7 +284,7 @@ def test_a_network_that_rounds_otherwise_where_it_trains_is_trained_and_a_wrong_
             return output + off * torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
 
         monkeypatch.setattr(policy, "_run", run)
-        return tiny_trainer(tiny_config(optim=OptimConfig(updates_per_rollout=updates, microbatch=3)), policy)
+        return tiny_trainer(tiny_config(optim=OptimSettings(updates_per_rollout=updates, microbatch=3)), policy)
 
     trainer = trainer_of(0.01)
     assert not trainer.policy.batch_invariant  # as measured when it was built

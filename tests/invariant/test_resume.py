@@ -19,12 +19,12 @@ from safetensors import safe_open
 from progrpo import storage
 from progrpo.cli import main
 from progrpo.config import (
-    AuditConfig,
-    CheckpointConfig,
+    AuditSettings,
+    CheckpointSettings,
     Config,
-    OptimConfig,
-    PromptConfig,
-    RewardConfig,
+    OptimSettings,
+    PromptSettings,
+    RewardMixSettings,
     RewardTerm,
     config_to_json,
 )
@@ -82,14 +82,14 @@ def config(tiny_sd3, tiny_config, prompts, reward_module, tmp_path_factory) -> C
         base,
         iterations=ITERATIONS,
         model=replace(base.model, path=str(tiny_sd3)),
-        prompts=PromptConfig(source=str(file), per_iteration=2, order="signal"),
-        reward=RewardConfig((RewardTerm("failing_reward:redness"),)),
+        prompts=PromptSettings(source=str(file), per_iteration=2, order="signal"),
+        reward=RewardMixSettings((RewardTerm("failing_reward:redness"),)),
         # given, since two runs that measure theirs may choose differently, and then differ by rounding
         sampling=replace(base.sampling, microbatch=8),
-        optim=OptimConfig(ema_decay=0.5, updates_per_rollout=2, microbatch=8),
-        audit=AuditConfig(every=2),
+        optim=OptimSettings(ema_decay=0.5, updates_per_rollout=2, microbatch=8),
+        audit=AuditSettings(every=2),
         eval=replace(base.eval, prompts=str(file), every=1, keep_best=True),
-        checkpoint=CheckpointConfig(every=2),
+        checkpoint=CheckpointSettings(every=2),
     )
 
 
@@ -192,7 +192,7 @@ def test_a_reward_that_ends_the_run_costs_no_finished_iteration(
 
 def test_what_a_reward_says_in_lines_is_one_sentence(config, tmp_path, reward_module, capsys):
     """SystemExit among it, which ended the run without a word."""
-    reward = RewardConfig((RewardTerm("failing_reward:redness", retries=0),))
+    reward = RewardMixSettings((RewardTerm("failing_reward:redness", retries=0),))
     (tmp_path / "config.json").write_text(config_to_json(replace(config, reward=reward)))
     reward_module.calls, reward_module.fails = 0, dict.fromkeys(range(1, 9), SystemExit("the judge\nis out"))
     assert main(["train", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]) == 1
@@ -343,7 +343,7 @@ def test_many_small_microbatches_are_one_large(tiny_trainer, tiny_config, tiny_p
         start = {name: p.detach().clone() for name, p in policy.trainable.items()}
         descent = torch.optim.SGD(policy.trainable.values(), lr=1.0)
         experience = first_experience(tiny_trainer(tiny_config(), policy))
-        update(policy, GRPO(3e-3), descent, experience, OptimConfig(microbatch=size), Ranks())
+        update(policy, GRPO(3e-3), descent, experience, OptimSettings(microbatch=size), Ranks())
         moves.append(torch.cat([(p.detach() - start[name]).flatten() for name, p in policy.trainable.items()]))
     assert moves[1].norm() > 0
     assert (moves[0] - moves[1]).norm() <= 1e-5 * moves[1].norm()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from progrpo.config import GRPOConfig, ObjectiveConfig, OptimConfig, PlanConfig, SamplingConfig
+from progrpo.config import GRPOSettings, ObjectiveSettings, OptimSettings, PlanSettings, SamplingSettings
 from progrpo.training.errors import SelfCheckError
 from progrpo.training.update import update
 
@@ -35,13 +35,13 @@ def build(tiny_trainer, tiny_config, tiny_policy, redness):
     """A trainer of moved weights, whose groups of 4 lose one after step 1, with and without reuse."""
 
     def of(
-        reuse: bool, policy: Any = None, reward: Any = redness, plan: PlanConfig | None = None, **changes: Any
+        reuse: bool, policy: Any = None, reward: Any = redness, plan: PlanSettings | None = None, **changes: Any
     ) -> Any:
-        grpo = GRPOConfig(**{"clip_range": 3e-3, **changes.get("grpo", {})})
+        grpo = GRPOSettings(**{"clip_range": 3e-3, **changes.get("grpo", {})})
         base = tiny_config(
-            sampling=SamplingConfig(**{"num_inference_steps": 4, "microbatch": 3, **changes.get("sampling", {})}),
-            optim=OptimConfig(**{"lr": 1e-3, "microbatch": 4, "reuse_rollout": reuse, **changes.get("optim", {})}),
-            objective=ObjectiveConfig(grpo=grpo),
+            sampling=SamplingSettings(**{"num_inference_steps": 4, "microbatch": 3, **changes.get("sampling", {})}),
+            optim=OptimSettings(**{"lr": 1e-3, "microbatch": 4, "reuse_rollout": reuse, **changes.get("optim", {})}),
+            objective=ObjectiveSettings(grpo=grpo),
         )
         config = base if plan is None else replace(base, plan=plan)
         return tiny_trainer(config, policy or tiny_policy(moved=0.1), reward)
@@ -280,7 +280,7 @@ def test_missing_rewards_and_final_selection_are_no_trouble(build, redness, monk
 
     steps = []
     for reuse in (False, True):
-        trainer = build(reuse, reward=missing, plan=PlanConfig("custom", group_size=4, final_keep=3))
+        trainer = build(reuse, reward=missing, plan=PlanSettings("custom", group_size=4, final_keep=3))
         found = gradients(trainer, monkeypatch)
         trainer.step()
         steps.append(flat(found[0]))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from progrpo.config import GRPOConfig, ObjectiveConfig, OptimConfig
+from progrpo.config import GRPOSettings, ObjectiveSettings, OptimSettings
 from progrpo.training import checks
 from progrpo.training.checks import SelfCheckError
 
@@ -24,7 +24,7 @@ def test_trained_weights_move_and_frozen_ones_do_not(
     tiny_trainer, tiny_config, tiny_policy, weights, quantize, kl_beta
 ):
     model = replace(tiny_config().model, weights=weights)
-    config = tiny_config(model=model, objective=ObjectiveConfig(grpo=GRPOConfig(kl_beta=kl_beta)))
+    config = tiny_config(model=model, objective=ObjectiveSettings(grpo=GRPOSettings(kl_beta=kl_beta)))
     trainer = tiny_trainer(config, tiny_policy(weights, quantize=quantize))
     policy = trainer.policy
     start, frozen = copies(policy.trainable.items()), copies(policy.frozen())
@@ -53,7 +53,7 @@ def test_a_frozen_weight_that_moves_is_named(tiny_trainer, tiny_config):
 @pytest.mark.parametrize(("weights", "lr"), [("full", 1e-15), ("lora", 1e-60)])
 def test_a_learning_rate_too_small_to_move_anything_is_named(tiny_trainer, tiny_config, weights, lr):
     model = replace(tiny_config().model, weights=weights)
-    trainer = tiny_trainer(tiny_config(model=model, optim=OptimConfig(lr=lr)))
+    trainer = tiny_trainer(tiny_config(model=model, optim=OptimSettings(lr=lr)))
     with pytest.raises(SelfCheckError, match=r"no trained weight moved in the first update: is optim\.lr too small"):
         trainer.step()
 

@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from progrpo.config import ModelConfig, OptimConfig
+from progrpo.config import ModelSettings, OptimSettings
 from progrpo.storage import load_state, save_state
 from progrpo.training.build import optimizer_from
 
-WANTED = OptimConfig("adamw_8bit", lr=1e-2, warmup=3, betas=(0.8, 0.9))
+WANTED = OptimSettings("adamw_8bit", lr=1e-2, warmup=3, betas=(0.8, 0.9))
 
 
 def test_without_its_package_it_is_refused_with_the_command(monkeypatch):
     monkeypatch.setattr("progrpo.training.build.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes, .*: pip install 'progrpo\[lean\]'"):
         optimizer_from(WANTED, [])
-    assert type(optimizer_from(OptimConfig(), [torch.nn.Parameter(torch.ones(1))])) is torch.optim.AdamW
+    assert type(optimizer_from(OptimSettings(), [torch.nn.Parameter(torch.ones(1))])) is torch.optim.AdamW
 
 
 def test_it_is_adamw_up_to_the_rounding_of_averages_in_a_quarter_of_the_memory():
@@ -28,7 +28,7 @@ def test_it_is_adamw_up_to_the_rounding_of_averages_in_a_quarter_of_the_memory()
     moved, held = {}, {}
     for name in ("adamw", "adamw_8bit"):
         weights = torch.nn.Parameter(torch.zeros(64, 128))
-        optimizer = optimizer_from(OptimConfig(name), [weights])
+        optimizer = optimizer_from(OptimSettings(name), [weights])
         for gradient in gradients:
             weights.grad = gradient.clone()
             optimizer.step()
@@ -43,7 +43,7 @@ def test_it_is_adamw_up_to_the_rounding_of_averages_in_a_quarter_of_the_memory()
 
 def test_a_resumed_run_is_a_straight_one_bit_for_bit(tiny_trainer, tiny_config, tmp_path):
     pytest.importorskip("bitsandbytes")
-    config = tiny_config(model=ModelConfig(weights="full", max_sequence_length=8), optim=WANTED)
+    config = tiny_config(model=ModelSettings(weights="full", max_sequence_length=8), optim=WANTED)
     straight, stopped = tiny_trainer(config), tiny_trainer(config)
     for trainer in (straight, stopped):
         trainer.step()

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from progrpo.config import AWMConfig
+from progrpo.config import AWMSettings
 from progrpo.objectives.awm import AWM
 from progrpo.objectives.forward_process import Draws, Noised
 from progrpo.recipes import load_recipe
@@ -242,7 +242,7 @@ def test_what_it_asks_for(experience):
 
 def test_the_authors_settings_are_told_from_flow_factorys():
     """Read in both public configurations for SD3.5: the clip of advantages, what they are divided by, and the average's decay."""
-    authors, flow_factory = load_recipe("sd35m-awm").objective.awm, AWMConfig()
+    authors, flow_factory = load_recipe("sd35m-awm").objective.awm, AWMSettings()
     averages = [AWM(**asdict(c)).averages["average"] for c in (authors, flow_factory)]
     assert [[a.decay(n) for n in (1, 100, 250, 400, 2000)] for a in averages] == [
         pytest.approx([0.001, 0.1, 0.25, 0.3, 0.3]),

@@ -10,15 +10,15 @@ import torch
 
 from progrpo.config import (
     Config,
-    EvalConfig,
-    GRPOConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    PreviewConfig,
-    PromptConfig,
-    RewardConfig,
+    EvalSettings,
+    GRPOSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    PreviewSettings,
+    PromptSettings,
+    RewardMixSettings,
     RewardTerm,
-    SamplingConfig,
+    SamplingSettings,
 )
 from progrpo.objectives.grpo import GRPO
 from progrpo.policies.base import PolicySettings
@@ -37,12 +37,12 @@ from progrpo.training.evaluate import ode
 
 
 def test_a_dtype_that_is_named_stays():
-    config = Config(model=ModelConfig(dtype="float16"))
+    config = Config(model=ModelSettings(dtype="float16"))
     assert settled(config, Ranks()) is config
 
 
 def test_auto_is_measured_once_and_written_down():
-    chosen = settled(Config(model=ModelConfig(dtype="auto")), Ranks())
+    chosen = settled(Config(model=ModelSettings(dtype="auto")), Ranks())
     assert chosen.model.dtype in ("float32", "bfloat16") and chosen == Config(model=chosen.model)
     assert settled(chosen, Ranks()) is chosen
     assert fastest_dtype(torch.device("cpu")) in ("float32", "bfloat16")
@@ -56,11 +56,11 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").touch()
     term = RewardTerm("clipscore", model="owner/local", cache="scores")
     config = Config(
-        model=ModelConfig(path="model", lora="~/lora"),
-        prompts=PromptConfig(source="prompts.txt"),
-        preview=PreviewConfig(decoder="tiny", tiny_decoder="./taesd"),
-        reward=RewardConfig((term,)),
-        eval=EvalConfig(prompts="dataset:owner/local", rewards=(replace(term, name="vlm", cache=""),)),
+        model=ModelSettings(path="model", lora="~/lora"),
+        prompts=PromptSettings(source="prompts.txt"),
+        preview=PreviewSettings(decoder="tiny", tiny_decoder="./taesd"),
+        reward=RewardMixSettings((term,)),
+        eval=EvalSettings(prompts="dataset:owner/local", rewards=(replace(term, name="vlm", cache=""),)),
     )
     found = located(config)
     assert (found.model.path, found.model.lora) == (f"{tmp_path}/model", f"{tmp_path}/home/lora")
@@ -69,17 +69,19 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
     assert found.reward.terms == (replace(term, model=f"{tmp_path}/owner/local", cache=f"{tmp_path}/scores"),)
     assert found.eval.rewards == config.eval.rewards  # a vision model's name is its server's
     assert located(found) == found
-    parted = located(Config(eval=EvalConfig(prompts="dataset:owner/local:part")))
+    parted = located(Config(eval=EvalSettings(prompts="dataset:owner/local:part")))
     assert parted.eval.prompts == f"dataset:{tmp_path}/owner/local:part"
-    names = Config(model=ModelConfig(path="owner/hub"), eval=EvalConfig(prompts="dataset:owner/hub:part"))
+    names = Config(model=ModelSettings(path="owner/hub"), eval=EvalSettings(prompts="dataset:owner/hub:part"))
     assert located(names) == names and located(Config()) == Config()
 
 
 @pytest.mark.parametrize("ratio", ["plain", "guard"])
 def test_a_window_is_stochastic_and_stored_and_the_rest_follows_the_ode(tiny_policy, ratio):
     config = Config(
-        sampling=SamplingConfig(num_inference_steps=6, sde_window="sliding", sde_window_size=2, sde_window_interval=1),
-        objective=ObjectiveConfig(grpo=GRPOConfig(ratio=ratio)),
+        sampling=SamplingSettings(
+            num_inference_steps=6, sde_window="sliding", sde_window_size=2, sde_window_interval=1
+        ),
+        objective=ObjectiveSettings(grpo=GRPOSettings(ratio=ratio)),
     )
     needs = OBJECTIVES["grpo"](config.objective).needs
     sampling = sampling_from(config, tiny_policy(), needs, iteration=2)
@@ -88,7 +90,7 @@ def test_a_window_is_stochastic_and_stored_and_the_rest_follows_the_ode(tiny_pol
 
 
 def test_the_clip_range_is_the_published_one_in_proportion_to_the_latent_unless_it_is_given(tiny_policy):
-    policy, given = tiny_policy(), ObjectiveConfig(grpo=GRPOConfig(clip_range=3e-3))
+    policy, given = tiny_policy(), ObjectiveSettings(grpo=GRPOSettings(clip_range=3e-3))
     assert objective_from(Config(), policy).clip_range == pytest.approx(1e-4 * (16 * 64 * 64) / (4 * 8 * 8))
     assert objective_from(Config(objective=given), policy).clip_range == 3e-3
 
@@ -113,13 +115,13 @@ def policy_of(request, tiny_policy):
 
 
 def configured(grpo=None, **sampling):
-    return Config(sampling=SamplingConfig(**sampling), objective=ObjectiveConfig(grpo=GRPOConfig(**(grpo or {}))))
+    return Config(sampling=SamplingSettings(**sampling), objective=ObjectiveSettings(grpo=GRPOSettings(**(grpo or {}))))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_auto_is_the_familys_own_sampler(policy_of, family):
     policy, own = policy_of(family), "flow_grpo" if family in FLOW else "ddim"
-    assert sampler_for(SamplingConfig(), policy) == own
+    assert sampler_for(SamplingSettings(), policy) == own
     process = sampling_from(configured(), policy, "transitions", 0).process
     assert (process.sampler, process.prediction) == (own, policy.prediction)
 
@@ -150,10 +152,10 @@ def test_guidance_is_counted_as_the_model_takes_it(policy_of, family, embedded):
 
 
 def test_the_resolution_reaches_the_policy():
-    settings = settings_from(ModelConfig(resolution=512), 0, Ranks())
-    assert settings.resolution == 512 and settings_from(ModelConfig(), 0, Ranks()).resolution is None
-    assert settings_from(ModelConfig(resolution=(480, 832)), 0, Ranks()).resolution == (480, 832)
-    assert settings_from(ModelConfig(frames=5), 0, Ranks()).frames == 5
+    settings = settings_from(ModelSettings(resolution=512), 0, Ranks())
+    assert settings.resolution == 512 and settings_from(ModelSettings(), 0, Ranks()).resolution is None
+    assert settings_from(ModelSettings(resolution=(480, 832)), 0, Ranks()).resolution == (480, 832)
+    assert settings_from(ModelSettings(frames=5), 0, Ranks()).frames == 5
 
 
 @pytest.mark.parametrize(

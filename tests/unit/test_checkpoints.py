@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from progrpo import storage
-from progrpo.config import CheckpointConfig, Config, ModelConfig, ObjectiveConfig, OptimConfig, SamplingConfig
+from progrpo.config import CheckpointSettings, Config, ModelSettings, ObjectiveSettings, OptimSettings, SamplingSettings
 from progrpo.durable import DiskError
 from progrpo.storage import load_state, save_state
 from progrpo.training import checkpoints
@@ -30,7 +30,7 @@ from progrpo.training.checkpoints import (
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
 
-CONFIG = Config(checkpoint=CheckpointConfig(keep=2))
+CONFIG = Config(checkpoint=CheckpointSettings(keep=2))
 
 
 def state(iteration):
@@ -150,7 +150,7 @@ def test_the_folder_of_checkpoints_is_on_the_disk_before_the_first(tmp_path, mon
 
 
 def test_old_ones_stay_until_the_new_one_is_on_the_disk(run, monkeypatch):
-    config = replace(CONFIG, checkpoint=CheckpointConfig(keep=1))
+    config = replace(CONFIG, checkpoint=CheckpointSettings(keep=1))
     monkeypatch.setattr(checkpoints, "save_state", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match="full"):
         save(run, state(4), config)
@@ -198,7 +198,7 @@ def test_a_run_folder_that_is_gone_is_not_made_anew(run):
 def test_a_changed_configuration_is_refused_with_the_fields(run):
     found = load_state(run / "checkpoints" / "iteration_000003")
     check_unchanged(run, found, CONFIG, accept=False)
-    changed = replace(CONFIG, seed=1, optim=OptimConfig(betas=(0.9, 0.99)), model=ModelConfig(path="x"))
+    changed = replace(CONFIG, seed=1, optim=OptimSettings(betas=(0.9, 0.99)), model=ModelSettings(path="x"))
     with pytest.raises(ValueError) as refused:
         check_unchanged(run, found, changed, accept=False)
     assert str(refused.value) == (
@@ -208,25 +208,25 @@ def test_a_changed_configuration_is_refused_with_the_fields(run):
 
 
 def test_what_a_run_may_change_on_its_way_is_no_change(run):
-    longer = replace(CONFIG, iterations=99, sampling=SamplingConfig(microbatch=3), optim=OptimConfig(microbatch=2))
+    longer = replace(CONFIG, iterations=99, sampling=SamplingSettings(microbatch=3), optim=OptimSettings(microbatch=2))
     check_unchanged(run, load_state(run / "checkpoints" / "iteration_000003"), longer, accept=False)
 
 
 def test_what_a_checkpoint_is_of_no_use_without_cannot_be_changed(run):
     found = load_state(run / "checkpoints" / "iteration_000003")
-    calmer = replace(CONFIG, optim=OptimConfig(weight_decay=0.5))
+    calmer = replace(CONFIG, optim=OptimSettings(weight_decay=0.5))
     check_unchanged(run, found, calmer, accept=True)
     with pytest.raises(
         ValueError, match=r"the checkpoint: objective\.name was 'grpo' and is 'nft'; put that back, since"
     ):
-        check_unchanged(run, found, replace(calmer, objective=ObjectiveConfig(name="nft")), accept=True)
+        check_unchanged(run, found, replace(calmer, objective=ObjectiveSettings(name="nft")), accept=True)
     with pytest.raises(ValueError, match=r"the checkpoint: model\.lora_alpha was 32 and is 64; put that back, since"):
         check_unchanged(run, found, replace(calmer, model=replace(calmer.model, lora_alpha=64)), accept=True)
 
 
 @pytest.mark.parametrize(("decay", "iterations", "warned"), [(1.0, 8, 1), (1.0, 4, 0), (1.0, 3, 0), (0.0, 8, 0)])
 def test_another_length_is_said_where_the_learning_rate_depends_on_it(run, decay, iterations, warned):
-    config, warnings = replace(CONFIG, iterations=4, optim=OptimConfig(lr=1e-3, decay=decay)), list[str]()
+    config, warnings = replace(CONFIG, iterations=4, optim=OptimSettings(lr=1e-3, decay=decay)), list[str]()
     save(run, state(3), config)
     found = load_state(run / "checkpoints" / "iteration_000003")
     check_length(found, replace(config, iterations=iterations), warnings.append)
@@ -239,7 +239,7 @@ def test_a_field_that_the_checkpoint_does_not_know_is_no_change(run):
     """It was saved before there was such a field, whose default is what it did."""
     found = load_state(run / "checkpoints" / "iteration_000003")
     del found["config"]["optim"]["ema_decay"]
-    check_unchanged(run, found, replace(CONFIG, optim=OptimConfig(ema_decay=0.5)), accept=False)
+    check_unchanged(run, found, replace(CONFIG, optim=OptimSettings(ema_decay=0.5)), accept=False)
 
 
 def test_lists_of_prompts_are_told_apart_by_texts_columns_and_order():
@@ -293,7 +293,7 @@ def test_other_versions_are_said(run):
 
 
 def test_the_version_of_an_optimizers_package_is_kept_by_runs_that_use_it(run, monkeypatch):
-    lean, warnings = replace(CONFIG, optim=OptimConfig("adamw_8bit")), list[str]()
+    lean, warnings = replace(CONFIG, optim=OptimSettings("adamw_8bit")), list[str]()
     there = run / "packages" / "bitsandbytes-0.1.dist-info"
     there.mkdir(parents=True)
     (there / "METADATA").write_text("Name: bitsandbytes\nVersion: 0.1\n")
@@ -310,7 +310,7 @@ def test_the_version_of_an_optimizers_package_is_kept_by_runs_that_use_it(run, m
 
 def test_a_run_can_be_looked_at_where_its_optimizers_package_is_not(run, monkeypatch):
     monkeypatch.setattr(sys, "path", [])  # nor is any other's
-    assert checkpoints.versions(replace(CONFIG, optim=OptimConfig("adamw_8bit")))["bitsandbytes"] == "not installed"
+    assert checkpoints.versions(replace(CONFIG, optim=OptimSettings("adamw_8bit")))["bitsandbytes"] == "not installed"
 
 
 # --- a disk that refuses ----------------------------------------------------------------------------------------------

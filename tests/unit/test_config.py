@@ -10,19 +10,18 @@ import pytest
 
 from progrpo.config import (
     Config,
-    EvalConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    PlanConfig,
-    PromptConfig,
-    RewardConfig,
+    EvalSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    OptimSettings,
+    PlanSettings,
+    PromptSettings,
+    RewardMixSettings,
     RewardTerm,
-    SamplingConfig,
+    SamplingSettings,
     check,
     config_from_json,
     config_to_json,
-    field_paths,
     from_dict,
     learning_rate,
     resolve_plan,
@@ -32,16 +31,17 @@ from progrpo.config import (
     trained_steps,
     trains_transitions,
 )
+from progrpo.messages import nearest
 from progrpo.rollout.plan import PRESETS, Plan, PrunePoint
-from progrpo.words import nearest
+from progrpo.settings import field_paths
 
 EVERYTHING_SET = Config(
     recipe="mine",
     seed=3,
-    model=ModelConfig(lora_targets=("to_q", "to_k")),
-    sampling=SamplingConfig(shift=3.0),
-    plan=PlanConfig(preset="custom", group_size=8, prune=((3, 6), (5, 4)), final_keep=2),
-    optim=OptimConfig(betas=(0.8, 0.9)),
+    model=ModelSettings(lora_targets=("to_q", "to_k")),
+    sampling=SamplingSettings(shift=3.0),
+    plan=PlanSettings(preset="custom", group_size=8, prune=((3, 6), (5, 4)), final_keep=2),
+    optim=OptimSettings(betas=(0.8, 0.9)),
 )
 
 
@@ -51,7 +51,7 @@ def test_a_config_survives_json(config):
 
 
 def test_absent_fields_keep_their_defaults():
-    assert from_dict({"sampling": {"shift": 2}}) == Config(sampling=SamplingConfig(shift=2.0))
+    assert from_dict({"sampling": {"shift": 2}}) == Config(sampling=SamplingSettings(shift=2.0))
 
 
 def test_whole_numbers_become_floats_where_floats_are_asked():
@@ -101,7 +101,7 @@ def test_every_field_has_a_path():
     def leaves(value):
         return sum(map(leaves, value.values())) if isinstance(value, dict) else 1
 
-    paths = field_paths()
+    paths = field_paths(Config)
     assert len(paths) == len(set(paths)) == leaves(to_dict(Config()))
     assert {"seed", "optim.ema_decay", "objective.grpo.clip_range"} <= set(paths)
 
@@ -127,54 +127,60 @@ def test_defaults_are_right():
         (Config(seed=-1), "seed must be at least 0, not -1"),
         (Config(iterations=0), "iterations must be at least 1, not 0"),
         (Config(recipe="../x"), "recipe must be a name of letters"),
-        (Config(model=ModelConfig(max_sequence_length=513)), "model.max_sequence_length must be between 1 and 512"),
-        (Config(model=ModelConfig(frames=0)), "model.frames must be between 1 and 1,024"),
-        (Config(model=ModelConfig(resolution=4)), "model.resolution must be between 8 and 4,096 pixels, one number"),
-        (Config(model=ModelConfig(resolution=(480, 8320))), "model.resolution must be between 8 and 4,096 pixels, one"),
-        (Config(reward=RewardConfig(frames=0)), "reward.frames must be between 1 and 1,024"),
-        (Config(sampling=SamplingConfig(noise_level=0.0)), "sampling.noise_level must be above 0"),
-        (Config(sampling=SamplingConfig(noise_level=float("nan"))), "sampling.noise_level must be above 0"),
-        (Config(sampling=SamplingConfig(shift=-1.0)), "sampling.shift must be above 0, or empty"),
-        (Config(sampling=SamplingConfig(guidance_scale=0.5)), "sampling.guidance_scale must be at least 1, not 0.5"),
-        (Config(sampling=SamplingConfig(num_inference_steps=1)), "sampling.num_inference_steps must be at least 2"),
+        (Config(model=ModelSettings(max_sequence_length=513)), "model.max_sequence_length must be between 1 and 512"),
+        (Config(model=ModelSettings(frames=0)), "model.frames must be between 1 and 1,024"),
+        (Config(model=ModelSettings(resolution=4)), "model.resolution must be between 8 and 4,096 pixels, one number"),
         (
-            Config(reward=RewardConfig((RewardTerm("verifier"),))),
+            Config(model=ModelSettings(resolution=(480, 8320))),
+            "model.resolution must be between 8 and 4,096 pixels, one",
+        ),
+        (Config(reward=RewardMixSettings(frames=0)), "reward.frames must be between 1 and 1,024"),
+        (Config(sampling=SamplingSettings(noise_level=0.0)), "sampling.noise_level must be above 0"),
+        (Config(sampling=SamplingSettings(noise_level=float("nan"))), "sampling.noise_level must be above 0"),
+        (Config(sampling=SamplingSettings(shift=-1.0)), "sampling.shift must be above 0, or empty"),
+        (Config(sampling=SamplingSettings(guidance_scale=0.5)), "sampling.guidance_scale must be at least 1, not 0.5"),
+        (Config(sampling=SamplingSettings(num_inference_steps=1)), "sampling.num_inference_steps must be at least 2"),
+        (
+            Config(reward=RewardMixSettings((RewardTerm("verifier"),))),
             "reward.terms[0].name must be one of shapes, ",
         ),
         (
-            Config(reward=RewardConfig((RewardTerm("module:"),))),
+            Config(reward=RewardMixSettings((RewardTerm("module:"),))),
             "reward.terms[0].name must be one of shapes, ",
         ),
-        (Config(optim=OptimConfig(lr=float("inf"))), "optim.lr must be above 0, not inf"),
-        (Config(optim=OptimConfig(betas=(0.9, 1.0))), "optim.betas must be two numbers at least 0 and below 1"),
-        (Config(optim=OptimConfig(ema_decay=1.0)), "optim.ema_decay must be at least 0 and below 1, not 1.0"),
-        (Config(eval=EvalConfig(pictures=0)), "eval.pictures must be between 1 and 1,000,000, not 0"),
-        (Config(plan=PlanConfig(preset="flash", group_size=12)), "plan.group_size, plan.prune and plan.final_keep are"),
+        (Config(optim=OptimSettings(lr=float("inf"))), "optim.lr must be above 0, not inf"),
+        (Config(optim=OptimSettings(betas=(0.9, 1.0))), "optim.betas must be two numbers at least 0 and below 1"),
+        (Config(optim=OptimSettings(ema_decay=1.0)), "optim.ema_decay must be at least 0 and below 1, not 1.0"),
+        (Config(eval=EvalSettings(pictures=0)), "eval.pictures must be between 1 and 1,000,000, not 0"),
         (
-            Config(plan=PlanConfig(preset="custom", group_size=1)),
+            Config(plan=PlanSettings(preset="flash", group_size=12)),
+            "plan.group_size, plan.prune and plan.final_keep are",
+        ),
+        (
+            Config(plan=PlanSettings(preset="custom", group_size=1)),
             "plan.group_size must be between 2 and 100,000, not 1",
         ),
-        (Config(plan=PlanConfig(preset="custom", prune=((9, 4),))), "prune step 9 saves no network call"),
-        (Config(objective=ObjectiveConfig(baseline="group")), "objective.baseline must be survivors under a plan"),
+        (Config(plan=PlanSettings(preset="custom", prune=((9, 4),))), "prune step 9 saves no network call"),
+        (Config(objective=ObjectiveSettings(baseline="group")), "objective.baseline must be survivors under a plan"),
         (
-            Config(prompts=PromptConfig(split_groups=True), objective=ObjectiveConfig(name="dgpo")),
+            Config(prompts=PromptSettings(split_groups=True), objective=ObjectiveSettings(name="dgpo")),
             "prompts.split_groups must be false for objective.name dgpo",
         ),
         (
-            Config(model=ModelConfig(shard=True, compile=True)),
+            Config(model=ModelSettings(shard=True, compile=True)),
             "model.shard must be false for model.compile",
         ),
         (
-            Config(model=ModelConfig(shard=True, quantize="int8")),
+            Config(model=ModelSettings(shard=True, quantize="int8")),
             "model.shard must be false for model.quantize: what is kept in 8 bits is not shared out",
         ),
         (
-            Config(model=ModelConfig("shapes-flow", "full", shard=True), optim=OptimConfig("adamw_8bit")),
+            Config(model=ModelSettings("shapes-flow", "full", shard=True), optim=OptimSettings("adamw_8bit")),
             "model.shard must be false for optim.name adamw_8bit with model.weights full",
         ),
-        (Config(model=ModelConfig(shard=True)), "sampling.microbatch must be given for model.shard"),
+        (Config(model=ModelSettings(shard=True)), "sampling.microbatch must be given for model.shard"),
         (
-            Config(model=ModelConfig("shapes-flow", "full", quantize="int8")),
+            Config(model=ModelSettings("shapes-flow", "full", quantize="int8")),
             "model.quantize must be none for model.weights full: weights in 8 bits are frozen, so train a LoRA",
         ),
         (Config(seed="1"), "seed must be a whole number, not '1'"),  # type: ignore[arg-type]
@@ -188,7 +194,7 @@ def test_values_out_of_range_are_refused_by_name(config, start):
 
 
 def test_the_group_is_a_baseline_where_all_of_it_is_rewarded():
-    check(Config(objective=ObjectiveConfig(baseline="group"), plan=PlanConfig(preset="posthoc")))
+    check(Config(objective=ObjectiveSettings(baseline="group"), plan=PlanSettings(preset="posthoc")))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -205,8 +211,10 @@ def test_a_custom_plan_is_read_from_its_fields():
 
 def test_the_last_step_is_trained_only_on_request():
     assert trained_steps(Config(), 0) == range(9)
-    assert trained_steps(Config(sampling=SamplingConfig(train_last_step=True)), 0) == range(10)
-    check(Config(sampling=SamplingConfig(num_inference_steps=1, train_last_step=True), plan=PlanConfig(preset="none")))
+    assert trained_steps(Config(sampling=SamplingSettings(train_last_step=True)), 0) == range(10)
+    check(
+        Config(sampling=SamplingSettings(num_inference_steps=1, train_last_step=True), plan=PlanSettings(preset="none"))
+    )
 
 
 def test_json_is_plain():
@@ -401,7 +409,7 @@ def test_a_negative_prompt_goes_with_guidance_of_two_calls():
         return from_dict({"sampling": {"negative_prompt": "blurred", **sampling}})
 
     check(wanted(guidance_scale=4.5))
-    check(dataclasses.replace(wanted(), eval=EvalConfig(guidance_scale=4.5)))
+    check(dataclasses.replace(wanted(), eval=EvalSettings(guidance_scale=4.5)))
     with pytest.raises(
         ValueError, match=r"^sampling.negative_prompt must be empty where .* are 1, since it would have no"
     ):
@@ -415,7 +423,7 @@ def test_a_negative_prompt_goes_with_guidance_of_two_calls():
 @pytest.mark.parametrize("kind", ["auto", "all", "first", "sliding", "random"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_members_begin_as_one_only_where_steps_part_them(objective, kind):
-    config = dataclasses.replace(configured(objective, sde_window=kind, same_latent=True), plan=PlanConfig("none"))
+    config = dataclasses.replace(configured(objective, sde_window=kind, same_latent=True), plan=PlanSettings("none"))
     if stochastic_steps(config, 0):
         check(config)
     else:
@@ -433,7 +441,7 @@ def test_members_begin_as_one_only_where_steps_part_them(objective, kind):
 def test_members_that_begin_as_one_are_parted_before_they_are_compared(kind, latest):
     def pruned(step: int) -> Config:
         base = configured("grpo", sde_window=kind, sde_window_size=2, sde_window_end=6, same_latent=True)
-        return dataclasses.replace(base, plan=PlanConfig("custom", group_size=6, prune=((step, 3),)))
+        return dataclasses.replace(base, plan=PlanSettings("custom", group_size=6, prune=((step, 3),)))
 
     check(pruned(latest + 1))
     with pytest.raises(ValueError, match=f"plan.prune must begin after step {latest} for sampling.same_latent"):
@@ -491,10 +499,10 @@ def test_settings_of_objectives_out_of_range_are_refused_by_name(path, value, wo
 
 
 def test_the_learning_rate_rises_stays_and_falls():
-    config = Config(iterations=10, optim=OptimConfig(lr=2.0, warmup=2, decay=0.4))
+    config = Config(iterations=10, optim=OptimSettings(lr=2.0, warmup=2, decay=0.4))
     rates = [learning_rate(config, t) for t in range(10)]
     assert rates == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5])
-    assert {learning_rate(Config(optim=OptimConfig(lr=2.0)), t) for t in range(10)} == {2.0}
+    assert {learning_rate(Config(optim=OptimSettings(lr=2.0)), t) for t in range(10)} == {2.0}
 
 
 @pytest.mark.parametrize(
@@ -568,9 +576,12 @@ def test_texts_may_hold_any_letters():
     [
         ("smoke", "config must be a progrpo.config.Config, not 'smoke'"),
         (Config, "config must be a progrpo.config.Config, not <class"),
-        (Config(sampling={"shift": 2.0}), "sampling must be a progrpo.config.SamplingConfig, not {'shift': 2.0}"),  # type: ignore[arg-type]
-        (Config(reward=RewardConfig(["shapes"])), "reward.terms[0] must be a progrpo.config.RewardTerm, not 'shapes'"),  # type: ignore[arg-type]
-        (Config(objective=ObjectiveConfig(nft=None)), "objective.nft must be a progrpo.config.NFTConfig, not None"),  # type: ignore[arg-type]
+        (Config(sampling={"shift": 2.0}), "sampling must be a progrpo.config.SamplingSettings, not {'shift': 2.0}"),  # type: ignore[arg-type]
+        (
+            Config(reward=RewardMixSettings(["shapes"])),  # type: ignore[arg-type]
+            "reward.terms[0] must be a progrpo.config.RewardTerm, not 'shapes'",
+        ),
+        (Config(objective=ObjectiveSettings(nft=None)), "objective.nft must be a progrpo.config.NFTSettings, not None"),  # type: ignore[arg-type]
         (Config(seed=object()), "seed must be a whole number, not <object object"),  # type: ignore[arg-type]
         (Config(seed=10**5000), "seed must be below 2**63, not something of type int that cannot be written"),
     ],

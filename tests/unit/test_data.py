@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from progrpo.data import BySignal, InTurn, load_prompts, prompts_of, unread
-from progrpo.sources import source_of
+from progrpo.prompts.load import load_prompts, prompts_of, unread
+from progrpo.prompts.order import BySignal, InTurn
+from progrpo.prompts.pictures import source_of
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 

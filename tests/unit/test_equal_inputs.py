@@ -4,27 +4,35 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from progrpo.config import Config, EvalConfig, ModelConfig, OptimConfig, PromptConfig, RewardConfig, RewardTerm
+from progrpo.config import (
+    Config,
+    EvalSettings,
+    ModelSettings,
+    OptimSettings,
+    PromptSettings,
+    RewardMixSettings,
+    RewardTerm,
+)
 from progrpo.training.equal_inputs import comparable
 
 
 def test_places_may_differ_by_machine_and_all_else_may_not():
     term = RewardTerm("pickscore", device="cuda:0", cache="a")
-    config = Config(reward=RewardConfig((term,)), eval=EvalConfig(rewards=(term,)))
+    config = Config(reward=RewardMixSettings((term,)), eval=EvalSettings(rewards=(term,)))
     other = replace(term, device="cuda:1", cache="b", url="http://localhost:8001")
     elsewhere = replace(
         config,
-        model=ModelConfig(path="/scratch/1/model"),
-        prompts=PromptConfig(source="/scratch/1/prompts.txt"),
-        reward=RewardConfig((other,)),
-        eval=EvalConfig(prompts="/scratch/1/eval.txt", rewards=(other,)),
+        model=ModelSettings(path="/scratch/1/model"),
+        prompts=PromptSettings(source="/scratch/1/prompts.txt"),
+        reward=RewardMixSettings((other,)),
+        eval=EvalSettings(prompts="/scratch/1/eval.txt", rewards=(other,)),
     )
     assert comparable(config) == comparable(elsewhere)
     for changed in (
-        replace(config, optim=OptimConfig(lr=0.5)),
+        replace(config, optim=OptimSettings(lr=0.5)),
         replace(config, seed=1),
-        replace(config, model=ModelConfig(dtype="auto")),
-        replace(config, reward=RewardConfig((replace(term, weight=2.0),))),
-        replace(config, eval=EvalConfig(rewards=())),
+        replace(config, model=ModelSettings(dtype="auto")),
+        replace(config, reward=RewardMixSettings((replace(term, weight=2.0),))),
+        replace(config, eval=EvalSettings(rewards=())),
     ):
         assert comparable(changed) != comparable(config)

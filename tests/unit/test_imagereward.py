@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import BlipTextModel, BlipVisionModel, CLIPImageProcessorPil
 
 import progrpo
-from progrpo.rewards.base import RewardSettings
+from progrpo.rewards.base import OneRewardSettings
 from progrpo.rewards.clip import head_of
 from progrpo.rewards.hub import read_pickle
 from progrpo.rewards.imagereward import (
@@ -46,7 +46,7 @@ ADDED = {"[DEC]": len(WORDS), "[ENC]": len(WORDS) + 1}
 LONG = "a text of so many letters that not all of them are read"
 TEXTS = ["Réd cat", "a dog", LONG, "birds [ENC] of a tree", "", "a %", "an [DEC]"] * 3
 PROMPTS = [Prompt(f"{text} {letter}") for text, letter in zip(TEXTS, string.ascii_lowercase, strict=False)]
-assert len(PROMPTS) > RewardSettings().batch
+assert len(PROMPTS) > OneRewardSettings().batch
 SHAPES = {"square": (40, 40), "tall": (46, 30), "wide": (21, 50), "large": (300, 224), "odd": (224, 227)}
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from progrpo.config import ModelConfig, ObjectiveConfig, OptimConfig
+from progrpo.config import ModelSettings, ObjectiveSettings, OptimSettings
 from progrpo.objectives.grpo import GRPO
 from progrpo.training.distributed import Ranks
 from progrpo.training.loss_scale import LossScale
@@ -30,14 +30,14 @@ def gradient(tiny_policy, tiny_trainer, tiny_sd, tiny_config, first_experience):
 
     def of(dtype, scale, objective="grpo", weights="lora", **optim):
         config = tiny_config(
-            model=ModelConfig(dtype=dtype, weights=weights), objective=ObjectiveConfig(name=objective, adv_eps=1e-4)
+            model=ModelSettings(dtype=dtype, weights=weights), objective=ObjectiveSettings(name=objective, adv_eps=1e-4)
         )
         policy = tiny_policy(weights, getattr(torch, dtype), moved=0.02, folder=tiny_sd)
         trainer = tiny_trainer(config, policy)
         experience = first_experience(trainer)
         experience = replace(experience, advantages_N=experience.advantages_N * FEW)
         noting = Noting(policy.trainable.values(), lr=0.0)
-        wanted = OptimConfig(max_grad_norm=1e9, **optim)
+        wanted = OptimSettings(max_grad_norm=1e9, **optim)
         tally, *_ = update(policy, trainer.objective, noting, experience, wanted, Ranks(), scale)
         return noting.seen, tally.over(Ranks())
 
@@ -88,7 +88,7 @@ def test_a_gradient_that_is_not_finite_at_any_scale_is_skipped(linear_policy, li
     linear_policy.a.register_hook(lambda gradient: gradient * torch.inf)
     scale, before = LossScale(scaled), linear_policy.a.item()
     descent = torch.optim.SGD(linear_policy.trainable.values(), lr=1.0)
-    tally, *_ = update(linear_policy, GRPO(0.1), descent, experience, OptimConfig(), Ranks(), scale)
+    tally, *_ = update(linear_policy, GRPO(0.1), descent, experience, OptimSettings(), Ranks(), scale)
     seen = tally.over(Ranks())
     assert seen["update/skipped"] == 1 and linear_policy.a.item() == before and scale.value == 1
     assert seen.get("update/rescaled") == (16 if scaled else None)
@@ -117,7 +117,7 @@ def test_the_scale_doubles_after_fifty_updates_and_begins_to_count_anew():
 def test_a_trainers_scale_is_of_its_dtype_and_in_its_state(tiny_policy, tiny_trainer, tiny_sd, tiny_config):
     def build(dtype):
         policy = tiny_policy(dtype=getattr(torch, dtype), folder=tiny_sd)
-        return tiny_trainer(tiny_config(model=ModelConfig(dtype=dtype)), policy)
+        return tiny_trainer(tiny_config(model=ModelSettings(dtype=dtype)), policy)
 
     trainer, taken_up = build("float16"), build("float16")
     trainer.loss_scale.lower()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from progrpo.config import PlanConfig, PromptConfig
+from progrpo.config import PlanSettings, PromptSettings
 from progrpo.training import measure
 from progrpo.training.distributed import Ranks
 from progrpo.training.measure import measured
@@ -34,7 +34,8 @@ def asked(tiny_config):
 
     def build(sampling: int | None = None, optim: int | None = None, group: int = 24, keep: int = 12, prompts: int = 6):
         base = tiny_config(
-            plan=PlanConfig("custom", group_size=group, prune=((1, keep),)), prompts=PromptConfig(per_iteration=prompts)
+            plan=PlanSettings("custom", group_size=group, prune=((1, keep),)),
+            prompts=PromptSettings(per_iteration=prompts),
         )
         return replace(
             base,

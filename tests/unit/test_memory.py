@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from progrpo.config import AWMConfig, DGPOConfig, NFTConfig, ObjectiveConfig, OptimConfig, SamplingConfig
+from progrpo.config import AWMSettings, DGPOSettings, NFTSettings, ObjectiveSettings, OptimSettings, SamplingSettings
 from progrpo.training.errors import SelfCheckError
 from progrpo.training.memory import halved, is_out_of_memory
 
@@ -35,10 +35,10 @@ def limited(policy: Any, monkeypatch: pytest.MonkeyPatch, most: int, training_al
 
 
 OBJECTIVES = {
-    "grpo": ObjectiveConfig(),
-    "nft": ObjectiveConfig(name="nft", nft=NFTConfig(draws=2)),
-    "awm": ObjectiveConfig(name="awm", awm=AWMConfig(draws=2)),
-    "dgpo": ObjectiveConfig(name="dgpo", dgpo=DGPOConfig(draws=2)),
+    "grpo": ObjectiveSettings(),
+    "nft": ObjectiveSettings(name="nft", nft=NFTSettings(draws=2)),
+    "awm": ObjectiveSettings(name="awm", awm=AWMSettings(draws=2)),
+    "dgpo": ObjectiveSettings(name="dgpo", dgpo=DGPOSettings(draws=2)),
 }
 
 
@@ -50,8 +50,8 @@ def test_a_run_that_runs_out_of_memory_learns_what_it_would_have(
 ):
     config = tiny_config(
         objective=OBJECTIVES[objective],
-        sampling=SamplingConfig(num_inference_steps=4, microbatch=8),
-        optim=OptimConfig(microbatch=16, updates_per_rollout=updates),
+        sampling=SamplingSettings(num_inference_steps=4, microbatch=8),
+        optim=OptimSettings(microbatch=16, updates_per_rollout=updates),
     )
     plain = tiny_trainer(config, tiny_policy(moved=0.1))
     before = {name: p.detach().clone() for name, p in plain.policy.trainable.items()}
@@ -78,14 +78,14 @@ def test_a_run_that_runs_out_of_memory_learns_what_it_would_have(
 def test_only_what_has_too_little_memory_is_halved(tiny_trainer, tiny_config, tiny_policy, monkeypatch):
     policy = tiny_policy()
     limited(policy, monkeypatch, 5, training_alone=True)
-    trainer = tiny_trainer(tiny_config(sampling=SamplingConfig(num_inference_steps=4, microbatch=8)), policy)
+    trainer = tiny_trainer(tiny_config(sampling=SamplingSettings(num_inference_steps=4, microbatch=8)), policy)
     trainer.step()
     assert (trainer.config.sampling.microbatch, trainer.config.optim.microbatch) == (8, 4)  # from 64
 
 
 def test_an_audit_runs_within_memory_too(tiny_trainer, tiny_config, tiny_policy, monkeypatch):
     policy = tiny_policy()
-    config = tiny_config(sampling=SamplingConfig(num_inference_steps=4, microbatch=8))
+    config = tiny_config(sampling=SamplingSettings(num_inference_steps=4, microbatch=8))
     trainer = tiny_trainer(replace(config, audit=replace(config.audit, every=1)), policy)
     limited(policy, monkeypatch, ONLY_SO_MANY)
     record = trainer.step().record
@@ -103,7 +103,7 @@ def test_where_one_row_is_too_much_the_run_stops_in_a_sentence(tiny_trainer, tin
 
 def test_reused_graphs_cannot_be_used_twice(tiny_trainer, tiny_config, tiny_policy, monkeypatch):
     policy = tiny_policy()
-    trainer = tiny_trainer(tiny_config(optim=OptimConfig(reuse_rollout=True)), policy)
+    trainer = tiny_trainer(tiny_config(optim=OptimSettings(reuse_rollout=True)), policy)
     backward = torch.Tensor.backward
 
     def fails(tensor, *told):

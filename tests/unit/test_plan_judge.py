@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from progrpo.config import Config, GRPOConfig, ObjectiveConfig, PlanConfig, PreviewConfig, SamplingConfig
+from progrpo.config import Config, GRPOSettings, ObjectiveSettings, PlanSettings, PreviewSettings, SamplingSettings
 from progrpo.rollout.payoff import Simulation
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, preset
 from progrpo.rollout.preview import Previewing
@@ -25,9 +25,9 @@ CALL, PREVIEW, FINISH, TRAIN = 0.05, 0.04, 0.2, 0.2
 """What one of each took."""
 
 
-def config(adaptive: bool = False, start: PlanConfig | None = None, **sections) -> Config:
-    plan = replace(start or PlanConfig(preset="flash"), adaptive=adaptive)
-    return replace(Config(plan=plan, sampling=SamplingConfig(num_inference_steps=STEPS)), **sections)
+def config(adaptive: bool = False, start: PlanSettings | None = None, **sections) -> Config:
+    plan = replace(start or PlanSettings(preset="flash"), adaptive=adaptive)
+    return replace(Config(plan=plan, sampling=SamplingSettings(num_inference_steps=STEPS)), **sections)
 
 
 def judged(asked: Config, *agreements, counted: Cost = COUNTED, seconds=SECONDS) -> PlanJudge:
@@ -73,9 +73,9 @@ def test_what_it_pays_is_signal_a_second_over_that_of_plain_grpo():
 
 
 def test_guidance_further_steps_and_untrained_steps_are_in_the_price():
-    grpo = ObjectiveConfig(grpo=GRPOConfig(clip_range=1e-3))
-    sampling = SamplingConfig(num_inference_steps=STEPS, guidance_scale=3.0, sde_window="first", sde_window_size=2)
-    asked = config(sampling=sampling, preview=PreviewConfig(ode_steps=3), objective=grpo)
+    grpo = ObjectiveSettings(grpo=GRPOSettings(clip_range=1e-3))
+    sampling = SamplingSettings(num_inference_steps=STEPS, guidance_scale=3.0, sde_window="first", sde_window_size=2)
+    asked = config(sampling=sampling, preview=PreviewSettings(ode_steps=3), objective=grpo)
     found = verdict(judged(asked, *[flat(0.7)] * 3), FLASH)
     simulation = Simulation.of([0.7] * STEPS, 24)
     calls = 2 * (24 * 6 + 16 * 2 + 12 * 2 + 2 * (24 + 16))
@@ -186,7 +186,7 @@ def test_where_training_is_what_costs_it_chooses_by_final_rewards():
 
 @pytest.mark.parametrize("dear", ["sample", "update"])
 @pytest.mark.parametrize("agreement", [0.0, 0.99])
-@pytest.mark.parametrize("start", [PlanConfig(preset="flash"), PlanConfig("custom", group_size=8, prune=((3, 5),))])
+@pytest.mark.parametrize("start", [PlanSettings(preset="flash"), PlanSettings("custom", group_size=8, prune=((3, 5),))])
 def test_survivors_never_become_fewer_and_the_group_stays(start, agreement, dear):
     asked = config(True, start)
     judge = judged(asked, *[flat(agreement)] * 3, seconds=SECONDS | {dear: 1e6})

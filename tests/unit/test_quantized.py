@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from progrpo.config import Config, ModelConfig, config_to_json
+from progrpo.config import Config, ModelSettings, config_to_json
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import load_policy
 from progrpo.policies.quantized import Int8Linear
@@ -166,7 +166,7 @@ def test_a_saved_lora_gives_diffusers_the_pictures_of_the_unquantised_model(tiny
 
 
 def test_a_run_is_told_and_what_it_saved_is_looked_at_on_the_whole_model(tiny_sd3, tmp_path):
-    model = ModelConfig(str(tiny_sd3), lora_rank=2, max_sequence_length=8, quantize="int8")
+    model = ModelSettings(str(tiny_sd3), lora_rank=2, max_sequence_length=8, quantize="int8")
     policy: Any = policy_from(model, 0, Ranks())
     assert in_blocks(policy)
     run = tmp_path / "run"

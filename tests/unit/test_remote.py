@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from progrpo.rewards.base import Refusal, RewardSettings, Score, WrongAnswer
+from progrpo.rewards.base import OneRewardSettings, Refusal, Score, WrongAnswer
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.patient import Patient
@@ -437,7 +437,7 @@ def test_the_token_of_the_environment_is_sent(monkeypatch):
 
     for token, header in (("s3cret\n", "Bearer s3cret"), ("", None)):
         monkeypatch.setenv("PROGRPO_REWARD_TOKEN", token)
-        reward = RemoteReward.make("sum", RewardSettings(url="http://server:8000"))
+        reward = RemoteReward.make("sum", OneRewardSettings(url="http://server:8000"))
         reward._client._transport = httpx2.MockTransport(server)
         reward._meet()
         assert seen.pop() == header
@@ -447,26 +447,26 @@ def test_the_token_of_the_environment_is_sent(monkeypatch):
 def test_a_token_that_no_header_holds_is_refused_on_both_sides(token, monkeypatch):
     monkeypatch.setenv("PROGRPO_REWARD_TOKEN", token)
     with pytest.raises(Refusal, match=r"^PROGRPO_REWARD_TOKEN has characters that no token has; set it anew$"):
-        RemoteReward.make("sum", RewardSettings(url="http://server:8000"))
+        RemoteReward.make("sum", OneRewardSettings(url="http://server:8000"))
     with pytest.raises(Refusal, match="PROGRPO_REWARD_TOKEN has characters that no token has"):
         serve("jpeg_compressibility", port=0)
 
 
 def test_settings_reach_the_client():
-    reward = RemoteReward.make("sum", RewardSettings(url="https://server/base", timeout=7, batch_size=5))
+    reward = RemoteReward.make("sum", OneRewardSettings(url="https://server/base", timeout=7, batch_size=5))
     assert (reward._batch_size, reward._client.timeout) == (5, httpx2.Timeout(7))
     assert str(reward._client.base_url).startswith("https://server/base")
-    plain = RemoteReward.make("sum", RewardSettings(url="http://server"))
+    plain = RemoteReward.make("sum", OneRewardSettings(url="http://server"))
     assert (plain._batch_size, plain._client.timeout) == (16, httpx2.Timeout(60))
 
 
 @pytest.mark.parametrize(
     ("option", "settings", "processes"),
     [
-        ("model", RewardSettings(url="http://server", model="other"), 0),
-        ("device", RewardSettings(url="http://server", device="cuda:1"), 0),
-        ("dtype", RewardSettings(url="http://server", dtype="float16"), 0),
-        ("processes", RewardSettings(url="http://server"), 2),
+        ("model", OneRewardSettings(url="http://server", model="other"), 0),
+        ("device", OneRewardSettings(url="http://server", device="cuda:1"), 0),
+        ("dtype", OneRewardSettings(url="http://server", dtype="float16"), 0),
+        ("processes", OneRewardSettings(url="http://server"), 2),
     ],
 )
 def test_what_the_server_decides_is_refused_here(option, settings, processes):
@@ -479,7 +479,7 @@ def test_what_the_server_decides_is_refused_here(option, settings, processes):
 )
 def test_a_url_that_is_none_is_refused(url):
     with pytest.raises(Refusal, match="must be such as http://127"):
-        RemoteReward.make("sum", RewardSettings(url=url))
+        RemoteReward.make("sum", OneRewardSettings(url=url))
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from progrpo.rewards.base import Refusal, RewardSettings, WrongAnswer
+from progrpo.rewards.base import OneRewardSettings, Refusal, WrongAnswer
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.patient import Patient
 from progrpo.rewards.processes import InProcesses
@@ -269,7 +269,7 @@ def test_a_picture_that_kills_every_process_is_missing_and_costs_no_other(mortal
 
 def test_a_process_that_hangs_is_replaced_after_its_time(mortal, monkeypatch):
     monkeypatch.setattr("progrpo.rewards.processes._SLACK", 0.2)
-    reward: Any = load_reward(f"{MODULE}:hangs_once", RewardSettings(timeout=0.5), processes=1)
+    reward: Any = load_reward(f"{MODULE}:hangs_once", OneRewardSettings(timeout=0.5), processes=1)
     reward.check([])
     (first,) = reward._workers._pool._processes.values()
     with pytest.raises(TimeoutError, match=r"no answer in 0.5 s"):

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from progrpo.config import BUILT_IN_REWARDS
-from progrpo.rewards.base import Refusal, RewardSettings, Score, WrongAnswer, check
+from progrpo.rewards.base import OneRewardSettings, Refusal, Score, WrongAnswer, check
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.load import REWARDS, load_reward
 from progrpo.rewards.patient import Patient
+from progrpo.rewards.settings import BUILT_IN_REWARDS
 from progrpo.rewards.shapes import ShapesReward
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
@@ -415,7 +415,7 @@ def test_an_error_in_the_users_function_is_the_users_to_see():
 @pytest.mark.parametrize("name", ["pickscore", "ocr", "shapes"])
 def test_a_model_that_a_reward_does_not_take_is_refused(name):
     with pytest.raises(Refusal, match=f"^reward '{name}' takes no other model"):
-        load_reward(name, RewardSettings(model="somebody/other"))
+        load_reward(name, OneRewardSettings(model="somebody/other"))
 
 
 # --- the built-in one -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from progrpo.config import SamplingConfig
+from progrpo.config import SamplingSettings
 from progrpo.diffusion.levels import flow_levels
 from progrpo.diffusion.process import Process
 from progrpo.rewards.base import Score
@@ -96,7 +96,7 @@ def test_members_may_begin_at_their_groups_noise(tiny_policy):
 
 def test_members_that_began_as_one_part_at_the_first_step(tiny_policy, tiny_config, told):
     policy, key = tiny_policy(), NoiseKey(seed=5, iteration=2)
-    wanted = SamplingConfig(num_inference_steps=3, same_latent=True)
+    wanted = SamplingSettings(num_inference_steps=3, same_latent=True)
     sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
     batch = expand(policy, torch.tensor([4, 9]), 3, sampling, key)
     path = denoise(policy, policy.encode(told("red cat", "blue dog")), batch, sampling, key, Meter()).path
@@ -107,7 +107,7 @@ def test_members_that_began_as_one_part_at_the_first_step(tiny_policy, tiny_conf
 @pytest.mark.parametrize("latent_dtype", ["float32", "bfloat16", "float16"])
 def test_a_trajectory_goes_on_from_what_was_stored(family, tiny_policy, tiny_config, told, latent_dtype):
     policy, key = tiny_policy(folder=family), NoiseKey(seed=5, iteration=2)
-    dtype, wanted = getattr(torch, latent_dtype), SamplingConfig(num_inference_steps=4, latent_dtype=latent_dtype)
+    dtype, wanted = getattr(torch, latent_dtype), SamplingSettings(num_inference_steps=4, latent_dtype=latent_dtype)
     sampling = sampling_from(tiny_config(sampling=wanted), policy, "means", 0)
     batch = expand(policy, torch.tensor([4, 9]), 2, sampling, key)
     assert torch.equal(batch.x_NCHW.to(dtype).float(), batch.x_NCHW)
@@ -129,7 +129,7 @@ def test_a_trajectory_goes_on_from_what_was_stored(family, tiny_policy, tiny_con
 @pytest.mark.parametrize("latent_dtype", ["float32", "bfloat16"])
 def test_a_latent_is_kept_once_however_often_a_batch_is_taken(tiny_policy, tiny_config, told, latent_dtype):
     policy, key = tiny_policy(), NoiseKey(seed=5, iteration=2)
-    wanted = SamplingConfig(num_inference_steps=4, latent_dtype=latent_dtype)
+    wanted = SamplingSettings(num_inference_steps=4, latent_dtype=latent_dtype)
     sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
     batch = expand(policy, torch.tensor([4]), 4, sampling, key)
 

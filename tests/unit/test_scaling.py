@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from progrpo.config import OptimConfig, PlanConfig, PromptConfig, SamplingConfig
+from progrpo.config import OptimSettings, PlanSettings, PromptSettings, SamplingSettings
 from progrpo.recipes import load_recipe
 from progrpo.training.judge import prompt_cost
 
@@ -30,10 +30,10 @@ def config():
     """12 prompts, 8 members of which 4 are left after 3 of 5 steps, guided; all that is stochastic is trained."""
     return replace(
         load_recipe("smoke"),
-        prompts=PromptConfig(per_iteration=12),
-        sampling=SamplingConfig(num_inference_steps=5, guidance_scale=2.0, microbatch=4),
-        plan=PlanConfig(preset="custom", group_size=8, prune=((2, 4),)),
-        optim=OptimConfig(microbatch=4),
+        prompts=PromptSettings(per_iteration=12),
+        sampling=SamplingSettings(num_inference_steps=5, guidance_scale=2.0, microbatch=4),
+        plan=PlanSettings(preset="custom", group_size=8, prune=((2, 4),)),
+        optim=OptimSettings(microbatch=4),
     )
 
 

@@ -16,18 +16,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from progrpo.cli import main
 from progrpo.config import (
-    AuditConfig,
+    AuditSettings,
     Config,
-    DGPOConfig,
-    GRPOConfig,
-    NFTConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    PlanConfig,
-    PromptConfig,
-    RewardConfig,
+    DGPOSettings,
+    GRPOSettings,
+    NFTSettings,
+    ObjectiveSettings,
+    OptimSettings,
+    PlanSettings,
+    PromptSettings,
+    RewardMixSettings,
     RewardTerm,
-    SamplingConfig,
+    SamplingSettings,
     resolve_plan,
 )
 from progrpo.policies.architectures import ARCHITECTURES
@@ -133,22 +133,24 @@ def test_a_size_that_is_not_square_is_counted_by_its_area(request, model):
 
 def test_latents_at_their_most_by_hand():
     """Of 24 members: where each is, what the network says, the noise that it began at, and of its path each latent once."""
-    base = replace(load_recipe("sd3"), sampling=SamplingConfig(num_inference_steps=10, latent_dtype="bfloat16"))
-    flat = replace(base, plan=PlanConfig("none"))
+    base = replace(load_recipe("sd3"), sampling=SamplingSettings(num_inference_steps=10, latent_dtype="bfloat16"))
+    flat = replace(base, plan=PlanSettings("none"))
     assert _latents(flat, resolve_plan(flat), False) == {
         "call": 24 * (4 + 4 + 4 + 2 * 10),
         "decoding": 24 * (4 + 4 + 2 * 10),
         "step": 24 * (4 + 4 + 7 * 4 + 2 * 10),
         "update": 24 * (4 + 2 * 10),
     }
-    pruned = replace(base, plan=PlanConfig("custom", group_size=24, prune=((4, 6),)))
+    pruned = replace(base, plan=PlanSettings("custom", group_size=24, prune=((4, 6),)))
     assert _latents(pruned, resolve_plan(pruned), False) == {
         "call": 24 * (4 + 4 + 4 + 2 * 5),
         "decoding": 24 * (4 + 4 + 4 + 4 + 2 * 5),
         "step": 24 * (4 + 4 + 7 * 4 + 2 * 4),  # of the step before anyone is pruned
         "update": 6 * (4 + 2 * 10),
     }
-    single = replace(pruned, sampling=SamplingConfig(num_inference_steps=10), optim=OptimConfig(updates_per_rollout=2))
+    single = replace(
+        pruned, sampling=SamplingSettings(num_inference_steps=10), optim=OptimSettings(updates_per_rollout=2)
+    )
     found = _latents(single, resolve_plan(single), True)
     assert found["call"] == 24 * (4 + 4 + 4 * 5 + 4 * 4)  # where it is is the path's end, and steps' means are kept
     assert found["update"] == 6 * (4 + 4 * 10 + 4 * 9) * 1.5
@@ -160,12 +162,12 @@ def test_latents_at_their_most_by_hand():
 def test_an_iterations_memory_is_what_it_holds(plan, objective, monkeypatch):
     """The most beyond what was there before it, of a second iteration: Adam's moments are there by then."""
     config = Config(
-        prompts=PromptConfig(per_iteration=2),
-        sampling=SamplingConfig(num_inference_steps=3, microbatch=4),
-        plan=PlanConfig("custom", group_size=6, prune=plan),
-        objective=ObjectiveConfig(name=objective, nft=NFTConfig(draws=1)),
-        optim=OptimConfig(microbatch=2),
-        audit=AuditConfig(every=0),
+        prompts=PromptSettings(per_iteration=2),
+        sampling=SamplingSettings(num_inference_steps=3, microbatch=4),
+        plan=PlanSettings("custom", group_size=6, prune=plan),
+        objective=ObjectiveSettings(name=objective, nft=NFTSettings(draws=1)),
+        optim=OptimSettings(microbatch=2),
+        audit=AuditSettings(every=0),
     )
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     predicted, measured = importlib.import_module("memory").iteration(config)
@@ -178,8 +180,8 @@ def test_what_would_make_it_fit():
     """The largest microbatches that fit, by the estimate of the configuration that is changed so; if none does, also what costs time."""
     base = replace(
         load_recipe("smoke"),
-        sampling=SamplingConfig(num_inference_steps=6, microbatch=16),
-        optim=OptimConfig(microbatch=16),
+        sampling=SamplingSettings(num_inference_steps=6, microbatch=16),
+        optim=OptimSettings(microbatch=16),
     )
     plan = resolve_plan(base)
 
@@ -219,7 +221,7 @@ def test_rewards_are_counted_where_their_networks_are_known():
         RewardTerm("shapes"),
         RewardTerm("ocr"),
     )
-    found = estimate(replace(load_recipe("smoke"), reward=RewardConfig(terms)), "l4", 0.35, 1)
+    found = estimate(replace(load_recipe("smoke"), reward=RewardMixSettings(terms)), "l4", 0.35, 1)
     assert found["memory_gb"]["rewards"] == pytest.approx(2 * 986_109_441 / 1e9)
     assert found["rewards_not_counted"] == ["ocr"]
 
@@ -227,11 +229,11 @@ def test_rewards_are_counted_where_their_networks_are_known():
 @pytest.mark.parametrize(
     ("objective", "passes"),
     [
-        (ObjectiveConfig(), 0),
-        (ObjectiveConfig(grpo=GRPOConfig(kl_beta=0.1)), 1),
-        (ObjectiveConfig(name="nft"), 2),
-        (ObjectiveConfig(name="awm"), 2),
-        (ObjectiveConfig(name="dgpo", dgpo=DGPOConfig(kl_beta=0.0)), 2),
+        (ObjectiveSettings(), 0),
+        (ObjectiveSettings(grpo=GRPOSettings(kl_beta=0.1)), 1),
+        (ObjectiveSettings(name="nft"), 2),
+        (ObjectiveSettings(name="awm"), 2),
+        (ObjectiveSettings(name="dgpo", dgpo=DGPOSettings(kl_beta=0.0)), 2),
     ],
 )
 def test_passes_under_other_weights(objective, passes):

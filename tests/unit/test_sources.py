@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from progrpo.sources import check_sources, key, key_of, picture, pictures, source_of
+from progrpo.prompts.pictures import check_sources, key, key_of, picture, pictures, source_of
 from progrpo.types import Prompt
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from progrpo.config import Config, SamplingConfig
+from progrpo.config import Config, SamplingSettings
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.mix import alone
 from progrpo.rollout.meter import Meter
@@ -118,7 +118,7 @@ def test_a_rollout_of_several_is_that_of_one(tiny_policy, world):
         rolled = rollout(policy, reward, prompts, slots, plan, sampling, select, key, meter, together=together)
         return rolled, meter
 
-    config = Config(sampling=SamplingConfig(num_inference_steps=4, microbatch=1))  # one row a call: bit for bit
+    config = Config(sampling=SamplingSettings(num_inference_steps=4, microbatch=1))  # one row a call: bit for bit
     (one, alone_meter), parts = sample(ALONE), each(world, sample)
     rows = sorted(
         (m, rewards, x)

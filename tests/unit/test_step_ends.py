@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from progrpo.config import Config, ModelConfig, config_to_json
+from progrpo.config import Config, ModelSettings, config_to_json
 from progrpo.diffusion.process import Process
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import policy_from_pipeline
@@ -87,7 +87,7 @@ def test_a_run_from_before_the_setting_goes_on_as_it_was(tmp_path):
 
 def test_a_call_that_goes_on_with_such_a_run_need_not_name_it(tiny_sd3, tiny_pipeline):
     def ends(given: Any, own: Any) -> str:
-        configs = (Config(model=ModelConfig(step_ends=one)) for one in (given, own))
+        configs = (Config(model=ModelSettings(step_ends=one)) for one in (given, own))
         asked, recorded = configs
         return _given_config(asked, recorded, tiny_pipeline(tiny_sd3)).model.step_ends
 

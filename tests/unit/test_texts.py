@@ -5,7 +5,7 @@ import string
 
 import pytest
 
-from progrpo.texts import folded, shared
+from progrpo.prompts.texts import folded, shared
 
 
 @pytest.mark.parametrize(

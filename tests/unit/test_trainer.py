@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from progrpo.config import (
-    AuditConfig,
-    GRPOConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    PlanConfig,
-    PreviewConfig,
-    PromptConfig,
+    AuditSettings,
+    GRPOSettings,
+    ObjectiveSettings,
+    OptimSettings,
+    PlanSettings,
+    PreviewSettings,
+    PromptSettings,
 )
 from progrpo.storage import load_state, save_state
 from progrpo.training.trainer import Totals
@@ -45,7 +45,7 @@ def test_a_run_is_a_function_of_its_seed(tiny_trainer, tiny_config):
 
 
 def test_a_record_has_the_documented_metrics(tiny_trainer, tiny_config):
-    objective, audit = ObjectiveConfig(grpo=GRPOConfig(kl_beta=0.01)), AuditConfig(every=1)
+    objective, audit = ObjectiveSettings(grpo=GRPOSettings(kl_beta=0.01)), AuditSettings(every=1)
     record = tiny_trainer(tiny_config(objective=objective, audit=audit)).step().record
     documented = set(re.findall(r"^\| `([^`]+)`", DOCS.read_text(), re.M))
     names = {re.sub(r"@\d+", "@S", name) for name in record}
@@ -60,18 +60,18 @@ def test_a_record_has_the_documented_metrics(tiny_trainer, tiny_config):
 def test_metrics_that_were_not_measured_are_absent(tiny_trainer, tiny_config):
     record = tiny_trainer(tiny_config()).step().record
     assert not {"update/kl", "audit/nfe", "reward/strict", "reward/group_std_full"} & record.keys()
-    plain = tiny_trainer(tiny_config(plan=PlanConfig("custom", group_size=4, final_keep=3))).step().record
+    plain = tiny_trainer(tiny_config(plan=PlanSettings("custom", group_size=4, final_keep=3))).step().record
     assert plain["reward/group_std_full"] > 0
 
 
 def test_kl_grows_from_zero(tiny_trainer, tiny_config):
-    trainer = tiny_trainer(tiny_config(objective=ObjectiveConfig(grpo=GRPOConfig(kl_beta=0.01))))
+    trainer = tiny_trainer(tiny_config(objective=ObjectiveSettings(grpo=GRPOSettings(kl_beta=0.01))))
     first, second = (trainer.step().record for _ in range(2))
     assert first["update/kl"] == pytest.approx(0, abs=1e-12) and second["update/kl"] > 1e-9
 
 
 def test_an_audit_comes_every_nth_iteration_and_changes_no_weight(tiny_trainer, tiny_config):
-    watched, not_watched = (tiny_trainer(tiny_config(audit=AuditConfig(every=n))) for n in (2, 0))
+    watched, not_watched = (tiny_trainer(tiny_config(audit=AuditSettings(every=n))) for n in (2, 0))
     done = [watched.step() for _ in range(2)]
     for _ in range(2):
         not_watched.step()
@@ -88,12 +88,12 @@ def test_an_audit_comes_every_nth_iteration_and_changes_no_weight(tiny_trainer, 
 
 def test_the_last_preview_of_an_audit_is_almost_the_picture(tiny_trainer, tiny_config):
     """The last step starts at sigma 0.009: what is seen there is what comes out."""
-    audit = tiny_trainer(tiny_config(audit=AuditConfig(every=1))).step().audit
+    audit = tiny_trainer(tiny_config(audit=AuditSettings(every=1))).step().audit
     torch.testing.assert_close(audit.scores_TG[-1], audit.final_G, rtol=0, atol=0.01)
 
 
 def test_the_average_of_the_weights_lags_behind(tiny_trainer, tiny_config):
-    trainer = tiny_trainer(tiny_config(optim=OptimConfig(ema_decay=0.5)))
+    trainer = tiny_trainer(tiny_config(optim=OptimSettings(ema_decay=0.5)))
     start = weights(trainer)
     trainer.step()
     assert trainer.evaluated_weights == "ema"
@@ -104,7 +104,7 @@ def test_the_average_of_the_weights_lags_behind(tiny_trainer, tiny_config):
 
 
 def test_an_objectives_average_follows_from_the_first_iteration_on(tiny_trainer, tiny_config):
-    objective = ObjectiveConfig(name="dgpo")
+    objective = ObjectiveSettings(name="dgpo")
     trainer = tiny_trainer(tiny_config(objective=objective))
     first = weights(trainer)
     trainer.step()
@@ -116,21 +116,21 @@ def test_an_objectives_average_follows_from_the_first_iteration_on(tiny_trainer,
 
 
 def test_audits_go_through_the_places_of_an_iteration(tiny_trainer, tiny_config):
-    trainer = tiny_trainer(tiny_config(audit=AuditConfig(every=2)))  # of two prompts an iteration
+    trainer = tiny_trainer(tiny_config(audit=AuditSettings(every=2)))  # of two prompts an iteration
     done = [trainer.step() for _ in range(4)]
     places = [trainer.order.prompts_for(i, 2).index(done[i].audit.prompt) for i in (1, 3)]
     assert places == [0, 1]
 
 
 def test_predictions_are_per_prompt(tiny_trainer, tiny_config):
-    trainer = tiny_trainer(tiny_config(prompts=PromptConfig(per_iteration=3)))
+    trainer = tiny_trainer(tiny_config(prompts=PromptSettings(per_iteration=3)))
     # 4 members for two steps and 3 for two, seen once by four and once by three, three trained on three steps
     assert trainer.predicted() == Cost(3 * 14, 3 * 7, 3 * 7, 3 * 9, previews=3 * 4)
     assert trainer.predicted(5).nfe == 5 * 3 * 14
 
 
 def test_state_goes_through_storage(tiny_trainer, tiny_config, tmp_path):
-    config = tiny_config(optim=OptimConfig(ema_decay=0.5))
+    config = tiny_config(optim=OptimSettings(ema_decay=0.5))
     trainer, other = tiny_trainer(config), tiny_trainer(config)
     trainer.step()
     save_state(tmp_path / "state", trainer.state_dict())
@@ -151,7 +151,7 @@ def test_totals_add_seconds_by_stage():
 
 
 def test_more_prompts_an_iteration_than_there_are_come_again(tiny_trainer, tiny_config):
-    trainer = tiny_trainer(tiny_config(prompts=PromptConfig(per_iteration=4)))
+    trainer = tiny_trainer(tiny_config(prompts=PromptSettings(per_iteration=4)))
     rolled = trainer.step().rollout
     assert len(rolled.prompts) == 4 and len({p.text for p in rolled.prompts}) == 3
     starts = rolled.trajectories.path[0].x_NCHW
@@ -160,7 +160,7 @@ def test_more_prompts_an_iteration_than_there_are_come_again(tiny_trainer, tiny_
 
 def test_failures_of_an_audit_are_counted_with_its_iteration(tiny_trainer, tiny_config):
     # a checkpoint after it would not know of them, and a resumed run would count fewer
-    trainer = tiny_trainer(tiny_config(audit=AuditConfig(every=1)), reward=lambda i, p: [None, *[0.5] * (len(i) - 1)])
+    trainer = tiny_trainer(tiny_config(audit=AuditSettings(every=1)), reward=lambda i, p: [None, *[0.5] * (len(i) - 1)])
     record = trainer.step().record
     asked = record["rollout/reward_calls"] + trainer.totals.audited.reward_calls
     assert trainer.totals.asked == {"reward": asked} and not any(trainer.reward.failures().asked.values())
@@ -168,7 +168,7 @@ def test_failures_of_an_audit_are_counted_with_its_iteration(tiny_trainer, tiny_
 
 
 def test_a_probe_learns_what_selectors_compare(tiny_trainer, tiny_config):
-    trainer = tiny_trainer(tiny_config(preview=PreviewConfig(probe=True)))
+    trainer = tiny_trainer(tiny_config(preview=PreviewSettings(probe=True)))
     trainer.reward._ranking = lambda parts_NR, group_N: -parts_NR[:, 0]  # as GDPO's sum, no multiple of the reward
     rolled = trainer.step().rollout
     taught = torch.cat([lesson.rewards_N for lesson in trainer.how.probe._lessons])
@@ -181,9 +181,9 @@ def test_a_state_is_taken_up_by_the_trainers_own_settings(tiny_trainer, tiny_con
     before.step()
     after = tiny_trainer(
         tiny_config(
-            optim=OptimConfig(weight_decay=0.5, betas=(0.5, 0.9), ema_decay=0.9),
-            plan=PlanConfig("custom", group_size=6, prune=((1, 2),)),
-            preview=PreviewConfig(probe=True),
+            optim=OptimSettings(weight_decay=0.5, betas=(0.5, 0.9), ema_decay=0.9),
+            plan=PlanSettings("custom", group_size=6, prune=((1, 2),)),
+            preview=PreviewSettings(probe=True),
         )
     )
     after.load_state_dict(before.state_dict())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from progrpo.config import ObjectiveConfig, OptimConfig
+from progrpo.config import ObjectiveSettings, OptimSettings
 from progrpo.diffusion.levels import flow_levels
 from progrpo.diffusion.process import Process
 from progrpo.objectives.grpo import GRPO
@@ -43,7 +43,7 @@ def rolled(rewards, groups, finalists=None, finalist_groups=None, previews=(), p
 
 
 def learnt(rollout, adv_clip_max=5.0, weights=None, quorum=0.0, **objective):
-    wanted, weights = ObjectiveConfig(adv_eps=EPS, **objective), weights or {"reward": 1.0}
+    wanted, weights = ObjectiveSettings(adv_eps=EPS, **objective), weights or {"reward": 1.0}
     experience, tally = learn_from(rollout, SAMPLING, NoiseKey(0, 0), wanted, adv_clip_max, Ranks(), weights, quorum)
     return experience, tally.over(Ranks())
 
@@ -150,7 +150,7 @@ def stepped(policy, experience, **optim):
     """Move by plain gradient descent at rate 1; the way taken, what was seen, and items trained."""
     start = torch.stack([policy.a.detach().clone(), policy.b.detach().clone()])
     descent = torch.optim.SGD(policy.trainable.values(), lr=1.0)
-    config = OptimConfig(max_grad_norm=1e9, **optim) if "max_grad_norm" not in optim else OptimConfig(**optim)
+    config = OptimSettings(max_grad_norm=1e9, **optim) if "max_grad_norm" not in optim else OptimSettings(**optim)
     tally, items, _ = update(policy, GRPO(0.1), descent, experience, config, Ranks())
     return torch.stack([policy.a.detach(), policy.b.detach()]) - start, tally.over(Ranks()), items
 
@@ -178,9 +178,9 @@ def test_groups_that_teach_nothing_are_not_computed_but_count_in_the_mean(linear
 def test_if_nobody_teaches_nothing_moves_not_even_by_momentum(linear_policy, linear_experience):
     taught, nothing = (linear_experience(linear_policy, a) for a in ([1.5, -0.5, -1.0, 2.0, -2.0], [0.0] * 5))
     adam = torch.optim.AdamW(linear_policy.trainable.values(), lr=0.1)
-    update(linear_policy, GRPO(0.1), adam, taught, OptimConfig(), Ranks())
+    update(linear_policy, GRPO(0.1), adam, taught, OptimSettings(), Ranks())
     before = linear_policy.a.item()
-    tally, items, _ = update(linear_policy, GRPO(0.1), adam, nothing, OptimConfig(), Ranks())
+    tally, items, _ = update(linear_policy, GRPO(0.1), adam, nothing, OptimSettings(), Ranks())
     assert (
         linear_policy.a.item() == before
         and items == 0

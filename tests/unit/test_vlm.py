@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from progrpo.rewards.base import Refusal, RewardSettings, Score, WrongAnswer
+from progrpo.rewards.base import OneRewardSettings, Refusal, Score, WrongAnswer
 from progrpo.rewards.patient import Patient
 from progrpo.rewards.vlm import MAX_TOKENS, VLMJudge, mark_of
 from progrpo.types import Prompt
@@ -90,7 +90,7 @@ def serve(monkeypatch) -> Iterator[Callable]:
     def start(answer: Callable, key: str = KEY, **settings) -> tuple[VLMJudge, Server]:
         server = Server(answer)
         monkeypatch.setenv("OPENAI_API_KEY", key)
-        judge = VLMJudge.make(RewardSettings(model="judge-7b", url=server.url, **settings))
+        judge = VLMJudge.make(OneRewardSettings(model="judge-7b", url=server.url, **settings))
         opened.extend((judge, server))
         return judge, server
 
@@ -443,11 +443,11 @@ def test_closing(serve):
 def test_the_environment_names_the_server(serve, monkeypatch):
     _, server = serve(lambda request: completion("5"))
     monkeypatch.setenv("OPENAI_BASE_URL", server.url + "/")
-    judge = VLMJudge.make(RewardSettings(model="m"))
+    judge = VLMJudge.make(OneRewardSettings(model="m"))
     assert judge.score(pictures(1), [Prompt("")]) == [Score(0.5)]
     assert server.paths == ["/v1/chat/completions"]
     judge.close()
-    named = VLMJudge.make(RewardSettings(model="m", url="http://127.0.0.1:1/v1"))
+    named = VLMJudge.make(OneRewardSettings(model="m", url="http://127.0.0.1:1/v1"))
     assert str(named._client.base_url) == "http://127.0.0.1:1/v1/"
     named.close()
 
@@ -475,5 +475,5 @@ def test_what_cannot_work_is_refused(settings, environment, problem, monkeypatch
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(Refusal, match=f"reward 'vlm': .*{problem}") as refusal:
-        VLMJudge.make(RewardSettings(**settings))
+        VLMJudge.make(OneRewardSettings(**settings))
     assert "sk" not in str(refusal.value)

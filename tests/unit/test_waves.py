@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from progrpo.config import SamplingConfig
+from progrpo.config import SamplingSettings
 from progrpo.rewards.base import Score
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.mix import alone
@@ -38,7 +38,7 @@ def policy(tiny_policy):
 @pytest.fixture(scope="module")
 def sampling(policy, tiny_config):
     """Microbatches of one: kernels differ by shape."""
-    wanted = SamplingConfig(num_inference_steps=3, microbatch=1)
+    wanted = SamplingSettings(num_inference_steps=3, microbatch=1)
     return replace(sampling_from(tiny_config(sampling=wanted), policy, "means", 0), glances=True)
 
 

@@ -12,7 +12,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
-from progrpo.config import Config, ModelConfig, OptimConfig
+from progrpo.config import Config, ModelSettings, OptimSettings
 from progrpo.training.build import settled
 from progrpo.training.distributed import Ranks
 from progrpo.training.zero import Zero, agreed, asked
@@ -158,9 +158,9 @@ def test_a_file_that_is_not_there_is_refused(launched, tmp_path):
 
 def test_the_launchers_dtype_is_taken_where_none_is_chosen(launched):
     launched({**OF_TRL, "zero_stage": 0}, mixed_precision="bf16")
-    config = Config(model=ModelConfig(dtype="auto"))
+    config = Config(model=ModelSettings(dtype="auto"))
     assert settled(config, Ranks()).model.dtype == "bfloat16"
-    chosen = replace(config, model=ModelConfig(dtype="bfloat16"))
+    chosen = replace(config, model=ModelSettings(dtype="bfloat16"))
     assert settled(chosen, Ranks()) is chosen
     with pytest.raises(ValueError, match=r"bfloat16, and model\.dtype is float32; give --model\.dtype bfloat16"):
         settled(Config(), Ranks())
@@ -170,8 +170,8 @@ def test_the_launchers_dtype_is_taken_where_none_is_chosen(launched):
     ("config", "zero", "words"),
     [
         (Config(), Zero(0, max_grad_norm=0.1), r"gradient_clipping 0.1, and optim.max_grad_norm is 1; make it auto"),
-        (Config(model=ModelConfig(shard=True)), Zero(1), r"as model.shard does; take one"),
-        (Config(optim=OptimConfig("adamw_8bit")), Zero(2), r"optim.name adamw_8bit, .*; give --optim.name adamw"),
+        (Config(model=ModelSettings(shard=True)), Zero(1), r"as model.shard does; take one"),
+        (Config(optim=OptimSettings("adamw_8bit")), Zero(2), r"optim.name adamw_8bit, .*; give --optim.name adamw"),
     ],
 )
 def test_a_configuration_that_contradicts_it_is_refused(config, zero, words):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from progrpo.config import Config, check, from_dict
-from progrpo.words import named, quoted
+from progrpo.messages import named, quoted
 
 Fate = Literal["translated", "not needed here", "no equal here", "could not be read"]
 FATES: tuple[Fate, ...] = ("translated", "not needed here", "no equal here", "could not be read")

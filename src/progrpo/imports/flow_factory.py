@@ -34,7 +34,7 @@ from progrpo.imports.account import (
     translate,
     translated,
 )
-from progrpo.words import named, quoted
+from progrpo.messages import named, quoted
 
 # What holds where a file is silent and ours would be another. Those of an objective hold for it alone.
 _DEFAULTS: dict[str, Any] = {

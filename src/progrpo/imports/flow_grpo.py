@@ -36,8 +36,8 @@ from progrpo.imports.account import (
     translated,
 )
 from progrpo.imports.python_settings import Reading, Unread, read_settings
+from progrpo.messages import named, quoted
 from progrpo.recipes import flux_pickscore, sd35m_pickscore
-from progrpo.words import named, quoted
 
 Script = Literal["auto", "plain", "fast", "guard"]
 

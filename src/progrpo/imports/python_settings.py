@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from progrpo.imports.account import content_of, parts
-from progrpo.words import named, quoted
+from progrpo.messages import named, quoted
 
 _MOST_NODES, _MOST_CALLS, _LONGEST = 20_000, 32, 10_000
 

@@ -71,7 +71,7 @@ class Policy(Protocol):
     denoiser_name: ClassVar[str]
     """`transformer` or `unet`: what diffusers' pipeline calls the part that is trained."""
     edits: ClassVar[bool]
-    """Whether the model changes a picture: every prompt must then have one, its column `image` (`progrpo.sources`)."""
+    """Whether the model changes a picture: every prompt must then have one, its column `image` (`progrpo.prompts.pictures`)."""
     fingerprints: Mapping[str, str]
     """What tells the weights of each part (the denoiser, the text encoders, the VAE) from another model's, as they are before training."""
     ignored: str

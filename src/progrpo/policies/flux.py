@@ -11,7 +11,7 @@ from torch import Tensor
 
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.packed import PATCH, PackedFlowPolicy, packed, unpacked
-from progrpo.sources import key_of, source_of
+from progrpo.prompts.pictures import key_of, source_of
 from progrpo.types import Condition, Prompt
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from progrpo.environment import on_the_way_to_the_hub
-from progrpo.words import named
+from progrpo.messages import named
 
 _UNREACHABLE = (ConnectionError, TimeoutError, socket.gaierror)  # beneath whichever client the hub's library has
 # What a client makes of a SOCKS proxy without its package, and of certificates that are not there

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 from transformers.utils import logging as transformers_logging
 
+from progrpo.messages import named
 from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.flux import FluxKontextPolicy, FluxPolicy
 from progrpo.policies.flux2 import Flux2KleinPolicy
@@ -29,7 +30,6 @@ from progrpo.policies.qwen_image import QwenImagePolicy
 from progrpo.policies.sd3 import SD3Policy
 from progrpo.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 from progrpo.policies.wan import WanPolicy
-from progrpo.words import named
 from progrpo.zoo import WEIGHTS
 
 BUILT_IN = ("shapes-flow", "shapes-diffusion")

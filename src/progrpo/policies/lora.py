@@ -19,9 +19,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
+from progrpo.messages import named
 from progrpo.policies.hub import reason_of
 from progrpo.policies.lora_files import LORA_FILE, SETTINGS, TRAINED_WITH, read_lora
-from progrpo.words import named
 
 ADAPTER = "default"
 """What peft calls the adapter that is trained."""

@@ -13,8 +13,8 @@ import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
+from progrpo.messages import named
 from progrpo.policies.hub import UnfitError
-from progrpo.words import named
 
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _PART_OF = r"(-\d+-of-\d+)?"

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from progrpo.diffusion.levels import Levels
+from progrpo.messages import named, quoted
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.decoder import quicken
 from progrpo.policies.fingerprint import fingerprint
@@ -36,7 +37,6 @@ from progrpo.policies.sharded import Step, all_gathered, blocks, share_out
 from progrpo.policies.tokens import Reader, Truncation, truncation
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition, Pictures, Prompt
-from progrpo.words import named, quoted
 from progrpo.zoo import WEIGHTS
 
 BUILT_IN_DECODER = "shapes-tiny"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from progrpo.words import quoted
+from progrpo.messages import quoted
 
 _TOGETHER = 1024  # texts; a tokenizer shares them out among threads
 

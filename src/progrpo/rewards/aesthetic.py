@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
-from progrpo.rewards.base import RewardSettings, Score
+from progrpo.rewards.base import OneRewardSettings, Score
 from progrpo.rewards.clip import VIT_L, head_of, parts_of, pixels_of
 from progrpo.rewards.hub import file_at, placed, pretrained, read_pickle
 from progrpo.types import Prompt
@@ -45,7 +45,7 @@ class Aesthetic:
         self._batch_size = batch_size
 
     @classmethod
-    def from_hub(cls, settings: RewardSettings) -> Self:
+    def from_hub(cls, settings: OneRewardSettings) -> Self:
         """The published weights: CLIP's are safetensors, the head's a pickle, read as tensors alone and if it is the published file."""
         model = pretrained(CLIPVisionModelWithProjection, "aesthetic", *VIT_L)
         head = head_of(read_pickle("aesthetic", file_at("aesthetic", URL), SHA256))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from progrpo.messages import named, quoted
 from progrpo.types import Prompt, Scores
-from progrpo.words import named, quoted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ class WrongAnswer(Refusal):
 
 
 @dataclass(frozen=True)
-class RewardSettings:
+class OneRewardSettings:
     """What a built-in reward is told. Those without a network, a choice of models or a server read none of it."""
 
     device: str = "auto"

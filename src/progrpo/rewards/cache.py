@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from progrpo.messages import quoted
+from progrpo.prompts.pictures import COLUMN, key, pictures
 from progrpo.rewards.base import Refusal, Reward, Score, check, close
-from progrpo.sources import COLUMN, key, pictures
 from progrpo.types import Prompt
-from progrpo.words import quoted
 
 
 class Cached:

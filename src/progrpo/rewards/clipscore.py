@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 from transformers import CLIPImageProcessorPil, CLIPModel
 
-from progrpo.rewards.base import RewardSettings, Score
+from progrpo.rewards.base import OneRewardSettings, Score
 from progrpo.rewards.clip import VIT_L, ClipCosine, tokenizer_of
 from progrpo.rewards.hub import fetching, placed, pretrained
 from progrpo.types import Prompt
@@ -24,7 +24,7 @@ class CLIPScore(ClipCosine):
     """
 
     @classmethod
-    def from_hub(cls, settings: RewardSettings) -> Self:
+    def from_hub(cls, settings: OneRewardSettings) -> Self:
         """The weights (safetensors) of OpenAI's ViT-L/14, or of the CLIP that `settings.model` names: a folder or a hub id."""
         repository, revision = (settings.model, "main") if settings.model else VIT_L
         model = pretrained(CLIPModel, "clipscore", repository, revision)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from progrpo.messages import quoted, raised
+from progrpo.prompts.pictures import COLUMN, pictures
 from progrpo.rewards.base import Refusal, Score, WrongAnswer, require_columns
 from progrpo.rewards.loop import finished
-from progrpo.sources import COLUMN, pictures
 from progrpo.types import GIVEN, Prompt
-from progrpo.words import quoted, raised
 
 _CLOSING = 30.0  # seconds that an async close() may take
 _PICTURES, _TEXTS = "pictures", "texts"

@@ -24,10 +24,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
-from progrpo.rewards.base import Refusal, RewardSettings, Score
+from progrpo.prompts.texts import folded
+from progrpo.rewards.base import OneRewardSettings, Refusal, Score
 from progrpo.rewards.clip import VIT_L, middle_of, tokenizer_of
 from progrpo.rewards.hub import fetching, placed, pretrained
-from progrpo.texts import folded
 from progrpo.types import Prompt
 
 DETECTOR = ("facebook/mask2former-swin-tiny-coco-instance", "22c4a2f15dc88149b8b8d9f4d42c54431fbd66f6")
@@ -390,7 +390,7 @@ class GenEval:
         self._detector, self._colors = detector, colors
 
     @classmethod
-    def from_hub(cls, settings: RewardSettings) -> Self:
+    def from_hub(cls, settings: OneRewardSettings) -> Self:
         """The published weights (safetensors). The detector computes in float32 if nothing else is said: thresholds are sharp."""
         exact = replace(settings, dtype="float32") if settings.dtype == "auto" else settings
         model, image_processor = _detector_of(*(settings.model, "main") if settings.model else DETECTOR)

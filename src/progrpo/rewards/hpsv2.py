@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from progrpo.rewards.base import RewardSettings, Score
+from progrpo.rewards.base import OneRewardSettings, Score
 from progrpo.rewards.clip import VIT_H, ClipCosine, tokenizer_of
 from progrpo.rewards.hub import converted, file_of, placed, read_pickle, renamed
 from progrpo.types import Prompt
@@ -29,7 +29,7 @@ class HPSv2(ClipCosine):
     """
 
     @classmethod
-    def from_hub(cls, settings: RewardSettings) -> Self:
+    def from_hub(cls, settings: OneRewardSettings) -> Self:
         """The published weights, which are a pickle: read as tensors alone, and only if they are the published file."""
         state = read_pickle("hpsv2", file_of("hpsv2", REPOSITORY, CHECKPOINT, REVISION), SHA256)["state_dict"]
         tokenizer = tokenizer_of("hpsv2", *VIT_H)

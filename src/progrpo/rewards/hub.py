@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from progrpo.environment import on_the_way, on_the_way_to_the_hub
-from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score, check
+from progrpo.rewards.base import OneRewardSettings, Refusal, Reward, Score, check
 from progrpo.types import Prompt
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def renamed(name: str, names: Mapping[str, str]) -> str:
     return functools.reduce(lambda new, pair: new.replace(*pair), names.items(), name)
 
 
-def placed(model: _Module, settings: RewardSettings) -> _Module:
+def placed(model: _Module, settings: OneRewardSettings) -> _Module:
     """Frozen, and where and in what the settings say."""
     there = torch.cuda.is_available()
     device = torch.device(("cuda" if there else "cpu") if settings.device == "auto" else settings.device)

@@ -19,7 +19,7 @@ from transformers import (
     CLIPImageProcessorPil,
 )
 
-from progrpo.rewards.base import RewardSettings, Score
+from progrpo.rewards.base import OneRewardSettings, Score
 from progrpo.rewards.clip import head_of, middle_of, parts_of, pixels_of
 from progrpo.rewards.hub import converted, file_of, placed, read_pickle, renamed, sha256_at_hub
 from progrpo.types import Prompt
@@ -55,7 +55,7 @@ class ImageReward:
         self._batch_size = batch_size
 
     @classmethod
-    def from_hub(cls, settings: RewardSettings) -> Self:
+    def from_hub(cls, settings: OneRewardSettings) -> Self:
         """The published weights, which are a pickle: read as tensors alone, and only if they are what the hub says they are."""
         path, sha256 = file_of("imagereward", *FILE), sha256_at_hub("imagereward", *FILE)
         vision, text, head = networks_of(read_pickle("imagereward", path, sha256))

@@ -11,48 +11,48 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from progrpo.rewards.base import Refusal, Reward, RewardSettings
-from progrpo.words import named, nearest, quoted, raised
+from progrpo.messages import named, nearest, quoted, raised
+from progrpo.rewards.base import OneRewardSettings, Refusal, Reward
 
 
-def _shapes(strict_share: float, settings: RewardSettings) -> Reward:
+def _shapes(strict_share: float, settings: OneRewardSettings) -> Reward:
     from progrpo.rewards.shapes import ShapesReward
 
     return ShapesReward(strict_share)
 
 
-def _of_hub(module: str, kind: str, settings: RewardSettings) -> Reward:
+def _of_hub(module: str, kind: str, settings: OneRewardSettings) -> Reward:
     from progrpo.rewards.hub import OnFirstScore
 
     reward = getattr(importlib.import_module(f"progrpo.rewards.{module}"), kind)
     return OnFirstScore(partial(reward.from_hub, settings))
 
 
-def _jpeg(sign: int, settings: RewardSettings) -> Reward:
+def _jpeg(sign: int, settings: OneRewardSettings) -> Reward:
     from progrpo.rewards.jpeg import JpegSize
 
     return JpegSize(sign)
 
 
-def _ocr(settings: RewardSettings) -> Reward:
+def _ocr(settings: OneRewardSettings) -> Reward:
     from progrpo.rewards.ocr import OCR
 
     return OCR.make(settings)
 
 
-def _nsfw(settings: RewardSettings) -> Reward:
+def _nsfw(settings: OneRewardSettings) -> Reward:
     from progrpo.rewards.nsfw import NSFW
 
     return NSFW.make(settings)
 
 
-def _vlm(settings: RewardSettings) -> Reward:
+def _vlm(settings: OneRewardSettings) -> Reward:
     from progrpo.rewards.vlm import VLMJudge
 
     return VLMJudge.make(settings)
 
 
-REWARDS: dict[str, Callable[[RewardSettings], Reward]] = {
+REWARDS: dict[str, Callable[[OneRewardSettings], Reward]] = {
     "shapes": partial(_shapes, 0.0),
     "shapes_strict": partial(_shapes, 1.0),
     "shapes_mixed": partial(_shapes, 0.5),
@@ -73,7 +73,7 @@ REWARDS: dict[str, Callable[[RewardSettings], Reward]] = {
 _OF_ANY_MODEL = ("clipscore", "geneval", "geneval_flow_grpo", "vlm")
 
 
-def load_reward(name: str, settings: RewardSettings = RewardSettings(), processes: int = 0) -> Reward:  # noqa: B008 (frozen)
+def load_reward(name: str, settings: OneRewardSettings = OneRewardSettings(), processes: int = 0) -> Reward:  # noqa: B008 (frozen)
     """A built-in reward, or `module:function` found on the Python path or in the current folder.
 
     With `processes` it scores in so many of its own; with a `url` a server scores, which says itself by what, but for `vlm`, which
@@ -103,7 +103,7 @@ def load_reward(name: str, settings: RewardSettings = RewardSettings(), processe
     return InProcesses(load_reward, name, processes, settings, bool(getattr(here, "video", False)))
 
 
-def _load(name: str, settings: RewardSettings) -> Reward:
+def _load(name: str, settings: OneRewardSettings) -> Reward:
     if name in REWARDS:
         if settings.model and name not in _OF_ANY_MODEL:
             raise Refusal(f"reward {name!r} takes no other model ({', '.join(_OF_ANY_MODEL)} do); leave out model")

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from progrpo.messages import named
 from progrpo.rewards.base import Reward, Score, check, close
 from progrpo.types import Prompt, Scores
-from progrpo.words import named
 
 
 @dataclass(frozen=True)

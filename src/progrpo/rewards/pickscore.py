@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 from transformers import CLIPImageProcessorPil, CLIPModel
 
-from progrpo.rewards.base import RewardSettings, Score
+from progrpo.rewards.base import OneRewardSettings, Score
 from progrpo.rewards.clip import VIT_H, ClipCosine, tokenizer_of
 from progrpo.rewards.hub import placed, pretrained
 from progrpo.types import Prompt
@@ -24,7 +24,7 @@ class PickScore(ClipCosine):
     """
 
     @classmethod
-    def from_hub(cls, settings: RewardSettings) -> Self:
+    def from_hub(cls, settings: OneRewardSettings) -> Self:
         """The published weights (safetensors)."""
         model = pretrained(CLIPModel, "pickscore", MODEL, REVISION)
         tokenizer = tokenizer_of("pickscore", *VIT_H)

@@ -23,15 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score, check, close
+from progrpo.messages import named, quoted
+from progrpo.rewards.base import OneRewardSettings, Refusal, Reward, Score, check, close
 from progrpo.streams import make_streams_tolerant
 from progrpo.types import Prompt
-from progrpo.words import named, quoted
 
 _GRACE = 5.0  # seconds in which processes end themselves
 _SLACK = 1.0  # seconds after its time limit in which a call may still end itself
 
-Make = Callable[[str, RewardSettings], Reward]
+Make = Callable[[str, OneRewardSettings], Reward]
 _Call = tuple[Any, ...]
 """A function and what it is given."""
 
@@ -44,7 +44,7 @@ class InProcesses:
     loaded the reward.
     """
 
-    def __init__(self, make: Make, name: str, count: int, settings: RewardSettings, video: bool = False) -> None:
+    def __init__(self, make: Make, name: str, count: int, settings: OneRewardSettings, video: bool = False) -> None:
         """`video`: the reward is given videos whole. Refusal where new processes cannot have the reward."""
         _check_script(name)
         self._name, self._count, self._timeout, self.video = name, count, settings.timeout, video
@@ -130,7 +130,7 @@ class LostWorkerError(RuntimeError):
 class _Workers:
     """Processes that have the reward, until one of them ends or hangs."""
 
-    def __init__(self, count: int, make: Make, name: str, settings: RewardSettings) -> None:
+    def __init__(self, count: int, make: Make, name: str, settings: OneRewardSettings) -> None:
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
         self._count, self._begun = count, context.Value("i", 0)
         self._pool = ProcessPoolExecutor(
@@ -237,7 +237,7 @@ def _is_conditional(file: str, line: int) -> bool:
 _make: Callable[[], Reward]
 
 
-def _begin(begun: Any, make: Make, name: str, settings: RewardSettings) -> None:
+def _begin(begun: Any, make: Make, name: str, settings: OneRewardSettings) -> None:
     global _make
     _make = functools.partial(make, name, settings)
     for number in (signal.SIGINT, signal.SIGHUP):  # of a terminal, to all processes: the run's own decides

@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 
 from progrpo.environment import on_the_way, proxy_for
-from progrpo.rewards.base import Refusal, RewardSettings, Score, WrongAnswer, require_columns
-from progrpo.sources import COLUMN, pictures
+from progrpo.prompts.pictures import COLUMN, pictures
+from progrpo.rewards.base import OneRewardSettings, Refusal, Score, WrongAnswer, require_columns
 from progrpo.types import Prompt
 
 PROTOCOL: Final = 1
@@ -57,7 +57,7 @@ class RemoteReward:
         self._server = f"{client.base_url}{on_the_way(str(client.base_url))}"
 
     @classmethod
-    def make(cls, name: str, settings: RewardSettings) -> Self:
+    def make(cls, name: str, settings: OneRewardSettings) -> Self:
         if not _is_http(settings.url):
             raise Refusal(
                 f"reward {name!r}: its server's url is {settings.url!r}, and must be such as http://127.0.0.1:8000"

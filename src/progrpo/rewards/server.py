@@ -40,12 +40,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from progrpo import __version__
 from progrpo.environment import is_loopback
-from progrpo.rewards.base import Refusal, Reward, RewardSettings, Score, WrongAnswer, close
+from progrpo.messages import raised
+from progrpo.prompts.pictures import COLUMN
+from progrpo.rewards.base import OneRewardSettings, Refusal, Reward, Score, WrongAnswer, close
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.remote import PROTOCOL, TOKEN, token_of_environment
-from progrpo.sources import COLUMN
 from progrpo.types import Prompt
-from progrpo.words import raised
 
 _LARGEST = 4096 * 4096  # pixels of a picture
 _BYTES_A_PIXEL = 7  # 4 of Pillow's and 3 of the array
@@ -57,7 +57,7 @@ def serve(
     name: str,
     host: str = "127.0.0.1",
     port: int = 8000,
-    settings: RewardSettings = RewardSettings(),  # noqa: B008 (frozen)
+    settings: OneRewardSettings = OneRewardSettings(),  # noqa: B008 (frozen)
     max_pictures: int = 64,
     max_megabytes: int = 64,
 ) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from progrpo.messages import quoted
 from progrpo.rewards.base import Refusal, Score
 from progrpo.types import Prompt
-from progrpo.words import quoted
 from progrpo.zoo.shapes.verifier import verify
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from progrpo.environment import on_the_way
-from progrpo.rewards.base import Refusal, RewardSettings, Score, WrongAnswer
+from progrpo.prompts.texts import folded
+from progrpo.rewards.base import OneRewardSettings, Refusal, Score, WrongAnswer
 from progrpo.rewards.remote import answer_of, client_of
-from progrpo.texts import folded
 from progrpo.types import Prompt
 
 QUESTION = (
@@ -54,7 +54,7 @@ class VLMJudge:
         self._threads = ThreadPoolExecutor(batch_size, thread_name_prefix="vlm")
 
     @classmethod
-    def make(cls, settings: RewardSettings) -> Self:
+    def make(cls, settings: OneRewardSettings) -> Self:
         """The server is `settings.url` or the environment's OPENAI_BASE_URL, the key only the environment's OPENAI_API_KEY."""
         url = settings.url or os.environ.get("OPENAI_BASE_URL", "")
         if not url.startswith(("http://", "https://")):

@@ -25,8 +25,8 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from progrpo.durable import PREVIOUS, WRITING, append, new_folder, sync, whole_folder, write_file
+from progrpo.messages import named
 from progrpo.types import FROM_PYTHON
-from progrpo.words import named
 
 _FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "report.html")
 _ENDS = f"({re.escape(WRITING)}|{re.escape(PREVIOUS)})?"

@@ -15,20 +15,20 @@ from torch.optim import Optimizer
 
 from progrpo.config import (
     Config,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    PreviewConfig,
-    PromptConfig,
+    ModelSettings,
+    ObjectiveSettings,
+    OptimSettings,
+    PreviewSettings,
+    PromptSettings,
     RewardTerm,
-    SamplingConfig,
+    SamplingSettings,
     microbatch,
     stochastic_steps,
     trained_steps,
 )
-from progrpo.data import DATASET, ORDERS, TEXT, PromptOrder, load_prompts, of_configuration
 from progrpo.diffusion.process import Process
 from progrpo.diffusion.samplers import SAMPLERS
+from progrpo.messages import named
 from progrpo.objectives.advantage import normalised_sum
 from progrpo.objectives.awm import AWM
 from progrpo.objectives.base import Needs, Objective
@@ -38,8 +38,10 @@ from progrpo.objectives.nft import NFT
 from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.load import BUILT_IN, fastest_dtype, load_policy, quiet
 from progrpo.policies.pipeline import BUILT_IN_DECODER
+from progrpo.prompts.load import DATASET, TEXT, load_prompts, of_configuration
+from progrpo.prompts.order import ORDERS, PromptOrder
 from progrpo.recipes import load_recipe
-from progrpo.rewards.base import Judge, Refusal, Reward, RewardSettings
+from progrpo.rewards.base import Judge, OneRewardSettings, Refusal, Reward
 from progrpo.rewards.cache import Cached
 from progrpo.rewards.frames import OnFrames
 from progrpo.rewards.load import load_reward
@@ -53,12 +55,11 @@ from progrpo.training.equal_inputs import require_same_model
 from progrpo.training.memory import keep_freed_memory
 from progrpo.training.zero import PartitionedAdamW, Zero, agreed
 from progrpo.types import FROM_PYTHON, Prompt
-from progrpo.words import named
 from progrpo.zoo import WEIGHTS
 from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.judge import load_judge
 
-OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
+OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
     "grpo": lambda c: GRPO(**asdict(c.grpo)),
     "nft": lambda c: NFT(**asdict(c.nft)),
     "awm": lambda c: AWM(**asdict(c.awm)),
@@ -69,7 +70,7 @@ OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
 _GUARD_CLIP_OF_ALL = 2e-6 * 16 * 64 * 64  # GRPO-Guard's on SD3.5 (arXiv 2510.22319), over the dims of its latents
 
 
-def sampler_for(sampling: SamplingConfig, policy: Policy) -> str:
+def sampler_for(sampling: SamplingSettings, policy: Policy) -> str:
     """The sampler's name; ValueError for one that this kind of model has not."""
     flow = policy.prediction == "flow"
     if sampling.sampler == "auto":
@@ -96,7 +97,7 @@ def objective_from(config: Config, policy: Policy) -> Objective:
     return OBJECTIVES[wanted.name](wanted)
 
 
-def optimizer_from(wanted: OptimConfig, parameters: Iterable[nn.Parameter], zero: Zero | None = None) -> Optimizer:
+def optimizer_from(wanted: OptimSettings, parameters: Iterable[nn.Parameter], zero: Zero | None = None) -> Optimizer:
     """Its state shared out among processes where `zero` asks for it. ValueError, with the pip command, for one whose package is not installed."""
     if zero is not None and zero.stage:
         return PartitionedAdamW(parameters, zero, lr=wanted.lr, betas=wanted.betas, weight_decay=wanted.weight_decay)
@@ -164,7 +165,7 @@ def settled(config: Config, ranks: Ranks) -> Config:
 
 
 def policy_from(
-    model: ModelConfig,
+    model: ModelSettings,
     seed: int,
     ranks: Ranks,
     trained: Path | None = None,
@@ -179,7 +180,7 @@ def policy_from(
 
 
 def settings_from(
-    model: ModelConfig, seed: int, ranks: Ranks, tiny_decoder: str = "", negative_prompt: str = ""
+    model: ModelSettings, seed: int, ranks: Ranks, tiny_decoder: str = "", negative_prompt: str = ""
 ) -> PolicySettings:
     """Of a policy on this process' device."""
     return replace(
@@ -193,7 +194,7 @@ def settings_from(
     )
 
 
-def model_settings(model: ModelConfig) -> PolicySettings:
+def model_settings(model: ModelSettings) -> PolicySettings:
     """What a configuration says of a policy by itself; its dtype must be chosen."""
     return PolicySettings(
         revision=model.revision,
@@ -215,7 +216,7 @@ def model_settings(model: ModelConfig) -> PolicySettings:
     )
 
 
-def tiny_decoder(preview: PreviewConfig) -> str:
+def tiny_decoder(preview: PreviewSettings) -> str:
     """The tiny decoder that the previews ask for; empty for none."""
     return preview.tiny_decoder if preview.decoder == "tiny" else ""
 
@@ -285,7 +286,7 @@ def _saved_by(run: Path) -> Path:
 
 def config_of(target: str, trained: Path | None = None) -> Config:
     """The configuration of the run that is meant by `trained_policy`'s arguments, or the default one for a model."""
-    return run_of(target, trained) or Config(model=ModelConfig(path=target))
+    return run_of(target, trained) or Config(model=ModelSettings(path=target))
 
 
 def _is_run(folder: Path) -> bool:
@@ -335,7 +336,7 @@ def scorer_from(terms: Sequence[RewardTerm], frames: int, ranking: Ranking | Non
 
 
 def load_reward_of(wanted: RewardTerm) -> Reward:
-    settings = RewardSettings(
+    settings = OneRewardSettings(
         device=wanted.device,
         dtype=wanted.dtype,
         batch_size=wanted.batch_size,
@@ -361,7 +362,7 @@ def term_from(wanted: RewardTerm, reward: Reward, frames: int) -> Term:
     return Term(wanted.name, reward, wanted.weight, wanted.needs, wanted.at_least, groupwise)
 
 
-def ranking_of(objective: ObjectiveConfig, terms: Sequence[RewardTerm]) -> Ranking | None:
+def ranking_of(objective: ObjectiveSettings, terms: Sequence[RewardTerm]) -> Ranking | None:
     """What selectors compare, where it is not the weighted sum itself."""
     if objective.advantage != "gdpo":
         return None
@@ -373,7 +374,7 @@ def ranking_of(objective: ObjectiveConfig, terms: Sequence[RewardTerm]) -> Ranki
     return normalised
 
 
-def train_order(prompts: PromptConfig, seed: int) -> PromptOrder:
+def train_order(prompts: PromptSettings, seed: int) -> PromptOrder:
     return ORDERS[prompts.order](load_prompts(prompts.source, "train", prompts.column), seed)
 
 

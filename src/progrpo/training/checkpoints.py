@@ -19,13 +19,13 @@ from safetensors import SafetensorError
 from progrpo import __version__
 from progrpo.config import Config, RewardTerm, config_to_json, from_python, learning_rate, to_dict
 from progrpo.durable import PREVIOUS, WRITING, DiskError, sync
+from progrpo.messages import quoted
 from progrpo.storage import disk_error, load_state, save_state
 from progrpo.tracking.console import Console
 from progrpo.tracking.lock import Lock, only_writer
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
-from progrpo.words import quoted
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 _OF_OPTIMIZERS = {"adamw_8bit": ("bitsandbytes",)}

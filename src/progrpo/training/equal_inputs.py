@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from progrpo.config import Config, to_dict
+from progrpo.messages import quoted
 from progrpo.policies.base import Policy
 from progrpo.training import checkpoints
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
-from progrpo.words import quoted
 
 _PLACES = ("model.path", "model.lora", "prompts.source", "eval.prompts")
 

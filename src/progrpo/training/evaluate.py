@@ -14,21 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.config import Config, EvalConfig, RewardTerm, check, from_python
-from progrpo.data import unread
+from progrpo.config import Config, EvalSettings, RewardTerm, check, from_python
 from progrpo.diffusion.gaussian import mean_square
 from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.diffusion.process import Process
 from progrpo.frames import still
+from progrpo.messages import named
 from progrpo.packing import of_one_shape
 from progrpo.policies.base import Policy
+from progrpo.prompts.load import unread
+from progrpo.prompts.pictures import check_sources
 from progrpo.rewards.base import Judge, Scorer
 from progrpo.rewards.mix import close_all
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import decoded
-from progrpo.sources import check_sources
 from progrpo.tracking.console import Console
 from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
 from progrpo.training.checkpoints import digest
@@ -37,7 +38,6 @@ from progrpo.training.distributed import Ranks, lost_in_words
 from progrpo.training.equal_inputs import require_same_prompts
 from progrpo.training.pictures import diversity, saturation, sharpness
 from progrpo.types import Prompt, Trajectories
-from progrpo.words import named
 
 DIVERSE_PROMPTS = 64
 STATISTICS: dict[str, Callable[[np.ndarray], float]] = {"sharpness": sharpness, "saturation": saturation}
@@ -101,8 +101,8 @@ def ode(
 
 
 def asked_for(
-    own: EvalConfig, num_inference_steps: int | None, guidance_scale: float | None, seed: int | None
-) -> EvalConfig:
+    own: EvalSettings, num_inference_steps: int | None, guidance_scale: float | None, seed: int | None
+) -> EvalSettings:
     """How a run evaluates itself, with what a user says otherwise."""
     return replace(
         own,

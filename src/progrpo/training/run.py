@@ -19,18 +19,22 @@ import torch
 
 from progrpo.config import (
     Config,
-    ModelConfig,
-    OptimConfig,
+    ModelSettings,
+    OptimSettings,
     RewardTerm,
-    SamplingConfig,
+    SamplingSettings,
     check,
     from_python,
     microbatch,
     to_dict,
     trained_items,
 )
-from progrpo.data import ORDERS, PromptOrder, prompts_of, unread
+from progrpo.messages import quoted
 from progrpo.policies.base import Policy
+from progrpo.prompts.load import prompts_of, unread
+from progrpo.prompts.order import ORDERS, PromptOrder
+from progrpo.prompts.pictures import check_sources
+from progrpo.prompts.texts import shared
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge, Refusal
 from progrpo.rewards.function import FunctionReward
@@ -41,9 +45,7 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.plan import UnitCosts, preset
 from progrpo.rollout.plan import path as plan_path
 from progrpo.rollout.plan import summary as plan_summary
-from progrpo.sources import check_sources
 from progrpo.streams import tolerant_streams
-from progrpo.texts import shared
 from progrpo.tracking.console import Console
 from progrpo.tracking.lock import Lock
 from progrpo.tracking.report import write_report
@@ -75,7 +77,6 @@ from progrpo.training.torch_state import usual_torch
 from progrpo.training.trainer import Iteration, Trainer
 from progrpo.training.watch import HackingWatch
 from progrpo.types import FROM_PYTHON, Prompt
-from progrpo.words import quoted
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -232,7 +233,7 @@ def _given_config(config: Config | None, own: Config | None, pipeline: Diffusion
         return config
     dtype = own.model.dtype if config.model.dtype == "auto" else config.model.dtype
     # a run from before this setting was called without it, and has its other value
-    ends = own.model.step_ends if config.model.step_ends == ModelConfig().step_ends else config.model.step_ends
+    ends = own.model.step_ends if config.model.step_ends == ModelSettings().step_ends else config.model.step_ends
     return replace(
         config,
         model=replace(config.model, dtype=dtype, step_ends=ends),
@@ -241,7 +242,7 @@ def _given_config(config: Config | None, own: Config | None, pipeline: Diffusion
     )
 
 
-def _smaller(given: SamplingConfig | OptimConfig, own: SamplingConfig | OptimConfig) -> int | None:
+def _smaller(given: SamplingSettings | OptimSettings, own: SamplingSettings | OptimSettings) -> int | None:
     """The smaller of a microbatch that is asked for and one that was measured, or halved where memory ran out."""
     sizes = [part.microbatch for part in (given, own) if part.microbatch is not None]
     return min(sizes, default=None)

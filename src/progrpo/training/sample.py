@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from progrpo.config import EvalConfig
+from progrpo.config import EvalSettings
+from progrpo.messages import named
+from progrpo.prompts.pictures import COLUMN
 from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import decoded
-from progrpo.sources import COLUMN
 from progrpo.training.build import run_of, trained_policy
 from progrpo.training.distributed import Ranks, lost_in_words
 from progrpo.training.errors import MissingPicturesError
 from progrpo.training.evaluate import asked_for, away_from, ode, rows_at_once, warn_of_cuts
 from progrpo.types import Prompt
-from progrpo.words import named
 
 _NAME = re.compile(r"(\d+)-\d+\.(png|webp)")
 _FRAME = 62
@@ -53,7 +53,7 @@ def sample_pictures(
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"--out: {named(out)} is a file; give a folder")
     run = run_of(model, lora)
-    own = EvalConfig(seed=0) if run is None else run.eval
+    own = EvalSettings(seed=0) if run is None else run.eval
     wanted = asked_for(own, num_inference_steps, guidance_scale, seed)
     away = away_from(run, negative_prompt, wanted.guidance_scale)
     with lost_in_words(lambda: "give the command again"):

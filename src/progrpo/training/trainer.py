@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from progrpo.config import Config, learning_rate, microbatch, resolve_plan, trained_items
-from progrpo.data import PromptOrder
 from progrpo.objectives.advantage import group_statistics
 from progrpo.objectives.base import Experience
 from progrpo.policies.base import Policy
 from progrpo.policies.sharded import all_gathered, as_shared
+from progrpo.prompts.order import PromptOrder
 from progrpo.rewards.base import Scorer
 from progrpo.rewards.mix import Failures, Mixture
 from progrpo.rollout.denoise import Sampling

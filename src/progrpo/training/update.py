@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from progrpo.config import ObjectiveConfig, OptimConfig, microbatch
+from progrpo.config import ObjectiveSettings, OptimSettings, microbatch
 from progrpo.objectives.advantage import (
     advantages,
     batch_mean_std,
@@ -53,7 +53,7 @@ def learn_from(
     rollout: Rollout,
     sampling: Sampling,
     noise: Noise,
-    objective: ObjectiveConfig,
+    objective: ObjectiveSettings,
     adv_clip_max: float,
     ranks: Ranks,
     weights: Mapping[str, float],
@@ -139,7 +139,7 @@ def update(
     objective: Objective,
     optimizer: Optimizer,
     experience: Experience,
-    config: OptimConfig,
+    config: OptimSettings,
     ranks: Ranks,
     scale: LossScale | None = None,
 ) -> tuple[Tally, int, int]:

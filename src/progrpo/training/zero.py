@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from progrpo.config import Config
-from progrpo.words import named, quoted
+from progrpo.messages import named, quoted
 
 _AVERAGES = ("exp_avg", "exp_avg_sq")
 _INSTEAD = {

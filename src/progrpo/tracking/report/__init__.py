@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from progrpo.messages import named
 from progrpo.tracking.report import audits, cost, curves, evaluation, head, page, settings
 from progrpo.tracking.report.run import read_run, readable
 from progrpo.tracking.run_folder import RunFolder
-from progrpo.words import named
 
 _SECTIONS = (head, evaluation, curves, audits, cost, settings)
 

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from progrpo.messages import named
 from progrpo.tracking.lock import is_held
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.statistics import Mean, paired_difference, share
-from progrpo.words import named
 
 Records = Sequence[Mapping[str, Any]]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from progrpo.messages import named, quoted
 from progrpo.types import Prompt
-from progrpo.words import named, quoted
 
 COLUMN = "image"
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from progrpo.sources import COLUMN
-from progrpo.words import named, quoted
+from progrpo.messages import named, quoted
+from progrpo.prompts.pictures import COLUMN
 
 _LINE_BYTES = 1_000_000
 Row = tuple[Mapping[str, Any], str]

@@ -1,0 +1,213 @@
+"""Settings: frozen dataclasses that declare a field once, with its default, its rule and its help text.
+
+A room's settings stand in its own `settings.py`, without torch. `progrpo.config` composes them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from progrpo.messages import is_one_line, named, nearest, quoted
+
+T = TypeVar("T")
+
+# --- how a field is declared ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition on a field's value beyond its type, and its text as it ends the sentence "FIELD must be ..."."""
+
+    holds: Callable[[Any], object]
+    text: str
+
+    def or_empty(self, effect: str = "") -> Rule:
+        """The same rule for a field that may be None; `effect` says what None does."""
+        return Rule(lambda value: value is None or self.holds(value), f"{self.text}, or empty{effect}")
+
+
+def at_least(low: float) -> Rule:
+    return Rule(lambda value: low <= value < math.inf, f"at least {low}")
+
+
+def above(low: float) -> Rule:
+    return Rule(lambda value: low < value < math.inf, f"above {low}")
+
+
+def between(low: float, high: float) -> Rule:
+    return Rule(lambda value: low <= value <= high, f"between {low:,} and {high:,}")
+
+
+def matches(pattern: str, text: str) -> Rule:
+    return Rule(lambda value: re.fullmatch(pattern, value), text)
+
+
+FINITE = Rule(math.isfinite, "a finite number")
+FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
+SHARE = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
+NUM_STEPS = between(1, 1000)  # diffusion models know a thousand levels, and flow models need no more
+DEVICE_PATTERN = r"auto|(cpu|cuda|mps|xpu|npu|hpu)(:\d{1,2})?"
+DEVICE = matches(DEVICE_PATTERN, "auto, or a device by torch's name, such as cpu or cuda:0")
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def setting(default: T, rule: Rule) -> T:
+    """A field with a default and a rule that its values keep."""
+    return field(default=default, metadata={"rule": rule})
+
+
+# --- how values are checked -------------------------------------------------------------------------------------------
+
+
+def flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, Rule | None]]:
+    """Path, value and rule of every field, those of nested settings and of lists of settings included."""
+    for f in fields(settings):
+        path, value = prefix + f.name, getattr(settings, f.name)
+        yield path, value, f.metadata.get("rule")
+        if is_dataclass(value):
+            yield from flat(value, f"{path}.")
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                if is_dataclass(item):
+                    yield from flat(item, f"{path}[{i}].")
+
+
+def check_rules(settings: Any) -> None:
+    """ValueError, one sentence with the field and what it must be, for the first value that breaks its field's rule."""
+    for path, value, rule in flat(settings):
+        if rule is not None and not rule.holds(value):
+            raise ValueError(f"{path} must be {rule.text}, not {quoted(value)}")
+
+
+def check_kinds(kind: Any, value: Any, path: str = "config") -> None:
+    """ValueError where a part is not of its class: a dict in its place would be read by JSON's rules, and fail later."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} must be a progrpo.config.{kind.__name__}, not {quoted(value)}")
+    for name, hint in get_type_hints(kind).items():
+        own = f"{path}.{name}".removeprefix("config.")
+        listed = next((item for item in get_args(hint) if is_dataclass(item)), None)
+        if is_dataclass(hint):
+            check_kinds(hint, getattr(value, name), own)
+        elif listed is not None and isinstance(items := getattr(value, name), list | tuple):
+            for i, item in enumerate(items):
+                check_kinds(listed, item, f"{own}[{i}]")
+
+
+# --- to JSON and back -------------------------------------------------------------------------------------------------
+
+
+def as_data(value: Any) -> Any:
+    """Settings as dicts, and all else as it is: unlike `asdict`, which copies whatever Python code has put there."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: as_data(getattr(value, f.name)) for f in fields(value)}
+    return type(value)(map(as_data, value)) if type(value) in (tuple, list) else value
+
+
+def from_json(text: str) -> Any:
+    """JSON data. ValueError also for a field that is given twice, and for lists without end."""
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("lists or objects in one another without end") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in data if names.count(name) > 1)
+        raise ValueError(f"{named(twice)} is given twice; leave one out")
+    return data
+
+
+def field_paths(kind: Any, prefix: str = "") -> list[str]:
+    """Every field as the command line and the messages name it: `seed`, `sampling.noise_level`, ..."""
+    hints = get_type_hints(kind)
+    nested = [field_paths(hints[f.name], f"{prefix}{f.name}.") for f in fields(kind) if is_dataclass(hints[f.name])]
+    own = [prefix + f.name for f in fields(kind) if not is_dataclass(hints[f.name])]
+    return own + [path for paths in nested for path in paths]
+
+
+def read_settings(kind: type[T], data: Any, prefix: str = "", options: Sequence[str] = ()) -> T:
+    """The settings that JSON data describe; fields that are not there keep their defaults.
+
+    ValueError on a value of another type, and on an unknown field, with the nearest right name among its own fields and
+    `options`, the paths that the command line knows.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(
+            f"{prefix.rstrip('.') or 'a configuration'} must be an object of named fields, not {quoted(data)}"
+        )
+    all_hints = get_type_hints(kind)  # once: it compiles every annotation anew
+    hints = {f.name: all_hints[f.name] for f in fields(cast(Any, kind))}
+    for name in data:
+        if name not in hints:
+            close = _close_to(kind, prefix, name, hints, options) if isinstance(name, str) else ""
+            raise ValueError(f"{prefix}{named(name)} is not a field{close}")
+    required = [f.name for f in fields(cast(Any, kind)) if f.default is MISSING and f.default_factory is MISSING]
+    for name in required:
+        if name not in data:
+            raise ValueError(f"{prefix}{name} is missing; every {kind.__name__} needs one")
+    return kind(**{name: _read(hints[name], value, prefix + name, options) for name, value in data.items()})
+
+
+def _close_to(kind: Any, prefix: str, name: str, hints: Iterable[str], options: Sequence[str]) -> str:
+    if hasattr(kind, "from_text"):  # one of a list: its fields are no options of the command line
+        return nearest(name, hints) or f"; a reward has {', '.join(hints)}"
+    return nearest(prefix + name, [*(prefix + hint for hint in hints), *options])
+
+
+def _read(kind: Any, value: Any, path: str, options: Sequence[str]) -> Any:
+    """A JSON value as the field type `kind`: a list becomes a tuple and a whole number a float where that is asked."""
+    if isinstance(value, str) and (from_text := getattr(kind, "from_text", None)):
+        return from_text(value)
+    if is_dataclass(kind):
+        return read_settings(cast(type, kind), value, path + ".", options)
+    choices = get_args(kind)
+    if get_origin(kind) in (Union, types.UnionType):
+        return None if value is None else _read(_of_shape(choices, value), value, path, options)
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        kinds = (choices[0],) * len(value) if choices[-1] is Ellipsis else choices
+        if len(kinds) == len(value):
+            items = enumerate(zip(kinds, value, strict=True))
+            return tuple(_read(item_kind, item, f"{path}[{i}]", options) for i, (item_kind, item) in items)
+    if isinstance(value, int) and abs(value) >= _HUGE:
+        raise ValueError(f"{path} must be below 2**63, not {quoted(value)}")
+    if kind is float and _is_plain(int, value):
+        return float(value)
+    if kind is str and isinstance(value, str) and not (len(value) <= _LONG and is_one_line(value)):
+        raise ValueError(f"{path} must be a text of one line, {_LONG} characters at most, not {quoted(value)}")
+    if value in choices if get_origin(kind) is Literal else _is_plain(kind, value):
+        return value
+    raise ValueError(f"{path} must be {_describe_type(kind)}, not {quoted(value)}")
+
+
+def _of_shape(choices: Sequence[Any], value: Any) -> Any:
+    """Which of a union's types a value that is not empty is read as: a list as its list, if it has one."""
+    kinds = [kind for kind in choices if kind is not types.NoneType]
+    alike = [kind for kind in kinds if (get_origin(kind) is tuple) == isinstance(value, list | tuple)]
+    return (alike or kinds)[0]
+
+
+_HUGE = 2**63  # from here on whole numbers do not fit torch's
+_LONG = 4096  # the longest path of most systems
+
+
+def _is_plain(kind: Any, value: Any) -> bool:
+    return get_origin(kind) is None and isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _describe_type(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        items = get_args(kind)
+        return "a list" if items[-1] is Ellipsis else f"a list of {len(items)}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
