@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Callable
-from contextvars import ContextVar
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 
-from progrpo.messages import named, nearest, quoted, raised
+from progrpo.messages import quoted, raised
+from progrpo.registry import UnknownNameError, lacks, load_named
 from progrpo.rewards.base import OneRewardSettings, Refusal, Reward
 
 
@@ -108,11 +105,13 @@ def _load(name: str, settings: OneRewardSettings) -> Reward:
         if settings.model and name not in _OF_ANY_MODEL:
             raise Refusal(f"reward {name!r} takes no other model ({', '.join(_OF_ANY_MODEL)} do); leave out model")
         return REWARDS[name](settings)
-    module_name, attribute = _module_and_attribute(name)
-    module = _imported(module_name, name)
-    found = getattr(module, attribute, None)
+    try:
+        found = load_named(name, {name: "" for name in REWARDS}, "reward", "function")
+    except UnknownNameError as error:
+        raise Refusal(str(error)) from error.__cause__
     if not callable(found) and not hasattr(found, "score"):
-        raise Refusal(f"reward {quoted(name)}: {_lacks(module, module_name, attribute)}")
+        module, _, attribute = name.partition(":")
+        raise Refusal(f"reward {quoted(name)}: {lacks(sys.modules[module], module, attribute)}")
     from progrpo.rewards.function import FunctionReward
 
     if isinstance(found, type):
@@ -125,71 +124,3 @@ def _load(name: str, settings: OneRewardSettings) -> Reward:
                 f"reward {quoted(name)}: the class cannot be made without arguments: {raised(error)}"
             ) from error
     return FunctionReward(found, settings.batch_size, settings.timeout)
-
-
-def refuse_within_import() -> None:
-    """Refusal where a reward's module, which is now being imported, starts a run of its own."""
-    if name := _importing.get():
-        raise Refusal(
-            f"reward {quoted(name)}: importing its module starts a run; put what that file does when it is run under"
-            ' `if __name__ == "__main__":`'
-        )
-
-
-_importing: ContextVar[str] = ContextVar("importing", default="")
-
-
-def _module_and_attribute(name: str) -> tuple[str, str]:
-    """The two parts of `module:function`; Refusal, with what it should be, for another name."""
-    module, colon, attribute = name.partition(":")
-    if module.endswith(".py") or os.sep in module:
-        raise Refusal(f"reward {quoted(name)}: a module is named as Python imports it; {_as_module(module, attribute)}")
-    if colon and all(module.split(".")) and "\0" not in module:
-        return module, attribute
-    *packages, last = name.split(".")
-    dotted = not colon and all(part.isidentifier() for part in (*packages, last))
-    of_module = f"; a function {last} of a module is {'.'.join(packages)}:{last}"
-    raise Refusal(
-        f"reward {quoted(name)} is neither built in ({', '.join(REWARDS)}) nor of the form module:function"
-        f"{of_module if packages and dotted else nearest(name, REWARDS)}"
-    )
-
-
-def _as_module(file: str, attribute: str) -> str:
-    """How the function of a file is named."""
-    path = Path(file.removesuffix(".py"))
-    function = attribute or "function"
-    if path.is_absolute() or ".." in path.parts:
-        return f"write {named(path.name)}:{named(function)}, and add {named(path.parent.resolve())} to PYTHONPATH"
-    return f"write {named('.'.join(path.parts))}:{named(function)}"
-
-
-def _imported(module: str, reward: str) -> ModuleType:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    before = _importing.set(reward)
-    try:
-        return importlib.import_module(module)
-    except (KeyboardInterrupt, Refusal):
-        raise
-    except BaseException as error:  # whatever the module's author let through
-        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-            raise Refusal(
-                f"reward {quoted(reward)}: there is no module {quoted(module)} in this folder or installed"
-            ) from None
-        raise Refusal(f"reward {quoted(reward)}: its module cannot be imported: {raised(error)}") from error
-    finally:
-        _importing.reset(before)
-
-
-def _lacks(module: ModuleType, name: str, attribute: str) -> str:
-    """That a module has no such function, and what may be meant."""
-    if name == "__main__":
-        return (
-            f"{quoted(attribute)} is of the script or notebook that named it, which is not what runs here; put it into a module"
-            " of its own and name it module:function"
-        )
-    there = [key for key, value in vars(module).items() if callable(value)]
-    file = getattr(module, "__file__", None)
-    where = f" (its file is {named(file)})" if file else ""
-    return f"the module {quoted(name)} has no function or class {quoted(attribute)}{where}{nearest(attribute, there)}"

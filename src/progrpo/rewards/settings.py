@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from progrpo.messages import quoted
+from progrpo.registry import one_of
 from progrpo.settings import DEVICE, FINITE, Rule, at_least, between, from_json, read_settings, setting
 
 _ONE_OR_MORE = at_least(1)
@@ -31,10 +31,6 @@ BUILT_IN_REWARDS = (
     "vlm",
 )
 
-_NAME = Rule(
-    lambda name: name in BUILT_IN_REWARDS or re.fullmatch(r"\w[\w.-]*:[\w.<>]+", name),
-    f"one of {', '.join(BUILT_IN_REWARDS)}, or `module:function`",
-)
 _AT_MOST_A_DAY = Rule(lambda seconds: 0 < seconds <= 86400, "above 0 and at most 86400 (a day)")
 
 
@@ -42,7 +38,7 @@ _AT_MOST_A_DAY = Rule(lambda seconds: 0 < seconds <= 86400, "above 0 and at most
 class RewardTerm:
     """One reward. As a text `NAME` or `WEIGHT*NAME`, or as an object of these fields."""
 
-    name: str = field(metadata={"rule": _NAME})
+    name: str = field(metadata={"rule": one_of(BUILT_IN_REWARDS, "function")})
     """Built in (docs/rewards.md says what each is), or `module:function` (or a class) of your own."""
     weight: float = setting(1.0, FINITE)
     """In the sum; a negative one turns a reward into a penalty."""

@@ -36,9 +36,9 @@ from progrpo.prompts.order import ORDERS, PromptOrder
 from progrpo.prompts.pictures import check_sources
 from progrpo.prompts.texts import shared
 from progrpo.recipes import load_recipe
+from progrpo.registry import refuse_within_import
 from progrpo.rewards.base import Judge, Refusal
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.load import refuse_within_import
 from progrpo.rewards.mix import Mixture, Term, close_all
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
