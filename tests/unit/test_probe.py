@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from progrpo.rollout import probe as module
-from progrpo.rollout.probe import Probe, ProbeExample, latent_features, probe_examples
+from progrpo.rollout.probe import Probe, ProbeExample, latent_features, probe_examples, text_features
 from progrpo.storage import load_state, save_state
 from progrpo.tracking.statistics import spearman
 from progrpo.types import Condition, Trajectories
