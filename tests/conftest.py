@@ -633,15 +633,19 @@ def first_experience() -> Callable[[Any], Any]:
     from progrpo.rollout.meter import Meter
     from progrpo.rollout.noise import NoiseKey
     from progrpo.rollout.rollout import rollout
-    from progrpo.training.update import learn_from
+    from progrpo.training.experience import AdvantageEstimator
 
     def roll(trainer: Any) -> Any:
         count = trainer.config.prompts.per_iteration
-        prompts, parts = trainer.order.prompts_for(0, count), (trainer.plan, trainer.sampling, trainer.select)
+        prompts, parts = (
+            trainer.order.prompts_for(0, count),
+            (trainer.plan, trainer.sampling, trainer.plan_monitor.select),
+        )
         key = NoiseKey(trainer.config.seed, 0)
         rolled = rollout(trainer.policy, trainer.reward, prompts, torch.arange(count), *parts, key, Meter())
-        wanted, clip = trainer.config.objective, trainer.objective.adv_clip_max
-        return learn_from(rolled, trainer.sampling, key, wanted, clip, trainer.ranks, trainer.reward.weights)[0]
+        config, clip = trainer.config.objective, trainer.learner.objective.adv_clip_max
+        estimator = AdvantageEstimator(config, clip, trainer.reward.weights, trainer.ranks)
+        return estimator.experience(rolled, trainer.sampling, key)[0]
 
     return roll
 

@@ -32,7 +32,7 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.rollout import rollout
 from progrpo.training.errors import SelfCheckError
-from progrpo.training.update import learn_from, update
+from progrpo.training.experience import AdvantageEstimator
 from progrpo.types import Rollout
 
 SLOTS, GROUP = 6, 20
@@ -101,21 +101,21 @@ def rewarded(kind: str, redness: Callable[..., list[float]], bad: Callable[[str]
 
 def roll(trainer: Any) -> Rollout:
     key, count = NoiseKey(trainer.config.seed, 0), trainer.config.prompts.per_iteration
-    parts = trainer.plan, trainer.sampling, trainer.select, key, Meter()
+    parts = trainer.plan, trainer.sampling, trainer.plan_monitor.select, key, Meter()
     return rollout(trainer.policy, trainer.reward, trainer.order.prompts_for(0, count), torch.arange(count), *parts)
 
 
 def gradients(trainer: Any, rolled: Rollout) -> list[torch.Tensor]:
     """What the optimizer is given."""
-    key, wanted, clip = NoiseKey(0, 0), trainer.config.objective, trainer.objective.adv_clip_max
-    parts = rolled, trainer.sampling, key, wanted, clip, trainer.ranks, trainer.reward.weights
-    experience, _ = learn_from(*parts, quorum=0.5)
+    config, clip = trainer.config.objective, trainer.learner.objective.adv_clip_max
+    estimator = AdvantageEstimator(config, clip, trainer.reward.weights, trainer.ranks, quorum=0.5)
+    experience, _ = estimator.experience(rolled, trainer.sampling, NoiseKey(0, 0))
     found: list[torch.Tensor] = []
     parameters = list(trainer.policy.trainable.values())
-    seen = trainer.optimizer.register_step_pre_hook(
+    seen = trainer.learner.updater.optimizer.register_step_pre_hook(
         lambda *_: found.extend(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters)
     )
-    update(trainer.policy, trainer.objective, trainer.optimizer, experience, trainer.config.optim, trainer.ranks)
+    trainer.learner.updater.update(experience)
     seen.remove()
     assert any(g.any() for g in found)
     return found
