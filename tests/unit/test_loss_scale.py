@@ -123,7 +123,7 @@ def test_a_trainers_scale_is_of_its_dtype_and_in_its_state(tiny_policy, tiny_tra
     trainer.learner.updater.loss_scale.lower()
     state = trainer.state_dict()
     taken_up.load_state_dict(state)
-    assert taken_up.loss_scale.state_dict() == {"value": 2.0**15, "clean": 0}
+    assert taken_up.learner.updater.loss_scale.state_dict() == {"value": 2.0**15, "clean": 0}
     taken_up.load_state_dict(
         {name: value for name, value in state.items() if name != "loss_scale"}
     )  # an old checkpoint
