@@ -640,7 +640,7 @@ def first_experience() -> Callable[[Any], Any]:
         prompts, parts = trainer.order.prompts_for(0, count), (trainer.plan, trainer.sampling, trainer.select)
         key = NoiseKey(trainer.config.seed, 0)
         rolled = rollout(trainer.policy, trainer.reward, prompts, torch.arange(count), *parts, key, Meter())
-        wanted, clip = trainer.config.objective, trainer.objective.adv_clip_max
+        wanted, clip = trainer.config.objective, trainer.objective.settings.adv_clip_max
         return learn_from(rolled, trainer.sampling, key, wanted, clip, trainer.ranks, trainer.reward.weights)[0]
 
     return roll
@@ -740,8 +740,11 @@ def linear_diffusion_policy() -> Callable[[str], LinearDiffusionPolicy]:
 def linear_transitions(linear_experience: Callable[..., Any]) -> Callable[..., Any]:
     """The same as GRPO has it before the first of two updates: the old log-probs are those that were stored."""
     from progrpo.objectives.grpo import GRPO
+    from progrpo.objectives.settings import GRPOSettings
 
-    return lambda policy, *args, **named: GRPO(0.05).prepare(policy, linear_experience(policy, *args, **named), 64, 2)
+    return lambda policy, *args, **named: GRPO(GRPOSettings(clip_range=0.05)).prepare(
+        policy, linear_experience(policy, *args, **named), 64, 2
+    )
 
 
 @pytest.fixture(scope="session")
