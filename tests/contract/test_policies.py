@@ -293,7 +293,7 @@ def test_a_diffusion_models_levels_are_ddims(request, model):
 def test_levels_between_the_grids_are_on_the_way(policy):
     grid = policy.levels(STEPS)
     for step in range(STEPS):
-        at = policy.between(grid, torch.tensor([step, step + 0.5, step + 1.0], dtype=torch.float64))
+        at = policy.levels_between(grid, torch.tensor([step, step + 0.5, step + 1.0], dtype=torch.float64))
         assert at.timestep[0] == grid.timestep[step] and at.timestep[2] == grid.timestep[step + 1]
         torch.testing.assert_close(at.alpha[0], grid.alpha[step])
         assert at.sigma[0] > at.sigma[1] >= at.sigma[2] and at.timestep[0] > at.timestep[1] >= at.timestep[2]

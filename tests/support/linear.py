@@ -31,7 +31,7 @@ class LinearPolicy:
         """The empty prompt's number is 0, so guidance scales c."""
         return self.a * x_BCHW + guidance_scale * self.b * condition.tensors["c"].reshape(-1, 1, 1, 1)
 
-    def between(self, levels_T1: Any, place_B: Any) -> Any:
+    def levels_between(self, levels_T1: Any, place_B: Any) -> Any:
         from progrpo.diffusion.levels import between_flow_levels
 
         return between_flow_levels(levels_T1, place_B)
@@ -62,7 +62,7 @@ class LinearDiffusionPolicy(LinearPolicy):
         levels = diffusion_levels(torch.tensor([9, 5, 2]), self.signal, torch.tensor(0.99, dtype=torch.float64))
         return Process(self.prediction, sampler, levels, (noise_level,) * 3)
 
-    def between(self, levels_T1: Any, place_B: Any) -> Any:
+    def levels_between(self, levels_T1: Any, place_B: Any) -> Any:
         from progrpo.diffusion.levels import between_diffusion_levels
 
         return between_diffusion_levels(levels_T1, place_B, self.signal)
