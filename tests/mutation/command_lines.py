@@ -67,7 +67,7 @@ def command(words: Sequence[str]) -> None:
     """Run a command line as a user does. ValueError for exit code 2 and nothing but its sentence on stderr."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            code = main(words)
+            code: object = main(words)
         except SystemExit as stop:
             code = stop.code
     sentence = re.fullmatch(r"progrpo: error: (.*)\n", said.getvalue())
@@ -125,8 +125,6 @@ def cut_off() -> Iterator[None]:
         "training.run.measured",
         "training.evaluate.trained_policy",
         "rewards.server.serve",
-    )
-    ends += (
         "training.sample.trained_policy",
         *(f"zoo.shapes.pretrain{n}.pretrain{n}" for n in ("", "_diffusion", "_tiny")),
     )

@@ -14,7 +14,7 @@ from progrpo.prompts.load import load_prompts
 from progrpo.recipes import RECIPES
 from tests.mutation.cases import DEEP, Case, damaged, mutate
 
-ROWS = (
+ROWS: tuple[str, ...] = (
     '{"prompt": "a red cat", "n": 1}',
     '{"prompt": "two dogs"}',
     '{"text": "a"}',
@@ -22,8 +22,6 @@ ROWS = (
     '{"prompt": ""}',
     "[]",
     "3",
-)
-ROWS += (
     '"a"',
     "null",
     '{"prompt": null}',
@@ -32,12 +30,16 @@ ROWS += (
     "{}",
     '{"prompt": NaN}',
     "9" * 5000,
+    *(
+        f'{{"prompt": "a", "image": {image}}}'
+        for image in ("null", "3", '""', '"none.png"', '"\\ud800"', '"\\u0000"', '"."')
+    ),
+    DEEP,
+    '{"prompt": "a", "n": ' + "9" * 5000 + "}",
+    "{'prompt': 'a'}",
+    '{"prompt": ["a"]}',
+    '{"a\\nb": 1}',
 )
-ROWS += tuple(
-    f'{{"prompt": "a", "image": {image}}}'
-    for image in ("null", "3", '""', '"none.png"', '"\\ud800"', '"\\u0000"', '"."')
-)
-ROWS += (DEEP, '{"prompt": "a", "n": ' + "9" * 5000 + "}", "{'prompt': 'a'}", '{"prompt": ["a"]}', '{"a\\nb": 1}')
 
 
 def prompts_case(rng: random.Random, work: Path) -> Case:

@@ -49,6 +49,12 @@ def model_cases(work: Path) -> Iterator[Case]:
     def cut(name: str, size: int) -> Callable[[Path], object]:
         return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
+    def write(name: str, text: str) -> Callable[[Path], object]:
+        return lambda folder: (folder / name).write_text(text)
+
+    def remove(name: str) -> Callable[[Path], object]:
+        return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+
     def without(name: str, tensor: str) -> Callable[[Path], object]:
         from safetensors.torch import load_file, save_file
 
@@ -69,15 +75,15 @@ def model_cases(work: Path) -> Iterator[Case]:
         "tokenizer/tokenizer.json",
     ):
         yield case(f"{name} cut", cut(name, 30))
-        yield case(f"{name} absent", lambda folder, name=name: (folder / name).unlink())
-        yield case(f"{name} a list", lambda folder, name=name: (folder / name).write_text("[]"))
+        yield case(f"{name} absent", remove(name))
+        yield case(f"{name} a list", write(name, "[]"))
     for part in ("transformer", "vae", "tokenizer", "text_encoder_3"):
-        yield case(f"no {part}", lambda folder, part=part: shutil.rmtree(folder / part))
+        yield case(f"no {part}", remove(part))
         yield case(f"{part} not in the index", edited(index, **{part: ...}))
         for junk in (3, ["os", "system"], ["no_such_library", "X"], ["diffusers", "NoSuch"], [None, None]):
             yield case(f"{part} is {junk}", edited(index, **{part: junk}))
-    for junk in (None, 3, ["a"], "KolorsPipeline", "StableDiffusionPipeline", "os.system", "x" * 10_000, "a\nb"):
-        yield case(f"pipeline {junk!r:.50}", edited(index, _class_name=junk))
+    for pipeline in (None, 3, ["a"], "KolorsPipeline", "StableDiffusionPipeline", "os.system", "x" * 10_000, "a\nb"):
+        yield case(f"pipeline {pipeline!r:.50}", edited(index, _class_name=pipeline))
     yield case(
         "another family's pipeline", edited(index, _class_name="StableDiffusion3Pipeline"), base="shapes-diffusion"
     )
