@@ -37,7 +37,7 @@ def same(one: Batch, other: Batch) -> bool:
         [one.x_N, one.maybe_N, one.places_N, *one.named.values(), *(p.values_N for p in one.parts)],
         [other.x_N, other.maybe_N, other.places_N, *other.named.values(), *(p.values_N for p in other.parts)],
     )
-    equal = all((a is b is None) or torch.equal(a, b) for a, b in zip(*tensors, strict=True))
+    equal = all(torch.equal(a, b) if a is not None and b is not None else a is b for a, b in zip(*tensors, strict=True))
     return equal and one.number == other.number and [p.name for p in one.parts] == [p.name for p in other.parts]
 
 
@@ -55,12 +55,14 @@ def test_parts_go_one_after_another(maybe):
 
 
 def test_what_a_part_lacks_is_of_the_others():
-    assert Batch.cat([batch(1.0, maybe=False), batch(2.0)]).maybe_N.tolist() == [3.0]
+    maybe = Batch.cat([batch(1.0, maybe=False), batch(2.0)]).maybe_N
+    assert maybe is not None and maybe.tolist() == [3.0]
 
 
 def test_some_fields_stay_on_the_cpu():
     moved = batch(1.0, 2.0).to("meta")
-    assert moved.places_N.device.type == "cpu" and moved.number == 7
+    assert moved.places_N is not None and moved.places_N.device.type == "cpu" and moved.number == 7
+    assert moved.maybe_N is not None
     assert {t.device.type for t in (moved.x_N, moved.maybe_N, moved.named["tens"], moved.parts[0].values_N)} == {"meta"}
 
 
