@@ -15,7 +15,7 @@ from progrpo.policies.base import Policy
 from progrpo.rewards.base import Scorer
 from progrpo.rollout.denoise import Sampling, call_size
 from progrpo.rollout.meter import Meter
-from progrpo.rollout.probe import Probe, texts
+from progrpo.rollout.probe import Probe, text_features
 from progrpo.types import Condition, Pictures, Prompt, Scores, Trajectories
 
 DECODED = 32  # pictures at once: a decoder needs many times a network call's memory
@@ -64,7 +64,7 @@ def preview(
         assert how.probe is not None
         with meter.stage("preview"):
             meter.count(probed=len(batch))
-            return None, how.probe.score(step, batch.glances[step], texts(condition), batch.group_N)
+            return None, how.probe.score(step, batch.latent_features[step], text_features(condition), batch.group_N)
     x0 = projected(policy, condition, batch, step, sampling, how.ode_steps, meter)
     with meter.stage("preview"):
         meter.count(previews=len(batch))
@@ -92,7 +92,7 @@ def projected(
     if ode_steps == 1 or not len(batch):
         return process.x0(step, x, output)
     places = torch.linspace(step, process.num_steps, ode_steps + 1, dtype=torch.float64)[:-1]
-    levels, prediction = policy.between(process.levels_T1, places).to(x), PREDICTIONS[process.prediction]
+    levels, prediction = policy.levels_between(process.levels_T1, places).to(x), PREDICTIONS[process.prediction]
     shape = call_size(policy, len(batch), sampling)
     with meter.stage("sample"):
         for k in range(1, ode_steps):
@@ -134,14 +134,9 @@ def decoded(policy: Policy, x0_NCHW: Tensor, microbatch: int, tiny: bool = False
     """What latents show; not more at once than a decoder has memory for."""
     decode, most = policy.preview if tiny else policy.decode, min(microbatch, DECODED)
     if not len(x0_NCHW):  # of a group that has fewer members than processes; a decoder takes no fewer than one
-        return decode(x0_NCHW.new_zeros(1, *x0_NCHW.shape[1:])).first(0)
+        return decode(x0_NCHW.new_zeros(1, *x0_NCHW.shape[1:])).take(slice(0))
     # a compiled decoder would be compiled again for another shape
     one_shape = policy.compiled_decoder and not tiny
     parts = of_one_shape(len(x0_NCHW), most) if one_shape else torch.arange(len(x0_NCHW)).split(most)
     made = [decode(x0_NCHW[rows]) for rows in parts]
-    whole = Pictures(
-        torch.cat([part.images_NHWC for part in made]),
-        torch.cat([part.there_N for part in made]),
-        next((part.fault for part in reversed(made) if part.fault), ""),
-    )
-    return whole.first(len(x0_NCHW))
+    return Pictures.cat(made).take(slice(len(x0_NCHW)))

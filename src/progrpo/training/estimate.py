@@ -20,7 +20,7 @@ from progrpo.policies.sizes import Sizes, sizes
 from progrpo.rollout.plan import Plan
 from progrpo.rollout.preview import DECODED
 from progrpo.training.build import model_settings
-from progrpo.training.judge import prompt_cost
+from progrpo.training.plan_judge import prompt_cost
 
 _FLOAT, _GB = 4, 1e9
 _AVERAGES = {"adamw": 2 * _FLOAT, "adamw_8bit": 2 * (1 + _FLOAT / 256)}  # bytes a weight; 256 share a scale
@@ -115,7 +115,8 @@ def _memory(config: Config, plan: Plan, found: Sizes, processes: int) -> dict[st
     trained = _FLOAT * found.trained / (shared if config.model.weights == "full" else 1)
     prompts = -(-config.prompts.per_iteration // processes)
     latents = {
-        name: prompts * found.latent * of_one for name, of_one in _latents(config, plan, loss.stores == "means").items()
+        name: prompts * found.latent * of_one
+        for name, of_one in _latents(config, plan, loss.stores == "means").items()
     }
     always = {
         "frozen weights": found.frozen_bytes / shared,

@@ -1,0 +1,125 @@
+"""The records that a run keeps, with the types of their fields.
+
+An older run's record may lack fields that were added since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypedDict
+
+MetricValue = float | list[int] | None
+"""A number, or None where there is none. Only `plan/path` is a list."""
+
+Metrics = dict[str, MetricValue]
+"""One iteration's record in metrics.jsonl, flat `stage/name` keys (docs/metrics.md)."""
+
+
+def metric(record: Mapping[str, MetricValue], name: str) -> float | None:
+    """The number of a metric; None where the record has none."""
+    value = record.get(name)
+    return None if isinstance(value, list) else value
+
+
+class EvaluationRecord(TypedDict, total=False):
+    """One picture of an evaluation, in evaluation/before.json and after.json. None is a value that is missing."""
+
+    prompt: str
+    kind: str | None
+    graded: float | None
+    strict: bool | None
+    judge: bool | None
+    held_out: dict[str, float | None]
+    sharpness: float | None
+    saturation: float | None
+    diversity: float | None
+    picture: str | None
+
+
+class AuditRecord(TypedDict, total=False):
+    """One audit group of G members, in audit/*.json: scores by step (T lists of G numbers) and who would be let go.
+
+    `used` are the scores that the run decides on. `stopped_at` has for each member the step after whose network call
+    the plan lets it go: T for those dropped on final rewards, None for survivors.
+    """
+
+    iteration: int
+    prompt: str
+    steps: list[int]
+    scores: list[list[float]]
+    used: list[list[float]]
+    final: list[float]
+    stopped_at: list[int | None]
+    kept_uniform: list[int]
+    kept_ovf: list[int]
+    strip: str
+
+
+class CostSummary(TypedDict):
+    """What the plan predicted, what was counted, and what audits took, each by the fields of `Cost`."""
+
+    predicted: dict[str, int]
+    counted: dict[str, int]
+    audit: dict[str, int]
+
+
+class PlanSummary(TypedDict):
+    """The plan in force when the summary was written."""
+
+    value: float | None
+    path: list[int]
+    prune_steps: list[int]
+    selector: str
+    num_inference_steps: int
+
+
+class RewardSummary(TypedDict):
+    """The rewards by name: their weights, how many scores were asked for, and how many are missing."""
+
+    weights: dict[str, float]
+    selected_on: str
+    asked: dict[str, int]
+    missing: dict[str, int]
+    last_error: str | None
+
+
+class MeasuredSummary(TypedDict, total=False):
+    """The means of the evaluations before and after training."""
+
+    reward_before: float | None
+    reward_after: float | None
+    accuracy_before: float | None
+    accuracy_after: float | None
+    judge_before: float | None
+    judge_after: float | None
+    diversity_before: float | None
+    diversity_after: float | None
+    held_out_before: dict[str, float | None]
+    held_out_after: dict[str, float | None]
+    accuracy_by_kind_before: dict[str, float]
+    accuracy_by_kind_after: dict[str, float]
+
+
+class Summary(MeasuredSummary, total=False):
+    """What a run came to, in summary.json."""
+
+    recipe: str
+    seed: int
+    iterations: int
+    wall_seconds: float
+    status: str
+    best_iterations: int | None
+    nfe: int
+    nfe_saved: float | None
+    nfe_ratio_to_none: float | None
+    preview_rank_correlation: dict[str, float | None]
+    preview_rank_correlation_by_step: dict[str, float | None]
+    cost: CostSummary
+    plan: PlanSummary
+    rewards: RewardSummary
+    missing_pictures: int
+    warnings: list[str]
+    seconds_by_stage: dict[str, float]
+    versions: dict[str, str]
+    device: str
+    command: str
