@@ -126,7 +126,10 @@ def test_loss_by_hand(policy, experience, settings):
     assert loss.sums["loss"].item() == pytest.approx(expected["loss"], rel=1e-9)
     assert loss.sums["clip_fraction"].item() == expected["outside"]
     assert loss.maxima["ratio_max_deviation"].item() == pytest.approx(deviation, rel=1e-9)
-    pulls = {"kl": ("reference", objective.settings.kl_beta), "distance_to_average": ("average", objective.settings.average_beta)}
+    pulls = {
+        "kl": ("reference", objective.settings.kl_beta),
+        "distance_to_average": ("average", objective.settings.average_beta),
+    }
     for name, (weights, beta) in pulls.items():
         assert (name in loss.sums) == (beta > 0)
         assert beta == 0 or loss.sums[name].item() == pytest.approx(expected[weights], rel=1e-9)

@@ -115,8 +115,7 @@ def _memory(config: Config, plan: Plan, found: Sizes, processes: int) -> dict[st
     trained = _FLOAT * found.trained / (shared if config.model.weights == "full" else 1)
     prompts = -(-config.prompts.per_iteration // processes)
     latents = {
-        name: prompts * found.latent * of_one
-        for name, of_one in _latents(config, plan, loss.stores == "means").items()
+        name: prompts * found.latent * of_one for name, of_one in _latents(config, plan, loss.stores == "means").items()
     }
     always = {
         "frozen weights": found.frozen_bytes / shared,
