@@ -32,7 +32,7 @@ from progrpo.policies.load import quiet
 from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.mix import alone
-from progrpo.training.build import policy_from, settled, train_order
+from progrpo.training.build import policy_context, policy_from, settled, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.trainer import Trainer
 from progrpo.types import Prompt
@@ -63,7 +63,9 @@ def measure(model: str, plan: str, delay: float, waves: Sequence[int], iteration
         config = replace(base, reward=RewardMixSettings(waves=count))
         reward = alone(Slow(load_reward("shapes"), delay))
         order = train_order(config.prompts, 0)
-        trainers[count] = Trainer(config, policy_from(config.model, 0, ranks), reward, order, ranks)
+        trainers[count] = Trainer(
+            config, policy_from(config.model, policy_context(config, ranks)), reward, order, ranks
+        )
     records: dict[int, list[dict[str, Any]]] = {count: [] for count in waves}
     for _ in range(iterations + 1):
         for count, trainer in trainers.items():

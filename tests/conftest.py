@@ -569,18 +569,18 @@ def tiny_config() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def tiny_policy(tiny_sd3: Path, tiny_pipeline: Callable[..., Any]) -> Callable[..., Any]:
     """The pipeline as a policy, new at every call; `moved` is how far its trained weights are from their start."""
-    from progrpo.policies.base import PolicySettings
     from progrpo.policies.load import policy_from_pipeline
+    from progrpo.policies.settings import ModelSettings
 
     def load(
         weights: Any = "lora",
-        dtype: torch.dtype = torch.float32,
+        dtype: Any = "float32",
         moved: float = 0.0,
         folder: Path = tiny_sd3,
         quantize: Any = "none",
     ) -> Any:
-        settings = PolicySettings(
-            weights,
+        settings = ModelSettings(
+            weights=weights,
             lora_rank=2,
             lora_alpha=4,
             max_sequence_length=8,

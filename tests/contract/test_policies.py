@@ -25,8 +25,9 @@ from PIL import Image
 from torch import Tensor
 
 from progrpo.diffusion.process import Process
-from progrpo.policies.base import Policy, PolicySettings
+from progrpo.policies.base import Policy, PolicyContext
 from progrpo.policies.load import load_policy, policy_from_pipeline
+from progrpo.policies.settings import ModelSettings
 from progrpo.storage import load_state, save_state
 from progrpo.types import Prompt
 
@@ -92,10 +93,10 @@ def pipeline(folder: Path) -> Any:
     return _pipeline(folder)
 
 
-def _load(folder: Path | str, weights: Any, **changes: Any) -> Any:
-    settings = PolicySettings(weights, lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, resolution=16)
+def _load(folder: Path | str, weights: Any, away: str = "", **changes: Any) -> Any:
+    settings = ModelSettings(str(folder), weights, lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, resolution=16)
     length = FRAMES if Path(folder).name == "tiny-wan" else None
-    return load_policy(folder, replace(settings, **{"frames": length, **changes}))
+    return load_policy(replace(settings, **{"frames": length, **changes}), PolicyContext(guide_away_from=away))
 
 
 def _pipeline(folder: Path) -> Any:
@@ -196,7 +197,7 @@ def test_without_noise_it_is_the_diffusers_pipeline_from_text_to_latent(policy, 
 )
 def test_guidance_leads_away_from_the_negative_prompt_as_the_diffusers_pipeline_does(request, model):
     folder = request.getfixturevalue(model)
-    policy, plain = (_load(folder, "lora", negative_prompt=text) for text in ("green bird", ""))
+    policy, plain = (_load(folder, "lora", away=text) for text in ("green bird", ""))
     expected = _diffusers(_pipeline(folder), policy, 3.5, "latent", negative_prompt=["green bird"] * len(TEXTS))
     size = max(1.0, expected.abs().max().item())
     policy.encode(PROMPTS)
@@ -207,7 +208,7 @@ def test_guidance_leads_away_from_the_negative_prompt_as_the_diffusers_pipeline_
 
 def test_a_model_that_is_told_its_guidance_leads_away_from_no_text(tiny_flux):
     with pytest.raises(ValueError, match=r"^sampling\.negative_prompt: this model is told .* leave it empty$"):
-        _load(tiny_flux, "lora", negative_prompt="green bird")
+        _load(tiny_flux, "lora", away="green bird")
 
 
 def test_pictures_are_the_diffusers_pipelines(policy, pipeline):
@@ -485,7 +486,7 @@ def test_nothing_is_random_in_the_network(policy):
 
 
 def test_low_precision_keeps_trained_weights_and_velocities_in_float32(case, folder, policy):
-    low = _load(folder, case.weights, dtype=torch.bfloat16)
+    low = _load(folder, case.weights, dtype="bfloat16")
     assert {p.dtype for p in low.trainable.values()} == {torch.float32}
     if case.weights == "lora":
         frozen = [(name, p) for name, p in low.frozen() if p.dim() == 2 and "rope" not in name]
@@ -504,7 +505,7 @@ def test_low_precision_keeps_trained_weights_and_velocities_in_float32(case, fol
 
 
 def test_low_precision_without_training_is_near_the_float32_pictures(case, folder, policy):
-    low = _load(folder, case.weights, dtype=torch.bfloat16)
+    low = _load(folder, case.weights, dtype="bfloat16")
     x0 = _noise(policy)
     assert (low.decode(x0).images_NHWC.int() - policy.decode(x0).images_NHWC.int()).abs().float().mean() < 3
 
@@ -513,9 +514,12 @@ def test_low_precision_without_training_is_near_the_float32_pictures(case, folde
 def test_a_saved_denoiser_takes_the_models_place_in_low_precision_as_it_is(request, tmp_path, model):
     folder = request.getfixturevalue(model)
     _load(folder, "full").save(tmp_path / "saved")
-    settings = PolicySettings(lora_rank=2, max_sequence_length=TOKENS, resolution=16, dtype=torch.bfloat16)
+    settings = ModelSettings(lora_rank=2, max_sequence_length=TOKENS, resolution=16, dtype="bfloat16")
     settings = replace(settings, frames=FRAMES if model == "tiny_wan" else None)
-    own, taken = load_policy(folder, settings), load_policy(folder, settings, tmp_path / "saved")
+    own, taken = (
+        load_policy(replace(settings, path=str(folder))),
+        load_policy(replace(settings, path=str(folder)), trained=tmp_path / "saved"),
+    )
     found = dict(taken.frozen())
     for name, tensor in own.frozen():  # of Wan some in float32
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
@@ -573,7 +577,7 @@ def test_a_distilled_flux2_klein_is_sampled_without_guidance(tiny_flux2_klein):
     pipeline = _pipeline(tiny_flux2_klein)
     pipeline.register_to_config(is_distilled=True)
     policy = policy_from_pipeline(
-        pipeline, PolicySettings(lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, resolution=16)
+        pipeline, ModelSettings(lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, resolution=16)
     )
     with pytest.raises(ValueError, match=r"sampling\.guidance_scale: 3\.5 would guide a distilled model, .* use 1"):
         _ode(policy, 3.5)
@@ -610,7 +614,7 @@ def test_the_t5_may_be_absent(tiny_sd3):
     from progrpo.policies.sd3 import SD3Policy
 
     pipeline = DiffusionPipeline.from_pretrained(tiny_sd3, text_encoder_3=None, tokenizer_3=None)
-    policy = SD3Policy.from_pipeline(pipeline, PolicySettings(lora_rank=2, lora_alpha=2, max_sequence_length=TOKENS))
+    policy = SD3Policy.from_pipeline(pipeline, ModelSettings(lora_rank=2, lora_alpha=2, max_sequence_length=TOKENS))
     expected = _diffusers(_without_t5(tiny_sd3), policy, 1.0, "latent")
     torch.testing.assert_close(_ode(policy, 1.0), expected, rtol=0, atol=1e-5)
 
@@ -619,7 +623,7 @@ def test_the_t5_may_be_absent(tiny_sd3):
     "absent", [("",), ("_2",), ("", "_2"), ("_2", "_3"), ("", "_3")], ids=lambda absent: "+".join(map(str, absent))
 )
 def test_what_an_absent_encoder_of_sd3_would_say_is_zeros(tiny_sd3, absent):
-    settings = PolicySettings(lora_rank=2, lora_alpha=2, max_sequence_length=TOKENS)
+    settings = ModelSettings(lora_rank=2, lora_alpha=2, max_sequence_length=TOKENS)
     whole = dict(policy_from_pipeline(_pipeline(tiny_sd3), settings).encode([PROMPTS[0]]).tensors)
     without = {f"{part}{n}": None for n in absent for part in ("text_encoder", "tokenizer")}
     policy = policy_from_pipeline(DiffusionPipeline.from_pretrained(tiny_sd3, **without), settings)
@@ -645,7 +649,7 @@ def test_what_an_absent_encoder_of_sd3_would_say_is_zeros(tiny_sd3, absent):
 def test_sd3_without_any_text_encoder_is_refused(tiny_sd3):
     none = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"))
     with pytest.raises(ValueError, match=r"model\.path: the pipeline has no text encoder at all"):
-        policy_from_pipeline(DiffusionPipeline.from_pretrained(tiny_sd3, **none), PolicySettings())
+        policy_from_pipeline(DiffusionPipeline.from_pretrained(tiny_sd3, **none), ModelSettings())
 
 
 def test_a_model_that_was_saved_without_a_text_encoder_is_loaded_without_it(tiny_sd3, tmp_path):
@@ -660,14 +664,14 @@ def test_a_model_that_was_saved_without_a_text_encoder_is_loaded_without_it(tiny
 def test_a_model_of_one_text_encoder_without_it_is_refused(request, model):
     pipeline = DiffusionPipeline.from_pretrained(request.getfixturevalue(model), text_encoder=None)
     with pytest.raises(ValueError, match=r"model\.path: the pipeline lacks its text encoder; load it"):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 @pytest.mark.parametrize("encoder", ["text_encoder", "text_encoder_2"])
 def test_flux_without_a_text_encoder_is_refused(tiny_flux, encoder):
     pipeline = DiffusionPipeline.from_pretrained(tiny_flux, **{encoder: None})
     with pytest.raises(ValueError, match=r"model\.path: the pipeline lacks a text encoder; .* by CLIP and by T5"):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 @pytest.mark.parametrize("model", ["tiny_flux", "tiny_flux2_klein", "tiny_qwen_image"])
@@ -677,7 +681,7 @@ def test_a_packed_model_for_more_than_text_is_refused(request, model):
     with pytest.raises(
         ValueError, match=r"the transformer takes 32 channels where tokens of latents have 16; .* alone"
     ):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 def test_a_model_that_edits_is_told_the_source_beside_the_noise_and_is_not_asked_about_it(tiny_kontext):
@@ -728,7 +732,7 @@ def test_a_pair_of_calls_shows_the_source_in_both(tiny_kontext):
     pipeline = _pipeline(tiny_kontext)
     told = {**pipeline.transformer.config, "guidance_embeds": False}
     pipeline.transformer = type(pipeline.transformer).from_config(told)
-    settings = PolicySettings(lora_rank=2, max_sequence_length=TOKENS, resolution=16)
+    settings = ModelSettings(lora_rank=2, max_sequence_length=TOKENS, resolution=16)
     policy = policy_from_pipeline(pipeline, settings)
     x, condition, w = _noise(policy), policy.encode(PROMPTS), 3.0
     nothing = policy.encode([Prompt("", prompt.columns) for prompt in PROMPTS])
@@ -754,7 +758,7 @@ def test_a_flow_model_with_another_scheduler_is_refused(request, model):
     pipeline = _pipeline(request.getfixturevalue(model))
     pipeline.scheduler = DDIMScheduler()
     with pytest.raises(ValueError, match=r"model\.path: the scheduler is a DDIMScheduler; replace it by a FlowMatch"):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 def test_wan_is_sampled_on_eulers_grid_of_its_unipcs_shift(tiny_wan):
@@ -773,7 +777,7 @@ def test_a_lora_of_wan_adapts_both_attentions_and_the_feed_forward_by_default(ti
 
 def test_wans_autoencoder_is_float32_whatever_the_rest_is(tiny_wan):
     saved = _pipeline(tiny_wan).vae.state_dict()
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in ("bfloat16", "float16"):
         found = _load(tiny_wan, "lora", dtype=dtype)._pipeline.vae.state_dict()
         assert all(torch.equal(weight, saved[name]) for name, weight in found.items())
 
@@ -816,14 +820,14 @@ def test_a_wan_of_another_kind_is_refused_as_a_pipeline(tiny_wan):
     pipeline = _pipeline(tiny_wan)
     pipeline.register_modules(transformer_2=pipeline.transformer)
     with pytest.raises(ValueError, match=r"^model\.path: this is a Wan 2\.2"):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
     pipeline = _pipeline(tiny_wan)
     pipeline.transformer = type(pipeline.transformer).from_config(pipeline.transformer.config, in_channels=9)
     with pytest.raises(ValueError, match=r"takes 9 channels where latents have 4; .* not one from picture to video"):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
     pipeline = DiffusionPipeline.from_pretrained(tiny_wan, text_encoder=None)
     with pytest.raises(ValueError, match=r"model\.path: the pipeline lacks its text encoder"):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 def _without_t5(folder: Path) -> Any:
@@ -850,9 +854,9 @@ def test_sdxl_is_told_the_pictures_size_and_zeros_for_no_prompt(tiny_sdxl):
 
 
 def test_sdxls_autoencoder_stays_in_float32_where_float16_would_overflow(tiny_sdxl, tiny_sd):
-    assert _load(tiny_sdxl, "lora", dtype=torch.float16)._pipeline.vae.dtype == torch.float32
-    assert _load(tiny_sdxl, "lora", dtype=torch.bfloat16)._pipeline.vae.dtype == torch.bfloat16
-    assert _load(tiny_sd, "lora", dtype=torch.float16)._pipeline.vae.dtype == torch.float16
+    assert _load(tiny_sdxl, "lora", dtype="float16")._pipeline.vae.dtype == torch.float32
+    assert _load(tiny_sdxl, "lora", dtype="bfloat16")._pipeline.vae.dtype == torch.bfloat16
+    assert _load(tiny_sd, "lora", dtype="float16")._pipeline.vae.dtype == torch.float16
 
 
 def test_latents_with_a_mean_and_std_of_their_own_are_decoded_as_sdxls_pipeline_does(tiny_sdxl):
@@ -870,7 +874,7 @@ def test_an_unet_for_more_than_text_is_refused(tiny_sd):
     with pytest.raises(
         ValueError, match=r"model\.path: the U-Net takes 9 channels where latents have 4; .* inpainting"
     ):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 @pytest.mark.parametrize(
@@ -888,21 +892,21 @@ def test_an_unet_of_noise_that_ddim_does_not_know_is_refused(tiny_sdxl, schedule
     with pytest.raises(
         ValueError, match=rf"^model\.path: the scheduler is a {type(scheduler).__name__}, for whose noise"
     ):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 def test_an_unet_that_must_be_told_the_guidance_scale_is_refused(tiny_sd):
     pipeline = _pipeline(tiny_sd)
     pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config, time_cond_proj_dim=8)
     with pytest.raises(ValueError, match=r"^model\.path: the U-Net must be told the guidance scale"):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 @pytest.mark.parametrize(("encoder", "which"), [("text_encoder", "its"), ("text_encoder_2", "its second")])
 def test_sdxl_without_a_text_encoder_is_refused(tiny_sdxl, encoder, which):
     pipeline = DiffusionPipeline.from_pretrained(tiny_sdxl, **{encoder: None})
     with pytest.raises(ValueError, match=rf"^model\.path: the pipeline lacks {which} text encoder; load it"):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 def test_a_model_of_noise_at_pure_noise_is_refused(tiny_sd, tiny_sd_v):
@@ -911,9 +915,9 @@ def test_a_model_of_noise_at_pure_noise_is_refused(tiny_sd, tiny_sd_v):
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
         if refused:
             with pytest.raises(ValueError, match="set the scheduler's rescale_betas_zero_snr to false"):
-                policy_from_pipeline(pipeline, PolicySettings())
+                policy_from_pipeline(pipeline, ModelSettings())
         else:
-            assert policy_from_pipeline(pipeline, PolicySettings(lora_rank=2)).levels(STEPS).alpha.isfinite().all()
+            assert policy_from_pipeline(pipeline, ModelSettings(lora_rank=2)).levels(STEPS).alpha.isfinite().all()
 
 
 @pytest.mark.parametrize("scheduler", [LCMScheduler, EulerDiscreteScheduler])
@@ -921,7 +925,7 @@ def test_what_a_scheduler_has_by_default_stays_when_its_noise_is_sampled_by_ddim
     pipeline = _pipeline(tiny_sd)
     pipeline.scheduler = scheduler()
     pipeline.scheduler.save_pretrained(tmp_path)  # a file says every default, where an object lists those it was left
-    own, settings = pipeline.scheduler, PolicySettings(lora_rank=2)
+    own, settings = pipeline.scheduler, ModelSettings(lora_rank=2)
     levels = policy_from_pipeline(pipeline, settings).levels(STEPS)
     signal = own.alphas_cumprod[levels.timestep[:-1].long()]
     assert torch.equal(levels.alpha[:-1], signal.sqrt())
@@ -933,7 +937,7 @@ def test_what_a_scheduler_has_by_default_stays_when_its_noise_is_sampled_by_ddim
 def test_a_safety_checker_takes_no_memory(tiny_sd):
     pipeline = _pipeline(tiny_sd)
     pipeline.safety_checker = torch.nn.Linear(1, 1)
-    policy_from_pipeline(pipeline, PolicySettings(lora_rank=2))
+    policy_from_pipeline(pipeline, ModelSettings(lora_rank=2))
     assert pipeline.safety_checker is None
 
 
