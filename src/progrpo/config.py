@@ -24,6 +24,7 @@ from progrpo.settings import (
     read_settings,
     setting,
 )
+from progrpo.tracking.settings import TrackingSettings
 from progrpo.training.settings import AuditSettings, CheckpointSettings, EvalSettings, OptimSettings, WatchSettings
 from progrpo.types import FROM_PYTHON
 
@@ -45,6 +46,7 @@ __all__ = [
     "RewardMixSettings",
     "RewardTerm",
     "SamplingSettings",
+    "TrackingSettings",
     "WatchSettings",
 ]
 
@@ -71,6 +73,7 @@ class Config:
     eval: EvalSettings = field(default_factory=EvalSettings)
     watch: WatchSettings = field(default_factory=WatchSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
 
 
 # --- to JSON and back -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ evaluation/before.json    a record a picture (and after.json); the first picture
 audit/0005.json, .png     an audit group: scores at every step, and a sheet of its previews (rows: members)
 samples/0000.png          a grid of pictures an evaluation
 checkpoints/  lora/  report.html
+trackers.json             what other trackers know the run by (tracking/tracker.py); tensorboard/ has TensorBoard's files
 run.lock                  while a run writes here (tracking/lock.py)
 """
 
@@ -28,7 +29,7 @@ from progrpo.durable import PREVIOUS, WRITING, append, new_folder, sync, whole_f
 from progrpo.messages import named
 from progrpo.types import FROM_PYTHON
 
-_FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "report.html")
+_FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "trackers.json", "report.html")
 _ENDS = f"({re.escape(WRITING)}|{re.escape(PREVIOUS)})?"
 _WEIGHTS = {
     "lora": r"pytorch_lora_weights\.safetensors",
@@ -41,6 +42,7 @@ _IN_FOLDERS = {
     "evaluation": r"(before|after)\.json",
     "audit": r"\d+\.(json|png)",
     "samples": r"\d+\.png",
+    "tensorboard": r"events\.out\.tfevents\..*",
     **{folder + end: files for folder, files in _WEIGHTS.items() for end in ("", WRITING, PREVIOUS)},
 }
 """What a run writes in folders, whose names a user's own may have; an inner folder before the one that it lies in."""
@@ -212,7 +214,8 @@ class RunFolder:
         except FileNotFoundError:
             return None
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
+    def log_config(self, config: Mapping[str, object]) -> None:
+        """Write config.json."""
         self.write_json("config.json", config)
 
     def read_config(self) -> dict[str, Any]:
@@ -232,8 +235,9 @@ class RunFolder:
         costs: dict[str, Any] | None = self.read_json("costs.json")
         return costs
 
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
-        append(self.path / "metrics.jsonl", _in_bytes(_encode(record)))
+    def log(self, metrics: Mapping[str, MetricValue], step: int) -> None:
+        """Append the record of iteration `step` to metrics.jsonl."""
+        append(self.path / "metrics.jsonl", _in_bytes(_encode({"iteration": step, **metrics})))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All records, without a last line that is still being written; ValueError for a line elsewhere that is none."""
@@ -290,11 +294,10 @@ class RunFolder:
         self._write(relative, lambda file: picture.save(file, format="PNG"))
         return relative
 
-    def save_grid(self, relative: str, images_NHWC: np.ndarray, columns: int, scale: int = 1) -> str:
-        return self.save_picture(relative, tile(images_NHWC, columns, scale))
-
-    def save_samples(self, iteration: int, images_NHWC: np.ndarray, columns: int = 8, scale: int = 1) -> str:
-        return self.save_grid(f"samples/{iteration:04d}.png", images_NHWC, columns, scale)
+    def log_images(self, images: Mapping[str, np.ndarray], step: int) -> None:
+        """Save pictures by name, such as samples/0004.png."""
+        for name, image_HWC in images.items():
+            self.save_picture(f"{name}/{step:04d}.png", image_HWC)
 
     def write_evaluation(
         self, when: str, records: Sequence[Mapping[str, Any]], images_NHWC: np.ndarray, pictures: int = 36
