@@ -115,7 +115,9 @@ def test_a_missing_package_is_named_with_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     for name in TRACKERS:
         monkeypatch.delitem(sys.modules, name, raising=False)
-        with pytest.raises(ValueError, match=rf"^tracking.to {name} needs {name}, .*: pip install 'progrpo\[{name}\]'$"):
+        with pytest.raises(
+            ValueError, match=rf"^tracking.to {name} needs {name}, .*: pip install 'progrpo\[{name}\]'$"
+        ):
             require_installed(TrackingSettings((name,)))
     with pytest.raises(ValueError, match=r"^tracking.to 'no_such_module:Mine': there is no module"):
         require_installed(TrackingSettings(("no_such_module:Mine",)))

@@ -214,8 +214,7 @@ class RunFolder:
         except FileNotFoundError:
             return None
 
-    def log_config(self, config: Mapping[str, object]) -> None:
-        """Write config.json."""
+    def write_config(self, config: Mapping[str, Any]) -> None:
         self.write_json("config.json", config)
 
     def read_config(self) -> dict[str, Any]:
@@ -235,9 +234,8 @@ class RunFolder:
         costs: dict[str, Any] | None = self.read_json("costs.json")
         return costs
 
-    def log(self, metrics: Mapping[str, MetricValue], step: int) -> None:
-        """Append the record of iteration `step` to metrics.jsonl."""
-        append(self.path / "metrics.jsonl", _in_bytes(_encode({"iteration": step, **metrics})))
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        append(self.path / "metrics.jsonl", _in_bytes(_encode(record)))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All records, without a last line that is still being written; ValueError for a line elsewhere that is none."""
@@ -294,10 +292,11 @@ class RunFolder:
         self._write(relative, lambda file: picture.save(file, format="PNG"))
         return relative
 
-    def log_images(self, images: Mapping[str, np.ndarray], step: int) -> None:
-        """Save pictures by name, such as samples/0004.png."""
-        for name, image_HWC in images.items():
-            self.save_picture(f"{name}/{step:04d}.png", image_HWC)
+    def save_grid(self, relative: str, images_NHWC: np.ndarray, columns: int, scale: int = 1) -> str:
+        return self.save_picture(relative, tile(images_NHWC, columns, scale))
+
+    def save_samples(self, iteration: int, images_NHWC: np.ndarray, columns: int = 8, scale: int = 1) -> str:
+        return self.save_grid(f"samples/{iteration:04d}.png", images_NHWC, columns, scale)
 
     def write_evaluation(
         self, when: str, records: Sequence[Mapping[str, Any]], images_NHWC: np.ndarray, pictures: int = 36
