@@ -31,7 +31,6 @@ from unittest import mock
 
 from progrpo.cli import COMMANDS, main
 from progrpo.config import (
-    BUILT_IN_REWARDS,
     Config,
     RewardTerm,
     check,
@@ -47,6 +46,7 @@ from progrpo.imports.flow_factory import import_flow_factory
 from progrpo.imports.flow_grpo import import_flow_grpo
 from progrpo.prompts.load import load_prompts
 from progrpo.recipes import RECIPES, load_recipe
+from progrpo.rewards.settings import REWARDS
 from progrpo.rollout.plan import summary
 
 LONGEST = 1500  # characters of a sentence
@@ -206,7 +206,7 @@ def mutate(data: Any, rng: random.Random) -> Any:
 
 def term(rng: random.Random) -> Any:
     """A reward as a recipe may name one, and as none should."""
-    names = (*BUILT_IN_REWARDS, "module:function", "m:", ":f", "shapess", "", "a:b:c")
+    names = (*REWARDS, "module:function", "m:", ":f", "shapess", "", "a:b:c")
     fields = {f.name: rng.choice((*JUNK, *names)) for f in dataclasses.fields(RewardTerm) if rng.random() < 0.15}
     return rng.choice(
         (rng.choice(names), f"{rng.choice(WORDS)}*{rng.choice(names)}", {"name": rng.choice(names), **fields})
@@ -510,7 +510,7 @@ def library_case(rng: random.Random, work: Path) -> Case:
         return Case("library", f"load_prompts({source!r:.100})", lambda: load_prompts(source), ("prompt",))
     if act == "load_reward":
         name = rng.choice([j for j in (*JUNK, *WORDS) if isinstance(j, str)])
-        return Case("library", f"load_reward({name!r:.100})", lambda: load_reward(name), ("reward",))
+        return Case("library", f"load_reward({name!r:.100})", lambda: load_reward(RewardTerm(name)), ("reward",))
     if act == "load_state":
         folder, number = work / "state", rng.randrange(3)
 

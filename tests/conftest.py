@@ -613,16 +613,16 @@ def _move() -> Callable[[Any, float], None]:
 def tiny_trainer(tiny_policy: Callable[..., Any]) -> Callable[..., Any]:
     """A trainer of a configuration, of the tiny policy and of `redness` if no other is given."""
     from progrpo.prompts.order import InTurn
-    from progrpo.rewards.frames import OnFrames
+    from progrpo.rewards.frames import FrameAverageReward
     from progrpo.rewards.function import FunctionReward
-    from progrpo.rewards.mix import alone
+    from progrpo.rewards.mixture import mixture_of_one
     from progrpo.training.distributed import Ranks
     from progrpo.training.trainer import Trainer
 
     def build(config: Any, policy: Any = None, reward: Callable[..., Any] = redness) -> Any:
         policy = policy or tiny_policy(config.model.weights)
         order = InTurn({"": tuple(told(*PROMPTS))}, config.seed)
-        return Trainer(config, policy, alone(OnFrames(FunctionReward(reward), 1)), order, Ranks())
+        return Trainer(config, policy, mixture_of_one(FrameAverageReward(FunctionReward(reward), 1)), order, Ranks())
 
     return build
 

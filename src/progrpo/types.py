@@ -169,7 +169,7 @@ class Cost:
 class Scores:
     """What N pictures are worth: float64, NaN where missing.
 
-    `value_N` is the weighted sum of R rewards, and `parts_NR` what each of them counts with before its weight. `ranking_N` is
+    `value_N` is the weighted sum of R rewards, and `rewards_NR` what each of them counts with before its weight. `ranking_N` is
     what selectors compare: the value, or a sum in which each reward was normalised within its group. `passed_N` is a strict
     verdict (1, 0, NaN for none).
     """
@@ -177,7 +177,7 @@ class Scores:
     value_N: Tensor
     ranking_N: Tensor
     passed_N: Tensor
-    parts_NR: Tensor
+    rewards_NR: Tensor
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Preview:
 class Rollout:
     """N finished trajectories of P prompts, prompt-major. Rewards are float64 and NaN where missing.
 
-    `ranking_N` is what selectors compare; `passed_N` is a strict verdict (1, 0, NaN for none); `parts_NR` are the rewards that were mixed.
+    `ranking_N` is what selectors compare; `passed_N` is a strict verdict (1, 0, NaN for none); `rewards_NR` are the rewards that were mixed.
     `there_N` says whose picture is one (see `Pictures`). F finalists were rewarded; with a `final_keep` the N survivors are some of them, otherwise all.
     """
 
@@ -222,7 +222,7 @@ class Rollout:
     rewards_N: Tensor
     ranking_N: Tensor
     passed_N: Tensor
-    parts_NR: Tensor
+    rewards_NR: Tensor
     finalist_rewards_F: Tensor
     finalist_group_F: Tensor
     previews: tuple[Preview, ...]

@@ -35,7 +35,7 @@ def rolled(rewards, groups, finalists=None, finalist_groups=None, previews=(), p
         rewards_N=reward,
         ranking_N=reward,
         passed_N=torch.tensor(passed or [NAN] * len(group), dtype=torch.float64),
-        parts_NR=reward[:, None] if parts is None else torch.tensor(parts, dtype=torch.float64),
+        rewards_NR=reward[:, None] if parts is None else torch.tensor(parts, dtype=torch.float64),
         finalist_rewards_F=reward if finalists is None else torch.tensor(finalists, dtype=torch.float64),
         finalist_group_F=group if finalist_groups is None else torch.tensor(finalist_groups),
         previews=previews,

@@ -71,7 +71,7 @@ def rollout(
         rewards_N=scores.value_N[rows],
         ranking_N=scores.ranking_N[rows],
         passed_N=scores.passed_N[rows],
-        parts_NR=scores.parts_NR[rows],
+        rewards_NR=scores.rewards_NR[rows],
         finalist_rewards_F=scores.value_N,
         finalist_group_F=finalists.group_N,
         previews=tuple(previews),

@@ -84,7 +84,7 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
         rewards_N=torch.cat([r.rewards_N for r in parts]),
         ranking_N=torch.cat([r.ranking_N for r in parts]),
         passed_N=torch.cat([r.passed_N for r in parts]),
-        parts_NR=torch.cat([r.parts_NR for r in parts]),
+        rewards_NR=torch.cat([r.rewards_NR for r in parts]),
         finalist_rewards_F=torch.cat([r.finalist_rewards_F for r in parts]),
         finalist_group_F=torch.cat([r.finalist_group_F + start for r, start in zip(parts, starts, strict=True)]),
         previews=tuple(

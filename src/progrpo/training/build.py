@@ -41,12 +41,12 @@ from progrpo.policies.pipeline import BUILT_IN_DECODER
 from progrpo.prompts.load import DATASET, TEXT, load_prompts, of_configuration
 from progrpo.prompts.order import ORDERS, PromptOrder
 from progrpo.recipes import load_recipe
-from progrpo.rewards.base import Judge, OneRewardSettings, Refusal, Reward
-from progrpo.rewards.cache import Cached
-from progrpo.rewards.frames import OnFrames
+from progrpo.rewards.base import Judge, Refusal, Reward
+from progrpo.rewards.cache import CachedReward
+from progrpo.rewards.frames import FrameAverageReward
 from progrpo.rewards.load import load_reward
-from progrpo.rewards.mix import Mixture, Ranking, Term
-from progrpo.rewards.patient import Patient
+from progrpo.rewards.mixture import Component, Ranking, RewardMixture
+from progrpo.rewards.retrying import RetryingReward
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.preview import Previewing
 from progrpo.rollout.probe import Probe
@@ -138,7 +138,7 @@ def located(config: Config) -> Config:
 
 
 def _located_term(term: RewardTerm) -> RewardTerm:
-    model = term.model if term.url or term.name == "vlm" else _absolute(term.model)  # a server has names of its own
+    model = term.model if term.names_model_of_server else _absolute(term.model)
     return replace(term, model=model, cache=os.path.abspath(os.path.expanduser(term.cache)) if term.cache else "")
 
 
@@ -330,36 +330,24 @@ def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) 
     )
 
 
-def scorer_from(terms: Sequence[RewardTerm], frames: int, ranking: Ranking | None = None) -> Mixture:
-    """The rewards that a configuration names, as one; those of pictures see so many frames of a video."""
-    return Mixture([term_from(wanted, load_reward_of(wanted), frames) for wanted in terms], ranking)
+def scorer_from(terms: Sequence[RewardTerm], frames: int, ranking: Ranking | None = None) -> RewardMixture:
+    """The rewards that a configuration names, as one. Those of pictures see so many frames of a video."""
+    return RewardMixture([component_from(term, load_reward(term), frames) for term in terms], ranking)
 
 
-def load_reward_of(wanted: RewardTerm) -> Reward:
-    settings = OneRewardSettings(
-        device=wanted.device,
-        dtype=wanted.dtype,
-        batch_size=wanted.batch_size,
-        model=wanted.model,
-        url=wanted.url,
-        timeout=wanted.timeout,
-    )
-    return load_reward(wanted.name, settings, wanted.processes)
-
-
-def term_from(wanted: RewardTerm, reward: Reward, frames: int) -> Term:
-    """A reward with what its term asks for: patience, a cache, a weight, a gate. One of pictures scores videos by `frames` of theirs."""
-    groupwise, whole = (bool(getattr(reward, name, False)) for name in ("groupwise", "video"))
-    if groupwise and wanted.cache:
+def component_from(term: RewardTerm, reward: Reward, frames: int) -> Component:
+    """A reward with what its term asks for: retries and a cache. One of pictures scores videos by `frames` of their frames."""
+    if reward.groupwise and term.cache:
         raise Refusal(
-            f"reward {wanted.name!r} ranks a group, so its scores cannot be kept by picture; leave out its cache"
+            f"reward {term.name!r} ranks a group, so its scores cannot be kept by picture; leave out its cache"
         )
     # a server's client has the time limit, and knows which of its pictures it concerns
-    reward = Patient(reward, wanted.retries, None if wanted.url else wanted.timeout)
-    if wanted.cache:
-        reward = Cached(reward, " ".join(filter(None, (wanted.name, wanted.model))), Path(wanted.cache))
-    reward = reward if whole else OnFrames(reward, frames)
-    return Term(wanted.name, reward, wanted.weight, wanted.needs, wanted.at_least, groupwise)
+    reward = RetryingReward(reward, term.retries, None if term.url else term.timeout)
+    if term.cache:
+        reward = CachedReward(reward, " ".join(filter(None, (term.name, term.model))), Path(term.cache))
+    if not reward.video:
+        reward = FrameAverageReward(reward, frames)
+    return Component(term, reward)
 
 
 def ranking_of(objective: ObjectiveSettings, terms: Sequence[RewardTerm]) -> Ranking | None:
@@ -368,8 +356,8 @@ def ranking_of(objective: ObjectiveSettings, terms: Sequence[RewardTerm]) -> Ran
         return None
     weights_R = torch.tensor([term.weight for term in terms], dtype=torch.float64)
 
-    def normalised(parts_NR: Tensor, group_N: Tensor) -> Tensor:
-        return normalised_sum(parts_NR, weights_R, group_N, int(group_N.max()) + 1, objective.adv_eps)
+    def normalised(rewards_NR: Tensor, group_N: Tensor) -> Tensor:
+        return normalised_sum(rewards_NR, weights_R, group_N, int(group_N.max()) + 1, objective.adv_eps)
 
     return normalised
 

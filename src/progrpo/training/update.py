@@ -67,7 +67,7 @@ def learn_from(
     """
     num_groups, tally = len(rollout.prompts), Tally()
     finals = rollout.finalist_rewards_F, rollout.finalist_group_F
-    told = _Rewarded(rollout.rewards_N, rollout.group_N, rollout.parts_NR, *finals)
+    told = _Rewarded(rollout.rewards_N, rollout.group_N, rollout.rewards_NR, *finals)
     parts = together.gather([told])
     own = torch.arange(len(told.rewards_N)) + sum(len(part.rewards_N) for part in parts[: together.rank])
     whole = _Rewarded.joined(parts)
@@ -80,9 +80,9 @@ def learn_from(
 
     scale = {"eps": objective.adv_eps, "clip_max": adv_clip_max}
     if objective.advantage == "gdpo":
-        parts_NR = whole.parts_NR.where(rewards_N.isfinite()[:, None], torch.nan)
+        rewards_NR = whole.rewards_NR.where(rewards_N.isfinite()[:, None], torch.nan)
         weights_R = torch.tensor(list(weights.values()), dtype=torch.float64)
-        values_N = normalised_sum(parts_NR, weights_R, whole.group_N, num_groups, objective.adv_eps)
+        values_N = normalised_sum(rewards_NR, weights_R, whole.group_N, num_groups, objective.adv_eps)
         mean, std = batch_mean_std(values_N, add_up)
         taught = group_statistics(values_N, whole.group_N, num_groups)
         advantages_N, observed_N = advantages(values_N, whole.group_N, taught.around(mean), std=std, **scale)
@@ -100,7 +100,7 @@ def learn_from(
     tally.add_finite("reward/std", statistics.std_P)
     tally.add_finite("reward/strict", rollout.passed_N)
     if len(weights) > 1:
-        for name, values_N in zip(weights, rollout.parts_NR.unbind(1), strict=True):
+        for name, values_N in zip(weights, rollout.rewards_NR.unbind(1), strict=True):
             tally.add_finite(f"reward/mean@{name}", values_N)
     if not rollout.previews:
         tally.add_finite("reward/group_std_full", finalists.std_P)
@@ -125,7 +125,7 @@ class _Rewarded:
 
     rewards_N: Tensor
     group_N: Tensor
-    parts_NR: Tensor
+    rewards_NR: Tensor
     finalist_rewards_F: Tensor
     finalist_group_F: Tensor
 
