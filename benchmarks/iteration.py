@@ -65,7 +65,7 @@ from progrpo.policies.sizes import without_weights
 from progrpo.rewards.base import Scorer
 from progrpo.rollout.plan import UnitCosts
 from progrpo.rollout.preview import DECODED
-from progrpo.rollout.probe import Probe, glance, lessons, texts
+from progrpo.rollout.probe import Probe, latent_features, probe_examples, text_features
 from progrpo.training.build import model_settings, policy_from, scorer_from, settled, tiny_decoder, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.estimate import GPUS, estimate, flops_by_stage, sizes_for
@@ -190,10 +190,10 @@ class Bare:
         latents = torch.randn(decoded, *self.policy.latent_shape).to(self.policy.device)
         groups, pictures = self.rolled.group_N[:DECODED], self.rolled.images_NHWC[:DECODED].numpy()
         asked = [self.prompts[g] for g in groups]
-        probe, told, group = Probe(1), texts(self.condition), torch.arange(calls) * len(self.prompts) // calls
-        seen = glance(torch.randn(calls, *self.policy.latent_shape))
-        finished = Trajectories(group, group, torch.arange(calls), seen, glances=(seen,))
-        probe.learn(list(lessons(finished, self.condition, torch.randn(calls)).values()))
+        probe, told, group = Probe(1), text_features(self.condition), torch.arange(calls) * len(self.prompts) // calls
+        seen = latent_features(torch.randn(calls, *self.policy.latent_shape))
+        finished = Trajectories(group, group, torch.arange(calls), seen, latent_features=(seen,))
+        probe.learn(list(probe_examples(finished, self.condition, torch.randn(calls)).values()))
         works: dict[str, tuple[Callable[[], object], int]] = {
             "train": (lambda: self._train(items), items),
             "decode": (lambda: self.policy.decode(latents), decoded),

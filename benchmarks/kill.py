@@ -305,14 +305,14 @@ def differences(straight: Path, run: Path) -> list[str]:
 def checkpoint_of(run: Path) -> dict[str, Any]:
     """All of the newest, without seconds and what follows from them: the costs by which plans are judged."""
     state = storage.load_state(saved(run)[-1])
-    for timed in ("wall_seconds", "pays", "judge"):
+    for timed in ("wall_seconds", "plan_value", "judge"):
         del state[timed]
     del state["totals"]["seconds"]
     return state
 
 
 def untimed(record: dict[str, Any]) -> dict[str, Any]:
-    timed = ("seconds", "plan/pays")
+    timed = ("seconds", "plan/value")
     return {name: value for name, value in record.items() if name not in timed and not name.startswith("time/")}
 
 

@@ -32,7 +32,7 @@ from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import Previewing, preview, score
-from progrpo.rollout.probe import Probe, lessons, texts
+from progrpo.rollout.probe import Probe, probe_examples, text_features
 from progrpo.tracking.statistics import hit_rate, spearman
 from progrpo.training.build import objective_from, policy_from, sampling_from, settled, tiny_decoder
 from progrpo.training.distributed import Ranks
@@ -71,7 +71,7 @@ class Bench:
         for i, prompt in enumerate(world.sample_prompts("train", max(counts), seed)):
             seen, final, batch = self.group(prompt, 10_000 + i, seed, {"x0": WAYS["x0"]})
             previews_TN = torch.tensor(np.stack(seen["x0"]))
-            probe.learn(list(lessons(batch, self.policy.encode([prompt]), final, previews_TN).values()))
+            probe.learn(list(probe_examples(batch, self.policy.encode([prompt]), final, previews_TN).values()))
             if i + 1 in counts:
                 found[f"probe {i + 1}"] = copy.deepcopy(probe)
         return found
@@ -81,9 +81,11 @@ class Bench:
         found: dict[str, list[tuple[list[float | None], list[float | None]]]] = {}
         for slot, prompt in enumerate(world.sample_prompts("validation", groups, seed)):
             seen, final, batch = self.group(prompt, slot, seed, WAYS)
-            told = texts(self.policy.encode([prompt]))
+            told = text_features(self.policy.encode([prompt]))
             for name, probe in probes.items():
-                seen[name] = [probe.score(t, g, told, batch.group_N).numpy() for t, g in enumerate(batch.glances)]
+                seen[name] = [
+                    probe.score(t, g, told, batch.group_N).numpy() for t, g in enumerate(batch.latent_features)
+                ]
             truth, keep = final.numpy(), self.group_size // 2
             for name, steps in seen.items():
                 ranked = [spearman(s, truth) for s in steps], [hit_rate(s, truth, keep) for s in steps]

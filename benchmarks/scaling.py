@@ -134,7 +134,7 @@ def called_evenly(rows: int, size: int, pair: int, call: Callable[[int], float])
 
 
 def moved(config: Config, plan: Plan, world: int, latent: int, net: Network) -> float:
-    """Seconds of `rollout.spread.shared_out`, where survivors are as if drawn by lot: every process hears of every parcel."""
+    """Seconds of `rollout.sharding.rebalanced`, where survivors are as if drawn by lot: every process hears of every parcel."""
     draw, total = torch.Generator().manual_seed(0), 0.0
     bytes_each = torch.finfo(getattr(torch, config.sampling.latent_dtype)).bits // 8
     for point in plan.active_points():

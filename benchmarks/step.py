@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from payoff import Bench, advantages_of, chosen, trained
+from plan_value import Bench, advantages_of, chosen, trained
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torch.nn.utils import parameters_to_vector, vector_to_parameters

@@ -65,7 +65,9 @@ def join(parts: Sequence[Trajectories]) -> Trajectories:
         output_NCHW=_those([p.output_NCHW for p in parts]),
         path=tuple(_transition([p.path[i] for p in parts]) for i in range(len(first.path))),
         attached_NCHW=_those([p.attached_NCHW for p in parts]),
-        glances=tuple(torch.cat([p.glances[i] for p in parts]) for i in range(len(first.glances))),
+        latent_features=tuple(
+            torch.cat([p.latent_features[i] for p in parts]) for i in range(len(first.latent_features))
+        ),
     )
 
 

@@ -90,7 +90,7 @@ class Trajectories:
 
     `slot_N` is the global prompt slot of the iteration and `member_N` the place in the group at expansion: both never
     change, so that noise keyed by them does not know who was pruned. `output_NCHW` is the network's output at `x_NCHW`,
-    there only between a network call and the step that uses it. `glances` are what a probe saw after each network call.
+    there only between a network call and the step that uses it. `latent_features` are what a probe saw after each network call.
     """
 
     group_N: Tensor
@@ -100,7 +100,7 @@ class Trajectories:
     output_NCHW: Tensor | None = None
     path: tuple[Transition, ...] = ()
     attached_NCHW: Tensor | None = None
-    glances: tuple[Tensor, ...] = ()
+    latent_features: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return self.x_NCHW.shape[0]
@@ -127,7 +127,7 @@ class Trajectories:
             None if self.output_NCHW is None else self.output_NCHW[rows],
             tuple(path),
             None if self.attached_NCHW is None else self.attached_NCHW[rows],
-            tuple(g[rows] for g in self.glances),
+            tuple(g[rows] for g in self.latent_features),
         )
 
     def to(self, device: str | torch.device) -> Trajectories:

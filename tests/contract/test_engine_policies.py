@@ -22,7 +22,7 @@ from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.load import load_policy, policy_from_pipeline
 from progrpo.policies.pipeline import _compiled_decoder
 from progrpo.rollout.preview import decoded
-from progrpo.rollout.probe import glance, texts
+from progrpo.rollout.probe import latent_features, text_features
 from progrpo.training.checks import rounding_of_ratio
 from progrpo.types import Pictures, Prompt
 
@@ -79,7 +79,7 @@ def differentiated(policy: Policy) -> dict[str, Tensor]:
 @torch.no_grad()
 def test_a_probe_can_see_its_latents_and_is_told_its_texts(loaded):
     policy = loaded()
-    told, seen = texts(policy.encode(PROMPTS)), glance(noise(policy))
+    told, seen = text_features(policy.encode(PROMPTS)), latent_features(noise(policy))
     assert told.ndim == 3 and len(told) == len(seen) == len(TEXTS) and seen.ndim == 4
     assert told.isfinite().all() and len(told.flatten(1).unique(dim=0)) == len(TEXTS)
 

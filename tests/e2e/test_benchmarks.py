@@ -18,7 +18,7 @@ SMALL: dict[str, list[str]] = {
     "attention": ["--models", "shapes-flow", "--rows", "2", "--rounds", "1"],
     "cpu": ["--rows", "2", "--pictures", "1", "--rounds", "1"],
     "iteration": ["--models", "shapes-flow", "--plans", "window", "--prompts", "1", "--iterations", "1"],
-    "payoff": ["--recipe", "quickstart", "--prompts", "3", "--seeds", "0", "--after", "1", "--plans", "posthoc"],
+    "plan_value": ["--recipe", "quickstart", "--prompts", "3", "--seeds", "0", "--after", "1", "--plans", "posthoc"],
     "preview": [
         "--models",
         "shapes-flow",
@@ -69,17 +69,17 @@ def test_a_search_runs_and_may_try_all_of_its_trials(monkeypatch):
 
 def test_what_a_gradient_is_worth_is_found_where_it_is_known(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    payoff = importlib.import_module("payoff")
+    plan_value = importlib.import_module("plan_value")
     generator = torch.Generator().manual_seed(0)
     mean_D, prompts, dims = torch.full((400,), 0.05), 300, 400
     noise = [torch.randn(3, prompts, dims, generator=generator) for _ in range(3)]
     full, twice, none = (
         [mean_D + scale * seed for seed in kind] for scale, kind in zip((0.5, 0.5**0.5, 1.0), noise, strict=True)
     )
-    found = payoff.worth(twice, none, full)  # half the variance
+    found = plan_value.worth(twice, none, full)  # half the variance
     assert found["signal"] == pytest.approx(2, abs=4 * found["error"]) and found["error"] < 0.3
     assert found["snr_sq"] == pytest.approx(2 * dims * 0.05**2 / dims, rel=0.3)
-    assert payoff.worth([2 * g for g in none], none, full)["signal"] == pytest.approx(1)  # no step size is in it
+    assert plan_value.worth([2 * g for g in none], none, full)["signal"] == pytest.approx(1)  # no step size is in it
     assert found["bearing"] == pytest.approx(1, abs=4 * found["bearing, error"]) and found["bearing, error"] < 0.1
     aside_D = torch.full((400,), 0.05) * (-1) ** torch.arange(400)  # at right angles to the mean, and as long
-    assert payoff.worth([g + aside_D for g in twice], none, full)["bearing"] == pytest.approx(0.5**0.5, abs=0.06)
+    assert plan_value.worth([g + aside_D for g in twice], none, full)["bearing"] == pytest.approx(0.5**0.5, abs=0.06)

@@ -100,7 +100,7 @@ def test_a_probe_takes_over_and_the_plan_is_judged(adaptive):
         True,
     ]  # measured thrice by then
     assert all(r["rollout/previews"] > 0 for r in records[:4])
-    assert [r.get("plan/pays") is not None for r in records] == [False, False, True, True, True, True]
+    assert [r.get("plan/value") is not None for r in records] == [False, False, True, True, True, True]
     assert all(r["plan/path"][0] == 8 and r["plan/survivors"] >= 4 for r in records[2:])
     assert summary["cost"]["predicted"]["nfe"] == summary["cost"]["counted"]["nfe"]
     assert summary["cost"]["predicted"]["probed"] == summary["cost"]["counted"]["probed"]

@@ -22,7 +22,7 @@ from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.mixture import Component, RewardMixture, mixture_of_one
 from progrpo.rewards.settings import RewardTerm
 from progrpo.rollout.preview import decoded
-from progrpo.rollout.probe import Lesson, Probe
+from progrpo.rollout.probe import Probe, ProbeExample
 from progrpo.training.checks import check_failures
 from progrpo.training.errors import MissingScoresError, SelfCheckError
 from progrpo.training.evaluate import evaluate
@@ -181,13 +181,13 @@ def test_a_probe_is_neither_taught_nor_asked_by_it():
     seen, rewards = torch.randn(3, 6, 4, 4, 4, generator=generator).half(), torch.arange(6.0)
     text, none = torch.randn(5, 8, generator=generator).half(), torch.full((3, 6), torch.nan)
     probe = Probe(3)
-    probe.learn([Lesson(seen, text, rewards, none)])
-    glances, group_N = seen[1].clone(), torch.zeros(6, dtype=torch.int64)
-    glances[2, 0, 0, 0] = torch.nan
+    probe.learn([ProbeExample(seen, text, rewards, none)])
+    features, group_N = seen[1].clone(), torch.zeros(6, dtype=torch.int64)
+    features[2, 0, 0, 0] = torch.nan
     there = [0, 1, 3, 4, 5]
-    scores_N = probe.score(1, glances, text[None], group_N)
+    scores_N = probe.score(1, features, text[None], group_N)
     assert scores_N[2].isnan() and torch.equal(
-        scores_N[there], probe.score(1, glances[there], text[None], group_N[there])
+        scores_N[there], probe.score(1, features[there], text[None], group_N[there])
     )
     assert scores_N[there].isfinite().all()
 

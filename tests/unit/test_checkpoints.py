@@ -124,6 +124,14 @@ def test_a_checkpoint_of_another_kind_is_refused(run, take_up):
         take_up(run)
 
 
+def test_a_checkpoint_of_before_the_plan_value_had_its_name_is_read_with_one_line(run):
+    save(run, {**state(9), "pays": 1.25}, CONFIG)
+    warnings: list[str] = []
+    read = newest(run, Ranks(), warnings.append)
+    assert read["plan_value"] == 1.25 and "pays" not in read
+    assert len(warnings) == 1 and "plan/pays" in warnings[0] and "plan/value" in warnings[0]
+
+
 def test_checkpoints_come_by_number_and_strangers_are_none(tmp_path):
     for name in ("iteration_1000000", "iteration_999999", "iteration_000002.writing", "iteration_²", "iteration_", "x"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from progrpo.config import Config, GRPOSettings, ObjectiveSettings, PlanSettings, PreviewSettings, SamplingSettings
-from progrpo.rollout.payoff import Simulation
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, preset
+from progrpo.rollout.plan_value import Simulation
 from progrpo.rollout.preview import Previewing
-from progrpo.rollout.probe import Lesson, Probe
+from progrpo.rollout.probe import Probe, ProbeExample
 from progrpo.rollout.prune import SELECTORS
 from progrpo.storage import load_state, save_state
-from progrpo.training.judge import PlanJudge, Verdict, plan_from, prompt_cost
+from progrpo.training.plan_judge import PlanJudge, Verdict, plan_from, prompt_cost
 from progrpo.types import Cost
 
 STEPS = 10
@@ -60,7 +60,7 @@ def test_a_plan_is_judged_after_three_audits():
     assert judge.verdict(FLASH, OVF, HOW) is not None
 
 
-def test_what_it_pays_is_signal_a_second_over_that_of_plain_grpo():
+def test_plan_value_is_signal_a_second_over_that_of_plain_grpo():
     agreement = [0.1 * step for step in range(STEPS)]
     found = verdict(judged(config(), *[agreement] * 3), FLASH)
     simulation = Simulation.of(agreement, 24)
@@ -68,7 +68,7 @@ def test_what_it_pays_is_signal_a_second_over_that_of_plain_grpo():
     flash = (24 * 6 + 16 * 2 + 12 * 2) * CALL + (24 + 16) * PREVIEW + 12 * FINISH + 12 * 9 * TRAIN
     none = 24 * 10 * CALL + 24 * FINISH + 24 * 9 * TRAIN
     expected = simulation.signal(FLASH, OVF) / flash / (simulation.signal(Plan(24), OVF) / none)
-    assert found.pays == pytest.approx(expected, rel=1e-12)
+    assert found.plan_value == pytest.approx(expected, rel=1e-12)
     assert found.plan == FLASH and found.path == [24, 16, 12]
 
 
@@ -82,22 +82,22 @@ def test_guidance_further_steps_and_untrained_steps_are_in_the_price():
     flash = calls * CALL + (24 + 16) * PREVIEW + 12 * FINISH + 12 * 2 * TRAIN
     none = 2 * 24 * 10 * CALL + 24 * FINISH + 24 * 2 * TRAIN
     expected = simulation.signal(FLASH, OVF) / flash / (simulation.signal(Plan(24), OVF) / none)
-    assert found.pays == pytest.approx(expected, rel=1e-12)
+    assert found.plan_value == pytest.approx(expected, rel=1e-12)
 
 
-def test_plain_grpo_pays_one():
-    assert verdict(judged(config(), *[flat(0.5)] * 3), preset("none", STEPS)).pays == pytest.approx(1)
+def test_the_value_of_plain_grpo_is_one():
+    assert verdict(judged(config(), *[flat(0.5)] * 3), preset("none", STEPS)).plan_value == pytest.approx(1)
 
 
 def test_a_probes_steps_cost_no_preview():
     probe, rewards = Probe(STEPS), torch.arange(4.0)
-    probe.learn([Lesson(torch.zeros(STEPS, 4, 1, 2, 2), torch.zeros(1, 1), rewards, rewards.expand(STEPS, -1))])
+    probe.learn([ProbeExample(torch.zeros(STEPS, 4, 1, 2, 2), torch.zeros(1, 1), rewards, rewards.expand(STEPS, -1))])
     for _ in range(3):
         probe.watch([0.9 if step == 5 else 0.0 for step in range(STEPS)])
     judge = judged(config(), *[flat(0.7)] * 3)
-    with_probe = verdict(judge, FLASH, how=Previewing(probe=probe)).pays
+    with_probe = verdict(judge, FLASH, how=Previewing(probe=probe)).plan_value
     flash = (24 * 6 + 16 * 2 + 12 * 2) * CALL + (24 + 16) * PREVIEW + 12 * FINISH + 12 * 9 * TRAIN
-    assert with_probe / verdict(judge, FLASH).pays == pytest.approx(flash / (flash - 24 * PREVIEW), rel=1e-12)
+    assert with_probe / verdict(judge, FLASH).plan_value == pytest.approx(flash / (flash - 24 * PREVIEW), rel=1e-12)
 
 
 def test_costs_that_were_written_down_are_taken_in_place_of_measured_ones():
@@ -111,10 +111,10 @@ def test_costs_that_were_written_down_are_taken_in_place_of_measured_ones():
 def test_costs_are_those_of_the_first_verdict():
     judge = judged(config(), *[flat(0.7)] * 3)
     assert judge.units == UnitCosts(CALL, PREVIEW, FINISH, TRAIN)
-    before = verdict(judge, FLASH).pays
+    before = verdict(judge, FLASH).plan_value
     judge.watch(flat(0.7), COUNTED * 2, {name: 100 * s for name, s in SECONDS.items()} | {"preview": 0.0})
     assert judge.units == UnitCosts(CALL, PREVIEW, FINISH, TRAIN)
-    assert verdict(judge, FLASH).pays == before
+    assert verdict(judge, FLASH).plan_value == before
 
 
 def test_costs_are_not_those_of_the_audits_before():
@@ -130,23 +130,23 @@ def test_the_agreement_is_the_mean_of_the_last_audits():
     assert verdict(old, FLASH) == verdict(judged(config(), *later), FLASH)
     mean, first = ([[a, *flat(0.2)[1:]]] * 3 for a in (0.6, 0.9))
     at_first = Plan(24, (PrunePoint(0, 12),))
-    pays = [verdict(judge, at_first).pays for judge in (old, judged(config(), *mean), judged(config(), *first))]
-    assert pays[0] == pytest.approx(pays[1]) and pays[0] < 0.9 * pays[2]
+    values = [verdict(judge, at_first).plan_value for judge in (old, judged(config(), *mean), judged(config(), *first))]
+    assert values[0] == pytest.approx(values[1]) and values[0] < 0.9 * values[2]
 
 
 def test_audits_without_an_agreement_are_left_out_of_the_mean():
     some = [flat(None), flat(0.8), flat(None), flat(0.4)]
-    expected = verdict(judged(config(), *[flat(0.6)] * 3), FLASH).pays
-    assert verdict(judged(config(), *some), FLASH).pays == pytest.approx(expected)
-    nothing = verdict(judged(config(), *[flat(None)] * 3), FLASH).pays
-    assert nothing == verdict(judged(config(), *[flat(0.0)] * 3), FLASH).pays
+    expected = verdict(judged(config(), *[flat(0.6)] * 3), FLASH).plan_value
+    assert verdict(judged(config(), *some), FLASH).plan_value == pytest.approx(expected)
+    nothing = verdict(judged(config(), *[flat(None)] * 3), FLASH).plan_value
+    assert nothing == verdict(judged(config(), *[flat(0.0)] * 3), FLASH).plan_value
 
 
 def test_better_previews_pay_more_and_dearer_ones_less():
-    pays = [verdict(judged(config(), *[flat(a)] * 3), FLASH).pays for a in (0.0, 0.5, 0.9)]
-    assert pays[0] < pays[1] < pays[2]
+    values = [verdict(judged(config(), *[flat(a)] * 3), FLASH).plan_value for a in (0.0, 0.5, 0.9)]
+    assert values[0] < values[1] < values[2]
     dear = judged(config(), *[flat(0.9)] * 3, seconds=SECONDS | {"preview": 400.0})
-    assert verdict(dear, FLASH).pays < pays[2]
+    assert verdict(dear, FLASH).plan_value < values[2]
 
 
 # --- the plan that is taken -------------------------------------------------------------------------------------------
@@ -199,15 +199,15 @@ def test_survivors_never_become_fewer_and_the_group_stays(start, agreement, dear
         assert plan.survivors >= least and plan.group_size == (8 if start.preset == "custom" else 24)
 
 
-def test_the_plan_that_is_taken_pays_at_least_as_much():
+def test_the_plan_that_is_taken_is_worth_at_least_as_much():
     for agreement in (flat(0.2), [0.1 * s for s in range(STEPS)], flat(0.95)):
         judge = judged(config(True), *[agreement] * 3)
         before = verdict(judge, FLASH)
         after = verdict(judge, before.plan)
-        assert after.pays >= before.pays
+        assert after.plan_value >= before.plan_value
         assert after.plan == before.plan  # what is best stays
         if before.plan != FLASH:
-            assert after.pays > 1.02 * before.pays  # else it is no reason to change
+            assert after.plan_value > 1.02 * before.plan_value  # else it is no reason to change
 
 
 def test_costs_of_a_prompt_are_the_plans_own():

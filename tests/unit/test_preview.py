@@ -15,14 +15,14 @@ from progrpo.diffusion.levels import flow_levels
 from progrpo.diffusion.process import Process
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import load_policy
-from progrpo.rewards.base import Reward, Score
+from progrpo.rewards.base import Score
 from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
 from progrpo.rollout.preview import Previewing, preview, projected
-from progrpo.rollout.probe import Lesson, Probe, glance, texts
+from progrpo.rollout.probe import Probe, ProbeExample, latent_features, text_features
 from progrpo.rollout.prune import SELECTORS
 from progrpo.rollout.rollout import rollout
 from progrpo.types import Condition, Cost, Prompt, Trajectories
@@ -203,7 +203,7 @@ def test_as_many_steps_as_are_left_are_the_samplers_own_ode(family, tiny_policy,
 
 
 @dataclass
-class Counted(Reward):
+class Counted:
     """Mean brightness of each picture; it notes how many it was shown."""
 
     shown: list[int] = field(default_factory=list)
@@ -218,7 +218,7 @@ def trusted_at(steps: int, *good: int, shape: tuple[int, ...] = (1, 2, 2), text:
     generator = torch.Generator().manual_seed(0)
     probe, rewards = Probe(steps), torch.arange(3.0)
     seen, told = (torch.randn(*size, generator=generator).half() for size in ((steps, 3, *shape), text))
-    probe.learn([Lesson(seen, told, rewards, rewards.expand(steps, -1))])
+    probe.learn([ProbeExample(seen, told, rewards, rewards.expand(steps, -1))])
     for _ in range(3):
         probe.watch([0.9 if step in good else 0.1 for step in range(steps)])
     return probe
@@ -226,14 +226,14 @@ def trusted_at(steps: int, *good: int, shape: tuple[int, ...] = (1, 2, 2), text:
 
 def test_a_trusted_probe_is_asked_and_nothing_is_decoded(linear_policy):
     sampling, meter, reward = flow(), Meter(), Counted()
-    glances = tuple(torch.randn(ROWS, 1, 2, 2, generator=torch.Generator().manual_seed(s)).half() for s in range(2))
-    batch, told = replace(called(linear_policy, sampling, 1), glances=glances), torch.ones(len(PROMPTS), 1, 1)
+    features = tuple(torch.randn(ROWS, 1, 2, 2, generator=torch.Generator().manual_seed(s)).half() for s in range(2))
+    batch, told = replace(called(linear_policy, sampling, 1), latent_features=features), torch.ones(len(PROMPTS), 1, 1)
     probe, condition = trusted_at(3, 1), Condition({**CONDITION.tensors, "prompt_embeds": told})
     how = Previewing(ode_steps=3, probe=probe)  # a linear policy has no decoder, and further steps would be counted
     pictures, scores = preview(
         linear_policy, mixture_of_one(reward), PROMPTS, condition, batch, 1, sampling, how, meter
     )
-    right, wrong = (probe.score(step, glances[step], told, batch.group_N) for step in (1, 0))
+    right, wrong = (probe.score(step, features[step], told, batch.group_N) for step in (1, 0))
     assert torch.equal(scores, right) and not torch.equal(scores, wrong)
     assert pictures is None and meter.cost == Cost(probed=ROWS) and reward.shown == []
     assert set(meter.seconds) == {"preview"}
@@ -271,16 +271,20 @@ def test_the_steps_that_are_probed_are_those_that_reach_the_threshold():
 
 def test_a_rollout_counts_what_its_plan_says_of_probes_and_further_steps(tiny_policy):
     policy, meter, reward = tiny_policy(moved=0.1), Meter(), Counted()
-    told = texts(policy.encode(PROMPTS)).shape[1:]
-    probe = trusted_at(4, 2, shape=tuple(glance(torch.zeros(1, *policy.latent_shape)).shape[1:]), text=tuple(told))
+    told = text_features(policy.encode(PROMPTS)).shape[1:]
+    probe = trusted_at(
+        4, 2, shape=tuple(latent_features(torch.zeros(1, *policy.latent_shape)).shape[1:]), text=tuple(told)
+    )
     process = Process(policy.prediction, "flow_grpo", policy.levels(4), (0.7,) * 4)
-    sampling = Sampling(process, frozenset({0, 1}), glances=True, guidance_scale=3.0)
+    sampling = Sampling(process, frozenset({0, 1}), latent_features=True, guidance_scale=3.0)
     plan, how = Plan(5, (PrunePoint(0, 4), PrunePoint(2, 3))), Previewing(ode_steps=3, probe=probe)
     parts = plan, sampling, SELECTORS["ovf"], NoiseKey(0, 0), meter, how
     rolled = rollout(policy, mixture_of_one(reward), PROMPTS, torch.tensor([0, 1]), *parts)
     assert meter.cost == plan.predict(4, 0, True, 3, frozenset({2})) * 2
     assert meter.cost.probed == 8 and meter.cost.previews == 10 and reward.shown == [10, 6]
-    assert len(rolled.trajectories.glances) == 4 and all(len(g) == 6 for g in rolled.trajectories.glances)
+    assert len(rolled.trajectories.latent_features) == 4 and all(
+        len(g) == 6 for g in rolled.trajectories.latent_features
+    )
 
 
 def test_the_tiny_decoder_is_used_where_it_is_asked_for(tiny_sd3, tmp_path):

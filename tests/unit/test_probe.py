@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from progrpo.rollout import probe as module
-from progrpo.rollout.probe import Lesson, Probe, glance, lessons, texts
+from progrpo.rollout.probe import Probe, ProbeExample, latent_features, probe_examples, text_features
 from progrpo.storage import load_state, save_state
 from progrpo.tracking.statistics import spearman
 from progrpo.types import Condition, Trajectories
@@ -16,7 +16,7 @@ STEPS, GROUP, CHANNELS, SIDE, TOKENS = 2, 6, 3, 4, 5
 NAN = float("nan")
 
 
-def drawn(groups: int, seed: int = 0, members: int = GROUP) -> list[Lesson]:
+def drawn(groups: int, seed: int = 0, members: int = GROUP) -> list[ProbeExample]:
     """A latent is worth its first channel's mean, more or less of it as the text says; the first step's is hidden in noise."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -30,18 +30,18 @@ def drawn(groups: int, seed: int = 0, members: int = GROUP) -> list[Lesson]:
         text[:, 1] = wanted
         seen = torch.stack([draw(*latents.shape), 5 + 3 * latents]).half()
         rewards = (wanted * latents[:, 0].mean((1, 2)) + 3 * draw(1)).double()
-        found.append(Lesson(seen, text.half(), rewards, torch.full((STEPS, members), NAN, dtype=torch.float64)))
+        found.append(ProbeExample(seen, text.half(), rewards, torch.full((STEPS, members), NAN, dtype=torch.float64)))
     return found
 
 
-def learnt(*parts: list[Lesson], seed: int = 0) -> Probe:
+def learnt(*parts: list[ProbeExample], seed: int = 0) -> Probe:
     probe = Probe(STEPS, seed)
     for part in parts:
         probe.learn(part)
     return probe
 
 
-def scores(probe: Probe, asked: list[Lesson], step: int = 1) -> torch.Tensor:
+def scores(probe: Probe, asked: list[ProbeExample], step: int = 1) -> torch.Tensor:
     group = torch.arange(len(asked)).repeat_interleave(torch.tensor([len(a.rewards_N) for a in asked]))
     return probe.score(
         step, torch.cat([a.seen_TNCHW[step] for a in asked]), torch.stack([a.text for a in asked]), group
@@ -54,23 +54,23 @@ def scores(probe: Probe, asked: list[Lesson], step: int = 1) -> torch.Tensor:
 def test_large_latents_are_averaged_down_and_small_ones_seen_as_they_are():
     x = torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(0))
     by_hand = x.view(2, 3, 16, 2, 16, 4).mean((3, 5))
-    torch.testing.assert_close(glance(x).float(), by_hand, atol=2e-3, rtol=2e-3)
-    assert glance(x).dtype == torch.float16
-    assert torch.equal(glance(x[..., :8, :16]), x[..., :8, :16].half())
-    assert glance(x[..., :9, :3]).shape == (2, 3, 8, 2)  # patches of 2 x 2 need even sides
+    torch.testing.assert_close(latent_features(x).float(), by_hand, atol=2e-3, rtol=2e-3)
+    assert latent_features(x).dtype == torch.float16
+    assert torch.equal(latent_features(x[..., :8, :16]), x[..., :8, :16].half())
+    assert latent_features(x[..., :9, :3]).shape == (2, 3, 8, 2)  # patches of 2 x 2 need even sides
 
 
 def test_of_a_video_the_mean_frame_is_seen():
     x = torch.randn(2, 3, 5, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(glance(x), glance(x.sum(2) / 5))
+    assert torch.equal(latent_features(x), latent_features(x.sum(2) / 5))
 
 
 @pytest.mark.parametrize("width", [3, 128, 129, 700])
 def test_wide_texts_are_narrowed_by_the_same_matrix_every_time(width):
     told = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(0))
-    found = texts(Condition({"prompt_embeds": told}))
+    found = text_features(Condition({"prompt_embeds": told}))
     assert found.shape == (2, 4, min(width, 128)) and found.dtype == torch.float16
-    assert torch.equal(found, texts(Condition({"prompt_embeds": told})))
+    assert torch.equal(found, text_features(Condition({"prompt_embeds": told})))
     if width <= 128:
         assert torch.equal(found, told.half())
     else:  # lengths and angles stay as far as so many numbers can keep them
@@ -84,19 +84,21 @@ def test_wide_texts_are_narrowed_by_the_same_matrix_every_time(width):
 
 def test_a_lesson_is_what_was_seen_of_one_group():
     group, slot = torch.tensor([0, 0, 2, 2, 2]), torch.tensor([7, 7, 5, 5, 5])
-    glances = tuple(torch.randn(5, CHANNELS, SIDE, SIDE).half() for _ in range(STEPS))
+    features = tuple(torch.randn(5, CHANNELS, SIDE, SIDE).half() for _ in range(STEPS))
     told, rewards = torch.randn(3, TOKENS, 2), torch.arange(5.0, dtype=torch.float64)
-    finished = Trajectories(group, slot, torch.arange(5), torch.zeros(5, CHANNELS, SIDE, SIDE), glances=glances)
+    finished = Trajectories(
+        group, slot, torch.arange(5), torch.zeros(5, CHANNELS, SIDE, SIDE), latent_features=features
+    )
     previews = torch.arange(10.0, dtype=torch.float64).view(STEPS, 5)
-    by_slot = lessons(finished, Condition({"prompt_embeds": told}), rewards, previews)
+    by_slot = probe_examples(finished, Condition({"prompt_embeds": told}), rewards, previews)
     first, second = by_slot[7], by_slot[5]
-    assert torch.equal(second.seen_TNCHW, torch.stack(glances)[:, 2:]) and torch.equal(second.text, told[2].half())
+    assert torch.equal(second.seen_TNCHW, torch.stack(features)[:, 2:]) and torch.equal(second.text, told[2].half())
     assert second.rewards_N.tolist() == [2, 3, 4] and second.previews_TN.tolist() == [[2, 3, 4], [7, 8, 9]]
     assert torch.equal(first.text, told[0].half()) and first.rewards_N.tolist() == [0, 1]
-    alone = lessons(finished, Condition({"prompt_embeds": told}), rewards)
+    alone = probe_examples(finished, Condition({"prompt_embeds": told}), rewards)
     assert all(lesson.previews_TN.isnan().all() for lesson in alone.values()) and alone.keys() == {5, 7}
     blind = Trajectories(group, group, torch.arange(5), finished.x_NCHW)
-    assert lessons(blind, Condition({}), rewards) == {}
+    assert probe_examples(blind, Condition({}), rewards) == {}
 
 
 # --- what it learns ---------------------------------------------------------------------------------------------------
@@ -108,22 +110,24 @@ def test_it_ranks_groups_that_it_has_not_seen_as_their_texts_ask():
     truth = [lesson.rewards_N.numpy() for lesson in fresh]
     told, blind = (np.mean([spearman(s, t) or 0.0 for s, t in zip(found[step], truth, strict=True)]) for step in (1, 0))
     assert told > 0.9 and abs(blind) < 0.4  # the first step knows nothing of the reward
-    swapped = [Lesson(a.seen_TNCHW, (a.text * torch.tensor([1, -1])).half(), a.rewards_N, a.previews_TN) for a in fresh]
+    swapped = [
+        ProbeExample(a.seen_TNCHW, (a.text * torch.tensor([1, -1])).half(), a.rewards_N, a.previews_TN) for a in fresh
+    ]
     turned = scores(probe, swapped).view(12, GROUP).numpy()
     assert np.mean([spearman(s, t) or 0.0 for s, t in zip(turned, truth, strict=True)]) < -0.8
 
 
 def test_previews_teach_as_well_where_they_are_known():
-    known = [Lesson(a.seen_TNCHW, a.text, a.rewards_N, a.rewards_N.expand(STEPS, -1)) for a in drawn(4)]
+    known = [ProbeExample(a.seen_TNCHW, a.text, a.rewards_N, a.rewards_N.expand(STEPS, -1)) for a in drawn(4)]
     assert not torch.equal(scores(learnt(known), known), scores(learnt(drawn(4)), known))
 
 
 def test_a_number_added_to_all_rewards_teaches_the_same():
     """Rewards are in 64ths, of which the shift and the mean of eight are exact in float64, and in float32 not."""
 
-    def lesson(one: Lesson, shift: float) -> Lesson:
+    def lesson(one: ProbeExample, shift: float) -> ProbeExample:
         rewards = (one.rewards_N * 64).round() / 64 + shift
-        return Lesson(one.seen_TNCHW, one.text, rewards, rewards.expand(STEPS, -1))
+        return ProbeExample(one.seen_TNCHW, one.text, rewards, rewards.expand(STEPS, -1))
 
     plain, shifted = ([lesson(one, shift) for one in drawn(6, members=8)] for shift in (0.0, 1e9))
     torch.testing.assert_close(scores(learnt(shifted), shifted), scores(learnt(plain), plain), rtol=1e-4, atol=1e-5)
@@ -134,7 +138,9 @@ def test_a_score_is_made_within_the_group_alone():
     together, alone = scores(probe, fresh), torch.cat([scores(probe, [one]) for one in fresh])
     assert together.dtype == torch.float64 and together.isfinite().all()
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-    doubled = [Lesson(torch.cat([a.seen_TNCHW] * 2, 1), a.text, a.rewards_N.repeat(2), a.previews_TN) for a in fresh]
+    doubled = [
+        ProbeExample(torch.cat([a.seen_TNCHW] * 2, 1), a.text, a.rewards_N.repeat(2), a.previews_TN) for a in fresh
+    ]
     twice = scores(probe, doubled).view(3, 2, GROUP)
     torch.testing.assert_close(twice[:, 0].flatten(), together, rtol=1e-4, atol=1e-5)
 
@@ -161,15 +167,15 @@ def test_a_missing_reward_is_no_number():
     one = drawn(1)[0]
     gone = one.rewards_N.clone()
     gone[[1, 4]] = NAN
-    probe = learnt([Lesson(one.seen_TNCHW, one.text, gone, one.previews_TN)])
-    zero = learnt([Lesson(one.seen_TNCHW, one.text, gone.nan_to_num(0.0), one.previews_TN)])
+    probe = learnt([ProbeExample(one.seen_TNCHW, one.text, gone, one.previews_TN)])
+    zero = learnt([ProbeExample(one.seen_TNCHW, one.text, gone.nan_to_num(0.0), one.previews_TN)])
     assert scores(probe, [one]).isfinite().all()
     assert not torch.allclose(scores(probe, [one]), scores(zero, [one]))
 
 
 def test_rewards_that_are_all_missing_teach_nothing():
     one = drawn(1)[0]
-    lost = Lesson(one.seen_TNCHW, one.text, torch.full_like(one.rewards_N, NAN), one.previews_TN)
+    lost = ProbeExample(one.seen_TNCHW, one.text, torch.full_like(one.rewards_N, NAN), one.previews_TN)
     probe = learnt([lost], [])
     assert not probe.knows
     probe.learn([lost, *drawn(4)])

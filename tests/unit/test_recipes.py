@@ -10,7 +10,7 @@ import pytest
 from progrpo.config import Config, check, config_from_json, config_to_json, resolve_plan, trained_items
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.rollout.plan import summary
-from progrpo.training.judge import prompt_cost
+from progrpo.training.plan_judge import prompt_cost
 
 
 @pytest.mark.parametrize("name", RECIPES)

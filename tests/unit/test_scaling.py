@@ -14,7 +14,7 @@ import torch
 
 from progrpo.config import OptimSettings, PlanSettings, PromptSettings, SamplingSettings
 from progrpo.recipes import load_recipe
-from progrpo.training.judge import prompt_cost
+from progrpo.training.plan_judge import prompt_cost
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

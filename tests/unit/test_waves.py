@@ -39,7 +39,7 @@ def policy(tiny_policy):
 def sampling(policy, tiny_config):
     """Microbatches of one: kernels differ by shape."""
     wanted = SamplingSettings(num_inference_steps=3, microbatch=1)
-    return replace(sampling_from(tiny_config(sampling=wanted), policy, "means", 0), glances=True)
+    return replace(sampling_from(tiny_config(sampling=wanted), policy, "means", 0), latent_features=True)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def tensors(rolled: Rollout) -> dict[str, Tensor]:
     living = rolled.trajectories
     found = {f"condition {name}": rows for name, rows in rolled.condition.tensors.items()}
     found |= {name: getattr(living, name) for name in ("group_N", "slot_N", "member_N", "x_NCHW")}
-    found |= {f"glance {i}": g for i, g in enumerate(living.glances)}
+    found |= {f"glance {i}": g for i, g in enumerate(living.latent_features)}
     for t in living.path:
         of_step = {"x": t.x_NCHW, "x_next": t.x_next_NCHW, "log_prob": t.log_prob_N, "mean": t.mean_NCHW}
         found |= {f"{name} {t.step}": rows for name, rows in of_step.items() if rows is not None}

@@ -76,7 +76,7 @@ class Noised:
         eps = eps.to(x0)
         process = experience.process
         places = draws.places(normal, draw, process.num_steps)
-        levels, prediction = policy.between(process.levels_T1, places).to(x0), PREDICTIONS[process.prediction]
+        levels, prediction = policy.levels_between(process.levels_T1, places).to(x0), PREDICTIONS[process.prediction]
         return cls(
             rows=rows,
             draw=draw,

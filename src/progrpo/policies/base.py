@@ -108,7 +108,7 @@ class Policy(Protocol):
         """The model's own grid from noise to data, float32 (T+1,) on the CPU; `shift` replaces a flow model's own."""
         ...
 
-    def between(self, levels_T1: Levels, place_B: Tensor) -> Levels:
+    def levels_between(self, levels_T1: Levels, place_B: Tensor) -> Levels:
         """Levels (B,) at places (float64) in [0, T] of that grid."""
         ...
 

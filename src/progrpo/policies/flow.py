@@ -52,7 +52,7 @@ class FlowPolicy(PipelinePolicy):
         """What the family's pipeline tells the scheduler beside the number of steps."""
         return {}
 
-    def between(self, levels_T1: Levels, place_B: Tensor) -> Levels:
+    def levels_between(self, levels_T1: Levels, place_B: Tensor) -> Levels:
         return between_flow_levels(levels_T1, place_B, self._num_train_timesteps)
 
     def _unscaled(self, x0_BCHW: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The settings of the model that is trained: the part `model` of a configuration."""
+"""The settings of the model that is trained: the section `model` of a configuration."""
 
 from __future__ import annotations
 
@@ -16,68 +16,101 @@ _SIDES = Rule(
 @dataclass(frozen=True)
 class ModelSettings:
     path: str = "shapes-flow"
-    """A built-in model's name, a folder in diffusers' format, or a hub id."""
+    """The model: a built-in model's name, a folder in diffusers' format, or a hub id."""
     weights: Literal["lora", "full"] = "lora"
-    """Train low-rank adapters (peft) or every weight of the denoiser. The reference of a fresh LoRA is the model without it. That of full
-    weights is a frozen copy, kept only where the objective measures a distance to it (a kl_beta above 0, or dgpo)."""
+    """The weights that are trained: low-rank adapters (`lora`, by peft) or all weights of the denoiser (`full`).
+    The reference of a fresh LoRA is the model without it.
+    The reference of full weights is a frozen copy.
+    The copy is kept only if the objective measures a distance to it (kl_beta above 0, or dgpo)."""
     lora: str = ""
-    """A LoRA to train further: a run folder, a folder in diffusers' or peft's format (with adapter_config.json), a file in safetensors, also in
-    kohya's format where diffusers reads it, or a hub id; empty: a fresh one. Its rank, alpha and layers are its own, the three fields below are not
-    read. The reference, from which a KL is measured and with which a run compares itself, is the model with this LoRA; what is saved
-    takes its place, on the same base."""
+    """A LoRA to train further; empty: a fresh one.
+    It is a run folder, a folder in diffusers' or peft's format (with adapter_config.json), a safetensors file,
+    or a hub id.
+    Files in kohya's format work where diffusers reads them.
+    The loaded LoRA keeps its own rank, alpha and layers, and the three fields below are not read.
+    The reference, for the KL and for the run's own comparison, is the model with this LoRA.
+    The saved LoRA takes its place on the same base model."""
     lora_rank: int = setting(16, between(1, 4096))
+    """The rank of a fresh LoRA."""
     lora_alpha: int = setting(32, at_least(1))
-    """The LoRA counts lora_alpha / lora_rank times. What is saved has that in its numbers, and alpha = rank."""
+    """The scale of a fresh LoRA: its output is multiplied by lora_alpha / lora_rank.
+    The saved file has this factor in its weights, and alpha = rank."""
     lora_targets: tuple[str, ...] = ()
-    """Endings of module names to adapt, where `*` stands for anything; empty: attention and feed-forward projections (of both
-    streams of SD3, FLUX and Qwen-Image, and of FLUX's single blocks; of Wan's attention to the video and to the text)."""
+    """Endings of the names of the modules to adapt; `*` matches anything.
+    Empty: the attention and feed-forward projections.
+    In SD3, FLUX and Qwen-Image these are the projections of both streams, and in FLUX also those of the single
+    blocks.
+    In Wan they include the attention to the video and to the text."""
     max_sequence_length: int | None = setting(None, between(1, 512).or_empty(" for the model's own"))
-    """T5 tokens of SD3, FLUX and Wan, past which a text is cut; empty: as many as the model's pipeline takes (256 of SD3, 512 of the others), and
-    16 of the built-in. There is no attention mask in them, so this changes the picture and multiplies the cost; in Wan those after the
-    text are zeros. FLUX.2 klein and Qwen-Image count the tokens of their own encoder, the words of its chat around the prompt included; in
-    Qwen-Image those after a text are masked. How many prompts are cut is said at the start of a run."""
+    """The number of text tokens after which a prompt is cut.
+    Empty: what the model's pipeline takes (256 for SD3, 512 for the others), and 16 for the built-in model.
+    In SD3, FLUX and Wan these are T5 tokens without an attention mask, so the number changes the picture and
+    the cost.
+    In Wan the tokens after the text are zeros.
+    FLUX.2 klein and Qwen-Image count the tokens of their own encoder, including the chat template around the
+    prompt.
+    Qwen-Image masks the tokens after the text.
+    A run reports at its start how many prompts are cut."""
     resolution: int | tuple[int, int] | None = setting(None, _SIDES.or_empty(" for the model's own"))
-    """Pixels of a picture or video: one number for a square, or height and width (`--model.resolution 480 832`, in JSON `[480, 832]`), in
-    diffusers' order and in the multiples that the model takes. Empty: the model's own (1024 of SD 3.5, FLUX and Qwen-Image, 480 832 of Wan)."""
+    """The size of a picture or video in pixels: one number for a square, or height and width, in diffusers' order.
+    Write `--model.resolution 480 832` on the command line and `[480, 832]` in JSON.
+    Each side must be a multiple that the model takes.
+    Empty: the model's own size (1024 for SD 3.5, FLUX and Qwen-Image, 480 832 for Wan)."""
     frames: int | None = setting(None, between(1, 1024).or_empty(" for the model's own"))
-    """Frames of a video, one more than a multiple of 4 for Wan; empty: the model's own (81 of Wan). Models of pictures have none."""
+    """The number of frames of a video; for Wan, one more than a multiple of 4.
+    Empty: the model's own number (81 for Wan). Picture models have none."""
     keep_text_encoders: bool = False
-    """False: every prompt that the run will meet is encoded at its start, and the text encoders leave memory. True: they
-    stay, and encode as prompts come; for runs of so many prompts that the embeddings would not fit."""
+    """Whether the text encoders stay in memory and encode prompts when they are needed.
+    False: all prompts of the run are encoded at its start, and then the text encoders leave memory.
+    Use True if a run has so many prompts that their embeddings would not fit in memory."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Of the frozen weights and the network's forward pass; step math is always float32. `auto`: float32 or bfloat16, whichever
-    this device multiplies matrices faster in, measured when the run begins and then kept in its configuration. In float16, for GPUs
-    without bfloat16, losses are scaled, and a model whose numbers pass 65,504 gives no picture."""
+    """The dtype of the frozen weights and of the network's forward pass. Step math always runs in float32.
+    `auto`: float32 or bfloat16, whichever multiplies matrices faster on this device.
+    It is measured when the run begins, and the choice is kept in the run's configuration.
+    `float16` is for GPUs without bfloat16: losses are scaled.
+    A model whose values exceed 65,504 gives no picture in float16."""
     quantize: Literal["none", "int8"] = "none"
-    """int8: the frozen weights of the linear layers of the denoiser's blocks are kept as 8-bit integers, a scale to each row, half of bfloat16's
-    memory. The reference, samples and evaluations of the run are this model's; the saved LoRA is for the unquantised one."""
+    """`int8`: store the frozen weights of the linear layers in the denoiser's blocks as 8-bit integers with a
+    scale per row.
+    This takes half of bfloat16's memory.
+    The run's reference, samples and evaluations use the quantized model.
+    The saved LoRA is for the model that is not quantized."""
     compile: bool = False
-    """Have torch compile the denoiser's blocks, which takes a minute or two at the start and needs a C++ compiler on a CPU."""
+    """Compile the denoiser's blocks with torch.compile.
+    This takes a minute or two at the start. On a CPU it needs a C++ compiler."""
     activation_checkpointing: bool = False
-    """Compute activations anew in the backward pass: less memory, about a third more time in the update."""
+    """Recompute activations in the backward pass.
+    This takes less memory, and about a third more time in the update."""
     offload: bool = False
-    """The denoiser and the text encoders are on the device by turns, and on the CPU else. The start then takes what the larger of both
-    takes, and not their sum; with `keep_text_encoders` every iteration moves them."""
+    """Keep only one of the denoiser and the text encoders on the device at a time, and the other on the CPU.
+    The start then needs as much device memory as the larger of the two, and not their sum.
+    With `keep_text_encoders` both are moved in every iteration."""
     decoding: Literal["whole", "sliced", "tiled"] = "whole"
-    """How many pictures the decoder takes at once: a microbatch, one (the same picture up to rounding), or one in overlapping tiles, whose
-    seams are blended."""
+    """How many pictures the decoder takes at once.
+    `whole`: a microbatch. `sliced`: one picture, with the same result up to rounding.
+    `tiled`: one picture in overlapping tiles, whose seams are blended."""
     shard: bool = False
-    """With several processes: each holds a part of the denoiser's weights (torch's fully_shard), and blocks are gathered while they run. A LoRA
-    stays whole; of weights that are trained in full gradients, averages and the optimizer's state are shared out too. For models too large for
-    one device, with microbatches that are given."""
+    """Split the denoiser's weights among the processes (torch's fully_shard); blocks are gathered while they run.
+    A LoRA stays whole.
+    With full weights, gradients, averages and the optimizer's state are split too.
+    This is for models too large for one device. Microbatches must be given."""
     revision: str = setting("", matches(r"(\w[\w./-]*)?", "a branch, tag or commit of the hub, or empty"))
-    """Branch, tag or commit of a hub id; empty: its main branch. A commit is the same model whenever the run goes on."""
+    """The branch, tag or commit of a hub id; empty: its main branch.
+    Only a commit guarantees that a resumed run loads the same model."""
     variant: str = setting("", matches(r"([A-Za-z]\w*)?", "a name such as fp16, or empty"))
-    """Which of several kinds of weights files is read, such as fp16 (`model.fp16.safetensors`), of a folder or a hub id;
-    parts that lack it are read without. It names files and chooses no precision: that is `dtype`."""
+    """The kind of weight files to read from a folder or hub id, such as fp16 (`model.fp16.safetensors`).
+    Components that have no such file are read without it.
+    This only selects files; `dtype` sets the precision."""
     step_ends: Literal["diffusers", "next"] = "diffusers"
-    """Where a diffusion model's step ends. `diffusers`: 1000 // T timesteps on, as in its DDIMScheduler, so that without
-    noise a picture is its pipeline's own. `next`: where the next step begins. They are one for the spacing `leading`, and
-    for `trailing` where T divides 1000; else where a step leads differs, by up to 15 % at 6 steps of `linspace` and 0.3 %
-    of `trailing`. A run whose config.json lacks this field was begun by `next`, and goes on so."""
+    """Where a step of a diffusion model ends.
+    `diffusers`: 1000 // T timesteps further, as in diffusers' DDIMScheduler.
+    A picture without noise is then the pipeline's own. `next`: where the next step begins.
+    Both are the same for the spacing `leading`, and for `trailing` if T divides 1000.
+    Otherwise the end of a step differs, by up to 15 % at 6 steps of `linspace` and by 0.3 % for `trailing`.
+    A run whose config.json lacks this field began with `next` and continues with it."""
 
     def check(self) -> None:
-        """ValueError for settings that only a LoRA has, beside weights that are trained in full."""
+        """Raise ValueError for settings of a LoRA if all weights are trained."""
         if self.weights == "lora":
             return
         if self.lora:
@@ -86,5 +119,6 @@ class ModelSettings:
             )
         if self.quantize != "none":
             raise ValueError(
-                f"model.quantize must be none for model.weights {self.weights}: weights in 8 bits are frozen, so train a LoRA"
+                f"model.quantize must be none for model.weights {self.weights}: weights in 8 bits are frozen,"
+                " so train a LoRA"
             )

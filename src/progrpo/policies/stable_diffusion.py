@@ -101,7 +101,7 @@ class StableDiffusionPolicy(PipelinePolicy):
         ends = Levels(signal_T.sqrt(), (1 - signal_T).sqrt(), end_T.clamp(min=0).to(signal_T.dtype))
         return replace(levels, ends=ends)
 
-    def between(self, levels_T1: Levels, place_B: Tensor) -> Levels:
+    def levels_between(self, levels_T1: Levels, place_B: Tensor) -> Levels:
         return between_diffusion_levels(levels_T1, place_B, self._scheduler.alphas_cumprod)
 
     def _encode_text(self, text: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The settings of prompts: the part `prompts` of a configuration."""
+"""The settings of prompts: the section `prompts` of a configuration."""
 
 from __future__ import annotations
 
@@ -13,16 +13,25 @@ COLUMN_NAME = Rule(bool, "the name of a field")
 @dataclass(frozen=True)
 class PromptSettings:
     source: str = "shapes"
-    """`shapes` (the built-in world, its train split); a file: .txt (a prompt a line), .jsonl (an object a line), .json (a list of texts or
-    objects), .csv (a line of names, then rows) or .parquet; or `dataset:NAME` or `dataset:NAME:CONFIG`: a dataset of the `datasets` library, on the
-    hub or saved in a folder, and one of its configurations. For a model that edits the column `image` is the picture to change; in a file its
-    path, from the file's folder."""
+    """The training prompts: `shapes` (the train split of the built-in world), a file, or a dataset.
+    Files: .txt (one prompt per line), .jsonl (one object per line), .json (a list of texts or objects),
+    .csv (a line of names, then rows) or .parquet.
+    Datasets: `dataset:NAME` or `dataset:NAME:CONFIG`, read by the `datasets` library from the hub or a saved
+    folder.
+    For a model that edits pictures, the column `image` is the picture to change.
+    In a file it is a path relative to the file's folder."""
     column: str = setting("prompt", COLUMN_NAME)
-    """The field of a row that holds its text; the others reach rewards by their names. Also of rows that Python gives."""
+    """The field of a row that holds its text. Rewards receive the other fields by name.
+    This also holds for rows that are given in Python."""
     per_iteration: int = setting(12, between(1, 100_000))
+    """The number of prompts in each iteration. One group is sampled for each."""
     order: Literal["turn", "signal"] = "turn"
-    """`turn`: kinds in turn, each prompt once before any comes again. `signal`: drawn in proportion to how far the rewards of a
-    prompt's groups (and of its kind's) differ, so that sampling goes where there is something to learn."""
+    """The order of prompts.
+    `turn`: kinds take turns, and each prompt comes once before any prompt comes again.
+    `signal`: a prompt is drawn in proportion to how far the rewards in its groups (and in groups of its kind)
+    differ.
+    More samples then go to prompts from which there is something to learn."""
     split_groups: bool = False
-    """With several processes: each samples some members of every group, instead of some groups whole. Survivors are moved to where
-    there are fewer after each prune. For groups that take one process too long."""
+    """With several processes, let each process sample some members of every group, not whole groups.
+    After each prune, survivors move to processes that have fewer.
+    This is for groups that take one process too long."""

@@ -1,4 +1,4 @@
-"""The settings of rewards: the part `reward` of a configuration, and each of its terms."""
+"""The settings of rewards: the section `reward` of a configuration, and its terms."""
 
 from __future__ import annotations
 
@@ -38,35 +38,41 @@ _AT_MOST_A_DAY = Rule(lambda seconds: 0 < seconds <= 86400, "above 0 and at most
 
 @dataclass(frozen=True)
 class RewardTerm:
-    """One reward. As a text `NAME` or `WEIGHT*NAME`, or as an object of these fields."""
+    """A reward and its weight. It is written as `NAME`, as `WEIGHT*NAME`, or as an object of these fields."""
 
     name: str = field(metadata={"rule": one_of(REWARDS, "function")})
-    """Built in (docs/rewards.md says what each is), or `module:function` (or a class) of your own."""
+    """A built-in reward (docs/rewards.md describes each), or your own `module:function` or `module:Class`."""
     weight: float = setting(1.0, FINITE)
-    """In the sum; a negative one turns a reward into a penalty."""
+    """The weight in the sum; a negative weight turns a reward into a penalty."""
     needs: str = ""
-    """The name of a reward before it: where that one is below `at_least`, this one counts as 0."""
+    """The name of an earlier reward; where that one is below `at_least`, this one counts as 0."""
     at_least: float = setting(0.5, FINITE)
+    """The lowest value of the reward in `needs` at which this one counts."""
     model: str = ""
-    """Another model than the reward's own: a hub id, a folder, or the name that a server knows."""
+    """Another model in place of the reward's own: a hub id, a folder, or the name that a server knows."""
     url: str = ""
-    """Of a `progrpo serve-reward` that scores instead of this process; of `vlm`, its OpenAI-compatible server."""
+    """The address of a `progrpo serve-reward` that scores in place of this process.
+    For `vlm`: the address of its OpenAI-compatible server."""
     device: str = setting("auto", DEVICE)
-    """Of its network, by torch's name."""
+    """The device of the reward's network, by torch's name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto`: float16 on a GPU, float32 elsewhere."""
+    """The dtype of the reward's network. `auto`: float16 on a GPU, float32 elsewhere."""
     batch_size: int | None = setting(None, _ONE_OR_MORE.or_empty())
-    """Pictures at once. Empty: 16 for a network or a server, all for a function."""
+    """The number of pictures in one call. Empty: 16 for a network or a server, all for a function."""
     retries: int = setting(2, between(0, 16))
-    """Times that a failed call is tried again, after 1, 2, 4, ... seconds; what then fails is missing, picture by picture."""
+    """How often a failed call is repeated, after 1, 2, 4, ... seconds.
+    If it still fails, each picture is scored alone, and the scores that fail then are missing."""
     timeout: float | None = setting(None, _AT_MOST_A_DAY.or_empty(" for no limit"))
-    """Seconds that a call may take. Empty: no limit, 60 for an answer of a server."""
+    """The time limit of a call, in seconds. Empty: 60 for an answer of a server, otherwise no limit."""
     processes: int = setting(0, between(0, 256))
-    """Score in so many processes of their own, each with the reward loaded: for rewards whose time goes into Python. 0: in this one."""
+    """The number of separate processes that score, each with the reward loaded; 0: score in this process.
+    This is for rewards that spend their time in Python."""
     cache: str = ""
-    """A folder in which scores are kept by picture and prompt, for judges that cost money; empty: none."""
+    """A folder in which scores are stored by picture and prompt; empty: none.
+    This is for judges that cost money."""
     from_python: bool = False
-    """Written by `progrpo.train`: the reward was given as an object, of which this is the name."""
+    """Whether the reward was given as an object in Python; `name` is then the object's name.
+    `progrpo.train` writes this field."""
 
     @property
     def network_batch_size(self) -> int:
@@ -90,7 +96,7 @@ class RewardTerm:
 
     @classmethod
     def from_text(cls, text: str) -> RewardTerm:
-        """`pickscore`, `0.5*ocr`, or a JSON object of the fields."""
+        """The term of a text: `pickscore`, `0.5*ocr`, or a JSON object of the fields."""
         if text.lstrip().startswith("{"):
             try:
                 data = from_json(text)
@@ -106,7 +112,7 @@ class RewardTerm:
             ) from None
 
     def to_text(self) -> str:
-        """As `from_text` reads it."""
+        """The term as a text that `from_text` reads."""
         if replace(self, from_python=False) == RewardTerm(self.name, self.weight):
             return self.name if self.weight == 1 else f"{self.weight:g}*{self.name}"
         return json.dumps({f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default})
@@ -115,29 +121,36 @@ class RewardTerm:
 @dataclass(frozen=True)
 class RewardMixSettings:
     terms: tuple[RewardTerm, ...] = setting((RewardTerm("shapes"),), Rule(len, "one reward or more"))
-    """What is rewarded: one reward, or the weighted sum of several. Of the built-in verifier: `shapes` (graded), `shapes_strict` (1 where all is right, else 0)
-    and `shapes_mixed` (their mean). For any prompts: clipscore, pickscore, hpsv2, imagereward, aesthetic, ocr, geneval, geneval_flow_grpo,
-    jpeg_compressibility, jpeg_incompressibility, nsfw, vlm, or `module:function`. Each is NAME, WEIGHT*NAME or a JSON object: docs/rewards.md."""
+    """The rewards: one, or the weighted sum of several. Each is NAME, WEIGHT*NAME or a JSON object
+    (docs/rewards.md).
+    The built-in verifier: `shapes` (graded), `shapes_strict` (1 if all is right, otherwise 0), `shapes_mixed`
+    (their mean).
+    For any prompts: clipscore, pickscore, hpsv2, imagereward, aesthetic, ocr, geneval, geneval_flow_grpo,
+    jpeg_compressibility, jpeg_incompressibility, nsfw, vlm, or your own `module:function`."""
     frames: int = setting(4, between(1, 1024))
-    """Of a video, evenly spaced with the first and the last, that a reward of pictures scores; the video's score is their mean. 1: the
-    middle one. A function of yours with `video = True` is given all."""
+    """The number of frames of a video that a picture reward scores; the video's score is their mean.
+    The frames are evenly spaced and include the first and the last. 1: the middle frame.
+    Your own function with `video = True` gets all frames."""
     quorum: float = setting(0.5, between(0, 1))
-    """A group of which a smaller share of the survivors has a score is skipped; at least two members are needed always."""
+    """The smallest share of a group's survivors that must have a score; a group with fewer is skipped.
+    At least two members are always needed."""
     max_missing: float = setting(0.5, between(0, 1))
-    """The run stops, with the last error, when a larger share of an iteration's pictures or scores is missing."""
+    """The largest share of an iteration's pictures or scores that may be missing.
+    Above it the run stops and reports the last error."""
     waves: int = setting(1, _ONE_OR_MORE)
-    """In so many parts an iteration's prompts are sampled. While pictures of one wave are scored, the next is sampled: for rewards
-    that are slow and busy elsewhere (a server, another device, other processes)."""
+    """The number of parts in which an iteration's prompts are sampled.
+    The next part is sampled while the pictures of the previous one are scored.
+    This is for slow rewards that compute elsewhere (a server, another device, other processes)."""
 
     def check(self) -> None:
-        """ValueError for terms that cannot be mixed."""
+        """Raise ValueError for terms that cannot be mixed."""
         check_terms("reward.terms", self.terms)
         if not any(term.weight for term in self.terms):
             raise ValueError("reward.terms: every weight is 0, so that nothing is rewarded; give one of them another")
 
 
 def check_terms(path: str, terms: Sequence[RewardTerm]) -> None:
-    """ValueError for a reward that is named twice, or that needs one which does not stand before it."""
+    """Raise ValueError for a reward that is named twice, or that needs a reward which is not listed before it."""
     for i, term in enumerate(terms):
         before = [other.name for other in terms[:i]]
         if term.name in before:

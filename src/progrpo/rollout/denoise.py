@@ -13,7 +13,7 @@ from progrpo.packing import evenly, of_one_shape
 from progrpo.policies.base import Policy
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import INITIAL, NoiseKey
-from progrpo.rollout.probe import glance
+from progrpo.rollout.probe import latent_features
 from progrpo.types import WHOLE_GROUP, Condition, Trajectories, Transition
 
 
@@ -23,7 +23,7 @@ class Sampling:
 
     Only stochastic steps have them. Latents are rounded to `latent_dtype` before their log-probs are taken and so may be
     stored in it. With `same_latent` the members of a group begin at one noise. With `attached` the outputs of stored steps
-    keep their graphs, with `glances` what a probe sees is kept of every step. With `embedded_guidance` the network is told
+    keep their graphs, with `latent_features` what a probe sees is kept of every step. With `embedded_guidance` the network is told
     the guidance scale, else guidance takes a pair of calls.
     """
 
@@ -36,7 +36,7 @@ class Sampling:
     same_latent: bool = False
     latent_dtype: torch.dtype = torch.float32
     attached: bool = False
-    glances: bool = False
+    latent_features: bool = False
 
     def __post_init__(self) -> None:
         assert all(self.process.noise_levels[step] > 0 for step in self.stored_steps), "an ODE step has no log-prob"
@@ -49,7 +49,7 @@ class Sampling:
     def nfe_per_call(self) -> int:
         return 2 if self.guidance_scale > 1 and not self.embedded_guidance else 1
 
-    def within(self, rows: int) -> Sampling:
+    def with_max_batch(self, rows: int) -> Sampling:
         """With calls of so many rows at most, where no more are begun."""
         return replace(self, microbatch=min(self.microbatch, max(rows, 1)))
 
@@ -88,7 +88,7 @@ def denoise(
 
     `condition` has one row a prompt. Steps and log-probs are float32, whatever the network runs in.
     """
-    sampling = sampling.within(len(batch))
+    sampling = sampling.with_max_batch(len(batch))
     for step in range(sampling.num_inference_steps):
         shape = call_size(policy, len(batch), sampling)
         with meter.stage("sample"):
@@ -125,9 +125,9 @@ def _call(
             outputs.append(policy.predict(batch.x_NCHW[rows], timestep, told, sampling.guidance_scale))
         output = torch.cat(outputs)[: len(batch)]
     batch = replace(batch, output_NCHW=output.detach(), attached_NCHW=output if attached else None)
-    if sampling.glances:
-        seen = glance(sampling.process.x0(step, batch.x_NCHW, output.detach()))
-        batch = replace(batch, glances=(*batch.glances, seen))
+    if sampling.latent_features:
+        seen = latent_features(sampling.process.x0(step, batch.x_NCHW, output.detach()))
+        batch = replace(batch, latent_features=(*batch.latent_features, seen))
     return batch
 
 

@@ -15,7 +15,7 @@ from progrpo.policies.base import Policy
 from progrpo.rewards.base import Scorer
 from progrpo.rollout.denoise import Sampling, call_size
 from progrpo.rollout.meter import Meter
-from progrpo.rollout.probe import Probe, texts
+from progrpo.rollout.probe import Probe, text_features
 from progrpo.types import Condition, Pictures, Prompt, Scores, Trajectories
 
 DECODED = 32  # pictures at once: a decoder needs many times a network call's memory
@@ -64,7 +64,7 @@ def preview(
         assert how.probe is not None
         with meter.stage("preview"):
             meter.count(probed=len(batch))
-            return None, how.probe.score(step, batch.glances[step], texts(condition), batch.group_N)
+            return None, how.probe.score(step, batch.latent_features[step], text_features(condition), batch.group_N)
     x0 = projected(policy, condition, batch, step, sampling, how.ode_steps, meter)
     with meter.stage("preview"):
         meter.count(previews=len(batch))
@@ -92,7 +92,7 @@ def projected(
     if ode_steps == 1 or not len(batch):
         return process.x0(step, x, output)
     places = torch.linspace(step, process.num_steps, ode_steps + 1, dtype=torch.float64)[:-1]
-    levels, prediction = policy.between(process.levels_T1, places).to(x), PREDICTIONS[process.prediction]
+    levels, prediction = policy.levels_between(process.levels_T1, places).to(x), PREDICTIONS[process.prediction]
     shape = call_size(policy, len(batch), sampling)
     with meter.stage("sample"):
         for k in range(1, ode_steps):

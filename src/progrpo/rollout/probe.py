@@ -39,14 +39,14 @@ _REMEMBERED = 6
 
 
 @torch.no_grad()
-def glance(x0_NCHW: Tensor) -> Tensor:
+def latent_features(x0_NCHW: Tensor) -> Tensor:
     """What a probe sees of x0 projections: float16 (N, C, h, w) on the CPU, h and w even and at most 16; a video's mean frame."""
     still = x0_NCHW.float() if x0_NCHW.ndim == 4 else x0_NCHW.float().mean(2)
     height, width = (max(2, min(side, _SIDE) // 2 * 2) for side in still.shape[2:])
     return F.adaptive_avg_pool2d(still, (height, width)).half().cpu()
 
 
-def texts(condition: Condition) -> Tensor:
+def text_features(condition: Condition) -> Tensor:
     """What a probe is told: float16 (P, tokens, width) on the CPU, at most 128 wide."""
     told = condition.tensors["prompt_embeds"].detach().float().cpu()
     if (width := told.shape[2]) > _TEXT_WIDTH:
@@ -55,8 +55,8 @@ def texts(condition: Condition) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """N finished trajectories of one group: glances by step (T, N, C, h, w), its text (tokens, width), final rewards (N,).
+class ProbeExample:
+    """N finished trajectories of one group: latent_features by step (T, N, C, h, w), its text (tokens, width), final rewards (N,).
 
     `previews_TN` are the rewards of their previews, where they are known. NaN is missing.
     """
@@ -67,13 +67,13 @@ class Lesson:
     previews_TN: Tensor
 
 
-def lessons(
+def probe_examples(
     finished: Trajectories, condition: Condition, rewards_N: Tensor, previews_TN: Tensor | None = None
-) -> dict[int, Lesson]:
+) -> dict[int, ProbeExample]:
     """One of each group, by its slot; `condition` has a row a group."""
-    if not finished.glances:
+    if not finished.latent_features:
         return {}
-    told, seen_TNCHW = texts(condition), torch.stack(finished.glances)
+    told, seen_TNCHW = text_features(condition), torch.stack(finished.latent_features)
     if previews_TN is None:
         previews_TN = rewards_N.new_full((len(seen_TNCHW), len(rewards_N)), torch.nan)
     found = {}
@@ -81,7 +81,7 @@ def lessons(
         own = (finished.group_N == group) & seen_TNCHW.isfinite().flatten(2).all(2).all(0)
         if not own.any():
             continue
-        lesson = Lesson(seen_TNCHW[:, own], told[group], rewards_N[own], previews_TN[:, own])
+        lesson = ProbeExample(seen_TNCHW[:, own], told[group], rewards_N[own], previews_TN[:, own])
         found[int(finished.slot_N[own][0])] = lesson
     return found
 
@@ -92,10 +92,10 @@ class Probe:
     def __init__(self, num_steps: int, seed: int = 0) -> None:
         self.num_steps, self.seed = num_steps, seed
         self._head: _Head | None = None
-        self._lessons: list[Lesson] = []
+        self._lessons: list[ProbeExample] = []
         self._agreement: list[list[float | None]] = []
 
-    def learn(self, lessons: Sequence[Lesson]) -> None:
+    def learn(self, lessons: Sequence[ProbeExample]) -> None:
         """From groups that are new, and from those that it has kept."""
         new = [lesson for lesson in lessons if lesson.rewards_N.isfinite().sum() >= 2]
         if not new:
@@ -116,7 +116,7 @@ class Probe:
 
     @torch.no_grad()
     def score(self, step: int, seen_NCHW: Tensor, texts_P: Tensor, group_N: Tensor) -> Tensor:
-        """float64 (N,) of glances at P groups after `step`, comparable within a group only, and made by comparing it.
+        """float64 (N,) of latent_features at P groups after `step`, comparable within a group only, and made by comparing it.
 
         NaN of a glance that is not finite, which the group is not compared with.
         """
@@ -128,7 +128,7 @@ class Probe:
             scores_N[there_N] = found.sum(1).double()
         return scores_N
 
-    def _begin(self, lesson: Lesson) -> None:
+    def _begin(self, lesson: ProbeExample) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             self._head = _Head(self.num_steps, lesson)
@@ -197,7 +197,7 @@ class Probe:
         self._head, self._lessons = None, []
         if (learnt := state["learnt"]) is None:
             return
-        self._lessons = [Lesson(**lesson) for lesson in learnt["lessons"]]
+        self._lessons = [ProbeExample(**lesson) for lesson in learnt["lessons"]]
         self._begin(self._lessons[0])
         assert self._head is not None
         self._head.load_state_dict(learnt["head"])
@@ -207,7 +207,7 @@ class Probe:
 
 
 class _Head(nn.Module):
-    """From glances to what each is worth within its group: its final reward, and its preview's, which is easier to learn.
+    """From latent_features to what each is worth within its group: its final reward, and its preview's, which is easier to learn.
 
     Convolutions over patches of 2 x 2, scaled and shifted by the text and the step, then what differs from place to place, in
     units of the group's spread.
@@ -215,7 +215,7 @@ class _Head(nn.Module):
 
     squares: Tensor
 
-    def __init__(self, num_steps: int, lesson: Lesson) -> None:
+    def __init__(self, num_steps: int, lesson: ProbeExample) -> None:
         super().__init__()
         channels, height, width = lesson.seen_TNCHW.shape[2:]
         self.patches = nn.Linear(4 * channels, _WIDTH)
@@ -232,7 +232,7 @@ class _Head(nn.Module):
         self.latents, self.texts = _Moments(num_steps, channels), _Moments(lesson.text.shape[1])
         self.register_buffer("squares", torch.zeros(2, dtype=torch.float64))
 
-    def measure(self, lesson: Lesson) -> None:
+    def measure(self, lesson: ProbeExample) -> None:
         """What is seen and told is taken in units of its spread over all lessons."""
         self.latents.add(lesson.seen_TNCHW.movedim(1, -1).flatten(2))
         self.texts.add(lesson.text.T)

@@ -15,7 +15,7 @@ from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan
 from progrpo.rollout.preview import Previewing, preview, score
 from progrpo.rollout.prune import Selector
-from progrpo.rollout.spread import ALONE, Together, dealt, shared_out, survivors_of_all
+from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding, own_share, rebalanced, sharded_survivors
 from progrpo.types import Preview, Prompt, Rollout, Trajectories
 
 
@@ -30,20 +30,20 @@ def rollout(
     key: NoiseKey,
     meter: Meter,
     how: Previewing = Previewing(),  # noqa: B008 (frozen)
-    together: Together = ALONE,
+    sharding: GroupSharding = NOT_SHARDED,
 ) -> Rollout:
     """One group a prompt, expanded, pruned as `plan` says, finished, decoded and rewarded.
 
     `slot_P` (int64) are the prompts' global places in the iteration, by which noise is drawn. With a `final_keep` the
-    group's final rewards select the survivors; all finalists' rewards are kept beside theirs. Processes that sample
-    `together` share each group's members, and each has its part of the rollout.
+    group's final rewards select the survivors; all finalists' rewards are kept beside theirs. The processes of
+    `sharding` share each group's members, and each has its part of the rollout.
     """
     plan.validate(sampling.num_inference_steps)
     condition = policy.encode(prompts)
     previews: list[Preview] = []
 
     def kept(batch: Trajectories, scores_N: Tensor, keep: int, step: int) -> Tensor:
-        return survivors_of_all(batch, scores_N, keep, select, key.group_seeds(slot_P, step), len(prompts), together)
+        return sharded_survivors(batch, scores_N, keep, select, key.group_seeds(slot_P, step), len(prompts), sharding)
 
     def prune(step: int, batch: Trajectories) -> Trajectories:
         keep = plan.keep_after(step)
@@ -52,10 +52,10 @@ def rollout(
         _, scores_N = preview(policy, reward, prompts, condition, batch, step, sampling, how, meter)
         rows = kept(batch, scores_N, keep, step)
         previews.append(Preview(step, batch.group_N, batch.member_N, scores_N, _mask(rows, len(batch))))
-        return shared_out(batch.take(rows), together)
+        return rebalanced(batch.take(rows), sharding)
 
-    batch = dealt(expand(policy, slot_P, plan.group_size, sampling, key), together)
-    sampling = sampling.within(len(batch))
+    batch = own_share(expand(policy, slot_P, plan.group_size, sampling, key), sharding)
+    sampling = sampling.with_max_batch(len(batch))
     finalists = denoise(policy, condition, batch, sampling, key, meter, prune)
     with meter.stage("reward"):
         pictures, scores = score(policy, reward, prompts, finalists, finalists.x_NCHW, sampling.microbatch, meter)

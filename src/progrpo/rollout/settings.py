@@ -1,4 +1,4 @@
-"""The settings of sampling, of plans and of previews: three parts of a configuration."""
+"""The settings of sampling, of plans and of previews: three sections of a configuration."""
 
 from __future__ import annotations
 
@@ -19,44 +19,58 @@ _NOISE_LEVEL = Rule(
 @dataclass(frozen=True)
 class SamplingSettings:
     num_inference_steps: int = setting(10, NUM_STEPS)
+    """The number of sampling steps in training."""
     guidance_scale: float = setting(1.0, at_least(1))
-    """1 is no classifier-free guidance; above 1 a network call counts twice. See `embedded_guidance`."""
+    """The scale of classifier-free guidance; 1 is no guidance.
+    Above 1 a network call counts twice, unless `embedded_guidance` is set."""
     negative_prompt: str = ""
-    """A text that guidance leads away from, in training and wherever the run is measured or sampled from; empty: none, as the model's own
-    pipeline has it. It counts where a guidance scale is above 1 and guidance is a pair of calls."""
+    """A text from which guidance leads away; empty: none, as in the model's own pipeline.
+    It is used in training, in evaluations and in samples of the run.
+    It has an effect only if a guidance scale is above 1 and guidance is a pair of calls."""
     embedded_guidance: bool = False
-    """The model is told the guidance scale and needs no second call. Must be true for FLUX.1-dev where the scale is above 1, and
-    false for other models."""
+    """Pass the guidance scale to the model as an input, without a second call.
+    It must be true for FLUX.1-dev if the scale is above 1, and false for other models."""
     sampler: Literal["auto", "flow_grpo", "dance", "flow_grpo_wan", "ddim", "cps", "cps_reduced"] = "auto"
-    """How a stochastic step adds noise. For flow models Flow-GRPO's SDE (`flow_grpo`, arXiv 2505.05470), DanceGRPO's (`dance`,
-    arXiv 2505.07818) or that of flow_grpo's script for Wan (`flow_grpo_wan`); for flow and diffusion models `ddim` (with eta) and `cps` (arXiv 2509.05952; `cps_reduced` has the published
-    stand-in for its log-prob). `auto`: flow_grpo for a flow model, ddim for a diffusion model."""
+    """How a stochastic step adds noise. `auto`: flow_grpo for a flow model, ddim for a diffusion model.
+    Flow models only: `flow_grpo` (Flow-GRPO's SDE, arXiv 2505.05470), `dance` (DanceGRPO's, arXiv 2505.07818)
+    and `flow_grpo_wan` (the SDE of flow_grpo's script for Wan).
+    Flow and diffusion models: `ddim` (with eta) and `cps` (arXiv 2509.05952).
+    `cps_reduced` is cps with the published stand-in for its log-prob."""
     noise_level: float | None = setting(None, _NOISE_LEVEL)
-    """How much noise: Flow-GRPO's a, DanceGRPO's and DDIM's eta, CPS's. Empty: the published 0.7 (1 of `flow_grpo_wan`), 0.3, 1 and 0.8."""
+    """The amount of noise: a of Flow-GRPO, eta of DanceGRPO and of DDIM, and that of CPS.
+    Empty: the published values 0.7 (flow_grpo; 1 for flow_grpo_wan), 0.3 (dance), 1 (ddim) and 0.8 (cps)."""
     shift: float | None = setting(None, above(0).or_empty(" for the model's own"))
-    """Time shift of a flow model's grid; empty: the model's own."""
+    """The time shift of a flow model's grid; empty: the model's own."""
     same_latent: bool = False
-    """All members of a group begin at one noise, and differ by the noise of their steps."""
+    """Start all members of a group from the same noise.
+    They then differ only by the noise that their steps add."""
     latent_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """In which latents are kept for training. They are rounded before their log-probs are taken, so that ratios stay exact."""
+    """The dtype in which latents are stored for training.
+    They are rounded before their log-probs are computed, so ratios stay exact."""
     sde_window: Literal["auto", "all", "first", "sliding", "random", "none"] = "auto"
-    """Which steps are stochastic; the others follow the ODE. `all`; a window, which alone is trained, at the `first` steps,
-    `sliding` (MixGRPO, arXiv 2507.21802) or `random` for each iteration; `none`. `auto` is `all` for an objective that trains
-    transitions and `none` for the others."""
+    """Which steps are stochastic; the other steps follow the ODE.
+    `all`: all steps. `none`: no step.
+    A window of steps, and only the window is trained: `first` (the first steps),
+    `sliding` (MixGRPO, arXiv 2507.21802) or `random` (drawn for each iteration).
+    `auto`: `all` if the objective trains transitions, otherwise `none`."""
     sde_window_size: int = setting(3, at_least(1))
+    """The number of steps in a window."""
     sde_window_end: int | None = None
-    """Windows lie in the steps before this one; empty: all steps that may be trained."""
+    """Windows lie before this step; empty: all steps that can be trained."""
     sde_window_interval: int = setting(25, at_least(1))
-    """Iterations that a sliding window stays before it moves on by one step."""
+    """The number of iterations after which a sliding window moves on by one step."""
     train_last_step: bool = False
-    """The last step is nearly deterministic (std 0.006 on SD3's grid): its log-prob overflows, so it is not trained."""
+    """Train the last step too.
+    It is nearly deterministic (std 0.006 on SD3's grid) and its log-prob overflows, so by default it is not
+    trained."""
     microbatch: int | None = setting(None, at_least(1).or_empty(" to have it measured"))
-    """Rows of a network call. Empty: the fastest for this plan on this device, measured when a run begins and then kept in its
-    configuration."""
+    """The number of rows in a network call.
+    Empty: the fastest number for this plan on this device.
+    It is measured when the run begins, and the choice is kept in the run's configuration."""
 
     @property
     def num_trainable_steps(self) -> int:
-        """How many steps, from the first, may be trained: all but the last, unless `train_last_step`."""
+        """The number of steps, from the first, that can be trained: all but the last, unless `train_last_step`."""
         return self.num_inference_steps - (0 if self.train_last_step else 1)
 
     @property
@@ -75,7 +89,7 @@ class SamplingSettings:
         return window(kind, iteration, size=size, end=end, interval=interval, seed=seed)
 
     def check(self) -> None:
-        """ValueError for a window that does not fit into the steps, and for more noise than a sampler can add."""
+        """Raise ValueError for a window that does not fit into the steps, and for more noise than a sampler can add."""
         if self.sde_window in ("first", "sliding", "random"):
             self._check_window()
         if self.sampler in ("ddim", "cps", "cps_reduced") and (self.noise_level or 0) > 1:
@@ -105,19 +119,28 @@ class SamplingSettings:
 @dataclass(frozen=True)
 class PlanSettings:
     preset: Literal["standard", "flash", "posthoc", "none", "sd14", "custom"] = "standard"
-    """The paper's plans; `custom` takes the three fields below."""
+    """One of the paper's plans, or `custom` with the three fields below.
+    `standard`: 48 -> 24 -> 12 members. `flash`: 24 -> 16 -> 12. `sd14`: 48 -> 32 -> 8. `none`: 24, not pruned.
+    `posthoc`: 24 members are finished, and 12 are kept by their final rewards."""
     group_size: int = setting(24, between(2, 100_000))
+    """The number of members with which a group begins, in a custom plan."""
     prune: tuple[tuple[int, int], ...] = ()
-    """Pairs (step, keep): after the network call of zero-based step, keep that many members of each group."""
+    """The prune points of a custom plan: pairs (step, keep).
+    After the network call of this zero-based step, keep this many members of each group."""
     final_keep: int | None = None
-    """Keep that many on final rewards."""
+    """In a custom plan, keep this many members by their final rewards."""
     selector: Literal["ovf", "uniform", "top_bottom", "none"] = "ovf"
+    """Which members are kept. `ovf`: those whose scores have the largest variance (the paper's).
+    `top_bottom`: half from the best, half from the worst. `uniform`: a random draw.
+    `none`: the first members, whatever their scores."""
     adaptive: bool = False
-    """Begin with this plan, and after each audit take the prune points and keeps whose expected signal a second is highest, from
-    the agreement of previews and the costs that this run measured. The group's size stays, survivors do not become fewer."""
+    """Begin with this plan, and choose a better one after each audit.
+    The run takes the prune points and keeps with the highest expected learning signal per second.
+    It computes this from the measured agreement of previews and from the measured costs.
+    The group size stays the same, and the survivors do not become fewer."""
 
     def plan(self, num_inference_steps: int) -> Plan:
-        """The plan itself; ValueError if it cannot be run in so many steps."""
+        """The plan that is run; ValueError if it needs more steps than `num_inference_steps`."""
         if self.preset != "custom":
             return preset(self.preset, num_inference_steps)
         plan = Plan(self.group_size, tuple(PrunePoint(*point) for point in self.prune), self.final_keep)
@@ -125,7 +148,7 @@ class PlanSettings:
         return plan
 
     def check(self) -> None:
-        """ValueError for fields of a custom plan beside another one."""
+        """Raise ValueError for fields of a custom plan if the preset is another plan."""
         if self.preset != "custom" and self != PlanSettings(
             preset=self.preset, selector=self.selector, adaptive=self.adaptive
         ):
@@ -138,13 +161,17 @@ class PlanSettings:
 @dataclass(frozen=True)
 class PreviewSettings:
     decoder: Literal["full", "tiny"] = "full"
-    """What decodes unfinished trajectories: the model's own decoder, or a tiny one (an AutoencoderTiny)."""
+    """What decodes unfinished trajectories.
+    `full`: the model's own decoder. `tiny`: a small one (an AutoencoderTiny)."""
     tiny_decoder: str = "shapes-tiny"
-    """The built-in models' tiny decoder, a folder, or a hub id: madebyollin/taesd3 for SD 3, taef1 for FLUX,
-    taesd for SD 1.x, taesdxl for XL."""
+    """The tiny decoder: that of the built-in models, a folder, or a hub id.
+    On the hub: madebyollin/taesd3 for SD 3, taef1 for FLUX, taesd for SD 1.x, taesdxl for XL."""
     ode_steps: int = setting(1, NUM_STEPS)
-    """Steps of the ODE from here to data. 1 is the projection that costs no network call; each further one costs one."""
+    """The number of ODE steps from the unfinished latent to the preview.
+    1 is the projection, which needs no network call; each further step costs one call."""
     probe: bool = False
-    """Learn a small network on x0 projections, which ranks at a prune point once its measured agreement is high enough."""
+    """Train a small network on x0 projections.
+    It ranks members at a prune point once its measured agreement is high enough."""
     probe_threshold: float = setting(0.5, between(-1, 1))
-    """Spearman's correlation with final rewards, mean over the last audits, from which on the probe takes over."""
+    """The agreement from which the probe is used.
+    It is Spearman's correlation with final rewards, averaged over the last audits."""

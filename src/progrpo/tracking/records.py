@@ -66,7 +66,7 @@ class CostSummary(TypedDict):
 class PlanSummary(TypedDict):
     """The plan in force when the summary was written."""
 
-    pays: float | None
+    value: float | None
     path: list[int]
     prune_steps: list[int]
     selector: str

@@ -16,7 +16,7 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan
 from progrpo.rollout.preview import Previewing, preview, score
-from progrpo.rollout.probe import Lesson, lessons, texts
+from progrpo.rollout.probe import ProbeExample, probe_examples, text_features
 from progrpo.rollout.prune import SELECTORS, Selector
 from progrpo.tracking.statistics import hit_rate, spearman
 from progrpo.types import Prompt, Trajectories
@@ -41,7 +41,7 @@ class Audit:
     kept_ovf: list[int]
     used_TG: Tensor
     probe_TG: Tensor | None
-    lessons: dict[int, Lesson]
+    lessons: dict[int, ProbeExample]
 
     def agreement(self) -> list[float | None]:
         """Spearman between each step's previews and the final rewards; None where the group has no variance."""
@@ -107,7 +107,7 @@ def audit(
 
     slot_P = torch.tensor([slot])
     batch = expand(policy, slot_P, plan.group_size, sampling, key)
-    sampling = sampling.within(len(batch))
+    sampling = sampling.with_max_batch(len(batch))
     batch = denoise(policy, condition, batch, replace(sampling, attached=False), key, meter, watch)
     finished, scored = score(policy, reward, [prompt], batch, batch.x_NCHW, sampling.microbatch, meter)
     final_G = scored.ranking_N
@@ -116,8 +116,8 @@ def audit(
     probe = how.probe
     probed = None
     if probe is not None and probe.knows:
-        told = texts(condition)
-        probed = [probe.score(t, seen, told, batch.group_N) for t, seen in enumerate(batch.glances)]
+        told = text_features(condition)
+        probed = [probe.score(t, seen, told, batch.group_N) for t, seen in enumerate(batch.latent_features)]
     decided = [probed[t] if probed and how.probed([t]) else used_G for t, used_G in enumerate(used)]
     return Audit(
         prompt=prompt,
@@ -129,7 +129,7 @@ def audit(
         kept_ovf=_kept(SELECTORS["ovf"], final_G, keep, seeds),
         used_TG=torch.stack(decided),
         probe_TG=None if probed is None else torch.stack(probed),
-        lessons=lessons(batch, condition, final_G, torch.stack(scores)),
+        lessons=probe_examples(batch, condition, final_G, torch.stack(scores)),
     )
 
 

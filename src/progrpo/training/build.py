@@ -326,7 +326,7 @@ def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) 
         embedded_guidance=policy.embeds_guidance,
         microbatch=microbatch(wanted),
         attached=config.optim.reuse_rollout,
-        glances=config.preview.probe,
+        latent_features=config.preview.probe,
     )
 
 

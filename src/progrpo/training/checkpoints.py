@@ -109,7 +109,18 @@ def newest(run: Path, ranks: Ranks, warn: Callable[[str], None]) -> dict[str, An
     lacking = [name for name in ("iteration", "config", "versions") if name not in state]
     if lacking:
         raise ValueError(f"{path} has no {lacking[0]}: it is of another version of progrpo; go on with that one")
-    return state
+    return _renamed(state, path, warn)
+
+
+def _renamed(state: dict[str, Any], path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
+    """The state with the names of today in place of an older progrpo's."""
+    if "pays" not in state:
+        return state
+    warn(
+        f"{path.name} is of an older progrpo, which wrote the plan's value as plan/pays into metrics.jsonl;"
+        " from here on it is plan/value"
+    )
+    return {("plan_value" if name == "pays" else name): value for name, value in state.items()}
 
 
 def _newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:

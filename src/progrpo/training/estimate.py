@@ -23,7 +23,7 @@ from progrpo.rewards.settings import REWARDS
 from progrpo.rollout.plan import Plan
 from progrpo.rollout.preview import DECODED
 from progrpo.training.build import OBJECTIVES, model_settings
-from progrpo.training.judge import prompt_cost
+from progrpo.training.plan_judge import prompt_cost
 
 _FLOAT, _GB = 4, 1e9
 _AVERAGES = {"adamw": 2 * _FLOAT, "adamw_8bit": 2 * (1 + _FLOAT / 256)}  # bytes a weight; 256 share a scale

@@ -69,8 +69,8 @@ from progrpo.training.distributed import Ranks, lost_in_words
 from progrpo.training.equal_inputs import require_same_model, require_same_prompts, require_same_settings
 from progrpo.training.errors import Interrupted, MissingScoresError
 from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, evaluate, kl_to_reference, ode
-from progrpo.training.judge import prompt_cost
 from progrpo.training.measure import measured
+from progrpo.training.plan_judge import prompt_cost
 from progrpo.training.stopping import Stop
 from progrpo.training.torch_state import usual_torch
 from progrpo.training.trainer import Iteration, Trainer
@@ -410,7 +410,7 @@ class Run:
         self.folder, self.ranks, self.prompts, self._met = folder, ranks, parts.prompts, parts.met
         self.trainer = Trainer(self.config, self.policy, self.reward, parts.order, ranks)
         self.best: Best | None = None
-        self._pays: float | None = None
+        self._plan_value: float | None = None
         self._path = plan_path(self.trainer.plan)
         self._hacking, self._hacked = HackingWatch(self.config.watch.max_kl), False
         self._warnings: list[str] = []
@@ -497,7 +497,7 @@ class Run:
             state = {**state, "order": self.trainer.order.state_dict()}
         self.trainer.load_state_dict(state)
         self.best = None if state["best"] is None else Best(**state["best"])
-        self._pays, self._path = state["pays"], plan_path(self.trainer.plan)
+        self._plan_value, self._path = state["plan_value"], plan_path(self.trainer.plan)
         if "evaluation" not in changed:  # else there is nothing to compare with yet
             self._hacking.load_state_dict(state["hacking"])
         self._hacked, self._warnings = state["hacked"], list(state["warnings"])
@@ -614,18 +614,18 @@ class Run:
 
     def _say_of_plan(self, record: Mapping[str, Any], console: Console) -> None:
         """Once when the plan turns out not to pay, and whenever another one takes over."""
-        pays, path = record.get("plan/pays"), record.get("plan/path")
-        if pays is None or path is None:
+        value, path = record.get("plan/value"), record.get("plan/path")
+        if value is None or path is None:
             return
         if self.config.plan.adaptive and path != self._path:
             points = ", ".join(f"{p.keep} after step {p.step}" for p in self.trainer.plan.active_points())
             console.say(f"plan: groups of {' -> '.join(map(str, path))} from here on ({points or 'no prune point'})")
-        elif pays < 1 and (self._pays is None or self._pays >= 1):
+        elif value < 1 and (self._plan_value is None or self._plan_value >= 1):
             console.warn(
-                f"the plan {' -> '.join(map(str, path))} is expected to bring {pays:.2f} x the learning signal a second of plain"
+                f"the plan {' -> '.join(map(str, path))} is expected to bring {value:.2f} x the learning signal a second of plain"
                 " GRPO (plan.preset none); prune where previews rank better, preview cheaper, or set plan.adaptive"
             )
-        self._pays, self._path = pays, path
+        self._plan_value, self._path = value, path
 
     def _evaluate(self, when: str, weights: str, console: Console) -> None:
         """On the test prompts, for the summary."""
@@ -713,7 +713,12 @@ class Run:
         self._require_lock()
         start = time.perf_counter()
         best = None if self.best is None else asdict(self.best)
-        state = {**self.trainer.state_dict(), "best": best, "pays": self._pays, "wall_seconds": wall_seconds}
+        state = {
+            **self.trainer.state_dict(),
+            "best": best,
+            "plan_value": self._plan_value,
+            "wall_seconds": wall_seconds,
+        }
         state |= {"hacking": self._hacking.state_dict(), "hacked": self._hacked, "warnings": self._warnings}
         state |= {
             "prompts": self.prompts,
@@ -799,7 +804,7 @@ class Run:
                     "audit": asdict(totals.audited),
                 },
                 "plan": {
-                    "pays": self._pays,
+                    "value": self._plan_value,
                     "path": costs["path"],
                     "prune_steps": costs["prune_steps"],
                     "selector": config.plan.selector,

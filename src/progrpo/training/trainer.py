@@ -21,20 +21,20 @@ from progrpo.rewards.mixture import Failures, RewardMixture
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
-from progrpo.rollout.probe import lessons
+from progrpo.rollout.probe import probe_examples
 from progrpo.rollout.prune import SELECTORS
 from progrpo.rollout.rollout import rollout
-from progrpo.rollout.spread import ALONE, Together
+from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding
 from progrpo.rollout.waves import in_waves
 from progrpo.training import checks
 from progrpo.training.audit import Audit, audit
 from progrpo.training.build import objective_from, optimizer_from, previewing, sampling_from
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.errors import SelfCheckError
-from progrpo.training.judge import PlanJudge, plan_from, prompt_cost
 from progrpo.training.loss_scale import LossScale
 from progrpo.training.memory import halved, is_out_of_memory
 from progrpo.training.pictures import group_diversity
+from progrpo.training.plan_judge import PlanJudge, plan_from, prompt_cost
 from progrpo.training.update import learn_from, update
 from progrpo.training.watch import SelfChecks
 from progrpo.training.zero import PartitionedAdamW
@@ -194,9 +194,9 @@ class Trainer:
         return Iteration(record, rolled, found)
 
     @property
-    def _together(self) -> Together:
+    def _sharding(self) -> GroupSharding:
         """Those who sample a group."""
-        return self.ranks if self.config.prompts.split_groups else ALONE
+        return self.ranks if self.config.prompts.split_groups else NOT_SHARDED
 
     def within_memory(self, sample: Callable[[Meter], _Sampled], meter: Meter) -> _Sampled:
         """What `sample` gives, with half of `config`'s microbatch where memory runs out: noise knows whose it is, so it is the same."""
@@ -209,7 +209,7 @@ class Trainer:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if self._together.world > 1 or self.policy.attend:  # the others are in the midst of it
+                if self._sharding.world > 1 or self.policy.attend:  # the others are in the midst of it
                     raise SelfCheckError(
                         "out of memory while processes work together (model.shard, prompts.split_groups), so that one of them cannot"
                         " try again; lower sampling.microbatch"
@@ -224,7 +224,7 @@ class Trainer:
         def sample(reward: Scorer, places: Tensor, its_meter: Meter) -> Rollout:
             own = slots[places]
             chosen = [prompts[i] for i in own.tolist()]
-            parts = self.plan, sampling, self.select, key, its_meter, self.how, self._together
+            parts = self.plan, sampling, self.select, key, its_meter, self.how, self._sharding
             return rollout(self.policy, reward, chosen, own, *parts)
 
         return in_waves(sample, self.reward, len(slots), self.config.reward.waves, meter)
@@ -235,8 +235,8 @@ class Trainer:
         there = rolled.there_N.numpy()
         if (found := group_diversity(rolled.images_NHWC.numpy()[there], rolled.group_N.numpy()[there])) is not None:
             diverse.add("rollout/diversity", found * len(rolled.prompts), len(rolled.prompts))
-        together = self._together
-        experience, tally = learn_from(rolled, sampling, key, wanted, clip, self.ranks, weights, quorum, together)
+        sharding = self._sharding
+        experience, tally = learn_from(rolled, sampling, key, wanted, clip, self.ranks, weights, quorum, sharding)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.iteration)
         optim = self.config.optim
@@ -317,7 +317,7 @@ class Trainer:
         probe = self.how.probe
         if probe is None:
             return
-        new = lessons(rolled.trajectories, rolled.condition, rolled.ranking_N)
+        new = probe_examples(rolled.trajectories, rolled.condition, rolled.ranking_N)
         if found is not None:
             new |= found.lessons
         watched = self.ranks.gather([found.probe_agreement() if found is not None else None])
@@ -343,7 +343,7 @@ class Trainer:
         if verdict is None:
             return {}
         self.plan = verdict.plan
-        return {"plan/pays": verdict.pays, "plan/survivors": self.plan.survivors, "plan/path": verdict.path}
+        return {"plan/value": verdict.plan_value, "plan/survivors": self.plan.survivors, "plan/path": verdict.path}
 
     def _record(
         self, tally: Tally, meter: Meter, audited: Meter, found: Audit | None, seconds: float

@@ -23,7 +23,7 @@ from progrpo.packing import filled_up, of_update, of_whole_blocks
 from progrpo.policies.base import Policy
 from progrpo.policies.sharded import gathered
 from progrpo.rollout.denoise import Sampling
-from progrpo.rollout.spread import ALONE, Together
+from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.errors import SelfCheckError
 from progrpo.training.loss_scale import LossScale
@@ -58,25 +58,25 @@ def learn_from(
     ranks: Ranks,
     weights: Mapping[str, float],
     quorum: float = 0.0,
-    together: Together = ALONE,
+    sharding: GroupSharding = NOT_SHARDED,
 ) -> tuple[Experience, Tally]:
     """Every survivor whose reward is there, with its advantage; and what the rewards looked like.
 
     `weights` are those of the rewards that were mixed, by name. A group that misses the `quorum` is left out. Of groups that
-    processes sampled `together`, each knows all rewards, and learns from its own part.
+    groups are shared out (`sharding`), each knows all rewards, and learns from its own part.
     """
     num_groups, tally = len(rollout.prompts), Tally()
     finals = rollout.finalist_rewards_F, rollout.finalist_group_F
     told = _Rewarded(rollout.rewards_N, rollout.group_N, rollout.rewards_NR, *finals)
-    parts = together.gather([told])
-    own = torch.arange(len(told.rewards_N)) + sum(len(part.rewards_N) for part in parts[: together.rank])
+    parts = sharding.gather([told])
+    own = torch.arange(len(told.rewards_N)) + sum(len(part.rewards_N) for part in parts[: sharding.rank])
     whole = _Rewarded.joined(parts)
     rewards_N = with_quorum(whole.rewards_N, whole.group_N, num_groups, quorum)
     statistics = group_statistics(rewards_N, whole.group_N, num_groups)
     finalists = group_statistics(whole.finalist_rewards_F, whole.finalist_group_F, num_groups)
 
     def add_up(moments_3: Tensor) -> Tensor:
-        return ranks.sum(moments_3 / together.world).cpu()  # each knows what all of those together know
+        return ranks.sum(moments_3 / sharding.world).cpu()  # each knows what all of those together know
 
     scale = {"eps": objective.adv_eps, "clip_max": adv_clip_max}
     if objective.advantage == "gdpo":
@@ -105,7 +105,7 @@ def learn_from(
     if not rollout.previews:
         tally.add_finite("reward/group_std_full", finalists.std_P)
     tally.count("reward/missing", int((~rollout.finalist_rewards_F.isfinite()).sum()))
-    if together.rank == 0:  # what all know is counted once
+    if sharding.rank == 0:  # what all know is counted once
         tally.count("reward/skipped_groups", num_groups - len(whole.group_N[rewards_N.isfinite()].unique()))
         tally.count("advantage/zero_variance_groups", int((~taught.informative_P).sum()))
     experience = Experience(

@@ -1,4 +1,4 @@
-"""Whether a plan pays: the learning signal that it is expected to give for a second, against plain GRPO's.
+"""The value of a plan: the learning signal that it is expected to give per second, over plain GRPO's.
 
 Score-function estimators over k independent rewards have SNR^2 in proportion to k V, V being the variance of the kept rewards in
 units of all; so a plan is worth k V a prompt, from which k V / seconds follows. A subset is never worth more than the group

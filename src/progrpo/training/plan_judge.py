@@ -1,4 +1,4 @@
-"""Whether the run's plan pays, from what the run itself has measured, and which one would pay most."""
+"""The value of the run's plan, from what the run itself has measured, and the plan of the highest value."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from progrpo.config import Config, resolve_plan, trained_items
-from progrpo.rollout.payoff import Simulation, plans
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path, preset, unit_costs
+from progrpo.rollout.plan_value import Simulation, plans
 from progrpo.rollout.preview import Previewing
 from progrpo.rollout.prune import Selector
 from progrpo.types import Cost
@@ -32,9 +32,12 @@ def plan_from(state: Mapping[str, Any]) -> Plan:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`pays`: expected signal a second of the plan that was judged, over plain GRPO's (preset none); `plan` is what to go on with."""
+    """The judgement of a plan, and the `plan` to go on with.
 
-    pays: float
+    `plan_value` is the judged plan's expected signal per second, over plain GRPO's (preset none).
+    """
+
+    plan_value: float
     plan: Plan
     path: list[int]
 
@@ -64,17 +67,19 @@ class PlanJudge:
         steps = self.config.sampling.num_inference_steps
         none = preset("none", steps)
         simulation = Simulation.of(self._means(), max(plan.group_size, none.group_size))
-        plain = self._rate(simulation, none, select, how)
-        now = self._rate(simulation, plan, select, how)
+        plain = self._signal_per_second(simulation, none, select, how)
+        now = self._signal_per_second(simulation, plan, select, how)
         best = plan
         if self.config.plan.adaptive:
             least = resolve_plan(self.config).survivors
-            rates = {p: self._rate(simulation, p, select, how) for p in plans(plan.group_size, least, steps)}
+            rates = {
+                p: self._signal_per_second(simulation, p, select, how) for p in plans(plan.group_size, least, steps)
+            }
             leader = max(rates, key=lambda p: rates[p])
             best = leader if rates[leader] > _WORTH_A_CHANGE * now else plan
         return Verdict(now / plain, best, path(best))
 
-    def _rate(self, simulation: Simulation, plan: Plan, select: Selector, how: Previewing) -> float:
+    def _signal_per_second(self, simulation: Simulation, plan: Plan, select: Selector, how: Previewing) -> float:
         assert self.units is not None
         probed = how.probed([point.step for point in plan.active_points()])
         return simulation.signal(plan, select) / self.units.seconds(prompt_cost(self.config, plan, probed))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from progrpo.rollout.payoff import Simulation, pearson, plans
 from progrpo.rollout.plan import Plan, PrunePoint
+from progrpo.rollout.plan_value import Simulation, pearson, plans
 from progrpo.rollout.prune import SELECTORS
 
 OVF, UNIFORM = SELECTORS["ovf"], SELECTORS["uniform"]

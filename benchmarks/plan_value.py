@@ -1,6 +1,6 @@
-"""What a plan's gradient is worth, measured from gradients, beside what a run reckons with (plan/pays).
+"""What a plan's gradient is worth, measured from gradients, beside what a run reckons with (plan/value).
 
-    python benchmarks/payoff.py [--recipe quickstart] [--after 4] [--prompts 80] [--seeds 0 1 2] [--plans standard "24 -> 12 after 4"]
+    python benchmarks/plan_value.py [--recipe quickstart] [--after 4] [--prompts 80] [--seeds 0 1 2] [--plans standard "24 -> 12 after 4"]
                                 [--num-inference-steps 8] [--guidance-scale 1] [--window 3] [--ode-steps 1] [--json [FILE]]
 
 The policy is a recipe's after so many of its iterations (without `--recipe`: GRPO with a LoRA on `shapes-flow`, unpruned). Then groups
@@ -13,9 +13,9 @@ hashed to DIMS numbers with random signs, which keeps inner products. DGPO's wei
 
 signal      SNR^2 of a prompt over that of `none` (24 members, all trained on); standard error by the jackknife over all prompts
 bearing     cosine of the plan's mean gradient with the policy gradient: what is missing to 1 is bias, which no number of prompts averages out
-predicted   the same by progrpo.rollout.payoff, from the agreement of these previews with the final rewards
+predicted   the same by progrpo.rollout.plan_value, from the agreement of these previews with the final rewards
 seconds     of a prompt over those of `none`, by the plan's counts and the unit costs of the iterations before
-pays        signal over seconds, measured and predicted; a run writes the second as plan/pays
+pays        signal over seconds, measured and predicted; a run writes the second as plan/value
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from progrpo.recipes import load_recipe
 from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
-from progrpo.rollout.payoff import Simulation
 from progrpo.rollout.plan import Plan, PrunePoint, path, preset, unit_costs
+from progrpo.rollout.plan_value import Simulation
 from progrpo.rollout.preview import Previewing, preview, score
 from progrpo.rollout.prune import SELECTORS
 from progrpo.tracking.statistics import spearman
 from progrpo.training.build import policy_from, scorer_from, settled, train_order
 from progrpo.training.distributed import Ranks
-from progrpo.training.judge import prompt_cost
 from progrpo.training.measure import measured
+from progrpo.training.plan_judge import prompt_cost
 from progrpo.training.trainer import Trainer
 from progrpo.types import Prompt, Trajectories
 from progrpo.zoo.shapes import world

@@ -17,8 +17,8 @@ from progrpo.rollout.prune import Selector, survivors
 from progrpo.types import Trajectories
 
 
-class Together(Protocol):
-    """The processes that sample groups together."""
+class GroupSharding(Protocol):
+    """The processes that share the members of each group."""
 
     rank: int
     world: int
@@ -28,53 +28,53 @@ class Together(Protocol):
         ...
 
 
-class _Alone:
+class _NotSharded:
     rank, world = 0, 1
 
     def gather(self, items: list[Any]) -> list[Any]:
         return items
 
 
-ALONE: Together = _Alone()
+NOT_SHARDED: GroupSharding = _NotSharded()
 """A process that samples its groups whole."""
 
 
-def dealt(batch: Trajectories, together: Together) -> Trajectories:
+def own_share(batch: Trajectories, sharding: GroupSharding) -> Trajectories:
     """This process' share of whole groups: every world-th row."""
-    return batch.take(torch.arange(together.rank, len(batch), together.world))
+    return batch.take(torch.arange(sharding.rank, len(batch), sharding.world))
 
 
-def survivors_of_all(
+def sharded_survivors(
     batch: Trajectories,
     scores_N: Tensor,
     keep: int,
     select: Selector,
     seeds_P: Tensor,
     num_groups: int,
-    together: Together,
+    sharding: GroupSharding,
 ) -> Tensor:
     """Rows of this process' batch that `select` keeps of all processes' members, ascending."""
-    told = together.gather([(batch.group_N, batch.member_N, scores_N)])
+    told = sharding.gather([(batch.group_N, batch.member_N, scores_N)])
     group_M, member_M, scores_M = (torch.cat(parts) for parts in zip(*told, strict=True))
-    owner_M = torch.arange(together.world).repeat_interleave(torch.tensor([len(group) for group, _, _ in told]))
+    owner_M = torch.arange(sharding.world).repeat_interleave(torch.tensor([len(group) for group, _, _ in told]))
     order_M = _order(group_M, member_M)
     kept = order_M[survivors(group_M[order_M], scores_M[order_M], keep, select, seeds_P, num_groups)]
-    own = kept[owner_M[kept] == together.rank] - sum(len(group) for group, _, _ in told[: together.rank])
+    own = kept[owner_M[kept] == sharding.rank] - sum(len(group) for group, _, _ in told[: sharding.rank])
     return own.sort().values
 
 
-def shared_out(batch: Trajectories, together: Together) -> Trajectories:
+def rebalanced(batch: Trajectories, sharding: GroupSharding) -> Trajectories:
     """The same trajectories of all processes, moved from those that have more of them to those that have fewer.
 
     Numbers then differ by one at most. Rows stay prompt-major, members ascending.
     """
     parcels: dict[int, Trajectories] = {}
     left = len(batch)
-    for giver, taker, count in transfers(together.gather([left])):
-        if giver == together.rank:
+    for giver, taker, count in transfers(sharding.gather([left])):
+        if giver == sharding.rank:
             parcels[taker] = batch.take(torch.arange(left - count, left)).to("cpu")
             left -= count
-    received = [p[together.rank] for p in together.gather([parcels]) if together.rank in p]
+    received = [p[sharding.rank] for p in sharding.gather([parcels]) if sharding.rank in p]
     if not parcels and not received:
         return batch
     whole = join([batch.take(torch.arange(left)), *(part.to(batch.x_NCHW.device) for part in received)])

@@ -20,7 +20,7 @@ from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
 from progrpo.rollout.prune import SELECTORS, survivors
 from progrpo.rollout.rollout import rollout
-from progrpo.rollout.spread import ALONE, Together, dealt, shared_out, survivors_of_all, transfers
+from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding, own_share, rebalanced, sharded_survivors, transfers
 from progrpo.training.build import sampling_from
 from progrpo.types import Prompt, Rollout, Trajectories, Transition
 
@@ -81,9 +81,9 @@ def test_all_choose_together_what_one_would(selector, world):
     expected = [(g, m) for g, m in zip(batch.group_N[rows].tolist(), batch.member_N[rows].tolist(), strict=True)]
 
     def work(member: Member) -> Trajectories:
-        mine = dealt(batch, member)
-        own = survivors_of_all(mine, scores[member.rank :: world], 3, select, seeds, 3, member)
-        return shared_out(mine.take(own), member)
+        mine = own_share(batch, member)
+        own = sharded_survivors(mine, scores[member.rank :: world], 3, select, seeds, 3, member)
+        return rebalanced(mine.take(own), member)
 
     parts = each(world, work)
     found = [(g, m) for p in parts for g, m in zip(p.group_N.tolist(), p.member_N.tolist(), strict=True)]
@@ -111,15 +111,15 @@ def test_a_rollout_of_several_is_that_of_one(tiny_policy, world):
 
     policies = [tiny_policy() for _ in range(world)]  # not within threads, where libraries' tricks to load them collide
 
-    def sample(together: Together) -> tuple[Rollout, Meter]:
-        policy, meter = policies[together.rank], Meter()
+    def sample(sharding: GroupSharding) -> tuple[Rollout, Meter]:
+        policy, meter = policies[sharding.rank], Meter()
         sampling = sampling_from(config, policy, "transitions", 0)
         reward, select = mixture_of_one(FunctionReward(redness)), SELECTORS["ovf"]
-        rolled = rollout(policy, reward, prompts, slots, plan, sampling, select, key, meter, together=together)
+        rolled = rollout(policy, reward, prompts, slots, plan, sampling, select, key, meter, sharding=sharding)
         return rolled, meter
 
     config = Config(sampling=SamplingSettings(num_inference_steps=4, microbatch=1))  # one row a call: bit for bit
-    (one, alone_meter), parts = sample(ALONE), each(world, sample)
+    (one, alone_meter), parts = sample(NOT_SHARDED), each(world, sample)
     rows = sorted(
         (m, rewards, x)
         for rolled, _ in parts
