@@ -15,7 +15,7 @@ from progrpo.diffusion.levels import flow_levels
 from progrpo.diffusion.process import Process
 from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import load_policy
-from progrpo.rewards.base import Score
+from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
@@ -203,7 +203,7 @@ def test_as_many_steps_as_are_left_are_the_samplers_own_ode(family, tiny_policy,
 
 
 @dataclass
-class Counted:
+class Counted(Reward):
     """Mean brightness of each picture; it notes how many it was shown."""
 
     shown: list[int] = field(default_factory=list)
