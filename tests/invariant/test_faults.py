@@ -131,13 +131,9 @@ def without(rolled: Rollout, rows: torch.Tensor) -> Rollout:
     return replace(
         rolled,
         trajectories=rolled.trajectories.take(rows),
-        images_NHWC=rolled.images_NHWC[rows],
-        there_N=rolled.there_N[rows],
-        rewards_N=rolled.rewards_N[rows],
-        passed_N=rolled.passed_N[rows],
-        rewards_NR=rolled.rewards_NR[rows],
-        finalist_rewards_F=rolled.finalist_rewards_F[rows],
-        finalist_group_F=rolled.finalist_group_F[rows],
+        pictures=rolled.pictures.take(rows),
+        survivors=rolled.survivors.take(rows),
+        finalists=rolled.finalists.take(rows),
     )
 
 
@@ -164,7 +160,7 @@ def test_the_gradient_is_that_of_the_pictures_that_were_scored(
     )
     clean = tiny_trainer(config, tiny_policy(moved=0.1), reward=redness)
     full = roll(clean)
-    names = [name_of(picture) for picture in full.images_NHWC.numpy()]
+    names = [name_of(picture) for picture in full.pictures.images_NHWC.numpy()]
     assert len(set(names)) == SLOTS * GROUP
     lost = set(sorted(names)[: math.ceil(rate * len(names))])  # a hash's order is as good as a draw
     expected = gradients(clean, without(full, torch.tensor([i for i, n in enumerate(names) if n not in lost])))
@@ -173,7 +169,7 @@ def test_the_gradient_is_that_of_the_pictures_that_were_scored(
         faulty = tiny_trainer(config, tiny_policy(moved=0.1))
         faulty.reward = reward
         rolled = roll(faulty)
-        assert [n in lost for n in names] == rolled.rewards_N.isnan().tolist()
+        assert [n in lost for n in names] == rolled.survivors.value_N.isnan().tolist()
         found = gradients(faulty, rolled)
         failures = reward.failures()
     assert (failures.asked, failures.missing) == ({"mine": len(names)}, {"mine": len(lost)})
@@ -238,9 +234,9 @@ def test_a_group_below_its_quorum_teaches_nothing(tiny_trainer, tiny_config, red
     config = tiny_config(prompts=PromptSettings(per_iteration=2), plan=EVERYONE, optim=OptimSettings(max_grad_norm=1e9))
     trainer = tiny_trainer(config)
     full = roll(trainer)
-    rewards = full.rewards_N.clone()
+    rewards = full.survivors.value_N.clone()
     rewards[: GROUP // 2 + 1] = math.nan  # of the first group fewer than half are left
     second = torch.arange(GROUP, 2 * GROUP)
-    lost = replace(full, rewards_N=rewards)
+    lost = replace(full, survivors=replace(full.survivors, value_N=rewards))
     found, expected = gradients(trainer, lost), gradients(tiny_trainer(config), without(full, second))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

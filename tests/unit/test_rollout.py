@@ -203,9 +203,9 @@ def test_a_rollout_records_what_it_did(tiny_trainer, tiny_config, prompts):
     parts = plan, sampling, SELECTORS["ovf"], NoiseKey(0, 0), meter
     rolled = rollout(trainer.policy, trainer.reward, asked, torch.tensor([0, 1]), *parts)
     assert rolled.prompts == tuple(asked) and rolled.group_N.tolist() == [0, 0, 1, 1]
-    assert len(rolled.images_NHWC) == len(rolled.rewards_N) == 4
-    assert rolled.finalist_group_F.tolist() == [0] * 3 + [1] * 3 and rolled.passed_N.isnan().all()
-    assert set(rolled.rewards_N.tolist()) <= set(rolled.finalist_rewards_F.tolist())
+    assert len(rolled.pictures.images_NHWC) == len(rolled.survivors.value_N) == 4
+    assert rolled.finalists.group_N.tolist() == [0] * 3 + [1] * 3 and rolled.survivors.passed_N.isnan().all()
+    assert set(rolled.survivors.value_N.tolist()) <= set(rolled.finalists.value_N.tolist())
     (only,) = rolled.previews  # the point that keeps everyone previews nothing
     assert only.step == 1 and only.scores_N.shape == (8,)
     assert [t.step for t in rolled.trajectories.path] == [0, 1, 2]

@@ -14,30 +14,38 @@ from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.noise import NoiseKey
 from progrpo.training.distributed import Ranks
 from progrpo.training.update import _parts, learn_from, update
-from progrpo.types import Condition, Preview, Prompt, Rollout, Trajectories
+from progrpo.types import Condition, GroupScores, Pictures, Preview, Prompt, Rollout, Trajectories
 
 NAN = float("nan")
 EPS = 1e-4
 SAMPLING = Sampling(Process("flow", "flow_grpo", flow_levels(torch.tensor([1.0, 0.8, 0.5, 0.0])), (0.7, 0.7, 0.7)))
 
 
+def scored(rewards, groups, passed=None, parts=None):
+    reward = torch.tensor(rewards, dtype=torch.float64)
+    return GroupScores(
+        value_N=reward,
+        ranking_N=reward,
+        passed_N=torch.tensor(passed or [NAN] * len(reward), dtype=torch.float64),
+        rewards_NR=reward[:, None] if parts is None else torch.tensor(parts, dtype=torch.float64),
+        group_N=torch.tensor(groups),
+    )
+
+
 def rolled(rewards, groups, finalists=None, finalist_groups=None, previews=(), passed=None, parts=None):
     """A rollout of these rewards; the finalists are the survivors if not said otherwise."""
     group = torch.tensor(groups)
     rows = torch.arange(len(group))
-    reward = torch.tensor(rewards, dtype=torch.float64)
+    survivors = scored(rewards, groups, passed, parts)
     return Rollout(
         prompts=tuple(Prompt(str(g)) for g in range(max(groups) + 1)),
         condition=Condition({}),
         trajectories=Trajectories(group, group, rows, rows.float().reshape(-1, 1, 1, 1)),
-        images_NHWC=torch.zeros(len(group), 2, 2, 3, dtype=torch.uint8),
-        there_N=torch.ones(len(group), dtype=torch.bool),
-        rewards_N=reward,
-        ranking_N=reward,
-        passed_N=torch.tensor(passed or [NAN] * len(group), dtype=torch.float64),
-        rewards_NR=reward[:, None] if parts is None else torch.tensor(parts, dtype=torch.float64),
-        finalist_rewards_F=reward if finalists is None else torch.tensor(finalists, dtype=torch.float64),
-        finalist_group_F=group if finalist_groups is None else torch.tensor(finalist_groups),
+        pictures=Pictures(
+            torch.zeros(len(group), 2, 2, 3, dtype=torch.uint8), torch.ones(len(group), dtype=torch.bool)
+        ),
+        survivors=survivors,
+        finalists=survivors if finalists is None else scored(finalists, finalist_groups),
         previews=previews,
     )
 

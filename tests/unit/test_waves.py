@@ -66,8 +66,9 @@ def tensors(rolled: Rollout) -> dict[str, Tensor]:
     for t in living.path:
         of_step = {"x": t.x_NCHW, "x_next": t.x_next_NCHW, "log_prob": t.log_prob_N, "mean": t.mean_NCHW}
         found |= {f"{name} {t.step}": rows for name, rows in of_step.items() if rows is not None}
-    for name in ("images_NHWC", "rewards_N", "passed_N", "finalist_rewards_F", "finalist_group_F"):
-        found[name] = getattr(rolled, name)
+    found["pictures"] = rolled.pictures.images_NHWC
+    for kind in ("survivors", "finalists"):
+        found |= {f"{kind} {name}": rows for name, rows in vars(getattr(rolled, kind)).items()}
     for step in {p.step for p in rolled.previews}:
         there = [p for p in rolled.previews if p.step == step]
         for name in ("group_N", "member_N", "scores_N", "kept_N"):
@@ -88,7 +89,7 @@ def test_waves_change_nothing(roll, redness, prompts, waves):
         assert torch.equal(rows.nan_to_num(-1.0), other[name].nan_to_num(-1.0)), name
     assert (
         parted.group_N.tolist() == [0, 0, 1, 1, 2, 2]
-        and parted.finalist_group_F.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+        and parted.finalists.group_N.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     )
     assert len(parted.previews) == min(waves, 3)
 
@@ -147,7 +148,7 @@ def test_while_one_wave_is_scored_another_samples(roll, policy, monkeypatch, wav
     reward = WaitsForAnother(callers)
     rolled = roll(reward, waves, Meter())
     assert reward.met
-    assert len(set(callers)) == waves and rolled.rewards_N.isfinite().all()
+    assert len(set(callers)) == waves and rolled.survivors.value_N.isfinite().all()
 
 
 def test_all_rewards_may_be_under_way_at_once(roll):
@@ -158,7 +159,7 @@ def test_all_rewards_may_be_under_way_at_once(roll):
             together.wait(PATIENCE)
             return [Score(float(np.mean(p))) for p in pictures_NHWC]
 
-    assert len(roll(Meets(), 3, Meter()).rewards_N) == 6
+    assert len(roll(Meets(), 3, Meter()).survivors.value_N) == 6
 
 
 def test_networks_never_run_at_the_same_time(roll, redness, policy, monkeypatch):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from progrpo.diffusion.process import Process
 from progrpo.policies.base import Policy
-from progrpo.types import Condition, Trajectories
+from progrpo.types import Condition, Rows, Trajectories
 
 
 class Noise(Protocol):
@@ -23,7 +23,7 @@ class Noise(Protocol):
 
 
 @dataclass(frozen=True)
-class Experience:
+class Experience(Rows):
     """N finished trajectories with their advantages, and the process that they were sampled by.
 
     `condition` has one row a prompt, found by `trajectories.group_N`; the final latents are `trajectories.x_NCHW` and the stored transitions its `path`.
@@ -33,24 +33,15 @@ class Experience:
 
     trajectories: Trajectories
     advantages_N: Tensor
-    condition: Condition
-    process: Process
-    noise: Noise
-    guidance_scale: float = 1.0
+    condition: Condition = field(metadata=Rows.FOR_ALL)
+    process: Process = field(metadata=Rows.FOR_ALL)
+    noise: Noise = field(metadata=Rows.FOR_ALL)
+    guidance_scale: float = field(default=1.0, metadata=Rows.FOR_ALL)
     before_ND: Tensor | None = None
     size_N: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.trajectories)
-
-    def take(self, rows: Tensor) -> Experience:
-        return replace(
-            self,
-            trajectories=self.trajectories.take(rows),
-            advantages_N=self.advantages_N[rows],
-            before_ND=None if self.before_ND is None else self.before_ND[rows],
-            size_N=None if self.size_N is None else self.size_N[rows],
-        )
 
     @property
     def attached(self) -> bool:

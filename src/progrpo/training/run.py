@@ -610,7 +610,7 @@ class Run:
                 self.folder.write_audit(done.audit.record(done.record["iteration"]), done.audit.pictures_GSHWC)
         if self._due(self.config.checkpoint.every):
             with self._aside("writing samples", console):
-                self.folder.save_samples(done.record["iteration"], done.rollout.images_NHWC[:32].numpy())
+                self.folder.save_samples(done.record["iteration"], done.rollout.pictures.images_NHWC[:32].numpy())
 
     def _say_of_plan(self, record: Mapping[str, Any], console: Console) -> None:
         """Once when the plan turns out not to pay, and whenever another one takes over."""

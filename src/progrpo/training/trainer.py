@@ -232,8 +232,10 @@ class Trainer:
     def _update(self, rolled: Rollout, sampling: Sampling, key: NoiseKey, meter: Meter) -> Tally:
         wanted, clip = self.config.objective, self.objective.adv_clip_max
         weights, quorum, diverse = self.reward.weights, self.config.reward.quorum, Tally()
-        there = rolled.there_N.numpy()
-        if (found := group_diversity(rolled.images_NHWC.numpy()[there], rolled.group_N.numpy()[there])) is not None:
+        there = rolled.pictures.there_N.numpy()
+        if (
+            found := group_diversity(rolled.pictures.images_NHWC.numpy()[there], rolled.group_N.numpy()[there])
+        ) is not None:
             diverse.add("rollout/diversity", found * len(rolled.prompts), len(rolled.prompts))
         sharding = self._sharding
         experience, tally = learn_from(rolled, sampling, key, wanted, clip, self.ranks, weights, quorum, sharding)
@@ -294,8 +296,8 @@ class Trainer:
 
     def _observe(self, slots: Tensor, rolled: Rollout) -> None:
         """Tell the order how far each group's rewards differed, on every process the same."""
-        slot_F = slots[rolled.finalist_group_F]
-        told = self.ranks.gather([(rolled.finalist_rewards_F, slot_F)])
+        slot_F = slots[rolled.finalists.group_N]
+        told = self.ranks.gather([(rolled.finalists.value_N, slot_F)])
         rewards, slot = (torch.cat(parts) for parts in zip(*told, strict=True))
         found = group_statistics(rewards, slot, self.config.prompts.per_iteration)
         self.order.observe(self.iteration, found.std_P.where(found.count_P >= 2, torch.nan).tolist())
@@ -317,7 +319,7 @@ class Trainer:
         probe = self.how.probe
         if probe is None:
             return
-        new = probe_examples(rolled.trajectories, rolled.condition, rolled.ranking_N)
+        new = probe_examples(rolled.trajectories, rolled.condition, rolled.survivors.ranking_N)
         if found is not None:
             new |= found.lessons
         watched = self.ranks.gather([found.probe_agreement() if found is not None else None])
