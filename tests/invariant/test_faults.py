@@ -112,7 +112,7 @@ def roll(trainer: Any) -> Rollout:
 
 def gradients(trainer: Any, rolled: Rollout) -> list[torch.Tensor]:
     """What the optimizer is given."""
-    key, wanted, clip = NoiseKey(0, 0), trainer.config.objective, trainer.objective.adv_clip_max
+    key, wanted, clip = NoiseKey(0, 0), trainer.config.objective, trainer.objective.settings.adv_clip_max
     parts = rolled, trainer.sampling, key, wanted, clip, trainer.ranks, trainer.reward.weights
     experience, _ = learn_from(*parts, quorum=0.5)
     found: list[torch.Tensor] = []

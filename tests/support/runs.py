@@ -116,7 +116,7 @@ def first_experience(trainer: Any) -> Any:
     prompts, parts = trainer.order.prompts_for(0, count), (trainer.plan, trainer.sampling, trainer.select)
     key = NoiseKey(trainer.config.seed, 0)
     rolled = rollout(trainer.policy, trainer.reward, prompts, torch.arange(count), *parts, key, Meter())
-    wanted, clip = trainer.config.objective, trainer.objective.adv_clip_max
+    wanted, clip = trainer.config.objective, trainer.objective.settings.adv_clip_max
     return learn_from(rolled, trainer.sampling, key, wanted, clip, trainer.ranks, trainer.reward.weights)[0]
 
 

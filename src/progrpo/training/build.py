@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,11 +30,8 @@ from progrpo.diffusion.process import Process
 from progrpo.diffusion.samplers import SAMPLERS
 from progrpo.messages import named
 from progrpo.objectives.advantage import normalised_sum
-from progrpo.objectives.awm import AWM
-from progrpo.objectives.base import Needs, Objective
-from progrpo.objectives.dgpo import DGPO
-from progrpo.objectives.grpo import GRPO
-from progrpo.objectives.nft import NFT
+from progrpo.objectives.base import Objective
+from progrpo.objectives.settings import Stored, load_objective
 from progrpo.policies.base import Policy, PolicySettings
 from progrpo.policies.load import BUILT_IN, fastest_dtype, load_policy, quiet
 from progrpo.policies.pipeline import BUILT_IN_DECODER
@@ -59,16 +56,6 @@ from progrpo.zoo import WEIGHTS
 from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.judge import load_judge
 
-OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
-    "grpo": lambda c: GRPO(**asdict(c.grpo)),
-    "nft": lambda c: NFT(**asdict(c.nft)),
-    "awm": lambda c: AWM(**asdict(c.awm)),
-    "dgpo": lambda c: DGPO(**asdict(c.dgpo)),
-}
-
-
-_GUARD_CLIP_OF_ALL = 2e-6 * 16 * 64 * 64  # GRPO-Guard's on SD3.5 (arXiv 2510.22319), over the dims of its latents
-
 
 def sampler_for(sampling: SamplingSettings, policy: Policy) -> str:
     """The sampler's name; ValueError for one that this kind of model has not."""
@@ -84,17 +71,10 @@ def sampler_for(sampling: SamplingSettings, policy: Policy) -> str:
 
 def objective_from(config: Config, policy: Policy) -> Objective:
     """The objective, with the clip range that was published with the sampler where none is given."""
-    wanted, sampler = config.objective, SAMPLERS[sampler_for(config.sampling, policy)]
-    if wanted.name == "grpo" and wanted.grpo.kl_form == "flow_grpo" and not sampler.flow_only:
-        raise ValueError(
-            "objective.grpo.kl_form: flow_grpo needs a flow model's diffusion rate; take exact for this sampler"
-        )
-    if wanted.grpo.clip_range is None:
-        dims = math.prod(policy.latent_shape)
-        guarded = wanted.grpo.ratio == "guard"
-        clip_range = _GUARD_CLIP_OF_ALL / dims if guarded else sampler.clip_range_for(dims)
-        wanted = replace(wanted, grpo=replace(wanted.grpo, clip_range=clip_range))
-    return OBJECTIVES[wanted.name](wanted)
+    sampler = SAMPLERS[sampler_for(config.sampling, policy)]
+    settings = config.objective.loss.for_sampler(sampler, math.prod(policy.latent_shape))
+    objective: Objective = load_objective(config.objective.name)(settings)
+    return objective
 
 
 def optimizer_from(wanted: OptimSettings, parameters: Iterable[nn.Parameter], zero: Zero | None = None) -> Optimizer:
@@ -294,8 +274,8 @@ def _is_run(folder: Path) -> bool:
     return os.path.isfile(folder / "config.json") and os.path.isfile(folder / "summary.json")
 
 
-def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) -> Sampling:
-    """How an iteration samples: stochastic where its window lies, storing what an objective needs of the trained steps."""
+def sampling_from(config: Config, policy: Policy, stores: Stored, iteration: int) -> Sampling:
+    """How an iteration samples: stochastic where its window lies, storing what an objective stores of the trained steps."""
     wanted, stochastic = config.sampling, stochastic_steps(config, iteration)
     if wanted.guidance_scale > 1 and wanted.embedded_guidance != policy.embeds_guidance:
         raise ValueError(
@@ -319,7 +299,7 @@ def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) 
     return Sampling(
         process=process,
         stored_steps=frozenset(trained),
-        stored_means=needs == "means",
+        stored_means=stores == "means",
         same_latent=wanted.same_latent,
         latent_dtype=getattr(torch, wanted.latent_dtype),
         guidance_scale=wanted.guidance_scale,

@@ -22,7 +22,7 @@ from progrpo.rewards.base import Reward
 from progrpo.rewards.settings import REWARDS
 from progrpo.rollout.plan import Plan
 from progrpo.rollout.preview import DECODED
-from progrpo.training.build import OBJECTIVES, model_settings
+from progrpo.training.build import model_settings
 from progrpo.training.plan_judge import prompt_cost
 
 _FLOAT, _GB = 4, 1e9
@@ -108,15 +108,14 @@ def sizes_for(config: Config) -> Sizes:
 
 
 def _memory(config: Config, plan: Plan, found: Sizes, processes: int) -> dict[str, dict[str, float]]:
-    objective = OBJECTIVES[config.objective.name](config.objective)
-    reference = config.model.weights == "lora" or objective.uses_reference
-    copies = len(objective.averages) + reference + (config.optim.ema_decay > 0) + config.eval.keep_best
+    loss = config.objective.loss
+    reference = config.model.weights == "lora" or loss.uses_reference
+    copies = len(loss.averages) + reference + (config.optim.ema_decay > 0) + config.eval.keep_best
     shared = processes if config.model.shard else 1  # a LoRA stays whole everywhere
     trained = _FLOAT * found.trained / (shared if config.model.weights == "full" else 1)
     prompts = -(-config.prompts.per_iteration // processes)
     latents = {
-        name: prompts * found.latent * of_one
-        for name, of_one in _latents(config, plan, objective.needs == "means").items()
+        name: prompts * found.latent * of_one for name, of_one in _latents(config, plan, loss.stores == "means").items()
     }
     always = {
         "frozen weights": found.frozen_bytes / shared,
@@ -286,13 +285,5 @@ def flops_by_stage(config: Config, plan: Plan, found: Sizes) -> Mapping[str, flo
     return {
         "sampling": cost.nfe * found.call_flops,
         "decoding": cost.decodes * found.decode_flops,
-        "update": rows * (found.train_flops + _others(config) * found.call_flops),
+        "update": rows * (found.train_flops + config.objective.loss.extra_forwards * found.call_flops),
     }
-
-
-def _others(config: Config) -> int:
-    """Passes of a trained item under other weights: the reference's, and an average's."""
-    wanted = config.objective
-    own = getattr(wanted, wanted.name)
-    pulls = {"grpo": 0, "nft": 1, "awm": int(wanted.awm.average_beta > 0), "dgpo": 1}[wanted.name]
-    return pulls + int(own.kl_beta > 0 or wanted.name == "dgpo")

@@ -147,7 +147,7 @@ def update(
             try:
                 ready = experience if prepared else objective.prepare(policy, experience, packing.microbatch, parts)
                 share = ready.take((_parts(ready, parts) == part).nonzero().flatten())
-                per_trajectory = objective.items_per_trajectory(share)
+                per_trajectory = objective.settings.items_per_trajectory(len(share.trajectories.path))
                 telling = share.take(share.advantages_N.nonzero().flatten())
                 if counted is None:
                     sizes = torch.tensor([len(share) * per_trajectory, len(telling)], dtype=torch.float64)
@@ -230,7 +230,7 @@ def _parts(experience: Experience, parts: int) -> Tensor:
 def _accumulate(
     policy: Policy, objective: Objective, experience: Experience, everywhere: float, packing: Packing
 ) -> Tally:
-    tally, per_trajectory = Tally(), objective.items_per_trajectory(experience)
+    tally, per_trajectory = Tally(), objective.settings.items_per_trajectory(len(experience.trajectories.path))
     count = len(experience) * per_trajectory
     if experience.attached:
         # a graph spans one transition of every trajectory, and its ratios are 1 by construction: some are computed anew
