@@ -214,7 +214,7 @@ def _check_parted(config: Config) -> None:
 def _check_split_groups(config: Config) -> None:
     """What looks at a whole group while it is sampled or trained cannot have a part of it."""
     whole = {
-        "objective.name dgpo": config.objective.name == "dgpo",
+        f"objective.name {config.objective.name}": config.objective.loss.whole_groups,
         "objective.advantage gdpo": config.objective.advantage == "gdpo",
         "preview.probe": config.preview.probe,
         "optim.reuse_rollout": config.optim.reuse_rollout,
@@ -279,7 +279,7 @@ def microbatch(part: SamplingSettings | OptimSettings) -> int:
 
 def trains_transitions(config: Config) -> bool:
     """Whether the objective trains stochastic steps, and not only final latents."""
-    return config.objective.name == "grpo"
+    return config.objective.loss.trains_transitions
 
 
 def stochastic_steps(config: Config, iteration: int) -> range:
@@ -295,10 +295,7 @@ def trained_steps(config: Config, iteration: int) -> range:
 
 def trained_items(config: Config) -> int:
     """What is trained of a trajectory, in every iteration: transitions, or draws of a noise level."""
-    if trains_transitions(config):
-        return len(trained_steps(config, 0))
-    draws: int = getattr(config.objective, config.objective.name).draws
-    return draws
+    return config.objective.loss.items_per_trajectory(len(trained_steps(config, 0)))
 
 
 GPU = Literal["h200", "h100", "a100-80gb", "a100-40gb", "l40s", "a6000", "rtx5090", "rtx4090", "rtx3090", "l4"]
