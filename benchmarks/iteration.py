@@ -190,7 +190,7 @@ class Bare:
         calls, items = microbatch(self.config.sampling), microbatch(self.config.optim)
         decoded = min(calls, DECODED)
         latents = torch.randn(decoded, *self.policy.latent_shape).to(self.policy.device)
-        groups, pictures = self.rolled.group_N[:DECODED], self.rolled.images_NHWC[:DECODED].numpy()
+        groups, pictures = self.rolled.group_N[:DECODED], self.rolled.pictures.images_NHWC[:DECODED].numpy()
         asked = [self.prompts[g] for g in groups]
         probe, told, group = Probe(1), text_features(self.condition), torch.arange(calls) * len(self.prompts) // calls
         seen = latent_features(torch.randn(calls, *self.policy.latent_shape))

@@ -116,7 +116,7 @@ class Bench:
     def gradient(self, of: Experience) -> Tensor:
         """Of the loss over these members, of all trained weights in a row."""
         ready = self.objective.prepare(self.trainer.policy, of, LARGEST, updates=1)
-        items = torch.arange(len(of) * self.objective.items_per_trajectory(ready))
+        items = torch.arange(len(of) * self.objective.settings.items_per_trajectory(len(ready.trajectories.path)))
         self.objective.loss(self.trainer.policy, ready, items).total.backward()
         none = torch.zeros(())
         parts = [(none.expand(p.shape) if p.grad is None else p.grad).flatten().float() for p in self.trained]
@@ -239,7 +239,7 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
         for slot, prompt in enumerate(world.sample_prompts("validation", wanted.prompts, seed)):
             members = bench.group(prompt, slot, seed)
             for name, plan in {"full": Plan(LARGEST), **named}.items():
-                of_seed[name].append(gradient_of(plan, members, trainer.objective.adv_clip_max))
+                of_seed[name].append(gradient_of(plan, members, trainer.objective.settings.adv_clip_max))
             agreements.append([spearman(seen.numpy(), members.final_G.numpy()) for seen in members.seen_TG])
             if slot % 20 == 19:
                 print(f"seed {seed}: {slot + 1} prompts", file=sys.stderr, flush=True)

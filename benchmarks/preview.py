@@ -26,7 +26,8 @@ from progrpo.config import Config, ModelSettings, ObjectiveSettings, PreviewSett
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Reward
 from progrpo.rewards.load import load_reward
-from progrpo.rewards.mix import alone
+from progrpo.rewards.mixture import mixture_of_one
+from progrpo.rewards.settings import RewardTerm
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -116,7 +117,12 @@ def measured(model: str, wanted: argparse.Namespace) -> dict[str, Any]:
     config = settled(config, ranks)
     policy = policy_from(config.model, policy_context(config, ranks))
     sampling = sampling_from(config, policy, objective_from(config, policy).needs, 0)
-    bench = Bench(policy, alone(load_reward("shapes")), replace(sampling, stored_steps=frozenset()), wanted.group_size)
+    bench = Bench(
+        policy,
+        mixture_of_one(load_reward(RewardTerm("shapes"))),
+        replace(sampling, stored_steps=frozenset()),
+        wanted.group_size,
+    )
     by_seed = []
     for seed in wanted.seeds:
         by_seed.append(bench.measure(wanted.groups, seed, bench.probes(wanted.probe_groups, seed)))

@@ -17,9 +17,10 @@ import progrpo
 from progrpo.config import AuditSettings, ModelSettings, PreviewSettings
 from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import policy_from_pipeline
-from progrpo.rewards.base import Score
+from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mix import Mixture, Term, alone
+from progrpo.rewards.mixture import Component, RewardMixture, mixture_of_one
+from progrpo.rewards.settings import RewardTerm
 from progrpo.rollout.preview import decoded
 from progrpo.rollout.probe import Probe, ProbeExample
 from progrpo.training.checks import check_failures
@@ -103,13 +104,13 @@ def test_a_decoder_that_overflows_is_named_with_the_dtype(tiny_pipeline):
 def test_no_reward_sees_it_and_its_scores_are_missing_and_counted():
     seen = []
 
-    class Noting:
+    class Noting(Reward):
         def score(self, pictures_NHWC, prompts):
             seen.append([p.text for p in prompts])
             return [Score(float(p.text), True) for p in prompts]
 
-    gated = Term("gated", Noting(), needs="plain", at_least=2.0)
-    mixture = Mixture([Term("plain", Noting()), gated])
+    gated = Component(RewardTerm("gated", needs="plain", at_least=2.0), Noting())
+    mixture = RewardMixture([Component(RewardTerm("plain"), Noting()), gated])
     prompts = [Prompt(str(i)) for i in range(4)]
     there_N = torch.tensor([True, False, True, True])
     scores = mixture.score(np.zeros((4, 2, 2, 3), np.uint8), prompts, torch.zeros(4, dtype=torch.int64), there_N, "why")
@@ -236,7 +237,7 @@ def test_an_evaluation_without_some_pictures_is_of_the_others(tiny_policy, monke
             return [True] * len(prompts)
 
     def measured():
-        reward, held_out = alone(FunctionReward(redness)), alone(FunctionReward(redness), "other")
+        reward, held_out = mixture_of_one(FunctionReward(redness)), mixture_of_one(FunctionReward(redness), "other")
         prompts = [Prompt(text) for text in ("red cat", "blue dog", "green bird")]
         sampling = ode(policy, 2, 1.0, 64)
         return evaluate(policy, reward, Judge(), prompts, sampling, 0, Ranks(), diverse=2, held_out=held_out)

@@ -37,7 +37,7 @@ from progrpo.policies.settings import ModelSettings
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.policies.sharded import gathered
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mix import alone
+from progrpo.rewards.mixture import mixture_of_one
 from progrpo.training.distributed import Ranks
 from progrpo.training.trainer import Trainer
 from progrpo.types import Prompt
@@ -80,7 +80,7 @@ def trained(model, config, reward):
     policy = policy_from_pipeline(DiffusionPipeline.from_pretrained(model), config.model, context)
     policy.batch_invariant = not config.model.shard  # as on GPUs
     order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
-    trainer = Trainer(config, policy, alone(FunctionReward(reward)), order, Ranks())
+    trainer = Trainer(config, policy, mixture_of_one(FunctionReward(reward)), order, Ranks())
     survivors, records = [], []
     for i in range(config.iterations):
         done = trainer.step()

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from progrpo.config import GRPOSettings, ObjectiveSettings, OptimSettings, PlanSettings, SamplingSettings
+from progrpo.config import ObjectiveSettings, OptimSettings, PlanSettings, SamplingSettings
 from progrpo.objectives.base import Experience, Loss, Objective
 from progrpo.objectives.grpo import GRPO
+from progrpo.objectives.settings import GRPOSettings
 from progrpo.training.checks import SelfCheckError, check_ratio, rounding_between, rounding_of_ratio
 
 CLIP_RANGE = 3e-3
@@ -20,8 +21,8 @@ Rollouts = Callable[[float], Experience]
 
 
 def losses(policy: Any, experience: Experience, microbatch: int, objective: Objective | None = None) -> list[Loss]:
-    objective = objective or GRPO(CLIP_RANGE)
-    items = torch.arange(len(experience) * objective.items_per_trajectory(experience))
+    objective = objective or GRPO(GRPOSettings(clip_range=CLIP_RANGE))
+    items = torch.arange(len(experience) * objective.settings.items_per_trajectory(len(experience.trajectories.path)))
     with torch.no_grad():
         return [objective.loss(policy, experience, part) for part in items.split(microbatch)]
 
@@ -37,7 +38,7 @@ def trainer(tiny_trainer, tiny_config):
 
 def allowed(policy: Any, clip_range: float = CLIP_RANGE) -> float:
     """A run's own bound: a hundredth of the clip range, and rounding where this processor's kernels differ by shape."""
-    return max(clip_range / 100, rounding_between(policy, GRPO(clip_range)))
+    return max(clip_range / 100, rounding_between(policy, GRPO(GRPOSettings(clip_range=clip_range))))
 
 
 def seen(policy: Any, rollouts: Rollouts, microbatches: tuple[int, ...]) -> tuple[float, float]:

@@ -29,6 +29,7 @@ from progrpo.config import (
     config_to_json,
 )
 from progrpo.objectives.grpo import GRPO
+from progrpo.objectives.settings import GRPOSettings
 from progrpo.rewards.base import Refusal
 from progrpo.storage import load_state
 from progrpo.tracking.lock import only_writer
@@ -343,7 +344,9 @@ def test_many_small_microbatches_are_one_large(tiny_trainer, tiny_config, tiny_p
         start = {name: p.detach().clone() for name, p in policy.trainable.items()}
         descent = torch.optim.SGD(policy.trainable.values(), lr=1.0)
         experience = first_experience(tiny_trainer(tiny_config(), policy))
-        update(policy, GRPO(3e-3), descent, experience, OptimSettings(microbatch=size), Ranks())
+        update(
+            policy, GRPO(GRPOSettings(clip_range=3e-3)), descent, experience, OptimSettings(microbatch=size), Ranks()
+        )
         moves.append(torch.cat([(p.detach() - start[name]).flatten() for name, p in policy.trainable.items()]))
     assert moves[1].norm() > 0
     assert (moves[0] - moves[1]).norm() <= 1e-5 * moves[1].norm()

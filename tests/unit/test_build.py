@@ -23,7 +23,6 @@ from progrpo.config import (
 from progrpo.objectives.grpo import GRPO
 from progrpo.policies.load import fastest_dtype, policy_from_pipeline
 from progrpo.training.build import (
-    OBJECTIVES,
     located,
     objective_from,
     policy_context,
@@ -82,7 +81,7 @@ def test_a_window_is_stochastic_and_stored_and_the_rest_follows_the_ode(tiny_pol
         ),
         objective=ObjectiveSettings(grpo=GRPOSettings(ratio=ratio)),
     )
-    needs = OBJECTIVES["grpo"](config.objective).needs
+    needs = config.objective.loss.stores
     sampling = sampling_from(config, tiny_policy(), needs, iteration=2)
     assert sampling.process.noise_levels == (0, 0, 0.7, 0.7, 0, 0) and sampling.stored_steps == {2, 3}
     assert sampling.stored_means == (ratio == "guard")
@@ -236,7 +235,7 @@ def test_clip_ranges_by_sampler_and_by_ratio(policy_of, sampler, clip_of_all):
 def test_flow_grpos_kl_needs_a_diffusion_rate(policy_of):
     config = configured({"kl_form": "flow_grpo"})
     objective = objective_from(config, policy_of("sd3"))
-    assert isinstance(objective, GRPO) and objective.kl_form == "flow_grpo"
+    assert isinstance(objective, GRPO) and objective.settings.kl_form == "flow_grpo"
     for family, sampler in (("sd", "auto"), ("sdxl", "cps"), ("sd3", "ddim")):
         chosen = configured({"kl_form": "flow_grpo"}, sampler=sampler)
         with pytest.raises(ValueError) as refused:
@@ -245,4 +244,4 @@ def test_flow_grpos_kl_needs_a_diffusion_rate(policy_of):
             "objective.grpo.kl_form: flow_grpo needs a flow model's diffusion rate; take exact for this sampler"
         )
     other = replace(config, objective=replace(config.objective, name="nft"))
-    assert objective_from(other, policy_of("sd")).needs == "latents"  # which has no such term
+    assert objective_from(other, policy_of("sd")).settings.stores == "latents"  # which has no such term

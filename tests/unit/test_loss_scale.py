@@ -9,6 +9,7 @@ import torch
 
 from progrpo.config import ModelSettings, ObjectiveSettings, OptimSettings
 from progrpo.objectives.grpo import GRPO
+from progrpo.objectives.settings import GRPOSettings
 from progrpo.training.distributed import Ranks
 from progrpo.training.loss_scale import LossScale
 from progrpo.training.update import update
@@ -88,7 +89,9 @@ def test_a_gradient_that_is_not_finite_at_any_scale_is_skipped(linear_policy, li
     linear_policy.a.register_hook(lambda gradient: gradient * torch.inf)
     scale, before = LossScale(scaled), linear_policy.a.item()
     descent = torch.optim.SGD(linear_policy.trainable.values(), lr=1.0)
-    tally, *_ = update(linear_policy, GRPO(0.1), descent, experience, OptimSettings(), Ranks(), scale)
+    tally, *_ = update(
+        linear_policy, GRPO(GRPOSettings(clip_range=0.1)), descent, experience, OptimSettings(), Ranks(), scale
+    )
     seen = tally.over(Ranks())
     assert seen["update/skipped"] == 1 and linear_policy.a.item() == before and scale.value == 1
     assert seen.get("update/rescaled") == (16 if scaled else None)

@@ -40,7 +40,6 @@ from progrpo.training.estimate import (
     _latents,
     _leaner,
     _memory,
-    _others,
     _with_microbatches,
     estimate,
     sizes_for,
@@ -241,7 +240,7 @@ def test_rewards_are_counted_where_their_networks_are_known():
     ],
 )
 def test_passes_under_other_weights(objective, passes):
-    assert _others(replace(load_recipe("sd3"), objective=objective)) == passes
+    assert objective.loss.extra_forwards == passes
 
 
 def test_the_command_says_what_fits(capsys):
