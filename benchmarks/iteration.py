@@ -52,7 +52,7 @@ from progrpo.config import (
     ModelSettings,
     PlanSettings,
     PreviewSettings,
-    RewardMixSettings,
+    RewardSettings,
     RewardTerm,
     SamplingSettings,
     microbatch,
@@ -112,7 +112,7 @@ def of_real_size(config: Config, wanted: argparse.Namespace) -> Config:
         activation_checkpointing=wanted.activation_checkpointing,
     )
     sampling = replace(config.sampling, guidance_scale=wanted.guidance_scale)
-    reward = RewardMixSettings((RewardTerm("jpeg_compressibility"),))
+    reward = RewardSettings((RewardTerm("jpeg_compressibility"),))
     return replace(config, model=model, sampling=sampling, reward=reward, preview=PreviewSettings())
 
 

@@ -25,7 +25,7 @@ from progrpo.config import (
     ModelSettings,
     PlanSettings,
     PromptSettings,
-    RewardMixSettings,
+    RewardSettings,
     SamplingSettings,
 )
 from progrpo.policies.load import quiet
@@ -61,7 +61,7 @@ def measure(model: str, plan: str, delay: float, waves: Sequence[int], iteration
     base = settled(replace(base, optim=replace(base.optim, microbatch=48)), ranks)
     trainers = {}
     for count in waves:
-        config = replace(base, reward=RewardMixSettings(waves=count))
+        config = replace(base, reward=RewardSettings(waves=count))
         reward = mixture_of_one(Slow(load_reward(RewardTerm("shapes")), delay))
         order = train_order(config.prompts, 0)
         trainers[count] = Trainer(

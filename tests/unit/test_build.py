@@ -16,7 +16,7 @@ from progrpo.config import (
     ObjectiveSettings,
     PreviewSettings,
     PromptSettings,
-    RewardMixSettings,
+    RewardSettings,
     RewardTerm,
     SamplingSettings,
 )
@@ -57,7 +57,7 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
         model=ModelSettings(path="model", lora="~/lora"),
         prompts=PromptSettings(source="prompts.txt"),
         preview=PreviewSettings(decoder="tiny", tiny_decoder="./taesd"),
-        reward=RewardMixSettings((term,)),
+        reward=RewardSettings((term,)),
         eval=EvalSettings(prompts="dataset:owner/local", rewards=(replace(term, name="vlm", cache=""),)),
     )
     found = located(config)

@@ -25,7 +25,7 @@ from progrpo.config import (
     OptimSettings,
     PlanSettings,
     PromptSettings,
-    RewardMixSettings,
+    RewardSettings,
     RewardTerm,
     SamplingSettings,
     resolve_plan,
@@ -224,7 +224,7 @@ def test_rewards_are_counted_where_their_networks_are_known():
         RewardTerm("shapes"),
         RewardTerm("ocr"),
     )
-    found = estimate(replace(load_recipe("smoke"), reward=RewardMixSettings(terms)), "l4", 0.35, 1)
+    found = estimate(replace(load_recipe("smoke"), reward=RewardSettings(terms)), "l4", 0.35, 1)
     assert found["memory_gb"]["rewards"] == pytest.approx(2 * 986_109_441 / 1e9)
     assert found["rewards_not_counted"] == ["ocr"]
 
