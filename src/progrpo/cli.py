@@ -393,11 +393,11 @@ class ServeReward:
         lacking = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
         if lacking:
             raise ValueError(f"serve-reward needs {lacking[0]}, which is not installed: pip install 'progrpo[server]'")
-        from progrpo.rewards.base import OneRewardSettings
-        from progrpo.rewards.server import serve
+        from progrpo.rewards.server import Limits, serve
+        from progrpo.rewards.settings import RewardTerm
 
-        settings = OneRewardSettings(self.device, self.dtype, self.batch_size, self.model)
-        serve(self.name, self.host, self.port, settings, self.max_pictures, self.max_megabytes)
+        term = RewardTerm(self.name, model=self.model, device=self.device, dtype=self.dtype, batch_size=self.batch_size)
+        serve(term, self.host, self.port, Limits(self.max_pictures, self.max_megabytes))
 
 
 @dataclass(frozen=True, kw_only=True)

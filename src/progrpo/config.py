@@ -10,7 +10,7 @@ from typing import Any, Literal
 from progrpo.objectives.settings import AWMSettings, DGPOSettings, GRPOSettings, NFTSettings, ObjectiveSettings
 from progrpo.policies.settings import ModelSettings
 from progrpo.prompts.settings import PromptSettings
-from progrpo.rewards.settings import RewardMixSettings, RewardTerm
+from progrpo.rewards.settings import RewardSettings, RewardTerm
 from progrpo.rollout.plan import Plan
 from progrpo.rollout.settings import PlanSettings, PreviewSettings, SamplingSettings
 from progrpo.settings import (
@@ -24,6 +24,7 @@ from progrpo.settings import (
     read_settings,
     setting,
 )
+from progrpo.tracking.settings import TrackingSettings
 from progrpo.training.settings import AuditSettings, CheckpointSettings, EvalSettings, OptimSettings, WatchSettings
 from progrpo.types import FROM_PYTHON
 
@@ -42,9 +43,10 @@ __all__ = [
     "PlanSettings",
     "PreviewSettings",
     "PromptSettings",
-    "RewardMixSettings",
+    "RewardSettings",
     "RewardTerm",
     "SamplingSettings",
+    "TrackingSettings",
     "WatchSettings",
 ]
 
@@ -64,13 +66,14 @@ class Config:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     plan: PlanSettings = field(default_factory=PlanSettings)
     preview: PreviewSettings = field(default_factory=PreviewSettings)
-    reward: RewardMixSettings = field(default_factory=RewardMixSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     audit: AuditSettings = field(default_factory=AuditSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     watch: WatchSettings = field(default_factory=WatchSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
 
 
 # --- to JSON and back -------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def scored(rewards, groups, passed=None, parts=None):
         value_N=reward,
         ranking_N=reward,
         passed_N=torch.tensor(passed or [NAN] * len(reward), dtype=torch.float64),
-        parts_NR=reward[:, None] if parts is None else torch.tensor(parts, dtype=torch.float64),
+        rewards_NR=reward[:, None] if parts is None else torch.tensor(parts, dtype=torch.float64),
         group_N=torch.tensor(groups),
     )
 

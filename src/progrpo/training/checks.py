@@ -11,7 +11,7 @@ import torch
 from progrpo.objectives.base import Experience, Objective
 from progrpo.policies.base import Policy
 from progrpo.policies.sharded import gathered
-from progrpo.rewards.mix import Failures
+from progrpo.rewards.mixture import Failures
 from progrpo.training.errors import MissingScoresError, SelfCheckError
 
 _ROUNDING = 1e-6  # a few float32 steps of a log-prob near 1

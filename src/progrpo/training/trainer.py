@@ -17,7 +17,7 @@ from progrpo.policies.base import Policy
 from progrpo.policies.sharded import all_gathered, as_shared
 from progrpo.prompts.order import PromptOrder
 from progrpo.rewards.base import Scorer
-from progrpo.rewards.mix import Failures, Mixture
+from progrpo.rewards.mixture import Failures, RewardMixture
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -99,7 +99,7 @@ class Iteration:
 class Trainer:
     """Everything that changes during a run is in `state_dict`; noise and windows follow from the iteration's number."""
 
-    def __init__(self, config: Config, policy: Policy, reward: Mixture, order: PromptOrder, ranks: Ranks) -> None:
+    def __init__(self, config: Config, policy: Policy, reward: RewardMixture, order: PromptOrder, ranks: Ranks) -> None:
         if config.prompts.per_iteration < ranks.world and not config.prompts.split_groups:
             raise ValueError(
                 f"prompts.per_iteration is {config.prompts.per_iteration}, fewer than the {ranks.world} processes;"

@@ -79,9 +79,9 @@ def learn_from(
 
     scale = {"eps": objective.adv_eps, "clip_max": adv_clip_max}
     if objective.advantage == "gdpo":
-        parts_NR = whole.parts_NR.where(rewards_N.isfinite()[:, None], torch.nan)
+        rewards_NR = whole.rewards_NR.where(rewards_N.isfinite()[:, None], torch.nan)
         weights_R = torch.tensor(list(weights.values()), dtype=torch.float64)
-        values_N = normalised_sum(parts_NR, weights_R, whole.group_N, num_groups, objective.adv_eps)
+        values_N = normalised_sum(rewards_NR, weights_R, whole.group_N, num_groups, objective.adv_eps)
         mean, std = batch_mean_std(values_N, add_up)
         taught = group_statistics(values_N, whole.group_N, num_groups)
         advantages_N, observed_N = advantages(values_N, whole.group_N, taught.around(mean), std=std, **scale)
@@ -99,7 +99,7 @@ def learn_from(
     tally.add_finite("reward/std", statistics.std_P)
     tally.add_finite("reward/strict", rollout.survivors.passed_N)
     if len(weights) > 1:
-        for name, values_N in zip(weights, rollout.survivors.parts_NR.unbind(1), strict=True):
+        for name, values_N in zip(weights, rollout.survivors.rewards_NR.unbind(1), strict=True):
             tally.add_finite(f"reward/mean@{name}", values_N)
     if not rollout.previews:
         tally.add_finite("reward/group_std_full", finalists.std_P)
