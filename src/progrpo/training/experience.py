@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,28 +21,7 @@ from progrpo.objectives.base import Experience, Noise
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding
 from progrpo.training.distributed import Ranks, Tally
-from progrpo.types import Rollout
-
-
-@dataclass(frozen=True)
-class _Rewarded:
-    """The rewards of N survivors and F finalists, of one process or of all that share the groups."""
-
-    rewards_N: Tensor
-    group_N: Tensor
-    parts_NR: Tensor
-    finalist_rewards_F: Tensor
-    finalist_group_F: Tensor
-
-    @classmethod
-    def of(cls, rollout: Rollout) -> _Rewarded:
-        return cls(
-            rollout.rewards_N, rollout.group_N, rollout.parts_NR, rollout.finalist_rewards_F, rollout.finalist_group_F
-        )
-
-    @classmethod
-    def joined(cls, shares: Sequence[_Rewarded]) -> _Rewarded:
-        return cls(*(torch.cat([getattr(share, f.name) for share in shares]) for f in fields(cls)))
+from progrpo.types import GroupScores, Rollout
 
 
 @dataclass(frozen=True)
@@ -63,23 +42,24 @@ class AdvantageEstimator:
     def experience(self, rollout: Rollout, sampling: Sampling, noise: Noise) -> tuple[Experience, Tally]:
         """Every survivor whose reward is known, with its advantage; and metrics of the rewards."""
         num_groups = len(rollout.prompts)
-        shares = self.sharding.gather([_Rewarded.of(rollout)])
-        first_own = sum(len(share.rewards_N) for share in shares[: self.sharding.rank])
-        own = torch.arange(len(rollout.rewards_N)) + first_own
-        everyone = _Rewarded.joined(shares)
-        rewards_N = with_quorum(everyone.rewards_N, everyone.group_N, num_groups, self.quorum)
-        everyone = replace(everyone, rewards_N=rewards_N)
-        survivors = group_statistics(rewards_N, everyone.group_N, num_groups)
-        finalists = group_statistics(everyone.finalist_rewards_F, everyone.finalist_group_F, num_groups)
+        shares = self.sharding.gather([rollout.survivors])
+        first_own = sum(len(share.group_N) for share in shares[: self.sharding.rank])
+        own = torch.arange(len(rollout.group_N)) + first_own
+        scores = GroupScores.cat(shares)
+        rewards_N = with_quorum(scores.value_N, scores.group_N, num_groups, self.quorum)
+        scores = replace(scores, value_N=rewards_N)
+        survivors = group_statistics(rewards_N, scores.group_N, num_groups)
+        finalist_scores = GroupScores.cat(self.sharding.gather([rollout.finalists]))
+        finalists = group_statistics(finalist_scores.value_N, finalist_scores.group_N, num_groups)
         if self.objective.advantage == "gdpo":
-            advantages_N, known_N, taught = self._normalised_advantages(everyone, num_groups)
+            advantages_N, known_N, taught = self._normalised_advantages(scores, num_groups)
         else:
             baseline = survivors if self.objective.baseline == "survivors" else finalists
-            advantages_N, known_N = self._advantages(everyone, baseline)
+            advantages_N, known_N = self._advantages(scores, baseline)
             taught = survivors
         tally = self._metrics(rollout, survivors, finalists)
         if self.sharding.rank == 0:  # what all of them know is counted once
-            rewarded = everyone.group_N[rewards_N.isfinite()].unique()
+            rewarded = scores.group_N[rewards_N.isfinite()].unique()
             tally.count("reward/skipped_groups", num_groups - len(rewarded))
             tally.count("advantage/zero_variance_groups", int((~taught.informative_P).sum()))
         experience = Experience(
@@ -92,28 +72,28 @@ class AdvantageEstimator:
         )
         return experience.take(known_N[own].nonzero().flatten()), tally
 
-    def _advantages(self, rewarded: _Rewarded, baseline: GroupStatistics) -> tuple[Tensor, Tensor]:
+    def _advantages(self, scores: GroupScores, baseline: GroupStatistics) -> tuple[Tensor, Tensor]:
         """Advantages within groups, and whose rewards are known. The divisor may be the std of the whole batch."""
         whole_batch = self.objective.advantage == "batch"
         return advantages(
-            rewarded.rewards_N,
-            rewarded.group_N,
+            scores.value_N,
+            scores.group_N,
             baseline,
-            std=batch_mean_std(rewarded.rewards_N, self._add_up)[1] if whole_batch else None,
+            std=batch_mean_std(scores.value_N, self._add_up)[1] if whole_batch else None,
             eps=self.objective.adv_eps,
             clip_max=self.clip_max,
         )
 
-    def _normalised_advantages(self, rewarded: _Rewarded, num_groups: int) -> tuple[Tensor, Tensor, GroupStatistics]:
+    def _normalised_advantages(self, scores: GroupScores, num_groups: int) -> tuple[Tensor, Tensor, GroupStatistics]:
         """GDPO's advantages, whose rewards are known, and the statistics of the normalised sums (arXiv 2601.05242)."""
         eps = self.objective.adv_eps
-        parts_NR = rewarded.parts_NR.where(rewarded.rewards_N.isfinite()[:, None], torch.nan)
+        rewards_NR = scores.rewards_NR.where(scores.value_N.isfinite()[:, None], torch.nan)
         weights_R = torch.tensor(list(self.weights.values()), dtype=torch.float64)
-        values_N = normalised_sum(parts_NR, weights_R, rewarded.group_N, num_groups, eps)
+        values_N = normalised_sum(rewards_NR, weights_R, scores.group_N, num_groups, eps)
         mean, std = batch_mean_std(values_N, self._add_up)
-        statistics = group_statistics(values_N, rewarded.group_N, num_groups)
+        statistics = group_statistics(values_N, scores.group_N, num_groups)
         advantages_N, known_N = advantages(
-            values_N, rewarded.group_N, statistics.around(mean), std=std, eps=eps, clip_max=self.clip_max
+            values_N, scores.group_N, statistics.around(mean), std=std, eps=eps, clip_max=self.clip_max
         )
         return advantages_N, known_N, statistics
 
@@ -123,13 +103,13 @@ class AdvantageEstimator:
 
     def _metrics(self, rollout: Rollout, survivors: GroupStatistics, finalists: GroupStatistics) -> Tally:
         tally = Tally()
-        tally.add_finite("reward/mean", rollout.finalist_rewards_F)
+        tally.add_finite("reward/mean", rollout.finalists.value_N)
         tally.add_finite("reward/std", survivors.std_P)
-        tally.add_finite("reward/strict", rollout.passed_N)
+        tally.add_finite("reward/strict", rollout.survivors.passed_N)
         if len(self.weights) > 1:
-            for name, values_N in zip(self.weights, rollout.parts_NR.unbind(1), strict=True):
+            for name, values_N in zip(self.weights, rollout.survivors.rewards_NR.unbind(1), strict=True):
                 tally.add_finite(f"reward/mean@{name}", values_N)
         if not rollout.previews:
             tally.add_finite("reward/group_std_full", finalists.std_P)
-        tally.count("reward/missing", int((~rollout.finalist_rewards_F.isfinite()).sum()))
+        tally.count("reward/missing", int((~rollout.finalists.value_N.isfinite()).sum()))
         return tally

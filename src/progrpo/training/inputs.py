@@ -13,15 +13,15 @@ from progrpo.policies.base import Policy
 from progrpo.prompts.order import PromptOrder
 from progrpo.prompts.texts import shared
 from progrpo.rewards.base import Judge
-from progrpo.rewards.mix import Mixture
+from progrpo.rewards.mixture import RewardMixture
 from progrpo.training import checkpoints
 from progrpo.training.build import (
     eval_prompts,
     judge_for,
+    policy_context,
     policy_from,
     ranking_of,
     scorer_from,
-    tiny_decoder,
     train_order,
 )
 from progrpo.training.distributed import Ranks
@@ -39,7 +39,7 @@ class HeldOut:
     test: Sequence[Prompt]
     validation: Sequence[Prompt]
     judge: Judge | None
-    rewards: Mixture | None = None
+    rewards: RewardMixture | None = None
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -51,7 +51,7 @@ class RunInputs:
     """The inputs of a run. `load` loads the model, which comes last, since most mistakes show without it."""
 
     config: Config
-    reward: Mixture
+    reward: RewardMixture
     order: PromptOrder
     held_out: HeldOut
     load: Callable[[], Policy]
@@ -103,12 +103,10 @@ def inputs_from(config: Config, ranks: Ranks) -> RunInputs:
         scorer_from(reward.terms, reward.frames, ranking_of(config.objective, reward.terms)),
         train_order(config.prompts, config.seed),
         HeldOut(test, validation, judge_for(evaluation.prompts), held_out_rewards(config)),
-        lambda: policy_from(
-            config.model, config.seed, ranks, None, tiny_decoder(config.preview), config.sampling.negative_prompt
-        ),
+        lambda: policy_from(config.model, policy_context(config, ranks)),
     )
 
 
-def held_out_rewards(config: Config) -> Mixture | None:
+def held_out_rewards(config: Config) -> RewardMixture | None:
     """The held-out rewards that a configuration names, as one; None without any."""
     return scorer_from(config.eval.rewards, config.reward.frames) if config.eval.rewards else None

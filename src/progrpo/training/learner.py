@@ -46,7 +46,7 @@ class Learner:
         self.updater = Updater(policy, self.objective, optimizer, config.optim, ranks, loss_scale)
         self.estimator = AdvantageEstimator(
             config.objective,
-            self.objective.adv_clip_max,
+            self.objective.settings.adv_clip_max,
             reward_weights,
             ranks,
             config.reward.quorum,
@@ -64,7 +64,7 @@ class Learner:
     @property
     def _averages(self) -> list[str]:
         """The names of the averages that are kept."""
-        return [*([EMA] if self._keeps_ema else []), *self.objective.averages]
+        return [*([EMA] if self._keeps_ema else []), *self.objective.settings.averages]
 
     @property
     def evaluated_weights(self) -> str:
@@ -98,7 +98,7 @@ class Learner:
     def _update_averages(self, iteration: int) -> None:
         if self._keeps_ema:
             self._policy.named_weights.update(EMA, self._config.optim.ema_decay)
-        for name, average in self.objective.averages.items():
+        for name, average in self.objective.settings.averages.items():
             self._policy.named_weights.update(name, average.decay(iteration + 1))
 
     def _check_first_update(self, updated: Updated, experience: Experience) -> None:
@@ -115,7 +115,7 @@ class Learner:
         if len(experience):
             checks.check_bound(self._policy, experience)
         self._ranks.join()  # the others may be at it still, and need this process' part of the reference
-        if self._config.model.weights == "full" and not self.objective.uses_reference:
+        if self._config.model.weights == "full" and not self.objective.settings.uses_reference:
             self._policy.named_weights.forget("reference")  # a copy of the whole denoiser that nothing asks for
 
     def state_dict(self) -> LearnerState:
@@ -130,7 +130,7 @@ class Learner:
         """Go on from a saved state, by the configuration's own settings where they are others than the saved ones."""
         own_weights = self._policy.named_weights.names
         self._policy.load_state_dict(state["policy"])
-        for name in (EMA, *self.objective.averages):
+        for name in (EMA, *self.objective.settings.averages):
             if name in own_weights and name not in self._policy.named_weights:  # an average that begins only now
                 self._policy.named_weights.snapshot(name)
         load_optimizer(self.updater.optimizer, state["optimizer"])
@@ -139,8 +139,8 @@ class Learner:
 
 def _diversity(rolled: Rollout) -> Tally:
     """How much the pictures of a group differ."""
-    tally, there_N = Tally(), rolled.there_N.numpy()
-    diversity = group_diversity(rolled.images_NHWC.numpy()[there_N], rolled.group_N.numpy()[there_N])
+    tally, there_N = Tally(), rolled.pictures.there_N.numpy()
+    diversity = group_diversity(rolled.pictures.images_NHWC.numpy()[there_N], rolled.group_N.numpy()[there_N])
     if diversity is not None:
         tally.add("rollout/diversity", diversity * len(rolled.prompts), len(rolled.prompts))
     return tally

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, count
@@ -16,17 +15,17 @@ from progrpo.prompts.load import prompts_of
 from progrpo.prompts.order import ORDERS
 from progrpo.recipes import load_recipe
 from progrpo.registry import refuse_within_import
-from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mix import Mixture, Term
+from progrpo.rewards.function import adapted, qualified_name
+from progrpo.rewards.load import load_reward
+from progrpo.rewards.mixture import Component, RewardMixture
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.build import (
-    load_reward_of,
+    component_from,
     located,
+    policy_context,
     ranking_of,
-    settings_from,
     settled,
-    term_from,
-    tiny_decoder,
+    with_lora_of_run,
 )
 from progrpo.training.distributed import Ranks, lost_in_words
 from progrpo.training.entry import resume as resume_in
@@ -118,10 +117,7 @@ def _take_over(pipeline: DiffusionPipeline, config: Config, ranks: Ranks) -> Pol
     """The pipeline as a policy."""
     from progrpo.policies.load import policy_from_pipeline
 
-    settings = settings_from(
-        config.model, config.seed, ranks, tiny_decoder(config.preview), config.sampling.negative_prompt
-    )
-    return policy_from_pipeline(pipeline, settings)
+    return policy_from_pipeline(pipeline, with_lora_of_run(config.model), policy_context(config, ranks))
 
 
 def _complete(config: Config | None, own: Config | None, pipeline: DiffusionPipeline) -> Config:
@@ -171,10 +167,10 @@ def _own_config(folder: RunFolder, accept_changes: bool) -> Config:
 
 def _mixture(
     given: RewardLike | Sequence[RewardLike | tuple[RewardLike, float]], config: Config
-) -> tuple[tuple[RewardTerm, ...], Mixture]:
+) -> tuple[tuple[RewardTerm, ...], RewardMixture]:
     """The rewards of a library call as a configuration would name them, and as one."""
     terms: list[RewardTerm] = []
-    mixed: list[Term] = []
+    components: list[Component] = []
     for item in given if isinstance(given, list | tuple) else [given]:
         if isinstance(item, tuple) and len(item) != 2:
             raise ValueError(f"a reward with a weight must be a pair (reward, weight), not {quoted(item)}")
@@ -183,21 +179,16 @@ def _mixture(
             reward = RewardTerm.from_text(reward)
         if isinstance(reward, RewardTerm):
             term = replace(reward, from_python=False, weight=reward.weight if weight is None else weight)
-            made = load_reward_of(term)
+            made = load_reward(term)
         else:
-            name = _free_name(_qualified_name(reward), terms)
-            term, made = RewardTerm(name, 1.0 if weight is None else weight, from_python=True), FunctionReward(reward)
+            name = _free_name(qualified_name(reward), terms)
+            term, made = RewardTerm(name, 1.0 if weight is None else weight, from_python=True), adapted(reward)
         terms.append(term)
-        mixed.append(term_from(term, made, config.reward.frames))
-    return tuple(terms), Mixture(mixed, ranking_of(config.objective, terms))
+        components.append(component_from(term, made, config.reward.frames))
+    return tuple(terms), RewardMixture(components, ranking_of(config.objective, terms))
 
 
 def _free_name(name: str, terms: Sequence[RewardTerm]) -> str:
     """The name, numbered where a term has it: two lambdas have the same."""
     taken = {term.name for term in terms}
     return next(n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in taken)
-
-
-def _qualified_name(reward: Any) -> str:
-    named = reward if hasattr(reward, "__qualname__") else type(reward)
-    return re.sub(r"[^\w.:]", "_", f"{named.__module__}:{named.__qualname__}")  # `<lambda>`, `<locals>`

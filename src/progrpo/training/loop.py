@@ -10,7 +10,7 @@ from pathlib import Path
 
 from progrpo.config import microbatch
 from progrpo.rewards.base import Refusal
-from progrpo.rewards.mix import close_all
+from progrpo.rewards.mixture import close_all
 from progrpo.rollout.plan import UnitCosts
 from progrpo.streams import tolerant_streams
 from progrpo.tracking.console import Console

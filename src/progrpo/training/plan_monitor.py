@@ -96,7 +96,7 @@ class PlanMonitor:
         probe = self.previewing.probe
         if probe is None:
             return
-        own = probe_examples(rolled.trajectories, rolled.condition, rolled.ranking_N)
+        own = probe_examples(rolled.trajectories, rolled.condition, rolled.survivors.ranking_N)
         if audit is not None:
             own |= audit.lessons
         for agreement in self._ranks.gather([None if audit is None else audit.probe_agreement()]):

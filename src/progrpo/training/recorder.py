@@ -63,7 +63,7 @@ class Recorder:
                 self.folder.write_audit(done.audit.record(done.number), done.audit.pictures_GSHWC)
         if with_samples:
             with self._notices.not_essential("writing samples"):
-                self.folder.save_samples(done.number, done.rollout.images_NHWC[:_SAMPLES].numpy())
+                self.folder.save_samples(done.number, done.rollout.pictures.images_NHWC[:_SAMPLES].numpy())
 
     def evaluation(self, when: str, result: Evaluation) -> None:
         """Write the evaluation before or after training."""

@@ -8,7 +8,7 @@ from itertools import chain
 from progrpo.config import to_dict
 from progrpo.prompts.load import unread
 from progrpo.prompts.pictures import check_sources
-from progrpo.rewards.mix import Mixture, close_all
+from progrpo.rewards.mixture import RewardMixture, close_all
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.distributed import Ranks
 from progrpo.training.equal_inputs import require_same_model
@@ -38,7 +38,7 @@ class Run:
         self.trainer = Trainer(config, self.policy, inputs.reward, inputs.order, ranks)
 
     @property
-    def rewards(self) -> list[Mixture | None]:
+    def rewards(self) -> list[RewardMixture | None]:
         """The trained and the held-out rewards, which hold connections and processes until they are closed."""
         return [self.inputs.reward, self.inputs.held_out.rewards]
 

@@ -8,7 +8,7 @@ from typing import TypedDict, cast
 
 import torch
 
-from progrpo.rewards.mix import Failures, Mixture
+from progrpo.rewards.mixture import Failures, RewardMixture
 from progrpo.training import checks
 from progrpo.training.distributed import Ranks
 from progrpo.types import Cost
@@ -82,7 +82,7 @@ class Totals:
 class FailureCounter:
     """Collects the failures of the trained reward over all processes into the run's totals, and limits them."""
 
-    def __init__(self, reward: Mixture, totals: Totals, ranks: Ranks, max_missing: float) -> None:
+    def __init__(self, reward: RewardMixture, totals: Totals, ranks: Ranks, max_missing: float) -> None:
         self._reward = reward
         self._totals = totals
         self._ranks = ranks

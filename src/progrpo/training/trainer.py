@@ -15,7 +15,7 @@ from progrpo.objectives.advantage import group_statistics
 from progrpo.policies.base import Policy
 from progrpo.prompts.order import PromptOrder
 from progrpo.rewards.base import Scorer
-from progrpo.rewards.mix import Mixture
+from progrpo.rewards.mixture import RewardMixture
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -62,7 +62,7 @@ class _Batch:
 class Trainer:
     """Trains a policy. All that changes is in `state_dict`; noise and windows follow from the iteration's number."""
 
-    def __init__(self, config: Config, policy: Policy, reward: Mixture, order: PromptOrder, ranks: Ranks) -> None:
+    def __init__(self, config: Config, policy: Policy, reward: RewardMixture, order: PromptOrder, ranks: Ranks) -> None:
         _check_processes(config, reward, ranks)
         self.policy = policy
         self.reward = reward
@@ -109,7 +109,7 @@ class Trainer:
     @property
     def sampling(self) -> Sampling:
         """How the next iteration samples."""
-        return sampling_from(self.config, self.policy, self.learner.objective.needs, self.iteration)
+        return sampling_from(self.config, self.policy, self.learner.objective.settings.stores, self.iteration)
 
     def predicted(self, iterations: int = 1) -> Cost:
         """The cost that the plan in force predicts for so many iterations, over all processes and without audits."""
@@ -165,7 +165,7 @@ class Trainer:
             meter.add(its_meter)
             return sampled
 
-        with self.policy.weights(self.learner.objective.rollout_weights):
+        with self.policy.weights(self.learner.objective.settings.rollout_weights):
             return self.sampling_microbatch.run(attempt, self.sampling_refusal)
 
     @property
@@ -217,7 +217,7 @@ class Trainer:
 
     def _observe(self, slots: Tensor, rolled: Rollout) -> None:
         """Tell the order how far each group's rewards differed, alike on every process."""
-        own = rolled.finalist_rewards_F, slots[rolled.finalist_group_F]
+        own = rolled.finalists.value_N, slots[rolled.finalists.group_N]
         rewards, slot = (torch.cat(shares) for shares in zip(*self.ranks.gather([own]), strict=True))
         statistics = group_statistics(rewards, slot, self._config.prompts.per_iteration)
         signals = statistics.std_P.where(statistics.count_P >= 2, torch.nan)
@@ -272,7 +272,7 @@ class Trainer:
         self.iteration = state["iteration"]
 
 
-def _check_processes(config: Config, reward: Mixture, ranks: Ranks) -> None:
+def _check_processes(config: Config, reward: RewardMixture, ranks: Ranks) -> None:
     """ValueError for an iteration that cannot be shared out among the processes."""
     if config.prompts.per_iteration < ranks.world and not config.prompts.split_groups:
         raise ValueError(
@@ -291,7 +291,7 @@ def _agree_on_batch_invariance(trainer: Trainer) -> None:
 
     It is called with one row, with a few, and with as many as the run has in a call.
     """
-    if trainer.learner.objective.needs == "latents":
+    if trainer.learner.objective.settings.stores == "latents":
         return
     config, plan = trainer.config, trainer.plan
     prompts = config.prompts.per_iteration

@@ -124,7 +124,7 @@ class Updater:
                 if not gradient.overflows or not self.loss_scale.lower() or used_up:
                     break
                 tally.raise_to("update/rescaled", tally.maxima.get("update/rescaled", 0.0) + 1)
-            items += len(share.rows) * self.objective.items_per_trajectory(experience)
+            items += len(share.rows) * self._items_per_trajectory(experience)
             if not gradient.usable:
                 skipped += 1
                 self.optimizer.zero_grad(set_to_none=True)
@@ -142,12 +142,15 @@ class Updater:
             tally.raise_to("update/loss_scale", self.loss_scale.value)
         return Updated(tally, items)
 
+    def _items_per_trajectory(self, experience: Experience) -> int:
+        return self.objective.settings.items_per_trajectory(len(experience.trajectories.path))
+
     def _share(self, experience: Experience, number: int) -> _Share:
         """The share of an optimizer step; all processes count theirs together."""
         updates = update_of_each(experience.trajectories, self._config.updates_per_rollout)
         rows = (updates == number).nonzero().flatten()
         telling = rows[experience.advantages_N[rows] != 0]
-        items = len(rows) * self.objective.items_per_trajectory(experience)
+        items = len(rows) * self._items_per_trajectory(experience)
         counts = self._ranks.sum(torch.tensor([items, len(telling)], dtype=torch.float64))
         return _Share(telling, *counts.tolist())
 
@@ -175,7 +178,7 @@ class Updater:
         return experience, self._accumulate(experience.take(share.rows), divisor, packing)
 
     def _accumulate(self, experience: Experience, divisor: float, packing: Packing) -> Tally:
-        tally, per_trajectory = Tally(), self.objective.items_per_trajectory(experience)
+        tally, per_trajectory = Tally(), self._items_per_trajectory(experience)
         count = len(experience) * per_trajectory
         if experience.attached:
             # a graph spans one transition of every trajectory, whose ratios are 1 by construction: some are computed anew

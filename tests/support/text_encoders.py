@@ -1,0 +1,74 @@
+"""Tokenizers and text encoders of the true classes: a vocabulary of letters, and random weights."""
+
+from __future__ import annotations
+
+import re
+import string
+from typing import Any
+
+WIDTH = 16  # of the T5, of the joined CLIPs and of the tokens: diffusers pads or crops silently if they differ
+CLIP_TOKENS = 16
+
+
+def clip_tokenizer() -> Any:
+    from transformers import CLIPTokenizer
+
+    letters = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
+    vocabulary = {token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=CLIP_TOKENS)
+
+
+def clip_encoder(tokenizer: Any, size: float = 8.0) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH // 2,
+            intermediate_size=WIDTH,
+            projection_dim=WIDTH // 2,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=CLIP_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            initializer_factor=size,  # random, but not blind to the text
+        )
+    )
+
+
+def t5_tokenizer() -> Any:
+    from transformers import T5Tokenizer
+
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -1.0)]
+    return T5Tokenizer(vocab=[*special, *((letter, -2.0) for letter in string.ascii_lowercase)], extra_ids=0)
+
+
+def t5_encoder(tokenizer: Any) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=WIDTH, d_kv=4, d_ff=WIDTH, num_layers=1, num_heads=2)
+    )
+
+
+QWEN_IMAGE_WORDS = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the objects"
+    " and background:"
+)
+"""Of the system prompt that its pipeline puts before every text, and drops again as 34 tokens: each word and comma is one."""
+
+
+def qwen_tokenizer() -> Any:
+    """Letters, and as whole words those of the chat and of `QWEN_IMAGE_WORDS`."""
+    from transformers import Qwen2Tokenizer
+
+    words = ["system", "user", "assistant", " cat", " dog", *re.findall(r" ?\w+", QWEN_IMAGE_WORDS)]
+    words = [word.replace(" ", "Ġ") for word in words]  # as byte-level tokens write a space
+    pieces = dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word)))
+    tokens = dict.fromkeys([*string.ascii_letters, *".,:<>/Ġ", "Ċ", *("".join(piece) for piece in pieces)])
+    tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=list(pieces))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    return tokenizer
