@@ -268,7 +268,9 @@ class ObjectiveSettings:
         if self.advantage == "gdpo" and self.baseline == "group":
             raise ValueError("objective.baseline must be survivors for objective.advantage gdpo, not group")
         if self.custom and self.loss is getattr(self, self.name, None):
-            raise ValueError(f"objective.custom must be empty for objective.name {self.name}; give objective.{self.name}")
+            raise ValueError(
+                f"objective.custom must be empty for objective.name {self.name}; give objective.{self.name}"
+            )
         self.loss  # noqa: B018 (reading settings of the user's own checks them)
 
 
