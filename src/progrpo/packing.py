@@ -1,4 +1,4 @@
-"""Rows of any number as microbatches, and those of several batches as one."""
+"""Rows of any number as microbatches."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-
-from progrpo.types import Trajectories, Transition
 
 
 def of_one_shape(count: int, size: int) -> list[Tensor]:
@@ -52,36 +50,3 @@ def of_whole_blocks(lengths: Sequence[int], size: int) -> list[Tensor]:
 def filled_up(rows: Tensor, size: int) -> Tensor:
     """With copies of the last row, to `size` rows."""
     return torch.cat([rows, rows[-1:].expand(size - len(rows))])
-
-
-def join(parts: Sequence[Trajectories]) -> Trajectories:
-    """The rows of several, one after another; groups keep their numbers."""
-    first = parts[0]
-    return Trajectories(
-        group_N=torch.cat([p.group_N for p in parts]),
-        slot_N=torch.cat([p.slot_N for p in parts]),
-        member_N=torch.cat([p.member_N for p in parts]),
-        x_NCHW=torch.cat([p.x_NCHW for p in parts]),
-        output_NCHW=_those([p.output_NCHW for p in parts]),
-        path=tuple(_transition([p.path[i] for p in parts]) for i in range(len(first.path))),
-        attached_NCHW=_those([p.attached_NCHW for p in parts]),
-        latent_features=tuple(
-            torch.cat([p.latent_features[i] for p in parts]) for i in range(len(first.latent_features))
-        ),
-    )
-
-
-def _transition(parts: Sequence[Transition]) -> Transition:
-    return Transition(
-        parts[0].step,
-        torch.cat([t.x_NCHW for t in parts]),
-        torch.cat([t.x_next_NCHW for t in parts]),
-        torch.cat([t.log_prob_N for t in parts]),
-        _those([t.mean_NCHW for t in parts]),
-        _those([t.attached_NCHW for t in parts]),
-    )
-
-
-def _those(parts: Sequence[Tensor | None]) -> Tensor | None:
-    there = [part for part in parts if part is not None]
-    return torch.cat(there) if there else None

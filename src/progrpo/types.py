@@ -1,162 +1,167 @@
 """The values that pass between stages, as frozen dataclasses.
 
-Dimension letters, everywhere in progrpo: P prompts, G members of a group, K kept members, N flattened rows (prompt-major,
-members ascending), T denoising steps, B microbatch, C H W latent. A suffix names the shape: `x_NCHW`, `rewards_N`.
+Dimension letters, everywhere in progrpo: P prompts, G members of a group, K kept members, N flattened rows
+(prompt-major, members ascending), T denoising steps, B microbatch, C H W latent. A suffix names the shape: `x_NCHW`,
+`rewards_N`.
 
-A video has a frame axis: its latents are (N, C, F, H, W) where a name says NCHW, and what is decoded of them (N, F, H, W, 3) where it
-says NHWC. Steps and densities treat all dims but the first alike, so that only policies, decoders and rewards can tell.
+A video has a frame axis: its latents are (N, C, F, H, W) where a name says NCHW, and its pictures (N, F, H, W, 3) where
+a name says NHWC. Steps and densities treat all dims but the first alike, so only policies, decoders and rewards can
+tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 if TYPE_CHECKING:  # the plan and the command line use these types without torch
     import torch
     from torch import Tensor
 
+    _Change = Callable[[list[Tensor]], Tensor]
+
+T = TypeVar("T")
+
 
 WHOLE_GROUP = -1
-"""In place of a member's number: of noise that a group shares."""
+"""The member number of noise that a whole group shares."""
 
 
 GIVEN = {"images": "pictures", "prompts": "texts"}
-"""What a reward function is given under these names, which no column of a prompt can have."""
+"""Names of a reward function's own arguments, which no column of a prompt can have, and their meaning."""
 
 
 FROM_PYTHON = "given to progrpo.train"
-"""How a run's config.json ends the name of a model or of prompts that only Python code has: no name loads them."""
+"""The end of a name in config.json for a model or prompts that only Python code has: no name loads them."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked for: a text, and columns (targets, scenes, references) that a reward may need."""
+    """A text to generate from, and columns (targets, scenes, references) that a reward may need."""
 
     text: str
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Rows:
+    """A dataclass whose fields hold one row per prompt, trajectory or picture.
+
+    A field holds a tensor, other `Rows`, a tuple or a mapping of these, or None. Fields marked `FOR_ALL` belong to all
+    rows together, and fields marked `ON_CPU` never leave the CPU. A tensor that two fields share stays one tensor.
+    """
+
+    FOR_ALL: ClassVar[Mapping[str, str]] = {"rows": "for all"}
+    ON_CPU: ClassVar[Mapping[str, str]] = {"rows": "on cpu"}
+
+    def take(self, rows: Tensor | slice) -> Self:
+        """The given rows, in that order."""
+        return _combined([self], _once(lambda tensors: tensors[0][rows]))
+
+    def to(self, device: str | torch.device) -> Self:
+        """The same rows on a device."""
+        return _combined([self], _once(lambda tensors: tensors[0].to(device)), (self.FOR_ALL, self.ON_CPU))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """The rows of several, one after another; fields for all rows are the first part's."""
+        import torch
+
+        return _combined(parts, _once(torch.cat))
+
+
+def _combined(parts: Sequence[T], change: _Change, unchanged: Sequence[Mapping[str, str]] = (Rows.FOR_ALL,)) -> T:
+    """The parts as one: `change` applied to the tensors of each field, without parts that lack it."""
+    there: list[Any] = [part for part in parts if part is not None]
+    first = next(iter(there), None)
+    if isinstance(first, Rows):
+        names = [f.name for f in fields(cast(Any, first)) if f.metadata not in unchanged]
+        changed = {name: _combined([getattr(part, name) for part in there], change, unchanged) for name in names}
+        return cast(T, replace(cast(Any, first), **changed))
+    if isinstance(first, tuple):
+        return cast(T, tuple(_combined(items, change, unchanged) for items in zip(*there, strict=True)))
+    if isinstance(first, Mapping):
+        return cast(T, {name: _combined([part[name] for part in there], change, unchanged) for name in first})
+    return cast(T, change(there) if there else None)
+
+
+def _once(change: _Change) -> _Change:
+    """The same change, made once for the same tensors: where two fields share one, they share the changed one."""
+    done: dict[tuple[int, ...], Tensor] = {}
+
+    def remembered(tensors: list[Tensor]) -> Tensor:
+        key = tuple(map(id, tensors))
+        if key not in done:
+            done[key] = change(tensors)
+        return done[key]
+
+    return remembered
+
+
 @dataclass(frozen=True)
-class Condition:
-    """What the network is told, one row a prompt (or a trajectory): named tensors that share their first dimension."""
+class Condition(Rows):
+    """The network's condition, one row per prompt (or per trajectory): named tensors."""
 
     tensors: Mapping[str, Tensor]
 
-    def take(self, rows: Tensor) -> Condition:
-        return Condition({name: t[rows] for name, t in self.tensors.items()})
-
 
 @dataclass(frozen=True)
-class Transition:
-    """One stochastic step of N trajectories, kept for training: x_next was drawn from the policy's Gaussian at x.
+class Transition(Rows):
+    """One stochastic step of N trajectories, stored for training: x_next was drawn from the policy's Gaussian at x.
 
-    The Gaussian's mean is kept where the objective asks for it, and the network's output with its graph where the first
-    update goes back through what sampling computed.
+    The Gaussian's mean is stored if the objective needs it, and the network's output with its graph (`attached_NCHW`)
+    if the first update goes back through what sampling computed.
     """
 
-    step: int
+    step: int = field(metadata=Rows.FOR_ALL)
     x_NCHW: Tensor
     x_next_NCHW: Tensor
     log_prob_N: Tensor
     mean_NCHW: Tensor | None = None
     attached_NCHW: Tensor | None = None
 
-    def take(self, rows: Tensor) -> Transition:
-        return Transition(
-            self.step,
-            self.x_NCHW[rows],
-            self.x_next_NCHW[rows],
-            self.log_prob_N[rows],
-            None if self.mean_NCHW is None else self.mean_NCHW[rows],
-            None if self.attached_NCHW is None else self.attached_NCHW[rows],
-        )
-
-    def to(self, device: str | torch.device) -> Transition:
-        return Transition(
-            self.step,
-            self.x_NCHW.to(device),
-            self.x_next_NCHW.to(device),
-            self.log_prob_N.to(device),
-            _moved(self.mean_NCHW, device),
-            _moved(self.attached_NCHW, device),
-        )
-
 
 @dataclass(frozen=True)
-class Trajectories:
+class Trajectories(Rows):
     """The living trajectories of P groups, packed without gaps.
 
     `slot_N` is the global prompt slot of the iteration and `member_N` the place in the group at expansion: both never
-    change, so that noise keyed by them does not know who was pruned. `output_NCHW` is the network's output at `x_NCHW`,
-    there only between a network call and the step that uses it. `latent_features` are what a probe saw after each network call.
+    change, so noise keyed by them does not depend on who was pruned. `output_NCHW` is the network's output at `x_NCHW`,
+    there only between a network call and the step that uses it. `latent_features` has a probe's view of the x0
+    projections after each network call. A latent that one transition ends at and the next begins at is one tensor.
     """
 
-    group_N: Tensor
-    slot_N: Tensor
-    member_N: Tensor
+    group_N: Tensor = field(metadata=Rows.ON_CPU)
+    slot_N: Tensor = field(metadata=Rows.ON_CPU)
+    member_N: Tensor = field(metadata=Rows.ON_CPU)
     x_NCHW: Tensor
     output_NCHW: Tensor | None = None
     path: tuple[Transition, ...] = ()
     attached_NCHW: Tensor | None = None
-    latent_features: tuple[Tensor, ...] = ()
+    latent_features: tuple[Tensor, ...] = field(default=(), metadata=Rows.ON_CPU)
 
     def __len__(self) -> int:
         return self.x_NCHW.shape[0]
 
-    def take(self, rows: Tensor) -> Trajectories:
-        """The rows named, in that order, in new memory; if they are all of them, these trajectories themselves.
-
-        A latent that one transition ends at and the next begins at stays one.
-        """
-        if rows.tolist() == list(range(len(self))):
-            return self
-        path: list[Transition] = []
-        for before, transition in zip((None, *self.path), self.path, strict=False):
-            taken = transition.take(rows)
-            if before is not None and before.x_next_NCHW is transition.x_NCHW:
-                taken = replace(taken, x_NCHW=path[-1].x_next_NCHW)
-            path.append(taken)
-        onwards = bool(self.path) and self.path[-1].x_next_NCHW is self.x_NCHW
-        return Trajectories(
-            self.group_N[rows],
-            self.slot_N[rows],
-            self.member_N[rows],
-            path[-1].x_next_NCHW if onwards else self.x_NCHW[rows],
-            None if self.output_NCHW is None else self.output_NCHW[rows],
-            tuple(path),
-            None if self.attached_NCHW is None else self.attached_NCHW[rows],
-            tuple(g[rows] for g in self.latent_features),
-        )
-
-    def to(self, device: str | torch.device) -> Trajectories:
-        """Latents and all that was made of them there; who is who stays on the CPU."""
-        return replace(
-            self,
-            x_NCHW=self.x_NCHW.to(device),
-            output_NCHW=_moved(self.output_NCHW, device),
-            path=tuple(t.to(device) for t in self.path),
-            attached_NCHW=_moved(self.attached_NCHW, device),
-        )
-
-
-def _moved(there: Tensor | None, device: str | torch.device) -> Tensor | None:
-    return None if there is None else there.to(device)
+    def take(self, rows: Tensor | slice) -> Self:
+        """The given rows, in that order, in new memory; these trajectories themselves if the rows are all of them."""
+        everyone = range(len(self))
+        chosen = everyone[rows] if isinstance(rows, slice) else rows.tolist()
+        return self if list(chosen) == list(everyone) else super().take(rows)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What sampling and training spend. NFE: one sample through the denoiser once (a CFG pair counts two)."""
+    """The cost of sampling and training. NFE: one sample through the denoiser once (a CFG pair counts two)."""
 
     nfe: int = 0
     decodes: int = 0
     reward_calls: int = 0
     trained_steps: int = 0
     previews: int = 0
-    """Of the decodes and reward calls, those of unfinished trajectories."""
+    """The decodes and reward calls of unfinished trajectories, which `decodes` and `reward_calls` include."""
     probed: int = 0
-    """Unfinished trajectories that a probe ranked, with neither."""
+    """Unfinished trajectories that a probe ranked, without decode and reward call."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -166,40 +171,53 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What N pictures are worth: float64, NaN where missing.
+class Scores(Rows):
+    """The rewards of N pictures: float64, NaN where missing.
 
-    `value_N` is the weighted sum of R rewards, and `parts_NR` what each of them counts with before its weight. `ranking_N` is
-    what selectors compare: the value, or a sum in which each reward was normalised within its group. `passed_N` is a strict
-    verdict (1, 0, NaN for none).
+    `value_N` is the weighted sum of R rewards, and `rewards_NR` each reward's own part before its weight. `ranking_N` is
+    what selectors compare: the value, or a sum in which each reward was normalised within its group. `passed_N` is a
+    strict verdict (1, 0, NaN for none).
     """
 
     value_N: Tensor
     ranking_N: Tensor
     passed_N: Tensor
-    parts_NR: Tensor
+    rewards_NR: Tensor
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """What N latents show: uint8 (N, H, W, 3) on the CPU, of videos (N, F, H, W, 3), and which of them are pictures, bool (N,).
+class GroupScores(Scores):
+    """The rewards of N finished trajectories, with the group of each."""
 
-    One that is not finite in every number is none: it is grey, and no reward sees it. `fault` says why the last such one is none.
+    group_N: Tensor
+
+    @classmethod
+    def of(cls, scores: Scores, group_N: Tensor) -> GroupScores:
+        return cls(scores.value_N, scores.ranking_N, scores.passed_N, scores.rewards_NR, group_N)
+
+
+@dataclass(frozen=True)
+class Pictures(Rows):
+    """N decoded latents: uint8 (N, H, W, 3) on the CPU, for videos (N, F, H, W, 3).
+
+    `there_N` (bool) says which of them are finite. One that is not is grey, and no reward sees it. `fault` is the reason for the last such one.
     """
 
     images_NHWC: Tensor
     there_N: Tensor
-    fault: str = ""
+    fault: str = field(default="", metadata=Rows.FOR_ALL)
 
-    def first(self, count: int) -> Pictures:
-        return Pictures(self.images_NHWC[:count], self.there_N[:count], self.fault)
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        fault = next((part.fault for part in reversed(parts) if part.fault), "")
+        return replace(super().cat(parts), fault=fault)
 
 
 @dataclass(frozen=True)
-class Preview:
-    """What was seen of N living trajectories after the network call of `step`; `kept_N` says who went on."""
+class Preview(Rows):
+    """The preview of N living trajectories after the network call of `step`; `kept_N` says who went on."""
 
-    step: int
+    step: int = field(metadata=Rows.FOR_ALL)
     group_N: Tensor
     member_N: Tensor
     scores_N: Tensor
@@ -208,23 +226,18 @@ class Preview:
 
 @dataclass(frozen=True)
 class Rollout:
-    """N finished trajectories of P prompts, prompt-major. Rewards are float64 and NaN where missing.
+    """The survivors of P prompts' groups: N finished trajectories, prompt-major, with their pictures and scores.
 
-    `ranking_N` is what selectors compare; `passed_N` is a strict verdict (1, 0, NaN for none); `parts_NR` are the rewards that were mixed.
-    `there_N` says whose picture is one (see `Pictures`). F finalists were rewarded; with a `final_keep` the N survivors are some of them, otherwise all.
+    The F `finalists` were denoised to the end and rewarded. With a plan's `final_keep` the survivors are some of them,
+    otherwise all.
     """
 
     prompts: tuple[Prompt, ...]
     condition: Condition
     trajectories: Trajectories
-    images_NHWC: Tensor
-    there_N: Tensor
-    rewards_N: Tensor
-    ranking_N: Tensor
-    passed_N: Tensor
-    parts_NR: Tensor
-    finalist_rewards_F: Tensor
-    finalist_group_F: Tensor
+    pictures: Pictures
+    survivors: GroupScores
+    finalists: GroupScores
     previews: tuple[Preview, ...]
 
     @property

@@ -23,11 +23,12 @@ from progrpo.config import (
     PlanSettings,
     PromptSettings,
 )
-from progrpo.rewards.base import OneRewardSettings, Reward
+from progrpo.rewards.base import Reward
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mix import Mixture, Term
-from progrpo.rewards.patient import Patient
+from progrpo.rewards.mixture import Component, RewardMixture
 from progrpo.rewards.remote import RemoteReward
+from progrpo.rewards.retrying import RetryingReward
+from progrpo.rewards.settings import RewardTerm
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.rollout import rollout
@@ -70,13 +71,15 @@ def served(function: Callable[..., Any]) -> Iterator[Reward]:
 
     from progrpo.rewards.server import make_app
 
-    server = uvicorn.Server(uvicorn.Config(make_app("mine", FunctionReward(function)), port=0, log_level="error"))
+    server = uvicorn.Server(
+        uvicorn.Config(make_app(RewardTerm("mine"), FunctionReward(function)), port=0, log_level="error")
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
     port = server.servers[0].sockets[0].getsockname()[1]
-    reward = RemoteReward.make("mine", OneRewardSettings(url=f"http://127.0.0.1:{port}"))
+    reward = RemoteReward.make(RewardTerm("mine", url=f"http://127.0.0.1:{port}"))
     try:
         yield reward
     finally:
@@ -89,14 +92,16 @@ KINDS = ("plain", "waiting", "quiet", "served")
 
 
 @contextmanager
-def rewarded(kind: str, redness: Callable[..., list[float]], bad: Callable[[str], bool]) -> Iterator[Mixture]:
+def rewarded(kind: str, redness: Callable[..., list[float]], bad: Callable[[str], bool]) -> Iterator[RewardMixture]:
     """The faulty reward of a kind as a run is rewarded by it."""
     faulty = Faulty(redness, bad)
     if kind == "served":
         with served(faulty.plain) as reward:
-            yield Mixture([Term("mine", Patient(reward, retries=0))])
+            yield RewardMixture([Component(RewardTerm("mine"), RetryingReward(reward, retries=0))])
     else:
-        yield Mixture([Term("mine", Patient(FunctionReward(getattr(faulty, kind)), retries=0))])
+        yield RewardMixture(
+            [Component(RewardTerm("mine"), RetryingReward(FunctionReward(getattr(faulty, kind)), retries=0))]
+        )
 
 
 def roll(trainer: Any) -> Rollout:
@@ -107,7 +112,7 @@ def roll(trainer: Any) -> Rollout:
 
 def gradients(trainer: Any, rolled: Rollout) -> list[torch.Tensor]:
     """What the optimizer is given."""
-    key, wanted, clip = NoiseKey(0, 0), trainer.config.objective, trainer.objective.adv_clip_max
+    key, wanted, clip = NoiseKey(0, 0), trainer.config.objective, trainer.objective.settings.adv_clip_max
     parts = rolled, trainer.sampling, key, wanted, clip, trainer.ranks, trainer.reward.weights
     experience, _ = learn_from(*parts, quorum=0.5)
     found: list[torch.Tensor] = []
@@ -126,13 +131,9 @@ def without(rolled: Rollout, rows: torch.Tensor) -> Rollout:
     return replace(
         rolled,
         trajectories=rolled.trajectories.take(rows),
-        images_NHWC=rolled.images_NHWC[rows],
-        there_N=rolled.there_N[rows],
-        rewards_N=rolled.rewards_N[rows],
-        passed_N=rolled.passed_N[rows],
-        parts_NR=rolled.parts_NR[rows],
-        finalist_rewards_F=rolled.finalist_rewards_F[rows],
-        finalist_group_F=rolled.finalist_group_F[rows],
+        pictures=rolled.pictures.take(rows),
+        survivors=rolled.survivors.take(rows),
+        finalists=rolled.finalists.take(rows),
     )
 
 
@@ -159,7 +160,7 @@ def test_the_gradient_is_that_of_the_pictures_that_were_scored(
     )
     clean = tiny_trainer(config, tiny_policy(moved=0.1), reward=redness)
     full = roll(clean)
-    names = [name_of(picture) for picture in full.images_NHWC.numpy()]
+    names = [name_of(picture) for picture in full.pictures.images_NHWC.numpy()]
     assert len(set(names)) == SLOTS * GROUP
     lost = set(sorted(names)[: math.ceil(rate * len(names))])  # a hash's order is as good as a draw
     expected = gradients(clean, without(full, torch.tensor([i for i, n in enumerate(names) if n not in lost])))
@@ -168,7 +169,7 @@ def test_the_gradient_is_that_of_the_pictures_that_were_scored(
         faulty = tiny_trainer(config, tiny_policy(moved=0.1))
         faulty.reward = reward
         rolled = roll(faulty)
-        assert [n in lost for n in names] == rolled.rewards_N.isnan().tolist()
+        assert [n in lost for n in names] == rolled.survivors.value_N.isnan().tolist()
         found = gradients(faulty, rolled)
         failures = reward.failures()
     assert (failures.asked, failures.missing) == ({"mine": len(names)}, {"mine": len(lost)})
@@ -218,7 +219,9 @@ def test_faults_that_pass_when_asked_again_leave_no_trace(tiny_trainer, tiny_con
     records = []
     for reward in (redness, shaky):
         trainer = tiny_trainer(tiny_config())
-        trainer.reward = Mixture([Term("mine", Patient(FunctionReward(reward), sleep=lambda seconds: None))])
+        trainer.reward = RewardMixture(
+            [Component(RewardTerm("mine"), RetryingReward(FunctionReward(reward), sleep=lambda seconds: None))]
+        )
         done = [trainer.step().record for _ in range(2)]
         timeless = [{k: v for k, v in r.items() if "time" not in k and k != "seconds"} for r in done]
         records.append((timeless, [p.detach().clone() for p in trainer.policy.trainable.values()]))
@@ -231,9 +234,9 @@ def test_a_group_below_its_quorum_teaches_nothing(tiny_trainer, tiny_config, red
     config = tiny_config(prompts=PromptSettings(per_iteration=2), plan=EVERYONE, optim=OptimSettings(max_grad_norm=1e9))
     trainer = tiny_trainer(config)
     full = roll(trainer)
-    rewards = full.rewards_N.clone()
+    rewards = full.survivors.value_N.clone()
     rewards[: GROUP // 2 + 1] = math.nan  # of the first group fewer than half are left
     second = torch.arange(GROUP, 2 * GROUP)
-    lost = replace(full, rewards_N=rewards)
+    lost = replace(full, survivors=replace(full.survivors, value_N=rewards))
     found, expected = gradients(trainer, lost), gradients(tiny_trainer(config), without(full, second))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

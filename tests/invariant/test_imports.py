@@ -34,6 +34,7 @@ SETTINGS = (
     "progrpo.prompts.settings",
     "progrpo.rewards.settings",
     "progrpo.rollout.settings",
+    "progrpo.tracking.settings",
     "progrpo.training.settings",
 )
 
@@ -44,7 +45,7 @@ MAY_SEE = {
     "progrpo.registry": ("progrpo.messages", "progrpo.settings"),
     "progrpo.config": (*SETTINGS, "progrpo.rollout.plan", "progrpo.types"),
     "progrpo.diffusion": (),
-    "progrpo.packing": ("progrpo.types",),
+    "progrpo.packing": (),
     "progrpo.frames": (),
     "progrpo.rollout": (*PROTOCOLS, "progrpo.settings", "progrpo.registry"),
     "progrpo.rollout.plan": ("progrpo.types",),
@@ -66,13 +67,14 @@ MUST_NOT_SEE = {
 }
 KNOW_CONFIG = ("progrpo.cli", "progrpo.imports", "progrpo.recipes", "progrpo.config", "progrpo.training")
 TORCH_ONLY = (
+    "progrpo.types",  # where rows are put one after another
     "progrpo.diffusion",
     "progrpo.packing",
     "progrpo.rollout.prune",
     "progrpo.objectives.advantage",
     "progrpo.objectives.surrogate",
 )
-STANDARD_LIBRARY_ONLY = (*SETTINGS, "progrpo.rollout.plan", "progrpo.rollout.window", "progrpo.types", "progrpo.config")
+STANDARD_LIBRARY_ONLY = (*SETTINGS, "progrpo.rollout.plan", "progrpo.rollout.window", "progrpo.config")
 KNOW_DIFFUSERS_AND_PEFT = ("progrpo.policies", "progrpo.zoo")
 FREE_OF_TORCH = (
     "progrpo.cli",
@@ -82,6 +84,7 @@ FREE_OF_TORCH = (
     "progrpo.recipes",
     "progrpo.rollout.plan",
     "progrpo.tracking.report",
+    "progrpo.types",
 )
 
 
@@ -227,7 +230,7 @@ def test_formulas_import_torch_only():
         assert outer(module) <= {"torch"}, module
 
 
-def test_plans_types_and_config_import_the_standard_library_only():
+def test_plans_and_config_import_the_standard_library_only():
     for module in bound_by(*STANDARD_LIBRARY_ONLY):
         assert not outer(module), module
 

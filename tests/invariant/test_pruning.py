@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from progrpo.config import PlanSettings, SamplingSettings
-from progrpo.rewards.frames import OnFrames
+from progrpo.rewards.frames import FrameAverageReward
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mix import alone
+from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
@@ -44,7 +44,7 @@ def draw(policy, tiny_config, prompts, told, redness):
         sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
         chosen, slot_P = told(*(prompts[i] for i in which)), torch.tensor(slots)
         parts = plan, sampling, SELECTORS["ovf"], NoiseKey(3, 1), Meter()
-        return rollout(policy, alone(OnFrames(FunctionReward(reward), 2)), chosen, slot_P, *parts)
+        return rollout(policy, mixture_of_one(FrameAverageReward(FunctionReward(reward), 2)), chosen, slot_P, *parts)
 
     return run
 
@@ -60,7 +60,11 @@ def rows_of(rolled: Rollout, others: Rollout) -> torch.Tensor:
 def seen(rolled: Rollout, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     """Everything that a trajectory is, of the rows named."""
     living = rolled.trajectories.take(rows)
-    found = {"x": living.x_NCHW, "pictures": rolled.images_NHWC[rows], "rewards": rolled.rewards_N[rows]}
+    found = {
+        "x": living.x_NCHW,
+        "pictures": rolled.pictures.images_NHWC[rows],
+        "rewards": rolled.survivors.value_N[rows],
+    }
     for t in living.path:
         found |= {f"x {t.step}": t.x_NCHW, f"x_next {t.step}": t.x_next_NCHW, f"log_prob {t.step}": t.log_prob_N}
     return found
@@ -94,7 +98,7 @@ def test_survivors_that_began_as_one_are_bitwise_what_they_are_without_pruning(d
 
 def test_survivors_of_final_rewards_are_bitwise_what_they_are_without_pruning(draw):
     selected, full = draw(Plan(GROUP, final_keep=3)), draw(FULL)
-    assert torch.equal(selected.finalist_rewards_F, full.rewards_N)
+    assert torch.equal(selected.finalists.value_N, full.survivors.value_N)
     assert_bitwise(selected, full)
 
 
@@ -164,7 +168,7 @@ def test_a_missing_preview_is_never_preferred(draw, redness):
     plan = Plan(GROUP, (PrunePoint(1, 3),))
     rolled = draw(plan, reward=failing(redness, 0, {1, 2, 5}, GROUP))
     assert rolled.trajectories.member_N.tolist() == [0, 3, 4] * 2
-    assert rolled.rewards_N.isfinite().all()
+    assert rolled.survivors.value_N.isfinite().all()
 
 
 def test_members_without_a_preview_fill_up_where_scores_are_too_few(draw, redness):

@@ -245,7 +245,7 @@ def test_a_rollout_is_the_same_with_and_without(build):
     """What is sampled does not know that its graphs are kept."""
     reused, anew = (build(reuse).step().rollout for reuse in (True, False))
     assert torch.equal(reused.trajectories.x_NCHW, anew.trajectories.x_NCHW)
-    assert torch.equal(reused.rewards_N, anew.rewards_N)
+    assert torch.equal(reused.survivors.value_N, anew.survivors.value_N)
     for one, other in zip(reused.trajectories.path, anew.trajectories.path, strict=True):
         assert torch.equal(one.x_next_NCHW, other.x_next_NCHW) and torch.equal(one.log_prob_N, other.log_prob_N)
 

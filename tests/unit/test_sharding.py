@@ -14,7 +14,7 @@ import torch
 
 from progrpo.config import Config, SamplingSettings
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mix import alone
+from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
@@ -114,7 +114,7 @@ def test_a_rollout_of_several_is_that_of_one(tiny_policy, world):
     def sample(sharding: GroupSharding) -> tuple[Rollout, Meter]:
         policy, meter = policies[sharding.rank], Meter()
         sampling = sampling_from(config, policy, "transitions", 0)
-        reward, select = alone(FunctionReward(redness)), SELECTORS["ovf"]
+        reward, select = mixture_of_one(FunctionReward(redness)), SELECTORS["ovf"]
         rolled = rollout(policy, reward, prompts, slots, plan, sampling, select, key, meter, sharding=sharding)
         return rolled, meter
 
@@ -125,13 +125,13 @@ def test_a_rollout_of_several_is_that_of_one(tiny_policy, world):
         for rolled, _ in parts
         for m, rewards, x in zip(
             rolled.trajectories.member_N.tolist(),
-            rolled.rewards_N.tolist(),
+            rolled.survivors.value_N.tolist(),
             rolled.trajectories.x_NCHW.flatten(1).tolist(),
             strict=True,
         )
     )
     assert [m for m, _, _ in rows] == one.trajectories.member_N.tolist()
-    assert [r for _, r, _ in rows] == one.rewards_N.tolist()
+    assert [r for _, r, _ in rows] == one.survivors.value_N.tolist()
     assert torch.equal(torch.tensor([x for _, _, x in rows]), one.trajectories.x_NCHW.flatten(1))
     path = [t for rolled, _ in parts for t in rolled.trajectories.path[0].log_prob_N.tolist()]
     assert sorted(path) == sorted(one.trajectories.path[0].log_prob_N.tolist())

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from progrpo.config import SamplingSettings
-from progrpo.rewards.base import Score
+from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mix import alone
+from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
@@ -52,7 +52,7 @@ def roll(policy, sampling, prompts):
             parts = PLAN, sampling, SELECTORS["ovf"], NoiseKey(3, 1), its_meter
             return rollout(policy, asked, chosen, SLOTS[places], *parts)
 
-        return in_waves(sample, alone(reward), len(prompts), waves, meter)
+        return in_waves(sample, mixture_of_one(reward), len(prompts), waves, meter)
 
     return run
 
@@ -66,8 +66,9 @@ def tensors(rolled: Rollout) -> dict[str, Tensor]:
     for t in living.path:
         of_step = {"x": t.x_NCHW, "x_next": t.x_next_NCHW, "log_prob": t.log_prob_N, "mean": t.mean_NCHW}
         found |= {f"{name} {t.step}": rows for name, rows in of_step.items() if rows is not None}
-    for name in ("images_NHWC", "rewards_N", "passed_N", "finalist_rewards_F", "finalist_group_F"):
-        found[name] = getattr(rolled, name)
+    found["pictures"] = rolled.pictures.images_NHWC
+    for kind in ("survivors", "finalists"):
+        found |= {f"{kind} {name}": rows for name, rows in vars(getattr(rolled, kind)).items()}
     for step in {p.step for p in rolled.previews}:
         there = [p for p in rolled.previews if p.step == step]
         for name in ("group_N", "member_N", "scores_N", "kept_N"):
@@ -88,7 +89,7 @@ def test_waves_change_nothing(roll, redness, prompts, waves):
         assert torch.equal(rows.nan_to_num(-1.0), other[name].nan_to_num(-1.0)), name
     assert (
         parted.group_N.tolist() == [0, 0, 1, 1, 2, 2]
-        and parted.finalist_group_F.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+        and parted.finalists.group_N.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     )
     assert len(parted.previews) == min(waves, 3)
 
@@ -120,7 +121,7 @@ def watch_the_network(policy: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]
     return callers
 
 
-class WaitsForAnother:
+class WaitsForAnother(Reward):
     """A reward whose first call returns once another wave has called the network, or patience ends."""
 
     def __init__(self, callers: list[str]) -> None:
@@ -147,18 +148,18 @@ def test_while_one_wave_is_scored_another_samples(roll, policy, monkeypatch, wav
     reward = WaitsForAnother(callers)
     rolled = roll(reward, waves, Meter())
     assert reward.met
-    assert len(set(callers)) == waves and rolled.rewards_N.isfinite().all()
+    assert len(set(callers)) == waves and rolled.survivors.value_N.isfinite().all()
 
 
 def test_all_rewards_may_be_under_way_at_once(roll):
     together = threading.Barrier(3)
 
-    class Meets:
+    class Meets(Reward):
         def score(self, pictures_NHWC, prompts):
             together.wait(PATIENCE)
             return [Score(float(np.mean(p))) for p in pictures_NHWC]
 
-    assert len(roll(Meets(), 3, Meter()).rewards_N) == 6
+    assert len(roll(Meets(), 3, Meter()).survivors.value_N) == 6
 
 
 def test_networks_never_run_at_the_same_time(roll, redness, policy, monkeypatch):
@@ -189,7 +190,7 @@ def ended(work: Any) -> Any:
 def test_an_error_in_a_waves_reward_is_raised_and_others_go_on(roll, prompts):
     done = []
 
-    class Fails:
+    class Fails(Reward):
         def score(self, pictures_NHWC, prompts_N):
             if prompts_N[0].text == prompts[0]:
                 raise RuntimeError("the server is gone")

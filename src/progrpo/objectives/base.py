@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from progrpo.diffusion.process import Process
+from progrpo.objectives.settings import LossSettings
 from progrpo.policies.base import Policy
-from progrpo.types import Condition, Trajectories
+from progrpo.types import Condition, Rows, Trajectories
 
 
 class Noise(Protocol):
@@ -23,7 +24,7 @@ class Noise(Protocol):
 
 
 @dataclass(frozen=True)
-class Experience:
+class Experience(Rows):
     """N finished trajectories with their advantages, and the process that they were sampled by.
 
     `condition` has one row a prompt, found by `trajectories.group_N`; the final latents are `trajectories.x_NCHW` and the stored transitions its `path`.
@@ -33,24 +34,15 @@ class Experience:
 
     trajectories: Trajectories
     advantages_N: Tensor
-    condition: Condition
-    process: Process
-    noise: Noise
-    guidance_scale: float = 1.0
+    condition: Condition = field(metadata=Rows.FOR_ALL)
+    process: Process = field(metadata=Rows.FOR_ALL)
+    noise: Noise = field(metadata=Rows.FOR_ALL)
+    guidance_scale: float = field(default=1.0, metadata=Rows.FOR_ALL)
     before_ND: Tensor | None = None
     size_N: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.trajectories)
-
-    def take(self, rows: Tensor) -> Experience:
-        return replace(
-            self,
-            trajectories=self.trajectories.take(rows),
-            advantages_N=self.advantages_N[rows],
-            before_ND=None if self.before_ND is None else self.before_ND[rows],
-            size_N=None if self.size_N is None else self.size_N[rows],
-        )
 
     @property
     def attached(self) -> bool:
@@ -96,65 +88,31 @@ class Loss:
         return {name: values.max() for name, values in self.maxima_B.items()}
 
 
-@dataclass(frozen=True)
-class Average:
-    """An average of the weights over iterations: after the n-th, average <- decay average + (1 - decay) current.
+class Objective(Protocol):
+    """A loss of what was sampled, made from its settings.
 
-    The decay min(`ramp` n, `limit`) lets it follow closely at first.
+    Items are what a microbatch counts: for GRPO a transition of a trajectory, for others a trajectory and a noise level.
     """
 
-    ramp: float
-    limit: float
-
-    def decay(self, iteration: int) -> float:
-        return min(self.ramp * iteration, self.limit)
-
-
-Needs = Literal["latents", "transitions", "means"]
-
-
-class Objective(Protocol):
-    """Items are what a microbatch counts: for GRPO a transition of a trajectory, for others a trajectory and a time."""
-
     @property
-    def needs(self) -> Needs:
-        """What sampling must store: only final latents; or stochastic transitions with log-probs; or with means too."""
-        ...
-
-    @property
-    def adv_clip_max(self) -> float:
-        """Advantages are clipped to its plus and minus."""
+    def settings(self) -> LossSettings:
+        """The objective's own settings, with the facts that a run asks for."""
         ...
 
     @property
     def clip_range(self) -> float | None:
-        """How far it lets the policy go in one iteration, None if it sets no such bound. Ratios of densities, if it has
-        them, may be off 1 by a hundredth of it before any update."""
-        ...
+        """How far the loss lets the policy go in one iteration, None for no bound.
 
-    @property
-    def uses_reference(self) -> bool:
-        """Whether it compares the policy with the weights that training began with."""
+        Ratios of densities may be off 1 by a hundredth of it before any update.
+        """
         ...
-
-    @property
-    def averages(self) -> Mapping[str, Average]:
-        """Named weights that it wants kept, beside `reference`."""
-        ...
-
-    @property
-    def rollout_weights(self) -> str:
-        """The weights that sample: `current`, or one of `averages`."""
-        ...
-
-    def items_per_trajectory(self, experience: Experience) -> int: ...
 
     def prepare(self, policy: Policy, experience: Experience, microbatch: int, updates: int) -> Experience:
         """Note what must be known before the first of `updates` optimizer steps; given all rewarded trajectories."""
         ...
 
     def loss(self, policy: Policy, experience: Experience, items_B: Tensor) -> Loss:
-        """Loss of the items numbered in [0, N * items_per_trajectory), ascending, with gradients to the policy.
+        """The loss of the items numbered in [0, N * settings.items_per_trajectory(transitions)), ascending, with gradients to the policy.
 
         Item i is draw or transition i // N of trajectory i % N, so a microbatch mixes steps where it must and no more.
         An item may be there twice, where it fills a microbatch up.

@@ -134,14 +134,9 @@ def decoded(policy: Policy, x0_NCHW: Tensor, microbatch: int, tiny: bool = False
     """What latents show; not more at once than a decoder has memory for."""
     decode, most = policy.preview if tiny else policy.decode, min(microbatch, DECODED)
     if not len(x0_NCHW):  # of a group that has fewer members than processes; a decoder takes no fewer than one
-        return decode(x0_NCHW.new_zeros(1, *x0_NCHW.shape[1:])).first(0)
+        return decode(x0_NCHW.new_zeros(1, *x0_NCHW.shape[1:])).take(slice(0))
     # a compiled decoder would be compiled again for another shape
     one_shape = policy.compiled_decoder and not tiny
     parts = of_one_shape(len(x0_NCHW), most) if one_shape else torch.arange(len(x0_NCHW)).split(most)
     made = [decode(x0_NCHW[rows]) for rows in parts]
-    whole = Pictures(
-        torch.cat([part.images_NHWC for part in made]),
-        torch.cat([part.there_N for part in made]),
-        next((part.fault for part in reversed(made) if part.fault), ""),
-    )
-    return whole.first(len(x0_NCHW))
+    return Pictures.cat(made).take(slice(len(x0_NCHW)))

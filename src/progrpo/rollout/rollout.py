@@ -16,7 +16,7 @@ from progrpo.rollout.plan import Plan
 from progrpo.rollout.preview import Previewing, preview, score
 from progrpo.rollout.prune import Selector
 from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding, own_share, rebalanced, sharded_survivors
-from progrpo.types import Preview, Prompt, Rollout, Trajectories
+from progrpo.types import GroupScores, Preview, Prompt, Rollout, Trajectories
 
 
 def rollout(
@@ -59,6 +59,7 @@ def rollout(
     finalists = denoise(policy, condition, batch, sampling, key, meter, prune)
     with meter.stage("reward"):
         pictures, scores = score(policy, reward, prompts, finalists, finalists.x_NCHW, sampling.microbatch, meter)
+    rewarded = GroupScores.of(scores, finalists.group_N)
     rows = torch.arange(len(finalists))
     if plan.final_keep is not None:
         rows = kept(finalists, scores.ranking_N, plan.final_keep, sampling.num_inference_steps)
@@ -66,14 +67,9 @@ def rollout(
         prompts=tuple(prompts),
         condition=condition,
         trajectories=finalists.take(rows),
-        images_NHWC=pictures.images_NHWC[rows],
-        there_N=pictures.there_N[rows],
-        rewards_N=scores.value_N[rows],
-        ranking_N=scores.ranking_N[rows],
-        passed_N=scores.passed_N[rows],
-        parts_NR=scores.parts_NR[rows],
-        finalist_rewards_F=scores.value_N,
-        finalist_group_F=finalists.group_N,
+        pictures=pictures.take(rows),
+        survivors=rewarded.take(rows),
+        finalists=rewarded,
         previews=tuple(previews),
     )
 

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from progrpo.packing import join
 from progrpo.rollout.prune import Selector, survivors
 from progrpo.types import Trajectories
 
@@ -72,12 +71,12 @@ def rebalanced(batch: Trajectories, sharding: GroupSharding) -> Trajectories:
     left = len(batch)
     for giver, taker, count in transfers(sharding.gather([left])):
         if giver == sharding.rank:
-            parcels[taker] = batch.take(torch.arange(left - count, left)).to("cpu")
+            parcels[taker] = batch.take(slice(left - count, left)).to("cpu")
             left -= count
     received = [p[sharding.rank] for p in sharding.gather([parcels]) if sharding.rank in p]
     if not parcels and not received:
         return batch
-    whole = join([batch.take(torch.arange(left)), *(part.to(batch.x_NCHW.device) for part in received)])
+    whole = Trajectories.cat([batch.take(slice(left)), *(part.to(batch.x_NCHW.device) for part in received)])
     return whole.take(_order(whole.group_N, whole.member_N))
 
 

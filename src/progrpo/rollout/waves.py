@@ -11,15 +11,18 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import accumulate
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.packing import join
 from progrpo.rewards.base import Scorer
 from progrpo.rollout.meter import Meter
-from progrpo.types import Condition, Prompt, Rollout, Scores
+from progrpo.types import Condition, GroupScores, Pictures, Preview, Prompt, Rollout, Scores, Trajectories
+
+_Grouped = TypeVar("_Grouped", Trajectories, GroupScores, Preview)
 
 
 class _Elsewhere:
@@ -68,26 +71,30 @@ def in_waves(
 
 
 def joined(parts: Sequence[Rollout]) -> Rollout:
-    """Rollouts one after another: the groups of later ones are numbered on."""
-    starts = [sum(len(r.prompts) for r in parts[:i]) for i in range(len(parts))]
-    first = parts[0]
+    """Rollouts one after another, with the groups of later ones numbered on."""
+    starts = accumulate([len(r.prompts) for r in parts], initial=0)
+    numbered = [_numbered_from(start, r) for start, r in zip(starts, parts, strict=False)]
     return Rollout(
-        prompts=tuple(prompt for r in parts for prompt in r.prompts),
-        condition=Condition(
-            {name: torch.cat([r.condition.tensors[name] for r in parts]) for name in first.condition.tensors}
-        ),
-        trajectories=join(
-            [replace(r.trajectories, group_N=r.group_N + start) for r, start in zip(parts, starts, strict=True)]
-        ),
-        images_NHWC=torch.cat([r.images_NHWC for r in parts]),
-        there_N=torch.cat([r.there_N for r in parts]),
-        rewards_N=torch.cat([r.rewards_N for r in parts]),
-        ranking_N=torch.cat([r.ranking_N for r in parts]),
-        passed_N=torch.cat([r.passed_N for r in parts]),
-        parts_NR=torch.cat([r.parts_NR for r in parts]),
-        finalist_rewards_F=torch.cat([r.finalist_rewards_F for r in parts]),
-        finalist_group_F=torch.cat([r.finalist_group_F + start for r, start in zip(parts, starts, strict=True)]),
-        previews=tuple(
-            replace(p, group_N=p.group_N + start) for r, start in zip(parts, starts, strict=True) for p in r.previews
-        ),
+        prompts=tuple(prompt for r in numbered for prompt in r.prompts),
+        condition=Condition.cat([r.condition for r in numbered]),
+        trajectories=Trajectories.cat([r.trajectories for r in numbered]),
+        pictures=Pictures.cat([r.pictures for r in numbered]),
+        survivors=GroupScores.cat([r.survivors for r in numbered]),
+        finalists=GroupScores.cat([r.finalists for r in numbered]),
+        previews=tuple(preview for r in numbered for preview in r.previews),
+    )
+
+
+def _numbered_from(start: int, rollout: Rollout) -> Rollout:
+    """The same rollout with group numbers that begin at `start`."""
+
+    def numbered(rows: _Grouped) -> _Grouped:
+        return replace(rows, group_N=rows.group_N + start)
+
+    return replace(
+        rollout,
+        trajectories=numbered(rollout.trajectories),
+        survivors=numbered(rollout.survivors),
+        finalists=numbered(rollout.finalists),
+        previews=tuple(map(numbered, rollout.previews)),
     )

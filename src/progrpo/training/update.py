@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.errors import SelfCheckError
 from progrpo.training.loss_scale import LossScale
 from progrpo.training.memory import halved, is_out_of_memory
-from progrpo.types import Rollout
+from progrpo.types import GroupScores, Rollout
 
 _DEVIATION = "update/ratio_max_deviation"
 
@@ -66,23 +66,22 @@ def learn_from(
     groups are shared out (`sharding`), each knows all rewards, and learns from its own part.
     """
     num_groups, tally = len(rollout.prompts), Tally()
-    finals = rollout.finalist_rewards_F, rollout.finalist_group_F
-    told = _Rewarded(rollout.rewards_N, rollout.group_N, rollout.parts_NR, *finals)
-    parts = sharding.gather([told])
-    own = torch.arange(len(told.rewards_N)) + sum(len(part.rewards_N) for part in parts[: sharding.rank])
-    whole = _Rewarded.joined(parts)
-    rewards_N = with_quorum(whole.rewards_N, whole.group_N, num_groups, quorum)
+    parts = sharding.gather([rollout.survivors])
+    own = torch.arange(len(rollout.group_N)) + sum(len(part.group_N) for part in parts[: sharding.rank])
+    whole = GroupScores.cat(parts)
+    rewards_N = with_quorum(whole.value_N, whole.group_N, num_groups, quorum)
     statistics = group_statistics(rewards_N, whole.group_N, num_groups)
-    finalists = group_statistics(whole.finalist_rewards_F, whole.finalist_group_F, num_groups)
+    all_finalists = GroupScores.cat(sharding.gather([rollout.finalists]))
+    finalists = group_statistics(all_finalists.value_N, all_finalists.group_N, num_groups)
 
     def add_up(moments_3: Tensor) -> Tensor:
         return ranks.sum(moments_3 / sharding.world).cpu()  # each knows what all of those together know
 
     scale = {"eps": objective.adv_eps, "clip_max": adv_clip_max}
     if objective.advantage == "gdpo":
-        parts_NR = whole.parts_NR.where(rewards_N.isfinite()[:, None], torch.nan)
+        rewards_NR = whole.rewards_NR.where(rewards_N.isfinite()[:, None], torch.nan)
         weights_R = torch.tensor(list(weights.values()), dtype=torch.float64)
-        values_N = normalised_sum(parts_NR, weights_R, whole.group_N, num_groups, objective.adv_eps)
+        values_N = normalised_sum(rewards_NR, weights_R, whole.group_N, num_groups, objective.adv_eps)
         mean, std = batch_mean_std(values_N, add_up)
         taught = group_statistics(values_N, whole.group_N, num_groups)
         advantages_N, observed_N = advantages(values_N, whole.group_N, taught.around(mean), std=std, **scale)
@@ -96,15 +95,15 @@ def learn_from(
             **scale,
         )
         taught = statistics
-    tally.add_finite("reward/mean", rollout.finalist_rewards_F)
+    tally.add_finite("reward/mean", rollout.finalists.value_N)
     tally.add_finite("reward/std", statistics.std_P)
-    tally.add_finite("reward/strict", rollout.passed_N)
+    tally.add_finite("reward/strict", rollout.survivors.passed_N)
     if len(weights) > 1:
-        for name, values_N in zip(weights, rollout.parts_NR.unbind(1), strict=True):
+        for name, values_N in zip(weights, rollout.survivors.rewards_NR.unbind(1), strict=True):
             tally.add_finite(f"reward/mean@{name}", values_N)
     if not rollout.previews:
         tally.add_finite("reward/group_std_full", finalists.std_P)
-    tally.count("reward/missing", int((~rollout.finalist_rewards_F.isfinite()).sum()))
+    tally.count("reward/missing", int((~rollout.finalists.value_N.isfinite()).sum()))
     if sharding.rank == 0:  # what all know is counted once
         tally.count("reward/skipped_groups", num_groups - len(whole.group_N[rewards_N.isfinite()].unique()))
         tally.count("advantage/zero_variance_groups", int((~taught.informative_P).sum()))
@@ -117,21 +116,6 @@ def learn_from(
         sampling.guidance_scale,
     )
     return experience.take(observed_N[own].nonzero().flatten()), tally
-
-
-@dataclass(frozen=True)
-class _Rewarded:
-    """What a process tells the others of its part of the groups."""
-
-    rewards_N: Tensor
-    group_N: Tensor
-    parts_NR: Tensor
-    finalist_rewards_F: Tensor
-    finalist_group_F: Tensor
-
-    @classmethod
-    def joined(cls, parts: Sequence[_Rewarded]) -> _Rewarded:
-        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
 def update(
@@ -163,7 +147,7 @@ def update(
             try:
                 ready = experience if prepared else objective.prepare(policy, experience, packing.microbatch, parts)
                 share = ready.take((_parts(ready, parts) == part).nonzero().flatten())
-                per_trajectory = objective.items_per_trajectory(share)
+                per_trajectory = objective.settings.items_per_trajectory(len(share.trajectories.path))
                 telling = share.take(share.advantages_N.nonzero().flatten())
                 if counted is None:
                     sizes = torch.tensor([len(share) * per_trajectory, len(telling)], dtype=torch.float64)
@@ -246,7 +230,7 @@ def _parts(experience: Experience, parts: int) -> Tensor:
 def _accumulate(
     policy: Policy, objective: Objective, experience: Experience, everywhere: float, packing: Packing
 ) -> Tally:
-    tally, per_trajectory = Tally(), objective.items_per_trajectory(experience)
+    tally, per_trajectory = Tally(), objective.settings.items_per_trajectory(len(experience.trajectories.path))
     count = len(experience) * per_trajectory
     if experience.attached:
         # a graph spans one transition of every trajectory, and its ratios are 1 by construction: some are computed anew
