@@ -26,14 +26,15 @@ from progrpo.config import Config, ModelSettings, ObjectiveSettings, PreviewSett
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Reward
 from progrpo.rewards.load import load_reward
-from progrpo.rewards.mix import alone
+from progrpo.rewards.mixture import mixture_of_one
+from progrpo.rewards.settings import RewardTerm
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import Previewing, preview, score
 from progrpo.rollout.probe import Probe, probe_examples, text_features
 from progrpo.tracking.statistics import hit_rate, spearman
-from progrpo.training.build import objective_from, policy_from, sampling_from, settled, tiny_decoder
+from progrpo.training.build import objective_from, policy_context, policy_from, sampling_from, settled
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt, Trajectories
 from progrpo.zoo.shapes import world
@@ -114,9 +115,14 @@ def measured(model: str, wanted: argparse.Namespace) -> dict[str, Any]:
         preview=asked,
     )
     config = settled(config, ranks)
-    policy = policy_from(config.model, 0, ranks, tiny_decoder=tiny_decoder(asked))
+    policy = policy_from(config.model, policy_context(config, ranks))
     sampling = sampling_from(config, policy, objective_from(config, policy).needs, 0)
-    bench = Bench(policy, alone(load_reward("shapes")), replace(sampling, stored_steps=frozenset()), wanted.group_size)
+    bench = Bench(
+        policy,
+        mixture_of_one(load_reward(RewardTerm("shapes"))),
+        replace(sampling, stored_steps=frozenset()),
+        wanted.group_size,
+    )
     by_seed = []
     for seed in wanted.seeds:
         by_seed.append(bench.measure(wanted.groups, seed, bench.probes(wanted.probe_groups, seed)))

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from progrpo.config import PlanSettings, SamplingSettings
-from progrpo.rewards.frames import OnFrames
+from progrpo.rewards.frames import FrameAverageReward
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mix import alone
+from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
@@ -44,7 +44,7 @@ def draw(policy, tiny_config, prompts, told, redness):
         sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
         chosen, slot_P = told(*(prompts[i] for i in which)), torch.tensor(slots)
         parts = plan, sampling, SELECTORS["ovf"], NoiseKey(3, 1), Meter()
-        return rollout(policy, alone(OnFrames(FunctionReward(reward), 2)), chosen, slot_P, *parts)
+        return rollout(policy, mixture_of_one(FrameAverageReward(FunctionReward(reward), 2)), chosen, slot_P, *parts)
 
     return run
 

@@ -13,10 +13,11 @@ from diffusers import AutoencoderTiny
 
 from progrpo.diffusion.levels import flow_levels
 from progrpo.diffusion.process import Process
-from progrpo.policies.base import PolicySettings
+from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import load_policy
-from progrpo.rewards.base import Score
-from progrpo.rewards.mix import alone
+from progrpo.policies.settings import ModelSettings
+from progrpo.rewards.base import Reward, Score
+from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -203,7 +204,7 @@ def test_as_many_steps_as_are_left_are_the_samplers_own_ode(family, tiny_policy,
 
 
 @dataclass
-class Counted:
+class Counted(Reward):
     """Mean brightness of each picture; it notes how many it was shown."""
 
     shown: list[int] = field(default_factory=list)
@@ -230,7 +231,9 @@ def test_a_trusted_probe_is_asked_and_nothing_is_decoded(linear_policy):
     batch, told = replace(called(linear_policy, sampling, 1), latent_features=features), torch.ones(len(PROMPTS), 1, 1)
     probe, condition = trusted_at(3, 1), Condition({**CONDITION.tensors, "prompt_embeds": told})
     how = Previewing(ode_steps=3, probe=probe)  # a linear policy has no decoder, and further steps would be counted
-    pictures, scores = preview(linear_policy, alone(reward), PROMPTS, condition, batch, 1, sampling, how, meter)
+    pictures, scores = preview(
+        linear_policy, mixture_of_one(reward), PROMPTS, condition, batch, 1, sampling, how, meter
+    )
     right, wrong = (probe.score(step, features[step], told, batch.group_N) for step in (1, 0))
     assert torch.equal(scores, right) and not torch.equal(scores, wrong)
     assert pictures is None and meter.cost == Cost(probed=ROWS) and reward.shown == []
@@ -247,7 +250,9 @@ def test_where_the_probe_is_not_trusted_pictures_are_looked_at(tiny_policy):
 
     def watch(step: int, living: Trajectories) -> Trajectories:
         if step == 0:
-            found.append(preview(policy, alone(reward), PROMPTS, condition, living, 0, sampling, how, meter)[1])
+            found.append(
+                preview(policy, mixture_of_one(reward), PROMPTS, condition, living, 0, sampling, how, meter)[1]
+            )
             x0 = projected(policy, condition, living, 0, sampling, 2, Meter())
             found.append(torch.tensor([p.float().mean() for p in policy.decode(x0).images_NHWC], dtype=torch.float64))
         return living
@@ -275,7 +280,7 @@ def test_a_rollout_counts_what_its_plan_says_of_probes_and_further_steps(tiny_po
     sampling = Sampling(process, frozenset({0, 1}), latent_features=True, guidance_scale=3.0)
     plan, how = Plan(5, (PrunePoint(0, 4), PrunePoint(2, 3))), Previewing(ode_steps=3, probe=probe)
     parts = plan, sampling, SELECTORS["ovf"], NoiseKey(0, 0), meter, how
-    rolled = rollout(policy, alone(reward), PROMPTS, torch.tensor([0, 1]), *parts)
+    rolled = rollout(policy, mixture_of_one(reward), PROMPTS, torch.tensor([0, 1]), *parts)
     assert meter.cost == plan.predict(4, 0, True, 3, frozenset({2})) * 2
     assert meter.cost.probed == 8 and meter.cost.previews == 10 and reward.shown == [10, 6]
     assert len(rolled.trajectories.latent_features) == 4 and all(
@@ -288,14 +293,17 @@ def test_the_tiny_decoder_is_used_where_it_is_asked_for(tiny_sd3, tmp_path):
     channels = {"encoder_block_out_channels": (4, 4), "decoder_block_out_channels": (4, 4)}
     blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     AutoencoderTiny(latent_channels=4, **channels, **blocks).save_pretrained(tmp_path)
-    policy = load_policy(tiny_sd3, PolicySettings(lora_rank=2, max_sequence_length=8, tiny_decoder=str(tmp_path)))
+    policy = load_policy(
+        ModelSettings(str(tiny_sd3), lora_rank=2, max_sequence_length=8),
+        PolicyContext(decoder_for_previews=str(tmp_path)),
+    )
     x = torch.randn(4, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     group, process = torch.tensor([0, 0, 1, 1]), Process("flow", "ddim", policy.levels(2), (0.0, 0.0))
     batch, condition = Trajectories(group, group, torch.arange(4), x, -x), policy.encode(PROMPTS)
     x0 = process.x0(0, x, -x)
     for tiny, expected in ((True, policy.preview(x0).images_NHWC), (False, policy.decode(x0).images_NHWC)):
         parts = batch, 0, Sampling(process, microbatch=3), Previewing(tiny=tiny), Meter()
-        images, values = preview(policy, alone(Counted()), PROMPTS, condition, *parts)
+        images, values = preview(policy, mixture_of_one(Counted()), PROMPTS, condition, *parts)
         assert images is not None
         assert torch.equal(images, expected)
         assert values.tolist() == pytest.approx([p.float().mean().item() for p in expected])

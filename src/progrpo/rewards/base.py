@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from progrpo.messages import named, quoted
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt, Scores
 
 if TYPE_CHECKING:
@@ -48,46 +50,48 @@ class WrongAnswer(Refusal):
     """What a reward returned is no score for each picture, whichever the pictures are: its author's mistake."""
 
 
-@dataclass(frozen=True)
-class OneRewardSettings:
-    """What a built-in reward is told. Those without a network, a choice of models or a server read none of it."""
+class Reward(ABC):
+    """A function of pictures and their prompts. A user's plain function becomes one in `rewards.function`."""
 
-    device: str = "auto"
-    """By torch's name; `auto`: a GPU where there is one."""
-    dtype: str = "auto"
-    """By torch's name; `auto`: float16 on a GPU, float32 elsewhere."""
-    batch_size: int | None = None
-    """Pictures at once; empty: all of a function, else `batch`."""
-    model: str = ""
-    """Another model than the reward's own: a hub id, a folder, or the name that a server knows."""
-    url: str = ""
-    """Of a server."""
-    timeout: float | None = None
-    """Seconds that a call may take; empty: `patience` of a server, else as long as it wants."""
+    groupwise: bool = False
+    """Whether a call must have all pictures of a group, as a ranking needs them."""
+    video: bool = False
+    """Whether a call has whole videos (N, F, H, W, 3). Other rewards see some of their frames."""
+    needed: Sequence[str] = ()
+    """The columns that every prompt must have."""
+    takes_model: bool = False
+    """Whether a term may name another model than the reward's own."""
+    parameters: int | None = None
+    """The parameters of its network; None where they are not known."""
 
-    @property
-    def batch(self) -> int:
-        """Pictures at once of a network or a server."""
-        return 16 if self.batch_size is None else self.batch_size
+    @classmethod
+    def make(cls, term: RewardTerm) -> Reward:
+        """Make the reward that a configuration names. Refusal where that is impossible on this machine."""
+        return cls()
 
-    @property
-    def patience(self) -> float:
-        """Seconds for one answer of a server."""
-        return 60.0 if self.timeout is None else self.timeout
-
-
-class Reward(Protocol):
+    @abstractmethod
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
-        """One score a picture (uint8, (N, H, W, 3)), in order.
+        """Score each picture (uint8, (N, H, W, 3)), in order."""
 
-        A reward with an attribute `video = True` is given videos (N, F, H, W, 3) whole; another sees some of their frames.
-        """
-        ...
+    def check(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027 (most rewards take any prompt)
+        """Refuse, before a picture is drawn, prompts or a machine that the reward cannot work with."""
+
+    def close(self) -> None:  # noqa: B027 (most rewards hold nothing)
+        """Let go of connections, processes, and what a user's class wants closed."""
 
 
-def check(reward: Reward, prompts: Sequence[Prompt]) -> None:
-    """Refusal, before a picture is drawn, where a reward can tell that it will not work with these prompts or here."""
-    getattr(reward, "check", lambda prompts: None)(prompts)
+class RewardWrapper(Reward):
+    """A reward around another one, with the same facts."""
+
+    def __init__(self, reward: Reward) -> None:
+        self._reward = reward
+        self.groupwise, self.video, self.needed = reward.groupwise, reward.video, reward.needed
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        self._reward.check(prompts)
+
+    def close(self) -> None:
+        self._reward.close()
 
 
 def require_columns(reward: str, needed: Iterable[str], prompts: Sequence[Prompt]) -> None:
@@ -99,11 +103,6 @@ def require_columns(reward: str, needed: Iterable[str], prompts: Sequence[Prompt
                 f" ({named(', '.join(sorted(prompt.columns))) or 'none at all'}); give it to every prompt, or the"
                 " parameter a default (the texts themselves are `prompts`)"
             )
-
-
-def close(reward: Reward) -> None:
-    """Let go of what a reward holds: a server's connection, processes, what a user's class wants closed."""
-    getattr(reward, "close", lambda: None)()
 
 
 class Scorer(Protocol):

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from progrpo.messages import quoted
 from progrpo.prompts.pictures import COLUMN, key, pictures
-from progrpo.rewards.base import Refusal, Reward, Score, check, close
+from progrpo.rewards.base import Refusal, Reward, RewardWrapper, Score
 from progrpo.types import Prompt
 
 
-class Cached:
+class CachedReward(RewardWrapper):
     """Asks `reward` only about pictures and prompts that it has not scored before; failures are asked about again.
 
     A score is found by the sha256 of the reward's `identity` (its name and model), the picture's pixels and size, the prompt and its columns
@@ -32,7 +32,8 @@ class Cached:
     """
 
     def __init__(self, reward: Reward, identity: str, folder: Path) -> None:
-        self._reward, self._identity, self._folder = reward, identity, folder
+        super().__init__(reward)
+        self._identity, self._folder = identity, folder
         self._file = folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', identity).strip('-')}.sqlite"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -87,10 +88,7 @@ class Cached:
     def check(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
             self._written(dict(prompt.columns), prompt)
-        check(self._reward, prompts)
-
-    def close(self) -> None:
-        close(self._reward)
+        super().check(prompts)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

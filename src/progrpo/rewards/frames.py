@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from progrpo.frames import evenly
-from progrpo.rewards.base import Reward, Score, check, close
+from progrpo.rewards.base import Reward, RewardWrapper, Score
 from progrpo.types import Prompt
 
 
-class OnFrames:
+class FrameAverageReward(RewardWrapper):
     """A video (F, H, W, 3) is worth the mean over `count` of its frames, evenly spaced; a picture what `reward` says of it.
 
     The score is missing where one frame's is, and a verdict is passed where all frames pass. A call has one frame of each
@@ -19,7 +19,8 @@ class OnFrames:
     """
 
     def __init__(self, reward: Reward, count: int) -> None:
-        self._reward, self._count = reward, count
+        super().__init__(reward)
+        self.video, self._count = True, count
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         if pictures_NHWC.ndim == 4:
@@ -27,12 +28,6 @@ class OnFrames:
         places = evenly(self._count, pictures_NHWC.shape[1])
         moments = [self._reward.score(pictures_NHWC[:, place], prompts) for place in places]
         return [_of_all(frames) for frames in zip(*moments, strict=True)]
-
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        check(self._reward, prompts)
-
-    def close(self) -> None:
-        close(self._reward)
 
 
 def _of_all(frames: Sequence[Score]) -> Score:

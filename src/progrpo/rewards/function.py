@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -15,7 +16,7 @@ from PIL import Image
 
 from progrpo.messages import quoted, raised
 from progrpo.prompts.pictures import COLUMN, pictures
-from progrpo.rewards.base import Refusal, Score, WrongAnswer, require_columns
+from progrpo.rewards.base import Refusal, Reward, Score, WrongAnswer, require_columns
 from progrpo.rewards.loop import finished
 from progrpo.types import GIVEN, Prompt
 
@@ -24,7 +25,32 @@ _PICTURES, _TEXTS = "pictures", "texts"
 _NAMES = {**GIVEN, "pictures": _PICTURES, "videos": _PICTURES, "texts": _TEXTS}
 
 
-class FunctionReward:
+def adapted(value: object, batch_size: int | None = None, timeout: float | None = None) -> Reward:
+    """A user's reward: a `Reward` as it is, a function or an object with a method `score` as a FunctionReward."""
+    return value if isinstance(value, Reward) else FunctionReward(value, batch_size, timeout)
+
+
+def can_score(value: object) -> bool:
+    return callable(value) or hasattr(value, "score")
+
+
+def instance_of(kind: type, name: str) -> object:
+    """An object of a user's class, which `name` stands for. Refusal where its constructor raises."""
+    try:
+        return kind()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise Refusal(f"reward {quoted(name)}: the class cannot be made without arguments: {raised(error)}") from error
+
+
+def qualified_name(value: object) -> str:
+    """`module:function` of a function, `module:Class` of an object, with letters alone that a name may have."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return re.sub(r"[^\w.:]", "_", f"{named.__module__}:{named.__qualname__}")  # `<lambda>`, `<locals>`
+
+
+class FunctionReward(Reward):
     """`function(images, prompts, **columns) -> sequence of float | None`, plain or async, or an object with it as `score`.
 
     `images` (or `pictures`, `videos`) are PIL pictures and `prompts` (or `texts`) texts, wherever they stand; the texts may be left

@@ -19,49 +19,54 @@ from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from progrpo.messages import named, quoted
-from progrpo.rewards.base import OneRewardSettings, Refusal, Reward, Score, check, close
+from progrpo.rewards.base import Refusal, Reward, Score
+from progrpo.rewards.settings import RewardTerm
 from progrpo.streams import make_streams_tolerant
 from progrpo.types import Prompt
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
 
 _GRACE = 5.0  # seconds in which processes end themselves
 _SLACK = 1.0  # seconds after its time limit in which a call may still end itself
 
-Make = Callable[[str, OneRewardSettings], Reward]
-_Call = tuple[Any, ...]
-"""A function and what it is given."""
+Load = Callable[[RewardTerm], Reward]
+"""A function of a module, so that processes can import it."""
+_Call = Callable[[], Any]
 
 
-class InProcesses:
-    """The reward `make(name, settings)`, loaded in each of `count` processes; pictures are dealt among them in order.
+class ProcessPoolReward(Reward):
+    """A reward that is loaded in each of `term.processes` processes. Pictures are dealt among them in order.
 
     An error in a process is raised here, as it was there. Where a process ends, all are replaced and the calls under way are a
-    LostWorkerError each, so that asking again may help. Where a call takes longer than `settings.timeout`, likewise, once all have
+    LostWorkerError each, so that asking again may help. Where a call takes longer than `term.timeout`, likewise, once all have
     loaded the reward.
     """
 
-    def __init__(self, make: Make, name: str, count: int, settings: OneRewardSettings, video: bool = False) -> None:
-        """`video`: the reward is given videos whole. Refusal where new processes cannot have the reward."""
-        _check_script(name)
-        self._name, self._count, self._timeout, self.video = name, count, settings.timeout, video
-        self._start = functools.partial(_Workers, count, make, name, settings)
-        self._workers, self._one, self._closed = self._start(), threading.Lock(), False
+    def __init__(self, load: Load, term: RewardTerm, loaded: Reward) -> None:
+        """`loaded` is the reward as this process has it. Refusal where new processes cannot have it."""
+        _check_script(term.name)
+        self.video, self.needed = loaded.video, loaded.needed
+        self._name, self._count, self._timeout = term.name, term.processes, term.timeout
+        self._start = functools.partial(_Workers, term.processes, functools.partial(load, term))
+        self._workers, self._lock, self._closed = self._start(), threading.Lock(), False
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         # a reward sees which columns there are: a part must not lack one because its own prompts do
         names = {name for prompt in prompts for name in prompt.columns}
         prompts = [Prompt(p.text, {name: p.columns.get(name) for name in names}) for p in prompts]
         rows = [part for part in np.array_split(np.arange(len(prompts)), self._count) if len(part)]
-        calls = [(_score, pictures_NHWC[part], [prompts[i] for i in part]) for part in rows]
+        calls = [functools.partial(_score, pictures_NHWC[part], [prompts[i] for i in part]) for part in rows]
         return [score for scores in self._answers(calls, self._timeout) for score in scores]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         _refuse_unsendable(self._name, prompts)
-        call = (_check, list(prompts))  # in one of them: what it loads to tell is loaded there anyway
+        call = functools.partial(_check, list(prompts))  # in one of them: what it loads to tell is loaded there anyway
         with suppress(LostWorkerError):  # once may be chance
             self._answers([call], None)
             return
@@ -75,7 +80,7 @@ class InProcesses:
 
     def close(self) -> None:
         """Also where one hangs, which would keep the program from ending."""
-        with self._one:
+        with self._lock:
             self._closed = True
             self._workers.end(_GRACE)
 
@@ -103,7 +108,7 @@ class InProcesses:
 
     def _replace(self, workers: _Workers, grace: float) -> str:
         """New processes in place of these, unless another call has seen to that; how one of these ended."""
-        with self._one:
+        with self._lock:
             if workers is self._workers and not self._closed:
                 workers.end(grace)  # first, for what they hold
                 self._workers = self._start()
@@ -130,16 +135,14 @@ class LostWorkerError(RuntimeError):
 class _Workers:
     """Processes that have the reward, until one of them ends or hangs."""
 
-    def __init__(self, count: int, make: Make, name: str, settings: OneRewardSettings) -> None:
+    def __init__(self, count: int, load: Callable[[], Reward]) -> None:
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
         self._count, self._begun = count, context.Value("i", 0)
-        self._pool = ProcessPoolExecutor(
-            count, context, initializer=_begin, initargs=(self._begun, make, name, settings)
-        )
+        self._pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(self._begun, load))
         self.stuck, self.ending = False, "a process ended"
 
     def submit(self, calls: Sequence[_Call]) -> list[Future[Any]]:
-        return [self._pool.submit(*call) for call in calls]
+        return [self._pool.submit(call) for call in calls]
 
     def all_begun(self) -> bool:
         return self._begun.value == self._count
@@ -234,18 +237,18 @@ def _is_conditional(file: str, line: int) -> bool:
 
 # --- in a process -----------------------------------------------------------------------------------------------------
 
-_make: Callable[[], Reward]
+_load: Callable[[], Reward]
 
 
-def _begin(begun: Any, make: Make, name: str, settings: OneRewardSettings) -> None:
-    global _make
-    _make = functools.partial(make, name, settings)
+def _begin(begun: Synchronized[int], load: Callable[[], Reward]) -> None:
+    global _load
+    _load = load
     for number in (signal.SIGINT, signal.SIGHUP):  # of a terminal, to all processes: the run's own decides
         signal.signal(number, signal.SIG_IGN)
     make_streams_tolerant()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(BaseException):  # the first call says it
-        check(_reward(), [])
+        _reward().check([])
     with begun.get_lock():
         begun.value += 1
 
@@ -259,14 +262,14 @@ def _end_with_parent() -> None:
 
 @functools.cache
 def _reward() -> Reward:
-    reward = _make()
+    reward = _load()
     atexit.register(_close, reward)
     return reward
 
 
 def _close(reward: Reward) -> None:
     with suppress(Exception):  # the scores are all there, and nobody reads what a process says as it ends
-        close(reward)
+        reward.close()
 
 
 def _score(pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
@@ -276,7 +279,7 @@ def _score(pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
 
 def _check(prompts: Sequence[Prompt]) -> None:
     with _sendable():
-        check(_reward(), prompts)
+        _reward().check(prompts)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from progrpo.policies.base import Policy
 from progrpo.prompts.load import unread
 from progrpo.prompts.pictures import check_sources
 from progrpo.rewards.base import Judge, Scorer
-from progrpo.rewards.mix import close_all
+from progrpo.rewards.mixture import close_all
 from progrpo.rollout.denoise import Sampling, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -249,8 +249,8 @@ def _parts(
     """What each held-out reward gives each picture."""
     if held_out is None:
         return [{} for _ in prompts]
-    parts_NR = held_out.score(images_NHWC, prompts, places, there_N, fault).parts_NR
-    return [dict(zip(held_out.weights, _listed(row), strict=True)) for row in parts_NR]
+    rewards_NR = held_out.score(images_NHWC, prompts, places, there_N, fault).rewards_NR
+    return [dict(zip(held_out.weights, _listed(row), strict=True)) for row in rewards_NR]
 
 
 def _kind(columns: Mapping[str, Any]) -> str | None:

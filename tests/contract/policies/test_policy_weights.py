@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from progrpo.policies.base import PolicyContext
 from progrpo.storage import load_state, save_state
 from tests.support.policies import (
     CASES,
@@ -63,7 +64,7 @@ def test_state_goes_through_storage_to_a_new_policy(own_policy, case, folder, tm
     perturb(own_policy)
     own_policy.named_weights.update("ema", 0.9)
     save_state(tmp_path / "state", own_policy.state_dict())
-    other = load(folder, case.weights, seed=1)
+    other = load(folder, case.weights, PolicyContext(lora_seed=1))
     other.load_state_dict(load_state(tmp_path / "state"))
     for name in ("current", "reference", "ema"):
         with own_policy.weights(name), other.weights(name):
@@ -90,10 +91,10 @@ def test_saved_weights_give_diffusers_the_trained_pictures(own_policy, case, fol
 
 def test_lora_starts_from_its_seed_alone(tiny_sd3):
     state = torch.get_rng_state()
-    one = load(tiny_sd3, "lora", seed=5)
+    one = load(tiny_sd3, "lora", PolicyContext(lora_seed=5))
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(999)
-    same, other = load(tiny_sd3, "lora", seed=5), load(tiny_sd3, "lora", seed=6)
+    same, other = load(tiny_sd3, "lora", PolicyContext(lora_seed=5)), load(tiny_sd3, "lora", PolicyContext(lora_seed=6))
     assert all(torch.equal(p, same.trainable[name]) for name, p in one.trainable.items())
     for name, p in one.trainable.items():
         assert torch.equal(p, other.trainable[name]) == ("lora_B" in name), name

@@ -13,20 +13,17 @@ import torch
 from torch import Tensor
 
 from progrpo.messages import named
-from progrpo.rewards.base import Reward, Score, check, close
+from progrpo.rewards.base import Reward, Score
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt, Scores
 
 
 @dataclass(frozen=True)
-class Term:
-    """A reward of a mixture. Where the reward `needs`, an earlier term's name, is below `at_least`, this one counts as 0."""
+class Component:
+    """A reward of a mixture, and the term that says how it counts."""
 
-    name: str
+    term: RewardTerm
     reward: Reward
-    weight: float = 1.0
-    needs: str = ""
-    at_least: float = 0.5
-    groupwise: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,25 +42,28 @@ class Failures:
 
 
 Ranking = Callable[[Tensor, Tensor], Tensor]
-"""From parts_NR and group_N to what selectors compare, (N,)."""
+"""From rewards_NR and group_N to what selectors compare, (N,)."""
 
 
-class Mixture:
-    """The weighted sum of its terms; missing where one of them is. `ranking` replaces it as what selectors compare."""
+class RewardMixture:
+    """The weighted sum of its rewards, missing where one of them is. Selectors compare it, or what `ranking` gives.
 
-    def __init__(self, terms: Sequence[Term], ranking: Ranking | None = None) -> None:
-        self._terms, self._ranking = terms, ranking
+    Where the reward that a term `needs` is below the term's `at_least`, the term's own counts as 0 and is not asked.
+    """
+
+    def __init__(self, components: Sequence[Component], ranking: Ranking | None = None) -> None:
+        self._components, self._ranking = components, ranking
         self._lock = threading.Lock()
         self._count_anew()
 
     @property
     def weights(self) -> Mapping[str, float]:
-        return {term.name: term.weight for term in self._terms}
+        return {component.term.name: component.term.weight for component in self._components}
 
     @property
     def groupwise(self) -> str | None:
         """The name of a reward that must see whole groups, if there is one."""
-        return next((term.name for term in self._terms if term.groupwise), None)
+        return next((component.term.name for component in self._components if component.reward.groupwise), None)
 
     def score(
         self,
@@ -75,64 +75,65 @@ class Mixture:
     ) -> Scores:
         there_N = torch.ones(len(prompts), dtype=torch.bool) if there_N is None else there_N
         self._count_pictures(there_N, fault)
-        parts: dict[str, Tensor] = {}
+        rewards: dict[str, Tensor] = {}
         verdicts: list[list[bool | None]] = []
-        for term in self._terms:
+        for component in self._components:
+            term = component.term
             counts_N, values_N = there_N, torch.zeros(len(prompts), dtype=torch.float64)
             values_N[~there_N] = math.nan
             if term.needs:
                 # not where that one is missing, and then this is missing too
-                counts_N = parts[term.needs] >= term.at_least
-                values_N[parts[term.needs].isnan()] = math.nan
+                counts_N = rewards[term.needs] >= term.at_least
+                values_N[rewards[term.needs].isnan()] = math.nan
             rows = counts_N.nonzero().flatten()
-            scores = self._scores(term, pictures_NHWC, prompts, group_N, rows)
+            scores = self._scores(component, pictures_NHWC, prompts, group_N, rows)
             values_N[rows] = torch.tensor([s.number() for s in scores], dtype=torch.float64)
-            parts[term.name] = values_N
+            rewards[term.name] = values_N
             if not term.needs:
                 passed = dict(zip(rows.tolist(), (s.passed for s in scores), strict=True))
                 verdicts.append([passed.get(i) for i in range(len(prompts))])
-        parts_NR = torch.stack(list(parts.values()), dim=1)
+        rewards_NR = torch.stack(list(rewards.values()), dim=1)
         weights_R = torch.tensor(list(self.weights.values()), dtype=torch.float64)
-        value_N = (parts_NR * weights_R).sum(1)
-        ranking_N = value_N if self._ranking is None else self._ranking(parts_NR, group_N)
+        value_N = (rewards_NR * weights_R).sum(1)
+        ranking_N = value_N if self._ranking is None else self._ranking(rewards_NR, group_N)
         passed_N = torch.tensor([_all(row) for row in zip(*verdicts, strict=True)], dtype=torch.float64)
-        return Scores(value_N, ranking_N, passed_N, parts_NR)
+        return Scores(value_N, ranking_N, passed_N, rewards_NR)
 
     def failures(self) -> Failures:
         """Since this was last asked."""
         with self._lock:
-            found = Failures(self._asked, self._missing, self._last_error, self._pictures, self._lost, self._fault)
+            failures = Failures(self._asked, self._missing, self._last_error, self._pictures, self._lost, self._fault)
             self._count_anew()
-        return found
+        return failures
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Refusal where a reward can tell beforehand that it will not work with these prompts or here."""
-        for term in self._terms:
-            check(term.reward, prompts)
+        for component in self._components:
+            component.reward.check(prompts)
 
     def close(self) -> None:
         """All of them, also where one raises."""
         with ExitStack() as closing:
-            for term in self._terms:
-                closing.callback(close, term.reward)
+            for component in self._components:
+                closing.callback(component.reward.close)
 
     def _scores(
-        self, term: Term, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt], group_N: Tensor, rows: Tensor
+        self, component: Component, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt], group_N: Tensor, rows: Tensor
     ) -> list[Score]:
-        """Of these rows, in order; a reward that ranks sees one group at a time."""
-        parts = [rows[group_N[rows] == g] for g in group_N[rows].unique()] if term.groupwise else [rows]
-        found: dict[int, Score] = {}
-        for part in parts:
-            if len(part):
-                places = part.tolist()
-                scores = term.reward.score(pictures_NHWC[places], [prompts[i] for i in places])
-                assert len(scores) == len(part), f"reward {term.name}: {len(scores)} scores for {len(part)} pictures"
-                found |= dict(zip(places, scores, strict=True))
-        self._count(term.name, list(found.values()))
-        return [found[i] for i in rows.tolist()]
+        """The scores of these rows, in order. A reward that ranks sees one group at a time."""
+        name, reward = component.term.name, component.reward
+        calls = [rows[group_N[rows] == g] for g in group_N[rows].unique()] if reward.groupwise else [rows]
+        by_row: dict[int, Score] = {}
+        for asked in [call.tolist() for call in calls if len(call)]:
+            scores = reward.score(pictures_NHWC[asked], [prompts[i] for i in asked])
+            assert len(scores) == len(asked), f"reward {name}: {len(scores)} scores for {len(asked)} pictures"
+            by_row |= dict(zip(asked, scores, strict=True))
+        self._count(name, list(by_row.values()))
+        return [by_row[i] for i in rows.tolist()]
 
     def _count_anew(self) -> None:
-        self._asked, self._missing = ({term.name: 0 for term in self._terms} for _ in range(2))
+        self._asked = dict.fromkeys(self.weights, 0)
+        self._missing = dict.fromkeys(self.weights, 0)
         self._last_error: str | None = None
         self._pictures, self._lost, self._fault = 0, 0, ""
 
@@ -141,9 +142,9 @@ class Mixture:
         with self._lock:
             self._pictures += len(there_N)
             self._lost += lost
-            for term in self._terms if lost else ():
-                self._asked[term.name] += lost
-                self._missing[term.name] += lost
+            for name in self.weights if lost else ():
+                self._asked[name] += lost
+                self._missing[name] += lost
             if lost:
                 self._fault, self._last_error = fault, self._last_error or fault
 
@@ -157,12 +158,12 @@ class Mixture:
                 self._last_error = f"reward {name}: {named(said)}"
 
 
-def alone(reward: Reward, name: str = "reward") -> Mixture:
+def mixture_of_one(reward: Reward, name: str = "reward") -> RewardMixture:
     """A single reward as what a run is rewarded by."""
-    return Mixture([Term(name, reward, groupwise=bool(getattr(reward, "groupwise", False)))])
+    return RewardMixture([Component(RewardTerm(name), reward)])
 
 
-def close_all(mixtures: Iterable[Mixture | None], warn: Callable[[str], None]) -> None:
+def close_all(mixtures: Iterable[RewardMixture | None], warn: Callable[[str], None]) -> None:
     """Close them. Of one that fails in it a sentence goes to `warn`, and nothing else is lost: its scores are all there."""
     for mixture in filter(None, mixtures):
         try:

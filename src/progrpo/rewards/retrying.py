@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from progrpo.rewards.base import Refusal, Reward, Score, check, close
+from progrpo.rewards.base import Refusal, Reward, RewardWrapper, Score
 from progrpo.types import Prompt
 
 _HOPELESS = 8  # single pictures that fail before the first success: the reward is down, not a picture bad
@@ -19,7 +19,7 @@ _HANGING = 4  # calls that were given up and still run
 _ENDS = (Refusal, KeyboardInterrupt)
 
 
-class Patient:
+class RetryingReward(RewardWrapper):
     """Calls `reward`, again after `backoff` 1, 2, 4, ... seconds where that raises, `retries` times.
 
     Pictures whose score has an `error` are asked about again likewise. Of a call that keeps raising each picture is asked about
@@ -36,10 +36,10 @@ class Patient:
         backoff: float = 1.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._reward, self._retries, self._timeout = reward, retries, timeout
+        super().__init__(reward)
+        self._retries, self._timeout = retries, timeout
         self._backoff, self._sleep = backoff, sleep
         self._calls: list[threading.Thread] = []
-        self._ranks = bool(getattr(reward, "groupwise", False))
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         found, rows = [Score(None)] * len(prompts), list(range(len(prompts)))
@@ -58,17 +58,11 @@ class Patient:
             failed = [i for i in rows if found[i].error is not None]
             if not failed:
                 return found
-            rows = rows if self._ranks else failed
-        if failure is not None and not isinstance(failure, TimeoutError) and len(rows) > 1 and not self._ranks:
+            rows = rows if self.groupwise else failed
+        if failure is not None and not isinstance(failure, TimeoutError) and len(rows) > 1 and not self.groupwise:
             for i, score in zip(rows, self._one_by_one(pictures_NHWC[rows], [prompts[i] for i in rows]), strict=True):
                 found[i] = score
         return found
-
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        check(self._reward, prompts)
-
-    def close(self) -> None:
-        close(self._reward)
 
     def _one_by_one(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         scores: list[Score] = []
