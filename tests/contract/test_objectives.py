@@ -1,4 +1,4 @@
-"""What every objective promises: of its items, of the weights it asks for, of what it costs, and that it can be resumed."""
+"""The promises of every objective: its items, the weights that it asks for, its costs, and that it can be resumed."""
 
 from __future__ import annotations
 

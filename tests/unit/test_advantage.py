@@ -182,7 +182,7 @@ def test_batch_std_of_close_rewards_and_of_none():
     assert alone(torch.full((7,), 0.1, dtype=torch.float64))[1] < 1e-16
 
 
-# --- a number that is added to all rewards -----------------------------------------------------------------------------
+# --- a number that is added to all rewards ----------------------------------------------------------------------------
 
 SHIFTS = [1e3, -1e6, 1e8, 1e9, 1e12]
 
@@ -234,7 +234,7 @@ def test_statistics_are_plain_values():
     assert ours.tolist() == [2.0]
 
 
-# --- several rewards ----------------------------------------------------------------------------------------------------
+# --- several rewards --------------------------------------------------------------------------------------------------
 
 
 def test_the_normalised_sum_is_gdpos_by_hand():

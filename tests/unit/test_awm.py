@@ -71,7 +71,7 @@ def log_prob(at, weights, weighting):
 
 
 def by_hand(policy, experience, objective, old):
-    """Sums over items, with `old` the weights of the old log-probs; how many ratios left the range, how many are cut."""
+    """Sums over items, and the numbers of ratios outside the range and of those cut; `old` are the weights before."""
     sums = dict.fromkeys(("loss", "outside", "cut", "reference", "average"), 0.0)
     deviation = 0.0
     for i in range(len(experience) * DRAWS):
@@ -126,11 +126,11 @@ def test_loss_by_hand(policy, experience, settings):
     assert loss.sums["loss"].item() == pytest.approx(expected["loss"], rel=1e-9)
     assert loss.sums["clip_fraction"].item() == expected["outside"]
     assert loss.maxima["ratio_max_deviation"].item() == pytest.approx(deviation, rel=1e-9)
-    pulls = {
+    penalties = {
         "kl": ("reference", objective.settings.kl_beta),
         "distance_to_average": ("average", objective.settings.average_beta),
     }
-    for name, (weights, beta) in pulls.items():
+    for name, (weights, beta) in penalties.items():
         assert (name in loss.sums) == (beta > 0)
         assert beta == 0 or loss.sums[name].item() == pytest.approx(expected[weights], rel=1e-9)
 
@@ -200,9 +200,9 @@ def test_penalties_and_their_gradients_are_zero_where_the_policy_has_not_moved(l
     assert held.total == free.total and gradients(linear_policy, held) == gradients(linear_policy, free)
 
 
-@pytest.mark.parametrize(("pull", "to"), [("kl_beta", "reference"), ("average_beta", "average")])
-def test_a_penalty_leads_back_to_its_own_weights(policy, linear_experience, pull, to):
-    experience, objective = linear_experience(policy, [0.0] * 5), awm(**{pull: 1.0})
+@pytest.mark.parametrize(("penalty", "to"), [("kl_beta", "reference"), ("average_beta", "average")])
+def test_a_penalty_leads_back_to_its_own_weights(policy, linear_experience, penalty, to):
+    experience, objective = linear_experience(policy, [0.0] * 5), awm(**{penalty: 1.0})
     (a, b), home = numbers(policy), numbers(policy, to)
     da, db = gradients(policy, objective.loss(policy, experience, ITEMS))
     assert da.item() * (a - home[0]) + db.item() * (b - home[1]) > 0
@@ -250,7 +250,7 @@ def test_what_it_asks_for(experience):
 
 
 def test_the_authors_settings_differ_from_flow_factorys():
-    """Read in both public configurations for SD3.5: the clip of advantages, what they are divided by, and the average's decay."""
+    """Both public configurations for SD3.5 differ in the clip of advantages, their divisor and the average's decay."""
     authors, flow_factory = load_recipe("sd35m-awm").objective.awm, AWMSettings()
     averages = [c.averages["average"] for c in (authors, flow_factory)]
     assert [[a.decay(n) for n in (1, 100, 250, 400, 2000)] for a in averages] == [

@@ -273,7 +273,7 @@ def test_a_single_update_computes_the_weights_within_its_loss(policy, linear_exp
     prepared = objective.prepare(policy, experience, 64, 2)
     whole = objective.prepare(policy, experience, 64, 1)
     assert whole.prepared_ND is None and whole.group_size_N.tolist() == [3, 3, 3, 2, 2]
-    telling = torch.tensor([0, 2, 3, 4])  # the update leaves out members without an advantage, which still count in the group size
+    telling = torch.tensor([0, 2, 3, 4])  # the update leaves out members without an advantage; they count in the size
     prepared, whole = prepared.take(telling), whole.take(telling)
     for microbatch in (2, 3, 4, 64):
         for part in Packing(microbatch, one_shape).parts(whole, DRAWS):

@@ -22,7 +22,7 @@ def test_places_may_differ_by_machine_and_all_else_may_not():
     other = replace(term, device="cuda:1", cache="b", url="http://localhost:8001")
     elsewhere = replace(
         config,
-        model=ModelSettings(path="/scratch/1/model"),
+        model=ModelSettings("/scratch/1/model"),
         prompts=PromptSettings(source="/scratch/1/prompts.txt"),
         reward=RewardSettings((other,)),
         eval=EvalSettings(prompts="/scratch/1/eval.txt", rewards=(other,)),

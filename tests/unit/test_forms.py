@@ -1,4 +1,4 @@
-"""Objectives that need no trajectory, on diffusion models that predict noise or v: against loops over items, in float64."""
+"""Objectives without trajectories on diffusion models that predict noise or v, against loops over items, in float64."""
 
 from __future__ import annotations
 
