@@ -42,7 +42,7 @@ class Packing:
 
     def parts(self, experience: Experience, per_trajectory: int) -> list[Tensor]:
         """The items of N trajectories, draw by draw."""
-        if experience.size_N is not None:
+        if experience.group_size_N is not None:
             lengths = torch.bincount(experience.trajectories.group_N).tolist() * per_trajectory
             parts = of_whole_blocks(lengths, self.microbatch)
             return [filled_up(part, self.microbatch) for part in parts] if self.one_shape else parts
@@ -84,7 +84,7 @@ def learn_from(
         values_N = normalised_sum(rewards_NR, weights_R, whole.group_N, num_groups, objective.adv_eps)
         mean, std = batch_mean_std(values_N, add_up)
         taught = group_statistics(values_N, whole.group_N, num_groups)
-        advantages_N, observed_N = advantages(values_N, whole.group_N, taught.around(mean), std=std, **scale)
+        advantages_N, observed_N = advantages(values_N, whole.group_N, taught.with_mean(mean), std=std, **scale)
     else:
         batch = objective.advantage == "batch"
         advantages_N, observed_N = advantages(
