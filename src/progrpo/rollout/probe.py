@@ -180,6 +180,10 @@ class Probe:
         found = self.agreement(step)
         return self.knows and found is not None and found >= threshold
 
+    def trusted_steps(self, threshold: float) -> frozenset[int]:
+        """The steps at which it is trusted."""
+        return frozenset(step for step in range(self.num_steps) if self.trusted(step, threshold))
+
     def state_dict(self) -> dict[str, Any]:
         learnt = None
         if self._head is not None:

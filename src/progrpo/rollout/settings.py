@@ -74,6 +74,11 @@ class SamplingSettings:
         return self.num_inference_steps - (0 if self.train_last_step else 1)
 
     @property
+    def rows_per_call(self) -> int:
+        """The rows of a network call: `microbatch`, or 64 where none was given or measured."""
+        return 64 if self.microbatch is None else self.microbatch
+
+    @property
     def window_end(self) -> int:
         """The step before which windows lie."""
         return self.num_trainable_steps if self.sde_window_end is None else self.sde_window_end
