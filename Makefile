@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CON
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-processors test-slow kill-test lean-test deepspeed-test lint bench wheel-test audit pretrain clean
+.PHONY: help setup quickstart test test-processors test-slow mutation-test kill-test lean-test deepspeed-test lint bench wheel-test audit pretrain clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
@@ -27,8 +27,10 @@ OLDER := "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIO
 BY_PROCESSOR := tests/invariant/test_ratio.py tests/invariant/test_processes.py tests/invariant/test_reused_rollout.py tests/unit/test_invariance.py
 test-processors: $(VENV)/.ready-dev ## the tests of ratios and processes again, with the kernels of older processors
 	@set -e; for isa in $(OLDER); do echo "$$isa"; env $$isa $(BIN)/python -m pytest -n 2 --dist loadscope $(BY_PROCESSOR); done
-test-slow: wheel-test kill-test lean-test deepspeed-test ## what takes minutes
+test-slow: wheel-test mutation-test kill-test lean-test deepspeed-test ## what takes minutes
 	@$(BIN)/python -m pytest -m slow
+mutation-test: $(VENV)/.ready-dev ## thousands of wrong recipes, command lines, files and models: each ends in one clear sentence
+	@$(BIN)/python -m tests.mutation
 kill-test: setup ## kill a run a hundred times, also within checkpoints, and compare what comes out
 	@$(BIN)/python benchmarks/kill.py --kills 100
 lint: $(VENV)/.ready-dev ## style and types

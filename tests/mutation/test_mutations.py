@@ -1,32 +1,25 @@
-"""Bad input by the hundred, of a fixed seed; `python benchmarks/mutations.py` tries thousands."""
+"""Bad input by the hundred, of a fixed seed; `python -m tests.mutation` tries thousands."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
-_FILE = Path(__file__).parents[2] / "benchmarks" / "mutations.py"
-_SPEC = importlib.util.spec_from_file_location("mutations", _FILE)
-assert _SPEC is not None and _SPEC.loader is not None
-mutations = importlib.util.module_from_spec(_SPEC)
-sys.modules["mutations"] = mutations  # dataclasses look their module up
-_SPEC.loader.exec_module(mutations)
+from tests.mutation.cases import Case, Reached, tally, workplace
+from tests.mutation.command_lines import cut_off
+from tests.mutation.makers import random_cases
 
 
 @pytest.fixture
 def work(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with mutations.workplace() as folder:
+    with workplace() as folder:
         yield folder
 
 
 def told(work, *runs):
     """What is counted and what is found wrong with cases that do what `runs` do."""
     wrong: list[str] = []
-    counts = mutations.tally(iter([mutations.Case("kind", "tried", run) for run in runs]), work, wrong)
+    counts = tally(iter([Case("kind", "tried", run) for run in runs]), work, wrong)
     return counts["kind"], wrong
 
 
@@ -38,7 +31,7 @@ def raising(error):
 
 
 def test_the_tally_sees_what_is_wrong(work):
-    good = told(work, lambda: None, raising(ValueError("seed must be at least 0")), raising(mutations.Reached()))
+    good = told(work, lambda: None, raising(ValueError("seed must be at least 0")), raising(Reached()))
     assert good == ({"cases": 3, "accepted": 2, "refused": 1}, [])
     for error in (TypeError("seed"), KeyError("seed"), OSError("seed"), RuntimeError("seed"), SystemExit(2)):
         counts, wrong = told(work, raising(error))
@@ -70,13 +63,13 @@ SHARES = {
 @pytest.mark.parametrize("kind", SHARES)
 def test_every_mutation_passes_or_is_refused_in_a_sentence_and_leaves_nothing(work, kind):
     wrong: list[str] = []
-    with mutations.cut_off():
-        found = mutations.tally(mutations.random_cases(1, SHARES[kind], work, {kind: 1.0}), work, wrong)[kind]
+    with cut_off():
+        found = tally(random_cases(1, SHARES[kind], work, {kind: 1.0}), work, wrong)[kind]
     assert not wrong, "\n".join(wrong[:10])
     assert found["cases"] == SHARES[kind] == found["refused"] + found["accepted"]
     assert found["refused"] and found["accepted"]
 
 
 def test_the_same_seed_tries_the_same(work):
-    tried = [[case.tried for case in mutations.random_cases(seed, 30, work, {"recipe": 1.0})] for seed in (1, 1, 2)]
+    tried = [[case.tried for case in random_cases(seed, 30, work, {"recipe": 1.0})] for seed in (1, 1, 2)]
     assert tried[0] == tried[1] != tried[2]

@@ -1,0 +1,61 @@
+"""Calls of the library."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from progrpo.prompts.load import load_prompts
+from tests.mutation.cases import FIELDS, JUNK, WORDS, Case, damaged
+
+
+def library_case(rng: random.Random, work: Path) -> Case:
+    import progrpo
+    from progrpo.rewards.load import load_reward
+    from progrpo.storage import load_state, save_state
+
+    junk = rng.choice(
+        (*JUNK, len, object(), b"x", ["a", 3], [""], ["a"], [{"prompt": "a"}], [{"text": "a"}], "a red cat")
+    )
+    act = rng.choice(
+        ("prompts", "eval_prompts", "reward", "config", "pipeline", "load_prompts", "load_reward", "load_state")
+    )
+    if act == "load_prompts":
+        source = rng.choice([j for j in (*JUNK, *WORDS) if isinstance(j, str)])
+        return Case("library", f"load_prompts({source!r:.100})", lambda: load_prompts(source), ("prompt",))
+    if act == "load_reward":
+        name = rng.choice([j for j in (*JUNK, *WORDS) if isinstance(j, str)])
+        return Case("library", f"load_reward({name!r:.100})", lambda: load_reward(name), ("reward",))
+    if act == "load_state":
+        folder, number = work / "state", rng.randrange(3)
+
+        def read() -> None:
+            import torch
+
+            save_state(folder, {"a": torch.arange(9.0), "b": {"c": [1, None, "x"]}})
+            file = sorted(folder.iterdir())[number]
+            file.write_bytes(damaged(file.read_bytes(), rng))
+            try:
+                load_state(folder)
+            finally:
+                shutil.rmtree(folder)
+
+        return Case("library", f"load_state, file {number}", read, (str(folder),))
+    given: dict[str, Any] = {
+        "prompts": ["a"],
+        "reward": lambda images, prompts: [0.0] * len(images),
+        "out": work / "never",
+    }
+    given |= {act: junk}
+    pipeline = given.pop("pipeline", mock.sentinel.pipeline)
+
+    def call() -> None:
+        known = mock.patch("progrpo.policies.load.policy_from_pipeline", return_value=mock.MagicMock())
+        with known if pipeline is mock.sentinel.pipeline else contextlib.nullcontext():
+            progrpo.train(pipeline, **given)
+
+    return Case("library", f"train({act}={junk!r:.100})", call, (*FIELDS, "prompts", "reward", "pipeline"))
