@@ -55,7 +55,6 @@ from progrpo.config import (
     RewardMixSettings,
     RewardTerm,
     SamplingSettings,
-    microbatch,
     resolve_plan,
 )
 from progrpo.packing import evenly
@@ -66,7 +65,7 @@ from progrpo.rewards.base import Scorer
 from progrpo.rollout.plan import UnitCosts
 from progrpo.rollout.preview import DECODED
 from progrpo.rollout.probe import Probe, latent_features, probe_examples, text_features
-from progrpo.training.build import model_settings, policy_from, scorer_from, settled, tiny_decoder, train_order
+from progrpo.training.build import model_settings, policy_from, scorer_from, settled, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.estimate import GPUS, estimate, flops_by_stage, sizes_for
 from progrpo.training.measure import measured
@@ -159,7 +158,7 @@ class Bare:
         self.condition = policy.encode(prompts)
         self.timestep = policy.levels(10).timestep[5]
         self.passes = FURTHER_PASSES[config.objective.name]
-        plan, most = resolve_plan(config), microbatch(config.sampling)
+        plan, most = resolve_plan(config), config.sampling.rows_per_call
         self.rows_T = [len(prompts) * plan.living_at(step) for step in range(config.sampling.num_inference_steps)]
         self.shapes_T = [min(most, self.rows_T[0]) if policy.compiled else evenly(r, most) for r in self.rows_T]
         # drawn: a GPU multiplies ones faster, which flip fewer bits
@@ -185,7 +184,7 @@ class Bare:
             self._call(size)
 
     def measure(self) -> dict[str, float]:
-        calls, items = microbatch(self.config.sampling), microbatch(self.config.optim)
+        calls, items = self.config.sampling.rows_per_call, self.config.optim.items_per_pass
         decoded = min(calls, DECODED)
         latents = torch.randn(decoded, *self.policy.latent_shape).to(self.policy.device)
         groups, pictures = self.rolled.group_N[:DECODED], self.rolled.pictures.images_NHWC[:DECODED].numpy()
@@ -260,7 +259,7 @@ def measure(config: Config, iterations: int, random_weights: bool) -> dict[str, 
     if random_weights:
         policy = random_policy(config.model.path, settings)
     else:
-        policy = policy_from(config.model, config.seed, ranks, tiny_decoder=tiny_decoder(config.preview))
+        policy = policy_from(config.model, config.seed, ranks, tiny_decoder=config.preview.needed_decoder)
     order, reward = train_order(config.prompts, config.seed), scorer_from(config.reward.terms, config.reward.frames)
     prompts = order.prompts_for(0, config.prompts.per_iteration)
     config = replace(config, preview=PreviewSettings())

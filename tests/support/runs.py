@@ -113,9 +113,8 @@ def first_experience(trainer: Any) -> Any:
     from progrpo.training.update import learn_from
 
     count = trainer.config.prompts.per_iteration
-    prompts, parts = trainer.order.prompts_for(0, count), (trainer.plan, trainer.sampling, trainer.select)
-    key = NoiseKey(trainer.config.seed, 0)
-    rolled = rollout(trainer.policy, trainer.reward, prompts, torch.arange(count), *parts, key, Meter())
+    prompts, key = trainer.order.prompts_for(0, count), NoiseKey(trainer.config.seed, 0)
+    rolled = rollout(trainer.sampler, prompts, torch.arange(count), key, Meter())
     wanted, clip = trainer.config.objective, trainer.objective.adv_clip_max
     return learn_from(rolled, trainer.sampling, key, wanted, clip, trainer.ranks, trainer.reward.weights)[0]
 

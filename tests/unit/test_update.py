@@ -10,8 +10,8 @@ from progrpo.config import ObjectiveSettings, OptimSettings
 from progrpo.diffusion.levels import flow_levels
 from progrpo.diffusion.process import Process
 from progrpo.objectives.grpo import GRPO
-from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.sampling import Sampling
 from progrpo.training.distributed import Ranks
 from progrpo.training.update import _parts, learn_from, update
 from progrpo.types import Condition, GroupScores, Pictures, Preview, Prompt, Rollout, Trajectories

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Scorer
 from progrpo.rollout.denoise import Denoiser

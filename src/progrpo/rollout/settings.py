@@ -180,3 +180,8 @@ class PreviewSettings:
     probe_threshold: float = setting(0.5, between(-1, 1))
     """The agreement from which the probe is used.
     It is Spearman's correlation with final rewards, averaged over the last audits."""
+
+    @property
+    def needed_decoder(self) -> str:
+        """The tiny decoder that these previews need; empty for none."""
+        return self.tiny_decoder if self.decoder == "tiny" else ""

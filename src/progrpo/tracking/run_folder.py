@@ -26,6 +26,7 @@ import numpy as np
 
 from progrpo.durable import PREVIOUS, WRITING, append, new_folder, sync, whole_folder, write_file
 from progrpo.messages import named
+from progrpo.tracking.records import EvaluationRecord
 from progrpo.types import FROM_PYTHON
 
 _FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "report.html")
@@ -310,7 +311,7 @@ class RunFolder:
         named = [{**r, "picture": names[i] if i < len(names) else None} for i, r in enumerate(records)]
         self.write_json(f"evaluation/{when}.json", named)
 
-    def read_evaluation(self, when: str) -> list[dict[str, Any]]:
+    def read_evaluation(self, when: str) -> list[EvaluationRecord]:
         return self.read_json(f"evaluation/{when}.json") or []
 
     def write_audit(self, audit: Mapping[str, Any], pictures_GSHWC: np.ndarray) -> None:

@@ -18,15 +18,11 @@ from progrpo.config import (
     ModelSettings,
     ObjectiveSettings,
     OptimSettings,
-    PreviewSettings,
     PromptSettings,
     RewardTerm,
-    SamplingSettings,
-    microbatch,
     stochastic_steps,
     trained_steps,
 )
-from progrpo.diffusion.process import Process
 from progrpo.diffusion.samplers import SAMPLERS
 from progrpo.messages import named
 from progrpo.objectives.advantage import normalised_sum
@@ -47,9 +43,7 @@ from progrpo.rewards.frames import OnFrames
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.mix import Mixture, Ranking, Term
 from progrpo.rewards.patient import Patient
-from progrpo.rollout.denoise import Sampling
-from progrpo.rollout.preview import Previewing
-from progrpo.rollout.probe import Probe
+from progrpo.rollout.sampling import Record, Sampling, sampler_name, sampling_for
 from progrpo.training.distributed import Ranks
 from progrpo.training.equal_inputs import require_same_model
 from progrpo.training.memory import keep_freed_memory
@@ -70,21 +64,9 @@ OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
 _GUARD_CLIP_OF_ALL = 2e-6 * 16 * 64 * 64  # GRPO-Guard's on SD3.5 (arXiv 2510.22319), over the dims of its latents
 
 
-def sampler_for(sampling: SamplingSettings, policy: Policy) -> str:
-    """The sampler's name; ValueError for one that this kind of model has not."""
-    flow = policy.prediction == "flow"
-    if sampling.sampler == "auto":
-        return "flow_grpo" if flow else "ddim"
-    if SAMPLERS[sampling.sampler].flow_only and not flow:
-        raise ValueError(
-            f"sampling.sampler: {sampling.sampler} is the SDE of flow models, and this is a diffusion model; use ddim or cps"
-        )
-    return sampling.sampler
-
-
 def objective_from(config: Config, policy: Policy) -> Objective:
     """The objective, with the clip range that was published with the sampler where none is given."""
-    wanted, sampler = config.objective, SAMPLERS[sampler_for(config.sampling, policy)]
+    wanted, sampler = config.objective, SAMPLERS[sampler_name(config.sampling, policy)]
     if wanted.name == "grpo" and wanted.grpo.kl_form == "flow_grpo" and not sampler.flow_only:
         raise ValueError(
             "objective.grpo.kl_form: flow_grpo needs a flow model's diffusion rate; take exact for this sampler"
@@ -216,22 +198,6 @@ def model_settings(model: ModelSettings) -> PolicySettings:
     )
 
 
-def tiny_decoder(preview: PreviewSettings) -> str:
-    """The tiny decoder that the previews ask for; empty for none."""
-    return preview.tiny_decoder if preview.decoder == "tiny" else ""
-
-
-def previewing(config: Config) -> Previewing:
-    """How the run previews, with a probe that has not learnt yet where one is asked for."""
-    wanted = config.preview
-    return Previewing(
-        ode_steps=wanted.ode_steps,
-        tiny=wanted.decoder == "tiny",
-        probe=Probe(config.sampling.num_inference_steps, config.seed) if wanted.probe else None,
-        threshold=wanted.probe_threshold,
-    )
-
-
 def trained_policy(
     target: str,
     trained: Path | None,
@@ -295,39 +261,14 @@ def _is_run(folder: Path) -> bool:
 
 
 def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) -> Sampling:
-    """How an iteration samples: stochastic where its window lies, storing what an objective needs of the trained steps."""
-    wanted, stochastic = config.sampling, stochastic_steps(config, iteration)
-    if wanted.guidance_scale > 1 and wanted.embedded_guidance != policy.embeds_guidance:
-        raise ValueError(
-            "sampling.embedded_guidance must be true: this model is told the guidance scale and makes one call of it"
-            if policy.embeds_guidance
-            else "sampling.embedded_guidance must be false: this model is guided by a pair of calls"
-        )
-    sampler, steps = sampler_for(wanted, policy), range(wanted.num_inference_steps)
-    noise_level = SAMPLERS[sampler].noise_level if wanted.noise_level is None else wanted.noise_level
-    process = Process(
-        prediction=policy.prediction,
-        sampler=sampler,
-        levels_T1=policy.levels(wanted.num_inference_steps, wanted.shift),
-        noise_levels=tuple(noise_level if step in stochastic else 0.0 for step in steps),
-    )
-    trained = trained_steps(config, iteration)
-    if any(process.stds_T[step] == 0 or process.lengths_T[step] == 0 for step in trained):
-        raise ValueError(
-            f"sampling.train_last_step must be false: the last step of {sampler} on this model's grid has no noise or no length"
-        )
-    return Sampling(
-        process=process,
-        stored_steps=frozenset(trained),
-        stored_means=needs == "means",
-        same_latent=wanted.same_latent,
-        latent_dtype=getattr(torch, wanted.latent_dtype),
-        guidance_scale=wanted.guidance_scale,
-        embedded_guidance=policy.embeds_guidance,
-        microbatch=microbatch(wanted),
-        attached=config.optim.reuse_rollout,
+    """How an iteration samples: stochastic where its window lies, storing what the objective needs of trained steps."""
+    record = Record(
+        steps=frozenset(trained_steps(config, iteration)),
+        means=needs == "means",
+        graphs=config.optim.reuse_rollout,
         latent_features=config.preview.probe,
     )
+    return sampling_for(policy, config.sampling, stochastic_steps(config, iteration), record)
 
 
 def scorer_from(terms: Sequence[RewardTerm], frames: int, ranking: Ranking | None = None) -> Mixture:

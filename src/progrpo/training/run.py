@@ -25,7 +25,6 @@ from progrpo.config import (
     SamplingSettings,
     check,
     from_python,
-    microbatch,
     to_dict,
     trained_items,
 )
@@ -40,11 +39,12 @@ from progrpo.registry import refuse_within_import
 from progrpo.rewards.base import Judge, Refusal
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.mix import Mixture, Term, close_all
-from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.plan import UnitCosts, preset
 from progrpo.rollout.plan import path as plan_path
 from progrpo.rollout.plan import summary as plan_summary
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sampling import Sampling, ode
 from progrpo.streams import tolerant_streams
 from progrpo.tracking.console import Console
 from progrpo.tracking.lock import Lock
@@ -63,13 +63,12 @@ from progrpo.training.build import (
     settings_from,
     settled,
     term_from,
-    tiny_decoder,
     train_order,
 )
 from progrpo.training.distributed import Ranks, lost_in_words
 from progrpo.training.equal_inputs import require_same_model, require_same_prompts, require_same_settings
 from progrpo.training.errors import Interrupted, MissingScoresError
-from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, evaluate, kl_to_reference, ode
+from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, Measures, evaluate, kl_to_reference
 from progrpo.training.measure import measured
 from progrpo.training.plan_judge import prompt_cost
 from progrpo.training.stopping import Stop
@@ -215,7 +214,7 @@ def train(
 def _taken_over(pipeline: DiffusionPipeline, config: Config, ranks: Ranks) -> Policy:
     from progrpo.policies.load import policy_from_pipeline
 
-    decoder, away = tiny_decoder(config.preview), config.sampling.negative_prompt
+    decoder, away = config.preview.needed_decoder, config.sampling.negative_prompt
     settings = settings_from(config.model, config.seed, ranks, decoder, away)
     return policy_from_pipeline(pipeline, settings)
 
@@ -331,7 +330,7 @@ def _held_out_rewards(config: Config) -> Mixture | None:
 def _named_parts(config: Config, ranks: Ranks) -> Parts:
     """What a configuration names."""
     source, pictures, column = config.eval.prompts, config.eval.pictures, config.eval.column
-    decoder, away = tiny_decoder(config.preview), config.sampling.negative_prompt
+    decoder, away = config.preview.needed_decoder, config.sampling.negative_prompt
     test, validation = (eval_prompts(source, split, pictures, column) for split in ("test", "validation"))
     return Parts(
         config,
@@ -574,7 +573,7 @@ class Run:
         self.config = self.trainer.config
         if self.ranks.is_main:
             self.folder.write_config(to_dict(self.config))
-            sizes = f"sampling.microbatch {microbatch(self.config.sampling)}, optim.microbatch {microbatch(self.config.optim)}"
+            sizes = f"sampling.microbatch {self.config.sampling.rows_per_call}, optim.microbatch {self.config.optim.items_per_pass}"
             console.warn(f"out of memory: going on with {sizes}")
 
     def _stop_if_asked(self, stop: Stop, start: float) -> None:
@@ -663,7 +662,7 @@ class Run:
     @property
     def _ode(self) -> Sampling:
         """How evaluations sample."""
-        wanted, size = self.config.eval, microbatch(self.trainer.config.sampling)
+        wanted, size = self.config.eval, self.trainer.config.sampling.rows_per_call
         return ode(self.policy, wanted.num_inference_steps, wanted.guidance_scale, size)
 
     def _watch_for_hacking(
@@ -687,18 +686,11 @@ class Run:
             console.say("training ends here: the same was seen at two evaluations in a row (watch.hacking stop)")
 
     def _measure(self, prompts: Sequence[Prompt], weights: str, console: Console, diverse: int = 0) -> Evaluation:
+        measures = Measures(self.held_out.judge, self.held_out.rewards, diverse)
+
         def sample(meter: Meter) -> Evaluation:
-            return evaluate(
-                self.policy,
-                self.reward,
-                self.held_out.judge,
-                prompts,
-                self._ode,
-                self.config.eval.seed,
-                self.ranks,
-                diverse=diverse,
-                held_out=self.held_out.rewards,
-            )
+            sampler = Sampler(self.policy, self.reward, self._ode)
+            return evaluate(sampler, prompts, self.config.eval.seed, self.ranks, measures)
 
         with self.policy.weights(weights):
             result = self.trainer.within_memory(sample, Meter())

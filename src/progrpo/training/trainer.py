@@ -10,25 +10,24 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from progrpo.config import Config, learning_rate, microbatch, resolve_plan, trained_items
+from progrpo.config import Config, learning_rate, resolve_plan, trained_items
 from progrpo.objectives.advantage import group_statistics
 from progrpo.objectives.base import Experience
 from progrpo.policies.base import Policy
 from progrpo.policies.sharded import all_gathered, as_shared
 from progrpo.prompts.order import PromptOrder
-from progrpo.rewards.base import Scorer
 from progrpo.rewards.mix import Failures, Mixture
-from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
-from progrpo.rollout.probe import probe_examples
+from progrpo.rollout.probe import Probe, probe_examples
 from progrpo.rollout.prune import SELECTORS
-from progrpo.rollout.rollout import rollout
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sampling import Sampling
 from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding
 from progrpo.rollout.waves import in_waves
 from progrpo.training import checks
 from progrpo.training.audit import Audit, audit
-from progrpo.training.build import objective_from, optimizer_from, previewing, sampling_from
+from progrpo.training.build import objective_from, optimizer_from, sampling_from
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.errors import SelfCheckError
 from progrpo.training.loss_scale import LossScale
@@ -111,8 +110,9 @@ class Trainer:
             )
         self.config, self.policy, self.reward, self.order, self.ranks = config, policy, reward, order, ranks
         ranks.attend = policy.attend
-        self.plan, self.how, self.judge = resolve_plan(config), previewing(config), PlanJudge(config)
-        self.select = SELECTORS[config.plan.selector]
+        self.plan, self.judge = resolve_plan(config), PlanJudge(config)
+        self.selector = SELECTORS[config.plan.selector]
+        self.probe = Probe(config.sampling.num_inference_steps, config.seed) if config.preview.probe else None
         self.objective = objective_from(config, policy)
         self._agree_on_batch_invariance()
         self.optimizer = optimizer_from(config.optim, policy.trainable.values(), ranks.zero)
@@ -131,8 +131,8 @@ class Trainer:
         if self.objective.needs == "latents":
             return
         sampling, prompts = self.config.sampling, self.config.prompts.per_iteration
-        rows = min(microbatch(sampling), prompts * self.plan.group_size)
-        items = min(microbatch(self.config.optim), prompts * self.plan.survivors * trained_items(self.config))
+        rows = min(sampling.rows_per_call, prompts * self.plan.group_size)
+        items = min(self.config.optim.items_per_pass, prompts * self.plan.survivors * trained_items(self.config))
         branches = 2 if sampling.in_pairs else 1
         measured = self.policy.measure_batch_invariance([1, branches * rows], [3, branches * items])
         self.policy.batch_invariant = all(self.ranks.gather([measured]))
@@ -152,10 +152,25 @@ class Trainer:
         """How the next iteration samples."""
         return sampling_from(self.config, self.policy, self.objective.needs, self.iteration)
 
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler of the next iteration."""
+        return Sampler(
+            policy=self.policy,
+            reward=self.reward,
+            sampling=self.sampling,
+            plan=self.plan,
+            selector=self.selector,
+            preview_settings=self.config.preview,
+            probe=self.probe,
+            sharding=self._sharding,
+        )
+
     def predicted(self, iterations: int = 1) -> Cost:
         """What the plan in force says that so many iterations cost, over all processes and without audits."""
-        probed = self.how.probed([point.step for point in self.plan.active_points()])
-        return prompt_cost(self.config, self.plan, probed) * (self.config.prompts.per_iteration * iterations)
+        return prompt_cost(self.config, self.plan, self.sampler.probed_steps) * (
+            self.config.prompts.per_iteration * iterations
+        )
 
     def step(self) -> Iteration:
         """Run the next iteration."""
@@ -165,7 +180,7 @@ class Trainer:
         slots = torch.arange(len(prompts)) if self.config.prompts.split_groups else self.ranks.deal(len(prompts))
         sampling = self.sampling
         with self.policy.weights(self.objective.rollout_weights):
-            rolled = self.within_memory(lambda m: self._roll_out(prompts, slots, self.sampling, key, m), meter)
+            rolled = self.within_memory(lambda m: self._roll_out(prompts, slots, key, m), meter)
         lost = self.totals.lost
         failed = self.check_failures(f"iteration {self._number}")
         lost = self.totals.lost - lost
@@ -215,19 +230,12 @@ class Trainer:
                         " try again; lower sampling.microbatch"
                     ) from error
             wanted = self.config.sampling
-            smaller = halved(microbatch(wanted), "sampling.microbatch")
+            smaller = halved(wanted.rows_per_call, "sampling.microbatch")
             self.config = replace(self.config, sampling=replace(wanted, microbatch=smaller))
 
-    def _roll_out(
-        self, prompts: Sequence[Prompt], slots: Tensor, sampling: Sampling, key: NoiseKey, meter: Meter
-    ) -> Rollout:
-        def sample(reward: Scorer, places: Tensor, its_meter: Meter) -> Rollout:
-            own = slots[places]
-            chosen = [prompts[i] for i in own.tolist()]
-            parts = self.plan, sampling, self.select, key, its_meter, self.how, self._sharding
-            return rollout(self.policy, reward, chosen, own, *parts)
-
-        return in_waves(sample, self.reward, len(slots), self.config.reward.waves, meter)
+    def _roll_out(self, prompts: Sequence[Prompt], slots: Tensor, key: NoiseKey, meter: Meter) -> Rollout:
+        chosen = [prompts[i] for i in slots.tolist()]
+        return in_waves(self.sampler, chosen, slots, key, meter, self.config.reward.waves)
 
     def _update(self, rolled: Rollout, sampling: Sampling, key: NoiseKey, meter: Meter) -> Tally:
         wanted, clip = self.config.objective, self.objective.adv_clip_max
@@ -244,7 +252,7 @@ class Trainer:
         optim = self.config.optim
         learning = self.policy, self.objective, self.optimizer, experience, optim, self.ranks
         seen, items, enough = update(*learning, self.loss_scale)
-        if enough < microbatch(optim):
+        if enough < optim.items_per_pass:
             self.config = replace(self.config, optim=replace(optim, microbatch=enough))
         meter.count(trained_steps=items)
         tally.merge(seen)
@@ -307,27 +315,22 @@ class Trainer:
         count = len(prompts)
         prompt = prompts[self.iteration // self.config.audit.every % count]
 
-        def sample(its_meter: Meter) -> Audit:
-            parts = self.plan, self.sampling, self.select, key, its_meter, self.how
-            return audit(self.policy, self.reward, prompt, count, *parts)
-
         with self.policy.weights(self.objective.rollout_weights):
-            return self.within_memory(sample, meter)
+            return self.within_memory(lambda m: audit(self.sampler, prompt, count, key, m), meter)
 
     def _learn_of_previews(self, rolled: Rollout, found: Audit | None) -> None:
         """The probe is watched on the audit before it learns from it, and knows the same on every process."""
-        probe = self.how.probe
-        if probe is None:
+        if self.probe is None:
             return
         new = probe_examples(rolled.trajectories, rolled.condition, rolled.survivors.ranking_N)
         if found is not None:
-            new |= found.lessons
+            new |= found.examples
         watched = self.ranks.gather([found.probe_agreement() if found is not None else None])
         for agreement in watched:
             if agreement is not None:
-                probe.watch(agreement)
+                self.probe.watch(agreement)
         everyones = {slot: lesson for told in self.ranks.gather([new]) for slot, lesson in told.items()}
-        probe.learn([lesson for _, lesson in sorted(everyones.items())])  # in one order, whoever sampled which
+        self.probe.learn([lesson for _, lesson in sorted(everyones.items())])  # in one order, whoever sampled which
 
     def _check_previews(self, record: Mapping[str, Any]) -> None:
         """Of the audit, if there was one; all processes hear of it."""
@@ -341,7 +344,9 @@ class Trainer:
             return {}
         if found is not None:
             self.judge.watch(found.used_agreement(), self.totals.counted, self.totals.seconds)
-        verdict = self.ranks.gather([self.judge.verdict(self.plan, self.select, self.how) if found else None])[0]
+        verdict = self.ranks.gather(
+            [self.judge.verdict(self.plan, self.selector, self.sampler.probed_steps) if found else None]
+        )[0]
         if verdict is None:
             return {}
         self.plan = verdict.plan
@@ -399,7 +404,7 @@ class Trainer:
             "plan": asdict(self.plan),
             "judge": self.judge.state_dict(),
             "checks": self.checks.state_dict(),
-            "probe": None if self.how.probe is None else self.how.probe.state_dict(),
+            "probe": None if self.probe is None else self.probe.state_dict(),
         }
 
     def _moments(self, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -435,6 +440,6 @@ class Trainer:
             self.plan = saved
         self.judge.load_state_dict(state["judge"])
         self.checks.load_state_dict(state["checks"])
-        if self.how.probe is not None and state["probe"] is not None:
-            self.how.probe.load_state_dict(state["probe"])
+        if self.probe is not None and state["probe"] is not None:
+            self.probe.load_state_dict(state["probe"])
         self.iteration = state["iteration"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from progrpo.config import ObjectiveSettings, OptimSettings, microbatch
+from progrpo.config import ObjectiveSettings, OptimSettings
 from progrpo.objectives.advantage import (
     advantages,
     batch_mean_std,
@@ -22,7 +22,7 @@ from progrpo.objectives.base import Experience, Loss, Noise, Objective
 from progrpo.packing import filled_up, of_update, of_whole_blocks
 from progrpo.policies.base import Policy
 from progrpo.policies.sharded import gathered
-from progrpo.rollout.denoise import Sampling
+from progrpo.rollout.sampling import Sampling
 from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.errors import SelfCheckError
@@ -138,7 +138,7 @@ def update(
     """
     tally, items, skipped, parts = Tally(), 0, 0, config.updates_per_rollout
     scale = LossScale() if scale is None else scale
-    packing, prepared = Packing(microbatch(config), policy.compiled), False
+    packing, prepared = Packing(config.items_per_pass, policy.compiled), False
     for part in range(parts):
         counted: tuple[float, float] | None = None  # once, however often a part is tried: all processes take part in it
         if part:
