@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CON
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-processors test-slow mutation-test kill-test lean-test deepspeed-test lint bench wheel-test audit pretrain clean
+.PHONY: help setup quickstart test test-processors test-slow mutation-test kill-test lean-test deepspeed-test trackers-test lint bench wheel-test audit pretrain clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
@@ -27,7 +27,7 @@ OLDER := "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIO
 BY_PROCESSOR := tests/invariant/test_ratio.py tests/invariant/test_processes.py tests/invariant/test_reused_rollout.py tests/unit/test_invariance.py
 test-processors: $(VENV)/.ready-dev ## the tests of ratios and processes again, with the kernels of older processors
 	@set -e; for isa in $(OLDER); do echo "$$isa"; env $$isa $(BIN)/python -m pytest -n 2 --dist loadscope $(BY_PROCESSOR); done
-test-slow: wheel-test mutation-test kill-test lean-test deepspeed-test ## what takes minutes
+test-slow: wheel-test mutation-test kill-test lean-test deepspeed-test trackers-test ## what takes minutes
 	@$(BIN)/python -m pytest -m slow
 mutation-test: $(VENV)/.ready-dev ## thousands of wrong recipes, command lines, files and models: each ends in one clear sentence
 	@$(BIN)/python -m tests.mutation
@@ -57,6 +57,13 @@ lean-test: $(VENV)/.ready-dev ## test the extra `lean`, which is not in .venv si
 deepspeed-test: $(VENV)/.ready-dev ## test the extra `deepspeed`, which is not in .venv either: on the CPU, in two and three processes
 	@DS_BUILD_OPS=0 $(INSTALL) --no-deps --upgrade --target build/deepspeed deepspeed einops hjson msgpack ninja nvidia-ml-py py-cpuinfo
 	@PATH="$(CURDIR)/build/deepspeed/bin:$$PATH" PYTHONPATH="$(CURDIR)/build/deepspeed" $(BIN)/python -m pytest -m slow tests/e2e/test_deepspeed.py
+
+# beside .venv, since they bring older versions of what others use; swanlab takes no protobuf from 7 on
+TRACKERS := wandb trackio swanlab brotli gradio-client httpcore httpx nvidia-ml-py orjson pwinput pyecharts prettytable pydantic-settings pyroaring python-dotenv python-multipart simplejson watchdog websockets wrapt
+trackers-test: $(VENV)/.ready-dev ## test the extras `wandb`, `trackio` and `swanlab`, which write files here and reach no server
+	@$(INSTALL) --no-deps --upgrade --target build/trackers $(TRACKERS)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target build/trackers 'protobuf<7'
+	@PYTHONPATH=build/trackers $(BIN)/python -m pytest tests/unit/test_trackers.py
 
 audit: ## ask the advisory database about every pinned package (needs the network)
 	@$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit==2.10.1

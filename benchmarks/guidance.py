@@ -15,10 +15,19 @@ from itertools import product
 
 from progrpo.config import EvalSettings
 from progrpo.rewards.load import load_reward
-from progrpo.rewards.mix import alone
+from progrpo.rewards.mixture import mixture_of_one
+from progrpo.rewards.settings import RewardTerm
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import ode
-from progrpo.training.build import config_of, eval_prompts, judge_for, policy_from, settled, trained_policy
+from progrpo.training.build import (
+    config_of,
+    eval_prompts,
+    judge_for,
+    policy_context,
+    policy_from,
+    settled,
+    trained_policy,
+)
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import Measures, evaluate
 
@@ -31,11 +40,11 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--json", action="store_true")
     wanted = parser.parse_args()
-    ranks, reward, judge = Ranks(), alone(load_reward("shapes")), judge_for("shapes")
+    ranks, reward, judge = Ranks(), mixture_of_one(load_reward(RewardTerm("shapes"))), judge_for("shapes")
     config = config_of(wanted.target)
     if config.model.path == wanted.target:  # no run: as the quickstart would load it
         auto = settled(replace(config, model=replace(config.model, dtype="auto")), ranks)
-        policy = policy_from(auto.model, 0, ranks)
+        policy = policy_from(auto.model, policy_context(auto, ranks))
     else:
         policy = trained_policy(wanted.target, None, ranks)
 

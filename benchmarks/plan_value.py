@@ -47,7 +47,7 @@ from progrpo.rollout.prune import SELECTORS
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.settings import PreviewSettings
 from progrpo.tracking.statistics import spearman
-from progrpo.training.build import policy_from, scorer_from, settled, train_order
+from progrpo.training.build import policy_context, policy_from, scorer_from, settled, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.measure import measured
 from progrpo.training.plan_judge import prompt_cost
@@ -121,7 +121,7 @@ class Bench:
     def gradient(self, of: Experience) -> Tensor:
         """Of the loss over these members, of all trained weights in a row."""
         ready = self.objective.prepare(self.trainer.policy, of, LARGEST, updates=1)
-        items = torch.arange(len(of) * self.objective.items_per_trajectory(ready))
+        items = torch.arange(len(of) * self.objective.settings.items_per_trajectory(len(ready.trajectories.path)))
         self.objective.loss(self.trainer.policy, ready, items).total.backward()
         none = torch.zeros(())
         parts = [(none.expand(p.shape) if p.grad is None else p.grad).flatten().float() for p in self.trained]
@@ -244,7 +244,7 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
         for slot, prompt in enumerate(world.sample_prompts("validation", wanted.prompts, seed)):
             members = bench.group(prompt, slot, seed)
             for name, plan in {"full": Plan(LARGEST), **named}.items():
-                of_seed[name].append(gradient_of(plan, members, trainer.objective.adv_clip_max))
+                of_seed[name].append(gradient_of(plan, members, trainer.objective.settings.adv_clip_max))
             agreements.append([spearman(seen.numpy(), members.final_G.numpy()) for seen in members.seen_TG])
             if slot % 20 == 19:
                 print(f"seed {seed}: {slot + 1} prompts", file=sys.stderr, flush=True)
@@ -267,7 +267,7 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
 def trained(config: Config, iterations: int, ranks: Ranks) -> Trainer:
     """A run's trainer after so many iterations, without evaluations and files."""
     config = settled(config, ranks)
-    policy, order = policy_from(config.model, config.seed, ranks), train_order(config.prompts, config.seed)
+    policy, order = policy_from(config.model, policy_context(config, ranks)), train_order(config.prompts, config.seed)
     reward = scorer_from(config.reward.terms, config.reward.frames)
     trainer = Trainer(measured(config, policy, order.prompts_for(0, 1)[0], ranks), policy, reward, order, ranks)
     for _ in range(iterations):

@@ -26,7 +26,8 @@ from progrpo.config import Config, ModelSettings, ObjectiveSettings, PreviewSett
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Scorer
 from progrpo.rewards.load import load_reward
-from progrpo.rewards.mix import alone
+from progrpo.rewards.mixture import mixture_of_one
+from progrpo.rewards.settings import RewardTerm
 from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -35,7 +36,7 @@ from progrpo.rollout.probe import Probe, probe_examples, text_features
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import Sampling
 from progrpo.tracking.statistics import hit_rate, spearman
-from progrpo.training.build import objective_from, policy_from, sampling_from, settled
+from progrpo.training.build import objective_from, policy_context, policy_from, sampling_from, settled
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt, Trajectories
 from progrpo.zoo.shapes import world
@@ -121,10 +122,10 @@ def measured(model: str, wanted: argparse.Namespace) -> dict[str, Any]:
         preview=asked,
     )
     config = settled(config, ranks)
-    policy = policy_from(config.model, 0, ranks, tiny_decoder=asked.needed_decoder)
-    sampling = sampling_from(config, policy, objective_from(config, policy).needs, 0)
+    policy = policy_from(config.model, policy_context(config, ranks))
+    sampling = sampling_from(config, policy, objective_from(config, policy).settings.stores, 0)
     sampling = replace(sampling, record=replace(sampling.record, steps=frozenset()))
-    bench = Bench(policy, alone(load_reward("shapes")), sampling, wanted.group_size)
+    bench = Bench(policy, mixture_of_one(load_reward(RewardTerm("shapes"))), sampling, wanted.group_size)
     by_seed = []
     for seed in wanted.seeds:
         by_seed.append(bench.measure(wanted.groups, seed, bench.probes(wanted.probe_groups, seed)))

@@ -25,8 +25,8 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from progrpo.rewards.base import OneRewardSettings
 from progrpo.rewards.remote import TOKEN, RemoteReward
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 NAME = f"{Path(__file__).stem}:checksum"
@@ -82,7 +82,7 @@ class Client(threading.Thread):
     def __init__(self, number: int, pictures: int, size: int, url: str) -> None:
         super().__init__()
         self._number, self._pictures, self._size = number, pictures, size
-        self._reward = RemoteReward.make(NAME, OneRewardSettings(url=url))
+        self._reward = RemoteReward.make(RewardTerm(NAME, url=url))
         self.found: list[Counter[str]] = [Counter() for _ in range(pictures)]
         self.answered = 0
 

@@ -37,12 +37,13 @@ from transformers import (
 )
 
 from progrpo.rewards.aesthetic import Aesthetic
-from progrpo.rewards.base import OneRewardSettings, Reward
+from progrpo.rewards.base import Reward
 from progrpo.rewards.clipscore import CLIPScore
 from progrpo.rewards.hpsv2 import HPSv2
 from progrpo.rewards.imagereward import ImageReward, tokenizer_of
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.pickscore import PickScore
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 
@@ -139,7 +140,7 @@ def main() -> None:
     wanted = parser.parse_args()
     prompts, pictures = drawn(wanted.pictures, wanted.size)
     torch.set_num_threads(1)
-    rewards = {n: OF_THE_HUB[n]() if n in OF_THE_HUB else load_reward(n, OneRewardSettings()) for n in wanted.names}
+    rewards = {n: OF_THE_HUB[n]() if n in OF_THE_HUB else load_reward(RewardTerm(n)) for n in wanted.names}
     found = {name: ms_a_picture(reward, prompts, pictures) for name, reward in rewards.items()}
     lines = (f"{name:24s} {value:8.2f}" for name, value in found.items())
     print(json.dumps({**vars(wanted), "ms_a_picture": found}, indent=1) if wanted.json else "\n".join(lines))

@@ -54,7 +54,7 @@ def directions(bench: Bench, prompts: int, seed: int) -> dict[str, dict[str, Ten
         whole, seen_TG, final_G = bench.finished(prompt, slot, seed, SIZE)
         for name, plan in PLANS.items():
             rows = chosen(plan, seen_TG, final_G)
-            advantages_K = advantages_of(final_G[rows], objective.adv_clip_max)
+            advantages_K = advantages_of(final_G[rows], objective.settings.adv_clip_max)
             for part, there_K in {"above": advantages_K > 0, "below": advantages_K < 0}.items():
                 if there_K.any():
                     told = replace(whole.take(rows[there_K]), advantages_N=advantages_K[there_K].float())

@@ -37,7 +37,7 @@ from progrpo.durable import DiskError, write_text
 from progrpo.messages import named, nearest, quoted
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.rollout.plan import summary
-from progrpo.settings import DEVICE_PATTERN, field_paths
+from progrpo.settings import DEVICE_PATTERN, Values, field_paths
 from progrpo.streams import failure_of, occupy_standard_descriptors, release_standard_descriptors, tolerant_streams
 from progrpo.tracking.lock import LockLostError
 from progrpo.training.errors import Interrupted, LostProcessError, SelfCheckError
@@ -393,11 +393,11 @@ class ServeReward:
         lacking = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
         if lacking:
             raise ValueError(f"serve-reward needs {lacking[0]}, which is not installed: pip install 'progrpo[server]'")
-        from progrpo.rewards.base import OneRewardSettings
-        from progrpo.rewards.server import serve
+        from progrpo.rewards.server import Limits, serve
+        from progrpo.rewards.settings import RewardTerm
 
-        settings = OneRewardSettings(self.device, self.dtype, self.batch_size, self.model)
-        serve(self.name, self.host, self.port, settings, self.max_pictures, self.max_megabytes)
+        term = RewardTerm(self.name, model=self.model, device=self.device, dtype=self.dtype, batch_size=self.batch_size)
+        serve(term, self.host, self.port, Limits(self.max_pictures, self.max_megabytes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -598,6 +598,13 @@ def _term(text: str) -> RewardTerm:
         raise _WrongWordError(str(error)) from None
 
 
+def _values(text: str) -> Values:
+    try:
+        return Values.from_text(text)
+    except ValueError as error:
+        raise _WrongWordError(str(error)) from None
+
+
 def _not_empty(path: str) -> Path:
     if not path:
         raise _WrongWordError("a path is empty (''); give one, or . for the current folder")
@@ -623,6 +630,7 @@ def _one_word(kind: type, metavar: str, read: Callable[[str], Any], written: Cal
 # tyro would ask for each field of a reward, and Python's Path takes an empty word, such as a shell's variable that is not set, for the current folder
 _one_word(RewardTerm, "[WEIGHT*]NAME", _term, RewardTerm.to_text)
 _one_word(Path, "PATH", _not_empty, str)
+_one_word(Values, "JSON", _values, Values.to_text)
 
 
 def _options(kind: Any, args: list[str], prog: str, default: Any = None) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from progrpo.objectives.settings import AWMSettings, DGPOSettings, GRPOSettings, NFTSettings, ObjectiveSettings
 from progrpo.policies.settings import ModelSettings
 from progrpo.prompts.settings import PromptSettings
-from progrpo.rewards.settings import RewardMixSettings, RewardTerm
+from progrpo.rewards.settings import RewardSettings, RewardTerm
 from progrpo.rollout.plan import Plan
 from progrpo.rollout.settings import PlanSettings, PreviewSettings, SamplingSettings
 from progrpo.settings import (
@@ -24,6 +24,7 @@ from progrpo.settings import (
     read_settings,
     setting,
 )
+from progrpo.tracking.settings import TrackingSettings
 from progrpo.training.settings import AuditSettings, CheckpointSettings, EvalSettings, OptimSettings, WatchSettings
 from progrpo.types import FROM_PYTHON
 
@@ -42,9 +43,10 @@ __all__ = [
     "PlanSettings",
     "PreviewSettings",
     "PromptSettings",
-    "RewardMixSettings",
+    "RewardSettings",
     "RewardTerm",
     "SamplingSettings",
+    "TrackingSettings",
     "WatchSettings",
 ]
 
@@ -64,13 +66,14 @@ class Config:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     plan: PlanSettings = field(default_factory=PlanSettings)
     preview: PreviewSettings = field(default_factory=PreviewSettings)
-    reward: RewardMixSettings = field(default_factory=RewardMixSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     audit: AuditSettings = field(default_factory=AuditSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     watch: WatchSettings = field(default_factory=WatchSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
 
 
 # --- to JSON and back -------------------------------------------------------------------------------------------------
@@ -211,7 +214,7 @@ def _check_parted(config: Config) -> None:
 def _check_split_groups(config: Config) -> None:
     """What looks at a whole group while it is sampled or trained cannot have a part of it."""
     whole = {
-        "objective.name dgpo": config.objective.name == "dgpo",
+        f"objective.name {config.objective.name}": config.objective.loss.whole_groups,
         "objective.advantage gdpo": config.objective.advantage == "gdpo",
         "preview.probe": config.preview.probe,
         "optim.reuse_rollout": config.optim.reuse_rollout,
@@ -271,7 +274,7 @@ def learning_rate(config: Config, iteration: int) -> float:
 
 def trains_transitions(config: Config) -> bool:
     """Whether the objective trains stochastic steps, and not only final latents."""
-    return config.objective.name == "grpo"
+    return config.objective.loss.trains_transitions
 
 
 def stochastic_steps(config: Config, iteration: int) -> range:
@@ -287,10 +290,7 @@ def trained_steps(config: Config, iteration: int) -> range:
 
 def trained_items(config: Config) -> int:
     """What is trained of a trajectory, in every iteration: transitions, or draws of a noise level."""
-    if trains_transitions(config):
-        return len(trained_steps(config, 0))
-    draws: int = getattr(config.objective, config.objective.name).draws
-    return draws
+    return config.objective.loss.items_per_trajectory(len(trained_steps(config, 0)))
 
 
 GPU = Literal["h200", "h100", "a100-80gb", "a100-40gb", "l40s", "a6000", "rtx5090", "rtx4090", "rtx3090", "l4"]

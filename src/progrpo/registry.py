@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from progrpo.messages import named, nearest, quoted, raised
 from progrpo.settings import Rule, matches
@@ -27,6 +27,14 @@ def one_of(names: Collection[str], attribute: str = "attribute") -> Rule:
     return Rule(
         lambda name: name in names or _OF_USERS.holds(name), f"one of {', '.join(names)}, or `module:{attribute}`"
     )
+
+
+def choices_of(names: Collection[str]) -> Any:
+    """The type of such a field, whose choices the command line lists: one of these names, or any text.
+
+    A type checker must see `str`: write this type under `else` of `if TYPE_CHECKING`.
+    """
+    return Literal[tuple(names)] | str
 
 
 def load_named(name: str, registry: Mapping[str, str], kind: str, attribute: str = "attribute") -> Any:

@@ -63,6 +63,25 @@ def setting(default: T, rule: Rule) -> T:
     return field(default=default, metadata={"rule": rule})
 
 
+class Values(dict[str, object]):
+    """A JSON object whose fields only the user's own code knows."""
+
+    @classmethod
+    def from_text(cls, text: str) -> Values:
+        """Read JSON. ValueError for a text that holds no JSON object."""
+        try:
+            data = from_json(text)
+        except ValueError as error:
+            raise ValueError(f"{quoted(text)} is not JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise ValueError(f'{quoted(text)} is not a JSON object, such as {{"beta": 1}}')
+        return cls(data)
+
+    def to_text(self) -> str:
+        """Write JSON that `from_text` reads."""
+        return json.dumps(self)
+
+
 # --- how values are checked -------------------------------------------------------------------------------------------
 
 
@@ -79,9 +98,9 @@ def flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, Rule | Non
                     yield from flat(item, f"{path}[{i}].")
 
 
-def check_rules(settings: Any) -> None:
+def check_rules(settings: Any, prefix: str = "") -> None:
     """ValueError, one sentence with the field and what it must be, for the first value that breaks its field's rule."""
-    for path, value, rule in flat(settings):
+    for path, value, rule in flat(settings, prefix):
         if rule is not None and not rule.holds(value):
             raise ValueError(f"{path} must be {rule.text}, not {quoted(value)}")
 
@@ -170,8 +189,12 @@ def _read(kind: Any, value: Any, path: str, options: Sequence[str]) -> Any:
         return from_text(value)
     if is_dataclass(kind):
         return read_settings(cast(type, kind), value, path + ".", options)
+    if kind is Values and isinstance(value, Mapping):
+        return Values(value)
     choices = get_args(kind)
     if get_origin(kind) in (Union, types.UnionType):
+        if str in choices and isinstance(value, str):  # a choice of names that the user's own may join
+            return _read(str, value, path, options)
         return None if value is None else _read(_of_shape(choices, value), value, path, options)
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
         kinds = (choices[0],) * len(value) if choices[-1] is Ellipsis else choices
@@ -210,4 +233,4 @@ def _describe_type(kind: Any) -> str:
     if get_origin(kind) is tuple:
         items = get_args(kind)
         return "a list" if items[-1] is Ellipsis else f"a list of {len(items)}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Values: "an object"}[kind]

@@ -174,7 +174,7 @@ class Cost:
 class Scores(Rows):
     """The rewards of N pictures: float64, NaN where missing.
 
-    `value_N` is the weighted sum of R rewards, and `parts_NR` each reward's own part before its weight. `ranking_N` is
+    `value_N` is the weighted sum of R rewards, and `rewards_NR` each reward's own part before its weight. `ranking_N` is
     what selectors compare: the value, or a sum in which each reward was normalised within its group. `passed_N` is a
     strict verdict (1, 0, NaN for none).
     """
@@ -182,7 +182,7 @@ class Scores(Rows):
     value_N: Tensor
     ranking_N: Tensor
     passed_N: Tensor
-    parts_NR: Tensor
+    rewards_NR: Tensor
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class GroupScores(Scores):
 
     @classmethod
     def of(cls, scores: Scores, group_N: Tensor) -> GroupScores:
-        return cls(scores.value_N, scores.ranking_N, scores.passed_N, scores.parts_NR, group_N)
+        return cls(scores.value_N, scores.ranking_N, scores.passed_N, scores.rewards_NR, group_N)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from progrpo.config import ObjectiveSettings, OptimSettings, SamplingSettings, from_dict, trained_items
 from progrpo.objectives.base import Objective
-from progrpo.training.build import OBJECTIVES
+from progrpo.objectives.settings import OBJECTIVES, load_objective
 from progrpo.training.distributed import Ranks
 from progrpo.training.update import update
 
@@ -27,7 +27,7 @@ CONFIGS = {
     "grpo": configured("grpo", clip_range=3e-3),
     "grpo-guard": configured("grpo", clip_range=3e-3, ratio="guard"),
 }
-LATENT = [name for name, wanted in CONFIGS.items() if OBJECTIVES[wanted.name](wanted).needs == "latents"]
+LATENT = [name for name, wanted in CONFIGS.items() if wanted.loss.stores == "latents"]
 
 
 @pytest.fixture(params=CONFIGS)
@@ -37,13 +37,13 @@ def wanted(request) -> ObjectiveSettings:
 
 @pytest.fixture
 def objective(wanted) -> Objective:
-    return OBJECTIVES[wanted.name](wanted)
+    return load_objective(wanted.name)(wanted.loss)
 
 
 @pytest.fixture
 def policy(linear_policy, objective):
     """The linear policy with the weights that the objective asks for; all of its sets of weights differ."""
-    for far, name in enumerate(objective.averages):
+    for far, name in enumerate(objective.settings.averages):
         shift(linear_policy, 0.02 * (far + 1))
         linear_policy.named_weights.snapshot(name)
     shift(linear_policy, 0.01)
@@ -74,7 +74,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def all_items(objective, experience):
-    return torch.arange(len(experience) * objective.items_per_trajectory(experience))
+    return torch.arange(len(experience) * objective.settings.items_per_trajectory(len(experience.trajectories.path)))
 
 
 # --- on a policy of two weights ---------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_item_i_is_of_trajectory_i_modulo_their_number(policy, objective, linear
     shift(policy, 0.02)
     rows = torch.tensor([4, 1, 3])
     some = experience.take(rows)
-    for d in range(objective.items_per_trajectory(experience)):
+    for d in range(objective.settings.items_per_trajectory(len(experience.trajectories.path))):
         for n, row in enumerate(rows.tolist()):
             there = objective.loss(policy, experience, torch.tensor([d * 5 + row])).total.item()
             here = objective.loss(policy, some, torch.tensor([d * 3 + n])).total.item()
@@ -134,7 +134,7 @@ def test_trajectories_without_an_advantage_count_and_are_not_computed(policy, ob
     start, ranks = policy.a.item(), Ranks()
     config = OptimSettings(updates_per_rollout=updates, max_grad_norm=1e9, microbatch=4)
     descent = torch.optim.SGD(policy.trainable.values(), lr=1e-3)
-    per = objective.items_per_trajectory(experience)
+    per = objective.settings.items_per_trajectory(len(experience.trajectories.path))
     prepared = objective.prepare(policy, experience, 4, updates)
     telling = prepared.take(torch.tensor([0, 2]))
     expected = gradient(policy, objective.loss(policy, telling, all_items(objective, telling)))[0] / (5 * per)
@@ -179,10 +179,10 @@ def sampled(trainer):
 def test_a_first_rollout_is_learnt_from(build, first_experience):
     trainer = build()
     policy, objective = trainer.policy, trainer.objective
-    assert {"reference", *objective.averages} <= set(policy.named_weights.names)
-    assert objective.rollout_weights in policy.named_weights
+    assert {"reference", *objective.settings.averages} <= set(policy.named_weights.names)
+    assert objective.settings.rollout_weights in policy.named_weights
     experience = first_experience(trainer)
-    assert objective.items_per_trajectory(experience) == trained_items(trainer.config)
+    assert objective.settings.items_per_trajectory(len(experience.trajectories.path)) == trained_items(trainer.config)
     for updates in (1, 2):
         prepared = objective.prepare(policy, experience, 4, updates)
         loss = objective.loss(policy, prepared, all_items(objective, prepared)[:10])
@@ -196,18 +196,18 @@ def test_what_is_stored_is_what_is_asked_for(build, first_experience):
     trainer = build()
     path = first_experience(trainer).trajectories.path
     stochastic = [level > 0 for level in trainer.sampling.process.noise_levels]
-    if trainer.objective.needs == "latents":
+    if trainer.objective.settings.stores == "latents":
         assert path == () and not any(stochastic)
     else:
         assert [t.step for t in path] == [0, 1, 2] and all(stochastic)
-        assert all((t.mean_NCHW is not None) == (trainer.objective.needs == "means") for t in path)
+        assert all((t.mean_NCHW is not None) == (trainer.objective.settings.stores == "means") for t in path)
 
 
 def test_stochastic_rollouts_are_stored_only_for_transitions(build, first_experience):
     trainer = build(sampling=SamplingSettings(num_inference_steps=4, sde_window="all"))
     assert all(level > 0 for level in trainer.sampling.process.noise_levels)
     path = first_experience(trainer).trajectories.path
-    assert len(path) == (0 if trainer.objective.needs == "latents" else 3)
+    assert len(path) == (0 if trainer.objective.settings.stores == "latents" else 3)
 
 
 def test_an_iteration_moves_the_trained_weights_and_keeps_the_frozen_ones(build):
@@ -227,11 +227,11 @@ def test_an_iteration_moves_the_trained_weights_and_keeps_the_frozen_ones(build)
 def test_averages_follow_at_their_own_pace(build):
     trainer = build()
     policy, expected = trainer.policy, {}
-    for name in trainer.objective.averages:
+    for name in trainer.objective.settings.averages:
         expected[name] = copies(policy.trainable.items())
     for n in (1, 2, 3):
         trainer.step()
-        for name, average in trainer.objective.averages.items():
+        for name, average in trainer.objective.settings.averages.items():
             decay = average.decay(n)
             for key, p in policy.trainable.items():
                 expected[name][key] = decay * expected[name][key] + (1 - decay) * p.detach()
@@ -260,7 +260,9 @@ def test_what_is_counted_is_predicted_and_what_the_network_did(build, redness, g
     assert 0 < teaching < 6
     assert counted == replace(predicted, trained_steps=predicted.trained_steps * teaching // 6)
     assert counted.trained_steps == teaching * 3 * trained_items(trainer.config)
-    pair = 2 if guidance_scale > 1 and trainer.objective.needs != "latents" else 1  # final latents: one call an item
+    pair = (
+        2 if guidance_scale > 1 and trainer.objective.settings.stores != "latents" else 1
+    )  # final latents: one call an item
     assert sum(trained) == counted.trained_steps * pair
 
 
@@ -268,11 +270,11 @@ def test_the_weights_that_sample_are_the_ones_it_names(build, move):
     """Other weights, moved, change no rollout; its own, moved, change it."""
     trainer = build()
     expected, names = sampled(trainer), [n for n in trainer.policy.named_weights.names if n != "current"]
-    for name in {*names, trainer.objective.rollout_weights, "current"}:
+    for name in {*names, trainer.objective.settings.rollout_weights, "current"}:
         again = build()
         with again.policy.weights(name):
             move(again.policy, 0.3)
-        assert torch.equal(sampled(again), expected) == (name != trainer.objective.rollout_weights), name
+        assert torch.equal(sampled(again), expected) == (name != trainer.objective.settings.rollout_weights), name
 
 
 # --- stop and resume --------------------------------------------------------------------------------------------------
@@ -328,10 +330,10 @@ def test_a_window_is_what_is_sampled_and_trained(tiny_trainer, tiny_config):
 def test_neither_the_cut_nor_the_order_of_items_matters(linear_policy, linear_experience, name, kl_beta):
     section = CONFIGS[name].name
     settings = {**asdict(getattr(CONFIGS[name], section)), "kl_beta": kl_beta}
-    objective = OBJECTIVES[section](configured(section, **settings))
+    objective = load_objective(section)(configured(section, **settings).loss)
     experience = linear_experience(linear_policy, ADVANTAGES, off=0.05)
     shift(linear_policy, 0.05)
-    for average in objective.averages:
+    for average in objective.settings.averages:
         linear_policy.named_weights.snapshot(average)
     prepared = objective.prepare(linear_policy, experience, 64, 2)
     shift(linear_policy, 0.1)

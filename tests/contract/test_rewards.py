@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from progrpo.rewards.aesthetic import Aesthetic
-from progrpo.rewards.base import OneRewardSettings, Score
+from progrpo.rewards.base import Score
 from progrpo.rewards.clip import ClipCosine
 from progrpo.rewards.clipscore import CLIPScore
 from progrpo.rewards.function import FunctionReward
@@ -35,10 +35,11 @@ from progrpo.rewards.geneval import Colors, Detector, GenEval, GenEvalFlowGRPO
 from progrpo.rewards.hpsv2 import HPSv2
 from progrpo.rewards.imagereward import ImageReward
 from progrpo.rewards.imagereward import tokenizer_of as blip_tokenizer
-from progrpo.rewards.load import REWARDS
+from progrpo.rewards.load import load_reward
 from progrpo.rewards.ocr import OCR
-from progrpo.rewards.patient import Patient
 from progrpo.rewards.pickscore import PickScore
+from progrpo.rewards.retrying import RetryingReward
+from progrpo.rewards.settings import REWARDS, RewardTerm
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 
@@ -140,7 +141,7 @@ def small_geneval(kind: type[GenEval] = GenEval) -> GenEval:
         **TOWER,
     )
     processor = YolosImageProcessorPil(size={"height": 64, "width": 64})
-    clip = small(ClipCosine)
+    clip = small(CLIPScore)
     colors = Colors(clip._model, clip._tokenizer, clip._image_processor)
     return kind(Detector(random_weights(lambda: YolosForObjectDetection(config)), processor), colors)
 
@@ -150,7 +151,7 @@ def reads_the_colour(picture_HWC):
 
 
 BUILDERS: dict[str, Callable[[], Any]] = {
-    **{name: functools.partial(make, OneRewardSettings()) for name, make in REWARDS.items() if name != "vlm"},
+    **{name: functools.partial(load_reward, RewardTerm(name)) for name in REWARDS if name != "vlm"},
     "clipscore": small_clipscore,
     "pickscore": lambda: small(PickScore),
     "hpsv2": lambda: small(HPSv2),
@@ -165,7 +166,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "async function": lambda: FunctionReward(slowly),
     "callable object": lambda: FunctionReward(Contrast()),
     "in batches": lambda: FunctionReward(brightness, batch_size=5),
-    "patient": lambda: Patient(FunctionReward(brightness)),
+    "patient": lambda: RetryingReward(FunctionReward(brightness)),
 }
 
 

@@ -18,8 +18,8 @@ import httpx2
 import numpy as np
 import pytest
 
-from progrpo.rewards.base import OneRewardSettings
 from progrpo.rewards.remote import RemoteReward
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "reward_server.py"
@@ -60,7 +60,7 @@ def server(folder: Path, name: str, *options: str, port: int = 0) -> Iterator[tu
 
 
 def client(name: str, url: str) -> RemoteReward:
-    return RemoteReward.make(f"served_reward:{name}", OneRewardSettings(url=url))
+    return RemoteReward.make(RewardTerm(f"served_reward:{name}", url=url))
 
 
 def test_nothing_is_lost_and_nothing_twice_though_the_server_is_killed():

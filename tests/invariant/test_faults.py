@@ -23,11 +23,12 @@ from progrpo.config import (
     PlanSettings,
     PromptSettings,
 )
-from progrpo.rewards.base import OneRewardSettings, Reward
+from progrpo.rewards.base import Reward
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mix import Mixture, Term
-from progrpo.rewards.patient import Patient
+from progrpo.rewards.mixture import Component, RewardMixture
 from progrpo.rewards.remote import RemoteReward
+from progrpo.rewards.retrying import RetryingReward
+from progrpo.rewards.settings import RewardTerm
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.rollout import rollout
@@ -70,13 +71,15 @@ def served(function: Callable[..., Any]) -> Iterator[Reward]:
 
     from progrpo.rewards.server import make_app
 
-    server = uvicorn.Server(uvicorn.Config(make_app("mine", FunctionReward(function)), port=0, log_level="error"))
+    server = uvicorn.Server(
+        uvicorn.Config(make_app(RewardTerm("mine"), FunctionReward(function)), port=0, log_level="error")
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
     port = server.servers[0].sockets[0].getsockname()[1]
-    reward = RemoteReward.make("mine", OneRewardSettings(url=f"http://127.0.0.1:{port}"))
+    reward = RemoteReward.make(RewardTerm("mine", url=f"http://127.0.0.1:{port}"))
     try:
         yield reward
     finally:
@@ -89,14 +92,16 @@ KINDS = ("plain", "waiting", "quiet", "served")
 
 
 @contextmanager
-def rewarded(kind: str, redness: Callable[..., list[float]], bad: Callable[[str], bool]) -> Iterator[Mixture]:
+def rewarded(kind: str, redness: Callable[..., list[float]], bad: Callable[[str], bool]) -> Iterator[RewardMixture]:
     """The faulty reward of a kind as a run is rewarded by it."""
     faulty = Faulty(redness, bad)
     if kind == "served":
         with served(faulty.plain) as reward:
-            yield Mixture([Term("mine", Patient(reward, retries=0))])
+            yield RewardMixture([Component(RewardTerm("mine"), RetryingReward(reward, retries=0))])
     else:
-        yield Mixture([Term("mine", Patient(FunctionReward(getattr(faulty, kind)), retries=0))])
+        yield RewardMixture(
+            [Component(RewardTerm("mine"), RetryingReward(FunctionReward(getattr(faulty, kind)), retries=0))]
+        )
 
 
 def roll(trainer: Any) -> Rollout:
@@ -106,7 +111,7 @@ def roll(trainer: Any) -> Rollout:
 
 def gradients(trainer: Any, rolled: Rollout) -> list[torch.Tensor]:
     """What the optimizer is given."""
-    key, wanted, clip = NoiseKey(0, 0), trainer.config.objective, trainer.objective.adv_clip_max
+    key, wanted, clip = NoiseKey(0, 0), trainer.config.objective, trainer.objective.settings.adv_clip_max
     parts = rolled, trainer.sampling, key, wanted, clip, trainer.ranks, trainer.reward.weights
     experience, _ = learn_from(*parts, quorum=0.5)
     found: list[torch.Tensor] = []
@@ -213,7 +218,9 @@ def test_faults_that_pass_when_asked_again_leave_no_trace(tiny_trainer, tiny_con
     records = []
     for reward in (redness, shaky):
         trainer = tiny_trainer(tiny_config())
-        trainer.reward = Mixture([Term("mine", Patient(FunctionReward(reward), sleep=lambda seconds: None))])
+        trainer.reward = RewardMixture(
+            [Component(RewardTerm("mine"), RetryingReward(FunctionReward(reward), sleep=lambda seconds: None))]
+        )
         done = [trainer.step().record for _ in range(2)]
         timeless = [{k: v for k, v in r.items() if "time" not in k and k != "seconds"} for r in done]
         records.append((timeless, [p.detach().clone() for p in trainer.policy.trainable.values()]))

@@ -34,6 +34,7 @@ SETTINGS = (
     "progrpo.prompts.settings",
     "progrpo.rewards.settings",
     "progrpo.rollout.settings",
+    "progrpo.tracking.settings",
     "progrpo.training.settings",
 )
 

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import progrpo
 from progrpo.config import AuditSettings, ModelSettings, PreviewSettings
-from progrpo.policies.base import PolicySettings
+from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import policy_from_pipeline
-from progrpo.rewards.base import Score
+from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mix import Mixture, Term, alone
+from progrpo.rewards.mixture import Component, RewardMixture, mixture_of_one
+from progrpo.rewards.settings import RewardTerm
 from progrpo.rollout.preview import decoded
 from progrpo.rollout.probe import Probe, ProbeExample
 from progrpo.rollout.sampler import Sampler
@@ -85,8 +86,8 @@ def test_every_familys_decoder_says_what_is_none(family, tiny_policy):
 
 
 def test_a_decoder_that_overflows_is_named_with_the_dtype(tiny_pipeline):
-    settings = PolicySettings(resolution=16, max_sequence_length=8, dtype=torch.float16, lora_rank=2)
-    policy = policy_from_pipeline(overflowing(tiny_pipeline()), replace(settings, dtype=torch.float32))
+    settings = ModelSettings(resolution=16, max_sequence_length=8, dtype="float16", lora_rank=2)
+    policy = policy_from_pipeline(overflowing(tiny_pipeline()), replace(settings, dtype="float32"))
     x0 = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     assert policy.decode(x0).there_N.all()
     pipeline = tiny_pipeline()
@@ -105,13 +106,13 @@ def test_a_decoder_that_overflows_is_named_with_the_dtype(tiny_pipeline):
 def test_no_reward_sees_it_and_its_scores_are_missing_and_counted():
     seen = []
 
-    class Noting:
+    class Noting(Reward):
         def score(self, pictures_NHWC, prompts):
             seen.append([p.text for p in prompts])
             return [Score(float(p.text), True) for p in prompts]
 
-    gated = Term("gated", Noting(), needs="plain", at_least=2.0)
-    mixture = Mixture([Term("plain", Noting()), gated])
+    gated = Component(RewardTerm("gated", needs="plain", at_least=2.0), Noting())
+    mixture = RewardMixture([Component(RewardTerm("plain"), Noting()), gated])
     prompts = [Prompt(str(i)) for i in range(4)]
     there_N = torch.tensor([True, False, True, True])
     scores = mixture.score(np.zeros((4, 2, 2, 3), np.uint8), prompts, torch.zeros(4, dtype=torch.int64), there_N, "why")
@@ -168,8 +169,9 @@ def test_a_member_without_a_preview_goes_first(tiny_trainer, tiny_config, tiny_p
         upsampling_scaling_factor=2,
     )
     tiny.save_pretrained(tmp_path)
-    settings = PolicySettings(resolution=16, max_sequence_length=8, lora_rank=2, tiny_decoder=str(tmp_path))
-    trainer = tiny_trainer(config, policy_from_pipeline(tiny_pipeline(), settings))
+    settings = ModelSettings(resolution=16, max_sequence_length=8, lora_rank=2)
+    context = PolicyContext(decoder_for_previews=str(tmp_path))
+    trainer = tiny_trainer(config, policy_from_pipeline(tiny_pipeline(), settings, context))
     loses(trainer.policy, monkeypatch, {0, 2, 5, 7}, way)
     rolled = trainer.step().rollout
     assert [preview.kept_N.tolist() for preview in rolled.previews] == [
@@ -236,7 +238,7 @@ def test_an_evaluation_without_some_pictures_is_of_the_others(tiny_policy, monke
             return [True] * len(prompts)
 
     def measured():
-        reward, held_out = alone(FunctionReward(redness)), alone(FunctionReward(redness), "other")
+        reward, held_out = mixture_of_one(FunctionReward(redness)), mixture_of_one(FunctionReward(redness), "other")
         prompts = [Prompt(text) for text in ("red cat", "blue dog", "green bird")]
         sampler = Sampler(policy, reward, ode(policy, 2, 1.0, 64))
         return evaluate(sampler, prompts, 0, Ranks(), Measures(Judge(), held_out, diverse=2))
@@ -286,14 +288,14 @@ def test_so_is_one_that_a_narrower_dtype_or_an_int8_scale_cannot_hold(tiny_pipel
     pipeline = tiny_pipeline()
     with torch.no_grad():
         pipeline.transformer.proj_out.weight[0, 0] = 1e6
-    settings = PolicySettings(resolution=16, max_sequence_length=8, lora_rank=2, dtype=torch.float16)
+    settings = ModelSettings(resolution=16, max_sequence_length=8, lora_rank=2, dtype="float16")
     with pytest.raises(ValueError, match=r"proj_out\.weight .*or another model\.dtype if it is finite there$"):
         policy_from_pipeline(pipeline, settings)
     pipeline = tiny_pipeline()
     with torch.no_grad():
         pipeline.transformer.transformer_blocks[0].attn.to_q.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"transformer's transformer_blocks\.0\.attn\.to_q\..*scale has numbers"):
-        policy_from_pipeline(pipeline, replace(settings, dtype=torch.float32, quantize="int8"))
+        policy_from_pipeline(pipeline, replace(settings, dtype="float32", quantize="int8"))
 
 
 @pytest.fixture(scope="module")
@@ -370,12 +372,12 @@ def test_a_text_that_a_dtype_cannot_hold_is_refused_before_anything_is_drawn(tin
     pipeline = tiny_pipeline()
     with torch.no_grad():
         pipeline.text_encoder_3.encoder.final_layer_norm.weight.mul_(1e6)
-    settings = PolicySettings(resolution=16, max_sequence_length=8, lora_rank=2)
+    settings = ModelSettings(resolution=16, max_sequence_length=8, lora_rank=2)
     policy_from_pipeline(pipeline, settings).encode([Prompt("red cat")])
     pipeline = tiny_pipeline()
     with torch.no_grad():
         pipeline.text_encoder_3.encoder.final_layer_norm.weight.mul_(1e6)
-    policy = policy_from_pipeline(pipeline, replace(settings, dtype=torch.float16))
+    policy = policy_from_pipeline(pipeline, replace(settings, dtype="float16"))
     with pytest.raises(ValueError, match=r"what 'red cat' is encoded as \(prompt_embeds\) is not finite in float16"):
         policy.encode([Prompt("red cat")])
 

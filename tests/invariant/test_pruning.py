@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from progrpo.config import PlanSettings, SamplingSettings
-from progrpo.rewards.frames import OnFrames
+from progrpo.rewards.frames import FrameAverageReward
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mix import alone
+from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
@@ -43,7 +43,7 @@ def draw(policy, tiny_config, prompts, told, redness):
         wanted = SamplingSettings(num_inference_steps=4, microbatch=microbatch, **guided, **more)
         sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
         chosen, slot_P = told(*(prompts[i] for i in which)), torch.tensor(slots)
-        sampler = Sampler(policy, alone(OnFrames(FunctionReward(reward), 2)), sampling, plan)
+        sampler = Sampler(policy, mixture_of_one(FrameAverageReward(FunctionReward(reward), 2)), sampling, plan)
         return rollout(sampler, chosen, slot_P, NoiseKey(3, 1), Meter())
 
     return run

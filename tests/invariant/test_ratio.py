@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from progrpo.config import GRPOSettings, ObjectiveSettings, OptimSettings, PlanSettings, SamplingSettings
+from progrpo.config import ObjectiveSettings, OptimSettings, PlanSettings, SamplingSettings
 from progrpo.objectives.base import Experience, Loss, Objective
 from progrpo.objectives.grpo import GRPO
+from progrpo.objectives.settings import GRPOSettings
 from progrpo.training.checks import SelfCheckError, check_ratio, rounding_between, rounding_of_ratio
 
 CLIP_RANGE = 3e-3
@@ -20,8 +21,8 @@ Rollouts = Callable[[float], Experience]
 
 
 def losses(policy: Any, experience: Experience, microbatch: int, objective: Objective | None = None) -> list[Loss]:
-    objective = objective or GRPO(CLIP_RANGE)
-    items = torch.arange(len(experience) * objective.items_per_trajectory(experience))
+    objective = objective or GRPO(GRPOSettings(clip_range=CLIP_RANGE))
+    items = torch.arange(len(experience) * objective.settings.items_per_trajectory(len(experience.trajectories.path)))
     with torch.no_grad():
         return [objective.loss(policy, experience, part) for part in items.split(microbatch)]
 
@@ -37,7 +38,7 @@ def trainer(tiny_trainer, tiny_config):
 
 def allowed(policy: Any, clip_range: float = CLIP_RANGE) -> float:
     """A run's own bound: a hundredth of the clip range, and rounding where this processor's kernels differ by shape."""
-    return max(clip_range / 100, rounding_between(policy, GRPO(clip_range)))
+    return max(clip_range / 100, rounding_between(policy, GRPO(GRPOSettings(clip_range=clip_range))))
 
 
 def seen(policy: Any, rollouts: Rollouts, microbatches: tuple[int, ...]) -> tuple[float, float]:
@@ -75,7 +76,7 @@ def test_ratio_is_one_at_every_microbatch(tiny_policy, guided, weights, moved):
     assert clipped == 0 or not policy.batch_invariant
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("weights", ["lora", "full"])
 def test_ratio_is_one_in_low_precision(tiny_policy, guided, weights, dtype):
     policy = tiny_policy(weights, dtype, moved=0.1)
@@ -111,7 +112,7 @@ def moved_policy(request, tiny_policy):
         key = family, weights, network, quantize
         if key not in made:
             folder = request.getfixturevalue(f"tiny_{family}")
-            made[key] = tiny_policy(weights, getattr(torch, network), moved=0.1, folder=folder, quantize=quantize)
+            made[key] = tiny_policy(weights, network, moved=0.1, folder=folder, quantize=quantize)
         return made[key]
 
     return of

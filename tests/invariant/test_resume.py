@@ -24,11 +24,12 @@ from progrpo.config import (
     Config,
     OptimSettings,
     PromptSettings,
-    RewardMixSettings,
+    RewardSettings,
     RewardTerm,
     config_to_json,
 )
 from progrpo.objectives.grpo import GRPO
+from progrpo.objectives.settings import GRPOSettings
 from progrpo.rewards.base import Refusal
 from progrpo.storage import load_state
 from progrpo.tracking.lock import only_writer
@@ -83,7 +84,7 @@ def config(tiny_sd3, tiny_config, prompts, reward_module, tmp_path_factory) -> C
         iterations=ITERATIONS,
         model=replace(base.model, path=str(tiny_sd3)),
         prompts=PromptSettings(source=str(file), per_iteration=2, order="signal"),
-        reward=RewardMixSettings((RewardTerm("failing_reward:redness"),)),
+        reward=RewardSettings((RewardTerm("failing_reward:redness"),)),
         # given, since two runs that measure theirs may choose differently, and then differ by rounding
         sampling=replace(base.sampling, microbatch=8),
         optim=OptimSettings(ema_decay=0.5, updates_per_rollout=2, microbatch=8),
@@ -192,7 +193,7 @@ def test_a_reward_that_ends_the_run_costs_no_finished_iteration(
 
 def test_what_a_reward_says_in_lines_is_one_sentence(config, tmp_path, reward_module, capsys):
     """SystemExit among it, which ended the run without a word."""
-    reward = RewardMixSettings((RewardTerm("failing_reward:redness", retries=0),))
+    reward = RewardSettings((RewardTerm("failing_reward:redness", retries=0),))
     (tmp_path / "config.json").write_text(config_to_json(replace(config, reward=reward)))
     reward_module.calls, reward_module.fails = 0, dict.fromkeys(range(1, 9), SystemExit("the judge\nis out"))
     assert main(["train", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]) == 1
@@ -343,7 +344,9 @@ def test_many_small_microbatches_are_one_large(tiny_trainer, tiny_config, tiny_p
         start = {name: p.detach().clone() for name, p in policy.trainable.items()}
         descent = torch.optim.SGD(policy.trainable.values(), lr=1.0)
         experience = first_experience(tiny_trainer(tiny_config(), policy))
-        update(policy, GRPO(3e-3), descent, experience, OptimSettings(microbatch=size), Ranks())
+        update(
+            policy, GRPO(GRPOSettings(clip_range=3e-3)), descent, experience, OptimSettings(microbatch=size), Ranks()
+        )
         moves.append(torch.cat([(p.detach() - start[name]).flatten() for name, p in policy.trainable.items()]))
     assert moves[1].norm() > 0
     assert (moves[0] - moves[1]).norm() <= 1e-5 * moves[1].norm()

@@ -25,7 +25,7 @@ from progrpo.config import (
 from progrpo.imports.flow_factory import import_flow_factory
 from progrpo.imports.flow_grpo import import_flow_grpo
 from progrpo.recipes import RECIPES, load_recipe
-from progrpo.rewards.settings import BUILT_IN_REWARDS, RewardTerm
+from progrpo.rewards.settings import REWARDS, RewardTerm
 from progrpo.rollout.plan import summary
 from progrpo.settings import field_paths
 from tests.mutation.cases import DEEP, FIELDS, JUNK, WORDS, Case, damaged, mutate
@@ -33,7 +33,7 @@ from tests.mutation.cases import DEEP, FIELDS, JUNK, WORDS, Case, damaged, mutat
 
 def term(rng: random.Random) -> Any:
     """A reward as a recipe may name one, and as none should."""
-    names = (*BUILT_IN_REWARDS, "module:function", "m:", ":f", "shapess", "", "a:b:c")
+    names = (*REWARDS, "module:function", "m:", ":f", "shapess", "", "a:b:c")
     fields = {f.name: rng.choice((*JUNK, *names)) for f in dataclasses.fields(RewardTerm) if rng.random() < 0.15}
     return rng.choice(
         (rng.choice(names), f"{rng.choice(WORDS)}*{rng.choice(names)}", {"name": rng.choice(names), **fields})

@@ -16,6 +16,7 @@ from tests.mutation.cases import FIELDS, JUNK, WORDS, Case, damaged
 def library_case(rng: random.Random, work: Path) -> Case:
     import progrpo
     from progrpo.rewards.load import load_reward
+    from progrpo.rewards.settings import RewardTerm
     from progrpo.storage import load_state, save_state
 
     junk = rng.choice(
@@ -29,7 +30,7 @@ def library_case(rng: random.Random, work: Path) -> Case:
         return Case("library", f"load_prompts({source!r:.100})", lambda: load_prompts(source), ("prompt",))
     if act == "load_reward":
         name = rng.choice([j for j in (*JUNK, *WORDS) if isinstance(j, str)])
-        return Case("library", f"load_reward({name!r:.100})", lambda: load_reward(name), ("reward",))
+        return Case("library", f"load_reward({name!r:.100})", lambda: load_reward(RewardTerm(name)), ("reward",))
     if act == "load_state":
         folder, number = work / "state", rng.randrange(3)
 

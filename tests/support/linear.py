@@ -112,5 +112,6 @@ def linear_experience(
 def linear_transitions(policy: Any, *args: Any, **named: Any) -> Any:
     """The same as GRPO has it before the first of two updates: the old log-probs are those that were stored."""
     from progrpo.objectives.grpo import GRPO
+    from progrpo.objectives.settings import GRPOSettings
 
-    return GRPO(0.05).prepare(policy, linear_experience(policy, *args, **named), 64, 2)
+    return GRPO(GRPOSettings(clip_range=0.05)).prepare(policy, linear_experience(policy, *args, **named), 64, 2)

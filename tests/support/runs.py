@@ -61,16 +61,16 @@ def load_pipeline(folder: Path) -> Any:
 def load_tiny_policy(
     folder: Path,
     weights: Any = "lora",
-    dtype: torch.dtype = torch.float32,
+    dtype: Any = "float32",
     moved: float = 0.0,
     quantize: Any = "none",
 ) -> Any:
     """The pipeline as a policy; `moved` is how far its trained weights are from their start."""
-    from progrpo.policies.base import PolicySettings
     from progrpo.policies.load import policy_from_pipeline
+    from progrpo.policies.settings import ModelSettings
 
-    settings = PolicySettings(
-        weights,
+    settings = ModelSettings(
+        weights=weights,
         lora_rank=2,
         lora_alpha=4,
         max_sequence_length=8,
@@ -95,14 +95,14 @@ def move(policy: Any, far: float) -> None:
 def build_trainer(config: Any, policy: Any, reward: Callable[..., Any] = redness) -> Any:
     """A trainer on one process, with the prompts in turn."""
     from progrpo.prompts.order import InTurn
-    from progrpo.rewards.frames import OnFrames
+    from progrpo.rewards.frames import FrameAverageReward
     from progrpo.rewards.function import FunctionReward
-    from progrpo.rewards.mix import alone
+    from progrpo.rewards.mixture import mixture_of_one
     from progrpo.training.distributed import Ranks
     from progrpo.training.trainer import Trainer
 
     order = InTurn({"": tuple(told(*PROMPTS))}, config.seed)
-    return Trainer(config, policy, alone(OnFrames(FunctionReward(reward), 1)), order, Ranks())
+    return Trainer(config, policy, mixture_of_one(FrameAverageReward(FunctionReward(reward), 1)), order, Ranks())
 
 
 def first_experience(trainer: Any) -> Any:
@@ -115,7 +115,7 @@ def first_experience(trainer: Any) -> Any:
     count = trainer.config.prompts.per_iteration
     prompts, key = trainer.order.prompts_for(0, count), NoiseKey(trainer.config.seed, 0)
     rolled = rollout(trainer.sampler, prompts, torch.arange(count), key, Meter())
-    wanted, clip = trainer.config.objective, trainer.objective.adv_clip_max
+    wanted, clip = trainer.config.objective, trainer.objective.settings.adv_clip_max
     return learn_from(rolled, trainer.sampling, key, wanted, clip, trainer.ranks, trainer.reward.weights)[0]
 
 

@@ -14,8 +14,9 @@ import torch
 from progrpo.rewards import loop
 from progrpo.rewards.base import Refusal, Score
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mix import Mixture, Term
-from progrpo.rewards.patient import Patient
+from progrpo.rewards.mixture import Component, RewardMixture
+from progrpo.rewards.retrying import RetryingReward
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 PICTURES = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1).repeat(3, axis=3)
@@ -49,7 +50,7 @@ class Counted:
 
 def test_a_semaphore_made_once_holds_over_calls_rewards_and_their_threads():
     counted = Counted()
-    patient = [Patient(FunctionReward(counted), retries=0) for _ in range(2)]
+    patient = [RetryingReward(FunctionReward(counted), retries=0) for _ in range(2)]
     found: list[list[float | None]] = []
     threads = [threading.Thread(target=lambda r=r: found.extend(numbers(r, 3))) for r in patient]
     for thread in threads:
@@ -79,8 +80,10 @@ def test_a_client_of_open_connections_serves_every_call_and_reward_of_a_mixture(
         answers = await asyncio.gather(*(client.get(f"/{number_of(image):.0f}") for image in images))
         return [float(a.text) for a in answers]
 
-    terms = [Term(name, Patient(FunctionReward(asks), retries=0)) for name in ("first", "second")]
-    mixture = Mixture(terms)
+    terms = [
+        Component(RewardTerm(name), RetryingReward(FunctionReward(asks), retries=0)) for name in ("first", "second")
+    ]
+    mixture = RewardMixture(terms)
     for _ in range(3):
         assert mixture.score(PICTURES, PROMPTS, torch.zeros(6, dtype=torch.int64)).value_N.tolist() == [
             0,
@@ -176,7 +179,7 @@ def test_a_request_that_is_cancelled_or_ends_python_is_a_failed_call_and_the_nex
         return await asyncio.gather(*map(one, images))
 
     waited: list[float] = []
-    assert numbers(Patient(FunctionReward(flaky), retries=1, sleep=waited.append), 2) == [[0, 1, 2, 3, 4, 5]] * 2
+    assert numbers(RetryingReward(FunctionReward(flaky), retries=1, sleep=waited.append), 2) == [[0, 1, 2, 3, 4, 5]] * 2
     assert len(waited) == 1
 
 

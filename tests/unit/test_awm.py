@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 
 import pytest
 import torch
 
-from progrpo.config import AWMSettings
 from progrpo.objectives.awm import AWM
 from progrpo.objectives.forward_process import Draws, Noised
+from progrpo.objectives.settings import AWMSettings
 from progrpo.recipes import load_recipe
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
@@ -26,7 +25,11 @@ WEIGHTINGS = {  # of an error e at the noise level t: minus the "log-probability
 
 
 def awm(**settings):
-    return AWM(DRAWS, FRACTION, **{"clip_range": CLIP, "kl_beta": 0.0, "average_beta": 0.0, **settings})
+    return AWM(
+        AWMSettings(
+            draws=DRAWS, time_fraction=FRACTION, **{"clip_range": CLIP, "kl_beta": 0.0, "average_beta": 0.0, **settings}
+        )
+    )
 
 
 @torch.no_grad()
@@ -73,15 +76,15 @@ def by_hand(policy, experience, objective, old):
     deviation = 0.0
     for i in range(len(experience) * DRAWS):
         at = item(policy, experience, i)
-        advantage = experience.advantages_N[i % 5].item() * objective.adv_scale
-        now, then = (log_prob(at, w, objective.weighting) for w in (numbers(policy), old))
+        advantage = experience.advantages_N[i % 5].item() * objective.settings.adv_scale
+        now, then = (log_prob(at, w, objective.settings.weighting) for w in (numbers(policy), old))
         ratio = math.exp(now - then)
-        bounded = min(max(ratio, 1 - objective.clip_range), 1 + objective.clip_range)
+        bounded = min(max(ratio, 1 - objective.settings.clip_range), 1 + objective.settings.clip_range)
         sums["loss"] += max(-advantage * ratio, -advantage * bounded)
         sums["outside"] += bounded != ratio
         sums["cut"] += -advantage * bounded > -advantage * ratio
         deviation = max(deviation, abs(ratio - 1))
-        for name, beta in (("reference", objective.kl_beta), ("average", objective.average_beta)):
+        for name, beta in (("reference", objective.settings.kl_beta), ("average", objective.settings.average_beta)):
             away = velocity(at, numbers(policy)) - velocity(at, numbers(policy, name))
             sums[name] += (away**2).mean().item()
             sums["loss"] += beta * (away**2).mean().item()
@@ -123,7 +126,10 @@ def test_loss_by_hand(policy, experience, settings):
     assert loss.sums["loss"].item() == pytest.approx(expected["loss"], rel=1e-9)
     assert loss.sums["clip_fraction"].item() == expected["outside"]
     assert loss.maxima["ratio_max_deviation"].item() == pytest.approx(deviation, rel=1e-9)
-    pulls = {"kl": ("reference", objective.kl_beta), "distance_to_average": ("average", objective.average_beta)}
+    pulls = {
+        "kl": ("reference", objective.settings.kl_beta),
+        "distance_to_average": ("average", objective.settings.average_beta),
+    }
     for name, (weights, beta) in pulls.items():
         assert (name in loss.sums) == (beta > 0)
         assert beta == 0 or loss.sums[name].item() == pytest.approx(expected[weights], rel=1e-9)
@@ -175,7 +181,7 @@ def test_on_policy_the_gradient_is_the_advantage_times_that_of_the_log_prob(poli
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_a_step_nears_what_was_good(policy, linear_experience, advantage, updates):
-    objective = AWM(1, FRACTION, clip_range=CLIP, kl_beta=0.0, average_beta=0.0)
+    objective = AWM(AWMSettings(draws=1, time_fraction=FRACTION, clip_range=CLIP, kl_beta=0.0, average_beta=0.0))
     one = linear_experience(policy, [advantage] * 5).take(torch.tensor([2]))
     one = objective.prepare(policy, one, 4, updates)
     at = Noised.gather(policy, one, torch.tensor([0]), Draws(1, FRACTION))
@@ -235,15 +241,18 @@ def test_old_log_probs_stay_with_their_trajectories(policy, experience):
 
 def test_what_it_asks_for(experience):
     objective = awm()
-    assert objective.items_per_trajectory(experience) == DRAWS and objective.needs == "latents"
-    assert objective.rollout_weights == "current" and set(objective.averages) == {"average"}
-    assert [objective.averages["average"].decay(n) for n in (1, 100, 2000)] == pytest.approx([3e-4, 0.03, 0.3])
+    assert (
+        objective.settings.items_per_trajectory(len(experience.trajectories.path)) == DRAWS
+        and objective.settings.stores == "latents"
+    )
+    assert objective.settings.rollout_weights == "current" and set(objective.settings.averages) == {"average"}
+    assert [objective.settings.averages["average"].decay(n) for n in (1, 100, 2000)] == pytest.approx([3e-4, 0.03, 0.3])
 
 
 def test_the_authors_settings_are_told_from_flow_factorys():
     """Read in both public configurations for SD3.5: the clip of advantages, what they are divided by, and the average's decay."""
     authors, flow_factory = load_recipe("sd35m-awm").objective.awm, AWMSettings()
-    averages = [AWM(**asdict(c)).averages["average"] for c in (authors, flow_factory)]
+    averages = [c.averages["average"] for c in (authors, flow_factory)]
     assert [[a.decay(n) for n in (1, 100, 250, 400, 2000)] for a in averages] == [
         pytest.approx([0.001, 0.1, 0.25, 0.3, 0.3]),
         pytest.approx([0.0003, 0.03, 0.075, 0.12, 0.3]),

@@ -26,12 +26,13 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 import progrpo
 from progrpo.rewards import hpsv2, pickscore
 from progrpo.rewards.aesthetic import Aesthetic
-from progrpo.rewards.base import OneRewardSettings, Refusal
+from progrpo.rewards.base import Refusal
 from progrpo.rewards.clip import VIT_H, VIT_L, head_of, middle_of
 from progrpo.rewards.clipscore import CLIPScore
 from progrpo.rewards.hpsv2 import CHECKPOINT, HPSv2, clip_of, config_of, squared, weights_of
-from progrpo.rewards.hub import OnFirstScore, placed, read_pickle
+from progrpo.rewards.hub import LazyReward, placed, read_pickle
 from progrpo.rewards.pickscore import PickScore
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 LETTERS = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
@@ -42,7 +43,7 @@ LENGTH = 24
 
 TEXTS = ["red cat", "a dog", "birds", "a longer text than the tower reads"] * 5
 PROMPTS = [Prompt(f"{text} {letter}") for text, letter in zip(TEXTS, string.ascii_lowercase, strict=False)]
-assert len(PROMPTS) > OneRewardSettings().batch
+assert len(PROMPTS) > RewardTerm("clipscore").network_batch_size
 SHAPES = {"square": (40, 40), "tall": (45, 30), "wide": (21, 50), "odd": (40, 27), "large": (300, 224)}
 
 
@@ -184,7 +185,7 @@ def save_tokenizer(folder: Path) -> None:
 def test_clipscore_of_another_clip_in_a_folder_with_its_own_resolution(tmp_path):
     drawn, model = pictures((40, 60)), small_clip(side=112)
     save_clip(tmp_path, model, side=112)
-    reward = CLIPScore.from_hub(OneRewardSettings(device="cpu", model=str(tmp_path)))
+    reward = CLIPScore.from_hub(RewardTerm("clipscore", device="cpu", model=str(tmp_path)))
     expected = differ(published_clipscore(model, drawn, [p.text for p in PROMPTS], side=112))
     assert values(reward.score(drawn, PROMPTS)) == pytest.approx(expected, abs=1e-5)
 
@@ -194,7 +195,7 @@ def test_a_folder_that_lacks_a_file_of_a_clip_is_refused(tmp_path, lacking):
     save_clip(tmp_path, small_clip())
     (tmp_path / lacking).unlink()
     with pytest.raises(Refusal, match=rf"^reward 'clipscore': there is no cached copy of {tmp_path}, and.*{lacking}"):
-        CLIPScore.from_hub(OneRewardSettings(device="cpu", model=str(tmp_path)))
+        CLIPScore.from_hub(RewardTerm("clipscore", device="cpu", model=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_a_file_of_a_clip_that_was_cut_is_refused(tmp_path, name, what):
     with pytest.raises(
         Refusal, match=rf"^reward 'clipscore': the {what} {tmp_path} are damaged \(.*; fetch them anew$"
     ):
-        CLIPScore.from_hub(OneRewardSettings(device="cpu", model=str(tmp_path)))
+        CLIPScore.from_hub(RewardTerm("clipscore", device="cpu", model=str(tmp_path)))
 
 
 @pytest.mark.parametrize("change", [lambda w: {}, lambda w: {"text_projection.weight": w[:-1].clone()}])
@@ -218,7 +219,7 @@ def test_weights_that_lack_or_do_not_fit_are_not_made_up(tmp_path, change):
     with pytest.raises(
         Refusal, match=rf"^reward 'clipscore': {tmp_path} is no CLIPModel, it has no text_projection.weight"
     ):
-        CLIPScore.from_hub(OneRewardSettings(device="cpu", model=str(tmp_path)))
+        CLIPScore.from_hub(RewardTerm("clipscore", device="cpu", model=str(tmp_path)))
 
 
 # --- LAION's aesthetic predictor ---------------------------------------------------------------------------------------
@@ -495,11 +496,13 @@ def test_weights_are_frozen_and_dropout_is_off(reward):
 def test_a_reward_is_loaded_once_and_late():
     loaded = []
 
-    def load():
-        loaded.append(PickScore(small_clip(), tokenizer(), CLIPImageProcessorPil()))
-        return loaded[-1]
+    class Small(PickScore):
+        @classmethod
+        def from_hub(cls, term):
+            loaded.append(PickScore(small_clip(), tokenizer(), CLIPImageProcessorPil()))
+            return loaded[-1]
 
-    late, drawn = OnFirstScore(load), pictures((40, 40), 2)
+    late, drawn = LazyReward(Small, RewardTerm("pickscore")), pictures((40, 40), 2)
     assert loaded == []
     scores = late.score(drawn, PROMPTS[:2])
     assert late.score(drawn, PROMPTS[:2]) == scores == loaded[0].score(drawn, PROMPTS[:2])
@@ -508,7 +511,7 @@ def test_a_reward_is_loaded_once_and_late():
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_a_network_is_placed_as_the_settings_say(dtype, expected):
-    model = placed(nn.Sequential(nn.Linear(2, 2), nn.Dropout()), OneRewardSettings(device="cpu", dtype=dtype))
+    model = placed(nn.Sequential(nn.Linear(2, 2), nn.Dropout()), RewardTerm("clipscore", device="cpu", dtype=dtype))
     assert {p.dtype for p in model.parameters()} == {expected}
     assert not any(p.requires_grad for p in model.parameters())
     assert not any(module.training for module in model.modules())
@@ -517,7 +520,7 @@ def test_a_network_is_placed_as_the_settings_say(dtype, expected):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(Refusal, match="device cuda:1: there is no GPU here; leave it out or say cpu"):
-        placed(nn.Linear(2, 2), OneRewardSettings(device="cuda:1"))
+        placed(nn.Linear(2, 2), RewardTerm("clipscore", device="cuda:1"))
 
 
 # --- from the hub's cache, without a network --------------------------------------------------------------------------
@@ -528,12 +531,13 @@ from pathlib import Path
 import progrpo.rewards.load as load
 early = "transformers" in sys.modules
 import numpy as np
-from progrpo.rewards.base import Refusal, OneRewardSettings
+from progrpo.rewards.base import Refusal
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 told, pictures = json.loads(sys.argv[1]), np.load(sys.argv[2])
 prompts = [Prompt(text) for text in told["texts"]]
 def say(name, model=""):
-    reward = load.load_reward(name, OneRewardSettings(model=model))
+    reward = load.load_reward(RewardTerm(name, model=model))
     try:
         return [s.value for s in reward.score(pictures, prompts)]
     except Refusal as error:

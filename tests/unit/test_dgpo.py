@@ -10,6 +10,7 @@ import torch
 
 from progrpo.objectives.dgpo import DGPO
 from progrpo.objectives.forward_process import Draws, Noised
+from progrpo.objectives.settings import DGPOSettings
 from progrpo.training.update import Packing
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
@@ -19,7 +20,11 @@ GROUPS = ((0, 1, 2), (3, 4))
 
 
 def dgpo(**settings):
-    return DGPO(DRAWS, FRACTION, **{"dpo_beta": BETA, "clip_range": CLIP, "kl_beta": 0.0, **settings})
+    return DGPO(
+        DGPOSettings(
+            draws=DRAWS, time_fraction=FRACTION, **{"dpo_beta": BETA, "clip_range": CLIP, "kl_beta": 0.0, **settings}
+        )
+    )
 
 
 @torch.no_grad()
@@ -182,7 +187,7 @@ def test_the_weight_is_constant_in_the_gradient_and_over_the_updates(policy, exp
 def test_beyond_the_range_only_the_way_back_has_a_gradient(policy, linear_experience, side, advantage, flows):
     """An error above the average's by more than the range may fall and not rise; one below it the reverse."""
     one = linear_experience(policy, [float(advantage)] * 5).take(torch.tensor([2]))
-    objective = DGPO(1, FRACTION, BETA, clip_range=1e-3, kl_beta=0.0)
+    objective = DGPO(DGPOSettings(draws=1, time_fraction=FRACTION, dpo_beta=BETA, clip_range=1e-3, kl_beta=0.0))
     prepared = objective.prepare(policy, one, 4, 1)
     policy.named_weights.snapshot("average")
     at = Noised.gather(policy, one, torch.tensor([0]), Draws(1, FRACTION, shared=True))
@@ -197,7 +202,7 @@ def test_beyond_the_range_only_the_way_back_has_a_gradient(policy, linear_experi
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_a_step_nears_what_was_good(policy, linear_experience, advantage):
-    objective = DGPO(1, FRACTION, BETA, kl_beta=0.0)
+    objective = DGPO(DGPOSettings(draws=1, time_fraction=FRACTION, dpo_beta=BETA, kl_beta=0.0))
     policy.named_weights.snapshot("average")
     one = linear_experience(policy, [advantage] * 5).take(torch.tensor([2]))
     one = objective.prepare(policy, one, 4, 1)
@@ -250,8 +255,11 @@ def test_of_nobody_nothing_is_noted(policy, experience):
 
 def test_what_it_asks_for(policy, experience):
     objective = dgpo()
-    assert objective.items_per_trajectory(experience) == DRAWS and objective.needs == "latents"
-    assert objective.rollout_weights == "current" and set(objective.averages) == {"average"}
+    assert (
+        objective.settings.items_per_trajectory(len(experience.trajectories.path)) == DRAWS
+        and objective.settings.stores == "latents"
+    )
+    assert objective.settings.rollout_weights == "current" and set(objective.settings.averages) == {"average"}
     with pytest.raises(AssertionError, match="prepare"):
         objective.loss(policy, experience, ITEMS)
 

@@ -14,9 +14,10 @@ import pytest
 
 from progrpo.environment import on_the_way, on_the_way_to_the_hub, proxy_for
 from progrpo.policies.hub import reason_of
-from progrpo.rewards.base import OneRewardSettings, Refusal
+from progrpo.rewards.base import Refusal
 from progrpo.rewards.hub import fetching
 from progrpo.rewards.remote import RemoteReward
+from progrpo.rewards.settings import RewardTerm
 from progrpo.rewards.vlm import VLMJudge
 from progrpo.types import Prompt
 
@@ -73,13 +74,13 @@ def port() -> Iterator[int]:
 
 
 def remote(url: str) -> RemoteReward:
-    reward = RemoteReward.make("half", OneRewardSettings(url=url, timeout=0.2))
+    reward = RemoteReward.make(RewardTerm("half", url=url, timeout=0.2))
     reward._patience = 0.0  # of a server that is down: nobody starts one meanwhile
     return reward
 
 
 def judge(url: str) -> VLMJudge:
-    return VLMJudge.make(OneRewardSettings(url=f"{url}/v1", model="judge", timeout=0.2))
+    return VLMJudge.make(RewardTerm("vlm", url=f"{url}/v1", model="judge", timeout=0.2))
 
 
 CLIENTS: dict[str, Any] = {"server": remote, "vlm": judge}

@@ -13,6 +13,7 @@ from progrpo.objectives.awm import AWM
 from progrpo.objectives.dgpo import DGPO
 from progrpo.objectives.forward_process import Draws, Noised
 from progrpo.objectives.nft import NFT
+from progrpo.objectives.settings import AWMSettings, DGPOSettings, NFTSettings
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
 FORMS = ("epsilon", "v_prediction")
@@ -167,7 +168,7 @@ def nft_by_hand(policy, experience, beta, current=NOW):
 
 @pytest.mark.parametrize("beta", [1.0, 0.4])
 def test_nft_by_hand(policy, experience, beta):
-    loss = NFT(DRAWS, FRACTION, beta, kl_beta=0.3).loss(policy, experience, ITEMS)
+    loss = NFT(NFTSettings(draws=DRAWS, time_fraction=FRACTION, beta=beta, kl_beta=0.3)).loss(policy, experience, ITEMS)
     total, kl = nft_by_hand(policy, experience, beta)
     assert loss.total.item() == pytest.approx(total, rel=1e-9) and loss.sums["kl"].item() == pytest.approx(kl, rel=1e-9)
     for k, gradient in enumerate(gradients(policy, loss)):
@@ -187,7 +188,17 @@ def ratio_terms(log_ratio, advantage, clip_range):
 @pytest.mark.parametrize("weighting", ["uniform", "t", "t2", "huber", "ghuber"])
 def test_awm_by_hand(policy, experience, weighting):
     """The time that weighs an error is the share of noise sigma, not the timestep."""
-    objective = AWM(DRAWS, FRACTION, weighting, clip_range=0.05, adv_scale=0.5, kl_beta=0.3, average_beta=0.7)
+    objective = AWM(
+        AWMSettings(
+            draws=DRAWS,
+            time_fraction=FRACTION,
+            weighting=weighting,
+            clip_range=0.05,
+            adv_scale=0.5,
+            kl_beta=0.3,
+            average_beta=0.7,
+        )
+    )
     prepared = objective.prepare(policy, experience, 4, 2)
     become(policy, later := (0.6, -0.1))
     loss, total, clipped = objective.loss(policy, prepared, ITEMS), 0.0, 0
@@ -203,7 +214,7 @@ def test_awm_by_hand(policy, experience, weighting):
 
 
 def test_dgpo_by_hand(policy, experience):
-    objective = DGPO(DRAWS, FRACTION, dpo_beta=4.0, clip_range=0.1, kl_beta=0.3)
+    objective = DGPO(DGPOSettings(draws=DRAWS, time_fraction=FRACTION, dpo_beta=4.0, clip_range=0.1, kl_beta=0.3))
     prepared = objective.prepare(policy, experience, 4, 2)
     all_items, weights = items(policy, experience, shared=True), torch.empty(5, DRAWS, dtype=torch.float64)
     for d in range(DRAWS):
@@ -231,10 +242,10 @@ def test_dgpo_by_hand(policy, experience):
 @pytest.mark.parametrize(
     "objective",
     [
-        NFT(DRAWS, FRACTION, kl_beta=0.0),
-        NFT(DRAWS, FRACTION, beta=0.4, kl_beta=0.0),
-        AWM(DRAWS, FRACTION, "t", kl_beta=0.0, average_beta=0.0),
-        DGPO(DRAWS, FRACTION, dpo_beta=4.0, kl_beta=0.0),
+        NFT(NFTSettings(draws=DRAWS, time_fraction=FRACTION, kl_beta=0.0)),
+        NFT(NFTSettings(draws=DRAWS, time_fraction=FRACTION, beta=0.4, kl_beta=0.0)),
+        AWM(AWMSettings(draws=DRAWS, time_fraction=FRACTION, weighting="t", kl_beta=0.0, average_beta=0.0)),
+        DGPO(DGPOSettings(draws=DRAWS, time_fraction=FRACTION, dpo_beta=4.0, kl_beta=0.0)),
     ],
 )
 def test_a_step_nears_what_was_good(policy, experience_of, objective, advantage):

@@ -13,11 +13,11 @@ import torch
 
 from progrpo.config import RewardTerm
 from progrpo.frames import evenly, still
-from progrpo.rewards.base import Refusal, Score
-from progrpo.rewards.frames import OnFrames
+from progrpo.rewards.base import Refusal, Reward, Score
+from progrpo.rewards.frames import FrameAverageReward
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mix import Mixture
-from progrpo.training.build import term_from
+from progrpo.rewards.mixture import RewardMixture
+from progrpo.training.build import component_from
 from progrpo.types import Prompt
 
 PROMPTS = [Prompt("a"), Prompt("b")]
@@ -62,7 +62,7 @@ def test_the_middle_frame_stands_for_a_video_and_holds_no_other(kind):
 
 
 @dataclass
-class Grey:
+class Grey(Reward):
     """The grey of each picture, or what a table says of it; it notes how often it was asked."""
 
     table: dict[int, Score] = field(default_factory=dict)
@@ -83,10 +83,10 @@ class Grey:
 
 def test_a_video_is_worth_the_mean_of_its_frames():
     reward = Grey()
-    assert OnFrames(reward, 3).score(VIDEOS, PROMPTS) == [Score(4.0, True), Score(14.0, True)]
+    assert FrameAverageReward(reward, 3).score(VIDEOS, PROMPTS) == [Score(4.0, True), Score(14.0, True)]
     assert reward.calls == [[0, 10], [4, 14], [8, 18]]  # a moment of all of them at a time
-    assert OnFrames(reward, 2).score(VIDEOS, PROMPTS)[0] == Score(4.0, True)
-    assert OnFrames(reward, 1).score(VIDEOS[1:], PROMPTS[1:]) == [Score(14.0, True)]
+    assert FrameAverageReward(reward, 2).score(VIDEOS, PROMPTS)[0] == Score(4.0, True)
+    assert FrameAverageReward(reward, 1).score(VIDEOS[1:], PROMPTS[1:]) == [Score(14.0, True)]
 
 
 @pytest.mark.parametrize(
@@ -99,23 +99,23 @@ def test_a_video_is_worth_the_mean_of_its_frames():
     ],
 )
 def test_a_frame_without_a_score_or_a_pass_is_a_video_without(of_a_frame, expected):
-    scores = OnFrames(Grey({4: of_a_frame}), 3).score(VIDEOS, PROMPTS)
+    scores = FrameAverageReward(Grey({4: of_a_frame}), 3).score(VIDEOS, PROMPTS)
     assert scores == [expected, Score(14.0, True)]
-    nan = OnFrames(Grey({4: Score(math.nan)}), 3).score(VIDEOS, PROMPTS)
+    nan = FrameAverageReward(Grey({4: Score(math.nan)}), 3).score(VIDEOS, PROMPTS)
     assert math.isnan(nan[0].number()) and nan[1].value == 14
 
 
 def test_a_picture_is_scored_as_it_is():
     reward = Grey()
-    assert [s.value for s in OnFrames(reward, 3).score(VIDEOS[:, 2], PROMPTS)] == [2, 12]
+    assert [s.value for s in FrameAverageReward(reward, 3).score(VIDEOS[:, 2], PROMPTS)] == [2, 12]
     assert len(reward.calls) == 1
 
 
 def test_what_a_reward_says_and_holds_is_passed_on():
     reward = Grey()
     with pytest.raises(Refusal, match="not these"):
-        OnFrames(reward, 2).check(PROMPTS)
-    OnFrames(reward, 2).close()
+        FrameAverageReward(reward, 2).check(PROMPTS)
+    FrameAverageReward(reward, 2).close()
     assert reward.closed
 
 
@@ -142,21 +142,21 @@ def test_a_function_is_given_frames_whole_videos_or_a_moment_of_its_group():
         assert all(image.size == (5, 4) and image.mode == "RGB" for image in images)
         return [float(np.asarray(image).mean()) for image in images]
 
-    terms = [term_from(RewardTerm(name), FunctionReward(f), 3) for name, f in (("grey", grey), ("moving", moving))]
-    terms.append(term_from(RewardTerm("ranking", 0.5), FunctionReward(ranking), 3))
-    scores = Mixture(terms).score(VIDEOS, PROMPTS, torch.tensor([0, 0]))
-    assert scores.parts_NR.tolist() == [[4, 8, 0], [14, 8, 1]]
+    terms = [component_from(RewardTerm(name), FunctionReward(f), 3) for name, f in (("grey", grey), ("moving", moving))]
+    terms.append(component_from(RewardTerm("ranking", 0.5), FunctionReward(ranking), 3))
+    scores = RewardMixture(terms).score(VIDEOS, PROMPTS, torch.tensor([0, 0]))
+    assert scores.rewards_NR.tolist() == [[4, 8, 0], [14, 8, 1]]
     assert scores.value_N.tolist() == [12, 22.5]
 
 
 def test_a_picture_is_a_video_of_one_frame_to_a_function_of_videos():
-    term = term_from(RewardTerm("moving"), FunctionReward(moving), 3)
-    assert Mixture([term]).score(VIDEOS[:, 3], PROMPTS, torch.tensor([0, 0])).value_N.tolist() == [0, 0]
+    term = component_from(RewardTerm("moving"), FunctionReward(moving), 3)
+    assert RewardMixture([term]).score(VIDEOS[:, 3], PROMPTS, torch.tensor([0, 0])).value_N.tolist() == [0, 0]
 
 
 def test_frames_are_cached_one_by_one(tmp_path):
     reward = Grey()
-    term = term_from(RewardTerm("grey", cache=str(tmp_path)), reward, 3)
+    term = component_from(RewardTerm("grey", cache=str(tmp_path)), reward, 3)
     for _ in range(2):
         assert [s.value for s in term.reward.score(VIDEOS, PROMPTS)] == [4, 14]
     assert len(reward.calls) == 3

@@ -666,13 +666,14 @@ def test_weights_are_frozen_and_dropout_is_off():
 SCRIPT = """
 import json, sys
 import numpy as np
-from progrpo.rewards.base import Refusal, OneRewardSettings
+from progrpo.rewards.base import Refusal
+from progrpo.rewards.settings import RewardTerm
 from progrpo.rewards.geneval import GenEval
 from progrpo.types import Prompt
 pictures, include = np.load(sys.argv[1]), json.loads(sys.argv[2])
 for model in sys.argv[3:]:
     try:
-        reward = GenEval.from_hub(OneRewardSettings(device="cpu", model=model))
+        reward = GenEval.from_hub(RewardTerm("geneval", device="cpu", model=model))
         scores = reward.score(pictures, [Prompt("", {"include": include})] * len(pictures))
         size, dtype = dict(reward._detector._image_processor.size), str(reward._detector._model.dtype)
         print(json.dumps([[s.value for s in scores], {n: v for n, v in size.items() if v}, dtype]))

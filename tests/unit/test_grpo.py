@@ -10,6 +10,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from progrpo.objectives.grpo import GRPO
+from progrpo.objectives.settings import GRPOSettings
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
 CLIP = 0.05
@@ -64,7 +65,7 @@ def shift(policy, a=0.0, b=0.0):
 def test_loss_by_hand(linear_policy, linear_transitions, guidance_scale):
     experience = linear_transitions(linear_policy, ADVANTAGES, off=0.05, guidance_scale=guidance_scale)
     shift(linear_policy, a=0.05, b=0.02)
-    loss = GRPO(CLIP).loss(linear_policy, experience, ITEMS)
+    loss = GRPO(GRPOSettings(clip_range=CLIP)).loss(linear_policy, experience, ITEMS)
     total, clipped, deviation = by_hand(linear_policy, experience)
     assert 0 < clipped < 10  # both branches are met
     assert loss.total.item() == pytest.approx(total, rel=1e-9)
@@ -78,7 +79,7 @@ def test_loss_by_hand(linear_policy, linear_transitions, guidance_scale):
 def test_gradient_against_finite_differences(linear_policy, linear_transitions, kl_beta, guidance_scale):
     experience = linear_transitions(linear_policy, ADVANTAGES, off=0.05, guidance_scale=guidance_scale)
     shift(linear_policy, a=0.05, b=0.02)
-    grpo, step = GRPO(CLIP, kl_beta=kl_beta), 1e-6
+    grpo, step = GRPO(GRPOSettings(clip_range=CLIP, kl_beta=kl_beta)), 1e-6
     found = gradients(linear_policy, grpo.loss(linear_policy, experience, ITEMS))
     for name, gradient in zip("ab", found, strict=True):
         around = []
@@ -93,7 +94,7 @@ def test_gradient_against_finite_differences(linear_policy, linear_transitions, 
 def test_a_step_makes_what_was_good_likelier(linear_policy, linear_transitions, advantage):
     experience = linear_transitions(linear_policy, [advantage] + [0.0] * 4)
     before = [t.log_prob_N[0] for t in experience.trajectories.path]
-    loss = GRPO(CLIP).loss(linear_policy, experience, ITEMS)
+    loss = GRPO(GRPOSettings(clip_range=CLIP)).loss(linear_policy, experience, ITEMS)
     da, db = gradients(linear_policy, loss)
     shift(linear_policy, a=-1e-3 * da.item(), b=-1e-3 * db.item())
     path = experience.trajectories.path
@@ -103,13 +104,15 @@ def test_a_step_makes_what_was_good_likelier(linear_policy, linear_transitions, 
 
 
 def test_on_policy_nothing_is_clipped_and_the_loss_is_minus_the_advantages(linear_policy, linear_transitions):
-    loss = GRPO(CLIP).loss(linear_policy, linear_transitions(linear_policy, ADVANTAGES), ITEMS)
+    loss = GRPO(GRPOSettings(clip_range=CLIP)).loss(linear_policy, linear_transitions(linear_policy, ADVANTAGES), ITEMS)
     assert loss.total.item() == pytest.approx(-2 * sum(ADVANTAGES), abs=1e-12)
     assert loss.maxima["ratio_max_deviation"].item() < 1e-12 and loss.sums["clip_fraction"] == 0
 
 
 def test_kl_and_its_gradient_are_zero_at_the_reference(linear_policy, linear_transitions):
-    loss = GRPO(CLIP, kl_beta=1.0).loss(linear_policy, linear_transitions(linear_policy, [0.0] * 5), ITEMS)
+    loss = GRPO(GRPOSettings(clip_range=CLIP, kl_beta=1.0)).loss(
+        linear_policy, linear_transitions(linear_policy, [0.0] * 5), ITEMS
+    )
     assert loss.total == 0 and loss.sums["kl"] == 0
     assert all(gradient == 0 for gradient in gradients(linear_policy, loss))
 
@@ -117,7 +120,7 @@ def test_kl_and_its_gradient_are_zero_at_the_reference(linear_policy, linear_tra
 def test_exact_kl_is_that_of_the_two_gaussians(linear_policy, linear_transitions):
     experience = linear_transitions(linear_policy, ADVANTAGES)
     shift(linear_policy, a=0.03, b=-0.05)
-    loss = GRPO(CLIP, kl_beta=0.7).loss(linear_policy, experience, ITEMS)
+    loss = GRPO(GRPOSettings(clip_range=CLIP, kl_beta=0.7)).loss(linear_policy, experience, ITEMS)
     assert loss.total.item() == pytest.approx(by_hand(linear_policy, experience, 0.7)[0], rel=1e-9)
     assert loss.sums["kl"] > 0
 
@@ -125,7 +128,7 @@ def test_exact_kl_is_that_of_the_two_gaussians(linear_policy, linear_transitions
 def test_flow_grpos_kl_leaves_out_the_step_length(linear_policy, linear_transitions):
     experience = linear_transitions(linear_policy, ADVANTAGES)
     shift(linear_policy, a=0.03, b=-0.05)
-    loss = GRPO(CLIP, kl_beta=0.7, kl_form="flow_grpo").loss(linear_policy, experience, ITEMS)
+    loss = GRPO(GRPOSettings(clip_range=CLIP, kl_beta=0.7, kl_form="flow_grpo")).loss(linear_policy, experience, ITEMS)
     expected, _, _ = by_hand(linear_policy, experience, 0.7, lambda p, q, h: kl_divergence(p, q) * h)
     assert loss.total.item() == pytest.approx(expected, rel=1e-9)
 
@@ -133,7 +136,9 @@ def test_flow_grpos_kl_leaves_out_the_step_length(linear_policy, linear_transiti
 def test_kl_reaches_the_current_weights_and_not_the_reference(linear_policy, linear_transitions):
     experience = linear_transitions(linear_policy, [0.0] * 5)
     shift(linear_policy, a=0.1)
-    da, _ = gradients(linear_policy, GRPO(CLIP, kl_beta=1.0).loss(linear_policy, experience, ITEMS))
+    da, _ = gradients(
+        linear_policy, GRPO(GRPOSettings(clip_range=CLIP, kl_beta=1.0)).loss(linear_policy, experience, ITEMS)
+    )
     assert da > 0  # downhill is back to the reference
     assert linear_policy.named_weights.state_dict()["reference"]["a"] == 0.3
 
@@ -150,7 +155,7 @@ def test_kl_reaches_the_current_weights_and_not_the_reference(linear_policy, lin
 def test_neither_the_cut_nor_the_order_of_items_matters(linear_policy, linear_transitions, settings):
     experience = linear_transitions(linear_policy, ADVANTAGES, off=0.05)
     shift(linear_policy, a=0.05, b=0.02)
-    grpo = GRPO(CLIP, **settings)
+    grpo = GRPO(GRPOSettings(clip_range=CLIP, **settings))
     whole = grpo.loss(linear_policy, experience, ITEMS)
     shuffled = ITEMS[torch.randperm(10, generator=torch.Generator().manual_seed(2))]
     for cut in (ITEMS.split(1), ITEMS.split(3), [shuffled], shuffled.split(4)):
@@ -165,11 +170,17 @@ def test_neither_the_cut_nor_the_order_of_items_matters(linear_policy, linear_tr
 
 def test_an_item_is_a_transition_of_a_trajectory(linear_policy, linear_transitions):
     experience = linear_transitions(linear_policy, ADVANTAGES, off=0.05)
-    assert GRPO(CLIP).items_per_trajectory(experience) == 2 and GRPO(CLIP).needs == "transitions"
+    assert (
+        GRPO(GRPOSettings(clip_range=CLIP)).settings.items_per_trajectory(len(experience.trajectories.path)) == 2
+        and GRPO(GRPOSettings(clip_range=CLIP)).settings.stores == "transitions"
+    )
     alone = experience.take(torch.tensor([3]))
     for transition in (0, 1):
-        item = GRPO(CLIP).loss(linear_policy, experience, torch.tensor([transition * 5 + 3]))
-        assert item.total == GRPO(CLIP).loss(linear_policy, alone, torch.tensor([transition])).total
+        item = GRPO(GRPOSettings(clip_range=CLIP)).loss(linear_policy, experience, torch.tensor([transition * 5 + 3]))
+        assert (
+            item.total
+            == GRPO(GRPOSettings(clip_range=CLIP)).loss(linear_policy, alone, torch.tensor([transition])).total
+        )
 
 
 # --- variants ---------------------------------------------------------------------------------------------------------
@@ -182,11 +193,11 @@ def step_numbers(experience):
 
 
 def variant(**settings):
-    return GRPO(**{"clip_range": CLIP, **settings})
+    return GRPO(GRPOSettings(**{"clip_range": CLIP, **settings}))
 
 
 def test_guard_needs_means_and_plain_does_not():
-    assert variant(ratio="guard").needs == "means" and variant(ratio="plain").needs == "transitions"
+    assert variant(ratio="guard").settings.stores == "means" and variant(ratio="plain").settings.stores == "transitions"
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -396,4 +407,4 @@ def test_before_several_updates_a_network_that_rounds_otherwise_is_asked_itself(
 def test_a_process_without_trajectories_asks_nothing(linear_policy, linear_experience):
     linear_policy.batch_invariant = False
     nothing = linear_experience(linear_policy, ADVANTAGES).take(torch.arange(0))
-    assert old(GRPO(CLIP).prepare(linear_policy, nothing, 3, 2)).shape == (0, 2)
+    assert old(GRPO(GRPOSettings(clip_range=CLIP)).prepare(linear_policy, nothing, 3, 2)).shape == (0, 2)

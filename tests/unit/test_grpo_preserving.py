@@ -10,6 +10,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from progrpo.objectives.grpo import GRPO
+from progrpo.objectives.settings import GRPOSettings
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
 CLIP = 0.05
@@ -107,7 +108,10 @@ def experience_of(request, policy, linear_transitions):
 def test_loss_by_hand(policy, experience_of, guidance_scale):
     experience = experience_of(off=0.05, guidance_scale=guidance_scale)
     shift(policy, a=0.01, b=0.005)
-    loss, expected = GRPO(CLIP).loss(policy, experience, ITEMS), list(terms(policy, experience))
+    loss, expected = (
+        GRPO(GRPOSettings(clip_range=CLIP)).loss(policy, experience, ITEMS),
+        list(terms(policy, experience)),
+    )
     assert 0 < sum(outside for _, outside, _ in expected) < 15  # both branches are met
     assert loss.total.item() == pytest.approx(sum(term for term, _, _ in expected), rel=1e-9)
     assert loss.sums["clip_fraction"].item() == sum(outside for _, outside, _ in expected)
@@ -115,14 +119,14 @@ def test_loss_by_hand(policy, experience_of, guidance_scale):
 
 
 def test_on_policy_the_ratio_is_one(policy, experience_of):
-    loss = GRPO(CLIP).loss(policy, experience_of(), ITEMS)
+    loss = GRPO(GRPOSettings(clip_range=CLIP)).loss(policy, experience_of(), ITEMS)
     assert loss.total.item() == pytest.approx(-3 * sum(ADVANTAGES), abs=1e-12)
     assert loss.maxima["ratio_max_deviation"].item() < 1e-12 and loss.sums["clip_fraction"] == 0
 
 
 @pytest.mark.parametrize("kl_form", ["exact", "latent", "velocity"])
 def test_distances_to_the_reference_by_hand(policy, experience_of, kl_form):
-    experience, objective = experience_of([0.0] * 5), GRPO(CLIP, kl_beta=0.7, kl_form=kl_form)
+    experience, objective = experience_of([0.0] * 5), GRPO(GRPOSettings(clip_range=CLIP, kl_beta=0.7, kl_form=kl_form))
     assert objective.loss(policy, experience, ITEMS).sums["kl"] == 0
     shift(policy, a=0.03, b=-0.05)
     loss, expected = objective.loss(policy, experience, ITEMS), distance(policy, experience, kl_form)
@@ -140,7 +144,7 @@ def test_step_weights_by_hand(policy, experience_of, step_weights):
         "noise": [noise_std(experience.process.sampler, step) for step in range(3)],
         "inverse_h": [1 / (TIMESTEPS[step] - TIMESTEPS[step + 1]) for step in range(3)],
     }[step_weights]
-    objective = GRPO(CLIP, step_weights=step_weights)
+    objective = GRPO(GRPOSettings(clip_range=CLIP, step_weights=step_weights))
     for item, (term, _, _) in enumerate(terms(policy, experience)):
         weight = 3 * raw[item // 5] / sum(raw)
         found = objective.loss(policy, experience, torch.tensor([item])).total.item()
@@ -153,7 +157,7 @@ def test_guarded_ratio_by_hand(policy, linear_transitions, sampler):
     process = policy.process(sampler, LEVELS[sampler])
     experience = linear_transitions(policy, [-1.0] * 5, process=process, steps=(0, 1, 2))
     shift(policy, a=0.02, b=0.01)
-    objective = GRPO(clip_range=10.0, ratio="guard")
+    objective = GRPO(GRPOSettings(clip_range=10.0, ratio="guard"))
     for item in ITEMS.tolist():
         t, row = experience.trajectories.path[item // 5], item % 5
         now = gaussian(policy, experience, t, row)
@@ -166,7 +170,7 @@ def test_guarded_ratio_by_hand(policy, linear_transitions, sampler):
 
 @pytest.mark.parametrize("settings", [{}, {"kl_beta": 0.3, "step_weights": "noise"}])
 def test_gradient_against_finite_differences(policy, experience_of, settings):
-    experience, objective, step = experience_of(off=0.05), GRPO(CLIP, **settings), 1e-6
+    experience, objective, step = experience_of(off=0.05), GRPO(GRPOSettings(clip_range=CLIP, **settings)), 1e-6
     shift(policy, a=0.01, b=0.005)
     for name, gradient in zip("ab", gradients(policy, objective.loss(policy, experience, ITEMS)), strict=True):
         around = []
@@ -180,7 +184,7 @@ def test_gradient_against_finite_differences(policy, experience_of, settings):
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_a_step_makes_what_was_good_likelier(policy, experience_of, advantage):
     experience = experience_of([advantage] + [0.0] * 4)
-    da, db = gradients(policy, GRPO(CLIP).loss(policy, experience, ITEMS))
+    da, db = gradients(policy, GRPO(GRPOSettings(clip_range=CLIP)).loss(policy, experience, ITEMS))
     length = 1e-3 / math.hypot(da, db)
     shift(policy, a=-length * da.item(), b=-length * db.item())
     change = sum(
@@ -195,7 +199,7 @@ def test_a_step_makes_what_was_good_likelier(policy, experience_of, advantage):
 def test_items_of_any_steps_go_together(policy, experience_of):
     experience = experience_of(off=0.05)
     shift(policy, a=0.01, b=0.005)
-    objective = GRPO(CLIP, step_weights="inverse_h", kl_beta=0.3)
+    objective = GRPO(GRPOSettings(clip_range=CLIP, step_weights="inverse_h", kl_beta=0.3))
     whole = objective.loss(policy, experience, ITEMS).total.item()
     shuffled = ITEMS[torch.randperm(15, generator=torch.Generator().manual_seed(2))]
     for cut in (ITEMS.split(1), shuffled.split(4)):
@@ -211,5 +215,5 @@ def test_latents_stored_in_low_precision_are_stepped_in_full(policy, experience_
         replace(experience, trajectories=replace(experience.trajectories, path=tuple(rows)))
         for rows in (path, [replace(t, x_NCHW=t.x_NCHW.double(), x_next_NCHW=t.x_next_NCHW.double()) for t in path])
     )
-    totals = [GRPO(CLIP).loss(policy, found, ITEMS).total for found in (stored, exact)]
+    totals = [GRPO(GRPOSettings(clip_range=CLIP)).loss(policy, found, ITEMS).total for found in (stored, exact)]
     assert torch.equal(*totals) and totals[0].dtype == torch.float64

@@ -24,7 +24,6 @@ from torch.nn import functional as F
 from transformers import BlipTextModel, BlipVisionModel, CLIPImageProcessorPil
 
 import progrpo
-from progrpo.rewards.base import OneRewardSettings
 from progrpo.rewards.clip import head_of
 from progrpo.rewards.hub import read_pickle
 from progrpo.rewards.imagereward import (
@@ -37,6 +36,7 @@ from progrpo.rewards.imagereward import (
     vision_config_of,
     weights_of,
 )
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 LETTERS = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase)]
@@ -46,7 +46,7 @@ ADDED = {"[DEC]": len(WORDS), "[ENC]": len(WORDS) + 1}
 LONG = "a text of so many letters that not all of them are read"
 TEXTS = ["Réd cat", "a dog", LONG, "birds [ENC] of a tree", "", "a %", "an [DEC]"] * 3
 PROMPTS = [Prompt(f"{text} {letter}") for text, letter in zip(TEXTS, string.ascii_lowercase, strict=False)]
-assert len(PROMPTS) > OneRewardSettings().batch
+assert len(PROMPTS) > RewardTerm("imagereward").network_batch_size
 SHAPES = {"square": (40, 40), "tall": (46, 30), "wide": (21, 50), "large": (300, 224), "odd": (224, 227)}
 
 
@@ -294,7 +294,7 @@ drawn, blob, link = sys.argv[1], sys.argv[2], sys.argv[3]
 pictures, prompts = np.load(drawn), [Prompt(t) for t in json.loads(sys.argv[4])]
 def say():
     try:
-        return [s.value for s in load_reward("imagereward").score(pictures, prompts)]
+        return [s.value for s in load_reward(RewardTerm("imagereward")).score(pictures, prompts)]
     except Refusal as error:
         return str(error)
 found = {"linked": say()}

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from progrpo.rewards.jpeg import JpegSize
+from progrpo.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from progrpo.types import Prompt
 
 
@@ -18,7 +18,9 @@ def pictures(size: int = 64) -> np.ndarray:
 
 
 def values(sign: int, pictures_NHWC: np.ndarray) -> list[float]:
-    scores = JpegSize(sign).score(pictures_NHWC, [Prompt("")] * len(pictures_NHWC))
+    scores = (JpegIncompressibility() if sign > 0 else JpegCompressibility()).score(
+        pictures_NHWC, [Prompt("")] * len(pictures_NHWC)
+    )
     assert all(type(s.value) is float and s.passed is None and s.error is None for s in scores)
     return [s.number() for s in scores]
 

@@ -9,6 +9,7 @@ import torch
 
 from progrpo.config import ModelSettings, ObjectiveSettings, OptimSettings
 from progrpo.objectives.grpo import GRPO
+from progrpo.objectives.settings import GRPOSettings
 from progrpo.training.distributed import Ranks
 from progrpo.training.loss_scale import LossScale
 from progrpo.training.update import update
@@ -32,7 +33,7 @@ def gradient(tiny_policy, tiny_trainer, tiny_sd, tiny_config, first_experience):
         config = tiny_config(
             model=ModelSettings(dtype=dtype, weights=weights), objective=ObjectiveSettings(name=objective, adv_eps=1e-4)
         )
-        policy = tiny_policy(weights, getattr(torch, dtype), moved=0.02, folder=tiny_sd)
+        policy = tiny_policy(weights, dtype, moved=0.02, folder=tiny_sd)
         trainer = tiny_trainer(config, policy)
         experience = first_experience(trainer)
         experience = replace(experience, advantages_N=experience.advantages_N * FEW)
@@ -88,7 +89,9 @@ def test_a_gradient_that_is_not_finite_at_any_scale_is_skipped(linear_policy, li
     linear_policy.a.register_hook(lambda gradient: gradient * torch.inf)
     scale, before = LossScale(scaled), linear_policy.a.item()
     descent = torch.optim.SGD(linear_policy.trainable.values(), lr=1.0)
-    tally, *_ = update(linear_policy, GRPO(0.1), descent, experience, OptimSettings(), Ranks(), scale)
+    tally, *_ = update(
+        linear_policy, GRPO(GRPOSettings(clip_range=0.1)), descent, experience, OptimSettings(), Ranks(), scale
+    )
     seen = tally.over(Ranks())
     assert seen["update/skipped"] == 1 and linear_policy.a.item() == before and scale.value == 1
     assert seen.get("update/rescaled") == (16 if scaled else None)
@@ -116,7 +119,7 @@ def test_the_scale_doubles_after_fifty_updates_and_begins_to_count_anew():
 
 def test_a_trainers_scale_is_of_its_dtype_and_in_its_state(tiny_policy, tiny_trainer, tiny_sd, tiny_config):
     def build(dtype):
-        policy = tiny_policy(dtype=getattr(torch, dtype), folder=tiny_sd)
+        policy = tiny_policy(dtype=dtype, folder=tiny_sd)
         return tiny_trainer(tiny_config(model=ModelSettings(dtype=dtype)), policy)
 
     trainer, taken_up = build("float16"), build("float16")

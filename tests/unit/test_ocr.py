@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from progrpo.rewards.base import OneRewardSettings, Refusal, Score
+from progrpo.rewards.base import Refusal, Score
 from progrpo.rewards.ocr import OCR, quoted
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 BLANK = np.zeros((1, 32, 32, 3), np.uint8)
@@ -260,7 +261,7 @@ def reward():
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((socket, "getaddrinfo"), (socket.socket, "connect")):
             patch.setattr(owner, name, lambda *a, **k: pytest.fail("the network was asked for"))
-        ocr = OCR.make(OneRewardSettings())
+        ocr = OCR.make(RewardTerm("ocr"))
         ocr.score(draw("text", 64, 0.2)[None], [asks_for("text")])
     return ocr
 
@@ -347,4 +348,4 @@ def test_a_missing_package_is_refused_with_the_way_to_install_it(lacking, monkey
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == lacking else there(name))
     with pytest.raises(Refusal, match=rf"'ocr' needs {lacking}.*pip install 'progrpo\[ocr\]'"):
-        OCR.make(OneRewardSettings())
+        OCR.make(RewardTerm("ocr"))

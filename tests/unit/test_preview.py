@@ -13,10 +13,11 @@ from diffusers import AutoencoderTiny
 
 from progrpo.diffusion.levels import flow_levels
 from progrpo.diffusion.process import Process
-from progrpo.policies.base import PolicySettings
+from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import load_policy
-from progrpo.rewards.base import Score
-from progrpo.rewards.mix import alone
+from progrpo.policies.settings import ModelSettings
+from progrpo.rewards.base import Reward, Score
+from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.denoise import Denoiser, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -208,7 +209,7 @@ def test_as_many_steps_as_are_left_are_the_samplers_own_ode(family, tiny_policy,
 
 
 @dataclass
-class Counted:
+class Counted(Reward):
     """Mean brightness of each picture; it notes how many it was shown."""
 
     shown: list[int] = field(default_factory=list)
@@ -235,7 +236,7 @@ def test_a_trusted_probe_is_asked_and_nothing_is_decoded(linear_policy):
     batch, told = replace(called(linear_policy, sampling, 1), latent_features=features), torch.ones(len(PROMPTS), 1, 1)
     probe, condition = trusted_at(3, 1), Condition({**CONDITION.tensors, "prompt_embeds": told})
     settings = PreviewSettings(ode_steps=3)  # a linear policy has no decoder, and further steps would be counted
-    sampler = Sampler(linear_policy, alone(reward), sampling, preview_settings=settings, probe=probe)
+    sampler = Sampler(linear_policy, mixture_of_one(reward), sampling, preview_settings=settings, probe=probe)
     pictures, scores = preview(sampler, PROMPTS, condition, batch, 1, meter)
     right, wrong = (probe.score(step, features[step], told, batch.group_N) for step in (1, 0))
     assert torch.equal(scores, right) and not torch.equal(scores, wrong)
@@ -248,7 +249,7 @@ def test_where_the_probe_is_not_trusted_pictures_are_looked_at(tiny_policy):
     process = Process(policy.prediction, "ddim", policy.levels(3), (0.0,) * 3)
     sampling, condition = Sampling(process, SamplingSettings(microbatch=2)), policy.encode(PROMPTS)
     settings, probe, key = PreviewSettings(ode_steps=2), trusted_at(3, 1), NoiseKey(0, 0)
-    sampler = Sampler(policy, alone(reward), sampling, preview_settings=settings, probe=probe)
+    sampler = Sampler(policy, mixture_of_one(reward), sampling, preview_settings=settings, probe=probe)
     batch = expand(policy, torch.tensor([0, 1]), 2, sampling, key)
     found = []
 
@@ -266,7 +267,7 @@ def test_where_the_probe_is_not_trusted_pictures_are_looked_at(tiny_policy):
 
 def test_the_steps_that_are_probed_are_those_that_reach_the_threshold(linear_policy):
     probe = trusted_at(4, 1, 3)
-    sampler = Sampler(linear_policy, alone(Counted()), flow(), probe=probe)
+    sampler = Sampler(linear_policy, mixture_of_one(Counted()), flow(), probe=probe)
     assert sampler.probed_steps == {1, 3}
     assert replace(sampler, preview_settings=PreviewSettings(probe_threshold=0.1)).probed_steps == set(range(4))
     assert replace(sampler, preview_settings=PreviewSettings(probe_threshold=0.95)).probed_steps == frozenset()
@@ -283,7 +284,7 @@ def test_a_rollout_counts_what_its_plan_says_of_probes_and_further_steps(tiny_po
     record = Record(frozenset({0, 1}), latent_features=True)
     sampling = Sampling(process, SamplingSettings(guidance_scale=3.0), record)
     plan, settings = Plan(5, (PrunePoint(0, 4), PrunePoint(2, 3))), PreviewSettings(ode_steps=3)
-    sampler = Sampler(policy, alone(reward), sampling, plan, preview_settings=settings, probe=probe)
+    sampler = Sampler(policy, mixture_of_one(reward), sampling, plan, preview_settings=settings, probe=probe)
     rolled = rollout(sampler, PROMPTS, torch.tensor([0, 1]), NoiseKey(0, 0), meter)
     assert meter.cost == plan.predict(4, 0, True, 3, frozenset({2})) * 2
     assert meter.cost.probed == 8 and meter.cost.previews == 10 and reward.shown == [10, 6]
@@ -297,7 +298,10 @@ def test_the_tiny_decoder_is_used_where_it_is_asked_for(tiny_sd3, tmp_path):
     channels = {"encoder_block_out_channels": (4, 4), "decoder_block_out_channels": (4, 4)}
     blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     AutoencoderTiny(latent_channels=4, **channels, **blocks).save_pretrained(tmp_path)
-    policy = load_policy(tiny_sd3, PolicySettings(lora_rank=2, max_sequence_length=8, tiny_decoder=str(tmp_path)))
+    policy = load_policy(
+        ModelSettings(str(tiny_sd3), lora_rank=2, max_sequence_length=8),
+        PolicyContext(decoder_for_previews=str(tmp_path)),
+    )
     x = torch.randn(4, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     group, process = torch.tensor([0, 0, 1, 1]), Process("flow", "ddim", policy.levels(2), (0.0, 0.0))
     batch, condition = Trajectories(group, group, torch.arange(4), x, -x), policy.encode(PROMPTS)
@@ -305,7 +309,7 @@ def test_the_tiny_decoder_is_used_where_it_is_asked_for(tiny_sd3, tmp_path):
     for tiny, expected in ((True, policy.preview(x0).images_NHWC), (False, policy.decode(x0).images_NHWC)):
         settings = PreviewSettings(decoder="tiny" if tiny else "full")
         sampling = Sampling(process, SamplingSettings(microbatch=3))
-        sampler = Sampler(policy, alone(Counted()), sampling, preview_settings=settings)
+        sampler = Sampler(policy, mixture_of_one(Counted()), sampling, preview_settings=settings)
         images, values = preview(sampler, PROMPTS, condition, batch, 0, Meter())
         assert images is not None
         assert torch.equal(images, expected)

@@ -17,12 +17,13 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from progrpo.rewards.base import OneRewardSettings, Refusal, Score, WrongAnswer
+from progrpo.rewards.base import Refusal, Reward, Score, WrongAnswer
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.load import load_reward
-from progrpo.rewards.patient import Patient
 from progrpo.rewards.remote import RemoteReward
-from progrpo.rewards.server import make_app, serve
+from progrpo.rewards.retrying import RetryingReward
+from progrpo.rewards.server import Limits, make_app, serve
+from progrpo.rewards.settings import RewardTerm
 from progrpo.rewards.shapes import ShapesReward
 from progrpo.types import Prompt
 from progrpo.zoo.shapes.world import examples
@@ -33,7 +34,7 @@ SUMS = [float(p.sum()) for p in PICTURES]
 HEALTH = {"protocol": 1, "reward": "sum"}
 
 
-class Sums:
+class Sums(Reward):
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         return [Score(float(p.sum())) for p in pictures_NHWC]
 
@@ -41,7 +42,7 @@ class Sums:
 @contextmanager
 def served(reward: Any, token: str = "", **settings: Any) -> Iterator[RemoteReward]:
     """The client of the real server."""
-    with TestClient(make_app("sum", reward, token)) as client:
+    with TestClient(make_app(RewardTerm("sum"), reward, token)) as client:
         yield RemoteReward("sum", client, **settings)
 
 
@@ -437,7 +438,7 @@ def test_the_token_of_the_environment_is_sent(monkeypatch):
 
     for token, header in (("s3cret\n", "Bearer s3cret"), ("", None)):
         monkeypatch.setenv("PROGRPO_REWARD_TOKEN", token)
-        reward = RemoteReward.make("sum", OneRewardSettings(url="http://server:8000"))
+        reward = RemoteReward.make(RewardTerm("sum", url="http://server:8000"))
         reward._client._transport = httpx2.MockTransport(server)
         reward._meet()
         assert seen.pop() == header
@@ -447,31 +448,31 @@ def test_the_token_of_the_environment_is_sent(monkeypatch):
 def test_a_token_that_no_header_holds_is_refused_on_both_sides(token, monkeypatch):
     monkeypatch.setenv("PROGRPO_REWARD_TOKEN", token)
     with pytest.raises(Refusal, match=r"^PROGRPO_REWARD_TOKEN has characters that no token has; set it anew$"):
-        RemoteReward.make("sum", OneRewardSettings(url="http://server:8000"))
+        RemoteReward.make(RewardTerm("sum", url="http://server:8000"))
     with pytest.raises(Refusal, match="PROGRPO_REWARD_TOKEN has characters that no token has"):
-        serve("jpeg_compressibility", port=0)
+        serve(RewardTerm("jpeg_compressibility"), "127.0.0.1", 0, Limits())
 
 
 def test_settings_reach_the_client():
-    reward = RemoteReward.make("sum", OneRewardSettings(url="https://server/base", timeout=7, batch_size=5))
+    reward = RemoteReward.make(RewardTerm("sum", url="https://server/base", timeout=7, batch_size=5))
     assert (reward._batch_size, reward._client.timeout) == (5, httpx2.Timeout(7))
     assert str(reward._client.base_url).startswith("https://server/base")
-    plain = RemoteReward.make("sum", OneRewardSettings(url="http://server"))
+    plain = RemoteReward.make(RewardTerm("sum", url="http://server"))
     assert (plain._batch_size, plain._client.timeout) == (16, httpx2.Timeout(60))
 
 
 @pytest.mark.parametrize(
-    ("option", "settings", "processes"),
+    ("option", "term"),
     [
-        ("model", OneRewardSettings(url="http://server", model="other"), 0),
-        ("device", OneRewardSettings(url="http://server", device="cuda:1"), 0),
-        ("dtype", OneRewardSettings(url="http://server", dtype="float16"), 0),
-        ("processes", OneRewardSettings(url="http://server"), 2),
+        ("model", RewardTerm("sum", url="http://server", model="other")),
+        ("device", RewardTerm("sum", url="http://server", device="cuda:1")),
+        ("dtype", RewardTerm("sum", url="http://server", dtype="float16")),
+        ("processes", RewardTerm("sum", url="http://server", processes=2)),
     ],
 )
-def test_what_the_server_decides_is_refused_here(option, settings, processes):
+def test_what_the_server_decides_is_refused_here(option, term):
     with pytest.raises(Refusal, match=f"^reward 'sum': its server scores, so {option} would change nothing here"):
-        load_reward("sum", settings, processes)
+        load_reward(term)
 
 
 @pytest.mark.parametrize(
@@ -479,7 +480,7 @@ def test_what_the_server_decides_is_refused_here(option, settings, processes):
 )
 def test_a_url_that_is_none_is_refused(url):
     with pytest.raises(Refusal, match="must be such as http://127"):
-        RemoteReward.make("sum", OneRewardSettings(url=url))
+        RemoteReward.make(RewardTerm("sum", url=url))
 
 
 # --- columns ----------------------------------------------------------------------------------------------------------
@@ -596,7 +597,7 @@ def test_a_served_function_that_answers_wrongly_is_refused_here_and_asked_once(a
         served(FunctionReward(wrong), batch_size=2) as reward,
         pytest.raises(Refusal, match=r"wrong returned .*; return"),
     ):
-        Patient(reward, sleep=lambda seconds: None).score(PICTURES[:2], PROMPTS[:2])
+        RetryingReward(reward, sleep=lambda seconds: None).score(PICTURES[:2], PROMPTS[:2])
     assert asked == [2]
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from progrpo.rewards.base import OneRewardSettings, Refusal, WrongAnswer
+from progrpo.rewards.base import Refusal, WrongAnswer
 from progrpo.rewards.load import load_reward
-from progrpo.rewards.patient import Patient
-from progrpo.rewards.processes import InProcesses
+from progrpo.rewards.processes import ProcessPoolReward
+from progrpo.rewards.retrying import RetryingReward
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 MODULE = "my_processed_reward"
@@ -74,8 +75,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @contextmanager
 def processes(name: str, count: int) -> Iterator[Any]:
-    reward = load_reward(f"{MODULE}:{name}", processes=count)
-    assert isinstance(reward, InProcesses)
+    reward = load_reward(RewardTerm(f"{MODULE}:{name}", processes=count))
+    assert isinstance(reward, ProcessPoolReward)
     try:
         yield reward
     finally:
@@ -83,7 +84,7 @@ def processes(name: str, count: int) -> Iterator[Any]:
 
 
 def test_scores_are_those_of_this_process_in_order(here):
-    alone = load_reward(f"{MODULE}:mean")
+    alone = load_reward(RewardTerm(f"{MODULE}:mean"))
     with processes("mean", 2) as reward:
         for rows in (slice(None), slice(0, 1), slice(2, 5)):
             found = reward.score(PICTURES[rows], PROMPTS[rows])
@@ -100,7 +101,9 @@ def test_whether_it_is_given_whole_videos_is_known_here(here, name, video):
 
 def test_more_processes_than_pictures_are_no_trouble(here):
     with processes("mean", 3) as reward:
-        assert reward.score(PICTURES[:2], PROMPTS[:2]) == load_reward(f"{MODULE}:mean").score(PICTURES[:2], PROMPTS[:2])
+        assert reward.score(PICTURES[:2], PROMPTS[:2]) == load_reward(RewardTerm(f"{MODULE}:mean")).score(
+            PICTURES[:2], PROMPTS[:2]
+        )
 
 
 def test_pictures_are_scored_elsewhere_and_the_reward_is_loaded_once_a_process(here):
@@ -118,9 +121,9 @@ def test_an_error_in_a_process_is_raised_here_and_the_next_call_is_answered(here
 
 def test_processes_that_hang_are_ended(here, monkeypatch):
     monkeypatch.setattr("progrpo.rewards.processes._GRACE", 0.1)
-    reward = load_reward(f"{MODULE}:hangs", processes=1)
-    assert isinstance(reward, InProcesses)
-    (score,) = Patient(reward, retries=0, timeout=0.1).score(PICTURES[:1], PROMPTS[:1])
+    reward = load_reward(RewardTerm(f"{MODULE}:hangs", processes=1))
+    assert isinstance(reward, ProcessPoolReward)
+    (score,) = RetryingReward(reward, retries=0, timeout=0.1).score(PICTURES[:1], PROMPTS[:1])
     assert score.error == "TimeoutError: no answer in 0.1 s"
     (worker,) = reward._workers._pool._processes.values()
     reward.close()
@@ -137,9 +140,9 @@ def test_a_column_that_a_prompt_lacks_is_said_by_a_process(here):
 
 def test_a_wrong_name_is_refused_before_any_process_starts(here):
     with pytest.raises(ValueError, match="has no function or class 'absent'"):
-        load_reward(f"{MODULE}:absent", processes=2)
+        load_reward(RewardTerm(f"{MODULE}:absent", processes=2))
     with pytest.raises(ValueError, match="neither built in"):
-        load_reward("absent", processes=2)
+        load_reward(RewardTerm("absent", processes=2))
 
 
 def test_what_a_terminal_sends_to_all_processes_is_left_to_the_run(here):
@@ -240,7 +243,7 @@ def mortal(here: Path) -> Path:
 
 
 def asked_patiently(reward: Any, retries: int = 1, timeout: float | None = None) -> list[Any]:
-    return Patient(reward, retries, timeout, sleep=lambda seconds: None).score(PICTURES, SIX_GOOD)
+    return RetryingReward(reward, retries, timeout, sleep=lambda seconds: None).score(PICTURES, SIX_GOOD)
 
 
 def test_a_process_that_dies_once_is_replaced_and_all_pictures_are_scored(mortal):
@@ -269,7 +272,7 @@ def test_a_picture_that_kills_every_process_is_missing_and_costs_no_other(mortal
 
 def test_a_process_that_hangs_is_replaced_after_its_time(mortal, monkeypatch):
     monkeypatch.setattr("progrpo.rewards.processes._SLACK", 0.2)
-    reward: Any = load_reward(f"{MODULE}:hangs_once", OneRewardSettings(timeout=0.5), processes=1)
+    reward: Any = load_reward(RewardTerm(f"{MODULE}:hangs_once", timeout=0.5, processes=1))
     reward.check([])
     (first,) = reward._workers._pool._processes.values()
     with pytest.raises(TimeoutError, match=r"no answer in 0.5 s"):
@@ -282,7 +285,7 @@ def test_a_process_that_hangs_is_replaced_after_its_time(mortal, monkeypatch):
 
 def test_whatever_goes_wrong_in_a_process_comes_back_and_it_lives_on(mortal):
     with processes("errs", 1) as reward:
-        patient = Patient(reward, retries=0)
+        patient = RetryingReward(reward, retries=0)
         for text, error in (("exit", "SystemExit: no key"), ("picky", "RuntimeError: Picky: too dark")):
             assert patient.score(PICTURES[:1], [Prompt(text)])[0].error == error
         with pytest.raises(
@@ -324,8 +327,8 @@ def test_a_column_that_cannot_be_sent_to_a_process_is_refused_by_name(here):
 def test_processes_end_with_the_one_that_started_them(here):
     script = here / "starts.py"
     script.write_text(
-        "import os, signal\nimport numpy as np\nfrom progrpo.rewards.load import load_reward\nfrom progrpo.types import Prompt\n"
-        f"if __name__ == '__main__':\n    reward = load_reward('{MODULE}:where', processes=1)\n"
+        "import os, signal\nimport numpy as np\nfrom progrpo.rewards.load import load_reward\nfrom progrpo.rewards.settings import RewardTerm\nfrom progrpo.types import Prompt\n"
+        f"if __name__ == '__main__':\n    reward = load_reward(RewardTerm('{MODULE}:where', processes=1))\n"
         "    (score,) = reward.score(np.zeros((1, 2, 2, 3), np.uint8), [Prompt('a')])\n"
         "    print(int(score.value), flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -341,13 +344,14 @@ def test_processes_end_with_the_one_that_started_them(here):
 UNGUARDED = """
 from pathlib import Path
 from progrpo.rewards.load import load_reward
+from progrpo.rewards.settings import RewardTerm
 Path("began").open("a").write(".")
 {call}
 """
 CALLS = {
-    "plain": "reward = load_reward('jpeg_compressibility', processes=2)",
-    "in a function": "def main():\n    return load_reward('jpeg_compressibility', processes=2)\n\nmain()",
-    "in a loop": "for _ in range(2):\n    load_reward('jpeg_compressibility',\n        processes=2)",
+    "plain": "reward = load_reward(RewardTerm('jpeg_compressibility', processes=2))",
+    "in a function": "def main():\n    return load_reward(RewardTerm('jpeg_compressibility', processes=2))\n\nmain()",
+    "in a loop": "for _ in range(2):\n    load_reward(RewardTerm('jpeg_compressibility',\n        processes=2))",
 }
 
 
@@ -365,7 +369,7 @@ def test_a_script_without_a_guard_is_refused_before_a_process_runs_it_again(here
 def test_a_script_with_a_guard_scores_in_its_processes(here):
     call = (
         "if __name__ == '__main__':\n    import numpy as np\n    from progrpo.types import Prompt\n"
-        f"    reward = load_reward('{MODULE}:where', processes=1)\n"
+        f"    reward = load_reward(RewardTerm('{MODULE}:where', processes=1))\n"
         "    print(len(reward.score(np.zeros((2, 4, 4, 3), np.uint8), [Prompt('a')] * 2)))\n    reward.close()\n"
     )
     (here / "script.py").write_text(UNGUARDED.format(call=call))
@@ -375,8 +379,8 @@ def test_a_script_with_a_guard_scores_in_its_processes(here):
 
 def test_what_a_notebook_defines_is_refused_to_processes(here):
     code = (
-        "from progrpo.rewards.load import load_reward\ndef mine(images, prompts): ...\n"
-        "assert load_reward('__main__:mine')\nload_reward('__main__:mine', processes=1)\n"
+        "from progrpo.rewards.load import load_reward\nfrom progrpo.rewards.settings import RewardTerm\ndef mine(images, prompts): ...\n"
+        "assert load_reward(RewardTerm('__main__:mine'))\nload_reward(RewardTerm('__main__:mine', processes=1))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     said = done.stderr.strip().splitlines()[-1]
@@ -387,7 +391,7 @@ def test_what_a_notebook_defines_is_refused_to_processes(here):
 
 
 def test_a_script_that_is_piped_into_python_is_refused_with_a_file_to_write(here):
-    code = "from progrpo.rewards.load import load_reward\nload_reward('jpeg_compressibility', processes=1)\n"
+    code = "from progrpo.rewards.load import load_reward\nfrom progrpo.rewards.settings import RewardTerm\nload_reward(RewardTerm('jpeg_compressibility', processes=1))\n"
     done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, timeout=60)
     said = done.stderr.strip().splitlines()[-1]
     assert said.endswith(
@@ -397,9 +401,9 @@ def test_a_script_that_is_piped_into_python_is_refused_with_a_file_to_write(here
 
 def test_what_a_guarded_script_defines_is_scored_in_its_processes(here):
     (here / "script.py").write_text(
-        "import numpy as np\nfrom progrpo.rewards.load import load_reward\nfrom progrpo.types import Prompt\n"
+        "import numpy as np\nfrom progrpo.rewards.load import load_reward\nfrom progrpo.rewards.settings import RewardTerm\nfrom progrpo.types import Prompt\n"
         "def mine(images, prompts):\n    return [7.0] * len(images)\n"
-        "if __name__ == '__main__':\n    reward = load_reward('__main__:mine', processes=1)\n"
+        "if __name__ == '__main__':\n    reward = load_reward(RewardTerm('__main__:mine', processes=1))\n"
         "    print(reward.score(np.zeros((1, 4, 4, 3), np.uint8), [Prompt('a')])[0].value)\n    reward.close()\n"
     )
     done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, timeout=60)

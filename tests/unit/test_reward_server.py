@@ -28,8 +28,9 @@ import progrpo
 from progrpo.cli import main
 from progrpo.environment import is_loopback
 from progrpo.rewards import server
-from progrpo.rewards.base import Refusal, Score
-from progrpo.rewards.server import make_app
+from progrpo.rewards.base import Refusal, Reward, Score
+from progrpo.rewards.server import Limits, make_app
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 RNG = np.random.default_rng(0)
@@ -54,7 +55,7 @@ def question(*items: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"version": 1, "items": list(items), **more}
 
 
-class Recorded:
+class Recorded(Reward):
     """Sums of pixels; what `judge` gives for a prompt, raised or returned, in their place. Remembers its calls."""
 
     def __init__(self, judge: Callable[[Prompt, float], Any] = lambda prompt, value: value) -> None:
@@ -78,8 +79,9 @@ class Recorded:
 
 
 @contextmanager
-def served(reward: Any = None, **limits: Any) -> Iterator[TestClient]:
-    with TestClient(make_app("sum", reward or Recorded(), **limits)) as client:
+def served(reward: Any = None, token: str = "", batch_size: int | None = None, **limits: int) -> Iterator[TestClient]:
+    term = RewardTerm("sum", batch_size=batch_size)
+    with TestClient(make_app(term, reward or Recorded(), token, Limits(**limits))) as client:
         yield client
 
 
@@ -371,7 +373,7 @@ def test_a_body_that_is_refused_by_its_head_is_not_read(token, length, status):
 
     headers = [(b"content-length", str(length).encode())]
     scope = {"type": "http", "method": "POST", "path": "/v1/score", "headers": headers}
-    asyncio.run(make_app("sum", Recorded(), token)(scope, receive, send))
+    asyncio.run(make_app(RewardTerm("sum"), Recorded(), token)(scope, receive, send))
     assert sent[0]["status"] == status
 
 
@@ -572,7 +574,7 @@ def running(app: Any) -> Iterator[str]:
 
 def test_pictures_of_a_client_that_is_gone_are_not_scored(caplog):
     reward = Recorded()
-    with running(make_app("sum", reward)) as url, httpx2.Client(base_url=url, timeout=20) as client:
+    with running(make_app(RewardTerm("sum"), reward)) as url, httpx2.Client(base_url=url, timeout=20) as client:
         with busy(reward, client) as pool:
             with pytest.raises(httpx2.ReadTimeout):
                 client.post("/v1/score", json=question(item(picture(), "abandoned")), timeout=0.3)
@@ -607,7 +609,7 @@ def test_a_body_that_stalls_is_given_up_but_no_slow_reward(monkeypatch):
         yield b"}"
 
     reward = Recorded()
-    with running(make_app("sum", reward)) as url, httpx2.Client(base_url=url) as client:
+    with running(make_app(RewardTerm("sum"), reward)) as url, httpx2.Client(base_url=url) as client:
         reward.free.clear()
         threading.Timer(0.4, reward.free.set).start()
         assert values(scores(client, item(picture())))[0] is not None

@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from progrpo.rewards.base import OneRewardSettings, Refusal, Score, WrongAnswer, check
+from progrpo.registry import load_named
+from progrpo.rewards.base import Refusal, Reward, Score, WrongAnswer
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.load import REWARDS, load_reward
-from progrpo.rewards.patient import Patient
-from progrpo.rewards.settings import BUILT_IN_REWARDS
+from progrpo.rewards.load import load_reward
+from progrpo.rewards.retrying import RetryingReward
+from progrpo.rewards.settings import REWARDS, RewardTerm
 from progrpo.rewards.shapes import ShapesReward
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
@@ -364,7 +365,7 @@ def test_a_score_of_another_type_or_shape_is_refused_at_once_with_what_was_expec
         return answer
 
     with pytest.raises(WrongAnswer, match=rf"^reward .*wrong .*{sentence}"):
-        Patient(FunctionReward(wrong), sleep=lambda seconds: None).score(PICTURES, PROMPTS)
+        RetryingReward(FunctionReward(wrong), sleep=lambda seconds: None).score(PICTURES, PROMPTS)
     assert asked == [3]
 
 
@@ -415,7 +416,7 @@ def test_an_error_in_the_users_function_is_the_users_to_see():
 @pytest.mark.parametrize("name", ["pickscore", "ocr", "shapes"])
 def test_a_model_that_a_reward_does_not_take_is_refused(name):
     with pytest.raises(Refusal, match=f"^reward '{name}' takes no other model"):
-        load_reward(name, OneRewardSettings(model="somebody/other"))
+        load_reward(RewardTerm(name, model="somebody/other"))
 
 
 # --- the built-in one -------------------------------------------------------------------------------------------------
@@ -441,13 +442,13 @@ def write(folder, text, name="my_reward"):
 
 
 def test_a_built_in_reward_by_name():
-    assert isinstance(load_reward("shapes"), ShapesReward)
+    assert isinstance(load_reward(RewardTerm("shapes")), ShapesReward)
 
 
 def test_a_function_of_a_module_in_the_current_folder(tmp_path, monkeypatch):
     write(tmp_path, "def score(images, prompts, target):\n    return [2 * (t or 0) for t in target]\n")
     monkeypatch.chdir(tmp_path)
-    reward = load_reward("my_reward:score")
+    reward = load_reward(RewardTerm("my_reward:score"))
     assert [s.value for s in reward.score(PICTURES, PROMPTS)] == [2, 4, 0]
 
 
@@ -457,20 +458,20 @@ def test_a_module_in_a_package_of_the_current_folder(tmp_path, monkeypatch):
     (package / "__init__.py").touch()
     write(package, "def score(images, prompts):\n    return [7.0] * len(images)\n", "seven")
     monkeypatch.chdir(tmp_path)
-    assert load_reward("my_rewards.seven:score").score(PICTURES, PROMPTS)[0] == Score(7.0)
+    assert load_reward(RewardTerm("my_rewards.seven:score")).score(PICTURES, PROMPTS)[0] == Score(7.0)
 
 
 def test_the_current_folder_hides_no_installed_module(tmp_path, monkeypatch):
     write(tmp_path, "raise RuntimeError('hidden')\n", "numpy")
     monkeypatch.chdir(tmp_path)
-    load_reward("numpy:mean")
+    load_reward(RewardTerm("numpy:mean"))
 
 
 @pytest.mark.parametrize("name", ["shape", "", "my_reward.score"])
 def test_an_unknown_name_is_refused(name):
-    known = ", ".join(BUILT_IN_REWARDS)
+    known = ", ".join(REWARDS)
     with pytest.raises(ValueError, match=rf"neither built in \({known}\) nor of the form module:function"):
-        load_reward(name)
+        load_reward(RewardTerm(name))
 
 
 def test_a_class_of_a_module_is_made_without_arguments(tmp_path, monkeypatch):
@@ -480,7 +481,7 @@ def test_a_class_of_a_module_is_made_without_arguments(tmp_path, monkeypatch):
         "my_reward_class",
     )
     monkeypatch.chdir(tmp_path)
-    assert load_reward("my_reward_class:Seven").score(PICTURES, PROMPTS)[0] == Score(7.0)
+    assert load_reward(RewardTerm("my_reward_class:Seven")).score(PICTURES, PROMPTS)[0] == Score(7.0)
 
 
 def test_a_ranking_is_not_spread_over_processes(tmp_path, monkeypatch):
@@ -490,17 +491,17 @@ def test_a_ranking_is_not_spread_over_processes(tmp_path, monkeypatch):
         "my_reward_rank",
     )
     monkeypatch.chdir(tmp_path)
-    ranks: Any = load_reward("my_reward_rank:score")
+    ranks: Any = load_reward(RewardTerm("my_reward_rank:score"))
     assert ranks.groupwise
     with pytest.raises(Refusal, match="ranks a group, which processes would take apart"):
-        load_reward("my_reward_rank:score", processes=2)
+        load_reward(RewardTerm("my_reward_rank:score", processes=2))
 
 
 @pytest.mark.parametrize("name", ["no_such_module:score", "no.such.module:score"])
 def test_a_missing_module_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"there is no module 'no[._]such[._]module' in this folder or installed"):
-        load_reward(name)
+        load_reward(RewardTerm(name))
 
 
 @pytest.mark.parametrize(("attribute", "shown"), [("scroe", "'scroe'"), ("WEIGHT", "'WEIGHT'"), ("", "''")])
@@ -508,7 +509,7 @@ def test_a_missing_function_is_refused(attribute, shown, tmp_path, monkeypatch):
     write(tmp_path, "WEIGHT = 2\n\ndef score(images, prompts):\n    return [0.0] * len(images)\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"the module 'my_reward' has no function or class {shown}"):
-        load_reward(f"my_reward:{attribute}")
+        load_reward(RewardTerm(f"my_reward:{attribute}"))
 
 
 @pytest.mark.parametrize(
@@ -527,7 +528,7 @@ def test_a_module_that_cannot_be_imported_is_refused_with_its_line(text, sentenc
     write(tmp_path, text, "my_reward_broken")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refusal) as refused:
-        load_reward("my_reward_broken:score")
+        load_reward(RewardTerm("my_reward_broken:score"))
     start = "reward 'my_reward_broken:score': its module cannot be imported: my_reward_broken.py"
     assert str(refused.value).startswith(start + sentence) and str(refused.value).isprintable()
 
@@ -558,17 +559,19 @@ def test_a_class_that_cannot_be_made_or_loaded_is_refused_with_its_line(tmp_path
         ("Fails", r"made without arguments: my_reward_classes.py, line 8: FileNotFoundError: .*'no such file'$"),
     ):
         with pytest.raises(Refusal, match=f"^reward 'my_reward_classes:{name}': the class cannot be {sentence}"):
-            load_reward(f"my_reward_classes:{name}")
-    reward = load_reward("my_reward_classes:Unloaded")
-    for ask in (functools.partial(check, reward), functools.partial(reward.score, PICTURES[:0])):
+            load_reward(RewardTerm(f"my_reward_classes:{name}"))
+    reward = load_reward(RewardTerm("my_reward_classes:Unloaded"))
+    for ask in (reward.check, functools.partial(reward.score, PICTURES[:0])):
         with pytest.raises(
             Refusal, match=r"its load\(\) failed: my_reward_classes.py, line 12: OSError: no weights at /x$"
         ):
             ask([])
 
 
-def test_the_configuration_knows_the_built_in_rewards():
-    assert tuple(REWARDS) == BUILT_IN_REWARDS
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_built_in_name_stands_for_a_reward(name):
+    kind = load_named(name, {name: REWARDS[name]}, "reward")
+    assert issubclass(kind, Reward)
 
 
 @pytest.mark.parametrize(("name", "strict_share"), [("shapes", 0.0), ("shapes_strict", 1.0), ("shapes_mixed", 0.5)])
@@ -576,7 +579,7 @@ def test_shapes_rewards_are_graded_strict_or_between(name, strict_share):
     prompts, drawn = world.examples("validation", 24, seed=3)
     drawn[::2] = drawn[::-2]  # some that do not show what is asked for
     expected = [(1 - strict_share) * v.graded + strict_share * v.strict for v in verify(drawn, prompts)]
-    scores = load_reward(name).score(drawn, prompts)
+    scores = load_reward(RewardTerm(name)).score(drawn, prompts)
     assert [s.value for s in scores] == pytest.approx(expected)
     assert {s.passed for s in scores} == {True, False}
 
@@ -601,7 +604,7 @@ def test_a_name_that_is_nearly_right_is_refused_with_the_right_one(name, sentenc
     write(tmp_path, "def score(images, prompts):\n    return [0.0] * len(images)\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refusal, match=sentence):
-        load_reward(name)
+        load_reward(RewardTerm(name))
 
 
 def test_a_function_in_place_of_a_name_is_refused():
@@ -609,7 +612,7 @@ def test_a_function_in_place_of_a_name_is_refused():
     with pytest.raises(
         Refusal, match=r"named by a text such as my_module:redness, not <function .*progrpo.train takes functions"
     ):
-        load_reward(wrong)
+        load_reward(RewardTerm(wrong))
 
 
 def test_a_module_that_starts_a_run_where_it_is_imported_is_refused_with_the_guard(tmp_path, monkeypatch):
@@ -619,11 +622,11 @@ def test_a_module_that_starts_a_run_where_it_is_imported_is_refused_with_the_gua
     with pytest.raises(
         Refusal, match=r"^reward 'my_reward_script:score': importing its module starts a run; put .* `if __name__"
     ):
-        load_reward("my_reward_script:score")
+        load_reward(RewardTerm("my_reward_script:score"))
 
 
 def test_a_module_may_load_another_reward_where_it_is_imported(tmp_path, monkeypatch):
-    text = "from progrpo.rewards.load import load_reward\njpeg = load_reward('jpeg_compressibility')\n\ndef score(images):\n    return [0.0] * len(images)\n"
+    text = "from progrpo.rewards.load import load_reward\nfrom progrpo.rewards.settings import RewardTerm\njpeg = load_reward(RewardTerm('jpeg_compressibility'))\n\ndef score(images):\n    return [0.0] * len(images)\n"
     write(tmp_path, text, "my_reward_of_others")
     monkeypatch.chdir(tmp_path)
-    load_reward("my_reward_of_others:score")
+    load_reward(RewardTerm("my_reward_of_others:score"))

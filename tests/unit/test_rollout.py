@@ -12,8 +12,8 @@ import torch
 from progrpo.config import SamplingSettings
 from progrpo.diffusion.levels import flow_levels
 from progrpo.diffusion.process import Process
-from progrpo.rewards.base import Score
-from progrpo.rewards.mix import alone
+from progrpo.rewards.base import Reward, Score
+from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.denoise import Denoiser, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import INITIAL, NoiseKey
@@ -161,7 +161,7 @@ def test_steps_without_noise_are_rounded_too(tiny_policy, told):
 
 
 @dataclass
-class Verdicts:
+class Verdicts(Reward):
     """Scores, in order: a reward with strict verdicts and gaps."""
 
     scores: list[Score]
@@ -175,7 +175,7 @@ def test_scores_are_numbers_verdicts_and_gaps(tiny_policy):
     policy, meter = tiny_policy(), Meter()
     found = [Score(0.5, True), Score(None), Score(float("inf"), False)]
     x0 = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    sampler = Sampler(policy, alone(Verdicts(found)), ode(policy, 4, 1.0, 2))
+    sampler = Sampler(policy, mixture_of_one(Verdicts(found)), ode(policy, 4, 1.0, 2))
     images, scores = score(sampler, [Prompt("a"), Prompt("b")], torch.tensor([0, 0, 1]), x0, meter)
     values, passed = scores.value_N, scores.passed_N
     assert images.images_NHWC.shape == (3, 16, 16, 3) and images.images_NHWC.dtype == torch.uint8
@@ -188,7 +188,7 @@ def test_scores_are_numbers_verdicts_and_gaps(tiny_policy):
 def test_a_reward_of_another_length_is_refused(tiny_policy):
     policy = tiny_policy()
     sampler, x0 = (
-        Sampler(policy, alone(Verdicts([Score(1.0)])), ode(policy, 4, 1.0, 2)),
+        Sampler(policy, mixture_of_one(Verdicts([Score(1.0)])), ode(policy, 4, 1.0, 2)),
         torch.zeros(2, *policy.latent_shape),
     )
     with pytest.raises(AssertionError, match="1 scores for 2 pictures"):

@@ -14,7 +14,7 @@ import torch
 
 from progrpo.config import Config, SamplingSettings
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mix import alone
+from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
@@ -115,7 +115,7 @@ def test_a_rollout_of_several_is_that_of_one(tiny_policy, world):
     def sample(sharding: GroupSharding) -> tuple[Rollout, Meter]:
         policy, meter = policies[sharding.rank], Meter()
         sampling = sampling_from(config, policy, "transitions", 0)
-        sampler = Sampler(policy, alone(FunctionReward(redness)), sampling, plan, sharding=sharding)
+        sampler = Sampler(policy, mixture_of_one(FunctionReward(redness)), sampling, plan, sharding=sharding)
         return rollout(sampler, prompts, slots, key, meter), meter
 
     config = Config(sampling=SamplingSettings(num_inference_steps=4, microbatch=1))  # one row a call: bit for bit

@@ -10,6 +10,7 @@ from progrpo.config import ObjectiveSettings, OptimSettings
 from progrpo.diffusion.levels import flow_levels
 from progrpo.diffusion.process import Process
 from progrpo.objectives.grpo import GRPO
+from progrpo.objectives.settings import GRPOSettings
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.sampling import Sampling
 from progrpo.training.distributed import Ranks
@@ -27,7 +28,7 @@ def scored(rewards, groups, passed=None, parts=None):
         value_N=reward,
         ranking_N=reward,
         passed_N=torch.tensor(passed or [NAN] * len(reward), dtype=torch.float64),
-        parts_NR=reward[:, None] if parts is None else torch.tensor(parts, dtype=torch.float64),
+        rewards_NR=reward[:, None] if parts is None else torch.tensor(parts, dtype=torch.float64),
         group_N=torch.tensor(groups),
     )
 
@@ -150,7 +151,7 @@ def test_the_grid_goes_along():
 
 
 def gradient_of(policy, experience, items):
-    loss = GRPO(0.1).loss(policy, experience, items).total
+    loss = GRPO(GRPOSettings(clip_range=0.1)).loss(policy, experience, items).total
     return torch.stack(torch.autograd.grad(loss, [policy.a, policy.b]))
 
 
@@ -159,7 +160,7 @@ def stepped(policy, experience, **optim):
     start = torch.stack([policy.a.detach().clone(), policy.b.detach().clone()])
     descent = torch.optim.SGD(policy.trainable.values(), lr=1.0)
     config = OptimSettings(max_grad_norm=1e9, **optim) if "max_grad_norm" not in optim else OptimSettings(**optim)
-    tally, items, _ = update(policy, GRPO(0.1), descent, experience, config, Ranks())
+    tally, items, _ = update(policy, GRPO(GRPOSettings(clip_range=0.1)), descent, experience, config, Ranks())
     return torch.stack([policy.a.detach(), policy.b.detach()]) - start, tally.over(Ranks()), items
 
 
@@ -186,9 +187,9 @@ def test_groups_that_teach_nothing_are_not_computed_but_count_in_the_mean(linear
 def test_if_nobody_teaches_nothing_moves_not_even_by_momentum(linear_policy, linear_experience):
     taught, nothing = (linear_experience(linear_policy, a) for a in ([1.5, -0.5, -1.0, 2.0, -2.0], [0.0] * 5))
     adam = torch.optim.AdamW(linear_policy.trainable.values(), lr=0.1)
-    update(linear_policy, GRPO(0.1), adam, taught, OptimSettings(), Ranks())
+    update(linear_policy, GRPO(GRPOSettings(clip_range=0.1)), adam, taught, OptimSettings(), Ranks())
     before = linear_policy.a.item()
-    tally, items, _ = update(linear_policy, GRPO(0.1), adam, nothing, OptimSettings(), Ranks())
+    tally, items, _ = update(linear_policy, GRPO(GRPOSettings(clip_range=0.1)), adam, nothing, OptimSettings(), Ranks())
     assert (
         linear_policy.a.item() == before
         and items == 0
@@ -245,7 +246,11 @@ def test_every_trajectory_serves_one_of_several_updates(linear_policy, linear_ex
     with torch.no_grad():
         linear_policy.a -= once[0]
         linear_policy.b -= once[1]
-    rest = GRPO(0.1).prepare(linear_policy, experience, 64, 2).take((parts == 1).nonzero().flatten())
+    rest = (
+        GRPO(GRPOSettings(clip_range=0.1))
+        .prepare(linear_policy, experience, 64, 2)
+        .take((parts == 1).nonzero().flatten())
+    )
     twice = gradient_of(linear_policy, rest, torch.arange(10 - size)) / (10 - size)
     with torch.no_grad():
         linear_policy.a += once[0]

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from progrpo.rewards.base import OneRewardSettings, Refusal, Score, WrongAnswer
-from progrpo.rewards.patient import Patient
+from progrpo.rewards.base import Refusal, Score, WrongAnswer
+from progrpo.rewards.retrying import RetryingReward
+from progrpo.rewards.settings import RewardTerm
 from progrpo.rewards.vlm import MAX_TOKENS, VLMJudge, mark_of
 from progrpo.types import Prompt
 
@@ -90,7 +91,7 @@ def serve(monkeypatch) -> Iterator[Callable]:
     def start(answer: Callable, key: str = KEY, **settings) -> tuple[VLMJudge, Server]:
         server = Server(answer)
         monkeypatch.setenv("OPENAI_API_KEY", key)
-        judge = VLMJudge.make(OneRewardSettings(model="judge-7b", url=server.url, **settings))
+        judge = VLMJudge.make(RewardTerm("vlm", model="judge-7b", url=server.url, **settings))
         opened.extend((judge, server))
         return judge, server
 
@@ -321,7 +322,7 @@ def test_what_another_api_answers_is_refused_at_once(serve, answer):
     with pytest.raises(
         WrongAnswer, match=r"^reward 'vlm': the server's answer is no completion: .*; check that the url is"
     ):
-        Patient(judge, sleep=lambda seconds: None).score(pictures(1), [Prompt("")])
+        RetryingReward(judge, sleep=lambda seconds: None).score(pictures(1), [Prompt("")])
     assert len(server.asked) == 1
 
 
@@ -443,11 +444,11 @@ def test_closing(serve):
 def test_the_environment_names_the_server(serve, monkeypatch):
     _, server = serve(lambda request: completion("5"))
     monkeypatch.setenv("OPENAI_BASE_URL", server.url + "/")
-    judge = VLMJudge.make(OneRewardSettings(model="m"))
+    judge = VLMJudge.make(RewardTerm("vlm", model="m"))
     assert judge.score(pictures(1), [Prompt("")]) == [Score(0.5)]
     assert server.paths == ["/v1/chat/completions"]
     judge.close()
-    named = VLMJudge.make(OneRewardSettings(model="m", url="http://127.0.0.1:1/v1"))
+    named = VLMJudge.make(RewardTerm("vlm", model="m", url="http://127.0.0.1:1/v1"))
     assert str(named._client.base_url) == "http://127.0.0.1:1/v1/"
     named.close()
 
@@ -475,5 +476,5 @@ def test_what_cannot_work_is_refused(settings, environment, problem, monkeypatch
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(Refusal, match=f"reward 'vlm': .*{problem}") as refusal:
-        VLMJudge.make(OneRewardSettings(**settings))
+        VLMJudge.make(RewardTerm("vlm", **settings))
     assert "sk" not in str(refusal.value)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from progrpo.config import PreviewSettings, SamplingSettings
-from progrpo.rewards.base import Score
+from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mix import alone
+from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
@@ -46,7 +46,7 @@ def roll(policy, sampling, prompts):
     """A rollout of all prompts in so many waves."""
 
     def run(reward: Any, waves: int, meter: Meter) -> Rollout:
-        sampler = Sampler(policy, alone(reward), sampling, PLAN)
+        sampler = Sampler(policy, mixture_of_one(reward), sampling, PLAN)
         return in_waves(sampler, [Prompt(prompt) for prompt in prompts], SLOTS, NoiseKey(3, 1), meter, waves)
 
     return run
@@ -116,7 +116,7 @@ def watch_the_network(policy: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]
     return callers
 
 
-class WaitsForAnother:
+class WaitsForAnother(Reward):
     """A reward whose first call returns once another wave has called the network, or patience ends."""
 
     def __init__(self, callers: list[str]) -> None:
@@ -149,7 +149,7 @@ def test_while_one_wave_is_scored_another_samples(roll, policy, monkeypatch, wav
 def test_all_rewards_may_be_under_way_at_once(roll):
     together = threading.Barrier(3)
 
-    class Meets:
+    class Meets(Reward):
         def score(self, pictures_NHWC, prompts):
             together.wait(PATIENCE)
             return [Score(float(np.mean(p))) for p in pictures_NHWC]
@@ -185,7 +185,7 @@ def ended(work: Any) -> Any:
 def test_an_error_in_a_waves_reward_is_raised_and_others_go_on(roll, prompts):
     done = []
 
-    class Fails:
+    class Fails(Reward):
         def score(self, pictures_NHWC, prompts_N):
             if prompts_N[0].text == prompts[0]:
                 raise RuntimeError("the server is gone")

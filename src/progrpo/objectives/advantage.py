@@ -58,12 +58,14 @@ def with_quorum(rewards_N: Tensor, group_N: Tensor, num_groups: int, quorum: flo
     return rewards_N.where(enough_P[group_N], torch.nan)
 
 
-def normalised_sum(parts_NR: Tensor, weights_R: Tensor, group_N: Tensor, num_groups: int, eps: float = 1e-4) -> Tensor:
+def normalised_sum(
+    rewards_NR: Tensor, weights_R: Tensor, group_N: Tensor, num_groups: int, eps: float = 1e-4
+) -> Tensor:
     """Sum over R rewards of weight (reward - group mean) / (group std + eps), (N,) float64 (GDPO, arXiv 2601.05242).
 
     A reward that does not differ within a group adds exactly 0 there. Who lacks a reward has NaN, and counts in no mean or std.
     """
-    whole_NR = parts_NR.double().where(parts_NR.isfinite().all(1, keepdim=True), torch.nan)
+    whole_NR = rewards_NR.double().where(rewards_NR.isfinite().all(1, keepdim=True), torch.nan)
     total_N = whole_NR.new_zeros(len(whole_NR)).where(whole_NR.isfinite().all(1), torch.nan)
     for values_N, weight in zip(whole_NR.unbind(1), weights_R.double(), strict=True):
         found = group_statistics(values_N, group_N, num_groups)

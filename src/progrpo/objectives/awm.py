@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
 from progrpo.diffusion.gaussian import mean_square
-from progrpo.objectives.base import Average, Experience, Loss, Needs
+from progrpo.objectives.base import Experience, Loss
 from progrpo.objectives.forward_process import Draws, Noised, noted
+from progrpo.objectives.settings import AWMSettings
 from progrpo.objectives.surrogate import clipped_surrogate, outside_clip
 from progrpo.policies.base import Policy
 
@@ -43,34 +44,16 @@ class AWM:
     Flow-Factory's configuration for it, but for the weighting.
     """
 
-    draws: int
-    time_fraction: float
-    weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "uniform"
-    huber_power: float = 0.25
-    clip_range: float = 1.0
-    adv_clip_max: float = 1.0
-    adv_scale: float = 1.0
-    kl_beta: float = 1e-4
-    average_beta: float = 1.0
-    average_ramp: float = 3e-4
-    average_limit: float = 0.3
-    needs: ClassVar[Needs] = "latents"
-    rollout_weights: ClassVar[str] = "current"
+    settings: AWMSettings
+    Settings: ClassVar = AWMSettings
 
     @property
-    def averages(self) -> Mapping[str, Average]:
-        return {"average": Average(self.average_ramp, self.average_limit)}
+    def clip_range(self) -> float:
+        return self.settings.clip_range
 
     @property
     def _draws(self) -> Draws:
-        return Draws(self.draws, self.time_fraction)
-
-    @property
-    def uses_reference(self) -> bool:
-        return self.kl_beta > 0
-
-    def items_per_trajectory(self, experience: Experience) -> int:
-        return self.draws
+        return Draws(self.settings.draws, self.settings.time_fraction)
 
     def prepare(self, policy: Policy, experience: Experience, microbatch: int, updates: int) -> Experience:
         """The old log-probabilities. With one update they are the current ones without gradient: nothing is computed twice."""
@@ -89,7 +72,7 @@ class AWM:
         before = experience.before_ND
         old_B = log_prob_B.detach() if before is None else before[at.rows, at.draw].to(log_prob_B)
         log_ratio_B = log_prob_B - old_B
-        loss_B = clipped_surrogate(log_ratio_B, self.adv_scale * at.advantages, self.clip_range)
+        loss_B = clipped_surrogate(log_ratio_B, self.settings.adv_scale * at.advantages, self.clip_range)
         means = {"clip_fraction": outside_clip(log_ratio_B.detach(), self.clip_range).float()}
         for name, beta in pulls.items():
             distance_B = mean_square(v - held[name])
@@ -98,7 +81,7 @@ class AWM:
         return Loss(loss_B, means, {"ratio_max_deviation": log_ratio_B.detach().expm1().abs()})
 
     def _pulls(self) -> tuple[tuple[str, float], ...]:
-        return ("reference", self.kl_beta), ("average", self.average_beta)
+        return ("reference", self.settings.kl_beta), ("average", self.settings.average_beta)
 
     def _log_prob(self, at: Noised, v: Tensor) -> Tensor:
-        return -_WEIGHTINGS[self.weighting](at.error(v), at.levels.sigma, self.huber_power)
+        return -_WEIGHTINGS[self.settings.weighting](at.error(v), at.levels.sigma, self.settings.huber_power)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from progrpo.diffusion.process import Process
+from progrpo.objectives.settings import LossSettings
 from progrpo.policies.base import Policy
 from progrpo.types import Condition, Rows, Trajectories
 
@@ -87,65 +88,31 @@ class Loss:
         return {name: values.max() for name, values in self.maxima_B.items()}
 
 
-@dataclass(frozen=True)
-class Average:
-    """An average of the weights over iterations: after the n-th, average <- decay average + (1 - decay) current.
+class Objective(Protocol):
+    """A loss of what was sampled, made from its settings.
 
-    The decay min(`ramp` n, `limit`) lets it follow closely at first.
+    Items are what a microbatch counts: for GRPO a transition of a trajectory, for others a trajectory and a noise level.
     """
 
-    ramp: float
-    limit: float
-
-    def decay(self, iteration: int) -> float:
-        return min(self.ramp * iteration, self.limit)
-
-
-Needs = Literal["latents", "transitions", "means"]
-
-
-class Objective(Protocol):
-    """Items are what a microbatch counts: for GRPO a transition of a trajectory, for others a trajectory and a time."""
-
     @property
-    def needs(self) -> Needs:
-        """What sampling must store: only final latents; or stochastic transitions with log-probs; or with means too."""
-        ...
-
-    @property
-    def adv_clip_max(self) -> float:
-        """Advantages are clipped to its plus and minus."""
+    def settings(self) -> LossSettings:
+        """The objective's own settings, with the facts that a run asks for."""
         ...
 
     @property
     def clip_range(self) -> float | None:
-        """How far it lets the policy go in one iteration, None if it sets no such bound. Ratios of densities, if it has
-        them, may be off 1 by a hundredth of it before any update."""
-        ...
+        """How far the loss lets the policy go in one iteration, None for no bound.
 
-    @property
-    def uses_reference(self) -> bool:
-        """Whether it compares the policy with the weights that training began with."""
+        Ratios of densities may be off 1 by a hundredth of it before any update.
+        """
         ...
-
-    @property
-    def averages(self) -> Mapping[str, Average]:
-        """Named weights that it wants kept, beside `reference`."""
-        ...
-
-    @property
-    def rollout_weights(self) -> str:
-        """The weights that sample: `current`, or one of `averages`."""
-        ...
-
-    def items_per_trajectory(self, experience: Experience) -> int: ...
 
     def prepare(self, policy: Policy, experience: Experience, microbatch: int, updates: int) -> Experience:
         """Note what must be known before the first of `updates` optimizer steps; given all rewarded trajectories."""
         ...
 
     def loss(self, policy: Policy, experience: Experience, items_B: Tensor) -> Loss:
-        """Loss of the items numbered in [0, N * items_per_trajectory), ascending, with gradients to the policy.
+        """The loss of the items numbered in [0, N * settings.items_per_trajectory(transitions)), ascending, with gradients to the policy.
 
         Item i is draw or transition i // N of trajectory i % N, so a microbatch mixes steps where it must and no more.
         An item may be there twice, where it fills a microbatch up.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor
 
 from progrpo.diffusion.gaussian import mean_square
-from progrpo.objectives.base import Average, Experience, Loss, Needs
+from progrpo.objectives.base import Experience, Loss
 from progrpo.objectives.forward_process import Draws, Noised, noted
+from progrpo.objectives.settings import DGPOSettings
 from progrpo.policies.base import Policy
 
 
@@ -28,23 +28,16 @@ class DGPO:
     loss of noise is up to 240 times smaller at the noisiest one of Stable Diffusion, where a range of 0.05 would bind nothing.
     """
 
-    draws: int
-    time_fraction: float
-    dpo_beta: float = 100.0
-    clip_range: float = 0.05
-    adv_clip_max: float = 5.0
-    kl_beta: float = 1e-3
-    needs: ClassVar[Needs] = "latents"
-    averages: ClassVar[Mapping[str, Average]] = {"average": Average(ramp=1e-3, limit=0.3)}
-    rollout_weights: ClassVar[str] = "current"
-    uses_reference: ClassVar[bool] = True
+    settings: DGPOSettings
+    Settings: ClassVar = DGPOSettings
+
+    @property
+    def clip_range(self) -> float:
+        return self.settings.clip_range
 
     @property
     def _draws(self) -> Draws:
-        return Draws(self.draws, self.time_fraction, shared=True)
-
-    def items_per_trajectory(self, experience: Experience) -> int:
-        return self.draws
+        return Draws(self.settings.draws, self.settings.time_fraction, shared=True)
 
     def prepare(self, policy: Policy, experience: Experience, microbatch: int, updates: int) -> Experience:
         """The weight of each group and draw, noted for every member.
@@ -60,12 +53,12 @@ class DGPO:
             return self._gain(at, at.error(at.predict(policy)), at.error(at.predict_with(policy, "reference")))
 
         gain_ND = noted(policy, experience, self._draws, microbatch, gain)
-        total_PD = gain_ND.new_zeros(len(members_P), self.draws).index_add(0, group_N, gain_ND)
+        total_PD = gain_ND.new_zeros(len(members_P), self.settings.draws).index_add(0, group_N, gain_ND)
         return experience.noting((total_PD / members_P.clamp(min=1)[:, None]).sigmoid()[group_N])
 
     def _gain(self, at: Noised, error_B: Tensor, reference_B: Tensor) -> Tensor:
         """What each item adds to how far the group is decided."""
-        return self.dpo_beta * at.velocity_weight * (error_B.detach() - reference_B) * at.advantages
+        return self.settings.dpo_beta * at.velocity_weight * (error_B.detach() - reference_B) * at.advantages
 
     def _weights(self, experience: Experience, at: Noised, gain_B: Tensor) -> Tensor:
         """Of groups that are there whole, per draw; an item that is there twice, to fill the microbatch up, counts once."""
@@ -80,7 +73,7 @@ class DGPO:
     def loss(self, policy: Policy, experience: Experience, items_B: Tensor) -> Loss:
         at = Noised.gather(policy, experience, items_B, self._draws)
         before = experience.before_ND
-        compared = before is None or self.kl_beta > 0
+        compared = before is None or self.settings.kl_beta > 0
         v_ref = at.predict_with(policy, "reference") if compared else None
         average_B = at.error(at.predict_with(policy, "average"))
         v = at.predict(policy)
@@ -95,9 +88,9 @@ class DGPO:
         bounded_B = average_B + moved_B.clamp(-range_B, range_B)
         loss_B = torch.maximum(weight_B * error_B, weight_B * bounded_B)
         means = {"clip_fraction": (moved_B.detach().abs() > range_B).float()}
-        if self.kl_beta > 0:
+        if self.settings.kl_beta > 0:
             assert v_ref is not None
             kl_B = mean_square(v - v_ref)
-            loss_B = loss_B + self.kl_beta * kl_B
+            loss_B = loss_B + self.settings.kl_beta * kl_B
             means["kl"] = kl_B.detach()
         return Loss(loss_B, means)

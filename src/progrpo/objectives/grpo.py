@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from progrpo.diffusion.gaussian import kl, mean_square
-from progrpo.objectives.base import Average, Experience, Loss, Needs
+from progrpo.objectives.base import Experience, Loss
+from progrpo.objectives.settings import GRPOSettings
 from progrpo.objectives.surrogate import clipped_surrogate, guarded_log_ratio, outside_clip
 from progrpo.packing import of_update
 from progrpo.policies.base import Policy
@@ -28,25 +29,13 @@ class GRPO:
     `latent`, or of the network's outputs, `velocity`. Their betas differ by orders.
     """
 
-    clip_range: float
-    adv_clip_max: float = 5.0
-    ratio: Literal["plain", "guard"] = "plain"
-    step_weights: Literal["equal", "noise", "inverse_h"] = "equal"
-    kl_beta: float = 0.0
-    kl_form: Literal["exact", "flow_grpo", "latent", "velocity"] = "exact"
-    averages: ClassVar[Mapping[str, Average]] = {}
-    rollout_weights: ClassVar[str] = "current"
+    settings: GRPOSettings
+    Settings: ClassVar = GRPOSettings
 
     @property
-    def needs(self) -> Needs:
-        return "means" if self.ratio == "guard" else "transitions"
-
-    @property
-    def uses_reference(self) -> bool:
-        return self.kl_beta > 0
-
-    def items_per_trajectory(self, experience: Experience) -> int:
-        return len(experience.trajectories.path)
+    def clip_range(self) -> float:
+        assert self.settings.clip_range is not None, "the sampler's clip range is filled in first (`for_sampler`)"
+        return self.settings.clip_range
 
     def prepare(self, policy: Policy, experience: Experience, microbatch: int, updates: int) -> Experience:
         """The old log-probs, and means. With one update they are the current ones without gradient. With more they are those that
@@ -73,7 +62,7 @@ class GRPO:
 
     def loss(self, policy: Policy, experience: Experience, items_B: Tensor) -> Loss:
         step = _Steps.gather(policy, experience, items_B)
-        if self.kl_beta > 0:  # before the current weights' graph is built
+        if self.settings.kl_beta > 0:  # before the current weights' graph is built
             with torch.no_grad(), policy.weights("reference"):
                 reference = step.outcome(policy)
         now = step.outcome(policy, step.attached)
@@ -85,17 +74,17 @@ class GRPO:
         else:
             log_ratio_B = self._log_ratio(log_prob_B, now, before[step.rows, step.place], step.mean)
         of_sampled_B = self._log_ratio(log_prob_B, now, step.log_prob, step.mean).detach()
-        weights_B = _STEP_WEIGHTS[self.step_weights](experience)[step.place]
+        weights_B = _STEP_WEIGHTS[self.settings.step_weights](experience)[step.place]
         loss_B = weights_B * clipped_surrogate(log_ratio_B, step.advantages, self.clip_range)
         means = {"clip_fraction": outside_clip(log_ratio_B.detach(), self.clip_range).float()}
-        if self.kl_beta > 0:
-            kl_B = _KL_FORMS[self.kl_form](now, reference, step)
-            loss_B = loss_B + self.kl_beta * kl_B
+        if self.settings.kl_beta > 0:
+            kl_B = _KL_FORMS[self.settings.kl_form](now, reference, step)
+            loss_B = loss_B + self.settings.kl_beta * kl_B
             means["kl"] = kl_B.detach()
         return Loss(loss_B, means, {"ratio_max_deviation": of_sampled_B.expm1().abs()})
 
     def _log_ratio(self, log_prob_B: Tensor, now: _Outcome, old_B: Tensor, old_mean: Tensor | None) -> Tensor:
-        if self.ratio == "plain":
+        if self.settings.ratio == "plain":
             return log_prob_B - old_B
         assert old_mean is not None
         return guarded_log_ratio(log_prob_B - old_B, now.mean, old_mean, now.std)

@@ -1,122 +1,286 @@
-"""The settings of objectives: the section `objective` of a configuration."""
+"""The settings of objectives, with the facts that others ask of an objective before it is made."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
-from progrpo.settings import FRACTION, SHARE, above, at_least, setting
+from progrpo.registry import choices_of, load_named, one_of
+from progrpo.settings import FRACTION, SHARE, Values, above, at_least, check_rules, read_settings, setting
+
+OBJECTIVES: dict[str, str] = {
+    "grpo": "progrpo.objectives.grpo:GRPO",
+    "nft": "progrpo.objectives.nft:NFT",
+    "awm": "progrpo.objectives.awm:AWM",
+    "dgpo": "progrpo.objectives.dgpo:DGPO",
+}
+if TYPE_CHECKING:
+    ObjectiveName = str
+else:
+    ObjectiveName = choices_of(OBJECTIVES)
+
+Stored = Literal["latents", "transitions", "means"]
+"""What sampling keeps of a trajectory: final latents, or stochastic transitions with log-probs, or these with their means."""
 
 
 @dataclass(frozen=True)
-class GRPOSettings:
-    clip_range: float | None = setting(None, above(0).or_empty(" for the published one"))
-    """The clip range of the ratios. Ratios are of log-probs averaged over dimensions, so it depends on the latent
-    size.
-    For example, 1e-4 at 16x64x64 corresponds to 3.2e-3 at 8x16x16.
-    Empty: the range published with the sampler, or with the guarded ratio, converted to this model's latents."""
+class Average:
+    """An average of the weights over iterations: after the n-th, average <- decay average + (1 - decay) current.
+
+    The decay min(`ramp` n, `limit`) lets it follow closely at first.
+    """
+
+    ramp: float
+    limit: float
+
+    def decay(self, iteration: int) -> float:
+        return min(self.ramp * iteration, self.limit)
+
+
+_GUARD_CLIP_OF_ALL = 2e-6 * 16 * 64 * 64  # GRPO-Guard's on SD3.5 (arXiv 2510.22319), over the dims of its latents
+
+
+class SamplerFacts(Protocol):
+    """What settings need to know of a stochastic sampler."""
+
+    @property
+    def flow_only(self) -> bool:
+        """Whether the sampler has a flow model's diffusion rate."""
+        ...
+
+    def clip_range_for(self, dims: int) -> float:
+        """The published clip range, for latents of so many dims."""
+        ...
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The base of an objective's own settings. Its properties are facts that a plan, an estimate or a trainer asks for."""
+
     adv_clip_max: float = setting(5.0, above(0))
-    """Advantages are clipped to this absolute value."""
-    ratio: Literal["plain", "guard"] = "plain"
-    """The form of the ratio.
-    `guard`: the normalised ratio of GRPO-Guard (arXiv 2510.22319), which has a smaller clip range."""
-    step_weights: Literal["equal", "noise", "inverse_h"] = "equal"
-    """The weights of steps, with mean 1. `equal`: all the same.
-    `noise`: their std (TempFlow-GRPO, arXiv 2508.04324). `inverse_h`: 1 / their length (GRPO-Guard)."""
+    """Advantages are clipped to plus and minus this number."""
     kl_beta: float = setting(0.0, at_least(0))
-    """The weight of the KL to the reference; 0: none."""
+    """Weight of the distance to the reference: the mean square difference of velocities, if nothing else is said."""
+
+    whole_groups: ClassVar[bool] = False
+    """Whether the loss of an item depends on the other members of its group."""
+    rollout_weights: ClassVar[str] = "current"
+    """The weights that sample: `current`, or a name of `averages`."""
+
+    @property
+    def stores(self) -> Stored:
+        """What sampling must keep for the loss."""
+        return "latents"
+
+    @property
+    def trains_transitions(self) -> bool:
+        """Whether the loss trains stochastic steps, and not only final latents."""
+        return self.stores != "latents"
+
+    def items_per_trajectory(self, num_trained_steps: int) -> int:
+        """Items that a trajectory is trained on: its transitions, or draws of a noise level."""
+        return num_trained_steps
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the loss compares the policy with the weights that training began with."""
+        return self.kl_beta > 0
+
+    @property
+    def averages(self) -> Mapping[str, Average]:
+        """Named averages of the weights that the run keeps for the loss, beside `reference`."""
+        return {}
+
+    @property
+    def extra_forwards(self) -> int:
+        """Forward passes of a trained item under other weights than the current ones."""
+        return int(self.uses_reference)
+
+    def for_sampler(self, sampler: SamplerFacts, latent_dims: int) -> Self:
+        """The settings with what follows from the sampler and the number of a latent's dims.
+
+        ValueError for a sampler that the loss cannot work with.
+        """
+        return self
+
+
+@dataclass(frozen=True)
+class GRPOSettings(LossSettings):
+    """GRPO on stochastic steps (Flow-GRPO, arXiv 2505.05470)."""
+
+    clip_range: float | None = setting(None, above(0).or_empty(" for the published one"))
+    """How far ratios of mean-over-dims log-probs may go from 1. It belongs to a latent size: 1e-4 at 16x64x64 is 3.2e-3 at
+    8x16x16. Empty: the value published with the sampler, or with the guarded ratio, for this model's latents."""
+    ratio: Literal["plain", "guard"] = "plain"
+    """guard: GRPO-Guard's normalised ratio (arXiv 2510.22319), whose clip range is smaller."""
+    step_weights: Literal["equal", "noise", "inverse_h"] = "equal"
+    """noise weighs steps by their std (TempFlow-GRPO, arXiv 2508.04324), inverse_h by 1 over their length (GRPO-Guard). The
+    mean weight is 1."""
     kl_form: Literal["exact", "flow_grpo", "latent", "velocity"] = "exact"
-    """The form of the KL. `exact`: the squared distance of the steps' means over 2 s^2 h.
-    `flow_grpo`: over 2 s^2; its betas are about ten times larger.
-    `latent`: the plain mean square distance of the steps' means. `velocity`: that of the network's velocities."""
+    """exact: the squared distance of means over 2 s^2 h. flow_grpo: over 2 s^2, so its betas are about ten times larger. latent
+    and velocity: the plain mean square distance of the steps' means, or of the network's velocities."""
+
+    @property
+    def stores(self) -> Stored:
+        return "means" if self.ratio == "guard" else "transitions"
+
+    def for_sampler(self, sampler: SamplerFacts, latent_dims: int) -> Self:
+        if self.kl_form == "flow_grpo" and not sampler.flow_only:
+            raise ValueError(
+                "objective.grpo.kl_form: flow_grpo needs a flow model's diffusion rate; take exact for this sampler"
+            )
+        if self.clip_range is not None:
+            return self
+        guarded = _GUARD_CLIP_OF_ALL / latent_dims
+        clip_range = guarded if self.ratio == "guard" else sampler.clip_range_for(latent_dims)
+        return replace(self, clip_range=clip_range)
 
 
 @dataclass(frozen=True)
-class NFTSettings:
+class DrawnSettings(LossSettings):
+    """The base of objectives that noise final latents anew and train draws of a noise level."""
+
     draws: int = setting(4, at_least(1))
-    """The number of noise levels that are trained for each trajectory."""
+    """Noise levels per trajectory that are trained."""
     time_fraction: float = setting(0.99, SHARE)
-    """The share of the sampling grid, from its noisy end, in which these noise levels lie."""
+    """The share of the sampling grid, from its noisy end, in which these levels lie."""
+
+    def items_per_trajectory(self, num_trained_steps: int) -> int:
+        return self.draws
+
+
+@dataclass(frozen=True)
+class NFTSettings(DrawnSettings):
+    """DiffusionNFT (arXiv 2509.16117)."""
+
+    kl_beta: float = setting(1e-4, at_least(0))
     beta: float = setting(1.0, above(0))
-    """How far the positive and the negative policy lie from the old policy."""
-    adv_clip_max: float = setting(5.0, above(0))
-    """Advantages are clipped to this absolute value."""
-    kl_beta: float = setting(1e-4, at_least(0))
-    """The weight of the mean square distance between the network's velocities and the reference's."""
+    """How far the positive and the negative policy lie from the old one."""
+
+    rollout_weights: ClassVar[str] = "old"
+
+    @property
+    def averages(self) -> Mapping[str, Average]:
+        return {"old": Average(ramp=1e-3, limit=0.5)}
+
+    @property
+    def extra_forwards(self) -> int:
+        return 1 + self.uses_reference
 
 
 @dataclass(frozen=True)
-class AWMSettings:
-    draws: int = setting(6, at_least(1))
-    """The number of noise levels that are trained for each trajectory."""
-    time_fraction: float = setting(0.9, SHARE)
-    """The share of the sampling grid, from its noisy end, in which these noise levels lie."""
-    weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "uniform"
-    """The weight of the flow-matching loss at noise level t.
-    `uniform`: 1. `t` and `t2`: t and its square. `huber` and `ghuber`: a root of the loss times t.
-    The authors and Flow-Factory use `ghuber`."""
-    huber_power: float = setting(0.25, SHARE)
-    """The power of `ghuber`, which is t (loss ** power) / power; the others do not read it.
-    `huber` is half of `ghuber` at the power 0.5."""
-    clip_range: float = setting(1.0, above(0))
-    """The clip range of the ratio of an item's log-probs."""
+class AWMSettings(DrawnSettings):
+    """Advantage weighted matching (arXiv 2509.25050). Defaults are Flow-Factory's for SD3.5, except the weighting."""
+
     adv_clip_max: float = setting(1.0, above(0))
-    """Advantages are clipped to this absolute value. This is Flow-Factory's value; the authors use 5 and an
-    `adv_scale` of 0.2."""
-    adv_scale: float = setting(1.0, above(0))
-    """Clipped advantages are multiplied by this factor."""
+    """Advantages are clipped to plus and minus this number. Flow-Factory takes 1; the authors take 5 with `adv_scale` 0.2."""
     kl_beta: float = setting(1e-4, at_least(0))
-    """The weight of the mean square distance between the network's velocities and the reference's."""
+    draws: int = setting(6, at_least(1))
+    time_fraction: float = setting(0.9, SHARE)
+    weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "uniform"
+    """The weight of the flow-matching loss by its noise level t, or a root of the loss times t. The authors and Flow-Factory
+    take ghuber."""
+    huber_power: float = setting(0.25, SHARE)
+    """The power of ghuber: t (loss ** power) / power. huber is half of it at power 0.5."""
+    clip_range: float = setting(1.0, above(0))
+    """How far ratios may go from 1."""
+    adv_scale: float = setting(1.0, above(0))
+    """Factor of the clipped advantages."""
     average_beta: float = setting(1.0, at_least(0))
-    """The weight of the same distance to an average of the weights over time."""
+    """Weight of the mean square distance of velocities to an average of the weights over time."""
     average_ramp: float = setting(3e-4, at_least(0))
-    """The average's decay after the n-th iteration is min(average_ramp * n, average_limit).
-    This is Flow-Factory's value; the authors use 0.001."""
+    """The average's decay is min(average_ramp n, average_limit) after the n-th iteration. Flow-Factory takes 0.0003, the authors
+    take 0.001."""
     average_limit: float = setting(0.3, FRACTION)
-    """The upper limit of the average's decay."""
+    """The largest decay of that average."""
+
+    @property
+    def averages(self) -> Mapping[str, Average]:
+        return {"average": Average(self.average_ramp, self.average_limit)}
+
+    @property
+    def extra_forwards(self) -> int:
+        return (self.average_beta > 0) + self.uses_reference
 
 
 @dataclass(frozen=True)
-class DGPOSettings:
-    draws: int = setting(4, at_least(1))
-    """The number of noise levels that are trained for each trajectory. A group shares the levels and the noise."""
-    time_fraction: float = setting(0.6, SHARE)
-    """The share of the sampling grid, from its noisy end, in which these noise levels lie."""
-    dpo_beta: float = setting(100.0, above(0))
-    """The factor of loss differences in the sigmoid that weights each group, as beta in DPO."""
-    clip_range: float = setting(0.05, above(0))
-    """How far the flow-matching loss may move from the loss of an average of the weights over time."""
-    adv_clip_max: float = setting(5.0, above(0))
-    """Advantages are clipped to this absolute value."""
+class DGPOSettings(DrawnSettings):
+    """Direct group preference optimisation (arXiv 2510.08425). The members of a group share noise levels and noise."""
+
     kl_beta: float = setting(1e-3, at_least(0))
-    """The weight of the mean square distance between the network's velocities and the reference's."""
+    time_fraction: float = setting(0.6, SHARE)
+    dpo_beta: float = setting(100.0, above(0))
+    """Sharpness of a group's weight: how strongly the weight follows the difference of losses to the reference."""
+    clip_range: float = setting(0.05, above(0))
+    """How far the flow-matching loss may go from that of an average of the weights over time."""
+
+    whole_groups: ClassVar[bool] = True
+
+    @property
+    def uses_reference(self) -> bool:
+        return True
+
+    @property
+    def averages(self) -> Mapping[str, Average]:
+        return {"average": Average(ramp=1e-3, limit=0.3)}
+
+    @property
+    def extra_forwards(self) -> int:
+        return 2
 
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    name: Literal["grpo", "nft", "awm", "dgpo"] = "grpo"
-    """The objective. Its own settings are in the section of its name; the other sections are not read."""
+    """What to learn from rewards."""
+
+    name: ObjectiveName = setting("grpo", one_of(OBJECTIVES, "Class"))  # noqa: RUF009 (a field)
+    """The objective: its own settings are the part of that name, and the other parts are not read. `module:Class` is an objective
+    of yours, with its settings in `custom`."""
     advantage: Literal["group", "batch", "gdpo"] = "group"
-    """How advantages are scaled. `group`: divide by the std of the group's survivors (the paper's).
-    `batch`: divide by the std of the whole batch (flow_grpo's global_std).
-    `gdpo`: scale each reward by its group's std, sum them with their weights, and scale by the whole batch's
-    (arXiv 2601.05242), so that no reward drowns another."""
+    """The std that advantages are divided by: that of the group's survivors (the paper's), or of the whole batch (flow_grpo's
+    global_std). `gdpo` normalises each reward by its group, then the weighted sum by the batch (arXiv 2601.05242), so that no
+    reward drowns another."""
     baseline: Literal["survivors", "group"] = "survivors"
-    """Which members give the mean and std. `survivors`: those that are trained (the paper's).
-    `group`: the full group, if all its members have final rewards (post-hoc selection)."""
+    """The members that mean and std are taken over: the survivors (the paper's), or the full group where all have final rewards
+    (post-hoc)."""
     adv_eps: float = setting(1e-4, above(0))
-    """A small number that is added to the std by which advantages are divided."""
+    """Added to the std that advantages are divided by."""
     grpo: GRPOSettings = field(default_factory=GRPOSettings)
-    """GRPO on the steps of an SDE (Flow-GRPO, arXiv 2505.05470)."""
     nft: NFTSettings = field(default_factory=NFTSettings)
-    """DiffusionNFT (arXiv 2509.16117)."""
     awm: AWMSettings = field(default_factory=AWMSettings)
-    """Advantage weighted matching (arXiv 2509.25050).
-    Defaults are Flow-Factory's for SD3.5, except the weighting; the recipe sd35m-awm has the authors'."""
     dgpo: DGPOSettings = field(default_factory=DGPOSettings)
-    """Direct group preference optimisation (arXiv 2510.08425)."""
+    custom: Values = field(default_factory=Values)
+    """A JSON object: settings of an objective of yours, the fields of its class's `Settings`."""
+
+    @property
+    def loss(self) -> LossSettings:
+        """The settings of the objective that is named: its own section, or for a class without one what `custom` says."""
+        section = getattr(self, self.name, None)
+        if isinstance(section, LossSettings):
+            return section
+        settings: LossSettings = read_settings(load_objective(self.name).Settings, self.custom, "objective.custom.")
+        check_rules(settings, "objective.custom.")
+        return settings
 
     def check(self) -> None:
-        """Raise ValueError for a baseline that the advantage does not have."""
+        """ValueError for a baseline that the advantage does not have, and for settings that nothing reads."""
         if self.advantage == "gdpo" and self.baseline == "group":
             raise ValueError("objective.baseline must be survivors for objective.advantage gdpo, not group")
+        if self.custom and self.loss is getattr(self, self.name, None):
+            raise ValueError(
+                f"objective.custom must be empty for objective.name {self.name}; give objective.{self.name}"
+            )
+        self.loss  # noqa: B018 (reading settings of the user's own checks them)
+
+
+def load_objective(name: str) -> Any:
+    """The class of an objective, made from its settings. ValueError for a class of the user's own without `Settings`."""
+    kind = load_named(name, OBJECTIVES, "objective.name", "Class")
+    own = getattr(kind, "Settings", None)
+    if not (isinstance(own, type) and issubclass(own, LossSettings)):
+        raise ValueError(
+            f"objective.name {name} must be a class with `Settings`, a frozen dataclass derived from"
+            " progrpo.objectives.settings.LossSettings"
+        )
+    return kind

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
-from progrpo.rewards.base import OneRewardSettings, Score
+from progrpo.rewards.base import Score
 from progrpo.rewards.clip import VIT_L, head_of, parts_of, pixels_of
-from progrpo.rewards.hub import file_at, placed, pretrained, read_pickle
+from progrpo.rewards.hub import HubReward, file_at, placed, pretrained, read_pickle
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 URL = (
@@ -23,13 +24,15 @@ URL = (
 SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 
 
-class Aesthetic:
+class Aesthetic(HubReward):
     """h(f / |f|) for features f of OpenAI's CLIP ViT-L/14 and five linear layers h: a rating, about 1..10, mostly 4 to 7.
 
     The value as published, and as in Flow-GRPO's code (arXiv 2505.05470). Pictures are resized to 224 on their shorter side and
     cropped at the centre by CLIP's processor, as in Flow-GRPO's; the published code rounds an odd rest otherwise (`middle_of`), which
     may be a pixel where they are not square.
     """
+
+    parameters = 303_966_208  # the half of CLIP's ViT-L/14 that sees pictures
 
     def __init__(
         self,
@@ -45,12 +48,12 @@ class Aesthetic:
         self._batch_size = batch_size
 
     @classmethod
-    def from_hub(cls, settings: OneRewardSettings) -> Self:
+    def from_hub(cls, term: RewardTerm) -> Self:
         """The published weights: CLIP's are safetensors, the head's a pickle, read as tensors alone and if it is the published file."""
         model = pretrained(CLIPVisionModelWithProjection, "aesthetic", *VIT_L)
         head = head_of(read_pickle("aesthetic", file_at("aesthetic", URL), SHA256))
-        precise = replace(settings, dtype="float32")
-        return cls(placed(model, settings), placed(head, precise), CLIPImageProcessorPil(), settings.batch)
+        precise = replace(term, dtype="float32")
+        return cls(placed(model, term), placed(head, precise), CLIPImageProcessorPil(), term.network_batch_size)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         parts = parts_of(len(prompts), self._batch_size)

@@ -12,13 +12,13 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from progrpo.rewards.hub import damaged, file_of
+from progrpo.rewards.hub import HubReward, damaged, file_of
 
 VIT_H = ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")
 VIT_L = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
 
 
-class ClipCosine:
+class ClipCosine(HubReward):
     """A frozen CLIP that compares each picture with a text."""
 
     def __init__(

@@ -8,9 +8,10 @@ from typing import Self
 import numpy as np
 from transformers import CLIPImageProcessorPil, CLIPModel
 
-from progrpo.rewards.base import OneRewardSettings, Score
+from progrpo.rewards.base import Score
 from progrpo.rewards.clip import VIT_L, ClipCosine, tokenizer_of
 from progrpo.rewards.hub import fetching, placed, pretrained
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 PREFIX, WEIGHT = "A photo depicts ", 2.5
@@ -23,15 +24,18 @@ class CLIPScore(ClipCosine):
     Flow-GRPO's code (arXiv 2505.05470), whose score is another multiple, 100 / 30 of the cosine, without a prefix.
     """
 
+    takes_model = True
+    parameters = 427_616_513  # of ViT-L/14
+
     @classmethod
-    def from_hub(cls, settings: OneRewardSettings) -> Self:
-        """The weights (safetensors) of OpenAI's ViT-L/14, or of the CLIP that `settings.model` names: a folder or a hub id."""
-        repository, revision = (settings.model, "main") if settings.model else VIT_L
+    def from_hub(cls, term: RewardTerm) -> Self:
+        """The weights (safetensors) of OpenAI's ViT-L/14, or of the CLIP that `term.model` names: a folder or a hub id."""
+        repository, revision = (term.model, "main") if term.model else VIT_L
         model = pretrained(CLIPModel, "clipscore", repository, revision)
         with fetching("clipscore", repository):
             image_processor = CLIPImageProcessorPil.from_pretrained(repository, revision=revision)
         tokenizer = tokenizer_of("clipscore", repository, revision)
-        return cls(placed(model, settings), tokenizer, image_processor, settings.batch)
+        return cls(placed(model, term), tokenizer, image_processor, term.network_batch_size)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         cosines = self.cosines(pictures_NHWC, [PREFIX + p.text for p in prompts])

@@ -25,9 +25,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 from progrpo.prompts.texts import folded
-from progrpo.rewards.base import OneRewardSettings, Refusal, Score
+from progrpo.rewards.base import Refusal, Score
 from progrpo.rewards.clip import VIT_L, middle_of, tokenizer_of
-from progrpo.rewards.hub import fetching, placed, pretrained
+from progrpo.rewards.hub import HubReward, fetching, placed, pretrained
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 DETECTOR = ("facebook/mask2former-swin-tiny-coco-instance", "22c4a2f15dc88149b8b8d9f4d42c54431fbd66f6")
@@ -377,7 +378,7 @@ def crop_of(picture_HWC: np.ndarray, found: Detection) -> np.ndarray:
     return picture_HWC[top : max(bottom, top + 1), left : max(right, left + 1)]
 
 
-class GenEval:
+class GenEval(HubReward):
     """The value that `credit` gives, and GenEval's verdict (`judge`), of what a detector and a CLIP see.
 
     Prompts have GenEval's columns: include, a list of {"class", "count", "color"?, "position"?}, and perhaps exclude and tag.
@@ -386,17 +387,19 @@ class GenEval:
     resized: scores compare with each other, and not with published ones.
     """
 
+    takes_model = True
+
     def __init__(self, detector: Detector, colors: Colors) -> None:
         self._detector, self._colors = detector, colors
 
     @classmethod
-    def from_hub(cls, settings: OneRewardSettings) -> Self:
+    def from_hub(cls, term: RewardTerm) -> Self:
         """The published weights (safetensors). The detector computes in float32 if nothing else is said: thresholds are sharp."""
-        exact = replace(settings, dtype="float32") if settings.dtype == "auto" else settings
-        model, image_processor = _detector_of(*(settings.model, "main") if settings.model else DETECTOR)
+        exact = replace(term, dtype="float32") if term.dtype == "auto" else term
+        model, image_processor = _detector_of(*(term.model, "main") if term.model else DETECTOR)
         clip = pretrained(CLIPModel, "geneval", *VIT_L)
-        colors = Colors(placed(clip, settings), tokenizer_of("geneval", *VIT_L), CLIPImageProcessorPil())
-        return cls(Detector(placed(model, exact), image_processor, settings.batch), colors)
+        colors = Colors(placed(clip, term), tokenizer_of("geneval", *VIT_L), CLIPImageProcessorPil())
+        return cls(Detector(placed(model, exact), image_processor, term.network_batch_size), colors)
 
     def credit(self, findings: Sequence[Finding], absent: Sequence[bool]) -> float:
         return partial_credit(findings, absent)

@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from progrpo.rewards.base import OneRewardSettings, Score
+from progrpo.rewards.base import Score
 from progrpo.rewards.clip import VIT_H, ClipCosine, tokenizer_of
 from progrpo.rewards.hub import converted, file_of, placed, read_pickle, renamed
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 REPOSITORY, REVISION = "xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a"
@@ -28,12 +29,14 @@ class HPSv2(ClipCosine):
     texts are not repaired by ftfy.
     """
 
+    parameters = 986_109_441  # of ViT-H/14
+
     @classmethod
-    def from_hub(cls, settings: OneRewardSettings) -> Self:
+    def from_hub(cls, term: RewardTerm) -> Self:
         """The published weights, which are a pickle: read as tensors alone, and only if they are the published file."""
         state = read_pickle("hpsv2", file_of("hpsv2", REPOSITORY, CHECKPOINT, REVISION), SHA256)["state_dict"]
         tokenizer = tokenizer_of("hpsv2", *VIT_H)
-        return cls(placed(clip_of(state), settings), tokenizer, CLIPImageProcessorPil(), settings.batch)
+        return cls(placed(clip_of(state), term), tokenizer, CLIPImageProcessorPil(), term.network_batch_size)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         return [Score(cosine) for cosine in self.cosines(pictures_NHWC, [p.text for p in prompts])]

@@ -7,10 +7,12 @@ import hashlib
 import importlib.util
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import unquote
 
 import httpx2
@@ -21,7 +23,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from progrpo.environment import on_the_way, on_the_way_to_the_hub
-from progrpo.rewards.base import OneRewardSettings, Refusal, Reward, Score, check
+from progrpo.rewards.base import Refusal, Reward, Score
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 if TYPE_CHECKING:
@@ -33,21 +36,36 @@ _Module = TypeVar("_Module", bound=torch.nn.Module)
 _Model = TypeVar("_Model", bound="PreTrainedModel")
 
 
-class OnFirstScore:
-    """A reward whose weights are loaded when it is first asked for anything: once, whoever asks at the same time."""
+class LazyReward(Reward):
+    """A reward that is loaded when it is first asked for anything: once, also where several threads ask at the same time."""
 
-    def __init__(self, load: Callable[[], Reward]) -> None:
-        self._load, self._one = functools.cache(load), threading.Lock()
+    def __init__(self, kind: type[HubReward], term: RewardTerm) -> None:
+        self.groupwise, self.video, self.needed = kind.groupwise, kind.video, kind.needed
+        self._load = functools.cache(partial(kind.from_hub, term))
+        self._lock = threading.Lock()
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         return self._loaded().score(pictures_NHWC, prompts)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        check(self._loaded(), prompts)
+        self._loaded().check(prompts)
 
     def _loaded(self) -> Reward:
-        with self._one:
+        with self._lock:
             return self._load()
+
+
+class HubReward(Reward):
+    """A reward with a network from the hub, which is fetched and loaded at its first score."""
+
+    @classmethod
+    def make(cls, term: RewardTerm) -> Reward:
+        return LazyReward(cls, term)
+
+    @classmethod
+    @abstractmethod
+    def from_hub(cls, term: RewardTerm) -> Self:
+        """Fetch its weights, or find them in the cache. Refusal where there are none."""
 
 
 @contextmanager
@@ -148,14 +166,14 @@ def renamed(name: str, names: Mapping[str, str]) -> str:
     return functools.reduce(lambda new, pair: new.replace(*pair), names.items(), name)
 
 
-def placed(model: _Module, settings: OneRewardSettings) -> _Module:
-    """Frozen, and where and in what the settings say."""
+def placed(model: _Module, term: RewardTerm) -> _Module:
+    """Frozen, and where and in what the term says."""
     there = torch.cuda.is_available()
-    device = torch.device(("cuda" if there else "cpu") if settings.device == "auto" else settings.device)
+    device = torch.device(("cuda" if there else "cpu") if term.device == "auto" else term.device)
     if device.type == "cuda" and not there:
-        raise Refusal(f"reward device {settings.device}: there is no GPU here; leave it out or say cpu")
+        raise Refusal(f"reward device {term.device}: there is no GPU here; leave it out or say cpu")
     automatic = torch.float16 if device.type == "cuda" else torch.float32
-    dtype = automatic if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    dtype = automatic if term.dtype == "auto" else getattr(torch, term.dtype)
     return model.eval().requires_grad_(False).to(device, dtype)
 
 

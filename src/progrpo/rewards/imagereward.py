@@ -19,9 +19,10 @@ from transformers import (
     CLIPImageProcessorPil,
 )
 
-from progrpo.rewards.base import OneRewardSettings, Score
+from progrpo.rewards.base import Score
 from progrpo.rewards.clip import head_of, middle_of, parts_of, pixels_of
-from progrpo.rewards.hub import converted, file_of, placed, read_pickle, renamed, sha256_at_hub
+from progrpo.rewards.hub import HubReward, converted, file_of, placed, read_pickle, renamed, sha256_at_hub
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 FILE = ("zai-org/ImageReward", "ImageReward.pt", "5736be03b2652728fb87788c9797b0570450ab72")
@@ -30,7 +31,7 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072
 LENGTH = 35
 
 
-class ImageReward:
+class ImageReward(HubReward):
     """(h(t) - 0.167) / 1.033 for five linear layers h and BLIP's feature t of the text's first token, having seen the picture.
 
     Of mean 0 and standard deviation 1 on the pictures it was trained with: mostly -2 to 2. As in the published code, texts are
@@ -55,17 +56,17 @@ class ImageReward:
         self._batch_size = batch_size
 
     @classmethod
-    def from_hub(cls, settings: OneRewardSettings) -> Self:
+    def from_hub(cls, term: RewardTerm) -> Self:
         """The published weights, which are a pickle: read as tensors alone, and only if they are what the hub says they are."""
         path, sha256 = file_of("imagereward", *FILE), sha256_at_hub("imagereward", *FILE)
         vision, text, head = networks_of(read_pickle("imagereward", path, sha256))
         return cls(
-            placed(vision, settings),
-            placed(text, settings),
-            placed(head, replace(settings, dtype="float32")),
+            placed(vision, term),
+            placed(text, term),
+            placed(head, replace(term, dtype="float32")),
             tokenizer_of(WordPiece.read_file(str(file_of("imagereward", *VOCABULARY)))),
             CLIPImageProcessorPil(),
-            settings.batch,
+            term.network_batch_size,
         )
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:

@@ -8,22 +8,28 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from progrpo.rewards.base import Score
+from progrpo.rewards.base import Reward, Score
 from progrpo.types import Prompt
 
 
-class JpegSize:
-    """sign * size of the picture as a JPEG of quality 95, in kB of 1000 bytes, as in DDPO's code.
+class JpegIncompressibility(Reward):
+    """The size of the picture as a JPEG of quality 95, in kB of 1000 bytes, as in DDPO's code: more detail and noise.
 
-    +1 is incompressibility (more detail and noise), -1 compressibility (smoother). The size grows with the picture's: about
-    0.7 for a blank 64x64 picture and 5 for noise, 5 and 308 at 512x512. Prompts are not read.
+    The size grows with the picture's: about 0.7 for a blank 64x64 picture and 5 for noise, 5 and 308 at 512x512. Prompts are
+    not read.
     """
 
-    def __init__(self, sign: int) -> None:
-        self._sign = sign
+    parameters = 0
+    _sign = 1
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         return [Score(self._sign * _bytes(picture) / 1000) for picture in pictures_NHWC]
+
+
+class JpegCompressibility(JpegIncompressibility):
+    """The negative of that size: smoother pictures."""
+
+    _sign = -1
 
 
 def _bytes(picture_HWC: np.ndarray) -> int:

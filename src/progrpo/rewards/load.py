@@ -1,126 +1,65 @@
-"""From a name in the recipe to a reward."""
+"""From a term of the configuration to its reward."""
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Callable
-from functools import partial
+from typing import Any
 
-from progrpo.messages import quoted, raised
+from progrpo.messages import quoted
 from progrpo.registry import UnknownNameError, lacks, load_named
-from progrpo.rewards.base import OneRewardSettings, Refusal, Reward
+from progrpo.rewards.base import Refusal, Reward
+from progrpo.rewards.function import adapted, can_score, instance_of
+from progrpo.rewards.settings import REWARDS, RewardTerm
 
 
-def _shapes(strict_share: float, settings: OneRewardSettings) -> Reward:
-    from progrpo.rewards.shapes import ShapesReward
+def load_reward(term: RewardTerm) -> Reward:
+    """Load a built-in reward, or `module:function` (or a class) from the Python path or the current folder.
 
-    return ShapesReward(strict_share)
-
-
-def _of_hub(module: str, kind: str, settings: OneRewardSettings) -> Reward:
-    from progrpo.rewards.hub import OnFirstScore
-
-    reward = getattr(importlib.import_module(f"progrpo.rewards.{module}"), kind)
-    return OnFirstScore(partial(reward.from_hub, settings))
-
-
-def _jpeg(sign: int, settings: OneRewardSettings) -> Reward:
-    from progrpo.rewards.jpeg import JpegSize
-
-    return JpegSize(sign)
-
-
-def _ocr(settings: OneRewardSettings) -> Reward:
-    from progrpo.rewards.ocr import OCR
-
-    return OCR.make(settings)
-
-
-def _nsfw(settings: OneRewardSettings) -> Reward:
-    from progrpo.rewards.nsfw import NSFW
-
-    return NSFW.make(settings)
-
-
-def _vlm(settings: OneRewardSettings) -> Reward:
-    from progrpo.rewards.vlm import VLMJudge
-
-    return VLMJudge.make(settings)
-
-
-REWARDS: dict[str, Callable[[OneRewardSettings], Reward]] = {
-    "shapes": partial(_shapes, 0.0),
-    "shapes_strict": partial(_shapes, 1.0),
-    "shapes_mixed": partial(_shapes, 0.5),
-    "clipscore": partial(_of_hub, "clipscore", "CLIPScore"),
-    "pickscore": partial(_of_hub, "pickscore", "PickScore"),
-    "hpsv2": partial(_of_hub, "hpsv2", "HPSv2"),
-    "imagereward": partial(_of_hub, "imagereward", "ImageReward"),
-    "aesthetic": partial(_of_hub, "aesthetic", "Aesthetic"),
-    "ocr": _ocr,
-    "geneval": partial(_of_hub, "geneval", "GenEval"),
-    "geneval_flow_grpo": partial(_of_hub, "geneval", "GenEvalFlowGRPO"),
-    "jpeg_compressibility": partial(_jpeg, -1),
-    "jpeg_incompressibility": partial(_jpeg, 1),
-    "nsfw": _nsfw,
-    "vlm": _vlm,
-}
-
-_OF_ANY_MODEL = ("clipscore", "geneval", "geneval_flow_grpo", "vlm")
-
-
-def load_reward(name: str, settings: OneRewardSettings = OneRewardSettings(), processes: int = 0) -> Reward:  # noqa: B008 (frozen)
-    """A built-in reward, or `module:function` found on the Python path or in the current folder.
-
-    With `processes` it scores in so many of its own; with a `url` a server scores, which says itself by what, but for `vlm`, which
-    asks its own kind.
+    With `processes` it scores in so many processes of its own. With a `url` a `progrpo serve-reward` scores. Refusal
+    where the term cannot be had.
     """
-    if not isinstance(name, str):
+    if not isinstance(term.name, str):
         raise Refusal(
-            f"a reward is named by a text such as my_module:redness, not {quoted(name)}; progrpo.train takes functions themselves"
+            f"a reward is named by a text such as my_module:redness, not {quoted(term.name)};"
+            " progrpo.train takes functions themselves"
         )
-    if settings.url and name != "vlm":
-        from progrpo.rewards.remote import RemoteReward
+    if term.is_served:
+        return _served(term)
+    reward = _load_here(term)  # also with processes: so that a wrong name is refused at once
+    if term.processes == 0:
+        return reward
+    if reward.groupwise:
+        raise Refusal(f"reward {term.name!r} ranks a group, which processes would take apart; leave out its processes")
+    from progrpo.rewards.processes import ProcessPoolReward
 
-        own = {"model": settings.model, "device": settings.device, "dtype": settings.dtype, "processes": processes}
-        if said := [option for option, value in own.items() if value not in ("", "auto", 0)]:
-            raise Refusal(
-                f"reward {name!r}: its server scores, so {said[0]} would change nothing here; leave it out, and give the"
-                " server its own options"
-            )
-        return RemoteReward.make(name, settings)
-    here = _load(name, settings)  # also with processes: so that a wrong name is refused at once
-    if processes == 0:
-        return here
-    if getattr(here, "groupwise", False):
-        raise Refusal(f"reward {name!r} ranks a group, which processes would take apart; leave out its processes")
-    from progrpo.rewards.processes import InProcesses
-
-    return InProcesses(load_reward, name, processes, settings, bool(getattr(here, "video", False)))
+    return ProcessPoolReward(_load_here, term, reward)
 
 
-def _load(name: str, settings: OneRewardSettings) -> Reward:
-    if name in REWARDS:
-        if settings.model and name not in _OF_ANY_MODEL:
-            raise Refusal(f"reward {name!r} takes no other model ({', '.join(_OF_ANY_MODEL)} do); leave out model")
-        return REWARDS[name](settings)
+def _served(term: RewardTerm) -> Reward:
+    from progrpo.rewards.remote import RemoteReward
+
+    own = {"model": term.model, "device": term.device, "dtype": term.dtype, "processes": term.processes}
+    if given := [option for option, value in own.items() if value not in ("", "auto", 0)]:
+        raise Refusal(
+            f"reward {term.name!r}: its server scores, so {given[0]} would change nothing here; leave it out, and"
+            " give the server its own options"
+        )
+    return RemoteReward.make(term)
+
+
+def _load_here(term: RewardTerm) -> Reward:
+    """Load the reward into this process."""
     try:
-        found = load_named(name, {name: "" for name in REWARDS}, "reward", "function")
+        value: Any = load_named(term.name, REWARDS, "reward", "function")
     except UnknownNameError as error:
         raise Refusal(str(error)) from error.__cause__
-    if not callable(found) and not hasattr(found, "score"):
-        module, _, attribute = name.partition(":")
-        raise Refusal(f"reward {quoted(name)}: {lacks(sys.modules[module], module, attribute)}")
-    from progrpo.rewards.function import FunctionReward
-
-    if isinstance(found, type):
-        try:
-            found = found()
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            raise Refusal(
-                f"reward {quoted(name)}: the class cannot be made without arguments: {raised(error)}"
-            ) from error
-    return FunctionReward(found, settings.batch_size, settings.timeout)
+    if isinstance(value, type) and issubclass(value, Reward):
+        if term.model and not value.takes_model:
+            raise Refusal(f"reward {term.name!r} takes no other model; leave out model")
+        return value.make(term)
+    if not can_score(value):
+        module, _, attribute = term.name.partition(":")
+        raise Refusal(f"reward {quoted(term.name)}: {lacks(sys.modules[module], module, attribute)}")
+    if isinstance(value, type):
+        value = instance_of(value, term.name)
+    return adapted(value, term.batch_size, term.timeout)

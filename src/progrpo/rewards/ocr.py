@@ -9,8 +9,9 @@ from typing import Any, Self
 import numpy as np
 
 from progrpo.prompts.texts import folded
-from progrpo.rewards.base import OneRewardSettings, Refusal, Score
+from progrpo.rewards.base import Refusal, Reward, Score
 from progrpo.rewards.hub import require
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 _DOUBLE = {  # what opens a quotation, and what may close it
@@ -29,7 +30,7 @@ _SINGLE = {"'": "'", "‘": "’'", "‚": "‘’", "‹": "›", "›": "‹"}
 _FRACTIONS = "¼½¾⅛⅜⅝⅞"
 
 
-class OCR:
+class OCR(Reward):
     """max(1 - N_e / N_ref, 0), Flow-GRPO's reward for text (arXiv 2505.05470): 0..1, passed if it is 1.
 
     N_ref is the length of the text asked for, the target, and N_e the least number of insertions, deletions and substitutions
@@ -53,7 +54,7 @@ class OCR:
         self._reader = reader
 
     @classmethod
-    def make(cls, settings: OneRewardSettings) -> Self:
+    def make(cls, term: RewardTerm) -> Self:
         """With the models in rapidocr's package; they are loaded at the first score."""
         require("ocr", "rapidocr", "onnxruntime", extra="ocr")
         from rapidocr import RapidOCR

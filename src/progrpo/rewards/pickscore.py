@@ -8,9 +8,10 @@ from typing import Self
 import numpy as np
 from transformers import CLIPImageProcessorPil, CLIPModel
 
-from progrpo.rewards.base import OneRewardSettings, Score
+from progrpo.rewards.base import Score
 from progrpo.rewards.clip import VIT_H, ClipCosine, tokenizer_of
 from progrpo.rewards.hub import placed, pretrained
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 MODEL, REVISION = "yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800"
@@ -23,12 +24,14 @@ class PickScore(ClipCosine):
     resized to 224 on their shorter side and cropped at the centre; texts are cut at 77 tokens.
     """
 
+    parameters = 986_109_441  # of ViT-H/14
+
     @classmethod
-    def from_hub(cls, settings: OneRewardSettings) -> Self:
+    def from_hub(cls, term: RewardTerm) -> Self:
         """The published weights (safetensors)."""
         model = pretrained(CLIPModel, "pickscore", MODEL, REVISION)
         tokenizer = tokenizer_of("pickscore", *VIT_H)
-        return cls(placed(model, settings), tokenizer, CLIPImageProcessorPil(), settings.batch)
+        return cls(placed(model, term), tokenizer, CLIPImageProcessorPil(), term.network_batch_size)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         scale = self._model.logit_scale.float().exp().item() / 26

@@ -23,7 +23,8 @@ from PIL import Image
 
 from progrpo.environment import on_the_way, proxy_for
 from progrpo.prompts.pictures import COLUMN, pictures
-from progrpo.rewards.base import OneRewardSettings, Refusal, Score, WrongAnswer, require_columns
+from progrpo.rewards.base import Refusal, Reward, Score, WrongAnswer, require_columns
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 PROTOCOL: Final = 1
@@ -36,7 +37,7 @@ _PATIENCE, _FIRST_WAIT, _LONGEST_WAIT = 60.0, 0.25, 8.0  # seconds
 _LARGEST = 2**24  # bytes of an answer
 
 
-class RemoteReward:
+class RemoteReward(Reward):
     """The reward `name` of a server: pictures as PNG, which loses nothing, in requests of `batch_size`, a few at a time.
 
     A request that meets no server, no answer in time or a server in trouble (408, 429, 5xx) is sent again, ever later, until
@@ -53,19 +54,19 @@ class RemoteReward:
         self._name, self._client, self._batch_size, self._patience = name, client, batch_size, patience
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix=f"reward-{name}")
         self._met, self._one, self._closed = False, threading.Lock(), threading.Event()
-        self._needed = list[str]()
         self._server = f"{client.base_url}{on_the_way(str(client.base_url))}"
 
     @classmethod
-    def make(cls, name: str, settings: OneRewardSettings) -> Self:
-        if not _is_http(settings.url):
+    def make(cls, term: RewardTerm) -> Self:
+        name = term.name
+        if not _is_http(term.url):
             raise Refusal(
-                f"reward {name!r}: its server's url is {settings.url!r}, and must be such as http://127.0.0.1:8000"
+                f"reward {name!r}: its server's url is {term.url!r}, and must be such as http://127.0.0.1:8000"
             )
         token = token_of_environment()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        client = client_of(name, settings.url, settings.patience, _AT_ONCE, headers)
-        return cls(name, client, settings.batch)
+        client = client_of(name, term.url, term.answer_timeout, _AT_ONCE, headers)
+        return cls(name, client, term.network_batch_size)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         if not len(prompts):
@@ -86,7 +87,7 @@ class RemoteReward:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         self._meet()
-        require_columns(repr(self._name), self._needed, prompts)
+        require_columns(repr(self._name), self.needed, prompts)
 
     def close(self) -> None:
         self._closed.set()
@@ -117,7 +118,7 @@ class RemoteReward:
             if health.get("reward") != self._name:
                 raise Refusal(f"reward {self._name!r}: the server at {self._server} gives {health.get('reward')!r}")
             columns = health.get("columns")  # which a server of an earlier version does not tell
-            self._needed = [str(name) for name in columns] if isinstance(columns, list) else []
+            self.needed = [str(name) for name in columns] if isinstance(columns, list) else []
             self._met = True
 
     def _ask(

@@ -42,9 +42,10 @@ from progrpo import __version__
 from progrpo.environment import is_loopback
 from progrpo.messages import raised
 from progrpo.prompts.pictures import COLUMN
-from progrpo.rewards.base import OneRewardSettings, Refusal, Reward, Score, WrongAnswer, close
+from progrpo.rewards.base import Refusal, Reward, Score, WrongAnswer
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.remote import PROTOCOL, TOKEN, token_of_environment
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 _LARGEST = 4096 * 4096  # pixels of a picture
@@ -53,14 +54,15 @@ _STALLED = 60.0  # seconds without a byte of a body that has begun
 _HANGING = 10.0  # seconds that the reward has for its last batches when the server ends
 
 
-def serve(
-    name: str,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    settings: OneRewardSettings = OneRewardSettings(),  # noqa: B008 (frozen)
-    max_pictures: int = 64,
-    max_megabytes: int = 64,
-) -> None:
+@dataclass(frozen=True)
+class Limits:
+    """The size of a request. Requests under way hold 16 times `max_megabytes` together at most."""
+
+    max_pictures: int = 64
+    max_megabytes: int = 64
+
+
+def serve(term: RewardTerm, host: str, port: int, limits: Limits) -> None:
     """Serve a reward until the process is told to end; what is being scored then is still answered.
 
     ValueError, one sentence, where it cannot start. The reward's weights are loaded before the port opens.
@@ -68,20 +70,20 @@ def serve(
     token = token_of_environment()
     if not token and not is_loopback(host):
         raise ValueError(f"{host} can be reached from other machines: set {TOKEN} to a secret that clients must know")
-    reward = load_reward(name, settings)
-    if getattr(reward, "groupwise", False):
+    reward = load_reward(term)
+    if reward.groupwise:
         raise ValueError(
-            f"reward {name!r} compares the pictures of a group, and a server does not know which these are"
+            f"reward {term.name!r} compares the pictures of a group, and a server does not know which these are"
         )
-    if getattr(reward, "video", False):
-        raise ValueError(f"reward {name!r} scores whole videos, and a server is sent pictures")
+    if reward.video:
+        raise ValueError(f"reward {term.name!r} scores whole videos, and a server is sent pictures")
     reward.score(np.zeros((0, 8, 8, 3), np.uint8), [])
-    app = make_app(name, reward, token, settings.batch, max_pictures, max_megabytes)
+    app = make_app(term, reward, token, limits)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=75, ws="none", lifespan="on")
     with _listening(host, port) as listener:
         where = f"[{host}]" if ":" in host else host
         secret = "with a token" if token else "no token"
-        print(f"reward {name} at http://{where}:{listener.getsockname()[1]} ({secret})", flush=True)
+        print(f"reward {term.name} at http://{where}:{listener.getsockname()[1]} ({secret})", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
 
 
@@ -154,24 +156,25 @@ class Health(BaseModel, use_attribute_docstrings=True):
     """Seconds."""
 
 
-def make_app(
-    name: str, reward: Reward, token: str = "", batch_size: int = 16, max_pictures: int = 64, max_megabytes: int = 64
-) -> FastAPI:
-    """The server of one reward. Requests under way hold 16 times `max_megabytes` together at most; one more is told to wait."""
-    batches, room, started = Batches(reward, batch_size), Room(16 * max_megabytes * 2**20), time.monotonic()
-    counts = Health(reward=name, columns=list(getattr(reward, "needed", ())))
+def make_app(term: RewardTerm, reward: Reward, token: str = "", limits: Limits = Limits()) -> FastAPI:
+    """The server of one reward. A request for which there is no room is told to wait."""
+    name, max_bytes = term.name, limits.max_megabytes * 2**20
+    batches = Batches(reward, term.network_batch_size)
+    room = Room(16 * max_bytes)
+    started = time.monotonic()
+    counts = Health(reward=name, columns=list(reward.needed))
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         yield
         await run_in_threadpool(batches.close)
         try:
-            await run_in_threadpool(close, reward)
+            await run_in_threadpool(reward.close)
         except Exception as error:
             print(f"progrpo: reward {name}: its close() failed: {raised(error)}", file=sys.stderr)
 
     app = FastAPI(title="progrpo reward server", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, token=token, room=room, max_bytes=max_megabytes * 2**20)
+    app.add_middleware(Gate, token=token, room=room, max_bytes=max_bytes)
     app.add_exception_handler(RequestValidationError, _in_one_sentence)
 
     @app.get("/health")
@@ -183,12 +186,14 @@ def make_app(
         items = question.items
         if question.reward not in (None, name):
             raise HTTPException(422, f"this server gives the reward {name!r}, not {question.reward!r}")
-        if len(items) > max_pictures:
-            raise HTTPException(413, f"{len(items)} pictures in one request; this server takes {max_pictures} at most")
+        if len(items) > limits.max_pictures:
+            raise HTTPException(
+                413, f"{len(items)} pictures in one request; this server takes {limits.max_pictures} at most"
+            )
         opened = await run_in_threadpool(lambda: [_opened_both(item) for item in items])
         there = [image for both in opened if not isinstance(both, Score) for image in both if image is not None]
         size = sum(_BYTES_A_PIXEL * image.width * image.height for image in there)
-        if size > 4 * max_megabytes * 2**20:
+        if size > 4 * max_bytes:
             raise HTTPException(413, f"pictures that need {size >> 20} MB in one request; send fewer at a time")
         with room.held(size):
             decoded = await run_in_threadpool(lambda: list(map(_decoded, items, opened)))

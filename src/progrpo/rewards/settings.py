@@ -13,23 +13,25 @@ from progrpo.settings import DEVICE, FINITE, Rule, at_least, between, from_json,
 
 _ONE_OR_MORE = at_least(1)
 
-BUILT_IN_REWARDS = (
-    "shapes",
-    "shapes_strict",
-    "shapes_mixed",
-    "clipscore",
-    "pickscore",
-    "hpsv2",
-    "imagereward",
-    "aesthetic",
-    "ocr",
-    "geneval",
-    "geneval_flow_grpo",
-    "jpeg_compressibility",
-    "jpeg_incompressibility",
-    "nsfw",
-    "vlm",
-)
+REWARDS = {
+    "shapes": "progrpo.rewards.shapes:ShapesReward",
+    "shapes_strict": "progrpo.rewards.shapes:StrictShapesReward",
+    "shapes_mixed": "progrpo.rewards.shapes:MixedShapesReward",
+    "clipscore": "progrpo.rewards.clipscore:CLIPScore",
+    "pickscore": "progrpo.rewards.pickscore:PickScore",
+    "hpsv2": "progrpo.rewards.hpsv2:HPSv2",
+    "imagereward": "progrpo.rewards.imagereward:ImageReward",
+    "aesthetic": "progrpo.rewards.aesthetic:Aesthetic",
+    "ocr": "progrpo.rewards.ocr:OCR",
+    "geneval": "progrpo.rewards.geneval:GenEval",
+    "geneval_flow_grpo": "progrpo.rewards.geneval:GenEvalFlowGRPO",
+    "jpeg_compressibility": "progrpo.rewards.jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "progrpo.rewards.jpeg:JpegIncompressibility",
+    "nsfw": "progrpo.rewards.nsfw:NSFW",
+    "vlm": "progrpo.rewards.vlm:VLMJudge",
+}
+"""The built-in rewards by name: subclasses of `rewards.base.Reward`."""
+_ASKS_ITS_OWN_SERVER = "vlm"
 
 _AT_MOST_A_DAY = Rule(lambda seconds: 0 < seconds <= 86400, "above 0 and at most 86400 (a day)")
 
@@ -38,7 +40,7 @@ _AT_MOST_A_DAY = Rule(lambda seconds: 0 < seconds <= 86400, "above 0 and at most
 class RewardTerm:
     """A reward and its weight. It is written as `NAME`, as `WEIGHT*NAME`, or as an object of these fields."""
 
-    name: str = field(metadata={"rule": one_of(BUILT_IN_REWARDS, "function")})
+    name: str = field(metadata={"rule": one_of(REWARDS, "function")})
     """A built-in reward (docs/rewards.md describes each), or your own `module:function` or `module:Class`."""
     weight: float = setting(1.0, FINITE)
     """The weight in the sum; a negative weight turns a reward into a penalty."""
@@ -72,6 +74,26 @@ class RewardTerm:
     """Whether the reward was given as an object in Python; `name` is then the object's name.
     `progrpo.train` writes this field."""
 
+    @property
+    def network_batch_size(self) -> int:
+        """Pictures at once of a network or a server."""
+        return 16 if self.batch_size is None else self.batch_size
+
+    @property
+    def answer_timeout(self) -> float:
+        """Seconds for one answer of a server."""
+        return 60.0 if self.timeout is None else self.timeout
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a `progrpo serve-reward` scores."""
+        return bool(self.url) and self.name != _ASKS_ITS_OWN_SERVER
+
+    @property
+    def names_model_of_server(self) -> bool:
+        """Whether `model` is a name that a server knows, and no path on this disk."""
+        return bool(self.url) or self.name == _ASKS_ITS_OWN_SERVER
+
     @classmethod
     def from_text(cls, text: str) -> RewardTerm:
         """The term of a text: `pickscore`, `0.5*ocr`, or a JSON object of the fields."""
@@ -97,7 +119,7 @@ class RewardTerm:
 
 
 @dataclass(frozen=True)
-class RewardMixSettings:
+class RewardSettings:
     terms: tuple[RewardTerm, ...] = setting((RewardTerm("shapes"),), Rule(len, "one reward or more"))
     """The rewards: one, or the weighted sum of several. Each is NAME, WEIGHT*NAME or a JSON object
     (docs/rewards.md).

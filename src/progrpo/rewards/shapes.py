@@ -7,19 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from progrpo.messages import quoted
-from progrpo.rewards.base import Refusal, Score
+from progrpo.rewards.base import Refusal, Reward, Score
 from progrpo.types import Prompt
 from progrpo.zoo.shapes.verifier import verify
 
 
-class ShapesReward:
-    """Needs prompts of the shapes world: their columns list what the picture must hold.
+class ShapesReward(Reward):
+    """The verifier's graded score. Prompts must be of the shapes world: their columns list what the picture must hold."""
 
-    The value is the graded score, of which `strict_share` is replaced by the strict verdict (1 or 0).
-    """
-
-    def __init__(self, strict_share: float = 0.0) -> None:
-        self._strict_share = strict_share
+    parameters = 0
+    _strict_share = 0.0
+    """The share of the value that is the strict verdict, 1 or 0."""
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         strangers = [p.text for p in prompts if "objects" not in p.columns]
@@ -35,3 +33,15 @@ class ShapesReward:
         return [
             Score((1 - share) * v.graded + share * float(v.strict), v.strict) for v in verify(pictures_NHWC, prompts)
         ]
+
+
+class StrictShapesReward(ShapesReward):
+    """1 where the picture holds all that it must and nothing else, else 0."""
+
+    _strict_share = 1.0
+
+
+class MixedShapesReward(ShapesReward):
+    """The mean of the graded score and the strict verdict."""
+
+    _strict_share = 0.5

@@ -17,8 +17,9 @@ from PIL import Image
 
 from progrpo.environment import on_the_way
 from progrpo.prompts.texts import folded
-from progrpo.rewards.base import OneRewardSettings, Refusal, Score, WrongAnswer
+from progrpo.rewards.base import Refusal, Reward, Score, WrongAnswer
 from progrpo.rewards.remote import answer_of, client_of
+from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 QUESTION = (
@@ -38,13 +39,15 @@ _MENDED_BY_THE_USER = {
 }
 
 
-class VLMJudge:
+class VLMJudge(Reward):
     """n / 10 of the mark n in 0..10 that the model gives, at temperature 0: in 0..1.
 
     The prompt is put into the question as a quoted JSON text; a column `question` takes the question's place. An answer that
     is no mark from 0 to 10 is a missing score, never 0. The model may be talked into a mark, by the prompt or by letters in
     the picture: hold another reward out.
     """
+
+    takes_model = True
 
     def __init__(self, url: str, model: str, key: str = "", timeout: float = 60.0, batch_size: int = 16) -> None:
         """`batch_size` pictures are asked about at once, over connections that stay open."""
@@ -54,19 +57,19 @@ class VLMJudge:
         self._threads = ThreadPoolExecutor(batch_size, thread_name_prefix="vlm")
 
     @classmethod
-    def make(cls, settings: OneRewardSettings) -> Self:
-        """The server is `settings.url` or the environment's OPENAI_BASE_URL, the key only the environment's OPENAI_API_KEY."""
-        url = settings.url or os.environ.get("OPENAI_BASE_URL", "")
+    def make(cls, term: RewardTerm) -> Self:
+        """The server is `term.url` or the environment's OPENAI_BASE_URL, the key only the environment's OPENAI_API_KEY."""
+        url = term.url or os.environ.get("OPENAI_BASE_URL", "")
         if not url.startswith(("http://", "https://")):
             said = "no server is named" if not url else "its url does not begin with http:// or https://"
             raise Refusal(f"reward 'vlm': {said}; set url, such as {_EXAMPLE}, or OPENAI_BASE_URL")
-        if not settings.model:
+        if not term.model:
             raise Refusal("reward 'vlm': no model is named; set model to the name by which the server knows it")
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (key.isascii() and key.isprintable()):
             raise Refusal("reward 'vlm': OPENAI_API_KEY has characters that no key has; set it anew")
         try:
-            return cls(url, settings.model, key, settings.patience, settings.batch)
+            return cls(url, term.model, key, term.answer_timeout, term.network_batch_size)
         except httpx2.InvalidURL as error:
             raise Refusal(f"reward 'vlm': the url is none ({error}); set one such as {_EXAMPLE}") from None
 

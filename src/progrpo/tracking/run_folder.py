@@ -7,6 +7,7 @@ evaluation/before.json    a record a picture (and after.json); the first picture
 audit/0005.json, .png     an audit group: scores at every step, and a sheet of its previews (rows: members)
 samples/0000.png          a grid of pictures an evaluation
 checkpoints/  lora/  report.html
+trackers.json             what other trackers know the run by (tracking/tracker.py); tensorboard/ has TensorBoard's files
 run.lock                  while a run writes here (tracking/lock.py)
 """
 
@@ -29,7 +30,7 @@ from progrpo.messages import named
 from progrpo.tracking.records import EvaluationRecord
 from progrpo.types import FROM_PYTHON
 
-_FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "report.html")
+_FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "trackers.json", "report.html")
 _ENDS = f"({re.escape(WRITING)}|{re.escape(PREVIOUS)})?"
 _WEIGHTS = {
     "lora": r"pytorch_lora_weights\.safetensors",
@@ -42,6 +43,7 @@ _IN_FOLDERS = {
     "evaluation": r"(before|after)\.json",
     "audit": r"\d+\.(json|png)",
     "samples": r"\d+\.png",
+    "tensorboard": r"events\.out\.tfevents\..*",
     **{folder + end: files for folder, files in _WEIGHTS.items() for end in ("", WRITING, PREVIOUS)},
 }
 """What a run writes in folders, whose names a user's own may have; an inner folder before the one that it lies in."""

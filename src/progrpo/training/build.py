@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,23 +26,20 @@ from progrpo.config import (
 from progrpo.diffusion.samplers import SAMPLERS
 from progrpo.messages import named
 from progrpo.objectives.advantage import normalised_sum
-from progrpo.objectives.awm import AWM
-from progrpo.objectives.base import Needs, Objective
-from progrpo.objectives.dgpo import DGPO
-from progrpo.objectives.grpo import GRPO
-from progrpo.objectives.nft import NFT
-from progrpo.policies.base import Policy, PolicySettings
+from progrpo.objectives.base import Objective
+from progrpo.objectives.settings import Stored, load_objective
+from progrpo.policies.base import Policy, PolicyContext
 from progrpo.policies.load import BUILT_IN, fastest_dtype, load_policy, quiet
 from progrpo.policies.pipeline import BUILT_IN_DECODER
 from progrpo.prompts.load import DATASET, TEXT, load_prompts, of_configuration
 from progrpo.prompts.order import ORDERS, PromptOrder
 from progrpo.recipes import load_recipe
-from progrpo.rewards.base import Judge, OneRewardSettings, Refusal, Reward
-from progrpo.rewards.cache import Cached
-from progrpo.rewards.frames import OnFrames
+from progrpo.rewards.base import Judge, Refusal, Reward
+from progrpo.rewards.cache import CachedReward
+from progrpo.rewards.frames import FrameAverageReward
 from progrpo.rewards.load import load_reward
-from progrpo.rewards.mix import Mixture, Ranking, Term
-from progrpo.rewards.patient import Patient
+from progrpo.rewards.mixture import Component, Ranking, RewardMixture
+from progrpo.rewards.retrying import RetryingReward
 from progrpo.rollout.sampling import Record, Sampling, sampler_name, sampling_for
 from progrpo.training.distributed import Ranks
 from progrpo.training.equal_inputs import require_same_model
@@ -53,30 +50,13 @@ from progrpo.zoo import WEIGHTS
 from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.judge import load_judge
 
-OBJECTIVES: dict[str, Callable[[ObjectiveSettings], Objective]] = {
-    "grpo": lambda c: GRPO(**asdict(c.grpo)),
-    "nft": lambda c: NFT(**asdict(c.nft)),
-    "awm": lambda c: AWM(**asdict(c.awm)),
-    "dgpo": lambda c: DGPO(**asdict(c.dgpo)),
-}
-
-
-_GUARD_CLIP_OF_ALL = 2e-6 * 16 * 64 * 64  # GRPO-Guard's on SD3.5 (arXiv 2510.22319), over the dims of its latents
-
 
 def objective_from(config: Config, policy: Policy) -> Objective:
     """The objective, with the clip range that was published with the sampler where none is given."""
-    wanted, sampler = config.objective, SAMPLERS[sampler_name(config.sampling, policy)]
-    if wanted.name == "grpo" and wanted.grpo.kl_form == "flow_grpo" and not sampler.flow_only:
-        raise ValueError(
-            "objective.grpo.kl_form: flow_grpo needs a flow model's diffusion rate; take exact for this sampler"
-        )
-    if wanted.grpo.clip_range is None:
-        dims = math.prod(policy.latent_shape)
-        guarded = wanted.grpo.ratio == "guard"
-        clip_range = _GUARD_CLIP_OF_ALL / dims if guarded else sampler.clip_range_for(dims)
-        wanted = replace(wanted, grpo=replace(wanted.grpo, clip_range=clip_range))
-    return OBJECTIVES[wanted.name](wanted)
+    sampler = SAMPLERS[sampler_name(config.sampling, policy)]
+    settings = config.objective.loss.for_sampler(sampler, math.prod(policy.latent_shape))
+    objective: Objective = load_objective(config.objective.name)(settings)
+    return objective
 
 
 def optimizer_from(wanted: OptimSettings, parameters: Iterable[nn.Parameter], zero: Zero | None = None) -> Optimizer:
@@ -120,7 +100,7 @@ def located(config: Config) -> Config:
 
 
 def _located_term(term: RewardTerm) -> RewardTerm:
-    model = term.model if term.url or term.name == "vlm" else _absolute(term.model)  # a server has names of its own
+    model = term.model if term.names_model_of_server else _absolute(term.model)
     return replace(term, model=model, cache=os.path.abspath(os.path.expanduser(term.cache)) if term.cache else "")
 
 
@@ -146,56 +126,29 @@ def settled(config: Config, ranks: Ranks) -> Config:
     return replace(config, model=replace(config.model, dtype=dtype))
 
 
-def policy_from(
-    model: ModelSettings,
-    seed: int,
-    ranks: Ranks,
-    trained: Path | None = None,
-    tiny_decoder: str = "",
-    negative_prompt: str = "",
-) -> Policy:
-    """The policy that a configuration names, optionally with weights that a run has saved."""
+def policy_from(model: ModelSettings, context: PolicyContext, trained: Path | None = None) -> Policy:
+    """The policy that settings name, optionally with weights that a run has saved."""
     quiet()
-    if ranks.device.type == "cpu":  # beside a GPU it is weights that are freed, once they are there
+    if context.device.type == "cpu":  # beside a GPU it is weights that are freed, once they are there
         keep_freed_memory()
-    return load_policy(model.path, settings_from(model, seed, ranks, tiny_decoder, negative_prompt), trained)
+    return load_policy(with_lora_of_run(model), context, trained)
 
 
-def settings_from(
-    model: ModelSettings, seed: int, ranks: Ranks, tiny_decoder: str = "", negative_prompt: str = ""
-) -> PolicySettings:
-    """Of a policy on this process' device."""
-    return replace(
-        model_settings(model),
-        lora=str(_saved_by(Path(model.lora)) if model.lora and _is_run(Path(model.lora)) else model.lora),
-        seed=seed,
+def policy_context(config: Config, ranks: Ranks) -> PolicyContext:
+    """The surroundings of a run's policy in this process."""
+    return PolicyContext(
         device=ranks.device,
-        shard=model.shard and ranks.world > 1,
-        tiny_decoder=tiny_decoder,
-        negative_prompt=negative_prompt,
+        lora_seed=config.seed,
+        world_size=ranks.world,
+        decoder_for_previews=config.preview.tiny_decoder if config.preview.decoder == "tiny" else "",
+        guide_away_from=config.sampling.negative_prompt,
     )
 
 
-def model_settings(model: ModelSettings) -> PolicySettings:
-    """What a configuration says of a policy by itself; its dtype must be chosen."""
-    return PolicySettings(
-        revision=model.revision,
-        variant=model.variant,
-        step_ends=model.step_ends,
-        weights=model.weights,
-        lora_rank=model.lora_rank,
-        lora_alpha=model.lora_alpha,
-        lora_targets=model.lora_targets,
-        max_sequence_length=model.max_sequence_length,
-        resolution=model.resolution,
-        frames=model.frames,
-        dtype=getattr(torch, model.dtype),
-        quantize=model.quantize,
-        compile=model.compile,
-        activation_checkpointing=model.activation_checkpointing,
-        offload=model.offload,
-        decoding=model.decoding,
-    )
+def with_lora_of_run(model: ModelSettings) -> ModelSettings:
+    """The settings with the LoRA that a run has saved, where `lora` names a run folder."""
+    run = Path(model.lora)
+    return replace(model, lora=str(_saved_by(run))) if model.lora and _is_run(run) else model
 
 
 def trained_policy(
@@ -231,7 +184,8 @@ def trained_policy(
         trained = _saved_by(trained)
     # what a run saved has in it where it began, and is for the model as it is
     model = replace(run.model, path=path, revision=revision, variant=variant, lora="", quantize="none")
-    policy = policy_from(model, 0, ranks, trained, negative_prompt=negative_prompt)
+    context = PolicyContext(device=ranks.device, world_size=ranks.world, guide_away_from=negative_prompt)
+    policy = policy_from(model, context, trained)
     require_same_model(ranks, policy)
     ranks.attend = policy.attend
     return policy
@@ -260,47 +214,35 @@ def _is_run(folder: Path) -> bool:
     return os.path.isfile(folder / "config.json") and os.path.isfile(folder / "summary.json")
 
 
-def sampling_from(config: Config, policy: Policy, needs: Needs, iteration: int) -> Sampling:
+def sampling_from(config: Config, policy: Policy, stores: Stored, iteration: int) -> Sampling:
     """How an iteration samples: stochastic where its window lies, storing what the objective needs of trained steps."""
     record = Record(
         steps=frozenset(trained_steps(config, iteration)),
-        means=needs == "means",
+        means=stores == "means",
         graphs=config.optim.reuse_rollout,
         latent_features=config.preview.probe,
     )
     return sampling_for(policy, config.sampling, stochastic_steps(config, iteration), record)
 
 
-def scorer_from(terms: Sequence[RewardTerm], frames: int, ranking: Ranking | None = None) -> Mixture:
-    """The rewards that a configuration names, as one; those of pictures see so many frames of a video."""
-    return Mixture([term_from(wanted, load_reward_of(wanted), frames) for wanted in terms], ranking)
+def scorer_from(terms: Sequence[RewardTerm], frames: int, ranking: Ranking | None = None) -> RewardMixture:
+    """The rewards that a configuration names, as one. Those of pictures see so many frames of a video."""
+    return RewardMixture([component_from(term, load_reward(term), frames) for term in terms], ranking)
 
 
-def load_reward_of(wanted: RewardTerm) -> Reward:
-    settings = OneRewardSettings(
-        device=wanted.device,
-        dtype=wanted.dtype,
-        batch_size=wanted.batch_size,
-        model=wanted.model,
-        url=wanted.url,
-        timeout=wanted.timeout,
-    )
-    return load_reward(wanted.name, settings, wanted.processes)
-
-
-def term_from(wanted: RewardTerm, reward: Reward, frames: int) -> Term:
-    """A reward with what its term asks for: patience, a cache, a weight, a gate. One of pictures scores videos by `frames` of theirs."""
-    groupwise, whole = (bool(getattr(reward, name, False)) for name in ("groupwise", "video"))
-    if groupwise and wanted.cache:
+def component_from(term: RewardTerm, reward: Reward, frames: int) -> Component:
+    """A reward with what its term asks for: retries and a cache. One of pictures scores videos by `frames` of their frames."""
+    if reward.groupwise and term.cache:
         raise Refusal(
-            f"reward {wanted.name!r} ranks a group, so its scores cannot be kept by picture; leave out its cache"
+            f"reward {term.name!r} ranks a group, so its scores cannot be kept by picture; leave out its cache"
         )
     # a server's client has the time limit, and knows which of its pictures it concerns
-    reward = Patient(reward, wanted.retries, None if wanted.url else wanted.timeout)
-    if wanted.cache:
-        reward = Cached(reward, " ".join(filter(None, (wanted.name, wanted.model))), Path(wanted.cache))
-    reward = reward if whole else OnFrames(reward, frames)
-    return Term(wanted.name, reward, wanted.weight, wanted.needs, wanted.at_least, groupwise)
+    reward = RetryingReward(reward, term.retries, None if term.url else term.timeout)
+    if term.cache:
+        reward = CachedReward(reward, " ".join(filter(None, (term.name, term.model))), Path(term.cache))
+    if not reward.video:
+        reward = FrameAverageReward(reward, frames)
+    return Component(term, reward)
 
 
 def ranking_of(objective: ObjectiveSettings, terms: Sequence[RewardTerm]) -> Ranking | None:
@@ -309,8 +251,8 @@ def ranking_of(objective: ObjectiveSettings, terms: Sequence[RewardTerm]) -> Ran
         return None
     weights_R = torch.tensor([term.weight for term in terms], dtype=torch.float64)
 
-    def normalised(parts_NR: Tensor, group_N: Tensor) -> Tensor:
-        return normalised_sum(parts_NR, weights_R, group_N, int(group_N.max()) + 1, objective.adv_eps)
+    def normalised(rewards_NR: Tensor, group_N: Tensor) -> Tensor:
+        return normalised_sum(rewards_NR, weights_R, group_N, int(group_N.max()) + 1, objective.adv_eps)
 
     return normalised
 

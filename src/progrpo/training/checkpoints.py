@@ -30,8 +30,15 @@ from progrpo.types import Prompt
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 _OF_OPTIMIZERS = {"adamw_8bit": ("bitsandbytes",)}
 _FOLDER, _NAME = "checkpoints", "iteration_"
-_MAY_DIFFER = ("iterations", "sampling.microbatch", "optim.microbatch")
-"""What --iterations lengthens, and how memory cuts the work into parts, which a run may change on its way."""
+_MAY_DIFFER = (
+    "iterations",
+    "sampling.microbatch",
+    "optim.microbatch",
+    "tracking.to",
+    "tracking.project",
+    "tracking.name",
+)
+"""Settings that a run may change on its way: its length, how memory divides the work, and where it reports to."""
 _FIXED = (
     "model.weights",
     "model.lora_rank",

@@ -11,7 +11,7 @@ import torch
 from progrpo.objectives.base import Experience, Objective
 from progrpo.policies.base import Policy
 from progrpo.policies.sharded import gathered
-from progrpo.rewards.mix import Failures
+from progrpo.rewards.mixture import Failures
 from progrpo.training.errors import MissingScoresError, SelfCheckError
 
 _ROUNDING = 1e-6  # a few float32 steps of a log-prob near 1
@@ -33,7 +33,7 @@ def check_ratio(deviation: float, clip_range: float, rounding: float = 0.0) -> N
 
 def rounding_between(policy: Policy, objective: Objective) -> float:
     """How far from 1 a ratio may be since sampling and training round differently: the density of a step that was sampled, and no other."""
-    exact = policy.batch_invariant or objective.needs == "latents"
+    exact = policy.batch_invariant or objective.settings.stores == "latents"
     return 0.0 if exact else rounding_of_ratio(math.prod(policy.latent_shape))
 
 

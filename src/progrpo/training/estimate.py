@@ -1,7 +1,7 @@
 """What an iteration takes on a device, before anything is loaded: operations, memory by what holds it, time at a share of the peak.
 
 Operations and memory are the model's own code's on tensors without content (`policies.sizes`). Not in them: rewards' operations and the
-memory of those that `REWARDS` does not know, what an allocator loses, and a denoiser's two compiled copies.
+memory of those whose network is not known, what an allocator loses, and a denoiser's two compiled copies.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ import torch
 from progrpo.config import GPU, Config, RewardTerm, resolve_plan, trained_steps, trains_transitions
 from progrpo.policies.load import quiet
 from progrpo.policies.sizes import Sizes, sizes
+from progrpo.registry import load_named
+from progrpo.rewards.base import Reward
+from progrpo.rewards.settings import REWARDS
 from progrpo.rollout.plan import Plan
 from progrpo.rollout.preview import DECODED
-from progrpo.training.build import OBJECTIVES, model_settings
 from progrpo.training.plan_judge import prompt_cost
 
 _FLOAT, _GB = 4, 1e9
 _AVERAGES = {"adamw": 2 * _FLOAT, "adamw_8bit": 2 * (1 + _FLOAT / 256)}  # bytes a weight; 256 share a scale
 _ROOM = 0.9  # of a card's memory: an allocator, unknown rewards and the driver want some
 _STEP = 7  # latents at once where noise is added: output, mean, noise, the next one, and three for its log-prob
-REWARDS = {"clipscore": 427_616_513, "aesthetic": 303_966_208, "pickscore": 986_109_441, "hpsv2": 986_109_441}
-"""Parameters of rewards' networks: CLIP's ViT-L/14, its pictures' half, ViT-H/14 twice."""
-_WITHOUT_NETWORK = ("shapes", "shapes_strict", "shapes_mixed", "jpeg_compressibility", "jpeg_incompressibility")
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def estimate(config: Config, device: str, share: float, processes: int) -> dict[
     begun = config.prompts.per_iteration * plan.group_size
     peak = max(memory["peaks"].values())
     fits = peak <= _ROOM * card.memory
-    unknown = [term.name for term in _rewards(config) if term.name not in (*REWARDS, *_WITHOUT_NETWORK)]
+    unknown = [term.name for term in _rewards(config) if _parameters(term) is None]
     return {
         "model": config.model.path,
         "parameters": found.frozen + found.trained,
@@ -101,22 +100,21 @@ def sizes_for(config: Config) -> Sizes:
     """Of a configuration's model, at its microbatches."""
     model, pair = config.model, 2 if config.sampling.in_pairs else 1
     dtype: Any = "bfloat16" if model.dtype == "auto" else model.dtype
-    settings = model_settings(replace(model, dtype=dtype, offload=False))
+    settings = replace(model, dtype=dtype, lora="", offload=False)
     called, trained = config.sampling.rows_per_call, config.optim.items_per_pass
     rows = trained * (pair if trains_transitions(config) else 1)
-    return _sizes_of(model.path, settings, called * pair, rows, min(called, DECODED))
+    return _sizes_of(settings, called * pair, rows, min(called, DECODED))
 
 
 def _memory(config: Config, plan: Plan, found: Sizes, processes: int) -> dict[str, dict[str, float]]:
-    objective = OBJECTIVES[config.objective.name](config.objective)
-    reference = config.model.weights == "lora" or objective.uses_reference
-    copies = len(objective.averages) + reference + (config.optim.ema_decay > 0) + config.eval.keep_best
+    loss = config.objective.loss
+    reference = config.model.weights == "lora" or loss.uses_reference
+    copies = len(loss.averages) + reference + (config.optim.ema_decay > 0) + config.eval.keep_best
     shared = processes if config.model.shard else 1  # a LoRA stays whole everywhere
     trained = _FLOAT * found.trained / (shared if config.model.weights == "full" else 1)
     prompts = -(-config.prompts.per_iteration // processes)
     latents = {
-        name: prompts * found.latent * of_one
-        for name, of_one in _latents(config, plan, objective.needs == "means").items()
+        name: prompts * found.latent * of_one for name, of_one in _latents(config, plan, loss.stores == "means").items()
     }
     always = {
         "frozen weights": found.frozen_bytes / shared,
@@ -196,7 +194,15 @@ def _rewards(config: Config) -> list[RewardTerm]:
 
 
 def _reward_bytes(term: RewardTerm) -> int:
-    return REWARDS.get(term.name, 0) * (4 if term.dtype == "float32" else 2)
+    return (_parameters(term) or 0) * (4 if term.dtype == "float32" else 2)
+
+
+def _parameters(term: RewardTerm) -> int | None:
+    """The parameters of a reward's network; None where they are not known, as of a user's own."""
+    if term.name not in REWARDS:
+        return None
+    kind: type[Reward] = load_named(term.name, REWARDS, "reward")
+    return kind.parameters
 
 
 # --- what would fit ---------------------------------------------------------------------------------------------------
@@ -278,13 +284,5 @@ def flops_by_stage(config: Config, plan: Plan, found: Sizes) -> Mapping[str, flo
     return {
         "sampling": cost.nfe * found.call_flops,
         "decoding": cost.decodes * found.decode_flops,
-        "update": rows * (found.train_flops + _others(config) * found.call_flops),
+        "update": rows * (found.train_flops + config.objective.loss.extra_forwards * found.call_flops),
     }
-
-
-def _others(config: Config) -> int:
-    """Passes of a trained item under other weights: the reference's, and an average's."""
-    wanted = config.objective
-    own = getattr(wanted, wanted.name)
-    pulls = {"grpo": 0, "nft": 1, "awm": int(wanted.awm.average_beta > 0), "dgpo": 1}[wanted.name]
-    return pulls + int(own.kl_beta > 0 or wanted.name == "dgpo")

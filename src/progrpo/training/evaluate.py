@@ -23,7 +23,7 @@ from progrpo.policies.base import Policy
 from progrpo.prompts.load import unread
 from progrpo.prompts.pictures import check_sources
 from progrpo.rewards.base import Judge, Scorer
-from progrpo.rewards.mix import close_all
+from progrpo.rewards.mixture import close_all
 from progrpo.rollout.denoise import Denoiser, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -281,7 +281,7 @@ def _held_out(reward: Scorer | None, scored: _Scored) -> list[dict[str, float | 
     """Each held-out reward's value of each picture, by name."""
     if reward is None:
         return [{} for _ in scored.prompts]
-    return [dict(zip(reward.weights, _listed(row), strict=True)) for row in scored.by(reward).parts_NR]
+    return [dict(zip(reward.weights, _listed(row), strict=True)) for row in scored.by(reward).rewards_NR]
 
 
 def _kind(columns: Mapping[str, Any]) -> str | None:

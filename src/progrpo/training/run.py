@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,8 +36,9 @@ from progrpo.prompts.texts import shared
 from progrpo.recipes import load_recipe
 from progrpo.registry import refuse_within_import
 from progrpo.rewards.base import Judge, Refusal
-from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mix import Mixture, Term, close_all
+from progrpo.rewards.function import adapted, qualified_name
+from progrpo.rewards.load import load_reward
+from progrpo.rewards.mixture import Component, RewardMixture, close_all
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.plan import UnitCosts, preset
 from progrpo.rollout.plan import path as plan_path
@@ -53,17 +53,17 @@ from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.statistics import spearman
 from progrpo.training import checkpoints
 from progrpo.training.build import (
+    component_from,
     eval_prompts,
     judge_for,
-    load_reward_of,
     located,
+    policy_context,
     policy_from,
     ranking_of,
     scorer_from,
-    settings_from,
     settled,
-    term_from,
     train_order,
+    with_lora_of_run,
 )
 from progrpo.training.distributed import Ranks, lost_in_words
 from progrpo.training.equal_inputs import require_same_model, require_same_prompts, require_same_settings
@@ -214,9 +214,7 @@ def train(
 def _taken_over(pipeline: DiffusionPipeline, config: Config, ranks: Ranks) -> Policy:
     from progrpo.policies.load import policy_from_pipeline
 
-    decoder, away = config.preview.needed_decoder, config.sampling.negative_prompt
-    settings = settings_from(config.model, config.seed, ranks, decoder, away)
-    return policy_from_pipeline(pipeline, settings)
+    return policy_from_pipeline(pipeline, with_lora_of_run(config.model), policy_context(config, ranks))
 
 
 def _given_config(config: Config | None, own: Config | None, pipeline: DiffusionPipeline) -> Config:
@@ -296,10 +294,10 @@ def _resumed(config: Config, parts: Callable[[], Parts], folder: RunFolder, rank
 
 def _mixed(
     wanted: Rewarding | Sequence[Rewarding | tuple[Rewarding, float]], config: Config
-) -> tuple[tuple[RewardTerm, ...], Mixture]:
+) -> tuple[tuple[RewardTerm, ...], RewardMixture]:
     """The rewards of a library call as a configuration would name them, and as one."""
     terms: list[RewardTerm] = []
-    mixed: list[Term] = []
+    components: list[Component] = []
     for item in wanted if isinstance(wanted, list | tuple) else [wanted]:
         if isinstance(item, tuple) and len(item) != 2:
             raise ValueError(f"a reward with a weight must be a pair (reward, weight), not {quoted(item)}")
@@ -308,36 +306,30 @@ def _mixed(
             reward = RewardTerm.from_text(reward)
         if isinstance(reward, RewardTerm):
             term = replace(reward, from_python=False, weight=reward.weight if weight is None else weight)
-            made = load_reward_of(term)
+            made = load_reward(term)
         else:
-            name, taken = _name_of(reward), {other.name for other in terms}
+            name, taken = qualified_name(reward), {other.name for other in terms}
             name = next(n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in taken)  # two lambdas
-            term, made = RewardTerm(name, 1.0 if weight is None else weight, from_python=True), FunctionReward(reward)
+            term, made = RewardTerm(name, 1.0 if weight is None else weight, from_python=True), adapted(reward)
         terms.append(term)
-        mixed.append(term_from(term, made, config.reward.frames))
-    return tuple(terms), Mixture(mixed, ranking_of(config.objective, terms))
+        components.append(component_from(term, made, config.reward.frames))
+    return tuple(terms), RewardMixture(components, ranking_of(config.objective, terms))
 
 
-def _name_of(reward: Any) -> str:
-    named = reward if hasattr(reward, "__qualname__") else type(reward)
-    return re.sub(r"[^\w.:]", "_", f"{named.__module__}:{named.__qualname__}")  # `<lambda>`, `<locals>`
-
-
-def _held_out_rewards(config: Config) -> Mixture | None:
+def _held_out_rewards(config: Config) -> RewardMixture | None:
     return scorer_from(config.eval.rewards, config.reward.frames) if config.eval.rewards else None
 
 
 def _named_parts(config: Config, ranks: Ranks) -> Parts:
     """What a configuration names."""
     source, pictures, column = config.eval.prompts, config.eval.pictures, config.eval.column
-    decoder, away = config.preview.needed_decoder, config.sampling.negative_prompt
     test, validation = (eval_prompts(source, split, pictures, column) for split in ("test", "validation"))
     return Parts(
         config,
         scorer_from(config.reward.terms, config.reward.frames, ranking_of(config.objective, config.reward.terms)),
         train_order(config.prompts, config.seed),
         HeldOut(test, validation, judge_for(source), _held_out_rewards(config)),
-        lambda: policy_from(config.model, config.seed, ranks, None, decoder, away),
+        lambda: policy_from(config.model, policy_context(config, ranks)),
     )
 
 
@@ -349,7 +341,7 @@ class HeldOut:
     test: Sequence[Prompt]
     validation: Sequence[Prompt]
     judge: Judge | None
-    rewards: Mixture | None = None
+    rewards: RewardMixture | None = None
 
 
 @dataclass(frozen=True)
@@ -357,7 +349,7 @@ class Parts:
     """What a run is made of. Its model is loaded last, since most mistakes are seen without it."""
 
     config: Config
-    reward: Mixture
+    reward: RewardMixture
     order: PromptOrder
     held_out: HeldOut
     load: Callable[[], Policy]

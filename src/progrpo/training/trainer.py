@@ -16,7 +16,7 @@ from progrpo.objectives.base import Experience
 from progrpo.policies.base import Policy
 from progrpo.policies.sharded import all_gathered, as_shared
 from progrpo.prompts.order import PromptOrder
-from progrpo.rewards.mix import Failures, Mixture
+from progrpo.rewards.mixture import Failures, RewardMixture
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.probe import Probe, probe_examples
@@ -98,7 +98,7 @@ class Iteration:
 class Trainer:
     """Everything that changes during a run is in `state_dict`; noise and windows follow from the iteration's number."""
 
-    def __init__(self, config: Config, policy: Policy, reward: Mixture, order: PromptOrder, ranks: Ranks) -> None:
+    def __init__(self, config: Config, policy: Policy, reward: RewardMixture, order: PromptOrder, ranks: Ranks) -> None:
         if config.prompts.per_iteration < ranks.world and not config.prompts.split_groups:
             raise ValueError(
                 f"prompts.per_iteration is {config.prompts.per_iteration}, fewer than the {ranks.world} processes;"
@@ -120,7 +120,7 @@ class Trainer:
         self.iteration, self.totals = 0, Totals()
         self.untouched = True
         """Whether nothing but totals has changed since the last iteration ended: until the next one has its scores."""
-        for name in (*([EMA] if config.optim.ema_decay > 0 else []), *self.objective.averages):
+        for name in (*([EMA] if config.optim.ema_decay > 0 else []), *self.objective.settings.averages):
             policy.named_weights.snapshot(name)
         self._frozen, self._checked = checks.fingerprint(policy), False
         watch = config.watch
@@ -128,7 +128,7 @@ class Trainer:
 
     def _agree_on_batch_invariance(self) -> None:
         """Measure it on every process, in calls of one row, a few, and as many as the run makes; all go by the least of them."""
-        if self.objective.needs == "latents":
+        if self.objective.settings.stores == "latents":
             return
         sampling, prompts = self.config.sampling, self.config.prompts.per_iteration
         rows = min(sampling.rows_per_call, prompts * self.plan.group_size)
@@ -150,7 +150,7 @@ class Trainer:
     @property
     def sampling(self) -> Sampling:
         """How the next iteration samples."""
-        return sampling_from(self.config, self.policy, self.objective.needs, self.iteration)
+        return sampling_from(self.config, self.policy, self.objective.settings.stores, self.iteration)
 
     @property
     def sampler(self) -> Sampler:
@@ -179,7 +179,7 @@ class Trainer:
         prompts = self.order.prompts_for(self.iteration, self.config.prompts.per_iteration)
         slots = torch.arange(len(prompts)) if self.config.prompts.split_groups else self.ranks.deal(len(prompts))
         sampling = self.sampling
-        with self.policy.weights(self.objective.rollout_weights):
+        with self.policy.weights(self.objective.settings.rollout_weights):
             rolled = self.within_memory(lambda m: self._roll_out(prompts, slots, key, m), meter)
         lost = self.totals.lost
         failed = self.check_failures(f"iteration {self._number}")
@@ -238,7 +238,7 @@ class Trainer:
         return in_waves(self.sampler, chosen, slots, key, meter, self.config.reward.waves)
 
     def _update(self, rolled: Rollout, sampling: Sampling, key: NoiseKey, meter: Meter) -> Tally:
-        wanted, clip = self.config.objective, self.objective.adv_clip_max
+        wanted, clip = self.config.objective, self.objective.settings.adv_clip_max
         weights, quorum, diverse = self.reward.weights, self.config.reward.quorum, Tally()
         there = rolled.pictures.there_N.numpy()
         if (
@@ -259,7 +259,7 @@ class Trainer:
         tally.merge(diverse)
         if self.config.optim.ema_decay > 0:
             self.policy.named_weights.update(EMA, self.config.optim.ema_decay)
-        for name, average in self.objective.averages.items():
+        for name, average in self.objective.settings.averages.items():
             self.policy.named_weights.update(name, average.decay(self.iteration + 1))
         skipped = int(seen.maxima["update/skipped"])
         self.checks.updates(self._number, skipped, self.config.optim.updates_per_rollout)
@@ -282,7 +282,7 @@ class Trainer:
         if len(experience):
             checks.check_bound(self.policy, experience)
         self.ranks.join()  # the others may be at it still, and need this process' part of the reference
-        if self.config.model.weights == "full" and not self.objective.uses_reference:
+        if self.config.model.weights == "full" and not self.objective.settings.uses_reference:
             self.policy.named_weights.forget("reference")  # a copy of the whole denoiser that nothing asks for
 
     def check_failures(self, when: str) -> dict[str, int]:
@@ -315,7 +315,7 @@ class Trainer:
         count = len(prompts)
         prompt = prompts[self.iteration // self.config.audit.every % count]
 
-        with self.policy.weights(self.objective.rollout_weights):
+        with self.policy.weights(self.objective.settings.rollout_weights):
             return self.within_memory(lambda m: audit(self.sampler, prompt, count, key, m), meter)
 
     def _learn_of_previews(self, rolled: Rollout, found: Audit | None) -> None:
@@ -426,7 +426,7 @@ class Trainer:
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         own_weights = self.policy.named_weights.names
         self.policy.load_state_dict(state["policy"])
-        for name in (EMA, *self.objective.averages):
+        for name in (EMA, *self.objective.settings.averages):
             if name in own_weights and name not in self.policy.named_weights:  # an average that begins only now
                 self.policy.named_weights.snapshot(name)
         self.optimizer.load_state_dict(self._moments(state["optimizer"]))

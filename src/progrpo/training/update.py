@@ -79,9 +79,9 @@ def learn_from(
 
     scale = {"eps": objective.adv_eps, "clip_max": adv_clip_max}
     if objective.advantage == "gdpo":
-        parts_NR = whole.parts_NR.where(rewards_N.isfinite()[:, None], torch.nan)
+        rewards_NR = whole.rewards_NR.where(rewards_N.isfinite()[:, None], torch.nan)
         weights_R = torch.tensor(list(weights.values()), dtype=torch.float64)
-        values_N = normalised_sum(parts_NR, weights_R, whole.group_N, num_groups, objective.adv_eps)
+        values_N = normalised_sum(rewards_NR, weights_R, whole.group_N, num_groups, objective.adv_eps)
         mean, std = batch_mean_std(values_N, add_up)
         taught = group_statistics(values_N, whole.group_N, num_groups)
         advantages_N, observed_N = advantages(values_N, whole.group_N, taught.around(mean), std=std, **scale)
@@ -99,7 +99,7 @@ def learn_from(
     tally.add_finite("reward/std", statistics.std_P)
     tally.add_finite("reward/strict", rollout.survivors.passed_N)
     if len(weights) > 1:
-        for name, values_N in zip(weights, rollout.survivors.parts_NR.unbind(1), strict=True):
+        for name, values_N in zip(weights, rollout.survivors.rewards_NR.unbind(1), strict=True):
             tally.add_finite(f"reward/mean@{name}", values_N)
     if not rollout.previews:
         tally.add_finite("reward/group_std_full", finalists.std_P)
@@ -147,7 +147,7 @@ def update(
             try:
                 ready = experience if prepared else objective.prepare(policy, experience, packing.microbatch, parts)
                 share = ready.take((_parts(ready, parts) == part).nonzero().flatten())
-                per_trajectory = objective.items_per_trajectory(share)
+                per_trajectory = objective.settings.items_per_trajectory(len(share.trajectories.path))
                 telling = share.take(share.advantages_N.nonzero().flatten())
                 if counted is None:
                     sizes = torch.tensor([len(share) * per_trajectory, len(telling)], dtype=torch.float64)
@@ -230,7 +230,7 @@ def _parts(experience: Experience, parts: int) -> Tensor:
 def _accumulate(
     policy: Policy, objective: Objective, experience: Experience, everywhere: float, packing: Packing
 ) -> Tally:
-    tally, per_trajectory = Tally(), objective.items_per_trajectory(experience)
+    tally, per_trajectory = Tally(), objective.settings.items_per_trajectory(len(experience.trajectories.path))
     count = len(experience) * per_trajectory
     if experience.attached:
         # a graph spans one transition of every trajectory, and its ratios are 1 by construction: some are computed anew

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from progrpo.policies.base import PolicyContext
+from progrpo.policies.load import policy_from_pipeline
+from progrpo.policies.settings import ModelSettings
+from progrpo.types import Prompt
 from tests.support.policies import (
     PROMPTS,
     TEXTS,
@@ -16,17 +21,13 @@ from tests.support.policies import (
     untouched_pipeline,
 )
 
-from progrpo.policies.base import PolicySettings
-from progrpo.policies.load import policy_from_pipeline
-from progrpo.types import Prompt
-
 
 @pytest.mark.parametrize(
     "model", ["tiny_sd3", "tiny_sd", "tiny_sdxl", "tiny_flux_schnell", "tiny_qwen_image", "tiny_wan"]
 )
 def test_guidance_leads_away_from_the_negative_prompt_as_the_diffusers_pipeline_does(request, model):
     folder = request.getfixturevalue(model)
-    policy, plain = (load(folder, "lora", negative_prompt=text) for text in ("green bird", ""))
+    policy, plain = (load(folder, "lora", PolicyContext(guide_away_from=text)) for text in ("green bird", ""))
     expected = sample_by_diffusers(
         untouched_pipeline(folder), policy, 3.5, "latent", negative_prompt=["green bird"] * len(TEXTS)
     )
@@ -39,24 +40,24 @@ def test_guidance_leads_away_from_the_negative_prompt_as_the_diffusers_pipeline_
 
 def test_a_model_that_is_told_its_guidance_leads_away_from_no_text(tiny_flux):
     with pytest.raises(ValueError, match=r"^sampling\.negative_prompt: this model is told .* leave it empty$"):
-        load(tiny_flux, "lora", negative_prompt="green bird")
+        load(tiny_flux, "lora", PolicyContext(guide_away_from="green bird"))
 
 
-def test_guidance_is_taken_between_prompt_and_empty_prompt_with_gradients_through_both(policy):
-    if policy.embeds_guidance:
+def test_guidance_is_taken_between_prompt_and_empty_prompt_with_gradients_through_both(own_policy):
+    if own_policy.embeds_guidance:
         pytest.skip("the network is told of it")
-    perturb(policy)
-    x, timestep, w = noise(policy), torch.tensor(600.0), 3.0
-    v = policy.predict(x, timestep, policy.encode(PROMPTS), w)
-    v_c = policy.predict(x, timestep, policy.encode(PROMPTS))
-    nothing = policy._unconditional.take(torch.tensor([0, 0]))  # SDXL has zeros for the empty prompt
-    v_u = policy.predict(x, timestep, nothing)
+    perturb(own_policy)
+    x, timestep, w = noise(own_policy), torch.tensor(600.0), 3.0
+    v = own_policy.predict(x, timestep, own_policy.encode(PROMPTS), w)
+    v_c = own_policy.predict(x, timestep, own_policy.encode(PROMPTS))
+    nothing = own_policy._unconditional.take(torch.tensor([0, 0]))  # SDXL has zeros for the empty prompt
+    v_u = own_policy.predict(x, timestep, nothing)
     expected = v_u + w * (v_c - v_u)
-    if type(policy).__name__ == "QwenImagePolicy":  # of the conditional's length, in each patch of 2x2
+    if type(own_policy).__name__ == "QwenImagePolicy":  # of the conditional's length, in each patch of 2x2
         lengths = [torch.nn.functional.avg_pool2d(v.square().sum(1, True), 2).sqrt() for v in (v_c, expected)]
         expected = expected * (lengths[0] / lengths[1]).repeat_interleave(2, 2).repeat_interleave(2, 3)
     torch.testing.assert_close(v, expected, rtol=1e-4, atol=1e-5)
-    parameter = next(iter(policy.trainable.values()))
+    parameter = next(iter(own_policy.trainable.values()))
     (gradient,), (expected_gradient,) = (torch.autograd.grad(out.square().mean(), parameter) for out in (v, expected))
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-6)
 
@@ -78,7 +79,7 @@ def test_a_distilled_flux2_klein_is_sampled_without_guidance(tiny_flux2_klein):
     pipeline = untouched_pipeline(tiny_flux2_klein)
     pipeline.register_to_config(is_distilled=True)
     policy = policy_from_pipeline(
-        pipeline, PolicySettings(lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, resolution=16)
+        pipeline, ModelSettings(lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, resolution=16)
     )
     with pytest.raises(ValueError, match=r"sampling\.guidance_scale: 3\.5 would guide a distilled model, .* use 1"):
         sample_without_noise(policy, 3.5)
@@ -90,7 +91,7 @@ def test_a_pair_of_calls_shows_the_source_in_both(tiny_kontext):
     pipeline = untouched_pipeline(tiny_kontext)
     told = {**pipeline.transformer.config, "guidance_embeds": False}
     pipeline.transformer = type(pipeline.transformer).from_config(told)
-    settings = PolicySettings(lora_rank=2, max_sequence_length=TOKENS, resolution=16)
+    settings = ModelSettings(lora_rank=2, max_sequence_length=TOKENS, resolution=16)
     policy = policy_from_pipeline(pipeline, settings)
     x, condition, w = noise(policy), policy.encode(PROMPTS), 3.0
     nothing = policy.encode([Prompt("", prompt.columns) for prompt in PROMPTS])

@@ -8,15 +8,15 @@ import time
 import numpy as np
 import pytest
 
-from progrpo.rewards.base import Refusal, Score
-from progrpo.rewards.patient import Patient
+from progrpo.rewards.base import Refusal, Reward, Score
+from progrpo.rewards.retrying import RetryingReward
 from progrpo.types import Prompt
 
 PICTURES = np.arange(20, dtype=np.uint8).reshape(20, 1, 1, 1).repeat(3, axis=3)
 PROMPTS = [Prompt(f"{i}") for i in range(20)]
 
 
-class Fails:
+class Fails(Reward):
     """Scores a picture by its number; `fails(call, numbers)` may give an error to raise instead."""
 
     def __init__(self, fails):
@@ -34,7 +34,7 @@ class Fails:
 def patient(fails, **how):
     waited: list[float] = []
     reward = Fails(fails)
-    return Patient(reward, sleep=waited.append, **how), reward, waited
+    return RetryingReward(reward, sleep=waited.append, **how), reward, waited
 
 
 def test_what_does_not_fail_is_asked_once():
@@ -117,7 +117,7 @@ def test_an_interrupt_is_no_failure():
 
 
 def test_only_the_pictures_that_failed_are_asked_about_again():
-    class Flaky:
+    class Flaky(Reward):
         def __init__(self):
             self.asked = []
 
@@ -128,16 +128,16 @@ def test_only_the_pictures_that_failed_are_asked_about_again():
             return [Score(None, error="busy") if n in lost else Score(None if n == 3 else float(n)) for n in numbers]
 
     reward = Flaky()
-    scores = Patient(reward, retries=2, sleep=lambda s: None).score(PICTURES, PROMPTS)
+    scores = RetryingReward(reward, retries=2, sleep=lambda s: None).score(PICTURES, PROMPTS)
     assert reward.asked == [list(range(20)), [2, 5, 9], [5]]  # the third, which just has none, is not
     assert [s.value for s in scores] == [None if n == 3 else float(n) for n in range(20)]
     reward = Flaky()
-    scores = Patient(reward, retries=1, sleep=lambda s: None).score(PICTURES, PROMPTS)
+    scores = RetryingReward(reward, retries=1, sleep=lambda s: None).score(PICTURES, PROMPTS)
     assert scores[5] == Score(None, error="busy") and reward.asked == [list(range(20)), [2, 5, 9]]
 
 
 def test_a_reward_that_ranks_a_group_is_asked_about_all_of_it_again_and_never_about_a_picture_alone():
-    class Ranks:
+    class Ranks(Reward):
         groupwise = True
 
         def __init__(self, troubles):
@@ -152,17 +152,17 @@ def test_a_reward_that_ranks_a_group_is_asked_about_all_of_it_again_and_never_ab
             return [Score(None, error="busy") if n == trouble else Score(float(p)) for n, p in enumerate(places)]
 
     reward = Ranks([3, OSError("reset"), None])
-    scores = Patient(reward, retries=2, sleep=lambda s: None).score(PICTURES, PROMPTS)
+    scores = RetryingReward(reward, retries=2, sleep=lambda s: None).score(PICTURES, PROMPTS)
     assert [s.value for s in scores] == list(range(20)) and reward.asked == [20, 20, 20]
     reward = Ranks([OSError("reset")])
-    scores = Patient(reward, retries=0, sleep=lambda s: None).score(PICTURES, PROMPTS)
+    scores = RetryingReward(reward, retries=0, sleep=lambda s: None).score(PICTURES, PROMPTS)
     assert scores == [Score(None, error="OSError: reset")] * 20 and reward.asked == [20]
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
-class Hangs:
+class Hangs(Reward):
     def __init__(self, times):
         self.release, self.times, self.calls = threading.Event(), times, 0
 
@@ -176,7 +176,7 @@ class Hangs:
 def test_a_call_that_hangs_is_left_to_itself_and_its_pictures_are_missing():
     reward = Hangs(2)
     start = time.perf_counter()
-    scores = Patient(reward, retries=1, timeout=0.1, sleep=lambda s: None).score(PICTURES, PROMPTS)
+    scores = RetryingReward(reward, retries=1, timeout=0.1, sleep=lambda s: None).score(PICTURES, PROMPTS)
     assert time.perf_counter() - start < 10
     assert scores == [Score(None, error="TimeoutError: no answer in 0.1 s")] * 20
     assert reward.calls == 2  # no picture was asked about alone
@@ -185,14 +185,14 @@ def test_a_call_that_hangs_is_left_to_itself_and_its_pictures_are_missing():
 
 def test_a_call_that_hangs_once_is_tried_again():
     reward = Hangs(1)
-    scores = Patient(reward, retries=1, timeout=0.1, sleep=lambda s: None).score(PICTURES, PROMPTS)
+    scores = RetryingReward(reward, retries=1, timeout=0.1, sleep=lambda s: None).score(PICTURES, PROMPTS)
     assert scores == [Score(1.0)] * 20
     reward.release.set()
 
 
 def test_calls_that_hang_do_not_pile_up():
     reward = Hangs(100)
-    asked = Patient(reward, retries=0, timeout=0.05, sleep=lambda s: None)
+    asked = RetryingReward(reward, retries=0, timeout=0.05, sleep=lambda s: None)
     found = [asked.score(PICTURES[:1], PROMPTS[:1])[0].error for _ in range(6)]
     assert found[:4] == ["TimeoutError: no answer in 0.05 s"] * 4
     hanging = "TimeoutError: 4 earlier calls still hang; in processes of its own such calls are ended"
@@ -220,6 +220,6 @@ def test_closing_reaches_the_reward():
         def close(self):
             closed.append(True)
 
-    Patient(Closes(0)).close()
-    Patient(Hangs(0)).close()
+    RetryingReward(Closes(0)).close()
+    RetryingReward(Hangs(0)).close()
     assert closed == [True]

@@ -1,0 +1,190 @@
+"""The mixture of a run's rewards: weighted and gated, with their failures counted."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from progrpo.messages import named
+from progrpo.rewards.base import Reward, Score
+from progrpo.rewards.settings import RewardTerm
+from progrpo.types import Prompt, Scores
+
+
+@dataclass(frozen=True)
+class Component:
+    """A reward of a mixture, and the term with its weight and gate."""
+
+    term: RewardTerm
+    reward: Reward
+
+
+@dataclass(frozen=True)
+class Failures:
+    """The counts of scores and pictures that are missing."""
+
+    asked: Mapping[str, int]
+    """The number of scores by reward, those of lost pictures included."""
+    missing: Mapping[str, int]
+    """The number of missing scores by reward."""
+    last_error: str | None
+    pictures: int = 0
+    """The number of pictures."""
+    lost: int = 0
+    """The number of pictures that are not finite."""
+    fault: str = ""
+    """The cause of the last lost picture."""
+
+
+Ranking = Callable[[Tensor, Tensor], Tensor]
+"""A function of rewards_NR and group_N. Its value (N,) is what selectors compare."""
+
+
+class RewardMixture:
+    """The weighted sum of its rewards, missing where one of them is.
+
+    A term with `needs` counts as 0, and its reward is not called, where the reward in `needs` is below `at_least`.
+    """
+
+    def __init__(self, components: Sequence[Component], ranking: Ranking | None = None) -> None:
+        """`ranking` gives what selectors compare; None: the sum itself."""
+        self._components = components
+        self._ranking = ranking
+        self._lock = threading.Lock()
+        self._reset_counts()
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return {component.term.name: component.term.weight for component in self._components}
+
+    @property
+    def groupwise(self) -> str | None:
+        """The name of a reward that must see whole groups, if there is one."""
+        return next((component.term.name for component in self._components if component.reward.groupwise), None)
+
+    def score(
+        self,
+        pictures_NHWC: np.ndarray,
+        prompts: Sequence[Prompt],
+        group_N: Tensor,
+        there_N: Tensor | None = None,
+        fault: str = "",
+    ) -> Scores:
+        if there_N is None:
+            there_N = torch.ones(len(prompts), dtype=torch.bool)
+        self._count_pictures(there_N, fault)
+        rewards: dict[str, Tensor] = {}
+        verdicts: list[list[bool | None]] = []
+        for component in self._components:
+            term = component.term
+            called_N = there_N
+            values_N = torch.zeros(len(prompts), dtype=torch.float64)
+            values_N[~there_N] = math.nan
+            if term.needs:
+                gate_N = rewards[term.needs]
+                called_N = gate_N >= term.at_least  # False where the gate is missing
+                values_N[gate_N.isnan()] = math.nan
+            rows = called_N.nonzero().flatten()
+            scores = self._scores(component, pictures_NHWC, prompts, group_N, rows)
+            values_N[rows] = torch.tensor([s.number() for s in scores], dtype=torch.float64)
+            rewards[term.name] = values_N
+            if not term.needs:
+                passed = dict(zip(rows.tolist(), (s.passed for s in scores), strict=True))
+                verdicts.append([passed.get(i) for i in range(len(prompts))])
+        rewards_NR = torch.stack(list(rewards.values()), dim=1)
+        weights_R = torch.tensor(list(self.weights.values()), dtype=torch.float64)
+        value_N = (rewards_NR * weights_R).sum(1)
+        ranking_N = value_N if self._ranking is None else self._ranking(rewards_NR, group_N)
+        passed_N = torch.tensor([_all(row) for row in zip(*verdicts, strict=True)], dtype=torch.float64)
+        return Scores(value_N, ranking_N, passed_N, rewards_NR)
+
+    def failures(self) -> Failures:
+        """Return the counts since the last call, and reset them."""
+        with self._lock:
+            failures = Failures(self._asked, self._missing, self._last_error, self._pictures, self._lost, self._fault)
+            self._reset_counts()
+        return failures
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse prompts, or a machine, that one of the rewards cannot work with."""
+        for component in self._components:
+            component.reward.check(prompts)
+
+    def close(self) -> None:
+        """Close every reward, also where one raises."""
+        with ExitStack() as closing:
+            for component in self._components:
+                closing.callback(component.reward.close)
+
+    def _scores(
+        self, component: Component, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt], group_N: Tensor, rows: Tensor
+    ) -> list[Score]:
+        """The scores of these rows, in order. A reward that ranks sees one group at a time."""
+        name, reward = component.term.name, component.reward
+        calls = [rows[group_N[rows] == g] for g in group_N[rows].unique()] if reward.groupwise else [rows]
+        by_row: dict[int, Score] = {}
+        for asked in [call.tolist() for call in calls if len(call)]:
+            scores = reward.score(pictures_NHWC[asked], [prompts[i] for i in asked])
+            assert len(scores) == len(asked), f"reward {name}: {len(scores)} scores for {len(asked)} pictures"
+            by_row |= dict(zip(asked, scores, strict=True))
+        self._count(name, list(by_row.values()))
+        return [by_row[i] for i in rows.tolist()]
+
+    def _reset_counts(self) -> None:
+        self._asked = dict.fromkeys(self.weights, 0)
+        self._missing = dict.fromkeys(self.weights, 0)
+        self._last_error: str | None = None
+        self._pictures, self._lost, self._fault = 0, 0, ""
+
+    def _count_pictures(self, there_N: Tensor, fault: str) -> None:
+        lost = int((~there_N).sum())
+        with self._lock:
+            self._pictures += len(there_N)
+            self._lost += lost
+            for name in self.weights if lost else ():
+                self._asked[name] += lost
+                self._missing[name] += lost
+            if lost:
+                self._fault, self._last_error = fault, self._last_error or fault
+
+    def _count(self, name: str, scores: Sequence[Score]) -> None:
+        missing = [s for s in scores if math.isnan(s.number())]
+        with self._lock:  # waves score in several threads
+            self._asked[name] += len(scores)
+            self._missing[name] += len(missing)
+            if missing:
+                reason = " ".join(str(missing[-1].error or "it gave no finite number").split())
+                self._last_error = f"reward {name}: {named(reason)}"
+
+
+def mixture_of_one(reward: Reward, name: str = "reward") -> RewardMixture:
+    """A mixture of this reward alone."""
+    return RewardMixture([Component(RewardTerm(name), reward)])
+
+
+def close_all(mixtures: Iterable[RewardMixture | None], warn: Callable[[str], None]) -> None:
+    """Close the mixtures. Where one fails, a sentence goes to `warn`; its scores are complete by then."""
+    for mixture in filter(None, mixtures):
+        try:
+            mixture.close()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            warn(
+                f"a reward's close() failed ({reason}); nothing else is affected, what the reward holds may be held"
+                " still"
+            )
+
+
+def _all(verdicts: Sequence[bool | None]) -> float:
+    """1 if all rewards with a verdict pass, 0 if one does not, NaN if none has a verdict."""
+    known = [v for v in verdicts if v is not None]
+    return float(all(known)) if known else math.nan
