@@ -140,7 +140,7 @@ def policy_context(config: Config, ranks: Ranks) -> PolicyContext:
         device=ranks.device,
         lora_seed=config.seed,
         world_size=ranks.world,
-        decoder_for_previews=config.preview.tiny_decoder if config.preview.decoder == "tiny" else "",
+        decoder_for_previews=config.preview.needed_decoder,
         guide_away_from=config.sampling.negative_prompt,
     )
 
