@@ -10,7 +10,7 @@ import torch
 from progrpo.config import Config, GRPOSettings, ObjectiveSettings, PlanSettings, PreviewSettings, SamplingSettings
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, preset
 from progrpo.rollout.plan_value import Simulation
-from progrpo.rollout.probe import Probe, ProbeExample
+from progrpo.rollout.probe import Probe, ProbeExample, trusted_steps
 from progrpo.rollout.prune import SELECTORS
 from progrpo.storage import load_state, save_state
 from progrpo.training.plan_judge import PlanJudge, Verdict, plan_from, prompt_cost
@@ -94,7 +94,7 @@ def test_a_probes_steps_cost_no_preview():
     for _ in range(3):
         probe.watch([0.9 if step == 5 else 0.0 for step in range(STEPS)])
     judge = judged(config(), *[flat(0.7)] * 3)
-    with_probe = verdict(judge, FLASH, probed_steps=probe.trusted_steps(0.5)).plan_value
+    with_probe = verdict(judge, FLASH, probed_steps=trusted_steps(probe, PreviewSettings())).plan_value
     flash = (24 * 6 + 16 * 2 + 12 * 2) * CALL + (24 + 16) * PREVIEW + 12 * FINISH + 12 * 9 * TRAIN
     assert with_probe / verdict(judge, FLASH).plan_value == pytest.approx(flash / (flash - 24 * PREVIEW), rel=1e-12)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from progrpo.rollout.settings import PreviewSettings
 from progrpo.types import Condition, Trajectories
 
 _SIDE = 16
@@ -180,10 +181,6 @@ class Probe:
         found = self.agreement(step)
         return self.knows and found is not None and found >= threshold
 
-    def trusted_steps(self, threshold: float) -> frozenset[int]:
-        """The steps at which it is trusted."""
-        return frozenset(step for step in range(self.num_steps) if self.trusted(step, threshold))
-
     def state_dict(self) -> dict[str, Any]:
         learnt = None
         if self._head is not None:
@@ -208,6 +205,13 @@ class Probe:
         self._average.load_state_dict(learnt["average"])
         self._optimizer.load_state_dict(learnt["optimizer"])
         self._steps = learnt["steps"]
+
+
+def trusted_steps(probe: Probe | None, settings: PreviewSettings) -> frozenset[int]:
+    """The steps at which a probe ranks in place of previews."""
+    if probe is None:
+        return frozenset()
+    return frozenset(step for step in range(probe.num_steps) if probe.trusted(step, settings.probe_threshold))
 
 
 class _Head(nn.Module):

@@ -10,7 +10,7 @@ from progrpo.policies.base import Policy
 from progrpo.rewards.base import Scorer
 from progrpo.rollout.denoise import Denoiser
 from progrpo.rollout.plan import Plan
-from progrpo.rollout.probe import Probe
+from progrpo.rollout.probe import Probe, trusted_steps
 from progrpo.rollout.prune import Selector, ovf
 from progrpo.rollout.sampling import Sampling
 from progrpo.rollout.settings import PreviewSettings
@@ -46,7 +46,7 @@ class Sampler:
     @property
     def probed_steps(self) -> frozenset[int]:
         """The steps at which the probe ranks."""
-        return frozenset() if self.probe is None else self.probe.trusted_steps(self.preview_settings.probe_threshold)
+        return trusted_steps(self.probe, self.preview_settings)
 
     def survivors(self, batch: Trajectories, scores_N: Tensor, keep: int, seeds_P: Tensor) -> Tensor:
         """The rows of this process' batch that stay when each group keeps `keep` members; `seeds_P` has one per group."""
