@@ -21,6 +21,13 @@ def metric(record: Mapping[str, MetricValue], name: str) -> float | None:
     return None if isinstance(value, list) else value
 
 
+def iteration_of(record: Mapping[str, MetricValue]) -> int:
+    """The zero-based iteration that a record is of."""
+    iteration = record["iteration"]
+    assert isinstance(iteration, int)  # `RunFolder.read_metrics` refuses others
+    return iteration
+
+
 class EvaluationRecord(TypedDict, total=False):
     """One picture of an evaluation, in evaluation/before.json and after.json. None is a value that is missing."""
 
