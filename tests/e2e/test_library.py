@@ -206,7 +206,7 @@ def test_a_plan_that_selects_on_final_rewards_is_audited_and_reported(
     run = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run")
     (audit,) = run.read_audits()
     assert sorted(map(str, audit["stopped_at"])) == ["4", "4", "None", "None"]
-    assert "out at the end" in (run.path / "report.html").read_text()
+    assert "pruned at the end" in (run.path / "report.html").read_text()
     assert run.read_summary()["nfe_saved"] == 0
 
 

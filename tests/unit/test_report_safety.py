@@ -159,7 +159,7 @@ def test_pictures_outside_of_the_folder_are_not_read(tmp_path, kind):
         run.write_json(f"audit/{audit['iteration']:04d}.json", {**audit, "strip": name})
     page = page_of(run)
     assert shown == 4 and not any(tag == "img" for tag, _ in page.elements)
-    assert "are not there" in (run.path / "report.html").read_text()
+    assert "are missing" in (run.path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "evaluation/before.json", "audit/0000.json"])

@@ -55,7 +55,7 @@ def test_a_model_is_not_taken_for_a_run(tmp_path):
 
 
 def test_a_name_that_is_no_text_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"^the run folder's name '/.*/a\\udcff' is no text in UTF-8; give another$"):
+    with pytest.raises(ValueError, match=r"^the run folder's name '/.*/a\\udcff' is not UTF-8 text; give another$"):
         RunFolder.create(f"{tmp_path}/a\udcff")
 
 

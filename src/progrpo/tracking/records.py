@@ -6,7 +6,7 @@ An older run's record may lack fields that were added since.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import TypedDict, cast
 
 MetricValue = float | list[int] | None
 """A number, or None where there is none. Only `plan/path` is a list."""
@@ -26,6 +26,12 @@ def iteration_of(record: Mapping[str, MetricValue]) -> int:
     iteration = record["iteration"]
     assert isinstance(iteration, int)  # `RunFolder.read_metrics` refuses others
     return iteration
+
+
+def before_and_after(summary: Summary, name: str) -> tuple[float | None, float | None]:
+    """The summary's two values of a figure, such as `reward`."""
+    figures = cast(Mapping[str, float | None], summary)
+    return figures.get(f"{name}_before"), figures.get(f"{name}_after")
 
 
 class EvaluationRecord(TypedDict, total=False):
