@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from progrpo.config import ModelSettings
+from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import quiet
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.sd3 import SD3Policy
@@ -58,7 +59,7 @@ WAYS = {
 
 
 def measured(model: str, rows: int, rounds: int) -> dict[str, dict[str, float]]:
-    policy: Any = policy_from(ModelSettings(path=model, dtype="bfloat16"), 0, Ranks())
+    policy: Any = policy_from(ModelSettings(path=model, dtype="bfloat16"), PolicyContext(Ranks().device))
     told = policy.encode(world.sample_prompts("train", 4, 0)).take(torch.arange(rows) % 4)
     x = torch.randn(rows, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     timestep = policy.levels(10).timestep[5]

@@ -28,6 +28,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from progrpo.config import ModelSettings
+from progrpo.policies.base import PolicyContext
 from progrpo.policies.decoder import quicken
 from progrpo.policies.load import quiet
 from progrpo.training.build import policy_from
@@ -64,7 +65,7 @@ def decoding(model: str, pictures: int, rounds: int) -> dict[str, dict[str, floa
 
 def call(model: str, rows: int, rounds: int) -> float:
     """Of a process that has done nothing else: milliseconds a row."""
-    policy: Any = policy_from(ModelSettings(path=model, dtype="bfloat16"), 0, Ranks())
+    policy: Any = policy_from(ModelSettings(path=model, dtype="bfloat16"), PolicyContext(Ranks().device))
     told = policy.encode(world.sample_prompts("train", 4, 0)).take(torch.arange(rows) % 4)
     x, timestep = torch.randn(rows, *policy.latent_shape), policy.levels(10).timestep[5]
     with torch.no_grad():

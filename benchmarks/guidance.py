@@ -17,7 +17,15 @@ from progrpo.config import EvalSettings
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rewards.settings import RewardTerm
-from progrpo.training.build import config_of, eval_prompts, judge_for, policy_from, settled, trained_policy
+from progrpo.training.build import (
+    config_of,
+    eval_prompts,
+    judge_for,
+    policy_context,
+    policy_from,
+    settled,
+    trained_policy,
+)
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import evaluate, ode
 
@@ -34,7 +42,7 @@ def main() -> None:
     config = config_of(wanted.target)
     if config.model.path == wanted.target:  # no run: as the quickstart would load it
         auto = settled(replace(config, model=replace(config.model, dtype="auto")), ranks)
-        policy = policy_from(auto.model, 0, ranks)
+        policy = policy_from(auto.model, policy_context(auto, ranks))
     else:
         policy = trained_policy(wanted.target, None, ranks)
 

@@ -52,21 +52,21 @@ from progrpo.config import (
     ModelSettings,
     PlanSettings,
     PreviewSettings,
-    RewardMixSettings,
+    RewardSettings,
     RewardTerm,
     SamplingSettings,
     microbatch,
     resolve_plan,
 )
 from progrpo.packing import evenly
-from progrpo.policies.base import Policy, PolicySettings
+from progrpo.policies.base import Policy, PolicyContext, torch_dtype
 from progrpo.policies.load import POLICIES, policy_from_pipeline, quiet
 from progrpo.policies.sizes import without_weights
 from progrpo.rewards.base import Scorer
 from progrpo.rollout.plan import UnitCosts
 from progrpo.rollout.preview import DECODED
 from progrpo.rollout.probe import Probe, latent_features, probe_examples, text_features
-from progrpo.training.build import model_settings, policy_from, scorer_from, settled, tiny_decoder, train_order
+from progrpo.training.build import policy_context, policy_from, scorer_from, settled, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.estimate import GPUS, estimate, flops_by_stage, sizes_for
 from progrpo.training.measure import measured
@@ -112,22 +112,24 @@ def of_real_size(config: Config, wanted: argparse.Namespace) -> Config:
         activation_checkpointing=wanted.activation_checkpointing,
     )
     sampling = replace(config.sampling, guidance_scale=wanted.guidance_scale)
-    reward = RewardMixSettings((RewardTerm("jpeg_compressibility"),))
+    reward = RewardSettings((RewardTerm("jpeg_compressibility"),))
     return replace(config, model=model, sampling=sampling, reward=reward, preview=PreviewSettings())
 
 
-def random_policy(path: str, settings: PolicySettings) -> Policy:
+def random_policy(settings: ModelSettings, context: PolicyContext) -> Policy:
     """A model by its architecture, of random numbers, which is told random numbers for every text."""
-    on_meta = without_weights(path, settings.dtype)
+    on_meta = without_weights(settings.path, torch_dtype(settings))
     kind = POLICIES[type(on_meta).__name__]
-    shapes = kind.from_pipeline(on_meta, replace(settings, device="meta", compile=False)).condition_shapes()
-    pipeline = without_weights(path, settings.dtype)
+    shapes = kind.from_pipeline(
+        on_meta, replace(settings, compile=False), PolicyContext(torch.device("meta"))
+    ).condition_shapes()
+    pipeline = without_weights(settings.path, torch_dtype(settings))
     for name, part in pipeline.components.items():
         if name.startswith("text_encoder"):
             setattr(pipeline, name, torch.nn.Identity())  # nobody asks it for anything
         elif isinstance(part, torch.nn.Module):
-            fill(part.to_empty(device=settings.device))
-    policy: Any = policy_from_pipeline(pipeline, settings)
+            fill(part.to_empty(device=context.device))
+    policy: Any = policy_from_pipeline(pipeline, settings, context)
     policy._tiny = random_tiny_decoder(policy)
     policy._encode_text = lambda text: {name: torch.randn(1, *shape) for name, shape in shapes.items()}
     return policy  # type: ignore[no-any-return]
@@ -137,7 +139,7 @@ def random_tiny_decoder(policy: Any) -> AutoencoderTiny:
     """Of TAESD's architecture, for the model's latents."""
     tiny = AutoencoderTiny(latent_channels=policy.latent_shape[0]).requires_grad_(False).eval()
     fill(tiny)
-    return tiny.to(policy.device, policy._settings.dtype, memory_format=torch.channels_last)
+    return tiny.to(policy.device, torch_dtype(policy._settings), memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -256,11 +258,10 @@ def peak_memory() -> Iterator[Callable[[], float]]:
 def measure(config: Config, iterations: int, random_weights: bool) -> dict[str, Any]:
     ranks = Ranks()
     config = settled(config, ranks)
-    settings = replace(model_settings(config.model), device=ranks.device)
     if random_weights:
-        policy = random_policy(config.model.path, settings)
+        policy = random_policy(config.model, PolicyContext(ranks.device))
     else:
-        policy = policy_from(config.model, config.seed, ranks, tiny_decoder=tiny_decoder(config.preview))
+        policy = policy_from(config.model, policy_context(config, ranks))
     order, reward = train_order(config.prompts, config.seed), scorer_from(config.reward.terms, config.reward.frames)
     prompts = order.prompts_for(0, config.prompts.per_iteration)
     config = replace(config, preview=PreviewSettings())

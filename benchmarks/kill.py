@@ -38,7 +38,7 @@ from progrpo.config import (
     EvalSettings,
     PlanSettings,
     PromptSettings,
-    RewardMixSettings,
+    RewardSettings,
     RewardTerm,
     WatchSettings,
     config_to_json,
@@ -340,7 +340,7 @@ def configuration(home: Path) -> Config:
         prompts=PromptSettings(str(prompts), per_iteration=1, order="signal"),
         sampling=replace(base.sampling, num_inference_steps=3),
         plan=PlanSettings(preset="custom", group_size=4, prune=((1, 3),)),
-        reward=RewardMixSettings((RewardTerm("jpeg_compressibility"),)),
+        reward=RewardSettings((RewardTerm("jpeg_compressibility"),)),
         optim=replace(base.optim, ema_decay=0.5),
         audit=AuditSettings(every=1),
         watch=WatchSettings(

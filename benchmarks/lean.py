@@ -22,13 +22,13 @@ import torch
 from memory import CALLED, TOKENS, TRAINED, allocated, random_sd3
 
 from progrpo.config import OptimSettings
-from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import load_policy, policy_from_pipeline, quiet
+from progrpo.policies.settings import ModelSettings
 from progrpo.training.build import optimizer_from
 from progrpo.types import Condition
 from progrpo.zoo.shapes.world import sample_prompts
 
-LORA = PolicySettings(lora_rank=32, max_sequence_length=TOKENS, dtype=torch.bfloat16)
+LORA = ModelSettings(lora_rank=32, max_sequence_length=TOKENS, dtype="bfloat16")
 KNOBS = {
     "bfloat16": LORA,
     "int8": replace(LORA, quantize="int8"),
@@ -49,7 +49,7 @@ def seconds(work: Callable[[], object]) -> float:
     return min(found)
 
 
-def passes(settings: PolicySettings) -> dict[str, float]:
+def passes(settings: ModelSettings) -> dict[str, float]:
     policy: Any = policy_from_pipeline(random_sd3(), settings)
     told = {name: torch.randn(1, *shape) for name, shape in policy.condition_shapes().items()}
 
@@ -75,7 +75,7 @@ def passes(settings: PolicySettings) -> dict[str, float]:
 @torch.no_grad()
 def off_by(**changes: Any) -> dict[str, float]:
     """Of shapes-flow, changed, at the latents that the unchanged one comes to."""
-    whole, changed = (load_policy("shapes-flow", replace(PolicySettings(), **c)) for c in ({}, changes))
+    whole, changed = (load_policy(replace(ModelSettings(), **c)) for c in ({}, changes))
     prompts, levels, found = sample_prompts("test", TEXTS, seed=0), whole.levels(STEPS), []
     told = {policy: policy.encode(prompts) for policy in (whole, changed)}
     x = torch.randn(TEXTS, *whole.latent_shape, generator=torch.Generator().manual_seed(0))

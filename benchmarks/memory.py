@@ -35,10 +35,10 @@ from progrpo.config import (
     SamplingSettings,
     resolve_plan,
 )
-from progrpo.policies.base import Policy, PolicySettings
+from progrpo.policies.base import Policy
 from progrpo.policies.load import load_policy, policy_from_pipeline, quiet
 from progrpo.policies.sizes import Watch, sizes
-from progrpo.training.build import policy_from, scorer_from, train_order
+from progrpo.training.build import policy_context, policy_from, scorer_from, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.estimate import estimate
 from progrpo.training.trainer import Trainer
@@ -98,8 +98,8 @@ def allocated(work: Callable[[], object]) -> int:
     return most
 
 
-def compared(name: str, path: str, settings: PolicySettings, policy: Policy | None = None) -> dict[str, object]:
-    policy = policy or load_policy(path, settings)
+def compared(name: str, settings: ModelSettings, policy: Policy | None = None) -> dict[str, object]:
+    policy = policy or load_policy(settings)
     told = {n: torch.randn(1, *shape) for n, shape in policy.condition_shapes().items()}  # type: ignore[attr-defined]
 
     def call(rows: int) -> torch.Tensor:
@@ -120,7 +120,7 @@ def compared(name: str, path: str, settings: PolicySettings, policy: Policy | No
         "forward and backward pass": allocated(train),
         "decoding": allocated(lambda: policy.decode(torch.randn(DECODED, *policy.latent_shape))),
     }
-    found = sizes(path, settings, CALLED, TRAINED, DECODED)
+    found = sizes(settings, CALLED, TRAINED, DECODED)
     predicted = dict(zip(measured, (found.call_bytes, found.train_bytes, found.decode_bytes), strict=True))
     return {
         "model": name,
@@ -161,7 +161,7 @@ def iteration(config: Config) -> tuple[dict[str, float], dict[str, float]]:
     Pictures are kept on the CPU, which here is the same memory and on a GPU is not, and are added.
     """
     ranks = Ranks()
-    policy, order = policy_from(config.model, 0, ranks), train_order(config.prompts, 0)
+    policy, order = policy_from(config.model, policy_context(config, ranks)), train_order(config.prompts, 0)
     trainer = Watched(config, policy, scorer_from(config.reward.terms, config.reward.frames), order, ranks)
     trainer.step()
     measured = trainer.watched_step()
@@ -205,17 +205,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of lines")
     options = parser.parse_args()
     quiet()
-    lora = PolicySettings(lora_rank=32, max_sequence_length=TOKENS)
+    lora = ModelSettings(lora_rank=32, max_sequence_length=TOKENS)
     leaner = replace(lora, activation_checkpointing=True)
     results = [
-        compared("shapes-flow, all weights", "shapes-flow", PolicySettings(weights="full")),
-        compared("shapes-flow, LoRA", "shapes-flow", PolicySettings()),
-        compared("shapes-diffusion, all weights", "shapes-diffusion", PolicySettings(weights="full")),
+        compared("shapes-flow, all weights", ModelSettings(weights="full")),
+        compared("shapes-flow, LoRA", ModelSettings()),
+        compared("shapes-diffusion, all weights", ModelSettings(path="shapes-diffusion", weights="full")),
     ]
     with tempfile.TemporaryDirectory() as folder:
         random_sd3().save_pretrained(folder)
         for name, settings in (("random SD3, LoRA", lora), ("random SD3, LoRA, checkpointing", leaner)):
-            results.append(compared(name, folder, settings, policy_from_pipeline(random_sd3(), settings)))
+            results.append(compared(name, replace(settings, path=folder), policy_from_pipeline(random_sd3(), settings)))
     for name, config in iterations().items():
         predicted, measured = iteration(config)
         told = {

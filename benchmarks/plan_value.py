@@ -45,7 +45,7 @@ from progrpo.rollout.plan_value import Simulation
 from progrpo.rollout.preview import Previewing, preview, score
 from progrpo.rollout.prune import SELECTORS
 from progrpo.tracking.statistics import spearman
-from progrpo.training.build import policy_from, scorer_from, settled, train_order
+from progrpo.training.build import policy_context, policy_from, scorer_from, settled, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.measure import measured
 from progrpo.training.plan_judge import prompt_cost
@@ -262,7 +262,7 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
 def trained(config: Config, iterations: int, ranks: Ranks) -> Trainer:
     """A run's trainer after so many iterations, without evaluations and files."""
     config = settled(config, ranks)
-    policy, order = policy_from(config.model, config.seed, ranks), train_order(config.prompts, config.seed)
+    policy, order = policy_from(config.model, policy_context(config, ranks)), train_order(config.prompts, config.seed)
     reward = scorer_from(config.reward.terms, config.reward.frames)
     trainer = Trainer(measured(config, policy, order.prompts_for(0, 1)[0], ranks), policy, reward, order, ranks)
     for _ in range(iterations):

@@ -34,7 +34,7 @@ from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import Previewing, preview, score
 from progrpo.rollout.probe import Probe, probe_examples, text_features
 from progrpo.tracking.statistics import hit_rate, spearman
-from progrpo.training.build import objective_from, policy_from, sampling_from, settled, tiny_decoder
+from progrpo.training.build import objective_from, policy_context, policy_from, sampling_from, settled
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt, Trajectories
 from progrpo.zoo.shapes import world
@@ -115,7 +115,7 @@ def measured(model: str, wanted: argparse.Namespace) -> dict[str, Any]:
         preview=asked,
     )
     config = settled(config, ranks)
-    policy = policy_from(config.model, 0, ranks, tiny_decoder=tiny_decoder(asked))
+    policy = policy_from(config.model, policy_context(config, ranks))
     sampling = sampling_from(config, policy, objective_from(config, policy).needs, 0)
     bench = Bench(
         policy,

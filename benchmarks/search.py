@@ -22,7 +22,15 @@ import torch
 from progrpo.config import Config, check, from_dict, to_dict
 from progrpo.durable import write_text
 from progrpo.recipes import load_recipe
-from progrpo.training.build import eval_prompts, judge_for, policy_from, scorer_from, settled, train_order
+from progrpo.training.build import (
+    eval_prompts,
+    judge_for,
+    policy_context,
+    policy_from,
+    scorer_from,
+    settled,
+    train_order,
+)
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import evaluate, ode
 from progrpo.training.trainer import Trainer
@@ -148,7 +156,7 @@ def run(config: Config, seconds: float, every: float, pictures: int) -> list[dic
     """Validation figures against seconds of training, first those of the base."""
     ranks = Ranks()
     config = settled(config, ranks)
-    policy = policy_from(config.model, config.seed, ranks)
+    policy = policy_from(config.model, policy_context(config, ranks))
     reward = scorer_from(config.reward.terms, config.reward.frames)
     trainer = Trainer(config, policy, reward, train_order(config.prompts, config.seed), ranks)
     prompts, judge = eval_prompts("shapes", "validation", pictures), judge_for("shapes")

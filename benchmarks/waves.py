@@ -25,7 +25,7 @@ from progrpo.config import (
     ModelSettings,
     PlanSettings,
     PromptSettings,
-    RewardMixSettings,
+    RewardSettings,
     SamplingSettings,
 )
 from progrpo.policies.load import quiet
@@ -33,7 +33,7 @@ from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rewards.settings import RewardTerm
-from progrpo.training.build import policy_from, settled, train_order
+from progrpo.training.build import policy_context, policy_from, settled, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.trainer import Trainer
 from progrpo.types import Prompt
@@ -61,10 +61,12 @@ def measure(model: str, plan: str, delay: float, waves: Sequence[int], iteration
     base = settled(replace(base, optim=replace(base.optim, microbatch=48)), ranks)
     trainers = {}
     for count in waves:
-        config = replace(base, reward=RewardMixSettings(waves=count))
+        config = replace(base, reward=RewardSettings(waves=count))
         reward = mixture_of_one(Slow(load_reward(RewardTerm("shapes")), delay))
         order = train_order(config.prompts, 0)
-        trainers[count] = Trainer(config, policy_from(config.model, 0, ranks), reward, order, ranks)
+        trainers[count] = Trainer(
+            config, policy_from(config.model, policy_context(config, ranks)), reward, order, ranks
+        )
     records: dict[int, list[dict[str, Any]]] = {count: [] for count in waves}
     for _ in range(iterations + 1):
         for count, trainer in trainers.items():

@@ -160,7 +160,7 @@ def tiny_policy(tiny_sd3: Path) -> Callable[..., Any]:
 
     def load(
         weights: Any = "lora",
-        dtype: torch.dtype = torch.float32,
+        dtype: Any = "float32",
         moved: float = 0.0,
         folder: Path = tiny_sd3,
         quantize: Any = "none",

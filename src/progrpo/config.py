@@ -10,7 +10,7 @@ from typing import Any, Literal
 from progrpo.objectives.settings import AWMSettings, DGPOSettings, GRPOSettings, NFTSettings, ObjectiveSettings
 from progrpo.policies.settings import ModelSettings
 from progrpo.prompts.settings import PromptSettings
-from progrpo.rewards.settings import RewardMixSettings, RewardTerm
+from progrpo.rewards.settings import RewardSettings, RewardTerm
 from progrpo.rollout.plan import Plan
 from progrpo.rollout.settings import PlanSettings, PreviewSettings, SamplingSettings
 from progrpo.settings import (
@@ -43,7 +43,7 @@ __all__ = [
     "PlanSettings",
     "PreviewSettings",
     "PromptSettings",
-    "RewardMixSettings",
+    "RewardSettings",
     "RewardTerm",
     "SamplingSettings",
     "TrackingSettings",
@@ -66,7 +66,7 @@ class Config:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     plan: PlanSettings = field(default_factory=PlanSettings)
     preview: PreviewSettings = field(default_factory=PreviewSettings)
-    reward: RewardMixSettings = field(default_factory=RewardMixSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     audit: AuditSettings = field(default_factory=AuditSettings)

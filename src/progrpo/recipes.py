@@ -20,7 +20,7 @@ from progrpo.config import (
     OptimSettings,
     PlanSettings,
     PromptSettings,
-    RewardMixSettings,
+    RewardSettings,
     RewardTerm,
     SamplingSettings,
     config_from_json,
@@ -38,7 +38,7 @@ def quickstart() -> Config:
         # microbatches are not left to be measured, so that equal seeds give equal runs; these fill up and hold groups whole
         sampling=SamplingSettings(num_inference_steps=8, microbatch=72),
         plan=PlanSettings(preset="custom", group_size=24, prune=((4, 12),)),
-        reward=RewardMixSettings((RewardTerm("shapes_mixed"),)),
+        reward=RewardSettings((RewardTerm("shapes_mixed"),)),
         objective=ObjectiveSettings(name="dgpo", dgpo=DGPOSettings(draws=2, kl_beta=0.0)),
         optim=OptimSettings(lr=1e-4, decay=1.0, max_grad_norm=0.1, microbatch=72, ema_decay=0.9),
         audit=AuditSettings(every=10),
@@ -71,7 +71,7 @@ def sd14_hpsv2() -> Config:
         prompts=PromptSettings(source="prompts.txt", per_iteration=32),
         sampling=SamplingSettings(num_inference_steps=50, guidance_scale=5.0, same_latent=True, microbatch=16),
         plan=PlanSettings(preset="sd14"),
-        reward=RewardMixSettings((RewardTerm("hpsv2"),)),
+        reward=RewardSettings((RewardTerm("hpsv2"),)),
         optim=OptimSettings(lr=1e-5, updates_per_rollout=2, microbatch=8),
         eval=EvalSettings(prompts="eval.txt", pictures=200, num_inference_steps=50, guidance_scale=5.0),
     )
@@ -108,7 +108,7 @@ def _sd35m(task: str, kl_beta: float, prompts: str = "txt", reward: str = "") ->
         prompts=PromptSettings(source=f"prompts.{prompts}", per_iteration=48),
         sampling=SamplingSettings(guidance_scale=4.5, microbatch=8),
         plan=PlanSettings(preset="standard"),
-        reward=RewardMixSettings((RewardTerm(reward or task),)),
+        reward=RewardSettings((RewardTerm(reward or task),)),
         objective=ObjectiveSettings(grpo=GRPOSettings(kl_beta=kl_beta, kl_form="flow_grpo")),
         optim=OptimSettings(lr=3e-4, updates_per_rollout=2, microbatch=8, ema_decay=_EMA_OF_TWO_UPDATES),
         eval=EvalSettings(prompts=f"eval.{prompts}", pictures=200, num_inference_steps=40, guidance_scale=4.5),
@@ -197,7 +197,7 @@ def flux_pickscore() -> Config:
             num_inference_steps=6, guidance_scale=3.5, embedded_guidance=True, noise_level=0.9, microbatch=8
         ),
         plan=PlanSettings(preset="standard"),
-        reward=RewardMixSettings((RewardTerm("pickscore"),)),
+        reward=RewardSettings((RewardTerm("pickscore"),)),
         optim=OptimSettings(lr=3e-4, updates_per_rollout=2, microbatch=4, ema_decay=_EMA_OF_TWO_UPDATES),
         eval=EvalSettings(prompts="eval.txt", pictures=200, num_inference_steps=28, guidance_scale=3.5),
     )
@@ -218,7 +218,7 @@ def kontext_vlm() -> Config:
         model=replace(base.model, path="black-forest-labs/FLUX.1-Kontext-dev"),
         prompts=replace(base.prompts, source="edits.jsonl"),
         sampling=replace(base.sampling, guidance_scale=2.5),
-        reward=RewardMixSettings((RewardTerm("vlm"),)),
+        reward=RewardSettings((RewardTerm("vlm"),)),
         eval=replace(base.eval, prompts="eval.jsonl", guidance_scale=2.5),
     )
 
@@ -254,7 +254,7 @@ def wan_pickscore() -> Config:
             num_inference_steps=20, guidance_scale=5.0, negative_prompt=_WAN_NEGATIVE, sampler="dance", microbatch=1
         ),
         plan=PlanSettings(preset="custom", group_size=16, prune=((11, 8),)),
-        reward=RewardMixSettings((RewardTerm("pickscore"),)),
+        reward=RewardSettings((RewardTerm("pickscore"),)),
         objective=ObjectiveSettings(grpo=GRPOSettings(clip_range=1e-4)),
         optim=OptimSettings(lr=1e-4, microbatch=1),
         eval=EvalSettings(prompts="eval.txt", pictures=32, num_inference_steps=50, guidance_scale=5.0),

@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from progrpo.policies.base import Policy, PolicySettings
+from progrpo.policies.base import Policy
 from progrpo.policies.load import load_policy
+from progrpo.policies.settings import ModelSettings
 
-SETTINGS = PolicySettings(lora_rank=2, lora_alpha=4, max_sequence_length=8, resolution=16)
+SETTINGS = ModelSettings(lora_rank=2, lora_alpha=4, max_sequence_length=8, resolution=16)
 FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -43,20 +44,22 @@ def same(found: Tensor, expected: Tensor, rounding: float = 1e-5) -> None:
     torch.testing.assert_close(found, expected, rtol=10 * rounding, atol=rounding * expected.abs().max().item())
 
 
-def settings_for(folder: Path) -> PolicySettings:
+def settings_for(folder: Path) -> ModelSettings:
     return replace(SETTINGS, frames=3) if folder.name == "tiny-wan" else SETTINGS
 
 
 def trained(folder: Path, move: Any, out: Path, **changes: Any) -> Any:
     """A policy that has learnt, and saved its LoRA."""
-    policy = load_policy(folder, replace(settings_for(folder), **changes))
+    policy = load_policy(replace(settings_for(folder), **changes, path=str(folder)))
     move(policy, 0.2)
     policy.save(out)
     return policy
 
 
 def continued(folder: Path, source: Path | str, **changes: Any) -> Any:
-    return load_policy(folder, replace(settings_for(folder), lora=str(source), lora_rank=5, lora_alpha=5, **changes))
+    return load_policy(
+        replace(settings_for(folder), lora=str(source), lora_rank=5, lora_alpha=5, **changes, path=str(folder))
+    )
 
 
 def settings_in(folder: Path) -> Any:
@@ -67,7 +70,10 @@ def settings_in(folder: Path) -> Any:
 def test_it_goes_on_where_the_other_ended_and_is_saved_as_one(folder, move, told, tmp_path):
     first = trained(folder, move, tmp_path / "first")
     states = []
-    for load in (lambda: load_policy(folder, settings_for(folder)), lambda: continued(folder, tmp_path / "first")):
+    for load in (
+        lambda: load_policy(replace(settings_for(folder), path=str(folder))),
+        lambda: continued(folder, tmp_path / "first"),
+    ):
         torch.manual_seed(7)
         policy = load()
         states.append(torch.get_rng_state())
@@ -87,7 +93,7 @@ def test_it_goes_on_where_the_other_ended_and_is_saved_as_one(folder, move, told
     policy.save(tmp_path / "second")
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.load_lora_weights(tmp_path / "second", local_files_only=True)
-    other = load_policy(folder, settings_for(folder), tmp_path / "second")
+    other = load_policy(replace(settings_for(folder), path=str(folder)), trained=tmp_path / "second")
     same(velocity(other, told), after)
     denoiser = getattr(pipeline, policy.denoiser_name)
     loaded = dict(denoiser.named_parameters())
@@ -98,7 +104,7 @@ def test_it_goes_on_where_the_other_ended_and_is_saved_as_one(folder, move, told
 
 def applied(folder: Path, tensors: dict[str, Tensor]) -> Policy:
     """The model with B A added to its weights: what a reader of tensors alone makes of a file without alpha, as ComfyUI does."""
-    policy: Any = load_policy(folder, settings_for(folder))
+    policy: Any = load_policy(replace(settings_for(folder), path=str(folder)))
     for name, a in tensors.items():
         if name.endswith(".lora_A.weight"):
             layer = name.removeprefix(f"{policy.denoiser_name}.").removesuffix(".lora_A.weight")
@@ -143,15 +149,15 @@ def test_what_was_saved_before_with_alpha_in_its_header_alone_still_means_the_sa
 
 def test_in_low_precision_not_a_bit_of_it_is_lost(tiny_kontext, move, tmp_path):
     first = trained(tiny_kontext, move, tmp_path)
-    policy = continued(tiny_kontext, tmp_path / FILE, dtype=torch.bfloat16)
+    policy = continued(tiny_kontext, tmp_path / FILE, dtype="bfloat16")
     assert all(
         p.dtype == torch.float32 and torch.equal(p, first.trainable[name]) for name, p in policy.trainable.items()
     )
     assert {p.dtype for _, p in policy.frozen() if p.dim() == 2 and p.is_floating_point()} == {torch.bfloat16}
     looked_at: Any = load_policy(
-        tiny_kontext, replace(SETTINGS, dtype=torch.bfloat16), tmp_path
+        replace(SETTINGS, dtype="bfloat16", path=str(tiny_kontext)), trained=tmp_path
     )  # as sample and eval do
-    plain = dict(load_policy(tiny_kontext, replace(SETTINGS, dtype=torch.bfloat16)).frozen())
+    plain = dict(load_policy(replace(SETTINGS, dtype="bfloat16", path=str(tiny_kontext))).frozen())
     assert all(torch.equal(p, first.trainable[name]) for name, p in looked_at.trainable.items())
     assert all(torch.equal(p, plain[name]) for name, p in looked_at.frozen())
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from progrpo.config import AuditSettings, ModelSettings, OptimSettings, PlanSettings, PreviewSettings, SamplingSettings
-from progrpo.policies.base import Policy, PolicySettings
+from progrpo.policies.base import Policy, PolicyContext
 from progrpo.policies.load import load_policy, policy_from_pipeline
 from progrpo.policies.pipeline import _compiled_decoder
 from progrpo.rollout.preview import decoded
@@ -29,7 +29,11 @@ from progrpo.types import Pictures, Prompt
 TEXTS = ("red cat", "blue dog", "green bird")
 SOURCES = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)) for i in range(3)]
 PROMPTS = [Prompt(text, {"image": source}) for text, source in zip(TEXTS, SOURCES, strict=True)]
-SETTINGS = PolicySettings(lora_rank=2, lora_alpha=6, max_sequence_length=8, resolution=16)
+SETTINGS = ModelSettings(lora_rank=2, lora_alpha=6, max_sequence_length=8, resolution=16)
+
+
+def previewed_by(decoder: Path | str) -> PolicyContext:
+    return PolicyContext(decoder_for_previews=str(decoder))
 
 
 @pytest.fixture
@@ -47,9 +51,9 @@ def of_pictures(family: Path) -> None:
 def loaded(folder: Path, move: Any) -> Any:
     """The family's policy with moved weights."""
 
-    def of(**changes: Any) -> Any:
-        length = 3 if folder.name == "tiny-wan" else None
-        policy = load_policy(folder, replace(SETTINGS, frames=length, **changes))
+    def of(decoder: Path | str = "", **changes: Any) -> Any:
+        settings = replace(SETTINGS, path=str(folder), frames=3 if folder.name == "tiny-wan" else None, **changes)
+        policy = load_policy(settings, previewed_by(decoder))
         move(policy, 0.1)
         return policy
 
@@ -99,7 +103,7 @@ def test_checkpointed_activations_give_the_same_outputs_and_gradients(loaded, we
 
 def test_activations_are_computed_anew_by_the_kernels_of_the_call(tiny_sd3, move):
     policies = [
-        load_policy(tiny_sd3, replace(SETTINGS, dtype=torch.bfloat16, activation_checkpointing=asked))
+        load_policy(replace(SETTINGS, dtype="bfloat16", activation_checkpointing=asked, path=str(tiny_sd3)))
         for asked in (False, True)
     ]
     for policy in policies:
@@ -151,7 +155,7 @@ def save_tiny_decoder(folder: Path, channels: int = 4, scaling_factor: float = 1
 @pytest.mark.usefixtures("of_pictures")
 def test_a_tiny_decoder_serves_previews_alone(loaded, tmp_path):
     place = save_tiny_decoder(tmp_path / "tiny")
-    plain, policy = loaded(), loaded(tiny_decoder=str(place))
+    plain, policy = loaded(), loaded(place)
     x0 = noise(policy)
     full = policy.decode(x0).images_NHWC
     assert torch.equal(full, plain.decode(x0).images_NHWC) and torch.equal(plain.preview(x0).images_NHWC, full)
@@ -166,7 +170,7 @@ def test_a_tiny_decoder_serves_previews_alone(loaded, tmp_path):
 
 @pytest.mark.usefixtures("of_pictures")
 def test_a_tiny_decoder_is_not_trained(loaded, tmp_path):
-    policy = loaded(tiny_decoder=str(save_tiny_decoder(tmp_path / "tiny")))
+    policy = loaded(save_tiny_decoder(tmp_path / "tiny"))
     assert not any(p.requires_grad for p in policy._tiny.parameters()) and not policy._tiny.training
     assert policy.trainable.keys() == loaded().trainable.keys()
 
@@ -175,7 +179,7 @@ def test_a_tiny_decoder_is_not_trained(loaded, tmp_path):
 def test_a_tiny_decoder_of_other_latents_is_refused(folder, tmp_path):
     place = save_tiny_decoder(tmp_path / "tiny", channels=8)
     with pytest.raises(ValueError, match=r"preview\.tiny_decoder: .*tiny decodes latents of 8 channels.* 4") as found:
-        load_policy(folder, replace(SETTINGS, tiny_decoder=str(place)))
+        load_policy(replace(SETTINGS, path=str(folder)), previewed_by(place))
     assert "\n" not in str(found.value)
 
 
@@ -184,7 +188,7 @@ def test_a_tiny_decoder_that_is_not_there_is_refused(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     for place in (tmp_path / "absent", tmp_path / "empty"):
         with pytest.raises(ValueError, match=r"^preview\.tiny_decoder: cannot load ") as found:
-            load_policy(folder, replace(SETTINGS, tiny_decoder=str(place)))
+            load_policy(replace(SETTINGS, path=str(folder)), previewed_by(place))
         assert str(place) in str(found.value) and "\n" not in str(found.value)
 
 
@@ -198,7 +202,7 @@ def test_a_tiny_decoder_that_is_none_is_refused(tiny_sd, tmp_path):
         (place / "config.json", ".+"),
     ):
         with pytest.raises(ValueError, match=rf"^preview\.tiny_decoder: cannot load {re.escape(str(name))}: {reason}$"):
-            load_policy(tiny_sd, replace(SETTINGS, tiny_decoder=str(name)))
+            load_policy(replace(SETTINGS, path=str(tiny_sd)), previewed_by(name))
 
 
 def test_a_tiny_decoder_of_pictures_is_refused_for_videos(tiny_wan, tmp_path):
@@ -206,7 +210,7 @@ def test_a_tiny_decoder_of_pictures_is_refused_for_videos(tiny_wan, tmp_path):
     with pytest.raises(
         ValueError, match=r"^preview\.tiny_decoder: an AutoencoderTiny decodes pictures, and .* videos$"
     ):
-        load_policy(tiny_wan, replace(SETTINGS, frames=3, tiny_decoder=str(place)))
+        load_policy(replace(SETTINGS, path=str(tiny_wan), frames=3), previewed_by(place))
 
 
 # --- compile ----------------------------------------------------------------------------------------------------------
@@ -220,7 +224,7 @@ def compilations() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def _of_one_block(folder: Path, settings: PolicySettings) -> Any:
+def _of_one_block(folder: Path, settings: ModelSettings) -> Any:
     pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     del pipeline.transformer.transformer_blocks[0]
     return policy_from_pipeline(pipeline, settings)
@@ -278,7 +282,7 @@ def quickly_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_second_iteration_of_a_plan_that_prunes_compiles_nothing(
     quickly_compiled, request, model, microbatch, graphs, tiny_trainer, tiny_config
 ):
-    policy = load_policy(request.getfixturevalue(model), replace(SETTINGS, lora_alpha=4, compile=True))
+    policy = load_policy(replace(SETTINGS, lora_alpha=4, compile=True, path=str(request.getfixturevalue(model))))
     config = tiny_config(
         model=ModelSettings(lora_rank=2, lora_alpha=4, max_sequence_length=8),
         plan=PlanSettings("custom", group_size=5, prune=((0, 4), (1, 3))),
@@ -303,7 +307,7 @@ def test_compiled_blocks_compute_their_activations_anew(quickly_compiled, reques
     found = []
     for asked in (False, True):
         settings = replace(SETTINGS, activation_checkpointing=True, compile=asked)
-        policy = load_policy(request.getfixturevalue(model), settings)
+        policy = load_policy(replace(settings, path=str(request.getfixturevalue(model))))
         move(policy, 0.1)
         output = predicted(policy)
         parameters = list(policy.trainable.values())
@@ -321,7 +325,7 @@ def test_compiled_blocks_compute_their_activations_anew(quickly_compiled, reques
 def test_grpo_trains_what_is_compiled_in_low_precision(tiny_sd3, tiny_trainer, tiny_config):
     """By the compiler that users have: networks with and without gradient are fused, and round, differently."""
     torch._dynamo.reset()
-    policy = load_policy(tiny_sd3, replace(SETTINGS, dtype=torch.bfloat16, compile=True))
+    policy = load_policy(replace(SETTINGS, dtype="bfloat16", compile=True, path=str(tiny_sd3)))
     config = tiny_config(
         model=ModelSettings(lora_rank=2, lora_alpha=4, max_sequence_length=8, dtype="bfloat16", compile=True),
         optim=OptimSettings(microbatch=4, updates_per_rollout=2),
@@ -334,11 +338,10 @@ def test_grpo_trains_what_is_compiled_in_low_precision(tiny_sd3, tiny_trainer, t
 
 def test_of_decoders_those_of_pictures_are_compiled_and_on_no_cpu(tiny_sd3, tiny_wan):
     vaes = [DiffusionPipeline.from_pretrained(f, use_safetensors=True).vae for f in (tiny_sd3, tiny_wan)]
-    on_gpu = replace(SETTINGS, device="cuda")
-    assert [_compiled_decoder(vae, on_gpu) for vae in vaes] == [[vaes[0].decoder], []]
-    assert not _compiled_decoder(vaes[0], SETTINGS) and not _compiled_decoder(
-        vaes[0], replace(on_gpu, decoding="tiled")
-    )
+    on_gpu = PolicyContext(torch.device("cuda"))
+    assert [_compiled_decoder(vae, SETTINGS, on_gpu) for vae in vaes] == [[vaes[0].decoder], []]
+    assert not _compiled_decoder(vaes[0], SETTINGS, PolicyContext())
+    assert not _compiled_decoder(vaes[0], replace(SETTINGS, decoding="tiled"), on_gpu)
 
 
 @pytest.mark.parametrize(("compiled", "sizes"), [(False, [4, 4, 1]), (True, [4, 4, 4])])

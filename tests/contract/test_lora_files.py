@@ -17,10 +17,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from progrpo.policies.base import Policy, PolicySettings
+from progrpo.policies.base import Policy
 from progrpo.policies.load import load_policy
+from progrpo.policies.settings import ModelSettings
 
-SETTINGS = PolicySettings(lora_rank=2, lora_alpha=4, max_sequence_length=8, resolution=16)
+SETTINGS = ModelSettings(lora_rank=2, lora_alpha=4, max_sequence_length=8, resolution=16)
 FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -40,7 +41,7 @@ def saved(move: Any, tmp_path: Path, prompts: Any) -> Callable[..., tuple[dict[s
     """What a policy of a folder saves after it has learnt, with its output; the file is in tmp_path/own."""
 
     def of(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
-        policy: Any = load_policy(folder, SETTINGS)
+        policy: Any = load_policy(replace(SETTINGS, path=str(folder)))
         move(policy, 0.2)
         policy.save(tmp_path / "own")
         return load_file(tmp_path / "own" / FILE), velocity(policy, prompts)
@@ -54,11 +55,11 @@ def same(found: Tensor, expected: Tensor, rounding: float = 1e-5) -> None:
 
 def in_both_ways(folder: Path, source: Path, prompts: Any) -> Tensor:
     """The output of the model with a LoRA, trained further and sampled from."""
-    policy = load_policy(folder, replace(SETTINGS, lora=str(source)))
+    policy = load_policy(replace(SETTINGS, lora=str(source), path=str(folder)))
     found = velocity(policy, prompts)
-    same(velocity(load_policy(folder, SETTINGS, source), prompts), found)
+    same(velocity(load_policy(replace(SETTINGS, path=str(folder)), trained=source), prompts), found)
     policy.save(source.parent / "again")
-    same(velocity(load_policy(folder, SETTINGS, source.parent / "again"), prompts), found)
+    same(velocity(load_policy(replace(SETTINGS, path=str(folder)), trained=source.parent / "again"), prompts), found)
     return found
 
 
@@ -88,7 +89,7 @@ def test_kohyas_files_are_as_strong_as_their_alphas_say(request, model, layers, 
 
 
 def test_a_file_of_kohyas_whose_layers_are_fused_is_taken_apart(tiny_flux, prompts, tmp_path):
-    policy: Any = load_policy(tiny_flux, SETTINGS)
+    policy: Any = load_policy(replace(SETTINGS, path=str(tiny_flux)))
     block, draw = "transformer_blocks.0", torch.Generator().manual_seed(1)
     layers = [policy.denoiser.get_submodule(f"{block}.attn.to_{name}").base_layer for name in ("q", "k", "v")]
     out, (width, wide) = policy.denoiser.get_submodule(f"{block}.attn.to_out.0").base_layer, layers[0].weight.shape
@@ -105,21 +106,23 @@ def test_a_file_of_kohyas_whose_layers_are_fused_is_taken_apart(tiny_flux, promp
     same(in_both_ways(tiny_flux, file, prompts), velocity(policy, prompts), 1e-4)
     save_file({**tensors, "lora_unet_double_blocks_99_img_attn_proj.lora_down.weight": down}, file)
     with pytest.raises(ValueError, match=r"^cannot use the LoRA .*fused.safetensors: its .*99.* one of two matrices"):
-        load_policy(tiny_flux, SETTINGS, file)
+        load_policy(replace(SETTINGS, path=str(tiny_flux)), trained=file)
     far = {
         f"lora_unet_double_blocks_99_img_attn_proj.lora_{side}.weight": t.clone()
         for side, t in (("down", down), ("up", up))
     }
     save_file({**tensors, **far}, file)
     with pytest.raises(ValueError, match=r"^cannot use the LoRA .*fused.safetensors: Incompat|all of its names"):
-        load_policy(tiny_flux, SETTINGS, file)
+        load_policy(replace(SETTINGS, path=str(tiny_flux)), trained=file)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("model", ["tiny_sd3", "tiny_sd"])
 def test_pefts_folders_are_as_strong_as_their_settings_say(request, model, prompts, tmp_path, rslora):
     folder = request.getfixturevalue(model)
-    policy: Any = load_policy(folder, replace(SETTINGS, lora_targets=("to_k",)))  # whose network is then peft's alone
+    policy: Any = load_policy(
+        replace(SETTINGS, lora_targets=("to_k",), path=str(folder))
+    )  # whose network is then peft's alone
     pipeline = DiffusionPipeline.from_pretrained(folder)
     network = getattr(pipeline, policy.denoiser_name)
     patterns: Any = {"rank_pattern": {"to_v": 3}, "alpha_pattern": {"to_v": 9}}
@@ -146,12 +149,12 @@ def test_pefts_folders_are_as_strong_as_their_settings_say(request, model, promp
     for sentence, change in cases.items():
         settings.write_text(json.dumps(told | change))
         with pytest.raises(ValueError, match=rf"^cannot use the LoRA .*lora: {sentence}"):
-            load_policy(folder, SETTINGS, tmp_path / "lora")
+            load_policy(replace(SETTINGS, path=str(folder)), trained=tmp_path / "lora")
     settings.unlink()
     with pytest.raises(
         ValueError, match=r"peft's format, and adapter_config.json, which says how strong it is, is not"
     ):
-        load_policy(folder, replace(SETTINGS, lora=str(tmp_path / "lora")))
+        load_policy(replace(SETTINGS, lora=str(tmp_path / "lora"), path=str(folder)))
 
 
 def test_a_folders_only_file_is_its_lora_whatever_its_name(tiny_sd3, saved, prompts, tmp_path, monkeypatch):
@@ -166,17 +169,17 @@ def test_a_folders_only_file_is_its_lora_whatever_its_name(tiny_sd3, saved, prom
     with pytest.raises(
         ValueError, match=r"a folder with 2 files in safetensors; give one of them, such as another.saf"
     ):
-        load_policy(tiny_sd3, SETTINGS, folder)
+        load_policy(replace(SETTINGS, path=str(tiny_sd3)), trained=folder)
     (torn := tmp_path / "torn.safetensors").write_bytes((tmp_path / "own" / FILE).read_bytes()[:-9])
     with pytest.raises(
         ValueError, match=r"^cannot use the LoRA .*: torn.safetensors is no file in safetensors, or a dam"
     ):
-        load_policy(tiny_sd3, SETTINGS, torn)
+        load_policy(replace(SETTINGS, path=str(tiny_sd3)), trained=torn)
     (pickled := tmp_path / "pickled").mkdir()
     (pickled / "adapter_model.bin").touch()
     for source in (pickled, pickled / "adapter_model.bin"):
         with pytest.raises(ValueError, match=r"adapter_model.bin is a pickle, which can run code and is never read"):
-            load_policy(tiny_sd3, SETTINGS, source)
+            load_policy(replace(SETTINGS, path=str(tiny_sd3)), trained=source)
 
 
 def test_a_lora_in_the_place_of_a_model_and_a_model_in_that_of_a_lora_are_named(tiny_sd3, saved, tmp_path):
@@ -186,15 +189,15 @@ def test_a_lora_in_the_place_of_a_model_and_a_model_in_that_of_a_lora_are_named(
         with pytest.raises(
             ValueError, match=r"^model.path: .* is a LoRA; give the model that it belongs to, and the LoRA"
         ):
-            load_policy(path, SETTINGS)
+            load_policy(replace(SETTINGS, path=str(path)))
     for folder in (tiny_sd3, tiny_sd3 / "transformer"):
         with pytest.raises(
             ValueError, match=r"^cannot use the LoRA .*: it is a folder with a whole model or denoiser, and"
         ):
-            load_policy(tiny_sd3, replace(SETTINGS, lora=str(folder)))
+            load_policy(replace(SETTINGS, lora=str(folder), path=str(tiny_sd3)))
     shutil.copytree(tiny_sd3, tmp_path / "both")
     shutil.copy(tmp_path / "own" / FILE, tmp_path / "both")
-    load_policy(tmp_path / "both", SETTINGS)
+    load_policy(replace(SETTINGS, path=str(tmp_path / "both")))
 
 
 def test_what_diffusers_has_no_names_for_is_refused(tiny_sd3, tiny_sd, saved, tmp_path):
@@ -203,4 +206,4 @@ def test_what_diffusers_has_no_names_for_is_refused(tiny_sd3, tiny_sd, saved, tm
     with pytest.raises(
         ValueError, match=r"diffusers does not know all of its names for a StableDiffusion3Pipeline; conv"
     ):
-        load_policy(tiny_sd3, SETTINGS, tmp_path / "kohya.safetensors")
+        load_policy(replace(SETTINGS, path=str(tiny_sd3)), trained=tmp_path / "kohya.safetensors")

@@ -13,8 +13,8 @@ import pytest
 
 from progrpo.cli import _of_box, main
 from progrpo.config import config_to_json
-from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import load_policy
+from progrpo.policies.settings import ModelSettings
 from progrpo.prompts.load import load_prompts
 from progrpo.recipes import load_recipe
 from progrpo.zoo import WEIGHTS
@@ -175,7 +175,7 @@ def test_damaged_models_are_refused_and_nothing_is_made_up_for_what_is_missing(t
     shutil.copytree(WEIGHTS / "shapes-flow", folder)
     damage(folder)
     with pytest.raises(ValueError) as refused:
-        load_policy(folder, PolicySettings("lora", lora_rank=2))
+        load_policy(ModelSettings(str(folder), lora_rank=2))
     assert sentence in str(refused.value) and str(folder) in str(refused.value) and str(refused.value).isprintable()
 
 
@@ -196,7 +196,7 @@ def trained(tmp_path_factory):
     for model in ("shapes-flow", "shapes-diffusion"):
         for weights in ("lora", "full"):
             found[model, weights] = folder / f"{model}-{weights}"
-            load_policy(model, PolicySettings(weights, lora_rank=2)).save(found[model, weights])
+            load_policy(ModelSettings(str(model), weights=weights, lora_rank=2)).save(found[model, weights])
     return found
 
 
@@ -204,9 +204,9 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("model", ["shapes-flow", "shapes-diffusion"])
 def test_trained_weights_of_another_model_are_refused(trained, model, weights):
     other = {"shapes-flow": "shapes-diffusion", "shapes-diffusion": "shapes-flow"}[model]
-    load_policy(model, PolicySettings("lora", lora_rank=2), trained[model, weights])
+    load_policy(ModelSettings(str(model), lora_rank=2), trained=trained[model, weights])
     with pytest.raises(ValueError, match=r"; it is of another$|and this model has a "):
-        load_policy(model, PolicySettings("lora", lora_rank=2), trained[other, weights])
+        load_policy(ModelSettings(str(model), lora_rank=2), trained=trained[other, weights])
 
 
 def test_half_a_lora_is_refused(trained, tmp_path):
@@ -214,7 +214,7 @@ def test_half_a_lora_is_refused(trained, tmp_path):
     shutil.copytree(trained["shapes-flow", "lora"], folder)
     lose(folder / "pytorch_lora_weights.safetensors", "transformer_blocks.1.attn.to_q.lora_B.weight")
     with pytest.raises(ValueError, match=r"^cannot use the LoRA .*half: its .*1.attn.to_q has one of two matrices"):
-        load_policy("shapes-flow", PolicySettings("lora", lora_rank=2), folder)
+        load_policy(ModelSettings("shapes-flow", lora_rank=2), trained=folder)
 
 
 def test_an_evaluation_whose_reward_cannot_read_the_prompts_is_refused_before_a_picture_is_drawn(here, capsys):

@@ -27,7 +27,7 @@ from progrpo.config import (
     OptimSettings,
     PlanSettings,
     PromptSettings,
-    RewardMixSettings,
+    RewardSettings,
     RewardTerm,
     SamplingSettings,
 )
@@ -254,7 +254,7 @@ def test_an_async_reward_is_loaded_asked_and_closed_in_one_loop_however_the_run_
     def lacking(images, absent):
         raise AssertionError("asked")
 
-    config = tiny_config(iterations=1, reward=RewardMixSettings(waves=2))
+    config = tiny_config(iterations=1, reward=RewardSettings(waves=2))
     if works:
         run = progrpo.train(tiny_pipeline(), prompts, Whole(), config=config, out=tmp_path / "run")
         (missing,) = run.read_summary()["rewards"]["missing"].values()
@@ -373,7 +373,7 @@ def test_a_run_of_relative_paths_is_used_from_any_folder(tiny_sd3, tiny_config, 
     config = tiny_config(
         iterations=1,
         prompts=PromptSettings(source="told/prompts.csv", column="caption", per_iteration=2),
-        reward=RewardMixSettings((RewardTerm("jpeg_compressibility"),)),
+        reward=RewardSettings((RewardTerm("jpeg_compressibility"),)),
         eval=EvalSettings(prompts="told/prompts.csv", column="caption", pictures=2, num_inference_steps=1),
     )
     train_run(replace(config, model=replace(config.model, path="model")), Path("run"))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import progrpo
-from progrpo.config import RewardMixSettings, RewardTerm
+from progrpo.config import RewardSettings, RewardTerm
 from progrpo.tracking.lock import LockLostError
 from progrpo.tracking.records import Summary
 from progrpo.tracking.report.data import ReportData, read_report_data
@@ -239,7 +239,7 @@ def test_a_signal_before_the_first_iteration_keeps_the_evaluation(
         # given, since two runs that measure theirs may choose differently, and then differ by rounding
         sampling=replace(base.sampling, microbatch=8),
         optim=replace(base.optim, microbatch=8),
-        reward=RewardMixSettings((RewardTerm("stopped_here:redness"),)),
+        reward=RewardSettings((RewardTerm("stopped_here:redness"),)),
     )
     whole = train_run(config, tmp_path / "whole")
     monkeypatch.setattr(stopped_here, "when", lambda: os.kill(os.getpid(), signal.SIGINT))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import progrpo
 from progrpo.config import AuditSettings, ModelSettings, PreviewSettings
-from progrpo.policies.base import PolicySettings
+from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.function import FunctionReward
@@ -84,8 +84,8 @@ def test_every_familys_decoder_says_what_is_none(family, tiny_policy):
 
 
 def test_a_decoder_that_overflows_is_named_with_the_dtype(tiny_pipeline):
-    settings = PolicySettings(resolution=16, max_sequence_length=8, dtype=torch.float16, lora_rank=2)
-    policy = policy_from_pipeline(overflowing(tiny_pipeline()), replace(settings, dtype=torch.float32))
+    settings = ModelSettings(resolution=16, max_sequence_length=8, dtype="float16", lora_rank=2)
+    policy = policy_from_pipeline(overflowing(tiny_pipeline()), replace(settings, dtype="float32"))
     x0 = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     assert policy.decode(x0).there_N.all()
     pipeline = tiny_pipeline()
@@ -167,8 +167,9 @@ def test_a_member_without_a_preview_goes_first(tiny_trainer, tiny_config, tiny_p
         upsampling_scaling_factor=2,
     )
     tiny.save_pretrained(tmp_path)
-    settings = PolicySettings(resolution=16, max_sequence_length=8, lora_rank=2, tiny_decoder=str(tmp_path))
-    trainer = tiny_trainer(config, policy_from_pipeline(tiny_pipeline(), settings))
+    settings = ModelSettings(resolution=16, max_sequence_length=8, lora_rank=2)
+    context = PolicyContext(decoder_for_previews=str(tmp_path))
+    trainer = tiny_trainer(config, policy_from_pipeline(tiny_pipeline(), settings, context))
     loses(trainer.policy, monkeypatch, {0, 2, 5, 7}, way)
     rolled = trainer.step().rollout
     assert [preview.kept_N.tolist() for preview in rolled.previews] == [
@@ -286,14 +287,14 @@ def test_so_is_one_that_a_narrower_dtype_or_an_int8_scale_cannot_hold(tiny_pipel
     pipeline = tiny_pipeline()
     with torch.no_grad():
         pipeline.transformer.proj_out.weight[0, 0] = 1e6
-    settings = PolicySettings(resolution=16, max_sequence_length=8, lora_rank=2, dtype=torch.float16)
+    settings = ModelSettings(resolution=16, max_sequence_length=8, lora_rank=2, dtype="float16")
     with pytest.raises(ValueError, match=r"proj_out\.weight .*or another model\.dtype if it is finite there$"):
         policy_from_pipeline(pipeline, settings)
     pipeline = tiny_pipeline()
     with torch.no_grad():
         pipeline.transformer.transformer_blocks[0].attn.to_q.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"transformer's transformer_blocks\.0\.attn\.to_q\..*scale has numbers"):
-        policy_from_pipeline(pipeline, replace(settings, dtype=torch.float32, quantize="int8"))
+        policy_from_pipeline(pipeline, replace(settings, dtype="float32", quantize="int8"))
 
 
 @pytest.fixture(scope="module")
@@ -370,12 +371,12 @@ def test_a_text_that_a_dtype_cannot_hold_is_refused_before_anything_is_drawn(tin
     pipeline = tiny_pipeline()
     with torch.no_grad():
         pipeline.text_encoder_3.encoder.final_layer_norm.weight.mul_(1e6)
-    settings = PolicySettings(resolution=16, max_sequence_length=8, lora_rank=2)
+    settings = ModelSettings(resolution=16, max_sequence_length=8, lora_rank=2)
     policy_from_pipeline(pipeline, settings).encode([Prompt("red cat")])
     pipeline = tiny_pipeline()
     with torch.no_grad():
         pipeline.text_encoder_3.encoder.final_layer_norm.weight.mul_(1e6)
-    policy = policy_from_pipeline(pipeline, replace(settings, dtype=torch.float16))
+    policy = policy_from_pipeline(pipeline, replace(settings, dtype="float16"))
     with pytest.raises(ValueError, match=r"what 'red cat' is encoded as \(prompt_embeds\) is not finite in float16"):
         policy.encode([Prompt("red cat")])
 

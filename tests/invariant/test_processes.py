@@ -33,7 +33,7 @@ import progrpo
 from progrpo.config import AuditSettings, CheckpointSettings, Config, EvalSettings, ModelSettings
 from progrpo.config import NFTSettings, ObjectiveSettings, OptimSettings, PlanSettings, PreviewSettings, PromptSettings, SamplingSettings
 from progrpo.prompts.order import InTurn
-from progrpo.policies.base import PolicySettings
+from progrpo.policies.settings import ModelSettings
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.policies.sharded import gathered
 from progrpo.rewards.function import FunctionReward
@@ -76,9 +76,8 @@ class Failing:
 
 def trained(model, config, reward):
     """Survivors and records of each iteration, and the weights in the end."""
-    shard = config.model.shard and Ranks().world > 1
-    settings = PolicySettings(config.model.weights, lora_rank=2, lora_alpha=4, max_sequence_length=8, shard=shard)
-    policy = policy_from_pipeline(DiffusionPipeline.from_pretrained(model), settings)
+    context = PolicyContext(world_size=Ranks().world)
+    policy = policy_from_pipeline(DiffusionPipeline.from_pretrained(model), config.model, context)
     policy.batch_invariant = not config.model.shard  # as on GPUs
     order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
     trainer = Trainer(config, policy, mixture_of_one(FunctionReward(reward)), order, Ranks())

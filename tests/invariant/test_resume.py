@@ -24,7 +24,7 @@ from progrpo.config import (
     Config,
     OptimSettings,
     PromptSettings,
-    RewardMixSettings,
+    RewardSettings,
     RewardTerm,
     config_to_json,
 )
@@ -84,7 +84,7 @@ def config(tiny_sd3, tiny_config, prompts, reward_module, tmp_path_factory) -> C
         iterations=ITERATIONS,
         model=replace(base.model, path=str(tiny_sd3)),
         prompts=PromptSettings(source=str(file), per_iteration=2, order="signal"),
-        reward=RewardMixSettings((RewardTerm("failing_reward:redness"),)),
+        reward=RewardSettings((RewardTerm("failing_reward:redness"),)),
         # given, since two runs that measure theirs may choose differently, and then differ by rounding
         sampling=replace(base.sampling, microbatch=8),
         optim=OptimSettings(ema_decay=0.5, updates_per_rollout=2, microbatch=8),
@@ -193,7 +193,7 @@ def test_a_reward_that_ends_the_run_costs_no_finished_iteration(
 
 def test_what_a_reward_says_in_lines_is_one_sentence(config, tmp_path, reward_module, capsys):
     """SystemExit among it, which ended the run without a word."""
-    reward = RewardMixSettings((RewardTerm("failing_reward:redness", retries=0),))
+    reward = RewardSettings((RewardTerm("failing_reward:redness", retries=0),))
     (tmp_path / "config.json").write_text(config_to_json(replace(config, reward=reward)))
     reward_module.calls, reward_module.fails = 0, dict.fromkeys(range(1, 9), SystemExit("the judge\nis out"))
     assert main(["train", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,16 @@ from tests.mutation.cases import Case
 
 def model_cases(work: Path) -> Iterator[Case]:
     """Damaged folders of the built-in models, and trained weights of another."""
-    from progrpo.policies.base import PolicySettings
     from progrpo.policies.load import load_policy, quiet
+    from progrpo.policies.settings import ModelSettings
     from progrpo.zoo import WEIGHTS
 
     quiet()
     weights, index = "transformer/diffusion_pytorch_model.safetensors", "model_index.json"
-    settings = (PolicySettings("lora", lora_rank=2), PolicySettings("full"))
+    settings = (ModelSettings(lora_rank=2), ModelSettings(weights="full"))
     for name in ("shapes-flow", "shapes-diffusion"):
         for kind in settings:
-            load_policy(name, kind).save(work / "trained" / f"{name}-{kind.weights}")
+            load_policy(replace(kind, path=name)).save(work / "trained" / f"{name}-{kind.weights}")
 
     def case(
         tried: str, damage: Callable[[Path], object], trained: Path | None = None, base: str = "shapes-flow"
@@ -33,7 +34,7 @@ def model_cases(work: Path) -> Iterator[Case]:
             shutil.copytree(WEIGHTS / base, folder)
             try:
                 damage(folder)
-                load_policy(folder, settings[0], trained)
+                load_policy(replace(settings[0], path=str(folder)), trained=trained)
             finally:
                 shutil.rmtree(folder)
 

@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from progrpo.diffusion.process import Process
-from progrpo.policies.base import Policy, PolicySettings
+from progrpo.policies.base import Policy, PolicyContext
 from progrpo.policies.load import load_policy
+from progrpo.policies.settings import ModelSettings
 from progrpo.types import Prompt
 
 TEXTS = ("red cat", "blue dog")
@@ -62,10 +63,10 @@ CASES = {
 }
 
 
-def load(folder: Path | str, weights: Any, **changes: Any) -> Any:
-    settings = PolicySettings(weights, lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, resolution=16)
+def load(folder: Path | str, weights: Any, context: PolicyContext | None = None, **changes: Any) -> Any:
+    settings = ModelSettings(str(folder), weights, lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, resolution=16)
     length = FRAMES if Path(folder).name == "tiny-wan" else None
-    return load_policy(folder, replace(settings, **{"frames": length, **changes}))
+    return load_policy(replace(settings, **{"frames": length, **changes}), context)
 
 
 def untouched_pipeline(folder: Path) -> Any:

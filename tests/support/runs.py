@@ -61,16 +61,16 @@ def load_pipeline(folder: Path) -> Any:
 def load_tiny_policy(
     folder: Path,
     weights: Any = "lora",
-    dtype: torch.dtype = torch.float32,
+    dtype: Any = "float32",
     moved: float = 0.0,
     quantize: Any = "none",
 ) -> Any:
     """The pipeline as a policy; `moved` is how far its trained weights are from their start."""
-    from progrpo.policies.base import PolicySettings
     from progrpo.policies.load import policy_from_pipeline
+    from progrpo.policies.settings import ModelSettings
 
-    settings = PolicySettings(
-        weights,
+    settings = ModelSettings(
+        weights=weights,
         lora_rank=2,
         lora_alpha=4,
         max_sequence_length=8,

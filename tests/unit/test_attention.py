@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,16 +11,16 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, Joint
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from progrpo.policies.attention import JointAttention
-from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import load_policy
 from progrpo.policies.pipeline import PipelinePolicy
+from progrpo.policies.settings import ModelSettings
 from progrpo.types import Condition
 
 WIDTH, PLACES, TOKENS = 24, 10, 7
 
 
-def loaded(folder: Path, dtype: torch.dtype) -> PipelinePolicy:
-    policy = load_policy(folder, PolicySettings(dtype=dtype))
+def loaded(folder: Path, dtype: Any) -> PipelinePolicy:
+    policy = load_policy(ModelSettings(str(folder), dtype=dtype))
     assert isinstance(policy, PipelinePolicy)
     return policy
 
@@ -60,15 +61,15 @@ def test_it_is_diffusers_joint_attention_with_its_gradients(norm, text, last):
         torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_cpu_in_low_precision_attends_by_matrix_products(tiny_sd3, tiny_sd, dtype):
     for pipeline, kind in ((tiny_sd3, JointAttention), (tiny_sd, AttnProcessor)):
         denoiser = loaded(pipeline, dtype).denoiser
-        assert all(isinstance(p, kind) == (dtype != torch.float32) for p in denoiser.attn_processors.values())
+        assert all(isinstance(p, kind) == (dtype != "float32") for p in denoiser.attn_processors.values())
 
 
 def test_raising_a_loras_input_to_float32_would_change_no_bit(tiny_sd3):
-    policy = loaded(tiny_sd3, torch.bfloat16)
+    policy = loaded(tiny_sd3, "bfloat16")
     layers = [module for module in policy.denoiser.modules() if isinstance(module, BaseTunerLayer)]
     told = {
         name: torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))

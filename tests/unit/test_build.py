@@ -16,19 +16,18 @@ from progrpo.config import (
     ObjectiveSettings,
     PreviewSettings,
     PromptSettings,
-    RewardMixSettings,
+    RewardSettings,
     RewardTerm,
     SamplingSettings,
 )
 from progrpo.objectives.grpo import GRPO
-from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import fastest_dtype, policy_from_pipeline
 from progrpo.training.build import (
     located,
     objective_from,
+    policy_context,
     sampler_for,
     sampling_from,
-    settings_from,
     settled,
 )
 from progrpo.training.distributed import Ranks
@@ -58,7 +57,7 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
         model=ModelSettings(path="model", lora="~/lora"),
         prompts=PromptSettings(source="prompts.txt"),
         preview=PreviewSettings(decoder="tiny", tiny_decoder="./taesd"),
-        reward=RewardMixSettings((term,)),
+        reward=RewardSettings((term,)),
         eval=EvalSettings(prompts="dataset:owner/local", rewards=(replace(term, name="vlm", cache=""),)),
     )
     found = located(config)
@@ -70,7 +69,7 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
     assert located(found) == found
     parted = located(Config(eval=EvalSettings(prompts="dataset:owner/local:part")))
     assert parted.eval.prompts == f"dataset:{tmp_path}/owner/local:part"
-    names = Config(model=ModelSettings(path="owner/hub"), eval=EvalSettings(prompts="dataset:owner/hub:part"))
+    names = Config(model=ModelSettings("owner/hub"), eval=EvalSettings(prompts="dataset:owner/hub:part"))
     assert located(names) == names and located(Config()) == Config()
 
 
@@ -150,11 +149,13 @@ def test_guidance_is_counted_as_the_model_takes_it(policy_of, family, embedded):
     assert sampling_from(configured(embedded_guidance=not embedded), policy, "transitions", 0).nfe_per_call == 1
 
 
-def test_the_resolution_reaches_the_policy():
-    settings = settings_from(ModelSettings(resolution=512), 0, Ranks())
-    assert settings.resolution == 512 and settings_from(ModelSettings(), 0, Ranks()).resolution is None
-    assert settings_from(ModelSettings(resolution=(480, 832)), 0, Ranks()).resolution == (480, 832)
-    assert settings_from(ModelSettings(frames=5), 0, Ranks()).frames == 5
+def test_what_is_no_setting_of_the_model_reaches_the_policy():
+    config = Config(seed=3, preview=PreviewSettings(decoder="tiny", tiny_decoder="small"))
+    config = replace(config, sampling=replace(config.sampling, negative_prompt="green bird"))
+    context = policy_context(config, Ranks())
+    assert (context.lora_seed, context.decoder_for_previews, context.guide_away_from) == (3, "small", "green bird")
+    full = replace(config, preview=replace(config.preview, decoder="full"))
+    assert policy_context(full, Ranks()).decoder_for_previews == ""
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_a_last_step_without_length_is_not_trained(tiny_pipeline, tiny_sd):
     """Where the grid's last timestep is 0 the data's end is told as 0 too: CPS adds noise in a step of no length."""
     pipeline = tiny_pipeline(tiny_sd)
     pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, steps_offset=0)
-    policy = policy_from_pipeline(pipeline, PolicySettings(lora_rank=2))
+    policy = policy_from_pipeline(pipeline, ModelSettings(lora_rank=2))
     plain = sampling_from(configured(sampler="cps"), policy, "transitions", 0)
     assert plain.process.lengths_T[-1] == 0 and plain.process.stds_T[-1] > 0
     with pytest.raises(ValueError, match=r"train_last_step must be false: .* has no noise or no length"):

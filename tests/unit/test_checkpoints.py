@@ -206,7 +206,7 @@ def test_a_run_folder_that_is_gone_is_not_made_anew(run):
 def test_a_changed_configuration_is_refused_with_the_fields(run):
     found = load_state(run / "checkpoints" / "iteration_000003")
     check_unchanged(run, found, CONFIG, accept=False)
-    changed = replace(CONFIG, seed=1, optim=OptimSettings(betas=(0.9, 0.99)), model=ModelSettings(path="x"))
+    changed = replace(CONFIG, seed=1, optim=OptimSettings(betas=(0.9, 0.99)), model=ModelSettings("x"))
     with pytest.raises(ValueError) as refused:
         check_unchanged(run, found, changed, accept=False)
     assert str(refused.value) == (

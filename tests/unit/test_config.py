@@ -16,7 +16,7 @@ from progrpo.config import (
     OptimSettings,
     PlanSettings,
     PromptSettings,
-    RewardMixSettings,
+    RewardSettings,
     RewardTerm,
     SamplingSettings,
     check,
@@ -134,18 +134,18 @@ def test_defaults_are_right():
             Config(model=ModelSettings(resolution=(480, 8320))),
             "model.resolution must be between 8 and 4,096 pixels, one",
         ),
-        (Config(reward=RewardMixSettings(frames=0)), "reward.frames must be between 1 and 1,024"),
+        (Config(reward=RewardSettings(frames=0)), "reward.frames must be between 1 and 1,024"),
         (Config(sampling=SamplingSettings(noise_level=0.0)), "sampling.noise_level must be above 0"),
         (Config(sampling=SamplingSettings(noise_level=float("nan"))), "sampling.noise_level must be above 0"),
         (Config(sampling=SamplingSettings(shift=-1.0)), "sampling.shift must be above 0, or empty"),
         (Config(sampling=SamplingSettings(guidance_scale=0.5)), "sampling.guidance_scale must be at least 1, not 0.5"),
         (Config(sampling=SamplingSettings(num_inference_steps=1)), "sampling.num_inference_steps must be at least 2"),
         (
-            Config(reward=RewardMixSettings((RewardTerm("verifier"),))),
+            Config(reward=RewardSettings((RewardTerm("verifier"),))),
             "reward.terms[0].name must be one of shapes, ",
         ),
         (
-            Config(reward=RewardMixSettings((RewardTerm("module:"),))),
+            Config(reward=RewardSettings((RewardTerm("module:"),))),
             "reward.terms[0].name must be one of shapes, ",
         ),
         (Config(optim=OptimSettings(lr=float("inf"))), "optim.lr must be above 0, not inf"),
@@ -578,7 +578,7 @@ def test_texts_may_hold_any_letters():
         (Config, "config must be a progrpo.config.Config, not <class"),
         (Config(sampling={"shift": 2.0}), "sampling must be a progrpo.config.SamplingSettings, not {'shift': 2.0}"),  # type: ignore[arg-type]
         (
-            Config(reward=RewardMixSettings(["shapes"])),  # type: ignore[arg-type]
+            Config(reward=RewardSettings(["shapes"])),  # type: ignore[arg-type]
             "reward.terms[0] must be a progrpo.config.RewardTerm, not 'shapes'",
         ),
         (Config(objective=ObjectiveSettings(nft=None)), "objective.nft must be a progrpo.config.NFTSettings, not None"),  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from progrpo.config import (
     ModelSettings,
     OptimSettings,
     PromptSettings,
-    RewardMixSettings,
+    RewardSettings,
     RewardTerm,
 )
 from progrpo.training.equal_inputs import comparable
@@ -18,13 +18,13 @@ from progrpo.training.equal_inputs import comparable
 
 def test_places_may_differ_by_machine_and_all_else_may_not():
     term = RewardTerm("pickscore", device="cuda:0", cache="a")
-    config = Config(reward=RewardMixSettings((term,)), eval=EvalSettings(rewards=(term,)))
+    config = Config(reward=RewardSettings((term,)), eval=EvalSettings(rewards=(term,)))
     other = replace(term, device="cuda:1", cache="b", url="http://localhost:8001")
     elsewhere = replace(
         config,
-        model=ModelSettings(path="/scratch/1/model"),
+        model=ModelSettings("/scratch/1/model"),
         prompts=PromptSettings(source="/scratch/1/prompts.txt"),
-        reward=RewardMixSettings((other,)),
+        reward=RewardSettings((other,)),
         eval=EvalSettings(prompts="/scratch/1/eval.txt", rewards=(other,)),
     )
     assert comparable(config) == comparable(elsewhere)
@@ -32,7 +32,7 @@ def test_places_may_differ_by_machine_and_all_else_may_not():
         replace(config, optim=OptimSettings(lr=0.5)),
         replace(config, seed=1),
         replace(config, model=ModelSettings(dtype="auto")),
-        replace(config, reward=RewardMixSettings((replace(term, weight=2.0),))),
+        replace(config, reward=RewardSettings((replace(term, weight=2.0),))),
         replace(config, eval=EvalSettings(rewards=())),
     ):
         assert comparable(changed) != comparable(config)

@@ -11,12 +11,12 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 import progrpo
-from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import policy_from_pipeline
+from progrpo.policies.settings import ModelSettings
 from progrpo.training.torch_state import usual_torch
 from progrpo.types import Prompt
 
-SETTINGS = PolicySettings("lora", lora_rank=2)
+SETTINGS = ModelSettings(lora_rank=2)
 PROMPTS = [Prompt("red cat", {}), Prompt("blue dog", {})]
 
 

@@ -33,7 +33,7 @@ def gradient(tiny_policy, tiny_trainer, tiny_sd, tiny_config, first_experience):
         config = tiny_config(
             model=ModelSettings(dtype=dtype, weights=weights), objective=ObjectiveSettings(name=objective, adv_eps=1e-4)
         )
-        policy = tiny_policy(weights, getattr(torch, dtype), moved=0.02, folder=tiny_sd)
+        policy = tiny_policy(weights, dtype, moved=0.02, folder=tiny_sd)
         trainer = tiny_trainer(config, policy)
         experience = first_experience(trainer)
         experience = replace(experience, advantages_N=experience.advantages_N * FEW)
@@ -119,7 +119,7 @@ def test_the_scale_doubles_after_fifty_updates_and_begins_to_count_anew():
 
 def test_a_trainers_scale_is_of_its_dtype_and_in_its_state(tiny_policy, tiny_trainer, tiny_sd, tiny_config):
     def build(dtype):
-        policy = tiny_policy(dtype=getattr(torch, dtype), folder=tiny_sd)
+        policy = tiny_policy(dtype=dtype, folder=tiny_sd)
         return tiny_trainer(tiny_config(model=ModelSettings(dtype=dtype)), policy)
 
     trainer, taken_up = build("float16"), build("float16")

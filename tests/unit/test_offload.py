@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import policy_from_pipeline
+from progrpo.policies.settings import ModelSettings
 from progrpo.types import Prompt
 
 
 @pytest.fixture
 def made(tiny_sd3, tiny_pipeline):
     def make(**more: Any) -> Any:
-        settings = PolicySettings(lora_rank=2, lora_alpha=4, max_sequence_length=8, resolution=16, **more)
+        settings = ModelSettings(lora_rank=2, lora_alpha=4, max_sequence_length=8, resolution=16, **more)
         return policy_from_pipeline(tiny_pipeline(tiny_sd3), settings)
 
     return make

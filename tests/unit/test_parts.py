@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import load_policy
+from progrpo.policies.settings import ModelSettings
 from progrpo.types import Prompt
 
-SETTINGS = PolicySettings("lora", lora_rank=2)
+SETTINGS = ModelSettings(lora_rank=2)
 TEXT, UNET = "text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -62,7 +62,7 @@ def beside(file: Path, variant: str) -> Path:
 
 def refusal(path: Path | str, **changes: Any) -> str:
     with pytest.raises(ValueError) as refused:
-        load_policy(path, replace(SETTINGS, **changes))
+        load_policy(replace(SETTINGS, **changes, path=str(path)))
     said = str(refused.value)
     assert said.isprintable()
     return said
@@ -95,15 +95,15 @@ def test_weights_of_another_size_are_refused(copy):
 
 
 def test_what_a_trained_denoiser_lacks_is_refused(copy, tmp_path):
-    load_policy(copy, PolicySettings("full")).save(tmp_path / "trained")
+    load_policy(ModelSettings(str(copy), weights="full")).save(tmp_path / "trained")
     change(tmp_path / "trained" / Path(UNET).name, prefixed("module."))
     with pytest.raises(ValueError, match=r"^trained weights: cannot load .*trained lacks .* begin with module\., as"):
-        load_policy(copy, SETTINGS, tmp_path / "trained")
+        load_policy(replace(SETTINGS, path=str(copy)), trained=tmp_path / "trained")
 
 
 def test_a_model_of_the_hub_is_read_at_its_revision_and_is_as_whole_as_a_folder(hub, copy):
-    there: Any = load_policy("owner/model", PolicySettings("lora", lora_rank=2, revision="other"))
-    here: Any = load_policy(copy, SETTINGS)
+    there: Any = load_policy(ModelSettings("owner/model", lora_rank=2, revision="other"))
+    here: Any = load_policy(replace(SETTINGS, path=str(copy)))
     for mine, theirs in zip(here.denoiser.parameters(), there.denoiser.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     prompts = [Prompt("red cat", {})]
@@ -122,11 +122,11 @@ def test_a_folder_has_no_revision(copy):
 
 
 def test_a_variant_is_read_where_it_is_and_named_where_it_is_all_there_is(copy):
-    plain: Any = load_policy(copy, SETTINGS)
+    plain: Any = load_policy(replace(SETTINGS, path=str(copy)))
     for file in (TEXT, UNET):
         beside(copy / file, "fp16")
         change(copy / file, lambda tensors: {name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
-    chosen: Any = load_policy(copy, replace(SETTINGS, variant="fp16"))  # the autoencoder has no variant
+    chosen: Any = load_policy(replace(SETTINGS, variant="fp16", path=str(copy)))  # the autoencoder has no variant
     for mine, theirs in zip(plain.denoiser.parameters(), chosen.denoiser.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert "it has no weights of the variant ema, of others fp16; leave model.variant empty" in refusal(
@@ -164,12 +164,12 @@ def test_a_safety_checker_that_is_not_there_is_not_missed(copy):
         "requires_safety_checker": True,
     }
     index.write_text(json.dumps(stated))  # as that of SD 1.x
-    assert load_policy(copy, SETTINGS).denoiser_name == "unet"
+    assert load_policy(replace(SETTINGS, path=str(copy))).denoiser_name == "unet"
 
 
 def test_every_part_comes_in_its_dtype(tiny_sd):
     for weights in ("lora", "full"):
-        policy: Any = load_policy(tiny_sd, replace(SETTINGS, weights=weights, dtype=torch.bfloat16))
+        policy: Any = load_policy(replace(SETTINGS, weights=weights, dtype="bfloat16", path=str(tiny_sd)))
         pipeline = policy._pipeline
         assert pipeline.text_encoder.dtype == pipeline.vae.dtype == torch.bfloat16
         frozen = torch.float32 if weights == "full" else torch.bfloat16

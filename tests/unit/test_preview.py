@@ -13,8 +13,9 @@ from diffusers import AutoencoderTiny
 
 from progrpo.diffusion.levels import flow_levels
 from progrpo.diffusion.process import Process
-from progrpo.policies.base import PolicySettings
+from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import load_policy
+from progrpo.policies.settings import ModelSettings
 from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.denoise import Sampling, denoise, expand
@@ -292,7 +293,10 @@ def test_the_tiny_decoder_is_used_where_it_is_asked_for(tiny_sd3, tmp_path):
     channels = {"encoder_block_out_channels": (4, 4), "decoder_block_out_channels": (4, 4)}
     blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     AutoencoderTiny(latent_channels=4, **channels, **blocks).save_pretrained(tmp_path)
-    policy = load_policy(tiny_sd3, PolicySettings(lora_rank=2, max_sequence_length=8, tiny_decoder=str(tmp_path)))
+    policy = load_policy(
+        ModelSettings(str(tiny_sd3), lora_rank=2, max_sequence_length=8),
+        PolicyContext(decoder_for_previews=str(tmp_path)),
+    )
     x = torch.randn(4, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     group, process = torch.tensor([0, 0, 1, 1]), Process("flow", "ddim", policy.levels(2), (0.0, 0.0))
     batch, condition = Trajectories(group, group, torch.arange(4), x, -x), policy.encode(PROMPTS)

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from progrpo.config import Config, ModelSettings, config_to_json
-from progrpo.policies.base import PolicySettings
+from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import load_policy
 from progrpo.policies.quantized import Int8Linear
 from progrpo.training.build import policy_from, trained_policy
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt
 
-SETTINGS = PolicySettings(lora_rank=2, lora_alpha=4, max_sequence_length=8, resolution=16)
+SETTINGS = ModelSettings(lora_rank=2, lora_alpha=4, max_sequence_length=8, resolution=16)
 
 
 @pytest.fixture
@@ -106,7 +106,9 @@ def loaded(family_at_length: Path, move: Any) -> Any:
     folder = family_at_length
 
     def of(**changes: Any) -> Any:
-        policy = load_policy(folder, replace(SETTINGS, frames=3 if folder.name == "tiny-wan" else None, **changes))
+        policy = load_policy(
+            replace(SETTINGS, frames=3 if folder.name == "tiny-wan" else None, **changes, path=str(folder))
+        )
         if "lora" not in changes:
             move(policy, 0.1)
         return policy
@@ -144,13 +146,13 @@ def test_blocks_are_in_8_bits_the_lora_is_whole_and_fits_the_unquantised_model(l
 
 
 def test_scales_stay_precise_where_the_rest_is_not(tiny_sd3):
-    policy: Any = load_policy(tiny_sd3, replace(SETTINGS, dtype=torch.bfloat16, quantize="int8"))
+    policy: Any = load_policy(replace(SETTINGS, dtype="bfloat16", quantize="int8", path=str(tiny_sd3)))
     layers = [module for module in policy.denoiser.modules() if isinstance(module, Int8Linear)]
     assert {layer.scale.dtype for layer in layers} == {torch.float32}
 
 
 def test_a_saved_lora_gives_diffusers_the_pictures_of_the_unquantised_model(tiny_sd3, tiny_pipeline, move, tmp_path):
-    policy = load_policy(tiny_sd3, replace(SETTINGS, quantize="int8"))
+    policy = load_policy(replace(SETTINGS, quantize="int8", path=str(tiny_sd3)))
     move(policy, 0.1)
     policy.save(tmp_path)
     pipeline = tiny_pipeline(tiny_sd3)
@@ -167,7 +169,7 @@ def test_a_saved_lora_gives_diffusers_the_pictures_of_the_unquantised_model(tiny
 
 def test_a_run_is_told_and_what_it_saved_is_looked_at_on_the_whole_model(tiny_sd3, tmp_path):
     model = ModelSettings(str(tiny_sd3), lora_rank=2, max_sequence_length=8, quantize="int8")
-    policy: Any = policy_from(model, 0, Ranks())
+    policy: Any = policy_from(model, PolicyContext())
     assert in_blocks(policy)
     run = tmp_path / "run"
     policy.save(run / "lora")

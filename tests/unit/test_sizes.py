@@ -25,14 +25,14 @@ from progrpo.config import (
     OptimSettings,
     PlanSettings,
     PromptSettings,
-    RewardMixSettings,
+    RewardSettings,
     RewardTerm,
     SamplingSettings,
     resolve_plan,
 )
 from progrpo.policies.architectures import ARCHITECTURES
-from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import load_policy
+from progrpo.policies.settings import ModelSettings
 from progrpo.policies.sizes import _built, _measured, sizes
 from progrpo.recipes import load_recipe
 from progrpo.training.estimate import (
@@ -79,9 +79,9 @@ def test_operations_and_memory_of_a_matrix_product_by_hand():
 @pytest.mark.parametrize("weights", ["full", "lora"])
 def test_memory_is_what_is_allocated(weights):
     """Within 15 %, as `benchmarks/memory.py` measures it at size."""
-    settings = PolicySettings(weights=weights)
-    policy: Any = load_policy("shapes-flow", settings)
-    found = sizes("shapes-flow", settings, 8, 4, 4)
+    settings = ModelSettings(weights=weights)
+    policy: Any = load_policy(settings)
+    found = sizes(settings, 8, 4, 4)
     told = {name: torch.randn(4, *shape) for name, shape in policy.condition_shapes().items()}
 
     def train() -> None:
@@ -104,8 +104,7 @@ def test_memory_is_what_is_allocated(weights):
 
 def test_checkpointing_takes_another_forward_pass_and_less_memory(tiny_sd3):
     plain, checkpointed = (
-        sizes(str(tiny_sd3), PolicySettings(activation_checkpointing=on, resolution=16), 2, 4, 2)
-        for on in (False, True)
+        sizes(ModelSettings(str(tiny_sd3), activation_checkpointing=on, resolution=16), 2, 4, 2) for on in (False, True)
     )
     assert plain.call_flops == checkpointed.call_flops
     assert checkpointed.train_flops == pytest.approx(1.5 * plain.train_flops, rel=0.1)
@@ -113,7 +112,7 @@ def test_checkpointing_takes_another_forward_pass_and_less_memory(tiny_sd3):
 
 
 def test_a_decoder_takes_what_the_policy_gives_it_and_not_latents(tiny_qwen_image):
-    found = sizes(str(tiny_qwen_image), PolicySettings(resolution=16), 2, 2, 2)  # one of videos
+    found = sizes(ModelSettings(str(tiny_qwen_image), resolution=16), 2, 2, 2)  # one of videos
     assert found.latent == 4 * 8 * 8 and found.decode_flops > 0 and found.train_bytes > 0
 
 
@@ -123,7 +122,12 @@ def test_a_size_that_is_not_square_is_counted_by_its_area(request, model):
     path, frames = str(request.getfixturevalue(model)), 3 if model == "tiny_wan" else None
 
     def found(height: int, width: int) -> Any:
-        return sizes(path, PolicySettings(resolution=(height, width), frames=frames, lora_rank=2), 1, 1, 1)
+        return sizes(
+            ModelSettings(path, resolution=(height, width), frames=frames, lora_rank=2),
+            1,
+            1,
+            1,
+        )
 
     wide, square = found(8, 32), found(16, 16)
     assert wide.latent == square.latent and wide.call_flops == square.call_flops
@@ -220,7 +224,7 @@ def test_rewards_are_counted_where_their_networks_are_known():
         RewardTerm("shapes"),
         RewardTerm("ocr"),
     )
-    found = estimate(replace(load_recipe("smoke"), reward=RewardMixSettings(terms)), "l4", 0.35, 1)
+    found = estimate(replace(load_recipe("smoke"), reward=RewardSettings(terms)), "l4", 0.35, 1)
     assert found["memory_gb"]["rewards"] == pytest.approx(2 * 986_109_441 / 1e9)
     assert found["rewards_not_counted"] == ["ocr"]
 
@@ -271,4 +275,4 @@ def test_a_folder_that_is_no_whole_model_is_refused_in_a_sentence(tiny_sd3, tmp_
     else:
         (folder / file).write_text(text)
     with pytest.raises(ValueError, match=rf"^model\.path: {reason}$"):
-        sizes(str(folder), PolicySettings(), 1, 1, 1)
+        sizes(ModelSettings(str(folder)), 1, 1, 1)

@@ -11,7 +11,6 @@ from diffusers import DDIMScheduler
 
 from progrpo.config import Config, ModelSettings, config_to_json
 from progrpo.diffusion.process import Process
-from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.recipes import load_recipe
 from progrpo.training.run import _given_config
@@ -28,7 +27,7 @@ def pair(request, tiny_sd, tiny_pipeline) -> Any:
         pipeline.scheduler.config, timestep_spacing=request.param, clip_sample=False
     )
     own = DDIMScheduler.from_config(pipeline.scheduler.config)
-    return policy_from_pipeline(pipeline, PolicySettings("lora", lora_rank=2)), own
+    return policy_from_pipeline(pipeline, ModelSettings(lora_rank=2)), own
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -55,7 +54,7 @@ def test_steps_that_end_where_the_next_begin_are_another_setting(tiny_sd, tiny_p
     def levels(spacing: str, count: int, ends: Any) -> Any:
         pipeline = tiny_pipeline(tiny_sd)
         pipeline.scheduler.register_to_config(timestep_spacing=spacing)
-        return policy_from_pipeline(pipeline, PolicySettings("lora", lora_rank=2, step_ends=ends)).levels(count)
+        return policy_from_pipeline(pipeline, ModelSettings(lora_rank=2, step_ends=ends)).levels(count)
 
     assert levels("linspace", 10, "next").ends is None
     ends = levels("linspace", 10, "diffusers").ends

@@ -4,61 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from progrpo.diffusion.levels import Levels
+from progrpo.policies.settings import ModelSettings
 from progrpo.policies.tokens import Truncation
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition, Pictures, Prompt
 
 
 @dataclass(frozen=True)
-class PolicySettings:
-    """How a pipeline becomes a policy.
+class PolicyContext:
+    """The surroundings of a policy: what it needs beside the settings of its model.
 
-    `weights` are trained as a LoRA (of `lora_rank`, `lora_alpha`, and `lora_targets` or the family's own) or in full. `lora` is one
-    to train further, by its folder, file or hub id: its rank, alpha and layers then take the place of those.
-    `seed` draws the LoRA's A whatever the global generator's state. Trained weights are float32 in every case; the
-    denoiser's frozen weights and the VAE are in `dtype`, the text encoders stay in the dtype they came in.
-    `negative_prompt` is a text that guidance leads away from (empty: what the model's pipeline takes without one).
-    `max_sequence_length` counts T5's tokens, or those of Qwen-Image's and FLUX.2's encoder (none: the model's own number, for the built-in 16). `resolution` is the side of a square picture or video in pixels, or its height
-    and width, `frames` the length of a video (none: the model's own).
-    `quantize` keeps the frozen weights of the linear layers of the denoiser's blocks as 8-bit integers, beside a LoRA.
-    `compile` has torch compile the denoiser's blocks, once for each shape that they meet, and on a GPU a decoder of pictures. `activation_checkpointing` computes activations
-    anew in the backward pass instead of keeping them. `shard` shares a denoiser's weights out among the processes. With `offload` the
-    denoiser and the text encoders are on the device by turns. `decoding` is of a microbatch at once, of one picture, or of one in tiles. `tiny_decoder` is an AutoencoderTiny for previews: the built-in `shapes-tiny`, a folder or a hub id.
-    `revision` is a hub id's branch, tag or commit, `variant` which of several kinds of weights files is read (fp16: `model.fp16.safetensors`).
-    A diffusion model's steps end where diffusers' DDIM has them end, or where the `next` begins (`step_ends`).
+    A fresh LoRA's first matrices follow from `lora_seed` alone, whatever the global generator's state. `world_size` processes make
+    network calls together where `ModelSettings.shard` shares the weights out among them.
     """
 
-    weights: Literal["lora", "full"] = "lora"
-    lora_rank: int = 16
-    lora_alpha: int = 32
-    lora_targets: Sequence[str] = ()
-    lora: str = ""
-    max_sequence_length: int | None = None
-    negative_prompt: str = ""
-    seed: int = 0
-    device: torch.device | str = "cpu"
-    dtype: torch.dtype = torch.float32
-    resolution: int | tuple[int, int] | None = None
-    frames: int | None = None
-    quantize: Literal["none", "int8"] = "none"
-    compile: bool = False
-    activation_checkpointing: bool = False
-    shard: bool = False
-    offload: bool = False
-    decoding: Literal["whole", "sliced", "tiled"] = "whole"
-    tiny_decoder: str = ""
-    revision: str = ""
-    variant: str = ""
-    step_ends: Literal["diffusers", "next"] = "diffusers"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    lora_seed: int = 0
+    world_size: int = 1
+    decoder_for_previews: str = ""
+    """An AutoencoderTiny: the built-in `shapes-tiny`, a folder or a hub id. Empty: previews are decoded by the autoencoder."""
+    guide_away_from: str = ""
+    """The negative prompt of classifier-free guidance. Empty: the one that the model's pipeline takes when none is given."""
+
+
+def torch_dtype(settings: ModelSettings) -> torch.dtype:
+    """Torch's dtype of the settings, in which `auto` has been resolved."""
+    assert settings.dtype != "auto"
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    return dtype
 
 
 class Policy(Protocol):

@@ -9,8 +9,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from progrpo.policies.base import PolicySettings
+from progrpo.policies.base import PolicyContext
 from progrpo.policies.packed import PATCH, PackedFlowPolicy, packed, unpacked
+from progrpo.policies.settings import ModelSettings
 from progrpo.prompts.pictures import key_of, source_of
 from progrpo.types import Condition, Prompt
 
@@ -80,9 +81,11 @@ class FluxKontextPolicy(FluxPolicy):
 
     edits: ClassVar[bool] = True
 
-    def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, size: tuple[int, int]) -> None:
+    def __init__(
+        self, pipeline: DiffusionPipeline, settings: ModelSettings, context: PolicyContext, size: tuple[int, int]
+    ) -> None:
         self._sources: dict[str, Tensor] = {}
-        super().__init__(pipeline, settings, size)
+        super().__init__(pipeline, settings, context, size)
 
     def _row(self, prompt: Prompt) -> dict[str, Tensor]:
         if (source := key_of(prompt)) not in self._sources:

@@ -19,7 +19,7 @@ from torch.utils.benchmark import Timer
 from transformers.utils import logging as transformers_logging
 
 from progrpo.messages import named
-from progrpo.policies.base import Policy, PolicySettings
+from progrpo.policies.base import Policy, PolicyContext, torch_dtype
 from progrpo.policies.flux import FluxKontextPolicy, FluxPolicy
 from progrpo.policies.flux2 import Flux2KleinPolicy
 from progrpo.policies.hub import reason_of
@@ -28,6 +28,7 @@ from progrpo.policies.parts import fetched, networks, whole
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.qwen_image import QwenImagePolicy
 from progrpo.policies.sd3 import SD3Policy
+from progrpo.policies.settings import ModelSettings
 from progrpo.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 from progrpo.policies.wan import WanPolicy
 from progrpo.zoo import WEIGHTS
@@ -75,28 +76,32 @@ def _product(device: torch.device, dtype: torch.dtype) -> Timer:
     return Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
 
 
-def load_policy(path: str | Path, settings: PolicySettings, trained: str | Path | None = None) -> Policy:
-    """The policy for a built-in model's name, a folder in diffusers' format, or a hub id (`owner/name`).
+def load_policy(
+    settings: ModelSettings, context: PolicyContext | None = None, trained: str | Path | None = None
+) -> Policy:
+    """The policy of the model at `settings.path`.
 
     `trained` is a denoiser's folder, which takes the place of the model's, or a LoRA, by its folder, file or hub id, which is added as
     `settings.lora` is.
     Reads safetensors only and runs no code from the folder. ValueError if there is nothing to load, or a pipeline
     class that no policy is written for.
     """
-    settings = of_model(path, settings)
-    source = locate(path, settings.revision)
+    settings = with_own_length(settings)
+    source = locate(settings.path, settings.revision)
     kind = supported(source, settings.revision)
     pipeline = _read_pipeline(source, kind, settings)
     if trained is not None and _is_denoiser(trained):
         _apply_trained(pipeline, kind.denoiser_name, Path(trained))
     elif trained is not None:
         settings = replace(settings, weights="lora", lora=str(trained))
-    return policy_from_pipeline(pipeline, settings)
+    return policy_from_pipeline(pipeline, settings, context)
 
 
-def policy_from_pipeline(pipeline: DiffusionPipeline, settings: PolicySettings) -> Policy:
+def policy_from_pipeline(
+    pipeline: DiffusionPipeline, settings: ModelSettings, context: PolicyContext | None = None
+) -> Policy:
     """The policy for a loaded pipeline, which it takes over; ValueError for a class that no policy is written for."""
-    return _policy_class(type(pipeline).__name__, "the pipeline").from_pipeline(pipeline, settings)
+    return _policy_class(type(pipeline).__name__, "the pipeline").from_pipeline(pipeline, settings, context)
 
 
 def _is_denoiser(folder: str | Path) -> bool:
@@ -114,9 +119,9 @@ def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path
     setattr(pipeline, denoiser_name, trained)
 
 
-def of_model(path: str | Path, settings: PolicySettings) -> PolicySettings:
-    """The settings with what a built-in model has of its own where they leave it open."""
-    if str(path) in BUILT_IN and settings.max_sequence_length is None:
+def with_own_length(settings: ModelSettings) -> ModelSettings:
+    """The settings with the number of tokens that a built-in model was made for, where they leave it open."""
+    if settings.path in BUILT_IN and settings.max_sequence_length is None:
         return replace(settings, max_sequence_length=_BUILT_IN_TOKENS)
     return settings
 
@@ -188,10 +193,11 @@ def _policy_class(name: str, source: str) -> type[PipelinePolicy]:
     return POLICIES[name]
 
 
-def _read_pipeline(source: str, kind: type[PipelinePolicy], settings: PolicySettings) -> DiffusionPipeline:
+def _read_pipeline(source: str, kind: type[PipelinePolicy], settings: ModelSettings) -> DiffusionPipeline:
     """Loaded in `dtype`, but a denoiser that is trained in full in float32: no precision is lost on the way."""
-    denoiser = torch.float32 if settings.weights == "full" else settings.dtype
-    dtypes = {kind.denoiser_name: denoiser, "vae": kind.vae_dtype or settings.dtype, "default": settings.dtype}
+    dtype = torch_dtype(settings)
+    denoiser = torch.float32 if settings.weights == "full" else dtype
+    dtypes = {kind.denoiser_name: denoiser, "vae": kind.vae_dtype or dtype, "default": dtype}
     with sayable(source):
         folder = fetched(source, settings.revision, settings.variant, kind.left_out)
         _require_objects(folder)

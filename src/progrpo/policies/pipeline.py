@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from progrpo.diffusion.levels import Levels
 from progrpo.messages import named, quoted
-from progrpo.policies.base import PolicySettings
+from progrpo.policies.base import PolicyContext, torch_dtype
 from progrpo.policies.decoder import quicken
 from progrpo.policies.fingerprint import fingerprint
 from progrpo.policies.handover import take_over
@@ -33,6 +33,7 @@ from progrpo.policies.lora import continue_lora, in_float32, save_lora
 from progrpo.policies.offload import Turns
 from progrpo.policies.parts import whole
 from progrpo.policies.quantized import quantize_blocks
+from progrpo.policies.settings import ModelSettings
 from progrpo.policies.sharded import Step, all_gathered, blocks, share_out
 from progrpo.policies.tokens import Reader, Truncation, truncation
 from progrpo.policies.weights import NamedWeights
@@ -66,24 +67,28 @@ class PipelinePolicy(ABC):
     fingerprints: Mapping[str, str]
     ignored: str = ""
 
-    def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, size: tuple[int, int]) -> None:
+    def __init__(
+        self, pipeline: DiffusionPipeline, settings: ModelSettings, context: PolicyContext, size: tuple[int, int]
+    ) -> None:
         """Wrap a pipeline whose trainable parameters are already marked; `from_pipeline` is the way in.
 
         `size` is the height and width of its pictures in pixels.
         """
         self._pipeline = pipeline
         self._settings = settings
+        self._context = context
+        self._dtype = torch_dtype(settings)
         self._size = size
         self._encoded: dict[str, dict[str, Tensor]] = {}
         self._released = False
-        self._tiny = _tiny_decoder(pipeline, settings, self._latent_channels(pipeline))
+        self._tiny = _tiny_decoder(pipeline, context, self._latent_channels(pipeline))
         self.compiled = settings.compile
-        self.batch_invariant = _may_be_batch_invariant(settings)
+        self.batch_invariant = _may_be_batch_invariant(settings, context)
         self._step: Step | None = None
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
         self.embeds_guidance = bool(getattr(self.denoiser.config, "guidance_embeds", False))
-        self.device: torch.device = torch.device(settings.device)
-        if settings.negative_prompt and self.embeds_guidance:
+        self.device = context.device
+        if context.guide_away_from and self.embeds_guidance:
             raise ValueError(
                 "sampling.negative_prompt: this model is told the guidance scale and leads away from no text; leave it empty"
             )
@@ -96,20 +101,24 @@ class PipelinePolicy(ABC):
         self.named_weights = NamedWeights(self.trainable)
         if settings.activation_checkpointing:
             self.denoiser.enable_gradient_checkpointing(self._checkpointed)
-        decoders = _compiled_decoder(pipeline.vae, settings) if settings.compile else []
+        decoders = _compiled_decoder(pipeline.vae, settings, context) if settings.compile else []
         self.compiled_decoder = bool(decoders)
         if settings.compile:
             _compile(*blocks(self.denoiser), *decoders)
-        if settings.shard:
+        if _is_shared(settings, context):
             self._step = Step(self.device, self._stand_in)
             self._shapes = self.network_inputs()  # asked now, while the text encoders are there
 
     @classmethod
-    def from_pipeline(cls, pipeline: DiffusionPipeline, settings: PolicySettings) -> Self:
+    def from_pipeline(
+        cls, pipeline: DiffusionPipeline, settings: ModelSettings, context: PolicyContext | None = None
+    ) -> Self:
         """Take the pipeline over: it moves to the device, is frozen, and its denoiser gets what `settings` ask for.
 
         ValueError for one that a policy was made of before, that has an adapter already, or that does not fit the settings.
         """
+        context = context or PolicyContext()
+        dtype, shared = torch_dtype(settings), _is_shared(settings, context)
         if pipeline in _TAKEN:
             raise ValueError(
                 "this pipeline was given to a run already, which took it over and changed it; load it again"
@@ -122,15 +131,15 @@ class PipelinePolicy(ABC):
         denoiser = getattr(pipeline, cls.denoiser_name)
         _require_no_adapter(denoiser, cls.denoiser_name)
         if settings.quantize == "int8":  # before it moves, so that the device never holds the wide weights
-            _cast(denoiser, settings.dtype)
+            _cast(denoiser, dtype)
             quantize_blocks(denoiser)
         for module in _modules(pipeline):
-            if not (module is denoiser and settings.shard) and not (module is not pipeline.vae and settings.offload):
-                module.to(settings.device)
+            if not (module is denoiser and shared) and not (module is not pipeline.vae and settings.offload):
+                module.to(context.device)
             module.requires_grad_(False)
-        _cast(pipeline.vae, cls._vae_dtype(pipeline, settings.dtype))
+        _cast(pipeline.vae, cls._vae_dtype(pipeline, dtype))
         if settings.weights == "lora":
-            _cast(denoiser, settings.dtype)
+            _cast(denoiser, dtype)
             if settings.lora:
                 continue_lora(pipeline, cls.denoiser_name, settings.lora)
         elif settings.weights == "full":
@@ -143,12 +152,12 @@ class PipelinePolicy(ABC):
             pipeline
         )  # while every process has all weights; a fresh LoRA's follow from the seed
         if settings.weights == "lora" and not settings.lora:
-            _add_lora(denoiser, settings, tuple(settings.lora_targets) or cls.lora_targets)
-        if settings.shard:
+            _add_lora(denoiser, settings, settings.lora_targets or cls.lora_targets, context.lora_seed)
+        if shared:
             lora = [p for p in denoiser.parameters() if p.requires_grad] if settings.weights == "lora" else []
-            share_out(denoiser, torch.device(settings.device), whole=lora)
+            share_out(denoiser, context.device, whole=lora)
         _TAKEN.add(pipeline)
-        if _narrow_on_cpu(settings):
+        if _narrow_on_cpu(dtype, context.device):
             quicken(pipeline.vae)
             if cls.plain_attention is not None:
                 denoiser.set_attn_processor(cls.plain_attention())
@@ -158,9 +167,9 @@ class PipelinePolicy(ABC):
         # pictures are convolved faster in this order of memory: the decoder by a fifth on a CPU, U-Nets on a GPU alone
         if not any(p.ndim == 5 for p in pipeline.vae.parameters()):  # a video's has weights that cannot be in it
             pipeline.vae.to(memory_format=torch.channels_last)
-        if cls.denoiser_name == "unet" and torch.device(settings.device).type == "cuda":
+        if cls.denoiser_name == "unet" and context.device.type == "cuda":
             denoiser.to(memory_format=torch.channels_last)
-        policy = cls(pipeline, settings, size)
+        policy = cls(pipeline, settings, context, size)
         policy.fingerprints, policy.ignored = fingerprints, ignored
         return policy
 
@@ -243,7 +252,7 @@ class PipelinePolicy(ABC):
 
     @property
     def _negative_prompt(self) -> str:
-        return self._settings.negative_prompt or self.no_prompt
+        return self._context.guide_away_from or self.no_prompt
 
     @property
     def _text_tokens(self) -> int:
@@ -254,7 +263,7 @@ class PipelinePolicy(ABC):
         return own
 
     def truncation(self, texts: Sequence[str]) -> Truncation:
-        return truncation(self._readers, [*texts, *filter(None, [self._settings.negative_prompt])])
+        return truncation(self._readers, [*texts, *filter(None, [self._context.guide_away_from])])
 
     def _text_readers(self) -> list[Reader]:
         """CLIP reads as much as its tokenizer says, others as many tokens as the network is told."""
@@ -289,9 +298,9 @@ class PipelinePolicy(ABC):
 
     def _encoded_finitely(self, what: str, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The one row that was encoded, as the network is told it; ValueError where the dtype does not hold its numbers."""
-        row = {name: t[0].to("cpu", self._settings.dtype) for name, t in encoded.items()}
+        row = {name: t[0].to("cpu", self._dtype) for name, t in encoded.items()}
         if strange := [name for name, t in row.items() if not t.isfinite().all()]:
-            dtype = str(self._settings.dtype).removeprefix("torch.")
+            dtype = str(self._dtype).removeprefix("torch.")
             raise ValueError(
                 f"what {what} is encoded as ({strange[0]}) is not finite in {dtype}; take another model.dtype (bfloat16, float32),"
                 " or look at the model's encoder"
@@ -345,7 +354,7 @@ class PipelinePolicy(ABC):
         assert all(len(rows) == len(x_BCHW) for rows in condition.tensors.values())
         if self._step is not None:
             self._step.call(self.named_weights.names.index(self.named_weights.active), torch.is_grad_enabled())
-        if len(x_BCHW) == 1 and _narrow_on_cpu(self._settings):
+        if len(x_BCHW) == 1 and _narrow_on_cpu(self._dtype, self.device):
             # products with a single row are made by other kernels, which round differently: it would depend on being alone
             rows = torch.zeros(2, dtype=torch.int64)
             return self._run(x_BCHW[rows], timestep_B[rows], condition.take(rows))[:1]
@@ -353,7 +362,7 @@ class PipelinePolicy(ABC):
 
     def _run(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         # No cache of cast weights: it would outlive a change of weights inside a caller's own autocast block.
-        dtype = self._settings.dtype
+        dtype = self._dtype
         with (
             torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False),
             self._attention(),
@@ -362,7 +371,7 @@ class PipelinePolicy(ABC):
 
     def _attention(self) -> AbstractContextManager[None]:
         """Torch's own matrix products, where fused attention is slow and the denoiser has no processor without it."""
-        fused_is_slow = _narrow_on_cpu(self._settings) and self.plain_attention is None
+        fused_is_slow = _narrow_on_cpu(self._dtype, self.device) and self.plain_attention is None
         return sdpa_kernel(SDPBackend.MATH) if fused_is_slow else nullcontext()
 
     @torch.compiler.disable(recursive=False)  # blocks of a U-Net call it from inside
@@ -395,7 +404,7 @@ class PipelinePolicy(ABC):
 
     def _ones(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """One row of a condition of these shapes."""
-        dtype = self._settings.dtype
+        dtype = self._dtype
         return {name: torch.ones(1, *shape, device=self.device, dtype=dtype) for name, shape in shapes.items()}
 
     def _stand_in(self, weights: int, training: bool) -> None:
@@ -425,7 +434,7 @@ class PipelinePolicy(ABC):
         if not there_B.all():
             pictures_BCHW[~there_B] = 0.0  # a cast of NaN is whatever the processor makes of it
             decoded = _finite_rows(latents_BCHW)[~there_B].all()
-            fault = _fault(name, dtype) if decoded else _fault(self.denoiser_name, self._settings.dtype)
+            fault = _fault(name, dtype) if decoded else _fault(self.denoiser_name, self._dtype)
         bytes_BCHW = pictures_BCHW.mul_(0.5).add_(0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
         return Pictures(bytes_BCHW.movedim(1, -1).contiguous().cpu(), there_B.cpu(), fault)
 
@@ -517,11 +526,11 @@ def _all_finite(weight: Tensor) -> bool:
     return all(end.isfinite().item() for end in weight.detach().aminmax()) if weight.numel() else True
 
 
-def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings, channels: int) -> AutoencoderTiny | None:
+def _tiny_decoder(pipeline: DiffusionPipeline, context: PolicyContext, channels: int) -> AutoencoderTiny | None:
     """In the autoencoder's dtype and place; ValueError for one that decodes latents of another kind."""
-    if not settings.tiny_decoder:
+    if not context.decoder_for_previews:
         return None
-    vae, name = pipeline.vae, settings.tiny_decoder
+    vae, name = pipeline.vae, context.decoder_for_previews
     try:
         place = WEIGHTS / name if name == BUILT_IN_DECODER else name
         tiny: AutoencoderTiny = whole(AutoencoderTiny, place, dtype=vae.dtype)
@@ -537,7 +546,7 @@ def _tiny_decoder(pipeline: DiffusionPipeline, settings: PolicySettings, channel
             f" model's have {channels}; take the one that was made for its autoencoder"
         )
     tiny.requires_grad_(False).eval()
-    return tiny.to(settings.device, memory_format=torch.channels_last)
+    return tiny.to(context.device, memory_format=torch.channels_last)
 
 
 def _turns(pipeline: DiffusionPipeline, denoiser: nn.Module, device: torch.device) -> Turns:
@@ -553,19 +562,24 @@ def _set_decoding(vae: ModelMixin, decoding: str) -> None:
         vae.enable_tiling()
 
 
-def _may_be_batch_invariant(settings: PolicySettings) -> bool:
+def _may_be_batch_invariant(settings: ModelSettings, context: PolicyContext) -> bool:
     """False where it is known without measuring: on a GPU, compiled in low precision, and where processes make calls together."""
-    same_network = settings.dtype == torch.float32 or not settings.compile
-    return same_network and torch.device(settings.device).type == "cpu" and not settings.shard
+    same_network = settings.dtype == "float32" or not settings.compile
+    return same_network and context.device.type == "cpu" and not _is_shared(settings, context)
 
 
-def _narrow_on_cpu(settings: PolicySettings) -> bool:
+def _is_shared(settings: ModelSettings, context: PolicyContext) -> bool:
+    """Whether several processes hold a part of the denoiser's weights each."""
+    return settings.shard and context.world_size > 1
+
+
+def _narrow_on_cpu(dtype: torch.dtype, device: torch.device) -> bool:
     """In low precision on a CPU, where some of what torch and diffusers have is slow.
 
     Torch's fused attention has a gradient slower than the whole rest there. What torch has without it computes in float32, and
     takes two to three times as long as products in the dtype itself.
     """
-    return settings.dtype != torch.float32 and torch.device(settings.device).type == "cpu"
+    return dtype != torch.float32 and device.type == "cpu"
 
 
 def _compile(*modules: nn.Module) -> None:
@@ -578,12 +592,12 @@ def _compile(*modules: nn.Module) -> None:
         module.compile(dynamic=False)
 
 
-def _compiled_decoder(vae: ModelMixin, settings: PolicySettings) -> list[nn.Module]:
+def _compiled_decoder(vae: ModelMixin, settings: ModelSettings, context: PolicyContext) -> list[nn.Module]:
     """A decoder of pictures, whose norms go through memory several times on a GPU. On a CPU it is slower compiled than not.
 
     Not one that is to save memory: slices and tiles have shapes of their own.
     """
-    wanted = torch.device(settings.device).type != "cpu" and settings.decoding == "whole"
+    wanted = context.device.type != "cpu" and settings.decoding == "whole"
     return [vae.decoder] if wanted and isinstance(vae.decoder, Decoder) else []
 
 
@@ -620,7 +634,7 @@ def _require_no_adapter(denoiser: ModelMixin, name: str) -> None:
         )
 
 
-def _add_lora(denoiser: ModelMixin, settings: PolicySettings, targets: tuple[str, ...]) -> None:
+def _add_lora(denoiser: ModelMixin, settings: ModelSettings, targets: tuple[str, ...], seed: int) -> None:
     linears = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
     adapted: set[str] = set()
     for target in targets:
@@ -635,6 +649,6 @@ def _add_lora(denoiser: ModelMixin, settings: PolicySettings, targets: tuple[str
         target_modules=sorted(adapted),
     )
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, from the global generator
-        torch.default_generator.manual_seed(settings.seed)
+        torch.default_generator.manual_seed(seed)
         denoiser.add_adapter(config)
     in_float32(denoiser)

@@ -76,7 +76,7 @@ class SD3Policy(FlowPolicy):
             [text],
             max_sequence_length=self._text_tokens,
             device=self.device,
-            dtype=self._settings.dtype,
+            dtype=self._dtype,
         )
         found = [None if encoder is None else self._clip(text, tokenizer, encoder) for tokenizer, encoder in clips]
         left = config.pooled_projection_dim - sum(pooled.shape[-1] for _, pooled in filter(None, found))

@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from progrpo.policies.architectures import ARCHITECTURES, Architecture
-from progrpo.policies.base import PolicySettings
-from progrpo.policies.load import POLICIES, locate, of_model, sayable, supported
+from progrpo.policies.base import PolicyContext, torch_dtype
+from progrpo.policies.load import POLICIES, locate, sayable, supported, with_own_length
+from progrpo.policies.settings import ModelSettings
 from progrpo.types import Condition
 
 _PARTS = ("transformer", "unet", "vae", "scheduler")
@@ -52,14 +53,16 @@ class Sizes:
     decode_bytes: int
 
 
-def sizes(path: str, settings: PolicySettings, called: int, trained: int, decoded: int) -> Sizes:
-    """Of a model by path, with microbatches of so many rows called, items trained and pictures decoded.
+def sizes(settings: ModelSettings, called: int, trained: int, decoded: int) -> Sizes:
+    """The sizes of the model at `settings.path`, with microbatches of so many rows called, items trained and pictures decoded.
 
     ValueError for a hub id whose architecture is not known here.
     """
-    pipeline = without_weights(path, settings.dtype)
-    bare = replace(of_model(path, settings), device="meta", compile=False, tiny_decoder="")
-    policy = POLICIES[type(pipeline).__name__].from_pipeline(pipeline, bare)
+    dtype = torch_dtype(settings)
+    pipeline = without_weights(settings.path, dtype)
+    bare = replace(with_own_length(settings), compile=False)
+    on_meta = PolicyContext(torch.device("meta"))
+    policy = POLICIES[type(pipeline).__name__].from_pipeline(pipeline, bare, on_meta)
     denoiser, vae = policy.denoiser, policy._pipeline.vae
     encoders = [part for name, part in policy._pipeline.components.items() if name.startswith("text_encoder") and part]
     weights = [(p.numel(), p.numel() * p.element_size(), p.requires_grad) for p in denoiser.parameters()]
@@ -70,9 +73,9 @@ def sizes(path: str, settings: PolicySettings, called: int, trained: int, decode
         def call(rows: int, grad: bool) -> None:
             x, at = torch.empty(rows, *policy.latent_shape), torch.empty(rows)
             shapes = policy.network_inputs()
-            told = {name: torch.empty(rows, *shape, dtype=settings.dtype) for name, shape in shapes.items()}
-            low = settings.dtype != torch.float32
-            with torch.set_grad_enabled(grad), torch.autocast("cpu", settings.dtype, enabled=low, cache_enabled=False):
+            told = {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in shapes.items()}
+            low = dtype != torch.float32
+            with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, enabled=low, cache_enabled=False):
                 output = policy._call(x, at, Condition(told)).float()
             if grad:
                 output.square().mean().backward()

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from progrpo.diffusion.levels import Levels, between_diffusion_levels, diffusion_levels
 from progrpo.diffusion.prediction import PREDICTIONS
-from progrpo.policies.base import PolicySettings
+from progrpo.policies.base import PolicyContext
 from progrpo.policies.pipeline import GRIDS, PipelinePolicy, unused
+from progrpo.policies.settings import ModelSettings
 from progrpo.types import Condition
 
 
@@ -33,10 +34,12 @@ class StableDiffusionPolicy(PipelinePolicy):
         "requires_safety_checker": False,
     }
 
-    def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, size: tuple[int, int]) -> None:
+    def __init__(
+        self, pipeline: DiffusionPipeline, settings: ModelSettings, context: PolicyContext, size: tuple[int, int]
+    ) -> None:
         self._scheduler = _ddim(pipeline)
         self.prediction: str = self._scheduler.config.prediction_type
-        super().__init__(pipeline, settings, size)
+        super().__init__(pipeline, settings, context, size)
 
     @classmethod
     def _check(cls, pipeline: DiffusionPipeline) -> None:
@@ -157,7 +160,7 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
 
     def _encode_unconditional(self) -> Condition:
         encoded = super()._encode_unconditional()
-        if self._pipeline.config.force_zeros_for_empty_prompt and not self._settings.negative_prompt:
+        if self._pipeline.config.force_zeros_for_empty_prompt and not self._context.guide_away_from:
             return Condition({name: torch.zeros_like(rows) for name, rows in encoded.tensors.items()})
         return encoded
 

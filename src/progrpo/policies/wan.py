@@ -10,9 +10,10 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCM
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 
-from progrpo.policies.base import PolicySettings
+from progrpo.policies.base import PolicyContext
 from progrpo.policies.flow import FlowPolicy
 from progrpo.policies.pipeline import GRIDS, unused
+from progrpo.policies.settings import ModelSettings
 from progrpo.types import Condition
 
 _SIZE, _FRAMES = (480, 832), 81
@@ -32,10 +33,12 @@ class WanPolicy(FlowPolicy):
     )
     vae_dtype: ClassVar[torch.dtype | None] = torch.float32
 
-    def __init__(self, pipeline: DiffusionPipeline, settings: PolicySettings, size: tuple[int, int]) -> None:
-        if settings.tiny_decoder:
+    def __init__(
+        self, pipeline: DiffusionPipeline, settings: ModelSettings, context: PolicyContext, size: tuple[int, int]
+    ) -> None:
+        if context.decoder_for_previews:
             raise ValueError("preview.tiny_decoder: an AutoencoderTiny decodes pictures, and this model makes videos")
-        super().__init__(pipeline, settings, size)
+        super().__init__(pipeline, settings, context, size)
         pipeline.vae.enable_slicing()  # one video at a time: a video takes a batch of pictures' memory
 
     @classmethod

@@ -119,7 +119,7 @@ class RewardTerm:
 
 
 @dataclass(frozen=True)
-class RewardMixSettings:
+class RewardSettings:
     terms: tuple[RewardTerm, ...] = setting((RewardTerm("shapes"),), Rule(len, "one reward or more"))
     """The rewards: one, or the weighted sum of several. Each is NAME, WEIGHT*NAME or a JSON object
     (docs/rewards.md).

@@ -18,7 +18,6 @@ from progrpo.config import (
     ModelSettings,
     ObjectiveSettings,
     OptimSettings,
-    PreviewSettings,
     PromptSettings,
     RewardTerm,
     SamplingSettings,
@@ -32,7 +31,7 @@ from progrpo.messages import named
 from progrpo.objectives.advantage import normalised_sum
 from progrpo.objectives.base import Objective
 from progrpo.objectives.settings import Stored, load_objective
-from progrpo.policies.base import Policy, PolicySettings
+from progrpo.policies.base import Policy, PolicyContext
 from progrpo.policies.load import BUILT_IN, fastest_dtype, load_policy, quiet
 from progrpo.policies.pipeline import BUILT_IN_DECODER
 from progrpo.prompts.load import DATASET, TEXT, load_prompts, of_configuration
@@ -144,61 +143,29 @@ def settled(config: Config, ranks: Ranks) -> Config:
     return replace(config, model=replace(config.model, dtype=dtype))
 
 
-def policy_from(
-    model: ModelSettings,
-    seed: int,
-    ranks: Ranks,
-    trained: Path | None = None,
-    tiny_decoder: str = "",
-    negative_prompt: str = "",
-) -> Policy:
-    """The policy that a configuration names, optionally with weights that a run has saved."""
+def policy_from(model: ModelSettings, context: PolicyContext, trained: Path | None = None) -> Policy:
+    """The policy that settings name, optionally with weights that a run has saved."""
     quiet()
-    if ranks.device.type == "cpu":  # beside a GPU it is weights that are freed, once they are there
+    if context.device.type == "cpu":  # beside a GPU it is weights that are freed, once they are there
         keep_freed_memory()
-    return load_policy(model.path, settings_from(model, seed, ranks, tiny_decoder, negative_prompt), trained)
+    return load_policy(with_lora_of_run(model), context, trained)
 
 
-def settings_from(
-    model: ModelSettings, seed: int, ranks: Ranks, tiny_decoder: str = "", negative_prompt: str = ""
-) -> PolicySettings:
-    """Of a policy on this process' device."""
-    return replace(
-        model_settings(model),
-        lora=str(_saved_by(Path(model.lora)) if model.lora and _is_run(Path(model.lora)) else model.lora),
-        seed=seed,
+def policy_context(config: Config, ranks: Ranks) -> PolicyContext:
+    """The surroundings of a run's policy in this process."""
+    return PolicyContext(
         device=ranks.device,
-        shard=model.shard and ranks.world > 1,
-        tiny_decoder=tiny_decoder,
-        negative_prompt=negative_prompt,
+        lora_seed=config.seed,
+        world_size=ranks.world,
+        decoder_for_previews=config.preview.tiny_decoder if config.preview.decoder == "tiny" else "",
+        guide_away_from=config.sampling.negative_prompt,
     )
 
 
-def model_settings(model: ModelSettings) -> PolicySettings:
-    """What a configuration says of a policy by itself; its dtype must be chosen."""
-    return PolicySettings(
-        revision=model.revision,
-        variant=model.variant,
-        step_ends=model.step_ends,
-        weights=model.weights,
-        lora_rank=model.lora_rank,
-        lora_alpha=model.lora_alpha,
-        lora_targets=model.lora_targets,
-        max_sequence_length=model.max_sequence_length,
-        resolution=model.resolution,
-        frames=model.frames,
-        dtype=getattr(torch, model.dtype),
-        quantize=model.quantize,
-        compile=model.compile,
-        activation_checkpointing=model.activation_checkpointing,
-        offload=model.offload,
-        decoding=model.decoding,
-    )
-
-
-def tiny_decoder(preview: PreviewSettings) -> str:
-    """The tiny decoder that the previews ask for; empty for none."""
-    return preview.tiny_decoder if preview.decoder == "tiny" else ""
+def with_lora_of_run(model: ModelSettings) -> ModelSettings:
+    """The settings with the LoRA that a run has saved, where `lora` names a run folder."""
+    run = Path(model.lora)
+    return replace(model, lora=str(_saved_by(run))) if model.lora and _is_run(run) else model
 
 
 def previewing(config: Config) -> Previewing:
@@ -245,7 +212,8 @@ def trained_policy(
         trained = _saved_by(trained)
     # what a run saved has in it where it began, and is for the model as it is
     model = replace(run.model, path=path, revision=revision, variant=variant, lora="", quantize="none")
-    policy = policy_from(model, 0, ranks, trained, negative_prompt=negative_prompt)
+    context = PolicyContext(device=ranks.device, world_size=ranks.world, guide_away_from=negative_prompt)
+    policy = policy_from(model, context, trained)
     require_same_model(ranks, policy)
     ranks.attend = policy.attend
     return policy

@@ -22,7 +22,6 @@ from progrpo.rewards.base import Reward
 from progrpo.rewards.settings import REWARDS
 from progrpo.rollout.plan import Plan
 from progrpo.rollout.preview import DECODED
-from progrpo.training.build import model_settings
 from progrpo.training.plan_judge import prompt_cost
 
 _FLOAT, _GB = 4, 1e9
@@ -101,10 +100,10 @@ def sizes_for(config: Config) -> Sizes:
     """Of a configuration's model, at its microbatches."""
     model, pair = config.model, 2 if config.sampling.in_pairs else 1
     dtype: Any = "bfloat16" if model.dtype == "auto" else model.dtype
-    settings = model_settings(replace(model, dtype=dtype, offload=False))
+    settings = replace(model, dtype=dtype, lora="", offload=False)
     called, trained = microbatch(config.sampling), microbatch(config.optim)
     rows = trained * (pair if trains_transitions(config) else 1)
-    return _sizes_of(model.path, settings, called * pair, rows, min(called, DECODED))
+    return _sizes_of(settings, called * pair, rows, min(called, DECODED))
 
 
 def _memory(config: Config, plan: Plan, found: Sizes, processes: int) -> dict[str, dict[str, float]]:

@@ -57,13 +57,13 @@ from progrpo.training.build import (
     eval_prompts,
     judge_for,
     located,
+    policy_context,
     policy_from,
     ranking_of,
     scorer_from,
-    settings_from,
     settled,
-    tiny_decoder,
     train_order,
+    with_lora_of_run,
 )
 from progrpo.training.distributed import Ranks, lost_in_words
 from progrpo.training.equal_inputs import require_same_model, require_same_prompts, require_same_settings
@@ -214,9 +214,7 @@ def train(
 def _taken_over(pipeline: DiffusionPipeline, config: Config, ranks: Ranks) -> Policy:
     from progrpo.policies.load import policy_from_pipeline
 
-    decoder, away = tiny_decoder(config.preview), config.sampling.negative_prompt
-    settings = settings_from(config.model, config.seed, ranks, decoder, away)
-    return policy_from_pipeline(pipeline, settings)
+    return policy_from_pipeline(pipeline, with_lora_of_run(config.model), policy_context(config, ranks))
 
 
 def _given_config(config: Config | None, own: Config | None, pipeline: DiffusionPipeline) -> Config:
@@ -325,14 +323,13 @@ def _held_out_rewards(config: Config) -> RewardMixture | None:
 def _named_parts(config: Config, ranks: Ranks) -> Parts:
     """What a configuration names."""
     source, pictures, column = config.eval.prompts, config.eval.pictures, config.eval.column
-    decoder, away = tiny_decoder(config.preview), config.sampling.negative_prompt
     test, validation = (eval_prompts(source, split, pictures, column) for split in ("test", "validation"))
     return Parts(
         config,
         scorer_from(config.reward.terms, config.reward.frames, ranking_of(config.objective, config.reward.terms)),
         train_order(config.prompts, config.seed),
         HeldOut(test, validation, judge_for(source), _held_out_rewards(config)),
-        lambda: policy_from(config.model, config.seed, ranks, None, decoder, away),
+        lambda: policy_from(config.model, policy_context(config, ranks)),
     )
 
 

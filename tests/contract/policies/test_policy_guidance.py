@@ -16,8 +16,9 @@ from tests.support.policies import (
     untouched_pipeline,
 )
 
-from progrpo.policies.base import PolicySettings
+from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import policy_from_pipeline
+from progrpo.policies.settings import ModelSettings
 from progrpo.types import Prompt
 
 
@@ -26,7 +27,7 @@ from progrpo.types import Prompt
 )
 def test_guidance_leads_away_from_the_negative_prompt_as_the_diffusers_pipeline_does(request, model):
     folder = request.getfixturevalue(model)
-    policy, plain = (load(folder, "lora", negative_prompt=text) for text in ("green bird", ""))
+    policy, plain = (load(folder, "lora", PolicyContext(guide_away_from=text)) for text in ("green bird", ""))
     expected = sample_by_diffusers(
         untouched_pipeline(folder), policy, 3.5, "latent", negative_prompt=["green bird"] * len(TEXTS)
     )
@@ -39,7 +40,7 @@ def test_guidance_leads_away_from_the_negative_prompt_as_the_diffusers_pipeline_
 
 def test_a_model_that_is_told_its_guidance_leads_away_from_no_text(tiny_flux):
     with pytest.raises(ValueError, match=r"^sampling\.negative_prompt: this model is told .* leave it empty$"):
-        load(tiny_flux, "lora", negative_prompt="green bird")
+        load(tiny_flux, "lora", PolicyContext(guide_away_from="green bird"))
 
 
 def test_guidance_is_taken_between_prompt_and_empty_prompt_with_gradients_through_both(policy):
@@ -78,7 +79,7 @@ def test_a_distilled_flux2_klein_is_sampled_without_guidance(tiny_flux2_klein):
     pipeline = untouched_pipeline(tiny_flux2_klein)
     pipeline.register_to_config(is_distilled=True)
     policy = policy_from_pipeline(
-        pipeline, PolicySettings(lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, resolution=16)
+        pipeline, ModelSettings(lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, resolution=16)
     )
     with pytest.raises(ValueError, match=r"sampling\.guidance_scale: 3\.5 would guide a distilled model, .* use 1"):
         sample_without_noise(policy, 3.5)
@@ -90,7 +91,7 @@ def test_a_pair_of_calls_shows_the_source_in_both(tiny_kontext):
     pipeline = untouched_pipeline(tiny_kontext)
     told = {**pipeline.transformer.config, "guidance_embeds": False}
     pipeline.transformer = type(pipeline.transformer).from_config(told)
-    settings = PolicySettings(lora_rank=2, max_sequence_length=TOKENS, resolution=16)
+    settings = ModelSettings(lora_rank=2, max_sequence_length=TOKENS, resolution=16)
     policy = policy_from_pipeline(pipeline, settings)
     x, condition, w = noise(policy), policy.encode(PROMPTS), 3.0
     nothing = policy.encode([Prompt("", prompt.columns) for prompt in PROMPTS])

@@ -15,8 +15,8 @@ from tests.support.policies import (
     untouched_pipeline,
 )
 
-from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import policy_from_pipeline
+from progrpo.policies.settings import ModelSettings
 
 
 def test_a_flow_models_levels_are_the_schedulers_own_or_shifted(tiny_sd3):
@@ -94,7 +94,7 @@ def test_what_a_scheduler_has_by_default_stays_when_its_noise_is_sampled_by_ddim
     pipeline = untouched_pipeline(tiny_sd)
     pipeline.scheduler = scheduler()
     pipeline.scheduler.save_pretrained(tmp_path)  # a file says every default, where an object lists those it was left
-    own, settings = pipeline.scheduler, PolicySettings(lora_rank=2)
+    own, settings = pipeline.scheduler, ModelSettings(lora_rank=2)
     levels = policy_from_pipeline(pipeline, settings).levels(STEPS)
     signal = own.alphas_cumprod[levels.timestep[:-1].long()]
     assert torch.equal(levels.alpha[:-1], signal.sqrt())

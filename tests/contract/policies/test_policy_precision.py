@@ -16,12 +16,12 @@ from tests.support.policies import (
     velocity,
 )
 
-from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import load_policy
+from progrpo.policies.settings import ModelSettings
 
 
 def test_low_precision_keeps_trained_weights_and_velocities_in_float32(case, folder, policy):
-    low = load(folder, case.weights, dtype=torch.bfloat16)
+    low = load(folder, case.weights, dtype="bfloat16")
     assert {p.dtype for p in low.trainable.values()} == {torch.float32}
     if case.weights == "lora":
         frozen = [(name, p) for name, p in low.frozen() if p.dim() == 2 and "rope" not in name]
@@ -40,7 +40,7 @@ def test_low_precision_keeps_trained_weights_and_velocities_in_float32(case, fol
 
 
 def test_low_precision_without_training_is_near_the_float32_pictures(case, folder, policy):
-    low = load(folder, case.weights, dtype=torch.bfloat16)
+    low = load(folder, case.weights, dtype="bfloat16")
     x0 = noise(policy)
     assert (low.decode(x0).images_NHWC.int() - policy.decode(x0).images_NHWC.int()).abs().float().mean() < 3
 
@@ -49,9 +49,12 @@ def test_low_precision_without_training_is_near_the_float32_pictures(case, folde
 def test_a_saved_denoiser_takes_the_models_place_in_low_precision_as_it_is(request, tmp_path, model):
     folder = request.getfixturevalue(model)
     load(folder, "full").save(tmp_path / "saved")
-    settings = PolicySettings(lora_rank=2, max_sequence_length=TOKENS, resolution=16, dtype=torch.bfloat16)
+    settings = ModelSettings(lora_rank=2, max_sequence_length=TOKENS, resolution=16, dtype="bfloat16")
     settings = replace(settings, frames=FRAMES if model == "tiny_wan" else None)
-    own, taken = load_policy(folder, settings), load_policy(folder, settings, tmp_path / "saved")
+    own, taken = (
+        load_policy(replace(settings, path=str(folder))),
+        load_policy(replace(settings, path=str(folder)), trained=tmp_path / "saved"),
+    )
     found = dict(taken.frozen())
     for name, tensor in own.frozen():  # of Wan some in float32
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
@@ -60,12 +63,12 @@ def test_a_saved_denoiser_takes_the_models_place_in_low_precision_as_it_is(reque
 
 def test_wans_autoencoder_is_float32_whatever_the_rest_is(tiny_wan):
     saved = untouched_pipeline(tiny_wan).vae.state_dict()
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in ("bfloat16", "float16"):
         found = load(tiny_wan, "lora", dtype=dtype)._pipeline.vae.state_dict()
         assert all(torch.equal(weight, saved[name]) for name, weight in found.items())
 
 
 def test_sdxls_autoencoder_stays_in_float32_where_float16_would_overflow(tiny_sdxl, tiny_sd):
-    assert load(tiny_sdxl, "lora", dtype=torch.float16)._pipeline.vae.dtype == torch.float32
-    assert load(tiny_sdxl, "lora", dtype=torch.bfloat16)._pipeline.vae.dtype == torch.bfloat16
-    assert load(tiny_sd, "lora", dtype=torch.float16)._pipeline.vae.dtype == torch.float16
+    assert load(tiny_sdxl, "lora", dtype="float16")._pipeline.vae.dtype == torch.float32
+    assert load(tiny_sdxl, "lora", dtype="bfloat16")._pipeline.vae.dtype == torch.bfloat16
+    assert load(tiny_sd, "lora", dtype="float16")._pipeline.vae.dtype == torch.float16

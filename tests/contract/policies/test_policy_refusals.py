@@ -19,8 +19,8 @@ from tests.support.policies import (
     untouched_pipeline,
 )
 
-from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import policy_from_pipeline
+from progrpo.policies.settings import ModelSettings
 
 
 def test_what_cannot_be_loaded_is_said_in_a_sentence(tmp_path, monkeypatch):
@@ -46,28 +46,28 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(tmp_path, monkeypatch):
 def test_sd3_without_any_text_encoder_is_refused(tiny_sd3):
     none = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"))
     with pytest.raises(ValueError, match=r"model\.path: the pipeline has no text encoder at all"):
-        policy_from_pipeline(DiffusionPipeline.from_pretrained(tiny_sd3, **none), PolicySettings())
+        policy_from_pipeline(DiffusionPipeline.from_pretrained(tiny_sd3, **none), ModelSettings())
 
 
 @pytest.mark.parametrize("model", ["tiny_flux2_klein", "tiny_qwen_image"])
 def test_a_model_of_one_text_encoder_without_it_is_refused(request, model):
     pipeline = DiffusionPipeline.from_pretrained(request.getfixturevalue(model), text_encoder=None)
     with pytest.raises(ValueError, match=r"model\.path: the pipeline lacks its text encoder; load it"):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 @pytest.mark.parametrize("encoder", ["text_encoder", "text_encoder_2"])
 def test_flux_without_a_text_encoder_is_refused(tiny_flux, encoder):
     pipeline = DiffusionPipeline.from_pretrained(tiny_flux, **{encoder: None})
     with pytest.raises(ValueError, match=r"model\.path: the pipeline lacks a text encoder; .* by CLIP and by T5"):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 @pytest.mark.parametrize(("encoder", "which"), [("text_encoder", "its"), ("text_encoder_2", "its second")])
 def test_sdxl_without_a_text_encoder_is_refused(tiny_sdxl, encoder, which):
     pipeline = DiffusionPipeline.from_pretrained(tiny_sdxl, **{encoder: None})
     with pytest.raises(ValueError, match=rf"^model\.path: the pipeline lacks {which} text encoder; load it"):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 @pytest.mark.parametrize("model", ["tiny_flux", "tiny_flux2_klein", "tiny_qwen_image"])
@@ -77,7 +77,7 @@ def test_a_packed_model_for_more_than_text_is_refused(request, model):
     with pytest.raises(
         ValueError, match=r"the transformer takes 32 channels where tokens of latents have 16; .* alone"
     ):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 def test_an_unet_for_more_than_text_is_refused(tiny_sd):
@@ -86,7 +86,7 @@ def test_an_unet_for_more_than_text_is_refused(tiny_sd):
     with pytest.raises(
         ValueError, match=r"model\.path: the U-Net takes 9 channels where latents have 4; .* inpainting"
     ):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 @pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux", "tiny_wan"])
@@ -94,7 +94,7 @@ def test_a_flow_model_with_another_scheduler_is_refused(request, model):
     pipeline = untouched_pipeline(request.getfixturevalue(model))
     pipeline.scheduler = DDIMScheduler()
     with pytest.raises(ValueError, match=r"model\.path: the scheduler is a DDIMScheduler; replace it by a FlowMatch"):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 @pytest.mark.parametrize(
@@ -116,14 +116,14 @@ def test_a_wan_of_another_kind_is_refused_as_a_pipeline(tiny_wan):
     pipeline = untouched_pipeline(tiny_wan)
     pipeline.register_modules(transformer_2=pipeline.transformer)
     with pytest.raises(ValueError, match=r"^model\.path: this is a Wan 2\.2"):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
     pipeline = untouched_pipeline(tiny_wan)
     pipeline.transformer = type(pipeline.transformer).from_config(pipeline.transformer.config, in_channels=9)
     with pytest.raises(ValueError, match=r"takes 9 channels where latents have 4; .* not one from picture to video"):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
     pipeline = DiffusionPipeline.from_pretrained(tiny_wan, text_encoder=None)
     with pytest.raises(ValueError, match=r"model\.path: the pipeline lacks its text encoder"):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 @pytest.mark.parametrize(
@@ -141,14 +141,14 @@ def test_an_unet_of_noise_that_ddim_does_not_know_is_refused(tiny_sdxl, schedule
     with pytest.raises(
         ValueError, match=rf"^model\.path: the scheduler is a {type(scheduler).__name__}, for whose noise"
     ):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 def test_an_unet_that_must_be_told_the_guidance_scale_is_refused(tiny_sd):
     pipeline = untouched_pipeline(tiny_sd)
     pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config, time_cond_proj_dim=8)
     with pytest.raises(ValueError, match=r"^model\.path: the U-Net must be told the guidance scale"):
-        policy_from_pipeline(pipeline, PolicySettings())
+        policy_from_pipeline(pipeline, ModelSettings())
 
 
 def test_a_model_of_noise_at_pure_noise_is_refused(tiny_sd, tiny_sd_v):
@@ -157,13 +157,13 @@ def test_a_model_of_noise_at_pure_noise_is_refused(tiny_sd, tiny_sd_v):
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
         if refused:
             with pytest.raises(ValueError, match="set the scheduler's rescale_betas_zero_snr to false"):
-                policy_from_pipeline(pipeline, PolicySettings())
+                policy_from_pipeline(pipeline, ModelSettings())
         else:
-            assert policy_from_pipeline(pipeline, PolicySettings(lora_rank=2)).levels(STEPS).alpha.isfinite().all()
+            assert policy_from_pipeline(pipeline, ModelSettings(lora_rank=2)).levels(STEPS).alpha.isfinite().all()
 
 
 def test_a_safety_checker_takes_no_memory(tiny_sd):
     pipeline = untouched_pipeline(tiny_sd)
     pipeline.safety_checker = torch.nn.Linear(1, 1)
-    policy_from_pipeline(pipeline, PolicySettings(lora_rank=2))
+    policy_from_pipeline(pipeline, ModelSettings(lora_rank=2))
     assert pipeline.safety_checker is None

@@ -23,8 +23,8 @@ from tests.support.policies import (
     untouched_pipeline,
 )
 
-from progrpo.policies.base import PolicySettings
 from progrpo.policies.load import policy_from_pipeline
+from progrpo.policies.settings import ModelSettings
 from progrpo.types import Prompt
 
 
@@ -116,7 +116,7 @@ def test_the_t5_may_be_absent(tiny_sd3):
     from progrpo.policies.sd3 import SD3Policy
 
     pipeline = DiffusionPipeline.from_pretrained(tiny_sd3, text_encoder_3=None, tokenizer_3=None)
-    policy = SD3Policy.from_pipeline(pipeline, PolicySettings(lora_rank=2, lora_alpha=2, max_sequence_length=TOKENS))
+    policy = SD3Policy.from_pipeline(pipeline, ModelSettings(lora_rank=2, lora_alpha=2, max_sequence_length=TOKENS))
     expected = sample_by_diffusers(_without_t5(tiny_sd3), policy, 1.0, "latent")
     torch.testing.assert_close(sample_without_noise(policy, 1.0), expected, rtol=0, atol=1e-5)
 
@@ -125,7 +125,7 @@ def test_the_t5_may_be_absent(tiny_sd3):
     "absent", [("",), ("_2",), ("", "_2"), ("_2", "_3"), ("", "_3")], ids=lambda absent: "+".join(map(str, absent))
 )
 def test_what_an_absent_encoder_of_sd3_would_say_is_zeros(tiny_sd3, absent):
-    settings = PolicySettings(lora_rank=2, lora_alpha=2, max_sequence_length=TOKENS)
+    settings = ModelSettings(lora_rank=2, lora_alpha=2, max_sequence_length=TOKENS)
     whole = dict(policy_from_pipeline(untouched_pipeline(tiny_sd3), settings).encode([PROMPTS[0]]).tensors)
     without = {f"{part}{n}": None for n in absent for part in ("text_encoder", "tokenizer")}
     policy = policy_from_pipeline(DiffusionPipeline.from_pretrained(tiny_sd3, **without), settings)

@@ -15,6 +15,7 @@ from tests.support.policies import (
     velocity,
 )
 
+from progrpo.policies.base import PolicyContext
 from progrpo.storage import load_state, save_state
 
 
@@ -54,7 +55,7 @@ def test_state_goes_through_storage_to_a_new_policy(policy, case, folder, tmp_pa
     perturb(policy)
     policy.named_weights.update("ema", 0.9)
     save_state(tmp_path / "state", policy.state_dict())
-    other = load(folder, case.weights, seed=1)
+    other = load(folder, case.weights, PolicyContext(lora_seed=1))
     other.load_state_dict(load_state(tmp_path / "state"))
     for name in ("current", "reference", "ema"):
         with policy.weights(name), other.weights(name):
@@ -80,10 +81,10 @@ def test_saved_weights_give_diffusers_the_trained_pictures(policy, case, pipelin
 
 def test_lora_starts_from_its_seed_alone(tiny_sd3):
     state = torch.get_rng_state()
-    one = load(tiny_sd3, "lora", seed=5)
+    one = load(tiny_sd3, "lora", PolicyContext(lora_seed=5))
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(999)
-    same, other = load(tiny_sd3, "lora", seed=5), load(tiny_sd3, "lora", seed=6)
+    same, other = load(tiny_sd3, "lora", PolicyContext(lora_seed=5)), load(tiny_sd3, "lora", PolicyContext(lora_seed=6))
     assert all(torch.equal(p, same.trainable[name]) for name, p in one.trainable.items())
     for name, p in one.trainable.items():
         assert torch.equal(p, other.trainable[name]) == ("lora_B" in name), name
