@@ -13,6 +13,7 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -170,6 +171,8 @@ def test_a_run_under_way_has_a_report_of_its_last_iteration(tiny_pipeline, tiny_
         return redness(images, texts)
 
     progrpo.train(tiny_pipeline(), prompts, score, config=tiny_config(iterations=4), out=out)
+    run: Any
+    summary: Any
     ((run, summary),) = seen
     assert (run.status, summary["status"], summary["iterations"], len(run.metrics)) == ("running", "running", 2, 2)
     assert summary["wall_seconds"] == run.wall_seconds > sum(record["seconds"] for record in run.metrics)

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 from progrpo.config import (
     to_dict,
@@ -67,9 +68,16 @@ def whole_run(folder: Path) -> None:
 
     run, grey = RunFolder.create(folder), np.full((4, 8, 8, 3), 128, np.uint8)
     run.write_config(to_dict(RECIPES["smoke"]()))
-    record = {"prompt": "a cat", "kind": "one", "graded": 0.5, "strict": True, "judge": None, "held_out": {"jpeg": 0.5}}
+    record: Any = {
+        "prompt": "a cat",
+        "kind": "one",
+        "graded": 0.5,
+        "strict": True,
+        "judge": None,
+        "held_out": {"jpeg": 0.5},
+    }
     cost = {"nfe": 8, "decodes": 4, "reward_calls": 4, "trained_steps": 8}
-    audit = {
+    audit: Any = {
         "iteration": 0,
         "prompt": "a cat",
         "steps": [0, 1],
@@ -96,11 +104,11 @@ def whole_run(folder: Path) -> None:
         grey.repeat(3, 0).reshape(4, 3, 8, 8, 3),
     )
     plan = {"path": [4, 3], "prune_steps": [1], "selector": "ovf", "num_inference_steps": 2}
-    known = {
+    known: Any = {
         "rewards": {"weights": {"a": 1, "b": 2}, "selected_on": "sum", "asked": {"a": 3}, "missing": {"a": 1}},
         "plan": plan,
     }
-    about = {
+    about: Any = {
         "status": "finished",
         "recipe": "smoke",
         "iterations": 2,

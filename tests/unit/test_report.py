@@ -1,6 +1,7 @@
 import base64
 import re
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -269,7 +270,7 @@ def test_who_is_pruned_after_a_call_has_paid_for_it(path, prune_steps, steps, nf
 
 
 def test_positions_are_sums_up_to_the_record():
-    metrics = [{"iteration": i, "seconds": 2.0, "rollout/nfe": 10} for i in range(3)] + [{"iteration": 3}]
+    metrics: Any = [{"iteration": i, "seconds": 2.0, "rollout/nfe": 10} for i in range(3)] + [{"iteration": 3}]
     assert charts.positions(metrics) == {"iteration": [0, 1, 2, 3], "seconds": [2, 4, 6, 6], "nfe": [10, 20, 30, 30]}
 
 

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,10 +106,10 @@ def test_new_weights_leave_what_lies_beside_the_old(tmp_path):
 
 def test_numbers_without_a_json_form_become_null(tmp_path):
     run = RunFolder.create(tmp_path)
-    run.append_metrics({"iteration": np.int64(0), "reward/mean": float("nan"), "update/kl": np.float32("inf")})
-    run.write_summary(
-        {"path": (48, 12), "mean": np.float64(0.5), "rows": np.array([1.0, np.nan]), "ok": np.bool_(True)}
-    )
+    metrics: Any = {"iteration": np.int64(0), "reward/mean": float("nan"), "update/kl": np.float32("inf")}
+    run.append_metrics(metrics)
+    summary: Any = {"path": (48, 12), "mean": np.float64(0.5), "rows": np.array([1.0, np.nan]), "ok": np.bool_(True)}
+    run.write_summary(summary)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"iteration": 0, "reward/mean": null, "update/kl": null}\n'
     assert run.read_summary() == {"path": [48, 12], "mean": 0.5, "rows": [1.0, None], "ok": True}
 
@@ -249,7 +250,7 @@ def test_tile_places_pictures_row_by_row():
 
 def test_evaluation_names_the_pictures_that_are_saved(tmp_path):
     run = RunFolder.create(tmp_path)
-    records = [{"prompt": str(i), "kind": "k", "graded": 0.5, "strict": True, "judge": None} for i in range(4)]
+    records: Any = [{"prompt": str(i), "kind": "k", "graded": 0.5, "strict": True, "judge": None} for i in range(4)]
     run.write_evaluation("before", records, pictures(3), pictures=2)
     names = [record["picture"] for record in run.read_evaluation("before")]
     assert names == ["evaluation/before/000.png", "evaluation/before/001.png", None, None]
@@ -260,7 +261,12 @@ def test_audit_sheet_has_a_row_a_member_and_audits_come_in_order(tmp_path):
     run = RunFolder.create(tmp_path)
     shots = pictures(4, 3)
     for iteration in (10000, 5):
-        audit = {"iteration": iteration, "prompt": "p", "steps": [0, 1], "scores": [[1.0, float("nan"), 0.0, 1.0]] * 2}
+        audit: Any = {
+            "iteration": iteration,
+            "prompt": "p",
+            "steps": [0, 1],
+            "scores": [[1.0, float("nan"), 0.0, 1.0]] * 2,
+        }
         run.write_audit({**audit, "final": [1, 2, 3, 4], "stopped_at": [None, 0, 0, None]}, shots)
     first, second = run.read_audits()
     assert (first["iteration"], second["iteration"]) == (5, 10000)
@@ -285,7 +291,7 @@ def test_an_audit_of_large_pictures_has_a_small_sheet(tmp_path):
 
     run = RunFolder.create(tmp_path / "run")
     pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 400, 320, 3), dtype=np.uint8)
-    audit = {"iteration": 0, "steps": [0, 1], "scores": [[0.0, 1.0]] * 2, "final": [0.0, 1.0]}
+    audit: Any = {"iteration": 0, "steps": [0, 1], "scores": [[0.0, 1.0]] * 2, "final": [0.0, 1.0]}
     run.write_audit(audit, pictures)
     sheet = np.asarray(Image.open(run.path / "audit" / "0000.png"))
     assert sheet.shape == (2 * 134, 3 * 107, 3)  # each side a third, rounded up

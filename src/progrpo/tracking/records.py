@@ -5,7 +5,7 @@ An older run's record may lack fields that were added since.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypedDict, cast
 
 MetricValue = float | list[int] | None
@@ -59,9 +59,9 @@ class AuditRecord(TypedDict, total=False):
     iteration: int
     prompt: str
     steps: list[int]
-    scores: list[list[float]]
-    used: list[list[float]]
-    final: list[float]
+    scores: Sequence[Sequence[float | None]]
+    used: Sequence[Sequence[float | None]]
+    final: Sequence[float | None]
     stopped_at: list[int | None]
     kept_uniform: list[int]
     kept_ovf: list[int]
