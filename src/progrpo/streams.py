@@ -102,7 +102,7 @@ def tolerant_streams() -> Iterator[None]:
 
 
 def occupy_standard_descriptors() -> None:
-    """Open the null device at each of 0, 1 and 2 that is closed: the next file would get that number, and what is printed."""
+    """Open the null device at each of 0, 1 and 2 that is closed. Else a file would get that number, and all prints."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= max(_STANDARD):
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
