@@ -20,7 +20,7 @@ from progrpo.config import Config, to_dict
 from progrpo.durable import write_text
 from progrpo.recipes import load_recipe
 from progrpo.tracking.run_folder import RunFolder
-from progrpo.training.run import train_run
+from progrpo.training.entry import train_run
 
 FIGURES = ("accuracy", "judge", "reward", "diversity")
 README = Path("README.md")

@@ -25,8 +25,8 @@ from progrpo.tracking.report.data import ReportData, read_report_data
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.checkpoints import saved
 from progrpo.training.distributed import Ranks
+from progrpo.training.entry import resume_run, train_run
 from progrpo.training.errors import Interrupted, SelfCheckError
-from progrpo.training.run import resume_run, train_run
 from progrpo.training.stopping import Stop
 
 TIMELESS = ("reward/mean", "update/grad_norm", "rollout/nfe")

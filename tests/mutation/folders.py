@@ -67,7 +67,7 @@ def whole_run(folder: Path) -> None:
     from progrpo.tracking.run_folder import RunFolder
 
     run, grey = RunFolder.create(folder), np.full((4, 8, 8, 3), 128, np.uint8)
-    run.write_config(to_dict(RECIPES["smoke"]()))
+    run.log_config(to_dict(RECIPES["smoke"]()))
     record: Any = {
         "prompt": "a cat",
         "kind": "one",
@@ -86,7 +86,7 @@ def whole_run(folder: Path) -> None:
     }
     for when in ("before", "after"):
         run.write_evaluation(when, [record, record | {"kind": "two", "strict": False}], grey[:2])
-    run.append_metrics(
+    run.log(
         {
             "iteration": 0,
             "seconds": 1.0,
@@ -94,10 +94,18 @@ def whole_run(folder: Path) -> None:
             "rollout/nfe": 8,
             "prompts/seen": 1,
             "prompts/share@one": 1.0,
-        }
+        },
+        0,
     )
-    run.append_metrics(
-        {"iteration": 1, "seconds": 1.0, "reward/mean": 0.6, "reward/mean@jpeg": 0.5, "preview/rank_correlation@1": 0.5}
+    run.log(
+        {
+            "iteration": 1,
+            "seconds": 1.0,
+            "reward/mean": 0.6,
+            "reward/mean@jpeg": 0.5,
+            "preview/rank_correlation@1": 0.5,
+        },
+        1,
     )
     run.write_audit(
         {**audit, "stopped_at": [None, None, 1, 2], "kept_uniform": [0, 1], "kept_ovf": [2, 3]},

@@ -276,7 +276,7 @@ def test_a_single_update_finds_the_weights_on_its_way(policy, linear_experience,
     telling = torch.tensor([0, 2, 3, 4])  # the update leaves out who has no advantage; the group's size knows of it
     noted, whole = noted.take(telling), whole.take(telling)
     for microbatch in (2, 3, 4, 64):
-        for part in Packing(microbatch, one_shape).parts(whole, DRAWS):
+        for part in Packing(microbatch, one_shape).batches(whole, DRAWS):
             found = objective.loss(policy, whole, part).first(len(part.unique()))
             expected = objective.loss(policy, noted, part.unique())
             torch.testing.assert_close(found.loss_B, expected.loss_B, rtol=1e-9, atol=0)

@@ -45,13 +45,13 @@ def audit(iteration, final=(0.1, 0.9, 0.5, 0.4)):
 @pytest.fixture
 def run(tmp_path):
     folder = RunFolder.create(tmp_path / "run")
-    folder.write_config({"recipe": EVIL, "seed": 3, "iterations": 2, "model": {"path": "shapes-flow"}})
+    folder.log_config({"recipe": EVIL, "seed": 3, "iterations": 2, "model": {"path": "shapes-flow"}})
     return folder
 
 
 def finish(folder, before, after):
     for i in range(2):
-        folder.append_metrics({"iteration": i, "seconds": 2.0, "reward/mean": 0.5 + i, "rollout/nfe": 100})
+        folder.log({"iteration": i, "seconds": 2.0, "reward/mean": 0.5 + i, "rollout/nfe": 100}, i)
         folder.write_audit(audit(i), pictures(GROUP, STEPS + 1))
     folder.write_evaluation("before", evaluation(before), pictures(len(before)))
     folder.write_evaluation("after", evaluation(after), pictures(len(after)))
@@ -100,7 +100,7 @@ def test_a_run_that_has_only_begun_has_a_report(run):
 
 def test_a_run_under_way_says_what_is_not_there_yet(run):
     run.write_evaluation("before", evaluation([True, False]), pictures(2))
-    run.append_metrics({"iteration": 0, "seconds": 2.0, "reward/mean": 0.5, "reward/std": None})
+    run.log({"iteration": 0, "seconds": 2.0, "reward/mean": 0.5, "reward/std": None}, 0)
     run.write_audit(audit(0), pictures(GROUP, STEPS + 1))
     with only_writer(run.path):
         page = text(run)
@@ -224,7 +224,7 @@ def test_of_one_pair_no_error_is_given(run):
 
 
 def test_a_stopped_run_says_why(run):
-    run.append_metrics({"iteration": 0, "seconds": 2.0})
+    run.log({"iteration": 0, "seconds": 2.0}, 0)
     run.write_summary({"status": "stopped: out of memory", "iterations": 1})
     assert "1 of 2 iterations and stopped: out of memory" in verdict(read_report_data(run.path))
 
@@ -243,7 +243,7 @@ def test_a_killed_run_has_its_figures_and_not_those_of_its_first_evaluation(run)
         }
     )
     for i in range(5):
-        run.append_metrics({"iteration": i, "seconds": 40.0, "rollout/nfe": 100, "time/sample": 30.0})
+        run.log({"iteration": i, "seconds": 40.0, "rollout/nfe": 100, "time/sample": 30.0}, i)
     found = read_report_data(run.path)
     assert (found.status, found.wall_seconds, len(found.since_summary)) == ("killed", 12 + 2 * 40, 2)
     page = text(run)

@@ -55,9 +55,7 @@ class Page(HTMLParser):
 def write(folder, word):
     """A finished run that says `word` wherever a run can say something."""
     run, grey = RunFolder.create(folder), np.full((4, 8, 8, 3), 128, np.uint8)
-    run.write_config(
-        {"recipe": word, "seed": word, "iterations": word, "model": {"path": word, word: word}, word: word}
-    )
+    run.log_config({"recipe": word, "seed": word, "iterations": word, "model": {"path": word, word: word}, word: word})
     record: Any = {"prompt": word, "kind": word, "graded": 0.5, "strict": True, "judge": None, "held_out": {word: 0.5}}
     other: Any = {**record, "kind": word + "2", "strict": False}
     for when in ("before", "after"):
@@ -69,9 +67,7 @@ def write(folder, word):
             f"prompts/share@{word}": 1.0,
             f"time/{word}": 1.0,
         }
-        run.append_metrics(
-            {"iteration": i, "seconds": 1.0, "reward/mean": 0.5, "rollout/nfe": 8, "prompts/seen": 1, **own}
-        )
+        run.log({"iteration": i, "seconds": 1.0, "reward/mean": 0.5, "rollout/nfe": 8, "prompts/seen": 1, **own}, i)
         audit: Any = {"iteration": i, "prompt": word, "steps": [0, 1], "scores": [[0.1, 0.2, 0.3, None]] * 2}
         audit |= {
             "final": [0.4, 0.1, 0.2, 0.3],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 import numpy as np
 
 from progrpo.streams import tolerant
-from progrpo.tracking.records import Metrics, MetricValue, Summary, before_and_after, iteration_of, metric
+from progrpo.tracking.records import Metrics, MetricValue, Summary, before_and_after, metric
 from progrpo.tracking.wording import MISSING, count, duration, number, percent, signed
 
 if TYPE_CHECKING:

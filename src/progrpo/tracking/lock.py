@@ -141,7 +141,7 @@ def _beat(lock: Lock, seconds: float, ended: threading.Event) -> None:
 
 
 def is_held(folder: Path, lasting: float = 300.0) -> bool:
-    """Whether a run writes to the folder. Another machine's lock must have been renewed in the last `lasting` seconds."""
+    """Whether a run writes to the folder. Another machine's lock must be renewed within `lasting` seconds."""
     try:
         with (folder / NAME).open("rb") as file:
             holder, age = _holder(file.fileno()), time.time() - os.fstat(file.fileno()).st_mtime

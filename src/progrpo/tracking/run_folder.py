@@ -31,7 +31,7 @@ import numpy as np
 
 from progrpo.durable import PREVIOUS, WRITING, append, new_folder, sync, whole_folder, write_file
 from progrpo.messages import named
-from progrpo.tracking.records import AuditRecord, EvaluationRecord, Metrics, Summary, iteration_of
+from progrpo.tracking.records import AuditRecord, EvaluationRecord, Metrics, MetricValue, Summary, iteration_of
 from progrpo.types import FROM_PYTHON
 
 _FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "trackers.json", "report.html")
@@ -85,9 +85,8 @@ def _decode(data: bytes, path: Path) -> object:
         raise ValueError(f"{path} is not JSON ({error}); put it back as it was") from None
 
 
-def tile(images_NHWC: np.ndarray, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:
-    """The N pictures as one, row by row, enlarged `scale` times without blur, `gap` grey pixels between them."""
-    images_NHWC = images_NHWC.repeat(scale, axis=1).repeat(scale, axis=2)
+def tile(images_NHWC: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
+    """The N pictures as one, row by row, with `gap` grey pixels between them."""
     n, height, width, channels = images_NHWC.shape
     rows = -(-n // columns)
     sheet = np.full((rows * (height + gap), columns * (width + gap), channels), _GAP_GREY, np.uint8)
@@ -108,7 +107,7 @@ def _small(images_NHWC: np.ndarray) -> np.ndarray:
 
 
 class RunFolder:
-    """The files of one run. Readers return {}, [] or None for a file that is not written yet.
+    """The files of one run, and its first tracker. Readers return {}, [] or None for a file that is not written yet.
 
     Writers require the folder: if it is deleted during the run, it is not created again without its contents.
     """
@@ -223,7 +222,7 @@ class RunFolder:
         except FileNotFoundError:
             return None
 
-    def write_config(self, config: Mapping[str, object]) -> None:
+    def log_config(self, config: Mapping[str, object]) -> None:
         self.write_json("config.json", config)
 
     def read_config(self) -> dict[str, object]:
@@ -242,8 +241,9 @@ class RunFolder:
     def read_costs(self) -> dict[str, float] | None:
         return cast(dict[str, float] | None, self.read_json("costs.json"))
 
-    def append_metrics(self, record: Metrics) -> None:
-        append(self.path / "metrics.jsonl", _in_bytes(_encode(record)))
+    def log(self, metrics: Mapping[str, MetricValue], step: int) -> None:
+        """Append the record of iteration `step` to metrics.jsonl."""
+        append(self.path / "metrics.jsonl", _in_bytes(_encode({"iteration": step, **metrics})))
 
     def read_metrics(self) -> list[Metrics]:
         """All records, without an unfinished last line. ValueError for another line that is no record."""
@@ -300,11 +300,13 @@ class RunFolder:
         self._write(relative, lambda file: picture.save(file, format="PNG"))
         return relative
 
-    def save_grid(self, relative: str, images_NHWC: np.ndarray, columns: int, scale: int = 1) -> str:
-        return self.save_picture(relative, tile(images_NHWC, columns, scale))
+    def log_images(self, images: Mapping[str, np.ndarray], step: int) -> None:
+        """Write pictures in folders of their names, such as samples/0004.png."""
+        for name, image_HWC in images.items():
+            self.save_picture(f"{name}/{step:04d}.png", image_HWC)
 
-    def save_samples(self, iteration: int, images_NHWC: np.ndarray, columns: int = 8, scale: int = 1) -> str:
-        return self.save_grid(f"samples/{iteration:04d}.png", images_NHWC, columns, scale)
+    def close(self) -> None:
+        """Do nothing: each file is on the disk when its writer returns."""
 
     def write_evaluation(
         self, when: str, records: Sequence[EvaluationRecord], images_NHWC: np.ndarray, pictures: int = 36
