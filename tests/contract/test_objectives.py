@@ -1,4 +1,4 @@
-"""What every objective promises: of its items, of the weights it asks for, of what it costs, and that it can be resumed."""
+"""The promises of every objective: its items, the weights that it asks for, its costs, and that it can be resumed."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_losses_are_finite_and_their_gradient_reaches_the_policy(policy, objecti
     assert loss.total.shape == () and loss.total.isfinite()
     assert all(value.isfinite() and not value.requires_grad for value in (loss.sums | loss.maxima).values())
     assert loss.sums["loss"].item() == pytest.approx(loss.total.item())
-    found = gradient(policy, loss)
-    assert found.isfinite().all() and found.norm() > 1e-6
+    actual = gradient(policy, loss)
+    assert actual.isfinite().all() and actual.norm() > 1e-6
 
 
 def test_a_loss_is_a_sum_over_items(policy, objective, linear_experience):
@@ -186,9 +186,9 @@ def test_a_first_rollout_is_learnt_from(build, first_experience):
         prepared = objective.prepare(policy, experience, 4, updates)
         loss = objective.loss(policy, prepared, all_items(objective, prepared)[:10])
         assert loss.total.isfinite()
-        found = torch.autograd.grad(loss.total, list(policy.trainable.values()), allow_unused=True)
-        assert all(g is not None and g.isfinite().all() for g in found)
-        assert sum(g.square().sum() for g in found if g is not None) > 0
+        actual = torch.autograd.grad(loss.total, list(policy.trainable.values()), allow_unused=True)
+        assert all(g is not None and g.isfinite().all() for g in actual)
+        assert sum(g.square().sum() for g in actual if g is not None) > 0
 
 
 def test_what_is_stored_is_what_is_asked_for(build, first_experience):

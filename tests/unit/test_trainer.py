@@ -47,10 +47,10 @@ def test_a_run_is_a_function_of_its_seed(tiny_trainer, tiny_config):
 def test_a_record_has_the_documented_metrics(tiny_trainer, tiny_config):
     objective, audit = ObjectiveSettings(grpo=GRPOSettings(kl_beta=0.01)), AuditSettings(every=1)
     record = tiny_trainer(tiny_config(objective=objective, audit=audit)).step().record
-    documented = set(re.findall(r"^\| `([^`]+)`", DOCS.read_text(), re.M))
+    documented = set(re.findall(r"^- `([^`]+)`", DOCS.read_text(), re.M))
     names = {re.sub(r"@\d+", "@S", name) for name in record}
     assert names <= documented
-    always = {n for n in re.findall(r"^\| `([^`]+)`.*\| always \|$", DOCS.read_text(), re.M)}
+    always = {n for n in re.findall(r"^- `([^`]+)` \([^;]*; always\)", DOCS.read_text(), re.M)}
     assert always <= names and {"update/kl", "audit/nfe", "preview/rank_correlation@S"} <= names
     assert (record["iteration"], record["rollout/survivors"], record["update/lr"]) == (0, 2 * 3, 1e-3)
     stages = [value for name, value in record.items() if name.startswith("time/")]

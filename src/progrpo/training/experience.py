@@ -93,7 +93,7 @@ class AdvantageEstimator:
         mean, std = batch_mean_std(values_N, self._add_up)
         statistics = group_statistics(values_N, scores.group_N, num_groups)
         advantages_N, known_N = advantages(
-            values_N, scores.group_N, statistics.around(mean), std=std, eps=eps, clip_max=self.clip_max
+            values_N, scores.group_N, statistics.with_mean(mean), std=std, eps=eps, clip_max=self.clip_max
         )
         return advantages_N, known_N, statistics
 

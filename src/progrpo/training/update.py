@@ -32,7 +32,7 @@ class Packing:
 
     def batches(self, experience: Experience, per_trajectory: int) -> list[Tensor]:
         """The items of N trajectories, draw by draw, as microbatches."""
-        if experience.size_N is not None:
+        if experience.group_size_N is not None:
             lengths = torch.bincount(experience.trajectories.group_N).tolist() * per_trajectory
             batches = of_whole_blocks(lengths, self.microbatch)
             return [filled_up(items, self.microbatch) for items in batches] if self.one_shape else batches
