@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import progrpo
-from progrpo.config import EvalSettings, TrackingSettings, to_dict
+from progrpo.config import EvalSettings, TrackingSettings
 from progrpo.tracking.tracker import TrackedRun
 
 
@@ -59,7 +59,7 @@ def resumed(tiny_pipeline, tiny_config, prompts, redness, tmp_path_factory):
     config = tiny_config(tracking=tracking, eval=EvalSettings(pictures=3, num_inference_steps=3, every=2))
     progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out)
     longer = replace(config, iterations=4)
-    return config, progrpo.train(tiny_pipeline(), prompts, redness, config=longer, out=out, resume=True)
+    return progrpo.train(tiny_pipeline(), prompts, redness, config=longer, out=out, resume=True)
 
 
 def calls_of(run: Any, kind: str) -> list[tuple[int | None, Any]]:
@@ -68,7 +68,7 @@ def calls_of(run: Any, kind: str) -> list[tuple[int | None, Any]]:
 
 
 def test_a_tracker_gets_each_record_once_with_the_evaluations_and_pictures(resumed):
-    config, run = resumed
+    run = resumed
     records: Any = run.read_metrics()
     logged = calls_of(run, "metrics")
     assert len(records) == 4 and [step for step, _ in logged] == [0, 0, 1, 2, 2, 3, 4]  # test, 0, 1, test, 2, 3, test
@@ -90,9 +90,9 @@ def test_a_tracker_gets_each_record_once_with_the_evaluations_and_pictures(resum
 
 
 def test_tensorboard_shows_the_run_as_it_is_in_its_folder(resumed):
+    run = resumed
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config, run = resumed
     events = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     records: Any = run.read_metrics()

@@ -34,7 +34,7 @@ from progrpo.config import AuditSettings, CheckpointSettings, Config, EvalSettin
 from progrpo.config import NFTSettings, ObjectiveSettings, OptimSettings, PlanSettings, PreviewSettings, PromptSettings, SamplingSettings
 from progrpo.config import TrackingSettings
 from progrpo.prompts.order import InTurn
-from progrpo.policies.settings import ModelSettings
+from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.policies.sharded import gathered
 from progrpo.rewards.function import FunctionReward
