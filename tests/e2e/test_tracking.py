@@ -133,5 +133,5 @@ def test_a_tracker_that_is_not_there_is_refused_before_a_model_is_loaded(
     monkeypatch.setattr("progrpo.tracking.tracker._is_installed", lambda package: False)
     config = tiny_config(tracking=TrackingSettings((name,)))
     with pytest.raises(ValueError, match=r"pip install 'progrpo\[wandb\]'|there is no module 'no_such_module'"):
-        progrpo.train(None, prompts, redness, config=config, out=tmp_path / "run")  # type: ignore[arg-type]
+        progrpo.train(None, prompts, redness, config=config, out=tmp_path / "run")
     assert not list(tmp_path.iterdir())
