@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from progrpo.rollout.probe import Probe, ProbeExample, probe_examples, text_feat
 from progrpo.rollout.prune import Selector, ovf, uniform
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.settings import PreviewSettings
+from progrpo.tracking.records import AuditRecord
 from progrpo.tracking.statistics import hit_rate, spearman
 from progrpo.types import Condition, Prompt, Trajectories
 
@@ -62,7 +62,7 @@ class Audit:
     def _ranked(self, scores_TG: Tensor) -> list[float | None]:
         return [spearman(scores.numpy(), self.final_G.numpy()) for scores in scores_TG]
 
-    def record(self, iteration: int) -> dict[str, Any]:
+    def record(self, iteration: int) -> AuditRecord:
         return {
             "iteration": iteration,
             "prompt": self.prompt.text,
