@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from progrpo.rewards.base import Score
-from progrpo.rewards.clip import VIT_L, head_of, parts_of, pixels_of
-from progrpo.rewards.hub import HubReward, file_at, placed, pretrained, read_pickle
+from progrpo.rewards.clip import VIT_L, batch_slices, build_head, preprocess
+from progrpo.rewards.hub import HubReward, downloaded_file, load_pretrained, place, read_pickle
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
@@ -28,7 +28,7 @@ class Aesthetic(HubReward):
     """h(f / |f|) for features f of OpenAI's CLIP ViT-L/14 and five linear layers h: a rating, about 1..10, mostly 4 to 7.
 
     The value as published, and as in Flow-GRPO's code (arXiv 2505.05470). Pictures are resized to 224 on their shorter side and
-    cropped at the centre by CLIP's processor, as in Flow-GRPO's; the published code rounds an odd rest otherwise (`middle_of`), which
+    cropped at the centre by CLIP's processor, as in Flow-GRPO's; the published code rounds an odd rest otherwise (`center_crop`), which
     may be a pixel where they are not square.
     """
 
@@ -50,18 +50,18 @@ class Aesthetic(HubReward):
     @classmethod
     def from_hub(cls, term: RewardTerm) -> Self:
         """The published weights: CLIP's are safetensors, the head's a pickle, read as tensors alone and if it is the published file."""
-        model = pretrained(CLIPVisionModelWithProjection, "aesthetic", *VIT_L)
-        head = head_of(read_pickle("aesthetic", file_at("aesthetic", URL), SHA256))
+        model = load_pretrained(CLIPVisionModelWithProjection, "aesthetic", *VIT_L)
+        head = build_head(read_pickle("aesthetic", downloaded_file("aesthetic", URL), SHA256))
         precise = replace(term, dtype="float32")
-        return cls(placed(model, term), placed(head, precise), CLIPImageProcessorPil(), term.network_batch_size)
+        return cls(place(model, term), place(head, precise), CLIPImageProcessorPil(), term.network_batch_size)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
-        parts = parts_of(len(prompts), self._batch_size)
+        parts = batch_slices(len(prompts), self._batch_size)
         return [Score(rating) for part in parts for rating in self._ratings(pictures_NHWC[part]).tolist()]
 
     @torch.no_grad()
     def _ratings(self, pictures_BHWC: np.ndarray) -> Tensor:
-        pixels_BCHW = pixels_of(pictures_BHWC, self._image_processor)
+        pixels_BCHW = preprocess(pictures_BHWC, self._image_processor)
         f_BD = self._model(pixels_BCHW.to(self._model.device)).image_embeds.float()
         ratings_B1: Tensor = self._head(f_BD / f_BD.norm(dim=-1, keepdim=True))
         return ratings_B1.squeeze(-1)

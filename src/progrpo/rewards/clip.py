@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from progrpo.rewards.hub import HubReward, damaged, file_of
+from progrpo.rewards.hub import HubReward, damaged, hub_file
 
 VIT_H = ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")
 VIT_L = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
@@ -35,7 +35,7 @@ class ClipCosine(HubReward):
 
     def cosines(self, pictures_NHWC: np.ndarray, texts: Sequence[str]) -> list[float]:
         """<f / |f|, g / |g|> of picture features f and text features g, in -1..1, one a picture; NaN where a norm is 0."""
-        parts = parts_of(len(texts), self._batch_size)
+        parts = batch_slices(len(texts), self._batch_size)
         return [cosine for part in parts for cosine in self._cosines(pictures_NHWC[part], texts[part]).tolist()]
 
     @torch.no_grad()
@@ -46,7 +46,7 @@ class ClipCosine(HubReward):
             list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids
         device = self._model.device
-        pixels_BCHW = pixels_of(self._framed(pictures_BHWC), self._image_processor)
+        pixels_BCHW = preprocess(self._framed(pictures_BHWC), self._image_processor)
         f_BD = self._model.get_image_features(pixels_BCHW.to(device)).pooler_output.float()
         g_BD = self._model.get_text_features(ids_BL.to(device)).pooler_output.float()
         return (f_BD / f_BD.norm(dim=-1, keepdim=True) * g_BD / g_BD.norm(dim=-1, keepdim=True)).sum(-1)
@@ -56,12 +56,12 @@ class ClipCosine(HubReward):
         return pictures_BHWC
 
 
-def parts_of(count: int, size: int) -> list[slice]:
+def batch_slices(count: int, size: int) -> list[slice]:
     """What is computed together: `size` rows at most."""
     return [slice(i, i + size) for i in range(0, count, size)]
 
 
-def pixels_of(pictures_BHWC: np.ndarray, image_processor: CLIPImageProcessorPil) -> Tensor:
+def preprocess(pictures_BHWC: np.ndarray, image_processor: CLIPImageProcessorPil) -> Tensor:
     """Resized to the processor's size, cropped at the centre and normalised."""
     pixels_BCHW: Tensor = image_processor(
         list(pictures_BHWC), return_tensors="pt", input_data_format="channels_last"
@@ -69,7 +69,7 @@ def pixels_of(pictures_BHWC: np.ndarray, image_processor: CLIPImageProcessorPil)
     return pixels_BCHW
 
 
-def middle_of(picture_HWC: np.ndarray, side: int) -> np.ndarray:
+def center_crop(picture_HWC: np.ndarray, side: int) -> np.ndarray:
     """The middle square of a picture whose shorter side is brought to `side` pixels, as torchvision's Resize and CenterCrop.
 
     Of an odd number of rows or columns too many, the half that is cut before the square is rounded to an even number; CLIP's
@@ -82,7 +82,7 @@ def middle_of(picture_HWC: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(resized.crop((left, top, left + side, top + side)))
 
 
-def head_of(state: Mapping[str, Tensor]) -> nn.Sequential:
+def build_head(state: Mapping[str, Tensor]) -> nn.Sequential:
     """The linear layers `layers.0`, `layers.2`, ... one after another, with nothing but dropout between them in training."""
     layers = {name.split(".")[1]: weight for name, weight in state.items() if name.endswith(".weight")}
     head = nn.Sequential(OrderedDict((i, nn.Linear(*layers[i].shape[::-1])) for i in sorted(layers, key=int)))
@@ -90,9 +90,9 @@ def head_of(state: Mapping[str, Tensor]) -> nn.Sequential:
     return head
 
 
-def tokenizer_of(reward: str, repository: str, revision: str) -> CLIPTokenizer:
+def load_tokenizer(reward: str, repository: str, revision: str) -> CLIPTokenizer:
     # Not by from_pretrained, which gives an empty tokenizer, and no error, where there are no files.
-    files = [file_of(reward, repository, name, revision) for name in ("vocab.json", "merges.txt")]
+    files = [hub_file(reward, repository, name, revision) for name in ("vocab.json", "merges.txt")]
     try:
         vocabulary, merges = BPE.read_file(*map(str, files))
     except Exception as error:  # it knows no other

@@ -9,8 +9,8 @@ import numpy as np
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from progrpo.rewards.base import Score
-from progrpo.rewards.clip import VIT_L, ClipCosine, tokenizer_of
-from progrpo.rewards.hub import fetching, placed, pretrained
+from progrpo.rewards.clip import VIT_L, ClipCosine, load_tokenizer
+from progrpo.rewards.hub import fetching, load_pretrained, place
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
@@ -31,11 +31,11 @@ class CLIPScore(ClipCosine):
     def from_hub(cls, term: RewardTerm) -> Self:
         """The weights (safetensors) of OpenAI's ViT-L/14, or of the CLIP that `term.model` names: a folder or a hub id."""
         repository, revision = (term.model, "main") if term.model else VIT_L
-        model = pretrained(CLIPModel, "clipscore", repository, revision)
+        model = load_pretrained(CLIPModel, "clipscore", repository, revision)
         with fetching("clipscore", repository):
             image_processor = CLIPImageProcessorPil.from_pretrained(repository, revision=revision)
-        tokenizer = tokenizer_of("clipscore", repository, revision)
-        return cls(placed(model, term), tokenizer, image_processor, term.network_batch_size)
+        tokenizer = load_tokenizer("clipscore", repository, revision)
+        return cls(place(model, term), tokenizer, image_processor, term.network_batch_size)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         cosines = self.cosines(pictures_NHWC, [PREFIX + p.text for p in prompts])

@@ -90,7 +90,7 @@ def damaged(reward: str, what: str, error: Exception) -> Refusal:
     return Refusal(f"reward {reward!r}: the {what} are damaged ({reason}); fetch them anew")
 
 
-def file_of(reward: str, repository: str, name: str, revision: str) -> Path:
+def hub_file(reward: str, repository: str, name: str, revision: str) -> Path:
     """One file of a repository on the hub at a commit, from the cache or the network; or of a folder."""
     with fetching(reward, repository):
         if Path(repository).is_dir():
@@ -98,7 +98,7 @@ def file_of(reward: str, repository: str, name: str, revision: str) -> Path:
         return Path(hf_hub_download(repository, name, revision=revision))
 
 
-def file_at(reward: str, url: str) -> Path:
+def downloaded_file(reward: str, url: str) -> Path:
     """One file from elsewhere than the hub, kept in the folder of torch's hub under its own name."""
     path = Path(torch.hub.get_dir(), "checkpoints", unquote(url.rpartition("/")[2]))
     if not path.exists():
@@ -115,7 +115,7 @@ def sha256_at_hub(reward: str, repository: str, name: str, revision: str) -> str
     """
     # The cache keeps such a file under its sha256, behind a link, so that no network is needed; on systems without links there is
     # none, and the hub is asked.
-    path = file_of(reward, repository, name, revision)
+    path = hub_file(reward, repository, name, revision)
     if path.resolve().name != name:
         return path.resolve().name
     with fetching(reward, f"the checksum of {repository}"):
@@ -137,7 +137,7 @@ def read_pickle(reward: str, path: Path, sha256: str) -> Any:
 _UNUSED = re.compile(r"criterion\.|.*num_batches_tracked$")  # of a loss and of training: no picture depends on them
 
 
-def pretrained(kind: Any, reward: str, repository: str, revision: str) -> Any:
+def load_pretrained(kind: Any, reward: str, repository: str, revision: str) -> Any:
     """A network of transformers, or of one of its Auto classes, from the safetensors of a repository at a commit, or of a folder.
 
     Refusal where they lack what its configuration asks for.
@@ -154,19 +154,19 @@ def pretrained(kind: Any, reward: str, repository: str, revision: str) -> Any:
     return model
 
 
-def converted(kind: type[_Model], config: PreTrainedConfig, weights: Mapping[str, Tensor], **more: Any) -> _Model:
+def build_network(kind: type[_Model], config: PreTrainedConfig, weights: Mapping[str, Tensor], **more: Any) -> _Model:
     """A network of transformers with these weights, of which none may lack or be left over."""
     model, report = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **more)
     assert not any(report.values()), report
     return model
 
 
-def renamed(name: str, names: Mapping[str, str]) -> str:
+def rename(name: str, names: Mapping[str, str]) -> str:
     """With each part of `names` replaced, in their order."""
     return functools.reduce(lambda new, pair: new.replace(*pair), names.items(), name)
 
 
-def placed(model: _Module, term: RewardTerm) -> _Module:
+def place(model: _Module, term: RewardTerm) -> _Module:
     """Frozen, and where and in what the term says."""
     there = torch.cuda.is_available()
     device = torch.device(("cuda" if there else "cpu") if term.device == "auto" else term.device)

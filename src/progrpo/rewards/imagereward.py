@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from progrpo.rewards.base import Score
-from progrpo.rewards.clip import head_of, middle_of, parts_of, pixels_of
-from progrpo.rewards.hub import HubReward, converted, file_of, placed, read_pickle, renamed, sha256_at_hub
+from progrpo.rewards.clip import batch_slices, build_head, center_crop, preprocess
+from progrpo.rewards.hub import HubReward, build_network, hub_file, place, read_pickle, rename, sha256_at_hub
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
@@ -58,19 +58,19 @@ class ImageReward(HubReward):
     @classmethod
     def from_hub(cls, term: RewardTerm) -> Self:
         """The published weights, which are a pickle: read as tensors alone, and only if they are what the hub says they are."""
-        path, sha256 = file_of("imagereward", *FILE), sha256_at_hub("imagereward", *FILE)
-        vision, text, head = networks_of(read_pickle("imagereward", path, sha256))
+        path, sha256 = hub_file("imagereward", *FILE), sha256_at_hub("imagereward", *FILE)
+        vision, text, head = convert_networks(read_pickle("imagereward", path, sha256))
         return cls(
-            placed(vision, term),
-            placed(text, term),
-            placed(head, replace(term, dtype="float32")),
-            tokenizer_of(WordPiece.read_file(str(file_of("imagereward", *VOCABULARY)))),
+            place(vision, term),
+            place(text, term),
+            place(head, replace(term, dtype="float32")),
+            blip_tokenizer(WordPiece.read_file(str(hub_file("imagereward", *VOCABULARY)))),
             CLIPImageProcessorPil(),
             term.network_batch_size,
         )
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
-        parts, texts = parts_of(len(prompts), self._batch_size), [p.text for p in prompts]
+        parts, texts = batch_slices(len(prompts), self._batch_size), [p.text for p in prompts]
         return [Score(r) for part in parts for r in self._rewards(pictures_NHWC[part], texts[part]).tolist()]
 
     @torch.no_grad()
@@ -78,8 +78,8 @@ class ImageReward(HubReward):
         device = self._vision.device
         told = self._tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
         side = self._image_processor.crop_size["height"]
-        middles_BHWC = np.stack([middle_of(picture_HWC, side) for picture_HWC in pictures_BHWC])
-        picture_BPD = self._vision(pixels_of(middles_BHWC, self._image_processor).to(device)).last_hidden_state
+        middles_BHWC = np.stack([center_crop(picture_HWC, side) for picture_HWC in pictures_BHWC])
+        picture_BPD = self._vision(preprocess(middles_BHWC, self._image_processor).to(device)).last_hidden_state
         text_BLD = self._text(
             input_ids=told.input_ids.to(device),
             attention_mask=told.attention_mask.to(device),
@@ -89,7 +89,7 @@ class ImageReward(HubReward):
         return rewards_B1.squeeze(-1)
 
 
-def tokenizer_of(vocabulary: Mapping[str, int]) -> BertTokenizer:
+def blip_tokenizer(vocabulary: Mapping[str, int]) -> BertTokenizer:
     """BERT's, with the two words that BLIP adds at its end."""
     tokenizer = BertTokenizer(vocab=dict(vocabulary))
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
@@ -111,31 +111,31 @@ _VISION = {  # in this order
 }
 
 
-def networks_of(
+def convert_networks(
     state: Mapping[str, Tensor], vision_heads: int = 16, text_heads: int = 12
 ) -> tuple[BlipVisionModel, BlipTextModel, nn.Sequential]:
     """A checkpoint of the published code as transformers' models; its tensors tell every size but the numbers of heads."""
-    vision, text, head = weights_of(state)
+    vision, text, head = split_weights(state)
     return (
-        converted(BlipVisionModel, vision_config_of(vision, vision_heads), vision),
-        converted(BlipTextModel, text_config_of(text, text_heads), text, add_pooling_layer=False),
-        head_of(head),
+        build_network(BlipVisionModel, infer_vision_config(vision, vision_heads), vision),
+        build_network(BlipTextModel, infer_text_config(text, text_heads), text, add_pooling_layer=False),
+        build_head(head),
     )
 
 
-def weights_of(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+def split_weights(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Of the picture's network, the text's and the head; without the projections that BLIP was pretrained with besides."""
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
 
-    vision = {renamed(name, _VISION): weight for name, weight in part("blip.visual_encoder.").items()}
+    vision = {rename(name, _VISION): weight for name, weight in part("blip.visual_encoder.").items()}
     text = part("blip.text_encoder.")
     text.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
     return vision, text, part("mlp.")
 
 
-def vision_config_of(weights: Mapping[str, Tensor], heads: int = 16) -> BlipVisionConfig:
+def infer_vision_config(weights: Mapping[str, Tensor], heads: int = 16) -> BlipVisionConfig:
     width, _, patch, _ = weights["embeddings.patch_embedding.weight"].shape
     patches = weights["embeddings.position_embedding"].shape[1] - 1
     return BlipVisionConfig(
@@ -149,7 +149,7 @@ def vision_config_of(weights: Mapping[str, Tensor], heads: int = 16) -> BlipVisi
     )
 
 
-def text_config_of(weights: Mapping[str, Tensor], heads: int = 12) -> BlipTextConfig:
+def infer_text_config(weights: Mapping[str, Tensor], heads: int = 12) -> BlipTextConfig:
     vocabulary, width = weights["embeddings.word_embeddings.weight"].shape
     return BlipTextConfig(
         vocab_size=vocabulary,

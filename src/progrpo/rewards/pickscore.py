@@ -9,8 +9,8 @@ import numpy as np
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from progrpo.rewards.base import Score
-from progrpo.rewards.clip import VIT_H, ClipCosine, tokenizer_of
-from progrpo.rewards.hub import placed, pretrained
+from progrpo.rewards.clip import VIT_H, ClipCosine, load_tokenizer
+from progrpo.rewards.hub import load_pretrained, place
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
@@ -29,9 +29,9 @@ class PickScore(ClipCosine):
     @classmethod
     def from_hub(cls, term: RewardTerm) -> Self:
         """The published weights (safetensors)."""
-        model = pretrained(CLIPModel, "pickscore", MODEL, REVISION)
-        tokenizer = tokenizer_of("pickscore", *VIT_H)
-        return cls(placed(model, term), tokenizer, CLIPImageProcessorPil(), term.network_batch_size)
+        model = load_pretrained(CLIPModel, "pickscore", MODEL, REVISION)
+        tokenizer = load_tokenizer("pickscore", *VIT_H)
+        return cls(place(model, term), tokenizer, CLIPImageProcessorPil(), term.network_batch_size)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         scale = self._model.logit_scale.float().exp().item() / 26

@@ -93,7 +93,7 @@ class VLMJudge(Reward):
         text = response.text.replace(self._key, "***") if self._key else response.text  # some servers repeat the key
         if response.is_success:
             try:
-                return Score(mark_of(text) / BEST)
+                return Score(parse_mark(text) / BEST)
             except WrongAnswer as error:
                 raise WrongAnswer(f"reward 'vlm': {error}; check that the url is such as {_EXAMPLE}") from None
             except ValueError as error:
@@ -131,7 +131,7 @@ _NAMED = rf"\b(?:score|rating|mark)\b\W{{0,4}}(?:(?:is|of)\W{{1,3}})?{_NUMBER}"
 _ALONE = rf"\W*?{_NUMBER}\W*"
 
 
-def mark_of(completion: str) -> float:
+def parse_mark(completion: str) -> float:
     """The mark in a completion. ValueError, with the text in its place, where there is none.
 
     WrongAnswer for the answer of another API.
