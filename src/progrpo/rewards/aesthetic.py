@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor v2: how much people like a picture, whatever its prompt, from the features of a CLIP."""
+"""LAION's aesthetic predictor v2: how much people like a picture, whatever its prompt, from a CLIP's features."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 
 
 class Aesthetic(HubReward):
-    """h(f / |f|) for features f of OpenAI's CLIP ViT-L/14 and five linear layers h: a rating, about 1..10, mostly 4 to 7.
+    """h(f / |f|) for features f of OpenAI's CLIP ViT-L/14 and five linear layers h: a rating, about 1..10, mostly 4 to
+    7.
 
-    The value as published, and as in Flow-GRPO's code (arXiv 2505.05470). Pictures are resized to 224 on their shorter side and
-    cropped at the centre by CLIP's processor, as in Flow-GRPO's; the published code rounds an odd rest otherwise (`center_crop`), which
-    may be a pixel where they are not square.
+    The value is the published one, as in Flow-GRPO's code (arXiv 2505.05470). CLIP's processor resizes pictures to 224
+    on their shorter side and crops them at the centre, as in Flow-GRPO's code. The published code rounds an odd rest
+    otherwise (`center_crop`): a pixel of difference where a picture is not square.
     """
 
     parameters = 303_966_208  # the half of CLIP's ViT-L/14 that sees pictures
@@ -49,15 +50,17 @@ class Aesthetic(HubReward):
 
     @classmethod
     def from_hub(cls, term: RewardTerm) -> Self:
-        """The published weights: CLIP's are safetensors, the head's a pickle, read as tensors alone and if it is the published file."""
+        """Load the published weights. The head's are a pickle: its checksum is tested, and it is read as tensors
+        alone.
+        """
         model = load_pretrained(CLIPVisionModelWithProjection, "aesthetic", *VIT_L)
         head = build_head(read_pickle("aesthetic", downloaded_file("aesthetic", URL), SHA256))
-        precise = replace(term, dtype="float32")
-        return cls(place(model, term), place(head, precise), CLIPImageProcessorPil(), term.network_batch_size)
+        head = place(head, replace(term, dtype="float32"))
+        return cls(place(model, term), head, CLIPImageProcessorPil(), term.network_batch_size)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
-        parts = batch_slices(len(prompts), self._batch_size)
-        return [Score(rating) for part in parts for rating in self._ratings(pictures_NHWC[part]).tolist()]
+        batches = batch_slices(len(prompts), self._batch_size)
+        return [Score(rating) for batch in batches for rating in self._ratings(pictures_NHWC[batch]).tolist()]
 
     @torch.no_grad()
     def _ratings(self, pictures_BHWC: np.ndarray) -> Tensor:
