@@ -91,7 +91,7 @@ def resume(
         checkpoints.check_weights(path, state.get("weights", {}), run.policy.fingerprints, config, accept_changes)
 
         def go_back() -> None:
-            folder.write_config(to_dict(config))
+            folder.log_config(to_dict(config))
             folder.truncate(state["iteration"])
 
         ranks.from_main(go_back)

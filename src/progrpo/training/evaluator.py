@@ -28,6 +28,14 @@ class Best:
     reward: float
 
 
+def evaluation_metrics(result: Evaluation, stage: str, kl: float | None = None) -> Metrics:
+    """The means of an evaluation as metrics, such as `eval/graded`."""
+    metrics: Metrics = {f"{stage}/{name}": result.mean(name) for name in ("graded", "strict", "judge", *STATISTICS)}
+    if kl is not None:
+        metrics[f"{stage}/kl"] = kl
+    return metrics | {f"{stage}/held_out@{name}": value for name, value in result.held_out().items()}
+
+
 class Evaluator:
     """Measures a run's model on held-out prompts, keeps its best weights, and watches for reward hacking."""
 
@@ -63,10 +71,7 @@ class Evaluator:
         sampling = self._sampling(trainer.sampling_microbatch.size)
         kl = kl_to_reference(trainer.policy, weights, self._held_out.validation, sampling, config.seed)
         self._watch_for_hacking(result, kl, metric(record, "rollout/diversity"))
-        metrics: Metrics = {f"eval/{name}": result.mean(name) for name in ("graded", "strict", "judge", *STATISTICS)}
-        if kl is not None:
-            metrics["eval/kl"] = kl
-        return metrics | {f"eval/held_out@{name}": value for name, value in held_out.items()}
+        return evaluation_metrics(result, "eval", kl)
 
     def _sampling(self, microbatch: int) -> Sampling:
         config = self._trainer.config.eval
@@ -117,7 +122,7 @@ class Evaluator:
                 f"the held-out {name}": [record["held_out"][name] for record in result.records]
                 for name in result.held_out()
             }
-            recent = [record.get("rollout/diversity") for record in self._folder.read_metrics()[-4:]]
+            recent = [metric(record, "rollout/diversity") for record in self._folder.read_metrics()[-4:]]
             statistics = {name: result.column(name) for name in STATISTICS}
             statistics["diversity within groups"] = [*recent, diversity]
             for sign in self._watch.signs(result.column("graded"), witnesses, statistics, kl):

@@ -14,6 +14,7 @@ from progrpo.prompts.order import PromptOrder
 from progrpo.prompts.texts import shared
 from progrpo.rewards.base import Judge
 from progrpo.rewards.mixture import RewardMixture
+from progrpo.tracking.tracker import require_installed
 from progrpo.training import checkpoints
 from progrpo.training.build import (
     eval_prompts,
@@ -72,7 +73,8 @@ class RunInputs:
         return list({id(prompt): prompt for prompt in chain(self.held_out.prompts, ahead)}.values())
 
     def check(self, ranks: Ranks) -> None:
-        """ValueError for prompts that differ by process, and for rewards that cannot work with these prompts or here."""
+        """ValueError for trackers that are not installed, unequal prompts of processes, and rewards that cannot work."""
+        require_installed(self.config.tracking)
         firsts = {"training": next(iter(self.order.whole)), "evaluation": self.held_out.test[0]}
         for name, digest in self.digests.items():
             require_same_prompts(ranks, name, digest, firsts[name])

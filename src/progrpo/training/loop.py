@@ -68,7 +68,7 @@ class TrainingLoop:
         self._trainer = run.trainer
         self._config = run.trainer.config
         """The configuration as config.json has it."""
-        self._fresh = resumption is None
+        self._resumed_at = None if resumption is None else resumption.state["iteration"]
         self._start = time.perf_counter()
         self._console = Console(
             self._config.iterations,
@@ -109,6 +109,7 @@ class TrainingLoop:
         with Stop(self._run.ranks) as stop, tolerant_streams():
             try:
                 with explain_lost_process(lambda: how_to_go_on(folder.path)), _errors_say_how_to_go_on(folder):
+                    self._recorder.open_trackers(self._config, self._resumed_at)
                     self._train(stop)
             except BaseException as error:
                 with suppress(Exception):  # such as that of a full disk, which must not hide the error
@@ -116,6 +117,7 @@ class TrainingLoop:
                 raise
             finally:
                 close_all(self._run.rewards, self._console.warn)
+                self._recorder.close_trackers()
             self._write_summary("finished")
             self._recorder.report()
         self._run.ranks.wait_for_all()
@@ -126,7 +128,7 @@ class TrainingLoop:
         zero = self._run.ranks.zero
         if zero is not None and zero.stage:
             self._console.say(zero.describe(self._run.ranks.world))
-        if self._fresh:
+        if self._resumed_at is None:
             pictures = len(self._run.inputs.held_out.test)
             self._console.say(f"evaluating the model as it is, on {pictures} pictures")
             self._test("before", "reference")
@@ -207,7 +209,7 @@ class TrainingLoop:
 
     def _test(self, when: str, weights: str) -> None:
         """Evaluate on the test prompts, for the summary."""
-        self._recorder.evaluation(when, self._evaluator.test(weights))
+        self._recorder.evaluation(when, self._evaluator.test(weights), self._trainer.iteration)
         self._warn_of_lost_pictures()
 
     def _warn_of_lost_pictures(self) -> None:
