@@ -132,10 +132,10 @@ def test_checks_go_on_from_their_state():
         watch.check_agreement(iteration, [agreement])
     state = json.loads(json.dumps(watch.state_dict()))
     for tell in (
-        lambda w: w.updates(1, 1, 1),
-        lambda w: w.rewards(2, flat(0.5), 4),
-        lambda w: w.weights(3, 1.5, True),
-        lambda w: w.agreement(9, [0.1]),
+        lambda w: w.check_updates(1, 1, 1),
+        lambda w: w.check_rewards(2, flat(0.5), 4),
+        lambda w: w.check_weights(3, 1.5, True),
+        lambda w: w.check_agreement(9, [0.1]),
     ):
         resumed = checks()
         resumed.load_state_dict(state)
