@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from progrpo.config import OptimSettings
 
 SCRIPT = '''
-"""python script.py MODEL OUT: what each process trained and kept, by case, and a run of the library; of three only what they add."""
+"""python script.py MODEL OUT CASES: what each process trained and kept, by case; and a run of the library, unless there are three."""
 import json, sys
 from dataclasses import replace
 from pathlib import Path
@@ -95,7 +95,7 @@ def trained(model, config, reward):
     return survivors, records, {name: gathered(p.detach()).clone() for name, p in policy.trainable.items()}
 
 
-def work(model, out):
+def work(model, out, names):
     ranks = Ranks()
     found, middle = {}, InTurn({"": tuple(map(Prompt, PROMPTS))}, 0).prompts_for(0, 2)[1].text
     cases = {f"updates {n}": (replace(CONFIG, optim=OptimSettings(updates_per_rollout=n)), redness) for n in (1, 2)}
@@ -117,15 +117,14 @@ def work(model, out):
     few = replace(together, prompts=PromptSettings(per_iteration=1, split_groups=True), plan=PlanSettings("custom", group_size=5, prune=((1, 2),)))
     cases["few"] = (few, redness)  # on three: one has nobody
     cases["split batch"] = (replace(together, objective=replace(CONFIG.objective, advantage="batch")), redness)
-    if ranks.world == 3:
-        cases = {name: cases[name] for name in ("five", "five shard", "split", "few")}
-    for name, (config, reward) in cases.items():
+    for name in names:
+        config, reward = cases[name]
         survivors, records, weights = trained(model, config, reward)
         found[name] = {"survivors": survivors, "records": records}
         save_file(weights, out / f"{name} {ranks.rank}.safetensors")
     found["world"] = ranks.world
     found["decayed"] = decayed(ranks)
-    if ranks.world < 3:
+    if "updates 1" in names:
         by_the_library(model, out, found, ranks)
     (out / f"found {ranks.rank}.json").write_text(json.dumps(found))
     ranks.leave()  # as a run does, or gloo may abort one at its end
@@ -180,7 +179,7 @@ def unequal(model, out, ranks):
 
 
 if __name__ == "__main__":
-    work(sys.argv[1], Path(sys.argv[2]))
+    work(sys.argv[1], Path(sys.argv[2]), sys.argv[3].split(","))
 '''
 WHOLE = ("updates 1", "updates 2", "batch", "gdpo", "probe", "failing", "shard", "full shard")
 CASES = (*WHOLE, "split", "split batch")
@@ -195,7 +194,7 @@ def script(tmp_path_factory) -> Path:
     return file
 
 
-def started(world: int, script: Path, model: Path, out: Path) -> Path:
+def started(world: int, script: Path, model: Path, out: Path, names: tuple[str, ...]) -> Path:
     """What so many processes left."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -210,7 +209,7 @@ def started(world: int, script: Path, model: Path, out: Path) -> Path:
     for rank in map(str, range(world)):
         env = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
         log = (out / f"log {rank}").open("w")
-        command = [sys.executable, str(script), str(model), str(out)]
+        command = [sys.executable, str(script), str(model), str(out), ",".join(names)]
         processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
     try:
         codes = [process.wait(timeout=600) for process in processes]
@@ -223,19 +222,26 @@ def started(world: int, script: Path, model: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def two(script, tiny_sd3, tmp_path_factory) -> Path:
-    return started(2, script, tiny_sd3, tmp_path_factory.mktemp("two"))
+    return started(2, script, tiny_sd3, tmp_path_factory.mktemp("two"), CASES)
 
 
 @pytest.fixture(scope="module")
 def three(script, tiny_sd3, tmp_path_factory) -> Path:
-    return started(3, script, tiny_sd3, tmp_path_factory.mktemp("three"))
+    return started(3, script, tiny_sd3, tmp_path_factory.mktemp("three"), OF_THREE)
 
 
 @pytest.fixture(scope="module")
 def one(script, tiny_sd3, tmp_path_factory) -> Path:
     """What one process left."""
     out = tmp_path_factory.mktemp("one")
-    runpy.run_path(str(script))["work"](str(tiny_sd3), out)
+    runpy.run_path(str(script))["work"](str(tiny_sd3), out, CASES)
+    return out
+
+
+@pytest.fixture(scope="module")
+def one_beside_three(script, tiny_sd3, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("one")
+    runpy.run_path(str(script))["work"](str(tiny_sd3), out, OF_THREE)
     return out
 
 
@@ -285,10 +291,10 @@ def test_the_same_metrics_are_recorded(one, two, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", OF_THREE)
-def test_three_do_what_one_does(one, three, case, assert_trained_alike):
-    parts, whole = [found(three, rank)[case] for rank in range(3)], found(one, 0)[case]
+def test_three_do_what_one_does(one_beside_three, three, case, assert_trained_alike):
+    parts, whole = [found(three, rank)[case] for rank in range(3)], found(one_beside_three, 0)[case]
     assert sorted(member for part in parts for member in part["survivors"]) == sorted(whole["survivors"])
-    expected = load_file(one / f"{case} 0.safetensors")
+    expected = load_file(one_beside_three / f"{case} 0.safetensors")
     for rank in range(3):
         assert_trained_alike(load_file(three / f"{case} {rank}.safetensors"), expected, LR, steps=4)
     for ours, theirs in zip(parts[0]["records"], whole["records"], strict=True):
