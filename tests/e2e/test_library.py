@@ -34,8 +34,8 @@ from progrpo.config import (
 from progrpo.rewards.base import Score
 from progrpo.rollout.noise import INITIAL, NoiseKey
 from progrpo.tracking.run_folder import RunFolder
+from progrpo.training.entry import train_run
 from progrpo.training.errors import Interrupted, MissingScoresError, SelfCheckError
-from progrpo.training.run import train_run
 from progrpo.types import Prompt
 
 STEPS = 3

@@ -24,8 +24,8 @@ from progrpo.tracking.report.run import Run, read_run
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.checkpoints import saved
 from progrpo.training.distributed import Ranks
+from progrpo.training.entry import resume_run, train_run
 from progrpo.training.errors import Interrupted, SelfCheckError
-from progrpo.training.run import resume_run, train_run
 from progrpo.training.stopping import Stop
 
 TIMELESS = ("reward/mean", "update/grad_norm", "rollout/nfe")

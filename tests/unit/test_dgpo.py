@@ -276,7 +276,7 @@ def test_a_single_update_computes_the_weights_within_its_loss(policy, linear_exp
     telling = torch.tensor([0, 2, 3, 4])  # the update leaves out members without an advantage; they count in the size
     prepared, whole = prepared.take(telling), whole.take(telling)
     for microbatch in (2, 3, 4, 64):
-        for part in Packing(microbatch, one_shape).parts(whole, DRAWS):
+        for part in Packing(microbatch, one_shape).batches(whole, DRAWS):
             actual = objective.loss(policy, whole, part).first(len(part.unique()))
             expected = objective.loss(policy, prepared, part.unique())
             torch.testing.assert_close(actual.loss_B, expected.loss_B, rtol=1e-9, atol=0)

@@ -27,6 +27,7 @@ import numpy as np
 
 from progrpo.durable import PREVIOUS, WRITING, append, new_folder, sync, whole_folder, write_file
 from progrpo.messages import named
+from progrpo.tracking.records import AuditRecord
 from progrpo.types import FROM_PYTHON
 
 _FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "trackers.json", "report.html")
@@ -330,7 +331,7 @@ class RunFolder:
         strip = self.save_picture(f"{name}.png", sheet)  # before the record: whoever reads the record finds the sheet
         self.write_json(f"{name}.json", {**audit, "strip": strip})
 
-    def read_audits(self) -> list[dict[str, Any]]:
+    def read_audits(self) -> list[AuditRecord]:
         """All audits, oldest first."""
         paths = [path for path in self._numbered("audit") if path.suffix == ".json"]
         found = [self.read_json(f"audit/{path.name}") for path in sorted(paths, key=lambda path: int(path.stem))]
