@@ -28,6 +28,7 @@ from progrpo.config import (
     PreviewSettings,
     PromptSettings,
     SamplingSettings,
+    TrackingSettings,
 )
 from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import policy_from_pipeline
@@ -138,7 +139,7 @@ def work(model, out, names):
     if "updates 1" in names:
         by_the_library(model, out, found, ranks)
     (out / f"found {ranks.rank}.json").write_text(json.dumps(found))
-    ranks.leave()  # as a run does, or gloo may abort one at its end
+    ranks.wait_for_all()  # as a run does, or gloo may abort one at its end
 
 
 def decayed(ranks):
@@ -153,8 +154,10 @@ def decayed(ranks):
 
 def by_the_library(model, out, found, ranks):
     mine = out / f"run of {ranks.rank}"
-    progrpo.train(DiffusionPipeline.from_pretrained(model), PROMPTS, redness, config=CONFIG, out=mine)
+    tracked = replace(CONFIG, tracking=TrackingSettings(("tensorboard",)))
+    progrpo.train(DiffusionPipeline.from_pretrained(model), PROMPTS, redness, config=tracked, out=mine)
     found["wrote"] = mine.exists()
+    found["event files"] = len(list(out.glob("*/tensorboard/events*")))
     try:
         progrpo.train(DiffusionPipeline.from_pretrained(model), PROMPTS, redness, config=CONFIG, out=mine)
     except ValueError as error:
