@@ -17,7 +17,7 @@ previews   their seconds over those of sampling: by the full decoder as it ran, 
 
 matmul     FLOPs a second of the sampling stage and of the update, as the model's own code counts them (progrpo.policies.sizes), over
            those of one large matrix product in the same process and dtype: MFU against what the device reaches
-MFU        the same over the maker's figure, for a card of progrpo.training.estimate.GPUS
+MFU        the same over the maker's figure, for a card of progrpo.training.gpus.GPUS
 
 Beside them the most memory of an iteration, on a GPU with what `progrpo plan` predicts of it, and in JSON how far a ratio was off 1 before
 an iteration's first update.
@@ -68,7 +68,8 @@ from progrpo.rollout.preview import DECODED
 from progrpo.rollout.probe import Probe, latent_features, probe_examples, text_features
 from progrpo.training.build import policy_context, policy_from, scorer_from, settled, train_order
 from progrpo.training.distributed import Ranks
-from progrpo.training.estimate import GPUS, estimate, flops_by_stage, sizes_for
+from progrpo.training.estimate import estimate, flops_by_stage, sizes_for
+from progrpo.training.gpus import GPUS
 from progrpo.training.measure import measured
 from progrpo.training.trainer import Trainer
 from progrpo.types import Cost, Rollout, Trajectories
