@@ -325,7 +325,7 @@ def test_what_cannot_be_resumed_is_refused(straight, tmp_path):
     with pytest.raises(ValueError, match="is at iteration 4, past 3 iterations"):
         resume_run(straight, 3)
     empty = RunFolder.create(tmp_path / "empty")
-    empty.write_config(json.loads((straight / "config.json").read_text()))
+    empty.log_config(json.loads((straight / "config.json").read_text()))
     with pytest.raises(ValueError, match="holds no checkpoint yet; start it anew"):
         resume_run(empty.path)
 

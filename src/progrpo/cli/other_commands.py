@@ -46,9 +46,9 @@ class Import(Command):
         if framework != "flow_grpo" and (self.gpus is not None or self.script != "auto"):
             raise ValueError(f"--gpus and --script are options of flow_grpo, not of {self.framework}")
         check_range(1, 100_000, gpus=self.gpus)
-        from progrpo.imports.account import in_words
         from progrpo.imports.flow_factory import import_flow_factory
         from progrpo.imports.flow_grpo import import_flow_grpo
+        from progrpo.imports.translation import as_tables
 
         if framework == "flow_grpo":
             translation = import_flow_grpo(self.settings, self.gpus, self.script)
@@ -65,7 +65,7 @@ class Import(Command):
             write_text(out, config_to_json(config))
         except OSError as error:
             raise ValueError(f"{named(out)} cannot be written: {error.strerror}") from None
-        print(f"{in_words(translation)}\n\n{named(out)} is written: progrpo train {named(out)}")
+        print(f"{as_tables(translation)}\n\n{named(out)} is written: progrpo train {named(out)}")
 
 
 @dataclass(frozen=True, kw_only=True)

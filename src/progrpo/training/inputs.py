@@ -14,6 +14,7 @@ from progrpo.prompts.order import PromptOrder
 from progrpo.prompts.texts import shared
 from progrpo.rewards.base import Judge
 from progrpo.rewards.mixture import RewardMixture
+from progrpo.tracking.tracker import require_installed
 from progrpo.training import checkpoints
 from progrpo.training.build import (
     eval_prompts,
@@ -31,7 +32,8 @@ from progrpo.types import Prompt
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The means to measure a run: test prompts for before and after, validation prompts on the way, a judge and rewards.
+    """The means to measure a run: test prompts for before and after, validation prompts on the way, a judge and
+    rewards.
 
     Neither the judge nor these rewards train the model.
     """
@@ -71,7 +73,8 @@ class RunInputs:
         return list({id(prompt): prompt for prompt in chain(self.held_out.prompts, ahead)}.values())
 
     def check(self, ranks: Ranks) -> None:
-        """ValueError for prompts that differ by process, and for rewards that cannot work with these prompts or here."""
+        """ValueError for trackers that are not installed, unequal prompts of processes, and rewards that cannot work."""
+        require_installed(self.config.tracking)
         firsts = {"training": next(iter(self.order.whole)), "evaluation": self.held_out.test[0]}
         for name, digest in self.digests.items():
             require_same_prompts(ranks, name, digest, firsts[name])
@@ -86,8 +89,8 @@ class RunInputs:
         if not 0 < len(trained) < len(held_out):
             return None
         return (
-            f"{len(trained)} of {len(held_out)} evaluation prompts are trained on as well (letters, quotes and spaces in"
-            f" any form), so evaluations are not of held-out prompts alone; the first is {quoted(trained[0])}"
+            f"{len(trained)} of {len(held_out)} evaluation prompts are trained on as well (letters, quotes and spaces"
+            f" in any form), so evaluations are not of held-out prompts alone; the first is {quoted(trained[0])}"
         )
 
 

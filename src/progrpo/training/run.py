@@ -45,7 +45,7 @@ class Run:
     def create_folder(self, overwrite: bool) -> None:
         """Make the run folder, once every part of the run could be built. ValueError if it holds a run already."""
         config = to_dict(self.trainer.config)
-        self.ranks.from_main(lambda: RunFolder.create(self.folder.path, overwrite).write_config(config))
+        self.ranks.from_main(lambda: RunFolder.create(self.folder.path, overwrite).log_config(config))
 
     def warnings(self) -> list[str]:
         """Warnings of what the run ignores or cuts, known before it begins."""
