@@ -255,12 +255,11 @@ class ObjectiveSettings:
 
     @property
     def loss(self) -> LossSettings:
-        """The settings of the objective that is named. Those of the user's own class are read from `custom`."""
-        if self.name in OBJECTIVES:
-            settings: LossSettings = getattr(self, self.name)
-            return settings
-        kind = load_objective(self.name).Settings
-        settings = read_settings(kind, self.custom, "objective.custom.")
+        """The settings of the objective that is named: its own section, or for a class without one what `custom` says."""
+        section = getattr(self, self.name, None)
+        if isinstance(section, LossSettings):
+            return section
+        settings: LossSettings = read_settings(load_objective(self.name).Settings, self.custom, "objective.custom.")
         check_rules(settings, "objective.custom.")
         return settings
 
@@ -268,7 +267,7 @@ class ObjectiveSettings:
         """ValueError for a baseline that the advantage does not have, and for settings that nothing reads."""
         if self.advantage == "gdpo" and self.baseline == "group":
             raise ValueError("objective.baseline must be survivors for objective.advantage gdpo, not group")
-        if self.custom and self.name in OBJECTIVES:
+        if self.custom and self.loss is getattr(self, self.name, None):
             raise ValueError(
                 f"objective.custom must be empty for objective.name {self.name}; give objective.{self.name}"
             )

@@ -1,4 +1,4 @@
-"""What a reward is: pictures and their prompts in, a score for each out. A failed score is missing, never zero."""
+"""The base class of rewards: pictures and prompts in, a score for each out. A failed score is missing, never zero."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """One picture's reward. `value` is None where it is missing; `error` says that it failed, and may be had by asking again.
-
-    `passed` is a strict verdict, where the reward has one.
-    """
+    """The score of one picture."""
 
     value: float | None
+    """None where the score is missing."""
     passed: bool | None = None
+    """The strict verdict of a reward that has one."""
     error: str | None = None
+    """The failure that left the score missing. A retry may give a score."""
 
     def number(self) -> float:
         """The value, NaN where it is missing or not finite."""
         return self.value if self.value is not None and math.isfinite(self.value) else math.nan
 
     def plain(self) -> Score:
-        """In Python's own numbers, which caches and servers can write; raises where it has none that are like them."""
+        """The same score in Python's own numbers, for caches and servers. TypeError or ValueError where it has none."""
         passed = None if self.passed is None else bool(self.passed)
         return Score(None if self.value is None else float(self.value), passed, self.error)
 
 
 class Refusal(ValueError):
-    """A reward cannot work with these prompts or on this machine at all: a mistake to be mended, not a failed score.
+    """A mistake that the user must mend: the reward cannot work with these prompts, or on this machine.
 
-    Whatever else a reward raises is a failure of the pictures that it was asked about.
+    Anything else that a reward raises is a failure of the pictures of that call.
     """
 
 
 class WrongAnswer(Refusal):
-    """What a reward returned is no score for each picture, whichever the pictures are: its author's mistake."""
+    """A reward's answer that is no score for each picture: its author's mistake, whatever the pictures are."""
 
 
 class Reward(ABC):
@@ -74,14 +74,14 @@ class Reward(ABC):
         """Score each picture (uint8, (N, H, W, 3)), in order."""
 
     def check(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027 (most rewards take any prompt)
-        """Refuse, before a picture is drawn, prompts or a machine that the reward cannot work with."""
+        """Refuse prompts, or a machine, that the reward cannot work with. It runs before any picture is sampled."""
 
     def close(self) -> None:  # noqa: B027 (most rewards hold nothing)
-        """Let go of connections, processes, and what a user's class wants closed."""
+        """Close connections, processes, and what a user's class holds."""
 
 
 class RewardWrapper(Reward):
-    """A reward around another one, with the same facts."""
+    """A reward that wraps another one and has its attributes."""
 
     def __init__(self, reward: Reward) -> None:
         self._reward = reward
@@ -95,22 +95,23 @@ class RewardWrapper(Reward):
 
 
 def require_columns(reward: str, needed: Iterable[str], prompts: Sequence[Prompt]) -> None:
-    """Refusal for the first prompt that lacks a column which a reward needs of all: a call may be of that prompt alone."""
+    """Refuse the first prompt that lacks a needed column."""
     for prompt in prompts:
-        if lacking := [name for name in needed if name not in prompt.columns]:
+        missing = [name for name in needed if name not in prompt.columns]
+        if missing:
             raise Refusal(
-                f"reward {reward} takes {lacking[0]!r}, but the prompt {quoted(prompt.text)} has no column of that name"
+                f"reward {reward} takes {missing[0]!r}, but the prompt {quoted(prompt.text)} has no column of that name"
                 f" ({named(', '.join(sorted(prompt.columns))) or 'none at all'}); give it to every prompt, or the"
                 " parameter a default (the texts themselves are `prompts`)"
             )
 
 
 class Scorer(Protocol):
-    """What a run is rewarded by: one reward or several, as one value."""
+    """The rewards of a run as one value."""
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """The rewards' names and weights, in the order of the columns of their parts."""
+        """The weights by the rewards' names, in the order of the columns of `rewards_NR`."""
         ...
 
     def score(
@@ -121,14 +122,14 @@ class Scorer(Protocol):
         there_N: Tensor | None = None,
         fault: str = "",
     ) -> Scores:
-        """Score N pictures (uint8) of the groups that `group_N` (int64) says, in order.
+        """Score N pictures (uint8), in order; `group_N` (int64) holds each picture's group.
 
-        Where `there_N` is False there is none, as `fault` says: no reward sees it, and its scores are missing.
+        A picture is lost where `there_N` is False, and `fault` says why. No reward sees it, and its scores are missing.
         """
         ...
 
 
 class Judge(Protocol):
-    """A second opinion that reports and never trains."""
+    """A second opinion on pictures. It is reported and never trained on."""
 
     def passes(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[bool]: ...

@@ -1,4 +1,4 @@
-"""Scores that were paid for once, on disk."""
+"""Scores on disk, so that a judge is paid for each once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from contextlib import closing, contextmanager
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path, PurePath
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,16 +23,18 @@ from progrpo.types import Prompt
 
 
 class CachedReward(RewardWrapper):
-    """Asks `reward` only about pictures and prompts that it has not scored before; failures are asked about again.
+    """A reward that scores only pictures and prompts without a stored score. Failures are not stored.
 
-    A score is found by the sha256 of the reward's `identity` (its name and model), the picture's pixels and size, the prompt and its columns
-    (of pictures in them their pixels, not a path). The file is `folder`/NAME.sqlite, and several processes may use it at once. Refusal
-    where that cannot be used, or a column has a value that cannot be told from others.
+    The key of a score is the sha256 of the reward's `identity` (its name and model), the picture's pixels and size, the
+    prompt, and its columns (of pictures in them the pixels, not a path). The file is `folder`/NAME.sqlite; several
+    processes may use it at once. Refusal where the file cannot be used, or where a column's value has no text of its
+    own.
     """
 
     def __init__(self, reward: Reward, identity: str, folder: Path) -> None:
         super().__init__(reward)
-        self._identity, self._folder = identity, folder
+        self._identity = identity
+        self._folder = folder
         self._file = folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', identity).strip('-')}.sqlite"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -47,31 +48,33 @@ class CachedReward(RewardWrapper):
             None if source is None else key(source) for source in pictures([p.columns.get(COLUMN) for p in prompts])
         ]
         keys = [self._key(*row) for row in zip(pictures_NHWC, prompts, sources, strict=True)]
-        known = self._known(keys)
-        first = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}  # of equal ones one is asked
+        stored = self._read(keys)
+        first = {
+            key: i for i, key in reversed(list(enumerate(keys))) if key not in stored
+        }  # equal rows are scored once
         rows = sorted(first.values())
         if rows:
-            asked = self._reward.score(pictures_NHWC[rows], [prompts[i] for i in rows])
-            new = {keys[i]: score for i, score in zip(rows, asked, strict=True)}
-            self._keep(new)
-            known |= new
-        return [known[key] for key in keys]
+            scores = self._reward.score(pictures_NHWC[rows], [prompts[i] for i in rows])
+            new = {keys[i]: score for i, score in zip(rows, scores, strict=True)}
+            self._write(new)
+            stored |= new
+        return [stored[key] for key in keys]
 
     def _key(self, picture_HWC: np.ndarray, prompt: Prompt, source: str | None) -> str:
         columns = dict(prompt.columns) if source is None else {**prompt.columns, COLUMN: source}
-        told = self._written([self._identity, picture_HWC.shape, prompt.text, columns], prompt)
-        return hashlib.sha256(told.encode() + b"\0" + np.ascontiguousarray(picture_HWC).tobytes()).hexdigest()
+        text = self._as_json([self._identity, picture_HWC.shape, prompt.text, columns], prompt)
+        return hashlib.sha256(text.encode() + b"\0" + np.ascontiguousarray(picture_HWC).tobytes()).hexdigest()
 
-    def _written(self, told: Any, prompt: Prompt) -> str:
+    def _as_json(self, value: object, prompt: Prompt) -> str:
         try:
-            return json.dumps(told, sort_keys=True, default=_exactly)
+            return json.dumps(value, sort_keys=True, default=_exact)
         except (TypeError, ValueError, RecursionError) as error:
             raise Refusal(
                 f"reward {self._identity!r}: the columns of the prompt {quoted(prompt.text)} cannot be told from others"
                 f" ({error}), so its scores cannot be kept; leave out its cache"
             ) from error
 
-    def _known(self, keys: Sequence[str]) -> dict[str, Score]:
+    def _read(self, keys: Sequence[str]) -> dict[str, Score]:
         with self._open() as database:
             rows = [
                 database.execute("SELECT key, value, passed FROM scores WHERE key = ?", (k,)).fetchone() for k in keys
@@ -80,19 +83,19 @@ class CachedReward(RewardWrapper):
             key: Score(value, None if passed is None else bool(passed)) for key, value, passed in filter(None, rows)
         }
 
-    def _keep(self, scores: dict[str, Score]) -> None:
-        whole = [(key, s.value, s.passed) for key, s in scores.items() if np.isfinite(s.number())]
+    def _write(self, scores: dict[str, Score]) -> None:
+        rows = [(key, s.value, s.passed) for key, s in scores.items() if np.isfinite(s.number())]
         with self._open() as database:
-            database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", whole)
+            database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            self._written(dict(prompt.columns), prompt)
+            self._as_json(dict(prompt.columns), prompt)
         super().check(prompts)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        # one for each use: connections belong to the thread that made them, and waves ask from several
+        # one for each use: a connection belongs to the thread that made it, and waves score in several
         try:
             with closing(sqlite3.connect(self._file, timeout=60)) as database, database:
                 yield database
@@ -105,8 +108,11 @@ class CachedReward(RewardWrapper):
         )
 
 
-def _exactly(value: Any) -> Any:
-    """What JSON does not know, so that values that differ stay so: a text of an array leaves most of it out, an object's is its place in memory."""
+def _exact(value: object) -> object:
+    """A value that JSON does not know, such that different values stay different.
+
+    `str` would not do: of an array it leaves most numbers out, and of an object it gives the place in memory.
+    """
     if isinstance(value, Image.Image):
         return key(value)
     if isinstance(value, np.ndarray | np.generic | Tensor):

@@ -15,8 +15,8 @@ from progrpo.rewards.settings import REWARDS, RewardTerm
 def load_reward(term: RewardTerm) -> Reward:
     """Load a built-in reward, or `module:function` (or a class) from the Python path or the current folder.
 
-    With `processes` it scores in so many processes of its own. With a `url` a `progrpo serve-reward` scores. Refusal where the
-    term cannot be had.
+    With `processes` it scores in so many processes of its own. With a `url` a `progrpo serve-reward` scores. Refusal
+    where the term cannot be had.
     """
     if not isinstance(term.name, str):
         raise Refusal(
@@ -41,8 +41,8 @@ def _served(term: RewardTerm) -> Reward:
     own = {"model": term.model, "device": term.device, "dtype": term.dtype, "processes": term.processes}
     if given := [option for option, value in own.items() if value not in ("", "auto", 0)]:
         raise Refusal(
-            f"reward {term.name!r}: its server scores, so {given[0]} would change nothing here; leave it out, and give the"
-            " server its own options"
+            f"reward {term.name!r}: its server scores, so {given[0]} would change nothing here; leave it out, and"
+            " give the server its own options"
         )
     return RemoteReward.make(term)
 

@@ -1,4 +1,4 @@
-"""The event loop on which async rewards run: one for all of a process, so that clients and locks made once serve every call."""
+"""The event loop of async rewards: one for the whole process, so that clients and locks made once serve every call."""
 
 from __future__ import annotations
 
@@ -7,32 +7,34 @@ import threading
 from collections.abc import Awaitable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _STUCK = 5.0  # seconds after which a loop that does not turn is taken to be blocked for good
 
 
-def finished(answer: Awaitable[Any], timeout: float | None = None) -> Any:
-    """What an awaitable comes to on that loop. After `timeout` seconds it is cancelled, and this a TimeoutError.
+def finished(awaitable: Awaitable[T], timeout: float | None = None) -> T:
+    """Wait for an awaitable on that loop. After `timeout` seconds it is cancelled, and TimeoutError is raised.
 
-    It is cancelled too where the wait is interrupted. An async reward that asks another one, which would wait for itself, gets a
-    loop of its own.
+    It is also cancelled where the wait is interrupted. An async reward that asks another one, which would wait for
+    itself, gets a loop of its own.
     """
     loop = _loop()
     if loop.is_own_thread():
         with ThreadPoolExecutor(1) as thread:
-            return thread.submit(asyncio.run, _awaited(answer)).result()
-    asked = loop.submit(answer)
+            return thread.submit(asyncio.run, _awaited(awaitable)).result()
+    future = loop.submit(awaitable)
     try:
-        return asked.result(timeout)
+        return future.result(timeout)
     except TimeoutError:
-        if asked.done():  # its own
+        if future.done():  # the awaitable's own TimeoutError
             raise
-        asked.cancel()
+        future.cancel()
         _leave_if_stuck(loop)
         raise TimeoutError("no answer in time") from None
     finally:
-        asked.cancel()
+        future.cancel()
 
 
 class _Loop:
@@ -43,14 +45,14 @@ class _Loop:
         self._thread = threading.Thread(target=self._turn, name="async rewards", daemon=True)
         self._thread.start()
 
-    def submit(self, answer: Awaitable[Any]) -> Future[Any]:
-        return asyncio.run_coroutine_threadsafe(_awaited(answer), self._loop)
+    def submit(self, awaitable: Awaitable[T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(_awaited(awaitable), self._loop)
 
     def is_own_thread(self) -> bool:
         return threading.current_thread() is self._thread
 
     def is_alive(self) -> bool:
-        """False in a fork of the process that made it."""
+        """Whether its thread runs; it does not in a fork of the process that made it."""
         return self._thread.is_alive()
 
     def turns(self) -> bool:
@@ -65,25 +67,25 @@ class _Loop:
                 self._loop.run_forever()
 
 
-async def _awaited(answer: Awaitable[Any]) -> Any:
-    return await answer
+async def _awaited(awaitable: Awaitable[T]) -> T:
+    return await awaitable
 
 
 _current: _Loop | None = None
-_one = threading.Lock()
+_lock = threading.Lock()
 
 
 def _loop() -> _Loop:
     global _current
-    with _one:
+    with _lock:
         if _current is None or not _current.is_alive():
             _current = _Loop()
         return _current
 
 
 def _leave_if_stuck(loop: _Loop) -> None:
-    """A loop that a call blocks without awaiting serves none after it: they get a new one."""
+    """Give later calls a new loop where a call blocks this one without awaiting."""
     global _current
     if not loop.turns():
-        with _one:
+        with _lock:
             _current = None if _current is loop else _current

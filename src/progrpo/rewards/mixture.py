@@ -1,4 +1,4 @@
-"""One reward or several as one value: weighted, gated, group by group where one ranks, and with their failures counted."""
+"""The mixture of a run's rewards: weighted and gated, with their failures counted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from progrpo.types import Prompt, Scores
 
 @dataclass(frozen=True)
 class Component:
-    """A reward of a mixture, and the term that says how it counts."""
+    """A reward of a mixture, and the term with its weight and gate."""
 
     term: RewardTerm
     reward: Reward
@@ -28,33 +28,37 @@ class Component:
 
 @dataclass(frozen=True)
 class Failures:
-    """The numbers of scores asked for and missing, by reward, and the last error that said why.
-
-    Of the `pictures`, `lost` were none, as `fault` says: their scores are among those that are missing.
-    """
+    """The counts of scores and pictures that are missing."""
 
     asked: Mapping[str, int]
+    """The number of scores by reward, those of lost pictures included."""
     missing: Mapping[str, int]
+    """The number of missing scores by reward."""
     last_error: str | None
     pictures: int = 0
+    """The number of pictures."""
     lost: int = 0
+    """The number of pictures that are not finite."""
     fault: str = ""
+    """The cause of the last lost picture."""
 
 
 Ranking = Callable[[Tensor, Tensor], Tensor]
-"""From rewards_NR and group_N to what selectors compare, (N,)."""
+"""A function of rewards_NR and group_N. Its value (N,) is what selectors compare."""
 
 
 class RewardMixture:
-    """The weighted sum of its rewards, missing where one of them is. Selectors compare it, or what `ranking` gives.
+    """The weighted sum of its rewards, missing where one of them is.
 
-    Where the reward that a term `needs` is below the term's `at_least`, the term's own counts as 0 and is not asked.
+    A term with `needs` counts as 0, and its reward is not called, where the reward in `needs` is below `at_least`.
     """
 
     def __init__(self, components: Sequence[Component], ranking: Ranking | None = None) -> None:
-        self._components, self._ranking = components, ranking
+        """`ranking` gives what selectors compare; None: the sum itself."""
+        self._components = components
+        self._ranking = ranking
         self._lock = threading.Lock()
-        self._count_anew()
+        self._reset_counts()
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -73,19 +77,21 @@ class RewardMixture:
         there_N: Tensor | None = None,
         fault: str = "",
     ) -> Scores:
-        there_N = torch.ones(len(prompts), dtype=torch.bool) if there_N is None else there_N
+        if there_N is None:
+            there_N = torch.ones(len(prompts), dtype=torch.bool)
         self._count_pictures(there_N, fault)
         rewards: dict[str, Tensor] = {}
         verdicts: list[list[bool | None]] = []
         for component in self._components:
             term = component.term
-            counts_N, values_N = there_N, torch.zeros(len(prompts), dtype=torch.float64)
+            called_N = there_N
+            values_N = torch.zeros(len(prompts), dtype=torch.float64)
             values_N[~there_N] = math.nan
             if term.needs:
-                # not where that one is missing, and then this is missing too
-                counts_N = rewards[term.needs] >= term.at_least
-                values_N[rewards[term.needs].isnan()] = math.nan
-            rows = counts_N.nonzero().flatten()
+                gate_N = rewards[term.needs]
+                called_N = gate_N >= term.at_least  # False where the gate is missing
+                values_N[gate_N.isnan()] = math.nan
+            rows = called_N.nonzero().flatten()
             scores = self._scores(component, pictures_NHWC, prompts, group_N, rows)
             values_N[rows] = torch.tensor([s.number() for s in scores], dtype=torch.float64)
             rewards[term.name] = values_N
@@ -100,19 +106,19 @@ class RewardMixture:
         return Scores(value_N, ranking_N, passed_N, rewards_NR)
 
     def failures(self) -> Failures:
-        """Since this was last asked."""
+        """Return the counts since the last call, and reset them."""
         with self._lock:
             failures = Failures(self._asked, self._missing, self._last_error, self._pictures, self._lost, self._fault)
-            self._count_anew()
+            self._reset_counts()
         return failures
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Refusal where a reward can tell beforehand that it will not work with these prompts or here."""
+        """Refuse prompts, or a machine, that one of the rewards cannot work with."""
         for component in self._components:
             component.reward.check(prompts)
 
     def close(self) -> None:
-        """All of them, also where one raises."""
+        """Close every reward, also where one raises."""
         with ExitStack() as closing:
             for component in self._components:
                 closing.callback(component.reward.close)
@@ -131,7 +137,7 @@ class RewardMixture:
         self._count(name, list(by_row.values()))
         return [by_row[i] for i in rows.tolist()]
 
-    def _count_anew(self) -> None:
+    def _reset_counts(self) -> None:
         self._asked = dict.fromkeys(self.weights, 0)
         self._missing = dict.fromkeys(self.weights, 0)
         self._last_error: str | None = None
@@ -154,30 +160,31 @@ class RewardMixture:
             self._asked[name] += len(scores)
             self._missing[name] += len(missing)
             if missing:
-                said = " ".join(str(missing[-1].error or "it gave no finite number").split())
-                self._last_error = f"reward {name}: {named(said)}"
+                reason = " ".join(str(missing[-1].error or "it gave no finite number").split())
+                self._last_error = f"reward {name}: {named(reason)}"
 
 
 def mixture_of_one(reward: Reward, name: str = "reward") -> RewardMixture:
-    """A single reward as what a run is rewarded by."""
+    """A mixture of this reward alone."""
     return RewardMixture([Component(RewardTerm(name), reward)])
 
 
 def close_all(mixtures: Iterable[RewardMixture | None], warn: Callable[[str], None]) -> None:
-    """Close them. Of one that fails in it a sentence goes to `warn`, and nothing else is lost: its scores are all there."""
+    """Close the mixtures. Where one fails, a sentence goes to `warn`; its scores are complete by then."""
     for mixture in filter(None, mixtures):
         try:
             mixture.close()
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             warn(
-                f"a reward's close() failed ({said}); nothing else is affected, what the reward holds may be held still"
+                f"a reward's close() failed ({reason}); nothing else is affected, what the reward holds may be held"
+                " still"
             )
 
 
 def _all(verdicts: Sequence[bool | None]) -> float:
-    """1 if all rewards with a verdict pass, 0 if one does not, NaN if none has one."""
-    there = [v for v in verdicts if v is not None]
-    return float(all(there)) if there else math.nan
+    """1 if all rewards with a verdict pass, 0 if one does not, NaN if none has a verdict."""
+    known = [v for v in verdicts if v is not None]
+    return float(all(known)) if known else math.nan

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.policies import (
-    CASES,
-    Case,
-    load,
-    untouched_pipeline,
-)
+import torch
 
 from progrpo.policies.base import Policy
+from tests.support.policies import CASES, Case, load, untouched_pipeline
 
 
-@pytest.fixture(params=list(CASES.values()), ids=list(CASES))
+@pytest.fixture(scope="module", params=list(CASES.values()), ids=list(CASES))
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def folder(case: Case, request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(case.model)
 
 
+@pytest.fixture(scope="module")
+def policy(case: Case, folder: Path) -> Iterator[Policy]:
+    """A policy for the tests of a file that change nothing in it."""
+    policy = load(folder, case.weights)
+    before = {name: weight.detach().clone() for name, weight in (*policy.trainable.items(), *policy.frozen())}
+    yield policy
+    for name, weight in (*policy.trainable.items(), *policy.frozen()):
+        assert torch.equal(weight, before[name]), f"a test changed {name}: it needs `own_policy`"
+
+
 @pytest.fixture
-def policy(case: Case, folder: Path) -> Policy:
+def own_policy(case: Case, folder: Path) -> Policy:
+    """A policy for one test, which may train it, move its weights or release its text encoders."""
     return load(folder, case.weights)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pipeline(folder: Path) -> Any:
-    """The untouched model, as a user of diffusers has it."""
+    """The untouched model, as a user of diffusers has it, for the tests of a file that change nothing in it."""
     return untouched_pipeline(folder)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from progrpo.policies.base import PolicyContext
+from progrpo.policies.load import policy_from_pipeline
+from progrpo.policies.settings import ModelSettings
+from progrpo.types import Prompt
 from tests.support.policies import (
     PROMPTS,
     TEXTS,
@@ -15,11 +20,6 @@ from tests.support.policies import (
     sample_without_noise,
     untouched_pipeline,
 )
-
-from progrpo.policies.base import PolicyContext
-from progrpo.policies.load import policy_from_pipeline
-from progrpo.policies.settings import ModelSettings
-from progrpo.types import Prompt
 
 
 @pytest.mark.parametrize(
@@ -43,21 +43,21 @@ def test_a_model_that_is_told_its_guidance_leads_away_from_no_text(tiny_flux):
         load(tiny_flux, "lora", PolicyContext(guide_away_from="green bird"))
 
 
-def test_guidance_is_taken_between_prompt_and_empty_prompt_with_gradients_through_both(policy):
-    if policy.embeds_guidance:
+def test_guidance_is_taken_between_prompt_and_empty_prompt_with_gradients_through_both(own_policy):
+    if own_policy.embeds_guidance:
         pytest.skip("the network is told of it")
-    perturb(policy)
-    x, timestep, w = noise(policy), torch.tensor(600.0), 3.0
-    v = policy.predict(x, timestep, policy.encode(PROMPTS), w)
-    v_c = policy.predict(x, timestep, policy.encode(PROMPTS))
-    nothing = policy._unconditional.take(torch.tensor([0, 0]))  # SDXL has zeros for the empty prompt
-    v_u = policy.predict(x, timestep, nothing)
+    perturb(own_policy)
+    x, timestep, w = noise(own_policy), torch.tensor(600.0), 3.0
+    v = own_policy.predict(x, timestep, own_policy.encode(PROMPTS), w)
+    v_c = own_policy.predict(x, timestep, own_policy.encode(PROMPTS))
+    nothing = own_policy._unconditional.take(torch.tensor([0, 0]))  # SDXL has zeros for the empty prompt
+    v_u = own_policy.predict(x, timestep, nothing)
     expected = v_u + w * (v_c - v_u)
-    if type(policy).__name__ == "QwenImagePolicy":  # of the conditional's length, in each patch of 2x2
+    if type(own_policy).__name__ == "QwenImagePolicy":  # of the conditional's length, in each patch of 2x2
         lengths = [torch.nn.functional.avg_pool2d(v.square().sum(1, True), 2).sqrt() for v in (v_c, expected)]
         expected = expected * (lengths[0] / lengths[1]).repeat_interleave(2, 2).repeat_interleave(2, 3)
     torch.testing.assert_close(v, expected, rtol=1e-4, atol=1e-5)
-    parameter = next(iter(policy.trainable.values()))
+    parameter = next(iter(own_policy.trainable.values()))
     (gradient,), (expected_gradient,) = (torch.autograd.grad(out.square().mean(), parameter) for out in (v, expected))
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-6)
 

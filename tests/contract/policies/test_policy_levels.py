@@ -8,15 +8,15 @@ from diffusers import (
     EulerDiscreteScheduler,
     LCMScheduler,
 )
+
+from progrpo.policies.load import policy_from_pipeline
+from progrpo.policies.settings import ModelSettings
 from tests.support.policies import (
     STEPS,
     load,
     sample_by_diffusers,
     untouched_pipeline,
 )
-
-from progrpo.policies.load import policy_from_pipeline
-from progrpo.policies.settings import ModelSettings
 
 
 def test_a_flow_models_levels_are_the_schedulers_own_or_shifted(tiny_sd3):

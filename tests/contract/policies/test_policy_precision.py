@@ -6,18 +6,26 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+from progrpo.policies.load import load_policy
+from progrpo.policies.settings import ModelSettings
 from tests.support.policies import (
+    CASES,
     FRAMES,
+    FULL_CASES,
     PROMPTS,
     TOKENS,
+    Case,
     load,
     noise,
     untouched_pipeline,
     velocity,
 )
 
-from progrpo.policies.load import load_policy
-from progrpo.policies.settings import ModelSettings
+
+@pytest.fixture(scope="module", params=[*CASES.values(), *FULL_CASES.values()], ids=[*CASES, *FULL_CASES])
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
 
 
 def test_low_precision_keeps_trained_weights_and_velocities_in_float32(case, folder, policy):

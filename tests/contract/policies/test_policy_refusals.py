@@ -13,14 +13,14 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+
+from progrpo.policies.load import policy_from_pipeline
+from progrpo.policies.settings import ModelSettings
 from tests.support.policies import (
     STEPS,
     load,
     untouched_pipeline,
 )
-
-from progrpo.policies.load import policy_from_pipeline
-from progrpo.policies.settings import ModelSettings
 
 
 def test_what_cannot_be_loaded_is_said_in_a_sentence(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tests.support.policies import (
     CASES,
     PROMPTS,
@@ -72,11 +73,11 @@ def test_each_row_is_told_its_own_prompt(policy):
     torch.testing.assert_close(back.flip(0), v)
 
 
-def test_nothing_is_random_in_the_network(policy):
-    modules = [m for m in policy._pipeline.components.values() if isinstance(m, torch.nn.Module)]
+def test_nothing_is_random_in_the_network(own_policy):
+    modules = [m for m in own_policy._pipeline.components.values() if isinstance(m, torch.nn.Module)]
     assert not any(m.training for module in modules for m in module.modules())
-    perturb(policy)
-    assert torch.equal(velocity(policy), velocity(policy))
+    perturb(own_policy)
+    assert torch.equal(velocity(own_policy), velocity(own_policy))
 
 
 def test_sdxl_is_told_the_pictures_size_and_zeros_for_no_prompt(tiny_sdxl):

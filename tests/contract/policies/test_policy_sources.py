@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from progrpo.types import Prompt
 from tests.support.policies import (
     PROMPTS,
     SOURCES,
@@ -13,8 +15,6 @@ from tests.support.policies import (
     noise,
     untouched_pipeline,
 )
-
-from progrpo.types import Prompt
 
 
 def test_a_model_that_edits_is_told_the_source_beside_the_noise_and_is_not_asked_about_it(tiny_kontext):

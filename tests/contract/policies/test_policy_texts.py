@@ -12,6 +12,10 @@ import torch
 from diffusers import (
     DiffusionPipeline,
 )
+
+from progrpo.policies.load import policy_from_pipeline
+from progrpo.policies.settings import ModelSettings
+from progrpo.types import Prompt
 from tests.support.policies import (
     PROMPTS,
     SOURCES,
@@ -23,19 +27,15 @@ from tests.support.policies import (
     untouched_pipeline,
 )
 
-from progrpo.policies.load import policy_from_pipeline
-from progrpo.policies.settings import ModelSettings
-from progrpo.types import Prompt
 
-
-def test_a_text_is_encoded_once_and_alone(policy):
+def test_a_text_is_encoded_once_and_alone(own_policy):
     calls = []
-    handle = policy._pipeline.text_encoder.register_forward_hook(
+    handle = own_policy._pipeline.text_encoder.register_forward_hook(
         lambda module, inputs, named, output: calls.append(len([*inputs, *named.values()][0])), with_kwargs=True
     )
     first, second, nothing = (Prompt(text, PROMPTS[0].columns) for text in ("a b", "c d", ""))
-    together = policy.encode([first, second, first, nothing])
-    again = policy.encode([second])
+    together = own_policy.encode([first, second, first, nothing])
+    again = own_policy.encode([second])
     handle.remove()
     assert calls == [1, 1, 1]
     for name, rows in together.tensors.items():
@@ -74,14 +74,14 @@ def test_the_built_in_model_is_told_as_many_tokens_as_it_was_made_for():
     assert shapes[0] == shapes[1]
 
 
-def test_text_encoders_can_be_released(policy):
-    before = policy.encode(PROMPTS)
-    policy.release_text_encoders()
-    after = policy.encode(PROMPTS)
+def test_text_encoders_can_be_released(own_policy):
+    before = own_policy.encode(PROMPTS)
+    own_policy.release_text_encoders()
+    after = own_policy.encode(PROMPTS)
     assert all(torch.equal(rows, after.tensors[name]) for name, rows in before.tensors.items())
-    assert policy.predict(noise(policy), torch.tensor(600.0), after, 3.0).isfinite().all()
+    assert own_policy.predict(noise(own_policy), torch.tensor(600.0), after, 3.0).isfinite().all()
     with pytest.raises(ValueError, match=r"'a new one' is new and the text encoders are released"):
-        policy.encode([Prompt("a new one", PROMPTS[0].columns)])
+        own_policy.encode([Prompt("a new one", PROMPTS[0].columns)])
 
 
 def test_guidance_goes_on_after_the_text_encoders_where_python_leaves_out_asserts(tiny_sd):
@@ -156,23 +156,23 @@ def test_a_model_that_was_saved_without_a_text_encoder_is_loaded_without_it(tiny
     assert torch.equal(found[:, :-TOKENS], of_all[:, :-TOKENS]) and not found[:, -TOKENS:].any()
 
 
-def test_texts_are_said_to_become_equal_exactly_where_the_network_is_told_the_same(case, policy):
+def test_texts_are_said_to_become_equal_exactly_where_the_network_is_told_the_same(case, own_policy):
     """Pairs that differ in their last letter, longer by one letter each: what the tensors say is the truth."""
     if case.weights == "full":
         pytest.skip("as with a LoRA")
     equal, cut = [], []
     for count in range(1, 2 * TOKENS):
         texts = [f"{'a' * count}{end}" for end in "bc"]
-        told = policy.encode([Prompt(text, {"image": SOURCES[0]}) for text in texts]).tensors
-        found = policy.truncation(texts)
+        told = own_policy.encode([Prompt(text, {"image": SOURCES[0]}) for text in texts]).tensors
+        found = own_policy.truncation(texts)
         assert found.count == 2 and set(found.cut) <= set(texts) and found.equal in (0, 2)
         equal.append(found.equal == 2)
         cut.append(len(found.cut) == 2)
         assert equal[-1] == all(torch.equal(*rows) for name, rows in told.items() if name != "image_latents")
     assert equal == sorted(equal) and equal[-1] and cut == sorted(cut)
     assert all(cut[i] for i in range(len(cut)) if equal[i])
-    policy.release_text_encoders()
-    assert policy.truncation(["a" * 4 * TOKENS + end for end in "bc"]).equal == 2
+    own_policy.release_text_encoders()
+    assert own_policy.truncation(["a" * 4 * TOKENS + end for end in "bc"]).equal == 2
 
 
 def test_a_text_that_fits_is_not_said_to_be_cut(tiny_sd, tiny_flux):

@@ -4,78 +4,88 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from progrpo.policies.base import PolicyContext
+from progrpo.storage import load_state, save_state
 from tests.support.policies import (
+    CASES,
+    FULL_CASES,
     PROMPTS,
+    Case,
     load,
     noise,
     perturb,
     pixels,
     sample_by_diffusers,
     sample_without_noise,
+    untouched_pipeline,
     velocity,
 )
 
-from progrpo.policies.base import PolicyContext
-from progrpo.storage import load_state, save_state
+
+@pytest.fixture(scope="module", params=[*CASES.values(), *FULL_CASES.values()], ids=[*CASES, *FULL_CASES])
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
 
 
-def test_gradient_reaches_every_trained_weight_and_no_frozen_one(policy, case):
-    perturb(policy)
-    before = {name: t.clone() for name, t in policy.frozen()}
-    policy.predict(noise(policy), torch.tensor(600.0), policy.encode(PROMPTS)).square().mean().backward()
-    for name, p in policy.trainable.items():
+def test_gradient_reaches_every_trained_weight_and_no_frozen_one(own_policy, case):
+    perturb(own_policy)
+    before = {name: t.clone() for name, t in own_policy.frozen()}
+    own_policy.predict(noise(own_policy), torch.tensor(600.0), own_policy.encode(PROMPTS)).square().mean().backward()
+    for name, p in own_policy.trainable.items():
         reached = p.grad is not None and bool(p.grad.any())
         assert reached != any(part in name for part in case.without_gradient), name
-    assert not set(before) & set(policy.trainable)
-    assert all(t.grad is None and not t.requires_grad for _, t in policy.frozen())
-    torch.optim.SGD(policy.trainable.values(), lr=0.1).step()
-    assert all(torch.equal(t, before[name]) for name, t in policy.frozen())
+    assert not set(before) & set(own_policy.trainable)
+    assert all(t.grad is None and not t.requires_grad for _, t in own_policy.frozen())
+    torch.optim.SGD(own_policy.trainable.values(), lr=0.1).step()
+    assert all(torch.equal(t, before[name]) for name, t in own_policy.frozen())
 
 
-def test_reference_is_the_base_model_after_training(policy, pipeline):
-    perturb(policy)
-    trained = sample_without_noise(policy, 1.0)
-    base = sample_by_diffusers(pipeline, policy, 1.0, "latent", **policy.encode(PROMPTS).tensors)
+def test_reference_is_the_base_model_after_training(own_policy, pipeline):
+    perturb(own_policy)
+    trained = sample_without_noise(own_policy, 1.0)
+    base = sample_by_diffusers(pipeline, own_policy, 1.0, "latent", **own_policy.encode(PROMPTS).tensors)
     assert (trained - base).abs().max() > 1e-2
-    with policy.weights("reference"):
-        assert torch.equal(sample_without_noise(policy, 1.0), base)
-    assert torch.equal(sample_without_noise(policy, 1.0), trained)
+    with own_policy.weights("reference"):
+        assert torch.equal(sample_without_noise(own_policy, 1.0), base)
+    assert torch.equal(sample_without_noise(own_policy, 1.0), trained)
 
 
-def test_current_weights_come_back_after_an_exception(policy):
-    perturb(policy)
-    before = velocity(policy)
-    with pytest.raises(RuntimeError, match="inside"), policy.weights("reference"):
+def test_current_weights_come_back_after_an_exception(own_policy):
+    perturb(own_policy)
+    before = velocity(own_policy)
+    with pytest.raises(RuntimeError, match="inside"), own_policy.weights("reference"):
         raise RuntimeError("inside")
-    assert torch.equal(velocity(policy), before)
+    assert torch.equal(velocity(own_policy), before)
 
 
-def test_state_goes_through_storage_to_a_new_policy(policy, case, folder, tmp_path):
-    policy.named_weights.snapshot("ema")
-    perturb(policy)
-    policy.named_weights.update("ema", 0.9)
-    save_state(tmp_path / "state", policy.state_dict())
+def test_state_goes_through_storage_to_a_new_policy(own_policy, case, folder, tmp_path):
+    own_policy.named_weights.snapshot("ema")
+    perturb(own_policy)
+    own_policy.named_weights.update("ema", 0.9)
+    save_state(tmp_path / "state", own_policy.state_dict())
     other = load(folder, case.weights, PolicyContext(lora_seed=1))
     other.load_state_dict(load_state(tmp_path / "state"))
     for name in ("current", "reference", "ema"):
-        with policy.weights(name), other.weights(name):
-            assert torch.equal(velocity(other), velocity(policy)), name
+        with own_policy.weights(name), other.weights(name):
+            assert torch.equal(velocity(other), velocity(own_policy)), name
 
 
 @pytest.mark.parametrize("weights", ["current", "ema"])
-def test_saved_weights_give_diffusers_the_trained_pictures(policy, case, pipeline, tmp_path, weights):
-    policy.named_weights.snapshot("ema")
-    perturb(policy)
-    policy.named_weights.update("ema", 0.5)
-    policy.save(tmp_path / "saved", weights)
+def test_saved_weights_give_diffusers_the_trained_pictures(own_policy, case, folder, tmp_path, weights):
+    pipeline = untouched_pipeline(folder)
+    own_policy.named_weights.snapshot("ema")
+    perturb(own_policy)
+    own_policy.named_weights.update("ema", 0.5)
+    own_policy.save(tmp_path / "saved", weights)
     if case.weights == "lora":
         pipeline.load_lora_weights(tmp_path / "saved", local_files_only=True)
     else:
-        denoiser = type(getattr(pipeline, policy.denoiser_name)).from_pretrained(tmp_path / "saved")
-        setattr(pipeline, policy.denoiser_name, denoiser)
-    with policy.weights(weights):
-        pictures = policy.decode(sample_without_noise(policy, 1.0)).images_NHWC
-    expected = torch.stack([pixels(picture) for picture in sample_by_diffusers(pipeline, policy, 1.0, "pil")])
+        denoiser = type(getattr(pipeline, own_policy.denoiser_name)).from_pretrained(tmp_path / "saved")
+        setattr(pipeline, own_policy.denoiser_name, denoiser)
+    with own_policy.weights(weights):
+        pictures = own_policy.decode(sample_without_noise(own_policy, 1.0)).images_NHWC
+    expected = torch.stack([pixels(picture) for picture in sample_by_diffusers(pipeline, own_policy, 1.0, "pil")])
     assert (pictures.int() - expected).abs().max() <= 1
 
 
