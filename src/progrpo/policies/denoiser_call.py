@@ -68,9 +68,7 @@ class DenoiserCall:
         """The network in the model's dtype. Other processes are not waited for."""
         dtype = self._family.dtype
         # no cache of cast weights: it would outlive a change of weights inside a caller's own autocast block
-        autocast = torch.autocast(
-            self._family.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
-        )
+        autocast = torch.autocast(self._family.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
         with autocast, self.attention():
             return self._family.denoise(x_BCHW, timestep_B, condition).float()
 
@@ -115,8 +113,8 @@ class DenoiserCall:
 
     def _ones(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """One row of a condition of these shapes."""
-        like = {"device": self._family.device, "dtype": self._family.dtype}
-        return {name: torch.ones(1, *shape, **like) for name, shape in shapes.items()}
+        dtype, device = self._family.dtype, self._family.device
+        return {name: torch.ones(1, *shape, device=device, dtype=dtype) for name, shape in shapes.items()}
 
 
 def is_low_precision_on_cpu(dtype: torch.dtype, device: torch.device) -> bool:

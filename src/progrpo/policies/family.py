@@ -104,7 +104,7 @@ class ModelFamily(TextHooks):
         self.latent_shape: tuple[int, ...] = ()
         """(C, H, W) of one latent, of a video (C, F, H, W), likewise."""
 
-    @classmethod  # noqa: B027 (most families refuse nothing by it)
+    @classmethod
     def check_index(cls, index: Mapping[str, object]) -> None:
         """ValueError for a pipeline that cannot be trained, as far as its model_index.json tells."""
 
@@ -151,9 +151,7 @@ class ModelFamily(TextHooks):
     def denoise(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         """Call the network once: its output in the shape of x, in any dtype."""
 
-    def combine_guidance(
-        self, unconditional_BCHW: Tensor, conditional_BCHW: Tensor, guidance_scale: float
-    ) -> Tensor:
+    def combine_guidance(self, unconditional_BCHW: Tensor, conditional_BCHW: Tensor, guidance_scale: float) -> Tensor:
         """Combine the two outputs of classifier-free guidance."""
         return unconditional_BCHW + guidance_scale * (conditional_BCHW - unconditional_BCHW)
 

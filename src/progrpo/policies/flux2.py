@@ -38,9 +38,7 @@ class Flux2Klein(PackedFlowFamily):
         return shift
 
     def encode_text(self, text: str) -> dict[str, Tensor]:
-        embeds, _ = self.pipeline.encode_prompt(
-            prompt=[text], device=self.device, max_sequence_length=self.text_tokens
-        )
+        embeds, _ = self.pipeline.encode_prompt(prompt=[text], device=self.device, max_sequence_length=self.text_tokens)
         return {"prompt_embeds": embeds}
 
     def tokenizer_text(self, text: str) -> str:
@@ -53,9 +51,7 @@ class Flux2Klein(PackedFlowFamily):
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"prompt_embeds": (self.text_tokens, self.denoiser.config.joint_attention_dim)}
 
-    def combine_guidance(
-        self, unconditional_BCHW: Tensor, conditional_BCHW: Tensor, guidance_scale: float
-    ) -> Tensor:
+    def combine_guidance(self, unconditional_BCHW: Tensor, conditional_BCHW: Tensor, guidance_scale: float) -> Tensor:
         if self.pipeline.config.is_distilled:
             raise ValueError(
                 f"sampling.guidance_scale: {guidance_scale:g} would guide a distilled model, which is guided already; use 1,"

@@ -188,7 +188,9 @@ def family_of(source: str, revision: str = "") -> type[ModelFamily]:
 
 def _family(pipeline_name: str, source: str) -> type[ModelFamily]:
     if pipeline_name not in FAMILIES:
-        raise ValueError(f"model.path: {named(source)} is a {named(pipeline_name)}; progrpo trains {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"model.path: {named(source)} is a {named(pipeline_name)}; progrpo trains {', '.join(FAMILIES)}"
+        )
     family: type[ModelFamily] = load_named(pipeline_name, FAMILIES, "the pipeline")
     return family
 
@@ -202,7 +204,9 @@ def _read_pipeline(source: str, kind: type[ModelFamily], settings: ModelSettings
         folder = fetch(source, settings.revision, settings.variant, kind.omitted_components)
         _require_objects(folder)
         index = {
-            name: part for name, part in DiffusionPipeline.load_config(folder).items() if name not in kind.omitted_components
+            name: part
+            for name, part in DiffusionPipeline.load_config(folder).items()
+            if name not in kind.omitted_components
         }
         networks = load_networks(folder, index, dtypes, settings.variant)
         absent = {**dict.fromkeys(_absent_encoders(index)), **kind.omitted_components}

@@ -37,7 +37,9 @@ def fetch(source: str, revision: str, variant: str, without: Collection[str]) ->
         raise UnfitError(f"it has no weights in safetensors {which}. {_PICKLED}") from error
 
 
-def load_networks(folder: Path, index: Mapping[str, Any], dtypes: Mapping[str, torch.dtype], variant: str) -> dict[str, Any]:
+def load_networks(
+    folder: Path, index: Mapping[str, Any], dtypes: Mapping[str, torch.dtype], variant: str
+) -> dict[str, Any]:
     """The networks that a pipeline's index names, each in its dtype of `dtypes` or in `default`.
 
     ValueError for one whose files are no safetensors, are of another variant, or lack what its configuration asks for.

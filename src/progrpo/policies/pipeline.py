@@ -63,9 +63,7 @@ class PipelinePolicy:
     def measure_batch_invariance(self, sampled: Iterable[int], trained: Iterable[int]) -> bool:
         if self.batch_invariant:
             timestep = self.levels(2).timestep[1]
-            self.batch_invariant = self.network.is_batch_invariant(
-                timestep, self.texts.unconditional, sampled, trained
-            )
+            self.batch_invariant = self.network.is_batch_invariant(timestep, self.texts.unconditional, sampled, trained)
         return self.batch_invariant
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition:

@@ -57,9 +57,7 @@ class QwenImage(PackedFlowFamily):
             "prompt_embeds_mask": (tokens,),
         }
 
-    def combine_guidance(
-        self, unconditional_BCHW: Tensor, conditional_BCHW: Tensor, guidance_scale: float
-    ) -> Tensor:
+    def combine_guidance(self, unconditional_BCHW: Tensor, conditional_BCHW: Tensor, guidance_scale: float) -> Tensor:
         """Give each token of the combination the length of the conditional one, like the pipeline."""
         combined = packed(super().combine_guidance(unconditional_BCHW, conditional_BCHW, guidance_scale))
         length = combined.norm(dim=-1, keepdim=True)

@@ -80,7 +80,9 @@ class StableDiffusion(ModelFamily):
 
     def ignored(self) -> str:
         names = (*GRIDS, "clip_sample", "thresholding")
-        return unused_settings(self.pipeline.scheduler, names, "steps are DDIM's, on its spacing's grid, and latents are not clipped")
+        return unused_settings(
+            self.pipeline.scheduler, names, "steps are DDIM's, on its spacing's grid, and latents are not clipped"
+        )
 
     def levels(self, num_inference_steps: int, shift: float | None = None) -> Levels:
         if shift is not None:
@@ -122,7 +124,11 @@ class StableDiffusion(ModelFamily):
 
     def denoise(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         output: Tensor = self.denoiser(
-            x_BCHW, timestep_B, condition.tensors["prompt_embeds"], return_dict=False, **self.added_conditions(condition)
+            x_BCHW,
+            timestep_B,
+            condition.tensors["prompt_embeds"],
+            return_dict=False,
+            **self.added_conditions(condition),
         )[0]
         return output
 
@@ -176,4 +182,3 @@ class StableDiffusionXL(StableDiffusion):
             return super().unscale(x0_BCHW)
         mean, std = (x0_BCHW.new_tensor(v).reshape(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
         return super().unscale(x0_BCHW * std) + mean
-

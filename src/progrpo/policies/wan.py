@@ -34,8 +34,9 @@ class Wan(FlowFamily):
 
     @classmethod
     def check_index(cls, index: Mapping[str, object]) -> None:
-        second = any(index.get("transformer_2") or ())
-        if second or index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
+        second = index.get("transformer_2")
+        has_second = isinstance(second, list | tuple) and any(second)
+        if has_second or index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
             raise ValueError(
                 "model.path: this is a Wan 2.2, of two transformers or of timesteps for each place; use a text-to-video"
                 " Wan 2.1, which has one transformer and one timestep"

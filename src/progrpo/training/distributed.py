@@ -62,7 +62,7 @@ class Ranks:
         if self.world > 1:
             # while Python is there: gloo's threads hold tensors of its, and abort the process if they let go later
             atexit.register(self._accelerator.end_training)
-        self.attend: Callable[[], None] | None = None
+        self.drain_peer_calls: Callable[[], None] | None = None
         """What this process does before it waits for the others: a policy's `attend`."""
 
     def deal(self, count: int) -> Tensor:
@@ -131,8 +131,8 @@ class Ranks:
 
     def join(self) -> None:
         """Take part in the others' network calls, where they are made together, until none has one to make."""
-        if self.attend is not None:
-            self.attend()
+        if self.drain_peer_calls is not None:
+            self.drain_peer_calls()
 
 
 def is_lost(error: BaseException) -> bool:

@@ -110,7 +110,7 @@ class Trainer:
                 f"prompts.split_groups must be false for the reward {reward.groupwise}, which compares the pictures of a whole group"
             )
         self.config, self.policy, self.reward, self.order, self.ranks = config, policy, reward, order, ranks
-        ranks.attend = policy.attend
+        ranks.drain_peer_calls = policy.drain_peer_calls
         self.plan, self.how, self.judge = resolve_plan(config), previewing(config), PlanJudge(config)
         self.select = SELECTORS[config.plan.selector]
         self.objective = objective_from(config, policy)
@@ -209,7 +209,7 @@ class Trainer:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if self._sharding.world > 1 or self.policy.attend:  # the others are in the midst of it
+                if self._sharding.world > 1 or self.policy.drain_peer_calls:  # the others are in the midst of it
                     raise SelfCheckError(
                         "out of memory while processes work together (model.shard, prompts.split_groups), so that one of them cannot"
                         " try again; lower sampling.microbatch"

@@ -156,7 +156,7 @@ def update(
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if policy.attend is not None:  # the others are in the midst of it
+                if policy.drain_peer_calls is not None:  # the others are in the midst of it
                     raise SelfCheckError(
                         "out of memory while processes share the network (model.shard), so that one of them cannot try again;"
                         " lower optim.microbatch"
