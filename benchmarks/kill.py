@@ -50,7 +50,7 @@ from progrpo.training.checkpoints import saved
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or importing it warns of picture formats we do not use
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(
-    ["progrpo.training.run", "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3"]
+    ["progrpo.training.entry", "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3"]
 )
 PROMPTS = ("a red circle", "a blue square", "a green triangle above a red square", "two yellow circles")
 

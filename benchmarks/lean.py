@@ -24,7 +24,7 @@ from memory import CALLED, TOKENS, TRAINED, allocated, random_sd3
 from progrpo.config import OptimSettings
 from progrpo.policies.load import load_policy, policy_from_pipeline, quiet
 from progrpo.policies.settings import ModelSettings
-from progrpo.training.build import optimizer_from
+from progrpo.training.optimizer import optimizer_from
 from progrpo.types import Condition
 from progrpo.zoo.shapes.world import sample_prompts
 

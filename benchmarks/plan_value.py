@@ -80,11 +80,11 @@ class Bench:
         self.trainer, self.how = trainer, Previewing(trainer.config.preview.ode_steps)
         length, generator = sum(p.numel() for p in self.trained), torch.Generator().manual_seed(0)
         self.place = torch.randint(DIMS, (length,), generator=generator)
-        seen = [trainer.optimizer.state[p]["exp_avg_sq"].flatten().float() for p in self.trained]
-        self.root = torch.cat(seen).sqrt() + trainer.optimizer.defaults["eps"]
+        seen = [trainer.learner.updater.optimizer.state[p]["exp_avg_sq"].flatten().float() for p in self.trained]
+        self.root = torch.cat(seen).sqrt() + trainer.learner.updater.optimizer.defaults["eps"]
         """What AdamW divides each weight's gradient by."""
         self.factor = (torch.randint(2, (length,), generator=generator).float() * 2 - 1) * self.root.rsqrt()
-        self.objective = trainer.objective
+        self.objective = trainer.learner.objective
         if isinstance(self.objective, DGPO):
             self.objective = replace(self.objective, dpo_beta=0.0)
 
@@ -239,7 +239,7 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
         for slot, prompt in enumerate(world.sample_prompts("validation", wanted.prompts, seed)):
             members = bench.group(prompt, slot, seed)
             for name, plan in {"full": Plan(LARGEST), **named}.items():
-                of_seed[name].append(gradient_of(plan, members, trainer.objective.settings.adv_clip_max))
+                of_seed[name].append(gradient_of(plan, members, trainer.learner.objective.settings.adv_clip_max))
             agreements.append([spearman(seen.numpy(), members.final_G.numpy()) for seen in members.seen_TG])
             if slot % 20 == 19:
                 print(f"seed {seed}: {slot + 1} prompts", file=sys.stderr, flush=True)

@@ -1,9 +1,10 @@
-"""What a recipe for a built-in model teaches: the quickstart, or another, for several seeds, with each figure before and after.
+"""The figures of a built-in model's recipe before and after training, for several seeds.
 
-    python benchmarks/quickstart.py [--recipe quickstart] [--seeds 0 1 2] [--runs runs/RECIPE-seeds] [--out docs/results/RECIPE.json]
+    python benchmarks/quickstart.py [--recipe quickstart] [--seeds 0 1 2] [--runs runs/RECIPE-seeds] \
+        [--out docs/results/RECIPE.json]
 
-A seed whose run is there and finished, with the recipe as it is now, is not run again. `--readme` then writes README's table
-of the quickstart anew from `--out`, and runs nothing.
+A seed whose run is there and finished, with the recipe as it is now, is not run again. `--page` runs nothing: it writes the
+table of docs/results/quickstart.md from `--out`.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from progrpo.config import Config, to_dict
 from progrpo.durable import write_text
 from progrpo.recipes import load_recipe
 from progrpo.tracking.run_folder import RunFolder
-from progrpo.training.run import train_run
+from progrpo.training.entry import train_run
 
 FIGURES = ("accuracy", "judge", "reward", "diversity")
-README = Path("README.md")
+PAGE = Path("docs/results/quickstart.md")
 BEGIN, END = "<!-- quickstart:begin -->\n", "<!-- quickstart:end -->"
 
 
 def finished(run: RunFolder, config: Config) -> bool:
-    """Whether the folder holds this run, whole; the dtype was chosen by its machine."""
+    """Whether the folder holds this run, finished. The dtype may differ, since its machine chose it."""
     if not (run.path / "config.json").exists():
         return False
     was = json.loads((run.path / "config.json").read_text())
@@ -51,7 +52,7 @@ def result(run: RunFolder) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """README's: a row a seed, and their mean."""
+    """The table of the page: a row per seed, and their mean."""
     lines = [
         "| seed | strict accuracy | change | second judge | diversity |",
         "|---|---|---|---|---|",
@@ -73,8 +74,9 @@ def _row(name: str, r: dict[str, Any]) -> str:
     )
 
 
-def with_table(readme: str, results: list[dict[str, Any]]) -> str:
-    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}{table(results)}{END}", readme, flags=re.DOTALL)
+def with_table(page: str, results: list[dict[str, Any]]) -> str:
+    """The page with its table made from these results."""
+    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}{table(results)}{END}", page, flags=re.DOTALL)
 
 
 def main() -> None:
@@ -83,16 +85,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--readme", action="store_true", help="write README's table from what is there")
-    wanted = parser.parse_args()
-    runs = wanted.runs or Path(f"runs/{wanted.recipe}-seeds")
-    out = wanted.out or Path(f"docs/results/{wanted.recipe}.json")
-    if wanted.readme:
-        write_text(README, with_table(README.read_text(encoding="utf-8"), json.loads(out.read_text())))
+    parser.add_argument("--page", action="store_true", help="write the table of docs/results/quickstart.md from --out")
+    arguments = parser.parse_args()
+    runs = arguments.runs or Path(f"runs/{arguments.recipe}-seeds")
+    out = arguments.out or Path(f"docs/results/{arguments.recipe}.json")
+    if arguments.page:
+        write_text(PAGE, with_table(PAGE.read_text(encoding="utf-8"), json.loads(out.read_text())))
         return
     results = []
-    for seed in wanted.seeds:
-        config, run = replace(load_recipe(wanted.recipe), seed=seed), RunFolder(runs / f"seed{seed}")
+    for seed in arguments.seeds:
+        config, run = replace(load_recipe(arguments.recipe), seed=seed), RunFolder(runs / f"seed{seed}")
         if not finished(run, config):
             train_run(config, run.path, overwrite=True)
         results.append(result(run))

@@ -47,7 +47,10 @@ PARTS = ("all", "above", "below")
 
 def directions(bench: Bench, prompts: int, seed: int) -> dict[str, dict[str, Tensor]]:
     """Of each plan and part, what AdamW would go along, uphill: the gradient over the root of its second moments."""
-    objective, found = bench.trainer.objective, {name: {part: torch.zeros(()) for part in PARTS} for name in PLANS}
+    objective, found = (
+        bench.trainer.learner.objective,
+        {name: {part: torch.zeros(()) for part in PARTS} for name in PLANS},
+    )
     for slot, prompt in enumerate(world.sample_prompts("validation", prompts, seed + 1)):
         whole, seen_TG, final_G = bench.finished(prompt, slot, seed, SIZE)
         for name, plan in PLANS.items():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from progrpo.threads import set_wait_policy
 
 if TYPE_CHECKING:
-    from progrpo.training.run import train
+    from progrpo.training.library import train
 
 __all__ = ["__version__", "train"]
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ set_wait_policy(os.environ)
 def __getattr__(name: str) -> Any:
     """`progrpo.train`, fetched when it is first asked for: importing progrpo imports no torch."""
     if name == "train":
-        from progrpo.training.run import train
+        from progrpo.training.library import train
 
         return train
     raise AttributeError(f"module 'progrpo' has no attribute {name!r}")

@@ -60,7 +60,7 @@ class Train:
 
     def run(self) -> None:
         check(self.config)
-        from progrpo.training.run import train_run
+        from progrpo.training.entry import train_run
 
         home = Path("runs") / self.config.recipe
         out = self.out or (home if self.overwrite else _first_free(home))
@@ -80,7 +80,7 @@ class Resume:
 
     def run(self) -> None:
         _require_run(self.resume)
-        from progrpo.training.run import resume_run
+        from progrpo.training.entry import resume_run
 
         resume_run(self.resume, self.iterations, self.accept_changes)
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and then stay: written under another name, put on the disk, renamed."""
+"""Files and folders that appear whole or not at all: they are written under another name, synced and renamed."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-WRITING, PREVIOUS = ".writing", ".previous"  # ends of names: not whole yet, and replaced at this moment
+WRITING = ".writing"
+"""The ending of a name that is not complete yet."""
+PREVIOUS = ".previous"
+"""The ending of a folder that is being replaced."""
 
 
 class DiskError(RuntimeError):
-    """A run cannot write its files; the message names the file, what the system said, and how to go on."""
+    """A run cannot write its files. The message has the file, the system's error, and how to go on."""
 
 
 def sync(path: Path) -> None:
-    """Come back when a file's bytes, or a folder's names, are on the disk."""
+    """Return when a file's bytes, or a folder's names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -27,7 +30,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError of the block names the file, which those of writing and flushing do not."""
+    """Add the file's name to an OSError of the block. Errors of writing and flushing lack it."""
     try:
         yield
     except OSError as error:
@@ -35,22 +38,20 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replace a file in one step: a reader sees the old bytes or the new ones, never half of them."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{WRITING}")  # a report may be written by two at once
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Replace a file in one step: a reader sees the old bytes or the new ones, never a mixture."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{WRITING}")  # two processes may write a report at once
     try:
         temporary.unlink(missing_ok=True)
-        with (
-            naming(path),
-            temporary.open("xb") as file,
-        ):  # a link of that name, planted in a stranger's folder, is not followed
+        # "x": a link of that name in a stranger's folder is not followed
+        with naming(path), temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
-            temporary.unlink()  # a full disk gets its space back
+            temporary.unlink()  # this returns the space to a full disk
         raise
     sync(path.parent)
 
@@ -60,11 +61,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Add to the end of a file, on the disk when it comes back; one that is killed here leaves a part of `data` at most."""
+    """Append to a file and sync it. A process that is killed here leaves a part of `data` at most."""
     new = not path.exists()
     with naming(path), path.open("ab") as file:
         file.write(data)
-        # a disk that has room for a part alone takes it without a word, which an unbuffered file would not notice
+        # a disk with room for a part writes that part without an error, which only a buffered file notices
         file.flush()
         os.fsync(file.fileno())
     if new:
@@ -73,7 +74,7 @@ def append(path: Path, data: bytes) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder for the block to fill. When it ends without an error, the folder takes its place whole, and the one before goes."""
+    """A folder for the block to fill. If the block ends without an error, it replaces the old folder whole."""
     temporary, previous = _beside(folder, WRITING), _beside(folder, PREVIOUS)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -84,7 +85,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if folder.exists():  # else the previous one is the only one, since a writer was killed between these renames
+    if folder.exists():  # else a writer was killed between these two renames, and the previous one is the only one
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
     temporary.rename(folder)
@@ -93,7 +94,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def whole_folder(folder: Path) -> Path:
-    """Where what `new_folder` wrote lies: the one before, if a writer was killed between its two renames."""
+    """The folder that `new_folder` wrote, or the previous one if a writer was killed between its two renames."""
     previous = _beside(folder, PREVIOUS)
     return previous if not folder.exists() and previous.exists() else folder
 

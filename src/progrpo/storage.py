@@ -1,6 +1,6 @@
-"""Nested state on disk: tensors in safetensors, everything else in JSON, a folder that appears whole or not at all.
+"""Nested state on disk: tensors in safetensors, everything else in JSON, in a folder that appears whole or not at all.
 
-Nothing here unpickles: a folder from a stranger can be read without running its code.
+Nothing is unpickled, so a folder from a stranger can be read without running its code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _MANIFEST = "manifest.json"
 _TENSORS, _TREE = "tensors.safetensors", "state.json"
 
 
-def _split(node: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _split(node: object, path: str, tensors: dict[str, torch.Tensor]) -> object:
+    """The node with each tensor replaced by its name in `tensors`, which are filled."""
     if isinstance(node, torch.Tensor):
         name = f"{len(tensors)}{path}"  # the path alone is not unique: {"a": {"b": ...}, "a/b": ...}
         tensors[name] = node.detach().cpu().contiguous().clone()
@@ -45,7 +46,8 @@ def _split(node: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     raise TypeError(f"{path}: a {type(node).__name__} cannot be stored")
 
 
-def _join(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _join(node: object, tensors: dict[str, torch.Tensor]) -> object:
+    """The node with each name replaced by its tensor: the inverse of `_split`."""
     if isinstance(node, dict):
         if set(node) == {_TENSOR}:
             return tensors[node[_TENSOR]]
@@ -62,12 +64,12 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
+def _write_json(path: Path, value: object, indent: int | None = None) -> None:
     with naming(path):
         path.write_text(json.dumps(value, indent=indent), encoding="utf-8")
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -75,16 +77,16 @@ def _read_json(path: Path) -> Any:
 
 
 def disk_error(error: SafetensorError, path: Path) -> OSError:
-    """What the system said when safetensors could not write a file; it says so in words only."""
-    found = re.search(r"os error (\d+)", str(error))
-    code = int(found[1]) if found else errno.EIO
+    """The system's error behind one of safetensors, which only has its number in the message."""
+    match = re.search(r"os error (\d+)", str(error))
+    code = int(match[1]) if match else errno.EIO
     return OSError(code, os.strerror(code), str(path))
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Write nested dicts and lists of tensors, numbers and strings to `folder`, which appears whole or not at all.
 
-    OSError, with the file's name, if the disk refuses; what was there before is then there still.
+    OSError with the file's name if the disk refuses. An older state in the folder then remains.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
@@ -99,7 +101,7 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote; ValueError if a file is missing or is not the one that was written."""
+    """Read a state of `save_state`. ValueError if a file is missing or was changed."""
     folder = whole_folder(folder)
     manifest = folder / _MANIFEST
     if not manifest.is_file():

@@ -1,4 +1,4 @@
-"""What every objective promises: of its items, of the weights it asks for, of what it costs, and that it can be resumed."""
+"""The promises of every objective: its items, the weights that it asks for, its costs, and that it can be resumed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from progrpo.config import ObjectiveSettings, OptimSettings, SamplingSettings, f
 from progrpo.objectives.base import Objective
 from progrpo.objectives.settings import OBJECTIVES, load_objective
 from progrpo.training.distributed import Ranks
-from progrpo.training.update import update
+from progrpo.training.update import Updater
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
 
@@ -87,8 +87,8 @@ def test_losses_are_finite_and_their_gradient_reaches_the_policy(policy, objecti
     assert loss.total.shape == () and loss.total.isfinite()
     assert all(value.isfinite() and not value.requires_grad for value in (loss.sums | loss.maxima).values())
     assert loss.sums["loss"].item() == pytest.approx(loss.total.item())
-    found = gradient(policy, loss)
-    assert found.isfinite().all() and found.norm() > 1e-6
+    actual = gradient(policy, loss)
+    assert actual.isfinite().all() and actual.norm() > 1e-6
 
 
 def test_a_loss_is_a_sum_over_items(policy, objective, linear_experience):
@@ -138,8 +138,8 @@ def test_trajectories_without_an_advantage_count_and_are_not_computed(policy, ob
     prepared = objective.prepare(policy, experience, 4, updates)
     telling = prepared.take(torch.tensor([0, 2]))
     expected = gradient(policy, objective.loss(policy, telling, all_items(objective, telling)))[0] / (5 * per)
-    _, items, _ = update(policy, objective, descent, experience, config, ranks)
-    assert items == 2 * per
+    updated = Updater(policy, objective, descent, config, ranks).update(experience)
+    assert updated.items == 2 * per
     if updates == 1:
         assert policy.a.item() - start == pytest.approx(-1e-3 * expected.item(), rel=1e-6)
 
@@ -147,18 +147,17 @@ def test_trajectories_without_an_advantage_count_and_are_not_computed(policy, ob
 def test_a_rollout_without_any_advantage_moves_nothing(policy, objective, linear_experience):
     before = copies(policy.trainable.items())
     optimizer = torch.optim.AdamW(policy.trainable.values(), lr=0.1, weight_decay=0.1)
-    tally, items, _ = update(
-        policy, objective, optimizer, linear_experience(policy, [0.0] * 5), OptimSettings(), Ranks()
-    )
-    assert items == 0 and "update/loss" not in tally.sums
+    updater = Updater(policy, objective, optimizer, OptimSettings(), Ranks())
+    updated = updater.update(linear_experience(policy, [0.0] * 5))
+    assert updated.items == 0 and "update/loss" not in updated.tally.sums
     assert same(copies(policy.trainable.items()), before)
 
 
 def test_of_nobody_there_is_nothing_to_learn(policy, objective, linear_experience):
     nobody = linear_experience(policy, ADVANTAGES).take(torch.empty(0, dtype=torch.long))
     optimizer = torch.optim.AdamW(policy.trainable.values(), lr=0.1)
-    _, items, _ = update(policy, objective, optimizer, nobody, OptimSettings(updates_per_rollout=2), Ranks())
-    assert items == 0
+    updater = Updater(policy, objective, optimizer, OptimSettings(updates_per_rollout=2), Ranks())
+    assert updater.update(nobody).items == 0
 
 
 # --- on a run ---------------------------------------------------------------------------------------------------------
@@ -178,7 +177,7 @@ def sampled(trainer):
 
 def test_a_first_rollout_is_learnt_from(build, first_experience):
     trainer = build()
-    policy, objective = trainer.policy, trainer.objective
+    policy, objective = trainer.policy, trainer.learner.objective
     assert {"reference", *objective.settings.averages} <= set(policy.named_weights.names)
     assert objective.settings.rollout_weights in policy.named_weights
     experience = first_experience(trainer)
@@ -187,27 +186,27 @@ def test_a_first_rollout_is_learnt_from(build, first_experience):
         prepared = objective.prepare(policy, experience, 4, updates)
         loss = objective.loss(policy, prepared, all_items(objective, prepared)[:10])
         assert loss.total.isfinite()
-        found = torch.autograd.grad(loss.total, list(policy.trainable.values()), allow_unused=True)
-        assert all(g is not None and g.isfinite().all() for g in found)
-        assert sum(g.square().sum() for g in found if g is not None) > 0
+        actual = torch.autograd.grad(loss.total, list(policy.trainable.values()), allow_unused=True)
+        assert all(g is not None and g.isfinite().all() for g in actual)
+        assert sum(g.square().sum() for g in actual if g is not None) > 0
 
 
 def test_what_is_stored_is_what_is_asked_for(build, first_experience):
     trainer = build()
     path = first_experience(trainer).trajectories.path
     stochastic = [level > 0 for level in trainer.sampling.process.noise_levels]
-    if trainer.objective.settings.stores == "latents":
+    if trainer.learner.objective.settings.stores == "latents":
         assert path == () and not any(stochastic)
     else:
         assert [t.step for t in path] == [0, 1, 2] and all(stochastic)
-        assert all((t.mean_NCHW is not None) == (trainer.objective.settings.stores == "means") for t in path)
+        assert all((t.mean_NCHW is not None) == (trainer.learner.objective.settings.stores == "means") for t in path)
 
 
 def test_stochastic_rollouts_are_stored_only_for_transitions(build, first_experience):
     trainer = build(sampling=SamplingSettings(num_inference_steps=4, sde_window="all"))
     assert all(level > 0 for level in trainer.sampling.process.noise_levels)
     path = first_experience(trainer).trajectories.path
-    assert len(path) == (0 if trainer.objective.settings.stores == "latents" else 3)
+    assert len(path) == (0 if trainer.learner.objective.settings.stores == "latents" else 3)
 
 
 def test_an_iteration_moves_the_trained_weights_and_keeps_the_frozen_ones(build):
@@ -227,11 +226,11 @@ def test_an_iteration_moves_the_trained_weights_and_keeps_the_frozen_ones(build)
 def test_averages_follow_at_their_own_pace(build):
     trainer = build()
     policy, expected = trainer.policy, {}
-    for name in trainer.objective.settings.averages:
+    for name in trainer.learner.objective.settings.averages:
         expected[name] = copies(policy.trainable.items())
     for n in (1, 2, 3):
         trainer.step()
-        for name, average in trainer.objective.settings.averages.items():
+        for name, average in trainer.learner.objective.settings.averages.items():
             decay = average.decay(n)
             for key, p in policy.trainable.items():
                 expected[name][key] = decay * expected[name][key] + (1 - decay) * p.detach()
@@ -261,7 +260,7 @@ def test_what_is_counted_is_predicted_and_what_the_network_did(build, redness, g
     assert counted == replace(predicted, trained_steps=predicted.trained_steps * teaching // 6)
     assert counted.trained_steps == teaching * 3 * trained_items(trainer.config)
     pair = (
-        2 if guidance_scale > 1 and trainer.objective.settings.stores != "latents" else 1
+        2 if guidance_scale > 1 and trainer.learner.objective.settings.stores != "latents" else 1
     )  # final latents: one call an item
     assert sum(trained) == counted.trained_steps * pair
 
@@ -270,11 +269,13 @@ def test_the_weights_that_sample_are_the_ones_it_names(build, move):
     """Other weights, moved, change no rollout; its own, moved, change it."""
     trainer = build()
     expected, names = sampled(trainer), [n for n in trainer.policy.named_weights.names if n != "current"]
-    for name in {*names, trainer.objective.settings.rollout_weights, "current"}:
+    for name in {*names, trainer.learner.objective.settings.rollout_weights, "current"}:
         again = build()
         with again.policy.weights(name):
             move(again.policy, 0.3)
-        assert torch.equal(sampled(again), expected) == (name != trainer.objective.settings.rollout_weights), name
+        assert torch.equal(sampled(again), expected) == (name != trainer.learner.objective.settings.rollout_weights), (
+            name
+        )
 
 
 # --- stop and resume --------------------------------------------------------------------------------------------------

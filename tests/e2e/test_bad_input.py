@@ -119,9 +119,9 @@ def test_what_is_refused_with_torch(here):
         ("rows.jsonl", "rows.jsonl, line 2: has no field named prompt, only text"),
         (
             "taken.jsonl",
-            "taken.jsonl, line 2: no column can be called images, as which a reward is given pictures; rename",
+            "taken.jsonl, line 2: no column can be called images: under that name a reward receives pictures; rename",
         ),
-        ("long.txt", "long.txt, line 1: over 1 MB long; write a prompt a line"),
+        ("long.txt", "long.txt, line 1: over 1 MB long; write one prompt per line"),
         (".", "prompts must come from"),
         ("x" * 300 + ".txt", "no prompt file"),
         ("a\0b.txt", "no prompt file 'a\\x00b.txt'"),

@@ -34,8 +34,8 @@ from progrpo.config import (
 from progrpo.rewards.base import Score
 from progrpo.rollout.noise import INITIAL, NoiseKey
 from progrpo.tracking.run_folder import RunFolder
+from progrpo.training.entry import train_run
 from progrpo.training.errors import Interrupted, MissingScoresError, SelfCheckError
-from progrpo.training.run import train_run
 from progrpo.types import Prompt
 
 STEPS = 3
@@ -185,7 +185,9 @@ def test_several_rewards_of_every_kind_are_mixed(tiny_pipeline, tiny_config, pro
     rows = [{"prompt": text, "note": "from a row"} for text in prompts]
     config = tiny_config(iterations=1, objective=ObjectiveSettings(advantage="gdpo"))
     run = progrpo.train(tiny_pipeline(), rows, rewards, config=config, out=tmp_path / "run")
-    summary, (record,) = run.read_summary(), run.read_metrics()
+    summary = run.read_summary()
+    record: Any
+    (record,) = run.read_metrics()
     weights = summary["rewards"]["weights"]
     assert list(weights.values()) == [1.0, 0.5, -1.0, 0.1, 1.0, 2.0] and summary["rewards"]["selected_on"].endswith(
         "group"
@@ -206,7 +208,7 @@ def test_a_plan_that_selects_on_final_rewards_is_audited_and_reported(
     run = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run")
     (audit,) = run.read_audits()
     assert sorted(map(str, audit["stopped_at"])) == ["4", "4", "None", "None"]
-    assert "out at the end" in (run.path / "report.html").read_text()
+    assert "pruned at the end" in (run.path / "report.html").read_text()
     assert run.read_summary()["nfe_saved"] == 0
 
 
@@ -506,7 +508,8 @@ def test_the_best_weights_on_the_way_are_kept_if_asked(tiny_pipeline, tiny_confi
         eval=EvalSettings(pictures=3, num_inference_steps=STEPS, every=1, keep_best=True),
     )
     run = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run")
-    on_the_way = [r["eval/graded"] for r in run.read_metrics()]  # on the same prompts here as after
-    summary = run.read_summary()
+    records: Any = run.read_metrics()
+    on_the_way = [r["eval/graded"] for r in records]  # on the same prompts here as after
+    summary: Any = run.read_summary()
     assert summary["reward_after"] == max(on_the_way) and len(set(on_the_way)) == 4
     assert on_the_way[summary["best_iterations"] - 1] == max(on_the_way)

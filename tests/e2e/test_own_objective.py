@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from progrpo.objectives.base import Loss
-from progrpo.objectives.forward_process import Draws, Noised
+from progrpo.objectives.forward_process import Draws, NoisedLatents
 from progrpo.objectives.settings import DrawnSettings
 from progrpo.settings import above, setting
 
@@ -40,7 +40,7 @@ class Reinforce:
         return experience
 
     def loss(self, policy, experience, items_B):
-        at = Noised.gather(policy, experience, items_B, Draws(self.settings.draws, self.settings.time_fraction))
+        at = NoisedLatents.gather(policy, experience, items_B, Draws(self.settings.draws, self.settings.time_fraction))
         return Loss(self.settings.scale * at.advantages * at.error(at.predict(policy)))
 
 

@@ -1,4 +1,4 @@
-"""What README shows runs as it stands, but for the model and the number of iterations."""
+"""The code and the figures that README and docs show: the code runs, and the figures are the measured ones."""
 
 from __future__ import annotations
 
@@ -6,37 +6,86 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+RESULTS = ROOT / "docs/results"
+PAGES = sorted({README, *(ROOT / "docs").rglob("*.md")} - {ROOT / "docs/architecture.md"})
 
 
-def snippet(name: str) -> str:
-    text = README.read_text(encoding="utf-8")
-    found = re.search(rf"<!-- {name}:begin -->\s*```python\n(.*?)```", text, re.DOTALL)
-    assert found, f"README has no python block between the {name} markers"
-    return found[1]
+def snippet(page: Path, name: str) -> str:
+    block = re.search(rf"<!-- {name}:begin -->\s*```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert block, f"{page.name} has no python block between the {name} markers"
+    return block[1]
 
 
-def test_the_library_example_runs(tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def quickstart_results() -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = json.loads((RESULTS / "quickstart.json").read_text())
+    return results
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_the_library_example_runs_but_for_the_model_and_the_number_of_iterations(
+    page: str, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    code = snippet("library")
+    code = snippet(ROOT / page, "library")
     for shown, here in (("path-or-hub-id", str(tiny_sd3)), ("iterations=40", "iterations=2")):
         assert shown in code
         code = code.replace(shown, here)
     names: dict[str, object] = {}
-    exec(compile(code, str(README), "exec"), names)
+    exec(compile(code, page, "exec"), names)
     assert (tmp_path / "runs/redness/report.html").is_file()
     assert (tmp_path / "runs/redness/lora/pytorch_lora_weights.safetensors").is_file()
 
 
 def test_the_quickstarts_table_is_what_was_measured() -> None:
-    path = README.parent / "benchmarks" / "quickstart.py"
+    path = ROOT / "benchmarks/quickstart.py"
     spec = importlib.util.spec_from_file_location("quickstart_benchmark", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    results = json.loads((README.parent / "docs/results/quickstart.json").read_text())
-    text = README.read_text(encoding="utf-8")
-    assert len(results) >= 3 and module.with_table(text, results) == text
+    results = quickstart_results()
+    text = (RESULTS / "quickstart.md").read_text(encoding="utf-8")
+    assert len(results) >= 3 and module.table(results) in text and module.with_table(text, results) == text
+
+
+def test_readmes_result_is_the_mean_of_the_table() -> None:
+    results = quickstart_results()
+    before, after = (mean(100 * r[f"accuracy_{when}"] for r in results) for when in ("before", "after"))
+    text = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"from {before:.1f} to {after:.1f} % on 512 test prompts" in text
+    *others, last = (f"{100 * r['accuracy_after']:.1f}" for r in results)
+    assert f"({', '.join(others)} and {last} %;" in text
+
+
+def test_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, heading = target.partition("#")
+        file = (page.parent / name) if name else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert not heading or heading in anchors(file), f"{page.name} links to {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_lines_end_at_120_columns(page: Path) -> None:
+    lines = enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
+    assert [number for number, line in lines if len(line) > 120] == []

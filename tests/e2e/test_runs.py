@@ -44,7 +44,7 @@ def assert_the_same(a: Path, b: Path) -> None:
 
 
 def test_a_recipe_is_trained(run):
-    found = RunFolder(run).read_summary()
+    found: Any = RunFolder(run).read_summary()
     assert (found["recipe"], found["seed"], found["iterations"], found["status"]) == ("smoke", 3, 2, "finished")
     for name in ("reward", "accuracy", "judge"):
         assert all(0 <= found[f"{name}_{when}"] <= 1 for when in ("before", "after"))
@@ -91,7 +91,8 @@ def adaptive(tmp_path_factory) -> Path:
 
 
 def test_a_probe_takes_over_and_the_plan_is_judged(adaptive):
-    records, summary = RunFolder(adaptive).read_metrics(), RunFolder(adaptive).read_summary()
+    summary = RunFolder(adaptive).read_summary()
+    records: Any = RunFolder(adaptive).read_metrics()
     assert [r["rollout/probed"] > 0 for r in records[:5]] == [
         False,
         False,

@@ -20,12 +20,13 @@ import pytest
 import progrpo
 from progrpo.config import RewardSettings, RewardTerm
 from progrpo.tracking.lock import LockLostError
-from progrpo.tracking.report.run import Run, read_run
+from progrpo.tracking.records import Summary
+from progrpo.tracking.report.data import ReportData, read_report_data
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.checkpoints import saved
 from progrpo.training.distributed import Ranks
+from progrpo.training.entry import resume_run, train_run
 from progrpo.training.errors import Interrupted, SelfCheckError
-from progrpo.training.run import resume_run, train_run
 from progrpo.training.stopping import Stop
 
 TIMELESS = ("reward/mean", "update/grad_norm", "rollout/nfe")
@@ -162,14 +163,16 @@ def test_what_only_informs_does_not_end_a_run(tiny_pipeline, tiny_config, prompt
 
 
 def test_a_run_under_way_has_a_report_of_its_last_iteration(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
-    out, calls, seen = tmp_path / "run", iter(range(1000)), list[tuple[Run, dict[str, Any]]]()
+    out, calls, seen = tmp_path / "run", iter(range(1000)), list[tuple[ReportData, Summary]]()
 
     def score(images, texts):
         if next(calls) == 5:  # in the third iteration
-            seen.append((read_run(out), RunFolder(out).read_summary()))
+            seen.append((read_report_data(out), RunFolder(out).read_summary()))
         return redness(images, texts)
 
     progrpo.train(tiny_pipeline(), prompts, score, config=tiny_config(iterations=4), out=out)
+    run: Any
+    summary: Any
     ((run, summary),) = seen
     assert (run.status, summary["status"], summary["iterations"], len(run.metrics)) == ("running", "running", 2, 2)
     assert summary["wall_seconds"] == run.wall_seconds > sum(record["seconds"] for record in run.metrics)

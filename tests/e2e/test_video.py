@@ -77,9 +77,10 @@ def test_a_run_on_videos_counts_what_it_predicts_and_reports(trained):
     assert summary["rewards"]["missing"] == {"video_rewards:redness": 0, "video_rewards:motion": 0}
     calls = sys.modules["video_rewards"].calls
     assert calls["redness"] == 3 * calls["motion"] > 0  # frames
-    pictures = [record["picture"] for record in run.read_evaluation("after")]
+    after: Any = run.read_evaluation("after")
+    pictures = [record["picture"] for record in after]
     assert len(pictures) == 3 and all(np.asarray(Image.open(trained / name)).shape == (16, 32, 3) for name in pictures)
-    assert all(record["held_out"]["jpeg_compressibility"] < 0 for record in run.read_evaluation("after"))
+    assert all(record["held_out"]["jpeg_compressibility"] < 0 for record in after)
     (first, *_) = run.read_audits()
     assert Image.open(trained / first["strip"]).size[1] == 16 * len(first["final"])
     report = re.findall(r"data:image/jpeg;base64,([\w+/=]+)", (trained / "report.html").read_text())

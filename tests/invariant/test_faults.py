@@ -33,7 +33,7 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.rollout import rollout
 from progrpo.training.errors import SelfCheckError
-from progrpo.training.update import learn_from, update
+from progrpo.training.experience import AdvantageEstimator
 from progrpo.types import Rollout
 
 SLOTS, GROUP = 6, 20
@@ -106,21 +106,21 @@ def rewarded(kind: str, redness: Callable[..., list[float]], bad: Callable[[str]
 
 def roll(trainer: Any) -> Rollout:
     key, count = NoiseKey(trainer.config.seed, 0), trainer.config.prompts.per_iteration
-    parts = trainer.plan, trainer.sampling, trainer.select, key, Meter()
+    parts = trainer.plan, trainer.sampling, trainer.plan_monitor.select, key, Meter()
     return rollout(trainer.policy, trainer.reward, trainer.order.prompts_for(0, count), torch.arange(count), *parts)
 
 
 def gradients(trainer: Any, rolled: Rollout) -> list[torch.Tensor]:
     """What the optimizer is given."""
-    key, wanted, clip = NoiseKey(0, 0), trainer.config.objective, trainer.objective.settings.adv_clip_max
-    parts = rolled, trainer.sampling, key, wanted, clip, trainer.ranks, trainer.reward.weights
-    experience, _ = learn_from(*parts, quorum=0.5)
+    config, clip = trainer.config.objective, trainer.learner.objective.settings.adv_clip_max
+    estimator = AdvantageEstimator(config, clip, trainer.reward.weights, trainer.ranks, quorum=0.5)
+    experience, _ = estimator.experience(rolled, trainer.sampling, NoiseKey(0, 0))
     found: list[torch.Tensor] = []
     parameters = list(trainer.policy.trainable.values())
-    seen = trainer.optimizer.register_step_pre_hook(
+    seen = trainer.learner.updater.optimizer.register_step_pre_hook(
         lambda *_: found.extend(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters)
     )
-    update(trainer.policy, trainer.objective, trainer.optimizer, experience, trainer.config.optim, trainer.ranks)
+    trainer.learner.updater.update(experience)
     seen.remove()
     assert any(g.any() for g in found)
     return found
@@ -166,8 +166,7 @@ def test_the_gradient_is_that_of_the_pictures_that_were_scored(
     expected = gradients(clean, without(full, torch.tensor([i for i, n in enumerate(names) if n not in lost])))
 
     with rewarded(kind, redness, lost.__contains__) as reward:
-        faulty = tiny_trainer(config, tiny_policy(moved=0.1))
-        faulty.reward = reward
+        faulty = tiny_trainer(config, tiny_policy(moved=0.1), reward)
         rolled = roll(faulty)
         assert [n in lost for n in names] == rolled.survivors.value_N.isnan().tolist()
         found = gradients(faulty, rolled)
@@ -185,8 +184,7 @@ def test_the_gradient_is_that_of_the_pictures_that_were_scored(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reward_that_always_fails_stops_the_run_with_the_last_error(kind, tiny_trainer, tiny_config, redness):
     with rewarded(kind, redness, lambda name: True) as reward:
-        trainer = tiny_trainer(tiny_config())
-        trainer.reward = reward
+        trainer = tiny_trainer(tiny_config(), reward=reward)
         before = {name: p.clone() for name, p in trainer.policy.trainable.items()}
         error = "it gave no finite number" if kind == "quiet" else "OSError: the judge is out"
         with pytest.raises(SelfCheckError, match=rf"iteration 1: 14 of 14 scores of reward mine are missing.*{error}"):
@@ -199,8 +197,7 @@ def test_previews_fail_the_same_way_and_the_run_goes_on(tiny_trainer, tiny_confi
         prompts=PromptSettings(per_iteration=3), plan=PlanSettings(preset="custom", group_size=8, prune=((1, 5),))
     )
     with rewarded("plain", redness, lambda name: int(name[:2], 16) < 50) as reward:  # about 20 % of all pictures
-        trainer = tiny_trainer(config)
-        trainer.reward = reward
+        trainer = tiny_trainer(config, reward=reward)
         record = trainer.step().record
     assert 0 < record["reward/missing"] < record["reward/failed@mine"]  # some of them previews
     assert record["rollout/nfe"] == trainer.predicted().nfe and record["reward/skipped_groups"] == 0
@@ -218,10 +215,8 @@ def test_faults_that_pass_when_asked_again_leave_no_trace(tiny_trainer, tiny_con
 
     records = []
     for reward in (redness, shaky):
-        trainer = tiny_trainer(tiny_config())
-        trainer.reward = RewardMixture(
-            [Component(RewardTerm("mine"), RetryingReward(FunctionReward(reward), sleep=lambda seconds: None))]
-        )
+        retrying = RetryingReward(FunctionReward(reward), sleep=lambda seconds: None)
+        trainer = tiny_trainer(tiny_config(), reward=RewardMixture([Component(RewardTerm("mine"), retrying)]))
         done = [trainer.step().record for _ in range(2)]
         timeless = [{k: v for k, v in r.items() if "time" not in k and k != "seconds"} for r in done]
         records.append((timeless, [p.detach().clone() for p in trainer.policy.trainable.values()]))

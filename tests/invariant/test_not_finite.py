@@ -384,12 +384,12 @@ def test_a_text_that_a_dtype_cannot_hold_is_refused_before_anything_is_drawn(tin
 def test_weights_that_training_made_not_finite_end_it_before_they_are_saved(tiny_trainer, tiny_config, monkeypatch):
     trainer = tiny_trainer(tiny_config())
     trainer.step()
-    step = trainer.optimizer.step
+    step = trainer.learner.updater.optimizer.step
 
     def diverging():
         step()
         next(iter(trainer.policy.trainable.values())).data.view(-1)[0] = torch.nan
 
-    monkeypatch.setattr(trainer.optimizer, "step", diverging)
+    monkeypatch.setattr(trainer.learner.updater.optimizer, "step", diverging)
     with pytest.raises(SelfCheckError, match=r"^iteration 2: a trained weight is no longer finite; lower optim\.lr$"):
         trainer.step()

@@ -32,8 +32,9 @@ from torch.distributed.tensor import DTensor
 import progrpo
 from progrpo.config import AuditSettings, CheckpointSettings, Config, EvalSettings, ModelSettings
 from progrpo.config import NFTSettings, ObjectiveSettings, OptimSettings, PlanSettings, PreviewSettings, PromptSettings, SamplingSettings
+from progrpo.config import TrackingSettings
 from progrpo.prompts.order import InTurn
-from progrpo.policies.settings import ModelSettings
+from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.policies.sharded import gathered
 from progrpo.rewards.function import FunctionReward
@@ -143,8 +144,10 @@ def decayed(ranks):
 
 def by_the_library(model, out, found, ranks):
     mine = out / f"run of {ranks.rank}"
-    progrpo.train(DiffusionPipeline.from_pretrained(model), PROMPTS, redness, config=CONFIG, out=mine)
+    tracked = replace(CONFIG, tracking=TrackingSettings(("tensorboard",)))
+    progrpo.train(DiffusionPipeline.from_pretrained(model), PROMPTS, redness, config=tracked, out=mine)
     found["wrote"] = mine.exists()
+    found["event files"] = len(list(out.glob("*/tensorboard/events*")))
     try:
         progrpo.train(DiffusionPipeline.from_pretrained(model), PROMPTS, redness, config=CONFIG, out=mine)
     except ValueError as error:
@@ -311,6 +314,7 @@ def test_a_weight_that_no_item_reaches_is_not_decayed_in_one_process_nor_in_two(
 
 def test_only_the_main_process_writes(one, two):
     assert [found(two, rank)["wrote"] for rank in (0, 1)] == [True, False]
+    assert found(two, 0)["event files"] == 1
     ours, theirs = ({p.relative_to(f) for p in f.rglob("*")} for f in (two / "run of 0", one / "run of 0"))
     assert ours == theirs
 

@@ -130,7 +130,7 @@ def first(tiny_trainer, tiny_config, first_experience):
             "objective": ObjectiveSettings(grpo=GRPOSettings(ratio=ratio)),
         }
         trainer = tiny_trainer(tiny_config(**sections, **({"plan": plan} if plan else {})), policy)
-        return trainer.objective, first_experience(trainer)
+        return trainer.learner.objective, first_experience(trainer)
 
     return of
 

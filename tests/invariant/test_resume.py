@@ -37,9 +37,9 @@ from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training import checkpoints
 from progrpo.training.distributed import Ranks
+from progrpo.training.entry import resume_run, train_run
 from progrpo.training.errors import MissingScoresError
-from progrpo.training.run import resume_run, train_run
-from progrpo.training.update import update
+from progrpo.training.update import Updater
 
 ITERATIONS = 4
 REWARD = """
@@ -325,7 +325,7 @@ def test_what_cannot_be_resumed_is_refused(straight, tmp_path):
     with pytest.raises(ValueError, match="is at iteration 4, past 3 iterations"):
         resume_run(straight, 3)
     empty = RunFolder.create(tmp_path / "empty")
-    empty.write_config(json.loads((straight / "config.json").read_text()))
+    empty.log_config(json.loads((straight / "config.json").read_text()))
     with pytest.raises(ValueError, match="holds no checkpoint yet; start it anew"):
         resume_run(empty.path)
 
@@ -344,9 +344,8 @@ def test_many_small_microbatches_are_one_large(tiny_trainer, tiny_config, tiny_p
         start = {name: p.detach().clone() for name, p in policy.trainable.items()}
         descent = torch.optim.SGD(policy.trainable.values(), lr=1.0)
         experience = first_experience(tiny_trainer(tiny_config(), policy))
-        update(
-            policy, GRPO(GRPOSettings(clip_range=3e-3)), descent, experience, OptimSettings(microbatch=size), Ranks()
-        )
+        config = OptimSettings(microbatch=size)
+        Updater(policy, GRPO(GRPOSettings(clip_range=3e-3)), descent, config, Ranks()).update(experience)
         moves.append(torch.cat([(p.detach() - start[name]).flatten() for name, p in policy.trainable.items()]))
     assert moves[1].norm() > 0
     assert (moves[0] - moves[1]).norm() <= 1e-5 * moves[1].norm()

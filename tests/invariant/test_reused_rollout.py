@@ -13,7 +13,7 @@ from torch import Tensor
 
 from progrpo.config import GRPOSettings, ObjectiveSettings, OptimSettings, PlanSettings, SamplingSettings
 from progrpo.training.errors import SelfCheckError
-from progrpo.training.update import update
+from progrpo.training.update import Updater
 
 TRAINED = 3  # of four steps
 CASES = {
@@ -52,14 +52,14 @@ def build(tiny_trainer, tiny_config, tiny_policy, redness):
 def gradients(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     """Of each optimizer step from now on."""
     found: list[dict[str, Tensor]] = []
-    step = trainer.optimizer.step
+    step = trainer.learner.updater.optimizer.step
 
     def noting() -> None:
         named = trainer.policy.trainable.items()
         found.append({name: p.grad.detach().clone() for name, p in named if p.grad is not None})
         step()
 
-    monkeypatch.setattr(trainer.optimizer, "step", noting)
+    monkeypatch.setattr(trainer.learner.updater.optimizer, "step", noting)
     return found
 
 
@@ -110,7 +110,7 @@ def test_trained_items_need_no_forward_pass_of_their_own(build, monkeypatch, mic
     rows: dict[bool, list[tuple[int, bool]]] = {}
     for reuse in (False, True):
         trainer = build(reuse, grpo={"kl_beta": kl_beta}, optim={"microbatch": microbatch})
-        calls, before = counted(trainer.policy, monkeypatch), trainer._update
+        calls, before = counted(trainer.policy, monkeypatch), trainer.learner.learn
 
         def watched(*told: Any, before: Any = before, calls: Any = calls, reuse: bool = reuse) -> Any:
             calls.clear()
@@ -118,7 +118,7 @@ def test_trained_items_need_no_forward_pass_of_their_own(build, monkeypatch, mic
             rows[reuse] = list(calls)
             return done
 
-        monkeypatch.setattr(trainer, "_update", watched)
+        monkeypatch.setattr(trainer.learner, "learn", watched)
         trainer.step()
     items = 2 * 3 * TRAINED  # prompts, survivors, steps
     own_checks = 2  # of one row each, that weights reach the network
@@ -133,7 +133,7 @@ def test_trained_items_need_no_forward_pass_of_their_own(build, monkeypatch, mic
 def test_a_second_update_is_computed_anew(build, monkeypatch):
     trainer = build(True, optim={"updates_per_rollout": 2, "microbatch": 64})
     calls, done = counted(trainer.policy, monkeypatch), []
-    before = trainer._update
+    before = trainer.learner.learn
 
     def watched(*told: Any) -> Any:
         calls.clear()
@@ -141,7 +141,7 @@ def test_a_second_update_is_computed_anew(build, monkeypatch):
         done.extend(calls)
         return found
 
-    monkeypatch.setattr(trainer, "_update", watched)
+    monkeypatch.setattr(trainer.learner, "learn", watched)
     record = trainer.step().record
     shares = [n for n, graph in done if graph]
     assert shares == [3 * TRAINED]  # the other half of six trajectories
@@ -291,7 +291,8 @@ def test_an_update_takes_the_experience_as_often_as_it_is_detached(build, first_
     trainer = build(True)
     experience = first_experience(trainer)
     assert experience.attached and not experience.detached().attached
-    parts = trainer.objective, torch.optim.SGD(trainer.policy.trainable.values(), lr=0.0)
+    still = torch.optim.SGD(trainer.policy.trainable.values(), lr=0.0)
+    updater = Updater(trainer.policy, trainer.learner.objective, still, trainer.config.optim, trainer.ranks)
     for taken in (experience, experience.detached(), experience.detached()):
-        tally, items, _ = update(trainer.policy, *parts, taken, trainer.config.optim, trainer.ranks)
-        assert items == 6 * TRAINED and tally.maxima["update/on_policy_deviation"] < 3e-5
+        updated = updater.update(taken)
+        assert updated.items == 6 * TRAINED and updated.tally.maxima["update/on_policy_deviation"] < 3e-5

@@ -116,12 +116,12 @@ def process_case(rng: random.Random, work: Path) -> Case:
 @contextlib.contextmanager
 def cut_off() -> Iterator[None]:
     """Models are not loaded, and what comes after them is not done: whoever asks has passed every check before that."""
-    import progrpo.training.run
+    import progrpo.training.entry
     import progrpo.zoo.shapes.pretrain_diffusion
     import progrpo.zoo.shapes.pretrain_tiny  # noqa: F401
 
     ends = (
-        "training.run.policy_from",
+        "training.inputs.policy_from",
         "training.run.measured",
         "training.evaluate.trained_policy",
         "rewards.server.serve",

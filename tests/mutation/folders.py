@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 from progrpo.config import (
     to_dict,
@@ -66,10 +67,17 @@ def whole_run(folder: Path) -> None:
     from progrpo.tracking.run_folder import RunFolder
 
     run, grey = RunFolder.create(folder), np.full((4, 8, 8, 3), 128, np.uint8)
-    run.write_config(to_dict(RECIPES["smoke"]()))
-    record = {"prompt": "a cat", "kind": "one", "graded": 0.5, "strict": True, "judge": None, "held_out": {"jpeg": 0.5}}
+    run.log_config(to_dict(RECIPES["smoke"]()))
+    record: Any = {
+        "prompt": "a cat",
+        "kind": "one",
+        "graded": 0.5,
+        "strict": True,
+        "judge": None,
+        "held_out": {"jpeg": 0.5},
+    }
     cost = {"nfe": 8, "decodes": 4, "reward_calls": 4, "trained_steps": 8}
-    audit = {
+    audit: Any = {
         "iteration": 0,
         "prompt": "a cat",
         "steps": [0, 1],
@@ -78,7 +86,7 @@ def whole_run(folder: Path) -> None:
     }
     for when in ("before", "after"):
         run.write_evaluation(when, [record, record | {"kind": "two", "strict": False}], grey[:2])
-    run.append_metrics(
+    run.log(
         {
             "iteration": 0,
             "seconds": 1.0,
@@ -86,21 +94,29 @@ def whole_run(folder: Path) -> None:
             "rollout/nfe": 8,
             "prompts/seen": 1,
             "prompts/share@one": 1.0,
-        }
+        },
+        0,
     )
-    run.append_metrics(
-        {"iteration": 1, "seconds": 1.0, "reward/mean": 0.6, "reward/mean@jpeg": 0.5, "preview/rank_correlation@1": 0.5}
+    run.log(
+        {
+            "iteration": 1,
+            "seconds": 1.0,
+            "reward/mean": 0.6,
+            "reward/mean@jpeg": 0.5,
+            "preview/rank_correlation@1": 0.5,
+        },
+        1,
     )
     run.write_audit(
         {**audit, "stopped_at": [None, None, 1, 2], "kept_uniform": [0, 1], "kept_ovf": [2, 3]},
         grey.repeat(3, 0).reshape(4, 3, 8, 8, 3),
     )
     plan = {"path": [4, 3], "prune_steps": [1], "selector": "ovf", "num_inference_steps": 2}
-    known = {
+    known: Any = {
         "rewards": {"weights": {"a": 1, "b": 2}, "selected_on": "sum", "asked": {"a": 3}, "missing": {"a": 1}},
         "plan": plan,
     }
-    about = {
+    about: Any = {
         "status": "finished",
         "recipe": "smoke",
         "iterations": 2,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,17 +92,19 @@ def move(policy: Any, far: float) -> None:
         parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=far)
 
 
-def build_trainer(config: Any, policy: Any, reward: Callable[..., Any] = redness) -> Any:
-    """A trainer on one process, with the prompts in turn."""
+def build_trainer(config: Any, policy: Any, reward: Any = redness) -> Any:
+    """A trainer on one process, with the prompts in turn, by a reward function or a mixture."""
     from progrpo.prompts.order import InTurn
     from progrpo.rewards.frames import FrameAverageReward
     from progrpo.rewards.function import FunctionReward
-    from progrpo.rewards.mixture import mixture_of_one
+    from progrpo.rewards.mixture import RewardMixture, mixture_of_one
     from progrpo.training.distributed import Ranks
     from progrpo.training.trainer import Trainer
 
     order = InTurn({"": tuple(told(*PROMPTS))}, config.seed)
-    return Trainer(config, policy, mixture_of_one(FrameAverageReward(FunctionReward(reward), 1)), order, Ranks())
+    if not isinstance(reward, RewardMixture):
+        reward = mixture_of_one(FrameAverageReward(FunctionReward(reward), 1))
+    return Trainer(config, policy, reward, order, Ranks())
 
 
 def first_experience(trainer: Any) -> Any:
@@ -110,14 +112,15 @@ def first_experience(trainer: Any) -> Any:
     from progrpo.rollout.meter import Meter
     from progrpo.rollout.noise import NoiseKey
     from progrpo.rollout.rollout import rollout
-    from progrpo.training.update import learn_from
+    from progrpo.training.experience import AdvantageEstimator
 
     count = trainer.config.prompts.per_iteration
-    prompts, parts = trainer.order.prompts_for(0, count), (trainer.plan, trainer.sampling, trainer.select)
+    prompts, parts = trainer.order.prompts_for(0, count), (trainer.plan, trainer.sampling, trainer.plan_monitor.select)
     key = NoiseKey(trainer.config.seed, 0)
     rolled = rollout(trainer.policy, trainer.reward, prompts, torch.arange(count), *parts, key, Meter())
-    wanted, clip = trainer.config.objective, trainer.objective.settings.adv_clip_max
-    return learn_from(rolled, trainer.sampling, key, wanted, clip, trainer.ranks, trainer.reward.weights)[0]
+    config, clip = trainer.config.objective, trainer.learner.objective.settings.adv_clip_max
+    estimator = AdvantageEstimator(config, clip, trainer.reward.weights, trainer.ranks)
+    return estimator.experience(rolled, trainer.sampling, key)[0]
 
 
 def assert_trained_alike(weights: Mapping[str, Any], expected: Mapping[str, Any], lr: float, steps: int) -> None:

@@ -9,13 +9,13 @@ import torch
 
 from progrpo.config import ModelSettings, OptimSettings
 from progrpo.storage import load_state, save_state
-from progrpo.training.build import optimizer_from
+from progrpo.training.optimizer import optimizer_from
 
 WANTED = OptimSettings("adamw_8bit", lr=1e-2, warmup=3, betas=(0.8, 0.9))
 
 
 def test_without_its_package_it_is_refused_with_the_command(monkeypatch):
-    monkeypatch.setattr("progrpo.training.build.find_spec", lambda name: None)
+    monkeypatch.setattr("progrpo.training.optimizer.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes, .*: pip install 'progrpo\[lean\]'"):
         optimizer_from(WANTED, [])
     assert type(optimizer_from(OptimSettings(), [torch.nn.Parameter(torch.ones(1))])) is torch.optim.AdamW
@@ -52,7 +52,7 @@ def test_a_resumed_run_is_a_straight_one_bit_for_bit(tiny_trainer, tiny_config, 
     resumed.load_state_dict(load_state(tmp_path / "state"))
     for trainer in (straight, resumed):
         trainer.step()
-    one, other = (flat(trainer.optimizer.state_dict()["state"]) for trainer in (straight, resumed))
+    one, other = (flat(trainer.learner.updater.optimizer.state_dict()["state"]) for trainer in (straight, resumed))
     assert any(t.dtype == torch.uint8 for t in one if torch.is_tensor(t))
     assert equal(one, other)
     assert equal(list(straight.policy.trainable.values()), list(resumed.policy.trainable.values()))

@@ -182,7 +182,7 @@ def test_batch_std_of_close_rewards_and_of_none():
     assert alone(torch.full((7,), 0.1, dtype=torch.float64))[1] < 1e-16
 
 
-# --- a number that is added to all rewards -----------------------------------------------------------------------------
+# --- a number that is added to all rewards ----------------------------------------------------------------------------
 
 SHIFTS = [1e3, -1e6, 1e8, 1e9, 1e12]
 
@@ -234,7 +234,7 @@ def test_statistics_are_plain_values():
     assert ours.tolist() == [2.0]
 
 
-# --- several rewards ----------------------------------------------------------------------------------------------------
+# --- several rewards --------------------------------------------------------------------------------------------------
 
 
 def test_the_normalised_sum_is_gdpos_by_hand():
@@ -246,33 +246,33 @@ def test_the_normalised_sum_is_gdpos_by_hand():
             values = parts[members, r].numpy()
             if values.std() > 0:  # the second reward does not differ in the second group
                 expected[members] += weight * (values - values.mean()) / (values.std() + eps)
-    found = normalised_sum(parts, weights, group, 2, eps)
-    assert found.dtype == torch.float64
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    actual = normalised_sum(parts, weights, group, 2, eps)
+    assert actual.dtype == torch.float64
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
 def test_the_normalised_sum_does_not_know_scales_and_shifts():
     parts = torch.randn(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     group, weights = torch.arange(12) % 3, torch.tensor([1.0, 0.5, 2.0])
-    found = normalised_sum(parts, weights, group, 3, 0.0)
+    actual = normalised_sum(parts, weights, group, 3, 0.0)
     scaled = normalised_sum(
         parts * torch.tensor([1e-3, 1.0, 1e4]) + torch.tensor([26.0, 0.0, -3.0]), weights, group, 3, 0.0
     )
-    torch.testing.assert_close(found, scaled)
+    torch.testing.assert_close(actual, scaled)
 
 
 def test_who_lacks_one_reward_counts_in_none():
     parts = torch.tensor([[1.0, 1.0], [3.0, 2.0], [100.0, math.nan]], dtype=torch.float64)
     group, weights = torch.zeros(3, dtype=torch.int64), torch.tensor([1.0, 1.0])
-    found = normalised_sum(parts, weights, group, 1)
-    assert found[2].isnan()
-    torch.testing.assert_close(found[:2], normalised_sum(parts[:2], weights, group[:2], 1))
+    actual = normalised_sum(parts, weights, group, 1)
+    assert actual[2].isnan()
+    torch.testing.assert_close(actual[:2], normalised_sum(parts[:2], weights, group[:2], 1))
 
 
 def test_batch_advantages_by_hand():
     values, group = torch.tensor([1.0, -1.0, 0.25, 0.25, math.nan, 9.0]), torch.tensor([0, 0, 1, 1, 0, 2])
     mean, std = torch.tensor(0.5), torch.tensor(2.0)
-    around = group_statistics(values, group, 3).around(mean)
+    around = group_statistics(values, group, 3).with_mean(mean)
     advantages_N, trained_N = advantages(values, group, around, std=std, eps=0.5, clip_max=0.5)
     # the second group does not differ and the third has one member: exactly 0, whatever the batch's mean
     assert advantages_N.tolist() == pytest.approx([0.2, -0.5, 0, 0, 0, 0]) and advantages_N.dtype == torch.float32
@@ -283,7 +283,7 @@ def test_batch_advantages_by_hand():
 def test_groups_that_miss_the_quorum_are_left_out_whole(quorum, left):
     rewards = torch.tensor([1.0, 2.0, 3.0, math.nan, 1.0, math.nan, math.nan, math.nan] + [1.0] + [math.inf] * 9)
     group = torch.tensor([0] * 4 + [1] * 4 + [2] * 10)  # 3 of 4, 1 of 4 and 1 of 10 are there
-    found = with_quorum(rewards, group, 3, quorum)
+    actual = with_quorum(rewards, group, 3, quorum)
     observed = rewards.isfinite()
-    assert found.isfinite().tolist() == [bool(o) and g in left for o, g in zip(observed, group.tolist(), strict=True)]
-    assert torch.equal(found[found.isfinite()], rewards[found.isfinite()])
+    assert actual.isfinite().tolist() == [bool(o) and g in left for o, g in zip(observed, group.tolist(), strict=True)]
+    assert torch.equal(actual[actual.isfinite()], rewards[actual.isfinite()])

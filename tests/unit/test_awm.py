@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from progrpo.objectives.awm import AWM
-from progrpo.objectives.forward_process import Draws, Noised
+from progrpo.objectives.forward_process import Draws, NoisedLatents
 from progrpo.objectives.settings import AWMSettings
 from progrpo.recipes import load_recipe
 
@@ -53,7 +53,7 @@ def experience(policy, linear_experience):
 
 
 def item(policy, experience, i):
-    return Noised.gather(policy, experience, torch.tensor([i]), Draws(DRAWS, FRACTION))
+    return NoisedLatents.gather(policy, experience, torch.tensor([i]), Draws(DRAWS, FRACTION))
 
 
 def numbers(policy, weights="current"):
@@ -71,7 +71,7 @@ def log_prob(at, weights, weighting):
 
 
 def by_hand(policy, experience, objective, old):
-    """Sums over items, with `old` the weights of the old log-probs; how many ratios left the range, how many are cut."""
+    """Sums over items, and the numbers of ratios outside the range and of those cut; `old` are the weights before."""
     sums = dict.fromkeys(("loss", "outside", "cut", "reference", "average"), 0.0)
     deviation = 0.0
     for i in range(len(experience) * DRAWS):
@@ -126,11 +126,11 @@ def test_loss_by_hand(policy, experience, settings):
     assert loss.sums["loss"].item() == pytest.approx(expected["loss"], rel=1e-9)
     assert loss.sums["clip_fraction"].item() == expected["outside"]
     assert loss.maxima["ratio_max_deviation"].item() == pytest.approx(deviation, rel=1e-9)
-    pulls = {
+    penalties = {
         "kl": ("reference", objective.settings.kl_beta),
         "distance_to_average": ("average", objective.settings.average_beta),
     }
-    for name, (weights, beta) in pulls.items():
+    for name, (weights, beta) in penalties.items():
         assert (name in loss.sums) == (beta > 0)
         assert beta == 0 or loss.sums[name].item() == pytest.approx(expected[weights], rel=1e-9)
 
@@ -139,8 +139,8 @@ def test_loss_by_hand(policy, experience, settings):
 def test_gradient_against_finite_differences(policy, experience, settings):
     objective, step = awm(**settings), 1e-6
     prepared, _ = moved(policy, experience, objective)
-    found = gradients(policy, objective.loss(policy, prepared, ITEMS))
-    for name, gradient in zip("ab", found, strict=True):
+    actual = gradients(policy, objective.loss(policy, prepared, ITEMS))
+    for name, gradient in zip("ab", actual, strict=True):
         around = []
         for sign in (1, -1):
             shift(policy, **{name: sign * step})
@@ -150,11 +150,11 @@ def test_gradient_against_finite_differences(policy, experience, settings):
 
 
 @pytest.mark.parametrize("settings", CASES)
-def test_with_one_update_nothing_is_noted_and_the_loss_is_that_of_two_before_the_first(policy, experience, settings):
+def test_with_one_update_nothing_is_prepared_and_the_loss_is_that_of_two_before_the_first(policy, experience, settings):
     objective = awm(**settings)
     once, twice = (objective.prepare(policy, experience, 4, updates) for updates in (1, 2))
-    assert once is experience and once.before_ND is None
-    assert twice.before_ND is not None and twice.before_ND.shape == (5, DRAWS)
+    assert once is experience and once.prepared_ND is None
+    assert twice.prepared_ND is not None and twice.prepared_ND.shape == (5, DRAWS)
     one, two = (objective.loss(policy, e, ITEMS) for e in (once, twice))
     assert one.total.item() == pytest.approx(two.total.item(), rel=1e-12)
     torch.testing.assert_close(gradients(policy, one), gradients(policy, two))
@@ -163,19 +163,19 @@ def test_with_one_update_nothing_is_noted_and_the_loss_is_that_of_two_before_the
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_what_is_noted_are_the_old_log_probs(policy, experience, weighting):
-    noted = awm(weighting=weighting).prepare(policy, experience, 4, 2).before_ND
+def test_old_log_probs_are_prepared(policy, experience, weighting):
+    prepared = awm(weighting=weighting).prepare(policy, experience, 4, 2).prepared_ND
     for i in range(len(ITEMS)):
         expected = log_prob(item(policy, experience, i), numbers(policy), weighting)
-        assert noted[i % 5, i // 5].item() == pytest.approx(expected, rel=1e-12)
+        assert prepared[i % 5, i // 5].item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_on_policy_the_gradient_is_the_advantage_times_that_of_the_log_prob(policy, experience):
-    """So that of the flow-matching loss: what is good is matched, what is bad is unmatched."""
-    found = gradients(policy, awm(weighting="t").loss(policy, experience, ITEMS))
-    at = Noised.gather(policy, experience, ITEMS, Draws(DRAWS, FRACTION))
+    """The same holds for the flow-matching loss: good samples are matched, bad ones unmatched."""
+    actual = gradients(policy, awm(weighting="t").loss(policy, experience, ITEMS))
+    at = NoisedLatents.gather(policy, experience, ITEMS, Draws(DRAWS, FRACTION))
     plain = (at.advantages * at.levels.sigma * at.error(at.predict(policy))).sum()
-    torch.testing.assert_close(found, torch.autograd.grad(plain, [policy.a, policy.b]))
+    torch.testing.assert_close(actual, torch.autograd.grad(plain, [policy.a, policy.b]))
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -184,14 +184,14 @@ def test_a_step_nears_what_was_good(policy, linear_experience, advantage, update
     objective = AWM(AWMSettings(draws=1, time_fraction=FRACTION, clip_range=CLIP, kl_beta=0.0, average_beta=0.0))
     one = linear_experience(policy, [advantage] * 5).take(torch.tensor([2]))
     one = objective.prepare(policy, one, 4, updates)
-    at = Noised.gather(policy, one, torch.tensor([0]), Draws(1, FRACTION))
+    at = NoisedLatents.gather(policy, one, torch.tensor([0]), Draws(1, FRACTION))
     before = at.error(at.predict(policy)).item()
     da, db = gradients(policy, objective.loss(policy, one, torch.tensor([0])))
     shift(policy, a=-1e-3 * da.item(), b=-1e-3 * db.item())
     assert (before - at.error(at.predict(policy)).item()) * advantage > 1e-6
 
 
-def test_pulls_and_their_gradients_are_zero_where_the_policy_has_not_moved(linear_policy, linear_experience):
+def test_penalties_and_their_gradients_are_zero_where_the_policy_has_not_moved(linear_policy, linear_experience):
     linear_policy.named_weights.snapshot("average")
     experience = linear_experience(linear_policy, ADVANTAGES)
     held = awm(kl_beta=1.0, average_beta=1.0).loss(linear_policy, experience, ITEMS)
@@ -200,9 +200,9 @@ def test_pulls_and_their_gradients_are_zero_where_the_policy_has_not_moved(linea
     assert held.total == free.total and gradients(linear_policy, held) == gradients(linear_policy, free)
 
 
-@pytest.mark.parametrize(("pull", "to"), [("kl_beta", "reference"), ("average_beta", "average")])
-def test_a_pull_leads_back_to_its_own_weights(policy, linear_experience, pull, to):
-    experience, objective = linear_experience(policy, [0.0] * 5), awm(**{pull: 1.0})
+@pytest.mark.parametrize(("penalty", "to"), [("kl_beta", "reference"), ("average_beta", "average")])
+def test_a_penalty_leads_back_to_its_own_weights(policy, linear_experience, penalty, to):
+    experience, objective = linear_experience(policy, [0.0] * 5), awm(**{penalty: 1.0})
     (a, b), home = numbers(policy), numbers(policy, to)
     da, db = gradients(policy, objective.loss(policy, experience, ITEMS))
     assert da.item() * (a - home[0]) + db.item() * (b - home[1]) > 0
@@ -214,7 +214,7 @@ def test_a_pull_leads_back_to_its_own_weights(policy, linear_experience, pull, t
 def test_neither_the_cut_nor_the_order_of_items_matters(policy, experience, settings, updates):
     objective = awm(**settings)
     prepared = objective.prepare(policy, experience, 64, updates)
-    torch.testing.assert_close(objective.prepare(policy, experience, 2, updates).before_ND, prepared.before_ND)
+    torch.testing.assert_close(objective.prepare(policy, experience, 2, updates).prepared_ND, prepared.prepared_ND)
     shift(policy, a=0.15, b=-0.1)
     whole = objective.loss(policy, prepared, ITEMS)
     shuffled = ITEMS[torch.randperm(15, generator=torch.Generator().manual_seed(2))]
@@ -225,8 +225,8 @@ def test_neither_the_cut_nor_the_order_of_items_matters(policy, experience, sett
             assert sum(p.sums[name].item() for p in parts) == pytest.approx(value.item(), rel=1e-9), name
         deviation = max(p.maxima["ratio_max_deviation"].item() for p in parts)
         assert deviation == pytest.approx(whole.maxima["ratio_max_deviation"].item(), rel=1e-9)
-        found = [sum(g) for g in zip(*(gradients(policy, p) for p in parts), strict=True)]
-        torch.testing.assert_close(found, expected)
+        actual = [sum(g) for g in zip(*(gradients(policy, p) for p in parts), strict=True)]
+        torch.testing.assert_close(actual, expected)
 
 
 def test_old_log_probs_stay_with_their_trajectories(policy, experience):
@@ -249,8 +249,8 @@ def test_what_it_asks_for(experience):
     assert [objective.settings.averages["average"].decay(n) for n in (1, 100, 2000)] == pytest.approx([3e-4, 0.03, 0.3])
 
 
-def test_the_authors_settings_are_told_from_flow_factorys():
-    """Read in both public configurations for SD3.5: the clip of advantages, what they are divided by, and the average's decay."""
+def test_the_authors_settings_differ_from_flow_factorys():
+    """Both public configurations for SD3.5 differ in the clip of advantages, their divisor and the average's decay."""
     authors, flow_factory = load_recipe("sd35m-awm").objective.awm, AWMSettings()
     averages = [c.averages["average"] for c in (authors, flow_factory)]
     assert [[a.decay(n) for n in (1, 100, 250, 400, 2000)] for a in averages] == [

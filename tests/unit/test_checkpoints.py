@@ -205,10 +205,10 @@ def test_a_run_folder_that_is_gone_is_not_made_anew(run):
 
 def test_a_changed_configuration_is_refused_with_the_fields(run):
     found = load_state(run / "checkpoints" / "iteration_000003")
-    check_unchanged(run, found, CONFIG, accept=False)
+    check_unchanged(run, found["config"], CONFIG, accept=False)
     changed = replace(CONFIG, seed=1, optim=OptimSettings(betas=(0.9, 0.99)), model=ModelSettings("x"))
     with pytest.raises(ValueError) as refused:
-        check_unchanged(run, found, changed, accept=False)
+        check_unchanged(run, found["config"], changed, accept=False)
     assert str(refused.value) == (
         f"{run}/config.json was changed since the checkpoint: seed was 0 and is 1, model.path was 'shapes-flow' and is 'x',"
         " optim.betas was [0.9, 0.999] and is [0.9, 0.99]; put it back, or give --accept-changes to go on with it"
@@ -217,19 +217,19 @@ def test_a_changed_configuration_is_refused_with_the_fields(run):
 
 def test_what_a_run_may_change_on_its_way_is_no_change(run):
     longer = replace(CONFIG, iterations=99, sampling=SamplingSettings(microbatch=3), optim=OptimSettings(microbatch=2))
-    check_unchanged(run, load_state(run / "checkpoints" / "iteration_000003"), longer, accept=False)
+    check_unchanged(run, load_state(run / "checkpoints" / "iteration_000003")["config"], longer, accept=False)
 
 
 def test_what_a_checkpoint_is_of_no_use_without_cannot_be_changed(run):
     found = load_state(run / "checkpoints" / "iteration_000003")
     calmer = replace(CONFIG, optim=OptimSettings(weight_decay=0.5))
-    check_unchanged(run, found, calmer, accept=True)
+    check_unchanged(run, found["config"], calmer, accept=True)
     with pytest.raises(
         ValueError, match=r"the checkpoint: objective\.name was 'grpo' and is 'nft'; put that back, since"
     ):
-        check_unchanged(run, found, replace(calmer, objective=ObjectiveSettings(name="nft")), accept=True)
+        check_unchanged(run, found["config"], replace(calmer, objective=ObjectiveSettings(name="nft")), accept=True)
     with pytest.raises(ValueError, match=r"the checkpoint: model\.lora_alpha was 32 and is 64; put that back, since"):
-        check_unchanged(run, found, replace(calmer, model=replace(calmer.model, lora_alpha=64)), accept=True)
+        check_unchanged(run, found["config"], replace(calmer, model=replace(calmer.model, lora_alpha=64)), accept=True)
 
 
 @pytest.mark.parametrize(("decay", "iterations", "warned"), [(1.0, 8, 1), (1.0, 4, 0), (1.0, 3, 0), (0.0, 8, 0)])
@@ -247,7 +247,7 @@ def test_a_field_that_the_checkpoint_does_not_know_is_no_change(run):
     """It was saved before there was such a field, whose default is what it did."""
     found = load_state(run / "checkpoints" / "iteration_000003")
     del found["config"]["optim"]["ema_decay"]
-    check_unchanged(run, found, replace(CONFIG, optim=OptimSettings(ema_decay=0.5)), accept=False)
+    check_unchanged(run, found["config"], replace(CONFIG, optim=OptimSettings(ema_decay=0.5)), accept=False)
 
 
 def test_lists_of_prompts_are_told_apart_by_texts_columns_and_order():
@@ -271,31 +271,31 @@ def test_a_checkpoint_of_before_there_were_digests_is_taken(run):
 
 
 def test_another_model_is_refused_by_its_parts_unless_that_is_accepted(run):
-    state = {"weights": {"unet": "1", "vae": "2", "text_encoder": "3"}}
+    was = {"unet": "1", "vae": "2", "text_encoder": "3"}
     now = {"unet": "1", "vae": "4", "text_encoder": "5"}
     message = (
         rf"^the weights of vae, text_encoder \(shapes-flow\) are not those that {run} began with; .*--accept-changes"
     )
     with pytest.raises(ValueError, match=message):
-        checkpoints.check_weights(run, state, now, CONFIG, accept=False)
-    checkpoints.check_weights(run, state, now, CONFIG, accept=True)
-    checkpoints.check_weights(run, state, {"unet": "1", "safety_checker": "6"}, CONFIG, accept=False)
+        checkpoints.check_weights(run, was, now, CONFIG, accept=False)
+    checkpoints.check_weights(run, was, now, CONFIG, accept=True)
+    checkpoints.check_weights(run, was, {"unet": "1", "safety_checker": "6"}, CONFIG, accept=False)
 
 
 def test_a_reward_of_before_there_was_a_field_is_no_change(run):
     found = load_state(run / "checkpoints" / "iteration_000003")
     assert found["config"]["reward"]["terms"][0].pop("from_python") is False
-    check_unchanged(run, found, CONFIG, accept=False)
+    check_unchanged(run, found["config"], CONFIG, accept=False)
 
 
 def test_other_versions_are_said(run):
     found = load_state(run / "checkpoints" / "iteration_000003")
     warnings: list[str] = []
-    check_versions(found, CONFIG, warnings.append)
+    check_versions(found["versions"], CONFIG, warnings.append)
     assert warnings == []
     found["versions"] |= {"torch": "1.0"}
     del found["versions"]["peft"]
-    check_versions(found, CONFIG, warnings.append)
+    check_versions(found["versions"], CONFIG, warnings.append)
     (warning,) = warnings
     assert "torch 1.0 -> 2" in warning and "peft unknown -> " in warning and "python" not in warning
 
@@ -310,8 +310,8 @@ def test_the_version_of_an_optimizers_package_is_kept_by_runs_that_use_it(run, m
         save(run, state(iteration), config)
     kept, plain = (load_state(run / "checkpoints" / f"iteration_00000{i}")["versions"] for i in (4, 5))
     assert kept == plain | {"bitsandbytes": "0.1"} and "bitsandbytes" not in plain
-    check_versions({"versions": kept | {"bitsandbytes": "0.0"}}, lean, warnings.append)
-    check_versions({"versions": kept}, lean, warnings.append)
+    check_versions(kept | {"bitsandbytes": "0.0"}, lean, warnings.append)
+    check_versions(kept, lean, warnings.append)
     (warning,) = warnings
     assert warning.endswith(": bitsandbytes 0.0 -> 0.1")
 

@@ -3,8 +3,9 @@ import io
 import pytest
 
 from progrpo.tracking.console import Console
+from progrpo.tracking.records import Metrics, Summary
 
-RECORD = {
+RECORD: Metrics = {
     "iteration": 0,
     "seconds": 4.0,
     "reward/mean": 0.5,
@@ -13,7 +14,7 @@ RECORD = {
     "preview/rank_correlation@7": 0.91,
     "preview/rank_correlation@5": 0.8,
 }
-SUMMARY = {
+SUMMARY: Summary = {
     "reward_before": 0.6,
     "reward_after": 0.7,
     "accuracy_before": 0.5,
@@ -32,8 +33,8 @@ class Terminal(io.StringIO):
 
 def test_an_iteration_is_one_plain_line(capsys):
     console = Console(iterations=20, nfe_unpruned=5760)
-    console.iteration(RECORD)
-    console.iteration({**RECORD, "iteration": 1, "reward/mean": 0.53, "seconds": 6.0, "eval/strict": 0.4})
+    console.log(RECORD, 0)
+    console.log({**RECORD, "iteration": 1, "reward/mean": 0.53, "seconds": 6.0, "eval/strict": 0.4}, 1)
     first, second = capsys.readouterr().out.splitlines()
     assert first == (
         "iteration  1/20  reward 0.500 (+0.000)  strict  25.0 %  4,320 NFE (25 % saved)  4.0 s/it  1 min 16 s left"
@@ -46,14 +47,14 @@ def test_an_iteration_is_one_plain_line(capsys):
 
 def test_a_resumed_run_counts_from_its_first_iteration(capsys):
     console = Console(iterations=3, history=[RECORD])
-    console.iteration({**RECORD, "iteration": 2, "reward/mean": 0.4})
+    console.log({**RECORD, "iteration": 2, "reward/mean": 0.4}, 2)
     line = capsys.readouterr().out
     assert "reward 0.400 (-0.100)" in line
     assert "left" not in line
 
 
 def test_what_is_missing_is_a_dash(capsys):
-    Console(iterations=2).iteration({"iteration": 0, "reward/mean": None})
+    Console(iterations=2).log({"iteration": 0, "reward/mean": None}, 0)
     assert capsys.readouterr().out == "iteration 1/2  reward –  strict       –  – NFE\n"
 
 
@@ -69,7 +70,7 @@ def test_the_summary_is_a_table_and_what_was_spent(capsys):
 
 
 def test_rewards_of_millions_are_short(capsys):
-    large = {"reward_before": 1e12, "reward_after": -3e15, "held_out_before": {"size": 1234567.0}}
+    large: Summary = {"reward_before": 1e12, "reward_after": -3e15, "held_out_before": {"size": 1234567.0}}
     Console(iterations=20).summary_table({**SUMMARY, **large})
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[1] == ["reward", "1e+12", "-3e+15", "-3.001e+15"]
@@ -85,7 +86,7 @@ def test_only_the_main_process_prints(capsys):
     console = Console(iterations=1, enabled=False)
     console.say("hello")
     console.warn("careful")
-    console.iteration(RECORD)
+    console.log(RECORD, 0)
     console.summary_table(SUMMARY)
     assert capsys.readouterr().out == ""
 
@@ -102,7 +103,7 @@ def test_messages_are_printed_as_they_are(capsys, message):
 def test_a_terminal_gets_the_same_words():
     terminal = Terminal()
     console = Console(iterations=20, nfe_unpruned=5760, file=terminal)
-    console.iteration(RECORD)
+    console.log(RECORD, 0)
     console.summary_table(SUMMARY, "runs/x/report.html")
     for words in ("0.500", "4,320", "62.5 %", "+12.5 points", "runs/x/report.html"):
         assert words in terminal.getvalue()

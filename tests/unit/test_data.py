@@ -39,12 +39,12 @@ def test_text_files_hold_a_prompt_a_line(tmp_path):
     assert texts(of_file(tmp_path, "p.txt", content)) == ["a red circle", "ein grüner Würfel \u2028 daneben"]
 
 
-def test_a_column_that_other_trainers_read_is_said_not_to_be():
+def test_a_column_that_only_other_trainers_read_is_reported():
     rows = [{"prompt": "a cat", "kind": "x"}, {"prompt": "a dog", "negative_prompt": "blurred"}]
     assert unread(prompts_of(rows[:1], "prompts")) is None
-    said = unread(prompts_of(rows, "prompts"))
-    assert said is not None and said.startswith(
-        "the prompts have a column negative_prompt, which only rewards are given:"
+    note = unread(prompts_of(rows, "prompts"))
+    assert note is not None and note.startswith(
+        "the prompts have a column negative_prompt, which only rewards receive:"
     )
 
 
@@ -83,7 +83,11 @@ def test_json_lines_hold_columns(tmp_path):
         ("p.json", b'["a", {"n": 1}]', "row 1: has no field named prompt, only n"),
         ("p.json", b'["a", ""]', "row 1: prompt must be a text that is not empty, not ''"),
         ("p.json", b'["a",\n "b"', "not JSON (Expecting ',' delimiter, line 2, column 5)"),
-        ("p.json", b'{"prompt": "a"}\n{"prompt": "b"}', "line 2, column 1); an object a line is a .jsonl file"),
+        (
+            "p.json",
+            b'{"prompt": "a"}\n{"prompt": "b"}',
+            "line 2, column 1); a file with one object per line is a .jsonl file",
+        ),
         ("p.json", b'{"prompt": ["a", "b"]}', "must be a list of texts or of objects such as"),
         ("p.json", b"[]", "holds no prompt"),
         ("p.json", b'{"prompts": []}', "holds no prompt"),
@@ -128,11 +132,14 @@ def test_other_sources_are_refused():
         load_prompts("p.xlsx")
 
 
-TOLD = (Prompt('a "red" cat,\nsitting', {"tag": "x", "n": None}), Prompt("ein grüner Würfel", {"tag": None, "n": "2"}))
+ROW_PROMPTS = (
+    Prompt('a "red" cat,\nsitting', {"tag": "x", "n": None}),
+    Prompt("ein grüner Würfel", {"tag": None, "n": "2"}),
+)
 
 
 def as_rows(column):
-    return [{column: prompt.text, **prompt.columns} for prompt in TOLD]
+    return [{column: prompt.text, **prompt.columns} for prompt in ROW_PROMPTS]
 
 
 @pytest.mark.parametrize("column", ["prompt", "caption", "prompts"])
@@ -147,18 +154,18 @@ def test_every_format_holds_the_same_rows(tmp_path, column):
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
     for file in tmp_path.iterdir():
-        assert load_prompts(str(file), column=column) == {"": TOLD}, file
-        assert prompts_of(file, "prompts", column) == TOLD
-    (tmp_path / "texts.json").write_text(json.dumps([prompt.text for prompt in TOLD]))
-    assert texts(load_prompts(str(tmp_path / "texts.json"), column=column)[""]) == texts(TOLD)
+        assert load_prompts(str(file), column=column) == {"": ROW_PROMPTS}, file
+        assert prompts_of(file, "prompts", column) == ROW_PROMPTS
+    (tmp_path / "texts.json").write_text(json.dumps([prompt.text for prompt in ROW_PROMPTS]))
+    assert texts(load_prompts(str(tmp_path / "texts.json"), column=column)[""]) == texts(ROW_PROMPTS)
     with pytest.raises(ValueError, match=rf"row 0: has no field named other, only {column}, tag, n; prompts.column"):
         load_prompts(str(tmp_path / "p.parquet"), column="other")
 
 
 def test_rows_of_python_may_name_their_text_otherwise():
     given = [*as_rows("caption"), "a text", Prompt("a prompt", {"caption": "kept"})]
-    told = prompts_of(given, "prompts", "caption")
-    assert told == (*TOLD, Prompt("a text"), Prompt("a prompt", {"caption": "kept"}))
+    prompts = prompts_of(given, "prompts", "caption")
+    assert prompts == (*ROW_PROMPTS, Prompt("a text"), Prompt("a prompt", {"caption": "kept"}))
     with pytest.raises(ValueError, match=r"^prompts\[0\]: has no field named caption, only prompt"):
         prompts_of([{"prompt": "a"}], "prompts", "caption")
     with pytest.raises(ValueError, match=r"a prompt file is given as pathlib\.Path\('a/p\.csv'\)$"):
@@ -189,7 +196,7 @@ def test_python_gives_texts_prompts_and_rows():
         (["a", 3], "prompts[1] must be a text, a Prompt or a row with a field prompt, not 3"),
         (["a", " "], "prompts[1]: prompt must be a text that is not empty, not ' '"),
         ([Prompt(3)], "prompts[0]: prompt must be a text that is not empty, not 3"),  # type: ignore[arg-type]
-        (["\ud800"], "prompts[0]: prompt must be a text without NUL and halves of characters"),
+        (["\ud800"], "prompts[0]: prompt must be a text without NUL and lone surrogates"),
         ([{"text": "a"}], "prompts[0]: has no field named prompt, only text"),
     ],
 )
@@ -207,13 +214,13 @@ UNORDERED = {"a", "b"}
     [
         (
             UNORDERED,
-            "a set has another order in each process and at each start; give sorted(...) of it, or list(dict.fr",
+            "the order of a set differs between processes and between starts; give sorted(...) of it, or list(dict.fr",
         ),
-        (frozenset("a"), "not frozenset({'a'}): a set has another order"),
-        (iter(UNORDERED), "a set has another order"),
+        (frozenset("a"), "not frozenset({'a'}): the order of a set differs"),
+        (iter(UNORDERED), "the order of a set differs"),
         ({"a": 1}.keys(), "not dict_keys(['a']); give list(...) of them if they are the prompts"),
         ({"a": 1}.items(), "give list(...) of them"),
-        ({"train": ["a"], "test": ["b"]}, "; one of its parts may be meant (prompts['train'], prompts['test'])"),
+        ({"train": ["a"], "test": ["b"]}, "; one of its values may be meant (prompts['train'], prompts['test'])"),
         (bytearray(b"a"), "not bytearray(b'a')"),
         (np.array("a"), "not array('a'"),
         (np.array([["a", "b"]]), "prompts[0] must be a text"),
@@ -283,7 +290,7 @@ def test_lines_are_counted_whatever_ends_them(tmp_path):
     assert texts(of_file(tmp_path, "p.txt", b"a\rb\r\nc\nd")) == ["a", "b", "c", "d"]
     with pytest.raises(ValueError, match=r"p.txt, line 3: not UTF-8 text"):
         of_file(tmp_path, "p.txt", b"a\rb\r\n\xff\nd")
-    with pytest.raises(ValueError, match=r"p.txt, line 2: over 1 MB long; write a prompt a line$"):
+    with pytest.raises(ValueError, match=r"p.txt, line 2: over 1 MB long; write one prompt per line$"):
         of_file(tmp_path, "p.txt", b"a\n" + b"x" * 1_000_001)
     assert len(texts(of_file(tmp_path, "p.txt", b"a\n" + b"x" * 999_999 + b"\nb"))) == 3
 
@@ -327,7 +334,7 @@ def test_shapes_come_kind_by_kind():
     assert [p.columns["kind"] for p in dealt] == list(world.KINDS) * 2
 
 
-# --- by signal ---------------------------------------------------------------------------------------------------------
+# --- by signal --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -335,8 +342,8 @@ def of_easy_and_hard():
     return {"easy": tuple(Prompt(f"easy {i}") for i in range(4)), "hard": tuple(Prompt(f"hard {i}") for i in range(40))}
 
 
-def taught(order, iterations, count, signal_of):
-    """Let the order see groups whose rewards differ as `signal_of` their prompt says; the prompts it dealt."""
+def teach(order, iterations, count, signal_of):
+    """Let the order observe groups whose rewards differ by `signal_of(text)`, and return the prompts that it chose."""
     dealt = []
     for t in range(iterations):
         prompts = texts(order.prompts_for(t, count))
@@ -354,20 +361,19 @@ def test_by_signal_starts_with_kinds_alike_whatever_their_size(of_easy_and_hard)
 
 def test_by_signal_goes_where_rewards_differ_and_forgets_nobody(of_easy_and_hard):
     order = BySignal(of_easy_and_hard, 0)
-    dealt = Counter(t.split()[0] for t in taught(order, 200, 2, lambda text: 0.2 if "hard" in text else 0.0)[100:])
+    dealt = Counter(t.split()[0] for t in teach(order, 200, 2, lambda text: 0.2 if "hard" in text else 0.0)[100:])
     assert dealt["hard"] > 4 * dealt["easy"] > 0
-    found = order.metrics()
-    assert found["prompts/signal@hard"] == pytest.approx(0.2) and found["prompts/signal@easy"] == 0
+    metrics = order.metrics()
+    assert metrics["prompts/signal@hard"] == pytest.approx(0.2) and metrics["prompts/signal@easy"] == 0
     # floor 0.25 of the average 0.1, against that and 0.2
-    assert found["prompts/share@easy"] == pytest.approx(0.025 / 0.25) and found["prompts/share@hard"] == pytest.approx(
-        0.9
-    )
-    assert found["prompts/seen"] == 44
+    assert metrics["prompts/share@easy"] == pytest.approx(0.025 / 0.25)
+    assert metrics["prompts/share@hard"] == pytest.approx(0.9)
+    assert metrics["prompts/seen"] == 44
 
 
 def test_by_signal_tells_prompts_of_one_kind_apart():
     order = BySignal({"": tuple(Prompt(str(i)) for i in range(6))}, 0)
-    dealt = Counter(taught(order, 300, 2, lambda text: 0.3 if text == "3" else 0.0)[200:])
+    dealt = Counter(teach(order, 300, 2, lambda text: 0.3 if text == "3" else 0.0)[200:])
     assert dealt["3"] > 2 * max(count for text, count in dealt.items() if text != "3")
     assert set(order.metrics()) == {"prompts/signal@all", "prompts/share@all", "prompts/seen"}
 
@@ -382,7 +388,7 @@ def test_by_signal_what_is_not_known_changes_nothing_and_no_signal_at_all_is_no_
     order = BySignal(of_ten, 0)
     order.observe(0, [float("nan")] * 4)
     assert order.metrics() == {"prompts/seen": 0}
-    taught(order, 5, 4, lambda text: 0.0)
+    teach(order, 5, 4, lambda text: 0.0)
     assert len(order.prompts_for(5, 4)) == 4
 
 
@@ -392,22 +398,22 @@ def test_by_signal_resumes_exactly(of_easy_and_hard):
     def signal(text):
         return len(text) % 3 / 10
 
-    dealt = taught(straight, 8, 5, signal)
-    assert taught(stopped, 4, 5, signal) == dealt[:20]
+    dealt = teach(straight, 8, 5, signal)
+    assert teach(stopped, 4, 5, signal) == dealt[:20]
     resumed = BySignal(of_easy_and_hard, 1)
     resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
     for t in range(4, 8):
         prompts = texts(resumed.prompts_for(t, 5))
         assert prompts == dealt[5 * t : 5 * t + 5]
         resumed.observe(t, [signal(text) for text in prompts])
-    assert resumed.metrics() == straight.metrics() and taught(other, 8, 5, signal) != dealt
+    assert resumed.metrics() == straight.metrics() and teach(other, 8, 5, signal) != dealt
     assert set(texts(straight.ahead(8, 9, 5))) >= set(texts(straight.prompts_for(8, 5)))
 
 
 def test_a_files_pictures_are_found_from_its_folder(tmp_path, monkeypatch):
-    (tmp_path / "told").mkdir()
+    (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
-    for path in ("told/a.png", "b.png"):
+    for path in ("folder/a.png", "b.png"):
         Image.new("RGB", (3, 2)).save(path)
     rows: list[dict[str, Any]] = [
         {"image": "a.png"},
@@ -417,17 +423,17 @@ def test_a_files_pictures_are_found_from_its_folder(tmp_path, monkeypatch):
         {},
     ]
     lines = "".join(json.dumps({"prompt": "a", **row}) + "\n" for row in rows)
-    Path("told/prompts.jsonl").write_text(lines)
-    (prompts,) = load_prompts("told/prompts.jsonl").values()
+    Path("folder/prompts.jsonl").write_text(lines)
+    (prompts,) = load_prompts("folder/prompts.jsonl").values()
     assert [source_of(prompt).size for prompt in prompts[:3]] == [(3, 2)] * 3
     assert [prompt.columns.get("image") for prompt in prompts[3:]] == [None, None]
     for given, message in (
         (3, "image must be the path of a picture, not 3"),
-        ("b.png", "image: no picture told/b.png"),
+        ("b.png", "image: no picture folder/b.png"),
     ):
-        Path("told/prompts.jsonl").write_text(lines + json.dumps({"prompt": "a", "image": given}))
-        with pytest.raises(ValueError, match=rf"told/prompts\.jsonl, line 6: {message}"):
-            load_prompts("told/prompts.jsonl")
+        Path("folder/prompts.jsonl").write_text(lines + json.dumps({"prompt": "a", "image": given}))
+        with pytest.raises(ValueError, match=rf"folder/prompts\.jsonl, line 6: {message}"):
+            load_prompts("folder/prompts.jsonl")
 
 
 # --- the datasets library ---------------------------------------------------------------------------------------------
@@ -494,9 +500,7 @@ def test_a_dataset_has_configurations(tmp_path):
 def test_datasets_that_hold_no_prompts_are_refused_in_a_sentence(saved, monkeypatch):
     with pytest.raises(ValueError, match=r"wrong, row 0: has no field named prompt, only text; prompts.column"):
         load_prompts(f"dataset:{saved / 'wrong'}")
-    with pytest.raises(
-        ValueError, match=r"^dataset:.*one:x: a dataset that was saved has no configurations; leave x out$"
-    ):
+    with pytest.raises(ValueError, match=r"^dataset:.*one:x: a saved dataset has no configurations; leave x out$"):
         load_prompts(f"dataset:{saved / 'one'}:x")
     with pytest.raises(ValueError, match=r"^dataset:.*absent could not be loaded: [^\n]*$"):
         load_prompts(f"dataset:{saved / 'absent'}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from progrpo.objectives.dgpo import DGPO
-from progrpo.objectives.forward_process import Draws, Noised
+from progrpo.objectives.forward_process import Draws, NoisedLatents
 from progrpo.objectives.settings import DGPOSettings
 from progrpo.training.update import Packing
 
@@ -48,7 +48,7 @@ def experience(policy, linear_experience):
 
 
 def item(policy, experience, i):
-    return Noised.gather(policy, experience, torch.tensor([i]), Draws(DRAWS, FRACTION, shared=True))
+    return NoisedLatents.gather(policy, experience, torch.tensor([i]), Draws(DRAWS, FRACTION, shared=True))
 
 
 def numbers(policy, weights="current"):
@@ -65,7 +65,7 @@ def error(at, weights):
 
 
 def group_weights(policy, experience):
-    """Of each trajectory and draw, by loops over groups."""
+    """The weight of each trajectory and draw, by loops over groups."""
     weights = torch.empty(5, DRAWS, dtype=torch.float64)
     for d in range(DRAWS):
         for members in GROUPS:
@@ -106,20 +106,20 @@ def moved(policy, experience, objective):
 
 
 def test_weights_by_hand(policy, experience):
-    found = dgpo().prepare(policy, experience, 4, 2).before_ND
+    actual = dgpo().prepare(policy, experience, 4, 2).prepared_ND
     expected = group_weights(policy, experience)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
-    assert found.min() > 0.05 and found.max() < 0.95 and found.std() > 0.02  # not saturated, and not all the same
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
+    assert actual.min() > 0.05 and actual.max() < 0.95 and actual.std() > 0.02  # not saturated, and not all the same
     for members in GROUPS:
-        assert (found[list(members)] == found[members[0]]).all()
+        assert (actual[list(members)] == actual[members[0]]).all()
 
 
 def test_a_group_that_is_undecided_has_weight_one_half(linear_policy, linear_experience):
     """At the reference itself nothing is preferred yet; in a group without advantages nothing ever is."""
     experience = linear_experience(linear_policy, ADVANTAGES)
-    assert dgpo().prepare(linear_policy, experience, 4, 2).before_ND.eq(0.5).all()
+    assert dgpo().prepare(linear_policy, experience, 4, 2).prepared_ND.eq(0.5).all()
     shift(linear_policy, a=0.3)
-    weights = dgpo().prepare(linear_policy, linear_experience(linear_policy, [0.0] * 3 + [2.0, -2.0]), 4, 2).before_ND
+    weights = dgpo().prepare(linear_policy, linear_experience(linear_policy, [0.0] * 3 + [2.0, -2.0]), 4, 2).prepared_ND
     assert weights[:3].eq(0.5).all() and not weights[3:].eq(0.5).any()
 
 
@@ -128,18 +128,18 @@ def test_the_weight_is_above_one_half_where_the_policy_left_what_is_good(policy,
     for n, sign in ((0, 1.0), (0, -1.0)):
         one = experience.take(torch.tensor([n]))
         one = replace(one, advantages_N=torch.tensor([sign], dtype=torch.float64))
-        found = dgpo().prepare(policy, one, 4, 2).before_ND[0]
+        actual = dgpo().prepare(policy, one, 4, 2).prepared_ND[0]
         for d in range(DRAWS):
             at = item(policy, one, d)
             worse = error(at, numbers(policy)) > error(at, numbers(policy, "reference"))
-            assert (found[d] > 0.5) == (worse == (sign > 0))
+            assert (actual[d] > 0.5) == (worse == (sign > 0))
 
 
 def test_members_without_an_advantage_count_in_the_group(policy, linear_experience):
     whole = linear_experience(policy, [1.5, 0.0, -1.0, 2.0, -2.0])
-    full = dgpo().prepare(policy, whole, 4, 2).before_ND
+    full = dgpo().prepare(policy, whole, 4, 2).prepared_ND
     torch.testing.assert_close(full, group_weights(policy, whole), rtol=1e-9, atol=0)
-    fewer = dgpo().prepare(policy, whole.take(torch.tensor([0, 2, 3, 4])), 4, 2).before_ND
+    fewer = dgpo().prepare(policy, whole.take(torch.tensor([0, 2, 3, 4])), 4, 2).prepared_ND
     logit_full, logit_fewer = full.logit(), fewer.logit()
     torch.testing.assert_close(logit_fewer[0], logit_full[0] * 3 / 2)  # of two, not of three
     torch.testing.assert_close(fewer[2:], full[3:])
@@ -164,8 +164,8 @@ def test_loss_by_hand(policy, experience, kl_beta):
 def test_gradient_against_finite_differences_at_constant_weights(policy, experience, kl_beta):
     objective, step = dgpo(kl_beta=kl_beta), 1e-6
     prepared = moved(policy, experience, objective)
-    found = gradients(policy, objective.loss(policy, prepared, ITEMS))
-    for name, gradient in zip("ab", found, strict=True):
+    actual = gradients(policy, objective.loss(policy, prepared, ITEMS))
+    for name, gradient in zip("ab", actual, strict=True):
         around = []
         for sign in (1, -1):
             shift(policy, **{name: sign * step})
@@ -176,11 +176,11 @@ def test_gradient_against_finite_differences_at_constant_weights(policy, experie
 
 def test_the_weight_is_constant_in_the_gradient_and_over_the_updates(policy, experience):
     prepared = dgpo().prepare(policy, experience, 4, 2)
-    assert not prepared.before_ND.requires_grad
-    noted = prepared.before_ND.clone()
+    assert not prepared.prepared_ND.requires_grad
+    before = prepared.prepared_ND.clone()
     moved(policy, experience, dgpo())
     dgpo().loss(policy, prepared, ITEMS).total.backward()
-    assert torch.equal(prepared.before_ND, noted)
+    assert torch.equal(prepared.prepared_ND, before)
 
 
 @pytest.mark.parametrize(("side", "advantage", "flows"), [(1, 1, True), (1, -1, False), (-1, 1, False), (-1, -1, True)])
@@ -190,14 +190,14 @@ def test_beyond_the_range_only_the_way_back_has_a_gradient(policy, linear_experi
     objective = DGPO(DGPOSettings(draws=1, time_fraction=FRACTION, dpo_beta=BETA, clip_range=1e-3, kl_beta=0.0))
     prepared = objective.prepare(policy, one, 4, 1)
     policy.named_weights.snapshot("average")
-    at = Noised.gather(policy, one, torch.tensor([0]), Draws(1, FRACTION, shared=True))
+    at = NoisedLatents.gather(policy, one, torch.tensor([0]), Draws(1, FRACTION, shared=True))
     da, db = torch.autograd.grad(at.error(at.predict(policy)).sum(), [policy.a, policy.b])
     length = side * 0.05 / math.hypot(da, db)
     shift(policy, a=length * da.item(), b=length * db.item())
     moves = at.error(at.predict(policy)).item() - at.error(at.predict_with(policy, "average")).item()
     assert moves * side > 2e-3
-    found = gradients(policy, objective.loss(policy, prepared, torch.tensor([0])))
-    assert any(g != 0 for g in found) == flows
+    actual = gradients(policy, objective.loss(policy, prepared, torch.tensor([0])))
+    assert any(g != 0 for g in actual) == flows
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
@@ -206,7 +206,7 @@ def test_a_step_nears_what_was_good(policy, linear_experience, advantage):
     policy.named_weights.snapshot("average")
     one = linear_experience(policy, [advantage] * 5).take(torch.tensor([2]))
     one = objective.prepare(policy, one, 4, 1)
-    at = Noised.gather(policy, one, torch.tensor([0]), Draws(1, FRACTION, shared=True))
+    at = NoisedLatents.gather(policy, one, torch.tensor([0]), Draws(1, FRACTION, shared=True))
     before = at.error(at.predict(policy)).item()
     da, db = gradients(policy, objective.loss(policy, one, torch.tensor([0])))
     shift(policy, a=-1e-3 * da.item(), b=-1e-3 * db.item())
@@ -234,8 +234,8 @@ def test_groups_are_weighed_alike_whatever_the_microbatch(policy, experience):
     objective = dgpo()
     prepared = objective.prepare(policy, experience, 64, 2)
     for microbatch in (1, 4):
-        again = objective.prepare(policy, experience, microbatch, 2).before_ND
-        torch.testing.assert_close(again, prepared.before_ND, rtol=1e-9, atol=0)
+        again = objective.prepare(policy, experience, microbatch, 2).prepared_ND
+        torch.testing.assert_close(again, prepared.prepared_ND, rtol=1e-9, atol=0)
 
 
 def test_a_share_of_the_trajectories_keeps_the_weights_of_the_whole_group(policy, experience):
@@ -248,9 +248,9 @@ def test_a_share_of_the_trajectories_keeps_the_weights_of_the_whole_group(policy
             assert objective.loss(policy, some, torch.tensor([d * 2 + n])).total.item() == pytest.approx(there)
 
 
-def test_of_nobody_nothing_is_noted(policy, experience):
+def test_without_trajectories_nothing_is_prepared(policy, experience):
     nobody = experience.take(torch.empty(0, dtype=torch.long))
-    assert dgpo().prepare(policy, nobody, 4, 2).before_ND.shape == (0, DRAWS)
+    assert dgpo().prepare(policy, nobody, 4, 2).prepared_ND.shape == (0, DRAWS)
 
 
 def test_what_it_asks_for(policy, experience):
@@ -266,24 +266,24 @@ def test_what_it_asks_for(policy, experience):
 
 @pytest.mark.parametrize("kl_beta", [0.0, 0.3])
 @pytest.mark.parametrize("one_shape", [False, True])
-def test_a_single_update_finds_the_weights_on_its_way(policy, linear_experience, kl_beta, one_shape):
-    """The same loss and gradient as with weights that were noted before, item by item, with a pass less of each."""
+def test_a_single_update_computes_the_weights_within_its_loss(policy, linear_experience, kl_beta, one_shape):
+    """The same loss and gradient as with weights that were prepared before, item by item, with a pass less of each."""
     objective = dgpo(kl_beta=kl_beta)
     experience = linear_experience(policy, [1.5, 0.0, -1.0, 2.0, -2.0])
-    noted = objective.prepare(policy, experience, 64, 2)
+    prepared = objective.prepare(policy, experience, 64, 2)
     whole = objective.prepare(policy, experience, 64, 1)
-    assert whole.before_ND is None and whole.size_N.tolist() == [3, 3, 3, 2, 2]
-    telling = torch.tensor([0, 2, 3, 4])  # the update leaves out who has no advantage; the group's size knows of it
-    noted, whole = noted.take(telling), whole.take(telling)
+    assert whole.prepared_ND is None and whole.group_size_N.tolist() == [3, 3, 3, 2, 2]
+    telling = torch.tensor([0, 2, 3, 4])  # the update leaves out members without an advantage; they count in the size
+    prepared, whole = prepared.take(telling), whole.take(telling)
     for microbatch in (2, 3, 4, 64):
-        for part in Packing(microbatch, one_shape).parts(whole, DRAWS):
-            found = objective.loss(policy, whole, part).first(len(part.unique()))
-            expected = objective.loss(policy, noted, part.unique())
-            torch.testing.assert_close(found.loss_B, expected.loss_B, rtol=1e-9, atol=0)
-            ours, theirs = (torch.autograd.grad(x.total, [policy.a, policy.b]) for x in (found, expected))
+        for part in Packing(microbatch, one_shape).batches(whole, DRAWS):
+            actual = objective.loss(policy, whole, part).first(len(part.unique()))
+            expected = objective.loss(policy, prepared, part.unique())
+            torch.testing.assert_close(actual.loss_B, expected.loss_B, rtol=1e-9, atol=0)
+            ours, theirs = (torch.autograd.grad(x.total, [policy.a, policy.b]) for x in (actual, expected))
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-15)
 
 
 def test_groups_that_do_not_fit_into_a_microbatch_are_weighed_before(policy, experience):
-    assert dgpo().prepare(policy, experience, 2, 1).before_ND is not None
-    assert dgpo().prepare(policy, experience, 3, 1).before_ND is None
+    assert dgpo().prepare(policy, experience, 2, 1).prepared_ND is not None
+    assert dgpo().prepare(policy, experience, 3, 1).prepared_ND is None

@@ -1,4 +1,4 @@
-"""Objectives that need no trajectory, on diffusion models that say noise or v: against loops over items, in float64."""
+"""Objectives without trajectories on diffusion models that predict noise or v, against loops over items, in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from progrpo.objectives.awm import AWM
 from progrpo.objectives.dgpo import DGPO
-from progrpo.objectives.forward_process import Draws, Noised
+from progrpo.objectives.forward_process import Draws, NoisedLatents
 from progrpo.objectives.nft import NFT
 from progrpo.objectives.settings import AWMSettings, DGPOSettings, NFTSettings
 
@@ -95,28 +95,28 @@ class Item:
 
 def items(policy, experience, shared=False):
     """Times are drawn at even steps below -1 and noise at the odd ones below those."""
-    found, living = [], experience.trajectories
+    actual, trajectories = [], experience.trajectories
     for i in range(5 * DRAWS):
         d, n = divmod(i, 5)
-        whose = living.slot_N[n : n + 1], torch.tensor([-1]) if shared else living.member_N[n : n + 1]
+        whose = trajectories.slot_N[n : n + 1], torch.tensor([-1]) if shared else trajectories.member_N[n : n + 1]
         share = (1 + math.erf(experience.noise.draw(*whose, -2 - 2 * d, ()).item() / math.sqrt(2))) / 2
         place = (d + share) / DRAWS * FRACTION * 3
         below = int(place)
         timestep = round(GRID[below] + (GRID[below + 1] - GRID[below]) * (place - below))
         signal = policy.signal[timestep].item()
-        found.append(
+        actual.append(
             Item(
                 form=policy.prediction,
                 timestep=timestep,
                 alpha=math.sqrt(signal),
                 sigma=math.sqrt(1 - signal),
-                x0=living.x_NCHW[n],
+                x0=trajectories.x_NCHW[n],
                 eps=experience.noise.draw(*whose, -3 - 2 * d, (1, 2, 2))[0].double(),
-                c=experience.condition.tensors["c"][living.group_N[n]].item(),
+                c=experience.condition.tensors["c"][trajectories.group_N[n]].item(),
                 advantage=experience.advantages_N[n].item(),
             )
         )
-    return found
+    return actual
 
 
 def gradients(policy, loss):
@@ -129,19 +129,19 @@ def test_three_levels_at_least_are_met(policy, experience):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_items_by_hand(policy, experience, shared):
-    at = Noised.gather(policy, experience, ITEMS, Draws(DRAWS, FRACTION, shared))
+    at = NoisedLatents.gather(policy, experience, ITEMS, Draws(DRAWS, FRACTION, shared))
     output = at.predict(policy)
     for i, item in enumerate(items(policy, experience, shared)):
         assert at.levels.timestep[i] == item.timestep and at.advantages[i] == item.advantage
         assert (at.levels.alpha[i], at.levels.sigma[i]) == pytest.approx((item.alpha, item.sigma), rel=1e-14)
-        for found, expected in (
+        for actual, expected in (
             (at.x0[i], item.x0),
             (at.x[i], item.x),
             (at.target[i], item.truth),
             (output[i], item.output(NOW)),
             (at.denoised(output)[i], item.denoised(item.output(NOW))),
         ):
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
         assert at.error(output)[i].item() == pytest.approx(item.error(NOW), rel=1e-12)
     torch.testing.assert_close(at.denoised(at.target), at.x0)  # the truth points to the data
 
@@ -224,7 +224,7 @@ def test_dgpo_by_hand(policy, experience):
                 for i in (all_items[d * 5 + n] for n in members)
             ]
             weights[list(members), d] = 1 / (1 + math.exp(-sum(gains) / len(members)))
-    torch.testing.assert_close(prepared.before_ND, weights, rtol=1e-9, atol=0)
+    torch.testing.assert_close(prepared.prepared_ND, weights, rtol=1e-9, atol=0)
     assert weights.std() > 0.02
     become(policy, later := (0.5, 0.0))
     loss, total, clipped = objective.loss(policy, prepared, ITEMS), 0.0, 0
@@ -249,7 +249,7 @@ def test_dgpo_by_hand(policy, experience):
     ],
 )
 def test_a_step_nears_what_was_good(policy, experience_of, objective, advantage):
-    """The noised latents of a good picture are told better after it, those of a bad one worse."""
+    """The noised latents of a good picture are predicted better after it, those of a bad one worse."""
     for name in ("old", "average"):
         policy.named_weights.snapshot(name)
     for d in range(DRAWS):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from progrpo.diffusion.levels import between_flow_levels, flow_levels
-from progrpo.objectives.forward_process import Draws, Noised, noted
+from progrpo.objectives.forward_process import Draws, NoisedLatents, evaluate_items
 from progrpo.rollout.noise import INITIAL, NoiseKey
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
@@ -23,11 +23,11 @@ def experience(linear_policy, linear_experience):
 
 
 def everything(policy, experience, draws):
-    return Noised.gather(policy, experience, torch.arange(len(experience) * draws.count), draws)
+    return NoisedLatents.gather(policy, experience, torch.arange(len(experience) * draws.count), draws)
 
 
-def numbers(found):
-    return {**vars(found), "sigma": found.levels.sigma}
+def numbers(actual):
+    return {**vars(actual), "sigma": actual.levels.sigma}
 
 
 def level_at(place, grid):
@@ -51,9 +51,9 @@ def normals(count=400):
 @pytest.mark.parametrize(("count", "fraction"), [(1, 1.0), (4, 0.99), (6, 0.9), (3, 0.6), (2, 0.1)])
 def test_times_by_hand(count, fraction):
     normal, draw = normals(), torch.arange(400) % count
-    found = times(Draws(count, fraction), normal, draw, GRID)
+    actual = times(Draws(count, fraction), normal, draw, GRID)
     grid, steps = GRID.tolist(), len(GRID) - 1
-    for value, n, d in zip(found.tolist(), normal.tolist(), draw.tolist(), strict=True):
+    for value, n, d in zip(actual.tolist(), normal.tolist(), draw.tolist(), strict=True):
         share = (1 + math.erf(n / math.sqrt(2))) / 2
         assert value == pytest.approx(level_at((d + share) / count * fraction * steps, grid), abs=1e-12)
 
@@ -62,16 +62,16 @@ def test_times_by_hand(count, fraction):
 def test_each_draw_lies_in_its_own_part_of_the_trained_share(count, fraction):
     grid, steps = GRID.tolist(), len(GRID) - 1
     for d in range(count):
-        found = times(Draws(count, fraction), normals(), torch.full((400,), d), GRID)
+        actual = times(Draws(count, fraction), normals(), torch.full((400,), d), GRID)
         start, end = (level_at(k / count * fraction * steps, grid) for k in (d, d + 1))
-        assert end - 1e-12 <= found.min() and found.max() <= start + 1e-12
-        assert found.max() - found.min() > 0.9 * (start - end)  # all of the part is met
+        assert end - 1e-12 <= actual.min() and actual.max() <= start + 1e-12
+        assert actual.max() - actual.min() > 0.9 * (start - end)  # all of the part is met
 
 
 def test_times_are_uniform_in_steps_of_the_grid():
     """Half of them before the middle of the grid, whatever the noise level there."""
-    found = times(Draws(1, 1.0), normals(4000), torch.zeros(4000), GRID)
-    shares = [(found >= level_at(5 * share, GRID.tolist())).double().mean().item() for share in (0.25, 0.5, 0.75)]
+    actual = times(Draws(1, 1.0), normals(4000), torch.zeros(4000), GRID)
+    shares = [(actual >= level_at(5 * share, GRID.tolist())).double().mean().item() for share in (0.25, 0.5, 0.75)]
     assert shares == pytest.approx([0.25, 0.5, 0.75], abs=0.03)
 
 
@@ -79,8 +79,8 @@ def test_times_fall_with_the_draw_and_with_the_number_drawn():
     draws = Draws(4, 0.9)
     normal = normals().sort().values
     for d in range(4):
-        found = times(draws, normal, torch.full((400,), d), GRID)
-        assert (found.diff() <= 0).all()
+        actual = times(draws, normal, torch.full((400,), d), GRID)
+        assert (actual.diff() <= 0).all()
     apart = times(draws, torch.randn(4, 100).sort(descending=True).values.flatten(), torch.arange(400) // 100, GRID)
     assert (apart.reshape(4, 100).min(1).values[:-1] >= apart.reshape(4, 100).max(1).values[1:]).all()
 
@@ -112,40 +112,40 @@ def test_times_follow_the_grid():
 @pytest.mark.parametrize("shared", [False, True])
 def test_items_by_hand(linear_policy, experience, shared):
     draws = Draws(3, 0.9, shared)
-    found, living = everything(linear_policy, experience, draws), experience.trajectories
-    assert found.draw.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and found.rows.tolist() == [*range(5)] * 3
+    actual, trajectories = everything(linear_policy, experience, draws), experience.trajectories
+    assert actual.draw.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and actual.rows.tolist() == [*range(5)] * 3
     for i in range(15):
         d, n = divmod(i, 5)
-        x0, eps = living.x_NCHW[n], found.target[i] + living.x_NCHW[n]
-        torch.testing.assert_close(found.x[i], (1 - found.levels.sigma[i]) * x0 + found.levels.sigma[i] * eps)
-        assert torch.equal(found.x0[i], x0) and found.advantages[i] == ADVANTAGES[n]
-        assert found.condition.tensors["c"][i] == experience.condition.tensors["c"][living.group_N[n]]
+        x0, eps = trajectories.x_NCHW[n], actual.target[i] + trajectories.x_NCHW[n]
+        torch.testing.assert_close(actual.x[i], (1 - actual.levels.sigma[i]) * x0 + actual.levels.sigma[i] * eps)
+        assert torch.equal(actual.x0[i], x0) and actual.advantages[i] == ADVANTAGES[n]
+        assert actual.condition.tensors["c"][i] == experience.condition.tensors["c"][trajectories.group_N[n]]
         start, end = (level_at(k / 3 * 0.9 * 3, experience.process.levels_T1.sigma.tolist()) for k in (d, d + 1))
-        assert end <= found.levels.sigma[i] <= start
-    assert {t.dtype for t in (found.x, found.target, found.levels.sigma)} == {torch.float64}
+        assert end <= actual.levels.sigma[i] <= start
+    assert {t.dtype for t in (actual.x, actual.target, actual.levels.sigma)} == {torch.float64}
 
 
 def test_noise_is_standard_normal(linear_policy, experience):
     draws = Draws(500, 1.0)
-    found = everything(linear_policy, experience, draws)
-    eps = found.target + found.x0
+    actual = everything(linear_policy, experience, draws)
+    eps = actual.target + actual.x0
     assert eps.mean().item() == pytest.approx(0, abs=0.03) and eps.std().item() == pytest.approx(1, abs=0.03)
 
 
 def test_every_item_has_its_own_noise_and_time(linear_policy, experience):
-    found = everything(linear_policy, experience, Draws(3, 0.9))
-    eps = (found.target + found.x0).flatten(1)
-    assert len(eps.round(decimals=6).unique(dim=0)) == len(found.levels.sigma.unique()) == 15
+    actual = everything(linear_policy, experience, Draws(3, 0.9))
+    eps = (actual.target + actual.x0).flatten(1)
+    assert len(eps.round(decimals=6).unique(dim=0)) == len(actual.levels.sigma.unique()) == 15
 
 
 def test_a_group_shares_noise_and_times_where_it_should(linear_policy, experience):
-    found = everything(linear_policy, experience, Draws(3, 0.9, shared=True))
-    eps, sigma = (found.target + found.x0).flatten(1).round(decimals=6), found.levels.sigma
+    actual = everything(linear_policy, experience, Draws(3, 0.9, shared=True))
+    eps, sigma = (actual.target + actual.x0).flatten(1).round(decimals=6), actual.levels.sigma
     group = experience.trajectories.group_N
     for d in range(3):
-        of_draw = found.draw == d
+        own = actual.draw == d
         for p in (0, 1):
-            assert len(eps[of_draw][group == p].unique(dim=0)) == len(sigma[of_draw][group == p].unique()) == 1
+            assert len(eps[own][group == p].unique(dim=0)) == len(sigma[own][group == p].unique()) == 1
     assert len(eps.unique(dim=0)) == len(sigma.unique()) == 2 * 3  # no two groups, no two draws
 
 
@@ -156,10 +156,10 @@ def test_neither_the_batch_nor_the_order_shows(linear_policy, experience, shared
     shuffled = items[torch.randperm(15, generator=torch.Generator().manual_seed(2))]
     for cut in (items.split(1), items.split(4), shuffled.split(1), shuffled.split(4), [shuffled]):
         for part in cut:
-            found, place = Noised.gather(linear_policy, experience, part, draws), part.sort().values
-            assert torch.equal(found.rows, whole.rows[place])
-            assert all(torch.equal(numbers(found)[name], numbers(whole)[name][place]) for name in FIELDS)
-            assert torch.equal(found.condition.tensors["c"], whole.condition.tensors["c"][place])
+            actual, place = NoisedLatents.gather(linear_policy, experience, part, draws), part.sort().values
+            assert torch.equal(actual.rows, whole.rows[place])
+            assert all(torch.equal(numbers(actual)[name], numbers(whole)[name][place]) for name in FIELDS)
+            assert torch.equal(actual.condition.tensors["c"], whole.condition.tensors["c"][place])
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -167,11 +167,11 @@ def test_neither_the_batch_nor_the_order_shows(linear_policy, experience, shared
 def test_a_trajectory_does_not_know_who_else_is_there(linear_policy, experience, shared, rows):
     draws = Draws(3, 0.9, shared)
     whole, some = everything(linear_policy, experience, draws), experience.take(torch.tensor(rows))
-    found = everything(linear_policy, some, draws)
+    actual = everything(linear_policy, some, draws)
     place = torch.tensor([d * 5 + row for d in range(3) for row in rows])
     for name in FIELDS:
-        assert torch.equal(numbers(found)[name], numbers(whole)[name][place]), name
-    assert torch.equal(found.condition.tensors["c"], whole.condition.tensors["c"][place])
+        assert torch.equal(numbers(actual)[name], numbers(whole)[name][place]), name
+    assert torch.equal(actual.condition.tensors["c"], whole.condition.tensors["c"][place])
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -201,13 +201,13 @@ class Watched:
 @pytest.mark.parametrize("shared", [False, True])
 def test_noise_is_none_that_sampling_drew_and_never_the_same_twice(linear_policy, experience, shared):
     draws, watched = Draws(4, 0.9, shared), Watched(experience.noise)
-    found = everything(linear_policy, replace(experience, noise=watched), draws)
+    actual = everything(linear_policy, replace(experience, noise=watched), draws)
     assert max(step for _, _, step in watched.asked) < INITIAL
     assert len(watched.asked) == 2 * 20 and len(set(watched.asked)) == 2 * 4 * (2 if shared else 5)
-    eps, living = found.target + found.x0, experience.trajectories
+    eps, trajectories = actual.target + actual.x0, experience.trajectories
     for step in range(-1, 12):
-        for member in (-1, *living.member_N.unique().tolist()):
-            drawn = experience.noise.draw(living.slot_N, torch.full((5,), member), step, (1, 2, 2))
+        for member in (-1, *trajectories.member_N.unique().tolist()):
+            drawn = experience.noise.draw(trajectories.slot_N, torch.full((5,), member), step, (1, 2, 2))
             assert not any(torch.isclose(e, one.double()).any() for e in eps for one in drawn)
 
 
@@ -220,25 +220,25 @@ def test_errors_and_predictions_by_hand(linear_policy, linear_experience):
     with torch.no_grad():
         linear_policy.a += 0.2
         linear_policy.b -= 0.1
-    found = everything(linear_policy, experience, Draws(3, 0.9))
-    v, v_old = found.predict(linear_policy), found.predict_with(linear_policy, "old")
+    actual = everything(linear_policy, experience, Draws(3, 0.9))
+    v, v_old = actual.predict(linear_policy), actual.predict_with(linear_policy, "old")
     assert v.requires_grad and not v_old.requires_grad
     for i in range(15):
-        c = experience.condition.tensors["c"][experience.trajectories.group_N[found.rows[i]]]
-        torch.testing.assert_close(v[i], 0.5 * found.x[i] - 0.3 * c)
-        torch.testing.assert_close(v_old[i], 0.3 * found.x[i] - 0.2 * c)
-        squares = [(a - b) ** 2 for a, b in zip(v[i].flatten(), found.target[i].flatten(), strict=True)]
-        assert found.error(v)[i].item() == pytest.approx(sum(squares).item() / 4)
-    assert found.error(found.target).eq(0).all()
+        c = experience.condition.tensors["c"][experience.trajectories.group_N[actual.rows[i]]]
+        torch.testing.assert_close(v[i], 0.5 * actual.x[i] - 0.3 * c)
+        torch.testing.assert_close(v_old[i], 0.3 * actual.x[i] - 0.2 * c)
+        squares = [(a - b) ** 2 for a, b in zip(v[i].flatten(), actual.target[i].flatten(), strict=True)]
+        assert actual.error(v)[i].item() == pytest.approx(sum(squares).item() / 4)
+    assert actual.error(actual.target).eq(0).all()
     assert linear_policy.a.item() == pytest.approx(0.5)
 
 
 def test_a_network_that_is_told_its_guidance_is_told_what_sampled(linear_policy, linear_experience):
     experience = linear_experience(linear_policy, ADVANTAGES, guidance_scale=3.0)
     linear_policy.embeds_guidance = True
-    found = everything(linear_policy, experience, Draws(3, 0.9))
-    c = found.condition.tensors["c"].reshape(-1, 1, 1, 1)
-    torch.testing.assert_close(found.predict(linear_policy), 0.3 * found.x - 0.2 * 3 * c)
+    actual = everything(linear_policy, experience, Draws(3, 0.9))
+    c = actual.condition.tensors["c"].reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(actual.predict(linear_policy), 0.3 * actual.x - 0.2 * 3 * c)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -246,17 +246,17 @@ def test_a_network_that_is_told_its_guidance_is_told_what_sampled(linear_policy,
 def test_notes_are_those_of_each_item_alone(linear_policy, experience, shared, microbatch):
     draws = Draws(3, 0.9, shared)
 
-    def note(at):
+    def evaluate(at):
         return at.error(at.predict(linear_policy)) * at.levels.sigma + at.advantages
 
-    found = noted(linear_policy, experience, draws, microbatch, note)
-    assert found.shape == (5, 3) and found.dtype == torch.float64 and not found.requires_grad
+    actual = evaluate_items(linear_policy, experience, draws, microbatch, evaluate)
+    assert actual.shape == (5, 3) and actual.dtype == torch.float64 and not actual.requires_grad
     for n in range(5):
         for d in range(3):
-            one = Noised.gather(linear_policy, experience, torch.tensor([d * 5 + n]), draws)
-            assert found[n, d].item() == pytest.approx(note(one).item(), rel=1e-12)
+            one = NoisedLatents.gather(linear_policy, experience, torch.tensor([d * 5 + n]), draws)
+            assert actual[n, d].item() == pytest.approx(evaluate(one).item(), rel=1e-12)
 
 
 def test_of_nobody_there_is_nothing_to_note(linear_policy, experience):
     nobody = experience.take(torch.empty(0, dtype=torch.long))
-    assert noted(linear_policy, nobody, Draws(3, 0.9), 4, lambda at: at.levels.sigma).shape == (0, 3)
+    assert evaluate_items(linear_policy, nobody, Draws(3, 0.9), 4, lambda at: at.levels.sigma).shape == (0, 3)

@@ -80,8 +80,8 @@ def test_gradient_against_finite_differences(linear_policy, linear_transitions, 
     experience = linear_transitions(linear_policy, ADVANTAGES, off=0.05, guidance_scale=guidance_scale)
     shift(linear_policy, a=0.05, b=0.02)
     grpo, step = GRPO(GRPOSettings(clip_range=CLIP, kl_beta=kl_beta)), 1e-6
-    found = gradients(linear_policy, grpo.loss(linear_policy, experience, ITEMS))
-    for name, gradient in zip("ab", found, strict=True):
+    actual = gradients(linear_policy, grpo.loss(linear_policy, experience, ITEMS))
+    for name, gradient in zip("ab", actual, strict=True):
         around = []
         for sign in (1, -1):
             shift(linear_policy, **{name: sign * step})
@@ -164,8 +164,8 @@ def test_neither_the_cut_nor_the_order_of_items_matters(linear_policy, linear_tr
             assert sum(p.sums[name].item() for p in parts) == pytest.approx(value.item(), rel=1e-9), name
         deviation = max(p.maxima["ratio_max_deviation"].item() for p in parts)
         assert deviation == pytest.approx(whole.maxima["ratio_max_deviation"].item(), rel=1e-9)
-        found = [sum(g) for g in zip(*(gradients(linear_policy, p) for p in parts), strict=True)]
-        torch.testing.assert_close(found, list(gradients(linear_policy, grpo.loss(linear_policy, experience, ITEMS))))
+        actual = [sum(g) for g in zip(*(gradients(linear_policy, p) for p in parts), strict=True)]
+        torch.testing.assert_close(actual, list(gradients(linear_policy, grpo.loss(linear_policy, experience, ITEMS))))
 
 
 def test_an_item_is_a_transition_of_a_trajectory(linear_policy, linear_transitions):
@@ -232,8 +232,8 @@ def test_a_guarded_log_ratio_is_the_drawn_noise_times_the_move_of_the_mean(linea
         now = gaussian(linear_policy, experience, t, row)
         z = (t.x_next_NCHW[row] - t.mean_NCHW[row]) / now.stddev
         expected = (z * (now.mean - t.mean_NCHW[row])).mean().exp()
-        found = wide.loss(linear_policy, experience, torch.tensor([item])).total
-        assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+        actual = wide.loss(linear_policy, experience, torch.tensor([item])).total
+        assert actual.item() == pytest.approx(expected.item(), rel=1e-9)
 
 
 def test_on_policy_a_guarded_ratio_is_one(linear_policy, linear_transitions):
@@ -360,8 +360,8 @@ def rounded(experience):
 
 
 def old(experience) -> torch.Tensor:
-    assert experience.before_ND is not None
-    return experience.before_ND
+    assert experience.prepared_ND is not None
+    return experience.prepared_ND
 
 
 @pytest.mark.parametrize("ratio", ["plain", "guard"])
@@ -369,12 +369,12 @@ def test_with_one_update_rounding_between_sampling_and_training_changes_no_gradi
     linear_policy, linear_experience, ratio
 ):
     exact, objective = linear_experience(linear_policy, ADVANTAGES), variant(ratio=ratio)
-    found = []
+    actual = []
     for experience in (exact, rounded(exact)):
         loss = objective.loss(linear_policy, objective.prepare(linear_policy, experience, 3, 1), ITEMS)
         assert loss.sums["clip_fraction"] == 0
-        found.append(gradients(linear_policy, loss))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
+        actual.append(gradients(linear_policy, loss))
+    torch.testing.assert_close(actual[0], actual[1], rtol=1e-12, atol=0)
     assert loss.maxima["ratio_max_deviation"] > 0.1  # which is told all the same
 
 
@@ -392,8 +392,8 @@ def test_before_several_updates_a_network_that_rounds_otherwise_is_asked_itself(
     linear_policy.batch_invariant, linear_policy.compiled = False, compiled
     asked = objective.prepare(linear_policy, sampled, microbatch, 2)
     torch.testing.assert_close(old(asked), old(expected), rtol=1e-12, atol=0)
-    for found, wanted in zip(asked.trajectories.path, expected.trajectories.path, strict=True):
-        torch.testing.assert_close(found.mean_NCHW, wanted.mean_NCHW, rtol=1e-12, atol=1e-15)
+    for actual, reference in zip(asked.trajectories.path, expected.trajectories.path, strict=True):
+        torch.testing.assert_close(actual.mean_NCHW, reference.mean_NCHW, rtol=1e-12, atol=1e-15)
     assert not old(asked).requires_grad
     now = objective.loss(linear_policy, asked, ITEMS)
     assert now.sums["clip_fraction"] == 0 and now.total.item() == pytest.approx(-2 * sum(ADVANTAGES))

@@ -147,8 +147,8 @@ def test_step_weights_by_hand(policy, experience_of, step_weights):
     objective = GRPO(GRPOSettings(clip_range=CLIP, step_weights=step_weights))
     for item, (term, _, _) in enumerate(terms(policy, experience)):
         weight = 3 * raw[item // 5] / sum(raw)
-        found = objective.loss(policy, experience, torch.tensor([item])).total.item()
-        assert found == pytest.approx(weight * term, rel=1e-9)
+        actual = objective.loss(policy, experience, torch.tensor([item])).total.item()
+        assert actual == pytest.approx(weight * term, rel=1e-9)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "cps"])
@@ -215,5 +215,5 @@ def test_latents_stored_in_low_precision_are_stepped_in_full(policy, experience_
         replace(experience, trajectories=replace(experience.trajectories, path=tuple(rows)))
         for rows in (path, [replace(t, x_NCHW=t.x_NCHW.double(), x_next_NCHW=t.x_next_NCHW.double()) for t in path])
     )
-    totals = [GRPO(GRPOSettings(clip_range=CLIP)).loss(policy, found, ITEMS).total for found in (stored, exact)]
+    totals = [GRPO(GRPOSettings(clip_range=CLIP)).loss(policy, actual, ITEMS).total for actual in (stored, exact)]
     assert torch.equal(*totals) and totals[0].dtype == torch.float64

@@ -12,7 +12,7 @@ from progrpo.objectives.grpo import GRPO
 from progrpo.objectives.settings import GRPOSettings
 from progrpo.training.distributed import Ranks
 from progrpo.training.loss_scale import LossScale
-from progrpo.training.update import update
+from progrpo.training.update import Updater
 
 FEW = 1e-5  # of an advantage: as small a share of the loss as an item has in a batch of a hundred thousand
 
@@ -39,8 +39,8 @@ def gradient(tiny_policy, tiny_trainer, tiny_sd, tiny_config, first_experience):
         experience = replace(experience, advantages_N=experience.advantages_N * FEW)
         noting = Noting(policy.trainable.values(), lr=0.0)
         wanted = OptimSettings(max_grad_norm=1e9, **optim)
-        tally, *_ = update(policy, trainer.objective, noting, experience, wanted, Ranks(), scale)
-        return noting.seen, tally.over(Ranks())
+        updated = Updater(policy, trainer.learner.objective, noting, wanted, Ranks(), scale).update(experience)
+        return noting.seen, updated.tally.over(Ranks())
 
     return of
 
@@ -89,10 +89,9 @@ def test_a_gradient_that_is_not_finite_at_any_scale_is_skipped(linear_policy, li
     linear_policy.a.register_hook(lambda gradient: gradient * torch.inf)
     scale, before = LossScale(scaled), linear_policy.a.item()
     descent = torch.optim.SGD(linear_policy.trainable.values(), lr=1.0)
-    tally, *_ = update(
-        linear_policy, GRPO(GRPOSettings(clip_range=0.1)), descent, experience, OptimSettings(), Ranks(), scale
-    )
-    seen = tally.over(Ranks())
+    objective = GRPO(GRPOSettings(clip_range=0.1))
+    updater = Updater(linear_policy, objective, descent, OptimSettings(), Ranks(), scale)
+    seen = updater.update(experience).tally.over(Ranks())
     assert seen["update/skipped"] == 1 and linear_policy.a.item() == before and scale.value == 1
     assert seen.get("update/rescaled") == (16 if scaled else None)
 
@@ -123,11 +122,11 @@ def test_a_trainers_scale_is_of_its_dtype_and_in_its_state(tiny_policy, tiny_tra
         return tiny_trainer(tiny_config(model=ModelSettings(dtype=dtype)), policy)
 
     trainer, taken_up = build("float16"), build("float16")
-    trainer.loss_scale.lower()
+    trainer.learner.updater.loss_scale.lower()
     state = trainer.state_dict()
     taken_up.load_state_dict(state)
-    assert taken_up.loss_scale.state_dict() == {"value": 2.0**15, "clean": 0}
+    assert taken_up.learner.updater.loss_scale.state_dict() == {"value": 2.0**15, "clean": 0}
     taken_up.load_state_dict(
         {name: value for name, value in state.items() if name != "loss_scale"}
     )  # an old checkpoint
-    assert not build("bfloat16").loss_scale.enabled
+    assert not build("bfloat16").learner.updater.loss_scale.enabled

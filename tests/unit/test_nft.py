@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from progrpo.objectives.forward_process import Draws, Noised
+from progrpo.objectives.forward_process import Draws, NoisedLatents
 from progrpo.objectives.nft import NFT
 from progrpo.objectives.settings import NFTSettings
 
@@ -39,7 +39,7 @@ def experience(policy, linear_experience):
 
 
 def item(policy, experience, i):
-    return Noised.gather(policy, experience, torch.tensor([i]), Draws(DRAWS, FRACTION))
+    return NoisedLatents.gather(policy, experience, torch.tensor([i]), Draws(DRAWS, FRACTION))
 
 
 def numbers(policy, weights="current"):
@@ -86,9 +86,9 @@ def test_loss_by_hand(policy, experience, beta, kl_beta):
 
 @pytest.mark.parametrize(("beta", "kl_beta"), [(1.0, 0.0), (0.5, 0.0), (0.1, 0.3), (1.0, 0.3)])
 def test_gradient_against_finite_differences(policy, experience, beta, kl_beta):
-    found = gradients(policy, nft(beta=beta, kl_beta=kl_beta).loss(policy, experience, ITEMS))
+    actual = gradients(policy, nft(beta=beta, kl_beta=kl_beta).loss(policy, experience, ITEMS))
     (a, b), step = numbers(policy), 1e-6
-    for gradient, da, db in zip(found, (step, 0), (0, step), strict=True):
+    for gradient, da, db in zip(actual, (step, 0), (0, step), strict=True):
         up, down = (by_hand(policy, experience, beta, kl_beta, (a + s * da, b + s * db))[0] for s in (1, -1))
         assert gradient.item() == pytest.approx((up - down) / (2 * step), rel=1e-5)
 
@@ -112,7 +112,7 @@ def test_optimality_is_a_share_of_the_clip(policy, linear_experience, advantage,
 
 def test_with_beta_one_the_positive_policy_is_the_current_one_and_the_negative_its_mirror_image(policy, experience):
     one = experience.take(torch.tensor([3]))
-    at = Noised.gather(policy, one, torch.tensor([0]), Draws(DRAWS, FRACTION))
+    at = NoisedLatents.gather(policy, one, torch.tensor([0]), Draws(DRAWS, FRACTION))
     v, old = at.predict(policy).detach(), at.predict_with(policy, "old")
     for advantage, velocity in ((CLIP, v), (-CLIP, 2 * old - v)):
         off = at.x - at.levels.sigma * velocity - at.x0
@@ -140,7 +140,7 @@ def test_a_step_nears_what_was_good(policy, linear_experience, advantage):
     policy.named_weights.snapshot("old")
     objective = NFT(NFTSettings(draws=1, time_fraction=FRACTION, adv_clip_max=CLIP, kl_beta=0.0))
     one = linear_experience(policy, [advantage] * 5).take(torch.tensor([2]))
-    at = Noised.gather(policy, one, torch.tensor([0]), Draws(1, FRACTION))
+    at = NoisedLatents.gather(policy, one, torch.tensor([0]), Draws(1, FRACTION))
     before = at.error(at.predict(policy)).item()
     da, db = gradients(policy, objective.loss(policy, one, torch.tensor([0])))
     shift(policy, a=-1e-3 * da.item(), b=-1e-3 * db.item())

@@ -1,6 +1,7 @@
 import base64
 import re
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,9 +9,9 @@ from PIL import Image
 
 from progrpo.tracking.lock import only_writer
 from progrpo.tracking.report import charts, write_report
+from progrpo.tracking.report.data import read_report_data
 from progrpo.tracking.report.film import spread
 from progrpo.tracking.report.head import verdict
-from progrpo.tracking.report.run import read_run
 from progrpo.tracking.run_folder import RunFolder
 
 EVIL = '</script><script>alert("x")</script>'
@@ -44,13 +45,13 @@ def audit(iteration, final=(0.1, 0.9, 0.5, 0.4)):
 @pytest.fixture
 def run(tmp_path):
     folder = RunFolder.create(tmp_path / "run")
-    folder.write_config({"recipe": EVIL, "seed": 3, "iterations": 2, "model": {"path": "shapes-flow"}})
+    folder.log_config({"recipe": EVIL, "seed": 3, "iterations": 2, "model": {"path": "shapes-flow"}})
     return folder
 
 
 def finish(folder, before, after):
     for i in range(2):
-        folder.append_metrics({"iteration": i, "seconds": 2.0, "reward/mean": 0.5 + i, "rollout/nfe": 100})
+        folder.log({"iteration": i, "seconds": 2.0, "reward/mean": 0.5 + i, "rollout/nfe": 100}, i)
         folder.write_audit(audit(i), pictures(GROUP, STEPS + 1))
     folder.write_evaluation("before", evaluation(before), pictures(len(before)))
     folder.write_evaluation("after", evaluation(after), pictures(len(after)))
@@ -99,7 +100,7 @@ def test_a_run_that_has_only_begun_has_a_report(run):
 
 def test_a_run_under_way_says_what_is_not_there_yet(run):
     run.write_evaluation("before", evaluation([True, False]), pictures(2))
-    run.append_metrics({"iteration": 0, "seconds": 2.0, "reward/mean": 0.5, "reward/std": None})
+    run.log({"iteration": 0, "seconds": 2.0, "reward/mean": 0.5, "reward/std": None}, 0)
     run.write_audit(audit(0), pictures(GROUP, STEPS + 1))
     with only_writer(run.path):
         page = text(run)
@@ -114,7 +115,7 @@ def test_a_run_under_way_says_what_is_not_there_yet(run):
 def test_a_missing_sheet_is_said_and_no_more(run):
     finish(run, [True] * 2, [True] * 2)
     (run.path / "audit/0001.png").unlink()
-    assert "The pictures of this audit (audit/0001.png) are not there" in text(run)
+    assert "The pictures of this audit (audit/0001.png) are missing" in text(run)
 
 
 def test_members_of_whom_none_has_a_reward_are_said(run):
@@ -122,7 +123,7 @@ def test_members_of_whom_none_has_a_reward_are_said(run):
         {**audit(0, final=(None, None, 0.5, 0.4)), "stopped_at": [None, None, 1, 1]}, pictures(GROUP, STEPS + 1)
     )
     page = text(run)
-    assert "The plan, on previews</b><span>none has a reward</span>" in page and "nan" not in page
+    assert "The plan, on previews</b><span>no member has a reward</span>" in page and "nan" not in page
 
 
 def test_kinds_of_prompts_are_names_and_who_has_none_is_left_out(run):
@@ -137,7 +138,7 @@ def test_kinds_of_prompts_are_names_and_who_has_none_is_left_out(run):
 def test_a_constant_group_is_left_out(run, final):
     run.write_audit(audit(0, final=final), pictures(GROUP, STEPS + 1))
     page = text(run)
-    assert "there is no rank correlation to show" in page and "none has a reward" not in page
+    assert "there is no rank correlation to show" in page and "no member has a reward" not in page
     assert "OVF, on final rewards" not in page
 
 
@@ -164,10 +165,10 @@ def test_every_section_of_a_finished_run_is_there(run):
     page = text(run)
     for anchor in ("evaluation", "curves", "audits", "agreement", "kept", "cost", "settings"):
         assert f'<section id="{anchor}">' in page
-    for words in ("4 → 2 members, selector ovf: 10 of 12 network calls a prompt", "out at 1", "2 min 10 s"):
+    for words in ("4 → 2 members, selector ovf: 10 of 12 network calls per prompt", "pruned at 1", "2 min 10 s"):
         assert words in page
     assert "<b>2</b> failed, then passed, <b>0</b> passed, then failed" in page
-    assert "are not there" not in page and "Predicted and counted costs differ" not in page
+    assert "are missing" not in page and "Predicted and counted costs differ" not in page
 
 
 def test_a_wrong_prediction_is_said(run):
@@ -196,7 +197,7 @@ def test_pictures_without_a_verdict_are_left_out_of_the_pairs(run):
 def test_who_is_dropped_on_final_rewards_is_out_at_the_end(run):
     run.write_audit({**audit(0), "stopped_at": [None, None, 1, STEPS]}, pictures(GROUP, STEPS + 1))
     page = text(run)
-    assert "out at 1" in page and "out at the end" in page and page.count('<th class="cut">') == 1
+    assert "pruned at 1" in page and "pruned at the end" in page and page.count('<th class="cut">') == 1
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_who_is_dropped_on_final_rewards_is_out_at_the_end(run):
 )
 def test_the_verdict_claims_no_more_than_two_standard_errors(run, before, after, words):
     finish(run, before, after)
-    found = verdict(read_run(run.path))
+    found = verdict(read_report_data(run.path))
     assert words in found
     assert found.startswith("shapes-flow was trained for 2 iterations in 2 min 10 s (seed 3): strict accuracy ")
     assert found.endswith("while pruning saved 25 % of its groups’ network evaluations.")
@@ -223,9 +224,9 @@ def test_of_one_pair_no_error_is_given(run):
 
 
 def test_a_stopped_run_says_why(run):
-    run.append_metrics({"iteration": 0, "seconds": 2.0})
+    run.log({"iteration": 0, "seconds": 2.0}, 0)
     run.write_summary({"status": "stopped: out of memory", "iterations": 1})
-    assert "1 of 2 iterations and stopped: out of memory" in verdict(read_run(run.path))
+    assert "1 of 2 iterations and stopped: out of memory" in verdict(read_report_data(run.path))
 
 
 def test_a_killed_run_has_its_figures_and_not_those_of_its_first_evaluation(run):
@@ -242,17 +243,17 @@ def test_a_killed_run_has_its_figures_and_not_those_of_its_first_evaluation(run)
         }
     )
     for i in range(5):
-        run.append_metrics({"iteration": i, "seconds": 40.0, "rollout/nfe": 100, "time/sample": 30.0})
-    found = read_run(run.path)
+        run.log({"iteration": i, "seconds": 40.0, "rollout/nfe": 100, "time/sample": 30.0}, i)
+    found = read_report_data(run.path)
     assert (found.status, found.wall_seconds, len(found.since_summary)) == ("killed", 12 + 2 * 40, 2)
     page = text(run)
-    assert "was trained for 5 of 2 iterations in 1 min 32 s, until its process or its machine was gone" in page
+    assert "was trained for 5 of 2 iterations in 1 min 32 s, until its process or machine stopped" in page
     assert '<span class="status killed">killed</span>' in page
     for label, value in {"Wall time": "1 min 32 s", "Network evaluations": "500"}.items():
         assert f"<span>{label}</span><strong>{value}</strong>" in page
     assert "Counted after 3 iterations; 2 more are done." in page and "<td>1 min 06 s</td>" in page
     with only_writer(run.path):
-        assert read_run(run.path).status == "running"
+        assert read_report_data(run.path).status == "running"
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):
@@ -269,7 +270,7 @@ def test_who_is_pruned_after_a_call_has_paid_for_it(path, prune_steps, steps, nf
 
 
 def test_positions_are_sums_up_to_the_record():
-    metrics = [{"iteration": i, "seconds": 2.0, "rollout/nfe": 10} for i in range(3)] + [{"iteration": 3}]
+    metrics: Any = [{"iteration": i, "seconds": 2.0, "rollout/nfe": 10} for i in range(3)] + [{"iteration": 3}]
     assert charts.positions(metrics) == {"iteration": [0, 1, 2, 3], "seconds": [2, 4, 6, 6], "nfe": [10, 20, 30, 30]}
 
 

@@ -8,6 +8,7 @@ import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,11 +55,9 @@ class Page(HTMLParser):
 def write(folder, word):
     """A finished run that says `word` wherever a run can say something."""
     run, grey = RunFolder.create(folder), np.full((4, 8, 8, 3), 128, np.uint8)
-    run.write_config(
-        {"recipe": word, "seed": word, "iterations": word, "model": {"path": word, word: word}, word: word}
-    )
-    record = {"prompt": word, "kind": word, "graded": 0.5, "strict": True, "judge": None, "held_out": {word: 0.5}}
-    other = {**record, "kind": word + "2", "strict": False}
+    run.log_config({"recipe": word, "seed": word, "iterations": word, "model": {"path": word, word: word}, word: word})
+    record: Any = {"prompt": word, "kind": word, "graded": 0.5, "strict": True, "judge": None, "held_out": {word: 0.5}}
+    other: Any = {**record, "kind": word + "2", "strict": False}
     for when in ("before", "after"):
         run.write_evaluation(when, [record, other], grey[:2])
     for i in range(2):
@@ -68,10 +67,8 @@ def write(folder, word):
             f"prompts/share@{word}": 1.0,
             f"time/{word}": 1.0,
         }
-        run.append_metrics(
-            {"iteration": i, "seconds": 1.0, "reward/mean": 0.5, "rollout/nfe": 8, "prompts/seen": 1, **own}
-        )
-        audit = {"iteration": i, "prompt": word, "steps": [0, 1], "scores": [[0.1, 0.2, 0.3, None]] * 2}
+        run.log({"iteration": i, "seconds": 1.0, "reward/mean": 0.5, "rollout/nfe": 8, "prompts/seen": 1, **own}, i)
+        audit: Any = {"iteration": i, "prompt": word, "steps": [0, 1], "scores": [[0.1, 0.2, 0.3, None]] * 2}
         audit |= {
             "final": [0.4, 0.1, 0.2, 0.3],
             "stopped_at": [None, None, 1, 2],
@@ -80,31 +77,30 @@ def write(folder, word):
         }
         run.write_audit(audit, grey.repeat(3, 0).reshape(4, 3, 8, 8, 3))
     cost = {"nfe": 8, "decodes": 4, "reward_calls": 4, "trained_steps": 8}
-    run.write_summary(
-        {
-            "status": f"{word}: {word}",
-            "recipe": word,
-            "device": word,
-            "seed": word,
-            "iterations": word,
-            "wall_seconds": 3.0,
-            "command": word,
-            "versions": {word: word},
-            "seconds_by_stage": {word: 1.0},
-            "preview_rank_correlation": {word: 0.5},
-            "held_out_before": {word: 0.5},
-            "held_out_after": {word: 0.5},
-            "rewards": {
-                "weights": {word: 1, "b": 2},
-                "selected_on": word,
-                "asked": {word: 3},
-                "missing": {word: 1},
-                "last_error": word,
-            },
-            "plan": {"path": [4, 3], "prune_steps": [1], "selector": word, "num_inference_steps": 2},
-            "cost": {"predicted": cost, "counted": cost, "audit": cost},
-        }
-    )
+    summary: Any = {
+        "status": f"{word}: {word}",
+        "recipe": word,
+        "device": word,
+        "seed": word,
+        "iterations": word,
+        "wall_seconds": 3.0,
+        "command": word,
+        "versions": {word: word},
+        "seconds_by_stage": {word: 1.0},
+        "preview_rank_correlation": {word: 0.5},
+        "held_out_before": {word: 0.5},
+        "held_out_after": {word: 0.5},
+        "rewards": {
+            "weights": {word: 1, "b": 2},
+            "selected_on": word,
+            "asked": {word: 3},
+            "missing": {word: 1},
+            "last_error": word,
+        },
+        "plan": {"path": [4, 3], "prune_steps": [1], "selector": word, "num_inference_steps": 2},
+        "cost": {"predicted": cost, "counted": cost, "audit": cost},
+    }
+    run.write_summary(summary)
     return run
 
 
@@ -159,7 +155,7 @@ def test_pictures_outside_of_the_folder_are_not_read(tmp_path, kind):
         run.write_json(f"audit/{audit['iteration']:04d}.json", {**audit, "strip": name})
     page = page_of(run)
     assert shown == 4 and not any(tag == "img" for tag, _ in page.elements)
-    assert "are not there" in (run.path / "report.html").read_text()
+    assert "are missing" in (run.path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "evaluation/before.json", "audit/0000.json"])

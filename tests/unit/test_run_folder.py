@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ def pictures(*shape):
 
 
 def test_a_run_is_not_overwritten_by_accident(tmp_path):
-    RunFolder.create(tmp_path / "run").write_config({"seed": 1})
+    RunFolder.create(tmp_path / "run").log_config({"seed": 1})
     with pytest.raises(ValueError, match=r"already holds a run \(config.json\); replace it with --overwrite"):
         RunFolder.create(tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "iteration_000001").mkdir(parents=True)
@@ -28,9 +29,9 @@ def test_the_command_that_goes_on_is_one_that_works(tmp_path):
     run = RunFolder.create(tmp_path / "my run")
     path = f"'{tmp_path}/my run'"
     assert run.command("resume") == f"progrpo train --resume {path}"
-    run.write_config({"model": {"path": "shapes-flow"}})
+    run.log_config({"model": {"path": "shapes-flow"}})
     assert run.command("anew") == f"progrpo train {path} --out {path} --overwrite"
-    run.write_config({"model": {"path": "a FluxPipeline given to progrpo.train"}})
+    run.log_config({"model": {"path": "a FluxPipeline given to progrpo.train"}})
     assert run.command("resume") == f"progrpo.train(..., out={path}, resume=True)"
     assert run.command("anew") == f"progrpo.train(..., out={path}, overwrite=True)"
 
@@ -55,7 +56,7 @@ def test_a_model_is_not_taken_for_a_run(tmp_path):
 
 
 def test_a_name_that_is_no_text_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"^the run folder's name '/.*/a\\udcff' is no text in UTF-8; give another$"):
+    with pytest.raises(ValueError, match=r"^the run folder's name '/.*/a\\udcff' is not UTF-8 text; give another$"):
         RunFolder.create(f"{tmp_path}/a\udcff")
 
 
@@ -71,9 +72,9 @@ def test_overwriting_deletes_the_run_and_nothing_else(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine")
     run = RunFolder(tmp_path)
-    run.write_config({})
-    run.append_metrics({"iteration": 0})
-    run.save_samples(0, pictures(2))
+    run.log_config({})
+    run.log({"iteration": 0}, 0)
+    run.log_images({"samples": tile(pictures(2), 2)}, 0)
     run.write_audit({"iteration": 0, "steps": []}, pictures(2, 1))
     run.write_evaluation("before", [{"prompt": "a"}], pictures(1))
     for left in ("checkpoints/iteration_000001", "checkpoints/iteration_000002.writing", "lora.previous"):
@@ -105,10 +106,10 @@ def test_new_weights_leave_what_lies_beside_the_old(tmp_path):
 
 def test_numbers_without_a_json_form_become_null(tmp_path):
     run = RunFolder.create(tmp_path)
-    run.append_metrics({"iteration": np.int64(0), "reward/mean": float("nan"), "update/kl": np.float32("inf")})
-    run.write_summary(
-        {"path": (48, 12), "mean": np.float64(0.5), "rows": np.array([1.0, np.nan]), "ok": np.bool_(True)}
-    )
+    metrics: Any = {"iteration": np.int64(0), "reward/mean": float("nan"), "update/kl": np.float32("inf")}
+    run.log(metrics, 0)
+    summary: Any = {"path": (48, 12), "mean": np.float64(0.5), "rows": np.array([1.0, np.nan]), "ok": np.bool_(True)}
+    run.write_summary(summary)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"iteration": 0, "reward/mean": null, "update/kl": null}\n'
     assert run.read_summary() == {"path": [48, 12], "mean": 0.5, "rows": [1.0, None], "ok": True}
 
@@ -125,7 +126,7 @@ def test_what_is_not_written_yet_is_empty(tmp_path):
 def test_a_half_written_last_line_is_left_out(tmp_path, tail):
     run = RunFolder.create(tmp_path)
     for i in range(2):
-        run.append_metrics({"iteration": i})
+        run.log({"iteration": i}, i)
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(tail.encode("latin1"))
     assert [record["iteration"] for record in run.read_metrics()] == [0, 1]
@@ -146,15 +147,15 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path, line, reason):
 def test_resuming_drops_what_will_be_written_again(tmp_path):
     run = RunFolder.create(tmp_path)
     for i in range(5):
-        run.append_metrics({"iteration": i})
+        run.log({"iteration": i}, i)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 5')
     for i in (2, 3):
-        run.save_samples(i, pictures(2))
+        run.log_images({"samples": tile(pictures(2), 2)}, i)
         run.write_audit({"iteration": i, "steps": []}, pictures(2, 1))
     (tmp_path / "audit" / "mine.json").write_text("{}")
     run.truncate(3)
-    run.append_metrics({"iteration": 3})
+    run.log({"iteration": 3}, 3)
     assert [record["iteration"] for record in run.read_metrics()] == [0, 1, 2, 3]
     assert [audit["iteration"] for audit in run.read_audits()] == [2]
     left = sorted(path.name for folder in ("audit", "samples") for path in (tmp_path / folder).iterdir())
@@ -163,7 +164,7 @@ def test_resuming_drops_what_will_be_written_again(tmp_path):
 
 def test_resuming_clears_what_a_killed_writer_left_and_nothing_else(tmp_path):
     run = RunFolder.create(tmp_path)
-    run.save_samples(0, pictures(2))
+    run.log_images({"samples": tile(pictures(2), 2)}, 0)
     left = [tmp_path / "summary.json.12.writing", tmp_path / "samples" / "0001.png.12.writing"]
     mine = [tmp_path / "novel.writing", tmp_path / "drafts" / "a.writing"]
     mine[1].parent.mkdir()
@@ -176,9 +177,9 @@ def test_resuming_clears_what_a_killed_writer_left_and_nothing_else(tmp_path):
 def test_overwriting_deletes_checkpoints_first_and_the_config_last(tmp_path, monkeypatch):
     """Cut off anywhere, it leaves a run that is refused as one, or nothing: never a new run among an old one's checkpoints."""
     run = RunFolder.create(tmp_path / "run")
-    run.write_config({})
-    run.append_metrics({"iteration": 0})
-    run.save_samples(0, pictures(2))
+    run.log_config({})
+    run.log({"iteration": 0}, 0)
+    run.log_images({"samples": tile(pictures(2), 2)}, 0)
     (run.path / "checkpoints" / "iteration_000001").mkdir(parents=True)
     deleted = []
 
@@ -198,7 +199,7 @@ def test_overwriting_deletes_checkpoints_first_and_the_config_last(tmp_path, mon
 
 def test_overwriting_a_run_whose_checkpoints_lie_elsewhere(tmp_path):
     """In a folder that is a link to another disk: they would be taken for the new run's. The link is the user's."""
-    RunFolder.create(tmp_path / "run").write_config({})
+    RunFolder.create(tmp_path / "run").log_config({})
     (tmp_path / "elsewhere" / "iteration_000001").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere")
     RunFolder.create(tmp_path / "run", overwrite=True)
@@ -210,8 +211,8 @@ def test_a_folder_that_vanished_is_not_made_anew(tmp_path):
     shutil.rmtree(run.path)
     for write in (
         lambda: run.write_summary({}),
-        lambda: run.append_metrics({"iteration": 0}),
-        lambda: run.save_samples(0, pictures(2)),
+        lambda: run.log({"iteration": 0}, 0),
+        lambda: run.log_images({"samples": tile(pictures(2), 2)}, 0),
     ):
         with pytest.raises(FileNotFoundError):
             write()
@@ -228,7 +229,7 @@ def test_a_damaged_file_is_named(tmp_path, content):
 
 def test_files_appear_whole(tmp_path):
     run = RunFolder.create(tmp_path)
-    run.write_config({"a": 1})
+    run.log_config({"a": 1})
     run.save_picture("samples/0.png", pictures(1)[0])
     assert not list(tmp_path.rglob("*.writing"))
 
@@ -241,15 +242,15 @@ def test_a_picture_comes_back_as_it_was(tmp_path):
 
 def test_tile_places_pictures_row_by_row():
     images = pictures(5)
-    sheet = tile(images, columns=3, scale=2, gap=4)
-    assert sheet.shape == (2 * 16 + 4, 3 * 12 + 2 * 4, 3)
-    assert (sheet[20:36:2, 16:28:2] == images[4]).all()
-    assert (sheet[20:, 32:] == sheet[17, 0]).all()  # the empty sixth place has the gaps' grey
+    sheet = tile(images, columns=3, gap=4)
+    assert sheet.shape == (2 * 8 + 4, 3 * 6 + 2 * 4, 3)
+    assert (sheet[12:20, 10:16] == images[4]).all()
+    assert (sheet[12:, 20:] == sheet[9, 0]).all()  # the empty sixth place has the gaps' grey
 
 
 def test_evaluation_names_the_pictures_that_are_saved(tmp_path):
     run = RunFolder.create(tmp_path)
-    records = [{"prompt": str(i), "kind": "k", "graded": 0.5, "strict": True, "judge": None} for i in range(4)]
+    records: Any = [{"prompt": str(i), "kind": "k", "graded": 0.5, "strict": True, "judge": None} for i in range(4)]
     run.write_evaluation("before", records, pictures(3), pictures=2)
     names = [record["picture"] for record in run.read_evaluation("before")]
     assert names == ["evaluation/before/000.png", "evaluation/before/001.png", None, None]
@@ -260,7 +261,12 @@ def test_audit_sheet_has_a_row_a_member_and_audits_come_in_order(tmp_path):
     run = RunFolder.create(tmp_path)
     shots = pictures(4, 3)
     for iteration in (10000, 5):
-        audit = {"iteration": iteration, "prompt": "p", "steps": [0, 1], "scores": [[1.0, float("nan"), 0.0, 1.0]] * 2}
+        audit: Any = {
+            "iteration": iteration,
+            "prompt": "p",
+            "steps": [0, 1],
+            "scores": [[1.0, float("nan"), 0.0, 1.0]] * 2,
+        }
         run.write_audit({**audit, "final": [1, 2, 3, 4], "stopped_at": [None, 0, 0, None]}, shots)
     first, second = run.read_audits()
     assert (first["iteration"], second["iteration"]) == (5, 10000)
@@ -285,7 +291,7 @@ def test_an_audit_of_large_pictures_has_a_small_sheet(tmp_path):
 
     run = RunFolder.create(tmp_path / "run")
     pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 400, 320, 3), dtype=np.uint8)
-    audit = {"iteration": 0, "steps": [0, 1], "scores": [[0.0, 1.0]] * 2, "final": [0.0, 1.0]}
+    audit: Any = {"iteration": 0, "steps": [0, 1], "scores": [[0.0, 1.0]] * 2, "final": [0.0, 1.0]}
     run.write_audit(audit, pictures)
     sheet = np.asarray(Image.open(run.path / "audit" / "0000.png"))
     assert sheet.shape == (2 * 134, 3 * 107, 3)  # each side a third, rounded up

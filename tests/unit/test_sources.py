@@ -1,4 +1,4 @@
-"""Source pictures of prompts: whatever form they are given in, the same pixels; and what is none is named."""
+"""Source pictures of prompts: the same pixels from every form, and a sentence about what is no picture."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def file(tmp_path) -> Path:
 
 def test_a_path_a_files_bytes_and_a_picture_are_the_same(file):
     for value in (file, str(file), file.read_bytes(), Image.fromarray(PIXELS)):
-        found = source_of(Prompt("a", {"image": value}))
-        assert found.mode == "RGB" and np.array_equal(np.asarray(found), PIXELS)
+        opened = source_of(Prompt("a", {"image": value}))
+        assert opened.mode == "RGB" and np.array_equal(np.asarray(opened), PIXELS)
     check_sources([Prompt("a", {"image": value}) for value in (str(file), file.read_bytes(), Image.fromarray(PIXELS))])
 
 
@@ -37,7 +37,7 @@ def test_pictures_are_upright_and_rgb(tmp_path):
     assert picture(Image.new("LA", (2, 3))).mode == "RGB"
 
 
-# --- what is transparent -----------------------------------------------------------------------------------------------
+# --- transparency -----------------------------------------------------------------------------------------------------
 
 RED, HALF_RED, BLUE_UNDER_NOTHING = (255, 0, 0, 255), (255, 0, 0, 128), (0, 0, 255, 0)
 ON_WHITE = [(255, 0, 0), (255, 127, 127), (255, 255, 255)]  # 128 / 255 of red over white, and white alone
@@ -119,7 +119,7 @@ def test_what_is_no_picture_is_said_in_a_sentence(tmp_path, file):
         ("none.png", "none.png cannot be read as a picture: no such file"),
         (str(tmp_path), "cannot be read as a picture"),
         (tmp_path / "text.png", "cannot be read as a picture"),
-        (postscript.getvalue(), "what it holds cannot be read as a picture"),
+        (postscript.getvalue(), "its content cannot be read as a picture"),
         (["a"], r"column image of the prompt 'a' must be a picture or the path of one, not \['a'\]"),
         (Image.fromarray(np.full((2, 2), 40_000, np.uint16)), r"it has more than 8 bits a channel \(mode I;16\); save"),
         (Image.new("F", (2, 2)), r"it has more than 8 bits a channel \(mode F\); save it with 8$"),
@@ -129,5 +129,5 @@ def test_what_is_no_picture_is_said_in_a_sentence(tmp_path, file):
                 look(Prompt("a", {} if value is None else {"image": value}))
             assert "\n" not in str(caught.value)
     cut = file.read_bytes()[:60]
-    with pytest.raises(ValueError, match="what it holds cannot be read as a picture"):
+    with pytest.raises(ValueError, match="its content cannot be read as a picture"):
         picture(cut)

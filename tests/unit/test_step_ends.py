@@ -13,7 +13,7 @@ from progrpo.config import Config, ModelSettings, config_to_json
 from progrpo.diffusion.process import Process
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.recipes import load_recipe
-from progrpo.training.run import _given_config
+from progrpo.training.library import _complete
 
 SPACINGS = ("leading", "trailing", "linspace")
 COUNTS = (1, 2, 6, 7, 10, 61, 300)  # of 1000, and 61 is a trailing grid that diffusers makes one step too long
@@ -88,7 +88,7 @@ def test_a_call_that_goes_on_with_such_a_run_need_not_name_it(tiny_sd3, tiny_pip
     def ends(given: Any, own: Any) -> str:
         configs = (Config(model=ModelSettings(step_ends=one)) for one in (given, own))
         asked, recorded = configs
-        return _given_config(asked, recorded, tiny_pipeline(tiny_sd3)).model.step_ends
+        return _complete(asked, recorded, tiny_pipeline(tiny_sd3)).model.step_ends
 
     assert ends("diffusers", "next") == "next" and ends("diffusers", "diffusers") == "diffusers"
     assert ends("next", "diffusers") == "next"  # which is then refused as a change

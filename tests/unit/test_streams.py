@@ -18,8 +18,9 @@ import progrpo
 from progrpo.cli import main
 from progrpo.streams import failure_of, tolerant, tolerant_streams
 from progrpo.tracking.console import Console
+from progrpo.tracking.records import Metrics
 
-RECORD = {"iteration": 0, "seconds": 1.0, "reward/mean": None, "rollout/nfe": 10}
+RECORD: Metrics = {"iteration": 0, "seconds": 1.0, "reward/mean": None, "rollout/nfe": 10}
 
 
 def unread_pipe():
@@ -86,8 +87,8 @@ def test_a_console_goes_on_in_silence(gone):
     console = Console(2, file=stream)
     console.say("hello")
     console.warn("careful")
-    console.iteration(RECORD)
-    console.summary_table({"reward_before": 0.5, "rewards": {}})
+    console.log(RECORD, 0)
+    console.summary_table({"reward_before": 0.5})
     let_go(stream)
 
 
@@ -95,11 +96,11 @@ def test_a_terminal_that_closes_between_two_lines_is_left_in_silence():
     main_side, terminal = pty.openpty()
     stream = os.fdopen(terminal, "w", encoding="utf-8")
     console = Console(2, file=stream)
-    console.iteration(RECORD)
+    console.log(RECORD, 0)
     assert b"iteration" in os.read(main_side, 4096)
     os.close(main_side)
-    console.iteration({**RECORD, "iteration": 1})
-    console.summary_table({"reward_before": 0.5, "rewards": {}})
+    console.log({**RECORD, "iteration": 1}, 1)
+    console.summary_table({"reward_before": 0.5})
     let_go(stream)
 
 
@@ -109,7 +110,7 @@ def test_a_terminal_that_closes_between_two_lines_is_left_in_silence():
 def test_a_character_that_the_encoding_lacks_is_written_as_its_escape(encoding, words):
     written = io.BytesIO()
     console = Console(2, file=io.TextIOWrapper(written, encoding=encoding, write_through=True))
-    console.iteration(RECORD)
+    console.log(RECORD, 0)
     console.say("→ \ud800")
     said = written.getvalue().decode(encoding)
     assert words in said and said.endswith("\n") and ("\\ud800" in said)
@@ -118,7 +119,7 @@ def test_a_character_that_the_encoding_lacks_is_written_as_its_escape(encoding, 
 def test_without_a_console_nothing_is_said(monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
-    Console(2).iteration(RECORD)
+    Console(2).log(RECORD, 0)
     with tolerant_streams():
         print("a word", file=sys.stderr)
         assert failure_of(sys.stdout) is None

@@ -19,7 +19,7 @@ from progrpo.config import (
     PromptSettings,
 )
 from progrpo.storage import load_state, save_state
-from progrpo.training.trainer import Totals
+from progrpo.training.totals import Totals
 from progrpo.types import Cost
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -47,10 +47,10 @@ def test_a_run_is_a_function_of_its_seed(tiny_trainer, tiny_config):
 def test_a_record_has_the_documented_metrics(tiny_trainer, tiny_config):
     objective, audit = ObjectiveSettings(grpo=GRPOSettings(kl_beta=0.01)), AuditSettings(every=1)
     record = tiny_trainer(tiny_config(objective=objective, audit=audit)).step().record
-    documented = set(re.findall(r"^\| `([^`]+)`", DOCS.read_text(), re.M))
+    documented = set(re.findall(r"^- `([^`]+)`", DOCS.read_text(), re.M))
     names = {re.sub(r"@\d+", "@S", name) for name in record}
     assert names <= documented
-    always = {n for n in re.findall(r"^\| `([^`]+)`.*\| always \|$", DOCS.read_text(), re.M)}
+    always = {n for n in re.findall(r"^- `([^`]+)` \([^;]*; always\)", DOCS.read_text(), re.M)}
     assert always <= names and {"update/kl", "audit/nfe", "preview/rank_correlation@S"} <= names
     assert (record["iteration"], record["rollout/survivors"], record["update/lr"]) == (0, 2 * 3, 1e-3)
     stages = [value for name, value in record.items() if name.startswith("time/")]
@@ -171,7 +171,7 @@ def test_a_probe_learns_what_selectors_compare(tiny_trainer, tiny_config):
     trainer = tiny_trainer(tiny_config(preview=PreviewSettings(probe=True)))
     trainer.reward._ranking = lambda rewards_NR, group_N: -rewards_NR[:, 0]  # as GDPO's sum, no multiple of the reward
     rolled = trainer.step().rollout
-    taught = torch.cat([lesson.rewards_N for lesson in trainer.how.probe._lessons])
+    taught = torch.cat([lesson.rewards_N for lesson in trainer.plan_monitor.previewing.probe._lessons])
     assert torch.equal(taught, rolled.survivors.ranking_N) and torch.equal(taught, -rolled.survivors.value_N)
 
 
@@ -187,7 +187,7 @@ def test_a_state_is_taken_up_by_the_trainers_own_settings(tiny_trainer, tiny_con
         )
     )
     after.load_state_dict(before.state_dict())
-    (group,) = after.optimizer.param_groups
+    (group,) = after.learner.updater.optimizer.param_groups
     assert (group["weight_decay"], group["betas"]) == (0.5, (0.5, 0.9)) and after.iteration == 1
     assert same(after.policy.state_dict()["ema"], weights(before)) and after.plan.group_size == 6
     assert after.step().record["rollout/survivors"] == 2 * 2

@@ -14,7 +14,8 @@ from progrpo.objectives.settings import GRPOSettings
 from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.noise import NoiseKey
 from progrpo.training.distributed import Ranks
-from progrpo.training.update import _parts, learn_from, update
+from progrpo.training.experience import AdvantageEstimator
+from progrpo.training.update import Updater, update_of_each
 from progrpo.types import Condition, GroupScores, Pictures, Preview, Prompt, Rollout, Trajectories
 
 NAN = float("nan")
@@ -53,11 +54,12 @@ def rolled(rewards, groups, finalists=None, finalist_groups=None, previews=(), p
 
 def learnt(rollout, adv_clip_max=5.0, weights=None, quorum=0.0, **objective):
     wanted, weights = ObjectiveSettings(adv_eps=EPS, **objective), weights or {"reward": 1.0}
-    experience, tally = learn_from(rollout, SAMPLING, NoiseKey(0, 0), wanted, adv_clip_max, Ranks(), weights, quorum)
+    estimator = AdvantageEstimator(wanted, adv_clip_max, weights, Ranks(), quorum)
+    experience, tally = estimator.experience(rollout, SAMPLING, NoiseKey(0, 0))
     return experience, tally.over(Ranks())
 
 
-# --- learn_from --------------------------------------------------------------------------------------------------------
+# --- advantages --------------------------------------------------------------------------------------------------------
 
 
 def test_advantages_are_of_the_group():
@@ -160,8 +162,8 @@ def stepped(policy, experience, **optim):
     start = torch.stack([policy.a.detach().clone(), policy.b.detach().clone()])
     descent = torch.optim.SGD(policy.trainable.values(), lr=1.0)
     config = OptimSettings(max_grad_norm=1e9, **optim) if "max_grad_norm" not in optim else OptimSettings(**optim)
-    tally, items, _ = update(policy, GRPO(GRPOSettings(clip_range=0.1)), descent, experience, config, Ranks())
-    return torch.stack([policy.a.detach(), policy.b.detach()]) - start, tally.over(Ranks()), items
+    updated = Updater(policy, GRPO(GRPOSettings(clip_range=0.1)), descent, config, Ranks()).update(experience)
+    return torch.stack([policy.a.detach(), policy.b.detach()]) - start, updated.tally.over(Ranks()), updated.items
 
 
 @pytest.mark.parametrize("microbatch", [1, 3, 64])
@@ -187,13 +189,14 @@ def test_groups_that_teach_nothing_are_not_computed_but_count_in_the_mean(linear
 def test_if_nobody_teaches_nothing_moves_not_even_by_momentum(linear_policy, linear_experience):
     taught, nothing = (linear_experience(linear_policy, a) for a in ([1.5, -0.5, -1.0, 2.0, -2.0], [0.0] * 5))
     adam = torch.optim.AdamW(linear_policy.trainable.values(), lr=0.1)
-    update(linear_policy, GRPO(GRPOSettings(clip_range=0.1)), adam, taught, OptimSettings(), Ranks())
+    updater = Updater(linear_policy, GRPO(GRPOSettings(clip_range=0.1)), adam, OptimSettings(), Ranks())
+    updater.update(taught)
     before = linear_policy.a.item()
-    tally, items, _ = update(linear_policy, GRPO(GRPOSettings(clip_range=0.1)), adam, nothing, OptimSettings(), Ranks())
+    updated = updater.update(nothing)
     assert (
         linear_policy.a.item() == before
-        and items == 0
-        and tally.over(Ranks()) == {"update/grad_norm": 0.0, "update/skipped": 0.0}
+        and updated.items == 0
+        and updated.tally.over(Ranks()) == {"update/grad_norm": 0.0, "update/skipped": 0.0}
     )
 
 
@@ -210,7 +213,7 @@ def test_parts_deal_every_group_evenly(parts):
     sizes = [7, 4, 1, 6]
     group = torch.repeat_interleave(torch.arange(4), torch.tensor(sizes))
     slot = torch.tensor([0, 3, 4, 9])[group]
-    dealt = _parts(_experience_of(group, slot), parts)
+    dealt = update_of_each(_experience_of(group, slot).trajectories, parts)
     for g, size in enumerate(sizes):
         counts = torch.bincount(dealt[group == g], minlength=parts)
         assert counts.sum() == size and counts.max() - counts.min() <= 1
@@ -218,14 +221,14 @@ def test_parts_deal_every_group_evenly(parts):
 
 def test_what_is_left_over_of_groups_falls_to_every_update_in_turn():
     group = torch.arange(6).repeat_interleave(3)
-    dealt = _parts(_experience_of(group, group), 2)
+    dealt = update_of_each(_experience_of(group, group).trajectories, 2)
     assert torch.bincount(dealt).tolist() == [9, 9]
 
 
 def test_parts_belong_to_the_slot_and_not_to_the_company():
     group, slot = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 2, 2, 5, 5])
-    together = _parts(_experience_of(group, slot), 2)
-    alone = _parts(_experience_of(group[3:] - 1, slot[3:]), 2)
+    together = update_of_each(_experience_of(group, slot).trajectories, 2)
+    alone = update_of_each(_experience_of(group[3:] - 1, slot[3:]).trajectories, 2)
     assert torch.equal(together[3:], alone)
 
 
@@ -239,7 +242,7 @@ def _experience_of(group, slot):
 
 def test_every_trajectory_serves_one_of_several_updates(linear_policy, linear_experience):
     experience = linear_experience(linear_policy, [1.5, -0.5, -1.0, 2.0, -2.0])
-    parts = _parts(experience, 2)
+    parts = update_of_each(experience.trajectories, 2)
     first = (parts == 0).nonzero().flatten()
     size = 2 * len(first)
     once = gradient_of(linear_policy, experience.take(first), torch.arange(size)) / size

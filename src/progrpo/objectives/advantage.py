@@ -1,6 +1,7 @@
-"""Advantages of ragged groups: N rewards (float64, NaN or infinite = missing) and the group of each.
+"""Advantages of groups of any size: N rewards (float64, NaN or infinite = missing) and the group of each.
 
-Groups may end with different counts, because rewards fail and members are pruned, and need not lie together.
+Groups may end with different counts, because rewards fail and members are pruned. Their members need not be
+contiguous.
 """
 
 from __future__ import annotations
@@ -11,24 +12,30 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-_ROUNDING = 16 * torch.finfo(torch.float64).eps  # below this share of rewards a std is that of sums in another order
+_ROUNDING = 16 * torch.finfo(torch.float64).eps  # a std below this share of the mean is rounding of sums
 
 
 @dataclass(frozen=True)
 class GroupStatistics:
-    """Of the observed rewards of P groups: mean and std (ddof 0), float64, NaN where none was observed; int64 count."""
+    """Mean, std and count of the observed rewards of P groups.
+
+    Mean and std (ddof 0) are float64, and NaN where none was observed. The count is int64.
+    """
 
     mean_P: Tensor
     std_P: Tensor
     count_P: Tensor
 
-    def around(self, mean: Tensor) -> GroupStatistics:
-        """With one mean, of shape (), for all groups: GDPO's last step is of the whole batch (arXiv 2601.05242)."""
+    def with_mean(self, mean: Tensor) -> GroupStatistics:
+        """The statistics with one mean, of shape (), for all groups.
+
+        GDPO (arXiv 2601.05242) subtracts the mean of the whole batch in its last step.
+        """
         return replace(self, mean_P=mean.expand_as(self.mean_P))
 
     @property
     def informative_P(self) -> Tensor:
-        """Which groups can teach: at least two observed rewards, and not all the same."""
+        """The mask of groups that give a gradient: at least two observed rewards, and not all of them equal."""
         return (self.count_P >= 2) & (self.std_P > _ROUNDING * self.mean_P.abs().clamp(min=1))
 
 
@@ -39,10 +46,11 @@ def _group_sum(values_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
 def group_statistics(rewards_N: Tensor, group_N: Tensor, num_groups: int) -> GroupStatistics:
     """Mean, std and count of the observed rewards of each group; `group_N` int64 in [0, num_groups).
 
-    Sums are of what rewards have above their group's lowest, so that a number added to all of them changes no std.
+    Each group's lowest reward is subtracted before the sums, so that a number added to all rewards changes no std.
     """
     observed_N = rewards_N.isfinite()
-    rewards, group = rewards_N[observed_N].double(), group_N[observed_N]
+    rewards = rewards_N[observed_N].double()
+    group = group_N[observed_N]
     count_P = torch.bincount(group, minlength=num_groups)
     lowest_P = rewards.new_full((num_groups,), torch.inf).scatter_reduce(0, group, rewards, "amin")
     above_N = rewards - lowest_P[group]
@@ -52,7 +60,10 @@ def group_statistics(rewards_N: Tensor, group_N: Tensor, num_groups: int) -> Gro
 
 
 def with_quorum(rewards_N: Tensor, group_N: Tensor, num_groups: int, quorum: float) -> Tensor:
-    """The rewards, all NaN in groups of which a smaller share than `quorum` was observed: too few to say what is usual."""
+    """The rewards, with NaN for every member of a group of which a smaller share than `quorum` was observed.
+
+    The mean of such a group would rest on too few rewards.
+    """
     observed_P = torch.bincount(group_N[rewards_N.isfinite()], minlength=num_groups)
     enough_P = observed_P >= quorum * torch.bincount(group_N, minlength=num_groups)
     return rewards_N.where(enough_P[group_N], torch.nan)
@@ -63,34 +74,39 @@ def normalised_sum(
 ) -> Tensor:
     """Sum over R rewards of weight (reward - group mean) / (group std + eps), (N,) float64 (GDPO, arXiv 2601.05242).
 
-    A reward that does not differ within a group adds exactly 0 there. Who lacks a reward has NaN, and counts in no mean or std.
+    A reward that does not differ within a group adds exactly 0 there. A member that lacks any reward gets NaN and
+    counts in no mean or std.
     """
-    whole_NR = rewards_NR.double().where(rewards_NR.isfinite().all(1, keepdim=True), torch.nan)
-    total_N = whole_NR.new_zeros(len(whole_NR)).where(whole_NR.isfinite().all(1), torch.nan)
-    for values_N, weight in zip(whole_NR.unbind(1), weights_R.double(), strict=True):
-        found = group_statistics(values_N, group_N, num_groups)
-        scaled_N = (values_N - found.mean_P[group_N]) / (found.std_P[group_N] + eps)
-        total_N = total_N + weight * torch.where(found.informative_P[group_N], scaled_N, 0.0)
+    complete_NR = rewards_NR.double().where(rewards_NR.isfinite().all(1, keepdim=True), torch.nan)
+    total_N = complete_NR.new_zeros(len(complete_NR)).where(complete_NR.isfinite().all(1), torch.nan)
+    for values_N, weight in zip(complete_NR.unbind(1), weights_R.double(), strict=True):
+        statistics = group_statistics(values_N, group_N, num_groups)
+        scaled_N = (values_N - statistics.mean_P[group_N]) / (statistics.std_P[group_N] + eps)
+        total_N = total_N + weight * torch.where(statistics.informative_P[group_N], scaled_N, 0.0)
     return total_N
 
 
 def moments(rewards_N: Tensor, centre: Tensor | float = 0.0) -> Tensor:
-    """Count, sum and sum of squares of the observed rewards less `centre`, (3,) float64, to be added up over ranks."""
-    off = rewards_N[rewards_N.isfinite()].double() - centre
-    return torch.stack([off.new_tensor(float(len(off))), off.sum(), off.square().sum()])
+    """Count, sum and sum of squares of the observed rewards minus `centre`, (3,) float64.
+
+    The moments of several ranks are added up.
+    """
+    offsets = rewards_N[rewards_N.isfinite()].double() - centre
+    return torch.stack([offsets.new_tensor(float(len(offsets))), offsets.sum(), offsets.square().sum()])
 
 
 def batch_mean_std(rewards_N: Tensor, add_up: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and std (ddof 0) of all observed rewards of all ranks, of shape (), float64; 0 if there are none.
 
-    `add_up` sums a rank's `moments` over ranks. It is asked twice, first for the mean: squares are of distances to it, since a
-    difference of squares of large rewards has no digit left.
+    `add_up` sums the `moments` of all ranks. It is called twice: the second call takes squares of distances to the
+    mean, because the squares of large rewards lose their digits in a subtraction.
     """
     count, total, _ = add_up(moments(rewards_N)).unbind()
     centre = total / count.clamp(min=1)
-    count, off, off_sq = add_up(moments(rewards_N, centre)).unbind()
-    mean_off, mean_sq = off / count.clamp(min=1), off_sq / count.clamp(min=1)
-    return centre + mean_off, (mean_sq - mean_off.square()).clamp(min=0).sqrt()
+    count, offset, squares = add_up(moments(rewards_N, centre)).unbind()
+    mean_offset = offset / count.clamp(min=1)
+    mean_square = squares / count.clamp(min=1)
+    return centre + mean_offset, (mean_square - mean_offset.square()).clamp(min=0).sqrt()
 
 
 def advantages(
@@ -102,12 +118,12 @@ def advantages(
     eps: float = 1e-4,
     clip_max: float = 5.0,
 ) -> tuple[Tensor, Tensor]:
-    """(reward - group mean) / (std + eps), clipped to +-clip_max: (advantages_N float32, trained_N bool).
+    """Advantages (reward - group mean) / (std + eps), clipped to +-clip_max: (advantages_N float32, trained_N bool).
 
     The divisor is the group's std (Pro-GRPO, arXiv 2512.15347, over survivors) or, if given, `std` of shape () for all
-    groups (flow_grpo's global_std). `statistics` may come from more rewards than these, such as the full group's before
-    it was pruned. All members of a group that is not informative get exactly 0: they count, but give no gradient.
-    `trained_N` is False where the reward is missing, and the advantage there is 0.
+    groups (flow_grpo's global_std). `statistics` may come from more rewards than these, such as those of the full
+    group before it was pruned. Members of a group that is not informative get exactly 0: they count but give no
+    gradient. `trained_N` is False where the reward is missing, and the advantage there is 0.
     """
     divisor_N = statistics.std_P[group_N] if std is None else std
     raw_N = (rewards_N.double() - statistics.mean_P[group_N]) / (divisor_N + eps)

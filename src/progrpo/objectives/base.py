@@ -1,4 +1,7 @@
-"""What an objective is: it turns what was sampled into a loss. One small file each; none knows a model or another."""
+"""The protocol of objectives: an objective turns sampled trajectories into a loss.
+
+Each objective is one small file. It knows neither a model nor another objective.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from progrpo.types import Condition, Rows, Trajectories
 
 
 class Noise(Protocol):
-    """Standard normal noise that knows whose it is: the same for the same slot, member and step of an iteration."""
+    """Standard normal noise keyed by trajectory: the same for the same slot, member and step of an iteration."""
 
     def draw(self, slot_N: Tensor, member_N: Tensor, step: int, shape: tuple[int, ...]) -> Tensor:
-        """float32 (N, *shape) on the CPU. Sampling draws at steps from -1 on; objectives draw below."""
+        """Draw float32 (N, *shape) on the CPU. Sampling draws at steps from -1 on; objectives draw below."""
         ...
 
 
@@ -27,9 +30,10 @@ class Noise(Protocol):
 class Experience(Rows):
     """N finished trajectories with their advantages, and the process that they were sampled by.
 
-    `condition` has one row a prompt, found by `trajectories.group_N`; the final latents are `trajectories.x_NCHW` and the stored transitions its `path`.
-    `before_ND` is what the objective's `prepare` noted of each item before the first optimizer step. Where it noted `size_N`, the
-    rewarded members of each trajectory's group, a microbatch must hold all of a group's items of a draw.
+    `condition` has one row per prompt, indexed by `trajectories.group_N`. The final latents are `trajectories.x_NCHW`,
+    and the stored transitions are its `path`. `prepared_ND` holds what the objective's `prepare` computed for each
+    item before the first optimizer step. Where `prepare` set `group_size_N`, the number of rewarded members of each
+    trajectory's group, a microbatch must hold all of a group's items of a draw.
     """
 
     trajectories: Trajectories
@@ -38,8 +42,8 @@ class Experience(Rows):
     process: Process = field(metadata=Rows.FOR_ALL)
     noise: Noise = field(metadata=Rows.FOR_ALL)
     guidance_scale: float = field(default=1.0, metadata=Rows.FOR_ALL)
-    before_ND: Tensor | None = None
-    size_N: Tensor | None = None
+    prepared_ND: Tensor | None = None
+    group_size_N: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.trajectories)
@@ -50,30 +54,31 @@ class Experience(Rows):
         return any(t.attached_NCHW is not None for t in self.trajectories.path)
 
     def detached(self) -> Experience:
-        """Without these graphs, which one backward pass uses up."""
+        """The experience without these graphs, which one backward pass uses up."""
         path = tuple(replace(t, attached_NCHW=None) for t in self.trajectories.path)
         return replace(self, trajectories=replace(self.trajectories, path=path))
 
-    def noting(self, before_ND: Tensor) -> Experience:
-        return replace(self, before_ND=before_ND)
+    def with_prepared(self, prepared_ND: Tensor) -> Experience:
+        return replace(self, prepared_ND=prepared_ND)
 
-    def in_whole_groups(self) -> Experience:
+    def with_group_sizes(self) -> Experience:
         count_P = torch.bincount(self.trajectories.group_N)
-        return replace(self, size_N=count_P[self.trajectories.group_N])
+        return replace(self, group_size_N=count_P[self.trajectories.group_N])
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Of B items the loss of each, and what is worth watching of each: by its mean and by its maximum."""
+    """The loss of each of B items, and metrics of each item that are reported by their mean or by their maximum."""
 
     loss_B: Tensor
     means_B: Mapping[str, Tensor] = field(default_factory=dict)
     maxima_B: Mapping[str, Tensor] = field(default_factory=dict)
 
     def first(self, count: int) -> Loss:
-        """Of the first items alone: the others filled a microbatch up."""
+        """The loss of the first `count` items alone; the others only filled up a microbatch."""
         means = {name: values[:count] for name, values in self.means_B.items()}
-        return Loss(self.loss_B[:count], means, {name: values[:count] for name, values in self.maxima_B.items()})
+        maxima = {name: values[:count] for name, values in self.maxima_B.items()}
+        return Loss(self.loss_B[:count], means, maxima)
 
     @property
     def total(self) -> Tensor:
@@ -89,9 +94,9 @@ class Loss:
 
 
 class Objective(Protocol):
-    """A loss of what was sampled, made from its settings.
+    """A loss on sampled trajectories, made from its settings.
 
-    Items are what a microbatch counts: for GRPO a transition of a trajectory, for others a trajectory and a noise level.
+    Microbatches count items: a transition of a trajectory for GRPO, a trajectory and a noise level for the others.
     """
 
     @property
@@ -101,20 +106,24 @@ class Objective(Protocol):
 
     @property
     def clip_range(self) -> float | None:
-        """How far the loss lets the policy go in one iteration, None for no bound.
+        """The bound on how far the loss moves the policy in one iteration; None for no bound.
 
-        Ratios of densities may be off 1 by a hundredth of it before any update.
+        Before any update, ratios of densities may differ from 1 by a hundredth of it.
         """
         ...
 
     def prepare(self, policy: Policy, experience: Experience, microbatch: int, updates: int) -> Experience:
-        """Note what must be known before the first of `updates` optimizer steps; given all rewarded trajectories."""
+        """Compute what the loss needs from before the first of `updates` optimizer steps.
+
+        `experience` holds all rewarded trajectories.
+        """
         ...
 
     def loss(self, policy: Policy, experience: Experience, items_B: Tensor) -> Loss:
-        """The loss of the items numbered in [0, N * settings.items_per_trajectory(transitions)), ascending, with gradients to the policy.
+        """Compute the loss of the items `items_B`, ascending, with gradients to the policy.
 
-        Item i is draw or transition i // N of trajectory i % N, so a microbatch mixes steps where it must and no more.
-        An item may be there twice, where it fills a microbatch up.
+        Items are numbered in [0, N * settings.items_per_trajectory(transitions)). Item i is draw or transition i // N
+        of trajectory i % N, so that a microbatch mixes as few steps as possible. An item may occur twice, where it
+        fills up a microbatch.
         """
         ...

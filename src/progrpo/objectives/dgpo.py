@@ -1,4 +1,4 @@
-"""Direct group preference optimisation, DGPO (arXiv 2510.08425): the group's better half against its worse, no trajectories."""
+"""Direct group preference optimisation (DGPO, arXiv 2510.08425): a group's better members against its worse ones."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from torch import Tensor
 
 from progrpo.diffusion.gaussian import mean_square
 from progrpo.objectives.base import Experience, Loss
-from progrpo.objectives.forward_process import Draws, Noised, noted
+from progrpo.objectives.forward_process import Draws, NoisedLatents, evaluate_items
 from progrpo.objectives.settings import DGPOSettings
 from progrpo.policies.base import Policy
 
 
 @dataclass(frozen=True)
 class DGPO:
-    """The pretraining's losses l weighed by advantage and by how undecided the group still is.
+    """Pretraining losses l, weighted by the advantage A and by a weight w of the group.
 
-    A group's weight w = sigmoid(sum_i A_i dpo_beta (l_i - l_ref,i) / G) is held constant over the updates: near 1 where
-    the policy prefers the worse more than the reference does. The loss is w A l, in which l stays within `clip_range` of that of an
-    average of the weights, on the side that the advantage asks for. A group shares times and noise. `kl_beta` weighs the mean
-    square distance of outputs to the reference.
+    The group's weight w = sigmoid(sum_i A_i dpo_beta (l_i - l_ref,i) / G) is held constant over the updates. It is
+    near 1 where the policy prefers the worse members more than the reference does. The loss is w A l. On the side that
+    the advantage asks for, l stays within `clip_range` of the loss of an average of the weights. The members of a
+    group share times and noise. `kl_beta` weighs the mean square distance of outputs to the reference.
 
-    `dpo_beta` and `clip_range` are in units of a flow model's loss. A diffusion model's is brought to them at each noise level: a
-    loss of noise is up to 240 times smaller at the noisiest one of Stable Diffusion, where a range of 0.05 would bind nothing.
+    `dpo_beta` and `clip_range` are in units of a flow model's loss. A diffusion model's loss is converted to these
+    units at each noise level: its loss on noise is up to 240 times smaller at the noisiest level of Stable Diffusion,
+    where a range of 0.05 would bind nothing.
     """
 
     settings: DGPOSettings
@@ -40,51 +41,61 @@ class DGPO:
         return Draws(self.settings.draws, self.settings.time_fraction, shared=True)
 
     def prepare(self, policy: Policy, experience: Experience, microbatch: int, updates: int) -> Experience:
-        """The weight of each group and draw, noted for every member.
+        """Compute the weight of each group and draw, one for every member.
 
-        A single update finds them on its way, from the passes that its loss needs anyway, if it sees groups whole.
+        A single update that sees whole groups computes the weights from the forward passes of its loss instead.
         """
         group_N = experience.trajectories.group_N
         members_P = torch.bincount(group_N)
         if updates == 1 and (len(group_N) == 0 or members_P.max() <= microbatch):
-            return experience.in_whole_groups()
+            return experience.with_group_sizes()
 
-        def gain(at: Noised) -> Tensor:
-            return self._gain(at, at.error(at.predict(policy)), at.error(at.predict_with(policy, "reference")))
+        def gain(noised: NoisedLatents) -> Tensor:
+            error_B = noised.error(noised.predict(policy))
+            reference_B = noised.error(noised.predict_with(policy, "reference"))
+            return self._gain(noised, error_B, reference_B)
 
-        gain_ND = noted(policy, experience, self._draws, microbatch, gain)
+        gain_ND = evaluate_items(policy, experience, self._draws, microbatch, gain)
         total_PD = gain_ND.new_zeros(len(members_P), self.settings.draws).index_add(0, group_N, gain_ND)
-        return experience.noting((total_PD / members_P.clamp(min=1)[:, None]).sigmoid()[group_N])
+        weight_PD = (total_PD / members_P.clamp(min=1)[:, None]).sigmoid()
+        return experience.with_prepared(weight_PD[group_N])
 
-    def _gain(self, at: Noised, error_B: Tensor, reference_B: Tensor) -> Tensor:
-        """What each item adds to how far the group is decided."""
-        return self.settings.dpo_beta * at.velocity_weight * (error_B.detach() - reference_B) * at.advantages
+    def _gain(self, noised: NoisedLatents, error_B: Tensor, reference_B: Tensor) -> Tensor:
+        """The summand A dpo_beta (l - l_ref) of each item in its group's weight."""
+        difference_B = error_B.detach() - reference_B
+        return self.settings.dpo_beta * noised.velocity_weight * difference_B * noised.advantages
 
-    def _weights(self, experience: Experience, at: Noised, gain_B: Tensor) -> Tensor:
-        """Of groups that are there whole, per draw; an item that is there twice, to fill the microbatch up, counts once."""
-        assert experience.size_N is not None, "prepare first"
-        group_B = experience.trajectories.group_N[at.rows]
-        block_B = (at.draw * (group_B.max() + 1) + group_B).to(gain_B.device)
-        again = (at.rows.diff(prepend=at.rows[:1] - 1) == 0) & (at.draw.diff(prepend=at.draw[:1] - 1) == 0)
+    def _weights(self, experience: Experience, noised: NoisedLatents, gain_B: Tensor) -> Tensor:
+        """The weights of groups that are present whole, per draw.
+
+        An item that occurs twice, to fill up the microbatch, counts once.
+        """
+        assert experience.group_size_N is not None, "prepare first"
+        group_B = experience.trajectories.group_N[noised.rows]
+        block_B = (noised.draw * (group_B.max() + 1) + group_B).to(gain_B.device)
+        same_row = noised.rows.diff(prepend=noised.rows[:1] - 1) == 0
+        same_draw = noised.draw.diff(prepend=noised.draw[:1] - 1) == 0
+        repeated = same_row & same_draw
         total = gain_B.new_zeros(int(block_B.max()) + 1)
-        total.index_add_(0, block_B, gain_B.masked_fill(again.to(gain_B.device), 0))
-        return (total[block_B] / experience.size_N[at.rows].to(gain_B)).sigmoid()
+        total.index_add_(0, block_B, gain_B.masked_fill(repeated.to(gain_B.device), 0))
+        return (total[block_B] / experience.group_size_N[noised.rows].to(gain_B)).sigmoid()
 
     def loss(self, policy: Policy, experience: Experience, items_B: Tensor) -> Loss:
-        at = Noised.gather(policy, experience, items_B, self._draws)
-        before = experience.before_ND
-        compared = before is None or self.settings.kl_beta > 0
-        v_ref = at.predict_with(policy, "reference") if compared else None
-        average_B = at.error(at.predict_with(policy, "average"))
-        v = at.predict(policy)
-        error_B = at.error(v)
-        if before is None:
+        noised = NoisedLatents.gather(policy, experience, items_B, self._draws)
+        prepared_ND = experience.prepared_ND
+        needs_reference = prepared_ND is None or self.settings.kl_beta > 0
+        v_ref = noised.predict_with(policy, "reference") if needs_reference else None
+        average_B = noised.error(noised.predict_with(policy, "average"))
+        v = noised.predict(policy)
+        error_B = noised.error(v)
+        if prepared_ND is None:
             assert v_ref is not None
-            group_B = self._weights(experience, at, self._gain(at, error_B, at.error(v_ref)))
+            group_B = self._weights(experience, noised, self._gain(noised, error_B, noised.error(v_ref)))
         else:
-            group_B = before[at.rows, at.draw].to(error_B)
-        weight_B = group_B * at.advantages
-        moved_B, range_B = error_B - average_B, self.clip_range / at.velocity_weight
+            group_B = prepared_ND[noised.rows, noised.draw].to(error_B)
+        weight_B = group_B * noised.advantages
+        moved_B = error_B - average_B
+        range_B = self.clip_range / noised.velocity_weight
         bounded_B = average_B + moved_B.clamp(-range_B, range_B)
         loss_B = torch.maximum(weight_B * error_B, weight_B * bounded_B)
         means = {"clip_fraction": (moved_B.detach().abs() > range_B).float()}

@@ -1,8 +1,8 @@
-"""What objectives share that need no trajectory: final latents are noised anew, and predictions compared with the truth.
+"""The forward process, for objectives without trajectories: final latents are noised anew.
 
-The truth is what the model was pretrained on: a flow model's velocity, a diffusion model's noise, velocity or data. Only
-the network's own output is trained here, without classifier-free guidance, whatever sampled the latents. A network that is
-told its guidance is told what sampled them.
+The network predicts the target of pretraining: a flow model's velocity, a diffusion model's noise, velocity or data.
+Only the network's own output is trained here, without classifier-free guidance, whatever guidance sampled the latents.
+A network with embedded guidance gets the guidance scale of sampling.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ _FIRST_STEP = -2  # of the noise keys: -1 is a trajectory's initial noise, steps
 
 @dataclass(frozen=True)
 class Draws:
-    """Times of D draws a trajectory: one in each D-th of the first `time_fraction` of the sampling grid, noisiest first.
+    """D noise levels per trajectory: one in each D-th of the first `time_fraction` of the sampling grid, noisiest
+    first.
 
-    So times follow the model's own grid and shift. With `shared`, members of a group get the same times and noise.
+    Levels therefore follow the model's own grid and shift. With `shared`, the members of a group get the same levels
+    and noise.
     """
 
     count: int
@@ -42,10 +44,10 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Noised:
-    """B items side by side: item i is draw i // N of trajectory i % N, x = alpha x0 + sigma eps.
+class NoisedLatents:
+    """B noised items, x = alpha x0 + sigma eps: item i is draw i // N of trajectory i % N.
 
-    `target` is what the network is to say of x.
+    `target` is what the network is to predict at x.
     """
 
     rows: Tensor
@@ -60,23 +62,29 @@ class Noised:
     guidance_scale: float
 
     @classmethod
-    def gather(cls, policy: Policy, experience: Experience, items_B: Tensor, draws: Draws) -> Noised:
+    def gather(cls, policy: Policy, experience: Experience, items_B: Tensor, draws: Draws) -> NoisedLatents:
+        """Noise the final latents of the items, at the levels and with the noise that belong to each."""
         items_B = items_B.sort().values
-        draw, rows = items_B // len(experience), items_B % len(experience)
-        living, device = experience.trajectories, policy.device
-        slot, member = living.slot_N[rows], living.member_N[rows]
+        draw = items_B // len(experience)
+        rows = items_B % len(experience)
+        trajectories = experience.trajectories
+        slot = trajectories.slot_N[rows]
+        member = trajectories.member_N[rows]
         if draws.shared:
             member = torch.full_like(member, WHOLE_GROUP)
-        x0 = living.x_NCHW[rows]
-        normal, eps = torch.empty(len(rows)), torch.empty(x0.shape)
+        x0 = trajectories.x_NCHW[rows]
+        normal = torch.empty(len(rows))
+        eps = torch.empty(x0.shape)
         for d in draw.unique().tolist():
-            of_draw, step = draw == d, _FIRST_STEP - 2 * d
-            normal[of_draw] = experience.noise.draw(slot[of_draw], member[of_draw], step, ())
-            eps[of_draw] = experience.noise.draw(slot[of_draw], member[of_draw], step - 1, x0.shape[1:])
+            own = draw == d
+            step = _FIRST_STEP - 2 * d
+            normal[own] = experience.noise.draw(slot[own], member[own], step, ())
+            eps[own] = experience.noise.draw(slot[own], member[own], step - 1, x0.shape[1:])
         eps = eps.to(x0)
         process = experience.process
         places = draws.places(normal, draw, process.num_steps)
-        levels, prediction = policy.levels_between(process.levels_T1, places).to(x0), PREDICTIONS[process.prediction]
+        levels = policy.levels_between(process.levels_T1, places).to(x0)
+        prediction = PREDICTIONS[process.prediction]
         return cls(
             rows=rows,
             draw=draw,
@@ -85,13 +93,13 @@ class Noised:
             target=prediction.target(x0, eps, levels),
             levels=levels,
             prediction=prediction,
-            advantages=experience.advantages_N[rows].to(device),
-            condition=experience.condition.take(living.group_N[rows].to(device)),
+            advantages=experience.advantages_N[rows].to(policy.device),
+            condition=experience.condition.take(trajectories.group_N[rows].to(policy.device)),
             guidance_scale=experience.guidance_scale if policy.embeds_guidance else 1.0,
         )
 
     def predict(self, policy: Policy) -> Tensor:
-        """The network's outputs with the weights in force."""
+        """The network's outputs with the active weights."""
         return policy.predict(self.x, self.levels.timestep, self.condition, self.guidance_scale)
 
     @torch.no_grad()
@@ -101,26 +109,32 @@ class Noised:
             return self.predict(policy)
 
     def error(self, output: Tensor) -> Tensor:
-        """The pretraining loss of each item, mean over dims: (B,). Flow matching's (arXiv 2210.02747), or DDPM's (2006.11239)."""
+        """The pretraining loss of each item, mean over dims: (B,).
+
+        Sources: flow matching (arXiv 2210.02747), DDPM (arXiv 2006.11239).
+        """
         return mean_square(output - self.target)
 
     @property
     def velocity_weight(self) -> Tensor:
-        """Of each item: times an error, the error of the velocity, in which constants of flow models are published; (B,)."""
+        """The factor (B,) that turns an item's error into the error of its velocity.
+
+        Constants of flow models are published in units of the latter.
+        """
         return self.prediction.velocity_weight(self.levels)
 
     def denoised(self, output: Tensor) -> Tensor:
-        """The data that outputs point to."""
+        """The data x0 that outputs predict."""
         return self.prediction.x0(self.x, output, self.levels)
 
 
 @torch.no_grad()
-def noted(
-    policy: Policy, experience: Experience, draws: Draws, microbatch: int, note: Callable[[Noised], Tensor]
+def evaluate_items(
+    policy: Policy, experience: Experience, draws: Draws, microbatch: int, evaluate: Callable[[NoisedLatents], Tensor]
 ) -> Tensor:
-    """`note` of every item, in microbatches as the update makes them: (N, D)."""
+    """The values of `evaluate` for all items, in the microbatches of the update: (N, D)."""
     items = len(experience) * draws.count
     values = torch.empty(items, dtype=experience.trajectories.x_NCHW.dtype)
     for items_B in of_update(items, microbatch, policy.compiled):
-        values[items_B] = note(Noised.gather(policy, experience, items_B, draws)).to(values)
+        values[items_B] = evaluate(NoisedLatents.gather(policy, experience, items_B, draws)).to(values)
     return values.reshape(draws.count, len(experience)).T.contiguous()

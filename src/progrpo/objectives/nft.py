@@ -1,4 +1,4 @@
-"""DiffusionNFT (arXiv 2509.16117): flow matching towards what was good and away from what was bad, without trajectories."""
+"""DiffusionNFT (arXiv 2509.16117): flow matching towards good samples and away from bad ones, without trajectories."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from progrpo.diffusion.gaussian import mean_square
 from progrpo.objectives.base import Experience, Loss
-from progrpo.objectives.forward_process import Draws, Noised
+from progrpo.objectives.forward_process import Draws, NoisedLatents
 from progrpo.objectives.settings import NFTSettings
 from progrpo.policies.base import Policy
 
-_MIN_ERROR = 1e-5  # of the normalisation of an error by itself
+_MIN_ERROR = 1e-5  # the least value that an error is divided by when it normalises itself
 
 
 @dataclass(frozen=True)
 class NFT:
-    """Pictures are drawn by `old`, an average of the weights that the loss measures from.
+    """The contrast of a positive and a negative policy around `old`, an average of the weights that also samples.
 
     With the velocity v of the current weights, the positive policy is v+ = beta v + (1 - beta) v_old and the implicit
     negative one v- = (1 + beta) v_old - beta v. The loss is c (r L+ + (1 - r) L-) / beta, with optimality
@@ -34,16 +34,17 @@ class NFT:
         return None
 
     def prepare(self, policy: Policy, experience: Experience, microbatch: int, updates: int) -> Experience:
-        return experience  # `old` itself stays as it is until the updates are done
+        return experience  # the weights `old` change only after the updates
 
     def loss(self, policy: Policy, experience: Experience, items_B: Tensor) -> Loss:
-        at = Noised.gather(policy, experience, items_B, Draws(self.settings.draws, self.settings.time_fraction))
-        v_old = at.predict_with(policy, "old")
-        v_ref = at.predict_with(policy, "reference") if self.settings.kl_beta > 0 else None
-        v = at.predict(policy)
-        positive_B = self._error(at, self.settings.beta * v + (1 - self.settings.beta) * v_old)
-        negative_B = self._error(at, (1 + self.settings.beta) * v_old - self.settings.beta * v)
-        r_B = (at.advantages / self.settings.adv_clip_max).clamp(-1, 1) / 2 + 0.5
+        draws = Draws(self.settings.draws, self.settings.time_fraction)
+        noised = NoisedLatents.gather(policy, experience, items_B, draws)
+        v_old = noised.predict_with(policy, "old")
+        v_ref = noised.predict_with(policy, "reference") if self.settings.kl_beta > 0 else None
+        v = noised.predict(policy)
+        positive_B = self._error(noised, self.settings.beta * v + (1 - self.settings.beta) * v_old)
+        negative_B = self._error(noised, (1 + self.settings.beta) * v_old - self.settings.beta * v)
+        r_B = (noised.advantages / self.settings.adv_clip_max).clamp(-1, 1) / 2 + 0.5
         loss_B = self.settings.adv_clip_max * (r_B * positive_B + (1 - r_B) * negative_B) / self.settings.beta
         means = {"distance_to_old": mean_square(v.detach() - v_old)}
         if v_ref is not None:
@@ -53,7 +54,7 @@ class NFT:
         return Loss(loss_B, means)
 
     @staticmethod
-    def _error(at: Noised, v: Tensor) -> Tensor:
-        off = at.denoised(v) - at.x0
-        size_B = off.detach().abs().flatten(1).mean(1).clamp(min=_MIN_ERROR)
-        return mean_square(off) / size_B
+    def _error(noised: NoisedLatents, v: Tensor) -> Tensor:
+        difference = noised.denoised(v) - noised.x0
+        size_B = difference.detach().abs().flatten(1).mean(1).clamp(min=_MIN_ERROR)
+        return mean_square(difference) / size_B

@@ -21,7 +21,10 @@ else:
     ObjectiveName = choices_of(OBJECTIVES)
 
 Stored = Literal["latents", "transitions", "means"]
-"""What sampling keeps of a trajectory: final latents, or stochastic transitions with log-probs, or these with their means."""
+"""The parts of a trajectory that sampling keeps.
+
+Final latents alone, stochastic transitions with log-probs, or these with their means.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Average:
         return min(self.ramp * iteration, self.limit)
 
 
-_GUARD_CLIP_OF_ALL = 2e-6 * 16 * 64 * 64  # GRPO-Guard's on SD3.5 (arXiv 2510.22319), over the dims of its latents
+_GUARD_CLIP_TIMES_DIMS = 2e-6 * 16 * 64 * 64  # GRPO-Guard's clip range on SD3.5 (arXiv 2510.22319) times latent dims
 
 
 class SamplerFacts(Protocol):
@@ -56,12 +59,16 @@ class SamplerFacts(Protocol):
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The base of an objective's own settings. Its properties are facts that a plan, an estimate or a trainer asks for."""
+    """The base of an objective's own settings.
+
+    Its properties are facts that a plan, an estimate or a trainer asks for.
+    """
 
     adv_clip_max: float = setting(5.0, above(0))
     """Advantages are clipped to plus and minus this number."""
     kl_beta: float = setting(0.0, at_least(0))
-    """Weight of the distance to the reference: the mean square difference of velocities, if nothing else is said."""
+    """The weight of the distance to the reference: the mean square difference of velocities, unless the objective has
+    another distance."""
 
     whole_groups: ClassVar[bool] = False
     """Whether the loss of an item depends on the other members of its group."""
@@ -79,7 +86,7 @@ class LossSettings:
         return self.stores != "latents"
 
     def items_per_trajectory(self, num_trained_steps: int) -> int:
-        """Items that a trajectory is trained on: its transitions, or draws of a noise level."""
+        """The number of items that a trajectory is trained on: its transitions, or draws of a noise level."""
         return num_trained_steps
 
     @property
@@ -94,11 +101,11 @@ class LossSettings:
 
     @property
     def extra_forwards(self) -> int:
-        """Forward passes of a trained item under other weights than the current ones."""
+        """The forward passes of a trained item with other weights than the current ones."""
         return int(self.uses_reference)
 
     def for_sampler(self, sampler: SamplerFacts, latent_dims: int) -> Self:
-        """The settings with what follows from the sampler and the number of a latent's dims.
+        """The settings, completed by what follows from the sampler and the number of a latent's dims.
 
         ValueError for a sampler that the loss cannot work with.
         """
@@ -110,16 +117,21 @@ class GRPOSettings(LossSettings):
     """GRPO on stochastic steps (Flow-GRPO, arXiv 2505.05470)."""
 
     clip_range: float | None = setting(None, above(0).or_empty(" for the published one"))
-    """How far ratios of mean-over-dims log-probs may go from 1. It belongs to a latent size: 1e-4 at 16x64x64 is 3.2e-3 at
-    8x16x16. Empty: the value published with the sampler, or with the guarded ratio, for this model's latents."""
+    """The range around 1 that ratios of mean-over-dims log-probs are clipped to.
+    It belongs to a latent size: 1e-4 at 16x64x64 corresponds to 3.2e-3 at 8x16x16.
+    Empty: the value published with the sampler, or with the guarded ratio, for this model's latents."""
     ratio: Literal["plain", "guard"] = "plain"
-    """guard: GRPO-Guard's normalised ratio (arXiv 2510.22319), whose clip range is smaller."""
+    """The ratio of densities.
+    `guard` is GRPO-Guard's normalised ratio (arXiv 2510.22319), whose clip range is smaller."""
     step_weights: Literal["equal", "noise", "inverse_h"] = "equal"
-    """noise weighs steps by their std (TempFlow-GRPO, arXiv 2508.04324), inverse_h by 1 over their length (GRPO-Guard). The
-    mean weight is 1."""
+    """The weights of steps, with mean 1.
+    `noise` weighs steps by their std (TempFlow-GRPO, arXiv 2508.04324), `inverse_h` by 1 over their length
+    (GRPO-Guard)."""
     kl_form: Literal["exact", "flow_grpo", "latent", "velocity"] = "exact"
-    """exact: the squared distance of means over 2 s^2 h. flow_grpo: over 2 s^2, so its betas are about ten times larger. latent
-    and velocity: the plain mean square distance of the steps' means, or of the network's velocities."""
+    """The distance to the reference.
+    `exact`: the squared distance of means over 2 s^2 h.
+    `flow_grpo`: the same over 2 s^2, so that its betas are about ten times larger.
+    `latent` and `velocity`: the plain mean square distance of the steps' means, or of the network's velocities."""
 
     @property
     def stores(self) -> Stored:
@@ -132,7 +144,7 @@ class GRPOSettings(LossSettings):
             )
         if self.clip_range is not None:
             return self
-        guarded = _GUARD_CLIP_OF_ALL / latent_dims
+        guarded = _GUARD_CLIP_TIMES_DIMS / latent_dims
         clip_range = guarded if self.ratio == "guard" else sampler.clip_range_for(latent_dims)
         return replace(self, clip_range=clip_range)
 
@@ -142,7 +154,7 @@ class DrawnSettings(LossSettings):
     """The base of objectives that noise final latents anew and train draws of a noise level."""
 
     draws: int = setting(4, at_least(1))
-    """Noise levels per trajectory that are trained."""
+    """The number of noise levels that are trained per trajectory."""
     time_fraction: float = setting(0.99, SHARE)
     """The share of the sampling grid, from its noisy end, in which these levels lie."""
 
@@ -156,7 +168,7 @@ class NFTSettings(DrawnSettings):
 
     kl_beta: float = setting(1e-4, at_least(0))
     beta: float = setting(1.0, above(0))
-    """How far the positive and the negative policy lie from the old one."""
+    """The distance of the positive and the negative policy from the old one."""
 
     rollout_weights: ClassVar[str] = "old"
 
@@ -174,24 +186,26 @@ class AWMSettings(DrawnSettings):
     """Advantage weighted matching (arXiv 2509.25050). Defaults are Flow-Factory's for SD3.5, except the weighting."""
 
     adv_clip_max: float = setting(1.0, above(0))
-    """Advantages are clipped to plus and minus this number. Flow-Factory takes 1; the authors take 5 with `adv_scale` 0.2."""
+    """Advantages are clipped to plus and minus this number.
+    Flow-Factory takes 1. The authors take 5 with `adv_scale` 0.2."""
     kl_beta: float = setting(1e-4, at_least(0))
     draws: int = setting(6, at_least(1))
     time_fraction: float = setting(0.9, SHARE)
     weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "uniform"
-    """The weight of the flow-matching loss by its noise level t, or a root of the loss times t. The authors and Flow-Factory
-    take ghuber."""
+    """The weight of the flow-matching loss by its noise level t, or a root of the loss times t.
+    The authors and Flow-Factory take ghuber."""
     huber_power: float = setting(0.25, SHARE)
-    """The power of ghuber: t (loss ** power) / power. huber is half of it at power 0.5."""
+    """The power of ghuber: t (loss ** power) / power.
+    huber is half of it at power 0.5."""
     clip_range: float = setting(1.0, above(0))
-    """How far ratios may go from 1."""
+    """The range around 1 that ratios are clipped to."""
     adv_scale: float = setting(1.0, above(0))
-    """Factor of the clipped advantages."""
+    """The factor of the clipped advantages."""
     average_beta: float = setting(1.0, at_least(0))
-    """Weight of the mean square distance of velocities to an average of the weights over time."""
+    """The weight of the mean square distance of velocities to an average of the weights over time."""
     average_ramp: float = setting(3e-4, at_least(0))
-    """The average's decay is min(average_ramp n, average_limit) after the n-th iteration. Flow-Factory takes 0.0003, the authors
-    take 0.001."""
+    """The average's decay is min(average_ramp n, average_limit) after the n-th iteration.
+    Flow-Factory takes 0.0003. The authors take 0.001."""
     average_limit: float = setting(0.3, FRACTION)
     """The largest decay of that average."""
 
@@ -211,9 +225,9 @@ class DGPOSettings(DrawnSettings):
     kl_beta: float = setting(1e-3, at_least(0))
     time_fraction: float = setting(0.6, SHARE)
     dpo_beta: float = setting(100.0, above(0))
-    """Sharpness of a group's weight: how strongly the weight follows the difference of losses to the reference."""
+    """The sharpness of a group's weight: how strongly it follows the difference of losses to the reference."""
     clip_range: float = setting(0.05, above(0))
-    """How far the flow-matching loss may go from that of an average of the weights over time."""
+    """The largest difference of the flow-matching loss to that of an average of the weights over time."""
 
     whole_groups: ClassVar[bool] = True
 
@@ -232,30 +246,33 @@ class DGPOSettings(DrawnSettings):
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What to learn from rewards."""
+    """The settings of learning from rewards."""
 
     name: ObjectiveName = setting("grpo", one_of(OBJECTIVES, "Class"))  # noqa: RUF009 (a field)
-    """The objective: its own settings are the part of that name, and the other parts are not read. `module:Class` is an objective
-    of yours, with its settings in `custom`."""
+    """The objective.
+    Its own settings are the part of that name; the other parts are not read.
+    `module:Class` is an objective of yours, with its settings in `custom`."""
     advantage: Literal["group", "batch", "gdpo"] = "group"
-    """The std that advantages are divided by: that of the group's survivors (the paper's), or of the whole batch (flow_grpo's
-    global_std). `gdpo` normalises each reward by its group, then the weighted sum by the batch (arXiv 2601.05242), so that no
+    """The std that advantages are divided by.
+    `group`: that of the group's survivors (the paper's).
+    `batch`: that of the whole batch (flow_grpo's global_std).
+    `gdpo` normalises each reward by its group, then the weighted sum by the batch (arXiv 2601.05242), so that no
     reward drowns another."""
     baseline: Literal["survivors", "group"] = "survivors"
-    """The members that mean and std are taken over: the survivors (the paper's), or the full group where all have final rewards
-    (post-hoc)."""
+    """The members that mean and std are taken over.
+    `survivors`: the paper's. `group`: the full group, where all members have final rewards (post-hoc selection)."""
     adv_eps: float = setting(1e-4, above(0))
-    """Added to the std that advantages are divided by."""
+    """The number added to the std that advantages are divided by."""
     grpo: GRPOSettings = field(default_factory=GRPOSettings)
     nft: NFTSettings = field(default_factory=NFTSettings)
     awm: AWMSettings = field(default_factory=AWMSettings)
     dgpo: DGPOSettings = field(default_factory=DGPOSettings)
     custom: Values = field(default_factory=Values)
-    """A JSON object: settings of an objective of yours, the fields of its class's `Settings`."""
+    """The settings of an objective of yours: a JSON object with the fields of its class's `Settings`."""
 
     @property
     def loss(self) -> LossSettings:
-        """The settings of the objective that is named: its own section, or for a class without one what `custom` says."""
+        """The settings of the named objective: its own section, or `custom` for a class that has no section."""
         section = getattr(self, self.name, None)
         if isinstance(section, LossSettings):
             return section
@@ -264,18 +281,21 @@ class ObjectiveSettings:
         return settings
 
     def check(self) -> None:
-        """ValueError for a baseline that the advantage does not have, and for settings that nothing reads."""
+        """Raise ValueError for a baseline that the advantage does not have, and for settings that nothing reads."""
         if self.advantage == "gdpo" and self.baseline == "group":
             raise ValueError("objective.baseline must be survivors for objective.advantage gdpo, not group")
         if self.custom and self.loss is getattr(self, self.name, None):
             raise ValueError(
                 f"objective.custom must be empty for objective.name {self.name}; give objective.{self.name}"
             )
-        self.loss  # noqa: B018 (reading settings of the user's own checks them)
+        self.loss  # noqa: B018 (reading the user's own settings checks them)
 
 
 def load_objective(name: str) -> Any:
-    """The class of an objective, made from its settings. ValueError for a class of the user's own without `Settings`."""
+    """Find the class of an objective.
+
+    Raises ValueError for a class of the user's own without `Settings`.
+    """
     kind = load_named(name, OBJECTIVES, "objective.name", "Class")
     own = getattr(kind, "Settings", None)
     if not (isinstance(own, type) and issubclass(own, LossSettings)):

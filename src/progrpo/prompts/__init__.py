@@ -1,1 +1,1 @@
-"""WHAT IS ASKED FOR: prompts from files, datasets and Python, their pictures, and the order that iterations get them in."""
+"""Prompts from files, datasets and Python, their pictures, and the order in which iterations get them."""

@@ -1,4 +1,7 @@
-"""Files of prompts as rows: a field holds the text, the others are its columns. Each format is read whole, or refused by line or row."""
+"""Readers of prompt files: a field of each row holds the text, and the others are its columns.
+
+A file is read whole, or refused with the line or row at fault.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from progrpo.prompts.pictures import COLUMN
 
 _LINE_BYTES = 1_000_000
 Row = tuple[Mapping[str, Any], str]
-"""With its place, as a message begins."""
+"""A row and its place, with which a message begins."""
 
 
 def _texts(path: Path, column: str) -> Iterator[Row]:
@@ -23,20 +26,20 @@ def _texts(path: Path, column: str) -> Iterator[Row]:
 
 def _json_lines(path: Path, column: str) -> Iterator[Row]:
     for text, where in _lines(path):
-        row = _parsed(text, where, lambda error: f"column {error.colno}")
+        row = _parse_json(text, where, lambda error: f"column {error.colno}")
         if not isinstance(row, dict):
             raise ValueError(f'{where}: must be an object such as {{"{column}": "a red circle"}}, not {quoted(row)}')
         yield row, where
 
 
 def _json(path: Path, column: str) -> Iterator[Row]:
-    """A list of texts or objects, or an object that has it as `prompts`."""
-    data = _parsed(_text_of(path), named(path), lambda error: f"line {error.lineno}, column {error.colno}")
+    """Read a list of texts or objects, or an object that holds such a list as `prompts`."""
+    data = _parse_json(_read_text(path), named(path), lambda error: f"line {error.lineno}, column {error.colno}")
     items = data.get("prompts") if isinstance(data, dict) else data
     if not isinstance(items, list):
         raise ValueError(
-            f'{named(path)}: must be a list of texts or of objects such as {{"{column}": "a red circle"}}, or an object with that list'
-            f" as prompts, not {quoted(data)}"
+            f'{named(path)}: must be a list of texts or of objects such as {{"{column}": "a red circle"}}, or an object'
+            f" with that list as prompts, not {quoted(data)}"
         )
     for number, item in enumerate(items):
         where = f"{named(path)}, row {number}"
@@ -45,18 +48,25 @@ def _json(path: Path, column: str) -> Iterator[Row]:
         yield ({column: item} if isinstance(item, str) else item), where
 
 
-def _parsed(text: str, where: str, place: Callable[[json.JSONDecodeError], str]) -> Any:
+def _parse_json(text: str, where: str, place: Callable[[json.JSONDecodeError], str]) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        lines = "; an object a line is a .jsonl file" if error.msg == "Extra data" and error.lineno > 1 else ""
+        lines = (
+            "; a file with one object per line is a .jsonl file"
+            if error.msg == "Extra data" and error.lineno > 1
+            else ""
+        )
         raise ValueError(f"{where}: not JSON ({error.msg}, {place(error)}){lines}") from None
-    except (ValueError, RecursionError):  # JSON by its grammar
-        raise ValueError(f"{where}: numbers of thousands of digits or lists without end; leave them out") from None
+    except (ValueError, RecursionError):  # valid JSON that Python does not read
+        raise ValueError(f"{where}: numbers of thousands of digits or endlessly nested lists; leave them out") from None
 
 
 def _csv(path: Path, column: str) -> Iterator[Row]:
-    """Rows below a line of names, separated by commas, texts with commas or line ends in double quotes. An empty cell is None."""
+    """Read rows below a line of names, separated by commas.
+
+    Texts with commas or line ends stand in double quotes. An empty cell is None.
+    """
     names: list[str] = []
     for cells, where in _records(path):
         if not names:
@@ -64,7 +74,8 @@ def _csv(path: Path, column: str) -> Iterator[Row]:
             _check_names(names, column, where)
         elif len(cells) > len(names):
             raise ValueError(
-                f"{where}: {len(cells)} fields where there are {len(names)} names; put a text that holds a comma in double quotes"
+                f"{where}: {len(cells)} fields where there are {len(names)} names;"
+                " put a text that holds a comma in double quotes"
             )
         else:
             row = dict.fromkeys(names) | dict(zip(names, cells, strict=False))
@@ -72,11 +83,13 @@ def _csv(path: Path, column: str) -> Iterator[Row]:
 
 
 def _records(path: Path) -> Iterator[tuple[list[str], str]]:
-    """Lists of fields, which may go over several lines, each with the place where it begins."""
-    reader, line = csv.reader(io.StringIO(_text_of(path), newline=""), strict=True), 1
+    """Yield the fields of each record with the place where it begins. A record may span several lines."""
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    line = 1
     try:
         for cells in reader:
-            where, line = f"{named(path)}, line {line}", reader.line_num + 1
+            where = f"{named(path)}, line {line}"
+            line = reader.line_num + 1
             if cells:
                 yield cells, where
     except csv.Error as error:
@@ -86,12 +99,13 @@ def _records(path: Path) -> Iterator[tuple[list[str], str]]:
 
 
 def _check_names(names: list[str], column: str, where: str) -> None:
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{where}: two columns are called {named(twice[0])}; rename one")
-    others = [mark for mark in (";", "\t", "|") if len(names) == 1 and mark in names[0]]
-    if others and column not in names:
+    duplicates = [name for name in names if names.count(name) > 1]
+    if duplicates:
+        raise ValueError(f"{where}: two columns are called {named(duplicates[0])}; rename one")
+    separators = [mark for mark in (";", "\t", "|") if len(names) == 1 and mark in names[0]]
+    if separators and column not in names:
         raise ValueError(
-            f"{where}: columns are separated by {quoted(others[0])}; save the file with commas between them"
+            f"{where}: columns are separated by {quoted(separators[0])}; save the file with commas between them"
         )
 
 
@@ -103,34 +117,34 @@ def _parquet(path: Path, column: str) -> Iterator[Row]:
     with path.open("rb") as file:
         try:
             rows = parquet.read_table(file).to_pylist()
-        except Exception as error:  # of many kinds, for a file that is damaged or of another format
+        except Exception as error:  # pyarrow raises many kinds for a damaged file or another format
             raise ValueError(f"{named(path)}: not a parquet file ({named(' '.join(str(error).split()))})") from None
     yield from ((with_file(row), f"{named(path)}, row {number}") for number, row in enumerate(rows))
 
 
 def with_file(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with a picture's bytes, or its path, in place of the pair that `datasets` has."""
+    """The row with a picture's bytes, or its path, in place of the pair of both that `datasets` stores."""
     pair = row.get(COLUMN)
     return {**row, COLUMN: pair["bytes"] or pair["path"]} if isinstance(pair, Mapping) else row
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a file that are not blank, stripped, each with its place for messages."""
+    """Yield the lines of a file that are not blank, stripped, each with its place for messages."""
     number = 0
     with path.open("rb") as file:
         while read := file.readline(_LINE_BYTES + 1):
             if len(read) > _LINE_BYTES:
                 raise ValueError(
-                    f"{named(path)}, line {number + 1}: over {_LINE_BYTES // 10**6} MB long; write a prompt a line"
+                    f"{named(path)}, line {number + 1}: over {_LINE_BYTES // 10**6} MB long; write one prompt per line"
                 )
-            for line in read.splitlines():  # more than one where old Macs' line ends are in it
+            for line in read.splitlines():  # several, where the file has the line ends of old Macs
                 number += 1
                 where = f"{named(path)}, line {number}"
                 if text := _decode(line, where).strip():
                     yield text, where
 
 
-def _text_of(path: Path) -> str:
+def _read_text(path: Path) -> str:
     data = path.read_bytes()
     lines = data.splitlines()
     for number, line in enumerate(lines, 1):
@@ -143,18 +157,18 @@ def _decode(line: bytes, where: str) -> str:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
-    if "\0" in text:  # what UTF-16 looks like, if it could be decoded at all
+    if "\0" in text:  # UTF-16 that could be decoded as UTF-8 has NULs
         raise ValueError(f"{where}: not UTF-8 text{_other_encoding(line)}; save the file as UTF-8")
     return text
 
 
 def _other_encoding(line: bytes) -> str:
-    """The encoding that it is likely in, in words."""
+    """A clause that names the likely encoding of the line."""
     if line.startswith((b"\xff\xfe", b"\xfe\xff")) or 2 * line.count(0) >= len(line) - 1 > 0:
         return " but UTF-16"
     try:
         return f" but perhaps Windows-1252, in which it reads {quoted(line.decode('cp1252'))}" * (b"\0" not in line)
-    except UnicodeDecodeError:  # which leaves five bytes without a character
+    except UnicodeDecodeError:  # Windows-1252 leaves five bytes undefined
         return ""
 
 
@@ -165,4 +179,4 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".csv": _csv,
     ".parquet": _parquet,
 }
-"""By the end of a file's name; they are told how the field of texts is called."""
+"""Readers by the suffix of a file's name. Each takes the path and the name of the field that holds texts."""

@@ -1,4 +1,4 @@
-"""Read prompts: the built-in world's, those of a file or a dataset, or what Python gives."""
+"""Prompts of the built-in world, of a file, of a dataset, or from Python code."""
 
 from __future__ import annotations
 
@@ -18,56 +18,59 @@ from progrpo.types import GIVEN, Prompt
 from progrpo.zoo.shapes import world
 
 DATASET = "dataset:"
-"""What the name of a dataset begins with, in the place of a file's."""
+"""The prefix of a dataset's name where a file's may stand too."""
 _ON_DISK = "dataset_dict.json"
 TEXT = "prompt"
-"""The field that holds a row's text, where no other is named."""
+"""The field that holds a row's text, unless another is named."""
 
 Prompts = Mapping[str, tuple[Prompt, ...]]
-"""Prompts by kind; a file's are all of one kind, which has no name."""
+"""Prompts by kind. All prompts of a file are of one kind, whose name is empty."""
 
 
 def load_prompts(source: str, split: str = "train", column: str = TEXT) -> Prompts:
-    """The prompts of `shapes` or of `dataset:NAME` (their `split`), or of a file (which has no splits): .txt, .jsonl, .json, .csv or .parquet.
+    """Load the prompts of `shapes`, of `dataset:NAME`, or of a .txt, .jsonl, .json, .csv or .parquet file.
 
-    The field `column` of a row holds the text, and all others are columns of the prompt. A file's column `image` is the path of a picture, from
-    the file's own folder, and becomes one from the current folder.
-    NAME is a folder of `datasets` or its name on the hub, or NAME:CONFIG for one of its configurations; without a split `validation` or `test` its
-    only one, or `train`, serves. ValueError, one sentence with the line or row, on a file that is missing, empty, not UTF-8 or not in its format.
+    The field `column` of a row holds the text, and all others are columns of the prompt. A file's column `image` is
+    the path of a picture relative to the file's folder. It becomes relative to the current folder. `split` is that of
+    `shapes` or of the dataset; a file has no splits. NAME is a folder of `datasets` or a name on the hub, or
+    NAME:CONFIG for one of its configurations. A dataset without the split gives its `train`, or its only one.
+    ValueError, one sentence with the line or row, on a file that is missing, empty, not UTF-8 or not in its format.
     """
     if source == "shapes":
         return world.prompts(split)
     if source.startswith(DATASET):
-        return {"": _of_dataset(source.removeprefix(DATASET), split, column)}
+        return {"": _load_dataset(source.removeprefix(DATASET), split, column)}
     path = Path(source)
     if (kind := path.suffix.lower()) not in READERS:
         raise ValueError(
-            f"prompts must come from `shapes`, a file ({', '.join(READERS)}) or dataset:NAME, not {quoted(source)}{_nearest(path)}"
+            f"prompts must come from `shapes`, a file ({', '.join(READERS)}) or dataset:NAME, not {quoted(source)}"
+            f"{_suggestion(path)}"
         )
-    if not os.path.isfile(path):  # which takes every text: Path's own raises at one that is too long
-        raise ValueError(f"no prompt file {named(source)}{_nearest(path)}")
+    if not os.path.isfile(path):  # unlike Path's own method, it does not raise for a name that is too long
+        raise ValueError(f"no prompt file {named(source)}{_suggestion(path)}")
     try:
         prompts = tuple(
-            _from_folder(path.parent, prompt_of_row(row, where, column), where)
+            _with_picture_path(prompt_of_row(row, where, column), path.parent, where)
             for row, where in READERS[kind](path, column)
         )
     except OSError as error:
         raise ValueError(f"the prompt file {named(path)} cannot be read: {error.strerror}") from None
     if not prompts:
-        raise ValueError(f"{named(path)} holds no prompt; write one at least")
+        raise ValueError(f"{named(path)} holds no prompt; write at least one")
     return {"": prompts}
 
 
-def _from_folder(folder: Path, prompt: Prompt, where: str) -> Prompt:
+def _with_picture_path(prompt: Prompt, folder: Path, where: str) -> Prompt:
+    """The prompt whose picture's path starts at the current folder; the file gives it relative to `folder`."""
     given = prompt.columns.get(COLUMN)
-    if given is None or isinstance(given, bytes):  # in parquet the file itself may be in the row
+    if given is None or isinstance(given, bytes):  # a row of a parquet file may hold the picture's own bytes
         return prompt
     if not isinstance(given, str):
         raise ValueError(f"{where}: {COLUMN} must be the path of a picture, not {quoted(given)}")
     if "://" in given:
         raise ValueError(
-            f"{where}: {COLUMN}: {named(given)} is a URL, and pictures are read from this disk alone; download it and give"
-            " its path, or name the column otherwise where neither the model nor a reward reads it"
+            f"{where}: {COLUMN}: {named(given)} is a URL, and pictures are read only from this disk; download it and"
+            " give its path, or rename the column if neither the model nor a reward reads it"
         )
     path = os.path.join(folder, os.path.expanduser(given))
     if not os.path.isfile(path):
@@ -76,70 +79,69 @@ def _from_folder(folder: Path, prompt: Prompt, where: str) -> Prompt:
 
 
 def unread(prompts: Iterable[Prompt]) -> str | None:
-    """A sentence on a column that other trainers read and this one does not; None where there is none."""
+    """A sentence about a column that other trainers read and this one does not, or None."""
     if not any("negative_prompt" in prompt.columns for prompt in prompts):
         return None
     return (
-        "the prompts have a column negative_prompt, which only rewards are given: what guidance leads away from is one text for all,"
-        " sampling.negative_prompt"
+        "the prompts have a column negative_prompt, which only rewards receive: guidance leads away from one text for"
+        " all prompts, sampling.negative_prompt"
     )
 
 
 def prompts_of(given: object, name: str, column: str = TEXT) -> tuple[Prompt, ...]:
-    """What Python code gives as prompts: texts, `Prompt`s or rows, in an order of their own; a table is its rows, a `Path` a prompt file.
+    """The prompts that Python code gives: ordered texts, `Prompt`s or rows, a table (its rows) or a `Path` (a prompt
+    file).
 
-    The field `column` of a row holds the text. ValueError that begins with `name` if it is none, or anything else.
+    The field `column` of a row holds the text. ValueError that begins with `name` for no prompts, or for anything
+    else.
     """
     if isinstance(given, os.PathLike):
         return next(iter(load_prompts(os.fspath(given), column=column).values()))
-    rows, refused = _rows_of_table(given), f"{name} must be a list of {_items(column)}, not {quoted(given)}"
-    _require_ordered(rows, name, refused)
+    rows = _rows_of_table(given)
+    message = f"{name} must be a list of texts, Prompts or rows with a field {column}, not {quoted(given)}"
+    _require_ordered(rows, name, message)
     try:
         items = iter(rows)
-    except TypeError:  # an array without dimensions says that it can be iterated
-        raise ValueError(refused) from None
+    except TypeError:  # an array without dimensions has __iter__ and cannot be iterated
+        raise ValueError(message) from None
     prompts = tuple(_prompt_of(item, f"{name}[{i}]", column) for i, item in enumerate(items))
     if not prompts:
         raise ValueError(f"{name} is empty; give at least one")
     return prompts
 
 
-def _items(column: str) -> str:
-    return f"texts, Prompts or rows with a field {column}"
-
-
 _TEXTS = str | bytes | bytearray | memoryview
 
 
-def _require_ordered(given: object, name: str, refused: str) -> None:
-    """ValueError that begins with `refused`."""
+def _require_ordered(given: object, name: str, message: str) -> None:
+    """Raise ValueError, which begins with `message`, for what has no order or is no collection of prompts."""
     if isinstance(given, Mapping):
-        parts = ", ".join(f"{name}[{quoted(key)}]" for key in list(given)[:3])
-        raise ValueError(f"{refused}; one of its parts may be meant ({parts})" if parts else refused)
+        values = ", ".join(f"{name}[{quoted(key)}]" for key in list(given)[:3])
+        raise ValueError(f"{message}; one of its values may be meant ({values})" if values else message)
     if isinstance(given, MappingView) and isinstance(given, Set):
-        raise ValueError(f"{refused}; give list(...) of them if they are the prompts")
+        raise ValueError(f"{message}; give list(...) of them if they are the prompts")
     if (isinstance(given, Set) and not isinstance(given, Sequence)) or isinstance(given, type(iter(set()))):
         raise ValueError(
-            f"{refused}: a set has another order in each process and at each start; give sorted(...) of it, or"
+            f"{message}: the order of a set differs between processes and between starts; give sorted(...) of it, or"
             " list(dict.fromkeys(texts)) to drop duplicates"
         )
     if isinstance(given, str) and Path(given).suffix.lower() in READERS:
-        raise ValueError(f"{refused}; a prompt file is given as pathlib.Path({quoted(given)})")
+        raise ValueError(f"{message}; a prompt file is given as pathlib.Path({quoted(given)})")
     if isinstance(given, _TEXTS) or not isinstance(given, Iterable):
-        raise ValueError(refused)
+        raise ValueError(message)
 
 
 def _rows_of_table(given: Any) -> Any:
-    """The rows of a table of another library, and anything else as it is."""
+    """The rows of another library's table; anything else unchanged."""
     for (library, kind), rows in _TABLES.items():
-        loaded = sys.modules.get(library)  # where a table is, its library is loaded
-        if loaded is not None and isinstance(given, getattr(loaded, kind)):
+        module = sys.modules.get(library)  # a table's library is loaded already
+        if module is not None and isinstance(given, getattr(module, kind)):
             return rows(given)
     return given
 
 
 def _rows_of_pandas(table: Any) -> list[dict[str, Any]]:
-    """Cells that are missing, which pandas has as NaN, are None as in a JSON file."""
+    """The rows of a pandas table. Missing cells, which pandas stores as NaN, are None as in a JSON file."""
     rows: list[dict[str, Any]] = table.astype(object).where(table.notna(), None).to_dict("records")
     return rows
 
@@ -152,7 +154,7 @@ _TABLES: dict[tuple[str, str], Callable[[Any], Iterable[Any]]] = {
     ("pyarrow", "Array"): lambda column: column.to_pylist(),
     ("pyarrow", "ChunkedArray"): lambda column: column.to_pylist(),
 }
-"""Tables whose iterator gives something else than rows, by library and class."""
+"""Tables whose iterator does not yield rows, by library and class."""
 
 
 def _prompt_of(item: object, where: str, column: str) -> Prompt:
@@ -166,12 +168,15 @@ def _prompt_of(item: object, where: str, column: str) -> Prompt:
 
 
 def of_configuration(name: str) -> tuple[str, str]:
-    """A dataset's name, and that of its configuration: empty where none is named, as of a folder with a colon in its own."""
+    """A dataset's name and its configuration, which is empty where none is named.
+
+    A colon may also be part of a folder's own name.
+    """
     dataset, _, config = name.rpartition(":")
     return (name, "") if not dataset or os.path.exists(os.path.expanduser(name)) else (dataset, config)
 
 
-def _of_dataset(source: str, split: str, column: str) -> tuple[Prompt, ...]:
+def _load_dataset(source: str, split: str, column: str) -> tuple[Prompt, ...]:
     try:
         import datasets
     except ImportError:
@@ -180,21 +185,19 @@ def _of_dataset(source: str, split: str, column: str) -> tuple[Prompt, ...]:
     name, config = of_configuration(source)
     on_disk = Path(name, _ON_DISK).is_file() or Path(name, "state.json").is_file()
     if on_disk and config:
-        raise ValueError(
-            f"dataset:{named(source)}: a dataset that was saved has no configurations; leave {named(config)} out"
-        )
+        raise ValueError(f"dataset:{named(source)}: a saved dataset has no configurations; leave {named(config)} out")
     try:
         loaded = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name, config or None)
-    except Exception as error:  # of many kinds: no network, no such name, a file of another format
+    except Exception as error:  # of many kinds: no network, no such name, another file format
         reason = named(" ".join(str(error).split()))
         several = f"; name one as dataset:{named(name)}:CONFIG" if "onfig name is missing" in reason else ""
         raise ValueError(
             f"dataset:{named(source)} could not be loaded{on_the_way_to_the_hub()}: {reason}{several}"
         ) from None
     if isinstance(loaded, datasets.DatasetDict):
-        there = [s for s in (split, "train", *loaded) if s in loaded]
-        loaded = loaded[there[0]]
-    if isinstance(loaded.features.get(COLUMN), datasets.Image):  # files stay files: thousands of pictures would not fit
+        present = [s for s in (split, "train", *loaded) if s in loaded]
+        loaded = loaded[present[0]]
+    if isinstance(loaded.features.get(COLUMN), datasets.Image):  # thousands of decoded pictures would not fit
         loaded = loaded.cast_column(COLUMN, datasets.Image(decode=False))
     rows = tuple(prompt_of_row(with_file(row), f"dataset:{source}, row {n}", column) for n, row in enumerate(loaded))
     if not rows:
@@ -202,30 +205,32 @@ def _of_dataset(source: str, split: str, column: str) -> tuple[Prompt, ...]:
     return rows
 
 
-def _nearest(path: Path) -> str:
+def _suggestion(path: Path) -> str:
     try:
         beside = [str(p) for p in path.parent.iterdir() if p.suffix.lower() in READERS]
-    except (OSError, ValueError):  # no folder, one that is not ours to read, or no path at all
+    except (OSError, ValueError):  # no folder, a folder without permission, or no path at all
         beside = []
     close = difflib.get_close_matches(str(path), ["shapes", *beside], 1)
     return f"; did you mean {named(close[0])}?" if close else ""
 
 
 def prompt_of_row(row: Mapping[str, Any], where: str, column: str = TEXT) -> Prompt:
-    """A row whose field `column` is the text; every other field is a column of that prompt. ValueError that begins with `where` if it is none."""
+    """The prompt of a row: the field `column` is its text, and every other field is a column.
+
+    ValueError that begins with `where` for a row without a text.
+    """
     if column not in row:
         raise ValueError(f"{where}: has no field named {named(column)}{_field_hint(row)}")
     text = row[column]
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: {named(column)} must be a text that is not empty, not {quoted(text)}")
     if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):  # tokenizers take neither
-        raise ValueError(
-            f"{where}: {named(column)} must be a text without NUL and halves of characters, not {quoted(text)}"
-        )
+        raise ValueError(f"{where}: {named(column)} must be a text without NUL and lone surrogates, not {quoted(text)}")
     columns = {name: value for name, value in row.items() if name != column}
-    if taken := [name for name in GIVEN if name in columns]:
+    reserved = [name for name in GIVEN if name in columns]
+    if reserved:
         raise ValueError(
-            f"{where}: no column can be called {taken[0]}, as which a reward is given {GIVEN[taken[0]]};"
+            f"{where}: no column can be called {reserved[0]}: under that name a reward receives {GIVEN[reserved[0]]};"
             " rename it or leave it out"
         )
     return Prompt(text.strip(), columns)

@@ -1,4 +1,4 @@
-"""Source pictures: what an editing model is given to change. A prompt's column `image`: a path, a file's bytes or a PIL picture."""
+"""Source pictures of editing models: a prompt's column `image`, which is a path, a file's bytes or a PIL picture."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from progrpo.types import Prompt
 
 COLUMN = "image"
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow's others include some that start programs
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # some of Pillow's other formats start programs
 
 
 def picture(value: Any, where: str = COLUMN) -> Image.Image:
-    """Upright RGB pixels of a path, of a file's bytes or of a PIL picture; ValueError that begins with `where`.
+    """The upright RGB pixels of a path, of a file's bytes or of a PIL picture; ValueError that begins with `where`.
 
-    What is transparent is seen on white: colours under it, which no viewer shows, are often noise or black.
+    Transparent parts become white: the colours under them, which no viewer shows, are often noise or black.
     """
     with _opened(value, where) as image:
         return _on_white(ImageOps.exif_transpose(image))
@@ -31,36 +31,40 @@ def picture(value: Any, where: str = COLUMN) -> Image.Image:
 def _on_white(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
-    # Pillow has no way from premultiplied grey to RGBA but over LA
-    seen = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+    # Pillow converts premultiplied grey to RGBA only by way of LA
+    straight = image.convert("LA") if image.mode == "La" else image
+    rgba = straight.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def pictures(values: Sequence[Any]) -> list[Image.Image | None]:
-    """The same of a column, None where a prompt has none; what is given twice is read once."""
+    """The pictures of a column, None where a prompt has none. A value that occurs twice is read once."""
     read = {id(value): picture(value) for value in values if value is not None}
     return [read.get(id(value)) for value in values]
 
 
 def source_of(prompt: Prompt) -> Image.Image:
-    """The picture that a prompt asks to change; ValueError that names the prompt where it has none."""
-    return picture(_given(prompt), _where(prompt))
+    """The picture that a prompt asks to change; ValueError that names a prompt without one."""
+    return picture(_picture_value(prompt), _where(prompt))
 
 
 def check_sources(prompts: Iterable[Prompt]) -> None:
-    """ValueError for the first prompt without a picture, or whose picture cannot be opened; no more than headers are read."""
+    """Raise ValueError for the first prompt without a picture, or whose picture cannot be opened.
+
+    Only headers are read.
+    """
     for prompt in prompts:
-        with _opened(_given(prompt), _where(prompt)):
+        with _opened(_picture_value(prompt), _where(prompt)):
             pass
 
 
 def key_of(prompt: Prompt) -> str:
-    """What tells one source from another: its path, or a sum over what it holds. ValueError as of `source_of`."""
-    return key(_given(prompt), _where(prompt))
+    """The key of a prompt's picture (see `key`); ValueError as for `source_of`."""
+    return key(_picture_value(prompt), _where(prompt))
 
 
 def key(value: Any, where: str = COLUMN) -> str:
-    """The same of what a column holds."""
+    """The key that tells one picture from another: its path, or a hash of its content."""
     if isinstance(value, str | os.PathLike):
         return os.path.abspath(value)
     if isinstance(value, bytes):
@@ -69,11 +73,12 @@ def key(value: Any, where: str = COLUMN) -> str:
     return hashlib.sha256(f"{pixels.size}".encode() + pixels.tobytes()).hexdigest()
 
 
-def _given(prompt: Prompt) -> Any:
-    if (value := prompt.columns.get(COLUMN)) is None:
+def _picture_value(prompt: Prompt) -> Any:
+    value = prompt.columns.get(COLUMN)
+    if value is None:
         raise ValueError(
             f"the prompt {quoted(prompt.text)} has no column {COLUMN}: this model changes a picture, so give each"
-            " prompt the path of one there"
+            " prompt the path of its picture there"
         )
     return value
 
@@ -88,17 +93,17 @@ def _opened(value: Any, where: str) -> Iterator[Image.Image]:
         raise ValueError(f"{where} must be a picture or the path of one, not {quoted(value)}")
     try:
         if isinstance(value, Image.Image):
-            yield _of_8_bits(value)
+            yield _require_8_bits(value)
         else:
             with Image.open(BytesIO(value) if isinstance(value, bytes) else value, formats=_FORMATS) as image:
-                yield _of_8_bits(image)
-    except Exception as error:  # Pillow's are of many kinds
-        which = named(value) if isinstance(value, str | os.PathLike) else "what it holds"
+                yield _require_8_bits(image)
+    except Exception as error:  # Pillow raises many kinds
+        which = named(value) if isinstance(value, str | os.PathLike) else "its content"
         reason = "no such file" if isinstance(error, FileNotFoundError) else named(" ".join(str(error).split()))
         raise ValueError(f"{where}: {which} cannot be read as a picture: {reason}") from error
 
 
-def _of_8_bits(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # which Pillow cuts at 255: nearly all of it would be white, or black
+def _require_8_bits(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # Pillow clips these at 255: the picture would be nearly all white or black
         raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}); save it with 8")
     return image

@@ -12,6 +12,8 @@ COLUMN_NAME = Rule(bool, "the name of a field")
 
 @dataclass(frozen=True)
 class PromptSettings:
+    """The settings of training prompts."""
+
     source: str = "shapes"
     """The training prompts: `shapes` (the train split of the built-in world), a file, or a dataset.
     Files: .txt (one prompt per line), .jsonl (one object per line), .json (a list of texts or objects),

@@ -1,4 +1,4 @@
-"""When two texts say the same: Unicode has several forms for many a letter, quotation mark, dash and space."""
+"""Comparison of texts: Unicode has several forms of many letters, quotation marks, dashes and spaces."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ _FORMS = str.maketrans(
     }
 )
 _NO_WIDTH = "Cf"  # soft hyphens, joiners, marks of direction
-_VARIANTS = range(0xFE00, 0xFE10)  # of a picture or a letter, chosen by a character after it
+_VARIANTS = range(0xFE00, 0xFE10)  # characters that choose a variant of the character before them
 
 
 def folded(text: str) -> str:
-    """The form that all ways to write a text have in common, to be compared and not shown.
+    """The common form of all ways to write a text, for comparison and not for display.
 
-    Letters are composed and without case, width or ligature (NFKC, ß as ss, Turkish i's alike), quotation marks and dashes are
-    ASCII's, white space is single spaces, and what has no width is left out. Accents stay: é is not e.
+    Letters are composed and have no case, width or ligatures (NFKC, ß as ss, both Turkish i's as i). Quotation marks
+    and dashes are ASCII, white space is single spaces, and characters without width are left out. Accents stay: é is
+    not e.
     """
     if text.isascii():
         return " ".join(text.lower().replace("`", "'").replace("''", '"').split())
     letters = unicodedata.normalize("NFKC", text.translate(_FORMS)).casefold().replace("i\N{COMBINING DOT ABOVE}", "i")
     plain = unicodedata.normalize("NFKC", letters).translate(_FORMS).replace("''", '"')
-    seen = (c for c in plain if unicodedata.category(c) != _NO_WIDTH and ord(c) not in _VARIANTS)
-    return " ".join("".join(seen).split())
+    visible = (c for c in plain if unicodedata.category(c) != _NO_WIDTH and ord(c) not in _VARIANTS)
+    return " ".join("".join(visible).split())
 
 
 def shared(texts: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Those of the texts that say the same as one of the others."""
+    """The texts that have the same `folded` form as one of the others."""
     known = {folded(other) for other in others}
     return [text for text in texts if folded(text) in known]

@@ -1,4 +1,4 @@
-"""What a run says while it goes: rich in a terminal, plain lines elsewhere (a log file, a notebook, CI)."""
+"""The console output of a run: styled in a terminal, plain lines elsewhere (a log file, a notebook, CI)."""
 
 from __future__ import annotations
 
@@ -6,27 +6,33 @@ import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
+
+import numpy as np
 
 from progrpo.streams import tolerant
+from progrpo.tracking.records import Metrics, MetricValue, Summary, before_and_after, metric
 from progrpo.tracking.wording import MISSING, count, duration, number, percent, signed
 
-_RECENT = 5
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
+_RECENT = 5  # iterations that the remaining time is estimated from
 _PREVIEW = "preview/rank_correlation@"
 
 
 class Console:
-    """Prints the progress of one run. What cannot be printed is dropped: the records are in the run folder.
+    """A tracker that prints the progress of a run. Text that cannot be printed is dropped: the run folder has it.
 
-    `nfe_unpruned`: the NFE that an iteration would take if no trajectory were pruned, for the share saved.
-    `history`: the records of a resumed run, oldest first. `enabled`: False on all processes but the main one.
+    `nfe_unpruned` is the NFE of an iteration in which no trajectory is pruned, for the share that pruning saves.
+    `history` has the records of a resumed run, oldest first. `enabled` is False in all processes but the main one.
     """
 
     def __init__(
         self,
         iterations: int,
         nfe_unpruned: int | None = None,
-        history: Sequence[Mapping[str, Any]] = (),
+        history: Sequence[Metrics] = (),
         enabled: bool = True,
         file: TextIO | None = None,
     ) -> None:
@@ -40,7 +46,7 @@ class Console:
         for record in history:
             self._remember(record)
 
-    def _open_rich(self) -> Any:
+    def _open_rich(self) -> RichConsole:
         from rich.console import Console as RichConsole
 
         return RichConsole(file=self._file, highlight=False)
@@ -61,79 +67,88 @@ class Console:
 
     # --- an iteration -------------------------------------------------------------------------------------------------
 
-    def iteration(self, record: Mapping[str, Any]) -> None:
-        """One line about an iteration, from its record in metrics.jsonl."""
-        self._remember(record)
-        parts = [self._place(record), self._reward(record), f"strict {percent(record.get('reward/strict')):>7}"]
-        parts += [self._nfe(record), *self._time(record), *self._previews(record), *self._evaluation(record)]
+    def log(self, metrics: Mapping[str, MetricValue], step: int) -> None:
+        """Print one line on iteration `step`."""
+        self._remember(metrics)
+        fields = [self._progress(step), self._reward(metrics), f"strict {percent(metric(metrics, 'reward/strict')):>7}"]
+        fields += [self._nfe(metrics), *self._time(step), *self._previews(metrics), *self._evaluation(metrics)]
         if self._rich is None:
-            self._print("  ".join(parts))
+            self._print("  ".join(fields))
         else:
-            self._print_styled(parts)
+            self._print_styled(self._rich, fields)
 
-    def _print_styled(self, parts: Sequence[str]) -> None:
+    def log_images(self, images: Mapping[str, np.ndarray], step: int) -> None:
+        """Print nothing: the run folder has the pictures."""
+
+    def log_config(self, config: Mapping[str, object]) -> None:
+        """Print nothing: the run folder has the configuration."""
+
+    def close(self) -> None:
+        """Do nothing: each line is printed at once."""
+
+    def _print_styled(self, rich: RichConsole, fields: Sequence[str]) -> None:
         from rich.text import Text
 
-        assert self._rich is not None
-        line = Text("  ").join(Text(part, style="bold" if i == 1 else "") for i, part in enumerate(parts))
+        line = Text("  ").join(Text(field, style="bold" if i == 1 else "") for i, field in enumerate(fields))
         line.highlight_regex(r"^iteration +\d+/\d+|NFE|s/it|left|strict|preview|(?<=  )eval", "dim")
         line.highlight_regex(r"\(\+\d+\.\d+\)", "green")
         line.highlight_regex(r"\(-\d+\.\d+\)", "red")
-        self._rich.print(line)
+        rich.print(line)
 
-    def _remember(self, record: Mapping[str, Any]) -> None:
+    def _remember(self, metrics: Mapping[str, MetricValue]) -> None:
         if self._first_reward is None:
-            self._first_reward = record.get("reward/mean")
-        if record.get("seconds") is not None:
-            self._seconds.append(record["seconds"])
+            self._first_reward = metric(metrics, "reward/mean")
+        seconds = metric(metrics, "seconds")
+        if seconds is not None:
+            self._seconds.append(seconds)
 
-    def _place(self, record: Mapping[str, Any]) -> str:
-        done = record["iteration"] + 1
-        return f"iteration {done:>{len(str(self.iterations))}}/{self.iterations}"
+    def _progress(self, step: int) -> str:
+        return f"iteration {step + 1:>{len(str(self.iterations))}}/{self.iterations}"
 
-    def _reward(self, record: Mapping[str, Any]) -> str:
-        reward = record.get("reward/mean")
+    def _reward(self, metrics: Mapping[str, MetricValue]) -> str:
+        reward = metric(metrics, "reward/mean")
         if reward is None or self._first_reward is None:
             return f"reward {MISSING}"
         return f"reward {number(reward)} ({signed(reward - self._first_reward)})"
 
-    def _nfe(self, record: Mapping[str, Any]) -> str:
-        nfe = record.get("rollout/nfe")
+    def _nfe(self, metrics: Mapping[str, MetricValue]) -> str:
+        nfe = metric(metrics, "rollout/nfe")
         if nfe is None or not self.nfe_unpruned:
             return f"{count(nfe)} NFE"
         return f"{count(nfe)} NFE ({percent(1 - nfe / self.nfe_unpruned, 0)} saved)"
 
-    def _time(self, record: Mapping[str, Any]) -> list[str]:
+    def _time(self, step: int) -> list[str]:
         if not self._seconds:
             return []
-        remaining = self.iterations - record["iteration"] - 1
-        left = remaining * sum(self._seconds) / len(self._seconds)
-        parts = [f"{self._seconds[-1]:.1f} s/it"]
-        return [*parts, f"{duration(left)} left"] if remaining else parts
+        fields = [f"{self._seconds[-1]:.1f} s/it"]
+        remaining = self.iterations - step - 1
+        if remaining:
+            left = remaining * sum(self._seconds) / len(self._seconds)
+            fields.append(f"{duration(left)} left")
+        return fields
 
-    def _previews(self, record: Mapping[str, Any]) -> list[str]:
-        found = {
-            int(k.removeprefix(_PREVIEW)): v for k, v in record.items() if k.startswith(_PREVIEW) and v is not None
-        }
-        words = [f"{number(found[step], 2)}@{step}" for step in sorted(found)]
-        return ["preview " + " ".join(words)] if words else []
+    def _previews(self, metrics: Mapping[str, MetricValue]) -> list[str]:
+        steps = sorted(int(name.removeprefix(_PREVIEW)) for name in metrics if name.startswith(_PREVIEW))
+        correlations = {step: metric(metrics, f"{_PREVIEW}{step}") for step in steps}
+        fields = [f"{number(value, 2)}@{step}" for step, value in correlations.items() if value is not None]
+        return ["preview " + " ".join(fields)] if fields else []
 
-    def _evaluation(self, record: Mapping[str, Any]) -> list[str]:
-        strict = record.get("eval/strict")
+    def _evaluation(self, metrics: Mapping[str, MetricValue]) -> list[str]:
+        strict = metric(metrics, "eval/strict")
         return [] if strict is None else [f"eval strict {percent(strict)}"]
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
-    def summary_table(self, summary: Mapping[str, Any], report_path: str | Path | None = None) -> None:
-        """Before and after, what was spent, and where the report is."""
+    def summary_table(self, summary: Summary, report_path: str | Path | None = None) -> None:
+        """Print the figures before and after training, the cost, and the path of the report."""
         rows = _summary_rows(summary)
         if not self.enabled:
             return
         if self._rich is None:
             self._print_plain_table(rows)
         else:
-            self._print_rich_table(rows)
-        self._print(_spent(summary))
+            self._print_rich_table(self._rich, rows)
+        self._print(_cost(summary))
         if report_path is not None:
             self._print(f"report: {report_path}")
 
@@ -144,57 +159,58 @@ class Console:
             padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
             self._print("  ".join([label.ljust(widths[0]), *padded]))
 
-    def _print_rich_table(self, rows: Sequence[tuple[str, str, str, str]]) -> None:
+    def _print_rich_table(self, rich: RichConsole, rows: Sequence[tuple[str, str, str, str]]) -> None:
         from rich import box
         from rich.table import Table
 
-        assert self._rich is not None
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("")
         for name in ("before", "after", "change"):
             table.add_column(name, justify="right")
         for label, before, after, change in rows:
             table.add_row(label, before, f"[bold]{after}[/bold]", change)
-        self._rich.print(table)
+        rich.print(table)
 
 
-def _summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(label, before, after, change) of what was evaluated; the judge only where there is one."""
+def _summary_rows(summary: Summary) -> list[tuple[str, str, str, str]]:
+    """(label, before, after, change) of what was evaluated, the judge and the diversity only if they were measured."""
     rows = []
-    names = (
+    figures = (
         ("reward", "reward", False),
         ("strict accuracy", "accuracy", True),
         ("judge", "judge", True),
         ("diversity", "diversity", False),
     )
-    for label, key, share in names:
-        before, after = summary.get(f"{key}_before"), summary.get(f"{key}_after")
-        if key in ("judge", "diversity") and before is None and after is None:
+    for label, name, is_share in figures:
+        before, after = before_and_after(summary, name)
+        if name in ("judge", "diversity") and before is None and after is None:
             continue
-        write = percent if share else number
-        rows.append((label, write(before), write(after), _change(before, after, share)))
-    then, now = summary.get("held_out_before") or {}, summary.get("held_out_after") or {}
-    for name in dict.fromkeys([*then, *now]):
-        before, after = then.get(name), now.get(name)
+        write = percent if is_share else number
+        rows.append((label, write(before), write(after), _change(before, after, is_share)))
+    held_out_before, held_out_after = summary.get("held_out_before") or {}, summary.get("held_out_after") or {}
+    for name in dict.fromkeys([*held_out_before, *held_out_after]):
+        before, after = held_out_before.get(name), held_out_after.get(name)
         rows.append((f"held out: {name}", number(before), number(after), _change(before, after, False)))
     return rows
 
 
-def _change(before: float | None, after: float | None, share: bool) -> str:
+def _change(before: float | None, after: float | None, is_share: bool) -> str:
     if before is None or after is None:
         return MISSING
-    return f"{100 * (after - before):+.1f} points" if share else signed(after - before)
+    return f"{100 * (after - before):+.1f} points" if is_share else signed(after - before)
 
 
-def _spent(summary: Mapping[str, Any]) -> str:
-    parts = [f"{count(summary.get('nfe'))} NFE"]
-    if summary.get("nfe_saved") is not None:
-        parts.append(f"{percent(summary['nfe_saved'], 0)} saved by pruning")
-    if summary.get("nfe_ratio_to_none") is not None:
-        parts.append(f"{summary['nfe_ratio_to_none']:.2f} x plain GRPO's")
-    missing = summary.get("rewards", {}).get("missing", {})
-    if any(missing.values()):
-        asked = summary["rewards"]["asked"]
-        lost = ", ".join(f"{count(n)} of {count(asked[name])} of {name}" for name, n in missing.items() if n)
-        parts.append(f"missing scores: {lost} (last error: {summary['rewards']['last_error'] or 'none was given'})")
-    return ", ".join([*parts, duration(summary.get("wall_seconds"))])
+def _cost(summary: Summary) -> str:
+    """The NFE, the share that pruning saved, missing scores, and the time."""
+    fields = [f"{count(summary.get('nfe'))} NFE"]
+    saved, ratio = summary.get("nfe_saved"), summary.get("nfe_ratio_to_none")
+    if saved is not None:
+        fields.append(f"{percent(saved, 0)} saved by pruning")
+    if ratio is not None:
+        fields.append(f"{ratio:.2f} x plain GRPO's")
+    rewards = summary.get("rewards")
+    missing = {name: n for name, n in rewards.get("missing", {}).items() if n} if rewards else {}
+    if rewards and missing:
+        lost = ", ".join(f"{count(n)} of {count(rewards['asked'][name])} of {name}" for name, n in missing.items())
+        fields.append(f"missing scores: {lost} (last error: {rewards['last_error'] or 'none was given'})")
+    return ", ".join([*fields, duration(summary.get("wall_seconds"))])

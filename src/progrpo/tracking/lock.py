@@ -1,8 +1,8 @@
-"""One run to a folder: `run.lock` names the process that writes there, and is renewed for as long as it does.
+"""The lock of a run folder: `run.lock` names the process that writes there, which renews it until it ends.
 
-A process of this machine is alive or dead, which can be seen. One of another machine, or of another container, is alive if its lock
-is renewed while this process watches: no clock of one host is compared with another's. Between looks nobody waits for anybody, so
-that a node's death leaves nothing behind that only a person could clear.
+Whether a process of this machine is alive can be looked up. A process of another machine or container is alive if it
+renews its lock while this process watches, so clocks of different hosts are never compared. No lock outlives its
+process for good: after the death of a node nobody has to remove a file by hand.
 """
 
 from __future__ import annotations
@@ -17,24 +17,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 NAME = "run.lock"
 
 _JOBS = ("PROGRPO_JOB_ID", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "TORCHELASTIC_RUN_ID")
-"""Environment variables with a job's id, which it keeps when its queue starts it anew: our own, Slurm's, PBS', LSF's, SGE's, torchrun's."""
+"""The environment variables with a job's id, which stays the same when its queue restarts it.
+
+They are our own and those of Slurm, PBS, LSF, SGE and torchrun.
+"""
 _NO_JOB = ("", "none", "undefined")
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds: from one renewal to the next, from one look to the next, and without a renewal until a run counts as dead."""
+    """The times of the lock, in seconds."""
 
     renewal: float = 5.0
+    """The time between two renewals."""
     look: float = 1.0
+    """The time between two looks at somebody else's lock."""
     same_job: float = 15.0
-    """For a run of the same job: its queue has started this one, so that it ought to be dead."""
+    """The time without a renewal after which a run of the same job counts as dead: its queue started this one."""
     other: float = 60.0
+    """The time without a renewal after which any other run counts as dead."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +49,16 @@ class Holder:
     pid: int
     host: str
     started: int | None = None
-    """In ticks since the machine's start, since numbers of processes come again."""
+    """The start of the process in ticks since the machine's start. Process numbers are used again."""
     place: str | None = None
-    """The machine's start and the container, in which `pid` is a process; None where that is not known."""
+    """The start of the machine and the container in which `pid` counts. None if it is not known."""
     job: str | None = None
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
 
     def is_here(self, own: Holder) -> bool:
-        """Whether its number is one of this machine and container."""
+        """Whether the process belongs to this machine and container."""
         return self.host == own.host and (self.place == own.place or None in (self.place, own.place))
 
     def is_of_job(self, own: Holder) -> bool:
@@ -61,19 +66,21 @@ class Holder:
 
 
 class LockLostError(ValueError):
-    """Another run has taken the folder over, since this one did not renew its lock."""
+    """Another run has taken over the folder, because this one did not renew its lock."""
 
 
 class Lock:
-    """A run folder's lock that is this process' own."""
+    """A run folder's lock that this process holds."""
 
     def __init__(self, path: Path, own: Holder) -> None:
-        self._path, self._own = path, own
+        self._path = path
+        self._own = own
         self.lost_to: Holder | None = None
+        """The process that has taken over the lock."""
 
     def renew(self) -> None:
-        """Say that this process lives; a lock that somebody deleted is written again. Where another run has it, `lost_to` names that."""
-        with suppress(OSError), _opened(self._path) as file:  # where the folder is gone, those who write there say so
+        """Renew the lock, or set `lost_to`. A lock that somebody deleted is written again."""
+        with suppress(OSError), _opened(self._path) as file:  # the run's writers report a folder that is gone
             if (holder := _holder(file)) == self._own:
                 os.utime(file)
             elif holder is None:
@@ -82,12 +89,13 @@ class Lock:
                 self.lost_to = holder
 
     def check(self) -> None:
-        """LockLostError where another run has it."""
+        """Renew the lock. LockLostError if another run has it."""
         if self.lost_to is None:
             self.renew()
         if self.lost_to is not None:
             raise LockLostError(
-                f"{self._path.parent} was taken over by {self.lost_to}, to which this run seemed dead; this one ends and writes nothing more"
+                f"{self._path.parent} was taken over by {self.lost_to}, to which this run seemed dead; this one ends"
+                " and writes nothing more"
             )
 
     def release(self) -> None:
@@ -102,10 +110,10 @@ def only_writer(
     say: Callable[[str], None] = lambda _: None,
     pace: Pace = Pace(),
 ) -> Iterator[Lock]:
-    """Run the block as the only one that writes to `folder`, which is made if need be; its lock is renewed by a thread.
+    """Hold the lock of `folder`, which is created if needed, during the block. A thread renews it.
 
-    ValueError while another run does. The lock of one that is dead is taken over: at once where that is known, else when it was not
-    renewed for as long as `pace` says. `say` hears of the wait and of what came of it.
+    ValueError while another run writes there. The lock of a dead run is taken over: at once if its death is known,
+    else after the time without a renewal that `pace` sets. `say` is called with messages about the wait.
     """
     own = _this_process()
     lock = Lock(folder / NAME, own)
@@ -133,7 +141,7 @@ def _beat(lock: Lock, seconds: float, ended: threading.Event) -> None:
 
 
 def is_held(folder: Path, lasting: float = 300.0) -> bool:
-    """Whether a run seems to write there: of another machine's, whether its lock was renewed in the last `lasting` seconds by this one's clock."""
+    """Whether a run writes to the folder. Another machine's lock must be renewed within `lasting` seconds."""
     try:
         with (folder / NAME).open("rb") as file:
             holder, age = _holder(file.fileno()), time.time() - os.fstat(file.fileno()).st_mtime
@@ -144,11 +152,11 @@ def is_held(folder: Path, lasting: float = 300.0) -> bool:
     return _alive(holder) if holder.is_here(_this_process()) else age < lasting
 
 
-# --- taking it --------------------------------------------------------------------------------------------------------
+# --- taking the lock --------------------------------------------------------------------------------------------------
 
 
 def _take(path: Path, own: Holder, say: Callable[[str], None], pace: Pace) -> None:
-    """Write `own` into the lock, once nobody else has it."""
+    """Write `own` into the lock as soon as nobody else holds it."""
     seen: tuple[Holder, int] | None = None
     since = 0.0
     while True:
@@ -169,7 +177,7 @@ def _take(path: Path, own: Holder, say: Callable[[str], None], pace: Pace) -> No
 
 
 def _is_free(holder: Holder, own: Holder, path: Path) -> bool:
-    """Whether it is known that the holder is dead. ValueError where it is known that it lives."""
+    """Whether the holder is known to be dead. ValueError if it is known to be alive."""
     if not holder.is_here(own):
         return False
     if _alive(holder):
@@ -186,40 +194,37 @@ def _refusal(path: Path, holder: Holder) -> ValueError:
 
 @contextmanager
 def _opened(lock: Path, create: bool = True) -> Iterator[int]:
-    """The lock file, which nobody else has open in here at this moment; opening it also asks a file server what it is now."""
+    """The lock file, opened by this process alone. Opening it also makes a file server send its newest contents."""
     while True:
         file = os.open(lock, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
         try:
-            with suppress(
-                OSError
-            ):  # a file system without locks: of two that start at the same instant one finds it lost
+            # on a file system without locks, one of two runs that start at the same instant finds the lock lost
+            with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             if _is_at(file, lock):
                 yield file
                 return
         finally:
-            os.close(file)  # which lets go
+            os.close(file)  # this also releases its lock
 
 
 def _is_at(file: int, path: Path) -> bool:
-    """Whether it was not deleted between being opened and being locked."""
+    """Whether the file was not deleted between being opened and being locked."""
     return path.exists() and os.path.samestat(os.fstat(file), path.stat())
 
 
 def _holder(file: int) -> Holder | None:
-    """Who is named; None in a new file, and in one whose writer was killed before a word of it."""
+    """The process that the file names. None for a new file, and if its writer was killed before it wrote a name."""
     try:
-        found = json.loads(os.pread(file, 4096, 0))
+        data = json.loads(os.pread(file, 4096, 0))
     except (ValueError, RecursionError):
         return None
-    return _read(found) if isinstance(found, dict) and {"pid", "host", "started"} <= found.keys() else None
-
-
-def _read(found: dict[str, Any]) -> Holder | None:
-    pid = found["pid"]
+    if not (isinstance(data, dict) and {"pid", "host", "started"} <= data.keys()):
+        return None
+    pid = data["pid"]
     if not (isinstance(pid, int) and 0 < pid < 2**31):
         return None
-    return Holder(pid, str(found["host"]), found["started"], found.get("place"), found.get("job"))
+    return Holder(pid, str(data["host"]), data["started"], data.get("place"), data.get("job"))
 
 
 def _write(file: int, holder: Holder) -> None:
@@ -251,21 +256,21 @@ def _job() -> str | None:
 
 
 def _alive(holder: Holder) -> bool:
-    """Whether a process of this machine is there and is not another one that was given the same number."""
+    """Whether a process of this machine is running, and is not another one with the same number."""
     try:
         os.kill(holder.pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's, and there
+    except PermissionError:  # it runs, as another user's
         pass
     now = _started(holder.pid)
     return now is None or holder.started is None or now == holder.started
 
 
 def _started(pid: int) -> int | None:
-    """When a process began, in the kernel's ticks since the machine did; None where that is not known (without Linux' /proc)."""
+    """The start of a process in ticks since the machine's start. None if it is not known (without Linux' /proc)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
-    return -1 if fields[0] == "Z" else int(fields[19])  # a zombie is dead, and equals nobody
+    return -1 if fields[0] == "Z" else int(fields[19])  # a zombie is dead: -1 equals no start

@@ -5,8 +5,8 @@ An older run's record may lack fields that were added since.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import TypedDict, cast
 
 MetricValue = float | list[int] | None
 """A number, or None where there is none. Only `plan/path` is a list."""
@@ -19,6 +19,19 @@ def metric(record: Mapping[str, MetricValue], name: str) -> float | None:
     """The number of a metric; None where the record has none."""
     value = record.get(name)
     return None if isinstance(value, list) else value
+
+
+def iteration_of(record: Mapping[str, MetricValue]) -> int:
+    """The zero-based iteration that a record is of."""
+    iteration = record["iteration"]
+    assert isinstance(iteration, int)  # `RunFolder.read_metrics` refuses others
+    return iteration
+
+
+def before_and_after(summary: Summary, name: str) -> tuple[float | None, float | None]:
+    """The summary's two values of a figure, such as `reward`."""
+    figures = cast(Mapping[str, float | None], summary)
+    return figures.get(f"{name}_before"), figures.get(f"{name}_after")
 
 
 class EvaluationRecord(TypedDict, total=False):
@@ -46,9 +59,9 @@ class AuditRecord(TypedDict, total=False):
     iteration: int
     prompt: str
     steps: list[int]
-    scores: list[list[float]]
-    used: list[list[float]]
-    final: list[float]
+    scores: Sequence[Sequence[float | None]]
+    used: Sequence[Sequence[float | None]]
+    final: Sequence[float | None]
     stopped_at: list[int | None]
     kept_uniform: list[int]
     kept_ovf: list[int]

@@ -1,14 +1,18 @@
-"""The run folder: every file that a run leaves, written whole or not at all, so that a run can be read while it writes.
+"""The run folder with every file that a run leaves.
+
+Each file is written whole or not at all, so a run can be read while it writes.
 
 config.json               the full configuration; a run can be repeated from it
-metrics.jsonl             one object an iteration, flat `stage/name` keys (docs/metrics.md)
-summary.json              what the run came to
-evaluation/before.json    a record a picture (and after.json); the first pictures as evaluation/before/000.png
+metrics.jsonl             one object per iteration, flat `stage/name` keys (docs/metrics.md)
+summary.json              the results of the run
+costs.json                seconds per unit of work, by which the run compares plans
+evaluation/before.json    one record per picture (and after.json); the first pictures are evaluation/before/000.png, ...
 audit/0005.json, .png     an audit group: scores at every step, and a sheet of its previews (rows: members)
-samples/0000.png          a grid of pictures an evaluation
+samples/0000.png          a grid of pictures per checkpoint
 checkpoints/  lora/  report.html
-trackers.json             what other trackers know the run by (tracking/tracker.py); tensorboard/ has TensorBoard's files
-run.lock                  while a run writes here (tracking/lock.py)
+trackers.json             the id and name that other trackers know the run by (tracking/tracker.py)
+tensorboard/              TensorBoard's event files
+run.lock                  there while a run writes here (tracking/lock.py)
 """
 
 from __future__ import annotations
@@ -21,12 +25,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal, cast
 
 import numpy as np
 
 from progrpo.durable import PREVIOUS, WRITING, append, new_folder, sync, whole_folder, write_file
 from progrpo.messages import named
+from progrpo.tracking.records import AuditRecord, EvaluationRecord, Metrics, MetricValue, Summary, iteration_of
 from progrpo.types import FROM_PYTHON
 
 _FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "trackers.json", "report.html")
@@ -45,14 +50,14 @@ _IN_FOLDERS = {
     "tensorboard": r"events\.out\.tfevents\..*",
     **{folder + end: files for folder, files in _WEIGHTS.items() for end in ("", WRITING, PREVIOUS)},
 }
-"""What a run writes in folders, whose names a user's own may have; an inner folder before the one that it lies in."""
-_OTHERWISE = "replace it with --overwrite (in Python overwrite=True), or give another folder as --out (out)"
+"""Patterns of a run's files by folder, in which a user may keep others. Inner folders stand before outer ones."""
+_REPLACE = "replace it with --overwrite (in Python overwrite=True), or give another folder as --out (out)"
 _GAP_GREY = 236
 _SIDE = 192  # pixels of a picture on an audit's sheet, as many as the report shows
 
 
-def _plain(value: Any) -> Any:
-    """`value` in JSON's types: numpy unpacked, NaN and infinities as None."""
+def _plain(value: object) -> object:
+    """The value in JSON's types: numpy arrays as lists, NaN and infinities as None."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -64,25 +69,24 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _encode(value: Any, indent: int | None = None) -> str:
+def _encode(value: object, indent: int | None = None) -> str:
     return json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _in_bytes(text: str) -> bytes:
-    """UTF-8. Half of a character, as Python reads bytes of a file's name that are no text, is written as JSON's escape of it."""
+    """The text in UTF-8. A lone surrogate, Python's sign for an undecodable byte, is escaped as in JSON."""
     return text.encode(errors="backslashreplace")
 
 
-def _decode(data: bytes, path: Path) -> Any:
+def _decode(data: bytes, path: Path) -> object:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); put it back as it was") from None
 
 
-def tile(images_NHWC: np.ndarray, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:
-    """N pictures as one, row by row, `gap` grey pixels between them, each enlarged `scale` times without blur."""
-    images_NHWC = images_NHWC.repeat(scale, axis=1).repeat(scale, axis=2)
+def tile(images_NHWC: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
+    """The N pictures as one, row by row, with `gap` grey pixels between them."""
     n, height, width, channels = images_NHWC.shape
     rows = -(-n // columns)
     sheet = np.full((rows * (height + gap), columns * (width + gap), channels), _GAP_GREY, np.uint8)
@@ -93,7 +97,7 @@ def tile(images_NHWC: np.ndarray, columns: int, scale: int = 1, gap: int = 2) ->
 
 
 def _small(images_NHWC: np.ndarray) -> np.ndarray:
-    """Reduced by a whole number to at most 192 pixels a side: a sheet of hundreds of large pictures could not be opened."""
+    """The pictures, reduced by a whole number to at most 192 pixels per side: viewers fail on larger sheets."""
     from PIL import Image
 
     factor = -(-max(images_NHWC.shape[1:3]) // _SIDE)
@@ -103,44 +107,46 @@ def _small(images_NHWC: np.ndarray) -> np.ndarray:
 
 
 class RunFolder:
-    """Writes and reads the files of one run. Readers give what is there: {}, [] or None for what is not written yet.
+    """The files of one run, and its first tracker. Readers return {}, [] or None for a file that is not written yet.
 
-    Writers need the folder: one that vanishes while a run writes is not made anew, without what was in it.
+    Writers require the folder: if it is deleted during the run, it is not created again without its contents.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """ValueError for an empty name, which would be the current folder, and for one that no file of a run could say."""
+        """Refuse with ValueError an empty name, which would be the current folder, and a name that is not UTF-8."""
         if not str(path):
             raise ValueError("the run folder's name is empty; give one, or . for the current folder")
-        if any("\ud800" <= c <= "\udfff" for c in str(path)):  # bytes that are no UTF-8, as Python has them
-            raise ValueError(f"the run folder's name {named(path)} is no text in UTF-8; give another")
+        if any("\ud800" <= c <= "\udfff" for c in str(path)):  # surrogates, which stand for bytes that are not UTF-8
+            raise ValueError(f"the run folder's name {named(path)} is not UTF-8 text; give another")
         self.path = Path(path)
 
     @classmethod
     def create(cls, path: str | Path, overwrite: bool = False) -> RunFolder:
-        """A folder for a new run.
+        """Create a folder for a new run.
 
-        ValueError if it holds one already, or what is left of one, unless that may be deleted; and for weights beside no run, which are
-        somebody else's.
+        ValueError if it holds a run or parts of one, unless `overwrite` allows their deletion, and if it holds weights
+        without a run, which belong to somebody else.
         """
         run = cls(path)
-        left = [str(file.relative_to(run.path)) for file in run._own()]
-        if left and all(Path(file).parent.name in _WEIGHTS for file in left):
-            raise ValueError(f"{path} holds {left[0]} but no run; a run would replace it: give another folder")
-        saved = any(file.startswith("checkpoints") for file in left)
-        resumed = f"resume it with {run.command('resume')}, " if saved else ""
-        if left and not overwrite:
-            raise ValueError(
-                f"{path} already holds a run (config.json); {resumed}{_OTHERWISE}"
-                if "config.json" in left
-                else f"{path} holds {left[0]} of another run, whose config.json is gone; {_OTHERWISE}"
-            )
-        run._delete(left)
+        existing = [str(file.relative_to(run.path)) for file in run._own_files()]
+        if existing and all(Path(file).parent.name in _WEIGHTS for file in existing):
+            raise ValueError(f"{path} holds {existing[0]} but no run; a run would replace it: give another folder")
+        if existing and not overwrite:
+            raise ValueError(run._refusal(existing))
+        run._delete(existing)
         run.path.mkdir(parents=True, exist_ok=True)
         return run
 
+    def _refusal(self, existing: Sequence[str]) -> str:
+        """The message that the folder holds a run, with what can be done about it."""
+        if "config.json" not in existing:
+            return f"{self.path} holds {existing[0]} of another run, whose config.json is gone; {_REPLACE}"
+        saved = any(file.startswith("checkpoints") for file in existing)
+        resume = f"resume it with {self.command('resume')}, " if saved else ""
+        return f"{self.path} already holds a run (config.json); {resume}{_REPLACE}"
+
     def command(self, what: Literal["resume", "anew"]) -> str:
-        """How the run that lies here goes on from its last checkpoint, or begins anew: a command, or a call where only Python has its parts."""
+        """The command that resumes this run or starts it anew, or the call for a run of Python objects."""
         path = shlex.quote(str(self.path))
         if self.is_of_python():
             return f"progrpo.train(..., out={str(self.path)!r}, {'resume' if what == 'resume' else 'overwrite'}=True)"
@@ -151,28 +157,30 @@ class RunFolder:
     def is_of_python(self) -> bool:
         """Whether the run's model was given to `progrpo.train`, so that no command can load it."""
         try:
-            model = self.read_config()["model"]["path"]
-        except (ValueError, LookupError, TypeError, OSError):  # there is none, or it is damaged
+            model = cast(dict[str, dict[str, object]], self.read_config())["model"]["path"]
+        except (ValueError, LookupError, TypeError, OSError):  # config.json is missing or damaged
             return False
         return isinstance(model, str) and model.endswith(FROM_PYTHON)
 
-    def _own(self) -> Iterator[Path]:
-        """What a run wrote, and nothing that a user put beside it: checkpoints first and config.json last."""
+    def _own_files(self) -> Iterator[Path]:
+        """The files that a run wrote, without those of a user: checkpoints first, config.json last."""
         for folder, names in _IN_FOLDERS.items():
-            there = sorted((self.path / folder).iterdir()) if (self.path / folder).is_dir() else []
-            yield from (path for path in there if re.fullmatch(names, path.name))
-        yield from (path for name in reversed(_FILES) if (path := self.path / name).exists())
+            children = sorted((self.path / folder).iterdir()) if (self.path / folder).is_dir() else []
+            yield from (path for path in children if re.fullmatch(names, path.name))
+        for name in reversed(_FILES):
+            if (self.path / name).exists():
+                yield self.path / name
 
-    def _delete(self, own: Sequence[str]) -> None:
-        """Delete these, and a folder only when that leaves it empty.
+    def _delete(self, files: Sequence[str]) -> None:
+        """Delete these files, and the folders that this leaves empty.
 
-        If this is cut off, the rest is a run to be overwritten, which neither goes on from half of its files nor lets a new one
-        begin among them.
+        Checkpoints go first and config.json last: if this is interrupted, the rest can be neither resumed nor mistaken
+        for an empty folder.
         """
-        if not own:
+        if not files:
             return
         self._delete_unfinished()
-        for path in map(self.path.joinpath, own):
+        for path in map(self.path.joinpath, files):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -183,13 +191,13 @@ class RunFolder:
                 folder.rmdir()
 
     def _delete_unfinished(self) -> None:
-        """What a killed writer has left of single files. Checkpoints and weights see to their own."""
+        """Delete the unfinished files of a killed writer. Checkpoints and weights delete their own."""
         for folder, names in [(".", "|".join(map(re.escape, _FILES))), *_IN_FOLDERS.items()]:
             for path in (self.path / folder).glob(f"*{WRITING}"):
                 if re.fullmatch(rf"({names})\.\d+{re.escape(WRITING)}", path.name) and path.is_file():
                     path.unlink()
 
-    def _write(self, relative: str, write: Callable[[BinaryIO], Any]) -> Path:
+    def _write(self, relative: str, write: Callable[[BinaryIO], object]) -> Path:
         path = self.path / relative
         for folder in reversed(Path(relative).parents[:-1]):
             if not (self.path / folder).is_dir():
@@ -198,54 +206,54 @@ class RunFolder:
         write_file(path, write)
         return path
 
-    # --- numbers and words --------------------------------------------------------------------------------------------
+    # --- texts and records --------------------------------------------------------------------------------------------
 
     def write_text(self, relative: str, text: str) -> Path:
         return self._write(relative, lambda file: file.write(_in_bytes(text)))
 
-    def write_json(self, relative: str, value: Any) -> Path:
+    def write_json(self, relative: str, value: object) -> Path:
         return self.write_text(relative, _encode(value, indent=1))
 
-    def read_json(self, relative: str) -> Any:
-        """What the file holds, or None if it is not there; ValueError if that is not JSON."""
+    def read_json(self, relative: str) -> object:
+        """The value that the file holds, or None if it does not exist. ValueError if it is not JSON."""
         path = self.path / relative
         try:
             return _decode(path.read_bytes(), path)
         except FileNotFoundError:
             return None
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
+    def log_config(self, config: Mapping[str, object]) -> None:
         self.write_json("config.json", config)
 
-    def read_config(self) -> dict[str, Any]:
-        return self.read_json("config.json") or {}
+    def read_config(self) -> dict[str, object]:
+        return cast(dict[str, object], self.read_json("config.json") or {})
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
+    def write_summary(self, summary: Summary) -> None:
         self.write_json("summary.json", summary)
 
-    def read_summary(self) -> dict[str, Any]:
-        return self.read_json("summary.json") or {}
+    def read_summary(self) -> Summary:
+        return cast(Summary, self.read_json("summary.json") or {})
 
-    def write_costs(self, costs: Mapping[str, Any]) -> None:
-        """Seconds by unit, as the run judges plans by them; once."""
+    def write_costs(self, costs: Mapping[str, float]) -> None:
+        """Write the seconds per unit of work by which the run compares plans. They are written once."""
         self.write_json("costs.json", costs)
 
-    def read_costs(self) -> dict[str, Any] | None:
-        costs: dict[str, Any] | None = self.read_json("costs.json")
-        return costs
+    def read_costs(self) -> dict[str, float] | None:
+        return cast(dict[str, float] | None, self.read_json("costs.json"))
 
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
-        append(self.path / "metrics.jsonl", _in_bytes(_encode(record)))
+    def log(self, metrics: Mapping[str, MetricValue], step: int) -> None:
+        """Append the record of iteration `step` to metrics.jsonl."""
+        append(self.path / "metrics.jsonl", _in_bytes(_encode({"iteration": step, **metrics})))
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """All records, without a last line that is still being written; ValueError for a line elsewhere that is none."""
+    def read_metrics(self) -> list[Metrics]:
+        """All records, without an unfinished last line. ValueError for another line that is no record."""
         path = self.path / "metrics.jsonl"
         lines = path.read_bytes().splitlines() if path.exists() else []
-        records = []
+        records: list[Metrics] = []
         for i, line in enumerate(lines):
             try:
                 record = json.loads(line)
-            except (ValueError, RecursionError):  # of JSON, or a character cut in two
+            except (ValueError, RecursionError):  # not JSON, or the line ends inside a character
                 if i + 1 < len(lines):
                     raise ValueError(f"{path}: line {i + 1} is not JSON; delete that line") from None
                 continue
@@ -255,9 +263,9 @@ class RunFolder:
         return records
 
     def truncate(self, iteration: int) -> None:
-        """Drop what is recorded of `iteration` and later, which a resumed run does anew, and what a killed writer has left."""
+        """Drop the records of `iteration` and later, which a resumed run makes again, and a killed writer's files."""
         self._delete_unfinished()
-        kept = [record for record in self.read_metrics() if record["iteration"] < iteration]
+        kept = [record for record in self.read_metrics() if iteration_of(record) < iteration]
         self.write_text("metrics.jsonl", "".join(map(_encode, kept)))
         for path in [*self._numbered("audit"), *self._numbered("samples")]:
             if int(path.stem) >= iteration:
@@ -265,26 +273,26 @@ class RunFolder:
 
     def _numbered(self, folder: str) -> list[Path]:
         """The files of a folder that are named by their iteration."""
-        there = (self.path / folder).glob("*.*")
-        return [path for path in there if re.fullmatch(_IN_FOLDERS[folder], path.name)]
+        files = (self.path / folder).glob("*.*")
+        return [path for path in files if re.fullmatch(_IN_FOLDERS[folder], path.name)]
 
     @contextmanager
     def weights(self, name: str) -> Iterator[Path]:
-        """A folder of weights for the block to fill: it takes its place whole, and keeps what a user put into the one before."""
+        """A folder of weights for the block to fill. It replaces the old one whole, but for a user's files in it."""
         with new_folder(self.path / name) as folder:
             yield folder
-            before = whole_folder(self.path / name)
+            old = whole_folder(self.path / name)
 
-            def own(at: str, names: list[str]) -> list[str]:
-                return [n for n in names if Path(at) == before and re.fullmatch(_WEIGHTS[name], n)]
+            def weights_of_run(parent: str, names: list[str]) -> list[str]:
+                return [n for n in names if Path(parent) == old and re.fullmatch(_WEIGHTS[name], n)]
 
-            if before.is_dir():
-                shutil.copytree(before, folder, symlinks=True, ignore=own, dirs_exist_ok=True)
+            if old.is_dir():
+                shutil.copytree(old, folder, symlinks=True, ignore=weights_of_run, dirs_exist_ok=True)
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 
     def save_picture(self, relative: str, image_HWC: np.ndarray) -> str:
-        """Write a uint8 (H, W, 3) array as PNG; the relative path again, for a record to name it."""
+        """Write a uint8 (H, W, 3) array as PNG. The relative path is returned, for a record to name it."""
         from PIL import Image
 
         assert image_HWC.dtype == np.uint8, f"a picture is uint8, not {image_HWC.dtype}"
@@ -292,37 +300,33 @@ class RunFolder:
         self._write(relative, lambda file: picture.save(file, format="PNG"))
         return relative
 
-    def save_grid(self, relative: str, images_NHWC: np.ndarray, columns: int, scale: int = 1) -> str:
-        return self.save_picture(relative, tile(images_NHWC, columns, scale))
+    def log_images(self, images: Mapping[str, np.ndarray], step: int) -> None:
+        """Write pictures in folders of their names, such as samples/0004.png."""
+        for name, image_HWC in images.items():
+            self.save_picture(f"{name}/{step:04d}.png", image_HWC)
 
-    def save_samples(self, iteration: int, images_NHWC: np.ndarray, columns: int = 8, scale: int = 1) -> str:
-        return self.save_grid(f"samples/{iteration:04d}.png", images_NHWC, columns, scale)
+    def close(self) -> None:
+        """Do nothing: each file is on the disk when its writer returns."""
 
     def write_evaluation(
-        self, when: str, records: Sequence[Mapping[str, Any]], images_NHWC: np.ndarray, pictures: int = 36
+        self, when: str, records: Sequence[EvaluationRecord], images_NHWC: np.ndarray, pictures: int = 36
     ) -> None:
-        """Write evaluation/{when}.json, `when` being before or after.
+        """Write evaluation/{when}.json (before or after) and its first `pictures`, which their records then name.
 
-        A record holds prompt, kind, graded, strict and judge (or None); images_NHWC, uint8, starts with the pictures of
-        the first records and may be shorter than them; the first `pictures` are saved and named in their records.
+        `images_NHWC`, uint8, has the pictures of the first records, and may be shorter than the records.
         """
-        names = [
+        names: list[str | None] = [
             self.save_picture(f"evaluation/{when}/{i:03d}.png", image) for i, image in enumerate(images_NHWC[:pictures])
         ]
-        named = [{**r, "picture": names[i] if i < len(names) else None} for i, r in enumerate(records)]
-        self.write_json(f"evaluation/{when}.json", named)
+        names += [None] * (len(records) - len(names))
+        with_pictures = [{**record, "picture": name} for record, name in zip(records, names, strict=True)]
+        self.write_json(f"evaluation/{when}.json", with_pictures)
 
-    def read_evaluation(self, when: str) -> list[dict[str, Any]]:
-        return self.read_json(f"evaluation/{when}.json") or []
+    def read_evaluation(self, when: str) -> list[EvaluationRecord]:
+        return cast(list[EvaluationRecord], self.read_json(f"evaluation/{when}.json") or [])
 
-    def write_audit(self, audit: Mapping[str, Any], pictures_GSHWC: np.ndarray) -> None:
-        """Write an audit group: `pictures_GSHWC` is uint8, S = its T previews and the final picture.
-
-        `audit` holds iteration, prompt, steps (T), scores (T lists of G, None or NaN = missing), final (G), stopped_at
-        (G: the step after whose network call the plan's selector lets the member go, T for those dropped on final
-        rewards, None for survivors), kept_uniform and kept_ovf (the members that a uniform draw and OVF keep when they
-        know the final rewards).
-        """
+    def write_audit(self, audit: AuditRecord, pictures_GSHWC: np.ndarray) -> None:
+        """Write an audit group and its sheet of pictures, uint8; S is T previews and the final picture."""
         group, columns = pictures_GSHWC.shape[:2]
         assert columns == len(audit["steps"]) + 1, f"{columns} pictures a member for {len(audit['steps'])} steps"
         name = f"audit/{audit['iteration']:04d}"
@@ -330,8 +334,9 @@ class RunFolder:
         strip = self.save_picture(f"{name}.png", sheet)  # before the record: whoever reads the record finds the sheet
         self.write_json(f"{name}.json", {**audit, "strip": strip})
 
-    def read_audits(self) -> list[dict[str, Any]]:
+    def read_audits(self) -> list[AuditRecord]:
         """All audits, oldest first."""
         paths = [path for path in self._numbered("audit") if path.suffix == ".json"]
-        found = [self.read_json(f"audit/{path.name}") for path in sorted(paths, key=lambda path: int(path.stem))]
-        return [audit for audit in found if audit is not None]  # one may go at this moment, when the run is resumed
+        audits = [self.read_json(f"audit/{path.name}") for path in sorted(paths, key=lambda path: int(path.stem))]
+        # a run that is resumed at this moment may delete one
+        return [cast(AuditRecord, audit) for audit in audits if audit is not None]

@@ -1,4 +1,4 @@
-"""Small statistics of rewards and evaluations, numpy only."""
+"""Statistics of rewards and evaluations, with numpy only."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ from numpy.typing import ArrayLike
 
 
 def ranks(values: ArrayLike) -> np.ndarray:
-    """Ranks from 1, ties given their average rank."""
+    """The ranks from 1, with the average rank for ties."""
     _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def spearman(a: Sequence[float | None] | np.ndarray, b: Sequence[float | None] | np.ndarray) -> float | None:
-    """Spearman's rank correlation of two equally long lists, ties averaged.
+    """Spearman's rank correlation of two equally long lists, with the average rank for ties.
 
-    Pairs with a missing value (NaN or None) are dropped. None where it is not defined: fewer than two pairs left, or
-    one side constant. ValueError if the lengths differ.
+    Pairs with a missing value (NaN or None) are dropped. The result is None if fewer than two pairs are left or one
+    side is constant. ValueError if the lengths differ.
     """
     x, y = (np.asarray(values, dtype=np.float64).ravel() for values in (a, b))
     if x.shape != y.shape:
         raise ValueError(f"spearman needs two lists of one length, not {len(x)} and {len(y)}")
-    there = ~(np.isnan(x) | np.isnan(y))
-    rank_a, rank_b = ranks(x[there]), ranks(y[there])
+    present = ~(np.isnan(x) | np.isnan(y))
+    rank_a, rank_b = ranks(x[present]), ranks(y[present])
     if len(rank_a) < 2 or np.ptp(rank_a) == 0 or np.ptp(rank_b) == 0:
         return None
     return float(np.clip(np.corrcoef(rank_a, rank_b)[0, 1], -1.0, 1.0))
 
 
 def hit_rate(scores: ArrayLike, truth: ArrayLike, keep: int) -> float | None:
-    """Of the ceil(keep / 2) best and floor(keep / 2) worst by `truth`, the share that `scores` put at the same end.
+    """The share of the ceil(keep / 2) best and floor(keep / 2) worst by `truth` that `scores` put at the same end.
 
-    Pairs with a missing value are dropped; None where fewer than `keep` are left or one side is constant. Ties go by place.
+    Pairs with a missing value are dropped. The result is None if fewer than `keep` are left or one side is constant.
+    Ties are ordered by position.
     """
     x, y = np.asarray(scores, dtype=np.float64), np.asarray(truth, dtype=np.float64)
-    there = ~(np.isnan(x) | np.isnan(y))
-    x, y = x[there], y[there]
+    present = ~(np.isnan(x) | np.isnan(y))
+    x, y = x[present], y[present]
     if len(x) < max(keep, 2) or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     by_x, by_y = np.argsort(x, kind="stable"), np.argsort(y, kind="stable")
@@ -49,7 +50,7 @@ def hit_rate(scores: ArrayLike, truth: ArrayLike, keep: int) -> float | None:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean, its standard error and the number of values behind it."""
+    """A mean with its standard error and the number of values."""
 
     value: float
     error: float
@@ -57,7 +58,7 @@ class Mean:
 
 
 def share(values: Iterable[bool | None]) -> Mean | None:
-    """The share of True with its standard error sqrt(p (1 - p) / n); None values are left out, nothing left is None."""
+    """The share of True, without None values, with its standard error sqrt(p (1 - p) / n). None for no values."""
     known = [bool(v) for v in values if v is not None]
     if not known:
         return None
@@ -66,7 +67,7 @@ def share(values: Iterable[bool | None]) -> Mean | None:
 
 
 def paired_difference(before: ArrayLike, after: ArrayLike) -> Mean:
-    """The mean of after - before over pairs, with the standard error of the pairs' own differences."""
+    """The mean of after - before over pairs, with the standard error of these differences."""
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     count = len(difference)
     error = float(difference.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")

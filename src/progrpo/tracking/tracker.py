@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import Protocol, TypedDict, cast
 
 import numpy as np
 
@@ -162,8 +162,8 @@ def open_trackers(
     """
     if not settings.to:
         return Trackers({}, warn)
-    saved: _State | None = None if resumed_at is None else folder.read_json(_STATE)
-    state: _State = saved or {
+    saved = None if resumed_at is None else folder.read_json(_STATE)
+    state = cast(_State | None, saved) or {
         "id": secrets.token_hex(4),
         "project": settings.project,
         "name": settings.name or folder.path.resolve().name,

@@ -1,9 +1,9 @@
-"""How numbers are written for people: one set of words for the console and the report."""
+"""The form of numbers in the console and the report."""
 
 from __future__ import annotations
 
 MISSING = "–"
-_LARGE = 1e6  # from here on digits behind the point say nothing, and those before it fill a table
+_LARGE = 1e6  # larger numbers are written as 1.23e+06: their digits would fill a table
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -17,7 +17,7 @@ def signed(value: float) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share in [0, 1] as per cent."""
+    """A share in [0, 1] as a percentage."""
     return MISSING if value is None else f"{100 * value:.{digits}f} %"
 
 
@@ -26,7 +26,7 @@ def count(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """The two largest units: 7.4 s, 2 min 10 s, 3 h 05 min."""
+    """A time in its two largest units: 7.4 s, 2 min 10 s, 3 h 05 min."""
     if seconds is None:
         return MISSING
     if seconds < 59.95:

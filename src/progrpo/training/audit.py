@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from progrpo.rollout.plan import Plan
 from progrpo.rollout.preview import Previewing, preview, score
 from progrpo.rollout.probe import ProbeExample, probe_examples, text_features
 from progrpo.rollout.prune import SELECTORS, Selector
+from progrpo.tracking.records import AuditRecord
 from progrpo.tracking.statistics import hit_rate, spearman
 from progrpo.types import Prompt, Trajectories
 
@@ -62,7 +62,7 @@ class Audit:
     def _ranked(self, scores_TG: Tensor) -> list[float | None]:
         return [spearman(scores.numpy(), self.final_G.numpy()) for scores in scores_TG]
 
-    def record(self, iteration: int) -> dict[str, Any]:
+    def record(self, iteration: int) -> AuditRecord:
         return {
             "iteration": iteration,
             "prompt": self.prompt.text,

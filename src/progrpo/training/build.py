@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from progrpo.config import (
     Config,
     ModelSettings,
     ObjectiveSettings,
-    OptimSettings,
     PromptSettings,
     RewardTerm,
     SamplingSettings,
@@ -49,7 +46,7 @@ from progrpo.rollout.probe import Probe
 from progrpo.training.distributed import Ranks
 from progrpo.training.equal_inputs import require_same_model
 from progrpo.training.memory import keep_freed_memory
-from progrpo.training.zero import PartitionedAdamW, Zero, agreed
+from progrpo.training.zero import agreed
 from progrpo.types import FROM_PYTHON, Prompt
 from progrpo.zoo import WEIGHTS
 from progrpo.zoo.shapes import world
@@ -74,26 +71,6 @@ def objective_from(config: Config, policy: Policy) -> Objective:
     settings = config.objective.loss.for_sampler(sampler, math.prod(policy.latent_shape))
     objective: Objective = load_objective(config.objective.name)(settings)
     return objective
-
-
-def optimizer_from(wanted: OptimSettings, parameters: Iterable[nn.Parameter], zero: Zero | None = None) -> Optimizer:
-    """Its state shared out among processes where `zero` asks for it. ValueError, with the pip command, for one whose package is not installed."""
-    if zero is not None and zero.stage:
-        return PartitionedAdamW(parameters, zero, lr=wanted.lr, betas=wanted.betas, weight_decay=wanted.weight_decay)
-    kind: Callable[..., Optimizer] = torch.optim.AdamW if wanted.name == "adamw" else _adamw_8bit()
-    return kind(parameters, lr=wanted.lr, betas=wanted.betas, weight_decay=wanted.weight_decay)
-
-
-def _adamw_8bit() -> Callable[..., Optimizer]:
-    """Its quantised averages are plain tensors beside their scales, so that checkpoints hold them as they are."""
-    if find_spec("bitsandbytes") is None:
-        raise ValueError(
-            "optim.name adamw_8bit needs bitsandbytes, which is not installed: pip install 'progrpo[lean]'"
-        )
-    from bitsandbytes.optim import AdamW8bit
-
-    kind: Callable[..., Optimizer] = AdamW8bit
-    return kind
 
 
 def located(config: Config) -> Config:

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
 
@@ -25,6 +25,7 @@ from progrpo.tracking.console import Console
 from progrpo.tracking.lock import Lock, only_writer
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.distributed import Ranks
+from progrpo.training.state import SavedState, State
 from progrpo.types import Prompt
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -65,7 +66,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def save(run: Path, state: Mapping[str, Any], config: Config) -> None:
+def save(run: Path, state: State, config: Config) -> None:
     """Write the checkpoint of `state["iteration"]`; then, and not before, the oldest go. OSError if the disk refuses."""
     folder = run / _FOLDER
     folder.mkdir(exist_ok=True)  # without its parents: a run folder that vanished is not made anew
@@ -100,7 +101,7 @@ def _tidy(run: Path, iteration: int, keep: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def newest(run: Path, ranks: Ranks, warn: Callable[[str], None]) -> dict[str, Any]:
+def newest(run: Path, ranks: Ranks, warn: Callable[[str], None]) -> SavedState:
     """The newest whole checkpoint, as the main process finds it. Damaged ones are passed over with a warning.
 
     ValueError if there is none, or if it is of a progrpo that kept something else.
@@ -116,7 +117,7 @@ def newest(run: Path, ranks: Ranks, warn: Callable[[str], None]) -> dict[str, An
     lacking = [name for name in ("iteration", "config", "versions") if name not in state]
     if lacking:
         raise ValueError(f"{path} has no {lacking[0]}: it is of another version of progrpo; go on with that one")
-    return _renamed(state, path, warn)
+    return cast(SavedState, _renamed(state, path, warn))
 
 
 def _renamed(state: dict[str, Any], path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
@@ -147,12 +148,12 @@ def _newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any
     raise ValueError(f"{run} holds no checkpoint yet; {anew}")
 
 
-def check_unchanged(run: Path, state: Mapping[str, Any], config: Config, accept: bool) -> None:
+def check_unchanged(run: Path, saved_config: State, config: Config, accept: bool) -> None:
     """ValueError, with every differing field and both values, if the run was not trained with this configuration until now.
 
     Where that is accepted, only for fields that a run cannot change on its way.
     """
-    was, now = flat(state["config"]), flat(json.loads(config_to_json(config)))
+    was, now = flat(saved_config), flat(json.loads(config_to_json(config)))
     differing = {
         name: f"{name} was {quoted(was[name])} and is {quoted(value)}"
         for name, value in now.items()
@@ -194,14 +195,12 @@ def _told(value: Any) -> str:
     return repr(value) if value is None or isinstance(value, str | float) else type(value).__qualname__
 
 
-def check_prompts(
-    run: Path, state: Mapping[str, Any], now: Mapping[str, str], config: Config, accept: bool
-) -> list[str]:
+def check_prompts(run: Path, was: Mapping[str, str], now: Mapping[str, str], config: Config, accept: bool) -> list[str]:
     """Which prompts are not those that the run had until now, by what they are for. ValueError that names them, unless that is accepted.
 
     `now` are digests. A checkpoint of before there were digests is taken.
     """
-    changed = _changed(state.get("prompts", {}), now)
+    changed = _changed(was, now)
     if changed and not accept:
         sources = {"training": config.prompts.source, "evaluation": config.eval.prompts}
         which = " and ".join(f"{name} prompts ({sources[name]})" for name in changed)
@@ -211,12 +210,12 @@ def check_prompts(
     return changed
 
 
-def check_weights(run: Path, state: Mapping[str, Any], now: Mapping[str, str], config: Config, accept: bool) -> None:
+def check_weights(run: Path, was: Mapping[str, str], now: Mapping[str, str], config: Config, accept: bool) -> None:
     """ValueError, with the parts, where the model is not the one that the run began with, unless that is accepted.
 
     `now` are fingerprints. A checkpoint of before there were fingerprints is taken.
     """
-    changed = _changed(state.get("weights", {}), now)
+    changed = _changed(was, now)
     if changed and not accept:
         raise ValueError(
             f"the weights of {', '.join(changed)} ({config.model.path}) are not those that {run} began with; load the model as it was then,"
@@ -228,12 +227,10 @@ def _changed(was: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return [name for name in now if name in was and was[name] != now[name]]
 
 
-def check_versions(state: Mapping[str, Any], config: Config, warn: Callable[[str], None]) -> None:
+def check_versions(was: Mapping[str, str], config: Config, warn: Callable[[str], None]) -> None:
     """A warning if the checkpoint is of other versions: the run goes on, and may not come to what it would have."""
     differing = [
-        f"{name} {state['versions'].get(name, 'unknown')} -> {now}"
-        for name, now in versions(config).items()
-        if state["versions"].get(name) != now
+        f"{name} {was.get(name, 'unknown')} -> {now}" for name, now in versions(config).items() if was.get(name) != now
     ]
     if differing:
         warn(
@@ -241,7 +238,7 @@ def check_versions(state: Mapping[str, Any], config: Config, warn: Callable[[str
         )
 
 
-def check_length(state: Mapping[str, Any], config: Config, warn: Callable[[str], None]) -> None:
+def check_length(state: State, config: Config, warn: Callable[[str], None]) -> None:
     """A warning if the run gets another length while its learning rate depends on that."""
     was, done = replace(config, iterations=state["config"]["iterations"]), state["iteration"]
     if config.optim.decay and was.iterations != config.iterations != done:

@@ -63,7 +63,7 @@ class Ranks:
             # while Python is there: gloo's threads hold tensors of its, and abort the process if they let go later
             atexit.register(self._accelerator.end_training)
         self.drain_peer_calls: Callable[[], None] | None = None
-        """What this process does before it waits for the others: a policy's `attend`."""
+        """The call of this process before it waits for the others: a policy's `drain_peer_calls`."""
 
     def deal(self, count: int) -> Tensor:
         """This process' share of the places 0..count-1, ascending int64: every world-th, no divisibility asked."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import decoded
 from progrpo.tracking.console import Console
+from progrpo.tracking.records import EvaluationRecord
 from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
 from progrpo.training.checkpoints import digest
 from progrpo.training.checks import check_failures, fault_of
@@ -52,30 +53,35 @@ class Evaluation:
     `held_out` has the values of rewards that are not trained on, by name; `diversity` is there for the first prompts: see `diversity`.
     """
 
-    records: list[dict[str, Any]]
+    records: list[EvaluationRecord]
     pictures_NHWC: np.ndarray
 
     def column(self, name: str) -> list[float | None]:
         """One value a picture, None where there is none."""
-        return [None if r.get(name) is None else float(r[name]) for r in self.records]
+        values = [cast(Mapping[str, float | None], record).get(name) for record in self.records]
+        return [None if value is None else float(value) for value in values]
 
     def mean(self, name: str) -> float | None:
         """Over the records that have a value, None if none has."""
-        values = [float(r[name]) for r in self.records if r[name] is not None]
+        values = [value for value in self.column(name) if value is not None]
         return sum(values) / len(values) if values else None
 
     def held_out(self) -> dict[str, float | None]:
         """Means of the rewards that are not trained on, by name."""
         names = dict.fromkeys(name for r in self.records for name in r.get("held_out", {}))
-        values = {
-            name: [r["held_out"][name] for r in self.records if r["held_out"][name] is not None] for name in names
-        }
-        return {name: sum(found) / len(found) if found else None for name, found in values.items()}
+        means: dict[str, float | None] = {}
+        for name in names:
+            values = [value for r in self.records if (value := r["held_out"][name]) is not None]
+            means[name] = sum(values) / len(values) if values else None
+        return means
 
     def strict_by_kind(self) -> dict[str, float]:
-        kinds = dict.fromkeys(r["kind"] for r in self.records if r["kind"] and r["strict"] is not None)
-        shares = {k: [float(r["strict"]) for r in self.records if r["kind"] == k] for k in kinds}
-        return {kind: sum(passed) / len(passed) for kind, passed in shares.items()}
+        passed: dict[str, list[float]] = {}
+        for record in self.records:
+            kind, strict = record["kind"], record["strict"]
+            if kind and strict is not None:
+                passed.setdefault(kind, []).append(float(strict))
+        return {kind: sum(values) / len(values) for kind, values in passed.items()}
 
     def figures(self) -> dict[str, Any]:
         return {
@@ -173,7 +179,8 @@ def evaluate(
         for i, record, _ in found:
             record["diversity"] = of_place.get(i, record["diversity"])
     found = sorted(ranks.gather(found), key=lambda item: item[0])
-    return Evaluation([r for _, r, _ in found], np.stack([image for _, _, image in found if image is not None]))
+    records = cast(list[EvaluationRecord], [record for _, record, _ in found])
+    return Evaluation(records, np.stack([image for _, _, image in found if image is not None]))
 
 
 def _diversities(

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +29,7 @@ from progrpo.durable import write_text
 from progrpo.packing import evenly
 from progrpo.policies.base import Policy
 from progrpo.training.distributed import Ranks
+from progrpo.training.memory import result_unless_out_of_memory
 from progrpo.types import Prompt
 
 _SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -111,11 +113,10 @@ def _seconds(work: Callable[[int], None], most: int, clock: _Clock, budget: floa
     sizes = sorted({min(size, -(-most // clock.threads)) for size in _SIZES})
     spent = 0.0
     for size, following in pairwise([*sizes, 0]):
-        try:
-            warm_up = _timed(work, size, clock)
-            block = [warm_up] if warm_up > budget / 4 else _block(work, size, clock)
-        except torch.OutOfMemoryError:
+        timed = result_unless_out_of_memory(partial(_warm_up_and_block, work, size, clock, budget))
+        if timed is None:
             break
+        warm_up, block = timed
         seconds[size] = sum(block) / len(block)
         spent += warm_up + sum(block)
         growing = 2 * seconds[size] * following / size
@@ -127,6 +128,14 @@ def _seconds(work: Callable[[int], None], most: int, clock: _Clock, budget: floa
             " optim.microbatch, from 1 on"
         )
     return {min(clock.threads * size, most): s for size, s in seconds.items()}
+
+
+def _warm_up_and_block(
+    work: Callable[[int], None], size: int, clock: _Clock, budget: float
+) -> tuple[float, list[float]]:
+    """Seconds of a first call, and of each of a block of calls: the first one alone where that is long."""
+    warm_up = _timed(work, size, clock)
+    return warm_up, [warm_up] if warm_up > budget / 4 else _block(work, size, clock)
 
 
 def _block(work: Callable[[int], None], size: int, clock: _Clock) -> list[float]:
@@ -237,7 +246,7 @@ def _key(config: Config, policy: Policy, rows: int, items: int) -> dict[str, Any
         "torch": torch.__version__,
         "processor": _processor(policy.device),
         "threads": torch.get_num_threads(),
-        "policy": [type(policy).__name__, frozen, trained, policy.latent_shape, model],
+        "policy": [policy.denoiser_name, policy.prediction, frozen, trained, policy.latent_shape, model],
         "pairs": config.sampling.in_pairs,
         "most": [rows, items],
     }

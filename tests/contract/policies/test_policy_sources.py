@@ -67,7 +67,7 @@ def test_a_prompt_without_a_source_is_named(tiny_kontext):
         ({}, r"the prompt 'red cat' has no column image: this model changes a picture"),
         ({"image": 3}, r"column image of the prompt 'red cat' must be a picture or the path of one, not 3"),
         ({"image": "none.png"}, r"column image of the prompt 'red cat': none\.png cannot be read .*: no such file"),
-        ({"image": b"text"}, r"column image of the prompt 'red cat': what it holds cannot be read as a picture"),
+        ({"image": b"text"}, r"column image of the prompt 'red cat': its content cannot be read as a picture"),
     ):
         with pytest.raises(ValueError, match=message):
             policy.encode([Prompt("red cat", columns)])

@@ -1,6 +1,7 @@
-"""The report of a run: one HTML file that needs nothing else, written from the run folder at any time of the run.
+"""The report of a run: one HTML file without dependencies, which can be written at any time of the run.
 
-The folder may be a stranger's: texts are escaped, numbers are numbers or refused, and pictures are read from inside the folder alone.
+The folder may come from a stranger: texts are escaped, numbers are checked, and only pictures inside the folder are
+read.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ from pathlib import Path
 
 from progrpo.messages import named
 from progrpo.tracking.report import audits, cost, curves, evaluation, head, page, settings
-from progrpo.tracking.report.run import read_run, readable
+from progrpo.tracking.report.data import read_report_data, readable
 from progrpo.tracking.run_folder import RunFolder
 
 _SECTIONS = (head, evaluation, curves, audits, cost, settings)
 
 
-def write_report(run: Path) -> Path:
-    """Write report.html into the run folder `run` and give its path; ValueError if there is no run, or not as a run writes it."""
-    read = read_run(run)
+def write_report(folder: Path) -> Path:
+    """Write report.html into a run folder and return its path. ValueError if there is no run, or a damaged one."""
+    data = read_report_data(folder)
     body = ""
     for section in _SECTIONS:
-        with readable(f"{named(run)}, what the report shows as {section.__name__.rpartition('.')[2]},"):
-            body += section.write(read)
-    return RunFolder(run).write_text("report.html", page.document(f"{read.recipe}: progrpo run report", body))
+        with readable(f"{named(folder)}, what the report shows as {section.__name__.rpartition('.')[2]},"):
+            body += section.write(data)
+    return RunFolder(folder).write_text("report.html", page.document(f"{data.recipe}: progrpo run report", body))

@@ -1,86 +1,102 @@
-"""What audit groups show: the film of a group, how well previews agree with final rewards, and what selectors keep."""
+"""Audit groups: their films, the agreement of previews with final rewards, and the members that selectors keep."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from progrpo.tracking.records import AuditRecord
 from progrpo.tracking.report import charts
 from progrpo.tracking.report.charts import ACCENT, GREY, TEAL
+from progrpo.tracking.report.data import ReportData
 from progrpo.tracking.report.film import films
 from progrpo.tracking.report.page import chart, note, section
-from progrpo.tracking.report.run import Run
 from progrpo.tracking.statistics import spearman
 
 _FILM = (
-    "An audit group runs to the end unpruned and is decoded at every step; it is never trained on. A row is a member, "
-    "the best final reward on top; under each preview stands its score."
+    "An audit group is sampled to the end without pruning and decoded at every step. It is never trained on. "
+    "Each row is a member, the best final reward first; below each preview is its score."
 )
-_AGREEMENT = "A prune point trusts the previews’ order. Where that is the order of final rewards, pruning loses little."
+_AGREEMENT = (
+    "Pruning relies on the order of previews. The closer it is to the order of final rewards, the less pruning loses."
+)
 _KEPT = (
-    "Final rewards of the audit groups, as distances from the group’s mean in its std. Rewards crowd together; a "
-    "uniform draw keeps the crowd, OVF keeps the two ends (compare figure 1 of arXiv 2512.15347)."
+    "Final rewards in the audit groups, less the group’s mean, in units of its standard deviation. Most rewards lie "
+    "close together: a uniform draw keeps that distribution, OVF keeps its two ends (figure 1 of arXiv 2512.15347)."
 )
 
 
-def write(run: Run) -> str:
-    if not run.audits:
-        off = run.config.get("audit", {}).get("every") == 0
-        words = "Audits are off (audit.every is 0)." if off else "No audit group is written yet."
-        return section("audits", "Inside a group", "", note(f"{words} They show previews, agreement and what is kept."))
+def write(data: ReportData) -> str:
+    if not data.audits:
+        off = data.setting("audit", "every") == 0
+        reason = "Audits are off (audit.every is 0)." if off else "No audit group is written yet."
+        text = f"{reason} Audits show previews, their agreement with final rewards, and the members that are kept."
+        return section("audits", "Inside a group", "", note(text))
     return (
-        section("audits", "Inside a group", _FILM, films(run.path, run.audits))
-        + section("agreement", "Preview agreement", _AGREEMENT, _agreement(run))
-        + section("kept", "What is kept", _KEPT, _kept(run))
+        section("audits", "Inside a group", _FILM, films(data.path, data.audits))
+        + section("agreement", "Preview agreement", _AGREEMENT, _agreement(data))
+        + section("kept", "What is kept", _KEPT, _kept(data))
     )
 
 
-def _agreement(run: Run) -> str:
-    steps = run.audits[-1]["steps"]
-    rows = [[spearman(scores, audit["final"]) for scores in audit["scores"]] for audit in run.audits]
-    usable = np.array([row for row in rows if None not in row and len(row) == len(steps)], dtype=np.float64)
-    if not len(usable):
+def _agreement(data: ReportData) -> str:
+    steps = data.audits[-1]["steps"]
+    rows = [[spearman(scores, audit["final"]) for scores in audit["scores"]] for audit in data.audits]
+    complete = [row for row in rows if None not in row and len(row) == len(steps)]
+    if not complete:
         return note("No audit group has rewards that differ, so there is no rank correlation to show.")
-    groups = "1 audit group" if len(usable) == 1 else f"{len(usable)} audit groups, mean and range"
-    about = f"Spearman’s rank correlation with final rewards over {groups}" + (
-        "; dotted: prune points" * bool(run.prune_steps)
-    )
-    figure = charts.agreement(steps, usable, run.path_of_plan, run.prune_steps)
+    groups = "1 audit group" if len(complete) == 1 else f"{len(complete)} audit groups, mean and range"
+    points = "; dotted: prune points" if data.prune_steps else ""
+    about = f"Spearman’s rank correlation with final rewards over {groups}{points}"
+    correlations_AT = np.array(complete, dtype=np.float64)
+    figure = charts.agreement(steps, correlations_AT, data.path_of_plan, data.prune_steps)
     return chart(figure, "agreement-by-step", "Agreement by step", about)
 
 
-def _kept(run: Run) -> str:
-    audits = [audit for audit in run.audits if _standardised(audit) is not None]
-    if not audits:
+def _kept(data: ReportData) -> str:
+    groups = [(audit, rewards) for audit in data.audits if (rewards := _standardised(audit)) is not None]
+    if not groups:
         return note("No audit group has rewards that differ, so there is nothing to compare.")
     subsets = [
-        ("Full group", GREY, [list(range(len(a["final"]))) for a in audits]),
-        ("Uniform draw", GREY, [a["kept_uniform"] for a in audits]),
-        ("OVF, on final rewards", ACCENT, [a["kept_ovf"] for a in audits]),
-        ("The plan, on previews", TEAL, [[g for g, s in enumerate(a["stopped_at"]) if s is None] for a in audits]),
+        _Subset("Full group", GREY, [_present(rewards, range(len(rewards))) for _, rewards in groups]),
+        _Subset("Uniform draw", GREY, [_present(rewards, audit["kept_uniform"]) for audit, rewards in groups]),
+        _Subset("OVF, on final rewards", ACCENT, [_present(rewards, audit["kept_ovf"]) for audit, rewards in groups]),
+        _Subset("The plan, on previews", TEAL, [_present(rewards, _survivors(audit)) for audit, rewards in groups]),
     ]
-    drawn = [(title, colour, _take(audits, members)) for title, colour, members in subsets]
-    top = max(float(charts.histogram_shares(np.concatenate(groups)).max()) for _, _, groups in drawn)
-    cards = "".join(_histogram(i, *card, top) for i, card in enumerate(drawn))
+    top = max(float(charts.histogram_shares(np.concatenate(subset.groups)).max()) for subset in subsets)
+    cards = "".join(_histogram(subset, f"kept-{i}", top) for i, subset in enumerate(subsets))
     return f'<div class="grid four">{cards}</div>'
 
 
-def _take(audits: Sequence[Mapping[str, Any]], members: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """The standardised rewards of the members named, a list a group, the missing left out."""
-    taken = [_standardised(audit)[list(chosen)] for audit, chosen in zip(audits, members, strict=True)]  # type: ignore[index]
-    return [values[~np.isnan(values)] for values in taken]
+@dataclass(frozen=True)
+class _Subset:
+    """The standardised rewards of some members of each group."""
+
+    title: str
+    colour: str
+    groups: Sequence[np.ndarray]
 
 
-def _standardised(audit: Mapping[str, Any]) -> np.ndarray | None:
-    """Final rewards less the group's mean over its std, NaN where missing; None if they do not differ."""
+def _survivors(audit: AuditRecord) -> list[int]:
+    return [member for member, step in enumerate(audit["stopped_at"]) if step is None]
+
+
+def _present(rewards_G: np.ndarray, members: Sequence[int]) -> np.ndarray:
+    """The rewards of these members, without missing ones."""
+    rewards = rewards_G[list(members)]
+    return rewards[~np.isnan(rewards)]
+
+
+def _standardised(audit: AuditRecord) -> np.ndarray | None:
+    """The final rewards less their mean, over their standard deviation, NaN where missing. None if all are equal."""
     final = np.array(audit["final"], dtype=np.float64)
-    there = final[~np.isnan(final)]
-    return (final - there.mean()) / there.std() if len(there) > 1 and np.ptp(there) > 0 else None
+    present = final[~np.isnan(final)]
+    return (final - present.mean()) / present.std() if len(present) > 1 and np.ptp(present) > 0 else None
 
 
-def _histogram(place: int, title: str, colour: str, groups: Sequence[np.ndarray], top: float) -> str:
-    stds = [values.std() for values in groups if len(values)]
-    about = f"{len(groups[-1])} a group, std {np.mean(stds):.2f}" if stds else "none has a reward"
-    return chart(charts.histogram(np.concatenate(groups), colour, top), f"kept-{place}", title, about)
+def _histogram(subset: _Subset, anchor: str, top: float) -> str:
+    stds = [values.std() for values in subset.groups if len(values)]
+    about = f"{len(subset.groups[-1])} per group, std {np.mean(stds):.2f}" if stds else "no member has a reward"
+    return chart(charts.histogram(np.concatenate(subset.groups), subset.colour, top), anchor, subset.title, about)

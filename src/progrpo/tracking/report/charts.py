@@ -1,16 +1,25 @@
-"""The report's charts as Plotly figures in plain dicts: numbers in, {"data", "layout"} out, no files, no HTML."""
+"""The report's charts: functions from numbers to Plotly figures as plain dicts, without files or HTML."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
+from progrpo.tracking.records import Metrics, iteration_of, metric
 from progrpo.tracking.statistics import Mean
 
-Figure = dict[str, Any]
+Trace = dict[str, object]
+
+
+class Figure(TypedDict):
+    """A Plotly figure."""
+
+    data: list[Trace]
+    layout: dict[str, object]
+
 
 INK, MUTED, GRID, GHOST = "#1d2939", "#667085", "#eef0f3", "#e4e7ec"
 ACCENT, GREY, AMBER, TEAL = "#2f5fd0", "#98a2b3", "#d9822b", "#12876f"
@@ -21,21 +30,27 @@ AXES = {"iteration": "iteration", "seconds": "seconds", "nfe": "training NFE"}
 BINS = np.arange(-3.0, 3.01, 0.5)
 
 
-def _axis(title: str = "", changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    base = {"gridcolor": GRID, "zeroline": False, "linecolor": GHOST, "ticks": "", "automargin": True}
-    named = {"title": {"text": title, "font": {"size": 12}, "standoff": 8}} if title else {}
+def _axis(title: str = "", changes: Mapping[str, object] | None = None) -> dict[str, object]:
+    base: dict[str, object] = {
+        "gridcolor": GRID,
+        "zeroline": False,
+        "linecolor": GHOST,
+        "ticks": "",
+        "automargin": True,
+    }
+    named: dict[str, object] = {"title": {"text": title, "font": {"size": 12}, "standoff": 8}} if title else {}
     return base | named | dict(changes or {})
 
 
-def _figure(data: Sequence[Mapping[str, Any]], x: Mapping[str, Any], y: Mapping[str, Any], height: int) -> Figure:
-    layout = {
+def _figure(data: Sequence[Trace], x: Mapping[str, object], y: Mapping[str, object], height: int) -> Figure:
+    layout: dict[str, object] = {
         "height": height,
         "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
         "font": {"family": _FONT, "size": 12, "color": MUTED},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "hoverlabel": {"bgcolor": "white", "bordercolor": GHOST, "font": {"color": INK, "family": _FONT}},
-        "showlegend": sum(trace.get("showlegend", True) for trace in data) > 1,
+        "showlegend": len([trace for trace in data if trace.get("showlegend", True)]) > 1,
         "legend": {
             "orientation": "h",
             "x": 0,
@@ -48,7 +63,7 @@ def _figure(data: Sequence[Mapping[str, Any]], x: Mapping[str, Any], y: Mapping[
         "xaxis": dict(x),
         "yaxis": dict(y),
     }
-    return {"data": [dict(trace) for trace in data], "layout": layout}
+    return {"data": list(data), "layout": layout}
 
 
 # --- curves over the run ----------------------------------------------------------------------------------------------
@@ -56,7 +71,7 @@ def _figure(data: Sequence[Mapping[str, Any]], x: Mapping[str, Any], y: Mapping[
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric to draw; `points` for metrics that only some iterations have."""
+    """A metric to draw, with `points` if only some iterations have it."""
 
     key: str
     name: str
@@ -64,37 +79,37 @@ class Curve:
     points: bool = False
 
 
-def positions(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Where each record stands on each of AXES; seconds and NFE are summed up to and including the record."""
-    seconds = np.cumsum([record.get("seconds") or 0.0 for record in metrics])
-    nfe = np.cumsum([record.get("rollout/nfe") or 0 for record in metrics])
-    return {"iteration": [int(r["iteration"]) for r in metrics], "seconds": seconds.tolist(), "nfe": nfe.tolist()}
+def positions(metrics: Sequence[Metrics]) -> dict[str, list[float]]:
+    """The position of each record on each of AXES. Seconds and NFE are sums up to and including the record."""
+    seconds = np.cumsum([metric(record, "seconds") or 0.0 for record in metrics])
+    nfe = np.cumsum([metric(record, "rollout/nfe") or 0 for record in metrics])
+    return {"iteration": [iteration_of(r) for r in metrics], "seconds": seconds.tolist(), "nfe": nfe.tolist()}
 
 
-def _trace(metrics: Sequence[Mapping[str, Any]], curve: Curve) -> dict[str, Any] | None:
-    rows = [i for i, record in enumerate(metrics) if record.get(curve.key) is not None]
-    if not rows:
+def _trace(metrics: Sequence[Metrics], curve: Curve) -> Trace | None:
+    present = {i: value for i, record in enumerate(metrics) if (value := metric(record, curve.key)) is not None}
+    if not present:
         return None
-    x = {axis: [values[i] for i in rows] for axis, values in positions(metrics).items()}
+    x = {axis: [values[i] for i in present] for axis, values in positions(metrics).items()}
     marker = {"size": 8, "line": {"color": "white", "width": 1.5}} if curve.points else {"size": 5}
     width, dash = (1.5, "dot") if curve.points else (2, "solid")
     return {
         "type": "scatter",
         "name": curve.name,
-        "mode": "lines+markers" if curve.points or len(rows) < 3 else "lines",
+        "mode": "lines+markers" if curve.points or len(present) < 3 else "lines",
         "line": {"color": curve.colour, "width": width, "dash": dash},
         "marker": marker,
         "x": x["iteration"],
-        "y": [float(metrics[i][curve.key]) for i in rows],  # a text would be a label, which Plotly reads as HTML
-        "meta": x,  # the page's switch of the x axis reads the other positions from here
+        "y": [float(value) for value in present.values()],  # Plotly would show a text as a label, and read it as HTML
+        "meta": x,  # the page's buttons for the x axis take the other positions from here
         "hovertemplate": "%{y:.4g}",
     }
 
 
 def curves(
-    metrics: Sequence[Mapping[str, Any]], chosen: Sequence[Curve], y: Mapping[str, Any] | None = None, height: int = 250
+    metrics: Sequence[Metrics], chosen: Sequence[Curve], y: Mapping[str, object] | None = None, height: int = 250
 ) -> Figure | None:
-    """The chosen metrics over the run, or None where none of them was recorded."""
+    """The chosen metrics over the run. None if none of them was recorded."""
     traces = [trace for curve in chosen if (trace := _trace(metrics, curve)) is not None]
     if not traces:
         return None
@@ -107,9 +122,9 @@ def curves(
 
 
 def accuracy_bars(before: Mapping[str, Mean], after: Mapping[str, Mean]) -> Figure:
-    """Share passing by kind of prompt, before and after, with standard errors."""
+    """The share of pictures that pass, by kind of prompt, before and after, with standard errors."""
     sides = [(before, "before", GREY), (after, "after", ACCENT)]
-    data = [
+    data: list[Trace] = [
         {
             "type": "bar",
             "name": name,
@@ -123,7 +138,7 @@ def accuracy_bars(before: Mapping[str, Mean], after: Mapping[str, Mean]) -> Figu
         for shares, name, colour in sides
         if shares
     ]
-    x = _axis("", {"showgrid": False, "type": "category"})  # kinds that are figures or dates are still names
+    x = _axis("", {"showgrid": False, "type": "category"})  # kinds that look like numbers or dates are names
     figure = _figure(data, x, _axis("", {"range": [0, 1.04], "tickformat": ".0%"}), 270)
     figure["layout"] |= {"bargap": 0.42, "bargroupgap": 0.06}
     return figure
@@ -133,10 +148,15 @@ def accuracy_bars(before: Mapping[str, Mean], after: Mapping[str, Mean]) -> Figu
 
 
 def histogram(values: np.ndarray, colour: str, top: float) -> Figure:
-    """Standardised rewards of a subset of groups, as shares of the subset; `top` is the y range that its row shares."""
+    """The distribution of standardised rewards of a subset. `top` is the y range that all charts of the row share."""
     shares = histogram_shares(values)
     centres = (BINS[:-1] + BINS[1:]) / 2
-    bars = {"type": "bar", "x": centres.tolist(), "y": shares.tolist(), "marker": {"color": colour, "cornerradius": 2}}
+    bars: Trace = {
+        "type": "bar",
+        "x": centres.tolist(),
+        "y": shares.tolist(),
+        "marker": {"color": colour, "cornerradius": 2},
+    }
     x = _axis("(reward − mean) / std", {"range": [-3, 3], "showgrid": False, "dtick": 1})
     y = _axis("", {"range": [0, top * 1.05], "tickformat": ".0%", "nticks": 4})
     figure = _figure([bars | {"hovertemplate": "%{y:.0%}<extra></extra>"}], x, y, 180)
@@ -145,23 +165,23 @@ def histogram(values: np.ndarray, colour: str, top: float) -> Figure:
 
 
 def histogram_shares(values: np.ndarray) -> np.ndarray:
-    """The share of `values` in each of BINS, the outermost bins taking what lies beyond them."""
+    """The share of values in each of BINS. The outermost bins include what lies beyond them."""
     counts, _ = np.histogram(np.clip(values, BINS[0], BINS[-1]), BINS)
     return counts / max(len(values), 1)
 
 
 def alive_by_step(path: Sequence[int], prune_steps: Sequence[int], steps: int) -> list[int]:
-    """Members of a group that pay for the network call of each step: who is pruned after a call has paid for it."""
+    """The members of a group that take part in each step's network call. A prune point follows its step's call."""
     return [path[sum(prune < step for prune in prune_steps)] for step in range(steps)]
 
 
 def funnel(path: Sequence[int], prune_steps: Sequence[int], steps: int) -> Figure:
-    """A group's living members by step; the pale part is what pruning saves."""
+    """The members of a group by step, and the network calls that pruning saves."""
     alive = alive_by_step(path, prune_steps, steps)
     x = list(range(steps))
-    bar = {"type": "bar", "x": x, "hovertemplate": "step %{x}: %{y}<extra>%{fullData.name}</extra>"}
+    bar: Trace = {"type": "bar", "x": x, "hovertemplate": "step %{x}: %{y}<extra>%{fullData.name}</extra>"}
     data = [
-        bar | {"name": "network calls paid", "y": alive, "marker": {"color": ACCENT}},
+        bar | {"name": "network calls made", "y": alive, "marker": {"color": ACCENT}},
         bar | {"name": "saved by pruning", "y": [path[0] - n for n in alive], "marker": {"color": GHOST}},
     ]
     figure = _figure(data, _axis("step", {"dtick": 1, "showgrid": False}), _axis("members of a group"), 240)
@@ -172,7 +192,7 @@ def funnel(path: Sequence[int], prune_steps: Sequence[int], steps: int) -> Figur
 def agreement(
     steps: Sequence[int], correlations_AT: np.ndarray, path: Sequence[int], prune_steps: Sequence[int]
 ) -> Figure:
-    """Spearman of previews with final rewards by step, over A audits, prune points marked."""
+    """Spearman's correlation of previews with final rewards by step, over A audits, with the prune points."""
     data = [*_agreement_band(steps, correlations_AT), _agreement_line(steps, correlations_AT)]
     low = min(0.0, float(np.min(correlations_AT)) - 0.05)
     figure = _figure(data, _axis("step", {"dtick": 1}), _axis("", {"range": [low, 1.09], "tickformat": ".1f"}), 240)
@@ -186,7 +206,7 @@ def agreement(
     return figure
 
 
-def _agreement_line(steps: Sequence[int], correlations_AT: np.ndarray) -> dict[str, Any]:
+def _agreement_line(steps: Sequence[int], correlations_AT: np.ndarray) -> Trace:
     return {
         "type": "scatter",
         "mode": "lines+markers",
@@ -198,8 +218,8 @@ def _agreement_line(steps: Sequence[int], correlations_AT: np.ndarray) -> dict[s
     }
 
 
-def _agreement_band(steps: Sequence[int], correlations_AT: np.ndarray) -> list[dict[str, Any]]:
-    edge = {"type": "scatter", "mode": "lines", "x": list(steps), "line": {"width": 0}, "hoverinfo": "skip"}
+def _agreement_band(steps: Sequence[int], correlations_AT: np.ndarray) -> list[Trace]:
+    edge: Trace = {"type": "scatter", "mode": "lines", "x": list(steps), "line": {"width": 0}, "hoverinfo": "skip"}
     lowest, highest = np.min(correlations_AT, axis=0), np.max(correlations_AT, axis=0)
     return [
         edge | {"showlegend": False, "y": lowest.tolist()},

@@ -1,15 +1,15 @@
-"""The metrics over the run, on an axis of iterations, seconds or NFE."""
+"""The curves of the metrics over iterations, seconds or NFE."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from progrpo.tracking.records import Metrics, metric
 from progrpo.tracking.report import charts
 from progrpo.tracking.report.charts import ACCENT, AMBER, GREY, ROSE, TEAL, VIOLET, Curve
+from progrpo.tracking.report.data import ReportData
 from progrpo.tracking.report.page import anchor_of, chart, escape, note, section
-from progrpo.tracking.report.run import Records, Run
 
 _PREVIEW = "preview/rank_correlation@"
 _SHARE = "prompts/share@"
@@ -21,7 +21,7 @@ class _Card:
     title: str
     about: str
     curves: Sequence[Curve]
-    y: Mapping[str, Any] = field(default_factory=dict)
+    y: Mapping[str, object] = field(default_factory=dict)
 
 
 _SAMPLING = (
@@ -47,7 +47,7 @@ _SAMPLING = (
     ),
     _Card(
         "Distance to the reference",
-        "mean square, of velocities, in evaluations",
+        "mean square distance of velocities, in evaluations",
         (Curve("eval/kl", "distance", TEAL, True),),
         {"rangemode": "tozero"},
     ),
@@ -64,16 +64,16 @@ _UPDATE = (
 )
 
 
-def write(run: Run) -> str:
-    if not run.metrics:
+def write(data: ReportData) -> str:
+    if not data.metrics:
         return section("curves", "Curves", "", note("No iteration is finished yet."))
-    signal = [_signal(run.metrics)] if "prompts/seen" in run.metrics[-1] else []
-    sampling = _grid(run.metrics, (*_SAMPLING, _previews(run.metrics), *signal, *_rewards(run.metrics)), "grid", 230)
-    update = _grid(run.metrics, (_deviation(run.metrics), *_UPDATE), "grid four", 170)
+    signal = [_signal(data.metrics)] if "prompts/seen" in data.metrics[-1] else []
+    sampling = _grid(data.metrics, (*_SAMPLING, _previews(data.metrics), *signal, *_rewards(data.metrics)), "grid", 230)
+    update = _grid(data.metrics, (_deviation(data.metrics), *_UPDATE), "grid four", 170)
     return section(
         "curves",
         "Curves",
-        "A point an iteration, on training samples unless said otherwise.",
+        "One point per iteration, from training samples unless stated otherwise.",
         _axes() + sampling + update,
     )
 
@@ -82,13 +82,13 @@ def _axes() -> str:
     """Buttons for the horizontal axis of all curves."""
     buttons = "".join(
         f'<button data-axis="{axis}" data-title="{title}" aria-pressed="{"true" if axis == "iteration" else "false"}">'
-        f"{word}</button>"
-        for (axis, title), word in zip(charts.AXES.items(), ("Iteration", "Seconds", "NFE"), strict=True)
+        f"{label}</button>"
+        for (axis, title), label in zip(charts.AXES.items(), ("Iteration", "Seconds", "NFE"), strict=True)
     )
     return f'<div class="controls"><span>Horizontal axis</span>{buttons}</div>'
 
 
-def _previews(metrics: Records) -> _Card:
+def _previews(metrics: Sequence[Metrics]) -> _Card:
     keys = {key for record in metrics for key in record if key.startswith(_PREVIEW)}
     steps = sorted(int(key.removeprefix(_PREVIEW)) for key in keys)
     colours = (ACCENT, TEAL, AMBER, GREY)
@@ -98,35 +98,37 @@ def _previews(metrics: Records) -> _Card:
     )
 
 
-def _signal(metrics: Records) -> _Card:
-    """Where prompts are drawn by what they teach: how likely each kind is to come next."""
+def _signal(metrics: Sequence[Metrics]) -> _Card:
+    """The share of each kind of prompt, where prompts are drawn by their learning signal."""
     kinds = sorted({key.partition("@")[2] for record in metrics for key in record if key.startswith(_SHARE)})
     colours = (ACCENT, TEAL, AMBER, GREY, VIOLET, ROSE)
     lines = [Curve(f"{_SHARE}{kind}", escape(kind), colours[i % len(colours)]) for i, kind in enumerate(kinds)]
-    about = "share of the next prompts by kind, by how far its rewards differ"
-    return _Card("Where sampling goes", about, lines, {"tickformat": ".0%", "rangemode": "tozero"})
+    about = "share of the next prompts by kind, from the spread of its rewards"
+    return _Card("Prompts by kind", about, lines, {"tickformat": ".0%", "rangemode": "tozero"})
 
 
-def _rewards(metrics: Records) -> list[_Card]:
-    """A card for each of several rewards, since their scales differ, and for each that is held out."""
+def _rewards(metrics: Sequence[Metrics]) -> list[_Card]:
+    """The cards of several rewards, one each since their scales differ, and of held-out rewards."""
     names = dict.fromkeys(key for record in metrics for key in record if key.startswith((_REWARD, _HELD_OUT)))
     cards = []
     for key in names:
         name, held_out = escape(key.partition("@")[2]), key.startswith(_HELD_OUT)
-        about = "held out: never trained on, evaluation" if held_out else "mean over survivors, before its weight"
+        about = "held out, never trained on, from evaluations" if held_out else "mean over survivors, before its weight"
         cards.append(_Card(f"Reward {name}", about, (Curve(key, name, TEAL if held_out else ACCENT, held_out),)))
     return cards
 
 
-def _deviation(metrics: Records) -> _Card:
+def _deviation(metrics: Sequence[Metrics]) -> _Card:
     name = "update/ratio_max_deviation"
-    logarithmic = any((record.get(name) or 0) > 0 for record in metrics)  # such an axis cannot show zeros alone
-    y = {"type": "log", "tickformat": ".0e", "dtick": "D2"} if logarithmic else {"rangemode": "nonnegative"}
+    logarithmic = any((metric(record, name) or 0) > 0 for record in metrics)  # such an axis cannot show zeros alone
+    y: dict[str, object] = (
+        {"type": "log", "tickformat": ".0e", "dtick": "D2"} if logarithmic else {"rangemode": "nonnegative"}
+    )
     about = "largest |ratio − 1|" + (", log scale" if logarithmic else "")
     return _Card("Ratio deviation", about, (Curve(name, "deviation"),), y)
 
 
-def _grid(metrics: Records, cards: Sequence[_Card], classes: str, height: int) -> str:
+def _grid(metrics: Sequence[Metrics], cards: Sequence[_Card], classes: str, height: int) -> str:
     drawn = [(card, charts.curves(metrics, card.curves, card.y, height)) for card in cards]
     html = "".join(
         chart(figure, f"curve-{anchor_of(card.title)}-{i}", card.title, card.about)

@@ -1,13 +1,13 @@
-"""The film of an audit group: the previews of all its members at every step, and who would have been pruned when."""
+"""The film of an audit group: the previews of its members at every step, and when each would have been pruned."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from progrpo.tracking.records import AuditRecord
 from progrpo.tracking.report.page import escape, note, picture_uri, read_picture
 from progrpo.tracking.statistics import spearman
 from progrpo.tracking.wording import number
@@ -18,12 +18,12 @@ _EMBEDDED = 6
 
 
 def spread(count: int, chosen: int) -> list[int]:
-    """`chosen` of `count` places, evenly, first and last among them; all places if there are no more."""
+    """The indices of `chosen` of `count` items, evenly spaced from the first to the last; all if there are no more."""
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, chosen))}) if count else []
 
 
-def films(folder: Path, audits: Sequence[Mapping[str, Any]]) -> str:
-    """The films with a box to choose among them, the latest shown; of many audits a spread is embedded."""
+def films(folder: Path, audits: Sequence[AuditRecord]) -> str:
+    """The films with a box to choose one, the latest shown. Of many audits, an even selection is embedded."""
     chosen = [audits[i] for i in reversed(spread(len(audits), _EMBEDDED))]
     options = "".join(
         f'<option value="film-{audit["iteration"]}">iteration {audit["iteration"]}: {escape(audit["prompt"])}</option>'
@@ -35,36 +35,36 @@ def films(folder: Path, audits: Sequence[Mapping[str, Any]]) -> str:
 
 
 _LEGEND = (
-    '<p class="legend"><span><i class="alive"></i>goes on</span><span><i class="out"></i>pruned after this step</span>'
-    '<span><i class="ghost"></i>not computed in a training group; the audit shows what was given up</span></p>'
+    '<p class="legend"><span><i class="alive"></i>kept</span><span><i class="out"></i>pruned after this step</span>'
+    '<span><i class="ghost"></i>already pruned: a training group would not compute it</span></p>'
 )
 
 
-def _film(folder: Path, audit: Mapping[str, Any], shown: bool) -> str:
+def _film(folder: Path, audit: AuditRecord, shown: bool) -> str:
     anchor = f"film-{audit['iteration']}"
     hidden = "" if shown else " hidden"
     return f'<div class="film" id="{anchor}"{hidden}>{_agreements(audit)}{_sheet(folder, audit, anchor)}</div>'
 
 
-def _points(audit: Mapping[str, Any]) -> list[int]:
-    """The steps after which members are pruned. Who is dropped on final rewards stopped at no step but after the last."""
-    return sorted(set(audit["stopped_at"]) & set(audit["steps"]))
+def _points(audit: AuditRecord) -> list[int]:
+    """The steps after which members are pruned. Members that are dropped on final rewards have none of the steps."""
+    return sorted(set(audit["steps"]).intersection(audit["stopped_at"]))
 
 
-def _agreements(audit: Mapping[str, Any]) -> str:
-    found = [f"{number(_agreement(audit, step), 2)} at step {step}" for step in _points(audit)]
-    words = f" Rank correlation of previews and final rewards: {', '.join(found)}." if found else ""
-    return f'<p class="prompt"><b>{escape(audit["prompt"])}</b>{words}</p>'
+def _agreements(audit: AuditRecord) -> str:
+    correlations = [f"{number(_agreement(audit, step), 2)} at step {step}" for step in _points(audit)]
+    text = f" Rank correlation of previews and final rewards: {', '.join(correlations)}." if correlations else ""
+    return f'<p class="prompt"><b>{escape(audit["prompt"])}</b>{text}</p>'
 
 
-def _agreement(audit: Mapping[str, Any], step: int) -> float | None:
+def _agreement(audit: AuditRecord, step: int) -> float | None:
     return spearman(audit["scores"][list(audit["steps"]).index(step)], audit["final"])
 
 
-def _sheet(folder: Path, audit: Mapping[str, Any], anchor: str) -> str:
+def _sheet(folder: Path, audit: AuditRecord, anchor: str) -> str:
     strip = read_picture(folder, audit["strip"])
     if strip is None:
-        return note(f"The pictures of this audit ({escape(audit['strip'])}) are not there.")
+        return note(f"The pictures of this audit ({escape(audit['strip'])}) are missing.")
     group, columns = len(audit["final"]), len(audit["steps"]) + 1
     width, height = strip.width // columns, strip.height // group
     scale = min(1.0, _CELL / width)
@@ -78,21 +78,21 @@ def _sheet(folder: Path, audit: Mapping[str, Any], anchor: str) -> str:
     return f'<style>{style}</style><div class="scroll"><table>{_head(audit)}{_rows(audit)}</table></div>{more}'
 
 
-def _head(audit: Mapping[str, Any]) -> str:
+def _head(audit: AuditRecord) -> str:
     points = _points(audit)
     cells = "".join(f'<th class="{"cut" if s in points else ""}">step {s}</th>' for s in audit["steps"])
     return f'<thead><tr><th></th>{cells}<th class="last">final</th></tr></thead>'
 
 
-def _rows(audit: Mapping[str, Any]) -> str:
-    """Members ordered by final reward, the missing last; rows beyond a spread of them wait for the button."""
+def _rows(audit: AuditRecord) -> str:
+    """The members by final reward, missing ones last. Of a large group most rows are hidden at first."""
     final = audit["final"]
     order = sorted(range(len(final)), key=lambda g: (final[g] is None, -(final[g] or 0.0)))
     shown = set(spread(len(order), _ROWS_SHOWN))
     return "<tbody>" + "".join(_row(audit, g, rank, rank in shown) for rank, g in enumerate(order)) + "</tbody>"
 
 
-def _row(audit: Mapping[str, Any], member: int, rank: int, shown: bool) -> str:
+def _row(audit: AuditRecord, member: int, rank: int, shown: bool) -> str:
     stopped = audit["stopped_at"][member]
     cells = [
         _cell(i, member, audit["scores"][i][member], _state(step, stopped)) for i, step in enumerate(audit["steps"])
@@ -103,10 +103,10 @@ def _row(audit: Mapping[str, Any], member: int, rank: int, shown: bool) -> str:
     return f"<tr{more}>{head}{''.join(cells)}</tr>"
 
 
-def _fate(audit: Mapping[str, Any], stopped: int | None) -> str:
+def _fate(audit: AuditRecord, stopped: int | None) -> str:
     if stopped is None:
         return '<span class="kept">kept</span>'
-    return f"<span>out at {stopped if stopped in audit['steps'] else 'the end'}</span>"
+    return f"<span>pruned at {stopped if stopped in audit['steps'] else 'the end'}</span>"
 
 
 def _state(step: int, stopped: int | None) -> str:

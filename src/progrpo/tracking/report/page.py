@@ -1,4 +1,4 @@
-"""The HTML of the report in small pieces: every string that a user or a model wrote goes through `escape`."""
+"""The HTML of the report in small functions. Every string that a user or a model wrote goes through `escape`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from progrpo.tracking.report.charts import Figure
-from progrpo.tracking.report.run import inside
+from progrpo.tracking.report.data import inside
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,7 +26,7 @@ def escape(value: object) -> str:
 
 
 def document(title: str, body: str) -> str:
-    """A whole page that fetches nothing: styles, scripts and Plotly are inside it."""
+    """A whole page with its styles, scripts and Plotly inside. It loads nothing."""
     from plotly.offline import get_plotlyjs
 
     room = files("progrpo.tracking.report")
@@ -35,28 +35,29 @@ def document(title: str, body: str) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>\n{style}</style>'
-        f"<script>{get_plotlyjs()}</script></head>\n<body><main>\n{body}\n</main><script>\n{script}</script></body></html>\n"
+        f"<script>{get_plotlyjs()}</script></head>\n<body><main>\n{body}\n</main>"
+        f"<script>\n{script}</script></body></html>\n"
     )
 
 
 def section(anchor: str, title: str, lead: str, body: str) -> str:
-    """`title` and `body` are HTML already; `lead` is one or two sentences on how to read what follows."""
+    """A section of the page. `title`, `lead` and `body` are HTML; `lead` says how to read the section."""
     lead = f'<p class="lead">{lead}</p>' if lead else ""
     return f'<section id="{anchor}"><h2>{title}</h2>{lead}\n{body}\n</section>\n'
 
 
 def note(text: str) -> str:
-    """What is not there, and why."""
+    """A sentence in place of data that is missing."""
     return f'<p class="note">{text}</p>'
 
 
-def anchor_of(words: str) -> str:
+def anchor_of(title: str) -> str:
     """An id that is safe in HTML, CSS and scripts."""
-    return re.sub(r"[^a-z0-9]+", "-", words.lower())
+    return re.sub(r"[^a-z0-9]+", "-", title.lower())
 
 
 def chart(figure: Figure, anchor: str, title: str = "", about: str = "") -> str:
-    """A Plotly figure with its caption above; Plotly's own writer escapes what would end the script."""
+    """A Plotly figure with its caption above. Plotly's writer escapes what would end the script."""
     import plotly.io
 
     div = plotly.io.to_html(
@@ -68,14 +69,14 @@ def chart(figure: Figure, anchor: str, title: str = "", about: str = "") -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already; all columns but the first hold numbers."""
+    """A table of HTML cells. All columns but the first hold numbers."""
     heads = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<table class="numbers"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def pairs(items: Mapping[str, object]) -> str:
-    """Names and values as a list in columns."""
+    """A list of names and values in columns."""
     return (
         '<dl class="pairs">'
         + "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in items.items())
@@ -84,7 +85,7 @@ def pairs(items: Mapping[str, object]) -> str:
 
 
 def read_picture(folder: Path, name: str) -> Image.Image | None:
-    """A picture of a run folder; None for a file that is not there, lies elsewhere, is no PNG or is too large to be opened."""
+    """A picture of a run folder. None for a file that is missing, outside the folder, not a PNG or too large."""
     from PIL import Image
 
     path = folder / name
@@ -92,13 +93,13 @@ def read_picture(folder: Path, name: str) -> Image.Image | None:
         return None
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=("PNG",)) as file:
-            return file.convert("RGB")  # of other formats some run programs, and a run writes no others
+            return file.convert("RGB")  # opening some other formats runs programs, and a run writes only PNG
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
 
 
 def picture_uri(picture: Image.Image, size: tuple[int, int] | None = None, longest: int = 192) -> str:
-    """A picture inside the page, as a data URI: resized to `size` or, if larger, to `longest` pixels."""
+    """A picture as a data URI, resized to `size` or, if it is larger, to `longest` pixels."""
     from PIL import Image
 
     if size is not None and size != picture.size:

@@ -1,29 +1,28 @@
-"""How to run it again: the command, every setting, the versions."""
+"""The settings of the run, with which it can be repeated: the command, the configuration and the versions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from progrpo.tracking.report.data import ReportData
 from progrpo.tracking.report.page import escape, note, pairs, section
-from progrpo.tracking.report.run import Run
 
 
-def write(run: Run) -> str:
-    command, versions = run.summary.get("command"), run.summary.get("versions")
-    parts = [
+def write(data: ReportData) -> str:
+    command, versions = data.summary.get("command"), data.summary.get("versions")
+    blocks = [
         f"<pre>{escape(command)}</pre>" if command else "",
-        f"<details><summary>Configuration</summary>{pairs(_flat(run.config))}</details>",
+        f"<details><summary>Configuration</summary>{pairs(_flat(data.config))}</details>",
         f"<details><summary>Versions</summary>{pairs(versions)}</details>"
         if versions
         else note("No versions are recorded."),
     ]
-    return section("settings", "Settings", "", "".join(parts))
+    return section("settings", "Settings", "", "".join(blocks))
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(config: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested settings under dotted names."""
-    out: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     for name, value in config.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return out
+        settings |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return settings

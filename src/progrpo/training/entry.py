@@ -1,0 +1,97 @@
+"""The entry points of a run by its configuration: train it, or resume it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from progrpo.config import Config, check, from_python, to_dict
+from progrpo.recipes import load_recipe
+from progrpo.tracking.console import Console
+from progrpo.tracking.run_folder import RunFolder
+from progrpo.training import checkpoints
+from progrpo.training.build import located, settled
+from progrpo.training.distributed import Ranks, lost_in_words
+from progrpo.training.equal_inputs import require_same_settings
+from progrpo.training.inputs import RunInputs, inputs_from
+from progrpo.training.loop import NO_CHECKPOINT, Resumption, TrainingLoop, how_to_go_on
+from progrpo.training.run import Run
+from progrpo.training.torch_state import usual_torch
+
+
+@usual_torch()
+def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
+    """Train a configuration into a new run folder. DiskError if the disk refuses what is written there."""
+    check(config)
+    if objects := from_python(config):
+        options = ", ".join(f"--{name}" for name in objects)
+        raise ValueError(
+            f"{', '.join(objects)}: a run of progrpo.train had these as objects, which no name loads; give {options}, or"
+            " call progrpo.train again"
+        )
+    with lost_in_words(lambda: NO_CHECKPOINT):
+        ranks = Ranks()
+        require_same_settings(ranks, config)
+        config = settled(located(config), ranks)
+        out = ranks.gather([out])[0]  # where it was chosen by what is free, another process may have chosen later
+        run = Run(inputs_from(config, ranks), RunFolder(out), ranks)
+    return start(run, overwrite)
+
+
+@usual_torch()
+def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool = False) -> RunFolder:
+    """Go on from the newest whole checkpoint, exactly as the run would have gone. DiskError if the disk refuses.
+
+    With other `iterations`, go on as a run of so many, unless its learning rate depends on their number (`optim.decay`).
+    ValueError if the configuration, the prompts or the model were changed since, unless that is accepted.
+    """
+    config, run_folder = load_recipe(str(folder)), RunFolder(folder)
+    if run_folder.is_of_python():
+        raise ValueError(
+            f"{folder} is a run of progrpo.train, whose pipeline, prompts and rewards only Python has: go on with"
+            f" {run_folder.command('resume')}, with these given again"
+        )
+    if iterations is not None:
+        config = replace(config, iterations=iterations)
+        check(config)
+    with lost_in_words(lambda: how_to_go_on(folder)):
+        ranks = Ranks()
+        require_same_settings(ranks, config)
+        config = settled(config, ranks)
+        return resume(run_folder, config, lambda: inputs_from(config, ranks), ranks, accept_changes)
+
+
+def start(run: Run, overwrite: bool) -> RunFolder:
+    """Train a run from its beginning, in a new folder."""
+    path = run.folder.path
+    with lost_in_words(lambda: how_to_go_on(path)), checkpoints.writing_to(path, run.ranks) as lock:
+        run.create_folder(overwrite)
+        return TrainingLoop(run, lock).train()
+
+
+def resume(
+    folder: RunFolder, config: Config, make_inputs: Callable[[], RunInputs], ranks: Ranks, accept_changes: bool
+) -> RunFolder:
+    """Go on with the run in a folder by this configuration. ValueError for a change since that is not accepted."""
+    path, warn = folder.path, Console(config.iterations, enabled=ranks.is_main).warn
+    with lost_in_words(lambda: how_to_go_on(path)), checkpoints.writing_to(path, ranks) as lock:
+        state = checkpoints.newest(path, ranks, warn)
+        checkpoints.check_unchanged(path, state["config"], config, accept_changes)
+        checkpoints.check_versions(state["versions"], config, warn)
+        checkpoints.check_length(state, config, warn)
+        if state["iteration"] > config.iterations:
+            raise ValueError(
+                f"{path} is at iteration {state['iteration']}, past {config.iterations} iterations; give more"
+            )
+        inputs = make_inputs()
+        changed = checkpoints.check_prompts(path, state.get("prompts", {}), inputs.digests, config, accept_changes)
+        run = Run(inputs, folder, ranks)
+        checkpoints.check_weights(path, state.get("weights", {}), run.policy.fingerprints, config, accept_changes)
+
+        def go_back() -> None:
+            folder.log_config(to_dict(config))
+            folder.truncate(state["iteration"])
+
+        ranks.from_main(go_back)
+        return TrainingLoop(run, lock, Resumption(state, changed)).train()

@@ -1,0 +1,148 @@
+"""Evaluations of a run: before and after on test prompts, and on validation prompts on the way, where hacking would show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+from progrpo.rollout.denoise import Sampling
+from progrpo.tracking.records import Metrics, metric
+from progrpo.tracking.run_folder import RunFolder
+from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, evaluate, kl_to_reference, ode
+from progrpo.training.inputs import HeldOut
+from progrpo.training.notices import Notices
+from progrpo.training.state import EvaluatorState
+from progrpo.training.trainer import Trainer
+from progrpo.training.watch import HackingWatch
+from progrpo.types import Prompt
+
+
+@dataclass(frozen=True)
+class Best:
+    """The evaluation on validation prompts with the highest mean of a reward so far, whose weights are kept as `NAME`."""
+
+    NAME: ClassVar[str] = "best"
+    iterations: int
+    reward: float
+
+
+def evaluation_metrics(result: Evaluation, stage: str, kl: float | None = None) -> Metrics:
+    """The means of an evaluation as metrics, such as `eval/graded`."""
+    metrics: Metrics = {f"{stage}/{name}": result.mean(name) for name in ("graded", "strict", "judge", *STATISTICS)}
+    if kl is not None:
+        metrics[f"{stage}/kl"] = kl
+    return metrics | {f"{stage}/held_out@{name}": value for name, value in result.held_out().items()}
+
+
+class Evaluator:
+    """Measures a run's model on held-out prompts, keeps its best weights, and watches for reward hacking."""
+
+    def __init__(self, trainer: Trainer, held_out: HeldOut, folder: RunFolder, notices: Notices) -> None:
+        self.best: Best | None = None
+        self.hacked = False
+        """Whether training must end, since hacking was seen twice in a row and `watch.hacking` is stop."""
+        self._trainer = trainer
+        self._held_out = held_out
+        self._folder = folder
+        self._notices = notices
+        self._watch = HackingWatch(trainer.config.watch.max_kl)
+
+    @property
+    def final_weights(self) -> str:
+        """The name of the weights that are measured and saved at the end."""
+        return Best.NAME if self.best else self._trainer.evaluated_weights
+
+    def test(self, weights: str) -> Evaluation:
+        """The evaluation of these weights on the test prompts."""
+        return self._evaluate(self._held_out.test, weights, diverse=DIVERSE_PROMPTS)
+
+    def validate(self, record: Metrics) -> Metrics:
+        """The metrics of the validation prompts after the iteration of that record."""
+        trainer = self._trainer
+        config, weights = trainer.config.eval, trainer.evaluated_weights
+        result = self._evaluate(self._held_out.validation, weights)
+        held_out = result.held_out()
+        reward = held_out[config.best_by] if config.best_by else result.mean("graded")
+        if config.keep_best and reward is not None and (self.best is None or reward > self.best.reward):
+            self.best = Best(trainer.iteration, reward)
+            trainer.policy.named_weights.snapshot(Best.NAME, weights)
+        sampling = self._sampling(trainer.sampling_microbatch.size)
+        kl = kl_to_reference(trainer.policy, weights, self._held_out.validation, sampling, config.seed)
+        self._watch_for_hacking(result, kl, metric(record, "rollout/diversity"))
+        return evaluation_metrics(result, "eval", kl)
+
+    def _sampling(self, microbatch: int) -> Sampling:
+        config = self._trainer.config.eval
+        return ode(self._trainer.policy, config.num_inference_steps, config.guidance_scale, microbatch)
+
+    def _evaluate(self, prompts: Sequence[Prompt], weights: str, diverse: int = 0) -> Evaluation:
+        trainer, held_out = self._trainer, self._held_out
+
+        def sample(microbatch: int) -> Evaluation:
+            return evaluate(
+                trainer.policy,
+                trainer.reward,
+                held_out.judge,
+                prompts,
+                self._sampling(microbatch),
+                trainer.config.eval.seed,
+                trainer.ranks,
+                diverse=diverse,
+                held_out=held_out.rewards,
+            )
+
+        with trainer.policy.weights(weights):
+            result = trainer.sampling_microbatch.run(sample, trainer.sampling_refusal)
+        trainer.failures.check(f"evaluation after {trainer.iteration} iterations")
+        self._report_failures()
+        return result
+
+    def _report_failures(self) -> None:
+        """Warn of held-out scores that are missing. Held-out rewards only report, so one that fails stops no training."""
+        rewards = self._held_out.rewards
+        if rewards is None:
+            return
+        for failed in self._trainer.ranks.gather([rewards.failures()]):
+            missing = ", ".join(
+                f"{count} of {failed.asked[name]} of {name}" for name, count in failed.missing.items() if count
+            )
+            if missing:
+                last_error = failed.last_error or "none was given"
+                self._notices.console.warn(f"held-out rewards: {missing} are missing; last error: {last_error}")
+
+    def _watch_for_hacking(self, result: Evaluation, kl: float | None, diversity: float | None) -> None:
+        """Have the main process compare this evaluation with earlier ones. `diversity` is the last iteration's."""
+        mode = self._trainer.config.watch.hacking
+        if mode == "off":
+            return
+        if self._trainer.ranks.is_main:
+            witnesses = {"the judge's share": result.column("judge")} | {
+                f"the held-out {name}": [record["held_out"][name] for record in result.records]
+                for name in result.held_out()
+            }
+            recent = [metric(record, "rollout/diversity") for record in self._folder.read_metrics()[-4:]]
+            statistics = {name: result.column(name) for name in STATISTICS}
+            statistics["diversity within groups"] = [*recent, diversity]
+            for sign in self._watch.look(result.column("graded"), witnesses, statistics, kl):
+                self._notices.warn(f"the model may be learning to please the reward alone: {sign}")
+        stop = mode == "stop" and self._watch.alarms >= 2
+        self.hacked = self._trainer.ranks.gather([stop])[0]
+        if self.hacked:
+            self._notices.console.say(
+                "training ends here: the same was seen at two evaluations in a row (watch.hacking stop)"
+            )
+
+    def state_dict(self) -> EvaluatorState:
+        return {
+            "best": None if self.best is None else asdict(self.best),
+            "hacking": self._watch.state_dict(),
+            "hacked": self.hacked,
+        }
+
+    def load_state_dict(self, state: EvaluatorState, same_prompts: bool = True) -> None:
+        """Go on from a checkpoint. With other evaluation prompts there is nothing to compare with yet."""
+        self.best = None if state["best"] is None else Best(**state["best"])
+        self.hacked = state["hacked"]
+        if same_prompts:
+            self._watch.load_state_dict(state["hacking"])

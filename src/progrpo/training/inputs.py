@@ -1,0 +1,114 @@
+"""The inputs of a run: its configuration, rewards, prompts, and a model that is loaded last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+
+from progrpo.config import Config
+from progrpo.messages import quoted
+from progrpo.policies.base import Policy
+from progrpo.prompts.order import PromptOrder
+from progrpo.prompts.texts import shared
+from progrpo.rewards.base import Judge
+from progrpo.rewards.mixture import RewardMixture
+from progrpo.tracking.tracker import require_installed
+from progrpo.training import checkpoints
+from progrpo.training.build import (
+    eval_prompts,
+    judge_for,
+    policy_context,
+    policy_from,
+    ranking_of,
+    scorer_from,
+    train_order,
+)
+from progrpo.training.distributed import Ranks
+from progrpo.training.equal_inputs import require_same_prompts
+from progrpo.types import Prompt
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The means to measure a run: test prompts for before and after, validation prompts on the way, a judge and rewards.
+
+    Neither the judge nor these rewards train the model.
+    """
+
+    test: Sequence[Prompt]
+    validation: Sequence[Prompt]
+    judge: Judge | None
+    rewards: RewardMixture | None = None
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [*self.test, *self.validation]
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """The inputs of a run. `load` loads the model, which comes last, since most mistakes show without it."""
+
+    config: Config
+    reward: RewardMixture
+    order: PromptOrder
+    held_out: HeldOut
+    load: Callable[[], Policy]
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Digests of the training and the evaluation prompts."""
+        return {
+            "training": checkpoints.digest(self.order.whole),
+            "evaluation": checkpoints.digest(self.held_out.prompts),
+        }
+
+    @cached_property
+    def all_prompts(self) -> list[Prompt]:
+        """Every prompt that the run may use, once."""
+        ahead = self.order.ahead(0, self.config.iterations, self.config.prompts.per_iteration)
+        return list({id(prompt): prompt for prompt in chain(self.held_out.prompts, ahead)}.values())
+
+    def check(self, ranks: Ranks) -> None:
+        """ValueError for trackers that are not installed, unequal prompts of processes, and rewards that cannot work."""
+        require_installed(self.config.tracking)
+        firsts = {"training": next(iter(self.order.whole)), "evaluation": self.held_out.test[0]}
+        for name, digest in self.digests.items():
+            require_same_prompts(ranks, name, digest, firsts[name])
+        self.reward.check(self.all_prompts)
+        if self.held_out.rewards is not None:
+            self.held_out.rewards.check(self.held_out.prompts)
+
+    def overlap_warning(self) -> str | None:
+        """A warning of evaluation prompts that are trained on while others are not. Where all are, it was asked for."""
+        held_out = list(dict.fromkeys(prompt.text for prompt in self.held_out.prompts))
+        trained = shared(held_out, (prompt.text for prompt in self.order.whole))
+        if not 0 < len(trained) < len(held_out):
+            return None
+        return (
+            f"{len(trained)} of {len(held_out)} evaluation prompts are trained on as well (letters, quotes and spaces in"
+            f" any form), so evaluations are not of held-out prompts alone; the first is {quoted(trained[0])}"
+        )
+
+
+def inputs_from(config: Config, ranks: Ranks) -> RunInputs:
+    """The inputs that a configuration names."""
+    evaluation, reward = config.eval, config.reward
+    test, validation = (
+        eval_prompts(evaluation.prompts, split, evaluation.pictures, evaluation.column)
+        for split in ("test", "validation")
+    )
+    return RunInputs(
+        config,
+        scorer_from(reward.terms, reward.frames, ranking_of(config.objective, reward.terms)),
+        train_order(config.prompts, config.seed),
+        HeldOut(test, validation, judge_for(evaluation.prompts), held_out_rewards(config)),
+        lambda: policy_from(config.model, policy_context(config, ranks)),
+    )
+
+
+def held_out_rewards(config: Config) -> RewardMixture | None:
+    """The held-out rewards that a configuration names, as one; None without any."""
+    return scorer_from(config.eval.rewards, config.reward.frames) if config.eval.rewards else None

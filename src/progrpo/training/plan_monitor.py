@@ -1,0 +1,150 @@
+"""The monitor of a run's plan: audits, the probe that learns from them, the choice of a plan, and checks of previews."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from progrpo.config import Config, resolve_plan
+from progrpo.rollout.plan import path as plan_path
+from progrpo.rollout.probe import probe_examples
+from progrpo.rollout.prune import SELECTORS
+from progrpo.tracking.console import Console
+from progrpo.tracking.records import Metrics, metric
+from progrpo.training.audit import Audit
+from progrpo.training.build import previewing
+from progrpo.training.distributed import Ranks
+from progrpo.training.plan_judge import PlanJudge, plan_from, prompt_cost
+from progrpo.training.state import PlanMonitorState
+from progrpo.training.totals import Totals
+from progrpo.training.watch import SelfChecks
+from progrpo.types import Cost, Rollout
+
+
+@dataclass(frozen=True)
+class PlanStanding:
+    """The value of the plan that was judged last, None before that, and the path of the plan in force."""
+
+    value: float | None
+    path: list[int]
+
+
+class PlanMonitor:
+    """Holds the plan in force, alike in all processes, and learns from audits how well previews rank.
+
+    The main process makes the audits, and the others hear of them.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, self_checks: SelfChecks) -> None:
+        self.plan = resolve_plan(config)
+        self.select = SELECTORS[config.plan.selector]
+        self.previewing = previewing(config)
+        self.judge = PlanJudge(config)
+        self.plan_value: float | None = None
+        """The value of the plan that was judged last."""
+        self._config = config
+        self._ranks = ranks
+        self._self_checks = self_checks
+
+    @property
+    def standing(self) -> PlanStanding:
+        """The plan in force and its value."""
+        return PlanStanding(self.plan_value, plan_path(self.plan))
+
+    def predicted(self, iterations: int) -> Cost:
+        """The cost that the plan in force predicts for so many iterations, over all processes and without audits."""
+        probed = self.previewing.probed([point.step for point in self.plan.active_points()])
+        cost = prompt_cost(self._config, self.plan, probed)
+        return cost * (self._config.prompts.per_iteration * iterations)
+
+    def is_audit_due(self, iteration: int) -> bool:
+        """Whether this zero-based iteration has an audit."""
+        every = self._config.audit.every
+        return every > 0 and (iteration + 1) % every == 0
+
+    def audited_place(self, iteration: int) -> int:
+        """The place in the iteration of the prompt that an audit takes: another one every time."""
+        return iteration // self._config.audit.every % self._config.prompts.per_iteration
+
+    def learn(self, iteration: int, rolled: Rollout, audit: Audit | None, totals: Totals) -> Metrics:
+        """Learn from a zero-based iteration, in the main process also from its audit; the metrics of the plan.
+
+        Every process teaches its probe alike, and takes the plan that the main process chooses. SelfCheckError where
+        previews have stopped to tell anything.
+        """
+        metrics = {} if audit is None else self._agreement(audit)
+        self._teach_probe(rolled, audit)
+        if not self.is_audit_due(iteration):
+            return {}
+        correlations = [metric(metrics, name) for name in metrics if name.startswith("preview/rank_correlation@")]
+        metrics |= self._judge_plan(audit, totals)
+        self._self_checks.agreement(iteration + 1, self._ranks.gather([correlations])[0])
+        return metrics
+
+    def _agreement(self, audit: Audit) -> Metrics:
+        """How well the previews of the plan's points ranked the audit group, and the probe beside them."""
+        used, probe = audit.used_agreement(), audit.probe_agreement()
+        metrics: Metrics = {}
+        for point in self.plan.active_points():
+            metrics[f"preview/rank_correlation@{point.step}"] = used[point.step]
+            metrics[f"preview/hit_rate@{point.step}"] = audit.hit_rate(point.step, point.keep)
+            if probe is not None:
+                metrics[f"probe/rank_correlation@{point.step}"] = probe[point.step]
+        return metrics
+
+    def _teach_probe(self, rolled: Rollout, audit: Audit | None) -> None:
+        """Rate the probe by the audit, then teach it."""
+        probe = self.previewing.probe
+        if probe is None:
+            return
+        own = probe_examples(rolled.trajectories, rolled.condition, rolled.survivors.ranking_N)
+        if audit is not None:
+            own |= audit.lessons
+        for agreement in self._ranks.gather([None if audit is None else audit.probe_agreement()]):
+            if agreement is not None:
+                probe.watch(agreement)
+        examples = {slot: example for part in self._ranks.gather([own]) for slot, example in part.items()}
+        probe.learn([example for _, example in sorted(examples.items())])  # in one order, whoever sampled which
+
+    def _judge_plan(self, audit: Audit | None, totals: Totals) -> Metrics:
+        """Judge the plan in the main process, which has the audit; all take the plan that it chooses."""
+        verdict = None
+        if audit is not None:
+            self.judge.watch(audit.used_agreement(), totals.counted, totals.seconds)
+            verdict = self.judge.verdict(self.plan, self.select, self.previewing)
+        verdict = self._ranks.gather([verdict])[0]
+        if verdict is None:
+            return {}
+        self.plan = verdict.plan
+        self.plan_value = verdict.plan_value
+        return {"plan/value": verdict.plan_value, "plan/survivors": self.plan.survivors, "plan/path": verdict.path}
+
+    def announce_change(self, before: PlanStanding, console: Console) -> None:
+        """Say which plan has taken over, or warn of a plan that has turned out not to be worth its time."""
+        value, path = self.plan_value, plan_path(self.plan)
+        if self._config.plan.adaptive and path != before.path:
+            points = ", ".join(f"{point.keep} after step {point.step}" for point in self.plan.active_points())
+            console.say(f"plan: groups of {' -> '.join(map(str, path))} from here on ({points or 'no prune point'})")
+        elif value is not None and value < 1 and (before.value is None or before.value >= 1):
+            console.warn(
+                f"the plan {' -> '.join(map(str, path))} is expected to bring {value:.2f} x the learning signal a second"
+                " of plain GRPO (plan.preset none); prune where previews rank better, preview cheaper, or set"
+                " plan.adaptive"
+            )
+
+    def state_dict(self) -> PlanMonitorState:
+        probe = self.previewing.probe
+        return {
+            "plan": asdict(self.plan),
+            "judge": self.judge.state_dict(),
+            "probe": None if probe is None else probe.state_dict(),
+            "plan_value": self.plan_value,
+        }
+
+    def load_state_dict(self, state: PlanMonitorState) -> None:
+        plan = plan_from(state["plan"])
+        if self._config.plan.adaptive and plan.group_size == self.plan.group_size:
+            self.plan = plan
+        self.judge.load_state_dict(state["judge"])
+        if self.previewing.probe is not None and state["probe"] is not None:
+            self.previewing.probe.load_state_dict(state["probe"])
+        self.plan_value = state["plan_value"]

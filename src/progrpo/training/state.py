@@ -1,0 +1,63 @@
+"""The state of a run in its checkpoints. A checkpoint of an older progrpo may lack entries that were added since."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
+
+from progrpo.training.totals import TotalsState
+
+State = Mapping[str, Any]
+"""The nested state of a policy, an optimizer, an order or a probe, which only its owner reads."""
+
+
+class PlanMonitorState(TypedDict):
+    """What a run knows of its plan: the plan in force, the judge of plans, the probe, the value of the plan judged last."""
+
+    plan: State
+    judge: State
+    probe: State | None
+    plan_value: float | None
+
+
+class LearnerState(TypedDict):
+    """The weights, and what the optimizer knows of them."""
+
+    policy: State
+    optimizer: State
+    loss_scale: State
+
+
+class TrainerState(LearnerState, PlanMonitorState):
+    """All that changes in a trainer."""
+
+    iteration: int
+    order: State
+    totals: TotalsState
+    checks: State
+
+
+class EvaluatorState(TypedDict):
+    """What evaluations on the way have found: the best one, and the watch for hacking."""
+
+    best: State | None
+    hacking: State
+    hacked: bool
+
+
+class RunState(TrainerState, EvaluatorState):
+    """The state of a run after an iteration, with what a resumed run is compared by."""
+
+    wall_seconds: float
+    warnings: Sequence[str]
+    prompts: NotRequired[Mapping[str, str]]
+    """Digests of the prompts."""
+    weights: NotRequired[Mapping[str, str]]
+    """Fingerprints of the model's weights as it was loaded."""
+
+
+class SavedState(RunState):
+    """A checkpoint as it is read: the run's state, its configuration, and the versions that wrote it."""
+
+    config: State
+    versions: Mapping[str, str]

@@ -1,0 +1,169 @@
+"""The summary of a run: what it came to, from its trainer and its folder."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from progrpo.config import Config, trained_items
+from progrpo.rollout.plan import preset
+from progrpo.rollout.plan import summary as plan_summary
+from progrpo.tracking.records import AuditRecord, MeasuredSummary, PlanSummary, RewardSummary, Summary
+from progrpo.tracking.run_folder import RunFolder
+from progrpo.tracking.statistics import spearman
+from progrpo.training import checkpoints
+from progrpo.training.evaluate import Evaluation
+from progrpo.training.plan_judge import prompt_cost
+from progrpo.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, beside what its trainer knows."""
+
+    status: str
+    wall_seconds: float
+    best_iterations: int | None
+    warnings: list[str]
+
+
+def summarize(trainer: Trainer, folder: RunFolder, progress: Progress) -> Summary:
+    """The summary of a run up to now."""
+    config, totals, iterations = trainer.config, trainer.totals, trainer.iteration
+    plan = plan_figures(trainer)
+    unpruned = nfe_unpruned(trainer, iterations)
+    none = preset("none", config.sampling.num_inference_steps)
+    plain = prompt_cost(config, none).nfe * config.prompts.per_iteration * iterations
+    agreement: dict[int, float | None] = {}
+    with suppress(ValueError, LookupError, TypeError):  # of an audit's file that somebody changed: the report says so
+        agreement = preview_agreement(folder.read_audits())
+    points = trainer.plan.active_points()
+    return {
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "iterations": iterations,
+        "wall_seconds": progress.wall_seconds,
+        "status": progress.status,
+        **measured_means(folder),
+        "best_iterations": progress.best_iterations,
+        "nfe": totals.counted.nfe,
+        "nfe_saved": 1 - totals.counted.nfe / unpruned if unpruned else None,
+        "nfe_ratio_to_none": totals.counted.nfe / plain if plain else plan["nfe_ratio_to_none"],
+        "preview_rank_correlation": {str(point.step): agreement.get(point.step) for point in points},
+        "preview_rank_correlation_by_step": {str(step): value for step, value in agreement.items()},
+        "cost": {
+            "predicted": asdict(totals.predicted),
+            "counted": asdict(totals.counted),
+            "audit": asdict(totals.audited),
+        },
+        "plan": _plan_summary(trainer, plan),
+        "rewards": _reward_summary(trainer),
+        "missing_pictures": totals.lost,
+        "warnings": progress.warnings,
+        "seconds_by_stage": totals.seconds,
+        "versions": checkpoints.versions(config),
+        "device": _device_name(trainer.ranks.device),
+        "command": " ".join([*(Path(program).name for program in sys.argv[:1]), *sys.argv[1:]]),
+    }
+
+
+def _plan_summary(trainer: Trainer, plan: dict[str, Any]) -> PlanSummary:
+    return {
+        "value": trainer.plan_monitor.plan_value,
+        "path": plan["path"],
+        "prune_steps": plan["prune_steps"],
+        "selector": trainer.config.plan.selector,
+        "num_inference_steps": trainer.config.sampling.num_inference_steps,
+    }
+
+
+def _reward_summary(trainer: Trainer) -> RewardSummary:
+    return {
+        "weights": dict(trainer.reward.weights),
+        "selected_on": selected_on(trainer.config),
+        "asked": trainer.totals.asked,
+        "missing": trainer.totals.missing,
+        "last_error": trainer.totals.last_error,
+    }
+
+
+def introduction(trainer: Trainer, folder: RunFolder) -> str:
+    """A line about what runs."""
+    config = trainer.config
+    path = " -> ".join(map(str, plan_figures(trainer)["path"]))
+    terms = config.reward.terms
+    mixed = f", rewarded by {' + '.join(term.to_text() for term in terms)}, pruned on the {selected_on(config)}"
+    return (
+        f"{config.recipe}: groups of {path} by {config.plan.selector}{mixed if len(terms) > 1 else ''},"
+        f" {config.prompts.per_iteration} prompts an iteration, {trainer.predicted().nfe:,} NFE each; run folder"
+        f" {folder.path}"
+    )
+
+
+def selected_on(config: Config) -> str:
+    """A name of the numbers that selectors compare."""
+    gdpo = config.objective.advantage == "gdpo"
+    return "sum of rewards normalised in their group" if gdpo else "weighted sum of rewards"
+
+
+def plan_figures(trainer: Trainer) -> dict[str, Any]:
+    """The costs of the plan in force."""
+    sampling = trainer.config.sampling
+    return plan_summary(
+        trainer.plan,
+        sampling.num_inference_steps,
+        trained_items(trainer.config),
+        sampling.in_pairs,
+        trainer.config.preview.ode_steps,
+    )
+
+
+def nfe_unpruned(trainer: Trainer, iterations: int) -> int:
+    """NFE of so many iterations if no trajectory of the expanded groups were pruned."""
+    sampling = trainer.sampling
+    per_trajectory = sampling.nfe_per_call * sampling.num_inference_steps
+    return trainer.plan.group_size * per_trajectory * trainer.config.prompts.per_iteration * iterations
+
+
+def measured_means(folder: RunFolder) -> MeasuredSummary:
+    """The means of the evaluations that the folder has."""
+    before = Evaluation(folder.read_evaluation("before"), np.empty(0))
+    after = Evaluation(folder.read_evaluation("after"), np.empty(0))
+    return {
+        "reward_before": before.mean("graded"),
+        "reward_after": after.mean("graded"),
+        "accuracy_before": before.mean("strict"),
+        "accuracy_after": after.mean("strict"),
+        "judge_before": before.mean("judge"),
+        "judge_after": after.mean("judge"),
+        "diversity_before": before.mean("diversity"),
+        "diversity_after": after.mean("diversity"),
+        "held_out_before": before.held_out(),
+        "held_out_after": after.held_out(),
+        "accuracy_by_kind_before": before.strict_by_kind(),
+        "accuracy_by_kind_after": after.strict_by_kind(),
+    }
+
+
+def preview_agreement(audits: Sequence[AuditRecord]) -> dict[int, float | None]:
+    """Spearman's correlation of previews and final rewards by step, the mean over audit groups that have variance."""
+    by_step: dict[int, list[float]] = {}
+    for audit in audits:
+        for step, scores in zip(audit["steps"], audit.get("used", audit["scores"]), strict=True):
+            value = spearman(scores, audit["final"])
+            by_step.setdefault(step, []).extend([] if value is None else [value])
+    return {step: float(np.mean(values)) if values else None for step, values in sorted(by_step.items())}
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}"

@@ -1,0 +1,108 @@
+"""What a run has spent and lost so far, over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TypedDict, cast
+
+import torch
+
+from progrpo.rewards.mixture import Failures, RewardMixture
+from progrpo.training import checks
+from progrpo.training.distributed import Ranks
+from progrpo.types import Cost
+
+
+class TotalsState(TypedDict):
+    """The totals in a checkpoint. Those of an older progrpo lack `lost` and `fault`."""
+
+    counted: dict[str, int]
+    predicted: dict[str, int]
+    audited: dict[str, int]
+    seconds: dict[str, float]
+    asked: dict[str, int]
+    missing: dict[str, int]
+    last_error: str | None
+    lost: int
+    fault: str
+
+
+@dataclass
+class Totals:
+    """The costs, seconds and failures of the run so far. Audits have a line of their own."""
+
+    counted: Cost = field(default_factory=Cost)
+    predicted: Cost = field(default_factory=Cost)
+    """The sum of what the plan in force predicted for each iteration."""
+    audited: Cost = field(default_factory=Cost)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds by stage."""
+    asked: dict[str, int] = field(default_factory=dict)
+    """The number of scores asked of each reward, evaluations and audits included."""
+    missing: dict[str, int] = field(default_factory=dict)
+    """How many of these scores are missing."""
+    last_error: str | None = None
+    """The last error of a reward."""
+    lost: int = 0
+    """The number of pictures that are not finite, previews, evaluations and audits included."""
+    fault: str = ""
+    """The reason why the last of these pictures is none."""
+
+    def add_failures(self, failures: Sequence[Failures]) -> None:
+        """Add the failures of all processes."""
+        for failed in failures:
+            for name, asked in failed.asked.items():
+                self.asked[name] = self.asked.get(name, 0) + asked
+                self.missing[name] = self.missing.get(name, 0) + failed.missing[name]
+            self.last_error = failed.last_error or self.last_error
+            self.lost += failed.lost
+            self.fault = failed.fault or self.fault
+
+    def add_seconds(self, spent: Mapping[str, float]) -> None:
+        """Add seconds by stage."""
+        for stage, seconds in spent.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def state_dict(self) -> TotalsState:
+        return cast(TotalsState, asdict(self))
+
+    def load_state_dict(self, state: TotalsState) -> None:
+        self.counted = Cost(**state["counted"])
+        self.predicted = Cost(**state["predicted"])
+        self.audited = Cost(**state["audited"])
+        self.seconds = dict(state["seconds"])
+        self.asked = dict(state["asked"])
+        self.missing = dict(state["missing"])
+        self.last_error = state["last_error"]
+        self.lost = state.get("lost", 0)
+        self.fault = state.get("fault", "")
+
+
+class FailureCounter:
+    """Collects the failures of the trained reward over all processes into the run's totals, and limits them."""
+
+    def __init__(self, reward: RewardMixture, totals: Totals, ranks: Ranks, max_missing: float) -> None:
+        self._reward = reward
+        self._totals = totals
+        self._ranks = ranks
+        self._max_missing = max_missing
+
+    def collect(self) -> list[Failures]:
+        """The failures of all processes since the last call, added to the totals."""
+        failures = self._ranks.gather([self._reward.failures()])
+        self._totals.add_failures(failures)
+        return failures
+
+    def check(self, when: str) -> dict[str, int]:
+        """The missing scores of each reward since the last call. MissingScoresError for more than are allowed."""
+        failures = self.collect()
+        checks.check_failures(failures, self._max_missing, when)
+        return {name: sum(failed.missing[name] for failed in failures) for name in self._reward.weights}
+
+
+def summed_over(ranks: Ranks, cost: Cost) -> Cost:
+    """The sum of a cost over all processes."""
+    fields = asdict(cost)
+    total = ranks.sum(torch.tensor(list(fields.values()), dtype=torch.int64)).tolist()
+    return Cost(**dict(zip(fields, total, strict=True)))
