@@ -40,7 +40,7 @@ from progrpo.rewards.aesthetic import Aesthetic
 from progrpo.rewards.base import Reward
 from progrpo.rewards.clipscore import CLIPScore
 from progrpo.rewards.hpsv2 import HPSv2
-from progrpo.rewards.imagereward import ImageReward, tokenizer_of
+from progrpo.rewards.imagereward import ImageReward, blip_tokenizer
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.pickscore import PickScore
 from progrpo.rewards.settings import RewardTerm
@@ -109,7 +109,7 @@ def imagereward() -> Reward:
     vision = BlipVisionModel(BlipVisionConfig(image_size=224, patch_size=16, **tower(1024, 24, 16)))
     text = BlipTextConfig(vocab_size=30524, encoder_hidden_size=1024, **tower(768, 12, 12))
     told = BlipTextModel(text, add_pooling_layer=False)
-    return ImageReward(vision, told, head(768), tokenizer_of(words), CLIPImageProcessorPil())
+    return ImageReward(vision, told, head(768), blip_tokenizer(words), CLIPImageProcessorPil())
 
 
 OF_THE_HUB = {

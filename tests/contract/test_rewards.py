@@ -33,8 +33,7 @@ from progrpo.rewards.clipscore import CLIPScore
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.geneval import Colors, Detector, GenEval, GenEvalFlowGRPO
 from progrpo.rewards.hpsv2 import HPSv2
-from progrpo.rewards.imagereward import ImageReward
-from progrpo.rewards.imagereward import tokenizer_of as blip_tokenizer
+from progrpo.rewards.imagereward import ImageReward, blip_tokenizer
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.ocr import OCR
 from progrpo.rewards.pickscore import PickScore

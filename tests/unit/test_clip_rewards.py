@@ -27,10 +27,10 @@ import progrpo
 from progrpo.rewards import hpsv2, pickscore
 from progrpo.rewards.aesthetic import Aesthetic
 from progrpo.rewards.base import Refusal
-from progrpo.rewards.clip import VIT_H, VIT_L, head_of, middle_of
+from progrpo.rewards.clip import VIT_H, VIT_L, build_head, center_crop
 from progrpo.rewards.clipscore import CLIPScore
-from progrpo.rewards.hpsv2 import CHECKPOINT, HPSv2, clip_of, config_of, squared, weights_of
-from progrpo.rewards.hub import LazyReward, placed, read_pickle
+from progrpo.rewards.hpsv2 import CHECKPOINT, HPSv2, convert_clip, convert_weights, infer_config, pad_to_square
+from progrpo.rewards.hub import LazyReward, place, read_pickle
 from progrpo.rewards.pickscore import PickScore
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
@@ -256,7 +256,7 @@ def test_the_aesthetic_predictor_is_the_published_network_through_a_checkpoint(s
     assert list(head.state_dict()) == [f"layers.{i}.{kind}" for i in (0, 2, 4, 6, 7) for kind in ("weight", "bias")]
     expected = differ(published_aesthetic(model, head, drawn))
     state = read_pickle("aesthetic", *checkpoint(tmp_path, head.state_dict()))
-    reward = Aesthetic(vision_of(model), head_of(state), CLIPImageProcessorPil())
+    reward = Aesthetic(vision_of(model), build_head(state), CLIPImageProcessorPil())
     assert values(reward.score(drawn, PROMPTS)) == pytest.approx(expected, abs=1e-5)
 
 
@@ -383,7 +383,7 @@ def test_hpsv2_is_open_clips_network_through_a_checkpoint(shape, tmp_path):
     drawn, model = pictures(SHAPES[shape]), open_clip()
     expected = differ(model.score(published_pixels(drawn), ids([p.text for p in PROMPTS], padding=0)))
     state = read_pickle("hpsv2", *checkpoint(tmp_path, {"epoch": 1, "state_dict": model.state_dict()}))["state_dict"]
-    converted = clip_of(state, text_heads=4, vision_heads=8)
+    converted = convert_clip(state, text_heads=4, vision_heads=8)
     scores = HPSv2(converted, tokenizer(), CLIPImageProcessorPil()).score(drawn, PROMPTS)
     assert values(scores) == pytest.approx(expected, abs=1e-5)
 
@@ -393,7 +393,7 @@ def test_hpsv2_is_open_clips_network_through_a_checkpoint(shape, tmp_path):
 def test_the_middle_is_torchvisions(extra, before, turned):
     """Numbers of its CenterCrop, which rounds half of the rest to an even number."""
     drawn = np.random.default_rng(0).integers(0, 256, (224, 224 + extra, 3), np.uint8)
-    found = middle_of(drawn.transpose(1, 0, 2) if turned else drawn, 224)
+    found = center_crop(drawn.transpose(1, 0, 2) if turned else drawn, 224)
     assert np.array_equal(found.transpose(1, 0, 2) if turned else found, drawn[:, before : before + 224])
 
 
@@ -402,7 +402,7 @@ def test_the_middle_is_torchvisions(extra, before, turned):
 def test_hpsv2_has_the_odd_row_of_black_at_the_end(height, before, after, turned):
     """Numbers of the published code's padding, pad // 2 first and pad - pad // 2 last, for a side of 224."""
     white = np.full((height, 100, 3), 255, np.uint8)
-    square = squared(white.transpose(1, 0, 2) if turned else white, 224)
+    square = pad_to_square(white.transpose(1, 0, 2) if turned else white, 224)
     rows = (square.transpose(1, 0, 2) if turned else square)[..., 0]
     assert square.shape == (224, 224, 3)
     assert not rows[:before].any() and not rows[224 - after :].any() and (rows[before : 224 - after] == 255).all()
@@ -413,8 +413,10 @@ def test_a_vit_h_of_open_clip_is_one_of_transformers():
         state = OpenClip(
             (1024, 24, 16), (1280, 32, 16), 14, 1024, vocabulary=49408, length=77, ratios=(4, 4)
         ).state_dict()
-        model = CLIPModel(config_of(state))
-    assert {n: w.shape for n, w in weights_of(state).items()} == {n: w.shape for n, w in model.state_dict().items()}
+        model = CLIPModel(infer_config(state))
+    assert {n: w.shape for n, w in convert_weights(state).items()} == {
+        n: w.shape for n, w in model.state_dict().items()
+    }
     assert sum(p.numel() for p in model.parameters()) == 986_109_441  # 986.11 million, says open_clip's table of models
     text, vision = model.config.text_config, model.config.vision_config
     assert (text.hidden_size, text.num_attention_heads, text.eos_token_id) == (1024, 16, 49407)
@@ -445,7 +447,7 @@ def test_a_checkpoint_of_more_than_tensors_is_not_run(tmp_path, monkeypatch):
 
 
 def aesthetic(**settings) -> Aesthetic:
-    head = head_of(PublishedHead().state_dict())
+    head = build_head(PublishedHead().state_dict())
     return Aesthetic(vision_of(small_clip()), head, CLIPImageProcessorPil(), **settings)
 
 
@@ -511,7 +513,7 @@ def test_a_reward_is_loaded_once_and_late():
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_a_network_is_placed_as_the_settings_say(dtype, expected):
-    model = placed(nn.Sequential(nn.Linear(2, 2), nn.Dropout()), RewardTerm("clipscore", device="cpu", dtype=dtype))
+    model = place(nn.Sequential(nn.Linear(2, 2), nn.Dropout()), RewardTerm("clipscore", device="cpu", dtype=dtype))
     assert {p.dtype for p in model.parameters()} == {expected}
     assert not any(p.requires_grad for p in model.parameters())
     assert not any(module.training for module in model.modules())
@@ -520,7 +522,7 @@ def test_a_network_is_placed_as_the_settings_say(dtype, expected):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(Refusal, match="device cuda:1: there is no GPU here; leave it out or say cpu"):
-        placed(nn.Linear(2, 2), RewardTerm("clipscore", device="cuda:1"))
+        place(nn.Linear(2, 2), RewardTerm("clipscore", device="cuda:1"))
 
 
 # --- from the hub's cache, without a network --------------------------------------------------------------------------

@@ -33,22 +33,24 @@ from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Refusal, Score
 from progrpo.rewards.clip import VIT_L
 from progrpo.rewards.geneval import (
-    COLORS,
     DETECTOR,
-    Clause,
     Colors,
-    Demand,
-    Detection,
     Detector,
     GenEval,
     GenEvalFlowGRPO,
-    _detector_of,
-    box_of,
-    crop_of,
-    demand_of,
+    _load_detector,
+    bounding_box,
+    crop_object,
+)
+from progrpo.rewards.geneval_rules import (
+    COLORS,
+    Clause,
+    Detection,
+    Requirements,
     flow_grpo_credit,
-    judge,
+    parse_requirements,
     relations,
+    score_detections,
 )
 from progrpo.types import Prompt
 
@@ -123,7 +125,7 @@ def dogs(count, **about):
     return [see("dog", 0.99 - 0.01 * i, 20.0 * i, **about) for i in range(count)]
 
 
-ONE, TWO, THREE = (Demand((Clause("dog", n),)) for n in (1, 2, 3))
+ONE, TWO, THREE = (Requirements((Clause("dog", n),)) for n in (1, 2, 3))
 
 
 @pytest.mark.parametrize(
@@ -138,34 +140,36 @@ ONE, TWO, THREE = (Demand((Clause("dog", n),)) for n in (1, 2, 3))
         (THREE, 2, 2 / 3, False),
         (THREE, 4, 2 / 3, True),
         (THREE, 7, 0.0, True),  # no less than 0
-        (Demand((Clause("dog", 3),), (Clause("dog", 4),)), 3, 1.0, True),
-        (Demand((Clause("dog", 3),), (Clause("dog", 4),)), 4, 2 / 3, False),  # the count's own check is enough
-        (Demand((Clause("dog", 16),)), 20, 1.0, True),  # no more than 16 of a class are looked at
-        (Demand((Clause("dog", 1),), (Clause("dog", 17),)), 20, 0.0, True),
+        (Requirements((Clause("dog", 3),), (Clause("dog", 4),)), 3, 1.0, True),
+        (Requirements((Clause("dog", 3),), (Clause("dog", 4),)), 4, 2 / 3, False),  # the count's own check is enough
+        (Requirements((Clause("dog", 16),)), 20, 1.0, True),  # no more than 16 of a class are looked at
+        (Requirements((Clause("dog", 1),), (Clause("dog", 17),)), 20, 0.0, True),
     ],
 )
 def test_counts(demand, seen, value, passed):
-    score = judge(demand, [*dogs(seen), see("cat")], unasked)
+    score = score_detections(demand, [*dogs(seen), see("cat")], unasked)
     assert (score.value, score.passed) == (pytest.approx(value), passed)
 
 
 def test_what_is_not_certain_enough_is_not_there():
     seen = [see("dog", 0.95), see("dog", 0.9), see("dog", 0.31), see("dog", 0.3)]
-    assert judge(Demand((Clause("dog", 3),)), seen, unasked) == Score(1.0, True)  # above 0.3, and not at it
-    assert judge(Demand((Clause("dog", 1),), threshold=0.9), seen, unasked) == Score(1.0, True)
-    assert judge(Demand((Clause("dog", 2),), threshold=0.9), seen, unasked) == Score(0.5, False)
+    assert score_detections(Requirements((Clause("dog", 3),)), seen, unasked) == Score(
+        1.0, True
+    )  # above 0.3, and not at it
+    assert score_detections(Requirements((Clause("dog", 1),), threshold=0.9), seen, unasked) == Score(1.0, True)
+    assert score_detections(Requirements((Clause("dog", 2),), threshold=0.9), seen, unasked) == Score(0.5, False)
 
 
 def test_classes_have_several_names():
     seen = [see("mouse"), see("airplane")]
-    demand = Demand((Clause("computer mouse", 1), Clause("aeroplane", 1)), (Clause("airplane", 2),))
-    assert judge(demand, seen, unasked) == Score(1.0, True)
+    demand = Requirements((Clause("computer mouse", 1), Clause("aeroplane", 1)), (Clause("airplane", 2),))
+    assert score_detections(demand, seen, unasked) == Score(1.0, True)
 
 
 @pytest.mark.parametrize(("cats", "value", "passed"), [(0, 1.0, True), (1, 1.0, True), (2, 0.5, False)])
 def test_an_excluded_class_that_nobody_counts_is_a_check(cats, value, passed):
-    demand = Demand((Clause("dog", 1),), (Clause("cat", 2),))
-    assert judge(demand, [see("dog")] + [see("cat") for _ in range(cats)], unasked) == Score(value, passed)
+    demand = Requirements((Clause("dog", 1),), (Clause("cat", 2),))
+    assert score_detections(demand, [see("dog")] + [see("cat") for _ in range(cats)], unasked) == Score(value, passed)
 
 
 @pytest.mark.parametrize(
@@ -184,11 +188,11 @@ def test_an_excluded_class_that_nobody_counts_is_a_check(cats, value, passed):
 )
 def test_colors(count, colors, value, passed):
     seen = [see("dog", 0.9 - 0.1 * i, color=color) for i, color in enumerate(colors)]
-    score = judge(Demand((Clause("dog", count, "red"),)), seen[::-1], painted)  # in no order
+    score = score_detections(Requirements((Clause("dog", count, "red"),)), seen[::-1], painted)  # in no order
     assert (score.value, score.passed) == (pytest.approx(value), passed)
 
 
-BESIDE = Demand((Clause("cat", 1), Clause("dog", 1, None, ("left of", 0))))
+BESIDE = Requirements((Clause("cat", 1), Clause("dog", 1, None, ("left of", 0))))
 
 
 @pytest.mark.parametrize(
@@ -205,33 +209,37 @@ BESIDE = Demand((Clause("cat", 1), Clause("dog", 1, None, ("left of", 0))))
     ],
 )
 def test_positions(seen, value, passed):
-    score = judge(BESIDE, seen, unasked)
+    score = score_detections(BESIDE, seen, unasked)
     assert (score.value, score.passed) == (pytest.approx(value), passed)
 
 
 def test_all_pairs_must_be_in_position():
-    demand = Demand((Clause("cat", 2), Clause("dog", 2, None, ("left of", 0))))
+    demand = Requirements((Clause("cat", 2), Clause("dog", 2, None, ("left of", 0))))
     cats = [see("cat", x=100), see("cat", x=150)]
-    assert judge(demand, [see("dog"), see("dog", x=50), *cats], unasked) == Score(1.0, True)
-    assert judge(demand, [see("dog"), see("dog", x=125), *cats], unasked) == Score(2 / 3, False)
+    assert score_detections(demand, [see("dog"), see("dog", x=50), *cats], unasked) == Score(1.0, True)
+    assert score_detections(demand, [see("dog"), see("dog", x=125), *cats], unasked) == Score(2 / 3, False)
 
 
 def test_a_target_of_the_wrong_color_is_no_target():
-    demand = Demand((Clause("cat", 1, "blue"), Clause("dog", 1, "red", ("left of", 0))))
-    assert judge(demand, [see("dog"), see("cat", x=50, color="blue")], painted) == Score(1.0, True)
-    assert judge(demand, [see("dog"), see("cat", x=50, color="red")], painted) == Score(3 / 5, False)
-    assert judge(demand, [see("dog", color="blue"), see("cat", x=50, color="blue")], painted) == Score(3 / 5, False)
+    demand = Requirements((Clause("cat", 1, "blue"), Clause("dog", 1, "red", ("left of", 0))))
+    assert score_detections(demand, [see("dog"), see("cat", x=50, color="blue")], painted) == Score(1.0, True)
+    assert score_detections(demand, [see("dog"), see("cat", x=50, color="red")], painted) == Score(3 / 5, False)
+    assert score_detections(demand, [see("dog", color="blue"), see("cat", x=50, color="blue")], painted) == Score(
+        3 / 5, False
+    )
 
 
 def test_a_later_mistake_does_not_mend_an_earlier_one():
-    assert judge(Demand((Clause("dog", 1), Clause("cat", 1))), [see("cat")], unasked) == Score(0.5, False)
+    assert score_detections(Requirements((Clause("dog", 1), Clause("cat", 1))), [see("cat")], unasked) == Score(
+        0.5, False
+    )
 
 
 # --- Flow-GRPO's value: numbers worked out by hand after its authors' reward server --------------------------------------
 
 
 def flow_grpo(demand, seen, colors_of=unasked):
-    return judge(demand, seen, colors_of, flow_grpo_credit)
+    return score_detections(demand, seen, colors_of, flow_grpo_credit)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +255,7 @@ def flow_grpo(demand, seen, colors_of=unasked):
         (TWO, 5, -0.5, True),
         (THREE, 4, 2 / 3, True),
         (THREE, 7, -1 / 3, True),
-        (Demand((Clause("dog", 1),), (Clause("cat", 1),)), 1, 1.0, False),  # what is excluded counts for nothing
+        (Requirements((Clause("dog", 1),), (Clause("cat", 1),)), 1, 1.0, False),  # what is excluded counts for nothing
     ],
 )
 def test_flow_grpos_counts(demand, seen, value, passed):
@@ -269,7 +277,7 @@ def test_flow_grpos_counts(demand, seen, value, passed):
 )
 def test_flow_grpos_colors(count, colors, value):
     seen = [see("dog", 0.9 - 0.1 * i, color=color) for i, color in enumerate(colors)]
-    assert flow_grpo(Demand((Clause("dog", count, "red"),)), seen, painted).value == pytest.approx(value)
+    assert flow_grpo(Requirements((Clause("dog", count, "red"),)), seen, painted).value == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
@@ -288,9 +296,9 @@ def test_flow_grpos_positions(seen, value):
 
 
 def test_flow_grpo_asks_for_no_position_where_a_color_is_wrong():
-    demand = Demand((Clause("cat", 1), Clause("dog", 1, "red", ("left of", 0))))
+    demand = Requirements((Clause("cat", 1), Clause("dog", 1, "red", ("left of", 0))))
     assert flow_grpo(demand, [see("dog", color="blue"), see("cat", x=50)], painted).value == pytest.approx(2 / 3)
-    target = Demand((Clause("cat", 1, "blue"), Clause("dog", 1, None, ("left of", 0))))
+    target = Requirements((Clause("cat", 1, "blue"), Clause("dog", 1, None, ("left of", 0))))
     assert flow_grpo(target, [see("dog"), see("cat", x=50)], painted).value == pytest.approx(2 / 4)  # 1, 0; 1, 0
 
 
@@ -318,9 +326,11 @@ def test_demands_of_the_published_metadata():
         "exclude": None,  # what a table has where a row has no such column
     }
     first, second = Clause("dog", 1, "red"), Clause("computer mouse", 2, None, ("left of", 0))
-    assert demand_of(Prompt("", columns), LABELS) == Demand((first, second), (), 0.3)
+    assert parse_requirements(Prompt("", columns), LABELS) == Requirements((first, second), (), 0.3)
     columns = {"tag": "counting", "include": [{"class": "cat", "count": 3}], "exclude": [{"class": "cat", "count": 4}]}
-    assert demand_of(Prompt("", columns), LABELS) == Demand((Clause("cat", 3),), (Clause("cat", 4),), 0.9)
+    assert parse_requirements(Prompt("", columns), LABELS) == Requirements(
+        (Clause("cat", 3),), (Clause("cat", 4),), 0.9
+    )
 
 
 DOG = {"class": "dog", "count": 1}
@@ -335,7 +345,7 @@ def test_names_are_known_however_they_are_written():
         ],
     }
     mouse, dog = Clause("computer mouse", 1, "red"), Clause("dog", 2, "blue", ("left of", 0))
-    assert demand_of(Prompt("", columns), LABELS) == Demand((mouse, dog), (), 0.9)
+    assert parse_requirements(Prompt("", columns), LABELS) == Requirements((mouse, dog), (), 0.9)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +382,7 @@ def test_names_are_known_however_they_are_written():
 )
 def test_columns_that_are_refused(columns, problem):
     with pytest.raises(Refusal, match=f"reward 'geneval' cannot judge the prompt 'a photo': .*{problem}") as refusal:
-        demand_of(Prompt("a photo", columns), LABELS)
+        parse_requirements(Prompt("a photo", columns), LABELS)
     assert "\n" not in str(refusal.value)
 
 
@@ -461,7 +471,7 @@ def test_detections_are_the_published_instances():
             assert one.mask_HW is not None
             assert one.mask_HW.shape == SHAPE
             assert np.mean(one.mask_HW != mask) < 0.01  # the odd pixel whose logit is about 0
-            assert one.box == box_of(one.mask_HW)
+            assert one.box == bounding_box(one.mask_HW)
         total += len(found)
     assert 5 < total < 60  # some of all 60
 
@@ -481,7 +491,7 @@ def test_a_detector_in_half_precision():
 def test_a_box():
     mask = np.zeros((6, 9), bool)
     mask[2:4, 5] = mask[3, 3] = True
-    assert box_of(mask) == (3.0, 2.0, 6.0, 4.0)
+    assert bounding_box(mask) == (3.0, 2.0, 6.0, 4.0)
 
 
 def small_yolos() -> YolosForObjectDetection:
@@ -595,11 +605,13 @@ def test_crops():
     picture = drawn(1, (20, 30))[0]
     mask = np.zeros((20, 30), bool)
     mask[5, 6] = True
-    crop = crop_of(picture, Detection("dog", 1.0, (5.0, 5.0, 8.0, 6.0), mask))
+    crop = crop_object(picture, Detection("dog", 1.0, (5.0, 5.0, 8.0, 6.0), mask))
     assert crop.tolist() == [[[153] * 3, picture[5, 6].tolist(), [153] * 3]]
     for box in ((-3.0, -2.0, 40.0, 50.0), (31.0, 21.0, 33.0, 24.0), (4.2, 4.2, 4.3, 4.3), (-9.0, -9.0, -5.0, -5.0)):
-        assert crop_of(picture, Detection("dog", 1.0, box)).size > 0  # of boxes that reach out of it, or have no pixel
-    assert crop_of(picture, Detection("dog", 1.0, (-3.0, -2.0, 40.0, 50.0))).tolist() == picture.tolist()
+        assert (
+            crop_object(picture, Detection("dog", 1.0, box)).size > 0
+        )  # of boxes that reach out of it, or have no pixel
+    assert crop_object(picture, Detection("dog", 1.0, (-3.0, -2.0, 40.0, 50.0))).tolist() == picture.tolist()
 
 
 # --- all together -----------------------------------------------------------------------------------------------------
@@ -723,10 +735,10 @@ def test_from_the_cache_without_a_network(tmp_path):
 def test_a_detector_whose_file_has_other_names_is_refused(tmp_path):
     small_yolos().save_pretrained(tmp_path)
     YolosImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(tmp_path)
-    _detector_of(str(tmp_path), "main")
+    _load_detector(str(tmp_path), "main")
     file = tmp_path / "model.safetensors"
     save_file({f"module.{name}": weight for name, weight in load_file(file).items()}, file, {"format": "pt"})
     with pytest.raises(
         Refusal, match=rf"^reward 'geneval': {tmp_path} is no YolosForObjectDetection, it has no \S+ of"
     ):
-        _detector_of(str(tmp_path), "main")
+        _load_detector(str(tmp_path), "main")

@@ -24,17 +24,17 @@ from torch.nn import functional as F
 from transformers import BlipTextModel, BlipVisionModel, CLIPImageProcessorPil
 
 import progrpo
-from progrpo.rewards.clip import head_of
+from progrpo.rewards.clip import build_head
 from progrpo.rewards.hub import read_pickle
 from progrpo.rewards.imagereward import (
     FILE,
     VOCABULARY,
     ImageReward,
-    networks_of,
-    text_config_of,
-    tokenizer_of,
-    vision_config_of,
-    weights_of,
+    blip_tokenizer,
+    convert_networks,
+    infer_text_config,
+    infer_vision_config,
+    split_weights,
 )
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
@@ -221,7 +221,7 @@ def checkpoint(folder: Path, model: Published) -> tuple[Path, str]:
 
 
 def reward_of(state: dict[str, torch.Tensor], **settings: int) -> ImageReward:
-    return ImageReward(*networks_of(state, 4, 2), tokenizer_of(WORDS), CLIPImageProcessorPil(), **settings)
+    return ImageReward(*convert_networks(state, 4, 2), blip_tokenizer(WORDS), CLIPImageProcessorPil(), **settings)
 
 
 def values(scores) -> list[float]:
@@ -262,7 +262,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_not_filled_up_with_random_ones(name
     state = published().state_dict()
     del state[name]
     with pytest.raises(AssertionError, match="missing_keys"):
-        networks_of(state, 4, 2)
+        convert_networks(state, 4, 2)
 
 
 def test_the_published_sizes_are_those_of_the_published_file():
@@ -270,9 +270,9 @@ def test_the_published_sizes_are_those_of_the_published_file():
         sizes = {"vision": (1024, 24, 16), "text": (768, 12, 12), "patch": 16, "ratios": (4, 4), "length": 512}
         rest = {"vocabulary": 30524, "head": (1024, 128, 64, 16, 1), "projection": 256}
         state = Published(**sizes, **rest).state_dict()
-        parts = weights_of(state)
-        vision, text = BlipVisionModel(vision_config_of(parts[0])), BlipTextModel(text_config_of(parts[1]), False)
-        models = vision, text, head_of(parts[2])
+        parts = split_weights(state)
+        vision, text = BlipVisionModel(infer_vision_config(parts[0])), BlipTextModel(infer_text_config(parts[1]), False)
+        models = vision, text, build_head(parts[2])
     for model, weights in zip(models, parts, strict=True):
         expected = {name.removeprefix("layers."): weight.shape for name, weight in weights.items()}
         assert {name: weight.shape for name, weight in model.state_dict().items()} == expected

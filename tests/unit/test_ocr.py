@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from progrpo.rewards.base import Refusal, Score
-from progrpo.rewards.ocr import OCR, quoted
+from progrpo.rewards.ocr import OCR, quotations
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
@@ -203,7 +203,7 @@ def test_other_texts_are_other_texts(target, read, value):
     ],
 )
 def test_quotes(text, found):
-    assert quoted(text) == found
+    assert quotations(text) == found
 
 
 def test_a_column_comes_before_quotes_and_may_be_one_text_or_several():

@@ -27,7 +27,7 @@ from starlette.testclient import TestClient
 import progrpo
 from progrpo.cli import main
 from progrpo.environment import is_loopback
-from progrpo.rewards import server
+from progrpo.rewards import batching, gate, server
 from progrpo.rewards.base import Refusal, Reward, Score
 from progrpo.rewards.server import Limits, make_app
 from progrpo.rewards.settings import RewardTerm
@@ -329,9 +329,9 @@ def test_a_reward_that_fails_in_its_close_is_said_in_a_sentence(capsys):
 
 def test_what_waits_is_scored_before_the_end_and_the_reward_is_closed():
     reward = Recorded()
-    batches = server.Batches(reward, 2)
+    batches = batching.Batches(reward, 2)
     reward.free.clear()
-    answers = batches.ask([picture() for _ in range(5)], [Prompt("a")] * 5)
+    answers = batches.submit([picture() for _ in range(5)], [Prompt("a")] * 5)
     threading.Timer(0.05, reward.free.set).start()
     batches.close()
     assert all(a.done() for a in answers) and [len(call) for call in reward.calls] == [2, 2, 1]
@@ -588,11 +588,11 @@ def test_pictures_of_a_client_that_is_gone_are_not_scored(caplog):
 
 
 def test_a_reward_that_hangs_does_not_keep_the_server_from_ending(monkeypatch):
-    monkeypatch.setattr(server, "_HANGING", 0.1)
+    monkeypatch.setattr(batching, "_HANGING", 0.1)
     reward = Recorded()
     reward.free.clear()
-    batches = server.Batches(reward, 1)
-    batches.ask([picture()], [Prompt("a")])
+    batches = batching.Batches(reward, 1)
+    batches.submit([picture()], [Prompt("a")])
     assert reward.busy.wait(20)
     started = time.monotonic()
     batches.close()
@@ -601,7 +601,7 @@ def test_a_reward_that_hangs_does_not_keep_the_server_from_ending(monkeypatch):
 
 
 def test_a_body_that_stalls_is_given_up_but_no_slow_reward(monkeypatch):
-    monkeypatch.setattr(server, "_STALLED", 0.1)
+    monkeypatch.setattr(gate, "_STALLED", 0.1)
 
     def body() -> Iterator[bytes]:
         yield b"{"

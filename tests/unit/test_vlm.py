@@ -19,7 +19,7 @@ from PIL import Image
 from progrpo.rewards.base import Refusal, Score, WrongAnswer
 from progrpo.rewards.retrying import RetryingReward
 from progrpo.rewards.settings import RewardTerm
-from progrpo.rewards.vlm import MAX_TOKENS, VLMJudge, mark_of
+from progrpo.rewards.vlm import MAX_TOKENS, VLMJudge, parse_mark
 from progrpo.types import Prompt
 
 KEY = "sk-very-secret"
@@ -249,7 +249,7 @@ def test_pictures_of_any_strides(serve):
     ],
 )
 def test_marks(text, mark):
-    assert mark_of(json.dumps(completion(text))) == mark
+    assert parse_mark(json.dumps(completion(text))) == mark
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_marks(text, mark):
 )
 def test_answers_without_a_mark(text, problem):
     with pytest.raises(ValueError, match=f"{problem}: "):
-        mark_of(json.dumps(completion(text)))
+        parse_mark(json.dumps(completion(text)))
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_answers_without_a_mark(text, problem):
 )
 def test_answers_that_are_none(answer, problem):
     with pytest.raises(ValueError, match=problem):
-        mark_of(json.dumps(answer))
+        parse_mark(json.dumps(answer))
 
 
 @pytest.mark.parametrize("answer", [[7], 7, "7", {}, {"score": 7}, {"detail": "Not Found"}])
@@ -329,7 +329,7 @@ def test_what_another_api_answers_is_refused_at_once(serve, answer):
 def test_answers_that_are_no_json():
     for content in ("<html>502 Bad Gateway</html>", "", "\0", '{"choices"', "[" * 100_000):
         with pytest.raises(ValueError, match="no completion: "):
-            mark_of(content)
+            parse_mark(content)
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

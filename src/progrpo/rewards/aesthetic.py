@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor v2: how much people like a picture, whatever its prompt, from the features of a CLIP."""
+"""LAION's aesthetic predictor v2: how much people like a picture, whatever its prompt, from a CLIP's features."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from progrpo.rewards.base import Score
-from progrpo.rewards.clip import VIT_L, head_of, parts_of, pixels_of
-from progrpo.rewards.hub import HubReward, file_at, placed, pretrained, read_pickle
+from progrpo.rewards.clip import VIT_L, batch_slices, build_head, preprocess
+from progrpo.rewards.hub import HubReward, downloaded_file, load_pretrained, place, read_pickle
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
@@ -25,11 +25,12 @@ SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 
 
 class Aesthetic(HubReward):
-    """h(f / |f|) for features f of OpenAI's CLIP ViT-L/14 and five linear layers h: a rating, about 1..10, mostly 4 to 7.
+    """h(f / |f|) for features f of OpenAI's CLIP ViT-L/14 and five linear layers h: a rating, about 1..10, mostly 4 to
+    7.
 
-    The value as published, and as in Flow-GRPO's code (arXiv 2505.05470). Pictures are resized to 224 on their shorter side and
-    cropped at the centre by CLIP's processor, as in Flow-GRPO's; the published code rounds an odd rest otherwise (`middle_of`), which
-    may be a pixel where they are not square.
+    The value is the published one, as in Flow-GRPO's code (arXiv 2505.05470). CLIP's processor resizes pictures to 224
+    on their shorter side and crops them at the centre, as in Flow-GRPO's code. The published code rounds an odd rest
+    otherwise (`center_crop`): a pixel of difference where a picture is not square.
     """
 
     parameters = 303_966_208  # the half of CLIP's ViT-L/14 that sees pictures
@@ -49,19 +50,21 @@ class Aesthetic(HubReward):
 
     @classmethod
     def from_hub(cls, term: RewardTerm) -> Self:
-        """The published weights: CLIP's are safetensors, the head's a pickle, read as tensors alone and if it is the published file."""
-        model = pretrained(CLIPVisionModelWithProjection, "aesthetic", *VIT_L)
-        head = head_of(read_pickle("aesthetic", file_at("aesthetic", URL), SHA256))
-        precise = replace(term, dtype="float32")
-        return cls(placed(model, term), placed(head, precise), CLIPImageProcessorPil(), term.network_batch_size)
+        """Load the published weights. The head's are a pickle: its checksum is tested, and it is read as tensors
+        alone.
+        """
+        model = load_pretrained(CLIPVisionModelWithProjection, "aesthetic", *VIT_L)
+        head = build_head(read_pickle("aesthetic", downloaded_file("aesthetic", URL), SHA256))
+        head = place(head, replace(term, dtype="float32"))
+        return cls(place(model, term), head, CLIPImageProcessorPil(), term.network_batch_size)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
-        parts = parts_of(len(prompts), self._batch_size)
-        return [Score(rating) for part in parts for rating in self._ratings(pictures_NHWC[part]).tolist()]
+        batches = batch_slices(len(prompts), self._batch_size)
+        return [Score(rating) for batch in batches for rating in self._ratings(pictures_NHWC[batch]).tolist()]
 
     @torch.no_grad()
     def _ratings(self, pictures_BHWC: np.ndarray) -> Tensor:
-        pixels_BCHW = pixels_of(pictures_BHWC, self._image_processor)
+        pixels_BCHW = preprocess(pictures_BHWC, self._image_processor)
         f_BD = self._model(pixels_BCHW.to(self._model.device)).image_embeds.float()
         ratings_B1: Tensor = self._head(f_BD / f_BD.norm(dim=-1, keepdim=True))
         return ratings_B1.squeeze(-1)

@@ -1,4 +1,4 @@
-"""What the rewards made of a CLIP or a BLIP share: pictures as they read them, the cosine with a text, the head of a regression."""
+"""Parts of rewards that use a CLIP or a BLIP: preprocessing of pictures, the cosine with a text, a regression head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from progrpo.rewards.hub import HubReward, damaged, file_of
+from progrpo.rewards.hub import HubReward, damaged, hub_file
 
 VIT_H = ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")
 VIT_L = ("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
@@ -34,46 +34,49 @@ class ClipCosine(HubReward):
         self._batch_size = batch_size
 
     def cosines(self, pictures_NHWC: np.ndarray, texts: Sequence[str]) -> list[float]:
-        """<f / |f|, g / |g|> of picture features f and text features g, in -1..1, one a picture; NaN where a norm is 0."""
-        parts = parts_of(len(texts), self._batch_size)
-        return [cosine for part in parts for cosine in self._cosines(pictures_NHWC[part], texts[part]).tolist()]
+        """<f / |f|, g / |g|> of each picture's features f and its text's features g, in -1..1; NaN where a norm is
+        0.
+        """
+        batches = batch_slices(len(texts), self._batch_size)
+        return [cosine for batch in batches for cosine in self._cosines(pictures_NHWC[batch], texts[batch]).tolist()]
 
     @torch.no_grad()
     def _cosines(self, pictures_BHWC: np.ndarray, texts: Sequence[str]) -> Tensor:
-        # Without an attention mask: a text's features are those of its end, which sees nothing of the padding after it.
+        # without an attention mask: a text's features are those of its end, which attends to nothing after it
         length = self._model.config.text_config.max_position_embeddings
         ids_BL = self._tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids
         device = self._model.device
-        pixels_BCHW = pixels_of(self._framed(pictures_BHWC), self._image_processor)
+        pixels_BCHW = preprocess(self._framed(pictures_BHWC), self._image_processor)
         f_BD = self._model.get_image_features(pixels_BCHW.to(device)).pooler_output.float()
         g_BD = self._model.get_text_features(ids_BL.to(device)).pooler_output.float()
         return (f_BD / f_BD.norm(dim=-1, keepdim=True) * g_BD / g_BD.norm(dim=-1, keepdim=True)).sum(-1)
 
     def _framed(self, pictures_BHWC: np.ndarray) -> np.ndarray:
-        """The pictures as the processor is given them, which resizes and crops."""
+        """The pictures as the processor takes them, which resizes and crops them."""
         return pictures_BHWC
 
 
-def parts_of(count: int, size: int) -> list[slice]:
-    """What is computed together: `size` rows at most."""
+def batch_slices(count: int, size: int) -> list[slice]:
+    """The batches of `count` rows, of `size` rows at most."""
     return [slice(i, i + size) for i in range(0, count, size)]
 
 
-def pixels_of(pictures_BHWC: np.ndarray, image_processor: CLIPImageProcessorPil) -> Tensor:
-    """Resized to the processor's size, cropped at the centre and normalised."""
+def preprocess(pictures_BHWC: np.ndarray, image_processor: CLIPImageProcessorPil) -> Tensor:
+    """Resize pictures to the processor's size, crop them at the centre and normalise them."""
     pixels_BCHW: Tensor = image_processor(
         list(pictures_BHWC), return_tensors="pt", input_data_format="channels_last"
     ).pixel_values
     return pixels_BCHW
 
 
-def middle_of(picture_HWC: np.ndarray, side: int) -> np.ndarray:
-    """The middle square of a picture whose shorter side is brought to `side` pixels, as torchvision's Resize and CenterCrop.
+def center_crop(picture_HWC: np.ndarray, side: int) -> np.ndarray:
+    """Resize a picture to `side` pixels on its shorter side and crop its middle, as torchvision's Resize and
+    CenterCrop.
 
-    Of an odd number of rows or columns too many, the half that is cut before the square is rounded to an even number; CLIP's
-    own processor rounds it down.
+    Where an odd number of rows or columns is cut, the half before the square is rounded to an even number. CLIP's own
+    processor rounds it down.
     """
     height, width = picture_HWC.shape[:2]
     size = [int(side * length / min(height, width)) for length in (width, height)]
@@ -82,19 +85,19 @@ def middle_of(picture_HWC: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(resized.crop((left, top, left + side, top + side)))
 
 
-def head_of(state: Mapping[str, Tensor]) -> nn.Sequential:
-    """The linear layers `layers.0`, `layers.2`, ... one after another, with nothing but dropout between them in training."""
+def build_head(state: Mapping[str, Tensor]) -> nn.Sequential:
+    """Build the linear layers `layers.0`, `layers.2`, ... in a row. In training there was dropout between them."""
     layers = {name.split(".")[1]: weight for name, weight in state.items() if name.endswith(".weight")}
     head = nn.Sequential(OrderedDict((i, nn.Linear(*layers[i].shape[::-1])) for i in sorted(layers, key=int)))
     head.load_state_dict({name.removeprefix("layers."): weight for name, weight in state.items()})
     return head
 
 
-def tokenizer_of(reward: str, repository: str, revision: str) -> CLIPTokenizer:
-    # Not by from_pretrained, which gives an empty tokenizer, and no error, where there are no files.
-    files = [file_of(reward, repository, name, revision) for name in ("vocab.json", "merges.txt")]
+def load_tokenizer(reward: str, repository: str, revision: str) -> CLIPTokenizer:
+    # not from_pretrained, which gives an empty tokenizer, and no error, where there are no files
+    files = [hub_file(reward, repository, name, revision) for name in ("vocab.json", "merges.txt")]
     try:
         vocabulary, merges = BPE.read_file(*map(str, files))
-    except Exception as error:  # it knows no other
+    except Exception as error:  # tokenizers raises no other kind
         raise damaged(reward, f"vocab.json and merges.txt of {repository}", error) from error
     return CLIPTokenizer(vocab=vocabulary, merges=merges)

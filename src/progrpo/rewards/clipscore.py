@@ -1,4 +1,4 @@
-"""CLIPScore: how well a CLIP says that a picture and its prompt go together (arXiv 2104.08718)."""
+"""CLIPScore: the agreement of a picture and its prompt, by a CLIP (arXiv 2104.08718)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from progrpo.rewards.base import Score
-from progrpo.rewards.clip import VIT_L, ClipCosine, tokenizer_of
-from progrpo.rewards.hub import fetching, placed, pretrained
+from progrpo.rewards.clip import VIT_L, ClipCosine, load_tokenizer
+from progrpo.rewards.hub import fetching, load_pretrained, place
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
@@ -18,10 +18,11 @@ PREFIX, WEIGHT = "A photo depicts ", 2.5
 
 
 class CLIPScore(ClipCosine):
-    """2.5 max(<f / |f|, g / |g|>, 0) for features f of the picture and g of "A photo depicts " and the prompt: 0..2.5, mostly 0.3 to 0.9.
+    """2.5 max(<f / |f|, g / |g|>, 0) for features f of the picture and g of "A photo depicts " and the prompt.
 
-    Formula and prefix are the published ones; the paper's CLIP is a ViT-B/32. By default it is OpenAI's ViT-L/14 here, as in
-    Flow-GRPO's code (arXiv 2505.05470), whose score is another multiple, 100 / 30 of the cosine, without a prefix.
+    The value is in 0..2.5, mostly 0.3 to 0.9. Formula and prefix are the published ones, with a ViT-B/32 in the paper.
+    The default here is OpenAI's ViT-L/14, as in Flow-GRPO's code (arXiv 2505.05470), whose score is 100 / 30 of the
+    cosine, without a prefix.
     """
 
     takes_model = True
@@ -29,13 +30,13 @@ class CLIPScore(ClipCosine):
 
     @classmethod
     def from_hub(cls, term: RewardTerm) -> Self:
-        """The weights (safetensors) of OpenAI's ViT-L/14, or of the CLIP that `term.model` names: a folder or a hub id."""
+        """Load OpenAI's ViT-L/14 (safetensors), or the CLIP that `term.model` names: a folder or a hub id."""
         repository, revision = (term.model, "main") if term.model else VIT_L
-        model = pretrained(CLIPModel, "clipscore", repository, revision)
+        model = load_pretrained(CLIPModel, "clipscore", repository, revision)
         with fetching("clipscore", repository):
             image_processor = CLIPImageProcessorPil.from_pretrained(repository, revision=revision)
-        tokenizer = tokenizer_of("clipscore", repository, revision)
-        return cls(placed(model, term), tokenizer, image_processor, term.network_batch_size)
+        tokenizer = load_tokenizer("clipscore", repository, revision)
+        return cls(place(model, term), tokenizer, image_processor, term.network_batch_size)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         cosines = self.cosines(pictures_NHWC, [PREFIX + p.text for p in prompts])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from PIL import Image
@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from progrpo.rewards.base import Score
-from progrpo.rewards.clip import VIT_H, ClipCosine, tokenizer_of
-from progrpo.rewards.hub import converted, file_of, placed, read_pickle, renamed
+from progrpo.rewards.clip import VIT_H, ClipCosine, load_tokenizer
+from progrpo.rewards.hub import build_network, hub_file, place, read_pickle, rename
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
@@ -24,32 +24,32 @@ SHA256 = "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837"
 class HPSv2(ClipCosine):
     """<f / |f|, g / |g|> for picture features f and text features g, without a logit scale: about 0.2 to 0.35.
 
-    As in the published code, pictures are resized to 224 on their longer side and filled up to a square with black (`squared`), and
-    texts are cut at 77 tokens. Unlike it, resizing always smooths (there that depends on torchvision's version) and rounds to 8 bits, and
-    texts are not repaired by ftfy.
+    As in the published code, pictures are resized to 224 on their longer side and padded with black to a square
+    (`pad_to_square`), and texts are cut at 77 tokens. Unlike there, resizing always smooths (there it depends on
+    torchvision's version) and rounds to 8 bits, and ftfy does not repair texts.
     """
 
     parameters = 986_109_441  # of ViT-H/14
 
     @classmethod
     def from_hub(cls, term: RewardTerm) -> Self:
-        """The published weights, which are a pickle: read as tensors alone, and only if they are the published file."""
-        state = read_pickle("hpsv2", file_of("hpsv2", REPOSITORY, CHECKPOINT, REVISION), SHA256)["state_dict"]
-        tokenizer = tokenizer_of("hpsv2", *VIT_H)
-        return cls(placed(clip_of(state), term), tokenizer, CLIPImageProcessorPil(), term.network_batch_size)
+        """Load the published weights. They are a pickle: its checksum is tested, and it is read as tensors alone."""
+        state = read_pickle("hpsv2", hub_file("hpsv2", REPOSITORY, CHECKPOINT, REVISION), SHA256)["state_dict"]
+        tokenizer = load_tokenizer("hpsv2", *VIT_H)
+        return cls(place(convert_clip(state), term), tokenizer, CLIPImageProcessorPil(), term.network_batch_size)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         return [Score(cosine) for cosine in self.cosines(pictures_NHWC, [p.text for p in prompts])]
 
     def _framed(self, pictures_BHWC: np.ndarray) -> np.ndarray:
         side = self._image_processor.crop_size["height"]
-        return np.stack([squared(picture_HWC, side) for picture_HWC in pictures_BHWC])
+        return np.stack([pad_to_square(picture_HWC, side) for picture_HWC in pictures_BHWC])
 
 
-def squared(picture_HWC: np.ndarray, side: int) -> np.ndarray:
-    """The picture with `side` pixels on its longer side, in the middle of a black square.
+def pad_to_square(picture_HWC: np.ndarray, side: int) -> np.ndarray:
+    """Resize a picture to `side` pixels on its longer side and put it in the middle of a black square.
 
-    Where an odd number of black rows or columns is left, one more is below or on the right, as in the published code.
+    Of an odd number of black rows or columns, the greater half is below or on the right, as in the published code.
     """
     height, width = (max(1, round(side / max(picture_HWC.shape[:2]) * length)) for length in picture_HWC.shape[:2])
     resized = Image.fromarray(picture_HWC).resize((width, height), Image.Resampling.BICUBIC)
@@ -81,16 +81,18 @@ _NAMES = {  # in this order
 }
 
 
-def clip_of(state: Mapping[str, Tensor], text_heads: int = 16, vision_heads: int = 16) -> CLIPModel:
-    """A state dict of open_clip's CLIP as transformers' model; its tensors tell every size but the numbers of heads."""
-    return converted(CLIPModel, config_of(state, text_heads, vision_heads), weights_of(state))
+def convert_clip(state: Mapping[str, Tensor], text_heads: int = 16, vision_heads: int = 16) -> CLIPModel:
+    """Convert a state dict of open_clip's CLIP to transformers' model. Only the numbers of heads are not in its
+    tensors.
+    """
+    return build_network(CLIPModel, infer_config(state, text_heads, vision_heads), convert_weights(state))
 
 
-def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name, weight in state.items():
-        new = renamed(name, _NAMES)
-        if ".in_proj_" in name:  # queries, keys and values in one
+        new = rename(name, _NAMES)
+        if ".in_proj_" in name:  # queries, keys and values in one tensor
             thirds = zip("qkv", weight.chunk(3), strict=True)
             weights |= {new.replace(".in_proj_", f".{letter}_proj."): third for letter, third in thirds}
         else:
@@ -98,7 +100,7 @@ def weights_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def config_of(state: Mapping[str, Tensor], text_heads: int = 16, vision_heads: int = 16) -> CLIPConfig:
+def infer_config(state: Mapping[str, Tensor], text_heads: int = 16, vision_heads: int = 16) -> CLIPConfig:
     vocabulary, text_width = state["token_embedding.weight"].shape
     vision_width, _, patch, _ = state["visual.conv1.weight"].shape
     patches = len(state["visual.positional_embedding"]) - 1
@@ -108,7 +110,7 @@ def config_of(state: Mapping[str, Tensor], text_heads: int = 16, vision_heads: i
             "vocab_size": vocabulary,
             "hidden_size": text_width,
             "max_position_embeddings": len(state["positional_embedding"]),
-            "eos_token_id": vocabulary - 1,  # whose features are the text's: the highest id, which open_clip looks for
+            "eos_token_id": vocabulary - 1,  # the highest id, at which open_clip takes the text's features
             **_tower(state, "transformer", text_heads),
         },
         vision_config={
@@ -120,7 +122,7 @@ def config_of(state: Mapping[str, Tensor], text_heads: int = 16, vision_heads: i
     )
 
 
-def _tower(state: Mapping[str, Tensor], name: str, heads: int) -> dict[str, Any]:
+def _tower(state: Mapping[str, Tensor], name: str, heads: int) -> dict[str, int | str]:
     return {
         "num_hidden_layers": sum(n.startswith(f"{name}.") and n.endswith(".ln_1.weight") for n in state),
         "num_attention_heads": heads,

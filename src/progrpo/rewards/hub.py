@@ -1,4 +1,4 @@
-"""How the models of rewards come here: pinned revisions of the hub, checksummed files, extras that may lack."""
+"""The models of rewards: pinned revisions of the hub, files with checksums, packages of extras."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _Model = TypeVar("_Model", bound="PreTrainedModel")
 
 
 class LazyReward(Reward):
-    """A reward that is loaded when it is first asked for anything: once, also where several threads ask at the same time."""
+    """A reward that is loaded at its first use: once, also where several threads use it at the same time."""
 
     def __init__(self, kind: type[HubReward], term: RewardTerm) -> None:
         self.groupwise, self.video, self.needed = kind.groupwise, kind.video, kind.needed
@@ -56,7 +56,7 @@ class LazyReward(Reward):
 
 
 class HubReward(Reward):
-    """A reward with a network from the hub, which is fetched and loaded at its first score."""
+    """A reward with a network from the hub, which is fetched and loaded at its first use."""
 
     @classmethod
     def make(cls, term: RewardTerm) -> Reward:
@@ -65,12 +65,12 @@ class HubReward(Reward):
     @classmethod
     @abstractmethod
     def from_hub(cls, term: RewardTerm) -> Self:
-        """Fetch its weights, or find them in the cache. Refusal where there are none."""
+        """Load its weights from the cache or the hub. Refusal where neither has them."""
 
 
 @contextmanager
 def fetching(reward: str, what: str, source: str = _HUB) -> Iterator[None]:
-    """Says in a Refusal which reward lacks what, where neither the cache nor the network has it, or has it whole."""
+    """Turn the error of a download into a Refusal that names the reward and the file."""
     try:
         yield
     except (OSError, ImportError, httpx2.InvalidURL) as error:
@@ -90,16 +90,16 @@ def damaged(reward: str, what: str, error: Exception) -> Refusal:
     return Refusal(f"reward {reward!r}: the {what} are damaged ({reason}); fetch them anew")
 
 
-def file_of(reward: str, repository: str, name: str, revision: str) -> Path:
-    """One file of a repository on the hub at a commit, from the cache or the network; or of a folder."""
+def hub_file(reward: str, repository: str, name: str, revision: str) -> Path:
+    """The path of a file of a repository at a commit, from the cache or the hub, or of a file of a folder."""
     with fetching(reward, repository):
         if Path(repository).is_dir():
             return Path(repository, name).resolve(strict=True)
         return Path(hf_hub_download(repository, name, revision=revision))
 
 
-def file_at(reward: str, url: str) -> Path:
-    """One file from elsewhere than the hub, kept in the folder of torch's hub under its own name."""
+def downloaded_file(reward: str, url: str) -> Path:
+    """The path of a file from another server than the hub. It is kept in the folder of torch's hub."""
     path = Path(torch.hub.get_dir(), "checkpoints", unquote(url.rpartition("/")[2]))
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,13 +109,13 @@ def file_at(reward: str, url: str) -> Path:
 
 
 def sha256_at_hub(reward: str, repository: str, name: str, revision: str) -> str:
-    """What the hub says of a large file, where its checksum is published nowhere else.
+    """The checksum that the hub has of a large file, where it is published nowhere else.
 
-    So it guards the transfer and the cache, and not the origin, which only the commit vouches for.
+    It guards the transfer and the cache. For the origin only the commit vouches.
     """
-    # The cache keeps such a file under its sha256, behind a link, so that no network is needed; on systems without links there is
-    # none, and the hub is asked.
-    path = file_of(reward, repository, name, revision)
+    # The cache keeps such a file under its sha256, behind a link, so that no network is needed. On systems without
+    # links the hub is asked.
+    path = hub_file(reward, repository, name, revision)
     if path.resolve().name != name:
         return path.resolve().name
     with fetching(reward, f"the checksum of {repository}"):
@@ -123,54 +123,56 @@ def sha256_at_hub(reward: str, repository: str, name: str, revision: str) -> str
 
 
 def read_pickle(reward: str, path: Path, sha256: str) -> Any:
-    """What a published pickle holds, read as tensors alone, if it is the file with that checksum; Refusal if not."""
+    """Load a published pickle, as tensors alone. Refusal where the file has another checksum."""
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != sha256:
         raise Refusal(
-            f"reward {reward!r}: {path.resolve()} is damaged, its sha256 is {found} and not {sha256};"
+            f"reward {reward!r}: {path.resolve()} is damaged, its sha256 is {actual} and not {sha256};"
             " delete it, and it is fetched anew"
         )
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-_UNUSED = re.compile(r"criterion\.|.*num_batches_tracked$")  # of a loss and of training: no picture depends on them
+_UNUSED = re.compile(r"criterion\.|.*num_batches_tracked$")  # for training alone: no score depends on them
 
 
-def pretrained(kind: Any, reward: str, repository: str, revision: str) -> Any:
-    """A network of transformers, or of one of its Auto classes, from the safetensors of a repository at a commit, or of a folder.
+def load_pretrained(kind: Any, reward: str, repository: str, revision: str) -> Any:
+    """Load a network of a class of transformers from the safetensors of a repository at a commit, or of a folder.
 
-    Refusal where they lack what its configuration asks for.
+    Refusal where a weight is missing.
     """
-    told = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with fetching(reward, repository):
-        model, report = kind.from_pretrained(repository, revision=revision, **told)
-    lacking = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    lacking = {name for name in lacking if not _UNUSED.match(name)}
-    if lacking:  # else they would be random
+        model, report = kind.from_pretrained(repository, revision=revision, **options)
+    missing = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    missing = {name for name in missing if not _UNUSED.match(name)}
+    if missing:  # transformers has filled them with random numbers
         raise Refusal(
-            f"reward {reward!r}: {repository} is no {type(model).__name__}, it has no {min(lacking)} of the right size"
+            f"reward {reward!r}: {repository} is no {type(model).__name__}, it has no {min(missing)} of the right size"
         )
     return model
 
 
-def converted(kind: type[_Model], config: PreTrainedConfig, weights: Mapping[str, Tensor], **more: Any) -> _Model:
-    """A network of transformers with these weights, of which none may lack or be left over."""
-    model, report = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **more)
+def build_network(
+    kind: type[_Model], config: PreTrainedConfig, weights: Mapping[str, Tensor], **options: object
+) -> _Model:
+    """Build a network of transformers with these weights. None may be missing or left over."""
+    model, report = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **options)
     assert not any(report.values()), report
     return model
 
 
-def renamed(name: str, names: Mapping[str, str]) -> str:
-    """With each part of `names` replaced, in their order."""
+def rename(name: str, names: Mapping[str, str]) -> str:
+    """Replace each key of `names` in a name by its value, in their order."""
     return functools.reduce(lambda new, pair: new.replace(*pair), names.items(), name)
 
 
-def placed(model: _Module, term: RewardTerm) -> _Module:
-    """Frozen, and where and in what the term says."""
-    there = torch.cuda.is_available()
-    device = torch.device(("cuda" if there else "cpu") if term.device == "auto" else term.device)
-    if device.type == "cuda" and not there:
+def place(model: _Module, term: RewardTerm) -> _Module:
+    """Freeze a network and move it to the term's device and dtype."""
+    has_gpu = torch.cuda.is_available()
+    device = torch.device(("cuda" if has_gpu else "cpu") if term.device == "auto" else term.device)
+    if device.type == "cuda" and not has_gpu:
         raise Refusal(f"reward device {term.device}: there is no GPU here; leave it out or say cpu")
     automatic = torch.float16 if device.type == "cuda" else torch.float32
     dtype = automatic if term.dtype == "auto" else getattr(torch, term.dtype)
@@ -178,7 +180,7 @@ def placed(model: _Module, term: RewardTerm) -> _Module:
 
 
 def require(reward: str, *modules: str, extra: str) -> None:
-    """Refusal with the pip command where a package that the reward needs is not installed."""
-    lacking = [name for name in modules if importlib.util.find_spec(name) is None]
-    if lacking:
-        raise Refusal(f"reward {reward!r} needs {lacking[0]}, which is not installed: pip install 'progrpo[{extra}]'")
+    """Refuse a reward whose package is not installed, with the pip command."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Refusal(f"reward {reward!r} needs {missing[0]}, which is not installed: pip install 'progrpo[{extra}]'")

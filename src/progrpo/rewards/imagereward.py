@@ -1,4 +1,4 @@
-"""ImageReward: a BLIP trained on how experts ranked pictures (arXiv 2304.05977), converted from the published names."""
+"""ImageReward: a BLIP trained on experts' rankings (arXiv 2304.05977), converted from the published names."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from progrpo.rewards.base import Score
-from progrpo.rewards.clip import head_of, middle_of, parts_of, pixels_of
-from progrpo.rewards.hub import HubReward, converted, file_of, placed, read_pickle, renamed, sha256_at_hub
+from progrpo.rewards.clip import batch_slices, build_head, center_crop, preprocess
+from progrpo.rewards.hub import HubReward, build_network, hub_file, place, read_pickle, rename, sha256_at_hub
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
@@ -32,10 +32,11 @@ LENGTH = 35
 
 
 class ImageReward(HubReward):
-    """(h(t) - 0.167) / 1.033 for five linear layers h and BLIP's feature t of the text's first token, having seen the picture.
+    """(h(t) - 0.167) / 1.033 for five linear layers h and BLIP's feature t of the text's first token, given the
+    picture.
 
-    Of mean 0 and standard deviation 1 on the pictures it was trained with: mostly -2 to 2. As in the published code, texts are
-    cut at 35 tokens, and pictures are resized to 224 on their shorter side and cropped at the centre.
+    It has mean 0 and standard deviation 1 on its training pictures, so it is mostly -2 to 2. As in the published code,
+    texts are cut at 35 tokens, and pictures are resized to 224 on their shorter side and cropped at the centre.
     """
 
     def __init__(
@@ -57,40 +58,44 @@ class ImageReward(HubReward):
 
     @classmethod
     def from_hub(cls, term: RewardTerm) -> Self:
-        """The published weights, which are a pickle: read as tensors alone, and only if they are what the hub says they are."""
-        path, sha256 = file_of("imagereward", *FILE), sha256_at_hub("imagereward", *FILE)
-        vision, text, head = networks_of(read_pickle("imagereward", path, sha256))
+        """Load the published weights. They are a pickle: the hub's checksum is tested, and it is read as tensors
+        alone.
+        """
+        path = hub_file("imagereward", *FILE)
+        sha256 = sha256_at_hub("imagereward", *FILE)
+        vision, text, head = convert_networks(read_pickle("imagereward", path, sha256))
         return cls(
-            placed(vision, term),
-            placed(text, term),
-            placed(head, replace(term, dtype="float32")),
-            tokenizer_of(WordPiece.read_file(str(file_of("imagereward", *VOCABULARY)))),
+            place(vision, term),
+            place(text, term),
+            place(head, replace(term, dtype="float32")),
+            blip_tokenizer(WordPiece.read_file(str(hub_file("imagereward", *VOCABULARY)))),
             CLIPImageProcessorPil(),
             term.network_batch_size,
         )
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
-        parts, texts = parts_of(len(prompts), self._batch_size), [p.text for p in prompts]
-        return [Score(r) for part in parts for r in self._rewards(pictures_NHWC[part], texts[part]).tolist()]
+        batches = batch_slices(len(prompts), self._batch_size)
+        texts = [p.text for p in prompts]
+        return [Score(r) for batch in batches for r in self._rewards(pictures_NHWC[batch], texts[batch]).tolist()]
 
     @torch.no_grad()
     def _rewards(self, pictures_BHWC: np.ndarray, texts: list[str]) -> Tensor:
         device = self._vision.device
-        told = self._tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+        tokens = self._tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
         side = self._image_processor.crop_size["height"]
-        middles_BHWC = np.stack([middle_of(picture_HWC, side) for picture_HWC in pictures_BHWC])
-        picture_BPD = self._vision(pixels_of(middles_BHWC, self._image_processor).to(device)).last_hidden_state
+        middles_BHWC = np.stack([center_crop(picture_HWC, side) for picture_HWC in pictures_BHWC])
+        picture_BPD = self._vision(preprocess(middles_BHWC, self._image_processor).to(device)).last_hidden_state
         text_BLD = self._text(
-            input_ids=told.input_ids.to(device),
-            attention_mask=told.attention_mask.to(device),
+            input_ids=tokens.input_ids.to(device),
+            attention_mask=tokens.attention_mask.to(device),
             encoder_hidden_states=picture_BPD,
         ).last_hidden_state
         rewards_B1: Tensor = (self._head(text_BLD[:, 0].float()) - MEAN) / STD
         return rewards_B1.squeeze(-1)
 
 
-def tokenizer_of(vocabulary: Mapping[str, int]) -> BertTokenizer:
-    """BERT's, with the two words that BLIP adds at its end."""
+def blip_tokenizer(vocabulary: Mapping[str, int]) -> BertTokenizer:
+    """BERT's tokenizer with the two tokens that BLIP adds at its end."""
     tokenizer = BertTokenizer(vocab=dict(vocabulary))
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     return tokenizer
@@ -111,31 +116,35 @@ _VISION = {  # in this order
 }
 
 
-def networks_of(
+def convert_networks(
     state: Mapping[str, Tensor], vision_heads: int = 16, text_heads: int = 12
 ) -> tuple[BlipVisionModel, BlipTextModel, nn.Sequential]:
-    """A checkpoint of the published code as transformers' models; its tensors tell every size but the numbers of heads."""
-    vision, text, head = weights_of(state)
+    """Convert a checkpoint of the published code to transformers' models. Only the numbers of heads are not in its
+    tensors.
+    """
+    vision, text, head = split_weights(state)
     return (
-        converted(BlipVisionModel, vision_config_of(vision, vision_heads), vision),
-        converted(BlipTextModel, text_config_of(text, text_heads), text, add_pooling_layer=False),
-        head_of(head),
+        build_network(BlipVisionModel, infer_vision_config(vision, vision_heads), vision),
+        build_network(BlipTextModel, infer_text_config(text, text_heads), text, add_pooling_layer=False),
+        build_head(head),
     )
 
 
-def weights_of(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Of the picture's network, the text's and the head; without the projections that BLIP was pretrained with besides."""
+def split_weights(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of the picture's network, of the text's and of the head, without BLIP's projections for
+    pretraining.
+    """
 
-    def part(prefix: str) -> dict[str, Tensor]:
+    def below(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
 
-    vision = {renamed(name, _VISION): weight for name, weight in part("blip.visual_encoder.").items()}
-    text = part("blip.text_encoder.")
+    vision = {rename(name, _VISION): weight for name, weight in below("blip.visual_encoder.").items()}
+    text = below("blip.text_encoder.")
     text.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
-    return vision, text, part("mlp.")
+    return vision, text, below("mlp.")
 
 
-def vision_config_of(weights: Mapping[str, Tensor], heads: int = 16) -> BlipVisionConfig:
+def infer_vision_config(weights: Mapping[str, Tensor], heads: int = 16) -> BlipVisionConfig:
     width, _, patch, _ = weights["embeddings.patch_embedding.weight"].shape
     patches = weights["embeddings.position_embedding"].shape[1] - 1
     return BlipVisionConfig(
@@ -149,7 +158,7 @@ def vision_config_of(weights: Mapping[str, Tensor], heads: int = 16) -> BlipVisi
     )
 
 
-def text_config_of(weights: Mapping[str, Tensor], heads: int = 12) -> BlipTextConfig:
+def infer_text_config(weights: Mapping[str, Tensor], heads: int = 12) -> BlipTextConfig:
     vocabulary, width = weights["embeddings.word_embeddings.weight"].shape
     return BlipTextConfig(
         vocab_size=vocabulary,

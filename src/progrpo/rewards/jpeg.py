@@ -1,4 +1,4 @@
-"""How well a picture compresses as a JPEG: DDPO's two rewards without a model (arXiv 2305.13301)."""
+"""The size of a picture as a JPEG: DDPO's two rewards without a model (arXiv 2305.13301)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from progrpo.types import Prompt
 
 
 class JpegIncompressibility(Reward):
-    """The size of the picture as a JPEG of quality 95, in kB of 1000 bytes, as in DDPO's code: more detail and noise.
+    """The size of the picture as a JPEG of quality 95, in kB of 1000 bytes, as in DDPO's code.
 
-    The size grows with the picture's: about 0.7 for a blank 64x64 picture and 5 for noise, 5 and 308 at 512x512. Prompts are
-    not read.
+    It rewards detail and noise. Its range grows with the picture: from 0.7 (blank) to 5 (noise) at 64x64, and from 5 to
+    308 at 512x512. Prompts are not read.
     """
 
     parameters = 0
@@ -27,7 +27,7 @@ class JpegIncompressibility(Reward):
 
 
 class JpegCompressibility(JpegIncompressibility):
-    """The negative of that size: smoother pictures."""
+    """The negative of that size. It rewards smooth pictures."""
 
     _sign = -1
 

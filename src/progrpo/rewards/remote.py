@@ -1,4 +1,4 @@
-"""A reward on another machine: `progrpo serve-reward` there, and its client here."""
+"""The client of a reward on another machine, which `progrpo serve-reward` serves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Final, Self
+from typing import Final, NotRequired, Self, TypedDict
 
 import httpx2
 import numpy as np
@@ -28,32 +28,39 @@ from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 PROTOCOL: Final = 1
-"""Of what is sent and answered; a server of another one is refused."""
+"""The version of requests and answers. A server of another version is refused."""
 TOKEN = "PROGRPO_REWARD_TOKEN"
-"""The environment variable that holds the bearer token, of the server and of its clients."""
+"""The environment variable with the bearer token, for the server and its clients."""
 
 _AT_ONCE = 4  # requests under way: the server scores one while the next ones are encoded and sent
-_PATIENCE, _FIRST_WAIT, _LONGEST_WAIT = 60.0, 0.25, 8.0  # seconds
+_PATIENCE = 60.0  # seconds
+_FIRST_WAIT = 0.25
+_LONGEST_WAIT = 8.0
 _LARGEST = 2**24  # bytes of an answer
 
 
 class RemoteReward(Reward):
-    """The reward `name` of a server: pictures as PNG, which loses nothing, in requests of `batch_size`, a few at a time.
+    """The reward `name` of a server. Pictures are sent as PNG, `batch_size` in a request, a few requests at a time.
 
-    A request that meets no server, no answer in time or a server in trouble (408, 429, 5xx) is sent again, ever later, until
-    `patience` seconds have passed in which none was answered: so a server may be restarted under a run. Then its pictures have
-    no score, and the server's own word on a single picture is passed on likewise. What asking again cannot mend is a Refusal: a
-    server of another reward, a wrong token, pictures that are too many, prompts that the reward cannot work with.
+    A request is repeated, after growing waits, where no server answers in time or the server is in trouble (408, 429,
+    5xx). So a server may be restarted under a run. After `patience` seconds without any answer, the scores of the
+    request are missing. Where a retry would not help, it is a Refusal: a server of another reward, a wrong token, too
+    many pictures, prompts that the reward cannot work with.
 
-    Each picture is in one request, and the first whole answer to it is the one that counts. A server that was killed may have
-    scored pictures whose answer never came: they are scored again there, and counted once here.
+    Each picture is in one request, and the first complete answer counts. A server that was killed may score pictures
+    twice; they count once here.
     """
 
     def __init__(self, name: str, client: httpx2.Client, batch_size: int = 16, patience: float = _PATIENCE) -> None:
         """`client` has the server's URL as its base."""
-        self._name, self._client, self._batch_size, self._patience = name, client, batch_size, patience
+        self._name = name
+        self._client = client
+        self._batch_size = batch_size
+        self._patience = patience
         self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix=f"reward-{name}")
-        self._met, self._one, self._closed = False, threading.Lock(), threading.Event()
+        self._lock = threading.Lock()
+        self._met = False
+        self._closed = threading.Event()
         self._server = f"{client.base_url}{on_the_way(str(client.base_url))}"
 
     @classmethod
@@ -65,7 +72,7 @@ class RemoteReward(Reward):
             )
         token = token_of_environment()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        client = client_of(name, term.url, term.answer_timeout, _AT_ONCE, headers)
+        client = make_client(name, term.url, term.answer_timeout, _AT_ONCE, headers)
         return cls(name, client, term.network_batch_size)
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
@@ -74,15 +81,18 @@ class RemoteReward(Reward):
         self._meet()
         # a reward sees which columns there are: a request must not lack one because its own prompts do
         names = sorted({name for prompt in prompts for name in prompt.columns} - {COLUMN})
-        told = [{name: p.columns.get(name) for name in names} for p in prompts]
-        parts = [slice(i, i + self._batch_size) for i in range(0, len(prompts), self._batch_size)]
+        columns = [{name: p.columns.get(name) for name in names} for p in prompts]
+        batches = [slice(i, i + self._batch_size) for i in range(0, len(prompts), self._batch_size)]
         outage = _Outage()  # shared, so that many requests wait for a server that is down no longer than one
-        asked = [self._pool.submit(self._ask, pictures_NHWC[part], prompts[part], told[part], outage) for part in parts]
+        requests = [
+            self._pool.submit(self._request, pictures_NHWC[batch], prompts[batch], columns[batch], outage)
+            for batch in batches
+        ]
         try:
-            return [score for answer in asked for score in answer.result()]
-        except BaseException:  # refused or interrupted: the rest need not be asked
-            for answer in asked:
-                answer.cancel()
+            return [score for request in requests for score in request.result()]
+        except BaseException:  # refused or interrupted: the rest need not be sent
+            for request in requests:
+                request.cancel()
             raise
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -97,8 +107,8 @@ class RemoteReward(Reward):
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def _meet(self) -> None:
-        """Refusal unless a server of this reward answers; asked once."""
-        with self._one:
+        """Refuse a URL at which no server of this reward answers. The server is asked once."""
+        with self._lock:
             if self._met:
                 return
             try:
@@ -117,20 +127,20 @@ class RemoteReward(Reward):
                 )
             if health.get("reward") != self._name:
                 raise Refusal(f"reward {self._name!r}: the server at {self._server} gives {health.get('reward')!r}")
-            columns = health.get("columns")  # which a server of an earlier version does not tell
+            columns = health.get("columns")  # which servers of earlier versions do not send
             self.needed = [str(name) for name in columns] if isinstance(columns, list) else []
             self._met = True
 
-    def _ask(
+    def _request(
         self,
         pictures_NHWC: np.ndarray,
         prompts: Sequence[Prompt],
-        columns: Sequence[Mapping[str, Any]],
+        columns: Sequence[dict[str, object]],
         outage: _Outage,
     ) -> list[Score]:
-        items: list[dict[str, Any]] = [
-            {"id": i, "png": _png(picture), "prompt": prompt.text, "columns": told}
-            for i, (picture, prompt, told) in enumerate(zip(pictures_NHWC, prompts, columns, strict=True))
+        items = [
+            _Item(id=i, png=_png(picture), prompt=prompt.text, columns=values)
+            for i, (picture, prompt, values) in enumerate(zip(pictures_NHWC, prompts, columns, strict=True))
         ]
         if any(COLUMN in prompt.columns for prompt in prompts):
             sources = pictures([prompt.columns.get(COLUMN) for prompt in prompts])
@@ -144,23 +154,27 @@ class RemoteReward(Reward):
         except _NoAnswer as error:
             return [Score(None, error=f"reward server at {self._server}: {error}")] * len(items)
 
-    def _json(self, items: list[dict[str, Any]]) -> bytes:
+    def _json(self, items: list[_Item]) -> bytes:
         try:
             return json.dumps({"version": PROTOCOL, "reward": self._name, "items": items}, allow_nan=False).encode()
         except (TypeError, ValueError):
-            name, value = next(told for item in items for told in item["columns"].items() if not _is_json(told[1]))
+            columns = [column for item in items for column in item["columns"].items()]
+            name, value = next((name, value) for name, value in columns if not _is_json(value))
             raise Refusal(
                 f"reward {self._name!r}: the column {name!r} cannot be sent to a server, for {value!r:.60} is not JSON"
             ) from None
 
     def _send(self, method: str, path: str, body: bytes | None = None, *, outage: _Outage) -> httpx2.Response:
-        """An answer of status 200; sent again where that may help, _NoAnswer where it did not, Refusal where it cannot."""
-        kind = {"Content-Type": "application/json"} if body else None
-        deadline, wait = math.inf, _FIRST_WAIT
+        """Send a request until its answer has status 200. _NoAnswer after `patience`, Refusal where a retry cannot
+        help.
+        """
+        headers = {"Content-Type": "application/json"} if body else None
+        deadline = math.inf
+        wait = _FIRST_WAIT
         while True:
             retry_after = 0.0
             try:
-                response = answer_of(self._client, method, path, content=body, headers=kind)
+                response = send(self._client, method, path, body, headers)
             except httpx2.RequestError as error:
                 trouble = f"{type(error).__name__}: {error}"
             else:
@@ -182,21 +196,32 @@ class RemoteReward(Reward):
 
 @dataclass
 class _Outage:
-    """No request of one call of `score` was answered since then."""
+    """The time since when no request of one call of `score` was answered."""
 
     since: float = math.inf
 
 
 class _NoAnswer(Exception):
-    """What a request came to, in the end."""
+    """The trouble for which a request has no answer."""
 
 
-def client_of(reward: str, url: str, timeout: float, connections: int, headers: Mapping[str, str]) -> httpx2.Client:
-    """A client of a server, whose connections stay open. Refusal where the environment keeps it from there.
+class _Item(TypedDict):
+    """A picture of a request, as JSON."""
+
+    id: int
+    png: str
+    prompt: str
+    columns: dict[str, object]
+    image: NotRequired[str | None]
+
+
+def make_client(reward: str, url: str, timeout: float, connections: int, headers: Mapping[str, str]) -> httpx2.Client:
+    """Make a client whose connections stay open. Refusal where the environment does not let it reach the server.
 
     A server on this machine is asked without a proxy, and one without TLS needs no certificates.
     """
-    base, proxy = httpx2.URL(url), proxy_for(url)
+    base = httpx2.URL(url)
+    proxy = proxy_for(url)
     verify = True if base.scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
     try:
@@ -207,25 +232,28 @@ def client_of(reward: str, url: str, timeout: float, connections: int, headers: 
     return httpx2.Client(base_url=base, headers=headers, timeout=timeout, transport=transport)
 
 
-def answer_of(client: httpx2.Client, method: str, path: str, **told: Any) -> httpx2.Response:
-    """What a server answers, read whole; httpx2's error also where it goes on for longer than the client waits, or for ever."""
-    with client.stream(method, path, **told) as response:
-        until, content = time.monotonic() + (client.timeout.read or math.inf), bytearray()
-        for part in response.iter_bytes():
-            content += part
+def send(
+    client: httpx2.Client, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+) -> httpx2.Response:
+    """Send a request and read its answer whole. httpx2's errors also where the answer is too long, or does not end."""
+    with client.stream(method, path, content=body, headers=headers) as response:
+        deadline = time.monotonic() + (client.timeout.read or math.inf)
+        content = bytearray()
+        for chunk in response.iter_bytes():
+            content += chunk
             if len(content) > _LARGEST:
                 raise httpx2.ReadError(f"an answer of more than {_LARGEST >> 20} MB")
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise httpx2.ReadTimeout("an answer that does not end")
     kept = [(name, value) for name, value in response.headers.raw if name.lower() in (b"content-type", b"retry-after")]
     return httpx2.Response(response.status_code, headers=kept, content=bytes(content))
 
 
-# --- what is sent and answered ----------------------------------------------------------------------------------------
+# --- requests and answers ---------------------------------------------------------------------------------------------
 
 
 def token_of_environment() -> str:
-    """Empty where there is none; Refusal for one that no header can hold."""
+    """The token of the environment, empty where there is none. Refusal where no header can hold it."""
     token = os.environ.get(TOKEN, "").strip()
     if not (token.isascii() and token.isprintable()):
         raise Refusal(f"{TOKEN} has characters that no token has; set it anew")
@@ -246,7 +274,7 @@ def _png(picture_HWC: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _is_json(value: Any) -> bool:
+def _is_json(value: object) -> bool:
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
@@ -254,8 +282,8 @@ def _is_json(value: Any) -> bool:
     return True
 
 
-def _object(response: httpx2.Response) -> dict[str, Any]:
-    """The JSON object of an answer; empty where it is none."""
+def _object(response: httpx2.Response) -> dict[str, object]:
+    """The JSON object of an answer, empty where it is none."""
     try:
         value = response.json()
     except (ValueError, RecursionError):
@@ -264,9 +292,9 @@ def _object(response: httpx2.Response) -> dict[str, Any]:
 
 
 def _detail(response: httpx2.Response) -> str:
-    """What the server says of itself, or the start of whatever it says, as a line."""
-    said = str(_object(response).get("detail") or response.text[:200] or response.reason_phrase)
-    line = " ".join(said.split())[:1000]
+    """The `detail` of an answer, or the start of its text, as one line."""
+    detail = str(_object(response).get("detail") or response.text[:200] or response.reason_phrase)
+    line = " ".join(detail.split())[:1000]
     return line if line.isprintable() else ascii(line)[1:-1]
 
 
@@ -276,25 +304,30 @@ def _retry_after(response: httpx2.Response) -> float:
 
 
 def _scores(response: httpx2.Response, count: int) -> list[Score]:
-    """The scores of `count` items in their order. _NoAnswer for what is no JSON, as a connection leaves it; WrongAnswer for other JSON."""
+    """The scores of `count` items, in order.
+
+    _NoAnswer where the answer is no JSON, as a broken connection leaves it. WrongAnswer for other JSON.
+    """
     try:
-        told = response.json()
+        data = response.json()
     except (ValueError, RecursionError):
         raise _NoAnswer("its answer is no JSON") from None
-    answers = told.get("scores") if isinstance(told, dict) else None
+    answers = data.get("scores") if isinstance(data, dict) else None
     if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
         raise WrongAnswer('answers without scores; it must give {"scores": [{"id": 0, "value": 0.5}, ...]}')
     if [answer.get("id") for answer in answers] != list(range(count)):
         raise WrongAnswer(
-            f"gives {len(answers)} scores for {count} pictures; it must give one each, in their order, with the id of each"
+            f"gives {len(answers)} scores for {count} pictures; it must give one each, in their order, with the id of"
+            " each"
         )
     return [_score(answer) for answer in answers]
 
 
-def _score(answer: Mapping[str, Any]) -> Score:
-    value: Any = answer.get("value")
-    passed, error = answer.get("passed"), answer.get("error")
-    if type(value) not in (int, float, type(None)):
+def _score(answer: Mapping[str, object]) -> Score:
+    value = answer.get("value")
+    passed = answer.get("passed")
+    error = answer.get("error")
+    if not isinstance(value, int | float | None) or isinstance(value, bool):
         raise WrongAnswer(f"gives {value!r:.60} for a score; it must give a number, or null and an error")
     number = float(value) if value is not None and abs(value) <= sys.float_info.max else None
     if number is None and not error:

@@ -1,9 +1,11 @@
-"""A reward for other machines, over HTTP: pictures as PNG in JSON, a score for each back. Its client is RemoteReward.
+"""The server of a reward for other machines, over HTTP. Its client is RemoteReward.
 
-    POST /v1/score  {"version": 1, "reward": NAME, "items": [{"id": 0, "png": BASE64, "prompt": TEXT, "columns": {}, "image": BASE64}, ...]}
-                    {"version": 1, "reward": NAME, "scores": [{"id": 0, "value": 0.5, "passed": null, "error": null}, ...]}
-    GET /health     {"status": "ok", "reward": NAME, "version": ..., "protocol": 1, "requests": ..., ...}
-    GET /openapi.json, their schema
+    POST /v1/score     {"version": 1, "reward": NAME, "items": [
+                           {"id": 0, "png": BASE64, "prompt": TEXT, "columns": {}, "image": BASE64}, ...]}
+        answers        {"version": 1, "reward": NAME, "scores": [
+                           {"id": 0, "value": 0.5, "passed": null, "error": null}, ...]}
+    GET /health        {"status": "ok", "reward": NAME, "version": ..., "protocol": 1, "requests": ..., ...}
+    GET /openapi.json  the schema of both
 
 A server keeps nothing of a request that it has answered.
 """
@@ -12,46 +14,40 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hmac
 import math
 import socket
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Hashable, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from PIL import Image
 from pydantic import BaseModel, JsonValue, field_validator
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from progrpo import __version__
 from progrpo.environment import is_loopback
 from progrpo.messages import raised
 from progrpo.prompts.pictures import COLUMN
-from progrpo.rewards.base import Refusal, Reward, Score, WrongAnswer
+from progrpo.rewards.base import Refusal, Reward, Score
+from progrpo.rewards.batching import Batches, Result
+from progrpo.rewards.gate import Gate, Room
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.remote import PROTOCOL, TOKEN, token_of_environment
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 _LARGEST = 4096 * 4096  # pixels of a picture
-_BYTES_A_PIXEL = 7  # 4 of Pillow's and 3 of the array
-_STALLED = 60.0  # seconds without a byte of a body that has begun
-_HANGING = 10.0  # seconds that the reward has for its last batches when the server ends
+_BYTES_PER_PIXEL = 7  # 4 in Pillow and 3 in the array
 
 
 @dataclass(frozen=True)
@@ -63,9 +59,9 @@ class Limits:
 
 
 def serve(term: RewardTerm, host: str, port: int, limits: Limits) -> None:
-    """Serve a reward until the process is told to end; what is being scored then is still answered.
+    """Serve a reward until the process is asked to end. What is being scored then is still answered.
 
-    ValueError, one sentence, where it cannot start. The reward's weights are loaded before the port opens.
+    The reward's weights are loaded before the port opens. ValueError, one sentence, where the server cannot start.
     """
     token = token_of_environment()
     if not token and not is_loopback(host):
@@ -94,7 +90,7 @@ def _listening(host: str, port: int) -> socket.socket:
         raise ValueError(f"cannot listen at {host}, port {port}: {error}") from None
 
 
-# --- what is sent and answered ----------------------------------------------------------------------------------------
+# --- requests and answers ---------------------------------------------------------------------------------------------
 
 
 class Item(BaseModel, use_attribute_docstrings=True):
@@ -103,14 +99,14 @@ class Item(BaseModel, use_attribute_docstrings=True):
     prompt: str
     columns: dict[str, JsonValue] = {}
     image: str | None = None
-    """The prompt's source picture likewise, where it has one; the reward finds it in the column of that name."""
+    """The prompt's source picture in the same form, where it has one. The reward finds it in the column `image`."""
     id: int | None = None
-    """Comes back with the score."""
+    """A number that comes back with the score."""
 
     @field_validator("columns")
     @classmethod
-    def _names_no_file(cls, columns: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        # there it would be a path, and the file of that name be opened on this machine
+    def _refuse_path(cls, columns: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        # in a column it would be a path, and this machine would open its own file of that name
         if COLUMN in columns:
             raise ValueError(f"a source picture is sent as `{COLUMN}` beside the columns")
         return columns
@@ -119,14 +115,14 @@ class Item(BaseModel, use_attribute_docstrings=True):
 class Question(BaseModel, use_attribute_docstrings=True):
     version: Literal[1]
     reward: str | None = None
-    """Refused if it is another than the server's."""
+    """The reward that is asked for. Another one than the server's is refused."""
     items: list[Item]
 
 
 class Answer(BaseModel, use_attribute_docstrings=True):
     id: int | None = None
     value: float | None = None
-    """None where there is no score; `error` says why."""
+    """The score; null where it is missing, with an `error`."""
     passed: bool | None = None
     error: str | None = None
 
@@ -143,21 +139,21 @@ class Health(BaseModel, use_attribute_docstrings=True):
     version: str = __version__
     protocol: Literal[1] = PROTOCOL
     columns: list[str] = []
-    """That the reward needs of every prompt."""
+    """The columns that every prompt must have."""
     requests: int = 0
-    """That were answered with scores."""
+    """The number of requests answered with scores."""
     pictures: int = 0
-    """Of these requests."""
+    """The number of pictures in these requests."""
     failures: int = 0
-    """Pictures without a score."""
+    """The number of pictures without a score."""
     waiting: int = 0
-    """Pictures now."""
+    """The number of pictures that wait now."""
     uptime: float = 0.0
-    """Seconds."""
+    """The time since the start, in seconds."""
 
 
 def make_app(term: RewardTerm, reward: Reward, token: str = "", limits: Limits = Limits()) -> FastAPI:
-    """The server of one reward. A request for which there is no room is told to wait."""
+    """The server of one reward. Where there is no room for a request, the client is asked to wait."""
     name, max_bytes = term.name, limits.max_megabytes * 2**20
     batches = Batches(reward, term.network_batch_size)
     room = Room(16 * max_bytes)
@@ -190,21 +186,21 @@ def make_app(term: RewardTerm, reward: Reward, token: str = "", limits: Limits =
             raise HTTPException(
                 413, f"{len(items)} pictures in one request; this server takes {limits.max_pictures} at most"
             )
-        opened = await run_in_threadpool(lambda: [_opened_both(item) for item in items])
-        there = [image for both in opened if not isinstance(both, Score) for image in both if image is not None]
-        size = sum(_BYTES_A_PIXEL * image.width * image.height for image in there)
+        opened = await run_in_threadpool(lambda: [_open_both(item) for item in items])
+        images = [image for pair in opened if not isinstance(pair, Score) for image in pair if image is not None]
+        size = sum(_BYTES_PER_PIXEL * image.width * image.height for image in images)
         if size > 4 * max_bytes:
             raise HTTPException(413, f"pictures that need {size >> 20} MB in one request; send fewer at a time")
         with room.held(size):
-            decoded = await run_in_threadpool(lambda: list(map(_decoded, items, opened)))
-            readable = [both for both in decoded if not isinstance(both, Score)]
-            asked = batches.ask([picture for picture, _ in readable], [prompt for _, prompt in readable])
-            answers = iter(await _unless_gone(asked, request))
-        found = [both if isinstance(both, Score) else next(answers) for both in decoded]
-        refusal = next((f for f in found if isinstance(f, Refusal)), None)
+            decoded = await run_in_threadpool(lambda: list(map(_decode, items, opened)))
+            readable = [pair for pair in decoded if not isinstance(pair, Score)]
+            futures = batches.submit([picture for picture, _ in readable], [prompt for _, prompt in readable])
+            answers = iter(await _unless_gone(futures, request))
+        results = [pair if isinstance(pair, Score) else next(answers) for pair in decoded]
+        refusal = next((result for result in results if isinstance(result, Refusal)), None)
         if refusal is not None:
-            raise HTTPException(422, _in_words(refusal))
-        scores = [_answer(item, f) for item, f in zip(items, found, strict=True) if isinstance(f, Score)]
+            raise HTTPException(422, _one_line(refusal))
+        scores = [_answer(item, s) for item, s in zip(items, results, strict=True) if isinstance(s, Score)]
         counts.requests += 1
         counts.pictures += len(scores)
         counts.failures += sum(s.value is None for s in scores)
@@ -214,30 +210,30 @@ def make_app(term: RewardTerm, reward: Reward, token: str = "", limits: Limits =
 
 
 async def _in_one_sentence(request: Request, error: Exception) -> JSONResponse:
-    """Where a body is not what it should be; the usual answer would repeat the body."""
+    """The answer to a body that is not valid. FastAPI's own would repeat the body."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return JSONResponse({"detail": _in_words(f"{where}: {first['msg']}")}, 422)
+    return JSONResponse({"detail": _one_line(f"{where}: {first['msg']}")}, 422)
 
 
 def _answer(item: Item, score: Score) -> Answer:
     number = score.number()
     if math.isnan(number):  # JSON has none
-        return Answer(id=item.id, passed=score.passed, error=_in_words(score.error or f"the reward gave {score.value}"))
-    return Answer(id=item.id, value=number, passed=score.passed, error=score.error and _in_words(score.error))
+        return Answer(id=item.id, passed=score.passed, error=_one_line(score.error or f"the reward gave {score.value}"))
+    return Answer(id=item.id, value=number, passed=score.passed, error=score.error and _one_line(score.error))
 
 
-def _in_words(told: object) -> str:
-    """One line that JSON can hold."""
-    return " ".join(str(told).encode(errors="backslashreplace").decode().split())[:1000]
+def _one_line(value: object) -> str:
+    """A text as one line that JSON can hold."""
+    return " ".join(str(value).encode(errors="backslashreplace").decode().split())[:1000]
 
 
-async def _unless_gone(asked: Sequence[Future[_Found]], request: Request) -> list[_Found]:
-    """The answers; if the client goes away first, what waits is not scored."""
-    answers = asyncio.gather(*map(asyncio.wrap_future, asked))
+async def _unless_gone(futures: Sequence[Future[Result]], request: Request) -> list[Result]:
+    """Wait for the results. If the client goes away first, what waits is not scored."""
+    answers = asyncio.gather(*map(asyncio.wrap_future, futures))
     gone = asyncio.create_task(_gone(request))
-    first: set[asyncio.Future[Any]] = {answers, gone}
+    first: set[asyncio.Future[list[Result]] | asyncio.Future[None]] = {answers, gone}
     await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
     gone.cancel()
     if not answers.done():
@@ -257,21 +253,24 @@ async def _gone(request: Request) -> None:
 
 
 _Opened = tuple[Image.Image, Image.Image | None] | Score
+"""A picture and its prompt's source, or the missing score where one of them cannot be read."""
 
 
-def _opened_both(item: Item) -> _Opened:
-    """A picture and its prompt's source, of which no more than the headers were read, or the score that is missing for them."""
-    image = _opened(item.png)
-    if isinstance(image, Score) or item.image is None:
-        return image if isinstance(image, Score) else (image, None)
-    source = _opened(item.image)
+def _open_both(item: Item) -> _Opened:
+    """Open the pictures of an item. No more than their headers are read."""
+    image = _open(item.png)
+    if isinstance(image, Score):
+        return image
+    if item.image is None:
+        return image, None
+    source = _open(item.image)
     return source if isinstance(source, Score) else (image, source)
 
 
-def _opened(png: str) -> Image.Image | Score:
+def _open(png: str) -> Image.Image | Score:
     try:
         image = Image.open(BytesIO(base64.b64decode(png, validate=True)), formats=["PNG"])
-    except Exception as error:  # Pillow's are of many kinds
+    except Exception as error:  # Pillow raises many kinds
         return Score(None, error=f"the picture is no PNG in base64: {error}")
     if image.mode != "RGB":
         return Score(None, error=f"the picture is {image.mode} and must be RGB of 8 bits")
@@ -282,7 +281,7 @@ def _opened(png: str) -> Image.Image | Score:
     return image
 
 
-def _decoded(item: Item, opened: _Opened) -> tuple[np.ndarray, Prompt] | Score:
+def _decode(item: Item, opened: _Opened) -> tuple[np.ndarray, Prompt] | Score:
     if isinstance(opened, Score):
         return opened
     image, source = opened
@@ -292,169 +291,5 @@ def _decoded(item: Item, opened: _Opened) -> tuple[np.ndarray, Prompt] | Score:
             source.load()
     except Exception as error:
         return Score(None, error=f"the picture is damaged: {error}")
-    given = {COLUMN: source} if COLUMN in item.model_fields_set else {}
-    return pixels, Prompt(item.prompt, {**item.columns, **given})
-
-
-# --- batches ----------------------------------------------------------------------------------------------------------
-
-
-_Found = Score | Refusal
-
-
-@dataclass(frozen=True, eq=False)
-class _Asked:
-    picture_HWC: np.ndarray
-    prompt: Prompt
-    answer: Future[_Found]
-
-
-class Batches:
-    """One thread that calls the reward, with up to `batch_size` of what has come in meanwhile, from whichever requests.
-
-    A batch is of one picture size and one set of columns. If it fails, each of its pictures is asked about alone, so that
-    no request has to do with another's mistake; but for a WrongAnswer, which is the reward's own.
-    """
-
-    def __init__(self, reward: Reward, batch_size: int) -> None:
-        self._reward, self._batch_size = reward, batch_size
-        self._waiting: dict[Hashable, deque[_Asked]] = {}
-        self._news, self._open = threading.Condition(), True
-        self._thread = threading.Thread(target=self._work, name="reward", daemon=True)
-        self._thread.start()
-
-    def ask(self, pictures: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> list[Future[_Found]]:
-        asked = [_Asked(*both, Future()) for both in zip(pictures, prompts, strict=True)]
-        with self._news:
-            for one in asked:
-                kind = (one.picture_HWC.shape, frozenset(one.prompt.columns))
-                self._waiting.setdefault(kind, deque()).append(one)
-            self._news.notify()
-        return [one.answer for one in asked]
-
-    @property
-    def waiting(self) -> int:
-        with self._news:
-            return sum(map(len, self._waiting.values()))
-
-    def close(self) -> None:
-        """Score what waits, and end. A reward that hangs is left to itself: nobody waits for it any more."""
-        with self._news:
-            self._open = False
-            self._news.notify()
-        self._thread.join(_HANGING)
-
-    def _work(self) -> None:
-        while (batch := self._next()) is not None:
-            self._score(batch)
-
-    def _next(self) -> list[_Asked] | None:
-        """What to score now; None where nothing waits or will."""
-        with self._news:
-            self._news.wait_for(lambda: self._waiting or not self._open)
-            if not self._waiting:
-                return None
-            kind = next(iter(self._waiting))
-            queue, batch = self._waiting.pop(kind), list[_Asked]()
-            while queue and len(batch) < self._batch_size:
-                one = queue.popleft()
-                if one.answer.set_running_or_notify_cancel():
-                    batch.append(one)
-            if queue:
-                self._waiting[kind] = queue  # behind the other kinds
-            return batch
-
-    def _score(self, batch: list[_Asked]) -> None:
-        if not batch:
-            return
-        try:
-            pictures_NHWC = np.stack([one.picture_HWC for one in batch])
-            scores = [s.plain() for s in self._reward.score(pictures_NHWC, [one.prompt for one in batch])]
-            if len(scores) != len(batch):
-                raise WrongAnswer(f"the reward gave {len(scores)} scores for {len(batch)} pictures; return one each")
-        except BaseException as error:  # of SystemExit too: this thread must go on, or no request is ever answered
-            if len(batch) > 1 and not isinstance(error, WrongAnswer):
-                for one in batch:
-                    self._score([one])
-                return
-            failed = error if isinstance(error, Refusal) else Score(None, error=f"{type(error).__name__}: {error}")
-            for one in batch:
-                one.answer.set_result(failed)
-        else:
-            for one, score in zip(batch, scores, strict=True):
-                one.answer.set_result(score)
-
-
-# --- who may ask, and how much ----------------------------------------------------------------------------------------
-
-
-class Room:
-    """Bytes that all requests under way may hold. For one event loop."""
-
-    def __init__(self, size: int) -> None:
-        self._free = size
-
-    @contextmanager
-    def held(self, size: int) -> Iterator[None]:
-        if size > self._free:
-            raise HTTPException(503, "the server has too much to do", {"Retry-After": "1"})
-        self._free -= size
-        try:
-            yield
-        finally:
-            self._free += size
-
-
-class Gate:
-    """Lets requests in that have the token, while there is room, as far as a body may go: before and while it is read."""
-
-    def __init__(self, app: ASGIApp, token: str, room: Room, max_bytes: int) -> None:
-        self._app, self._room, self._max_bytes = app, room, max_bytes
-        self._secret = token.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        try:
-            self._authorise(headers)
-            with self._room.held(self._size(headers)):
-                await self._app(scope, self._limited(receive), send)
-        except HTTPException as refused:
-            response = await http_exception_handler(Request(scope), refused)
-            await response(scope, receive, send)
-
-    def _authorise(self, headers: Headers) -> None:
-        scheme, _, secret = headers.get("Authorization", "").partition(" ")
-        known = hmac.compare_digest(secret.strip().encode("latin-1"), self._secret)
-        if self._secret and not (known and scheme.lower() == "bearer"):
-            raise HTTPException(401, f"the token is missing or wrong; set {TOKEN}", {"WWW-Authenticate": "Bearer"})
-
-    def _size(self, headers: Headers) -> int:
-        """Of the body at most."""
-        declared = headers.get("Content-Length")
-        size = self._max_bytes if declared is None else int(declared)
-        if size > self._max_bytes:
-            raise self._too_large()
-        return size if declared or "Transfer-Encoding" in headers else 0
-
-    def _limited(self, receive: Receive) -> Receive:
-        read, whole = 0, False
-
-        async def limited() -> Message:
-            nonlocal read, whole
-            try:
-                async with asyncio.timeout(None if whole else _STALLED):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, f"no byte of the body for {_STALLED:g} s") from None
-            read, whole = read + len(message.get("body", b"")), not message.get("more_body", False)
-            if read > self._max_bytes:
-                raise self._too_large()
-            return message
-
-        return limited
-
-    def _too_large(self) -> HTTPException:
-        return HTTPException(413, f"a request of more than {self._max_bytes >> 20} MB; send fewer pictures at a time")
+    sources = {COLUMN: source} if COLUMN in item.model_fields_set else {}
+    return pixels, Prompt(item.prompt, {**item.columns, **sources})

@@ -1,4 +1,4 @@
-"""The built-in rewards: the shapes world's verifier, graded, strict or between, with its strict verdict for reporting."""
+"""The rewards of the built-in shapes world, by its verifier. All report its strict verdict."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from progrpo.zoo.shapes.verifier import verify
 
 
 class ShapesReward(Reward):
-    """The verifier's graded score. Prompts must be of the shapes world: their columns list what the picture must hold."""
+    """The verifier's graded score. Prompts must be of the shapes world: their columns list the objects of the
+    picture.
+    """
 
     parameters = 0
     _strict_share = 0.0
     """The share of the value that is the strict verdict, 1 or 0."""
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        strangers = [p.text for p in prompts if "objects" not in p.columns]
-        if strangers:
+        unknown = [p.text for p in prompts if "objects" not in p.columns]
+        if unknown:
             raise Refusal(
-                f"the reward `shapes` cannot read the prompt {quoted(strangers[0])}: it needs the built-in prompts, `shapes`;"
-                " give these, or another reward, such as module:function of your own"
+                f"the reward `shapes` cannot read the prompt {quoted(unknown[0])}: it needs the built-in prompts,"
+                " `shapes`; give these, or another reward, such as module:function of your own"
             )
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
@@ -36,7 +38,7 @@ class ShapesReward(Reward):
 
 
 class StrictShapesReward(ShapesReward):
-    """1 where the picture holds all that it must and nothing else, else 0."""
+    """1 where the picture holds exactly the objects of the prompt, else 0."""
 
     _strict_share = 1.0
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
-from progrpo.rollout.denoise import Sampling
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sampling import Sampling, ode
 from progrpo.tracking.records import Metrics, metric
 from progrpo.tracking.run_folder import RunFolder
-from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, evaluate, kl_to_reference, ode
+from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, Measures, evaluate, kl_to_reference
 from progrpo.training.inputs import HeldOut
 from progrpo.training.notices import Notices
 from progrpo.training.state import EvaluatorState
@@ -77,20 +78,12 @@ class Evaluator:
         return ode(self._trainer.policy, config.num_inference_steps, config.guidance_scale, microbatch)
 
     def _evaluate(self, prompts: Sequence[Prompt], weights: str, diverse: int = 0) -> Evaluation:
-        trainer, held_out = self._trainer, self._held_out
+        trainer = self._trainer
+        measures = Measures(self._held_out.judge, self._held_out.rewards, diverse)
 
         def sample(microbatch: int) -> Evaluation:
-            return evaluate(
-                trainer.policy,
-                trainer.reward,
-                held_out.judge,
-                prompts,
-                self._sampling(microbatch),
-                trainer.config.eval.seed,
-                trainer.ranks,
-                diverse=diverse,
-                held_out=held_out.rewards,
-            )
+            sampler = Sampler(trainer.policy, trainer.reward, self._sampling(microbatch))
+            return evaluate(sampler, prompts, trainer.config.eval.seed, trainer.ranks, measures)
 
         with trainer.policy.weights(weights):
             result = trainer.sampling_microbatch.run(sample, trainer.sampling_refusal)

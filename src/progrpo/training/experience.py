@@ -18,7 +18,7 @@ from progrpo.objectives.advantage import (
     with_quorum,
 )
 from progrpo.objectives.base import Experience, Noise
-from progrpo.rollout.denoise import Sampling
+from progrpo.rollout.sampling import Sampling
 from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.types import GroupScores, Rollout

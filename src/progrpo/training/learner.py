@@ -10,8 +10,8 @@ from progrpo.config import Config, learning_rate
 from progrpo.objectives.base import Experience
 from progrpo.policies.base import Policy
 from progrpo.policies.sharded import all_gathered
-from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.sampling import Sampling
 from progrpo.rollout.sharding import NOT_SHARDED
 from progrpo.training import checks
 from progrpo.training.build import objective_from

@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from progrpo.config import microbatch
 from progrpo.rewards.base import Refusal
 from progrpo.rewards.mixture import close_all
 from progrpo.rollout.plan import UnitCosts
@@ -179,7 +178,7 @@ class TrainingLoop:
             return
         self._config = config
         self._recorder.config(config)
-        sizes = f"sampling.microbatch {microbatch(config.sampling)}, optim.microbatch {microbatch(config.optim)}"
+        sizes = f"sampling.microbatch {config.sampling.rows_per_call}, optim.microbatch {config.optim.items_per_pass}"
         self._console.warn(f"out of memory: going on with {sizes}")
 
     def _stop_if_signalled(self, stop: Stop) -> None:

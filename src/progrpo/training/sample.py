@@ -14,14 +14,15 @@ from PIL import Image
 from progrpo.config import EvalSettings
 from progrpo.messages import named
 from progrpo.prompts.pictures import COLUMN
-from progrpo.rollout.denoise import denoise, expand
+from progrpo.rollout.denoise import Denoiser, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import decoded
+from progrpo.rollout.sampling import ode
 from progrpo.training.build import run_of, trained_policy
 from progrpo.training.distributed import Ranks, lost_in_words
 from progrpo.training.errors import MissingPicturesError
-from progrpo.training.evaluate import asked_for, away_from, ode, rows_at_once, warn_of_cuts
+from progrpo.training.evaluate import asked_for, away_from, rows_at_once, warn_of_cuts
 from progrpo.types import Prompt
 
 _NAME = re.compile(r"(\d+)-\d+\.(png|webp)")
@@ -63,13 +64,13 @@ def sample_pictures(
             raise ValueError(f"--image: {named(model)} is told a text alone; leave it out, or give a model that edits")
         warn_of_cuts(policy, prompts, ranks)
         sampling = ode(policy, wanted.num_inference_steps, wanted.guidance_scale, rows_at_once(policy))
-        key, condition = NoiseKey(wanted.seed, 0), policy.encode(prompts)
+        key, denoiser = NoiseKey(wanted.seed, 0), Denoiser(policy, policy.encode(prompts), sampling)
         start = expand(policy, torch.arange(len(prompts)), count, sampling, key)
         found: list[tuple[int, int, np.ndarray | None]] = []
         faults: list[str] = []
         mine = ranks.deal(len(start))
         for rows in mine.split(sampling.microbatch) if len(mine) else ():  # splitting nothing gives one empty part
-            final = denoise(policy, condition, start.take(rows), sampling, key, Meter())
+            final = denoise(denoiser, start.take(rows), key, Meter())
             made = decoded(policy, final.x_NCHW, sampling.microbatch)
             shown = zip(made.images_NHWC.numpy(), made.there_N.tolist(), strict=True)
             images = (image if is_there else None for image, is_there in shown)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from progrpo.config import OptimSettings, microbatch
+from progrpo.config import OptimSettings
 from progrpo.objectives.base import Experience, Loss, Objective
 from progrpo.packing import filled_up, of_update, of_whole_blocks
 from progrpo.policies.base import Policy
@@ -96,7 +96,7 @@ class Updater:
         self.objective = objective
         self.optimizer = optimizer
         self.loss_scale = LossScale() if loss_scale is None else loss_scale
-        self.microbatch = Microbatch(microbatch(config), "optim.microbatch")
+        self.microbatch = Microbatch(config.items_per_pass, "optim.microbatch")
         self._config = config
         self._ranks = ranks
 
