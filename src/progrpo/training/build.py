@@ -41,7 +41,7 @@ from progrpo.rollout.sampling import Record, Sampling, sampler_name, sampling_fo
 from progrpo.training.distributed import Ranks
 from progrpo.training.equal_inputs import require_same_model
 from progrpo.training.memory import keep_freed_memory
-from progrpo.training.zero import agreed
+from progrpo.training.zero import with_requested_dtype
 from progrpo.types import FROM_PYTHON, Prompt
 from progrpo.zoo import WEIGHTS
 from progrpo.zoo.shapes import world
@@ -96,7 +96,7 @@ def settled(config: Config, ranks: Ranks) -> Config:
     ValueError where it contradicts what is asked of DeepSpeed.
     """
     if ranks.zero is not None:
-        config = agreed(config, ranks.zero)
+        config = with_requested_dtype(config, ranks.zero)
     if config.model.dtype != "auto":
         return config
     dtype = ranks.from_main(lambda: fastest_dtype(ranks.device))

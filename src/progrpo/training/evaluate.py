@@ -35,7 +35,7 @@ from progrpo.tracking.records import EvaluationRecord
 from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
 from progrpo.training.checkpoints import digest
 from progrpo.training.checks import check_failures, fault_of
-from progrpo.training.distributed import Ranks, lost_in_words
+from progrpo.training.distributed import Ranks, explain_lost_process
 from progrpo.training.equal_inputs import require_same_prompts
 from progrpo.training.pictures import diversity, saturation, sharpness
 from progrpo.types import Pictures, Prompt, Scores, Trajectories
@@ -363,7 +363,7 @@ def evaluate_model(
     frames, others = config.reward.frames, config.eval.rewards
     reward_of, held_out = scorer_from(terms, frames), scorer_from(others, frames) if others else None
     chosen = eval_prompts(prompts, split, pictures, column or config.eval.column)
-    with ExitStack() as ending, lost_in_words(lambda: "give the command again"):
+    with ExitStack() as ending, explain_lost_process(lambda: "give the command again"):
         ending.callback(close_all, (reward_of, held_out), Console(0, file=sys.stderr).warn)
         for scorer in filter(None, (reward_of, held_out)):
             scorer.check(chosen)
@@ -380,7 +380,7 @@ def evaluate_model(
         failures = [ranks.gather([scorer.failures()]) for scorer in filter(None, (reward_of, held_out))]
         for found in failures:
             check_failures(found, config.reward.max_missing, "the evaluation")
-        ranks.leave()
+        ranks.wait_for_all()
     if not ranks.is_main:
         return None
     return {
