@@ -59,7 +59,8 @@ from progrpo.config import (
 )
 from progrpo.packing import evenly
 from progrpo.policies.base import Policy, PolicyContext, torch_dtype
-from progrpo.policies.load import POLICIES, policy_from_pipeline, quiet
+from progrpo.policies.decoding import PictureDecoder, unscale_tiny
+from progrpo.policies.load import policy_from_pipeline, quiet
 from progrpo.policies.sizes import without_weights
 from progrpo.rewards.base import Scorer
 from progrpo.rollout.plan import UnitCosts
@@ -118,11 +119,9 @@ def of_real_size(config: Config, wanted: argparse.Namespace) -> Config:
 
 def random_policy(settings: ModelSettings, context: PolicyContext) -> Policy:
     """A model by its architecture, of random numbers, which is told random numbers for every text."""
-    on_meta = without_weights(settings.path, torch_dtype(settings))
-    kind = POLICIES[type(on_meta).__name__]
-    shapes = kind.from_pipeline(
-        on_meta, replace(settings, compile=False), PolicyContext(torch.device("meta"))
-    ).condition_shapes()
+    on_meta = PolicyContext(torch.device("meta"))
+    empty = without_weights(settings.path, torch_dtype(settings))
+    shapes = policy_from_pipeline(empty, replace(settings, compile=False), on_meta).family.condition_shapes()
     pipeline = without_weights(settings.path, torch_dtype(settings))
     for name, part in pipeline.components.items():
         if name.startswith("text_encoder"):
@@ -130,8 +129,9 @@ def random_policy(settings: ModelSettings, context: PolicyContext) -> Policy:
         elif isinstance(part, torch.nn.Module):
             fill(part.to_empty(device=context.device))
     policy: Any = policy_from_pipeline(pipeline, settings, context)
-    policy._tiny = random_tiny_decoder(policy)
-    policy._encode_text = lambda text: {name: torch.randn(1, *shape) for name, shape in shapes.items()}
+    tiny = random_tiny_decoder(policy)
+    policy.previewer = PictureDecoder(tiny, unscale_tiny(tiny), "tiny decoder", "")
+    policy.family.encode_text = lambda text: {name: torch.randn(1, *shape) for name, shape in shapes.items()}
     return policy  # type: ignore[no-any-return]
 
 
@@ -139,7 +139,7 @@ def random_tiny_decoder(policy: Any) -> AutoencoderTiny:
     """Of TAESD's architecture, for the model's latents."""
     tiny = AutoencoderTiny(latent_channels=policy.latent_shape[0]).requires_grad_(False).eval()
     fill(tiny)
-    return tiny.to(policy.device, torch_dtype(policy._settings), memory_format=torch.channels_last)
+    return tiny.to(policy.device, policy.family.dtype, memory_format=torch.channels_last)
 
 
 @torch.no_grad()

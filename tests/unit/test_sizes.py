@@ -82,7 +82,7 @@ def test_memory_is_what_is_allocated(weights):
     settings = ModelSettings(weights=weights)
     policy: Any = load_policy(settings)
     found = sizes(settings, 8, 4, 4)
-    told = {name: torch.randn(4, *shape) for name, shape in policy.condition_shapes().items()}
+    told = {name: torch.randn(4, *shape) for name, shape in policy.family.condition_shapes().items()}
 
     def train() -> None:
         policy.predict(torch.randn(4, *policy.latent_shape), torch.tensor(500.0), Condition(told)).sum().backward()
