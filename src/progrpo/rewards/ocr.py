@@ -50,8 +50,8 @@ class OCR(Reward):
     - Letters, quotation marks and dashes that Unicode has in several forms are compared in one form
       (`progrpo.prompts.texts.folded`).
     - The target is the prompt's column `target`, if it has one. Otherwise it is the text in double quotes
-      ("", “”, „“, «», 「」), or in single ones ('', ‘’) if there are no double ones. The published code takes the
-      first "" alone. A mark after a number (12" pizza) is read as inches or feet, where it can be.
+      ("", “”, „“, «», 「」), or in single ones ('', ‘’) if there are no double ones.
+      The published code takes the first "" alone. A mark after a number (12" pizza) is read as inches or feet, where it can be.
     - There may be several targets (a list in the column, several quotes). Then each is compared with the nearest part
       of the text read, and N_e and N_ref are sums over the targets.
     - The reader is PP-OCRv6 (small), not PaddleOCR's English model. Pictures below 256 on their shorter side are

@@ -50,7 +50,7 @@ from progrpo.training.zero import agreed
 from progrpo.types import FROM_PYTHON, Prompt
 from progrpo.zoo import WEIGHTS
 from progrpo.zoo.shapes import world
-from progrpo.zoo.shapes.judge import load_judge
+from progrpo.zoo.shapes.detector import load_detector
 
 
 def sampler_for(sampling: SamplingSettings, policy: Policy) -> str:
@@ -303,4 +303,4 @@ def judge_for(source: str) -> Judge | None:
     """The built-in prompts have a second judge, a file's have none."""
     if source != "shapes":
         return None
-    return load_judge(WEIGHTS / "shapes-judge")
+    return load_detector(WEIGHTS / "shapes-judge")
