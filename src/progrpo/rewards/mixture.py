@@ -130,10 +130,10 @@ class RewardMixture:
         name, reward = component.term.name, component.reward
         calls = [rows[group_N[rows] == g] for g in group_N[rows].unique()] if reward.groupwise else [rows]
         by_row: dict[int, Score] = {}
-        for asked in [call.tolist() for call in calls if len(call)]:
-            scores = reward.score(pictures_NHWC[asked], [prompts[i] for i in asked])
-            assert len(scores) == len(asked), f"reward {name}: {len(scores)} scores for {len(asked)} pictures"
-            by_row |= dict(zip(asked, scores, strict=True))
+        for call in [rows.tolist() for rows in calls if len(rows)]:
+            scores = reward.score(pictures_NHWC[call], [prompts[i] for i in call])
+            assert len(scores) == len(call), f"reward {name}: {len(scores)} scores for {len(call)} pictures"
+            by_row |= dict(zip(call, scores, strict=True))
         self._count(name, list(by_row.values()))
         return [by_row[i] for i in rows.tolist()]
 
