@@ -17,6 +17,8 @@ from progrpo.config import EvalSettings
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rewards.settings import RewardTerm
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sampling import ode
 from progrpo.training.build import (
     config_of,
     eval_prompts,
@@ -27,7 +29,7 @@ from progrpo.training.build import (
     trained_policy,
 )
 from progrpo.training.distributed import Ranks
-from progrpo.training.evaluate import evaluate, ode
+from progrpo.training.evaluate import Measures, evaluate
 
 STEPS, SCALES = (10, 40), (1.0, 2.0, 3.0, 4.5)
 
@@ -48,8 +50,8 @@ def main() -> None:
 
     def measured(split: str, pictures: int, steps: int, scale: float) -> dict[str, float | None]:
         prompts = eval_prompts("shapes", split, pictures)
-        sampling = ode(policy, steps, scale, 64)
-        found = evaluate(policy, reward, judge, prompts, sampling, EvalSettings().seed, ranks)
+        sampler = Sampler(policy, reward, ode(policy, steps, scale, 64))
+        found = evaluate(sampler, prompts, EvalSettings().seed, ranks, Measures(judge))
         return {name: round(found.mean(name) or 0, 4) for name in ("strict", "graded", "judge")}
 
     validation = {(n, w): measured("validation", wanted.pictures // 2, n, w) for n, w in product(STEPS, SCALES)}

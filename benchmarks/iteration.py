@@ -55,7 +55,6 @@ from progrpo.config import (
     RewardSettings,
     RewardTerm,
     SamplingSettings,
-    microbatch,
     resolve_plan,
 )
 from progrpo.packing import evenly
@@ -161,7 +160,7 @@ class Bare:
         self.condition = policy.encode(prompts)
         self.timestep = policy.levels(10).timestep[5]
         self.passes = FURTHER_PASSES[config.objective.name]
-        plan, most = resolve_plan(config), microbatch(config.sampling)
+        plan, most = resolve_plan(config), config.sampling.rows_per_call
         self.rows_T = [len(prompts) * plan.living_at(step) for step in range(config.sampling.num_inference_steps)]
         self.shapes_T = [min(most, self.rows_T[0]) if policy.compiled else evenly(r, most) for r in self.rows_T]
         # drawn: a GPU multiplies ones faster, which flip fewer bits
@@ -187,7 +186,7 @@ class Bare:
             self._call(size)
 
     def measure(self) -> dict[str, float]:
-        calls, items = microbatch(self.config.sampling), microbatch(self.config.optim)
+        calls, items = self.config.sampling.rows_per_call, self.config.optim.items_per_pass
         decoded = min(calls, DECODED)
         latents = torch.randn(decoded, *self.policy.latent_shape).to(self.policy.device)
         groups, pictures = self.rolled.group_N[:DECODED], self.rolled.pictures.images_NHWC[:DECODED].numpy()

@@ -42,8 +42,10 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint, path, preset, unit_costs
 from progrpo.rollout.plan_value import Simulation
-from progrpo.rollout.preview import Previewing, preview, score
+from progrpo.rollout.preview import preview, score
 from progrpo.rollout.prune import SELECTORS
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.settings import PreviewSettings
 from progrpo.tracking.statistics import spearman
 from progrpo.training.build import policy_context, policy_from, scorer_from, settled, train_order
 from progrpo.training.distributed import Ranks
@@ -77,7 +79,7 @@ class Members(NamedTuple):
 
 class Bench:
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.how = trainer, Previewing(trainer.config.preview.ode_steps)
+        self.trainer = trainer
         length, generator = sum(p.numel() for p in self.trained), torch.Generator().manual_seed(0)
         self.place = torch.randint(DIMS, (length,), generator=generator)
         seen = [trainer.learner.updater.optimizer.state[p]["exp_avg_sq"].flatten().float() for p in self.trained]
@@ -100,16 +102,19 @@ class Bench:
 
     def finished(self, prompt: Prompt, slot: int, seed: int, size: int) -> tuple[Experience, Tensor, Tensor]:
         """A group run to its end, of advantages of 1; scores of its previews (T, G) and final rewards (G,)."""
-        policy, reward, sampling = self.trainer.policy, self.trainer.reward, self.trainer.sampling
+        policy, sampling = self.trainer.policy, self.trainer.sampling
+        sampling = replace(sampling, record=replace(sampling.record, graphs=False))
+        settings = PreviewSettings(ode_steps=self.trainer.config.preview.ode_steps)
+        sampler = Sampler(policy, self.trainer.reward, sampling, preview_settings=settings)
         condition, key, seen = policy.encode([prompt]), NoiseKey(seed, 0), []
 
         def watch(step: int, batch: Trajectories) -> Trajectories:
-            seen.append(preview(policy, reward, [prompt], condition, batch, step, sampling, self.how, Meter())[1])
+            seen.append(preview(sampler, [prompt], condition, batch, step, Meter())[1])
             return batch
 
         batch = expand(policy, torch.tensor([slot]), size, sampling, key)
-        batch = denoise(policy, condition, batch, replace(sampling, attached=False), key, Meter(), watch)
-        final_G = score(policy, reward, [prompt], batch, batch.x_NCHW, sampling.microbatch, Meter())[1].ranking_N
+        batch = denoise(sampler.denoiser(condition), batch, key, Meter(), watch)
+        final_G = score(sampler, [prompt], batch.group_N, batch.x_NCHW, Meter())[1].ranking_N
         whole = Experience(batch, torch.ones(size), condition, sampling.process, key, sampling.guidance_scale)
         return whole, torch.stack(seen), final_G
 

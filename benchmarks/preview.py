@@ -24,30 +24,38 @@ import torch
 
 from progrpo.config import Config, ModelSettings, ObjectiveSettings, PreviewSettings, SamplingSettings
 from progrpo.policies.base import Policy
-from progrpo.rewards.base import Reward
+from progrpo.rewards.base import Scorer
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rewards.settings import RewardTerm
-from progrpo.rollout.denoise import Sampling, denoise, expand
+from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
-from progrpo.rollout.preview import Previewing, preview, score
+from progrpo.rollout.preview import preview, score
 from progrpo.rollout.probe import Probe, probe_examples, text_features
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sampling import Sampling
 from progrpo.tracking.statistics import hit_rate, spearman
 from progrpo.training.build import objective_from, policy_context, policy_from, sampling_from, settled
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt, Trajectories
 from progrpo.zoo.shapes import world
 
-WAYS = {"x0": Previewing(), "tiny": Previewing(tiny=True), "ode 2": Previewing(2), "ode 3": Previewing(3)}
+WAYS = {
+    "x0": PreviewSettings(),
+    "tiny": PreviewSettings(decoder="tiny"),
+    "ode 2": PreviewSettings(ode_steps=2),
+    "ode 3": PreviewSettings(ode_steps=3),
+}
 
 
 class Bench:
-    def __init__(self, policy: Policy, reward: Reward, sampling: Sampling, group_size: int) -> None:
-        self.policy, self.reward, self.sampling, self.group_size = policy, reward, sampling, group_size
+    def __init__(self, policy: Policy, reward: Scorer, sampling: Sampling, group_size: int) -> None:
+        self.policy, self.sampling, self.group_size = policy, sampling, group_size
+        self.sampler = Sampler(policy, reward, sampling)
 
     def group(
-        self, prompt: Prompt, slot: int, seed: int, ways: dict[str, Previewing]
+        self, prompt: Prompt, slot: int, seed: int, ways: dict[str, PreviewSettings]
     ) -> tuple[dict[str, list[np.ndarray]], torch.Tensor, Trajectories]:
         """Scores of each way by step, final rewards, and the finished group."""
         seen: dict[str, list[np.ndarray]] = {name: [] for name in ways}
@@ -55,14 +63,13 @@ class Bench:
 
         def watch(step: int, batch: Trajectories) -> Trajectories:
             for name, way in ways.items():
-                parts = (self.policy, self.reward, [prompt], condition, batch, step, self.sampling, way, Meter())
-                seen[name].append(preview(*parts)[1].numpy())
+                sampler = replace(self.sampler, preview_settings=way)
+                seen[name].append(preview(sampler, [prompt], condition, batch, step, Meter())[1].numpy())
             return batch
 
         batch = expand(self.policy, torch.tensor([slot]), self.group_size, self.sampling, key)
-        batch = denoise(self.policy, condition, batch, self.sampling, key, Meter(), watch)
-        microbatch = self.sampling.microbatch
-        final = score(self.policy, self.reward, [prompt], batch, batch.x_NCHW, microbatch, Meter())[1].ranking_N
+        batch = denoise(self.sampler.denoiser(condition), batch, key, Meter(), watch)
+        final = score(self.sampler, [prompt], batch.group_N, batch.x_NCHW, Meter())[1].ranking_N
         return seen, final, batch
 
     def probes(self, counts: list[int], seed: int) -> dict[str, Probe]:
@@ -116,13 +123,9 @@ def measured(model: str, wanted: argparse.Namespace) -> dict[str, Any]:
     )
     config = settled(config, ranks)
     policy = policy_from(config.model, policy_context(config, ranks))
-    sampling = sampling_from(config, policy, objective_from(config, policy).needs, 0)
-    bench = Bench(
-        policy,
-        mixture_of_one(load_reward(RewardTerm("shapes"))),
-        replace(sampling, stored_steps=frozenset()),
-        wanted.group_size,
-    )
+    sampling = sampling_from(config, policy, objective_from(config, policy).settings.stores, 0)
+    sampling = replace(sampling, record=replace(sampling.record, steps=frozenset()))
+    bench = Bench(policy, mixture_of_one(load_reward(RewardTerm("shapes"))), sampling, wanted.group_size)
     by_seed = []
     for seed in wanted.seeds:
         by_seed.append(bench.measure(wanted.groups, seed, bench.probes(wanted.probe_groups, seed)))

@@ -39,7 +39,7 @@ import torch
 from iteration import Bare
 from iteration import seconds as timed
 
-from progrpo.config import Config, PlanSettings, microbatch, resolve_plan, trained_items, trained_steps
+from progrpo.config import Config, PlanSettings, resolve_plan, trained_items, trained_steps
 from progrpo.packing import evenly
 from progrpo.policies.load import quiet
 from progrpo.recipes import load_recipe
@@ -111,7 +111,11 @@ def seconds(
     def own(members: int) -> int:
         return -(-prompts * members // world) if split else -(-prompts // world) * members
 
-    called, learnt, updates = microbatch(config.sampling), microbatch(config.optim), config.optim.updates_per_rollout
+    called, learnt, updates = (
+        config.sampling.rows_per_call,
+        config.optim.items_per_pass,
+        config.optim.updates_per_rollout,
+    )
     pair = 2 if config.sampling.in_pairs else 1
     steps = config.sampling.num_inference_steps
     sample = sum(called_evenly(own(plan.living_at(step)), called, pair, units.call) for step in range(steps))
@@ -174,8 +178,8 @@ def measured_here(config: Config) -> tuple[Units, int, int]:
     bare = Bare(policy, reward, config, Trainer(config, policy, reward, order, ranks).step().rollout)
     pair = 2 if config.sampling.in_pairs else 1
     unit = bare.measure()
-    call = by_rows(bare._sample, microbatch(config.sampling))
-    train = by_rows(bare._train, microbatch(config.optim))
+    call = by_rows(bare._sample, config.sampling.rows_per_call)
+    train = by_rows(bare._train, config.optim.items_per_pass)
     latent = math.prod(policy.latent_shape)
     trained = sum(p.numel() for p in policy.trainable.values())
     return Units(lambda rows: call(rows / pair), train, unit["decode"] + unit["reward"]), trained, latent

@@ -22,6 +22,8 @@ import torch
 from progrpo.config import Config, check, from_dict, to_dict
 from progrpo.durable import write_text
 from progrpo.recipes import load_recipe
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sampling import ode
 from progrpo.training.build import (
     eval_prompts,
     judge_for,
@@ -32,7 +34,7 @@ from progrpo.training.build import (
     train_order,
 )
 from progrpo.training.distributed import Ranks
-from progrpo.training.evaluate import evaluate, ode
+from progrpo.training.evaluate import Measures, evaluate
 from progrpo.training.trainer import Trainer
 from progrpo.zoo import WEIGHTS
 
@@ -160,14 +162,14 @@ def run(config: Config, seconds: float, every: float, pictures: int) -> list[dic
     reward = scorer_from(config.reward.terms, config.reward.frames)
     trainer = Trainer(config, policy, reward, train_order(config.prompts, config.seed), ranks)
     prompts, judge = eval_prompts("shapes", "validation", pictures), judge_for("shapes")
-    sampling = ode(policy, config.eval.num_inference_steps, 1.0, 64)
+    sampler = Sampler(policy, reward, ode(policy, config.eval.num_inference_steps, 1.0, 64))
     spent, due = 0.0, 0.0
     curve: list[dict[str, Any]] = []
     while True:
         over = spent >= seconds or trainer.iteration >= config.iterations
         if spent >= due or over:
             with policy.weights(trainer.evaluated_weights):
-                found = evaluate(policy, reward, judge, prompts, sampling, config.eval.seed, ranks)
+                found = evaluate(sampler, prompts, config.eval.seed, ranks, Measures(judge))
             figures = {name: found.mean(name) for name in ("strict", "graded", "judge")}
             curve.append({"seconds": round(spent, 1), "iterations": trainer.iteration, **_rounded(figures)})
             if config.plan.adaptive:

@@ -31,8 +31,10 @@ from progrpo.config import Config
 from progrpo.policies.load import quiet
 from progrpo.recipes import load_recipe
 from progrpo.rollout.plan import Plan, PrunePoint
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sampling import ode
 from progrpo.training.distributed import Ranks
-from progrpo.training.evaluate import evaluate, ode
+from progrpo.training.evaluate import evaluate
 from progrpo.training.trainer import Trainer
 from progrpo.zoo.shapes import world
 
@@ -69,8 +71,9 @@ def directions(bench: Bench, prompts: int, seed: int) -> dict[str, dict[str, Ten
 def scores(trainer: Trainer, pictures: int) -> dict[str, float]:
     """Means over validation prompts that no direction is of."""
     sampling = ode(trainer.policy, trainer.config.eval.num_inference_steps, 1.0, 64)
+    sampler = Sampler(trainer.policy, trainer.reward, sampling)
     prompts = world.sample_prompts("validation", pictures, 0)
-    found = evaluate(trainer.policy, trainer.reward, None, prompts, sampling, 0, Ranks())
+    found = evaluate(sampler, prompts, 0, Ranks())
     return {name: float(found.mean(name) or 0.0) for name in ("graded", "strict")}
 
 

@@ -422,9 +422,9 @@ class Import:
         if framework != "flow_grpo" and (self.gpus is not None or self.script != "auto"):
             raise ValueError(f"--gpus and --script are options of flow_grpo, not of {self.framework}")
         _within(1, 100_000, gpus=self.gpus)
-        from progrpo.imports.account import in_words
         from progrpo.imports.flow_factory import import_flow_factory
         from progrpo.imports.flow_grpo import import_flow_grpo
+        from progrpo.imports.translation import as_tables
 
         if framework == "flow_grpo":
             translation = import_flow_grpo(self.settings, self.gpus, self.script)
@@ -440,7 +440,7 @@ class Import:
             write_text(out, config_to_json(named_so))
         except OSError as error:
             raise ValueError(f"{named(out)} cannot be written: {error.strerror}") from None
-        print(f"{in_words(translation)}\n\n{named(out)} is written: progrpo train {named(out)}")
+        print(f"{as_tables(translation)}\n\n{named(out)} is written: progrpo train {named(out)}")
 
 
 COMMANDS: dict[str, type] = {

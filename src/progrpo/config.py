@@ -272,11 +272,6 @@ def learning_rate(config: Config, iteration: int) -> float:
     return config.optim.learning_rate(iteration, config.iterations)
 
 
-def microbatch(part: SamplingSettings | OptimSettings) -> int:
-    """A part's microbatch; 64 where none was given or measured, as of parts that are used without a run."""
-    return 64 if part.microbatch is None else part.microbatch
-
-
 def trains_transitions(config: Config) -> bool:
     """Whether the objective trains stochastic steps, and not only final latents."""
     return config.objective.loss.trains_transitions

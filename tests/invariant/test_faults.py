@@ -106,8 +106,7 @@ def rewarded(kind: str, redness: Callable[..., list[float]], bad: Callable[[str]
 
 def roll(trainer: Any) -> Rollout:
     key, count = NoiseKey(trainer.config.seed, 0), trainer.config.prompts.per_iteration
-    parts = trainer.plan, trainer.sampling, trainer.plan_monitor.select, key, Meter()
-    return rollout(trainer.policy, trainer.reward, trainer.order.prompts_for(0, count), torch.arange(count), *parts)
+    return rollout(trainer.sampler, trainer.order.prompts_for(0, count), torch.arange(count), key, Meter())
 
 
 def gradients(trainer: Any, rolled: Rollout) -> list[torch.Tensor]:

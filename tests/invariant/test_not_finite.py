@@ -23,9 +23,11 @@ from progrpo.rewards.mixture import Component, RewardMixture, mixture_of_one
 from progrpo.rewards.settings import RewardTerm
 from progrpo.rollout.preview import decoded
 from progrpo.rollout.probe import Probe, ProbeExample
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sampling import ode
 from progrpo.training.checks import check_failures
 from progrpo.training.errors import MissingScoresError, SelfCheckError
-from progrpo.training.evaluate import evaluate
+from progrpo.training.evaluate import Measures, evaluate
 from progrpo.types import Prompt
 
 WEIGHT = "pytorch_lora_weights.safetensors"
@@ -226,7 +228,6 @@ def test_a_model_that_gives_no_picture_stops_at_its_first_evaluation(
 
 def test_an_evaluation_without_some_pictures_is_of_the_others(tiny_policy, monkeypatch, redness):
     from progrpo.training.distributed import Ranks
-    from progrpo.training.evaluate import ode
 
     policy = tiny_policy()
     asked: list[str] = []
@@ -239,8 +240,8 @@ def test_an_evaluation_without_some_pictures_is_of_the_others(tiny_policy, monke
     def measured():
         reward, held_out = mixture_of_one(FunctionReward(redness)), mixture_of_one(FunctionReward(redness), "other")
         prompts = [Prompt(text) for text in ("red cat", "blue dog", "green bird")]
-        sampling = ode(policy, 2, 1.0, 64)
-        return evaluate(policy, reward, Judge(), prompts, sampling, 0, Ranks(), diverse=2, held_out=held_out)
+        sampler = Sampler(policy, reward, ode(policy, 2, 1.0, 64))
+        return evaluate(sampler, prompts, 0, Ranks(), Measures(Judge(), held_out, diverse=2))
 
     whole = measured()
     asked.clear()

@@ -129,7 +129,7 @@ def work(model, out):
     if ranks.world < 3:
         by_the_library(model, out, found, ranks)
     (out / f"found {ranks.rank}.json").write_text(json.dumps(found))
-    ranks.leave()  # as a run does, or gloo may abort one at its end
+    ranks.wait_for_all()  # as a run does, or gloo may abort one at its end
 
 
 def decayed(ranks):

@@ -16,8 +16,8 @@ from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
-from progrpo.rollout.prune import SELECTORS
 from progrpo.rollout.rollout import rollout
+from progrpo.rollout.sampler import Sampler
 from progrpo.training.build import sampling_from
 from progrpo.types import Rollout
 
@@ -43,8 +43,8 @@ def draw(policy, tiny_config, prompts, told, redness):
         wanted = SamplingSettings(num_inference_steps=4, microbatch=microbatch, **guided, **more)
         sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
         chosen, slot_P = told(*(prompts[i] for i in which)), torch.tensor(slots)
-        parts = plan, sampling, SELECTORS["ovf"], NoiseKey(3, 1), Meter()
-        return rollout(policy, mixture_of_one(FrameAverageReward(FunctionReward(reward), 2)), chosen, slot_P, *parts)
+        sampler = Sampler(policy, mixture_of_one(FrameAverageReward(FunctionReward(reward), 2)), sampling, plan)
+        return rollout(sampler, chosen, slot_P, NoiseKey(3, 1), Meter())
 
     return run
 

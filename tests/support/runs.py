@@ -115,9 +115,8 @@ def first_experience(trainer: Any) -> Any:
     from progrpo.training.experience import AdvantageEstimator
 
     count = trainer.config.prompts.per_iteration
-    prompts, parts = trainer.order.prompts_for(0, count), (trainer.plan, trainer.sampling, trainer.plan_monitor.select)
-    key = NoiseKey(trainer.config.seed, 0)
-    rolled = rollout(trainer.policy, trainer.reward, prompts, torch.arange(count), *parts, key, Meter())
+    prompts, key = trainer.order.prompts_for(0, count), NoiseKey(trainer.config.seed, 0)
+    rolled = rollout(trainer.sampler, prompts, torch.arange(count), key, Meter())
     config, clip = trainer.config.objective, trainer.learner.objective.settings.adv_clip_max
     estimator = AdvantageEstimator(config, clip, trainer.reward.weights, trainer.ranks)
     return estimator.experience(rolled, trainer.sampling, key)[0]

@@ -22,16 +22,15 @@ from progrpo.config import (
 )
 from progrpo.objectives.grpo import GRPO
 from progrpo.policies.load import fastest_dtype, policy_from_pipeline
+from progrpo.rollout.sampling import ode, sampler_name
 from progrpo.training.build import (
     located,
     objective_from,
     policy_context,
-    sampler_for,
     sampling_from,
     settled,
 )
 from progrpo.training.distributed import Ranks
-from progrpo.training.evaluate import ode
 
 
 def test_a_dtype_that_is_named_stays():
@@ -83,8 +82,8 @@ def test_a_window_is_stochastic_and_stored_and_the_rest_follows_the_ode(tiny_pol
     )
     needs = config.objective.loss.stores
     sampling = sampling_from(config, tiny_policy(), needs, iteration=2)
-    assert sampling.process.noise_levels == (0, 0, 0.7, 0.7, 0, 0) and sampling.stored_steps == {2, 3}
-    assert sampling.stored_means == (ratio == "guard")
+    assert sampling.process.noise_levels == (0, 0, 0.7, 0.7, 0, 0) and sampling.record.steps == {2, 3}
+    assert sampling.record.means == (ratio == "guard")
 
 
 def test_the_clip_range_is_the_published_one_in_proportion_to_the_latent_unless_it_is_given(tiny_policy):
@@ -119,7 +118,7 @@ def configured(grpo=None, **sampling):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_auto_is_the_familys_own_sampler(policy_of, family):
     policy, own = policy_of(family), "flow_grpo" if family in FLOW else "ddim"
-    assert sampler_for(SamplingSettings(), policy) == own
+    assert sampler_name(SamplingSettings(), policy) == own
     process = sampling_from(configured(), policy, "transitions", 0).process
     assert (process.sampler, process.prediction) == (own, policy.prediction)
 
@@ -133,7 +132,7 @@ def test_the_sdes_of_flow_models_are_refused_on_diffusion_models(policy_of, fami
         sampling_from(config, policy, "transitions", 0)
     with pytest.raises(ValueError, match=message):
         objective_from(config, policy)
-    assert sampler_for(config.sampling, policy_of("sd3")) == sampler
+    assert sampler_name(config.sampling, policy_of("sd3")) == sampler
 
 
 @pytest.mark.parametrize(("family", "embedded"), [("flux", True), ("sd3", False)])
@@ -143,7 +142,7 @@ def test_guidance_is_counted_as_the_model_takes_it(policy_of, family, embedded):
     assert sampling.nfe_per_call == (1 if embedded else 2) == ode(policy, 4, 3.5, 64).nfe_per_call
     wrong = configured(guidance_scale=3.5, embedded_guidance=not embedded)
     with pytest.raises(
-        ValueError, match=rf"^sampling\.embedded_guidance must be {str(embedded).lower()}: this model is "
+        ValueError, match=rf"^sampling\.embedded_guidance must be {str(embedded).lower()}: this model (is|takes) "
     ):
         sampling_from(wrong, policy, "transitions", 0)
     assert sampling_from(configured(embedded_guidance=not embedded), policy, "transitions", 0).nfe_per_call == 1
@@ -171,9 +170,9 @@ def test_the_noise_level_is_the_published_one_unless_it_is_given(policy_of, samp
 def test_how_latents_begin_and_are_kept_reaches_sampling(policy_of):
     policy = policy_of("sd3")
     plain = sampling_from(configured(), policy, "transitions", 0)
-    assert (plain.same_latent, plain.latent_dtype) == (False, torch.float32)
+    assert (plain.settings.same_latent, plain.latent_dtype) == (False, torch.float32)
     other = sampling_from(configured(same_latent=True, latent_dtype="bfloat16"), policy, "transitions", 0)
-    assert (other.same_latent, other.latent_dtype) == (True, torch.bfloat16)
+    assert (other.settings.same_latent, other.latent_dtype) == (True, torch.bfloat16)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "cps", "cps_reduced"])
@@ -181,10 +180,10 @@ def test_how_latents_begin_and_are_kept_reaches_sampling(policy_of):
 def test_a_last_step_without_noise_is_not_trained(policy_of, family, sampler):
     """CPS's std and DDIM's are 0 at clean data; only Stable Diffusion's grid, as it was published, ends before that."""
     policy, config = policy_of(family), configured(sampler=sampler, train_last_step=True, num_inference_steps=4)
-    assert sampling_from(configured(sampler=sampler), policy, "transitions", 0).stored_steps == set(range(9))
+    assert sampling_from(configured(sampler=sampler), policy, "transitions", 0).record.steps == set(range(9))
     if family in ("sd", "sd_v"):
         sampling = sampling_from(config, policy, "transitions", 0)
-        assert sampling.stored_steps == set(range(4)) and sampling.process.stds_T[3] > 0
+        assert sampling.record.steps == set(range(4)) and sampling.process.stds_T[3] > 0
     else:
         with pytest.raises(ValueError) as refused:
             sampling_from(config, policy, "transitions", 0)
@@ -207,7 +206,7 @@ def test_a_last_step_without_length_is_not_trained(tiny_pipeline, tiny_sd):
 @pytest.mark.parametrize("sampler", ["flow_grpo", "dance"])
 def test_the_last_step_of_an_sde_has_noise(policy_of, sampler):
     config = configured(sampler=sampler, train_last_step=True, num_inference_steps=4)
-    assert sampling_from(config, policy_of("sd3"), "transitions", 0).stored_steps == set(range(4))
+    assert sampling_from(config, policy_of("sd3"), "transitions", 0).record.steps == set(range(4))
 
 
 @pytest.mark.parametrize(

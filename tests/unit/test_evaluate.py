@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from progrpo.training.evaluate import kl_to_reference, ode
+from progrpo.rollout.sampling import ode
+from progrpo.training.evaluate import kl_to_reference
 from progrpo.training.pictures import diversity
 from progrpo.types import Prompt
 

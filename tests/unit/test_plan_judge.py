@@ -10,15 +10,14 @@ import torch
 from progrpo.config import Config, GRPOSettings, ObjectiveSettings, PlanSettings, PreviewSettings, SamplingSettings
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, preset
 from progrpo.rollout.plan_value import Simulation
-from progrpo.rollout.preview import Previewing
-from progrpo.rollout.probe import Probe, ProbeExample
+from progrpo.rollout.probe import Probe, ProbeExample, trusted_steps
 from progrpo.rollout.prune import SELECTORS
 from progrpo.storage import load_state, save_state
 from progrpo.training.plan_judge import PlanJudge, Verdict, plan_from, prompt_cost
 from progrpo.types import Cost
 
 STEPS = 10
-OVF, HOW = SELECTORS["ovf"], Previewing()
+OVF, NOWHERE = SELECTORS["ovf"], frozenset[int]()
 COUNTED = Cost(nfe=1000, decodes=140, reward_calls=140, trained_steps=900, previews=100)
 SECONDS = {"sample": 50.0, "preview": 4.0, "reward": 8.0, "update": 180.0, "audit": 999.0, "other": 999.0}
 CALL, PREVIEW, FINISH, TRAIN = 0.05, 0.04, 0.2, 0.2
@@ -37,8 +36,8 @@ def judged(asked: Config, *agreements, counted: Cost = COUNTED, seconds=SECONDS)
     return judge
 
 
-def verdict(judge: PlanJudge, plan: Plan, select=OVF, how: Previewing = HOW) -> Verdict:
-    found = judge.verdict(plan, select, how)
+def verdict(judge: PlanJudge, plan: Plan, select=OVF, probed_steps: frozenset[int] = NOWHERE) -> Verdict:
+    found = judge.verdict(plan, select, probed_steps)
     assert found is not None
     return found
 
@@ -53,11 +52,11 @@ FLASH = preset("flash", STEPS)
 def test_a_plan_is_judged_after_three_audits():
     judge = judged(config())
     for _ in range(2):
-        assert judge.verdict(FLASH, OVF, HOW) is None
+        assert judge.verdict(FLASH, OVF, NOWHERE) is None
         judge.watch(flat(0.8), COUNTED, SECONDS)
-    assert judge.verdict(FLASH, OVF, HOW) is None
+    assert judge.verdict(FLASH, OVF, NOWHERE) is None
     judge.watch(flat(0.8), COUNTED, SECONDS)
-    assert judge.verdict(FLASH, OVF, HOW) is not None
+    assert judge.verdict(FLASH, OVF, NOWHERE) is not None
 
 
 def test_plan_value_is_signal_a_second_over_that_of_plain_grpo():
@@ -95,7 +94,7 @@ def test_a_probes_steps_cost_no_preview():
     for _ in range(3):
         probe.watch([0.9 if step == 5 else 0.0 for step in range(STEPS)])
     judge = judged(config(), *[flat(0.7)] * 3)
-    with_probe = verdict(judge, FLASH, how=Previewing(probe=probe)).plan_value
+    with_probe = verdict(judge, FLASH, probed_steps=trusted_steps(probe, PreviewSettings())).plan_value
     flash = (24 * 6 + 16 * 2 + 12 * 2) * CALL + (24 + 16) * PREVIEW + 12 * FINISH + 12 * 9 * TRAIN
     assert with_probe / verdict(judge, FLASH).plan_value == pytest.approx(flash / (flash - 24 * PREVIEW), rel=1e-12)
 
@@ -232,6 +231,10 @@ def test_a_verdict_is_the_same_after_a_resume(tmp_path, audits):
     other.load_state_dict(load_state(tmp_path / "judge"))
     assert other.units == judge.units
     for _ in range(2):
-        assert other.verdict(FLASH, OVF, HOW) == judge.verdict(FLASH, OVF, HOW) == judge.verdict(FLASH, OVF, HOW)
+        assert (
+            other.verdict(FLASH, OVF, NOWHERE)
+            == judge.verdict(FLASH, OVF, NOWHERE)
+            == judge.verdict(FLASH, OVF, NOWHERE)
+        )
         for one in (judge, other):
             one.watch(flat(0.6), COUNTED, SECONDS)

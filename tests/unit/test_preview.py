@@ -18,14 +18,16 @@ from progrpo.policies.load import load_policy
 from progrpo.policies.settings import ModelSettings
 from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.mixture import mixture_of_one
-from progrpo.rollout.denoise import Sampling, denoise, expand
+from progrpo.rollout.denoise import Denoiser, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
-from progrpo.rollout.preview import Previewing, preview, projected
+from progrpo.rollout.preview import preview, projected
 from progrpo.rollout.probe import Probe, ProbeExample, latent_features, text_features
-from progrpo.rollout.prune import SELECTORS
 from progrpo.rollout.rollout import rollout
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sampling import Record, Sampling
+from progrpo.rollout.settings import PreviewSettings, SamplingSettings
 from progrpo.types import Condition, Cost, Prompt, Trajectories
 
 ROWS = 5
@@ -37,7 +39,7 @@ GRID = torch.tensor([1.0, 0.8, 0.5, 0.0], dtype=torch.float64)
 
 def flow(guidance_scale: float = 1.0, microbatch: int = 2) -> Sampling:
     process = Process("flow", "flow_grpo", flow_levels(GRID), (0.7, 0.7, 0.7))
-    return Sampling(process, guidance_scale=guidance_scale, microbatch=microbatch)
+    return Sampling(process, SamplingSettings(guidance_scale=guidance_scale, microbatch=microbatch))
 
 
 def called(policy: Any, sampling: Sampling, step: int) -> Trajectories:
@@ -73,7 +75,7 @@ def test_one_step_is_the_projection_and_calls_no_network(linear_policy, monkeypa
     sampling, meter = flow(), Meter()
     batch = called(linear_policy, sampling, step)
     rows = seen(linear_policy, monkeypatch)
-    x0 = projected(linear_policy, CONDITION, batch, step, sampling, 1, meter)
+    x0 = projected(Denoiser(linear_policy, CONDITION, sampling), batch, step, 1, meter)
     torch.testing.assert_close(x0, batch.x_NCHW - GRID[step] * (0.3 * batch.x_NCHW - 0.2 * c_of()))
     assert rows == [] and meter.cost == Cost()
 
@@ -101,7 +103,7 @@ def test_several_steps_are_eulers_on_equal_parts_of_the_grid_that_is_left(
     sampling, meter = flow(guidance_scale), Meter()
     batch = called(linear_policy, sampling, step)
     rows = seen(linear_policy, monkeypatch)
-    x0 = projected(linear_policy, CONDITION, batch, step, sampling, ode_steps, meter)
+    x0 = projected(Denoiser(linear_policy, CONDITION, sampling), batch, step, ode_steps, meter)
     torch.testing.assert_close(x0, euler(batch.x_NCHW, sigmas, guidance_scale), rtol=1e-12, atol=1e-12)
     per_call = 2 if guidance_scale > 1 else 1
     assert meter.cost == Cost(nfe=(ode_steps - 1) * ROWS * per_call)
@@ -118,7 +120,7 @@ def test_the_network_is_told_the_level_between_steps(linear_policy, monkeypatch)
         return predict(x, timestep, *more)
 
     monkeypatch.setattr(linear_policy, "predict", watched)
-    projected(linear_policy, CONDITION, batch, 0, sampling, 2, Meter())
+    projected(Denoiser(linear_policy, CONDITION, sampling), batch, 0, 2, Meter())
     assert told == pytest.approx([650])
 
 
@@ -129,7 +131,7 @@ def test_very_many_steps_reach_the_end_of_the_ode(linear_policy):
     a, bc = 0.3, -0.2 * c_of()
     end = (batch.x_NCHW + bc / a) * math.exp(-a * 0.8) - bc / a
     errors = [
-        (projected(linear_policy, CONDITION, batch, 1, sampling, k, Meter()) - end).abs().max().item()
+        (projected(Denoiser(linear_policy, CONDITION, sampling), batch, 1, k, Meter()) - end).abs().max().item()
         for k in (1, 10, 100, 1000)
     ]
     assert errors[0] > 0.01 and errors[-1] < 1e-4
@@ -139,7 +141,7 @@ def test_very_many_steps_reach_the_end_of_the_ode(linear_policy):
 def test_a_projection_keeps_no_graph(linear_policy):
     sampling = flow()
     assert not projected(
-        linear_policy, CONDITION, called(linear_policy, sampling, 0), 0, sampling, 3, Meter()
+        Denoiser(linear_policy, CONDITION, sampling), called(linear_policy, sampling, 0), 0, 3, Meter()
     ).requires_grad
 
 
@@ -172,10 +174,10 @@ def ddim(policy: Any, x: torch.Tensor, output: torch.Tensor, timesteps: list[int
 )
 def test_steps_of_a_diffusion_model_are_ddims_without_noise(linear_diffusion_policy, step, timesteps):
     policy, meter = linear_diffusion_policy("epsilon"), Meter()
-    sampling = Sampling(policy.process("ddim", 0.7), microbatch=2)
+    sampling = Sampling(policy.process("ddim", 0.7), SamplingSettings(microbatch=2))
     batch = called(policy, sampling, step)
     assert batch.output_NCHW is not None
-    x0 = projected(policy, CONDITION, batch, step, sampling, len(timesteps), meter)
+    x0 = projected(Denoiser(policy, CONDITION, sampling), batch, step, len(timesteps), meter)
     expected = ddim(policy, batch.x_NCHW, batch.output_NCHW, timesteps)
     torch.testing.assert_close(x0, expected, rtol=1e-12, atol=1e-12)
     assert meter.cost == Cost(nfe=(len(timesteps) - 1) * ROWS)
@@ -184,14 +186,17 @@ def test_steps_of_a_diffusion_model_are_ddims_without_noise(linear_diffusion_pol
 def test_as_many_steps_as_are_left_are_the_samplers_own_ode(family, tiny_policy, told):
     policy, key = tiny_policy(moved=0.1, folder=family), NoiseKey(5, 2)
     process = Process(policy.prediction, "ddim", policy.levels(4), (0.0,) * 4)
-    sampling, condition = Sampling(process, microbatch=4), policy.encode(told(*(p.text for p in PROMPTS)))
+    sampling, condition = (
+        Sampling(process, SamplingSettings(microbatch=4)),
+        policy.encode(told(*(p.text for p in PROMPTS))),
+    )
     batch, found = expand(policy, torch.tensor([0, 1]), 2, sampling, key), []
 
     def watch(step: int, living: Trajectories) -> Trajectories:
-        found.append(projected(policy, condition, living, step, sampling, 4 - step, Meter()))
+        found.append(projected(Denoiser(policy, condition, sampling), living, step, 4 - step, Meter()))
         return living
 
-    end = denoise(policy, condition, batch, sampling, key, Meter(), watch).x_NCHW
+    end = denoise(Denoiser(policy, condition, sampling), batch, key, Meter(), watch).x_NCHW
     if policy.prediction == "flow":
         assert all(torch.equal(x0, end) for x0 in found)
         return
@@ -230,10 +235,9 @@ def test_a_trusted_probe_is_asked_and_nothing_is_decoded(linear_policy):
     features = tuple(torch.randn(ROWS, 1, 2, 2, generator=torch.Generator().manual_seed(s)).half() for s in range(2))
     batch, told = replace(called(linear_policy, sampling, 1), latent_features=features), torch.ones(len(PROMPTS), 1, 1)
     probe, condition = trusted_at(3, 1), Condition({**CONDITION.tensors, "prompt_embeds": told})
-    how = Previewing(ode_steps=3, probe=probe)  # a linear policy has no decoder, and further steps would be counted
-    pictures, scores = preview(
-        linear_policy, mixture_of_one(reward), PROMPTS, condition, batch, 1, sampling, how, meter
-    )
+    settings = PreviewSettings(ode_steps=3)  # a linear policy has no decoder, and further steps would be counted
+    sampler = Sampler(linear_policy, mixture_of_one(reward), sampling, preview_settings=settings, probe=probe)
+    pictures, scores = preview(sampler, PROMPTS, condition, batch, 1, meter)
     right, wrong = (probe.score(step, features[step], told, batch.group_N) for step in (1, 0))
     assert torch.equal(scores, right) and not torch.equal(scores, wrong)
     assert pictures is None and meter.cost == Cost(probed=ROWS) and reward.shown == []
@@ -243,31 +247,31 @@ def test_a_trusted_probe_is_asked_and_nothing_is_decoded(linear_policy):
 def test_where_the_probe_is_not_trusted_pictures_are_looked_at(tiny_policy):
     policy, meter, reward = tiny_policy(moved=0.1), Meter(), Counted()
     process = Process(policy.prediction, "ddim", policy.levels(3), (0.0,) * 3)
-    sampling, condition = Sampling(process, microbatch=2), policy.encode(PROMPTS)
-    key, how = NoiseKey(0, 0), Previewing(ode_steps=2, probe=trusted_at(3, 1))
+    sampling, condition = Sampling(process, SamplingSettings(microbatch=2)), policy.encode(PROMPTS)
+    settings, probe, key = PreviewSettings(ode_steps=2), trusted_at(3, 1), NoiseKey(0, 0)
+    sampler = Sampler(policy, mixture_of_one(reward), sampling, preview_settings=settings, probe=probe)
     batch = expand(policy, torch.tensor([0, 1]), 2, sampling, key)
     found = []
 
     def watch(step: int, living: Trajectories) -> Trajectories:
         if step == 0:
-            found.append(
-                preview(policy, mixture_of_one(reward), PROMPTS, condition, living, 0, sampling, how, meter)[1]
-            )
-            x0 = projected(policy, condition, living, 0, sampling, 2, Meter())
+            found.append(preview(sampler, PROMPTS, condition, living, 0, meter)[1])
+            x0 = projected(Denoiser(policy, condition, sampling), living, 0, 2, Meter())
             found.append(torch.tensor([p.float().mean() for p in policy.decode(x0).images_NHWC], dtype=torch.float64))
         return living
 
-    denoise(policy, condition, batch, sampling, key, Meter(), watch)
+    denoise(Denoiser(policy, condition, sampling), batch, key, Meter(), watch)
     torch.testing.assert_close(found[0], found[1])
     assert meter.cost == Cost(nfe=4, decodes=4, reward_calls=4, previews=4) and reward.shown == [4]
 
 
-def test_the_steps_that_are_probed_are_those_that_reach_the_threshold():
+def test_the_steps_that_are_probed_are_those_that_reach_the_threshold(linear_policy):
     probe = trusted_at(4, 1, 3)
-    assert Previewing(probe=probe).probed(range(4)) == {1, 3}
-    assert Previewing(probe=probe, threshold=0.1).probed([0, 1]) == {0, 1}
-    assert Previewing(probe=probe, threshold=0.95).probed(range(4)) == frozenset()
-    assert Previewing().probed(range(4)) == frozenset()
+    sampler = Sampler(linear_policy, mixture_of_one(Counted()), flow(), probe=probe)
+    assert sampler.probed_steps == {1, 3}
+    assert replace(sampler, preview_settings=PreviewSettings(probe_threshold=0.1)).probed_steps == set(range(4))
+    assert replace(sampler, preview_settings=PreviewSettings(probe_threshold=0.95)).probed_steps == frozenset()
+    assert replace(sampler, probe=None).probed_steps == frozenset()
 
 
 def test_a_rollout_counts_what_its_plan_says_of_probes_and_further_steps(tiny_policy):
@@ -277,10 +281,11 @@ def test_a_rollout_counts_what_its_plan_says_of_probes_and_further_steps(tiny_po
         4, 2, shape=tuple(latent_features(torch.zeros(1, *policy.latent_shape)).shape[1:]), text=tuple(told)
     )
     process = Process(policy.prediction, "flow_grpo", policy.levels(4), (0.7,) * 4)
-    sampling = Sampling(process, frozenset({0, 1}), latent_features=True, guidance_scale=3.0)
-    plan, how = Plan(5, (PrunePoint(0, 4), PrunePoint(2, 3))), Previewing(ode_steps=3, probe=probe)
-    parts = plan, sampling, SELECTORS["ovf"], NoiseKey(0, 0), meter, how
-    rolled = rollout(policy, mixture_of_one(reward), PROMPTS, torch.tensor([0, 1]), *parts)
+    record = Record(frozenset({0, 1}), latent_features=True)
+    sampling = Sampling(process, SamplingSettings(guidance_scale=3.0), record)
+    plan, settings = Plan(5, (PrunePoint(0, 4), PrunePoint(2, 3))), PreviewSettings(ode_steps=3)
+    sampler = Sampler(policy, mixture_of_one(reward), sampling, plan, preview_settings=settings, probe=probe)
+    rolled = rollout(sampler, PROMPTS, torch.tensor([0, 1]), NoiseKey(0, 0), meter)
     assert meter.cost == plan.predict(4, 0, True, 3, frozenset({2})) * 2
     assert meter.cost.probed == 8 and meter.cost.previews == 10 and reward.shown == [10, 6]
     assert len(rolled.trajectories.latent_features) == 4 and all(
@@ -302,8 +307,10 @@ def test_the_tiny_decoder_is_used_where_it_is_asked_for(tiny_sd3, tmp_path):
     batch, condition = Trajectories(group, group, torch.arange(4), x, -x), policy.encode(PROMPTS)
     x0 = process.x0(0, x, -x)
     for tiny, expected in ((True, policy.preview(x0).images_NHWC), (False, policy.decode(x0).images_NHWC)):
-        parts = batch, 0, Sampling(process, microbatch=3), Previewing(tiny=tiny), Meter()
-        images, values = preview(policy, mixture_of_one(Counted()), PROMPTS, condition, *parts)
+        settings = PreviewSettings(decoder="tiny" if tiny else "full")
+        sampling = Sampling(process, SamplingSettings(microbatch=3))
+        sampler = Sampler(policy, mixture_of_one(Counted()), sampling, preview_settings=settings)
+        images, values = preview(sampler, PROMPTS, condition, batch, 0, Meter())
         assert images is not None
         assert torch.equal(images, expected)
         assert values.tolist() == pytest.approx([p.float().mean().item() for p in expected])

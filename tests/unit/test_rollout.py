@@ -14,15 +14,16 @@ from progrpo.diffusion.levels import flow_levels
 from progrpo.diffusion.process import Process
 from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.mixture import mixture_of_one
-from progrpo.rollout.denoise import Sampling, denoise, expand
+from progrpo.rollout.denoise import Denoiser, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import INITIAL, NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
 from progrpo.rollout.preview import score
 from progrpo.rollout.prune import SELECTORS, survivors, to_groups
 from progrpo.rollout.rollout import rollout
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sampling import Record, Sampling, ode
 from progrpo.training.build import sampling_from
-from progrpo.training.evaluate import ode
 from progrpo.types import Prompt, Trajectories
 
 NAN = float("nan")
@@ -33,6 +34,10 @@ def living(*groups):
     group = torch.tensor(groups)
     rows = torch.arange(len(group))
     return Trajectories(group, group, rows, rows.float().reshape(-1, 1, 1, 1))
+
+
+def with_settings(sampling, **settings):
+    return replace(sampling, settings=replace(sampling.settings, **settings))
 
 
 def test_to_groups_of_even_groups():
@@ -48,9 +53,7 @@ def test_to_groups_of_ragged_and_absent_groups():
 
 def test_survivors_of_even_groups_are_prompt_major_and_ascending():
     scores = torch.tensor([0.1, 0.9, 0.5, 0.4, 0.6, 0.3], dtype=torch.float64)
-    rows = survivors(
-        living(0, 0, 0, 1, 1, 1).group_N, scores, 2, SELECTORS["ovf"], torch.zeros(2, dtype=torch.int64), 2
-    )
+    rows = survivors(living(0, 0, 0, 1, 1, 1).group_N, scores, 2, SELECTORS["ovf"], torch.zeros(2, dtype=torch.int64))
     assert rows.tolist() == [0, 1, 4, 5]
 
 
@@ -58,7 +61,7 @@ def test_survivors_of_even_groups_are_prompt_major_and_ascending():
 def test_survivors_of_ragged_groups_are_never_more_than_there_are(selector):
     batch = living(0, 0, 0, 0, 2, 2, 3)
     scores = torch.tensor([0.1, 0.9, 0.5, 0.4, 0.2, 0.8, 0.7], dtype=torch.float64)
-    rows = survivors(batch.group_N, scores, 3, SELECTORS[selector], torch.zeros(4, dtype=torch.int64), 4)
+    rows = survivors(batch.group_N, scores, 3, SELECTORS[selector], torch.zeros(4, dtype=torch.int64))
     assert torch.bincount(batch.group_N[rows], minlength=4).tolist() == [3, 0, 2, 1]
     assert rows.tolist() == sorted(set(rows.tolist()))
 
@@ -67,7 +70,7 @@ def test_survivors_of_ragged_groups_are_never_more_than_there_are(selector):
 def test_survivors_have_scores_where_enough_have(selector):
     batch = living(0, 0, 0, 0, 1, 1, 1)
     scores = torch.tensor([NAN, 0.9, NAN, 0.4, NAN, NAN, 0.7], dtype=torch.float64)
-    rows = survivors(batch.group_N, scores, 2, SELECTORS[selector], torch.zeros(2, dtype=torch.int64), 2)
+    rows = survivors(batch.group_N, scores, 2, SELECTORS[selector], torch.zeros(2, dtype=torch.int64))
     assert rows.tolist() == [1, 3, 4, 6]
 
 
@@ -83,14 +86,14 @@ def test_expanding_gives_every_member_noise_of_its_own(tiny_policy):
 
 def test_members_may_begin_at_their_groups_noise(tiny_policy):
     policy, key = tiny_policy(), NoiseKey(seed=5, iteration=2)
-    sampling = replace(ode(policy, 4, 1.0, 8), same_latent=True)
+    sampling = with_settings(ode(policy, 4, 1.0, 8), same_latent=True)
     batch = expand(policy, torch.tensor([4, 9]), 3, sampling, key)
     assert batch.member_N.tolist() == [0, 1, 2] * 2  # whose steps have noise of their own
     first, second = batch.x_NCHW[:3], batch.x_NCHW[3:]
     assert (first == first[0]).all() and (second == second[0]).all() and not torch.equal(first, second)
     alone = expand(policy, torch.tensor([9]), 1, sampling, key)
     assert torch.equal(alone.x_NCHW[0], second[0])  # it belongs to the slot, not to the batch
-    own = expand(policy, torch.tensor([9]), 3, replace(sampling, same_latent=False), key)
+    own = expand(policy, torch.tensor([9]), 3, with_settings(sampling, same_latent=False), key)
     assert not any(torch.equal(x, second[0]) for x in own.x_NCHW)
 
 
@@ -99,7 +102,7 @@ def test_members_that_began_as_one_part_at_the_first_step(tiny_policy, tiny_conf
     wanted = SamplingSettings(num_inference_steps=3, same_latent=True)
     sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
     batch = expand(policy, torch.tensor([4, 9]), 3, sampling, key)
-    path = denoise(policy, policy.encode(told("red cat", "blue dog")), batch, sampling, key, Meter()).path
+    path = denoise(Denoiser(policy, policy.encode(told("red cat", "blue dog")), sampling), batch, key, Meter()).path
     assert len(path[0].x_NCHW.flatten(1).unique(dim=0)) == 2
     assert len(path[0].x_next_NCHW.flatten(1).unique(dim=0)) == 6
 
@@ -111,7 +114,7 @@ def test_a_trajectory_goes_on_from_what_was_stored(family, tiny_policy, tiny_con
     sampling = sampling_from(tiny_config(sampling=wanted), policy, "means", 0)
     batch = expand(policy, torch.tensor([4, 9]), 2, sampling, key)
     assert torch.equal(batch.x_NCHW.to(dtype).float(), batch.x_NCHW)
-    done = denoise(policy, policy.encode(told("red cat", "blue dog")), batch, sampling, key, Meter())
+    done = denoise(Denoiser(policy, policy.encode(told("red cat", "blue dog")), sampling), batch, key, Meter())
     assert torch.equal(done.path[0].x_NCHW.float(), batch.x_NCHW)
     assert all(torch.equal(t.x_next_NCHW, after.x_NCHW) for t, after in pairwise(done.path))
     for t in done.path:
@@ -136,7 +139,7 @@ def test_a_latent_is_kept_once_however_often_a_batch_is_taken(tiny_policy, tiny_
     def prune(step: int, living: Trajectories) -> Trajectories:
         return living.take(torch.arange(0, len(living), 2)) if step < 2 else living
 
-    done = denoise(policy, policy.encode(told("red cat")), batch, sampling, key, Meter(), prune)
+    done = denoise(Denoiser(policy, policy.encode(told("red cat")), sampling), batch, key, Meter(), prune)
     kept = [x for t in done.path for x in (t.x_NCHW, t.x_next_NCHW)]
     assert len(done) == 1 and len(kept) == 6
     assert len({x.data_ptr() for x in kept}) == 4
@@ -146,14 +149,14 @@ def test_a_latent_is_kept_once_however_often_a_batch_is_taken(tiny_policy, tiny_
 
 def test_steps_without_noise_are_rounded_too(tiny_policy, told):
     policy, key = tiny_policy(), NoiseKey(seed=5, iteration=2)
-    sampling = replace(ode(policy, 3, 1.0, 8), latent_dtype=torch.bfloat16)
+    sampling = with_settings(ode(policy, 3, 1.0, 8), latent_dtype="bfloat16")
     batch, seen = expand(policy, torch.tensor([4]), 2, sampling, key), []
 
     def watch(step: int, living: Trajectories) -> Trajectories:
         seen.append(living.x_NCHW)
         return living
 
-    denoise(policy, policy.encode(told("red cat")), batch, sampling, key, Meter(), watch)
+    denoise(Denoiser(policy, policy.encode(told("red cat")), sampling), batch, key, Meter(), watch)
     assert len(seen) == 3 and all(torch.equal(x.bfloat16().float(), x) for x in seen)
 
 
@@ -170,10 +173,10 @@ class Verdicts(Reward):
 
 def test_scores_are_numbers_verdicts_and_gaps(tiny_policy):
     policy, meter = tiny_policy(), Meter()
-    batch = living(0, 0, 1)
     found = [Score(0.5, True), Score(None), Score(float("inf"), False)]
     x0 = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    images, scores = score(policy, mixture_of_one(Verdicts(found)), [Prompt("a"), Prompt("b")], batch, x0, 2, meter)
+    sampler = Sampler(policy, mixture_of_one(Verdicts(found)), ode(policy, 4, 1.0, 2))
+    images, scores = score(sampler, [Prompt("a"), Prompt("b")], torch.tensor([0, 0, 1]), x0, meter)
     values, passed = scores.value_N, scores.passed_N
     assert images.images_NHWC.shape == (3, 16, 16, 3) and images.images_NHWC.dtype == torch.uint8
     np.testing.assert_array_equal(values, [0.5, NAN, NAN])
@@ -184,24 +187,18 @@ def test_scores_are_numbers_verdicts_and_gaps(tiny_policy):
 
 def test_a_reward_of_another_length_is_refused(tiny_policy):
     policy = tiny_policy()
+    sampler, x0 = (
+        Sampler(policy, mixture_of_one(Verdicts([Score(1.0)])), ode(policy, 4, 1.0, 2)),
+        torch.zeros(2, *policy.latent_shape),
+    )
     with pytest.raises(AssertionError, match="1 scores for 2 pictures"):
-        score(
-            policy,
-            mixture_of_one(Verdicts([Score(1.0)])),
-            [Prompt("a")],
-            living(0, 0),
-            torch.zeros(2, *policy.latent_shape),
-            2,
-            Meter(),
-        )
+        score(sampler, [Prompt("a")], torch.tensor([0, 0]), x0, Meter())
 
 
 def test_a_rollout_records_what_it_did(tiny_trainer, tiny_config, prompts):
     trainer, meter = tiny_trainer(tiny_config()), Meter()
-    sampling = trainer.sampling
     plan, asked = Plan(4, (PrunePoint(0, 4), PrunePoint(1, 3)), final_keep=2), [Prompt(p) for p in prompts[:2]]
-    parts = plan, sampling, SELECTORS["ovf"], NoiseKey(0, 0), meter
-    rolled = rollout(trainer.policy, trainer.reward, asked, torch.tensor([0, 1]), *parts)
+    rolled = rollout(replace(trainer.sampler, plan=plan), asked, torch.tensor([0, 1]), NoiseKey(0, 0), meter)
     assert rolled.prompts == tuple(asked) and rolled.group_N.tolist() == [0, 0, 1, 1]
     assert len(rolled.pictures.images_NHWC) == len(rolled.survivors.value_N) == 4
     assert rolled.finalists.group_N.tolist() == [0] * 3 + [1] * 3 and rolled.survivors.passed_N.isnan().all()
@@ -218,4 +215,4 @@ def test_a_rollout_records_what_it_did(tiny_trainer, tiny_config, prompts):
 def test_a_step_without_noise_cannot_be_stored():
     process = Process("flow", "flow_grpo", flow_levels(torch.tensor([1.0, 0.5, 0.0])), (0.7, 0.0))
     with pytest.raises(AssertionError, match="an ODE step has no log-prob"):
-        Sampling(process, frozenset({1}))
+        Sampling(process, record=Record(frozenset({1})))

@@ -20,6 +20,7 @@ from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
 from progrpo.rollout.prune import SELECTORS, survivors
 from progrpo.rollout.rollout import rollout
+from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding, own_share, rebalanced, sharded_survivors, transfers
 from progrpo.training.build import sampling_from
 from progrpo.types import Prompt, Rollout, Trajectories, Transition
@@ -77,12 +78,12 @@ def test_all_choose_together_what_one_would(selector, world):
     batch, seeds, select = whole([5, 3, 6]), torch.arange(3), SELECTORS[selector]
     scores = torch.from_numpy(np.random.default_rng(0).normal(size=len(batch)))
     scores[4] = torch.nan
-    rows = survivors(batch.group_N, scores, 3, select, seeds, 3)
+    rows = survivors(batch.group_N, scores, 3, select, seeds)
     expected = [(g, m) for g, m in zip(batch.group_N[rows].tolist(), batch.member_N[rows].tolist(), strict=True)]
 
     def work(member: Member) -> Trajectories:
         mine = own_share(batch, member)
-        own = sharded_survivors(mine, scores[member.rank :: world], 3, select, seeds, 3, member)
+        own = sharded_survivors(mine, scores[member.rank :: world], 3, select, seeds, member)
         return rebalanced(mine.take(own), member)
 
     parts = each(world, work)
@@ -114,9 +115,8 @@ def test_a_rollout_of_several_is_that_of_one(tiny_policy, world):
     def sample(sharding: GroupSharding) -> tuple[Rollout, Meter]:
         policy, meter = policies[sharding.rank], Meter()
         sampling = sampling_from(config, policy, "transitions", 0)
-        reward, select = mixture_of_one(FunctionReward(redness)), SELECTORS["ovf"]
-        rolled = rollout(policy, reward, prompts, slots, plan, sampling, select, key, meter, sharding=sharding)
-        return rolled, meter
+        sampler = Sampler(policy, mixture_of_one(FunctionReward(redness)), sampling, plan, sharding=sharding)
+        return rollout(sampler, prompts, slots, key, meter), meter
 
     config = Config(sampling=SamplingSettings(num_inference_steps=4, microbatch=1))  # one row a call: bit for bit
     (one, alone_meter), parts = sample(NOT_SHARDED), each(world, sample)

@@ -11,8 +11,8 @@ from progrpo.diffusion.levels import flow_levels
 from progrpo.diffusion.process import Process
 from progrpo.objectives.grpo import GRPO
 from progrpo.objectives.settings import GRPOSettings
-from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.sampling import Sampling
 from progrpo.training.distributed import Ranks
 from progrpo.training.experience import AdvantageEstimator
 from progrpo.training.update import Updater, update_of_each

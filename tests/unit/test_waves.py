@@ -11,15 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from progrpo.config import SamplingSettings
+from progrpo.config import PreviewSettings, SamplingSettings
 from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
-from progrpo.rollout.prune import SELECTORS
-from progrpo.rollout.rollout import rollout
+from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.waves import in_waves
 from progrpo.training.build import sampling_from
 from progrpo.types import Prompt, Rollout
@@ -39,7 +38,7 @@ def policy(tiny_policy):
 def sampling(policy, tiny_config):
     """Microbatches of one: kernels differ by shape."""
     wanted = SamplingSettings(num_inference_steps=3, microbatch=1)
-    return replace(sampling_from(tiny_config(sampling=wanted), policy, "means", 0), latent_features=True)
+    return sampling_from(tiny_config(sampling=wanted, preview=PreviewSettings(probe=True)), policy, "means", 0)
 
 
 @pytest.fixture
@@ -47,12 +46,8 @@ def roll(policy, sampling, prompts):
     """A rollout of all prompts in so many waves."""
 
     def run(reward: Any, waves: int, meter: Meter) -> Rollout:
-        def sample(asked: Any, places: Tensor, its_meter: Meter) -> Rollout:
-            chosen = [Prompt(prompts[i]) for i in places.tolist()]
-            parts = PLAN, sampling, SELECTORS["ovf"], NoiseKey(3, 1), its_meter
-            return rollout(policy, asked, chosen, SLOTS[places], *parts)
-
-        return in_waves(sample, mixture_of_one(reward), len(prompts), waves, meter)
+        sampler = Sampler(policy, mixture_of_one(reward), sampling, PLAN)
+        return in_waves(sampler, [Prompt(prompt) for prompt in prompts], SLOTS, NoiseKey(3, 1), meter, waves)
 
     return run
 

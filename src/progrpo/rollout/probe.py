@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from progrpo.rollout.settings import PreviewSettings
 from progrpo.types import Condition, Trajectories
 
 _SIDE = 16
@@ -204,6 +205,13 @@ class Probe:
         self._average.load_state_dict(learnt["average"])
         self._optimizer.load_state_dict(learnt["optimizer"])
         self._steps = learnt["steps"]
+
+
+def trusted_steps(probe: Probe | None, settings: PreviewSettings) -> frozenset[int]:
+    """The steps at which a probe ranks in place of previews."""
+    if probe is None:
+        return frozenset()
+    return frozenset(step for step in range(probe.num_steps) if probe.trusted(step, settings.probe_threshold))
 
 
 class _Head(nn.Module):

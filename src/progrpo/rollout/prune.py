@@ -171,18 +171,16 @@ def none(scores_PG: Tensor, keep: int, present_PG: Tensor, seeds_P: Tensor) -> S
 SELECTORS: dict[str, Selector] = {"ovf": ovf, "uniform": uniform, "top_bottom": top_bottom, "none": none}
 
 
-def survivors(
-    group_N: Tensor, scores_N: Tensor, keep: int, select: Selector, seeds_P: Tensor, num_groups: int
-) -> Tensor:
-    """Rows of N members, prompt-major, that `select` keeps: prompt-major, members ascending."""
-    row_PG, present_PG = to_groups(group_N, num_groups)
+def survivors(group_N: Tensor, scores_N: Tensor, keep: int, selector: Selector, seeds_P: Tensor) -> Tensor:
+    """The rows of N members, prompt-major, that the selector keeps: prompt-major, members ascending."""
+    row_PG, present_PG = to_groups(group_N, len(seeds_P))
     scores_PG = scores_N[row_PG].masked_fill(~present_PG, torch.nan)
-    selection = select(scores_PG, keep, present_PG, seeds_P)
+    selection = selector(scores_PG, keep, present_PG, seeds_P)
     return row_PG.gather(1, selection.indices_PK)[selection.valid_PK]
 
 
 def to_groups(group_N: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Row number of every member of every group (P, G), and where there is one; G is the largest group's size."""
+    """The row number of every member of every group (P, G), and where there is one; G is the largest group's size."""
     count_P = torch.bincount(group_N, minlength=num_groups)
     place_G = torch.arange(int(count_P.max()))
     present_PG = place_G < count_P[:, None]

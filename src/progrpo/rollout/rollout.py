@@ -7,72 +7,53 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from progrpo.policies.base import Policy
-from progrpo.rewards.base import Scorer
-from progrpo.rollout.denoise import Sampling, denoise, expand
+from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
-from progrpo.rollout.plan import Plan
-from progrpo.rollout.preview import Previewing, preview, score
-from progrpo.rollout.prune import Selector
-from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding, own_share, rebalanced, sharded_survivors
+from progrpo.rollout.preview import preview, score
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sharding import own_share, rebalanced
 from progrpo.types import GroupScores, Preview, Prompt, Rollout, Trajectories
 
 
-def rollout(
-    policy: Policy,
-    reward: Scorer,
-    prompts: Sequence[Prompt],
-    slot_P: Tensor,
-    plan: Plan,
-    sampling: Sampling,
-    select: Selector,
-    key: NoiseKey,
-    meter: Meter,
-    how: Previewing = Previewing(),  # noqa: B008 (frozen)
-    sharding: GroupSharding = NOT_SHARDED,
-) -> Rollout:
-    """One group a prompt, expanded, pruned as `plan` says, finished, decoded and rewarded.
+def rollout(sampler: Sampler, prompts: Sequence[Prompt], slot_P: Tensor, key: NoiseKey, meter: Meter) -> Rollout:
+    """One group per prompt: expanded, pruned by the sampler's plan, finished, decoded and rewarded.
 
-    `slot_P` (int64) are the prompts' global places in the iteration, by which noise is drawn. With a `final_keep` the
-    group's final rewards select the survivors; all finalists' rewards are kept beside theirs. The processes of
-    `sharding` share each group's members, and each has its part of the rollout.
+    `slot_P` (int64) has the prompts' global places in the iteration, by which noise is drawn. With the plan's
+    `final_keep` the final rewards select the survivors; the rewards of all finalists are kept beside theirs. With group
+    sharding each process has its part of the rollout.
     """
+    plan, sampling, sharding = sampler.plan, sampler.sampling, sampler.sharding
     plan.validate(sampling.num_inference_steps)
-    condition = policy.encode(prompts)
+    condition = sampler.policy.encode(prompts)
     previews: list[Preview] = []
-
-    def kept(batch: Trajectories, scores_N: Tensor, keep: int, step: int) -> Tensor:
-        return sharded_survivors(batch, scores_N, keep, select, key.group_seeds(slot_P, step), len(prompts), sharding)
+    batch = own_share(expand(sampler.policy, slot_P, plan.group_size, sampling, key), sharding)
+    sampler = sampler.with_max_batch(len(batch))
 
     def prune(step: int, batch: Trajectories) -> Trajectories:
         keep = plan.keep_after(step)
         if keep is None:
             return batch
-        _, scores_N = preview(policy, reward, prompts, condition, batch, step, sampling, how, meter)
-        rows = kept(batch, scores_N, keep, step)
-        previews.append(Preview(step, batch.group_N, batch.member_N, scores_N, _mask(rows, len(batch))))
+        _, scores_N = preview(sampler, prompts, condition, batch, step, meter)
+        rows = sampler.survivors(batch, scores_N, keep, key.group_seeds(slot_P, step))
+        kept_N = torch.zeros(len(batch), dtype=torch.bool).index_fill(0, rows, True)
+        previews.append(Preview(step, batch.group_N, batch.member_N, scores_N, kept_N))
         return rebalanced(batch.take(rows), sharding)
 
-    batch = own_share(expand(policy, slot_P, plan.group_size, sampling, key), sharding)
-    sampling = sampling.with_max_batch(len(batch))
-    finalists = denoise(policy, condition, batch, sampling, key, meter, prune)
+    finished = denoise(sampler.denoiser(condition), batch, key, meter, prune)
     with meter.stage("reward"):
-        pictures, scores = score(policy, reward, prompts, finalists, finalists.x_NCHW, sampling.microbatch, meter)
-    rewarded = GroupScores.of(scores, finalists.group_N)
-    rows = torch.arange(len(finalists))
+        pictures, scores = score(sampler, prompts, finished.group_N, finished.x_NCHW, meter)
+    rows = torch.arange(len(finished))
     if plan.final_keep is not None:
-        rows = kept(finalists, scores.ranking_N, plan.final_keep, sampling.num_inference_steps)
+        seeds_P = key.group_seeds(slot_P, sampling.num_inference_steps)
+        rows = sampler.survivors(finished, scores.ranking_N, plan.final_keep, seeds_P)
+    finalists = GroupScores.of(scores, finished.group_N)
     return Rollout(
         prompts=tuple(prompts),
         condition=condition,
-        trajectories=finalists.take(rows),
+        trajectories=finished.take(rows),
         pictures=pictures.take(rows),
-        survivors=rewarded.take(rows),
-        finalists=rewarded,
+        survivors=finalists.take(rows),
+        finalists=finalists,
         previews=tuple(previews),
     )
-
-
-def _mask(rows: Tensor, size: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.bool).index_fill(0, rows, True)

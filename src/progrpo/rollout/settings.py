@@ -74,6 +74,11 @@ class SamplingSettings:
         return self.num_inference_steps - (0 if self.train_last_step else 1)
 
     @property
+    def rows_per_call(self) -> int:
+        """The rows of a network call: `microbatch`, or 64 where none was given or measured."""
+        return 64 if self.microbatch is None else self.microbatch
+
+    @property
     def window_end(self) -> int:
         """The step before which windows lie."""
         return self.num_trainable_steps if self.sde_window_end is None else self.sde_window_end
@@ -175,3 +180,8 @@ class PreviewSettings:
     probe_threshold: float = setting(0.5, between(-1, 1))
     """The agreement from which the probe is used.
     It is Spearman's correlation with final rewards, averaged over the last audits."""
+
+    @property
+    def needed_decoder(self) -> str:
+        """The tiny decoder that these previews need; empty for none."""
+        return self.tiny_decoder if self.decoder == "tiny" else ""

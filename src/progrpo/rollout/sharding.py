@@ -47,18 +47,18 @@ def sharded_survivors(
     batch: Trajectories,
     scores_N: Tensor,
     keep: int,
-    select: Selector,
+    selector: Selector,
     seeds_P: Tensor,
-    num_groups: int,
     sharding: GroupSharding,
 ) -> Tensor:
-    """Rows of this process' batch that `select` keeps of all processes' members, ascending."""
-    told = sharding.gather([(batch.group_N, batch.member_N, scores_N)])
-    group_M, member_M, scores_M = (torch.cat(parts) for parts in zip(*told, strict=True))
-    owner_M = torch.arange(sharding.world).repeat_interleave(torch.tensor([len(group) for group, _, _ in told]))
+    """The rows of this process' batch that the selector keeps of all processes' M members, ascending."""
+    shares = sharding.gather([(batch.group_N, batch.member_N, scores_N)])
+    group_M, member_M, scores_M = (torch.cat(columns) for columns in zip(*shares, strict=True))
+    sizes = [len(group_N) for group_N, _, _ in shares]
+    owner_M = torch.arange(sharding.world).repeat_interleave(torch.tensor(sizes))
     order_M = _order(group_M, member_M)
-    kept = order_M[survivors(group_M[order_M], scores_M[order_M], keep, select, seeds_P, num_groups)]
-    own = kept[owner_M[kept] == sharding.rank] - sum(len(group) for group, _, _ in told[: sharding.rank])
+    kept = order_M[survivors(group_M[order_M], scores_M[order_M], keep, selector, seeds_P)]
+    own = kept[owner_M[kept] == sharding.rank] - sum(sizes[: sharding.rank])
     return own.sort().values
 
 

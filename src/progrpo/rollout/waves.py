@@ -1,14 +1,14 @@
 """Slow rewards: an iteration's prompts go in waves, and while the pictures of one are scored the next is sampled.
 
-Each wave is a rollout in a thread of its own, and one lock says whose turn it is. It is given up for a reward's answer alone,
-so that networks never run at the same time, and no more scoring is under way than there are waves. Noise knows whose it is, so
-what comes out does not depend on who was first.
+Each wave is a rollout in a thread of its own, and one lock says whose turn it is. A wave gives it up only while it waits
+for a reward, so networks never run at the same time, and no more scoring is under way than there are waves. Noise is
+keyed by slot and member, so the result does not depend on which wave was first.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import accumulate
@@ -20,13 +20,16 @@ from torch import Tensor
 
 from progrpo.rewards.base import Scorer
 from progrpo.rollout.meter import Meter
+from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.rollout import rollout
+from progrpo.rollout.sampler import Sampler
 from progrpo.types import Condition, GroupScores, Pictures, Preview, Prompt, Rollout, Scores, Trajectories
 
 _Grouped = TypeVar("_Grouped", Trajectories, GroupScores, Preview)
 
 
-class _Elsewhere:
-    """A reward that lets others have the turn while it scores."""
+class _YieldingReward:
+    """A reward that gives up the turn while it scores, so that another wave runs."""
 
     def __init__(self, reward: Scorer, turn: threading.Lock) -> None:
         self._reward, self._turn, self.weights = reward, turn, reward.weights
@@ -47,27 +50,28 @@ class _Elsewhere:
 
 
 def in_waves(
-    sample: Callable[[Scorer, Tensor, Meter], Rollout], reward: Scorer, count: int, waves: int, meter: Meter
+    sampler: Sampler, prompts: Sequence[Prompt], slot_P: Tensor, key: NoiseKey, meter: Meter, waves: int
 ) -> Rollout:
-    """The rollouts of `count` prompts, in waves of neighbours: `sample(reward, places, meter)` is that of some of them.
+    """The rollout of some prompts, in waves of neighbours.
 
-    Stages of different waves overlap, so the meter's seconds may come to more than went by. The first error of a wave is raised
-    once all have ended.
+    Stages of different waves overlap, so the meter's seconds can come to more than the time that passed. The first
+    error of a wave is raised once all have ended.
     """
-    parts = torch.arange(count).tensor_split(min(waves, count))
-    if len(parts) == 1:
-        return sample(reward, parts[0], meter)
-    turn, meters = threading.Lock(), [Meter() for _ in parts]
+    places = torch.arange(len(prompts)).tensor_split(min(waves, len(prompts)))
+    if len(places) == 1:
+        return rollout(sampler, prompts, slot_P, key, meter)
+    turn, meters = threading.Lock(), [Meter() for _ in places]
+    yielding = replace(sampler, reward=_YieldingReward(sampler.reward, turn))
 
-    def wave(places: Tensor, its_meter: Meter) -> Rollout:
+    def wave(places: Tensor, own_meter: Meter) -> Rollout:
         with turn:
-            return sample(_Elsewhere(reward, turn), places, its_meter)
+            return rollout(yielding, [prompts[i] for i in places.tolist()], slot_P[places], key, own_meter)
 
-    with ThreadPoolExecutor(len(parts)) as threads:
-        found = list(threads.map(wave, parts, meters))
-    for one in meters:
-        meter.add(one)
-    return joined(found)
+    with ThreadPoolExecutor(len(places)) as threads:
+        parts = list(threads.map(wave, places, meters))
+    for own_meter in meters:
+        meter.add(own_meter)
+    return joined(parts)
 
 
 def joined(parts: Sequence[Rollout]) -> Rollout:

@@ -8,18 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.policies.base import Policy
-from progrpo.rewards.base import Scorer
-from progrpo.rollout.denoise import Sampling, denoise, expand
+from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan
-from progrpo.rollout.preview import Previewing, preview, score
-from progrpo.rollout.probe import ProbeExample, probe_examples, text_features
-from progrpo.rollout.prune import SELECTORS, Selector
+from progrpo.rollout.preview import preview, score
+from progrpo.rollout.probe import Probe, ProbeExample, probe_examples, text_features
+from progrpo.rollout.prune import Selector, ovf, uniform
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.settings import PreviewSettings
 from progrpo.tracking.records import AuditRecord
 from progrpo.tracking.statistics import hit_rate, spearman
-from progrpo.types import Prompt, Trajectories
+from progrpo.types import Condition, Prompt, Trajectories
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Audit:
     """Scores of T previews (T, G) and of the final pictures (G,), with pictures uint8 (G, T+1, H, W, 3).
 
     `scores_TG` are of one-step projections through the full decoder; `used_TG` of what the run decides on where it is
-    something else, `probe_TG` a probe's, where there is one. `lessons` are what the probe has to learn from it.
+    something else, `probe_TG` a probe's, where there is one. `examples` are what the probe learns from it.
     `kept_uniform` and `kept_ovf` are whom these selectors keep when they know the final rewards: as many as the plan's
     survivors, or half where the plan keeps everyone.
     """
@@ -41,7 +41,7 @@ class Audit:
     kept_ovf: list[int]
     used_TG: Tensor
     probe_TG: Tensor | None
-    lessons: dict[int, ProbeExample]
+    examples: dict[int, ProbeExample]
 
     def agreement(self) -> list[float | None]:
         """Spearman between each step's previews and the final rewards; None where the group has no variance."""
@@ -76,70 +76,66 @@ class Audit:
         }
 
 
-def audit(
-    policy: Policy,
-    reward: Scorer,
-    prompt: Prompt,
-    slot: int,
-    plan: Plan,
-    sampling: Sampling,
-    select: Selector,
-    key: NoiseKey,
-    meter: Meter,
-    how: Previewing = Previewing(),  # noqa: B008 (frozen)
-) -> Audit:
-    """Run the plan's full group to its end, and say whom the plan would have stopped where."""
+def audit(sampler: Sampler, prompt: Prompt, slot: int, key: NoiseKey, meter: Meter) -> Audit:
+    """Run the plan's full group to its end, and note at which step the plan would have stopped whom."""
+    plan, record = sampler.plan, replace(sampler.sampling.record, graphs=False)
+    sampler = replace(sampler, sampling=replace(sampler.sampling, record=record)).with_max_batch(plan.group_size)
+    by_full_decoder = replace(sampler, preview_settings=PreviewSettings(), probe=None)
+    by_settings = replace(sampler, probe=None)
+    settings = sampler.preview_settings
+    differs = settings.decoder == "tiny" or settings.ode_steps > 1
     scores: list[Tensor] = []
     used: list[Tensor] = []
     pictures: list[Tensor] = []
-    condition = policy.encode([prompt])
+    condition = sampler.policy.encode([prompt])
 
     def watch(step: int, batch: Trajectories) -> Trajectories:
-        def see(way: Previewing) -> tuple[Tensor | None, Tensor]:
-            return preview(policy, reward, [prompt], condition, batch, step, sampling, way, meter)
-
-        images_NHWC, scores_N = see(Previewing())
+        images_NHWC, scores_N = preview(by_full_decoder, [prompt], condition, batch, step, meter)
         assert images_NHWC is not None
         scores.append(scores_N)
-        used.append(see(how.by_picture)[1] if how.tiny or how.ode_steps > 1 else scores_N)
+        used.append(preview(by_settings, [prompt], condition, batch, step, meter)[1] if differs else scores_N)
         pictures.append(images_NHWC)
         return batch
 
     slot_P = torch.tensor([slot])
-    batch = expand(policy, slot_P, plan.group_size, sampling, key)
-    sampling = sampling.with_max_batch(len(batch))
-    batch = denoise(policy, condition, batch, replace(sampling, attached=False), key, meter, watch)
-    finished, scored = score(policy, reward, [prompt], batch, batch.x_NCHW, sampling.microbatch, meter)
-    final_G = scored.ranking_N
+    batch = expand(sampler.policy, slot_P, plan.group_size, sampler.sampling, key)
+    batch = denoise(sampler.denoiser(condition), batch, key, meter, watch)
+    finished, final = score(sampler, [prompt], batch.group_N, batch.x_NCHW, meter)
+    final_G = final.ranking_N
     keep = plan.survivors if plan.survivors < plan.group_size else max(2, plan.group_size // 2)
-    seeds = key.group_seeds(slot_P, sampling.num_inference_steps)
-    probe = how.probe
-    probed = None
-    if probe is not None and probe.knows:
-        told = text_features(condition)
-        probed = [probe.score(t, seen, told, batch.group_N) for t, seen in enumerate(batch.latent_features)]
-    decided = [probed[t] if probed and how.probed([t]) else used_G for t, used_G in enumerate(used)]
+    seeds_P = key.group_seeds(slot_P, sampler.sampling.num_inference_steps)
+    probed = _probed(sampler.probe, batch, condition)
+    trusted = sampler.probed_steps
+    decided = [probed[t] if probed and t in trusted else used_G for t, used_G in enumerate(used)]
     return Audit(
         prompt=prompt,
         scores_TG=torch.stack(scores),
         final_G=final_G,
         pictures_GSHWC=torch.stack([*pictures, finished.images_NHWC], dim=1).numpy(),
-        stopped_at=_stops(plan, decided, final_G, select, key, slot_P),
-        kept_uniform=_kept(SELECTORS["uniform"], final_G, keep, seeds),
-        kept_ovf=_kept(SELECTORS["ovf"], final_G, keep, seeds),
+        stopped_at=_stops(plan, decided, final_G, sampler.selector, key, slot_P),
+        kept_uniform=_kept(uniform, final_G, keep, seeds_P),
+        kept_ovf=_kept(ovf, final_G, keep, seeds_P),
         used_TG=torch.stack(decided),
         probe_TG=None if probed is None else torch.stack(probed),
-        lessons=probe_examples(batch, condition, final_G, torch.stack(scores)),
+        examples=probe_examples(batch, condition, final_G, torch.stack(scores)),
     )
 
 
-def _kept(select: Selector, scores_G: Tensor, keep: int, seeds_P: Tensor) -> list[int]:
-    selection = select(scores_G[None], keep, torch.ones(1, len(scores_G), dtype=torch.bool), seeds_P)
+def _probed(probe: Probe | None, batch: Trajectories, condition: Condition) -> list[Tensor] | None:
+    """The probe's scores of the group at each step; None without a probe that has learnt."""
+    if probe is None or not probe.knows:
+        return None
+    text_P = text_features(condition)
+    return [probe.score(t, features, text_P, batch.group_N) for t, features in enumerate(batch.latent_features)]
+
+
+def _kept(selector: Selector, scores_G: Tensor, keep: int, seeds_P: Tensor) -> list[int]:
+    selection = selector(scores_G[None], keep, torch.ones(1, len(scores_G), dtype=torch.bool), seeds_P)
     return selection.indices_PK[selection.valid_PK].tolist()
 
 
 def _stops(
-    plan: Plan, scores: list[Tensor], final_G: Tensor, select: Selector, key: NoiseKey, slot_P: Tensor
+    plan: Plan, scores: list[Tensor], final_G: Tensor, selector: Selector, key: NoiseKey, slot_P: Tensor
 ) -> list[int | None]:
     """For each member the step after whose network call the plan lets it go (T: on final rewards), None for survivors."""
     stopped: list[int | None] = [None] * plan.group_size
@@ -148,7 +144,7 @@ def _stops(
     if plan.final_keep is not None:
         points.append((len(scores), plan.final_keep, final_G))
     for step, keep, scores_G in points:
-        kept = {living[i] for i in _kept(select, scores_G[living], keep, key.group_seeds(slot_P, step))}
+        kept = {living[i] for i in _kept(selector, scores_G[living], keep, key.group_seeds(slot_P, step))}
         for member in set(living) - kept:
             stopped[member] = step
         living = [member for member in living if member in kept]

@@ -17,12 +17,9 @@ from progrpo.config import (
     ObjectiveSettings,
     PromptSettings,
     RewardTerm,
-    SamplingSettings,
-    microbatch,
     stochastic_steps,
     trained_steps,
 )
-from progrpo.diffusion.process import Process
 from progrpo.diffusion.samplers import SAMPLERS
 from progrpo.messages import named
 from progrpo.objectives.advantage import normalised_sum
@@ -40,34 +37,20 @@ from progrpo.rewards.frames import FrameAverageReward
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.mixture import Component, Ranking, RewardMixture
 from progrpo.rewards.retrying import RetryingReward
-from progrpo.rollout.denoise import Sampling
-from progrpo.rollout.preview import Previewing
-from progrpo.rollout.probe import Probe
+from progrpo.rollout.sampling import Record, Sampling, sampler_name, sampling_for
 from progrpo.training.distributed import Ranks
 from progrpo.training.equal_inputs import require_same_model
 from progrpo.training.memory import keep_freed_memory
-from progrpo.training.zero import agreed
+from progrpo.training.zero import with_requested_dtype
 from progrpo.types import FROM_PYTHON, Prompt
 from progrpo.zoo import WEIGHTS
 from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.detector import load_detector
 
 
-def sampler_for(sampling: SamplingSettings, policy: Policy) -> str:
-    """The sampler's name; ValueError for one that this kind of model has not."""
-    flow = policy.prediction == "flow"
-    if sampling.sampler == "auto":
-        return "flow_grpo" if flow else "ddim"
-    if SAMPLERS[sampling.sampler].flow_only and not flow:
-        raise ValueError(
-            f"sampling.sampler: {sampling.sampler} is the SDE of flow models, and this is a diffusion model; use ddim or cps"
-        )
-    return sampling.sampler
-
-
 def objective_from(config: Config, policy: Policy) -> Objective:
     """The objective, with the clip range that was published with the sampler where none is given."""
-    sampler = SAMPLERS[sampler_for(config.sampling, policy)]
+    sampler = SAMPLERS[sampler_name(config.sampling, policy)]
     settings = config.objective.loss.for_sampler(sampler, math.prod(policy.latent_shape))
     objective: Objective = load_objective(config.objective.name)(settings)
     return objective
@@ -113,7 +96,7 @@ def settled(config: Config, ranks: Ranks) -> Config:
     ValueError where it contradicts what is asked of DeepSpeed.
     """
     if ranks.zero is not None:
-        config = agreed(config, ranks.zero)
+        config = with_requested_dtype(config, ranks.zero)
     if config.model.dtype != "auto":
         return config
     dtype = ranks.from_main(lambda: fastest_dtype(ranks.device))
@@ -134,7 +117,7 @@ def policy_context(config: Config, ranks: Ranks) -> PolicyContext:
         device=ranks.device,
         lora_seed=config.seed,
         world_size=ranks.world,
-        decoder_for_previews=config.preview.tiny_decoder if config.preview.decoder == "tiny" else "",
+        decoder_for_previews=config.preview.needed_decoder,
         guide_away_from=config.sampling.negative_prompt,
     )
 
@@ -143,17 +126,6 @@ def with_lora_of_run(model: ModelSettings) -> ModelSettings:
     """The settings with the LoRA that a run has saved, where `lora` names a run folder."""
     run = Path(model.lora)
     return replace(model, lora=str(_saved_by(run))) if model.lora and _is_run(run) else model
-
-
-def previewing(config: Config) -> Previewing:
-    """How the run previews, with a probe that has not learnt yet where one is asked for."""
-    wanted = config.preview
-    return Previewing(
-        ode_steps=wanted.ode_steps,
-        tiny=wanted.decoder == "tiny",
-        probe=Probe(config.sampling.num_inference_steps, config.seed) if wanted.probe else None,
-        threshold=wanted.probe_threshold,
-    )
 
 
 def trained_policy(
@@ -220,39 +192,14 @@ def _is_run(folder: Path) -> bool:
 
 
 def sampling_from(config: Config, policy: Policy, stores: Stored, iteration: int) -> Sampling:
-    """How an iteration samples: stochastic where its window lies, storing what an objective stores of the trained steps."""
-    wanted, stochastic = config.sampling, stochastic_steps(config, iteration)
-    if wanted.guidance_scale > 1 and wanted.embedded_guidance != policy.embeds_guidance:
-        raise ValueError(
-            "sampling.embedded_guidance must be true: this model is told the guidance scale and makes one call of it"
-            if policy.embeds_guidance
-            else "sampling.embedded_guidance must be false: this model is guided by a pair of calls"
-        )
-    sampler, steps = sampler_for(wanted, policy), range(wanted.num_inference_steps)
-    noise_level = SAMPLERS[sampler].noise_level if wanted.noise_level is None else wanted.noise_level
-    process = Process(
-        prediction=policy.prediction,
-        sampler=sampler,
-        levels_T1=policy.levels(wanted.num_inference_steps, wanted.shift),
-        noise_levels=tuple(noise_level if step in stochastic else 0.0 for step in steps),
-    )
-    trained = trained_steps(config, iteration)
-    if any(process.stds_T[step] == 0 or process.lengths_T[step] == 0 for step in trained):
-        raise ValueError(
-            f"sampling.train_last_step must be false: the last step of {sampler} on this model's grid has no noise or no length"
-        )
-    return Sampling(
-        process=process,
-        stored_steps=frozenset(trained),
-        stored_means=stores == "means",
-        same_latent=wanted.same_latent,
-        latent_dtype=getattr(torch, wanted.latent_dtype),
-        guidance_scale=wanted.guidance_scale,
-        embedded_guidance=policy.embeds_guidance,
-        microbatch=microbatch(wanted),
-        attached=config.optim.reuse_rollout,
+    """How an iteration samples: stochastic where its window lies, storing what the objective needs of trained steps."""
+    record = Record(
+        steps=frozenset(trained_steps(config, iteration)),
+        means=stores == "means",
+        graphs=config.optim.reuse_rollout,
         latent_features=config.preview.probe,
     )
+    return sampling_for(policy, config.sampling, stochastic_steps(config, iteration), record)
 
 
 def scorer_from(terms: Sequence[RewardTerm], frames: int, ranking: Ranking | None = None) -> RewardMixture:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import torch
 
-from progrpo.config import GPU, Config, RewardTerm, microbatch, resolve_plan, trained_steps, trains_transitions
+from progrpo.config import GPU, Config, RewardTerm, resolve_plan, trained_steps, trains_transitions
 from progrpo.policies.load import quiet
 from progrpo.policies.sizes import Sizes, sizes
 from progrpo.registry import load_named
@@ -101,7 +101,7 @@ def sizes_for(config: Config) -> Sizes:
     model, pair = config.model, 2 if config.sampling.in_pairs else 1
     dtype: Any = "bfloat16" if model.dtype == "auto" else model.dtype
     settings = replace(model, dtype=dtype, lora="", offload=False)
-    called, trained = microbatch(config.sampling), microbatch(config.optim)
+    called, trained = config.sampling.rows_per_call, config.optim.items_per_pass
     rows = trained * (pair if trains_transitions(config) else 1)
     return _sizes_of(settings, called * pair, rows, min(called, DECODED))
 
@@ -128,7 +128,7 @@ def _memory(config: Config, plan: Plan, found: Sizes, processes: int) -> dict[st
         "gradients": trained,
         "latents while sampling": max(latents["call"], latents["decoding"], latents["step"]),
         "latents in the update": latents["update"],
-        "graphs of sampling": _graphs(config, plan) * prompts * found.train_bytes / microbatch(config.optim),
+        "graphs of sampling": _graphs(config, plan) * prompts * found.train_bytes / config.optim.items_per_pass,
         "network call": found.call_bytes,
         "decoding": found.decode_bytes,
         "forward and backward pass": found.train_bytes,
@@ -234,7 +234,7 @@ def _leaner(config: Config, plan: Plan, card: Device, processes: int) -> dict[st
 
 def _fitting_microbatches(config: Config, plan: Plan, card: Device, processes: int) -> tuple[int, int] | None:
     """The largest halves of a half that fit, of sampling and of the update, which do not have their peaks at the same time."""
-    most = microbatch(config.sampling), microbatch(config.optim)
+    most = config.sampling.rows_per_call, config.optim.items_per_pass
     whole, single = (sizes_for(_with_microbatches(config, *sizes)) for sizes in (most, (1, 1)))
 
     def peaks(sampling: int, update: int) -> dict[str, float]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -17,73 +17,77 @@ from torch import Tensor
 from progrpo.config import Config, EvalSettings, RewardTerm, check, from_python
 from progrpo.diffusion.gaussian import mean_square
 from progrpo.diffusion.prediction import PREDICTIONS
-from progrpo.diffusion.process import Process
 from progrpo.frames import still
 from progrpo.messages import named
-from progrpo.packing import of_one_shape
 from progrpo.policies.base import Policy
 from progrpo.prompts.load import unread
 from progrpo.prompts.pictures import check_sources
 from progrpo.rewards.base import Judge, Scorer
 from progrpo.rewards.mixture import close_all
-from progrpo.rollout.denoise import Sampling, denoise, expand
+from progrpo.rollout.denoise import Denoiser, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import decoded
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sampling import Sampling, ode
 from progrpo.tracking.console import Console
 from progrpo.tracking.records import EvaluationRecord
 from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
 from progrpo.training.checkpoints import digest
 from progrpo.training.checks import check_failures, fault_of
-from progrpo.training.distributed import Ranks, lost_in_words
+from progrpo.training.distributed import Ranks, explain_lost_process
 from progrpo.training.equal_inputs import require_same_prompts
 from progrpo.training.pictures import diversity, saturation, sharpness
-from progrpo.types import Prompt, Trajectories
+from progrpo.types import Pictures, Prompt, Scores, Trajectories
 
 DIVERSE_PROMPTS = 64
-STATISTICS: dict[str, Callable[[np.ndarray], float]] = {"sharpness": sharpness, "saturation": saturation}
+STATISTICS = ("sharpness", "saturation")
 _GROUP = 4  # pictures of a prompt that diversity is measured on
 _COMPARED = 16  # prompts whose pictures are sampled once more to see how far the weights went
 
 
+class Figures(TypedDict):
+    """The means of an evaluation over its pictures, None where no picture has a value."""
+
+    pictures: int
+    graded: float | None
+    strict: float | None
+    judge: float | None
+    diversity: float | None
+    strict_by_kind: dict[str, float]
+    held_out: dict[str, float | None]
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """A record a picture (prompt, kind, graded, strict, judge, held_out, sharpness, saturation, diversity), in the order of the prompts, and the first pictures.
+    """A record per picture, in the order of the prompts, and the first pictures."""
 
-    `held_out` has the values of rewards that are not trained on, by name; `diversity` is there for the first prompts: see `diversity`.
-    """
-
-    records: list[EvaluationRecord]
+    records: Sequence[EvaluationRecord]
     pictures_NHWC: np.ndarray
 
     def column(self, name: str) -> list[float | None]:
-        """One value a picture, None where there is none."""
-        values = [cast(Mapping[str, float | None], record).get(name) for record in self.records]
-        return [None if value is None else float(value) for value in values]
+        """The value of each picture, None where there is none."""
+        return [_number(record, name) for record in self.records]
 
     def mean(self, name: str) -> float | None:
-        """Over the records that have a value, None if none has."""
-        values = [value for value in self.column(name) if value is not None]
-        return sum(values) / len(values) if values else None
+        """The mean over the pictures that have a value, None if none has."""
+        return _mean(self.column(name))
 
     def held_out(self) -> dict[str, float | None]:
-        """Means of the rewards that are not trained on, by name."""
-        names = dict.fromkeys(name for r in self.records for name in r.get("held_out", {}))
-        means: dict[str, float | None] = {}
-        for name in names:
-            values = [value for r in self.records if (value := r["held_out"][name]) is not None]
-            means[name] = sum(values) / len(values) if values else None
-        return means
+        """The means of the rewards that are not trained on, by name."""
+        names = dict.fromkeys(name for record in self.records for name in record.get("held_out", {}))
+        return {name: _mean([record["held_out"][name] for record in self.records]) for name in names}
 
     def strict_by_kind(self) -> dict[str, float]:
-        passed: dict[str, list[float]] = {}
+        """The share of pictures that pass, by the kind of their prompt."""
+        passed: dict[str, list[bool]] = {}
         for record in self.records:
             kind, strict = record["kind"], record["strict"]
             if kind and strict is not None:
-                passed.setdefault(kind, []).append(float(strict))
+                passed.setdefault(kind, []).append(strict)
         return {kind: sum(values) / len(values) for kind, values in passed.items()}
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> Figures:
         return {
             "pictures": len(self.records),
             "graded": self.mean("graded"),
@@ -95,15 +99,14 @@ class Evaluation:
         }
 
 
-def ode(
-    policy: Policy, num_inference_steps: int, guidance_scale: float, microbatch: int, shift: float | None = None
-) -> Sampling:
-    """Deterministic sampling on the model's own grid: the flow's ODE, or DDIM."""
-    process = Process(
-        policy.prediction, "ddim", policy.levels(num_inference_steps, shift), (0.0,) * num_inference_steps
-    )
-    told = policy.embeds_guidance
-    return Sampling(process, guidance_scale=guidance_scale, embedded_guidance=told, microbatch=microbatch)
+def _number(record: Mapping[str, object], name: str) -> float | None:
+    value = record.get(name)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def asked_for(
@@ -134,60 +137,92 @@ def rows_at_once(policy: Policy) -> int:
     return 64 if len(policy.latent_shape) == 3 else 1
 
 
-def evaluate(
-    policy: Policy,
-    reward: Scorer,
-    judge: Judge | None,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    seed: int,
-    ranks: Ranks,
-    pictures: int = 48,
-    diverse: int = 0,
-    held_out: Scorer | None = None,
-) -> Evaluation:
-    """One picture a prompt. Noise is keyed by the prompt's place, so before and after start from the same.
+@dataclass(frozen=True)
+class Measures:
+    """What an evaluation measures beside the reward: a second judge, and rewards that are not trained on.
 
-    For the first `diverse` prompts, diversity is measured on more pictures of them.
+    For the first `diverse` prompts, diversity is measured on more pictures of them. The first `pictures` are kept.
     """
-    mine = ranks.deal(len(prompts))
-    found: list[tuple[int, dict[str, Any], np.ndarray | None]] = []
-    for places in mine.split(sampling.microbatch) if len(mine) else ():  # splitting nothing gives one empty part
-        batch = [prompts[i] for i in places.tolist()]
-        start = expand(policy, places, 1, sampling, NoiseKey(seed, 0))
-        final = denoise(policy, policy.encode(batch), start, sampling, NoiseKey(seed, 0), Meter())
-        made = decoded(policy, final.x_NCHW, sampling.microbatch)
-        shown = made.images_NHWC.numpy(), batch, places, made.there_N, made.fault  # each a group of its own
-        images_NHWC, there, scores = still(shown[0]), made.there_N.tolist(), reward.score(*shown)
-        verdicts = _verdicts(judge, images_NHWC, batch, there)
-        graded, strict, others = (_listed(scores.value_N), _listed(scores.passed_N), _parts(held_out, *shown))
-        for n, i in enumerate(places.tolist()):
-            record = {
-                "prompt": batch[n].text,
-                "kind": _kind(batch[n].columns),
-                "graded": graded[n],
-                "strict": None if strict[n] is None else bool(strict[n]),
-                "judge": verdicts[n],
-                "held_out": others[n],
-                **{name: measure(images_NHWC[n]) if there[n] else None for name, measure in STATISTICS.items()},
-                "diversity": None,
-            }
-            found.append((i, record, images_NHWC[n] if i < pictures else None))
-    watched = mine[mine < diverse]
-    for places in watched.split(max(1, sampling.microbatch // _GROUP)) if len(watched) else ():
-        of_place = dict(zip(places.tolist(), _diversities(policy, prompts, places, sampling, seed), strict=True))
-        for i, record, _ in found:
-            record["diversity"] = of_place.get(i, record["diversity"])
-    found = sorted(ranks.gather(found), key=lambda item: item[0])
-    records = cast(list[EvaluationRecord], [record for _, record, _ in found])
-    return Evaluation(records, np.stack([image for _, _, image in found if image is not None]))
+
+    judge: Judge | None = None
+    held_out: Scorer | None = None
+    diverse: int = 0
+    pictures: int = 48
 
 
-def _diversities(
-    policy: Policy, prompts: Sequence[Prompt], places: Tensor, sampling: Sampling, seed: int
-) -> list[float | None]:
-    key, condition = NoiseKey(seed, 0), policy.encode([prompts[i] for i in places.tolist()])
-    final = denoise(policy, condition, expand(policy, places, _GROUP, sampling, key), sampling, key, Meter())
+def evaluate(
+    sampler: Sampler, prompts: Sequence[Prompt], seed: int, ranks: Ranks, measures: Measures = Measures()
+) -> Evaluation:
+    """One picture per prompt. Noise is keyed by the prompt's place, so all evaluations of a seed start from the same."""
+    own = ranks.deal(len(prompts))
+    results: list[_Result] = []
+    for places in own.split(sampler.sampling.microbatch) if len(own) else ():  # splitting nothing gives one empty part
+        results += _results(sampler, prompts, places, seed, measures)
+    watched = own[own < measures.diverse]
+    for places in watched.split(max(1, sampler.sampling.microbatch // _GROUP)) if len(watched) else ():
+        values = dict(zip(places.tolist(), _diversities(sampler, prompts, places, seed), strict=True))
+        for place, record, _ in results:
+            record["diversity"] = values.get(place, record["diversity"])
+    results = sorted(ranks.gather(results), key=lambda result: result[0])
+    pictures = [picture for _, _, picture in results if picture is not None]
+    return Evaluation([record for _, record, _ in results], np.stack(pictures))
+
+
+_Result = tuple[int, EvaluationRecord, np.ndarray | None]
+"""A prompt's place, its record, and its picture if that is kept."""
+
+
+def _results(
+    sampler: Sampler, prompts: Sequence[Prompt], places: Tensor, seed: int, measures: Measures
+) -> list[_Result]:
+    """The results of the prompts at some places."""
+    policy, sampling, key = sampler.policy, sampler.sampling, NoiseKey(seed, 0)
+    batch = [prompts[i] for i in places.tolist()]
+    start = expand(policy, places, 1, sampling, key)
+    final = denoise(sampler.denoiser(policy.encode(batch)), start, key, Meter())
+    made = decoded(policy, final.x_NCHW, sampling.microbatch)
+    scored = _Scored(made, batch, places)
+    images_NHWC, there = still(made.images_NHWC.numpy()), made.there_N.tolist()
+    scores = scored.by(sampler.reward)
+    graded, strict = _listed(scores.value_N), _listed(scores.passed_N)
+    verdicts = _verdicts(measures.judge, images_NHWC, batch, there)
+    held_out = _held_out(measures.held_out, scored)
+    results: list[_Result] = []
+    for n, place in enumerate(places.tolist()):
+        passed = strict[n]
+        record: EvaluationRecord = {
+            "prompt": batch[n].text,
+            "kind": _kind(batch[n].columns),
+            "graded": graded[n],
+            "strict": None if passed is None else bool(passed),
+            "judge": verdicts[n],
+            "held_out": held_out[n],
+            "sharpness": sharpness(images_NHWC[n]) if there[n] else None,
+            "saturation": saturation(images_NHWC[n]) if there[n] else None,
+            "diversity": None,
+        }
+        results.append((place, record, images_NHWC[n] if place < measures.pictures else None))
+    return results
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The pictures of some prompts, each a group of its own."""
+
+    pictures: Pictures
+    prompts: Sequence[Prompt]
+    places: Tensor
+
+    def by(self, reward: Scorer) -> Scores:
+        images_NHWC, pictures = self.pictures.images_NHWC.numpy(), self.pictures
+        return reward.score(images_NHWC, self.prompts, self.places, pictures.there_N, pictures.fault)
+
+
+def _diversities(sampler: Sampler, prompts: Sequence[Prompt], places: Tensor, seed: int) -> list[float | None]:
+    """The diversity of each of these prompts' pictures."""
+    policy, sampling, key = sampler.policy, sampler.sampling, NoiseKey(seed, 0)
+    denoiser = sampler.denoiser(policy.encode([prompts[i] for i in places.tolist()]))
+    final = denoise(denoiser, expand(policy, places, _GROUP, sampling, key), key, Meter())
     made = decoded(policy, final.x_NCHW, sampling.microbatch)
     images_NHWC, there_N = still(made.images_NHWC.numpy()), made.there_N.numpy()
     return [diversity(images_NHWC[rows][there_N[rows]]) for rows in np.split(np.arange(len(there_N)), len(places))]
@@ -205,26 +240,23 @@ def kl_to_reference(
     if "reference" not in policy.named_weights:
         return None
     places, key = torch.arange(min(_COMPARED, len(prompts))), NoiseKey(seed, 0)
-    condition, path = policy.encode([prompts[i] for i in places.tolist()]), list[Trajectories]()
+    denoiser = Denoiser(policy, policy.encode([prompts[i] for i in places.tolist()]), sampling)
+    path: list[Trajectories] = []
 
     def note(step: int, batch: Trajectories) -> Trajectories:
         path.append(batch)
         return batch
 
     with policy.weights(weights):
-        denoise(policy, condition, expand(policy, places, 1, sampling, key), sampling, key, Meter(), note)
-    process, distances = sampling.process, list[Tensor]()
+        denoise(denoiser, expand(policy, places, 1, sampling, key), key, Meter(), note)
+    process, size = sampling.process, min(sampling.microbatch, len(places))
+    distances: list[Tensor] = []
     with policy.weights("reference"):
         for step, batch in enumerate(path):
             assert batch.output_NCHW is not None
             weight = PREDICTIONS[process.prediction].velocity_weight(process.levels_T1[step])
-            before = [
-                policy.predict(x, process.timestep(step, x), told, sampling.guidance_scale)
-                for rows in of_one_shape(len(places), min(sampling.microbatch, len(places)))
-                for x, told in [(batch.x_NCHW[rows], condition.take(rows.to(policy.device)))]
-            ]
-            apart = batch.output_NCHW - torch.cat(before)[: len(places)]
-            distances.append(mean_square(apart).cpu() * weight)
+            before = denoiser.predict(batch.x_NCHW, process.timestep(step, batch.x_NCHW), batch.group_N, size)
+            distances.append(mean_square(batch.output_NCHW - before).cpu() * weight)
     apart_N = torch.cat(distances)
     there_N = apart_N.isfinite()
     return float(apart_N[there_N].mean()) if there_N.any() else None
@@ -245,19 +277,11 @@ def _verdicts(
     return [found.get(n) for n in range(len(prompts))]
 
 
-def _parts(
-    held_out: Scorer | None,
-    images_NHWC: np.ndarray,
-    prompts: Sequence[Prompt],
-    places: Tensor,
-    there_N: Tensor,
-    fault: str,
-) -> list[dict[str, float | None]]:
-    """What each held-out reward gives each picture."""
-    if held_out is None:
-        return [{} for _ in prompts]
-    rewards_NR = held_out.score(images_NHWC, prompts, places, there_N, fault).rewards_NR
-    return [dict(zip(held_out.weights, _listed(row), strict=True)) for row in rewards_NR]
+def _held_out(reward: Scorer | None, scored: _Scored) -> list[dict[str, float | None]]:
+    """Each held-out reward's value of each picture, by name."""
+    if reward is None:
+        return [{} for _ in scored.prompts]
+    return [dict(zip(reward.weights, _listed(row), strict=True)) for row in scored.by(reward).rewards_NR]
 
 
 def _kind(columns: Mapping[str, Any]) -> str | None:
@@ -339,7 +363,7 @@ def evaluate_model(
     frames, others = config.reward.frames, config.eval.rewards
     reward_of, held_out = scorer_from(terms, frames), scorer_from(others, frames) if others else None
     chosen = eval_prompts(prompts, split, pictures, column or config.eval.column)
-    with ExitStack() as ending, lost_in_words(lambda: "give the command again"):
+    with ExitStack() as ending, explain_lost_process(lambda: "give the command again"):
         ending.callback(close_all, (reward_of, held_out), Console(0, file=sys.stderr).warn)
         for scorer in filter(None, (reward_of, held_out)):
             scorer.check(chosen)
@@ -350,21 +374,13 @@ def evaluate_model(
             check_sources(chosen)
         warn_of_cuts(policy, chosen, ranks)
         sampling = ode(policy, wanted.num_inference_steps, wanted.guidance_scale, rows_at_once(policy))
-        result = evaluate(
-            policy,
-            reward_of,
-            judge_for(prompts),
-            chosen,
-            sampling,
-            wanted.seed,
-            ranks,
-            diverse=DIVERSE_PROMPTS,
-            held_out=held_out,
-        )
+        sampler = Sampler(policy, reward_of, sampling)
+        measures = Measures(judge_for(prompts), held_out, DIVERSE_PROMPTS)
+        result = evaluate(sampler, chosen, wanted.seed, ranks, measures)
         failures = [ranks.gather([scorer.failures()]) for scorer in filter(None, (reward_of, held_out))]
         for found in failures:
             check_failures(found, config.reward.max_missing, "the evaluation")
-        ranks.leave()
+        ranks.wait_for_all()
     if not ranks.is_main:
         return None
     return {

@@ -1,4 +1,5 @@
-"""Evaluations of a run: before and after on test prompts, and on validation prompts on the way, where hacking would show."""
+"""Evaluations of a run: before and after on test prompts, and on validation prompts on the way, where hacking would
+show."""
 
 from __future__ import annotations
 
@@ -6,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
-from progrpo.rollout.denoise import Sampling
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sampling import Sampling, ode
 from progrpo.tracking.records import Metrics, metric
 from progrpo.tracking.run_folder import RunFolder
-from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, evaluate, kl_to_reference, ode
+from progrpo.training.evaluate import DIVERSE_PROMPTS, STATISTICS, Evaluation, Measures, evaluate, kl_to_reference
 from progrpo.training.inputs import HeldOut
 from progrpo.training.notices import Notices
 from progrpo.training.state import EvaluatorState
@@ -77,20 +79,12 @@ class Evaluator:
         return ode(self._trainer.policy, config.num_inference_steps, config.guidance_scale, microbatch)
 
     def _evaluate(self, prompts: Sequence[Prompt], weights: str, diverse: int = 0) -> Evaluation:
-        trainer, held_out = self._trainer, self._held_out
+        trainer = self._trainer
+        measures = Measures(self._held_out.judge, self._held_out.rewards, diverse)
 
         def sample(microbatch: int) -> Evaluation:
-            return evaluate(
-                trainer.policy,
-                trainer.reward,
-                held_out.judge,
-                prompts,
-                self._sampling(microbatch),
-                trainer.config.eval.seed,
-                trainer.ranks,
-                diverse=diverse,
-                held_out=held_out.rewards,
-            )
+            sampler = Sampler(trainer.policy, trainer.reward, self._sampling(microbatch))
+            return evaluate(sampler, prompts, trainer.config.eval.seed, trainer.ranks, measures)
 
         with trainer.policy.weights(weights):
             result = trainer.sampling_microbatch.run(sample, trainer.sampling_refusal)
@@ -124,7 +118,7 @@ class Evaluator:
             recent = [metric(record, "rollout/diversity") for record in self._folder.read_metrics()[-4:]]
             statistics = {name: result.column(name) for name in STATISTICS}
             statistics["diversity within groups"] = [*recent, diversity]
-            for sign in self._watch.look(result.column("graded"), witnesses, statistics, kl):
+            for sign in self._watch.signs(result.column("graded"), witnesses, statistics, kl):
                 self._notices.warn(f"the model may be learning to please the reward alone: {sign}")
         stop = mode == "stop" and self._watch.alarms >= 2
         self.hacked = self._trainer.ranks.gather([stop])[0]

@@ -32,7 +32,8 @@ from progrpo.types import Prompt
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The means to measure a run: test prompts for before and after, validation prompts on the way, a judge and rewards.
+    """The means to measure a run: test prompts for before and after, validation prompts on the way, a judge and
+    rewards.
 
     Neither the judge nor these rewards train the model.
     """
@@ -88,8 +89,8 @@ class RunInputs:
         if not 0 < len(trained) < len(held_out):
             return None
         return (
-            f"{len(trained)} of {len(held_out)} evaluation prompts are trained on as well (letters, quotes and spaces in"
-            f" any form), so evaluations are not of held-out prompts alone; the first is {quoted(trained[0])}"
+            f"{len(trained)} of {len(held_out)} evaluation prompts are trained on as well (letters, quotes and spaces"
+            f" in any form), so evaluations are not of held-out prompts alone; the first is {quoted(trained[0])}"
         )
 
 

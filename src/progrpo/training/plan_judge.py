@@ -9,7 +9,6 @@ from typing import Any
 from progrpo.config import Config, resolve_plan, trained_items
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path, preset, unit_costs
 from progrpo.rollout.plan_value import Simulation, plans
-from progrpo.rollout.preview import Previewing
 from progrpo.rollout.prune import Selector
 from progrpo.types import Cost
 
@@ -18,10 +17,10 @@ _REMEMBERED = 8  # the policy changes, and with it what previews can tell
 _WORTH_A_CHANGE = 1.02  # below that the simulation's own noise would choose
 
 
-def prompt_cost(config: Config, plan: Plan, probed: frozenset[int] = frozenset()) -> Cost:
+def prompt_cost(config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset()) -> Cost:
     """What a plan costs for one prompt of the run."""
     steps, pairs = config.sampling.num_inference_steps, config.sampling.in_pairs
-    return plan.predict(steps, trained_items(config), pairs, config.preview.ode_steps, probed)
+    return plan.predict(steps, trained_items(config), pairs, config.preview.ode_steps, probed_steps)
 
 
 def plan_from(state: Mapping[str, Any]) -> Plan:
@@ -60,29 +59,31 @@ class PlanJudge:
         if self.units is None and len(self._agreement) >= _AUDITS:
             self.units = self.recorded or unit_costs(counted, seconds)
 
-    def verdict(self, plan: Plan, select: Selector, how: Previewing) -> Verdict | None:
-        """None before it has seen enough."""
+    def verdict(self, plan: Plan, selector: Selector, probed_steps: frozenset[int]) -> Verdict | None:
+        """The judgement of a plan, None before enough audits; a probe ranks at the `probed_steps`."""
         if self.units is None:
             return None
         steps = self.config.sampling.num_inference_steps
         none = preset("none", steps)
         simulation = Simulation.of(self._means(), max(plan.group_size, none.group_size))
-        plain = self._signal_per_second(simulation, none, select, how)
-        now = self._signal_per_second(simulation, plan, select, how)
+        plain = self._signal_per_second(simulation, none, selector, probed_steps)
+        now = self._signal_per_second(simulation, plan, selector, probed_steps)
         best = plan
         if self.config.plan.adaptive:
             least = resolve_plan(self.config).survivors
             rates = {
-                p: self._signal_per_second(simulation, p, select, how) for p in plans(plan.group_size, least, steps)
+                p: self._signal_per_second(simulation, p, selector, probed_steps)
+                for p in plans(plan.group_size, least, steps)
             }
             leader = max(rates, key=lambda p: rates[p])
             best = leader if rates[leader] > _WORTH_A_CHANGE * now else plan
         return Verdict(now / plain, best, path(best))
 
-    def _signal_per_second(self, simulation: Simulation, plan: Plan, select: Selector, how: Previewing) -> float:
+    def _signal_per_second(
+        self, simulation: Simulation, plan: Plan, selector: Selector, probed_steps: frozenset[int]
+    ) -> float:
         assert self.units is not None
-        probed = how.probed([point.step for point in plan.active_points()])
-        return simulation.signal(plan, select) / self.units.seconds(prompt_cost(self.config, plan, probed))
+        return simulation.signal(plan, selector) / self.units.seconds(prompt_cost(self.config, plan, probed_steps))
 
     def _means(self) -> list[float]:
         return [_mean(step) for step in zip(*self._agreement, strict=True)]

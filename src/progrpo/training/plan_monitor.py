@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass
 
 from progrpo.config import Config, resolve_plan
 from progrpo.rollout.plan import path as plan_path
-from progrpo.rollout.probe import probe_examples
+from progrpo.rollout.probe import Probe, probe_examples, trusted_steps
 from progrpo.rollout.prune import SELECTORS
 from progrpo.tracking.console import Console
 from progrpo.tracking.records import Metrics, metric
 from progrpo.training.audit import Audit
-from progrpo.training.build import previewing
 from progrpo.training.distributed import Ranks
 from progrpo.training.plan_judge import PlanJudge, plan_from, prompt_cost
 from progrpo.training.state import PlanMonitorState
@@ -36,8 +35,8 @@ class PlanMonitor:
 
     def __init__(self, config: Config, ranks: Ranks, self_checks: SelfChecks) -> None:
         self.plan = resolve_plan(config)
-        self.select = SELECTORS[config.plan.selector]
-        self.previewing = previewing(config)
+        self.selector = SELECTORS[config.plan.selector]
+        self.probe = Probe(config.sampling.num_inference_steps, config.seed) if config.preview.probe else None
         self.judge = PlanJudge(config)
         self.plan_value: float | None = None
         """The value of the plan that was judged last."""
@@ -50,10 +49,14 @@ class PlanMonitor:
         """The plan in force and its value."""
         return PlanStanding(self.plan_value, plan_path(self.plan))
 
+    @property
+    def probed_steps(self) -> frozenset[int]:
+        """The steps at which the probe is trusted to rank."""
+        return trusted_steps(self.probe, self._config.preview)
+
     def predicted(self, iterations: int) -> Cost:
         """The cost that the plan in force predicts for so many iterations, over all processes and without audits."""
-        probed = self.previewing.probed([point.step for point in self.plan.active_points()])
-        cost = prompt_cost(self._config, self.plan, probed)
+        cost = prompt_cost(self._config, self.plan, self.probed_steps)
         return cost * (self._config.prompts.per_iteration * iterations)
 
     def is_audit_due(self, iteration: int) -> bool:
@@ -77,7 +80,7 @@ class PlanMonitor:
             return {}
         correlations = [metric(metrics, name) for name in metrics if name.startswith("preview/rank_correlation@")]
         metrics |= self._judge_plan(audit, totals)
-        self._self_checks.agreement(iteration + 1, self._ranks.gather([correlations])[0])
+        self._self_checks.check_agreement(iteration + 1, self._ranks.gather([correlations])[0])
         return metrics
 
     def _agreement(self, audit: Audit) -> Metrics:
@@ -93,24 +96,23 @@ class PlanMonitor:
 
     def _teach_probe(self, rolled: Rollout, audit: Audit | None) -> None:
         """Rate the probe by the audit, then teach it."""
-        probe = self.previewing.probe
-        if probe is None:
+        if self.probe is None:
             return
         own = probe_examples(rolled.trajectories, rolled.condition, rolled.survivors.ranking_N)
         if audit is not None:
-            own |= audit.lessons
+            own |= audit.examples
         for agreement in self._ranks.gather([None if audit is None else audit.probe_agreement()]):
             if agreement is not None:
-                probe.watch(agreement)
+                self.probe.watch(agreement)
         examples = {slot: example for part in self._ranks.gather([own]) for slot, example in part.items()}
-        probe.learn([example for _, example in sorted(examples.items())])  # in one order, whoever sampled which
+        self.probe.learn([example for _, example in sorted(examples.items())])  # in one order, whoever sampled which
 
     def _judge_plan(self, audit: Audit | None, totals: Totals) -> Metrics:
         """Judge the plan in the main process, which has the audit; all take the plan that it chooses."""
         verdict = None
         if audit is not None:
             self.judge.watch(audit.used_agreement(), totals.counted, totals.seconds)
-            verdict = self.judge.verdict(self.plan, self.select, self.previewing)
+            verdict = self.judge.verdict(self.plan, self.selector, self.probed_steps)
         verdict = self._ranks.gather([verdict])[0]
         if verdict is None:
             return {}
@@ -126,17 +128,16 @@ class PlanMonitor:
             console.say(f"plan: groups of {' -> '.join(map(str, path))} from here on ({points or 'no prune point'})")
         elif value is not None and value < 1 and (before.value is None or before.value >= 1):
             console.warn(
-                f"the plan {' -> '.join(map(str, path))} is expected to bring {value:.2f} x the learning signal a second"
-                " of plain GRPO (plan.preset none); prune where previews rank better, preview cheaper, or set"
+                f"the plan {' -> '.join(map(str, path))} is expected to bring {value:.2f} x the learning signal a"
+                " second of plain GRPO (plan.preset none); prune where previews rank better, preview cheaper, or set"
                 " plan.adaptive"
             )
 
     def state_dict(self) -> PlanMonitorState:
-        probe = self.previewing.probe
         return {
             "plan": asdict(self.plan),
             "judge": self.judge.state_dict(),
-            "probe": None if probe is None else probe.state_dict(),
+            "probe": None if self.probe is None else self.probe.state_dict(),
             "plan_value": self.plan_value,
         }
 
@@ -145,6 +146,6 @@ class PlanMonitor:
         if self._config.plan.adaptive and plan.group_size == self.plan.group_size:
             self.plan = plan
         self.judge.load_state_dict(state["judge"])
-        if self.previewing.probe is not None and state["probe"] is not None:
-            self.previewing.probe.load_state_dict(state["probe"])
+        if self.probe is not None and state["probe"] is not None:
+            self.probe.load_state_dict(state["probe"])
         self.plan_value = state["plan_value"]

@@ -14,14 +14,15 @@ from PIL import Image
 from progrpo.config import EvalSettings
 from progrpo.messages import named
 from progrpo.prompts.pictures import COLUMN
-from progrpo.rollout.denoise import denoise, expand
+from progrpo.rollout.denoise import Denoiser, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import decoded
+from progrpo.rollout.sampling import ode
 from progrpo.training.build import run_of, trained_policy
-from progrpo.training.distributed import Ranks, lost_in_words
+from progrpo.training.distributed import Ranks, explain_lost_process
 from progrpo.training.errors import MissingPicturesError
-from progrpo.training.evaluate import asked_for, away_from, ode, rows_at_once, warn_of_cuts
+from progrpo.training.evaluate import asked_for, away_from, rows_at_once, warn_of_cuts
 from progrpo.types import Prompt
 
 _NAME = re.compile(r"(\d+)-\d+\.(png|webp)")
@@ -56,20 +57,20 @@ def sample_pictures(
     own = EvalSettings(seed=0) if run is None else run.eval
     wanted = asked_for(own, num_inference_steps, guidance_scale, seed)
     away = away_from(run, negative_prompt, wanted.guidance_scale)
-    with lost_in_words(lambda: "give the command again"):
+    with explain_lost_process(lambda: "give the command again"):
         ranks = Ranks()
         policy = trained_policy(model, lora, ranks, revision, variant, away)
         if not policy.edits and any(COLUMN in prompt.columns for prompt in prompts):
             raise ValueError(f"--image: {named(model)} is told a text alone; leave it out, or give a model that edits")
         warn_of_cuts(policy, prompts, ranks)
         sampling = ode(policy, wanted.num_inference_steps, wanted.guidance_scale, rows_at_once(policy))
-        key, condition = NoiseKey(wanted.seed, 0), policy.encode(prompts)
+        key, denoiser = NoiseKey(wanted.seed, 0), Denoiser(policy, policy.encode(prompts), sampling)
         start = expand(policy, torch.arange(len(prompts)), count, sampling, key)
         found: list[tuple[int, int, np.ndarray | None]] = []
         faults: list[str] = []
         mine = ranks.deal(len(start))
         for rows in mine.split(sampling.microbatch) if len(mine) else ():  # splitting nothing gives one empty part
-            final = denoise(policy, condition, start.take(rows), sampling, key, Meter())
+            final = denoise(denoiser, start.take(rows), key, Meter())
             made = decoded(policy, final.x_NCHW, sampling.microbatch)
             shown = zip(made.images_NHWC.numpy(), made.there_N.tolist(), strict=True)
             images = (image if is_there else None for image, is_there in shown)
@@ -79,7 +80,7 @@ def sample_pictures(
         there = [(group, member, image) for group, member, image in drawn if image is not None]
         files = ranks.from_main(lambda: _written(there, out)) if there else []
         why = ranks.gather(faults)
-        ranks.leave()
+        ranks.wait_for_all()
         if why:
             rest = f"; the others are in {named(out)}" if there else ""
             raise MissingPicturesError(

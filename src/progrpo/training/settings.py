@@ -45,6 +45,11 @@ class OptimSettings:
     ema_decay: float = setting(0.0, FRACTION)
     """The decay of an average of the weights. Above 0, evaluations and the saved LoRA use this average."""
 
+    @property
+    def items_per_pass(self) -> int:
+        """The items of a forward and backward pass: `microbatch`, or 64 where none was given or measured."""
+        return 64 if self.microbatch is None else self.microbatch
+
     def learning_rate(self, iteration: int, iterations: int) -> float:
         """The learning rate of a zero-based iteration in a run of `iterations`; never 0."""
         rising = min(1.0, (iteration + 1) / max(1, self.warmup))

@@ -10,17 +10,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from progrpo.config import Config, microbatch, trained_items
+from progrpo.config import Config, trained_items
 from progrpo.objectives.advantage import group_statistics
 from progrpo.policies.base import Policy
 from progrpo.prompts.order import PromptOrder
-from progrpo.rewards.base import Scorer
 from progrpo.rewards.mixture import RewardMixture
-from progrpo.rollout.denoise import Sampling
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan
-from progrpo.rollout.rollout import rollout
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sampling import Sampling
 from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding
 from progrpo.rollout.waves import in_waves
 from progrpo.tracking.records import Metrics, metric
@@ -69,11 +68,10 @@ class Trainer:
         self.order = order
         self.ranks = ranks
         ranks.attend = policy.attend
-        watch = config.watch
-        self.checks = SelfChecks(watch.max_skipped, watch.flat_iterations, watch.still_iterations, watch.lost_agreement)
+        self.checks = SelfChecks(config.watch)
         self.plan_monitor = PlanMonitor(config, ranks, self.checks)
         self.learner = Learner(config, policy, reward.weights, ranks, self.checks)
-        self.sampling_microbatch = Microbatch(microbatch(config.sampling), "sampling.microbatch")
+        self.sampling_microbatch = Microbatch(config.sampling.rows_per_call, "sampling.microbatch")
         self.iteration = 0
         """The number of iterations that are done."""
         self.totals = Totals()
@@ -90,9 +88,9 @@ class Trainer:
         """The configuration, with the microbatches that fit into memory."""
         config = self._config
         sampling, optim = self.sampling_microbatch.size, self.learner.updater.microbatch.size
-        if sampling < microbatch(config.sampling):
+        if sampling < config.sampling.rows_per_call:
             config = replace(config, sampling=replace(config.sampling, microbatch=sampling))
-        if optim < microbatch(config.optim):
+        if optim < config.optim.items_per_pass:
             config = replace(config, optim=replace(config.optim, microbatch=optim))
         return config
 
@@ -111,6 +109,21 @@ class Trainer:
         """How the next iteration samples."""
         return sampling_from(self.config, self.policy, self.learner.objective.settings.stores, self.iteration)
 
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler of the next iteration."""
+        monitor = self.plan_monitor
+        return Sampler(
+            policy=self.policy,
+            reward=self.reward,
+            sampling=self.sampling,
+            plan=monitor.plan,
+            selector=monitor.selector,
+            preview_settings=self._config.preview,
+            probe=monitor.probe,
+            sharding=self._sharding,
+        )
+
     def predicted(self, iterations: int = 1) -> Cost:
         """The cost that the plan in force predicts for so many iterations, over all processes and without audits."""
         return self.plan_monitor.predicted(iterations)
@@ -121,7 +134,7 @@ class Trainer:
         iteration, sampling = self.iteration, self.sampling
         self.totals.predicted += self.predicted()
         batch = self._next_batch()
-        rolled = self.sample(lambda sampling, meter: self._roll_out(batch, sampling, meter), meter)
+        rolled = self.sample(lambda sampler, meter: self._roll_out(batch, sampler, meter), meter)
         lost = self.totals.lost
         failed = self.failures.check(f"iteration {iteration + 1}")
         lost = self.totals.lost - lost
@@ -134,9 +147,10 @@ class Trainer:
         audit_due = self.plan_monitor.is_audit_due(iteration)
         if audit_due and self.ranks.is_main:
             with meter.stage("audit"):
-                found = self.sample(lambda sampling, meter: self._audit(batch, sampling, meter), audit_meter)
+                found = self.sample(lambda sampler, meter: self._audit(batch, sampler, meter), audit_meter)
         if audit_due:
-            # counted with the next iteration's they would be unknown to a run that is resumed here; no audit is trained on
+            # counted with the next iteration's they would be unknown to a run that is resumed here; no audit is trained
+            # on
             self.failures.collect()
         record = self._record(updated.tally, meter, time.perf_counter() - start)
         audited = summed_over(self.ranks, audit_meter.cost)
@@ -144,7 +158,7 @@ class Trainer:
         record |= {"audit/nfe": audited.nfe} if found is not None else {}
         record |= {f"reward/failed@{name}": count for name, count in failed.items() if count}
         record |= {"rollout/missing_pictures": lost} if lost else {}
-        self.checks.rewards(iteration + 1, record, len(batch.prompts))
+        self.checks.check_rewards(iteration + 1, record, len(batch.prompts))
         record |= self.plan_monitor.learn(iteration, rolled, found, self.totals)
         self._add_seconds_since(start, record)
         self.iteration, self.untouched = iteration + 1, True
@@ -156,12 +170,12 @@ class Trainer:
         prompts = self.order.prompts_for(self.iteration, count)
         return _Batch(prompts, slots, NoiseKey(self._config.seed, self.iteration))
 
-    def sample(self, call: Callable[[Sampling, Meter], _Sampled], meter: Meter) -> _Sampled:
+    def sample(self, call: Callable[[Sampler, Meter], _Sampled], meter: Meter) -> _Sampled:
         """Return what `call` samples, with smaller microbatches where memory runs out: noise does not depend on them."""
 
         def attempt(size: int) -> _Sampled:
             its_meter = Meter()  # an attempt that fails is not what the plan counts
-            sampled = call(replace(self.sampling, microbatch=size), its_meter)
+            sampled = call(self.sampler.with_max_batch(size), its_meter)
             meter.add(its_meter)
             return sampled
 
@@ -174,46 +188,18 @@ class Trainer:
         if self._sharding.world == 1 and self.policy.attend is None:
             return None
         return (
-            "out of memory while processes work together (model.shard, prompts.split_groups), so that one of them cannot"
-            " try again; lower sampling.microbatch"
+            "out of memory while processes work together (model.shard, prompts.split_groups), so that one of them"
+            " cannot try again; lower sampling.microbatch"
         )
 
-    def _roll_out(self, batch: _Batch, sampling: Sampling, meter: Meter) -> Rollout:
-        monitor = self.plan_monitor
+    def _roll_out(self, batch: _Batch, sampler: Sampler, meter: Meter) -> Rollout:
+        prompts = [batch.prompts[slot] for slot in batch.slots.tolist()]
+        return in_waves(sampler, prompts, batch.slots, batch.key, meter, self._config.reward.waves)
 
-        def sample(reward: Scorer, places: Tensor, its_meter: Meter) -> Rollout:
-            slots = batch.slots[places]
-            return rollout(
-                self.policy,
-                reward,
-                [batch.prompts[slot] for slot in slots.tolist()],
-                slots,
-                monitor.plan,
-                sampling,
-                monitor.select,
-                batch.key,
-                its_meter,
-                monitor.previewing,
-                self._sharding,
-            )
-
-        return in_waves(sample, self.reward, len(batch.slots), self._config.reward.waves, meter)
-
-    def _audit(self, batch: _Batch, sampling: Sampling, meter: Meter) -> Audit:
+    def _audit(self, batch: _Batch, sampler: Sampler, meter: Meter) -> Audit:
         """Audit a prompt of the iteration, under a slot that no trained group has."""
-        monitor = self.plan_monitor
-        return audit(
-            self.policy,
-            self.reward,
-            batch.prompts[monitor.audited_place(self.iteration)],
-            len(batch.prompts),
-            monitor.plan,
-            sampling,
-            monitor.select,
-            batch.key,
-            meter,
-            monitor.previewing,
-        )
+        prompt = batch.prompts[self.plan_monitor.audited_place(self.iteration)]
+        return audit(sampler, prompt, len(batch.prompts), batch.key, meter)
 
     def _observe(self, slots: Tensor, rolled: Rollout) -> None:
         """Tell the order how far each group's rewards differed, alike on every process."""
@@ -276,8 +262,8 @@ def _check_processes(config: Config, reward: RewardMixture, ranks: Ranks) -> Non
     """ValueError for an iteration that cannot be shared out among the processes."""
     if config.prompts.per_iteration < ranks.world and not config.prompts.split_groups:
         raise ValueError(
-            f"prompts.per_iteration is {config.prompts.per_iteration}, fewer than the {ranks.world} processes; give each"
-            " at least one, or have them share the groups (prompts.split_groups)"
+            f"prompts.per_iteration is {config.prompts.per_iteration}, fewer than the {ranks.world} processes; give"
+            " each at least one, or have them share the groups (prompts.split_groups)"
         )
     if config.prompts.split_groups and reward.groupwise:
         raise ValueError(
@@ -295,8 +281,8 @@ def _agree_on_batch_invariance(trainer: Trainer) -> None:
         return
     config, plan = trainer.config, trainer.plan
     prompts = config.prompts.per_iteration
-    rows = min(microbatch(config.sampling), prompts * plan.group_size)
-    items = min(microbatch(config.optim), prompts * plan.survivors * trained_items(config))
+    rows = min(config.sampling.rows_per_call, prompts * plan.group_size)
+    items = min(config.optim.items_per_pass, prompts * plan.survivors * trained_items(config))
     branches = 2 if config.sampling.in_pairs else 1
     measured = trainer.policy.measure_batch_invariance([1, branches * rows], [3, branches * items])
     trainer.policy.batch_invariant = all(trainer.ranks.gather([measured]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from progrpo.config import OptimSettings, microbatch
+from progrpo.config import OptimSettings
 from progrpo.objectives.base import Experience, Loss, Objective
 from progrpo.packing import filled_up, of_update, of_whole_blocks
 from progrpo.policies.base import Policy
@@ -54,7 +54,7 @@ class Updated:
 
 @dataclass(frozen=True)
 class _Share:
-    """The rows of one optimizer step that have an advantage, and the number of its items and such rows in all processes."""
+    """The rows of one optimizer step that have an advantage; the numbers of items and such rows in all processes."""
 
     rows: Tensor
     items: float
@@ -96,7 +96,7 @@ class Updater:
         self.objective = objective
         self.optimizer = optimizer
         self.loss_scale = LossScale() if loss_scale is None else loss_scale
-        self.microbatch = Microbatch(microbatch(config), "optim.microbatch")
+        self.microbatch = Microbatch(config.items_per_pass, "optim.microbatch")
         self._config = config
         self._ranks = ranks
 
@@ -162,7 +162,10 @@ class Updater:
                 " lower optim.microbatch"
             )
         if experience.attached:  # whose graphs one backward pass uses up
-            return "out of memory in an update that goes back through what sampling computed; leave out optim.reuse_rollout"
+            return (
+                "out of memory in an update that goes back through what sampling computed; leave out"
+                " optim.reuse_rollout"
+            )
         return None
 
     def _passes(
@@ -181,7 +184,8 @@ class Updater:
         tally, per_trajectory = Tally(), self._items_per_trajectory(experience)
         count = len(experience) * per_trajectory
         if experience.attached:
-            # a graph spans one transition of every trajectory, whose ratios are 1 by construction: some are computed anew
+            # a graph spans one transition of every trajectory, whose ratios are 1 by construction: some are computed
+            # anew
             tally = self._deviation(experience.detached(), count, packing)
             batches = list(torch.arange(count).split(len(experience))) if count else []
         else:
@@ -212,7 +216,7 @@ class Updater:
 
 
 def update_of_each(trajectories: Trajectories, updates: int) -> Tensor:
-    """The number of the optimizer step that each trajectory serves: dealt within its group, so that each step has all prompts."""
+    """The optimizer step of each trajectory, by number. A group is dealt over the steps, so that each has all prompts."""
     group_N = trajectories.group_N
     place_N = torch.arange(len(group_N)) - torch.searchsorted(group_N, group_N)
     return (place_N + trajectories.slot_N) % updates

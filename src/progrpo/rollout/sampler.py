@@ -1,0 +1,53 @@
+"""One object that samples: a policy and a reward, with the plan and the settings that they are used by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from progrpo.policies.base import Policy
+from progrpo.rewards.base import Scorer
+from progrpo.rollout.denoise import Denoiser
+from progrpo.rollout.plan import Plan
+from progrpo.rollout.probe import Probe, trusted_steps
+from progrpo.rollout.prune import Selector, ovf
+from progrpo.rollout.sampling import Sampling
+from progrpo.rollout.settings import PreviewSettings
+from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding, sharded_survivors
+from progrpo.types import Condition, Trajectories
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A policy and a reward, and how groups are sampled, previewed and pruned with them.
+
+    `rollout`, `in_waves`, `preview`, `audit` and `evaluate` take one. Previews follow `preview_settings`; where the
+    `probe` is trusted, it ranks instead. Processes of a `sharding` share the members of each group.
+    """
+
+    policy: Policy
+    reward: Scorer
+    sampling: Sampling
+    plan: Plan = field(default_factory=lambda: Plan(1))
+    selector: Selector = ovf
+    preview_settings: PreviewSettings = field(default_factory=PreviewSettings)
+    probe: Probe | None = None
+    sharding: GroupSharding = NOT_SHARDED
+
+    def denoiser(self, condition: Condition) -> Denoiser:
+        """The policy under the condition of some prompts."""
+        return Denoiser(self.policy, condition, self.sampling)
+
+    def with_max_batch(self, rows: int) -> Sampler:
+        """The same with at most `rows` rows in a network call."""
+        return replace(self, sampling=self.sampling.with_max_batch(rows))
+
+    @property
+    def probed_steps(self) -> frozenset[int]:
+        """The steps at which the probe ranks."""
+        return trusted_steps(self.probe, self.preview_settings)
+
+    def survivors(self, batch: Trajectories, scores_N: Tensor, keep: int, seeds_P: Tensor) -> Tensor:
+        """The rows of this process' batch that stay when each group keeps `keep` members; `seeds_P` has one per group."""
+        return sharded_survivors(batch, scores_N, keep, self.selector, seeds_P, self.sharding)
