@@ -35,8 +35,8 @@ from progrpo.config import (
     SamplingSettings,
     resolve_plan,
 )
-from progrpo.policies.base import Policy
 from progrpo.policies.load import load_policy, policy_from_pipeline, quiet
+from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.sizes import Watch, sizes
 from progrpo.rewards.mixture import load_mixture
 from progrpo.training.build import policy_context, policy_from, train_order
@@ -99,9 +99,9 @@ def allocated(work: Callable[[], object]) -> int:
     return most
 
 
-def compared(name: str, settings: ModelSettings, policy: Policy | None = None) -> dict[str, object]:
+def compared(name: str, settings: ModelSettings, policy: PipelinePolicy | None = None) -> dict[str, object]:
     policy = policy or load_policy(settings)
-    told = {n: torch.randn(1, *shape) for n, shape in policy.condition_shapes().items()}  # type: ignore[attr-defined]
+    told = {n: torch.randn(1, *shape) for n, shape in policy.family.condition_shapes().items()}
 
     def call(rows: int) -> torch.Tensor:
         condition = Condition({n: t.expand(rows, *t.shape[1:]) for n, t in told.items()})

@@ -47,7 +47,8 @@ from progrpo.rewards.mixture import load_mixture
 from progrpo.rollout.plan import Plan
 from progrpo.training.build import policy_context, policy_from, settled, train_order
 from progrpo.training.distributed import Ranks
-from progrpo.training.estimate import GPUS, flops_by_stage, sizes_for
+from progrpo.training.estimate import flops_by_stage, sizes_for
+from progrpo.training.gpus import GPUS
 from progrpo.training.trainer import Trainer
 
 PROCESSES = [2**i for i in range(11)]

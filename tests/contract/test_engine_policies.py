@@ -20,7 +20,7 @@ from torch import Tensor
 from progrpo.config import AuditSettings, ModelSettings, OptimSettings, PlanSettings, PreviewSettings, SamplingSettings
 from progrpo.policies.base import Policy, PolicyContext
 from progrpo.policies.load import load_policy, policy_from_pipeline
-from progrpo.policies.pipeline import _compiled_decoder
+from progrpo.policies.prepare import compilable_decoder
 from progrpo.rollout.preview import decoded
 from progrpo.rollout.probe import latent_features, text_features
 from progrpo.training.checks import rounding_of_ratio
@@ -171,7 +171,8 @@ def test_a_tiny_decoder_serves_previews_alone(loaded, tmp_path):
 @pytest.mark.usefixtures("of_pictures")
 def test_a_tiny_decoder_is_not_trained(loaded, tmp_path):
     policy = loaded(save_tiny_decoder(tmp_path / "tiny"))
-    assert not any(p.requires_grad for p in policy._tiny.parameters()) and not policy._tiny.training
+    tiny = policy.previewer.autoencoder
+    assert not any(p.requires_grad for p in tiny.parameters()) and not tiny.training
     assert policy.trainable.keys() == loaded().trainable.keys()
 
 
@@ -338,14 +339,14 @@ def test_grpo_trains_what_is_compiled_in_low_precision(tiny_sd3, tiny_trainer, t
 
 def test_of_decoders_those_of_pictures_are_compiled_and_on_no_cpu(tiny_sd3, tiny_wan):
     vaes = [DiffusionPipeline.from_pretrained(f, use_safetensors=True).vae for f in (tiny_sd3, tiny_wan)]
-    on_gpu = PolicyContext(torch.device("cuda"))
-    assert [_compiled_decoder(vae, SETTINGS, on_gpu) for vae in vaes] == [[vaes[0].decoder], []]
-    assert not _compiled_decoder(vaes[0], SETTINGS, PolicyContext())
-    assert not _compiled_decoder(vaes[0], replace(SETTINGS, decoding="tiled"), on_gpu)
+    on_gpu, on_cpu = torch.device("cuda"), torch.device("cpu")
+    assert [compilable_decoder(vae, SETTINGS, on_gpu) for vae in vaes] == [[vaes[0].decoder], []]
+    assert not compilable_decoder(vaes[0], SETTINGS, on_cpu)
+    assert not compilable_decoder(vaes[0], replace(SETTINGS, decoding="tiled"), on_gpu)
 
 
 @pytest.mark.parametrize(("compiled", "sizes"), [(False, [4, 4, 1]), (True, [4, 4, 4])])
-def test_a_compiled_decoder_sees_one_shape(tiny_policy, monkeypatch, compiled, sizes):
+def test_acompilable_decoder_sees_one_shape(tiny_policy, monkeypatch, compiled, sizes):
     policy, met = tiny_policy(), []
     decode = policy.decode
 

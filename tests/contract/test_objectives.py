@@ -248,7 +248,7 @@ def test_what_is_counted_is_predicted_and_what_the_network_did(build, redness, g
 
     trainer = build(partly, sampling=SamplingSettings(num_inference_steps=4, guidance_scale=guidance_scale))
     trained, teaching = [], 0
-    trainer.policy._pipeline.transformer.register_forward_hook(
+    trainer.policy.pipeline.transformer.register_forward_hook(
         lambda module, args, kwargs, out: trained.append(len(out[0])) if torch.is_grad_enabled() else None,
         with_kwargs=True,
     )

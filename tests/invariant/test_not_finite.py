@@ -341,16 +341,16 @@ def test_the_command_line_writes_no_black_picture(nan_lora, tiny_sd3, tmp_path):
 
 
 def test_sampling_keeps_what_is_there_and_says_what_is_not(tiny_sd3, tmp_path, monkeypatch):
-    from progrpo.policies.sd3 import SD3Policy
+    from progrpo.policies.pipeline import PipelinePolicy
     from progrpo.training.sample import sample_pictures
 
-    decode = SD3Policy.decode
+    decode = PipelinePolicy.decode
 
     def lost(self, x0):
         made = decode(self, x0)
         return replace(made, there_N=torch.arange(len(x0)) != 1, fault="the decoder gave no finite numbers")
 
-    monkeypatch.setattr(SD3Policy, "decode", lost)
+    monkeypatch.setattr(PipelinePolicy, "decode", lost)
     with pytest.raises(SelfCheckError, match=r"^1 of 3 pictures are missing: the decoder .*; the others are in "):
         sample_pictures(
             str(tiny_sd3),

@@ -276,15 +276,15 @@ def test_a_network_that_rounds_otherwise_where_it_trains_is_trained_and_a_wrong_
 ):
     def trainer_of(off: float) -> Any:
         policy = tiny_policy("lora", moved=0.1)
-        whole = policy._run
+        forward = policy.network.forward
 
         def run(*inputs: Any) -> torch.Tensor:
-            output = whole(*inputs)
+            output = forward(*inputs)
             if not torch.is_grad_enabled():
                 return output
             return output + off * torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
 
-        monkeypatch.setattr(policy, "_run", run)
+        monkeypatch.setattr(policy.network, "forward", run)
         return tiny_trainer(tiny_config(optim=OptimSettings(updates_per_rollout=updates, microbatch=3)), policy)
 
     trainer = trainer_of(0.01)

@@ -26,8 +26,8 @@ from progrpo.objectives.advantage import normalised_sum
 from progrpo.objectives.base import Objective
 from progrpo.objectives.settings import Stored, load_objective
 from progrpo.policies.base import Policy, PolicyContext
+from progrpo.policies.decoding import BUILT_IN_DECODER
 from progrpo.policies.load import BUILT_IN, fastest_dtype, load_policy, quiet
-from progrpo.policies.pipeline import BUILT_IN_DECODER
 from progrpo.prompts.load import DATASET, TEXT, load_prompts, of_configuration
 from progrpo.prompts.order import ORDERS, PromptOrder
 from progrpo.recipes import load_recipe
@@ -160,7 +160,7 @@ def trained_policy(
     context = PolicyContext(device=ranks.device, world_size=ranks.world, guide_away_from=negative_prompt)
     policy = policy_from(model, context, trained)
     require_same_model(ranks, policy)
-    ranks.attend = policy.attend
+    ranks.drain_peer_calls = policy.drain_peer_calls
     return policy
 
 
