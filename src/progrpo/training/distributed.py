@@ -67,8 +67,8 @@ class Ranks:
         if self.world > 1:
             # while Python runs: gloo's threads hold its tensors, and abort the process if they free them later
             atexit.register(self._accelerator.end_training)
-        self.attend: Callable[[], None] | None = None
-        """What this process does before it waits for the others: a policy's `attend`."""
+        self.drain_peer_calls: Callable[[], None] | None = None
+        """The call of this process before it waits for the others: a policy's `drain_peer_calls`."""
 
     def deal(self, count: int) -> Tensor:
         """This process' share of the places 0..count-1, ascending int64: every world-th. Any count will do."""
@@ -139,8 +139,8 @@ class Ranks:
 
     def join(self) -> None:
         """Take part in the others' network calls, where they are made together, until none has one to make."""
-        if self.attend is not None:
-            self.attend()
+        if self.drain_peer_calls is not None:
+            self.drain_peer_calls()
 
 
 def is_lost(error: BaseException) -> bool:

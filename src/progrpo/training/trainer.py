@@ -67,7 +67,7 @@ class Trainer:
         self.reward = reward
         self.order = order
         self.ranks = ranks
-        ranks.attend = policy.attend
+        ranks.drain_peer_calls = policy.drain_peer_calls
         self.checks = SelfChecks(config.watch)
         self.plan_monitor = PlanMonitor(config, ranks, self.checks)
         self.learner = Learner(config, policy, reward.weights, ranks, self.checks)
@@ -185,7 +185,7 @@ class Trainer:
     @property
     def sampling_refusal(self) -> str | None:
         """The reason why a process that runs out of memory while sampling cannot try again; None where it can."""
-        if self._sharding.world == 1 and self.policy.attend is None:
+        if self._sharding.world == 1 and self.policy.drain_peer_calls is None:
             return None
         return (
             "out of memory while processes work together (model.shard, prompts.split_groups), so that one of them"
