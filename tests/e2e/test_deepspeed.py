@@ -53,7 +53,7 @@ for zero in (Zero(1), Zero(2, offload=True)):
     else:
         assert parted.state_dict()["state"] == {}
     assert all(state["exp_avg"].numel() == 14 for state in parted._parts.state.values())  # of 26, in even parts
-ranks.leave()
+ranks.wait_for_all()
 '''
 
 

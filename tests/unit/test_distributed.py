@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from progrpo.training.distributed import Ranks, is_lost, lost_in_words
+from progrpo.training.distributed import Ranks, explain_lost_process, is_lost
 from progrpo.training.errors import LostProcessError
 
 
@@ -35,12 +35,12 @@ def test_a_lost_process_is_told_from_a_mistake():
 
 
 def test_a_lost_process_is_said_once_and_in_one_sentence():
-    with pytest.raises(LostProcessError) as found, lost_in_words(lambda: "begin anew"):  # noqa: SIM117
-        with lost_in_words(lambda: "go on"):
+    with pytest.raises(LostProcessError) as found, explain_lost_process(lambda: "begin anew"):  # noqa: SIM117
+        with explain_lost_process(lambda: "go on"):
             raise RuntimeError("[gloo/pair.cc:553] Connection closed by peer. This is\na longer story")
     assert str(found.value) == (
         "another process of this run was lost ([gloo/pair.cc:553] Connection closed by peer); go on"
     )
-    with pytest.raises(RuntimeError, match="shapes") as other, lost_in_words(lambda: "go on"):
+    with pytest.raises(RuntimeError, match="shapes") as other, explain_lost_process(lambda: "go on"):
         raise RuntimeError("shapes cannot be multiplied")
     assert type(other.value) is RuntimeError

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 import progrpo
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.policies.settings import ModelSettings
-from progrpo.training.torch_state import usual_torch
+from progrpo.training.torch_state import default_torch_state
 from progrpo.types import Prompt
 
 SETTINGS = ModelSettings(lora_rank=2)
@@ -137,7 +137,7 @@ def test_a_unet_that_is_shown_a_picture_is_refused(tiny_sd, tiny_pipeline):
 
 
 def test_torch_is_as_usual_within_and_as_it_was_after():
-    @usual_torch()
+    @default_torch_state()
     def seen() -> tuple[Any, ...]:
         return (
             torch.is_grad_enabled(),

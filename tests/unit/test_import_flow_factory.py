@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from progrpo.config import RewardTerm
-from progrpo.imports.account import FATES
 from progrpo.imports.flow_factory import RULES, import_flow_factory
+from progrpo.imports.translation import STATUSES
 
 SETTINGS: dict[str, Any] = {
     "launcher": "accelerate",
@@ -85,8 +85,8 @@ def imported(folder: Path, **changes: Any):
     return import_flow_factory(str(file))
 
 
-def fates(translation) -> dict[str, str]:
-    return {row.name: row.outcome.fate for row in translation.rows}
+def statuses(translation) -> dict[str, str]:
+    return {row.name: row.outcome.status for row in translation.rows}
 
 
 def test_a_file_is_translated(tmp_path):
@@ -134,7 +134,7 @@ def test_a_file_is_translated(tmp_path):
 def test_a_size_is_height_and_width(tmp_path, changes, expected):
     translation = imported(tmp_path, **changes)
     assert translation.config.model.resolution == expected
-    assert {fates(translation)[name.replace("__", ".")] for name in changes} == {"translated"}
+    assert {statuses(translation)[name.replace("__", ".")] for name in changes} == {"translated"}
 
 
 def test_an_evaluation_of_another_size_or_length_has_no_equal(tmp_path):
@@ -142,9 +142,9 @@ def test_an_evaluation_of_another_size_or_length_has_no_equal(tmp_path):
     same = {"eval__resolution": 480, "eval__width": 832, "eval__num_frames": 33}
     translation = imported(tmp_path, **wide, **same)
     assert translation.config.model.frames == 33
-    assert {fates(translation)[name.replace("__", ".")] for name in same} == {"not needed here"}
+    assert {statuses(translation)[name.replace("__", ".")] for name in same} == {"not needed here"}
     other = {"eval__resolution": [832, 480], "eval__num_frames": 17}
-    found = fates(imported(tmp_path, **wide, **other))
+    found = statuses(imported(tmp_path, **wide, **other))
     assert {found[name.replace("__", ".")] for name in other} == {"no equal here"}
 
 
@@ -162,8 +162,8 @@ def test_every_setting_ends_in_one_list_once(tmp_path):
     given = [*leaves(SETTINGS), "surprise.a[0]", "surprise.a[1].b", "train.later"]
     assert set(names.values()) == {1}
     assert {name for name in names if not name.endswith("(its default)")} == set(given)
-    found = fates(translation)
-    assert set(found.values()) == set(FATES[:3])
+    found = statuses(translation)
+    assert set(found.values()) == set(STATUSES[:3])
     assert {found[name] for name in given[-3:]} == {"no equal here"}
     assert found["rewards[1].reward_model"] == "no equal here" and found["scheduler.sde_steps"] == "translated"
 
@@ -182,8 +182,8 @@ def test_what_a_file_leaves_out_has_their_default_and_not_ours(tmp_path):
     assert (config.sampling.sde_window, config.sampling.sde_window_size) == ("random", 1)
     assert (config.objective.advantage, config.objective.grpo.kl_form, config.optim.lr) == ("gdpo", "latent", 1e-5)
     assert config.reward.terms == (RewardTerm("ocr"),)
-    assert fates(translation)["model.lora_rank (its default)"] == "translated"
-    assert fates(translation)["a prompt file"] == "no equal here" and "a reward" not in fates(translation)
+    assert statuses(translation)["model.lora_rank (its default)"] == "translated"
+    assert statuses(translation)["a prompt file"] == "no equal here" and "a reward" not in statuses(translation)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from progrpo.config import RewardTerm
-from progrpo.imports.account import FATES, flattened, in_words
 from progrpo.imports.flow_grpo import RULES, _bracketed, import_flow_grpo
 from progrpo.imports.python_settings import Unread, read_settings
+from progrpo.imports.translation import STATUSES, as_tables, flatten
 from progrpo.recipes import RECIPES
 
 BASE = """
@@ -65,10 +65,12 @@ def common(gpu_number=8, folder="dataset/words"):
     config.dataset = os.path.join(os.getcwd(), folder)
     config.sample.train_batch_size = 6
     config.sample.num_image_per_prompt = 24
-    config.sample.num_batches_per_epoch = int(48 / (gpu_number * config.sample.train_batch_size / config.sample.num_image_per_prompt))
+    prompts = gpu_number * config.sample.train_batch_size / config.sample.num_image_per_prompt
+    config.sample.num_batches_per_epoch = int(48 / prompts)
     assert config.sample.num_batches_per_epoch % 2 == 0, "an even number"
     config.train.batch_size = config.sample.train_batch_size
-    config.train.gradient_accumulation_steps = config.sample.num_batches_per_epoch // 2 if config.sample.num_batches_per_epoch > 1 else 1
+    batches = config.sample.num_batches_per_epoch
+    config.train.gradient_accumulation_steps = batches // 2 if batches > 1 else 1
     config.prompt_fn = "general_ocr"
     config.save_dir = f"logs/{config.seed}"
     config.reward_fn = {"ocr": 1.0}
@@ -89,8 +91,8 @@ def task(folder: Path, *lines: str, name: str = "words", **options):
     return import_flow_grpo(f"{written(folder, body)}:{name}", **options)
 
 
-def fates(translation) -> dict[str, str]:
-    return {row.name: row.outcome.fate for row in translation.rows}
+def statuses(translation) -> dict[str, str]:
+    return {row.name: row.outcome.status for row in translation.rows}
 
 
 def test_a_task_is_translated(tmp_path):
@@ -121,30 +123,30 @@ def test_a_task_is_translated(tmp_path):
 def test_a_video_has_height_width_and_frames(tmp_path):
     translation = task(tmp_path, "config.height = 240", "config.width = 416", "config.frames = 33")
     assert (translation.config.model.resolution, translation.config.model.frames) == ((240, 416), 33)
-    found = fates(translation)
+    found = statuses(translation)
     assert found["height"] == found["width"] == found["frames"] == "translated"
     assert found["resolution"] == "not needed here"
     for side in ("height", "width"):
         translation = task(tmp_path, f"config.{side} = 240")
-        assert fates(translation)[side] == "no equal here" and translation.config.model.resolution == 512
+        assert statuses(translation)[side] == "no equal here" and translation.config.model.resolution == 512
 
 
 def test_every_setting_ends_in_one_list(tmp_path):
     lines = ['config.train.new_one = "x"', "config.sample.kl_reward = 0.1", "config.seed = fetch()", "config.run()"]
     translation = task(tmp_path, *lines)
     names = Counter(row.name for row in translation.rows)
-    read = _bracketed(flattened(read_settings(tmp_path / "config/grpo.py", "words").settings))
+    read = _bracketed(flatten(read_settings(tmp_path / "config/grpo.py", "words").settings))
     assert set(read) <= set(names) and set(names) - set(read) == {
         *("gpu_number", "script", "script.lora_rank", "script.lora_alpha", "script.lora_targets"),
         *("script.model", "script.max_sequence_length", "script.eval_prompts", "a statement"),
     }
     assert set(names.values()) == {1}
-    found = fates(translation)
-    assert set(found.values()) == set(FATES)
+    found = statuses(translation)
+    assert set(found.values()) == set(STATUSES)
     assert found["train.new_one"] == found["sample.kl_reward"] == "no equal here"
     assert found["seed"] == found["a statement"] == "could not be read"
     assert translation.config.seed == 0  # and not the 7 that the base has
-    printed = in_words(translation)
+    printed = as_tables(translation)
     assert all(sum(line.split()[:1] == [n] for line in printed.splitlines()) == 1 for n in names if n != "a statement")
     lines = (tmp_path / "config/grpo.py").read_text().splitlines()
     assert f"grpo.py, line {lines.index('    config.seed = fetch()') + 1};" in printed
@@ -185,8 +187,8 @@ def test_flux_has_its_own_adapter_and_guidance(tmp_path):
 def test_rewards_are_weighed_and_unknown_ones_are_the_users(tmp_path):
     translation = task(tmp_path, 'config.reward_fn = {"pickscore": 0.5, "deqa": 2}', "config.use_lora = False")
     assert translation.config.reward.terms == (RewardTerm("pickscore", 0.5), RewardTerm("my_rewards:deqa", 2.0))
-    assert fates(translation)["reward_fn[deqa]"] == "no equal here"
-    assert translation.config.model.weights == "full" and "script.lora_rank" not in fates(translation)
+    assert statuses(translation)["reward_fn[deqa]"] == "no equal here"
+    assert translation.config.model.weights == "full" and "script.lora_rank" not in statuses(translation)
 
 
 def test_geneval_has_columns(tmp_path):

@@ -433,7 +433,7 @@ def test_flow_grpos_rewards_keep_their_share_of_the_sum(tmp_path, theirs, ours, 
     translation = imported(tmp_path, "task", sd3("ocr", {theirs: 3.0}, **batches(1, 8, 8, 8)))
     (term,) = translation.config.reward.terms
     assert (term.name, term.weight) == (ours, pytest.approx(3 * factor, rel=1e-6))
-    assert {row.outcome.fate for row in translation.rows if row.name.startswith("reward_fn")} == {fate}
+    assert {row.outcome.status for row in translation.rows if row.name.startswith("reward_fn")} == {fate}
 
 
 @pytest.mark.parametrize(("use_lora", "expected"), [(True, "runs/lora"), (False, "")])
@@ -911,7 +911,7 @@ FACTORY: dict[str, tuple[dict[str, Any], tuple[RewardTerm, ...], dict[str, Any]]
     },
 }
 
-_CANNOT = "is of models that cannot be trained here"
+_CANNOT = "is a type of model that cannot be trained here"
 _OTHER_MODELS = ("bagel", "flux2", "qwen-image-2.1", "qwen-image-edit-plus", "z-image", "wan2_i2v", "wan2_v2v", "ltx2")
 _OTHER_TRAINERS = ("dpo", "dppo", "crd", "dmd2", "dmdr", "tdm", "tdm_r1", "offline_dpo")
 
@@ -940,11 +940,11 @@ def test_what_nft_draws_from_is_the_old_policy_in_both(tmp_path):
     settings, *_ = FACTORY["nft/lora/flux1/default"]
     other = {**settings, "train": {**settings["train"], "off_policy": False, "ramp_rate": 0.01}}
     rows = {row.name: row.outcome for row in as_file(tmp_path, other).rows}
-    assert rows["train.off_policy"].fate == rows["train.ramp_rate"].fate == "no equal here"
+    assert rows["train.off_policy"].status == rows["train.ramp_rate"].status == "no equal here"
     silent = {name: value for name, value in settings["train"].items() if name not in OLD}
     rows = {row.name: row.outcome for row in as_file(tmp_path, {**settings, "train": silent}).rows}
     for name in ("off_policy", "ema_decay", "ema_decay_schedule", "ema_update_interval"):
-        assert rows[f"train.{name} (its default)"].fate == "no equal here"
+        assert rows[f"train.{name} (its default)"].status == "no equal here"
 
 
 @pytest.mark.parametrize("kind", _OTHER_MODELS)
@@ -993,7 +993,7 @@ def test_flow_factorys_rewards_keep_their_share(tmp_path, theirs, name, factor, 
     (found,) = translation.config.reward.terms
     weight = 3.0 if aggregation == "gdpo" else 3.0 * factor
     assert (found.name, found.weight) == (name, pytest.approx(weight, rel=1e-6))
-    assert {row.outcome.fate for row in translation.rows if row.name == "rewards[0].reward_model"} == {fate}
+    assert {row.outcome.status for row in translation.rows if row.name == "rewards[0].reward_model"} == {fate}
 
 
 @pytest.mark.parametrize(
@@ -1005,5 +1005,5 @@ def test_a_lora_of_flow_factory_is_trained_further(tmp_path, finetune_type, resu
     settings["model"] |= {"finetune_type": finetune_type, "resume_path": "owner/mine", "resume_type": resume_type}
     translation = as_file(tmp_path, settings)
     assert translation.config.model.lora == expected
-    fates = {row.outcome.fate for row in translation.rows if row.name.startswith("model.resume")}
+    fates = {row.outcome.status for row in translation.rows if row.name.startswith("model.resume")}
     assert fates == {"translated" if expected else "no equal here"}

@@ -15,7 +15,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from progrpo.config import Config, ModelSettings, OptimSettings
 from progrpo.training.build import settled
 from progrpo.training.distributed import Ranks
-from progrpo.training.zero import Zero, agreed, asked
+from progrpo.training.zero import Zero, requested, with_requested_dtype
 
 ACCELERATE = {
     "compute_environment": "LOCAL_MACHINE",
@@ -76,7 +76,7 @@ def in_file(tmp_path, **changed: Any) -> dict[str, Any]:
 
 
 def test_none_of_it_is_asked_for_without_the_launcher():
-    assert asked() is None and Ranks().zero is None
+    assert requested() is None and Ranks().zero is None
 
 
 @pytest.mark.parametrize(
@@ -92,15 +92,15 @@ def test_none_of_it_is_asked_for_without_the_launcher():
 )
 def test_what_accelerate_is_configured_with(launched, changed, of_accelerate, expected):
     launched(OF_TRL | changed, **of_accelerate)
-    assert asked() == expected
+    assert requested() == expected
 
 
 def test_what_a_file_of_deepspeeds_says(launched, tmp_path):
     launched(in_file(tmp_path), "--mixed_precision", "bf16")
     expected = Zero(1, True, pin_memory=True, buckets={"allgather_bucket_size": 200_000_000}, dtype="bfloat16")
-    assert asked() == expected
+    assert requested() == expected
     launched(in_file(tmp_path, bf16={"enabled": True}, gradient_clipping=1.0))
-    assert asked() == replace(expected, max_grad_norm=1.0)
+    assert requested() == replace(expected, max_grad_norm=1.0)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_precision_that_no_model_is_trained_in_is_refused(launched, monkeypatc
     launched(OF_TRL)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")  # accelerate launches it on a GPU alone
     with pytest.raises(ValueError, match=r"gives DeepSpeed mixed_precision fp8; take bf16, fp16 or no"):
-        asked()
+        requested()
 
 
 @pytest.mark.parametrize(
@@ -147,13 +147,13 @@ def test_a_precision_that_no_model_is_trained_in_is_refused(launched, monkeypatc
 def test_what_a_file_of_deepspeeds_has_too_much_is_refused(launched, tmp_path, changed, words):
     launched(in_file(tmp_path, **changed))
     with pytest.raises(ValueError, match=rf"^accelerate launch gives DeepSpeed .*{words}"):
-        asked()
+        requested()
 
 
 def test_a_file_that_is_not_there_is_refused(launched, tmp_path):
     launched({"deepspeed_config_file": str(tmp_path / "none.json"), "zero3_init_flag": False})
     with pytest.raises(ValueError, match=r"cannot be read .*none\.json.*; mend its deepspeed_config"):
-        asked()
+        requested()
 
 
 def test_the_launchers_dtype_is_taken_where_none_is_chosen(launched):
@@ -176,20 +176,20 @@ def test_the_launchers_dtype_is_taken_where_none_is_chosen(launched):
 )
 def test_a_configuration_that_contradicts_it_is_refused(config, zero, words):
     with pytest.raises(ValueError, match=words):
-        agreed(config, zero)
+        with_requested_dtype(config, zero)
 
 
 def test_without_its_package_it_is_refused_with_the_command(monkeypatch):
     monkeypatch.setattr("progrpo.training.zero.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"DeepSpeed, which is not installed: pip install 'progrpo\[deepspeed\]'"):
-        agreed(Config(), Zero(1))
-    assert agreed(Config(), Zero(0)) == Config()
+        with_requested_dtype(Config(), Zero(1))
+    assert with_requested_dtype(Config(), Zero(0)) == Config()
 
 
 def test_what_runs_is_said():
-    assert Zero(1).in_words(8) == "DeepSpeed: the optimizer's state is shared out among 8 processes"
+    assert Zero(1).describe(8) == "DeepSpeed: the optimizer's state is shared out among 8 processes"
     assert (
         Zero(2, offload=True)
-        .in_words(2)
+        .describe(2)
         .endswith("2 processes on the CPU; gradients stay whole in each until the step, also in stage 2")
     )

@@ -1,1 +1,1 @@
-"""Settings of other frameworks as a configuration of ours, with an account of every one of them."""
+"""The import of other frameworks' settings as a configuration of ours, with the outcome of each setting."""

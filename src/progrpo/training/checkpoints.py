@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what is saved, which ones are kept, and from which a resumed run goes on."""
+"""Checkpoints of a run: they are saved, tidied, and found and compared again when a run is resumed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from progrpo.training.state import SavedState, State
 from progrpo.types import Prompt
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
-_OF_OPTIMIZERS = {"adamw_8bit": ("bitsandbytes",)}
+_OPTIMIZER_PACKAGES = {"adamw_8bit": ("bitsandbytes",)}
 _FOLDER, _NAME = "checkpoints", "iteration_"
 _MAY_DIFFER = (
     "iterations",
@@ -50,24 +50,24 @@ _FIXED = (
     "prompts.order",
     "sampling.num_inference_steps",
 )
-"""What a checkpoint's weights, averages and observations are of, so that they would mean nothing to a run with another."""
+"""Settings without which a checkpoint's weights, averages and observations mean nothing, so that they cannot change."""
 
 
 def versions(config: Config) -> dict[str, str]:
-    """Of what a run's figures depend on; an optimizer's own package is among them where the run uses it."""
-    packages = (*_PACKAGES, *_OF_OPTIMIZERS.get(config.optim.name, ()))
+    """The versions that a run's figures depend on, the package of its optimizer among them."""
+    packages = (*_PACKAGES, *_OPTIMIZER_PACKAGES.get(config.optim.name, ()))
     return {"python": platform.python_version(), "progrpo": __version__} | {name: _version(name) for name in packages}
 
 
 def _version(package: str) -> str:
     try:
         return version(package)
-    except PackageNotFoundError:  # a run may be taken up where its optimizer is not; it is refused when it is built
+    except PackageNotFoundError:  # a missing optimizer is refused when it is built
         return "not installed"
 
 
 def save(run: Path, state: State, config: Config) -> None:
-    """Write the checkpoint of `state["iteration"]`; then, and not before, the oldest go. OSError if the disk refuses."""
+    """Write the checkpoint of `state["iteration"]`, then delete the oldest ones. OSError if the disk refuses."""
     folder = run / _FOLDER
     folder.mkdir(exist_ok=True)  # without its parents: a run folder that vanished is not made anew
     sync(run)
@@ -83,28 +83,29 @@ def saved(run: Path) -> list[Path]:
 
 
 def _iteration(path: Path) -> int:
-    """How many iterations a checkpoint is after; -1 where the name is not one's."""
+    """The number of iterations that a checkpoint comes after; -1 for a name that is no checkpoint's."""
     number = path.name.removeprefix(_NAME)
     return int(number) if number.isascii() and number.isdigit() else -1
 
 
 def _tidy(run: Path, iteration: int, keep: int) -> None:
-    """Delete all but the last `keep` up to this iteration, later ones, and what killed writers left.
+    """Delete all but the last `keep` checkpoints up to this iteration, later ones, and the remains of killed writers.
 
-    Later ones are damaged, since the run was taken up before them. What cannot be deleted now is tried again the next time.
+    Later ones are damaged, since the run was resumed from before them. What cannot be deleted now is tried again next
+    time.
     """
-    found = saved(run)
-    kept = [path for path in found if _iteration(path) <= iteration][-keep:]
+    checkpoints = saved(run)
+    kept = [path for path in checkpoints if _iteration(path) <= iteration][-keep:]
     unfinished = [path for end in (WRITING, PREVIOUS) for path in (run / _FOLDER).glob(f"{_NAME}*{end}")]
-    for path in [*found, *unfinished]:
+    for path in [*checkpoints, *unfinished]:
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def newest(run: Path, ranks: Ranks, warn: Callable[[str], None]) -> SavedState:
-    """The newest whole checkpoint, as the main process finds it. Damaged ones are passed over with a warning.
+    """The newest whole checkpoint, as the main process finds it. A damaged one is passed over with a warning.
 
-    ValueError if there is none, or if it is of a progrpo that kept something else.
+    ValueError if there is none, or if it lacks what a run needs.
     """
     read: dict[Path, dict[str, Any]] = {}
 
@@ -133,15 +134,15 @@ def _renamed(state: dict[str, Any], path: Path, warn: Callable[[str], None]) -> 
 
 def _newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
     anew = f"start it anew with {RunFolder(run).command('anew')}"
-    found, damaged = saved(run), []
-    for path in reversed(found):
+    damaged: list[str] = []
+    for path in reversed(saved(run)):
         try:
             state = load_state(path)
         except (ValueError, OSError) as error:
             damaged.append(str(error))
         else:
-            for words in damaged:
-                warn(f"checkpoint passed over: {words}; going on from {path.name}")
+            for error_message in damaged:
+                warn(f"checkpoint passed over: {error_message}; going on from {path.name}")
             return path, state
     if damaged:
         raise ValueError(f"{run} holds no whole checkpoint ({'; '.join(damaged)}); {anew}")
@@ -149,9 +150,9 @@ def _newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any
 
 
 def check_unchanged(run: Path, saved_config: State, config: Config, accept: bool) -> None:
-    """ValueError, with every differing field and both values, if the run was not trained with this configuration until now.
+    """ValueError, with every differing field and both values, for another configuration than the checkpoint's.
 
-    Where that is accepted, only for fields that a run cannot change on its way.
+    Where changes are accepted, only a field that cannot change is refused.
     """
     was, now = flat(saved_config), flat(json.loads(config_to_json(config)))
     differing = {
@@ -159,7 +160,7 @@ def check_unchanged(run: Path, saved_config: State, config: Config, accept: bool
         for name, value in now.items()
         if name in was and was[name] != value and name not in _MAY_DIFFER
     }
-    fixed = [words for name, words in differing.items() if name in _FIXED]
+    fixed = [difference for name, difference in differing.items() if name in _FIXED]
     if fixed or (differing and not accept):
         mend = (
             "put that back, since a checkpoint is of no use to a run with another, or start a new run"
@@ -171,23 +172,24 @@ def check_unchanged(run: Path, saved_config: State, config: Config, accept: bool
 
 
 def _accept(config: Config) -> str:
-    """How changes are accepted, on the command line or by the library."""
+    """The option by which changes are accepted, on the command line or in the library."""
     return "accept_changes=True" if from_python(config) else "--accept-changes"
 
 
 def digest(prompts: Iterable[Prompt]) -> str:
-    """What tells lists of prompts apart: texts and columns, in order. Of a column's object that is no plain value its kind counts alone."""
-    whole = hashlib.sha256()
+    """A digest of prompts: their texts and columns, in order. An object that is no plain value counts by its type."""
+    sha256 = hashlib.sha256()
     for prompt in prompts:
-        whole.update(f"{prompt.text!r} {_told(prompt.columns)}\n".encode())
-    return whole.hexdigest()
+        sha256.update(f"{prompt.text!r} {_canonical(prompt.columns)}\n".encode())
+    return sha256.hexdigest()
 
 
-def _told(value: Any) -> str:
+def _canonical(value: object) -> str:
+    """A text that is the same for equal values."""
     if isinstance(value, Mapping):
-        return f"{{{', '.join(sorted(f'{_told(name)}: {_told(v)}' for name, v in value.items()))}}}"
+        return f"{{{', '.join(sorted(f'{_canonical(name)}: {_canonical(v)}' for name, v in value.items()))}}}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_told, value))}]"
+        return f"[{', '.join(map(_canonical, value))}]"
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
     if isinstance(value, int):
@@ -196,30 +198,31 @@ def _told(value: Any) -> str:
 
 
 def check_prompts(run: Path, was: Mapping[str, str], now: Mapping[str, str], config: Config, accept: bool) -> list[str]:
-    """Which prompts are not those that the run had until now, by what they are for. ValueError that names them, unless that is accepted.
+    """The kinds of prompts, training or evaluation, that are others than before. ValueError unless that is accepted.
 
-    `now` are digests. A checkpoint of before there were digests is taken.
+    `was` and `now` are digests. A checkpoint from before there were digests has none, which is no change.
     """
     changed = _changed(was, now)
     if changed and not accept:
         sources = {"training": config.prompts.source, "evaluation": config.eval.prompts}
         which = " and ".join(f"{name} prompts ({sources[name]})" for name in changed)
         raise ValueError(
-            f"the {which} of {run} are not those that it had until the checkpoint; put them back, or give {_accept(config)} to go on with these"
+            f"the {which} of {run} are not those that it had until the checkpoint; put them back, or give"
+            f" {_accept(config)} to go on with these"
         )
     return changed
 
 
 def check_weights(run: Path, was: Mapping[str, str], now: Mapping[str, str], config: Config, accept: bool) -> None:
-    """ValueError, with the parts, where the model is not the one that the run began with, unless that is accepted.
+    """ValueError, with the model's parts, for another model than the run began with, unless that is accepted.
 
-    `now` are fingerprints. A checkpoint of before there were fingerprints is taken.
+    `was` and `now` are fingerprints. A checkpoint from before there were fingerprints has none, which is no change.
     """
     changed = _changed(was, now)
     if changed and not accept:
         raise ValueError(
-            f"the weights of {', '.join(changed)} ({config.model.path}) are not those that {run} began with; load the model as it was then,"
-            f" or give {_accept(config)} to go on with this one"
+            f"the weights of {', '.join(changed)} ({config.model.path}) are not those that {run} began with; load the"
+            f" model as it was then, or give {_accept(config)} to go on with this one"
         )
 
 
@@ -228,7 +231,7 @@ def _changed(was: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def check_versions(was: Mapping[str, str], config: Config, warn: Callable[[str], None]) -> None:
-    """A warning if the checkpoint is of other versions: the run goes on, and may not come to what it would have."""
+    """Warn of a checkpoint of other versions: the run goes on, but may not come to the same figures."""
     differing = [
         f"{name} {was.get(name, 'unknown')} -> {now}" for name, now in versions(config).items() if was.get(name) != now
     ]
@@ -239,22 +242,24 @@ def check_versions(was: Mapping[str, str], config: Config, warn: Callable[[str],
 
 
 def check_length(state: State, config: Config, warn: Callable[[str], None]) -> None:
-    """A warning if the run gets another length while its learning rate depends on that."""
-    was, done = replace(config, iterations=state["config"]["iterations"]), state["iteration"]
+    """Warn of another length of a run whose learning rate depends on it."""
+    was = replace(config, iterations=state["config"]["iterations"])
+    done: int = state["iteration"]
     if config.optim.decay and was.iterations != config.iterations != done:
         until, now = learning_rate(was, max(0, done - 1)), learning_rate(config, done)
         warn(
-            f"the learning rate falls towards the run's end (optim.decay {config.optim.decay:g}), which was after {was.iterations} and is"
-            f" after {config.iterations} iterations: it goes on with {now:.3g} after {until:.3g}, so the run is not what one of"
-            f" {config.iterations} iterations from the start would be"
+            f"the learning rate falls towards the run's end (optim.decay {config.optim.decay:g}), which was after"
+            f" {was.iterations} and is after {config.iterations} iterations: it goes on with {now:.3g} after"
+            f" {until:.3g}, so the run is not what one of {config.iterations} iterations from the start would be"
         )
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Fields by their dotted names."""
-    out: dict[str, Any] = {}
+def flat(tree: State, prefix: str = "") -> dict[str, object]:
+    """The fields of nested settings, by their dotted names."""
+    out: dict[str, object] = {}
     for name, value in tree.items():
-        if isinstance(value, list):  # of rewards: fields that a checkpoint is too old to have are at their defaults
+        # of rewards: a field that a checkpoint is too old to have is at its default
+        if isinstance(value, list):
             value = [{**asdict(RewardTerm("")), **v} if isinstance(v, Mapping) else v for v in value]
         out |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return out
@@ -265,9 +270,9 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @contextmanager
 def writing_to(run: Path, ranks: Ranks) -> Iterator[Lock | None]:
-    """Run the block as the only one that writes to the run folder; DiskError, in one sentence, if the disk refuses.
+    """Run the block as the only one that writes to the run folder. DiskError, one sentence, if the disk refuses.
 
-    The main process has the folder's lock, and the others None.
+    The main process gets the folder's lock, the others None.
     """
     say, held = Console(0, enabled=ranks.is_main).say, list[Lock]()
     with ExitStack() as locked:
@@ -284,14 +289,14 @@ def writing_to(run: Path, ranks: Ranks) -> Iterator[Lock | None]:
 
 
 def _first(error: OSError | SafetensorError, run: Path) -> OSError:
-    """What went wrong first: a disk that is full refuses the summary that would say so, too."""
+    """The first error of a chain: a full disk also refuses the summary that would report it."""
     while isinstance(error.__context__, OSError):
         error = error.__context__
     return disk_error(error, run) if isinstance(error, SafetensorError) else error
 
 
 def _is_of_disk(error: OSError, run: Path) -> bool:
-    """Whether it is about the run's files, and not about a reward's server or a user's file."""
+    """Whether an error is about the run's files, and not about a reward's server or a user's file."""
     own = isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(run)
     return own or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 

@@ -19,9 +19,10 @@ _OFF = 0.05  # of a step's noise, that its mean may be off by where sampling and
 
 
 def check_ratio(deviation: float, clip_range: float, rounding: float = 0.0) -> None:
-    """Before any update the ratio of the recomputed to the sampled density is 1, up to a hundredth of the clip range.
+    """SelfCheckError unless, before any update, the ratio of the recomputed to the sampled density is 1.
 
-    Where that is finer than float32, up to rounding, but never more than the clip range. `rounding` is what to allow in any case.
+    It may deviate by a hundredth of the clip range, or by float32's rounding where that is more, but never by more than
+    the clip range. A deviation of `rounding` is allowed in any case.
     """
     allowed = max(clip_range / 100, min(_ROUNDING, clip_range), rounding)
     if not deviation <= allowed:
@@ -32,30 +33,36 @@ def check_ratio(deviation: float, clip_range: float, rounding: float = 0.0) -> N
 
 
 def rounding_between(policy: Policy, objective: Objective) -> float:
-    """How far from 1 a ratio may be since sampling and training round differently: the density of a step that was sampled, and no other."""
+    """The deviation of a ratio that is allowed because sampling and training round differently.
+
+    It is 0 for objectives that train no sampled step, and for networks that are batch-invariant.
+    """
     exact = policy.batch_invariant or objective.settings.stores == "latents"
     return 0.0 if exact else rounding_of_ratio(math.prod(policy.latent_shape))
 
 
 def rounding_of_ratio(dims: int) -> float:
-    """How far from 1 a ratio may be where a step's mean, rounded in low precision, is off by a twentieth of the noise's std.
+    """The deviation of a ratio where rounding moves a step's mean by a twentieth of the noise's std.
 
-    A log-prob, a mean over `dims`, then changes by the mean of z / 20, z being the noise that was drawn, less 1 / 800. On an H200 in
+    A log-prob, a mean over `dims`, then changes by the mean of z / 20 for the noise z, less 1 / 800. On an H200 in
     bfloat16 the worst of 216 was 3e-4 at 65,536 dims, a sixtieth of the std.
     """
     return 4 * _OFF / math.sqrt(dims) + _OFF**2 / 2
 
 
 def check_failures(failures: Sequence[Failures], bound: float, when: str) -> None:
-    """Refuse a share of missing pictures or scores, over all processes, that is above the bound, or everything missing."""
-    pictures, lost = (sum(getattr(f, name) for f in failures) for name in ("pictures", "lost"))
+    """MissingScoresError where a larger share of pictures or scores than the bound is missing, or all of them."""
+    pictures = sum(f.pictures for f in failures)
+    lost = sum(f.lost for f in failures)
     if _too_many(lost, pictures, bound):
         raise MissingScoresError(
-            f"{when}: {lost} of {pictures} pictures are missing (reward.max_missing allows {bound:.0%}): {fault_of(failures)}"
+            f"{when}: {lost} of {pictures} pictures are missing (reward.max_missing allows {bound:.0%}):"
+            f" {fault_of(failures)}"
         )
     for name in failures[0].asked if failures else ():
-        # of the pictures that there are
-        asked, missing = sum(f.asked[name] for f in failures) - lost, sum(f.missing[name] for f in failures) - lost
+        # of the pictures that are not lost
+        asked = sum(f.asked[name] for f in failures) - lost
+        missing = sum(f.missing[name] for f in failures) - lost
         if _too_many(missing, asked, bound):
             last = next((f.last_error for f in failures if f.last_error), None)
             raise MissingScoresError(
@@ -69,12 +76,12 @@ def _too_many(missing: int, of: int, bound: float) -> bool:
 
 
 def fault_of(failures: Sequence[Failures]) -> str:
-    """Why pictures are missing, as one of the processes last saw it; empty where none is."""
+    """The reason why pictures are missing, as a process last saw it; empty where none is missing."""
     return next((f.fault for f in failures if f.fault), "")
 
 
 def check_moved(policy: Policy) -> None:
-    """Some trained weight differs from the reference."""
+    """SelfCheckError where no trained weight differs from the reference."""
     state = policy.state_dict()
     moved = any(not torch.equal(gathered(p), gathered(state["reference"][n])) for n, p in state["current"].items())
     if not moved:
@@ -85,20 +92,20 @@ def check_moved(policy: Policy) -> None:
 
 @torch.no_grad()
 def check_bound(policy: Policy, experience: Experience) -> None:
-    """The trained weights reach the network that samples: its output with them is not the reference's."""
-    told = experience.condition.take(experience.trajectories.group_N[:1].to(policy.device))
+    """SelfCheckError where the network's output with the trained weights is the reference's."""
+    condition = experience.condition.take(experience.trajectories.group_N[:1].to(policy.device))
     x = experience.trajectories.x_NCHW[:1]
     timestep = experience.process.timestep(0, x)
-    with torch.compiler.set_stance("force_eager"):  # it is not worth compiling for one row
-        trained = policy.predict(x, timestep, told)
+    with torch.compiler.set_stance("force_eager"):  # one row is not worth compiling for
+        trained = policy.predict(x, timestep, condition)
         with policy.weights("reference"):
-            reference = policy.predict(x, timestep, told)
+            reference = policy.predict(x, timestep, condition)
     if torch.equal(trained, reference):
         raise SelfCheckError("the trained weights do not change the network's output: the adapter is not bound to it")
 
 
 def sum_of_trained(policy: Policy) -> float:
-    """Of all trained weights, enough to see that some moved."""
+    """The sum of all trained weights, enough to see that some moved."""
     return sum(gathered(_exact(p).sum()).item() for p in policy.trainable.values())
 
 
@@ -108,11 +115,12 @@ def fingerprint(policy: Policy) -> dict[str, tuple[float, float]]:
 
 
 def _exact(t: torch.Tensor) -> torch.Tensor:
-    """In float64, or in float32 on Apple's devices, which have no other."""
+    """The tensor in float64, or in float32 on Apple's devices, which have no float64."""
     return t.detach().float() if t.device.type == "mps" else t.detach().double()
 
 
 def check_frozen(policy: Policy, before: Mapping[str, tuple[float, float]]) -> None:
+    """SelfCheckError where a frozen weight has another fingerprint than before."""
     moved = [n for n, sums in fingerprint(policy).items() if not np.array_equal(sums, before[n], equal_nan=True)]
     if moved:
         raise SelfCheckError(f"{len(moved)} frozen weights moved during training, first {moved[0]}")

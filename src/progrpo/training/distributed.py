@@ -1,4 +1,4 @@
-"""This process among the others, over accelerate. With one process every operation is the identity."""
+"""This process among the processes of a run, over accelerate. With one process every operation is the identity."""
 
 from __future__ import annotations
 
@@ -20,76 +20,83 @@ from torch.nn import Parameter
 from progrpo.training import zero
 from progrpo.training.errors import LostProcessError
 
-_Found = TypeVar("_Found")
-_SHARED = "share a model that is too large for one device by --model.shard"
+_Result = TypeVar("_Result")
+_SHARD = "share a model that is too large for one device by --model.shard"
 _IGNORED = {
-    "ACCELERATE_USE_FSDP": ("FSDP", _SHARED),
-    "ACCELERATE_USE_MEGATRON_LM": ("Megatron", _SHARED),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism config", _SHARED),
+    "ACCELERATE_USE_FSDP": ("FSDP", _SHARD),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron", _SHARD),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism config", _SHARD),
     "ACCELERATE_MIXED_PRECISION": ("mixed precision", "give --model.dtype"),
     "ACCELERATE_DYNAMO_BACKEND": ("torch dynamo", "give --model.compile"),
 }
-"""What accelerate's launcher tells its processes to use, and what to do instead. Gradient accumulation it tells with DeepSpeed alone."""
-_OF_DEEPSPEED = {
+"""Requests of accelerate's launcher that have no effect here, each with what to do instead."""
+_WITHOUT_DEEPSPEED = {
     "ACCELERATE_USE_DEEPSPEED": "false",
     "ACCELERATE_MIXED_PRECISION": "no",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
 }
-"""What accelerate itself is told of it: processes are those of plain data parallelism, and what DeepSpeed does is `zero`'s."""
-_NOTHING = ("", "0", "no", "n", "false", "f", "off")
+"""What accelerate itself reads in place of a request for DeepSpeed: plain data parallelism. `zero` reads the request.
+"""
+_OFF = ("", "0", "no", "n", "false", "f", "off")
 
 
 class Ranks:
-    """ValueError where accelerate was launched with something that would be ignored here."""
+    """This process and the others.
+
+    ValueError where accelerate was launched with a request that would have no effect.
+    """
 
     def __init__(self) -> None:
-        self.zero = zero.asked()
-        """What of DeepSpeed is asked for."""
+        self.zero = zero.requested()
+        """The request for DeepSpeed; None without one."""
         for variable, (what, instead) in _IGNORED.items():
-            if self.zero is not None and variable in _OF_DEEPSPEED:
+            if self.zero is not None and variable in _WITHOUT_DEEPSPEED:
                 continue
-            if os.environ.get(variable, "").lower() not in _NOTHING:
+            if os.environ.get(variable, "").lower() not in _OFF:
                 raise ValueError(
-                    f"accelerate launch asks for {what} ({variable}), which would have no effect: launch without it, and {instead}"
+                    f"accelerate launch asks for {what} ({variable}), which would have no effect: launch without it,"
+                    f" and {instead}"
                 )
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
-        with patch_environment(**_OF_DEEPSPEED):
+        with patch_environment(**_WITHOUT_DEEPSPEED):
             self._accelerator = Accelerator(cpu=not accelerated)
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
         if self.world > 1:
-            # while Python is there: gloo's threads hold tensors of its, and abort the process if they let go later
+            # while Python runs: gloo's threads hold its tensors, and abort the process if they free them later
             atexit.register(self._accelerator.end_training)
-        self.attend: Callable[[], None] | None = None
-        """What this process does before it waits for the others: a policy's `attend`."""
+        self.drain_peer_calls: Callable[[], None] | None = None
+        """The call of this process before it waits for the others: a policy's `drain_peer_calls`."""
 
     def deal(self, count: int) -> Tensor:
-        """This process' share of the places 0..count-1, ascending int64: every world-th, no divisibility asked."""
+        """This process' share of the places 0..count-1, ascending int64: every world-th. Any count will do."""
         return torch.arange(self.rank, count, self.world)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Elementwise sum over processes."""
-        if self.world == 1:  # also where the device has no float64, as Apple's
+        """The elementwise sum over processes."""
+        if self.world == 1:  # also on a device without float64, such as Apple's
             return values
         self.join()
         return self._accelerator.reduce(values.to(self.device), "sum")
 
     def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Replace each gradient by its sum over processes, in one transfer; one that is missing here counts as zero.
+        """Replace each gradient by its sum over processes, in one transfer. A gradient that is missing here counts as
+        zero.
 
-        One that is missing everywhere stays so, as it does in one process: an optimizer would decay a weight whose gradient is zero.
-        Those of weights that are shared out are such sums already.
+        A gradient that is missing everywhere stays missing, as in one process: an optimizer would decay a weight whose
+        gradient is zero. Gradients of weights that are shared out are such sums already.
         """
         parameters = [p for p in parameters if not isinstance(p, DTensor)]
         self.join()
         if self.world == 1 or not parameters:
             return
         own = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
-        there = own[0].new_tensor([p.grad is not None for p in parameters])
-        *summed, found = self.sum(torch.cat([*own, there])).split([*(p.numel() for p in parameters), len(parameters)])
-        for parameter, gradient, count in zip(parameters, summed, found.tolist(), strict=True):
+        is_there = own[0].new_tensor([p.grad is not None for p in parameters])
+        total = self.sum(torch.cat([*own, is_there]))
+        *summed, counts = total.split([*(p.numel() for p in parameters), len(parameters)])
+        for parameter, gradient, count in zip(parameters, summed, counts.tolist(), strict=True):
             parameter.grad = gradient.view_as(parameter) if count else None
 
     def gather(self, items: list[Any]) -> list[Any]:
@@ -97,67 +104,70 @@ class Ranks:
         self.join()
         return gather_object(items) if self.world > 1 else items
 
-    def from_main(self, work: Callable[[], _Found]) -> _Found:
-        """What `work` gives in the main process, in all. So is its ValueError: none waits for what does not come."""
-        found: _Found | None = None
-        refused: ValueError | None = None
+    def from_main(self, work: Callable[[], _Result]) -> _Result:
+        """The result of `work` in the main process, in all processes. A ValueError of it is raised in all as well."""
+        result: _Result | None = None
+        refusal: ValueError | None = None
         if self.is_main:
             try:
-                found = work()
+                result = work()
             except ValueError as error:
-                refused = error
-        told, words = self.gather([(found, refused and str(refused))])[0]
-        if words is not None:
-            raise refused or ValueError(words)
-        return cast(_Found, told)
+                refusal = error
+        shared_result, message = self.gather([(result, refusal and str(refusal))])[0]
+        if message is not None:
+            raise refusal or ValueError(message)
+        return cast(_Result, shared_result)
 
-    def require_same(self, given: Mapping[str, str], mend: str) -> None:
-        """ValueError in all processes, with the name and both values, where `given` is not the same in each; `mend` ends the sentence."""
-        mains, *others = self.gather([given])
+    def require_same(self, values: Mapping[str, str], advice: str) -> None:
+        """ValueError in all processes, with the name and both values, where a value differs. It ends in the `advice`."""
+        mains, *others = self.gather([values])
         for rank, own in enumerate(others, 1):
-            if differing := [name for name in {**mains, **own} if mains.get(name) != own.get(name)]:
-                name = differing[0]
-                raise ValueError(
-                    f"{name} must be the same in all processes, and is {mains.get(name)} in process 0 and {own.get(name)} in"
-                    f" process {rank}; {mend}"
-                )
+            for name in {**mains, **own}:
+                if mains.get(name) != own.get(name):
+                    raise ValueError(
+                        f"{name} must be the same in all processes, and is {mains.get(name)} in process 0 and"
+                        f" {own.get(name)} in process {rank}; {advice}"
+                    )
 
-    def leave(self) -> None:
-        """At the end of a run, until all are here: a launcher that sees one end badly kills those that still write."""
+    def wait_for_all(self) -> None:
+        """Wait at the end of a run until all are here: a launcher that sees one end badly kills those that still write."""
         self.join()
-        # several, since a sharded network keeps gloo's threads to the very end, and none shall still hold a tensor of Python's
+        # several times: a sharded network keeps gloo's threads to the very end, and none may still hold a tensor of
+        # Python's
         for _ in range(8):
             self._accelerator.wait_for_everyone()
 
     def join(self) -> None:
         """Take part in the others' network calls, where they are made together, until none has one to make."""
-        if self.attend is not None:
-            self.attend()
+        if self.drain_peer_calls is not None:
+            self.drain_peer_calls()
 
 
 def is_lost(error: BaseException) -> bool:
     """Whether a process that this one waited for is gone; gloo says it by a plain RuntimeError."""
-    if isinstance(error, LostProcessError):  # said already
+    if isinstance(error, LostProcessError):  # explained already
         return False
-    words = "Connection closed by peer", "Connection reset by peer", "gloo"
-    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
+    signs = ("Connection closed by peer", "Connection reset by peer", "gloo")
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
 
 
 @contextmanager
-def lost_in_words(on: Callable[[], str]) -> Iterator[None]:
-    """Run the block; LostProcessError, in one sentence that ends in what `on` says, where another process is found to be gone."""
+def explain_lost_process(advice: Callable[[], str]) -> Iterator[None]:
+    """Run the block. LostProcessError, one sentence that ends in the `advice`, where another process is gone."""
     try:
         yield
     except BaseException as error:
         if not is_lost(error):
             raise
         reason = str(error).splitlines()[0].partition(". ")[0]
-        raise LostProcessError(f"another process of this run was lost ({reason}); {on()}") from error
+        raise LostProcessError(f"another process of this run was lost ({reason}); {advice()}") from error
 
 
 @dataclass
 class Tally:
-    """Metrics as (sum, count) of means, as totals and as maxima, so that microbatches and processes add up without bias."""
+    """Metrics as means (sum, count), totals and maxima, so that microbatches and processes add up without bias."""
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
@@ -165,21 +175,25 @@ class Tally:
     maxima: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, total: float, count: float) -> None:
+        """Add `count` values that sum to `total` to a mean."""
         self.sums[name] = self.sums.get(name, 0.0) + float(total)
         self.counts[name] = self.counts.get(name, 0.0) + float(count)
 
     def add_finite(self, name: str, values: Tensor) -> None:
-        """The values that are there; NaN is missing."""
-        there = values[values.isfinite()]
-        self.add(name, there.double().sum().item(), len(there))
+        """Add the values that are finite to a mean; others are missing."""
+        finite = values[values.isfinite()]
+        self.add(name, finite.double().sum().item(), len(finite))
 
     def count(self, name: str, number: float) -> None:
+        """Add to a total."""
         self.totals[name] = self.totals.get(name, 0) + number
 
     def raise_to(self, name: str, value: float) -> None:
+        """Raise a maximum to this value, if it is lower."""
         self.maxima[name] = max(self.maxima.get(name, -torch.inf), float(value))
 
     def merge(self, other: Tally) -> None:
+        """Add all of another tally."""
         for name, total in other.sums.items():
             self.add(name, total, other.counts[name])
         for name, number in other.totals.items():
@@ -188,9 +202,9 @@ class Tally:
             self.raise_to(name, value)
 
     def over(self, ranks: Ranks) -> Mapping[str, float]:
-        """Means, totals and maxima over all processes; a mean of nothing is left out."""
+        """Means, totals and maxima over all processes. A mean of nothing is left out."""
         whole = Tally()
-        for part in ranks.gather([self]):
-            whole.merge(part)
+        for own in ranks.gather([self]):
+            whole.merge(own)
         means = {name: total / whole.counts[name] for name, total in whole.sums.items() if whole.counts[name]}
         return means | whole.totals | whole.maxima

@@ -12,25 +12,25 @@ from progrpo.tracking.console import Console
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training import checkpoints
 from progrpo.training.build import located, settled
-from progrpo.training.distributed import Ranks, lost_in_words
+from progrpo.training.distributed import Ranks, explain_lost_process
 from progrpo.training.equal_inputs import require_same_settings
 from progrpo.training.inputs import RunInputs, inputs_from
 from progrpo.training.loop import NO_CHECKPOINT, Resumption, TrainingLoop, how_to_go_on
 from progrpo.training.run import Run
-from progrpo.training.torch_state import usual_torch
+from progrpo.training.torch_state import default_torch_state
 
 
-@usual_torch()
+@default_torch_state()
 def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
     """Train a configuration into a new run folder. DiskError if the disk refuses what is written there."""
     check(config)
     if objects := from_python(config):
         options = ", ".join(f"--{name}" for name in objects)
         raise ValueError(
-            f"{', '.join(objects)}: a run of progrpo.train had these as objects, which no name loads; give {options}, or"
-            " call progrpo.train again"
+            f"{', '.join(objects)}: a run of progrpo.train had these as objects, which no name loads; give {options},"
+            " or call progrpo.train again"
         )
-    with lost_in_words(lambda: NO_CHECKPOINT):
+    with explain_lost_process(lambda: NO_CHECKPOINT):
         ranks = Ranks()
         require_same_settings(ranks, config)
         config = settled(located(config), ranks)
@@ -39,12 +39,13 @@ def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
     return start(run, overwrite)
 
 
-@usual_torch()
+@default_torch_state()
 def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool = False) -> RunFolder:
     """Go on from the newest whole checkpoint, exactly as the run would have gone. DiskError if the disk refuses.
 
-    With other `iterations`, go on as a run of so many, unless its learning rate depends on their number (`optim.decay`).
-    ValueError if the configuration, the prompts or the model were changed since, unless that is accepted.
+    With other `iterations`, go on as a run of so many, unless its learning rate depends on their number
+    (`optim.decay`). ValueError if the configuration, the prompts or the model were changed since, unless that is
+    accepted.
     """
     config, run_folder = load_recipe(str(folder)), RunFolder(folder)
     if run_folder.is_of_python():
@@ -55,7 +56,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
     if iterations is not None:
         config = replace(config, iterations=iterations)
         check(config)
-    with lost_in_words(lambda: how_to_go_on(folder)):
+    with explain_lost_process(lambda: how_to_go_on(folder)):
         ranks = Ranks()
         require_same_settings(ranks, config)
         config = settled(config, ranks)
@@ -65,7 +66,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
 def start(run: Run, overwrite: bool) -> RunFolder:
     """Train a run from its beginning, in a new folder."""
     path = run.folder.path
-    with lost_in_words(lambda: how_to_go_on(path)), checkpoints.writing_to(path, run.ranks) as lock:
+    with explain_lost_process(lambda: how_to_go_on(path)), checkpoints.writing_to(path, run.ranks) as lock:
         run.create_folder(overwrite)
         return TrainingLoop(run, lock).train()
 
@@ -75,7 +76,7 @@ def resume(
 ) -> RunFolder:
     """Go on with the run in a folder by this configuration. ValueError for a change since that is not accepted."""
     path, warn = folder.path, Console(config.iterations, enabled=ranks.is_main).warn
-    with lost_in_words(lambda: how_to_go_on(path)), checkpoints.writing_to(path, ranks) as lock:
+    with explain_lost_process(lambda: how_to_go_on(path)), checkpoints.writing_to(path, ranks) as lock:
         state = checkpoints.newest(path, ranks, warn)
         checkpoints.check_unchanged(path, state["config"], config, accept_changes)
         checkpoints.check_versions(state["versions"], config, warn)

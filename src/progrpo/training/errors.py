@@ -1,4 +1,4 @@
-"""Why a run stops itself; apart from the checks, so that the command line knows it without torch."""
+"""Reasons why a run stops itself. They stand apart from the checks, so that the command line knows them without torch."""
 
 
 class Interrupted(Exception):
@@ -10,7 +10,7 @@ class Interrupted(Exception):
 
 
 class SelfCheckError(RuntimeError):
-    """The run is not doing what it says; the message names what was seen and the likely cause."""
+    """The run does not do what it should; the message names what was seen and the likely cause."""
 
 
 class MissingScoresError(SelfCheckError):
@@ -18,8 +18,8 @@ class MissingScoresError(SelfCheckError):
 
 
 class MissingPicturesError(SelfCheckError):
-    """A model gave numbers that are not finite in place of pictures; the message says which part of it did."""
+    """A model returned numbers that are not finite in place of pictures; the message names the part that did."""
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the run is gone, so that this one cannot go on; the message says from where the run can."""
+    """Another process of the run is gone, so this one cannot go on; the message says from where the run can."""

@@ -1,4 +1,5 @@
-"""Evaluations of a run: before and after on test prompts, and on validation prompts on the way, where hacking would show."""
+"""Evaluations of a run: before and after on test prompts, and on validation prompts on the way, where hacking would
+show."""
 
 from __future__ import annotations
 
@@ -117,7 +118,7 @@ class Evaluator:
             recent = [metric(record, "rollout/diversity") for record in self._folder.read_metrics()[-4:]]
             statistics = {name: result.column(name) for name in STATISTICS}
             statistics["diversity within groups"] = [*recent, diversity]
-            for sign in self._watch.look(result.column("graded"), witnesses, statistics, kl):
+            for sign in self._watch.signs(result.column("graded"), witnesses, statistics, kl):
                 self._notices.warn(f"the model may be learning to please the reward alone: {sign}")
         stop = mode == "stop" and self._watch.alarms >= 2
         self.hacked = self._trainer.ranks.gather([stop])[0]

@@ -28,8 +28,8 @@ from progrpo.types import GroupScores, Rollout
 class AdvantageEstimator:
     """The rule by which rewards become advantages.
 
-    `weights` are those of the mixed rewards, by name. A group that misses the `quorum` is left out. Where processes share
-    the members of a group (`sharding`), each knows all its rewards and learns from its own share.
+    `weights` are those of the mixed rewards, by name. A group that misses the `quorum` is left out. Where processes
+    share the members of a group (`sharding`), each knows all its rewards and learns from its own share.
     """
 
     objective: ObjectiveSettings

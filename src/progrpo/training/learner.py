@@ -30,7 +30,10 @@ CURRENT = "current"
 
 
 class Learner:
-    """Holds the objective, the optimizer and the averages of a policy's weights. `reward_weights` are those of the mixture."""
+    """Holds the objective and the optimizer of a policy, and the averages of its weights.
+
+    `reward_weights` are the weights of the mixed rewards, by name.
+    """
 
     def __init__(
         self,
@@ -87,10 +90,10 @@ class Learner:
         tally.merge(_diversity(rolled))
         self._update_averages(iteration)
         number = iteration + 1  # as people count
-        self._self_checks.updates(number, updated.skipped, self._config.optim.updates_per_rollout)
+        self._self_checks.check_updates(number, updated.skipped, self._config.optim.updates_per_rollout)
         items = self._ranks.sum(torch.tensor(float(updated.items))).item()
         taught = items > 0 and not updated.skipped
-        self._self_checks.weights(number, checks.sum_of_trained(self._policy), taught)
+        self._self_checks.check_weights(number, checks.sum_of_trained(self._policy), taught)
         if taught and not self._checked_first_update:
             self._check_first_update(updated, experience)
         return Updated(tally, updated.items)

@@ -17,24 +17,23 @@ from progrpo.recipes import load_recipe
 from progrpo.registry import refuse_within_import
 from progrpo.rewards.function import adapted, qualified_name
 from progrpo.rewards.load import load_reward
-from progrpo.rewards.mixture import Component, RewardMixture
+from progrpo.rewards.mixture import Component, RewardMixture, component_from
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.build import (
-    component_from,
     located,
     policy_context,
-    ranking_of,
+    ranking_from,
     settled,
     with_lora_of_run,
 )
-from progrpo.training.distributed import Ranks, lost_in_words
+from progrpo.training.distributed import Ranks, explain_lost_process
 from progrpo.training.entry import resume as resume_in
 from progrpo.training.entry import start
 from progrpo.training.equal_inputs import require_same_settings
 from progrpo.training.inputs import HeldOut, RunInputs, held_out_rewards
 from progrpo.training.loop import NO_CHECKPOINT
 from progrpo.training.run import Run
-from progrpo.training.torch_state import usual_torch
+from progrpo.training.torch_state import default_torch_state
 from progrpo.types import FROM_PYTHON, Prompt
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ RewardLike = Callable[..., Any] | str | RewardTerm | Any
 Prompts = Iterable[str | Prompt | Mapping[str, Any]]
 
 
-@usual_torch()
+@default_torch_state()
 def train(
     pipeline: DiffusionPipeline,
     prompts: Prompts,
@@ -61,21 +60,21 @@ def train(
     """Fine-tune a diffusers pipeline towards a reward. The LoRA is in `out`/lora, in diffusers' format.
 
     `prompts` are texts, `Prompt`s, or rows with a field `prompt` (or `config.prompts.column`) and columns beside it: a
-    list, a `datasets.Dataset`, a table of pandas, polars or pyarrow, or the `pathlib.Path` of a prompt file. Their order
-    is the run's.
+    list, a `datasets.Dataset`, a table of pandas, polars or pyarrow, or the `pathlib.Path` of a prompt file. Their
+    order is the run's.
 
     `reward(images, prompts, **columns)` returns a float for each PIL picture, or None where it failed: a function, also
     an async one, or an object with it as `score`. From a model of videos it gets some frames, or with `video = True`
-    whole videos. It may be a built-in reward's name, a `progrpo.config.RewardTerm`, or a list of any of these, which are
-    summed with the weights of pairs (reward, weight).
+    whole videos. It may be a built-in reward's name, a `progrpo.config.RewardTerm`, or a list of any of these, which
+    are summed with the weights of pairs (reward, weight).
 
-    Before and after are measured on `eval_prompts`, or else on the training prompts. `config.model.path`, `revision` and
-    `variant`, `config.prompts.source` and `config.reward.terms` are not read. The pipeline is taken over: its denoiser
-    is changed and its text encoders leave it, so load it again for pictures or another run.
+    Before and after are measured on `eval_prompts`, or else on the training prompts. `config.model.path`, `revision`
+    and `variant`, `config.prompts.source` and `config.reward.terms` are not read. The pipeline is taken over: its
+    denoiser is changed and its text encoders leave it, so load it again for pictures or another run.
 
     With `resume`, and the pipeline as it was before the run, the prompts and the rewards given again, the run in `out`
-    goes on from its newest whole checkpoint, exactly as it would have gone: without a `config` by its own, and with more
-    `iterations` as a longer run. A change since is refused, unless `accept_changes`.
+    goes on from its newest whole checkpoint, exactly as it would have gone: without a `config` by its own, and with
+    more `iterations` as a longer run. A change since is refused, unless `accept_changes`.
 
     ValueError, one sentence, for a mistake that the caller can mend. Returns the run folder, whose `read_summary()` has
     the figures.
@@ -85,7 +84,7 @@ def train(
         raise ValueError("overwrite and resume exclude each other: replace the run in out, or go on with it")
     if config is not None:
         check(config)
-    with lost_in_words(lambda: NO_CHECKPOINT):
+    with explain_lost_process(lambda: NO_CHECKPOINT):
         ranks = Ranks()
         require_same_settings(ranks, config, resume=resume, accept_changes=accept_changes)
         folder = RunFolder(ranks.gather([out])[0])
@@ -185,7 +184,7 @@ def _mixture(
             term, made = RewardTerm(name, 1.0 if weight is None else weight, from_python=True), adapted(reward)
         terms.append(term)
         components.append(component_from(term, made, config.reward.frames))
-    return tuple(terms), RewardMixture(components, ranking_of(config.objective, terms))
+    return tuple(terms), RewardMixture(components, ranking_from(config.objective, terms))
 
 
 def _free_name(name: str, terms: Sequence[RewardTerm]) -> str:

@@ -16,7 +16,7 @@ from progrpo.tracking.console import Console
 from progrpo.tracking.lock import Lock
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training import checkpoints, summary
-from progrpo.training.distributed import lost_in_words
+from progrpo.training.distributed import explain_lost_process
 from progrpo.training.errors import Interrupted, MissingScoresError
 from progrpo.training.evaluator import Evaluator
 from progrpo.training.notices import Notices
@@ -107,7 +107,7 @@ class TrainingLoop:
         # to the last word: a launcher that sees one process die sends the others SIGTERM while they say what happened
         with Stop(self._run.ranks) as stop, tolerant_streams():
             try:
-                with lost_in_words(lambda: how_to_go_on(folder.path)), _errors_say_how_to_go_on(folder):
+                with explain_lost_process(lambda: how_to_go_on(folder.path)), _errors_say_how_to_go_on(folder):
                     self._recorder.open_trackers(self._config, self._resumed_at)
                     self._train(stop)
             except BaseException as error:
@@ -119,14 +119,14 @@ class TrainingLoop:
                 self._recorder.close_trackers()
             self._write_summary("finished")
             self._recorder.report()
-        self._run.ranks.leave()
+        self._run.ranks.wait_for_all()
         return folder
 
     def _train(self, stop: Stop) -> None:
         self._console.say(summary.introduction(self._trainer, self._run.folder))
         zero = self._run.ranks.zero
         if zero is not None and zero.stage:
-            self._console.say(zero.in_words(self._run.ranks.world))
+            self._console.say(zero.describe(self._run.ranks.world))
         if self._resumed_at is None:
             pictures = len(self._run.inputs.held_out.test)
             self._console.say(f"evaluating the model as it is, on {pictures} pictures")

@@ -1,9 +1,9 @@
-"""The factor of a loss whose gradients pass through float16."""
+"""The scale of a loss whose gradients pass through float16."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import TypedDict
 
 from torch.nn import Parameter
 
@@ -11,11 +11,18 @@ _FIRST = 2.0**16
 _CLEAN = 50  # updates: a run has hundreds, where torch's 2,000 belong to pretraining
 
 
+class LossScaleState(TypedDict, total=False):
+    """The scale, and the number of updates since the last overflow; empty for a dtype that needs no scale."""
+
+    value: float
+    clean: int
+
+
 class LossScale:
     """Multiplies losses and divides gradients by a power of two, as `torch.amp.GradScaler` does (arXiv 1710.03740).
 
-    The mean of a loss over thousands of items and of latent dims has gradients below float16's smallest number. The factor is halved
-    where a gradient overflows and doubled after 50 updates without that. It is 1 where it is not `enabled`.
+    The mean of a loss over thousands of items and latent dims has gradients below float16's smallest number. The scale
+    is halved where a gradient overflows and doubled after 50 updates without an overflow. It is 1 unless `enabled`.
     """
 
     def __init__(self, enabled: bool = False) -> None:
@@ -32,7 +39,7 @@ class LossScale:
                 parameter.grad.mul_(1 / self.value)
 
     def lower(self) -> bool:
-        """Halve the factor after an overflow; False where it is 1, so that the overflow has another cause."""
+        """Halve the scale after an overflow. False where it is 1, so that the overflow has another cause."""
         if self.value <= 1:
             return False
         self.value, self._clean = self.value / 2, 0
@@ -46,10 +53,10 @@ class LossScale:
         if self._clean >= _CLEAN:
             self.value, self._clean = self.value * 2, 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> LossScaleState:
         return {"value": self.value, "clean": self._clean} if self.enabled else {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with a saved factor; there is none of a run in another dtype, nor of one before losses were scaled."""
+    def load_state_dict(self, state: LossScaleState) -> None:
+        """Go on with a saved scale. A run in another dtype has none, nor has one from before losses were scaled."""
         if self.enabled and state:
             self.value, self._clean = state["value"], state["clean"]

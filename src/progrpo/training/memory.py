@@ -19,10 +19,11 @@ _USERS_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLE
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep the memory that tensors free. Do nothing without glibc, or where the user has set its limits.
+    """Have the C library keep the memory that tensors free. Do nothing without glibc, or where the user has set its
+    limits.
 
-    Without this, glibc returns memory to the system at every layer and asks for it again, and the system clears each page.
-    On the built-in models that takes over a third of a network call's time (benchmarks/cpu.py).
+    Without this, glibc returns memory to the system at every layer and asks for it again, and the system clears each
+    page. On the built-in models that takes over a third of a network call's time (benchmarks/cpu.py).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None and not any(name in os.environ for name in _USERS_OWN):

@@ -79,7 +79,7 @@ class PlanMonitor:
             return {}
         correlations = [metric(metrics, name) for name in metrics if name.startswith("preview/rank_correlation@")]
         metrics |= self._judge_plan(audit, totals)
-        self._self_checks.agreement(iteration + 1, self._ranks.gather([correlations])[0])
+        self._self_checks.check_agreement(iteration + 1, self._ranks.gather([correlations])[0])
         return metrics
 
     def _agreement(self, audit: Audit) -> Metrics:
@@ -127,8 +127,8 @@ class PlanMonitor:
             console.say(f"plan: groups of {' -> '.join(map(str, path))} from here on ({points or 'no prune point'})")
         elif value is not None and value < 1 and (before.value is None or before.value >= 1):
             console.warn(
-                f"the plan {' -> '.join(map(str, path))} is expected to bring {value:.2f} x the learning signal a second"
-                " of plain GRPO (plan.preset none); prune where previews rank better, preview cheaper, or set"
+                f"the plan {' -> '.join(map(str, path))} is expected to bring {value:.2f} x the learning signal a"
+                " second of plain GRPO (plan.preset none); prune where previews rank better, preview cheaper, or set"
                 " plan.adaptive"
             )
 

@@ -20,7 +20,7 @@ from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import decoded
 from progrpo.rollout.sampling import ode
 from progrpo.training.build import run_of, trained_policy
-from progrpo.training.distributed import Ranks, lost_in_words
+from progrpo.training.distributed import Ranks, explain_lost_process
 from progrpo.training.errors import MissingPicturesError
 from progrpo.training.evaluate import asked_for, away_from, rows_at_once, warn_of_cuts
 from progrpo.types import Prompt
@@ -57,7 +57,7 @@ def sample_pictures(
     own = EvalSettings(seed=0) if run is None else run.eval
     wanted = asked_for(own, num_inference_steps, guidance_scale, seed)
     away = away_from(run, negative_prompt, wanted.guidance_scale)
-    with lost_in_words(lambda: "give the command again"):
+    with explain_lost_process(lambda: "give the command again"):
         ranks = Ranks()
         policy = trained_policy(model, lora, ranks, revision, variant, away)
         if not policy.edits and any(COLUMN in prompt.columns for prompt in prompts):
@@ -80,7 +80,7 @@ def sample_pictures(
         there = [(group, member, image) for group, member, image in drawn if image is not None]
         files = ranks.from_main(lambda: _written(there, out)) if there else []
         why = ranks.gather(faults)
-        ranks.leave()
+        ranks.wait_for_all()
         if why:
             rest = f"; the others are in {named(out)}" if there else ""
             raise MissingPicturesError(

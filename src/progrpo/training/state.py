@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
+from progrpo.training.loss_scale import LossScaleState
 from progrpo.training.totals import TotalsState
+from progrpo.training.watch import HackingWatchState, SelfChecksState
 
 State = Mapping[str, Any]
 """The nested state of a policy, an optimizer, an order or a probe, which only its owner reads."""
 
 
 class PlanMonitorState(TypedDict):
-    """What a run knows of its plan: the plan in force, the judge of plans, the probe, the value of the plan judged last."""
+    """The plan in force, the judge of plans, the probe, and the value of the plan that was judged last."""
 
     plan: State
     judge: State
@@ -25,7 +27,7 @@ class LearnerState(TypedDict):
 
     policy: State
     optimizer: State
-    loss_scale: State
+    loss_scale: LossScaleState
 
 
 class TrainerState(LearnerState, PlanMonitorState):
@@ -34,14 +36,14 @@ class TrainerState(LearnerState, PlanMonitorState):
     iteration: int
     order: State
     totals: TotalsState
-    checks: State
+    checks: SelfChecksState
 
 
 class EvaluatorState(TypedDict):
     """What evaluations on the way have found: the best one, and the watch for hacking."""
 
     best: State | None
-    hacking: State
+    hacking: HackingWatchState
     hacked: bool
 
 

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM, SIGHUP and what a queue may send in their place end a run between two iterations, with everything saved."""
+"""Signals that end a run between two iterations, with everything saved: SIGINT, SIGTERM, SIGHUP, and a queue's notices."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from progrpo.training.distributed import Ranks
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _UNLESS_TAKEN = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
-"""Those that would kill the process where nobody handles or ignores them: a closed terminal's, a queue's notice, a CPU limit's."""
+"""Signals that kill a process which neither handles nor ignores them: a closed terminal, a queue's notice, a CPU limit.
+"""
 
 
 class Stop:
-    """While it is entered, the first of these signals is noted, said and not obeyed; a SIGINT after it is a KeyboardInterrupt at once.
+    """Notes the first of these signals while it is entered, and prints what will happen. A SIGINT after it ends the run
+    at once.
 
-    A SIGHUP that is ignored, as under nohup, stays so, and so does a handler of the user's own for a queue's notice. In another thread
-    than the main one, where Python has no say over signals, it notes nothing.
+    A SIGHUP that is ignored, as under nohup, stays ignored, and a user's own handler for a queue's notice stays in
+    place. In another thread than the main one, where Python cannot handle signals, nothing is noted.
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        self._ranks, self._noted = ranks, 0
+        self._ranks = ranks
+        self._noted = 0
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
@@ -41,7 +44,7 @@ class Stop:
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave
 
     def asked(self) -> signal.Signals | None:
-        """The signal that some process was sent, the same on all; None if there was none."""
+        """The signal that a process was sent, the same on all; None without one."""
         noted = max(self._ranks.gather([self._noted]))
         return signal.Signals(noted) if noted else None
 
@@ -49,11 +52,11 @@ class Stop:
         if self._noted and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self._noted and self._ranks.is_main:
-            said = (
-                f"progrpo: {signal.Signals(number).name}: the run ends, with all saved, as soon as this iteration or evaluation is done;"
-                " Ctrl-C from now on ends it at once, and what is not saved is lost\n"
+            message = (
+                f"progrpo: {signal.Signals(number).name}: the run ends, with all saved, as soon as this iteration or"
+                " evaluation is done; Ctrl-C from now on ends it at once, and what is not saved is lost\n"
             )
-            with suppress(OSError, ValueError):  # nobody may be there to read
+            with suppress(OSError, ValueError):  # the terminal may be gone
                 if sys.__stderr__ is not None:  # else its number may be a file's
-                    os.write(sys.__stderr__.fileno(), said.encode())  # print may be in the middle of another line
+                    os.write(sys.__stderr__.fileno(), message.encode())  # print may be in the middle of another line
         self._noted = number

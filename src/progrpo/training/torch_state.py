@@ -1,4 +1,4 @@
-"""Torch's global state as a run presumes it, whatever its caller left."""
+"""The global state of torch that a run needs, whatever its caller left."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 
 @contextmanager
-def usual_torch() -> Iterator[None]:
-    """Run the block, or what it decorates, with gradients, float32 and the CPU as defaults, and without autocast.
+def default_torch_state() -> Iterator[None]:
+    """Run the block, or the decorated function, with gradients, float32 and the CPU as defaults, and without autocast.
 
     A notebook may be in `no_grad`, `inference_mode` or `autocast`, or have set another default dtype or device. All of
-    it is back after the block.
+    that is restored after the block.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:

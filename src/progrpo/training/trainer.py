@@ -67,9 +67,8 @@ class Trainer:
         self.reward = reward
         self.order = order
         self.ranks = ranks
-        ranks.attend = policy.attend
-        watch = config.watch
-        self.checks = SelfChecks(watch.max_skipped, watch.flat_iterations, watch.still_iterations, watch.lost_agreement)
+        ranks.drain_peer_calls = policy.drain_peer_calls
+        self.checks = SelfChecks(config.watch)
         self.plan_monitor = PlanMonitor(config, ranks, self.checks)
         self.learner = Learner(config, policy, reward.weights, ranks, self.checks)
         self.sampling_microbatch = Microbatch(config.sampling.rows_per_call, "sampling.microbatch")
@@ -150,7 +149,8 @@ class Trainer:
             with meter.stage("audit"):
                 found = self.sample(lambda sampler, meter: self._audit(batch, sampler, meter), audit_meter)
         if audit_due:
-            # counted with the next iteration's they would be unknown to a run that is resumed here; no audit is trained on
+            # counted with the next iteration's they would be unknown to a run that is resumed here; no audit is trained
+            # on
             self.failures.collect()
         record = self._record(updated.tally, meter, time.perf_counter() - start)
         audited = summed_over(self.ranks, audit_meter.cost)
@@ -158,7 +158,7 @@ class Trainer:
         record |= {"audit/nfe": audited.nfe} if found is not None else {}
         record |= {f"reward/failed@{name}": count for name, count in failed.items() if count}
         record |= {"rollout/missing_pictures": lost} if lost else {}
-        self.checks.rewards(iteration + 1, record, len(batch.prompts))
+        self.checks.check_rewards(iteration + 1, record, len(batch.prompts))
         record |= self.plan_monitor.learn(iteration, rolled, found, self.totals)
         self._add_seconds_since(start, record)
         self.iteration, self.untouched = iteration + 1, True
@@ -185,11 +185,11 @@ class Trainer:
     @property
     def sampling_refusal(self) -> str | None:
         """The reason why a process that runs out of memory while sampling cannot try again; None where it can."""
-        if self._sharding.world == 1 and self.policy.attend is None:
+        if self._sharding.world == 1 and self.policy.drain_peer_calls is None:
             return None
         return (
-            "out of memory while processes work together (model.shard, prompts.split_groups), so that one of them cannot"
-            " try again; lower sampling.microbatch"
+            "out of memory while processes work together (model.shard, prompts.split_groups), so that one of them"
+            " cannot try again; lower sampling.microbatch"
         )
 
     def _roll_out(self, batch: _Batch, sampler: Sampler, meter: Meter) -> Rollout:
@@ -262,8 +262,8 @@ def _check_processes(config: Config, reward: RewardMixture, ranks: Ranks) -> Non
     """ValueError for an iteration that cannot be shared out among the processes."""
     if config.prompts.per_iteration < ranks.world and not config.prompts.split_groups:
         raise ValueError(
-            f"prompts.per_iteration is {config.prompts.per_iteration}, fewer than the {ranks.world} processes; give each"
-            " at least one, or have them share the groups (prompts.split_groups)"
+            f"prompts.per_iteration is {config.prompts.per_iteration}, fewer than the {ranks.world} processes; give"
+            " each at least one, or have them share the groups (prompts.split_groups)"
         )
     if config.prompts.split_groups and reward.groupwise:
         raise ValueError(

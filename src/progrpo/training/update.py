@@ -54,7 +54,7 @@ class Updated:
 
 @dataclass(frozen=True)
 class _Share:
-    """The rows of one optimizer step that have an advantage, and the number of its items and such rows in all processes."""
+    """The rows of one optimizer step that have an advantage; the numbers of items and such rows in all processes."""
 
     rows: Tensor
     items: float
@@ -156,13 +156,16 @@ class Updater:
 
     def _refusal(self, experience: Experience) -> str | None:
         """The reason why passes that run out of memory cannot be made again; None where they can."""
-        if self.policy.attend is not None:  # the others are in the midst of theirs
+        if self.policy.drain_peer_calls is not None:  # the others are in the midst of theirs
             return (
                 "out of memory while processes share the network (model.shard), so that one of them cannot try again;"
                 " lower optim.microbatch"
             )
         if experience.attached:  # whose graphs one backward pass uses up
-            return "out of memory in an update that goes back through what sampling computed; leave out optim.reuse_rollout"
+            return (
+                "out of memory in an update that goes back through what sampling computed; leave out"
+                " optim.reuse_rollout"
+            )
         return None
 
     def _passes(
@@ -181,7 +184,8 @@ class Updater:
         tally, per_trajectory = Tally(), self._items_per_trajectory(experience)
         count = len(experience) * per_trajectory
         if experience.attached:
-            # a graph spans one transition of every trajectory, whose ratios are 1 by construction: some are computed anew
+            # a graph spans one transition of every trajectory, whose ratios are 1 by construction: some are computed
+            # anew
             tally = self._deviation(experience.detached(), count, packing)
             batches = list(torch.arange(count).split(len(experience))) if count else []
         else:
@@ -212,7 +216,7 @@ class Updater:
 
 
 def update_of_each(trajectories: Trajectories, updates: int) -> Tensor:
-    """The number of the optimizer step that each trajectory serves: dealt within its group, so that each step has all prompts."""
+    """The optimizer step of each trajectory, by number. A group is dealt over the steps, so that each has all prompts."""
     group_N = trajectories.group_N
     place_N = torch.arange(len(group_N)) - torch.searchsorted(group_N, group_N)
     return (place_N + trajectories.slot_N) % updates

@@ -1,9 +1,9 @@
-"""ZeRO by DeepSpeed: the optimizer's state is shared out among processes, and kept in the CPU's memory where that is asked for.
+"""ZeRO by DeepSpeed: processes share out the optimizer's state, and keep it in the CPU's memory on request.
 
-accelerate's launcher says in its environment what it wants of DeepSpeed; it is read here, and what has no equal is refused. DeepSpeed then
-makes the optimizer's step, and nothing else. Gradients add up whole in each process and are summed and clipped as in every run, so that
-processes may go through different numbers of microbatches, or none: DeepSpeed's own stage 2 reduces in each backward pass, and would wait
-for those who have no more of them.
+accelerate's launcher requests DeepSpeed by its environment, which is read here; a request that has no equal is refused.
+DeepSpeed then makes the optimizer's step and nothing else. Gradients add up whole in each process and are summed and
+clipped as in every run, so processes may have different numbers of microbatches, or none. DeepSpeed's own stage 2
+reduces in each backward pass, and would wait for a process that has no more of them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _INSTEAD = {
     "train_micro_batch_size_per_gpu": "make it auto and give optim.microbatch",
     "gradient_accumulation_steps": "make it 1 or auto: it follows from optim.microbatch, anew in each step",
 }
-"""Sections of DeepSpeed's configuration that say what ours says."""
-_SAY_NOTHING = {
+"""Sections of DeepSpeed's configuration that a configuration of progrpo has fields for."""
+_WITHOUT_EFFECT = {
     "steps_per_print",
     "wall_clock_breakdown",
     "zero_allow_untested_optimizer",
@@ -50,29 +50,30 @@ _OF_SPEED = _BUCKETS | {
     "round_robin_gradients",
     "sub_group_size",
 }
-"""Settings that change when something is sent, and not what. Those of backward passes have nothing to act on."""
+"""Settings of the time at which something is sent, which change no number. Those of backward passes do nothing here."""
 
 
 @dataclass(frozen=True)
 class Zero:
-    """What is asked of DeepSpeed. Stage 0 is plain data parallelism, without DeepSpeed."""
+    """A request for DeepSpeed. Stage 0 is plain data parallelism, without DeepSpeed."""
 
     stage: int
     offload: bool = False
     pin_memory: bool = False
     buckets: Mapping[str, int] | None = None
     dtype: Literal["bfloat16", "float16"] | None = None
-    """What mixed precision it asks for, by the name that `model.dtype` has for it."""
+    """The requested mixed precision, by the name that `model.dtype` has for it."""
     max_grad_norm: float | None = None
 
-    def in_words(self, processes: int) -> str:
+    def describe(self, processes: int) -> str:
+        """A line for the console."""
         place = " on the CPU" if self.offload else ""
         whole = "; gradients stay whole in each until the step, also in stage 2" if self.stage == 2 else ""
         return f"DeepSpeed: the optimizer's state is shared out among {processes} processes{place}{whole}"
 
 
-def asked() -> Zero | None:
-    """What accelerate's launcher asks of DeepSpeed; None where it does not. ValueError for what has no equal here."""
+def requested() -> Zero | None:
+    """The request of accelerate's launcher for DeepSpeed; None without one. ValueError for what has no equal here."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() not in ("1", "true", "yes", "on", "y", "t"):
         return None
     try:
@@ -89,7 +90,7 @@ def asked() -> Zero | None:
     for name, value in config.items():
         if name in _INSTEAD and value != "auto" and (name, value) != ("gradient_accumulation_steps", 1):
             raise _refused(name if isinstance(value, dict) else f"{name} {quoted(value)}", _INSTEAD[name])
-        if name not in {*_INSTEAD, *_SAY_NOTHING, *_READ}:
+        if name not in {*_INSTEAD, *_WITHOUT_EFFECT, *_READ}:
             raise _refused(f"{named(name)}, which has no equal here", "leave it out")
     for name in zero.keys() - {"stage", *_OF_SPEED}:
         if not name.startswith("stage3_"):
@@ -125,8 +126,8 @@ def _number(value: object) -> float | None:
     return None if value == "auto" else float(str(value))
 
 
-def agreed(config: Config, zero: Zero) -> Config:
-    """The configuration, with the dtype that is asked for in place of auto; ValueError where it contradicts what is asked for."""
+def with_requested_dtype(config: Config, zero: Zero) -> Config:
+    """The configuration, with the requested dtype in place of auto. ValueError where it contradicts the request."""
     model, optim = config.model, config.optim
     if zero.dtype is not None and model.dtype == "auto":
         config = replace(config, model=replace(model, dtype=zero.dtype))
@@ -157,10 +158,10 @@ def _refused(what: str, instead: str) -> ValueError:
 
 
 class PartitionedAdamW(AdamW):
-    """AdamW of whole parameters in float32 and their whole gradients, alike in all processes; each has its part of the averages.
+    """AdamW of whole parameters and gradients, alike in all processes, of which each has its part of the averages.
 
-    A step changes the parameters in all. Its state is saved and loaded as AdamW's own is, whole, so that any number of processes with
-    or without DeepSpeed goes on from it.
+    A step changes the parameters in all processes. The state is saved and loaded whole, as AdamW's own, so that any
+    number of processes, with or without DeepSpeed, goes on from it.
     """
 
     def __init__(
@@ -180,7 +181,7 @@ class PartitionedAdamW(AdamW):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         whole = list(parameters)
         super().__init__(whole, lr=lr, betas=betas, weight_decay=weight_decay)
-        # torch's own on the CPU, too: fused it is made for vectors, and nothing has to be compiled
+        # torch's own on the CPU, too: fused it uses vector instructions, and nothing has to be compiled
         parts = AdamW(whole, lr=lr, betas=betas, weight_decay=weight_decay, fused=zero.offload or None)
         self._engine, self._zero, *_ = deepspeed.initialize(
             model=nn.ParameterList(whole), optimizer=parts, config=_deepspeed_config(zero, whole)
@@ -193,11 +194,11 @@ class PartitionedAdamW(AdamW):
         for own, parts in zip(self.param_groups, self._parts.param_groups, strict=True):
             parts.update({name: own[name] for name in ("lr", "betas", "eps", "weight_decay")})
         with self._engine.coalesce_grad_reduction():
-            pass  # gradients are there and alike in all: at its end each gets their mean, of its part
+            pass  # gradients are alike in all processes: at the end of this block each has their mean, for its part
         self._zero.step()
 
     def _make_state(self) -> None:
-        """Now and not in the first step, so that it can be loaded; by a step that changes nothing."""
+        """Make the state before the first step, so that it can be loaded, by a step that changes nothing."""
         (group,) = self.param_groups
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
@@ -212,20 +213,21 @@ class PartitionedAdamW(AdamW):
             state["step"].copy_(steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """On the CPU of the main process; the others, which must ask for it as well, get none of the averages."""
+        """The state, whole and on the CPU in the main process. The others must ask for it too, and get no averages."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         (steps,) = {float(state["step"]) for state in self._parts.state.values()}
         (group,) = self.param_groups
         state: dict[int, dict[str, Any]] = {}
         for i, parameter in enumerate(group["params"]):
-            found = {name: safe_get_full_optimizer_state(parameter, name) for name in _AVERAGES}
+            averages = {name: safe_get_full_optimizer_state(parameter, name) for name in _AVERAGES}
             if dist.get_rank() == 0:
-                state[i] = {"step": torch.tensor(steps), **{name: average.cpu() for name, average in found.items()}}
+                on_cpu = {name: average.cpu() for name, average in averages.items()}
+                state[i] = {"step": torch.tensor(steps), **on_cpu}
         return {**super().state_dict(), "state": state}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """AdamW's state, whole, from which each takes its part. The parameters must have been loaded before."""
+        """Take this process' part of AdamW's whole state. The parameters must have been loaded before."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         super().load_state_dict({**state_dict, "state": {}})
@@ -233,14 +235,14 @@ class PartitionedAdamW(AdamW):
         (group,) = self.param_groups
         for i, parameter in enumerate(group["params"]):
             safe_set_full_fp32_param(parameter, parameter.detach())
-            for name in _AVERAGES:  # a weight that no gradient came to has none
+            for name in _AVERAGES:  # a weight that never had a gradient has none
                 average = saved[i][name] if i in saved else torch.zeros(parameter.shape)
                 safe_set_full_optimizer_state(parameter, average, name)
-        self._set_steps(max((found["step"] for found in saved.values()), default=torch.tensor(0.0)))
+        self._set_steps(max((state["step"] for state in saved.values()), default=torch.tensor(0.0)))
 
 
-def _deepspeed_config(zero: Zero, parameters: list[nn.Parameter]) -> dict[str, Any]:
-    """All that would act in backward passes is off, and so are its clip, 1 unless told, and its own AdamW for the CPU."""
+def _deepspeed_config(zero: Zero, parameters: list[nn.Parameter]) -> dict[str, object]:
+    """DeepSpeed's configuration, without its clip, its AdamW for the CPU, and all that acts in backward passes."""
     buckets = {"reduce_bucket_size": 500_000_000, **(zero.buckets or {})}
     buckets["reduce_bucket_size"] = min(buckets["reduce_bucket_size"], sum(p.numel() for p in parameters))
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": zero.pin_memory}} if zero.offload else {}
