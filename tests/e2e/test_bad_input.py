@@ -76,7 +76,7 @@ def refusal(*words, timeout=60):
         (("plan", "cut.json"), "cut.json: not JSON"),
         (("plan", "twice.json"), "twice.json: not JSON: seed is given twice; leave one out"),
         (("plan", "utf16.json"), "utf16.json: not UTF-8 text; save the file as UTF-8"),
-        (("plan", "deep.json"), "deep.json: not JSON: lists or objects in one another without end"),
+        (("plan", "deep.json"), "deep.json: not JSON: lists or objects are nested without end"),
         (("report", "."), ". is no run folder"),
         (("train", "smoke", "--out", ""), "a path is empty (''); give one, or . for the current folder"),
     ],
