@@ -390,8 +390,7 @@ def test_flow_grpos_kl_goes_with_a_diffusion_rate(sampler):
             check(with_settings("grpo"))
         assert str(refused.value) == (
             "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance,"
-            " flow_grpo_wan), not"
-            f" {sampler}; take exact"
+            f" flow_grpo_wan), not {sampler}; take exact"
         )
 
 
