@@ -63,10 +63,11 @@ from progrpo.policies.decoding import PictureDecoder, unscale_tiny
 from progrpo.policies.load import policy_from_pipeline, quiet
 from progrpo.policies.sizes import without_weights
 from progrpo.rewards.base import Scorer
+from progrpo.rewards.mixture import load_mixture
 from progrpo.rollout.plan import UnitCosts
 from progrpo.rollout.preview import DECODED
 from progrpo.rollout.probe import Probe, latent_features, probe_examples, text_features
-from progrpo.training.build import policy_context, policy_from, scorer_from, settled, train_order
+from progrpo.training.build import policy_context, policy_from, settled, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.estimate import estimate, flops_by_stage, sizes_for
 from progrpo.training.gpus import GPUS
@@ -262,7 +263,7 @@ def measure(config: Config, iterations: int, random_weights: bool) -> dict[str, 
         policy = random_policy(config.model, PolicyContext(ranks.device))
     else:
         policy = policy_from(config.model, policy_context(config, ranks))
-    order, reward = train_order(config.prompts, config.seed), scorer_from(config.reward.terms, config.reward.frames)
+    order, reward = train_order(config.prompts, config.seed), load_mixture(config.reward.terms, config.reward.frames)
     prompts = order.prompts_for(0, config.prompts.per_iteration)
     config = replace(config, preview=PreviewSettings())
     config = measured(config, policy, prompts[0], ranks)

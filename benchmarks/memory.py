@@ -38,7 +38,8 @@ from progrpo.config import (
 from progrpo.policies.load import load_policy, policy_from_pipeline, quiet
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.sizes import Watch, sizes
-from progrpo.training.build import policy_context, policy_from, scorer_from, train_order
+from progrpo.rewards.mixture import load_mixture
+from progrpo.training.build import policy_context, policy_from, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.estimate import estimate
 from progrpo.training.trainer import Trainer
@@ -162,7 +163,7 @@ def iteration(config: Config) -> tuple[dict[str, float], dict[str, float]]:
     """
     ranks = Ranks()
     policy, order = policy_from(config.model, policy_context(config, ranks)), train_order(config.prompts, 0)
-    trainer = Watched(config, policy, scorer_from(config.reward.terms, config.reward.frames), order, ranks)
+    trainer = Watched(config, policy, load_mixture(config.reward.terms, config.reward.frames), order, ranks)
     trainer.step()
     measured = trainer.watched_step()
     found = estimate(config, "h100", 0.35, 1)
