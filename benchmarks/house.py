@@ -91,13 +91,11 @@ def declared_twice(every: list[Record]) -> list[str]:
     """Fields of settings that another dataclass has too, where both have three or more names in common: a copy.
 
     Settings stand in `config.py` or a `settings.py`. Settings that share a field by inheritance declare it once, and
-    two settings that both have a `name` or a `seed` are no copies. The command line's options and the settings of
-    other frameworks (`imports/`) are not compared.
+    two settings that both have a `name` or a `seed` are no copies. `Config` itself is left out, whose fields are the
+    rooms' sections, and so are the command line's options and the settings of other frameworks (`imports/`).
     """
-    settings = [record for record in every if re.search(r"(config|settings)\.py:", record.place)]
-    others = [
-        record for record in every if record not in settings and not re.search(r"/(cli\.py|imports/)", record.place)
-    ]
+    settings = [record for record in every if re.search(r"(config|settings)\.py:\d+ (?!Config$)", record.place)]
+    others = [record for record in every if not re.search(r"(config|settings)\.py|/cli\b|/imports/", record.place)]
     copies: dict[str, list[str]] = {}
     for record in settings:
         for other in others:
