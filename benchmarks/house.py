@@ -1,10 +1,10 @@
-"""The size and shape of the code, as a table: files, functions, parameters, methods, types, columns, settings, start-up.
+"""The size and shape of the code as a table: files, functions, parameters, methods, types, columns, settings.
 
     python benchmarks/house.py                # this checkout
     python benchmarks/house.py ../other       # another one, such as a worktree of an older commit
     python benchmarks/house.py --offenders    # also what is above each goal, by place
 
-Sources are read, never imported, so any checkout can be measured. Only the start-up time runs a command of the checkout.
+Sources are read, never imported, so any checkout can be measured. Only the start-up time runs a command of it.
 """
 
 from __future__ import annotations
@@ -167,7 +167,9 @@ def measure(root: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
     rows = {
         "files in src/progrpo, lines": f"{len(files)}, {sum(lengths):,}",
         "lines of a file: median, max": f"{statistics.median(lengths):.0f}, {max(lengths)}",
-        "lines of a function: median, p90, max": f"{statistics.median(sizes):.0f}, {sizes[int(0.9 * len(sizes))]}, {sizes[-1]}",
+        "lines of a function: median, p90, max": (
+            f"{statistics.median(sizes):.0f}, {sizes[int(0.9 * len(sizes))]}, {sizes[-1]}"
+        ),
         f"parameters of a function outside {EXEMPT}/: max, above {MOST_PARAMETERS}": (
             f"{max(function.parameters for function in counted)}, {len(long_lists)}"
         ),
