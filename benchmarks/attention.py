@@ -26,7 +26,7 @@ from progrpo.config import ModelSettings
 from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import quiet
 from progrpo.policies.pipeline import PipelinePolicy
-from progrpo.policies.sd3 import SD3Policy
+from progrpo.policies.sd3 import SD3
 from progrpo.training.build import policy_from
 from progrpo.training.distributed import Ranks
 from progrpo.zoo.shapes import world
@@ -39,9 +39,10 @@ class Way:
     raised: bool = False
 
     def prepare(self, policy: PipelinePolicy) -> None:
-        theirs = JointAttnProcessor2_0 if isinstance(policy, SD3Policy) else AttnProcessor2_0
-        assert policy.plain_attention is not None
-        policy.denoiser.set_attn_processor(policy.plain_attention() if self.products else theirs())
+        theirs = JointAttnProcessor2_0 if isinstance(policy.family, SD3) else AttnProcessor2_0
+        plain = policy.family.plain_attention
+        assert plain is not None
+        policy.denoiser.set_attn_processor(plain() if self.products else theirs())
         for module in policy.denoiser.modules():
             if isinstance(module, BaseTunerLayer):
                 module.cast_input_dtype_enabled = self.raised

@@ -29,7 +29,7 @@ from diffusers import AutoencoderKL
 
 from progrpo.config import ModelSettings
 from progrpo.policies.base import PolicyContext
-from progrpo.policies.decoder import quicken
+from progrpo.policies.decoder import optimize_for_cpu
 from progrpo.policies.load import quiet
 from progrpo.training.build import policy_from
 from progrpo.training.distributed import Ranks
@@ -50,7 +50,7 @@ def seconds(work: Callable[[], object]) -> float:
 def decoding(model: str, pictures: int, rounds: int) -> dict[str, dict[str, float]]:
     true = AutoencoderKL.from_pretrained(WEIGHTS / model / "vae")
     ways = {"diffusers": copy.deepcopy(true).bfloat16(), "progrpo": copy.deepcopy(true).bfloat16()}
-    quicken(ways["progrpo"])
+    optimize_for_cpu(ways["progrpo"])
     latents = torch.randn(pictures, true.config.latent_channels, 16, 16, generator=torch.Generator().manual_seed(0))
     expected = true.decode(latents).sample
     narrow, spent, error = latents.bfloat16(), {way: [] for way in ways}, {}

@@ -17,7 +17,7 @@ previews   their seconds over those of sampling: by the full decoder as it ran, 
 
 matmul     FLOPs a second of the sampling stage and of the update, as the model's own code counts them (progrpo.policies.sizes), over
            those of one large matrix product in the same process and dtype: MFU against what the device reaches
-MFU        the same over the maker's figure, for a card of progrpo.training.estimate.GPUS
+MFU        the same over the maker's figure, for a card of progrpo.training.gpus.GPUS
 
 Beside them the most memory of an iteration, on a GPU with what `progrpo plan` predicts of it, and in JSON how far a ratio was off 1 before
 an iteration's first update.
@@ -59,15 +59,18 @@ from progrpo.config import (
 )
 from progrpo.packing import evenly
 from progrpo.policies.base import Policy, PolicyContext, torch_dtype
-from progrpo.policies.load import POLICIES, policy_from_pipeline, quiet
+from progrpo.policies.decoding import PictureDecoder, unscale_tiny
+from progrpo.policies.load import policy_from_pipeline, quiet
 from progrpo.policies.sizes import without_weights
 from progrpo.rewards.base import Scorer
+from progrpo.rewards.mixture import load_mixture
 from progrpo.rollout.plan import UnitCosts
 from progrpo.rollout.preview import DECODED
 from progrpo.rollout.probe import Probe, latent_features, probe_examples, text_features
-from progrpo.training.build import policy_context, policy_from, scorer_from, settled, train_order
+from progrpo.training.build import policy_context, policy_from, settled, train_order
 from progrpo.training.distributed import Ranks
-from progrpo.training.estimate import GPUS, estimate, flops_by_stage, sizes_for
+from progrpo.training.estimate import estimate, flops_by_stage, sizes_for
+from progrpo.training.gpus import GPUS
 from progrpo.training.measure import measured
 from progrpo.training.trainer import Trainer
 from progrpo.types import Cost, Rollout, Trajectories
@@ -117,11 +120,9 @@ def of_real_size(config: Config, wanted: argparse.Namespace) -> Config:
 
 def random_policy(settings: ModelSettings, context: PolicyContext) -> Policy:
     """A model by its architecture, of random numbers, which is told random numbers for every text."""
-    on_meta = without_weights(settings.path, torch_dtype(settings))
-    kind = POLICIES[type(on_meta).__name__]
-    shapes = kind.from_pipeline(
-        on_meta, replace(settings, compile=False), PolicyContext(torch.device("meta"))
-    ).condition_shapes()
+    on_meta = PolicyContext(torch.device("meta"))
+    empty = without_weights(settings.path, torch_dtype(settings))
+    shapes = policy_from_pipeline(empty, replace(settings, compile=False), on_meta).family.condition_shapes()
     pipeline = without_weights(settings.path, torch_dtype(settings))
     for name, part in pipeline.components.items():
         if name.startswith("text_encoder"):
@@ -129,8 +130,9 @@ def random_policy(settings: ModelSettings, context: PolicyContext) -> Policy:
         elif isinstance(part, torch.nn.Module):
             fill(part.to_empty(device=context.device))
     policy: Any = policy_from_pipeline(pipeline, settings, context)
-    policy._tiny = random_tiny_decoder(policy)
-    policy._encode_text = lambda text: {name: torch.randn(1, *shape) for name, shape in shapes.items()}
+    tiny = random_tiny_decoder(policy)
+    policy.previewer = PictureDecoder(tiny, unscale_tiny(tiny), "tiny decoder", "")
+    policy.family.encode_text = lambda text: {name: torch.randn(1, *shape) for name, shape in shapes.items()}
     return policy  # type: ignore[no-any-return]
 
 
@@ -138,7 +140,7 @@ def random_tiny_decoder(policy: Any) -> AutoencoderTiny:
     """Of TAESD's architecture, for the model's latents."""
     tiny = AutoencoderTiny(latent_channels=policy.latent_shape[0]).requires_grad_(False).eval()
     fill(tiny)
-    return tiny.to(policy.device, torch_dtype(policy._settings), memory_format=torch.channels_last)
+    return tiny.to(policy.device, policy.family.dtype, memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -261,7 +263,7 @@ def measure(config: Config, iterations: int, random_weights: bool) -> dict[str, 
         policy = random_policy(config.model, PolicyContext(ranks.device))
     else:
         policy = policy_from(config.model, policy_context(config, ranks))
-    order, reward = train_order(config.prompts, config.seed), scorer_from(config.reward.terms, config.reward.frames)
+    order, reward = train_order(config.prompts, config.seed), load_mixture(config.reward.terms, config.reward.frames)
     prompts = order.prompts_for(0, config.prompts.per_iteration)
     config = replace(config, preview=PreviewSettings())
     config = measured(config, policy, prompts[0], ranks)

@@ -51,7 +51,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def passes(settings: ModelSettings) -> dict[str, float]:
     policy: Any = policy_from_pipeline(random_sd3(), settings)
-    told = {name: torch.randn(1, *shape) for name, shape in policy.condition_shapes().items()}
+    told = {name: torch.randn(1, *shape) for name, shape in policy.family.condition_shapes().items()}
 
     def call(rows: int) -> torch.Tensor:
         condition = Condition({name: t.expand(rows, *t.shape[1:]) for name, t in told.items()})

@@ -35,10 +35,11 @@ from progrpo.config import (
     SamplingSettings,
     resolve_plan,
 )
-from progrpo.policies.base import Policy
 from progrpo.policies.load import load_policy, policy_from_pipeline, quiet
+from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.sizes import Watch, sizes
-from progrpo.training.build import policy_context, policy_from, scorer_from, train_order
+from progrpo.rewards.mixture import load_mixture
+from progrpo.training.build import policy_context, policy_from, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.estimate import estimate
 from progrpo.training.trainer import Trainer
@@ -98,9 +99,9 @@ def allocated(work: Callable[[], object]) -> int:
     return most
 
 
-def compared(name: str, settings: ModelSettings, policy: Policy | None = None) -> dict[str, object]:
+def compared(name: str, settings: ModelSettings, policy: PipelinePolicy | None = None) -> dict[str, object]:
     policy = policy or load_policy(settings)
-    told = {n: torch.randn(1, *shape) for n, shape in policy.condition_shapes().items()}  # type: ignore[attr-defined]
+    told = {n: torch.randn(1, *shape) for n, shape in policy.family.condition_shapes().items()}
 
     def call(rows: int) -> torch.Tensor:
         condition = Condition({n: t.expand(rows, *t.shape[1:]) for n, t in told.items()})
@@ -158,7 +159,7 @@ def iteration(config: Config) -> tuple[dict[str, float], dict[str, float]]:
     """
     ranks = Ranks()
     policy, order = policy_from(config.model, policy_context(config, ranks)), train_order(config.prompts, 0)
-    trainer = Trainer(config, policy, scorer_from(config.reward.terms, config.reward.frames), order, ranks)
+    trainer = Trainer(config, policy, load_mixture(config.reward.terms, config.reward.frames), order, ranks)
     trainer.step()
     measured = watched_step(trainer)
     found = estimate(config, "h100", 0.35, 1)

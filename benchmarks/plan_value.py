@@ -37,6 +37,7 @@ from progrpo.objectives.base import Experience
 from progrpo.objectives.dgpo import DGPO
 from progrpo.policies.load import quiet
 from progrpo.recipes import load_recipe
+from progrpo.rewards.mixture import load_mixture
 from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -47,7 +48,7 @@ from progrpo.rollout.prune import SELECTORS
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.settings import PreviewSettings
 from progrpo.tracking.statistics import spearman
-from progrpo.training.build import policy_context, policy_from, scorer_from, settled, train_order
+from progrpo.training.build import policy_context, policy_from, settled, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.measure import measured
 from progrpo.training.plan_judge import prompt_cost
@@ -268,7 +269,7 @@ def trained(config: Config, iterations: int, ranks: Ranks) -> Trainer:
     """A run's trainer after so many iterations, without evaluations and files."""
     config = settled(config, ranks)
     policy, order = policy_from(config.model, policy_context(config, ranks)), train_order(config.prompts, config.seed)
-    reward = scorer_from(config.reward.terms, config.reward.frames)
+    reward = load_mixture(config.reward.terms, config.reward.frames)
     trainer = Trainer(measured(config, policy, order.prompts_for(0, 1)[0], ranks), policy, reward, order, ranks)
     for _ in range(iterations):
         trainer.step()

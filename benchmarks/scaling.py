@@ -43,10 +43,12 @@ from progrpo.config import Config, PlanSettings, resolve_plan, trained_items, tr
 from progrpo.packing import evenly
 from progrpo.policies.load import quiet
 from progrpo.recipes import load_recipe
+from progrpo.rewards.mixture import load_mixture
 from progrpo.rollout.plan import Plan
-from progrpo.training.build import policy_context, policy_from, scorer_from, settled, train_order
+from progrpo.training.build import policy_context, policy_from, settled, train_order
 from progrpo.training.distributed import Ranks
-from progrpo.training.estimate import GPUS, flops_by_stage, sizes_for
+from progrpo.training.estimate import flops_by_stage, sizes_for
+from progrpo.training.gpus import GPUS
 from progrpo.training.trainer import Trainer
 
 PROCESSES = [2**i for i in range(11)]
@@ -174,7 +176,7 @@ def measured_here(config: Config) -> tuple[Units, int, int]:
     """The same, timed on this device for 1, 2, 4 ... rows, between which it goes straight."""
     ranks = Ranks()
     policy = policy_from(config.model, policy_context(config, ranks))
-    order, reward = train_order(config.prompts, config.seed), scorer_from(config.reward.terms, config.reward.frames)
+    order, reward = train_order(config.prompts, config.seed), load_mixture(config.reward.terms, config.reward.frames)
     bare = Bare(policy, reward, config, Trainer(config, policy, reward, order, ranks).step().rollout)
     pair = 2 if config.sampling.in_pairs else 1
     unit = bare.measure()
@@ -231,7 +233,7 @@ def counted(config: Config, split: bool) -> Messages:
         ranks = Counted()
         wanted = replace(small.prompts, source="shapes", per_iteration=prompts, split_groups=split)
         its = replace(small, prompts=wanted)
-        order, reward = train_order(wanted, 0), scorer_from(its.reward.terms, its.reward.frames)
+        order, reward = train_order(wanted, 0), load_mixture(its.reward.terms, its.reward.frames)
         trainer = Trainer(its, policy_from(its.model, policy_context(its, ranks)), reward, order, ranks)
         trainer.step()
         ranks.sums, ranks.parcels = 0, []  # the first iteration has checks of its own

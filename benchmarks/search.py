@@ -22,6 +22,7 @@ import torch
 from progrpo.config import Config, check, from_dict, to_dict
 from progrpo.durable import write_text
 from progrpo.recipes import load_recipe
+from progrpo.rewards.mixture import load_mixture
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import ode
 from progrpo.training.build import (
@@ -29,7 +30,6 @@ from progrpo.training.build import (
     judge_for,
     policy_context,
     policy_from,
-    scorer_from,
     settled,
     train_order,
 )
@@ -159,7 +159,7 @@ def run(config: Config, seconds: float, every: float, pictures: int) -> list[dic
     ranks = Ranks()
     config = settled(config, ranks)
     policy = policy_from(config.model, policy_context(config, ranks))
-    reward = scorer_from(config.reward.terms, config.reward.frames)
+    reward = load_mixture(config.reward.terms, config.reward.frames)
     trainer = Trainer(config, policy, reward, train_order(config.prompts, config.seed), ranks)
     prompts, judge = eval_prompts("shapes", "validation", pictures), judge_for("shapes")
     sampler = Sampler(policy, reward, ode(policy, config.eval.num_inference_steps, 1.0, 64))

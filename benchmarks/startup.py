@@ -26,7 +26,8 @@ from progrpo.config import Config
 from progrpo.policies.base import Policy
 from progrpo.policies.load import quiet
 from progrpo.recipes import load_recipe
-from progrpo.training.build import policy_context, policy_from, scorer_from, settled, train_order
+from progrpo.rewards.mixture import load_mixture
+from progrpo.training.build import policy_context, policy_from, settled, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.measure import measured
 from progrpo.training.trainer import Trainer
@@ -57,7 +58,7 @@ def choose(config: Config, policy: Policy, ranks: Ranks) -> dict[str, Any]:
 
 def iteration_seconds(config: Config, policy: Policy, ranks: Ranks) -> float:
     order = train_order(config.prompts, config.seed)
-    trainer = Trainer(config, policy, scorer_from(config.reward.terms, config.reward.frames), order, ranks)
+    trainer = Trainer(config, policy, load_mixture(config.reward.terms, config.reward.frames), order, ranks)
     return float(trainer.step().record["seconds"])
 
 

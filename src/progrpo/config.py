@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 from progrpo.objectives.settings import AWMSettings, DGPOSettings, GRPOSettings, NFTSettings, ObjectiveSettings
 from progrpo.policies.settings import ModelSettings
@@ -291,7 +291,3 @@ def trained_steps(config: Config, iteration: int) -> range:
 def trained_items(config: Config) -> int:
     """What is trained of a trajectory, in every iteration: transitions, or draws of a noise level."""
     return config.objective.loss.items_per_trajectory(len(trained_steps(config, 0)))
-
-
-GPU = Literal["h200", "h100", "a100-80gb", "a100-40gb", "l40s", "a6000", "rtx5090", "rtx4090", "rtx3090", "l4"]
-"""Cards whose memory and speed `progrpo plan` knows."""

@@ -120,7 +120,7 @@ def test_tensors_alone_are_the_trained_model(folder, move, told, tmp_path, alpha
     same(velocity(applied(folder, load_file(tmp_path / FILE)), told), expected, 1e-4)
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.load_lora_weights(load_file(tmp_path / FILE))  # the tensors, without a header
-    policy.denoiser = getattr(pipeline, policy.denoiser_name)
+    policy.family.denoiser = getattr(pipeline, policy.denoiser_name)
     same(velocity(policy, told), expected, 1e-4)
 
 
@@ -198,7 +198,7 @@ def test_layers_of_several_strengths_are_saved_as_strong_as_they_are(tiny_sd3, t
     policy = continued(tiny_sd3, tmp_path)
     expected = velocity(policy, told)
     policy.save(tmp_path / "ours")
-    policy.denoiser = pipeline.transformer  # as diffusers has it
+    policy.family.denoiser = pipeline.transformer  # as diffusers has it
     same(velocity(policy, told), expected, 1e-4)
     tensors = load_file(tmp_path / "ours" / FILE)
     same(velocity(applied(tiny_sd3, tensors), told), expected, 1e-4)

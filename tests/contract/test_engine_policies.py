@@ -20,7 +20,7 @@ from torch import Tensor
 from progrpo.config import AuditSettings, ModelSettings, OptimSettings, PlanSettings, PreviewSettings, SamplingSettings
 from progrpo.policies.base import Policy, PolicyContext
 from progrpo.policies.load import load_policy, policy_from_pipeline
-from progrpo.policies.pipeline import _compiled_decoder
+from progrpo.policies.prepare import compilable_decoder
 from progrpo.rollout.preview import decoded
 from progrpo.rollout.probe import latent_features, text_features
 from progrpo.training.checks import rounding_of_ratio
@@ -171,7 +171,8 @@ def test_a_tiny_decoder_serves_previews_alone(loaded, tmp_path):
 @pytest.mark.usefixtures("of_pictures")
 def test_a_tiny_decoder_is_not_trained(loaded, tmp_path):
     policy = loaded(save_tiny_decoder(tmp_path / "tiny"))
-    assert not any(p.requires_grad for p in policy._tiny.parameters()) and not policy._tiny.training
+    tiny = policy.previewer.autoencoder
+    assert not any(p.requires_grad for p in tiny.parameters()) and not tiny.training
     assert policy.trainable.keys() == loaded().trainable.keys()
 
 
@@ -230,10 +231,22 @@ def _of_one_block(folder: Path, settings: ModelSettings) -> Any:
     return policy_from_pipeline(pipeline, settings)
 
 
-@needs_compiler
-def test_a_compiled_policy_is_the_policy_whatever_weights_it_has(tiny_sd3, move):
-    """All of it with gradients, on one shape and with one block, so that there is one compilation of half a minute."""
+def compile_by(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend=backend, **options)
+    )
     torch._dynamo.reset()
+
+
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])])
+def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs of a network and of its gradients as they are, and as users have them: half a minute of compilation."""
+    compile_by(monkeypatch, request.param)
+
+
+def test_a_compiled_policy_is_the_policy_whatever_weights_it_has(compiler, tiny_sd3, move):
+    """All of it with gradients, on one shape and with one block, so that there is one compilation."""
     layers = "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2"
     settings = replace(SETTINGS, lora_targets=layers)
     eager, policy = (_of_one_block(tiny_sd3, replace(settings, compile=asked)) for asked in (False, True))
@@ -270,9 +283,7 @@ def test_a_compiled_policy_is_the_policy_whatever_weights_it_has(tiny_sd3, move)
 @pytest.fixture
 def quickly_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled when, without the minutes that the compiler takes: the graphs run as they are."""
-    compile_it = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_it(self, backend="eager", **how))
-    torch._dynamo.reset()
+    compile_by(monkeypatch, "eager")
 
 
 @pytest.mark.parametrize(
@@ -338,14 +349,14 @@ def test_grpo_trains_what_is_compiled_in_low_precision(tiny_sd3, tiny_trainer, t
 
 def test_of_decoders_those_of_pictures_are_compiled_and_on_no_cpu(tiny_sd3, tiny_wan):
     vaes = [DiffusionPipeline.from_pretrained(f, use_safetensors=True).vae for f in (tiny_sd3, tiny_wan)]
-    on_gpu = PolicyContext(torch.device("cuda"))
-    assert [_compiled_decoder(vae, SETTINGS, on_gpu) for vae in vaes] == [[vaes[0].decoder], []]
-    assert not _compiled_decoder(vaes[0], SETTINGS, PolicyContext())
-    assert not _compiled_decoder(vaes[0], replace(SETTINGS, decoding="tiled"), on_gpu)
+    on_gpu, on_cpu = torch.device("cuda"), torch.device("cpu")
+    assert [compilable_decoder(vae, SETTINGS, on_gpu) for vae in vaes] == [[vaes[0].decoder], []]
+    assert not compilable_decoder(vaes[0], SETTINGS, on_cpu)
+    assert not compilable_decoder(vaes[0], replace(SETTINGS, decoding="tiled"), on_gpu)
 
 
 @pytest.mark.parametrize(("compiled", "sizes"), [(False, [4, 4, 1]), (True, [4, 4, 4])])
-def test_a_compiled_decoder_sees_one_shape(tiny_policy, monkeypatch, compiled, sizes):
+def test_acompilable_decoder_sees_one_shape(tiny_policy, monkeypatch, compiled, sizes):
     policy, met = tiny_policy(), []
     decode = policy.decode
 

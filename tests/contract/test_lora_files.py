@@ -134,7 +134,7 @@ def test_pefts_folders_are_as_strong_as_their_settings_say(request, model, promp
             if "lora_" in name:
                 p.normal_(0, 0.2, generator=torch.Generator().manual_seed(len(name)))
     theirs.save_pretrained(tmp_path / "lora")  # as flow_grpo does
-    policy.denoiser = network
+    policy.family.denoiser = network
     expected = velocity(policy, prompts)
     same(in_both_ways(folder, tmp_path / "lora", prompts), expected)
     same(in_both_ways(folder, tmp_path / "lora" / "adapter_model.safetensors", prompts), expected)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it. What needs a model is in the tests of training."""
+"""The command line as a user meets it. Commands that need a model are tested with training."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from progrpo.config import config_from_json
 from progrpo.recipes import RECIPES, load_recipe
 
 NAMES = (  # of recipes
-    "quickstart, shapes-diffusion, sd14-hpsv2, sd35m-pickscore, sd35m-pickscore-24gb, sd35m-pickscore-48gb, sd35m-pickscore-80gb,"
-    " sd35m-hpsv2, sd35m-geneval, sd35m-ocr, sd35m-awm, flux-pickscore, flux-pickscore-24gb, flux-pickscore-48gb, flux-pickscore-80gb, kontext-vlm,"
-    " wan-pickscore, sd3, smoke"
+    "quickstart, shapes-diffusion, sd14-hpsv2, sd35m-pickscore, sd35m-pickscore-24gb, sd35m-pickscore-48gb,"
+    " sd35m-pickscore-80gb, sd35m-hpsv2, sd35m-geneval, sd35m-ocr, sd35m-awm, flux-pickscore, flux-pickscore-24gb,"
+    " flux-pickscore-48gb, flux-pickscore-80gb, kontext-vlm, wan-pickscore, sd3, smoke"
 )
 
 
 def refusal(capsys, *args):
-    """The one line on stderr of a command that is refused."""
+    """The one line on stderr of a refused command."""
     assert main(args) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("progrpo: error: ")
@@ -142,7 +142,8 @@ def test_plan_reads_a_config_file(capsys, tmp_path):
     [
         (
             ("trian",),
-            "'trian' is no command of progrpo (train, recipes, import, plan, sample, eval, report, repro, pretrain, serve-reward);",
+            "'trian' is no command of progrpo (train, recipes, import, plan, sample, eval, report, repro, pretrain,"
+            " serve-reward);",
         ),
         (("train",), f"a recipe ({NAMES}), a config file or a run folder comes first"),
         (

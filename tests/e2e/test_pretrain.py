@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from progrpo.cli import main
-from progrpo.zoo.shapes.judge import load_judge
+from progrpo.zoo.shapes.detector import load_detector
 from progrpo.zoo.shapes.models import build_transformer, noise_scheduler
 from progrpo.zoo.shapes.pretrain import Budget, pretrain
 from progrpo.zoo.shapes.pretrain_diffusion import DiffusionBudget, Teacher, pretrain_diffusion
@@ -46,7 +46,7 @@ def test_weights_are_safetensors_below_the_limit(exported: Path) -> None:
 
 @pytest.mark.slow
 def test_judge_loads(exported: Path) -> None:
-    assert sum(p.numel() for p in load_judge(exported / "weights" / "shapes-judge").parameters()) > 0
+    assert sum(p.numel() for p in load_detector(exported / "weights" / "shapes-judge").parameters()) > 0
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_what_is_counted_is_what_the_networks_did(trainer, redness, family_at_le
         lambda module, args, kwargs, out: (trained if torch.is_grad_enabled() else sampled).append(len(out[0])),
         with_kwargs=True,
     )
-    vae = built.policy._pipeline.vae
+    vae = built.policy.pipeline.vae
     first = vae.post_quant_conv if family_at_length.name == "tiny-wan" else vae.decoder  # a video's runs frame by frame
     first.register_forward_hook(lambda module, args, out: decoded.append(len(out)))
     before = built.totals.counted

@@ -82,6 +82,7 @@ FREE_OF_TORCH = (
     "progrpo.imports.flow_grpo",
     "progrpo.imports.flow_factory",
     "progrpo.recipes",
+    "progrpo.rewards.load",  # processes of a plain function load it, and need no torch
     "progrpo.rollout.plan",
     "progrpo.tracking.report",
     "progrpo.types",

@@ -92,6 +92,6 @@ def test_moved_weights_that_do_not_reach_the_network_are_seen(tiny_trainer, tiny
     policy = tiny_policy(moved=0.1)
     experience = first_experience(tiny_trainer(tiny_config(), policy))
     checks.check_bound(policy, experience)
-    policy._pipeline.transformer.disable_adapters()
+    policy.pipeline.transformer.disable_adapters()
     with pytest.raises(SelfCheckError, match="the adapter is not bound to it"):
         checks.check_bound(policy, experience)

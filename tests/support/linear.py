@@ -16,7 +16,7 @@ class LinearPolicy:
     embeds_guidance = False
     compiled = compiled_decoder = False
     batch_invariant = True
-    attend = None
+    drain_peer_calls = None
     latent_shape = (1, 2, 2)
     device = torch.device("cpu")
 

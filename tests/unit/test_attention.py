@@ -73,7 +73,7 @@ def test_raising_a_loras_input_to_float32_would_change_no_bit(tiny_sd3):
     layers = [module for module in policy.denoiser.modules() if isinstance(module, BaseTunerLayer)]
     told = {
         name: torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
-        for name, shape in policy.condition_shapes().items()
+        for name, shape in policy.family.condition_shapes().items()
     }
     x = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -10,7 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from progrpo.policies.decoder import Fours, quicken, upsampled
+from progrpo.policies.decoder import Fours, optimize_for_cpu, upsampled
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_four_at_once_where_rows_are_multiples_of_four(blocks):
         up_block_types=("UpDecoderBlock2D",) * blocks,
     )
     quick = copy.deepcopy(plain)
-    quicken(quick)
+    optimize_for_cpu(quick)
     assert isinstance(quick.decoder.conv_out, Fours) == (blocks == 3)
     z = torch.randn(1, 4, 3, 5)
     torch.testing.assert_close(quick.decode(z).sample, plain.decode(z).sample, atol=1e-3, rtol=1e-3)
@@ -84,7 +84,7 @@ def _autoencoder(**changes):
 def test_a_decoder_decodes_as_before(changes):
     plain = _autoencoder(**changes)
     quick = copy.deepcopy(plain)
-    quicken(quick)
+    optimize_for_cpu(quick)
     left = [type(m) for m in quick.decoder.modules()]
     assert ResnetBlock2D not in left and Upsample2D not in left
     z = torch.randn(2, 4, 6, 10)
@@ -99,7 +99,7 @@ def test_low_precision_is_as_near_to_the_truth_as_before(memory_format):
     true = _autoencoder()
     plain = copy.deepcopy(true).to(torch.bfloat16)
     quick = copy.deepcopy(plain)
-    quicken(quick)
+    optimize_for_cpu(quick)
     z = torch.randn(4, 4, 8, 8)
     expected = true.decode(z).sample
     error, before = (
@@ -122,5 +122,5 @@ def test_what_does_more_is_left_as_it_is():
 
     parts = Parts()
     before = [type(m) for m in parts.modules()]
-    quicken(parts)
+    optimize_for_cpu(parts)
     assert [type(m) for m in parts.modules()] == before

@@ -16,8 +16,7 @@ from progrpo.frames import evenly, still
 from progrpo.rewards.base import Refusal, Reward, Score
 from progrpo.rewards.frames import FrameAverageReward
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mixture import RewardMixture
-from progrpo.training.build import component_from
+from progrpo.rewards.mixture import RewardMixture, component_from
 from progrpo.types import Prompt
 
 PROMPTS = [Prompt("a"), Prompt("b")]

@@ -59,7 +59,7 @@ def test_one_part_at_a_time_is_on_the_device_and_nothing_changes(made, moves):
 def test_decoding_in_parts_gives_the_same_pictures(made, decoding):
     plain, parts = made(), made(decoding=decoding)
     sizes: list[int] = []
-    parts._pipeline.vae.decoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    parts.pipeline.vae.decoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
     latents = torch.randn(3, *plain.latent_shape)
     difference = parts.decode(latents).images_NHWC.int() - plain.decode(latents).images_NHWC.int()
     assert sizes == [1, 1, 1] and difference.abs().max() <= 1

@@ -652,5 +652,5 @@ def test_what_cannot_be_served_is_refused_in_one_sentence(capsys, tmp_path, monk
 
 
 def test_a_missing_extra_is_named(capsys, monkeypatch):
-    monkeypatch.setattr("progrpo.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("progrpo.cli.other_commands.find_spec", lambda name: None)
     assert "pip install 'progrpo[server]'" in refusal(capsys, "shapes")

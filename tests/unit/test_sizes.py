@@ -36,7 +36,6 @@ from progrpo.policies.settings import ModelSettings
 from progrpo.policies.sizes import _built, _measured, sizes
 from progrpo.recipes import load_recipe
 from progrpo.training.estimate import (
-    Device,
     _latents,
     _leaner,
     _memory,
@@ -44,6 +43,7 @@ from progrpo.training.estimate import (
     estimate,
     sizes_for,
 )
+from progrpo.training.gpus import GPU
 from progrpo.types import Condition
 
 PARAMETERS = {
@@ -82,7 +82,7 @@ def test_memory_is_what_is_allocated(weights):
     settings = ModelSettings(weights=weights)
     policy: Any = load_policy(settings)
     found = sizes(settings, 8, 4, 4)
-    told = {name: torch.randn(4, *shape) for name, shape in policy.condition_shapes().items()}
+    told = {name: torch.randn(4, *shape) for name, shape in policy.family.condition_shapes().items()}
 
     def train() -> None:
         policy.predict(torch.randn(4, *policy.latent_shape), torch.tensor(500.0), Condition(told)).sum().backward()
@@ -198,12 +198,12 @@ def test_what_would_make_it_fit():
         return replace(config, model=replace(config.model, activation_checkpointing=leaner))
 
     half = peaks(_with_microbatches(base, 16, 8))
-    roomy = Device(1.001 * max(half.values()) / 0.9, 1)
+    roomy = GPU(1.001 * max(half.values()) / 0.9, 1)
     assert _leaner(base, plan, roomy, 1) == {"optim.microbatch": 8}
-    tight = Device(1.03 * max(peaks(_with_microbatches(base, 1, 1)).values()) / 0.9, 1)
+    tight = GPU(1.03 * max(peaks(_with_microbatches(base, 1, 1)).values()) / 0.9, 1)
     wanted = _leaner(base, plan, tight, 1)
     assert max(peaks(changed(wanted)).values()) <= 0.9 * tight.memory
-    assert _leaner(base, plan, Device(0.001, 1), 1) == {}
+    assert _leaner(base, plan, GPU(0.001, 1), 1) == {}
 
 
 @pytest.mark.parametrize("weights", ["lora", "full"])

@@ -36,7 +36,7 @@ def test_printed_speeds_are_one_plus_the_share_saved():
 def test_parts_add_up_and_double_with_the_prompts():
     once, twice = UnitCosts(), UnitCosts(prompts=192)
     for plan in (PLANS | NOT_PRINTED).values():
-        assert sum(once.parts(plan, 10).values()) == pytest.approx(once.total(plan, 10))
+        assert sum(once.by_stage(plan, 10).values()) == pytest.approx(once.total(plan, 10))
         assert twice.total(plan, 3) == pytest.approx(2 * once.total(plan, 3))
     base = 96 * (3.88 * 240 + 4 * 3.88 * 240 + (2.49 + 0.34) * 24)
     assert once.total(PLANS["flow-grpo"], 10) == pytest.approx(base)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -50,9 +50,9 @@ class Policy(Protocol):
     in sampling and in training, up to rounding (see `batch_invariant`).
     """
 
-    denoiser_name: ClassVar[str]
+    denoiser_name: str
     """`transformer` or `unet`: what diffusers' pipeline calls the part that is trained."""
-    edits: ClassVar[bool]
+    edits: bool
     """Whether the model changes a picture: every prompt must then have one, its column `image` (`progrpo.prompts.pictures`)."""
     fingerprints: Mapping[str, str]
     """What tells the weights of each part (the denoiser, the text encoders, the VAE) from another model's, as they are before training."""
@@ -82,7 +82,7 @@ class Policy(Protocol):
     it depends on the processor and the dtype, so `measure_batch_invariance` has the last word."""
 
     @property
-    def attend(self) -> Callable[[], None] | None:
+    def drain_peer_calls(self) -> Callable[[], None] | None:
         """What this process has to do before it waits for others, where network calls are made by all processes together; else None."""
         ...
 

@@ -17,7 +17,7 @@ _FEW_OUTPUTS = 4  # channels, of which four places together have no more than th
 
 
 @torch.no_grad()
-def quicken(autoencoder: nn.Module) -> None:
+def optimize_for_cpu(autoencoder: nn.Module) -> None:
     """Put layers that compute the same, up to rounding, in the places of diffusers' `ResnetBlock2D` and `Upsample2D`, and of the
     convolution to colours that a `Decoder` ends with. In place.
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from progrpo.policies.base import PolicyContext
-from progrpo.policies.packed import PATCH, PackedFlowPolicy, packed, unpacked
-from progrpo.policies.settings import ModelSettings
-from progrpo.prompts.pictures import key_of, source_of
-from progrpo.types import Condition, Prompt
+from progrpo.policies.packed import PATCH, PackedFlowFamily, packed, unpacked
+from progrpo.types import Condition
 
 
-class FluxPolicy(PackedFlowPolicy):
+class Flux(PackedFlowFamily):
     """A `FluxPipeline`. A LoRA adapts attention and feed-forward of both kinds of blocks: of two streams, and of one.
 
     FLUX.1-dev is told the guidance scale; FLUX.1-schnell is not, and is guided by a pair of calls, which its pipeline calls
@@ -30,28 +26,27 @@ class FluxPolicy(PackedFlowPolicy):
         *(f"single_transformer_blocks.*.{name}" for name in ("proj_mlp", "proj_out")),
     )
 
-    @classmethod
-    def _check(cls, pipeline: DiffusionPipeline) -> None:
-        super()._check(pipeline)
-        if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:
+    def check(self) -> None:
+        super().check()
+        if self.pipeline.text_encoder is None or self.pipeline.text_encoder_2 is None:
             raise ValueError("model.path: the pipeline lacks a text encoder; FLUX is told a text by CLIP and by T5")
 
-    def _encode_text(self, text: str) -> dict[str, Tensor]:
-        embeds, pooled, _ = self._pipeline.encode_prompt(
-            prompt=[text], device=self.device, max_sequence_length=self._text_tokens
+    def encode_text(self, text: str) -> dict[str, Tensor]:
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            prompt=[text], device=self.device, max_sequence_length=self.text_tokens
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
-        config, tokens = self.denoiser.config, self._text_tokens
+        config, tokens = self.denoiser.config, self.text_tokens
         return {
             "prompt_embeds": (tokens, config.joint_attention_dim),
             "pooled_prompt_embeds": (config.pooled_projection_dim,),
         }
 
-    def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
+    def denoise(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         told, (height, width) = condition.tensors, (side // PATCH for side in x_BCHW.shape[2:])
-        shown = self._shown(x_BCHW, condition)
+        shown = self.shown_latents(x_BCHW, condition)
         counts = len(shown), height, width
         places = (torch.arange(count, dtype=torch.float32, device=x_BCHW.device) for count in counts)
         tokens_BLD = self.denoiser(
@@ -66,12 +61,12 @@ class FluxPolicy(PackedFlowPolicy):
         )[0]
         return unpacked(tokens_BLD[:, : height * width], height, width)
 
-    def _shown(self, x_BCHW: Tensor, condition: Condition) -> list[Tensor]:
+    def shown_latents(self, x_BCHW: Tensor, condition: Condition) -> list[Tensor]:
         """Latents of one size that the network sees, each numbered by its tokens' first coordinate; the sample's own come first."""
         return [x_BCHW]
 
 
-class FluxKontextPolicy(FluxPolicy):
+class FluxKontext(Flux):
     """A `FluxKontextPipeline`, which changes a picture as the text says (FLUX.1 Kontext, arXiv 2506.15742).
 
     The source is resized until it covers the size that is sampled and cropped at its middle, so that all rows have as many tokens: the
@@ -81,27 +76,14 @@ class FluxKontextPolicy(FluxPolicy):
 
     edits: ClassVar[bool] = True
 
-    def __init__(
-        self, pipeline: DiffusionPipeline, settings: ModelSettings, context: PolicyContext, size: tuple[int, int]
-    ) -> None:
-        self._sources: dict[str, Tensor] = {}
-        super().__init__(pipeline, settings, context, size)
-
-    def _row(self, prompt: Prompt) -> dict[str, Tensor]:
-        if (source := key_of(prompt)) not in self._sources:
-            self._sources[source] = self._encode_picture(source_of(prompt))
-        return {**super()._row(prompt), "image_latents": self._sources[source]}
-
-    @torch.no_grad()
-    def _encode_picture(self, image: Image.Image) -> Tensor:
-        (height, width), vae = self._size, self._pipeline.vae
-        pixels = self._pipeline.image_processor.preprocess(image, height, width, resize_mode="crop")
+    def encode_picture(self, image: Image.Image) -> dict[str, Tensor]:
+        (height, width), vae = self.size, self.pipeline.vae
+        pixels = self.pipeline.image_processor.preprocess(image, height, width, resize_mode="crop")
         latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-        scaled: Tensor = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-        return self._encoded_finitely("the picture of a prompt", {"image_latents": scaled})["image_latents"]
+        return {"image_latents": (latents - vae.config.shift_factor) * vae.config.scaling_factor}
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         return super().condition_shapes() | {"image_latents": self.latent_shape}
 
-    def _shown(self, x_BCHW: Tensor, condition: Condition) -> list[Tensor]:
+    def shown_latents(self, x_BCHW: Tensor, condition: Condition) -> list[Tensor]:
         return [x_BCHW, condition.tensors["image_latents"]]

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from progrpo.policies.packed import PATCH, PackedFlowPolicy, packed, unpacked
+from progrpo.policies.packed import PATCH, PackedFlowFamily, packed, unpacked
 from progrpo.types import Condition
 
 
-class Flux2KleinPolicy(PackedFlowPolicy):
+class Flux2Klein(PackedFlowFamily):
     """A `Flux2KleinPipeline`. A LoRA adapts attention and feed-forward of both kinds of blocks: of two streams, and of one.
 
     The base models are guided by a pair of calls, the distilled ones not at all. Its grid is shifted by picture size and number of
@@ -29,41 +28,38 @@ class Flux2KleinPolicy(PackedFlowPolicy):
         *(f"single_transformer_blocks.*.attn.{name}" for name in ("to_qkv_mlp_proj", "to_out")),
     )
 
-    @classmethod
-    def _check(cls, pipeline: DiffusionPipeline) -> None:
-        super()._check(pipeline)
-        if pipeline.text_encoder is None:
+    def check(self) -> None:
+        super().check()
+        if self.pipeline.text_encoder is None:
             raise ValueError("model.path: the pipeline lacks its text encoder; load it with the pipeline")
 
-    def _mu(self, tokens: int, num_inference_steps: int) -> float:
+    def grid_shift(self, tokens: int, num_inference_steps: int) -> float:
         shift: float = compute_empirical_mu(tokens, num_inference_steps)
         return shift
 
-    def _encode_text(self, text: str) -> dict[str, Tensor]:
-        embeds, _ = self._pipeline.encode_prompt(
-            prompt=[text], device=self.device, max_sequence_length=self._text_tokens
-        )
+    def encode_text(self, text: str) -> dict[str, Tensor]:
+        embeds, _ = self.pipeline.encode_prompt(prompt=[text], device=self.device, max_sequence_length=self.text_tokens)
         return {"prompt_embeds": embeds}
 
-    def _written(self, text: str) -> str:
+    def tokenizer_text(self, text: str) -> str:
         """As its pipeline: the turn of a user in a chat, whose marks count as tokens."""
-        written: str = self._pipeline.tokenizer.apply_chat_template(
+        written: str = self.pipeline.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
         return written
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (self._text_tokens, self.denoiser.config.joint_attention_dim)}
+        return {"prompt_embeds": (self.text_tokens, self.denoiser.config.joint_attention_dim)}
 
-    def predict(self, x_BCHW: Tensor, timestep: Tensor, condition: Condition, guidance_scale: float = 1.0) -> Tensor:
-        if guidance_scale != 1.0 and self._pipeline.config.is_distilled:
+    def combine_guidance(self, unconditional_BCHW: Tensor, conditional_BCHW: Tensor, guidance_scale: float) -> Tensor:
+        if self.pipeline.config.is_distilled:
             raise ValueError(
                 f"sampling.guidance_scale: {guidance_scale:g} would guide a distilled model, which is guided already; use 1,"
                 " or a base model"
             )
-        return super().predict(x_BCHW, timestep, condition, guidance_scale)
+        return super().combine_guidance(unconditional_BCHW, conditional_BCHW, guidance_scale)
 
-    def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
+    def denoise(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         embeds, (height, width) = condition.tensors["prompt_embeds"], (side // PATCH for side in x_BCHW.shape[2:])
         tokens_BLD = self.denoiser(
             hidden_states=packed(x_BCHW),
@@ -75,9 +71,9 @@ class Flux2KleinPolicy(PackedFlowPolicy):
         )[0]
         return unpacked(tokens_BLD, height, width)
 
-    def _unscaled(self, x0_BCHW: Tensor) -> Tensor:
+    def unscale(self, x0_BCHW: Tensor) -> Tensor:
         """By the statistics that the autoencoder has of each channel of a token."""
-        norm, epsilon = self._pipeline.vae.bn, self._pipeline.vae.config.batch_norm_eps
+        norm, epsilon = self.pipeline.vae.bn, self.pipeline.vae.config.batch_norm_eps
         mean, std = (t.to(x0_BCHW).reshape(-1, 1, 1) for t in (norm.running_mean, (norm.running_var + epsilon).sqrt()))
         return pixel_shuffle(pixel_unshuffle(x0_BCHW, PATCH) * std + mean, PATCH)
 

@@ -19,32 +19,30 @@ from torch.utils.benchmark import Timer
 from transformers.utils import logging as transformers_logging
 
 from progrpo.messages import named
-from progrpo.policies.base import Policy, PolicyContext, torch_dtype
-from progrpo.policies.flux import FluxKontextPolicy, FluxPolicy
-from progrpo.policies.flux2 import Flux2KleinPolicy
+from progrpo.policies.base import PolicyContext, torch_dtype
+from progrpo.policies.family import ModelFamily
 from progrpo.policies.hub import reason_of
 from progrpo.policies.lora_files import HUB_ID, LORA_FILE, is_lora
-from progrpo.policies.parts import fetched, networks, whole
+from progrpo.policies.networks import fetch, load_networks, load_whole
 from progrpo.policies.pipeline import PipelinePolicy
-from progrpo.policies.qwen_image import QwenImagePolicy
-from progrpo.policies.sd3 import SD3Policy
+from progrpo.policies.prepare import prepare
 from progrpo.policies.settings import ModelSettings
-from progrpo.policies.stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
-from progrpo.policies.wan import WanPolicy
+from progrpo.registry import load_named
 from progrpo.zoo import WEIGHTS
 
 BUILT_IN = ("shapes-flow", "shapes-diffusion")
 _BUILT_IN_TOKENS = 16  # which all of their texts fit into, and which they were made for
-POLICIES: dict[str, type[PipelinePolicy]] = {
-    "Flux2KleinPipeline": Flux2KleinPolicy,
-    "FluxKontextPipeline": FluxKontextPolicy,
-    "FluxPipeline": FluxPolicy,
-    "QwenImagePipeline": QwenImagePolicy,
-    "StableDiffusion3Pipeline": SD3Policy,
-    "StableDiffusionPipeline": StableDiffusionPolicy,
-    "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
-    "WanPipeline": WanPolicy,
+FAMILIES: dict[str, str] = {
+    "Flux2KleinPipeline": "progrpo.policies.flux2:Flux2Klein",
+    "FluxKontextPipeline": "progrpo.policies.flux:FluxKontext",
+    "FluxPipeline": "progrpo.policies.flux:Flux",
+    "QwenImagePipeline": "progrpo.policies.qwen_image:QwenImage",
+    "StableDiffusion3Pipeline": "progrpo.policies.sd3:SD3",
+    "StableDiffusionPipeline": "progrpo.policies.stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "progrpo.policies.stable_diffusion:StableDiffusionXL",
+    "WanPipeline": "progrpo.policies.wan:Wan",
 }
+"""The model families by the name of diffusers' pipeline, as `module:class`; a family is imported when a model asks for it."""
 
 
 def quiet() -> None:
@@ -78,7 +76,7 @@ def _product(device: torch.device, dtype: torch.dtype) -> Timer:
 
 def load_policy(
     settings: ModelSettings, context: PolicyContext | None = None, trained: str | Path | None = None
-) -> Policy:
+) -> PipelinePolicy:
     """The policy of the model at `settings.path`.
 
     `trained` is a denoiser's folder, which takes the place of the model's, or a LoRA, by its folder, file or hub id, which is added as
@@ -88,7 +86,7 @@ def load_policy(
     """
     settings = with_own_length(settings)
     source = locate(settings.path, settings.revision)
-    kind = supported(source, settings.revision)
+    kind = family_of(source, settings.revision)
     pipeline = _read_pipeline(source, kind, settings)
     if trained is not None and _is_denoiser(trained):
         _apply_trained(pipeline, kind.denoiser_name, Path(trained))
@@ -99,9 +97,10 @@ def load_policy(
 
 def policy_from_pipeline(
     pipeline: DiffusionPipeline, settings: ModelSettings, context: PolicyContext | None = None
-) -> Policy:
+) -> PipelinePolicy:
     """The policy for a loaded pipeline, which it takes over; ValueError for a class that no policy is written for."""
-    return _policy_class(type(pipeline).__name__, "the pipeline").from_pipeline(pipeline, settings, context)
+    kind = _family(type(pipeline).__name__, "the pipeline")
+    return PipelinePolicy(prepare(kind, pipeline, settings, context or PolicyContext()))
 
 
 def _is_denoiser(folder: str | Path) -> bool:
@@ -115,7 +114,7 @@ def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path
         kind = type(base).load_config(folder).get("_class_name")
         if kind != type(base).__name__:
             raise ValueError(f"they are of a {kind}, and this model has a {type(base).__name__}")
-        trained = whole(type(base), folder, dtype=base.dtype)
+        trained = load_whole(type(base), folder, dtype=base.dtype)
     setattr(pipeline, denoiser_name, trained)
 
 
@@ -178,38 +177,43 @@ def _built_in(name: str) -> str:
     return str(folder)
 
 
-def supported(source: str, revision: str = "") -> type[PipelinePolicy]:
-    """Decided on the pipeline's index alone, before gigabytes are fetched."""
+def family_of(source: str, revision: str = "") -> type[ModelFamily]:
+    """The family of a model, by its pipeline's index alone: nothing else is fetched. ValueError for one that is not trained here."""
     with sayable(source):
         index = dict(DiffusionPipeline.load_config(source, revision=revision or None))
-    kind = _policy_class(str(index.get("_class_name")), source)
+    kind = _family(str(index.get("_class_name")), source)
     kind.check_index(index)
     return kind
 
 
-def _policy_class(name: str, source: str) -> type[PipelinePolicy]:
-    if name not in POLICIES:
-        raise ValueError(f"model.path: {named(source)} is a {named(name)}; progrpo trains {', '.join(POLICIES)}")
-    return POLICIES[name]
+def _family(pipeline_name: str, source: str) -> type[ModelFamily]:
+    if pipeline_name not in FAMILIES:
+        raise ValueError(
+            f"model.path: {named(source)} is a {named(pipeline_name)}; progrpo trains {', '.join(FAMILIES)}"
+        )
+    family: type[ModelFamily] = load_named(pipeline_name, FAMILIES, "the pipeline")
+    return family
 
 
-def _read_pipeline(source: str, kind: type[PipelinePolicy], settings: ModelSettings) -> DiffusionPipeline:
+def _read_pipeline(source: str, kind: type[ModelFamily], settings: ModelSettings) -> DiffusionPipeline:
     """Loaded in `dtype`, but a denoiser that is trained in full in float32: no precision is lost on the way."""
     dtype = torch_dtype(settings)
     denoiser = torch.float32 if settings.weights == "full" else dtype
     dtypes = {kind.denoiser_name: denoiser, "vae": kind.vae_dtype or dtype, "default": dtype}
     with sayable(source):
-        folder = fetched(source, settings.revision, settings.variant, kind.left_out)
+        folder = fetch(source, settings.revision, settings.variant, kind.omitted_components)
         _require_objects(folder)
         index = {
-            name: part for name, part in DiffusionPipeline.load_config(folder).items() if name not in kind.left_out
+            name: part
+            for name, part in DiffusionPipeline.load_config(folder).items()
+            if name not in kind.omitted_components
         }
-        parts = networks(folder, index, dtypes, settings.variant)
-        absent = {**dict.fromkeys(_absent_encoders(index)), **kind.left_out}
+        networks = load_networks(folder, index, dtypes, settings.variant)
+        absent = {**dict.fromkeys(_absent_encoders(index)), **kind.omitted_components}
         # told the dtypes as well, without which it casts what it is given
-        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtypes, use_safetensors=True, **parts, **absent)
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtypes, use_safetensors=True, **networks, **absent)
         for name, part in pipeline.components.items():
-            if isinstance(part, nn.Module) and name not in parts:
+            if isinstance(part, nn.Module) and name not in networks:
                 raise ValueError(f"its {name} is of no class that diffusers or transformers has")
             if name.startswith("tokenizer") and part is not None:
                 _require_vocabulary(folder / name)

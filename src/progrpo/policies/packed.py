@@ -1,16 +1,14 @@
-"""What flow models share whose transformer takes a patch of a latent as one token."""
+"""The base of flow models whose transformer takes a patch of a latent as one token."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from progrpo.policies.flow import FlowPolicy
+from progrpo.policies.flow import FlowFamily
+from progrpo.policies.geometry import Geometry
 
 PATCH = 2
 """Rows and columns of a latent that are one token."""
@@ -26,37 +24,32 @@ def unpacked(tokens_BLD: Tensor, height: int, width: int) -> Tensor:
     return pixel_shuffle(tokens_BLD.transpose(1, 2).unflatten(2, (height, width)), PATCH)
 
 
-class PackedFlowPolicy(FlowPolicy):
+class PackedFlowFamily(FlowFamily):
     """A flow model of packed latents: they are tokens within the network only."""
 
-    @classmethod
-    def _check(cls, pipeline: DiffusionPipeline) -> None:
-        super()._check(pipeline)
-        takes, tokens = pipeline.transformer.config.in_channels, cls._latent_channels(pipeline) * PATCH**2
-        if takes != tokens:
+    def check(self) -> None:
+        super().check()
+        channels, expected = self.denoiser.config.in_channels, self.latent_channels * PATCH**2
+        if channels != expected:
             raise ValueError(
-                f"model.path: the transformer takes {takes} channels where tokens of latents have {tokens}; use a model"
+                f"model.path: the transformer takes {channels} channels where tokens of latents have {expected}; use a model"
                 " that takes text alone, not one for editing or control"
             )
 
-    @classmethod
-    def _patch(cls, pipeline: DiffusionPipeline) -> int:
-        return PATCH
+    def geometry(self) -> Geometry:
+        scale: int = self.pipeline.vae_scale_factor
+        side = self.pipeline.default_sample_size * scale
+        return Geometry(self.latent_channels, scale, (side, side), PATCH)
 
-    @classmethod
-    def _own_size(cls, pipeline: DiffusionPipeline) -> tuple[int, int]:
-        side: int = pipeline.default_sample_size * cls._vae_scale(pipeline)
-        return side, side
-
-    def _grid(self, num_inference_steps: int) -> dict[str, Any]:
-        """Even from 1 to 1/T; a scheduler that shifts by picture size is told `mu`."""
+    def grid_options(self, num_inference_steps: int) -> dict[str, np.ndarray | float]:
+        """A grid that is even from 1 to 1/T, and the `mu` of a scheduler that shifts by picture size."""
         height, width = self.latent_shape[1:]
-        mu = self._mu(height * width // PATCH**2, num_inference_steps)
+        mu = self.grid_shift(height * width // PATCH**2, num_inference_steps)
         return {"sigmas": np.linspace(1.0, 1 / num_inference_steps, num_inference_steps), "mu": mu}
 
-    def _mu(self, tokens: int, num_inference_steps: int) -> float:
-        """How far the grid of so many tokens is shifted."""
-        config = self._pipeline.scheduler.config
+    def grid_shift(self, tokens: int, num_inference_steps: int) -> float:
+        """The shift of a grid for pictures of so many tokens, which diffusers calls `mu`."""
+        config = self.pipeline.scheduler.config
         shift: float = calculate_shift(
             tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
         )

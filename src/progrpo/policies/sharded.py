@@ -2,7 +2,7 @@
 
 Each process holds a part of every weight, and a block is gathered while it runs (torch's `fully_shard`). A LoRA stays whole
 everywhere; weights that are trained in full are shared out with their gradients, copies and optimizer state. A network call
-then is one that all processes make with the same weights: who has none of its own stands in.
+then is one that all processes make with the same weights: a process that has none of its own makes a dummy call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Parameter
 
-_NOTHING = 2**31
+_NO_CALL = 2**31  # above every number of a call
 
 
 def share_out(denoiser: nn.Module, device: torch.device, whole: Collection[Parameter]) -> None:
@@ -65,30 +65,33 @@ def as_shared(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
 
 
-class Step:
-    """Keeps the network calls of all processes in step: each makes as many, in the same order, by the same weights, with or
-    without a backward pass.
+class PeerCalls:
+    """The network calls of all processes, kept in step: the same number, in the same order, with the same weights.
 
-    `stand_in(weights, training)` makes a call that counts for nothing; `weights` are numbered alike in all processes.
+    `dummy_forward(weights, training)` makes a call that counts for nothing, with a backward pass if it is `training`. `weights` are
+    numbered alike in all processes.
     """
 
-    def __init__(self, device: torch.device, stand_in: Callable[[int, bool], None]) -> None:
-        self._device, self._stand_in = device, stand_in
+    def __init__(self, device: torch.device, dummy_forward: Callable[[int, bool], None]) -> None:
+        self._device = device
+        self._dummy_forward = dummy_forward
 
-    def call(self, weights: int, training: bool) -> None:
-        """Before each call of one's own, which is followed by its backward pass if it is `training`."""
-        self._until(2 * weights + training)
+    def begin_call(self, weights: int, training: bool) -> None:
+        """Wait until this process may make a call of its own, whose backward pass follows if it is `training`."""
+        self._take_part_until(2 * weights + training)
 
-    def attend(self) -> None:
-        """Stand in until no process has a call to make."""
-        self._until(_NOTHING)
+    def drain(self) -> None:
+        """Take part in the other processes' calls until none has one to make."""
+        self._take_part_until(_NO_CALL)
 
-    def _until(self, own: int) -> None:
-        # Who has a lesser thing to do goes first: calls of different kinds never meet.
-        while (now := self._least(own)) != own:
-            self._stand_in(now // 2, bool(now % 2))
+    def _take_part_until(self, own: int) -> None:
+        # the smallest number goes first: calls of different kinds never meet
+        smallest = self._smallest(own)
+        while smallest != own:
+            self._dummy_forward(smallest // 2, bool(smallest % 2))
+            smallest = self._smallest(own)
 
-    def _least(self, own: int) -> int:
-        told = torch.tensor(own, device=self._device)
-        dist.all_reduce(told, dist.ReduceOp.MIN)
-        return int(told)
+    def _smallest(self, own: int) -> int:
+        number = torch.tensor(own, device=self._device)
+        dist.all_reduce(number, dist.ReduceOp.MIN)
+        return int(number)

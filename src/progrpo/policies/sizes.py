@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from progrpo.policies.architectures import ARCHITECTURES, Architecture
 from progrpo.policies.base import PolicyContext, torch_dtype
-from progrpo.policies.load import POLICIES, locate, sayable, supported, with_own_length
+from progrpo.policies.load import family_of, locate, policy_from_pipeline, sayable, with_own_length
 from progrpo.policies.settings import ModelSettings
 from progrpo.types import Condition
 
@@ -62,9 +62,9 @@ def sizes(settings: ModelSettings, called: int, trained: int, decoded: int) -> S
     pipeline = without_weights(settings.path, dtype)
     bare = replace(with_own_length(settings), compile=False)
     on_meta = PolicyContext(torch.device("meta"))
-    policy = POLICIES[type(pipeline).__name__].from_pipeline(pipeline, bare, on_meta)
-    denoiser, vae = policy.denoiser, policy._pipeline.vae
-    encoders = [part for name, part in policy._pipeline.components.items() if name.startswith("text_encoder") and part]
+    policy = policy_from_pipeline(pipeline, bare, on_meta)
+    denoiser, vae = policy.denoiser, pipeline.vae
+    encoders = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
     weights = [(p.numel(), p.numel() * p.element_size(), p.requires_grad) for p in denoiser.parameters()]
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (denoiser, vae):
@@ -72,17 +72,17 @@ def sizes(settings: ModelSettings, called: int, trained: int, decoded: int) -> S
 
         def call(rows: int, grad: bool) -> None:
             x, at = torch.empty(rows, *policy.latent_shape), torch.empty(rows)
-            shapes = policy.network_inputs()
+            shapes = policy.network.input_shapes
             told = {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in shapes.items()}
             low = dtype != torch.float32
             with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, enabled=low, cache_enabled=False):
-                output = policy._call(x, at, Condition(told)).float()
+                output = policy.family.denoise(x, at, Condition(told)).float()
             if grad:
                 output.square().mean().backward()
 
         def decode() -> None:
             with torch.no_grad():
-                latents = policy._unscaled(torch.empty(decoded, *policy.latent_shape))
+                latents = policy.family.unscale(torch.empty(decoded, *policy.latent_shape))
                 vae.decode(latents.to(vae.dtype), return_dict=False)
 
         gradients = [p.grad for p in denoiser.parameters() if p.grad is not None]
@@ -184,7 +184,7 @@ def _read(path: str) -> Architecture:
         raise ValueError(
             f"model.path: how large {path} is is not known here; give its folder, or one of {', '.join(ARCHITECTURES)}"
         )
-    supported(str(folder))
+    family_of(str(folder))
     with sayable(folder):
         index = json.loads((folder / "model_index.json").read_bytes())
         told: Architecture = {"_class_name": index["_class_name"]}

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import ClassVar
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from progrpo.diffusion.levels import Levels, between_diffusion_levels, diffusion_levels
 from progrpo.diffusion.prediction import PREDICTIONS
-from progrpo.policies.base import PolicyContext
-from progrpo.policies.pipeline import GRIDS, PipelinePolicy, unused
-from progrpo.policies.settings import ModelSettings
+from progrpo.policies.family import GRIDS, ModelFamily, unused_settings
 from progrpo.types import Condition
 
 
-class StableDiffusionPolicy(PipelinePolicy):
+class StableDiffusion(ModelFamily):
     """A `StableDiffusionPipeline`. A LoRA adapts the attention and feed-forward layers of the U-Net's transformer blocks.
 
     It is sampled on DDIM's grid, whatever scheduler the pipeline came with; that one's noise schedule, prediction type and
@@ -29,20 +28,26 @@ class StableDiffusionPolicy(PipelinePolicy):
     denoiser_name: ClassVar[str] = "unet"
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     plain_attention: ClassVar[type] = AttnProcessor
-    left_out: ClassVar[Mapping[str, Any]] = {
+    channels_last: ClassVar[bool] = True
+    omitted_components: ClassVar[Mapping[str, object]] = {
         **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder")),
         "requires_safety_checker": False,
     }
 
-    def __init__(
-        self, pipeline: DiffusionPipeline, settings: ModelSettings, context: PolicyContext, size: tuple[int, int]
-    ) -> None:
-        self._scheduler = _ddim(pipeline)
-        self.prediction: str = self._scheduler.config.prediction_type
-        super().__init__(pipeline, settings, context, size)
+    @cached_property
+    def scheduler(self) -> DDIMScheduler:
+        """The pipeline's noise as DDIM's scheduler. Latents are never clipped: they are no pictures."""
+        # the list of what was left to a scheduler's own defaults, which diffusers would have DDIM replace by its own
+        own = {name: value for name, value in self.pipeline.scheduler.config.items() if name != "_use_default_values"}
+        return DDIMScheduler.from_config(own, clip_sample=False, thresholding=False)
 
-    @classmethod
-    def _check(cls, pipeline: DiffusionPipeline) -> None:
+    @property
+    def prediction(self) -> str:
+        prediction: str = self.scheduler.config.prediction_type
+        return prediction
+
+    def check(self) -> None:
+        pipeline = self.pipeline
         if pipeline.text_encoder is None:
             raise ValueError("model.path: the pipeline lacks its text encoder; load it with the pipeline")
         if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
@@ -65,8 +70,7 @@ class StableDiffusionPolicy(PipelinePolicy):
                 f"model.path: the scheduler is a {type(pipeline.scheduler).__name__}, for whose noise DDIM has no steps; use"
                 " a model that says epsilon, v_prediction or sample on a schedule of betas"
             )
-        scheduler = _ddim(pipeline)
-        if scheduler.config.prediction_type == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
+        if self.prediction == "epsilon" and self.scheduler.alphas_cumprod[-1] == 0:
             raise ValueError(
                 "model.path: a model that predicts noise has nothing to say of pure noise; set the scheduler's"
                 " rescale_betas_zero_snr to false"
@@ -74,15 +78,16 @@ class StableDiffusionPolicy(PipelinePolicy):
         if getattr(pipeline, "safety_checker", None) is not None:
             pipeline.safety_checker = None  # it judges pictures, which here rewards do; it would only take memory
 
-    @classmethod
-    def _ignored(cls, pipeline: DiffusionPipeline) -> str:
+    def ignored(self) -> str:
         names = (*GRIDS, "clip_sample", "thresholding")
-        return unused(pipeline.scheduler, names, "steps are DDIM's, on its spacing's grid, and latents are not clipped")
+        return unused_settings(
+            self.pipeline.scheduler, names, "steps are DDIM's, on its spacing's grid, and latents are not clipped"
+        )
 
     def levels(self, num_inference_steps: int, shift: float | None = None) -> Levels:
         if shift is not None:
             raise ValueError("sampling.shift: this is a diffusion model, whose grid has no shift; leave it empty")
-        scheduler, count = self._scheduler, self._scheduler.config.num_train_timesteps
+        scheduler, count = self.scheduler, self.scheduler.config.num_train_timesteps
         if num_inference_steps > count:
             raise ValueError(
                 f"sampling.num_inference_steps: {num_inference_steps} is more than the {count} timesteps of the model"
@@ -99,87 +104,81 @@ class StableDiffusionPolicy(PipelinePolicy):
         alphas = scheduler.alphas_cumprod
         signal_T = torch.where(end_T >= 0, alphas[end_T.clamp(min=0)], scheduler.final_alpha_cumprod)
         levels = diffusion_levels(timesteps, alphas, signal_T[-1])
-        if self._settings.step_ends == "next" or torch.equal(end_T[:-1], timesteps[1:]):
+        if self.settings.step_ends == "next" or torch.equal(end_T[:-1], timesteps[1:]):
             return levels
         ends = Levels(signal_T.sqrt(), (1 - signal_T).sqrt(), end_T.clamp(min=0).to(signal_T.dtype))
         return replace(levels, ends=ends)
 
     def levels_between(self, levels_T1: Levels, place_B: Tensor) -> Levels:
-        return between_diffusion_levels(levels_T1, place_B, self._scheduler.alphas_cumprod)
+        return between_diffusion_levels(levels_T1, place_B, self.scheduler.alphas_cumprod)
 
-    def _encode_text(self, text: str) -> dict[str, Tensor]:
-        embeds, _ = self._pipeline.encode_prompt(
+    def encode_text(self, text: str) -> dict[str, Tensor]:
+        embeds, _ = self.pipeline.encode_prompt(
             prompt=[text], device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {"prompt_embeds": embeds}
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
-        tokens = self._pipeline.text_encoder.config.max_position_embeddings
+        tokens = self.pipeline.text_encoder.config.max_position_embeddings
         return {"prompt_embeds": (tokens, self.denoiser.config.cross_attention_dim)}
 
-    def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
+    def denoise(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         output: Tensor = self.denoiser(
-            x_BCHW, timestep_B, condition.tensors["prompt_embeds"], return_dict=False, **self._added(condition)
+            x_BCHW,
+            timestep_B,
+            condition.tensors["prompt_embeds"],
+            return_dict=False,
+            **self.added_conditions(condition),
         )[0]
         return output
 
-    def _added(self, condition: Condition) -> dict[str, dict[str, Tensor]]:
-        """What else the U-Net is told."""
+    def added_conditions(self, condition: Condition) -> dict[str, dict[str, Tensor]]:
+        """The U-Net's keyword arguments beside the text."""
         return {}
 
-    def _unscaled(self, x0_BCHW: Tensor) -> Tensor:
-        latents: Tensor = x0_BCHW / self._pipeline.vae.config.scaling_factor
+    def unscale(self, x0_BCHW: Tensor) -> Tensor:
+        latents: Tensor = x0_BCHW / self.pipeline.vae.config.scaling_factor
         return latents
 
 
-class StableDiffusionXLPolicy(StableDiffusionPolicy):
+class StableDiffusionXL(StableDiffusion):
     """A `StableDiffusionXLPipeline`: pooled embeddings, and the picture's size, uncropped, as time ids."""
 
-    left_out: ClassVar[Mapping[str, Any]] = dict.fromkeys(("feature_extractor", "image_encoder"))
+    omitted_components: ClassVar[Mapping[str, object]] = dict.fromkeys(("feature_extractor", "image_encoder"))
 
-    @classmethod
-    def _vae_dtype(cls, pipeline: DiffusionPipeline, dtype: torch.dtype) -> torch.dtype:
-        overflows = dtype == torch.float16 and pipeline.vae.config.force_upcast
-        return torch.float32 if overflows else dtype
+    @property
+    def loaded_vae_dtype(self) -> torch.dtype:
+        overflows = self.dtype == torch.float16 and self.pipeline.vae.config.force_upcast
+        return torch.float32 if overflows else self.dtype
 
-    @classmethod
-    def _check(cls, pipeline: DiffusionPipeline) -> None:
-        super()._check(pipeline)
-        if pipeline.text_encoder_2 is None:
+    def check(self) -> None:
+        super().check()
+        if self.pipeline.text_encoder_2 is None:
             raise ValueError("model.path: the pipeline lacks its second text encoder; load it with the pipeline")
 
-    def _encode_text(self, text: str) -> dict[str, Tensor]:
-        embeds, _, pooled, _ = self._pipeline.encode_prompt(
+    def encode_text(self, text: str) -> dict[str, Tensor]:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=[text], device=self.device, do_classifier_free_guidance=False
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
-        pooled: int = self._pipeline.text_encoder_2.config.projection_dim
+        pooled: int = self.pipeline.text_encoder_2.config.projection_dim
         return super().condition_shapes() | {"pooled_prompt_embeds": (pooled,)}
 
-    def _encode_unconditional(self) -> Condition:
-        encoded = super()._encode_unconditional()
-        if self._pipeline.config.force_zeros_for_empty_prompt and not self._context.guide_away_from:
-            return Condition({name: torch.zeros_like(rows) for name, rows in encoded.tensors.items()})
-        return encoded
+    @property
+    def zero_embeddings_for_no_prompt(self) -> bool:
+        return bool(self.pipeline.config.force_zeros_for_empty_prompt)
 
-    def _added(self, condition: Condition) -> dict[str, dict[str, Tensor]]:
+    def added_conditions(self, condition: Condition) -> dict[str, dict[str, Tensor]]:
         pooled = condition.tensors["pooled_prompt_embeds"]
         # original size, crop, target size
-        time_ids = pooled.new_tensor([*self._size, 0, 0, *self._size]).expand(len(pooled), -1)
+        time_ids = pooled.new_tensor([*self.size, 0, 0, *self.size]).expand(len(pooled), -1)
         return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
 
-    def _unscaled(self, x0_BCHW: Tensor) -> Tensor:
-        config = self._pipeline.vae.config
+    def unscale(self, x0_BCHW: Tensor) -> Tensor:
+        config = self.pipeline.vae.config
         if config.latents_mean is None or config.latents_std is None:
-            return super()._unscaled(x0_BCHW)
+            return super().unscale(x0_BCHW)
         mean, std = (x0_BCHW.new_tensor(v).reshape(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
-        return super()._unscaled(x0_BCHW * std) + mean
-
-
-def _ddim(pipeline: DiffusionPipeline) -> DDIMScheduler:
-    """The pipeline's noise as DDIM's scheduler. Latents are never clipped: they are no pictures."""
-    # the list of what was left to a scheduler's own defaults, which diffusers would have DDIM replace by its own
-    told = {name: value for name, value in pipeline.scheduler.config.items() if name != "_use_default_values"}
-    return DDIMScheduler.from_config(told, clip_sample=False, thresholding=False)
+        return super().unscale(x0_BCHW * std) + mean

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 
-from progrpo.policies.base import PolicyContext
-from progrpo.policies.flow import FlowPolicy
-from progrpo.policies.pipeline import GRIDS, unused
-from progrpo.policies.settings import ModelSettings
+from progrpo.policies.family import GRIDS, unused_settings
+from progrpo.policies.flow import FlowFamily
+from progrpo.policies.geometry import Geometry
 from progrpo.types import Condition
 
 _SIZE, _FRAMES = (480, 832), 81
 """Of the model's own videos: height and width in pixels, and pictures."""
 
 
-class WanPolicy(FlowPolicy):
+class Wan(FlowFamily):
     """A `WanPipeline` from text to video (Wan, arXiv 2503.20314). A LoRA adapts attention, to the video and to the text, and feed-forward.
 
     It is sampled by Euler's steps, on the grid of the shift that its own UniPC has: a step of several orders has no
@@ -33,87 +32,66 @@ class WanPolicy(FlowPolicy):
     )
     vae_dtype: ClassVar[torch.dtype | None] = torch.float32
 
-    def __init__(
-        self, pipeline: DiffusionPipeline, settings: ModelSettings, context: PolicyContext, size: tuple[int, int]
-    ) -> None:
-        if context.decoder_for_previews:
-            raise ValueError("preview.tiny_decoder: an AutoencoderTiny decodes pictures, and this model makes videos")
-        super().__init__(pipeline, settings, context, size)
-        pipeline.vae.enable_slicing()  # one video at a time: a video takes a batch of pictures' memory
-
     @classmethod
-    def check_index(cls, index: Mapping[str, Any]) -> None:
-        second = any(index.get("transformer_2") or ())
-        if second or index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
+    def check_index(cls, index: Mapping[str, object]) -> None:
+        second = index.get("transformer_2")
+        has_second = isinstance(second, list | tuple) and any(second)
+        if has_second or index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
             raise ValueError(
                 "model.path: this is a Wan 2.2, of two transformers or of timesteps for each place; use a text-to-video"
                 " Wan 2.1, which has one transformer and one timestep"
             )
 
-    @classmethod
-    def _check(cls, pipeline: DiffusionPipeline) -> None:
+    def check(self) -> None:
+        pipeline = self.pipeline
         own = pipeline.scheduler.config
         if isinstance(pipeline.scheduler, UniPCMultistepScheduler) and own.use_flow_sigmas:
             pipeline.scheduler = FlowMatchEulerDiscreteScheduler(
                 num_train_timesteps=own.num_train_timesteps, shift=own.flow_shift
             )
-        super()._check(pipeline)
+        super().check()
         if pipeline.text_encoder is None:
             raise ValueError("model.path: the pipeline lacks its text encoder; load it with the pipeline")
-        takes, channels = pipeline.transformer.config.in_channels, pipeline.vae.config.z_dim
-        if takes != channels:
+        channels = self.denoiser.config.in_channels
+        if channels != self.latent_channels:
             raise ValueError(
-                f"model.path: the transformer takes {takes} channels where latents have {channels}; use a model that"
+                f"model.path: the transformer takes {channels} channels where latents have {self.latent_channels}; use a model that"
                 " takes text alone, not one from picture to video or for control"
             )
 
-    @classmethod
-    def _ignored(cls, pipeline: DiffusionPipeline) -> str:
-        if isinstance(pipeline.scheduler, UniPCMultistepScheduler):
-            return unused(pipeline.scheduler, GRIDS, "steps are Euler's, on the grid of its flow_shift")
-        return super()._ignored(pipeline)
+    def ignored(self) -> str:
+        scheduler = self.pipeline.scheduler
+        if isinstance(scheduler, UniPCMultistepScheduler):
+            return unused_settings(scheduler, GRIDS, "steps are Euler's, on the grid of its flow_shift")
+        return super().ignored()
 
-    @classmethod
-    def _vae_scale(cls, pipeline: DiffusionPipeline) -> int:
-        scale: int = pipeline.vae_scale_factor_spatial
-        return scale
+    def geometry(self) -> Geometry:
+        return Geometry(
+            channels=self.latent_channels,
+            pixels_per_latent=self.pipeline.vae_scale_factor_spatial,
+            default_size=_SIZE,
+            patch=self.denoiser.config.patch_size[-1],
+            default_frames=_FRAMES,
+            frames_per_latent=self.pipeline.vae_scale_factor_temporal,
+        )
 
-    @classmethod
-    def _patch(cls, pipeline: DiffusionPipeline) -> int:
-        patch: int = pipeline.transformer.config.patch_size[-1]
-        return patch
-
-    @classmethod
-    def _own_size(cls, pipeline: DiffusionPipeline) -> tuple[int, int]:
-        return _SIZE
-
-    def _latents(self, height: int, width: int) -> tuple[int, ...]:
-        frames = _FRAMES if self._settings.frames is None else self._settings.frames
-        together: int = self._pipeline.vae_scale_factor_temporal
-        if rest := (frames - 1) % together:
-            raise ValueError(
-                f"model.frames: {frames} is not one more than a multiple of {together}; the nearest are {frames - rest} and"
-                f" {frames - rest + together}"
-            )
-        return (self._pipeline.vae.config.z_dim, 1 + (frames - 1) // together, height, width)
-
-    def _encode_text(self, text: str) -> dict[str, Tensor]:
-        embeds, _ = self._pipeline.encode_prompt(
+    def encode_text(self, text: str) -> dict[str, Tensor]:
+        embeds, _ = self.pipeline.encode_prompt(
             prompt=[text],
             do_classifier_free_guidance=False,
-            max_sequence_length=self._text_tokens,
+            max_sequence_length=self.text_tokens,
             device=self.device,
         )
         return {"prompt_embeds": embeds}
 
-    def _written(self, text: str) -> str:
+    def tokenizer_text(self, text: str) -> str:
         written: str = prompt_clean(text)
         return written
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"prompt_embeds": (self._text_tokens, self.denoiser.config.text_dim)}
+        return {"prompt_embeds": (self.text_tokens, self.denoiser.config.text_dim)}
 
-    def _call(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
+    def denoise(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
         output: Tensor = self.denoiser(
             hidden_states=x_BCHW,
             timestep=timestep_B,
@@ -122,7 +100,7 @@ class WanPolicy(FlowPolicy):
         )[0]
         return output
 
-    def _unscaled(self, x0_BCHW: Tensor) -> Tensor:
-        config = self._pipeline.vae.config
+    def unscale(self, x0_BCHW: Tensor) -> Tensor:
+        config = self.pipeline.vae.config
         mean, std = (x0_BCHW.new_tensor(v).reshape(-1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
         return x0_BCHW * std + mean

@@ -1,4 +1,4 @@
-"""From a term of the configuration to its reward."""
+"""The loading of rewards: from a term of the configuration to its reward."""
 
 from __future__ import annotations
 

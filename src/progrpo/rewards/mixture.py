@@ -7,13 +7,18 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from progrpo.messages import named
-from progrpo.rewards.base import Reward, Score
+from progrpo.rewards.base import Refusal, Reward, Score
+from progrpo.rewards.cache import CachedReward
+from progrpo.rewards.frames import FrameAverageReward
+from progrpo.rewards.load import load_reward
+from progrpo.rewards.retrying import RetryingReward
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt, Scores
 
@@ -130,10 +135,10 @@ class RewardMixture:
         name, reward = component.term.name, component.reward
         calls = [rows[group_N[rows] == g] for g in group_N[rows].unique()] if reward.groupwise else [rows]
         by_row: dict[int, Score] = {}
-        for asked in [call.tolist() for call in calls if len(call)]:
-            scores = reward.score(pictures_NHWC[asked], [prompts[i] for i in asked])
-            assert len(scores) == len(asked), f"reward {name}: {len(scores)} scores for {len(asked)} pictures"
-            by_row |= dict(zip(asked, scores, strict=True))
+        for call in [places.tolist() for places in calls if len(places)]:
+            scores = reward.score(pictures_NHWC[call], [prompts[i] for i in call])
+            assert len(scores) == len(call), f"reward {name}: {len(scores)} scores for {len(call)} pictures"
+            by_row |= dict(zip(call, scores, strict=True))
         self._count(name, list(by_row.values()))
         return [by_row[i] for i in rows.tolist()]
 
@@ -162,6 +167,26 @@ class RewardMixture:
             if missing:
                 reason = " ".join(str(missing[-1].error or "it gave no finite number").split())
                 self._last_error = f"reward {name}: {named(reason)}"
+
+
+def load_mixture(terms: Sequence[RewardTerm], frames: int, ranking: Ranking | None = None) -> RewardMixture:
+    """Load the rewards of these terms as one. Rewards of pictures see `frames` frames of a video."""
+    return RewardMixture([component_from(term, load_reward(term), frames) for term in terms], ranking)
+
+
+def component_from(term: RewardTerm, reward: Reward, frames: int) -> Component:
+    """Give a reward the retries, the cache and the frames of videos that its term asks for."""
+    if reward.groupwise and term.cache:
+        raise Refusal(
+            f"reward {term.name!r} ranks a group, so its scores cannot be kept by picture; leave out its cache"
+        )
+    # a server's client has the time limit, and knows which of its pictures it concerns
+    reward = RetryingReward(reward, term.retries, None if term.url else term.timeout)
+    if term.cache:
+        reward = CachedReward(reward, " ".join(filter(None, (term.name, term.model))), Path(term.cache))
+    if not reward.video:
+        reward = FrameAverageReward(reward, frames)
+    return Component(term, reward)
 
 
 def mixture_of_one(reward: Reward, name: str = "reward") -> RewardMixture:

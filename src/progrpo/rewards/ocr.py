@@ -50,8 +50,9 @@ class OCR(Reward):
     - Letters, quotation marks and dashes that Unicode has in several forms are compared in one form
       (`progrpo.prompts.texts.folded`).
     - The target is the prompt's column `target`, if it has one. Otherwise it is the text in double quotes
-      ("", “”, „“, «», 「」), or in single ones ('', ‘’) if there are no double ones. The published code takes the
-      first "" alone. A mark after a number (12" pizza) is read as inches or feet, where it can be.
+      ("", “”, „“, «», 「」), or in single ones ('', ‘’) if there are no double ones.
+      The published code takes the first "" alone. A mark after a number (12" pizza) is read as inches or feet, where
+      it can be.
     - There may be several targets (a list in the column, several quotes). Then each is compared with the nearest part
       of the text read, and N_e and N_ref are sums over the targets.
     - The reader is PP-OCRv6 (small), not PaddleOCR's English model. Pictures below 256 on their shorter side are
@@ -110,33 +111,33 @@ def targets_of(prompt: Prompt) -> list[str]:
         raise Refusal(
             f"reward 'ocr': `target` of the prompt {prompt.text!r} is {column!r}, not a text or a list of texts"
         )
-    found = [text for text in map(normalised, texts) if text]
-    if not found:
+    targets = [text for text in map(normalised, texts) if text]
+    if not targets:
         raise Refusal(
             f"reward 'ocr': the prompt {prompt.text!r} asks for no text: put it in \"quotes\", or in a column `target`"
         )
-    return found
+    return targets
 
 
 def quotations(text: str) -> list[str]:
     """The quotations in double quotes; if there are none, those in single quotes."""
     for marks in (_DOUBLE, _SINGLE):
-        found = [inside for inside in _between(text, marks) if inside.strip()]
-        if found:
-            return found
+        inside = [quotation for quotation in _between(text, marks) if quotation.strip()]
+        if inside:
+            return inside
     return []
 
 
 def _between(text: str, marks: Mapping[str, str]) -> list[str]:
-    found: list[str] = []
+    quotations: list[str] = []
     place = 0
     while place < len(text):
         end = _end(text, place, marks) if _opens(text, place, marks) else None
         if end is not None:
-            found.append(text[place + 1 : end])
+            quotations.append(text[place + 1 : end])
             place = end
         place += 1
-    return found
+    return quotations
 
 
 def _opens(text: str, place: int, marks: Mapping[str, str]) -> bool:

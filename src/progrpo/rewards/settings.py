@@ -31,6 +31,7 @@ REWARDS = {
     "vlm": "progrpo.rewards.vlm:VLMJudge",
 }
 """The built-in rewards by name: subclasses of `rewards.base.Reward`."""
+RewardDtype = Literal["auto", "float32", "bfloat16", "float16"]
 _ASKS_ITS_OWN_SERVER = "vlm"
 
 _AT_MOST_A_DAY = Rule(lambda seconds: 0 < seconds <= 86400, "above 0 and at most 86400 (a day)")
@@ -55,7 +56,7 @@ class RewardTerm:
     For `vlm`: the address of its OpenAI-compatible server."""
     device: str = setting("auto", DEVICE)
     """The device of the reward's network, by torch's name."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: RewardDtype = "auto"
     """The dtype of the reward's network. `auto`: float16 on a GPU, float32 elsewhere."""
     batch_size: int | None = setting(None, _ONE_OR_MORE.or_empty())
     """The number of pictures in one call. Empty: 16 for a network or a server, all for a function."""

@@ -26,17 +26,13 @@ from progrpo.objectives.advantage import normalised_sum
 from progrpo.objectives.base import Objective
 from progrpo.objectives.settings import Stored, load_objective
 from progrpo.policies.base import Policy, PolicyContext
+from progrpo.policies.decoding import BUILT_IN_DECODER
 from progrpo.policies.load import BUILT_IN, fastest_dtype, load_policy, quiet
-from progrpo.policies.pipeline import BUILT_IN_DECODER
 from progrpo.prompts.load import DATASET, TEXT, load_prompts, of_configuration
 from progrpo.prompts.order import ORDERS, PromptOrder
 from progrpo.recipes import load_recipe
-from progrpo.rewards.base import Judge, Refusal, Reward
-from progrpo.rewards.cache import CachedReward
-from progrpo.rewards.frames import FrameAverageReward
-from progrpo.rewards.load import load_reward
-from progrpo.rewards.mixture import Component, Ranking, RewardMixture
-from progrpo.rewards.retrying import RetryingReward
+from progrpo.rewards.base import Judge
+from progrpo.rewards.mixture import Ranking
 from progrpo.rollout.sampling import Record, Sampling, sampler_name, sampling_for
 from progrpo.training.distributed import Ranks
 from progrpo.training.equal_inputs import require_same_model
@@ -45,7 +41,7 @@ from progrpo.training.zero import with_requested_dtype
 from progrpo.types import FROM_PYTHON, Prompt
 from progrpo.zoo import WEIGHTS
 from progrpo.zoo.shapes import world
-from progrpo.zoo.shapes.judge import load_judge
+from progrpo.zoo.shapes.detector import load_detector
 
 
 def objective_from(config: Config, policy: Policy) -> Objective:
@@ -164,7 +160,7 @@ def trained_policy(
     context = PolicyContext(device=ranks.device, world_size=ranks.world, guide_away_from=negative_prompt)
     policy = policy_from(model, context, trained)
     require_same_model(ranks, policy)
-    ranks.attend = policy.attend
+    ranks.before_waiting = policy.drain_peer_calls
     return policy
 
 
@@ -202,28 +198,8 @@ def sampling_from(config: Config, policy: Policy, stores: Stored, iteration: int
     return sampling_for(policy, config.sampling, stochastic_steps(config, iteration), record)
 
 
-def scorer_from(terms: Sequence[RewardTerm], frames: int, ranking: Ranking | None = None) -> RewardMixture:
-    """The rewards that a configuration names, as one. Those of pictures see so many frames of a video."""
-    return RewardMixture([component_from(term, load_reward(term), frames) for term in terms], ranking)
-
-
-def component_from(term: RewardTerm, reward: Reward, frames: int) -> Component:
-    """A reward with what its term asks for: retries and a cache. One of pictures scores videos by `frames` of their frames."""
-    if reward.groupwise and term.cache:
-        raise Refusal(
-            f"reward {term.name!r} ranks a group, so its scores cannot be kept by picture; leave out its cache"
-        )
-    # a server's client has the time limit, and knows which of its pictures it concerns
-    reward = RetryingReward(reward, term.retries, None if term.url else term.timeout)
-    if term.cache:
-        reward = CachedReward(reward, " ".join(filter(None, (term.name, term.model))), Path(term.cache))
-    if not reward.video:
-        reward = FrameAverageReward(reward, frames)
-    return Component(term, reward)
-
-
-def ranking_of(objective: ObjectiveSettings, terms: Sequence[RewardTerm]) -> Ranking | None:
-    """What selectors compare, where it is not the weighted sum itself."""
+def ranking_from(objective: ObjectiveSettings, terms: Sequence[RewardTerm]) -> Ranking | None:
+    """The function whose values selectors compare; None where they compare the weighted sum itself."""
     if objective.advantage != "gdpo":
         return None
     weights_R = torch.tensor([term.weight for term in terms], dtype=torch.float64)
@@ -247,7 +223,7 @@ def eval_prompts(source: str, split: str, count: int, column: str = TEXT) -> lis
 
 
 def judge_for(source: str) -> Judge | None:
-    """The built-in prompts have a second judge, a file's have none."""
+    """The second opinion on pictures of the built-in prompts. Others have none."""
     if source != "shapes":
         return None
-    return load_judge(WEIGHTS / "shapes-judge")
+    return load_detector(WEIGHTS / "shapes-judge")

@@ -104,7 +104,7 @@ class Collector:
     @property
     def refusal(self) -> str | None:
         """The reason why a process that runs out of memory while sampling cannot try again; None where it can."""
-        if self._sharding.world == 1 and self._policy.attend is None:
+        if self._sharding.world == 1 and self._policy.drain_peer_calls is None:
             return None
         return (
             "out of memory while processes work together (model.shard, prompts.split_groups), so that one of them"

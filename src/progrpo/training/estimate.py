@@ -7,14 +7,14 @@ memory of those whose network is not known, what an allocator loses, and a denoi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from itertools import product
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from progrpo.config import GPU, Config, RewardTerm, resolve_plan, trained_steps, trains_transitions
+from progrpo.config import Config, RewardTerm, resolve_plan, trained_steps, trains_transitions
 from progrpo.policies.load import quiet
 from progrpo.policies.sizes import Sizes, sizes
 from progrpo.registry import load_named
@@ -22,35 +22,13 @@ from progrpo.rewards.base import Reward
 from progrpo.rewards.settings import REWARDS
 from progrpo.rollout.plan import Plan
 from progrpo.rollout.preview import DECODED
+from progrpo.training.gpus import GPU, GPUS
 from progrpo.training.plan_judge import prompt_cost
 
 _FLOAT, _GB = 4, 1e9
 _AVERAGES = {"adamw": 2 * _FLOAT, "adamw_8bit": 2 * (1 + _FLOAT / 256)}  # bytes a weight; 256 share a scale
 _ROOM = 0.9  # of a card's memory: an allocator, unknown rewards and the driver want some
 _STEP = 7  # latents at once where noise is added: output, mean, noise, the next one, and three for its log-prob
-
-
-@dataclass(frozen=True)
-class Device:
-    """GB of memory, and TFLOPS of dense bfloat16 matrix products as its maker states them."""
-
-    memory: float
-    peak: float
-
-
-GPUS: dict[str, Device] = {
-    "h200": Device(141, 989),
-    "h100": Device(80, 989),
-    "a100-80gb": Device(80, 312),
-    "a100-40gb": Device(40, 312),
-    "l40s": Device(48, 362),
-    "a6000": Device(48, 155),
-    "rtx5090": Device(32, 210),
-    "rtx4090": Device(24, 165),
-    "rtx3090": Device(24, 71),
-    "l4": Device(24, 121),
-}
-assert tuple(GPUS) == get_args(GPU)
 
 
 def estimate(config: Config, device: str, share: float, processes: int) -> dict[str, Any]:
@@ -208,7 +186,7 @@ def _parameters(term: RewardTerm) -> int | None:
 # --- what would fit ---------------------------------------------------------------------------------------------------
 
 
-def _leaner(config: Config, plan: Plan, card: Device, processes: int) -> dict[str, Any]:
+def _leaner(config: Config, plan: Plan, card: GPU, processes: int) -> dict[str, Any]:
     """By field, what to change so that it fits, nothing of which changes what is learnt but by rounding; empty if that is not enough.
 
     First microbatches, which cost least, then what costs time or precision. Memory is linear in a microbatch.
@@ -232,7 +210,7 @@ def _leaner(config: Config, plan: Plan, card: Device, processes: int) -> dict[st
     return {}
 
 
-def _fitting_microbatches(config: Config, plan: Plan, card: Device, processes: int) -> tuple[int, int] | None:
+def _fitting_microbatches(config: Config, plan: Plan, card: GPU, processes: int) -> tuple[int, int] | None:
     """The largest halves of a half that fit, of sampling and of the update, which do not have their peaks at the same time."""
     most = config.sampling.rows_per_call, config.optim.items_per_pass
     whole, single = (sizes_for(_with_microbatches(config, *sizes)) for sizes in (most, (1, 1)))

@@ -23,7 +23,7 @@ from progrpo.policies.base import Policy
 from progrpo.prompts.load import unread
 from progrpo.prompts.pictures import check_sources
 from progrpo.rewards.base import Judge, Scorer
-from progrpo.rewards.mixture import close_all
+from progrpo.rewards.mixture import close_all, load_mixture
 from progrpo.rollout.denoise import Denoiser, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -32,7 +32,7 @@ from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import Sampling, ode
 from progrpo.tracking.console import Console
 from progrpo.tracking.records import EvaluationRecord
-from progrpo.training.build import config_of, eval_prompts, judge_for, scorer_from, trained_policy
+from progrpo.training.build import config_of, eval_prompts, judge_for, trained_policy
 from progrpo.training.checkpoints import digest
 from progrpo.training.checks import check_failures, fault_of
 from progrpo.training.distributed import Ranks, explain_lost_process
@@ -361,7 +361,7 @@ def evaluate_model(
     config = replace(config, sampling=replace(config.sampling, negative_prompt=away))
     check(config)
     frames, others = config.reward.frames, config.eval.rewards
-    reward_of, held_out = scorer_from(terms, frames), scorer_from(others, frames) if others else None
+    reward_of, held_out = load_mixture(terms, frames), load_mixture(others, frames) if others else None
     chosen = eval_prompts(prompts, split, pictures, column or config.eval.column)
     with ExitStack() as ending, explain_lost_process(lambda: "give the command again"):
         ending.callback(close_all, (reward_of, held_out), Console(0, file=sys.stderr).warn)

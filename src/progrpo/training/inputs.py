@@ -13,7 +13,7 @@ from progrpo.policies.base import Policy
 from progrpo.prompts.order import PromptOrder
 from progrpo.prompts.texts import shared
 from progrpo.rewards.base import Judge
-from progrpo.rewards.mixture import RewardMixture
+from progrpo.rewards.mixture import RewardMixture, load_mixture
 from progrpo.tracking.tracker import require_installed
 from progrpo.training import checkpoints
 from progrpo.training.build import (
@@ -21,8 +21,7 @@ from progrpo.training.build import (
     judge_for,
     policy_context,
     policy_from,
-    ranking_of,
-    scorer_from,
+    ranking_from,
     train_order,
 )
 from progrpo.training.distributed import Ranks
@@ -103,7 +102,7 @@ def inputs_from(config: Config, ranks: Ranks) -> RunInputs:
     )
     return RunInputs(
         config,
-        scorer_from(reward.terms, reward.frames, ranking_of(config.objective, reward.terms)),
+        load_mixture(reward.terms, reward.frames, ranking_from(config.objective, reward.terms)),
         train_order(config.prompts, config.seed),
         HeldOut(test, validation, judge_for(evaluation.prompts), held_out_rewards(config)),
         lambda: policy_from(config.model, policy_context(config, ranks)),
@@ -112,4 +111,4 @@ def inputs_from(config: Config, ranks: Ranks) -> RunInputs:
 
 def held_out_rewards(config: Config) -> RewardMixture | None:
     """The held-out rewards that a configuration names, as one; None without any."""
-    return scorer_from(config.eval.rewards, config.reward.frames) if config.eval.rewards else None
+    return load_mixture(config.eval.rewards, config.reward.frames) if config.eval.rewards else None

@@ -17,13 +17,12 @@ from progrpo.recipes import load_recipe
 from progrpo.registry import refuse_within_import
 from progrpo.rewards.function import adapted, qualified_name
 from progrpo.rewards.load import load_reward
-from progrpo.rewards.mixture import Component, RewardMixture
+from progrpo.rewards.mixture import Component, RewardMixture, component_from
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.build import (
-    component_from,
     located,
     policy_context,
-    ranking_of,
+    ranking_from,
     settled,
     with_lora_of_run,
 )
@@ -185,7 +184,7 @@ def _mixture(
             term, made = RewardTerm(name, 1.0 if weight is None else weight, from_python=True), adapted(reward)
         terms.append(term)
         components.append(component_from(term, made, config.reward.frames))
-    return tuple(terms), RewardMixture(components, ranking_of(config.objective, terms))
+    return tuple(terms), RewardMixture(components, ranking_from(config.objective, terms))
 
 
 def _free_name(name: str, terms: Sequence[RewardTerm]) -> str:

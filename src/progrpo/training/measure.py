@@ -246,7 +246,7 @@ def _key(config: Config, policy: Policy, rows: int, items: int) -> dict[str, Any
         "torch": torch.__version__,
         "processor": _processor(policy.device),
         "threads": torch.get_num_threads(),
-        "policy": [type(policy).__name__, frozen, trained, policy.latent_shape, model],
+        "policy": [policy.denoiser_name, policy.prediction, frozen, trained, policy.latent_shape, model],
         "pairs": config.sampling.in_pairs,
         "most": [rows, items],
     }

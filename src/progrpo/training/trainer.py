@@ -51,7 +51,7 @@ class Trainer:
         self.reward = reward
         self.order = order
         self.ranks = ranks
-        ranks.attend = policy.attend
+        ranks.before_waiting = policy.drain_peer_calls
         self.checks = SelfChecks(config.watch)
         self.plan_monitor = PlanMonitor(config, ranks, self.checks)
         self.learner = Learner(config, policy, reward.weights, ranks, self.checks)

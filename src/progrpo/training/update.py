@@ -156,7 +156,7 @@ class Updater:
 
     def _refusal(self, experience: Experience) -> str | None:
         """The reason why passes that run out of memory cannot be made again; None where they can."""
-        if self.policy.attend is not None:  # the others are in the midst of theirs
+        if self.policy.drain_peer_calls is not None:  # the others are in the midst of theirs
             return (
                 "out of memory while processes share the network (model.shard), so that one of them cannot try again;"
                 " lower optim.microbatch"

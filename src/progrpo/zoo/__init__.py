@@ -1,4 +1,4 @@
-"""The built-in models: the worlds they live in, how they were pretrained, and their weights."""
+"""The built-in models: their world, their pretraining and their weights."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from importlib.resources import files
 from pathlib import Path
 
 WEIGHTS = Path(str(files("progrpo"))) / "zoo" / "weights"
-"""Where the shipped weights lie: a folder a model."""
+"""The folder of the shipped weights, one folder per model."""

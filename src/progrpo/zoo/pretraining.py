@@ -1,4 +1,4 @@
-"""How a built-in model is made: where its making begins, a stage of training that stops and resumes at any step, and what is left of it."""
+"""The pretraining of a built-in model: a stage of training that stops and resumes at any step, and the export."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -15,35 +14,38 @@ from progrpo.durable import whole_folder, write_text
 from progrpo.storage import load_state, save_state
 
 
-def begun(out: Path, seed: int, device: str) -> torch.device:
-    """The folder is made and torch's generator seeded; `auto` is a GPU where there is one."""
+def begin(out: Path, seed: int, device: str) -> torch.device:
+    """Make the folder, seed torch's generator and return the device; `auto` is a GPU where there is one."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
-def delivered(
+def export_model(
     model: DiffusionPipeline | ModelMixin,
     name: str,
-    figures: Mapping[str, Any],
+    figures: Mapping[str, object],
     out: Path,
     export: Path | None,
     log: Callable[[str], None],
 ) -> None:
-    """Its figures are said and written to `out`; with `export` the model's folder is written there by `name`, and they beside it."""
-    measured = json.dumps(figures, indent=1)
-    write_text(out / "figures.json", measured)
-    log(measured)
+    """Log a model's figures and write them to `out`. With `export`, write the model's folder `name` and its figures
+    there.
+    """
+    text = json.dumps(figures, indent=1)
+    write_text(out / "figures.json", text)
+    log(text)
     if export:
         model.save_pretrained(export / name)
-        write_text(export / name / "figures.json", measured)
+        write_text(export / name / "figures.json", text)
 
 
 class Ema:
-    """Exponential moving average of parameters, slow from the first step: decay min(`decay`, (1+n)/(10+n))."""
+    """The exponential moving average of parameters. Its decay grows with the updates n: min(`decay`, (1+n)/(10+n))."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], decay: float):
-        self.decay, self.updates = decay, 0
+        self.decay = decay
+        self.updates = 0
         self.shadow = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
@@ -54,7 +56,7 @@ class Ema:
 
     @torch.no_grad()
     def swap(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Exchange averaged and live weights; a second call restores them."""
+        """Exchange averaged and live weights. A second call restores them."""
         for p, s in zip(parameters, self.shadow, strict=True):
             live = p.detach().clone()
             p.copy_(s)
@@ -62,7 +64,9 @@ class Ema:
 
 
 class _Optimizers:
-    """AdamW, and Muon for the parameters named in `matrices`: a convolution's weight is its (out, in x height x width) matrix."""
+    """AdamW, and Muon for the parameters named in `matrices`. A convolution's weight is a matrix (out, in x height x
+    width).
+    """
 
     def __init__(self, module: torch.nn.Module, matrices: Collection[str], lr: float):
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -76,7 +80,7 @@ class _Optimizers:
             self.all.append(torch.optim.Muon(flat, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
 
     def step(self, lr: float) -> None:
-        """One update at rate `lr` by the parameters' gradients, which are then gone."""
+        """Update the parameters at rate `lr` by their gradients, and drop the gradients."""
         for p, view in self.views:
             view.grad, p.grad = None if p.grad is None else p.grad.flatten(1), None
         for optimizer in self.all:
@@ -101,14 +105,15 @@ def train_stage(
     minutes_between_checkpoints: float = 3.0,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Train `module` for `steps` steps, resuming from `out`/`name` if it is there; leave it averaged.
+    """Train `module` for `steps` steps, from `out`/`name` if that exists, and leave it with averaged weights.
 
-    The parameters named in `matrices` are trained by Muon, which wants the weights of hidden layers, linear or
-    convolutional, with updates of AdamW's size (arXiv 2502.16982); all others by AdamW.
+    Muon trains the parameters named in `matrices`, which must be weights of hidden layers, with updates of AdamW's size
+    (arXiv 2502.16982). AdamW trains all others.
 
     `loss_of(step)` must be a function of the step number alone, so that a resumed stage sees the same data. The
-    learning rate warms up over 100 steps, stays, and falls linearly to zero over the last `decay_fraction`.
-    More `steps` for a stage whose rate has begun to fall raise it again, and it differs from a straight one.
+    learning rate warms up over 100 steps, stays, and falls linearly to zero over the last `decay_fraction`. More
+    `steps` for a stage whose rate has begun to fall raise the rate again, and the stage then differs from one without a
+    stop.
     """
     folder = out / name
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -120,7 +125,8 @@ def train_stage(
         module.load_state_dict(saved["module"])
         for optimizer, state in zip(optimizers.all, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        ema.updates, ema.shadow = saved["ema_updates"], [s.to(parameters[0].device) for s in saved["ema"]]
+        ema.updates = saved["ema_updates"]
+        ema.shadow = [s.to(parameters[0].device) for s in saved["ema"]]
         step = saved["step"]
         log(f"{name}: resumed at step {step}")
 
@@ -148,7 +154,8 @@ def train_stage(
     module.train()
     since, first, losses = time.monotonic(), step, []
     while step < steps:
-        warm, fall = min(1.0, (step + 1) / 100), (steps - step) / max(1, decay_fraction * steps)
+        warm = min(1.0, (step + 1) / 100)
+        fall = (steps - step) / max(1, decay_fraction * steps)
         loss = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

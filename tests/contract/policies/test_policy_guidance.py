@@ -7,6 +7,7 @@ import torch
 
 from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import policy_from_pipeline
+from progrpo.policies.qwen_image import QwenImage
 from progrpo.policies.settings import ModelSettings
 from progrpo.types import Prompt
 from tests.support.policies import (
@@ -50,10 +51,10 @@ def test_guidance_is_taken_between_prompt_and_empty_prompt_with_gradients_throug
     x, timestep, w = noise(own_policy), torch.tensor(600.0), 3.0
     v = own_policy.predict(x, timestep, own_policy.encode(PROMPTS), w)
     v_c = own_policy.predict(x, timestep, own_policy.encode(PROMPTS))
-    nothing = own_policy._unconditional.take(torch.tensor([0, 0]))  # SDXL has zeros for the empty prompt
+    nothing = own_policy.texts.unconditional.take(torch.tensor([0, 0]))  # SDXL has zeros for the empty prompt
     v_u = own_policy.predict(x, timestep, nothing)
     expected = v_u + w * (v_c - v_u)
-    if type(own_policy).__name__ == "QwenImagePolicy":  # of the conditional's length, in each patch of 2x2
+    if isinstance(own_policy.family, QwenImage):  # of the conditional's length, in each patch of 2x2
         lengths = [torch.nn.functional.avg_pool2d(v.square().sum(1, True), 2).sqrt() for v in (v_c, expected)]
         expected = expected * (lengths[0] / lengths[1]).repeat_interleave(2, 2).repeat_interleave(2, 3)
     torch.testing.assert_close(v, expected, rtol=1e-4, atol=1e-5)

@@ -72,11 +72,11 @@ def test_a_saved_denoiser_takes_the_models_place_in_low_precision_as_it_is(reque
 def test_wans_autoencoder_is_float32_whatever_the_rest_is(tiny_wan):
     saved = untouched_pipeline(tiny_wan).vae.state_dict()
     for dtype in ("bfloat16", "float16"):
-        found = load(tiny_wan, "lora", dtype=dtype)._pipeline.vae.state_dict()
+        found = load(tiny_wan, "lora", dtype=dtype).pipeline.vae.state_dict()
         assert all(torch.equal(weight, saved[name]) for name, weight in found.items())
 
 
 def test_sdxls_autoencoder_stays_in_float32_where_float16_would_overflow(tiny_sdxl, tiny_sd):
-    assert load(tiny_sdxl, "lora", dtype="float16")._pipeline.vae.dtype == torch.float32
-    assert load(tiny_sdxl, "lora", dtype="bfloat16")._pipeline.vae.dtype == torch.bfloat16
-    assert load(tiny_sd, "lora", dtype="float16")._pipeline.vae.dtype == torch.float16
+    assert load(tiny_sdxl, "lora", dtype="float16").pipeline.vae.dtype == torch.float32
+    assert load(tiny_sdxl, "lora", dtype="bfloat16").pipeline.vae.dtype == torch.bfloat16
+    assert load(tiny_sd, "lora", dtype="float16").pipeline.vae.dtype == torch.float16

@@ -74,7 +74,7 @@ def test_each_row_is_told_its_own_prompt(policy):
 
 
 def test_nothing_is_random_in_the_network(own_policy):
-    modules = [m for m in own_policy._pipeline.components.values() if isinstance(m, torch.nn.Module)]
+    modules = [m for m in own_policy.pipeline.components.values() if isinstance(m, torch.nn.Module)]
     assert not any(m.training for module in modules for m in module.modules())
     perturb(own_policy)
     assert torch.equal(velocity(own_policy), velocity(own_policy))
@@ -91,7 +91,7 @@ def test_sdxl_is_told_the_pictures_size_and_zeros_for_no_prompt(tiny_sdxl):
 
 def test_latents_with_a_mean_and_std_of_their_own_are_decoded_as_sdxls_pipeline_does(tiny_sdxl):
     policy, pipeline = load(tiny_sdxl, "lora"), untouched_pipeline(tiny_sdxl)
-    for vae in (policy._pipeline.vae, pipeline.vae):
+    for vae in (policy.pipeline.vae, pipeline.vae):
         vae.register_to_config(latents_mean=[0.3, -0.2, 0.1, 0.0], latents_std=[1.5, 0.8, 1.0, 2.0])
     pictures = policy.decode(sample_without_noise(policy, 1.0)).images_NHWC
     expected = torch.stack([pixels(picture) for picture in sample_by_diffusers(pipeline, policy, 1.0, "pil")])

@@ -43,7 +43,7 @@ def test_without_a_resolution_it_is_the_models_own(request, model, side):
 
 def test_videos_are_decoded_one_at_a_time(tiny_wan):
     policy, rows = load(tiny_wan, "lora"), []
-    policy._pipeline.vae.decoder.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    policy.pipeline.vae.decoder.register_forward_hook(lambda module, args, out: rows.append(len(out)))
     assert len(policy.decode(noise(policy, 3)).images_NHWC) == 3
     assert rows == [1] * 3 * 2  # and a latent's frame at a time
 

@@ -32,7 +32,7 @@ def test_a_model_that_edits_is_told_the_source_beside_the_noise_and_is_not_asked
 
 def test_a_source_is_encoded_once_as_its_pipeline_does(tiny_kontext, tmp_path):
     policy, pipeline, encoded = load(tiny_kontext, "lora"), untouched_pipeline(tiny_kontext), []
-    policy._pipeline.vae.encoder.register_forward_hook(lambda *args: encoded.append(1))
+    policy.pipeline.vae.encoder.register_forward_hook(lambda *args: encoded.append(1))
     SOURCES[0].save(tmp_path / "source.png")
     path = str(tmp_path / "source.png")
     asked = [Prompt("red cat", {"image": path}), Prompt("blue dog", {"image": path}), PROMPTS[0]]

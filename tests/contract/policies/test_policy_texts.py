@@ -30,7 +30,7 @@ from tests.support.policies import (
 
 def test_a_text_is_encoded_once_and_alone(own_policy):
     calls = []
-    handle = own_policy._pipeline.text_encoder.register_forward_hook(
+    handle = own_policy.pipeline.text_encoder.register_forward_hook(
         lambda module, inputs, named, output: calls.append(len([*inputs, *named.values()][0])), with_kwargs=True
     )
     first, second, nothing = (Prompt(text, PROMPTS[0].columns) for text in ("a b", "c d", ""))
@@ -45,7 +45,7 @@ def test_a_text_is_encoded_once_and_alone(own_policy):
 
 def test_what_texts_become_is_known_without_encoding_them(policy):
     told = policy.encode(PROMPTS[:1]).tensors
-    assert policy.condition_shapes() == {name: tuple(rows.shape[1:]) for name, rows in told.items()}
+    assert policy.family.condition_shapes() == {name: tuple(rows.shape[1:]) for name, rows in told.items()}
 
 
 @pytest.mark.parametrize(
@@ -58,18 +58,22 @@ def test_what_texts_become_is_known_without_encoding_them(policy):
 def test_a_text_is_as_long_as_the_models_pipeline_takes_it_unless_told_otherwise(request, model, tokens):
     folder = request.getfixturevalue(model)
     own, short = (load(folder, "lora", max_sequence_length=length) for length in (None, TOKENS))
-    assert own.condition_shapes()["prompt_embeds"][0] - short.condition_shapes()["prompt_embeds"][0] == tokens - TOKENS
+    assert (
+        own.family.condition_shapes()["prompt_embeds"][0] - short.family.condition_shapes()["prompt_embeds"][0]
+        == tokens - TOKENS
+    )
     long = [Prompt("red cat " * 12 + end, PROMPTS[0].columns) for end in ("red cat " * 6, "blue dog " * 6)]
     for policy, told_apart in ((own, True), (short, False)):
         x, condition = noise(policy, 1).expand(2, *policy.latent_shape), policy.encode(long)
-        assert condition.tensors["prompt_embeds"].shape[1:] == policy.condition_shapes()["prompt_embeds"]
+        assert condition.tensors["prompt_embeds"].shape[1:] == policy.family.condition_shapes()["prompt_embeds"]
         v = policy.predict(x, torch.tensor(600.0), condition)
         assert ((v[0] - v[1]).abs().max() > 1e-4) == told_apart
 
 
 def test_the_built_in_model_is_told_as_many_tokens_as_it_was_made_for():
     shapes = [
-        load("shapes-flow", "lora", max_sequence_length=n, resolution=None).condition_shapes() for n in (None, 16)
+        load("shapes-flow", "lora", max_sequence_length=n, resolution=None).family.condition_shapes()
+        for n in (None, 16)
     ]
     assert shapes[0] == shapes[1]
 
@@ -113,10 +117,8 @@ def _without_t5(folder: Path) -> Any:
 
 
 def test_the_t5_may_be_absent(tiny_sd3):
-    from progrpo.policies.sd3 import SD3Policy
-
     pipeline = DiffusionPipeline.from_pretrained(tiny_sd3, text_encoder_3=None, tokenizer_3=None)
-    policy = SD3Policy.from_pipeline(pipeline, ModelSettings(lora_rank=2, lora_alpha=2, max_sequence_length=TOKENS))
+    policy = policy_from_pipeline(pipeline, ModelSettings(lora_rank=2, lora_alpha=2, max_sequence_length=TOKENS))
     expected = sample_by_diffusers(_without_t5(tiny_sd3), policy, 1.0, "latent")
     torch.testing.assert_close(sample_without_noise(policy, 1.0), expected, rtol=0, atol=1e-5)
 
@@ -178,5 +180,5 @@ def test_texts_are_said_to_become_equal_exactly_where_the_network_is_told_the_sa
 def test_a_text_that_fits_is_not_said_to_be_cut(tiny_sd, tiny_flux):
     for folder, name, fits in ((tiny_sd, "text_encoder", 14), (tiny_flux, "text_encoder_2", TOKENS - 2)):
         policy = load(folder, "lora")
-        (reader,) = (r for r in policy._readers if r.name == name)
+        (reader,) = (r for r in policy.texts.readers if r.name == name)
         assert [len(ids) - reader.limit for ids in reader.tokens(["a" * fits, "a" * (fits + 1)])] == [0, 1], name

@@ -1,4 +1,4 @@
-"""The parts of the built-in models, each a standard diffusers or transformers class, small."""
+"""The networks of the built-in models: small ones of diffusers' and transformers' own classes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SHIFT = 2.0
 
 
 def build_vae() -> AutoencoderKL:
-    """64x64x3 -> 16x16x8, 0.7 M parameters."""
+    """Build the autoencoder: 64x64x3 -> 16x16x8, 0.7 M parameters."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -55,7 +55,7 @@ def build_vae() -> AutoencoderKL:
 
 
 class TextStack(nn.Module):
-    """Two CLIP text encoders and a T5 encoder with their tokenizers, read the way StableDiffusion3Pipeline reads them."""
+    """Two CLIP text encoders and a T5 encoder with their tokenizers, called as StableDiffusion3Pipeline calls them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,20 +91,20 @@ class TextStack(nn.Module):
                 max_position_embeddings=CLIP_LENGTH,
                 hidden_act=activation,
                 bos_token_id=tokenizer.bos_token_id,
-                # left at its default, the pooled embedding is that of the first position and holds no prompt
+                # with the default, the pooled embedding is that of the first position and holds no prompt
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
 
     def tokenize(self, texts: list[str], max_sequence_length: int) -> tuple[Tensor, Tensor]:
-        """CLIP ids (N, 16) and T5 ids (N, max_sequence_length)."""
+        """Tokenize texts into CLIP ids (N, 16) and T5 ids (N, max_sequence_length)."""
         clip = self.clip_tokenizer(texts, padding="max_length", max_length=CLIP_LENGTH, truncation=True)
         t5 = self.t5_tokenizer(texts, padding="max_length", max_length=max_sequence_length, truncation=True)
         return torch.tensor(clip["input_ids"]), torch.tensor(t5["input_ids"])
 
     def forward(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token embeddings (N, 16 + L, 128) and pooled embeddings (N, 128)."""
+        """Encode ids into token embeddings (N, 16 + L, 128) and pooled embeddings (N, 128)."""
         clips = [encoder(clip_ids, output_hidden_states=True) for encoder in (self.clip_1, self.clip_2)]
         tokens = torch.cat([c.hidden_states[-2] for c in clips], dim=-1)
         tokens = nn.functional.pad(tokens, (0, _JOINT_WIDTH - tokens.shape[-1]))
@@ -113,7 +113,7 @@ class TextStack(nn.Module):
 
 
 def build_transformer() -> SD3Transformer2DModel:
-    """2.3 M parameters: four joint blocks of width 128 over 64 picture tokens."""
+    """Build the flow model's denoiser: four joint blocks of width 128 over 64 picture tokens, 2.3 M parameters."""
     return SD3Transformer2DModel(
         sample_size=LATENT[1],
         patch_size=2,
@@ -131,7 +131,7 @@ def build_transformer() -> SD3Transformer2DModel:
 
 
 def assemble(vae: AutoencoderKL, text: TextStack, transformer: SD3Transformer2DModel) -> StableDiffusion3Pipeline:
-    """The parts as one pipeline; `save_pretrained` writes diffusers' folder format."""
+    """Put the networks into one pipeline. Its `save_pretrained` writes diffusers' folder format."""
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=_SHIFT),
@@ -146,7 +146,10 @@ def assemble(vae: AutoencoderKL, text: TextStack, transformer: SD3Transformer2DM
 
 
 def build_unet() -> UNet2DConditionModel:
-    """3.7 M parameters: 16x16 and 8x8, two transformer blocks after each of the three residual ones at the lower resolution."""
+    """Build the U-Net, 3.7 M parameters: 16x16 and 8x8.
+
+    At the lower resolution two transformer blocks follow each of the three residual ones.
+    """
     return UNet2DConditionModel(
         sample_size=LATENT[1],
         in_channels=LATENT[0],
@@ -167,7 +170,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def noise_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise; steps are counted from the noisy end, so that few of them still begin at pure noise."""
+    """Stable Diffusion's noise. Steps are counted from the noisy end, so that also a few steps begin at pure noise."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -175,14 +178,14 @@ def noise_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=True,
         timestep_spacing="trailing",
-        steps_offset=1,  # of no effect with this spacing; diffusers warns of any other
+        steps_offset=1,  # without effect for this spacing; diffusers warns of another value
     )
 
 
 def assemble_diffusion(
     vae: AutoencoderKL, clip: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
-    """The parts as one pipeline; `save_pretrained` writes diffusers' folder format."""
+    """Put the networks into one pipeline. Its `save_pretrained` writes diffusers' folder format."""
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=clip,
@@ -196,16 +199,16 @@ def assemble_diffusion(
 
 
 def load_parts(folder: Path, text: TextStack, transformer: SD3Transformer2DModel) -> AutoencoderKL:
-    """Fill both with the weights of an exported pipeline's folder, and return its autoencoder.
+    """Load the weights of an exported pipeline's folder into both, and return its autoencoder.
 
-    Every token keeps its embedding, also where the folder's tokenizer numbers tokens otherwise than `text` does.
+    Every token keeps its embedding, also where the folder's tokenizer numbers tokens in another order than `text`.
     """
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
     for encoder, trained in ((text.clip_1, pipeline.text_encoder), (text.clip_2, pipeline.text_encoder_2)):
         _load_encoder(encoder, text.clip_tokenizer, trained, pipeline.tokenizer)
     _load_encoder(text.t5, text.t5_tokenizer, pipeline.text_encoder_3, pipeline.tokenizer_3)
     transformer.load_state_dict(pipeline.transformer.state_dict())
-    pipeline.vae.register_to_config(_name_or_path="shapes-flow")  # else an export tells where it was loaded from
+    pipeline.vae.register_to_config(_name_or_path="shapes-flow")  # else an export would hold the path of this folder
     return pipeline.vae
 
 
@@ -225,10 +228,10 @@ def _load_encoder(
 
 
 def to_tensor(pictures_NHWC: np.ndarray) -> Tensor:
-    """uint8 (N, H, W, 3) -> float32 (N, 3, H, W) in [-1, 1]."""
+    """Convert pictures, uint8 (N, H, W, 3), to a tensor, float32 (N, 3, H, W) in [-1, 1]."""
     return torch.as_tensor(pictures_NHWC).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def to_pictures(x_NCHW: Tensor) -> np.ndarray:
-    """float (N, 3, H, W) in [-1, 1] -> uint8 numpy (N, H, W, 3)."""
+    """Convert a tensor, float (N, 3, H, W) in [-1, 1], to pictures, uint8 (N, H, W, 3)."""
     return x_NCHW.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

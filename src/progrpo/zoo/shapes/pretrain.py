@@ -1,7 +1,7 @@
-"""How `shapes-flow` was made: `progrpo pretrain shapes-flow`.
+"""The pretraining of `shapes-flow`: `progrpo pretrain shapes-flow`.
 
-Four stages, each resumed by the same command: the autoencoder, the cached latents, the flow model with its text
-encoders, and the judge. Every picture is drawn here; no data is downloaded.
+It has four stages, which the same command resumes: the autoencoder, the cached latents, the flow model with its text
+encoders, and the detector of the second opinion. Every picture is drawn here; no data is downloaded.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from progrpo.types import Prompt
-from progrpo.zoo.pretraining import begun, delivered, train_stage
+from progrpo.zoo.pretraining import begin, export_model, train_stage
 from progrpo.zoo.shapes import world
-from progrpo.zoo.shapes.judge import Judge, judge_loss, save_judge
+from progrpo.zoo.shapes.detector import ShapeDetector, detector_loss, save_detector
 from progrpo.zoo.shapes.models import (
     TextStack,
     assemble,
@@ -35,20 +35,16 @@ from progrpo.zoo.shapes.models import (
 )
 from progrpo.zoo.shapes.verifier import verify
 
-KL_WEIGHT = (
-    3e-4  # on the mean over latent elements: keeps the posterior wide, so that the decoder forgives small errors
-)
+# on the mean over latent elements: it keeps the posterior wide, so that the decoder forgives small errors
+KL_WEIGHT = 3e-4
 KIND_WEIGHTS = {"single": 0.06, "two": 0.24, "counting": 0.22, "colours": 0.06, "position": 0.24, "binding": 0.18}
 # T5 tokens: without a mask their number changes the picture, and the long ones cost four times the usual
 LENGTHS = {16: 0.94, 32: 0.01, 64: 0.01, 128: 0.01, 256: 0.03}
 GUIDANCE_SCALES = (1.0, 2.0, 3.0, 4.5)
-_DEFAULTS = {
-    "num_inference_steps": 28,
-    "guidance_scale": 7.0,
-    "max_sequence_length": 256,
-}  # of StableDiffusion3Pipeline
+# StableDiffusion3Pipeline's
+_DEFAULTS = {"num_inference_steps": 28, "guidance_scale": 7.0, "max_sequence_length": 256}
 _WORTH_COMPILING = 1_000  # steps: a compilation takes a minute
-DROP_TEXT = 0.1  # share of empty prompts, for classifier-free guidance
+DROP_TEXT = 0.1  # the share of empty prompts, for classifier-free guidance
 Log = Callable[[str], None]
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -56,7 +52,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Budget:
-    """Steps of each stage; the defaults take two to three hours on two cores."""
+    """The sizes of the stages. The defaults take two to three hours on two cores."""
 
     vae_steps: int = 4_000
     vae_batch: int = 32
@@ -69,7 +65,7 @@ class Budget:
 
 
 def _seed_of(stage: int, seed: int, step: int) -> int:
-    """Disjoint streams of drawn pictures for every stage, run and step."""
+    """A seed of drawn pictures, another one for every stage, run and step."""
     return (stage * 1_000 + seed) * 10_000_000 + step
 
 
@@ -99,42 +95,44 @@ def train_vae(out: Path, budget: Budget, seed: int, device: torch.device, log: L
     return vae
 
 
-def train_judge(out: Path, budget: Budget, seed: int, log: Log) -> Judge:
+def train_detector(out: Path, budget: Budget, seed: int, log: Log) -> ShapeDetector:
     torch.manual_seed(seed)
-    judge = Judge()
+    detector = ShapeDetector()
     prompts, pictures = world.examples("validation", 256, seed=1)
 
     def loss_of(step: int) -> Tensor:
-        return judge_loss(judge, budget.judge_batch, _seed_of(2, seed, step))
+        return detector_loss(detector, budget.judge_batch, _seed_of(2, seed, step))
 
     def evaluate() -> str:
-        return f"passes drawn truth {np.mean(judge.passes(pictures, prompts)):.3f}"
+        return f"passes drawn truth {np.mean(detector.passes(pictures, prompts)):.3f}"
 
-    train_stage("judge", judge, loss_of, steps=budget.judge_steps, lr=2e-3, out=out, evaluate=evaluate, log=log)
-    return judge
+    train_stage("judge", detector, loss_of, steps=budget.judge_steps, lr=2e-3, out=out, evaluate=evaluate, log=log)
+    return detector
 
 
 @torch.no_grad()
 def cache_latents(vae: AutoencoderKL, out: Path, count: int, seed: int, log: Log) -> tuple[Tensor, list[Prompt]]:
-    """Encode the training pictures once: float16 posterior means (M, 8, 16, 16), normalised, and their prompts.
+    """Encode the training pictures once. Return float16 posterior means (M, 8, 16, 16), normalised, and their prompts.
 
-    Sets the autoencoder's shift and scale so that latents have mean 0 and variance 1.
+    The autoencoder's shift and scale are set so that latents have mean 0 and variance 1.
     """
-    file, chunk = out / "latents.safetensors", 64  # larger ones fall out of the cache
+    file = out / "latents.safetensors"
+    chunk = 64  # larger ones fall out of the processor's cache
     rng = np.random.default_rng([seed, 4])
     table = world.prompts("train")
     kinds = rng.choice(list(KIND_WEIGHTS), count, p=list(KIND_WEIGHTS.values()))
     prompts = [table[k][rng.integers(len(table[k]))] for k in kinds]
     if not file.exists():
-        parts = []
+        chunks = []
         for start in range(0, count, chunk):
             pictures = np.stack([world.draw(world.scene_for(p, rng)) for p in prompts[start : start + chunk]])
-            parts.append(vae.encode(to_tensor(pictures).to(vae.device)).latent_dist.mode().half().cpu())
+            chunks.append(vae.encode(to_tensor(pictures).to(vae.device)).latent_dist.mode().half().cpu())
             if start % (160 * chunk) == 0:
                 log(f"latents: {start}/{count}")
-        save_file({"z": torch.cat(parts).contiguous()}, file)
+        save_file({"z": torch.cat(chunks).contiguous()}, file)
     z = load_file(file)["z"]
-    shift, scale = z.float().mean().item(), 1 / z.float().std().item()
+    shift = z.float().mean().item()
+    scale = 1 / z.float().std().item()
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)
     return (z - shift) * scale, prompts
 
@@ -150,7 +148,10 @@ def train_flow(
     seed: int,
     log: Log,
 ) -> None:
-    """Rectified flow (arXiv 2209.03003): regress eps - x0 at logit-normal times (arXiv 2403.03206), text encoders along."""
+    """Train denoiser and text encoders as a rectified flow (arXiv 2209.03003).
+
+    They regress eps - x0 at logit-normal times (arXiv 2403.03206).
+    """
     device = vae.device
     module = nn.ModuleDict({"text": text, "transformer": transformer}).to(device)
     texts = ["", *sorted({p.text for p in prompts})]
@@ -176,11 +177,11 @@ def train_flow(
         sigma = torch.randn(len(chosen), generator=g).sigmoid().to(device)
         x0, eps = x0.to(device), eps.to(device)
         x = torch.lerp(x0, eps, sigma[:, None, None, None])
-        told = (i[row].to(device) for i in ids[length])
+        tokens = (i[row].to(device) for i in ids[length])
         # on a CPU the gradient of fused attention is the slowest part of a step; the rare lengths are not worth a
         # compilation each
         with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
-            return (fast_error if length == min(LENGTHS) else error)(x, sigma, eps - x0, *told)
+            return (fast_error if length == min(LENGTHS) else error)(x, sigma, eps - x0, *tokens)
 
     def evaluate() -> str:
         scores = measure(assemble(vae, text, transformer), "validation", 96, seed=5, max_sequence_length=min(LENGTHS))
@@ -202,7 +203,9 @@ def train_flow(
 
 
 def compiled(function: Callable[P, T], steps: int, log: Log) -> Callable[P, T]:
-    """The function through torch.compile, a quarter faster; as it is, and said so, where there is no compiler."""
+    """Compile a function by torch, which makes it a quarter faster. Without a compiler, log it and return the
+    function.
+    """
     if steps < _WORTH_COMPILING:
         return function
     if shutil.which("c++") is None and shutil.which("cl") is None:
@@ -213,9 +216,9 @@ def compiled(function: Callable[P, T], steps: int, log: Log) -> Callable[P, T]:
 
 @torch.no_grad()
 def measure(pipeline: DiffusionPipeline, split: str, pictures: int, seed: int, **options: Any) -> dict[str, Any]:
-    """Strict and graded score of a pipeline's own deterministic samples for prompts of a split, over all and by kind.
+    """Score a pipeline's deterministic samples for prompts of a split, strict and graded, over all and by kind.
 
-    `options` are the pipeline call's; without them 10 steps and no guidance.
+    `options` are the pipeline call's. The default is 10 steps without guidance.
     """
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 10, "guidance_scale": 1.0, **options}
@@ -240,7 +243,7 @@ def measure(pipeline: DiffusionPipeline, split: str, pictures: int, seed: int, *
 
 @torch.no_grad()
 def round_trip(vae: AutoencoderKL, pictures: int) -> float:
-    """Strict share of drawn test pictures after encoding and decoding."""
+    """The share of drawn test pictures that pass the strict verdict after encoding and decoding."""
     prompts, drawn = world.examples("test", pictures, seed=7)
     latents = [vae.encode(x.to(vae.device)).latent_dist.mode() for x in to_tensor(drawn).split(64)]
     decoded = np.concatenate([to_pictures(vae.decode(z).sample) for z in latents])
@@ -250,9 +253,10 @@ def round_trip(vae: AutoencoderKL, pictures: int) -> float:
 def figures(
     pipeline: DiffusionPipeline, pictures: int, more: Mapping[str, Mapping[str, Any]], **always: Any
 ) -> dict[str, Any]:
-    """What a model card states: on test prompts, with the guidance scale that is best on validation prompts.
+    """The figures of a model card, on test prompts, with the guidance scale that is best on validation prompts.
 
-    `more` are further ways to sample, by name; `always` are options of every pipeline call, unless a way has its own.
+    `more` are further options to sample with, by name. `always` are options of every pipeline call, unless `more` has
+    its own.
     """
     by_scale = {
         scale: measure(pipeline, "validation", pictures // 2, seed=8, guidance_scale=scale, **always)["strict"]
@@ -286,25 +290,25 @@ def pretrain(
     export: Path | None = None,
     log: Log = print,
 ) -> StableDiffusion3Pipeline:
-    """Run or resume every stage in `out`; with `export`, write the pipeline's folder and the judge's beside it.
+    """Run or resume every stage in `out`. With `export`, write the folders of the pipeline and of the detector there.
 
-    `device` auto is a GPU where there is one. With `start`, an exported `shapes-flow` folder, its autoencoder stays and
-    its text encoders and denoiser are trained further.
+    `device` auto is a GPU where there is one. With `start`, the folder of an exported `shapes-flow`, its text encoders
+    and its denoiser are trained further, and its autoencoder stays.
     """
-    place = begun(out, seed, device)
+    place = begin(out, seed, device)
     text, transformer = TextStack(), build_transformer()
     vae = load_parts(start, text, transformer).to(place) if start else train_vae(out, budget, seed, place, log)
     z, prompts = cache_latents(vae, out, budget.pictures, seed, log)
     train_flow(vae, text, transformer, z, prompts, out, budget, seed, log)
-    judge = train_judge(out, budget, seed, log)
+    detector = train_detector(out, budget, seed, log)
     pipeline = assemble(vae, text, transformer)
     log("measuring the finished model on test prompts")
-    ways: dict[str, dict[str, Any]] = {
+    more: dict[str, dict[str, Any]] = {
         "10 steps, 256 T5 tokens": {"max_sequence_length": 256},
         "28 steps, guidance 7, 256 T5 tokens": {**_DEFAULTS, "pictures": budget.test_pictures // 2},
     }
-    found = figures(pipeline, budget.test_pictures, ways, max_sequence_length=min(LENGTHS))
-    delivered(pipeline, "shapes-flow", found, out, export, log)
+    measured = figures(pipeline, budget.test_pictures, more, max_sequence_length=min(LENGTHS))
+    export_model(pipeline, "shapes-flow", measured, out, export, log)
     if export:
-        save_judge(judge, export / "shapes-judge")
+        save_detector(detector, export / "shapes-judge")
     return pipeline

@@ -1,9 +1,9 @@
-"""How `shapes-diffusion` is made: `progrpo pretrain shapes-diffusion`.
+"""The pretraining of `shapes-diffusion`: `progrpo pretrain shapes-diffusion`.
 
-It is taught by `shapes-flow`, whose autoencoder, tokenizer and first text encoder it begins with: at every noisy latent its
-noise prediction is compared with the one that the flow model's velocity stands for, and three of its layers with the
-flow model's blocks (hints: arXiv 1412.6550). Neither target has the variance of a single picture's noise, so a small
-model gets far in half an hour of a laptop.
+Its teacher is `shapes-flow`. It begins with the teacher's autoencoder, tokenizer and first text encoder. At every noisy
+latent its noise prediction is compared with the one that follows from the flow model's velocity, and three of its
+layers with the flow model's blocks (hints: arXiv 1412.6550). Neither target has the variance of a single picture's
+noise, so a small model gets far in half an hour on a laptop.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
@@ -21,18 +20,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel
 
 from progrpo.types import Prompt
-from progrpo.zoo.pretraining import begun, delivered, train_stage
+from progrpo.zoo.pretraining import begin, export_model, train_stage
 from progrpo.zoo.shapes.models import CLIP_LENGTH, assemble_diffusion, build_unet, noise_scheduler
 from progrpo.zoo.shapes.pretrain import DROP_TEXT, Log, cache_latents, compiled, figures, measure
 
 _T5_LENGTH = 16
-MAX_WEIGHT = 10.0  # of an error of noise: at pure noise the velocity's would be 240, and drown all other levels
-HINT_WEIGHT = 1.0  # of a layer's unexplained variance beside the error of noise
+MAX_WEIGHT = 10.0  # of an error of noise: at pure noise the velocity's would be 240 and drown all other levels
+HINT_WEIGHT = 1.0  # of a layer's unexplained variance, beside the error of noise
 
 
 @dataclass(frozen=True)
 class DiffusionBudget:
-    """Of the one stage that is trained; the defaults take half an hour on two cores."""
+    """The size of the only stage. The defaults take half an hour on two cores."""
 
     pictures: int = 64_000
     steps: int = 7_000
@@ -41,14 +40,14 @@ class DiffusionBudget:
 
 
 class Taps:
-    """The last output of some modules of a network that has just run."""
+    """The last outputs of some modules of a network."""
 
     def __init__(self, *modules: nn.Module) -> None:
         self.outputs: list[Tensor] = [torch.empty(0)] * len(modules)
         self._handles = [m.register_forward_hook(self._keep(i)) for i, m in enumerate(modules)]
 
-    def _keep(self, index: int) -> Callable[[nn.Module, Any, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
+    def _keep(self, index: int) -> Callable[[nn.Module, object, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: object, output: tuple[Tensor, ...]) -> None:
             self.outputs[index] = output[-1]  # a joint block gives the text first
 
         return hook
@@ -64,28 +63,29 @@ class Teacher(nn.Module):
     def __init__(self, pipeline: StableDiffusion3Pipeline, texts: list[str]) -> None:
         super().__init__()
         self.transformer = pipeline.transformer.requires_grad_(False).eval()
-        told = [_told(pipeline, texts[i : i + 256]) for i in range(0, len(texts), 256)]
-        self.tokens, self.pooled = (torch.cat(parts) for parts in zip(*told, strict=True))
+        encoded = [_encode(pipeline, texts[i : i + 256]) for i in range(0, len(texts), 256)]
+        self.tokens, self.pooled = (torch.cat(batches) for batches in zip(*encoded, strict=True))
         config = pipeline.vae.config
         self.offset = config.shift_factor * config.scaling_factor
         self.taps = Taps(*self.transformer.transformer_blocks[1:])
 
     @torch.no_grad()
     def noise(self, x: Tensor, alpha: Tensor, sigma: Tensor, row: Tensor) -> Tensor:
-        """Its expectation of eps (B, C, H, W) in x = alpha x0 + sigma eps, for the prompts numbered `row`.
+        """Predict eps (B, C, H, W) in x = alpha x0 + sigma eps, for the prompts numbered `row`.
 
-        In x / (alpha + sigma) the share of noise is sigma / (alpha + sigma): the flow model's own input. It knows latents
-        less their mean, which Stable Diffusion's pipeline does not subtract.
+        In x / (alpha + sigma) the share of noise is sigma / (alpha + sigma): the flow model's own input. Its latents
+        are centred; Stable Diffusion's pipeline does not centre them.
         """
         total = alpha + sigma
-        share, z = sigma / total, (x - alpha * self.offset) / total
+        share = sigma / total
+        z = (x - alpha * self.offset) / total
         tokens, pooled = self.tokens[row].to(x.device), self.pooled[row].to(x.device)
         v = self.transformer(z, tokens, pooled, share.flatten() * 1000, return_dict=False)[0]
         return z + (1 - share) * v.float()
 
 
 @torch.no_grad()
-def _told(pipeline: StableDiffusion3Pipeline, texts: list[str]) -> tuple[Tensor, Tensor]:
+def _encode(pipeline: StableDiffusion3Pipeline, texts: list[str]) -> tuple[Tensor, Tensor]:
     tokens, _, pooled, _ = pipeline.encode_prompt(
         texts, None, None, do_classifier_free_guidance=False, max_sequence_length=_T5_LENGTH
     )
@@ -93,14 +93,14 @@ def _told(pipeline: StableDiffusion3Pipeline, texts: list[str]) -> tuple[Tensor,
 
 
 def begin_text_encoder(pipeline: StableDiffusion3Pipeline) -> CLIPTextModel:
-    """Stable Diffusion's class with the weights of the flow model's first CLIP encoder."""
+    """Build Stable Diffusion's text encoder with the weights of the flow model's first CLIP encoder."""
     clip = CLIPTextModel(pipeline.text_encoder.config)
     clip.load_state_dict(pipeline.text_encoder.text_model.state_dict())
     return clip
 
 
 def unshifted(vae: AutoencoderKL) -> AutoencoderKL:
-    """The same autoencoder for Stable Diffusion's pipeline, which scales latents and does not shift them."""
+    """A copy of the autoencoder for Stable Diffusion's pipeline, which scales latents and does not shift them."""
     same = AutoencoderKL.from_config(vae.config, shift_factor=None)
     same.register_to_config(_name_or_path="shapes-flow")
     same.load_state_dict(vae.state_dict())
@@ -118,10 +118,10 @@ def train_unet(
     device: torch.device,
     log: Log,
 ) -> None:
-    """Regress the teacher's noise at uniform timesteps, weighed so that the loss is that of the flow's velocity, but for the noisiest.
+    """Regress the teacher's noise at uniform timesteps, with the weights of the flow's velocity up to MAX_WEIGHT.
 
-    The U-Net's transformers lie on the teacher's 8x8 grid; a linear map of each is also held to one of its last three
-    blocks, by the share of variance it leaves unexplained. `z` are latents as the flow model knows them, normalised.
+    The U-Net's transformers have the teacher's 8x8 grid. A linear map of each also regresses one of the teacher's last
+    three blocks, by the share of unexplained variance. `z` are the flow model's normalised latents.
     """
     clip, unet = pipeline.text_encoder, pipeline.unet
     transformers = [*unet.down_blocks[1].attentions, *unet.up_blocks[0].attentions]
@@ -139,8 +139,8 @@ def train_unet(
     def predict(x: Tensor, timestep: Tensor, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
         with torch.autocast(device.type, torch.bfloat16):
             noise = unet(x, timestep, clip(ids).last_hidden_state, return_dict=False)[0]
-            told = [hint(h.flatten(2).mT).float() for hint, h in zip(hints, taps.outputs, strict=True)]
-        return noise.float(), told
+            layers = [hint(h.flatten(2).mT).float() for hint, h in zip(hints, taps.outputs, strict=True)]
+        return noise.float(), layers
 
     def teach(x: Tensor, alpha: Tensor, sigma: Tensor, row: Tensor) -> tuple[Tensor, list[Tensor]]:
         with torch.autocast(device.type, torch.bfloat16):
@@ -162,10 +162,10 @@ def train_unet(
         # on a CPU the gradient of fused attention is the slowest part of a step
         with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
             noise, layers = fast_predict(x, timestep, ids[row].to(device))
-        wanted, blocks = fast_teach(x, alpha, sigma, row)
+        target, blocks = fast_teach(x, alpha, sigma, row)
         unexplained = [(a - b).square().mean() / b.var() for a, b in zip(layers, blocks, strict=True)]
         weight = ((alpha + sigma) / alpha).square().clamp(max=MAX_WEIGHT)
-        return ((noise - wanted).square() * weight).mean() + HINT_WEIGHT * torch.stack(unexplained).sum()
+        return ((noise - target).square() * weight).mean() + HINT_WEIGHT * torch.stack(unexplained).sum()
 
     def evaluate() -> str:
         scores = measure(pipeline, "validation", 96, seed=5)
@@ -188,7 +188,7 @@ def train_unet(
 
 
 def _is_hidden(name: str, parameter: nn.Parameter) -> bool:
-    """Whether it is a weight between hidden layers of the U-Net."""
+    """Whether a parameter is a weight between hidden layers of the U-Net."""
     if not name.startswith("unet.") or parameter.ndim < 2:
         return False
     convolution = parameter.ndim == 4 and not name.startswith(("unet.conv_in", "unet.conv_out"))
@@ -205,11 +205,11 @@ def pretrain_diffusion(
     export: Path | None = None,
     log: Log = print,
 ) -> StableDiffusionPipeline:
-    """Run or resume the training in `out`; with `export`, write the pipeline's folder there.
+    """Run or resume the training in `out`. With `export`, write the pipeline's folder there.
 
     `teacher` is the folder of `shapes-flow`. `device` auto is a GPU where there is one.
     """
-    place = begun(out, seed, device)
+    place = begin(out, seed, device)
     flow, unet = StableDiffusion3Pipeline.from_pretrained(teacher), build_unet()
     clip = begin_text_encoder(flow)
     z, prompts = cache_latents(flow.vae.to(place), out, budget.pictures, seed, log)
@@ -217,6 +217,6 @@ def pretrain_diffusion(
     train_unet(pipeline, flow, z, prompts, out, budget, seed, place, log)
     log("measuring the finished model on test prompts")
     defaults = {"num_inference_steps": 50, "guidance_scale": 7.5, "pictures": budget.test_pictures // 2}
-    found = figures(pipeline, budget.test_pictures, {"50 steps, guidance 7.5": defaults})
-    delivered(pipeline, "shapes-diffusion", found, out, export, log)
+    measured = figures(pipeline, budget.test_pictures, {"50 steps, guidance 7.5": defaults})
+    export_model(pipeline, "shapes-diffusion", measured, out, export, log)
     return pipeline

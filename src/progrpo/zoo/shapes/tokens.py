@@ -1,4 +1,4 @@
-"""Word-level tokenizers of the shapes world in the standard classes: a word of the lexicon is one token, others are spelt."""
+"""The tokenizers of the shapes world, in the standard classes. A word of the lexicon is one token; others are spelt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LETTERS = string.ascii_lowercase + string.digits + ".,'-"
 
 
 def lexicon() -> list[str]:
-    """Every word of every prompt, sorted."""
+    """All words of all prompts, sorted."""
     return sorted({w for split in SPLITS for kind in prompts(split).values() for p in kind for w in p.text.split()})
 
 
@@ -30,9 +30,10 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def _learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Join the most frequent pair of pieces until every word is one, ties in alphabetical order.
+    """Join the most frequent pair of pieces until every word is one piece, ties in alphabetical order.
 
-    The trainer of `tokenizers` breaks ties by the order of a hash map, so that two processes number words differently.
+    The trainer of `tokenizers` breaks ties by the order of a hash map, so that two processes would number words
+    differently.
     """
     spelt = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []

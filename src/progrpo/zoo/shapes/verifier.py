@@ -1,7 +1,7 @@
-"""Measures a picture of the shapes world and says whether it shows what the prompt asks for.
+"""The verifier of the shapes world: it measures a picture and decides whether it shows what the prompt asks for.
 
-Colour segmentation against the measured ground, connected components per colour, and the overlap of each component with
-ideal shapes stretched to its bounding box. No learning: `judge.py` is the independent second opinion.
+It segments colours against the measured ground, finds connected components per colour, and overlaps each component with
+ideal shapes stretched to its bounding box. Nothing is learnt: `detector.py` is the independent second opinion.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _NEAR = int(_FAINT / 3**0.5 - 0.5)  # a pixel that is no farther in any channel,
 _SPECK = 16  # pixels: smaller components are dirt of the decoder, not objects
 _SMALLEST, _LARGEST = 9, 40  # pixels: sides of a bounding box that an object may have
 _MATCH = 0.84  # overlap from which a component counts as its shape (chosen by benchmarks/threshold.py)
-_MARGIN = 0.04  # by which the best shape must beat the others
-_SQUARENESS = 1.30  # longest side over shortest from which a shape counts as distorted
+_MARGIN = 0.04  # the overlap by which the best shape must beat the others
+_SQUARENESS = 1.30  # the ratio of longest to shortest side from which a shape counts as distorted
 _CELLS = 16  # a component is compared with the ideal shapes on a grid of 16 x 16 cells over its bounding box
-_DEPTH = 2  # cells: what lies deeper than this inside an ideal shape is its core
-_SOLID = 0.9  # of its core that a shape must fill: outlines are no shapes (a decoder rounds tips, but leaves no holes)
-_MALFORMED = 0.8  # of a form's grade that is left to a component that is stretched, hollow or of no object's size
-_FIT_FLOOR = 0.5  # overlap that any patch reaches: graded scores count from here
+_DEPTH = 2  # cells: the core of an ideal shape is what lies deeper inside it
+_SOLID = 0.9  # the share of its core that a shape must fill: outlines are no shapes (decoders leave no holes)
+_MALFORMED = 0.8  # the factor on the grade of a component that is stretched, hollow or of no object's size
+_FIT_FLOOR = 0.5  # the overlap that any patch reaches: graded scores count from here
 _COS_DIRECTION = 0.5  # cosine of the largest angle to the named direction (GenEval's rule)
-_AT_ONCE = 48  # pictures: more would not stay in the processor's cache from one step to the next
+_AT_ONCE = 48  # pictures: with more, the data would not stay in the processor's cache from one step to the next
 
 
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """(S, cells*cells) coverage in [0, 1] of the grid by each ideal shape, and by its core."""
+    """The coverage in [0, 1] of the grid by each ideal shape, and by its core, each (S, cells*cells)."""
     fine = 8
     axis = (np.arange(_CELLS * fine) + 0.5) / (_CELLS * fine) * 2 - 1
     masks = [SHAPES[s](axis[None], axis[:, None]) for s in _SHAPES]
@@ -50,19 +50,21 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _overlap(patch_MX: np.ndarray, template_SX: np.ndarray) -> np.ndarray:
-    """(M, S) intersection over union of binary patches with soft templates."""
+    """The intersection over union (M, S) of binary patches with soft templates."""
     both = patch_MX @ template_SX.T
     return both / (patch_MX.sum(1)[:, None] + template_SX.sum(1)[None] - both)
 
 
 _TEMPLATES_SX, _CORES_SX = _templates()
-# a perfect shape on the grid does not reach 1, for its edge runs through cells: overlaps are relative to what it reaches
+# a perfect shape on the grid does not reach 1, because its edge runs through cells: overlaps are relative to its own
 _PERFECT_S = np.diag(_overlap((_TEMPLATES_SX >= 0.5).astype(np.float32), _TEMPLATES_SX))
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One component of a picture: what it is closest to, its overlap in [0, 1] with each shape, centre in pixels."""
+    """A component of a picture: its colour, its nearest shape, its overlap in [0, 1] with each shape, its centre in
+    pixels.
+    """
 
     colour: str
     shape: str
@@ -81,15 +83,15 @@ class Verdict:
 
 
 def _segment(pictures_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Flat indices of the coloured pixels in rising order, and the index of the colour of each.
+    """The flat indices of the coloured pixels in rising order, and the index of each one's colour.
 
-    A pixel on an object's edge mixes object and ground, so what is compared is its direction away from the ground; it
-    belongs to the object from half coverage on. The ground is what most of the border shows.
+    A pixel on an object's edge mixes object and ground. So its direction away from the ground is compared, and it
+    belongs to the object from half coverage on. The ground is the median colour of the border.
     """
     n, h, w, _ = pictures_NHWC.shape
     sides = [pictures_NHWC[:, 0], pictures_NHWC[:, -1], pictures_NHWC[:, :, 0], pictures_NHWC[:, :, -1]]
     ground_N3 = np.median(np.concatenate(sides, axis=1), axis=1).astype(np.float32)
-    # most pixels are near the ground in every channel, which is soonest told in bytes, and of whole rows
+    # most pixels are near the ground in every channel; bytes, in whole rows, are the fastest to compare
     rows_NHX = pictures_NHWC.reshape(n, h, w * 3)
     floor_N1X = np.tile(ground_N3.astype(np.uint8), w)[:, None]
     far_X3 = (np.maximum(rows_NHX, floor_N1X) - np.minimum(rows_NHX, floor_N1X)).reshape(-1, 3)
@@ -101,14 +103,14 @@ def _segment(pictures_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     palette_C3 = _PALETTE_C3 * 255
     length_CN = np.linalg.norm(palette_C3[:, None] - ground_N3, axis=2) + np.float32(1e-3)
     # |away| times the cosine to each colour's direction, which is the colour less the ground. No matrix product: its
-    # rounding may depend on what else is scored beside a picture. In place: new memory costs as much as the sums
+    # rounding may depend on the other pictures. In place: new memory costs as much as the sums
     along_CM = palette_C3[:, 0, None] * away_3M[0]
     along_CM += palette_C3[:, 1, None] * away_3M[1]
     along_CM += palette_C3[:, 2, None] * away_3M[2]
     along_CM -= (ground_3M * away_3M).sum(0)
     along_CM /= np.repeat(length_CN, count_N, axis=1)
     best_M = along_CM.max(0)
-    # the colours before the first of the nearest are counted, for `argmax` over a few long rows is slow
+    # count the colours before the first of the nearest: `argmax` over a few long rows is slow
     before_CM = along_CM < best_M
     for former_M, later_M in itertools.pairwise(before_CM):
         later_M &= former_M
@@ -121,7 +123,7 @@ def _segment(pictures_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class _Runs:
-    """The runs of pixels of one colour in a row, in rising order; run 0 stands for the ground and has no pixels."""
+    """The runs of pixels of one colour in a row, in rising order. Run 0 stands for the ground and has no pixels."""
 
     colour: np.ndarray
     start: np.ndarray  # flat index of the first pixel
@@ -146,10 +148,10 @@ def _runs(pixel: np.ndarray, colour: np.ndarray, shape: tuple[int, ...]) -> _Run
 
 
 def _components(runs: _Runs) -> np.ndarray:
-    """For each run the number of its 4-connected component of one colour; components count up by their first runs.
+    """The number of each run's 4-connected component of one colour. Components are numbered by their first runs.
 
-    Where two runs touch, the first pixel of one lies above or below the other: so each run looks there from its first
-    pixel, and has two edges, which lead back to itself where there is nothing to be joined to.
+    Where two runs touch, the first pixel of one lies above or below the other. So each run has two edges from its first
+    pixel, up and down, which lead back to itself where there is nothing to join.
     """
     _, height, width = runs.at_NHW.shape
     beside_R2 = runs.start[:, None] + [-width, width]
@@ -163,7 +165,7 @@ def _components(runs: _Runs) -> np.ndarray:
 
 
 def _patches(component_R: np.ndarray, at_NHW: np.ndarray, picture_M: np.ndarray, box_M4: np.ndarray) -> np.ndarray:
-    """(M, cells*cells) float32, 1 where a component covers the middle of a cell of its bounding box."""
+    """The components on their grids, float32 (M, cells*cells): 1 where one covers the middle of a cell of its box."""
     _, height, width = at_NHW.shape
     cell = (np.arange(_CELLS) + 0.5) / _CELLS
     left, right, top, bottom = box_M4.T[..., None]
@@ -174,20 +176,20 @@ def _patches(component_R: np.ndarray, at_NHW: np.ndarray, picture_M: np.ndarray,
 
 
 def _fits(patch_MX: np.ndarray) -> np.ndarray:
-    """(M, S) overlap (intersection over union) of each component with each ideal shape stretched to its box."""
+    """The overlap (M, S), intersection over union, of each component with each ideal shape stretched to its box."""
     return np.minimum(_overlap(patch_MX, _TEMPLATES_SX) / _PERFECT_S, 1.0)
 
 
 def look(pictures_NHWC: np.ndarray) -> list[tuple[Seen, ...]]:
-    """What each picture (uint8, (N, H, W, 3)) shows: its components above the size of a speck."""
+    """Find the components of each picture (uint8, (N, H, W, 3)) that are larger than a speck."""
     if pictures_NHWC.ndim != 4 or pictures_NHWC.shape[-1] != 3 or pictures_NHWC.dtype != np.uint8:
         raise ValueError(f"pictures must be uint8 (N, H, W, 3), not {pictures_NHWC.dtype} {pictures_NHWC.shape}")
-    parts = range(0, len(pictures_NHWC), _AT_ONCE)
-    return [seen for i in parts for seen in _look(pictures_NHWC[i : i + _AT_ONCE])]
+    starts = range(0, len(pictures_NHWC), _AT_ONCE)
+    return [seen for i in starts for seen in _look(pictures_NHWC[i : i + _AT_ONCE])]
 
 
 def _look(pictures_NHWC: np.ndarray) -> list[tuple[Seen, ...]]:
-    """`look` at few enough pictures to go through them together."""
+    """Find the components of a few pictures, all steps for all of them at once."""
     runs = _runs(*_segment(pictures_NHWC), pictures_NHWC.shape[:3])
     label_R = _components(runs)
     area_L = np.bincount(label_R, runs.length)
@@ -221,7 +223,7 @@ def _look(pictures_NHWC: np.ndarray) -> list[tuple[Seen, ...]]:
 
 
 def _well_formed(patch_MX: np.ndarray, fits_MS: np.ndarray, box_M4: np.ndarray) -> np.ndarray:
-    """bool (M,): of an object's size, not stretched, clearly one of the shapes, and solid."""
+    """Whether each component has an object's size, is not stretched, is clearly one shape, and is solid: bool (M,)."""
     best_M = fits_MS.argmax(1)
     solid_MS = patch_MX @ _CORES_SX.T >= _SOLID * _CORES_SX.sum(1)
     sides = np.stack([box_M4[:, 1] - box_M4[:, 0], box_M4[:, 3] - box_M4[:, 2]])
@@ -237,7 +239,7 @@ def _well_formed(patch_MX: np.ndarray, fits_MS: np.ndarray, box_M4: np.ndarray) 
 
 
 def _quality(seen: Seen, colour: str | None, shape: str) -> float:
-    """How much of the wanted object a component is: half for its colour, half for its form."""
+    """The agreement of a component with an object of the prompt: half for its colour, half for its form."""
     fit = max(0.0, seen.fits[_SHAPES.index(shape)] - _FIT_FLOOR) / (1 - _FIT_FLOOR)
     form = min(1.0, fit / 0.8) * (1.0 if seen.well_formed else _MALFORMED)
     hue = 1.0 if colour is None or seen.colour == colour else 0.0
@@ -245,7 +247,7 @@ def _quality(seen: Seen, colour: str | None, shape: str) -> float:
 
 
 def related(a: tuple[float, float], b: tuple[float, float], relation: str) -> float:
-    """Cosine between the named direction and the way from b's centre to a's; 1 is straight in that direction."""
+    """The cosine between the named direction and the way from b's centre to a's; 1 is straight in that direction."""
     dx, dy = a[0] - b[0], a[1] - b[1]
     distance = max(np.hypot(dx, dy), 1e-6)
     ux, uy = RELATIONS[relation]
@@ -253,20 +255,20 @@ def related(a: tuple[float, float], b: tuple[float, float], relation: str) -> fl
 
 
 def _grade(seen: Sequence[Seen], prompt: Prompt) -> float:
-    """Mean quality of the best assignment of components to wanted objects, over the larger of the two counts.
+    """The mean quality of the best assignment of components to the prompt's objects, over the larger of the two counts.
 
     A relation scales the score between 0.5 (opposite side) and 1 (named side).
     """
-    wanted, relation = prompt.columns["objects"], prompt.columns["relation"]
+    objects, relation = prompt.columns["objects"], prompt.columns["relation"]
     if not seen:
         return 0.0
-    quality = [[_quality(s, colour, shape) for colour, shape in wanted] for s in seen]
-    most = max(len(seen), len(wanted))
-    if min(len(seen), len(wanted)) == 1:  # nothing to assign but the best, and nothing that can be on the named side
+    quality = [[_quality(s, colour, shape) for colour, shape in objects] for s in seen]
+    most = max(len(seen), len(objects))
+    if min(len(seen), len(objects)) == 1:  # one pair to assign, and nothing that can be on the named side
         return max(map(max, quality)) / most * (1.0 if relation is None else 0.5)
-    quality_MW = np.array(quality)
-    rows, columns = linear_sum_assignment(quality_MW, maximize=True)
-    score = float(quality_MW[rows, columns].sum()) / most
+    quality_MO = np.array(quality)
+    rows, columns = linear_sum_assignment(quality_MO, maximize=True)
+    score = float(quality_MO[rows, columns].sum()) / most
     if relation is None:
         return score
     place = {int(c): (seen[r].x, seen[r].y) for r, c in zip(rows, columns, strict=True)}
@@ -275,11 +277,11 @@ def _grade(seen: Sequence[Seen], prompt: Prompt) -> float:
 
 
 def satisfies(objects: Sequence[tuple[str, str, float, float]], prompt: Prompt) -> bool:
-    """Whether (colour, shape, x, y) of all objects in a picture are exactly what the prompt lists, placed as it says."""
-    wanted, relation = prompt.columns["objects"], prompt.columns["relation"]
-    if len(objects) != len(wanted):
+    """Whether a picture's objects, each (colour, shape, x, y), are exactly those of the prompt, in its relation."""
+    required, relation = prompt.columns["objects"], prompt.columns["relation"]
+    if len(objects) != len(required):
         return False
-    fits = np.array([[(c is None or c == o[0]) and s == o[1] for c, s in wanted] for o in objects])
+    fits = np.array([[(c is None or c == o[0]) and s == o[1] for c, s in required] for o in objects])
     rows, columns = linear_sum_assignment(fits, maximize=True)
     if not fits[rows, columns].all():
         return False
@@ -290,7 +292,7 @@ def satisfies(objects: Sequence[tuple[str, str, float, float]], prompt: Prompt) 
 
 
 def verify(pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Verdict]:
-    """Graded score in [0, 1], strict pass or fail, and what was seen, for each picture and its prompt."""
+    """Verify each picture against its prompt: a graded score in [0, 1], a strict verdict, and the components seen."""
     if len(pictures_NHWC) != len(prompts):
         raise ValueError(f"{len(pictures_NHWC)} pictures but {len(prompts)} prompts: they must pair up")
     out = []

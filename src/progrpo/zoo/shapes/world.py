@@ -26,7 +26,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "purple": (0.58, 0.22, 0.74),
     "black": (0.10, 0.10, 0.10),
 }
-# Each shape as a test on coordinates where its bounding box is [-1, 1]^2 and y points down.
+# each shape as a test on coordinates where its bounding box is [-1, 1]^2 and y points down
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": lambda x, y: x * x + y * y <= 1,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 1,
@@ -34,7 +34,7 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "diamond": lambda x, y: abs(x) + abs(y) <= 1,
     "cross": lambda x, y: (np.maximum(abs(x), abs(y)) <= 1) & (np.minimum(abs(x), abs(y)) <= 1 / 3),
 }
-# Half the bounding box at size 1: a square that fills its box looks larger than a circle that does.
+# half the bounding box at size 1: a square that fills its box looks larger than a circle that does
 EXTENT = {"circle": 1.0, "square": 0.88, "triangle": 1.0, "diamond": 1.15, "cross": 1.2}
 RELATIONS: dict[str, tuple[int, int]] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 KINDS = ("single", "two", "counting", "colours", "position", "binding")
@@ -47,7 +47,7 @@ PAIR_PHRASES = ("a {} and a {}", "one {} and one {}", "a picture of a {} and a {
 
 @dataclass(frozen=True)
 class Shape:
-    """One drawn object; centre and size in pixels, size being half the extent of a circle."""
+    """A drawn object. Centre and size are in pixels; the size is half the extent of a circle."""
 
     shape: str
     colour: str
@@ -66,7 +66,7 @@ class Scene:
 
 
 def _prompt(text: str, kind: str, objects: Sequence[tuple[str | None, str]], relation: str | None = None) -> Prompt:
-    """`objects` lists every object that the picture must hold and no other, as (colour or None for any, shape)."""
+    """The prompt whose picture must hold exactly `objects`, each (colour or None for any, shape)."""
     text = text.replace("a orange", "an orange")
     return Prompt(text, {"kind": kind, "objects": [list(o) for o in objects], "relation": relation})
 
@@ -141,8 +141,8 @@ _COMBINATIONS = {
 def prompts(split: str) -> dict[str, tuple[Prompt, ...]]:
     """All prompts of a split, by kind.
 
-    A combination (for position and binding the same unordered pair of coloured shapes) belongs to one split: the
-    place of its hash among all hashes decides, so that no split shares a combination with another.
+    A combination (for position and binding an unordered pair of coloured shapes) belongs to one split: the place of its
+    hash among all hashes decides. So no two splits share a combination.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
@@ -159,7 +159,9 @@ def prompts(split: str) -> dict[str, tuple[Prompt, ...]]:
 
 
 def sample_prompts(split: str, count: int, seed: int, kinds: Sequence[str] = KINDS) -> list[Prompt]:
-    """`count` prompts of a split, the kinds in turn and within a kind without repeats until all have been used."""
+    """Sample `count` prompts of a split: the kinds in turn, and within a kind without repeats until all have been
+    used.
+    """
     table = prompts(split)
     rng = np.random.default_rng([seed, 1])
     queues: dict[str, list[Prompt]] = {kind: [] for kind in kinds}
@@ -185,7 +187,7 @@ def _overlaps(x: float, y: float, reach: float, placed: Sequence[Shape]) -> bool
 
 
 def _related(a: Shape, b: Shape, relation: str) -> bool:
-    """Drawn pairs keep within 40 degrees of the named direction; the verifier allows 60."""
+    """Whether a pair lies within 40 degrees of the named direction. The verifier allows 60."""
     dx, dy = RELATIONS[relation]
     distance = np.hypot(a.x - b.x, a.y - b.y)
     return ((a.x - b.x) * dx + (a.y - b.y) * dy) > np.cos(np.deg2rad(40)) * distance
@@ -231,7 +233,7 @@ def draw(scene: Scene, size: int = SIZE, supersample: int = 4) -> np.ndarray:
 
 
 def examples(split: str, count: int, seed: int) -> tuple[list[Prompt], np.ndarray]:
-    """`count` prompts of a split with a picture of each, uint8 (count, 64, 64, 3)."""
+    """Sample `count` prompts of a split and draw a picture of each, uint8 (count, 64, 64, 3)."""
     chosen = sample_prompts(split, count, seed)
     rng = np.random.default_rng([seed, 2])
     return chosen, np.stack([draw(scene_for(p, rng)) for p in chosen])

@@ -170,7 +170,7 @@ def test_a_safety_checker_that_is_not_there_is_not_missed(copy):
 def test_every_part_comes_in_its_dtype(tiny_sd):
     for weights in ("lora", "full"):
         policy: Any = load_policy(replace(SETTINGS, weights=weights, dtype="bfloat16", path=str(tiny_sd)))
-        pipeline = policy._pipeline
+        pipeline = policy.pipeline
         assert pipeline.text_encoder.dtype == pipeline.vae.dtype == torch.bfloat16
         frozen = torch.float32 if weights == "full" else torch.bfloat16
         assert {p.dtype for name, p in policy.denoiser.named_parameters() if "lora" not in name} == {frozen}

@@ -23,8 +23,8 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 
 
-def fetched(source: str, revision: str, variant: str, without: Collection[str]) -> Path:
-    """The folder of a pipeline: `source` itself, or the snapshot of a hub id, downloaded but for the parts `without`."""
+def fetch(source: str, revision: str, variant: str, without: Collection[str]) -> Path:
+    """The folder of a pipeline: `source` itself, or the snapshot of a hub id, downloaded but for the components `without`."""
     if Path(source).is_dir():
         return Path(source)
     options = {"revision": revision or None, "variant": variant or None, "use_safetensors": True}
@@ -37,7 +37,9 @@ def fetched(source: str, revision: str, variant: str, without: Collection[str]) 
         raise UnfitError(f"it has no weights in safetensors {which}. {_PICKLED}") from error
 
 
-def networks(folder: Path, index: Mapping[str, Any], dtypes: Mapping[str, torch.dtype], variant: str) -> dict[str, Any]:
+def load_networks(
+    folder: Path, index: Mapping[str, Any], dtypes: Mapping[str, torch.dtype], variant: str
+) -> dict[str, Any]:
     """The networks that a pipeline's index names, each in its dtype of `dtypes` or in `default`.
 
     ValueError for one whose files are no safetensors, are of another variant, or lack what its configuration asks for.
@@ -54,12 +56,12 @@ def networks(folder: Path, index: Mapping[str, Any], dtypes: Mapping[str, torch.
     for name in kinds:
         _require_weights(folder / name, held[name], chosen[name])
     return {
-        name: whole(kind, folder / name, dtype=dtypes.get(name, dtypes["default"]), variant=chosen[name] or None)
+        name: load_whole(kind, folder / name, dtype=dtypes.get(name, dtypes["default"]), variant=chosen[name] or None)
         for name, kind in kinds.items()
     }
 
 
-def whole(kind: Any, source: str | Path, **options: Any) -> Any:
+def load_whole(kind: Any, source: str | Path, **options: Any) -> Any:
     """`kind.from_pretrained` from safetensors; ValueError where files do not fill the network that config.json describes.
 
     What they lack would be random numbers, or no numbers at all. The loaders are asked for it: names change on the way

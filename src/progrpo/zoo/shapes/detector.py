@@ -1,6 +1,6 @@
-"""A second opinion on pictures of the shapes world: a small convolutional detector, trained on drawn pictures.
+"""The second opinion on pictures of the shapes world: a small convolutional detector, trained on drawn pictures.
 
-It shares no code with the verifier's measuring, reports beside it, and never trains a model.
+It shares no code with the verifier's measuring. It reports beside the verifier and never trains a model.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _SHAPES = (*world.SHAPES, "other")
 _FOUND = 0.5
 
 
-class Judge(nn.Module):
-    """Finds objects on a 16x16 grid: centre, offset within its cell, colour, shape (or `other` for a malformed one)."""
+class ShapeDetector(nn.Module):
+    """A detector of objects on a 16x16 grid: centre, offset within its cell, colour, shape (`other` if malformed)."""
 
     def __init__(self, width: int = 48):
         super().__init__()
@@ -38,13 +38,13 @@ class Judge(nn.Module):
         self.head = nn.Conv2d(width, 3 + len(_COLOURS) + len(_SHAPES), 1)
 
     def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits (N, 16, 16) of a centre, offsets (N, 2, 16, 16) in cells, logits of colour and of shape."""
+        """Compute logits (N, 16, 16) of a centre, offsets (N, 2, 16, 16) in cells, logits of colour and of shape."""
         out = self.head(self.body(x_NCHW))
         return out[:, 0], out[:, 1:3], out[:, 3 : 3 + len(_COLOURS)], out[:, 3 + len(_COLOURS) :]
 
     @torch.no_grad()
     def find(self, pictures_NHWC: np.ndarray) -> list[list[tuple[str, str, float, float]]]:
-        """(colour, shape, x, y) of every object in each uint8 picture."""
+        """Find every object of each uint8 picture, as (colour, shape, x, y)."""
         self.eval()
         centre, offset, colour, shape = self(to_tensor(pictures_NHWC))
         chance = centre.sigmoid()
@@ -52,13 +52,13 @@ class Judge(nn.Module):
         out: list[list[tuple[str, str, float, float]]] = [[] for _ in pictures_NHWC]
         for n, row, column in peak.nonzero().tolist():
             dx, dy = offset[n, :, row, column].tolist()
-            what = (_COLOURS[colour[n, :, row, column].argmax()], _SHAPES[shape[n, :, row, column].argmax()])
-            out[n].append((*what, (column + 0.5 + dx) * _STRIDE, (row + 0.5 + dy) * _STRIDE))
+            names = (_COLOURS[colour[n, :, row, column].argmax()], _SHAPES[shape[n, :, row, column].argmax()])
+            out[n].append((*names, (column + 0.5 + dx) * _STRIDE, (row + 0.5 + dy) * _STRIDE))
         return out
 
     def passes(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[bool]:
-        """Whether each picture holds exactly what its prompt lists, by what the network finds."""
-        return [satisfies(found, p) for found, p in zip(self.find(pictures_NHWC), prompts, strict=True)]
+        """Whether each picture holds exactly the objects that its prompt lists, according to the network."""
+        return [satisfies(objects, p) for objects, p in zip(self.find(pictures_NHWC), prompts, strict=True)]
 
 
 def _targets(scenes: Sequence[world.Scene], malformed: Sequence[Sequence[bool]]) -> list[Tensor]:
@@ -81,13 +81,13 @@ def _spoil(picture: np.ndarray, s: world.Shape, ground: np.ndarray, rng: np.rand
     y, x = np.mgrid[: world.SIZE, : world.SIZE] + 0.5
     reach = s.size * world.EXTENT[s.shape]
     dx, dy = (x - s.x) / reach, (y - s.y) / reach
-    how = rng.integers(3)
-    if how == 0:
+    kind = rng.integers(3)
+    if kind == 0:
         angle = rng.uniform(0, 2 * np.pi)
         picture[(np.cos(angle) * dx + np.sin(angle) * dy > rng.uniform(0.1, 0.4))] = ground
         return
     other = str(rng.choice([k for k in world.SHAPES if k != s.shape]))
-    if how == 1:
+    if kind == 1:
         picture[world.SHAPES[s.shape](dx / 0.6, dy / 0.6)] = ground
     else:
         half = dx * rng.choice([-1, 1]) > 0
@@ -95,8 +95,10 @@ def _spoil(picture: np.ndarray, s: world.Shape, ground: np.ndarray, rng: np.rand
         picture[half & world.SHAPES[other](dx, dy)] = np.asarray(world.COLOURS[s.colour]) * 255
 
 
-def judge_loss(judge: Judge, batch: int, seed: int) -> Tensor:
-    """Detection loss on freshly drawn pictures of the train split, some objects spoilt, all slightly noisy."""
+def detector_loss(detector: ShapeDetector, batch: int, seed: int) -> Tensor:
+    """The detection loss on newly drawn pictures of the train split. Some objects are spoilt, all pictures are
+    noisy.
+    """
     rng = np.random.default_rng([seed, 3])
     scenes = [world.scene_for(p, rng) for p in world.sample_prompts("train", batch, seed)]
     pictures = np.stack([world.draw(s) for s in scenes])
@@ -111,23 +113,23 @@ def judge_loss(judge: Judge, batch: int, seed: int) -> Tensor:
     blurred = nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     x = torch.lerp(x, blurred, torch.rand(batch, 1, 1, 1, generator=noise))
     x = x + 0.08 * torch.rand(batch, 1, 1, 1, generator=noise) * torch.randn(x.shape, generator=noise)
-    centre, offset, colour, shape = judge(x)
-    want_centre, want_offset, want_colour, want_shape = _targets(scenes, malformed)
-    objects = want_centre.sum()
-    weight = torch.where(want_centre > 0, 1.0, 0.2)
-    found = nn.functional.binary_cross_entropy_with_logits(centre, want_centre, weight, reduction="sum")
-    moved = ((offset - want_offset).square().sum(1) * want_centre).sum()
-    named = nn.functional.cross_entropy(colour, want_colour, ignore_index=-1, reduction="sum")
-    named = named + nn.functional.cross_entropy(shape, want_shape, ignore_index=-1, reduction="sum")
-    return (found + moved + named) / objects
+    centre, offset, colour, shape = detector(x)
+    true_centre, true_offset, true_colour, true_shape = _targets(scenes, malformed)
+    objects = true_centre.sum()
+    weight = torch.where(true_centre > 0, 1.0, 0.2)
+    centre_loss = nn.functional.binary_cross_entropy_with_logits(centre, true_centre, weight, reduction="sum")
+    offset_loss = ((offset - true_offset).square().sum(1) * true_centre).sum()
+    class_loss = nn.functional.cross_entropy(colour, true_colour, ignore_index=-1, reduction="sum")
+    class_loss = class_loss + nn.functional.cross_entropy(shape, true_shape, ignore_index=-1, reduction="sum")
+    return (centre_loss + offset_loss + class_loss) / objects
 
 
-def save_judge(judge: Judge, folder: Path) -> None:
+def save_detector(detector: ShapeDetector, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(judge.state_dict()), folder / "model.safetensors")
+    save_file(dict(detector.state_dict()), folder / "model.safetensors")
 
 
-def load_judge(folder: Path) -> Judge:
-    judge = Judge()
-    judge.load_state_dict(load_file(folder / "model.safetensors"))
-    return judge.eval()
+def load_detector(folder: Path) -> ShapeDetector:
+    detector = ShapeDetector()
+    detector.load_state_dict(load_file(folder / "model.safetensors"))
+    return detector.eval()

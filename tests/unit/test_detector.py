@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from progrpo.types import Prompt
 from progrpo.zoo import WEIGHTS
 from progrpo.zoo.shapes import world
-from progrpo.zoo.shapes.judge import Judge, _spoil, _targets, judge_loss, load_judge, save_judge
+from progrpo.zoo.shapes.detector import ShapeDetector, _spoil, _targets, detector_loss, load_detector, save_detector
 from progrpo.zoo.shapes.verifier import look
 from progrpo.zoo.shapes.world import COLOURS, EXTENT, SHAPES, Scene, Shape, draw
 
@@ -29,24 +29,24 @@ def objects(scene: Scene) -> list[tuple[str, str, float, float]]:
     return [(s.colour, s.shape, s.x, s.y) for s in scene.shapes]
 
 
-def small() -> Judge:
+def small() -> ShapeDetector:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Judge(width=16)
+        return ShapeDetector(width=16)
 
 
 # --- what it puts out -------------------------------------------------------------------------------------------------
 
 
 def test_shapes_of_the_outputs():
-    centre, offset, colour, shape = Judge(width=16)(torch.zeros(2, 3, 64, 64))
+    centre, offset, colour, shape = ShapeDetector(width=16)(torch.zeros(2, 3, 64, 64))
     assert centre.shape == (2, 16, 16)
     assert offset.shape == (2, 2, 16, 16)
     assert colour.shape == (2, len(COLOURS), 16, 16)
     assert shape.shape == (2, len(FORMS), 16, 16)
 
 
-class Oracle(Judge):
+class Oracle(ShapeDetector):
     """Says what the targets say, whatever the picture."""
 
     def __init__(self, centre: Tensor, offset: Tensor, colour: Tensor, shape: Tensor):
@@ -100,7 +100,7 @@ def test_spoilt_objects_are_malformed_to_the_verifier_too():
 
 def test_the_loss_is_a_function_of_its_seed():
     judge = small()
-    first, second, other = (judge_loss(judge, 4, seed).item() for seed in (1, 1, 2))
+    first, second, other = (detector_loss(judge, 4, seed).item() for seed in (1, 1, 2))
     assert first == second != other
 
 
@@ -109,7 +109,7 @@ def test_the_loss_falls():
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3)
     losses = []
     for step in range(30):
-        loss = judge_loss(judge, 6, seed=step)
+        loss = detector_loss(judge, 6, seed=step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -119,10 +119,10 @@ def test_the_loss_falls():
 
 def test_a_saved_judge_says_the_same(tmp_path):
     torch.manual_seed(0)
-    judge = Judge()
-    judge_loss(judge, 4, seed=0)  # moves the running statistics of the normalisation
-    save_judge(judge, tmp_path / "judge")
-    loaded = load_judge(tmp_path / "judge")
+    judge = ShapeDetector()
+    detector_loss(judge, 4, seed=0)  # moves the running statistics of the normalisation
+    save_detector(judge, tmp_path / "judge")
+    loaded = load_detector(tmp_path / "judge")
     x = torch.randn(2, 3, 64, 64)
     assert not loaded.training
     for a, b in zip(judge.eval()(x), loaded(x), strict=True):
@@ -133,8 +133,8 @@ def test_a_saved_judge_says_the_same(tmp_path):
 
 
 @cache
-def shipped() -> Judge:
-    return load_judge(WEIGHTS / "shapes-judge")
+def shipped() -> ShapeDetector:
+    return load_detector(WEIGHTS / "shapes-judge")
 
 
 def pass_rate(prompts: list[Prompt], scenes: list[Scene]) -> float:

@@ -1,0 +1,166 @@
+"""The entry point of `progrpo`: it runs the command that the arguments name, and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise, takewhile
+
+from progrpo import __version__
+from progrpo.cli.command import Command
+from progrpo.cli.model_commands import Eval, Pretrain, Sample
+from progrpo.cli.options import parse_options
+from progrpo.cli.other_commands import Import, Repro, ServeReward
+from progrpo.cli.output import UnreadOutputError, columns, show
+from progrpo.cli.run_commands import Plan, Recipes, Report, Resume, Train
+from progrpo.config import Config, PlanSettings
+from progrpo.durable import DiskError
+from progrpo.messages import nearest, quoted
+from progrpo.recipes import RECIPES, load_recipe
+from progrpo.streams import occupy_standard_descriptors, release_standard_descriptors, tolerant_streams
+from progrpo.tracking.lock import LockLostError
+from progrpo.training.errors import Interrupted, LostProcessError, SelfCheckError
+
+COMMANDS: dict[str, type[Command]] = {
+    "train": Train,
+    "recipes": Recipes,
+    "import": Import,
+    "plan": Plan,
+    "sample": Sample,
+    "eval": Eval,
+    "report": Report,
+    "repro": Repro,
+    "pretrain": Pretrain,
+    "serve-reward": ServeReward,
+}
+
+# --- running a command ------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code.
+
+    0: done. 1: the run stopped itself, or its result could not be printed. 2: a user's mistake, one sentence on stderr.
+    128 + the signal's number: a signal ended it.
+    """
+    occupy_standard_descriptors()
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or the hub's client reports every attempt to reach it
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or its import warns of picture formats we do not use
+    try:
+        with tolerant_streams():
+            return _run(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        release_standard_descriptors()
+
+
+def _run(args: list[str]) -> int:
+    """Run the command and print its error; the exit code."""
+    try:
+        _parse(args)()
+    except (SelfCheckError, DiskError, LostProcessError, LockLostError) as error:
+        print(f"progrpo: stopped: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"progrpo: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except UnreadOutputError as error:
+        print(error, end="", file=sys.stderr)
+        return error.code
+    except Interrupted as stopped:
+        print(f"progrpo: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
+    except KeyboardInterrupt:
+        print("progrpo: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    """The text of an error in one line; texts of libraries and of the user's rewards may have several."""
+    return " ".join(str(error).split())
+
+
+# --- finding the command ----------------------------------------------------------------------------------------------
+
+
+def _parse(args: list[str]) -> Callable[[], None]:
+    """The action that the arguments ask for."""
+    if not args or args[0] in ("-h", "--help"):
+        return lambda: show(_help())
+    if args[0] == "--version":
+        return lambda: show(f"progrpo {__version__}")
+    command, *rest = args
+    if command not in COMMANDS:
+        raise ValueError(
+            f"{quoted(command)} is no command of progrpo ({', '.join(COMMANDS)}){nearest(command, COMMANDS)}"
+        )
+    _require_current_folder()
+    if command == "train" and any(arg.partition("=")[0] == "--resume" for arg in rest):
+        return parse_options(Resume, rest, "progrpo train --resume").run
+    if command == "train":
+        return _parse_with_recipe(Train, command, rest).run
+    if command == "plan":
+        return _parse_with_recipe(Plan, command, rest).run
+    return parse_options(COMMANDS[command], rest, f"progrpo {command}").run
+
+
+def _help() -> str:
+    lines = columns({name: (kind.__doc__ or "").strip() for name, kind in COMMANDS.items()})
+    return (
+        "usage: progrpo COMMAND [OPTIONS]\n\n"
+        "Online RL of text-to-image models with pruning inside the sampling process.\n\n"
+        f"{lines}\n\nprogrpo COMMAND --help says more; progrpo --version prints the version."
+    )
+
+
+def _require_current_folder() -> None:
+    """Raise ValueError where the current folder is gone: torch's libraries would end the process as they are loaded."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("the current folder is gone; change to one that is there") from None
+
+
+def _parse_with_recipe(kind: type[Train] | type[Plan], command: str, args: list[str]) -> Command:
+    """Parse `RECIPE [OPTIONS]`: the recipe comes first, since it holds the defaults of all options."""
+    if {"-h", "--help"} & set(args[:1]):
+        return parse_options(kind, ["--help"], f"progrpo {command} RECIPE", kind(config=Config()))
+    if not args or args[0].startswith("-"):
+        raise ValueError(
+            f"a recipe ({', '.join(RECIPES)}), a config file or a run folder comes first: progrpo {command} RECIPE ..."
+        )
+    _require_quotes(command, args)
+    config = load_recipe(args[0])
+    if _named_plan(command, args, config.plan) not in ("recipe", "custom"):
+        # the named plan has a group and points of its own, so those of the recipe's custom plan must go
+        config = replace(config, plan=PlanSettings(selector=config.plan.selector))
+    return parse_options(kind, args[1:], f"progrpo {command} {args[0]}", kind(config=config))
+
+
+def _require_quotes(command: str, args: Sequence[str]) -> None:
+    """Raise ValueError where the words before the options are a path that a shell has cut at its spaces."""
+    words = list(takewhile(lambda word: not word.startswith("--"), args))
+    path = " ".join(words)
+    if len(words) > 1 and not os.path.exists(words[0]) and os.path.exists(path):
+        raise ValueError(f"a path with spaces must stand in quotes: progrpo {command} {shlex.quote(path)} ...")
+
+
+def _named_plan(command: str, args: Sequence[str], own: PlanSettings) -> str:
+    """The plan that `--plan.preset` names, or `--plan` of `plan`; `recipe` where neither is given.
+
+    ValueError if both are given, and for a custom plan without any of its fields.
+    """
+    words = [word for arg in args for word in arg.split("=", 1)]
+    options = ("--plan", "--plan.preset") if command == "plan" else ("--plan.preset",)
+    given = {option: value for option, value in pairwise(words) if option in options}
+    if len(given) > 1:
+        raise ValueError("--plan and --plan.preset name a plan each; leave one out")
+    option, preset = next(iter(given.items()), ("", "recipe"))
+    fields = ("--plan.group-size", "--plan.prune", "--plan.final-keep")
+    described = {word.replace("_", "-") for word in words} & {*fields}
+    if preset == "custom" and own.preset != "custom" and not described:
+        raise ValueError(f"{option} custom needs the plan: give {', '.join(fields[:-1])} or {fields[-1]}")
+    return preset

@@ -1,0 +1,213 @@
+"""Commands around models: sample, eval and pretrain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from progrpo.cli.command import Command, as_option, check_device, check_range
+from progrpo.cli.output import format_result, show
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Command):
+    """Draw pictures for prompts, with a trained LoRA if given."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """A run folder, a built-in model's name, a folder in diffusers' format, or a hub id."""
+    prompt: tuple[str, ...]
+    """One prompt or several."""
+    image: tuple[Path, ...] = ()
+    """For a model that edits: the picture to change, one for all prompts or one for each."""
+    lora: Path | None = None
+    """A run folder, or a LoRA: a folder, a file in safetensors or a hub id, as --model.lora of `train`."""
+    out: Path = Path("samples")
+    """The folder of the pictures. 001-03.png is the fourth picture of the second prompt.
+    Numbers of prompts continue from the pictures that are there, and nothing is replaced."""
+    seed: int | None = None
+    """The seed. Without it: that of the run's evaluations, 0 if no run is named."""
+    num_inference_steps: int | None = None
+    """The number of steps. Without it: that of the run's evaluations, 10 if no run is named."""
+    guidance_scale: float | None = None
+    """The guidance scale. Without it: that of the run's evaluations, 1 (none) if no run is named."""
+    negative_prompt: str | None = None
+    """A text from which guidance leads away. Without it: that of the run, none if no run is named."""
+    count: int = 1
+    """The number of pictures per prompt."""
+    revision: str = ""
+    """The branch, tag or commit of a model that is a hub id, as --model.revision of `train`."""
+    variant: str = ""
+    """The variant of a model's weights files, such as fp16, as --model.variant of `train`."""
+
+    def run(self) -> None:
+        check_range(0, 2**63 - 1, seed=self.seed)
+        check_range(1, 1000, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
+        check_range(1, 10_000, count=self.count)
+        from progrpo.prompts.load import prompts_of
+
+        prompts = prompts_of(self._rows(), "--prompt")
+        from progrpo.training.sample import sample_pictures
+
+        files = sample_pictures(
+            self.model,
+            prompts,
+            lora=self.lora,
+            out=self.out,
+            seed=self.seed,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
+            count=self.count,
+            revision=self.revision,
+            variant=self.variant,
+        )
+        if files:
+            print("\n".join(str(file) for file in files))
+
+    def _rows(self) -> list[dict[str, str]]:
+        """The prompts as rows, with their pictures."""
+        if len(self.image) not in (0, 1, len(self.prompt)):
+            raise ValueError(
+                f"--image: {len(self.image)} pictures for {len(self.prompt)} prompts; give one for all, or one for each"
+            )
+        images = self.image * len(self.prompt) if len(self.image) == 1 else self.image
+        columns = [{"image": str(image)} for image in images] or [{} for _ in self.prompt]
+        return [{"prompt": text, **row} for text, row in zip(self.prompt, columns, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(Command):
+    """Measure a run or a model on held-out prompts."""
+
+    target: Annotated[Positional[str], arg(metavar="RUN|MODEL")]
+    """A run folder, a built-in model's name, a folder in diffusers' format, or a hub id."""
+    lora: Path | None = None
+    """For a model: a run folder, or a LoRA folder in diffusers' format."""
+    prompts: str | None = None
+    """`shapes`, a prompt file or dataset:NAME, as --eval.prompts of `train`.
+    Without it: the run's own, `shapes` for a model."""
+    column: str | None = None
+    """The field of rows that holds the text. Without it: the run's own, `prompt` for a model."""
+    reward: tuple[str, ...] = ()
+    """One reward or several, as `--reward.terms` of `train`. Without it: the run's own, `shapes` for a model."""
+    split: Literal["test", "validation"] = "test"
+    """The split of `shapes` or of a dataset: tune on validation, state figures on test."""
+    pictures: int = 512
+    """The number of pictures."""
+    num_inference_steps: int | None = None
+    """The number of steps. Without it: that of the run's own evaluations, 10 for a model."""
+    guidance_scale: float | None = None
+    """The guidance scale. Without it: that of the run's own evaluations, 1 (none) for a model."""
+    negative_prompt: str | None = None
+    """A text from which guidance leads away. Without it: the run's own, none for a model."""
+    seed: int | None = None
+    """The seed. Without it: that of the run's own evaluations, 1234 for a model."""
+    revision: str = ""
+    """The branch, tag or commit of a model that is a hub id, as --model.revision of `train`."""
+    variant: str = ""
+    """The variant of a model's weights files, such as fp16, as --model.variant of `train`."""
+    json: FlagCreatePairsOff[bool] = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        check_range(1, 1000, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
+        check_range(0, 2**63 - 1, seed=self.seed)
+        check_range(1, 1_000_000, pictures=self.pictures)
+        from progrpo.training.evaluate import evaluate_model
+
+        result = evaluate_model(
+            self.target,
+            lora=self.lora,
+            prompts=self.prompts,
+            column=self.column,
+            reward=self.reward,
+            split=self.split,
+            pictures=self.pictures,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
+            seed=self.seed,
+            revision=self.revision,
+            variant=self.variant,
+        )
+        if result is not None:
+            show(format_result(result, self.json), costly=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Command):
+    """Make a built-in model; the same command continues where it was stopped."""
+
+    model: Positional[Literal["shapes-flow", "shapes-diffusion", "shapes-tiny"]]
+    """The model. shapes-diffusion learns from the shipped shapes-flow and shares its autoencoder.
+    shapes-tiny is a small decoder for both, which learns from the autoencoder's own."""
+    out: Path | None = None
+    """The folder of its state. Without it: runs/pretrain/MODEL."""
+    device: str = "auto"
+    """The device. `auto` is the GPU where there is one, else the CPU."""
+    from_shipped: FlagCreatePairsOff[bool] = False
+    """Train the shipped shapes-flow further; its autoencoder stays, and the state lies in OUT/from-shipped."""
+    vae_steps: int | None = None
+    """The optimizer steps of this stage. Without it: those of the shipped model."""
+    flow_steps: int | None = None
+    """The optimizer steps of this stage."""
+    judge_steps: int | None = None
+    """The optimizer steps of this stage."""
+    unet_steps: int | None = None
+    """The optimizer steps of shapes-diffusion."""
+    decoder_steps: int | None = None
+    """The optimizer steps of shapes-tiny."""
+    export: FlagCreatePairsOff[bool] = False
+    """Put the finished model into the package, as the one that is shipped."""
+
+    STEPS: ClassVar = ("vae_steps", "flow_steps", "judge_steps", "unet_steps", "decoder_steps")
+    MODEL_OF_OPTION: ClassVar = {
+        "from_shipped": "shapes-flow",
+        "vae_steps": "shapes-flow",
+        "flow_steps": "shapes-flow",
+        "judge_steps": "shapes-flow",
+        "unet_steps": "shapes-diffusion",
+        "decoder_steps": "shapes-tiny",
+    }
+
+    def run(self) -> None:
+        check_range(1, 10**9, **{name: getattr(self, name) for name in self.STEPS})
+        check_device(self.device)
+        for name, model in self.MODEL_OF_OPTION.items():
+            if model != self.model and getattr(self, name) not in (None, False):
+                raise ValueError(f"{as_option(name)} is an option of {model}, not of {self.model}")
+        from progrpo.zoo import WEIGHTS
+
+        out = self.out or Path("runs/pretrain") / self.model
+        export = WEIGHTS if self.export else None
+        if self.model == "shapes-diffusion":
+            self._pretrain_diffusion(WEIGHTS / "shapes-flow", out, export)
+        elif self.model == "shapes-tiny":
+            self._pretrain_tiny(WEIGHTS / "shapes-flow", out, export)
+        else:
+            self._pretrain_flow(WEIGHTS / "shapes-flow", out, export)
+
+    def _pretrain_flow(self, shipped: Path, out: Path, export: Path | None) -> None:
+        from progrpo.zoo.shapes.pretrain import Budget, pretrain
+
+        steps = {"vae_steps": self.vae_steps, "flow_steps": self.flow_steps, "judge_steps": self.judge_steps}
+        budget = Budget(**{name: number for name, number in steps.items() if number is not None})
+        if self.from_shipped:  # a folder of its own: one resumed state must not mix latents and weights of two models
+            pretrain(out / "from-shipped", budget=budget, device=self.device, start=shipped, export=export)
+        else:
+            pretrain(out, budget=budget, device=self.device, start=None, export=export)
+
+    def _pretrain_diffusion(self, teacher: Path, out: Path, export: Path | None) -> None:
+        from progrpo.zoo.shapes.pretrain_diffusion import DiffusionBudget, pretrain_diffusion
+
+        budget = DiffusionBudget() if self.unet_steps is None else DiffusionBudget(steps=self.unet_steps)
+        pretrain_diffusion(out, teacher=teacher, budget=budget, device=self.device, export=export)
+
+    def _pretrain_tiny(self, teacher: Path, out: Path, export: Path | None) -> None:
+        from progrpo.zoo.shapes.pretrain_tiny import TinyBudget, pretrain_tiny
+
+        budget = TinyBudget() if self.decoder_steps is None else TinyBudget(steps=self.decoder_steps)
+        pretrain_tiny(out, teacher=teacher, budget=budget, device=self.device, export=export)

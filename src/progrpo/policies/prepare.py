@@ -1,0 +1,243 @@
+"""The steps that make a diffusers pipeline ready for training: taken over, frozen, cast, adapted, shared out, compiled.
+
+They are in place, and in an order that matters: each line of `prepare` is one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from weakref import WeakSet
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.models.autoencoders.vae import Decoder
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from progrpo.policies.base import PolicyContext
+from progrpo.policies.decoder import optimize_for_cpu
+from progrpo.policies.denoiser_call import is_low_precision_on_cpu
+from progrpo.policies.family import ModelFamily
+from progrpo.policies.fingerprint import fingerprint
+from progrpo.policies.finite import require_finite
+from progrpo.policies.geometry import Geometry
+from progrpo.policies.handover import take_over
+from progrpo.policies.lora import continue_lora, in_float32
+from progrpo.policies.quantized import quantize_blocks
+from progrpo.policies.settings import ModelSettings
+from progrpo.policies.sharded import blocks, share_out
+
+_TAKEN: WeakSet[DiffusionPipeline] = WeakSet()  # whose denoisers have what a policy trains
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A pipeline that is ready for training, with what was found out on the way."""
+
+    family: ModelFamily
+    fingerprints: Mapping[str, str]
+    ignored: str
+    shared: bool
+    """Whether the denoiser's weights are shared out among processes."""
+    compiled_decoder: bool
+
+
+def prepare(
+    kind: type[ModelFamily], pipeline: DiffusionPipeline, settings: ModelSettings, context: PolicyContext
+) -> Prepared:
+    """Take the pipeline over: it moves to the device, is frozen, and its denoiser gets what `settings` ask for.
+
+    ValueError for one that a policy was made of before, that has an adapter already, or that does not fit the settings.
+    """
+    _require_untaken(pipeline)
+    take_over(pipeline, kind.denoiser_name)
+    kind.check_index(pipeline.config)
+    family = kind(pipeline, settings, context)
+    ignored = family.ignored()
+    family.check()
+    geometry = family.geometry()
+    family.size = geometry.picture_size(settings.resolution)
+    family.latent_shape = geometry.latent_shape(family.size, settings.frames)
+    _require_no_adapter(family)
+    _require_fitting_context(family, geometry)
+    shared = settings.shard and context.world_size > 1
+    _quantize(family)  # before it moves, so that the device never holds the wide weights
+    _place_and_freeze(family, shared)
+    _cast(family)
+    require_finite(pipeline, kind.denoiser_name)
+    # while every process has all weights; a fresh LoRA's follow from the seed
+    fingerprints = _fingerprints(pipeline)
+    _add_fresh_lora(family)
+    if shared:
+        _share(family)
+    _TAKEN.add(pipeline)
+    _optimize_for_cpu(family)
+    for module in _networks(pipeline):
+        module.eval()
+    _limit_decoding(family, geometry)
+    _order_memory(family)
+    return Prepared(family, fingerprints, ignored, shared, _compile(family))
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def _require_untaken(pipeline: DiffusionPipeline) -> None:
+    if pipeline in _TAKEN:
+        raise ValueError("this pipeline was given to a run already, which took it over and changed it; load it again")
+
+
+def _require_no_adapter(family: ModelFamily) -> None:
+    if any(isinstance(module, BaseTunerLayer) for module in family.denoiser.modules()):
+        raise ValueError(
+            f"the pipeline's {family.denoiser_name} has an adapter already: call fuse_lora() and unload_lora_weights() to"
+            " keep what it learnt, the latter alone to leave it out, or name it in model.lora to train it further"
+        )
+
+
+def _require_fitting_context(family: ModelFamily, geometry: Geometry) -> None:
+    context = family.context
+    if context.decoder_for_previews and geometry.default_frames is not None:
+        raise ValueError("preview.tiny_decoder: an AutoencoderTiny decodes pictures, and this model makes videos")
+    if context.guide_away_from and getattr(family.denoiser.config, "guidance_embeds", False):
+        raise ValueError(
+            "sampling.negative_prompt: this model is told the guidance scale and leads away from no text; leave it empty"
+        )
+
+
+# --- what is changed --------------------------------------------------------------------------------------------------
+
+
+def _quantize(family: ModelFamily) -> None:
+    if family.settings.quantize == "int8":
+        _cast_to(family.denoiser, family.dtype)
+        quantize_blocks(family.denoiser)
+
+
+def _place_and_freeze(family: ModelFamily, shared: bool) -> None:
+    """Move the networks to the device, but for a denoiser that is shared out and for those that wait on the CPU."""
+    vae, denoiser = family.pipeline.vae, family.denoiser
+    for module in _networks(family.pipeline):
+        is_shared = module is denoiser and shared
+        waits = module is not vae and family.settings.offload
+        if not is_shared and not waits:
+            module.to(family.device)
+        module.requires_grad_(False)
+
+
+def _cast(family: ModelFamily) -> None:
+    """Cast the networks, mark what is trained, and load a LoRA that is trained further."""
+    _cast_to(family.pipeline.vae, family.loaded_vae_dtype)
+    weights = family.settings.weights
+    if weights == "lora":
+        _cast_to(family.denoiser, family.dtype)
+        if family.settings.lora:
+            continue_lora(family.pipeline, family.denoiser_name, family.settings.lora)
+    elif weights == "full":
+        _cast_to(family.denoiser, torch.float32)
+        family.denoiser.requires_grad_(True)
+    else:
+        raise ValueError(f"model.weights: {weights!r} is not known; use 'lora' or 'full'")
+
+
+def _cast_to(module: ModelMixin, dtype: torch.dtype) -> None:
+    if module.dtype != dtype:  # diffusers warns of every cast, also of one that changes nothing
+        module.to(dtype)
+
+
+def _add_fresh_lora(family: ModelFamily) -> None:
+    settings, denoiser = family.settings, family.denoiser
+    if settings.weights != "lora" or settings.lora:
+        return
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=0.0,
+        init_lora_weights="gaussian",
+        target_modules=_adapted_layers(denoiser, settings.lora_targets or family.lora_targets),
+    )
+    with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, from the global generator
+        torch.default_generator.manual_seed(family.context.lora_seed)
+        denoiser.add_adapter(config)
+    in_float32(denoiser)
+
+
+def _adapted_layers(denoiser: nn.Module, targets: tuple[str, ...]) -> list[str]:
+    linears = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    adapted: set[str] = set()
+    for target in targets:
+        layers = [name for name in linears if fnmatchcase(f".{name}", f"*.{target}")]
+        if not layers:
+            raise ValueError(f"model.lora_targets: no linear layer's name ends in {target!r}; use such as attn.to_q")
+        adapted.update(layers)
+    return sorted(adapted)
+
+
+def _share(family: ModelFamily) -> None:
+    """Share the denoiser's weights out among the processes; a LoRA stays whole in each."""
+    trained = [p for p in family.denoiser.parameters() if p.requires_grad]
+    share_out(family.denoiser, family.device, whole=trained if family.settings.weights == "lora" else [])
+
+
+# --- what makes it faster or smaller ----------------------------------------------------------------------------------
+
+
+def _optimize_for_cpu(family: ModelFamily) -> None:
+    if is_low_precision_on_cpu(family.dtype, family.device):
+        optimize_for_cpu(family.pipeline.vae)
+        if family.plain_attention is not None:
+            family.denoiser.set_attn_processor(family.plain_attention())
+
+
+def _limit_decoding(family: ModelFamily, geometry: Geometry) -> None:
+    """Have the autoencoder decode one picture at a time, or one tile, where memory asks for it."""
+    vae, decoding = family.pipeline.vae, family.settings.decoding
+    if decoding != "whole" or geometry.default_frames is not None:  # a video takes a batch of pictures' memory
+        vae.enable_slicing()
+    if decoding == "tiled":
+        vae.enable_tiling()
+
+
+def _order_memory(family: ModelFamily) -> None:
+    """Lay weights in channels-last order, where pictures are convolved faster: a decoder by a fifth on a CPU."""
+    vae = family.pipeline.vae
+    if not any(p.ndim == 5 for p in vae.parameters()):  # a video's has weights that cannot be in it
+        vae.to(memory_format=torch.channels_last)
+    if family.channels_last and family.device.type == "cuda":
+        family.denoiser.to(memory_format=torch.channels_last)
+
+
+def _compile(family: ModelFamily) -> bool:
+    """Compile in place, so that names of parameters stay. Return whether the decoder is compiled, too.
+
+    The denoiser is compiled by its blocks, which takes a fraction of the time that the whole takes: equal ones share what was
+    compiled. Sampling, training, audits and evaluation each have shapes of their own.
+    """
+    if not family.settings.compile:
+        return False
+    decoders = compilable_decoder(family.pipeline.vae, family.settings, family.device)
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for module in (*blocks(family.denoiser), *decoders):
+        module.compile(dynamic=False)
+    return bool(decoders)
+
+
+def compilable_decoder(vae: ModelMixin, settings: ModelSettings, device: torch.device) -> list[nn.Module]:
+    """The decoder if compiling makes it faster: one of pictures, whose norms go through memory several times on a GPU.
+
+    On a CPU it is slower compiled than not. One that is to save memory is left: slices and tiles have shapes of their own.
+    """
+    faster = device.type != "cpu" and settings.decoding == "whole" and isinstance(vae.decoder, Decoder)
+    return [vae.decoder] if faster else []
+
+
+def _networks(pipeline: DiffusionPipeline) -> list[nn.Module]:
+    return [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
+
+
+def _fingerprints(pipeline: DiffusionPipeline) -> dict[str, str]:
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return {name: fingerprint(network) for name, network in networks.items()}
