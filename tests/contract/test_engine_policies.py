@@ -231,10 +231,22 @@ def _of_one_block(folder: Path, settings: ModelSettings) -> Any:
     return policy_from_pipeline(pipeline, settings)
 
 
-@needs_compiler
-def test_a_compiled_policy_is_the_policy_whatever_weights_it_has(tiny_sd3, move):
-    """All of it with gradients, on one shape and with one block, so that there is one compilation of half a minute."""
+def compile_by(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend=backend, **options)
+    )
     torch._dynamo.reset()
+
+
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])])
+def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs of a network and of its gradients as they are, and as users have them: half a minute of compilation."""
+    compile_by(monkeypatch, request.param)
+
+
+def test_a_compiled_policy_is_the_policy_whatever_weights_it_has(compiler, tiny_sd3, move):
+    """All of it with gradients, on one shape and with one block, so that there is one compilation."""
     layers = "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2"
     settings = replace(SETTINGS, lora_targets=layers)
     eager, policy = (_of_one_block(tiny_sd3, replace(settings, compile=asked)) for asked in (False, True))
@@ -271,9 +283,7 @@ def test_a_compiled_policy_is_the_policy_whatever_weights_it_has(tiny_sd3, move)
 @pytest.fixture
 def quickly_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled when, without the minutes that the compiler takes: the graphs run as they are."""
-    compile_it = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_it(self, backend="eager", **how))
-    torch._dynamo.reset()
+    compile_by(monkeypatch, "eager")
 
 
 @pytest.mark.parametrize(

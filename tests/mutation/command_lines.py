@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from unittest import mock
+from typing import NoReturn
+
+import pytest
 
 from progrpo.cli import COMMANDS, main
 from progrpo.config import Config
@@ -128,8 +130,12 @@ def cut_off() -> Iterator[None]:
         "training.sample.trained_policy",
         *(f"zoo.shapes.pretrain{n}.pretrain{n}" for n in ("", "_diffusion", "_tiny")),
     )
-    with contextlib.ExitStack() as stack:
+
+    def reached(*_: object, **__: object) -> NoReturn:
+        raise Reached
+
+    with pytest.MonkeyPatch.context() as patch:
         for end in ends:
-            stack.enter_context(mock.patch(f"progrpo.{end}", side_effect=Reached))
-        stack.enter_context(mock.patch("progrpo.training.build.fastest_dtype", return_value="float32"))
+            patch.setattr(f"progrpo.{end}", reached)
+        patch.setattr("progrpo.training.build.fastest_dtype", lambda device: "float32")
         yield

@@ -650,7 +650,10 @@ def test_shapes_rewards_are_graded_strict_or_between(name, strict_share):
         ("pickscroe", r"nor of the form module:function; did you mean pickscore\?$"),
         ("my_reward:scroe", r"has no function or class 'scroe' \(its file is .*my_reward.py\); did you mean score\?$"),
         ("my_reward:score()", r"has no function or class 'score\(\)' .*; did you mean score\?$"),
-        ("__main__:absent", r"'absent' is of the script or notebook that named it, .* put it into a module of its own"),
+        (
+            "__main__:absent",
+            r"'absent' belongs to the script or notebook that named it, .* put it into a module of its own",
+        ),
     ],
 )
 def test_a_name_that_is_nearly_right_is_refused_with_the_right_one(name, sentence, tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from progrpo.tracking.run_folder import RunFolder, tile
+from progrpo.tracking.grids import tile
+from progrpo.tracking.run_folder import RunFolder
 
 
 def pictures(*shape):
