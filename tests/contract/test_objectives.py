@@ -194,7 +194,7 @@ def test_a_first_rollout_is_learnt_from(build, first_experience):
 def test_what_is_stored_is_what_is_asked_for(build, first_experience):
     trainer = build()
     path = first_experience(trainer).trajectories.path
-    stochastic = [level > 0 for level in trainer.sampling.process.noise_levels]
+    stochastic = [level > 0 for level in trainer.sampler.sampling.process.noise_levels]
     if trainer.learner.objective.settings.stores == "latents":
         assert path == () and not any(stochastic)
     else:
@@ -204,7 +204,7 @@ def test_what_is_stored_is_what_is_asked_for(build, first_experience):
 
 def test_stochastic_rollouts_are_stored_only_for_transitions(build, first_experience):
     trainer = build(sampling=SamplingSettings(num_inference_steps=4, sde_window="all"))
-    assert all(level > 0 for level in trainer.sampling.process.noise_levels)
+    assert all(level > 0 for level in trainer.sampler.sampling.process.noise_levels)
     path = first_experience(trainer).trajectories.path
     assert len(path) == (0 if trainer.learner.objective.settings.stores == "latents" else 3)
 
@@ -324,7 +324,9 @@ def test_a_window_is_what_is_sampled_and_trained(tiny_trainer, tiny_config):
     sampling = SamplingSettings(num_inference_steps=4, sde_window="sliding", sde_window_size=1, sde_window_interval=1)
     trainer = tiny_trainer(tiny_config(objective=CONFIGS["grpo-guard"], sampling=sampling))
     for start in (0, 1, 2, 0):
-        assert [level > 0 for level in trainer.sampling.process.noise_levels] == [step == start for step in range(4)]
+        assert [level > 0 for level in trainer.sampler.sampling.process.noise_levels] == [
+            step == start for step in range(4)
+        ]
         assert [t.step for t in trainer.step().rollout.trajectories.path] == [start]
 
 
