@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal, get_type_hints
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
@@ -16,10 +16,10 @@ from progrpo.rollout.plan import summary
 from progrpo.training.gpus import GPUS
 
 if TYPE_CHECKING:
-    PlanName = Any
+    PlanName = str
     GPUName = str
 else:
-    PlanName = Literal[("recipe", *get_args(get_type_hints(PlanSettings)["preset"]))]
+    PlanName = Literal["recipe"] | get_type_hints(PlanSettings)["preset"]
     GPUName = Literal[tuple(GPUS)]
 
 
