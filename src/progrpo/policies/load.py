@@ -130,8 +130,8 @@ def locate(path: str | Path, revision: str = "") -> str:
     source = _located(path)
     if revision and os.path.isdir(source):
         raise ValueError(
-            f"model.revision: {named(path)} is no hub id, and has no revision {named(revision)}; leave it empty, or give a"
-            " hub id"
+            f"model.revision: {named(path)} is no hub id, and has no revision {named(revision)}; leave it empty, or"
+            " give a hub id"
         )
     return source
 
@@ -142,8 +142,8 @@ def _located(path: str | Path) -> str:
     folder = os.path.expanduser(path)  # as os.path.isdir, and unlike Path's, it takes every text
     if path and is_lora(folder):
         raise ValueError(
-            f"model.path: {named(path)} is a LoRA; give the model that it belongs to, and the LoRA as model.lora (--lora of sample"
-            " and eval)"
+            f"model.path: {named(path)} is a LoRA; give the model that it belongs to, and the LoRA as model.lora"
+            " (--lora of sample and eval)"
         )
     if path and os.path.isdir(folder):
         if not os.path.isfile(os.path.join(folder, "model_index.json")):
@@ -153,14 +153,15 @@ def _located(path: str | Path) -> str:
         return folder
     if os.path.isfile(folder) or folder.endswith(_SINGLE_FILES):
         raise ValueError(
-            f"model.path: {named(path)} is a single file, and a model is a folder in diffusers' format: load the file with"
-            " from_single_file of its pipeline in diffusers, such as StableDiffusionPipeline, write it with"
+            f"model.path: {named(path)} is a single file, and a model is a folder in diffusers' format: load the file"
+            " with from_single_file of its pipeline in diffusers, such as StableDiffusionPipeline, write it with"
             " save_pretrained(FOLDER), and give FOLDER"
         )
     if HUB_ID.fullmatch(str(path)):
         return str(path)
     raise ValueError(
-        f"model.path: {named(path) or 'an empty text'} is neither a built-in model ({', '.join(BUILT_IN)}), a folder nor a hub id"
+        f"model.path: {named(path) or 'an empty text'} is neither a built-in model ({', '.join(BUILT_IN)}), a folder"
+        " nor a hub id"
     )
 
 

@@ -147,8 +147,8 @@ def _require_safe(names: Iterable[str]) -> None:
     for name in sorted(names):
         if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
             raise ValueError(
-                f"{os.path.basename(name)} is a pickle, which can run code and is never read here; load it where you trust it and"
-                " save it as safetensors"
+                f"{os.path.basename(name)} is a pickle, which can run code and is never read here; load it where you"
+                " trust it and save it as safetensors"
             )
 
 
@@ -222,8 +222,8 @@ def _converted(pipeline: DiffusionPipeline, denoiser_name: str, raw: dict[str, T
     parts = {name.partition(".")[0] for name in tensors}
     if others := sorted(part for part in parts if part in pipeline.components and part != denoiser_name):
         raise ValueError(
-            f"it adapts the {others[0]}, and what is trained here is the {denoiser_name} alone; leave the tensors of the"
-            f" {others[0]} out of the file, or merge them into the model's first"
+            f"it adapts the {others[0]}, and what is trained here is the {denoiser_name} alone; leave the tensors of"
+            f" the {others[0]} out of the file, or merge them into the model's first"
         )
     own = {name.removeprefix(f"{denoiser_name}."): tensor for name, tensor in tensors.items()}
     if any(name.startswith(_KOHYA) for name in own) or not _is_all(own, raw):
@@ -250,7 +250,8 @@ def _beside(file: Path) -> dict[str, Any]:
     path = file.with_name(_PEFT_SETTINGS)
     if not path.is_file():
         raise ValueError(
-            f"it is in peft's format, and {_PEFT_SETTINGS}, which says how strong it is, is not beside {file.name}; put it there"
+            f"it is in peft's format, and {_PEFT_SETTINGS}, which says how strong it is, is not beside {file.name}; put"
+            " it there"
         )
     settings: dict[str, Any] = json.loads(path.read_bytes())
     if (kind := settings.get("peft_type")) != "LORA":

@@ -49,8 +49,8 @@ def load_networks(
     if variant and not any(variant in variants for variants in held.values()):
         others = ", ".join(sorted(set().union(*held.values()) - {""})) or "none"
         raise UnfitError(
-            f"it has no weights of the variant {named(variant)}, of others {others}; leave model.variant empty, or name one"
-            " that it has"
+            f"it has no weights of the variant {named(variant)}, of others {others}; leave model.variant empty, or name"
+            " one that it has"
         )
     chosen = {name: variant if variant in held[name] else "" for name in kinds}
     for name in kinds:

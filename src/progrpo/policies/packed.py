@@ -32,8 +32,8 @@ class PackedFlowFamily(FlowFamily):
         channels, expected = self.denoiser.config.in_channels, self.latent_channels * PATCH**2
         if channels != expected:
             raise ValueError(
-                f"model.path: the transformer takes {channels} channels where tokens of latents have {expected}; use a model"
-                " that takes text alone, not one for editing or control"
+                f"model.path: the transformer takes {channels} channels where tokens of latents have {expected}; use a"
+                " model that takes text alone, not one for editing or control"
             )
 
     def geometry(self) -> Geometry:

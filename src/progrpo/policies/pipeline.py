@@ -123,7 +123,8 @@ def _decoders(family: ModelFamily) -> tuple[PictureDecoder, PictureDecoder | Non
 
 
 def _offloader(family: ModelFamily) -> ModuleOffloader:
-    """The offloader of the denoiser, which is there first since copies of its weights are taken, and the text encoders."""
+    """The offloader of the denoiser, which is there first since copies of its weights are taken, and the text encoders.
+    """
     others = (family.pipeline.vae, family.denoiser)
     networks = [module for module in family.pipeline.components.values() if isinstance(module, nn.Module)]
     encoders = [module for module in networks if not any(module is other for other in others)]
@@ -131,7 +132,10 @@ def _offloader(family: ModelFamily) -> ModuleOffloader:
 
 
 def _may_be_batch_invariant(prepared: Prepared) -> bool:
-    """False where it is known without measuring: on a GPU, compiled in low precision, and where processes make calls together."""
+    """Whether the network may be batch-invariant, as far as is known without measuring.
+
+    It is not on a GPU, compiled in low precision, and where processes make calls together.
+    """
     settings, device = prepared.family.settings, prepared.family.device
     same_network = settings.dtype == "float32" or not settings.compile
     return same_network and device.type == "cpu" and not prepared.shared

@@ -57,18 +57,19 @@ class StableDiffusion(ModelFamily):
             )
         if pipeline.unet.config.time_cond_proj_dim is not None:
             raise ValueError(
-                "model.path: the U-Net must be told the guidance scale, as a latent consistency model's, which cannot be done"
-                " here; use the model that it was distilled from"
+                "model.path: the U-Net must be told the guidance scale, as a latent consistency model's, which cannot"
+                " be done here; use the model that it was distilled from"
             )
         if pipeline.unet.config.encoder_hid_dim_type is not None:
             raise ValueError(
-                "model.path: the U-Net is shown a picture as well, by an IP-Adapter; take it off with unload_ip_adapter()"
+                "model.path: the U-Net is shown a picture as well, by an IP-Adapter; take it off with"
+                " unload_ip_adapter()"
             )
         own = pipeline.scheduler.config
         if "beta_schedule" not in own or own.prediction_type not in PREDICTIONS:
             raise ValueError(
-                f"model.path: the scheduler is a {type(pipeline.scheduler).__name__}, for whose noise DDIM has no steps; use"
-                " a model that says epsilon, v_prediction or sample on a schedule of betas"
+                f"model.path: the scheduler is a {type(pipeline.scheduler).__name__}, for whose noise DDIM has no"
+                " steps; use a model that says epsilon, v_prediction or sample on a schedule of betas"
             )
         if self.prediction == "epsilon" and self.scheduler.alphas_cumprod[-1] == 0:
             raise ValueError(
@@ -98,7 +99,8 @@ class StableDiffusion(ModelFamily):
         ]  # one too many come of how some trailing grids are rounded
         if timesteps[0] >= count:  # as many steps as timesteps, on a grid that is offset by one
             raise ValueError(
-                f"sampling.num_inference_steps: {num_inference_steps} steps begin beyond the {count} timesteps of the model; use fewer"
+                f"sampling.num_inference_steps: {num_inference_steps} steps begin beyond the {count} timesteps of the"
+                " model; use fewer"
             )
         end_T = timesteps - count // num_inference_steps  # as in DDIMScheduler.step
         alphas = scheduler.alphas_cumprod

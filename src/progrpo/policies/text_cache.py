@@ -72,13 +72,14 @@ class TextCache:
         return self._texts[text]
 
     def _finite(self, subject: str, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The one row that was encoded, as the network gets it. ValueError where the dtype does not hold its numbers."""
+        """The one row that was encoded, as the network gets it. ValueError where the dtype does not hold its numbers.
+        """
         row = {name: tensor[0].to("cpu", self._family.dtype) for name, tensor in encoded.items()}
         for name, tensor in row.items():
             if not tensor.isfinite().all():
                 dtype = str(self._family.dtype).removeprefix("torch.")
                 raise ValueError(
-                    f"what {subject} is encoded as ({name}) is not finite in {dtype}; take another model.dtype (bfloat16,"
-                    " float32), or look at the model's encoder"
+                    f"what {subject} is encoded as ({name}) is not finite in {dtype}; take another model.dtype"
+                    " (bfloat16, float32), or look at the model's encoder"
                 )
         return row

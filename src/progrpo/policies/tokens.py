@@ -57,9 +57,9 @@ class Truncation:
         equal = f", so that {self.equal} are told as another one is" * bool(self.equal)
         raised = " or raise model.max_sequence_length" * any(reader.settable for reader in self.by_reader)
         return (
-            f"{len(self.cut)} of {self.count} prompts {'is' if len(self.cut) == 1 else 'are'} longer than the text encoders read, and"
-            f" cut ({', '.join(counts)}){equal}, though a reward may read them whole; shorten them{raised}; the first is"
-            f" {quoted(self.cut[0])}"
+            f"{len(self.cut)} of {self.count} prompts {'is' if len(self.cut) == 1 else 'are'} longer than the text"
+            f" encoders read, and cut ({', '.join(counts)}){equal}, though a reward may read them whole; shorten"
+            f" them{raised}; the first is {quoted(self.cut[0])}"
         )
 
 

@@ -55,8 +55,8 @@ class Wan(FlowFamily):
         channels = self.denoiser.config.in_channels
         if channels != self.latent_channels:
             raise ValueError(
-                f"model.path: the transformer takes {channels} channels where latents have {self.latent_channels}; use a model that"
-                " takes text alone, not one from picture to video or for control"
+                f"model.path: the transformer takes {channels} channels where latents have {self.latent_channels}; use"
+                " a model that takes text alone, not one from picture to video or for control"
             )
 
     def ignored(self) -> str:
