@@ -1,4 +1,4 @@
-"""FLUX.1, flow models: the one file that knows their pipeline and their network."""
+"""FLUX.1, flow models."""
 
 from __future__ import annotations
 
@@ -63,8 +63,7 @@ class Flux(PackedFlowFamily):
         return unpacked(tokens_BLD[:, : height * width], height, width)
 
     def shown_latents(self, x_BCHW: Tensor, condition: Condition) -> list[Tensor]:
-        """The latents that the network sees, the sample's own first. They have one size and are numbered in that order.
-        """
+        """The latents that the network sees, the sample's own first. They have one size and are numbered in that order."""
         return [x_BCHW]
 
 

@@ -1,4 +1,4 @@
-"""FLUX.2 klein, flow models: the one file that knows their pipeline and their network."""
+"""FLUX.2 klein, flow models."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def _require_fitting_context(family: ModelFamily, geometry: Geometry) -> None:
         raise ValueError("preview.tiny_decoder: an AutoencoderTiny decodes pictures, and this model makes videos")
     if context.guide_away_from and getattr(family.denoiser.config, "guidance_embeds", False):
         raise ValueError(
-            "sampling.negative_prompt: this model is told the guidance scale and leads away from no text; leave it"
+            "sampling.negative_prompt: this model takes the guidance scale as an input and no negative prompt; leave it"
             " empty"
         )
 
