@@ -298,3 +298,10 @@ def test_an_audit_of_large_pictures_has_a_small_sheet(tmp_path):
     assert sheet.shape == (2 * 134, 3 * 107, 3)  # each side a third, rounded up
     mean = pictures[1, 2, :3, 3:6].astype(float).mean((0, 1))
     np.testing.assert_allclose(sheet[134, 2 * 107 + 1], mean, atol=1)
+
+
+def test_a_run_folder_may_have_the_name_of_one_of_weights(tmp_path):
+    run = RunFolder.create(tmp_path / "lora")
+    run.log_config({})
+    with pytest.raises(ValueError, match=r"already holds a run \(config.json\)"):
+        RunFolder.create(run.path)
