@@ -132,28 +132,24 @@ def compared(name: str, settings: ModelSettings, policy: PipelinePolicy | None =
     }
 
 
-class Watched(Trainer):
-    """Notes the most that lives at once while sampling, and in the update."""
+def watched_step(trainer: Trainer) -> dict[str, int]:
+    """The most bytes that live at once while sampling, and in the update, of a trainer's next iteration."""
+    gc.collect()
+    watch = Watch([found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)])
+    most: dict[str, int] = {}
+    learn = trainer.learner.learn
 
-    watch: Watch
-    most: dict[str, int]
+    def watched(*args: Any) -> Any:
+        most["sampling"] = watch.most
+        watch.most = 0  # what lives on is counted again with the next thing that is allocated
+        updated = learn(*args)
+        most["update"] = watch.most
+        return updated
 
-    def watched_step(self) -> dict[str, int]:
-        gc.collect()
-        self.watch = Watch([found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)])
-        with self.watch:
-            self.step()
-        return self.most
-
-    def _update(self, *args: Any) -> Any:
-        if not hasattr(self, "watch"):
-            return super()._update(*args)
-        self.most = {"sampling": self.watch.most}
-        self.watch.most = 0  # what lives on is counted again with the next thing that is allocated
-        try:
-            return super()._update(*args)
-        finally:
-            self.most["update"] = self.watch.most
+    trainer.learner.learn = watched  # type: ignore[method-assign]
+    with watch:
+        trainer.step()
+    return most
 
 
 def iteration(config: Config) -> tuple[dict[str, float], dict[str, float]]:
@@ -163,9 +159,9 @@ def iteration(config: Config) -> tuple[dict[str, float], dict[str, float]]:
     """
     ranks = Ranks()
     policy, order = policy_from(config.model, policy_context(config, ranks)), train_order(config.prompts, 0)
-    trainer = Watched(config, policy, load_mixture(config.reward.terms, config.reward.frames), order, ranks)
+    trainer = Trainer(config, policy, load_mixture(config.reward.terms, config.reward.frames), order, ranks)
     trainer.step()
-    measured = trainer.watched_step()
+    measured = watched_step(trainer)
     found = estimate(config, "h100", 0.35, 1)
     always = "frozen weights", "decoder", "trained weights, optimizer", "copies of trained weights", "rewards"
     resident = sum(found["memory_gb"][part] for part in always) * 1e9

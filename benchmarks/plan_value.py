@@ -103,7 +103,7 @@ class Bench:
 
     def finished(self, prompt: Prompt, slot: int, seed: int, size: int) -> tuple[Experience, Tensor, Tensor]:
         """A group run to its end, of advantages of 1; scores of its previews (T, G) and final rewards (G,)."""
-        policy, sampling = self.trainer.policy, self.trainer.sampling
+        policy, sampling = self.trainer.policy, self.trainer.sampler.sampling
         sampling = replace(sampling, record=replace(sampling.record, graphs=False))
         settings = PreviewSettings(ode_steps=self.trainer.config.preview.ode_steps)
         sampler = Sampler(policy, self.trainer.reward, sampling, preview_settings=settings)

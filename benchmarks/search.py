@@ -168,7 +168,7 @@ def run(config: Config, seconds: float, every: float, pictures: int) -> list[dic
     while True:
         over = spent >= seconds or trainer.iteration >= config.iterations
         if spent >= due or over:
-            with policy.weights(trainer.evaluated_weights):
+            with policy.weights(trainer.learner.evaluated_weights):
                 found = evaluate(sampler, prompts, config.eval.seed, ranks, Measures(judge))
             figures = {name: found.mean(name) for name in ("strict", "graded", "judge")}
             curve.append({"seconds": round(spent, 1), "iterations": trainer.iteration, **_rounded(figures)})

@@ -1,8 +1,8 @@
 """The pictures of README and docs, made from a run folder: `python docs/pictures.py runs/quickstart`.
 
 docs/images/film.png           an audit group: previews by step, and where the plan stops each member
-docs/images/before_after.png   test prompts before and after, from the same noise
-docs/images/preview.png        how well previews rank a group, by step: of docs/results/preview.json, and without a run folder
+docs/images/before_after.png   test prompts before and after training, from the same noise
+docs/images/preview.png        how well previews rank a group, by step (from docs/results/preview.json, without a run)
 """
 
 from __future__ import annotations
@@ -10,74 +10,108 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from PIL import Image, ImageDraw, ImageFont
 
 OUT = Path("docs/images")
-INK, QUIET, GREEN, RED = (40, 44, 52), (128, 134, 144), (30, 140, 80), (200, 60, 50)
-CELL, GAP = 64, 6
+INK = (40, 44, 52)
+QUIET = (128, 134, 144)
+GREEN = (30, 140, 80)
+RED = (200, 60, 50)
+CELL = 64
+GAP = 6
 
 
-def font(size: int) -> Any:
+class Spearman(TypedDict):
+    """Rank correlations by step: of each seed, and their mean."""
+
+    by_seed: list[list[float]]
+    mean: list[float]
+
+
+class ModelPreviews(TypedDict):
+    """A model's rank correlations, by kind of preview."""
+
+    sampler: str
+    noise_level: float
+    ways: dict[str, dict[str, Spearman]]
+
+
+class PreviewResults(TypedDict):
+    """The content of docs/results/preview.json."""
+
+    num_inference_steps: int
+    models: dict[str, ModelPreviews]
+
+
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def film(run: Path, rows: int = 8) -> Image.Image:
-    """The last audit group: `rows` of its members from the best final reward to the worst, one row a member."""
+def film(run: Path, num_rows: int = 8) -> Image.Image:
+    """The last audit group: a row per member, from the best final reward to the worst, `num_rows` of them."""
     record = json.loads(sorted((run / "audit").glob("*.json"))[-1].read_text())
     sheet = Image.open(run / record["strip"]).convert("RGB")
     order = sorted(range(len(record["final"])), key=lambda m: -(record["final"][m] or 0))
-    order = [order[round(i * (len(order) - 1) / (rows - 1))] for i in range(rows)]
+    order = [order[round(i * (len(order) - 1) / (num_rows - 1))] for i in range(num_rows)]
     columns = len(record["steps"]) + 1
-    picture = Image.new("RGB", (columns * (CELL + GAP) + 96, rows * (CELL + GAP + 14) + 46), "white")
+    picture = Image.new("RGB", (columns * (CELL + GAP) + 96, num_rows * (CELL + GAP + 14) + 46), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((0, 0), f'"{record["prompt"]}"', INK, font(15))
-    for c in range(columns):
-        name = "final" if c == columns - 1 else f"step {c}"
-        draw.text((c * (CELL + GAP) + 8, 24), name, QUIET, font(12))
-    for r, member in enumerate(order):
-        y = 44 + r * (CELL + GAP + 14)
+    for column in range(columns):
+        name = "final" if column == columns - 1 else f"step {column}"
+        draw.text((column * (CELL + GAP) + 8, 24), name, QUIET, font(12))
+    for row, member in enumerate(order):
+        y = 44 + row * (CELL + GAP + 14)
         stop = record["stopped_at"][member]
-        for c in range(columns):
-            x = c * (CELL + GAP)
-            cell = sheet.crop((c * CELL, member * CELL, (c + 1) * CELL, (member + 1) * CELL))
-            gone = stop is not None and c > stop
-            picture.paste(Image.blend(cell, Image.new("RGB", cell.size, "white"), 0.72 if gone else 0.0), (x, y))
-            score = record["final"][member] if c == columns - 1 else record["scores"][c][member]
+        for column in range(columns):
+            x = column * (CELL + GAP)
+            cell = sheet.crop((column * CELL, member * CELL, (column + 1) * CELL, (member + 1) * CELL))
+            gone = stop is not None and column > stop
+            faded = Image.blend(cell, Image.new("RGB", cell.size, "white"), 0.72 if gone else 0.0)
+            picture.paste(faded, (x, y))
+            score = record["final"][member] if column == columns - 1 else record["scores"][column][member]
             draw.text((x + 18, y + CELL), "-" if score is None else f"{score:.2f}", QUIET if gone else INK, font(11))
-            if stop == c:
+            if stop == column:
                 draw.rectangle((x - 2, y - 2, x + CELL + 1, y + CELL + 1), outline=RED, width=2)
-        word, colour = ("survives", GREEN) if stop is None else (f"stopped after {stop}", RED)
-        draw.text((columns * (CELL + GAP), y + 24), word, colour, font(12))
+        label, colour = ("survives", GREEN) if stop is None else (f"stopped after {stop}", RED)
+        draw.text((columns * (CELL + GAP), y + 24), label, colour, font(12))
     return picture
 
 
 def before_after(run: Path, count: int = 12) -> Image.Image:
-    """Pairs on the same noise, with the strict verdict."""
+    """Pairs of pictures from the same noise, before and after training, with the strict verdict."""
     before, after = (json.loads((run / f"evaluation/{when}.json").read_text()) for when in ("before", "after"))
-    shown = [i for i, r in enumerate(before) if r["picture"]][:count]
-    per_row, width, height = 4, 2 * CELL + 3 * GAP + 70, CELL + 44
+    shown = [i for i, record in enumerate(before) if record["picture"]][:count]
+    per_row = 4
+    width = 2 * CELL + 3 * GAP + 70
+    height = CELL + 44
     picture = Image.new("RGB", (per_row * width, -(-len(shown) // per_row) * height), "white")
     draw = ImageDraw.Draw(picture)
     for place, i in enumerate(shown):
-        x, y = place % per_row * width, place // per_row * height
+        x = place % per_row * width
+        y = place // per_row * height
         draw.text((x, y + CELL + 18), before[i]["prompt"], INK, font(12))
-        for k, records in enumerate((before, after)):
+        for k, (when, records) in enumerate((("before", before), ("after", after))):
             left = x + k * (CELL + 2 * GAP)
             picture.paste(Image.open(run / records[i]["picture"]).convert("RGB"), (left, y + 2))
             passed = records[i]["strict"]
-            word = f"{('before', 'after')[k]}: {'pass' if passed else 'fail'}"
-            draw.text((left, y + CELL + 4), word, GREEN if passed else RED, font(11))
+            draw.text(
+                (left, y + CELL + 4), f"{when}: {'pass' if passed else 'fail'}", GREEN if passed else RED, font(11)
+            )
     return picture
 
 
-def preview(found: dict[str, Any]) -> Image.Image:
-    """Spearman's correlation of one-step projections with the final reward against the step, a colour a model: dots are seeds, the line their mean. Below 0 is drawn at 0."""
+def preview(results: PreviewResults) -> Image.Image:
+    """Spearman's correlation of one-step projections with the final reward, by step; a colour per model.
+
+    Dots are seeds, and the line is their mean. Values below 0 are drawn at 0.
+    """
     left, top, width, height = 56, 30, 560, 300
     picture = Image.new("RGB", (left + width + 24, top + height + 70), "white")
     draw = ImageDraw.Draw(picture)
-    steps = found["num_inference_steps"]
+    steps = results["num_inference_steps"]
 
     def at(step: int, value: float) -> tuple[float, float]:
         return left + width * step / (steps - 1), top + height * (1 - max(value, 0.0))
@@ -90,14 +124,15 @@ def preview(found: dict[str, Any]) -> Image.Image:
     for step in range(steps):
         draw.text((at(step, 0)[0] - 4, top + height + 8), str(step), QUIET, font(12))
     draw.text((left, top + height + 26), "after the network call of step", QUIET, font(12))
-    for place, (model, of) in enumerate(found["models"].items()):
+    for place, (model, previews) in enumerate(results["models"].items()):
         colour = (GREEN, RED, INK)[place % 3]
-        plain = of["ways"]["x0"]["spearman"]
-        draw.line([at(step, value) for step, value in enumerate(plain["mean"])], colour, 3)
-        for seed in plain["by_seed"]:
+        spearman = previews["ways"]["x0"]["spearman"]
+        draw.line([at(step, value) for step, value in enumerate(spearman["mean"])], colour, 3)
+        for seed in spearman["by_seed"]:
             for x, y in (at(step, value) for step, value in enumerate(seed)):
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), outline=colour)
-        name = f"{model} ({of['sampler']} {of['noise_level']:g}, {len(plain['by_seed'])} seeds)"
+        seeds = len(spearman["by_seed"])
+        name = f"{model} ({previews['sampler']} {previews['noise_level']:g}, {seeds} seeds)"
         draw.text((left + 240 * place, top + height + 46), name, colour, font(13))
     return picture
 

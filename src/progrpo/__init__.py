@@ -17,7 +17,7 @@ set_wait_policy(os.environ)
 
 
 def __getattr__(name: str) -> Any:
-    """`progrpo.train`, fetched when it is first asked for: importing progrpo imports no torch."""
+    """Import `progrpo.train` on its first use: importing progrpo imports no torch."""
     if name == "train":
         from progrpo.training.library import train
 

@@ -1,4 +1,4 @@
-"""The configuration of a run: the rooms' settings as one, and what must hold between them. It is free of torch."""
+"""The configuration of a run: the rooms' settings together, and the rules between them. It is free of torch."""
 
 from __future__ import annotations
 
@@ -58,9 +58,11 @@ class Config:
     """All of a run's settings."""
 
     recipe: str = setting("custom", _LABEL)
-    """A label for folders and reports: the recipe that this began as."""
+    """A label for folders and reports: the name of the recipe that this configuration began as."""
     seed: int = setting(0, at_least(0))
+    """The seed of everything random in a run."""
     iterations: int = setting(20, at_least(1))
+    """The number of iterations."""
     model: ModelSettings = field(default_factory=ModelSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
@@ -80,6 +82,7 @@ class Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as dicts and lists, ready for JSON."""
     data: dict[str, Any] = as_data(config)
     return data
 
@@ -89,7 +92,10 @@ def config_to_json(config: Config) -> str:
 
 
 def config_from_json(text: str, of_run: bool = False) -> Config:
-    """The configuration of a file, or of a run's own config.json, in which every field was written that there was then."""
+    """The configuration of a file, or of a run's own config.json.
+
+    The latter holds every field that existed when the run began.
+    """
     try:
         data = from_json(text)
     except ValueError as error:
@@ -99,14 +105,14 @@ def config_from_json(text: str, of_run: bool = False) -> Config:
 
 
 def _as_begun(config: Config, data: Mapping[str, Any]) -> Config:
-    """The configuration with what a run did before there was a field for it, where the field's default is another."""
+    """The configuration with the behaviour of the run for fields that did not exist when it began."""
     if "step_ends" in data.get("model", {}):
         return config
     return replace(config, model=replace(config.model, step_ends="next"))
 
 
 def from_dict(data: Mapping[str, Any]) -> Config:
-    """The configuration that JSON data describe; fields that are not there keep their defaults.
+    """The configuration that JSON data describe; missing fields keep their defaults.
 
     ValueError on an unknown field, with the nearest right name, and on a value of another type.
     """
@@ -117,9 +123,9 @@ def from_dict(data: Mapping[str, Any]) -> Config:
 
 
 def check(config: Config) -> None:
-    """ValueError, one sentence with the field and what it must be, for the first value that a run cannot use."""
+    """Raise ValueError, one sentence with the field and what it must be, for the first value that a run cannot use."""
     check_kinds(Config, config)
-    from_dict(to_dict(config))  # refuses values of another type, which Python code can have put there
+    from_dict(to_dict(config))  # refuses values of another type, which Python code may have set
     check_rules(config)
     for part in fields(config):
         check_part = getattr(getattr(config, part.name), "check", None)
@@ -129,28 +135,32 @@ def check(config: Config) -> None:
 
 
 def _check_between_rooms(config: Config) -> None:
-    objective, sampling, plan = config.objective, config.sampling, config.plan
+    objective = config.objective
+    sampling = config.sampling
+    plan = config.plan
     if sampling.negative_prompt:
-        _check_negative(config)
+        _check_negative_prompt(config)
     if trains_transitions(config):
         _check_trained_steps(sampling)
         _check_sampler(config)
     if sampling.same_latent and not stochastic_steps(config, 0):
         raise ValueError(
-            "sampling.same_latent must be false where no step adds noise (sampling.sde_window): a group's members would be equal"
+            "sampling.same_latent must be false where no step adds noise (sampling.sde_window): a group's members would"
+            " be equal"
         )
     if config.optim.reuse_rollout and not trains_transitions(config):
         raise ValueError(
-            f"optim.reuse_rollout must be false for objective.name {objective.name}: it trains noise levels that were not sampled"
+            f"optim.reuse_rollout must be false for objective.name {objective.name}: it trains noise levels that were"
+            " not sampled"
         )
     if config.prompts.split_groups:
         _check_split_groups(config)
     if config.model.shard:
         _check_shard(config)
     if sampling.same_latent:
-        _check_parted(config)
-    for name, asked in (("plan.adaptive", plan.adaptive), ("preview.probe", config.preview.probe)):
-        if asked and not config.audit.every:
+        _check_same_latent(config)
+    for name, active in (("plan.adaptive", plan.adaptive), ("preview.probe", config.preview.probe)):
+        if active and not config.audit.every:
             raise ValueError(f"{name} must have audit.every above 0: audits measure how well previews rank")
     if (plan.adaptive or resolve_plan(config).prune) and objective.baseline == "group":
         raise ValueError(
@@ -173,46 +183,49 @@ def _check_trained_steps(sampling: SamplingSettings) -> None:
 
 
 def _check_sampler(config: Config) -> None:
-    """Of ratios and distances that not every sampler has."""
-    grpo, sampler = config.objective.grpo, config.sampling.sampler
+    """Refuse ratios and distances that the sampler does not have."""
+    grpo = config.objective.grpo
+    sampler = config.sampling.sampler
     if grpo.ratio == "guard" and sampler == "cps_reduced":
         raise ValueError(
             "objective.grpo.ratio guard must go with a sampler whose log-prob is a density, not cps_reduced; take cps"
         )
     if grpo.kl_form == "flow_grpo" and sampler in ("ddim", "cps", "cps_reduced"):
         raise ValueError(
-            "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance, flow_grpo_wan), not"
-            f" {sampler}; take exact"
+            "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance,"
+            f" flow_grpo_wan), not {sampler}; take exact"
         )
 
 
-def _check_negative(config: Config) -> None:
+def _check_negative_prompt(config: Config) -> None:
     if config.sampling.embedded_guidance:
         raise ValueError(
-            "sampling.negative_prompt must be empty for sampling.embedded_guidance: a model that is told the guidance scale leads away"
-            " from no text"
+            "sampling.negative_prompt must be empty for sampling.embedded_guidance: a model whose guidance scale is an"
+            " input leads away from no text"
         )
     if max(config.sampling.guidance_scale, config.eval.guidance_scale) <= 1:
         raise ValueError(
-            "sampling.negative_prompt must be empty where sampling.guidance_scale and eval.guidance_scale are 1, since it would have no"
-            " effect; raise one of them, or leave it out"
+            "sampling.negative_prompt must be empty where sampling.guidance_scale and eval.guidance_scale are 1, since"
+            " it would have no effect; raise one of them, or leave it out"
         )
 
 
-def _check_parted(config: Config) -> None:
-    """Where a group's members begin as one, noise must have parted them before the first of them is let go."""
-    points, sampling = resolve_plan(config).active_points(), config.sampling
+def _check_same_latent(config: Config) -> None:
+    """Refuse a plan that prunes members with one initial latent before noise has made them differ."""
+    points = resolve_plan(config).active_points()
+    sampling = config.sampling
     moves = sampling.sde_window in ("sliding", "random")
     latest = sampling.window_end - sampling.sde_window_size if moves else 0
     if points and points[0].step <= latest:
         raise ValueError(
-            f"plan.prune must begin after step {latest} for sampling.same_latent, not at step {points[0].step}: a group's members are"
-            f" equal until the noise of step {latest}" + (" where the window comes last" if moves else "")
+            f"plan.prune must begin after step {latest} for sampling.same_latent, not at step {points[0].step}: a"
+            f" group's members are equal until the noise of step {latest}"
+            + (" where the window comes last" if moves else "")
         )
 
 
 def _check_split_groups(config: Config) -> None:
-    """What looks at a whole group while it is sampled or trained cannot have a part of it."""
+    """Refuse split groups for what needs a whole group while it is sampled or trained."""
     whole = {
         f"objective.name {config.objective.name}": config.objective.loss.whole_groups,
         "objective.advantage gdpo": config.objective.advantage == "gdpo",
@@ -220,36 +233,36 @@ def _check_split_groups(config: Config) -> None:
         "optim.reuse_rollout": config.optim.reuse_rollout,
         "reward.waves above 1": config.reward.waves > 1,
     }
-    for name, asked in whole.items():
-        if asked:
-            raise ValueError(f"prompts.split_groups must be false for {name}, which takes groups whole")
+    for name, active in whole.items():
+        if active:
+            raise ValueError(f"prompts.split_groups must be false for {name}, which takes whole groups")
 
 
 def _check_shard(config: Config) -> None:
-    """Gathered weights are gone after a call, and all processes make the same calls."""
-    gathered = "a block's weights are gathered on the device when it is called, and gone after it"
-    whole = "what is kept in 8 bits is not shared out"
+    """Refuse sharded weights for what needs them after a call, or in calls of one process alone."""
+    gathered = "a block's weights are gathered on the device for a call, and gone after it"
+    whole = "weights in 8 bits are not sharded"
     full_in_8_bits = config.optim.name == "adamw_8bit" and config.model.weights == "full"
-    against = {
+    conflicts = {
         "model.compile": (config.model.compile, gathered),
         "optim.reuse_rollout": (config.optim.reuse_rollout, gathered),
         "model.offload": (config.model.offload, gathered),
         "model.quantize": (config.model.quantize != "none", whole),
         "optim.name adamw_8bit with model.weights full": (full_in_8_bits, whole),
     }
-    for name, (asked, why) in against.items():
-        if asked:
-            raise ValueError(f"model.shard must be false for {name}: {why}")
+    for name, (active, reason) in conflicts.items():
+        if active:
+            raise ValueError(f"model.shard must be false for {name}: {reason}")
     for name, size in (
         ("sampling.microbatch", config.sampling.microbatch),
         ("optim.microbatch", config.optim.microbatch),
     ):
-        if size is None:  # it is measured up to where memory ends, and there the others would wait for ever
+        if size is None:  # measuring goes on until memory runs out, and there the other processes would wait forever
             raise ValueError(f"{name} must be given for model.shard: processes that share a network cannot measure it")
 
 
 def from_python(config: Config) -> list[str]:
-    """The fields that hold what `progrpo.train` was given as objects, which only the same call can give again."""
+    """The fields whose values are objects that `progrpo.train` was given. Only the same call can give them again."""
     names = {
         "model.path": config.model.path,
         "prompts.source": config.prompts.source,
@@ -259,7 +272,7 @@ def from_python(config: Config) -> list[str]:
     return objects + ["reward.terms"] * any(term.from_python for term in config.reward.terms)
 
 
-# --- what the fields mean together ------------------------------------------------------------------------------------
+# --- values that follow from several fields ---------------------------------------------------------------------------
 
 
 def resolve_plan(config: Config) -> Plan:
@@ -289,5 +302,5 @@ def trained_steps(config: Config, iteration: int) -> range:
 
 
 def trained_items(config: Config) -> int:
-    """What is trained of a trajectory, in every iteration: transitions, or draws of a noise level."""
+    """The number of items that a trajectory is trained on in an iteration: transitions, or draws of a noise level."""
     return config.objective.loss.items_per_trajectory(len(trained_steps(config, 0)))

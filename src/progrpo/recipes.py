@@ -1,4 +1,4 @@
-"""Vetted configurations, as functions: the first line of each docstring is what `progrpo recipes` shows."""
+"""Recipes: vetted configurations, as functions. `progrpo recipes` shows the first line of each docstring."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def quickstart() -> Config:
         iterations=80,
         model=ModelSettings(weights="full", dtype="auto"),
         prompts=PromptSettings(per_iteration=12),
-        # microbatches are not left to be measured, so that equal seeds give equal runs; these fill up and hold groups whole
+        # given rather than measured, so that equal seeds give equal runs; these microbatches fill up with whole groups
         sampling=SamplingSettings(num_inference_steps=8, microbatch=72),
         plan=PlanSettings(preset="custom", group_size=24, prune=((4, 12),)),
         reward=RewardSettings((RewardTerm("shapes_mixed"),)),
@@ -48,12 +48,12 @@ def quickstart() -> Config:
 
 
 def shapes_diffusion() -> Config:
-    """The quickstart on the built-in diffusion model: a U-Net that says noise, sampled by DDIM."""
+    """The quickstart on the built-in diffusion model: a U-Net that predicts noise, sampled by DDIM."""
     base = quickstart()
     return replace(
         base,
         recipe="shapes-diffusion",
-        iterations=50,  # over 80 the rate stays high for longer, and a third of the gain is lost again
+        iterations=50,  # with 80 the learning rate stays high for longer, and a third of the gain is lost again
         model=replace(base.model, path="shapes-diffusion"),
     )
 
@@ -61,8 +61,8 @@ def shapes_diffusion() -> Config:
 def sd14_hpsv2() -> Config:
     """The paper's run on SD 1.4 towards HPSv2.1, 48 -> 32 -> 8; bring prompts.txt and eval.txt.
 
-    DanceGRPO's settings (arXiv 2505.07818), whose baseline is `--plan.preset custom --plan.group-size 16`; the plan is Pro-GRPO's
-    (arXiv 2512.15347), and its learning settings are not known in public.
+    The settings are DanceGRPO's (arXiv 2505.07818), whose baseline is `--plan.preset custom --plan.group-size 16`. The
+    plan is Pro-GRPO's (arXiv 2512.15347), whose learning settings are not public.
     """
     return Config(
         recipe="sd14-hpsv2",
@@ -77,21 +77,20 @@ def sd14_hpsv2() -> Config:
     )
 
 
-# What flow_grpo's training scripts adapt: the attention projections of both streams.
+# The layers that flow_grpo's training scripts adapt: the attention projections of both streams.
 _ATTENTION = tuple(
     f"attn.{name}"
     for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 )
-_EMA_OF_TWO_UPDATES = (
-    0.974  # flow_grpo's average takes 0.9 of itself at every eighth update; ours is taken once an iteration
-)
+# flow_grpo's average keeps 0.9 of itself at every eighth update; ours is taken once per iteration of two updates.
+_EMA_OF_TWO_UPDATES = 0.974
 
 
 def _sd35m(task: str, kl_beta: float, prompts: str = "txt", reward: str = "") -> Config:
-    """Flow-GRPO's settings on SD 3.5 Medium (arXiv 2505.05470), of which tasks differ in reward, prompts and KL, with Pro-GRPO's plan.
+    """Flow-GRPO's settings on SD 3.5 Medium (arXiv 2505.05470), with Pro-GRPO's plan.
 
-    Pro-GRPO's own learning settings are not known in public. The std of advantages is that of the survivors, as in its paper; flow_grpo
-    takes the whole batch's: `--objective.advantage batch`.
+    Tasks differ in reward, prompts and KL. Pro-GRPO's own learning settings are not public. The std of advantages is
+    that of the survivors, as in its paper; flow_grpo takes that of the whole batch: `--objective.advantage batch`.
     """
     return Config(
         recipe=f"sd35m-{task}",
@@ -118,8 +117,8 @@ def _sd35m(task: str, kl_beta: float, prompts: str = "txt", reward: str = "") ->
 def sd35m_pickscore() -> Config:
     """The paper's run on SD 3.5 Medium towards PickScore; bring prompts.txt and eval.txt.
 
-    Plan `standard`, or `--plan.preset flash` (Pro-GRPO, arXiv 2512.15347, whose learning settings are not known in public);
-    the rest is Flow-GRPO's (arXiv 2505.05470), whose baseline is `--plan.preset none`, a group of 24.
+    The plan is `standard`, or `--plan.preset flash` (Pro-GRPO, arXiv 2512.15347, whose learning settings are not
+    public). The rest is Flow-GRPO's (arXiv 2505.05470), whose baseline is `--plan.preset none`, a group of 24.
     """
     return _sd35m("pickscore", kl_beta=0.01)
 
@@ -127,8 +126,8 @@ def sd35m_pickscore() -> Config:
 def sd35m_hpsv2() -> Config:
     """The paper's other reward on SD 3.5 Medium, HPSv2.1; bring prompts.txt and eval.txt.
 
-    Pro-GRPO (arXiv 2512.15347) names such a run and not its settings, and Flow-GRPO (arXiv 2505.05470) has none: these are what it has for
-    PickScore, the other judge of preferences.
+    Pro-GRPO (arXiv 2512.15347) names such a run without its settings, and Flow-GRPO (arXiv 2505.05470) has none. These
+    are Flow-GRPO's settings for PickScore, the other reward of human preferences.
     """
     return _sd35m("hpsv2", kl_beta=0.01)
 
@@ -136,8 +135,8 @@ def sd35m_hpsv2() -> Config:
 def sd35m_geneval() -> Config:
     """SD 3.5 Medium towards GenEval's checks; bring prompts.jsonl and eval.jsonl, GenEval's metadata.
 
-    Flow-GRPO's settings and value of it (arXiv 2505.05470); the plan is Pro-GRPO's (arXiv 2512.15347), which was not published with
-    this reward. `--reward.terms geneval` has a value that stays in 0..1.
+    The settings and the reward's value are Flow-GRPO's (arXiv 2505.05470). The plan is Pro-GRPO's (arXiv 2512.15347),
+    which was not published with this reward. The value of `--reward.terms geneval` stays in 0..1.
     """
     return _sd35m("geneval", kl_beta=0.04, prompts="jsonl", reward="geneval_flow_grpo")
 
@@ -145,7 +144,8 @@ def sd35m_geneval() -> Config:
 def sd35m_ocr() -> Config:
     """SD 3.5 Medium towards text that can be read; bring prompts.txt and eval.txt, with texts in quotes.
 
-    Flow-GRPO's settings for it (arXiv 2505.05470); the plan is Pro-GRPO's (arXiv 2512.15347), which was not published with this reward.
+    The settings are Flow-GRPO's for this task (arXiv 2505.05470). The plan is Pro-GRPO's (arXiv 2512.15347), which was
+    not published with this reward.
     """
     return _sd35m("ocr", kl_beta=0.04)
 
@@ -153,9 +153,10 @@ def sd35m_ocr() -> Config:
 def sd35m_awm() -> Config:
     """SD 3.5 Medium towards PickScore by AWM, with its authors' settings; bring prompts.txt and eval.txt.
 
-    From their public configuration for one node of eight GPUs (arXiv 2509.25050), whose baseline is `--plan.preset none`, a group of 24; their
-    solver is SA-Solver, ours the ODE's Euler steps. The plan is Pro-GRPO's (arXiv 2512.15347), which was not published with this
-    objective. Flow-Factory's settings are the objective's defaults, with `weighting ghuber`.
+    The settings come from their public configuration for one node of eight GPUs (arXiv 2509.25050), whose baseline is
+    `--plan.preset none`, a group of 24. Their solver is SA-Solver, ours the ODE's Euler steps. The plan is Pro-GRPO's
+    (arXiv 2512.15347), which was not published with this objective. Flow-Factory's settings are the objective's
+    defaults, with `weighting ghuber`.
     """
     base = _sd35m("awm", kl_beta=0.0, reward="pickscore")
     return replace(
@@ -175,8 +176,9 @@ def sd35m_awm() -> Config:
 def flux_pickscore() -> Config:
     """FLUX.1-dev towards PickScore at 512 pixels, in six steps; bring prompts.txt and eval.txt.
 
-    Flow-GRPO's settings for it (arXiv 2505.05470), with embedded guidance and the model's own shift; its baseline is
-    `--plan.preset none`, a group of 24. The plan is Pro-GRPO's (arXiv 2512.15347), which was not published on FLUX.
+    The settings are Flow-GRPO's for this model (arXiv 2505.05470), with embedded guidance and the model's own shift.
+    Its baseline is `--plan.preset none`, a group of 24. The plan is Pro-GRPO's (arXiv 2512.15347), which was not
+    published on FLUX.
     """
     feed_forward = "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"
     return Config(
@@ -204,12 +206,13 @@ def flux_pickscore() -> Config:
 
 
 def kontext_vlm() -> Config:
-    """FLUX.1 Kontext, which edits, by a vision model's marks; bring edits.jsonl and eval.jsonl.
+    """FLUX.1 Kontext, which edits, towards the marks of a vision model; bring edits.jsonl and eval.jsonl.
 
-    A line of those is {"prompt": ..., "image": a path, "question": what the judge is asked}: the judge does not see the source, so that
-    the question must say what is to be left alone; a reward of your own that takes `image` may compare. The network's settings are those
-    of `flux-pickscore`, Flow-GRPO's on FLUX.1-dev (arXiv 2505.05470), and the guidance is Kontext's own (arXiv 2506.15742). That they
-    suit editing is our choice, as the reward is: nobody has published such a run with this plan.
+    A line of those is {"prompt": ..., "image": a path, "question": the question to the judge}. The judge does not see
+    the source, so the question must say what is to stay as it is. A reward of your own that takes `image` may compare.
+    The network's settings are those of `flux-pickscore`, Flow-GRPO's on FLUX.1-dev (arXiv 2505.05470), and the
+    guidance is Kontext's own (arXiv 2506.15742). These settings and the reward are our choice for editing: nobody has
+    published such a run with this plan.
     """
     base = flux_pickscore()
     return replace(
@@ -228,15 +231,16 @@ _WAN_NEGATIVE = (
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，"
     "倒着走"
 )
-"""What Wan's own code leads away from where nothing else is asked."""
+"""The default negative prompt of Wan's own code."""
 
 
 def wan_pickscore() -> Config:
     """Videos by Wan 2.1 (1.3B) towards PickScore of their frames; bring prompts.txt and eval.txt.
 
-    The step's noise and the clip range of 1e-4 are DanceGRPO's (arXiv 2505.07818): the range that is taken if none is
-    given goes by a latent's size and would be 7.3e-6 here. Guidance, negative prompt, shift and size are Wan's own (arXiv 2503.20314). The rest is our choice,
-    and not run by us: a LoRA, 33 frames, 20 steps, and a plan that halves groups after twelve of them.
+    The step's noise and the clip range of 1e-4 are DanceGRPO's (arXiv 2505.07818): the default range follows the
+    latent's size and would be 7.3e-6 here. Guidance, negative prompt, shift and size are Wan's own (arXiv 2503.20314).
+    The rest is our choice, and we have not run it: a LoRA, 33 frames, 20 steps, and a plan that halves groups after
+    twelve of them.
     """
     return Config(
         recipe="wan-pickscore",
@@ -262,11 +266,12 @@ def wan_pickscore() -> Config:
 
 
 def lean(config: Config, gb: int, sampled: int, trained: int, checkpointing: bool = True) -> Config:
-    """A recipe for one GPU of `gb` GB: less at once, latents in bfloat16, and as many prompts an iteration as one GPU can sample.
+    """A recipe for one GPU of `gb` GB: smaller microbatches, latents in bfloat16, and fewer prompts per iteration.
 
-    `sampled` and `trained` are the rows of a network call, without and with a backward pass. Eight prompts an iteration is Flow-GRPO's
-    own setting for one GPU (arXiv 2505.05470). Text encoders leave memory once the prompts are encoded (`model.keep_text_encoders`). That it
-    fits is reckoned and not measured: where it does not, a run halves its microbatches and goes on.
+    `sampled` and `trained` are the rows of a network call, without and with a backward pass. Eight prompts per
+    iteration is Flow-GRPO's own setting for one GPU (arXiv 2505.05470). Text encoders leave memory once the prompts
+    are encoded (`model.keep_text_encoders`). The fit is calculated, not measured: if it fails, a run halves its
+    microbatches and continues.
     """
     return replace(
         config,
@@ -279,17 +284,17 @@ def lean(config: Config, gb: int, sampled: int, trained: int, checkpointing: boo
 
 
 def sd35m_pickscore_24gb() -> Config:
-    """`sd35m-pickscore` on one GPU of 24 GB, 8 prompts an iteration; bring prompts.txt and eval.txt."""
+    """`sd35m-pickscore` on one GPU of 24 GB, 8 prompts per iteration; bring prompts.txt and eval.txt."""
     return lean(sd35m_pickscore(), 24, sampled=4, trained=4)
 
 
 def sd35m_pickscore_48gb() -> Config:
-    """`sd35m-pickscore` on one GPU of 48 GB, 8 prompts an iteration; bring prompts.txt and eval.txt."""
+    """`sd35m-pickscore` on one GPU of 48 GB, 8 prompts per iteration; bring prompts.txt and eval.txt."""
     return lean(sd35m_pickscore(), 48, sampled=16, trained=8)
 
 
 def sd35m_pickscore_80gb() -> Config:
-    """`sd35m-pickscore` on one GPU of 80 GB, 8 prompts an iteration; bring prompts.txt and eval.txt."""
+    """`sd35m-pickscore` on one GPU of 80 GB, 8 prompts per iteration; bring prompts.txt and eval.txt."""
     return lean(sd35m_pickscore(), 80, sampled=32, trained=8, checkpointing=False)
 
 
@@ -300,17 +305,17 @@ def flux_pickscore_24gb() -> Config:
 
 
 def flux_pickscore_48gb() -> Config:
-    """`flux-pickscore` on one GPU of 48 GB, 8 prompts an iteration; bring prompts.txt and eval.txt."""
+    """`flux-pickscore` on one GPU of 48 GB, 8 prompts per iteration; bring prompts.txt and eval.txt."""
     return lean(flux_pickscore(), 48, sampled=4, trained=4)
 
 
 def flux_pickscore_80gb() -> Config:
-    """`flux-pickscore` on one GPU of 80 GB, 8 prompts an iteration; bring prompts.txt and eval.txt."""
+    """`flux-pickscore` on one GPU of 80 GB, 8 prompts per iteration; bring prompts.txt and eval.txt."""
     return lean(flux_pickscore(), 80, sampled=16, trained=8)
 
 
 def sd3() -> Config:
-    """Pro-GRPO with the paper's plan on Stable Diffusion 3.5, to begin with for a task of one's own."""
+    """Pro-GRPO with the paper's plan on Stable Diffusion 3.5: a start for a task of your own."""
     return Config(
         recipe="sd3",
         iterations=300,
@@ -330,7 +335,7 @@ def sd3() -> Config:
 
 
 def smoke() -> Config:
-    """Two tiny iterations of everything, in seconds: for tests, learns nothing."""
+    """Two tiny iterations of everything, in seconds: for tests; it learns nothing."""
     return Config(
         recipe="smoke",
         iterations=2,
@@ -371,7 +376,7 @@ _MOST_BYTES = 1_000_000  # a configuration takes about 3,000
 
 
 def describe(name: str) -> str:
-    """One line on a shipped recipe."""
+    """One line about a shipped recipe."""
     return (RECIPES[name].__doc__ or "").partition("\n")[0]
 
 
@@ -379,7 +384,7 @@ def load_recipe(name: str) -> Config:
     """The configuration of a shipped recipe, of a JSON file, or of a run folder (its config.json)."""
     if name in RECIPES:
         return RECIPES[name]()
-    # os.path asks what Path would raise at: a name too long for a path, or with a NUL in it
+    # unlike Path's methods, those of os.path do not raise for a name that is too long or holds a NUL
     of_run = os.path.isdir(name)
     path = Path(name, "config.json") if of_run else Path(name)
     if not os.path.isfile(path):
@@ -387,7 +392,7 @@ def load_recipe(name: str) -> Config:
             f"{named(name)} is no recipe ({', '.join(RECIPES)}), config file or run folder{nearest(name, RECIPES)}"
         )
     try:
-        return config_from_json(_text_of(path), of_run)
+        return config_from_json(_read_text(path), of_run)
     except OSError as error:
         raise ValueError(f"{named(path)} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -396,7 +401,7 @@ def load_recipe(name: str) -> Config:
         raise ValueError(f"{named(path)}: {error}") from None
 
 
-def _text_of(path: Path) -> str:
+def _read_text(path: Path) -> str:
     with path.open("rb") as file:
         content = file.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:

@@ -1,4 +1,4 @@
-"""Names that stand for objects: a built-in's own name, or `module:attribute` of the user's code."""
+"""Names of objects: a built-in's name, or `module:attribute` of the user's code."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from typing import Any, Literal
 from progrpo.messages import named, nearest, quoted, raised
 from progrpo.settings import Rule, matches
 
-_OF_USERS = matches(r"\w[\w.-]*:[\w.<>]+", "`module:attribute`")
+_USERS_OWN = matches(r"\w[\w.-]*:[\w.<>]+", "`module:attribute`")
 _importing: ContextVar[str] = ContextVar("importing", default="")
 
 
 class UnknownNameError(ValueError):
-    """A name that stands for nothing, or for what cannot be imported."""
+    """A name of nothing, or of something that cannot be imported."""
 
 
 def one_of(names: Collection[str], attribute: str = "attribute") -> Rule:
     """The rule of a field that holds one of these names, or `module:attribute`."""
     return Rule(
-        lambda name: name in names or _OF_USERS.holds(name), f"one of {', '.join(names)}, or `module:{attribute}`"
+        lambda name: name in names or _USERS_OWN.holds(name), f"one of {', '.join(names)}, or `module:{attribute}`"
     )
 
 
 def choices_of(names: Collection[str]) -> Any:
-    """The type of such a field, whose choices the command line lists: one of these names, or any text.
+    """The type of a field that holds one of these names or any other text; the command line lists the names.
 
     A type checker must see `str`: write this type under `else` of `if TYPE_CHECKING`.
     """
@@ -38,10 +38,11 @@ def choices_of(names: Collection[str]) -> Any:
 
 
 def load_named(name: str, registry: Mapping[str, str], kind: str, attribute: str = "attribute") -> Any:
-    """The object of a name: what `registry` has for it (as `module:attribute`), or the attribute of a module.
+    """Load the object of a name: the registry's `module:attribute` for it, or the name itself as `module:attribute`.
 
-    A module is found on the Python path or in the current folder. UnknownNameError, one sentence that begins with `kind` and the
-    name, where there is none; `attribute` is what the object is called in it, such as function.
+    A module is found on the Python path or in the current folder. `attribute` names the kind of object in messages,
+    such as function. UnknownNameError, one sentence that begins with `kind` and the name, where there is no such
+    object.
     """
     subject = f"{kind} {quoted(name)}"
     if name in registry:
@@ -56,29 +57,29 @@ def load_named(name: str, registry: Mapping[str, str], kind: str, attribute: str
 
 
 def refuse_within_import() -> None:
-    """UnknownNameError where a user's module, which is now being imported, starts a run of its own."""
+    """Raise UnknownNameError where a user's module starts a run while it is being imported."""
     if subject := _importing.get():
         raise UnknownNameError(
-            f"{subject}: importing its module starts a run; put what that file does when it is run under"
+            f"{subject}: importing its module starts a run; put the code that starts it under"
             ' `if __name__ == "__main__":`'
         )
 
 
 def lacks(module: ModuleType, name: str, attribute: str) -> str:
-    """A clause that a module has no such attribute, with what may be meant."""
+    """A clause that a module has no such attribute, with the nearest name."""
     if name == "__main__":
         return (
-            f"{quoted(attribute)} is of the script or notebook that named it, which is not what runs here; put it into a module"
-            " of its own and name it module:function"
+            f"{quoted(attribute)} belongs to the script or notebook that named it, which does not run here; put it"
+            " into a module of its own and name it module:function"
         )
-    there = [key for key, value in vars(module).items() if callable(value)]
+    names = [key for key, value in vars(module).items() if callable(value)]
     file = getattr(module, "__file__", None)
     where = f" (its file is {named(file)})" if file else ""
-    return f"the module {quoted(name)} has no function or class {quoted(attribute)}{where}{nearest(attribute, there)}"
+    return f"the module {quoted(name)} has no function or class {quoted(attribute)}{where}{nearest(attribute, names)}"
 
 
 def _module_and_attribute(name: str, subject: str, registry: Mapping[str, str], kind: str) -> tuple[str, str]:
-    """The two parts of `module:attribute`; UnknownNameError, with what it should be, for another name."""
+    """The two parts of `module:attribute`; UnknownNameError, with the right form, for any other name."""
     module, colon, attribute = name.partition(":")
     if module.endswith(".py") or os.sep in module:
         raise UnknownNameError(
@@ -96,7 +97,7 @@ def _module_and_attribute(name: str, subject: str, registry: Mapping[str, str], 
 
 
 def _as_module(file: str, attribute: str, kind: str) -> str:
-    """How the function of a file is named."""
+    """A clause with the name of a file's function as Python imports it."""
     path = Path(file.removesuffix(".py"))
     attribute = attribute or kind
     if path.is_absolute() or ".." in path.parts:
@@ -112,7 +113,7 @@ def _imported(module: str, subject: str) -> ModuleType:
         return importlib.import_module(module)
     except (KeyboardInterrupt, UnknownNameError):
         raise
-    except BaseException as error:  # whatever the module's author let through
+    except BaseException as error:  # the module's own code may raise anything
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise UnknownNameError(
                 f"{subject}: there is no module {quoted(module)} in this folder or installed"

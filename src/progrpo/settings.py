@@ -17,7 +17,7 @@ from progrpo.messages import is_one_line, named, nearest, quoted
 
 T = TypeVar("T")
 
-# --- how a field is declared ------------------------------------------------------------------------------------------
+# --- declaring a field ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Rule:
     text: str
 
     def or_empty(self, effect: str = "") -> Rule:
-        """The same rule for a field that may be None; `effect` says what None does."""
+        """The rule for a field that may also be None; `effect` says what None does."""
         return Rule(lambda value: value is None or self.holds(value), f"{self.text}, or empty{effect}")
 
 
@@ -51,7 +51,7 @@ def matches(pattern: str, text: str) -> Rule:
 FINITE = Rule(math.isfinite, "a finite number")
 FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 SHARE = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
-NUM_STEPS = between(1, 1000)  # diffusion models know a thousand levels, and flow models need no more
+NUM_STEPS = between(1, 1000)  # diffusion models have a thousand levels, and flow models need no more
 DEVICE_PATTERN = r"auto|(cpu|cuda|mps|xpu|npu|hpu)(:\d{1,2})?"
 DEVICE = matches(DEVICE_PATTERN, "auto, or a device by torch's name, such as cpu or cuda:0")
 
@@ -82,11 +82,11 @@ class Values(dict[str, object]):
         return json.dumps(self)
 
 
-# --- how values are checked -------------------------------------------------------------------------------------------
+# --- checking values --------------------------------------------------------------------------------------------------
 
 
 def flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, Rule | None]]:
-    """Path, value and rule of every field, those of nested settings and of lists of settings included."""
+    """Yield path, value and rule of every field, also of nested settings and of lists of settings."""
     for f in fields(settings):
         path, value = prefix + f.name, getattr(settings, f.name)
         yield path, value, f.metadata.get("rule")
@@ -99,14 +99,17 @@ def flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, Rule | Non
 
 
 def check_rules(settings: Any, prefix: str = "") -> None:
-    """ValueError, one sentence with the field and what it must be, for the first value that breaks its field's rule."""
+    """Raise ValueError, one sentence with the field and what it must be, for the first value that breaks a rule."""
     for path, value, rule in flat(settings, prefix):
         if rule is not None and not rule.holds(value):
             raise ValueError(f"{path} must be {rule.text}, not {quoted(value)}")
 
 
 def check_kinds(kind: Any, value: Any, path: str = "config") -> None:
-    """ValueError where a part is not of its class: a dict in its place would be read by JSON's rules, and fail later."""
+    """Raise ValueError where a section is not of its class.
+
+    A dict in its place would be read by JSON's rules and fail later.
+    """
     if not isinstance(value, kind):
         raise ValueError(f"{path} must be a progrpo.config.{kind.__name__}, not {quoted(value)}")
     for name, hint in get_type_hints(kind).items():
@@ -123,31 +126,34 @@ def check_kinds(kind: Any, value: Any, path: str = "config") -> None:
 
 
 def as_data(value: Any) -> Any:
-    """Settings as dicts, and all else as it is: unlike `asdict`, which copies whatever Python code has put there."""
+    """Settings as dicts, and all else unchanged.
+
+    Unlike `asdict`, it does not copy the objects that Python code has put into fields.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: as_data(getattr(value, f.name)) for f in fields(value)}
     return type(value)(map(as_data, value)) if type(value) in (tuple, list) else value
 
 
 def from_json(text: str) -> Any:
-    """JSON data. ValueError also for a field that is given twice, and for lists without end."""
+    """Read JSON data. ValueError also for a field that is given twice, and for endless nesting."""
     try:
         return json.loads(text, object_pairs_hook=_without_duplicates)
     except RecursionError:
-        raise ValueError("lists or objects in one another without end") from None
+        raise ValueError("lists or objects are nested without end") from None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in data if names.count(name) > 1)
-        raise ValueError(f"{named(twice)} is given twice; leave one out")
+        duplicate = next(name for name in data if names.count(name) > 1)
+        raise ValueError(f"{named(duplicate)} is given twice; leave one out")
     return data
 
 
 def field_paths(kind: Any, prefix: str = "") -> list[str]:
-    """Every field as the command line and the messages name it: `seed`, `sampling.noise_level`, ..."""
+    """The paths of all fields, as the command line and messages name them: `seed`, `sampling.noise_level`, ..."""
     hints = get_type_hints(kind)
     nested = [field_paths(hints[f.name], f"{prefix}{f.name}.") for f in fields(kind) if is_dataclass(hints[f.name])]
     own = [prefix + f.name for f in fields(kind) if not is_dataclass(hints[f.name])]
@@ -155,16 +161,16 @@ def field_paths(kind: Any, prefix: str = "") -> list[str]:
 
 
 def read_settings(kind: type[T], data: Any, prefix: str = "", options: Sequence[str] = ()) -> T:
-    """The settings that JSON data describe; fields that are not there keep their defaults.
+    """The settings that JSON data describe; missing fields keep their defaults.
 
-    ValueError on a value of another type, and on an unknown field, with the nearest right name among its own fields and
-    `options`, the paths that the command line knows.
+    ValueError on a value of another type, and on an unknown field, with the nearest right name among its own fields
+    and `options`, the paths that the command line knows.
     """
     if not isinstance(data, Mapping):
         raise ValueError(
             f"{prefix.rstrip('.') or 'a configuration'} must be an object of named fields, not {quoted(data)}"
         )
-    all_hints = get_type_hints(kind)  # once: it compiles every annotation anew
+    all_hints = get_type_hints(kind)  # called once, since it compiles every annotation
     hints = {f.name: all_hints[f.name] for f in fields(cast(Any, kind))}
     for name in data:
         if name not in hints:
@@ -178,13 +184,14 @@ def read_settings(kind: type[T], data: Any, prefix: str = "", options: Sequence[
 
 
 def _close_to(kind: Any, prefix: str, name: str, hints: Iterable[str], options: Sequence[str]) -> str:
-    if hasattr(kind, "from_text"):  # one of a list: its fields are no options of the command line
+    if hasattr(kind, "from_text"):  # an item of a list, whose fields are no options of the command line
         return nearest(name, hints) or f"; a reward has {', '.join(hints)}"
     return nearest(prefix + name, [*(prefix + hint for hint in hints), *options])
 
 
 def _read(kind: Any, value: Any, path: str, options: Sequence[str]) -> Any:
-    """A JSON value as the field type `kind`: a list becomes a tuple and a whole number a float where that is asked."""
+    """A JSON value as the field type `kind`. A list becomes a tuple, and a whole number a float, where the type asks
+    for it."""
     if isinstance(value, str) and (from_text := getattr(kind, "from_text", None)):
         return from_text(value)
     if is_dataclass(kind):
@@ -193,7 +200,7 @@ def _read(kind: Any, value: Any, path: str, options: Sequence[str]) -> Any:
         return Values(value)
     choices = get_args(kind)
     if get_origin(kind) in (Union, types.UnionType):
-        if str in choices and isinstance(value, str):  # a choice of names that the user's own may join
+        if str in choices and isinstance(value, str):  # built-in names, or the user's own
             return _read(str, value, path, options)
         return None if value is None else _read(_of_shape(choices, value), value, path, options)
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
@@ -213,13 +220,13 @@ def _read(kind: Any, value: Any, path: str, options: Sequence[str]) -> Any:
 
 
 def _of_shape(choices: Sequence[Any], value: Any) -> Any:
-    """Which of a union's types a value that is not empty is read as: a list as its list, if it has one."""
+    """The type of a union that a value which is not empty is read as: a list as the union's tuple, if it has one."""
     kinds = [kind for kind in choices if kind is not types.NoneType]
-    alike = [kind for kind in kinds if (get_origin(kind) is tuple) == isinstance(value, list | tuple)]
-    return (alike or kinds)[0]
+    matching = [kind for kind in kinds if (get_origin(kind) is tuple) == isinstance(value, list | tuple)]
+    return (matching or kinds)[0]
 
 
-_HUGE = 2**63  # from here on whole numbers do not fit torch's
+_HUGE = 2**63  # the first whole number that torch's integers do not hold
 _LONG = 4096  # the longest path of most systems
 
 

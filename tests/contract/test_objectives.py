@@ -27,17 +27,17 @@ CONFIGS = {
     "grpo": configured("grpo", clip_range=3e-3),
     "grpo-guard": configured("grpo", clip_range=3e-3, ratio="guard"),
 }
-LATENT = [name for name, wanted in CONFIGS.items() if wanted.loss.stores == "latents"]
+LATENT = [name for name, objective_settings in CONFIGS.items() if objective_settings.loss.stores == "latents"]
 
 
 @pytest.fixture(params=CONFIGS)
-def wanted(request) -> ObjectiveSettings:
+def objective_settings(request) -> ObjectiveSettings:
     return CONFIGS[request.param]
 
 
 @pytest.fixture
-def objective(wanted) -> Objective:
-    return load_objective(wanted.name)(wanted.loss)
+def objective(objective_settings) -> Objective:
+    return load_objective(objective_settings.name)(objective_settings.loss)
 
 
 @pytest.fixture
@@ -96,10 +96,10 @@ def test_a_loss_is_a_sum_over_items(policy, objective, linear_experience):
     shift(policy, 0.02)
     items = all_items(objective, experience)
     whole = objective.loss(policy, experience, items)
-    parts = [objective.loss(policy, experience, part) for part in items.flip(0).split(3)]
-    assert sum(p.total.item() for p in parts) == pytest.approx(whole.total.item(), rel=1e-9)
-    assert sum(p.sums["loss"].item() for p in parts) == pytest.approx(whole.sums["loss"].item(), rel=1e-9)
-    torch.testing.assert_close(sum(gradient(policy, p) for p in parts), gradient(policy, whole))
+    losses = [objective.loss(policy, experience, part) for part in items.flip(0).split(3)]
+    assert sum(p.total.item() for p in losses) == pytest.approx(whole.total.item(), rel=1e-9)
+    assert sum(p.sums["loss"].item() for p in losses) == pytest.approx(whole.sums["loss"].item(), rel=1e-9)
+    torch.testing.assert_close(sum(gradient(policy, p) for p in losses), gradient(policy, whole))
 
 
 def test_item_i_is_of_trajectory_i_modulo_their_number(policy, objective, linear_experience):
@@ -164,10 +164,10 @@ def test_of_nobody_there_is_nothing_to_learn(policy, objective, linear_experienc
 
 
 @pytest.fixture
-def build(tiny_trainer, tiny_config, wanted):
+def build(tiny_trainer, tiny_config, objective_settings):
     """A trainer of the objective, with sections of the configuration replaced."""
     return lambda reward=None, **sections: tiny_trainer(
-        tiny_config(objective=wanted, **sections), **({"reward": reward} if reward else {})
+        tiny_config(objective=objective_settings, **sections), **({"reward": reward} if reward else {})
     )
 
 
@@ -194,7 +194,7 @@ def test_a_first_rollout_is_learnt_from(build, first_experience):
 def test_what_is_stored_is_what_is_asked_for(build, first_experience):
     trainer = build()
     path = first_experience(trainer).trajectories.path
-    stochastic = [level > 0 for level in trainer.sampling.process.noise_levels]
+    stochastic = [level > 0 for level in trainer.sampler.sampling.process.noise_levels]
     if trainer.learner.objective.settings.stores == "latents":
         assert path == () and not any(stochastic)
     else:
@@ -204,7 +204,7 @@ def test_what_is_stored_is_what_is_asked_for(build, first_experience):
 
 def test_stochastic_rollouts_are_stored_only_for_transitions(build, first_experience):
     trainer = build(sampling=SamplingSettings(num_inference_steps=4, sde_window="all"))
-    assert all(level > 0 for level in trainer.sampling.process.noise_levels)
+    assert all(level > 0 for level in trainer.sampler.sampling.process.noise_levels)
     path = first_experience(trainer).trajectories.path
     assert len(path) == (0 if trainer.learner.objective.settings.stores == "latents" else 3)
 
@@ -324,7 +324,9 @@ def test_a_window_is_what_is_sampled_and_trained(tiny_trainer, tiny_config):
     sampling = SamplingSettings(num_inference_steps=4, sde_window="sliding", sde_window_size=1, sde_window_interval=1)
     trainer = tiny_trainer(tiny_config(objective=CONFIGS["grpo-guard"], sampling=sampling))
     for start in (0, 1, 2, 0):
-        assert [level > 0 for level in trainer.sampling.process.noise_levels] == [step == start for step in range(4)]
+        assert [level > 0 for level in trainer.sampler.sampling.process.noise_levels] == [
+            step == start for step in range(4)
+        ]
         assert [t.step for t in trainer.step().rollout.trajectories.path] == [start]
 
 
@@ -345,9 +347,9 @@ def test_neither_the_cut_nor_the_order_of_items_matters(linear_policy, linear_ex
     expected = gradient(linear_policy, whole)
     shuffled = items[torch.randperm(len(items), generator=torch.Generator().manual_seed(2))]
     for cut in (items.split(1), items.split(4), [shuffled], shuffled.split(4)):
-        parts = [objective.loss(linear_policy, prepared, part) for part in cut]
+        losses = [objective.loss(linear_policy, prepared, part) for part in cut]
         for key, value in whole.sums.items():
-            assert sum(part.sums[key].item() for part in parts) == pytest.approx(value.item(), rel=1e-9), key
+            assert sum(part.sums[key].item() for part in losses) == pytest.approx(value.item(), rel=1e-9), key
         for key, value in whole.maxima.items():
-            assert max(part.maxima[key].item() for part in parts) == pytest.approx(value.item(), rel=1e-9), key
-        torch.testing.assert_close(sum(gradient(linear_policy, part) for part in parts), expected)
+            assert max(part.maxima[key].item() for part in losses) == pytest.approx(value.item(), rel=1e-9), key
+        torch.testing.assert_close(sum(gradient(linear_policy, part) for part in losses), expected)

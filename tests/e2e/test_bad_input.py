@@ -89,7 +89,7 @@ def test_a_process_says_its_sentence_and_nothing_else(here):
         ),
         (("plan", "cut.json"), "cut.json: not JSON"),
         (("plan", "twice.json"), "twice.json: not JSON: seed is given twice; leave one out"),
-        (("plan", "deep.json"), "deep.json: not JSON: lists or objects in one another without end"),
+        (("plan", "deep.json"), "deep.json: not JSON: lists or objects are nested without end"),
         (("report", "."), ". is no run folder"),
         (("train", "smoke", "--out", ""), "a path is empty (''); give one, or . for the current folder"),
     ],

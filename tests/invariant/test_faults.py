@@ -113,7 +113,7 @@ def gradients(trainer: Any, rolled: Rollout) -> list[torch.Tensor]:
     """What the optimizer is given."""
     config, clip = trainer.config.objective, trainer.learner.objective.settings.adv_clip_max
     estimator = AdvantageEstimator(config, clip, trainer.reward.weights, trainer.ranks, quorum=0.5)
-    experience, _ = estimator.experience(rolled, trainer.sampling, NoiseKey(0, 0))
+    experience, _ = estimator.experience(rolled, trainer.sampler.sampling, NoiseKey(0, 0))
     found: list[torch.Tensor] = []
     parameters = list(trainer.policy.trainable.values())
     seen = trainer.learner.updater.optimizer.register_step_pre_hook(

@@ -188,7 +188,7 @@ def test_weights_that_were_swapped_after_sampling_are_found(build, tiny_policy, 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_change_of_what_any_step_stored_is_found(build, monkeypatch, field, place):
     trainer = build(True)
-    before = trainer._roll_out
+    before = trainer.collector.rollout
 
     def tampered(*told: Any) -> Any:
         rolled = before(*told)
@@ -196,7 +196,7 @@ def test_a_change_of_what_any_step_stored_is_found(build, monkeypatch, field, pl
         path[place] = replace(path[place], **{field: getattr(path[place], field) + 0.1})
         return replace(rolled, trajectories=replace(rolled.trajectories, path=tuple(path)))
 
-    monkeypatch.setattr(trainer, "_roll_out", tampered)
+    monkeypatch.setattr(trainer.collector, "rollout", tampered)
     with pytest.raises(SelfCheckError, match="off-policy"):
         trainer.step()
 

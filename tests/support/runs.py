@@ -119,7 +119,7 @@ def first_experience(trainer: Any) -> Any:
     rolled = rollout(trainer.sampler, prompts, torch.arange(count), key, Meter())
     config, clip = trainer.config.objective, trainer.learner.objective.settings.adv_clip_max
     estimator = AdvantageEstimator(config, clip, trainer.reward.weights, trainer.ranks)
-    return estimator.experience(rolled, trainer.sampling, key)[0]
+    return estimator.experience(rolled, trainer.sampler.sampling, key)[0]
 
 
 def assert_trained_alike(weights: Mapping[str, Any], expected: Mapping[str, Any], lr: float, steps: int) -> None:

@@ -172,7 +172,7 @@ def test_defaults_are_right():
         ),
         (
             Config(model=ModelSettings(shard=True, quantize="int8")),
-            "model.shard must be false for model.quantize: what is kept in 8 bits is not shared out",
+            "model.shard must be false for model.quantize: weights in 8 bits are not sharded",
         ),
         (
             Config(model=ModelSettings("shapes-flow", "full", shard=True), optim=OptimSettings("adamw_8bit")),
@@ -378,19 +378,19 @@ def test_an_sde_may_have_any_noise(sampler):
 
 @pytest.mark.parametrize("sampler", ["auto", "flow_grpo", "dance", *PRESERVING])
 def test_flow_grpos_kl_goes_with_a_diffusion_rate(sampler):
-    def wanted(objective):
+    def with_settings(objective):
         sections = {"name": objective, "grpo": {"kl_form": "flow_grpo"}}
         return from_dict({"sampling": {"sampler": sampler}, "objective": sections})
 
-    check(wanted("nft"))
+    check(with_settings("nft"))
     if sampler not in PRESERVING:
-        check(wanted("grpo"))
+        check(with_settings("grpo"))
     else:
         with pytest.raises(ValueError) as refused:
-            check(wanted("grpo"))
+            check(with_settings("grpo"))
         assert str(refused.value) == (
-            "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance, flow_grpo_wan), not"
-            f" {sampler}; take exact"
+            "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance,"
+            f" flow_grpo_wan), not {sampler}; take exact"
         )
 
 
@@ -405,19 +405,19 @@ def test_a_guarded_ratio_goes_with_a_density():
 
 
 def test_a_negative_prompt_goes_with_guidance_of_two_calls():
-    def wanted(**sampling: object) -> Config:
+    def with_settings(**sampling: object) -> Config:
         return from_dict({"sampling": {"negative_prompt": "blurred", **sampling}})
 
-    check(wanted(guidance_scale=4.5))
-    check(dataclasses.replace(wanted(), eval=EvalSettings(guidance_scale=4.5)))
+    check(with_settings(guidance_scale=4.5))
+    check(dataclasses.replace(with_settings(), eval=EvalSettings(guidance_scale=4.5)))
     with pytest.raises(
         ValueError, match=r"^sampling.negative_prompt must be empty where .* are 1, since it would have no"
     ):
-        check(wanted())
+        check(with_settings())
     with pytest.raises(
         ValueError, match=r"^sampling.negative_prompt must be empty for sampling.embedded_guidance: a model"
     ):
-        check(wanted(guidance_scale=3.5, embedded_guidance=True))
+        check(with_settings(guidance_scale=3.5, embedded_guidance=True))
 
 
 @pytest.mark.parametrize("kind", ["auto", "all", "first", "sliding", "random"])
@@ -543,7 +543,7 @@ def test_what_the_engine_can_do_is_not():
     [
         ('{"seed": 1, "seed": 2}', "not JSON: seed is given twice; leave one out"),
         ('{"model": {"path": "a", "path": "b"}}', "not JSON: path is given twice; leave one out"),
-        ("[" * 100_000, "not JSON: lists or objects in one another without end"),
+        ("[" * 100_000, "not JSON: lists or objects are nested without end"),
         ('{"seed": 9223372036854775808}', "seed must be below 2**63, not 9223372036854775808"),
         ('{"optim": {"lr": 1' + "0" * 400 + "}}", "optim.lr must be below 2**63, not 1000"),
         (
@@ -576,12 +576,18 @@ def test_texts_may_hold_any_letters():
     [
         ("smoke", "config must be a progrpo.config.Config, not 'smoke'"),
         (Config, "config must be a progrpo.config.Config, not <class"),
-        (Config(sampling={"shift": 2.0}), "sampling must be a progrpo.config.SamplingSettings, not {'shift': 2.0}"),  # type: ignore[arg-type]
+        (
+            Config(sampling={"shift": 2.0}),  # type: ignore[arg-type]
+            "sampling must be a progrpo.config.SamplingSettings, not {'shift': 2.0}",
+        ),
         (
             Config(reward=RewardSettings(["shapes"])),  # type: ignore[arg-type]
             "reward.terms[0] must be a progrpo.config.RewardTerm, not 'shapes'",
         ),
-        (Config(objective=ObjectiveSettings(nft=None)), "objective.nft must be a progrpo.config.NFTSettings, not None"),  # type: ignore[arg-type]
+        (
+            Config(objective=ObjectiveSettings(nft=None)),  # type: ignore[arg-type]
+            "objective.nft must be a progrpo.config.NFTSettings, not None",
+        ),
         (Config(seed=object()), "seed must be a whole number, not <object object"),  # type: ignore[arg-type]
         (Config(seed=10**5000), "seed must be below 2**63, not something of type int that cannot be written"),
     ],

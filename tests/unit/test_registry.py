@@ -50,7 +50,7 @@ def test_built_ins_and_the_users_own():
         ("gone:thing", "kind 'gone:thing': there is no module 'gone' in this folder or installed"),
         ("lacking:thing", "its module cannot be imported: lacking.py, line 1: ModuleNotFoundError: "),
         ("broken:value", "its module cannot be imported: broken.py, line 3: ZeroDivisionError: division by zero"),
-        ("runs:thing", "importing its module starts a run; put what that file does when it is run under"),
+        ("runs:thing", "importing its module starts a run; put the code that starts it under"),
     ],
 )
 def test_other_names_are_refused_in_a_sentence(name, sentence):

@@ -96,11 +96,11 @@ def test_the_average_of_the_weights_lags_behind(tiny_trainer, tiny_config):
     trainer = tiny_trainer(tiny_config(optim=OptimSettings(ema_decay=0.5)))
     start = weights(trainer)
     trainer.step()
-    assert trainer.evaluated_weights == "ema"
+    assert trainer.learner.evaluated_weights == "ema"
     sets = trainer.policy.state_dict()
     for name, now in weights(trainer).items():
         torch.testing.assert_close(sets["ema"][name], (start[name] + now) / 2)
-    assert tiny_trainer(tiny_config()).evaluated_weights == "current"
+    assert tiny_trainer(tiny_config()).learner.evaluated_weights == "current"
 
 
 def test_an_objectives_average_follows_from_the_first_iteration_on(tiny_trainer, tiny_config):

@@ -129,8 +129,8 @@ REWARDS = {
     ),
     "vllm_evaluate": NearestReward(
         "vlm",
-        difference="theirs is P(yes) / (P(yes) + P(no)) of 'Is it a beautiful image?', without the prompt; ours is a mark of"
-        " 0 to 10, over 10, and a column `question` holds the question",
+        difference="theirs is P(yes) / (P(yes) + P(no)) of 'Is it a beautiful image?', without the prompt; ours is a"
+        " mark of 0 to 10, over 10, and a column `question` holds the question",
     ),
     **{name: NearestReward(name, difference=_UNREGISTERED) for name in _ONLY_OURS},
 }
@@ -264,7 +264,7 @@ def _objective(setting: Setting) -> str:
 
 
 def _to_objective(field: str, *objectives: str) -> Rule:
-    """The rule of a setting for which the objective in use has this field, if it is one of `objectives` (empty: any)."""
+    """The rule of a setting for which the objective in use has this field, if it is one of `objectives` (or any)."""
 
     def rule(setting: Setting) -> Outcome:
         if objectives and _objective(setting) not in objectives:

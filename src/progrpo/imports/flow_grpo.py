@@ -109,8 +109,8 @@ def import_flow_grpo(config: str, gpus: int | None = None, script: Script = "aut
 
     `gpus` is the number of GPUs if the file does not say it. `script` is the training script that reads the settings:
     `plain` (all steps are noisy and trained), `fast` (a window) or `guard` (GRPO-Guard's ratio). `auto` decides by the
-    names and by whether the file sets a window. ValueError, one sentence, for a file that cannot be read or settings that
-    cannot be run.
+    names and by whether the file sets a window. ValueError, one sentence, for a file that cannot be read or settings
+    that cannot be run.
     """
     file, function = _file_and_function(config)
     reading = read_settings(file, function)
@@ -362,7 +362,7 @@ def _count_or_one(setting: Setting, name: str) -> int:
 
 
 def _rows_per_batch(setting: Setting) -> int:
-    """The pictures of a GPU's network call. An older script sets the prompts there, and the pictures of each elsewhere."""
+    """The pictures of a GPU's network call. An older script sets prompts there, and the pictures of each elsewhere."""
     return setting.count("sample.train_batch_size") * _count_or_one(setting, "sample.mini_num_image_per_prompt")
 
 

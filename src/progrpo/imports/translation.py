@@ -1,4 +1,4 @@
-"""The translation of another framework's settings. Each has a rule and ends in exactly one list, so that none is lost."""
+"""The translation of another framework's settings. Each has a rule and ends in exactly one list, so none is lost."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def trained_policy(
     context = PolicyContext(device=ranks.device, world_size=ranks.world, guide_away_from=negative_prompt)
     policy = policy_from(model, context, trained)
     require_same_model(ranks, policy)
-    ranks.drain_peer_calls = policy.drain_peer_calls
+    ranks.before_waiting = policy.drain_peer_calls
     return policy
 
 

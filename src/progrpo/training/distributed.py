@@ -67,7 +67,7 @@ class Ranks:
         if self.world > 1:
             # while Python runs: gloo's threads hold its tensors, and abort the process if they free them later
             atexit.register(self._accelerator.end_training)
-        self.drain_peer_calls: Callable[[], None] | None = None
+        self.before_waiting: Callable[[], None] | None = None
         """The call of this process before it waits for the others: a policy's `drain_peer_calls`."""
 
     def deal(self, count: int) -> Tensor:
@@ -78,7 +78,7 @@ class Ranks:
         """The elementwise sum over processes."""
         if self.world == 1:  # also on a device without float64, such as Apple's
             return values
-        self.join()
+        self.drain_peer_calls()
         return self._accelerator.reduce(values.to(self.device), "sum")
 
     def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
@@ -89,7 +89,7 @@ class Ranks:
         gradient is zero. Gradients of weights that are shared out are such sums already.
         """
         parameters = [p for p in parameters if not isinstance(p, DTensor)]
-        self.join()
+        self.drain_peer_calls()
         if self.world == 1 or not parameters:
             return
         own = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
@@ -101,7 +101,7 @@ class Ranks:
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The lists of all processes, one after another."""
-        self.join()
+        self.drain_peer_calls()
         return gather_object(items) if self.world > 1 else items
 
     def from_main(self, work: Callable[[], _Result]) -> _Result:
@@ -131,16 +131,16 @@ class Ranks:
 
     def wait_for_all(self) -> None:
         """Wait at the end of a run until all are here: a launcher that sees one end badly kills those that still write."""
-        self.join()
+        self.drain_peer_calls()
         # several times: a sharded network keeps gloo's threads to the very end, and none may still hold a tensor of
         # Python's
         for _ in range(8):
             self._accelerator.wait_for_everyone()
 
-    def join(self) -> None:
+    def drain_peer_calls(self) -> None:
         """Take part in the others' network calls, where they are made together, until none has one to make."""
-        if self.drain_peer_calls is not None:
-            self.drain_peer_calls()
+        if self.before_waiting is not None:
+            self.before_waiting()
 
 
 def is_lost(error: BaseException) -> bool:

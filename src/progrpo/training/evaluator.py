@@ -1,5 +1,4 @@
-"""Evaluations of a run: before and after on test prompts, and on validation prompts on the way, where hacking would
-show."""
+"""Evaluations of a run: on test prompts before and after training, on validation prompts on the way."""
 
 from __future__ import annotations
 
@@ -53,7 +52,7 @@ class Evaluator:
     @property
     def final_weights(self) -> str:
         """The name of the weights that are measured and saved at the end."""
-        return Best.NAME if self.best else self._trainer.evaluated_weights
+        return Best.NAME if self.best else self._trainer.learner.evaluated_weights
 
     def test(self, weights: str) -> Evaluation:
         """The evaluation of these weights on the test prompts."""
@@ -62,14 +61,14 @@ class Evaluator:
     def validate(self, record: Metrics) -> Metrics:
         """The metrics of the validation prompts after the iteration of that record."""
         trainer = self._trainer
-        config, weights = trainer.config.eval, trainer.evaluated_weights
+        config, weights = trainer.config.eval, trainer.learner.evaluated_weights
         result = self._evaluate(self._held_out.validation, weights)
         held_out = result.held_out()
         reward = held_out[config.best_by] if config.best_by else result.mean("graded")
         if config.keep_best and reward is not None and (self.best is None or reward > self.best.reward):
             self.best = Best(trainer.iteration, reward)
             trainer.policy.named_weights.snapshot(Best.NAME, weights)
-        sampling = self._sampling(trainer.sampling_microbatch.size)
+        sampling = self._sampling(trainer.collector.microbatch.size)
         kl = kl_to_reference(trainer.policy, weights, self._held_out.validation, sampling, config.seed)
         self._watch_for_hacking(result, kl, metric(record, "rollout/diversity"))
         return evaluation_metrics(result, "eval", kl)
@@ -87,7 +86,7 @@ class Evaluator:
             return evaluate(sampler, prompts, trainer.config.eval.seed, trainer.ranks, measures)
 
         with trainer.policy.weights(weights):
-            result = trainer.sampling_microbatch.run(sample, trainer.sampling_refusal)
+            result = trainer.collector.microbatch.run(sample, trainer.collector.refusal)
         trainer.failures.check(f"evaluation after {trainer.iteration} iterations")
         self._report_failures()
         return result

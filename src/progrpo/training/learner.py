@@ -117,7 +117,7 @@ class Learner:
         checks.check_moved(self._policy)
         if len(experience):
             checks.check_bound(self._policy, experience)
-        self._ranks.join()  # the others may be at it still, and need this process' part of the reference
+        self._ranks.drain_peer_calls()  # the others may be at it still, and need this process' part of the reference
         if self._config.model.weights == "full" and not self.objective.settings.uses_reference:
             self._policy.named_weights.forget("reference")  # a copy of the whole denoiser that nothing asks for
 

@@ -128,7 +128,7 @@ def plan_figures(trainer: Trainer) -> dict[str, Any]:
 
 def nfe_unpruned(trainer: Trainer, iterations: int) -> int:
     """NFE of so many iterations if no trajectory of the expanded groups were pruned."""
-    sampling = trainer.sampling
+    sampling = trainer.sampler.sampling
     per_trajectory = sampling.nfe_per_call * sampling.num_inference_steps
     return trainer.plan.group_size * per_trajectory * trainer.config.prompts.per_iteration * iterations
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,23 +17,18 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan
 from progrpo.rollout.sampler import Sampler
-from progrpo.rollout.sampling import Sampling
-from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding
-from progrpo.rollout.waves import in_waves
 from progrpo.tracking.records import Metrics, metric
 from progrpo.training import checks
-from progrpo.training.audit import Audit, audit
-from progrpo.training.build import sampling_from
+from progrpo.training.audit import Audit
+from progrpo.training.collector import Batch, Collector
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.learner import Learner
-from progrpo.training.memory import Microbatch
 from progrpo.training.plan_monitor import PlanMonitor
 from progrpo.training.state import TrainerState
 from progrpo.training.totals import FailureCounter, Totals, summed_over
 from progrpo.training.watch import SelfChecks
-from progrpo.types import Cost, Prompt, Rollout
+from progrpo.types import Cost, Rollout
 
-_Sampled = TypeVar("_Sampled")
 _STAGES = ("sample", "preview", "reward", "update", "audit")
 
 
@@ -49,15 +42,6 @@ class Iteration:
     audit: Audit | None
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """The prompts of an iteration, this process' places among them, and the key of the iteration's noise."""
-
-    prompts: Sequence[Prompt]
-    slots: Tensor
-    key: NoiseKey
-
-
 class Trainer:
     """Trains a policy. All that changes is in `state_dict`; noise and windows follow from the iteration's number."""
 
@@ -67,11 +51,11 @@ class Trainer:
         self.reward = reward
         self.order = order
         self.ranks = ranks
-        ranks.drain_peer_calls = policy.drain_peer_calls
+        ranks.before_waiting = policy.drain_peer_calls
         self.checks = SelfChecks(config.watch)
         self.plan_monitor = PlanMonitor(config, ranks, self.checks)
         self.learner = Learner(config, policy, reward.weights, ranks, self.checks)
-        self.sampling_microbatch = Microbatch(config.sampling.rows_per_call, "sampling.microbatch")
+        self.collector = Collector(config, policy, reward, self.learner.objective.settings, self.plan_monitor, ranks)
         self.iteration = 0
         """The number of iterations that are done."""
         self.totals = Totals()
@@ -79,7 +63,6 @@ class Trainer:
         self.untouched = True
         """Whether nothing but totals has changed since the last iteration: until the next one has its scores."""
         self._config = config
-        self._sharding: GroupSharding = ranks if config.prompts.split_groups else NOT_SHARDED
         self._frozen = checks.fingerprint(policy)
         _agree_on_batch_invariance(self)
 
@@ -87,7 +70,7 @@ class Trainer:
     def config(self) -> Config:
         """The configuration, with the microbatches that fit into memory."""
         config = self._config
-        sampling, optim = self.sampling_microbatch.size, self.learner.updater.microbatch.size
+        sampling, optim = self.collector.microbatch.size, self.learner.updater.microbatch.size
         if sampling < config.sampling.rows_per_call:
             config = replace(config, sampling=replace(config.sampling, microbatch=sampling))
         if optim < config.optim.items_per_pass:
@@ -100,29 +83,9 @@ class Trainer:
         return self.plan_monitor.plan
 
     @property
-    def evaluated_weights(self) -> str:
-        """The weights that evaluation and the saved LoRA use."""
-        return self.learner.evaluated_weights
-
-    @property
-    def sampling(self) -> Sampling:
-        """How the next iteration samples."""
-        return sampling_from(self.config, self.policy, self.learner.objective.settings.stores, self.iteration)
-
-    @property
     def sampler(self) -> Sampler:
         """The sampler of the next iteration."""
-        monitor = self.plan_monitor
-        return Sampler(
-            policy=self.policy,
-            reward=self.reward,
-            sampling=self.sampling,
-            plan=monitor.plan,
-            selector=monitor.selector,
-            preview_settings=self._config.preview,
-            probe=monitor.probe,
-            sharding=self._sharding,
-        )
+        return self.collector.sampler(self.iteration)
 
     def predicted(self, iterations: int = 1) -> Cost:
         """The cost that the plan in force predicts for so many iterations, over all processes and without audits."""
@@ -131,75 +94,43 @@ class Trainer:
     def step(self) -> Iteration:
         """Run the next iteration."""
         start, meter, audit_meter = time.perf_counter(), Meter(), Meter()
-        iteration, sampling = self.iteration, self.sampling
         self.totals.predicted += self.predicted()
-        batch = self._next_batch()
-        rolled = self.sample(lambda sampler, meter: self._roll_out(batch, sampler, meter), meter)
-        lost = self.totals.lost
-        failed = self.failures.check(f"iteration {iteration + 1}")
-        lost = self.totals.lost - lost
+        batch, sampling = self._next_batch(), self.sampler.sampling
+        rolled = self.collector.rollout(batch, meter)
+        lost_before = self.totals.lost
+        failed = self.failures.check(f"iteration {batch.iteration + 1}")
+        lost = self.totals.lost - lost_before
         self.untouched = False
         self._observe(batch.slots, rolled)
         with meter.stage("update"):
-            updated = self.learner.learn(rolled, sampling, batch.key, iteration)
+            updated = self.learner.learn(rolled, sampling, batch.key, batch.iteration)
         meter.count(trained_steps=updated.items)
-        found = None
-        audit_due = self.plan_monitor.is_audit_due(iteration)
-        if audit_due and self.ranks.is_main:
-            with meter.stage("audit"):
-                found = self.sample(lambda sampler, meter: self._audit(batch, sampler, meter), audit_meter)
-        if audit_due:
-            # counted with the next iteration's they would be unknown to a run that is resumed here; no audit is trained
-            # on
+        audit = None
+        if self.plan_monitor.is_audit_due(batch.iteration):
+            if self.ranks.is_main:
+                with meter.stage("audit"):
+                    audit = self.collector.audit(batch, audit_meter)
+            # an audit trains nothing, so its failures stop nothing; counted with the next iteration's they would be
+            # unknown to a run that is resumed from here
             self.failures.collect()
         record = self._record(updated.tally, meter, time.perf_counter() - start)
         audited = summed_over(self.ranks, audit_meter.cost)
         self.totals.audited += audited
-        record |= {"audit/nfe": audited.nfe} if found is not None else {}
+        record |= {"audit/nfe": audited.nfe} if audit is not None else {}
         record |= {f"reward/failed@{name}": count for name, count in failed.items() if count}
         record |= {"rollout/missing_pictures": lost} if lost else {}
-        self.checks.check_rewards(iteration + 1, record, len(batch.prompts))
-        record |= self.plan_monitor.learn(iteration, rolled, found, self.totals)
-        self._add_seconds_since(start, record)
-        self.iteration, self.untouched = iteration + 1, True
-        return Iteration(iteration, record, rolled, found)
+        self.checks.check_rewards(batch.iteration + 1, record, len(batch.prompts))
+        record |= self.plan_monitor.learn(batch.iteration, rolled, audit, self.totals)
+        _add_seconds_since(start, record, self.totals)
+        self.iteration += 1
+        self.untouched = True
+        return Iteration(batch.iteration, record, rolled, audit)
 
-    def _next_batch(self) -> _Batch:
-        count = self._config.prompts.per_iteration
-        slots = torch.arange(count) if self._config.prompts.split_groups else self.ranks.deal(count)
+    def _next_batch(self) -> Batch:
+        count, split = self._config.prompts.per_iteration, self._config.prompts.split_groups
+        slots = torch.arange(count) if split else self.ranks.deal(count)
         prompts = self.order.prompts_for(self.iteration, count)
-        return _Batch(prompts, slots, NoiseKey(self._config.seed, self.iteration))
-
-    def sample(self, call: Callable[[Sampler, Meter], _Sampled], meter: Meter) -> _Sampled:
-        """Return what `call` samples, with smaller microbatches where memory runs out: noise does not depend on them."""
-
-        def attempt(size: int) -> _Sampled:
-            its_meter = Meter()  # an attempt that fails is not what the plan counts
-            sampled = call(self.sampler.with_max_batch(size), its_meter)
-            meter.add(its_meter)
-            return sampled
-
-        with self.policy.weights(self.learner.objective.settings.rollout_weights):
-            return self.sampling_microbatch.run(attempt, self.sampling_refusal)
-
-    @property
-    def sampling_refusal(self) -> str | None:
-        """The reason why a process that runs out of memory while sampling cannot try again; None where it can."""
-        if self._sharding.world == 1 and self.policy.drain_peer_calls is None:
-            return None
-        return (
-            "out of memory while processes work together (model.shard, prompts.split_groups), so that one of them"
-            " cannot try again; lower sampling.microbatch"
-        )
-
-    def _roll_out(self, batch: _Batch, sampler: Sampler, meter: Meter) -> Rollout:
-        prompts = [batch.prompts[slot] for slot in batch.slots.tolist()]
-        return in_waves(sampler, prompts, batch.slots, batch.key, meter, self._config.reward.waves)
-
-    def _audit(self, batch: _Batch, sampler: Sampler, meter: Meter) -> Audit:
-        """Audit a prompt of the iteration, under a slot that no trained group has."""
-        prompt = batch.prompts[self.plan_monitor.audited_place(self.iteration)]
-        return audit(sampler, prompt, len(batch.prompts), batch.key, meter)
+        return Batch(self.iteration, prompts, slots, NoiseKey(self._config.seed, self.iteration))
 
     def _observe(self, slots: Tensor, rolled: Rollout) -> None:
         """Tell the order how far each group's rewards differed, alike on every process."""
@@ -225,14 +156,6 @@ class Trainer:
         record["update/lr"] = self.learner.learning_rate
         return record | {f"time/{name}": value for name, value in stages.items()}
 
-    def _add_seconds_since(self, start: float, record: Metrics) -> None:
-        """Add to the record and the totals the seconds that passed since the record was made."""
-        recorded, other = metric(record, "seconds"), metric(record, "time/other")
-        assert recorded is not None and other is not None
-        later = time.perf_counter() - start - recorded
-        record |= {"seconds": recorded + later, "time/other": other + later}
-        self.totals.add_seconds({"other": later})
-
     def check_frozen(self) -> None:
         """SelfCheckError where a frozen weight has moved."""
         checks.check_frozen(self.policy, self._frozen)
@@ -256,6 +179,15 @@ class Trainer:
         self.plan_monitor.load_state_dict(state)
         self.checks.load_state_dict(state["checks"])
         self.iteration = state["iteration"]
+
+
+def _add_seconds_since(start: float, record: Metrics, totals: Totals) -> None:
+    """Add to the record and the totals the seconds that passed since the record was made."""
+    recorded, other = metric(record, "seconds"), metric(record, "time/other")
+    assert recorded is not None and other is not None
+    later = time.perf_counter() - start - recorded
+    record |= {"seconds": recorded + later, "time/other": other + later}
+    totals.add_seconds({"other": later})
 
 
 def _check_processes(config: Config, reward: RewardMixture, ranks: Ranks) -> None:

@@ -1,0 +1,112 @@
+"""The collector of a run: it samples the rollouts and audits of iterations, within memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+from progrpo.config import Config
+from progrpo.objectives.settings import LossSettings
+from progrpo.policies.base import Policy
+from progrpo.rewards.base import Scorer
+from progrpo.rollout.meter import Meter
+from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding
+from progrpo.rollout.waves import in_waves
+from progrpo.training.audit import Audit, audit
+from progrpo.training.build import sampling_from
+from progrpo.training.distributed import Ranks
+from progrpo.training.memory import Microbatch
+from progrpo.training.plan_monitor import PlanMonitor
+from progrpo.types import Prompt, Rollout
+
+_Sampled = TypeVar("_Sampled")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The prompts of a zero-based iteration, this process' slots among them, and the key of the iteration's noise."""
+
+    iteration: int
+    prompts: Sequence[Prompt]
+    slots: Tensor
+    key: NoiseKey
+
+
+class Collector:
+    """Samples by the plan in force. `microbatch` is the number of rows of a call, halved where memory runs out."""
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        reward: Scorer,
+        loss: LossSettings,
+        plan_monitor: PlanMonitor,
+        ranks: Ranks,
+    ) -> None:
+        self.microbatch = Microbatch(config.sampling.rows_per_call, "sampling.microbatch")
+        self._config = config
+        self._policy = policy
+        self._reward = reward
+        self._loss = loss
+        self._plan_monitor = plan_monitor
+        self._sharding: GroupSharding = ranks if config.prompts.split_groups else NOT_SHARDED
+
+    def sampler(self, iteration: int) -> Sampler:
+        """The sampler of a zero-based iteration."""
+        sampler = Sampler(
+            policy=self._policy,
+            reward=self._reward,
+            sampling=sampling_from(self._config, self._policy, self._loss.stores, iteration),
+            plan=self._plan_monitor.plan,
+            selector=self._plan_monitor.selector,
+            preview_settings=self._config.preview,
+            probe=self._plan_monitor.probe,
+            sharding=self._sharding,
+        )
+        return sampler.with_max_batch(self.microbatch.size)
+
+    def rollout(self, batch: Batch, meter: Meter) -> Rollout:
+        """The rollout of this process' prompts."""
+        prompts = [batch.prompts[slot] for slot in batch.slots.tolist()]
+
+        def sample(sampler: Sampler, own_meter: Meter) -> Rollout:
+            return in_waves(sampler, prompts, batch.slots, batch.key, own_meter, self._config.reward.waves)
+
+        return self._within_memory(sample, batch.iteration, meter)
+
+    def audit(self, batch: Batch, meter: Meter) -> Audit:
+        """The audit of a prompt of the iteration, under a slot that no trained group has."""
+        prompt = batch.prompts[self._plan_monitor.audited_place(batch.iteration)]
+
+        def sample(sampler: Sampler, own_meter: Meter) -> Audit:
+            return audit(sampler, prompt, len(batch.prompts), batch.key, own_meter)
+
+        return self._within_memory(sample, batch.iteration, meter)
+
+    def _within_memory(self, sample: Callable[[Sampler, Meter], _Sampled], iteration: int, meter: Meter) -> _Sampled:
+        """What `sample` returns, with smaller microbatches where memory runs out: noise does not depend on them."""
+
+        def attempt(size: int) -> _Sampled:
+            own_meter = Meter()  # an attempt that fails is not what the plan counts
+            sampled = sample(self.sampler(iteration), own_meter)
+            meter.add(own_meter)
+            return sampled
+
+        with self._policy.weights(self._loss.rollout_weights):
+            return self.microbatch.run(attempt, self.refusal)
+
+    @property
+    def refusal(self) -> str | None:
+        """The reason why a process that runs out of memory while sampling cannot try again; None where it can."""
+        if self._sharding.world == 1 and self._policy.drain_peer_calls is None:
+            return None
+        return (
+            "out of memory while processes work together (model.shard, prompts.split_groups), so that one of them"
+            " cannot try again; lower sampling.microbatch"
+        )
