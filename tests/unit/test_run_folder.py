@@ -67,7 +67,7 @@ def test_an_empty_name_is_not_the_current_folder():
 
 
 def test_overwriting_deletes_the_run_and_nothing_else(tmp_path):
-    """Of folders whose names a user's own may have: what a run writes there, and they themselves when that leaves them empty."""
+    """The run's files go, and a folder only if that leaves it empty, since a user may have one of the same name."""
     mine = ("notes.txt", "samples/mine.txt", "audit/mine.json", "checkpoints/best/a.pt", "lora/README.md", "unet/x.png")
     for name in (*mine, "lora/pytorch_lora_weights.safetensors"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def test_resuming_clears_what_a_killed_writer_left_and_nothing_else(tmp_path):
 
 
 def test_overwriting_deletes_checkpoints_first_and_the_config_last(tmp_path, monkeypatch):
-    """Cut off anywhere, it leaves a run that is refused as one, or nothing: never a new run among an old one's checkpoints."""
+    """An interrupted deletion leaves a run that is refused, or nothing: never a new run among old checkpoints."""
     run = RunFolder.create(tmp_path / "run")
     run.log_config({})
     run.log({"iteration": 0}, 0)
