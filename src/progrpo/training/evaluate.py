@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.config import Config, EvalSettings, RewardTerm, check, from_python
+from progrpo.config import Config, EvalSettings, OptimSettings, RewardTerm, SamplingSettings, check, from_python
 from progrpo.diffusion.gaussian import mean_square
 from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.frames import still
@@ -289,6 +289,18 @@ def _kind(columns: Mapping[str, Any]) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
+def _evaluated(config: Config, negative_prompt: str) -> Config:
+    """The configuration with what an evaluation reads alone: the rest may name code of a stranger."""
+    sampling = SamplingSettings(
+        guidance_scale=config.sampling.guidance_scale,
+        embedded_guidance=config.sampling.embedded_guidance,
+        negative_prompt=negative_prompt,
+        microbatch=config.sampling.microbatch,
+    )
+    optim = OptimSettings(microbatch=config.optim.microbatch)
+    return Config(model=config.model, sampling=sampling, reward=config.reward, optim=optim, eval=config.eval)
+
+
 def _harmful(term: RewardTerm) -> bool:
     """Whether a reward does more than to load published weights and to look at pictures."""
     return ":" in term.name or bool(term.url or term.cache)
@@ -357,8 +369,7 @@ def evaluate_model(
         )
     wanted = asked_for(config.eval, num_inference_steps, guidance_scale, seed)
     away = away_from(config, negative_prompt, wanted.guidance_scale)
-    config = replace(config, reward=replace(config.reward, terms=terms), eval=wanted)
-    config = replace(config, sampling=replace(config.sampling, negative_prompt=away))
+    config = _evaluated(replace(config, reward=replace(config.reward, terms=terms), eval=wanted), away)
     check(config)
     frames, others = config.reward.frames, config.eval.rewards
     reward_of, held_out = load_mixture(terms, frames), load_mixture(others, frames) if others else None
