@@ -27,8 +27,8 @@ from progrpo.objectives.settings import Stored, load_objective
 from progrpo.policies.base import Policy, PolicyContext
 from progrpo.policies.decoding import BUILT_IN_DECODER
 from progrpo.policies.load import BUILT_IN, fastest_dtype, load_policy, quiet
-from progrpo.prompts.load import DATASET, TEXT, load_prompts, of_configuration
-from progrpo.prompts.order import ORDERS, PromptOrder
+from progrpo.prompts.load import DATASET, TEXT, load_prompts, split_configuration
+from progrpo.prompts.order import PromptOrder, make_order
 from progrpo.recipes import load_recipe
 from progrpo.rewards.base import Judge
 from progrpo.rewards.mixture import Ranking
@@ -78,7 +78,7 @@ def _located_term(term: RewardTerm) -> RewardTerm:
 
 def _absolute(name: str) -> str:
     if name.startswith(DATASET):
-        dataset, config = of_configuration(name.removeprefix(DATASET))
+        dataset, config = split_configuration(name.removeprefix(DATASET))
         return ":".join([DATASET.rstrip(":"), _absolute(dataset), *filter(None, [config])])
     path = os.path.expanduser(name)
     known = name in ("", "shapes", BUILT_IN_DECODER, *BUILT_IN)
@@ -210,7 +210,7 @@ def ranking_from(objective: ObjectiveSettings, terms: Sequence[RewardTerm]) -> R
 
 
 def train_order(prompts: PromptSettings, seed: int) -> PromptOrder:
-    return ORDERS[prompts.order](load_prompts(prompts.source, "train", prompts.column), seed)
+    return make_order(prompts.order, load_prompts(prompts.source, "train", prompts.column), seed)
 
 
 def eval_prompts(source: str, split: str, count: int, column: str = TEXT) -> list[Prompt]:

@@ -20,7 +20,7 @@ from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.frames import still
 from progrpo.messages import named
 from progrpo.policies.base import Policy
-from progrpo.prompts.load import unread
+from progrpo.prompts.load import ignored_column_note
 from progrpo.prompts.pictures import check_sources
 from progrpo.rewards.base import Judge, Scorer
 from progrpo.rewards.mixture import close_all, load_mixture
@@ -324,7 +324,7 @@ def _require_names(
 def warn_of_cuts(policy: Policy, prompts: Sequence[Prompt], ranks: Ranks) -> None:
     """Warn of what the pipeline itself would do otherwise, and of cut prompts: on stderr, for results go to stdout."""
     cuts = policy.truncation([prompt.text for prompt in prompts]).in_words()
-    for said in filter(None, (policy.ignored, cuts, unread(prompts))):
+    for said in filter(None, (policy.ignored, cuts, ignored_column_note(prompts))):
         Console(0, enabled=ranks.is_main, file=sys.stderr).warn(said)
 
 
