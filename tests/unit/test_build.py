@@ -22,7 +22,7 @@ from progrpo.config import (
 )
 from progrpo.objectives.grpo import GRPO
 from progrpo.policies.load import fastest_dtype, policy_from_pipeline
-from progrpo.rollout.sampling import ode, sampler_name
+from progrpo.rollout.sampling import load_sampler, ode, sampler_name
 from progrpo.training.absolute_paths import with_absolute_paths
 from progrpo.training.build import (
     objective_from,
@@ -120,7 +120,7 @@ def test_auto_is_the_familys_own_sampler(policy_of, family):
     policy, own = policy_of(family), "flow_grpo" if family in FLOW else "ddim"
     assert sampler_name(SamplingSettings(), policy) == own
     process = sampling_from(configured(), policy, "transitions", 0).process
-    assert (process.sampler, process.prediction) == (own, policy.prediction)
+    assert process.sampler is load_sampler(own) and process.prediction == policy.prediction
 
 
 @pytest.mark.parametrize("sampler", ["flow_grpo", "dance"])

@@ -20,7 +20,6 @@ from progrpo.config import (
     stochastic_steps,
     trained_steps,
 )
-from progrpo.diffusion.samplers import SAMPLERS
 from progrpo.messages import named
 from progrpo.objectives.advantage import normalised_sum
 from progrpo.objectives.base import Objective
@@ -31,7 +30,7 @@ from progrpo.prompts.load import TEXT, load_prompts
 from progrpo.prompts.order import ORDERS, PromptOrder
 from progrpo.rewards.base import Judge
 from progrpo.rewards.mixture import Ranking
-from progrpo.rollout.sampling import Record, Sampling, sampler_name, sampling_for
+from progrpo.rollout.sampling import Record, Sampling, sampling_for, stochastic_step
 from progrpo.training.distributed import Ranks
 from progrpo.training.memory import keep_freed_memory
 from progrpo.training.zero import with_requested_dtype
@@ -43,7 +42,7 @@ from progrpo.zoo.shapes.detector import load_detector
 
 def objective_from(config: Config, policy: Policy) -> Objective:
     """The objective. Without a given clip range it has the one that was published with the sampler."""
-    sampler = SAMPLERS[sampler_name(config.sampling, policy)]
+    sampler = stochastic_step(config.sampling, policy)
     settings = config.objective.loss.for_sampler(sampler, math.prod(policy.latent_shape))
     objective: Objective = load_objective(config.objective.name)(settings)
     return objective

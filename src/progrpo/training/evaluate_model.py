@@ -10,7 +10,7 @@ from typing import NotRequired, cast
 
 import torch
 
-from progrpo.config import Config, RewardTerm, check, from_python
+from progrpo.config import Config, OptimSettings, RewardTerm, SamplingSettings, check, from_python
 from progrpo.messages import named
 from progrpo.prompts.pictures import check_sources
 from progrpo.rewards.mixture import close_all, load_mixture
@@ -62,7 +62,7 @@ def evaluate_model(
     config = _with_rewards(model, config, options.rewards)
     settings = sampling_options.settings(config.eval)
     negative_prompt = sampling_options.negative_prompt_for(config, settings.guidance_scale)
-    config = replace(config, eval=settings, sampling=replace(config.sampling, negative_prompt=negative_prompt))
+    config = _evaluated_settings(replace(config, eval=settings), negative_prompt)
     check(config)
     source = options.prompts or config.eval.prompts
     prompts = eval_prompts(source, options.split, options.pictures, options.column or config.eval.column)
@@ -99,6 +99,18 @@ def evaluate_model(
         **({"missing_pictures": lost, "fault": fault_of(failures[0])} if lost else {}),
     }
     return cast(ModelFigures, figures)
+
+
+def _evaluated_settings(config: Config, negative_prompt: str) -> Config:
+    """The configuration with nothing but the settings that an evaluation reads: the rest may name a stranger's code."""
+    sampling = SamplingSettings(
+        guidance_scale=config.sampling.guidance_scale,
+        embedded_guidance=config.sampling.embedded_guidance,
+        negative_prompt=negative_prompt,
+        microbatch=config.sampling.microbatch,
+    )
+    optim = OptimSettings(microbatch=config.optim.microbatch)
+    return Config(model=config.model, sampling=sampling, reward=config.reward, optim=optim, eval=config.eval)
 
 
 def _require_names(model: ModelChoice, config: Config, options: EvaluationOptions) -> None:
