@@ -4,6 +4,7 @@ import asyncio
 import functools
 import inspect
 import math
+import re
 import sys
 from typing import Any
 
@@ -19,7 +20,7 @@ from progrpo.rewards.frames import FrameAverageReward
 from progrpo.rewards.function import FunctionReward, adapted
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.retrying import RetryingReward
-from progrpo.rewards.settings import REWARDS, RewardTerm
+from progrpo.rewards.settings import REWARDS, RewardSettings, RewardTerm
 from progrpo.rewards.shapes import ShapesReward
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
@@ -625,6 +626,11 @@ def test_a_class_that_cannot_be_made_or_loaded_is_refused_with_its_line(tmp_path
 def test_every_built_in_name_stands_for_a_reward(name):
     kind = load_named(name, {name: REWARDS[name]}, "reward")
     assert issubclass(kind, Reward)
+
+
+def test_the_help_text_names_every_built_in_reward():
+    words = set(re.findall(r"\w+", inspect.getsource(RewardSettings)))
+    assert set(REWARDS) <= words
 
 
 @pytest.mark.parametrize(("name", "strict_share"), [("shapes", 0.0), ("shapes_strict", 1.0), ("shapes_mixed", 0.5)])

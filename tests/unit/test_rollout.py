@@ -109,8 +109,8 @@ def test_members_that_began_as_one_part_at_the_first_step(tiny_policy, tiny_conf
 
 
 @pytest.mark.parametrize("latent_dtype", ["float32", "bfloat16", "float16"])
-def test_a_trajectory_goes_on_from_what_was_stored(family, tiny_policy, tiny_config, told, latent_dtype):
-    policy, key = tiny_policy(folder=family), NoiseKey(seed=5, iteration=2)
+def test_a_trajectory_goes_on_from_what_was_stored(family_at_length, tiny_policy, tiny_config, told, latent_dtype):
+    policy, key = tiny_policy(folder=family_at_length), NoiseKey(seed=5, iteration=2)
     dtype, wanted = getattr(torch, latent_dtype), SamplingSettings(num_inference_steps=4, latent_dtype=latent_dtype)
     sampling = sampling_from(tiny_config(sampling=wanted), policy, "means", 0)
     batch = expand(policy, torch.tensor([4, 9]), 2, sampling, key)

@@ -46,9 +46,9 @@ class Sample(Command):
         check_range(0, 2**63 - 1, seed=self.seed)
         check_range(1, 1000, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
         check_range(1, 10_000, count=self.count)
-        from progrpo.prompts.load import prompts_of
+        from progrpo.prompts.load import prompts_from_python
 
-        prompts = prompts_of(self._rows(), "--prompt")
+        prompts = prompts_from_python(self._rows(), "--prompt")
         from progrpo.training.sample import sample_pictures
         from progrpo.training.trained_model import ModelChoice, SamplingOptions
 

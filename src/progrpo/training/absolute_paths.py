@@ -8,7 +8,7 @@ from dataclasses import replace
 from progrpo.config import Config, RewardTerm
 from progrpo.policies.decoding import BUILT_IN_DECODER
 from progrpo.policies.load import BUILT_IN
-from progrpo.prompts.load import DATASET, of_configuration
+from progrpo.prompts.load import DATASET, split_configuration
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -38,7 +38,7 @@ def _absolute_term(term: RewardTerm) -> RewardTerm:
 
 def _absolute(name: str) -> str:
     if name.startswith(DATASET):
-        dataset, config = of_configuration(name.removeprefix(DATASET))
+        dataset, config = split_configuration(name.removeprefix(DATASET))
         return ":".join([DATASET.rstrip(":"), _absolute(dataset), *filter(None, [config])])
     path = os.path.expanduser(name)
     known = name in ("", "shapes", BUILT_IN_DECODER, *BUILT_IN)

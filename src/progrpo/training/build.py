@@ -27,7 +27,7 @@ from progrpo.objectives.settings import Stored, load_objective
 from progrpo.policies.base import Policy, PolicyContext
 from progrpo.policies.load import fastest_dtype, load_policy, quiet
 from progrpo.prompts.load import TEXT, load_prompts
-from progrpo.prompts.order import ORDERS, PromptOrder
+from progrpo.prompts.order import PromptOrder, make_order
 from progrpo.rewards.base import Judge
 from progrpo.rewards.mixture import Ranking
 from progrpo.rollout.sampling import Record, Sampling, sampling_for, stochastic_step
@@ -125,7 +125,7 @@ def ranking_from(objective: ObjectiveSettings, terms: Sequence[RewardTerm]) -> R
 
 def train_order(prompts: PromptSettings, seed: int) -> PromptOrder:
     """The training prompts, in the order that the settings name."""
-    return ORDERS[prompts.order](load_prompts(prompts.source, "train", prompts.column), seed)
+    return make_order(prompts.order, load_prompts(prompts.source, "train", prompts.column), seed)
 
 
 def eval_prompts(source: str, split: str, count: int, column: str = TEXT) -> list[Prompt]:

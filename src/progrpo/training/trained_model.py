@@ -10,7 +10,7 @@ from pathlib import Path
 from progrpo.config import Config, EvalSettings, ModelSettings
 from progrpo.messages import named
 from progrpo.policies.base import Policy, PolicyContext
-from progrpo.prompts.load import unread
+from progrpo.prompts.load import ignored_column_note
 from progrpo.recipes import load_recipe
 from progrpo.rollout.sampling import Sampling, ode
 from progrpo.tracking.console import Console
@@ -121,5 +121,5 @@ def warn_of_cuts(policy: Policy, prompts: Sequence[Prompt], ranks: Ranks) -> Non
     """Warn of what the policy ignores and cuts: on standard error, since results go to standard output."""
     cuts = policy.truncation([prompt.text for prompt in prompts]).in_words()
     console = Console(0, enabled=ranks.is_main, file=sys.stderr)
-    for warning in filter(None, (policy.ignored, cuts, unread(prompts))):
+    for warning in filter(None, (policy.ignored, cuts, ignored_column_note(prompts))):
         console.warn(warning)
