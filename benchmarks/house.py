@@ -1,10 +1,10 @@
-"""The size and shape of the code, as a table: files, functions, parameters, methods, types, columns, settings, start-up.
+"""The size and shape of the code as a table: files, functions, parameters, methods, types, columns, settings.
 
     python benchmarks/house.py                # this checkout
     python benchmarks/house.py ../other       # another one, such as a worktree of an older commit
     python benchmarks/house.py --offenders    # also what is above each goal, by place
 
-Sources are read, never imported, so any checkout can be measured. Only the start-up time runs a command of the checkout.
+Sources are read, never imported, so any checkout can be measured. Only the start-up time runs a command of it.
 """
 
 from __future__ import annotations
@@ -91,13 +91,11 @@ def declared_twice(every: list[Record]) -> list[str]:
     """Fields of settings that another dataclass has too, where both have three or more names in common: a copy.
 
     Settings stand in `config.py` or a `settings.py`. Settings that share a field by inheritance declare it once, and
-    two settings that both have a `name` or a `seed` are no copies. The command line's options and the settings of
-    other frameworks (`imports/`) are not compared.
+    two settings that both have a `name` or a `seed` are no copies. `Config` itself is left out, whose fields are the
+    rooms' sections, and so are the command line's options and the settings of other frameworks (`imports/`).
     """
-    settings = [record for record in every if re.search(r"(config|settings)\.py:", record.place)]
-    others = [
-        record for record in every if record not in settings and not re.search(r"/(cli\.py|imports/)", record.place)
-    ]
+    settings = [record for record in every if re.search(r"(config|settings)\.py:\d+ (?!Config$)", record.place)]
+    others = [record for record in every if not re.search(r"(config|settings)\.py|/cli\b|/imports/", record.place)]
     copies: dict[str, list[str]] = {}
     for record in settings:
         for other in others:
@@ -169,7 +167,9 @@ def measure(root: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
     rows = {
         "files in src/progrpo, lines": f"{len(files)}, {sum(lengths):,}",
         "lines of a file: median, max": f"{statistics.median(lengths):.0f}, {max(lengths)}",
-        "lines of a function: median, p90, max": f"{statistics.median(sizes):.0f}, {sizes[int(0.9 * len(sizes))]}, {sizes[-1]}",
+        "lines of a function: median, p90, max": (
+            f"{statistics.median(sizes):.0f}, {sizes[int(0.9 * len(sizes))]}, {sizes[-1]}"
+        ),
         f"parameters of a function outside {EXEMPT}/: max, above {MOST_PARAMETERS}": (
             f"{max(function.parameters for function in counted)}, {len(long_lists)}"
         ),

@@ -44,11 +44,11 @@ from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint, path, preset, unit_costs
 from progrpo.rollout.plan_value import Simulation
 from progrpo.rollout.preview import preview, score
-from progrpo.rollout.prune import SELECTORS
+from progrpo.rollout.prune import ovf
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.settings import PreviewSettings
 from progrpo.tracking.statistics import spearman
-from progrpo.training.build import policy_context, policy_from, settled, train_order
+from progrpo.training.build import policy_context, policy_from, resolve_dtype, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.measure import measured
 from progrpo.training.plan_judge import prompt_cost
@@ -137,7 +137,7 @@ def chosen(plan: Plan, seen_TG: Tensor, final_G: Tensor) -> Tensor:
 
     def kept(scores_G: Tensor, keep: int) -> Tensor:
         there = torch.ones(1, len(scores_G), dtype=torch.bool)
-        return SELECTORS["ovf"](scores_G[None], keep, there, torch.zeros(1, dtype=torch.int64)).indices_PK[0]
+        return ovf(scores_G[None], keep, there, torch.zeros(1, dtype=torch.int64)).indices_PK[0]
 
     for point in plan.active_points():
         living = living[kept(seen_TG[point.step, living], point.keep)]
@@ -255,7 +255,7 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
             gradients[name].append(torch.stack(found))
     agreement_T = [float(np.mean([v for v in step if v is not None])) for step in zip(*agreements, strict=True)]
     simulation = Simulation.of(agreement_T, LARGEST)
-    expected = {name: simulation.signal(plan, SELECTORS["ovf"]) for name, plan in named.items()}
+    expected = {name: simulation.signal(plan, ovf) for name, plan in named.items()}
     found = {}
     for name, plan in named.items():
         ours = worth(gradients[name], gradients["none"], gradients["full"])
@@ -267,7 +267,7 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
 
 def trained(config: Config, iterations: int, ranks: Ranks) -> Trainer:
     """A run's trainer after so many iterations, without evaluations and files."""
-    config = settled(config, ranks)
+    config = resolve_dtype(config, ranks)
     policy, order = policy_from(config.model, policy_context(config, ranks)), train_order(config.prompts, config.seed)
     reward = load_mixture(config.reward.terms, config.reward.frames)
     trainer = Trainer(measured(config, policy, order.prompts_for(0, 1)[0], ranks), policy, reward, order, ranks)

@@ -34,9 +34,9 @@ from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import preview, score
 from progrpo.rollout.probe import Probe, probe_examples, text_features
 from progrpo.rollout.sampler import Sampler
-from progrpo.rollout.sampling import Sampling
+from progrpo.rollout.sampling import Sampling, sampler_name
 from progrpo.tracking.statistics import hit_rate, spearman
-from progrpo.training.build import objective_from, policy_context, policy_from, sampling_from, settled
+from progrpo.training.build import objective_from, policy_context, policy_from, resolve_dtype, sampling_from
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt, Trajectories
 from progrpo.zoo.shapes import world
@@ -121,7 +121,7 @@ def measured(model: str, wanted: argparse.Namespace) -> dict[str, Any]:
         objective=ObjectiveSettings(name=wanted.objective),
         preview=asked,
     )
-    config = settled(config, ranks)
+    config = resolve_dtype(config, ranks)
     policy = policy_from(config.model, policy_context(config, ranks))
     sampling = sampling_from(config, policy, objective_from(config, policy).settings.stores, 0)
     sampling = replace(sampling, record=replace(sampling.record, steps=frozenset()))
@@ -131,7 +131,7 @@ def measured(model: str, wanted: argparse.Namespace) -> dict[str, Any]:
         by_seed.append(bench.measure(wanted.groups, seed, bench.probes(wanted.probe_groups, seed)))
         print(f"{model}, seed {seed}: done", file=sys.stderr, flush=True)
     return {
-        "sampler": sampling.process.sampler,
+        "sampler": sampler_name(config.sampling, policy),
         "noise_level": sampling.process.noise_levels[0],
         "dtype": config.model.dtype,
         "noise_share": [round(s, 4) for s in noise_share(sampling)],

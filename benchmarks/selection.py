@@ -15,7 +15,8 @@ from functools import partial
 
 import torch
 
-from progrpo.rollout.prune import SELECTORS, max_variance_subset
+from progrpo.rollout.prune import ovf
+from progrpo.rollout.settings import SELECTORS, PlanSettings
 
 
 def median_ms(work: Callable[[], object], repeats: int) -> float:
@@ -33,14 +34,17 @@ def measure(repeats: int) -> dict[str, float]:
     scores_PG = torch.randn(1000, 48, generator=generator, dtype=torch.float64)
     present_PG, seeds_P = torch.ones_like(scores_PG, dtype=torch.bool), torch.arange(1000)
     result = {
-        f"{name}_12_of_48_1000_prompts_ms": median_ms(partial(select, scores_PG, 12, present_PG, seeds_P), repeats)
-        for name, select in SELECTORS.items()
+        f"{name}_12_of_48_1000_prompts_ms": median_ms(
+            partial(PlanSettings(selector=name).load_selector(), scores_PG, 12, present_PG, seeds_P), repeats
+        )
+        for name in SELECTORS
     }
     for dtype in (torch.float32, torch.float64):
         row = torch.randn(1, 1_000_000, generator=generator, dtype=dtype)
         name = f"million_{dtype}".replace("torch.", "")
         result[f"{name}_sort_ms"] = median_ms(partial(torch.sort, row), repeats)
-        result[f"{name}_subset_ms"] = median_ms(partial(max_variance_subset, row, 500_000), repeats)
+        present, seed = torch.ones_like(row, dtype=torch.bool), torch.zeros(1, dtype=torch.int64)
+        result[f"{name}_subset_ms"] = median_ms(partial(ovf, row, 500_000, present, seed), repeats)
         result[f"{name}_ratio"] = result[f"{name}_subset_ms"] / result[f"{name}_sort_ms"]
     return result
 

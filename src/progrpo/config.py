@@ -12,7 +12,7 @@ from progrpo.policies.settings import ModelSettings
 from progrpo.prompts.settings import PromptSettings
 from progrpo.rewards.settings import RewardSettings, RewardTerm
 from progrpo.rollout.plan import Plan
-from progrpo.rollout.settings import PlanSettings, PreviewSettings, SamplingSettings
+from progrpo.rollout.settings import SAMPLERS, PlanSettings, PreviewSettings, SamplingSettings
 from progrpo.settings import (
     as_data,
     at_least,
@@ -185,15 +185,16 @@ def _check_trained_steps(sampling: SamplingSettings) -> None:
 def _check_sampler(config: Config) -> None:
     """Refuse ratios and distances that the sampler does not have."""
     grpo = config.objective.grpo
-    sampler = config.sampling.sampler
-    if grpo.ratio == "guard" and sampler == "cps_reduced":
+    sampler, facts = config.sampling.sampler, config.sampling.sampler_facts
+    if grpo.ratio == "guard" and not facts.has_density:
         raise ValueError(
-            "objective.grpo.ratio guard must go with a sampler whose log-prob is a density, not cps_reduced; take cps"
+            f"objective.grpo.ratio guard must go with a sampler whose log-prob is a density, not {sampler}; take cps"
         )
-    if grpo.kl_form == "flow_grpo" and sampler in ("ddim", "cps", "cps_reduced"):
+    if grpo.kl_form == "flow_grpo" and sampler != "auto" and not facts.flow_only:
+        with_rate = ", ".join(name for name, built_in in SAMPLERS.items() if built_in.facts.flow_only)
         raise ValueError(
-            "objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate (flow_grpo, dance,"
-            f" flow_grpo_wan), not {sampler}; take exact"
+            f"objective.grpo.kl_form flow_grpo must go with a sampler that has a diffusion rate ({with_rate}), not"
+            f" {sampler}; take exact"
         )
 
 

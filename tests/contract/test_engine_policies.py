@@ -37,13 +37,13 @@ def previewed_by(decoder: Path | str) -> PolicyContext:
 
 
 @pytest.fixture
-def folder(family: Path) -> Path:
-    return family
+def folder(family_at_length: Path) -> Path:
+    return family_at_length
 
 
 @pytest.fixture
-def of_pictures(family: Path) -> None:
-    if family.name == "tiny-wan":
+def of_pictures(family_at_length: Path) -> None:
+    if family_at_length.name == "tiny-wan":
         pytest.skip("an AutoencoderTiny decodes pictures")
 
 

@@ -169,8 +169,9 @@ BUILDERS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.fixture(params=BUILDERS)
+@pytest.fixture(scope="module", params=BUILDERS)
 def reward(request):
+    """Made once: what it scores must not depend on what it scored before."""
     return BUILDERS[request.param]()
 
 

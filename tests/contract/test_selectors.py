@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from progrpo.rollout.prune import SELECTORS, Selection
+from progrpo.rollout.prune import Selection
+from tests.support.grids import SELECTORS
 
 NAN = math.nan
 
@@ -35,10 +36,9 @@ def rows(selection: Selection) -> list[list[int]]:
 def test_shape_and_places(select, keep):
     scores_PG, present_PG, seeds_P = problem()
     selection = select(scores_PG, keep, present_PG, seeds_P)
-    assert selection.indices_PK.shape == selection.weights_PK.shape == selection.valid_PK.shape == (40, keep)
+    assert selection.indices_PK.shape == selection.valid_PK.shape == (40, keep)
     assert selection.indices_PK.dtype == torch.int64
     assert selection.valid_PK.dtype == torch.bool
-    assert selection.weights_PK.eq(1).all()
     assert selection.indices_PK[~selection.valid_PK].eq(0).all()
     for indices, valid, present in zip(rows(selection), selection.valid_PK.tolist(), present_PG, strict=True):
         assert indices == sorted(set(indices))

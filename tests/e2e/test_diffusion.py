@@ -37,6 +37,9 @@ RUNS = {
     "sdxl, GRPO on CPS": ("tiny_sdxl", ["--sampling.sampler", "cps", "--model.weights", "full"]),
 }
 
+QUICK = ("sd, GRPO on DDIM with guidance and one noise a group", "sd that says v, all weights by NFT", "sdxl, DGPO")
+RUNS_AND_SLOW_ONES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RUNS]
+
 
 @pytest.fixture
 def own(tmp_path, monkeypatch) -> list[str]:
@@ -63,7 +66,7 @@ def drawn(pipeline: Any) -> np.ndarray:
     return images
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", RUNS_AND_SLOW_ONES)
 def test_a_folder_of_ones_own_is_trained_and_diffusers_loads_the_result(name, own, request, tmp_path):
     model, options = str(request.getfixturevalue(RUNS[name][0])), [*RUNS[name][1], *own]
     assert main(["train", "smoke", "--out", "run", "--model.path", model, *options]) == 0
@@ -83,7 +86,7 @@ def test_a_folder_of_ones_own_is_trained_and_diffusers_loads_the_result(name, ow
     )  # as in the run, also where that was asked for
 
 
-@pytest.mark.parametrize("weights", ["lora", "full"])
+@pytest.mark.parametrize("weights", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_stop_and_resume_is_a_straight_run(weights, own, tiny_sd, tmp_path):
     options = ["--model.path", str(tiny_sd), "--model.weights", weights, *own]
     assert main(["train", "smoke", "--out", "straight", "--iterations", "3", *options]) == 0

@@ -1,4 +1,4 @@
-"""`progrpo pretrain`: every stage with a tiny budget, stopped and resumed, exported as a folder that diffusers loads."""
+"""`progrpo pretrain`: every stage with a tiny budget, stopped, resumed and exported as a folder that diffusers loads."""
 
 from __future__ import annotations
 

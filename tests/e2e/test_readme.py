@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pytest
+
+from progrpo.cli import main
+from progrpo.objectives.settings import load_objective
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -41,6 +45,20 @@ def test_the_library_example_runs_but_for_the_model_and_the_number_of_iterations
     exec(compile(code, page, "exec"), names)
     assert (tmp_path / "runs/redness/report.html").is_file()
     assert (tmp_path / "runs/redness/lora/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_the_parts_of_ones_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_parts.py").write_text(snippet(ROOT / "docs/extending.md", "extending"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    parts = ("--plan.preset", "my_parts:late", "--plan.selector", "my_parts:best")
+    sampler = ("--sampling.sampler", "my_parts:HALF_DDIM")
+    small = ("--iterations", "1", "--eval.pictures", "2", "--audit.every", "0")
+    assert main(["train", "smoke", "--out", "run", *small, *parts, *sampler]) == 0
+    metrics = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert metrics["rollout/survivors"] == 2 * 8  # of two prompts
+    assert load_objective("my_parts:Reinforce").Settings(scale=0.5).items_per_trajectory(0) == 4
+    sys.modules.pop("my_parts", None)
 
 
 def test_the_quickstarts_table_is_what_was_measured() -> None:

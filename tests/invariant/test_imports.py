@@ -47,7 +47,7 @@ MAY_SEE = {
     "progrpo.diffusion": (),
     "progrpo.packing": (),
     "progrpo.frames": (),
-    "progrpo.rollout": (*PROTOCOLS, "progrpo.settings", "progrpo.registry"),
+    "progrpo.rollout": (*PROTOCOLS, "progrpo.settings", "progrpo.registry", "progrpo.messages"),
     "progrpo.rollout.plan": ("progrpo.types",),
     "progrpo.rollout.window": (),
     "progrpo.rollout.prune": (),

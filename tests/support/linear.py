@@ -58,9 +58,10 @@ class LinearDiffusionPolicy(LinearPolicy):
     def process(self, sampler: str, noise_level: float) -> Any:
         from progrpo.diffusion.levels import diffusion_levels
         from progrpo.diffusion.process import Process
+        from tests.support.grids import SAMPLERS
 
         levels = diffusion_levels(torch.tensor([9, 5, 2]), self.signal, torch.tensor(0.99, dtype=torch.float64))
-        return Process(self.prediction, sampler, levels, (noise_level,) * 3)
+        return Process(self.prediction, SAMPLERS[sampler], levels, (noise_level,) * 3)
 
     def levels_between(self, levels_T1: Any, place_B: Any) -> Any:
         from progrpo.diffusion.levels import between_diffusion_levels
@@ -85,10 +86,11 @@ def linear_experience(
     from progrpo.objectives.base import Experience
     from progrpo.rollout.noise import NoiseKey
     from progrpo.types import Condition, Trajectories, Transition
+    from tests.support.grids import SAMPLERS
 
     if process is None:
         flow = flow_levels(torch.tensor([1.0, 0.8, 0.5, 0.0], dtype=torch.float64))
-        process = Process("flow", "flow_grpo", flow, (0.7, 0.7, 0.7))
+        process = Process("flow", SAMPLERS["flow_grpo"], flow, (0.7, 0.7, 0.7))
     generator = torch.Generator().manual_seed(7)
 
     def draw(*shape: int) -> torch.Tensor:

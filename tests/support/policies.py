@@ -21,6 +21,7 @@ from progrpo.policies.base import Policy, PolicyContext
 from progrpo.policies.load import load_policy
 from progrpo.policies.settings import ModelSettings
 from progrpo.types import Prompt
+from tests.support.grids import SAMPLERS
 
 TEXTS = ("red cat", "blue dog")
 SOURCES = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (24, 20, 3), np.uint8)) for i in range(2)]
@@ -98,7 +99,7 @@ def perturb(policy: Policy, scale: float = 0.1) -> None:
 @torch.no_grad()
 def sample_without_noise(policy: Policy, guidance_scale: float) -> Tensor:
     x, condition = noise(policy), policy.encode(PROMPTS)
-    process = Process(policy.prediction, "ddim", policy.levels(STEPS), (0.0,) * STEPS)
+    process = Process(policy.prediction, SAMPLERS["ddim"], policy.levels(STEPS), (0.0,) * STEPS)
     for step in range(STEPS):
         output = policy.predict(x, process.timestep(step, x), condition, guidance_scale)
         x = process.deterministic(step, x, output)

@@ -31,7 +31,10 @@ def told(*texts: str) -> list[Any]:
 
 
 def tiny_config(**sections: Any) -> Any:
-    """A configuration of seconds, with sections replaced by name: groups of 4, of which 3 live on after step 1 of 4."""
+    """A configuration of seconds, with sections replaced by name: groups of 4, of which 3 live on after step 1 of 4.
+
+    Microbatches that it leaves open are what a trainer takes then, since a run would measure them for seconds.
+    """
     from progrpo import config as c
 
     base = c.Config(
@@ -46,7 +49,12 @@ def tiny_config(**sections: Any) -> Any:
         eval=c.EvalSettings(pictures=3, num_inference_steps=3),
         checkpoint=c.CheckpointSettings(every=1),
     )
-    return replace(base, **sections)
+    config = replace(base, **sections)
+    return replace(
+        config,
+        sampling=replace(config.sampling, microbatch=config.sampling.microbatch or 64),
+        optim=replace(config.optim, microbatch=config.optim.microbatch or 64),
+    )
 
 
 def load_pipeline(folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The rewards on CLIPs, small ones of random weights: against the published formulas, and against open_clip's network."""
+"""The rewards on CLIPs of random weights: against the published formulas, and against open_clip's network."""
 
 import hashlib
 import json
@@ -146,7 +146,7 @@ def test_pickscore_reads_texts_as_the_old_configuration_of_clip_does():
     assert scores[0] == scores[1]
 
 
-# --- CLIPScore ---------------------------------------------------------------------------------------------------------
+# --- CLIPScore --------------------------------------------------------------------------------------------------------
 
 
 def published_clipscore(model: CLIPModel, pictures_NHWC: np.ndarray, texts: list[str], side: int = 224) -> list[float]:
@@ -222,7 +222,7 @@ def test_weights_that_lack_or_do_not_fit_are_not_made_up(tmp_path, change):
         CLIPScore.from_hub(RewardTerm("clipscore", device="cpu", model=str(tmp_path)))
 
 
-# --- LAION's aesthetic predictor ---------------------------------------------------------------------------------------
+# --- LAION's aesthetic predictor --------------------------------------------------------------------------------------
 
 
 class PublishedHead(nn.Module):

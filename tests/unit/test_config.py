@@ -450,11 +450,11 @@ def test_members_that_begin_as_one_are_parted_before_they_are_compared(kind, lat
 
 def test_an_unknown_sampler_or_dtype_is_refused_by_name():
     for field, value, words in (
-        ("sampler", "ddpm", "auto, flow_grpo, dance, flow_grpo_wan, ddim, cps, cps_reduced"),
+        ("sampler", "ddpm", "auto, flow_grpo, dance, flow_grpo_wan, ddim, cps, cps_reduced, or `module:step`"),
         ("latent_dtype", "float64", "float32, bfloat16, float16"),
     ):
         with pytest.raises(ValueError) as refused:
-            configured(**{field: value})
+            check(configured(**{field: value}))
         assert str(refused.value) == f"sampling.{field} must be one of {words}, not {value!r}"
 
 

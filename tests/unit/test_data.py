@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from progrpo.prompts.load import load_prompts, prompts_of, unread
+from progrpo.prompts.load import ignored_column_note, load_prompts, prompts_from_python
 from progrpo.prompts.order import BySignal, InTurn
-from progrpo.prompts.pictures import source_of
+from progrpo.prompts.pictures import source_picture
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 
@@ -41,8 +41,8 @@ def test_text_files_hold_a_prompt_a_line(tmp_path):
 
 def test_a_column_that_only_other_trainers_read_is_reported():
     rows = [{"prompt": "a cat", "kind": "x"}, {"prompt": "a dog", "negative_prompt": "blurred"}]
-    assert unread(prompts_of(rows[:1], "prompts")) is None
-    note = unread(prompts_of(rows, "prompts"))
+    assert ignored_column_note(prompts_from_python(rows[:1], "prompts")) is None
+    note = ignored_column_note(prompts_from_python(rows, "prompts"))
     assert note is not None and note.startswith(
         "the prompts have a column negative_prompt, which only rewards receive:"
     )
@@ -155,7 +155,7 @@ def test_every_format_holds_the_same_rows(tmp_path, column):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
     for file in tmp_path.iterdir():
         assert load_prompts(str(file), column=column) == {"": ROW_PROMPTS}, file
-        assert prompts_of(file, "prompts", column) == ROW_PROMPTS
+        assert prompts_from_python(file, "prompts", column) == ROW_PROMPTS
     (tmp_path / "texts.json").write_text(json.dumps([prompt.text for prompt in ROW_PROMPTS]))
     assert texts(load_prompts(str(tmp_path / "texts.json"), column=column)[""]) == texts(ROW_PROMPTS)
     with pytest.raises(ValueError, match=rf"row 0: has no field named other, only {column}, tag, n; prompts.column"):
@@ -164,12 +164,12 @@ def test_every_format_holds_the_same_rows(tmp_path, column):
 
 def test_rows_of_python_may_name_their_text_otherwise():
     given = [*as_rows("caption"), "a text", Prompt("a prompt", {"caption": "kept"})]
-    prompts = prompts_of(given, "prompts", "caption")
+    prompts = prompts_from_python(given, "prompts", "caption")
     assert prompts == (*ROW_PROMPTS, Prompt("a text"), Prompt("a prompt", {"caption": "kept"}))
     with pytest.raises(ValueError, match=r"^prompts\[0\]: has no field named caption, only prompt"):
-        prompts_of([{"prompt": "a"}], "prompts", "caption")
+        prompts_from_python([{"prompt": "a"}], "prompts", "caption")
     with pytest.raises(ValueError, match=r"a prompt file is given as pathlib\.Path\('a/p\.csv'\)$"):
-        prompts_of("a/p.csv", "prompts")
+        prompts_from_python("a/p.csv", "prompts")
 
 
 def test_parquet_needs_its_library(tmp_path, monkeypatch):
@@ -183,7 +183,11 @@ def test_parquet_needs_its_library(tmp_path, monkeypatch):
 
 def test_python_gives_texts_prompts_and_rows():
     given = iter(["a cat", Prompt(" a dog ", {"n": 1}), {"prompt": "a cow", "n": 2}])
-    assert prompts_of(given, "prompts") == (Prompt("a cat"), Prompt("a dog", {"n": 1}), Prompt("a cow", {"n": 2}))
+    assert prompts_from_python(given, "prompts") == (
+        Prompt("a cat"),
+        Prompt("a dog", {"n": 1}),
+        Prompt("a cow", {"n": 2}),
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +206,7 @@ def test_python_gives_texts_prompts_and_rows():
 )
 def test_what_is_no_list_of_prompts_is_refused(given, message):
     with pytest.raises(ValueError) as refused:
-        prompts_of(given, "prompts")
+        prompts_from_python(given, "prompts")
     assert str(refused.value).startswith(message) and str(refused.value).isprintable()
 
 
@@ -234,7 +238,7 @@ UNORDERED = {"a", "b"}
 )
 def test_what_has_no_order_or_holds_no_prompts_is_refused(given, message):
     with pytest.raises(ValueError, match=r"^prompts.*\b(must be|not)\b") as refused:
-        prompts_of(given, "prompts")
+        prompts_from_python(given, "prompts")
     assert message in str(refused.value) and str(refused.value).isprintable()
 
 
@@ -247,9 +251,9 @@ def test_what_has_an_order_is_taken_in_it():
         map(str.strip, texts_of),
         dict(enumerate(texts_of)).values(),
     ):
-        assert texts(prompts_of(given, "prompts")) == texts_of
+        assert texts(prompts_from_python(given, "prompts")) == texts_of
     with pytest.raises(TypeError, match="of the generator's own"):
-        prompts_of(failing(), "prompts")
+        prompts_from_python(failing(), "prompts")
 
 
 def failing():
@@ -271,9 +275,9 @@ def test_a_table_is_its_rows():
         datasets.Dataset.from_list(ROWS_WITH_GAPS),
         datasets.Dataset.from_list(ROWS_WITH_GAPS).to_iterable_dataset(),
     ):
-        assert prompts_of(given, "prompts") == PROMPTS_WITH_GAPS
+        assert prompts_from_python(given, "prompts") == PROMPTS_WITH_GAPS
     for column in (pandas.DataFrame(ROWS_WITH_GAPS)["prompt"], table["prompt"], table["prompt"].chunk(0)):
-        assert texts(prompts_of(column, "prompts")) == ["a", "b"]
+        assert texts(prompts_from_python(column, "prompts")) == ["a", "b"]
     for given, message in (
         (pandas.DataFrame({"text": ["a"]}), "prompts[0]: has no field named prompt, only text"),
         (pandas.DataFrame({"prompt": ["a", None]}), "prompts[1]: prompt must be a text that is not empty, not None"),
@@ -282,7 +286,7 @@ def test_a_table_is_its_rows():
         (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS_WITH_GAPS)), "may be meant (prompts['train'])"),
     ):
         with pytest.raises(ValueError, match=r"^prompts") as refused:
-            prompts_of(given, "prompts")
+            prompts_from_python(given, "prompts")
         assert message in str(refused.value)
 
 
@@ -407,7 +411,7 @@ def test_by_signal_resumes_exactly(of_easy_and_hard):
         assert prompts == dealt[5 * t : 5 * t + 5]
         resumed.observe(t, [signal(text) for text in prompts])
     assert resumed.metrics() == straight.metrics() and teach(other, 8, 5, signal) != dealt
-    assert set(texts(straight.ahead(8, 9, 5))) >= set(texts(straight.prompts_for(8, 5)))
+    assert set(texts(straight.possible_prompts(8, 9, 5))) >= set(texts(straight.prompts_for(8, 5)))
 
 
 def test_a_files_pictures_are_found_from_its_folder(tmp_path, monkeypatch):
@@ -425,7 +429,7 @@ def test_a_files_pictures_are_found_from_its_folder(tmp_path, monkeypatch):
     lines = "".join(json.dumps({"prompt": "a", **row}) + "\n" for row in rows)
     Path("folder/prompts.jsonl").write_text(lines)
     (prompts,) = load_prompts("folder/prompts.jsonl").values()
-    assert [source_of(prompt).size for prompt in prompts[:3]] == [(3, 2)] * 3
+    assert [source_picture(prompt).size for prompt in prompts[:3]] == [(3, 2)] * 3
     assert [prompt.columns.get("image") for prompt in prompts[3:]] == [None, None]
     for given, message in (
         (3, "image must be the path of a picture, not 3"),
@@ -472,7 +476,7 @@ def test_a_datasets_pictures_stay_files_until_they_are_asked_for(tmp_path):
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "edits")
     one, other = load_prompts(f"dataset:{tmp_path / 'edits'}")[""]
     assert isinstance(one.columns["image"], bytes) and other.columns["image"] is None
-    assert source_of(one).tobytes() == drawn.tobytes()
+    assert source_picture(one).tobytes() == drawn.tobytes()
 
 
 def test_a_dataset_has_splits_and_train_serves_where_one_lacks(saved):

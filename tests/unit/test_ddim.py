@@ -11,7 +11,7 @@ from progrpo.diffusion.ddim import cps_std, ddim_std, preserving_mean, reduced_l
 from progrpo.diffusion.gaussian import log_prob
 from progrpo.diffusion.levels import Levels, diffusion_levels, flow_levels
 from progrpo.diffusion.prediction import PREDICTIONS
-from progrpo.diffusion.sigmas import sigma_grid
+from tests.support.grids import sigma_grid
 
 OF_DIFFUSION = ["epsilon", "v_prediction", "sample"]
 

@@ -1,4 +1,4 @@
-"""What proxies, certificates and the hub's variables in the environment do to the clients of servers, and how that is said."""
+"""Proxies, certificates and the hub's variables in the environment: their effect on clients, and the messages."""
 
 from __future__ import annotations
 
@@ -143,7 +143,10 @@ def test_which_proxy_is_before_a_server(variables, url, proxy, monkeypatch):
 
 def test_a_proxy_in_the_way_is_named_without_its_password(monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", f"http://user:pass@word@{NOBODY}")
-    way = rf"\(through the proxy http://{NOBODY} of HTTP_PROXY; to reach it without, unset that or add gpu-box to NO_PROXY\)"
+    way = (
+        rf"\(through the proxy http://{NOBODY} of HTTP_PROXY; to reach it without, unset that or add gpu-box to"
+        r" NO_PROXY\)"
+    )
     with pytest.raises(Refusal, match=rf"no server answers at http://gpu-box:8000 {way} \(ConnectError: .*; start one"):
         remote("http://gpu-box:8000").check([])
     (score, _) = judge("http://gpu-box:8000").score(PICTURES, PROMPTS)

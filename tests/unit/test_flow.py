@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from progrpo.diffusion.flow import eps_from_velocity, flow_grpo_rate, ode_step, sde_mean_std, x0_from_velocity
-from progrpo.diffusion.sigmas import sigma_grid
+from tests.support.grids import sigma_grid
 
 M, C = 0.8, 0.5  # mean and std of the data
 

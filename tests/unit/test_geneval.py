@@ -1,4 +1,4 @@
-"""GenEval: its rules on detections made by hand, and its networks, small and of random weights, against the published formulas."""
+"""GenEval: its rules on detections by hand, and its networks, of random weights, against the published formulas."""
 
 import json
 import os
@@ -235,7 +235,7 @@ def test_a_later_mistake_does_not_mend_an_earlier_one():
     )
 
 
-# --- Flow-GRPO's value: numbers worked out by hand after its authors' reward server --------------------------------------
+# --- Flow-GRPO's value: numbers worked out by hand after its authors' reward server -----------------------------------
 
 
 def flow_grpo(demand, seen, colors_of=unasked):
@@ -306,7 +306,8 @@ def test_each_value_has_its_own_name():
     detector = SimpleNamespace(labels={"dog"}, detect=lambda pictures: [dogs(3)] * len(pictures))
     prompt = Prompt("a dog", {"include": [{"class": "dog", "count": 1}]})
     pictures = np.zeros((1, 8, 8, 3), np.uint8)
-    values = [kind(detector, unasked).score(pictures, [prompt])[0] for kind in (GenEval, GenEvalFlowGRPO)]  # type: ignore[arg-type]
+    rewards = [kind(detector, unasked) for kind in (GenEval, GenEvalFlowGRPO)]  # type: ignore[arg-type]
+    values = [reward.score(pictures, [prompt])[0] for reward in rewards]
     assert values == [Score(0.0, True), Score(-1.0, True)]
     assert load_recipe("sd35m-geneval").reward.terms == (RewardTerm("geneval_flow_grpo"),)
 

@@ -56,7 +56,7 @@ def pictures(shape: tuple[int, int], count: int = len(PROMPTS)) -> np.ndarray:
 
 
 def published_pixels(picture: np.ndarray) -> torch.Tensor:
-    """The shorter side to 224, the middle of the other (torchvision's: half of what is left, rounded), CLIP's mean and std."""
+    """The published preprocessing: the shorter side to 224, torchvision's middle of the other, CLIP's mean and std."""
     height, width = picture.shape[:2]
     shape = (224, int(224 * height / width)) if width <= height else (int(224 * width / height), 224)
     left, top = (round((length - 224) / 2.0) for length in shape)

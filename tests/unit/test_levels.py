@@ -11,7 +11,7 @@ from progrpo.diffusion.levels import (
     flow_levels,
     over,
 )
-from progrpo.diffusion.sigmas import sigma_grid
+from tests.support.grids import sigma_grid
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # Stable Diffusion's
 SIGNAL = (1 - BETAS).cumprod(0)

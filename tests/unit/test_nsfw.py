@@ -32,7 +32,7 @@ def skin(shape: tuple[int, int], seed: int) -> np.ndarray:
 
 
 def by_hand(picture: np.ndarray) -> float:
-    """Resize, JPEG, middle 224 x 224, blue first, minus the mean colour; the second of the network's two probabilities."""
+    """The published steps: resize, JPEG, middle 224 x 224, blue first, minus the mean colour, second probability."""
     file = io.BytesIO()
     Image.fromarray(picture).resize((256, 256), Image.Resampling.BILINEAR).crop((16, 16, 240, 240)).save(file, "JPEG")
     red, green, blue = (np.asarray(channel, np.float32) for channel in Image.open(file).split())

@@ -102,7 +102,7 @@ def test_scores_by_hand(prompt, lines, value):
     assert found.passed == (value == 1)
 
 
-# --- one text in several forms -----------------------------------------------------------------------------------------
+# --- one text in several forms ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,10 @@ def test_other_texts_are_other_texts(target, read, value):
     [
         ('a sign that says "Open 24 hours"', ["Open 24 hours"]),
         ('"A" over "B", "" and " "', ["A", "B"]),
-        ("a sign “Ouvert” by a door „Offen“ or „Otwarte” or « Aperto »", ["Ouvert", "Offen", "Otwarte", " Aperto "]),
+        (
+            "a sign “Ouvert” by a door „Offen“ or „Otwarte” or « Aperto »",
+            ["Ouvert", "Offen", "Otwarte", " Aperto "],
+        ),
         ("a sign that says 'OPEN'", ["OPEN"]),
         ("'A', 'B c' and ‘D’.", ["A", "B c", "D"]),
         ("the dogs' sign: 'Don't bark', it's rude", ["Don't bark"]),
@@ -246,7 +249,7 @@ WORDS = ["OPEN", "Hello", "Bakery", "Jazz Club", "GRPO 2025"]
 
 
 def draw(text: str, size: int, height: float, noise: float = 0.0, seed: int = 0) -> np.ndarray:
-    """Dark text of that height, a share of the picture's, in the middle of a light picture; words in lines of their own."""
+    """Draw dark text in the middle of a light picture, a word in a line. The height is a share of the picture's."""
     generator = np.random.default_rng(seed)
     ground, ink = (tuple(int(v) for v in generator.integers(*r, 3)) for r in ((150, 256), (0, 90)))
     picture = Image.new("RGB", (size, size), ground)

@@ -11,10 +11,10 @@ from progrpo.config import Config, GRPOSettings, ObjectiveSettings, PlanSettings
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, preset
 from progrpo.rollout.plan_value import Simulation
 from progrpo.rollout.probe import Probe, ProbeExample, trusted_steps
-from progrpo.rollout.prune import SELECTORS
 from progrpo.storage import load_state, save_state
 from progrpo.training.plan_judge import PlanJudge, Verdict, plan_from, prompt_cost
 from progrpo.types import Cost
+from tests.support.grids import SELECTORS
 
 STEPS = 10
 OVF, NOWHERE = SELECTORS["ovf"], frozenset[int]()

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 from progrpo.rollout.plan import Plan, PrunePoint
 from progrpo.rollout.plan_value import Simulation, pearson, plans
-from progrpo.rollout.prune import SELECTORS
+from tests.support.grids import SELECTORS
 
 OVF, UNIFORM = SELECTORS["ovf"], SELECTORS["uniform"]
 

@@ -29,6 +29,7 @@ from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import Record, Sampling
 from progrpo.rollout.settings import PreviewSettings, SamplingSettings
 from progrpo.types import Condition, Cost, Prompt, Trajectories
+from tests.support.grids import SAMPLERS
 
 ROWS = 5
 PROMPTS = [Prompt("red cat"), Prompt("blue dog")]
@@ -38,7 +39,7 @@ GRID = torch.tensor([1.0, 0.8, 0.5, 0.0], dtype=torch.float64)
 
 
 def flow(guidance_scale: float = 1.0, microbatch: int = 2) -> Sampling:
-    process = Process("flow", "flow_grpo", flow_levels(GRID), (0.7, 0.7, 0.7))
+    process = Process("flow", SAMPLERS["flow_grpo"], flow_levels(GRID), (0.7, 0.7, 0.7))
     return Sampling(process, SamplingSettings(guidance_scale=guidance_scale, microbatch=microbatch))
 
 
@@ -185,7 +186,7 @@ def test_steps_of_a_diffusion_model_are_ddims_without_noise(linear_diffusion_pol
 
 def test_as_many_steps_as_are_left_are_the_samplers_own_ode(family, tiny_policy, told):
     policy, key = tiny_policy(moved=0.1, folder=family), NoiseKey(5, 2)
-    process = Process(policy.prediction, "ddim", policy.levels(4), (0.0,) * 4)
+    process = Process(policy.prediction, SAMPLERS["ddim"], policy.levels(4), (0.0,) * 4)
     sampling, condition = (
         Sampling(process, SamplingSettings(microbatch=4)),
         policy.encode(told(*(p.text for p in PROMPTS))),
@@ -246,7 +247,7 @@ def test_a_trusted_probe_is_asked_and_nothing_is_decoded(linear_policy):
 
 def test_where_the_probe_is_not_trusted_pictures_are_looked_at(tiny_policy):
     policy, meter, reward = tiny_policy(moved=0.1), Meter(), Counted()
-    process = Process(policy.prediction, "ddim", policy.levels(3), (0.0,) * 3)
+    process = Process(policy.prediction, SAMPLERS["ddim"], policy.levels(3), (0.0,) * 3)
     sampling, condition = Sampling(process, SamplingSettings(microbatch=2)), policy.encode(PROMPTS)
     settings, probe, key = PreviewSettings(ode_steps=2), trusted_at(3, 1), NoiseKey(0, 0)
     sampler = Sampler(policy, mixture_of_one(reward), sampling, preview_settings=settings, probe=probe)
@@ -280,7 +281,7 @@ def test_a_rollout_counts_what_its_plan_says_of_probes_and_further_steps(tiny_po
     probe = trusted_at(
         4, 2, shape=tuple(latent_features(torch.zeros(1, *policy.latent_shape)).shape[1:]), text=tuple(told)
     )
-    process = Process(policy.prediction, "flow_grpo", policy.levels(4), (0.7,) * 4)
+    process = Process(policy.prediction, SAMPLERS["flow_grpo"], policy.levels(4), (0.7,) * 4)
     record = Record(frozenset({0, 1}), latent_features=True)
     sampling = Sampling(process, SamplingSettings(guidance_scale=3.0), record)
     plan, settings = Plan(5, (PrunePoint(0, 4), PrunePoint(2, 3))), PreviewSettings(ode_steps=3)
@@ -303,7 +304,7 @@ def test_the_tiny_decoder_is_used_where_it_is_asked_for(tiny_sd3, tmp_path):
         PolicyContext(decoder_for_previews=str(tmp_path)),
     )
     x = torch.randn(4, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    group, process = torch.tensor([0, 0, 1, 1]), Process("flow", "ddim", policy.levels(2), (0.0, 0.0))
+    group, process = torch.tensor([0, 0, 1, 1]), Process("flow", SAMPLERS["ddim"], policy.levels(2), (0.0, 0.0))
     batch, condition = Trajectories(group, group, torch.arange(4), x, -x), policy.encode(PROMPTS)
     x0 = process.x0(0, x, -x)
     for tiny, expected in ((True, policy.preview(x0).images_NHWC), (False, policy.decode(x0).images_NHWC)):

@@ -12,8 +12,7 @@ from torch.distributions import Normal
 from progrpo.diffusion.levels import Levels, diffusion_levels, flow_levels
 from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.diffusion.process import Process
-from progrpo.diffusion.samplers import SAMPLERS
-from progrpo.diffusion.sigmas import sigma_grid
+from tests.support.grids import SAMPLERS, sigma_grid
 
 M, C = 0.8, 0.5  # mean and std of the data
 OF_DIFFUSION = ["epsilon", "v_prediction", "sample"]
@@ -41,7 +40,7 @@ def draws(dtype=torch.float64):
 
 def process_of(name: str, sampler: str, noise_levels=(0.7,) * 10, dtype=torch.float64) -> Process:
     levels = flow_levels(sigma_grid(10, 3.0).to(dtype)) if name == "flow" else levels_of(scheduler_of(name), dtype)
-    return Process(name, sampler, levels, noise_levels)
+    return Process(name, SAMPLERS[sampler], levels, noise_levels)
 
 
 # --- without noise ----------------------------------------------------------------------------------------------------
@@ -70,7 +69,7 @@ def test_a_flows_deterministic_path_is_diffusers_bitwise():
 @pytest.mark.parametrize("name", OF_DIFFUSION)
 def test_a_diffusion_models_deterministic_path_is_diffusers_bitwise(name, clean):
     scheduler = scheduler_of(name, set_alpha_to_one=clean)
-    process = Process(name, "ddim", levels_of(scheduler), (0.0,) * 10)
+    process = Process(name, SAMPLERS["ddim"], levels_of(scheduler), (0.0,) * 10)
     ours = theirs = next(draws(torch.float32))
     for step, timestep in enumerate(scheduler.timesteps):
         assert process.timestep(step, ours) == timestep
@@ -142,7 +141,7 @@ def test_lengths_are_shares_of_the_timesteps():
     assert diffusion.lengths_T.tolist() == pytest.approx([100 / 901] * 9 + [1 / 901], rel=1e-12)
     for process in (flow, diffusion):
         assert process.lengths_T.sum().item() == pytest.approx(1, abs=1e-12)
-    part = Process("epsilon", "ddim", diffusion.levels_T1[2:6], (0.0,) * 3)
+    part = Process("epsilon", SAMPLERS["ddim"], diffusion.levels_T1[2:6], (0.0,) * 3)
     assert part.lengths_T.tolist() == pytest.approx([100 / 701] * 3, rel=1e-12)
 
 
@@ -258,7 +257,7 @@ def best_output(name: str, x: Tensor, at: Levels) -> Tensor:
 
 
 def path_error(name: str, levels: Levels) -> float:
-    process = Process(name, "ddim", levels, (0.0,) * (len(levels) - 1))
+    process = Process(name, SAMPLERS["ddim"], levels, (0.0,) * (len(levels) - 1))
     x = start = torch.tensor([[-1.3], [0.2], [2.0]], dtype=torch.float64)
     for step in range(process.num_steps):
         x = process.deterministic(step, x, best_output(name, x, levels[step]))
@@ -278,7 +277,7 @@ def test_deterministic_paths_converge_to_the_flow_with_order_one(name):
 
 def data_error(name: str, sampler: str, noise_level: float, levels: Levels) -> tuple[float, float]:
     """How far mean and variance are off at the data: both are carried exactly, as a step is affine in x."""
-    process = Process(name, sampler, levels, (noise_level,) * (len(levels) - 1))
+    process = Process(name, SAMPLERS[sampler], levels, (noise_level,) * (len(levels) - 1))
     mean, variance = marginal(levels[0])
     points = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     for step in range(process.num_steps):

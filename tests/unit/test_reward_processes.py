@@ -23,6 +23,7 @@ from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 MODULE = "my_processed_reward"
+IMPORTS = "from progrpo.rewards.load import load_reward\nfrom progrpo.rewards.settings import RewardTerm\n"
 REWARD = '''
 import os
 import time
@@ -309,7 +310,8 @@ def test_what_cannot_be_loaded_in_a_process_is_refused_in_its_own_words(mortal):
 
 def test_processes_that_all_die_at_their_start_are_refused_in_a_sentence(here):
     (here / f"{MODULE}.py").write_text(
-        "import multiprocessing, os\nif multiprocessing.parent_process():\n    os._exit(3)\n\ndef mean(images, prompts):\n    ...\n"
+        "import multiprocessing, os\nif multiprocessing.parent_process():\n    os._exit(3)\n\n"
+        "def mean(images, prompts):\n    ...\n"
     )
     sentence = r"its processes end before .* \(a process ended with exit code 3\); if each of them runs the script"
     with processes("mean", 1) as reward, pytest.raises(Refusal, match=sentence):
@@ -327,7 +329,7 @@ def test_a_column_that_cannot_be_sent_to_a_process_is_refused_by_name(here):
 def test_processes_end_with_the_one_that_started_them(here):
     script = here / "starts.py"
     script.write_text(
-        "import os, signal\nimport numpy as np\nfrom progrpo.rewards.load import load_reward\nfrom progrpo.rewards.settings import RewardTerm\nfrom progrpo.types import Prompt\n"
+        f"import os, signal\nimport numpy as np\n{IMPORTS}from progrpo.types import Prompt\n"
         f"if __name__ == '__main__':\n    reward = load_reward(RewardTerm('{MODULE}:where', processes=1))\n"
         "    (score,) = reward.score(np.zeros((1, 2, 2, 3), np.uint8), [Prompt('a')])\n"
         "    print(int(score.value), flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -379,7 +381,7 @@ def test_a_script_with_a_guard_scores_in_its_processes(here):
 
 def test_what_a_notebook_defines_is_refused_to_processes(here):
     code = (
-        "from progrpo.rewards.load import load_reward\nfrom progrpo.rewards.settings import RewardTerm\ndef mine(images, prompts): ...\n"
+        f"{IMPORTS}def mine(images, prompts): ...\n"
         "assert load_reward(RewardTerm('__main__:mine'))\nload_reward(RewardTerm('__main__:mine', processes=1))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -391,7 +393,7 @@ def test_what_a_notebook_defines_is_refused_to_processes(here):
 
 
 def test_a_script_that_is_piped_into_python_is_refused_with_a_file_to_write(here):
-    code = "from progrpo.rewards.load import load_reward\nfrom progrpo.rewards.settings import RewardTerm\nload_reward(RewardTerm('jpeg_compressibility', processes=1))\n"
+    code = f"{IMPORTS}load_reward(RewardTerm('jpeg_compressibility', processes=1))\n"
     done = subprocess.run([sys.executable, "-"], input=code, capture_output=True, text=True, timeout=60)
     said = done.stderr.strip().splitlines()[-1]
     assert said.endswith(
@@ -401,7 +403,7 @@ def test_a_script_that_is_piped_into_python_is_refused_with_a_file_to_write(here
 
 def test_what_a_guarded_script_defines_is_scored_in_its_processes(here):
     (here / "script.py").write_text(
-        "import numpy as np\nfrom progrpo.rewards.load import load_reward\nfrom progrpo.rewards.settings import RewardTerm\nfrom progrpo.types import Prompt\n"
+        f"import numpy as np\n{IMPORTS}from progrpo.types import Prompt\n"
         "def mine(images, prompts):\n    return [7.0] * len(images)\n"
         "if __name__ == '__main__':\n    reward = load_reward(RewardTerm('__main__:mine', processes=1))\n"
         "    print(reward.score(np.zeros((1, 4, 4, 3), np.uint8), [Prompt('a')])[0].value)\n    reward.close()\n"

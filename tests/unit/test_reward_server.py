@@ -33,6 +33,7 @@ from progrpo.rewards.server import Limits, make_app
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
+SEVEN: Any = "seven"
 RNG = np.random.default_rng(0)
 
 
@@ -193,7 +194,7 @@ def test_verdicts_errors_and_numpys_numbers_are_passed_on():
     ]
 
 
-@pytest.mark.parametrize("error", [KeyError("k"), SystemExit(3), StopIteration(), Score("seven")], ids=str)  # type: ignore[arg-type]
+@pytest.mark.parametrize("error", [KeyError("k"), SystemExit(3), StopIteration(), Score(SEVEN)], ids=str)
 def test_what_the_reward_fails_at_is_missing_and_no_other(error):
     reward = Recorded(lambda prompt, value: error if prompt.text == "bad" else value)
     with served(reward) as client:

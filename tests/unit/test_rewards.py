@@ -4,6 +4,7 @@ import asyncio
 import functools
 import inspect
 import math
+import re
 import sys
 from typing import Any
 
@@ -14,10 +15,12 @@ from PIL import Image
 
 from progrpo.registry import load_named
 from progrpo.rewards.base import Refusal, Reward, Score, WrongAnswer
-from progrpo.rewards.function import FunctionReward
+from progrpo.rewards.cache import CachedReward
+from progrpo.rewards.frames import FrameAverageReward
+from progrpo.rewards.function import FunctionReward, adapted
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.retrying import RetryingReward
-from progrpo.rewards.settings import REWARDS, RewardTerm
+from progrpo.rewards.settings import REWARDS, RewardSettings, RewardTerm
 from progrpo.rewards.shapes import ShapesReward
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
@@ -121,7 +124,7 @@ def test_columns_are_looked_at_before_anything_is_loaded():
 
 
 def called(function):
-    """What a reward function is given for two prompts with a target and a scale, by parameter: "pictures", or the value."""
+    """The arguments of a reward function for two prompts with a target and a scale: "pictures", or the value."""
     given: dict[str, Any] = {}
     signature = inspect.signature(function)
 
@@ -142,6 +145,7 @@ def called(function):
 
 
 BOTH = ["a", "b"]
+COLUMNS = {"target": [1, 2], "scale": [3, 4]}
 
 
 @pytest.mark.parametrize(
@@ -159,8 +163,8 @@ BOTH = ["a", "b"]
         (lambda pics, prompts: ..., {"pics": "pictures", "prompts": BOTH}),
         (lambda prompts, pics, scale: ..., {"pics": "pictures", "prompts": BOTH, "scale": [3, 4]}),
         (lambda *both, target: ..., {"both": ("pictures", BOTH), "target": [1, 2]}),
-        (lambda images, **others: ..., {"images": "pictures", "others": {"prompts": BOTH, "target": [1, 2], "scale": [3, 4]}}),
-        (lambda images, prompts, **others: ..., {"images": "pictures", "prompts": BOTH, "others": {"target": [1, 2], "scale": [3, 4]}}),
+        (lambda images, **others: ..., {"images": "pictures", "others": {"prompts": BOTH, **COLUMNS}}),
+        (lambda images, prompts, **others: ..., {"images": "pictures", "prompts": BOTH, "others": COLUMNS}),
         (lambda images, target=None, absent=7: ..., {"images": "pictures", "target": [1, 2]}),
     ],
 )  # fmt: skip
@@ -484,6 +488,56 @@ def test_a_class_of_a_module_is_made_without_arguments(tmp_path, monkeypatch):
     assert load_reward(RewardTerm("my_reward_class:Seven")).score(PICTURES, PROMPTS)[0] == Score(7.0)
 
 
+OF_THE_BASE_CLASS = """
+from progrpo.rewards.base import Reward, Score
+
+class Shifted(Reward):
+    takes_model = True
+
+    def __init__(self, model):
+        self.model = model
+
+    @classmethod
+    def make(cls, term):
+        return cls(term.model)
+
+    def score(self, pictures_NHWC, prompts):
+        return [Score(float(picture.mean())) for picture in pictures_NHWC]
+
+
+class Needy(Shifted):
+    @classmethod
+    def make(cls, term):
+        return {}["x"]
+"""
+
+
+def test_a_class_of_the_base_class_is_made_from_its_term_and_sees_arrays(tmp_path, monkeypatch):
+    write(tmp_path, OF_THE_BASE_CLASS, "my_reward_base")
+    monkeypatch.chdir(tmp_path)
+    reward: Any = load_reward(RewardTerm("my_reward_base:Shifted", model="a folder"))
+    assert reward.model == "a folder"
+    assert [s.value for s in reward.score(PICTURES, PROMPTS)] == [float(p.mean()) for p in PICTURES]
+    with pytest.raises(Refusal, match=r"^reward 'my_reward_base:Needy': .* my_reward_base.py, line 21: KeyError: 'x'"):
+        load_reward(RewardTerm("my_reward_base:Needy"))
+
+
+class Whole(Reward):
+    groupwise, video, needed = True, True, ("target",)
+
+    def score(self, pictures_NHWC, prompts):
+        return [Score(1.0)] * len(prompts)
+
+
+def test_a_reward_is_its_own_adapter_and_wrappers_have_its_attributes(tmp_path):
+    reward = Whole()
+    assert adapted(reward) is reward
+    for wrapper in (RetryingReward(reward), CachedReward(reward, "whole", tmp_path)):
+        assert (wrapper.groupwise, wrapper.video, wrapper.needed) == (True, True, ("target",))
+    videos = FrameAverageReward(reward, 2)
+    assert (videos.groupwise, videos.video, videos.needed) == (True, True, ("target",))
+
+
 def test_a_ranking_is_not_spread_over_processes(tmp_path, monkeypatch):
     write(
         tmp_path,
@@ -574,6 +628,11 @@ def test_every_built_in_name_stands_for_a_reward(name):
     assert issubclass(kind, Reward)
 
 
+def test_the_help_text_names_every_built_in_reward():
+    words = set(re.findall(r"\w+", inspect.getsource(RewardSettings)))
+    assert set(REWARDS) <= words
+
+
 @pytest.mark.parametrize(("name", "strict_share"), [("shapes", 0.0), ("shapes_strict", 1.0), ("shapes_mixed", 0.5)])
 def test_shapes_rewards_are_graded_strict_or_between(name, strict_share):
     prompts, drawn = world.examples("validation", 24, seed=3)
@@ -619,7 +678,10 @@ def test_a_function_in_place_of_a_name_is_refused():
 
 
 def test_a_module_that_starts_a_run_where_it_is_imported_is_refused_with_the_guard(tmp_path, monkeypatch):
-    text = "import progrpo\n\ndef score(images, prompts):\n    return [0.0] * len(images)\n\nprogrpo.train(None, ['a'], score)\n"
+    text = (
+        "import progrpo\n\ndef score(images, prompts):\n    return [0.0] * len(images)\n\n"
+        "progrpo.train(None, ['a'], score)\n"
+    )
     write(tmp_path, text, "my_reward_script")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
@@ -629,7 +691,11 @@ def test_a_module_that_starts_a_run_where_it_is_imported_is_refused_with_the_gua
 
 
 def test_a_module_may_load_another_reward_where_it_is_imported(tmp_path, monkeypatch):
-    text = "from progrpo.rewards.load import load_reward\nfrom progrpo.rewards.settings import RewardTerm\njpeg = load_reward(RewardTerm('jpeg_compressibility'))\n\ndef score(images):\n    return [0.0] * len(images)\n"
+    text = (
+        "from progrpo.rewards.load import load_reward\nfrom progrpo.rewards.settings import RewardTerm\n"
+        "jpeg = load_reward(RewardTerm('jpeg_compressibility'))\n\n"
+        "def score(images):\n    return [0.0] * len(images)\n"
+    )
     write(tmp_path, text, "my_reward_of_others")
     monkeypatch.chdir(tmp_path)
     load_reward(RewardTerm("my_reward_of_others:score"))

@@ -19,12 +19,13 @@ from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import INITIAL, NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
 from progrpo.rollout.preview import score
-from progrpo.rollout.prune import SELECTORS, survivors, to_groups
+from progrpo.rollout.prune import survivors, to_groups
 from progrpo.rollout.rollout import rollout
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import Record, Sampling, ode
 from progrpo.training.build import sampling_from
 from progrpo.types import Prompt, Trajectories
+from tests.support.grids import SAMPLERS, SELECTORS
 
 NAN = float("nan")
 
@@ -108,8 +109,8 @@ def test_members_that_began_as_one_part_at_the_first_step(tiny_policy, tiny_conf
 
 
 @pytest.mark.parametrize("latent_dtype", ["float32", "bfloat16", "float16"])
-def test_a_trajectory_goes_on_from_what_was_stored(family, tiny_policy, tiny_config, told, latent_dtype):
-    policy, key = tiny_policy(folder=family), NoiseKey(seed=5, iteration=2)
+def test_a_trajectory_goes_on_from_what_was_stored(family_at_length, tiny_policy, tiny_config, told, latent_dtype):
+    policy, key = tiny_policy(folder=family_at_length), NoiseKey(seed=5, iteration=2)
     dtype, wanted = getattr(torch, latent_dtype), SamplingSettings(num_inference_steps=4, latent_dtype=latent_dtype)
     sampling = sampling_from(tiny_config(sampling=wanted), policy, "means", 0)
     batch = expand(policy, torch.tensor([4, 9]), 2, sampling, key)
@@ -213,6 +214,6 @@ def test_a_rollout_records_what_it_did(tiny_trainer, tiny_config, prompts):
 
 
 def test_a_step_without_noise_cannot_be_stored():
-    process = Process("flow", "flow_grpo", flow_levels(torch.tensor([1.0, 0.5, 0.0])), (0.7, 0.0))
+    process = Process("flow", SAMPLERS["flow_grpo"], flow_levels(torch.tensor([1.0, 0.5, 0.0])), (0.7, 0.0))
     with pytest.raises(AssertionError, match="an ODE step has no log-prob"):
         Sampling(process, record=Record(frozenset({1})))

@@ -9,8 +9,7 @@ from torch.distributions import Normal
 
 from progrpo.diffusion.levels import diffusion_levels, flow_levels
 from progrpo.diffusion.prediction import PREDICTIONS
-from progrpo.diffusion.samplers import SAMPLERS
-from progrpo.diffusion.sigmas import sigma_grid
+from tests.support.grids import SAMPLERS, sigma_grid
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 FLOW = flow_levels(sigma_grid(10, 3.0).double())

@@ -18,12 +18,13 @@ from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
-from progrpo.rollout.prune import SELECTORS, survivors
+from progrpo.rollout.prune import survivors
 from progrpo.rollout.rollout import rollout
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding, own_share, rebalanced, sharded_survivors, transfers
 from progrpo.training.build import sampling_from
 from progrpo.types import Prompt, Rollout, Trajectories, Transition
+from tests.support.grids import SELECTORS
 
 
 class Member:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from progrpo.prompts.pictures import check_sources, key, key_of, picture, pictures, source_of
+from progrpo.prompts.pictures import check_sources, picture, picture_key, pictures, source_key, source_picture
 from progrpo.types import Prompt
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
@@ -24,7 +24,7 @@ def file(tmp_path) -> Path:
 
 def test_a_path_a_files_bytes_and_a_picture_are_the_same(file):
     for value in (file, str(file), file.read_bytes(), Image.fromarray(PIXELS)):
-        opened = source_of(Prompt("a", {"image": value}))
+        opened = source_picture(Prompt("a", {"image": value}))
         assert opened.mode == "RGB" and np.array_equal(np.asarray(opened), PIXELS)
     check_sources([Prompt("a", {"image": value}) for value in (str(file), file.read_bytes(), Image.fromarray(PIXELS))])
 
@@ -102,10 +102,10 @@ def test_a_column_is_read_once_a_value_and_may_have_gaps(file):
 def test_a_key_is_a_path_or_what_is_held(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     drawn, changed = Image.fromarray(PIXELS), Image.fromarray(PIXELS ^ 1)
-    assert key("source.png") == key(file) == key_of(Prompt("a", {"image": str(file)}))
-    assert key(drawn) == key(drawn.copy()) != key(changed)
-    assert key(drawn) != key(Image.fromarray(PIXELS.reshape(7, 5, 3)))
-    assert key(b"a") != key(b"b")
+    assert picture_key("source.png") == picture_key(file) == source_key(Prompt("a", {"image": str(file)}))
+    assert picture_key(drawn) == picture_key(drawn.copy()) != picture_key(changed)
+    assert picture_key(drawn) != picture_key(Image.fromarray(PIXELS.reshape(7, 5, 3)))
+    assert picture_key(b"a") != picture_key(b"b")
 
 
 def test_what_is_no_picture_is_said_in_a_sentence(tmp_path, file):
@@ -124,7 +124,7 @@ def test_what_is_no_picture_is_said_in_a_sentence(tmp_path, file):
         (Image.fromarray(np.full((2, 2), 40_000, np.uint16)), r"it has more than 8 bits a channel \(mode I;16\); save"),
         (Image.new("F", (2, 2)), r"it has more than 8 bits a channel \(mode F\); save it with 8$"),
     ):
-        for look in (source_of, lambda prompt: check_sources([prompt])):
+        for look in (source_picture, lambda prompt: check_sources([prompt])):
             with pytest.raises(ValueError, match=message) as caught:
                 look(Prompt("a", {} if value is None else {"image": value}))
             assert "\n" not in str(caught.value)

@@ -14,6 +14,7 @@ from progrpo.diffusion.process import Process
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.recipes import load_recipe
 from progrpo.training.library import _complete
+from tests.support.grids import SAMPLERS
 
 SPACINGS = ("leading", "trailing", "linspace")
 COUNTS = (1, 2, 6, 7, 10, 61, 300)  # of 1000, and 61 is a trailing grid that diffusers makes one step too long
@@ -36,7 +37,7 @@ def test_a_step_is_the_step_of_diffusers_for_every_spacing_and_number_of_steps(p
     generator = torch.Generator().manual_seed(0)
     for count in COUNTS:
         own.set_timesteps(count)
-        process = Process(policy.prediction, "ddim", policy.levels(count), (eta,) * count)
+        process = Process(policy.prediction, SAMPLERS["ddim"], policy.levels(count), (eta,) * count)
         for step, timestep in list(enumerate(own.timesteps[:count]))[:: max(1, count // 20)]:
             x, output = torch.randn(2, 1, 4, 8, 8, generator=generator)
             mean = own.step(output, timestep, x, eta=eta, variance_noise=torch.zeros_like(x)).prev_sample

@@ -5,7 +5,7 @@ import string
 
 import pytest
 
-from progrpo.prompts.texts import folded, shared
+from progrpo.prompts.texts import folded, matching_texts
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,8 @@ def test_folding_twice_is_folding_once_and_ascii_has_no_rule_of_its_own():
 
 
 def test_shared_texts_keep_their_own_form():
-    assert shared(["A red  cat", "a dog", "\uff41 bird"], ["a red cat", "A BIRD", "birds"]) == [
+    assert matching_texts(["A red  cat", "a dog", "\uff41 bird"], ["a red cat", "A BIRD", "birds"]) == [
         "A red  cat",
         "\uff41 bird",
     ]
-    assert shared([], ["a"]) == shared(["a"], []) == []
+    assert matching_texts([], ["a"]) == matching_texts(["a"], []) == []

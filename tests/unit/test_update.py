@@ -17,10 +17,13 @@ from progrpo.training.distributed import Ranks
 from progrpo.training.experience import AdvantageEstimator
 from progrpo.training.update import Updater, update_of_each
 from progrpo.types import Condition, GroupScores, Pictures, Preview, Prompt, Rollout, Trajectories
+from tests.support.grids import SAMPLERS
 
 NAN = float("nan")
 EPS = 1e-4
-SAMPLING = Sampling(Process("flow", "flow_grpo", flow_levels(torch.tensor([1.0, 0.8, 0.5, 0.0])), (0.7, 0.7, 0.7)))
+SAMPLING = Sampling(
+    Process("flow", SAMPLERS["flow_grpo"], flow_levels(torch.tensor([1.0, 0.8, 0.5, 0.0])), (0.7, 0.7, 0.7))
+)
 
 
 def scored(rewards, groups, passed=None, parts=None):

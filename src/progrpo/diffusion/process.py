@@ -1,4 +1,4 @@
-"""T steps from noise to data: which levels they pass, what the network's output means, and how noise enters them."""
+"""T steps from noise to data: the levels that they pass, the meaning of the network's output, and how noise enters."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 
 from progrpo.diffusion.levels import Levels, end_of, stacked
 from progrpo.diffusion.prediction import PREDICTIONS, Prediction
-from progrpo.diffusion.samplers import SAMPLERS, Sampler
+from progrpo.diffusion.samplers import StochasticStep
 
 
 @dataclass(frozen=True)
 class Process:
     """`noise_levels` has one entry a step: 0 is the deterministic step, above 0 the sampler's of that level.
 
-    `prediction` and `sampler` are names of `PREDICTIONS` and `SAMPLERS`. A `step` below is an int, or an int64 (B,) tensor on
+    `prediction` is a name of `PREDICTIONS`. A `step` below is an int, or an int64 (B,) tensor on
     the CPU with one for each row of x. Steps are computed in the dtype of x.
     """
 
     prediction: str
-    sampler: str
+    sampler: StochasticStep
     levels_T1: Levels
     noise_levels: tuple[float, ...]
 
     def __post_init__(self) -> None:
         assert len(self.levels_T1) == len(self.noise_levels) + 1
-        assert self.prediction == "flow" or not self._sampler.flow_only, "an SDE of flow models"
+        assert self.prediction == "flow" or not self.sampler.flow_only, "an SDE of flow models"
 
     @property
     def num_steps(self) -> int:
@@ -37,10 +37,6 @@ class Process:
     @property
     def _prediction(self) -> Prediction:
         return PREDICTIONS[self.prediction]
-
-    @property
-    def _sampler(self) -> Sampler:
-        return SAMPLERS[self.sampler]
 
     @cached_property
     def scales_T(self) -> Tensor:
@@ -52,9 +48,9 @@ class Process:
     def _scale(self, noise_level: float) -> Tensor:
         grid = self.levels_T1
         if grid.ends is None:
-            return self._sampler.scale(grid, noise_level)
+            return self.sampler.scale(grid, noise_level)
         steps = [stacked(grid[step], end_of(grid, step)) for step in range(self.num_steps)]
-        return torch.cat([self._sampler.scale(step, noise_level) for step in steps])
+        return torch.cat([self.sampler.scale(step, noise_level) for step in steps])
 
     @property
     def lengths_T(self) -> Tensor:
@@ -65,7 +61,7 @@ class Process:
     @property
     def stds_T(self) -> Tensor:
         """Std of each step's fresh noise."""
-        if not self._sampler.flow_only:
+        if not self.sampler.flow_only:
             return self.scales_T
         sigma = self.levels_T1.sigma
         return self.scales_T * (sigma[:-1] - sigma[1:]).sqrt()
@@ -85,8 +81,8 @@ class Process:
     def mean_std(self, step: int | Tensor, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """The Gaussian of x_next: mean in x's shape and std of shape () or (B, 1, ...)."""
         at, after = self.levels_T1[step].to(x), end_of(self.levels_T1, step).to(x)
-        return self._sampler.mean_std(self._prediction, x, output, at, after, self.scales_T[step].to(x))
+        return self.sampler.mean_std(self._prediction, x, output, at, after, self.scales_T[step].to(x))
 
     def log_prob(self, x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         """Of x_next under that Gaussian, mean over dims, (B,): see `progrpo.diffusion.gaussian.log_prob`."""
-        return self._sampler.log_prob(x_next, mean, std)
+        return self.sampler.log_prob(x_next, mean, std)

@@ -1,13 +1,14 @@
-"""How fresh noise enters a step. Two kernels, each with two scales of noise, and one log-prob that is not a density."""
+"""Stochastic steps: how fresh noise enters. Two kernels with several scales of noise, and one log-prob that is no density."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from progrpo.diffusion.ddim import cps_std, ddim_std, preserving_mean, reduced_log_prob
+from progrpo.diffusion.facts import PRESERVING, REDUCED, SDE, StepFacts
 from progrpo.diffusion.flow import flow_grpo_rate, sde_mean_std
 from progrpo.diffusion.gaussian import log_prob
 from progrpo.diffusion.levels import Levels, over
@@ -17,13 +18,13 @@ _MeanStd = Callable[[Prediction, Tensor, Tensor, Levels, Levels, Tensor], tuple[
 
 
 @dataclass(frozen=True)
-class Sampler:
-    """A stochastic step.
+class StochasticStep:
+    """A stochastic step of a sampler.
 
-    `scale(levels_T1, noise_level)` gives (T,), of each step: the diffusion rate of the SDE's kernel, the std of the other's.
+    `scale(levels_T1, noise_level)` gives (T,), for each step: the diffusion rate of an SDE, the std of the other kernel.
     `mean_std(prediction, x, output, levels, next, scale)` gives the Gaussian of x_next: mean in x's shape, std () or
-    (B, 1, ...). `noise_level` is the published one (DDIM's is called eta), and `clip_range` what was published with it for
-    latents of `clip_dims` elements. `flow_only`: the rate is that of a flow model's SDE.
+    (B, 1, ...). `noise_level` is the published one (DDIM's is called eta), and `clip_range` the one published with it
+    for latents of `clip_dims` elements.
     """
 
     scale: Callable[[Levels, float], Tensor]
@@ -31,11 +32,19 @@ class Sampler:
     noise_level: float
     clip_range: float
     clip_dims: int
-    flow_only: bool = False
+    facts: StepFacts = field(default_factory=StepFacts)
     log_prob: Callable[[Tensor, Tensor, Tensor], Tensor] = log_prob
 
+    @property
+    def flow_only(self) -> bool:
+        """Whether it is an SDE of flow models, with a diffusion rate."""
+        return self.facts.flow_only
+
     def clip_range_for(self, dims: int) -> float:
-        """Log-probs are means over dims, so that equal changes of the whole latent need ranges in proportion to 1 / dims."""
+        """The clip range for latents of `dims` elements.
+
+        Log-probs are means over dims, so equal changes of the whole latent need ranges in proportion to 1 / dims.
+        """
         return self.clip_range * self.clip_dims / dims
 
 
@@ -55,57 +64,63 @@ def _preserving(
 _FLOW_DIMS, _SD_DIMS = 16 * 64 * 64, 4 * 64 * 64  # of 512 px pictures, in SD3.5 and in SD1.x
 _WAN_DIMS = 16 * 9 * 30 * 52  # of Wan's videos of 33 frames, 240 by 416 px
 
-SAMPLERS: dict[str, Sampler] = {
-    # Flow-GRPO (arXiv 2505.05470)
-    "flow_grpo": Sampler(
-        scale=lambda levels, a: flow_grpo_rate(levels.sigma[:-1], a, levels.sigma[1]),
-        mean_std=_sde,
-        noise_level=0.7,
-        clip_range=1e-4,
-        clip_dims=_FLOW_DIMS,
-        flow_only=True,
-    ),
-    # DanceGRPO on flow models (arXiv 2505.07818): a constant rate
-    "dance": Sampler(
-        scale=lambda levels, eta: eta * levels.sigma[:-1] ** 0,
-        mean_std=_sde,
-        noise_level=0.3,
-        clip_range=1e-4,
-        clip_dims=_FLOW_DIMS,
-        flow_only=True,
-    ),
-    # flow_grpo's script for Wan: a rate in proportion to sigma, sigma_one sigma at noise level 1
-    "flow_grpo_wan": Sampler(
-        scale=lambda levels, a: a * levels.sigma[1] * levels.sigma[:-1],
-        mean_std=_sde,
-        noise_level=1.0,
-        clip_range=1e-3,
-        clip_dims=_WAN_DIMS,
-        flow_only=True,
-    ),
-    # DDIM with eta (arXiv 2010.02502), DanceGRPO's and DDPO's on Stable Diffusion
-    "ddim": Sampler(
-        scale=lambda levels, eta: ddim_std(levels[:-1], levels[1:], eta),
-        mean_std=_preserving,
-        noise_level=1.0,
-        clip_range=1e-4,
-        clip_dims=_SD_DIMS,
-    ),
-    # coefficient-preserving sampling (arXiv 2509.05952) with its Gaussian's density
-    "cps": Sampler(
-        scale=lambda levels, a: cps_std(levels[1:], a),
-        mean_std=_preserving,
-        noise_level=0.8,
-        clip_range=1e-5,
-        clip_dims=_FLOW_DIMS,
-    ),
-    # the same with the published stand-in for a density
-    "cps_reduced": Sampler(
-        scale=lambda levels, a: cps_std(levels[1:], a),
-        mean_std=_preserving,
-        noise_level=0.8,
-        clip_range=1e-5,
-        clip_dims=_FLOW_DIMS,
-        log_prob=reduced_log_prob,
-    ),
-}
+FLOW_GRPO = StochasticStep(
+    scale=lambda levels, a: flow_grpo_rate(levels.sigma[:-1], a, levels.sigma[1]),
+    mean_std=_sde,
+    noise_level=0.7,
+    clip_range=1e-4,
+    clip_dims=_FLOW_DIMS,
+    facts=SDE,
+)
+"""Flow-GRPO (arXiv 2505.05470)."""
+
+DANCE = StochasticStep(
+    scale=lambda levels, eta: eta * levels.sigma[:-1] ** 0,
+    mean_std=_sde,
+    noise_level=0.3,
+    clip_range=1e-4,
+    clip_dims=_FLOW_DIMS,
+    facts=SDE,
+)
+"""DanceGRPO on flow models (arXiv 2505.07818): a constant rate."""
+
+FLOW_GRPO_WAN = StochasticStep(
+    scale=lambda levels, a: a * levels.sigma[1] * levels.sigma[:-1],
+    mean_std=_sde,
+    noise_level=1.0,
+    clip_range=1e-3,
+    clip_dims=_WAN_DIMS,
+    facts=SDE,
+)
+"""The SDE of flow_grpo's script for Wan: a rate in proportion to sigma, sigma_one sigma at noise level 1."""
+
+DDIM = StochasticStep(
+    scale=lambda levels, eta: ddim_std(levels[:-1], levels[1:], eta),
+    mean_std=_preserving,
+    noise_level=1.0,
+    clip_range=1e-4,
+    clip_dims=_SD_DIMS,
+    facts=PRESERVING,
+)
+"""DDIM with eta (arXiv 2010.02502), DanceGRPO's and DDPO's on Stable Diffusion."""
+
+CPS = StochasticStep(
+    scale=lambda levels, a: cps_std(levels[1:], a),
+    mean_std=_preserving,
+    noise_level=0.8,
+    clip_range=1e-5,
+    clip_dims=_FLOW_DIMS,
+    facts=PRESERVING,
+)
+"""Coefficient-preserving sampling (arXiv 2509.05952) with its Gaussian's density."""
+
+CPS_REDUCED = StochasticStep(
+    scale=lambda levels, a: cps_std(levels[1:], a),
+    mean_std=_preserving,
+    noise_level=0.8,
+    clip_range=1e-5,
+    clip_dims=_FLOW_DIMS,
+    facts=REDUCED,
+    log_prob=reduced_log_prob,
+)
+"""Coefficient-preserving sampling with the published stand-in for a density."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from progrpo.messages import quoted
 from progrpo.policies.family import ModelFamily
 from progrpo.policies.tokens import Truncation, truncation
-from progrpo.prompts.pictures import key_of, source_of
+from progrpo.prompts.pictures import source_key, source_picture
 from progrpo.types import Condition, Prompt
 
 
@@ -54,10 +54,10 @@ class TextCache:
     def _row(self, prompt: Prompt) -> dict[str, Tensor]:
         if not self._family.edits:
             return self._text_row(prompt.text)
-        key = key_of(prompt)
+        key = source_key(prompt)
         if key not in self._pictures:
             with torch.no_grad():
-                encoded = self._family.encode_picture(source_of(prompt))
+                encoded = self._family.encode_picture(source_picture(prompt))
             self._pictures[key] = self._finite("the picture of a prompt", encoded)
         return self._text_row(prompt.text) | self._pictures[key]
 

@@ -119,10 +119,10 @@ def _parquet(path: Path, column: str) -> Iterator[Row]:
             rows = parquet.read_table(file).to_pylist()
         except Exception as error:  # pyarrow raises many kinds for a damaged file or another format
             raise ValueError(f"{named(path)}: not a parquet file ({named(' '.join(str(error).split()))})") from None
-    yield from ((with_file(row), f"{named(path)}, row {number}") for number, row in enumerate(rows))
+    yield from ((with_plain_picture(row), f"{named(path)}, row {number}") for number, row in enumerate(rows))
 
 
-def with_file(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_plain_picture(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row with a picture's bytes, or its path, in place of the pair of both that `datasets` stores."""
     pair = row.get(COLUMN)
     return {**row, COLUMN: pair["bytes"] or pair["path"]} if isinstance(pair, Mapping) else row

@@ -12,7 +12,7 @@ from typing import Any
 
 from progrpo.environment import on_the_way_to_the_hub
 from progrpo.messages import named, quoted
-from progrpo.prompts.files import READERS, with_file
+from progrpo.prompts.files import READERS, with_plain_picture
 from progrpo.prompts.pictures import COLUMN
 from progrpo.types import GIVEN, Prompt
 from progrpo.zoo.shapes import world
@@ -23,11 +23,11 @@ _ON_DISK = "dataset_dict.json"
 TEXT = "prompt"
 """The field that holds a row's text, unless another is named."""
 
-Prompts = Mapping[str, tuple[Prompt, ...]]
+PromptsByKind = Mapping[str, tuple[Prompt, ...]]
 """Prompts by kind. All prompts of a file are of one kind, whose name is empty."""
 
 
-def load_prompts(source: str, split: str = "train", column: str = TEXT) -> Prompts:
+def load_prompts(source: str, split: str = "train", column: str = TEXT) -> PromptsByKind:
     """Load the prompts of `shapes`, of `dataset:NAME`, or of a .txt, .jsonl, .json, .csv or .parquet file.
 
     The field `column` of a row holds the text, and all others are columns of the prompt. A file's column `image` is
@@ -50,7 +50,7 @@ def load_prompts(source: str, split: str = "train", column: str = TEXT) -> Promp
         raise ValueError(f"no prompt file {named(source)}{_suggestion(path)}")
     try:
         prompts = tuple(
-            _with_picture_path(prompt_of_row(row, where, column), path.parent, where)
+            _with_picture_path(prompt_from_row(row, where, column), path.parent, where)
             for row, where in READERS[kind](path, column)
         )
     except OSError as error:
@@ -78,7 +78,7 @@ def _with_picture_path(prompt: Prompt, folder: Path, where: str) -> Prompt:
     return replace(prompt, columns={**prompt.columns, COLUMN: path})
 
 
-def unread(prompts: Iterable[Prompt]) -> str | None:
+def ignored_column_note(prompts: Iterable[Prompt]) -> str | None:
     """A sentence about a column that other trainers read and this one does not, or None."""
     if not any("negative_prompt" in prompt.columns for prompt in prompts):
         return None
@@ -88,7 +88,7 @@ def unread(prompts: Iterable[Prompt]) -> str | None:
     )
 
 
-def prompts_of(given: object, name: str, column: str = TEXT) -> tuple[Prompt, ...]:
+def prompts_from_python(given: object, name: str, column: str = TEXT) -> tuple[Prompt, ...]:
     """The prompts that Python code gives: ordered texts, `Prompt`s or rows, a table (its rows) or a `Path` (a prompt
     file).
 
@@ -159,15 +159,15 @@ _TABLES: dict[tuple[str, str], Callable[[Any], Iterable[Any]]] = {
 
 def _prompt_of(item: object, where: str, column: str) -> Prompt:
     if isinstance(item, Prompt):
-        return prompt_of_row({**item.columns, TEXT: item.text}, where)
+        return prompt_from_row({**item.columns, TEXT: item.text}, where)
     if isinstance(item, Mapping):
-        return prompt_of_row(item, where, column)
+        return prompt_from_row(item, where, column)
     if isinstance(item, str):
-        return prompt_of_row({TEXT: item}, where)
+        return prompt_from_row({TEXT: item}, where)
     raise ValueError(f"{where} must be a text, a Prompt or a row with a field {column}, not {quoted(item)}")
 
 
-def of_configuration(name: str) -> tuple[str, str]:
+def split_configuration(name: str) -> tuple[str, str]:
     """A dataset's name and its configuration, which is empty where none is named.
 
     A colon may also be part of a folder's own name.
@@ -182,7 +182,7 @@ def _load_dataset(source: str, split: str, column: str) -> tuple[Prompt, ...]:
     except ImportError:
         raise ValueError(f"prompts from dataset:{source} need datasets: pip install 'progrpo[datasets]'") from None
     datasets.disable_progress_bars()
-    name, config = of_configuration(source)
+    name, config = split_configuration(source)
     on_disk = Path(name, _ON_DISK).is_file() or Path(name, "state.json").is_file()
     if on_disk and config:
         raise ValueError(f"dataset:{named(source)}: a saved dataset has no configurations; leave {named(config)} out")
@@ -199,7 +199,9 @@ def _load_dataset(source: str, split: str, column: str) -> tuple[Prompt, ...]:
         loaded = loaded[present[0]]
     if isinstance(loaded.features.get(COLUMN), datasets.Image):  # thousands of decoded pictures would not fit
         loaded = loaded.cast_column(COLUMN, datasets.Image(decode=False))
-    rows = tuple(prompt_of_row(with_file(row), f"dataset:{source}, row {n}", column) for n, row in enumerate(loaded))
+    rows = tuple(
+        prompt_from_row(with_plain_picture(row), f"dataset:{source}, row {n}", column) for n, row in enumerate(loaded)
+    )
     if not rows:
         raise ValueError(f"dataset:{source} holds no prompt")
     return rows
@@ -214,7 +216,7 @@ def _suggestion(path: Path) -> str:
     return f"; did you mean {named(close[0])}?" if close else ""
 
 
-def prompt_of_row(row: Mapping[str, Any], where: str, column: str = TEXT) -> Prompt:
+def prompt_from_row(row: Mapping[str, Any], where: str, column: str = TEXT) -> Prompt:
     """The prompt of a row: the field `column` is its text, and every other field is a column.
 
     ValueError that begins with `where` for a row without a text.

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 
-from progrpo.prompts.load import Prompts
+from progrpo.prompts.load import PromptsByKind
+from progrpo.prompts.settings import ORDERS
+from progrpo.registry import load_named
 from progrpo.types import Prompt
 
 
 class PromptOrder(Protocol):
-    """An order of prompts. All processes choose the same prompts for an iteration."""
+    """An order of prompts, made from prompts by kind and a seed.
+
+    All processes choose the same prompts for an iteration. `prompts_for` returns the same prompts for an iteration until its
+    signals are observed.
+    """
 
     @property
-    def whole(self) -> Iterable[Prompt]:
+    def all_prompts(self) -> Iterable[Prompt]:
         """All prompts, in the order of their source."""
         ...
 
@@ -26,7 +32,7 @@ class PromptOrder(Protocol):
         """The prompts of a zero-based iteration. Every iteration has `count` prompts."""
         ...
 
-    def ahead(self, first: int, last: int, count: int) -> Iterable[Prompt]:
+    def possible_prompts(self, first: int, last: int, count: int) -> Iterable[Prompt]:
         """The prompts that the iterations first .. last - 1 may get. Some may occur more than once."""
         ...
 
@@ -35,10 +41,12 @@ class PromptOrder(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of the order, by name."""
+        """The metrics of the order, by name. A name begins with `prompts/`."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """The state that a resumed run needs, ready for JSON."""
+        ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
@@ -47,17 +55,17 @@ class PromptOrder(Protocol):
 class InTurn:
     """An endless order: kinds take turns, and each kind is permuted anew every time it is used up."""
 
-    prompts: Prompts
+    prompts: PromptsByKind
     seed: int
 
     @property
-    def whole(self) -> Iterable[Prompt]:
+    def all_prompts(self) -> Iterable[Prompt]:
         return [prompt for prompts in self.prompts.values() for prompt in prompts]
 
     def prompts_for(self, iteration: int, count: int) -> list[Prompt]:
         return [self._at(iteration * count + i) for i in range(count)]
 
-    def ahead(self, first: int, last: int, count: int) -> Iterable[Prompt]:
+    def possible_prompts(self, first: int, last: int, count: int) -> Iterable[Prompt]:
         return map(self._at, range(first * count, last * count))
 
     def observe(self, iteration: int, signals: Sequence[float]) -> None:
@@ -96,7 +104,7 @@ class BySignal:
 
     OWN_MEMORY, KIND_MEMORY = 0.5, 0.9
 
-    def __init__(self, prompts: Prompts, seed: int, floor: float = 0.25) -> None:
+    def __init__(self, prompts: PromptsByKind, seed: int, floor: float = 0.25) -> None:
         self._all = [prompt for kind in prompts.values() for prompt in kind]
         self._kinds = list(prompts)
         self._kind = np.repeat(np.arange(len(prompts)), [len(kind) for kind in prompts.values()])
@@ -107,13 +115,13 @@ class BySignal:
         self._kind_signal = np.full(len(prompts), np.nan)
 
     @property
-    def whole(self) -> Iterable[Prompt]:
+    def all_prompts(self) -> Iterable[Prompt]:
         return self._all
 
     def prompts_for(self, iteration: int, count: int) -> list[Prompt]:
         return [self._all[i] for i in self._draw(iteration, count)]
 
-    def ahead(self, first: int, last: int, count: int) -> Iterable[Prompt]:
+    def possible_prompts(self, first: int, last: int, count: int) -> Iterable[Prompt]:
         return self._all
 
     def observe(self, iteration: int, signals: Sequence[float]) -> None:
@@ -170,9 +178,21 @@ class BySignal:
         return [*range(len(self._all))] * rounds + drawn.tolist()
 
 
+_MEMBERS = ("all_prompts", "prompts_for", "possible_prompts", "observe", "metrics", "state_dict", "load_state_dict")
+
+
 def _moving_average(average: float | None, value: float, memory: float) -> float:
     """The average after one more value; None stands for an average without values."""
     return value if average is None else memory * average + (1 - memory) * value
 
 
-ORDERS: dict[str, Callable[[Prompts, int], PromptOrder]] = {"turn": InTurn, "signal": BySignal}
+def make_order(name: str, prompts: PromptsByKind, seed: int) -> PromptOrder:
+    """Make the order that `prompts.order` names. ValueError for a class of the user's own that is no `PromptOrder`."""
+    order: PromptOrder = load_named(name, ORDERS, "prompts.order", "Class")(prompts, seed)
+    missing = [member for member in _MEMBERS if not hasattr(order, member)]
+    if missing:
+        raise ValueError(
+            f"prompts.order {name} has no {', '.join(missing)}: it must be a class like"
+            " progrpo.prompts.order.PromptOrder, made from (prompts, seed)"
+        )
+    return order

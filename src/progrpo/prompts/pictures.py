@@ -43,7 +43,7 @@ def pictures(values: Sequence[Any]) -> list[Image.Image | None]:
     return [read.get(id(value)) for value in values]
 
 
-def source_of(prompt: Prompt) -> Image.Image:
+def source_picture(prompt: Prompt) -> Image.Image:
     """The picture that a prompt asks to change; ValueError that names a prompt without one."""
     return picture(_picture_value(prompt), _where(prompt))
 
@@ -58,12 +58,12 @@ def check_sources(prompts: Iterable[Prompt]) -> None:
             pass
 
 
-def key_of(prompt: Prompt) -> str:
-    """The key of a prompt's picture (see `key`); ValueError as for `source_of`."""
-    return key(_picture_value(prompt), _where(prompt))
+def source_key(prompt: Prompt) -> str:
+    """The key of a prompt's picture (see `picture_key`); ValueError as for `source_picture`."""
+    return picture_key(_picture_value(prompt), _where(prompt))
 
 
-def key(value: Any, where: str = COLUMN) -> str:
+def picture_key(value: Any, where: str = COLUMN) -> str:
     """The key that tells one picture from another: its path, or a hash of its content."""
     if isinstance(value, str | os.PathLike):
         return os.path.abspath(value)

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
+from progrpo.registry import choices_of, one_of
 from progrpo.settings import Rule, between, setting
+
+ORDERS: dict[str, str] = {
+    "turn": "progrpo.prompts.order:InTurn",
+    "signal": "progrpo.prompts.order:BySignal",
+}
+"""The built-in orders of prompts by name: classes like `prompts.order.PromptOrder`."""
+if TYPE_CHECKING:
+    OrderName = str
+else:
+    OrderName = choices_of(ORDERS)
 
 COLUMN_NAME = Rule(bool, "the name of a field")
 
@@ -27,12 +38,13 @@ class PromptSettings:
     This also holds for rows that are given in Python."""
     per_iteration: int = setting(12, between(1, 100_000))
     """The number of prompts in each iteration. One group is sampled for each."""
-    order: Literal["turn", "signal"] = "turn"
+    order: OrderName = setting("turn", one_of(ORDERS, "Class"))  # noqa: RUF009 (a field)
     """The order of prompts.
     `turn`: kinds take turns, and each prompt comes once before any prompt comes again.
     `signal`: a prompt is drawn in proportion to how far the rewards in its groups (and in groups of its kind)
     differ.
-    More samples then go to prompts from which there is something to learn."""
+    More samples then go to prompts from which there is something to learn.
+    `module:Class`: an order of your own, a class like `progrpo.prompts.order.PromptOrder`."""
     split_groups: bool = False
     """With several processes, let each process sample some members of every group, not whole groups.
     After each prune, survivors move to processes that have fewer.

@@ -34,7 +34,7 @@ def folded(text: str) -> str:
     return " ".join("".join(visible).split())
 
 
-def shared(texts: Iterable[str], others: Iterable[str]) -> list[str]:
+def matching_texts(texts: Iterable[str], others: Iterable[str]) -> list[str]:
     """The texts that have the same `folded` form as one of the others."""
     known = {folded(other) for other in others}
     return [text for text in texts if folded(text) in known]

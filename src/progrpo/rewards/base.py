@@ -34,7 +34,7 @@ class Score:
         return self.value if self.value is not None and math.isfinite(self.value) else math.nan
 
     def plain(self) -> Score:
-        """The same score in Python's own numbers, for caches and servers. TypeError or ValueError where it has none."""
+        """A score in Python's own numbers, for caches and servers. TypeError or ValueError where it has none."""
         passed = None if self.passed is None else bool(self.passed)
         return Score(None if self.value is None else float(self.value), passed, self.error)
 

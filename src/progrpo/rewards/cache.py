@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from progrpo.messages import quoted
-from progrpo.prompts.pictures import COLUMN, key, pictures
+from progrpo.prompts.pictures import COLUMN, picture_key, pictures
 from progrpo.rewards.base import Refusal, Reward, RewardWrapper, Score
 from progrpo.types import Prompt
 
@@ -45,7 +45,8 @@ class CachedReward(RewardWrapper):
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         sources = [
-            None if source is None else key(source) for source in pictures([p.columns.get(COLUMN) for p in prompts])
+            None if source is None else picture_key(source)
+            for source in pictures([p.columns.get(COLUMN) for p in prompts])
         ]
         keys = [self._key(*row) for row in zip(pictures_NHWC, prompts, sources, strict=True)]
         stored = self._read(keys)
@@ -114,7 +115,7 @@ def _exact(value: object) -> object:
     `str` would not do: of an array it leaves most numbers out, and of an object it gives the place in memory.
     """
     if isinstance(value, Image.Image):
-        return key(value)
+        return picture_key(value)
     if isinstance(value, np.ndarray | np.generic | Tensor):
         return [str(value.dtype), value.tolist()]
     if isinstance(value, bytes | date | time | timedelta | Decimal | PurePath):

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,8 @@ from progrpo.prompts.pictures import COLUMN, pictures
 from progrpo.rewards.base import Refusal, Reward, Score, WrongAnswer, require_columns
 from progrpo.rewards.loop import finished
 from progrpo.types import GIVEN, Prompt
+
+T = TypeVar("T")
 
 _CLOSING = 30.0  # seconds that an async close() may take
 _PICTURES, _TEXTS = "pictures", "texts"
@@ -37,11 +39,11 @@ def can_score(value: object) -> bool:
     return callable(value) or hasattr(value, "score")
 
 
-def instance_of(kind: type, name: str) -> object:
-    """Make an object of the user's class with this name. Refusal where its constructor raises."""
+def made(make: Callable[[], T], name: str) -> T:
+    """Make an object of the user's class with this name. Refusal where that raises."""
     try:
-        return kind()
-    except KeyboardInterrupt:
+        return make()
+    except (Refusal, KeyboardInterrupt):
         raise
     except BaseException as error:
         raise Refusal(f"reward {quoted(name)}: the class cannot be made without arguments: {raised(error)}") from error

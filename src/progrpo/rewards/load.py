@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 from progrpo.messages import quoted
 from progrpo.registry import UnknownNameError, lacks, load_named
 from progrpo.rewards.base import Refusal, Reward
-from progrpo.rewards.function import adapted, can_score, instance_of
+from progrpo.rewards.function import adapted, can_score, made
 from progrpo.rewards.settings import REWARDS, RewardTerm
 
 
@@ -56,10 +57,10 @@ def _load_here(term: RewardTerm) -> Reward:
     if isinstance(value, type) and issubclass(value, Reward):
         if term.model and not value.takes_model:
             raise Refusal(f"reward {term.name!r} takes no other model; leave out model")
-        return value.make(term)
+        return value.make(term) if term.name in REWARDS else made(partial(value.make, term), term.name)
     if not can_score(value):
         module, _, attribute = term.name.partition(":")
         raise Refusal(f"reward {quoted(term.name)}: {lacks(sys.modules[module], module, attribute)}")
     if isinstance(value, type):
-        value = instance_of(value, term.name)
+        value = made(value, term.name)
     return adapted(value, term.batch_size, term.timeout)

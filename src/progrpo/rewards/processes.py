@@ -172,7 +172,7 @@ class _Workers:
 
 
 def _ending(codes: Sequence[int | None]) -> str:
-    """How the first of these processes ended. The pool itself ends the others by SIGTERM."""
+    """A clause on how the first of these processes ended. The pool itself ends the others by SIGTERM."""
     code = next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), None)
     if code is None:
         return "a process ended"

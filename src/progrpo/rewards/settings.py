@@ -61,7 +61,7 @@ class RewardTerm:
     batch_size: int | None = setting(None, _ONE_OR_MORE.or_empty())
     """The number of pictures in one call. Empty: 16 for a network or a server, all for a function."""
     retries: int = setting(2, between(0, 16))
-    """How often a failed call is repeated, after 1, 2, 4, ... seconds.
+    """The number of times that a failed call is repeated, after 1, 2, 4, ... seconds.
     If it still fails, each picture is scored alone, and the scores that fail then are missing."""
     timeout: float | None = setting(None, _AT_MOST_A_DAY.or_empty(" for no limit"))
     """The time limit of a call, in seconds. Empty: 60 for an answer of a server, otherwise no limit."""

@@ -23,12 +23,9 @@ _TIE = 1e-13  # variances of splits that differ by less than this share of the l
 class Selection:
     """Who is kept, K = keep places a group: member indices (int64), ascending, in the leading places that are valid.
 
-    Where a group has fewer present members than places, `valid_PK` is False and the index 0 in the places left over.
-    `weights_PK` (float32) is 1 for every selector here; it is room for a selector that draws and reweights.
-    """
+    Where a group has fewer present members than places, `valid_PK` is False and the index 0 in the places left over."""
 
     indices_PK: Tensor
-    weights_PK: Tensor
     valid_PK: Tensor
 
 
@@ -126,26 +123,16 @@ def _select(keys_PG: Tensor, scores_PG: Tensor, keep: int, present_PG: Tensor, s
     missing_PG = present_PG & ~scored_PG
     filled_PG = missing_PG & (missing_PG.cumsum(1) <= keep - chosen_PG.sum(1, keepdim=True))
     indices_PK, valid_PK = _pack(chosen_PG | filled_PG, keep)
-    return Selection(indices_PK, torch.ones_like(indices_PK, dtype=torch.float32), valid_PK)
-
-
-def max_variance_subset(scores_PG: Tensor, keep: int) -> Tensor:
-    """The `keep` members of each group whose scores have the largest variance: indices_PK, ascending.
-
-    Such a subset is the i lowest and keep - i highest scores for some i (PODS, arXiv 2504.13818, Lemma 3.1), and prefix
-    sums of the sorted scores weigh every i at once: O(G log G) a group. Among equal variances the lowest i wins (more
-    high scores); among equal scores the low end takes the first members and the high end the last. Scores must be
-    finite; ValueError unless 1 <= keep <= G.
-    """
-    if not 1 <= keep <= scores_PG.shape[1]:
-        raise ValueError(f"keep must be between 1 and the group's {scores_PG.shape[1]} members, not {keep}")
-    scored_PG = scores_PG.isfinite()
-    assert scored_PG.all(), "scores must be finite; the selector `ovf` takes missing ones"
-    return _pack(_choose(scores_PG, scored_PG, keep, _best_lows), keep)[0]
+    return Selection(indices_PK, valid_PK)
 
 
 def ovf(scores_PG: Tensor, keep: int, present_PG: Tensor, seeds_P: Tensor) -> Selection:
-    """Optimal variance filtering (Pro-GRPO, arXiv 2512.15347): the subset of largest score variance."""
+    """Optimal variance filtering (Pro-GRPO, arXiv 2512.15347): the subset of largest score variance.
+
+    Such a subset is the i lowest and keep - i highest scores for some i (PODS, arXiv 2504.13818, Lemma 3.1), and prefix
+    sums of the sorted scores weigh every i at once: O(G log G) per group. Among equal variances the lowest i wins (more
+    high scores); among equal scores the low end takes the first members and the high end the last.
+    """
     return _select(scores_PG, scores_PG, keep, present_PG, _best_lows)
 
 
@@ -168,14 +155,13 @@ def none(scores_PG: Tensor, keep: int, present_PG: Tensor, seeds_P: Tensor) -> S
     return _select(keys_PG, scores_PG, keep, present_PG, _all_lows)
 
 
-SELECTORS: dict[str, Selector] = {"ovf": ovf, "uniform": uniform, "top_bottom": top_bottom, "none": none}
-
-
 def survivors(group_N: Tensor, scores_N: Tensor, keep: int, selector: Selector, seeds_P: Tensor) -> Tensor:
     """The rows of N members, prompt-major, that the selector keeps: prompt-major, members ascending."""
     row_PG, present_PG = to_groups(group_N, len(seeds_P))
     scores_PG = scores_N[row_PG].masked_fill(~present_PG, torch.nan)
     selection = selector(scores_PG, keep, present_PG, seeds_P)
+    if not isinstance(selection, Selection):
+        raise ValueError(f"plan.selector must return a progrpo.rollout.prune.Selection, not {type(selection).__name__}")
     return row_PG.gather(1, selection.indices_PK)[selection.valid_PK]
 
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from progrpo.diffusion.process import Process
-from progrpo.diffusion.samplers import SAMPLERS
+from progrpo.diffusion.samplers import DDIM, StochasticStep
+from progrpo.messages import quoted
 from progrpo.policies.base import Policy
-from progrpo.rollout.settings import SamplingSettings
+from progrpo.registry import load_named
+from progrpo.rollout.settings import SAMPLERS, SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -75,17 +77,32 @@ class Sampling:
         return x if x.dtype == self.latent_dtype else x.to(self.latent_dtype).to(x.dtype)
 
 
-def sampler_name(settings: SamplingSettings, policy: Policy) -> str:
-    """The name of the stochastic step; ValueError for one that this kind of model does not have."""
-    flow = policy.prediction == "flow"
-    if settings.sampler == "auto":
-        return "flow_grpo" if flow else "ddim"
-    if SAMPLERS[settings.sampler].flow_only and not flow:
+def load_sampler(name: str) -> StochasticStep:
+    """The stochastic step of a name; ValueError for a user's name of something else."""
+    targets = {built_in: sampler.target for built_in, sampler in SAMPLERS.items()}
+    step = load_named(name, targets, "sampling.sampler", "step")
+    if not isinstance(step, StochasticStep):
         raise ValueError(
-            f"sampling.sampler: {settings.sampler} is the SDE of flow models, and this is a diffusion model;"
-            " use ddim or cps"
+            f"sampling.sampler: {name} must be a progrpo.diffusion.samplers.StochasticStep, not {quoted(step)}"
         )
-    return settings.sampler
+    return step
+
+
+def sampler_name(settings: SamplingSettings, policy: Policy) -> str:
+    """The name of the sampler: the settings' own, or the one that belongs to the kind of model."""
+    own = "flow_grpo" if policy.prediction == "flow" else "ddim"
+    return own if settings.sampler == "auto" else settings.sampler
+
+
+def stochastic_step(settings: SamplingSettings, policy: Policy) -> StochasticStep:
+    """The stochastic step of a policy; ValueError for one that this kind of model does not have."""
+    name = sampler_name(settings, policy)
+    step = load_sampler(name)
+    if step.flow_only and policy.prediction != "flow":
+        raise ValueError(
+            f"sampling.sampler: {name} is the SDE of flow models, and this is a diffusion model; use ddim or cps"
+        )
+    return step
 
 
 def sampling_for(policy: Policy, settings: SamplingSettings, stochastic: range, record: Record) -> Sampling:
@@ -100,17 +117,17 @@ def sampling_for(policy: Policy, settings: SamplingSettings, stochastic: range, 
             if policy.embeds_guidance
             else "sampling.embedded_guidance must be false: this model is guided by a pair of calls"
         )
-    name = sampler_name(settings, policy)
-    noise_level = SAMPLERS[name].noise_level if settings.noise_level is None else settings.noise_level
+    step = stochastic_step(settings, policy)
+    noise_level = step.noise_level if settings.noise_level is None else settings.noise_level
     process = Process(
         prediction=policy.prediction,
-        sampler=name,
+        sampler=step,
         levels_T1=policy.levels(settings.num_inference_steps, settings.shift),
         noise_levels=tuple(noise_level if i in stochastic else 0.0 for i in range(settings.num_inference_steps)),
     )
-    if any(process.stds_T[step] == 0 or process.lengths_T[step] == 0 for step in record.steps):
+    if any(process.stds_T[i] == 0 or process.lengths_T[i] == 0 for i in record.steps):
         raise ValueError(
-            f"sampling.train_last_step must be false: the last step of {name} on this model's grid has no noise or no"
+            f"sampling.train_last_step must be false: the last step of {sampler_name(settings, policy)} on this model's grid has no noise or no"
             " length"
         )
     return Sampling(process, settings, record)
@@ -125,4 +142,4 @@ def ode(policy: Policy, num_inference_steps: int, guidance_scale: float, microba
         microbatch=microbatch,
     )
     levels_T1 = policy.levels(num_inference_steps, None)
-    return Sampling(Process(policy.prediction, "ddim", levels_T1, (0.0,) * num_inference_steps), settings)
+    return Sampling(Process(policy.prediction, DDIM, levels_T1, (0.0,) * num_inference_steps), settings)

@@ -4,11 +4,51 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from progrpo.rollout.plan import Plan, PrunePoint, preset
+from progrpo.diffusion.facts import PRESERVING, REDUCED, SDE, StepFacts
+from progrpo.messages import quoted
+from progrpo.registry import choices_of, load_named, one_of
+from progrpo.rollout.plan import PRESETS, Plan, PrunePoint, preset
 from progrpo.rollout.window import window
 from progrpo.settings import NUM_STEPS, Rule, above, at_least, between, setting
+
+if TYPE_CHECKING:
+    from progrpo.rollout.prune import Selector
+
+
+@dataclass(frozen=True)
+class BuiltInSampler:
+    """A built-in sampler: where its stochastic step is, and its facts, which are known without torch."""
+
+    target: str
+    facts: StepFacts
+
+
+SAMPLERS: dict[str, BuiltInSampler] = {
+    "flow_grpo": BuiltInSampler("progrpo.diffusion.samplers:FLOW_GRPO", SDE),
+    "dance": BuiltInSampler("progrpo.diffusion.samplers:DANCE", SDE),
+    "flow_grpo_wan": BuiltInSampler("progrpo.diffusion.samplers:FLOW_GRPO_WAN", SDE),
+    "ddim": BuiltInSampler("progrpo.diffusion.samplers:DDIM", PRESERVING),
+    "cps": BuiltInSampler("progrpo.diffusion.samplers:CPS", PRESERVING),
+    "cps_reduced": BuiltInSampler("progrpo.diffusion.samplers:CPS_REDUCED", REDUCED),
+}
+SELECTORS: dict[str, str] = {
+    "ovf": "progrpo.rollout.prune:ovf",
+    "uniform": "progrpo.rollout.prune:uniform",
+    "top_bottom": "progrpo.rollout.prune:top_bottom",
+    "none": "progrpo.rollout.prune:none",
+}
+_SAMPLER_NAMES = ("auto", *SAMPLERS)
+PLAN_NAMES = (*PRESETS, "custom")
+if TYPE_CHECKING:
+    SamplerName = str
+    SelectorName = str
+    PlanName = str
+else:
+    SamplerName = choices_of(_SAMPLER_NAMES)
+    SelectorName = choices_of(SELECTORS)
+    PlanName = choices_of(PLAN_NAMES)
 
 _NOISE_LEVEL = Rule(
     lambda v: v is None or 0 < v < math.inf,
@@ -30,12 +70,13 @@ class SamplingSettings:
     embedded_guidance: bool = False
     """Pass the guidance scale to the model as an input, without a second call.
     It must be true for FLUX.1-dev if the scale is above 1, and false for other models."""
-    sampler: Literal["auto", "flow_grpo", "dance", "flow_grpo_wan", "ddim", "cps", "cps_reduced"] = "auto"
+    sampler: SamplerName = setting("auto", one_of(_SAMPLER_NAMES, "step"))  # noqa: RUF009 (a field)
     """How a stochastic step adds noise. `auto`: flow_grpo for a flow model, ddim for a diffusion model.
     Flow models only: `flow_grpo` (Flow-GRPO's SDE, arXiv 2505.05470), `dance` (DanceGRPO's, arXiv 2505.07818)
     and `flow_grpo_wan` (the SDE of flow_grpo's script for Wan).
     Flow and diffusion models: `ddim` (with eta) and `cps` (arXiv 2509.05952).
-    `cps_reduced` is cps with the published stand-in for its log-prob."""
+    `cps_reduced` is cps with the published stand-in for its log-prob.
+    `module:step`: a `progrpo.diffusion.samplers.StochasticStep` of your own."""
     noise_level: float | None = setting(None, _NOISE_LEVEL)
     """The amount of noise: a of Flow-GRPO, eta of DanceGRPO and of DDIM, and that of CPS.
     Empty: the published values 0.7 (flow_grpo; 1 for flow_grpo_wan), 0.3 (dance), 1 (ddim) and 0.8 (cps)."""
@@ -97,11 +138,23 @@ class SamplingSettings:
         """Raise ValueError for a window that does not fit into the steps, and for more noise than a sampler can add."""
         if self.sde_window in ("first", "sliding", "random"):
             self._check_window()
-        if self.sampler in ("ddim", "cps", "cps_reduced") and (self.noise_level or 0) > 1:
+        most = self.sampler_facts.max_noise_level
+        if (self.noise_level or 0) > most:
             raise ValueError(
-                f"sampling.noise_level must be at most 1 for sampling.sampler {self.sampler}, not {self.noise_level}:"
-                " a step cannot add more noise than there is at its end"
+                f"sampling.noise_level must be at most {most:g} for sampling.sampler {self.sampler}, not"
+                f" {self.noise_level}: a step cannot add more noise than there is at its end"
             )
+
+    @property
+    def sampler_facts(self) -> StepFacts:
+        """The facts of the sampler; for `auto`, which depends on the model, those of any. A user's own is imported."""
+        if self.sampler == "auto":
+            return StepFacts()
+        if self.sampler in SAMPLERS:
+            return SAMPLERS[self.sampler].facts
+        from progrpo.rollout.sampling import load_sampler
+
+        return load_sampler(self.sampler).facts
 
     def _check_window(self) -> None:
         size, end, most = self.sde_window_size, self.window_end, self.num_trainable_steps
@@ -123,10 +176,12 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class PlanSettings:
-    preset: Literal["standard", "flash", "posthoc", "none", "sd14", "custom"] = "standard"
+    preset: PlanName = setting("standard", one_of(PLAN_NAMES, "function"))  # noqa: RUF009 (a field)
     """One of the paper's plans, or `custom` with the three fields below.
     `standard`: 48 -> 24 -> 12 members. `flash`: 24 -> 16 -> 12. `sd14`: 48 -> 32 -> 8. `none`: 24, not pruned.
-    `posthoc`: 24 members are finished, and 12 are kept by their final rewards."""
+    `posthoc`: 24 members are finished, and 12 are kept by their final rewards.
+    `module:function`: a `progrpo.rollout.plan.Plan` of your own, or a function of num_inference_steps that returns
+    one."""
     group_size: int = setting(24, between(2, 100_000))
     """The number of members with which a group begins, in a custom plan."""
     prune: tuple[tuple[int, int], ...] = ()
@@ -134,10 +189,12 @@ class PlanSettings:
     After the network call of this zero-based step, keep this many members of each group."""
     final_keep: int | None = None
     """In a custom plan, keep this many members by their final rewards."""
-    selector: Literal["ovf", "uniform", "top_bottom", "none"] = "ovf"
+    selector: SelectorName = setting("ovf", one_of(SELECTORS, "function"))  # noqa: RUF009 (a field)
     """Which members are kept. `ovf`: those whose scores have the largest variance (the paper's).
     `top_bottom`: half from the best, half from the worst. `uniform`: a random draw.
-    `none`: the first members, whatever their scores."""
+    `none`: the first members, whatever their scores.
+    `module:function`: a function of your own, of (scores_PG, keep, present_PG, seeds_P), that returns a
+    `progrpo.rollout.prune.Selection`."""
     adaptive: bool = False
     """Begin with this plan, and choose a better one after each audit.
     The run takes the prune points and keeps with the highest expected learning signal per second.
@@ -146,14 +203,26 @@ class PlanSettings:
 
     def plan(self, num_inference_steps: int) -> Plan:
         """The plan that is run; ValueError if it needs more steps than `num_inference_steps`."""
-        if self.preset != "custom":
+        if self.preset in PRESETS:
             return preset(self.preset, num_inference_steps)
-        plan = Plan(self.group_size, tuple(PrunePoint(*point) for point in self.prune), self.final_keep)
+        if self.preset == "custom":
+            plan = Plan(self.group_size, tuple(PrunePoint(*point) for point in self.prune), self.final_keep)
+        else:
+            plan = _load_plan(self.preset, num_inference_steps)
         plan.validate(num_inference_steps)
         return plan
 
+    def load_selector(self) -> Selector:
+        """The selector itself."""
+        selector: Selector = load_named(self.selector, SELECTORS, "plan.selector", "function")
+        if not callable(selector):
+            raise ValueError(f"plan.selector: {self.selector} must be a function, not {quoted(selector)}")
+        return selector
+
     def check(self) -> None:
-        """Raise ValueError for fields of a custom plan if the preset is another plan."""
+        """Raise ValueError for fields of a custom plan if the preset is another plan, and for a selector that is none."""
+        if self.selector not in SELECTORS:
+            self.load_selector()
         if self.preset != "custom" and self != PlanSettings(
             preset=self.preset, selector=self.selector, adaptive=self.adaptive
         ):
@@ -161,6 +230,18 @@ class PlanSettings:
                 "plan.group_size, plan.prune and plan.final_keep are read only when plan.preset is custom,"
                 f" not {self.preset}; set it or leave them out"
             )
+
+
+def _load_plan(name: str, num_inference_steps: int) -> Plan:
+    """The plan that a user's `module:name` gives: a Plan, or what a function of the number of steps returns."""
+    made: object = load_named(name, dict.fromkeys(PLAN_NAMES, ""), "plan.preset", "function")
+    plan = made(num_inference_steps) if callable(made) else made
+    if not isinstance(plan, Plan):
+        raise ValueError(
+            f"plan.preset: {name} must be a progrpo.rollout.plan.Plan, or a function of num_inference_steps that"
+            f" returns one, not {quoted(plan)}"
+        )
+    return plan
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from progrpo.config import Config
 from progrpo.messages import quoted
 from progrpo.policies.base import Policy
 from progrpo.prompts.order import PromptOrder
-from progrpo.prompts.texts import shared
+from progrpo.prompts.texts import matching_texts
 from progrpo.rewards.base import Judge
 from progrpo.rewards.mixture import RewardMixture, load_mixture
 from progrpo.tracking.tracker import require_installed
@@ -61,20 +61,20 @@ class RunInputs:
     def digests(self) -> dict[str, str]:
         """Digests of the training and the evaluation prompts."""
         return {
-            "training": checkpoints.digest(self.order.whole),
+            "training": checkpoints.digest(self.order.all_prompts),
             "evaluation": checkpoints.digest(self.held_out.prompts),
         }
 
     @cached_property
     def all_prompts(self) -> list[Prompt]:
         """Every prompt that the run may use, once."""
-        ahead = self.order.ahead(0, self.config.iterations, self.config.prompts.per_iteration)
+        ahead = self.order.possible_prompts(0, self.config.iterations, self.config.prompts.per_iteration)
         return list({id(prompt): prompt for prompt in chain(self.held_out.prompts, ahead)}.values())
 
     def check(self, ranks: Ranks) -> None:
         """ValueError for trackers that are not installed, unequal prompts of processes, and rewards that cannot work."""
         require_installed(self.config.tracking)
-        firsts = {"training": next(iter(self.order.whole)), "evaluation": self.held_out.test[0]}
+        firsts = {"training": next(iter(self.order.all_prompts)), "evaluation": self.held_out.test[0]}
         for name, digest in self.digests.items():
             require_same_prompts(ranks, name, digest, firsts[name])
         self.reward.check(self.all_prompts)
@@ -84,7 +84,7 @@ class RunInputs:
     def overlap_warning(self) -> str | None:
         """A warning of evaluation prompts that are trained on while others are not. Where all are, it was asked for."""
         held_out = list(dict.fromkeys(prompt.text for prompt in self.held_out.prompts))
-        trained = shared(held_out, (prompt.text for prompt in self.order.whole))
+        trained = matching_texts(held_out, (prompt.text for prompt in self.order.all_prompts))
         if not 0 < len(trained) < len(held_out):
             return None
         return (

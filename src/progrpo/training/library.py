@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 from progrpo.config import Config, ModelSettings, OptimSettings, RewardTerm, SamplingSettings, check
 from progrpo.messages import quoted
 from progrpo.policies.base import Policy
-from progrpo.prompts.load import prompts_of
-from progrpo.prompts.order import ORDERS
+from progrpo.prompts.load import prompts_from_python
+from progrpo.prompts.order import make_order
 from progrpo.recipes import load_recipe
 from progrpo.registry import refuse_within_import
 from progrpo.rewards.function import adapted, qualified_name
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.mixture import Component, RewardMixture, component_from
 from progrpo.tracking.run_folder import RunFolder
+from progrpo.training.absolute_paths import with_absolute_paths
 from progrpo.training.build import (
-    located,
     policy_context,
     ranking_from,
-    settled,
+    resolve_dtype,
     with_lora_of_run,
 )
 from progrpo.training.distributed import Ranks, explain_lost_process
@@ -89,9 +89,11 @@ def train(
         require_same_settings(ranks, config, resume=resume, accept_changes=accept_changes)
         folder = RunFolder(ranks.gather([out])[0])
         own = ranks.from_main(lambda: _own_config(folder, accept_changes)) if resume else None
-        config = settled(_complete(config, own, pipeline), ranks)
-        training = prompts_of(prompts, "prompts", config.prompts.column)
-        evaluation = training if eval_prompts is None else prompts_of(eval_prompts, "eval_prompts", config.eval.column)
+        config = resolve_dtype(_complete(config, own, pipeline), ranks)
+        training = prompts_from_python(prompts, "prompts", config.prompts.column)
+        evaluation = (
+            training if eval_prompts is None else prompts_from_python(eval_prompts, "eval_prompts", config.eval.column)
+        )
         terms, mixture = _mixture(reward, config)  # before the pipeline is taken over: a mistake here costs no loading
         config = replace(config, reward=replace(config.reward, terms=terms))
         check(config)
@@ -101,7 +103,7 @@ def train(
             return RunInputs(
                 config,
                 mixture,
-                ORDERS[config.prompts.order]({"": training}, config.seed),
+                make_order(config.prompts.order, {"": training}, config.seed),
                 HeldOut(test, test, None, held_out_rewards(config)),
                 lambda: _take_over(pipeline, config, ranks),
             )
@@ -124,7 +126,7 @@ def _complete(config: Config | None, own: Config | None, pipeline: DiffusionPipe
 
     A run that goes on keeps what `own`, its configuration until now, has measured.
     """
-    config = located(config or own or Config())
+    config = with_absolute_paths(config or own or Config())
     config = replace(
         config,
         model=replace(config.model, path=f"a {type(pipeline).__name__} {FROM_PYTHON}"),

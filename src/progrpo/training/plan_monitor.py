@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from progrpo.config import Config, resolve_plan
 from progrpo.rollout.plan import path as plan_path
 from progrpo.rollout.probe import Probe, probe_examples, trusted_steps
-from progrpo.rollout.prune import SELECTORS
 from progrpo.tracking.console import Console
 from progrpo.tracking.records import Metrics, metric
 from progrpo.training.audit import Audit
@@ -35,7 +34,7 @@ class PlanMonitor:
 
     def __init__(self, config: Config, ranks: Ranks, self_checks: SelfChecks) -> None:
         self.plan = resolve_plan(config)
-        self.selector = SELECTORS[config.plan.selector]
+        self.selector = config.plan.load_selector()
         self.probe = Probe(config.sampling.num_inference_steps, config.seed) if config.preview.probe else None
         self.judge = PlanJudge(config)
         self.plan_value: float | None = None

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from itertools import chain
 
 from progrpo.config import to_dict
-from progrpo.prompts.load import unread
+from progrpo.prompts.load import ignored_column_note
 from progrpo.prompts.pictures import check_sources
 from progrpo.rewards.mixture import RewardMixture, close_all
 from progrpo.tracking.run_folder import RunFolder
@@ -52,12 +52,14 @@ class Run:
         prompts = self.inputs.all_prompts
         cuts = self.policy.truncation([prompt.text for prompt in prompts]).in_words()
         overlap = None if self.policy.edits else self.inputs.overlap_warning()
-        return [warning for warning in (self.policy.ignored, cuts, unread(prompts), overlap) if warning]
+        return [warning for warning in (self.policy.ignored, cuts, ignored_column_note(prompts), overlap) if warning]
 
     def encode_prompts(self) -> None:
         """Encode every prompt that this process will need, once, and let the text encoders leave memory."""
         config = self.trainer.config
-        ahead = self.inputs.order.ahead(self.trainer.iteration, config.iterations, config.prompts.per_iteration)
+        ahead = self.inputs.order.possible_prompts(
+            self.trainer.iteration, config.iterations, config.prompts.per_iteration
+        )
         held_out = self.inputs.held_out
         validation = held_out.validation if config.eval.every else ()
         prompts = {id(prompt): prompt for prompt in chain(ahead, held_out.test, validation)}
