@@ -20,16 +20,15 @@ from progrpo.rewards.settings import RewardTerm
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import ode
 from progrpo.training.build import (
-    config_of,
     eval_prompts,
     judge_for,
     policy_context,
     policy_from,
-    settled,
-    trained_policy,
+    resolve_dtype,
 )
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import Measures, evaluate
+from progrpo.training.trained_model import ModelChoice
 
 STEPS, SCALES = (10, 40), (1.0, 2.0, 3.0, 4.5)
 
@@ -41,12 +40,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     wanted = parser.parse_args()
     ranks, reward, judge = Ranks(), mixture_of_one(load_reward(RewardTerm("shapes"))), judge_for("shapes")
-    config = config_of(wanted.target)
+    model = ModelChoice(wanted.target)
+    config = model.config
     if config.model.path == wanted.target:  # no run: as the quickstart would load it
-        auto = settled(replace(config, model=replace(config.model, dtype="auto")), ranks)
+        auto = resolve_dtype(replace(config, model=replace(config.model, dtype="auto")), ranks)
         policy = policy_from(auto.model, policy_context(auto, ranks))
     else:
-        policy = trained_policy(wanted.target, None, ranks)
+        policy = model.load(ranks)
 
     def measured(split: str, pictures: int, steps: int, scale: float) -> dict[str, float | None]:
         prompts = eval_prompts("shapes", split, pictures)

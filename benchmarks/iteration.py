@@ -67,7 +67,7 @@ from progrpo.rewards.mixture import load_mixture
 from progrpo.rollout.plan import UnitCosts
 from progrpo.rollout.preview import DECODED
 from progrpo.rollout.probe import Probe, latent_features, probe_examples, text_features
-from progrpo.training.build import policy_context, policy_from, settled, train_order
+from progrpo.training.build import policy_context, policy_from, resolve_dtype, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.estimate import estimate, flops_by_stage, sizes_for
 from progrpo.training.gpus import GPUS
@@ -258,7 +258,7 @@ def peak_memory() -> Iterator[Callable[[], float]]:
 
 def measure(config: Config, iterations: int, random_weights: bool) -> dict[str, Any]:
     ranks = Ranks()
-    config = settled(config, ranks)
+    config = resolve_dtype(config, ranks)
     if random_weights:
         policy = random_policy(config.model, PolicyContext(ranks.device))
     else:

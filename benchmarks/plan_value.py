@@ -48,7 +48,7 @@ from progrpo.rollout.prune import ovf
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.settings import PreviewSettings
 from progrpo.tracking.statistics import spearman
-from progrpo.training.build import policy_context, policy_from, settled, train_order
+from progrpo.training.build import policy_context, policy_from, resolve_dtype, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.measure import measured
 from progrpo.training.plan_judge import prompt_cost
@@ -267,7 +267,7 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
 
 def trained(config: Config, iterations: int, ranks: Ranks) -> Trainer:
     """A run's trainer after so many iterations, without evaluations and files."""
-    config = settled(config, ranks)
+    config = resolve_dtype(config, ranks)
     policy, order = policy_from(config.model, policy_context(config, ranks)), train_order(config.prompts, config.seed)
     reward = load_mixture(config.reward.terms, config.reward.frames)
     trainer = Trainer(measured(config, policy, order.prompts_for(0, 1)[0], ranks), policy, reward, order, ranks)

@@ -36,7 +36,7 @@ from progrpo.rollout.probe import Probe, probe_examples, text_features
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import Sampling, sampler_name
 from progrpo.tracking.statistics import hit_rate, spearman
-from progrpo.training.build import objective_from, policy_context, policy_from, sampling_from, settled
+from progrpo.training.build import objective_from, policy_context, policy_from, resolve_dtype, sampling_from
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt, Trajectories
 from progrpo.zoo.shapes import world
@@ -121,7 +121,7 @@ def measured(model: str, wanted: argparse.Namespace) -> dict[str, Any]:
         objective=ObjectiveSettings(name=wanted.objective),
         preview=asked,
     )
-    config = settled(config, ranks)
+    config = resolve_dtype(config, ranks)
     policy = policy_from(config.model, policy_context(config, ranks))
     sampling = sampling_from(config, policy, objective_from(config, policy).settings.stores, 0)
     sampling = replace(sampling, record=replace(sampling.record, steps=frozenset()))

@@ -45,7 +45,7 @@ from progrpo.policies.load import quiet
 from progrpo.recipes import load_recipe
 from progrpo.rewards.mixture import load_mixture
 from progrpo.rollout.plan import Plan
-from progrpo.training.build import policy_context, policy_from, settled, train_order
+from progrpo.training.build import policy_context, policy_from, resolve_dtype, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.estimate import flops_by_stage, sizes_for
 from progrpo.training.gpus import GPUS
@@ -343,7 +343,7 @@ def main() -> None:
     quiet()
     found: dict[str, dict[str, Any]] = {}
     for recipe in wanted.recipes:
-        config = settled(load_recipe(recipe), Ranks())
+        config = resolve_dtype(load_recipe(recipe), Ranks())
         if wanted.check:
             found[recipe] = check(config, wanted)
             continue

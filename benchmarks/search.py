@@ -30,7 +30,7 @@ from progrpo.training.build import (
     judge_for,
     policy_context,
     policy_from,
-    settled,
+    resolve_dtype,
     train_order,
 )
 from progrpo.training.distributed import Ranks
@@ -157,7 +157,7 @@ def config_of(changes: Changes, seed: int) -> Config:
 def run(config: Config, seconds: float, every: float, pictures: int) -> list[dict[str, Any]]:
     """Validation figures against seconds of training, first those of the base."""
     ranks = Ranks()
-    config = settled(config, ranks)
+    config = resolve_dtype(config, ranks)
     policy = policy_from(config.model, policy_context(config, ranks))
     reward = load_mixture(config.reward.terms, config.reward.frames)
     trainer = Trainer(config, policy, reward, train_order(config.prompts, config.seed), ranks)

@@ -27,7 +27,7 @@ from progrpo.policies.base import Policy
 from progrpo.policies.load import quiet
 from progrpo.recipes import load_recipe
 from progrpo.rewards.mixture import load_mixture
-from progrpo.training.build import policy_context, policy_from, settled, train_order
+from progrpo.training.build import policy_context, policy_from, resolve_dtype, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.measure import measured
 from progrpo.training.trainer import Trainer
@@ -72,7 +72,7 @@ def main() -> None:
     quiet()
     ranks, recipe = Ranks(), load_recipe("quickstart")
     recipe = replace(recipe, model=replace(recipe.model, path=options.model), audit=replace(recipe.audit, every=0))
-    config = settled(recipe, ranks)
+    config = resolve_dtype(recipe, ranks)
     policy = policy_from(config.model, policy_context(config, ranks))
     found: dict[str, list[dict[str, Any]]] = {"measured": [], "measured beside others": [], "from the cache": []}
     for _ in range(options.repeats):

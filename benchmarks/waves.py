@@ -33,7 +33,7 @@ from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rewards.settings import RewardTerm
-from progrpo.training.build import policy_context, policy_from, settled, train_order
+from progrpo.training.build import policy_context, policy_from, resolve_dtype, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.trainer import Trainer
 from progrpo.types import Prompt
@@ -58,7 +58,7 @@ def measure(model: str, plan: str, delay: float, waves: Sequence[int], iteration
         plan=PlanSettings(preset=plan),
         audit=AuditSettings(every=0),
     )
-    base = settled(replace(base, optim=replace(base.optim, microbatch=48)), ranks)
+    base = resolve_dtype(replace(base, optim=replace(base.optim, microbatch=48)), ranks)
     trainers = {}
     for count in waves:
         config = replace(base, reward=RewardSettings(waves=count))

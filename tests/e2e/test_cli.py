@@ -15,7 +15,10 @@ import pytest
 import progrpo
 from progrpo.cli import COMMANDS, main
 from progrpo.config import config_from_json
+from progrpo.objectives.settings import OBJECTIVES
+from progrpo.prompts.settings import ORDERS
 from progrpo.recipes import RECIPES, load_recipe
+from progrpo.rollout.settings import PLAN_NAMES, SAMPLERS, SELECTORS
 
 NAMES = (  # of recipes
     "quickstart, shapes-diffusion, sd14-hpsv2, sd35m-pickscore, sd35m-pickscore-24gb, sd35m-pickscore-48gb,"
@@ -83,6 +86,14 @@ def test_every_command_explains_itself(capsys, command):
         main([command, "--help"])
     assert stop.value.code == 0
     assert f"usage: progrpo {command}" in capsys.readouterr().out
+
+
+def test_help_lists_the_built_in_names_and_takes_others(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    out = capsys.readouterr().out
+    for registry in (("recipe", *PLAN_NAMES), PLAN_NAMES, ORDERS, OBJECTIVES, SELECTORS, ("auto", *SAMPLERS)):
+        assert f"{{{','.join(registry)}}}|STR" in "".join(out.split())
 
 
 def test_help_of_a_recipe_shows_its_values(capsys):
@@ -189,8 +200,15 @@ def test_mistakes_are_refused_in_one_sentence(capsys, args, message):
         (("train", "smoke", "--sampling.noise_level", "high"), "--sampling.noise-level: no type matching {None}|FLOAT"),
         (("train", "smoke", "--optim.lr", "high"), "--optim.lr: could not convert string"),
         (("train", "smoke", "--seed", "1.5"), "--seed: invalid literal for int()"),
-        (("train", "smoke", "--plan.selector", "ofv"), "invalid choice 'ofv' for argument '--plan.selector'"),
-        (("plan", "smoke", "--plan", "flsh"), "invalid choice 'flsh' for argument '--plan'"),
+        (("train", "smoke", "--sampling.sde-window", "al"), "invalid choice 'al' for argument '--sampling.sde-window'"),
+        (
+            ("train", "smoke", "--plan.selector", "ofv"),
+            "plan.selector must be one of ovf, uniform, top_bottom, none",
+        ),
+        (
+            ("plan", "smoke", "--plan", "flsh"),
+            "plan.preset must be one of standard, flash, posthoc, none, sd14",
+        ),
         (("pretrain", "shapes"), "shapes-flow"),
         (("sample", "shapes-flow"), "--prompt"),
     ],

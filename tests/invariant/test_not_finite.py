@@ -341,6 +341,7 @@ def test_the_command_line_writes_no_black_picture(nan_lora, tiny_sd3, tmp_path, 
 def test_sampling_keeps_what_is_there_and_says_what_is_not(tiny_sd3, tmp_path, monkeypatch):
     from progrpo.policies.pipeline import PipelinePolicy
     from progrpo.training.sample import sample_pictures
+    from progrpo.training.trained_model import ModelChoice, SamplingOptions
 
     decode = PipelinePolicy.decode
 
@@ -350,16 +351,8 @@ def test_sampling_keeps_what_is_there_and_says_what_is_not(tiny_sd3, tmp_path, m
 
     monkeypatch.setattr(PipelinePolicy, "decode", lost)
     with pytest.raises(SelfCheckError, match=r"^1 of 3 pictures are missing: the decoder .*; the others are in "):
-        sample_pictures(
-            str(tiny_sd3),
-            [Prompt("a"), Prompt("b"), Prompt("c")],
-            lora=None,
-            out=tmp_path / "out",
-            seed=0,
-            num_inference_steps=1,
-            guidance_scale=1.0,
-            count=1,
-        )
+        prompts, options = [Prompt("a"), Prompt("b"), Prompt("c")], SamplingOptions(1, 1.0, 0)
+        sample_pictures(ModelChoice(str(tiny_sd3)), prompts, tmp_path / "out", 1, options)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["000-00.png", "002-00.png"]
 
 

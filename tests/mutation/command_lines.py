@@ -125,9 +125,8 @@ def cut_off() -> Iterator[None]:
     ends = (
         "training.inputs.policy_from",
         "training.run.measured",
-        "training.evaluate.trained_policy",
+        "training.trained_model.policy_from",
         "rewards.server.serve",
-        "training.sample.trained_policy",
         *(f"zoo.shapes.pretrain{n}.pretrain{n}" for n in ("", "_diffusion", "_tiny")),
     )
 

@@ -1,4 +1,4 @@
-"""From a configuration to parts: what is settled by measuring, and how an iteration samples."""
+"""From a configuration to objects: the dtype that is measured, absolute paths, and how an iteration samples."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from progrpo.config import (
 from progrpo.objectives.grpo import GRPO
 from progrpo.policies.load import fastest_dtype, policy_from_pipeline
 from progrpo.rollout.sampling import load_sampler, ode, sampler_name
+from progrpo.training.absolute_paths import with_absolute_paths
 from progrpo.training.build import (
-    located,
     objective_from,
     policy_context,
+    resolve_dtype,
     sampling_from,
-    settled,
 )
 from progrpo.training.distributed import Ranks
 
 
 def test_a_dtype_that_is_named_stays():
     config = Config(model=ModelSettings(dtype="float16"))
-    assert settled(config, Ranks()) is config
+    assert resolve_dtype(config, Ranks()) is config
 
 
 def test_auto_is_measured_once_and_written_down():
-    chosen = settled(Config(model=ModelSettings(dtype="auto")), Ranks())
+    chosen = resolve_dtype(Config(model=ModelSettings(dtype="auto")), Ranks())
     assert chosen.model.dtype in ("float32", "bfloat16") and chosen == Config(model=chosen.model)
-    assert settled(chosen, Ranks()) is chosen
+    assert resolve_dtype(chosen, Ranks()) is chosen
     assert fastest_dtype(torch.device("cpu")) in ("float32", "bfloat16")
 
 
@@ -59,17 +59,17 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
         reward=RewardSettings((term,)),
         eval=EvalSettings(prompts="dataset:owner/local", rewards=(replace(term, name="vlm", cache=""),)),
     )
-    found = located(config)
+    found = with_absolute_paths(config)
     assert (found.model.path, found.model.lora) == (f"{tmp_path}/model", f"{tmp_path}/home/lora")
     assert (found.prompts.source, found.eval.prompts) == (f"{tmp_path}/prompts.txt", f"dataset:{tmp_path}/owner/local")
     assert found.preview.tiny_decoder == f"{tmp_path}/taesd"
     assert found.reward.terms == (replace(term, model=f"{tmp_path}/owner/local", cache=f"{tmp_path}/scores"),)
     assert found.eval.rewards == config.eval.rewards  # a vision model's name is its server's
-    assert located(found) == found
-    parted = located(Config(eval=EvalSettings(prompts="dataset:owner/local:part")))
+    assert with_absolute_paths(found) == found
+    parted = with_absolute_paths(Config(eval=EvalSettings(prompts="dataset:owner/local:part")))
     assert parted.eval.prompts == f"dataset:{tmp_path}/owner/local:part"
     names = Config(model=ModelSettings("owner/hub"), eval=EvalSettings(prompts="dataset:owner/hub:part"))
-    assert located(names) == names and located(Config()) == Config()
+    assert with_absolute_paths(names) == names and with_absolute_paths(Config()) == Config()
 
 
 @pytest.mark.parametrize("ratio", ["plain", "guard"])

@@ -15,8 +15,9 @@ from progrpo.config import Config, ModelSettings, config_to_json
 from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import load_policy
 from progrpo.policies.quantized import Int8Linear
-from progrpo.training.build import policy_from, trained_policy
+from progrpo.training.build import policy_from
 from progrpo.training.distributed import Ranks
+from progrpo.training.trained_model import ModelChoice
 from progrpo.types import Prompt
 
 SETTINGS = ModelSettings(lora_rank=2, lora_alpha=4, max_sequence_length=8, resolution=16)
@@ -175,5 +176,5 @@ def test_a_run_is_told_and_what_it_saved_is_looked_at_on_the_whole_model(tiny_sd
     policy.save(run / "lora")
     (run / "config.json").write_text(config_to_json(Config(model=model)))
     (run / "summary.json").write_text("{}")
-    looked_at: Any = trained_policy(str(run), None, Ranks())
+    looked_at: Any = ModelChoice(str(run)).load(Ranks())
     assert not in_blocks(looked_at)

@@ -13,7 +13,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from progrpo.config import Config, ModelSettings, OptimSettings
-from progrpo.training.build import settled
+from progrpo.training.build import resolve_dtype
 from progrpo.training.distributed import Ranks
 from progrpo.training.zero import Zero, requested, with_requested_dtype
 
@@ -159,11 +159,11 @@ def test_a_file_that_is_not_there_is_refused(launched, tmp_path):
 def test_the_launchers_dtype_is_taken_where_none_is_chosen(launched):
     launched({**OF_TRL, "zero_stage": 0}, mixed_precision="bf16")
     config = Config(model=ModelSettings(dtype="auto"))
-    assert settled(config, Ranks()).model.dtype == "bfloat16"
+    assert resolve_dtype(config, Ranks()).model.dtype == "bfloat16"
     chosen = replace(config, model=ModelSettings(dtype="bfloat16"))
-    assert settled(chosen, Ranks()) is chosen
+    assert resolve_dtype(chosen, Ranks()) is chosen
     with pytest.raises(ValueError, match=r"bfloat16, and model\.dtype is float32; give --model\.dtype bfloat16"):
-        settled(Config(), Ranks())
+        resolve_dtype(Config(), Ranks())
 
 
 @pytest.mark.parametrize(

@@ -50,20 +50,11 @@ class Sample(Command):
 
         prompts = prompts_from_python(self._rows(), "--prompt")
         from progrpo.training.sample import sample_pictures
+        from progrpo.training.trained_model import ModelChoice, SamplingOptions
 
-        files = sample_pictures(
-            self.model,
-            prompts,
-            lora=self.lora,
-            out=self.out,
-            seed=self.seed,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            negative_prompt=self.negative_prompt,
-            count=self.count,
-            revision=self.revision,
-            variant=self.variant,
-        )
+        model = ModelChoice(self.model, self.lora, self.revision, self.variant)
+        options = SamplingOptions(self.num_inference_steps, self.guidance_scale, self.seed, self.negative_prompt)
+        files = sample_pictures(model, prompts, self.out, self.count, options)
         if files:
             print("\n".join(str(file) for file in files))
 
@@ -116,23 +107,13 @@ class Eval(Command):
         check_range(1, 1000, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
         check_range(0, 2**63 - 1, seed=self.seed)
         check_range(1, 1_000_000, pictures=self.pictures)
-        from progrpo.training.evaluate import evaluate_model
+        from progrpo.training.evaluate_model import EvaluationOptions, evaluate_model
+        from progrpo.training.trained_model import ModelChoice, SamplingOptions
 
-        result = evaluate_model(
-            self.target,
-            lora=self.lora,
-            prompts=self.prompts,
-            column=self.column,
-            reward=self.reward,
-            split=self.split,
-            pictures=self.pictures,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            negative_prompt=self.negative_prompt,
-            seed=self.seed,
-            revision=self.revision,
-            variant=self.variant,
-        )
+        model = ModelChoice(self.target, self.lora, self.revision, self.variant)
+        evaluation = EvaluationOptions(self.prompts, self.column, self.reward, self.split, self.pictures)
+        sampling = SamplingOptions(self.num_inference_steps, self.guidance_scale, self.seed, self.negative_prompt)
+        result = evaluate_model(model, evaluation, sampling)
         if result is not None:
             show(format_result(result, self.json), costly=True)
 

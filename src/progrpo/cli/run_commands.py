@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from progrpo.cli.command import Command, ConfigFields, check_range, first_free, require_run
 from progrpo.cli.output import columns, format_result, show
-from progrpo.config import Config, PlanSettings, check, config_to_json, resolve_plan, trained_items
+from progrpo.config import Config, check, config_to_json, resolve_plan, trained_items
 from progrpo.recipes import RECIPES, describe, load_recipe
+from progrpo.registry import choices_of
 from progrpo.rollout.plan import summary
+from progrpo.rollout.settings import PLAN_NAMES
 from progrpo.training.gpus import GPUS
 
 if TYPE_CHECKING:
     PlanName = str
     GPUName = str
 else:
-    PlanName = Literal["recipe"] | get_type_hints(PlanSettings)["preset"]
+    PlanName = choices_of(("recipe", *PLAN_NAMES))
     GPUName = Literal[tuple(GPUS)]
 
 

@@ -39,7 +39,8 @@ SELECTORS: dict[str, str] = {
     "top_bottom": "progrpo.rollout.prune:top_bottom",
     "none": "progrpo.rollout.prune:none",
 }
-_SAMPLER_NAMES, _PLAN_NAMES = ("auto", *SAMPLERS), (*PRESETS, "custom")
+_SAMPLER_NAMES = ("auto", *SAMPLERS)
+PLAN_NAMES = (*PRESETS, "custom")
 if TYPE_CHECKING:
     SamplerName = str
     SelectorName = str
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 else:
     SamplerName = choices_of(_SAMPLER_NAMES)
     SelectorName = choices_of(SELECTORS)
-    PlanName = choices_of(_PLAN_NAMES)
+    PlanName = choices_of(PLAN_NAMES)
 
 _NOISE_LEVEL = Rule(
     lambda v: v is None or 0 < v < math.inf,
@@ -175,7 +176,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class PlanSettings:
-    preset: PlanName = setting("standard", one_of(_PLAN_NAMES, "function"))  # noqa: RUF009 (a field)
+    preset: PlanName = setting("standard", one_of(PLAN_NAMES, "function"))  # noqa: RUF009 (a field)
     """One of the paper's plans, or `custom` with the three fields below.
     `standard`: 48 -> 24 -> 12 members. `flash`: 24 -> 16 -> 12. `sd14`: 48 -> 32 -> 8. `none`: 24, not pruned.
     `posthoc`: 24 members are finished, and 12 are kept by their final rewards.
@@ -233,7 +234,7 @@ class PlanSettings:
 
 def _load_plan(name: str, num_inference_steps: int) -> Plan:
     """The plan that a user's `module:name` gives: a Plan, or what a function of the number of steps returns."""
-    made: object = load_named(name, dict.fromkeys(_PLAN_NAMES, ""), "plan.preset", "function")
+    made: object = load_named(name, dict.fromkeys(PLAN_NAMES, ""), "plan.preset", "function")
     plan = made(num_inference_steps) if callable(made) else made
     if not isinstance(plan, Plan):
         raise ValueError(

@@ -11,7 +11,8 @@ from progrpo.recipes import load_recipe
 from progrpo.tracking.console import Console
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training import checkpoints
-from progrpo.training.build import located, settled
+from progrpo.training.absolute_paths import with_absolute_paths
+from progrpo.training.build import resolve_dtype
 from progrpo.training.distributed import Ranks, explain_lost_process
 from progrpo.training.equal_inputs import require_same_settings
 from progrpo.training.inputs import RunInputs, inputs_from
@@ -33,7 +34,7 @@ def train_run(config: Config, out: Path, overwrite: bool = False) -> RunFolder:
     with explain_lost_process(lambda: NO_CHECKPOINT):
         ranks = Ranks()
         require_same_settings(ranks, config)
-        config = settled(located(config), ranks)
+        config = resolve_dtype(with_absolute_paths(config), ranks)
         out = ranks.gather([out])[0]  # where it was chosen by what is free, another process may have chosen later
         run = Run(inputs_from(config, ranks), RunFolder(out), ranks)
     return start(run, overwrite)
@@ -59,7 +60,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
     with explain_lost_process(lambda: how_to_go_on(folder)):
         ranks = Ranks()
         require_same_settings(ranks, config)
-        config = settled(config, ranks)
+        config = resolve_dtype(config, ranks)
         return resume(run_folder, config, lambda: inputs_from(config, ranks), ranks, accept_changes)
 
 

@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.config import Config, EvalSettings, OptimSettings, RewardTerm, SamplingSettings, check, from_python
 from progrpo.diffusion.gaussian import mean_square
 from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.frames import still
-from progrpo.messages import named
 from progrpo.policies.base import Policy
-from progrpo.prompts.load import ignored_column_note
-from progrpo.prompts.pictures import check_sources
 from progrpo.rewards.base import Judge, Scorer
-from progrpo.rewards.mixture import close_all, load_mixture
 from progrpo.rollout.denoise import Denoiser, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import decoded
 from progrpo.rollout.sampler import Sampler
-from progrpo.rollout.sampling import Sampling, ode
-from progrpo.tracking.console import Console
+from progrpo.rollout.sampling import Sampling
 from progrpo.tracking.records import EvaluationRecord
-from progrpo.training.build import config_of, eval_prompts, judge_for, trained_policy
-from progrpo.training.checkpoints import digest
-from progrpo.training.checks import check_failures, fault_of
-from progrpo.training.distributed import Ranks, explain_lost_process
-from progrpo.training.equal_inputs import require_same_prompts
+from progrpo.training.distributed import Ranks
 from progrpo.training.pictures import diversity, saturation, sharpness
 from progrpo.types import Pictures, Prompt, Scores, Trajectories
 
@@ -107,34 +94,6 @@ def _number(record: Mapping[str, object], name: str) -> float | None:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def asked_for(
-    own: EvalSettings, num_inference_steps: int | None, guidance_scale: float | None, seed: int | None
-) -> EvalSettings:
-    """How a run evaluates itself, with what a user says otherwise."""
-    return replace(
-        own,
-        num_inference_steps=own.num_inference_steps if num_inference_steps is None else num_inference_steps,
-        guidance_scale=own.guidance_scale if guidance_scale is None else guidance_scale,
-        seed=own.seed if seed is None else seed,
-    )
-
-
-def away_from(own: Config | None, negative_prompt: str | None, guidance_scale: float) -> str:
-    """The text that guidance leads away from: a run's own, if no other is given. ValueError for one that has no effect."""
-    if negative_prompt and guidance_scale == 1:
-        raise ValueError(
-            "--negative-prompt has no effect at a guidance scale of 1; give --guidance-scale above 1, or leave it out"
-        )
-    if negative_prompt is None:
-        return own.sampling.negative_prompt if own is not None and guidance_scale > 1 else ""
-    return negative_prompt
-
-
-def rows_at_once(policy: Policy) -> int:
-    """Of a network call, where no run has chosen: a video is as large as a batch of pictures."""
-    return 64 if len(policy.latent_shape) == 3 else 1
 
 
 @dataclass(frozen=True)
@@ -232,10 +191,11 @@ def _diversities(sampler: Sampler, prompts: Sequence[Prompt], places: Tensor, se
 def kl_to_reference(
     policy: Policy, weights: str, prompts: Sequence[Prompt], sampling: Sampling, seed: int
 ) -> float | None:
-    """Mean square distance of velocities under `weights` to those of the reference, in squared latent units; None without a reference.
+    """Mean square distance of velocities under `weights` to those of the reference, in squared latent units; None
+    without a reference.
 
-    It is measured where these weights lead the first prompts: at the latents of each step. An SDE's KL divergence from the
-    reference is proportional to it, with a factor of each step's noise (arXiv 2505.05470).
+    It is measured where these weights lead the first prompts: at the latents of each step. An SDE's KL divergence from
+    the reference is proportional to it, with a factor of each step's noise (arXiv 2505.05470).
     """
     if "reference" not in policy.named_weights:
         return None
@@ -287,123 +247,3 @@ def _held_out(reward: Scorer | None, scored: _Scored) -> list[dict[str, float | 
 def _kind(columns: Mapping[str, Any]) -> str | None:
     kind = columns.get("kind")
     return kind if isinstance(kind, str) else None
-
-
-def _evaluated(config: Config, negative_prompt: str) -> Config:
-    """The configuration with what an evaluation reads alone: the rest may name code of a stranger."""
-    sampling = SamplingSettings(
-        guidance_scale=config.sampling.guidance_scale,
-        embedded_guidance=config.sampling.embedded_guidance,
-        negative_prompt=negative_prompt,
-        microbatch=config.sampling.microbatch,
-    )
-    optim = OptimSettings(microbatch=config.optim.microbatch)
-    return Config(model=config.model, sampling=sampling, reward=config.reward, optim=optim, eval=config.eval)
-
-
-def _harmful(term: RewardTerm) -> bool:
-    """Whether a reward does more than to load published weights and to look at pictures."""
-    return ":" in term.name or bool(term.url or term.cache)
-
-
-def _require_names(
-    target: str, lora: Path | None, config: Config, prompts: str | None, reward: Sequence[str] | None
-) -> None:
-    """ValueError, with the command to give, where a run of `progrpo.train` has no name of what is asked for."""
-    objects, run = from_python(config), lora or target
-    unnamed = lora is None and "model.path" in objects
-    options = ["--prompts FILE"] * (not prompts and "eval.prompts" in objects)
-    options += ["--reward NAME"] * (not reward and "reward.terms" in objects)
-    if unnamed or options:
-        words = " ".join(["MODEL" if unnamed else target, *([f"--lora {run}"] if unnamed or lora else []), *options])
-        raise ValueError(
-            f"{named(run)} is a run of progrpo.train, which was given objects where a name is needed here: progrpo eval {words}"
-        )
-
-
-def warn_of_cuts(policy: Policy, prompts: Sequence[Prompt], ranks: Ranks) -> None:
-    """Warn of what the pipeline itself would do otherwise, and of cut prompts: on stderr, for results go to stdout."""
-    cuts = policy.truncation([prompt.text for prompt in prompts]).in_words()
-    for said in filter(None, (policy.ignored, cuts, ignored_column_note(prompts))):
-        Console(0, enabled=ranks.is_main, file=sys.stderr).warn(said)
-
-
-@torch.no_grad()
-def evaluate_model(
-    target: str,
-    *,
-    lora: Path | None,
-    prompts: str | None,
-    column: str | None,
-    reward: Sequence[str] | None,
-    split: str,
-    pictures: int,
-    num_inference_steps: int | None,
-    guidance_scale: float | None,
-    seed: int | None = None,
-    negative_prompt: str | None = None,
-    revision: str = "",
-    variant: str = "",
-) -> dict[str, Any] | None:
-    """Figures of a model, with a LoRA or what a run has trained if `lora` names it, or of a run's trained weights, on `pictures` prompts.
-
-    For None a run's own prompts, rewards, steps, guidance, negative prompt and seed of its evaluations, of a model the configuration's defaults.
-
-    Several processes share the prompts out, and the figures are given to the main one alone.
-
-    A run folder may be a stranger's: a reward of its own that is code, asks a server or writes scores is used only if `reward` names it.
-    """
-    config = config_of(target, lora)
-    _require_names(target, lora, config, prompts, reward)
-    prompts = prompts or config.eval.prompts
-    if reward:
-        terms, harmful = tuple(map(RewardTerm.from_text, reward)), []
-        others = tuple(term for term in config.eval.rewards if not _harmful(term))
-        config = replace(config, eval=replace(config.eval, rewards=others))
-    else:
-        terms, harmful = config.reward.terms, [t for t in (*config.reward.terms, *config.eval.rewards) if _harmful(t)]
-    if harmful:
-        raise ValueError(
-            f"{named(target)} is measured by {named(harmful[0].to_text())}, which runs code of yours, asks a server or writes scores:"
-            " if you trust that, give --reward with it; else another reward"
-        )
-    wanted = asked_for(config.eval, num_inference_steps, guidance_scale, seed)
-    away = away_from(config, negative_prompt, wanted.guidance_scale)
-    config = _evaluated(replace(config, reward=replace(config.reward, terms=terms), eval=wanted), away)
-    check(config)
-    frames, others = config.reward.frames, config.eval.rewards
-    reward_of, held_out = load_mixture(terms, frames), load_mixture(others, frames) if others else None
-    chosen = eval_prompts(prompts, split, pictures, column or config.eval.column)
-    with ExitStack() as ending, explain_lost_process(lambda: "give the command again"):
-        ending.callback(close_all, (reward_of, held_out), Console(0, file=sys.stderr).warn)
-        for scorer in filter(None, (reward_of, held_out)):
-            scorer.check(chosen)
-        ranks = Ranks()
-        require_same_prompts(ranks, "evaluation", digest(chosen), chosen[0])
-        policy = trained_policy(target, lora, ranks, revision, variant, away)
-        if policy.edits:
-            check_sources(chosen)
-        warn_of_cuts(policy, chosen, ranks)
-        sampling = ode(policy, wanted.num_inference_steps, wanted.guidance_scale, rows_at_once(policy))
-        sampler = Sampler(policy, reward_of, sampling)
-        measures = Measures(judge_for(prompts), held_out, DIVERSE_PROMPTS)
-        result = evaluate(sampler, chosen, wanted.seed, ranks, measures)
-        failures = [ranks.gather([scorer.failures()]) for scorer in filter(None, (reward_of, held_out))]
-        for found in failures:
-            check_failures(found, config.reward.max_missing, "the evaluation")
-        ranks.wait_for_all()
-    if not ranks.is_main:
-        return None
-    return {
-        "target": target,
-        "num_inference_steps": wanted.num_inference_steps,
-        "guidance_scale": wanted.guidance_scale,
-        **({"negative_prompt": away} if away else {}),
-        "seed": wanted.seed,
-        **result.figures(),
-        **(
-            {"missing_pictures": lost, "fault": fault_of(failures[0])}
-            if (lost := sum(f.lost for f in failures[0]))
-            else {}
-        ),
-    }

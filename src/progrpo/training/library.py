@@ -19,11 +19,11 @@ from progrpo.rewards.function import adapted, qualified_name
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.mixture import Component, RewardMixture, component_from
 from progrpo.tracking.run_folder import RunFolder
+from progrpo.training.absolute_paths import with_absolute_paths
 from progrpo.training.build import (
-    located,
     policy_context,
     ranking_from,
-    settled,
+    resolve_dtype,
     with_lora_of_run,
 )
 from progrpo.training.distributed import Ranks, explain_lost_process
@@ -89,7 +89,7 @@ def train(
         require_same_settings(ranks, config, resume=resume, accept_changes=accept_changes)
         folder = RunFolder(ranks.gather([out])[0])
         own = ranks.from_main(lambda: _own_config(folder, accept_changes)) if resume else None
-        config = settled(_complete(config, own, pipeline), ranks)
+        config = resolve_dtype(_complete(config, own, pipeline), ranks)
         training = prompts_from_python(prompts, "prompts", config.prompts.column)
         evaluation = (
             training if eval_prompts is None else prompts_from_python(eval_prompts, "eval_prompts", config.eval.column)
@@ -126,7 +126,7 @@ def _complete(config: Config | None, own: Config | None, pipeline: DiffusionPipe
 
     A run that goes on keeps what `own`, its configuration until now, has measured.
     """
-    config = located(config or own or Config())
+    config = with_absolute_paths(config or own or Config())
     config = replace(
         config,
         model=replace(config.model, path=f"a {type(pipeline).__name__} {FROM_PYTHON}"),

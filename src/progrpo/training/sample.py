@@ -1,10 +1,11 @@
-"""Pictures from a model, with or without what a run trained."""
+"""Pictures from a model, with or without the weights that a run has trained."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,96 +14,105 @@ from PIL import Image
 
 from progrpo.config import EvalSettings
 from progrpo.messages import named
+from progrpo.policies.base import Policy
 from progrpo.prompts.pictures import COLUMN
 from progrpo.rollout.denoise import Denoiser, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import decoded
-from progrpo.rollout.sampling import ode
-from progrpo.training.build import run_of, trained_policy
 from progrpo.training.distributed import Ranks, explain_lost_process
 from progrpo.training.errors import MissingPicturesError
-from progrpo.training.evaluate import asked_for, away_from, rows_at_once, warn_of_cuts
+from progrpo.training.trained_model import ModelChoice, SamplingOptions, ode_by, warn_of_cuts
 from progrpo.types import Prompt
 
 _NAME = re.compile(r"(\d+)-\d+\.(png|webp)")
 _FRAME = 62
-"""Milliseconds, of Wan's 16 frames a second."""
+"""Milliseconds per frame of a video, for Wan's 16 frames per second."""
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A picture (H, W, 3) or video (F, H, W, 3), the place of its prompt and its number there; None if it is missing."""
+
+    place: int
+    number: int
+    image: np.ndarray | None
 
 
 def sample_pictures(
-    model: str,
-    prompts: Sequence[Prompt],
-    *,
-    lora: Path | None,
-    out: Path,
-    seed: int | None,
-    num_inference_steps: int | None,
-    guidance_scale: float | None,
-    count: int,
-    negative_prompt: str | None = None,
-    revision: str = "",
-    variant: str = "",
+    model: ModelChoice, prompts: Sequence[Prompt], out: Path, count: int, options: SamplingOptions
 ) -> list[Path]:
-    """Write `count` pictures a prompt to `out` as PNG, videos as animated WebP; noise is keyed by the prompt's place and the picture's number.
+    """Write `count` pictures per prompt to `out`, as PNG or videos as animated WebP, beside those that are there.
 
-    None that is there is replaced: prompts are numbered on.
-    For None the seed, steps, guidance and negative prompt are those of the evaluations of the run that `model` or `lora` is; of no run 0 and the configuration's defaults.
-    MissingPicturesError where the model gave none that is finite; those that it gave are written.
-    Several processes share the pictures out; the main one writes them, and the files are given to it alone.
+    Noise is keyed by the prompt's place and the picture's number. Options that are not given are those of the run's
+    evaluations, or the defaults and the seed 0 without a run. MissingPicturesError where numbers of a picture are not
+    finite; the others are written. Several processes share the pictures out, and the main one alone returns the files.
     """
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"--out: {named(out)} is a file; give a folder")
-    run = run_of(model, lora)
-    own = EvalSettings(seed=0) if run is None else run.eval
-    wanted = asked_for(own, num_inference_steps, guidance_scale, seed)
-    away = away_from(run, negative_prompt, wanted.guidance_scale)
+    run = model.run_config
+    settings = options.settings(EvalSettings(seed=0) if run is None else run.eval)
+    negative_prompt = options.negative_prompt_for(run, settings.guidance_scale)
     with explain_lost_process(lambda: "give the command again"):
         ranks = Ranks()
-        policy = trained_policy(model, lora, ranks, revision, variant, away)
+        policy = model.load(ranks, negative_prompt)
         if not policy.edits and any(COLUMN in prompt.columns for prompt in prompts):
-            raise ValueError(f"--image: {named(model)} is told a text alone; leave it out, or give a model that edits")
-        warn_of_cuts(policy, prompts, ranks)
-        sampling = ode(policy, wanted.num_inference_steps, wanted.guidance_scale, rows_at_once(policy))
-        key, denoiser = NoiseKey(wanted.seed, 0), Denoiser(policy, policy.encode(prompts), sampling)
-        start = expand(policy, torch.arange(len(prompts)), count, sampling, key)
-        found: list[tuple[int, int, np.ndarray | None]] = []
-        faults: list[str] = []
-        mine = ranks.deal(len(start))
-        for rows in mine.split(sampling.microbatch) if len(mine) else ():  # splitting nothing gives one empty part
-            final = denoise(denoiser, start.take(rows), key, Meter())
-            made = decoded(policy, final.x_NCHW, sampling.microbatch)
-            shown = zip(made.images_NHWC.numpy(), made.there_N.tolist(), strict=True)
-            images = (image if is_there else None for image, is_there in shown)
-            found += zip(final.group_N.tolist(), final.member_N.tolist(), images, strict=True)
-            faults += filter(None, [made.fault])
-        drawn = sorted(ranks.gather(found), key=lambda one: one[:2])
-        there = [(group, member, image) for group, member, image in drawn if image is not None]
-        files = ranks.from_main(lambda: _written(there, out)) if there else []
-        why = ranks.gather(faults)
-        ranks.wait_for_all()
-        if why:
-            rest = f"; the others are in {named(out)}" if there else ""
-            raise MissingPicturesError(
-                f"{len(drawn) - len(there)} of {len(drawn)} pictures are missing: {why[-1]}{rest}"
+            raise ValueError(
+                f"--image: {named(model.target)} is told a text alone; leave it out, or give a model that edits"
             )
+        warn_of_cuts(policy, prompts, ranks)
+        own, faults = _sampled(policy, prompts, count, settings, ranks)
+        pictures = sorted(ranks.gather(own), key=lambda picture: (picture.place, picture.number))
+        drawn = [picture for picture in pictures if picture.image is not None]
+        files = ranks.from_main(lambda: _write(drawn, out)) if drawn else []
+        faults = ranks.gather(faults)
+        ranks.wait_for_all()
+        if faults:
+            rest = f"; the others are in {named(out)}" if drawn else ""
+            missing = len(pictures) - len(drawn)
+            raise MissingPicturesError(f"{missing} of {len(pictures)} pictures are missing: {faults[-1]}{rest}")
     return files if ranks.is_main else []
 
 
-def _written(drawn: Sequence[tuple[int, int, np.ndarray]], out: Path) -> list[Path]:
-    """The files of pictures (H, W, 3) or videos (F, H, W, 3), each with its group and its number there; groups follow those that lie there."""
+def _sampled(
+    policy: Policy, prompts: Sequence[Prompt], count: int, settings: EvalSettings, ranks: Ranks
+) -> tuple[list[_Picture], list[str]]:
+    """This process' share of the pictures, and the reasons why some are missing."""
+    sampling, key = ode_by(policy, settings), NoiseKey(settings.seed, 0)
+    denoiser = Denoiser(policy, policy.encode(prompts), sampling)
+    start = expand(policy, torch.arange(len(prompts)), count, sampling, key)
+    own = ranks.deal(len(start))
+    pictures: list[_Picture] = []
+    faults: list[str] = []
+    for rows in own.split(sampling.microbatch) if len(own) else ():  # splitting nothing gives one empty part
+        final = denoise(denoiser, start.take(rows), key, Meter())
+        made = decoded(policy, final.x_NCHW, sampling.microbatch)
+        images, is_there = made.images_NHWC.numpy(), made.there_N.tolist()
+        for i, (place, number) in enumerate(zip(final.group_N.tolist(), final.member_N.tolist(), strict=True)):
+            pictures.append(_Picture(place, number, images[i] if is_there[i] else None))
+        if made.fault:
+            faults.append(made.fault)
+    return pictures, faults
+
+
+def _write(pictures: Sequence[_Picture], out: Path) -> list[Path]:
+    """Write pictures and videos; the numbers of prompts continue those of the files that are there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out: {named(out)} cannot be made: {error.strerror}; give another folder") from error
-    there = [int(found[1]) for file in out.iterdir() if (found := _NAME.fullmatch(file.name))]
-    first, files = max(there, default=-1) + 1, list[Path]()
-    for group, member, image in drawn:
-        video = image.ndim == 4
-        files.append(out / f"{first + group:03d}-{member:02d}.{'webp' if video else 'png'}")
-        if video:
+    names = [_NAME.fullmatch(file.name) for file in out.iterdir()]
+    first = max((int(name[1]) for name in names if name), default=-1) + 1
+    files: list[Path] = []
+    for picture in pictures:
+        image = picture.image
+        assert image is not None
+        is_video = image.ndim == 4
+        file = out / f"{first + picture.place:03d}-{picture.number:02d}.{'webp' if is_video else 'png'}"
+        if is_video:
             start, *rest = map(Image.fromarray, image)
-            start.save(files[-1], save_all=True, append_images=rest, duration=_FRAME, loop=0, quality=90)
+            start.save(file, save_all=True, append_images=rest, duration=_FRAME, loop=0, quality=90)
         else:
-            Image.fromarray(image).save(files[-1])
+            Image.fromarray(image).save(file)
+        files.append(file)
     return files

@@ -1,0 +1,45 @@
+"""Absolute paths in a configuration, so that a run folder can be used from any folder."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from progrpo.config import Config, RewardTerm
+from progrpo.policies.decoding import BUILT_IN_DECODER
+from progrpo.policies.load import BUILT_IN
+from progrpo.prompts.load import DATASET, split_configuration
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration with absolute paths in place of relative ones.
+
+    A name of nothing on this disk, such as a built-in's or a hub id, stays as it is.
+    """
+    return replace(
+        config,
+        model=replace(config.model, path=_absolute(config.model.path), lora=_absolute(config.model.lora)),
+        prompts=replace(config.prompts, source=_absolute(config.prompts.source)),
+        preview=replace(config.preview, tiny_decoder=_absolute(config.preview.tiny_decoder)),
+        reward=replace(config.reward, terms=tuple(map(_absolute_term, config.reward.terms))),
+        eval=replace(
+            config.eval,
+            prompts=_absolute(config.eval.prompts),
+            rewards=tuple(map(_absolute_term, config.eval.rewards)),
+        ),
+    )
+
+
+def _absolute_term(term: RewardTerm) -> RewardTerm:
+    model = term.model if term.names_model_of_server else _absolute(term.model)
+    cache = os.path.abspath(os.path.expanduser(term.cache)) if term.cache else ""
+    return replace(term, model=model, cache=cache)
+
+
+def _absolute(name: str) -> str:
+    if name.startswith(DATASET):
+        dataset, config = split_configuration(name.removeprefix(DATASET))
+        return ":".join([DATASET.rstrip(":"), _absolute(dataset), *filter(None, [config])])
+    path = os.path.expanduser(name)
+    known = name in ("", "shapes", BUILT_IN_DECODER, *BUILT_IN)
+    return name if known or not os.path.exists(path) else os.path.abspath(path)

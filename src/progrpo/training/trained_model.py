@@ -1,0 +1,125 @@
+"""The model of a command that looks at one: by name, or as a run has trained it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from progrpo.config import Config, EvalSettings, ModelSettings
+from progrpo.messages import named
+from progrpo.policies.base import Policy, PolicyContext
+from progrpo.prompts.load import ignored_column_note
+from progrpo.recipes import load_recipe
+from progrpo.rollout.sampling import Sampling, ode
+from progrpo.tracking.console import Console
+from progrpo.training.build import policy_from, saved_weights, was_trained
+from progrpo.training.distributed import Ranks
+from progrpo.training.equal_inputs import require_same_model
+from progrpo.types import FROM_PYTHON, Prompt
+
+_PICTURES, _VIDEOS = 64, 1  # of a network call, where no run has chosen: a video is as large as a batch of pictures
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model by name, folder or hub id, or a run folder, whose trained weights are meant.
+
+    `lora` is a LoRA's folder, or a run whose trained weights a model gets.
+    """
+
+    target: str
+    lora: Path | None = None
+    revision: str = ""
+    variant: str = ""
+
+    @property
+    def run_config(self) -> Config | None:
+        """The configuration of the run that is meant; None for a model alone, or with a LoRA that is no run's."""
+        folders = [folder for folder in (Path(self.target), self.lora) if folder is not None and was_trained(folder)]
+        return load_recipe(str(folders[0])) if folders else None
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the run that is meant, or the default one for a model."""
+        return self.run_config or Config(model=ModelSettings(path=self.target))
+
+    def load(self, ranks: Ranks, guide_away_from: str = "") -> Policy:
+        """The policy, alike in all processes.
+
+        ValueError for a run that is to take what another trained, or another revision or variant of its model.
+        """
+        settings, lora = self._settings_and_lora()
+        context = PolicyContext(device=ranks.device, world_size=ranks.world, guide_away_from=guide_away_from)
+        policy = policy_from(settings, context, lora)
+        require_same_model(ranks, policy)
+        ranks.before_waiting = policy.drain_peer_calls
+        return policy
+
+    def _settings_and_lora(self) -> tuple[ModelSettings, Path | None]:
+        # what a run saved includes where it began, and is for the model without quantization
+        settings = replace((self.run_config or Config()).model, lora="", quantize="none")
+        if not was_trained(Path(self.target)):
+            lora = saved_weights(self.lora) if self.lora is not None and was_trained(self.lora) else self.lora
+            return replace(settings, path=self.target, revision=self.revision, variant=self.variant), lora
+        if self.lora is not None:
+            raise ValueError(
+                f"--lora: {named(self.target)} is a run, with weights of its own; give its model, or leave --lora out"
+            )
+        if self.revision or self.variant:
+            raise ValueError(
+                f"--{'revision' if self.revision else 'variant'}: {named(self.target)} is a run, whose model's is in"
+                " its config.json; leave it out"
+            )
+        if settings.path.endswith(FROM_PYTHON):
+            raise ValueError(
+                f"{named(self.target)} trained {settings.path}, which no name loads; name the model it was: progrpo"
+                f" sample MODEL --lora {named(self.target)}"
+            )
+        return settings, saved_weights(Path(self.target))
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """The options of a command that samples by the ODE. None is the run's own, or the default without a run."""
+
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    negative_prompt: str | None = None
+
+    def settings(self, own: EvalSettings) -> EvalSettings:
+        """A run's own settings with these options."""
+        steps, scale, seed = self.num_inference_steps, self.guidance_scale, self.seed
+        return replace(
+            own,
+            num_inference_steps=own.num_inference_steps if steps is None else steps,
+            guidance_scale=own.guidance_scale if scale is None else scale,
+            seed=own.seed if seed is None else seed,
+        )
+
+    def negative_prompt_for(self, run: Config | None, guidance_scale: float) -> str:
+        """The text from which guidance leads away. ValueError for one that has no effect."""
+        if self.negative_prompt and guidance_scale == 1:
+            raise ValueError(
+                "--negative-prompt has no effect at a guidance scale of 1; give --guidance-scale above 1, or leave it"
+                " out"
+            )
+        if self.negative_prompt is not None:
+            return self.negative_prompt
+        return run.sampling.negative_prompt if run is not None and guidance_scale > 1 else ""
+
+
+def ode_by(policy: Policy, settings: EvalSettings) -> Sampling:
+    """Deterministic sampling by these settings, where no run has chosen a microbatch."""
+    microbatch = _PICTURES if len(policy.latent_shape) == 3 else _VIDEOS
+    return ode(policy, settings.num_inference_steps, settings.guidance_scale, microbatch)
+
+
+def warn_of_cuts(policy: Policy, prompts: Sequence[Prompt], ranks: Ranks) -> None:
+    """Warn of what the policy ignores and cuts: on standard error, since results go to standard output."""
+    cuts = policy.truncation([prompt.text for prompt in prompts]).in_words()
+    console = Console(0, enabled=ranks.is_main, file=sys.stderr)
+    for warning in filter(None, (policy.ignored, cuts, ignored_column_note(prompts))):
+        console.warn(warning)
