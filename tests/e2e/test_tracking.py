@@ -81,6 +81,7 @@ def test_a_tracker_gets_each_record_once_with_the_evaluations_and_pictures(resum
     tests = [(step, values["test/graded"]) for step, values in logged if "test/graded" in values]
     assert [step for step, _ in tests] == [0, 2, 4]
     assert (tests[0][1], tests[-1][1]) == (summary["reward_before"], summary["reward_after"])
+    assert next(values for _, values in logged)["test/diversity"] == summary["diversity_before"]
     pictures = calls_of(run, "images")
     assert [step for step, images in pictures if "samples" in images] == [0, 1, 2, 3]
     assert [step for step, images in pictures if "test/pictures" in images] == [0, 2, 4]

@@ -212,8 +212,9 @@ def test_a_run_that_overwrites_another_takes_its_event_files_and_id_away(tmp_pat
 
 
 def logged_apart(folder: Path, name: str, **environment: str) -> None:
-    """As `killed_and_resumed`, in processes of its own, whose proxies lead nowhere: clients keep threads and streams."""
-    script = f"from pathlib import Path; import test_trackers; test_trackers.killed_and_resumed(Path({str(folder)!r}), {name!r})"
+    """Call `killed_and_resumed` in a process whose proxies lead nowhere: clients keep threads and streams."""
+    call = f"test_trackers.killed_and_resumed(Path({str(folder)!r}), {name!r})"
+    script = f"from pathlib import Path; import test_trackers; {call}"
     paths = [str(Path(__file__).parent), *sys.path]
     nowhere = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
     subprocess.run(
