@@ -62,7 +62,7 @@ def on_the_way(url: str) -> str:
 
 
 def on_the_way_to_the_hub() -> str:
-    """The same for the Hugging Face hub, with its own settings."""
+    """The settings, proxy and certificates that the environment sets for the Hugging Face hub, in brackets."""
     endpoint = os.environ.get("HF_ENDPOINT") or _HUB
     settings = []
     if endpoint != _HUB:

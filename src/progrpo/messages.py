@@ -1,4 +1,4 @@
-"""How what a user gave stands in a sentence about it: on one line, and short."""
+"""The form of a user's values, names and errors in messages: on one line, and short."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import traceback
 import unicodedata
 from collections.abc import Iterable
 
-_MOST = 120
+_MOST = 120  # characters that are shown of each end of a long text
 _HERE = os.path.dirname(__file__)
 
 
 def quoted(value: object) -> str:
-    """A value as Python writes it; of a long one the start and the end."""
+    """A value as Python writes it. Of a long one, the start and the end are shown."""
     try:
         text = repr(value)
     except Exception:  # a whole number of thousands of digits, or an object whose own repr fails
@@ -23,38 +23,50 @@ def quoted(value: object) -> str:
 
 
 def named(name: object) -> str:
-    """A name or a path as it is; one that would not fit on a line as `quoted` has it."""
+    """A name or a path as it is, or as `quoted` writes it if it has unprintable characters."""
     text = str(name)
     return _in_short(text) if text.isprintable() else quoted(text)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean X?`, where X looks like `name` whole or in its last dotted part, else nothing."""
+    """The clause `; did you mean X?` for the name X that resembles `name` as a whole or in its last dotted part.
+
+    It is empty if no name does.
+    """
     names = list(names) if len(name) <= 100 else []
-    by_tail = {n.rpartition(".")[2]: n for n in reversed(names)}  # where parts are shared, the first name
-    whole = difflib.get_close_matches(name, names, 1)
-    tail = [by_tail[t] for t in difflib.get_close_matches(name.rpartition(".")[2], by_tail, 1)]
-    return f"; did you mean {(whole or tail)[0]}?" if whole or tail else ""
+    by_last_part = {n.rpartition(".")[2]: n for n in reversed(names)}  # the first name for a shared last part
+    matches = difflib.get_close_matches(name, names, 1)
+    if not matches:
+        last_parts = difflib.get_close_matches(name.rpartition(".")[2], by_last_part, 1)
+        matches = [by_last_part[part] for part in last_parts]
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def raised(error: BaseException) -> str:
-    """What a user's code raised, with the line of their file that it came from, where there is one."""
+    """An error of a user's code, with the file and line of that code if they are known."""
+    file, line, reason = _place_and_reason(error)
+    place = "" if file is None else f"{named(_relative(file))}, line {line}: "
+    reason = named(" ".join(reason.split()))
+    return f"{place}{type(error).__name__}{f': {reason}' if reason else ''}"
+
+
+def _place_and_reason(error: BaseException) -> tuple[str | None, int | None, str]:
     if isinstance(error, SyntaxError):
-        file, line, reason = error.filename, error.lineno, error.msg
-    else:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_theirs(frame.filename)]
-        # not deep in a package that they call
-        own = [frame for frame in frames if frame.filename == frames[0].filename]
-        file, line, reason = (own[-1].filename, own[-1].lineno, str(error)) if own else (None, None, str(error))
-    shown = "" if file is None else f"{named(_from_here(file))}, line {line}: "
-    return f"{shown}{': '.join(filter(None, (type(error).__name__, named(' '.join(reason.split())))))}"
+        return error.filename, error.lineno, error.msg
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_of_user(frame.filename)]
+    if not frames:
+        return None, None, str(error)
+    # the last line of the user's first file, and not one deep in a package that it calls
+    frame = next(frame for frame in reversed(frames) if frame.filename == frames[0].filename)
+    return frame.filename, frame.lineno, str(error)
 
 
-def _is_theirs(file: str) -> bool:
+def _is_of_user(file: str) -> bool:
     return not file.startswith(("<", _HERE + os.sep)) and file != importlib.__file__
 
 
-def _from_here(file: str) -> str:
+def _relative(file: str) -> str:
+    """The path from the current folder for a file below it, else the path as it is."""
     try:
         path = os.path.relpath(file)
     except OSError:  # the current folder is gone
@@ -63,7 +75,7 @@ def _from_here(file: str) -> str:
 
 
 def is_one_line(text: str) -> bool:
-    """Whether files, terminals and pages can take it: no control characters, line ends or halves of characters."""
+    """Whether a text has no control characters, line ends or lone surrogates, which files and pages may not hold."""
     return not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
 
 

@@ -1,4 +1,4 @@
-"""A report of a stranger's run folder: nothing of it becomes markup or script, and nothing is read from outside of it."""
+"""A report of a stranger's run folder: no text of it becomes markup or script, and only files inside it are read."""
 
 from __future__ import annotations
 

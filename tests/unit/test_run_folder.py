@@ -67,7 +67,7 @@ def test_an_empty_name_is_not_the_current_folder():
 
 
 def test_overwriting_deletes_the_run_and_nothing_else(tmp_path):
-    """Of folders whose names a user's own may have: what a run writes there, and they themselves when that leaves them empty."""
+    """The run's files go, and a folder only if that leaves it empty, since a user may have one of the same name."""
     mine = ("notes.txt", "samples/mine.txt", "audit/mine.json", "checkpoints/best/a.pt", "lora/README.md", "unet/x.png")
     for name in (*mine, "lora/pytorch_lora_weights.safetensors"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def test_resuming_clears_what_a_killed_writer_left_and_nothing_else(tmp_path):
 
 
 def test_overwriting_deletes_checkpoints_first_and_the_config_last(tmp_path, monkeypatch):
-    """Cut off anywhere, it leaves a run that is refused as one, or nothing: never a new run among an old one's checkpoints."""
+    """An interrupted deletion leaves a run that is refused, or nothing: never a new run among old checkpoints."""
     run = RunFolder.create(tmp_path / "run")
     run.log_config({})
     run.log({"iteration": 0}, 0)
@@ -298,3 +298,10 @@ def test_an_audit_of_large_pictures_has_a_small_sheet(tmp_path):
     assert sheet.shape == (2 * 134, 3 * 107, 3)  # each side a third, rounded up
     mean = pictures[1, 2, :3, 3:6].astype(float).mean((0, 1))
     np.testing.assert_allclose(sheet[134, 2 * 107 + 1], mean, atol=1)
+
+
+def test_a_run_folder_may_have_the_name_of_one_of_weights(tmp_path):
+    run = RunFolder.create(tmp_path / "lora")
+    run.log_config({})
+    with pytest.raises(ValueError, match=r"already holds a run \(config.json\)"):
+        RunFolder.create(run.path)

@@ -283,7 +283,7 @@ def test_state_dicts_are_stored_as_dicts(tmp_path):
 
 
 def test_nothing_unpickles(tmp_path, monkeypatch):
-    """Loading works with every unpickler broken, and no file can hold a pickle: JSON and safetensors are all there is."""
+    """Loading works with every unpickler broken, and no file can hold a pickle: all are JSON and safetensors."""
     save_state(tmp_path / "state", {"x": torch.ones(2), "optimizer": adamw_after_steps()[1].state_dict()})
 
     def refuse(*_, **__):

@@ -164,7 +164,10 @@ def test_an_encoding_without_a_character_does_not_make_a_mistake_of_a_result():
 
 def test_files_are_not_given_the_numbers_of_closed_streams(tmp_path):
     """A library's word would be written into them."""
-    probe = "import os; from progrpo.cli import main; main(['--version']); print(os.open('{}', os.O_CREAT) > 2, file=open('{}', 'w'))"
+    probe = (
+        "import os; from progrpo.cli import main; main(['--version']);"
+        " print(os.open('{}', os.O_CREAT) > 2, file=open('{}', 'w'))"
+    )
     (tmp_path / "probe.py").write_text(probe.format(tmp_path / "a", tmp_path / "found"))
     environment = {**os.environ, "PYTHONPATH": str(Path(progrpo.__file__).parents[1])}
     command = f"{sys.executable} {tmp_path / 'probe.py'} <&- >&- 2>&-"

@@ -45,6 +45,7 @@ class FileTracker:
         self.write("config", config)
 
     def close(self) -> None:
+        self.write("closed", None)
         self.file.close()
 
 
@@ -164,14 +165,15 @@ def test_a_tracker_that_fails_warns_once_and_the_others_go_on(tmp_path):
     trackers.log({"reward/mean": 1.0}, 0)
     trackers.log_images({"samples": PICTURE}, 0)
     trackers.close()
-    assert [kind for kind, *_ in lines(tmp_path)] == ["config", "metrics", "images"]
+    assert [kind for kind, *_ in lines(tmp_path)] == ["config", "metrics", "images", "closed"]
     (warning,) = warnings
     assert warning.startswith("the tracker mine failed (") and "ValueError: I/O operation on closed file" in warning
 
 
 def test_a_tracker_that_cannot_be_opened_is_refused(tmp_path):
     with pytest.raises(ValueError, match=rf"^tracking.to {__name__}:DeafTracker cannot be opened \(.*no way out\)"):
-        opened(tmp_path, f"{__name__}:DeafTracker")
+        opened(tmp_path, OWN, f"{__name__}:DeafTracker")
+    assert lines(tmp_path) == [["closed", None, None]]
 
 
 def test_without_trackers_nothing_is_written(tmp_path):
@@ -212,8 +214,9 @@ def test_a_run_that_overwrites_another_takes_its_event_files_and_id_away(tmp_pat
 
 
 def logged_apart(folder: Path, name: str, **environment: str) -> None:
-    """As `killed_and_resumed`, in processes of its own, whose proxies lead nowhere: clients keep threads and streams."""
-    script = f"from pathlib import Path; import test_trackers; test_trackers.killed_and_resumed(Path({str(folder)!r}), {name!r})"
+    """Call `killed_and_resumed` in a process whose proxies lead nowhere: clients keep threads and streams."""
+    call = f"test_trackers.killed_and_resumed(Path({str(folder)!r}), {name!r})"
+    script = f"from pathlib import Path; import test_trackers; {call}"
     paths = [str(Path(__file__).parent), *sys.path]
     nowhere = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
     subprocess.run(

@@ -36,15 +36,12 @@ class Console:
         enabled: bool = True,
         file: TextIO | None = None,
     ) -> None:
-        self.iterations = iterations
-        self.nfe_unpruned = nfe_unpruned
         self.enabled = enabled
         self._file = tolerant(file or sys.stdout)
-        self._first_reward: float | None = None
-        self._seconds: deque[float] = deque(maxlen=_RECENT)
+        self._progress = _Progress(iterations, nfe_unpruned)
         self._rich = self._open_rich() if enabled and self._file.isatty() else None
         for record in history:
-            self._remember(record)
+            self._progress.remember(record)
 
     def _open_rich(self) -> RichConsole:
         from rich.console import Console as RichConsole
@@ -60,18 +57,19 @@ class Console:
             print(text, file=self._file, flush=True)
 
     def say(self, message: str) -> None:
+        """Print a line."""
         self._print(message)
 
     def warn(self, message: str) -> None:
+        """Print a line that begins with `warning:`."""
         self._print(f"warning: {message}", style="yellow")
 
     # --- an iteration -------------------------------------------------------------------------------------------------
 
     def log(self, metrics: Mapping[str, MetricValue], step: int) -> None:
         """Print one line on iteration `step`."""
-        self._remember(metrics)
-        fields = [self._progress(step), self._reward(metrics), f"strict {percent(metric(metrics, 'reward/strict')):>7}"]
-        fields += [self._nfe(metrics), *self._time(step), *self._previews(metrics), *self._evaluation(metrics)]
+        self._progress.remember(metrics)
+        fields = self._progress.fields(metrics, step)
         if self._rich is None:
             self._print("  ".join(fields))
         else:
@@ -94,48 +92,6 @@ class Console:
         line.highlight_regex(r"\(\+\d+\.\d+\)", "green")
         line.highlight_regex(r"\(-\d+\.\d+\)", "red")
         rich.print(line)
-
-    def _remember(self, metrics: Mapping[str, MetricValue]) -> None:
-        if self._first_reward is None:
-            self._first_reward = metric(metrics, "reward/mean")
-        seconds = metric(metrics, "seconds")
-        if seconds is not None:
-            self._seconds.append(seconds)
-
-    def _progress(self, step: int) -> str:
-        return f"iteration {step + 1:>{len(str(self.iterations))}}/{self.iterations}"
-
-    def _reward(self, metrics: Mapping[str, MetricValue]) -> str:
-        reward = metric(metrics, "reward/mean")
-        if reward is None or self._first_reward is None:
-            return f"reward {MISSING}"
-        return f"reward {number(reward)} ({signed(reward - self._first_reward)})"
-
-    def _nfe(self, metrics: Mapping[str, MetricValue]) -> str:
-        nfe = metric(metrics, "rollout/nfe")
-        if nfe is None or not self.nfe_unpruned:
-            return f"{count(nfe)} NFE"
-        return f"{count(nfe)} NFE ({percent(1 - nfe / self.nfe_unpruned, 0)} saved)"
-
-    def _time(self, step: int) -> list[str]:
-        if not self._seconds:
-            return []
-        fields = [f"{self._seconds[-1]:.1f} s/it"]
-        remaining = self.iterations - step - 1
-        if remaining:
-            left = remaining * sum(self._seconds) / len(self._seconds)
-            fields.append(f"{duration(left)} left")
-        return fields
-
-    def _previews(self, metrics: Mapping[str, MetricValue]) -> list[str]:
-        steps = sorted(int(name.removeprefix(_PREVIEW)) for name in metrics if name.startswith(_PREVIEW))
-        correlations = {step: metric(metrics, f"{_PREVIEW}{step}") for step in steps}
-        fields = [f"{number(value, 2)}@{step}" for step, value in correlations.items() if value is not None]
-        return ["preview " + " ".join(fields)] if fields else []
-
-    def _evaluation(self, metrics: Mapping[str, MetricValue]) -> list[str]:
-        strict = metric(metrics, "eval/strict")
-        return [] if strict is None else [f"eval strict {percent(strict)}"]
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -170,6 +126,65 @@ class Console:
         for label, before, after, change in rows:
             table.add_row(label, before, f"[bold]{after}[/bold]", change)
         rich.print(table)
+
+
+class _Progress:
+    """The fields of an iteration's line, from its metrics and those of earlier iterations."""
+
+    def __init__(self, iterations: int, nfe_unpruned: int | None) -> None:
+        self._iterations = iterations
+        self._nfe_unpruned = nfe_unpruned
+        self._first_reward: float | None = None
+        self._seconds: deque[float] = deque(maxlen=_RECENT)
+
+    def remember(self, metrics: Mapping[str, MetricValue]) -> None:
+        if self._first_reward is None:
+            self._first_reward = metric(metrics, "reward/mean")
+        seconds = metric(metrics, "seconds")
+        if seconds is not None:
+            self._seconds.append(seconds)
+
+    def fields(self, metrics: Mapping[str, MetricValue], step: int) -> list[str]:
+        strict = f"strict {percent(metric(metrics, 'reward/strict')):>7}"
+        fields = [self._number(step), self._reward(metrics), strict, self._nfe(metrics), *self._time(step)]
+        return [*fields, *_previews(metrics), *_evaluation(metrics)]
+
+    def _number(self, step: int) -> str:
+        return f"iteration {step + 1:>{len(str(self._iterations))}}/{self._iterations}"
+
+    def _reward(self, metrics: Mapping[str, MetricValue]) -> str:
+        reward = metric(metrics, "reward/mean")
+        if reward is None or self._first_reward is None:
+            return f"reward {MISSING}"
+        return f"reward {number(reward)} ({signed(reward - self._first_reward)})"
+
+    def _nfe(self, metrics: Mapping[str, MetricValue]) -> str:
+        nfe = metric(metrics, "rollout/nfe")
+        if nfe is None or not self._nfe_unpruned:
+            return f"{count(nfe)} NFE"
+        return f"{count(nfe)} NFE ({percent(1 - nfe / self._nfe_unpruned, 0)} saved)"
+
+    def _time(self, step: int) -> list[str]:
+        if not self._seconds:
+            return []
+        fields = [f"{self._seconds[-1]:.1f} s/it"]
+        remaining = self._iterations - step - 1
+        if remaining:
+            left = remaining * sum(self._seconds) / len(self._seconds)
+            fields.append(f"{duration(left)} left")
+        return fields
+
+
+def _previews(metrics: Mapping[str, MetricValue]) -> list[str]:
+    steps = sorted(int(name.removeprefix(_PREVIEW)) for name in metrics if name.startswith(_PREVIEW))
+    correlations = {step: metric(metrics, f"{_PREVIEW}{step}") for step in steps}
+    fields = [f"{number(value, 2)}@{step}" for step, value in correlations.items() if value is not None]
+    return ["preview " + " ".join(fields)] if fields else []
+
+
+def _evaluation(metrics: Mapping[str, MetricValue]) -> list[str]:
+    strict = metric(metrics, "eval/strict")
+    return [] if strict is None else [f"eval strict {percent(strict)}"]
 
 
 def _summary_rows(summary: Summary) -> list[tuple[str, str, str, str]]:

@@ -95,7 +95,8 @@ class Recorder:
         if not self._ranks.is_main:
             return
         self.folder.write_evaluation(when, result.records, result.pictures_NHWC)
-        self._trackers.log(evaluation_metrics(result, "test"), iterations)
+        metrics = evaluation_metrics(result, "test") | {"test/diversity": result.mean("diversity")}
+        self._trackers.log(metrics, iterations)
         grid = tile(result.pictures_NHWC[:_TEST_PICTURES], _TEST_COLUMNS)
         self._trackers.log_images({"test/pictures": grid}, iterations)
 
