@@ -103,7 +103,7 @@ def test_it_goes_on_where_the_other_ended_and_is_saved_as_one(folder, move, told
 
 
 def applied(folder: Path, tensors: dict[str, Tensor]) -> Policy:
-    """The model with B A added to its weights: what a reader of tensors alone makes of a file without alpha, as ComfyUI does."""
+    """The model with B A added to its weights, as ComfyUI reads a file without alpha."""
     policy: Any = load_policy(replace(settings_for(folder), path=str(folder)))
     for name, a in tensors.items():
         if name.endswith(".lora_A.weight"):

@@ -424,7 +424,7 @@ def test_prompts_that_are_cut_are_said_at_the_start_and_kept(tiny_pipeline, tiny
     (both,) = (w for w in run.read_summary()["warnings"] if "trained on as well" in w)
     assert both.startswith("3 of 4 evaluation prompts are trained on") and both.endswith("the first is 'CAT'")
     (warning,) = (w for w in run.read_summary()["warnings"] if "longer than the text encoders read" in w)
-    assert re.match("2 of [45] prompts are longer", warning) and "so that 2 are told as another one is" in warning
+    assert re.match("2 of [45] prompts are longer", warning) and "so that 2 are read like another one" in warning
     assert said.count(f"warning: {warning}") == 1
     assert said.index(warning) < said.index("evaluating the model as it is")
 

@@ -32,12 +32,19 @@ UNREACHED = (
 @pytest.mark.parametrize(
     ("errors", "said"),
     [
-        (UNREACHED, "the hub cannot be reached ([Errno -2] Name or service not known); try again with a network, or give a folder"),
+        (
+            UNREACHED,
+            "the hub cannot be reached ([Errno -2] Name or service not known); try again with a network, or give a"
+            " folder",
+        ),
         ((TimeoutError("timed\nout"), *UNREACHED[1:]), "the hub cannot be reached (timed out);"),
         ((OfflineModeIsEnabled("offline mode is enabled"), *UNREACHED[2:]), "the hub cannot be reached (offline mode"),
-        ((EntryNotFoundError("404"), UNREACHED[-1]), "nobody/nothing does not appear to have a file named model_index."),
+        (
+            (EntryNotFoundError("404"), UNREACHED[-1]),
+            "nobody/nothing does not appear to have a file named model_index.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_hub_that_cannot_be_reached_is_told_from_one_without_the_file(errors, said, tmp_path):
     assert reason_of(in_turn(*errors), "nobody/nothing").startswith(said)
     assert reason_of(errors[-1], tmp_path) == str(
@@ -45,7 +52,10 @@ def test_a_hub_that_cannot_be_reached_is_told_from_one_without_the_file(errors, 
     )  # a folder's own fault, whatever the libraries asked for
 
 
-def test_the_command_line_is_not_told_of_every_attempt():
-    script = "from progrpo.cli import main; main(['--version']); from huggingface_hub.utils import logging as l; print(l.get_verbosity())"
+def test_the_command_line_does_not_log_every_attempt():
+    script = (
+        "from progrpo.cli import main; main(['--version']);"
+        " from huggingface_hub.utils import logging as l; print(l.get_verbosity())"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == "40"  # errors alone

@@ -31,7 +31,7 @@ def copy(tiny_sd, tmp_path):
 
 @pytest.fixture
 def hub(tiny_sd, tmp_path, monkeypatch):
-    """The same as `owner/model` in the cache of a hub that cannot be reached, on a branch `other` and with nothing on `main`."""
+    """The model `owner/model` in the cache of a hub that cannot be reached, on a branch `other` and not on `main`."""
     repository = tmp_path / "hub" / "models--owner--model"
     snapshot = repository / "snapshots" / COMMIT
     shutil.copytree(tiny_sd, snapshot)
@@ -136,8 +136,8 @@ def test_a_variant_is_read_where_it_is_and_named_where_it_is_all_there_is(copy):
         (copy / file).unlink()
     said = refusal(copy)
     assert (
-        f"{copy / 'text_encoder'} holds the variant fp16 of its weights alone; give model.variant fp16, or --variant fp16"
-        in said
+        f"{copy / 'text_encoder'} holds the variant fp16 of its weights alone; give model.variant fp16, or --variant"
+        " fp16" in said
     )
 
 

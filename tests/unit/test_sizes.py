@@ -1,4 +1,4 @@
-"""What a model takes without its weights: published parameter counts, operations in closed form, memory as it is allocated."""
+"""Sizes without weights against published parameter counts, operations in closed form, and memory as it is allocated."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from progrpo.config import (
 from progrpo.policies.architectures import ARCHITECTURES
 from progrpo.policies.load import load_policy
 from progrpo.policies.settings import ModelSettings
-from progrpo.policies.sizes import _built, _measured, sizes
+from progrpo.policies.sizes import _from_config, _measured, sizes
 from progrpo.recipes import load_recipe
 from progrpo.training.estimate import (
     _latents,
@@ -62,8 +62,8 @@ PARAMETERS = {
 
 @pytest.mark.parametrize(("path", "part"), PARAMETERS)
 def test_the_parameters_are_those_of_the_published_models(path, part):
-    with torch.device("meta"):
-        module = _built(*ARCHITECTURES[path][part])
+    module = _from_config(*ARCHITECTURES[path].components[part])
+    assert isinstance(module, nn.Module)
     assert sum(p.numel() for p in module.parameters()) == PARAMETERS[path, part]
 
 
@@ -135,7 +135,7 @@ def test_a_size_that_is_not_square_is_counted_by_its_area(request, model):
 
 
 def test_latents_at_their_most_by_hand():
-    """Of 24 members: where each is, what the network says, the noise that it began at, and of its path each latent once."""
+    """A group of 24 holds where each is, the network's output, the first noise, and each latent of the path once."""
     base = replace(load_recipe("sd3"), sampling=SamplingSettings(num_inference_steps=10, latent_dtype="bfloat16"))
     flat = replace(base, plan=PlanSettings("none"))
     assert _latents(flat, resolve_plan(flat), False) == {
@@ -180,7 +180,7 @@ def test_an_iterations_memory_is_what_it_holds(plan, objective, monkeypatch):
 
 @pytest.mark.slow
 def test_what_would_make_it_fit():
-    """The largest microbatches that fit, by the estimate of the configuration that is changed so; if none does, also what costs time."""
+    """It is the largest microbatches that fit; if none does, also what costs time."""
     base = replace(
         load_recipe("smoke"),
         sampling=SamplingSettings(num_inference_steps=6, microbatch=16),
@@ -189,7 +189,7 @@ def test_what_would_make_it_fit():
     plan = resolve_plan(base)
 
     def peaks(config: Config) -> dict[str, float]:
-        return _memory(config, plan, sizes_for(config), 1)["peaks"]
+        return _memory(config, plan, sizes_for(config), 1).peaks
 
     def changed(wanted: dict[str, Any]) -> Config:
         sampling = wanted.get("sampling.microbatch", 16)
@@ -211,7 +211,7 @@ def test_what_processes_share_out(weights):
     """A LoRA stays whole everywhere, weights that are trained in full do not."""
     base = load_recipe("smoke")
     config = replace(base, model=replace(base.model, weights=weights, shard=True))
-    alone, shared = (_memory(config, resolve_plan(config), sizes_for(config), count)["parts"] for count in (1, 2))
+    alone, shared = (_memory(config, resolve_plan(config), sizes_for(config), count).parts for count in (1, 2))
     assert shared["frozen weights"] == alone["frozen weights"] / 2
     for part in ("trained weights, optimizer", "copies of trained weights", "gradients"):
         assert shared[part] == alone[part] / (2 if weights == "full" else 1)

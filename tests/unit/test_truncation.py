@@ -32,8 +32,9 @@ def test_each_encoder_has_its_own_count_and_a_text_counts_once():
     assert {reader.name: count for reader, count in found.by_reader.items()} == {"text_encoder": 2, "text_encoder_3": 1}
     assert found.equal == 0  # the second encoder tells them apart
     assert found.in_words() == (
-        "2 of 3 prompts are longer than the text encoders read, and cut (text_encoder reads 6 tokens: 2, text_encoder_3 9: 1),"
-        " though a reward may read them whole; shorten them or raise model.max_sequence_length; the first is 'abcde'"
+        "2 of 3 prompts are longer than the text encoders read, and cut (text_encoder reads 6 tokens: 2, text_encoder_3"
+        " 9: 1), though a reward may read them whole; shorten them or raise model.max_sequence_length; the first is"
+        " 'abcde'"
     )
 
 
@@ -42,8 +43,8 @@ def test_what_cuts_make_equal_is_counted_and_what_was_equal_before_is_not():
     found = truncation(one, ["abcde", "abcdf", "abcd", "xyz", "xyz"])
     assert found.cut == ("abcde", "abcdf") and found.equal == 3  # the third is what is left of the first two
     assert found.in_words() == (
-        "2 of 4 prompts are longer than the text encoders read, and cut (text_encoder reads 6 tokens: 2), so that 3 are told as"
-        " another one is, though a reward may read them whole; shorten them; the first is 'abcde'"
+        "2 of 4 prompts are longer than the text encoders read, and cut (text_encoder reads 6 tokens: 2), so that 3 are"
+        " read like another one, though a reward may read them whole; shorten them; the first is 'abcde'"
     )
 
 

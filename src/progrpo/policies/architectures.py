@@ -1,13 +1,25 @@
-"""How large published models are, by their hub ids: what their config.json files say, so that a plan needs neither hub nor token."""
+"""The architectures of published models by their hub ids, from their config.json files.
+
+With one a plan needs neither the hub nor a token. A model that is not here is planned from its folder.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, replace
 
-Architecture = dict[str, Any]
-"""As a pipeline's folder has it: `_class_name`, and by the name of each part its library, its class and its configuration."""
+NetworkConfig = dict[str, object]
+"""The content of a config.json."""
 
-_CLIP_L: dict[str, Any] = {
+
+@dataclass(frozen=True)
+class Architecture:
+    """The class of a pipeline, and the library, class and configuration of each of its components by name."""
+
+    pipeline: str
+    components: dict[str, tuple[str, str, NetworkConfig]]
+
+
+_CLIP_L: NetworkConfig = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -16,7 +28,7 @@ _CLIP_L: dict[str, Any] = {
 _CLIP_L |= {"projection_dim": 768, "vocab_size": 49408, "max_position_embeddings": 77}
 _CLIP_G = _CLIP_L | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
 _CLIP_G |= {"num_attention_heads": 20, "projection_dim": 1280}
-_T5: dict[str, Any] = {
+_T5: NetworkConfig = {
     "d_model": 4096,
     "d_kv": 64,
     "d_ff": 10240,
@@ -27,8 +39,8 @@ _T5: dict[str, Any] = {
 _T5 |= {"feed_forward_proj": "gated-gelu"}
 
 _CLIP_TEXT, _CLIP_PROJECTED = ("transformers", "CLIPTextModel"), ("transformers", "CLIPTextModelWithProjection")
-_EULER = ("diffusers", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
-_NOISE = {
+_EULER: tuple[str, str, NetworkConfig] = ("diffusers", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
+_NOISE: NetworkConfig = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -38,8 +50,8 @@ _NOISE = {
 _DDIM = ("diffusers", "DDIMScheduler", _NOISE)
 
 
-def _vae(latent_channels: int, **more: Any) -> tuple[str, str, dict[str, Any]]:
-    config = {
+def _vae(latent_channels: int, **more: object) -> tuple[str, str, NetworkConfig]:
+    config: NetworkConfig = {
         "latent_channels": latent_channels,
         "block_out_channels": [128, 256, 512, 512],
         "layers_per_block": 2,
@@ -50,77 +62,102 @@ def _vae(latent_channels: int, **more: Any) -> tuple[str, str, dict[str, Any]]:
     return "diffusers", "AutoencoderKL", config
 
 
-def _sd3(**transformer: Any) -> Architecture:
-    config = {"sample_size": 128, "in_channels": 16, "out_channels": 16, "patch_size": 2, "attention_head_dim": 64}
+def _sd3(layers: int, heads: int, **transformer: object) -> Architecture:
+    config: NetworkConfig = {"num_layers": layers, "num_attention_heads": heads, "caption_projection_dim": 64 * heads}
+    config |= {"sample_size": 128, "in_channels": 16, "out_channels": 16, "patch_size": 2, "attention_head_dim": 64}
     config |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048, **transformer}
-    config["caption_projection_dim"] = 64 * config["num_attention_heads"]
-    return {
-        "_class_name": "StableDiffusion3Pipeline",
-        "transformer": ("diffusers", "SD3Transformer2DModel", config),
-        "scheduler": _EULER,
-        "vae": _vae(16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609),
-        "text_encoder": (*_CLIP_PROJECTED, _CLIP_L),
-        "text_encoder_2": (*_CLIP_PROJECTED, _CLIP_G),
-        "text_encoder_3": ("transformers", "T5EncoderModel", _T5),
-    }
+    return Architecture(
+        "StableDiffusion3Pipeline",
+        {
+            "transformer": ("diffusers", "SD3Transformer2DModel", config),
+            "scheduler": _EULER,
+            "vae": _vae(
+                16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609
+            ),
+            "text_encoder": (*_CLIP_PROJECTED, _CLIP_L),
+            "text_encoder_2": (*_CLIP_PROJECTED, _CLIP_G),
+            "text_encoder_3": ("transformers", "T5EncoderModel", _T5),
+        },
+    )
 
 
 def _flux(guidance_embeds: bool) -> Architecture:
-    config = {"in_channels": 64, "num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24}
+    config: NetworkConfig = {"in_channels": 64, "num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24}
     config |= {"attention_head_dim": 128, "joint_attention_dim": 4096, "pooled_projection_dim": 768}
-    return {
-        "_class_name": "FluxPipeline",
-        "transformer": ("diffusers", "FluxTransformer2DModel", config | {"guidance_embeds": guidance_embeds}),
-        "scheduler": _EULER,
-        "vae": _vae(16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159),
-        "text_encoder": (*_CLIP_TEXT, _CLIP_L),
-        "text_encoder_2": ("transformers", "T5EncoderModel", _T5),
-    }
+    return Architecture(
+        "FluxPipeline",
+        {
+            "transformer": ("diffusers", "FluxTransformer2DModel", config | {"guidance_embeds": guidance_embeds}),
+            "scheduler": _EULER,
+            "vae": _vae(
+                16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159
+            ),
+            "text_encoder": (*_CLIP_TEXT, _CLIP_L),
+            "text_encoder_2": ("transformers", "T5EncoderModel", _T5),
+        },
+    )
 
 
 def _klein(layers: int, single_layers: int, heads: int, **text: int) -> Architecture:
-    config = {"num_layers": layers, "num_single_layers": single_layers, "num_attention_heads": heads}
+    config: NetworkConfig = {"num_layers": layers, "num_single_layers": single_layers, "num_attention_heads": heads}
     config |= {"joint_attention_dim": 3 * text["hidden_size"], "guidance_embeds": False}
-    qwen3: dict[str, Any] = {"vocab_size": 151936, "num_hidden_layers": 36, "num_attention_heads": 32}
-    return {
-        "_class_name": "Flux2KleinPipeline",
-        "transformer": ("diffusers", "Flux2Transformer2DModel", config),
-        "scheduler": _EULER,
-        "vae": ("diffusers", "AutoencoderKLFlux2", {}),
-        "text_encoder": (
-            "transformers",
-            "Qwen3ForCausalLM",
-            qwen3 | {"num_key_value_heads": 8, "head_dim": 128} | text,
-        ),
-    }
+    qwen3: NetworkConfig = {"vocab_size": 151936, "num_hidden_layers": 36, "num_attention_heads": 32}
+    return Architecture(
+        "Flux2KleinPipeline",
+        {
+            "transformer": ("diffusers", "Flux2Transformer2DModel", config),
+            "scheduler": _EULER,
+            "vae": ("diffusers", "AutoencoderKLFlux2", {}),
+            "text_encoder": (
+                "transformers",
+                "Qwen3ForCausalLM",
+                qwen3 | {"num_key_value_heads": 8, "head_dim": 128} | text,
+            ),
+        },
+    )
 
 
 def _qwen_image() -> Architecture:
-    text = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
-    text |= {"num_attention_heads": 28, "num_key_value_heads": 4}
-    eyes = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
-    encoder = {"text_config": text, "vision_config": eyes}
-    return {
-        "_class_name": "QwenImagePipeline",
-        "transformer": ("diffusers", "QwenImageTransformer2DModel", {}),
-        "scheduler": _EULER,
-        "vae": ("diffusers", "AutoencoderKLQwenImage", {}),
-        "text_encoder": ("transformers", "Qwen2_5_VLForConditionalGeneration", encoder),
+    text: NetworkConfig = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
     }
+    text |= {"num_attention_heads": 28, "num_key_value_heads": 4}
+    vision: NetworkConfig = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+    }
+    encoder: NetworkConfig = {"text_config": text, "vision_config": vision}
+    return Architecture(
+        "QwenImagePipeline",
+        {
+            "transformer": ("diffusers", "QwenImageTransformer2DModel", {}),
+            "scheduler": _EULER,
+            "vae": ("diffusers", "AutoencoderKLQwenImage", {}),
+            "text_encoder": ("transformers", "Qwen2_5_VLForConditionalGeneration", encoder),
+        },
+    )
 
 
 def _sd1() -> Architecture:
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        "unet": ("diffusers", "UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768}),
-        "scheduler": _DDIM,
-        "vae": _vae(4),
-        "text_encoder": (*_CLIP_TEXT, _CLIP_L),
-    }
+    return Architecture(
+        "StableDiffusionPipeline",
+        {
+            "unet": ("diffusers", "UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768}),
+            "scheduler": _DDIM,
+            "vae": _vae(4),
+            "text_encoder": (*_CLIP_TEXT, _CLIP_L),
+        },
+    )
 
 
 def _sdxl() -> Architecture:
-    config = {
+    config: NetworkConfig = {
         "sample_size": 128,
         "block_out_channels": [320, 640, 1280],
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
@@ -133,41 +170,47 @@ def _sdxl() -> Architecture:
         "addition_time_embed_dim": 256,
         "projection_class_embeddings_input_dim": 2816,
     }
-    return {
-        "_class_name": "StableDiffusionXLPipeline",
-        "unet": ("diffusers", "UNet2DConditionModel", config),
-        "scheduler": _DDIM,
-        "vae": _vae(4, scaling_factor=0.13025),
-        "text_encoder": (*_CLIP_TEXT, _CLIP_L),
-        "text_encoder_2": (*_CLIP_PROJECTED, _CLIP_G),
-    }
+    return Architecture(
+        "StableDiffusionXLPipeline",
+        {
+            "unet": ("diffusers", "UNet2DConditionModel", config),
+            "scheduler": _DDIM,
+            "vae": _vae(4, scaling_factor=0.13025),
+            "text_encoder": (*_CLIP_TEXT, _CLIP_L),
+            "text_encoder_2": (*_CLIP_PROJECTED, _CLIP_G),
+        },
+    )
 
 
 def _wan(heads: int, ffn_dim: int, layers: int) -> Architecture:
-    config = {"num_attention_heads": heads, "attention_head_dim": 128, "ffn_dim": ffn_dim, "num_layers": layers}
-    return {
-        "_class_name": "WanPipeline",
-        "transformer": ("diffusers", "WanTransformer3DModel", config | {"text_dim": 4096}),
-        "scheduler": _EULER,
-        "vae": ("diffusers", "AutoencoderKLWan", {}),
-        "text_encoder": ("transformers", "UMT5EncoderModel", _T5 | {"vocab_size": 256384}),
+    config: NetworkConfig = {
+        "num_attention_heads": heads,
+        "attention_head_dim": 128,
+        "ffn_dim": ffn_dim,
+        "num_layers": layers,
     }
+    return Architecture(
+        "WanPipeline",
+        {
+            "transformer": ("diffusers", "WanTransformer3DModel", config | {"text_dim": 4096}),
+            "scheduler": _EULER,
+            "vae": ("diffusers", "AutoencoderKLWan", {}),
+            "text_encoder": ("transformers", "UMT5EncoderModel", _T5 | {"vocab_size": 256384}),
+        },
+    )
 
 
 _KLEIN_4B = _klein(5, 20, 24, hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True)
 _KLEIN_9B = _klein(8, 24, 32, hidden_size=4096, intermediate_size=12288)
-_MEDIUM = {"num_layers": 24, "num_attention_heads": 24}
 ARCHITECTURES: dict[str, Architecture] = {
     "stabilityai/stable-diffusion-3.5-medium": _sd3(
-        **_MEDIUM, pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=list(range(13))
+        24, 24, pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=list(range(13))
     ),
-    "stabilityai/stable-diffusion-3.5-large": _sd3(
-        num_layers=38, num_attention_heads=38, pos_embed_max_size=192, qk_norm="rms_norm"
-    ),
-    "stabilityai/stable-diffusion-3-medium-diffusers": _sd3(**_MEDIUM, pos_embed_max_size=192),
+    "stabilityai/stable-diffusion-3.5-large": _sd3(38, 38, pos_embed_max_size=192, qk_norm="rms_norm"),
+    "stabilityai/stable-diffusion-3-medium-diffusers": _sd3(24, 24, pos_embed_max_size=192),
     "black-forest-labs/FLUX.1-dev": _flux(guidance_embeds=True),
     "black-forest-labs/FLUX.1-schnell": _flux(guidance_embeds=False),
-    "black-forest-labs/FLUX.1-Kontext-dev": _flux(guidance_embeds=True) | {"_class_name": "FluxKontextPipeline"},
+    "black-forest-labs/FLUX.1-Kontext-dev": replace(_flux(guidance_embeds=True), pipeline="FluxKontextPipeline"),
     "black-forest-labs/FLUX.2-klein-base-4B": _KLEIN_4B,
     "black-forest-labs/FLUX.2-klein-4B": _KLEIN_4B,
     "black-forest-labs/FLUX.2-klein-base-9B": _KLEIN_9B,

@@ -1,4 +1,4 @@
-"""An autoencoder's layers as ones that take less time on a CPU in low precision."""
+"""Layers of an autoencoder that take less time on a CPU in low precision."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _FEW_OUTPUTS = 4  # channels, of which four places together have no more than th
 
 @torch.no_grad()
 def optimize_for_cpu(autoencoder: nn.Module) -> None:
-    """Put layers that compute the same, up to rounding, in the places of diffusers' `ResnetBlock2D` and `Upsample2D`, and of the
-    convolution to colours that a `Decoder` ends with. In place.
+    """Replace layers by ones that compute the same, up to rounding, and are faster. In place.
 
-    For decoding and encoding alone: no gradient can go through them, and those that are told a time or do more stay as they are.
+    They are `ResnetBlock2D`, `Upsample2D` and the last convolution of a `Decoder`.
+
+    No gradient can go through the new layers. Layers with more inputs or more to compute stay as they are.
     """
     for parent in list(autoencoder.modules()):
         for name, layer in list(parent.named_children()):
@@ -37,10 +38,10 @@ def optimize_for_cpu(autoencoder: nn.Module) -> None:
 
 
 def upsampled(convolution: nn.Conv2d) -> nn.ConvTranspose2d:
-    """(B, I, H, W) to (B, O, 2H, 2W): the 3 x 3 convolution of a map whose every place was doubled both ways, without that map.
+    """The 3 x 3 convolution of a map that is doubled both ways, without that map: (B, I, H, W) to (B, O, 2H, 2W).
 
-    Four places of the large map show one of the small, so most of what is multiplied is multiplied twice: one transposed
-    convolution of 4 x 4 with stride 2 has 4 products for a place instead of 9.
+    Four places of the large map hold one of the small, so most products are computed twice. One transposed convolution
+    of 4 x 4 with stride 2 has 4 products for a place instead of 9.
     """
     weight_OI33 = convolution.weight.detach().float()
     o, i = weight_OI33.shape[:2]
@@ -58,10 +59,10 @@ def upsampled(convolution: nn.Conv2d) -> nn.ConvTranspose2d:
 
 
 class Fours(nn.Module):
-    """A 3 x 3 convolution to few channels, of maps whose rows are multiples of 4, which computes four places of a row at once.
+    """A 3 x 3 convolution to few channels that computes four places of a row at once, for rows that are multiples of 4.
 
-    As a convolution of 3 x 6 with stride 4 to four times the channels: it has twice the products of the four, but kernels compute 16 channels in the time
-    of 3. In channels-last order its numbers lie as the map's do, and nothing is moved.
+    It is a convolution of 3 x 6 with stride 4 to four times the channels. That has twice the products, but kernels
+    compute 16 channels in the time of 3. In channels-last order its numbers lie as the map's do, and nothing is moved.
     """
 
     def __init__(self, convolution: nn.Conv2d) -> None:
@@ -87,7 +88,7 @@ class Fours(nn.Module):
 
 
 class _Residual(nn.Module):
-    """A `ResnetBlock2D` that is told no time, writing over its own intermediate maps."""
+    """A `ResnetBlock2D` without a time input, which writes over its own intermediate maps."""
 
     def __init__(self, block: ResnetBlock2D) -> None:
         super().__init__()
@@ -103,20 +104,20 @@ class _Residual(nn.Module):
         return changed.add_(x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
 
     def _activated(self, norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
-        """Normalised and made nonlinear: in float32 where torch's kernel for the dtype works through small maps number by number."""
+        """Normalise and apply the nonlinearity, in float32 where torch's kernel for the dtype is slow at small maps."""
         if x_BCHW.shape[-2:].numel() >= _SMALL_MAP or norm.num_channels // norm.num_groups >= _FEW_CHANNELS:
             return self.nonlinearity(norm(x_BCHW))
         return self.nonlinearity(norm(x_BCHW.float())).to(x_BCHW.dtype)
 
 
 def _overwrite(nonlinearity: nn.Module) -> None:
-    """Have it write over its input, where it can: it follows a normalisation, whose result nothing else reads."""
+    """Have the nonlinearity write over its input where it can: nothing else reads the normalisation before it."""
     if isinstance(nonlinearity, nn.SiLU):
         nonlinearity.inplace = True
 
 
 def _plain(block: ResnetBlock2D) -> bool:
-    """It only normalises, convolves twice and adds."""
+    """Whether the block only normalises, convolves twice and adds."""
     return (
         block.time_emb_proj is None
         and block.time_embedding_norm != "scale_shift"

@@ -23,7 +23,8 @@ BUILT_IN_DECODER = "shapes-tiny"
 class PictureDecoder:
     """An autoencoder's decoder, from the model's latents to bytes.
 
-    `unscale` gives latents as the autoencoder takes them. `name` and `latents_fault` stand in the reason of a missing picture.
+    `unscale` gives latents as the autoencoder takes them. `name` and `latents_fault` stand in the reason of a missing
+    picture.
     """
 
     def __init__(
@@ -55,9 +56,15 @@ class PictureDecoder:
 def fault_of(component: str, dtype: torch.dtype) -> str:
     """The reason of a missing picture, with the likely mend."""
     if dtype == torch.float16:
-        return f"the {component} gave no finite numbers; in float16 they end at 65,504: take model.dtype bfloat16 or float32"
+        return (
+            f"the {component} gave no finite numbers; in float16 they end at 65,504: take model.dtype bfloat16 or"
+            " float32"
+        )
     kept = str(dtype).removeprefix("torch.")
-    return f"the {component} gave no finite numbers (in {kept}); look at what was loaded and at what was trained (optim.lr)"
+    return (
+        f"the {component} gave no finite numbers (in {kept}); look at what was loaded and at what was trained"
+        " (optim.lr)"
+    )
 
 
 def load_tiny_decoder(vae: ModelMixin, channels: int, context: PolicyContext) -> AutoencoderTiny:

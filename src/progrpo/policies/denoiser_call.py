@@ -40,7 +40,8 @@ class DenoiserCall:
         if self.peers is not None:
             self.peers.begin_call(self._weights.names.index(self._weights.active), torch.is_grad_enabled())
         if len(x_BCHW) == 1 and is_low_precision_on_cpu(self._family.dtype, self._family.device):
-            # products with a single row are made by other kernels, which round differently: it would depend on being alone
+            # products with a single row are made by other kernels, which round differently: it would depend on being
+            # alone
             rows = torch.zeros(2, dtype=torch.int64)
             return self.forward(x_BCHW[rows], timestep_B[rows], condition.take(rows))[:1]
         return self.forward(x_BCHW, timestep_B, condition)
@@ -85,7 +86,10 @@ class DenoiserCall:
     def is_batch_invariant(
         self, timestep: Tensor, unconditional: Condition, sampled: Iterable[int], trained: Iterable[int]
     ) -> bool:
-        """Whether a row's output is the same in calls of `sampled` rows without gradients and of `trained` rows with them."""
+        """Whether a row's output is the same in all calls.
+
+        They have `sampled` rows without gradients, and `trained` rows with them.
+        """
         sampled, trained, device = list(sampled), list(trained), self._family.device
         most = max(*sampled, *trained)
         generator = torch.Generator().manual_seed(0)
@@ -120,7 +124,7 @@ class DenoiserCall:
 def is_low_precision_on_cpu(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a model runs in low precision on a CPU, where some of what torch and diffusers have is slow.
 
-    Torch's fused attention has a gradient slower than the whole rest there. Torch's products without it are in float32 and take
-    two to three times as long as products in the dtype itself.
+    Torch's fused attention has a gradient slower than the whole rest there. Torch's products without it are in float32
+    and take two to three times as long as products in the dtype itself.
     """
     return dtype != torch.float32 and device.type == "cpu"

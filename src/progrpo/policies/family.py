@@ -1,7 +1,7 @@
 """The base of a model family: what one kind of diffusers pipeline knows and the others do not.
 
-Another family is one file with one class, and a line in `progrpo.policies.load.FAMILIES`. Its methods may count on `pipeline`,
-`denoiser`, `settings`, `context`, `dtype` and `device`.
+Another family is one file with one class, and a line in `progrpo.policies.load.FAMILIES`. Its methods may count on
+`pipeline`, `denoiser`, `settings`, `context`, `dtype` and `device`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TextHooks(ABC):
 
     @property
     def text_tokens(self) -> int:
-        """The number of tokens that the network reads: as many as the settings say, or as the pipeline's own call takes."""
+        """The number of tokens that the network reads: that of the settings, or of the pipeline's own call."""
         if self.settings.max_sequence_length is not None:
             return self.settings.max_sequence_length
         own: int = signature(type(self.pipeline).__call__).parameters["max_sequence_length"].default

@@ -22,6 +22,6 @@ def require_finite(pipeline: DiffusionPipeline, denoiser_name: str) -> None:
             if weight.is_floating_point() and not weight.is_meta and not is_finite(weight):
                 or_dtype = ", or another model.dtype if it is finite there" if weight.dtype == torch.float16 else ""
                 raise ValueError(
-                    f"model.path: the {name}'s {path} has numbers that are not finite, as of a damaged file or a training"
-                    f" that diverged; give another{or_dtype}"
+                    f"model.path: the {name}'s {path} has numbers that are not finite, as of a damaged file or a"
+                    f" training that diverged; give another{or_dtype}"
                 )

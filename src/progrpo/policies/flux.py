@@ -1,4 +1,4 @@
-"""FLUX.1, flow models: the one file that knows their pipeline and their network."""
+"""FLUX.1, flow models."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from progrpo.types import Condition
 
 
 class Flux(PackedFlowFamily):
-    """A `FluxPipeline`. A LoRA adapts attention and feed-forward of both kinds of blocks: of two streams, and of one.
+    """A `FluxPipeline`. A LoRA adapts attention and feed-forward of both kinds of blocks, of two streams and of one.
 
-    FLUX.1-dev is told the guidance scale; FLUX.1-schnell is not, and is guided by a pair of calls, which its pipeline calls
-    `true_cfg_scale`.
+    The guidance scale is an input of FLUX.1-dev. FLUX.1-schnell has no such input and is guided by a pair of calls,
+    which its pipeline calls `true_cfg_scale`.
     """
 
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -29,7 +29,7 @@ class Flux(PackedFlowFamily):
     def check(self) -> None:
         super().check()
         if self.pipeline.text_encoder is None or self.pipeline.text_encoder_2 is None:
-            raise ValueError("model.path: the pipeline lacks a text encoder; FLUX is told a text by CLIP and by T5")
+            raise ValueError("model.path: the pipeline lacks a text encoder; FLUX reads a text by CLIP and by T5")
 
     def encode_text(self, text: str) -> dict[str, Tensor]:
         embeds, pooled, _ = self.pipeline.encode_prompt(
@@ -45,33 +45,34 @@ class Flux(PackedFlowFamily):
         }
 
     def denoise(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
-        told, (height, width) = condition.tensors, (side // PATCH for side in x_BCHW.shape[2:])
+        inputs = condition.tensors
+        height, width = (side // PATCH for side in x_BCHW.shape[2:])
         shown = self.shown_latents(x_BCHW, condition)
         counts = len(shown), height, width
         places = (torch.arange(count, dtype=torch.float32, device=x_BCHW.device) for count in counts)
         tokens_BLD = self.denoiser(
             hidden_states=torch.cat([packed(x) for x in shown], dim=1),
             timestep=timestep_B / 1000,  # by which the network multiplies it again
-            guidance=told.get("guidance"),
-            pooled_projections=told["pooled_prompt_embeds"],
-            encoder_hidden_states=told["prompt_embeds"],
-            txt_ids=x_BCHW.new_zeros(told["prompt_embeds"].shape[1], 3),
+            guidance=inputs.get("guidance"),
+            pooled_projections=inputs["pooled_prompt_embeds"],
+            encoder_hidden_states=inputs["prompt_embeds"],
+            txt_ids=x_BCHW.new_zeros(inputs["prompt_embeds"].shape[1], 3),
             img_ids=torch.cartesian_prod(*places),
             return_dict=False,
         )[0]
         return unpacked(tokens_BLD[:, : height * width], height, width)
 
     def shown_latents(self, x_BCHW: Tensor, condition: Condition) -> list[Tensor]:
-        """Latents of one size that the network sees, each numbered by its tokens' first coordinate; the sample's own come first."""
+        """The latents that the network sees, the sample's own first. They have one size and are numbered in that order."""
         return [x_BCHW]
 
 
 class FluxKontext(Flux):
     """A `FluxKontextPipeline`, which changes a picture as the text says (FLUX.1 Kontext, arXiv 2506.15742).
 
-    The source is resized until it covers the size that is sampled and cropped at its middle, so that all rows have as many tokens: the
-    pipeline itself keeps the source's shape. Encoded, it is shown to the network as further tokens, which its output is cut off of.
-    Where guidance is a pair of calls, both see it.
+    The source is resized until it covers the sampled size and cropped at its middle, so that all rows have the same
+    number of tokens; the pipeline itself keeps the source's shape. The encoded source is further tokens of the
+    network's input. Where guidance is a pair of calls, both see it.
     """
 
     edits: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""FLUX.2 klein, flow models: the one file that knows their pipeline and their network."""
+"""FLUX.2 klein, flow models."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from progrpo.types import Condition
 
 
 class Flux2Klein(PackedFlowFamily):
-    """A `Flux2KleinPipeline`. A LoRA adapts attention and feed-forward of both kinds of blocks: of two streams, and of one.
+    """A `Flux2KleinPipeline`.
 
-    The base models are guided by a pair of calls, the distilled ones not at all. Its grid is shifted by picture size and number of
-    steps.
+    A LoRA adapts attention and feed-forward of both kinds of blocks, of two streams and of one.
+
+    The base models are guided by a pair of calls, the distilled ones not at all. The grid's shift depends on the
+    picture's size and on the number of steps.
     """
 
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -42,7 +44,7 @@ class Flux2Klein(PackedFlowFamily):
         return {"prompt_embeds": embeds}
 
     def tokenizer_text(self, text: str) -> str:
-        """As its pipeline: the turn of a user in a chat, whose marks count as tokens."""
+        """The turn of a user in a chat, like in the pipeline; the marks around the text count as tokens."""
         written: str = self.pipeline.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
@@ -54,13 +56,14 @@ class Flux2Klein(PackedFlowFamily):
     def combine_guidance(self, unconditional_BCHW: Tensor, conditional_BCHW: Tensor, guidance_scale: float) -> Tensor:
         if self.pipeline.config.is_distilled:
             raise ValueError(
-                f"sampling.guidance_scale: {guidance_scale:g} would guide a distilled model, which is guided already; use 1,"
-                " or a base model"
+                f"sampling.guidance_scale: {guidance_scale:g} would guide a distilled model, which is guided already;"
+                " use 1, or a base model"
             )
         return super().combine_guidance(unconditional_BCHW, conditional_BCHW, guidance_scale)
 
     def denoise(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
-        embeds, (height, width) = condition.tensors["prompt_embeds"], (side // PATCH for side in x_BCHW.shape[2:])
+        embeds = condition.tensors["prompt_embeds"]
+        height, width = (side // PATCH for side in x_BCHW.shape[2:])
         tokens_BLD = self.denoiser(
             hidden_states=packed(x_BCHW),
             timestep=timestep_B / 1000,  # by which the network multiplies it again
@@ -72,12 +75,12 @@ class Flux2Klein(PackedFlowFamily):
         return unpacked(tokens_BLD, height, width)
 
     def unscale(self, x0_BCHW: Tensor) -> Tensor:
-        """By the statistics that the autoencoder has of each channel of a token."""
+        """Scale each channel of a token by the autoencoder's statistics."""
         norm, epsilon = self.pipeline.vae.bn, self.pipeline.vae.config.batch_norm_eps
         mean, std = (t.to(x0_BCHW).reshape(-1, 1, 1) for t in (norm.running_mean, (norm.running_var + epsilon).sqrt()))
         return pixel_shuffle(pixel_unshuffle(x0_BCHW, PATCH) * std + mean, PATCH)
 
 
 def _places(counts: Sequence[int], device: torch.device) -> Tensor:
-    """Of tokens: time, row, column, and place in the text, int (L, 4)."""
+    """The places of tokens, int (L, 4): time, row, column, and place in the text."""
     return torch.cartesian_prod(*(torch.arange(count, device=device) for count in counts))

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 class Geometry:
     """The sizes of one model.
 
-    A row of a latent is `pixels_per_latent` rows of a picture. The denoiser takes `patch` rows and columns of a latent together.
-    `default_size` is height and width in pixels, None where the model names none. A model of videos has `default_frames`,
-    of which all after the first go `frames_per_latent` to one latent frame.
+    A row of a latent is `pixels_per_latent` rows of a picture. The denoiser takes `patch` rows and columns of a latent
+    together. `default_size` is height and width in pixels, None where the model names none. A model of videos has
+    `default_frames`, of which all after the first go `frames_per_latent` to one latent frame.
     """
 
     channels: int
@@ -24,7 +24,10 @@ class Geometry:
     frames_per_latent: int = 1
 
     def picture_size(self, resolution: int | tuple[int, int] | None) -> tuple[int, int]:
-        """Height and width in pixels. ValueError, with the next that would do, for those that are no whole patches of latents."""
+        """Height and width in pixels.
+
+        ValueError, with the next that would do, for those that are no whole patches of latents.
+        """
         if resolution is None:
             if self.default_size is None:
                 raise ValueError("model.resolution: this model names no size of its own; give one, such as 512")
@@ -34,13 +37,16 @@ class Geometry:
             self._require_whole_patches(sides)
         if self.longest_side is not None and max(sides) > self.longest_side:
             raise ValueError(
-                f"model.resolution: {max(sides)} is more than {self.longest_side} pixels a side, where this model's embedding"
-                " of places ends"
+                f"model.resolution: {max(sides)} is more than {self.longest_side} pixels a side, where this model's"
+                " embedding of places ends"
             )
         return sides[0], sides[-1]
 
     def latent_shape(self, size: tuple[int, int], frames: int | None) -> tuple[int, ...]:
-        """(C, H, W) of one latent of a picture of that size, (C, F, H, W) of a video. ValueError for frames that do not fit."""
+        """(C, H, W) of one latent of a picture of that size, (C, F, H, W) of a video.
+
+        ValueError for frames that do not fit.
+        """
         height, width = (side // self.pixels_per_latent for side in size)
         if self.default_frames is None:
             if frames is not None:
@@ -50,8 +56,8 @@ class Geometry:
         together = self.frames_per_latent
         if rest := (frames - 1) % together:
             raise ValueError(
-                f"model.frames: {frames} is not one more than a multiple of {together}; the nearest are {frames - rest} and"
-                f" {frames - rest + together}"
+                f"model.frames: {frames} is not one more than a multiple of {together}; the nearest are {frames - rest}"
+                f" and {frames - rest + together}"
             )
         return (self.channels, 1 + (frames - 1) // together, height, width)
 

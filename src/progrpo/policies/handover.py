@@ -1,8 +1,8 @@
-"""A pipeline that its owner hands over: what was done to it for speed or memory is undone, or refused in a sentence."""
+"""The handover of a pipeline: what its owner did to it for speed or memory is undone or refused."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,41 +14,42 @@ from torch._dynamo import OptimizedModule
 def take_over(pipeline: DiffusionPipeline, denoiser_name: str) -> None:
     """Undo `torch.compile`, accelerate's offloading, caches between steps and `torch.inference_mode`. In place.
 
-    Names of weights are then the model's own, weights are where they can be read, and gradients can go through them.
-    ValueError for what cannot be undone: fused projections, which a LoRA would be beside, and quantised weights.
+    Weights then have the model's own names, can be read, and can have gradients. ValueError for what cannot be undone:
+    fused projections and quantised weights.
     """
-    for name, part in list(pipeline.components.items()):
-        if isinstance(part, OptimizedModule):
-            setattr(pipeline, name, part._orig_mod)
+    for name, component in list(pipeline.components.items()):
+        if isinstance(component, OptimizedModule):
+            setattr(pipeline, name, component._orig_mod)
     pipeline.remove_all_hooks()
-    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    for part in parts:
-        if isinstance(part, CacheMixin) and part.is_cache_enabled:
-            part.disable_cache()
-        for module in list(part.modules()):
-            _not_compiled(module)
-        _out_of_inference_mode(part)
+    for network in pipeline.components.values():
+        if not isinstance(network, nn.Module):
+            continue
+        if isinstance(network, CacheMixin) and network.is_cache_enabled:
+            network.disable_cache()
+        for module in list(network.modules()):
+            _undo_compile(module)
+        _leave_inference_mode(network)
     _require_separate(getattr(pipeline, denoiser_name), denoiser_name)
 
 
-def _not_compiled(module: nn.Module) -> None:
+def _undo_compile(module: nn.Module) -> None:
     module._compiled_call_impl = None  # as `module.compile()` leaves it
     for name, child in list(module.named_children()):
         if isinstance(child, OptimizedModule):
             setattr(module, name, child._orig_mod)
 
 
-def _out_of_inference_mode(part: nn.Module) -> None:
-    """Tensors made in inference mode can never be part of a graph. Tied ones stay tied."""
+def _leave_inference_mode(network: nn.Module) -> None:
+    """Copy tensors that were made in inference mode, which can never be in a graph. Tied ones stay tied."""
     copies: dict[Tensor, Tensor] = {}
     with torch.inference_mode(False), torch.no_grad():
-        for module in part.modules():
-            for kept in (module._parameters, module._buffers):
-                for name, tensor in kept.items():
+        for module in network.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
                     if tensor is not None and tensor.is_inference():
                         if tensor not in copies:
                             copies[tensor] = _like(tensor, tensor.clone())
-                        cast(dict[str, Any], kept)[name] = copies[tensor]
+                        cast(dict[str, Tensor], tensors)[name] = copies[tensor]
 
 
 def _like(tensor: Tensor, copied: Tensor) -> Tensor:

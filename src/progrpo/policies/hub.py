@@ -1,4 +1,4 @@
-"""What the Hugging Face hub says in place of a model."""
+"""The reasons why a model cannot be loaded, in a sentence; those of the Hugging Face hub among them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ _MISLED = (ImportError, FileNotFoundError)
 
 
 class UnfitError(ValueError):
-    """What is wrong with a model's files, in a sentence of our own: unlike a library's it is not cut."""
+    """A fault of a model's files in a sentence of our own, which is not cut like a library's."""
 
 
 def reason_of(error: Exception, source: str | Path) -> str:
-    """Why `source` could not be loaded, on one line. Of a hub that cannot be reached the libraries say that it lacks the file."""
+    """The reason why `source` could not be loaded, on one line.
+
+    Where the hub cannot be reached, the libraries say that it lacks the file, and the cause below is what counts.
+    """
     if isinstance(error, UnfitError):
         return str(error)
     if not os.path.isdir(source):
@@ -36,11 +39,11 @@ def reason_of(error: Exception, source: str | Path) -> str:
 
 
 def _behind(error: BaseException) -> Iterator[BaseException]:
-    """An exception and those that it came of."""
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__ or found.__context__
+    """The exception and its causes."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _on_a_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Batch invariance: a row's output is the same whatever rows are beside it, and whether gradients are kept or not."""
+"""Batch invariance: a row's output is the same whatever rows are beside it, with and without gradients."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 ROUNDING = 64 * torch.finfo(torch.float32).eps
-"""What float32 kernels of another shape may change of an output, as a share of its largest number."""
+"""The difference that float32 kernels of another shape may make, as a share of an output's largest number."""
 
 
 def is_batch_invariant(output: Callable[[int], Tensor], sampled: Iterable[int], trained: Iterable[int]) -> bool:
     """Compare the first row's output over calls of `sampled` rows without gradients, and of `trained` rows with them.
 
-    `output(size)` gives (size, ...) and has the same inputs in its first row every time. Kernels are chosen by the shape of
-    a call and by the processor's instructions, so only a measurement tells. In float16 some round a row otherwise in each
-    shape.
+    `output(size)` gives (size, ...) and has the same inputs in its first row every time. The kernel depends on the
+    shape of a call and on the processor's instructions, so only a measurement tells.
     """
     first_rows = [_first_row(output, size, keep_graph=False) for size in dict.fromkeys(sampled)]
     first_rows += [_first_row(output, size, keep_graph=True) for size in dict.fromkeys(trained)]

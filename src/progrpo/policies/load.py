@@ -1,4 +1,4 @@
-"""From a name, a folder or a hub id to a policy."""
+"""Loading: a policy from a built-in model's name, a folder or a hub id."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -42,13 +42,13 @@ FAMILIES: dict[str, str] = {
     "StableDiffusionXLPipeline": "progrpo.policies.stable_diffusion:StableDiffusionXL",
     "WanPipeline": "progrpo.policies.wan:Wan",
 }
-"""The model families by the name of diffusers' pipeline, as `module:class`; a family is imported when a model asks for it."""
+"""The model families by the name of diffusers' pipeline. One is imported when a model needs it."""
 
 
 def quiet() -> None:
-    """No progress bars while parts are loaded, and no words from the libraries below; a command line's wish."""
+    """Turn off the progress bars and messages of the libraries below."""
     diffusers_logging.disable_progress_bar()
-    # it logs what it then raises, which we say in a sentence
+    # it logs what it then raises, which becomes a sentence of ours
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -59,14 +59,15 @@ _CLEARLY_FASTER = 1.2  # less would let chance choose between two runs of one co
 
 
 def fastest_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
-    """bfloat16 where the device multiplies matrices clearly faster in it; processors without instructions for it emulate it.
+    """Choose bfloat16 where the device multiplies matrices clearly faster in it, else float32.
 
-    Both are timed in turn, and the best of each counts: other work on the processors must not decide.
+    Processors without instructions for bfloat16 emulate it. Both are timed in turn, and the best of each counts: other
+    work on the processors must not decide.
     """
     timers = [_product(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
     rounds = [[timer.timeit(1).mean for timer in timers] for _ in range(6)]
-    wide, narrow = (min(seconds) for seconds in zip(*rounds, strict=True))
-    return "bfloat16" if narrow * _CLEARLY_FASTER < wide else "float32"
+    float32, bfloat16 = (min(seconds) for seconds in zip(*rounds, strict=True))
+    return "bfloat16" if bfloat16 * _CLEARLY_FASTER < float32 else "float32"
 
 
 def _product(device: torch.device, dtype: torch.dtype) -> Timer:
@@ -79,10 +80,9 @@ def load_policy(
 ) -> PipelinePolicy:
     """The policy of the model at `settings.path`.
 
-    `trained` is a denoiser's folder, which takes the place of the model's, or a LoRA, by its folder, file or hub id, which is added as
-    `settings.lora` is.
-    Reads safetensors only and runs no code from the folder. ValueError if there is nothing to load, or a pipeline
-    class that no policy is written for.
+    `trained` is a denoiser's folder, which takes the place of the model's, or a LoRA, which is added like
+    `settings.lora`. Only safetensors are read, and no code of the folder is run. ValueError where there is nothing to
+    load, and for a pipeline of no known family.
     """
     settings = with_own_length(settings)
     source = locate(settings.path, settings.revision)
@@ -98,7 +98,7 @@ def load_policy(
 def policy_from_pipeline(
     pipeline: DiffusionPipeline, settings: ModelSettings, context: PolicyContext | None = None
 ) -> PipelinePolicy:
-    """The policy for a loaded pipeline, which it takes over; ValueError for a class that no policy is written for."""
+    """The policy of a loaded pipeline, which it takes over. ValueError for a pipeline of no known family."""
     kind = _family(type(pipeline).__name__, "the pipeline")
     return PipelinePolicy(prepare(kind, pipeline, settings, context or PolicyContext()))
 
@@ -110,7 +110,7 @@ def _is_denoiser(folder: str | Path) -> bool:
 
 def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path) -> None:
     base = getattr(pipeline, denoiser_name)
-    with sayable(folder, "trained weights"):
+    with reported_errors(folder, "trained weights"):
         kind = type(base).load_config(folder).get("_class_name")
         if kind != type(base).__name__:
             raise ValueError(f"they are of a {kind}, and this model has a {type(base).__name__}")
@@ -126,12 +126,12 @@ def with_own_length(settings: ModelSettings) -> ModelSettings:
 
 
 def locate(path: str | Path, revision: str = "") -> str:
-    """A folder that has a pipeline in it, or a hub id, which alone has revisions."""
+    """The folder or hub id of a model. ValueError for what is neither, and for a revision of a folder."""
     source = _located(path)
     if revision and os.path.isdir(source):
         raise ValueError(
-            f"model.revision: {named(path)} is no hub id, and has no revision {named(revision)}; leave it empty, or give a"
-            " hub id"
+            f"model.revision: {named(path)} is no hub id, and has no revision {named(revision)}; leave it empty, or"
+            " give a hub id"
         )
     return source
 
@@ -142,8 +142,8 @@ def _located(path: str | Path) -> str:
     folder = os.path.expanduser(path)  # as os.path.isdir, and unlike Path's, it takes every text
     if path and is_lora(folder):
         raise ValueError(
-            f"model.path: {named(path)} is a LoRA; give the model that it belongs to, and the LoRA as model.lora (--lora of sample"
-            " and eval)"
+            f"model.path: {named(path)} is a LoRA; give the model that it belongs to, and the LoRA as model.lora"
+            " (--lora of sample and eval)"
         )
     if path and os.path.isdir(folder):
         if not os.path.isfile(os.path.join(folder, "model_index.json")):
@@ -153,14 +153,15 @@ def _located(path: str | Path) -> str:
         return folder
     if os.path.isfile(folder) or folder.endswith(_SINGLE_FILES):
         raise ValueError(
-            f"model.path: {named(path)} is a single file, and a model is a folder in diffusers' format: load the file with"
-            " from_single_file of its pipeline in diffusers, such as StableDiffusionPipeline, write it with"
+            f"model.path: {named(path)} is a single file, and a model is a folder in diffusers' format: load the file"
+            " with from_single_file of its pipeline in diffusers, such as StableDiffusionPipeline, write it with"
             " save_pretrained(FOLDER), and give FOLDER"
         )
     if HUB_ID.fullmatch(str(path)):
         return str(path)
     raise ValueError(
-        f"model.path: {named(path) or 'an empty text'} is neither a built-in model ({', '.join(BUILT_IN)}), a folder nor a hub id"
+        f"model.path: {named(path) or 'an empty text'} is neither a built-in model ({', '.join(BUILT_IN)}), a folder"
+        " nor a hub id"
     )
 
 
@@ -178,8 +179,8 @@ def _built_in(name: str) -> str:
 
 
 def family_of(source: str, revision: str = "") -> type[ModelFamily]:
-    """The family of a model, by its pipeline's index alone: nothing else is fetched. ValueError for one that is not trained here."""
-    with sayable(source):
+    """The family of a model, by its pipeline's index alone. ValueError for a pipeline that is not trained here."""
+    with reported_errors(source):
         index = dict(DiffusionPipeline.load_config(source, revision=revision or None))
     kind = _family(str(index.get("_class_name")), source)
     kind.check_index(index)
@@ -196,40 +197,40 @@ def _family(pipeline_name: str, source: str) -> type[ModelFamily]:
 
 
 def _read_pipeline(source: str, kind: type[ModelFamily], settings: ModelSettings) -> DiffusionPipeline:
-    """Loaded in `dtype`, but a denoiser that is trained in full in float32: no precision is lost on the way."""
+    """Load a pipeline in its dtype, but a denoiser that is trained in full in float32: no precision is lost."""
     dtype = torch_dtype(settings)
     denoiser = torch.float32 if settings.weights == "full" else dtype
     dtypes = {kind.denoiser_name: denoiser, "vae": kind.vae_dtype or dtype, "default": dtype}
-    with sayable(source):
+    with reported_errors(source):
         folder = fetch(source, settings.revision, settings.variant, kind.omitted_components)
         _require_objects(folder)
         index = {
-            name: part
-            for name, part in DiffusionPipeline.load_config(folder).items()
+            name: entry
+            for name, entry in DiffusionPipeline.load_config(folder).items()
             if name not in kind.omitted_components
         }
         networks = load_networks(folder, index, dtypes, settings.variant)
         absent = {**dict.fromkeys(_absent_encoders(index)), **kind.omitted_components}
-        # told the dtypes as well, without which it casts what it is given
+        # with the dtypes as well, without which it casts what it is given
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtypes, use_safetensors=True, **networks, **absent)
-        for name, part in pipeline.components.items():
-            if isinstance(part, nn.Module) and name not in networks:
+        for name, component in pipeline.components.items():
+            if isinstance(component, nn.Module) and name not in networks:
                 raise ValueError(f"its {name} is of no class that diffusers or transformers has")
-            if name.startswith("tokenizer") and part is not None:
+            if name.startswith("tokenizer") and component is not None:
                 _require_vocabulary(folder / name)
     return pipeline
 
 
 def _require_objects(folder: Path) -> None:
-    """ValueError for a configuration file that holds something else, which the libraries take for a hub's name."""
+    """ValueError for a configuration file that is no JSON object, which the libraries take for a hub's name."""
     for file in folder.glob("*/*config.json"):
         if not isinstance(json.loads(file.read_bytes()), dict):
             raise ValueError(f"{file} holds no object of named settings")
 
 
-def _absent_encoders(index: Mapping[str, Any]) -> set[str]:
-    """Text encoders that the pipeline was saved without, and their tokenizers: diffusers must be told of them to load the rest."""
-    absent = {name for name, part in index.items() if part == [None, None]}
+def _absent_encoders(index: Mapping[str, object]) -> set[str]:
+    """The text encoders that the pipeline was saved without, and their tokenizers: diffusers needs their names."""
+    absent = {name for name, entry in index.items() if entry == [None, None]}
     encoders = {name for name in absent if name.startswith("text_encoder")}
     return encoders | {name for name in absent if name.replace("tokenizer", "text_encoder") in encoders}
 
@@ -238,14 +239,14 @@ _VOCABULARIES = {"tokenizer.json", "vocab.json", "spiece.model"}
 
 
 def _require_vocabulary(folder: Path) -> None:
-    """ValueError for a tokenizer without one, of which transformers makes an empty one in silence."""
+    """ValueError for a tokenizer without a vocabulary, for which transformers silently makes an empty one."""
     if not _VOCABULARIES & {file.name for file in folder.glob("*")}:
         raise ValueError(f"{folder} holds none of {', '.join(sorted(_VOCABULARIES))}")
 
 
 @contextmanager
-def sayable(source: str | Path, what: str = "model.path") -> Iterator[None]:
-    """Whatever the libraries below raise at a damaged file, as a ValueError of one sentence."""
+def reported_errors(source: str | Path, what: str = "model.path") -> Iterator[None]:
+    """Turn what the libraries below raise at a damaged file into a ValueError of one sentence."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):

@@ -1,15 +1,15 @@
-"""A LoRA in a denoiser: one that is there already as what is trained further, and what is saved of any.
+"""A LoRA in a denoiser: one that is trained further is loaded, and every one is saved.
 
-What is saved means the same to every reader: alpha / rank is in lora_B, and alpha is the rank. A reader of tensors alone, which
-knows no alpha, takes just that. The alpha that it was trained with is in the header, for those who train it further: with another
-split Adam's steps would be others.
+A saved LoRA means the same to every reader: alpha / rank is in lora_B, and alpha is the rank, as a reader of tensors
+alone assumes. The alpha of training is in the header, for those who train it further: with another split Adam's steps
+would be others.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import torch
@@ -24,26 +24,27 @@ from progrpo.policies.hub import reason_of
 from progrpo.policies.lora_files import LORA_FILE, SETTINGS, TRAINED_WITH, read_lora
 
 ADAPTER = "default"
-"""What peft calls the adapter that is trained."""
+"""The name of the trained adapter in peft."""
 
 
 def continue_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str) -> None:
-    """Give the denoiser the LoRA of a folder, a file or a hub id, in float32.
+    """Add the LoRA of a folder, a file or a hub id to the denoiser, in float32.
 
-    Bit for bit, but for one that was saved here and trained with an alpha / rank that is no power of two: that is up to rounding.
-    ValueError, one sentence, for what is no LoRA of this denoiser alone: every number in the file must find its place.
+    It is the file's bit for bit. Only one that was saved here with an alpha / rank that is no power of two is it up to
+    rounding. ValueError, one sentence, for what is no LoRA of this denoiser alone: every number in the file must find
+    its place.
     """
     denoiser = getattr(pipeline, denoiser_name)
     try:
         lora = read_lora(pipeline, denoiser_name, source)
         _require_layers(lora.tensors, denoiser)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a misfit, which is said below; what peft draws is replaced
+            warnings.simplefilter("ignore")  # about a misfit, which is refused below; what peft draws is replaced
             denoiser.load_lora_adapter(
                 dict(lora.tensors), prefix=None, metadata=lora.config.to_dict(), adapter_name=ADAPTER
             )
         in_float32(denoiser)  # what was loaded was rounded to the base's dtype
-        _require_taken(lora.tensors, denoiser)
+        _require_loaded(lora.tensors, denoiser)
         scale = _scales(denoiser) if lora.rescaled else {}
         own = {name: tensor / scale.get(name, 1.0) for name, tensor in lora.tensors.items()}
         set_peft_model_state_dict(denoiser, own, ADAPTER)
@@ -68,9 +69,9 @@ def save_lora(denoiser: ModelMixin, denoiser_name: str, folder: Path) -> None:
 
 
 def in_float32(denoiser: ModelMixin) -> None:
-    """The parameters that are trained: peft follows the base's dtype, in which small updates vanish.
+    """Cast the trained parameters to float32: peft follows the base's dtype, in which small updates vanish.
 
-    Their layers no longer raise what comes in to float32 themselves: autocast lowers it again, to the same numbers.
+    Their layers no longer cast their inputs to float32: autocast casts them back, to the same numbers.
     """
     for name, parameter in denoiser.named_parameters():
         if f".{ADAPTER}." in name:
@@ -81,19 +82,22 @@ def in_float32(denoiser: ModelMixin) -> None:
 
 
 def _scales(denoiser: ModelMixin) -> dict[str, float]:
-    """What peft multiplies a layer's product by, under the name of its second matrix."""
+    """The factor of each layer's product in peft, by the name of the layer's second matrix."""
     layers = {name: module for name, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)}
     return {f"{name}.lora_B.weight": float(module.scaling[ADAPTER]) for name, module in layers.items()}
 
 
-def _require_layers(own: Mapping[str, Tensor], denoiser: ModelMixin) -> None:
+def _require_layers(tensors: Mapping[str, Tensor], denoiser: ModelMixin) -> None:
     layers = {name for name, _ in denoiser.named_modules()}
-    if strange := [name for name in own if name.partition(".lora_")[0] not in layers]:
-        raise ValueError(f"its {min(strange)} has no place in this model; it is of another")
+    _refuse({name for name in tensors if name.partition(".lora_")[0] not in layers})
 
 
-def _require_taken(own: Mapping[str, Tensor], denoiser: ModelMixin) -> None:
-    taken = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
-    strange = own.keys() ^ taken.keys() or {name for name in own if own[name].shape != taken[name].shape}
-    if strange:
-        raise ValueError(f"its {min(strange)} has no place in this model; it is of another")
+def _require_loaded(tensors: Mapping[str, Tensor], denoiser: ModelMixin) -> None:
+    loaded = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
+    other_names = tensors.keys() ^ loaded.keys()
+    _refuse(other_names or {name for name in tensors if tensors[name].shape != loaded[name].shape})
+
+
+def _refuse(names: Set[str]) -> None:
+    if names:
+        raise ValueError(f"its {min(names)} has no place in this model; it is of another")

@@ -1,7 +1,7 @@
-"""LoRA files as others write them: diffusers' format, peft's folders, and those of kohya's kind that diffusers converts.
+"""LoRA files of others: diffusers' format, peft's folders, and kohya's where diffusers converts it.
 
-A reader gets two matrices for each layer and what scales their product, which every format keeps elsewhere: diffusers and peft in settings
-beside the tensors, kohya in tensors of their own. Without any the scale is 1.
+A LoRA is two matrices for each layer and the scale of their product. Each format keeps the scale in another place:
+diffusers and peft in settings beside the tensors, kohya in tensors of their own. Without any the scale is 1.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers calls a LoRA in its folder."""
+"""The name of a LoRA's file in diffusers' format."""
 SETTINGS = "lora_adapter_metadata"
-"""What diffusers calls peft's settings in a file's header."""
+"""The name of peft's settings in the header of a file in diffusers' format."""
 TRAINED_WITH = "progrpo_trained_with"
-"""Settings in a file's header that the weights were trained with, where they were rescaled for saving."""
+"""The name of the settings of training in the header of a file whose weights were rescaled for saving."""
 HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 
 _PEFT_FILE, _PEFT_SETTINGS, _PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
@@ -49,7 +49,7 @@ _OTHER_KINDS = {
     ".diff": "difference of whole weights",
     "lora_B.bias": "LoRA with biases",
 }
-"""What is no plain LoRA, by a part of its tensors' names."""
+"""The kinds that are no plain LoRA, by a part of their tensors' names."""
 _SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 _OTHER_SETTINGS = {
     "use_dora": "DoRA",
@@ -60,39 +60,48 @@ _OTHER_SETTINGS = {
     "layer_replication": "LoRA of replicated layers",
 }
 _REWRITES = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings that change the model's own weights, beside which alone such a LoRA means something."""
+"""Initialisations that change the model's own weights: such a LoRA has a meaning beside those alone."""
+
+
+LoraSettings = dict[str, Any]
+"""Settings of peft's `LoraConfig` by name, as JSON has them."""
 
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """`tensors` by the denoiser's names, `LAYER.lora_A.weight` (r, I, ...) and `LAYER.lora_B.weight` (O, r, ...), float32, for peft's `config`.
+    """The weights of a LoRA, float32, by the denoiser's names, and peft's configuration of it.
 
-    `rescaled`: the configuration's alpha / r is in lora_B already, as `save_lora` writes it.
+    The names are `LAYER.lora_A.weight` (r, I, ...) and `LAYER.lora_B.weight` (O, r, ...).
     """
 
     tensors: dict[str, Tensor]
     config: LoraConfig
     rescaled: bool
+    """Whether the configuration's alpha / r is in lora_B already, as `save_lora` writes it."""
 
 
 def read_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str) -> LoraWeights:
-    """The LoRA of a folder, a file or a hub id. ValueError, a part of a sentence, for what is no plain LoRA of the denoiser alone."""
+    """Read the LoRA of a folder, a file or a hub id.
+
+    ValueError, a part of a sentence, for what is no plain LoRA of the denoiser alone.
+    """
     file = _file(source)
     raw, header = _read(file)
     _require_plain(raw)
-    if strange := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
+    if not_finite := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
         raise ValueError(
-            f"its {min(strange)} has numbers that are not finite, as of a training that diverged; take another"
+            f"its {min(not_finite)} has numbers that are not finite, as of a training that diverged; take another"
         )
     scaled = _scaled(raw)
     if any(name.startswith(_PEFT_PREFIX) for name in raw):
-        own, settings = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in scaled.items()}, _beside(file)
+        tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in scaled.items()}
+        settings = _settings_beside(file)
     else:
-        own = _converted(pipeline, denoiser_name, scaled)
-        has_alphas = any(name.endswith(".alpha") for name in raw)  # which are what scales it then
-        settings = {} if has_alphas else _of_part(json.loads(header.get(SETTINGS, "{}")), denoiser_name)
+        tensors = _converted(pipeline, denoiser_name, scaled)
+        has_alphas = any(name.endswith(".alpha") for name in raw)  # which scale it then
+        settings = {} if has_alphas else _settings_of(denoiser_name, json.loads(header.get(SETTINGS, "{}")))
     trained_with = json.loads(header.get(TRAINED_WITH, "{}"))
-    return LoraWeights(own, _config(settings | trained_with, own), bool(trained_with))
+    return LoraWeights(tensors, _config(settings | trained_with, tensors), bool(trained_with))
 
 
 # --- where the file is ------------------------------------------------------------------------------------------------
@@ -128,7 +137,7 @@ def is_lora(path: str) -> bool:
 
 
 def _chosen(names: Collection[str]) -> str:
-    """The file in a folder that is its LoRA."""
+    """The file of a folder that is its LoRA."""
     if "model_index.json" in names or any(name.startswith("diffusion_pytorch_model") for name in names):
         raise ValueError("it is a folder with a whole model or denoiser, and no LoRA")
     there = sorted(name for name in names if name.endswith(".safetensors"))
@@ -147,8 +156,8 @@ def _require_safe(names: Iterable[str]) -> None:
     for name in sorted(names):
         if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
             raise ValueError(
-                f"{os.path.basename(name)} is a pickle, which can run code and is never read here; load it where you trust it and"
-                " save it as safetensors"
+                f"{os.path.basename(name)} is a pickle, which can run code and is never read here; load it where you"
+                " trust it and save it as safetensors"
             )
 
 
@@ -167,7 +176,7 @@ def _from_hub(source: str) -> Path:
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header; where peft's own name of the adapter is in a tensor's, it is left out."""
+    """Read tensors and header. Peft's own name of the adapter is left out of the tensors' names."""
     try:
         with safe_open(file, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no dict)
@@ -182,32 +191,39 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _require_plain(names: Collection[str]) -> None:
-    """Both matrices of each layer, and nothing beside them: the libraries below let go of what they do not know."""
+    """ValueError for a file that holds more or less than both matrices of each layer.
+
+    The libraries below drop what they do not know.
+    """
     sides: dict[str, set[str]] = {}
     for name in names:
         for part, kind in _OTHER_KINDS.items():
             if part in name:
                 raise ValueError(f"it is a {kind} ({name}), and only plain LoRAs are used here")
-        if found := _MATRIX.fullmatch(name):
-            sides.setdefault(found["layer"], set()).add(found["side"])
+        if match := _MATRIX.fullmatch(name):
+            sides.setdefault(match["layer"], set()).add(match["side"])
     alone = [name for name in names if not _MATRIX.fullmatch(name) and name.removesuffix(".alpha") not in sides]
     if not sides:
         raise ValueError("it is not a LoRA: no tensor in it is one of lora_A and lora_B, or of lora_down and lora_up")
     if alone:
         raise ValueError(f"it is not a plain LoRA, since it holds {min(alone)}")
-    if half := [layer for layer, found in sides.items() if len(found) != 2]:
+    if half := [layer for layer, layer_sides in sides.items() if len(layer_sides) != 2]:
         raise ValueError(f"its {min(half)} has one of two matrices, so that the file is damaged")
 
 
 def _scaled(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in float32 with kohya's scales, alpha / r, in their second matrices; r is left of alpha where its readers need one."""
-    matrices = [(name, found) for name in raw if (found := _MATRIX.fullmatch(name))]
-    ranks = {found["layer"]: len(raw[name]) for name, found in matrices if found["side"] in ("A", "down")}
+    """The tensors in float32 with kohya's scales, alpha / r, in their second matrices.
+
+    Their alpha is then r, where a reader needs one.
+    """
+    matrices = [(name, match) for name in raw if (match := _MATRIX.fullmatch(name))]
+    ranks = {match["layer"]: len(raw[name]) for name, match in matrices if match["side"] in ("A", "down")}
     scaled = {}
-    for name, found in matrices:
-        layer, second = found["layer"], found["side"] in ("B", "up")
+    for name, match in matrices:
+        layer = match["layer"]
+        is_second = match["side"] in ("B", "up")
         alpha = raw.get(f"{layer}.alpha")
-        scale = float(alpha) / ranks[layer] if second and alpha is not None else 1.0
+        scale = float(alpha) / ranks[layer] if is_second and alpha is not None else 1.0
         scaled[name] = raw[name].float() * scale
         if name.startswith(_KOHYA):
             scaled[f"{layer}.alpha"] = torch.tensor(float(ranks[layer]))
@@ -215,15 +231,15 @@ def _scaled(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _converted(pipeline: DiffusionPipeline, denoiser_name: str, raw: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By the denoiser's own names, as diffusers has them of each format that it knows."""
+    """Convert tensors to the denoiser's own names by diffusers, which knows the names of each format."""
     unet = {"unet_config": pipeline.unet.config} if denoiser_name == "unet" else {}
-    theirs = type(pipeline).lora_state_dict(dict(raw), return_lora_metadata=True, return_alphas=True, **unet)[0]
-    tensors: dict[str, Tensor] = convert_unet_state_dict_to_peft(theirs)
-    parts = {name.partition(".")[0] for name in tensors}
-    if others := sorted(part for part in parts if part in pipeline.components and part != denoiser_name):
+    converted = type(pipeline).lora_state_dict(dict(raw), return_lora_metadata=True, return_alphas=True, **unet)[0]
+    tensors: dict[str, Tensor] = convert_unet_state_dict_to_peft(converted)
+    adapted = {name.partition(".")[0] for name in tensors} & pipeline.components.keys()
+    if others := sorted(adapted - {denoiser_name}):
         raise ValueError(
-            f"it adapts the {others[0]}, and what is trained here is the {denoiser_name} alone; leave the tensors of the"
-            f" {others[0]} out of the file, or merge them into the model's first"
+            f"it adapts the {others[0]}, and what is trained here is the {denoiser_name} alone; leave the tensors of"
+            f" the {others[0]} out of the file, or merge them into the model's first"
         )
     own = {name.removeprefix(f"{denoiser_name}."): tensor for name, tensor in tensors.items()}
     if any(name.startswith(_KOHYA) for name in own) or not _is_all(own, raw):
@@ -233,40 +249,45 @@ def _converted(pipeline: DiffusionPipeline, denoiser_name: str, raw: dict[str, T
 
 
 def _is_all(own: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> bool:
-    """Whether nothing was let go: layers may be split into several, which leaves the sum of squares of second matrices."""
-    seconds = [
-        [t for name, t in tensors.items() if (found := _MATRIX.fullmatch(name)) and found["side"] in ("B", "up")]
-        for tensors in (own, raw)
-    ]
-    kept, told = (sum(float(t.double().square().sum()) for t in tensors) for tensors in seconds)
-    return len(seconds[0]) >= len(seconds[1]) and math.isclose(kept, told, rel_tol=1e-6)
+    """Whether nothing was dropped, by the sum of squares of second matrices: that stays where a layer is split."""
+    own_matrices, raw_matrices = _second_matrices(own), _second_matrices(raw)
+    own_sum, raw_sum = (
+        sum(float(t.double().square().sum()) for t in matrices) for matrices in (own_matrices, raw_matrices)
+    )
+    return len(own_matrices) >= len(raw_matrices) and math.isclose(own_sum, raw_sum, rel_tol=1e-6)
+
+
+def _second_matrices(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    return [t for name, t in tensors.items() if (match := _MATRIX.fullmatch(name)) and match["side"] in ("B", "up")]
 
 
 # --- what scales it ---------------------------------------------------------------------------------------------------
 
 
-def _beside(file: Path) -> dict[str, Any]:
-    """The settings of peft's folder."""
+def _settings_beside(file: Path) -> LoraSettings:
+    """The settings in peft's folder."""
     path = file.with_name(_PEFT_SETTINGS)
     if not path.is_file():
         raise ValueError(
-            f"it is in peft's format, and {_PEFT_SETTINGS}, which says how strong it is, is not beside {file.name}; put it there"
+            f"it is in peft's format, and {_PEFT_SETTINGS}, which says how strong it is, is not beside {file.name}; put"
+            " it there"
         )
-    settings: dict[str, Any] = json.loads(path.read_bytes())
+    settings: LoraSettings = json.loads(path.read_bytes())
     if (kind := settings.get("peft_type")) != "LORA":
         raise ValueError(f"it is a {kind}, and only plain LoRAs are used here")
     return settings
 
 
-def _of_part(settings: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """Select one part's settings from those in a header; where a part was saved alone, all are its own."""
+def _settings_of(component: str, settings: LoraSettings) -> LoraSettings:
+    """Select a component's settings from those in a header; where it was saved alone, all are its own."""
     if "r" in settings:
         return dict(settings)
-    return {name.removeprefix(f"{part}."): v for name, v in settings.items() if name.startswith(f"{part}.")}
+    prefix = f"{component}."
+    return {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
 
 
-def _config(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LoraConfig:
-    """peft's, of plain layers; without settings ranks are the matrices' and the scale is 1."""
+def _config(settings: LoraSettings, tensors: Mapping[str, Tensor]) -> LoraConfig:
+    """Peft's configuration of plain layers. Without settings ranks are the matrices' and the scale is 1."""
     for name, kind in _OTHER_SETTINGS.items():
         if settings.get(name):
             raise ValueError(f"it is a {kind}, and only plain LoRAs are used here")
@@ -275,7 +296,7 @@ def _config(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LoraC
             f"it began with {began}, which changed the model's own weights; have peft save it for the unchanged model"
             " (path_initial_model_for_weight_conversion)"
         )
-    scaling = {name: settings[name] for name in _SCALING if name in settings} or _of_ranks(tensors)
+    scaling = {name: settings[name] for name in _SCALING if name in settings} or _scaling_by_ranks(tensors)
     alphas = scaling["lora_alpha"], *scaling.get("alpha_pattern", {}).values()
     if not min(alphas) > 0:
         raise ValueError(f"its alpha is {min(alphas)}, with which a LoRA adds nothing")
@@ -283,7 +304,7 @@ def _config(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LoraC
     return LoraConfig(target_modules=layers, init_lora_weights="gaussian", **scaling)
 
 
-def _of_ranks(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _scaling_by_ranks(tensors: Mapping[str, Tensor]) -> LoraSettings:
     ranks = {f"^{name.partition('.lora_')[0]}": len(t) for name, t in tensors.items() if ".lora_A." in name}
     most = Counter(ranks.values()).most_common(1)[0][0]
     others = {layer: rank for layer, rank in ranks.items() if rank != most}

@@ -1,11 +1,11 @@
-"""The networks of a pipeline from their files: each whole, in safetensors and of one variant, or not at all."""
+"""The networks of a pipeline from their files: each complete, in safetensors and of one variant, or refused."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import diffusers
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from progrpo.messages import named
 from progrpo.policies.hub import UnfitError
 
+T = TypeVar("T", bound=nn.Module)
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _PART_OF = r"(-\d+-of-\d+)?"
 _WEIGHTS = re.compile(rf"[\w-]+?{_PART_OF}(\.(?P<variant>[A-Za-z]\w*)){{0,1}}{_PART_OF}\.safetensors")
@@ -23,13 +24,13 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 
 
-def fetch(source: str, revision: str, variant: str, without: Collection[str]) -> Path:
-    """The folder of a pipeline: `source` itself, or the snapshot of a hub id, downloaded but for the components `without`."""
+def fetch(source: str, revision: str, variant: str, omitted: Collection[str]) -> Path:
+    """The folder of a pipeline: `source` itself, or a hub id's snapshot, which is downloaded but for some components."""
     if Path(source).is_dir():
         return Path(source)
     options = {"revision": revision or None, "variant": variant or None, "use_safetensors": True}
     try:
-        return Path(DiffusionPipeline.download(source, **options, **dict.fromkeys(without)))
+        return Path(DiffusionPipeline.download(source, **options, **dict.fromkeys(omitted)))
     except OSError as error:
         if "Could not find the necessary" not in str(error):
             raise
@@ -38,38 +39,39 @@ def fetch(source: str, revision: str, variant: str, without: Collection[str]) ->
 
 
 def load_networks(
-    folder: Path, index: Mapping[str, Any], dtypes: Mapping[str, torch.dtype], variant: str
-) -> dict[str, Any]:
+    folder: Path, index: Mapping[str, object], dtypes: Mapping[str, torch.dtype], variant: str
+) -> dict[str, nn.Module]:
     """The networks that a pipeline's index names, each in its dtype of `dtypes` or in `default`.
 
     ValueError for one whose files are no safetensors, are of another variant, or lack what its configuration asks for.
     """
-    kinds = {name: kind for name, entry in index.items() if (kind := _network(entry)) is not None}
-    held = {name: _variants(folder / name) for name in kinds}
-    if variant and not any(variant in variants for variants in held.values()):
-        others = ", ".join(sorted(set().union(*held.values()) - {""})) or "none"
+    kinds = {name: kind for name, entry in index.items() if (kind := network_class(entry)) is not None}
+    available = {name: _variants(folder / name) for name in kinds}
+    if variant and not any(variant in variants for variants in available.values()):
+        others = ", ".join(sorted(set().union(*available.values()) - {""})) or "none"
         raise UnfitError(
-            f"it has no weights of the variant {named(variant)}, of others {others}; leave model.variant empty, or name one"
-            " that it has"
+            f"it has no weights of the variant {named(variant)}, of others {others}; leave model.variant empty, or name"
+            " one that it has"
         )
-    chosen = {name: variant if variant in held[name] else "" for name in kinds}
+    chosen = {name: variant if variant in available[name] else "" for name in kinds}
     for name in kinds:
-        _require_weights(folder / name, held[name], chosen[name])
+        _require_weights(folder / name, available[name], chosen[name])
     return {
         name: load_whole(kind, folder / name, dtype=dtypes.get(name, dtypes["default"]), variant=chosen[name] or None)
         for name, kind in kinds.items()
     }
 
 
-def load_whole(kind: Any, source: str | Path, **options: Any) -> Any:
-    """`kind.from_pretrained` from safetensors; ValueError where files do not fill the network that config.json describes.
+def load_whole(kind: type[T], source: str | Path, **options: object) -> T:
+    """Call `kind.from_pretrained` on safetensors. ValueError where files do not fill the network of config.json.
 
-    What they lack would be random numbers, or no numbers at all. The loaders are asked for it: names change on the way
-    from a file to a network, so that neither names nor numbers in files tell.
+    What is missing would be random numbers, or none at all. The loaders report it: names change on the way from a file
+    to a network, so that names in files do not tell.
     """
     if not issubclass(kind, ModelMixin):  # transformers says in its log alone what has another size
         options["ignore_mismatched_sizes"] = True
-    network, report = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
+    loader: Any = kind
+    network, report = loader.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
     lacking = {name for name in report["missing_keys"] if not name.endswith("num_batches_tracked")}
     lacking |= {name for name, *_ in report["mismatched_keys"]}
     if lacking:
@@ -77,11 +79,11 @@ def load_whole(kind: Any, source: str | Path, **options: Any) -> Any:
             f"{named(source)} lacks {len(lacking):,} of the {len(network.state_dict()):,} tensors that its config.json"
             f" asks for, such as {named(min(lacking))}{_others(report['unexpected_keys'])}"
         )
-    return network
+    return cast(T, network)
 
 
-def _network(entry: object) -> Any:
-    """The class that an index's [library, class] names, if it is a network's."""
+def network_class(entry: object) -> type[nn.Module] | None:
+    """The class of an index's [library, class], if it is a network's."""
     if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in _LIBRARIES):
         return None
     kind = getattr(_LIBRARIES[entry[0]], str(entry[1]), None)
@@ -89,9 +91,9 @@ def _network(entry: object) -> Any:
 
 
 def _variants(folder: Path) -> set[str]:
-    """The variants of the weights in a folder; empty for those without one."""
-    found = (_WEIGHTS.fullmatch(file.name) for file in folder.glob("*.safetensors"))
-    return {match["variant"] or "" for match in found if match}
+    """The variants of the weights in a folder; the empty text for weights without one."""
+    matches = (_WEIGHTS.fullmatch(file.name) for file in folder.glob("*.safetensors"))
+    return {match["variant"] or "" for match in matches if match}
 
 
 _PICKLED = (
@@ -117,7 +119,7 @@ def _require_weights(folder: Path, variants: Collection[str], variant: str) -> N
 
 
 def _others(unexpected: Collection[str]) -> str:
-    """What a file holds in the place of what it lacks, as far as that says why."""
+    """A clause about what a file holds in the place of what is missing, as far as that says why."""
     wrapped = next((prefix for prefix in _WRAPPERS if any(name.startswith(prefix) for name in unexpected)), None)
     if wrapped:
         return (

@@ -11,29 +11,29 @@ from progrpo.policies.flow import FlowFamily
 from progrpo.policies.geometry import Geometry
 
 PATCH = 2
-"""Rows and columns of a latent that are one token."""
+"""The rows and columns of a latent that are one token."""
 
 
 def packed(x_BCHW: Tensor) -> Tensor:
-    """Latents as tokens, row by row: (B, H W / 4, 4 C), a channel's four places side by side."""
+    """Pack latents into tokens, row by row: (B, H W / 4, 4 C), a channel's four places side by side."""
     return pixel_unshuffle(x_BCHW, PATCH).flatten(2).transpose(1, 2)
 
 
 def unpacked(tokens_BLD: Tensor, height: int, width: int) -> Tensor:
-    """Tokens of so many rows and columns as latents, (B, D / 4, 2 height, 2 width)."""
+    """Unpack tokens of so many rows and columns into latents, (B, D / 4, 2 height, 2 width)."""
     return pixel_shuffle(tokens_BLD.transpose(1, 2).unflatten(2, (height, width)), PATCH)
 
 
 class PackedFlowFamily(FlowFamily):
-    """A flow model of packed latents: they are tokens within the network only."""
+    """A flow model of packed latents, which are tokens within the network only."""
 
     def check(self) -> None:
         super().check()
         channels, expected = self.denoiser.config.in_channels, self.latent_channels * PATCH**2
         if channels != expected:
             raise ValueError(
-                f"model.path: the transformer takes {channels} channels where tokens of latents have {expected}; use a model"
-                " that takes text alone, not one for editing or control"
+                f"model.path: the transformer takes {channels} channels where tokens of latents have {expected}; use a"
+                " model that takes text alone, not one for editing or control"
             )
 
     def geometry(self) -> Geometry:

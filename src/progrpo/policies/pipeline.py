@@ -131,7 +131,10 @@ def _offloader(family: ModelFamily) -> ModuleOffloader:
 
 
 def _may_be_batch_invariant(prepared: Prepared) -> bool:
-    """False where it is known without measuring: on a GPU, compiled in low precision, and where processes make calls together."""
+    """Whether the network may be batch-invariant, as far as is known without measuring.
+
+    It is not on a GPU, compiled in low precision, and where processes make calls together.
+    """
     settings, device = prepared.family.settings, prepared.family.device
     same_network = settings.dtype == "float32" or not settings.compile
     return same_network and device.type == "cpu" and not prepared.shared

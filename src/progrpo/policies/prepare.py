@@ -93,8 +93,8 @@ def _require_untaken(pipeline: DiffusionPipeline) -> None:
 def _require_no_adapter(family: ModelFamily) -> None:
     if any(isinstance(module, BaseTunerLayer) for module in family.denoiser.modules()):
         raise ValueError(
-            f"the pipeline's {family.denoiser_name} has an adapter already: call fuse_lora() and unload_lora_weights() to"
-            " keep what it learnt, the latter alone to leave it out, or name it in model.lora to train it further"
+            f"the pipeline's {family.denoiser_name} has an adapter already: call fuse_lora() and unload_lora_weights()"
+            " to keep what it learnt, the latter alone to leave it out, or name it in model.lora to train it further"
         )
 
 
@@ -104,7 +104,8 @@ def _require_fitting_context(family: ModelFamily, geometry: Geometry) -> None:
         raise ValueError("preview.tiny_decoder: an AutoencoderTiny decodes pictures, and this model makes videos")
     if context.guide_away_from and getattr(family.denoiser.config, "guidance_embeds", False):
         raise ValueError(
-            "sampling.negative_prompt: this model is told the guidance scale and leads away from no text; leave it empty"
+            "sampling.negative_prompt: this model takes the guidance scale as an input and no negative prompt; leave it"
+            " empty"
         )
 
 
@@ -213,8 +214,8 @@ def _order_memory(family: ModelFamily) -> None:
 def _compile(family: ModelFamily) -> bool:
     """Compile in place, so that names of parameters stay. Return whether the decoder is compiled, too.
 
-    The denoiser is compiled by its blocks, which takes a fraction of the time that the whole takes: equal ones share what was
-    compiled. Sampling, training, audits and evaluation each have shapes of their own.
+    The denoiser is compiled by its blocks, which takes a fraction of the time that the whole takes: equal ones share
+    what was compiled. Sampling, training, audits and evaluation each have shapes of their own.
     """
     if not family.settings.compile:
         return False
@@ -228,7 +229,8 @@ def _compile(family: ModelFamily) -> bool:
 def compilable_decoder(vae: ModelMixin, settings: ModelSettings, device: torch.device) -> list[nn.Module]:
     """The decoder if compiling makes it faster: one of pictures, whose norms go through memory several times on a GPU.
 
-    On a CPU it is slower compiled than not. One that is to save memory is left: slices and tiles have shapes of their own.
+    On a CPU it is slower compiled than not. One that is to save memory is left: slices and tiles have shapes of their
+    own.
     """
     faster = device.type != "cpu" and settings.decoding == "whole" and isinstance(vae.decoder, Decoder)
     return [vae.decoder] if faster else []

@@ -1,8 +1,8 @@
 """Frozen linear layers whose weights are 8-bit integers, for training a LoRA beside them.
 
-A row of a weight is 127 steps to either side of 0, as long as its largest number asks (symmetric, round to nearest). It is
-widened to the dtype of the call each time, in the backward pass again: no graph holds a wide copy, and a call computes the
-same with and without a gradient, so that ratios begin at 1.
+A row of a weight has 127 steps to either side of 0, which its largest number scales (symmetric, round to nearest). It
+is converted to the dtype of the call each time, and again in the backward pass: no graph holds a wide copy, and a call
+computes the same with and without a gradient, so that ratios begin at 1.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 
 
 def quantize_blocks(denoiser: nn.Module) -> None:
-    """In place: the linear layers of its numbered blocks. The few before and after them keep their precision, where it counts most."""
+    """Quantise the linear layers of the numbered blocks, in place. The few outside keep the precision that they need."""
     for name, module in list(denoiser.named_modules()):
         if isinstance(module, nn.Linear) and _IN_A_BLOCK.search(name):
             denoiser.set_submodule(name, Int8Linear(module))
 
 
 class Int8Linear(nn.Linear):
-    """`linear` with its weight as int8 (O, I) and a float32 `scale` (O, 1), whose product it is up to half a scale."""
+    """A linear layer with its weight as int8 (O, I) and a float32 `scale` (O, 1): their product, up to half a scale."""
 
     scale: Tensor
 
@@ -45,10 +46,10 @@ class Int8Linear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x (..., I) to x W^T + b (..., O), with a gradient for x alone."""
+    """The function x (..., I) to x W^T + b (..., O), with a gradient for x alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, scale)
         return F.linear(x, _widened(weight, scale, x.dtype), bias)
 

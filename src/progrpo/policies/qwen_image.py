@@ -1,4 +1,4 @@
-"""Qwen-Image, flow models: the one file that knows their pipeline and their network."""
+"""Qwen-Image, flow models."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from progrpo.types import Condition
 class QwenImage(PackedFlowFamily):
     """A `QwenImagePipeline` (Qwen-Image, arXiv 2508.02324). A LoRA adapts attention and feed-forward of both streams.
 
-    Its autoencoder is one of videos, and a picture is a video of one frame to it alone. Texts are as long as they are: embeddings are
-    filled up to `max_sequence_length`, and a mask tells the network where.
+    Its autoencoder is one of videos, to which a picture is a video of one frame. Embeddings of a text are padded to
+    `max_sequence_length`, and a mask says where.
     """
 
     default_negative_prompt: ClassVar[str] = " "
@@ -41,7 +41,7 @@ class QwenImage(PackedFlowFamily):
         }
 
     def text_readers(self) -> list[Reader]:
-        """As its pipeline: tokens of the instruction before the text are dropped, those after it count."""
+        """One reader, like the pipeline's: tokens of the instruction before the text are dropped, those after it count."""
         own: int = self.pipeline.tokenizer_max_length
         limit = self.pipeline.prompt_template_encode_start_idx + min(self.text_tokens, own)
         return [Reader("text_encoder", self.pipeline.tokenizer, limit, self.text_tokens < own, self.tokenizer_text)]
@@ -66,19 +66,20 @@ class QwenImage(PackedFlowFamily):
         return unpacked(combined * (conditional_length / length), height, width)
 
     def denoise(self, x_BCHW: Tensor, timestep_B: Tensor, condition: Condition) -> Tensor:
-        told, (height, width) = condition.tensors, (side // PATCH for side in x_BCHW.shape[2:])
+        inputs = condition.tensors
+        height, width = (side // PATCH for side in x_BCHW.shape[2:])
         tokens_BLD = self.denoiser(
             hidden_states=packed(x_BCHW),
             timestep=timestep_B / 1000,  # by which the network multiplies it again
-            encoder_hidden_states=told["prompt_embeds"],
-            encoder_hidden_states_mask=told["prompt_embeds_mask"],
+            encoder_hidden_states=inputs["prompt_embeds"],
+            encoder_hidden_states_mask=inputs["prompt_embeds_mask"],
             img_shapes=[[(1, height, width)]] * len(x_BCHW),
             return_dict=False,
         )[0]
         return unpacked(tokens_BLD, height, width)
 
     def unscale(self, x0_BCHW: Tensor) -> Tensor:
-        """With the axis of frames."""
+        """Scale latents and add the axis of frames."""
         config = self.pipeline.vae.config
         mean, std = (x0_BCHW.new_tensor(v).reshape(-1, 1, 1) for v in (config.latents_mean, config.latents_std))
         return (x0_BCHW * std + mean).unsqueeze(2)

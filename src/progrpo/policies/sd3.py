@@ -1,12 +1,13 @@
-"""Stable Diffusion 3 and 3.5, flow models: the one file that knows their pipeline and their network."""
+"""Stable Diffusion 3 and 3.5, flow models."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.attention import JointAttention
@@ -18,7 +19,8 @@ from progrpo.types import Condition
 class SD3(FlowFamily):
     """A `StableDiffusion3Pipeline`. A LoRA adapts attention and feed-forward of the picture's and the text's stream.
 
-    Of its three text encoders any may be absent, but not all: the model was trained with zeros in the place of each (arXiv 2403.03206).
+    Any of its three text encoders may be absent, but not all: the model was trained with zeros in their place (arXiv
+    2403.03206).
     """
 
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -58,33 +60,38 @@ class SD3(FlowFamily):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def _encode_without_clip(self, text: str) -> dict[str, Tensor]:
-        """What the pipeline cannot: an absent CLIP's embeddings are zeros, as wide as the network and the other one leave it."""
+        """Encode a text where a CLIP is absent, which the pipeline cannot: its embeddings are zeros.
+
+        They are as wide as the network's input and the other encoder leave it.
+        """
         pipeline, config = self.pipeline, self.denoiser.config
         clips = (pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)
-        there = [tokenizer for tokenizer, encoder in clips if encoder is not None]
-        length = there[0].model_max_length if there else pipeline.tokenizer_max_length
+        tokenizers = [tokenizer for tokenizer, encoder in clips if encoder is not None]
+        length = tokenizers[0].model_max_length if tokenizers else pipeline.tokenizer_max_length
         t5 = pipeline._get_t5_prompt_embeds(
             [text],
             max_sequence_length=self.text_tokens,
             device=self.device,
             dtype=self.dtype,
         )
-        found = [None if encoder is None else self._clip(text, tokenizer, encoder) for tokenizer, encoder in clips]
-        left = config.pooled_projection_dim - sum(pooled.shape[-1] for _, pooled in filter(None, found))
-        width = left // found.count(None)
-        nothing = t5.new_zeros(1, length, width), t5.new_zeros(1, width)
+        encoded = [None if encoder is None else self._clip(text, tokenizer, encoder) for tokenizer, encoder in clips]
+        left = config.pooled_projection_dim - sum(pooled.shape[-1] for _, pooled in filter(None, encoded))
+        width = left // encoded.count(None)
+        zeros = t5.new_zeros(1, length, width), t5.new_zeros(1, width)
         hidden, pooled = (
-            torch.cat([part.to(t5) for part in parts], -1) for parts in zip(*(f or nothing for f in found), strict=True)
+            torch.cat([tensor.to(t5) for tensor in tensors], -1)
+            for tensors in zip(*(one or zeros for one in encoded), strict=True)
         )
         beside = torch.nn.functional.pad(hidden, (0, t5.shape[-1] - hidden.shape[-1]))
         return {"prompt_embeds": torch.cat([beside, t5], dim=-2), "pooled_prompt_embeds": pooled}
 
-    def _clip(self, text: str, tokenizer: Any, encoder: nn.Module) -> tuple[Tensor, Tensor]:
-        told = tokenizer(
+    def _clip(self, text: str, tokenizer: PreTrainedTokenizerBase, encoder: nn.Module) -> tuple[Tensor, Tensor]:
+        """The hidden states (1, tokens, width) and the pooled embedding (1, width) of one CLIP."""
+        inputs = tokenizer(
             [text], padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
         )
-        said = encoder(told.input_ids.to(self.device), output_hidden_states=True)
-        return said.hidden_states[-2], said[0]
+        output = encoder(inputs.input_ids.to(self.device), output_hidden_states=True)
+        return output.hidden_states[-2], output[0]
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         config, clip = self.denoiser.config, self.pipeline.text_encoder or self.pipeline.text_encoder_2

@@ -1,8 +1,8 @@
 """A denoiser whose weights are shared out among processes, for models that are too large for one device.
 
-Each process holds a part of every weight, and a block is gathered while it runs (torch's `fully_shard`). A LoRA stays whole
-everywhere; weights that are trained in full are shared out with their gradients, copies and optimizer state. A network call
-then is one that all processes make with the same weights: a process that has none of its own makes a dummy call.
+Each process holds a part of every weight, and a block is gathered while it runs (torch's `fully_shard`). A LoRA stays
+whole in each. Weights that are trained in full are shared out with their gradients, copies and optimizer state. All
+processes make a network call together, with the same weights: a process that has none of its own makes a dummy call.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NO_CALL = 2**31  # above every number of a call
 
 
 def share_out(denoiser: nn.Module, device: torch.device, whole: Collection[Parameter]) -> None:
-    """In place: parameters but the `whole` ones become DTensors on `device`, a block at a time, so that it never holds them all.
+    """Make DTensors on `device` of all parameters but the `whole` ones, in place and a block at a time.
 
     A backward pass leaves in each process the sum over processes of its part of the gradients.
     """
@@ -36,29 +36,29 @@ def share_out(denoiser: nn.Module, device: torch.device, whole: Collection[Param
 
 
 def blocks(denoiser: nn.Module) -> list[nn.Module]:
-    """What it is stacked from, each of which runs as a whole; of a U-Net the middle one, too, which stands alone."""
+    """The blocks that the denoiser is stacked from; a U-Net's middle block too, which is in no list."""
     stacked = [block for child in denoiser.children() if isinstance(child, nn.ModuleList) for block in child]
     middle = getattr(denoiser, "mid_block", None)
     return stacked if middle is None else [*stacked, middle]
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be shared out; every process must ask for it."""
+    """The whole of a tensor that may be shared out. All processes call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def all_gathered(tree: Any, keep: bool) -> Any:
-    """Nested state with what is shared out gathered, one tensor after another, and moved to the CPU where it is to be kept."""
+    """Gather the shared tensors of a nested state, one after another, and move them to the CPU where they are kept."""
     if isinstance(tree, DTensor):
-        whole = tree.full_tensor()
-        return whole.cpu() if keep else None
+        full = tree.full_tensor()
+        return full.cpu() if keep else None
     if isinstance(tree, Mapping):
         return {name: all_gathered(value, keep) for name, value in tree.items()}
     return [all_gathered(value, keep) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
 def as_shared(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy of `tensor`, on the device of `like` and in its dtype, and of one that is shared out this process' part."""
+    """A copy of `tensor` on the device of `like` and in its dtype; this process' part where `like` is shared out."""
     if not isinstance(like, DTensor):
         return tensor.to(like, copy=True)
     moved = tensor.to(like.device, like.dtype, copy=True)
@@ -68,8 +68,8 @@ def as_shared(tensor: Tensor, like: Tensor) -> Tensor:
 class PeerCalls:
     """The network calls of all processes, kept in step: the same number, in the same order, with the same weights.
 
-    `dummy_forward(weights, training)` makes a call that counts for nothing, with a backward pass if it is `training`. `weights` are
-    numbered alike in all processes.
+    `dummy_forward(weights, training)` makes a call that counts for nothing, and a backward pass if it is `training`.
+    Weights have the same numbers in all processes.
     """
 
     def __init__(self, device: torch.device, dummy_forward: Callable[[int, bool], None]) -> None:

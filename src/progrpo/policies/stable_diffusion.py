@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x, 2.x and XL, diffusion models with a U-Net: the one file that knows their pipelines and network."""
+"""Stable Diffusion 1.x, 2.x and XL, diffusion models with a U-Net."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from progrpo.types import Condition
 
 
 class StableDiffusion(ModelFamily):
-    """A `StableDiffusionPipeline`. A LoRA adapts the attention and feed-forward layers of the U-Net's transformer blocks.
+    """A `StableDiffusionPipeline`. A LoRA adapts attention and feed-forward of the U-Net's transformer blocks.
 
-    It is sampled on DDIM's grid, whatever scheduler the pipeline came with; that one's noise schedule, prediction type and
-    spacing stay. Its steps end where those of diffusers' DDIM do, or (`step_ends` next) where the next ones begin.
+    It is sampled on DDIM's grid, with the noise schedule, prediction type and spacing of the pipeline's own scheduler.
+    Steps end where those of diffusers' DDIM do, or (`step_ends` next) where the next ones begin.
     """
 
     denoiser_name: ClassVar[str] = "unet"
@@ -57,18 +57,19 @@ class StableDiffusion(ModelFamily):
             )
         if pipeline.unet.config.time_cond_proj_dim is not None:
             raise ValueError(
-                "model.path: the U-Net must be told the guidance scale, as a latent consistency model's, which cannot be done"
-                " here; use the model that it was distilled from"
+                "model.path: the guidance scale is an input of the U-Net, as of a latent consistency model's, which is"
+                " not supported here; use the model that it was distilled from"
             )
         if pipeline.unet.config.encoder_hid_dim_type is not None:
             raise ValueError(
-                "model.path: the U-Net is shown a picture as well, by an IP-Adapter; take it off with unload_ip_adapter()"
+                "model.path: the U-Net is shown a picture as well, by an IP-Adapter; take it off with"
+                " unload_ip_adapter()"
             )
         own = pipeline.scheduler.config
         if "beta_schedule" not in own or own.prediction_type not in PREDICTIONS:
             raise ValueError(
-                f"model.path: the scheduler is a {type(pipeline.scheduler).__name__}, for whose noise DDIM has no steps; use"
-                " a model that says epsilon, v_prediction or sample on a schedule of betas"
+                f"model.path: the scheduler is a {type(pipeline.scheduler).__name__}, for whose noise DDIM has no"
+                " steps; use a model that says epsilon, v_prediction or sample on a schedule of betas"
             )
         if self.prediction == "epsilon" and self.scheduler.alphas_cumprod[-1] == 0:
             raise ValueError(
@@ -93,12 +94,11 @@ class StableDiffusion(ModelFamily):
                 f"sampling.num_inference_steps: {num_inference_steps} is more than the {count} timesteps of the model"
             )
         scheduler.set_timesteps(num_inference_steps)
-        timesteps = scheduler.timesteps[
-            :num_inference_steps
-        ]  # one too many come of how some trailing grids are rounded
+        timesteps = scheduler.timesteps[:num_inference_steps]  # the rounding of some trailing grids gives one too many
         if timesteps[0] >= count:  # as many steps as timesteps, on a grid that is offset by one
             raise ValueError(
-                f"sampling.num_inference_steps: {num_inference_steps} steps begin beyond the {count} timesteps of the model; use fewer"
+                f"sampling.num_inference_steps: {num_inference_steps} steps begin beyond the {count} timesteps of the"
+                " model; use fewer"
             )
         end_T = timesteps - count // num_inference_steps  # as in DDIMScheduler.step
         alphas = scheduler.alphas_cumprod

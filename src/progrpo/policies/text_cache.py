@@ -1,4 +1,4 @@
-"""The text cache: each prompt is encoded once, and asked for after the text encoders are gone."""
+"""The text cache: each prompt is encoded once, and can be asked for after the text encoders are gone."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class TextCache:
             if not tensor.isfinite().all():
                 dtype = str(self._family.dtype).removeprefix("torch.")
                 raise ValueError(
-                    f"what {subject} is encoded as ({name}) is not finite in {dtype}; take another model.dtype (bfloat16,"
-                    " float32), or look at the model's encoder"
+                    f"what {subject} is encoded as ({name}) is not finite in {dtype}; take another model.dtype"
+                    " (bfloat16, float32), or look at the model's encoder"
                 )
         return row

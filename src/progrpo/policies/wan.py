@@ -1,4 +1,4 @@
-"""Wan 2.1, flow models of videos: the one file that knows their pipeline and their network."""
+"""Wan 2.1, flow models of videos."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from progrpo.policies.geometry import Geometry
 from progrpo.types import Condition
 
 _SIZE, _FRAMES = (480, 832), 81
-"""Of the model's own videos: height and width in pixels, and pictures."""
+"""The height, width and number of frames of the model's own videos."""
 
 
 class Wan(FlowFamily):
-    """A `WanPipeline` from text to video (Wan, arXiv 2503.20314). A LoRA adapts attention, to the video and to the text, and feed-forward.
+    """A `WanPipeline` from text to video (Wan, arXiv 2503.20314).
 
-    It is sampled by Euler's steps, on the grid of the shift that its own UniPC has: a step of several orders has no
-    transition density.
+    A LoRA adapts feed-forward and attention, to the video and to the text. The model is sampled by Euler's steps, on
+    the grid of its own UniPC's shift: a step of higher order has no transition density.
     """
 
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -55,8 +55,8 @@ class Wan(FlowFamily):
         channels = self.denoiser.config.in_channels
         if channels != self.latent_channels:
             raise ValueError(
-                f"model.path: the transformer takes {channels} channels where latents have {self.latent_channels}; use a model that"
-                " takes text alone, not one from picture to video or for control"
+                f"model.path: the transformer takes {channels} channels where latents have {self.latent_channels}; use"
+                " a model that takes text alone, not one from picture to video or for control"
             )
 
     def ignored(self) -> str:

@@ -20,7 +20,7 @@ CURRENT = "current"
 
 
 class NamedWeights:
-    """Named copies of `parameters`, each on the parameter's device and in its dtype; `reference` is taken at once."""
+    """Named copies of `parameters`, each on the parameter's device and in its dtype. `reference` is copied at once."""
 
     def __init__(self, parameters: Mapping[str, Parameter]) -> None:
         self._parameters = dict(parameters)
@@ -59,14 +59,14 @@ class NamedWeights:
 
     @contextmanager
     def swapped(self, name: str) -> Iterator[None]:
-        """Run the block with the weights `name` in the parameters; the current ones come back however it ends."""
+        """Run the block with the weights `name` in the parameters. The current ones come back however it ends."""
         self._require_current(f"switch to {name!r}")
         with self.instead(name):
             yield
 
     @contextmanager
     def instead(self, name: str) -> Iterator[None]:
-        """The same within another such block, whose weights come back."""
+        """Run the block with the weights `name` within another such block, whose weights come back."""
         before = self._active
         self._switch(name)
         try:
@@ -76,17 +76,17 @@ class NamedWeights:
 
     @property
     def active(self) -> str:
-        """The weights that are in the parameters."""
+        """The name of the weights that are in the parameters."""
         return self._active
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Every set by name, `current` first. The tensors are the live ones, not copies."""
+        """All weights by name, `current` first. The tensors are the live ones, not copies."""
         self._require_current("save")
         return {CURRENT: {key: p.detach() for key, p in self._parameters.items()}, **self._sets}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over every set of `state`, and forget the ones that it does not have."""
+        """Take over all weights of `state`, and forget names that are not in it."""
         self._require_current("load")
         for name, tensors in state.items():
             self._check_fit(name, tensors)
@@ -108,14 +108,14 @@ class NamedWeights:
 
     @torch.no_grad()
     def _exchange(self, stored: dict[str, Tensor]) -> None:
-        # Storage changes hands and nothing is copied: a graph that was built before the block is still right after it.
+        # storage changes hands and nothing is copied: a graph that was built before the block is still right after it
         for key, tensor in stored.items():
             parameter = self._parameters[key]
             if isinstance(parameter, DTensor):  # fully_shard gathers from storage of its own, so values change hands
                 own, other = parameter.to_local(), tensor.to_local()  # type: ignore[attr-defined]
-                kept = own.clone()
+                before = own.clone()
                 own.copy_(other)
-                other.copy_(kept)
+                other.copy_(before)
             else:
                 stored[key], parameter.data = parameter.data, tensor
 

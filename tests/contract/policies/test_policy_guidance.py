@@ -40,7 +40,7 @@ def test_guidance_leads_away_from_the_negative_prompt_as_the_diffusers_pipeline_
 
 
 def test_a_model_that_is_told_its_guidance_leads_away_from_no_text(tiny_flux):
-    with pytest.raises(ValueError, match=r"^sampling\.negative_prompt: this model is told .* leave it empty$"):
+    with pytest.raises(ValueError, match=r"^sampling\.negative_prompt: this model takes the .* leave it empty$"):
         load(tiny_flux, "lora", PolicyContext(guide_away_from="green bird"))
 
 

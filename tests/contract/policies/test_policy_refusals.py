@@ -33,7 +33,8 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(tmp_path, monkeypatch):
         (tmp_path / "empty", "has no model_index.json"),
         (
             other,
-            "is a AllegroPipeline; progrpo trains Flux2KleinPipeline, FluxKontextPipeline, FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline",
+            "is a AllegroPipeline; progrpo trains Flux2KleinPipeline, FluxKontextPipeline, FluxPipeline,"
+            " QwenImagePipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline",
         ),
         (tmp_path / "absent", "neither a built-in model"),
         ("nobody/nothing", "no folder has that name, and the Hugging Face hub was tried: the hub.* cannot be reached"),
