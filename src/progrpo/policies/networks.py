@@ -25,7 +25,7 @@ _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch
 
 
 def fetch(source: str, revision: str, variant: str, omitted: Collection[str]) -> Path:
-    """The folder of a pipeline: `source` itself, or a hub id's snapshot, which is downloaded but for some components."""
+    """The folder of a pipeline: `source` itself, or a hub id's snapshot without the `omitted` components."""
     if Path(source).is_dir():
         return Path(source)
     options = {"revision": revision or None, "variant": variant or None, "use_safetensors": True}

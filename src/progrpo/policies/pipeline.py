@@ -123,7 +123,7 @@ def _decoders(family: ModelFamily) -> tuple[PictureDecoder, PictureDecoder | Non
 
 
 def _offloader(family: ModelFamily) -> ModuleOffloader:
-    """The offloader of the denoiser, which is there first since copies of its weights are taken, and the text encoders."""
+    """The offloader of denoiser and text encoders. The denoiser comes first, since its weights are copied at once."""
     others = (family.pipeline.vae, family.denoiser)
     networks = [module for module in family.pipeline.components.values() if isinstance(module, nn.Module)]
     encoders = [module for module in networks if not any(module is other for other in others)]
