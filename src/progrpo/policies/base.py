@@ -63,7 +63,7 @@ class Policy(Protocol):
     """The meaning of the network's output, a name of `progrpo.diffusion.prediction.PREDICTIONS`."""
 
     latent_shape: tuple[int, ...]
-    """(C, H, W) of one latent, of a video (C, F, H, W)."""
+    """The shape of one latent: (C, H, W), or (C, F, H, W) of a video."""
     device: torch.device
     trainable: Mapping[str, Parameter]
     """The parameters that the optimizer changes, by their name in the denoiser."""
