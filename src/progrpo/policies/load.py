@@ -23,7 +23,7 @@ from progrpo.policies.base import PolicyContext, torch_dtype
 from progrpo.policies.family import ModelFamily
 from progrpo.policies.hub import reason_of
 from progrpo.policies.lora_files import HUB_ID, LORA_FILE, is_lora
-from progrpo.policies.networks import fetch, load_networks, load_network
+from progrpo.policies.networks import fetch, load_network, load_networks
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.prepare import prepare
 from progrpo.policies.settings import ModelSettings

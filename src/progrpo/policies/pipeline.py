@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -104,12 +104,6 @@ class PipelinePolicy:
 
     def save(self, folder: Path | None, weights: str = "current") -> None:
         self.trained.save(folder, weights)
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return self.named_weights.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.named_weights.load_state_dict(state)
 
 
 def _decoders(family: ModelFamily) -> tuple[PictureDecoder, PictureDecoder | None]:
