@@ -58,7 +58,8 @@ def resumed(tiny_pipeline, tiny_config, prompts, redness, tmp_path_factory):
     tracking = TrackingSettings(("tensorboard", by_name(FileTracker)), name="first")
     config = tiny_config(tracking=tracking, eval=EvalSettings(pictures=3, num_inference_steps=3, every=2))
     progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out)
-    longer = replace(config, iterations=4)
+    elsewhere = replace(tracking, project="other", name="second")  # a resumed run keeps what it is known by
+    longer = replace(config, iterations=4, tracking=elsewhere)
     return progrpo.train(tiny_pipeline(), prompts, redness, config=longer, out=out, resume=True)
 
 
@@ -87,7 +88,8 @@ def test_a_tracker_gets_each_record_once_with_the_evaluations_and_pictures(resum
     assert [step for step, images in pictures if "test/pictures" in images] == [0, 2, 4]
     assert [len(calls_of(run, kind)) for kind in ("config", "closed")] == [2, 2]
     assert calls_of(run, "config")[0][1]["iterations"] == 2 and calls_of(run, "config")[1][1]["iterations"] == 4
-    assert json.loads((run.path / "trackers.json").read_text())["name"] == "first"
+    state = json.loads((run.path / "trackers.json").read_text())
+    assert (state["project"], state["name"]) == ("progrpo", "first")
 
 
 def test_tensorboard_shows_the_run_as_it_is_in_its_folder(resumed):

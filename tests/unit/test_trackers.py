@@ -45,6 +45,7 @@ class FileTracker:
         self.write("config", config)
 
     def close(self) -> None:
+        self.write("closed", None)
         self.file.close()
 
 
@@ -164,14 +165,15 @@ def test_a_tracker_that_fails_warns_once_and_the_others_go_on(tmp_path):
     trackers.log({"reward/mean": 1.0}, 0)
     trackers.log_images({"samples": PICTURE}, 0)
     trackers.close()
-    assert [kind for kind, *_ in lines(tmp_path)] == ["config", "metrics", "images"]
+    assert [kind for kind, *_ in lines(tmp_path)] == ["config", "metrics", "images", "closed"]
     (warning,) = warnings
     assert warning.startswith("the tracker mine failed (") and "ValueError: I/O operation on closed file" in warning
 
 
 def test_a_tracker_that_cannot_be_opened_is_refused(tmp_path):
     with pytest.raises(ValueError, match=rf"^tracking.to {__name__}:DeafTracker cannot be opened \(.*no way out\)"):
-        opened(tmp_path, f"{__name__}:DeafTracker")
+        opened(tmp_path, OWN, f"{__name__}:DeafTracker")
+    assert lines(tmp_path) == [["closed", None, None]]
 
 
 def test_without_trackers_nothing_is_written(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Any
 
 from progrpo.messages import quoted
 from progrpo.registry import UnknownNameError, lacks, load_named
@@ -51,7 +50,7 @@ def _served(term: RewardTerm) -> Reward:
 def _load_here(term: RewardTerm) -> Reward:
     """Load the reward into this process."""
     try:
-        value: Any = load_named(term.name, REWARDS, "reward", "function")
+        value: object = load_named(term.name, REWARDS, "reward", "function")
     except UnknownNameError as error:
         raise Refusal(str(error)) from error.__cause__
     if isinstance(value, type) and issubclass(value, Reward):

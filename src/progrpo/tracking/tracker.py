@@ -6,7 +6,7 @@ import importlib.util
 import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypedDict, cast
@@ -158,7 +158,7 @@ def open_trackers(
 ) -> Trackers:
     """The trackers of a run, opened. A resumed run goes on under its id, project and name.
 
-    ValueError for a tracker that cannot be opened.
+    ValueError for a tracker that cannot be opened; the others are closed then.
     """
     if not settings.to:
         return Trackers({}, warn)
@@ -176,10 +176,13 @@ def open_trackers(
     save()
     run = TrackedRun(folder.path, state["project"], state["name"], state["id"], resumed_at)
     opened: dict[str, Tracker] = {}
-    for name in settings.to:
-        tracker = _open(name, run)
-        logged = state["logged"].setdefault(name, {})
-        opened[name] = tracker if name in _REWINDING else OncePerStep(tracker, logged, save)
+    with ExitStack() as failed:
+        failed.callback(lambda: Trackers(opened, warn).close())
+        for name in settings.to:
+            tracker = _open(name, run)
+            logged = state["logged"].setdefault(name, {})
+            opened[name] = tracker if name in _REWINDING else OncePerStep(tracker, logged, save)
+        failed.pop_all()
     return Trackers(opened, warn)
 
 

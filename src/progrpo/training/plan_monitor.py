@@ -1,4 +1,4 @@
-"""The monitor of a run's plan: audits, the probe that learns from them, the choice of a plan, and checks of previews."""
+"""The monitor of a run's plan: audits teach the probe, judge the plan, and check the previews."""
 
 from __future__ import annotations
 

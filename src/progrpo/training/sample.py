@@ -32,7 +32,7 @@ _FRAME = 62
 
 @dataclass(frozen=True)
 class _Picture:
-    """A picture (H, W, 3) or video (F, H, W, 3), the place of its prompt and its number there; None if it is missing."""
+    """A picture (H, W, 3) or video (F, H, W, 3), or None for a missing one; its prompt's place and its number there."""
 
     place: int
     number: int
