@@ -14,6 +14,7 @@ from progrpo.objectives.base import Objective
 from progrpo.objectives.settings import OBJECTIVES, load_objective
 from progrpo.training.distributed import Ranks
 from progrpo.training.update import Updater
+from tests.support.states import same_state
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
 
@@ -62,15 +63,6 @@ def gradient(policy, loss):
 
 def copies(tensors):
     return {name: tensor.detach().clone() for name, tensor in tensors}
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal to the last bit, tensors and all."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def all_items(objective, experience):
@@ -124,7 +116,7 @@ def test_nothing_is_random_and_nothing_is_left_behind(policy, objective, linear_
         losses.append(objective.loss(policy, prepared, all_items(objective, prepared)).total.item())
     assert losses[0] == losses[1]
     assert torch.equal(torch.get_rng_state(), state)
-    assert same(policy.named_weights.state_dict(), before)
+    assert same_state(policy.named_weights.state_dict(), before)
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -150,7 +142,7 @@ def test_a_rollout_without_any_advantage_moves_nothing(policy, objective, linear
     updater = Updater(policy, objective, optimizer, OptimSettings(), Ranks())
     updated = updater.update(linear_experience(policy, [0.0] * 5))
     assert updated.items == 0 and "update/loss" not in updated.tally.sums
-    assert same(copies(policy.trainable.items()), before)
+    assert same_state(copies(policy.trainable.items()), before)
 
 
 def test_of_nobody_there_is_nothing_to_learn(policy, objective, linear_experience):
@@ -215,11 +207,11 @@ def test_an_iteration_moves_the_trained_weights_and_keeps_the_frozen_ones(build)
     start, frozen = copies(policy.trainable.items()), copies(policy.frozen())
     records = [trainer.step().record for _ in range(2)]
     trainer.check_frozen()
-    assert same(copies(policy.frozen()), frozen)
+    assert same_state(copies(policy.frozen()), frozen)
     moved = [name for name, p in policy.trainable.items() if not torch.equal(p, start[name])]
     assert len(moved) > len(start) // 2
     with policy.weights("reference"):
-        assert same(copies(policy.trainable.items()), start)
+        assert same_state(copies(policy.trainable.items()), start)
     assert all(torch.isfinite(torch.tensor(record["update/loss"])) for record in records)
 
 
@@ -290,7 +282,7 @@ def assert_a_resumed_run_is_a_straight_one(trainer, fresh, stop):
     resumed = fresh.step()
     assert torch.equal(resumed.rollout.trajectories.x_NCHW, straight.rollout.trajectories.x_NCHW)
     for part in ("iteration", "policy", "optimizer"):
-        assert same(fresh.state_dict()[part], trainer.state_dict()[part]), part
+        assert same_state(fresh.state_dict()[part], trainer.state_dict()[part]), part
     assert fresh.totals.counted == trainer.totals.counted
     ours, theirs = (
         {k: v for k, v in done.record.items() if k != "seconds" and not k.startswith("time/")}
