@@ -56,6 +56,7 @@ def test_the_parts_of_ones_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     sampler = ("--sampling.sampler", "my_parts:HALF_DDIM")
     small = ("--iterations", "1", "--eval.pictures", "2", "--audit.every", "0")
     assert main(["train", "smoke", "--out", "run", *small, *parts, *sampler]) == 0
+    assert main(["plan", "smoke", "--plan", "my_parts:late"]) == 0
     metrics = json.loads((tmp_path / "run/metrics.jsonl").read_text())
     assert metrics["rollout/survivors"] == 2 * 8  # of two prompts
     settings = read_settings(load_objective("my_parts:Reinforce").Settings, {"scale": 0.5})
