@@ -1,4 +1,4 @@
-"""LoRAs in the formats that others write: each number finds its place, as strong as it was, or a sentence says why not."""
+"""LoRAs in the formats of other tools: each number finds its place and strength, or a sentence says why not."""
 
 from __future__ import annotations
 

@@ -297,7 +297,7 @@ def test_stop_and_resume_is_a_straight_run(build):
 
 
 WINDOWS = [("grpo", kind) for kind in ("all", "first", "sliding", "random")]
-"""Every window with one objective, and one that moves with each of the others: a window follows from the iteration alone."""
+"""Every window with GRPO, and a moving one with each other objective: a window follows from the iteration alone."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Pipelines and torch as their owners left them: undone for the run, or refused in a sentence before anything is drawn."""
+"""Settings that owners left on a pipeline or torch: undone for the run, or refused before anything is sampled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes without weights against published parameter counts, operations in closed form, and memory as it is allocated."""
+"""Sizes without weights, against published parameter counts, operations in closed form, and allocated memory."""
 
 from __future__ import annotations
 
