@@ -1,4 +1,4 @@
-"""Settings that owners left on a pipeline or torch: undone for the run, or refused before anything is sampled."""
+"""Pipelines and torch as their owners left them: undone for the run, or refused before anything is drawn."""
 
 from __future__ import annotations
 

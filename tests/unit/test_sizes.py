@@ -1,4 +1,4 @@
-"""Sizes without weights, against published parameter counts, operations in closed form, and allocated memory."""
+"""Sizes without weights against published parameter counts, closed forms, and allocated memory."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def test_the_command_says_what_fits(capsys):
     assert half["seconds_per_iteration"] == pytest.approx(whole["seconds_per_iteration"] / 4)
     assert half["memory_gb"]["latents in the update"] == pytest.approx(whole["memory_gb"]["latents in the update"] / 2)
     assert main(["plan", "smoke", "--gpu", "l4", "--model.path", "some/model"]) == 2
-    assert "how large some/model is is not known here; give its folder" in capsys.readouterr().err
+    assert "the size of some/model is not known here; give its folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def fault_of(failures: Sequence[Failures]) -> str:
 
 def check_moved(policy: Policy) -> None:
     """SelfCheckError where no trained weight differs from the reference."""
-    state = policy.state_dict()
+    state = policy.named_weights.state_dict()
     moved = any(not torch.equal(gathered(p), gathered(state["reference"][n])) for n, p in state["current"].items())
     if not moved:
         raise SelfCheckError(
