@@ -1,4 +1,4 @@
-"""What a run checks of itself while it goes. A failed check stops it and says why."""
+"""Checks of a run while it goes. A failed check stops the run and says why."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ class Learner:
 
 
 def _diversity(rolled: Rollout) -> Tally:
-    """How much the pictures of a group differ."""
+    """The diversity of pictures within a group."""
     tally, there_N = Tally(), rolled.pictures.there_N.numpy()
     diversity = group_diversity(rolled.pictures.images_NHWC.numpy()[there_N], rolled.group_N.numpy()[there_N])
     if diversity is not None:

@@ -238,7 +238,7 @@ class Timings:
 
 
 def _key(config: Config, policy: Policy, rows: int, items: int) -> dict[str, object]:
-    """All that a call's seconds depend on, in JSON's types."""
+    """The machine, the model and the sizes that a call's seconds depend on, in JSON's types."""
     model = {k: v for k, v in asdict(config.model).items() if k not in ("path", "lora", "keep_text_encoders")}
     frozen = sum(t.numel() for _, t in policy.frozen())
     trained = sum(p.numel() for p in policy.trainable.values())

@@ -1,4 +1,4 @@
-"""From an experience to changed weights: microbatches, gradients over all processes, the optimizer's step."""
+"""Updates of the weights by an experience: microbatches, gradients over all processes, the optimizer's step."""
 
 from __future__ import annotations
 
