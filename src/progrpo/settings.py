@@ -198,8 +198,7 @@ def _close_to(kind: type, prefix: str, name: str, hints: Iterable[str], options:
 
 
 def _read(kind: object, value: object, path: str, options: Sequence[str]) -> object:
-    """A JSON value as the field type `kind`. A list becomes a tuple, and a whole number a float, where the type asks
-    for it."""
+    """A JSON value as the field type `kind`, which may turn a list into a tuple and a whole number into a float."""
     if isinstance(value, str) and (from_text := getattr(kind, "from_text", None)):
         return from_text(value)
     if is_dataclass(kind):

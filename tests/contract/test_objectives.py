@@ -95,7 +95,7 @@ def test_a_loss_is_a_sum_over_items(policy, objective, linear_experience):
 
 
 def test_item_i_is_of_trajectory_i_modulo_their_number(policy, objective, linear_experience):
-    """So a share of the trajectories has the same losses, item by item."""
+    """A share of the trajectories has the same losses, item by item."""
     experience = objective.prepare(policy, linear_experience(policy, ADVANTAGES), 4, 2)
     shift(policy, 0.02)
     rows = torch.tensor([4, 1, 3])
@@ -121,7 +121,7 @@ def test_nothing_is_random_and_nothing_is_left_behind(policy, objective, linear_
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_trajectories_without_an_advantage_count_and_are_not_computed(policy, objective, linear_experience, updates):
-    """The step is that of the telling ones, by the number of all."""
+    """The step is that of the informative trajectories, divided by the number of all."""
     experience = linear_experience(policy, [1.5, 0.0, -1.0, 0.0, 0.0])
     start, ranks = policy.a.item(), Ranks()
     config = OptimSettings(updates_per_rollout=updates, max_grad_norm=1e9, microbatch=4)
@@ -297,7 +297,7 @@ def test_stop_and_resume_is_a_straight_run(build):
 
 
 WINDOWS = [("grpo", kind) for kind in ("all", "first", "sliding", "random")]
-"""Every window with one objective, and one that moves with each of the others: a window follows from the iteration alone."""
+"""Every window with one objective, and a moving one with each of the others: windows follow from the iteration."""
 
 
 @pytest.mark.parametrize(

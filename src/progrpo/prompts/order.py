@@ -19,8 +19,8 @@ from progrpo.types import Prompt
 class PromptOrder(Protocol):
     """An order of prompts, made from prompts by kind and a seed.
 
-    All processes choose the same prompts for an iteration. `prompts_for` returns the same prompts for an iteration until its
-    signals are observed.
+    All processes choose the same prompts for an iteration. `prompts_for` returns the same prompts for an iteration
+    until its signals are observed.
     """
 
     @property
@@ -93,7 +93,7 @@ def _permutation(seed: int, kind: int, epoch: int, length: int) -> np.ndarray:
 
 
 class SignalState(TypedDict):
-    """The state of `BySignal`: signal and number of observations of the prompts that were observed, and of all kinds."""
+    """The state of `BySignal`: signal and number of observations of each observed prompt, and the signals of kinds."""
 
     met: list[int]
     own: list[float]
