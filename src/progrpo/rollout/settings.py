@@ -147,7 +147,7 @@ class SamplingSettings:
 
     @property
     def sampler_facts(self) -> StepFacts:
-        """The facts of the sampler; for `auto`, which depends on the model, those of any. A user's own is imported."""
+        """The facts of the sampler; without restrictions for `auto`, which depends on the model."""
         if self.sampler == "auto":
             return StepFacts()
         if self.sampler in SAMPLERS:
@@ -220,7 +220,7 @@ class PlanSettings:
         return selector
 
     def check(self) -> None:
-        """Raise ValueError for fields of a custom plan if the preset is another plan, and for a selector that is none."""
+        """Raise ValueError for fields of a custom plan beside another preset, and for a selector that is none."""
         if self.selector not in SELECTORS:
             self.load_selector()
         if self.preset != "custom" and self != PlanSettings(
