@@ -175,8 +175,8 @@ class Scores(Rows):
     """The rewards of N pictures: float64, NaN where missing.
 
     `value_N` is the weighted sum of R rewards, and `rewards_NR` each reward's own part before its weight. Selectors
-    compare `ranking_N`: the value, or a sum in which each reward was normalised within its group. `passed_N` is a strict
-    verdict (1, 0, NaN for none).
+    compare `ranking_N`: the value, or a sum in which each reward was normalised within its group. `passed_N` is a
+    strict verdict (1, 0, NaN for none).
     """
 
     value_N: Tensor
@@ -200,8 +200,8 @@ class GroupScores(Scores):
 class Pictures(Rows):
     """N decoded latents: uint8 (N, H, W, 3) on the CPU, for videos (N, F, H, W, 3).
 
-    `there_N` (bool) marks those that are finite. The others are grey, and no reward sees them. `fault` is the reason for
-    the last of these.
+    `there_N` (bool) marks those that are finite. The others are grey, and no reward sees them. `fault` is the reason
+    for the last of these.
     """
 
     images_NHWC: Tensor

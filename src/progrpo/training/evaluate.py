@@ -193,8 +193,8 @@ def kl_to_reference(
 ) -> float | None:
     """The mean square distance of velocities under `weights` to the reference's, in squared latent units.
 
-    It is measured at the latents of each step to which these weights take the first prompts. An SDE's KL divergence from
-    the reference is proportional to it, with a factor for each step's noise (arXiv 2505.05470). None without a
+    It is measured at the latents of each step to which these weights take the first prompts. An SDE's KL divergence
+    from the reference is proportional to it, with a factor for each step's noise (arXiv 2505.05470). None without a
     reference.
     """
     if "reference" not in policy.named_weights:
