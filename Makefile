@@ -20,13 +20,15 @@ setup: $(VENV)/.ready ## install everything into .venv, once
 quickstart: setup ## train the built-in model for five to nine minutes; the report is runs/quickstart/report.html
 	@$(BIN)/progrpo train quickstart --out runs/quickstart --overwrite
 
+# files in their order: the last ones are quick, so that both processes end together
+IN_TWO := -n 2 --dist loadscope --no-loadscope-reorder
 test: lint ## style, types and the tests
-	@$(BIN)/python -m pytest -n 2 --dist loadscope
+	@$(BIN)/python -m pytest $(IN_TWO)
 # what depends on a processor's kernels, as an older processor computes it: with AVX2 alone, and without bfloat16's instructions
 OLDER := "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2" "ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=default"
 BY_PROCESSOR := tests/invariant/test_ratio.py tests/invariant/test_processes.py tests/invariant/test_reused_rollout.py tests/unit/test_invariance.py
 test-processors: $(VENV)/.ready-dev ## the tests of ratios and processes again, with the kernels of older processors
-	@set -e; for isa in $(OLDER); do echo "$$isa"; env $$isa $(BIN)/python -m pytest -n 2 --dist loadscope $(BY_PROCESSOR); done
+	@set -e; for isa in $(OLDER); do echo "$$isa"; env $$isa $(BIN)/python -m pytest $(IN_TWO) $(BY_PROCESSOR); done
 test-slow: wheel-test mutation-test kill-test lean-test deepspeed-test trackers-test ## what takes minutes
 	@$(BIN)/python -m pytest -m slow
 mutation-test: $(VENV)/.ready-dev ## thousands of wrong recipes, command lines, files and models: each ends in one clear sentence

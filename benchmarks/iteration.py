@@ -71,7 +71,7 @@ from progrpo.training.build import policy_context, policy_from, resolve_dtype, t
 from progrpo.training.distributed import Ranks
 from progrpo.training.estimate import estimate, flops_by_stage, sizes_for
 from progrpo.training.gpus import GPUS
-from progrpo.training.measure import measured
+from progrpo.training.measure import with_measured_microbatches
 from progrpo.training.trainer import Trainer
 from progrpo.types import Cost, Rollout, Trajectories
 
@@ -266,7 +266,7 @@ def measure(config: Config, iterations: int, random_weights: bool) -> dict[str, 
     order, reward = train_order(config.prompts, config.seed), load_mixture(config.reward.terms, config.reward.frames)
     prompts = order.prompts_for(0, config.prompts.per_iteration)
     config = replace(config, preview=PreviewSettings())
-    config = measured(config, policy, prompts[0], ranks)
+    config = with_measured_microbatches(config, policy, prompts[0], ranks)
     trainer = Trainer(config, policy, reward, order, ranks)
     flops = flops_by_stage(config, trainer.plan, sizes_for(config))
     policy.encode(order.prompts_for(0, config.prompts.per_iteration * (iterations + 1)))

@@ -50,7 +50,7 @@ from progrpo.rollout.settings import PreviewSettings
 from progrpo.tracking.statistics import spearman
 from progrpo.training.build import policy_context, policy_from, resolve_dtype, train_order
 from progrpo.training.distributed import Ranks
-from progrpo.training.measure import measured
+from progrpo.training.measure import with_measured_microbatches
 from progrpo.training.plan_judge import prompt_cost
 from progrpo.training.trainer import Trainer
 from progrpo.types import Prompt, Trajectories
@@ -270,7 +270,9 @@ def trained(config: Config, iterations: int, ranks: Ranks) -> Trainer:
     config = resolve_dtype(config, ranks)
     policy, order = policy_from(config.model, policy_context(config, ranks)), train_order(config.prompts, config.seed)
     reward = load_mixture(config.reward.terms, config.reward.frames)
-    trainer = Trainer(measured(config, policy, order.prompts_for(0, 1)[0], ranks), policy, reward, order, ranks)
+    trainer = Trainer(
+        with_measured_microbatches(config, policy, order.prompts_for(0, 1)[0], ranks), policy, reward, order, ranks
+    )
     for _ in range(iterations):
         trainer.step()
     return trainer

@@ -29,7 +29,7 @@ from progrpo.recipes import load_recipe
 from progrpo.rewards.mixture import load_mixture
 from progrpo.training.build import policy_context, policy_from, resolve_dtype, train_order
 from progrpo.training.distributed import Ranks
-from progrpo.training.measure import measured
+from progrpo.training.measure import with_measured_microbatches
 from progrpo.training.trainer import Trainer
 
 Sizes = tuple[int | None, int | None]
@@ -48,7 +48,7 @@ def choose(config: Config, policy: Policy, ranks: Ranks) -> dict[str, Any]:
     """Sizes, and what finding them took."""
     prompt = train_order(config.prompts, config.seed).prompts_for(0, 1)[0]
     start, start_of_processors = time.perf_counter(), time.process_time()
-    chosen = measured(with_sizes(config, (None, None)), policy, prompt, ranks)
+    chosen = with_measured_microbatches(with_sizes(config, (None, None)), policy, prompt, ranks)
     return {
         "seconds": time.perf_counter() - start,
         "processors": time.process_time() - start_of_processors,

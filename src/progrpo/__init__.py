@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from progrpo.threads import set_wait_policy
 
@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 set_wait_policy(os.environ)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import `progrpo.train` on its first use: importing progrpo imports no torch."""
     if name == "train":
         from progrpo.training.library import train

@@ -83,8 +83,7 @@ class Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as dicts and lists, ready for JSON."""
-    data: dict[str, Any] = as_data(config)
-    return data
+    return {part.name: as_data(getattr(config, part.name)) for part in fields(config)}
 
 
 def config_to_json(config: Config) -> str:
@@ -104,14 +103,15 @@ def config_from_json(text: str, of_run: bool = False) -> Config:
     return _as_begun(config, data) if of_run else config
 
 
-def _as_begun(config: Config, data: Mapping[str, Any]) -> Config:
+def _as_begun(config: Config, data: object) -> Config:
     """The configuration with the behaviour of the run for fields that did not exist when it began."""
-    if "step_ends" in data.get("model", {}):
+    model = data.get("model") if isinstance(data, Mapping) else None
+    if isinstance(model, Mapping) and "step_ends" in model:
         return config
     return replace(config, model=replace(config.model, step_ends="next"))
 
 
-def from_dict(data: Mapping[str, Any]) -> Config:
+def from_dict(data: object) -> Config:
     """The configuration that JSON data describe; missing fields keep their defaults.
 
     ValueError on an unknown field, with the nearest right name, and on a value of another type.

@@ -11,9 +11,12 @@ import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from progrpo.messages import is_one_line, named, nearest, quoted
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 
@@ -85,27 +88,27 @@ class Values(dict[str, object]):
 # --- checking values --------------------------------------------------------------------------------------------------
 
 
-def flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, Rule | None]]:
+def flat(settings: DataclassInstance, prefix: str = "") -> Iterator[tuple[str, object, Rule | None]]:
     """Yield path, value and rule of every field, also of nested settings and of lists of settings."""
     for f in fields(settings):
         path, value = prefix + f.name, getattr(settings, f.name)
         yield path, value, f.metadata.get("rule")
-        if is_dataclass(value):
+        if is_dataclass(value) and not isinstance(value, type):
             yield from flat(value, f"{path}.")
         elif isinstance(value, tuple):
             for i, item in enumerate(value):
-                if is_dataclass(item):
+                if is_dataclass(item) and not isinstance(item, type):
                     yield from flat(item, f"{path}[{i}].")
 
 
-def check_rules(settings: Any, prefix: str = "") -> None:
+def check_rules(settings: DataclassInstance, prefix: str = "") -> None:
     """Raise ValueError, one sentence with the field and what it must be, for the first value that breaks a rule."""
     for path, value, rule in flat(settings, prefix):
         if rule is not None and not rule.holds(value):
             raise ValueError(f"{path} must be {rule.text}, not {quoted(value)}")
 
 
-def check_kinds(kind: Any, value: Any, path: str = "config") -> None:
+def check_kinds(kind: type, value: object, path: str = "config") -> None:
     """Raise ValueError where a section is not of its class.
 
     A dict in its place would be read by JSON's rules and fail later.
@@ -114,10 +117,11 @@ def check_kinds(kind: Any, value: Any, path: str = "config") -> None:
         raise ValueError(f"{path} must be a progrpo.config.{kind.__name__}, not {quoted(value)}")
     for name, hint in get_type_hints(kind).items():
         own = f"{path}.{name}".removeprefix("config.")
-        listed = next((item for item in get_args(hint) if is_dataclass(item)), None)
-        if is_dataclass(hint):
+        listed = next((item for item in get_args(hint) if isinstance(item, type) and is_dataclass(item)), None)
+        if isinstance(hint, type) and is_dataclass(hint):
             check_kinds(hint, getattr(value, name), own)
-        elif listed is not None and isinstance(items := getattr(value, name), list | tuple):
+        items = getattr(value, name)
+        if listed is not None and isinstance(items, list | tuple):
             for i, item in enumerate(items):
                 check_kinds(listed, item, f"{own}[{i}]")
 
@@ -125,25 +129,28 @@ def check_kinds(kind: Any, value: Any, path: str = "config") -> None:
 # --- to JSON and back -------------------------------------------------------------------------------------------------
 
 
-def as_data(value: Any) -> Any:
+def as_data(value: object) -> object:
     """Settings as dicts, and all else unchanged.
 
     Unlike `asdict`, it does not copy the objects that Python code has put into fields.
     """
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: as_data(getattr(value, f.name)) for f in fields(value)}
-    return type(value)(map(as_data, value)) if type(value) in (tuple, list) else value
+    if type(value) is tuple:
+        return tuple(map(as_data, value))
+    return list(map(as_data, value)) if type(value) is list else value
 
 
-def from_json(text: str) -> Any:
+def from_json(text: str) -> object:
     """Read JSON data. ValueError also for a field that is given twice, and for endless nesting."""
     try:
-        return json.loads(text, object_pairs_hook=_without_duplicates)
+        data: object = json.loads(text, object_pairs_hook=_without_duplicates)
+        return data
     except RecursionError:
         raise ValueError("lists or objects are nested without end") from None
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     data = dict(pairs)
     if len(data) < len(pairs):
         names = [name for name, _ in pairs]
@@ -152,7 +159,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
-def field_paths(kind: Any, prefix: str = "") -> list[str]:
+def field_paths(kind: type[DataclassInstance], prefix: str = "") -> list[str]:
     """The paths of all fields, as the command line and messages name them: `seed`, `sampling.noise_level`, ..."""
     hints = get_type_hints(kind)
     nested = [field_paths(hints[f.name], f"{prefix}{f.name}.") for f in fields(kind) if is_dataclass(hints[f.name])]
@@ -160,7 +167,7 @@ def field_paths(kind: Any, prefix: str = "") -> list[str]:
     return own + [path for paths in nested for path in paths]
 
 
-def read_settings(kind: type[T], data: Any, prefix: str = "", options: Sequence[str] = ()) -> T:
+def read_settings(kind: type[T], data: object, prefix: str = "", options: Sequence[str] = ()) -> T:
     """The settings that JSON data describe; missing fields keep their defaults.
 
     ValueError on a value of another type, and on an unknown field, with the nearest right name among its own fields
@@ -171,27 +178,27 @@ def read_settings(kind: type[T], data: Any, prefix: str = "", options: Sequence[
             f"{prefix.rstrip('.') or 'a configuration'} must be an object of named fields, not {quoted(data)}"
         )
     all_hints = get_type_hints(kind)  # called once, since it compiles every annotation
-    hints = {f.name: all_hints[f.name] for f in fields(cast(Any, kind))}
+    own = fields(cast("type[DataclassInstance]", kind))
+    hints = {f.name: all_hints[f.name] for f in own}
     for name in data:
         if name not in hints:
             close = _close_to(kind, prefix, name, hints, options) if isinstance(name, str) else ""
             raise ValueError(f"{prefix}{named(name)} is not a field{close}")
-    required = [f.name for f in fields(cast(Any, kind)) if f.default is MISSING and f.default_factory is MISSING]
+    required = [f.name for f in own if f.default is MISSING and f.default_factory is MISSING]
     for name in required:
         if name not in data:
             raise ValueError(f"{prefix}{name} is missing; every {kind.__name__} needs one")
     return kind(**{name: _read(hints[name], value, prefix + name, options) for name, value in data.items()})
 
 
-def _close_to(kind: Any, prefix: str, name: str, hints: Iterable[str], options: Sequence[str]) -> str:
+def _close_to(kind: type, prefix: str, name: str, hints: Iterable[str], options: Sequence[str]) -> str:
     if hasattr(kind, "from_text"):  # an item of a list, whose fields are no options of the command line
         return nearest(name, hints) or f"; a reward has {', '.join(hints)}"
     return nearest(prefix + name, [*(prefix + hint for hint in hints), *options])
 
 
-def _read(kind: Any, value: Any, path: str, options: Sequence[str]) -> Any:
-    """A JSON value as the field type `kind`. A list becomes a tuple, and a whole number a float, where the type asks
-    for it."""
+def _read(kind: object, value: object, path: str, options: Sequence[str]) -> object:
+    """A JSON value as the field type `kind`, which may turn a list into a tuple and a whole number into a float."""
     if isinstance(value, str) and (from_text := getattr(kind, "from_text", None)):
         return from_text(value)
     if is_dataclass(kind):
@@ -210,7 +217,7 @@ def _read(kind: Any, value: Any, path: str, options: Sequence[str]) -> Any:
             return tuple(_read(item_kind, item, f"{path}[{i}]", options) for i, (item_kind, item) in items)
     if isinstance(value, int) and abs(value) >= _HUGE:
         raise ValueError(f"{path} must be below 2**63, not {quoted(value)}")
-    if kind is float and _is_plain(int, value):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is str and isinstance(value, str) and not (len(value) <= _LONG and is_one_line(value)):
         raise ValueError(f"{path} must be a text of one line, {_LONG} characters at most, not {quoted(value)}")
@@ -219,7 +226,7 @@ def _read(kind: Any, value: Any, path: str, options: Sequence[str]) -> Any:
     raise ValueError(f"{path} must be {_describe_type(kind)}, not {quoted(value)}")
 
 
-def _of_shape(choices: Sequence[Any], value: Any) -> Any:
+def _of_shape(choices: Sequence[object], value: object) -> object:
     """The type of a union that a value which is not empty is read as: a list as the union's tuple, if it has one."""
     kinds = [kind for kind in choices if kind is not types.NoneType]
     matching = [kind for kind in kinds if (get_origin(kind) is tuple) == isinstance(value, list | tuple)]
@@ -230,14 +237,28 @@ _HUGE = 2**63  # the first whole number that torch's integers do not hold
 _LONG = 4096  # the longest path of most systems
 
 
-def _is_plain(kind: Any, value: Any) -> bool:
-    return get_origin(kind) is None and isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+def _is_plain(kind: object, value: object) -> bool:
+    return (
+        isinstance(kind, type)
+        and get_origin(kind) is None
+        and isinstance(value, kind)
+        and (kind is bool or not isinstance(value, bool))
+    )
 
 
-def _describe_type(kind: Any) -> str:
+_TYPE_NAMES: dict[object, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    Values: "an object",
+}
+
+
+def _describe_type(kind: object) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
     if get_origin(kind) is tuple:
         items = get_args(kind)
         return "a list" if items[-1] is Ellipsis else f"a list of {len(items)}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Values: "an object"}[kind]
+    return _TYPE_NAMES[kind]

@@ -4,9 +4,9 @@ Dimension letters, everywhere in progrpo: P prompts, G members of a group, K kep
 (prompt-major, members ascending), T denoising steps, B microbatch, C H W latent. A suffix names the shape: `x_NCHW`,
 `rewards_N`.
 
-A video has a frame axis: its latents are (N, C, F, H, W) where a name says NCHW, and its pictures (N, F, H, W, 3) where
-a name says NHWC. Steps and densities treat all dims but the first alike, so only policies, decoders and rewards can
-tell.
+A video has a frame axis: its latents are (N, C, F, H, W) where a name says NCHW, and its pictures (N, F, H, W, 3)
+where a name says NHWC. Steps and densities treat all dims but the first alike, so only policies, decoders and rewards
+can tell.
 """
 
 from __future__ import annotations
@@ -59,34 +59,34 @@ class Rows:
         return _combined([self], _once(lambda tensors: tensors[0][rows]))
 
     def to(self, device: str | torch.device) -> Self:
-        """The same rows on a device."""
+        """Move the rows to a device."""
         return _combined([self], _once(lambda tensors: tensors[0].to(device)), (self.FOR_ALL, self.ON_CPU))
 
     @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
-        """The rows of several, one after another; fields for all rows are the first part's."""
+    def cat(cls, batches: Sequence[Self]) -> Self:
+        """The rows of several batches, one after another. Fields for all rows are those of the first batch."""
         import torch
 
-        return _combined(parts, _once(torch.cat))
+        return _combined(batches, _once(torch.cat))
 
 
-def _combined(parts: Sequence[T], change: _Change, unchanged: Sequence[Mapping[str, str]] = (Rows.FOR_ALL,)) -> T:
-    """The parts as one: `change` applied to the tensors of each field, without parts that lack it."""
-    there: list[Any] = [part for part in parts if part is not None]
-    first = next(iter(there), None)
+def _combined(batches: Sequence[T], change: _Change, unchanged: Sequence[Mapping[str, str]] = (Rows.FOR_ALL,)) -> T:
+    """Several batches as one: `change` applied to the tensors of each field, without batches that lack the field."""
+    present: list[Any] = [batch for batch in batches if batch is not None]
+    first = next(iter(present), None)
     if isinstance(first, Rows):
         names = [f.name for f in fields(cast(Any, first)) if f.metadata not in unchanged]
-        changed = {name: _combined([getattr(part, name) for part in there], change, unchanged) for name in names}
+        changed = {name: _combined([getattr(batch, name) for batch in present], change, unchanged) for name in names}
         return cast(T, replace(cast(Any, first), **changed))
     if isinstance(first, tuple):
-        return cast(T, tuple(_combined(items, change, unchanged) for items in zip(*there, strict=True)))
+        return cast(T, tuple(_combined(items, change, unchanged) for items in zip(*present, strict=True)))
     if isinstance(first, Mapping):
-        return cast(T, {name: _combined([part[name] for part in there], change, unchanged) for name in first})
-    return cast(T, change(there) if there else None)
+        return cast(T, {name: _combined([batch[name] for batch in present], change, unchanged) for name in first})
+    return cast(T, change(present) if present else None)
 
 
 def _once(change: _Change) -> _Change:
-    """The same change, made once for the same tensors: where two fields share one, they share the changed one."""
+    """A change that is made once for the same tensors, so that two fields which share one share the changed one."""
     done: dict[tuple[int, ...], Tensor] = {}
 
     def remembered(tensors: list[Tensor]) -> Tensor:
@@ -126,9 +126,9 @@ class Trajectories(Rows):
     """The living trajectories of P groups, packed without gaps.
 
     `slot_N` is the global prompt slot of the iteration and `member_N` the place in the group at expansion: both never
-    change, so noise keyed by them does not depend on who was pruned. `output_NCHW` is the network's output at `x_NCHW`,
-    there only between a network call and the step that uses it. `latent_features` has a probe's view of the x0
-    projections after each network call. A latent that one transition ends at and the next begins at is one tensor.
+    change, so noise keyed by them does not depend on who was pruned. `output_NCHW` is the network's output at
+    `x_NCHW`, there only between a network call and the step that uses it. `latent_features` has a probe's view of the
+    x0 projections after each network call. A latent that one transition ends at and the next begins at is one tensor.
     """
 
     group_N: Tensor = field(metadata=Rows.ON_CPU)
@@ -200,8 +200,8 @@ class GroupScores(Scores):
 class Pictures(Rows):
     """N decoded latents: uint8 (N, H, W, 3) on the CPU, for videos (N, F, H, W, 3).
 
-    `there_N` (bool) marks those that are finite. The others are grey, and no reward sees them. `fault` is the reason
-    for the last of these.
+    `there_N` (bool) is True for finite pictures. A picture that is not finite is grey, and no reward sees it; `fault`
+    is the reason for the last one.
     """
 
     images_NHWC: Tensor
@@ -209,9 +209,9 @@ class Pictures(Rows):
     fault: str = field(default="", metadata=Rows.FOR_ALL)
 
     @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
-        fault = next((part.fault for part in reversed(parts) if part.fault), "")
-        return replace(super().cat(parts), fault=fault)
+    def cat(cls, batches: Sequence[Self]) -> Self:
+        fault = next((batch.fault for batch in reversed(batches) if batch.fault), "")
+        return replace(super().cat(batches), fault=fault)
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ def compile_by(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
 
 @pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])])
 def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graphs of a network and of its gradients as they are, and as users have them: half a minute of compilation."""
+    """The graphs of a network and of its gradients, compiled as users have them, which takes half a minute."""
     compile_by(monkeypatch, request.param)
 
 

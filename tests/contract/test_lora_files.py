@@ -1,4 +1,4 @@
-"""LoRAs in the formats that others write: each number finds its place, as strong as it was, or a sentence says why not."""
+"""LoRAs in the formats of others: each number finds its place at its scale, or a sentence says why not."""
 
 from __future__ import annotations
 
@@ -151,9 +151,7 @@ def test_pefts_folders_are_as_strong_as_their_settings_say(request, model, promp
         with pytest.raises(ValueError, match=rf"^cannot use the LoRA .*lora: {sentence}"):
             load_policy(replace(SETTINGS, path=str(folder)), trained=tmp_path / "lora")
     settings.unlink()
-    with pytest.raises(
-        ValueError, match=r"peft's format, and adapter_config.json, which says how strong it is, is not"
-    ):
+    with pytest.raises(ValueError, match=r"peft's format, and adapter_config.json, which holds its scale, is not"):
         load_policy(replace(SETTINGS, lora=str(tmp_path / "lora"), path=str(folder)))
 
 

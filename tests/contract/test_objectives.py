@@ -14,6 +14,7 @@ from progrpo.objectives.base import Objective
 from progrpo.objectives.settings import OBJECTIVES, load_objective
 from progrpo.training.distributed import Ranks
 from progrpo.training.update import Updater
+from tests.support.states import same_state
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
 
@@ -64,15 +65,6 @@ def copies(tensors):
     return {name: tensor.detach().clone() for name, tensor in tensors}
 
 
-def same(a: Any, b: Any) -> bool:
-    """Equal to the last bit, tensors and all."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def all_items(objective, experience):
     return torch.arange(len(experience) * objective.settings.items_per_trajectory(len(experience.trajectories.path)))
 
@@ -103,7 +95,7 @@ def test_a_loss_is_a_sum_over_items(policy, objective, linear_experience):
 
 
 def test_item_i_is_of_trajectory_i_modulo_their_number(policy, objective, linear_experience):
-    """So a share of the trajectories has the same losses, item by item."""
+    """A share of the trajectories has the same losses, item by item."""
     experience = objective.prepare(policy, linear_experience(policy, ADVANTAGES), 4, 2)
     shift(policy, 0.02)
     rows = torch.tensor([4, 1, 3])
@@ -124,12 +116,12 @@ def test_nothing_is_random_and_nothing_is_left_behind(policy, objective, linear_
         losses.append(objective.loss(policy, prepared, all_items(objective, prepared)).total.item())
     assert losses[0] == losses[1]
     assert torch.equal(torch.get_rng_state(), state)
-    assert same(policy.named_weights.state_dict(), before)
+    assert same_state(policy.named_weights.state_dict(), before)
 
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_trajectories_without_an_advantage_count_and_are_not_computed(policy, objective, linear_experience, updates):
-    """The step is that of the telling ones, by the number of all."""
+    """The step is that of the informative trajectories, divided by the number of all."""
     experience = linear_experience(policy, [1.5, 0.0, -1.0, 0.0, 0.0])
     start, ranks = policy.a.item(), Ranks()
     config = OptimSettings(updates_per_rollout=updates, max_grad_norm=1e9, microbatch=4)
@@ -150,7 +142,7 @@ def test_a_rollout_without_any_advantage_moves_nothing(policy, objective, linear
     updater = Updater(policy, objective, optimizer, OptimSettings(), Ranks())
     updated = updater.update(linear_experience(policy, [0.0] * 5))
     assert updated.items == 0 and "update/loss" not in updated.tally.sums
-    assert same(copies(policy.trainable.items()), before)
+    assert same_state(copies(policy.trainable.items()), before)
 
 
 def test_of_nobody_there_is_nothing_to_learn(policy, objective, linear_experience):
@@ -215,11 +207,11 @@ def test_an_iteration_moves_the_trained_weights_and_keeps_the_frozen_ones(build)
     start, frozen = copies(policy.trainable.items()), copies(policy.frozen())
     records = [trainer.step().record for _ in range(2)]
     trainer.check_frozen()
-    assert same(copies(policy.frozen()), frozen)
+    assert same_state(copies(policy.frozen()), frozen)
     moved = [name for name, p in policy.trainable.items() if not torch.equal(p, start[name])]
     assert len(moved) > len(start) // 2
     with policy.weights("reference"):
-        assert same(copies(policy.trainable.items()), start)
+        assert same_state(copies(policy.trainable.items()), start)
     assert all(torch.isfinite(torch.tensor(record["update/loss"])) for record in records)
 
 
@@ -290,7 +282,7 @@ def assert_a_resumed_run_is_a_straight_one(trainer, fresh, stop):
     resumed = fresh.step()
     assert torch.equal(resumed.rollout.trajectories.x_NCHW, straight.rollout.trajectories.x_NCHW)
     for part in ("iteration", "policy", "optimizer"):
-        assert same(fresh.state_dict()[part], trainer.state_dict()[part]), part
+        assert same_state(fresh.state_dict()[part], trainer.state_dict()[part]), part
     assert fresh.totals.counted == trainer.totals.counted
     ours, theirs = (
         {k: v for k, v in done.record.items() if k != "seconds" and not k.startswith("time/")}
@@ -305,7 +297,7 @@ def test_stop_and_resume_is_a_straight_run(build):
 
 
 WINDOWS = [("grpo", kind) for kind in ("all", "first", "sliding", "random")]
-"""Every window with one objective, and one that moves with each of the others: a window follows from the iteration alone."""
+"""Every window with one objective, and a moving one with each of the others: windows follow from the iteration."""
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 
 from progrpo.cli import main
 from progrpo.objectives.settings import load_objective
+from progrpo.settings import read_settings
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -55,9 +56,11 @@ def test_the_parts_of_ones_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     sampler = ("--sampling.sampler", "my_parts:HALF_DDIM")
     small = ("--iterations", "1", "--eval.pictures", "2", "--audit.every", "0")
     assert main(["train", "smoke", "--out", "run", *small, *parts, *sampler]) == 0
+    assert main(["plan", "smoke", "--plan", "my_parts:late"]) == 0
     metrics = json.loads((tmp_path / "run/metrics.jsonl").read_text())
     assert metrics["rollout/survivors"] == 2 * 8  # of two prompts
-    assert load_objective("my_parts:Reinforce").Settings(scale=0.5).items_per_trajectory(0) == 4
+    settings = read_settings(load_objective("my_parts:Reinforce").Settings, {"scale": 0.5})
+    assert settings.items_per_trajectory(0) == 4
     sys.modules.pop("my_parts", None)
 
 

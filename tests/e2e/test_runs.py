@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from progrpo.cli import main
 from progrpo.storage import load_state
 from progrpo.tracking.run_folder import RunFolder
+from tests.support.states import same_state
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +64,25 @@ def test_a_run_is_not_overwritten_unasked(run, capsys):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_can_be_repeated_from_its_config(run, tmp_path):
-    assert main(["train", str(run / "config.json"), "--out", str(tmp_path / "again")]) == 0
-    assert_the_same(tmp_path / "again", run)
+@pytest.fixture(scope="module")
+def straight(run, tmp_path_factory) -> Path:
+    """The run anew from its configuration, and an iteration longer."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    assert main(["train", str(run / "config.json"), "--iterations", "3", "--out", str(out)]) == 0
+    return out
 
 
-def test_stop_and_resume_is_a_straight_run(run, tmp_path):
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+def test_a_run_can_be_repeated_from_its_config(run, straight):
+    assert untimed(straight)[:2] == untimed(run) != []
+    assert RunFolder(straight).read_evaluation("before") == RunFolder(run).read_evaluation("before") != []
+    ours, theirs = (load_state(f / "checkpoints" / "iteration_000002")["policy"] for f in (straight, run))
+    assert same_state(ours, theirs)
+
+
+def test_stop_and_resume_is_a_straight_run(run, straight, tmp_path):
+    resumed = tmp_path / "resumed"
     shutil.copytree(run, resumed)
     assert main(["train", "--resume", str(resumed), "--iterations", "3"]) == 0
-    assert main(["train", "smoke", "--seed", "3", "--iterations", "3", "--out", str(straight)]) == 0
     assert_the_same(resumed, straight)
     ours, theirs = (
         load_state(f / "checkpoints" / "iteration_000003")["optimizer"]["state"] for f in (resumed, straight)
@@ -86,6 +96,7 @@ def adaptive(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "adaptive"
     asked = ["--preview.decoder", "tiny", "--preview.probe", "--preview.probe-threshold", "-1", "--plan.adaptive"]
     asked += ["--audit.every", "1", "--iterations", "6", "--checkpoint.keep", "9", "--plan.group-size", "8"]
+    asked += ["--eval.pictures", "2"]
     assert main(["train", "smoke", *asked, "--out", str(out)]) == 0
     return out
 

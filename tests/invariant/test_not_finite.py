@@ -341,7 +341,7 @@ def test_the_command_line_writes_no_black_picture(nan_lora, tiny_sd3, tmp_path, 
 def test_sampling_keeps_what_is_there_and_says_what_is_not(tiny_sd3, tmp_path, monkeypatch):
     from progrpo.policies.pipeline import PipelinePolicy
     from progrpo.training.sample import sample_pictures
-    from progrpo.training.trained_model import ModelChoice, SamplingOptions
+    from progrpo.training.trained_model import ModelChoice
 
     decode = PipelinePolicy.decode
 
@@ -351,8 +351,8 @@ def test_sampling_keeps_what_is_there_and_says_what_is_not(tiny_sd3, tmp_path, m
 
     monkeypatch.setattr(PipelinePolicy, "decode", lost)
     with pytest.raises(SelfCheckError, match=r"^1 of 3 pictures are missing: the decoder .*; the others are in "):
-        prompts, options = [Prompt("a"), Prompt("b"), Prompt("c")], SamplingOptions(1, 1.0, 0)
-        sample_pictures(ModelChoice(str(tiny_sd3)), prompts, tmp_path / "out", 1, options)
+        prompts, given = [Prompt("a"), Prompt("b"), Prompt("c")], {"num_inference_steps": 1, "seed": 0}
+        sample_pictures(ModelChoice(str(tiny_sd3)), prompts, tmp_path / "out", 1, given)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["000-00.png", "002-00.png"]
 
 

@@ -40,6 +40,7 @@ from progrpo.training.distributed import Ranks
 from progrpo.training.entry import resume_run, train_run
 from progrpo.training.errors import MissingScoresError
 from progrpo.training.update import Updater
+from tests.support.states import same_state
 
 ITERATIONS = 4
 REWARD = """
@@ -103,15 +104,6 @@ def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k != "seconds" and not k.startswith("time/")} for r in records]
 
 
-def same(a: Any, b: Any) -> bool:
-    """Equal to the last bit, tensors and all."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def lora(folder: Path) -> dict[str, Any]:
     """Tensors and metadata; the file's bytes differ by the order of its header's entries, which safetensors does not fix."""
     with safe_open(folder / "lora" / "pytorch_lora_weights.safetensors", framework="pt") as file:
@@ -121,7 +113,7 @@ def lora(folder: Path) -> dict[str, Any]:
 def assert_the_same_run(folder: Path, straight: Path) -> None:
     for name in ("iteration", "policy", "optimizer", "order", "best"):
         states = [load_state(f / "checkpoints" / f"iteration_{ITERATIONS:06d}") for f in (folder, straight)]
-        assert same(states[0][name], states[1][name]), name
+        assert same_state(states[0][name], states[1][name]), name
     assert set(states[0]["policy"]) == {"current", "reference", "ema", "best"}
     ours, theirs = RunFolder(folder), RunFolder(straight)
     assert untimed(ours.read_metrics()) == untimed(theirs.read_metrics())
@@ -129,7 +121,7 @@ def assert_the_same_run(folder: Path, straight: Path) -> None:
     for when in ("before", "after"):
         assert ours.read_evaluation(when) == theirs.read_evaluation(when) != []
     assert ours.read_audits() == theirs.read_audits() != []
-    assert same(lora(folder), lora(straight))
+    assert same_state(lora(folder), lora(straight))
     for file in ("evaluation/after/000.png", "audit/0003.png"):
         assert (folder / file).read_bytes() == (straight / file).read_bytes(), file
     summaries = [run.read_summary() for run in (ours, theirs)]
@@ -317,7 +309,7 @@ def test_a_disk_that_is_full_stops_the_run_in_one_sentence(config, straight, tmp
 def test_a_finished_run_can_be_resumed_and_does_nothing_more(straight):
     before = lora(straight)
     resume_run(straight)
-    assert same(lora(straight), before)
+    assert same_state(lora(straight), before)
     assert len(RunFolder(straight).read_metrics()) == ITERATIONS
 
 

@@ -124,7 +124,7 @@ def cut_off() -> Iterator[None]:
 
     ends = (
         "training.inputs.policy_from",
-        "training.run.measured",
+        "training.run.with_measured_microbatches",
         "training.trained_model.policy_from",
         "rewards.server.serve",
         *(f"zoo.shapes.pretrain{n}.pretrain{n}" for n in ("", "_diffusion", "_tiny")),

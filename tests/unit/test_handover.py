@@ -1,4 +1,4 @@
-"""Pipelines and torch as their owners left them: undone for the run, or refused in a sentence before anything is drawn."""
+"""Pipelines and torch as their owners left them: undone for the run, or refused before anything is drawn."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from progrpo.config import PlanSettings, PromptSettings
 from progrpo.training import measure
 from progrpo.training.distributed import Ranks
-from progrpo.training.measure import measured
+from progrpo.training.measure import with_measured_microbatches
 from progrpo.types import Prompt
 
 
@@ -47,7 +47,7 @@ def asked(tiny_config):
 
 
 def chosen(config: Any, policy: Any) -> tuple[int | None, int | None]:
-    found = measured(config, policy, Prompt("red cat"), Ranks())
+    found = with_measured_microbatches(config, policy, Prompt("red cat"), Ranks())
     assert replace(found, sampling=config.sampling, optim=config.optim) == config
     assert replace(found.sampling, microbatch=None) == replace(config.sampling, microbatch=None)
     return found.sampling.microbatch, found.optim.microbatch
@@ -76,7 +76,7 @@ def test_what_is_given_stays_and_nothing_is_measured(policy, asked, monkeypatch)
 
     monkeypatch.setattr(policy, "predict", never)
     config = asked(5, 7)
-    assert measured(config, policy, Prompt("red cat"), Ranks()) is config
+    assert with_measured_microbatches(config, policy, Prompt("red cat"), Ranks()) is config
 
 
 @pytest.mark.parametrize(("sampling", "optim"), [(5, None), (None, 7)])
@@ -205,10 +205,10 @@ def test_where_nothing_fits_a_sentence_says_what_to_give(policy, asked, memory):
     with pytest.raises(
         ValueError, match=r"^sampling\.microbatch: .* fit into the memory of cpu; give it and optim\.microbatch"
     ):
-        measured(asked(), policy, Prompt("red cat"), Ranks())
+        with_measured_microbatches(asked(), policy, Prompt("red cat"), Ranks())
     memory(7, 7)
     with pytest.raises(ValueError, match=r"not even 8 rows fit .* optim\.microbatch"):
-        measured(asked(), policy, Prompt("red cat"), Ranks())
+        with_measured_microbatches(asked(), policy, Prompt("red cat"), Ranks())
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -234,7 +234,9 @@ def test_another_model_is_measured_anew(policy, asked, clock, monkeypatch, chang
     timed = clock(lambda rows: 1.0, lambda rows: 1.0)
     chosen(asked(), policy)
     count, config = len(timed), asked()
-    measured(replace(config, model=replace(config.model, **change)), policy, Prompt("red cat"), Ranks())
+    with_measured_microbatches(
+        replace(config, model=replace(config.model, **change)), policy, Prompt("red cat"), Ranks()
+    )
     assert len(timed) == 2 * count
 
 

@@ -1,4 +1,4 @@
-"""Sizes without weights against published parameter counts, operations in closed form, and memory as it is allocated."""
+"""Sizes without weights against published parameter counts, closed forms, and allocated memory."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_what_would_make_it_fit():
     plan = resolve_plan(base)
 
     def peaks(config: Config) -> dict[str, float]:
-        return _memory(config, plan, sizes_for(config), 1)["peaks"]
+        return _memory(config, plan, sizes_for(config), 1).peaks
 
     def changed(wanted: dict[str, Any]) -> Config:
         sampling = wanted.get("sampling.microbatch", 16)
@@ -211,7 +211,7 @@ def test_what_processes_share_out(weights):
     """A LoRA stays whole everywhere, weights that are trained in full do not."""
     base = load_recipe("smoke")
     config = replace(base, model=replace(base.model, weights=weights, shard=True))
-    alone, shared = (_memory(config, resolve_plan(config), sizes_for(config), count)["parts"] for count in (1, 2))
+    alone, shared = (_memory(config, resolve_plan(config), sizes_for(config), count).parts for count in (1, 2))
     assert shared["frozen weights"] == alone["frozen weights"] / 2
     for part in ("trained weights, optimizer", "copies of trained weights", "gradients"):
         assert shared[part] == alone[part] / (2 if weights == "full" else 1)
@@ -253,7 +253,7 @@ def test_the_command_says_what_fits(capsys):
     assert half["seconds_per_iteration"] == pytest.approx(whole["seconds_per_iteration"] / 4)
     assert half["memory_gb"]["latents in the update"] == pytest.approx(whole["memory_gb"]["latents in the update"] / 2)
     assert main(["plan", "smoke", "--gpu", "l4", "--model.path", "some/model"]) == 2
-    assert "how large some/model is is not known here; give its folder" in capsys.readouterr().err
+    assert "the size of some/model is not known here; give its folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

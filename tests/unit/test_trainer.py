@@ -97,7 +97,7 @@ def test_the_average_of_the_weights_lags_behind(tiny_trainer, tiny_config):
     start = weights(trainer)
     trainer.step()
     assert trainer.learner.evaluated_weights == "ema"
-    sets = trainer.policy.state_dict()
+    sets = trainer.policy.named_weights.state_dict()
     for name, now in weights(trainer).items():
         torch.testing.assert_close(sets["ema"][name], (start[name] + now) / 2)
     assert tiny_trainer(tiny_config()).learner.evaluated_weights == "current"
@@ -110,7 +110,7 @@ def test_an_objectives_average_follows_from_the_first_iteration_on(tiny_trainer,
     trainer.step()
     # min(1e-3 n, 0.3) after the n-th, and the first is the first: with 0 the average would be the weights
     expected = {name: 1e-3 * first[name] + (1 - 1e-3) * now for name, now in weights(trainer).items()}
-    average = trainer.policy.state_dict()["average"]
+    average = trainer.policy.named_weights.state_dict()["average"]
     assert all(torch.allclose(average[name], expected[name], rtol=1e-6, atol=1e-9) for name in first)
     assert not same(average, weights(trainer))
 
@@ -189,5 +189,5 @@ def test_a_state_is_taken_up_by_the_trainers_own_settings(tiny_trainer, tiny_con
     after.load_state_dict(before.state_dict())
     (group,) = after.learner.updater.optimizer.param_groups
     assert (group["weight_decay"], group["betas"]) == (0.5, (0.5, 0.9)) and after.iteration == 1
-    assert same(after.policy.state_dict()["ema"], weights(before)) and after.plan.group_size == 6
+    assert same(after.policy.named_weights.state_dict()["ema"], weights(before)) and after.plan.group_size == 6
     assert after.step().record["rollout/survivors"] == 2 * 2

@@ -50,11 +50,10 @@ class Sample(Command):
 
         prompts = prompts_from_python(self._rows(), "--prompt")
         from progrpo.training.sample import sample_pictures
-        from progrpo.training.trained_model import ModelChoice, SamplingOptions
+        from progrpo.training.trained_model import ModelChoice
 
         model = ModelChoice(self.model, self.lora, self.revision, self.variant)
-        options = SamplingOptions(self.num_inference_steps, self.guidance_scale, self.seed, self.negative_prompt)
-        files = sample_pictures(model, prompts, self.out, self.count, options)
+        files = sample_pictures(model, prompts, self.out, self.count, _given(self), self.negative_prompt)
         if files:
             print("\n".join(str(file) for file in files))
 
@@ -107,15 +106,20 @@ class Eval(Command):
         check_range(1, 1000, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
         check_range(0, 2**63 - 1, seed=self.seed)
         check_range(1, 1_000_000, pictures=self.pictures)
-        from progrpo.training.evaluate_model import EvaluationOptions, evaluate_model
-        from progrpo.training.trained_model import ModelChoice, SamplingOptions
+        from progrpo.training.evaluate_model import EvaluationPrompts, evaluate_model
+        from progrpo.training.trained_model import ModelChoice
 
         model = ModelChoice(self.target, self.lora, self.revision, self.variant)
-        evaluation = EvaluationOptions(self.prompts, self.column, self.reward, self.split, self.pictures)
-        sampling = SamplingOptions(self.num_inference_steps, self.guidance_scale, self.seed, self.negative_prompt)
-        result = evaluate_model(model, evaluation, sampling)
+        prompts = EvaluationPrompts(self.prompts, self.split, self.pictures, self.column)
+        result = evaluate_model(model, prompts, self.reward, _given(self), self.negative_prompt)
         if result is not None:
             show(format_result(result, self.json), costly=True)
+
+
+def _given(command: Sample | Eval) -> dict[str, float | None]:
+    """The settings of evaluations that a command has options for; None is not given."""
+    names = ("num_inference_steps", "guidance_scale", "seed")
+    return {name: getattr(command, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,7 +78,7 @@ class Recipes(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Command):
-    """Print the costs of a recipe's plan: network calls, decodes, rewards; with --gpu memory and time. Needs no weights."""
+    """Print a plan's costs: network calls, decodes and rewards; with --gpu memory and time. It needs no weights."""
 
     plan: PlanName = "recipe"
     """The recipe's own plan, or another in its place, as --plan.preset.

@@ -21,13 +21,17 @@ from progrpo.policies.base import Policy
 class GRPO:
     """The clipped loss of density ratios of stochastic steps, with a KL term to the reference.
 
-    `clip_range` belongs to a latent size, since log-probs are means over dims. `ratio`: `plain`, or `guard`,
-    GRPO-Guard's normalised ratio (arXiv 2510.22319), whose spread is the same at every step. `step_weights`: `equal`;
-    `noise`, in proportion to a step's std (TempFlow-GRPO, arXiv 2508.04324); `inverse_h`, to 1 over its length
-    (GRPO-Guard). Both have mean 1 over the trained steps, so that the learning rate keeps its meaning. `kl_form`:
-    `exact`, the Gaussian KL of the step (the squared distance of means over twice its variance, 2 s^2 h); `flow_grpo`,
-    the same distance over twice the squared rate of an SDE's sampler, 2 s^2; `latent`, the plain mean square distance
-    of means; `velocity`, that of the network's outputs. Their betas differ by orders of magnitude.
+    `clip_range` belongs to a latent size, since log-probs are means over dims.
+
+    `ratio`: `plain`, or `guard`, GRPO-Guard's normalised ratio (arXiv 2510.22319), whose spread is the same at every
+    step.
+
+    `step_weights`: `equal`; `noise`, in proportion to a step's std (TempFlow-GRPO, arXiv 2508.04324); `inverse_h`, to 1
+    over its length (GRPO-Guard). Both have mean 1 over the trained steps, so that the learning rate keeps its meaning.
+
+    `kl_form`: `exact`, the Gaussian KL of the step (the squared distance of means over twice its variance, 2 s^2 h);
+    `flow_grpo`, the same distance over twice the squared rate of an SDE's sampler, 2 s^2; `latent`, the plain mean
+    square distance of means; `velocity`, that of the network's outputs. Their betas differ by orders of magnitude.
     """
 
     settings: GRPOSettings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 from progrpo.registry import choices_of, load_named, one_of
 from progrpo.settings import FRACTION, SHARE, Values, above, at_least, check_rules, read_settings, setting
@@ -16,6 +16,8 @@ OBJECTIVES: dict[str, str] = {
     "dgpo": "progrpo.objectives.dgpo:DGPO",
 }
 if TYPE_CHECKING:
+    from progrpo.objectives.base import Objective
+
     ObjectiveName = str
 else:
     ObjectiveName = choices_of(OBJECTIVES)
@@ -291,12 +293,20 @@ class ObjectiveSettings:
         self.loss  # noqa: B018 (reading the user's own settings checks them)
 
 
-def load_objective(name: str) -> Any:
+class ObjectiveClass(Protocol):
+    """The class of an objective, made from settings of its own kind."""
+
+    Settings: type[LossSettings]
+
+    def __call__(self, settings: LossSettings) -> Objective: ...
+
+
+def load_objective(name: str) -> ObjectiveClass:
     """Find the class of an objective.
 
     Raises ValueError for a class of the user's own without `Settings`.
     """
-    kind = load_named(name, OBJECTIVES, "objective.name", "Class")
+    kind: ObjectiveClass = load_named(name, OBJECTIVES, "objective.name", "Class")
     own = getattr(kind, "Settings", None)
     if not (isinstance(own, type) and issubclass(own, LossSettings)):
         raise ValueError(

@@ -63,12 +63,14 @@ class Policy(Protocol):
     """The meaning of the network's output, a name of `progrpo.diffusion.prediction.PREDICTIONS`."""
 
     latent_shape: tuple[int, ...]
-    """(C, H, W) of one latent, of a video (C, F, H, W)."""
+    """The shape of one latent: (C, H, W), or (C, F, H, W) of a video."""
     device: torch.device
     trainable: Mapping[str, Parameter]
     """The parameters that the optimizer changes, by their name in the denoiser."""
     named_weights: NamedWeights
-    """Copies of the trainable weights: `reference` from the start, and `old` or `ema` if the trainer adds them."""
+    """The trainable weights and their copies: `reference` from the start, and `old` or `ema` if the trainer adds them.
+
+    Their `state_dict` is the policy's state: frozen weights are not in it."""
     embeds_guidance: bool
     """Whether guidance is an input of the network, as in FLUX.1-dev: it then costs no second call."""
     compiled: bool
@@ -153,12 +155,4 @@ class Policy(Protocol):
 
         All processes call it, since weights may be shared out among them; one has a folder.
         """
-        ...
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The current and the named weights, without the frozen ones."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over the weights of a `state_dict`."""
         ...

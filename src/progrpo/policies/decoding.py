@@ -13,7 +13,7 @@ from progrpo.messages import named
 from progrpo.policies.base import PolicyContext
 from progrpo.policies.finite import is_finite
 from progrpo.policies.hub import reason_of
-from progrpo.policies.networks import load_whole
+from progrpo.policies.networks import load_network
 from progrpo.types import Pictures
 from progrpo.zoo import WEIGHTS
 
@@ -72,7 +72,7 @@ def load_tiny_decoder(vae: ModelMixin, channels: int, context: PolicyContext) ->
     name = context.decoder_for_previews
     try:
         place: str | Path = WEIGHTS / name if name == BUILT_IN_DECODER else name
-        tiny: AutoencoderTiny = load_whole(AutoencoderTiny, place, dtype=vae.dtype)
+        tiny: AutoencoderTiny = load_network(AutoencoderTiny, place, dtype=vae.dtype)
         if not all(map(is_finite, tiny.parameters())):
             raise ValueError("its weights are not all finite")
     except (MemoryError, torch.OutOfMemoryError):

@@ -80,7 +80,7 @@ class DenoiserCall:
 
     @torch.compiler.disable(recursive=False)  # blocks of a U-Net call it from inside
     def checkpointed(self, block: nn.Module, *inputs: object) -> object:
-        """Run a block without keeping its activations. They are computed anew outside of the call, by the same kernels."""
+        """Run a block without keeping its activations, which are computed anew later, by the same kernels."""
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self.attention()))
 
     def is_batch_invariant(

@@ -102,7 +102,7 @@ class ModelFamily(TextHooks):
         self.size: tuple[int, int] = (0, 0)
         """Height and width of pictures in pixels, as `prepare` finds them."""
         self.latent_shape: tuple[int, ...] = ()
-        """(C, H, W) of one latent, of a video (C, F, H, W), likewise."""
+        """The shape of one latent, likewise: (C, H, W), or (C, F, H, W) of a video."""
 
     @classmethod
     def check_index(cls, index: Mapping[str, object]) -> None:

@@ -63,7 +63,7 @@ class Flux(PackedFlowFamily):
         return unpacked(tokens_BLD[:, : height * width], height, width)
 
     def shown_latents(self, x_BCHW: Tensor, condition: Condition) -> list[Tensor]:
-        """The latents that the network sees, the sample's own first. They have one size and are numbered in that order."""
+        """The latents that the network sees, numbered in this order: the sample's own come first."""
         return [x_BCHW]
 
 

@@ -43,7 +43,7 @@ class Geometry:
         return sides[0], sides[-1]
 
     def latent_shape(self, size: tuple[int, int], frames: int | None) -> tuple[int, ...]:
-        """(C, H, W) of one latent of a picture of that size, (C, F, H, W) of a video.
+        """The shape of one latent: (C, H, W) of a picture of that size, (C, F, H, W) of a video.
 
         ValueError for frames that do not fit.
         """

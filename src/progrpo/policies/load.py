@@ -23,7 +23,7 @@ from progrpo.policies.base import PolicyContext, torch_dtype
 from progrpo.policies.family import ModelFamily
 from progrpo.policies.hub import reason_of
 from progrpo.policies.lora_files import HUB_ID, LORA_FILE, is_lora
-from progrpo.policies.networks import fetch, load_networks, load_whole
+from progrpo.policies.networks import fetch, load_network, load_networks
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.prepare import prepare
 from progrpo.policies.settings import ModelSettings
@@ -114,7 +114,7 @@ def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path
         kind = type(base).load_config(folder).get("_class_name")
         if kind != type(base).__name__:
             raise ValueError(f"they are of a {kind}, and this model has a {type(base).__name__}")
-        trained = load_whole(type(base), folder, dtype=base.dtype)
+        trained = load_network(type(base), folder, dtype=base.dtype)
     setattr(pipeline, denoiser_name, trained)
 
 

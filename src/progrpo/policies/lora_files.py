@@ -140,16 +140,16 @@ def _chosen(names: Collection[str]) -> str:
     """The file of a folder that is its LoRA."""
     if "model_index.json" in names or any(name.startswith("diffusion_pytorch_model") for name in names):
         raise ValueError("it is a folder with a whole model or denoiser, and no LoRA")
-    there = sorted(name for name in names if name.endswith(".safetensors"))
+    files = sorted(name for name in names if name.endswith(".safetensors"))
     for name in (LORA_FILE, _PEFT_FILE):
-        if name in there:
+        if name in files:
             return name
-    if len(there) > 1:
-        raise ValueError(f"it is a folder with {len(there)} files in safetensors; give one of them, such as {there[0]}")
-    if not there:
+    if len(files) > 1:
+        raise ValueError(f"it is a folder with {len(files)} files in safetensors; give one of them, such as {files[0]}")
+    if not files:
         _require_safe(names)
         raise ValueError(f"it is a folder without a LoRA: with neither {LORA_FILE} nor {_PEFT_FILE}")
-    return there[0]
+    return files[0]
 
 
 def _require_safe(names: Iterable[str]) -> None:
@@ -197,8 +197,8 @@ def _require_plain(names: Collection[str]) -> None:
     """
     sides: dict[str, set[str]] = {}
     for name in names:
-        for part, kind in _OTHER_KINDS.items():
-            if part in name:
+        for fragment, kind in _OTHER_KINDS.items():
+            if fragment in name:
                 raise ValueError(f"it is a {kind} ({name}), and only plain LoRAs are used here")
         if match := _MATRIX.fullmatch(name):
             sides.setdefault(match["layer"], set()).add(match["side"])
@@ -269,7 +269,7 @@ def _settings_beside(file: Path) -> LoraSettings:
     path = file.with_name(_PEFT_SETTINGS)
     if not path.is_file():
         raise ValueError(
-            f"it is in peft's format, and {_PEFT_SETTINGS}, which says how strong it is, is not beside {file.name}; put"
+            f"it is in peft's format, and {_PEFT_SETTINGS}, which holds its scale, is not beside {file.name}; put"
             " it there"
         )
     settings: LoraSettings = json.loads(path.read_bytes())

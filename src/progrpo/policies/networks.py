@@ -25,7 +25,7 @@ _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch
 
 
 def fetch(source: str, revision: str, variant: str, omitted: Collection[str]) -> Path:
-    """The folder of a pipeline: `source` itself, or a hub id's snapshot, which is downloaded but for some components."""
+    """The folder of a pipeline: `source` itself, or a hub id's snapshot without the `omitted` components."""
     if Path(source).is_dir():
         return Path(source)
     options = {"revision": revision or None, "variant": variant or None, "use_safetensors": True}
@@ -57,12 +57,12 @@ def load_networks(
     for name in kinds:
         _require_weights(folder / name, available[name], chosen[name])
     return {
-        name: load_whole(kind, folder / name, dtype=dtypes.get(name, dtypes["default"]), variant=chosen[name] or None)
+        name: load_network(kind, folder / name, dtype=dtypes.get(name, dtypes["default"]), variant=chosen[name] or None)
         for name, kind in kinds.items()
     }
 
 
-def load_whole(kind: type[T], source: str | Path, **options: object) -> T:
+def load_network(kind: type[T], source: str | Path, **options: object) -> T:
     """Call `kind.from_pretrained` on safetensors. ValueError where files do not fill the network of config.json.
 
     What is missing would be random numbers, or none at all. The loaders report it: names change on the way from a file

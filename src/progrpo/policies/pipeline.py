@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -105,12 +105,6 @@ class PipelinePolicy:
     def save(self, folder: Path | None, weights: str = "current") -> None:
         self.trained.save(folder, weights)
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return self.named_weights.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.named_weights.load_state_dict(state)
-
 
 def _decoders(family: ModelFamily) -> tuple[PictureDecoder, PictureDecoder | None]:
     """The decoder of pictures, and the one of previews if there is another."""
@@ -123,7 +117,7 @@ def _decoders(family: ModelFamily) -> tuple[PictureDecoder, PictureDecoder | Non
 
 
 def _offloader(family: ModelFamily) -> ModuleOffloader:
-    """The offloader of the denoiser, which is there first since copies of its weights are taken, and the text encoders."""
+    """The offloader of denoiser and text encoders. The denoiser comes first, since its weights are copied at once."""
     others = (family.pipeline.vae, family.denoiser)
     networks = [module for module in family.pipeline.components.values() if isinstance(module, nn.Module)]
     encoders = [module for module in networks if not any(module is other for other in others)]

@@ -35,7 +35,7 @@ _TAKEN: WeakSet[DiffusionPipeline] = WeakSet()  # whose denoisers have what a po
 
 @dataclass(frozen=True)
 class Prepared:
-    """A pipeline that is ready for training, with what was found out on the way."""
+    """A pipeline that is ready for training, with what its preparation has shown."""
 
     family: ModelFamily
     fingerprints: Mapping[str, str]
@@ -180,7 +180,7 @@ def _adapted_layers(denoiser: nn.Module, targets: tuple[str, ...]) -> list[str]:
 def _share(family: ModelFamily) -> None:
     """Share the denoiser's weights out among the processes; a LoRA stays whole in each."""
     trained = [p for p in family.denoiser.parameters() if p.requires_grad]
-    share_out(family.denoiser, family.device, whole=trained if family.settings.weights == "lora" else [])
+    share_out(family.denoiser, family.device, replicated=trained if family.settings.weights == "lora" else [])
 
 
 # --- what makes it faster or smaller ----------------------------------------------------------------------------------
@@ -241,5 +241,5 @@ def _networks(pipeline: DiffusionPipeline) -> list[nn.Module]:
 
 
 def _fingerprints(pipeline: DiffusionPipeline) -> dict[str, str]:
-    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    networks = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
     return {name: fingerprint(network) for name, network in networks.items()}

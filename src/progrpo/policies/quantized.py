@@ -19,7 +19,7 @@ _IN_A_BLOCK = re.compile(r"\.\d+\.")
 
 
 def quantize_blocks(denoiser: nn.Module) -> None:
-    """Quantise the linear layers of the numbered blocks, in place. The few outside keep the precision that they need."""
+    """Quantise the linear layers of the numbered blocks, in place. The few outside need their precision."""
     for name, module in list(denoiser.named_modules()):
         if isinstance(module, nn.Linear) and _IN_A_BLOCK.search(name):
             denoiser.set_submodule(name, Int8Linear(module))

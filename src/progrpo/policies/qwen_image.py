@@ -41,7 +41,7 @@ class QwenImage(PackedFlowFamily):
         }
 
     def text_readers(self) -> list[Reader]:
-        """One reader, like the pipeline's: tokens of the instruction before the text are dropped, those after it count."""
+        """One reader. Tokens of the instruction before the text are dropped by the pipeline, those after it count."""
         own: int = self.pipeline.tokenizer_max_length
         limit = self.pipeline.prompt_template_encode_start_idx + min(self.text_tokens, own)
         return [Reader("text_encoder", self.pipeline.tokenizer, limit, self.text_tokens < own, self.tokenizer_text)]

@@ -21,17 +21,17 @@ from torch.nn import Parameter
 _NO_CALL = 2**31  # above every number of a call
 
 
-def share_out(denoiser: nn.Module, device: torch.device, whole: Collection[Parameter]) -> None:
-    """Make DTensors on `device` of all parameters but the `whole` ones, in place and a block at a time.
+def share_out(denoiser: nn.Module, device: torch.device, replicated: Collection[Parameter]) -> None:
+    """Make DTensors on `device` of all parameters but the `replicated` ones, in place and a block at a time.
 
     A backward pass leaves in each process the sum over processes of its part of the gradients.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in (*blocks(denoiser), denoiser):
-        shared = fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=set(whole))
+        shared = fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=set(replicated))
         shared.set_gradient_divide_factor(1.0)
         shared.set_force_sum_reduction_for_comms(True)  # gloo has no other
-    for parameter in whole:
+    for parameter in replicated:
         parameter.data = parameter.data.to(device)
 
 

@@ -183,7 +183,7 @@ def _read_architecture(path: str) -> Architecture:
     folder = Path(locate(path))
     if not folder.is_dir():
         raise ValueError(
-            f"model.path: how large {path} is is not known here; give its folder, or one of {', '.join(ARCHITECTURES)}"
+            f"model.path: the size of {path} is not known here; give its folder, or one of {', '.join(ARCHITECTURES)}"
         )
     family = family_of(str(folder))
     needed = (family.denoiser_name, "vae", "scheduler")

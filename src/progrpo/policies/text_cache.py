@@ -72,7 +72,7 @@ class TextCache:
         return self._texts[text]
 
     def _finite(self, subject: str, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The one row that was encoded, as the network gets it. ValueError where the dtype does not hold its numbers."""
+        """The encoded row as the network gets it. ValueError where the dtype does not hold its numbers."""
         row = {name: tensor[0].to("cpu", self._family.dtype) for name, tensor in encoded.items()}
         for name, tensor in row.items():
             if not tensor.isfinite().all():

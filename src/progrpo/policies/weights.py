@@ -89,7 +89,7 @@ class NamedWeights:
         """Take over all weights of `state`, and forget names that are not in it."""
         self._require_current("load")
         for name, tensors in state.items():
-            self._check_fit(name, tensors)
+            _check_fit(self._parameters, name, tensors)
         for key, parameter in self._parameters.items():
             parameter.copy_(as_shared(state[CURRENT][key], parameter))
         self._sets = {
@@ -102,22 +102,9 @@ class NamedWeights:
         if name == self._active:
             return
         stored = {} if name == CURRENT else self._stored(name)
-        self._exchange({} if self._active == CURRENT else self._stored(self._active))
-        self._exchange(stored)
+        _exchange(self._parameters, {} if self._active == CURRENT else self._stored(self._active))
+        _exchange(self._parameters, stored)
         self._active = name
-
-    @torch.no_grad()
-    def _exchange(self, stored: dict[str, Tensor]) -> None:
-        # storage changes hands and nothing is copied: a graph that was built before the block is still right after it
-        for key, tensor in stored.items():
-            parameter = self._parameters[key]
-            if isinstance(parameter, DTensor):  # fully_shard gathers from storage of its own, so values change hands
-                own, other = parameter.to_local(), tensor.to_local()  # type: ignore[attr-defined]
-                before = own.clone()
-                own.copy_(other)
-                other.copy_(before)
-            else:
-                stored[key], parameter.data = parameter.data, tensor
 
     def _stored(self, name: str) -> dict[str, Tensor]:
         if name not in self._sets:
@@ -128,7 +115,25 @@ class NamedWeights:
         if self._active != CURRENT:
             raise ValueError(f"cannot {action} while the weights {self._active!r} are in use; leave that block first")
 
-    def _check_fit(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        shapes = {key: tuple(p.shape) for key, p in self._parameters.items()}
-        if {key: tuple(t.shape) for key, t in tensors.items()} != shapes:
-            raise ValueError(f"the saved weights {name!r} are not this model's; use the model settings of that run")
+
+@torch.no_grad()
+def _exchange(parameters: Mapping[str, Parameter], stored: dict[str, Tensor]) -> None:
+    """Exchange the values of parameters and stored weights.
+
+    Storage changes hands and nothing is copied: a graph that was built before the block is still right after it.
+    """
+    for key, tensor in stored.items():
+        parameter = parameters[key]
+        if isinstance(parameter, DTensor):  # fully_shard gathers from storage of its own, so values change hands
+            own, other = parameter.to_local(), tensor.to_local()  # type: ignore[attr-defined]
+            before = own.clone()
+            own.copy_(other)
+            other.copy_(before)
+        else:
+            stored[key], parameter.data = parameter.data, tensor
+
+
+def _check_fit(parameters: Mapping[str, Parameter], name: str, tensors: Mapping[str, Tensor]) -> None:
+    shapes = {key: tuple(p.shape) for key, p in parameters.items()}
+    if {key: tuple(t.shape) for key, t in tensors.items()} != shapes:
+        raise ValueError(f"the saved weights {name!r} are not this model's; use the model settings of that run")

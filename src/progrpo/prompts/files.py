@@ -10,13 +10,12 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from progrpo.messages import named, quoted
 from progrpo.prompts.pictures import COLUMN
 
 _LINE_BYTES = 1_000_000
-Row = tuple[Mapping[str, Any], str]
+Row = tuple[Mapping[str, object], str]
 """A row and its place, with which a message begins."""
 
 
@@ -48,7 +47,7 @@ def _json(path: Path, column: str) -> Iterator[Row]:
         yield ({column: item} if isinstance(item, str) else item), where
 
 
-def _parse_json(text: str, where: str, place: Callable[[json.JSONDecodeError], str]) -> Any:
+def _parse_json(text: str, where: str, place: Callable[[json.JSONDecodeError], str]) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -122,7 +121,7 @@ def _parquet(path: Path, column: str) -> Iterator[Row]:
     yield from ((with_plain_picture(row), f"{named(path)}, row {number}") for number, row in enumerate(rows))
 
 
-def with_plain_picture(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_plain_picture(row: Mapping[str, object]) -> Mapping[str, object]:
     """The row with a picture's bytes, or its path, in place of the pair of both that `datasets` stores."""
     pair = row.get(COLUMN)
     return {**row, COLUMN: pair["bytes"] or pair["path"]} if isinstance(pair, Mapping) else row

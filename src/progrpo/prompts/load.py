@@ -100,6 +100,7 @@ def prompts_from_python(given: object, name: str, column: str = TEXT) -> tuple[P
     rows = _rows_of_table(given)
     message = f"{name} must be a list of texts, Prompts or rows with a field {column}, not {quoted(given)}"
     _require_ordered(rows, name, message)
+    assert isinstance(rows, Iterable)
     try:
         items = iter(rows)
     except TypeError:  # an array without dimensions has __iter__ and cannot be iterated
@@ -131,7 +132,7 @@ def _require_ordered(given: object, name: str, message: str) -> None:
         raise ValueError(message)
 
 
-def _rows_of_table(given: Any) -> Any:
+def _rows_of_table(given: object) -> object:
     """The rows of another library's table; anything else unchanged."""
     for (library, kind), rows in _TABLES.items():
         module = sys.modules.get(library)  # a table's library is loaded already
@@ -140,13 +141,13 @@ def _rows_of_table(given: Any) -> Any:
     return given
 
 
-def _rows_of_pandas(table: Any) -> list[dict[str, Any]]:
+def _rows_of_pandas(table: Any) -> list[dict[str, object]]:
     """The rows of a pandas table. Missing cells, which pandas stores as NaN, are None as in a JSON file."""
-    rows: list[dict[str, Any]] = table.astype(object).where(table.notna(), None).to_dict("records")
+    rows: list[dict[str, object]] = table.astype(object).where(table.notna(), None).to_dict("records")
     return rows
 
 
-_TABLES: dict[tuple[str, str], Callable[[Any], Iterable[Any]]] = {
+_TABLES: dict[tuple[str, str], Callable[[Any], Iterable[object]]] = {
     ("pandas", "DataFrame"): _rows_of_pandas,
     ("polars", "DataFrame"): lambda table: table.to_dicts(),
     ("pyarrow", "Table"): lambda table: table.to_pylist(),
@@ -216,7 +217,7 @@ def _suggestion(path: Path) -> str:
     return f"; did you mean {named(close[0])}?" if close else ""
 
 
-def prompt_from_row(row: Mapping[str, Any], where: str, column: str = TEXT) -> Prompt:
+def prompt_from_row(row: Mapping[str, object], where: str, column: str = TEXT) -> Prompt:
     """The prompt of a row: the field `column` is its text, and every other field is a column.
 
     ValueError that begins with `where` for a row without a text.

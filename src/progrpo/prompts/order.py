@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol, TypedDict, cast
 
 import numpy as np
 
@@ -19,8 +19,8 @@ from progrpo.types import Prompt
 class PromptOrder(Protocol):
     """An order of prompts, made from prompts by kind and a seed.
 
-    All processes choose the same prompts for an iteration. `prompts_for` returns the same prompts for an iteration until its
-    signals are observed.
+    All processes choose the same prompts for an iteration. `prompts_for` returns the same prompts for an iteration
+    until its signals are observed.
     """
 
     @property
@@ -44,11 +44,11 @@ class PromptOrder(Protocol):
         """The metrics of the order, by name. A name begins with `prompts/`."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Mapping[str, object]:
         """The state that a resumed run needs, ready for JSON."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, object]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ class InTurn:
     def metrics(self) -> dict[str, float]:
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Mapping[str, object]:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         pass
 
     def _at(self, index: int) -> Prompt:
@@ -90,6 +90,15 @@ class InTurn:
 @lru_cache(maxsize=64)
 def _permutation(seed: int, kind: int, epoch: int, length: int) -> np.ndarray:
     return np.random.default_rng([seed, kind, epoch]).permutation(length)
+
+
+class SignalState(TypedDict):
+    """The state of `BySignal`: signal and number of observations of each observed prompt, and the signals of kinds."""
+
+    met: list[int]
+    own: list[float]
+    seen: list[int]
+    of_kind: list[float | None]
 
 
 class BySignal:
@@ -144,7 +153,7 @@ class BySignal:
             | {"prompts/seen": int((self._seen > 0).sum())}
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> SignalState:
         met = self._seen.nonzero()[0]
         return {
             "met": met.tolist(),
@@ -153,12 +162,13 @@ class BySignal:
             "of_kind": [None if np.isnan(v) else v for v in self._kind_signal.tolist()],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        saved = cast(SignalState, state)
         self._own_signal[:] = 0
-        self._own_signal[state["met"]] = state["own"]
+        self._own_signal[saved["met"]] = saved["own"]
         self._seen[:] = 0
-        self._seen[state["met"]] = state["seen"]
-        self._kind_signal[:] = [math.nan if v is None else v for v in state["of_kind"]]
+        self._seen[saved["met"]] = saved["seen"]
+        self._kind_signal[:] = [math.nan if v is None else v for v in saved["of_kind"]]
 
     def _probabilities(self) -> np.ndarray:
         """The probability of each prompt to be drawn first."""

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -19,7 +18,7 @@ COLUMN = "image"
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # some of Pillow's other formats start programs
 
 
-def picture(value: Any, where: str = COLUMN) -> Image.Image:
+def picture(value: object, where: str = COLUMN) -> Image.Image:
     """The upright RGB pixels of a path, of a file's bytes or of a PIL picture; ValueError that begins with `where`.
 
     Transparent parts become white: the colours under them, which no viewer shows, are often noise or black.
@@ -37,7 +36,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
-def pictures(values: Sequence[Any]) -> list[Image.Image | None]:
+def pictures(values: Sequence[object]) -> list[Image.Image | None]:
     """The pictures of a column, None where a prompt has none. A value that occurs twice is read once."""
     read = {id(value): picture(value) for value in values if value is not None}
     return [read.get(id(value)) for value in values]
@@ -63,7 +62,7 @@ def source_key(prompt: Prompt) -> str:
     return picture_key(_picture_value(prompt), _where(prompt))
 
 
-def picture_key(value: Any, where: str = COLUMN) -> str:
+def picture_key(value: object, where: str = COLUMN) -> str:
     """The key that tells one picture from another: its path, or a hash of its content."""
     if isinstance(value, str | os.PathLike):
         return os.path.abspath(value)
@@ -73,7 +72,7 @@ def picture_key(value: Any, where: str = COLUMN) -> str:
     return hashlib.sha256(f"{pixels.size}".encode() + pixels.tobytes()).hexdigest()
 
 
-def _picture_value(prompt: Prompt) -> Any:
+def _picture_value(prompt: Prompt) -> object:
     value = prompt.columns.get(COLUMN)
     if value is None:
         raise ValueError(
@@ -88,7 +87,7 @@ def _where(prompt: Prompt) -> str:
 
 
 @contextmanager
-def _opened(value: Any, where: str) -> Iterator[Image.Image]:
+def _opened(value: object, where: str) -> Iterator[Image.Image]:
     if not isinstance(value, Image.Image | bytes | str | os.PathLike):
         raise ValueError(f"{where} must be a picture or the path of one, not {quoted(value)}")
     try:

@@ -100,7 +100,7 @@ def _all_lows(ranking: _Ranking, kept_P: Tensor, keep: int) -> Tensor:
 
 
 def _choose(keys_PG: Tensor, scored_PG: Tensor, keep: int, split: _Split) -> Tensor:
-    """The mask (P, G) of min(keep, scored) members of each group: `split` of them from the low end, others from the high."""
+    """The mask (P, G) of min(keep, scored) members of each group: `split` from the low end, others from the high."""
     ranking = _rank(keys_PG, scored_PG)
     kept_P = ranking.count_P.clamp(max=keep)
     lows_P = split(ranking, kept_P, keep)

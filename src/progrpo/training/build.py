@@ -1,4 +1,4 @@
-"""From a configuration to the objects of a run. Beyond this file, functions take numbers and tensors."""
+"""The objects of a run, made from its configuration. Beyond this file, functions take numbers and tensors."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def saved_weights(run: Path) -> Path:
 
 
 def sampling_from(config: Config, policy: Policy, stores: Stored, iteration: int) -> Sampling:
-    """How an iteration samples: stochastic where its window lies, storing what the objective needs of trained steps."""
+    """The sampling of an iteration: stochastic in its window, storing what the objective needs of trained steps."""
     record = Record(
         steps=frozenset(trained_steps(config, iteration)),
         means=stores == "means",
@@ -129,7 +129,7 @@ def train_order(prompts: PromptSettings, seed: int) -> PromptOrder:
 
 
 def eval_prompts(source: str, split: str, count: int, column: str = TEXT) -> list[Prompt]:
-    """The same `count` prompts every time, of the built-in split by kind in turn, of a file in its order, repeated."""
+    """The evaluation prompts: `count` of the built-in split by kind in turn, or of a file in its order, repeated."""
     if source == "shapes":
         return world.sample_prompts(split, count, seed=0)
     (prompts,) = load_prompts(source, split, column).values()

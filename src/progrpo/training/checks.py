@@ -1,4 +1,4 @@
-"""What a run checks of itself while it goes. A failed check stops it and says why."""
+"""Checks of a run while it goes. A failed check stops the run and says why."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def fault_of(failures: Sequence[Failures]) -> str:
 
 def check_moved(policy: Policy) -> None:
     """SelfCheckError where no trained weight differs from the reference."""
-    state = policy.state_dict()
+    state = policy.named_weights.state_dict()
     moved = any(not torch.equal(gathered(p), gathered(state["reference"][n])) for n, p in state["current"].items())
     if not moved:
         raise SelfCheckError(

@@ -90,7 +90,7 @@ class Collector:
         return self._within_memory(sample, batch.iteration, meter)
 
     def _within_memory(self, sample: Callable[[Sampler, Meter], _Sampled], iteration: int, meter: Meter) -> _Sampled:
-        """What `sample` returns, with smaller microbatches where memory runs out: noise does not depend on them."""
+        """The result of `sample`, with smaller microbatches where memory runs out: noise does not depend on them."""
 
         def attempt(size: int) -> _Sampled:
             own_meter = Meter()  # an attempt that fails is not what the plan counts

@@ -119,7 +119,7 @@ class Ranks:
         return cast(_Result, shared_result)
 
     def require_same(self, values: Mapping[str, str], advice: str) -> None:
-        """ValueError in all processes, with the name and both values, where a value differs. It ends in the `advice`."""
+        """ValueError in all processes, with both values and the `advice`, where a value differs."""
         mains, *others = self.gather([values])
         for rank, own in enumerate(others, 1):
             for name in {**mains, **own}:
@@ -130,7 +130,7 @@ class Ranks:
                     )
 
     def wait_for_all(self) -> None:
-        """Wait at the end of a run until all are here: a launcher that sees one end badly kills those that still write."""
+        """Wait for all at the end of a run: a launcher that sees one end badly kills those that still write."""
         self.drain_peer_calls()
         # several times: a sharded network keeps gloo's threads to the very end, and none may still hold a tensor of
         # Python's

@@ -1,4 +1,4 @@
-"""Reasons why a run stops itself. They stand apart from the checks, so that the command line knows them without torch."""
+"""Reasons why a run stops itself, apart from the checks, so that the command line knows them without torch."""
 
 
 class Interrupted(Exception):

@@ -1,16 +1,17 @@
-"""What an iteration takes on a device, before anything is loaded: operations, memory by what holds it, time at a share of the peak.
+"""An estimate of an iteration on a device, before anything is loaded: operations, memory, time at a share of the peak.
 
-Operations and memory are the model's own code's on tensors without content (`policies.sizes`). Not in them: rewards' operations and the
-memory of those whose network is not known, what an allocator loses, and a denoiser's two compiled copies.
+Operations and memory come from the model's own code, run on tensors without content (`policies.sizes`). Not counted are
+the operations of rewards, the memory of rewards whose network is not known, the losses of an allocator, and a
+denoiser's two compiled copies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 import torch
 
@@ -26,77 +27,107 @@ from progrpo.training.gpus import GPU, GPUS
 from progrpo.training.plan_judge import prompt_cost
 
 _FLOAT, _GB = 4, 1e9
-_AVERAGES = {"adamw": 2 * _FLOAT, "adamw_8bit": 2 * (1 + _FLOAT / 256)}  # bytes a weight; 256 share a scale
-_ROOM = 0.9  # of a card's memory: an allocator, unknown rewards and the driver want some
+_AVERAGES = {"adamw": 2 * _FLOAT, "adamw_8bit": 2 * (1 + _FLOAT / 256)}  # bytes per weight; 256 share a scale
+_ROOM = 0.9  # of a card's memory: the allocator, unknown rewards and the driver need the rest
 _STEP = 7  # latents at once where noise is added: output, mean, noise, the next one, and three for its log-prob
 
 
-def estimate(config: Config, device: str, share: float, processes: int) -> dict[str, Any]:
-    """Ready for JSON; memory in GB, of the process that has most. `share` is of the device's peak, and an assumption."""
+_NOTHING_FITS = "no settings that are known here"
+SettingsByField = dict[str, bool | int | str | None]
+
+
+class Estimate(TypedDict):
+    """An estimate, ready for JSON. Memory is in GB, of the process that has most."""
+
+    model: str
+    parameters: int
+    trained_parameters: int
+    tflops_per_row: float
+    tflops_per_decode: float
+    pflops_per_iteration: dict[str, float]
+    memory_gb: dict[str, float]
+    peak_gb: dict[str, float]
+    device: str
+    device_gb: float
+    rewards_not_counted: NotRequired[list[str]]
+    fits: bool
+    would_fit_with: NotRequired[SettingsByField | str]
+    fits_on: list[str]
+    share_of_peak_assumed: float
+    seconds_per_iteration: float
+    pictures_per_hour: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """GB by what holds them, and the peaks by stage."""
+
+    parts: dict[str, float]
+    peaks: dict[str, float]
+
+
+def estimate(config: Config, device: str, share: float, processes: int) -> Estimate:
+    """The estimate of an iteration. `share` is the assumed share of the device's peak."""
     quiet()
     plan, card = resolve_plan(config), GPUS[device]
-    found = sizes_for(config)
-    memory = _memory(config, plan, found, processes)
-    operations = flops_by_stage(config, plan, found)
+    model = sizes_for(config)
+    memory = _memory(config, plan, model, processes)
+    operations = flops_by_stage(config, plan, model)
     seconds = sum(operations.values()) / processes / (card.peak * 1e12 * share)
-    begun = config.prompts.per_iteration * plan.group_size
-    peak = max(memory["peaks"].values())
+    prompts = config.prompts.per_iteration
+    peak = max(memory.peaks.values())
     fits = peak <= _ROOM * card.memory
+    fitting = {} if fits else {"would_fit_with": _leaner(config, plan, card, processes) or _NOTHING_FITS}
     unknown = [term.name for term in _rewards(config) if _parameters(term) is None]
-    return {
+    result = {
         "model": config.model.path,
-        "parameters": found.frozen + found.trained,
-        "trained_parameters": found.trained,
-        "tflops_per_row": found.call_flops / 1e12,
-        "tflops_per_decode": found.decode_flops / 1e12,
+        "parameters": model.frozen + model.trained,
+        "trained_parameters": model.trained,
+        "tflops_per_row": model.call_flops / 1e12,
+        "tflops_per_decode": model.decode_flops / 1e12,
         "pflops_per_iteration": {name: value / 1e15 for name, value in operations.items()},
-        "memory_gb": memory["parts"],
-        "peak_gb": memory["peaks"],
+        "memory_gb": memory.parts,
+        "peak_gb": memory.peaks,
         "device": device,
         "device_gb": card.memory,
         **({"rewards_not_counted": unknown} if unknown else {}),
         "fits": fits,
-        **(
-            {}
-            if fits
-            else {"would_fit_with": _leaner(config, plan, card, processes) or "no settings that are known here"}
-        ),
+        **fitting,
         "fits_on": [name for name, other in GPUS.items() if peak <= _ROOM * other.memory],
         "share_of_peak_assumed": share,
         "seconds_per_iteration": seconds,
         "pictures_per_hour": {
-            "begun": 3600 / seconds * begun,
-            "trained_on": 3600 / seconds * config.prompts.per_iteration * plan.survivors,
+            "begun": 3600 / seconds * prompts * plan.group_size,
+            "trained_on": 3600 / seconds * prompts * plan.survivors,
         },
     }
+    return cast(Estimate, result)
 
 
 _sizes_of = cache(sizes)
 
 
 def sizes_for(config: Config) -> Sizes:
-    """Of a configuration's model, at its microbatches."""
+    """The sizes of a configuration's model, at its microbatches."""
     model, pair = config.model, 2 if config.sampling.in_pairs else 1
-    dtype: Any = "bfloat16" if model.dtype == "auto" else model.dtype
-    settings = replace(model, dtype=dtype, lora="", offload=False)
+    settings = replace(model, dtype="bfloat16" if model.dtype == "auto" else model.dtype, lora="", offload=False)
     called, trained = config.sampling.rows_per_call, config.optim.items_per_pass
     rows = trained * (pair if trains_transitions(config) else 1)
     return _sizes_of(settings, called * pair, rows, min(called, DECODED))
 
 
-def _memory(config: Config, plan: Plan, found: Sizes, processes: int) -> dict[str, dict[str, float]]:
+def _memory(config: Config, plan: Plan, model: Sizes, processes: int) -> _Memory:
     loss = config.objective.loss
     reference = config.model.weights == "lora" or loss.uses_reference
     copies = len(loss.averages) + reference + (config.optim.ema_decay > 0) + config.eval.keep_best
     shared = processes if config.model.shard else 1  # a LoRA stays whole everywhere
-    trained = _FLOAT * found.trained / (shared if config.model.weights == "full" else 1)
+    trained = _FLOAT * model.trained / (shared if config.model.weights == "full" else 1)
     prompts = -(-config.prompts.per_iteration // processes)
-    latents = {
-        name: prompts * found.latent * of_one for name, of_one in _latents(config, plan, loss.stores == "means").items()
-    }
+    per_number = _latents(config, plan, loss.stores == "means")
+    latents = {name: prompts * model.latent * number for name, number in per_number.items()}
     always = {
-        "frozen weights": found.frozen_bytes / shared,
-        "decoder": found.decoder_bytes,
+        "frozen weights": model.frozen_bytes / shared,
+        "decoder": model.decoder_bytes,
         "trained weights, optimizer": trained * (1 + _AVERAGES[config.optim.name] / _FLOAT),
         "copies of trained weights": copies * trained,
         "rewards": sum(_reward_bytes(term) for term in _rewards(config)),
@@ -106,34 +137,38 @@ def _memory(config: Config, plan: Plan, found: Sizes, processes: int) -> dict[st
         "gradients": trained,
         "latents while sampling": max(latents["call"], latents["decoding"], latents["step"]),
         "latents in the update": latents["update"],
-        "graphs of sampling": _graphs(config, plan) * prompts * found.train_bytes / config.optim.items_per_pass,
-        "network call": found.call_bytes,
-        "decoding": found.decode_bytes,
-        "forward and backward pass": found.train_bytes,
-        "text encoders": found.text_encoder_bytes,
+        "graphs of sampling": _graphs(config, plan) * prompts * model.train_bytes / config.optim.items_per_pass,
+        "network call": model.call_bytes,
+        "decoding": model.decode_bytes,
+        "forward and backward pass": model.train_bytes,
+        "text encoders": model.text_encoder_bytes,
     }
     resident = sum(always.values()) + (parts["text encoders"] if config.model.keep_text_encoders else 0)
     denoiser = parts["frozen weights"] + trained
-    moments = latents["call"] + found.call_bytes, latents["decoding"] + found.decode_bytes, latents["step"]
+    moments = latents["call"] + model.call_bytes, latents["decoding"] + model.decode_bytes, latents["step"]
     passes = parts["gradients"] + parts["forward and backward pass"]
     peaks = {
         "start": parts["decoder"] + (max if config.model.offload else sum)((denoiser, parts["text encoders"])),
         "sampling": resident + parts["graphs of sampling"] + max(moments),
         "update": resident + parts["graphs of sampling"] + parts["latents in the update"] + passes,
     }
-    return {
-        name: {part: value / _GB for part, value in told.items()} for name, told in (("parts", parts), ("peaks", peaks))
-    }
+    return _Memory(_in_gb(parts), _in_gb(peaks))
+
+
+def _in_gb(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: value / _GB for name, value in values.items()}
 
 
 def _latents(config: Config, plan: Plan, means: bool) -> dict[str, float]:
-    """Bytes a number of a latent, for a prompt's trajectories at their most: in a network call, beside the decoder, where a step is
-    taken, and in the update."""
+    """Bytes per number of a latent, for a prompt's trajectories at their peak, by the moment.
+
+    The moments are a network call, decoding, a step, and the update.
+    """
     steps, trained = config.sampling.num_inference_steps, trained_steps(config, 0)
     kept = torch.finfo(getattr(torch, config.sampling.latent_dtype)).bits // 8
 
     def own(step: int) -> int:
-        """Of a trajectory before that step: its path, each latent once, and its place, where the path does not end in it."""
+        """Bytes of a trajectory before a step: its path, each latent once, and its latent where no path ends in it."""
         done = sum(s < step for s in trained)
         path = (done + 1) * kept + done * means * _FLOAT if done else 0
         return path + (0 if kept == _FLOAT and step - 1 in trained else _FLOAT)
@@ -152,7 +187,7 @@ def _latents(config: Config, plan: Plan, means: bool) -> dict[str, float]:
     updates = config.optim.updates_per_rollout
     share = 1 + (1 / updates if updates > 1 else 0)  # an update's own trajectories are taken from all
     update = plan.survivors * own(steps) * share
-    begun = plan.group_size * _FLOAT  # the noise that all began at, which a rollout holds to its end
+    begun = plan.group_size * _FLOAT  # the noise that all began at, which a rollout keeps to its end
     return {
         "call": begun + max(calls),
         "decoding": begun + max(decodings),
@@ -162,12 +197,12 @@ def _latents(config: Config, plan: Plan, means: bool) -> dict[str, float]:
 
 
 def _graphs(config: Config, plan: Plan) -> int:
-    """Rows of a prompt whose graphs are held until the update."""
+    """The rows of a prompt whose graphs are kept until the update."""
     return sum(plan.living_at(step) for step in trained_steps(config, 0)) if config.optim.reuse_rollout else 0
 
 
 def _rewards(config: Config) -> list[RewardTerm]:
-    """Those that a card of the run has to hold."""
+    """The rewards that are on a card of the run."""
     return [term for term in (*config.reward.terms, *config.eval.rewards) if not term.url and term.device != "cpu"]
 
 
@@ -186,32 +221,33 @@ def _parameters(term: RewardTerm) -> int | None:
 # --- what would fit ---------------------------------------------------------------------------------------------------
 
 
-def _leaner(config: Config, plan: Plan, card: GPU, processes: int) -> dict[str, Any]:
-    """By field, what to change so that it fits, nothing of which changes what is learnt but by rounding; empty if that is not enough.
+def _leaner(config: Config, plan: Plan, card: GPU, processes: int) -> SettingsByField:
+    """Settings by field that fit, and change what is learnt by rounding alone; empty if none are enough.
 
-    First microbatches, which cost least, then what costs time or precision. Memory is linear in a microbatch.
+    Microbatches come first, which cost least, then what costs time or precision. Memory is linear in a microbatch.
     """
-    told = config.model.activation_checkpointing, config.sampling.latent_dtype
-    for checkpointing, latent_dtype, offload in product(
-        (told[0], True), (told[1], "bfloat16"), (config.model.offload, not config.model.shard)
-    ):
+    own_checkpointing, own_dtype = config.model.activation_checkpointing, config.sampling.latent_dtype
+    choices = product(
+        (own_checkpointing, True), (own_dtype, "bfloat16"), (config.model.offload, not config.model.shard)
+    )
+    for checkpointing, latent_dtype, offload in choices:
         model = replace(config.model, activation_checkpointing=checkpointing, offload=offload)
         changed = replace(config, model=model, sampling=replace(config.sampling, latent_dtype=latent_dtype))
         fitting = _fitting_microbatches(changed, plan, card, processes)
         if fitting is not None:
-            found = {
-                "model.activation_checkpointing": (checkpointing, told[0]),
-                "sampling.latent_dtype": (latent_dtype, told[1]),
+            changes: dict[str, tuple[bool | int | str | None, bool | int | str | None]] = {
+                "model.activation_checkpointing": (checkpointing, own_checkpointing),
+                "sampling.latent_dtype": (latent_dtype, own_dtype),
                 "model.offload": (offload, config.model.offload),
                 "sampling.microbatch": (fitting[0], config.sampling.microbatch),
                 "optim.microbatch": (fitting[1], config.optim.microbatch),
             }
-            return {name: new for name, (new, old) in found.items() if new != old}
+            return {name: new for name, (new, old) in changes.items() if new != old}
     return {}
 
 
 def _fitting_microbatches(config: Config, plan: Plan, card: GPU, processes: int) -> tuple[int, int] | None:
-    """The largest halves of a half that fit, of sampling and of the update, which do not have their peaks at the same time."""
+    """The largest microbatches that fit, by halving. Sampling and the update peak at different times."""
     most = config.sampling.rows_per_call, config.optim.items_per_pass
     whole, single = (sizes_for(_with_microbatches(config, *sizes)) for sizes in (most, (1, 1)))
 
@@ -224,7 +260,7 @@ def _fitting_microbatches(config: Config, plan: Plan, card: GPU, processes: int)
             ),
             train_bytes=_between(single.train_bytes, whole.train_bytes, update, most[1]),
         )
-        return _memory(_with_microbatches(config, sampling, update), plan, at, processes)["peaks"]
+        return _memory(_with_microbatches(config, sampling, update), plan, at, processes).peaks
 
     room = _ROOM * card.memory
     called = next((n for n in _halves(most[0]) if peaks(n, 1)["sampling"] <= room), None)
@@ -243,6 +279,7 @@ def _with_microbatches(config: Config, sampling: int, update: int) -> Config:
 
 
 def _between(single: int, whole: int, rows: int, most: int) -> int:
+    """The bytes of so many rows, between those of one row and those of most rows."""
     return whole if rows == most else round(single + (whole - single) * (rows - 1) / (most - 1))
 
 
@@ -255,12 +292,12 @@ def _halves(number: int) -> Iterable[int]:
 # --- operations -------------------------------------------------------------------------------------------------------
 
 
-def flops_by_stage(config: Config, plan: Plan, found: Sizes) -> Mapping[str, float]:
-    """FLOPs of an iteration by stage, over all processes."""
+def flops_by_stage(config: Config, plan: Plan, model: Sizes) -> Mapping[str, float]:
+    """The FLOPs of an iteration by stage, over all processes."""
     cost = prompt_cost(config, plan) * config.prompts.per_iteration
     rows = cost.trained_steps * (2 if trains_transitions(config) and config.sampling.in_pairs else 1)
     return {
-        "sampling": cost.nfe * found.call_flops,
-        "decoding": cost.decodes * found.decode_flops,
-        "update": rows * (found.train_flops + config.objective.loss.extra_forwards * found.call_flops),
+        "sampling": cost.nfe * model.call_flops,
+        "decoding": cost.decodes * model.decode_flops,
+        "update": rows * (model.train_flops + config.objective.loss.extra_forwards * model.call_flops),
     }

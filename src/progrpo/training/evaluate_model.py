@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import NotRequired, cast
@@ -22,18 +22,17 @@ from progrpo.training.checks import check_failures, fault_of
 from progrpo.training.distributed import Ranks, explain_lost_process
 from progrpo.training.equal_inputs import require_same_prompts
 from progrpo.training.evaluate import DIVERSE_PROMPTS, Figures, Measures, evaluate
-from progrpo.training.trained_model import ModelChoice, SamplingOptions, ode_by, warn_of_cuts
+from progrpo.training.trained_model import ModelChoice, negative_prompt_for, ode_by, warn_of_cuts, with_given
 
 
 @dataclass(frozen=True)
-class EvaluationOptions:
-    """The prompts and rewards of an evaluation. None, or no reward, is the run's own, or the default without a run."""
+class EvaluationPrompts:
+    """The prompts of an evaluation. None is the run's own, or the default without a run."""
 
-    prompts: str | None = None
-    column: str | None = None
-    rewards: Sequence[str] = ()
+    source: str | None = None
     split: str = "test"
-    pictures: int = 512
+    count: int = 512
+    column: str | None = None
 
 
 class ModelFigures(Figures):
@@ -50,39 +49,44 @@ class ModelFigures(Figures):
 
 @torch.no_grad()
 def evaluate_model(
-    model: ModelChoice, options: EvaluationOptions, sampling_options: SamplingOptions
+    model: ModelChoice,
+    prompts: EvaluationPrompts,
+    rewards: Sequence[str],
+    given: Mapping[str, float | None],
+    negative_prompt: str | None = None,
 ) -> ModelFigures | None:
-    """The figures of a model. Several processes share the prompts out, and the main one alone returns the figures.
+    """The figures of a model, in the main process alone. Several processes share the prompts out.
 
-    A run folder may be a stranger's: a reward of its own that is code, asks a server or writes scores is used only if
-    the options name it.
+    Without `rewards` the run's own are taken, or the default without a run. `given` are the settings of evaluations
+    (`EvalSettings`) to take in place of the run's own. A run folder may be a stranger's: a reward of its own that is
+    code, asks a server or writes scores is used only if `rewards` name it.
     """
     config = model.config
-    _require_names(model, config, options)
-    config = _with_rewards(model, config, options.rewards)
-    settings = sampling_options.settings(config.eval)
-    negative_prompt = sampling_options.negative_prompt_for(config, settings.guidance_scale)
+    _require_names(model, config, prompts.source, rewards)
+    config = _with_rewards(model, config, rewards)
+    settings = with_given(config.eval, given)
+    negative_prompt = negative_prompt_for(config, negative_prompt, settings.guidance_scale)
     config = _evaluated_settings(replace(config, eval=settings), negative_prompt)
     check(config)
-    source = options.prompts or config.eval.prompts
-    prompts = eval_prompts(source, options.split, options.pictures, options.column or config.eval.column)
+    source = prompts.source or config.eval.prompts
+    chosen = eval_prompts(source, prompts.split, prompts.count, prompts.column or config.eval.column)
     reward = load_mixture(config.reward.terms, config.reward.frames)
     held_out = load_mixture(config.eval.rewards, config.reward.frames) if config.eval.rewards else None
-    rewards = [reward] if held_out is None else [reward, held_out]
+    mixtures = [reward] if held_out is None else [reward, held_out]
     with ExitStack() as ending, explain_lost_process(lambda: "give the command again"):
-        ending.callback(close_all, rewards, Console(0, file=sys.stderr).warn)
-        for mixture in rewards:
-            mixture.check(prompts)
+        ending.callback(close_all, mixtures, Console(0, file=sys.stderr).warn)
+        for mixture in mixtures:
+            mixture.check(chosen)
         ranks = Ranks()
-        require_same_prompts(ranks, "evaluation", digest(prompts), prompts[0])
+        require_same_prompts(ranks, "evaluation", digest(chosen), chosen[0])
         policy = model.load(ranks, negative_prompt)
         if policy.edits:
-            check_sources(prompts)
-        warn_of_cuts(policy, prompts, ranks)
+            check_sources(chosen)
+        warn_of_cuts(policy, chosen, ranks)
         sampler = Sampler(policy, reward, ode_by(policy, settings))
         measures = Measures(judge_for(source), held_out, DIVERSE_PROMPTS)
-        result = evaluate(sampler, prompts, settings.seed, ranks, measures)
-        failures = [ranks.gather([mixture.failures()]) for mixture in rewards]
+        result = evaluate(sampler, chosen, settings.seed, ranks, measures)
+        failures = [ranks.gather([mixture.failures()]) for mixture in mixtures]
         for of_mixture in failures:
             check_failures(of_mixture, config.reward.max_missing, "the evaluation")
         ranks.wait_for_all()
@@ -113,12 +117,12 @@ def _evaluated_settings(config: Config, negative_prompt: str) -> Config:
     return Config(model=config.model, sampling=sampling, reward=config.reward, optim=optim, eval=config.eval)
 
 
-def _require_names(model: ModelChoice, config: Config, options: EvaluationOptions) -> None:
+def _require_names(model: ModelChoice, config: Config, source: str | None, rewards: Sequence[str]) -> None:
     """ValueError, with the command to give, where a run of `progrpo.train` has objects that only Python knows."""
     objects, run = from_python(config), model.lora or model.target
     unnamed_model = model.lora is None and "model.path" in objects
-    missing = ["--prompts FILE"] * (not options.prompts and "eval.prompts" in objects)
-    missing += ["--reward NAME"] * (not options.rewards and "reward.terms" in objects)
+    missing = ["--prompts FILE"] * (not source and "eval.prompts" in objects)
+    missing += ["--reward NAME"] * (not rewards and "reward.terms" in objects)
     if not (unnamed_model or missing):
         return
     lora = [f"--lora {run}"] if unnamed_model or model.lora else []

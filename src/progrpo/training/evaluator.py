@@ -21,7 +21,7 @@ from progrpo.types import Prompt
 
 @dataclass(frozen=True)
 class Best:
-    """The evaluation on validation prompts with the highest mean of a reward so far, whose weights are kept as `NAME`."""
+    """The validation with the highest mean reward so far, whose weights are kept as `NAME`."""
 
     NAME: ClassVar[str] = "best"
     iterations: int
@@ -92,7 +92,7 @@ class Evaluator:
         return result
 
     def _report_failures(self) -> None:
-        """Warn of held-out scores that are missing. Held-out rewards only report, so one that fails stops no training."""
+        """Warn of missing held-out scores. Held-out rewards only report, so one that fails stops no training."""
         rewards = self._held_out.rewards
         if rewards is None:
             return

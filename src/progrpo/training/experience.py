@@ -1,4 +1,4 @@
-"""From a rollout to an experience: the survivors whose rewards are known, with their advantages."""
+"""The experience of a rollout: the survivors whose rewards are known, with their advantages."""
 
 from __future__ import annotations
 

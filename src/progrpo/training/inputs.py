@@ -72,7 +72,7 @@ class RunInputs:
         return list({id(prompt): prompt for prompt in chain(self.held_out.prompts, ahead)}.values())
 
     def check(self, ranks: Ranks) -> None:
-        """ValueError for trackers that are not installed, unequal prompts of processes, and rewards that cannot work."""
+        """ValueError for trackers that are not installed, unequal prompts of processes, rewards that cannot work."""
         require_installed(self.config.tracking)
         firsts = {"training": next(iter(self.order.all_prompts)), "evaluation": self.held_out.test[0]}
         for name, digest in self.digests.items():

@@ -124,7 +124,7 @@ class Learner:
     def state_dict(self) -> LearnerState:
         """The main process' state is whole; all must ask for it, since some weights may be shared out."""
         return {
-            "policy": all_gathered(self._policy.state_dict(), self._ranks.is_main),
+            "policy": all_gathered(self._policy.named_weights.state_dict(), self._ranks.is_main),
             "optimizer": all_gathered(self.updater.optimizer.state_dict(), self._ranks.is_main),
             "loss_scale": self.updater.loss_scale.state_dict(),
         }
@@ -132,7 +132,7 @@ class Learner:
     def load_state_dict(self, state: LearnerState) -> None:
         """Go on from a saved state, by the configuration's own settings where they are others than the saved ones."""
         own_weights = self._policy.named_weights.names
-        self._policy.load_state_dict(state["policy"])
+        self._policy.named_weights.load_state_dict(state["policy"])
         for name in (EMA, *self.objective.settings.averages):
             if name in own_weights and name not in self._policy.named_weights:  # an average that begins only now
                 self._policy.named_weights.snapshot(name)
@@ -141,7 +141,7 @@ class Learner:
 
 
 def _diversity(rolled: Rollout) -> Tally:
-    """How much the pictures of a group differ."""
+    """The diversity of pictures within a group."""
     tally, there_N = Tally(), rolled.pictures.there_N.numpy()
     diversity = group_diversity(rolled.pictures.images_NHWC.numpy()[there_N], rolled.group_N.numpy()[there_N])
     if diversity is not None:

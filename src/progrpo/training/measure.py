@@ -1,6 +1,6 @@
 """Microbatches that are chosen by measuring when a run begins.
 
-The main process measures, and the choice stays in config.json.
+The main process measures, and the choice is written into config.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import psutil
@@ -33,15 +33,14 @@ from progrpo.training.memory import result_unless_out_of_memory
 from progrpo.types import Prompt
 
 _SIZES = (8, 12, 16, 24, 32, 48, 64, 96, 128)
-_CLOSE = 1.06  # of two sizes that are as fast as that, the smaller one: it takes less memory and fills up less
+_CLOSE = 1.06  # of two sizes that are so close in time, the smaller one is chosen: it takes less memory
 _SAMPLING_BUDGET, _TRAINING_BUDGET = 1.0, 2.0  # seconds of calls
-# Short calls would slip through the gaps of other work, so each size is timed for as long:
-_BLOCK = 0.1  # seconds
-_BUSY = 0.15  # share of the processors that others may use while an answer is measured that is kept
+_BLOCK = 0.1  # seconds per size, since short calls would fall into the gaps of other work
+_BUSY = 0.15  # the largest share of the processors that others use while a measurement is kept
 
 
-def measured(config: Config, policy: Policy, prompt: Prompt, ranks: Ranks) -> Config:
-    """The configuration with microbatches in place of those that it leaves open; `prompt` is one of the run."""
+def with_measured_microbatches(config: Config, policy: Policy, prompt: Prompt, ranks: Ranks) -> Config:
+    """The configuration, with the fastest microbatches in place of those that it leaves open."""
     sampling, optim = config.sampling, config.optim
     if sampling.microbatch is not None and optim.microbatch is not None:
         return config
@@ -54,8 +53,9 @@ def measured(config: Config, policy: Policy, prompt: Prompt, ranks: Ranks) -> Co
 
 
 def _fastest(config: Config, policy: Policy, prompt: Prompt, ranks: Ranks) -> tuple[int, int]:
-    """Rows of a network call, and items of a forward and backward pass."""
-    plan, prompts = resolve_plan(config), -(-config.prompts.per_iteration // ranks.world)
+    """The fastest number of rows of a network call, and of items of a forward and backward pass."""
+    plan = resolve_plan(config)
+    prompts = -(-config.prompts.per_iteration // ranks.world)
     rows_T = [prompts * plan.living_at(step) for step in range(config.sampling.num_inference_steps)]
     items = prompts * plan.survivors * trained_items(config)
     key = _key(config, policy, max(rows_T), items)
@@ -70,7 +70,7 @@ def _fastest(config: Config, policy: Policy, prompt: Prompt, ranks: Ranks) -> tu
 
 
 def _timings(config: Config, policy: Policy, prompt: Prompt, most: tuple[int, int]) -> Timings:
-    """Seconds of a call, without gradient and with it, up to so many rows and items."""
+    """Seconds of a call, without gradient and with it, for up to so many rows and items."""
     condition, guidance = policy.encode([prompt]), config.sampling.guidance_scale
     middle = policy.levels(2, config.sampling.shift).timestep[1]
 
@@ -97,7 +97,7 @@ def _timings(config: Config, policy: Policy, prompt: Prompt, most: tuple[int, in
 
 
 def _sampled(rows_T: list[int], size: int, seconds: Mapping[int, float], one_shape: bool) -> float:
-    """Seconds of all network calls of a rollout; between sizes that were timed, they are taken to grow evenly."""
+    """Seconds of all network calls of a rollout, interpolated between the sizes that were timed."""
     calls = [(-(-rows // size), size if one_shape else balanced_size(rows, size)) for rows in rows_T]
     shapes = [shape for _, shape in calls]
     each = np.interp(shapes, [0, *seconds], [0.0, *seconds.values()])
@@ -105,9 +105,9 @@ def _sampled(rows_T: list[int], size: int, seconds: Mapping[int, float], one_sha
 
 
 def _seconds(work: Callable[[int], None], most: int, clock: _Clock, budget: float) -> dict[int, float]:
-    """Mean seconds of a call by size, upwards to `most` rows and to what fits into memory.
+    """Mean seconds of a call by size, up to `most` rows or what fits into memory.
 
-    Ends where the time a row has become flat, and where the next size would go beyond the budget in seconds.
+    It ends where the time per row has become flat, and where the next size would exceed the budget in seconds.
     """
     seconds: dict[int, float] = {}
     sizes = sorted({min(size, -(-most // clock.threads)) for size in _SIZES})
@@ -133,13 +133,13 @@ def _seconds(work: Callable[[int], None], most: int, clock: _Clock, budget: floa
 def _warm_up_and_block(
     work: Callable[[int], None], size: int, clock: _Clock, budget: float
 ) -> tuple[float, list[float]]:
-    """Seconds of a first call, and of each of a block of calls: the first one alone where that is long."""
+    """Seconds of a first call, and of each call of a block: the first one alone where it is long."""
     warm_up = _timed(work, size, clock)
     return warm_up, [warm_up] if warm_up > budget / 4 else _block(work, size, clock)
 
 
 def _block(work: Callable[[int], None], size: int, clock: _Clock) -> list[float]:
-    """Seconds of each of as many calls as take a tenth of a second, and no more than a hundred."""
+    """Seconds of each call of a tenth of a second of calls, a hundred at most."""
     block = [_timed(work, size, clock)]
     while sum(block) < _BLOCK and len(block) < 100:
         block.append(_timed(work, size, clock))
@@ -147,9 +147,9 @@ def _block(work: Callable[[int], None], size: int, clock: _Clock) -> list[float]
 
 
 def _is_flat(seconds: Mapping[int, float]) -> bool:
-    """Whether neither of the two largest sizes takes notably less a row than sizes of half as many rows and fewer.
+    """Whether the two largest sizes take about as long per row as sizes of half as many rows or fewer.
 
-    Two, since a disturbance of one must not end the search.
+    Both must, since a disturbance of one must not end the search.
     """
     rate = {size: s / size for size, s in seconds.items()}
     largest = list(rate)[-2:]
@@ -159,9 +159,9 @@ def _is_flat(seconds: Mapping[int, float]) -> bool:
 
 @dataclass(frozen=True)
 class _Clock:
-    """Seconds of work on a device: of the wall, or of this process on a processor.
+    """A clock of work on a device: the wall's seconds, or this process' seconds of a processor.
 
-    The work may be timed on one of several `threads`: as many times the rows then take all of them as long.
+    Work may be timed on one of several `threads`; all of them take as long for as many times the rows.
     """
 
     device: torch.device
@@ -171,12 +171,12 @@ class _Clock:
 
 @contextmanager
 def _undisturbed(device: torch.device, load: _OtherLoad) -> Iterator[_Clock]:
-    """Run the block with a clock that other work on the processors hardly moves.
+    """Run the block with a clock that other work on the processors hardly disturbs.
 
-    Beside other work that is the time of this process on a processor, and one thread, since several would wait for each
+    On a busy machine that is this process' time of a processor, with one thread, since several would wait for each
     other.
     """
-    time.sleep(_BLOCK)  # in which this process takes nothing
+    time.sleep(_BLOCK)  # while this process uses no processor
     if device.type != "cpu" or load.share() <= _BUSY:
         yield _Clock(device)
         return
@@ -201,14 +201,14 @@ def _best(seconds: Mapping[int, float]) -> int:
     return min(size for size, s in seconds.items() if s <= _CLOSE * least)
 
 
-# --- the answer is kept for the same machine and model ----------------------------------------------------------------
+# --- timings are kept for the same machine and model ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Timings:
     """Mean seconds of a call by size, while sampling and while training.
 
-    They are `quiet` if other work took little of the processors meanwhile.
+    `quiet` says that other work used little of the processors meanwhile.
     """
 
     sample: Mapping[int, float]
@@ -216,8 +216,8 @@ class Timings:
     quiet: bool = True
 
     @classmethod
-    def recall(cls, key: Mapping[str, Any]) -> Self | None:
-        """What was kept under that key; None where nothing was, or it cannot be read."""
+    def recall(cls, key: Mapping[str, object]) -> Self | None:
+        """The timings of that key; None where none are kept, or they cannot be read."""
         try:
             kept = json.loads(_file(key).read_bytes())
             sample, train = ({int(n): float(s) for n, s in kept[name].items()} for name in ("sample", "train"))
@@ -227,8 +227,8 @@ class Timings:
         usable = bool(sample and train) and all(0 < s < math.inf for s in seconds)
         return cls(sample, train) if usable and kept["key"] == key else None
 
-    def keep(self, key: Mapping[str, Any]) -> None:
-        """Keep them in the user's cache; not those of a busy machine, and nowhere if there is no place for it."""
+    def keep(self, key: Mapping[str, object]) -> None:
+        """Keep the timings in the user's cache, if the machine was quiet and there is a place for them."""
         if not self.quiet:
             return
         with suppress(OSError, RuntimeError):
@@ -237,8 +237,8 @@ class Timings:
             write_text(file, json.dumps({"key": key, "sample": self.sample, "train": self.train}))
 
 
-def _key(config: Config, policy: Policy, rows: int, items: int) -> dict[str, Any]:
-    """What a call's seconds depend on, as JSON has it."""
+def _key(config: Config, policy: Policy, rows: int, items: int) -> dict[str, object]:
+    """The machine, the model and the sizes that a call's seconds depend on, in JSON's types."""
     model = {k: v for k, v in asdict(config.model).items() if k not in ("path", "lora", "keep_text_encoders")}
     frozen = sum(t.numel() for _, t in policy.frozen())
     trained = sum(p.numel() for p in policy.trainable.values())
@@ -250,7 +250,7 @@ def _key(config: Config, policy: Policy, rows: int, items: int) -> dict[str, Any
         "pairs": config.sampling.in_pairs,
         "most": [rows, items],
     }
-    plain: dict[str, Any] = json.loads(json.dumps(key))
+    plain: dict[str, object] = json.loads(json.dumps(key))
     return plain
 
 
@@ -264,15 +264,15 @@ def _processor(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def _file(key: Mapping[str, Any]) -> Path:
-    """RuntimeError where the user has no home."""
+def _file(key: Mapping[str, object]) -> Path:
+    """The file of a key in the user's cache. RuntimeError where the user has no home."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return cache / "progrpo" / "microbatches" / f"{digest[:32]}.json"
 
 
 class _OtherLoad:
-    """The share of the processors' time that other processes take from now on."""
+    """The share of the processors' time that other processes use from now on."""
 
     def __init__(self) -> None:
         self._start, self._busy = time.perf_counter(), _busy_elsewhere()
@@ -283,7 +283,7 @@ class _OtherLoad:
 
 
 def _busy_elsewhere() -> float:
-    """Seconds of processors since the machine started, less those of this process."""
+    """Seconds of the processors that other processes have used since the machine started."""
     own, every = psutil.Process().cpu_times(), psutil.cpu_times()
     idle = every.idle + getattr(every, "iowait", 0.0)
     return sum(every) - getattr(every, "guest", 0.0) - getattr(every, "guest_nice", 0.0) - idle - own.user - own.system

@@ -1,4 +1,4 @@
-"""The monitor of a run's plan: audits, the probe that learns from them, the choice of a plan, and checks of previews."""
+"""The monitor of a run's plan: audits teach the probe, judge the plan, and check the previews."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class PlanMonitor:
         return metrics
 
     def _agreement(self, audit: Audit) -> Metrics:
-        """How well the previews of the plan's points ranked the audit group, and the probe beside them."""
+        """The agreement of previews with final rewards at the plan's points, and of the probe beside them."""
         used, probe = audit.used_agreement(), audit.probe_agreement()
         metrics: Metrics = {}
         for point in self.plan.active_points():

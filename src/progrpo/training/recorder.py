@@ -54,7 +54,7 @@ class Recorder:
         return [self.folder, self._notices.console, self._trackers]
 
     def require_lock(self) -> None:
-        """LockLostError, before something is written, where another run took this one for dead and has the folder now."""
+        """LockLostError, before something is written, where another run has taken the folder."""
 
         def check() -> None:
             if self._lock is not None:

@@ -13,7 +13,7 @@ from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.distributed import Ranks
 from progrpo.training.equal_inputs import require_same_model
 from progrpo.training.inputs import RunInputs
-from progrpo.training.measure import measured
+from progrpo.training.measure import with_measured_microbatches
 from progrpo.training.trainer import Trainer
 
 
@@ -34,7 +34,7 @@ class Run:
             refused.pop_all()
         if self.policy.edits:
             check_sources(inputs.all_prompts)
-        config = measured(inputs.config, self.policy, inputs.order.prompts_for(0, 1)[0], ranks)
+        config = with_measured_microbatches(inputs.config, self.policy, inputs.order.prompts_for(0, 1)[0], ranks)
         self.trainer = Trainer(config, self.policy, inputs.reward, inputs.order, ranks)
 
     @property

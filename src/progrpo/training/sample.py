@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.preview import decoded
 from progrpo.training.distributed import Ranks, explain_lost_process
 from progrpo.training.errors import MissingPicturesError
-from progrpo.training.trained_model import ModelChoice, SamplingOptions, ode_by, warn_of_cuts
+from progrpo.training.trained_model import ModelChoice, negative_prompt_for, ode_by, warn_of_cuts, with_given
 from progrpo.types import Prompt
 
 _NAME = re.compile(r"(\d+)-\d+\.(png|webp)")
@@ -32,7 +32,7 @@ _FRAME = 62
 
 @dataclass(frozen=True)
 class _Picture:
-    """A picture (H, W, 3) or video (F, H, W, 3), the place of its prompt and its number there; None if it is missing."""
+    """A picture (H, W, 3) or video (F, H, W, 3), or None for a missing one; its prompt's place and its number there."""
 
     place: int
     number: int
@@ -40,19 +40,25 @@ class _Picture:
 
 
 def sample_pictures(
-    model: ModelChoice, prompts: Sequence[Prompt], out: Path, count: int, options: SamplingOptions
+    model: ModelChoice,
+    prompts: Sequence[Prompt],
+    out: Path,
+    count: int,
+    given: Mapping[str, float | None],
+    negative_prompt: str | None = None,
 ) -> list[Path]:
     """Write `count` pictures per prompt to `out`, as PNG or videos as animated WebP, beside those that are there.
 
-    Noise is keyed by the prompt's place and the picture's number. Options that are not given are those of the run's
-    evaluations, or the defaults and the seed 0 without a run. MissingPicturesError where numbers of a picture are not
-    finite; the others are written. Several processes share the pictures out, and the main one alone returns the files.
+    Noise is keyed by the prompt's place and the picture's number. `given` are the settings of evaluations
+    (`EvalSettings`) to take in place of the run's own, or of the defaults and the seed 0 without a run. Several
+    processes share the pictures out, and the main one alone returns the files. MissingPicturesError where numbers of a
+    picture are not finite; the others are written.
     """
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"--out: {named(out)} is a file; give a folder")
     run = model.run_config
-    settings = options.settings(EvalSettings(seed=0) if run is None else run.eval)
-    negative_prompt = options.negative_prompt_for(run, settings.guidance_scale)
+    settings = with_given(EvalSettings(seed=0) if run is None else run.eval, given)
+    negative_prompt = negative_prompt_for(run, negative_prompt, settings.guidance_scale)
     with explain_lost_process(lambda: "give the command again"):
         ranks = Ranks()
         policy = model.load(ranks, negative_prompt)

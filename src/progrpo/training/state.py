@@ -31,7 +31,7 @@ class LearnerState(TypedDict):
 
 
 class TrainerState(LearnerState, PlanMonitorState):
-    """All that changes in a trainer."""
+    """The state of a trainer: all of it that changes."""
 
     iteration: int
     order: State
@@ -40,7 +40,7 @@ class TrainerState(LearnerState, PlanMonitorState):
 
 
 class EvaluatorState(TypedDict):
-    """What evaluations on the way have found: the best one, and the watch for hacking."""
+    """The results of evaluations on the way: the best one, and the watch for hacking."""
 
     best: State | None
     hacking: HackingWatchState

@@ -1,4 +1,4 @@
-"""Signals that end a run between two iterations, with everything saved: SIGINT, SIGTERM, SIGHUP, and a queue's notices."""
+"""Signals that end a run between two iterations, with everything saved: SIGINT, SIGTERM, a queue's notices."""
 
 from __future__ import annotations
 

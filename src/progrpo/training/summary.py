@@ -27,7 +27,7 @@ from progrpo.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is, beside what its trainer knows."""
+    """The progress of a run, beside what its trainer knows."""
 
     status: str
     wall_seconds: float

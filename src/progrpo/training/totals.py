@@ -1,4 +1,4 @@
-"""What a run has spent and lost so far, over all processes."""
+"""Totals of a run so far, over all processes: costs, seconds, missing scores and pictures."""
 
 from __future__ import annotations
 

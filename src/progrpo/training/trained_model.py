@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from progrpo.config import Config, EvalSettings, ModelSettings
 from progrpo.messages import named
@@ -80,35 +81,20 @@ class ModelChoice:
         return settings, saved_weights(Path(self.target))
 
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """The options of a command that samples by the ODE. None is the run's own, or the default without a run."""
+def with_given(settings: EvalSettings, given: Mapping[str, Any]) -> EvalSettings:
+    """The settings of a run's evaluations, with the values that a command was given by field; None is not given."""
+    return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    seed: int | None = None
-    negative_prompt: str | None = None
 
-    def settings(self, own: EvalSettings) -> EvalSettings:
-        """A run's own settings with these options."""
-        steps, scale, seed = self.num_inference_steps, self.guidance_scale, self.seed
-        return replace(
-            own,
-            num_inference_steps=own.num_inference_steps if steps is None else steps,
-            guidance_scale=own.guidance_scale if scale is None else scale,
-            seed=own.seed if seed is None else seed,
+def negative_prompt_for(run: Config | None, given: str | None, guidance_scale: float) -> str:
+    """The text from which guidance leads away: the run's, if no other is given. ValueError for one without effect."""
+    if given and guidance_scale == 1:
+        raise ValueError(
+            "--negative-prompt has no effect at a guidance scale of 1; give --guidance-scale above 1, or leave it out"
         )
-
-    def negative_prompt_for(self, run: Config | None, guidance_scale: float) -> str:
-        """The text from which guidance leads away. ValueError for one that has no effect."""
-        if self.negative_prompt and guidance_scale == 1:
-            raise ValueError(
-                "--negative-prompt has no effect at a guidance scale of 1; give --guidance-scale above 1, or leave it"
-                " out"
-            )
-        if self.negative_prompt is not None:
-            return self.negative_prompt
-        return run.sampling.negative_prompt if run is not None and guidance_scale > 1 else ""
+    if given is not None:
+        return given
+    return run.sampling.negative_prompt if run is not None and guidance_scale > 1 else ""
 
 
 def ode_by(policy: Policy, settings: EvalSettings) -> Sampling:

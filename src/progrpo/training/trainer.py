@@ -34,7 +34,7 @@ _STAGES = ("sample", "preview", "reward", "update", "audit")
 
 @dataclass(frozen=True)
 class Iteration:
-    """What a zero-based iteration leaves: its metrics, this process' rollout, and in the main process an audit if due."""
+    """The results of a zero-based iteration: metrics, this process' rollout, and the main process' audit if due."""
 
     number: int
     record: Metrics

@@ -1,4 +1,4 @@
-"""From an experience to changed weights: microbatches, gradients over all processes, the optimizer's step."""
+"""Updates of the weights by an experience: microbatches, gradients over all processes, the optimizer's step."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class _Share:
 
 @dataclass(frozen=True)
 class _Gradient:
-    """A step's gradient, alike on all processes: its norm before clipping, and whether the loss is finite everywhere."""
+    """A step's gradient, alike on all processes: its norm before clipping, and whether every loss is finite."""
 
     norm: float
     finite_loss: bool
@@ -216,7 +216,7 @@ class Updater:
 
 
 def update_of_each(trajectories: Trajectories, updates: int) -> Tensor:
-    """The optimizer step of each trajectory, by number. A group is dealt over the steps, so that each has all prompts."""
+    """The number of each trajectory's optimizer step. A group is dealt over the steps, so that each has all prompts."""
     group_N = trajectories.group_N
     place_N = torch.arange(len(group_N)) - torch.searchsorted(group_N, group_N)
     return (place_N + trajectories.slot_N) % updates

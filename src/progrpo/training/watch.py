@@ -184,7 +184,7 @@ class HackingWatch:
         statistics: Mapping[str, Values],
         kl: float | None = None,
     ) -> list[str]:
-        """What is suspicious about an evaluation, each a clause. Statistics may have any number of values."""
+        """Suspicious signs of an evaluation, each a clause. Statistics may have any number of values."""
         signs = [*self._witnesses(reward, witnesses), *self._statistics(reward, statistics), *self._kl(reward, kl)]
         self._alarms = self._alarms + 1 if signs else 0
         return signs

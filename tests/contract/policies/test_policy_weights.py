@@ -63,9 +63,9 @@ def test_state_goes_through_storage_to_a_new_policy(own_policy, case, folder, tm
     own_policy.named_weights.snapshot("ema")
     perturb(own_policy)
     own_policy.named_weights.update("ema", 0.9)
-    save_state(tmp_path / "state", own_policy.state_dict())
+    save_state(tmp_path / "state", own_policy.named_weights.state_dict())
     other = load(folder, case.weights, PolicyContext(lora_seed=1))
-    other.load_state_dict(load_state(tmp_path / "state"))
+    other.named_weights.load_state_dict(load_state(tmp_path / "state"))
     for name in ("current", "reference", "ema"):
         with own_policy.weights(name), other.weights(name):
             assert torch.equal(velocity(other), velocity(own_policy)), name
