@@ -17,7 +17,7 @@ NAN = float("nan")
 
 
 def drawn(groups: int, seed: int = 0, members: int = GROUP) -> list[ProbeExample]:
-    """A latent is worth its first channel's mean, more or less of it as the text says; the first step's is hidden in noise."""
+    """Latents whose reward is their first channel's mean, scaled by the text; noise hides that of the first step."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:

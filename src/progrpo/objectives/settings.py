@@ -47,7 +47,7 @@ _GUARD_CLIP_TIMES_DIMS = 2e-6 * 16 * 64 * 64  # GRPO-Guard's clip range on SD3.5
 
 
 class SamplerFacts(Protocol):
-    """What settings need to know of a stochastic sampler."""
+    """The facts about a stochastic sampler that settings need."""
 
     @property
     def flow_only(self) -> bool:
@@ -79,7 +79,7 @@ class LossSettings:
 
     @property
     def stores(self) -> Stored:
-        """What sampling must keep for the loss."""
+        """The parts of a trajectory that sampling must keep for the loss."""
         return "latents"
 
     @property

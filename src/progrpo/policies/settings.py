@@ -86,7 +86,7 @@ class ModelSettings:
     The start then needs as much device memory as the larger of the two, and not their sum.
     With `keep_text_encoders` both are moved in every iteration."""
     decoding: Literal["whole", "sliced", "tiled"] = "whole"
-    """How many pictures the decoder takes at once.
+    """The number of pictures that the decoder takes at once.
     `whole`: a microbatch. `sliced`: one picture, with the same result up to rounding.
     `tiled`: one picture in overlapping tiles, whose seams are blended."""
     shard: bool = False
@@ -102,7 +102,7 @@ class ModelSettings:
     Components that have no such file are read without it.
     This only selects files; `dtype` sets the precision."""
     step_ends: Literal["diffusers", "next"] = "diffusers"
-    """Where a step of a diffusion model ends.
+    """The end of a step of a diffusion model.
     `diffusers`: 1000 // T timesteps further, as in diffusers' DDIMScheduler.
     A picture without noise is then the pipeline's own. `next`: where the next step begins.
     Both are the same for the spacing `leading`, and for `trailing` if T divides 1000.

@@ -71,7 +71,8 @@ class SamplingSettings:
     """Pass the guidance scale to the model as an input, without a second call.
     It must be true for FLUX.1-dev if the scale is above 1, and false for other models."""
     sampler: SamplerName = setting("auto", one_of(_SAMPLER_NAMES, "step"))  # noqa: RUF009 (a field)
-    """How a stochastic step adds noise. `auto`: flow_grpo for a flow model, ddim for a diffusion model.
+    """The way in which a stochastic step adds noise.
+    `auto`: flow_grpo for a flow model, ddim for a diffusion model.
     Flow models only: `flow_grpo` (Flow-GRPO's SDE, arXiv 2505.05470), `dance` (DanceGRPO's, arXiv 2505.07818)
     and `flow_grpo_wan` (the SDE of flow_grpo's script for Wan).
     Flow and diffusion models: `ddim` (with eta) and `cps` (arXiv 2509.05952).
@@ -89,7 +90,7 @@ class SamplingSettings:
     """The dtype in which latents are stored for training.
     They are rounded before their log-probs are computed, so ratios stay exact."""
     sde_window: Literal["auto", "all", "first", "sliding", "random", "none"] = "auto"
-    """Which steps are stochastic; the other steps follow the ODE.
+    """The steps that are stochastic; the other steps follow the ODE.
     `all`: all steps. `none`: no step.
     A window of steps, and only the window is trained: `first` (the first steps),
     `sliding` (MixGRPO, arXiv 2507.21802) or `random` (drawn for each iteration).
@@ -190,7 +191,7 @@ class PlanSettings:
     final_keep: int | None = None
     """In a custom plan, keep this many members by their final rewards."""
     selector: SelectorName = setting("ovf", one_of(SELECTORS, "function"))  # noqa: RUF009 (a field)
-    """Which members are kept. `ovf`: those whose scores have the largest variance (the paper's).
+    """The choice of members that are kept. `ovf`: those whose scores have the largest variance (the paper's).
     `top_bottom`: half from the best, half from the worst. `uniform`: a random draw.
     `none`: the first members, whatever their scores.
     `module:function`: a function of your own, of (scores_PG, keep, present_PG, seeds_P), that returns a
@@ -220,7 +221,7 @@ class PlanSettings:
         return selector
 
     def check(self) -> None:
-        """Raise ValueError for fields of a custom plan beside another preset, and for a selector that is none."""
+        """Raise ValueError for fields of a custom plan beside another preset, and for a selector that is no function."""
         if self.selector not in SELECTORS:
             self.load_selector()
         if self.preset != "custom" and self != PlanSettings(
@@ -247,7 +248,7 @@ def _load_plan(name: str, num_inference_steps: int) -> Plan:
 @dataclass(frozen=True)
 class PreviewSettings:
     decoder: Literal["full", "tiny"] = "full"
-    """What decodes unfinished trajectories.
+    """The decoder of unfinished trajectories.
     `full`: the model's own decoder. `tiny`: a small one (an AutoencoderTiny)."""
     tiny_decoder: str = "shapes-tiny"
     """The tiny decoder: that of the built-in models, a folder, or a hub id.

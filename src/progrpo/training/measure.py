@@ -71,7 +71,8 @@ def _fastest(config: Config, policy: Policy, prompt: Prompt, ranks: Ranks) -> tu
 
 def _timings(config: Config, policy: Policy, prompt: Prompt, most: tuple[int, int]) -> Timings:
     """Seconds of a call, without gradient and with it, for up to so many rows and items."""
-    condition, guidance = policy.encode([prompt]), config.sampling.guidance_scale
+    condition = policy.encode([prompt])
+    guidance = config.sampling.guidance_scale
     middle = policy.levels(2, config.sampling.shift).timestep[1]
 
     def call(size: int) -> Tensor:
@@ -275,7 +276,8 @@ class _OtherLoad:
     """The share of the processors' time that other processes use from now on."""
 
     def __init__(self) -> None:
-        self._start, self._busy = time.perf_counter(), _busy_elsewhere()
+        self._start = time.perf_counter()
+        self._busy = _busy_elsewhere()
 
     def share(self) -> float:
         whole = (time.perf_counter() - self._start) * (psutil.cpu_count() or 1)

@@ -124,7 +124,7 @@ class WatchSettings:
     """Stop if previews have collapsed: their agreement in the last five audits is below this share of the best
     five."""
     hacking: Literal["off", "warn", "stop"] = "warn"
-    """What to do if the reward seems to be hacked. `off`: nothing. `warn`: say so.
+    """The response to signs of reward hacking. `off`: none. `warn`: a warning.
     `stop`: also end training when it is seen at two evaluations in a row; the run then finishes normally.
     The signs, at an evaluation during training: the trained reward rises, and at the same time
     the judge or a held-out reward falls, or pictures become much sharper, blander or more alike,

@@ -109,7 +109,10 @@ class Updater:
         The loss is the mean over the trajectories of all processes and their items. Trajectories without an advantage
         count in that mean but are not computed: their group has no variance and teaches nothing.
         """
-        tally, items, skipped, prepared = Tally(), 0, 0, False
+        tally = Tally()
+        items = 0
+        skipped = 0
+        prepared = False
         for number in range(self._config.updates_per_rollout):
             if number:
                 experience = experience.detached()
@@ -181,7 +184,8 @@ class Updater:
         return experience, self._accumulate(experience.take(share.rows), divisor, packing)
 
     def _accumulate(self, experience: Experience, divisor: float, packing: Packing) -> Tally:
-        tally, per_trajectory = Tally(), self._items_per_trajectory(experience)
+        tally = Tally()
+        per_trajectory = self._items_per_trajectory(experience)
         count = len(experience) * per_trajectory
         if experience.attached:
             # a graph spans one transition of every trajectory, whose ratios are 1 by construction: some are computed
