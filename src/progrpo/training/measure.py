@@ -26,7 +26,7 @@ from torch import Tensor
 
 from progrpo.config import Config, resolve_plan, trained_items
 from progrpo.durable import write_text
-from progrpo.packing import evenly
+from progrpo.packing import balanced_size
 from progrpo.policies.base import Policy
 from progrpo.training.distributed import Ranks
 from progrpo.training.memory import result_unless_out_of_memory
@@ -99,7 +99,7 @@ def _timings(config: Config, policy: Policy, prompt: Prompt, most: tuple[int, in
 
 def _sampled(rows_T: list[int], size: int, seconds: Mapping[int, float], one_shape: bool) -> float:
     """Seconds of all network calls of a rollout, interpolated between the sizes that were timed."""
-    calls = [(-(-rows // size), size if one_shape else evenly(rows, size)) for rows in rows_T]
+    calls = [(-(-rows // size), size if one_shape else balanced_size(rows, size)) for rows in rows_T]
     shapes = [shape for _, shape in calls]
     each = np.interp(shapes, [0, *seconds], [0.0, *seconds.values()])
     return float(sum(count * s for (count, _), s in zip(calls, each, strict=True)))

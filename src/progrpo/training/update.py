@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from progrpo.config import OptimSettings
 from progrpo.objectives.base import Experience, Loss, Objective
-from progrpo.packing import filled_up, of_update, of_whole_blocks
+from progrpo.packing import padded, update_batches, whole_block_batches
 from progrpo.policies.base import Policy
 from progrpo.policies.sharded import gathered
 from progrpo.training.distributed import Ranks, Tally
@@ -34,9 +34,9 @@ class Packing:
         """The items of N trajectories, draw by draw, as microbatches."""
         if experience.group_size_N is not None:
             lengths = torch.bincount(experience.trajectories.group_N).tolist() * per_trajectory
-            batches = of_whole_blocks(lengths, self.microbatch)
-            return [filled_up(items, self.microbatch) for items in batches] if self.one_shape else batches
-        return of_update(len(experience) * per_trajectory, self.microbatch, self.one_shape)
+            batches = whole_block_batches(lengths, self.microbatch)
+            return [padded(items, self.microbatch) for items in batches] if self.one_shape else batches
+        return update_batches(len(experience) * per_trajectory, self.microbatch, self.one_shape)
 
 
 @dataclass(frozen=True)
