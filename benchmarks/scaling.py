@@ -42,7 +42,7 @@ from iteration import Bare
 from iteration import seconds as timed
 
 from progrpo.config import Config, PlanSettings, resolve_plan, trained_items, trained_steps
-from progrpo.packing import evenly
+from progrpo.packing import balanced_size
 from progrpo.policies.load import quiet
 from progrpo.recipes import load_recipe
 from progrpo.rewards.mixture import load_mixture
@@ -143,8 +143,8 @@ def seconds(
 
 
 def called_evenly(rows: int, size: int, pair: int, call: Callable[[int], float]) -> float:
-    """The rows shared out evenly among as few calls as there can be, as the engine does."""
-    return -(-rows // size) * call(evenly(rows, size) * pair)
+    """The seconds of rows shared out evenly among as few calls as there can be, as the engine does."""
+    return -(-rows // size) * call(balanced_size(rows, size) * pair)
 
 
 def moved(config: Config, plan: Plan, world: int, latent: int, net: Network) -> float:
