@@ -57,7 +57,7 @@ from progrpo.config import (
     SamplingSettings,
     resolve_plan,
 )
-from progrpo.packing import evenly
+from progrpo.packing import balanced_size
 from progrpo.policies.base import Policy, PolicyContext, torch_dtype
 from progrpo.policies.decoding import PictureDecoder, unscale_tiny
 from progrpo.policies.load import policy_from_pipeline, quiet
@@ -164,7 +164,7 @@ class Bare:
         self.passes = FURTHER_PASSES[config.objective.name]
         plan, most = resolve_plan(config), config.sampling.rows_per_call
         self.rows_T = [len(prompts) * plan.living_at(step) for step in range(config.sampling.num_inference_steps)]
-        self.shapes_T = [min(most, self.rows_T[0]) if policy.compiled else evenly(r, most) for r in self.rows_T]
+        self.shapes_T = [min(most, self.rows_T[0]) if policy.compiled else balanced_size(r, most) for r in self.rows_T]
         # drawn: a GPU multiplies ones faster, which flip fewer bits
         self.matrix = torch.randn(SIDE, SIDE, device=policy.device, dtype=getattr(torch, config.model.dtype))
         self.guidance, self.pair = config.sampling.guidance_scale, 2 if config.sampling.in_pairs else 1

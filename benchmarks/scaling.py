@@ -40,7 +40,7 @@ from iteration import Bare
 from iteration import seconds as timed
 
 from progrpo.config import Config, PlanSettings, resolve_plan, trained_items, trained_steps
-from progrpo.packing import evenly
+from progrpo.packing import balanced_size
 from progrpo.policies.load import quiet
 from progrpo.recipes import load_recipe
 from progrpo.rewards.mixture import load_mixture
@@ -136,7 +136,7 @@ def seconds(
 
 def called_evenly(rows: int, size: int, pair: int, call: Callable[[int], float]) -> float:
     """Shared out evenly among as few calls as there can be, as the engine does."""
-    return -(-rows // size) * call(evenly(rows, size) * pair)
+    return -(-rows // size) * call(balanced_size(rows, size) * pair)
 
 
 def moved(config: Config, plan: Plan, world: int, latent: int, net: Network) -> float:

@@ -40,7 +40,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-# --- folders of tiny pipelines, as save_pretrained writes them ----------------------------------------------------------
+# --- folders of tiny pipelines, as save_pretrained writes them --------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +123,7 @@ def family_at_length(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
 
-# --- runs of them -------------------------------------------------------------------------------------------------------
+# --- runs of them -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -197,7 +197,7 @@ def assert_trained_alike() -> Callable[..., None]:
     return runs.assert_trained_alike
 
 
-# --- a policy for computing by hand -------------------------------------------------------------------------------------
+# --- a policy for computing by hand -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

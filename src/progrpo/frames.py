@@ -1,4 +1,4 @@
-"""A video as pictures: which of its frames stand for it."""
+"""Frames that stand for a video."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    Pictures = TypeVar("Pictures", np.ndarray, Tensor)
+    Images = TypeVar("Images", np.ndarray, Tensor)
 
 
-def evenly(count: int, frames: int) -> list[int]:
-    """Places of `count` frames of so many, evenly spaced, first and last included; the middle one for 1, all if there are no more."""
+def frame_places(count: int, frames: int) -> list[int]:
+    """The places of `count` of so many frames, evenly spaced, first and last included.
+
+    One is the middle frame; all frames if there are no more than `count`.
+    """
     if count == 1:
         return [frames // 2]
     count = min(count, frames)
     return [round(i * (frames - 1) / max(1, count - 1)) for i in range(count)]
 
 
-def still(pictures: Pictures) -> Pictures:
-    """What reports show and simple measures see: pictures (N, H, W, 3) as they are, the middle frames of videos (N, F, H, W, 3)."""
-    if pictures.ndim == 4:
-        return pictures
-    return pictures[:, [pictures.shape[1] // 2]][:, 0]  # copied: a view would keep whole videos in memory
+def still_pictures(images: Images) -> Images:
+    """The images for reports and simple measures: pictures (N, H, W, 3) themselves, or the middle frames of videos."""
+    if images.ndim == 4:
+        return images
+    return images[:, [images.shape[1] // 2]][:, 0]  # copied: a view would keep whole videos in memory

@@ -174,9 +174,9 @@ class Cost:
 class Scores(Rows):
     """The rewards of N pictures: float64, NaN where missing.
 
-    `value_N` is the weighted sum of R rewards, and `rewards_NR` each reward's own part before its weight. `ranking_N`
-    is what selectors compare: the value, or a sum in which each reward was normalised within its group. `passed_N` is
-    a strict verdict (1, 0, NaN for none).
+    `value_N` is the weighted sum of R rewards, and `rewards_NR` each reward's own part before its weight. Selectors
+    compare `ranking_N`: the value, or a sum in which each reward was normalised within its group. `passed_N` is a
+    strict verdict (1, 0, NaN for none).
     """
 
     value_N: Tensor

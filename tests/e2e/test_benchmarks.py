@@ -1,4 +1,4 @@
-"""Benchmarks whose figures nobody asks for every day still run, as small as they can be: twice one was found broken by then."""
+"""Benchmarks still run, as small as they can be: the figures of most are seldom asked for, and they broke unseen."""
 
 from __future__ import annotations
 

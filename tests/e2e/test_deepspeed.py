@@ -28,7 +28,10 @@ SMOKE = ("smoke", "--checkpoint.every", "1", "--eval.pictures", "2", "--prompts.
 FULL = ("--model.weights", "full", "--optim.ema-decay", "0.5", "--optim.updates-per-rollout", "2")
 
 STEPS = '''
-"""AdamW with its state in parts beside AdamW itself, by large gradients: DeepSpeed must not clip what is clipped already."""
+"""AdamW with its state in parts beside AdamW itself, by large gradients.
+
+DeepSpeed must not clip what is clipped already.
+"""
 import torch
 from torch.optim import AdamW
 

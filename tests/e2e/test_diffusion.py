@@ -1,4 +1,4 @@
-"""Diffusion models through the command line: a user's folder, prompts and reward, and what diffusers makes of the result."""
+"""Diffusion models through the command line: a user's folder, prompts and reward; diffusers loads the result."""
 
 from __future__ import annotations
 
@@ -158,7 +158,8 @@ def test_a_negative_prompt_is_the_runs_wherever_it_is_looked_at(own, tiny_sd, tm
         assert main([*words, "--guidance-scale", "1", "--negative-prompt", "x"]) == 2
         error = capsys.readouterr().err
         assert error == (
-            "progrpo: error: --negative-prompt has no effect at a guidance scale of 1; give --guidance-scale above 1, or"
+            "progrpo: error: --negative-prompt has no effect at a guidance scale of 1;"
+            " give --guidance-scale above 1, or"
             " leave it out\n"
         )
 

@@ -1,4 +1,4 @@
-"""A model that pleases the trained reward at the cost of what is held out: said, shown, and ended where that is asked for."""
+"""A model that raises the trained reward and lowers the held-out one: warned of, shown, and stopped if asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that is killed goes on where it was, and comes to the same end bit for bit; `make kill-test` does this a hundred times."""
+"""A killed run goes on where it was and ends the same, bit for bit; `make kill-test` kills a hundred times."""
 
 from __future__ import annotations
 

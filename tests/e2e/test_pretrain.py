@@ -1,4 +1,4 @@
-"""`progrpo pretrain`: every stage with a tiny budget, stopped, resumed and exported as a folder that diffusers loads."""
+"""The command `progrpo pretrain`: every stage with a tiny budget, stopped, resumed and exported for diffusers."""
 
 from __future__ import annotations
 

@@ -68,7 +68,9 @@ def test_several_processes_share_pictures_out_and_one_writes_them(tmp_path, caps
 
 
 def test_a_reward_is_closed_when_its_evaluation_ends(tmp_path, monkeypatch, capsys):
-    code = "class Own:\n    def score(self, images):\n        return [1.0] * len(images)\n\n    def close(self):\n        raise OSError('busy')\n"
+    score = "    def score(self, images):\n        return [1.0] * len(images)\n"
+    close = "    def close(self):\n        raise OSError('busy')\n"
+    code = f"class Own:\n{score}\n{close}"
     (tmp_path / "own_closing.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

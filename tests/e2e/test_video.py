@@ -1,4 +1,7 @@
-"""A model of videos through the command line: rewards of frames and of whole videos, a report, and what diffusers makes of the LoRA."""
+"""A model of videos through the command line: rewards of frames and of whole videos, and a report.
+
+diffusers loads the LoRA.
+"""
 
 from __future__ import annotations
 

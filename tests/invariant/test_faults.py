@@ -1,4 +1,4 @@
-"""A reward that fails costs the pictures that it failed on, and nothing else: what is learnt is what the others teach."""
+"""A reward that fails costs the pictures that it failed on and nothing else: the others teach what they did."""
 
 from __future__ import annotations
 

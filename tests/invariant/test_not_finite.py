@@ -1,4 +1,4 @@
-"""What is not finite is missing: no reward sees it, nothing is learnt of it, and whoever gets nothing else is told why."""
+"""Pictures that are not finite are missing: no reward sees them and nothing is learnt of them."""
 
 from __future__ import annotations
 

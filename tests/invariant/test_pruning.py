@@ -132,7 +132,7 @@ def test_previews_say_who_went_on(draw):
     assert torch.equal(rolled.group_N, second.group_N[second.kept_N])
 
 
-# --- keep == G ---------------------------------------------------------------------------------------------------------
+# --- keep == G --------------------------------------------------------------------------------------------------------
 
 
 def test_keeping_everyone_is_plain_grpo_bit_for_bit(tiny_trainer, tiny_config):
@@ -149,7 +149,7 @@ def untimed(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name != "seconds" and not name.startswith("time/")}
 
 
-# --- missing rewards ---------------------------------------------------------------------------------------------------
+# --- missing rewards --------------------------------------------------------------------------------------------------
 
 
 def failing(redness, call: int, members: set[int], group: int):

@@ -139,7 +139,7 @@ def moved_policy(request, tiny_policy):
 
 @pytest.fixture
 def first(tiny_trainer, tiny_config, first_experience):
-    """Objective and experience of a first iteration: 2 groups of 4, of which 3 live, guidance and 2 trained steps of 3."""
+    """The first iteration's objective and experience: guidance, 2 groups of 4, of which 3 live, 2 trained steps of 3."""
 
     def of(policy: Any, ratio: Any = "plain", plan: PlanSettings | None = None, **sampling: Any):
         wanted = {"num_inference_steps": 3, "guidance_scale": 3.0, "microbatch": 3, **sampling}

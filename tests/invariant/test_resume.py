@@ -76,7 +76,10 @@ def reward_module(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(tiny_sd3, tiny_config, prompts, reward_module, tmp_path_factory) -> Config:
-    """Everything that a run can have: checkpoints, audits, an average of the weights, the best kept, prompts by signal, two updates."""
+    """A run with everything that one can have.
+
+    Checkpoints, audits, an average of the weights, the best kept, prompts by signal, two updates.
+    """
     file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     file.write_text("\n".join(prompts))
     base = tiny_config()
@@ -105,7 +108,7 @@ def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def lora(folder: Path) -> dict[str, Any]:
-    """Tensors and metadata; the file's bytes differ by the order of its header's entries, which safetensors does not fix."""
+    """The tensors and metadata: safetensors fixes no order of its header's entries, so that a file's bytes differ."""
     with safe_open(folder / "lora" / "pytorch_lora_weights.safetensors", framework="pt") as file:
         return {**file.metadata(), **{name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
 

@@ -1,9 +1,10 @@
 """Bad input by the thousand: `python -m tests.mutation [--seed 0] [--cases 5000] [--processes 24] [--json]`.
 
-Recipes, arguments, library calls, files and models, each mutated at random or damaged on purpose. A case is accepted (a mutation
-may be harmless), or refused by one sentence that names a field, an option or a file: a ValueError of the library, exit code 2 of the
-command line. Goals: 0 tracebacks, 0 unclear sentences, 0 files left by what was refused. What costs time is cut off where it would
-begin: training and sampling at their model. `--processes` cases run in processes of their own.
+Recipes, arguments, library calls, files and models are mutated at random or damaged on purpose. A case is accepted
+(a mutation may be harmless), or refused by one sentence that names a field, an option or a file: a ValueError of the
+library, exit code 2 of the command line. The goals are 0 tracebacks, 0 unclear sentences and 0 files left by a refused
+case. Training and sampling are cut off at their model, where they would begin to cost time. `--processes` cases run in
+processes of their own.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class LinearPolicy:
 
 
 class LinearDiffusionPolicy(LinearPolicy):
-    """A diffusion model that was trained on ten levels of noise, on an uneven grid of 3 steps that ends before clean data.
+    """A diffusion model of ten levels of noise, on an uneven grid of 3 steps that ends before clean data.
 
     A hundredth of the timestep is added to its output, so that a wrong one would show.
     """

@@ -115,7 +115,7 @@ def _stable_diffusion(prediction_type: str) -> Any:
 
 
 def sd() -> Any:
-    """A Stable Diffusion 1.x that says noise: latents of 4x8x8, pictures of 16x16, PNDM's scheduler as SD 1.4 has it."""
+    """A Stable Diffusion 1.x that predicts noise: latents of 4x8x8, pictures of 16x16, and SD 1.4's PNDM scheduler."""
     return _stable_diffusion("epsilon")
 
 
@@ -308,7 +308,10 @@ def qwen_image() -> Any:
 
 
 def flux2_klein() -> Any:
-    """A FLUX.2 klein base, guided by a pair of calls: of 16x16, latents are 4x8x8. Its text encoder is read at layers 9, 18 and 27."""
+    """A FLUX.2 klein base, guided by a pair of calls: of 16x16, latents are 4x8x8.
+
+    Its text encoder is read at layers 9, 18 and 27.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -364,5 +367,7 @@ TINY_PIPELINES: dict[str, Callable[[], Any]] = {
     "tiny_sd_v": sd_v,
     "tiny_sdxl": sdxl,
 }
-"""The pipelines by the name of the fixture that gives their folder: a new family joins here and as a fixture of tests/conftest.py,
-and with it every suite of what all policies must do."""
+"""The pipelines by the name of the fixture that gives their folder.
+
+A new family joins here and as a fixture of tests/conftest.py, and with it every suite over all policies.
+"""

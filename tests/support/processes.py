@@ -1,6 +1,7 @@
-"""The work of one process of several: `python -m tests.support.processes MODEL OUT CASES`, for tests/invariant/test_processes.py.
+"""The work of one process of several, for tests/invariant/test_processes.py.
 
-It trains each case and writes what it kept; beside the case `updates 1` it also calls the library.
+`python -m tests.support.processes MODEL OUT CASES` trains each case and writes what it kept. Beside the case
+`updates 1` it also calls the library.
 """
 
 import json
@@ -171,7 +172,7 @@ def by_the_library(model, out, found, ranks):
 
 
 def unequal(model, out, ranks):
-    """What is said where the second process has other prompts, other weights or another configuration than the first."""
+    """The refusals where the second process has other prompts, weights or another configuration than the first."""
     second, pipeline = ranks.rank == 1, DiffusionPipeline.from_pretrained(model)
     other = replace(CONFIG, optim=OptimSettings(lr=0.5))
     calls: dict[str, tuple[Any, dict[str, Any]]] = {

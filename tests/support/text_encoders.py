@@ -54,10 +54,13 @@ def t5_encoder(tokenizer: Any) -> Any:
 
 
 QWEN_IMAGE_WORDS = (
-    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the objects"
-    " and background:"
+    "Describe the image by detailing the color, shape, size, texture, quantity, text,"
+    " spatial relationships of the objects and background:"
 )
-"""Of the system prompt that its pipeline puts before every text, and drops again as 34 tokens: each word and comma is one."""
+"""The system prompt that Qwen-Image's pipeline puts before every text and drops again as 34 tokens.
+
+Each word and comma is one token.
+"""
 
 
 def qwen_tokenizer() -> Any:
@@ -70,5 +73,8 @@ def qwen_tokenizer() -> Any:
     tokens = dict.fromkeys([*string.ascii_letters, *".,:<>/Ġ", "Ċ", *("".join(piece) for piece in pieces)])
     tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=list(pieces))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant\n"
+    )
     return tokenizer

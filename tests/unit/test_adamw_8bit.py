@@ -1,4 +1,4 @@
-"""The optimizer with averages in 8 bits; `make lean-test` brings its package, without which only the refusal is tested."""
+"""The optimizer with averages in 8 bits. Without its package, which `make lean-test` installs, the refusal alone."""
 
 from __future__ import annotations
 

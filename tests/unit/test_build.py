@@ -188,7 +188,8 @@ def test_a_last_step_without_noise_is_not_trained(policy_of, family, sampler):
         with pytest.raises(ValueError) as refused:
             sampling_from(config, policy, "transitions", 0)
         assert str(refused.value) == (
-            f"sampling.train_last_step must be false: the last step of {sampler} on this model's grid has no noise or no length"
+            f"sampling.train_last_step must be false: the last step of {sampler} on this model's grid"
+            " has no noise or no length"
         )
 
 

@@ -210,7 +210,8 @@ def test_a_changed_configuration_is_refused_with_the_fields(run):
     with pytest.raises(ValueError) as refused:
         check_unchanged(run, found["config"], changed, accept=False)
     assert str(refused.value) == (
-        f"{run}/config.json was changed since the checkpoint: seed was 0 and is 1, model.path was 'shapes-flow' and is 'x',"
+        f"{run}/config.json was changed since the checkpoint: seed was 0 and is 1,"
+        " model.path was 'shapes-flow' and is 'x',"
         " optim.betas was [0.9, 0.999] and is [0.9, 0.99]; put it back, or give --accept-changes to go on with it"
     )
 
@@ -336,7 +337,8 @@ def refusal(run, error):
 def test_a_full_disk_is_one_sentence(run):
     file = run / "metrics.jsonl"
     assert refusal(run, OSError(errno.ENOSPC, "No space left on device", str(file))) == (
-        f"{file} cannot be written: No space left on device; the last good checkpoint is iteration_000003: make space, then"
+        f"{file} cannot be written: No space left on device;"
+        " the last good checkpoint is iteration_000003: make space, then"
         f" go on with progrpo train --resume {run}"
     )
     shutil.rmtree(run / "checkpoints")

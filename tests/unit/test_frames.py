@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from progrpo.config import RewardTerm
-from progrpo.frames import evenly, still
+from progrpo.frames import frame_places, still_pictures
 from progrpo.rewards.base import Refusal, Reward, Score
 from progrpo.rewards.frames import FrameAverageReward
 from progrpo.rewards.function import FunctionReward
@@ -40,24 +40,24 @@ VIDEOS = np.broadcast_to(
     ],
 )
 def test_frames_are_even_with_the_first_and_the_last(count, frames, expected):
-    assert evenly(count, frames) == expected
+    assert frame_places(count, frames) == expected
 
 
 def test_frames_are_never_taken_twice():
     for frames in range(1, 60):
         for count in range(1, frames + 3):
-            places = evenly(count, frames)
+            places = frame_places(count, frames)
             assert len(set(places)) == len(places) == min(count, frames) and places == sorted(places)
 
 
 @pytest.mark.parametrize("kind", [np.asarray, lambda a: torch.from_numpy(np.ascontiguousarray(a))])
 def test_the_middle_frame_stands_for_a_video_and_holds_no_other(kind):
-    found = still(kind(VIDEOS))
+    found = still_pictures(kind(VIDEOS))
     assert found.shape == (2, 4, 5, 3) and [int(picture[0, 0, 0]) for picture in found] == [4, 14]
     size = found.untyped_storage().nbytes() if isinstance(found, torch.Tensor) else found.base.nbytes
     assert size == 2 * 4 * 5 * 3
     pictures = kind(VIDEOS[:, 0])
-    assert still(pictures) is pictures
+    assert still_pictures(pictures) is pictures
 
 
 @dataclass

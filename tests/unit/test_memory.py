@@ -117,7 +117,10 @@ def test_reused_graphs_cannot_be_used_twice(tiny_trainer, tiny_config, tiny_poli
 
 def test_what_running_out_of_memory_is():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    message = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    message = (
+        "[enforce fail at alloc_cpu.cpp:124] err == 0."
+        " DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    )
     assert is_out_of_memory(RuntimeError(message))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert [halved(n, "x") for n in (2, 3, 64)] == [1, 1, 32]

@@ -67,7 +67,7 @@ def test_one_simulation_is_not_far_from_many():
 
 def test_previews_and_rewards_correlate_as_they_were_measured():
     simulation = simulated(0.5, 0.8)
-    seen = simulation.seen_PGT1.reshape(-1, 3)
+    seen = simulation.previews_PGT1.reshape(-1, 3)
     found = torch.corrcoef(seen.T)
     assert found[0, 2].item() == pytest.approx(0.5, abs=0.03)
     assert found[1, 2].item() == pytest.approx(0.8, abs=0.03)
@@ -77,11 +77,11 @@ def test_previews_and_rewards_correlate_as_they_were_measured():
 
 def test_later_steps_never_know_less():
     falls, flat = simulated(0.8, 0.3), simulated(0.8, 0.8)
-    assert torch.equal(falls.seen_PGT1, flat.seen_PGT1)
+    assert torch.equal(falls.previews_PGT1, flat.previews_PGT1)
 
 
 def test_an_agreement_below_zero_is_no_knowledge():
-    assert torch.equal(simulated(-0.5, 0.3).seen_PGT1, simulated(0.0, 0.3).seen_PGT1)
+    assert torch.equal(simulated(-0.5, 0.3).previews_PGT1, simulated(0.0, 0.3).previews_PGT1)
 
 
 @pytest.mark.parametrize("plan", [narrowed(24, 12), narrowed(48, 12), narrowed(48, 24, 12)], ids=str)
@@ -122,17 +122,17 @@ def test_perfect_previews_are_a_choice_by_final_rewards():
 
 def test_shared_beginnings_change_no_figure():
     together, asked = simulated(0.5, 0.7, 0.9, group_size=12), list(plans(12, 4, 4))
-    fresh = [Simulation(together.seen_PGT1).signal(plan, OVF) for plan in asked]
+    fresh = [Simulation(together.previews_PGT1).signal(plan, OVF) for plan in asked]
     assert [together.signal(plan, OVF) for plan in asked] == fresh
     assert [together.signal(plan, OVF) for plan in reversed(asked)] == fresh[::-1]
     assert len(set(fresh)) > len(fresh) / 2  # plans do differ
     smaller = Plan(8, (PrunePoint(0, 4),))  # another group, pruned at the same points
-    assert together.signal(smaller, OVF) == Simulation(together.seen_PGT1).signal(smaller, OVF)
+    assert together.signal(smaller, OVF) == Simulation(together.previews_PGT1).signal(smaller, OVF)
     assert together.signal(smaller, OVF) != together.signal(Plan(12, smaller.prune), OVF)
 
 
 def test_where_nothing_is_known_scores_are_draws_and_not_ties():
-    seen = simulated(0.0, 0.0, 0.8).seen_PGT1
+    seen = simulated(0.0, 0.0, 0.8).previews_PGT1
     assert all(len(seen[:, :, step].unique()) == seen[:, :, step].numel() for step in (0, 1))
     found = torch.corrcoef(seen.reshape(-1, 4).T)
     assert found[:2, 2:].abs().max() < 0.05 and found[0, 1].abs() < 0.05
@@ -140,7 +140,7 @@ def test_where_nothing_is_known_scores_are_draws_and_not_ties():
 
 def test_the_same_draws_serve_every_simulation():
     a, b, c = (Simulation.of([0.5], 8, seed) for seed in (0, 0, 1))
-    assert torch.equal(a.seen_PGT1, b.seen_PGT1) and not torch.equal(a.seen_PGT1, c.seen_PGT1)
+    assert torch.equal(a.previews_PGT1, b.previews_PGT1) and not torch.equal(a.previews_PGT1, c.previews_PGT1)
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------

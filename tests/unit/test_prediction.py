@@ -121,7 +121,7 @@ def test_predictions_of_a_diffusion_model_take_equal_steps(where):
 
 @pytest.mark.parametrize("name", OF_DIFFUSION)
 def test_a_diffusion_model_is_a_flow_model_in_other_coordinates(name):
-    """x / (alpha + sigma) has the share sigma / (alpha + sigma) of noise: DDIM's step there is the flow's Euler step."""
+    """The noise in x / (alpha + sigma) has the share sigma / (alpha + sigma): DDIM's step is the flow's Euler step."""
     (x, output), prediction = draws(), PREDICTIONS[name]
     for at, after in ((DIFFUSION[:3], DIFFUSION[1:]), (DIFFUSION[0], DIFFUSION[3])):
         x0, eps = prediction.x0(x, output, at), prediction.eps(x, output, at)

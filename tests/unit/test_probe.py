@@ -17,7 +17,7 @@ NAN = float("nan")
 
 
 def drawn(groups: int, seed: int = 0, members: int = GROUP) -> list[ProbeExample]:
-    """A latent is worth its first channel's mean, more or less of it as the text says; the first step's is hidden in noise."""
+    """Latents whose reward is their first channel's mean, scaled by the text; noise hides that of the first step."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -44,7 +44,7 @@ def learnt(*parts: list[ProbeExample], seed: int = 0) -> Probe:
 def scores(probe: Probe, asked: list[ProbeExample], step: int = 1) -> torch.Tensor:
     group = torch.arange(len(asked)).repeat_interleave(torch.tensor([len(a.rewards_N) for a in asked]))
     return probe.score(
-        step, torch.cat([a.seen_TNCHW[step] for a in asked]), torch.stack([a.text for a in asked]), group
+        step, torch.cat([a.features_TNCHW[step] for a in asked]), torch.stack([a.text for a in asked]), group
     )
 
 
@@ -92,7 +92,7 @@ def test_a_lesson_is_what_was_seen_of_one_group():
     previews = torch.arange(10.0, dtype=torch.float64).view(STEPS, 5)
     by_slot = probe_examples(finished, Condition({"prompt_embeds": told}), rewards, previews)
     first, second = by_slot[7], by_slot[5]
-    assert torch.equal(second.seen_TNCHW, torch.stack(features)[:, 2:]) and torch.equal(second.text, told[2].half())
+    assert torch.equal(second.features_TNCHW, torch.stack(features)[:, 2:]) and torch.equal(second.text, told[2].half())
     assert second.rewards_N.tolist() == [2, 3, 4] and second.previews_TN.tolist() == [[2, 3, 4], [7, 8, 9]]
     assert torch.equal(first.text, told[0].half()) and first.rewards_N.tolist() == [0, 1]
     alone = probe_examples(finished, Condition({"prompt_embeds": told}), rewards)
@@ -111,14 +111,15 @@ def test_it_ranks_groups_that_it_has_not_seen_as_their_texts_ask():
     told, blind = (np.mean([spearman(s, t) or 0.0 for s, t in zip(found[step], truth, strict=True)]) for step in (1, 0))
     assert told > 0.9 and abs(blind) < 0.4  # the first step knows nothing of the reward
     swapped = [
-        ProbeExample(a.seen_TNCHW, (a.text * torch.tensor([1, -1])).half(), a.rewards_N, a.previews_TN) for a in fresh
+        ProbeExample(a.features_TNCHW, (a.text * torch.tensor([1, -1])).half(), a.rewards_N, a.previews_TN)
+        for a in fresh
     ]
     turned = scores(probe, swapped).view(12, GROUP).numpy()
     assert np.mean([spearman(s, t) or 0.0 for s, t in zip(turned, truth, strict=True)]) < -0.8
 
 
 def test_previews_teach_as_well_where_they_are_known():
-    known = [ProbeExample(a.seen_TNCHW, a.text, a.rewards_N, a.rewards_N.expand(STEPS, -1)) for a in drawn(4)]
+    known = [ProbeExample(a.features_TNCHW, a.text, a.rewards_N, a.rewards_N.expand(STEPS, -1)) for a in drawn(4)]
     assert not torch.equal(scores(learnt(known), known), scores(learnt(drawn(4)), known))
 
 
@@ -127,7 +128,7 @@ def test_a_number_added_to_all_rewards_teaches_the_same():
 
     def lesson(one: ProbeExample, shift: float) -> ProbeExample:
         rewards = (one.rewards_N * 64).round() / 64 + shift
-        return ProbeExample(one.seen_TNCHW, one.text, rewards, rewards.expand(STEPS, -1))
+        return ProbeExample(one.features_TNCHW, one.text, rewards, rewards.expand(STEPS, -1))
 
     plain, shifted = ([lesson(one, shift) for one in drawn(6, members=8)] for shift in (0.0, 1e9))
     torch.testing.assert_close(scores(learnt(shifted), shifted), scores(learnt(plain), plain), rtol=1e-4, atol=1e-5)
@@ -139,7 +140,7 @@ def test_a_score_is_made_within_the_group_alone():
     assert together.dtype == torch.float64 and together.isfinite().all()
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     doubled = [
-        ProbeExample(torch.cat([a.seen_TNCHW] * 2, 1), a.text, a.rewards_N.repeat(2), a.previews_TN) for a in fresh
+        ProbeExample(torch.cat([a.features_TNCHW] * 2, 1), a.text, a.rewards_N.repeat(2), a.previews_TN) for a in fresh
     ]
     twice = scores(probe, doubled).view(3, 2, GROUP)
     torch.testing.assert_close(twice[:, 0].flatten(), together, rtol=1e-4, atol=1e-5)
@@ -167,19 +168,19 @@ def test_a_missing_reward_is_no_number():
     one = drawn(1)[0]
     gone = one.rewards_N.clone()
     gone[[1, 4]] = NAN
-    probe = learnt([ProbeExample(one.seen_TNCHW, one.text, gone, one.previews_TN)])
-    zero = learnt([ProbeExample(one.seen_TNCHW, one.text, gone.nan_to_num(0.0), one.previews_TN)])
+    probe = learnt([ProbeExample(one.features_TNCHW, one.text, gone, one.previews_TN)])
+    zero = learnt([ProbeExample(one.features_TNCHW, one.text, gone.nan_to_num(0.0), one.previews_TN)])
     assert scores(probe, [one]).isfinite().all()
     assert not torch.allclose(scores(probe, [one]), scores(zero, [one]))
 
 
 def test_rewards_that_are_all_missing_teach_nothing():
     one = drawn(1)[0]
-    lost = ProbeExample(one.seen_TNCHW, one.text, torch.full_like(one.rewards_N, NAN), one.previews_TN)
+    lost = ProbeExample(one.features_TNCHW, one.text, torch.full_like(one.rewards_N, NAN), one.previews_TN)
     probe = learnt([lost], [])
-    assert not probe.knows
+    assert not probe.has_learnt
     probe.learn([lost, *drawn(4)])
-    assert probe.knows
+    assert probe.has_learnt
     assert torch.equal(scores(probe, [one]), scores(learnt(drawn(4)), [one]))
 
 
@@ -188,7 +189,7 @@ def test_the_latest_groups_are_kept(monkeypatch):
     parts = [drawn(2, seed) for seed in range(3)]
     kept = learnt(*parts).state_dict()["learnt"]["lessons"]
     wanted = [parts[1][1], *parts[2]]
-    assert all(torch.equal(k["seen_TNCHW"], w.seen_TNCHW) for k, w in zip(kept, wanted, strict=True))
+    assert all(torch.equal(k["seen_TNCHW"], w.features_TNCHW) for k, w in zip(kept, wanted, strict=True))
 
 
 def test_it_is_a_function_of_its_seed_and_what_it_was_taught_and_draws_from_nobody_else():
@@ -270,6 +271,6 @@ def test_a_probe_that_knows_nothing_comes_back_so(tmp_path):
     save_state(tmp_path / "state", Probe(STEPS).state_dict())
     other = learnt(drawn(2))
     other.load_state_dict(load_state(tmp_path / "state"))
-    assert not other.knows and other.agreement(0) is None
+    assert not other.has_learnt and other.agreement(0) is None
     other.learn(drawn(3))
     assert torch.equal(scores(other, drawn(1, 7)), scores(learnt(drawn(3)), drawn(1, 7)))

@@ -1,4 +1,4 @@
-"""Groups over several processes, here threads that wait for each other: who survives, what it looks like, and who has how many."""
+"""Groups over several processes, here threads that wait for each other: who survives, and where members lie."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def test_a_probe_learns_what_selectors_compare(tiny_trainer, tiny_config):
     trainer = tiny_trainer(tiny_config(preview=PreviewSettings(probe=True)))
     trainer.reward._ranking = lambda rewards_NR, group_N: -rewards_NR[:, 0]  # as GDPO's sum, no multiple of the reward
     rolled = trainer.step().rollout
-    taught = torch.cat([lesson.rewards_N for lesson in trainer.plan_monitor.probe._lessons])
+    taught = torch.cat([lesson.rewards_N for lesson in trainer.plan_monitor.probe._examples])
     assert torch.equal(taught, rolled.survivors.ranking_N) and torch.equal(taught, -rolled.survivors.value_N)
 
 

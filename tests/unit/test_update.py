@@ -62,7 +62,7 @@ def learnt(rollout, adv_clip_max=5.0, weights=None, quorum=0.0, **objective):
     return experience, tally.over(Ranks())
 
 
-# --- advantages --------------------------------------------------------------------------------------------------------
+# --- advantages -------------------------------------------------------------------------------------------------------
 
 
 def test_advantages_are_of_the_group():
@@ -152,7 +152,7 @@ def test_the_grid_goes_along():
     assert experience.process is SAMPLING.process
 
 
-# --- update ------------------------------------------------------------------------------------------------------------
+# --- update -----------------------------------------------------------------------------------------------------------
 
 
 def gradient_of(policy, experience, items):

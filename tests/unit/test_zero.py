@@ -1,4 +1,7 @@
-"""What is asked of DeepSpeed, read as accelerate's own launcher writes it; tests/e2e/test_deepspeed.py runs it, where the package is."""
+"""Settings of DeepSpeed, read as accelerate's launcher writes them.
+
+tests/e2e/test_deepspeed.py runs DeepSpeed itself, where the package is installed.
+"""
 
 from __future__ import annotations
 

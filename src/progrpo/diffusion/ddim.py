@@ -27,12 +27,15 @@ def ddim_std(at: Levels, after: Levels, eta: float) -> Tensor:
 
 
 def cps_std(after: Levels, noise_level: float) -> Tensor:
-    """Coefficient-preserving sampling's std (CPS, arXiv 2509.05952): sigma' sin(noise_level pi / 2), 0 at the data's end."""
+    """Coefficient-preserving sampling's std (CPS, arXiv 2509.05952): sigma' sin(noise_level pi / 2).
+
+    It is 0 at the data's end.
+    """
     return after.sigma * math.sin(noise_level * math.pi / 2)
 
 
 def preserving_mean(x0: Tensor, eps: Tensor, after: Levels, std: Tensor) -> Tensor:
-    """Mean of x_next; `std` is of shape () or (B,) and at most sigma'."""
+    """The mean of x_next; `std` is of shape () or (B,) and at most sigma'."""
     old = (after.sigma.square() - std.square()).clamp(min=0).sqrt()
     return over(after.alpha, x0) * x0 + over(old, x0) * eps
 
@@ -40,8 +43,8 @@ def preserving_mean(x0: Tensor, eps: Tensor, after: Levels, std: Tensor) -> Tens
 def reduced_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """CPS's published -(x - mean)^2, mean over all dims but the first: (B,).
 
-    Not a density: a log-ratio of it is the Gaussian's times 2 std^2, so it has another clip range, and steps of little
-    noise count little.
+    It is no density: a log-ratio of it is the Gaussian's times 2 std^2. So it has another clip range, and steps of
+    little noise count little.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     return -(x.to(wide) - mean.to(wide)).square().flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""How to step a flow model: x = (1 - sigma) x0 + sigma eps, and the network's output v estimates eps - x0.
+"""The steps of a flow model: x = (1 - sigma) x0 + sigma eps, and the network's output v estimates eps - x0.
 
 Pure functions. x and v have the shape (B, ...); sigma, sigma_next and rate are tensors of shape () or (B,). A step goes
 from sigma to sigma_next < sigma and its length is h = sigma - sigma_next > 0. Nothing is cast here: float64 stays

@@ -43,5 +43,8 @@ def kl(mean: Tensor, mean_ref: Tensor, scale: Tensor) -> Tensor:
 
 
 def mean_square(difference: Tensor) -> Tensor:
-    """Mean over all dims but the first, (B,), in float32 at least: of velocities, what a flow-matching loss is made of."""
+    """The mean square over all dims but the first: (B,), in float32 at least.
+
+    For velocities it is the flow-matching loss.
+    """
     return _wide(difference).square().flatten(1).mean(1)

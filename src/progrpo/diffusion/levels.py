@@ -1,4 +1,4 @@
-"""Noise levels: how much of a latent is data and how much is noise, and what the network is told of it."""
+"""Noise levels: the shares of data and noise in a latent, and the timestep that the network gets for them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Levels:
-    """x = alpha x0 + sigma eps, and the network's `timestep` there: each (), (B,), or (T+1,) for a grid from noise to data.
+    """Noise levels: x = alpha x0 + sigma eps, and the network's `timestep` there.
 
-    A flow model has alpha = 1 - sigma; a diffusion model alpha^2 + sigma^2 = 1. `ends` (T,) are those of a
-    grid whose steps end elsewhere than where the next ones begin, as DDIM's do in diffusers; a part of a grid has none.
+    Each is (), (B,), or (T+1,) for a grid from noise to data. A flow model has alpha = 1 - sigma, a diffusion model
+    alpha^2 + sigma^2 = 1. `ends` (T,) belong to a grid whose steps end elsewhere than where the next ones begin, as
+    DDIM's do in diffusers; a part of a grid has none.
     """
 
     alpha: Tensor
@@ -28,17 +29,17 @@ class Levels:
         return Levels(self.alpha[index], self.sigma[index], self.timestep[index])
 
     def to(self, like: Tensor) -> Levels:
-        """On the device and in the dtype of `like`."""
+        """The same levels on the device and in the dtype of `like`."""
         return Levels(self.alpha.to(like), self.sigma.to(like), self.timestep.to(like))
 
 
 def end_of(levels_T1: Levels, step: int | Tensor) -> Levels:
-    """Where steps of a grid end."""
+    """The levels where steps of a grid end."""
     return levels_T1[step + 1] if levels_T1.ends is None else levels_T1.ends[step]
 
 
 def stacked(*levels: Levels) -> Levels:
-    """Levels () as those of a grid."""
+    """The levels (), stacked as those of a grid."""
     return Levels(
         *(torch.stack(parts) for parts in zip(*((at.alpha, at.sigma, at.timestep) for at in levels), strict=True))
     )
@@ -66,7 +67,7 @@ def diffusion_levels(timestep: Tensor, alphas_cumprod: Tensor, final: Tensor | N
     """A diffusion model's levels by integer timesteps of its training noise (DDPM, arXiv 2006.11239).
 
     `alphas_cumprod` (N,) is the product of 1 - beta. `final` (), if given, is that of one more level, at the end, which
-    is told as timestep 0.
+    has timestep 0.
     """
     signal = alphas_cumprod[timestep.long()]
     if final is not None:

@@ -1,4 +1,4 @@
-"""What a network's output means: four parametrisations of one thing, each by the name diffusers gives it.
+"""The meaning of a network's output: four parametrisations, each by its name in diffusers.
 
 Pure functions of x (B, ...), the network's output there, and its noise levels, of shape () or (B,).
 """
@@ -17,11 +17,12 @@ from progrpo.diffusion.levels import Levels, over
 
 @dataclass(frozen=True)
 class Prediction:
-    """`x0` and `eps` read the output at x; `target(x0, eps, levels)` is what it is trained to be.
+    """A parametrisation of a network's output.
 
-    `mix(x0, eps, levels)` is the noised x, and `step(x, output, levels, next)` the deterministic step, in the order of
-    operations of diffusers' scheduler. `velocity_weight(levels)` times a squared error of the output is that of the velocity
-    eps - x0, as a flow model would have made it at this share of noise; of the levels' shape.
+    `x0` and `eps` read the output at x, and `target(x0, eps, levels)` is its training target. `mix(x0, eps, levels)` is
+    the noised x, and `step(x, output, levels, next)` the deterministic step, in the order of operations of diffusers'
+    scheduler. `velocity_weight(levels)`, of the levels' shape, times a squared error of the output is the squared error
+    of the velocity eps - x0 that a flow model has at this share of noise.
     """
 
     x0: Callable[[Tensor, Tensor, Levels], Tensor]
@@ -42,7 +43,7 @@ def _diffusion(
     target: Callable[[Tensor, Tensor, Levels], Tensor],
     velocity_weight: Callable[[Levels], Tensor],
 ) -> Prediction:
-    """Of a diffusion model, whose deterministic step is DDIM's (arXiv 2010.02502)."""
+    """The parametrisation of a diffusion model, whose deterministic step is DDIM's (arXiv 2010.02502)."""
     return Prediction(
         x0=x0,
         eps=eps,

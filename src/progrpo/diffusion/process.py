@@ -15,8 +15,9 @@ from progrpo.diffusion.samplers import StochasticStep
 
 @dataclass(frozen=True)
 class Process:
-    """`noise_levels` has one entry a step: 0 is the deterministic step, above 0 the sampler's of that level.
+    """T steps: their levels, a parametrisation by its name, and a stochastic step with a noise level for each of T.
 
+    A noise level of 0 is the deterministic step.
     `prediction` is a name of `PREDICTIONS`. A `step` below is an int, or an int64 (B,) tensor on
     the CPU with one for each row of x. Steps are computed in the dtype of x.
     """
@@ -40,7 +41,7 @@ class Process:
 
     @cached_property
     def scales_T(self) -> Tensor:
-        """Diffusion rate (an SDE's sampler) or std (the others'), of each step; 0 where it is deterministic."""
+        """The diffusion rate (of an SDE) or std (of others) of each step; 0 where it is deterministic."""
         scales = {level: self._scale(level) for level in set(self.noise_levels) if level > 0}
         nothing = torch.zeros_like(self.levels_T1.sigma[0])
         return torch.stack([scales[a][step] if a > 0 else nothing for step, a in enumerate(self.noise_levels)])
@@ -54,20 +55,20 @@ class Process:
 
     @property
     def lengths_T(self) -> Tensor:
-        """How far each step goes, in units of the whole range of timesteps."""
+        """The length of each step, in units of the whole range of timesteps."""
         timestep = self.levels_T1.timestep
         return (timestep[:-1] - timestep[1:]) / timestep[0]
 
     @property
     def stds_T(self) -> Tensor:
-        """Std of each step's fresh noise."""
+        """The std of each step's fresh noise."""
         if not self.sampler.flow_only:
             return self.scales_T
         sigma = self.levels_T1.sigma
         return self.scales_T * (sigma[:-1] - sigma[1:]).sqrt()
 
     def timestep(self, step: int | Tensor, x: Tensor) -> Tensor:
-        """What the network is told at a step, () or (B,)."""
+        """The network's timestep at a step, () or (B,)."""
         return self.levels_T1.timestep[step].to(x)
 
     def x0(self, step: int | Tensor, x: Tensor, output: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class Process:
         return self._prediction.x0(x, output, self.levels_T1[step].to(x))
 
     def deterministic(self, step: int | Tensor, x: Tensor, output: Tensor) -> Tensor:
-        """x_next without fresh noise."""
+        """The x_next without fresh noise."""
         return self._prediction.step(x, output, self.levels_T1[step].to(x), end_of(self.levels_T1, step).to(x))
 
     def mean_std(self, step: int | Tensor, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,5 +85,5 @@ class Process:
         return self.sampler.mean_std(self._prediction, x, output, at, after, self.scales_T[step].to(x))
 
     def log_prob(self, x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Of x_next under that Gaussian, mean over dims, (B,): see `progrpo.diffusion.gaussian.log_prob`."""
+        """The log-prob of x_next under that Gaussian, mean over dims: (B,), as of `diffusion.gaussian.log_prob`."""
         return self.sampler.log_prob(x_next, mean, std)

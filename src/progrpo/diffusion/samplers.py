@@ -1,4 +1,4 @@
-"""Stochastic steps: how fresh noise enters. Two kernels with several scales of noise, and one log-prob that is no density."""
+"""Stochastic steps: two kernels with several scales of noise, and one log-prob that is no density."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MeanStd = Callable[[Prediction, Tensor, Tensor, Levels, Levels, Tensor], tuple[
 class StochasticStep:
     """A stochastic step of a sampler.
 
-    `scale(levels_T1, noise_level)` gives (T,), for each step: the diffusion rate of an SDE, the std of the other kernel.
+    `scale(levels_T1, noise_level)` gives (T,), for each step: the diffusion rate of an SDE, the std of others.
     `mean_std(prediction, x, output, levels, next, scale)` gives the Gaussian of x_next: mean in x's shape, std () or
     (B, 1, ...). `noise_level` is the published one (DDIM's is called eta), and `clip_range` the one published with it
     for latents of `clip_dims` elements.

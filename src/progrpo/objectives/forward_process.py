@@ -17,7 +17,7 @@ from progrpo.diffusion.gaussian import mean_square
 from progrpo.diffusion.levels import Levels
 from progrpo.diffusion.prediction import PREDICTIONS, Prediction
 from progrpo.objectives.base import Experience
-from progrpo.packing import of_update
+from progrpo.packing import update_batches
 from progrpo.policies.base import Policy
 from progrpo.types import WHOLE_GROUP, Condition
 
@@ -135,6 +135,6 @@ def evaluate_items(
     """The values of `evaluate` for all items, in the microbatches of the update: (N, D)."""
     items = len(experience) * draws.count
     values = torch.empty(items, dtype=experience.trajectories.x_NCHW.dtype)
-    for items_B in of_update(items, microbatch, policy.compiled):
+    for items_B in update_batches(items, microbatch, policy.compiled):
         values[items_B] = evaluate(NoisedLatents.gather(policy, experience, items_B, draws)).to(values)
     return values.reshape(draws.count, len(experience)).T.contiguous()

@@ -13,7 +13,7 @@ from progrpo.diffusion.gaussian import kl, mean_square
 from progrpo.objectives.base import Experience, Loss
 from progrpo.objectives.settings import GRPOSettings
 from progrpo.objectives.surrogate import clipped_surrogate, guarded_log_ratio, outside_clip
-from progrpo.packing import of_update
+from progrpo.packing import update_batches
 from progrpo.policies.base import Policy
 
 
@@ -55,7 +55,7 @@ class GRPO:
         if policy.batch_invariant:
             return experience.with_prepared(old_ND)
         means = [None if t.mean_NCHW is None else torch.empty_like(t.mean_NCHW) for t in path]
-        for items_B in of_update(old_ND.numel(), microbatch, policy.compiled):
+        for items_B in update_batches(old_ND.numel(), microbatch, policy.compiled):
             batch = _TransitionBatch.gather(policy, experience, items_B)
             # a compiled network with gradients is another network, and the loss sees its rounding
             with torch.set_grad_enabled(policy.compiled):

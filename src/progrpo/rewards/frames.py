@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from progrpo.frames import evenly
+from progrpo.frames import frame_places
 from progrpo.rewards.base import Reward, RewardWrapper, Score
 from progrpo.types import Prompt
 
@@ -26,7 +26,7 @@ class FrameAverageReward(RewardWrapper):
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         if pictures_NHWC.ndim == 4:
             return self._reward.score(pictures_NHWC, prompts)
-        places = evenly(self._count, pictures_NHWC.shape[1])
+        places = frame_places(self._count, pictures_NHWC.shape[1])
         moments = [self._reward.score(pictures_NHWC[:, place], prompts) for place in places]
         return [_mean(frames) for frames in zip(*moments, strict=True)]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from progrpo.packing import evenly, of_one_shape
+from progrpo.packing import balanced_size, fixed_size_batches
 from progrpo.policies.base import Policy
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import INITIAL, NoiseKey
@@ -29,14 +29,14 @@ class Denoiser:
     sampling: Sampling
 
     def call_size(self, rows: int) -> int:
-        """The rows of each network call for `rows` rows: equal calls, or the size a compiled network was compiled for."""
+        """The size of each network call for `rows` rows: equal calls, or a compiled network's one size."""
         microbatch = self.sampling.microbatch
-        return microbatch if self.policy.compiled else evenly(rows, microbatch)
+        return microbatch if self.policy.compiled else balanced_size(rows, microbatch)
 
     def predict(self, x_NCHW: Tensor, timestep: Tensor, group_N: Tensor, size: int) -> Tensor:
         """The network's output at x, in calls of `size` rows; `group_N` says which prompt each row is of."""
         outputs = []
-        for rows in of_one_shape(len(x_NCHW), size):
+        for rows in fixed_size_batches(len(x_NCHW), size):
             condition = self.condition.take(group_N[rows].to(self.policy.device))
             outputs.append(self.policy.predict(x_NCHW[rows], timestep, condition, self.sampling.guidance_scale))
         return torch.cat(outputs)[: len(x_NCHW)]

@@ -1,4 +1,4 @@
-"""Counts what is spent while it is spent: network rows, decoded pictures, reward calls, and seconds by stage."""
+"""The meter of costs: network rows, decoded pictures, reward calls, and seconds by stage."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from progrpo.types import Cost
 
 @dataclass
 class Meter:
+    """The costs so far, and the seconds of each stage."""
+
     cost: Cost = field(default_factory=Cost)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -21,7 +23,7 @@ class Meter:
         self.cost = self.cost + Cost(**spent)
 
     def add(self, other: Meter) -> None:
-        """What another one saw."""
+        """Add the costs and seconds of another meter."""
         self.cost = self.cost + other.cost
         for name, seconds in other.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds

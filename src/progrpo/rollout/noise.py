@@ -1,6 +1,6 @@
-"""Noise that knows whose it is: a function of (seed, iteration, prompt slot, member, step), never of the batch.
+"""Keyed noise: a function of (seed, iteration, prompt slot, member, step), never of the batch.
 
-So a survivor does not know that others were pruned, and any microbatch size and number of processes draw the same.
+A trajectory's noise does therefore not depend on pruning, on microbatches or on the number of processes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def mix(*keys: int) -> int:
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """Where in a run noise is drawn."""
+    """The key of an iteration's noise."""
 
     seed: int
     iteration: int
@@ -42,5 +42,5 @@ class NoiseKey:
         return out
 
     def group_seeds(self, slot_P: Tensor, step: int) -> Tensor:
-        """One int64 seed a group, for selectors that draw."""
+        """One int64 seed per group, for selectors that draw."""
         return torch.tensor([mix(self.seed, self.iteration, slot, -1, step) for slot in slot_P.tolist()])

@@ -1,4 +1,4 @@
-"""What to sample: how large a group starts, where it is pruned and what that costs. Standard library only."""
+"""Plans: the size of a group, its prune points, and their cost. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from progrpo.types import Cost
 
 @dataclass(frozen=True)
 class PrunePoint:
-    """After the network call of zero-based `step`, before the step is taken, keep that many members of each group."""
+    """A prune point: after the network call of zero-based `step`, `keep` members of each group take the step."""
 
     step: int
     keep: int
@@ -19,10 +19,9 @@ class PrunePoint:
 
 @dataclass(frozen=True)
 class Plan:
-    """The path of a group, per prompt: it starts with `group_size` members, and points and `final_keep` narrow it.
+    """The path of a group: it starts with `group_size` members, and prune points and `final_keep` reduce them.
 
-    `final_keep` selects on final rewards. A point that keeps everyone who lives does nothing: no preview is decoded
-    for it.
+    `final_keep` selects by final rewards. A point that keeps all living members does nothing, and needs no previews.
     """
 
     group_size: int
@@ -30,7 +29,7 @@ class Plan:
     final_keep: int | None = None
 
     def validate(self, num_inference_steps: int) -> None:
-        """ValueError, in one sentence, if the plan cannot be run in that many steps."""
+        """Raise ValueError, in one sentence, if the plan cannot be run in that many steps."""
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}")
         _require_keep("group_size", self.group_size, None)
@@ -44,24 +43,24 @@ class Plan:
 
     @property
     def finalists(self) -> int:
-        """Members that are denoised to the end, decoded and rewarded."""
+        """The number of members that are denoised to the end, decoded and rewarded."""
         return self.prune[-1].keep if self.prune else self.group_size
 
     @property
     def survivors(self) -> int:
-        """Members that are trained on."""
+        """The number of members that are trained on."""
         return self.finalists if self.final_keep is None else self.final_keep
 
     def living_at(self, step: int) -> int:
-        """Members for whom the network call of zero-based `step` is made."""
+        """The number of members for which the network call of zero-based `step` is made."""
         return next((point.keep for point in reversed(self.prune) if point.step < step), self.group_size)
 
     def active_points(self) -> tuple[PrunePoint, ...]:
-        """The points that part with someone; the others decide nothing and cost nothing."""
+        """The points that remove members; the others decide nothing and cost nothing."""
         return tuple(point for point in self.prune if point.keep < self.living_at(point.step))
 
     def keep_after(self, step: int) -> int | None:
-        """How many to keep after the network call of `step`, or None where no active point stands."""
+        """The number of members to keep after the network call of `step`; None without an active point there."""
         return next((point.keep for point in self.active_points() if point.step == step), None)
 
     def predict(
@@ -72,12 +71,12 @@ class Plan:
         ode_steps: int = 1,
         probed: frozenset[int] = frozenset(),
     ) -> Cost:
-        """What one prompt costs, as a run counts it; ValueError if the plan cannot be run.
+        """The cost of one prompt, as a run counts it; ValueError if the plan cannot be run.
 
-        NFE: with `guidance` a network call is a CFG pair and counts two. Decodes: everyone living at each active point
-        (a preview), and the finalists. Each decoded picture is rewarded once. A preview of more than one of `ode_steps`
-        costs a network call for each further one, and at the steps of `probed` a probe does without all of that.
-        `trained_steps` is of one trajectory.
+        NFE: with `guidance` a network call is a CFG pair and counts two. Decodes: all living members at each active
+        point (previews), and the finalists. Each decoded picture is rewarded once. A preview needs a network call for
+        each of `ode_steps` after the first, and at the steps of `probed` a probe needs none of that. A trajectory is
+        trained on `trained_steps`.
         """
         self.validate(num_inference_steps)
         seen = {point.step: self.living_at(point.step) for point in self.active_points()}
@@ -92,7 +91,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """Seconds of one network call of a sample, one preview, one finished picture's decoding and reward, and one trained step."""
+    """The seconds of one sample's network call, one preview, one finished picture, and one trained step.
+
+    A finished picture is decoded and rewarded.
+    """
 
     call: float
     preview: float
@@ -100,7 +102,7 @@ class UnitCosts:
     train: float
 
     def seconds(self, cost: Cost) -> float:
-        """What a cost comes to. A probe's ranking is not worth a figure of its own."""
+        """The seconds of a cost; a probe's ranking takes next to none."""
         finished = cost.decodes - cost.previews
         return (
             cost.nfe * self.call
@@ -111,10 +113,10 @@ class UnitCosts:
 
 
 def unit_costs(counted: Cost, seconds: Mapping[str, float]) -> UnitCosts:
-    """From what was counted and how long its stages took; both must hold a finished iteration.
+    """The unit costs of counted work whose stages took these seconds; both must hold a finished iteration.
 
-    A preview that was never made is taken to cost what a finished picture does. What `overlapped` the sampling of others (`reward.waves`)
-    cost no time.
+    Without previews, one is taken to cost as much as a finished picture. Scoring that `overlapped` the sampling of
+    others (`reward.waves`) cost no time.
     """
     waited = seconds["preview"] + seconds["reward"]
     own = max(0.0, 1 - seconds.get("overlapped", 0.0) / waited) if waited else 1.0
@@ -182,7 +184,7 @@ def preset(name: str, num_inference_steps: int) -> Plan:
 
 
 def path(plan: Plan) -> list[int]:
-    """Members at the start, after each active point, and after a choice by final rewards."""
+    """The numbers of members at the start, after each active point, and after a choice by final rewards."""
     last = [plan.survivors] if plan.survivors < plan.finalists else []
     return [plan.group_size, *(point.keep for point in plan.active_points()), *last]
 
@@ -190,7 +192,7 @@ def path(plan: Plan) -> list[int]:
 def summary(
     plan: Plan, num_inference_steps: int, trained_steps: int, guidance: bool, ode_steps: int = 1
 ) -> dict[str, Any]:
-    """What a plan does and costs per prompt, ready for JSON; ValueError if it cannot be run.
+    """The path and cost of a plan per prompt, ready for JSON; ValueError if it cannot be run.
 
     `nfe_saved` is the share of the full group's network calls that pruning avoids; `nfe_ratio_to_none` compares with
     the preset `none`, a group of 24 without pruning, and is above 1 where a larger start costs more than pruning saves.

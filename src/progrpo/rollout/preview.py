@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from progrpo.diffusion.prediction import PREDICTIONS
-from progrpo.frames import still
-from progrpo.packing import of_one_shape
+from progrpo.frames import still_pictures
+from progrpo.packing import fixed_size_batches
 from progrpo.policies.base import Policy
 from progrpo.rollout.denoise import Denoiser
 from progrpo.rollout.meter import Meter
@@ -46,8 +46,8 @@ def preview(
 def projected(denoiser: Denoiser, batch: Trajectories, step: int, ode_steps: int, meter: Meter) -> Tensor:
     """The data that the ODE leads to from here, in `ode_steps` equal parts of the grid that is left: (N, C, H, W).
 
-    The first part uses the network's output that the trajectory's own step needs. One part, the x0 projection, therefore
-    costs no call.
+    The first part uses the network's output that the trajectory's own step needs, so one part, the x0 projection, costs
+    no call.
     """
     assert batch.output_NCHW is not None
     process = denoiser.sampling.process
@@ -78,7 +78,7 @@ def score(
         pictures.fault,
     )
     meter.count(decodes=len(group_N), reward_calls=len(group_N))
-    return replace(pictures, images_NHWC=still(pictures.images_NHWC)), scores
+    return replace(pictures, images_NHWC=still_pictures(pictures.images_NHWC)), scores
 
 
 def decoded(policy: Policy, x0_NCHW: Tensor, microbatch: int, tiny: bool = False) -> Pictures:
@@ -88,5 +88,5 @@ def decoded(policy: Policy, x0_NCHW: Tensor, microbatch: int, tiny: bool = False
         return decode(x0_NCHW.new_zeros(1, *x0_NCHW.shape[1:])).take(slice(0))
     # a compiled decoder would be compiled again for another shape
     one_shape = policy.compiled_decoder and not tiny
-    batches = of_one_shape(len(x0_NCHW), most) if one_shape else torch.arange(len(x0_NCHW)).split(most)
+    batches = fixed_size_batches(len(x0_NCHW), most) if one_shape else torch.arange(len(x0_NCHW)).split(most)
     return Pictures.cat([decode(x0_NCHW[rows]) for rows in batches]).take(slice(len(x0_NCHW)))

@@ -1,11 +1,11 @@
-"""Whom to keep: selectors over the scores of P groups of at most G members.
+"""Selectors: which members to keep, by the scores of P groups of at most G members.
 
 A selector gets `scores_PG` (a score that is NaN or infinite is missing), how many to keep, `present_PG` (False where a
-ragged group has no such member, whatever the score says) and `seeds_P` (int64, one a group). All selectors prefer
+ragged group has no such member, whatever the score says) and `seeds_P` (int64, one per group). All selectors prefer
 members that have a score: those without one are taken, lowest member first, only where the scored ones are too few.
 
-They share one shape: rank the scored members of a group by a key, then take so many from the low end and the rest from
-the high end. They differ in the key and in the split.
+All rank the scored members of a group by a key, then take so many from the low end and the rest from the high end. They
+differ in the key and in the split.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TIE = 1e-13  # variances of splits that differ by less than this share of the l
 
 @dataclass(frozen=True)
 class Selection:
-    """Who is kept, K = keep places a group: member indices (int64), ascending, in the leading places that are valid.
+    """The kept members, in K = keep places per group: indices (int64), ascending, in the leading places that are valid.
 
     Where a group has fewer present members than places, `valid_PK` is False and the index 0 in the places left over."""
 
@@ -34,7 +34,7 @@ Selector = Callable[[Tensor, int, Tensor, Tensor], Selection]
 
 @dataclass(frozen=True)
 class _Ranking:
-    """Members of each group by ascending key, scored ones first: `member_PG[p, r]` is the member of rank r."""
+    """The members of each group by ascending key, scored ones first: `member_PG[p, r]` is the member of rank r."""
 
     keys_PG: Tensor
     member_PG: Tensor
@@ -58,14 +58,14 @@ def _ends(ranking: _Ranking, lows_P: Tensor, highs_P: Tensor) -> Tensor:
 
 
 def _prefix_sums(values_PG: Tensor) -> Tensor:
-    """(P, G+1): entry r is the sum of the first r values."""
+    """The prefix sums (P, G+1): entry r is the sum of the first r values."""
     return torch.nn.functional.pad(values_PG.cumsum(1), (1, 0))
 
 
 def _centred(ranking: _Ranking) -> Tensor:
-    """Sorted keys less their group's median, in float64, 0 where there is no key.
+    """The sorted keys less their group's median, in float64, 0 where there is no key.
 
-    Squares of raw rewards such as 26 +- 0.01 differ in digits that float32 has not got: their sums pick other splits.
+    Squares of raw rewards such as 26 +- 0.01 differ in digits that float32 does not have: their sums pick other splits.
     The median, unlike the mean, is one of the keys, so that equal keys give 0 exactly and near ones lose no digit.
     """
     keys = ranking.keys_PG.double()
@@ -100,7 +100,7 @@ def _all_lows(ranking: _Ranking, kept_P: Tensor, keep: int) -> Tensor:
 
 
 def _choose(keys_PG: Tensor, scored_PG: Tensor, keep: int, split: _Split) -> Tensor:
-    """Mask (P, G) of min(keep, scored) members of each group: as many from the low end as `split` says, else high."""
+    """The mask (P, G) of min(keep, scored) members of each group: `split` from the low end, others from the high."""
     ranking = _rank(keys_PG, scored_PG)
     kept_P = ranking.count_P.clamp(max=keep)
     lows_P = split(ranking, kept_P, keep)

@@ -49,5 +49,5 @@ class Sampler:
         return trusted_steps(self.probe, self.preview_settings)
 
     def survivors(self, batch: Trajectories, scores_N: Tensor, keep: int, seeds_P: Tensor) -> Tensor:
-        """The rows of this process' batch that stay when each group keeps `keep` members; `seeds_P` has one per group."""
+        """The rows of this process' batch that stay when each group keeps `keep` members; a seed per group."""
         return sharded_survivors(batch, scores_N, keep, self.selector, seeds_P, self.sharding)

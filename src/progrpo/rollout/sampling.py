@@ -73,7 +73,7 @@ class Sampling:
         return replace(self, settings=replace(self.settings, microbatch=microbatch))
 
     def rounded(self, x: Tensor) -> Tensor:
-        """x as it is stored, in its own dtype again: a log-prob of anything else would not be that of what is trained."""
+        """The latents x as they are stored, in x's own dtype: the log-prob must be that of the stored ones."""
         return x if x.dtype == self.latent_dtype else x.to(self.latent_dtype).to(x.dtype)
 
 
@@ -126,8 +126,9 @@ def sampling_for(policy: Policy, settings: SamplingSettings, stochastic: range, 
         noise_levels=tuple(noise_level if i in stochastic else 0.0 for i in range(settings.num_inference_steps)),
     )
     if any(process.stds_T[i] == 0 or process.lengths_T[i] == 0 for i in record.steps):
+        name = sampler_name(settings, policy)
         raise ValueError(
-            f"sampling.train_last_step must be false: the last step of {sampler_name(settings, policy)} on this model's grid has no noise or no"
+            f"sampling.train_last_step must be false: the last step of {name} on this model's grid has no noise or no"
             " length"
         )
     return Sampling(process, settings, record)

@@ -148,7 +148,7 @@ class SamplingSettings:
 
     @property
     def sampler_facts(self) -> StepFacts:
-        """The facts of the sampler; for `auto`, which depends on the model, those of any. A user's own is imported."""
+        """The facts of the sampler; without restrictions for `auto`, which depends on the model."""
         if self.sampler == "auto":
             return StepFacts()
         if self.sampler in SAMPLERS:

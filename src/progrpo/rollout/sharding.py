@@ -1,7 +1,8 @@
-"""Groups whose members are sampled by several processes: one selection over all of them, survivors shared out anew.
+"""Group sharding: the members of a group are sampled by several processes, and selected over all of them.
 
-A process usually samples whole groups. Where a group is too slow for one, its members are dealt over all: each scores its own,
-all hear of all scores, and choose alike. Noise knows whose it is, so what survives does not depend on who sampled it.
+A process usually samples whole groups. Where a group is too slow for one process, its members are dealt over all: each
+scores its share, gets all scores, and selects alike. Noise is keyed by member, so the survivors do not depend on the
+process that sampled them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class GroupSharding(Protocol):
     world: int
 
     def gather(self, items: list[Any]) -> list[Any]:
-        """The lists of all processes, one after another, on each of them."""
+        """Return the lists of all processes, one after another, on each of them."""
         ...
 
 
@@ -35,7 +36,7 @@ class _NotSharded:
 
 
 NOT_SHARDED: GroupSharding = _NotSharded()
-"""A process that samples its groups whole."""
+"""The sharding of a process that samples whole groups."""
 
 
 def own_share(batch: Trajectories, sharding: GroupSharding) -> Trajectories:
@@ -63,7 +64,7 @@ def sharded_survivors(
 
 
 def rebalanced(batch: Trajectories, sharding: GroupSharding) -> Trajectories:
-    """The same trajectories of all processes, moved from those that have more of them to those that have fewer.
+    """The trajectories of all processes, moved from processes that have more to those that have fewer.
 
     Numbers then differ by one at most. Rows stay prompt-major, members ascending.
     """
@@ -81,7 +82,7 @@ def rebalanced(batch: Trajectories, sharding: GroupSharding) -> Trajectories:
 
 
 def transfers(counts: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Who gives whom how many, so that counts differ by one at most and as few as possible move."""
+    """The moves (giver, taker, count) after which counts differ by one at most; as few rows as possible move."""
     share, more = divmod(sum(counts), len(counts))
     # who already has most keeps the one more, or it would move for nothing
     largest = sorted(range(len(counts)), key=lambda i: -counts[i])[:more]
@@ -100,6 +101,6 @@ def transfers(counts: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 def _order(group_N: Tensor, member_N: Tensor) -> Tensor:
-    """Rows prompt-major, members ascending."""
+    """The order of rows in which they are prompt-major, members ascending."""
     by_member = member_N.argsort(stable=True)
     return by_member[group_N[by_member].argsort(stable=True)]

@@ -1,8 +1,8 @@
 """Slow rewards: an iteration's prompts go in waves, and while the pictures of one are scored the next is sampled.
 
-Each wave is a rollout in a thread of its own, and one lock says whose turn it is. A wave gives it up only while it waits
-for a reward, so networks never run at the same time, and no more scoring is under way than there are waves. Noise is
-keyed by slot and member, so the result does not depend on which wave was first.
+Each wave is a rollout in a thread of its own, and a lock gives the turn to one of them. A wave releases it only while
+it waits for a reward. So networks never run at the same time, and no more scoring is under way than there are waves.
+Noise is keyed by slot and member, so the result does not depend on the order of waves.
 """
 
 from __future__ import annotations

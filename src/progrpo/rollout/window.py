@@ -1,4 +1,4 @@
-"""Where the stochastic steps of a rollout lie, when they are few: the SDE there, the ODE elsewhere. Standard library only."""
+"""Windows of stochastic steps: the SDE inside, the ODE elsewhere. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def window(kind: str, iteration: int, *, size: int, end: int, interval: int, see
     """The zero-based steps of an iteration's window: `size` consecutive ones within 0 .. `end` - 1.
 
     `first` is always at the start. `sliding` moves on by one step every `interval` iterations, and from the end back to
-    the start (MixGRPO, arXiv 2507.21802). `random` is drawn anew for each iteration from `seed`; it is a function of both,
-    so equal on all processes.
+    the start (MixGRPO, arXiv 2507.21802). `random` is drawn for each iteration: a function of its number and `seed`, so
+    equal on all processes.
     """
     last = end - size
     assert last >= 0, "a window must fit"

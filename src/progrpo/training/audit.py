@@ -1,4 +1,7 @@
-"""One group run unpruned and previewed at every step: how far previews can be trusted. It is never trained on."""
+"""Audits: a group that runs unpruned and is previewed at every step, so that previews can be compared with its end.
+
+It is never trained on.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,11 @@ from progrpo.types import Condition, Prompt, Trajectories
 
 @dataclass(frozen=True)
 class Audit:
-    """Scores of T previews (T, G) and of the final pictures (G,), with pictures uint8 (G, T+1, H, W, 3).
+    """The scores of T previews (T, G) and of the final pictures (G,), with pictures uint8 (G, T+1, H, W, 3).
 
-    `scores_TG` are of one-step projections through the full decoder; `used_TG` of what the run decides on where it is
-    something else, `probe_TG` a probe's, where there is one. `examples` are what the probe learns from it.
-    `kept_uniform` and `kept_ovf` are whom these selectors keep when they know the final rewards: as many as the plan's
-    survivors, or half where the plan keeps everyone.
+    `scores_TG` belong to one-step projections through the full decoder, `used_TG` to the previews that the run decides
+    by, `probe_TG` to a probe. `examples` are for the probe to learn from. `kept_uniform` and `kept_ovf` are the members
+    that these selectors keep by final rewards: as many as the plan's survivors, or half where the plan keeps all.
     """
 
     prompt: Prompt
@@ -44,19 +46,19 @@ class Audit:
     examples: dict[int, ProbeExample]
 
     def agreement(self) -> list[float | None]:
-        """Spearman between each step's previews and the final rewards; None where the group has no variance."""
+        """Spearman's correlation of each step's previews with final rewards; None where the group has no variance."""
         return self._ranked(self.scores_TG)
 
     def used_agreement(self) -> list[float | None]:
-        """The same of the previews that the run decides on."""
+        """The same for the previews that the run decides by."""
         return self._ranked(self.used_TG)
 
     def probe_agreement(self) -> list[float | None] | None:
-        """The same of the probe's."""
+        """The same for the probe's scores; None without a probe that has learnt."""
         return None if self.probe_TG is None else self._ranked(self.probe_TG)
 
     def hit_rate(self, step: int, keep: int) -> float | None:
-        """Of the `keep` members that are best and worst by final rewards, half and half, the share that previews find there too."""
+        """The share of the `keep` members at both ends of the final rewards that previews put at the same end."""
         return hit_rate(self.used_TG[step].numpy(), self.final_G.numpy(), keep)
 
     def _ranked(self, scores_TG: Tensor) -> list[float | None]:
@@ -123,7 +125,7 @@ def audit(sampler: Sampler, prompt: Prompt, slot: int, key: NoiseKey, meter: Met
 
 def _probed(probe: Probe | None, batch: Trajectories, condition: Condition) -> list[Tensor] | None:
     """The probe's scores of the group at each step; None without a probe that has learnt."""
-    if probe is None or not probe.knows:
+    if probe is None or not probe.has_learnt:
         return None
     text_P = text_features(condition)
     return [probe.score(t, features, text_P, batch.group_N) for t, features in enumerate(batch.latent_features)]
@@ -137,7 +139,7 @@ def _kept(selector: Selector, scores_G: Tensor, keep: int, seeds_P: Tensor) -> l
 def _stops(
     plan: Plan, scores: list[Tensor], final_G: Tensor, selector: Selector, key: NoiseKey, slot_P: Tensor
 ) -> list[int | None]:
-    """For each member the step after whose network call the plan lets it go (T: on final rewards), None for survivors."""
+    """The step after whose network call the plan stops each member; T by final rewards, None for survivors."""
     stopped: list[int | None] = [None] * plan.group_size
     living = list(range(plan.group_size))
     points = [(p.step, p.keep, scores[p.step]) for p in plan.active_points()]

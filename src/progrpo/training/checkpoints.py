@@ -30,7 +30,8 @@ from progrpo.types import Prompt
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 _OPTIMIZER_PACKAGES = {"adamw_8bit": ("bitsandbytes",)}
-_FOLDER, _NAME = "checkpoints", "iteration_"
+_FOLDER = "checkpoints"
+_NAME = "iteration_"
 _MAY_DIFFER = (
     "iterations",
     "sampling.microbatch",
@@ -274,7 +275,8 @@ def writing_to(run: Path, ranks: Ranks) -> Iterator[Lock | None]:
 
     The main process gets the folder's lock, the others None.
     """
-    say, held = Console(0, enabled=ranks.is_main).say, list[Lock]()
+    say = Console(0, enabled=ranks.is_main).say
+    held = list[Lock]()
     with ExitStack() as locked:
         ranks.from_main(lambda: held.append(locked.enter_context(only_writer(run, say))))
         try:

@@ -48,7 +48,8 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
     (`optim.decay`). ValueError if the configuration, the prompts or the model were changed since, unless that is
     accepted.
     """
-    config, run_folder = load_recipe(str(folder)), RunFolder(folder)
+    config = load_recipe(str(folder))
+    run_folder = RunFolder(folder)
     if run_folder.is_of_python():
         raise ValueError(
             f"{folder} is a run of progrpo.train, whose pipeline, prompts and rewards only Python has: go on with"
@@ -76,7 +77,8 @@ def resume(
     folder: RunFolder, config: Config, make_inputs: Callable[[], RunInputs], ranks: Ranks, accept_changes: bool
 ) -> RunFolder:
     """Go on with the run in a folder by this configuration. ValueError for a change since that is not accepted."""
-    path, warn = folder.path, Console(config.iterations, enabled=ranks.is_main).warn
+    path = folder.path
+    warn = Console(config.iterations, enabled=ranks.is_main).warn
     with explain_lost_process(lambda: how_to_go_on(path)), checkpoints.writing_to(path, ranks) as lock:
         state = checkpoints.newest(path, ranks, warn)
         checkpoints.check_unchanged(path, state["config"], config, accept_changes)

@@ -69,7 +69,8 @@ class _Memory:
 def estimate(config: Config, device: str, share: float, processes: int) -> Estimate:
     """The estimate of an iteration. `share` is the assumed share of the device's peak."""
     quiet()
-    plan, card = resolve_plan(config), GPUS[device]
+    plan = resolve_plan(config)
+    card = GPUS[device]
     model = sizes_for(config)
     memory = _memory(config, plan, model, processes)
     operations = flops_by_stage(config, plan, model)
@@ -109,7 +110,8 @@ _sizes_of = cache(sizes)
 
 def sizes_for(config: Config) -> Sizes:
     """The sizes of a configuration's model, at its microbatches."""
-    model, pair = config.model, 2 if config.sampling.in_pairs else 1
+    model = config.model
+    pair = 2 if config.sampling.in_pairs else 1
     settings = replace(model, dtype="bfloat16" if model.dtype == "auto" else model.dtype, lora="", offload=False)
     called, trained = config.sampling.rows_per_call, config.optim.items_per_pass
     rows = trained * (pair if trains_transitions(config) else 1)
@@ -164,7 +166,8 @@ def _latents(config: Config, plan: Plan, means: bool) -> dict[str, float]:
 
     The moments are a network call, decoding, a step, and the update.
     """
-    steps, trained = config.sampling.num_inference_steps, trained_steps(config, 0)
+    steps = config.sampling.num_inference_steps
+    trained = trained_steps(config, 0)
     kept = torch.finfo(getattr(torch, config.sampling.latent_dtype)).bits // 8
 
     def own(step: int) -> int:
@@ -173,7 +176,9 @@ def _latents(config: Config, plan: Plan, means: bool) -> dict[str, float]:
         path = (done + 1) * kept + done * means * _FLOAT if done else 0
         return path + (0 if kept == _FLOAT and step - 1 in trained else _FLOAT)
 
-    calls, decodings, moves = [], [own(steps) * plan.finalists], []
+    calls = []
+    decodings = [own(steps) * plan.finalists]
+    moves = []
     for step in range(steps):
         living = plan.living_at(step)
         left = plan.keep_after(step) or living

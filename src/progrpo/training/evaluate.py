@@ -1,4 +1,4 @@
-"""Measure a policy on held-out prompts by the ODE, with the same noise every time."""
+"""Evaluations of a policy on held-out prompts, by the ODE and with the same noise every time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from progrpo.diffusion.gaussian import mean_square
 from progrpo.diffusion.prediction import PREDICTIONS
-from progrpo.frames import still
+from progrpo.frames import still_pictures
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Judge, Scorer
 from progrpo.rollout.denoise import Denoiser, denoise, expand
@@ -98,9 +98,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 @dataclass(frozen=True)
 class Measures:
-    """What an evaluation measures beside the reward: a second judge, and rewards that are not trained on.
+    """The measures of an evaluation beside its reward: a second judge, and rewards that are not trained on.
 
-    For the first `diverse` prompts, diversity is measured on more pictures of them. The first `pictures` are kept.
+    Diversity is measured for the first `diverse` prompts, on more pictures of them. The first `pictures` are kept.
     """
 
     judge: Judge | None = None
@@ -112,7 +112,7 @@ class Measures:
 def evaluate(
     sampler: Sampler, prompts: Sequence[Prompt], seed: int, ranks: Ranks, measures: Measures = Measures()
 ) -> Evaluation:
-    """One picture per prompt. Noise is keyed by the prompt's place, so all evaluations of a seed start from the same."""
+    """Evaluate one picture per prompt. Noise is keyed by the prompt's place, so it depends on the seed alone."""
     own = ranks.deal(len(prompts))
     results: list[_Result] = []
     for places in own.split(sampler.sampling.microbatch) if len(own) else ():  # splitting nothing gives one empty part
@@ -141,7 +141,7 @@ def _results(
     final = denoise(sampler.denoiser(policy.encode(batch)), start, key, Meter())
     made = decoded(policy, final.x_NCHW, sampling.microbatch)
     scored = _Scored(made, batch, places)
-    images_NHWC, there = still(made.images_NHWC.numpy()), made.there_N.tolist()
+    images_NHWC, there = still_pictures(made.images_NHWC.numpy()), made.there_N.tolist()
     scores = scored.by(sampler.reward)
     graded, strict = _listed(scores.value_N), _listed(scores.passed_N)
     verdicts = _verdicts(measures.judge, images_NHWC, batch, there)
@@ -183,7 +183,7 @@ def _diversities(sampler: Sampler, prompts: Sequence[Prompt], places: Tensor, se
     denoiser = sampler.denoiser(policy.encode([prompts[i] for i in places.tolist()]))
     final = denoise(denoiser, expand(policy, places, _GROUP, sampling, key), key, Meter())
     made = decoded(policy, final.x_NCHW, sampling.microbatch)
-    images_NHWC, there_N = still(made.images_NHWC.numpy()), made.there_N.numpy()
+    images_NHWC, there_N = still_pictures(made.images_NHWC.numpy()), made.there_N.numpy()
     return [diversity(images_NHWC[rows][there_N[rows]]) for rows in np.split(np.arange(len(there_N)), len(places))]
 
 
@@ -191,11 +191,11 @@ def _diversities(sampler: Sampler, prompts: Sequence[Prompt], places: Tensor, se
 def kl_to_reference(
     policy: Policy, weights: str, prompts: Sequence[Prompt], sampling: Sampling, seed: int
 ) -> float | None:
-    """Mean square distance of velocities under `weights` to those of the reference, in squared latent units; None
-    without a reference.
+    """The mean square distance of velocities under `weights` to the reference's, in squared latent units.
 
-    It is measured where these weights lead the first prompts: at the latents of each step. An SDE's KL divergence from
-    the reference is proportional to it, with a factor of each step's noise (arXiv 2505.05470).
+    It is measured at the latents of each step to which these weights take the first prompts. An SDE's KL divergence
+    from the reference is proportional to it, with a factor for each step's noise (arXiv 2505.05470). None without a
+    reference.
     """
     if "reference" not in policy.named_weights:
         return None
@@ -223,14 +223,14 @@ def kl_to_reference(
 
 
 def _listed(values_N: Tensor) -> list[float | None]:
-    """Without those that are missing."""
+    """The values, None where one is missing."""
     return [value if math.isfinite(value) else None for value in values_N.tolist()]
 
 
 def _verdicts(
     judge: Judge | None, images_NHWC: np.ndarray, prompts: Sequence[Prompt], there: Sequence[bool]
 ) -> list[bool | None]:
-    """What a judge says of each picture that is there."""
+    """The judge's verdict on each picture; None without a judge, and for a picture that is missing."""
     rows = [n for n, is_there in enumerate(there) if is_there]
     passed = judge.passes(images_NHWC[rows], [prompts[n] for n in rows]) if judge and rows else []
     found = dict(zip(rows, passed, strict=False))

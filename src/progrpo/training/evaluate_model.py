@@ -119,7 +119,8 @@ def _evaluated_settings(config: Config, negative_prompt: str) -> Config:
 
 def _require_names(model: ModelChoice, config: Config, source: str | None, rewards: Sequence[str]) -> None:
     """ValueError, with the command to give, where a run of `progrpo.train` has objects that only Python knows."""
-    objects, run = from_python(config), model.lora or model.target
+    objects = from_python(config)
+    run = model.lora or model.target
     unnamed_model = model.lora is None and "model.path" in objects
     missing = ["--prompts FILE"] * (not source and "eval.prompts" in objects)
     missing += ["--reward NAME"] * (not rewards and "reward.terms" in objects)

@@ -61,7 +61,8 @@ class Evaluator:
     def validate(self, record: Metrics) -> Metrics:
         """The metrics of the validation prompts after the iteration of that record."""
         trainer = self._trainer
-        config, weights = trainer.config.eval, trainer.learner.evaluated_weights
+        config = trainer.config.eval
+        weights = trainer.learner.evaluated_weights
         result = self._evaluate(self._held_out.validation, weights)
         held_out = result.held_out()
         reward = held_out[config.best_by] if config.best_by else result.mean("graded")

@@ -142,7 +142,8 @@ class Learner:
 
 def _diversity(rolled: Rollout) -> Tally:
     """The diversity of pictures within a group."""
-    tally, there_N = Tally(), rolled.pictures.there_N.numpy()
+    tally = Tally()
+    there_N = rolled.pictures.there_N.numpy()
     diversity = group_diversity(rolled.pictures.images_NHWC.numpy()[there_N], rolled.group_N.numpy()[there_N])
     if diversity is not None:
         tally.add("rollout/diversity", diversity * len(rolled.prompts), len(rolled.prompts))

@@ -183,7 +183,8 @@ def _mixture(
             made = load_reward(term)
         else:
             name = _free_name(qualified_name(reward), terms)
-            term, made = RewardTerm(name, 1.0 if weight is None else weight, from_python=True), adapted(reward)
+            term = RewardTerm(name, 1.0 if weight is None else weight, from_python=True)
+            made = adapted(reward)
         terms.append(term)
         components.append(component_from(term, made, config.reward.frames))
     return tuple(terms), RewardMixture(components, ranking_from(config.objective, terms))

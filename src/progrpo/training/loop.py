@@ -144,7 +144,8 @@ class TrainingLoop:
         plan_before = plan_monitor.standing
         done = self._step()
         self._keep_microbatches()
-        iterations, config = self._trainer.iteration, self._config
+        iterations = self._trainer.iteration
+        config = self._config
         if config.eval.every and iterations % config.eval.every == 0:
             done.record.update(self._evaluator.validate(done.record))
         self._warn_of_lost_pictures()
@@ -196,7 +197,8 @@ class TrainingLoop:
     def _finish(self) -> None:
         """Evaluate the trained model and save its weights."""
         self._trainer.check_frozen()
-        best, weights = self._evaluator.best, self._evaluator.final_weights
+        best = self._evaluator.best
+        weights = self._evaluator.final_weights
         which = f", as it was after iteration {best.iterations}" if best else ""
         pictures = len(self._run.inputs.held_out.test)
         self._console.say(f"evaluating the trained model{which} on {pictures} pictures")

@@ -42,7 +42,8 @@ class LossScale:
         """Halve the scale after an overflow. False where it is 1, so that the overflow has another cause."""
         if self.value <= 1:
             return False
-        self.value, self._clean = self.value / 2, 0
+        self.value = self.value / 2
+        self._clean = 0
         return True
 
     def count(self) -> None:
@@ -51,7 +52,8 @@ class LossScale:
             return
         self._clean += 1
         if self._clean >= _CLEAN:
-            self.value, self._clean = self.value * 2, 0
+            self.value = self.value * 2
+            self._clean = 0
 
     def state_dict(self) -> LossScaleState:
         return {"value": self.value, "clean": self._clean} if self.enabled else {}
@@ -59,4 +61,5 @@ class LossScale:
     def load_state_dict(self, state: LossScaleState) -> None:
         """Go on with a saved scale. A run in another dtype has none, nor has one from before losses were scaled."""
         if self.enabled and state:
-            self.value, self._clean = state["value"], state["clean"]
+            self.value = state["value"]
+            self._clean = state["clean"]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from progrpo.config import Config, resolve_plan, trained_items
 from progrpo.durable import write_text
-from progrpo.packing import evenly
+from progrpo.packing import balanced_size
 from progrpo.policies.base import Policy
 from progrpo.training.distributed import Ranks
 from progrpo.training.memory import result_unless_out_of_memory
@@ -71,7 +71,8 @@ def _fastest(config: Config, policy: Policy, prompt: Prompt, ranks: Ranks) -> tu
 
 def _timings(config: Config, policy: Policy, prompt: Prompt, most: tuple[int, int]) -> Timings:
     """Seconds of a call, without gradient and with it, for up to so many rows and items."""
-    condition, guidance = policy.encode([prompt]), config.sampling.guidance_scale
+    condition = policy.encode([prompt])
+    guidance = config.sampling.guidance_scale
     middle = policy.levels(2, config.sampling.shift).timestep[1]
 
     def call(size: int) -> Tensor:
@@ -98,7 +99,7 @@ def _timings(config: Config, policy: Policy, prompt: Prompt, most: tuple[int, in
 
 def _sampled(rows_T: list[int], size: int, seconds: Mapping[int, float], one_shape: bool) -> float:
     """Seconds of all network calls of a rollout, interpolated between the sizes that were timed."""
-    calls = [(-(-rows // size), size if one_shape else evenly(rows, size)) for rows in rows_T]
+    calls = [(-(-rows // size), size if one_shape else balanced_size(rows, size)) for rows in rows_T]
     shapes = [shape for _, shape in calls]
     each = np.interp(shapes, [0, *seconds], [0.0, *seconds.values()])
     return float(sum(count * s for (count, _), s in zip(calls, each, strict=True)))
@@ -275,7 +276,8 @@ class _OtherLoad:
     """The share of the processors' time that other processes use from now on."""
 
     def __init__(self) -> None:
-        self._start, self._busy = time.perf_counter(), _busy_elsewhere()
+        self._start = time.perf_counter()
+        self._busy = _busy_elsewhere()
 
     def share(self) -> float:
         whole = (time.perf_counter() - self._start) * (psutil.cpu_count() or 1)

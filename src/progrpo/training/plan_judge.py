@@ -1,4 +1,4 @@
-"""The value of the run's plan, from what the run itself has measured, and the plan of the highest value."""
+"""The judge of plans: the value of the run's plan by the run's own measurements, and the plan of highest value."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _WORTH_A_CHANGE = 1.02  # below that the simulation's own noise would choose
 
 
 def prompt_cost(config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset()) -> Cost:
-    """What a plan costs for one prompt of the run."""
+    """The cost of a plan for one prompt of the run."""
     steps, pairs = config.sampling.num_inference_steps, config.sampling.in_pairs
     return plan.predict(steps, trained_items(config), pairs, config.preview.ode_steps, probed_steps)
 
 
 def plan_from(state: Mapping[str, Any]) -> Plan:
-    """A plan from its `asdict`."""
+    """The plan of an `asdict`."""
     points = tuple(PrunePoint(**point) for point in state["prune"])
     return Plan(state["group_size"], points, state["final_keep"])
 
@@ -42,9 +42,9 @@ class Verdict:
 
 
 class PlanJudge:
-    """Remembers agreements and, from the first verdict on, the costs of that time: later timings change no decision.
+    """A memory of agreements and, from the first verdict on, of the costs then: later timings change no decision.
 
-    `recorded` are the costs that an earlier part of the run has written down; they are taken in place of measured ones.
+    `recorded` costs, which an earlier part of the run has written down, take the place of measured ones.
     """
 
     def __init__(self, config: Config) -> None:
@@ -54,7 +54,7 @@ class PlanJudge:
         self._agreement: list[list[float | None]] = []
 
     def watch(self, agreement_T: Sequence[float | None], counted: Cost, seconds: Mapping[str, float]) -> None:
-        """Note an audit's agreement by step; with the one that is enough for a verdict, what the run has spent so far."""
+        """Note an audit's agreement by step; with the first audit that is enough for a verdict also the unit costs."""
         self._agreement = [*self._agreement, list(agreement_T)][-_REMEMBERED:]
         if self.units is None and len(self._agreement) >= _AUDITS:
             self.units = self.recorded or unit_costs(counted, seconds)
@@ -97,6 +97,6 @@ class PlanJudge:
 
 
 def _mean(values: Iterable[float | None]) -> float:
-    """Of those that are there; nothing is known of a step that no audit had an agreement for."""
+    """The mean of the known values; 0 for a step without an agreement in any audit: nothing is known of it."""
     there = [v for v in values if v is not None]
     return sum(there) / len(there) if there else 0.0

@@ -121,7 +121,8 @@ class PlanMonitor:
 
     def announce_change(self, before: PlanStanding, console: Console) -> None:
         """Say which plan has taken over, or warn of a plan that has turned out not to be worth its time."""
-        value, path = self.plan_value, plan_path(self.plan)
+        value = self.plan_value
+        path = plan_path(self.plan)
         if self._config.plan.adaptive and path != before.path:
             points = ", ".join(f"{point.keep} after step {point.step}" for point in self.plan.active_points())
             console.say(f"plan: groups of {' -> '.join(map(str, path))} from here on ({points or 'no prune point'})")

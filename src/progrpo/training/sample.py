@@ -84,7 +84,8 @@ def _sampled(
     policy: Policy, prompts: Sequence[Prompt], count: int, settings: EvalSettings, ranks: Ranks
 ) -> tuple[list[_Picture], list[str]]:
     """This process' share of the pictures, and the reasons why some are missing."""
-    sampling, key = ode_by(policy, settings), NoiseKey(settings.seed, 0)
+    sampling = ode_by(policy, settings)
+    key = NoiseKey(settings.seed, 0)
     denoiser = Denoiser(policy, policy.encode(prompts), sampling)
     start = expand(policy, torch.arange(len(prompts)), count, sampling, key)
     own = ranks.deal(len(start))

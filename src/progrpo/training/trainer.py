@@ -93,9 +93,12 @@ class Trainer:
 
     def step(self) -> Iteration:
         """Run the next iteration."""
-        start, meter, audit_meter = time.perf_counter(), Meter(), Meter()
+        start = time.perf_counter()
+        meter = Meter()
+        audit_meter = Meter()
         self.totals.predicted += self.predicted()
-        batch, sampling = self._next_batch(), self.sampler.sampling
+        batch = self._next_batch()
+        sampling = self.sampler.sampling
         rolled = self.collector.rollout(batch, meter)
         lost_before = self.totals.lost
         failed = self.failures.check(f"iteration {batch.iteration + 1}")
@@ -127,7 +130,8 @@ class Trainer:
         return Iteration(batch.iteration, record, rolled, audit)
 
     def _next_batch(self) -> Batch:
-        count, split = self._config.prompts.per_iteration, self._config.prompts.split_groups
+        count = self._config.prompts.per_iteration
+        split = self._config.prompts.split_groups
         slots = torch.arange(count) if split else self.ranks.deal(count)
         prompts = self.order.prompts_for(self.iteration, count)
         return Batch(self.iteration, prompts, slots, NoiseKey(self._config.seed, self.iteration))

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from progrpo.config import OptimSettings
 from progrpo.objectives.base import Experience, Loss, Objective
-from progrpo.packing import filled_up, of_update, of_whole_blocks
+from progrpo.packing import padded, update_batches, whole_block_batches
 from progrpo.policies.base import Policy
 from progrpo.policies.sharded import gathered
 from progrpo.training.distributed import Ranks, Tally
@@ -34,9 +34,9 @@ class Packing:
         """The items of N trajectories, draw by draw, as microbatches."""
         if experience.group_size_N is not None:
             lengths = torch.bincount(experience.trajectories.group_N).tolist() * per_trajectory
-            batches = of_whole_blocks(lengths, self.microbatch)
-            return [filled_up(items, self.microbatch) for items in batches] if self.one_shape else batches
-        return of_update(len(experience) * per_trajectory, self.microbatch, self.one_shape)
+            batches = whole_block_batches(lengths, self.microbatch)
+            return [padded(items, self.microbatch) for items in batches] if self.one_shape else batches
+        return update_batches(len(experience) * per_trajectory, self.microbatch, self.one_shape)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,10 @@ class Updater:
         The loss is the mean over the trajectories of all processes and their items. Trajectories without an advantage
         count in that mean but are not computed: their group has no variance and teaches nothing.
         """
-        tally, items, skipped, prepared = Tally(), 0, 0, False
+        tally = Tally()
+        items = 0
+        skipped = 0
+        prepared = False
         for number in range(self._config.updates_per_rollout):
             if number:
                 experience = experience.detached()
@@ -181,7 +184,8 @@ class Updater:
         return experience, self._accumulate(experience.take(share.rows), divisor, packing)
 
     def _accumulate(self, experience: Experience, divisor: float, packing: Packing) -> Tally:
-        tally, per_trajectory = Tally(), self._items_per_trajectory(experience)
+        tally = Tally()
+        per_trajectory = self._items_per_trajectory(experience)
         count = len(experience) * per_trajectory
         if experience.attached:
             # a graph spans one transition of every trajectory, whose ratios are 1 by construction: some are computed

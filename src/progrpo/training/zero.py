@@ -72,53 +72,96 @@ class Zero:
         return f"DeepSpeed: the optimizer's state is shared out among {processes} processes{place}{whole}"
 
 
+@dataclass(frozen=True)
+class _Plugin:
+    """The request as accelerate's plugin has it: DeepSpeed's configuration, and the values that are read of it."""
+
+    config: Mapping[str, object]
+    zero: Mapping[str, object]
+    stage: int
+    clip: float | None
+    offload: Mapping[str, Mapping[str, object]]
+    """The settings of what is offloaded: `optimizer` and `param`."""
+    buckets: Mapping[str, int]
+    enabled: Mapping[str, bool]
+    """Whether each kind of mixed precision is enabled."""
+
+    @classmethod
+    def read(cls) -> _Plugin:
+        """The plugin of this process' environment. ValueError for one that cannot be read."""
+        try:
+            config = DeepSpeedPlugin().deepspeed_config
+            zero = dict(config["zero_optimization"])
+            sizes = {name: _number(zero.get(name, "auto")) for name in _BUCKETS}
+            return cls(
+                config=config,
+                offload={name: dict(zero.pop(f"offload_{name}", None) or {}) for name in ("optimizer", "param")},
+                zero=zero,
+                stage=int(zero["stage"]),
+                clip=_number(config.get("gradient_clipping", "auto")),
+                buckets={name: int(size) for name, size in sizes.items() if size is not None},
+                enabled={name: str(dict(config.get(name, {})).get("enabled")).lower() == "true" for name in _DTYPES},
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, OSError, OverflowError, NotImplementedError) as error:
+            reason = named(" ".join(str(error).split()))
+            raise _refused(f"what cannot be read ({reason})", "mend its deepspeed_config") from error
+
+    def check_settings(self) -> None:
+        """ValueError for a section or a setting that has no equal here."""
+        for name, value in self.config.items():
+            if name in _INSTEAD and value != "auto" and (name, value) != ("gradient_accumulation_steps", 1):
+                raise _refused(name if isinstance(value, dict) else f"{name} {quoted(value)}", _INSTEAD[name])
+            if name not in {*_INSTEAD, *_WITHOUT_EFFECT, *_READ}:
+                raise _refused(f"{named(name)}, which has no equal here", "leave it out")
+        for name in self.zero.keys() - {"stage", *_OF_SPEED}:
+            if not name.startswith("stage3_"):
+                raise _refused(f"zero_optimization.{named(name)}, which has no equal here", "leave it out")
+        for name, size in self.buckets.items():
+            if size <= 0 or size % 2:
+                raise _refused(f"zero_optimization.{name} {size}", "make it auto, or a positive and even number")
+        if not 0 <= self.stage <= 2:
+            raise _refused(
+                f"stage {self.stage}", "take 1 or 2, or share the model out by --model.shard and without DeepSpeed"
+            )
+
+    def offloads(self) -> bool:
+        """Whether the optimizer is on the CPU. ValueError for another device, and for parameters that are offloaded."""
+        device = str(self.offload["param"].get("device") or "none")
+        if device != "none":
+            raise _refused(
+                f"parameters to offload to {device}", "make that none; --model.offload keeps parts on the CPU"
+            )
+        device = str(self.offload["optimizer"].get("device") or "none")
+        if device not in ("none", "cpu"):
+            raise _refused(f"the optimizer to offload to {device}", "make that cpu or none")
+        if device == "cpu" and self.stage == 0:
+            raise _refused("the optimizer to offload in stage 0", "take stage 1")
+        return device == "cpu"
+
+    def dtype(self) -> Literal["bfloat16", "float16"] | None:
+        """The requested mixed precision; None without one. ValueError for two at once."""
+        mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+        if mixed not in ("no", "bf16", "fp16"):
+            raise _refused(f"mixed_precision {named(mixed)}", "take bf16, fp16 or no")
+        dtypes = {dtype for name, dtype in _DTYPES.items() if mixed == name or self.enabled[name]}
+        if len(dtypes) > 1:
+            raise _refused("both fp16 and bf16", "take one of the two")
+        return next(iter(dtypes), None)
+
+
 def requested() -> Zero | None:
     """The request of accelerate's launcher for DeepSpeed; None without one. ValueError for what has no equal here."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() not in ("1", "true", "yes", "on", "y", "t"):
         return None
-    try:
-        config = DeepSpeedPlugin().deepspeed_config
-        zero = dict(config["zero_optimization"])
-        offload = {where: dict(zero.pop(f"offload_{where}", None) or {}) for where in ("optimizer", "param")}
-        stage, clip = int(zero["stage"]), _number(config.get("gradient_clipping", "auto"))
-        buckets = {name: int(size) for name in _BUCKETS if (size := _number(zero.get(name, "auto"))) is not None}
-        enabled = {name: str(dict(config.get(name, {})).get("enabled")).lower() == "true" for name in _DTYPES}
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, OverflowError, NotImplementedError) as error:
-        raise _refused(
-            f"what cannot be read ({named(' '.join(str(error).split()))})", "mend its deepspeed_config"
-        ) from error
-    for name, value in config.items():
-        if name in _INSTEAD and value != "auto" and (name, value) != ("gradient_accumulation_steps", 1):
-            raise _refused(name if isinstance(value, dict) else f"{name} {quoted(value)}", _INSTEAD[name])
-        if name not in {*_INSTEAD, *_WITHOUT_EFFECT, *_READ}:
-            raise _refused(f"{named(name)}, which has no equal here", "leave it out")
-    for name in zero.keys() - {"stage", *_OF_SPEED}:
-        if not name.startswith("stage3_"):
-            raise _refused(f"zero_optimization.{named(name)}, which has no equal here", "leave it out")
-    for name, size in buckets.items():
-        if size <= 0 or size % 2:
-            raise _refused(f"zero_optimization.{name} {size}", "make it auto, or a positive and even number")
-    if not 0 <= stage <= 2:
-        raise _refused(f"stage {stage}", "take 1 or 2, or share the model out by --model.shard and without DeepSpeed")
-    if (device := str(offload["param"].get("device") or "none")) != "none":
-        raise _refused(f"parameters to offload to {device}", "make that none; --model.offload keeps parts on the CPU")
-    if (device := str(offload["optimizer"].get("device") or "none")) not in ("none", "cpu"):
-        raise _refused(f"the optimizer to offload to {device}", "make that cpu or none")
-    if device == "cpu" and stage == 0:
-        raise _refused("the optimizer to offload in stage 0", "take stage 1")
-    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if mixed not in ("no", "bf16", "fp16"):
-        raise _refused(f"mixed_precision {named(mixed)}", "take bf16, fp16 or no")
-    narrow = {dtype for name, dtype in _DTYPES.items() if mixed == name or enabled[name]}
-    if len(narrow) > 1:
-        raise _refused("both fp16 and bf16", "take one of the two")
+    plugin = _Plugin.read()
+    plugin.check_settings()
     return Zero(
-        stage,
-        offload=device == "cpu",
-        pin_memory=bool(offload["optimizer"].get("pin_memory")),
-        buckets=buckets,
-        dtype=next(iter(narrow), None),
-        max_grad_norm=clip,
+        plugin.stage,
+        offload=plugin.offloads(),
+        pin_memory=bool(plugin.offload["optimizer"].get("pin_memory")),
+        buckets=plugin.buckets,
+        dtype=plugin.dtype(),
+        max_grad_norm=plugin.clip,
     )
 
 
