@@ -8,10 +8,10 @@ The policy is a recipe's after so many of its iterations; without `--recipe` it 
 unpruned. Groups of 48 then run to their end, previewed at every step, and each member's gradient is taken. From these
 follows the gradient of every plan on the same members: it keeps the members that the previews choose, and has
 advantages among its survivors, as a run has. The value of a gradient is its SNR^2: the square of its mean along the
-policy gradient (of the full groups of all other prompts) over its variance from prompt to prompt. No step size is in it. Lengths are
-AdamW's: a weight counts by its gradient over the fourth root of its second moment, so that the product with the policy
-gradient is the gain of a step in first order. Gradients of all trained weights are hashed to DIMS numbers with random
-signs, which keeps inner products. DGPO's weight of decided groups is left out.
+policy gradient (of the full groups of all other prompts) over its variance from prompt to prompt. No step size is in
+it. Lengths are AdamW's: a weight counts by its gradient over the fourth root of its second moment, so that the product
+with the policy gradient is the gain of a step in first order. Gradients of all trained weights are hashed to
+DIMS numbers with random signs, which keeps inner products. DGPO's weight of decided groups is left out.
 
 signal      SNR^2 per prompt over that of `none` (24 members, all trained on); standard error by the jackknife over all
             prompts
