@@ -1,9 +1,9 @@
-"""A model's own best over sampling steps and guidance: the baseline for a gain by training.
+"""A model's own best over sampling steps and guidance, with which a gain by training must be compared.
 
     python benchmarks/guidance.py [shapes-flow | RUN] [--pictures 512] [--json]
 
-Every pair is measured on half as many validation prompts. The best of them, with the plain setting beside it, is then
-measured on the test prompts of runs, in the dtype of the quickstart on this machine.
+Every pair is measured on half as many validation prompts. The best pair, with the plain setting beside it, is measured
+on the test prompts that runs are measured on, in the dtype of the quickstart on this machine.
 """
 
 from __future__ import annotations

@@ -1,26 +1,24 @@
-"""The value of a plan's gradient, measured from gradients, beside a run's own estimate (plan/value).
+"""The value of plans measured from gradients, beside the value that a run predicts (plan/value).
 
     python benchmarks/plan_value.py [--recipe quickstart] [--after 4] [--prompts 80] [--seeds 0 1 2]
-                                    [--plans standard "24 -> 12 after 4"] [--num-inference-steps 8]
-                                    [--guidance-scale 1] [--window 3] [--ode-steps 1] [--json [FILE]]
+        [--plans standard "24 -> 12 after 4"] [--num-inference-steps 8] [--guidance-scale 1] [--window 3]
+        [--ode-steps 1] [--json [FILE]]
 
-The policy is a recipe's after so many of its iterations (without `--recipe`: GRPO with a LoRA on `shapes-flow`,
-unpruned). Then groups of 48 run to their end, previewed at every step, and each member's gradient is taken. From these
-follows the gradient of every plan on the same members: it keeps the members that the previews choose and has advantages
-among its survivors, as a run has.
+The policy is a recipe's after so many of its iterations; without `--recipe` it is GRPO with a LoRA on `shapes-flow`,
+unpruned. Groups of 48 then run to their end, previewed at every step, and each member's gradient is taken. From these
+follows the gradient of every plan on the same members: it keeps the members that the previews choose, and has
+advantages among its survivors, as a run has. The value of a gradient is its SNR^2: the square of its mean along the
+policy gradient (of the full groups of all other prompts) over its variance from prompt to prompt. No step size is in
+it. Lengths are AdamW's: a weight counts by its gradient over the fourth root of its second moment, so that the product
+with the policy gradient is the gain of a step in first order. Gradients of all trained weights are hashed to
+DIMS numbers with random signs, which keeps inner products. DGPO's weight of decided groups is left out.
 
-The value of a gradient is its SNR^2: the square of its mean along the policy gradient (of the full groups of all other
-prompts) over its variance from prompt to prompt. It has no step size in it. Lengths are AdamW's: a weight counts by its
-gradient over the fourth root of its second moment, so that the product with the policy gradient is a step's gain in
-first order. Gradients are of all trained weights, hashed to DIMS numbers with random signs, which keeps inner products.
-DGPO's weight by how decided a group is does not enter.
-
-signal      SNR^2 of a prompt over that of `none` (24 members, all trained on); the standard error is the jackknife's
-            over all prompts
-bearing     cosine of the plan's mean gradient with the policy gradient; the rest to 1 is bias, which no number of
+signal      SNR^2 per prompt over that of `none` (24 members, all trained on); standard error by the jackknife over all
+            prompts
+bearing     cosine of the plan's mean gradient with the policy gradient: the rest to 1 is bias, which no number of
             prompts averages out
 predicted   the signal by progrpo.rollout.plan_value, from the agreement of these previews with the final rewards
-seconds     those of a prompt over those of `none`, by the plan's counts and the unit costs of the iterations before
+seconds     per prompt over those of `none`, by the plan's counts and the unit costs of the iterations before
 pays        signal over seconds, measured and predicted; a run writes the second as plan/value
 """
 
@@ -66,10 +64,7 @@ LARGEST, DIMS = 48, 2**15
 
 
 def plans(steps: int) -> dict[str, Plan]:
-    """The plans by name, `none` first.
-
-    Then follow the other presets, plain groups, choices by final rewards, and one prune point early to late.
-    """
+    """The plans by name: `none` first, then other presets, plain groups, final choices, and one prune point."""
     named = {name: preset(name, steps) for name in ("none", "posthoc", "standard", "flash")}
     named |= {f"plain {size}": Plan(size) for size in (8, 12, 16, 48)}
     named |= {f"{size}, best {keep}": Plan(size, (), keep) for size, keep in ((24, 6), (48, 24), (48, 12))}
@@ -80,10 +75,7 @@ def plans(steps: int) -> dict[str, Plan]:
 
 
 class Members(NamedTuple):
-    """The members of one full group.
-
-    It has the scores of the previews (T, G), final rewards (G,), and each member's gradient for an advantage of 1.
-    """
+    """One full group: preview scores (T, G), final rewards (G,), and each member's gradient for an advantage of 1."""
 
     seen_TG: Tensor
     final_G: Tensor
@@ -169,10 +161,7 @@ def advantages_of(rewards_K: Tensor, clip_max: float) -> Tensor:
 
 
 class Moments(NamedTuple):
-    """The moments of a plan's gradients over prompts.
-
-    They are the mean along the policy gradient, the squared length of that mean, and the variance.
-    """
+    """A plan's gradients over prompts: mean along the policy gradient, squared length of the mean, and variance."""
 
     along: float
     mean_sq: float
@@ -180,10 +169,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, with_full_PP: np.ndarray, own_PP: np.ndarray) -> Moments:
-        """The moments from inner products with the full groups' gradients and with each other.
-
-        A prompt is never multiplied with itself.
-        """
+        """The moments from inner products with the full groups' gradients and with each other, between prompts only."""
         mean_sq = _off_diagonal(own_PP)
         return cls(_off_diagonal(with_full_PP), mean_sq, float(np.trace(own_PP)) / len(own_PP) - mean_sq)
 

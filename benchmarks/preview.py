@@ -1,16 +1,14 @@
-"""The rank correlation of previews with final rewards within a group, by step and by kind of preview (Spearman's).
+"""The agreement of previews with final rewards: Spearman's correlation within a group, by step and by kind of preview.
 
     python benchmarks/preview.py [--models shapes-flow shapes-diffusion] [--objective grpo] [--groups 24]
-                                 [--group-size 24] [--seeds 0 1 2] [--probe-groups 50 100 200 300] [--window W] [--json]
+        [--group-size 24] [--seeds 0 1 2] [--probe-groups 50 100 200 300] [--window W] [--json]
 
-The kinds are the one-step projection by the full decoder (`x0`) and by the tiny one (`tiny`); two and three steps of
-the ODE (`ode 2`, `ode 3`: one and two network calls more); and a probe after each number of `--probe-groups` other
-groups of training prompts. `--objective grpo` samples as GRPO does: every step is stochastic by the model's own sampler
-at its published noise level. `dgpo` and others sample without noise. With `--window` only the first so many steps are
-stochastic.
-
-Groups run unpruned on validation prompts, all kinds in turn; groups without variance are left out. The output has the
-mean over groups per seed, then the mean and spread (std, ddof 1) over seeds.
+Kinds: the one-step projection by the full decoder (`x0`) and by the tiny one (`tiny`); two and three steps of the ODE
+(`ode 2`, `ode 3`: one and two network calls more); and a probe after each number of `--probe-groups` other groups, of
+training prompts. `--objective grpo` samples with noise at every step, by the model's own sampler at its published noise
+level; `dgpo` and others sample without noise; with `--window` only the first so many steps have noise. Groups run
+unpruned on validation prompts, all kinds in turn; groups without variance are left out. Figures are the mean over
+groups for each seed, then mean and std (ddof 1) over seeds.
 """
 
 from __future__ import annotations
@@ -76,10 +74,7 @@ class Bench:
         return seen, final, batch
 
     def probes(self, counts: list[int], seed: int) -> dict[str, Probe]:
-        """A probe at each count of groups of training prompts.
-
-        It learns from them one after another, as from audits.
-        """
+        """The probe after each of these counts of groups of training prompts, one after another, as from audits."""
         probe, found = Probe(self.sampling.num_inference_steps, seed), {}
         for i, prompt in enumerate(world.sample_prompts("train", max(counts), seed)):
             seen, final, batch = self.group(prompt, 10_000 + i, seed, {"x0": WAYS["x0"]})

@@ -3,7 +3,7 @@
     python benchmarks/quickstart.py [--recipe quickstart] [--seeds 0 1 2] [--runs runs/RECIPE-seeds] \
         [--out docs/results/RECIPE.json]
 
-A seed whose finished run is there, with the recipe as it is now, is not run again. `--page` runs nothing: it writes
+A seed whose run is there and finished, with the recipe as it is now, is not run again. `--page` runs nothing: it writes
 the table of docs/results/quickstart.md from `--out`.
 """
 

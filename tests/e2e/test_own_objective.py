@@ -40,8 +40,9 @@ class Reinforce:
         return experience
 
     def loss(self, policy, experience, items_B):
-        at = NoisedLatents.gather(policy, experience, items_B, Draws(self.settings.draws, self.settings.time_fraction))
-        return Loss(self.settings.scale * at.advantages * at.error(at.predict(policy)))
+        draws = Draws(self.settings.draws, self.settings.time_fraction)
+        noised = NoisedLatents.gather(policy, experience, items_B, draws)
+        return Loss(self.settings.scale * noised.advantages * noised.error(noised.predict(policy)))
 
 
 class Unsettled:

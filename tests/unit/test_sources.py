@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from progrpo.prompts.pictures import check_sources, picture, picture_key, pictures, source_key, source_picture
+from progrpo.prompts.pictures import check_sources, open_picture, open_pictures, picture_key, source_key, source_picture
 from progrpo.types import Prompt
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
@@ -33,8 +33,8 @@ def test_pictures_are_upright_and_rgb(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # taken with the camera on its side
     Image.fromarray(PIXELS).save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(np.asarray(picture(tmp_path / "turned.png")), np.rot90(PIXELS, -1))
-    assert picture(Image.new("LA", (2, 3))).mode == "RGB"
+    assert np.array_equal(np.asarray(open_picture(tmp_path / "turned.png")), np.rot90(PIXELS, -1))
+    assert open_picture(Image.new("LA", (2, 3))).mode == "RGB"
 
 
 # --- transparency -----------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def row(mode: str, values: list[Any]) -> Image.Image:
 
 
 def seen(value: object) -> list[tuple[int, ...]]:
-    return [tuple(pixel) for pixel in np.asarray(picture(value))[0].tolist()]
+    return [tuple(pixel) for pixel in np.asarray(open_picture(value))[0].tolist()]
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -95,7 +95,7 @@ def test_a_transparent_picture_is_turned_upright_as_well():
 
 def test_a_column_is_read_once_a_value_and_may_have_gaps(file):
     value = str(file)
-    one, nothing, other = pictures([value, None, value])
+    one, nothing, other = open_pictures([value, None, value])
     assert one is other and nothing is None
 
 
@@ -130,4 +130,4 @@ def test_what_is_no_picture_is_said_in_a_sentence(tmp_path, file):
             assert "\n" not in str(caught.value)
     cut = file.read_bytes()[:60]
     with pytest.raises(ValueError, match="its content cannot be read as a picture"):
-        picture(cut)
+        open_picture(cut)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from progrpo.messages import named, quoted
-from progrpo.prompts.pictures import COLUMN
+from progrpo.prompts.pictures import IMAGE_COLUMN
 
 _LINE_BYTES = 1_000_000
 Row = tuple[Mapping[str, object], str]
@@ -123,8 +123,8 @@ def _parquet(path: Path, column: str) -> Iterator[Row]:
 
 def with_plain_picture(row: Mapping[str, object]) -> Mapping[str, object]:
     """The row with a picture's bytes, or its path, in place of the pair of both that `datasets` stores."""
-    pair = row.get(COLUMN)
-    return {**row, COLUMN: pair["bytes"] or pair["path"]} if isinstance(pair, Mapping) else row
+    pair = row.get(IMAGE_COLUMN)
+    return {**row, IMAGE_COLUMN: pair["bytes"] or pair["path"]} if isinstance(pair, Mapping) else row
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

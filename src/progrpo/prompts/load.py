@@ -13,7 +13,7 @@ from typing import Any
 from progrpo.environment import on_the_way_to_the_hub
 from progrpo.messages import named, quoted
 from progrpo.prompts.files import READERS, with_plain_picture
-from progrpo.prompts.pictures import COLUMN
+from progrpo.prompts.pictures import IMAGE_COLUMN
 from progrpo.types import GIVEN, Prompt
 from progrpo.zoo.shapes import world
 
@@ -62,20 +62,22 @@ def load_prompts(source: str, split: str = "train", column: str = TEXT) -> Promp
 
 def _with_picture_path(prompt: Prompt, folder: Path, where: str) -> Prompt:
     """The prompt whose picture's path starts at the current folder; the file gives it relative to `folder`."""
-    given = prompt.columns.get(COLUMN)
+    given = prompt.columns.get(IMAGE_COLUMN)
     if given is None or isinstance(given, bytes):  # a row of a parquet file may hold the picture's own bytes
         return prompt
     if not isinstance(given, str):
-        raise ValueError(f"{where}: {COLUMN} must be the path of a picture, not {quoted(given)}")
+        raise ValueError(f"{where}: {IMAGE_COLUMN} must be the path of a picture, not {quoted(given)}")
     if "://" in given:
         raise ValueError(
-            f"{where}: {COLUMN}: {named(given)} is a URL, and pictures are read only from this disk; download it and"
-            " give its path, or rename the column if neither the model nor a reward reads it"
+            f"{where}: {IMAGE_COLUMN}: {named(given)} is a URL, and pictures are read only from this disk; download it"
+            " and give its path, or rename the column if neither the model nor a reward reads it"
         )
     path = os.path.join(folder, os.path.expanduser(given))
     if not os.path.isfile(path):
-        raise ValueError(f"{where}: {COLUMN}: no picture {named(path)}; give its path from the prompt file's folder")
-    return replace(prompt, columns={**prompt.columns, COLUMN: path})
+        raise ValueError(
+            f"{where}: {IMAGE_COLUMN}: no picture {named(path)}; give its path from the prompt file's folder"
+        )
+    return replace(prompt, columns={**prompt.columns, IMAGE_COLUMN: path})
 
 
 def ignored_column_note(prompts: Iterable[Prompt]) -> str | None:
@@ -198,8 +200,8 @@ def _load_dataset(source: str, split: str, column: str) -> tuple[Prompt, ...]:
     if isinstance(loaded, datasets.DatasetDict):
         present = [s for s in (split, "train", *loaded) if s in loaded]
         loaded = loaded[present[0]]
-    if isinstance(loaded.features.get(COLUMN), datasets.Image):  # thousands of decoded pictures would not fit
-        loaded = loaded.cast_column(COLUMN, datasets.Image(decode=False))
+    if isinstance(loaded.features.get(IMAGE_COLUMN), datasets.Image):  # thousands of decoded pictures would not fit
+        loaded = loaded.cast_column(IMAGE_COLUMN, datasets.Image(decode=False))
     rows = tuple(
         prompt_from_row(with_plain_picture(row), f"dataset:{source}, row {n}", column) for n, row in enumerate(loaded)
     )

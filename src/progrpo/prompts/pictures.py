@@ -13,12 +13,12 @@ from PIL import Image, ImageOps
 from progrpo.messages import named, quoted
 from progrpo.types import Prompt
 
-COLUMN = "image"
+IMAGE_COLUMN = "image"
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # some of Pillow's other formats start programs
 
 
-def picture(value: object, where: str = COLUMN) -> Image.Image:
+def open_picture(value: object, where: str = IMAGE_COLUMN) -> Image.Image:
     """The upright RGB pixels of a path, of a file's bytes or of a PIL picture; ValueError that begins with `where`.
 
     Transparent parts become white: the colours under them, which no viewer shows, are often noise or black.
@@ -36,15 +36,15 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
-def pictures(values: Sequence[object]) -> list[Image.Image | None]:
+def open_pictures(values: Sequence[object]) -> list[Image.Image | None]:
     """The pictures of a column, None where a prompt has none. A value that occurs twice is read once."""
-    read = {id(value): picture(value) for value in values if value is not None}
+    read = {id(value): open_picture(value) for value in values if value is not None}
     return [read.get(id(value)) for value in values]
 
 
 def source_picture(prompt: Prompt) -> Image.Image:
     """The picture that a prompt asks to change; ValueError that names a prompt without one."""
-    return picture(_picture_value(prompt), _where(prompt))
+    return open_picture(_picture_value(prompt), _where(prompt))
 
 
 def check_sources(prompts: Iterable[Prompt]) -> None:
@@ -62,28 +62,28 @@ def source_key(prompt: Prompt) -> str:
     return picture_key(_picture_value(prompt), _where(prompt))
 
 
-def picture_key(value: object, where: str = COLUMN) -> str:
+def picture_key(value: object, where: str = IMAGE_COLUMN) -> str:
     """The key that tells one picture from another: its path, or a hash of its content."""
     if isinstance(value, str | os.PathLike):
         return os.path.abspath(value)
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
-    pixels = picture(value, where)
+    pixels = open_picture(value, where)
     return hashlib.sha256(f"{pixels.size}".encode() + pixels.tobytes()).hexdigest()
 
 
 def _picture_value(prompt: Prompt) -> object:
-    value = prompt.columns.get(COLUMN)
+    value = prompt.columns.get(IMAGE_COLUMN)
     if value is None:
         raise ValueError(
-            f"the prompt {quoted(prompt.text)} has no column {COLUMN}: this model changes a picture, so give each"
+            f"the prompt {quoted(prompt.text)} has no column {IMAGE_COLUMN}: this model changes a picture, so give each"
             " prompt the path of its picture there"
         )
     return value
 
 
 def _where(prompt: Prompt) -> str:
-    return f"column {COLUMN} of the prompt {quoted(prompt.text)}"
+    return f"column {IMAGE_COLUMN} of the prompt {quoted(prompt.text)}"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from progrpo.messages import quoted
-from progrpo.prompts.pictures import COLUMN, picture_key, pictures
+from progrpo.prompts.pictures import IMAGE_COLUMN, open_pictures, picture_key
 from progrpo.rewards.base import Refusal, Reward, RewardWrapper, Score
 from progrpo.types import Prompt
 
@@ -46,7 +46,7 @@ class CachedReward(RewardWrapper):
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         sources = [
             None if source is None else picture_key(source)
-            for source in pictures([p.columns.get(COLUMN) for p in prompts])
+            for source in open_pictures([p.columns.get(IMAGE_COLUMN) for p in prompts])
         ]
         keys = [self._key(*row) for row in zip(pictures_NHWC, prompts, sources, strict=True)]
         stored = self._read(keys)
@@ -62,7 +62,7 @@ class CachedReward(RewardWrapper):
         return [stored[key] for key in keys]
 
     def _key(self, picture_HWC: np.ndarray, prompt: Prompt, source: str | None) -> str:
-        columns = dict(prompt.columns) if source is None else {**prompt.columns, COLUMN: source}
+        columns = dict(prompt.columns) if source is None else {**prompt.columns, IMAGE_COLUMN: source}
         text = self._as_json([self._identity, picture_HWC.shape, prompt.text, columns], prompt)
         return hashlib.sha256(text.encode() + b"\0" + np.ascontiguousarray(picture_HWC).tobytes()).hexdigest()
 

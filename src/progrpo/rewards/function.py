@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from progrpo.messages import quoted, raised
-from progrpo.prompts.pictures import COLUMN, pictures
+from progrpo.prompts.pictures import IMAGE_COLUMN, open_pictures
 from progrpo.rewards.base import Refusal, Reward, Score, WrongAnswer, require_columns
 from progrpo.rewards.loop import finished
 from progrpo.types import GIVEN, Prompt
@@ -158,7 +158,9 @@ class FunctionReward(Reward):
         else:
             images = [Image.fromarray(p) for p in pictures_NHWC]
         inputs: dict[str, object] = {_PICTURES: images, _TEXTS: [p.text for p in prompts]}
-        arguments: dict[str, object] = {name: pictures(v) if name == COLUMN else v for name, v in columns.items()}
+        arguments: dict[str, object] = {
+            name: open_pictures(v) if name == IMAGE_COLUMN else v for name, v in columns.items()
+        }
         arguments |= {name: inputs[kind] for name, kind in self._binding.by_name.items()}
         answers = self._function(*(inputs[kind] for kind in self._binding.in_order), **arguments)
         if inspect.isawaitable(answers):

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from progrpo.environment import on_the_way, proxy_for
-from progrpo.prompts.pictures import COLUMN, pictures
+from progrpo.prompts.pictures import IMAGE_COLUMN, open_pictures
 from progrpo.rewards.base import Refusal, Reward, Score, WrongAnswer, require_columns
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
@@ -80,7 +80,7 @@ class RemoteReward(Reward):
             return []
         self._meet()
         # a reward sees which columns there are: a request must not lack one because its own prompts do
-        names = sorted({name for prompt in prompts for name in prompt.columns} - {COLUMN})
+        names = sorted({name for prompt in prompts for name in prompt.columns} - {IMAGE_COLUMN})
         columns = [{name: p.columns.get(name) for name in names} for p in prompts]
         batches = [slice(i, i + self._batch_size) for i in range(0, len(prompts), self._batch_size)]
         outage = _Outage()  # shared, so that many requests wait for a server that is down no longer than one
@@ -142,8 +142,8 @@ class RemoteReward(Reward):
             _Item(id=i, png=_png(picture), prompt=prompt.text, columns=values)
             for i, (picture, prompt, values) in enumerate(zip(pictures_NHWC, prompts, columns, strict=True))
         ]
-        if any(COLUMN in prompt.columns for prompt in prompts):
-            sources = pictures([prompt.columns.get(COLUMN) for prompt in prompts])
+        if any(IMAGE_COLUMN in prompt.columns for prompt in prompts):
+            sources = open_pictures([prompt.columns.get(IMAGE_COLUMN) for prompt in prompts])
             for item, source in zip(items, sources, strict=True):
                 item["image"] = None if source is None else _png(np.asarray(source))
         try:

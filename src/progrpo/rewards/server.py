@@ -37,7 +37,7 @@ from pydantic import BaseModel, JsonValue, field_validator
 from progrpo import __version__
 from progrpo.environment import is_loopback
 from progrpo.messages import raised
-from progrpo.prompts.pictures import COLUMN
+from progrpo.prompts.pictures import IMAGE_COLUMN
 from progrpo.rewards.base import Refusal, Reward, Score
 from progrpo.rewards.batching import Batches, Result
 from progrpo.rewards.gate import Gate, Room
@@ -107,8 +107,8 @@ class Item(BaseModel, use_attribute_docstrings=True):
     @classmethod
     def _refuse_path(cls, columns: dict[str, JsonValue]) -> dict[str, JsonValue]:
         # in a column it would be a path, and this machine would open its own file of that name
-        if COLUMN in columns:
-            raise ValueError(f"a source picture is sent as `{COLUMN}` beside the columns")
+        if IMAGE_COLUMN in columns:
+            raise ValueError(f"a source picture is sent as `{IMAGE_COLUMN}` beside the columns")
         return columns
 
 
@@ -291,5 +291,5 @@ def _decode(item: Item, opened: _Opened) -> tuple[np.ndarray, Prompt] | Score:
             source.load()
     except Exception as error:
         return Score(None, error=f"the picture is damaged: {error}")
-    sources = {COLUMN: source} if COLUMN in item.model_fields_set else {}
+    sources = {IMAGE_COLUMN: source} if IMAGE_COLUMN in item.model_fields_set else {}
     return pixels, Prompt(item.prompt, {**item.columns, **sources})

@@ -15,7 +15,7 @@ from PIL import Image
 from progrpo.config import EvalSettings
 from progrpo.messages import named
 from progrpo.policies.base import Policy
-from progrpo.prompts.pictures import COLUMN
+from progrpo.prompts.pictures import IMAGE_COLUMN
 from progrpo.rollout.denoise import Denoiser, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -62,7 +62,7 @@ def sample_pictures(
     with explain_lost_process(lambda: "give the command again"):
         ranks = Ranks()
         policy = model.load(ranks, negative_prompt)
-        if not policy.edits and any(COLUMN in prompt.columns for prompt in prompts):
+        if not policy.edits and any(IMAGE_COLUMN in prompt.columns for prompt in prompts):
             raise ValueError(
                 f"--image: {named(model.target)} is told a text alone; leave it out, or give a model that edits"
             )
