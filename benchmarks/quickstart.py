@@ -3,8 +3,8 @@
     python benchmarks/quickstart.py [--recipe quickstart] [--seeds 0 1 2] [--runs runs/RECIPE-seeds] \
         [--out docs/results/RECIPE.json]
 
-A seed whose run is there and finished, with the recipe as it is now, is not run again. `--page` runs nothing: it writes the
-table of docs/results/quickstart.md from `--out`.
+A seed whose run is there and finished, with the recipe as it is now, is not run again. `--page` runs nothing: it writes
+the table of docs/results/quickstart.md from `--out`.
 """
 
 from __future__ import annotations

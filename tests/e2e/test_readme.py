@@ -19,7 +19,7 @@ from progrpo.settings import read_settings
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs/results"
-PAGES = sorted({README, *(ROOT / "docs").rglob("*.md")} - {ROOT / "docs/architecture.md"})
+PAGES = sorted([README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 
 
 def snippet(page: Path, name: str) -> str:
