@@ -1,9 +1,9 @@
-"""A model's own best over sampling steps and guidance: what a gain by training has to be held against.
+"""A model's own best over sampling steps and guidance, with which a gain by training must be compared.
 
     python benchmarks/guidance.py [shapes-flow | RUN] [--pictures 512] [--json]
 
-Every pair is measured on half as many validation prompts, and the best of them, with the plain setting beside it, on the test prompts that
-runs are measured on. In the dtype of the quickstart on this machine.
+Every pair is measured on half as many validation prompts. The best pair, with the plain setting beside it, is measured
+on the test prompts that runs are measured on, in the dtype of the quickstart on this machine.
 """
 
 from __future__ import annotations

@@ -1,20 +1,24 @@
-"""What a plan's gradient is worth, measured from gradients, beside what a run reckons with (plan/value).
+"""The value of plans measured from gradients, beside the value that a run predicts (plan/value).
 
-    python benchmarks/plan_value.py [--recipe quickstart] [--after 4] [--prompts 80] [--seeds 0 1 2] [--plans standard "24 -> 12 after 4"]
-                                [--num-inference-steps 8] [--guidance-scale 1] [--window 3] [--ode-steps 1] [--json [FILE]]
+    python benchmarks/plan_value.py [--recipe quickstart] [--after 4] [--prompts 80] [--seeds 0 1 2]
+        [--plans standard "24 -> 12 after 4"] [--num-inference-steps 8] [--guidance-scale 1] [--window 3]
+        [--ode-steps 1] [--json [FILE]]
 
-The policy is a recipe's after so many of its iterations (without `--recipe`: GRPO with a LoRA on `shapes-flow`, unpruned). Then groups
-of 48 run to their end, previewed at every step, and each member's gradient is taken. From these follows the gradient of
-every plan on the same members: it keeps whom the previews choose and has advantages among its survivors, as a run has.
-What a gradient is worth is its SNR^2: the square of its mean along the policy gradient (of the full groups of all other prompts)
-over its variance from prompt to prompt. No step size is in it. Lengths are AdamW's: a weight counts by its gradient over the fourth root of
-its second moment, so that the product with the policy gradient is what a step gains in first order. Gradients are of all trained weights,
-hashed to DIMS numbers with random signs, which keeps inner products. DGPO's weight by how decided a group is is left out.
+The policy is a recipe's after so many of its iterations; without `--recipe` it is GRPO with a LoRA on `shapes-flow`,
+unpruned. Groups of 48 then run to their end, previewed at every step, and each member's gradient is taken. From these
+follows the gradient of every plan on the same members: it keeps the members that the previews choose, and has
+advantages among its survivors, as a run has. The value of a gradient is its SNR^2: the square of its mean along the
+policy gradient (of the full groups of all other prompts) over its variance from prompt to prompt. No step size is in
+it. Lengths are AdamW's: a weight counts by its gradient over the fourth root of its second moment, so that the product
+with the policy gradient is the gain of a step in first order. Gradients of all trained weights are hashed to
+DIMS numbers with random signs, which keeps inner products. DGPO's weight of decided groups is left out.
 
-signal      SNR^2 of a prompt over that of `none` (24 members, all trained on); standard error by the jackknife over all prompts
-bearing     cosine of the plan's mean gradient with the policy gradient: what is missing to 1 is bias, which no number of prompts averages out
-predicted   the same by progrpo.rollout.plan_value, from the agreement of these previews with the final rewards
-seconds     of a prompt over those of `none`, by the plan's counts and the unit costs of the iterations before
+signal      SNR^2 per prompt over that of `none` (24 members, all trained on); standard error by the jackknife over all
+            prompts
+bearing     cosine of the plan's mean gradient with the policy gradient: the rest to 1 is bias, which no number of
+            prompts averages out
+predicted   the signal by progrpo.rollout.plan_value, from the agreement of these previews with the final rewards
+seconds     per prompt over those of `none`, by the plan's counts and the unit costs of the iterations before
 pays        signal over seconds, measured and predicted; a run writes the second as plan/value
 """
 
@@ -60,7 +64,7 @@ LARGEST, DIMS = 48, 2**15
 
 
 def plans(steps: int) -> dict[str, Plan]:
-    """`none` first; then the other presets, plain groups, choices by final rewards, and one prune point early to late."""
+    """The plans by name: `none` first, then other presets, plain groups, final choices, and one prune point."""
     named = {name: preset(name, steps) for name in ("none", "posthoc", "standard", "flash")}
     named |= {f"plain {size}": Plan(size) for size in (8, 12, 16, 48)}
     named |= {f"{size}, best {keep}": Plan(size, (), keep) for size, keep in ((24, 6), (48, 24), (48, 12))}
@@ -71,7 +75,7 @@ def plans(steps: int) -> dict[str, Plan]:
 
 
 class Members(NamedTuple):
-    """Of one full group: scores of the previews (T, G), final rewards (G,), and each member's gradient for an advantage of 1."""
+    """One full group: preview scores (T, G), final rewards (G,), and each member's gradient for an advantage of 1."""
 
     seen_TG: Tensor
     final_G: Tensor
@@ -85,11 +89,11 @@ class Bench:
         self.place = torch.randint(DIMS, (length,), generator=generator)
         seen = [trainer.learner.updater.optimizer.state[p]["exp_avg_sq"].flatten().float() for p in self.trained]
         self.root = torch.cat(seen).sqrt() + trainer.learner.updater.optimizer.defaults["eps"]
-        """What AdamW divides each weight's gradient by."""
+        """The number by which AdamW divides each weight's gradient."""
         self.factor = (torch.randint(2, (length,), generator=generator).float() * 2 - 1) * self.root.rsqrt()
         self.objective = trainer.learner.objective
         if isinstance(self.objective, DGPO):
-            self.objective = replace(self.objective, dpo_beta=0.0)
+            self.objective = DGPO(replace(self.objective.settings, dpo_beta=0.0))
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -120,7 +124,7 @@ class Bench:
         return whole, torch.stack(seen), final_G
 
     def gradient(self, of: Experience) -> Tensor:
-        """Of the loss over these members, of all trained weights in a row."""
+        """The gradient of the loss over these members, of all trained weights in a row."""
         ready = self.objective.prepare(self.trainer.policy, of, LARGEST, updates=1)
         items = torch.arange(len(of) * self.objective.settings.items_per_trajectory(len(ready.trajectories.path)))
         self.objective.loss(self.trainer.policy, ready, items).total.backward()
@@ -132,7 +136,7 @@ class Bench:
 
 
 def chosen(plan: Plan, seen_TG: Tensor, final_G: Tensor) -> Tensor:
-    """Who is left of the group's first `group_size` members."""
+    """The members that remain of the group's first `group_size`."""
     living = torch.arange(plan.group_size)
 
     def kept(scores_G: Tensor, keep: int) -> Tensor:
@@ -145,19 +149,19 @@ def chosen(plan: Plan, seen_TG: Tensor, final_G: Tensor) -> Tensor:
 
 
 def gradient_of(plan: Plan, members: Members, clip_max: float) -> Tensor:
-    """Of a prompt: the mean over survivors of advantage times gradient; (DIMS,)."""
+    """The gradient of a prompt: the mean over survivors of advantage times gradient; (DIMS,)."""
     rows = chosen(plan, members.seen_TG, members.final_G)
     return advantages_of(members.final_G[rows], clip_max) @ members.gradient_GD[rows] / len(rows)
 
 
 def advantages_of(rewards_K: Tensor, clip_max: float) -> Tensor:
-    """Of one group's survivors."""
+    """The advantages of one group's survivors."""
     one_group = torch.zeros(len(rewards_K), dtype=torch.int64)
     return advantages(rewards_K, one_group, group_statistics(rewards_K, one_group, 1), clip_max=clip_max)[0]
 
 
 class Moments(NamedTuple):
-    """Of a plan's gradients over prompts: their mean along the policy gradient, the squared length of that mean, their variance."""
+    """A plan's gradients over prompts: mean along the policy gradient, squared length of the mean, and variance."""
 
     along: float
     mean_sq: float
@@ -165,7 +169,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, with_full_PP: np.ndarray, own_PP: np.ndarray) -> Moments:
-        """From inner products with the full groups' gradients and with each other; a prompt is never multiplied with itself."""
+        """The moments from inner products with the full groups' gradients and with each other, between prompts only."""
         mean_sq = _off_diagonal(own_PP)
         return cls(_off_diagonal(with_full_PP), mean_sq, float(np.trace(own_PP)) / len(own_PP) - mean_sq)
 
@@ -176,21 +180,21 @@ def _off_diagonal(found_PP: np.ndarray) -> float:
 
 
 def signal(by_seed: list[Moments]) -> float:
-    """SNR^2 of a prompt, up to the policy gradient's length, which all plans share."""
+    """The SNR^2 of a prompt, up to the policy gradient's length, which all plans share."""
     along, _, variance = np.mean(by_seed, axis=0).tolist()
     found: float = along * abs(along) / variance
     return found
 
 
 def bearing(plan: list[Moments], full: list[Moments]) -> float:
-    """Cosine of a plan's mean gradient with that of full groups."""
+    """The cosine of a plan's mean gradient with that of full groups."""
     along, mean_sq, _ = np.mean(plan, axis=0).tolist()
     _, full_sq, _ = np.mean(full, axis=0).tolist()
     return float(along / np.sqrt(mean_sq * full_sq)) if min(mean_sq, full_sq) > 0 else float("nan")
 
 
 def worth(plan: list[Tensor], none: list[Tensor], full: list[Tensor]) -> dict[str, Any]:
-    """Of gradients (P, DIMS) by seed: the plan's signal over that of `none`, and its bearing."""
+    """The plan's signal over that of `none`, and its bearing, from gradients (P, DIMS) by seed."""
     kinds = (plan, none, full)
     products = [[((g @ f.T).numpy(), (g @ g.T).numpy()) for g, f in zip(of, full, strict=True)] for of in kinds]
     found = [[Moments.of(*pair) for pair in by_seed] for by_seed in products]

@@ -1,13 +1,14 @@
-"""How well a preview ranks a group, by step and by kind of preview: Spearman's correlation within a group with the final rewards.
+"""The agreement of previews with final rewards: Spearman's correlation within a group, by step and by kind of preview.
 
-    python benchmarks/preview.py [--models shapes-flow shapes-diffusion] [--objective grpo] [--groups 24] [--group-size 24]
-                                 [--seeds 0 1 2] [--probe-groups 50 100 200 300] [--window W] [--json]
+    python benchmarks/preview.py [--models shapes-flow shapes-diffusion] [--objective grpo] [--groups 24]
+        [--group-size 24] [--seeds 0 1 2] [--probe-groups 50 100 200 300] [--window W] [--json]
 
-Kinds: the one-step projection by the full decoder (`x0`) and by the tiny one (`tiny`); two and three steps of the ODE (`ode 2`,
-`ode 3`: one and two network calls more); and a probe after each number of `--probe-groups` other groups, of training prompts.
-`--objective grpo` samples as it does, every step stochastic by the model's own sampler at its published noise level; `dgpo` and
-others without noise; with `--window` only the first so many steps are. Groups run unpruned on validation prompts, all kinds in turn; groups without variance are left out. Per
-seed the mean over groups, then mean and spread (std, ddof 1) over seeds.
+Kinds: the one-step projection by the full decoder (`x0`) and by the tiny one (`tiny`); two and three steps of the ODE
+(`ode 2`, `ode 3`: one and two network calls more); and a probe after each number of `--probe-groups` other groups, of
+training prompts. `--objective grpo` samples with noise at every step, by the model's own sampler at its published noise
+level; `dgpo` and others sample without noise; with `--window` only the first so many steps have noise. Groups run
+unpruned on validation prompts, all kinds in turn; groups without variance are left out. Figures are the mean over
+groups for each seed, then mean and std (ddof 1) over seeds.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Bench:
     def group(
         self, prompt: Prompt, slot: int, seed: int, ways: dict[str, PreviewSettings]
     ) -> tuple[dict[str, list[np.ndarray]], torch.Tensor, Trajectories]:
-        """Scores of each way by step, final rewards, and the finished group."""
+        """The scores of each kind by step, final rewards, and the finished group."""
         seen: dict[str, list[np.ndarray]] = {name: [] for name in ways}
         condition, key = self.policy.encode([prompt]), NoiseKey(seed, 0)
 
@@ -73,7 +74,7 @@ class Bench:
         return seen, final, batch
 
     def probes(self, counts: list[int], seed: int) -> dict[str, Probe]:
-        """One that learnt from so many groups of training prompts, one after another, as from audits; as it was at each count."""
+        """The probe after each of these counts of groups of training prompts, one after another, as from audits."""
         probe, found = Probe(self.sampling.num_inference_steps, seed), {}
         for i, prompt in enumerate(world.sample_prompts("train", max(counts), seed)):
             seen, final, batch = self.group(prompt, 10_000 + i, seed, {"x0": WAYS["x0"]})
@@ -84,7 +85,7 @@ class Bench:
         return found
 
     def measure(self, groups: int, seed: int, probes: dict[str, Probe]) -> dict[str, dict[str, list[float]]]:
-        """By way, mean over groups at each step: rank correlation and hit rate of half the group."""
+        """The rank correlation and hit rate of half the group by kind: the mean over groups at each step."""
         found: dict[str, list[tuple[list[float | None], list[float | None]]]] = {}
         for slot, prompt in enumerate(world.sample_prompts("validation", groups, seed)):
             seen, final, batch = self.group(prompt, slot, seed, WAYS)
@@ -104,7 +105,7 @@ class Bench:
 
 
 def means(by_group: list[list[float | None]]) -> list[float]:
-    """By step, over the groups that have a value."""
+    """The means by step, over the groups that have a value."""
     return [float(np.mean([v for v in step if v is not None])) for step in zip(*by_group, strict=True)]
 
 
@@ -153,7 +154,7 @@ def over_seeds(by_seed: list[list[float]]) -> dict[str, Any]:
 
 
 def noise_share(sampling: Sampling) -> list[float]:
-    """sigma / (alpha + sigma) before each step: what makes steps of the two families comparable."""
+    """The share sigma / (alpha + sigma) before each step, which makes steps of the two families comparable."""
     levels = sampling.process.levels_T1
     share: list[float] = (levels.sigma / (levels.alpha + levels.sigma))[:-1].tolist()
     return share

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def disk_error(error: SafetensorError, path: Path) -> OSError:
     return OSError(code, os.strerror(code), str(path))
 
 
-def save_state(folder: Path, state: dict[str, Any]) -> None:
+def save_state(folder: Path, state: Mapping[str, object]) -> None:
     """Write nested dicts and lists of tensors, numbers and strings to `folder`, which appears whole or not at all.
 
     OSError with the file's name if the disk refuses. An older state in the folder then remains.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from typing import cast
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, preset
 from progrpo.rollout.plan_value import Simulation
 from progrpo.rollout.probe import Probe, ProbeExample, trusted_steps
 from progrpo.storage import load_state, save_state
-from progrpo.training.plan_judge import PlanJudge, Verdict, plan_from, prompt_cost
+from progrpo.training.plan_judge import JudgeState, PlanJudge, Verdict, plan_from, prompt_cost
 from progrpo.types import Cost
 from tests.support.grids import SELECTORS
 
@@ -228,7 +229,7 @@ def test_a_verdict_is_the_same_after_a_resume(tmp_path, audits):
     judge = judged(config(True), *agreements)
     save_state(tmp_path / "judge", judge.state_dict())
     other = judged(config(True), *[flat(0.99)] * 5, seconds=SECONDS | {"sample": 1.0})
-    other.load_state_dict(load_state(tmp_path / "judge"))
+    other.load_state_dict(cast(JudgeState, load_state(tmp_path / "judge")))
     assert other.units == judge.units
     for _ in range(2):
         assert (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
 
 from progrpo.rollout import probe as module
-from progrpo.rollout.probe import Probe, ProbeExample, latent_features, probe_examples, text_features
+from progrpo.rollout.probe import Probe, ProbeExample, ProbeState, latent_features, probe_examples, text_features
 from progrpo.storage import load_state, save_state
 from progrpo.tracking.statistics import spearman
 from progrpo.types import Condition, Trajectories
@@ -187,7 +189,9 @@ def test_rewards_that_are_all_missing_teach_nothing():
 def test_the_latest_groups_are_kept(monkeypatch):
     monkeypatch.setattr(module, "_KEPT", 3)
     parts = [drawn(2, seed) for seed in range(3)]
-    kept = learnt(*parts).state_dict()["learnt"]["lessons"]
+    state = learnt(*parts).state_dict()["learnt"]
+    assert state is not None
+    kept = state["lessons"]
     wanted = [parts[1][1], *parts[2]]
     assert all(torch.equal(k["seen_TNCHW"], w.features_TNCHW) for k, w in zip(kept, wanted, strict=True))
 
@@ -256,7 +260,7 @@ def test_a_probe_comes_back_from_disk_as_it_was(tmp_path):
     probe, fresh = watched((0.1, None), (0.7, 0.3), (0.8, 0.4)), drawn(2, seed=1)
     save_state(tmp_path / "state", probe.state_dict())
     other = learnt(drawn(3, seed=5))
-    other.load_state_dict(load_state(tmp_path / "state"))
+    other.load_state_dict(cast(ProbeState, load_state(tmp_path / "state")))
     for step in range(STEPS):
         assert torch.equal(scores(other, fresh, step), scores(probe, fresh, step))
         assert other.agreement(step) == probe.agreement(step)
@@ -270,7 +274,7 @@ def test_a_probe_comes_back_from_disk_as_it_was(tmp_path):
 def test_a_probe_that_knows_nothing_comes_back_so(tmp_path):
     save_state(tmp_path / "state", Probe(STEPS).state_dict())
     other = learnt(drawn(2))
-    other.load_state_dict(load_state(tmp_path / "state"))
+    other.load_state_dict(cast(ProbeState, load_state(tmp_path / "state")))
     assert not other.has_learnt and other.agreement(0) is None
     other.learn(drawn(3))
     assert torch.equal(scores(other, drawn(1, 7)), scores(learnt(drawn(3)), drawn(1, 7)))

@@ -160,6 +160,12 @@ class ModelFamily(TextHooks):
         """Latents as the autoencoder decodes them."""
 
 
+def require_text_encoder(pipeline: DiffusionPipeline) -> None:
+    """ValueError for a pipeline without its one text encoder."""
+    if pipeline.text_encoder is None:
+        raise ValueError("model.path: the pipeline lacks its text encoder; load it with the pipeline")
+
+
 GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 """Settings by which diffusers' schedulers lay their grid otherwise."""
 

@@ -10,6 +10,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from progrpo.policies.family import require_text_encoder
 from progrpo.policies.packed import PATCH, PackedFlowFamily, packed, unpacked
 from progrpo.types import Condition
 
@@ -32,8 +33,7 @@ class Flux2Klein(PackedFlowFamily):
 
     def check(self) -> None:
         super().check()
-        if self.pipeline.text_encoder is None:
-            raise ValueError("model.path: the pipeline lacks its text encoder; load it with the pipeline")
+        require_text_encoder(self.pipeline)
 
     def grid_shift(self, tokens: int, num_inference_steps: int) -> float:
         shift: float = compute_empirical_mu(tokens, num_inference_steps)

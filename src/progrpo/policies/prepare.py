@@ -67,6 +67,7 @@ def prepare(
     _quantize(family)  # before it moves, so that the device never holds the wide weights
     _place_and_freeze(family, shared)
     _cast(family)
+    _mark_trained(family)
     require_finite(pipeline, kind.denoiser_name)
     # while every process has all weights; a fresh LoRA's follow from the seed
     fingerprints = _fingerprints(pipeline)
@@ -130,18 +131,20 @@ def _place_and_freeze(family: ModelFamily, shared: bool) -> None:
 
 
 def _cast(family: ModelFamily) -> None:
-    """Cast the networks, mark what is trained, and load a LoRA that is trained further."""
-    _cast_to(family.pipeline.vae, family.loaded_vae_dtype)
+    """Cast the autoencoder and the denoiser, whose trained weights are float32 in every case."""
     weights = family.settings.weights
-    if weights == "lora":
-        _cast_to(family.denoiser, family.dtype)
-        if family.settings.lora:
-            continue_lora(family.pipeline, family.denoiser_name, family.settings.lora)
-    elif weights == "full":
-        _cast_to(family.denoiser, torch.float32)
-        family.denoiser.requires_grad_(True)
-    else:
+    if weights not in ("lora", "full"):
         raise ValueError(f"model.weights: {weights!r} is not known; use 'lora' or 'full'")
+    _cast_to(family.pipeline.vae, family.loaded_vae_dtype)
+    _cast_to(family.denoiser, torch.float32 if weights == "full" else family.dtype)
+
+
+def _mark_trained(family: ModelFamily) -> None:
+    """Mark all weights of the denoiser as trained, or load a LoRA that is trained further."""
+    if family.settings.weights == "full":
+        family.denoiser.requires_grad_(True)
+    elif family.settings.lora:
+        continue_lora(family.pipeline, family.denoiser_name, family.settings.lora)
 
 
 def _cast_to(module: ModelMixin, dtype: torch.dtype) -> None:

@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import pad
 
+from progrpo.policies.family import require_text_encoder
 from progrpo.policies.packed import PATCH, PackedFlowFamily, packed, unpacked
 from progrpo.policies.tokens import Reader
 from progrpo.types import Condition
@@ -28,8 +29,7 @@ class QwenImage(PackedFlowFamily):
 
     def check(self) -> None:
         super().check()
-        if self.pipeline.text_encoder is None:
-            raise ValueError("model.path: the pipeline lacks its text encoder; load it with the pipeline")
+        require_text_encoder(self.pipeline)
 
     def encode_text(self, text: str) -> dict[str, Tensor]:
         length = self.text_tokens

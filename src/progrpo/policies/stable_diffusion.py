@@ -14,7 +14,7 @@ from torch import Tensor
 
 from progrpo.diffusion.levels import Levels, between_diffusion_levels, diffusion_levels
 from progrpo.diffusion.prediction import PREDICTIONS
-from progrpo.policies.family import GRIDS, ModelFamily, unused_settings
+from progrpo.policies.family import GRIDS, ModelFamily, require_text_encoder, unused_settings
 from progrpo.types import Condition
 
 
@@ -48,8 +48,7 @@ class StableDiffusion(ModelFamily):
 
     def check(self) -> None:
         pipeline = self.pipeline
-        if pipeline.text_encoder is None:
-            raise ValueError("model.path: the pipeline lacks its text encoder; load it with the pipeline")
+        require_text_encoder(pipeline)
         if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
             raise ValueError(
                 f"model.path: the U-Net takes {pipeline.unet.config.in_channels} channels where latents have"

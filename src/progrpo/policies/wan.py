@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 
-from progrpo.policies.family import GRIDS, unused_settings
+from progrpo.policies.family import GRIDS, require_text_encoder, unused_settings
 from progrpo.policies.flow import FlowFamily
 from progrpo.policies.geometry import Geometry
 from progrpo.types import Condition
@@ -50,8 +50,7 @@ class Wan(FlowFamily):
                 num_train_timesteps=own.num_train_timesteps, shift=own.flow_shift
             )
         super().check()
-        if pipeline.text_encoder is None:
-            raise ValueError("model.path: the pipeline lacks its text encoder; load it with the pipeline")
+        require_text_encoder(pipeline)
         channels = self.denoiser.config.in_channels
         if channels != self.latent_channels:
             raise ValueError(

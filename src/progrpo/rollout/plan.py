@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypedDict
 
 from progrpo.types import Cost
 
@@ -79,9 +79,9 @@ class Plan:
         trained on `trained_steps`.
         """
         self.validate(num_inference_steps)
-        seen = {point.step: self.living_at(point.step) for point in self.active_points()}
-        by_probe = sum(living for step, living in seen.items() if step in probed)
-        previews = sum(seen.values()) - by_probe
+        ranked = {point.step: self.living_at(point.step) for point in self.active_points()}
+        by_probe = sum(living for step, living in ranked.items() if step in probed)
+        previews = sum(ranked.values()) - by_probe
         calls = sum(self.living_at(step) for step in range(num_inference_steps)) + previews * (ode_steps - 1)
         decodes = previews + self.finalists
         return Cost(
@@ -189,9 +189,24 @@ def path(plan: Plan) -> list[int]:
     return [plan.group_size, *(point.keep for point in plan.active_points()), *last]
 
 
-def summary(
-    plan: Plan, num_inference_steps: int, trained_steps: int, guidance: bool, ode_steps: int = 1
-) -> dict[str, Any]:
+class PlanCosts(TypedDict):
+    """The path of a plan, and its cost per prompt."""
+
+    group_size: int
+    survivors: int
+    path: list[int]
+    prune_steps: list[int]
+    num_inference_steps: int
+    nfe_per_prompt: int
+    decodes_per_prompt: int
+    reward_calls_per_prompt: int
+    trained_steps_per_prompt: int
+    nfe_full_group: int
+    nfe_saved: float
+    nfe_ratio_to_none: float
+
+
+def summary(plan: Plan, num_inference_steps: int, trained_steps: int, guidance: bool, ode_steps: int = 1) -> PlanCosts:
     """The path and cost of a plan per prompt, ready for JSON; ValueError if it cannot be run.
 
     `nfe_saved` is the share of the full group's network calls that pruning avoids; `nfe_ratio_to_none` compares with

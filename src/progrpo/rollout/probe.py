@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,23 @@ def probe_examples(
         slot = int(finished.slot_N[own][0])
         examples[slot] = ProbeExample(features_TNCHW[:, own], text_P[group], rewards_N[own], previews_TN[:, own])
     return examples
+
+
+class LearntState(TypedDict):
+    """The networks of a probe, its optimizer, and the examples that it goes on learning from."""
+
+    head: dict[str, Tensor]
+    average: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    steps: int
+    lessons: list[dict[str, Tensor]]
+
+
+class ProbeState(TypedDict):
+    """The state of a probe in a checkpoint: its agreement in the last audits, and None before it has learnt."""
+
+    agreement: list[list[float | None]]
+    learnt: LearntState | None
 
 
 class Probe:
@@ -200,8 +217,8 @@ class Probe:
         agreement = self.agreement(step)
         return self.has_learnt and agreement is not None and agreement >= threshold
 
-    def state_dict(self) -> dict[str, Any]:
-        learnt = None
+    def state_dict(self) -> ProbeState:
+        learnt: LearntState | None = None
         if self._head is not None:
             learnt = {
                 "head": self._head.state_dict(),
@@ -212,7 +229,7 @@ class Probe:
             }
         return {"agreement": self._agreement, "learnt": learnt}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: ProbeState) -> None:
         self._agreement = [list(audit) for audit in state["agreement"]]
         self._head, self._examples = None, []
         learnt = state["learnt"]

@@ -8,13 +8,15 @@ process that sampled them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from progrpo.rollout.prune import Selector, survivors
 from progrpo.types import Trajectories
+
+T = TypeVar("T")
 
 
 class GroupSharding(Protocol):
@@ -23,7 +25,7 @@ class GroupSharding(Protocol):
     rank: int
     world: int
 
-    def gather(self, items: list[Any]) -> list[Any]:
+    def gather(self, items: list[T]) -> list[T]:
         """Return the lists of all processes, one after another, on each of them."""
         ...
 
@@ -31,7 +33,7 @@ class GroupSharding(Protocol):
 class _NotSharded:
     rank, world = 0, 1
 
-    def gather(self, items: list[Any]) -> list[Any]:
+    def gather(self, items: list[T]) -> list[T]:
         return items
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -139,9 +139,9 @@ def _results(
     batch = [prompts[i] for i in places.tolist()]
     start = expand(policy, places, 1, sampling, key)
     final = denoise(sampler.denoiser(policy.encode(batch)), start, key, Meter())
-    made = decoded(policy, final.x_NCHW, sampling.microbatch)
-    scored = _Scored(made, batch, places)
-    images_NHWC, there = still_pictures(made.images_NHWC.numpy()), made.there_N.tolist()
+    pictures = decoded(policy, final.x_NCHW, sampling.microbatch)
+    scored = _Scored(pictures, batch, places)
+    images_NHWC, there = still_pictures(pictures.images_NHWC.numpy()), pictures.there_N.tolist()
     scores = scored.by(sampler.reward)
     graded, strict = _listed(scores.value_N), _listed(scores.passed_N)
     verdicts = _verdicts(measures.judge, images_NHWC, batch, there)
@@ -182,8 +182,8 @@ def _diversities(sampler: Sampler, prompts: Sequence[Prompt], places: Tensor, se
     policy, sampling, key = sampler.policy, sampler.sampling, NoiseKey(seed, 0)
     denoiser = sampler.denoiser(policy.encode([prompts[i] for i in places.tolist()]))
     final = denoise(denoiser, expand(policy, places, _GROUP, sampling, key), key, Meter())
-    made = decoded(policy, final.x_NCHW, sampling.microbatch)
-    images_NHWC, there_N = still_pictures(made.images_NHWC.numpy()), made.there_N.numpy()
+    pictures = decoded(policy, final.x_NCHW, sampling.microbatch)
+    images_NHWC, there_N = still_pictures(pictures.images_NHWC.numpy()), pictures.there_N.numpy()
     return [diversity(images_NHWC[rows][there_N[rows]]) for rows in np.split(np.arange(len(there_N)), len(places))]
 
 
@@ -233,8 +233,8 @@ def _verdicts(
     """The judge's verdict on each picture; None without a judge, and for a picture that is missing."""
     rows = [n for n, is_there in enumerate(there) if is_there]
     passed = judge.passes(images_NHWC[rows], [prompts[n] for n in rows]) if judge and rows else []
-    found = dict(zip(rows, passed, strict=False))
-    return [found.get(n) for n in range(len(prompts))]
+    verdicts = dict(zip(rows, passed, strict=False))
+    return [verdicts.get(n) for n in range(len(prompts))]
 
 
 def _held_out(reward: Scorer | None, scored: _Scored) -> list[dict[str, float | None]]:
@@ -244,6 +244,6 @@ def _held_out(reward: Scorer | None, scored: _Scored) -> list[dict[str, float | 
     return [dict(zip(reward.weights, _listed(row), strict=True)) for row in scored.by(reward).rewards_NR]
 
 
-def _kind(columns: Mapping[str, Any]) -> str | None:
+def _kind(columns: Mapping[str, object]) -> str | None:
     kind = columns.get("kind")
     return kind if isinstance(kind, str) else None

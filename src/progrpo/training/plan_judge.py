@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TypedDict, cast
 
 from progrpo.config import Config, resolve_plan, trained_items
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path, preset, unit_costs
@@ -23,8 +23,28 @@ def prompt_cost(config: Config, plan: Plan, probed_steps: frozenset[int] = froze
     return plan.predict(steps, trained_items(config), pairs, config.preview.ode_steps, probed_steps)
 
 
-def plan_from(state: Mapping[str, Any]) -> Plan:
-    """The plan of an `asdict`."""
+class JudgeState(TypedDict):
+    """The state of a judge in a checkpoint: the unit costs, None before a verdict, and the last audits' agreement."""
+
+    units: dict[str, float] | None
+    agreement: list[list[float | None]]
+
+
+class PlanState(TypedDict):
+    """The state of a plan in a checkpoint."""
+
+    group_size: int
+    prune: Sequence[dict[str, int]]
+    final_keep: int | None
+
+
+def plan_state(plan: Plan) -> PlanState:
+    """The state of a plan."""
+    return cast(PlanState, asdict(plan))
+
+
+def plan_from(state: PlanState) -> Plan:
+    """The plan of a state."""
     points = tuple(PrunePoint(**point) for point in state["prune"])
     return Plan(state["group_size"], points, state["final_keep"])
 
@@ -88,10 +108,10 @@ class PlanJudge:
     def _means(self) -> list[float]:
         return [_mean(step) for step in zip(*self._agreement, strict=True)]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JudgeState:
         return {"units": None if self.units is None else asdict(self.units), "agreement": self._agreement}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: JudgeState) -> None:
         self.units = None if state["units"] is None else UnitCosts(**state["units"])
         self._agreement = [list(audit) for audit in state["agreement"]]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from progrpo.config import Config, resolve_plan
 from progrpo.rollout.plan import path as plan_path
@@ -11,7 +11,7 @@ from progrpo.tracking.console import Console
 from progrpo.tracking.records import Metrics, metric
 from progrpo.training.audit import Audit
 from progrpo.training.distributed import Ranks
-from progrpo.training.plan_judge import PlanJudge, plan_from, prompt_cost
+from progrpo.training.plan_judge import PlanJudge, plan_from, plan_state, prompt_cost
 from progrpo.training.state import PlanMonitorState
 from progrpo.training.totals import Totals
 from progrpo.training.watch import SelfChecks
@@ -135,7 +135,7 @@ class PlanMonitor:
 
     def state_dict(self) -> PlanMonitorState:
         return {
-            "plan": asdict(self.plan),
+            "plan": plan_state(self.plan),
             "judge": self.judge.state_dict(),
             "probe": None if self.probe is None else self.probe.state_dict(),
             "plan_value": self.plan_value,

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
+from progrpo.rollout.probe import ProbeState
 from progrpo.training.loss_scale import LossScaleState
+from progrpo.training.plan_judge import JudgeState, PlanState
 from progrpo.training.totals import TotalsState
 from progrpo.training.watch import HackingWatchState, SelfChecksState
 
@@ -16,9 +18,9 @@ State = Mapping[str, Any]
 class PlanMonitorState(TypedDict):
     """The plan in force, the judge of plans, the probe, and the value of the plan that was judged last."""
 
-    plan: State
-    judge: State
-    probe: State | None
+    plan: PlanState
+    judge: JudgeState
+    probe: ProbeState | None
     plan_value: float | None
 
 

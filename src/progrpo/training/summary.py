@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from progrpo.config import Config, trained_items
-from progrpo.rollout.plan import preset
+from progrpo.rollout.plan import PlanCosts, preset
 from progrpo.rollout.plan import summary as plan_summary
 from progrpo.tracking.records import AuditRecord, MeasuredSummary, PlanSummary, RewardSummary, Summary
 from progrpo.tracking.run_folder import RunFolder
@@ -75,7 +74,7 @@ def summarize(trainer: Trainer, folder: RunFolder, progress: Progress) -> Summar
     }
 
 
-def _plan_summary(trainer: Trainer, plan: dict[str, Any]) -> PlanSummary:
+def _plan_summary(trainer: Trainer, plan: PlanCosts) -> PlanSummary:
     return {
         "value": trainer.plan_monitor.plan_value,
         "path": plan["path"],
@@ -114,7 +113,7 @@ def selected_on(config: Config) -> str:
     return "sum of rewards normalised in their group" if gdpo else "weighted sum of rewards"
 
 
-def plan_figures(trainer: Trainer) -> dict[str, Any]:
+def plan_figures(trainer: Trainer) -> PlanCosts:
     """The costs of the plan in force."""
     sampling = trainer.config.sampling
     return plan_summary(

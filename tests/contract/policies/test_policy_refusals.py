@@ -145,10 +145,10 @@ def test_an_unet_of_noise_that_ddim_does_not_know_is_refused(tiny_sdxl, schedule
         policy_from_pipeline(pipeline, ModelSettings())
 
 
-def test_an_unet_that_must_be_told_the_guidance_scale_is_refused(tiny_sd):
+def test_a_unet_with_the_guidance_scale_as_an_input_is_refused(tiny_sd):
     pipeline = untouched_pipeline(tiny_sd)
     pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config, time_cond_proj_dim=8)
-    with pytest.raises(ValueError, match=r"^model\.path: the U-Net must be told the guidance scale"):
+    with pytest.raises(ValueError, match=r"^model\.path: the guidance scale is an input of the U-Net"):
         policy_from_pipeline(pipeline, ModelSettings())
 
 
