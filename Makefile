@@ -9,12 +9,14 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CON
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-processors test-slow mutation-test kill-test lean-test deepspeed-test trackers-test lint bench wheel-test audit pretrain clean
+.PHONY: help setup quickstart test test-processors test-slow mutation-test kill-test lean-test deepspeed-test \
+	trackers-test lint bench wheel-test audit pretrain clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
 help: ## say what there is
-	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' \
+		| awk -F '\t' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready ## install everything into .venv, once
 quickstart: setup ## train the built-in model for five to nine minutes; the report is runs/quickstart/report.html
@@ -24,14 +26,16 @@ quickstart: setup ## train the built-in model for five to nine minutes; the repo
 IN_TWO := -n 2 --dist loadscope --no-loadscope-reorder
 test: lint ## style, types and the tests
 	@$(BIN)/python -m pytest $(IN_TWO)
-# what depends on a processor's kernels, as an older processor computes it: with AVX2 alone, and without bfloat16's instructions
-OLDER := "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2" "ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=default"
-BY_PROCESSOR := tests/invariant/test_ratio.py tests/invariant/test_processes.py tests/invariant/test_reused_rollout.py tests/unit/test_invariance.py
+# what depends on a processor's kernels, as older ones compute it: with AVX2 alone, and without bfloat16's instructions
+OLDER := "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2" \
+	"ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=default"
+BY_PROCESSOR := tests/invariant/test_ratio.py tests/invariant/test_processes.py \
+	tests/invariant/test_reused_rollout.py tests/unit/test_invariance.py
 test-processors: $(VENV)/.ready-dev ## the tests of ratios and processes again, with the kernels of older processors
 	@set -e; for isa in $(OLDER); do echo "$$isa"; env $$isa $(BIN)/python -m pytest $(IN_TWO) $(BY_PROCESSOR); done
 test-slow: wheel-test mutation-test kill-test lean-test deepspeed-test trackers-test ## what takes minutes
 	@$(BIN)/python -m pytest -m slow
-mutation-test: $(VENV)/.ready-dev ## thousands of wrong recipes, command lines, files and models: each ends in one clear sentence
+mutation-test: $(VENV)/.ready-dev ## thousands of wrong recipes, command lines, files and models
 	@$(BIN)/python -m tests.mutation
 kill-test: setup ## kill a run a hundred times, also within checkpoints, and compare what comes out
 	@$(BIN)/python benchmarks/kill.py --kills 100
@@ -41,7 +45,7 @@ lint: $(VENV)/.ready-dev ## style and types
 	@$(BIN)/mypy --no-error-summary
 
 bench: setup ## the figures of the notes
-	@set -e; for file in benchmarks/*.py; do $(BIN)/python $$file; done
+	@set -e; for file in $(filter-out benchmarks/same_runs.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file; done
 pretrain: setup ## make shapes-flow anew (hours on a CPU; stop and go on as you like)
 	@$(BIN)/progrpo pretrain shapes-flow
 
@@ -56,19 +60,24 @@ lean-test: $(VENV)/.ready-dev ## test the extra `lean`, which is not in .venv si
 	@PYTHONPATH=build/lean $(BIN)/python -m pytest tests/unit/test_adamw_8bit.py
 
 # where torch is the CPU's, so are its processes; ninja and a C++ compiler build what they speak by, once
-deepspeed-test: $(VENV)/.ready-dev ## test the extra `deepspeed`, which is not in .venv either: on the CPU, in two and three processes
-	@DS_BUILD_OPS=0 $(INSTALL) --no-deps --upgrade --target build/deepspeed deepspeed einops hjson msgpack ninja nvidia-ml-py py-cpuinfo
-	@PATH="$(CURDIR)/build/deepspeed/bin:$$PATH" PYTHONPATH="$(CURDIR)/build/deepspeed" $(BIN)/python -m pytest -m slow tests/e2e/test_deepspeed.py
+deepspeed-test: $(VENV)/.ready-dev ## test the extra `deepspeed`, which is not in .venv either, on the CPU
+	@DS_BUILD_OPS=0 $(INSTALL) --no-deps --upgrade --target build/deepspeed deepspeed einops hjson msgpack ninja \
+		nvidia-ml-py py-cpuinfo
+	@PATH="$(CURDIR)/build/deepspeed/bin:$$PATH" PYTHONPATH="$(CURDIR)/build/deepspeed" \
+		$(BIN)/python -m pytest -m slow tests/e2e/test_deepspeed.py
 
 # beside .venv, since they bring older versions of what others use; swanlab takes no protobuf from 7 on
-TRACKERS := wandb trackio swanlab brotli gradio-client httpcore httpx nvidia-ml-py orjson pwinput pyecharts prettytable pydantic-settings pyroaring python-dotenv python-multipart simplejson watchdog websockets wrapt
-trackers-test: $(VENV)/.ready-dev ## test the extras `wandb`, `trackio` and `swanlab`, which write files here and reach no server
+TRACKERS := wandb trackio swanlab brotli gradio-client httpcore httpx nvidia-ml-py orjson pwinput pyecharts \
+	prettytable pydantic-settings pyroaring python-dotenv python-multipart \
+	simplejson watchdog websockets wrapt
+trackers-test: $(VENV)/.ready-dev ## test the extras `wandb`, `trackio` and `swanlab`, which reach no server here
 	@$(INSTALL) --no-deps --upgrade --target build/trackers $(TRACKERS)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target build/trackers 'protobuf<7'
 	@PYTHONPATH=build/trackers $(BIN)/python -m pytest tests/unit/test_trackers.py
 
 audit: ## ask the advisory database about every pinned package (needs the network)
-	@$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit==2.10.1
+	@$(PYTHON) -m venv build/audit
+	@build/audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit==2.10.1
 	@build/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 clean: ## remove what was built, but no runs
@@ -78,10 +87,10 @@ clean: ## remove what was built, but no runs
 
 WHAT ?= --editable .
 
-# An installed torch is reused with whatever it came with. Otherwise the pinned one is installed: a CUDA build where there
+# An installed torch is reused with all that it came with. Otherwise the pinned one is installed: a CUDA build if there
 # is an NVIDIA GPU (PyPI's), elsewhere on Linux the much smaller CPU build, if its index can be reached.
 $(VENV)/.torch: constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "progrpo needs Python 3.11 or newer: make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	@if $(PYTHON) $(has_torch) && $(PYTHON) -m venv --system-site-packages $(VENV) && $(BIN)/python $(has_torch); then \
 		echo "setting up $(VENV) with the torch that is installed"; \
 		grep -v '^torch==' constraints.txt > $(CONSTRAINTS); \

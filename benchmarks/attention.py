@@ -1,10 +1,11 @@
-"""Attention on a CPU in bfloat16, and what a LoRA's layers do with their input: milliseconds a row, in one process.
+"""Attention on a CPU in bfloat16, and the input of a LoRA's layers: milliseconds per row, in one process.
 
     python benchmarks/attention.py [--models shapes-flow shapes-diffusion] [--rows 48] [--rounds 7] [--json]
 
-`products` is what a policy takes there (progrpo.policies.attention, diffusers' AttnProcessor); `math` is torch's attention without fused
-kernels, `fused` with them; `products, raised` has a LoRA's input raised to float32 first, as peft does by default. Of a network
-call, and of one with its gradient. Ways take turns, round by round; medians over rounds.
+`products` is the attention that a policy takes there (progrpo.policies.attention, diffusers' AttnProcessor). `math` is
+torch's attention without fused kernels, `fused` with them. `products, raised` has a LoRA's input raised to float32
+first, as peft does by default. Each is timed over a network call, and over a call with its gradient. The ways take
+turns, round by round; figures are medians over rounds.
 """
 
 from __future__ import annotations

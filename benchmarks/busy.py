@@ -1,15 +1,15 @@
-"""What other work on the processors costs a run, by how long OpenMP's threads spin at a barrier.
+"""The cost of other work on the processors for a run, by how long OpenMP's threads spin at a barrier.
 
     python benchmarks/busy.py [--spins shipped default 0 1000 5000 20000] [--busy 2] [--iterations 4] [--rounds 2]
                               [--json]
 
-Runs iterations of the quickstart alone, and beside as many processes as `--busy` says that do nothing but count. Prints
-the seconds of an iteration, the median over iterations but the first and over rounds, and the ratio of beside to alone.
-The lost share is what the scheduler takes away in any case: with two threads on two cores beside two others, half of
-each core, so a ratio of 2.
+Iterations of the quickstart run alone, and beside `--busy` processes that do nothing but count. The output has the
+seconds per iteration, the median over iterations but the first and over rounds, and the ratio of beside to alone.
+The scheduler takes a share away in any case: with two threads on two cores beside two others, half of each core, which
+makes a ratio of 2.
 
-shipped    what progrpo sets (progrpo.threads)
-default    what OpenMP does by itself
+shipped    the setting of progrpo (progrpo.threads)
+default    OpenMP's own
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def busy(count: int) -> Iterator[None]:
 
 
 def seconds(spins: str, iterations: int) -> list[float]:
-    """Seconds of each iteration but the first."""
+    """The seconds of each iteration but the first."""
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     if spins != "shipped":
         environment["GOMP_SPINCOUNT"] = OWN_DEFAULT if spins == "default" else spins

@@ -1,13 +1,13 @@
-"""What is done for CPUs in low precision: a decoder's layers, and freed memory that is kept.
+"""Two measures for CPUs in low precision: a decoder's layers, and freed memory that is kept.
 
     python benchmarks/cpu.py [--model shapes-flow] [--rows 96] [--pictures 32] [--rounds 7] [--json]
 
-decoder    milliseconds a picture, by diffusers' layers and by those of progrpo.policies.decoder, which take turns in one process;
-           and how far both are from float32, as the root mean square of pixels in [-1, 1]
-memory     milliseconds a row of a network call without gradient, in processes of their own that take turns: with freed memory kept
-           (progrpo.training.memory), and as glibc has it
+decoder    milliseconds per picture by diffusers' layers and by those of progrpo.policies.decoder, which take turns in
+           one process; the distance of both from float32, as the root mean square of pixels in [-1, 1]
+memory     milliseconds per row of a network call without gradient, in processes of their own that take turns: with
+           freed memory kept (progrpo.training.memory), and with glibc's own setting
 
-Medians over rounds.
+Figures are medians over rounds.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def decoding(model: str, pictures: int, rounds: int) -> dict[str, dict[str, floa
 
 
 def call(model: str, rows: int, rounds: int) -> float:
-    """Of a process that has done nothing else: milliseconds a row."""
+    """The milliseconds per row in a process that has done nothing else."""
     policy: Any = policy_from(ModelSettings(path=model, dtype="bfloat16"), PolicyContext(Ranks().device))
     told = policy.encode(world.sample_prompts("train", 4, 0)).take(torch.arange(rows) % 4)
     x, timestep = torch.randn(rows, *policy.latent_shape), policy.levels(10).timestep[5]

@@ -1,10 +1,10 @@
 """Hostile requests to a reward server: `python benchmarks/fuzz.py [--requests N] [--seed S] [--json]`.
 
-Random bytes, headers and bodies that were damaged, wrong fields, pictures that are none or would be far too large, lengths that
-lie, bodies that end early or never, other methods and paths, wrong tokens: all mixed, from several clients at once, while an honest
-client has pictures scored. Goals: every request is answered by a refusal of one sentence (or, where damage left it whole, by
-scores) or by a closed connection; no answer is a 500, no traceback is written, every score of the honest client is right, memory
-stays flat, and the server still ends when it is told to.
+Several clients send random bytes, damaged headers and bodies, wrong fields, pictures that are none or would be far too
+large, lengths that lie, bodies that end early or never, other methods and paths, and wrong tokens. Meanwhile an honest
+client has pictures scored. The goals: every request is answered by a refusal of one sentence (or by scores, where
+damage left it whole) or by a closed connection; no answer is a 500; no traceback is written; every score of the honest
+client is right; memory stays flat; and the server still ends on its signal.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def request(body: bytes, *headers: str, line: str = "POST /v1/score HTTP/1.1", l
 
 
 def damaged(r: random.Random, data: bytes) -> bytes:
-    """With up to eight places overwritten, left out, doubled or swapped."""
+    """The content with up to eight places overwritten, left out, doubled or swapped."""
     changed = bytearray(data)
     for _ in range(r.randrange(1, 9)):
         at, size = r.randrange(len(changed) + 1), r.randrange(1, 9)
@@ -151,7 +151,10 @@ KINDS: dict[str, Callable[[random.Random], bytes]] = {
 
 
 def outcome(port: int, data: bytes) -> str:
-    """The answer's status, `closed` for a connection that ends without one, or after a `!` what is wrong with the answer."""
+    """The answer's status, or `closed` for a connection that ends without one.
+
+    After a `!` stands what is wrong with the answer.
+    """
     answer = b""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:

@@ -1,31 +1,37 @@
-"""Where an iteration's time goes, against the bare network on the same inputs in the same process, per plan.
+"""The time of an iteration per plan, against the bare network on the same inputs in the same process.
 
-    python benchmarks/iteration.py [--models shapes-flow shapes-diffusion] [--plans none posthoc standard flash window]
-                                   [--objective grpo] [--iterations 5] [--prompts 4] [--compile] [--reuse-rollout] [--json [FILE]]
-    python benchmarks/iteration.py --random-weights --models stabilityai/stable-diffusion-3.5-medium black-forest-labs/FLUX.1-dev
+    python benchmarks/iteration.py [--models shapes-flow shapes-diffusion]
+                                   [--plans none posthoc standard flash window] [--objective grpo] [--iterations 5]
+                                   [--prompts 4] [--compile] [--reuse-rollout] [--json [FILE]]
+    python benchmarks/iteration.py --random-weights
+                                   --models stabilityai/stable-diffusion-3.5-medium black-forest-labs/FLUX.1-dev
                                    [--resolution 512 | H W] [--max-sequence-length 128] [--activation-checkpointing]
                                    [--microbatch 16] [--train-microbatch 4]
 
-`window` is an early window: noise on the first 3 of 10 steps alone, 24 members, of which 12 go on right after it. Before and
-after every iteration the unit costs are measured bare: a call of the network, with and without gradient, a decoded picture, by
-the full and by the tiny decoder, and a reward. From these:
+`window` is an early window: noise on the first 3 of 10 steps alone, and 24 members, of which 12 go on right after it.
+Before and after every iteration the unit costs are measured bare: a call of the network, with and without gradient, a
+decoded picture, by the full and by the tiny decoder, and a reward. From these follow:
 
-sampling   rows a second of the sampling stage over those of the bare network in calls of the same sizes
-update     the same of trained items, forward and backward, and the further forward passes that the objective compares with
-model      seconds of the iteration over what its counts cost at these units (the cost model)
-previews   their seconds over those of sampling: by the full decoder as it ran, by the tiny one and the probe at their unit costs
+sampling   rows per second of the sampling stage over those of the bare network in calls of the same sizes
+update     the same of trained items, forward and backward, with the further forward passes of the objective
+model      seconds of the iteration over the cost of its counts at these units (the cost model)
+previews   their seconds over those of sampling: by the full decoder as it ran, by the tiny one and the probe at their
+           unit costs
 
-matmul     FLOPs a second of the sampling stage and of the update, as the model's own code counts them (progrpo.policies.sizes), over
-           those of one large matrix product in the same process and dtype: MFU against what the device reaches
+matmul     FLOPs per second of the sampling stage and of the update, as the model's own code counts them
+           (progrpo.policies.sizes), over those of one large matrix product in the same process and dtype: MFU against
+           the device's reach
 MFU        the same over the maker's figure, for a card of progrpo.training.gpus.GPUS
 
-Beside them the most memory of an iteration, on a GPU with what `progrpo plan` predicts of it, and in JSON how far a ratio was off 1 before
-an iteration's first update.
+Beside them stand the peak memory of an iteration, on a GPU with the prediction of `progrpo plan`, and in JSON the
+deviation of a ratio from 1 before an iteration's first update.
 
-Medians over iterations after one that is not counted. NFE, decodes and reward calls must be those that the plan predicts.
+Figures are medians over iterations; a first one is not counted. NFE, decodes and reward calls must be those that the
+plan predicts.
 
-With `--random-weights` a model is built by its published architecture and filled with random numbers, where it runs: no hub, no
-text encoders (texts are random as well), LoRA of rank 32, bfloat16, rewards by the size of the picture's JPEG.
+With `--random-weights` a model is built by its published architecture and filled with random numbers, where it runs:
+without the hub and text encoders (texts are random as well), with a LoRA of rank 32, in bfloat16, and with rewards by
+the size of the picture's JPEG.
 """
 
 from __future__ import annotations
@@ -80,7 +86,10 @@ WINDOW = (
     SamplingSettings(sde_window="first", sde_window_size=3),
 )
 FURTHER_PASSES = {"grpo": 0, "dgpo": 2, "nft": 2, "awm": 2}
-"""Forward passes of an item without gradient, which an objective compares with: of the reference and an average of the weights."""
+"""The forward passes of an item without gradient, which an objective compares with.
+
+They are of the reference and an average of the weights.
+"""
 SIDE = 8192 if torch.cuda.is_available() else 2048
 _PRODUCTS = 8 if torch.cuda.is_available() else 1
 _REPEATS = 3
@@ -119,7 +128,7 @@ def of_real_size(config: Config, wanted: argparse.Namespace) -> Config:
 
 
 def random_policy(settings: ModelSettings, context: PolicyContext) -> Policy:
-    """A model by its architecture, of random numbers, which is told random numbers for every text."""
+    """A model by its architecture with random numbers for weights and for every text."""
     on_meta = PolicyContext(torch.device("meta"))
     empty = without_weights(settings.path, torch_dtype(settings))
     shapes = policy_from_pipeline(empty, replace(settings, compile=False), on_meta).family.condition_shapes()
@@ -137,7 +146,7 @@ def random_policy(settings: ModelSettings, context: PolicyContext) -> Policy:
 
 
 def random_tiny_decoder(policy: Any) -> AutoencoderTiny:
-    """Of TAESD's architecture, for the model's latents."""
+    """A decoder of TAESD's architecture for the model's latents."""
     tiny = AutoencoderTiny(latent_channels=policy.latent_shape[0]).requires_grad_(False).eval()
     fill(tiny)
     return tiny.to(policy.device, policy.family.dtype, memory_format=torch.channels_last)
@@ -145,7 +154,7 @@ def random_tiny_decoder(policy: Any) -> AutoencoderTiny:
 
 @torch.no_grad()
 def fill(module: torch.nn.Module) -> None:
-    """So that signals keep their size from layer to layer, and pictures differ."""
+    """Fill the weights so that signals keep their size from layer to layer, and pictures differ."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.ndim > 1 and tensor.is_floating_point():
             tensor.normal_(std=tensor[0].numel() ** -0.5)
@@ -154,7 +163,10 @@ def fill(module: torch.nn.Module) -> None:
 
 
 class Bare:
-    """The parts of an iteration on their own, on inputs of its shapes and on pictures that it made: seconds of each row."""
+    """The parts of an iteration on their own, on inputs of its shapes and on pictures that it made.
+
+    Each has its seconds per row.
+    """
 
     def __init__(self, policy: Policy, reward: Scorer, config: Config, rolled: Rollout) -> None:
         self.policy, self.reward, self.config, self.rolled = policy, reward, config, rolled
@@ -211,13 +223,13 @@ class Bare:
         return {"call": spent / sum(self.rows_T) / self.pair, **units}
 
     def _matmul(self) -> None:
-        """Of a size that keeps a GPU busy, or a CPU for a tenth of a second."""
+        """A product of a size that keeps a GPU busy, or a CPU for a tenth of a second."""
         for _ in range(_PRODUCTS):
             self.matrix @ self.matrix
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Median of some calls, after one."""
+    """The median of some calls, after one."""
     work()
     synchronize()
     found = []
@@ -236,7 +248,7 @@ def synchronize() -> None:
 
 @contextmanager
 def peak_memory() -> Iterator[Callable[[], float]]:
-    """GiB: of the GPU's allocator, or resident in the process, looked at fifty times a second."""
+    """The GiB of the GPU's allocator, or those resident in the process, read fifty times per second."""
     done, seen, process = threading.Event(), [0], psutil.Process()
 
     def look() -> None:
@@ -329,7 +341,7 @@ def row(record: dict[str, Any], units: dict[str, float], flops: Mapping[str, flo
 
 
 def predicted_memory(config: Config) -> float | None:
-    """GiB that `progrpo plan` promises of sampling and the update, on a GPU; a CPU's process holds much else."""
+    """The GiB that `progrpo plan` predicts of sampling and the update, on a GPU: a CPU's process holds much else."""
     if not torch.cuda.is_available():
         return None
     peaks = estimate(config, "h200", 1.0, 1)["peak_gb"]  # the same for every card
@@ -337,7 +349,7 @@ def predicted_memory(config: Config) -> float | None:
 
 
 def stated_peak() -> list[float]:
-    """FLOPs a second of the card as its maker says, where it is one that is known; else none."""
+    """The maker's FLOPs per second of the card, None for a card that is not known."""
     name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
     return [card.peak * 1e12 for short, card in GPUS.items() if short.split("-")[0] in name][:1]
 
@@ -384,10 +396,11 @@ def line(model: str, plan: str, r: dict[str, Any]) -> str:
     stages = "  ".join(f"{name} {r[name]:.2f}" for name in ("sample", "preview", "reward", "update", "other"))
     previews = " ".join(f"{r[f'previews, {kind}']:.1%}" for kind in ("full", "tiny", "probe"))
     counts = "" if r["counts_agree"] else "  COUNTS DIFFER"
-    told = "" if r["predicted GiB"] is None else f" (predicted {r['predicted GiB']:.1f})"
+    predicted = "" if r["predicted GiB"] is None else f" (predicted {r['predicted GiB']:.1f})"
     return (
         f"{model:17s} {plan:9s} {r['seconds']:.2f} s: {stages};  of the bare network: sampling {r['sampling']:.1%},"
-        f" update {r['update rate']:.1%}, of a matmul {r['sampling, of a matmul']:.0%}, {r['update, of a matmul']:.0%};  model x {r['model']:.3f};  previews {previews};  {r['peak GiB']:.1f} GiB{told}{counts}"
+        f" update {r['update rate']:.1%}, of a matmul {r['sampling, of a matmul']:.0%}, {r['update, of a matmul']:.0%};"
+        f"  model x {r['model']:.3f};  previews {previews};  {r['peak GiB']:.1f} GiB{predicted}{counts}"
     )
 
 

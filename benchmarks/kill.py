@@ -1,11 +1,11 @@
-"""Kill a run at random moments and before every single thing that it does to the disk, resume it each time, compare with an unbroken one.
+"""Kills of a run at random moments and before each of its writes: resumed every time, it equals an unbroken one.
 
     python benchmarks/kill.py [--kills 100] [--seed 0] [--out runs/kills] [--json]
 
-A checkpoint an iteration, audits, the best weights kept, an average of the weights, prompts by signal. A run that was killed is
-resumed by `progrpo train --resume`, in a new process, forked from one that has done nothing but import. When it ends, its weights,
-optimizer, metrics, evaluations and pictures must be those of the unbroken run to the last bit (CPU, float32); only what is measured in
-seconds may differ. After each kill, whatever has a final name must be whole.
+The run has a checkpoint per iteration, audits, the best weights kept, an average of the weights, and prompts by signal.
+A killed run is resumed by `progrpo train --resume` in a new process, forked from one that has only imported. At its end
+its weights, optimizer, metrics, evaluations and pictures must be those of the unbroken run to the last bit (CPU,
+float32); only seconds may differ. After each kill, every file with a final name must be whole.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ PROMPTS = ("a red circle", "a blue square", "a green triangle above a red square
 
 
 class Death:
-    """Notes what this process is about to do to the files of a run, and kills it before the n-th thing in `room`; 0 is never."""
+    """The kill of this process before the n-th of its writes in `room`; 0 is never.
+
+    It notes each write to the files of a run.
+    """
 
     def __init__(self, run: Path, room: str, nth: int, log: Path) -> None:
         self._run, self._room, self._nth, self._count = str(run), room, nth, 0
@@ -104,7 +107,7 @@ class Death:
 
 
 def progrpo(arguments: Sequence[str], run: Path, room: str, nth: int, log: Path) -> None:
-    """The command, in a process of its own whose output goes to a file."""
+    """Run the command in a process of its own whose output goes to a file."""
     words = os.open(log.with_suffix(".words"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(words, 1)
     os.dup2(words, 2)
@@ -127,11 +130,11 @@ class Found:
     iterations_redone: int = 0
     """Recorded in metrics.jsonl, but in no checkpoint yet."""
     bytes_lost: int = 0
-    """Of checkpoints that were the newest whole one before a kill, and are not whole after it."""
+    """The number of checkpoints that were the newest whole one before a kill and are not whole after it."""
     bytes_unfinished: int = 0
-    """Of files that had no final name yet."""
+    """The bytes of files that had no final name yet."""
     enumerated: int = 0
-    """Things that a resumed process does to the disk up to the end of its first iteration, if it was killed before each; else 0."""
+    """The writes of a resumed process up to the end of its first iteration, if it was killed before each; else 0."""
     seconds: float = 0.0
     by_stage: Counter[str] = field(default_factory=Counter)
 
@@ -139,8 +142,8 @@ class Found:
 class Campaign:
     """Runs of one configuration, one after another, each killed again and again until it has come to its end.
 
-    A process that resumes in the middle of a run is killed before the n-th thing that it does to the disk, by the numbers of
-    `stages`, counted in the part `room` of the folder; when they are used up, at random moments.
+    A process that resumes in the middle of a run is killed before the n-th of its writes, by the numbers of `stages`,
+    counted in the part `room` of the folder; when they are used up, at random moments.
     """
 
     def __init__(self, config: Path, home: Path, seed: int, stages: Iterable[int], room: str = "") -> None:
@@ -150,7 +153,7 @@ class Campaign:
         self.stages, self.room, self.span = deque(stages), room, 0.0
 
     def go(self, kills: int) -> Found:
-        """At least so many kills, and all stages."""
+        """Run at least so many kills, and all stages."""
         start = time.perf_counter()
         process = self._start(self.straight, "", 0, resume=False)
         process.join()
@@ -167,7 +170,7 @@ class Campaign:
         return self.found
 
     def _attempt(self, to_be_killed: bool) -> bool:
-        """Start or resume the run; whether it was killed before its end."""
+        """Start or resume the run; return whether it was killed before its end."""
         before = Standing.of(self.run)
         room, nth, delay = self._moment(before) if to_be_killed else ("", 0, None)
         process = self._start(self.run, room, nth, before.checkpoint is not None)
@@ -186,7 +189,7 @@ class Campaign:
         return False
 
     def _moment(self, before: Standing) -> tuple[str, int, float | None]:
-        """The n-th thing that it does to the disk in a room, or seconds after it has taken the folder."""
+        """The moment of the next kill: the n-th write in a room, or seconds after the process has taken the folder."""
         in_the_middle = before.checkpoint is not None and before.checkpoint < self.iterations - 1
         if in_the_middle and self.stages:
             return self.room, self.stages.popleft(), None
@@ -195,7 +198,10 @@ class Campaign:
         return "", 0, self.draw.uniform(0, self.span)
 
     def _stage(self, before: Standing) -> str:
-        """What it was about to do; where a resumed process was in its second iteration, all that is done in one has been tried."""
+        """The write that the process was about to do.
+
+        Where a resumed process was in its second iteration, every write of one iteration has been tried.
+        """
         touched = [line.split("\t") for line in self.log.read_text().splitlines()]
         if before.checkpoint is not None and touched.count(["open", "metrics.jsonl"]) > 1 and self.stages:
             self.found.enumerated = len(touched) - 1
@@ -238,7 +244,7 @@ class Campaign:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run is, by its folder; reading it fails if anything with a final name is not whole."""
+    """The state of a run by its folder; reading it fails if a file with a final name is not whole."""
 
     checkpoint: int | None
     """Iterations of the newest whole checkpoint, and its bytes."""
@@ -279,7 +285,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def differences(straight: Path, run: Path) -> list[str]:
-    """What two runs do not have in common, but for what is measured in seconds."""
+    """The differences of two runs, seconds aside."""
     found = [
         name
         for name, read in {
@@ -303,7 +309,7 @@ def differences(straight: Path, run: Path) -> list[str]:
 
 
 def checkpoint_of(run: Path) -> dict[str, Any]:
-    """All of the newest, without seconds and what follows from them: the costs by which plans are judged."""
+    """The newest checkpoint, without seconds and the costs that follow from them, by which plans are judged."""
     state = storage.load_state(saved(run)[-1])
     for timed in ("wall_seconds", "plan_value", "judge"):
         del state[timed]
@@ -317,7 +323,7 @@ def untimed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal to the last bit, tensors and all."""
+    """Whether two states are equal to the last bit, tensors and all."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list):
@@ -374,7 +380,7 @@ def in_words(found: Found) -> str:
         f" {found.runs} runs ended, each equal to the unbroken one\n"
         f"{found.iterations_redone} finished iterations done again, {found.bytes_lost} bytes lost,"
         f" {found.bytes_unfinished:,} bytes of unfinished files left behind and cleared\n"
-        f"killed before each of the {found.enumerated} things that a resumed process does to the disk up to the end of its first iteration;"
+        f"killed before each of the {found.enumerated} writes of a resumed process in its first iteration;"
         f" all kills by stage:\n{stages}"
     )
 

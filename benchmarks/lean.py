@@ -1,10 +1,11 @@
-"""What knobs that save memory save and cost: `python benchmarks/lean.py [--json]`; docs/memory.md has the table.
+"""The gains and costs of the settings that save memory: `python benchmarks/lean.py [--json]`.
 
-Of a LoRA on a transformer of SD 3.5's kind with random weights (`benchmarks/memory.py`), in bfloat16 on the CPU on one thread: bytes of
-the denoiser's frozen weights, the most bytes that live at once beside them in a microbatch's forward and backward pass, seconds of that
-pass and of a network call. How far 8 bits put the output of shapes-flow off, whose weights were trained, and how far bfloat16
-does: the root of the mean square difference over that of the output, on a grid of 10 steps. Of 8-bit AdamW, if its package is there:
-bytes of the averages and seconds of a step, of two million weights.
+docs/memory.md has the table. The model is a LoRA on a transformer of SD 3.5's kind with random weights
+(`benchmarks/memory.py`), in bfloat16 on one CPU thread. The output has the bytes of the denoiser's frozen weights, the
+most bytes that live at once beside them in a microbatch's forward and backward pass, the seconds of that pass and of a
+network call. It also has the error of 8 bits and of bfloat16 in the output of shapes-flow, whose weights were trained:
+the root of the mean square difference over that of the output, on a grid of 10 steps. If the package of 8-bit AdamW is
+there, it has the bytes of its averages and the seconds of a step, for two million weights.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ TEXTS, STEPS, REPEATS = 24, 10, 3
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """The least of some, after one that does not count."""
+    """The least of some calls, after one that does not count."""
     work()
     found = []
     for _ in range(REPEATS):
@@ -74,7 +75,7 @@ def passes(settings: ModelSettings) -> dict[str, float]:
 
 @torch.no_grad()
 def off_by(**changes: Any) -> dict[str, float]:
-    """Of shapes-flow, changed, at the latents that the unchanged one comes to."""
+    """The error of a changed shapes-flow at the latents that the unchanged one comes to."""
     whole, changed = (load_policy(replace(ModelSettings(), **c)) for c in ({}, changes))
     prompts, levels, found = sample_prompts("test", TEXTS, seed=0), whole.levels(STEPS), []
     told = {policy: policy.encode(prompts) for policy in (whole, changed)}

@@ -1,10 +1,10 @@
-"""Memory that `progrpo plan --gpu` predicts against memory that was allocated: `python benchmarks/memory.py [--json]`.
+"""Memory predicted by `progrpo plan --gpu` against memory allocated: `python benchmarks/memory.py [--json]`.
 
-A network call, a forward and backward pass and a decoding of each model run here for real, on the CPU in float32, under torch's
-profiler, which notes every allocation; the prediction runs the same code on tensors without content. Models: the built-in
-ones, and a transformer of SD 3.5's kind with random weights, as a LoRA, with and without activation checkpointing. Then whole
-iterations of the built-in flow model: the most that lives beyond what was there before, while sampling and in the update, of
-everything that torch's operations return. Goal: within 15 %.
+A network call, a forward and backward pass and a decoding of each model run on the CPU in float32, under torch's
+profiler, which notes every allocation. The prediction runs the same code on tensors without content. The models are the
+built-in ones, and a transformer of SD 3.5's kind with random weights, as a LoRA, with and without activation
+checkpointing. Then follow whole iterations of the built-in flow model: the most that lives beyond what was there
+before, while sampling and in the update, of everything that torch's operations return. The goal is within 15 %.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TOKENS = 32
 
 
 def random_sd3() -> StableDiffusion3Pipeline:
-    """Six layers of width 512, pictures of 256 pixels; text comes from CLIP alone."""
+    """Six layers of width 512, for pictures of 256 pixels and text from CLIP alone."""
     transformer = SD3Transformer2DModel(
         sample_size=32,
         num_layers=6,
@@ -153,7 +153,7 @@ def watched_step(trainer: Trainer) -> dict[str, int]:
 
 
 def iteration(config: Config) -> tuple[dict[str, float], dict[str, float]]:
-    """Predicted and measured bytes, beyond what is there all the time, of a second iteration: Adam's moments are there by then.
+    """The predicted and measured bytes of a second iteration, which has Adam's moments, beyond what is always there.
 
     Pictures are kept on the CPU, which here is the same memory and on a GPU is not, and are added.
     """

@@ -89,7 +89,7 @@ class Bench:
         self.place = torch.randint(DIMS, (length,), generator=generator)
         seen = [trainer.learner.updater.optimizer.state[p]["exp_avg_sq"].flatten().float() for p in self.trained]
         self.root = torch.cat(seen).sqrt() + trainer.learner.updater.optimizer.defaults["eps"]
-        """What AdamW divides each weight's gradient by."""
+        """The number by which AdamW divides each weight's gradient."""
         self.factor = (torch.randint(2, (length,), generator=generator).float() * 2 - 1) * self.root.rsqrt()
         self.objective = trainer.learner.objective
         if isinstance(self.objective, DGPO):
@@ -124,7 +124,7 @@ class Bench:
         return whole, torch.stack(seen), final_G
 
     def gradient(self, of: Experience) -> Tensor:
-        """Of the loss over these members, of all trained weights in a row."""
+        """The gradient of the loss over these members, of all trained weights in a row."""
         ready = self.objective.prepare(self.trainer.policy, of, LARGEST, updates=1)
         items = torch.arange(len(of) * self.objective.settings.items_per_trajectory(len(ready.trajectories.path)))
         self.objective.loss(self.trainer.policy, ready, items).total.backward()
@@ -136,7 +136,7 @@ class Bench:
 
 
 def chosen(plan: Plan, seen_TG: Tensor, final_G: Tensor) -> Tensor:
-    """Who is left of the group's first `group_size` members."""
+    """The members that remain of the group's first `group_size`."""
     living = torch.arange(plan.group_size)
 
     def kept(scores_G: Tensor, keep: int) -> Tensor:
@@ -149,13 +149,13 @@ def chosen(plan: Plan, seen_TG: Tensor, final_G: Tensor) -> Tensor:
 
 
 def gradient_of(plan: Plan, members: Members, clip_max: float) -> Tensor:
-    """Of a prompt: the mean over survivors of advantage times gradient; (DIMS,)."""
+    """The gradient of a prompt: the mean over survivors of advantage times gradient; (DIMS,)."""
     rows = chosen(plan, members.seen_TG, members.final_G)
     return advantages_of(members.final_G[rows], clip_max) @ members.gradient_GD[rows] / len(rows)
 
 
 def advantages_of(rewards_K: Tensor, clip_max: float) -> Tensor:
-    """Of one group's survivors."""
+    """The advantages of one group's survivors."""
     one_group = torch.zeros(len(rewards_K), dtype=torch.int64)
     return advantages(rewards_K, one_group, group_statistics(rewards_K, one_group, 1), clip_max=clip_max)[0]
 
@@ -180,21 +180,21 @@ def _off_diagonal(found_PP: np.ndarray) -> float:
 
 
 def signal(by_seed: list[Moments]) -> float:
-    """SNR^2 of a prompt, up to the policy gradient's length, which all plans share."""
+    """The SNR^2 of a prompt, up to the policy gradient's length, which all plans share."""
     along, _, variance = np.mean(by_seed, axis=0).tolist()
     found: float = along * abs(along) / variance
     return found
 
 
 def bearing(plan: list[Moments], full: list[Moments]) -> float:
-    """Cosine of a plan's mean gradient with that of full groups."""
+    """The cosine of a plan's mean gradient with that of full groups."""
     along, mean_sq, _ = np.mean(plan, axis=0).tolist()
     _, full_sq, _ = np.mean(full, axis=0).tolist()
     return float(along / np.sqrt(mean_sq * full_sq)) if min(mean_sq, full_sq) > 0 else float("nan")
 
 
 def worth(plan: list[Tensor], none: list[Tensor], full: list[Tensor]) -> dict[str, Any]:
-    """Of gradients (P, DIMS) by seed: the plan's signal over that of `none`, and its bearing."""
+    """The plan's signal over that of `none`, and its bearing, from gradients (P, DIMS) by seed."""
     kinds = (plan, none, full)
     products = [[((g @ f.T).numpy(), (g @ g.T).numpy()) for g, f in zip(of, full, strict=True)] for of in kinds]
     found = [[Moments.of(*pair) for pair in by_seed] for by_seed in products]

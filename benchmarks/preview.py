@@ -58,7 +58,7 @@ class Bench:
     def group(
         self, prompt: Prompt, slot: int, seed: int, ways: dict[str, PreviewSettings]
     ) -> tuple[dict[str, list[np.ndarray]], torch.Tensor, Trajectories]:
-        """Scores of each way by step, final rewards, and the finished group."""
+        """The scores of each kind by step, final rewards, and the finished group."""
         seen: dict[str, list[np.ndarray]] = {name: [] for name in ways}
         condition, key = self.policy.encode([prompt]), NoiseKey(seed, 0)
 
@@ -85,7 +85,7 @@ class Bench:
         return found
 
     def measure(self, groups: int, seed: int, probes: dict[str, Probe]) -> dict[str, dict[str, list[float]]]:
-        """By way, mean over groups at each step: rank correlation and hit rate of half the group."""
+        """The rank correlation and hit rate of half the group by kind: the mean over groups at each step."""
         found: dict[str, list[tuple[list[float | None], list[float | None]]]] = {}
         for slot, prompt in enumerate(world.sample_prompts("validation", groups, seed)):
             seen, final, batch = self.group(prompt, slot, seed, WAYS)
@@ -105,7 +105,7 @@ class Bench:
 
 
 def means(by_group: list[list[float | None]]) -> list[float]:
-    """By step, over the groups that have a value."""
+    """The means by step, over the groups that have a value."""
     return [float(np.mean([v for v in step if v is not None])) for step in zip(*by_group, strict=True)]
 
 
@@ -154,7 +154,7 @@ def over_seeds(by_seed: list[list[float]]) -> dict[str, Any]:
 
 
 def noise_share(sampling: Sampling) -> list[float]:
-    """sigma / (alpha + sigma) before each step: what makes steps of the two families comparable."""
+    """The share sigma / (alpha + sigma) before each step, which makes steps of the two families comparable."""
     levels = sampling.process.levels_T1
     share: list[float] = (levels.sigma / (levels.alpha + levels.sigma))[:-1].tolist()
     return share

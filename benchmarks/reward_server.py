@@ -1,8 +1,8 @@
 """A reward server under many clients, killed on the way: `python benchmarks/reward_server.py [--pictures N] [--json]`.
 
-The reward is a checksum of a picture and its prompt, so that every score can be told from every other. Clients score
-distinct pictures at once, and meanwhile the server is killed (SIGKILL) and started again. Goals: each picture gets its own
-score, once; the server's memory stays flat through each of its lives.
+The reward is a checksum of a picture and its prompt, so that every score differs from every other. Clients score
+distinct pictures at once, and meanwhile the server is killed (SIGKILL) and started again. The goals: each picture gets
+its own score, once; the server's memory stays flat through each of its lives.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ class Server:
         self._process.wait()
 
     def stop(self) -> int:
-        """Ask it to end: its exit code."""
+        """Ask the server to end; return its exit code."""
         self._process.terminate()
         return self._process.wait(30)
 
 
 class Client(threading.Thread):
-    """Scores its own pictures, and counts the scores that each got: right, wrong or missing."""
+    """A client that scores its own pictures and counts their scores: right, wrong or missing."""
 
     def __init__(self, number: int, pictures: int, size: int, url: str) -> None:
         super().__init__()

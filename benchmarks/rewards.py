@@ -1,10 +1,11 @@
-"""What a built-in reward costs: milliseconds a picture on one CPU thread, the median of five rounds after one that does not count.
+"""The cost of a built-in reward: milliseconds per picture on one CPU thread.
 
     python benchmarks/rewards.py [--names ocr jpeg_compressibility nsfw shapes] [--size 256] [--pictures 8] [--json]
 
-Rewards of the hub are built in their published sizes with random weights, which cost the same and need no download; their
-scores mean nothing. Pictures of the shapes world with a word drawn over them, a prompt that asks for both. In processor time, which other
-jobs on the machine disturb less.
+Rewards of the hub are built in their published sizes with random weights, which cost the same and need no download;
+their scores mean nothing. The pictures are of the shapes world with a word drawn over them, and the prompt asks for
+both. Figures are the median of five rounds after one that does not count, in processor time, which other jobs on the
+machine disturb less.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def write(word: str, picture_HWC: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(picture)
 
 
-# --- the published sizes ------------------------------------------------------------------------------------------------
+# --- the published sizes ----------------------------------------------------------------------------------------------
 
 VIT_H = {"text": (1024, 24, 16), "vision": (1280, 32, 16), "projection": 1024}  # width, layers, heads
 VIT_L = {"text": (768, 12, 12), "vision": (1024, 24, 16), "projection": 768}

@@ -76,7 +76,7 @@ def train(source: Path, out: Path) -> None:
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Each number or text of nested JSON data by its path, as it is called now."""
+    """Each number or text of nested JSON data by its path, under its present name."""
     if isinstance(value, dict):
         for key, part in value.items():
             name = RENAMED.get(key, key)
@@ -90,7 +90,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def numbers(run: Path) -> dict[str, Any]:
-    """All that a run has computed, by file and name; tensors as they are."""
+    """The numbers of a run by file and name, with tensors as they are."""
     values: dict[str, Any] = {}
     for i, line in enumerate((run / "metrics.jsonl").read_text().splitlines()):
         values |= {f"metrics[{i}]{name}": value for name, value in leaves(json.loads(line))}

@@ -1,21 +1,23 @@
-"""How an iteration's time falls with the number of processes, on paper, from the seconds of its parts and the bytes of its messages.
+"""An iteration's time by the number of processes, computed from the seconds of its parts and the bytes of its messages.
 
     python benchmarks/scaling.py [--recipes sd35m-pickscore flux-pickscore] [--plans none posthoc standard flash]
                                  [--gpu h100 --share-of-peak 0.35 --least-ms 20] [--processes 1 2 4 ... 1024]
                                  [--per-node 8 --inside-gbs 450 --between-gbs 50 --latency-us 20] [--json]
     python benchmarks/scaling.py --recipes quickstart --measure [--check]
 
-Strong scaling: the iteration stays the same, prompts and all. Of each number of processes the fullest one counts: prompts are dealt
-whole, or members of groups where that is shorter (`prompts.split_groups`; for objectives that allow it), rows of a network call are filled up and items
-are cut in equal parts as the engine does it. Seconds of a call are the model's own FLOPs at a share of the card's peak, which is an
-assumption, and no less than `--least-ms`, what launching its kernels takes. With `--measure` they are measured here, for each number of rows.
+This is strong scaling: the iteration stays the same, prompts and all. Of each number of processes the fullest one
+counts. Prompts are dealt whole, or members of groups where that is shorter (`prompts.split_groups`, for objectives that
+allow it). Rows of a network call are filled up and items are cut in equal parts as the engine does it. Seconds of a
+call are the model's own FLOPs at a share of the card's peak, which is an assumption, and at least `--least-ms`, the
+time to launch its kernels. With `--measure` they are measured here, for each number of rows.
 
-Messages: the sum of gradients of each update in float32 (a ring in a machine and one between machines, so twice the bytes over
-each, and a latency for each doubling); what is gathered as objects reaches every process: scores at prune points, survivors that move,
-rewards, metrics. Their number and size are counted on one iteration of the built-in model, by the trainer's own calls. Not in it: audits, evaluations,
-checkpoints, waiting for a slower machine, and overlap of any of it with computing.
+The messages are the sum of gradients of each update in float32 (a ring in a machine and one between machines, so twice
+the bytes over each, and a latency for each doubling), and gathers of objects, which reach every process: scores at
+prune points, survivors that move, rewards, metrics. Their number and size are counted on one iteration of the built-in
+model, by the trainer's own calls. Audits, evaluations, checkpoints, waiting for a slower machine, and overlap of any of
+it with computing are left out.
 
-`--check` runs the same iterations in one and in two processes of one thread each and compares with what is promised for two.
+`--check` runs the same iterations in one and in two processes of one thread each, and compares with the prediction.
 """
 
 from __future__ import annotations
@@ -57,7 +59,10 @@ _ITERATIONS = 4
 
 @dataclass(frozen=True)
 class Units:
-    """Seconds on one process: of a network call and of a forward and backward pass by rows, and of a picture decoded and scored."""
+    """The seconds on one process.
+
+    They are of a network call and of a forward and backward pass by rows, and of a picture decoded and scored.
+    """
 
     call: Callable[[int], float]
     train: Callable[[int], float]
@@ -66,8 +71,11 @@ class Units:
 
 @dataclass(frozen=True)
 class Messages:
-    """Of one process in an iteration: collectives of numbers, gathers of objects, bytes of these as `fixed + rows * per_row`, where rows are those
-    that it finishes; and seconds to unpickle one process' objects."""
+    """The messages of one process in an iteration.
+
+    They are collectives of numbers and gathers of objects. The bytes of the latter are `fixed + rows * per_row`, where
+    rows are those that the process finishes. `unpickling` has the seconds to unpickle one process' objects.
+    """
 
     sums: int
     gathers: int
@@ -78,7 +86,7 @@ class Messages:
 
 @dataclass(frozen=True)
 class Network:
-    """GB a second that a process sends, within a machine and between machines; seconds until a message arrives."""
+    """The GB per second of a process, within a machine and between machines; seconds until a message arrives."""
 
     per_node: int
     inside: float
@@ -86,7 +94,7 @@ class Network:
     latency: float
 
     def sum(self, size: float, processes: int) -> float:
-        """A ring within each machine and one between machines."""
+        """The seconds of a sum: a ring within each machine and one between machines."""
         if processes == 1:
             return 0.0
         inside = 2 * size / (self.inside * 1e9)
@@ -94,7 +102,7 @@ class Network:
         return inside + between + self._hops(processes)
 
     def gather(self, size: float, processes: int) -> float:
-        """So many bytes of each, to all; their lengths go before."""
+        """The seconds to gather so many bytes of each process in all; their lengths go before."""
         if processes == 1:
             return 0.0
         slowest = self.between if processes > self.per_node else self.inside
@@ -107,7 +115,7 @@ class Network:
 def seconds(
     config: Config, processes: int, split: bool, units: Units, trained: int, latent: int, told: Messages, net: Network
 ) -> dict[str, float]:
-    """Of an iteration by part, on the process that has most to do."""
+    """The seconds of an iteration by part, on the process that has most to do."""
     plan, prompts, world = resolve_plan(config), config.prompts.per_iteration, processes
 
     def own(members: int) -> int:
@@ -135,12 +143,15 @@ def seconds(
 
 
 def called_evenly(rows: int, size: int, pair: int, call: Callable[[int], float]) -> float:
-    """Shared out evenly among as few calls as there can be, as the engine does."""
+    """The seconds of rows shared out evenly among as few calls as there can be, as the engine does."""
     return -(-rows // size) * call(balanced_size(rows, size) * pair)
 
 
 def moved(config: Config, plan: Plan, world: int, latent: int, net: Network) -> float:
-    """Seconds of `rollout.sharding.rebalanced`, where survivors are as if drawn by lot: every process hears of every parcel."""
+    """The seconds of `rollout.sharding.rebalanced`, where survivors are as if drawn by lot.
+
+    Every process hears of every parcel.
+    """
     draw, total = torch.Generator().manual_seed(0), 0.0
     bytes_each = torch.finfo(getattr(torch, config.sampling.latent_dtype)).bits // 8
     for point in plan.active_points():
@@ -158,7 +169,7 @@ def moved(config: Config, plan: Plan, world: int, latent: int, net: Network) -> 
 
 
 def on_paper(config: Config, gpu: str, share: float, least: float) -> tuple[Units, int, int]:
-    """Units, trained parameters and numbers of a latent, from the model's own code."""
+    """The units, trained parameters and numbers of a latent, from the model's own code."""
     found, rate = sizes_for(config), GPUS[gpu].peak * 1e12 * share
     plan = resolve_plan(config)
     per_item = flops_by_stage(config, plan, found)["update"] / (
@@ -173,7 +184,7 @@ def on_paper(config: Config, gpu: str, share: float, least: float) -> tuple[Unit
 
 
 def measured_here(config: Config) -> tuple[Units, int, int]:
-    """The same, timed on this device for 1, 2, 4 ... rows, between which it goes straight."""
+    """The same, timed on this device for 1, 2, 4 ... rows and interpolated between them."""
     ranks = Ranks()
     policy = policy_from(config.model, policy_context(config, ranks))
     order, reward = train_order(config.prompts, config.seed), load_mixture(config.reward.terms, config.reward.frames)
@@ -188,7 +199,7 @@ def measured_here(config: Config) -> tuple[Units, int, int]:
 
 
 def by_rows(work: Callable[[int], object], most: int) -> Callable[[float], float]:
-    """Seconds by rows."""
+    """The seconds by rows."""
     sizes = sorted({*(2**i for i in range(most.bit_length())), most})
     found = [timed(lambda size=size: work(size)) for size in sizes]  # type: ignore[misc]
 
@@ -203,7 +214,7 @@ def by_rows(work: Callable[[int], object], most: int) -> Callable[[float], float
 
 
 class Counted(Ranks):
-    """One process that notes what it would tell the others."""
+    """One process that notes its messages to the others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +230,7 @@ class Counted(Ranks):
 
 
 def counted(config: Config, split: bool) -> Messages:
-    """On the built-in model, by the same plan and objective, with one prompt and with two."""
+    """The messages on the built-in model, by the same plan and objective, with one prompt and with two."""
     small = replace(
         config,
         model=load_recipe("smoke").model,
@@ -278,7 +289,7 @@ def table(config: Config, wanted: argparse.Namespace, processes: list[int]) -> d
 
 
 def check(config: Config, wanted: argparse.Namespace) -> dict[str, float]:
-    """Iterations a second of two processes over those of one, each of one thread, beside what is promised."""
+    """The iterations per second of two processes over those of one, each of one thread, beside the prediction."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     promised = table(config, wanted, [1, 2])
@@ -295,7 +306,7 @@ def check(config: Config, wanted: argparse.Namespace) -> dict[str, float]:
 
 
 def run(recipe: str, config: Config, processes: int) -> float:
-    """Median seconds of an iteration of a real run, the first left out."""
+    """The median seconds of an iteration of a real run, the first left out."""
     with tempfile.TemporaryDirectory() as folder:
         launch = [
             sys.executable,
@@ -356,15 +367,17 @@ def main() -> None:
     for recipe, result in found.items():
         if wanted.check:
             print(
-                f"{recipe}: two processes {result['measured']:.2f} times as fast ({result['least']:.2f} to {result['most']:.2f}), promised {result['promised']:.2f}"
+                f"{recipe}: two processes {result['measured']:.2f} times as fast"
+                f" ({result['least']:.2f} to {result['most']:.2f}), promised {result['promised']:.2f}"
             )
             continue
         for plan, by_world in result.items():
             for world, r in by_world.items():
-                told = r["gradients"] + r["objects"] + r["survivors that move"]
+                messages = r["gradients"] + r["objects"] + r["survivors that move"]
                 split = ", groups split" if r["groups split"] else ""
                 print(
-                    f"{recipe} {plan} {world:5d}: {r['seconds']:9.2f} s, efficiency {r['efficiency']:.0%}, messages {told / r['seconds']:.1%}{split}"
+                    f"{recipe} {plan} {world:5d}: {r['seconds']:9.2f} s, efficiency {r['efficiency']:.0%},"
+                    f" messages {messages / r['seconds']:.1%}{split}"
                 )
 
 

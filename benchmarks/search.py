@@ -1,10 +1,10 @@
-"""The search for a setting that teaches: trains trials for so many seconds each, measured on validation prompts.
+"""The search for a setting that teaches: it trains trials for so many seconds each, measured on validation prompts.
 
     python benchmarks/search.py [--trials NAME ...] [--seeds 0] [--seconds 240] [--out docs/results/search.json]
 
-A trial is the default configuration with some fields changed; TRIALS below names those that were run. Seconds are of training alone:
-evaluation, set-up and audits are left out. Finished ones in `--out` are kept and not run again, so that the same command goes
-on where it was stopped. `--table` prints what is there.
+A trial is the default configuration with some fields changed; TRIALS below names those that were run. Seconds are of
+training alone: evaluation, set-up and audits are left out. Finished trials in `--out` are kept and not run again, so
+that the same command goes on where it was stopped. `--table` prints what is there.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Changes = Mapping[str, Any]
 
 
 def changed(base: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
-    """`base` with the fields of `changes`, part by part."""
+    """The settings `base` with the fields of `changes`, section by section."""
     return {
         **base,
         **{k: changed(base[k], v) if isinstance(v, Mapping) and k in base else v for k, v in changes.items()},
@@ -90,7 +90,8 @@ TRIALS: dict[str, Changes] = {
     "quickstart unpruned": changed(QUICKSTART, {"plan": {"group_size": 16, "prune": []}}),
     # as long an iteration again, of more prompts: 24 of each are begun and 6 trained
     "quickstart of few": changed(QUICKSTART, {"prompts": {"per_iteration": 17}, "plan": {"prune": [[3, 6]]}}),
-    # as long a run of shorter iterations: half the prompts, pruned as they are; or of each as much as 11 unpruned members take
+    # as long a run of shorter iterations: half the prompts, pruned as they are; or of each as much as 11 unpruned
+    # members take
     "quickstart short": changed(SMALL, {"iterations": 160}),
     "quickstart small": changed(SMALL, {"plan": {"prune": [[3, 6]]}}),
     "quickstart small, half the rate": changed(SMALL, {"plan": {"prune": [[3, 6]]}, "optim": {"lr": 5e-5}}),
@@ -155,7 +156,7 @@ def config_of(changes: Changes, seed: int) -> Config:
 
 
 def run(config: Config, seconds: float, every: float, pictures: int) -> list[dict[str, Any]]:
-    """Validation figures against seconds of training, first those of the base."""
+    """The validation figures against seconds of training, first those of the base."""
     ranks = Ranks()
     config = resolve_dtype(config, ranks)
     policy = policy_from(config.model, policy_context(config, ranks))
@@ -193,7 +194,10 @@ def base_model(config: Config) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A row a trial: strict accuracy after so many seconds of training; mean and std (ddof 1) where there are several seeds."""
+    """A row per trial: the strict accuracy after so many seconds of training.
+
+    Where there are several seeds, it has mean and std (ddof 1).
+    """
     lines = ["| Trial | Seeds | Strict by seconds of training |", "|---|---|---|"]
     for name in dict.fromkeys(r["trial"] for r in results):
         curves = [r["curve"] for r in results if r["trial"] == name]

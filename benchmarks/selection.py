@@ -1,7 +1,7 @@
-"""How long selecting survivors takes on one CPU thread: `python benchmarks/selection.py [--repeats N] [--json]`.
+"""The time of selecting survivors on one CPU thread: `python benchmarks/selection.py [--repeats N] [--json]`.
 
-Goals: 12 of 48 for 1,000 prompts within 20 ms for every selector, and half of 10^6 scores in one group within twice the
-time of sorting them. Medians over the repeats.
+The goals: 12 of 48 for 1,000 prompts within 20 ms for every selector, and half of 10^6 scores in one group within twice
+the time of sorting them. Figures are medians over the repeats.
 """
 
 from __future__ import annotations

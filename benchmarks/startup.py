@@ -1,10 +1,10 @@
-"""What a run's start waits for where microbatches are left open, and what the choice is worth.
+"""The time that a run's start takes where microbatches are left open, and the gain of the choice.
 
     python benchmarks/startup.py [--model shapes-flow] [--repeats 3] [--busy 2] [--json]
 
 measuring  seconds, and seconds of processors, until microbatches are chosen for the quickstart's plan and objective: by
            measuring, by measuring beside as many counting processes as `--busy` says, and from the cache
-choice     seconds of an iteration with each of the choices, and with the quickstart's own 72, alone and in turn; the
+choice     seconds per iteration with each of the choices, and with the quickstart's own 72, alone and in turn; the
            median of three
 """
 
@@ -45,7 +45,7 @@ def with_sizes(config: Config, sizes: Sizes) -> Config:
 
 
 def choose(config: Config, policy: Policy, ranks: Ranks) -> dict[str, Any]:
-    """Sizes, and what finding them took."""
+    """The chosen sizes, and the cost of finding them."""
     prompt = train_order(config.prompts, config.seed).prompts_for(0, 1)[0]
     start, start_of_processors = time.perf_counter(), time.process_time()
     chosen = with_measured_microbatches(with_sizes(config, (None, None)), policy, prompt, ranks)

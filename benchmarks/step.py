@@ -1,13 +1,17 @@
-"""What a step along a plan's gradient does to rewards: of all survivors, and of those above and those below their group's mean alone.
+"""The effect of a step along a plan's gradient on rewards.
 
-    python benchmarks/step.py [--recipe quickstart] [--after 4 70] [--prompts 80] [--lengths 1e-4 3e-4] [--seeds 0 1 2] [--json [FILE]]
+The gradient is of all survivors, and of those above and those below their group's mean alone.
 
-The policy is a recipe's after so many of its iterations. Each plan's gradient is the sum over prompts of what an update would go along, DGPO's
-weight by how decided a group is left out. A step divides it by the root of AdamW's second moments and has the length given, as the root
-mean square over all weights: that of so large a move by AdamW. Then pictures of other prompts are scored, from the noise they had before.
+    python benchmarks/step.py [--recipe quickstart] [--after 4 70] [--prompts 80] [--lengths 1e-4 3e-4]
+                              [--seeds 0 1 2] [--json [FILE]]
+
+The policy is a recipe's after so many of its iterations. Each plan's gradient is the sum over prompts of an update's
+direction, without DGPO's weight by how decided a group is. A step divides it by the root of AdamW's second moments and
+has the given length, as the root mean square over all weights: that of so large a move by AdamW. Then pictures of other
+prompts are scored, from the same noise as before.
 
 share       length of this part of the gradient over that of the whole
-cosine      with the whole of `none`
+cosine      that with the whole of `none`
 graded      change of the verifier's mean score by the step; `strict` of its verdicts; mean over seeds
 """
 
@@ -48,7 +52,7 @@ PARTS = ("all", "above", "below")
 
 
 def directions(bench: Bench, prompts: int, seed: int) -> dict[str, dict[str, Tensor]]:
-    """Of each plan and part, what AdamW would go along, uphill: the gradient over the root of its second moments."""
+    """AdamW's uphill direction of each plan and part: the gradient over the root of its second moments."""
     objective, found = (
         bench.trainer.learner.objective,
         {name: {part: torch.zeros(()) for part in PARTS} for name in PLANS},
@@ -69,7 +73,7 @@ def directions(bench: Bench, prompts: int, seed: int) -> dict[str, dict[str, Ten
 
 
 def scores(trainer: Trainer, pictures: int) -> dict[str, float]:
-    """Means over validation prompts that no direction is of."""
+    """The means over validation prompts that enter no direction."""
     sampling = ode(trainer.policy, trainer.config.eval.num_inference_steps, 1.0, 64)
     sampler = Sampler(trainer.policy, trainer.reward, sampling)
     prompts = world.sample_prompts("validation", pictures, 0)
@@ -99,7 +103,7 @@ def of_seed(config: Config, after: int, wanted: argparse.Namespace) -> dict[str,
 
 
 def measure(wanted: argparse.Namespace) -> dict[str, Any]:
-    """By iterations: of each plan and part the figures of all seeds."""
+    """The figures of all seeds of each plan and part, by iterations."""
     found = dict[str, Any]()
     for after in wanted.after:
         seeds = [of_seed(replace(load_recipe(wanted.recipe), seed=seed), after, wanted) for seed in wanted.seeds]

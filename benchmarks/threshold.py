@@ -1,4 +1,4 @@
-"""How strict the verifier can be: drawn validation truth, plain and through the decoder, by the overlap that it asks for.
+"""The strictest verifier that drawn truth passes, plain and through the decoder, by the overlap that it asks for.
 
 `python benchmarks/threshold.py [--json]`. The verifier's own value is the strictest of these at which at least 0.97 of
 1,000 pictures pass after the autoencoder's round trip; test pictures play no part in it.

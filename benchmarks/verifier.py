@@ -1,7 +1,9 @@
-"""How long the verifier takes on one CPU thread, and what it says of drawn truth: `python benchmarks/verifier.py [--json]`.
+"""The time of the verifier on one CPU thread, and its verdict on drawn truth.
 
-Goals: at most 1 ms a picture, for every preview pays it; strict on at least 0.97 of drawn pictures. Medians over the
-repeats, in processor time, which other jobs on the machine disturb less.
+    python benchmarks/verifier.py [--json]
+
+The goals: at most 1 ms per picture, since every preview pays it, and strict on at least 0.97 of drawn pictures. Figures
+are medians over the repeats, in processor time, which other jobs on the machine disturb less.
 """
 
 from __future__ import annotations

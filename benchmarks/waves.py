@@ -1,9 +1,11 @@
-"""What `reward.waves` gains with a reward that is slow elsewhere: `python benchmarks/waves.py [--delay-ms 10 20 40] [--waves 1 2 3]`.
+"""The gain of `reward.waves` with a reward that is slow elsewhere.
 
-The built-in flow model and verifier behind a delay a picture, as of a server that scores one picture after another, whoever sends
-it. GRPO with 6 prompts an iteration. Runs with each number of waves take turns,
-an iteration each; seconds are medians over iterations after one. The bound is what is left if scoring hides sampling or sampling
-hides scoring, whichever is less: the iteration with one wave less the smaller of both. `[--model, --plans, --iterations, --json]`
+    python benchmarks/waves.py [--delay-ms 10 20 40] [--waves 1 2 3] [--model, --plans, --iterations, --json]
+
+The built-in flow model and verifier stand behind a delay per picture, like a server that scores one picture after
+another, whoever sends it. GRPO has 6 prompts per iteration. Runs with each number of waves take turns, an iteration
+each; seconds are medians over iterations after one. The bound is the iteration with one wave less the smaller of
+sampling and scoring: what is left if one hides the other.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def moved_policy(request, tiny_policy):
 
 @pytest.fixture
 def first(tiny_trainer, tiny_config, first_experience):
-    """The first iteration's objective and experience: guidance, 2 groups of 4, of which 3 live, 2 trained steps of 3."""
+    """The objective and experience of a first guided iteration: 2 groups of 4, of which 3 live; 2 of 3 steps train."""
 
     def of(policy: Any, ratio: Any = "plain", plan: PlanSettings | None = None, **sampling: Any):
         wanted = {"num_inference_steps": 3, "guidance_scale": 3.0, "microbatch": 3, **sampling}

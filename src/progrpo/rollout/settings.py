@@ -221,7 +221,7 @@ class PlanSettings:
         return selector
 
     def check(self) -> None:
-        """Raise ValueError for fields of a custom plan beside another preset, and for a selector that is no function."""
+        """Raise ValueError for fields of a custom plan beside another preset, or a selector that is no function."""
         if self.selector not in SELECTORS:
             self.load_selector()
         if self.preset != "custom" and self != PlanSettings(
