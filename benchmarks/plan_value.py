@@ -93,7 +93,7 @@ class Bench:
         self.factor = (torch.randint(2, (length,), generator=generator).float() * 2 - 1) * self.root.rsqrt()
         self.objective = trainer.learner.objective
         if isinstance(self.objective, DGPO):
-            self.objective = replace(self.objective, dpo_beta=0.0)
+            self.objective = DGPO(replace(self.objective.settings, dpo_beta=0.0))
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
