@@ -14,6 +14,7 @@ from progrpo.config import ObjectiveSettings, OptimSettings, PlanSettings, Sampl
 from progrpo.objectives.base import Experience, Loss, Objective
 from progrpo.objectives.grpo import GRPO
 from progrpo.objectives.settings import GRPOSettings
+from progrpo.rollout.sampling import load_sampler
 from progrpo.training.checks import SelfCheckError, check_ratio, rounding_between, rounding_of_ratio
 
 CLIP_RANGE = 3e-3
@@ -169,7 +170,7 @@ def test_ratio_is_one_for_every_family_sampler_and_storage(moved_policy, first, 
     policy = moved_policy(family)
     objective, experience = first(policy, sampler=sampler, latent_dtype=latent_dtype)
     stored = experience.trajectories.path[0].x_next_NCHW.dtype
-    assert experience.process.sampler == sampler and stored == getattr(torch, latent_dtype)
+    assert experience.process.sampler is load_sampler(sampler) and stored == getattr(torch, latent_dtype)
     assert_on_policy(policy, objective, experience)
 
 

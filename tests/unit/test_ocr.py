@@ -269,7 +269,9 @@ def reward():
     return ocr
 
 
-@pytest.mark.parametrize("size", [64, 128, 256, 512])
+@pytest.mark.parametrize(
+    "size", [64, pytest.param(128, marks=pytest.mark.slow), 256, pytest.param(512, marks=pytest.mark.slow)]
+)
 def test_drawn_text_is_read(reward, size):
     drawn = np.stack([draw(word, size, 0.17, noise=15, seed=i) for i, word in enumerate(WORDS)])
     right = reward.score(drawn, [Prompt(f'a sign that says "{word.upper()}"') for word in WORDS])

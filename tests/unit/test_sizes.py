@@ -159,9 +159,8 @@ def test_latents_at_their_most_by_hand():
     assert found["update"] == 6 * (4 + 4 * 10 + 4 * 9) * 1.5
 
 
-@pytest.mark.parametrize(
-    ("plan", "objective"), [(((1, 2),), "grpo"), pytest.param((), "nft", marks=pytest.mark.slow)], ids=["pruned", "nft"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("plan", "objective"), [(((1, 2),), "grpo"), ((), "nft")], ids=["pruned", "nft"])
 def test_an_iterations_memory_is_what_it_holds(plan, objective, monkeypatch):
     """The most beyond what was there before it, of a second iteration: Adam's moments are there by then."""
     config = Config(
