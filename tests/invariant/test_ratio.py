@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,15 @@ def trainer(tiny_trainer, tiny_config):
     return tiny_trainer(tiny_config())
 
 
+def measure_shapes(policy: Any, experience: Experience, microbatches: Sequence[int]) -> None:
+    """Measure batch invariance in calls of these microbatches' shapes, since a run measures its own shapes alone."""
+    items = len(experience) * len(experience.trajectories.path)
+    branches = 2 if experience.guidance_scale > 1 and not policy.embeds_guidance else 1
+    shapes = {size for m in microbatches for size in (min(m, items), items % m) if size}
+    rows = [branches * size for size in sorted({3, *shapes})]  # rollouts here make calls of 3
+    policy.measure_batch_invariance(rows, rows)
+
+
 def allowed(policy: Any, clip_range: float = CLIP_RANGE) -> float:
     """A run's own bound: a hundredth of the clip range, and rounding where this processor's kernels differ by shape."""
     return max(clip_range / 100, rounding_between(policy, GRPO(GRPOSettings(clip_range=clip_range))))
@@ -48,6 +57,7 @@ def seen(policy: Any, rollouts: Rollouts, microbatches: tuple[int, ...]) -> tupl
     for guidance_scale in (1.0, 3.0):
         experience = rollouts(guidance_scale)
         assert len(experience) == 6 and experience.trajectories.path[0].log_prob_N.dtype == torch.float32
+        measure_shapes(policy, experience, microbatches)
         for microbatch in microbatches:
             found = losses(policy, experience, microbatch)
             worst = max(worst, *(loss.maxima["ratio_max_deviation"].item() for loss in found))
@@ -158,6 +168,7 @@ def first(tiny_trainer, tiny_config, first_experience):
 def assert_on_policy(policy, objective, experience, microbatches=(1, 3, 64)):
     """By the clip range that the objective was given for these latents, or a finer one that runs here have."""
     assert len(experience) == 6 and len(experience.trajectories.path) > 0
+    measure_shapes(policy, experience, microbatches)
     for microbatch in microbatches:
         found = losses(policy, experience, microbatch, objective)
         worst = max(loss.maxima["ratio_max_deviation"].item() for loss in found)

@@ -11,6 +11,7 @@ from torch.distributions import Normal, kl_divergence
 
 from progrpo.objectives.grpo import GRPO
 from progrpo.objectives.settings import GRPOSettings
+from tests.support.grids import SAMPLERS
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
 CLIP = 0.05
@@ -20,6 +21,11 @@ TIMESTEPS, SIGNALS = (
     (9, 5, 2, 0),
     (0.08, 0.58, 0.9, 0.99),
 )  # told, and alpha^2: the grid's last level is not in the table
+
+
+def sampler_name(experience):
+    """The name of the sampler that the trajectories are of."""
+    return next(name for name in LEVELS if SAMPLERS[name] is experience.process.sampler)
 
 
 def noise_std(sampler, step):
@@ -44,7 +50,7 @@ def gaussian(policy, experience, transition, row, weights="current"):
         eps, x0 = said, (x - math.sqrt(1 - a) * said) / math.sqrt(a)
     else:
         eps, x0 = (math.sqrt(a) * said + math.sqrt(1 - a) * x), math.sqrt(a) * x - math.sqrt(1 - a) * said
-    std = noise_std(experience.process.sampler, transition.step)
+    std = noise_std(sampler_name(experience), transition.step)
     return Normal(math.sqrt(after) * x0 + math.sqrt(1 - after - std**2) * eps, std)
 
 
@@ -58,7 +64,7 @@ def terms(policy, experience):
     """Of each item: the clipped loss, whether it left the range, and |ratio - 1|."""
     for t in experience.trajectories.path:
         for row, advantage in enumerate(experience.advantages_N.tolist()):
-            now = log_prob(experience.process.sampler, gaussian(policy, experience, t, row), t.x_next_NCHW[row])
+            now = log_prob(sampler_name(experience), gaussian(policy, experience, t, row), t.x_next_NCHW[row])
             ratio = (now - t.log_prob_N[row]).exp().item()
             bounded = min(max(ratio, 1 - CLIP), 1 + CLIP)
             yield max(-advantage * ratio, -advantage * bounded), bounded != ratio, abs(ratio - 1)
@@ -141,7 +147,7 @@ def test_step_weights_by_hand(policy, experience_of, step_weights):
     shift(policy, a=0.01, b=0.005)
     raw = {
         "equal": [1.0] * 3,
-        "noise": [noise_std(experience.process.sampler, step) for step in range(3)],
+        "noise": [noise_std(sampler_name(experience), step) for step in range(3)],
         "inverse_h": [1 / (TIMESTEPS[step] - TIMESTEPS[step + 1]) for step in range(3)],
     }[step_weights]
     objective = GRPO(GRPOSettings(clip_range=CLIP, step_weights=step_weights))
@@ -189,7 +195,7 @@ def test_a_step_makes_what_was_good_likelier(policy, experience_of, advantage):
     shift(policy, a=-length * da.item(), b=-length * db.item())
     change = sum(
         (
-            log_prob(experience.process.sampler, gaussian(policy, experience, t, 0), t.x_next_NCHW[0]) - t.log_prob_N[0]
+            log_prob(sampler_name(experience), gaussian(policy, experience, t, 0), t.x_next_NCHW[0]) - t.log_prob_N[0]
         ).item()
         for t in experience.trajectories.path
     )

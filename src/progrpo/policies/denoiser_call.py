@@ -98,8 +98,8 @@ class DenoiserCall:
         condition = Condition({**self._ones(self.input_shapes), **unconditional.tensors})
         condition = condition.take(torch.zeros(most, dtype=torch.int64, device=device))
 
-        def output(size: int) -> Tensor:
-            rows = torch.arange(size, device=device)
+        def output(rows: Tensor) -> Tensor:
+            rows = rows.to(device)
             return self.output(x_NCHW[rows], timestep_N[rows], condition.take(rows))
 
         with torch.compiler.set_stance("force_eager"):  # one compilation for each size would take minutes

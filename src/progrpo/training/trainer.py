@@ -10,6 +10,7 @@ from torch import Tensor
 
 from progrpo.config import Config, trained_items
 from progrpo.objectives.advantage import group_statistics
+from progrpo.packing import balanced_size
 from progrpo.policies.base import Policy
 from progrpo.prompts.order import PromptOrder
 from progrpo.rewards.mixture import RewardMixture
@@ -211,14 +212,15 @@ def _check_processes(config: Config, reward: RewardMixture, ranks: Ranks) -> Non
 def _agree_on_batch_invariance(trainer: Trainer) -> None:
     """Measure on every process whether the network is batch-invariant, and take it for all only where all are.
 
-    It is called with one row, with a few, and with as many as the run has in a call.
+    It is called with one row, with a few, and with as many as the run has in its calls before and after each prune.
     """
     if trainer.learner.objective.settings.stores == "latents":
         return
     config, plan = trainer.config, trainer.plan
     prompts = config.prompts.per_iteration
-    rows = min(config.sampling.rows_per_call, prompts * plan.group_size)
-    items = min(config.optim.items_per_pass, prompts * plan.survivors * trained_items(config))
     branches = 2 if config.sampling.in_pairs else 1
-    measured = trainer.policy.measure_batch_invariance([1, branches * rows], [3, branches * items])
+    living = sorted({prompts * plan.living_at(step) for step in range(config.sampling.num_inference_steps)})
+    called = [branches * balanced_size(rows, config.sampling.rows_per_call) for rows in living]
+    items = min(config.optim.items_per_pass, prompts * plan.survivors * trained_items(config))
+    measured = trainer.policy.measure_batch_invariance([1, *called], [3, branches * items])
     trainer.policy.batch_invariant = all(trainer.ranks.gather([measured]))
