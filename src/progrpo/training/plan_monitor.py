@@ -113,7 +113,7 @@ class PlanMonitor:
         """Judge the plan in the main process, which has the audit; all take the plan that it chooses."""
         verdict = None
         if audit is not None:
-            self.judge.watch(audit.used_agreement(), totals.counted, totals.seconds)
+            self.judge.watch(audit.used_agreement(), audit.final_G.numpy(), totals.counted, totals.seconds)
             verdict = self.judge.verdict(self.plan, self.selector, self.probed_steps)
         verdict = self._ranks.gather([verdict])[0]
         if verdict is None:
