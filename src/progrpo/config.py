@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from progrpo.objectives.settings import AWMSettings, DGPOSettings, GRPOSettings, NFTSettings, ObjectiveSettings
+from progrpo.objectives.settings import (
+    AWMSettings,
+    DGPOSettings,
+    ELBOSettings,
+    GRPOSettings,
+    NFTSettings,
+    ObjectiveSettings,
+)
 from progrpo.policies.settings import ModelSettings
 from progrpo.prompts.settings import PromptSettings
 from progrpo.rewards.settings import RewardSettings, RewardTerm
@@ -34,6 +41,7 @@ __all__ = [
     "CheckpointSettings",
     "Config",
     "DGPOSettings",
+    "ELBOSettings",
     "EvalSettings",
     "GRPOSettings",
     "ModelSettings",
@@ -178,7 +186,7 @@ def _check_trained_steps(sampling: SamplingSettings) -> None:
     if sampling.sde_window == "none":
         raise ValueError(
             "sampling.sde_window must leave objective.name grpo stochastic steps to train, so not be none;"
-            " set it to auto, or take an objective that needs none: nft, awm, dgpo"
+            " set it to auto, or take an objective that needs none: nft, awm, dgpo, elbo"
         )
 
 

@@ -37,10 +37,10 @@ from progrpo.policies.settings import ModelSettings
 from progrpo.policies.sharded import gathered
 from progrpo.prompts.order import InTurn
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mixture import mixture_of_one
 from progrpo.training.distributed import Ranks
 from progrpo.training.trainer import Trainer
 from progrpo.types import Prompt
+from tests.support.rewards import mixture_of_one
 
 torch.set_num_threads(1)
 PROMPTS = ("red cat", "blue dog", "green bird")

@@ -224,7 +224,7 @@ def test_json_is_plain():
 
 # --- windows and objectives -------------------------------------------------------------------------------------------
 
-OBJECTIVES = ("grpo", "nft", "awm", "dgpo")
+OBJECTIVES = ("grpo", "nft", "awm", "dgpo", "elbo")
 WINDOWS = ("auto", "all", "first", "sliding", "random", "none")
 
 
@@ -253,7 +253,7 @@ def test_grpo_without_stochastic_steps_is_refused():
         check(configured(sde_window="none"))
     assert str(refused.value) == (
         "sampling.sde_window must leave objective.name grpo stochastic steps to train, so not be none;"
-        " set it to auto, or take an objective that needs none: nft, awm, dgpo"
+        " set it to auto, or take an objective that needs none: nft, awm, dgpo, elbo"
     )
 
 
@@ -263,7 +263,7 @@ def test_the_other_objectives_take_any_window_and_train_no_step(objective, kind)
     config = configured(objective, sde_window=kind)
     check(config)
     assert all(len(trained_steps(config, iteration)) == 0 for iteration in range(60))
-    assert trained_items(config) == {"nft": 4, "awm": 6, "dgpo": 4}[objective]
+    assert trained_items(config) == {"nft": 4, "awm": 6, "dgpo": 4, "elbo": 4}[objective]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES[1:])
@@ -481,6 +481,8 @@ def test_windows_by_hand():
         ("awm.time_fraction", 1.01, "above 0 and at most 1"),
         ("dgpo.time_fraction", -0.5, "above 0 and at most 1"),
         ("nft.beta", 0.0, "above 0"),
+        ("elbo.draws", 0, "at least 1"),
+        ("elbo.kl_beta", -1.0, "at least 0"),
         ("awm.clip_range", 0.0, "above 0"),
         ("dgpo.clip_range", 0.0, "above 0"),
         ("dgpo.dpo_beta", 0.0, "above 0"),

@@ -14,6 +14,7 @@ OBJECTIVES: dict[str, str] = {
     "nft": "progrpo.objectives.nft:NFT",
     "awm": "progrpo.objectives.awm:AWM",
     "dgpo": "progrpo.objectives.dgpo:DGPO",
+    "elbo": "progrpo.objectives.elbo:ELBO",
 }
 if TYPE_CHECKING:
     from progrpo.objectives.base import Objective
@@ -165,12 +166,11 @@ class DrawnSettings(LossSettings):
 
 
 @dataclass(frozen=True)
-class NFTSettings(DrawnSettings):
-    """DiffusionNFT (arXiv 2509.16117)."""
+class OldPolicySettings(DrawnSettings):
+    """The base of objectives that sample by `old`, an average of the weights, and compare the current ones with it.
 
-    kl_beta: float = setting(1e-4, at_least(0))
-    beta: float = setting(1.0, above(0))
-    """The distance of the positive and the negative policy from the old one."""
+    Its decay is the same in the public configurations of DiffusionNFT and of the ELBO policy gradient.
+    """
 
     rollout_weights: ClassVar[str] = "old"
 
@@ -181,6 +181,15 @@ class NFTSettings(DrawnSettings):
     @property
     def extra_forwards(self) -> int:
         return 1 + self.uses_reference
+
+
+@dataclass(frozen=True)
+class NFTSettings(OldPolicySettings):
+    """DiffusionNFT (arXiv 2509.16117)."""
+
+    kl_beta: float = setting(1e-4, at_least(0))
+    beta: float = setting(1.0, above(0))
+    """The distance of the positive and the negative policy from the old one."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +256,19 @@ class DGPOSettings(DrawnSettings):
 
 
 @dataclass(frozen=True)
+class ELBOSettings(OldPolicySettings):
+    """The ELBO policy gradient (EPG, arXiv 2602.04663): no ratio is clipped."""
+
+    kl_beta: float = setting(1e-3, at_least(0))
+    """The weight of the mean square distance of velocities to the reference.
+    The authors take 1e-4 with advantages of a tenth of the reward less its mean, which is 1e-3 per unit of reward."""
+    weighting: Literal["adaptive", "simple", "path_kl"] = "adaptive"
+    """The weight of the squared error of velocities by its noise level t, in the log-likelihood.
+    `adaptive`: t^2 over the mean absolute error of the predicted picture (the authors' choice). `simple`: 1.
+    `path_kl`: (1 - t) / (t + 0.001), the weight of the bound itself, with which the authors found training unstable."""
+
+
+@dataclass(frozen=True)
 class ObjectiveSettings:
     """The settings of learning from rewards."""
 
@@ -269,6 +291,7 @@ class ObjectiveSettings:
     nft: NFTSettings = field(default_factory=NFTSettings)
     awm: AWMSettings = field(default_factory=AWMSettings)
     dgpo: DGPOSettings = field(default_factory=DGPOSettings)
+    elbo: ELBOSettings = field(default_factory=ELBOSettings)
     custom: Values = field(default_factory=Values)
     """The settings of an objective of yours: a JSON object with the fields of its class's `Settings`."""
 
