@@ -159,11 +159,13 @@ def test_a_reward_with_verdicts_and_columns(tiny_pipeline, tiny_config, prompts,
         Prompt(text, {"least": least, "kind": kind})
         for text, least, kind in zip(prompts, (0, 0, 1), "aab", strict=True)
     ]
-    config = tiny_config(iterations=1, eval=EvalSettings(pictures=3, num_inference_steps=2))
-    run = progrpo.train(tiny_pipeline(), asked, Verdicts(), config=config, out=tmp_path / "run", eval_prompts=asked)
+    config = tiny_config(iterations=1, eval=EvalSettings(pictures=3, num_inference_steps=2, every=1))
+    splits = {"train": asked, "test": asked, "validation": asked[2:]}
+    run = progrpo.train(tiny_pipeline(), splits, Verdicts(), config=config, out=tmp_path / "run")
     found = run.read_summary()
     assert found["accuracy_after"] == pytest.approx(2 / 3) and found["accuracy_by_kind_after"] == {"a": 1.0, "b": 0.0}
-    assert run.read_metrics()[0]["reward/strict"] in (0.5, 1.0)
+    (record,) = run.read_metrics()
+    assert record["reward/strict"] in (0.5, 1.0) and record["eval/strict"] == 0
 
 
 def test_several_rewards_of_every_kind_are_mixed(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
@@ -304,27 +306,29 @@ def test_a_run_of_the_library_goes_on_as_if_it_had_not_been_stopped(
 
     preempted.__module__, preempted.__qualname__ = redness.__module__, redness.__qualname__
     out = tmp_path / "my run"
-    with pytest.raises(Interrupted, match=rf"go on with: progrpo\.train\(\.\.\., out='{out}', resume=True\)$"):
+    with pytest.raises(Interrupted, match=rf"go on with: progrpo\.train\(\.\.\., out='{out}', mode='resume'\)$"):
         progrpo.train(tiny_pipeline(), prompts, preempted, config=replace(config, iterations=3), out=out)
     assert len(RunFolder(out).read_metrics()) == 3
     again = tiny_pipeline()
     for wrong, message in (
-        ({"prompts": prompts[::-1]}, r"the training prompts \(prompts given to progrpo.train\) .*accept_changes=True"),
-        ({"eval_prompts": ["a"]}, "the evaluation prompts"),
+        (
+            {"prompts": prompts[::-1]},
+            r"the training prompts \(prompts given to progrpo.train\) .*mode='resume_changed'",
+        ),
+        ({"prompts": {"train": prompts, "test": ["a"]}}, "the evaluation prompts"),
         (
             {"config": replace(config, optim=OptimSettings(lr=1.0))},
             "the configuration of .*my run was changed.* optim.lr was",
         ),
-        ({"reward": [redness, redness]}, "reward.terms was .*accept_changes=True"),
-        ({"out": "nowhere"}, "resume: nowhere holds no run"),
-        ({"out": straight, "overwrite": True}, "overwrite and resume exclude each other"),
+        ({"reward": [redness, redness]}, "reward.terms was .*mode='resume_changed'"),
+        ({"out": "nowhere"}, "nowhere holds no run to resume"),
         ({"pipeline": moved(tiny_pipeline())}, "the weights of transformer .* are not those that .*my run began with"),
     ):
         asked = {"pipeline": again, "prompts": prompts, "reward": redness, "config": config, "out": out, **wrong}
         with pytest.raises(ValueError, match=message):
-            progrpo.train(**asked, resume=True)
+            progrpo.train(**asked, mode="resume")
     monkeypatch.chdir(tmp_path.parent)
-    progrpo.train(again, prompts, redness, config=config, out=out, resume=True)
+    progrpo.train(again, prompts, redness, config=config, out=out, mode="resume")
     assert_the_same(out, tmp_path / straight)
 
 
@@ -339,11 +343,13 @@ def test_a_reward_that_ends_a_run_of_the_library_says_how_to_go_on(
         )  # from the second's finals on
 
     config = tiny_config(iterations=3)
-    message = rf"; mend that, and go on from iteration_000002 with: progrpo\.train\(\.\.\., out='{out}', resume=True\)$"
+    message = (
+        rf"; mend that, and go on from iteration_000002 with: progrpo\.train\(\.\.\., out='{out}', mode='resume'\)$"
+    )
     with pytest.raises(MissingScoresError, match=message):
         progrpo.train(tiny_pipeline(), prompts, judged, config=config, out=out)
     mended.append(True)
-    run = progrpo.train(tiny_pipeline(), prompts, judged, config=config, out=out, resume=True)
+    run = progrpo.train(tiny_pipeline(), prompts, judged, config=config, out=out, mode="resume")
     assert run.read_summary()["status"] == "finished" and len(run.read_metrics()) == 3
 
 
@@ -359,10 +365,10 @@ def test_a_run_of_the_library_goes_on_by_its_own_configuration_and_with_changes_
     progrpo.train(tiny_pipeline(), prompts, redness, config=tiny_config(iterations=1), out=out)
     measured = json.loads((out / "config.json").read_text())
     assert measured["sampling"]["microbatch"] and measured["optim"]["microbatch"]
-    run = progrpo.train(tiny_pipeline(), prompts, redness, out=out, resume=True)
+    run = progrpo.train(tiny_pipeline(), prompts, redness, out=out, mode="resume")
     assert run.read_summary()["status"] == "finished" and len(run.read_metrics()) == 1
     longer = tiny_config(iterations=2, optim=OptimSettings(lr=0.5))
-    progrpo.train(tiny_pipeline(), prompts[:2], redness, config=longer, out=out, resume=True, accept_changes=True)
+    progrpo.train(tiny_pipeline(), prompts[:2], redness, config=longer, out=out, mode="resume_changed")
     assert json.loads((out / "config.json").read_text())["optim"] == {**measured["optim"], "lr": 0.5}
     assert len(run.read_metrics()) == 2 and any("evaluation prompts" in w for w in run.read_summary()["warnings"])
 
@@ -396,7 +402,7 @@ def test_commands_say_what_a_run_of_the_library_needs(trained, tiny_sd3, tmp_pat
     for words, message in (
         (
             ["train", "--resume", run],
-            f"go on with progrpo.train(..., out={str(run)!r}, resume=True), with these given again",
+            f"go on with progrpo.train(..., out={str(run)!r}, mode='resume'), with these given again",
         ),
         (
             ["train", run, "--model.path", tiny_sd3],
@@ -418,8 +424,8 @@ def test_prompts_that_are_cut_are_said_at_the_start_and_kept(tiny_pipeline, tiny
     begins = "a red cat beside a green bird and " * 4
     config = tiny_config(iterations=1, eval=EvalSettings(pictures=4, num_inference_steps=STEPS))
     prompts = [f"{begins}{end}" for end in ("a dog", "a cat")] + ["cat"]
-    told = {"eval_prompts": ["CAT", "dog", *prompts[:2]], "config": config, "out": tmp_path / "run"}
-    run = progrpo.train(tiny_pipeline(), prompts, redness, **told)
+    splits = {"train": prompts, "test": ["CAT", "dog", *prompts[:2]]}
+    run = progrpo.train(tiny_pipeline(), splits, redness, config=config, out=tmp_path / "run")
     said = capsys.readouterr().out
     (both,) = (w for w in run.read_summary()["warnings"] if "trained on as well" in w)
     assert both.startswith("3 of 4 evaluation prompts are trained on") and both.endswith("the first is 'CAT'")
@@ -460,6 +466,8 @@ def test_mistakes_are_refused_before_anything_is_sampled(
 ):
     for wrong, message in (
         ({"prompts": []}, "prompts is empty; give at least one"),
+        ({"prompts": {"train": prompts, "dev": prompts}}, r"prompts as a mapping .* not \['train', 'dev'\]"),
+        ({"mode": "anew"}, "^mode must be one of new, overwrite, resume, resume_changed, not 'anew'$"),
         ({"config": tiny_config(optim=OptimSettings(lr=0.0))}, r"optim\.lr must be above 0, not 0\.0"),
         ({"out": trained[0.0]}, "already holds a run"),
         (
@@ -497,7 +505,7 @@ def test_a_pipeline_that_has_an_adapter_is_refused_until_that_is_gone(
 def test_a_run_can_be_overwritten_if_asked(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
     config, out = tiny_config(iterations=1, eval=EvalSettings(pictures=1, num_inference_steps=1)), tmp_path / "run"
     first = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out).read_metrics()
-    again = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out, overwrite=True).read_metrics()
+    again = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out, mode="overwrite").read_metrics()
     assert len(again) == 1 and again[0]["reward/mean"] == first[0]["reward/mean"]
 
 

@@ -52,7 +52,7 @@ def test_a_signal_ends_the_run_after_the_step(
         progrpo.train(tiny_pipeline(), prompts, signalled, config=config, out=tmp_path / "run")
     assert signal.getsignal(number) is before
     assert stopped.value.signal == number
-    assert f"progrpo.train(..., out={str(tmp_path / 'run')!r}, resume=True)" in str(stopped.value)
+    assert f"progrpo.train(..., out={str(tmp_path / 'run')!r}, mode='resume')" in str(stopped.value)
     assert str(stopped.value).startswith(f"{number.name} after 2 of 4 iterations; all is saved")
     run = RunFolder(tmp_path / "run")
     assert run.read_summary()["status"].startswith(f"stopped: {number.name}")

@@ -60,7 +60,7 @@ def resumed(tiny_pipeline, tiny_config, prompts, redness, tmp_path_factory):
     progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out)
     elsewhere = replace(tracking, project="other", name="second")  # a resumed run keeps what it is known by
     longer = replace(config, iterations=4, tracking=elsewhere)
-    return progrpo.train(tiny_pipeline(), prompts, redness, config=longer, out=out, resume=True)
+    return progrpo.train(tiny_pipeline(), prompts, redness, config=longer, out=out, mode="resume")
 
 
 def calls_of(run: Any, kind: str) -> list[tuple[int | None, Any]]:

@@ -371,19 +371,19 @@ def test_no_more_noise_than_there_is(sampler, objective):
     )
 
 
-@pytest.mark.parametrize("sampler", ["auto", "flow_grpo", "dance"])
+@pytest.mark.parametrize("sampler", ["auto", "flow_grpo", "dance", "precise"])
 def test_an_sde_may_have_any_noise(sampler):
     check(configured(sampler=sampler, noise_level=1.1))
 
 
-@pytest.mark.parametrize("sampler", ["auto", "flow_grpo", "dance", *PRESERVING])
+@pytest.mark.parametrize("sampler", ["auto", "flow_grpo", "dance", *PRESERVING, "precise"])
 def test_flow_grpos_kl_goes_with_a_diffusion_rate(sampler):
     def with_settings(objective):
         sections = {"name": objective, "grpo": {"kl_form": "flow_grpo"}}
         return from_dict({"sampling": {"sampler": sampler}, "objective": sections})
 
     check(with_settings("nft"))
-    if sampler not in PRESERVING:
+    if sampler not in (*PRESERVING, "precise"):
         check(with_settings("grpo"))
     else:
         with pytest.raises(ValueError) as refused:
@@ -450,7 +450,7 @@ def test_members_that_begin_as_one_are_parted_before_they_are_compared(kind, lat
 
 def test_an_unknown_sampler_or_dtype_is_refused_by_name():
     for field, value, words in (
-        ("sampler", "ddpm", "auto, flow_grpo, dance, flow_grpo_wan, ddim, cps, cps_reduced, or `module:step`"),
+        ("sampler", "ddpm", "auto, flow_grpo, dance, flow_grpo_wan, ddim, cps, cps_reduced, precise, or `module:step`"),
         ("latent_dtype", "float64", "float32, bfloat16, float16"),
     ):
         with pytest.raises(ValueError) as refused:

@@ -33,8 +33,8 @@ def test_the_command_that_goes_on_is_one_that_works(tmp_path):
     run.log_config({"model": {"path": "shapes-flow"}})
     assert run.command("anew") == f"progrpo train {path} --out {path} --overwrite"
     run.log_config({"model": {"path": "a FluxPipeline given to progrpo.train"}})
-    assert run.command("resume") == f"progrpo.train(..., out={path}, resume=True)"
-    assert run.command("anew") == f"progrpo.train(..., out={path}, overwrite=True)"
+    assert run.command("resume") == f"progrpo.train(..., out={path}, mode='resume')"
+    assert run.command("anew") == f"progrpo.train(..., out={path}, mode='overwrite')"
 
 
 @pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints/iteration_000002", "samples/0000.png"])

@@ -41,7 +41,7 @@ from progrpo.tracking.own_files import (
 from progrpo.tracking.records import AuditRecord, EvaluationRecord, Metrics, MetricValue, Summary, iteration_of
 from progrpo.types import FROM_PYTHON
 
-_REPLACE = "replace it with --overwrite (in Python overwrite=True), or give another folder as --out (out)"
+_REPLACE = "replace it with --overwrite (in Python mode='overwrite'), or give another folder as --out (out)"
 
 
 class RunFolder(Folder):
@@ -87,7 +87,7 @@ class RunFolder(Folder):
         """The command that resumes this run or starts it anew, or the call for a run of Python objects."""
         path = shlex.quote(str(self.path))
         if self.is_of_python():
-            return f"progrpo.train(..., out={str(self.path)!r}, {'resume' if what == 'resume' else 'overwrite'}=True)"
+            return f"progrpo.train(..., out={str(self.path)!r}, mode={'resume' if what == 'resume' else 'overwrite'!r})"
         return (
             f"progrpo train --resume {path}" if what == "resume" else f"progrpo train {path} --out {path} --overwrite"
         )

@@ -174,7 +174,7 @@ def check_unchanged(run: Path, saved_config: State, config: Config, accept: bool
 
 def _accept(config: Config) -> str:
     """The option by which changes are accepted, on the command line or in the library."""
-    return "accept_changes=True" if from_python(config) else "--accept-changes"
+    return "mode='resume_changed'" if from_python(config) else "--accept-changes"
 
 
 def digest(prompts: Iterable[Prompt]) -> str:
