@@ -24,7 +24,7 @@ def metric(record: Mapping[str, MetricValue], name: str) -> float | None:
 def iteration_of(record: Mapping[str, MetricValue]) -> int:
     """The zero-based iteration that a record is of."""
     iteration = record["iteration"]
-    assert isinstance(iteration, int)  # `RunFolder.read_metrics` refuses others
+    assert isinstance(iteration, int)  # `MetricsFile.read` refuses others
     return iteration
 
 

@@ -18,6 +18,7 @@ from progrpo.registry import refuse_within_import
 from progrpo.rewards.function import adapted, qualified_name
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.mixture import Component, RewardMixture, component_from
+from progrpo.tracking.commands import is_of_python, resume_command
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.absolute_paths import with_absolute_paths
 from progrpo.training.build import (
@@ -79,7 +80,7 @@ def train(
     its newest whole checkpoint, exactly as it would have gone: without a `config` by its own, and with more
     `iterations` as a longer run. It refuses what was changed since; `resume_changed` goes on with the changes.
 
-    ValueError, one sentence, for a mistake that the caller can mend. Returns the run folder, whose `read_summary()` has
+    ValueError, one sentence, for a mistake that the caller can mend. Returns the run folder, whose `summary.read()` has
     the figures.
     """
     refuse_within_import()
@@ -92,7 +93,7 @@ def train(
         ranks = Ranks()
         require_same_settings(ranks, config, mode=mode)
         folder = RunFolder(ranks.gather([out])[0])
-        own = ranks.from_main(lambda: _own_config(folder, accept_changes)) if resumes else None
+        own = ranks.from_main(lambda: _own_config(folder.path, accept_changes)) if resumes else None
         config = resolve_dtype(_complete(config, own, pipeline), ranks)
         splits = splits_from_python(prompts, config.prompts.column, config.eval.column)
         terms, mixture = _mixture(reward, config)  # before the pipeline is taken over: a mistake here costs no loading
@@ -153,18 +154,16 @@ def _smaller(given: SamplingSettings | OptimSettings, own: SamplingSettings | Op
     return min(sizes, default=None)
 
 
-def _own_config(folder: RunFolder, accept_changes: bool) -> Config:
+def _own_config(folder: Path, accept_changes: bool) -> Config:
     """The configuration of a library run to go on with. ValueError for no run, and for one of the command line."""
-    if not (folder.path / "config.json").is_file():
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no run to resume (no config.json); give its folder as out, or leave mode out")
+    if not (is_of_python(folder) or accept_changes):
         raise ValueError(
-            f"{folder.path} holds no run to resume (no config.json); give its folder as out, or leave mode out"
-        )
-    if not (folder.is_of_python() or accept_changes):
-        raise ValueError(
-            f"{folder.path} is a run of the command line; go on with {folder.command('resume')} (or, where an"
+            f"{folder} is a run of the command line; go on with {resume_command(folder)} (or, where an"
             " older progrpo.train left it, with mode='resume_changed')"
         )
-    return load_recipe(str(folder.path))
+    return load_recipe(str(folder))
 
 
 def _mixture(
