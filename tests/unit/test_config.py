@@ -162,7 +162,10 @@ def test_defaults_are_right():
             "plan.group_size must be between 2 and 100,000, not 1",
         ),
         (Config(plan=PlanSettings(preset="custom", prune=((9, 4),))), "prune step 9 saves no network call"),
-        (Config(objective=ObjectiveSettings(baseline="group")), "objective.baseline must be survivors under a plan"),
+        (
+            Config(objective=ObjectiveSettings(baseline="group")),
+            "objective.baseline must be survivors or previews under a plan",
+        ),
         (
             Config(prompts=PromptSettings(split_groups=True), objective=ObjectiveSettings(name="dgpo")),
             "prompts.split_groups must be false for objective.name dgpo",
