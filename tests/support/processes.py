@@ -177,9 +177,9 @@ def unequal(model, out, ranks):
     other = replace(CONFIG, optim=OptimSettings(lr=0.5))
     calls: dict[str, tuple[Any, dict[str, Any]]] = {
         "training": (PROMPTS[::-1] if second else PROMPTS, {}),
-        "evaluation": (PROMPTS, {"eval_prompts": ["a" if second else "b"]}),
+        "evaluation": ({"train": PROMPTS, "test": ["a" if second else "b"]}, {}),
         "configuration": (PROMPTS, {"config": other if second else CONFIG}),
-        "resume": (PROMPTS, {"resume": second}),
+        "mode": (PROMPTS, {"mode": "resume" if second else "new"}),
         "weights": (PROMPTS, {}),
     }
     said = {}

@@ -250,6 +250,7 @@ def test_rewards_are_counted_where_their_networks_are_known():
         (ObjectiveSettings(grpo=GRPOSettings(kl_beta=0.1)), 1),
         (ObjectiveSettings(name="nft"), 2),
         (ObjectiveSettings(name="awm"), 2),
+        (ObjectiveSettings(name="elbo"), 2),
         (ObjectiveSettings(name="dgpo", dgpo=DGPOSettings(kl_beta=0.0)), 2),
     ],
 )

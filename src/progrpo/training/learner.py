@@ -82,7 +82,8 @@ class Learner:
 
     def learn(self, rolled: Rollout, sampling: Sampling, key: NoiseKey, iteration: int) -> Updated:
         """Update the weights by the rollout of a zero-based iteration. SelfCheckError for a run that does not learn."""
-        experience, tally = self.estimator.experience(rolled, sampling, key)
+        weight = self.objective.settings.negative_weight_at(iteration / max(1, self._config.iterations - 1))
+        experience, tally = self.estimator.experience(rolled, sampling, key, weight)
         for group in self.updater.optimizer.param_groups:
             group["lr"] = learning_rate(self._config, iteration)
         updated = self.updater.update(experience)
