@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from progrpo.config import Config, GRPOSettings, ObjectiveSettings, PlanSettings, PreviewSettings, SamplingSettings
+from progrpo.rollout import plan_value
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, preset
 from progrpo.rollout.plan_value import Simulation
 from progrpo.rollout.probe import Probe, ProbeExample, trusted_steps
@@ -23,6 +24,12 @@ COUNTED = Cost(nfe=1000, decodes=140, reward_calls=140, trained_steps=900, previ
 SECONDS = {"sample": 50.0, "preview": 4.0, "reward": 8.0, "update": 180.0, "audit": 999.0, "other": 999.0}
 CALL, PREVIEW, FINISH, TRAIN = 0.05, 0.04, 0.2, 0.2
 """What one of each took."""
+
+
+@pytest.fixture(autouse=True)
+def few_groups(monkeypatch):
+    """A coarser simulation in an eighth of the time: what is compared here is of the same draws."""
+    monkeypatch.setattr(plan_value, "_GROUPS", 64)
 
 
 def config(adaptive: bool = False, start: PlanSettings | None = None, **sections) -> Config:
