@@ -14,8 +14,7 @@ from dataclasses import replace
 from itertools import product
 
 from progrpo.config import EvalSettings
-from progrpo.rewards.load import load_reward
-from progrpo.rewards.mixture import mixture_of_one
+from progrpo.rewards.mixture import load_mixture
 from progrpo.rewards.settings import RewardTerm
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import ode
@@ -39,7 +38,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--json", action="store_true")
     wanted = parser.parse_args()
-    ranks, reward, judge = Ranks(), mixture_of_one(load_reward(RewardTerm("shapes"))), judge_for("shapes")
+    ranks, reward, judge = Ranks(), load_mixture([RewardTerm("shapes")], frames=1), judge_for("shapes")
     model = ModelChoice(wanted.target)
     config = model.config
     if config.model.path == wanted.target:  # no run: as the quickstart would load it

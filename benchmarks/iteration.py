@@ -85,7 +85,7 @@ WINDOW = (
     PlanSettings(preset="custom", group_size=24, prune=((3, 12),)),
     SamplingSettings(sde_window="first", sde_window_size=3),
 )
-FURTHER_PASSES = {"grpo": 0, "dgpo": 2, "nft": 2, "awm": 2}
+FURTHER_PASSES = {"grpo": 0, "dgpo": 2, "nft": 2, "awm": 2, "elbo": 2}
 """The forward passes of an item without gradient, which an objective compares with.
 
 They are of the reference and an average of the weights.

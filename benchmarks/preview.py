@@ -26,8 +26,7 @@ import torch
 from progrpo.config import Config, ModelSettings, ObjectiveSettings, PreviewSettings, SamplingSettings
 from progrpo.policies.base import Policy
 from progrpo.rewards.base import Scorer
-from progrpo.rewards.load import load_reward
-from progrpo.rewards.mixture import mixture_of_one
+from progrpo.rewards.mixture import load_mixture
 from progrpo.rewards.settings import RewardTerm
 from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
@@ -126,7 +125,7 @@ def measured(model: str, wanted: argparse.Namespace) -> dict[str, Any]:
     policy = policy_from(config.model, policy_context(config, ranks))
     sampling = sampling_from(config, policy, objective_from(config, policy).settings.stores, 0)
     sampling = replace(sampling, record=replace(sampling.record, steps=frozenset()))
-    bench = Bench(policy, mixture_of_one(load_reward(RewardTerm("shapes"))), sampling, wanted.group_size)
+    bench = Bench(policy, load_mixture([RewardTerm("shapes")], frames=1), sampling, wanted.group_size)
     by_seed = []
     for seed in wanted.seeds:
         by_seed.append(bench.measure(wanted.groups, seed, bench.probes(wanted.probe_groups, seed)))

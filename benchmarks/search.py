@@ -109,10 +109,14 @@ TRIALS: dict[str, Changes] = {
     "grpo prune signal": changed(PRUNE, {"prompts": {"order": "signal"}}),
     "grpo prune signal mixed": changed(PRUNE, {**MIXED, "prompts": {"order": "signal"}}),
     "grpo prune full": changed(PRUNE, {"model": {"weights": "full"}, "optim": {"lr": 2e-4}}),
-    **{f"objective {name}": changed(OBJECTIVE, {"objective": {"name": name}}) for name in ("nft", "awm", "dgpo")},
+    **{
+        f"objective {name}": changed(OBJECTIVE, {"objective": {"name": name}})
+        for name in ("nft", "awm", "dgpo", "elbo")
+    },
     "objective grpo": changed(OBJECTIVE, {"sampling": {"sde_window": "first"}}),
     "nft": changed(FINAL, {"objective": {"name": "nft"}}),
     "awm": changed(FINAL, {"objective": {"name": "awm"}}),
+    "elbo": changed(FINAL, {"objective": {"name": "elbo"}}),
     "dgpo": DGPO,
     "dgpo mixed": changed(DGPO, MIXED),
     "dgpo strict": changed(DGPO, rewarded("shapes_strict")),

@@ -33,7 +33,7 @@ from progrpo.config import (
 from progrpo.policies.load import quiet
 from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.load import load_reward
-from progrpo.rewards.mixture import mixture_of_one
+from progrpo.rewards.mixture import RewardMixture, component_from
 from progrpo.rewards.settings import RewardTerm
 from progrpo.training.build import policy_context, policy_from, resolve_dtype, train_order
 from progrpo.training.distributed import Ranks
@@ -64,7 +64,8 @@ def measure(model: str, plan: str, delay: float, waves: Sequence[int], iteration
     trainers = {}
     for count in waves:
         config = replace(base, reward=RewardSettings(waves=count))
-        reward = mixture_of_one(Slow(load_reward(RewardTerm("shapes")), delay))
+        term = RewardTerm("shapes")
+        reward = RewardMixture([component_from(term, Slow(load_reward(term), delay), frames=1)])
         order = train_order(config.prompts, 0)
         trainers[count] = Trainer(
             config, policy_from(config.model, policy_context(config, ranks)), reward, order, ranks

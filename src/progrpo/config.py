@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from progrpo.objectives.settings import AWMSettings, DGPOSettings, GRPOSettings, NFTSettings, ObjectiveSettings
+from progrpo.objectives.settings import (
+    AWMSettings,
+    DGPOSettings,
+    ELBOSettings,
+    GRPOSettings,
+    NFTSettings,
+    ObjectiveSettings,
+)
 from progrpo.policies.settings import ModelSettings
 from progrpo.prompts.settings import PromptSettings
 from progrpo.rewards.settings import RewardSettings, RewardTerm
@@ -34,6 +41,7 @@ __all__ = [
     "CheckpointSettings",
     "Config",
     "DGPOSettings",
+    "ELBOSettings",
     "EvalSettings",
     "GRPOSettings",
     "ModelSettings",
@@ -164,7 +172,7 @@ def _check_between_rooms(config: Config) -> None:
             raise ValueError(f"{name} must have audit.every above 0: audits measure how well previews rank")
     if (plan.adaptive or resolve_plan(config).prune) and objective.baseline == "group":
         raise ValueError(
-            "objective.baseline must be survivors under a plan that prunes while sampling: "
+            "objective.baseline must be survivors or previews under a plan that prunes while sampling: "
             "the pruned members have no final rewards"
         )
 
@@ -178,7 +186,7 @@ def _check_trained_steps(sampling: SamplingSettings) -> None:
     if sampling.sde_window == "none":
         raise ValueError(
             "sampling.sde_window must leave objective.name grpo stochastic steps to train, so not be none;"
-            " set it to auto, or take an objective that needs none: nft, awm, dgpo"
+            " set it to auto, or take an objective that needs none: nft, awm, dgpo, elbo"
         )
 
 
@@ -228,6 +236,7 @@ def _check_same_latent(config: Config) -> None:
 def _check_split_groups(config: Config) -> None:
     """Refuse split groups for what needs a whole group while it is sampled or trained."""
     whole = {
+        "objective.baseline previews": config.objective.baseline == "previews",
         f"objective.name {config.objective.name}": config.objective.loss.whole_groups,
         "objective.advantage gdpo": config.objective.advantage == "gdpo",
         "preview.probe": config.preview.probe,

@@ -79,7 +79,11 @@ def test_an_objective_of_ones_own_trains(own_module, on_a_tiny_model, tmp_path):
         ("own_losses:Unsettled", {}, "objective.name own_losses:Unsettled must be a class with `Settings`"),
         ("own_losses:Nothing", {}, "has no function or class 'Nothing'"),
         ("no_such_module:Loss", {}, "there is no module 'no_such_module' in this folder or installed"),
-        ("reinforce", {}, "objective.name must be one of grpo, nft, awm, dgpo, or `module:Class`, not 'reinforce'"),
+        (
+            "reinforce",
+            {},
+            "objective.name must be one of grpo, nft, awm, dgpo, elbo, or `module:Class`, not 'reinforce'",
+        ),
         ("nft", {"scale": 1}, "objective.custom must be empty for objective.name nft; give objective.nft"),
     ],
 )

@@ -17,6 +17,7 @@ import torch
 from progrpo.config import (
     AWMSettings,
     DGPOSettings,
+    ELBOSettings,
     NFTSettings,
     ObjectiveSettings,
     OptimSettings,
@@ -142,6 +143,7 @@ OBJECTIVES = {
     "nft": ObjectiveSettings(name="nft", nft=NFTSettings(draws=1)),
     "awm": ObjectiveSettings(name="awm", awm=AWMSettings(draws=1)),
     "dgpo": ObjectiveSettings(name="dgpo", dgpo=DGPOSettings(draws=1)),
+    "elbo": ObjectiveSettings(name="elbo", elbo=ELBOSettings(draws=1)),
 }
 CASES = [(kind, rate, "grpo") for kind in KINDS for rate in (0.01, 0.1)]
 CASES += [("plain", 0.1, name) for name in OBJECTIVES if name != "grpo"]

@@ -18,7 +18,7 @@ from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mixture import Component, RewardMixture, mixture_of_one
+from progrpo.rewards.mixture import Component, RewardMixture
 from progrpo.rewards.settings import RewardTerm
 from progrpo.rollout.preview import decoded
 from progrpo.rollout.probe import Probe, ProbeExample
@@ -28,6 +28,7 @@ from progrpo.training.checks import check_failures
 from progrpo.training.errors import MissingScoresError, SelfCheckError
 from progrpo.training.evaluate import Measures, evaluate
 from progrpo.types import Prompt
+from tests.support.rewards import mixture_of_one
 
 WEIGHT = "pytorch_lora_weights.safetensors"
 

@@ -13,7 +13,6 @@ import torch
 from progrpo.config import PlanSettings, SamplingSettings
 from progrpo.rewards.frames import FrameAverageReward
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
@@ -21,6 +20,7 @@ from progrpo.rollout.rollout import rollout
 from progrpo.rollout.sampler import Sampler
 from progrpo.training.build import sampling_from
 from progrpo.types import Rollout
+from tests.support.rewards import mixture_of_one
 
 GROUP = 6
 FULL = Plan(GROUP)

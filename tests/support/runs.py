@@ -117,9 +117,10 @@ def build_trainer(config: Any, policy: Any, reward: Any = redness) -> Any:
     from progrpo.prompts.order import InTurn
     from progrpo.rewards.frames import FrameAverageReward
     from progrpo.rewards.function import FunctionReward
-    from progrpo.rewards.mixture import RewardMixture, mixture_of_one
+    from progrpo.rewards.mixture import RewardMixture
     from progrpo.training.distributed import Ranks
     from progrpo.training.trainer import Trainer
+    from tests.support.rewards import mixture_of_one
 
     order = InTurn({"": tuple(told(*PROMPTS))}, config.seed)
     if not isinstance(reward, RewardMixture):

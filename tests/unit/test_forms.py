@@ -11,9 +11,10 @@ from torch import Tensor
 
 from progrpo.objectives.awm import AWM
 from progrpo.objectives.dgpo import DGPO
+from progrpo.objectives.elbo import ELBO
 from progrpo.objectives.forward_process import Draws, NoisedLatents
 from progrpo.objectives.nft import NFT
-from progrpo.objectives.settings import AWMSettings, DGPOSettings, NFTSettings
+from progrpo.objectives.settings import AWMSettings, DGPOSettings, ELBOSettings, NFTSettings
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
 FORMS = ("epsilon", "v_prediction")
@@ -213,6 +214,25 @@ def test_awm_by_hand(policy, experience, weighting):
     assert loss.total.item() == pytest.approx(total, rel=1e-9)
 
 
+@pytest.mark.parametrize("weighting", ["adaptive", "simple", "path_kl"])
+def test_elbo_by_hand(policy, experience, weighting):
+    """A noise level is that of the flow model with as much noise for its data, and so is a velocity's error."""
+    settings = ELBOSettings(draws=DRAWS, time_fraction=FRACTION, weighting=weighting, kl_beta=0.3)
+    loss, total, farthest = ELBO(settings).loss(policy, experience, ITEMS), 0.0, 0.0
+    for item in items(policy, experience):
+        t = item.sigma / (item.alpha + item.sigma)
+        log_probs = []
+        for weights in (NOW, BEFORE):
+            off = item.denoised(item.output(weights)) - item.x0
+            scale = {"adaptive": t**2 / off.abs().mean().item(), "simple": 1.0, "path_kl": (1 - t) / (t + 1e-3)}
+            log_probs.append(-scale[weighting] * (off / t).square().mean().item())
+        ratio = math.exp(log_probs[0] - log_probs[1])
+        farthest = max(farthest, abs(ratio - 1))
+        total += 0.3 * item.apart(NOW, START) - ratio * item.advantage * log_probs[0]
+    assert loss.total.item() == pytest.approx(total, rel=1e-9)
+    assert loss.maxima["ratio_to_old"].item() == pytest.approx(farthest, rel=1e-9)
+
+
 def test_dgpo_by_hand(policy, experience):
     objective = DGPO(DGPOSettings(draws=DRAWS, time_fraction=FRACTION, dpo_beta=4.0, clip_range=0.1, kl_beta=0.3))
     prepared = objective.prepare(policy, experience, 4, 2)
@@ -246,6 +266,8 @@ def test_dgpo_by_hand(policy, experience):
         NFT(NFTSettings(draws=DRAWS, time_fraction=FRACTION, beta=0.4, kl_beta=0.0)),
         AWM(AWMSettings(draws=DRAWS, time_fraction=FRACTION, weighting="t", kl_beta=0.0, average_beta=0.0)),
         DGPO(DGPOSettings(draws=DRAWS, time_fraction=FRACTION, dpo_beta=4.0, kl_beta=0.0)),
+        ELBO(ELBOSettings(draws=DRAWS, time_fraction=FRACTION, kl_beta=0.0)),
+        ELBO(ELBOSettings(draws=DRAWS, time_fraction=FRACTION, weighting="path_kl", kl_beta=0.0)),
     ],
 )
 def test_a_step_nears_what_was_good(policy, experience_of, objective, advantage):

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from progrpo.rewards.base import Reward, Score
-from progrpo.rewards.mixture import Component, Failures, RewardMixture, mixture_of_one
+from progrpo.rewards.mixture import Component, Failures, RewardMixture
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
+from tests.support.rewards import mixture_of_one
 
 NAN = math.nan
 PICTURES = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1).repeat(3, axis=3)

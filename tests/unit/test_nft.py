@@ -168,7 +168,7 @@ def test_a_final_latent_that_is_met_exactly_gives_no_infinite_loss(policy, linea
     experience = linear_experience(policy, ADVANTAGES)
     at = item(policy, experience, 0)
     v = at.target.clone().requires_grad_()
-    error = NFT._error(at, v)
+    error = at.normalised_error(v)
     error.sum().backward()
     assert error.item() == pytest.approx(0, abs=1e-20) and v.grad is not None and v.grad.isfinite().all()
 

@@ -86,7 +86,7 @@ def test_neighbouring_keys_are_uncorrelated():
 
 
 def test_lengths_must_agree():
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="broadcast"):
         KEY.draw(torch.arange(3), torch.arange(2), 0, SHAPE)
 
 

@@ -17,7 +17,6 @@ from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import load_policy
 from progrpo.policies.settings import ModelSettings
 from progrpo.rewards.base import Reward, Score
-from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.denoise import Denoiser, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -30,6 +29,7 @@ from progrpo.rollout.sampling import Record, Sampling
 from progrpo.rollout.settings import PreviewSettings, SamplingSettings
 from progrpo.types import Condition, Cost, Prompt, Trajectories
 from tests.support.grids import SAMPLERS
+from tests.support.rewards import mixture_of_one
 
 ROWS = 5
 PROMPTS = [Prompt("red cat"), Prompt("blue dog")]

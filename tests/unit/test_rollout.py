@@ -13,7 +13,6 @@ from progrpo.config import SamplingSettings
 from progrpo.diffusion.levels import flow_levels
 from progrpo.diffusion.process import Process
 from progrpo.rewards.base import Reward, Score
-from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.denoise import Denoiser, denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import INITIAL, NoiseKey
@@ -26,6 +25,7 @@ from progrpo.rollout.sampling import Record, Sampling, ode
 from progrpo.training.build import sampling_from
 from progrpo.types import Prompt, Trajectories
 from tests.support.grids import SAMPLERS, SELECTORS
+from tests.support.rewards import mixture_of_one
 
 NAN = float("nan")
 

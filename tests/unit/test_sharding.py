@@ -14,7 +14,6 @@ import torch
 
 from progrpo.config import Config, SamplingSettings
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
@@ -25,6 +24,7 @@ from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding, own_share, reba
 from progrpo.training.build import sampling_from
 from progrpo.types import Prompt, Rollout, Trajectories, Transition
 from tests.support.grids import SELECTORS
+from tests.support.rewards import mixture_of_one
 
 
 class Member:

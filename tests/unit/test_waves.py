@@ -14,7 +14,6 @@ from torch import Tensor
 from progrpo.config import PreviewSettings, SamplingSettings
 from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.function import FunctionReward
-from progrpo.rewards.mixture import mixture_of_one
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
@@ -22,6 +21,7 @@ from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.waves import in_waves
 from progrpo.training.build import sampling_from
 from progrpo.types import Prompt, Rollout
+from tests.support.rewards import mixture_of_one
 
 PLAN = Plan(4, (PrunePoint(0, 3),), final_keep=2)
 SLOTS = torch.tensor([4, 5, 9])

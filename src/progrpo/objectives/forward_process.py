@@ -21,6 +21,7 @@ from progrpo.packing import update_batches
 from progrpo.policies.base import Policy
 from progrpo.types import WHOLE_GROUP, Condition
 
+_MIN_SIZE = 1e-5  # the least value that an error is divided by when it normalises itself
 _FIRST_STEP = -2  # of the noise keys: -1 is a trajectory's initial noise, steps from 0 on are the sampler's
 
 
@@ -114,6 +115,15 @@ class NoisedLatents:
         Sources: flow matching (arXiv 2210.02747), DDPM (arXiv 2006.11239).
         """
         return mean_square(output - self.target)
+
+    def normalised_error(self, output: Tensor) -> Tensor:
+        """The mean square error (B,) of the predicted x0 over its own mean absolute value, which is held constant.
+
+        Source: DiffusionNFT (arXiv 2509.16117).
+        """
+        difference = self.denoised(output) - self.x0
+        size_B = difference.detach().abs().flatten(1).mean(1).clamp(min=_MIN_SIZE)
+        return mean_square(difference) / size_B
 
     @property
     def velocity_weight(self) -> Tensor:

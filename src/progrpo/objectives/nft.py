@@ -13,8 +13,6 @@ from progrpo.objectives.forward_process import Draws, NoisedLatents
 from progrpo.objectives.settings import NFTSettings
 from progrpo.policies.base import Policy
 
-_MIN_ERROR = 1e-5  # the least value that an error is divided by when it normalises itself
-
 
 @dataclass(frozen=True)
 class NFT:
@@ -42,8 +40,8 @@ class NFT:
         v_old = noised.predict_with(policy, "old")
         v_ref = noised.predict_with(policy, "reference") if self.settings.kl_beta > 0 else None
         v = noised.predict(policy)
-        positive_B = self._error(noised, self.settings.beta * v + (1 - self.settings.beta) * v_old)
-        negative_B = self._error(noised, (1 + self.settings.beta) * v_old - self.settings.beta * v)
+        positive_B = noised.normalised_error(self.settings.beta * v + (1 - self.settings.beta) * v_old)
+        negative_B = noised.normalised_error((1 + self.settings.beta) * v_old - self.settings.beta * v)
         r_B = (noised.advantages / self.settings.adv_clip_max).clamp(-1, 1) / 2 + 0.5
         loss_B = self.settings.adv_clip_max * (r_B * positive_B + (1 - r_B) * negative_B) / self.settings.beta
         means = {"distance_to_old": mean_square(v.detach() - v_old)}
@@ -52,9 +50,3 @@ class NFT:
             loss_B = loss_B + self.settings.kl_beta * kl_B
             means["kl"] = kl_B.detach()
         return Loss(loss_B, means)
-
-    @staticmethod
-    def _error(noised: NoisedLatents, v: Tensor) -> Tensor:
-        difference = noised.denoised(v) - noised.x0
-        size_B = difference.detach().abs().flatten(1).mean(1).clamp(min=_MIN_ERROR)
-        return mean_square(difference) / size_B

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 from progrpo.registry import choices_of, load_named, one_of
-from progrpo.settings import FRACTION, SHARE, Values, above, at_least, check_rules, read_settings, setting
+from progrpo.settings import FRACTION, SHARE, Values, above, at_least, between, check_rules, read_settings, setting
 
 OBJECTIVES: dict[str, str] = {
     "grpo": "progrpo.objectives.grpo:GRPO",
     "nft": "progrpo.objectives.nft:NFT",
     "awm": "progrpo.objectives.awm:AWM",
     "dgpo": "progrpo.objectives.dgpo:DGPO",
+    "elbo": "progrpo.objectives.elbo:ELBO",
 }
 if TYPE_CHECKING:
     from progrpo.objectives.base import Objective
@@ -71,11 +72,22 @@ class LossSettings:
     kl_beta: float = setting(0.0, at_least(0))
     """The weight of the distance to the reference: the mean square difference of velocities, unless the objective has
     another distance."""
+    negative_weight: float = setting(1.0, between(0, 1))
+    """The factor of negative advantages when a run begins.
+    At 0 the members below the mean are not trained on."""
+    final_negative_weight: float | None = setting(None, between(0, 1).or_empty(" for no change"))
+    """The factor of negative advantages when the run ends; it changes evenly from one to the other.
+    Empty: it stays the same."""
 
     whole_groups: ClassVar[bool] = False
     """Whether the loss of an item depends on the other members of its group."""
     rollout_weights: ClassVar[str] = "current"
     """The weights that sample: `current`, or a name of `averages`."""
+
+    def negative_weight_at(self, progress: float) -> float:
+        """The factor of negative advantages after a share of the run's iterations."""
+        last = self.negative_weight if self.final_negative_weight is None else self.final_negative_weight
+        return self.negative_weight + progress * (last - self.negative_weight)
 
     @property
     def stores(self) -> Stored:
@@ -165,12 +177,11 @@ class DrawnSettings(LossSettings):
 
 
 @dataclass(frozen=True)
-class NFTSettings(DrawnSettings):
-    """DiffusionNFT (arXiv 2509.16117)."""
+class OldPolicySettings(DrawnSettings):
+    """The base of objectives that sample by `old`, an average of the weights, and compare the current ones with it.
 
-    kl_beta: float = setting(1e-4, at_least(0))
-    beta: float = setting(1.0, above(0))
-    """The distance of the positive and the negative policy from the old one."""
+    Its decay is the same in the public configurations of DiffusionNFT and of the ELBO policy gradient.
+    """
 
     rollout_weights: ClassVar[str] = "old"
 
@@ -181,6 +192,15 @@ class NFTSettings(DrawnSettings):
     @property
     def extra_forwards(self) -> int:
         return 1 + self.uses_reference
+
+
+@dataclass(frozen=True)
+class NFTSettings(OldPolicySettings):
+    """DiffusionNFT (arXiv 2509.16117)."""
+
+    kl_beta: float = setting(1e-4, at_least(0))
+    beta: float = setting(1.0, above(0))
+    """The distance of the positive and the negative policy from the old one."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +267,19 @@ class DGPOSettings(DrawnSettings):
 
 
 @dataclass(frozen=True)
+class ELBOSettings(OldPolicySettings):
+    """The ELBO policy gradient (EPG, arXiv 2602.04663): no ratio is clipped."""
+
+    kl_beta: float = setting(1e-3, at_least(0))
+    """The weight of the mean square distance of velocities to the reference.
+    The authors take 1e-4 with advantages of a tenth of the reward less its mean, which is 1e-3 per unit of reward."""
+    weighting: Literal["adaptive", "simple", "path_kl"] = "adaptive"
+    """The weight of the squared error of velocities by its noise level t, in the log-likelihood.
+    `adaptive`: t^2 over the mean absolute error of the predicted picture (the authors' choice). `simple`: 1.
+    `path_kl`: (1 - t) / (t + 0.001), the weight of the bound itself, with which the authors found training unstable."""
+
+
+@dataclass(frozen=True)
 class ObjectiveSettings:
     """The settings of learning from rewards."""
 
@@ -260,15 +293,18 @@ class ObjectiveSettings:
     `batch`: that of the whole batch (flow_grpo's global_std).
     `gdpo` normalises each reward by its group, then the weighted sum by the batch (arXiv 2601.05242), so that no
     reward drowns another."""
-    baseline: Literal["survivors", "group"] = "survivors"
+    baseline: Literal["survivors", "group", "previews"] = "survivors"
     """The members that mean and std are taken over.
-    `survivors`: the paper's. `group`: the full group, where all members have final rewards (post-hoc selection)."""
+    `survivors`: the paper's. `group`: the full group, where all members have final rewards (post-hoc selection).
+    `previews`: the full group, where a stopped member has the reward that its preview predicts.
+    The prediction is a line through the survivors' previews and rewards of the iteration."""
     adv_eps: float = setting(1e-4, above(0))
     """The number added to the std that advantages are divided by."""
     grpo: GRPOSettings = field(default_factory=GRPOSettings)
     nft: NFTSettings = field(default_factory=NFTSettings)
     awm: AWMSettings = field(default_factory=AWMSettings)
     dgpo: DGPOSettings = field(default_factory=DGPOSettings)
+    elbo: ELBOSettings = field(default_factory=ELBOSettings)
     custom: Values = field(default_factory=Values)
     """The settings of an objective of yours: a JSON object with the fields of its class's `Settings`."""
 
@@ -284,8 +320,8 @@ class ObjectiveSettings:
 
     def check(self) -> None:
         """Raise ValueError for a baseline that the advantage does not have, and for settings that nothing reads."""
-        if self.advantage == "gdpo" and self.baseline == "group":
-            raise ValueError("objective.baseline must be survivors for objective.advantage gdpo, not group")
+        if self.advantage == "gdpo" and self.baseline != "survivors":
+            raise ValueError(f"objective.baseline must be survivors for objective.advantage gdpo, not {self.baseline}")
         if self.custom and self.loss is getattr(self, self.name, None):
             raise ValueError(
                 f"objective.custom must be empty for objective.name {self.name}; give objective.{self.name}"

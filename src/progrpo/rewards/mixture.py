@@ -189,11 +189,6 @@ def component_from(term: RewardTerm, reward: Reward, frames: int) -> Component:
     return Component(term, reward)
 
 
-def mixture_of_one(reward: Reward, name: str = "reward") -> RewardMixture:
-    """A mixture of this reward alone."""
-    return RewardMixture([Component(RewardTerm(name), reward)])
-
-
 def close_all(mixtures: Iterable[RewardMixture | None], warn: Callable[[str], None]) -> None:
     """Close the mixtures. Where one fails, a sentence goes to `warn`; its scores are complete by then."""
     for mixture in filter(None, mixtures):

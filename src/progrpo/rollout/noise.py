@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,13 +18,20 @@ _MASK = (1 << 64) - 1
 
 def mix(*keys: int) -> int:
     """A well-mixed 63-bit seed from integers (splitmix64's finaliser over each key in turn)."""
-    state = 0x9E3779B97F4A7C15
-    for key in keys:
-        state = (state ^ (key & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK
-        state ^= state >> 31
-    return state >> 1
+    return mix_rows(*keys)[0]
+
+
+def mix_rows(*keys: int | Tensor) -> list[int]:
+    """The seeds of N rows; a key is one integer for all rows, or int64 (N,)."""
+    state_N = np.full(1, 0x9E3779B97F4A7C15, dtype=np.uint64)
+    for key in keys:  # sums and products of uint64 arrays are taken modulo 2^64
+        key_N = key.numpy().astype(np.uint64) if isinstance(key, Tensor) else np.uint64(key & _MASK)
+        state_N = (state_N ^ key_N) + np.uint64(0x9E3779B97F4A7C15)
+        state_N = (state_N ^ (state_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state_N = (state_N ^ (state_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state_N = state_N ^ (state_N >> np.uint64(31))
+    seeds: list[int] = (state_N >> np.uint64(1)).tolist()
+    return seeds
 
 
 @dataclass(frozen=True)
@@ -37,10 +45,10 @@ class NoiseKey:
         """Standard normal float32 (N, *shape), drawn on the CPU so that every device sees the same."""
         out = torch.empty(len(slot_N), *shape)
         generator = torch.Generator()
-        for row, slot, member in zip(out, slot_N.tolist(), member_N.tolist(), strict=True):
-            row.normal_(generator=generator.manual_seed(mix(self.seed, self.iteration, slot, member, step)))
+        for row, seed in zip(out, mix_rows(self.seed, self.iteration, slot_N, member_N, step), strict=True):
+            row.normal_(generator=generator.manual_seed(seed))
         return out
 
     def group_seeds(self, slot_P: Tensor, step: int) -> Tensor:
         """One int64 seed per group, for selectors that draw."""
-        return torch.tensor([mix(self.seed, self.iteration, slot, -1, step) for slot in slot_P.tolist()])
+        return torch.tensor(mix_rows(self.seed, self.iteration, slot_P, -1, step))

@@ -1,0 +1,1 @@
+"""A toy world for studies: a conditional flow over a few dims with rewards in closed form."""
