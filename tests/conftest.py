@@ -27,9 +27,13 @@ torch.set_num_threads(1)  # tensors here are tiny: on a busy machine threads wai
 
 
 def pytest_collection_finish() -> None:
-    """Keep the garbage collector from going through what is imported and collected, at a tenth of the suite's time."""
+    """Keep the garbage collector from going through what is imported and collected, at a tenth of the suite's time.
+
+    It also comes seldom: networks are thousands of objects, and going through them costs a fifteenth.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000)
 
 
 @pytest.fixture(scope="session", autouse=True)
