@@ -74,6 +74,7 @@ def test_whole_numbers_become_floats_where_floats_are_asked():
         ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
         ({"seed": True}, "seed must be a whole number, not True"),
         ({"seed": None}, "seed must be a whole number, not None"),
+        ({"prompts": {"order": None}}, "prompts.order must be one of turn, signal, not None"),
         ({"recipe": 3}, "recipe must be a text, not 3"),
         ({"model": {"weights": "lorra"}}, "model.weights must be one of lora, full, not 'lorra'"),
         ({"model": {"resolution": [480]}}, "model.resolution must be a list of 2, not [480]"),
