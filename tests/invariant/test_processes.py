@@ -109,7 +109,9 @@ def test_the_same_weights_are_learnt(one, two, tiny_sd3, case, assert_trained_al
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_metrics_are_recorded(one, two, case):
     for ours, theirs in zip(found(two, 0)[case]["records"], found(one, 0)[case]["records"], strict=True):
-        assert ours.keys() == theirs.keys()
+        # of gradients that are shared out the noise scale is not measured
+        of_one = {n for n in theirs if n.startswith("update/gradient_") or n == "update/noise_scale"}
+        assert ours.keys() == theirs.keys() - (of_one if case == "full shard" else set())
         rounding = {"seconds", "update/ratio_max_deviation", "update/loss"}
         own_part = set() if case in WHOLE else {"rollout/diversity"}  # of a group's members in one process
         for name in ours.keys() - rounding - own_part:

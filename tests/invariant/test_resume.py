@@ -114,7 +114,7 @@ def lora(folder: Path) -> dict[str, Any]:
 
 
 def assert_the_same_run(folder: Path, straight: Path) -> None:
-    for name in ("iteration", "policy", "optimizer", "order", "best"):
+    for name in ("iteration", "policy", "optimizer", "noise_scale", "order", "best"):
         states = [load_state(f / "checkpoints" / f"iteration_{ITERATIONS:06d}") for f in (folder, straight)]
         assert same_state(states[0][name], states[1][name]), name
     assert set(states[0]["policy"]) == {"current", "reference", "ema", "best"}

@@ -101,18 +101,18 @@ def work(model, out, names):
     ranks = Ranks()
     found: dict[str, Any] = {}
     middle = InTurn({"": tuple(map(Prompt, PROMPTS))}, 0).prompts_for(0, 2)[1].text
-    cases = {f"updates {n}": (replace(CONFIG, optim=OptimSettings(updates_per_rollout=n)), redness) for n in (1, 2)}
-    cases["batch"] = (replace(CONFIG, objective=replace(CONFIG.objective, advantage="batch")), redness)
     # one picture a call: decoders round by shape, and a pixel that comes out another moves a reward
     single = replace(CONFIG, sampling=replace(CONFIG.sampling, microbatch=1))
+    cases = {f"updates {n}": (replace(single, optim=OptimSettings(updates_per_rollout=n)), redness) for n in (1, 2)}
+    cases["batch"] = (replace(CONFIG, objective=replace(CONFIG.objective, advantage="batch")), redness)
     cases["gdpo"] = (replace(single, objective=replace(CONFIG.objective, advantage="gdpo")), redness)
     cases["probe"] = (
-        replace(CONFIG, preview=PreviewSettings(probe=True, probe_threshold=-1), audit=AuditSettings(every=1)),
+        replace(single, preview=PreviewSettings(probe=True, probe_threshold=-1), audit=AuditSettings(every=1)),
         redness,
     )
     cases["failing"] = (CONFIG, Failing(middle))
     together = replace(CONFIG, prompts=PromptSettings(per_iteration=3, split_groups=True))
-    cases["split"] = (together, redness)
+    cases["split"] = (replace(together, sampling=single.sampling), redness)
     twice = OptimSettings(updates_per_rollout=2, microbatch=5)
     cases["shard"] = (replace(CONFIG, model=replace(CONFIG.model, shard=True), optim=twice), redness)
     full = replace(CONFIG, model=replace(CONFIG.model, shard=True, weights="full"), objective=NFT)

@@ -110,6 +110,18 @@ def test_a_run_under_way_says_what_is_not_there_yet(run):
     assert "Not recorded so far: Strict accuracy, Spread within a group, Distance to the reference" in page
 
 
+def test_the_noise_scale_is_drawn_beside_the_prompts_of_an_iteration(run):
+    run.log_config({"recipe": "r", "iterations": 2, "prompts": {"per_iteration": 6}})
+    run.log({"iteration": 0, "seconds": 2.0, "update/noise_scale": None}, 0)
+    assert "Gradient noise scale" in text(run).partition("Not recorded so far: ")[2]
+    run.log({"iteration": 1, "seconds": 2.0, "update/noise_scale": 70.5}, 1)
+    page = text(run)
+    assert "<b>Gradient noise scale</b>" in page and "an iteration below it is ruled by noise" in page
+    assert '"name":"noise scale"' in page and '"y":[70.5]' in page and '"y":[6.0,6.0]' in page
+    run.log_config({"recipe": "r", "iterations": 2, "prompts": {"per_iteration": "six"}})
+    assert '"y":[70.5]' in text(run) and '"name":"prompts per iteration"' not in text(run)
+
+
 def test_a_missing_sheet_is_said_and_no_more(run):
     finish(run, [True] * 2, [True] * 2)
     (run.path / "audit/0001.png").unlink()

@@ -128,6 +128,7 @@ class Learner:
             "policy": all_gathered(self._policy.named_weights.state_dict(), self._ranks.is_main),
             "optimizer": all_gathered(self.updater.optimizer.state_dict(), self._ranks.is_main),
             "loss_scale": self.updater.loss_scale.state_dict(),
+            "noise_scale": self.updater.noise_scale.state_dict(),
         }
 
     def load_state_dict(self, state: LearnerState) -> None:
@@ -139,6 +140,7 @@ class Learner:
                 self._policy.named_weights.snapshot(name)
         load_optimizer(self.updater.optimizer, state["optimizer"])
         self.updater.loss_scale.load_state_dict(state.get("loss_scale", {}))
+        self.updater.noise_scale.load_state_dict(state.get("noise_scale", {}))
 
 
 def _diversity(rolled: Rollout) -> Tally:
