@@ -16,6 +16,8 @@ PLANS = {
     "groups": PlanSettings("custom", group_size=5, prune=((0, 4), (2, 3)), final_keep=2, keep_groups=1),
     "groups-alone": PlanSettings("custom", group_size=3, prune=((1, 3),), keep_groups=1),
 }
+CASES = {f"{name}-guided": (plan, 3.0) for name, plan in PLANS.items()}
+CASES["point-and-final"] = (PLANS["point-and-final"], 1.0)
 
 
 @pytest.fixture
@@ -38,8 +40,7 @@ def trainer(tiny_trainer, tiny_config, tiny_policy, tiny_sd3, request):
     return build
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize(("plan", "guidance_scale"), CASES.values(), ids=CASES)
 def test_a_run_counts_what_its_plan_predicts(trainer, plan, guidance_scale):
     built = trainer(plan, guidance_scale)
     done = [built.step() for _ in range(2)]
