@@ -14,6 +14,8 @@ PLANS = {
     **{name: from_dict({"plan": {"preset": name}}).plan for name in PRESETS},
     "point-and-final": PlanSettings("custom", group_size=5, prune=((1, 4), (2, 4)), final_keep=2),
 }
+CASES = {f"{name}-guided": (plan, 3.0) for name, plan in PLANS.items()}
+CASES["point-and-final"] = (PLANS["point-and-final"], 1.0)
 
 
 @pytest.fixture
@@ -36,8 +38,7 @@ def trainer(tiny_trainer, tiny_config, tiny_policy, tiny_sd3, request):
     return build
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize(("plan", "guidance_scale"), CASES.values(), ids=CASES)
 def test_a_run_counts_what_its_plan_predicts(trainer, plan, guidance_scale):
     built = trainer(plan, guidance_scale)
     done = [built.step() for _ in range(2)]

@@ -210,7 +210,8 @@ def test_what_processes_share_out(weights):
     """A LoRA stays whole everywhere, weights that are trained in full do not."""
     base = load_recipe("smoke")
     config = replace(base, model=replace(base.model, weights=weights, shard=True))
-    alone, shared = (_memory(config, resolve_plan(config), sizes_for(config), count).parts for count in (1, 2))
+    found = sizes_for(config)
+    alone, shared = (_memory(config, resolve_plan(config), found, count).parts for count in (1, 2))
     assert shared["frozen weights"] == alone["frozen weights"] / 2
     for part in ("trained weights, optimizer", "copies of trained weights", "gradients"):
         assert shared[part] == alone[part] / (2 if weights == "full" else 1)
