@@ -57,6 +57,22 @@ def test_a_recipe_is_trained(run):
     assert (run / "report.html").is_file() and (run / "audit" / "0001.png").is_file()
 
 
+def test_whole_groups_are_stopped(tmp_path, capsys):
+    options = ["smoke", "--prompts.per-iteration", "3", "--plan.keep-groups", "2", "--prompts.order", "signal"]
+    assert main(["plan", *options, "--json"]) == 0
+    costs = json.loads(capsys.readouterr().out)
+    assert costs["groups"] == [3, 2] and costs["nfe_per_iteration"] == 3 * 6 * 4 + 2 * 4 * 2
+    assert main(["train", *options, "--out", str(tmp_path / "run")]) == 0
+    assert "groups of 6 -> 4 by ovf, 3 -> 2 prompts an iteration, 88 NFE each" in capsys.readouterr().out
+    run = RunFolder(tmp_path / "run")
+    records, summary = run.metrics.read(), run.summary.read()
+    assert [record["rollout/stopped_groups"] for record in records] == [1, 1]
+    assert [record["rollout/nfe"] for record in records] == [costs["nfe_per_iteration"]] * 2
+    assert [record["rollout/reward_calls"] for record in records] == [costs["reward_calls_per_iteration"]] * 2
+    assert summary["status"] == "finished" and summary["plan"]["groups"] == [3, 2]
+    assert "2 of 3 prompts do after step 3" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_run_is_not_overwritten_unasked(run, capsys):
     before = (run / "metrics.jsonl").read_bytes()
     assert main(["train", "smoke", "--out", str(run)]) == 2

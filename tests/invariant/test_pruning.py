@@ -16,7 +16,7 @@ from progrpo.rewards.function import FunctionReward
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
-from progrpo.rollout.rollout import rollout
+from progrpo.rollout.rollout import last_scores, rollout
 from progrpo.rollout.sampler import Sampler
 from progrpo.training.build import sampling_from
 from progrpo.types import Rollout
@@ -102,6 +102,20 @@ def test_survivors_of_final_rewards_are_bitwise_what_they_are_without_pruning(dr
     selected, full = draw(Plan(GROUP, final_keep=3)), draw(FULL)
     assert torch.equal(selected.finalists.value_N, full.survivors.value_N)
     assert_bitwise(selected, full)
+
+
+@pytest.mark.parametrize("keep", [3, GROUP])
+def test_survivors_are_bitwise_what_they_are_where_no_group_is_stopped(draw, keep):
+    points = (PrunePoint(1, keep), PrunePoint(2, 2))
+    each, some = draw(Plan(GROUP, points)), draw(Plan(GROUP, points, keep_groups=1))
+    scores_PG = some.previews[0].scores_N.reshape(2, GROUP)
+    widest = int(scores_PG.var(1).argmax())
+    assert some.group_N.tolist() == [widest] * 2 and some.previews[1].group_N.tolist() == [widest] * keep
+    assert some.trajectories.member_N.tolist() == each.trajectories.member_N[each.group_N == widest].tolist()
+    assert_bitwise(some, each)
+    scores, groups = last_scores(some)
+    own, others = groups == widest, scores_PG[1 - widest]
+    assert torch.equal(scores[own], some.finalists.value_N) and torch.equal(scores[~own], others)
 
 
 @pytest.mark.parametrize("microbatch", [3, 64])

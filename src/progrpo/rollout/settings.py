@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from progrpo.diffusion.facts import PRESERVING, REDUCED, SDE, StepFacts
@@ -196,6 +196,10 @@ class PlanSettings:
     After the network call of this zero-based step, keep this many members of each group."""
     final_keep: int | None = None
     """In a custom plan, keep this many members by their final rewards."""
+    keep_groups: int | None = setting(None, at_least(1).or_empty(" to stop no group"))
+    """At the plan's first prune point also stop whole groups: so many of an iteration's prompts go on.
+    They are those whose previews' scores differ most; groups whose scores are all equal teach nothing.
+    It must be smaller than `prompts.per_iteration`; raise that to keep the number of trained trajectories."""
     selector: SelectorName = setting("ovf", one_of(SELECTORS, "function"))  # noqa: RUF009 (a field)
     """The choice of members that are kept. `ovf`: those whose scores have the largest variance (the paper's).
     `top_bottom`: half from the best, half from the worst. `uniform`: a random draw.
@@ -227,11 +231,13 @@ class PlanSettings:
         ValueError if it needs more steps than `num_inference_steps`.
         """
         if self.preset in PRESETS:
-            return preset(self.preset, num_inference_steps)
-        if self.preset == "custom":
+            plan = preset(self.preset, num_inference_steps)
+        elif self.preset == "custom":
             plan = Plan(self.group_size, tuple(PrunePoint(*point) for point in self.prune), self.final_keep)
         else:
             plan = _load_plan(self.preset, num_inference_steps)
+        if self.keep_groups is not None:
+            plan = replace(plan, keep_groups=self.keep_groups)
         plan.validate(num_inference_steps)
         return plan
 
@@ -249,7 +255,7 @@ class PlanSettings:
         if self.preset == "auto" and self.adaptive:
             raise ValueError("plan.adaptive must be false for plan.preset auto, which adapts by itself; leave it out")
         if self.preset != "custom" and self != PlanSettings(
-            preset=self.preset, selector=self.selector, adaptive=self.adaptive
+            preset=self.preset, selector=self.selector, adaptive=self.adaptive, keep_groups=self.keep_groups
         ):
             raise ValueError(
                 "plan.group_size, plan.prune and plan.final_keep are read only when plan.preset is custom,"

@@ -27,10 +27,15 @@ _LEAST_NOISE = 1e-6  # prompts: without any, no prompt would be worth its time
 _WORTH_A_CHANGE = 1.02  # below that the simulation's own noise would choose
 
 
-def prompt_cost(config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset()) -> Cost:
-    """The cost of a plan for one prompt of the run."""
+def prompt_cost(config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset(), prompts: int = 1) -> Cost:
+    """The cost of a plan for one prompt of the run, or for the prompts of an iteration."""
     steps, pairs = config.sampling.num_inference_steps, config.sampling.in_pairs
-    return plan.predict(steps, trained_items(config), pairs, config.preview.ode_steps, probed_steps)
+    return plan.predict(steps, trained_items(config), pairs, config.preview.ode_steps, probed_steps, prompts)
+
+
+def iteration_cost(config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset()) -> Cost:
+    """The cost of a plan for an iteration of the run."""
+    return prompt_cost(config, plan, probed_steps, config.prompts.per_iteration)
 
 
 class JudgeState(TypedDict):
@@ -47,6 +52,7 @@ class PlanState(TypedDict):
     group_size: int
     prune: Sequence[dict[str, int]]
     final_keep: int | None
+    keep_groups: NotRequired[int | None]
 
 
 def plan_state(plan: Plan) -> PlanState:
@@ -57,7 +63,7 @@ def plan_state(plan: Plan) -> PlanState:
 def plan_from(state: PlanState) -> Plan:
     """The plan of a state."""
     points = tuple(PrunePoint(**point) for point in state["prune"])
-    return Plan(state["group_size"], points, state["final_keep"])
+    return Plan(state["group_size"], points, state["final_keep"], state.get("keep_groups"))
 
 
 @dataclass(frozen=True)
@@ -110,9 +116,10 @@ class PlanJudge:
     ) -> Verdict | None:
         """The judgement of a plan, None before enough audits; a probe ranks at the `probed_steps`.
 
-        `noise_scale` is that of gradients under this plan, in prompts; None, where it is not known, is a large one.
+        None also where whole groups stop: an audit has one, and does not say how groups differ. `noise_scale` is that
+        of gradients under this plan, in prompts; None, where it is not known, is a large one.
         """
-        if self.units is None or len(self._finals) < _AUDITS:
+        if self.units is None or len(self._finals) < _AUDITS or plan.keep_groups is not None:
             return None
         steps = self.config.sampling.num_inference_steps
         none = preset("none", steps)

@@ -11,7 +11,7 @@ from progrpo.tracking.console import Console
 from progrpo.tracking.records import Metrics, metric
 from progrpo.training.audit import Audit
 from progrpo.training.distributed import Ranks
-from progrpo.training.plan_judge import PlanJudge, plan_from, plan_state, prompt_cost
+from progrpo.training.plan_judge import PlanJudge, iteration_cost, plan_from, plan_state
 from progrpo.training.state import PlanMonitorState
 from progrpo.training.totals import Totals
 from progrpo.training.watch import SelfChecks
@@ -57,8 +57,7 @@ class PlanMonitor:
 
     def predicted(self, iterations: int) -> Cost:
         """The cost that the plan in force predicts for so many iterations, over all processes and without audits."""
-        cost = prompt_cost(self._config, self.plan, self.probed_steps)
-        return cost * (self._config.prompts.per_iteration * iterations)
+        return iteration_cost(self._config, self.plan, self.probed_steps) * iterations
 
     def is_audit_due(self, iteration: int) -> bool:
         """Whether this zero-based iteration has an audit."""

@@ -90,8 +90,8 @@ def _axes() -> str:
 
 
 def _with_prompts(data: ReportData) -> list[Metrics]:
-    """The records, with the number of prompts of an iteration where it is a number that a log axis can show."""
-    count = data.setting("prompts", "per_iteration")
+    """The records, with the number of prompts that go on, where it is a number that a log axis can show."""
+    count = data.setting("plan", "keep_groups") or data.setting("prompts", "per_iteration")
     drawn: Metrics = {_PER_ITERATION: count} if isinstance(count, int) and count > 0 else {}
     return [{**record, **drawn} for record in data.metrics]
 
