@@ -167,10 +167,11 @@ def _check_between_rooms(config: Config) -> None:
         _check_shard(config)
     if sampling.same_latent:
         _check_same_latent(config)
-    for name, active in (("plan.adaptive", plan.adaptive), ("preview.probe", config.preview.probe)):
+    follower = "plan.adaptive" if plan.adaptive else "plan.preset auto"
+    for name, active in ((follower, plan.follows_audits), ("preview.probe", config.preview.probe)):
         if active and not config.audit.every:
             raise ValueError(f"{name} must have audit.every above 0: audits measure how well previews rank")
-    if (plan.adaptive or resolve_plan(config).prune) and objective.baseline == "group":
+    if (plan.follows_audits or resolve_plan(config).prune) and objective.baseline == "group":
         raise ValueError(
             "objective.baseline must be survivors or previews under a plan that prunes while sampling: "
             "the pruned members have no final rewards"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import TypedDict
 
 from progrpo.types import Cost
@@ -183,13 +184,15 @@ def _require_step(step: int, previous: int, num_inference_steps: int) -> None:
 
 
 # A plan and the number of steps it was made for. From Pro-GRPO (arXiv 2512.15347): standard and flash for SD3.5-M,
-# against a group of 24 (`none`), and sd14 for SD1.4, against 16. The control `posthoc` prunes after sampling.
+# against a group of 24 (`none`), and sd14 for SD1.4, against 16. The control `posthoc` prunes after sampling. A run
+# with `auto` begins as `none`.
 PRESETS: dict[str, tuple[Plan, int]] = {
     "standard": (Plan(48, (PrunePoint(5, 24), PrunePoint(7, 12))), 10),
     "flash": (Plan(24, (PrunePoint(5, 16), PrunePoint(7, 12))), 10),
     "posthoc": (Plan(24, final_keep=12), 10),
     "none": (Plan(24), 10),
     "sd14": (Plan(48, (PrunePoint(30, 32), PrunePoint(40, 8))), 50),
+    "auto": (Plan(24), 10),
 }
 
 
@@ -221,6 +224,21 @@ def path(plan: Plan) -> list[int]:
     """The numbers of members at the start, after each active point, and after a choice by final rewards."""
     last = [plan.survivors] if plan.survivors < plan.finalists else []
     return [plan.group_size, *(point.keep for point in plan.active_points()), *last]
+
+
+def plans(group_size: int, survivors: int, num_inference_steps: int, most_points: int = 2) -> Iterator[Plan]:
+    """The plans from a group to at least so many survivors.
+
+    They have up to `most_points` prune points, and some of them a choice by final rewards.
+    """
+    keeps = sorted({round(survivors + (group_size - survivors) * part / 3) for part in range(4)} - {group_size})
+    for count in range(most_points + 1):
+        for steps in combinations(range(num_inference_steps - 1), count):
+            for falling in combinations(reversed(keeps), count):
+                points = tuple(PrunePoint(step, keep) for step, keep in zip(steps, falling, strict=True))
+                left = points[-1].keep if points else group_size
+                yield Plan(group_size, points)
+                yield from (Plan(group_size, points, keep) for keep in keeps if keep < left)
 
 
 class PlanCosts(TypedDict):

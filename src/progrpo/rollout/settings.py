@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from progrpo.diffusion.facts import PRESERVING, REDUCED, SDE, StepFacts
 from progrpo.messages import quoted
 from progrpo.registry import choices_of, load_named, one_of
-from progrpo.rollout.plan import PRESETS, Plan, PrunePoint, preset
+from progrpo.rollout.plan import PRESETS, Plan, PrunePoint, plans, preset
 from progrpo.rollout.window import window
 from progrpo.settings import NUM_STEPS, Rule, above, at_least, between, setting
 
@@ -42,6 +43,7 @@ SELECTORS: dict[str, str] = {
 }
 _SAMPLER_NAMES = ("auto", *SAMPLERS)
 PLAN_NAMES = (*PRESETS, "custom")
+_AUTO_GROUPS, _AUTO_SURVIVORS = (24, 16, 12), 6
 if TYPE_CHECKING:
     SamplerName = str
     SelectorName = str
@@ -183,6 +185,8 @@ class PlanSettings:
     """One of the paper's plans, or `custom` with the three fields below.
     `standard`: 48 -> 24 -> 12 members. `flash`: 24 -> 16 -> 12. `sd14`: 48 -> 32 -> 8. `none`: 24, not pruned.
     `posthoc`: 24 members are finished, and 12 are kept by their final rewards.
+    `auto`: 24, not pruned, until three audits have measured what pays; then the group of 12 to 24, the points and the
+    6 survivors or more with the highest expected progress per second, none pruned where that is best.
     `module:function`: a `progrpo.rollout.plan.Plan` of your own, or a function of num_inference_steps that returns
     one."""
     group_size: int = setting(24, between(2, 100_000))
@@ -208,8 +212,24 @@ class PlanSettings:
     It computes this from the measured agreement of previews and from the measured costs.
     The group size stays the same, and the survivors do not become fewer."""
 
+    @property
+    def follows_audits(self) -> bool:
+        """Whether audits may change the plan."""
+        return self.adaptive or self.preset == "auto"
+
+    def candidates(self, plan: Plan, num_inference_steps: int) -> Iterator[Plan]:
+        """The plans that an audit may choose in place of `plan`."""
+        if self.preset == "auto":
+            for group_size in _AUTO_GROUPS:
+                yield from plans(group_size, _AUTO_SURVIVORS, num_inference_steps)
+        elif self.adaptive:
+            yield from plans(plan.group_size, self.plan(num_inference_steps).survivors, num_inference_steps)
+
     def plan(self, num_inference_steps: int) -> Plan:
-        """The plan that is run; ValueError if it needs more steps than `num_inference_steps`."""
+        """The plan that is run, or with which a run begins whose audits change it.
+
+        ValueError if it needs more steps than `num_inference_steps`.
+        """
         if self.preset in PRESETS:
             plan = preset(self.preset, num_inference_steps)
         elif self.preset == "custom":
@@ -232,6 +252,8 @@ class PlanSettings:
         """Raise ValueError for fields of a custom plan beside another preset, or a selector that is no function."""
         if self.selector not in SELECTORS:
             self.load_selector()
+        if self.preset == "auto" and self.adaptive:
+            raise ValueError("plan.adaptive must be false for plan.preset auto, which adapts by itself; leave it out")
         if self.preset != "custom" and self != PlanSettings(
             preset=self.preset, selector=self.selector, adaptive=self.adaptive, keep_groups=self.keep_groups
         ):

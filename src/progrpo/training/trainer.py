@@ -125,7 +125,8 @@ class Trainer:
         record |= {f"reward/failed@{name}": count for name, count in failed.items() if count}
         record |= {"rollout/missing_pictures": lost} if lost else {}
         self.checks.check_rewards(batch.iteration + 1, record, self.plan.groups_left(len(batch.prompts)))
-        record |= self.plan_monitor.learn(batch.iteration, rolled, audit, self.totals)
+        noise_scale = self.learner.updater.noise_scale.prompts
+        record |= self.plan_monitor.learn(batch.iteration, rolled, audit, self.totals, noise_scale)
         _add_seconds_since(start, record, self.totals)
         self.iteration += 1
         self.untouched = True
