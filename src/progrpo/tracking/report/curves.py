@@ -104,7 +104,10 @@ def _noise_scale(metrics: Sequence[Metrics]) -> _Card:
         "in prompts, log scale: an iteration below it is ruled by noise, so that selection can pay; above it smaller"
         " iterations do better"
     )
-    return _Card("Gradient noise scale", about, lines if measured else (), {"type": "log", "dtick": "D2"})
+    # plotly's own labels of a log axis leave out the power of ten between two of them
+    ticks = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
+    axis = {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,}" for tick in ticks]}
+    return _Card("Gradient noise scale", about, lines if measured else (), axis)
 
 
 def _signal(metrics: Sequence[Metrics]) -> _Card:
