@@ -1,0 +1,374 @@
+"""The map of when selection pays: thousands of short runs of the toy flow, every side with its own best settings.
+
+    python benchmarks/when_pruning_pays.py [--minutes 60] [--out docs/results/when_pruning_pays.json]
+    python benchmarks/when_pruning_pays.py --page     # the page and the picture from --out; runs nothing
+
+A cell is an objective, a choice of members and a shape of reward. It is run with several learning rates and numbers of
+prompts an iteration: `PROBED` seeds of each, then `SEEDS` seeds of the best for each cost ratio R. R is the cost of
+training a member over that of sampling it to its end; a preview and a reward cost `REWARD` of the latter. R changes no
+run, only what its iterations are said to cost, so that each run serves all ratios.
+
+The measure is the cost until the mean reward on held-out prompts has risen by 50 and by 90 % of what plain groups of 24
+gain in the end under the same objective and reward. It is compared with the best plain group (6, 12 or 24) at the same
+ratio: smaller groups are the honest rival. Finished runs in `--out` are kept, so that the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import TypedDict
+
+import numpy as np
+import torch
+
+from progrpo.config import (
+    AuditSettings,
+    Config,
+    ModelSettings,
+    ObjectiveSettings,
+    OptimSettings,
+    PlanSettings,
+    PromptSettings,
+    SamplingSettings,
+    check,
+)
+from progrpo.durable import write_text
+from progrpo.prompts.order import make_order
+from progrpo.rewards.mixture import Component, RewardMixture
+from progrpo.rewards.settings import RewardTerm
+from progrpo.rollout.denoise import denoise, expand
+from progrpo.rollout.meter import Meter
+from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.plan import Plan, PrunePoint
+from progrpo.rollout.preview import preview, score
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sampling import Record, ode, sampling_for
+from progrpo.training.distributed import Ranks
+from progrpo.training.evaluate import evaluate
+from progrpo.training.trainer import Trainer
+from progrpo.types import Trajectories
+from progrpo.zoo.toy import world
+from progrpo.zoo.toy.policy import ToyNetwork, ToyPolicy, pretrained
+from progrpo.zoo.toy.rewards import ToyReward
+
+PAGE = Path("docs/results/when_pruning_pays.md")
+PICTURE = Path("docs/images/when_pruning_pays.png")
+STEPS, GROUP = 10, 24
+RATIOS = (0.3, 1.0, 4.0)
+REWARD = 0.07  # of a member's sampling: SD 3.5's decode and PickScore over ten of its network calls
+PROMPTS = (2, 4, 8)
+PROBED, SEEDS = 1, 10
+BUDGET = 320  # groups that a run of plain groups of 24 samples at most
+EVERY = 32  # groups between evaluations
+HELD_OUT = 128
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to choose the members that are trained on."""
+
+    group: int = GROUP
+    keep: int | None = None
+    after: int | None = None
+    """The step after which the others are stopped; None: by final rewards."""
+    selector: str = "ovf"
+    baseline: str = "survivors"
+
+    def plan(self) -> Plan:
+        if self.keep is None:
+            return Plan(self.group)
+        if self.after is None:
+            return Plan(self.group, final_keep=self.keep)
+        return Plan(self.group, (PrunePoint(self.after, self.keep),))
+
+    def settings(self) -> PlanSettings:
+        plan = self.plan()
+        points = tuple((point.step, point.keep) for point in plan.prune)
+        return PlanSettings("custom", plan.group_size, points, plan.final_keep, self.selector)
+
+    def cost(self, ratio: float) -> float:
+        """The cost of a group, in units of sampling one member to its end."""
+        cost = self.plan().predict(STEPS, 1, guidance=False)
+        return cost.nfe / STEPS + REWARD * cost.reward_calls + ratio * cost.trained_steps
+
+
+CHOICES: dict[str, Choice] = {
+    "plain 24": Choice(),
+    "plain 12": Choice(12),
+    "plain 6": Choice(6),
+    "posthoc 12": Choice(keep=12),
+    "posthoc 6": Choice(keep=6),
+    "12 after 4": Choice(keep=12, after=4),
+    "12 after 6": Choice(keep=12, after=6),
+    "6 after 4": Choice(keep=6, after=4),
+    "6 after 6": Choice(keep=6, after=6),
+    "furthest 12, group": Choice(keep=12, selector="furthest", baseline="group"),
+    "furthest 6, group": Choice(keep=6, selector="furthest", baseline="group"),
+    "ovf 6, group": Choice(keep=6, baseline="group"),
+    "uniform 12 after 4": Choice(keep=12, after=4, selector="uniform"),
+}
+PLAIN = ("plain 6", "plain 12", "plain 24")
+MAIN = (*PLAIN, "posthoc 12", "posthoc 6", "12 after 4", "6 after 4", "furthest 6, group")
+# The learning rates of each objective; windows are of three steps
+OBJECTIVES: dict[str, tuple[float, ...]] = {
+    "grpo": (2e-3, 4e-3, 8e-3),
+    "grpo window": (2e-3, 4e-3, 8e-3),
+    "awm": (1e-3, 2e-3, 4e-3),
+    "nft": (1e-3, 2e-3, 4e-3),
+    "dgpo": (1e-3, 2e-3, 4e-3),
+    "elbo": (1e-3, 2e-3, 4e-3),
+}
+SHAPES = ("heavy", "peaked", "binary", "noisy")
+
+
+@dataclass(frozen=True)
+class Cell:
+    objective: str
+    choice: str
+    shape: str
+
+
+class Run(TypedDict):
+    """A run of a cell: the held-out reward by iterations."""
+
+    objective: str
+    choice: str
+    shape: str
+    lr: float
+    prompts: int
+    seed: int
+    curve: list[tuple[int, float]]
+    norm: float
+
+
+def cells() -> Iterator[Cell]:
+    """All cells: what matters most first, and plain groups of 24, whose gain is the goal, before their rivals."""
+    for choice in CHOICES:
+        yield Cell("grpo", choice, "smooth")
+    for objective in list(OBJECTIVES)[1:]:
+        for choice in ("plain 24", *(name for name in MAIN if name != "plain 24")):
+            yield Cell(objective, choice, "smooth")
+    for shape in SHAPES:
+        for choice in ("plain 24", *(name for name in MAIN if name != "plain 24")):
+            yield Cell("grpo", choice, shape)
+
+
+def config_of(cell: Cell, lr: float, prompts: int, seed: int) -> Config:
+    choice = CHOICES[cell.choice]
+    name, _, window = cell.objective.partition(" ")
+    config = Config(
+        seed=seed,
+        iterations=iterations_of(choice, prompts),
+        model=ModelSettings(dtype="float32"),
+        prompts=PromptSettings(per_iteration=prompts),
+        sampling=SamplingSettings(
+            num_inference_steps=STEPS, microbatch=4096, sde_window="first" if window else "auto", sde_window_size=3
+        ),
+        plan=choice.settings(),
+        objective=ObjectiveSettings(name=name, baseline="group" if choice.baseline == "group" else "survivors"),
+        optim=OptimSettings(lr=lr, decay=0.0, microbatch=8192, max_grad_norm=1e9),
+        audit=AuditSettings(every=0),
+    )
+    check(config)
+    return config
+
+
+def iterations_of(choice: Choice, prompts: int) -> int:
+    """The iterations of a run: as many as cost what the budget's plain groups cost at the smallest ratio."""
+    share = Choice().cost(RATIOS[0]) / choice.cost(RATIOS[0])
+    return round(BUDGET * max(1.0, min(share, 3.0)) / prompts)
+
+
+def mixture(shape: str, seen: bool = True) -> RewardMixture:
+    return RewardMixture([Component(RewardTerm("toy"), ToyReward(shape, seen))])
+
+
+def run(network: ToyNetwork, cell: Cell, lr: float, prompts: int, seed: int, goal: float | None) -> Run:
+    """Train, and stop once the goal is passed."""
+    ranks = Ranks()
+    policy = ToyPolicy(deepcopy(network))
+    config = config_of(cell, lr, prompts, seed)
+    order = make_order("turn", {"": tuple(world.prompts(4096))}, seed)
+    trainer = Trainer(config, policy, mixture(cell.shape), order, ranks)
+    sampler = Sampler(policy, mixture(cell.shape, seen=False), ode(policy, STEPS, 1.0, 4096))
+    held_out = world.prompts(HELD_OUT, first=100_000)
+    curve: list[tuple[int, float]] = []
+    norms: list[float] = []
+    every = max(1, EVERY // prompts)
+    for iteration in range(config.iterations + 1):
+        if iteration % every == 0:
+            graded = evaluate(sampler, held_out, 0, ranks).mean("graded")
+            assert graded is not None
+            curve.append((iteration, round(graded, 4)))
+            if goal is not None and len(curve) > 3 and mean(value for _, value in curve[-3:]) > goal:
+                break
+        if iteration < config.iterations:
+            before = [p.detach().clone() for p in policy.trainable.values()]
+            trainer.step()
+            moved = [(p.detach() - b).square().sum() for p, b in zip(policy.trainable.values(), before, strict=True)]
+            norms.append(float(torch.stack(moved).sum().sqrt()))
+    return {
+        **{"objective": cell.objective, "choice": cell.choice, "shape": cell.shape},
+        **{"lr": lr, "prompts": prompts, "seed": seed, "curve": curve, "norm": round(mean(norms), 5)},
+    }
+
+
+# --- the measure ------------------------------------------------------------------------------------------------------
+
+
+def smoothed(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The curve as means of three, so that a lucky evaluation is no arrival."""
+    values = [value for _, value in curve]
+    return [(at, mean(values[max(0, i - 1) : i + 2])) for i, (at, _) in enumerate(curve)]
+
+
+def arrival(curve: Sequence[tuple[int, float]], level: float) -> float | None:
+    """The iterations until the smoothed curve reaches a level, interpolated; None where it does not."""
+    points = smoothed(curve)
+    for (a, low), (b, high) in zip(points, points[1:], strict=False):
+        if high >= level:
+            return a + (b - a) * min(1.0, max(0.0, (level - low) / (high - low) if high > low else 1.0))
+    return None
+
+
+def cost_to(entry: Run, level: float, ratio: float) -> float:
+    """The cost to a level; infinite where a run does not get there."""
+    iterations = arrival(entry["curve"], level)
+    cost = CHOICES[entry["choice"]].cost(ratio) * entry["prompts"]
+    return float("inf") if iterations is None else iterations * cost
+
+
+class Results:
+    """The finished runs of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: list[Run] = json.loads(path.read_text()) if path.exists() else []
+
+    def of(self, cell: Cell) -> list[Run]:
+        return [r for r in self.runs if Cell(r["objective"], r["choice"], r["shape"]) == cell]
+
+    def has(self, cell: Cell, lr: float, prompts: int, seed: int) -> bool:
+        return any((r["lr"], r["prompts"], r["seed"]) == (lr, prompts, seed) for r in self.of(cell))
+
+    def add(self, entry: Run) -> None:
+        self.runs.append(entry)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in self.runs)
+        write_text(self.path, f"[\n{lines}\n]\n")
+
+    def ends(self, objective: str, shape: str) -> tuple[float, float] | None:
+        """The held-out reward before training, and the one that plain groups of 24 end at with their best settings.
+
+        Settings count that were run with the most seeds: the best of several single runs was lucky.
+        """
+        finals: dict[tuple[float, int], list[float]] = {}
+        runs = self.of(Cell(objective, "plain 24", shape))
+        for entry in runs:
+            final = mean(value for _, value in entry["curve"][-3:])
+            finals.setdefault((entry["lr"], entry["prompts"]), []).append(final)
+        most = max(map(len, finals.values()), default=0)
+        ends = [mean(values) for values in finals.values() if len(values) == most]
+        return (runs[0]["curve"][0][1], max(ends)) if ends else None
+
+    def best(self, cell: Cell, level: float, ratio: float) -> tuple[float, int] | None:
+        """The learning rate and prompts with the lowest mean cost to a level, of those with the most seeds."""
+        costs: dict[tuple[float, int], list[float]] = {}
+        for entry in self.of(cell):
+            costs.setdefault((entry["lr"], entry["prompts"]), []).append(cost_to(entry, level, ratio))
+        return min(costs, key=lambda key: mean(costs[key]), default=None)
+
+
+def level_of(ends: tuple[float, float], share: float) -> float:
+    return ends[0] + share * (ends[1] - ends[0])
+
+
+def work(results: Results, seeds: int) -> Iterator[tuple[Cell, float, int, int]]:
+    """The runs that are left to do, in order: for each cell all settings, then more seeds of its best ones."""
+    for cell in cells():
+        for prompts in PROMPTS:
+            for lr in OBJECTIVES[cell.objective]:
+                for seed in range(PROBED):
+                    if not results.has(cell, lr, prompts, seed):
+                        yield cell, lr, prompts, seed
+        ends = results.ends(cell.objective, cell.shape)
+        assert ends is not None
+        for seed in range(seeds):
+            for ratio in RATIOS:
+                best = results.best(cell, level_of(ends, 0.9), ratio)
+                if best is not None and not results.has(cell, *best, seed):
+                    yield cell, *best, seed
+
+
+def next_work(results: Results) -> tuple[Cell, float, int, int] | None:
+    """The next run: three seeds of every cell come before ten of any."""
+    for seeds in (3, SEEDS):
+        for item in work(results, seeds):
+            return item
+    return None
+
+
+# --- the prediction ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def kept_variance(policy: ToyPolicy, choice: Choice, shape: str, stochastic: int, prompts: int = 128) -> float:
+    """V: the variance of the kept final rewards over that of all, at the untrained model."""
+    if choice.keep is None:
+        return 1.0
+    settings = SamplingSettings(num_inference_steps=STEPS, microbatch=4096)
+    sampling = sampling_for(policy, settings, range(stochastic), Record())
+    selector = PlanSettings(selector=choice.selector).load_selector()
+    sampler = Sampler(policy, mixture(shape), sampling, choice.plan(), selector)
+    texts, slots, key = world.prompts(prompts), torch.arange(prompts), NoiseKey(0, 0)
+    condition = policy.encode(texts)
+    seen: dict[int, torch.Tensor] = {}
+
+    def watch(step: int, batch: Trajectories) -> Trajectories:
+        if step == choice.after:
+            seen[step] = preview(sampler, texts, condition, batch, step, Meter())[1]
+        return batch
+
+    batch = expand(policy, slots, choice.group, sampling, key)
+    batch = denoise(sampler.denoiser(condition), batch, key, Meter(), watch)
+    final_PG = score(sampler, texts, batch.group_N, batch.x_NCHW, Meter())[1].value_N.reshape(prompts, -1)
+    by_PG = final_PG if choice.after is None else seen[choice.after].reshape(prompts, -1)
+    kept_PK = selector(by_PG, choice.keep, torch.ones_like(by_PG, dtype=torch.bool), key.group_seeds(slots, 0))
+    kept = final_PG.gather(1, kept_PK.indices_PK)
+    return float(kept.var(1, correction=0).mean() / final_PG.var(1, correction=1).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/when_pruning_pays.json"))
+    parser.add_argument("--page", action="store_true", help="write the page and its picture, and run nothing")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results = Results(arguments.out)
+    network = pretrained(0)
+    if arguments.page:
+        raise SystemExit("to come")
+    until = time.monotonic() + 60 * arguments.minutes
+    while time.monotonic() < until:
+        item = next_work(results)
+        if item is None:
+            break
+        cell, lr, prompts, seed = item
+        ends = results.ends(cell.objective, cell.shape)
+        plain = cell.choice == "plain 24"
+        start = time.process_time()
+        results.add(run(network, cell, lr, prompts, seed, None if plain or ends is None else level_of(ends, 0.95)))
+        last = results.runs[-1]["curve"][-1]
+        print(f"{len(results.runs)} {item} {last} {time.process_time() - start:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
