@@ -16,16 +16,16 @@ ratio: smaller groups are the honest rival. Finished runs in `--out` are kept, s
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import TypedDict
 
-import numpy as np
 import torch
 
 from progrpo.config import (
@@ -232,7 +232,7 @@ def smoothed(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 def arrival(curve: Sequence[tuple[int, float]], level: float) -> float | None:
     """The iterations until the smoothed curve reaches a level, interpolated; None where it does not."""
     points = smoothed(curve)
-    for (a, low), (b, high) in zip(points, points[1:], strict=False):
+    for (a, low), (b, high) in itertools.pairwise(points):
         if high >= level:
             return a + (b - a) * min(1.0, max(0.0, (level - low) / (high - low) if high > low else 1.0))
     return None
