@@ -21,12 +21,14 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import TypedDict
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from progrpo.config import (
     AuditSettings,
@@ -68,6 +70,8 @@ PROBED, SEEDS = 1, 10
 BUDGET = 320  # groups that a run of plain groups of 24 samples at most
 EVERY = 32  # groups between evaluations
 HELD_OUT = 128
+BEGIN, END = "<!-- map:begin -->\n", "<!-- map:end -->"
+INK, QUIET = (40, 44, 52), (128, 134, 144)
 
 
 @dataclass(frozen=True)
@@ -345,6 +349,147 @@ def kept_variance(policy: ToyPolicy, choice: Choice, shape: str, stochastic: int
     return float(kept.var(1, correction=0).mean() / final_PG.var(1, correction=1).mean())
 
 
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A choice against the best plain group at one ratio: the ratio of costs to a level, with a 90 % interval.
+
+    Where a run does not `arrive`, the speed is the most that its whole length leaves open.
+    """
+
+    speed: float
+    low: float
+    high: float
+    arrives: bool
+    seeds: int
+    settings: tuple[float, int]
+    predicted: float
+
+
+class Map:
+    """What finished runs say."""
+
+    def __init__(self, results: Results, network: ToyNetwork) -> None:
+        self.results = results
+        self._policy = ToyPolicy(network)
+        self._signals: dict[tuple[str, str, int], float] = {}
+
+    def signal(self, cell: Cell) -> float:
+        """The signal k V of a cell at the untrained model."""
+        choice = CHOICES[cell.choice]
+        stochastic = {"grpo": STEPS, "grpo window": 3}.get(cell.objective, 0)
+        key = (cell.choice, cell.shape, stochastic)
+        if key not in self._signals:
+            kept = choice.group - 1 if choice.keep is None else choice.keep
+            self._signals[key] = kept * kept_variance(self._policy, choice, cell.shape, stochastic)
+        return self._signals[key]
+
+    def costs(self, cell: Cell, share: float, ratio: float) -> tuple[list[float], tuple[float, int]] | None:
+        """The costs to a share of the goal under the cell's best settings, a run each, and these settings."""
+        ends = self.results.ends(cell.objective, cell.shape)
+        best = None if ends is None else self.results.best(cell, level_of(ends, share), ratio)
+        if ends is None or best is None:
+            return None
+        runs = [r for r in self.results.of(cell) if (r["lr"], r["prompts"]) == best]
+        return [cost_to(r, level_of(ends, share), ratio) for r in runs], best
+
+    def rival(self, cell: Cell, share: float, ratio: float) -> list[float]:
+        """The costs of the best plain group."""
+        groups = [self.costs(replace(cell, choice=name), share, ratio) for name in PLAIN]
+        return min((group[0] for group in groups if group is not None), key=mean, default=[])
+
+    def finding(self, cell: Cell, share: float, ratio: float) -> Finding | None:
+        """None where there are no runs, or no plain group arrives."""
+        own, rival = self.costs(cell, share, ratio), self.rival(cell, share, ratio)
+        if own is None or not rival or np.isinf(rival).any():
+            return None
+        whole = CHOICES[cell.choice].cost(ratio) * own[1][1] * iterations_of(CHOICES[cell.choice], own[1][1])
+        arrives = not np.isinf(own[0]).any()
+        own = [min(cost, whole) for cost in own[0]], own[1]
+        generator = np.random.default_rng(0)
+        draws = [
+            np.mean(generator.choice(rival, len(rival))) / np.mean(generator.choice(own[0], len(own[0])))
+            for _ in range(1000)
+        ]
+        low, high = np.quantile(draws, [0.05, 0.95])
+        plain = max(self.signal(replace(cell, choice=name)) / CHOICES[name].cost(ratio) for name in PLAIN)
+        predicted = self.signal(cell) / CHOICES[cell.choice].cost(ratio) / plain
+        return Finding(mean(rival) / mean(own[0]), float(low), float(high), arrives, len(own[0]), own[1], predicted)
+
+
+def table(survey: Map, objective: str, shape: str, share: float) -> list[str]:
+    """A row per choice: how many times faster than the best plain group, by ratio, and the prediction."""
+    names = [name for name in CHOICES if survey.results.of(Cell(objective, name, shape))]
+    heads = [f"R = {ratio:g}" for ratio in RATIOS]
+    lines = [f"| choice | {' | '.join(heads)} | lr, prompts (R = 1) | seeds |", "|" + "---|" * (len(RATIOS) + 3)]
+    for name in names:
+        cells = [survey.finding(Cell(objective, name, shape), share, ratio) for ratio in RATIOS]
+        words = ["-" if f is None else _words(f) for f in cells]
+        middle = cells[1]
+        settings = "-" if middle is None else f"{middle.settings[0]:g}, {middle.settings[1]}"
+        lines.append(f"| {name} | {' | '.join(words)} | {settings} | {0 if middle is None else middle.seeds} |")
+    return lines
+
+
+def _words(f: Finding) -> str:
+    if not f.arrives:
+        return f"< {f.speed:.2f} ({f.predicted:.2f})"
+    speed = f"**{f.speed:.2f}**" if f.low > 1 else f"{f.speed:.2f}"
+    return f"{speed} ± {(f.high - f.low) / 2:.2f} ({f.predicted:.2f})"
+
+
+def write_page(survey: Map) -> None:
+    """Write the tables between the page's marks, and the picture."""
+    parts: list[str] = []
+    for objective, shape in dict.fromkeys((cell.objective, cell.shape) for cell in cells()):
+        if len({r["choice"] for r in survey.results.runs if (r["objective"], r["shape"]) == (objective, shape)}) > 2:
+            for share in (0.5, 0.9):
+                title = f"### {objective}, {shape} reward: to {share:.0%} of the gain"
+                parts += [title, "", *table(survey, objective, shape, share), ""]
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    write_text(PAGE, before + BEGIN + "\n" + "\n".join(parts) + END + after)
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    picture(survey).save(PICTURE)
+
+
+def picture(survey: Map) -> Image.Image:
+    """A field for each choice (row), objective or reward (column block) and ratio: green where selection is faster."""
+    blocks = list(dict.fromkeys((cell.objective, cell.shape) for cell in cells()))
+    blocks = [b for b in blocks if survey.results.of(Cell(b[0], "plain 24", b[1]))]
+    names = list(CHOICES)
+    width, height, left, top = 46, 24, 150, 50
+    image = Image.new("RGB", (left + len(blocks) * (3 * width + 10), top + len(names) * height + 30), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+    for row, name in enumerate(names):
+        draw.text((8, top + row * height + 5), name, fill=INK, font=font)
+    for column, (objective, shape) in enumerate(blocks):
+        x = left + column * (3 * width + 10)
+        draw.text((x, 8), objective if shape == "smooth" else f"{objective}, {shape}", fill=INK, font=font)
+        for i, ratio in enumerate(RATIOS):
+            draw.text((x + i * width + 4, 28), f"R {ratio:g}", fill=QUIET, font=font)
+            for row, name in enumerate(names):
+                f = survey.finding(Cell(objective, name, shape), 0.9, ratio)
+                box = (x + i * width, top + row * height, x + (i + 1) * width - 2, top + (row + 1) * height - 2)
+                if f is not None:
+                    draw.rectangle(box, fill=_colour(f.speed))
+                    draw.text((box[0] + 8, box[1] + 5), f"{'' if f.arrives else '<'}{f.speed:.2f}", INK, font)
+    note = "speed to 90 % of plain GRPO's gain, over the best plain group at equal cost; 1 is no gain"
+    draw.text((8, image.height - 22), note, fill=QUIET, font=font)
+    return image
+
+
+def _colour(speed: float) -> tuple[int, int, int]:
+    """From orange (0.5) over white (1) to green (2)."""
+    share = max(-1.0, min(1.0, float(np.log2(speed))))
+    towards = (120, 200, 140) if share > 0 else (240, 170, 120)
+    red, green, blue = (round(255 + abs(share) * (c - 255)) for c in towards)
+    return red, green, blue
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
@@ -355,7 +500,8 @@ def main() -> None:
     results = Results(arguments.out)
     network = pretrained(0)
     if arguments.page:
-        raise SystemExit("to come")
+        write_page(Map(results, network))
+        return
     until = time.monotonic() + 60 * arguments.minutes
     while time.monotonic() < until:
         item = next_work(results)
