@@ -158,7 +158,7 @@ class Campaign:
         process = self._start(self.straight, "", 0, resume=False)
         process.join()
         self._require_success(process)
-        self.span = 0.4 * RunFolder(self.straight).read_summary()["wall_seconds"]
+        self.span = 0.4 * RunFolder(self.straight).summary.read()["wall_seconds"]
         while self.stages or self.found.kills < kills:
             shutil.rmtree(self.run, ignore_errors=True)
             while self._attempt(bool(self.stages) or self.found.kills < kills):
@@ -271,7 +271,7 @@ class Standing:
         return cls(
             int(found[-1].name.removeprefix("iteration_")) if found else None,
             sum(path.stat().st_size for path in found[-1].iterdir()) if found else 0,
-            len(RunFolder(run).read_metrics()),
+            len(RunFolder(run).metrics.read()),
             sum(path.stat().st_size for path in unfinished),
         )
 
@@ -290,16 +290,16 @@ def differences(straight: Path, run: Path) -> list[str]:
         name
         for name, read in {
             "checkpoint": checkpoint_of,
-            "metrics": lambda run: [untimed(record) for record in RunFolder(run).read_metrics()],
-            "evaluation before": lambda run: RunFolder(run).read_evaluation("before"),
-            "evaluation after": lambda run: RunFolder(run).read_evaluation("after"),
+            "metrics": lambda run: [untimed(record) for record in RunFolder(run).metrics.read()],
+            "evaluation before": lambda run: RunFolder(run).evaluations["before"].read(),
+            "evaluation after": lambda run: RunFolder(run).evaluations["after"].read(),
             "audits": lambda run: RunFolder(run).read_audits(),
-            "config": lambda run: RunFolder(run).read_config(),
+            "config": lambda run: RunFolder(run).config.read(),
             "trained weights": lambda run: safetensors.torch.load_file(
                 run / "lora" / "pytorch_lora_weights.safetensors"
             ),
-            "status": lambda run: RunFolder(run).read_summary()["status"],
-            "figures": lambda run: [RunFolder(run).read_summary()[name] for name in ("nfe", "cost", "reward_after")],
+            "status": lambda run: RunFolder(run).summary.read()["status"],
+            "figures": lambda run: [RunFolder(run).summary.read()[name] for name in ("nfe", "cost", "reward_after")],
             "names of files": lambda run: sorted(str(p.relative_to(run)) for p in run.rglob("*")),
         }.items()
         if not same(read(straight), read(run))

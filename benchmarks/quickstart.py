@@ -34,15 +34,15 @@ def finished(run: RunFolder, config: Config) -> bool:
         return False
     was = json.loads((run.path / "config.json").read_text())
     was["model"]["dtype"] = config.model.dtype
-    return bool(was == json.loads(json.dumps(to_dict(config))) and run.read_summary().get("status") == "finished")
+    return bool(was == json.loads(json.dumps(to_dict(config))) and run.summary.read().get("status") == "finished")
 
 
 def result(run: RunFolder) -> dict[str, Any]:
-    summary = run.read_summary()
+    summary = run.summary.read()
     kept = ("seed", "iterations", "best_iterations", "wall_seconds", "nfe", "nfe_ratio_to_none", "device", "versions")
     curve = [
         {"iteration": r["iteration"] + 1, **{name: r[f"eval/{name}"] for name in ("strict", "graded", "judge")}}
-        for r in run.read_metrics()
+        for r in run.metrics.read()
         if "eval/strict" in r
     ]
     figures = {f"{name}_{when}": summary[f"{name}_{when}"] for name in FIGURES for when in ("before", "after")}

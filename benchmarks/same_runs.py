@@ -41,6 +41,7 @@ VARIANTS: dict[str, str] = {
     "nft": "--objective.name nft --preview.decoder tiny --preview.ode-steps 2",
     "awm": "--objective.name awm --objective.awm.weighting ghuber --model.weights full --optim.updates-per-rollout 2",
     "dgpo": "--objective.name dgpo --model.path shapes-diffusion --sampling.num-inference-steps 6",
+    "precise": "--sampling.sampler precise --sampling.noise-level 1.2",
     "elbo": "--objective.name elbo --optim.updates-per-rollout 2",
     "diffusion": "--model.path shapes-diffusion --model.step-ends next --sampling.guidance-scale 2",
     "averages": "--optim.ema-decay 0.9 --eval.every 1 --eval.keep-best --eval.rewards shapes_strict",

@@ -172,7 +172,7 @@ def _check_between_rooms(config: Config) -> None:
             raise ValueError(f"{name} must have audit.every above 0: audits measure how well previews rank")
     if (plan.adaptive or resolve_plan(config).prune) and objective.baseline == "group":
         raise ValueError(
-            "objective.baseline must be survivors under a plan that prunes while sampling: "
+            "objective.baseline must be survivors or previews under a plan that prunes while sampling: "
             "the pruned members have no final rewards"
         )
 
@@ -236,6 +236,7 @@ def _check_same_latent(config: Config) -> None:
 def _check_split_groups(config: Config) -> None:
     """Refuse split groups for what needs a whole group while it is sampled or trained."""
     whole = {
+        "objective.baseline previews": config.objective.baseline == "previews",
         f"objective.name {config.objective.name}": config.objective.loss.whole_groups,
         "objective.advantage gdpo": config.objective.advantage == "gdpo",
         "preview.probe": config.preview.probe,

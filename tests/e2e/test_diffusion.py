@@ -53,7 +53,7 @@ def own(tmp_path, monkeypatch) -> list[str]:
 
 
 def untimed(folder: Path) -> list[dict[str, Any]]:
-    records = RunFolder(folder).read_metrics()
+    records = RunFolder(folder).metrics.read()
     return [{k: v for k, v in r.items() if k != "seconds" and not k.startswith("time/")} for r in records]
 
 
@@ -70,7 +70,7 @@ def drawn(pipeline: Any) -> np.ndarray:
 def test_a_folder_of_ones_own_is_trained_and_diffusers_loads_the_result(name, own, request, tmp_path):
     model, options = str(request.getfixturevalue(RUNS[name][0])), [*RUNS[name][1], *own]
     assert main(["train", "smoke", "--out", "run", "--model.path", model, *options]) == 0
-    found = RunFolder(tmp_path / "run").read_summary()
+    found = RunFolder(tmp_path / "run").summary.read()
     assert found["status"] == "finished" and found["cost"]["predicted"] == found["cost"]["counted"]
     base = drawn(DiffusionPipeline.from_pretrained(model))
     pipeline = DiffusionPipeline.from_pretrained(model)
@@ -94,7 +94,7 @@ def test_stop_and_resume_is_a_straight_run(weights, own, tiny_sd, tmp_path):
     assert main(["train", "--resume", "resumed", "--iterations", "3"]) == 0
     assert untimed(tmp_path / "straight") == untimed(tmp_path / "resumed") != []
     for when in ("before", "after"):
-        both = [RunFolder(tmp_path / run).read_evaluation(when) for run in ("straight", "resumed")]
+        both = [RunFolder(tmp_path / run).evaluations[when].read() for run in ("straight", "resumed")]
         assert both[0] == both[1] != []
 
 
@@ -105,7 +105,7 @@ def test_a_run_goes_on_from_the_lora_of_another(own, tiny_sd, tmp_path, capsys):
     assert main(["train", "smoke", "--out", "second", "--iterations", "3", *more]) == 0
     first, second = (RunFolder(tmp_path / run) for run in ("first", "second"))
     ended, began, after = (
-        [{**record, "picture": None} for record in run.read_evaluation(when)]
+        [{**record, "picture": None} for record in run.evaluations[when].read()]
         for run, when in ((first, "after"), (second, "before"), (second, "after"))
     )
     assert ended == began != after
@@ -122,7 +122,7 @@ def test_a_run_goes_on_from_the_lora_of_another(own, tiny_sd, tmp_path, capsys):
     asked += ["--num-inference-steps", "6"]  # as the recipe's own evaluations
     assert main(["eval", "second", *asked]) == 0  # what it began with is in what it saved, and not twice
     graded = json.loads(capsys.readouterr().out)["graded"]
-    assert graded == pytest.approx(second.read_summary()["reward_after"], abs=5e-5)
+    assert graded == pytest.approx(second.summary.read()["reward_after"], abs=5e-5)
 
     assert main(["plan", "smoke", *options, "--model.lora", "absent"]) == 0
     capsys.readouterr()

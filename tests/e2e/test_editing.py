@@ -64,7 +64,7 @@ def edited(model: Path, image: str, lora: Path | None = None) -> np.ndarray:
 def test_it_is_trained_measured_and_asked_for_pictures(own, tmp_path, tiny_kontext, capsys):
     options = ["smoke", *own, "--audit.every", "1", "--eval.every", "1"]
     assert main(["train", *options, "--out", "run", "--iterations", "2"]) == 0
-    found = RunFolder(tmp_path / "run").read_summary()
+    found = RunFolder(tmp_path / "run").summary.read()
     assert found["status"] == "finished" and found["cost"]["predicted"] == found["cost"]["counted"]
     assert not any(found["rewards"]["missing"].values()) and found["reward_before"] != found["reward_after"]
     base, trained = (edited(tiny_kontext, "told/pictures/a.png", lora) for lora in (None, tmp_path / "run" / "lora"))
@@ -124,4 +124,4 @@ def test_python_code_gives_pictures_and_its_reward_gets_them(tiny_pipeline, tiny
     config = tiny_config(preview=PreviewSettings(ode_steps=2))
     config = replace(config, model=replace(config.model, resolution=16))
     run = progrpo.train(tiny_pipeline(tiny_kontext), prompts, likeness, config=config, out=tmp_path / "run")
-    assert run.read_summary()["status"] == "finished" and seen and all(seen)
+    assert run.summary.read()["status"] == "finished" and seen and all(seen)

@@ -48,7 +48,7 @@ def trained(tiny_pipeline, tiny_config, prompts, redness, tmp_path, monkeypatch)
 
 def warnings_of_hacking(run: RunFolder) -> list[str]:
     cheating = "the model may be learning to please the reward alone: "
-    return [warning for warning in run.read_summary()["warnings"] if warning.startswith(cheating)]
+    return [warning for warning in run.summary.read()["warnings"] if warning.startswith(cheating)]
 
 
 def test_it_is_said_and_shown_and_training_goes_on(trained, capsys):
@@ -57,26 +57,26 @@ def test_it_is_said_and_shown_and_training_goes_on(trained, capsys):
     warning = warnings_of_hacking(run)[0]
     assert f"the held-out {MODULE}:paleness fell from " in warning and "trained reward rose" in warning
     assert f"warning: {warning}" in " ".join(said.split())
-    assert len(run.read_metrics()) == 12
+    assert len(run.metrics.read()) == 12
     assert "the trained reward rose" in (run.path / "report.html").read_text()
 
 
 def test_it_ends_training_where_that_is_asked_for(trained, capsys):
     run = trained("stop")
-    done = len(run.read_metrics())
-    assert 3 <= done < 12 and run.read_summary()["status"] == "finished"
-    assert run.read_evaluation("after") and (run.path / "transformer").is_dir()
+    done = len(run.metrics.read())
+    assert 3 <= done < 12 and run.summary.read()["status"] == "finished"
+    assert run.evaluations["after"].read() and (run.path / "transformer").is_dir()
     assert "training ends here" in capsys.readouterr().out
 
 
 def test_the_best_by_the_held_out_reward_is_another(trained):
     run = trained("off", keep_best=True)
-    by_reward = run.read_summary()
+    by_reward = run.summary.read()
     assert not warnings_of_hacking(run)
     import shutil
 
     shutil.rmtree("run")
     held_out = trained("off", keep_best=True, best_by=f"{MODULE}:paleness")
-    metrics = [r[f"eval/held_out@{MODULE}:paleness"] for r in held_out.read_metrics()]
-    assert held_out.read_summary()["best_iterations"] == 1 + metrics.index(max(metrics))
-    assert by_reward["best_iterations"] != held_out.read_summary()["best_iterations"]
+    metrics = [r[f"eval/held_out@{MODULE}:paleness"] for r in held_out.metrics.read()]
+    assert held_out.summary.read()["best_iterations"] == 1 + metrics.index(max(metrics))
+    assert by_reward["best_iterations"] != held_out.summary.read()["best_iterations"]

@@ -159,11 +159,13 @@ def test_a_reward_with_verdicts_and_columns(tiny_pipeline, tiny_config, prompts,
         Prompt(text, {"least": least, "kind": kind})
         for text, least, kind in zip(prompts, (0, 0, 1), "aab", strict=True)
     ]
-    config = tiny_config(iterations=1, eval=EvalSettings(pictures=3, num_inference_steps=2))
-    run = progrpo.train(tiny_pipeline(), asked, Verdicts(), config=config, out=tmp_path / "run", eval_prompts=asked)
-    found = run.read_summary()
+    config = tiny_config(iterations=1, eval=EvalSettings(pictures=3, num_inference_steps=2, every=1))
+    splits = {"train": asked, "test": asked, "validation": asked[2:]}
+    run = progrpo.train(tiny_pipeline(), splits, Verdicts(), config=config, out=tmp_path / "run")
+    found = run.summary.read()
     assert found["accuracy_after"] == pytest.approx(2 / 3) and found["accuracy_by_kind_after"] == {"a": 1.0, "b": 0.0}
-    assert run.read_metrics()[0]["reward/strict"] in (0.5, 1.0)
+    (record,) = run.metrics.read()
+    assert record["reward/strict"] in (0.5, 1.0) and record["eval/strict"] == 0
 
 
 def test_several_rewards_of_every_kind_are_mixed(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
@@ -185,9 +187,9 @@ def test_several_rewards_of_every_kind_are_mixed(tiny_pipeline, tiny_config, pro
     rows = [{"prompt": text, "note": "from a row"} for text in prompts]
     config = tiny_config(iterations=1, objective=ObjectiveSettings(advantage="gdpo"))
     run = progrpo.train(tiny_pipeline(), rows, rewards, config=config, out=tmp_path / "run")
-    summary = run.read_summary()
+    summary = run.summary.read()
     record: Any
-    (record,) = run.read_metrics()
+    (record,) = run.metrics.read()
     weights = summary["rewards"]["weights"]
     assert list(weights.values()) == [1.0, 0.5, -1.0, 0.1, 1.0, 2.0] and summary["rewards"]["selected_on"].endswith(
         "group"
@@ -209,7 +211,7 @@ def test_a_plan_that_selects_on_final_rewards_is_audited_and_reported(
     (audit,) = run.read_audits()
     assert sorted(map(str, audit["stopped_at"])) == ["4", "4", "None", "None"]
     assert "pruned at the end" in (run.path / "report.html").read_text()
-    assert run.read_summary()["nfe_saved"] == 0
+    assert run.summary.read()["nfe_saved"] == 0
 
 
 def test_a_reward_that_cannot_be_closed_is_warned_of(tiny_pipeline, tiny_config, prompts, redness, tmp_path, capsys):
@@ -226,7 +228,7 @@ def test_a_reward_that_cannot_be_closed_is_warned_of(tiny_pipeline, tiny_config,
     config = tiny_config(iterations=1)
     run = progrpo.train(tiny_pipeline(), prompts, [Held(), Held()], config=config, out=tmp_path / "run")
     assert len(closed) == 2 and "ConnectionError: the judge is out" in capsys.readouterr().out
-    assert run.read_summary()["status"] == "finished" and (run.path / "report.html").is_file()
+    assert run.summary.read()["status"] == "finished" and (run.path / "report.html").is_file()
 
 
 @pytest.mark.parametrize("works", [True, False])
@@ -259,7 +261,7 @@ def test_an_async_reward_is_loaded_asked_and_closed_in_one_loop_however_the_run_
     config = tiny_config(iterations=1, reward=RewardSettings(waves=2))
     if works:
         run = progrpo.train(tiny_pipeline(), prompts, Whole(), config=config, out=tmp_path / "run")
-        (missing,) = run.read_summary()["rewards"]["missing"].values()
+        (missing,) = run.summary.read()["rewards"]["missing"].values()
         assert missing == 0 and events.count("score") > 2
     else:
         with pytest.raises(ValueError, match="takes 'absent'"):
@@ -271,7 +273,7 @@ def test_an_async_reward_is_loaded_asked_and_closed_in_one_loop_however_the_run_
 
 
 def untimed(folder: Path) -> list[dict[str, Any]]:
-    records = RunFolder(folder).read_metrics()
+    records = RunFolder(folder).metrics.read()
     return [{k: v for k, v in r.items() if k != "seconds" and not k.startswith("time/")} for r in records]
 
 
@@ -279,7 +281,7 @@ def assert_the_same(folder: Path, straight: Path) -> None:
     """To the last bit: what was measured, and what was trained."""
     assert untimed(folder) == untimed(straight) != []
     for when in ("before", "after"):
-        assert RunFolder(folder).read_evaluation(when) == RunFolder(straight).read_evaluation(when) != []
+        assert RunFolder(folder).evaluations[when].read() == RunFolder(straight).evaluations[when].read() != []
     ours, theirs = (load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (folder, straight))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -304,27 +306,29 @@ def test_a_run_of_the_library_goes_on_as_if_it_had_not_been_stopped(
 
     preempted.__module__, preempted.__qualname__ = redness.__module__, redness.__qualname__
     out = tmp_path / "my run"
-    with pytest.raises(Interrupted, match=rf"go on with: progrpo\.train\(\.\.\., out='{out}', resume=True\)$"):
+    with pytest.raises(Interrupted, match=rf"go on with: progrpo\.train\(\.\.\., out='{out}', mode='resume'\)$"):
         progrpo.train(tiny_pipeline(), prompts, preempted, config=replace(config, iterations=3), out=out)
-    assert len(RunFolder(out).read_metrics()) == 3
+    assert len(RunFolder(out).metrics.read()) == 3
     again = tiny_pipeline()
     for wrong, message in (
-        ({"prompts": prompts[::-1]}, r"the training prompts \(prompts given to progrpo.train\) .*accept_changes=True"),
-        ({"eval_prompts": ["a"]}, "the evaluation prompts"),
+        (
+            {"prompts": prompts[::-1]},
+            r"the training prompts \(prompts given to progrpo.train\) .*mode='resume_changed'",
+        ),
+        ({"prompts": {"train": prompts, "test": ["a"]}}, "the evaluation prompts"),
         (
             {"config": replace(config, optim=OptimSettings(lr=1.0))},
             "the configuration of .*my run was changed.* optim.lr was",
         ),
-        ({"reward": [redness, redness]}, "reward.terms was .*accept_changes=True"),
-        ({"out": "nowhere"}, "resume: nowhere holds no run"),
-        ({"out": straight, "overwrite": True}, "overwrite and resume exclude each other"),
+        ({"reward": [redness, redness]}, "reward.terms was .*mode='resume_changed'"),
+        ({"out": "nowhere"}, "nowhere holds no run to resume"),
         ({"pipeline": moved(tiny_pipeline())}, "the weights of transformer .* are not those that .*my run began with"),
     ):
         asked = {"pipeline": again, "prompts": prompts, "reward": redness, "config": config, "out": out, **wrong}
         with pytest.raises(ValueError, match=message):
-            progrpo.train(**asked, resume=True)
+            progrpo.train(**asked, mode="resume")
     monkeypatch.chdir(tmp_path.parent)
-    progrpo.train(again, prompts, redness, config=config, out=out, resume=True)
+    progrpo.train(again, prompts, redness, config=config, out=out, mode="resume")
     assert_the_same(out, tmp_path / straight)
 
 
@@ -339,12 +343,14 @@ def test_a_reward_that_ends_a_run_of_the_library_says_how_to_go_on(
         )  # from the second's finals on
 
     config = tiny_config(iterations=3)
-    message = rf"; mend that, and go on from iteration_000002 with: progrpo\.train\(\.\.\., out='{out}', resume=True\)$"
+    message = (
+        rf"; mend that, and go on from iteration_000002 with: progrpo\.train\(\.\.\., out='{out}', mode='resume'\)$"
+    )
     with pytest.raises(MissingScoresError, match=message):
         progrpo.train(tiny_pipeline(), prompts, judged, config=config, out=out)
     mended.append(True)
-    run = progrpo.train(tiny_pipeline(), prompts, judged, config=config, out=out, resume=True)
-    assert run.read_summary()["status"] == "finished" and len(run.read_metrics()) == 3
+    run = progrpo.train(tiny_pipeline(), prompts, judged, config=config, out=out, mode="resume")
+    assert run.summary.read()["status"] == "finished" and len(run.metrics.read()) == 3
 
 
 def moved(pipeline: Any) -> Any:
@@ -359,12 +365,12 @@ def test_a_run_of_the_library_goes_on_by_its_own_configuration_and_with_changes_
     progrpo.train(tiny_pipeline(), prompts, redness, config=tiny_config(iterations=1), out=out)
     measured = json.loads((out / "config.json").read_text())
     assert measured["sampling"]["microbatch"] and measured["optim"]["microbatch"]
-    run = progrpo.train(tiny_pipeline(), prompts, redness, out=out, resume=True)
-    assert run.read_summary()["status"] == "finished" and len(run.read_metrics()) == 1
+    run = progrpo.train(tiny_pipeline(), prompts, redness, out=out, mode="resume")
+    assert run.summary.read()["status"] == "finished" and len(run.metrics.read()) == 1
     longer = tiny_config(iterations=2, optim=OptimSettings(lr=0.5))
-    progrpo.train(tiny_pipeline(), prompts[:2], redness, config=longer, out=out, resume=True, accept_changes=True)
+    progrpo.train(tiny_pipeline(), prompts[:2], redness, config=longer, out=out, mode="resume_changed")
     assert json.loads((out / "config.json").read_text())["optim"] == {**measured["optim"], "lr": 0.5}
-    assert len(run.read_metrics()) == 2 and any("evaluation prompts" in w for w in run.read_summary()["warnings"])
+    assert len(run.metrics.read()) == 2 and any("evaluation prompts" in w for w in run.summary.read()["warnings"])
 
 
 def test_a_run_of_relative_paths_is_used_from_any_folder(tiny_sd3, tiny_config, prompts, tmp_path, monkeypatch):
@@ -396,7 +402,7 @@ def test_commands_say_what_a_run_of_the_library_needs(trained, tiny_sd3, tmp_pat
     for words, message in (
         (
             ["train", "--resume", run],
-            f"go on with progrpo.train(..., out={str(run)!r}, resume=True), with these given again",
+            f"go on with progrpo.train(..., out={str(run)!r}, mode='resume'), with these given again",
         ),
         (
             ["train", run, "--model.path", tiny_sd3],
@@ -418,12 +424,12 @@ def test_prompts_that_are_cut_are_said_at_the_start_and_kept(tiny_pipeline, tiny
     begins = "a red cat beside a green bird and " * 4
     config = tiny_config(iterations=1, eval=EvalSettings(pictures=4, num_inference_steps=STEPS))
     prompts = [f"{begins}{end}" for end in ("a dog", "a cat")] + ["cat"]
-    told = {"eval_prompts": ["CAT", "dog", *prompts[:2]], "config": config, "out": tmp_path / "run"}
-    run = progrpo.train(tiny_pipeline(), prompts, redness, **told)
+    splits = {"train": prompts, "test": ["CAT", "dog", *prompts[:2]]}
+    run = progrpo.train(tiny_pipeline(), splits, redness, config=config, out=tmp_path / "run")
     said = capsys.readouterr().out
-    (both,) = (w for w in run.read_summary()["warnings"] if "trained on as well" in w)
+    (both,) = (w for w in run.summary.read()["warnings"] if "trained on as well" in w)
     assert both.startswith("3 of 4 evaluation prompts are trained on") and both.endswith("the first is 'CAT'")
-    (warning,) = (w for w in run.read_summary()["warnings"] if "longer than the text encoders read" in w)
+    (warning,) = (w for w in run.summary.read()["warnings"] if "longer than the text encoders read" in w)
     assert re.match("2 of [45] prompts are longer", warning) and "so that 2 are read like another one" in warning
     assert said.count(f"warning: {warning}") == 1
     assert said.index(warning) < said.index("evaluating the model as it is")
@@ -460,6 +466,8 @@ def test_mistakes_are_refused_before_anything_is_sampled(
 ):
     for wrong, message in (
         ({"prompts": []}, "prompts is empty; give at least one"),
+        ({"prompts": {"train": prompts, "dev": prompts}}, r"prompts as a mapping .* not \['train', 'dev'\]"),
+        ({"mode": "anew"}, "^mode must be one of new, overwrite, resume, resume_changed, not 'anew'$"),
         ({"config": tiny_config(optim=OptimSettings(lr=0.0))}, r"optim\.lr must be above 0, not 0\.0"),
         ({"out": trained[0.0]}, "already holds a run"),
         (
@@ -496,8 +504,8 @@ def test_a_pipeline_that_has_an_adapter_is_refused_until_that_is_gone(
 
 def test_a_run_can_be_overwritten_if_asked(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
     config, out = tiny_config(iterations=1, eval=EvalSettings(pictures=1, num_inference_steps=1)), tmp_path / "run"
-    first = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out).read_metrics()
-    again = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out, overwrite=True).read_metrics()
+    first = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out).metrics.read()
+    again = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out, mode="overwrite").metrics.read()
     assert len(again) == 1 and again[0]["reward/mean"] == first[0]["reward/mean"]
 
 
@@ -508,8 +516,8 @@ def test_the_best_weights_on_the_way_are_kept_if_asked(tiny_pipeline, tiny_confi
         eval=EvalSettings(pictures=3, num_inference_steps=STEPS, every=1, keep_best=True),
     )
     run = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run")
-    records: Any = run.read_metrics()
+    records: Any = run.metrics.read()
     on_the_way = [r["eval/graded"] for r in records]  # on the same prompts here as after
-    summary: Any = run.read_summary()
+    summary: Any = run.summary.read()
     assert summary["reward_after"] == max(on_the_way) and len(set(on_the_way)) == 4
     assert on_the_way[summary["best_iterations"] - 1] == max(on_the_way)

@@ -51,7 +51,7 @@ def run(own, monkeypatch):
 
 
 def trained(out: Path) -> Any:
-    return RunFolder(out).read_summary()
+    return RunFolder(out).summary.read()
 
 
 def test_a_run_with_a_users_selector_plan_and_sampler(run, tmp_path):

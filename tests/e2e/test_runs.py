@@ -32,20 +32,20 @@ def run(tmp_path_factory) -> Path:
 
 
 def untimed(folder: Path) -> list[dict[str, Any]]:
-    records = RunFolder(folder).read_metrics()
+    records = RunFolder(folder).metrics.read()
     return [{k: v for k, v in r.items() if k != "seconds" and not k.startswith("time/")} for r in records]
 
 
 def assert_the_same(a: Path, b: Path) -> None:
     assert untimed(a) == untimed(b) != []
     for when in ("before", "after"):
-        assert RunFolder(a).read_evaluation(when) == RunFolder(b).read_evaluation(when) != []
+        assert RunFolder(a).evaluations[when].read() == RunFolder(b).evaluations[when].read() != []
     ours, theirs = (load_file(folder / "lora" / "pytorch_lora_weights.safetensors") for folder in (a, b))
     assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
 def test_a_recipe_is_trained(run):
-    found: Any = RunFolder(run).read_summary()
+    found: Any = RunFolder(run).summary.read()
     assert (found["recipe"], found["seed"], found["iterations"], found["status"]) == ("smoke", 3, 2, "finished")
     for name in ("reward", "accuracy", "judge"):
         assert all(0 <= found[f"{name}_{when}"] <= 1 for when in ("before", "after"))
@@ -74,7 +74,7 @@ def straight(run, tmp_path_factory) -> Path:
 
 def test_a_run_can_be_repeated_from_its_config(run, straight):
     assert untimed(straight)[:2] == untimed(run) != []
-    assert RunFolder(straight).read_evaluation("before") == RunFolder(run).read_evaluation("before") != []
+    assert RunFolder(straight).evaluations["before"].read() == RunFolder(run).evaluations["before"].read() != []
     ours, theirs = (load_state(f / "checkpoints" / "iteration_000002")["policy"] for f in (straight, run))
     assert same_state(ours, theirs)
 
@@ -102,8 +102,8 @@ def adaptive(tmp_path_factory) -> Path:
 
 
 def test_a_probe_takes_over_and_the_plan_is_judged(adaptive):
-    summary = RunFolder(adaptive).read_summary()
-    records: Any = RunFolder(adaptive).read_metrics()
+    summary = RunFolder(adaptive).summary.read()
+    records: Any = RunFolder(adaptive).metrics.read()
     assert [r["rollout/probed"] > 0 for r in records[:5]] == [
         False,
         False,
@@ -127,7 +127,7 @@ def test_what_was_decided_by_measuring_is_decided_again(adaptive, tmp_path):
         shutil.rmtree(folder)
     assert main(["train", "--resume", str(again)]) == 0
     assert_the_same(again, adaptive)
-    assert RunFolder(again).read_costs() == RunFolder(adaptive).read_costs()
+    assert RunFolder(again).costs.read() == RunFolder(adaptive).costs.read()
 
 
 def test_a_report_is_written_anew(run, capsys):
@@ -139,7 +139,7 @@ def test_a_report_is_written_anew(run, capsys):
 
 def test_a_run_is_measured_again_as_it_measured_itself(run, capsys):
     assert main(["eval", str(run), "--pictures", "12", "--json"]) == 0
-    found, summary = json.loads(capsys.readouterr().out), RunFolder(run).read_summary()
+    found, summary = json.loads(capsys.readouterr().out), RunFolder(run).summary.read()
     assert found["pictures"] == 12 and set(found["strict_by_kind"]) == set(summary["accuracy_by_kind_after"])
     assert found["graded"] == pytest.approx(summary["reward_after"], abs=0.01)  # the LoRA is merged here: rounding
     assert (found["num_inference_steps"], found["guidance_scale"], found["seed"]) == (6, 1.0, 1234)

@@ -52,11 +52,11 @@ def test_a_signal_ends_the_run_after_the_step(
         progrpo.train(tiny_pipeline(), prompts, signalled, config=config, out=tmp_path / "run")
     assert signal.getsignal(number) is before
     assert stopped.value.signal == number
-    assert f"progrpo.train(..., out={str(tmp_path / 'run')!r}, resume=True)" in str(stopped.value)
+    assert f"progrpo.train(..., out={str(tmp_path / 'run')!r}, mode='resume')" in str(stopped.value)
     assert str(stopped.value).startswith(f"{number.name} after 2 of 4 iterations; all is saved")
     run = RunFolder(tmp_path / "run")
-    assert run.read_summary()["status"].startswith(f"stopped: {number.name}")
-    assert [r["iteration"] for r in run.read_metrics()] == [0, 1]
+    assert run.summary.read()["status"].startswith(f"stopped: {number.name}")
+    assert [r["iteration"] for r in run.metrics.read()] == [0, 1]
     assert (run.path / "checkpoints" / "iteration_000002").is_dir()
 
 
@@ -73,7 +73,7 @@ def test_a_handler_of_a_users_own_for_a_queues_notice_stays(tiny_pipeline, tiny_
         run = progrpo.train(tiny_pipeline(), prompts, noticed, config=tiny_config(iterations=1), out=tmp_path / "run")
     finally:
         signal.signal(signal.SIGUSR2, before)
-    assert heard and run.read_summary()["status"] == "finished"
+    assert heard and run.summary.read()["status"] == "finished"
 
 
 def test_a_hang_up_that_is_ignored_stays_so(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
@@ -89,7 +89,7 @@ def test_a_hang_up_that_is_ignored_stays_so(tiny_pipeline, tiny_config, prompts,
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert run.read_summary()["status"] == "finished"
+    assert run.summary.read()["status"] == "finished"
 
 
 def closed_terminal():
@@ -134,10 +134,10 @@ def test_a_run_whose_console_is_gone_is_the_run_with_one(
         os.dup2(nowhere := os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what it holds still goes there
         os.close(nowhere)
         stream.close()
-    assert run.read_summary()["status"] == "finished" and run.read_summary()["rewards"]["missing"] == {
-        name: 0 for name in run.read_summary()["rewards"]["asked"]
+    assert run.summary.read()["status"] == "finished" and run.summary.read()["rewards"]["missing"] == {
+        name: 0 for name in run.summary.read()["rewards"]["asked"]
     }
-    assert len(run.read_metrics()) == 2 and (run.path / "report.html").is_file()
+    assert len(run.metrics.read()) == 2 and (run.path / "report.html").is_file()
 
 
 def test_what_only_informs_does_not_end_a_run(tiny_pipeline, tiny_config, prompts, redness, tmp_path, capsys):
@@ -155,7 +155,7 @@ def test_what_only_informs_does_not_end_a_run(tiny_pipeline, tiny_config, prompt
     base = tiny_config(iterations=2)
     config = replace(base, audit=replace(base.audit, every=2))
     run = progrpo.train(tiny_pipeline(), prompts, score, config=config, out=out)
-    assert run.read_summary()["status"] == "finished" and len(run.read_metrics()) == 2
+    assert run.summary.read()["status"] == "finished" and len(run.metrics.read()) == 2
     said = capsys.readouterr().out
     for what in ("writing samples", "writing an audit", "writing report.html"):
         assert f"warning: {what} failed (" in said
@@ -167,7 +167,7 @@ def test_a_run_under_way_has_a_report_of_its_last_iteration(tiny_pipeline, tiny_
 
     def score(images, texts):
         if next(calls) == 5:  # in the third iteration
-            seen.append((read_report_data(out), RunFolder(out).read_summary()))
+            seen.append((read_report_data(out), RunFolder(out).summary.read()))
         return redness(images, texts)
 
     progrpo.train(tiny_pipeline(), prompts, score, config=tiny_config(iterations=4), out=out)
@@ -192,8 +192,8 @@ def test_a_run_that_was_taken_for_dead_writes_nothing_more(tiny_pipeline, tiny_c
     with pytest.raises(LockLostError, match="was taken over by process 7 on another"):
         progrpo.train(tiny_pipeline(), prompts, score, config=tiny_config(iterations=4), out=out)
     run = RunFolder(out)
-    assert len(run.read_metrics()) == 1 and [path.name for path in saved(out)] == ["iteration_000001"]
-    assert run.read_summary()["status"] == "running" and '"another"' in (out / "run.lock").read_text()
+    assert len(run.metrics.read()) == 1 and [path.name for path in saved(out)] == ["iteration_000001"]
+    assert run.summary.read()["status"] == "running" and '"another"' in (out / "run.lock").read_text()
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -216,7 +216,7 @@ def test_a_signal_in_the_runs_last_moments_does_not_take_its_last_word(
     except SelfCheckError as error:
         assert broken and "scores of reward" in str(error)
     else:
-        assert not broken and RunFolder(tmp_path / "run").read_summary()["status"] == "finished"
+        assert not broken and RunFolder(tmp_path / "run").summary.read()["status"] == "finished"
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not obeyed
@@ -251,10 +251,10 @@ def test_a_signal_before_the_first_iteration_keeps_the_evaluation(
     assert "progrpo: SIGINT: the run ends" in capfd.readouterr().err
     monkeypatch.setattr(stopped_here, "when", lambda: None)
     again = resume_run(tmp_path / "broken")
-    ours, theirs = ([{k: r[k] for k in TIMELESS} for r in run.read_metrics()] for run in (again, whole))
+    ours, theirs = ([{k: r[k] for k in TIMELESS} for r in run.metrics.read()] for run in (again, whole))
     assert ours == theirs and len(ours) == 2
     for when in ("before", "after"):
-        assert again.read_evaluation(when) == whole.read_evaluation(when) != []
+        assert again.evaluations[when].read() == whole.evaluations[when].read() != []
 
 
 @pytest.mark.slow
@@ -286,10 +286,10 @@ def test_the_command_line_ends_with_the_line_that_goes_on_and_the_run_is_the_unb
         _, said = process.communicate(timeout=100)
         assert process.returncode == 0, said
     whole, again = (RunFolder(tmp_path / name) for name in ("whole", "broken"))
-    assert again.read_summary()["status"] == "finished"
-    ours, theirs = ([{k: r[k] for k in TIMELESS} for r in run.read_metrics()] for run in (again, whole))
+    assert again.summary.read()["status"] == "finished"
+    ours, theirs = ([{k: r[k] for k in TIMELESS} for r in run.metrics.read()] for run in (again, whole))
     assert ours == theirs and len(ours) == 3
-    assert again.read_evaluation("after") == whole.read_evaluation("after")
+    assert again.evaluations["after"].read() == whole.evaluations["after"].read()
 
 
 def test_a_second_interrupt_does_not_wait(capfd):

@@ -60,7 +60,7 @@ def resumed(tiny_pipeline, tiny_config, prompts, redness, tmp_path_factory):
     progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=out)
     elsewhere = replace(tracking, project="other", name="second")  # a resumed run keeps what it is known by
     longer = replace(config, iterations=4, tracking=elsewhere)
-    return progrpo.train(tiny_pipeline(), prompts, redness, config=longer, out=out, resume=True)
+    return progrpo.train(tiny_pipeline(), prompts, redness, config=longer, out=out, mode="resume")
 
 
 def calls_of(run: Any, kind: str) -> list[tuple[int | None, Any]]:
@@ -70,7 +70,7 @@ def calls_of(run: Any, kind: str) -> list[tuple[int | None, Any]]:
 
 def test_a_tracker_gets_each_record_once_with_the_evaluations_and_pictures(resumed):
     run = resumed
-    records: Any = run.read_metrics()
+    records: Any = run.metrics.read()
     logged = calls_of(run, "metrics")
     assert len(records) == 4 and [step for step, _ in logged] == [0, 0, 1, 2, 2, 3, 4]  # test, 0, 1, test, 2, 3, test
     of_iterations = [(step, values) for step, values in logged if "reward/mean" in values]
@@ -78,7 +78,7 @@ def test_a_tracker_gets_each_record_once_with_the_evaluations_and_pictures(resum
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         assert {"iteration": step, **values} == numbers
     assert ["eval/graded" in values for _, values in of_iterations] == [False, True, False, True]
-    summary = run.read_summary()
+    summary = run.summary.read()
     tests = [(step, values["test/graded"]) for step, values in logged if "test/graded" in values]
     assert [step for step, _ in tests] == [0, 2, 4]
     assert (tests[0][1], tests[-1][1]) == (summary["reward_before"], summary["reward_after"])
@@ -98,7 +98,7 @@ def test_tensorboard_shows_the_run_as_it_is_in_its_folder(resumed):
 
     events = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
-    records: Any = run.read_metrics()
+    records: Any = run.metrics.read()
     for name in ("reward/mean", "update/grad_norm", "seconds"):
         assert [(e.step, e.value) for e in events.Scalars(name)] == [
             (record["iteration"], pytest.approx(record[name])) for record in records
@@ -113,9 +113,9 @@ def test_tensorboard_shows_the_run_as_it_is_in_its_folder(resumed):
 def test_a_tracker_that_fails_leaves_the_run_alone(tiny_pipeline, tiny_config, prompts, redness, tmp_path, capsys):
     config = tiny_config(tracking=TrackingSettings((by_name(FailingTracker),)))
     run = progrpo.train(tiny_pipeline(), prompts, redness, config=config, out=tmp_path / "run")
-    warnings = [w for w in run.read_summary()["warnings"] if "tracker" in w]
+    warnings = [w for w in run.summary.read()["warnings"] if "tracker" in w]
     assert len(warnings) == 1 and "ConnectionError: the network is gone" in warnings[0]
-    assert run.read_summary()["status"] == "finished" and len(run.read_metrics()) == 2
+    assert run.summary.read()["status"] == "finished" and len(run.metrics.read()) == 2
     assert capsys.readouterr().out.count("the network is gone") == 1
     assert calls_of(run, "images") and calls_of(run, "closed")
 

@@ -74,13 +74,13 @@ def trained(here: Path, tiny_wan: Path) -> Path:
 
 def test_a_run_on_videos_counts_what_it_predicts_and_reports(trained):
     run = RunFolder(trained)
-    summary = run.read_summary()
+    summary = run.summary.read()
     assert summary["status"] == "finished" and summary["cost"]["predicted"] == summary["cost"]["counted"]
     assert summary["reward_before"] != summary["reward_after"]
     assert summary["rewards"]["missing"] == {"video_rewards:redness": 0, "video_rewards:motion": 0}
     calls = sys.modules["video_rewards"].calls
     assert calls["redness"] == 3 * calls["motion"] > 0  # frames
-    after: Any = run.read_evaluation("after")
+    after: Any = run.evaluations["after"].read()
     pictures = [record["picture"] for record in after]
     assert len(pictures) == 3 and all(np.asarray(Image.open(trained / name)).shape == (16, 32, 3) for name in pictures)
     assert all(record["held_out"]["jpeg_compressibility"] < 0 for record in after)

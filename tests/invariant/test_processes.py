@@ -109,7 +109,9 @@ def test_the_same_weights_are_learnt(one, two, tiny_sd3, case, assert_trained_al
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_metrics_are_recorded(one, two, case):
     for ours, theirs in zip(found(two, 0)[case]["records"], found(one, 0)[case]["records"], strict=True):
-        assert ours.keys() == theirs.keys()
+        # of gradients that are shared out the noise scale is not measured
+        of_one = {n for n in theirs if n.startswith("update/gradient_") or n == "update/noise_scale"}
+        assert ours.keys() == theirs.keys() - (of_one if case == "full shard" else set())
         rounding = {"seconds", "update/ratio_max_deviation", "update/loss"}
         own_part = set() if case in WHOLE else {"rollout/diversity"}  # of a group's members in one process
         for name in ours.keys() - rounding - own_part:
@@ -157,8 +159,8 @@ def test_only_the_main_process_writes(one, two):
 def test_what_the_main_process_alone_finds_wrong_is_refused_in_all(two):
     assert [found(two, rank)["taken"] for rank in (0, 1)] == [
         f"{two / 'run of 0'} already holds a run (config.json);"
-        f" resume it with progrpo.train(..., out={str(two / 'run of 0')!r}, resume=True),"
-        " replace it with --overwrite (in Python overwrite=True), or give another folder as --out (out)"
+        f" resume it with progrpo.train(..., out={str(two / 'run of 0')!r}, mode='resume'),"
+        " replace it with --overwrite (in Python mode='overwrite'), or give another folder as --out (out)"
     ] * 2
 
 
@@ -173,7 +175,7 @@ def test_what_must_be_equal_and_is_not_is_refused_in_all_by_its_name(two):
         "optim.lr must be the same in all processes, and is 0.001 in process 0 and 0.5 in process 1;"
         " give all the same configuration"
     )
-    assert said["resume"].startswith("resume must be the same in all processes, and is False in process 0 and True")
+    assert said["mode"].startswith("mode must be the same in all processes, and is 'new' in process 0 and 'resume'")
     assert said["weights"].startswith("the weights of text_encoder_2 must be the same in all processes")
 
 

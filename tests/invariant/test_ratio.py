@@ -99,7 +99,7 @@ def test_ratio_is_one_in_low_precision(tiny_policy, guided, weights, dtype):
 
 # --- every family, sampler and storage --------------------------------------------------------------------------------
 
-SDE, PRESERVING = ("flow_grpo", "dance"), ("ddim", "cps", "cps_reduced")
+SDE, PRESERVING = ("flow_grpo", "dance"), ("ddim", "cps", "cps_reduced", "precise")
 SAMPLERS = {
     "sd3": (*SDE, *PRESERVING),
     "flux": (*SDE, *PRESERVING),

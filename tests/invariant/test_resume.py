@@ -114,20 +114,20 @@ def lora(folder: Path) -> dict[str, Any]:
 
 
 def assert_the_same_run(folder: Path, straight: Path) -> None:
-    for name in ("iteration", "policy", "optimizer", "order", "best"):
+    for name in ("iteration", "policy", "optimizer", "noise_scale", "order", "best"):
         states = [load_state(f / "checkpoints" / f"iteration_{ITERATIONS:06d}") for f in (folder, straight)]
         assert same_state(states[0][name], states[1][name]), name
     assert set(states[0]["policy"]) == {"current", "reference", "ema", "best"}
     ours, theirs = RunFolder(folder), RunFolder(straight)
-    assert untimed(ours.read_metrics()) == untimed(theirs.read_metrics())
-    assert len(ours.read_metrics()) == ITERATIONS
+    assert untimed(ours.metrics.read()) == untimed(theirs.metrics.read())
+    assert len(ours.metrics.read()) == ITERATIONS
     for when in ("before", "after"):
-        assert ours.read_evaluation(when) == theirs.read_evaluation(when) != []
+        assert ours.evaluations[when].read() == theirs.evaluations[when].read() != []
     assert ours.read_audits() == theirs.read_audits() != []
     assert same_state(lora(folder), lora(straight))
     for file in ("evaluation/after/000.png", "audit/0003.png"):
         assert (folder / file).read_bytes() == (straight / file).read_bytes(), file
-    summaries = [run.read_summary() for run in (ours, theirs)]
+    summaries = [run.summary.read() for run in (ours, theirs)]
     for key in ("status", "iterations", "nfe", "cost", "reward_after", "best_iterations", "preview_rank_correlation"):
         assert summaries[0][key] == summaries[1][key], key
     assert all(summary["seconds_by_stage"]["checkpoint"] > 0 for summary in summaries)
@@ -150,8 +150,8 @@ def test_a_run_that_was_cut_off_is_taken_up_at_its_last_checkpoint(config, strai
         train_run(config, tmp_path / "run")
     reward_module.fails = {}
     stopped = RunFolder(tmp_path / "run")
-    assert stopped.read_summary()["status"] == "stopped: the power is out"
-    assert [r["iteration"] for r in stopped.read_metrics()] == [0, 1, 2]
+    assert stopped.summary.read()["status"] == "stopped: the power is out"
+    assert [r["iteration"] for r in stopped.metrics.read()] == [0, 1, 2]
     resume_run(tmp_path / "run")
     assert_the_same_run(tmp_path / "run", straight)
 
@@ -174,7 +174,7 @@ def test_a_reward_that_ends_the_run_costs_no_finished_iteration(
     with pytest.raises((MissingScoresError, Refusal), match=says) as stopped:
         train_run(config, run)
     reward_module.fails = {}
-    assert RunFolder(run).read_summary()["status"] == f"stopped: {stopped.value}"
+    assert RunFolder(run).summary.read()["status"] == f"stopped: {stopped.value}"
     if goes_on is None:
         assert not (run / "checkpoints").exists()
         return
@@ -183,7 +183,7 @@ def test_a_reward_that_ends_the_run_costs_no_finished_iteration(
     )
     resume_run(run)
     assert_the_same_run(run, straight)
-    assert RunFolder(run).read_summary()["rewards"] == RunFolder(straight).read_summary()["rewards"]
+    assert RunFolder(run).summary.read()["rewards"] == RunFolder(straight).summary.read()["rewards"]
 
 
 def test_what_a_reward_says_in_lines_is_one_sentence(config, tmp_path, reward_module, capsys):
@@ -242,7 +242,7 @@ def test_a_changed_configuration_is_refused_unless_accepted(straight, tmp_path):
         resume_run(tmp_path / "run")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     assert main(["train", "--resume", str(tmp_path / "run"), "--accept-changes"]) == 0
-    records = RunFolder(tmp_path / "run").read_metrics()
+    records = RunFolder(tmp_path / "run").metrics.read()
     assert [r["update/lr"] for r in records] == [1e-3] * ITERATIONS + [2e-3]
     resume_run(tmp_path / "run")  # the change is the run's own now
 
@@ -263,9 +263,9 @@ def test_changed_prompts_are_refused_unless_accepted(config, prompts, tmp_path):
         resume_run(run.path)
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()} == before
     resume_run(run.path, 2, accept_changes=True)
-    assert any("before and after are of different prompts" in w for w in run.read_summary()["warnings"])
+    assert any("before and after are of different prompts" in w for w in run.summary.read()["warnings"])
     assert "different prompts" in (run.path / "report.html").read_text()
-    assert run.read_metrics()[1]["prompts/seen"] == 1  # what was observed of the others is forgotten
+    assert run.metrics.read()[1]["prompts/seen"] == 1  # what was observed of the others is forgotten
     resume_run(run.path)  # these are the run's own now
 
 
@@ -279,7 +279,7 @@ def test_one_run_writes_to_a_folder(config, straight, tmp_path):
             with pytest.raises(ValueError, match="is being written to by process"):
                 again()
         assert write_report(tmp_path / "run").is_file()
-    assert len(RunFolder(tmp_path / "run").read_metrics()) == ITERATIONS
+    assert len(RunFolder(tmp_path / "run").metrics.read()) == ITERATIONS
 
 
 def test_a_disk_that_is_full_stops_the_run_in_one_sentence(config, straight, tmp_path, monkeypatch, capsys):
@@ -313,7 +313,7 @@ def test_a_finished_run_can_be_resumed_and_does_nothing_more(straight):
     before = lora(straight)
     resume_run(straight)
     assert same_state(lora(straight), before)
-    assert len(RunFolder(straight).read_metrics()) == ITERATIONS
+    assert len(RunFolder(straight).metrics.read()) == ITERATIONS
 
 
 def test_what_cannot_be_resumed_is_refused(straight, tmp_path):

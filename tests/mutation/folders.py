@@ -124,7 +124,7 @@ def whole_run(folder: Path) -> None:
         "wall_seconds": 3.0,
         "seconds_by_stage": {"sample": 1.0},
     }
-    run.write_summary(
+    run.summary.write(
         {
             **known,
             **about,

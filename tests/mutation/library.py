@@ -33,7 +33,7 @@ def library_case(rng: random.Random, work: Path) -> Case:
         (*JUNK, len, object(), b"x", ["a", 3], [""], ["a"], [{"prompt": "a"}], [{"text": "a"}], "a red cat")
     )
     act = rng.choice(
-        ("prompts", "eval_prompts", "reward", "config", "pipeline", "load_prompts", "load_reward", "load_state")
+        ("prompts", "test", "reward", "config", "mode", "pipeline", "load_prompts", "load_reward", "load_state")
     )
     if act == "load_prompts":
         source = rng.choice([j for j in (*JUNK, *WORDS) if isinstance(j, str)])
@@ -62,12 +62,18 @@ def library_case(rng: random.Random, work: Path) -> Case:
         "out": work / "never",
     }
     given["pipeline"] = None
-    given[act] = junk
+    if act == "mode":
+        junk = rng.choice((junk, "new", "overwrite", "resume"))
+    if act == "test":
+        given["prompts"] = {"train": ["a"], "test": junk}
+    else:
+        given[act] = junk
 
     def call() -> None:
         with pytest.MonkeyPatch.context() as patch:
             if act != "pipeline":
-                patch.setattr("progrpo.policies.load.policy_from_pipeline", lambda *_: built_in_policy())
+                policy = built_in_policy()  # before the patch, which would stand in its own way
+                patch.setattr("progrpo.policies.load.policy_from_pipeline", lambda *_: policy)
             progrpo.train(**given)
 
-    return Case("library", f"train({act}={junk!r:.100})", call, (*FIELDS, "prompts", "reward", "pipeline"))
+    return Case("library", f"train({act}={junk!r:.100})", call, (*FIELDS, "prompts", "reward", "pipeline", "mode"))

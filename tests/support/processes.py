@@ -101,18 +101,18 @@ def work(model, out, names):
     ranks = Ranks()
     found: dict[str, Any] = {}
     middle = InTurn({"": tuple(map(Prompt, PROMPTS))}, 0).prompts_for(0, 2)[1].text
-    cases = {f"updates {n}": (replace(CONFIG, optim=OptimSettings(updates_per_rollout=n)), redness) for n in (1, 2)}
-    cases["batch"] = (replace(CONFIG, objective=replace(CONFIG.objective, advantage="batch")), redness)
     # one picture a call: decoders round by shape, and a pixel that comes out another moves a reward
     single = replace(CONFIG, sampling=replace(CONFIG.sampling, microbatch=1))
+    cases = {f"updates {n}": (replace(single, optim=OptimSettings(updates_per_rollout=n)), redness) for n in (1, 2)}
+    cases["batch"] = (replace(CONFIG, objective=replace(CONFIG.objective, advantage="batch")), redness)
     cases["gdpo"] = (replace(single, objective=replace(CONFIG.objective, advantage="gdpo")), redness)
     cases["probe"] = (
-        replace(CONFIG, preview=PreviewSettings(probe=True, probe_threshold=-1), audit=AuditSettings(every=1)),
+        replace(single, preview=PreviewSettings(probe=True, probe_threshold=-1), audit=AuditSettings(every=1)),
         redness,
     )
     cases["failing"] = (CONFIG, Failing(middle))
     together = replace(CONFIG, prompts=PromptSettings(per_iteration=3, split_groups=True))
-    cases["split"] = (together, redness)
+    cases["split"] = (replace(together, sampling=single.sampling), redness)
     twice = OptimSettings(updates_per_rollout=2, microbatch=5)
     cases["shard"] = (replace(CONFIG, model=replace(CONFIG.model, shard=True), optim=twice), redness)
     full = replace(CONFIG, model=replace(CONFIG.model, shard=True, weights="full"), objective=NFT)
@@ -177,9 +177,9 @@ def unequal(model, out, ranks):
     other = replace(CONFIG, optim=OptimSettings(lr=0.5))
     calls: dict[str, tuple[Any, dict[str, Any]]] = {
         "training": (PROMPTS[::-1] if second else PROMPTS, {}),
-        "evaluation": (PROMPTS, {"eval_prompts": ["a" if second else "b"]}),
+        "evaluation": ({"train": PROMPTS, "test": ["a" if second else "b"]}, {}),
         "configuration": (PROMPTS, {"config": other if second else CONFIG}),
-        "resume": (PROMPTS, {"resume": second}),
+        "mode": (PROMPTS, {"mode": "resume" if second else "new"}),
         "weights": (PROMPTS, {}),
     }
     said = {}

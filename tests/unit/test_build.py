@@ -158,7 +158,7 @@ def test_what_is_no_setting_of_the_model_reaches_the_policy():
 
 
 @pytest.mark.parametrize(
-    ("sampler", "published"), [("flow_grpo", 0.7), ("dance", 0.3), ("ddim", 1.0), ("cps", 0.8), ("cps_reduced", 0.8)]
+    ("sampler", "published"), [("flow_grpo", 0.7), ("dance", 0.3), ("ddim", 1.0), ("cps", 0.8), ("precise", 1.5)]
 )
 def test_the_noise_level_is_the_published_one_unless_it_is_given(policy_of, sampler, published):
     for noise_level, expected in ((None, published), (0.2, 0.2)):
@@ -175,7 +175,7 @@ def test_how_latents_begin_and_are_kept_reaches_sampling(policy_of):
     assert (other.settings.same_latent, other.latent_dtype) == (True, torch.bfloat16)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "cps", "cps_reduced"])
+@pytest.mark.parametrize("sampler", ["ddim", "cps", "cps_reduced", "precise"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_last_step_without_noise_is_not_trained(policy_of, family, sampler):
     """CPS's std and DDIM's are 0 at clean data; only Stable Diffusion's grid, as it was published, ends before that."""
@@ -218,6 +218,7 @@ def test_the_last_step_of_an_sde_has_noise(policy_of, sampler):
         ("ddim", 1e-4 * 16384),
         ("cps", 1e-5 * 65536),
         ("cps_reduced", 1e-5 * 65536),
+        ("precise", 1e-4 * 65536),
     ],
 )
 def test_clip_ranges_by_sampler_and_by_ratio(policy_of, sampler, clip_of_all):

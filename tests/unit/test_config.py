@@ -74,6 +74,7 @@ def test_whole_numbers_become_floats_where_floats_are_asked():
         ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
         ({"seed": True}, "seed must be a whole number, not True"),
         ({"seed": None}, "seed must be a whole number, not None"),
+        ({"prompts": {"order": None}}, "prompts.order must be one of turn, signal, not None"),
         ({"recipe": 3}, "recipe must be a text, not 3"),
         ({"model": {"weights": "lorra"}}, "model.weights must be one of lora, full, not 'lorra'"),
         ({"model": {"resolution": [480]}}, "model.resolution must be a list of 2, not [480]"),
@@ -161,7 +162,10 @@ def test_defaults_are_right():
             "plan.group_size must be between 2 and 100,000, not 1",
         ),
         (Config(plan=PlanSettings(preset="custom", prune=((9, 4),))), "prune step 9 saves no network call"),
-        (Config(objective=ObjectiveSettings(baseline="group")), "objective.baseline must be survivors under a plan"),
+        (
+            Config(objective=ObjectiveSettings(baseline="group")),
+            "objective.baseline must be survivors or previews under a plan",
+        ),
         (
             Config(prompts=PromptSettings(split_groups=True), objective=ObjectiveSettings(name="dgpo")),
             "prompts.split_groups must be false for objective.name dgpo",
@@ -371,19 +375,19 @@ def test_no_more_noise_than_there_is(sampler, objective):
     )
 
 
-@pytest.mark.parametrize("sampler", ["auto", "flow_grpo", "dance"])
+@pytest.mark.parametrize("sampler", ["auto", "flow_grpo", "dance", "precise"])
 def test_an_sde_may_have_any_noise(sampler):
     check(configured(sampler=sampler, noise_level=1.1))
 
 
-@pytest.mark.parametrize("sampler", ["auto", "flow_grpo", "dance", *PRESERVING])
+@pytest.mark.parametrize("sampler", ["auto", "flow_grpo", "dance", *PRESERVING, "precise"])
 def test_flow_grpos_kl_goes_with_a_diffusion_rate(sampler):
     def with_settings(objective):
         sections = {"name": objective, "grpo": {"kl_form": "flow_grpo"}}
         return from_dict({"sampling": {"sampler": sampler}, "objective": sections})
 
     check(with_settings("nft"))
-    if sampler not in PRESERVING:
+    if sampler not in (*PRESERVING, "precise"):
         check(with_settings("grpo"))
     else:
         with pytest.raises(ValueError) as refused:
@@ -450,7 +454,7 @@ def test_members_that_begin_as_one_are_parted_before_they_are_compared(kind, lat
 
 def test_an_unknown_sampler_or_dtype_is_refused_by_name():
     for field, value, words in (
-        ("sampler", "ddpm", "auto, flow_grpo, dance, flow_grpo_wan, ddim, cps, cps_reduced, or `module:step`"),
+        ("sampler", "ddpm", "auto, flow_grpo, dance, flow_grpo_wan, ddim, cps, cps_reduced, precise, or `module:step`"),
         ("latent_dtype", "float64", "float32, bfloat16, float16"),
     ):
         with pytest.raises(ValueError) as refused:

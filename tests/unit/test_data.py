@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from progrpo.prompts.load import ignored_column_note, load_prompts, prompts_from_python
+from progrpo.prompts.load import ignored_column_note, load_prompts, prompts_from_python, splits_from_python
 from progrpo.prompts.order import BySignal, InTurn
 from progrpo.prompts.pictures import source_picture
 from progrpo.types import Prompt
@@ -288,6 +288,44 @@ def test_a_table_is_its_rows():
         with pytest.raises(ValueError, match=r"^prompts") as refused:
             prompts_from_python(given, "prompts")
         assert message in str(refused.value)
+
+
+def test_python_gives_prompts_by_split_or_the_same_ones_for_all():
+    def texts_by_split(given):
+        splits = splits_from_python(given, eval_column="caption")
+        return texts(splits.train), texts(splits.test), texts(splits.validation)
+
+    given = {"train": iter(["a"]), "test": [{"caption": "b"}], "validation": ("c",)}
+    assert texts_by_split(iter(["a"])) == (["a"], ["a"], ["a"])
+    assert texts_by_split(given) == (["a"], ["b"], ["c"])
+    assert texts_by_split({"train": ["a"], "test": ["b"]}) == (["a"], ["b"], ["b"])
+    assert texts_by_split({"train": ["a"], "validation": ["c"]}) == (["a"], ["a"], ["c"])
+    datasets = pytest.importorskip("datasets")
+    splits = {name: datasets.Dataset.from_list([{"prompt": name}]) for name in ("train", "test")}
+    by_split = splits_from_python(datasets.DatasetDict(splits))
+    assert (texts(by_split.train), texts(by_split.test)) == (["train"], ["test"])
+
+
+@pytest.mark.parametrize("given", [{"train": ["a"], "dev": ["b"]}, {"test": ["a"]}, {"prompt": "a"}, {}, {1: ["a"]}])
+def test_prompts_of_other_splits_are_refused(given):
+    with pytest.raises(ValueError) as refused:
+        splits_from_python(given)
+    assert str(refused.value) == (
+        "prompts as a mapping must have the split train, and may have test and validation and no other, not"
+        f" {list(given)}"
+    )
+
+
+def test_a_split_that_holds_no_prompts_is_refused_by_its_name():
+    for given, message in (
+        ({"train": []}, "prompts['train'] is empty"),
+        ({"train": ["a"], "test": [{"text": "b"}]}, "prompts['test'][0]: has no field named prompt, only text"),
+        ({"train": ["a"], "validation": {"b"}}, "prompts['validation'] must be a list of texts"),
+        ({"train": {"x": ["a"]}}, "prompts['train'] must be a list of texts"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            splits_from_python(given)
+        assert str(refused.value).startswith(message)
 
 
 def test_lines_are_counted_whatever_ends_them(tmp_path):

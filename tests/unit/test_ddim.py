@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from progrpo.diffusion.ddim import cps_std, ddim_std, preserving_mean, reduced_log_prob
+from progrpo.diffusion.ddim import cps_std, ddim_std, precise_std, preserving_mean, reduced_log_prob
+from progrpo.diffusion.flow import flow_grpo_rate, sde_mean_std
 from progrpo.diffusion.gaussian import log_prob
 from progrpo.diffusion.levels import Levels, diffusion_levels, flow_levels
 from progrpo.diffusion.prediction import PREDICTIONS
@@ -125,7 +126,68 @@ def test_a_step_that_goes_nowhere_has_no_noise(dtype):
         assert (std == 0).all()
 
 
-# --- both -------------------------------------------------------------------------------------------------------------
+# --- Precise ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise_level", [0.3, 0.7, 1.5])
+@pytest.mark.parametrize(("sigma", "sigma_next"), [(0.98, 0.9), (0.8, 0.6), (0.5, 0.2)])
+def test_a_step_of_precise_is_the_sde_of_flow_grpo_with_x0_held(sigma, sigma_next, noise_level):
+    """Many small Euler-Maruyama steps end in the same Gaussian: each maps its mean and variance on, in closed form."""
+    x0, x = (torch.tensor([[value]], dtype=torch.float64) for value in (0.7, -1.1))
+    mean, variance, sigmas = x, 0 * x, torch.linspace(sigma, sigma_next, 10_001, dtype=torch.float64)
+    for here, there in pairwise(sigmas):
+        rate = flow_grpo_rate(here, noise_level, here)
+        both = torch.cat([mean, mean + 1])
+        (moved, beside), std = sde_mean_std(both, (both - x0) / here, here, there, rate)
+        mean, variance = moved[None], (beside - moved) ** 2 * variance + std**2
+    at, after = (flow_levels(torch.tensor(value, dtype=torch.float64)) for value in (sigma, sigma_next))
+    std = precise_std(at, after, noise_level)
+    found = preserving_mean(x0, (x - at.alpha * x0) / at.sigma, after, std)
+    torch.testing.assert_close(found, mean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(std, variance.sqrt().squeeze(), rtol=1e-3, atol=0)
+    assert std > 0.05
+
+
+@GRIDS
+def test_precise_at_the_root_of_two_is_ddim_at_eta_one(levels):
+    close(precise_std(levels[:-1], levels[1:], math.sqrt(2)), ddim_std(levels[:-1], levels[1:], 1.0))
+
+
+@GRIDS
+@pytest.mark.parametrize("noise_level", [0.4, 1.0, 1.5])
+def test_two_steps_of_precise_with_the_same_x0_are_one(levels, noise_level):
+    """An exact solution does not know where it was stopped: correlations with the old noise multiply."""
+
+    def kept(at, after):
+        old = torch.ones(1, 1, dtype=torch.float64)
+        return preserving_mean(0 * old, old, after, precise_std(at, after, noise_level))
+
+    for step in range(1, 8):
+        first, second, last = levels[step], levels[step + 1], levels[step + 2]
+        whole = kept(first, last) / last.sigma
+        close(kept(first, second) / second.sigma * kept(second, last) / last.sigma, whole)
+        change = (last.alpha / last.sigma).log() - (first.alpha / first.sigma).log()
+        close(whole.squeeze(), (-(noise_level**2) / 2 * change).exp())
+
+
+def test_precise_from_pure_noise_renews_all_noise():
+    """A grid of float32 may begin a rounding error beyond it."""
+    for sigma in (1.0, 1.0000001):
+        at, after = flow_levels(torch.tensor(sigma)), flow_levels(torch.tensor(0.9))
+        for noise_level in (0.1, 1.5):
+            assert precise_std(at, after, noise_level) == after.sigma
+        assert precise_std(at, after, 0.0) == 0
+
+
+@GRIDS
+def test_precise_adds_no_noise_at_the_data_and_more_at_a_higher_level(levels):
+    clean = Levels(levels.alpha[0] * 0 + 1, levels.sigma[0] * 0, levels.timestep[0] * 0)
+    assert precise_std(levels[5], clean, 1.5) == 0
+    stds = torch.stack([precise_std(levels[1:9], levels[2:10], a) for a in (0.0, 0.1, 0.7, 1.5, 4.0)])
+    assert (stds[0] == 0).all() and (stds.diff(dim=0) > 0).all()
+
+
+# --- all -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.3, 0.8, 1.0])
@@ -140,7 +202,8 @@ def test_cps_std_is_the_sine_of_its_angle(noise_level):
 def test_there_is_never_more_fresh_noise_than_noise(levels, noise_level):
     for coarse in (levels, levels[::3]):
         at, after = coarse[:-1], coarse[1:]
-        for std in (ddim_std(at, after, noise_level), cps_std(after, noise_level)):
+        stds = ddim_std(at, after, noise_level), cps_std(after, noise_level), precise_std(at, after, 3 * noise_level)
+        for std in stds:
             assert (std >= 0).all() and (std <= after.sigma * (1 + 1e-15)).all()
 
 

@@ -16,7 +16,7 @@ from tests.support.grids import SAMPLERS
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
 CLIP = 0.05
 ITEMS = torch.arange(15)
-LEVELS = {"ddim": 0.9, "cps": 0.6, "cps_reduced": 0.6}
+LEVELS = {"ddim": 0.9, "cps": 0.6, "cps_reduced": 0.6, "precise": 1.3}
 TIMESTEPS, SIGNALS = (
     (9, 5, 2, 0),
     (0.08, 0.58, 0.9, 0.99),
@@ -32,6 +32,8 @@ def noise_std(sampler, step):
     a, after = SIGNALS[step : step + 2]
     if sampler == "ddim":
         return LEVELS[sampler] * math.sqrt((1 - after) / (1 - a)) * math.sqrt(1 - a / after)
+    if sampler == "precise":
+        return math.sqrt(1 - after) * math.sqrt(1 - (a * (1 - after) / (after * (1 - a))) ** (LEVELS[sampler] ** 2 / 2))
     return math.sqrt(1 - after) * math.sin(LEVELS[sampler] * math.pi / 2)
 
 
@@ -157,7 +159,7 @@ def test_step_weights_by_hand(policy, experience_of, step_weights):
         assert actual == pytest.approx(weight * term, rel=1e-9)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "cps"])
+@pytest.mark.parametrize("sampler", ["ddim", "cps", "precise"])
 def test_guarded_ratio_by_hand(policy, linear_transitions, sampler):
     """The noise that was drawn times the move of the mean, whatever the step's std."""
     process = policy.process(sampler, LEVELS[sampler])

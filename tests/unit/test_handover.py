@@ -172,5 +172,5 @@ def test_a_run_is_the_same_whatever_its_caller_left(tiny_pipeline, tiny_config, 
             left = progrpo.train(pipeline, prompts, redness, out=tmp_path / "left", config=config)
     finally:
         torch.set_default_dtype(torch.float32)
-    mine, theirs = (run.read_summary()["reward_after"] for run in (plain, left))
+    mine, theirs = (run.summary.read()["reward_after"] for run in (plain, left))
     assert mine == pytest.approx(theirs, abs=1e-4)

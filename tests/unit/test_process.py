@@ -16,7 +16,7 @@ from tests.support.grids import SAMPLERS, sigma_grid
 
 M, C = 0.8, 0.5  # mean and std of the data
 OF_DIFFUSION = ["epsilon", "v_prediction", "sample"]
-SDE, PRESERVING = ["flow_grpo", "dance", "flow_grpo_wan"], ["ddim", "cps", "cps_reduced"]
+SDE, PRESERVING = ["flow_grpo", "dance", "flow_grpo_wan"], ["ddim", "cps", "cps_reduced", "precise"]
 ALL = [("flow", sampler) for sampler in SAMPLERS] + [(name, sampler) for name in OF_DIFFUSION for sampler in PRESERVING]
 
 
@@ -298,6 +298,8 @@ def data_error(name: str, sampler: str, noise_level: float, levels: Levels) -> t
         ("flow", "ddim", 1.0, 1.0),
         ("epsilon", "ddim", 1.0, None),
         ("v_prediction", "ddim", 0.5, None),
+        ("flow", "precise", 1.0, 1.0),
+        ("epsilon", "precise", 1.5, None),
     ],
 )
 def test_stochastic_paths_end_at_the_data_with_order_one(name, sampler, noise_level, start):

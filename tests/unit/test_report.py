@@ -56,7 +56,7 @@ def finish(folder, before, after):
     folder.write_evaluation("before", evaluation(before), pictures(len(before)))
     folder.write_evaluation("after", evaluation(after), pictures(len(after)))
     cost = {"nfe": 200, "decodes": 20, "reward_calls": 20, "trained_steps": 8}
-    folder.write_summary(
+    folder.summary.write(
         {
             "status": "finished",
             "wall_seconds": 130,
@@ -110,6 +110,18 @@ def test_a_run_under_way_says_what_is_not_there_yet(run):
         "Not recorded so far: Strict accuracy, Spread within a group, Distance to the reference, Preview agreement"
         in page
     )
+
+
+def test_the_noise_scale_is_drawn_beside_the_prompts_of_an_iteration(run):
+    run.log_config({"recipe": "r", "iterations": 2, "prompts": {"per_iteration": 6}})
+    run.log({"iteration": 0, "seconds": 2.0, "update/noise_scale": None}, 0)
+    assert "Gradient noise scale" in text(run).partition("Not recorded so far: ")[2]
+    run.log({"iteration": 1, "seconds": 2.0, "update/noise_scale": 70.5}, 1)
+    page = text(run)
+    assert "<b>Gradient noise scale</b>" in page and "an iteration below it is ruled by noise" in page
+    assert '"name":"noise scale"' in page and '"y":[70.5]' in page and '"y":[6.0,6.0]' in page
+    run.log_config({"recipe": "r", "iterations": 2, "prompts": {"per_iteration": "six"}})
+    assert '"y":[70.5]' in text(run) and '"name":"prompts per iteration"' not in text(run)
 
 
 def test_a_missing_sheet_is_said_and_no_more(run):
@@ -172,9 +184,9 @@ def test_every_section_of_a_finished_run_is_there(run):
 
 
 def test_a_wrong_prediction_is_said(run):
-    run.write_summary({"cost": {"predicted": {"nfe": 1}, "counted": {"nfe": 2}}})
+    run.summary.write({"cost": {"predicted": {"nfe": 1}, "counted": {"nfe": 2}}})
     assert "Predicted and counted costs differ" in text(run)
-    run.write_summary(
+    run.summary.write(
         {"cost": {"predicted": {"nfe": 1, "trained_steps": 9}, "counted": {"nfe": 1, "trained_steps": 6}}}
     )
     assert "Predicted and counted costs differ" not in text(run)
@@ -182,7 +194,7 @@ def test_a_wrong_prediction_is_said(run):
 
 def test_a_reward_that_gives_no_verdicts_has_a_report(run):
     finish(run, [None, None], [None, None])
-    run.write_summary({**run.read_summary(), "reward_before": 0.25, "reward_after": 0.5})
+    run.summary.write({**run.summary.read(), "reward_before": 0.25, "reward_after": 0.5})
     page = text(run)
     assert "the mean reward went from 0.250 to 0.500 on 2 prompts" in page and "the reward gives no verdicts" in page
     assert "± nan" not in page and "+nan" not in page and "failed, then passed" not in page
@@ -225,14 +237,14 @@ def test_of_one_pair_no_error_is_given(run):
 
 def test_a_stopped_run_says_why(run):
     run.log({"iteration": 0, "seconds": 2.0}, 0)
-    run.write_summary({"status": "stopped: out of memory", "iterations": 1})
+    run.summary.write({"status": "stopped: out of memory", "iterations": 1})
     assert "1 of 2 iterations and stopped: out of memory" in verdict(read_report_data(run.path))
 
 
 def test_a_killed_run_has_its_figures_and_not_those_of_its_first_evaluation(run):
     """Its summary is of before the first iteration, or of the moment when it was taken up."""
     cost = {"nfe": 300, "decodes": 30, "reward_calls": 30, "trained_steps": 9}
-    run.write_summary(
+    run.summary.write(
         {
             "status": "running",
             "iterations": 3,

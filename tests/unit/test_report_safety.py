@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import progrpo
+from progrpo.tracking.files import JsonFile
 from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
 
@@ -100,7 +101,7 @@ def write(folder, word):
         "plan": {"path": [4, 3], "prune_steps": [1], "selector": word, "num_inference_steps": 2},
         "cost": {"predicted": cost, "counted": cost, "audit": cost},
     }
-    run.write_summary(summary)
+    run.summary.write(summary)
     return run
 
 
@@ -118,7 +119,7 @@ def plain(tmp_path_factory):
 def test_words_stay_words(tmp_path, plain, word, finished):
     run = write(tmp_path / "run", word)
     if finished:
-        run.write_summary({**run.read_summary(), "status": "finished"})
+        run.summary.write({**run.summary.read(), "status": "finished"})
     page = page_of(run)
     assert [tag for tag, _ in page.elements] == [tag for tag, _ in plain.elements]
     assert len(page.scripts) == len(plain.scripts)
@@ -149,10 +150,10 @@ def test_pictures_outside_of_the_folder_are_not_read(tmp_path, kind):
     if kind == "linked folder":
         (run.path / "far").symlink_to(tmp_path)
     for when in ("before", "after"):
-        run.write_json(f"evaluation/{when}.json", [{**record, "picture": name} for record in run.read_evaluation(when)])
+        run.evaluations[when].write([{**record, "picture": name} for record in run.evaluations[when].read()])
     audits = run.read_audits()
     for audit in audits:
-        run.write_json(f"audit/{audit['iteration']:04d}.json", {**audit, "strip": name})
+        JsonFile(run, f"audit/{audit['iteration']:04d}.json", dict).write({**audit, "strip": name})
     page = page_of(run)
     assert shown == 4 and not any(tag == "img" for tag, _ in page.elements)
     assert "are missing" in (run.path / "report.html").read_text()

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from progrpo.tracking.commands import restart_command, resume_command
 from progrpo.tracking.grids import tile
+from progrpo.tracking.own_files import new_weights
 from progrpo.tracking.run_folder import RunFolder
 
 
@@ -29,12 +31,12 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path):
 def test_the_command_that_goes_on_is_one_that_works(tmp_path):
     run = RunFolder.create(tmp_path / "my run")
     path = f"'{tmp_path}/my run'"
-    assert run.command("resume") == f"progrpo train --resume {path}"
+    assert resume_command(run.path) == f"progrpo train --resume {path}"
     run.log_config({"model": {"path": "shapes-flow"}})
-    assert run.command("anew") == f"progrpo train {path} --out {path} --overwrite"
+    assert restart_command(run.path) == f"progrpo train {path} --out {path} --overwrite"
     run.log_config({"model": {"path": "a FluxPipeline given to progrpo.train"}})
-    assert run.command("resume") == f"progrpo.train(..., out={path}, resume=True)"
-    assert run.command("anew") == f"progrpo.train(..., out={path}, overwrite=True)"
+    assert resume_command(run.path) == f"progrpo.train(..., out={path}, mode='resume')"
+    assert restart_command(run.path) == f"progrpo.train(..., out={path}, mode='overwrite')"
 
 
 @pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints/iteration_000002", "samples/0000.png"])
@@ -92,7 +94,7 @@ def test_overwriting_deletes_the_run_and_nothing_else(tmp_path):
 def test_new_weights_leave_what_lies_beside_the_old(tmp_path):
     run = RunFolder.create(tmp_path)
     for version in ("old", "new"):
-        with run.weights("lora") as folder:
+        with new_weights(run.path / "lora") as folder:
             (folder / "pytorch_lora_weights.safetensors").write_text(version)
         if version == "old":
             (tmp_path / "lora" / "README.md").write_text("mine")
@@ -110,15 +112,15 @@ def test_numbers_without_a_json_form_become_null(tmp_path):
     metrics: Any = {"iteration": np.int64(0), "reward/mean": float("nan"), "update/kl": np.float32("inf")}
     run.log(metrics, 0)
     summary: Any = {"path": (48, 12), "mean": np.float64(0.5), "rows": np.array([1.0, np.nan]), "ok": np.bool_(True)}
-    run.write_summary(summary)
+    run.summary.write(summary)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"iteration": 0, "reward/mean": null, "update/kl": null}\n'
-    assert run.read_summary() == {"path": [48, 12], "mean": 0.5, "rows": [1.0, None], "ok": True}
+    assert run.summary.read() == {"path": [48, 12], "mean": 0.5, "rows": [1.0, None], "ok": True}
 
 
 def test_what_is_not_written_yet_is_empty(tmp_path):
     run = RunFolder(tmp_path / "nothing")
-    found = run.read_config(), run.read_summary(), run.read_metrics(), run.read_evaluation("after"), run.read_audits()
-    assert found == ({}, {}, [], [], [])
+    assert run.config.read() == run.summary.read() == {} and run.costs.read() is None
+    assert run.metrics.read() == run.evaluations["after"].read() == run.read_audits() == []
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_a_half_written_last_line_is_left_out(tmp_path, tail):
         run.log({"iteration": i}, i)
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(tail.encode("latin1"))
-    assert [record["iteration"] for record in run.read_metrics()] == [0, 1]
+    assert [record["iteration"] for record in run.metrics.read()] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_a_half_written_last_line_is_left_out(tmp_path, tail):
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path, line, reason):
     (tmp_path / "metrics.jsonl").write_text(f'{{"iteration": 0}}\n{line}\n{{"iteration": 2}}\n')
     with pytest.raises(ValueError, match=rf"metrics\.jsonl: line 2 is {reason}; delete that line$"):
-        RunFolder(tmp_path).read_metrics()
+        RunFolder(tmp_path).metrics.read()
 
 
 def test_resuming_drops_what_will_be_written_again(tmp_path):
@@ -157,7 +159,7 @@ def test_resuming_drops_what_will_be_written_again(tmp_path):
     (tmp_path / "audit" / "mine.json").write_text("{}")
     run.truncate(3)
     run.log({"iteration": 3}, 3)
-    assert [record["iteration"] for record in run.read_metrics()] == [0, 1, 2, 3]
+    assert [record["iteration"] for record in run.metrics.read()] == [0, 1, 2, 3]
     assert [audit["iteration"] for audit in run.read_audits()] == [2]
     left = sorted(path.name for folder in ("audit", "samples") for path in (tmp_path / folder).iterdir())
     assert left == ["0002.json", "0002.png", "0002.png", "mine.json"]
@@ -211,7 +213,7 @@ def test_a_folder_that_vanished_is_not_made_anew(tmp_path):
     run = RunFolder.create(tmp_path / "run")
     shutil.rmtree(run.path)
     for write in (
-        lambda: run.write_summary({}),
+        lambda: run.summary.write({}),
         lambda: run.log({"iteration": 0}, 0),
         lambda: run.log_images({"samples": tile(pictures(2), 2)}, 0),
     ):
@@ -225,7 +227,7 @@ def test_a_damaged_file_is_named(tmp_path, content):
     run = RunFolder.create(tmp_path)
     (tmp_path / "summary.json").write_text(content)
     with pytest.raises(ValueError, match=r"summary\.json is not JSON"):
-        run.read_summary()
+        run.summary.read()
 
 
 def test_files_appear_whole(tmp_path):
@@ -253,7 +255,7 @@ def test_evaluation_names_the_pictures_that_are_saved(tmp_path):
     run = RunFolder.create(tmp_path)
     records: Any = [{"prompt": str(i), "kind": "k", "graded": 0.5, "strict": True, "judge": None} for i in range(4)]
     run.write_evaluation("before", records, pictures(3), pictures=2)
-    names = [record["picture"] for record in run.read_evaluation("before")]
+    names = [record["picture"] for record in run.evaluations["before"].read()]
     assert names == ["evaluation/before/000.png", "evaluation/before/001.png", None, None]
     assert (tmp_path / names[1]).exists()
 

@@ -15,7 +15,7 @@ BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 FLOW = flow_levels(sigma_grid(10, 3.0).double())
 DIFFUSION = diffusion_levels(torch.arange(901, 0, -100), (1 - BETAS).cumprod(0), torch.tensor(1.0))
 LEVELS = {"flow": FLOW} | dict.fromkeys(("epsilon", "v_prediction", "sample"), DIFFUSION)
-SDE, PRESERVING = ["flow_grpo", "dance", "flow_grpo_wan"], ["ddim", "cps", "cps_reduced"]
+SDE, PRESERVING = ["flow_grpo", "dance", "flow_grpo_wan"], ["ddim", "cps", "cps_reduced", "precise"]
 KEEPS_MARGINALS = [(name, sampler) for name in LEVELS for sampler in PRESERVING]
 ALL = [("flow", sampler) for sampler in SDE] + KEEPS_MARGINALS
 
@@ -114,6 +114,7 @@ def test_scales_by_hand():
     """Each of a step from sigma s to t: two diffusion rates and two stds."""
     sigma = FLOW.sigma.tolist()
     expected: dict[str, list[float]] = {"flow_grpo": [], "dance": [], "flow_grpo_wan": [], "ddim": [], "cps": []}
+    expected["precise"] = []
     for step in range(10):
         s, t = sigma[step], sigma[step + 1]
         expected["flow_grpo"].append(0.6 * math.sqrt(s / (1 - (sigma[1] if step == 0 else s))))
@@ -121,6 +122,7 @@ def test_scales_by_hand():
         expected["flow_grpo_wan"].append(0.6 * sigma[1] * s)
         expected["ddim"].append(0.6 * t / s * math.sqrt(s**2 - ((1 - s) * t / (1 - t)) ** 2))
         expected["cps"].append(t * math.sin(0.3 * math.pi))
+        expected["precise"].append(t * math.sqrt(1 - ((1 - s) * t / ((1 - t) * s)) ** 0.36))
     expected["cps_reduced"] = expected["cps"]
     for name, sampler in SAMPLERS.items():
         found = sampler.scale(FLOW, 0.6)
@@ -169,7 +171,7 @@ def test_log_probs_are_mean_densities_but_for_the_reduced_one(std):
     x, mean = draws()
     std, old = std.reshape(-1, 1, 1, 1) if std.ndim else std, mean + 0.01
     density, density_old = (Normal(center, std).log_prob(x).mean((1, 2, 3)) for center in (mean, old))
-    for name in ("flow_grpo", "dance", "ddim", "cps"):
+    for name in ("flow_grpo", "dance", "ddim", "cps", "precise"):
         torch.testing.assert_close(SAMPLERS[name].log_prob(x, mean, std), density, rtol=1e-12, atol=1e-12)
     reduced = SAMPLERS["cps_reduced"].log_prob
     ratio = reduced(x, mean, std) - reduced(x, old, std)
@@ -187,6 +189,7 @@ def test_log_probs_are_mean_densities_but_for_the_reduced_one(std):
         ("ddim", (8, 16, 16), 1e-4 * (4 * 64 * 64) / 2048),
         ("cps", (16, 64, 64), 1e-5),
         ("cps_reduced", (16, 128, 128), 2.5e-6),
+        ("precise", (16, 64, 64), 1e-4),
     ],
 )
 def test_clip_range_goes_with_the_size_of_the_latent(sampler, shape, clip_range):
@@ -195,6 +198,7 @@ def test_clip_range_goes_with_the_size_of_the_latent(sampler, shape, clip_range)
 
 def test_published_noise_levels():
     published = {"flow_grpo": 0.7, "dance": 0.3, "flow_grpo_wan": 1.0, "ddim": 1.0, "cps": 0.8, "cps_reduced": 0.8}
+    published["precise"] = 1.5
     assert {name: sampler.noise_level for name, sampler in SAMPLERS.items()} == published
 
 

@@ -216,6 +216,21 @@ def test_what_processes_share_out(weights):
         assert shared[part] == alone[part] / (2 if weights == "full" else 1)
 
 
+@pytest.mark.parametrize(
+    ("processes", "prompts", "optim", "counted"),
+    [(1, 2, {}, True), (2, 2, {}, False), (1, 1, {}, False), (1, 2, {"noise_scale": False}, False)],
+)
+def test_a_second_gradient_is_counted_where_the_noise_scale_is_measured(processes, prompts, optim, counted):
+    base = load_recipe("smoke")
+    model = replace(base.model, weights="full", shard=True)
+    config = replace(base, model=model, prompts=PromptSettings(per_iteration=prompts), optim=OptimSettings(**optim))
+    found = _memory(config, resolve_plan(config), sizes_for(config), processes)
+    assert found.parts["gradients of a half"] == (found.parts["gradients"] if counted else 0) >= 0
+    without = replace(config, optim=replace(config.optim, noise_scale=False))
+    least = _memory(without, resolve_plan(without), sizes_for(without), processes).peaks["update"]
+    assert found.peaks["update"] == pytest.approx(least + found.parts["gradients of a half"])
+
+
 def test_rewards_are_counted_where_their_networks_are_known():
     terms = (
         RewardTerm("pickscore"),

@@ -203,7 +203,7 @@ def test_tensorboard_reads_back_what_was_logged_with_the_repeated_steps_purged(t
 def test_a_run_that_overwrites_another_takes_its_event_files_and_id_away(tmp_path):
     pytest.importorskip("tensorboard")
     run = RunFolder.create(tmp_path / "run")
-    run.write_json("config.json", {})
+    run.log_config({})
     opened(run.path, "tensorboard").close()
     (run.path / "tensorboard" / "notes.txt").write_text("mine")
     RunFolder.create(run.path, overwrite=True)

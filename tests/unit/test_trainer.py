@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,7 +53,7 @@ def test_a_record_has_the_documented_metrics(tiny_trainer, tiny_config):
     names = {re.sub(r"@\d+", "@S", name) for name in record}
     assert names <= documented
     always = {n for n in re.findall(r"^- `([^`]+)` \([^;]*; always\)", DOCS.read_text(), re.M)}
-    assert always <= names and {"update/kl", "audit/nfe", "preview/rank_correlation@S"} <= names
+    assert always <= names and {"update/kl", "audit/nfe", "preview/rank_correlation@S", "preview/variance@S"} <= names
     assert (record["iteration"], record["rollout/survivors"], record["update/lr"]) == (0, 2 * 3, 1e-3)
     stages = [value for name, value in record.items() if name.startswith("time/")]
     assert sum(stages) == pytest.approx(record["seconds"]) and min(stages) >= 0
@@ -84,6 +86,41 @@ def test_an_audit_comes_every_nth_iteration_and_changes_no_weight(tiny_trainer, 
     record = audit.record(1)
     assert record["iteration"] == 1 and record["steps"] == [0, 1, 2, 3]
     assert sorted(s for s in record["stopped_at"] if s is not None) == [1]
+
+
+@pytest.mark.parametrize(
+    ("plan", "keep"),
+    [
+        (PlanSettings("custom", group_size=6, prune=((1, 4), (2, 3))), [3, 4, 3, 3]),
+        (PlanSettings("custom", group_size=6, prune=((2, 5),), final_keep=2), [2, 2, 5, 2]),
+        (PlanSettings("custom", group_size=6), [3, 3, 3, 3]),  # half of a group that the plan keeps whole
+    ],
+)
+def test_an_audit_measures_the_variance_of_choices_from_the_whole_group(tiny_trainer, tiny_config, plan, keep):
+    done = tiny_trainer(tiny_config(plan=plan, audit=AuditSettings(every=1))).step()
+    audit, record = done.audit, done.audit.record(0)
+    final = audit.final_G.double().numpy()
+
+    def best(scores):
+        return max(combinations(range(6), count), key=lambda members: np.var(scores[list(members)]))
+
+    for step, count in enumerate(keep):
+        seen = audit.used_TG[step].double().numpy()
+        assert record["keep"][step] == count
+        assert record["variance"][step] == pytest.approx(np.var(final[list(best(seen))]) / np.var(final))
+        assert record["variance_final"][step] == pytest.approx(np.var(final[list(best(final))]) / np.var(final))
+    for name in ("variance", "variance_final"):
+        written = {key: value for key, value in done.record.items() if key.startswith(f"preview/{name}@")}
+        assert written == {f"preview/{name}@{step}": record[name][step] for step, _ in plan.prune}
+
+
+def test_an_audit_of_equal_rewards_has_no_variance(tiny_trainer, tiny_config):
+    trainer = tiny_trainer(
+        tiny_config(audit=AuditSettings(every=1)), reward=lambda images, prompts: [0.5] * len(images)
+    )
+    done = trainer.step()
+    assert done.audit.record(0)["variance"] == done.audit.record(0)["variance_final"] == [None] * 4
+    assert done.record["preview/variance@1"] is None
 
 
 def test_the_last_preview_of_an_audit_is_almost_the_picture(tiny_trainer, tiny_config):

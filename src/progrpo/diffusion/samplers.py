@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from progrpo.diffusion.ddim import cps_std, ddim_std, preserving_mean, reduced_log_prob
+from progrpo.diffusion.ddim import cps_std, ddim_std, precise_std, preserving_mean, reduced_log_prob
 from progrpo.diffusion.facts import PRESERVING, REDUCED, SDE, StepFacts
 from progrpo.diffusion.flow import flow_grpo_rate, sde_mean_std
 from progrpo.diffusion.gaussian import log_prob
@@ -124,3 +124,15 @@ CPS_REDUCED = StochasticStep(
     log_prob=reduced_log_prob,
 )
 """Coefficient-preserving sampling with the published stand-in for a density."""
+
+PRECISE = StochasticStep(
+    scale=lambda levels, a: precise_std(levels[:-1], levels[1:], a),
+    mean_std=_preserving,
+    noise_level=1.5,
+    clip_range=1e-4,
+    clip_dims=_FLOW_DIMS,
+)
+"""Precise (arXiv 2605.23522): Flow-GRPO's SDE, solved exactly for an x0 that is held constant over the step.
+
+Published with a guarded ratio alone. The clip range of the plain one is Flow-GRPO's.
+"""

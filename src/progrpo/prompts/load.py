@@ -6,7 +6,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, MappingView, Sequence, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ DATASET = "dataset:"
 _ON_DISK = "dataset_dict.json"
 TEXT = "prompt"
 """The field that holds a row's text, unless another is named."""
+
+_SPLITS = {"train", "test", "validation"}
 
 PromptsByKind = Mapping[str, tuple[Prompt, ...]]
 """Prompts by kind. All prompts of a file are of one kind, whose name is empty."""
@@ -111,6 +113,37 @@ def prompts_from_python(given: object, name: str, column: str = TEXT) -> tuple[P
     if not prompts:
         raise ValueError(f"{name} is empty; give at least one")
     return prompts
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The prompts of training, of the evaluations before and after it, and of those on the way."""
+
+    train: tuple[Prompt, ...]
+    test: tuple[Prompt, ...]
+    validation: tuple[Prompt, ...]
+
+
+def splits_from_python(given: object, column: str = TEXT, eval_column: str = TEXT) -> Splits:
+    """The prompts that Python code gives by split, or the same ones, as `prompts_from_python` takes them, for all.
+
+    A mapping has the split `train`. Without `test` that is the same as `train`, and `validation` the same as `test`.
+    The field `eval_column` of a row of these holds the text. ValueError that begins with `prompts` for other splits,
+    and for what holds no prompts.
+    """
+    if not isinstance(given, Mapping):
+        train = prompts_from_python(given, "prompts", column)
+        return Splits(train, train, train)
+    if "train" not in given or not given.keys() <= _SPLITS:
+        raise ValueError(
+            "prompts as a mapping must have the split train, and may have test and validation and no other, not"
+            f" {quoted(list(given))}"
+        )
+    train = prompts_from_python(given["train"], "prompts['train']", column)
+    test = prompts_from_python(given["test"], "prompts['test']", eval_column) if "test" in given else train
+    if "validation" not in given:
+        return Splits(train, test, test)
+    return Splits(train, test, prompts_from_python(given["validation"], "prompts['validation']", eval_column))
 
 
 _TEXTS = str | bytes | bytearray | memoryview

@@ -17,6 +17,8 @@ REWARDS = {
     "shapes": "progrpo.rewards.shapes:ShapesReward",
     "shapes_strict": "progrpo.rewards.shapes:StrictShapesReward",
     "shapes_mixed": "progrpo.rewards.shapes:MixedShapesReward",
+    "shapes_match": "progrpo.rewards.shapes:MatchReward",
+    "shapes_taste": "progrpo.rewards.shapes:TasteReward",
     "clipscore": "progrpo.rewards.clipscore:CLIPScore",
     "pickscore": "progrpo.rewards.pickscore:PickScore",
     "hpsv2": "progrpo.rewards.hpsv2:HPSv2",
@@ -125,7 +127,7 @@ class RewardSettings:
     """The rewards: one, or the weighted sum of several. Each is NAME, WEIGHT*NAME or a JSON object
     (docs/rewards.md).
     The built-in verifier: `shapes` (graded), `shapes_strict` (1 if all is right, otherwise 0), `shapes_mixed`
-    (their mean).
+    (their mean). Continuous beside it: `shapes_match` (by the prompt), `shapes_taste` (large, centred, warm).
     For any prompts: clipscore, pickscore, hpsv2, imagereward, aesthetic, ocr, geneval, geneval_flow_grpo,
     jpeg_compressibility, jpeg_incompressibility, nsfw, vlm, or your own `module:function`."""
     frames: int = setting(4, between(1, 1024))

@@ -1,4 +1,4 @@
-"""The rewards of the built-in shapes world, by its verifier. All report its strict verdict."""
+"""The rewards of the built-in shapes world: by its verifier, with its strict verdict, and continuous ones beside it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ import numpy as np
 from progrpo.messages import quoted
 from progrpo.rewards.base import Refusal, Reward, Score
 from progrpo.types import Prompt
+from progrpo.zoo.shapes.match import match
+from progrpo.zoo.shapes.taste import taste
 from progrpo.zoo.shapes.verifier import verify
 
 
-class ShapesReward(Reward):
-    """The verifier's graded score. Prompts must be of the shapes world: their columns list the objects of the
-    picture.
-    """
+class _OfShapesPrompts(Reward):
+    """A reward for prompts of the shapes world: their columns list the objects of the picture."""
 
     parameters = 0
-    _strict_share = 0.0
-    """The share of the value that is the strict verdict, 1 or 0."""
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         unknown = [p.text for p in prompts if "objects" not in p.columns]
@@ -28,6 +26,13 @@ class ShapesReward(Reward):
                 f"the reward `shapes` cannot read the prompt {quoted(unknown[0])}: it needs the built-in prompts,"
                 " `shapes`; give these, or another reward, such as module:function of your own"
             )
+
+
+class ShapesReward(_OfShapesPrompts):
+    """The verifier's graded score."""
+
+    _strict_share = 0.0
+    """The share of the value that is the strict verdict, 1 or 0."""
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         self.check(prompts)
@@ -47,3 +52,20 @@ class MixedShapesReward(ShapesReward):
     """The mean of the graded score and the strict verdict."""
 
     _strict_share = 0.5
+
+
+class MatchReward(_OfShapesPrompts):
+    """How well each object's colour, outline, size and place are what the prompt's words want, without thresholds."""
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        self.check(prompts)
+        return [Score(value) for value in match(pictures_NHWC, prompts)]
+
+
+class TasteReward(Reward):
+    """How large, centred and warm the ink is, without thresholds. Prompts are not read."""
+
+    parameters = 0
+
+    def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
+        return [Score(value) for value in taste(pictures_NHWC)]

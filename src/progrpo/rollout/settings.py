@@ -32,6 +32,7 @@ SAMPLERS: dict[str, BuiltInSampler] = {
     "ddim": BuiltInSampler("progrpo.diffusion.samplers:DDIM", PRESERVING),
     "cps": BuiltInSampler("progrpo.diffusion.samplers:CPS", PRESERVING),
     "cps_reduced": BuiltInSampler("progrpo.diffusion.samplers:CPS_REDUCED", REDUCED),
+    "precise": BuiltInSampler("progrpo.diffusion.samplers:PRECISE", StepFacts()),
 }
 SELECTORS: dict[str, str] = {
     "ovf": "progrpo.rollout.prune:ovf",
@@ -76,12 +77,13 @@ class SamplingSettings:
     `auto`: flow_grpo for a flow model, ddim for a diffusion model.
     Flow models only: `flow_grpo` (Flow-GRPO's SDE, arXiv 2505.05470), `dance` (DanceGRPO's, arXiv 2505.07818)
     and `flow_grpo_wan` (the SDE of flow_grpo's script for Wan).
-    Flow and diffusion models: `ddim` (with eta) and `cps` (arXiv 2509.05952).
+    Flow and diffusion models: `ddim` (with eta), `cps` (arXiv 2509.05952) and `precise` (arXiv 2605.23522).
     `cps_reduced` is cps with the published stand-in for its log-prob.
     `module:step`: a `progrpo.diffusion.samplers.StochasticStep` of your own."""
     noise_level: float | None = setting(None, _NOISE_LEVEL)
-    """The amount of noise: a of Flow-GRPO, eta of DanceGRPO and of DDIM, and that of CPS.
-    Empty: the published values 0.7 (flow_grpo; 1 for flow_grpo_wan), 0.3 (dance), 1 (ddim) and 0.8 (cps)."""
+    """The amount of noise: a of Flow-GRPO, eta of DanceGRPO and of DDIM, and that of CPS and of Precise.
+    Empty: the published values 0.7 (flow_grpo; 1 for flow_grpo_wan), 0.3 (dance), 1 (ddim), 0.8 (cps) and 1.5
+    (precise)."""
     shift: float | None = setting(None, above(0).or_empty(" for the model's own"))
     """The time shift of a flow model's grid; empty: the model's own."""
     same_latent: bool = False

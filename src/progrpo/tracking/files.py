@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Generic, TypeVar, cast
 
 import numpy as np
 
 from progrpo.durable import sync, write_file
+
+T = TypeVar("T")
 
 
 def _plain(value: object) -> object:
@@ -35,32 +38,14 @@ def in_bytes(text: str) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def _decode(data: bytes, path: Path) -> object:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); put it back as it was") from None
-
-
 class Folder:
-    """A folder of texts, JSON and pictures. It must exist: a folder that is deleted is not created again."""
+    """A folder of texts and pictures. It must exist: a folder that is deleted is not created again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write_text(self, relative: str, text: str) -> Path:
         return self._write(relative, lambda file: file.write(in_bytes(text)))
-
-    def write_json(self, relative: str, value: object) -> Path:
-        return self.write_text(relative, encode(value, indent=1))
-
-    def read_json(self, relative: str) -> object:
-        """The value that the file holds, or None if it does not exist. ValueError if it is not JSON."""
-        path = self.path / relative
-        try:
-            return _decode(path.read_bytes(), path)
-        except FileNotFoundError:
-            return None
 
     def save_picture(self, relative: str, image_HWC: np.ndarray) -> str:
         """Write a uint8 (H, W, 3) array as PNG. The relative path is returned, for a record to name it."""
@@ -79,3 +64,26 @@ class Folder:
                 sync((self.path / folder).parent)
         write_file(path, write)
         return path
+
+
+@dataclass(frozen=True)
+class JsonFile(Generic[T]):
+    """A file of JSON in a folder, which holds a value of the type T."""
+
+    folder: Folder
+    name: str
+    absent: Callable[[], T]
+    """The value while the file is not written yet."""
+
+    def read(self) -> T:
+        """The value that the file holds. ValueError if it is not JSON; whether it is a T is not checked."""
+        path = self.folder.path / self.name
+        try:
+            return cast(T, json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return self.absent()
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON ({error}); put it back as it was") from None
+
+    def write(self, value: T) -> None:
+        self.folder.write_text(self.name, encode(value, indent=1))

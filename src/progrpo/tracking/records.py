@@ -24,7 +24,7 @@ def metric(record: Mapping[str, MetricValue], name: str) -> float | None:
 def iteration_of(record: Mapping[str, MetricValue]) -> int:
     """The zero-based iteration that a record is of."""
     iteration = record["iteration"]
-    assert isinstance(iteration, int)  # `RunFolder.read_metrics` refuses others
+    assert isinstance(iteration, int)  # `MetricsFile.read` refuses others
     return iteration
 
 
@@ -53,7 +53,9 @@ class AuditRecord(TypedDict, total=False):
     """One audit group of G members, in audit/*.json: scores by step (T lists of G numbers) and who would be let go.
 
     `used` are the scores that the run decides on. `stopped_at` has for each member the step after whose network call
-    the plan lets it go: T for those dropped on final rewards, None for survivors.
+    the plan lets it go: T for those dropped on final rewards, None for survivors. `variance` has for each step the
+    variance of the final rewards of the `keep` members that the run's selector takes from the whole group by `used`, in
+    units of the variance of all; `variance_final` that of the best choice of as many. None: all rewards are equal.
     """
 
     iteration: int
@@ -65,6 +67,9 @@ class AuditRecord(TypedDict, total=False):
     stopped_at: list[int | None]
     kept_uniform: list[int]
     kept_ovf: list[int]
+    keep: list[int]
+    variance: Sequence[float | None]
+    variance_final: Sequence[float | None]
     strip: str
 
 

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypedDict, cast
+from typing import Protocol, TypedDict
 
 import numpy as np
 
 from progrpo.messages import raised
 from progrpo.registry import load_named
+from progrpo.tracking.files import JsonFile
 from progrpo.tracking.records import MetricValue
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.settings import TRACKERS, TrackingSettings
@@ -162,8 +163,9 @@ def open_trackers(
     """
     if not settings.to:
         return Trackers({}, warn)
-    saved = None if resumed_at is None else folder.read_json(_STATE)
-    state = cast(_State | None, saved) or {
+    file: JsonFile[_State | None] = JsonFile(folder, _STATE, lambda: None)
+    saved = None if resumed_at is None else file.read()
+    state: _State = saved or {
         "id": secrets.token_hex(4),
         "project": settings.project,
         "name": settings.name or folder.path.resolve().name,
@@ -171,7 +173,7 @@ def open_trackers(
     }
 
     def save() -> None:
-        folder.write_json(_STATE, state)
+        file.write(state)
 
     save()
     run = TrackedRun(folder.path, state["project"], state["name"], state["id"], resumed_at)

@@ -133,6 +133,11 @@ def eval_prompts(source: str, split: str, count: int, column: str = TEXT) -> lis
     if source == "shapes":
         return world.sample_prompts(split, count, seed=0)
     (prompts,) = load_prompts(source, split, column).values()
+    return as_many(prompts, count)
+
+
+def as_many(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """So many prompts in their order, repeated where there are fewer."""
     return [prompts[i % len(prompts)] for i in range(count)]
 
 

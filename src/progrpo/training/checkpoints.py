@@ -21,9 +21,9 @@ from progrpo.config import Config, RewardTerm, config_to_json, from_python, lear
 from progrpo.durable import PREVIOUS, WRITING, DiskError, sync
 from progrpo.messages import quoted
 from progrpo.storage import disk_error, load_state, save_state
+from progrpo.tracking.commands import restart_command, resume_command
 from progrpo.tracking.console import Console
 from progrpo.tracking.lock import Lock, only_writer
-from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.distributed import Ranks
 from progrpo.training.state import SavedState, State
 from progrpo.types import Prompt
@@ -134,7 +134,7 @@ def _renamed(state: dict[str, Any], path: Path, warn: Callable[[str], None]) -> 
 
 
 def _newest(run: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    anew = f"start it anew with {RunFolder(run).command('anew')}"
+    anew = f"start it anew with {restart_command(run)}"
     damaged: list[str] = []
     for path in reversed(saved(run)):
         try:
@@ -174,7 +174,7 @@ def check_unchanged(run: Path, saved_config: State, config: Config, accept: bool
 
 def _accept(config: Config) -> str:
     """The option by which changes are accepted, on the command line or in the library."""
-    return "accept_changes=True" if from_python(config) else "--accept-changes"
+    return "mode='resume_changed'" if from_python(config) else "--accept-changes"
 
 
 def digest(prompts: Iterable[Prompt]) -> str:
@@ -309,5 +309,5 @@ def _mend(error: OSError, run: Path) -> str:
     first = {errno.ENOSPC: "make space", errno.EDQUOT: "make space"}.get(error.errno or 0, "mend that")
     last = saved(run)
     if not last:
-        return f"there is no checkpoint yet: {first}, then start anew with {RunFolder(run).command('anew')}"
-    return f"the last good checkpoint is {last[-1].name}: {first}, then go on with {RunFolder(run).command('resume')}"
+        return f"there is no checkpoint yet: {first}, then start anew with {restart_command(run)}"
+    return f"the last good checkpoint is {last[-1].name}: {first}, then go on with {resume_command(run)}"

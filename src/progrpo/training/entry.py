@@ -8,6 +8,7 @@ from pathlib import Path
 
 from progrpo.config import Config, check, from_python, to_dict
 from progrpo.recipes import load_recipe
+from progrpo.tracking.commands import is_of_python, resume_command
 from progrpo.tracking.console import Console
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training import checkpoints
@@ -49,11 +50,10 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
     accepted.
     """
     config = load_recipe(str(folder))
-    run_folder = RunFolder(folder)
-    if run_folder.is_of_python():
+    if is_of_python(folder):
         raise ValueError(
             f"{folder} is a run of progrpo.train, whose pipeline, prompts and rewards only Python has: go on with"
-            f" {run_folder.command('resume')}, with these given again"
+            f" {resume_command(folder)}, with these given again"
         )
     if iterations is not None:
         config = replace(config, iterations=iterations)
@@ -62,7 +62,7 @@ def resume_run(folder: Path, iterations: int | None = None, accept_changes: bool
         ranks = Ranks()
         require_same_settings(ranks, config)
         config = resolve_dtype(config, ranks)
-        return resume(run_folder, config, lambda: inputs_from(config, ranks), ranks, accept_changes)
+        return resume(RunFolder(folder), config, lambda: inputs_from(config, ranks), ranks, accept_changes)
 
 
 def start(run: Run, overwrite: bool) -> RunFolder:

@@ -14,7 +14,7 @@ from progrpo.types import Prompt
 _PLACES = ("model.path", "model.lora", "prompts.source", "eval.prompts")
 
 
-def require_same_settings(ranks: Ranks, config: Config | None, **options: bool) -> None:
+def require_same_settings(ranks: Ranks, config: Config | None, **options: object) -> None:
     """ValueError where settings differ by process, which would have them wait for each other at different places."""
     settings = {"config": config is not None, **options, **({} if config is None else comparable(config))}
     ranks.require_same({name: quoted(value) for name, value in settings.items()}, "give all the same configuration")

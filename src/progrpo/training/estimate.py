@@ -137,6 +137,7 @@ def _memory(config: Config, plan: Plan, model: Sizes, processes: int) -> _Memory
     parts = {
         **always,
         "gradients": trained,
+        "gradients of a half": trained if _takes_halves(config, shared) else 0.0,
         "latents while sampling": max(latents["call"], latents["decoding"], latents["step"]),
         "latents in the update": latents["update"],
         "graphs of sampling": _graphs(config, plan) * prompts * model.train_bytes / config.optim.items_per_pass,
@@ -148,13 +149,19 @@ def _memory(config: Config, plan: Plan, model: Sizes, processes: int) -> _Memory
     resident = sum(always.values()) + (parts["text encoders"] if config.model.keep_text_encoders else 0)
     denoiser = parts["frozen weights"] + trained
     moments = latents["call"] + model.call_bytes, latents["decoding"] + model.decode_bytes, latents["step"]
-    passes = parts["gradients"] + parts["forward and backward pass"]
+    passes = parts["gradients"] + parts["gradients of a half"] + parts["forward and backward pass"]
     peaks = {
         "start": parts["decoder"] + (max if config.model.offload else sum)((denoiser, parts["text encoders"])),
         "sampling": resident + parts["graphs of sampling"] + max(moments),
         "update": resident + parts["graphs of sampling"] + parts["latents in the update"] + passes,
     }
     return _Memory(_in_gb(parts), _in_gb(peaks))
+
+
+def _takes_halves(config: Config, shared: int) -> bool:
+    """Whether the noise scale is measured, by a second gradient, where so many processes share the denoiser."""
+    is_sharded = config.model.weights == "full" and shared > 1
+    return config.optim.measures_noise_scale and config.prompts.per_iteration > 1 and not is_sharded
 
 
 def _in_gb(values: Mapping[str, float]) -> dict[str, float]:
@@ -229,21 +236,32 @@ def _parameters(term: RewardTerm) -> int | None:
 def _leaner(config: Config, plan: Plan, card: GPU, processes: int) -> SettingsByField:
     """Settings by field that fit, and change what is learnt by rounding alone; empty if none are enough.
 
-    Microbatches come first, which cost least, then what costs time or precision. Memory is linear in a microbatch.
+    Microbatches come first, which cost least, then a metric, then what costs time or precision. Memory is linear in a
+    microbatch.
     """
     own_checkpointing, own_dtype = config.model.activation_checkpointing, config.sampling.latent_dtype
+    own_noise_scale = config.optim.noise_scale
     choices = product(
-        (own_checkpointing, True), (own_dtype, "bfloat16"), (config.model.offload, not config.model.shard)
+        (own_checkpointing, True),
+        (own_dtype, "bfloat16"),
+        (config.model.offload, not config.model.shard),
+        (own_noise_scale, False),
     )
-    for checkpointing, latent_dtype, offload in choices:
+    for checkpointing, latent_dtype, offload, noise_scale in choices:
         model = replace(config.model, activation_checkpointing=checkpointing, offload=offload)
-        changed = replace(config, model=model, sampling=replace(config.sampling, latent_dtype=latent_dtype))
+        changed = replace(
+            config,
+            model=model,
+            sampling=replace(config.sampling, latent_dtype=latent_dtype),
+            optim=replace(config.optim, noise_scale=noise_scale),
+        )
         fitting = _fitting_microbatches(changed, plan, card, processes)
         if fitting is not None:
             changes: dict[str, tuple[bool | int | str | None, bool | int | str | None]] = {
                 "model.activation_checkpointing": (checkpointing, own_checkpointing),
                 "sampling.latent_dtype": (latent_dtype, own_dtype),
                 "model.offload": (offload, config.model.offload),
+                "optim.noise_scale": (noise_scale, own_noise_scale),
                 "sampling.microbatch": (fitting[0], config.sampling.microbatch),
                 "optim.microbatch": (fitting[1], config.optim.microbatch),
             }

@@ -115,7 +115,7 @@ class Evaluator:
                 f"the held-out {name}": [record["held_out"][name] for record in result.records]
                 for name in result.held_out()
             }
-            recent = [metric(record, "rollout/diversity") for record in self._folder.read_metrics()[-4:]]
+            recent = [metric(record, "rollout/diversity") for record in self._folder.metrics.read()[-4:]]
             statistics = {name: result.column(name) for name in STATISTICS}
             statistics["diversity within groups"] = [*recent, diversity]
             for sign in self._watch.signs(result.column("graded"), witnesses, statistics, kl):

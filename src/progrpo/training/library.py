@@ -6,21 +6,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from progrpo.config import Config, ModelSettings, OptimSettings, RewardTerm, SamplingSettings, check
 from progrpo.messages import quoted
 from progrpo.policies.base import Policy
-from progrpo.prompts.load import prompts_from_python
+from progrpo.prompts.load import splits_from_python
 from progrpo.prompts.order import make_order
 from progrpo.recipes import load_recipe
 from progrpo.registry import refuse_within_import
 from progrpo.rewards.function import adapted, qualified_name
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.mixture import Component, RewardMixture, component_from
+from progrpo.tracking.commands import is_of_python, resume_command
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.absolute_paths import with_absolute_paths
 from progrpo.training.build import (
+    as_many,
     policy_context,
     ranking_from,
     resolve_dtype,
@@ -41,77 +43,77 @@ if TYPE_CHECKING:
 
 RewardLike = Callable[..., Any] | str | RewardTerm | Any
 """What a library call takes as a reward: see `train`."""
-Prompts = Iterable[str | Prompt | Mapping[str, Any]]
+Prompts = Iterable[str | Prompt | Mapping[str, Any]] | Path
+Mode = Literal["new", "overwrite", "resume", "resume_changed"]
+"""What a library call does with its folder: see `train`."""
 
 
 @default_torch_state()
 def train(
     pipeline: DiffusionPipeline,
-    prompts: Prompts,
+    prompts: Prompts | Mapping[str, Prompts],
     reward: RewardLike | Sequence[RewardLike | tuple[RewardLike, float]],
     *,
     config: Config | None = None,
     out: str | Path = "runs/custom",
-    eval_prompts: Prompts | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    accept_changes: bool = False,
+    mode: Mode = "new",
 ) -> RunFolder:
     """Fine-tune a diffusers pipeline towards a reward. The LoRA is in `out`/lora, in diffusers' format.
 
     `prompts` are texts, `Prompt`s, or rows with a field `prompt` (or `config.prompts.column`) and columns beside it: a
     list, a `datasets.Dataset`, a table of pandas, polars or pyarrow, or the `pathlib.Path` of a prompt file. Their
-    order is the run's.
+    order is the run's. A mapping such as a `datasets.DatasetDict` gives them by split: `train`, and `test`, on which
+    before and after are measured, and `validation` for evaluations on the way (`config.eval.every`). Without `test`
+    these are the training prompts, and without `validation` the test prompts.
 
     `reward(images, prompts, **columns)` returns a float for each PIL picture, or None where it failed: a function, also
     an async one, or an object with it as `score`. From a model of videos it gets some frames, or with `video = True`
     whole videos. It may be a built-in reward's name, a `progrpo.config.RewardTerm`, or a list of any of these, which
     are summed with the weights of pairs (reward, weight).
 
-    Before and after are measured on `eval_prompts`, or else on the training prompts. `config.model.path`, `revision`
-    and `variant`, `config.prompts.source` and `config.reward.terms` are not read. The pipeline is taken over: its
-    denoiser is changed and its text encoders leave it, so load it again for pictures or another run.
+    `config.model.path`, `revision` and `variant`, `config.prompts.source` and `config.reward.terms` are not read. The
+    pipeline is taken over: its denoiser is changed and its text encoders leave it, so load it again for pictures or
+    another run.
 
-    With `resume`, and the pipeline as it was before the run, the prompts and the rewards given again, the run in `out`
-    goes on from its newest whole checkpoint, exactly as it would have gone: without a `config` by its own, and with
-    more `iterations` as a longer run. A change since is refused, unless `accept_changes`.
+    `mode` says what to do with `out`. `new` refuses a folder that holds a run, and `overwrite` replaces that run.
+    `resume`, with the pipeline as it was before the run, the prompts and the rewards given again, goes on with it from
+    its newest whole checkpoint, exactly as it would have gone: without a `config` by its own, and with more
+    `iterations` as a longer run. It refuses what was changed since; `resume_changed` goes on with the changes.
 
-    ValueError, one sentence, for a mistake that the caller can mend. Returns the run folder, whose `read_summary()` has
+    ValueError, one sentence, for a mistake that the caller can mend. Returns the run folder, whose `summary.read()` has
     the figures.
     """
     refuse_within_import()
-    if overwrite and resume:
-        raise ValueError("overwrite and resume exclude each other: replace the run in out, or go on with it")
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, not {quoted(mode)}")
+    resumes, accept_changes = mode in ("resume", "resume_changed"), mode == "resume_changed"
     if config is not None:
         check(config)
     with explain_lost_process(lambda: NO_CHECKPOINT):
         ranks = Ranks()
-        require_same_settings(ranks, config, resume=resume, accept_changes=accept_changes)
+        require_same_settings(ranks, config, mode=mode)
         folder = RunFolder(ranks.gather([out])[0])
-        own = ranks.from_main(lambda: _own_config(folder, accept_changes)) if resume else None
+        own = ranks.from_main(lambda: _own_config(folder.path, accept_changes)) if resumes else None
         config = resolve_dtype(_complete(config, own, pipeline), ranks)
-        training = prompts_from_python(prompts, "prompts", config.prompts.column)
-        evaluation = (
-            training if eval_prompts is None else prompts_from_python(eval_prompts, "eval_prompts", config.eval.column)
-        )
+        splits = splits_from_python(prompts, config.prompts.column, config.eval.column)
         terms, mixture = _mixture(reward, config)  # before the pipeline is taken over: a mistake here costs no loading
         config = replace(config, reward=replace(config.reward, terms=terms))
         check(config)
 
         def make_inputs() -> RunInputs:
-            test = [evaluation[i % len(evaluation)] for i in range(config.eval.pictures)]
+            test, validation = (as_many(split, config.eval.pictures) for split in (splits.test, splits.validation))
             return RunInputs(
                 config,
                 mixture,
-                make_order(config.prompts.order, {"": training}, config.seed),
-                HeldOut(test, test, None, held_out_rewards(config)),
+                make_order(config.prompts.order, {"": splits.train}, config.seed),
+                HeldOut(test, validation, None, held_out_rewards(config)),
                 lambda: _take_over(pipeline, config, ranks),
             )
 
-        if resume:
+        if resumes:
             return resume_in(folder, config, make_inputs, ranks, accept_changes)
         run = Run(make_inputs(), folder, ranks)
-    return start(run, overwrite)
+    return start(run, overwrite=mode == "overwrite")
 
 
 def _take_over(pipeline: DiffusionPipeline, config: Config, ranks: Ranks) -> Policy:
@@ -152,18 +154,16 @@ def _smaller(given: SamplingSettings | OptimSettings, own: SamplingSettings | Op
     return min(sizes, default=None)
 
 
-def _own_config(folder: RunFolder, accept_changes: bool) -> Config:
+def _own_config(folder: Path, accept_changes: bool) -> Config:
     """The configuration of a library run to go on with. ValueError for no run, and for one of the command line."""
-    if not (folder.path / "config.json").is_file():
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no run to resume (no config.json); give its folder as out, or leave mode out")
+    if not (is_of_python(folder) or accept_changes):
         raise ValueError(
-            f"resume: {folder.path} holds no run (no config.json); give its folder as out, or leave resume out"
+            f"{folder} is a run of the command line; go on with {resume_command(folder)} (or, where an"
+            " older progrpo.train left it, with mode='resume_changed')"
         )
-    if not (folder.is_of_python() or accept_changes):
-        raise ValueError(
-            f"resume: {folder.path} is a run of the command line; go on with {folder.command('resume')} (or, where an"
-            " older progrpo.train left it, with accept_changes=True)"
-        )
-    return load_recipe(str(folder.path))
+    return load_recipe(str(folder))
 
 
 def _mixture(

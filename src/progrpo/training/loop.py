@@ -12,6 +12,7 @@ from progrpo.rewards.base import Refusal
 from progrpo.rewards.mixture import close_all
 from progrpo.rollout.plan import UnitCosts
 from progrpo.streams import tolerant_streams
+from progrpo.tracking.commands import resume_command
 from progrpo.tracking.console import Console
 from progrpo.tracking.lock import Lock
 from progrpo.tracking.run_folder import RunFolder
@@ -34,7 +35,7 @@ NO_CHECKPOINT = "there is no checkpoint yet"
 def how_to_go_on(folder: Path) -> str:
     """A clause with the command that goes on from the last checkpoint, if there is one."""
     saved = checkpoints.saved(folder)
-    return f"go on from {saved[-1].name} with {RunFolder(folder).command('resume')}" if saved else NO_CHECKPOINT
+    return f"go on from {saved[-1].name} with {resume_command(folder)}" if saved else NO_CHECKPOINT
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def _errors_say_how_to_go_on(folder: RunFolder) -> Iterator[None]:
         if not saved:
             raise
         kind = MissingScoresError if isinstance(error, MissingScoresError) else Refusal
-        command = folder.command("resume")
+        command = resume_command(folder.path)
         raise kind(f"{error}; mend that, and go on from {saved[-1].name} with: {command}") from error
 
 
@@ -72,7 +73,7 @@ class TrainingLoop:
         self._console = Console(
             self._config.iterations,
             nfe_unpruned=summary.nfe_unpruned(run.trainer, 1),
-            history=run.folder.read_metrics(),
+            history=run.folder.metrics.read(),
             enabled=run.ranks.is_main,
         )
         self._notices = Notices(self._console)
@@ -89,7 +90,7 @@ class TrainingLoop:
         self._evaluator.load_state_dict(state, same_prompts="evaluation" not in changed)
         self._notices.sentences = list(state["warnings"])
         self._start -= state["wall_seconds"]
-        if self._run.ranks.is_main and (costs := self._run.folder.read_costs()) is not None:
+        if self._run.ranks.is_main and (costs := self._run.folder.costs.read()) is not None:
             self._trainer.plan_monitor.judge.recorded = UnitCosts(**costs)
         if "evaluation" in changed:
             self._notices.warn(
@@ -190,7 +191,7 @@ class TrainingLoop:
         self._save_checkpoint()
         raise Interrupted(
             f"{signal.name} after {self._trainer.iteration} of {self._config.iterations} iterations; all is saved, go"
-            f" on with: {self._run.folder.command('resume')}",
+            f" on with: {resume_command(self._run.folder.path)}",
             signal,
         )
 

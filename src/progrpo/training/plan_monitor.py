@@ -83,12 +83,15 @@ class PlanMonitor:
         return metrics
 
     def _agreement(self, audit: Audit) -> Metrics:
-        """The agreement of previews with final rewards at the plan's points, and of the probe beside them."""
+        """The agreement of previews with final rewards at the plan's points, the probe's beside it, and V there."""
         used, probe = audit.used_agreement(), audit.probe_agreement()
+        variance, variance_final = audit.variance(), audit.variance_final()
         metrics: Metrics = {}
         for point in self.plan.active_points():
             metrics[f"preview/rank_correlation@{point.step}"] = used[point.step]
             metrics[f"preview/hit_rate@{point.step}"] = audit.hit_rate(point.step, point.keep)
+            metrics[f"preview/variance@{point.step}"] = variance[point.step]
+            metrics[f"preview/variance_final@{point.step}"] = variance_final[point.step]
             if probe is not None:
                 metrics[f"probe/rank_correlation@{point.step}"] = probe[point.step]
         return metrics
@@ -110,7 +113,7 @@ class PlanMonitor:
         """Judge the plan in the main process, which has the audit; all take the plan that it chooses."""
         verdict = None
         if audit is not None:
-            self.judge.watch(audit.used_agreement(), totals.counted, totals.seconds)
+            self.judge.watch(audit.used_agreement(), audit.final_G.numpy(), totals.counted, totals.seconds)
             verdict = self.judge.verdict(self.plan, self.selector, self.probed_steps)
         verdict = self._ranks.gather([verdict])[0]
         if verdict is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from progrpo.config import Config, to_dict
 from progrpo.tracking.grids import tile
 from progrpo.tracking.lock import Lock
+from progrpo.tracking.own_files import new_weights
 from progrpo.tracking.records import Summary
 from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
@@ -71,7 +72,7 @@ class Recorder:
     def costs(self, judge: PlanJudge) -> None:
         """Write the costs that plans are judged by, once, and before any record of a decision that depends on them."""
         if self._ranks.is_main and judge.units is not None and judge.recorded is None:
-            self.folder.write_costs(asdict(judge.units))
+            self.folder.costs.write(asdict(judge.units))
             judge.recorded = judge.units
 
     def iteration(self, done: Iteration, with_samples: bool) -> None:
@@ -111,7 +112,7 @@ class Recorder:
         if not self._ranks.is_main:
             yield None
             return
-        with self.folder.weights(name) as folder:
+        with new_weights(self.folder.path / name) as folder:
             yield folder
 
     @property
@@ -120,7 +121,7 @@ class Recorder:
         return self._ranks.is_main and (self._lock is None or self._lock.lost_to is None)
 
     def summary(self, summary: Summary) -> None:
-        self.folder.write_summary(summary)
+        self.folder.summary.write(summary)
 
     def report(self) -> None:
         """Write the report and print the summary. All is saved by now, so a failure here takes nothing from it."""
@@ -130,4 +131,4 @@ class Recorder:
         with self._notices.not_essential("writing report.html"):
             report = write_report(self.folder.path)
         with self._notices.not_essential("reading summary.json"):
-            self._notices.console.summary_table(self.folder.read_summary(), report)
+            self._notices.console.summary_table(self.folder.summary.read(), report)

@@ -134,8 +134,8 @@ def nfe_unpruned(trainer: Trainer, iterations: int) -> int:
 
 def measured_means(folder: RunFolder) -> MeasuredSummary:
     """The means of the evaluations that the folder has."""
-    before = Evaluation(folder.read_evaluation("before"), np.empty(0))
-    after = Evaluation(folder.read_evaluation("after"), np.empty(0))
+    before = Evaluation(folder.evaluations["before"].read(), np.empty(0))
+    after = Evaluation(folder.evaluations["after"].read(), np.empty(0))
     return {
         "reward_before": before.mean("graded"),
         "reward_after": after.mean("graded"),

@@ -159,6 +159,8 @@ class Trainer:
         record |= {f"rollout/{name}": value for name, value in asdict(spent).items()}
         record["rollout/survivors"] = self.plan.survivors * self._config.prompts.per_iteration
         record["update/lr"] = self.learner.learning_rate
+        if "update/gradient_noise" in record:
+            record["update/noise_scale"] = self.learner.updater.noise_scale.prompts
         return record | {f"time/{name}": value for name, value in stages.items()}
 
     def check_frozen(self) -> None:

@@ -13,7 +13,7 @@ from progrpo.tracking.report.charts import ACCENT, GREY, TEAL
 from progrpo.tracking.report.data import ReportData
 from progrpo.tracking.report.film import films
 from progrpo.tracking.report.page import chart, note, section
-from progrpo.tracking.statistics import spearman
+from progrpo.tracking.statistics import spearman, standardised
 
 _FILM = (
     "An audit group is sampled to the end without pruning and decoded at every step. It is never trained on. "
@@ -56,7 +56,7 @@ def _agreement(data: ReportData) -> str:
 
 
 def _kept(data: ReportData) -> str:
-    groups = [(audit, rewards) for audit in data.audits if (rewards := _standardised(audit)) is not None]
+    groups = [(audit, rewards) for audit in data.audits if (rewards := standardised(audit["final"])) is not None]
     if not groups:
         return note("No audit group has rewards that differ, so there is nothing to compare.")
     subsets = [
@@ -87,13 +87,6 @@ def _present(rewards_G: np.ndarray, members: Sequence[int]) -> np.ndarray:
     """The rewards of these members, without missing ones."""
     rewards = rewards_G[list(members)]
     return rewards[~np.isnan(rewards)]
-
-
-def _standardised(audit: AuditRecord) -> np.ndarray | None:
-    """The final rewards less their mean, over their standard deviation, NaN where missing. None if all are equal."""
-    final = np.array(audit["final"], dtype=np.float64)
-    present = final[~np.isnan(final)]
-    return (final - present.mean()) / present.std() if len(present) > 1 and np.ptp(present) > 0 else None
 
 
 def _histogram(subset: _Subset, anchor: str, top: float) -> str:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -107,11 +106,11 @@ def read_report_data(path: Path) -> ReportData:
         )
     return ReportData(
         path=folder.path,
-        config=_read(folder, "config.json", folder.read_config),
-        metrics=_read(folder, "metrics.jsonl", folder.read_metrics),
-        summary=_read(folder, "summary.json", folder.read_summary),
-        before=_read(folder, "evaluation/before.json", partial(folder.read_evaluation, "before")),
-        after=_read(folder, "evaluation/after.json", partial(folder.read_evaluation, "after")),
+        config=_read(folder, "config.json", folder.config.read),
+        metrics=_read(folder, "metrics.jsonl", folder.metrics.read),
+        summary=_read(folder, "summary.json", folder.summary.read),
+        before=_read(folder, "evaluation/before.json", folder.evaluations["before"].read),
+        after=_read(folder, "evaluation/after.json", folder.evaluations["after"].read),
         audits=[_checked_audit(record) for record in _read(folder, "audit", folder.read_audits)],
         held=is_held(folder.path),
     )
