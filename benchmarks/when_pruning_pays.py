@@ -24,7 +24,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ class Choice:
     after: int | None = None
     """The step after which the others are stopped; None: by final rewards."""
     selector: str = "ovf"
-    baseline: str = "survivors"
+    baseline: Literal["survivors", "group", "previews"] = "survivors"
 
     def plan(self) -> Plan:
         if self.keep is None:
@@ -113,6 +113,9 @@ CHOICES: dict[str, Choice] = {
     "12 after 6": Choice(keep=12, after=6),
     "6 after 4": Choice(keep=6, after=4),
     "6 after 6": Choice(keep=6, after=6),
+    "12 after 8": Choice(keep=12, after=8),
+    "6 after 8": Choice(keep=6, after=8),
+    "6 after 6, previews": Choice(keep=6, after=6, baseline="previews"),
     "furthest 12, group": Choice(keep=12, selector="furthest", baseline="group"),
     "furthest 6, group": Choice(keep=6, selector="furthest", baseline="group"),
     "ovf 6, group": Choice(keep=6, baseline="group"),
@@ -176,7 +179,7 @@ def config_of(cell: Cell, lr: float, prompts: int, seed: int) -> Config:
             num_inference_steps=STEPS, microbatch=4096, sde_window="first" if window else "auto", sde_window_size=3
         ),
         plan=choice.settings(),
-        objective=ObjectiveSettings(name=name, baseline="group" if choice.baseline == "group" else "survivors"),
+        objective=ObjectiveSettings(name=name, baseline=choice.baseline),
         optim=OptimSettings(lr=lr, decay=0.0, microbatch=8192, max_grad_norm=1e9),
         audit=AuditSettings(every=0),
     )
@@ -462,7 +465,7 @@ def picture(survey: Map) -> Image.Image:
     blocks = [b for b in blocks if survey.results.of(Cell(b[0], "plain 24", b[1]))]
     names = list(CHOICES)
     width, height, left, top = 46, 24, 150, 50
-    image = Image.new("RGB", (left + len(blocks) * (3 * width + 10), top + len(names) * height + 30), "white")
+    image = Image.new("RGB", (max(640, left + len(blocks) * (3 * width + 10)), top + len(names) * height + 30), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
     for row, name in enumerate(names):
         draw.text((8, top + row * height + 5), name, fill=INK, font=font)
