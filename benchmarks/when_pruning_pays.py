@@ -1,7 +1,8 @@
 """The map of when selection pays: thousands of short runs of the toy flow, every side with its own best settings.
 
     python benchmarks/when_pruning_pays.py [--minutes 60] [--out docs/results/when_pruning_pays.json]
-    python benchmarks/when_pruning_pays.py --page     # the page and the picture from --out; runs nothing
+    python benchmarks/when_pruning_pays.py --gradients   # the bias and the signal of each choice's gradient
+    python benchmarks/when_pruning_pays.py --page        # the page and the picture from --out; trains nothing
 
 A cell is an objective, a choice of members and a shape of reward. It is run with several learning rates and numbers of
 prompts an iteration: `PROBED` seeds of each, then `SEEDS` seeds of the best for each cost ratio R. R is the cost of
@@ -52,6 +53,7 @@ from progrpo.rollout.plan import Plan, PrunePoint
 from progrpo.rollout.preview import preview, score
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import Record, ode, sampling_for
+from progrpo.training.collector import Batch
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import evaluate
 from progrpo.training.trainer import Trainer
@@ -201,9 +203,8 @@ def run(network: ToyNetwork, cell: Cell, lr: float, prompts: int, seed: int, goa
     """Train, and stop once the goal is passed."""
     ranks = Ranks()
     policy = ToyPolicy(deepcopy(network))
-    config = config_of(cell, lr, prompts, seed)
-    order = make_order("turn", {"": tuple(world.prompts(4096))}, seed)
-    trainer = Trainer(config, policy, mixture(cell.shape), order, ranks)
+    trainer = _trainer(cell, lr, prompts, seed, policy)
+    config = trainer.config
     sampler = Sampler(policy, mixture(cell.shape, seen=False), ode(policy, STEPS, 1.0, 4096))
     held_out = world.prompts(HELD_OUT, first=100_000)
     curve: list[tuple[int, float]] = []
@@ -225,6 +226,11 @@ def run(network: ToyNetwork, cell: Cell, lr: float, prompts: int, seed: int, goa
         **{"objective": cell.objective, "choice": cell.choice, "shape": cell.shape},
         **{"lr": lr, "prompts": prompts, "seed": seed, "curve": curve, "norm": round(mean(norms), 5)},
     }
+
+
+def _trainer(cell: Cell, lr: float, prompts: int, seed: int, policy: ToyPolicy) -> Trainer:
+    order = make_order("turn", {"": tuple(world.prompts(4096))}, seed)
+    return Trainer(config_of(cell, lr, prompts, seed), policy, mixture(cell.shape), order, Ranks())
 
 
 # --- the measure ------------------------------------------------------------------------------------------------------
@@ -350,6 +356,78 @@ def kept_variance(policy: ToyPolicy, choice: Choice, shape: str, stochastic: int
     kept_PK = selector(by_PG, choice.keep, torch.ones_like(by_PG, dtype=torch.bool), key.group_seeds(slots, 0))
     kept = final_PG.gather(1, kept_PK.indices_PK)
     return float(kept.var(1, correction=0).mean() / final_PG.var(1, correction=1).mean())
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+class Gradient(TypedDict):
+    """The gradient of a choice, over that of plain groups of 24 at the same weights."""
+
+    choice: str
+    after: int
+    """Iterations of plain GRPO before it."""
+    bearing: float
+    """The cosine of the mean gradients: the rest to 1 is bias."""
+    signal: float
+    """The squared length of the mean along plain GRPO's over the variance from prompt to prompt."""
+    kept_variance: float
+    predicted: float
+    """The same ratio of signals by k V."""
+
+
+def gradients(network: ToyNetwork, prompts: int = 1024, batch: int = 64) -> list[Gradient]:
+    """The gradients of GRPO in float64, before training and after some of it, of every choice on the same prompts."""
+    results: list[Gradient] = []
+    for after in (0, 40):
+        trained = deepcopy(network)
+        trainer = _trainer(Cell("grpo", "plain 24", "smooth"), 4e-3, 4, 0, ToyPolicy(trained))
+        for _ in range(after):
+            trainer.step()
+        policy = ToyPolicy(trained, torch.float64)
+        by_choice = {name: _batch_gradients(policy, name, prompts // batch, batch) for name in CHOICES}
+        full = by_choice["plain 24"].mean(0)
+        signals = {name: _signal(rows_BD, full, batch) for name, rows_BD in by_choice.items()}
+        kept = {name: kept_variance(policy, choice, "smooth", STEPS) for name, choice in CHOICES.items()}
+        for name, choice in CHOICES.items():
+            own = by_choice[name].mean(0)
+            weight = choice.group - 1 if choice.keep is None else choice.keep * kept[name]
+            results.append(
+                {
+                    "choice": name,
+                    "after": after,
+                    "bearing": round(float(torch.cosine_similarity(own, full, dim=0)), 4),
+                    "signal": round(signals[name] / signals["plain 24"], 3),
+                    "kept_variance": round(kept[name], 3),
+                    "predicted": round(weight / (GROUP - 1), 3),
+                }
+            )
+            print(results[-1], flush=True)
+    return results
+
+
+def _signal(rows_BD: torch.Tensor, along: torch.Tensor, prompts: int) -> float:
+    """The signal of one prompt: rows are means over so many prompts."""
+    parts = rows_BD @ along / along.norm()
+    noise = (rows_BD - rows_BD.mean(0)).square().sum() / (len(rows_BD) - 1) * prompts
+    # the mean's own noise along the direction is not signal
+    return float((parts.mean().square() - parts.var() / len(parts)) / noise)
+
+
+def _batch_gradients(policy: ToyPolicy, name: str, batches: int, prompts: int) -> torch.Tensor:
+    """The gradient of each batch of prompts, float64 (B, weights)."""
+    trainer = _trainer(Cell("grpo", name, "smooth"), 1e-3, prompts, 1, policy)
+    learner, sampling, rows = trainer.learner, trainer.sampler.sampling, []
+    for number in range(batches):
+        texts, key = world.prompts(prompts, first=prompts * number), NoiseKey(1, number)
+        rolled = trainer.collector.rollout(Batch(number, texts, torch.arange(prompts), key), Meter())
+        experience, _ = learner.estimator.experience(rolled, sampling, key)
+        experience = learner.objective.prepare(policy, experience, 8192, 1)
+        items = len(experience) * len(experience.trajectories.path)
+        loss = learner.objective.loss(policy, experience, torch.arange(items))
+        parts = torch.autograd.grad(loss.total / items, list(policy.trainable.values()))
+        rows.append(torch.cat([part.flatten() for part in parts]).double())
+    return torch.stack(rows)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -497,11 +575,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--out", type=Path, default=Path("docs/results/when_pruning_pays.json"))
+    parser.add_argument(
+        "--gradients", type=Path, nargs="?", const=Path("docs/results/when_pruning_pays_gradients.json")
+    )
     parser.add_argument("--page", action="store_true", help="write the page and its picture, and run nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = Results(arguments.out)
     network = pretrained(0)
+    if arguments.gradients:
+        write_text(arguments.gradients, json.dumps(gradients(network), indent=1) + "\n")
+        return
     if arguments.page:
         write_page(Map(results, network))
         return
