@@ -25,7 +25,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from progrpo.config import (
     PromptSettings,
     SamplingSettings,
     check,
+    trained_items,
 )
 from progrpo.durable import write_text
 from progrpo.prompts.order import make_order
@@ -49,7 +50,7 @@ from progrpo.rewards.settings import RewardTerm
 from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
-from progrpo.rollout.plan import Plan, PrunePoint
+from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path
 from progrpo.rollout.preview import preview, score
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import Record, ode, sampling_for
@@ -86,6 +87,8 @@ class Choice:
     """The step after which the others are stopped; None: by final rewards."""
     selector: str = "ovf"
     baseline: Literal["survivors", "group", "previews"] = "survivors"
+    auto_ratio: float | None = None
+    """The ratio R whose costs `plan.preset auto` is given; None: the plan is fixed."""
 
     def plan(self) -> Plan:
         if self.keep is None:
@@ -95,6 +98,8 @@ class Choice:
         return Plan(self.group, (PrunePoint(self.after, self.keep),))
 
     def settings(self) -> PlanSettings:
+        if self.auto_ratio is not None:
+            return PlanSettings("auto")
         plan = self.plan()
         points = tuple((point.step, point.keep) for point in plan.prune)
         return PlanSettings("custom", plan.group_size, points, plan.final_keep, self.selector)
@@ -123,6 +128,10 @@ CHOICES: dict[str, Choice] = {
     "ovf 6, group": Choice(keep=6, baseline="group"),
     "uniform 12 after 4": Choice(keep=12, after=4, selector="uniform"),
 }
+AUTO = {ratio: f"auto, R {ratio:g}" for ratio in RATIOS}
+FIXED = dict(CHOICES)
+CHOICES |= {name: Choice(auto_ratio=ratio) for ratio, name in AUTO.items()}
+AUDITED = 4  # every so many iterations of `auto`
 PLAIN = ("plain 6", "plain 12", "plain 24")
 MAIN = (*PLAIN, "posthoc 12", "posthoc 6", "12 after 4", "6 after 4", "furthest 6, group")
 # The learning rates of each objective; windows are of three steps
@@ -155,6 +164,9 @@ class Run(TypedDict):
     seed: int
     curve: list[tuple[int, float]]
     norm: float
+    spent: NotRequired[list[float]]
+    """The cost at each point of the curve, audits included, of a run whose plan changes; and the plans."""
+    plans: NotRequired[list[str]]
 
 
 def cells() -> Iterator[Cell]:
@@ -183,7 +195,7 @@ def config_of(cell: Cell, lr: float, prompts: int, seed: int) -> Config:
         plan=choice.settings(),
         objective=ObjectiveSettings(name=name, baseline=choice.baseline),
         optim=OptimSettings(lr=lr, decay=0.0, microbatch=8192, max_grad_norm=1e9),
-        audit=AuditSettings(every=0),
+        audit=AuditSettings(every=0 if choice.auto_ratio is None else AUDITED),
     )
     check(config)
     return config
@@ -207,7 +219,12 @@ def run(network: ToyNetwork, cell: Cell, lr: float, prompts: int, seed: int, goa
     config = trainer.config
     sampler = Sampler(policy, mixture(cell.shape, seen=False), ode(policy, STEPS, 1.0, 4096))
     held_out = world.prompts(HELD_OUT, first=100_000)
+    ratio = CHOICES[cell.choice].auto_ratio
+    if ratio is not None:
+        trainer.plan_monitor.judge.recorded = UnitCosts(1 / STEPS, REWARD, REWARD, ratio / trained_items(config))
     curve: list[tuple[int, float]] = []
+    spent: list[float] = []
+    plans: list[str] = []
     norms: list[float] = []
     every = max(1, EVERY // prompts)
     for iteration in range(config.iterations + 1):
@@ -215,6 +232,9 @@ def run(network: ToyNetwork, cell: Cell, lr: float, prompts: int, seed: int, goa
             graded = evaluate(sampler, held_out, 0, ranks).mean("graded")
             assert graded is not None
             curve.append((iteration, round(graded, 4)))
+            if ratio is not None:
+                spent.append(round(_spent(trainer, ratio), 2))
+                plans.append(str(path(trainer.plan)))
             if goal is not None and len(curve) > 3 and mean(value for _, value in curve[-3:]) > goal:
                 break
         if iteration < config.iterations:
@@ -222,10 +242,19 @@ def run(network: ToyNetwork, cell: Cell, lr: float, prompts: int, seed: int, goa
             trainer.step()
             moved = [(p.detach() - b).square().sum() for p, b in zip(policy.trainable.values(), before, strict=True)]
             norms.append(float(torch.stack(moved).sum().sqrt()))
+    followed: Any = {} if ratio is None else {"spent": spent, "plans": plans}
     return {
+        **followed,
         **{"objective": cell.objective, "choice": cell.choice, "shape": cell.shape},
         **{"lr": lr, "prompts": prompts, "seed": seed, "curve": curve, "norm": round(mean(norms), 5)},
     }
+
+
+def _spent(trainer: Trainer, ratio: float) -> float:
+    """The cost of a run until now, in units of sampling one member to its end."""
+    cost = trainer.totals.counted + trainer.totals.audited
+    trained = ratio * cost.trained_steps / trained_items(trainer.config)
+    return cost.nfe / STEPS + REWARD * cost.reward_calls + trained
 
 
 def _trainer(cell: Cell, lr: float, prompts: int, seed: int, policy: ToyPolicy) -> Trainer:
@@ -233,17 +262,20 @@ def _trainer(cell: Cell, lr: float, prompts: int, seed: int, policy: ToyPolicy) 
     return Trainer(config_of(cell, lr, prompts, seed), policy, mixture(cell.shape), order, Ranks())
 
 
+Curve = Sequence[tuple[float, float]]
+
+
 # --- the measure ------------------------------------------------------------------------------------------------------
 
 
-def smoothed(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def smoothed(curve: Curve) -> list[tuple[float, float]]:
     """The curve as means of three, so that a lucky evaluation is no arrival."""
     values = [value for _, value in curve]
     return [(at, mean(values[max(0, i - 1) : i + 2])) for i, (at, _) in enumerate(curve)]
 
 
-def arrival(curve: Sequence[tuple[int, float]], level: float) -> float | None:
-    """The iterations until the smoothed curve reaches a level, interpolated; None where it does not."""
+def arrival(curve: Curve, level: float) -> float | None:
+    """The iterations, or the cost, until the smoothed curve reaches a level, interpolated; None where it does not."""
     points = smoothed(curve)
     for (a, low), (b, high) in itertools.pairwise(points):
         if high >= level:
@@ -253,6 +285,10 @@ def arrival(curve: Sequence[tuple[int, float]], level: float) -> float | None:
 
 def cost_to(entry: Run, level: float, ratio: float) -> float:
     """The cost to a level; infinite where a run does not get there."""
+    if "spent" in entry:
+        values = [value for _, value in entry["curve"]]
+        reached = arrival(list(zip(entry["spent"], values, strict=True)), level)
+        return float("inf") if reached is None else reached
     iterations = arrival(entry["curve"], level)
     cost = CHOICES[entry["choice"]].cost(ratio) * entry["prompts"]
     return float("inf") if iterations is None else iterations * cost
@@ -385,11 +421,11 @@ def gradients(network: ToyNetwork, prompts: int = 1024, batch: int = 64) -> list
         for _ in range(after):
             trainer.step()
         policy = ToyPolicy(trained, torch.float64)
-        by_choice = {name: _batch_gradients(policy, name, prompts // batch, batch) for name in CHOICES}
+        by_choice = {name: _batch_gradients(policy, name, prompts // batch, batch) for name in FIXED}
         full = by_choice["plain 24"].mean(0)
         signals = {name: _signal(rows_BD, full, batch) for name, rows_BD in by_choice.items()}
-        kept = {name: kept_variance(policy, choice, "smooth", STEPS) for name, choice in CHOICES.items()}
-        for name, choice in CHOICES.items():
+        kept = {name: kept_variance(policy, choice, "smooth", STEPS) for name, choice in FIXED.items()}
+        for name, choice in FIXED.items():
             own = by_choice[name].mean(0)
             weight = choice.group - 1 if choice.keep is None else choice.keep * kept[name]
             results.append(
@@ -502,7 +538,7 @@ class Map:
 
 def table(survey: Map, objective: str, shape: str, share: float) -> list[str]:
     """A row per choice: how many times faster than the best plain group, by ratio, and the prediction."""
-    names = [name for name in CHOICES if survey.results.of(Cell(objective, name, shape))]
+    names = [name for name in CHOICES if name not in AUTO.values() and survey.results.of(Cell(objective, name, shape))]
     heads = [f"R = {ratio:g}" for ratio in RATIOS]
     lines = [f"| choice | {' | '.join(heads)} | lr, prompts (R = 1) | seeds |", "|" + "---|" * (len(RATIOS) + 3)]
     for name in names:
@@ -511,6 +547,11 @@ def table(survey: Map, objective: str, shape: str, share: float) -> list[str]:
         middle = cells[1]
         settings = "-" if middle is None else f"{middle.settings[0]:g}, {middle.settings[1]}"
         lines.append(f"| {name} | {' | '.join(words)} | {settings} | {0 if middle is None else middle.seeds} |")
+    cells = [survey.finding(Cell(objective, AUTO[ratio], shape), share, ratio) for ratio in RATIOS]
+    if any(cells):
+        words = ["-" if f is None else _words(replace(f, predicted=float("nan"))) for f in cells]
+        seeds = min(f.seeds for f in cells if f is not None)
+        lines.append(f"| auto | {' | '.join(words)} | | {seeds} |".replace(" (nan)", ""))
     return lines
 
 
@@ -541,18 +582,20 @@ def picture(survey: Map) -> Image.Image:
     """A field for each choice (row), objective or reward (column block) and ratio: green where selection is faster."""
     blocks = list(dict.fromkeys((cell.objective, cell.shape) for cell in cells()))
     blocks = [b for b in blocks if survey.results.of(Cell(b[0], "plain 24", b[1]))]
-    names = list(CHOICES)
+    names = [name for name in CHOICES if name not in AUTO.values()]
     width, height, left, top = 46, 24, 150, 50
-    image = Image.new("RGB", (max(640, left + len(blocks) * (3 * width + 10)), top + len(names) * height + 30), "white")
+    image = Image.new(
+        "RGB", (max(640, left + len(blocks) * (3 * width + 10)), top + (len(names) + 1) * height + 30), "white"
+    )
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
-    for row, name in enumerate(names):
+    for row, name in enumerate([*names, "auto"]):
         draw.text((8, top + row * height + 5), name, fill=INK, font=font)
     for column, (objective, shape) in enumerate(blocks):
         x = left + column * (3 * width + 10)
         draw.text((x, 8), objective if shape == "smooth" else f"{objective}, {shape}", fill=INK, font=font)
         for i, ratio in enumerate(RATIOS):
             draw.text((x + i * width + 4, 28), f"R {ratio:g}", fill=QUIET, font=font)
-            for row, name in enumerate(names):
+            for row, name in enumerate([*names, AUTO[ratio]]):
                 f = survey.finding(Cell(objective, name, shape), 0.9, ratio)
                 box = (x + i * width, top + row * height, x + (i + 1) * width - 2, top + (row + 1) * height - 2)
                 if f is not None:

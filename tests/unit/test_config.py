@@ -521,6 +521,20 @@ def test_the_learning_rate_rises_stays_and_falls():
         ({"preview": {"probe_threshold": 2.0}}, "preview.probe_threshold must be between -1 and 1"),
         ({"sampling": {"microbatch": 0}}, "sampling.microbatch must be at least 1, or empty"),
         ({"reward": {"waves": 0}}, "reward.waves must be at least 1"),
+        ({"plan": {"keep_groups": 0}}, "plan.keep_groups must be at least 1, or empty to stop no group, not 0"),
+        ({"plan": {"keep_groups": 12}}, "plan.keep_groups must be below the 12 prompts of an iteration"),
+        ({"plan": {"preset": "posthoc", "keep_groups": 2}}, "keep_groups must go with a prune point"),
+        ({"plan": {"keep_groups": 2, "adaptive": True}}, "plan.keep_groups must be empty for plan.adaptive"),
+        ({"plan": {"keep_groups": 2}, "reward": {"waves": 2}}, "plan.keep_groups must be empty for reward.waves"),
+        ({"plan": {"keep_groups": 2}, "preview": {"probe": True}}, "plan.keep_groups must be empty for preview.probe"),
+        (
+            {"plan": {"keep_groups": 2}, "objective": {"advantage": "gdpo"}},
+            "plan.keep_groups must be empty for objective.advantage gdpo",
+        ),
+        (
+            {"plan": {"keep_groups": 2}, "prompts": {"split_groups": True}},
+            "prompts.split_groups must be false for plan.keep_groups",
+        ),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused(fields, words):
@@ -533,6 +547,7 @@ def test_what_the_engine_can_do_is_not():
         {"model": {"compile": True}},
         {"model": {"compile": True, "dtype": "bfloat16"}},
         {"optim": {"reuse_rollout": True}},
+        {"plan": {"keep_groups": 4}, "objective": {"baseline": "previews"}},
         {
             "plan": {"preset": "posthoc", "adaptive": True},
             "preview": {"probe": True, "decoder": "tiny", "ode_steps": 2},

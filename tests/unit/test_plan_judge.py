@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from progrpo.config import Config, GRPOSettings, ObjectiveSettings, PlanSettings, PreviewSettings, SamplingSettings
+from progrpo.rollout import plan_value
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, preset
 from progrpo.rollout.plan_value import Simulation
 from progrpo.rollout.probe import Probe, ProbeExample, trusted_steps
@@ -29,6 +30,12 @@ FINAL = torch.special.ndtri((torch.arange(24, dtype=torch.float64) + 0.5) / 24).
 VERDICTS = np.array([1.0] * 12 + [0.0] * 12)
 EQUAL = np.array([0.4] * 24)
 STANDARD = (FINAL / FINAL.std()).tolist()
+
+
+@pytest.fixture(autouse=True)
+def few_groups(monkeypatch):
+    """A coarser simulation in an eighth of the time: what is compared here is of the same draws."""
+    monkeypatch.setattr(plan_value, "_GROUPS", 64)
 
 
 def config(adaptive: bool = False, start: PlanSettings | None = None, **sections) -> Config:
@@ -295,3 +302,47 @@ def test_a_checkpoint_without_final_rewards_begins_the_memory_anew():
         other.watch(flat(0.7), FINAL, COUNTED * 2, SECONDS)
     assert other.units == judge.units
     assert verdict(other, FLASH) == verdict(judged(config(), *[flat(0.7)] * 3), FLASH)
+
+
+# --- the plan that a run measures for itself --------------------------------------------------------------------------
+
+AUTO = PlanSettings(preset="auto")
+
+
+def test_progress_follows_the_critical_batch_law():
+    """With a noise scale of B prompts of the plan in force, P prompts of signal s make 1 / (1 + B s_now / (P s))."""
+    judge = judged(config(), *[flat(0.7)] * 3)
+    prompts, scale = judge.config.prompts.per_iteration, 5.0
+    simulation = Simulation.of([0.7] * STEPS, [STANDARD] * 3, 24)
+    flash, none = (simulation.signal(plan, OVF) for plan in (FLASH, Plan(24)))
+    seconds = [UNITS.seconds(prompt_cost(judge.config, plan)) for plan in (FLASH, Plan(24))]
+    noise = scale * flash
+    expected = prompts * flash / (prompts * flash + noise) / seconds[0]
+    plain = prompts * none / (prompts * none + noise) / seconds[1]
+    judgement = judge.verdict(FLASH, OVF, NOWHERE, scale)
+    assert judgement is not None and judgement.plan_value == pytest.approx(expected / plain, rel=1e-12)
+    unknown, large = judge.verdict(FLASH, OVF, NOWHERE), judge.verdict(FLASH, OVF, NOWHERE, 1e12)
+    assert unknown is not None and large is not None
+    assert unknown.plan_value == pytest.approx(large.plan_value, rel=1e-9)
+
+
+def test_auto_begins_unpruned_and_takes_the_strongest_choice_where_training_is_dear():
+    assert AUTO.plan(STEPS) == Plan(24)
+    judge = judged(config(start=AUTO), *[flat(0.3)] * 3, seconds=SECONDS | {"update": 20_000.0})
+    judgement = verdict(judge, Plan(24))
+    assert judgement.plan == Plan(24, final_keep=6)
+    assert judgement.next_value > judgement.plan_value == pytest.approx(1)
+
+
+def test_auto_prunes_nothing_where_previews_know_nothing_and_updates_are_cheap():
+    seconds = SECONDS | {"update": 1.0}
+    assert verdict(judged(config(start=AUTO), *[flat(0.0)] * 3, seconds=seconds), Plan(24)).plan == Plan(24)
+
+
+def test_auto_takes_small_groups_where_noise_is_small():
+    """Where one prompt knows the direction, a better known one is worth nothing, and the cheapest update is best."""
+    judge = judged(config(start=AUTO), *[flat(0.9)] * 3)
+    judgement = judge.verdict(Plan(24), OVF, NOWHERE, 1e-3)
+    assert judgement is not None and (judgement.plan.group_size, judgement.plan.survivors) == (12, 6)
+    again = judge.verdict(judgement.plan, OVF, NOWHERE, None)
+    assert again is not None and again.plan.group_size == 24  # the choice is made anew by each audit

@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy.stats import rankdata
 
-from progrpo.rollout.plan import Plan, PrunePoint
-from progrpo.rollout.plan_value import Simulation, plans
+from progrpo.rollout.plan import Plan, PrunePoint, plans
+from progrpo.rollout.plan_value import Simulation
 from progrpo.tracking.statistics import standardised
 from tests.support.grids import SELECTORS
 

@@ -15,15 +15,14 @@ The scores of a step are the group's rewards, shared out by the ranks of W.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.rollout.plan import Plan, PrunePoint
+from progrpo.rollout.plan import Plan
 from progrpo.rollout.prune import Selector
 
 _GROUPS = 512  # of the simulation: its own error is then above one per cent, and the same draws serve all plans
@@ -155,18 +154,3 @@ def _audit_of_each(weights: Sequence[float]) -> Tensor:
     """The number of the audit that shapes each of the groups (P,): shares in proportion to the weights."""
     upto = torch.tensor(weights, dtype=torch.float64).cumsum(0)
     return torch.searchsorted(upto, (torch.arange(_GROUPS, dtype=torch.float64) + 0.5) / _GROUPS * upto[-1])
-
-
-def plans(group_size: int, survivors: int, num_inference_steps: int, most_points: int = 2) -> Iterator[Plan]:
-    """The plans from a group to at least so many survivors.
-
-    They have up to `most_points` prune points, and some of them a choice by final rewards.
-    """
-    keeps = sorted({round(survivors + (group_size - survivors) * part / 3) for part in range(4)} - {group_size})
-    for count in range(most_points + 1):
-        for steps in combinations(range(num_inference_steps - 1), count):
-            for falling in combinations(reversed(keeps), count):
-                points = tuple(PrunePoint(step, keep) for step, keep in zip(steps, falling, strict=True))
-                left = points[-1].keep if points else group_size
-                yield Plan(group_size, points)
-                yield from (Plan(group_size, points, keep) for keep in keeps if keep < left)

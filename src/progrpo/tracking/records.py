@@ -6,7 +6,7 @@ An older run's record may lack fields that were added since.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict, cast
+from typing import NotRequired, TypedDict, cast
 
 MetricValue = float | list[int] | None
 """A number, or None where there is none. Only `plan/path` is a list."""
@@ -82,10 +82,14 @@ class CostSummary(TypedDict):
 
 
 class PlanSummary(TypedDict):
-    """The plan in force when the summary was written."""
+    """The plan in force when the summary was written.
+
+    `groups` are an iteration's prompts, and those that go on where whole groups stop; older runs have none.
+    """
 
     value: float | None
     path: list[int]
+    groups: NotRequired[list[int]]
     prune_steps: list[int]
     selector: str
     num_inference_steps: int

@@ -24,7 +24,7 @@ from progrpo.rewards.settings import REWARDS
 from progrpo.rollout.plan import Plan
 from progrpo.rollout.preview import DECODED
 from progrpo.training.gpus import GPU, GPUS
-from progrpo.training.plan_judge import prompt_cost
+from progrpo.training.plan_judge import iteration_cost
 
 _FLOAT, _GB = 4, 1e9
 _AVERAGES = {"adamw": 2 * _FLOAT, "adamw_8bit": 2 * (1 + _FLOAT / 256)}  # bytes per weight; 256 share a scale
@@ -99,7 +99,7 @@ def estimate(config: Config, device: str, share: float, processes: int) -> Estim
         "seconds_per_iteration": seconds,
         "pictures_per_hour": {
             "begun": 3600 / seconds * prompts * plan.group_size,
-            "trained_on": 3600 / seconds * prompts * plan.survivors,
+            "trained_on": 3600 / seconds * plan.trained(prompts),
         },
     }
     return cast(Estimate, result)
@@ -125,8 +125,8 @@ def _memory(config: Config, plan: Plan, model: Sizes, processes: int) -> _Memory
     shared = processes if config.model.shard else 1  # a LoRA stays whole everywhere
     trained = _FLOAT * model.trained / (shared if config.model.weights == "full" else 1)
     prompts = -(-config.prompts.per_iteration // processes)
-    per_number = _latents(config, plan, loss.stores == "means")
-    latents = {name: prompts * model.latent * number for name, number in per_number.items()}
+    per_number = _latents(config, plan, loss.stores == "means", prompts)
+    latents = {name: model.latent * number for name, number in per_number.items()}
     always = {
         "frozen weights": model.frozen_bytes / shared,
         "decoder": model.decoder_bytes,
@@ -140,7 +140,7 @@ def _memory(config: Config, plan: Plan, model: Sizes, processes: int) -> _Memory
         "gradients of a half": trained if _takes_halves(config, shared) else 0.0,
         "latents while sampling": max(latents["call"], latents["decoding"], latents["step"]),
         "latents in the update": latents["update"],
-        "graphs of sampling": _graphs(config, plan) * prompts * model.train_bytes / config.optim.items_per_pass,
+        "graphs of sampling": _graphs(config, plan, prompts) * model.train_bytes / config.optim.items_per_pass,
         "network call": model.call_bytes,
         "decoding": model.decode_bytes,
         "forward and backward pass": model.train_bytes,
@@ -168,8 +168,8 @@ def _in_gb(values: Mapping[str, float]) -> dict[str, float]:
     return {name: value / _GB for name, value in values.items()}
 
 
-def _latents(config: Config, plan: Plan, means: bool) -> dict[str, float]:
-    """Bytes per number of a latent, for a prompt's trajectories at their peak, by the moment.
+def _latents(config: Config, plan: Plan, means: bool, prompts: int) -> dict[str, float]:
+    """Bytes per number of a latent, for the trajectories of so many prompts at their peak, by the moment.
 
     The moments are a network call, decoding, a step, and the update.
     """
@@ -184,22 +184,22 @@ def _latents(config: Config, plan: Plan, means: bool) -> dict[str, float]:
         return path + (0 if kept == _FLOAT and step - 1 in trained else _FLOAT)
 
     calls = []
-    decodings = [own(steps) * plan.finalists]
+    finalists, survivors = plan.rows_at(steps, prompts), plan.trained(prompts)
+    decodings = [own(steps) * finalists]
     moves = []
     for step in range(steps):
-        living = plan.living_at(step)
-        left = plan.keep_after(step) or living
+        living, left = plan.rows_at(step, prompts), plan.rows_at(step + 1, prompts)
         calls.append(living * (own(step) + _FLOAT))
         moves.append(left * (own(step) + _STEP * _FLOAT))
-        if left < living:
+        if plan.keep_after(step) is not None:
             decodings.append(living * (own(step) + 2 * _FLOAT))
             moves.append((living + left) * (own(step) + _FLOAT))
-    if plan.survivors < plan.finalists:
-        moves.append((plan.finalists + plan.survivors) * own(steps))
+    if survivors < finalists:
+        moves.append((finalists + survivors) * own(steps))
     updates = config.optim.updates_per_rollout
     share = 1 + (1 / updates if updates > 1 else 0)  # an update's own trajectories are taken from all
-    update = plan.survivors * own(steps) * share
-    begun = plan.group_size * _FLOAT  # the noise that all began at, which a rollout keeps to its end
+    update = survivors * own(steps) * share
+    begun = prompts * plan.group_size * _FLOAT  # the noise that all began at, which a rollout keeps to its end
     return {
         "call": begun + max(calls),
         "decoding": begun + max(decodings),
@@ -208,9 +208,9 @@ def _latents(config: Config, plan: Plan, means: bool) -> dict[str, float]:
     }
 
 
-def _graphs(config: Config, plan: Plan) -> int:
-    """The rows of a prompt whose graphs are kept until the update."""
-    return sum(plan.living_at(step) for step in trained_steps(config, 0)) if config.optim.reuse_rollout else 0
+def _graphs(config: Config, plan: Plan, prompts: int) -> int:
+    """The rows of so many prompts whose graphs are kept until the update."""
+    return sum(plan.rows_at(step, prompts) for step in trained_steps(config, 0)) if config.optim.reuse_rollout else 0
 
 
 def _rewards(config: Config) -> list[RewardTerm]:
@@ -317,7 +317,7 @@ def _halves(number: int) -> Iterable[int]:
 
 def flops_by_stage(config: Config, plan: Plan, model: Sizes) -> Mapping[str, float]:
     """The FLOPs of an iteration by stage, over all processes."""
-    cost = prompt_cost(config, plan) * config.prompts.per_iteration
+    cost = iteration_cost(config, plan)
     rows = cost.trained_steps * (2 if trains_transitions(config) and config.sampling.in_pairs else 1)
     return {
         "sampling": cost.nfe * model.call_flops,

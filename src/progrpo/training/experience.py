@@ -67,9 +67,12 @@ class AdvantageEstimator:
             taught = survivors
         tally = self._metrics(rollout, survivors, finalists)
         if self.sharding.rank == 0:  # what all of them know is counted once
+            finished = finalist_scores.group_N.unique()
             rewarded = scores.group_N[rewards_N.isfinite()].unique()
-            tally.count("reward/skipped_groups", num_groups - len(rewarded))
-            tally.count("advantage/zero_variance_groups", int((~taught.informative_P).sum()))
+            tally.count("reward/skipped_groups", len(finished) - len(rewarded))
+            tally.count("advantage/zero_variance_groups", int((~taught.informative_P[finished]).sum()))
+            if len(finished) < num_groups:
+                tally.count("rollout/stopped_groups", num_groups - len(finished))
         experience = Experience(
             rollout.trajectories,
             with_negative_weight(advantages_N[own], negative_weight),

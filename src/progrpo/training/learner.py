@@ -149,5 +149,6 @@ def _diversity(rolled: Rollout) -> Tally:
     there_N = rolled.pictures.there_N.numpy()
     diversity = group_diversity(rolled.pictures.images_NHWC.numpy()[there_N], rolled.group_N.numpy()[there_N])
     if diversity is not None:
-        tally.add("rollout/diversity", diversity * len(rolled.prompts), len(rolled.prompts))
+        groups = len(rolled.group_N.unique())
+        tally.add("rollout/diversity", diversity * groups, groups)
     return tally
