@@ -131,7 +131,7 @@ CHOICES: dict[str, Choice] = {
 AUTO = {ratio: f"auto, R {ratio:g}" for ratio in RATIOS}
 FIXED = dict(CHOICES)
 CHOICES |= {name: Choice(auto_ratio=ratio) for ratio, name in AUTO.items()}
-AUDITED = 4  # every so many iterations of `auto`
+AUDITED = 40  # groups between the audits of `auto`
 PLAIN = ("plain 6", "plain 12", "plain 24")
 MAIN = (*PLAIN, "posthoc 12", "posthoc 6", "12 after 4", "6 after 4", "furthest 6, group")
 # The learning rates of each objective; windows are of three steps
@@ -195,7 +195,7 @@ def config_of(cell: Cell, lr: float, prompts: int, seed: int) -> Config:
         plan=choice.settings(),
         objective=ObjectiveSettings(name=name, baseline=choice.baseline),
         optim=OptimSettings(lr=lr, decay=0.0, microbatch=8192, max_grad_norm=1e9),
-        audit=AuditSettings(every=0 if choice.auto_ratio is None else AUDITED),
+        audit=AuditSettings(every=0 if choice.auto_ratio is None else AUDITED // prompts),
     )
     check(config)
     return config
