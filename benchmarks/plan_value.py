@@ -17,7 +17,7 @@ signal      SNR^2 per prompt over that of `none` (24 members, all trained on); s
             prompts
 bearing     cosine of the plan's mean gradient with the policy gradient: the rest to 1 is bias, which no number of
             prompts averages out
-predicted   the signal by progrpo.rollout.plan_value, from the agreement of these previews with the final rewards
+predicted   the signal by progrpo.rollout.plan_value, from these final rewards and the agreement of previews with them
 seconds     per prompt over those of `none`, by the plan's counts and the unit costs of the iterations before
 pays        signal over seconds, measured and predicted; a run writes the second as plan/value
 """
@@ -51,7 +51,7 @@ from progrpo.rollout.preview import preview, score
 from progrpo.rollout.prune import ovf
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.settings import PreviewSettings
-from progrpo.tracking.statistics import spearman
+from progrpo.tracking.statistics import spearman, standardised
 from progrpo.training.build import policy_context, policy_from, resolve_dtype, train_order
 from progrpo.training.distributed import Ranks
 from progrpo.training.measure import with_measured_microbatches
@@ -241,6 +241,7 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
     named = {name: plan for name, plan in plans(steps).items() if name in ("none", *(wanted.plans or plans(steps)))}
     gradients: dict[str, list[Tensor]] = {name: [] for name in ("full", *named)}
     agreements: list[list[float | None]] = []
+    finals: list[list[float]] = []
     seconds: dict[str, list[float]] = {name: [] for name in named}
     for seed in wanted.seeds:
         trainer = trained(replace(config, seed=seed), wanted.after, ranks)
@@ -250,15 +251,18 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
             members = bench.group(prompt, slot, seed)
             for name, plan in {"full": Plan(LARGEST), **named}.items():
                 of_seed[name].append(gradient_of(plan, members, trainer.learner.objective.settings.adv_clip_max))
-            agreements.append([spearman(seen.numpy(), members.final_G.numpy()) for seen in members.seen_TG])
+            standard_G = standardised(members.final_G.numpy())
+            if standard_G is not None:
+                agreements.append([spearman(seen.numpy(), members.final_G.numpy()) for seen in members.seen_TG])
+                finals.append(standard_G[~np.isnan(standard_G)].tolist())
             if slot % 20 == 19:
                 print(f"seed {seed}: {slot + 1} prompts", file=sys.stderr, flush=True)
         for name, plan in named.items():
             seconds[name].append(units.seconds(prompt_cost(trainer.config, plan)))
         for name, found in of_seed.items():
             gradients[name].append(torch.stack(found))
-    agreement_T = [float(np.mean([v for v in step if v is not None])) for step in zip(*agreements, strict=True)]
-    simulation = Simulation.of(agreement_T, LARGEST)
+    agreement_T = [float(np.mean([v or 0.0 for v in step])) for step in zip(*agreements, strict=True)]
+    simulation = Simulation.of(agreement_T, finals, LARGEST)
     expected = {name: simulation.signal(plan, ovf) for name, plan in named.items()}
     found = {}
     for name, plan in named.items():

@@ -134,7 +134,8 @@ def seconds(
     parts = -(-items // learnt)
     update = updates * parts * units.train(-(-items // parts))
     moving = moved(config, plan, world, latent, net) if split and world > 1 else 0.0
-    collectives = updates * net.sum(4 * trained, world) + told.sums * net.sum(8, world)
+    sums = 2 if config.optim.measures_noise_scale and prompts > 1 else 1  # of gradients: of each half of the prompts
+    collectives = updates * sums * net.sum(4 * trained, world) + told.sums * net.sum(8, world)
     rows = own(plan.finalists)
     objects = net.gather(told.fixed + rows * told.per_row, world) + (told.gathers - 1) * net.gather(0, world)
     unpickling = told.unpickling * world if world > 1 else 0.0

@@ -167,14 +167,18 @@ def _check_between_rooms(config: Config) -> None:
         _check_shard(config)
     if sampling.same_latent:
         _check_same_latent(config)
-    for name, active in (("plan.adaptive", plan.adaptive), ("preview.probe", config.preview.probe)):
+    follower = "plan.adaptive" if plan.adaptive else "plan.preset auto"
+    for name, active in ((follower, plan.follows_audits), ("preview.probe", config.preview.probe)):
         if active and not config.audit.every:
             raise ValueError(f"{name} must have audit.every above 0: audits measure how well previews rank")
-    if (plan.adaptive or resolve_plan(config).prune) and objective.baseline == "group":
+    if (plan.follows_audits or resolve_plan(config).prune) and objective.baseline == "group":
         raise ValueError(
-            "objective.baseline must be survivors under a plan that prunes while sampling: "
+            "objective.baseline must be survivors or previews under a plan that prunes while sampling: "
             "the pruned members have no final rewards"
         )
+    keep_groups = resolve_plan(config).keep_groups
+    if keep_groups is not None:
+        _check_keep_groups(config, keep_groups)
 
 
 def _check_trained_steps(sampling: SamplingSettings) -> None:
@@ -233,14 +237,38 @@ def _check_same_latent(config: Config) -> None:
         )
 
 
+def _check_keep_groups(config: Config, keep_groups: int) -> None:
+    """Refuse to stop groups where their scores cannot be compared, or where not all groups are sampled together."""
+    prompts = config.prompts.per_iteration
+    if keep_groups >= prompts:
+        raise ValueError(
+            f"plan.keep_groups must be below the {prompts} prompts of an iteration (prompts.per_iteration), not"
+            f" {keep_groups}; leave it out to stop no group"
+        )
+    conflicts = {
+        "plan.adaptive": (config.plan.adaptive, "plans are judged by one group"),
+        "reward.waves above 1": (config.reward.waves > 1, "a wave has only a part of the groups"),
+        "preview.probe": (config.preview.probe, "its scores compare the members of one group alone"),
+        "objective.advantage gdpo": (
+            config.objective.advantage == "gdpo",
+            "its sums are normalised in each group, and do not say how far the rewards differ",
+        ),
+    }
+    for name, (active, reason) in conflicts.items():
+        if active:
+            raise ValueError(f"plan.keep_groups must be empty for {name}: {reason}")
+
+
 def _check_split_groups(config: Config) -> None:
     """Refuse split groups for what needs a whole group while it is sampled or trained."""
     whole = {
+        "objective.baseline previews": config.objective.baseline == "previews",
         f"objective.name {config.objective.name}": config.objective.loss.whole_groups,
         "objective.advantage gdpo": config.objective.advantage == "gdpo",
         "preview.probe": config.preview.probe,
         "optim.reuse_rollout": config.optim.reuse_rollout,
         "reward.waves above 1": config.reward.waves > 1,
+        "plan.keep_groups": resolve_plan(config).keep_groups is not None,
     }
     for name, active in whole.items():
         if active:

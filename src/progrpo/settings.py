@@ -209,7 +209,9 @@ def _read(kind: object, value: object, path: str, options: Sequence[str]) -> obj
     if get_origin(kind) in (Union, types.UnionType):
         if str in choices and isinstance(value, str):  # built-in names, or the user's own
             return _read(str, value, path, options)
-        return None if value is None else _read(_of_shape(choices, value), value, path, options)
+        if value is None and types.NoneType in choices:
+            return None
+        return _read(_of_shape(choices, value), value, path, options)
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
         kinds = (choices[0],) * len(value) if choices[-1] is Ellipsis else choices
         if len(kinds) == len(value):
@@ -227,7 +229,7 @@ def _read(kind: object, value: object, path: str, options: Sequence[str]) -> obj
 
 
 def _of_shape(choices: Sequence[object], value: object) -> object:
-    """The type of a union that a value which is not empty is read as: a list as the union's tuple, if it has one."""
+    """The type of a union that a value is read as: a list as the union's tuple, if it has one."""
     kinds = [kind for kind in choices if kind is not types.NoneType]
     matching = [kind for kind in kinds if (get_origin(kind) is tuple) == isinstance(value, list | tuple)]
     return (matching or kinds)[0]

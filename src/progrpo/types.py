@@ -230,7 +230,7 @@ class Rollout:
     """The survivors of P prompts' groups: N finished trajectories, prompt-major, with their pictures and scores.
 
     The F `finalists` were denoised to the end and rewarded. With a plan's `final_keep` the survivors are some of them,
-    otherwise all.
+    otherwise all. A group that was stopped whole has neither.
     """
 
     prompts: tuple[Prompt, ...]

@@ -42,8 +42,8 @@ from progrpo.rewards.settings import REWARDS, RewardTerm
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 
-PROMPTS, PICTURES = world.examples("test", 24, seed=3)
-PROMPTS = [*PROMPTS[:12], *PROMPTS[13:], PROMPTS[12]]  # half of the pictures are not what is asked for
+PROMPTS, PICTURES = world.examples("test", 12, seed=3)
+PROMPTS = [*PROMPTS[:6], *PROMPTS[7:], PROMPTS[6]]  # half of the pictures are not what is asked for
 COLUMNS = {
     "target": ["bcircle", "ecir"],
     "include": [{"class": "cat", "count": 8, "color": "red"}, {"class": "dog", "count": 1}],

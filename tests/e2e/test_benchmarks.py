@@ -33,6 +33,7 @@ SMALL: dict[str, list[str]] = {
         "--num-inference-steps",
         "3",
     ],
+    "reward_shape": ["--prompts", "2", "--group-size", "8", "--ode-steps", "2", "--sde-steps", "2"],
     "selection": ["--repeats", "1"],
     "startup": ["--repeats", "1", "--busy", "1"],
     "step": ["--after", "1", "--prompts", "1", "--pictures", "2", "--lengths", "1e-4", "--seeds", "0"],

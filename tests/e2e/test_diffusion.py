@@ -49,6 +49,7 @@ def own(tmp_path, monkeypatch) -> list[str]:
     (tmp_path / "own_reward.py").write_text(REWARD)
     (tmp_path / "prompts.txt").write_text("red cat\nblue dog\ngreen bird\n")
     prompts = ["--prompts.source", "prompts.txt", "--eval.prompts", "prompts.txt", "--eval.pictures", "3"]
+    prompts += ["--eval.num-inference-steps", "2"]
     return [*prompts, "--reward.terms", "own_reward:redness", "--model.lora-rank", "2", "--optim.lr", "0.01"]
 
 
@@ -100,9 +101,9 @@ def test_stop_and_resume_is_a_straight_run(weights, own, tiny_sd, tmp_path):
 
 def test_a_run_goes_on_from_the_lora_of_another(own, tiny_sd, tmp_path, capsys):
     options = ["--model.path", str(tiny_sd), *own]
-    assert main(["train", "smoke", "--out", "first", "--iterations", "2", *options]) == 0
+    assert main(["train", "smoke", "--out", "first", "--iterations", "1", *options]) == 0
     more = [*options, "--model.lora", "first", "--model.lora-rank", "7"]
-    assert main(["train", "smoke", "--out", "second", "--iterations", "3", *more]) == 0
+    assert main(["train", "smoke", "--out", "second", "--iterations", "2", *more]) == 0
     first, second = (RunFolder(tmp_path / run) for run in ("first", "second"))
     ended, began, after = (
         [{**record, "picture": None} for record in run.evaluations[when].read()]
@@ -110,7 +111,7 @@ def test_a_run_goes_on_from_the_lora_of_another(own, tiny_sd, tmp_path, capsys):
     )
     assert ended == began != after
     assert main(["train", "smoke", "--out", "resumed", "--iterations", "1", *more]) == 0
-    assert main(["train", "--resume", "resumed", "--iterations", "3"]) == 0
+    assert main(["train", "--resume", "resumed", "--iterations", "2"]) == 0
     assert untimed(tmp_path / "second") == untimed(tmp_path / "resumed") != []
     files = [tmp_path / run / "lora" / "pytorch_lora_weights.safetensors" for run in ("second", "resumed", "first")]
     tensors = [load_file(file) for file in files]
@@ -119,7 +120,7 @@ def test_a_run_goes_on_from_the_lora_of_another(own, tiny_sd, tmp_path, capsys):
 
     capsys.readouterr()
     asked = ["--reward", "own_reward:redness", "--prompts", "prompts.txt", "--pictures", "3", "--json"]
-    asked += ["--num-inference-steps", "6"]  # as the recipe's own evaluations
+    asked += ["--num-inference-steps", "2"]  # as the run's own evaluations
     assert main(["eval", "second", *asked]) == 0  # what it began with is in what it saved, and not twice
     graded = json.loads(capsys.readouterr().out)["graded"]
     assert graded == pytest.approx(second.summary.read()["reward_after"], abs=5e-5)

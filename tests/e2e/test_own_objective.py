@@ -59,8 +59,8 @@ def own_module(tmp_path, monkeypatch):
     sys.modules.pop("own_losses", None)
 
 
-def test_an_objective_of_ones_own_trains(own_module, tmp_path):
-    options = ["--eval.pictures", "2", "--audit.every", "0", "--iterations", "2"]
+def test_an_objective_of_ones_own_trains(own_module, on_a_tiny_model, tmp_path):
+    options = [*on_a_tiny_model, "--audit.every", "0", "--iterations", "2"]
     objective = ["--objective.name", f"{own_module}:Reinforce", "--objective.custom", '{"scale": 0.5}']
     assert main(["train", "smoke", "--out", "run", *options, *objective]) == 0
     config = json.loads((tmp_path / "run/config.json").read_text())["objective"]

@@ -29,7 +29,7 @@ class OneFurther:
         return self._all[self._observed : self._observed + count]
 
     def possible_prompts(self, first, last, count):
-        return self._all
+        return self._all[first : last - 1 + count]
 
     def observe(self, iteration, signals):
         self._observed += 1
@@ -48,7 +48,7 @@ class Nothing:
     def __init__(self, prompts, seed):
         pass
 """
-OPTIONS = ["--eval.pictures", "2", "--audit.every", "0", "--prompts.order"]
+OPTIONS = ["--audit.every", "0", "--prompts.order"]
 
 
 @pytest.fixture
@@ -60,8 +60,9 @@ def own_module(tmp_path, monkeypatch):
     sys.modules.pop("own_orders", None)
 
 
-def test_an_order_of_ones_own_is_used_and_resumed(own_module, tmp_path):
-    assert main(["train", "smoke", "--out", "run", *OPTIONS, "own_orders:OneFurther", "--iterations", "2"]) == 0
+def test_an_order_of_ones_own_is_used_and_resumed(own_module, on_a_tiny_model, tmp_path):
+    options = [*on_a_tiny_model, *OPTIONS, "own_orders:OneFurther", "--iterations", "2", "--prompts.per-iteration", "1"]
+    assert main(["train", "smoke", "--out", "run", *options]) == 0
     assert main(["train", "--resume", "run", "--iterations", "3"]) == 0
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [record["prompts/observed"] for record in metrics] == [1, 2, 3]

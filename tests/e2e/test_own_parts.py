@@ -54,11 +54,11 @@ def trained(out: Path) -> Any:
     return RunFolder(out).summary.read()
 
 
-def test_a_run_with_a_users_selector_plan_and_sampler(run, tmp_path):
+def test_a_run_with_a_users_selector_plan_and_sampler(run, on_a_tiny_model, tmp_path):
     out = tmp_path / "run"
     names = ["--plan.selector", "own_parts:ends", "--plan.preset", "own_parts:late"]
     names += ["--sampling.sampler", "own_parts:GENTLE"]
-    assert run("train", "smoke", "--iterations", 1, "--out", out, *names, "--eval.pictures", 4) == 0
+    assert run("train", "smoke", "--iterations", 1, "--out", out, *names, *on_a_tiny_model) == 0
     summary = trained(out)
     assert summary["plan"]["path"] == [6, 4] and summary["plan"]["prune_steps"] == [4]
     assert summary["plan"]["selector"] == "own_parts:ends" and 4 in sys.modules["own_parts"].CALLS
@@ -69,11 +69,11 @@ def test_a_run_with_a_users_selector_plan_and_sampler(run, tmp_path):
     assert trained(out)["iterations"] == 2
 
 
-def test_an_evaluation_of_a_run_imports_none_of_its_code(run, tmp_path, capsys, monkeypatch):
+def test_an_evaluation_of_a_run_imports_none_of_its_code(run, on_a_tiny_model, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     names = ["--plan.selector", "own_parts:ends", "--plan.preset", "own_parts:FIXED"]
     names += ["--sampling.sampler", "own_parts:GENTLE"]
-    assert run("train", "smoke", "--iterations", 1, "--out", out, *names, "--eval.pictures", 4) == 0
+    assert run("train", "smoke", "--iterations", 1, "--out", out, *names, *on_a_tiny_model) == 0
     monkeypatch.delitem(sys.modules, "own_parts")
     assert run("eval", out, "--pictures", 2) == 0
     assert "own_parts" not in sys.modules
@@ -99,7 +99,7 @@ def test_a_name_of_something_else_is_refused_in_a_sentence(run, capsys, option, 
     assert said in error and "Traceback" not in error
 
 
-def test_a_selector_that_returns_something_else_ends_the_run_in_a_sentence(run, tmp_path, capsys):
+def test_a_selector_that_returns_something_else_ends_the_run_in_a_sentence(run, on_a_tiny_model, tmp_path, capsys):
     out = tmp_path / "run"
-    assert run("train", "smoke", "--out", out, "--plan.selector", "own_parts:indices", "--eval.pictures", 4) == 2
+    assert run("train", "smoke", "--out", out, "--plan.selector", "own_parts:indices", *on_a_tiny_model) == 2
     assert "plan.selector must return a progrpo.rollout.prune.Selection, not Tensor" in capsys.readouterr().err

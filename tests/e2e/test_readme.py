@@ -34,12 +34,13 @@ def quickstart_results() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
-def test_the_library_example_runs_but_for_the_model_and_the_number_of_iterations(
+def test_the_library_example_runs_but_for_the_model_and_how_many_iterations_and_pictures(
     page: str, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code = snippet(ROOT / page, "library")
-    for shown, here in (("path-or-hub-id", str(tiny_sd3)), ("iterations=40", "iterations=2")):
+    fewer = (("iterations=40", "iterations=1"), ("pictures=16", "pictures=2"))
+    for shown, here in (("path-or-hub-id", str(tiny_sd3)), *fewer):
         assert shown in code
         code = code.replace(shown, here)
     names: dict[str, object] = {}
@@ -48,13 +49,13 @@ def test_the_library_example_runs_but_for_the_model_and_the_number_of_iterations
     assert (tmp_path / "runs/redness/lora/pytorch_lora_weights.safetensors").is_file()
 
 
-def test_the_parts_of_ones_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_of_ones_own_run(on_a_tiny_model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_parts.py").write_text(snippet(ROOT / "docs/extending.md", "extending"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     parts = ("--plan.preset", "my_parts:late", "--plan.selector", "my_parts:best")
     sampler = ("--sampling.sampler", "my_parts:HALF_DDIM")
-    small = ("--iterations", "1", "--eval.pictures", "2", "--audit.every", "0")
+    small = ("--iterations", "1", "--audit.every", "0", *on_a_tiny_model)
     assert main(["train", "smoke", "--out", "run", *small, *parts, *sampler]) == 0
     assert main(["plan", "smoke", "--plan", "my_parts:late"]) == 0
     metrics = json.loads((tmp_path / "run/metrics.jsonl").read_text())

@@ -22,9 +22,10 @@ from tests.support.states import same_state
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """`progrpo train smoke --seed 3`, in a process of its own as a user starts it."""
+    """`progrpo train smoke --seed 3` on few pictures, in a process of its own as a user starts it."""
     out = tmp_path_factory.mktemp("runs") / "smoke"
-    command = [sys.executable, "-m", "progrpo", "train", "smoke", "--seed", "3", "--out", str(out)]
+    asked = ["--seed", "3", "--eval.pictures", "4", "--out", str(out)]
+    command = [sys.executable, "-m", "progrpo", "train", "smoke", *asked]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "iteration 2/2" in done.stdout and "report.html" in done.stdout
@@ -54,6 +55,22 @@ def test_a_recipe_is_trained(run):
     )
     assert found["command"].startswith("progrpo train smoke --seed 3")
     assert (run / "report.html").is_file() and (run / "audit" / "0001.png").is_file()
+
+
+def test_whole_groups_are_stopped(tmp_path, capsys):
+    options = ["smoke", "--prompts.per-iteration", "3", "--plan.keep-groups", "2", "--prompts.order", "signal"]
+    assert main(["plan", *options, "--json"]) == 0
+    costs = json.loads(capsys.readouterr().out)
+    assert costs["groups"] == [3, 2] and costs["nfe_per_iteration"] == 3 * 6 * 4 + 2 * 4 * 2
+    assert main(["train", *options, "--out", str(tmp_path / "run")]) == 0
+    assert "groups of 6 -> 4 by ovf, 3 -> 2 prompts an iteration, 88 NFE each" in capsys.readouterr().out
+    run = RunFolder(tmp_path / "run")
+    records, summary = run.metrics.read(), run.summary.read()
+    assert [record["rollout/stopped_groups"] for record in records] == [1, 1]
+    assert [record["rollout/nfe"] for record in records] == [costs["nfe_per_iteration"]] * 2
+    assert [record["rollout/reward_calls"] for record in records] == [costs["reward_calls_per_iteration"]] * 2
+    assert summary["status"] == "finished" and summary["plan"]["groups"] == [3, 2]
+    assert "2 of 3 prompts do after step 3" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_run_is_not_overwritten_unasked(run, capsys):
@@ -95,8 +112,8 @@ def adaptive(tmp_path_factory) -> Path:
     """Everything that decides by measuring: previews by the tiny decoder or a probe, and the plan by what they cost."""
     out = tmp_path_factory.mktemp("runs") / "adaptive"
     asked = ["--preview.decoder", "tiny", "--preview.probe", "--preview.probe-threshold", "-1", "--plan.adaptive"]
-    asked += ["--audit.every", "1", "--iterations", "6", "--checkpoint.keep", "9", "--plan.group-size", "8"]
-    asked += ["--eval.pictures", "2"]
+    asked += ["--audit.every", "1", "--iterations", "5", "--checkpoint.keep", "9"]
+    asked += ["--eval.pictures", "2", "--prompts.per-iteration", "1"]
     assert main(["train", "smoke", *asked, "--out", str(out)]) == 0
     return out
 
@@ -104,16 +121,10 @@ def adaptive(tmp_path_factory) -> Path:
 def test_a_probe_takes_over_and_the_plan_is_judged(adaptive):
     summary = RunFolder(adaptive).summary.read()
     records: Any = RunFolder(adaptive).metrics.read()
-    assert [r["rollout/probed"] > 0 for r in records[:5]] == [
-        False,
-        False,
-        False,
-        False,
-        True,
-    ]  # measured thrice by then
+    assert [r["rollout/probed"] > 0 for r in records] == [False] * 4 + [True]  # measured thrice by then
     assert all(r["rollout/previews"] > 0 for r in records[:4])
-    assert [r.get("plan/value") is not None for r in records] == [False, False, True, True, True, True]
-    assert all(r["plan/path"][0] == 8 and r["plan/survivors"] >= 4 for r in records[2:])
+    assert [r.get("plan/value") is not None for r in records] == [False] * 2 + [True] * 3
+    assert all(r["plan/path"][0] == 6 and r["plan/survivors"] >= 4 for r in records[2:])
     assert summary["cost"]["predicted"]["nfe"] == summary["cost"]["counted"]["nfe"]
     assert summary["cost"]["predicted"]["probed"] == summary["cost"]["counted"]["probed"]
     assert (adaptive / "report.html").is_file()
@@ -138,9 +149,9 @@ def test_a_report_is_written_anew(run, capsys):
 
 
 def test_a_run_is_measured_again_as_it_measured_itself(run, capsys):
-    assert main(["eval", str(run), "--pictures", "12", "--json"]) == 0
+    assert main(["eval", str(run), "--pictures", "4", "--json"]) == 0
     found, summary = json.loads(capsys.readouterr().out), RunFolder(run).summary.read()
-    assert found["pictures"] == 12 and set(found["strict_by_kind"]) == set(summary["accuracy_by_kind_after"])
+    assert found["pictures"] == 4 and set(found["strict_by_kind"]) == set(summary["accuracy_by_kind_after"])
     assert found["graded"] == pytest.approx(summary["reward_after"], abs=0.01)  # the LoRA is merged here: rounding
     assert (found["num_inference_steps"], found["guidance_scale"], found["seed"]) == (6, 1.0, 1234)
     assert main(["eval", str(run), "--pictures", "2", "--num-inference-steps", "2", "--seed", "5", "--json"]) == 0

@@ -13,7 +13,11 @@ STEPS = 4
 PLANS = {
     **{name: from_dict({"plan": {"preset": name}}).plan for name in PRESETS},
     "point-and-final": PlanSettings("custom", group_size=5, prune=((1, 4), (2, 4)), final_keep=2),
+    "groups": PlanSettings("custom", group_size=5, prune=((0, 4), (2, 3)), final_keep=2, keep_groups=1),
+    "groups-alone": PlanSettings("custom", group_size=3, prune=((1, 3),), keep_groups=1),
 }
+CASES = {f"{name}-guided": (plan, 3.0) for name, plan in PLANS.items()}
+CASES["point-and-final"] = (PLANS["point-and-final"], 1.0)
 
 
 @pytest.fixture
@@ -36,8 +40,7 @@ def trainer(tiny_trainer, tiny_config, tiny_policy, tiny_sd3, request):
     return build
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize(("plan", "guidance_scale"), CASES.values(), ids=CASES)
 def test_a_run_counts_what_its_plan_predicts(trainer, plan, guidance_scale):
     built = trainer(plan, guidance_scale)
     done = [built.step() for _ in range(2)]
@@ -50,8 +53,9 @@ def test_a_run_counts_what_its_plan_predicts(trainer, plan, guidance_scale):
     assert sum(d.record["rollout/nfe"] for d in done) == built.totals.counted.nfe
 
 
+@pytest.mark.parametrize("plan", ["point-and-final", "groups"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_what_is_counted_is_what_the_networks_did(trainer, redness, family_at_length, guidance_scale):
+def test_what_is_counted_is_what_the_networks_did(trainer, redness, family_at_length, guidance_scale, plan):
     rewarded = []
 
     def counting(images, prompts):
@@ -59,7 +63,7 @@ def test_what_is_counted_is_what_the_networks_did(trainer, redness, family_at_le
         return redness(images, prompts)
 
     # by one, so that no row only fills a microbatch up
-    built = trainer(PLANS["point-and-final"], guidance_scale, counting, microbatch=1, folder=family_at_length)
+    built = trainer(PLANS[plan], guidance_scale, counting, microbatch=1, folder=family_at_length)
     built.step()  # the first iteration also asks the network for its self-checks
     rewarded.clear()
     sampled: list[int] = []

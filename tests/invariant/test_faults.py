@@ -37,7 +37,7 @@ from progrpo.training.errors import SelfCheckError
 from progrpo.training.experience import AdvantageEstimator
 from progrpo.types import Rollout
 
-SLOTS, GROUP = 6, 20
+SLOTS, GROUP = 6, 10
 EVERYONE = PlanSettings(preset="custom", group_size=GROUP)
 
 

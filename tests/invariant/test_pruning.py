@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from progrpo.rewards.function import FunctionReward
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint
-from progrpo.rollout.rollout import rollout
+from progrpo.rollout.rollout import last_scores, rollout
 from progrpo.rollout.sampler import Sampler
 from progrpo.training.build import sampling_from
 from progrpo.types import Rollout
@@ -23,7 +24,7 @@ from tests.support.rewards import mixture_of_one
 
 GROUP = 6
 FULL = Plan(GROUP)
-PRUNED = Plan(GROUP, (PrunePoint(0, 5), PrunePoint(2, 3)))
+PRUNED = Plan(GROUP, (PrunePoint(0, 5), PrunePoint(1, 3)))
 TOLERANCE = 1e-5  # between microbatches of different sizes: matrix kernels differ by shape
 
 
@@ -32,15 +33,16 @@ def policy(family_at_length, tiny_policy):
     return tiny_policy(moved=0.1, folder=family_at_length)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def draw(policy, tiny_config, prompts, told, redness):
-    """A rollout of some of the prompts in slots of choice."""
+    """A rollout of some of the prompts in slots of choice. The same is asked for in many tests, and drawn once."""
 
+    @cache
     def run(
         plan: Plan, slots=(0, 1), microbatch=1, guidance_scale=1.0, reward=redness, which=(0, 1), **more
     ) -> Rollout:
         guided = {"guidance_scale": guidance_scale, "embedded_guidance": policy.embeds_guidance}
-        wanted = SamplingSettings(num_inference_steps=4, microbatch=microbatch, **guided, **more)
+        wanted = SamplingSettings(num_inference_steps=3, microbatch=microbatch, **guided, **more)
         sampling = sampling_from(tiny_config(sampling=wanted), policy, "transitions", 0)
         chosen, slot_P = told(*(prompts[i] for i in which)), torch.tensor(slots)
         sampler = Sampler(policy, mixture_of_one(FrameAverageReward(FunctionReward(reward), 2)), sampling, plan)
@@ -81,11 +83,11 @@ def assert_bitwise(rolled: Rollout, others: Rollout) -> None:
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_survivors_are_bitwise_what_they_are_without_pruning(draw, guidance_scale):
-    pruned, full = (draw(plan, guidance_scale=guidance_scale) for plan in (PRUNED, FULL))
+@pytest.mark.parametrize("guided", [{}, {"guidance_scale": 3.0}], ids=["plain", "guided"])
+def test_survivors_are_bitwise_what_they_are_without_pruning(draw, guided):
+    pruned, full = (draw(plan, **guided) for plan in (PRUNED, FULL))
     assert len(pruned.trajectories) == 6 and len(full.trajectories) == 2 * GROUP
-    assert len(pruned.trajectories.path) == 3  # all steps but the last
+    assert len(pruned.trajectories.path) == 2  # all steps but the last
     assert_bitwise(pruned, full)
 
 
@@ -102,6 +104,20 @@ def test_survivors_of_final_rewards_are_bitwise_what_they_are_without_pruning(dr
     assert_bitwise(selected, full)
 
 
+@pytest.mark.parametrize("keep", [3, GROUP])
+def test_survivors_are_bitwise_what_they_are_where_no_group_is_stopped(draw, keep):
+    points = (PrunePoint(1, keep), PrunePoint(2, 2))
+    each, some = draw(Plan(GROUP, points)), draw(Plan(GROUP, points, keep_groups=1))
+    scores_PG = some.previews[0].scores_N.reshape(2, GROUP)
+    widest = int(scores_PG.var(1).argmax())
+    assert some.group_N.tolist() == [widest] * 2 and some.previews[1].group_N.tolist() == [widest] * keep
+    assert some.trajectories.member_N.tolist() == each.trajectories.member_N[each.group_N == widest].tolist()
+    assert_bitwise(some, each)
+    scores, groups = last_scores(some)
+    own, others = groups == widest, scores_PG[1 - widest]
+    assert torch.equal(scores[own], some.finalists.value_N) and torch.equal(scores[~own], others)
+
+
 @pytest.mark.parametrize("microbatch", [3, 64])
 def test_survivors_hardly_depend_on_the_microbatch(draw, microbatch):
     for name, (a, b) in pairs(draw(PRUNED, microbatch=microbatch), draw(FULL)).items():
@@ -110,7 +126,7 @@ def test_survivors_hardly_depend_on_the_microbatch(draw, microbatch):
 
 
 def test_prompts_can_be_spread_over_calls(draw):
-    together = draw(PRUNED, slots=(0, 1))
+    together = draw(PRUNED)
     alone = [draw(PRUNED, slots=(i,), which=(i,)) for i in (0, 1)]
     for rolled in alone:
         assert_bitwise(rolled, together)

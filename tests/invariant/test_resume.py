@@ -90,10 +90,10 @@ def config(tiny_sd3, tiny_config, prompts, reward_module, tmp_path_factory) -> C
         prompts=PromptSettings(source=str(file), per_iteration=2, order="signal"),
         reward=RewardSettings((RewardTerm("failing_reward:redness"),)),
         # given, since two runs that measure theirs may choose differently, and then differ by rounding
-        sampling=replace(base.sampling, microbatch=8),
+        sampling=replace(base.sampling, num_inference_steps=3, microbatch=8),
         optim=OptimSettings(ema_decay=0.5, updates_per_rollout=2, microbatch=8),
         audit=AuditSettings(every=2),
-        eval=replace(base.eval, prompts=str(file), every=1, keep_best=True),
+        eval=replace(base.eval, prompts=str(file), every=1, keep_best=True, num_inference_steps=2),
         checkpoint=CheckpointSettings(every=2),
     )
 
@@ -114,7 +114,7 @@ def lora(folder: Path) -> dict[str, Any]:
 
 
 def assert_the_same_run(folder: Path, straight: Path) -> None:
-    for name in ("iteration", "policy", "optimizer", "order", "best"):
+    for name in ("iteration", "policy", "optimizer", "noise_scale", "order", "best"):
         states = [load_state(f / "checkpoints" / f"iteration_{ITERATIONS:06d}") for f in (folder, straight)]
         assert same_state(states[0][name], states[1][name]), name
     assert set(states[0]["policy"]) == {"current", "reference", "ema", "best"}
@@ -144,7 +144,7 @@ def test_a_run_that_was_cut_off_is_taken_up_at_its_last_checkpoint(config, strai
     power_is_out = KeyboardInterrupt("the power is out")  # no failure of a reward, which the run would survive
     reward_module.calls, reward_module.fails = (
         0,
-        {17: power_is_out},
+        {16: power_is_out},
     )  # in the fourth iteration, with checkpoints after two
     with pytest.raises(KeyboardInterrupt, match="the power is out"):
         train_run(config, tmp_path / "run")
@@ -159,9 +159,9 @@ def test_a_run_that_was_cut_off_is_taken_up_at_its_last_checkpoint(config, strai
 @pytest.mark.parametrize(
     ("fails", "says", "goes_on"),
     [
-        ({16: None, 17: None}, "^iteration 4: 14 of 14 scores of reward failing_reward:redness are missing", 3),
-        ({17: Refusal("no licence")}, "^no licence", 3),
-        ({20: Refusal("no licence")}, "^no licence", 2),  # by an audit, after its iteration's update
+        ({15: None, 16: None}, "^iteration 4: 14 of 14 scores of reward failing_reward:redness are missing", 3),
+        ({16: Refusal("no licence")}, "^no licence", 3),
+        ({19: Refusal("no licence")}, "^no licence", 2),  # by an audit, after its iteration's update
         ({2: Refusal("no licence")}, "^no licence$", None),  # before anything was trained
     ],
 )

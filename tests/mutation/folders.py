@@ -104,11 +104,20 @@ def whole_run(folder: Path) -> None:
             "reward/mean": 0.6,
             "reward/mean@jpeg": 0.5,
             "preview/rank_correlation@1": 0.5,
+            "preview/variance@1": 1.2,
         },
         1,
     )
     run.write_audit(
-        {**audit, "stopped_at": [None, None, 1, 2], "kept_uniform": [0, 1], "kept_ovf": [2, 3]},
+        {
+            **audit,
+            "stopped_at": [None, None, 1, 2],
+            "kept_uniform": [0, 1],
+            "kept_ovf": [2, 3],
+            "keep": [2, 2],
+            "variance": [1.0, 1.2],
+            "variance_final": [1.5, 1.5],
+        },
         grey.repeat(3, 0).reshape(4, 3, 8, 8, 3),
     )
     plan = {"path": [4, 3], "prune_steps": [1], "selector": "ovf", "num_inference_steps": 2}

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
@@ -41,6 +40,7 @@ from progrpo.training.distributed import Ranks
 from progrpo.training.trainer import Trainer
 from progrpo.types import Prompt
 from tests.support.rewards import mixture_of_one
+from tests.support.runs import load_pipeline
 
 torch.set_num_threads(1)
 PROMPTS = ("red cat", "blue dog", "green bird")
@@ -48,7 +48,7 @@ CONFIG = Config(
     iterations=2,
     model=ModelSettings(lora_rank=2, lora_alpha=4, max_sequence_length=8),
     prompts=PromptSettings(per_iteration=3),
-    sampling=SamplingSettings(num_inference_steps=4, microbatch=5),
+    sampling=SamplingSettings(num_inference_steps=3, microbatch=5),
     plan=PlanSettings("custom", group_size=5, prune=((1, 4),), final_keep=3),
     audit=AuditSettings(every=2),
     eval=EvalSettings(pictures=1, num_inference_steps=2),
@@ -79,7 +79,7 @@ class Failing:
 def trained(model, config, reward):
     """Survivors and records of each iteration, and the weights in the end."""
     context = PolicyContext(world_size=Ranks().world)
-    policy: Any = policy_from_pipeline(DiffusionPipeline.from_pretrained(model), config.model, context)
+    policy: Any = policy_from_pipeline(load_pipeline(model), config.model, context)
     policy.batch_invariant = not config.model.shard  # as on GPUs
     order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
     trainer = Trainer(config, policy, mixture_of_one(FunctionReward(reward)), order, Ranks())
@@ -101,18 +101,18 @@ def work(model, out, names):
     ranks = Ranks()
     found: dict[str, Any] = {}
     middle = InTurn({"": tuple(map(Prompt, PROMPTS))}, 0).prompts_for(0, 2)[1].text
-    cases = {f"updates {n}": (replace(CONFIG, optim=OptimSettings(updates_per_rollout=n)), redness) for n in (1, 2)}
-    cases["batch"] = (replace(CONFIG, objective=replace(CONFIG.objective, advantage="batch")), redness)
     # one picture a call: decoders round by shape, and a pixel that comes out another moves a reward
     single = replace(CONFIG, sampling=replace(CONFIG.sampling, microbatch=1))
+    cases = {f"updates {n}": (replace(single, optim=OptimSettings(updates_per_rollout=n)), redness) for n in (1, 2)}
+    cases["batch"] = (replace(CONFIG, objective=replace(CONFIG.objective, advantage="batch")), redness)
     cases["gdpo"] = (replace(single, objective=replace(CONFIG.objective, advantage="gdpo")), redness)
     cases["probe"] = (
-        replace(CONFIG, preview=PreviewSettings(probe=True, probe_threshold=-1), audit=AuditSettings(every=1)),
+        replace(single, preview=PreviewSettings(probe=True, probe_threshold=-1), audit=AuditSettings(every=1)),
         redness,
     )
     cases["failing"] = (CONFIG, Failing(middle))
     together = replace(CONFIG, prompts=PromptSettings(per_iteration=3, split_groups=True))
-    cases["split"] = (together, redness)
+    cases["split"] = (replace(together, sampling=single.sampling), redness)
     twice = OptimSettings(updates_per_rollout=2, microbatch=5)
     cases["shard"] = (replace(CONFIG, model=replace(CONFIG.model, shard=True), optim=twice), redness)
     full = replace(CONFIG, model=replace(CONFIG.model, shard=True, weights="full"), objective=NFT)
@@ -130,6 +130,11 @@ def work(model, out, names):
     )
     cases["few"] = (few, redness)  # on three: one has nobody
     cases["split batch"] = (replace(together, objective=replace(CONFIG.objective, advantage="batch")), redness)
+    # on two: one has nobody left
+    cases["groups"] = (replace(single, plan=replace(CONFIG.plan, prune=((1, 4), (2, 3)), keep_groups=1)), redness)
+    some = replace(five, plan=replace(CONFIG.plan, keep_groups=2), optim=OptimSettings(updates_per_rollout=2))
+    cases["groups by dgpo"] = (replace(some, objective=ObjectiveSettings(name="dgpo")), redness)
+    cases["groups shard"] = (replace(some, model=replace(CONFIG.model, shard=True), optim=twice), redness)
     for name in names:
         config, reward = cases[name]
         survivors, records, weights = trained(model, config, reward)
@@ -156,11 +161,11 @@ def decayed(ranks):
 def by_the_library(model, out, found, ranks):
     mine = out / f"run of {ranks.rank}"
     tracked = replace(CONFIG, tracking=TrackingSettings(("tensorboard",)))
-    progrpo.train(DiffusionPipeline.from_pretrained(model), PROMPTS, redness, config=tracked, out=mine)
+    progrpo.train(load_pipeline(model), PROMPTS, redness, config=tracked, out=mine)
     found["wrote"] = mine.exists()
     found["event files"] = len(list(out.glob("*/tensorboard/events*")))
     try:
-        progrpo.train(DiffusionPipeline.from_pretrained(model), PROMPTS, redness, config=CONFIG, out=mine)
+        progrpo.train(load_pipeline(model), PROMPTS, redness, config=CONFIG, out=mine)
     except ValueError as error:
         found["taken"] = str(error)
     if ranks.world == 2:
@@ -173,7 +178,7 @@ def by_the_library(model, out, found, ranks):
 
 def unequal(model, out, ranks):
     """The refusals where the second process has other prompts, weights or another configuration than the first."""
-    second, pipeline = ranks.rank == 1, DiffusionPipeline.from_pretrained(model)
+    second, pipeline = ranks.rank == 1, load_pipeline(model)
     other = replace(CONFIG, optim=OptimSettings(lr=0.5))
     calls: dict[str, tuple[Any, dict[str, Any]]] = {
         "training": (PROMPTS[::-1] if second else PROMPTS, {}),

@@ -74,6 +74,7 @@ def test_whole_numbers_become_floats_where_floats_are_asked():
         ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
         ({"seed": True}, "seed must be a whole number, not True"),
         ({"seed": None}, "seed must be a whole number, not None"),
+        ({"prompts": {"order": None}}, "prompts.order must be one of turn, signal, not None"),
         ({"recipe": 3}, "recipe must be a text, not 3"),
         ({"model": {"weights": "lorra"}}, "model.weights must be one of lora, full, not 'lorra'"),
         ({"model": {"resolution": [480]}}, "model.resolution must be a list of 2, not [480]"),
@@ -161,7 +162,10 @@ def test_defaults_are_right():
             "plan.group_size must be between 2 and 100,000, not 1",
         ),
         (Config(plan=PlanSettings(preset="custom", prune=((9, 4),))), "prune step 9 saves no network call"),
-        (Config(objective=ObjectiveSettings(baseline="group")), "objective.baseline must be survivors under a plan"),
+        (
+            Config(objective=ObjectiveSettings(baseline="group")),
+            "objective.baseline must be survivors or previews under a plan",
+        ),
         (
             Config(prompts=PromptSettings(split_groups=True), objective=ObjectiveSettings(name="dgpo")),
             "prompts.split_groups must be false for objective.name dgpo",
@@ -517,6 +521,20 @@ def test_the_learning_rate_rises_stays_and_falls():
         ({"preview": {"probe_threshold": 2.0}}, "preview.probe_threshold must be between -1 and 1"),
         ({"sampling": {"microbatch": 0}}, "sampling.microbatch must be at least 1, or empty"),
         ({"reward": {"waves": 0}}, "reward.waves must be at least 1"),
+        ({"plan": {"keep_groups": 0}}, "plan.keep_groups must be at least 1, or empty to stop no group, not 0"),
+        ({"plan": {"keep_groups": 12}}, "plan.keep_groups must be below the 12 prompts of an iteration"),
+        ({"plan": {"preset": "posthoc", "keep_groups": 2}}, "keep_groups must go with a prune point"),
+        ({"plan": {"keep_groups": 2, "adaptive": True}}, "plan.keep_groups must be empty for plan.adaptive"),
+        ({"plan": {"keep_groups": 2}, "reward": {"waves": 2}}, "plan.keep_groups must be empty for reward.waves"),
+        ({"plan": {"keep_groups": 2}, "preview": {"probe": True}}, "plan.keep_groups must be empty for preview.probe"),
+        (
+            {"plan": {"keep_groups": 2}, "objective": {"advantage": "gdpo"}},
+            "plan.keep_groups must be empty for objective.advantage gdpo",
+        ),
+        (
+            {"plan": {"keep_groups": 2}, "prompts": {"split_groups": True}},
+            "prompts.split_groups must be false for plan.keep_groups",
+        ),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused(fields, words):
@@ -529,6 +547,7 @@ def test_what_the_engine_can_do_is_not():
         {"model": {"compile": True}},
         {"model": {"compile": True, "dtype": "bfloat16"}},
         {"optim": {"reuse_rollout": True}},
+        {"plan": {"keep_groups": 4}, "objective": {"baseline": "previews"}},
         {
             "plan": {"preset": "posthoc", "adaptive": True},
             "preview": {"probe": True, "decoder": "tiny", "ode_steps": 2},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -25,11 +26,11 @@ class Noting(torch.optim.SGD):
         super().step(closure)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def gradient(tiny_policy, tiny_trainer, tiny_sd, tiny_config, first_experience):
     """The gradient of a first update, and what was seen, in a dtype and with a scale."""
 
-    def of(dtype, scale, objective="grpo", weights="lora", **optim):
+    def of(dtype, scale, objective, weights="lora"):
         config = tiny_config(
             model=ModelSettings(dtype=dtype, weights=weights), objective=ObjectiveSettings(name=objective, adv_eps=1e-4)
         )
@@ -38,11 +39,11 @@ def gradient(tiny_policy, tiny_trainer, tiny_sd, tiny_config, first_experience):
         experience = first_experience(trainer)
         experience = replace(experience, advantages_N=experience.advantages_N * FEW)
         noting = Noting(policy.trainable.values(), lr=0.0)
-        wanted = OptimSettings(max_grad_norm=1e9, **optim)
+        wanted = OptimSettings(max_grad_norm=1e9)
         updated = Updater(policy, trainer.learner.objective, noting, wanted, Ranks(), scale).update(experience)
         return noting.seen, updated.tally.over(Ranks())
 
-    return of
+    return cache(of)  # without a scale it is asked for several times
 
 
 def off(found, true):
@@ -61,23 +62,23 @@ def test_a_float16_gradient_is_float32s_but_for_rounding(gradient, objective):
 
 
 def test_so_is_that_of_all_weights(gradient):
-    true, _ = gradient("float32", None, weights="full")
-    scaled, _ = gradient("float16", LossScale(True), weights="full")
+    true, _ = gradient("float32", None, "grpo", "full")
+    scaled, _ = gradient("float16", LossScale(True), "grpo", "full")
     assert off(scaled, true) < 64 * torch.finfo(torch.float16).eps
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_bit_of_another_dtypes_gradient_changes(gradient, dtype):
-    plain, seen = gradient(dtype, None)
-    off, same = gradient(dtype, LossScale(False))
+    plain, seen = gradient(dtype, None, "grpo")
+    off, same = gradient(dtype, LossScale(False), "grpo")
     assert torch.equal(plain, off) and same == seen and "update/loss_scale" not in seen
 
 
 def test_an_overflow_is_computed_again_at_half_the_scale(gradient):
     scale = LossScale(True)
     scale.value = 2.0**60
-    found, seen = gradient("float16", scale)
-    true, _ = gradient("float32", None)
+    found, seen = gradient("float16", scale, "grpo")
+    true, _ = gradient("float32", None, "grpo")
     assert off(found, true) < 64 * torch.finfo(torch.float16).eps
     assert seen["update/skipped"] == 0 and seen["update/rescaled"] > 0
     assert seen["update/loss_scale"] == scale.value == 2 ** (60 - seen["update/rescaled"])

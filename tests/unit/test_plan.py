@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -135,6 +136,8 @@ def test_a_point_that_keeps_everyone_is_plain_grpo():
         (Plan(24, (PrunePoint(5, 12), PrunePoint(6, 16))), 10, "at most the 12 members"),
         (Plan(24, final_keep=1), 10, "final_keep must be at least 2"),
         (Plan(24, (PrunePoint(5, 12),), final_keep=13), 10, "final_keep must be at most the 12 members"),
+        (Plan(24, (PrunePoint(5, 12),), keep_groups=0), 10, "keep_groups must be at least 1, not 0"),
+        (Plan(24, final_keep=12, keep_groups=2), 10, "keep_groups must go with a prune point"),
     ],
 )
 def test_mistakes_are_named(plan, steps, message):
@@ -142,6 +145,30 @@ def test_mistakes_are_named(plan, steps, message):
         plan.validate(steps)
     with pytest.raises(ValueError, match=message):
         plan.predict(steps, 1, guidance=False)
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+@pytest.mark.parametrize("ode_steps", [1, 3])
+def test_groups_stop_at_the_first_point(guidance, ode_steps):
+    """Of 12 prompts 5 go on: what they cost, and what the others have cost until then."""
+    plan = Plan(24, (PrunePoint(3, 12), PrunePoint(6, 8)), final_keep=6, keep_groups=5)
+    of_one = replace(plan, keep_groups=None).predict(10, 9, guidance, ode_steps)
+    until = Plan(24).predict(4, 0, guidance)  # four calls; the decodes of previews are as many as of pictures
+    further = 24 * (ode_steps - 1) * (2 if guidance else 1)
+    stopped = Cost(until.nfe + further, 24, 24, previews=24)
+    assert plan.predict(10, 9, guidance, ode_steps, prompts=12) == of_one * 5 + stopped * 7
+    assert plan.predict(10, 9, guidance, ode_steps, prompts=5) == of_one * 5
+    assert [plan.rows_at(step, 12) for step in range(10)] == [12 * 24] * 4 + [5 * 12] * 3 + [5 * 8] * 3
+    assert plan.trained(12) == 5 * 6 and replace(plan, keep_groups=None).trained(12) == 12 * 6
+    assert [plan.stops_groups_after(step) for step in range(10)] == [step == 3 for step in range(10)]
+
+
+def test_a_point_may_stop_groups_alone():
+    plan = Plan(12, (PrunePoint(2, 12), PrunePoint(4, 12)), keep_groups=2)
+    assert plan.active_points() == (PrunePoint(2, 12),) and plan.keep_after(2) == 12
+    assert plan.predict(10, 9, guidance=False, prompts=6) == Cost(
+        6 * 12 * 3 + 2 * 12 * 7, 6 * 12 + 2 * 12, 6 * 12 + 2 * 12, 2 * 12 * 9, previews=6 * 12
+    )
 
 
 def test_the_last_useful_step_is_allowed():
@@ -154,12 +181,17 @@ def test_summary():
         "group_size": 48,
         "survivors": 12,
         "path": [48, 24, 12],
+        "groups": [1],
         "prune_steps": [5, 7],
         "num_inference_steps": 10,
         "nfe_per_prompt": 720,
         "decodes_per_prompt": 84,
         "reward_calls_per_prompt": 84,
         "trained_steps_per_prompt": 108,
+        "nfe_per_iteration": 720,
+        "decodes_per_iteration": 84,
+        "reward_calls_per_iteration": 84,
+        "trained_steps_per_iteration": 108,
         "nfe_full_group": 960,
         "nfe_saved": 0.25,
         "nfe_ratio_to_none": 1.5,
@@ -173,3 +205,15 @@ def test_summary_of_other_presets(name, path, saved):
     report = summary(preset(name, 10), 10, 9, guidance=False)
     assert report["path"] == path
     assert report["nfe_saved"] == pytest.approx(saved)
+
+
+def test_summary_where_groups_stop():
+    plan = replace(STANDARD, keep_groups=4)
+    report = summary(plan, 10, 9, guidance=True, prompts=12)
+    assert (report["path"], report["groups"]) == ([48, 24, 12], [12, 4])
+    assert report["nfe_per_prompt"] == 720  # of one that goes on
+    assert report["nfe_per_iteration"] == 2 * (12 * 48 * 6 + 4 * (24 * 2 + 12 * 2))
+    assert report["decodes_per_iteration"] == report["reward_calls_per_iteration"] == 12 * 48 + 4 * (24 + 12)
+    assert report["trained_steps_per_iteration"] == 4 * 12 * 9
+    assert report["nfe_saved"] == pytest.approx(1 - report["nfe_per_iteration"] / (12 * 960))
+    assert report["nfe_ratio_to_none"] == pytest.approx(report["nfe_per_iteration"] / (12 * 480))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 
 from progrpo.config import Config, GRPOSettings, ObjectiveSettings, PlanSettings, PreviewSettings, SamplingSettings
+from progrpo.rollout import plan_value
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, preset
 from progrpo.rollout.plan_value import Simulation
 from progrpo.rollout.probe import Probe, ProbeExample, trusted_steps
@@ -23,6 +25,17 @@ COUNTED = Cost(nfe=1000, decodes=140, reward_calls=140, trained_steps=900, previ
 SECONDS = {"sample": 50.0, "preview": 4.0, "reward": 8.0, "update": 180.0, "audit": 999.0, "other": 999.0}
 CALL, PREVIEW, FINISH, TRAIN = 0.05, 0.04, 0.2, 0.2
 """What one of each took."""
+UNITS = UnitCosts(CALL, PREVIEW, FINISH, TRAIN)
+FINAL = torch.special.ndtri((torch.arange(24, dtype=torch.float64) + 0.5) / 24).numpy()
+VERDICTS = np.array([1.0] * 12 + [0.0] * 12)
+EQUAL = np.array([0.4] * 24)
+STANDARD = (FINAL / FINAL.std()).tolist()
+
+
+@pytest.fixture(autouse=True)
+def few_groups(monkeypatch):
+    """A coarser simulation in an eighth of the time: what is compared here is of the same draws."""
+    monkeypatch.setattr(plan_value, "_GROUPS", 64)
 
 
 def config(adaptive: bool = False, start: PlanSettings | None = None, **sections) -> Config:
@@ -33,7 +46,7 @@ def config(adaptive: bool = False, start: PlanSettings | None = None, **sections
 def judged(asked: Config, *agreements, counted: Cost = COUNTED, seconds=SECONDS) -> PlanJudge:
     judge = PlanJudge(asked)
     for agreement in agreements:
-        judge.watch(agreement, counted, seconds)
+        judge.watch(agreement, FINAL, counted, seconds)
     return judge
 
 
@@ -54,16 +67,16 @@ def test_a_plan_is_judged_after_three_audits():
     judge = judged(config())
     for _ in range(2):
         assert judge.verdict(FLASH, OVF, NOWHERE) is None
-        judge.watch(flat(0.8), COUNTED, SECONDS)
+        judge.watch(flat(0.8), FINAL, COUNTED, SECONDS)
     assert judge.verdict(FLASH, OVF, NOWHERE) is None
-    judge.watch(flat(0.8), COUNTED, SECONDS)
+    judge.watch(flat(0.8), FINAL, COUNTED, SECONDS)
     assert judge.verdict(FLASH, OVF, NOWHERE) is not None
 
 
 def test_plan_value_is_signal_a_second_over_that_of_plain_grpo():
     agreement = [0.1 * step for step in range(STEPS)]
     found = verdict(judged(config(), *[agreement] * 3), FLASH)
-    simulation = Simulation.of(agreement, 24)
+    simulation = Simulation.of(agreement, [STANDARD] * 3, 24)
     # flash: 24 for six calls, 16 for two, 12 for two; 24 and then 16 are previewed; nine of ten steps are trained
     flash = (24 * 6 + 16 * 2 + 12 * 2) * CALL + (24 + 16) * PREVIEW + 12 * FINISH + 12 * 9 * TRAIN
     none = 24 * 10 * CALL + 24 * FINISH + 24 * 9 * TRAIN
@@ -77,7 +90,7 @@ def test_guidance_further_steps_and_untrained_steps_are_in_the_price():
     sampling = SamplingSettings(num_inference_steps=STEPS, guidance_scale=3.0, sde_window="first", sde_window_size=2)
     asked = config(sampling=sampling, preview=PreviewSettings(ode_steps=3), objective=grpo)
     found = verdict(judged(asked, *[flat(0.7)] * 3), FLASH)
-    simulation = Simulation.of([0.7] * STEPS, 24)
+    simulation = Simulation.of([0.7] * STEPS, [STANDARD] * 3, 24)
     calls = 2 * (24 * 6 + 16 * 2 + 12 * 2 + 2 * (24 + 16))
     flash = calls * CALL + (24 + 16) * PREVIEW + 12 * FINISH + 12 * 2 * TRAIN
     none = 2 * 24 * 10 * CALL + 24 * FINISH + 24 * 2 * TRAIN
@@ -104,42 +117,79 @@ def test_costs_that_were_written_down_are_taken_in_place_of_measured_ones():
     judge = PlanJudge(config())
     judge.recorded = UnitCosts(1.0, 2.0, 3.0, 4.0)
     for _ in range(3):
-        judge.watch(flat(0.7), COUNTED, SECONDS)
+        judge.watch(flat(0.7), FINAL, COUNTED, SECONDS)
     assert judge.units == judge.recorded
 
 
 def test_costs_are_those_of_the_first_verdict():
     judge = judged(config(), *[flat(0.7)] * 3)
-    assert judge.units == UnitCosts(CALL, PREVIEW, FINISH, TRAIN)
+    assert judge.units == UNITS
     before = verdict(judge, FLASH).plan_value
-    judge.watch(flat(0.7), COUNTED * 2, {name: 100 * s for name, s in SECONDS.items()} | {"preview": 0.0})
-    assert judge.units == UnitCosts(CALL, PREVIEW, FINISH, TRAIN)
+    judge.watch(flat(0.7), FINAL, COUNTED * 2, {name: 100 * s for name, s in SECONDS.items()} | {"preview": 0.0})
+    assert judge.units == UNITS
     assert verdict(judge, FLASH).plan_value == before
 
 
 def test_costs_are_not_those_of_the_audits_before():
     judge = PlanJudge(config())
     for factor in (100.0, 10.0, 1.0):
-        judge.watch(flat(0.7), COUNTED, {name: factor * s for name, s in SECONDS.items()})
-    assert judge.units == UnitCosts(CALL, PREVIEW, FINISH, TRAIN)
+        judge.watch(flat(0.7), FINAL, COUNTED, {name: factor * s for name, s in SECONDS.items()})
+    assert judge.units == UNITS
 
 
-def test_the_agreement_is_the_mean_of_the_last_audits():
-    later = [[0.5, *flat(0.2)[1:]], [0.7, *flat(0.2)[1:]]] * 4
+def test_newer_audits_weigh_more_and_old_ones_are_forgotten():
+    later = [[0.1 * i, *flat(0.2)[1:]] for i in range(1, 9)]
     old = judged(config(), *[flat(0.9)] * 20, *later)  # the policy that previews agreed with is long gone
     assert verdict(old, FLASH) == verdict(judged(config(), *later), FLASH)
-    mean, first = ([[a, *flat(0.2)[1:]]] * 3 for a in (0.6, 0.9))
+    weights = np.array([0.5 ** ((7 - i) / 2) for i in range(8)])
+    mean = [float(weights @ [0.1 * i for i in range(1, 9)] / weights.sum()), *flat(0.2)[1:]]
     at_first = Plan(24, (PrunePoint(0, 12),))
-    values = [verdict(judge, at_first).plan_value for judge in (old, judged(config(), *mean), judged(config(), *first))]
-    assert values[0] == pytest.approx(values[1]) and values[0] < 0.9 * values[2]
+    even = [sum(step) / 8 for step in zip(*later, strict=True)]
+    values = [verdict(judge, at_first).plan_value for judge in (old, judged(config(), *[mean] * 8))]
+    assert values[0] == pytest.approx(values[1], rel=1e-9)
+    assert values[0] > verdict(judged(config(), *[even] * 8), at_first).plan_value  # here they rise
 
 
-def test_audits_without_an_agreement_are_left_out_of_the_mean():
-    some = [flat(None), flat(0.8), flat(None), flat(0.4)]
-    expected = verdict(judged(config(), *[flat(0.6)] * 3), FLASH).plan_value
-    assert verdict(judged(config(), *some), FLASH).plan_value == pytest.approx(expected)
+def test_previews_that_are_all_alike_know_nothing():
+    some = verdict(judged(config(), *[flat(0.4)] * 3), FLASH).plan_value
+    mixed = [flat(None), flat(0.8), flat(None), flat(0.8)]
+    weights = [0.5 ** (age / 2) for age in (3, 2, 1, 0)]
+    mean = 0.8 * (weights[1] + weights[3]) / sum(weights)
+    assert verdict(judged(config(), *mixed), FLASH).plan_value == pytest.approx(
+        verdict(judged(config(), *[flat(mean)] * 4), FLASH).plan_value
+    )
     nothing = verdict(judged(config(), *[flat(None)] * 3), FLASH).plan_value
-    assert nothing == verdict(judged(config(), *[flat(0.0)] * 3), FLASH).plan_value
+    assert nothing == verdict(judged(config(), *[flat(0.0)] * 3), FLASH).plan_value < some
+
+
+def test_a_group_whose_rewards_are_equal_is_as_if_it_had_not_been():
+    judge = PlanJudge(config())
+    for agreement, final in [(None, EQUAL), (0.5, FINAL), (0.6, FINAL), (None, EQUAL)]:
+        judge.watch(flat(agreement), final, COUNTED, SECONDS)
+    assert judge.verdict(FLASH, OVF, NOWHERE) is None and judge.units is None
+    judge.watch(flat(0.7), FINAL, COUNTED, SECONDS)
+    assert verdict(judge, FLASH) == verdict(judged(config(), flat(0.5), flat(0.6), flat(0.7)), FLASH)
+
+
+def test_missing_rewards_are_left_out():
+    judge = PlanJudge(config())
+    for _ in range(3):
+        judge.watch(flat(0.7), np.append(VERDICTS, np.nan), COUNTED, SECONDS)
+    whole = PlanJudge(config())
+    for _ in range(3):
+        whole.watch(flat(0.7), VERDICTS, COUNTED, SECONDS)
+    assert verdict(judge, FLASH) == verdict(whole, FLASH)
+
+
+def test_a_verdict_that_half_the_members_pass_promises_nothing_for_a_choice():
+    """Twelve of 24 have the variance of all: half the signal, where normal rewards have 1.85 halves."""
+    choice = Plan(24, final_keep=12)
+    for final, v in ((VERDICTS, 1.0), (FINAL, np.mean(np.sort(np.square(STANDARD))[12:]))):
+        judge = PlanJudge(config())
+        for _ in range(3):
+            judge.watch(flat(1.0), final, COUNTED, SECONDS)
+        spent, of_none = (UNITS.seconds(prompt_cost(config(), plan)) for plan in (choice, Plan(24)))
+        assert verdict(judge, choice).plan_value == pytest.approx(v / 2 / (spent / of_none), rel=1e-8)
 
 
 def test_better_previews_pay_more_and_dearer_ones_less():
@@ -238,4 +288,61 @@ def test_a_verdict_is_the_same_after_a_resume(tmp_path, audits):
             == judge.verdict(FLASH, OVF, NOWHERE)
         )
         for one in (judge, other):
-            one.watch(flat(0.6), COUNTED, SECONDS)
+            one.watch(flat(0.6), FINAL, COUNTED, SECONDS)
+
+
+def test_a_checkpoint_without_final_rewards_begins_the_memory_anew():
+    judge = judged(config(), *[flat(0.7)] * 4)
+    state = judge.state_dict()
+    del state["finals"]
+    other = PlanJudge(config())
+    other.load_state_dict(state)
+    assert other.units == judge.units and other.verdict(FLASH, OVF, NOWHERE) is None
+    for _ in range(3):
+        other.watch(flat(0.7), FINAL, COUNTED * 2, SECONDS)
+    assert other.units == judge.units
+    assert verdict(other, FLASH) == verdict(judged(config(), *[flat(0.7)] * 3), FLASH)
+
+
+# --- the plan that a run measures for itself --------------------------------------------------------------------------
+
+AUTO = PlanSettings(preset="auto")
+
+
+def test_progress_follows_the_critical_batch_law():
+    """With a noise scale of B prompts of the plan in force, P prompts of signal s make 1 / (1 + B s_now / (P s))."""
+    judge = judged(config(), *[flat(0.7)] * 3)
+    prompts, scale = judge.config.prompts.per_iteration, 5.0
+    simulation = Simulation.of([0.7] * STEPS, [STANDARD] * 3, 24)
+    flash, none = (simulation.signal(plan, OVF) for plan in (FLASH, Plan(24)))
+    seconds = [UNITS.seconds(prompt_cost(judge.config, plan)) for plan in (FLASH, Plan(24))]
+    noise = scale * flash
+    expected = prompts * flash / (prompts * flash + noise) / seconds[0]
+    plain = prompts * none / (prompts * none + noise) / seconds[1]
+    judgement = judge.verdict(FLASH, OVF, NOWHERE, scale)
+    assert judgement is not None and judgement.plan_value == pytest.approx(expected / plain, rel=1e-12)
+    unknown, large = judge.verdict(FLASH, OVF, NOWHERE), judge.verdict(FLASH, OVF, NOWHERE, 1e12)
+    assert unknown is not None and large is not None
+    assert unknown.plan_value == pytest.approx(large.plan_value, rel=1e-9)
+
+
+def test_auto_begins_unpruned_and_takes_the_strongest_choice_where_training_is_dear():
+    assert AUTO.plan(STEPS) == Plan(24)
+    judge = judged(config(start=AUTO), *[flat(0.3)] * 3, seconds=SECONDS | {"update": 20_000.0})
+    judgement = verdict(judge, Plan(24))
+    assert judgement.plan == Plan(24, final_keep=6)
+    assert judgement.next_value > judgement.plan_value == pytest.approx(1)
+
+
+def test_auto_prunes_nothing_where_previews_know_nothing_and_updates_are_cheap():
+    seconds = SECONDS | {"update": 1.0}
+    assert verdict(judged(config(start=AUTO), *[flat(0.0)] * 3, seconds=seconds), Plan(24)).plan == Plan(24)
+
+
+def test_auto_takes_small_groups_where_noise_is_small():
+    """Where one prompt knows the direction, a better known one is worth nothing, and the cheapest update is best."""
+    judge = judged(config(start=AUTO), *[flat(0.9)] * 3)
+    judgement = judge.verdict(Plan(24), OVF, NOWHERE, 1e-3)
+    assert judgement is not None and (judgement.plan.group_size, judgement.plan.survivors) == (12, 6)
+    again = judge.verdict(judgement.plan, OVF, NOWHERE, None)
+    assert again is not None and again.plan.group_size == 24  # the choice is made anew by each audit

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
+import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
-from progrpo.rollout.plan import Plan, PrunePoint
-from progrpo.rollout.plan_value import Simulation, pearson, plans
+from progrpo.rollout.plan import Plan, PrunePoint, plans
+from progrpo.rollout.plan_value import Simulation
+from progrpo.tracking.statistics import standardised
 from tests.support.grids import SELECTORS
 
 OVF, UNIFORM = SELECTORS["ovf"], SELECTORS["uniform"]
 
 
-def spearman_of(rho: float) -> float:
-    return 6 / math.pi * math.asin(rho / 2)
+def normal_rewards(size: int) -> list[float]:
+    return standard(torch.special.ndtri((torch.arange(size, dtype=torch.float64) + 0.5) / size))
+
+
+def standard(rewards_G: torch.Tensor) -> list[float]:
+    units = standardised(rewards_G.numpy())
+    assert units is not None
+    return units.tolist()
+
+
+def spearman_of(rho: float, size: int) -> float:
+    """Spearman's correlation that so many pairs of normals have in the mean (Moran 1948)."""
+    return 6 / (math.pi * (size + 1)) * (math.asin(rho) + (size - 2) * math.asin(rho / 2))
 
 
 def narrowed(*sizes: int, final_keep: int | None = None) -> Plan:
@@ -24,7 +38,8 @@ def narrowed(*sizes: int, final_keep: int | None = None) -> Plan:
 
 
 def simulated(*rhos: float, group_size: int = 48, seed: int = 0) -> Simulation:
-    return Simulation.of([spearman_of(rho) for rho in rhos], group_size, seed)
+    agreement = [spearman_of(rho, group_size) for rho in rhos]
+    return Simulation.of(agreement, [normal_rewards(group_size)], group_size, seed=seed)
 
 
 def variance(plan: Plan, *rhos: float, select=OVF) -> float:
@@ -33,18 +48,81 @@ def variance(plan: Plan, *rhos: float, select=OVF) -> float:
     return sum(signals) / len(signals) / plan.survivors
 
 
-@pytest.mark.parametrize("rho", [0.1, 0.5, 0.9])
-def test_ranks_of_normals_correlate_as_they_are_said_to(rho):
-    generator = torch.Generator().manual_seed(0)
-    x, noise = torch.randn(2, 200_000, dtype=torch.float64, generator=generator)
-    found = spearmanr(x.numpy(), (rho * x + math.sqrt(1 - rho**2) * noise).numpy()).statistic
-    assert pearson(found) == pytest.approx(rho, abs=0.01)
-    assert abs(found - rho) > 1e-3  # which is not the same
+@pytest.mark.parametrize("keep", [100, 200, 300])
+def test_of_normal_rewards_v_is_the_closed_form(keep):
+    """V = 1 + rho^2 (V_1 - 1); V_1 is that of the two tails, 1.86 at half and 2.89 at a quarter of a large group."""
+    size, rhos = 400, (0.2, 0.5, 0.8, 1.0)
+    simulation, tail = simulated(*rhos, group_size=size), NormalDist().inv_cdf(keep / size / 2)
+    at_best = 1 - 2 * tail * NormalDist().pdf(tail) / (keep / size)
+    found = [simulation.signal(Plan(size, (PrunePoint(step, keep),)), OVF) / keep for step in range(len(rhos))]
+    assert found == pytest.approx([1 + rho**2 * (at_best - 1) for rho in rhos], rel=0.02)
 
 
-@pytest.mark.parametrize("spearman", [-1.0, -0.3, 0.0, 0.4, 1.0])
-def test_pearson_is_the_inverse_of_spearman(spearman):
-    assert spearman_of(pearson(spearman)) == pytest.approx(spearman, abs=1e-12)
+@pytest.mark.parametrize(("passed", "keep"), [(12, 12), (6, 12), (3, 12), (18, 8), (1, 6)])
+def test_of_verdicts_v_is_the_closed_form(passed, keep):
+    """Of half and half, or as many as there are: to choose is worth nothing where half the members pass."""
+    size, rewards = 24, standard((torch.arange(24) < passed).double())
+    simulation = Simulation.of([1.0], [rewards], size)
+    rarer = min(passed, size - passed, keep // 2)
+    expected = rarer * (keep - rarer) / keep**2 / (passed * (size - passed) / size**2)
+    for plan in (Plan(size, final_keep=keep), Plan(size, (PrunePoint(0, keep),))):
+        assert simulation.signal(plan, OVF) / keep == pytest.approx(expected)
+    assert simulation.signal(Plan(size), OVF) / size == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        lambda z: z,
+        lambda z: (z > 0.3).double(),
+        lambda z: (4 * z).tanh() + 0.1 * z,
+        lambda z: (0.4 * z).exp(),
+        lambda z: (1.2 * z).round(),
+    ],
+    ids=["normal", "verdict", "nearly a verdict", "skewed", "grades"],
+)
+@pytest.mark.parametrize("keep", [12, 6])
+def test_the_v_of_previews_is_that_of_the_law_they_come_from(law, keep):
+    """The prediction from audits against V in many groups, both of previews and rewards of a known joint law."""
+    size, rhos = 24, torch.tensor([0.3, 0.5, 0.7, 0.85, 0.95, 1.0], dtype=torch.float64)
+    steps = torch.randn(3000, size, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    seen = law((steps * rhos.square().diff(prepend=torch.zeros(1)).sqrt()).cumsum(2) / rhos)
+    seen = seen[seen[:, :, -1].var(1) > 0]
+    final_PG, everyone, nobody = (
+        seen[:, :, -1],
+        torch.ones_like(seen[:, :, 0], dtype=torch.bool),
+        torch.zeros(len(seen)),
+    )
+    kept = [final_PG.gather(1, OVF(scores, keep, everyone, nobody).indices_PK) for scores in seen.unbind(2)]
+    measured = [(one.var(1, correction=0) / final_PG.var(1, correction=0)).mean().item() for one in kept]
+
+    ranks = torch.from_numpy(rankdata(seen[:1000].numpy(), axis=1))
+    ranks = ranks - ranks.mean(1, keepdim=True)
+    unit = ranks / ranks.norm(dim=1, keepdim=True)
+    agreement = (unit * unit[:, :, -1:]).sum(1).nan_to_num(0.0).mean(0).tolist()  # 0 where all previews are equal
+    finals, plans_T = (
+        [standard(audit[:, -1]) for audit in seen[:1000]],
+        [Plan(size, (PrunePoint(t, keep),)) for t in range(6)],
+    )
+    simulations = [Simulation.of(agreement, finals, size, seed=seed) for seed in range(4)]
+    predicted = [float(np.mean([one.signal(plan, OVF) / keep for one in simulations])) for plan in plans_T]
+    assert predicted == pytest.approx(measured, rel=0.05)
+
+
+def test_audits_shape_groups_by_their_weights():
+    half, few = ([float(member < passed) for member in range(24)] for passed in (12, 3))
+    groups = [standard(torch.tensor(rewards)) for rewards in (half, few)]
+    plan = Plan(24, final_keep=12)
+    one, other = (Simulation.of([0.5], [group], 24).signal(plan, OVF) for group in groups)
+    for weight in (0.25, 0.5):
+        mixed = Simulation.of([0.5], groups, 24, [weight, 1 - weight]).signal(plan, OVF)
+        assert mixed == pytest.approx(weight * one + (1 - weight) * other)
+
+
+def test_a_group_of_another_size_than_the_audits_has_their_quantiles():
+    simulation = Simulation.of([0.0], [standard(torch.tensor([0.0, 0.0, 0.0, 1.0]))], 8)
+    assert all(len(group.unique()) == 2 for group in simulation.previews_PGT1[:, :, -1])
+    assert simulation.signal(Plan(8, final_keep=4), OVF) / 4 == pytest.approx(0.25 / (0.25 * 0.75))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +187,7 @@ def test_a_subset_is_never_worth_more_than_its_group(selector, rho):
 
 @pytest.mark.parametrize("size", [4, 12, 24])
 def test_a_full_group_is_worth_nearly_its_members(size):
-    assert simulated(0.5).signal(Plan(size), OVF) == pytest.approx(size - 1, rel=0.07)
+    assert variance(Plan(size), 0.5) * size == pytest.approx((size - 1) * 48 / 47, rel=0.03)  # drawn from groups of 48
 
 
 def test_perfect_previews_are_a_choice_by_final_rewards():
@@ -133,13 +211,13 @@ def test_shared_beginnings_change_no_figure():
 
 def test_where_nothing_is_known_scores_are_draws_and_not_ties():
     seen = simulated(0.0, 0.0, 0.8).previews_PGT1
-    assert all(len(seen[:, :, step].unique()) == seen[:, :, step].numel() for step in (0, 1))
+    assert all(len(group.unique()) == len(group) for step in (0, 1) for group in seen[:, :, step])
     found = torch.corrcoef(seen.reshape(-1, 4).T)
     assert found[:2, 2:].abs().max() < 0.05 and found[0, 1].abs() < 0.05
 
 
 def test_the_same_draws_serve_every_simulation():
-    a, b, c = (Simulation.of([0.5], 8, seed) for seed in (0, 0, 1))
+    a, b, c = (Simulation.of([0.5], [normal_rewards(8)], 8, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(a.previews_PGT1, b.previews_PGT1) and not torch.equal(a.previews_PGT1, c.previews_PGT1)
 
 

@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from progrpo.rollout.prune import none, ovf, top_bottom, uniform
+from progrpo.rollout.prune import none, ovf, survivors, top_bottom, uniform, widest_groups
 
 NAN, INF = math.nan, math.inf
 
@@ -132,3 +132,55 @@ def test_uniform_follows_the_seed():
     choices = {tuple(select(uniform, [0.0] * 12, 4, seed)) for seed in range(20)}
     assert len(choices) > 15
     assert select(uniform, [0.0] * 12, 4, 7) == select(uniform, list(range(12)), 4, 7)
+
+
+# --- whole groups -----------------------------------------------------------------------------------------------------
+
+
+def widest(groups: list[list[float]], keep: int) -> list[int]:
+    group_N = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for group in groups]))
+    scores_N = torch.tensor([score for group in groups for score in group], dtype=torch.float64)
+    return widest_groups(group_N, scores_N, keep).tolist()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_groups_go_on_by_their_variance(source):
+    generator = torch.Generator().manual_seed(3)
+    groups = [SOURCES[source](generator, size).tolist() for size in (7, 7, 4, 9, 7, 2)]
+    by_variance = sorted(range(len(groups)), key=lambda p: (-variance(groups[p]), p))
+    for keep in range(1, len(groups) + 1):
+        assert widest(groups, keep) == sorted(by_variance[:keep])
+
+
+@pytest.mark.parametrize("size", [5, 12, 24])
+@pytest.mark.parametrize("value", [1.0, 26.0])
+def test_a_verdict_teaches_where_some_members_pass_and_some_fail(size, value):
+    """Of binary rewards every group of equal scores stops first, and as many as pass may fail: the lower group wins."""
+    passed = [0, 1, size // 2, size, size - 1, 1]
+    groups = [[value] * count + [0.0] * (size - count) for count in passed]
+    assert widest(groups, 1) == [2]
+    assert widest(groups, 2) == [1, 2] and widest(groups, 3) == [1, 2, 4] and widest(groups, 4) == [1, 2, 4, 5]
+    assert widest(groups, 5) == [0, 1, 2, 4, 5]
+
+
+def test_of_equal_groups_the_first_go_on_whatever_the_order_of_their_members():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(9, generator=generator, dtype=torch.float64)
+    groups = [scores[torch.randperm(9, generator=generator)].tolist() for _ in range(5)]
+    assert widest(groups, 2) == [0, 1]
+    assert widest([[0.1] * 3, [0.3] * 7, [26.3] * 24], 2) == [0, 1]  # none of their stds is but rounding
+
+
+def test_a_group_without_two_scores_comes_last():
+    assert widest([[NAN, 5.0, INF], [1.0, 1.0, NAN], [NAN] * 3, [0.0, 0.1, -INF]], 2) == [1, 3]
+    assert widest([[NAN] * 2, [1.0, NAN]], 1) == [0]
+
+
+@pytest.mark.parametrize("selector", [ovf, top_bottom, uniform, none])
+def test_groups_that_were_stopped_are_not_there(selector):
+    """What is left of the others is chosen as if they had never been."""
+    scores = torch.randn(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    seeds = torch.arange(5) + 100
+    rows = survivors(torch.tensor([1] * 6 + [4] * 6), scores, 3, selector, seeds)
+    assert rows.tolist() == survivors(torch.tensor([0] * 6 + [1] * 6), scores, 3, selector, seeds[[1, 4]]).tolist()
+    assert survivors(torch.empty(0, dtype=torch.int64), scores[:0], 3, selector, seeds).tolist() == []

@@ -1,4 +1,5 @@
 import base64
+import json
 import re
 from io import BytesIO
 from typing import Any
@@ -106,10 +107,19 @@ def test_a_run_under_way_says_what_is_not_there_yet(run):
         page = text(run)
     assert "1 of 2 iterations are done in 2.0 s (" in page
     assert "There is no evaluation after training yet" in page
-    assert (
-        "Not recorded so far: Strict accuracy, Spread within a group, Distance to the reference, Preview agreement"
-        in page
-    )
+    assert "Not recorded so far: Strict accuracy, Spread within a group, Distance to the reference" in page
+
+
+def test_the_noise_scale_is_drawn_beside_the_prompts_of_an_iteration(run):
+    run.log_config({"recipe": "r", "iterations": 2, "prompts": {"per_iteration": 6}})
+    run.log({"iteration": 0, "seconds": 2.0, "update/noise_scale": None}, 0)
+    assert "Gradient noise scale" in text(run).partition("Not recorded so far: ")[2]
+    run.log({"iteration": 1, "seconds": 2.0, "update/noise_scale": 70.5}, 1)
+    page = text(run)
+    assert "<b>Gradient noise scale</b>" in page and "an iteration below it is ruled by noise" in page
+    assert '"name":"noise scale"' in page and '"y":[70.5]' in page and '"y":[6.0,6.0]' in page
+    run.log_config({"recipe": "r", "iterations": 2, "prompts": {"per_iteration": "six"}})
+    assert '"y":[70.5]' in text(run) and '"name":"prompts per iteration"' not in text(run)
 
 
 def test_a_missing_sheet_is_said_and_no_more(run):
@@ -140,6 +150,42 @@ def test_a_constant_group_is_left_out(run, final):
     page = text(run)
     assert "there is no rank correlation to show" in page and "no member has a reward" not in page
     assert "OVF, on final rewards" not in page
+
+
+def drawn(page, anchor):
+    """The traces of a chart, by name."""
+    (start,) = [found.end() for found in re.finditer(rf'Plotly\.newPlot\(\s*"{anchor}",\s*', page)]
+    data, _ = json.JSONDecoder().raw_decode(page[start:])
+    return {trace["name"]: trace for trace in data if "name" in trace}
+
+
+def test_v_is_drawn_by_step_over_the_last_audits_and_over_the_run(run):
+    for i in range(10):
+        v = {"keep": [2] * STEPS, "variance": [i / 10, 1.0, 1.2], "variance_final": [1.5, 1.0 + i / 10, 1.5]}
+        run.write_audit({**audit(i), **v}, pictures(GROUP, STEPS + 1))
+        at_point = {"preview/variance@1": 1.2, "preview/variance_final@1": 1.6, "preview/rank_correlation@1": 0.5}
+        run.log({"iteration": i, "seconds": 2.0, **(at_point if i % 2 else {})}, i)
+    page = text(run)
+    assert "What a choice gains is V" in page
+    traces = drawn(page, "variance-by-step")
+    assert traces["by previews"]["y"] == pytest.approx([0.55, 1.0, 1.2])  # of the last eight
+    assert traces["by final rewards"]["y"] == pytest.approx([1.5, 1.55, 1.5])
+    traces = drawn(page, "variance-over-run")
+    assert {name: trace["y"] for name, trace in traces.items()} == {
+        "V at step 1": [1.2] * 5,
+        "V at most at step 1": [1.6] * 5,
+        "agreement at step 1": [0.5] * 5,
+    }
+    assert all(trace["x"] == [1, 3, 5, 7, 9] for trace in traces.values())
+
+
+def test_audits_that_did_not_measure_v_have_a_report_without_it(run):
+    run.write_audit(audit(0), pictures(GROUP, STEPS + 1))
+    page = text(run)
+    assert "agreement-by-step" in page and "variance-by-step" not in page and "variance-over-run" not in page
+    none = {"keep": [2] * STEPS, "variance": [None] * STEPS, "variance_final": [None] * STEPS}
+    run.write_audit({**audit(1), **none}, pictures(GROUP, STEPS + 1))
+    assert "variance-by-step" not in text(run)
 
 
 def test_no_string_of_a_user_becomes_markup(run):

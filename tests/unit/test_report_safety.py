@@ -75,6 +75,9 @@ def write(folder, word):
             "stopped_at": [None, None, 1, 2],
             "kept_uniform": [0, 1],
             "kept_ovf": [2, 3],
+            "keep": [2, 2],
+            "variance": [1.0, 1.2],
+            "variance_final": [1.5, 1.5],
         }
         run.write_audit(audit, grey.repeat(3, 0).reshape(4, 3, 8, 8, 3))
     cost = {"nfe": 8, "decodes": 4, "reward_calls": 4, "trained_steps": 8}
@@ -196,6 +199,8 @@ def test_a_picture_that_would_fill_the_memory_is_not_opened(tmp_path, monkeypatc
         ("audit/0000.json", ("iteration",), "<b>"),
         ("audit/0000.json", ("stopped_at",), ["<b>", None, 1, 2]),
         ("audit/0000.json", ("kept_ovf",), [99]),
+        ("audit/0000.json", ("variance",), ["<b>", 1.0]),
+        ("audit/0000.json", ("variance_final",), 3),
         ("evaluation/before.json", (0,), 3),
         ("evaluation/before.json", (0, "strict"), ["<b>"]),
         ("config.json", (), ["<b>"]),
@@ -223,7 +228,7 @@ def test_metrics_that_are_texts_are_refused(tmp_path):
         run.write_text(
             "metrics.jsonl", json.dumps({"iteration": 0, "reward/mean": 0.5, key: "<a href=https://x>x</a>"}) + "\n"
         )
-        with pytest.raises(ValueError, match=r"curves|no record of an iteration"):
+        with pytest.raises(ValueError, match=r"curves|audits|no record of an iteration"):
             write_report(run.path)
 
 

@@ -79,7 +79,7 @@ def test_gradients_go_round_in_machines_and_between_them(scaling, config):
     quiet = reckoned(scaling, config, 16, split=True)
     told = reckoned(scaling, config, 16, split=True, net=net)
     assert quiet["gradients"] == pytest.approx(0, abs=1e-12)
-    assert told["gradients"] == pytest.approx(net.sum(400, 16) + 3 * net.sum(8, 16))
+    assert told["gradients"] == pytest.approx(2 * net.sum(400, 16) + 3 * net.sum(8, 16))
     assert told["survivors that move"] > 0
 
 

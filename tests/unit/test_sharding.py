@@ -20,7 +20,15 @@ from progrpo.rollout.plan import Plan, PrunePoint
 from progrpo.rollout.prune import survivors
 from progrpo.rollout.rollout import rollout
 from progrpo.rollout.sampler import Sampler
-from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding, own_share, rebalanced, sharded_survivors, transfers
+from progrpo.rollout.sharding import (
+    NOT_SHARDED,
+    GroupSharding,
+    in_widest_groups,
+    own_share,
+    rebalanced,
+    sharded_survivors,
+    transfers,
+)
 from progrpo.training.build import sampling_from
 from progrpo.types import Prompt, Rollout, Trajectories, Transition
 from tests.support.grids import SELECTORS
@@ -138,3 +146,24 @@ def test_a_rollout_of_several_is_that_of_one(tiny_policy, world):
     assert sorted(path) == sorted(one.trajectories.path[0].log_prob_N.tolist())
     assert sum(m.cost.nfe for _, m in parts) == alone_meter.cost.nfe == 1 * (5 + 4 + 4 + 3)
     assert sum(m.cost.reward_calls for _, m in parts) == alone_meter.cost.reward_calls
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("verdicts", [False, True])
+def test_groups_that_several_deal_out_are_stopped_as_by_one(world, verdicts):
+    batch = whole([6] * 7)
+    scores = torch.from_numpy(np.random.default_rng(2).normal(size=len(batch)))
+    if verdicts:  # with many ties
+        scores = (scores > 0.8).double()
+    scores[6:11] = torch.nan
+
+    for keep in range(1, 7):
+        expected = in_widest_groups(batch, scores, keep, NOT_SHARDED)
+        assert len(batch.slot_N[expected].unique()) == keep
+
+        def work(member: Member, keep: int = keep) -> list[int]:
+            own = batch.slot_N % member.world == member.rank  # as processes are dealt their prompts
+            mine = batch.take(own.nonzero().flatten())
+            return mine.slot_N[in_widest_groups(mine, scores[own], keep, member)].tolist()
+
+        assert sorted(slot for part in each(world, work) for slot in part) == batch.slot_N[expected].tolist()

@@ -138,14 +138,14 @@ def test_latents_at_their_most_by_hand():
     """A group of 24 holds where each is, the network's output, the first noise, and each latent of the path once."""
     base = replace(load_recipe("sd3"), sampling=SamplingSettings(num_inference_steps=10, latent_dtype="bfloat16"))
     flat = replace(base, plan=PlanSettings("none"))
-    assert _latents(flat, resolve_plan(flat), False) == {
+    assert _latents(flat, resolve_plan(flat), False, 1) == {
         "call": 24 * (4 + 4 + 4 + 2 * 10),
         "decoding": 24 * (4 + 4 + 2 * 10),
         "step": 24 * (4 + 4 + 7 * 4 + 2 * 10),
         "update": 24 * (4 + 2 * 10),
     }
     pruned = replace(base, plan=PlanSettings("custom", group_size=24, prune=((4, 6),)))
-    assert _latents(pruned, resolve_plan(pruned), False) == {
+    assert _latents(pruned, resolve_plan(pruned), False, 1) == {
         "call": 24 * (4 + 4 + 4 + 2 * 5),
         "decoding": 24 * (4 + 4 + 4 + 4 + 2 * 5),
         "step": 24 * (4 + 4 + 7 * 4 + 2 * 4),  # of the step before anyone is pruned
@@ -154,7 +154,7 @@ def test_latents_at_their_most_by_hand():
     single = replace(
         pruned, sampling=SamplingSettings(num_inference_steps=10), optim=OptimSettings(updates_per_rollout=2)
     )
-    found = _latents(single, resolve_plan(single), True)
+    found = _latents(single, resolve_plan(single), True, 1)
     assert found["call"] == 24 * (4 + 4 + 4 * 5 + 4 * 4)  # where it is is the path's end, and steps' means are kept
     assert found["update"] == 6 * (4 + 4 * 10 + 4 * 9) * 1.5
 
@@ -210,10 +210,26 @@ def test_what_processes_share_out(weights):
     """A LoRA stays whole everywhere, weights that are trained in full do not."""
     base = load_recipe("smoke")
     config = replace(base, model=replace(base.model, weights=weights, shard=True))
-    alone, shared = (_memory(config, resolve_plan(config), sizes_for(config), count).parts for count in (1, 2))
+    found = sizes_for(config)
+    alone, shared = (_memory(config, resolve_plan(config), found, count).parts for count in (1, 2))
     assert shared["frozen weights"] == alone["frozen weights"] / 2
     for part in ("trained weights, optimizer", "copies of trained weights", "gradients"):
         assert shared[part] == alone[part] / (2 if weights == "full" else 1)
+
+
+@pytest.mark.parametrize(
+    ("processes", "prompts", "optim", "counted"),
+    [(1, 2, {}, True), (2, 2, {}, False), (1, 1, {}, False), (1, 2, {"noise_scale": False}, False)],
+)
+def test_a_second_gradient_is_counted_where_the_noise_scale_is_measured(processes, prompts, optim, counted):
+    base = load_recipe("smoke")
+    model = replace(base.model, weights="full", shard=True)
+    config = replace(base, model=model, prompts=PromptSettings(per_iteration=prompts), optim=OptimSettings(**optim))
+    found = _memory(config, resolve_plan(config), sizes_for(config), processes)
+    assert found.parts["gradients of a half"] == (found.parts["gradients"] if counted else 0) >= 0
+    without = replace(config, optim=replace(config.optim, noise_scale=False))
+    least = _memory(without, resolve_plan(without), sizes_for(without), processes).peaks["update"]
+    assert found.peaks["update"] == pytest.approx(least + found.parts["gradients of a half"])
 
 
 def test_rewards_are_counted_where_their_networks_are_known():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from progrpo.tracking.statistics import paired_difference, ranks, share, spearman
+from progrpo.tracking.statistics import kept_variance, paired_difference, ranks, share, spearman, standardised
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -48,3 +48,24 @@ def test_paired_difference_has_the_error_of_the_differences():
     found = paired_difference(before, after)
     assert found.value == pytest.approx(0.4)
     assert found.error == pytest.approx(stats.sem([1, 0, 0, 0, 1]))
+
+
+def test_standardised_values_have_mean_zero_and_variance_one_without_the_missing():
+    found = standardised([3.0, None, 1.0, float("inf"), 7.0])
+    assert found is not None
+    assert found[[0, 2, 4]] == pytest.approx(stats.zscore([3.0, 1.0, 7.0]), abs=1e-12)
+    assert np.isnan(found).tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [2.0, 2.0, None], [None, float("nan")]])
+def test_equal_values_have_no_units(values):
+    assert standardised(values) is None and kept_variance(values, [0] if values else []) is None
+
+
+def test_the_variance_of_a_choice_is_in_units_of_all():
+    values = [1.0, 5.0, None, 2.0, 9.0]
+    assert kept_variance(values, [1, 4, 2]) == pytest.approx(np.var([5, 9]) / np.var([1, 5, 2, 9]))
+    assert kept_variance(values, range(5)) == pytest.approx(1)
+    assert kept_variance(values, [3]) == 0 and kept_variance(values, [2]) is None
+    verdicts = [0.0, 1.0] * 4
+    assert kept_variance(verdicts, [0, 1, 2, 3]) == 1  # nothing to select where half pass

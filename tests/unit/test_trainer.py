@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,8 +20,11 @@ from progrpo.config import (
     PlanSettings,
     PreviewSettings,
     PromptSettings,
+    WatchSettings,
 )
+from progrpo.prompts.order import BySignal, InTurn
 from progrpo.storage import load_state, save_state
+from progrpo.training.errors import SelfCheckError
 from progrpo.training.totals import Totals
 from progrpo.types import Cost
 
@@ -51,7 +57,7 @@ def test_a_record_has_the_documented_metrics(tiny_trainer, tiny_config):
     names = {re.sub(r"@\d+", "@S", name) for name in record}
     assert names <= documented
     always = {n for n in re.findall(r"^- `([^`]+)` \([^;]*; always\)", DOCS.read_text(), re.M)}
-    assert always <= names and {"update/kl", "audit/nfe", "preview/rank_correlation@S"} <= names
+    assert always <= names and {"update/kl", "audit/nfe", "preview/rank_correlation@S", "preview/variance@S"} <= names
     assert (record["iteration"], record["rollout/survivors"], record["update/lr"]) == (0, 2 * 3, 1e-3)
     stages = [value for name, value in record.items() if name.startswith("time/")]
     assert sum(stages) == pytest.approx(record["seconds"]) and min(stages) >= 0
@@ -84,6 +90,41 @@ def test_an_audit_comes_every_nth_iteration_and_changes_no_weight(tiny_trainer, 
     record = audit.record(1)
     assert record["iteration"] == 1 and record["steps"] == [0, 1, 2, 3]
     assert sorted(s for s in record["stopped_at"] if s is not None) == [1]
+
+
+@pytest.mark.parametrize(
+    ("plan", "keep"),
+    [
+        (PlanSettings("custom", group_size=6, prune=((1, 4), (2, 3))), [3, 4, 3, 3]),
+        (PlanSettings("custom", group_size=6, prune=((2, 5),), final_keep=2), [2, 2, 5, 2]),
+        (PlanSettings("custom", group_size=6), [3, 3, 3, 3]),  # half of a group that the plan keeps whole
+    ],
+)
+def test_an_audit_measures_the_variance_of_choices_from_the_whole_group(tiny_trainer, tiny_config, plan, keep):
+    done = tiny_trainer(tiny_config(plan=plan, audit=AuditSettings(every=1))).step()
+    audit, record = done.audit, done.audit.record(0)
+    final = audit.final_G.double().numpy()
+
+    def best(scores):
+        return max(combinations(range(6), count), key=lambda members: np.var(scores[list(members)]))
+
+    for step, count in enumerate(keep):
+        seen = audit.used_TG[step].double().numpy()
+        assert record["keep"][step] == count
+        assert record["variance"][step] == pytest.approx(np.var(final[list(best(seen))]) / np.var(final))
+        assert record["variance_final"][step] == pytest.approx(np.var(final[list(best(final))]) / np.var(final))
+    for name in ("variance", "variance_final"):
+        written = {key: value for key, value in done.record.items() if key.startswith(f"preview/{name}@")}
+        assert written == {f"preview/{name}@{step}": record[name][step] for step, _ in plan.prune}
+
+
+def test_an_audit_of_equal_rewards_has_no_variance(tiny_trainer, tiny_config):
+    trainer = tiny_trainer(
+        tiny_config(audit=AuditSettings(every=1)), reward=lambda images, prompts: [0.5] * len(images)
+    )
+    done = trainer.step()
+    assert done.audit.record(0)["variance"] == done.audit.record(0)["variance_final"] == [None] * 4
+    assert done.record["preview/variance@1"] is None
 
 
 def test_the_last_preview_of_an_audit_is_almost_the_picture(tiny_trainer, tiny_config):
@@ -191,3 +232,78 @@ def test_a_state_is_taken_up_by_the_trainers_own_settings(tiny_trainer, tiny_con
     assert (group["weight_decay"], group["betas"]) == (0.5, (0.5, 0.9)) and after.iteration == 1
     assert same(after.policy.named_weights.state_dict()["ema"], weights(before)) and after.plan.group_size == 6
     assert after.step().record["rollout/survivors"] == 2 * 2
+
+
+# --- groups that stop -------------------------------------------------------------------------------------------------
+
+STOPS = PlanSettings("custom", group_size=4, prune=((1, 3),), keep_groups=2)
+
+
+def in_threes(tiny_config, **sections):
+    return tiny_config(plan=STOPS, prompts=PromptSettings(per_iteration=3), **sections)
+
+
+@pytest.mark.parametrize("baseline", ["survivors", "previews"])
+@pytest.mark.parametrize("name", ["grpo", "nft", "dgpo"])
+def test_a_group_that_stops_is_not_trained_on_and_the_others_are(tiny_trainer, tiny_config, name, baseline):
+    objective = ObjectiveSettings(name=name, baseline=baseline, grpo=GRPOSettings(clip_range=3e-3))
+    config = in_threes(tiny_config, objective=objective, audit=AuditSettings(every=1))
+    trainer = tiny_trainer(replace(config, optim=replace(config.optim, updates_per_rollout=2)))
+    before = weights(trainer)
+    done = trainer.step()
+    record, rolled = done.record, done.rollout
+    assert len(rolled.group_N.unique()) == 2 and len(rolled.trajectories) == record["rollout/survivors"] == 2 * 3
+    assert record["rollout/stopped_groups"] == 1
+    assert record["reward/skipped_groups"] == record["advantage/zero_variance_groups"] == 0
+    assert not same(weights(trainer), before)
+    assert record.keys() >= {"preview/rank_correlation@1", "update/noise_scale"}
+    documented = set(re.findall(r"^- `([^`]+)`", DOCS.read_text(), re.M))
+    assert {re.sub(r"@\d+", "@S", key) for key in record} <= documented
+
+
+def test_an_order_hears_of_a_group_that_stops_how_far_its_previews_differ(tiny_trainer, tiny_config):
+    trainer = tiny_trainer(in_threes(tiny_config))
+    heard: list[float] = []
+    trainer.order = Listening({"": tuple(trainer.order.all_prompts)}, 0, heard)
+    rolled = trainer.step().rollout
+    (stopped,) = set(range(3)) - set(rolled.group_N.tolist())
+    seen, (previews,) = rolled.finalists, rolled.previews
+    for group in range(3):
+        own = previews.scores_N[previews.group_N == group] if group == stopped else seen.value_N[seen.group_N == group]
+        assert heard[group] == pytest.approx(own.std(correction=0).item())
+
+
+@dataclass(frozen=True)
+class Listening(InTurn):
+    """An order that notes what it observes."""
+
+    heard: list[float]
+
+    def observe(self, iteration: int, signals: Sequence[float]) -> None:
+        self.heard.extend(signals)
+
+
+def test_a_run_that_stops_groups_goes_on_from_its_state(tiny_trainer, tiny_config, tmp_path):
+    def build():
+        trainer = tiny_trainer(in_threes(tiny_config, audit=AuditSettings(every=2)))
+        trainer.order = BySignal({"": tuple(trainer.order.all_prompts)}, 0)
+        return trainer
+
+    straight, begun, resumed = build(), build(), build()
+    begun.step()
+    save_state(tmp_path / "state", begun.state_dict())
+    resumed.load_state_dict(load_state(tmp_path / "state"))
+    straight.step()
+    for _ in range(2):
+        assert untimed(straight.step().record) == untimed(resumed.step().record)
+    assert same(weights(straight), weights(resumed))
+    assert straight.totals.counted == straight.totals.predicted == resumed.totals.counted
+
+
+def test_a_run_whose_groups_are_all_alike_is_stopped_where_some_are(tiny_trainer, tiny_config):
+    config = in_threes(tiny_config, watch=WatchSettings(flat_iterations=2))
+    trainer = tiny_trainer(config, reward=lambda images, prompts: [0.5] * len(images))
+    first = trainer.step()
+    assert first.record["advantage/zero_variance_groups"] == 2 and first.rollout.group_N.unique().tolist() == [0, 1]
+    with pytest.raises(SelfCheckError, match="for 2 iterations no group's rewards differed"):
+        trainer.step()

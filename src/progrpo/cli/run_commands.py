@@ -109,6 +109,7 @@ class Plan(Command):
             trained_items(config),
             sampling.in_pairs,
             config.preview.ode_steps,
+            config.prompts.per_iteration,
         )
         result: dict[str, object] = {"recipe": config.recipe, "plan": config.plan.preset, **costs}
         if self.gpu is not None:

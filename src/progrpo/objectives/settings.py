@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 from progrpo.registry import choices_of, load_named, one_of
-from progrpo.settings import FRACTION, SHARE, Values, above, at_least, check_rules, read_settings, setting
+from progrpo.settings import FRACTION, SHARE, Values, above, at_least, between, check_rules, read_settings, setting
 
 OBJECTIVES: dict[str, str] = {
     "grpo": "progrpo.objectives.grpo:GRPO",
@@ -72,11 +72,22 @@ class LossSettings:
     kl_beta: float = setting(0.0, at_least(0))
     """The weight of the distance to the reference: the mean square difference of velocities, unless the objective has
     another distance."""
+    negative_weight: float = setting(1.0, between(0, 1))
+    """The factor of negative advantages when a run begins.
+    At 0 the members below the mean are not trained on."""
+    final_negative_weight: float | None = setting(None, between(0, 1).or_empty(" for no change"))
+    """The factor of negative advantages when the run ends; it changes evenly from one to the other.
+    Empty: it stays the same."""
 
     whole_groups: ClassVar[bool] = False
     """Whether the loss of an item depends on the other members of its group."""
     rollout_weights: ClassVar[str] = "current"
     """The weights that sample: `current`, or a name of `averages`."""
+
+    def negative_weight_at(self, progress: float) -> float:
+        """The factor of negative advantages after a share of the run's iterations."""
+        last = self.negative_weight if self.final_negative_weight is None else self.final_negative_weight
+        return self.negative_weight + progress * (last - self.negative_weight)
 
     @property
     def stores(self) -> Stored:
@@ -282,9 +293,11 @@ class ObjectiveSettings:
     `batch`: that of the whole batch (flow_grpo's global_std).
     `gdpo` normalises each reward by its group, then the weighted sum by the batch (arXiv 2601.05242), so that no
     reward drowns another."""
-    baseline: Literal["survivors", "group"] = "survivors"
+    baseline: Literal["survivors", "group", "previews"] = "survivors"
     """The members that mean and std are taken over.
-    `survivors`: the paper's. `group`: the full group, where all members have final rewards (post-hoc selection)."""
+    `survivors`: the paper's. `group`: the full group, where all members have final rewards (post-hoc selection).
+    `previews`: the full group, where a stopped member has the reward that its preview predicts.
+    The prediction is a line through the survivors' previews and rewards of the iteration."""
     adv_eps: float = setting(1e-4, above(0))
     """The number added to the std that advantages are divided by."""
     grpo: GRPOSettings = field(default_factory=GRPOSettings)
@@ -307,8 +320,8 @@ class ObjectiveSettings:
 
     def check(self) -> None:
         """Raise ValueError for a baseline that the advantage does not have, and for settings that nothing reads."""
-        if self.advantage == "gdpo" and self.baseline == "group":
-            raise ValueError("objective.baseline must be survivors for objective.advantage gdpo, not group")
+        if self.advantage == "gdpo" and self.baseline != "survivors":
+            raise ValueError(f"objective.baseline must be survivors for objective.advantage gdpo, not {self.baseline}")
         if self.custom and self.loss is getattr(self, self.name, None):
             raise ValueError(
                 f"objective.custom must be empty for objective.name {self.name}; give objective.{self.name}"

@@ -37,7 +37,10 @@ class PromptOrder(Protocol):
         ...
 
     def observe(self, iteration: int, signals: Sequence[float]) -> None:
-        """Take in the std of the rewards of each group of an iteration (NaN: unknown), in the order of its prompts."""
+        """Take in the std of the rewards of each group of an iteration (NaN: unknown), in the order of its prompts.
+
+        Of a group that was stopped whole (`plan.keep_groups`) it is the std of its previews' scores.
+        """
         ...
 
     def metrics(self) -> dict[str, float]:

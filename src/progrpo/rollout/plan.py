@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import TypedDict
 
 from progrpo.types import Cost
@@ -22,11 +23,13 @@ class Plan:
     """The path of a group: it starts with `group_size` members, and prune points and `final_keep` reduce them.
 
     `final_keep` selects by final rewards. A point that keeps all living members does nothing, and needs no previews.
+    With `keep_groups` the first point also stops whole groups: so many of an iteration's groups go on.
     """
 
     group_size: int
     prune: tuple[PrunePoint, ...] = ()
     final_keep: int | None = None
+    keep_groups: int | None = None
 
     def validate(self, num_inference_steps: int) -> None:
         """Raise ValueError, in one sentence, if the plan cannot be run in that many steps."""
@@ -40,6 +43,8 @@ class Plan:
             living, previous = point.keep, point.step
         if self.final_keep is not None:
             _require_keep("final_keep", self.final_keep, living)
+        if self.keep_groups is not None:
+            _require_keep_groups(self.keep_groups, self.prune)
 
     @property
     def finalists(self) -> int:
@@ -55,9 +60,30 @@ class Plan:
         """The number of members for which the network call of zero-based `step` is made."""
         return next((point.keep for point in reversed(self.prune) if point.step < step), self.group_size)
 
+    def groups_left(self, prompts: int) -> int:
+        """The number of an iteration's groups that go on to the end."""
+        return prompts if self.keep_groups is None else min(self.keep_groups, prompts)
+
+    def rows_at(self, step: int, prompts: int) -> int:
+        """The number of trajectories in an iteration of so many prompts at the network call of zero-based `step`."""
+        none_stopped = self.keep_groups is not None and step <= self.prune[0].step
+        return (prompts if none_stopped else self.groups_left(prompts)) * self.living_at(step)
+
+    def trained(self, prompts: int) -> int:
+        """The number of trajectories in an iteration of so many prompts that are trained on."""
+        return self.groups_left(prompts) * self.survivors
+
+    def stops_groups_after(self, step: int) -> bool:
+        """Whether whole groups stop after the network call of `step`."""
+        return self.keep_groups is not None and self.prune[0].step == step
+
     def active_points(self) -> tuple[PrunePoint, ...]:
-        """The points that remove members; the others decide nothing and cost nothing."""
-        return tuple(point for point in self.prune if point.keep < self.living_at(point.step))
+        """The points that remove members or groups; the others decide nothing and cost nothing."""
+        return tuple(
+            point
+            for point in self.prune
+            if point.keep < self.living_at(point.step) or self.stops_groups_after(point.step)
+        )
 
     def keep_after(self, step: int) -> int | None:
         """The number of members to keep after the network call of `step`; None without an active point there."""
@@ -70,8 +96,9 @@ class Plan:
         guidance: bool,
         ode_steps: int = 1,
         probed: frozenset[int] = frozenset(),
+        prompts: int = 1,
     ) -> Cost:
-        """The cost of one prompt, as a run counts it; ValueError if the plan cannot be run.
+        """The cost of an iteration's prompts, as a run counts it; ValueError if the plan cannot be run.
 
         NFE: with `guidance` a network call is a CFG pair and counts two. Decodes: all living members at each active
         point (previews), and the finalists. Each decoded picture is rewarded once. A preview needs a network call for
@@ -79,14 +106,13 @@ class Plan:
         trained on `trained_steps`.
         """
         self.validate(num_inference_steps)
-        ranked = {point.step: self.living_at(point.step) for point in self.active_points()}
+        ranked = {point.step: self.rows_at(point.step, prompts) for point in self.active_points()}
         by_probe = sum(living for step, living in ranked.items() if step in probed)
         previews = sum(ranked.values()) - by_probe
-        calls = sum(self.living_at(step) for step in range(num_inference_steps)) + previews * (ode_steps - 1)
-        decodes = previews + self.finalists
-        return Cost(
-            calls * (2 if guidance else 1), decodes, decodes, self.survivors * trained_steps, previews, by_probe
-        )
+        calls = sum(self.rows_at(step, prompts) for step in range(num_inference_steps)) + previews * (ode_steps - 1)
+        decodes = previews + self.rows_at(num_inference_steps, prompts)
+        trained = self.trained(prompts) * trained_steps
+        return Cost(calls * (2 if guidance else 1), decodes, decodes, trained, previews, by_probe)
 
 
 @dataclass(frozen=True)
@@ -136,6 +162,15 @@ def _require_keep(name: str, keep: int, living: int | None) -> None:
         raise ValueError(f"{name} must be at most the {living} members that still live there, not {keep}")
 
 
+def _require_keep_groups(keep_groups: int, prune: tuple[PrunePoint, ...]) -> None:
+    if keep_groups < 1:
+        raise ValueError(f"keep_groups must be at least 1, not {keep_groups}: no group would be trained on")
+    if not prune:
+        raise ValueError(
+            "keep_groups must go with a prune point, at which the other groups stop; add one, or leave it out"
+        )
+
+
 def _require_step(step: int, previous: int, num_inference_steps: int) -> None:
     if step < 0:
         raise ValueError(f"prune step must be at least 0, not {step}; steps count from zero")
@@ -149,13 +184,15 @@ def _require_step(step: int, previous: int, num_inference_steps: int) -> None:
 
 
 # A plan and the number of steps it was made for. From Pro-GRPO (arXiv 2512.15347): standard and flash for SD3.5-M,
-# against a group of 24 (`none`), and sd14 for SD1.4, against 16. The control `posthoc` prunes after sampling.
+# against a group of 24 (`none`), and sd14 for SD1.4, against 16. The control `posthoc` prunes after sampling. A run
+# with `auto` begins as `none`.
 PRESETS: dict[str, tuple[Plan, int]] = {
     "standard": (Plan(48, (PrunePoint(5, 24), PrunePoint(7, 12))), 10),
     "flash": (Plan(24, (PrunePoint(5, 16), PrunePoint(7, 12))), 10),
     "posthoc": (Plan(24, final_keep=12), 10),
     "none": (Plan(24), 10),
     "sd14": (Plan(48, (PrunePoint(30, 32), PrunePoint(40, 8))), 50),
+    "auto": (Plan(24), 10),
 }
 
 
@@ -189,43 +226,75 @@ def path(plan: Plan) -> list[int]:
     return [plan.group_size, *(point.keep for point in plan.active_points()), *last]
 
 
+def plans(group_size: int, survivors: int, num_inference_steps: int, most_points: int = 2) -> Iterator[Plan]:
+    """The plans from a group to at least so many survivors.
+
+    They have up to `most_points` prune points, and some of them a choice by final rewards.
+    """
+    keeps = sorted({round(survivors + (group_size - survivors) * part / 3) for part in range(4)} - {group_size})
+    for count in range(most_points + 1):
+        for steps in combinations(range(num_inference_steps - 1), count):
+            for falling in combinations(reversed(keeps), count):
+                points = tuple(PrunePoint(step, keep) for step, keep in zip(steps, falling, strict=True))
+                left = points[-1].keep if points else group_size
+                yield Plan(group_size, points)
+                yield from (Plan(group_size, points, keep) for keep in keeps if keep < left)
+
+
 class PlanCosts(TypedDict):
-    """The path of a plan, and its cost per prompt."""
+    """The path of a plan, its cost per prompt that goes on to the end, and the cost of an iteration.
+
+    `groups` are an iteration's prompts, and under `keep_groups` those that go on.
+    """
 
     group_size: int
     survivors: int
     path: list[int]
+    groups: list[int]
     prune_steps: list[int]
     num_inference_steps: int
     nfe_per_prompt: int
     decodes_per_prompt: int
     reward_calls_per_prompt: int
     trained_steps_per_prompt: int
+    nfe_per_iteration: int
+    decodes_per_iteration: int
+    reward_calls_per_iteration: int
+    trained_steps_per_iteration: int
     nfe_full_group: int
     nfe_saved: float
     nfe_ratio_to_none: float
 
 
-def summary(plan: Plan, num_inference_steps: int, trained_steps: int, guidance: bool, ode_steps: int = 1) -> PlanCosts:
-    """The path and cost of a plan per prompt, ready for JSON; ValueError if it cannot be run.
+def summary(
+    plan: Plan, num_inference_steps: int, trained_steps: int, guidance: bool, ode_steps: int = 1, prompts: int = 1
+) -> PlanCosts:
+    """The path and cost of a plan and of an iteration's prompts, ready for JSON; ValueError if it cannot be run.
 
-    `nfe_saved` is the share of the full group's network calls that pruning avoids; `nfe_ratio_to_none` compares with
-    the preset `none`, a group of 24 without pruning, and is above 1 where a larger start costs more than pruning saves.
+    `nfe_saved` is the share of the full groups' network calls that pruning avoids; `nfe_ratio_to_none` compares with
+    the preset `none`, groups of 24 without pruning, and is above 1 where a larger start costs more than pruning saves.
     """
     cost = plan.predict(num_inference_steps, trained_steps, guidance, ode_steps)
+    of_all = plan.predict(num_inference_steps, trained_steps, guidance, ode_steps, prompts=prompts)
+    go_on = [plan.groups_left(prompts)] if plan.keep_groups is not None else []
     full = Plan(plan.group_size).predict(num_inference_steps, trained_steps, guidance)
     none = preset("none", num_inference_steps).predict(num_inference_steps, trained_steps, guidance)
     return {
         "group_size": plan.group_size,
         "survivors": plan.survivors,
         "path": path(plan),
+        "groups": [prompts, *go_on],
         "prune_steps": [point.step for point in plan.active_points()],
         "num_inference_steps": num_inference_steps,
         "nfe_per_prompt": cost.nfe,
         "decodes_per_prompt": cost.decodes,
         "reward_calls_per_prompt": cost.reward_calls,
         "trained_steps_per_prompt": cost.trained_steps,
+        "nfe_per_iteration": of_all.nfe,
+        "decodes_per_iteration": of_all.decodes,
+        "reward_calls_per_iteration": of_all.reward_calls,
+        "trained_steps_per_iteration": of_all.trained_steps,
         "nfe_full_group": full.nfe,
-        "nfe_saved": 1 - cost.nfe / full.nfe,
-        "nfe_ratio_to_none": cost.nfe / none.nfe,
+        "nfe_saved": 1 - of_all.nfe / (full.nfe * prompts),
+        "nfe_ratio_to_none": of_all.nfe / (none.nfe * prompts),
     }

@@ -4,54 +4,69 @@ Score-function estimators over k independent rewards have SNR^2 in proportion to
 rewards in units of the variance of all. So a plan gives a signal of k V per prompt, and k V / seconds per second. A
 subset never has more signal than its group: pruning wins by saving seconds.
 
-The agreement of previews is measured in audit groups, and the groups in which plans are compared are simulated. Final
-rewards are normal, and a preview is the knowledge of them at its step. So previews at steps s < t correlate as
-rho_s / rho_t with each other and as rho with the end: a random walk W, seen at the times rho^2, and at 1.
+Audits measure how previews agree with final rewards, and how these are spread within a group. The groups in which plans
+are compared are simulated from both. Each has the final rewards of one audit, so that a verdict stays a verdict: of one
+that half the members pass V is 1 whatever is chosen, where normal rewards reach 1.86 at half. Behind the rewards stand
+normal variables (a Gaussian copula), and a preview is the knowledge of them at its step. So previews at steps s < t
+correlate as rho_s / rho_t with each other and as rho with the end: a random walk W, seen at the times rho^2, and at 1.
+The scores of a step are the group's rewards, shared out by the ranks of W.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import combinations
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.rollout.plan import Plan, PrunePoint
+from progrpo.rollout.plan import Plan
 from progrpo.rollout.prune import Selector
 
 _GROUPS = 512  # of the simulation: its own error is then above one per cent, and the same draws serve all plans
-
-
-def pearson(spearman: float) -> float:
-    """Pearson's correlation of two normal variables with this rank correlation."""
-    return 2 * math.sin(math.pi * spearman / 6)
+_ANGLES = 17  # at which agreement is tabled, as sin(angle): that of verdicts is linear in the angle, of others smooth
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """P simulated groups of G members: previews at each of T steps, and in the last column final rewards."""
+    """P simulated groups of G members: previews at each of T steps, and in the last column final rewards.
+
+    All are in units of the standard deviation within a group.
+    """
 
     previews_PGT1: Tensor
     _living: dict[tuple[tuple[int, int], ...], Tensor] = field(default_factory=dict)
     """The members left after some points: plans share their beginnings."""
 
     @classmethod
-    def of(cls, agreement_T: Sequence[float], group_size: int, seed: int = 0) -> Simulation:
-        """Simulate groups from Spearman's correlation of previews with final rewards, by step.
+    def of(
+        cls,
+        agreement_T: Sequence[float],
+        finals: Sequence[Sequence[float]],
+        group_size: int,
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
+    ) -> Simulation:
+        """Simulate groups from Spearman's correlation of previews with final rewards by step, and from these rewards.
 
-        A later preview is taken to know no less than an earlier one.
+        `finals` are those of audits, each of one group and standardised. An audit shapes a share of the groups, in
+        proportion to its weight. A later preview is taken to know no less than an earlier one.
         """
-        known = torch.tensor([min(max(pearson(a), 0.0), 1.0) for a in agreement_T] + [1.0], dtype=torch.float64)
-        times = known.square().cummax(0).values
         generator = torch.Generator().manual_seed(seed)
-        steps = torch.randn(_GROUPS, group_size, len(times), generator=generator, dtype=torch.float64)
+        of_P = _audit_of_each(weights or [1.0] * len(finals))
+        audited = _Groups.of(finals, of_P, max(map(len, finals)), generator)
+        known_T = audited.correlations(agreement_T, generator)
+        times = torch.cat([known_T.square(), torch.ones(1, dtype=torch.float64)]).cummax(0).values
+        groups = _Groups.of(finals, of_P, group_size, generator)
+        steps = _normals((_GROUPS, group_size, len(times)), generator)
         walk = (steps * times.diff(prepend=times.new_zeros(1)).sqrt()).cumsum(2)
+        walk = walk + times * (groups.latents_PG[..., None] - walk[..., -1:])  # to the end that is given
         # where nothing is known all would be equal, and the selectors' rule for ties would decide: there it is a draw
-        blind = torch.randn(walk.shape, generator=generator, dtype=torch.float64)
-        return cls(torch.where(times > 0, walk, blind))
+        blind = _normals(walk.shape, generator)
+        seen = groups.by_rank(torch.where(times > 0, walk, blind)[..., :-1])
+        return cls(torch.cat([seen, groups.rewards_PG[..., None]], dim=2))
 
     def signal(self, plan: Plan, selector: Selector) -> float:  # one selector a simulation
         """The signal k V of the plan: SNR^2 per prompt, to which each member of a full group adds nearly 1."""
@@ -75,16 +90,67 @@ class Simulation:
         return self._living[key]
 
 
-def plans(group_size: int, survivors: int, num_inference_steps: int, most_points: int = 2) -> Iterator[Plan]:
-    """The plans from a group to at least so many survivors.
+@dataclass(frozen=True)
+class _Groups:
+    """P groups of G members in random order: their final rewards, and the normal variables behind these."""
 
-    They have up to `most_points` prune points, and some of them a choice by final rewards.
-    """
-    keeps = sorted({round(survivors + (group_size - survivors) * part / 3) for part in range(4)} - {group_size})
-    for count in range(most_points + 1):
-        for steps in combinations(range(num_inference_steps - 1), count):
-            for falling in combinations(reversed(keeps), count):
-                points = tuple(PrunePoint(step, keep) for step, keep in zip(steps, falling, strict=True))
-                left = points[-1].keep if points else group_size
-                yield Plan(group_size, points)
-                yield from (Plan(group_size, points, keep) for keep in keeps if keep < left)
+    rewards_PG: Tensor
+    latents_PG: Tensor
+
+    @classmethod
+    def of(
+        cls, finals: Sequence[Sequence[float]], of_P: Tensor, group_size: int, generator: torch.Generator
+    ) -> _Groups:
+        """Give each group the rewards of its audit, or their quantiles where the group has another size.
+
+        The normal variables have the places that the rewards have among those of all audits; equal rewards share out
+        the places between the next lower and higher one.
+        """
+        places_G = (torch.arange(group_size, dtype=torch.float64) + 0.5) / group_size
+        shapes = [torch.tensor(final, dtype=torch.float64).sort().values for final in finals]
+        rewards_PG = torch.stack([shape[(places_G * len(shape)).long()] for shape in shapes])[of_P]
+        rewards_PG = rewards_PG.gather(1, _normals(rewards_PG.shape, generator).argsort(1))
+        pool = torch.cat(shapes).sort().values
+        lower, upper = (torch.searchsorted(pool, rewards_PG, right=right) for right in (False, True))
+        within = torch.rand(rewards_PG.shape, generator=generator, dtype=torch.float64)
+        return cls(rewards_PG, torch.special.ndtri((lower + within * (upper - lower)) / len(pool)))
+
+    def by_rank(self, values: Tensor) -> Tensor:
+        """The rewards of each group, shared out by the order of values (P, G, ...)."""
+        ascending = self.rewards_PG.sort(1).values.reshape(*self.rewards_PG.shape, *[1] * (values.ndim - 2))
+        return values.scatter(1, values.argsort(1), ascending.expand_as(values))
+
+    def correlations(self, agreement_T: Sequence[float], generator: torch.Generator) -> Tensor:
+        """The correlations (T,), from 0 to 1, of latents at each step with the end whose rewards agree so.
+
+        Ranks with ties and small groups have a smaller Spearman's correlation than 6 / pi asin(rho / 2), so that it is
+        found by simulation.
+        """
+        angles = torch.linspace(0, math.pi / 2, _ANGLES, dtype=torch.float64)
+        noise = _normals(self.latents_PG.shape, generator)
+        ranked = replace(self, rewards_PG=_centred_ranks(self.rewards_PG))
+        found = []
+        for angle in angles:
+            seen = ranked.by_rank(angle.sin() * self.latents_PG + angle.cos() * noise)
+            found.append(((seen * ranked.rewards_PG).sum(1) / ranked.rewards_PG.square().sum(1)).mean())
+        agreement = torch.stack([torch.zeros_like(found[0]), *found[1:]]).cummax(0).values
+        measured_T = np.array(agreement_T, dtype=np.float64)
+        angle_T = np.interp(measured_T, agreement.numpy(), angles.numpy())
+        return torch.from_numpy(np.where(measured_T > 0, angle_T, 0.0)).sin()
+
+
+def _normals(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _centred_ranks(values_PG: Tensor) -> Tensor:
+    """Twice the members' ranks, with the average rank for ties, less their mean."""
+    ascending = values_PG.sort(1).values
+    below, upto = (torch.searchsorted(ascending, values_PG, right=right) for right in (False, True))
+    return (below + upto - values_PG.shape[1]).double()
+
+
+def _audit_of_each(weights: Sequence[float]) -> Tensor:
+    """The number of the audit that shapes each of the groups (P,): shares in proportion to the weights."""
+    upto = torch.tensor(weights, dtype=torch.float64).cumsum(0)
+    return torch.searchsorted(upto, (torch.arange(_GROUPS, dtype=torch.float64) + 0.5) / _GROUPS * upto[-1])

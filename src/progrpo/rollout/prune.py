@@ -156,13 +156,40 @@ def none(scores_PG: Tensor, keep: int, present_PG: Tensor, seeds_P: Tensor) -> S
 
 
 def survivors(group_N: Tensor, scores_N: Tensor, keep: int, selector: Selector, seeds_P: Tensor) -> Tensor:
-    """The rows of N members, prompt-major, that the selector keeps: prompt-major, members ascending."""
-    row_PG, present_PG = to_groups(group_N, len(seeds_P))
+    """The rows of N members, prompt-major, that the selector keeps: prompt-major, members ascending.
+
+    The selector sees the groups that have members.
+    """
+    living_P, group_N = group_N.unique(return_inverse=True)
+    if not len(living_P):
+        return group_N
+    row_PG, present_PG = to_groups(group_N, len(living_P))
+    seeds_P = seeds_P[living_P]
     scores_PG = scores_N[row_PG].masked_fill(~present_PG, torch.nan)
     selection = selector(scores_PG, keep, present_PG, seeds_P)
     if not isinstance(selection, Selection):
         raise ValueError(f"plan.selector must return a progrpo.rollout.prune.Selection, not {type(selection).__name__}")
     return row_PG.gather(1, selection.indices_PK)[selection.valid_PK]
+
+
+def widest_groups(group_N: Tensor, scores_N: Tensor, keep: int) -> Tensor:
+    """The `keep` of P groups, numbered from 0, whose scores have the largest variance, ascending (int64).
+
+    Among equal variances the lower group wins. A group with fewer than two finite scores comes last. Rows are by group.
+    The choice does not depend on the order of rows within a group. A verdict that p of the members pass has the same
+    variance as one that 1 - p pass.
+    """
+    row_PG, present_PG = to_groups(group_N, int(group_N.max()) + 1)
+    scores_PG = scores_N.double()[row_PG]
+    scored_PG = scores_PG.isfinite() & present_PG
+    count_P = scored_PG.sum(1)
+    ascending_PG = scores_PG.masked_fill(~scored_PG, torch.inf).sort(1).values
+    above_PG = (ascending_PG - ascending_PG[:, :1]).where(ascending_PG.isfinite(), 0.0)
+    # whole numbers stay exact, so that equal variances of verdicts are equal
+    squares_P, total_P = above_PG.square().sum(1), above_PG.sum(1)
+    variance_P = (count_P * squares_P - total_P.square()) / count_P.square()
+    order_P = variance_P.where(count_P >= 2, -1.0).sort(descending=True, stable=True).indices
+    return order_P[:keep].sort().values
 
 
 def to_groups(group_N: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,8 @@ def rollout(sampler: Sampler, prompts: Sequence[Prompt], slot_P: Tensor, key: No
     """One group per prompt: expanded, pruned by the sampler's plan, finished, decoded and rewarded.
 
     `slot_P` (int64) has the prompts' global places in the iteration, by which noise is drawn. With the plan's
-    `final_keep` the final rewards select the survivors; the rewards of all finalists are kept beside theirs. With group
-    sharding each process has its part of the rollout.
+    `final_keep` the final rewards select the survivors; the rewards of all finalists are kept beside theirs. With the
+    plan's `keep_groups` some groups have none. With group sharding each process has its part of the rollout.
     """
     plan, sampling, sharding = sampler.plan, sampler.sampling, sampler.sharding
     plan.validate(sampling.num_inference_steps)
@@ -36,6 +36,8 @@ def rollout(sampler: Sampler, prompts: Sequence[Prompt], slot_P: Tensor, key: No
             return batch
         _, scores_N = preview(sampler, prompts, condition, batch, step, meter)
         rows = sampler.survivors(batch, scores_N, keep, key.group_seeds(slot_P, step))
+        if plan.stops_groups_after(step):
+            rows = rows[sampler.going_on(batch, scores_N)[rows]]
         kept_N = torch.zeros(len(batch), dtype=torch.bool).index_fill(0, rows, True)
         previews.append(Preview(step, batch.group_N, batch.member_N, scores_N, kept_N))
         return rebalanced(batch.take(rows), sharding)
@@ -57,3 +59,13 @@ def rollout(sampler: Sampler, prompts: Sequence[Prompt], slot_P: Tensor, key: No
         finalists=finalists,
         previews=tuple(previews),
     )
+
+
+def last_scores(rolled: Rollout) -> tuple[Tensor, Tensor]:
+    """The last scores of every group, and the group of each: final rewards, or previews where it was stopped whole."""
+    scores, groups = [rolled.finalists.value_N], [rolled.finalists.group_N]
+    for seen in rolled.previews:
+        stopped_N = ~torch.isin(seen.group_N, rolled.finalists.group_N)
+        scores.append(seen.scores_N[stopped_N])
+        groups.append(seen.group_N[stopped_N])
+    return torch.cat(scores), torch.cat(groups)

@@ -14,7 +14,7 @@ from progrpo.rollout.probe import Probe, trusted_steps
 from progrpo.rollout.prune import Selector, ovf
 from progrpo.rollout.sampling import Sampling
 from progrpo.rollout.settings import PreviewSettings
-from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding, sharded_survivors
+from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding, in_widest_groups, sharded_survivors
 from progrpo.types import Condition, Trajectories
 
 
@@ -23,7 +23,8 @@ class Sampler:
     """A policy and a reward, and how groups are sampled, previewed and pruned with them.
 
     `rollout`, `in_waves`, `preview`, `audit` and `evaluate` take one. Previews follow `preview_settings`; where the
-    `probe` is trusted, it ranks instead. Processes of a `sharding` share the members of each group.
+    `probe` is trusted, it ranks instead. Processes of a `sharding` share the members of each group. The `peers` have
+    groups of their own, and choose with this process those that go on.
     """
 
     policy: Policy
@@ -34,6 +35,7 @@ class Sampler:
     preview_settings: PreviewSettings = field(default_factory=PreviewSettings)
     probe: Probe | None = None
     sharding: GroupSharding = NOT_SHARDED
+    peers: GroupSharding = NOT_SHARDED
 
     def denoiser(self, condition: Condition) -> Denoiser:
         """The policy under the condition of some prompts."""
@@ -51,3 +53,8 @@ class Sampler:
     def survivors(self, batch: Trajectories, scores_N: Tensor, keep: int, seeds_P: Tensor) -> Tensor:
         """The rows of this process' batch that stay when each group keeps `keep` members; a seed per group."""
         return sharded_survivors(batch, scores_N, keep, self.selector, seeds_P, self.sharding)
+
+    def going_on(self, batch: Trajectories, scores_N: Tensor) -> Tensor:
+        """The mask (N,) of the rows of this process' batch whose groups the plan does not stop."""
+        assert self.plan.keep_groups is not None
+        return in_widest_groups(batch, scores_N, self.plan.keep_groups, self.peers)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from progrpo.diffusion.facts import PRESERVING, REDUCED, SDE, StepFacts
 from progrpo.messages import quoted
 from progrpo.registry import choices_of, load_named, one_of
-from progrpo.rollout.plan import PRESETS, Plan, PrunePoint, preset
+from progrpo.rollout.plan import PRESETS, Plan, PrunePoint, plans, preset
 from progrpo.rollout.window import window
 from progrpo.settings import NUM_STEPS, Rule, above, at_least, between, setting
 
@@ -42,6 +43,7 @@ SELECTORS: dict[str, str] = {
 }
 _SAMPLER_NAMES = ("auto", *SAMPLERS)
 PLAN_NAMES = (*PRESETS, "custom")
+_AUTO_GROUPS, _AUTO_SURVIVORS = (24, 16, 12), 6
 if TYPE_CHECKING:
     SamplerName = str
     SelectorName = str
@@ -183,6 +185,8 @@ class PlanSettings:
     """One of the paper's plans, or `custom` with the three fields below.
     `standard`: 48 -> 24 -> 12 members. `flash`: 24 -> 16 -> 12. `sd14`: 48 -> 32 -> 8. `none`: 24, not pruned.
     `posthoc`: 24 members are finished, and 12 are kept by their final rewards.
+    `auto`: 24, not pruned, until three audits have measured what pays; then the group of 12 to 24, the points and the
+    6 survivors or more with the highest expected progress per second, none pruned where that is best.
     `module:function`: a `progrpo.rollout.plan.Plan` of your own, or a function of num_inference_steps that returns
     one."""
     group_size: int = setting(24, between(2, 100_000))
@@ -192,6 +196,10 @@ class PlanSettings:
     After the network call of this zero-based step, keep this many members of each group."""
     final_keep: int | None = None
     """In a custom plan, keep this many members by their final rewards."""
+    keep_groups: int | None = setting(None, at_least(1).or_empty(" to stop no group"))
+    """At the plan's first prune point also stop whole groups: so many of an iteration's prompts go on.
+    They are those whose previews' scores differ most; groups whose scores are all equal teach nothing.
+    It must be smaller than `prompts.per_iteration`; raise that to keep the number of trained trajectories."""
     selector: SelectorName = setting("ovf", one_of(SELECTORS, "function"))  # noqa: RUF009 (a field)
     """The choice of members that are kept. `ovf`: those whose scores have the largest variance (the paper's).
     `top_bottom`: half from the best, half from the worst. `uniform`: a random draw.
@@ -204,14 +212,32 @@ class PlanSettings:
     It computes this from the measured agreement of previews and from the measured costs.
     The group size stays the same, and the survivors do not become fewer."""
 
+    @property
+    def follows_audits(self) -> bool:
+        """Whether audits may change the plan."""
+        return self.adaptive or self.preset == "auto"
+
+    def candidates(self, plan: Plan, num_inference_steps: int) -> Iterator[Plan]:
+        """The plans that an audit may choose in place of `plan`."""
+        if self.preset == "auto":
+            for group_size in _AUTO_GROUPS:
+                yield from plans(group_size, _AUTO_SURVIVORS, num_inference_steps)
+        elif self.adaptive:
+            yield from plans(plan.group_size, self.plan(num_inference_steps).survivors, num_inference_steps)
+
     def plan(self, num_inference_steps: int) -> Plan:
-        """The plan that is run; ValueError if it needs more steps than `num_inference_steps`."""
+        """The plan that is run, or with which a run begins whose audits change it.
+
+        ValueError if it needs more steps than `num_inference_steps`.
+        """
         if self.preset in PRESETS:
-            return preset(self.preset, num_inference_steps)
-        if self.preset == "custom":
+            plan = preset(self.preset, num_inference_steps)
+        elif self.preset == "custom":
             plan = Plan(self.group_size, tuple(PrunePoint(*point) for point in self.prune), self.final_keep)
         else:
             plan = _load_plan(self.preset, num_inference_steps)
+        if self.keep_groups is not None:
+            plan = replace(plan, keep_groups=self.keep_groups)
         plan.validate(num_inference_steps)
         return plan
 
@@ -226,8 +252,10 @@ class PlanSettings:
         """Raise ValueError for fields of a custom plan beside another preset, or a selector that is no function."""
         if self.selector not in SELECTORS:
             self.load_selector()
+        if self.preset == "auto" and self.adaptive:
+            raise ValueError("plan.adaptive must be false for plan.preset auto, which adapts by itself; leave it out")
         if self.preset != "custom" and self != PlanSettings(
-            preset=self.preset, selector=self.selector, adaptive=self.adaptive
+            preset=self.preset, selector=self.selector, adaptive=self.adaptive, keep_groups=self.keep_groups
         ):
             raise ValueError(
                 "plan.group_size, plan.prune and plan.final_keep are read only when plan.preset is custom,"

@@ -2,7 +2,7 @@
 
 A process usually samples whole groups. Where a group is too slow for one process, its members are dealt over all: each
 scores its share, gets all scores, and selects alike. Noise is keyed by member, so the survivors do not depend on the
-process that sampled them.
+process that sampled them. Whole groups are chosen likewise over the groups of all processes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from progrpo.rollout.prune import Selector, survivors
+from progrpo.rollout.prune import Selector, survivors, widest_groups
 from progrpo.types import Trajectories
 
 T = TypeVar("T")
@@ -63,6 +63,18 @@ def sharded_survivors(
     kept = order_M[survivors(group_M[order_M], scores_M[order_M], keep, selector, seeds_P)]
     own = kept[owner_M[kept] == sharding.rank] - sum(sizes[: sharding.rank])
     return own.sort().values
+
+
+def in_widest_groups(batch: Trajectories, scores_N: Tensor, keep: int, peers: GroupSharding) -> Tensor:
+    """The mask (N,) of this process' rows in the `keep` groups of all processes whose scores differ most.
+
+    Among equals the lower slot wins, so that the choice does not depend on the number of processes.
+    """
+    shares = peers.gather([(batch.slot_N, scores_N)])
+    slot_M, scores_M = (torch.cat(columns) for columns in zip(*shares, strict=True))
+    slots, group_M = slot_M.unique(return_inverse=True)
+    order_M = group_M.argsort(stable=True)
+    return torch.isin(batch.slot_N, slots[widest_groups(group_M[order_M], scores_M[order_M], keep)])
 
 
 def rebalanced(batch: Trajectories, sharding: GroupSharding) -> Trajectories:

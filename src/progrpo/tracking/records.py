@@ -6,7 +6,7 @@ An older run's record may lack fields that were added since.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict, cast
+from typing import NotRequired, TypedDict, cast
 
 MetricValue = float | list[int] | None
 """A number, or None where there is none. Only `plan/path` is a list."""
@@ -53,7 +53,9 @@ class AuditRecord(TypedDict, total=False):
     """One audit group of G members, in audit/*.json: scores by step (T lists of G numbers) and who would be let go.
 
     `used` are the scores that the run decides on. `stopped_at` has for each member the step after whose network call
-    the plan lets it go: T for those dropped on final rewards, None for survivors.
+    the plan lets it go: T for those dropped on final rewards, None for survivors. `variance` has for each step the
+    variance of the final rewards of the `keep` members that the run's selector takes from the whole group by `used`, in
+    units of the variance of all; `variance_final` that of the best choice of as many. None: all rewards are equal.
     """
 
     iteration: int
@@ -65,6 +67,9 @@ class AuditRecord(TypedDict, total=False):
     stopped_at: list[int | None]
     kept_uniform: list[int]
     kept_ovf: list[int]
+    keep: list[int]
+    variance: Sequence[float | None]
+    variance_final: Sequence[float | None]
     strip: str
 
 
@@ -77,10 +82,14 @@ class CostSummary(TypedDict):
 
 
 class PlanSummary(TypedDict):
-    """The plan in force when the summary was written."""
+    """The plan in force when the summary was written.
+
+    `groups` are an iteration's prompts, and those that go on where whole groups stop; older runs have none.
+    """
 
     value: float | None
     path: list[int]
+    groups: NotRequired[list[int]]
     prune_steps: list[int]
     selector: str
     num_inference_steps: int

@@ -48,6 +48,30 @@ def hit_rate(scores: ArrayLike, truth: ArrayLike, keep: int) -> float | None:
     return hits / keep
 
 
+def standardised(values: Sequence[float | None] | np.ndarray) -> np.ndarray | None:
+    """The values less their mean, over their population standard deviation, NaN where missing. None if all are equal.
+
+    Fewer than two values count as equal.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    found = np.where(np.isfinite(found), found, np.nan)
+    present = found[~np.isnan(found)]
+    return (found - present.mean()) / present.std() if len(present) > 1 and np.ptp(present) > 0 else None
+
+
+def kept_variance(values: Sequence[float | None] | np.ndarray, members: Sequence[int]) -> float | None:
+    """The variance of these members' values in units of the variance of all, both population variances.
+
+    Missing values are left out. The result is None if all values are equal, or if no member has one.
+    """
+    units = standardised(values)
+    if units is None:
+        return None
+    kept = units[list(members)]
+    kept = kept[~np.isnan(kept)]
+    return float(kept.var()) if len(kept) else None
+
+
 @dataclass(frozen=True)
 class Mean:
     """A mean with its standard error and the number of values."""

@@ -21,7 +21,7 @@ from progrpo.rollout.prune import Selector, ovf, uniform
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.settings import PreviewSettings
 from progrpo.tracking.records import AuditRecord
-from progrpo.tracking.statistics import hit_rate, spearman
+from progrpo.tracking.statistics import hit_rate, kept_variance, spearman
 from progrpo.types import Condition, Prompt, Trajectories
 
 
@@ -32,6 +32,9 @@ class Audit:
     `scores_TG` belong to one-step projections through the full decoder, `used_TG` to the previews that the run decides
     by, `probe_TG` to a probe. `examples` are for the probe to learn from. `kept_uniform` and `kept_ovf` are the members
     that these selectors keep by final rewards: as many as the plan's survivors, or half where the plan keeps all.
+    `chosen_TK` are those that the run's selector takes from the whole group by the previews of each step, and `best_TK`
+    the choices of as many by final rewards with the largest variance: the plan's keep at its points, elsewhere the
+    number above.
     """
 
     prompt: Prompt
@@ -41,6 +44,8 @@ class Audit:
     stopped_at: list[int | None]
     kept_uniform: list[int]
     kept_ovf: list[int]
+    chosen_TK: list[list[int]]
+    best_TK: list[list[int]]
     used_TG: Tensor
     probe_TG: Tensor | None
     examples: dict[int, ProbeExample]
@@ -61,6 +66,17 @@ class Audit:
         """The share of the `keep` members at both ends of the final rewards that previews put at the same end."""
         return hit_rate(self.used_TG[step].numpy(), self.final_G.numpy(), keep)
 
+    def variance(self) -> list[float | None]:
+        """V of each step's choice: the variance of its final rewards in units of all. None where all are equal."""
+        return self._variances(self.chosen_TK)
+
+    def variance_final(self) -> list[float | None]:
+        """The largest V of as many members, by step: that of a choice by final rewards."""
+        return self._variances(self.best_TK)
+
+    def _variances(self, chosen_TK: list[list[int]]) -> list[float | None]:
+        return [kept_variance(self.final_G.numpy(), members) for members in chosen_TK]
+
     def _ranked(self, scores_TG: Tensor) -> list[float | None]:
         return [spearman(scores.numpy(), self.final_G.numpy()) for scores in scores_TG]
 
@@ -75,6 +91,9 @@ class Audit:
             "stopped_at": self.stopped_at,
             "kept_uniform": self.kept_uniform,
             "kept_ovf": self.kept_ovf,
+            "keep": [len(members) for members in self.chosen_TK],
+            "variance": self.variance(),
+            "variance_final": self.variance_final(),
         }
 
 
@@ -109,6 +128,8 @@ def audit(sampler: Sampler, prompt: Prompt, slot: int, key: NoiseKey, meter: Met
     probed = _probed(sampler.probe, batch, condition)
     trusted = sampler.probed_steps
     decided = [probed[t] if probed and t in trusted else used_G for t, used_G in enumerate(used)]
+    keep_T = [plan.keep_after(step) or keep for step in range(len(decided))]
+    seeds_T = [key.group_seeds(slot_P, step) for step in range(len(decided))]
     return Audit(
         prompt=prompt,
         scores_TG=torch.stack(scores),
@@ -117,6 +138,8 @@ def audit(sampler: Sampler, prompt: Prompt, slot: int, key: NoiseKey, meter: Met
         stopped_at=_stops(plan, decided, final_G, sampler.selector, key, slot_P),
         kept_uniform=_kept(uniform, final_G, keep, seeds_P),
         kept_ovf=_kept(ovf, final_G, keep, seeds_P),
+        chosen_TK=[_kept(sampler.selector, *at) for at in zip(decided, keep_T, seeds_T, strict=True)],
+        best_TK=[_kept(ovf, final_G, *at) for at in zip(keep_T, seeds_T, strict=True)],
         used_TG=torch.stack(decided),
         probe_TG=None if probed is None else torch.stack(probed),
         examples=probe_examples(batch, condition, final_G, torch.stack(scores)),

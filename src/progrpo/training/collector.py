@@ -56,6 +56,7 @@ class Collector:
         self._loss = loss
         self._plan_monitor = plan_monitor
         self._sharding: GroupSharding = ranks if config.prompts.split_groups else NOT_SHARDED
+        self._peers: GroupSharding = ranks if plan_monitor.plan.keep_groups is not None else NOT_SHARDED
 
     def sampler(self, iteration: int) -> Sampler:
         """The sampler of a zero-based iteration."""
@@ -68,6 +69,7 @@ class Collector:
             preview_settings=self._config.preview,
             probe=self._plan_monitor.probe,
             sharding=self._sharding,
+            peers=self._peers,
         )
         return sampler.with_max_batch(self.microbatch.size)
 
@@ -104,9 +106,9 @@ class Collector:
     @property
     def refusal(self) -> str | None:
         """The reason why a process that runs out of memory while sampling cannot try again; None where it can."""
-        if self._sharding.world == 1 and self._policy.drain_peer_calls is None:
+        if self._sharding.world == self._peers.world == 1 and self._policy.drain_peer_calls is None:
             return None
         return (
-            "out of memory while processes work together (model.shard, prompts.split_groups), so that one of them"
-            " cannot try again; lower sampling.microbatch"
+            "out of memory while processes work together (model.shard, prompts.split_groups, plan.keep_groups), so that"
+            " one of them cannot try again; lower sampling.microbatch"
         )

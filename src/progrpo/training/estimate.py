@@ -24,7 +24,7 @@ from progrpo.rewards.settings import REWARDS
 from progrpo.rollout.plan import Plan
 from progrpo.rollout.preview import DECODED
 from progrpo.training.gpus import GPU, GPUS
-from progrpo.training.plan_judge import prompt_cost
+from progrpo.training.plan_judge import iteration_cost
 
 _FLOAT, _GB = 4, 1e9
 _AVERAGES = {"adamw": 2 * _FLOAT, "adamw_8bit": 2 * (1 + _FLOAT / 256)}  # bytes per weight; 256 share a scale
@@ -99,7 +99,7 @@ def estimate(config: Config, device: str, share: float, processes: int) -> Estim
         "seconds_per_iteration": seconds,
         "pictures_per_hour": {
             "begun": 3600 / seconds * prompts * plan.group_size,
-            "trained_on": 3600 / seconds * prompts * plan.survivors,
+            "trained_on": 3600 / seconds * plan.trained(prompts),
         },
     }
     return cast(Estimate, result)
@@ -125,8 +125,8 @@ def _memory(config: Config, plan: Plan, model: Sizes, processes: int) -> _Memory
     shared = processes if config.model.shard else 1  # a LoRA stays whole everywhere
     trained = _FLOAT * model.trained / (shared if config.model.weights == "full" else 1)
     prompts = -(-config.prompts.per_iteration // processes)
-    per_number = _latents(config, plan, loss.stores == "means")
-    latents = {name: prompts * model.latent * number for name, number in per_number.items()}
+    per_number = _latents(config, plan, loss.stores == "means", prompts)
+    latents = {name: model.latent * number for name, number in per_number.items()}
     always = {
         "frozen weights": model.frozen_bytes / shared,
         "decoder": model.decoder_bytes,
@@ -137,9 +137,10 @@ def _memory(config: Config, plan: Plan, model: Sizes, processes: int) -> _Memory
     parts = {
         **always,
         "gradients": trained,
+        "gradients of a half": trained if _takes_halves(config, shared) else 0.0,
         "latents while sampling": max(latents["call"], latents["decoding"], latents["step"]),
         "latents in the update": latents["update"],
-        "graphs of sampling": _graphs(config, plan) * prompts * model.train_bytes / config.optim.items_per_pass,
+        "graphs of sampling": _graphs(config, plan, prompts) * model.train_bytes / config.optim.items_per_pass,
         "network call": model.call_bytes,
         "decoding": model.decode_bytes,
         "forward and backward pass": model.train_bytes,
@@ -148,7 +149,7 @@ def _memory(config: Config, plan: Plan, model: Sizes, processes: int) -> _Memory
     resident = sum(always.values()) + (parts["text encoders"] if config.model.keep_text_encoders else 0)
     denoiser = parts["frozen weights"] + trained
     moments = latents["call"] + model.call_bytes, latents["decoding"] + model.decode_bytes, latents["step"]
-    passes = parts["gradients"] + parts["forward and backward pass"]
+    passes = parts["gradients"] + parts["gradients of a half"] + parts["forward and backward pass"]
     peaks = {
         "start": parts["decoder"] + (max if config.model.offload else sum)((denoiser, parts["text encoders"])),
         "sampling": resident + parts["graphs of sampling"] + max(moments),
@@ -157,12 +158,18 @@ def _memory(config: Config, plan: Plan, model: Sizes, processes: int) -> _Memory
     return _Memory(_in_gb(parts), _in_gb(peaks))
 
 
+def _takes_halves(config: Config, shared: int) -> bool:
+    """Whether the noise scale is measured, by a second gradient, where so many processes share the denoiser."""
+    is_sharded = config.model.weights == "full" and shared > 1
+    return config.optim.measures_noise_scale and config.prompts.per_iteration > 1 and not is_sharded
+
+
 def _in_gb(values: Mapping[str, float]) -> dict[str, float]:
     return {name: value / _GB for name, value in values.items()}
 
 
-def _latents(config: Config, plan: Plan, means: bool) -> dict[str, float]:
-    """Bytes per number of a latent, for a prompt's trajectories at their peak, by the moment.
+def _latents(config: Config, plan: Plan, means: bool, prompts: int) -> dict[str, float]:
+    """Bytes per number of a latent, for the trajectories of so many prompts at their peak, by the moment.
 
     The moments are a network call, decoding, a step, and the update.
     """
@@ -177,22 +184,22 @@ def _latents(config: Config, plan: Plan, means: bool) -> dict[str, float]:
         return path + (0 if kept == _FLOAT and step - 1 in trained else _FLOAT)
 
     calls = []
-    decodings = [own(steps) * plan.finalists]
+    finalists, survivors = plan.rows_at(steps, prompts), plan.trained(prompts)
+    decodings = [own(steps) * finalists]
     moves = []
     for step in range(steps):
-        living = plan.living_at(step)
-        left = plan.keep_after(step) or living
+        living, left = plan.rows_at(step, prompts), plan.rows_at(step + 1, prompts)
         calls.append(living * (own(step) + _FLOAT))
         moves.append(left * (own(step) + _STEP * _FLOAT))
-        if left < living:
+        if plan.keep_after(step) is not None:
             decodings.append(living * (own(step) + 2 * _FLOAT))
             moves.append((living + left) * (own(step) + _FLOAT))
-    if plan.survivors < plan.finalists:
-        moves.append((plan.finalists + plan.survivors) * own(steps))
+    if survivors < finalists:
+        moves.append((finalists + survivors) * own(steps))
     updates = config.optim.updates_per_rollout
     share = 1 + (1 / updates if updates > 1 else 0)  # an update's own trajectories are taken from all
-    update = plan.survivors * own(steps) * share
-    begun = plan.group_size * _FLOAT  # the noise that all began at, which a rollout keeps to its end
+    update = survivors * own(steps) * share
+    begun = prompts * plan.group_size * _FLOAT  # the noise that all began at, which a rollout keeps to its end
     return {
         "call": begun + max(calls),
         "decoding": begun + max(decodings),
@@ -201,9 +208,9 @@ def _latents(config: Config, plan: Plan, means: bool) -> dict[str, float]:
     }
 
 
-def _graphs(config: Config, plan: Plan) -> int:
-    """The rows of a prompt whose graphs are kept until the update."""
-    return sum(plan.living_at(step) for step in trained_steps(config, 0)) if config.optim.reuse_rollout else 0
+def _graphs(config: Config, plan: Plan, prompts: int) -> int:
+    """The rows of so many prompts whose graphs are kept until the update."""
+    return sum(plan.rows_at(step, prompts) for step in trained_steps(config, 0)) if config.optim.reuse_rollout else 0
 
 
 def _rewards(config: Config) -> list[RewardTerm]:
@@ -229,21 +236,32 @@ def _parameters(term: RewardTerm) -> int | None:
 def _leaner(config: Config, plan: Plan, card: GPU, processes: int) -> SettingsByField:
     """Settings by field that fit, and change what is learnt by rounding alone; empty if none are enough.
 
-    Microbatches come first, which cost least, then what costs time or precision. Memory is linear in a microbatch.
+    Microbatches come first, which cost least, then a metric, then what costs time or precision. Memory is linear in a
+    microbatch.
     """
     own_checkpointing, own_dtype = config.model.activation_checkpointing, config.sampling.latent_dtype
+    own_noise_scale = config.optim.noise_scale
     choices = product(
-        (own_checkpointing, True), (own_dtype, "bfloat16"), (config.model.offload, not config.model.shard)
+        (own_checkpointing, True),
+        (own_dtype, "bfloat16"),
+        (config.model.offload, not config.model.shard),
+        (own_noise_scale, False),
     )
-    for checkpointing, latent_dtype, offload in choices:
+    for checkpointing, latent_dtype, offload, noise_scale in choices:
         model = replace(config.model, activation_checkpointing=checkpointing, offload=offload)
-        changed = replace(config, model=model, sampling=replace(config.sampling, latent_dtype=latent_dtype))
+        changed = replace(
+            config,
+            model=model,
+            sampling=replace(config.sampling, latent_dtype=latent_dtype),
+            optim=replace(config.optim, noise_scale=noise_scale),
+        )
         fitting = _fitting_microbatches(changed, plan, card, processes)
         if fitting is not None:
             changes: dict[str, tuple[bool | int | str | None, bool | int | str | None]] = {
                 "model.activation_checkpointing": (checkpointing, own_checkpointing),
                 "sampling.latent_dtype": (latent_dtype, own_dtype),
                 "model.offload": (offload, config.model.offload),
+                "optim.noise_scale": (noise_scale, own_noise_scale),
                 "sampling.microbatch": (fitting[0], config.sampling.microbatch),
                 "optim.microbatch": (fitting[1], config.optim.microbatch),
             }
@@ -299,7 +317,7 @@ def _halves(number: int) -> Iterable[int]:
 
 def flops_by_stage(config: Config, plan: Plan, model: Sizes) -> Mapping[str, float]:
     """The FLOPs of an iteration by stage, over all processes."""
-    cost = prompt_cost(config, plan) * config.prompts.per_iteration
+    cost = iteration_cost(config, plan)
     rows = cost.trained_steps * (2 if trains_transitions(config) and config.sampling.in_pairs else 1)
     return {
         "sampling": cost.nfe * model.call_flops,

@@ -10,18 +10,20 @@ from torch import Tensor
 
 from progrpo.config import ObjectiveSettings
 from progrpo.objectives.advantage import (
+    Completed,
     GroupStatistics,
     advantages,
     batch_mean_std,
     group_statistics,
     normalised_sum,
+    with_negative_weight,
     with_quorum,
 )
 from progrpo.objectives.base import Experience, Noise
 from progrpo.rollout.sampling import Sampling
 from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding
 from progrpo.training.distributed import Ranks, Tally
-from progrpo.types import GroupScores, Rollout
+from progrpo.types import GroupScores, Preview, Rollout
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,13 @@ class AdvantageEstimator:
     quorum: float = 0.0
     sharding: GroupSharding = NOT_SHARDED
 
-    def experience(self, rollout: Rollout, sampling: Sampling, noise: Noise) -> tuple[Experience, Tally]:
-        """Every survivor whose reward is known, with its advantage; and metrics of the rewards."""
+    def experience(
+        self, rollout: Rollout, sampling: Sampling, noise: Noise, negative_weight: float = 1.0
+    ) -> tuple[Experience, Tally]:
+        """Every survivor whose reward is known, with its advantage; and metrics of the rewards.
+
+        Advantages below 0 are multiplied by `negative_weight`.
+        """
         num_groups = len(rollout.prompts)
         shares = self.sharding.gather([rollout.survivors])
         first_own = sum(len(share.group_N) for share in shares[: self.sharding.rank])
@@ -54,23 +61,39 @@ class AdvantageEstimator:
         if self.objective.advantage == "gdpo":
             advantages_N, known_N, taught = self._normalised_advantages(scores, num_groups)
         else:
-            baseline = survivors if self.objective.baseline == "survivors" else finalists
+            baselines = {"survivors": survivors, "group": finalists}
+            baseline = baselines.get(self.objective.baseline) or self._completed(rollout)
             advantages_N, known_N = self._advantages(scores, baseline)
             taught = survivors
         tally = self._metrics(rollout, survivors, finalists)
         if self.sharding.rank == 0:  # what all of them know is counted once
+            finished = finalist_scores.group_N.unique()
             rewarded = scores.group_N[rewards_N.isfinite()].unique()
-            tally.count("reward/skipped_groups", num_groups - len(rewarded))
-            tally.count("advantage/zero_variance_groups", int((~taught.informative_P).sum()))
+            tally.count("reward/skipped_groups", len(finished) - len(rewarded))
+            tally.count("advantage/zero_variance_groups", int((~taught.informative_P[finished]).sum()))
+            if len(finished) < num_groups:
+                tally.count("rollout/stopped_groups", num_groups - len(finished))
         experience = Experience(
             rollout.trajectories,
-            advantages_N[own],
+            with_negative_weight(advantages_N[own], negative_weight),
             rollout.condition,
             sampling.process,
             noise,
             sampling.guidance_scale,
         )
         return experience.take(known_N[own].nonzero().flatten()), tally
+
+    def _completed(self, rollout: Rollout) -> GroupStatistics:
+        """The statistics of the full groups, in which previews stand for the members that were stopped."""
+        completed, group_N = Completed.of(rollout.finalists.value_N), rollout.finalists.group_N
+        by_step: dict[int, list[Preview]] = {}
+        for part in rollout.previews:  # waves preview their own groups
+            by_step.setdefault(part.step, []).append(part)
+        for step in sorted(by_step, reverse=True):
+            seen = Preview.cat(by_step[step])
+            group_N = seen.group_N
+            completed = completed.before(seen.scores_N, seen.kept_N, group_N, len(rollout.prompts), self._add_up)
+        return completed.statistics(group_N, len(rollout.prompts))
 
     def _advantages(self, scores: GroupScores, baseline: GroupStatistics) -> tuple[Tensor, Tensor]:
         """Advantages within groups, and whose rewards are known. The divisor may be the std of the whole batch."""

@@ -82,7 +82,8 @@ class Learner:
 
     def learn(self, rolled: Rollout, sampling: Sampling, key: NoiseKey, iteration: int) -> Updated:
         """Update the weights by the rollout of a zero-based iteration. SelfCheckError for a run that does not learn."""
-        experience, tally = self.estimator.experience(rolled, sampling, key)
+        weight = self.objective.settings.negative_weight_at(iteration / max(1, self._config.iterations - 1))
+        experience, tally = self.estimator.experience(rolled, sampling, key, weight)
         for group in self.updater.optimizer.param_groups:
             group["lr"] = learning_rate(self._config, iteration)
         updated = self.updater.update(experience)
@@ -127,6 +128,7 @@ class Learner:
             "policy": all_gathered(self._policy.named_weights.state_dict(), self._ranks.is_main),
             "optimizer": all_gathered(self.updater.optimizer.state_dict(), self._ranks.is_main),
             "loss_scale": self.updater.loss_scale.state_dict(),
+            "noise_scale": self.updater.noise_scale.state_dict(),
         }
 
     def load_state_dict(self, state: LearnerState) -> None:
@@ -138,6 +140,7 @@ class Learner:
                 self._policy.named_weights.snapshot(name)
         load_optimizer(self.updater.optimizer, state["optimizer"])
         self.updater.loss_scale.load_state_dict(state.get("loss_scale", {}))
+        self.updater.noise_scale.load_state_dict(state.get("noise_scale", {}))
 
 
 def _diversity(rolled: Rollout) -> Tally:
@@ -146,5 +149,6 @@ def _diversity(rolled: Rollout) -> Tally:
     there_N = rolled.pictures.there_N.numpy()
     diversity = group_diversity(rolled.pictures.images_NHWC.numpy()[there_N], rolled.group_N.numpy()[there_N])
     if diversity is not None:
-        tally.add("rollout/diversity", diversity * len(rolled.prompts), len(rolled.prompts))
+        groups = len(rolled.group_N.unique())
+        tally.add("rollout/diversity", diversity * groups, groups)
     return tally

@@ -56,8 +56,8 @@ def _fastest(config: Config, policy: Policy, prompt: Prompt, ranks: Ranks) -> tu
     """The fastest number of rows of a network call, and of items of a forward and backward pass."""
     plan = resolve_plan(config)
     prompts = -(-config.prompts.per_iteration // ranks.world)
-    rows_T = [prompts * plan.living_at(step) for step in range(config.sampling.num_inference_steps)]
-    items = prompts * plan.survivors * trained_items(config)
+    rows_T = [plan.rows_at(step, prompts) for step in range(config.sampling.num_inference_steps)]
+    items = plan.trained(prompts) * trained_items(config)
     key = _key(config, policy, max(rows_T), items)
     timings = Timings.recall(key)
     if timings is None:

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TypedDict, cast
+from typing import NotRequired, TypedDict, cast
 
-from progrpo.config import Config, resolve_plan, trained_items
+import numpy as np
+
+from progrpo.config import Config, trained_items
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path, preset, unit_costs
-from progrpo.rollout.plan_value import Simulation, plans
+from progrpo.rollout.plan_value import Simulation
 from progrpo.rollout.prune import Selector
+from progrpo.tracking.statistics import standardised
 from progrpo.types import Cost
 
 _AUDITS = 3  # before a plan is judged; the agreement of a single group of 24 is a guess
-_REMEMBERED = 8  # the policy changes, and with it what previews can tell
+_REMEMBERED = 8  # what is older would weigh less than a twelfth of the newest
+_HALF_LIFE = 2  # audits, after which one weighs half
+"""A policy learns first what is decided early, so that previews tell less and less of what is left: on the built-in
+model the agreement falls by about .01 from audit to audit, where a policy learns fast by .1 and more. A single audit of
+24 members is off by .2 or so. Halved every two, the mean is as exact as one of six audits and lags two and a half
+behind: .02 to .3 too high, where an even mean over eight would be three and a half behind."""
+_LEAST_NOISE = 1e-6  # prompts: without any, no prompt would be worth its time
 _WORTH_A_CHANGE = 1.02  # below that the simulation's own noise would choose
 
 
-def prompt_cost(config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset()) -> Cost:
-    """The cost of a plan for one prompt of the run."""
+def prompt_cost(config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset(), prompts: int = 1) -> Cost:
+    """The cost of a plan for one prompt of the run, or for the prompts of an iteration."""
     steps, pairs = config.sampling.num_inference_steps, config.sampling.in_pairs
-    return plan.predict(steps, trained_items(config), pairs, config.preview.ode_steps, probed_steps)
+    return plan.predict(steps, trained_items(config), pairs, config.preview.ode_steps, probed_steps, prompts)
+
+
+def iteration_cost(config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset()) -> Cost:
+    """The cost of a plan for an iteration of the run."""
+    return prompt_cost(config, plan, probed_steps, config.prompts.per_iteration)
 
 
 class JudgeState(TypedDict):
-    """The state of a judge in a checkpoint: the unit costs, None before a verdict, and the last audits' agreement."""
+    """The state of a judge in a checkpoint: the unit costs, None before a verdict, and what the last audits found."""
 
     units: dict[str, float] | None
-    agreement: list[list[float | None]]
+    agreement: list[list[float]]
+    finals: NotRequired[list[list[float]]]
 
 
 class PlanState(TypedDict):
@@ -36,6 +52,7 @@ class PlanState(TypedDict):
     group_size: int
     prune: Sequence[dict[str, int]]
     final_keep: int | None
+    keep_groups: NotRequired[int | None]
 
 
 def plan_state(plan: Plan) -> PlanState:
@@ -46,24 +63,28 @@ def plan_state(plan: Plan) -> PlanState:
 def plan_from(state: PlanState) -> Plan:
     """The plan of a state."""
     points = tuple(PrunePoint(**point) for point in state["prune"])
-    return Plan(state["group_size"], points, state["final_keep"])
+    return Plan(state["group_size"], points, state["final_keep"], state.get("keep_groups"))
 
 
 @dataclass(frozen=True)
 class Verdict:
     """The judgement of a plan, and the `plan` to go on with.
 
-    `plan_value` is the judged plan's expected signal per second, over plain GRPO's (preset none).
+    `plan_value` is the judged plan's expected progress per second, over plain GRPO's (preset none), and
+    `next_value` that of the plan to go on with.
     """
 
     plan_value: float
     plan: Plan
     path: list[int]
+    next_value: float
 
 
 class PlanJudge:
-    """A memory of agreements and, from the first verdict on, of the costs then: later timings change no decision.
+    """A memory of audits and, from the first verdict on, of the costs then: later timings change no decision.
 
+    Of each audit it holds the agreement of previews by step, and the final rewards in units of their standard
+    deviation. An audit whose final rewards are all equal is not remembered: a group of this kind teaches under no plan.
     `recorded` costs, which an earlier part of the run has written down, take the place of measured ones.
     """
 
@@ -71,52 +92,71 @@ class PlanJudge:
         self.config = config
         self.units: UnitCosts | None = None
         self.recorded: UnitCosts | None = None
-        self._agreement: list[list[float | None]] = []
+        self._agreement: list[list[float]] = []
+        self._finals: list[list[float]] = []
 
-    def watch(self, agreement_T: Sequence[float | None], counted: Cost, seconds: Mapping[str, float]) -> None:
-        """Note an audit's agreement by step; with the first audit that is enough for a verdict also the unit costs."""
-        self._agreement = [*self._agreement, list(agreement_T)][-_REMEMBERED:]
-        if self.units is None and len(self._agreement) >= _AUDITS:
+    def watch(
+        self, agreement_T: Sequence[float | None], final_G: np.ndarray, counted: Cost, seconds: Mapping[str, float]
+    ) -> None:
+        """Note an audit's agreement by step and its final rewards, of which some may be missing (NaN).
+
+        With the first audit that is enough for a verdict, also note the unit costs. An agreement of None is 0: previews
+        that are all alike tell nothing.
+        """
+        standard_G = standardised(final_G)
+        if standard_G is None:
+            return
+        self._agreement = [*self._agreement, [value or 0.0 for value in agreement_T]][-_REMEMBERED:]
+        self._finals = [*self._finals, standard_G[~np.isnan(standard_G)].tolist()][-_REMEMBERED:]
+        if self.units is None and len(self._finals) >= _AUDITS:
             self.units = self.recorded or unit_costs(counted, seconds)
 
-    def verdict(self, plan: Plan, selector: Selector, probed_steps: frozenset[int]) -> Verdict | None:
-        """The judgement of a plan, None before enough audits; a probe ranks at the `probed_steps`."""
-        if self.units is None:
+    def verdict(
+        self, plan: Plan, selector: Selector, probed_steps: frozenset[int], noise_scale: float | None = None
+    ) -> Verdict | None:
+        """The judgement of a plan, None before enough audits; a probe ranks at the `probed_steps`.
+
+        None also where whole groups stop: an audit has one, and does not say how groups differ. `noise_scale` is that
+        of gradients under this plan, in prompts; None, where it is not known, is a large one.
+        """
+        if self.units is None or len(self._finals) < _AUDITS or plan.keep_groups is not None:
             return None
         steps = self.config.sampling.num_inference_steps
         none = preset("none", steps)
-        simulation = Simulation.of(self._means(), max(plan.group_size, none.group_size))
-        plain = self._signal_per_second(simulation, none, selector, probed_steps)
-        now = self._signal_per_second(simulation, plan, selector, probed_steps)
-        best = plan
-        if self.config.plan.adaptive:
-            least = resolve_plan(self.config).survivors
-            rates = {
-                p: self._signal_per_second(simulation, p, selector, probed_steps)
-                for p in plans(plan.group_size, least, steps)
-            }
-            leader = max(rates, key=lambda p: rates[p])
-            best = leader if rates[leader] > _WORTH_A_CHANGE * now else plan
-        return Verdict(now / plain, best, path(best))
+        simulation = self._simulation(max(plan.group_size, none.group_size))
+        noise = math.inf if noise_scale is None else max(noise_scale, _LEAST_NOISE) * simulation.signal(plan, selector)
 
-    def _signal_per_second(
-        self, simulation: Simulation, plan: Plan, selector: Selector, probed_steps: frozenset[int]
-    ) -> float:
+        def rate(candidate: Plan) -> float:
+            return self._progress_per_second(simulation.signal(candidate, selector), candidate, probed_steps, noise)
+
+        plain, now = rate(none), rate(plan)
+        rates = {candidate: rate(candidate) for candidate in self.config.plan.candidates(plan, steps)} or {plan: now}
+        leader = max(rates, key=lambda candidate: rates[candidate])
+        best, value = (leader, rates[leader]) if rates[leader] > _WORTH_A_CHANGE * now else (plan, now)
+        return Verdict(now / plain, best, path(best), value / plain)
+
+    def _progress_per_second(self, signal: float, plan: Plan, probed_steps: frozenset[int], noise: float) -> float:
+        """The progress of a second under a plan with this signal per prompt, up to a factor.
+
+        An update of P prompts makes a progress in proportion to 1 / (1 + noise / (P signal)): the critical-batch law
+        (arXiv 1812.06162), with the noise scale in units of signal.
+        """
         assert self.units is not None
-        return simulation.signal(plan, selector) / self.units.seconds(prompt_cost(self.config, plan, probed_steps))
+        seconds = self.units.seconds(prompt_cost(self.config, plan, probed_steps))
+        return signal / (1 + self.config.prompts.per_iteration * signal / noise) / seconds
 
-    def _means(self) -> list[float]:
-        return [_mean(step) for step in zip(*self._agreement, strict=True)]
+    def _simulation(self, group_size: int) -> Simulation:
+        """Groups like those of the audits, the newer ones more than the older."""
+        weights = [0.5 ** (age / _HALF_LIFE) for age in reversed(range(len(self._finals)))]
+        agreement_T = np.average(self._agreement, axis=0, weights=weights).tolist()
+        return Simulation.of(agreement_T, self._finals, group_size, weights)
 
     def state_dict(self) -> JudgeState:
-        return {"units": None if self.units is None else asdict(self.units), "agreement": self._agreement}
+        units = None if self.units is None else asdict(self.units)
+        return {"units": units, "agreement": self._agreement, "finals": self._finals}
 
     def load_state_dict(self, state: JudgeState) -> None:
         self.units = None if state["units"] is None else UnitCosts(**state["units"])
-        self._agreement = [list(audit) for audit in state["agreement"]]
-
-
-def _mean(values: Iterable[float | None]) -> float:
-    """The mean of the known values; 0 for a step without an agreement in any audit: nothing is known of it."""
-    there = [v for v in values if v is not None]
-    return sum(there) / len(there) if there else 0.0
+        self._finals = [list(audit) for audit in state.get("finals", [])]
+        # an older progrpo remembered no final rewards: without them an agreement is of no use
+        self._agreement = [list(audit) for audit in state["agreement"]] if self._finals else []

@@ -11,7 +11,7 @@ from progrpo.tracking.console import Console
 from progrpo.tracking.records import Metrics, metric
 from progrpo.training.audit import Audit
 from progrpo.training.distributed import Ranks
-from progrpo.training.plan_judge import PlanJudge, plan_from, plan_state, prompt_cost
+from progrpo.training.plan_judge import PlanJudge, iteration_cost, plan_from, plan_state
 from progrpo.training.state import PlanMonitorState
 from progrpo.training.totals import Totals
 from progrpo.training.watch import SelfChecks
@@ -39,6 +39,8 @@ class PlanMonitor:
         self.judge = PlanJudge(config)
         self.plan_value: float | None = None
         """The value of the plan that was judged last."""
+        self.next_value: float | None = None
+        """The value that the judge expected of the plan in force when it was chosen."""
         self._config = config
         self._ranks = ranks
         self._self_checks = self_checks
@@ -55,8 +57,7 @@ class PlanMonitor:
 
     def predicted(self, iterations: int) -> Cost:
         """The cost that the plan in force predicts for so many iterations, over all processes and without audits."""
-        cost = prompt_cost(self._config, self.plan, self.probed_steps)
-        return cost * (self._config.prompts.per_iteration * iterations)
+        return iteration_cost(self._config, self.plan, self.probed_steps) * iterations
 
     def is_audit_due(self, iteration: int) -> bool:
         """Whether this zero-based iteration has an audit."""
@@ -67,7 +68,9 @@ class PlanMonitor:
         """The place in the iteration of the prompt that an audit takes: another one every time."""
         return iteration // self._config.audit.every % self._config.prompts.per_iteration
 
-    def learn(self, iteration: int, rolled: Rollout, audit: Audit | None, totals: Totals) -> Metrics:
+    def learn(
+        self, iteration: int, rolled: Rollout, audit: Audit | None, totals: Totals, noise_scale: float | None
+    ) -> Metrics:
         """Learn from a zero-based iteration, in the main process also from its audit; the metrics of the plan.
 
         Every process teaches its probe alike, and takes the plan that the main process chooses. SelfCheckError where
@@ -78,17 +81,20 @@ class PlanMonitor:
         if not self.is_audit_due(iteration):
             return {}
         correlations = [metric(metrics, name) for name in metrics if name.startswith("preview/rank_correlation@")]
-        metrics |= self._judge_plan(audit, totals)
+        metrics |= self._judge_plan(audit, totals, noise_scale)
         self._self_checks.check_agreement(iteration + 1, self._ranks.gather([correlations])[0])
         return metrics
 
     def _agreement(self, audit: Audit) -> Metrics:
-        """The agreement of previews with final rewards at the plan's points, and of the probe beside them."""
+        """The agreement of previews with final rewards at the plan's points, the probe's beside it, and V there."""
         used, probe = audit.used_agreement(), audit.probe_agreement()
+        variance, variance_final = audit.variance(), audit.variance_final()
         metrics: Metrics = {}
         for point in self.plan.active_points():
             metrics[f"preview/rank_correlation@{point.step}"] = used[point.step]
             metrics[f"preview/hit_rate@{point.step}"] = audit.hit_rate(point.step, point.keep)
+            metrics[f"preview/variance@{point.step}"] = variance[point.step]
+            metrics[f"preview/variance_final@{point.step}"] = variance_final[point.step]
             if probe is not None:
                 metrics[f"probe/rank_correlation@{point.step}"] = probe[point.step]
         return metrics
@@ -106,31 +112,38 @@ class PlanMonitor:
         examples = {slot: example for part in self._ranks.gather([own]) for slot, example in part.items()}
         self.probe.learn([example for _, example in sorted(examples.items())])  # in one order, whoever sampled which
 
-    def _judge_plan(self, audit: Audit | None, totals: Totals) -> Metrics:
+    def _judge_plan(self, audit: Audit | None, totals: Totals, noise_scale: float | None) -> Metrics:
         """Judge the plan in the main process, which has the audit; all take the plan that it chooses."""
         verdict = None
         if audit is not None:
-            self.judge.watch(audit.used_agreement(), totals.counted, totals.seconds)
-            verdict = self.judge.verdict(self.plan, self.selector, self.probed_steps)
+            self.judge.watch(audit.used_agreement(), audit.final_G.numpy(), totals.counted, totals.seconds)
+            verdict = self.judge.verdict(self.plan, self.selector, self.probed_steps, noise_scale)
         verdict = self._ranks.gather([verdict])[0]
         if verdict is None:
             return {}
         self.plan = verdict.plan
         self.plan_value = verdict.plan_value
+        self.next_value = verdict.next_value
         return {"plan/value": verdict.plan_value, "plan/survivors": self.plan.survivors, "plan/path": verdict.path}
 
     def announce_change(self, before: PlanStanding, console: Console) -> None:
         """Say which plan has taken over, or warn of a plan that has turned out not to be worth its time."""
         value = self.plan_value
         path = plan_path(self.plan)
-        if self._config.plan.adaptive and path != before.path:
-            points = ", ".join(f"{point.keep} after step {point.step}" for point in self.plan.active_points())
-            console.say(f"plan: groups of {' -> '.join(map(str, path))} from here on ({points or 'no prune point'})")
+        if self._config.plan.follows_audits and path != before.path:
+            points = [f"{point.keep} after step {point.step}" for point in self.plan.active_points()]
+            if self.plan.final_keep is not None:
+                points.append(f"{self.plan.final_keep} by final rewards")
+            assert self.next_value is not None, "only a verdict changes the plan"
+            console.say(
+                f"plan: groups of {' -> '.join(map(str, path))} from here on ({', '.join(points) or 'not pruned'}):"
+                f" {self.next_value:.2f} x the expected progress a second of plain groups of 24"
+            )
         elif value is not None and value < 1 and (before.value is None or before.value >= 1):
             console.warn(
-                f"the plan {' -> '.join(map(str, path))} is expected to bring {value:.2f} x the learning signal a"
-                " second of plain GRPO (plan.preset none); prune where previews rank better, preview cheaper, or set"
-                " plan.adaptive"
+                f"the plan {' -> '.join(map(str, path))} is expected to bring {value:.2f} x the progress a second of"
+                " plain GRPO (plan.preset none); prune where previews rank better, preview cheaper, or take plan.preset"
+                " auto"
             )
 
     def state_dict(self) -> PlanMonitorState:
@@ -143,7 +156,8 @@ class PlanMonitor:
 
     def load_state_dict(self, state: PlanMonitorState) -> None:
         plan = plan_from(state["plan"])
-        if self._config.plan.adaptive and plan.group_size == self.plan.group_size:
+        follows, same_group = self._config.plan.follows_audits, plan.group_size == self.plan.group_size
+        if follows and (same_group or self._config.plan.preset == "auto"):
             self.plan = plan
         self.judge.load_state_dict(state["judge"])
         if self.probe is not None and state["probe"] is not None:

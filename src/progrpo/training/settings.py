@@ -42,6 +42,12 @@ class OptimSettings:
     The graphs of all members that were alive at a trained step stay in memory until then, including pruned
     members.
     This is for plans that prune few members, and for models that fit in memory this way."""
+    noise_scale: bool = True
+    """Measure the gradient noise scale (arXiv 1812.06162): how many prompts an iteration needs before noise no longer
+    rules its gradient.
+    It compares the gradients of two halves of the prompts. That takes the memory of a second gradient, at most one
+    pass more for each optimizer step, and with several processes a second sum of gradients.
+    It is not measured with one prompt, with `reuse_rollout`, or where weights are trained in full and sharded."""
     ema_decay: float = setting(0.0, FRACTION)
     """The decay of an average of the weights. Above 0, evaluations and the saved LoRA use this average."""
 
@@ -49,6 +55,11 @@ class OptimSettings:
     def items_per_pass(self) -> int:
         """The items of a forward and backward pass: `microbatch`, or 64 where none was given or measured."""
         return 64 if self.microbatch is None else self.microbatch
+
+    @property
+    def measures_noise_scale(self) -> bool:
+        """Whether gradients come in halves: graphs of sampling hold all prompts, and are gone after one pass."""
+        return self.noise_scale and not self.reuse_rollout
 
     def learning_rate(self, iteration: int, iterations: int) -> float:
         """The learning rate of a zero-based iteration in a run of `iterations`; never 0."""

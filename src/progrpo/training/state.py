@@ -7,6 +7,7 @@ from typing import Any, NotRequired, TypedDict
 
 from progrpo.rollout.probe import ProbeState
 from progrpo.training.loss_scale import LossScaleState
+from progrpo.training.noise_scale import NoiseScaleState
 from progrpo.training.plan_judge import JudgeState, PlanState
 from progrpo.training.totals import TotalsState
 from progrpo.training.watch import HackingWatchState, SelfChecksState
@@ -25,11 +26,12 @@ class PlanMonitorState(TypedDict):
 
 
 class LearnerState(TypedDict):
-    """The weights, and what the optimizer knows of them."""
+    """The weights, and what the optimizer and the updates know of them."""
 
     policy: State
     optimizer: State
     loss_scale: LossScaleState
+    noise_scale: NoiseScaleState
 
 
 class TrainerState(LearnerState, PlanMonitorState):

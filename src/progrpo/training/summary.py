@@ -78,6 +78,7 @@ def _plan_summary(trainer: Trainer, plan: PlanCosts) -> PlanSummary:
     return {
         "value": trainer.plan_monitor.plan_value,
         "path": plan["path"],
+        "groups": plan["groups"],
         "prune_steps": plan["prune_steps"],
         "selector": trainer.config.plan.selector,
         "num_inference_steps": trainer.config.sampling.num_inference_steps,
@@ -97,12 +98,13 @@ def _reward_summary(trainer: Trainer) -> RewardSummary:
 def introduction(trainer: Trainer, folder: RunFolder) -> str:
     """A line about what runs."""
     config = trainer.config
-    path = " -> ".join(map(str, plan_figures(trainer)["path"]))
+    plan = plan_figures(trainer)
+    path, prompts = (" -> ".join(map(str, numbers)) for numbers in (plan["path"], plan["groups"]))
     terms = config.reward.terms
     mixed = f", rewarded by {' + '.join(term.to_text() for term in terms)}, pruned on the {selected_on(config)}"
     return (
         f"{config.recipe}: groups of {path} by {config.plan.selector}{mixed if len(terms) > 1 else ''},"
-        f" {config.prompts.per_iteration} prompts an iteration, {trainer.predicted().nfe:,} NFE each; run folder"
+        f" {prompts} prompts an iteration, {trainer.predicted().nfe:,} NFE each; run folder"
         f" {folder.path}"
     )
 
@@ -122,6 +124,7 @@ def plan_figures(trainer: Trainer) -> PlanCosts:
         trained_items(trainer.config),
         sampling.in_pairs,
         trainer.config.preview.ode_steps,
+        trainer.config.prompts.per_iteration,
     )
 
 

@@ -17,6 +17,7 @@ from progrpo.rewards.mixture import RewardMixture
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan
+from progrpo.rollout.rollout import last_scores
 from progrpo.rollout.sampler import Sampler
 from progrpo.tracking.records import Metrics, metric
 from progrpo.training import checks
@@ -123,8 +124,9 @@ class Trainer:
         record |= {"audit/nfe": audited.nfe} if audit is not None else {}
         record |= {f"reward/failed@{name}": count for name, count in failed.items() if count}
         record |= {"rollout/missing_pictures": lost} if lost else {}
-        self.checks.check_rewards(batch.iteration + 1, record, len(batch.prompts))
-        record |= self.plan_monitor.learn(batch.iteration, rolled, audit, self.totals)
+        self.checks.check_rewards(batch.iteration + 1, record, self.plan.groups_left(len(batch.prompts)))
+        noise_scale = self.learner.updater.noise_scale.prompts
+        record |= self.plan_monitor.learn(batch.iteration, rolled, audit, self.totals, noise_scale)
         _add_seconds_since(start, record, self.totals)
         self.iteration += 1
         self.untouched = True
@@ -138,8 +140,14 @@ class Trainer:
         return Batch(self.iteration, prompts, slots, NoiseKey(self._config.seed, self.iteration))
 
     def _observe(self, slots: Tensor, rolled: Rollout) -> None:
-        """Tell the order how far each group's rewards differed, alike on every process."""
-        own = rolled.finalists.value_N, slots[rolled.finalists.group_N]
+        """Tell the order how far each group's rewards differed, alike on every process.
+
+        A group that was stopped whole has previews in their place, or its prompt would be drawn as before.
+        """
+        scores_N, group_N = rolled.finalists.value_N, rolled.finalists.group_N
+        if self.plan.keep_groups is not None:
+            scores_N, group_N = last_scores(rolled)
+        own = scores_N, slots[group_N]
         rewards, slot = (torch.cat(shares) for shares in zip(*self.ranks.gather([own]), strict=True))
         statistics = group_statistics(rewards, slot, self._config.prompts.per_iteration)
         signals = statistics.std_P.where(statistics.count_P >= 2, torch.nan)
@@ -157,8 +165,10 @@ class Trainer:
         record: Metrics = {"iteration": self.iteration, "seconds": seconds, **tally.over(self.ranks)}
         record |= self.order.metrics()
         record |= {f"rollout/{name}": value for name, value in asdict(spent).items()}
-        record["rollout/survivors"] = self.plan.survivors * self._config.prompts.per_iteration
+        record["rollout/survivors"] = self.plan.trained(self._config.prompts.per_iteration)
         record["update/lr"] = self.learner.learning_rate
+        if "update/gradient_noise" in record:
+            record["update/noise_scale"] = self.learner.updater.noise_scale.prompts
         return record | {f"time/{name}": value for name, value in stages.items()}
 
     def check_frozen(self) -> None:
@@ -219,8 +229,8 @@ def _agree_on_batch_invariance(trainer: Trainer) -> None:
     config, plan = trainer.config, trainer.plan
     prompts = config.prompts.per_iteration
     branches = 2 if config.sampling.in_pairs else 1
-    living = sorted({prompts * plan.living_at(step) for step in range(config.sampling.num_inference_steps)})
+    living = sorted({plan.rows_at(step, prompts) for step in range(config.sampling.num_inference_steps)})
     called = [branches * balanced_size(rows, config.sampling.rows_per_call) for rows in living]
-    items = min(config.optim.items_per_pass, prompts * plan.survivors * trained_items(config))
+    items = min(config.optim.items_per_pass, plan.trained(prompts) * trained_items(config))
     measured = trainer.policy.measure_batch_invariance([1, *called], [3, branches * items])
     trainer.policy.batch_invariant = all(trainer.ranks.gather([measured]))

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from progrpo.config import OptimSettings
@@ -18,6 +19,13 @@ from progrpo.policies.sharded import gathered
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.loss_scale import LossScale
 from progrpo.training.memory import Microbatch
+from progrpo.training.noise_scale import (
+    GradientMoments,
+    NoiseScale,
+    add_gradients,
+    gradient_moments,
+    take_gradients,
+)
 from progrpo.types import Trajectories
 
 _DEVIATION = "update/ratio_max_deviation"
@@ -54,11 +62,28 @@ class Updated:
 
 @dataclass(frozen=True)
 class _Share:
-    """The rows of one optimizer step that have an advantage; the numbers of items and such rows in all processes."""
+    """The rows of one optimizer step that have an advantage; the numbers of items and such rows in all processes.
 
-    rows: Tensor
+    Where the noise scale is measured the rows are in two `parts`, and `prompts` has the number of prompts of each in
+    all processes, with those that have no such row.
+    """
+
+    parts: tuple[Tensor, ...]
     items: float
     telling: float
+    prompts: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """What the passes over a share gave beside the gradient of its last part."""
+
+    tally: Tally
+    first: list[Tensor | None] | None
+    """The gradients of the first of two parts."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +92,7 @@ class _Gradient:
 
     norm: float
     finite_loss: bool
+    moments: GradientMoments | None
 
     @property
     def usable(self) -> bool:
@@ -96,6 +122,7 @@ class Updater:
         self.objective = objective
         self.optimizer = optimizer
         self.loss_scale = LossScale() if loss_scale is None else loss_scale
+        self.noise_scale = NoiseScale()
         self.microbatch = Microbatch(config.items_per_pass, "optim.microbatch")
         self._config = config
         self._ranks = ranks
@@ -119,25 +146,26 @@ class Updater:
             share = self._share(experience, number)
             while True:
                 passes = partial(self._passes, experience, share, prepared)
-                experience, seen = self.microbatch.run(passes, self._refusal(experience))
+                experience, passed = self.microbatch.run(passes, self._refusal(experience))
                 prepared = True
-                gradient = self._gradient(seen)
+                gradient = self._gradient(passed, share)
                 # graphs of the rollout are used up, and take another factor only in the next iteration
                 used_up = self._config.reuse_rollout and number == 0
                 if not gradient.overflows or not self.loss_scale.lower() or used_up:
                     break
                 tally.raise_to("update/rescaled", tally.maxima.get("update/rescaled", 0.0) + 1)
-            items += len(share.rows) * self._items_per_trajectory(experience)
+            items += len(share) * self._items_per_trajectory(experience)
             if not gradient.usable:
                 skipped += 1
                 self.optimizer.zero_grad(set_to_none=True)
                 continue
             self.loss_scale.count()
-            tally.merge(seen)
+            tally.merge(passed.tally)
             if number == 0 and _DEVIATION in tally.maxima:  # no step was taken yet: what sampled is what is trained
                 tally.raise_to("update/on_policy_deviation", tally.maxima[_DEVIATION])
             tally.add("update/grad_norm", gradient.norm, 1)
             if share.telling:  # else momentum alone would move the weights
+                self._note(gradient.moments, tally)
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         tally.raise_to("update/skipped", skipped)
@@ -155,7 +183,29 @@ class Updater:
         telling = rows[experience.advantages_N[rows] != 0]
         items = len(rows) * self._items_per_trajectory(experience)
         counts = self._ranks.sum(torch.tensor([items, len(telling)], dtype=torch.float64))
-        return _Share(telling, *counts.tolist())
+        items_of_all, telling_of_all = counts.tolist()
+        slots = self._slots(experience.trajectories.slot_N[rows])
+        if len(slots) < 2:
+            return _Share((telling,), items_of_all, telling_of_all)
+        # kinds of prompts may take turns, so that every other prompt would be a half of one kind
+        middle = (len(slots) + 1) // 2
+        is_first = experience.trajectories.slot_N[telling] < slots[middle]
+        halves = telling[is_first], telling[~is_first]
+        return _Share(halves, items_of_all, telling_of_all, (middle, len(slots) - middle))
+
+    def _slots(self, slot_N: Tensor) -> list[int]:
+        """The slots of all processes' prompts, ascending; none where the noise scale is not measured."""
+        measured = self._config.measures_noise_scale
+        if not measured or any(isinstance(p, DTensor) for p in self.policy.trainable.values()):
+            return []
+        own = slot_N.unique().tolist()
+        return sorted({slot for slots in self._ranks.gather([own]) for slot in slots})
+
+    def _note(self, moments: GradientMoments | None, tally: Tally) -> None:
+        if moments is not None:
+            self.noise_scale.add(moments)
+            tally.add("update/gradient_signal", moments.signal, 1)
+            tally.add("update/gradient_noise", moments.noise, 1)
 
     def _refusal(self, experience: Experience) -> str | None:
         """The reason why passes that run out of memory cannot be made again; None where they can."""
@@ -173,15 +223,20 @@ class Updater:
 
     def _passes(
         self, experience: Experience, share: _Share, prepared: bool, microbatch: int
-    ) -> tuple[Experience, Tally]:
-        """Accumulate the gradients of a share; the experience as it was prepared before the first step, and metrics."""
+    ) -> tuple[Experience, _Passed]:
+        """Accumulate the gradients of a share; the experience as it was prepared before the first step."""
         self.optimizer.zero_grad(set_to_none=True)  # what passes left that ran out of memory or overflowed
         if not prepared:
             updates = self._config.updates_per_rollout
             experience = self.objective.prepare(self.policy, experience, microbatch, updates)
         packing = Packing(microbatch, self.policy.compiled)
         divisor = share.items / self.loss_scale.value
-        return experience, self._accumulate(experience.take(share.rows), divisor, packing)
+        tally, first = Tally(), None
+        for number, rows in enumerate(share.parts):
+            if number:
+                first = take_gradients(self.policy.trainable.values())
+            tally.merge(self._accumulate(experience.take(rows), divisor, packing))
+        return experience, _Passed(tally, first)
 
     def _accumulate(self, experience: Experience, divisor: float, packing: Packing) -> Tally:
         tally = Tally()
@@ -209,14 +264,26 @@ class Updater:
         items = torch.arange(count)[:: max(1, count // packing.microbatch)][: packing.microbatch]
         return _maxima(self.objective.loss(self.policy, experience, items)) if count else Tally()
 
-    def _gradient(self, seen: Tally) -> _Gradient:
+    def _gradient(self, passed: _Passed, share: _Share) -> _Gradient:
         """Sum the gradients over processes, unscale and clip them, in place."""
+        parameters = self.policy.trainable.values()
+        self._sum_and_unscale()
+        moments = None
+        if passed.first is not None:
+            assert share.prompts is not None
+            second = take_gradients(parameters)
+            add_gradients(parameters, passed.first)
+            self._sum_and_unscale()
+            moments = gradient_moments([p.grad for p in parameters], second, share.prompts)
+            add_gradients(parameters, second)
+        norm = gathered(torch.nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm)).item()
+        not_finite = torch.tensor(float(not math.isfinite(passed.tally.sums.get("update/loss", 0.0))))
+        return _Gradient(norm, not self._ranks.sum(not_finite).item(), moments)
+
+    def _sum_and_unscale(self) -> None:
         parameters = self.policy.trainable.values()
         self._ranks.sum_gradients(parameters)
         self.loss_scale.unscale(parameters)
-        norm = gathered(torch.nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm)).item()
-        not_finite = torch.tensor(float(not math.isfinite(seen.sums.get("update/loss", 0.0))))
-        return _Gradient(norm, not self._ranks.sum(not_finite).item())
 
 
 def update_of_each(trajectories: Trajectories, updates: int) -> Tensor:

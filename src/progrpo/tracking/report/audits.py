@@ -9,11 +9,11 @@ import numpy as np
 
 from progrpo.tracking.records import AuditRecord
 from progrpo.tracking.report import charts
-from progrpo.tracking.report.charts import ACCENT, GREY, TEAL
+from progrpo.tracking.report.charts import ACCENT, AMBER, GREY, TEAL, VIOLET, Curve
 from progrpo.tracking.report.data import ReportData
 from progrpo.tracking.report.film import films
 from progrpo.tracking.report.page import chart, note, section
-from progrpo.tracking.statistics import spearman
+from progrpo.tracking.statistics import spearman, standardised
 
 _FILM = (
     "An audit group is sampled to the end without pruning and decoded at every step. It is never trained on. "
@@ -22,6 +22,12 @@ _FILM = (
 _AGREEMENT = (
     "Pruning relies on the order of previews. The closer it is to the order of final rewards, the less pruning loses."
 )
+_VARIANCE = (
+    "What a choice gains is V, the variance of the final rewards that it keeps in units of the whole group’s: the blue "
+    "line leads from a random choice (1, or just below) up to the best choice by final rewards (grey), so the gap to "
+    "grey is what previews lose, and where grey itself is near 1 there is nothing to select."
+)
+_LAST = 8  # audits: those that the plan is judged by
 _KEPT = (
     "Final rewards in the audit groups, less the group’s mean, in units of its standard deviation. Most rewards lie "
     "close together: a uniform draw keeps that distribution, OVF keeps its two ends (figure 1 of arXiv 2512.15347)."
@@ -36,7 +42,7 @@ def write(data: ReportData) -> str:
         return section("audits", "Inside a group", "", note(text))
     return (
         section("audits", "Inside a group", _FILM, films(data.path, data.audits))
-        + section("agreement", "Preview agreement", _AGREEMENT, _agreement(data))
+        + section("agreement", "Preview agreement", f"{_AGREEMENT} {_VARIANCE}", _choices(data))
         + section("kept", "What is kept", _KEPT, _kept(data))
     )
 
@@ -55,8 +61,41 @@ def _agreement(data: ReportData) -> str:
     return chart(figure, "agreement-by-step", "Agreement by step", about)
 
 
+def _choices(data: ReportData) -> str:
+    """The agreement by step, and V by step and over the run. Audits of an older progrpo did not measure V."""
+    return f'<div class="grid">{_agreement(data)}{_variance_by_step(data)}{_over_the_run(data)}</div>'
+
+
+def _variance_by_step(data: ReportData) -> str:
+    steps = data.audits[-1]["steps"]
+    pairs = [(audit.get("variance", []), audit.get("variance_final", [])) for audit in data.audits[-_LAST:]]
+    complete = [pair for pair in pairs if all(len(row) == len(steps) and None not in row for row in pair)]
+    if not complete or not steps:
+        return ""
+    variance_AT, variance_final_AT = np.array(complete, dtype=np.float64).swapaxes(0, 1)
+    figure = charts.variance(steps, variance_AT, variance_final_AT, data.path_of_plan, data.prune_steps)
+    groups = "the last audit group" if len(complete) == 1 else f"the last {len(complete)} audit groups, mean and range"
+    return chart(figure, "variance-by-step", "Variance of the choice by step", f"V over {groups}")
+
+
+def _over_the_run(data: ReportData) -> str:
+    """V of the choices at the plan's points, beside the best and the agreement, over iterations."""
+    keys = {key for record in data.metrics for key in record if key.startswith("preview/rank_correlation@")}
+    lines = []
+    for i, step in enumerate(sorted(int(key.partition("@")[2]) for key in keys)):
+        colour = (ACCENT, TEAL, AMBER, VIOLET)[i % 4]
+        lines += [
+            Curve(f"preview/variance@{step}", f"V at step {step}", colour),
+            Curve(f"preview/variance_final@{step}", f"V at most at step {step}", GREY),
+            Curve(f"preview/rank_correlation@{step}", f"agreement at step {step}", colour, points=True),
+        ]
+    figure = charts.curves(data.metrics, lines, {"rangemode": "tozero"}, 240)
+    about = "V at the prune points, the best by final rewards, and the rank correlation (dotted), in audit groups"
+    return "" if figure is None else chart(figure, "variance-over-run", "Choices over the run", about)
+
+
 def _kept(data: ReportData) -> str:
-    groups = [(audit, rewards) for audit in data.audits if (rewards := _standardised(audit)) is not None]
+    groups = [(audit, rewards) for audit in data.audits if (rewards := standardised(audit["final"])) is not None]
     if not groups:
         return note("No audit group has rewards that differ, so there is nothing to compare.")
     subsets = [
@@ -87,13 +126,6 @@ def _present(rewards_G: np.ndarray, members: Sequence[int]) -> np.ndarray:
     """The rewards of these members, without missing ones."""
     rewards = rewards_G[list(members)]
     return rewards[~np.isnan(rewards)]
-
-
-def _standardised(audit: AuditRecord) -> np.ndarray | None:
-    """The final rewards less their mean, over their standard deviation, NaN where missing. None if all are equal."""
-    final = np.array(audit["final"], dtype=np.float64)
-    present = final[~np.isnan(final)]
-    return (final - present.mean()) / present.std() if len(present) > 1 and np.ptp(present) > 0 else None
 
 
 def _histogram(subset: _Subset, anchor: str, top: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import numpy as np
 
@@ -193,9 +193,36 @@ def agreement(
     steps: Sequence[int], correlations_AT: np.ndarray, path: Sequence[int], prune_steps: Sequence[int]
 ) -> Figure:
     """Spearman's correlation of previews with final rewards by step, over A audits, with the prune points."""
-    data = [*_agreement_band(steps, correlations_AT), _agreement_line(steps, correlations_AT)]
+    data = [*_band(steps, correlations_AT), _mean_line(steps, correlations_AT)]
     low = min(0.0, float(np.min(correlations_AT)) - 0.05)
-    figure = _figure(data, _axis("step", {"dtick": 1}), _axis("", {"range": [low, 1.09], "tickformat": ".1f"}), 240)
+    return _by_step(data, {"range": [low, 1.09], "tickformat": ".1f"}, path, prune_steps)
+
+
+def variance(
+    steps: Sequence[int],
+    variance_AT: np.ndarray,
+    variance_final_AT: np.ndarray,
+    path: Sequence[int],
+    prune_steps: Sequence[int],
+) -> Figure:
+    """V of the choice by previews and of the best choice by step, over A audits, with V = 1 and the prune points."""
+    line = {"showlegend": True, "hovertemplate": "step %{x}: %{y:.2f}<extra>%{fullData.name}</extra>"}
+    best = _mean_line(steps, variance_final_AT) | line | {"name": "by final rewards", "mode": "lines"}
+    data = [
+        *_band(steps, variance_AT),
+        best | {"line": {"color": GREY, "width": 2}},
+        _mean_line(steps, variance_AT) | line | {"name": "by previews"},
+    ]
+    low, high = min(0.95, float(np.min(variance_AT))), max(1.05, float(np.max(variance_final_AT)))
+    figure = _by_step(data, {"range": [low - 0.05, high + 0.05], "tickformat": ".1f"}, path, prune_steps)
+    rule = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 1, "y1": 1, "line": {"color": MUTED, "width": 1}}
+    figure["layout"]["shapes"] = [*cast("list[object]", figure["layout"]["shapes"]), rule]
+    return figure
+
+
+def _by_step(data: Sequence[Trace], y: Mapping[str, object], path: Sequence[int], prune_steps: Sequence[int]) -> Figure:
+    """A figure over steps, with a rule at each prune point."""
+    figure = _figure(data, _axis("step", {"dtick": 1}), _axis("", y), 240)
     rule = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": AMBER, "width": 1.5, "dash": "dot"}}
     figure["layout"]["shapes"] = [rule | {"x0": step, "x1": step} for step in prune_steps]
     figure["layout"]["annotations"] = [
@@ -206,21 +233,21 @@ def agreement(
     return figure
 
 
-def _agreement_line(steps: Sequence[int], correlations_AT: np.ndarray) -> Trace:
+def _mean_line(steps: Sequence[int], values_AT: np.ndarray) -> Trace:
     return {
         "type": "scatter",
         "mode": "lines+markers",
         "x": list(steps),
-        "y": np.mean(correlations_AT, axis=0).tolist(),
+        "y": np.mean(values_AT, axis=0).tolist(),
         "line": {"color": ACCENT, "width": 2},
         "marker": {"size": 7, "line": {"color": "white", "width": 1.5}},
         "hovertemplate": "step %{x}: %{y:.2f}<extra></extra>",
     }
 
 
-def _agreement_band(steps: Sequence[int], correlations_AT: np.ndarray) -> list[Trace]:
+def _band(steps: Sequence[int], values_AT: np.ndarray) -> list[Trace]:
     edge: Trace = {"type": "scatter", "mode": "lines", "x": list(steps), "line": {"width": 0}, "hoverinfo": "skip"}
-    lowest, highest = np.min(correlations_AT, axis=0), np.max(correlations_AT, axis=0)
+    lowest, highest = np.min(values_AT, axis=0), np.max(values_AT, axis=0)
     return [
         edge | {"showlegend": False, "y": lowest.tolist()},
         edge | {"showlegend": False, "y": highest.tolist(), "fill": "tonexty", "fillcolor": _BAND},

@@ -36,6 +36,9 @@ def _plan(data: ReportData) -> str:
     made, whole = sum(charts.alive_by_step(path, prune_steps, steps)), path[0] * steps
     sizes = " → ".join(map(str, path))
     about = f"{sizes} members, selector {escape(plan['selector'])}: {made} of {whole} network calls per prompt"
+    if len(data.groups_of_plan) == 2:
+        begun, go_on = data.groups_of_plan
+        about += f" that goes on; {go_on} of {begun} prompts do after step {prune_steps[0]}"
     return chart(charts.funnel(path, prune_steps, steps), "funnel", "The plan", about)
 
 

@@ -11,8 +11,8 @@ from progrpo.tracking.report.charts import ACCENT, AMBER, GREY, ROSE, TEAL, VIOL
 from progrpo.tracking.report.data import ReportData
 from progrpo.tracking.report.page import anchor_of, chart, escape, note, section
 
-_PREVIEW = "preview/rank_correlation@"
 _SHARE = "prompts/share@"
+_NOISE_SCALE, _PER_ITERATION = "update/noise_scale", "prompts/per_iteration"
 _REWARD, _HELD_OUT = "reward/mean@", "eval/held_out@"
 
 
@@ -68,7 +68,8 @@ def write(data: ReportData) -> str:
     if not data.metrics:
         return section("curves", "Curves", "", note("No iteration is finished yet."))
     signal = [_signal(data.metrics)] if "prompts/seen" in data.metrics[-1] else []
-    sampling = _grid(data.metrics, (*_SAMPLING, _previews(data.metrics), *signal, *_rewards(data.metrics)), "grid", 230)
+    cards = (*_SAMPLING, _noise_scale(data.metrics), *signal, *_rewards(data.metrics))
+    sampling = _grid(_with_prompts(data), cards, "grid", 230)
     update = _grid(data.metrics, (_deviation(data.metrics), *_UPDATE), "grid four", 170)
     return section(
         "curves",
@@ -88,14 +89,22 @@ def _axes() -> str:
     return f'<div class="controls"><span>Horizontal axis</span>{buttons}</div>'
 
 
-def _previews(metrics: Sequence[Metrics]) -> _Card:
-    keys = {key for record in metrics for key in record if key.startswith(_PREVIEW)}
-    steps = sorted(int(key.removeprefix(_PREVIEW)) for key in keys)
-    colours = (ACCENT, TEAL, AMBER, GREY)
-    lines = [Curve(f"{_PREVIEW}{s}", f"step {s}", colours[i % len(colours)], True) for i, s in enumerate(steps)]
-    return _Card(
-        "Preview agreement", "rank correlation with final rewards, in audit groups", lines, {"rangemode": "tozero"}
+def _with_prompts(data: ReportData) -> list[Metrics]:
+    """The records, with the number of prompts that go on, where it is a number that a log axis can show."""
+    count = data.setting("plan", "keep_groups") or data.setting("prompts", "per_iteration")
+    drawn: Metrics = {_PER_ITERATION: count} if isinstance(count, int) and count > 0 else {}
+    return [{**record, **drawn} for record in data.metrics]
+
+
+def _noise_scale(metrics: Sequence[Metrics]) -> _Card:
+    """The noise scale with the prompts of an iteration, which alone would say nothing."""
+    measured = any(metric(record, _NOISE_SCALE) is not None for record in metrics)
+    lines = (Curve(_NOISE_SCALE, "noise scale"), Curve(_PER_ITERATION, "prompts per iteration", GREY))
+    about = (
+        "in prompts, log scale: an iteration below it is ruled by noise, so that selection can pay; above it smaller"
+        " iterations do better"
     )
+    return _Card("Gradient noise scale", about, lines if measured else (), {"type": "log", "dtick": "D2"})
 
 
 def _signal(metrics: Sequence[Metrics]) -> _Card:

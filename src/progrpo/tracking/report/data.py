@@ -73,6 +73,11 @@ class ReportData:
         return [int(size) for size in self.summary["plan"]["path"]] if self.summary.get("plan") else []
 
     @property
+    def groups_of_plan(self) -> list[int]:
+        """The prompts of an iteration and, where whole groups stop, of those that go on. Empty if not known."""
+        return [int(count) for count in self.summary["plan"].get("groups", [])] if self.summary.get("plan") else []
+
+    @property
     def prune_steps(self) -> list[int]:
         return [int(step) for step in self.summary["plan"]["prune_steps"]] if self.summary.get("plan") else []
 

@@ -1,0 +1,99 @@
+"""The gradient noise scale of a run (arXiv 1812.06162), from the gradients of two halves of each update's prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+_DECAY = 0.95  # per update: an average over about twenty of them
+_Gradients = Sequence[Tensor | None]
+
+
+class NoiseScaleState(TypedDict, total=False):
+    """The running averages; empty in a checkpoint of an older progrpo."""
+
+    signal: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class GradientMoments:
+    """Unbiased estimates: the squared length of the true gradient, and the trace of one prompt's covariance around it.
+
+    A single `signal` may be negative.
+    """
+
+    signal: float
+    noise: float
+
+
+def gradient_moments(first: _Gradients, second: _Gradients, prompts: tuple[int, int]) -> GradientMoments:
+    """Estimate the moments from what two halves of these numbers of prompts, both above 0, add to a mean over all.
+
+    With the halves' own means g_A and g_B the signal is <g_A, g_B>, and the noise is |g_A - g_B|^2 / (1/n_A + 1/n_B)
+    (arXiv 1812.06162). A gradient that is missing counts as zero.
+    """
+    factors = [sum(prompts) / count for count in prompts]
+    products, squares = [], []
+    for parts in zip(first, second, strict=True):
+        a, b = (None if part is None else part.flatten() * factor for part, factor in zip(parts, factors, strict=True))
+        if a is not None and b is not None:
+            products.append(torch.dot(a, b))
+        difference = a if b is None else b if a is None else a - b
+        if difference is not None:
+            squares.append(torch.dot(difference, difference))
+    return GradientMoments(_sum(products), _sum(squares) / sum(1 / count for count in prompts))
+
+
+def _sum(numbers: list[Tensor]) -> float:
+    return float(torch.stack(numbers).cpu().double().sum()) if numbers else 0.0
+
+
+class NoiseScale:
+    """Running averages of both moments over updates. Each alone is unbiased, and their ratio is far less noisy."""
+
+    def __init__(self) -> None:
+        self._signal = 0.0
+        self._noise = 0.0
+
+    def add(self, moments: GradientMoments) -> None:
+        self._signal += (1 - _DECAY) * (moments.signal - self._signal)
+        self._noise += (1 - _DECAY) * (moments.noise - self._noise)
+
+    @property
+    def prompts(self) -> float | None:
+        """The number of prompts whose mean gradient is as long as its noise; None while the signal is not positive.
+
+        Both averages begin at 0, and this bias is the same factor in both.
+        """
+        return self._noise / self._signal if self._signal > 0 else None
+
+    def state_dict(self) -> NoiseScaleState:
+        return {"signal": self._signal, "noise": self._noise}
+
+    def load_state_dict(self, state: NoiseScaleState) -> None:
+        self._signal = state.get("signal", 0.0)
+        self._noise = state.get("noise", 0.0)
+
+
+def take_gradients(parameters: Iterable[Parameter]) -> list[Tensor | None]:
+    """Take the gradients off the parameters, which have none then."""
+    taken = []
+    for parameter in parameters:
+        taken.append(parameter.grad)
+        parameter.grad = None
+    return taken
+
+
+def add_gradients(parameters: Iterable[Parameter], gradients: _Gradients) -> None:
+    """Add gradients to those that the parameters have, in place."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if parameter.grad is None:
+            parameter.grad = gradient
+        elif gradient is not None:
+            parameter.grad.add_(gradient)

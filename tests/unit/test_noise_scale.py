@@ -1,0 +1,165 @@
+"""The gradient noise scale: its two estimates over every draw of prompts there is, and its running averages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from progrpo.config import OptimSettings
+from progrpo.objectives.grpo import GRPO
+from progrpo.objectives.settings import GRPOSettings
+from progrpo.training.distributed import Ranks
+from progrpo.training.loss_scale import LossScale
+from progrpo.training.noise_scale import GradientMoments, NoiseScale, gradient_moments
+from progrpo.training.update import Updater
+
+PROMPTS = ((0, 1), (1, 2), (3, 4), (0, 2))
+"""The trajectories of the prompts that are drawn from; the last prompt's have no advantage."""
+
+
+class Still(torch.optim.SGD):
+    """Descent that goes nowhere, and counts its steps."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+
+
+@pytest.fixture
+def drawn(linear_policy, linear_experience):
+    """The experience of prompts by their places in PROMPTS, each a group and a slot of its own."""
+    whole = linear_experience(linear_policy, [1.5, -0.5, -1.0, 2.0, -2.0])
+
+    def of(prompts, first_slot=0):
+        rows = torch.tensor([row for prompt in prompts for row in PROMPTS[prompt]])
+        group_N = torch.arange(len(prompts)).repeat_interleave(2)
+        experience = whole.take(rows)
+        advantages_N = experience.advantages_N * torch.tensor([p != 3 for p in prompts])[group_N]
+        return replace(
+            experience,
+            trajectories=replace(experience.trajectories, group_N=group_N, slot_N=group_N + first_slot),
+            condition=whole.condition.take(whole.trajectories.group_N[rows[::2]]),
+            advantages_N=advantages_N,
+        )
+
+    return of
+
+
+@pytest.fixture
+def updated(linear_policy):
+    """What an update saw, and the updater."""
+
+    def of(experience, scale=None, **optim):
+        still = Still(linear_policy.trainable.values())
+        updater = Updater(
+            linear_policy, GRPO(GRPOSettings(clip_range=0.1)), still, OptimSettings(**optim), Ranks(), scale
+        )
+        return updater.update(experience).tally.over(Ranks()), updater
+
+    return of
+
+
+@pytest.fixture
+def gradient_of(linear_policy, drawn):
+    """The gradient of a prompt alone."""
+
+    def of(prompt):
+        experience = drawn([prompt])
+        loss = GRPO(GRPOSettings(clip_range=0.1)).loss(linear_policy, experience, torch.arange(4)).total / 4
+        return torch.stack(torch.autograd.grad(loss, [linear_policy.a, linear_policy.b]))
+
+    return of
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("count", [2, 3])
+def test_both_estimates_are_unbiased(drawn, updated, gradient_of, count, scaled):
+    """Their means over all draws with replacement are exact, also where halves are uneven or a prompt has no variance.
+
+    Gradients are clipped and may be scaled, and of neither can they know.
+    """
+    gradients = torch.stack([gradient_of(prompt) for prompt in range(len(PROMPTS))])
+    mean = gradients.mean(0)
+    found = []
+    for prompts in product(range(len(PROMPTS)), repeat=count):
+        scale = LossScale(scaled)
+        seen, _ = updated(drawn(prompts), scale, max_grad_norm=1e-3, microbatch=3)
+        taught = set(prompts) != {3}
+        assert ("update/gradient_signal" in seen) == taught
+        found.append([seen["update/gradient_signal"], seen["update/gradient_noise"]] if taught else [0.0, 0.0])
+    signal, noise = torch.tensor(found, dtype=torch.float64).mean(0).tolist()
+    assert signal == pytest.approx(mean.square().sum().item(), rel=1e-9)
+    assert noise == pytest.approx((gradients - mean).square().sum().item() / len(PROMPTS), rel=1e-9)
+
+
+def test_equal_prompts_have_no_noise(drawn, updated, gradient_of):
+    seen, updater = updated(drawn([1, 1]))
+    assert seen["update/gradient_noise"] == updater.noise_scale.prompts == 0
+    assert seen["update/gradient_signal"] == pytest.approx(gradient_of(1).square().sum().item())
+
+
+def test_halves_are_neighbouring_slots(drawn, updated, gradient_of):
+    """Kinds of prompts may take turns."""
+    a, b = (sum(gradient_of(prompt) for prompt in half) / 2 for half in ((0, 1), (2, 1)))
+    seen, _ = updated(drawn([0, 1, 2, 1], first_slot=7))
+    assert seen["update/gradient_signal"] == pytest.approx((a @ b).item())
+    assert seen["update/gradient_noise"] == pytest.approx((a - b).square().sum().item())
+
+
+def test_each_of_several_updates_is_noted(drawn, updated):
+    experience = drawn([0, 1, 2])
+    seen, updater = updated(experience, updates_per_rollout=2)
+    mean = updater.noise_scale.state_dict()["noise"] / (1 - 0.95**2)  # of two that differ
+    assert seen["update/gradient_noise"] == pytest.approx(mean, rel=0.05) and updater.optimizer.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("prompts", "optim"), [([0], {}), ([0, 1], {"noise_scale": False}), ([0, 1], {"reuse_rollout": True}), ([3, 3], {})]
+)
+def test_where_it_is_not_measured_nothing_is_seen_or_noted(drawn, updated, prompts, optim):
+    seen, updater = updated(drawn(prompts), **optim)
+    assert not [name for name in seen if name.startswith("update/gradient_")]
+    assert updater.noise_scale.state_dict() == NoiseScale().state_dict()
+
+
+def test_the_step_is_the_same_with_it_and_without(drawn, updated):
+    seen, without = (updated(drawn([0, 1, 2]), noise_scale=on)[0] for on in (True, False))
+    assert seen["update/grad_norm"] == pytest.approx(without["update/grad_norm"], rel=1e-12)
+
+
+def test_a_gradient_that_is_not_finite_is_not_noted(linear_policy, drawn, updated):
+    linear_policy.a.register_hook(lambda gradient: gradient * torch.inf)
+    seen, updater = updated(drawn([0, 1]))
+    assert seen["update/skipped"] == 1 and "update/gradient_noise" not in seen
+    assert updater.noise_scale.prompts is None
+
+
+def test_a_missing_gradient_is_zero():
+    a, b = torch.tensor([[1.0, 2.0]], dtype=torch.float64), torch.tensor([3.0], dtype=torch.float64)
+    zeros = [torch.zeros_like(a), torch.zeros_like(b)]
+    expected = gradient_moments([a, zeros[1]], [zeros[0], b], (1, 2))
+    assert gradient_moments([a, None], [None, b], (1, 2)) == expected
+    assert expected.signal == 0 and expected.noise == pytest.approx((9 * 5 + 9 / 4 * 9) / 1.5)
+    assert gradient_moments([None], [None], (1, 1)) == GradientMoments(0.0, 0.0)
+
+
+def test_the_scale_is_the_ratio_of_averages_and_not_an_average_of_ratios():
+    scale = NoiseScale()
+    assert scale.prompts is None
+    scale.add(GradientMoments(2.0, 8.0))
+    assert scale.prompts == pytest.approx(4.0)  # however young the averages are
+    scale.add(GradientMoments(-1.0, 10.0))
+    assert scale.prompts == pytest.approx((0.95 * 8 + 10) / (0.95 * 2 - 1))
+    taken_up = NoiseScale()
+    taken_up.load_state_dict(scale.state_dict())
+    for one in (scale, taken_up):
+        one.add(GradientMoments(0.5, 3.0))
+    assert taken_up.prompts == scale.prompts is not None
+    scale.add(GradientMoments(-9.0, 1.0))
+    assert scale.prompts is None
+    scale.load_state_dict({})  # of a checkpoint from before it was measured
+    assert scale.state_dict() == NoiseScale().state_dict()
