@@ -49,6 +49,7 @@ def own(tmp_path, monkeypatch) -> list[str]:
     (tmp_path / "own_reward.py").write_text(REWARD)
     (tmp_path / "prompts.txt").write_text("red cat\nblue dog\ngreen bird\n")
     prompts = ["--prompts.source", "prompts.txt", "--eval.prompts", "prompts.txt", "--eval.pictures", "3"]
+    prompts += ["--eval.num-inference-steps", "2"]
     return [*prompts, "--reward.terms", "own_reward:redness", "--model.lora-rank", "2", "--optim.lr", "0.01"]
 
 
@@ -119,7 +120,7 @@ def test_a_run_goes_on_from_the_lora_of_another(own, tiny_sd, tmp_path, capsys):
 
     capsys.readouterr()
     asked = ["--reward", "own_reward:redness", "--prompts", "prompts.txt", "--pictures", "3", "--json"]
-    asked += ["--num-inference-steps", "6"]  # as the recipe's own evaluations
+    asked += ["--num-inference-steps", "2"]  # as the run's own evaluations
     assert main(["eval", "second", *asked]) == 0  # what it began with is in what it saved, and not twice
     graded = json.loads(capsys.readouterr().out)["graded"]
     assert graded == pytest.approx(second.summary.read()["reward_after"], abs=5e-5)

@@ -112,7 +112,7 @@ def adaptive(tmp_path_factory) -> Path:
     """Everything that decides by measuring: previews by the tiny decoder or a probe, and the plan by what they cost."""
     out = tmp_path_factory.mktemp("runs") / "adaptive"
     asked = ["--preview.decoder", "tiny", "--preview.probe", "--preview.probe-threshold", "-1", "--plan.adaptive"]
-    asked += ["--audit.every", "1", "--iterations", "5", "--checkpoint.keep", "9", "--plan.group-size", "8"]
+    asked += ["--audit.every", "1", "--iterations", "5", "--checkpoint.keep", "9"]
     asked += ["--eval.pictures", "2", "--prompts.per-iteration", "1"]
     assert main(["train", "smoke", *asked, "--out", str(out)]) == 0
     return out
@@ -124,7 +124,7 @@ def test_a_probe_takes_over_and_the_plan_is_judged(adaptive):
     assert [r["rollout/probed"] > 0 for r in records] == [False] * 4 + [True]  # measured thrice by then
     assert all(r["rollout/previews"] > 0 for r in records[:4])
     assert [r.get("plan/value") is not None for r in records] == [False] * 2 + [True] * 3
-    assert all(r["plan/path"][0] == 8 and r["plan/survivors"] >= 4 for r in records[2:])
+    assert all(r["plan/path"][0] == 6 and r["plan/survivors"] >= 4 for r in records[2:])
     assert summary["cost"]["predicted"]["nfe"] == summary["cost"]["counted"]["nfe"]
     assert summary["cost"]["predicted"]["probed"] == summary["cost"]["counted"]["probed"]
     assert (adaptive / "report.html").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import resource
@@ -18,6 +19,13 @@ from progrpo.training.errors import SelfCheckError
 from progrpo.training.memory import halved, is_out_of_memory
 
 ONLY_SO_MANY = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def earlier_objects():
+    """Where memory runs out garbage is collected: what other tests left is not gone through each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def limited(policy: Any, monkeypatch: pytest.MonkeyPatch, most: int, training_alone: bool = False) -> list[int]:

@@ -51,12 +51,14 @@ def test_reference_is_the_base_model_after_training(own_policy, pipeline):
     assert torch.equal(sample_without_noise(own_policy, 1.0), trained)
 
 
-def test_current_weights_come_back_after_an_exception(own_policy):
-    perturb(own_policy)
-    before = velocity(own_policy)
-    with pytest.raises(RuntimeError, match="inside"), own_policy.weights("reference"):
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_current_weights_come_back_after_an_exception(tiny_sd3, weights):
+    policy = load(tiny_sd3, weights)
+    perturb(policy)
+    before = velocity(policy)
+    with pytest.raises(RuntimeError, match="inside"), policy.weights("reference"):
         raise RuntimeError("inside")
-    assert torch.equal(velocity(own_policy), before)
+    assert torch.equal(velocity(policy), before)
 
 
 def test_state_goes_through_storage_to_a_new_policy(own_policy, case, folder, tmp_path):
