@@ -57,12 +57,12 @@ def test_a_recipe_is_trained(run):
     assert (run / "report.html").is_file() and (run / "audit" / "0001.png").is_file()
 
 
-def test_whole_groups_are_stopped(tmp_path, capsys):
+def test_whole_groups_are_stopped(on_a_tiny_model, tmp_path, capsys):
     options = ["smoke", "--prompts.per-iteration", "3", "--plan.keep-groups", "2", "--prompts.order", "signal"]
     assert main(["plan", *options, "--json"]) == 0
     costs = json.loads(capsys.readouterr().out)
     assert costs["groups"] == [3, 2] and costs["nfe_per_iteration"] == 3 * 6 * 4 + 2 * 4 * 2
-    assert main(["train", *options, "--out", str(tmp_path / "run")]) == 0
+    assert main(["train", *options, *on_a_tiny_model, "--out", str(tmp_path / "run")]) == 0
     assert "groups of 6 -> 4 by ovf, 3 -> 2 prompts an iteration, 88 NFE each" in capsys.readouterr().out
     run = RunFolder(tmp_path / "run")
     records, summary = run.metrics.read(), run.summary.read()
