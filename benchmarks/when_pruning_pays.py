@@ -102,7 +102,13 @@ class Choice:
             return PlanSettings("auto")
         plan = self.plan()
         points = tuple((point.step, point.keep) for point in plan.prune)
-        return PlanSettings("custom", plan.group_size, points, plan.final_keep, self.selector)
+        return PlanSettings(
+            preset="custom",
+            group_size=plan.group_size,
+            prune=points,
+            final_keep=plan.final_keep,
+            selector=self.selector,
+        )
 
     def cost(self, ratio: float) -> float:
         """The cost of a group, in units of sampling one member to its end."""
