@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, stdev
@@ -35,6 +36,7 @@ from progrpo.training.build import (
 )
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import Measures, evaluate
+from progrpo.training.inputs import held_out_rewards
 from progrpo.training.trainer import Trainer
 from progrpo.zoo import WEIGHTS
 
@@ -159,32 +161,43 @@ def config_of(changes: Changes, seed: int) -> Config:
     return config
 
 
-def run(config: Config, seconds: float, every: float, pictures: int) -> list[dict[str, Any]]:
-    """The validation figures against seconds of training, first those of the base."""
+def run(config: Config, seconds: float, every: float, pictures: int, by: str = "seconds") -> list[dict[str, Any]]:
+    """The validation figures against seconds of training, first those of the base.
+
+    They are measured `every` so many seconds of training, or with `by` iterations so many of these.
+    """
     ranks = Ranks()
     config = resolve_dtype(config, ranks)
     policy = policy_from(config.model, policy_context(config, ranks))
     reward = load_mixture(config.reward.terms, config.reward.frames)
     trainer = Trainer(config, policy, reward, train_order(config.prompts, config.seed), ranks)
-    prompts, judge = eval_prompts("shapes", "validation", pictures), judge_for("shapes")
+    prompts = eval_prompts("shapes", "validation", pictures)
+    measures = Measures(judge_for("shapes"), held_out_rewards(config), diverse=pictures // 8)
     sampler = Sampler(policy, reward, ode(policy, config.eval.num_inference_steps, 1.0, 64))
-    spent, due = 0.0, 0.0
+    spent, cpu, due = 0.0, 0.0, 0.0
     curve: list[dict[str, Any]] = []
     while True:
         over = spent >= seconds or trainer.iteration >= config.iterations
-        if spent >= due or over:
+        done = spent if by == "seconds" else trainer.iteration
+        if done >= due or over:
             with policy.weights(trainer.learner.evaluated_weights):
-                found = evaluate(sampler, prompts, config.eval.seed, ranks, Measures(judge))
-            figures = {name: found.mean(name) for name in ("strict", "graded", "judge")}
-            curve.append({"seconds": round(spent, 1), "iterations": trainer.iteration, **_rounded(figures)})
+                found = evaluate(sampler, prompts, config.eval.seed, ranks, measures)
+            figures = {name: found.mean(name) for name in ("strict", "graded", "judge", "diversity")}
+            figures |= found.held_out()
+            counted = trainer.totals.counted
+            work = {"nfe": counted.nfe, "previews": counted.previews, "trained_steps": counted.trained_steps}
+            at = {"seconds": round(spent, 1), "cpu_seconds": round(cpu, 1), "iterations": trainer.iteration}
+            curve.append({**at, **work, **_rounded(figures)})
             if config.plan.adaptive:
                 plan = trainer.plan
                 curve[-1] |= {"prune": [[p.step, p.keep] for p in plan.prune], "final_keep": plan.final_keep}
             print("   ", curve[-1], flush=True)
-            due = spent + every
+            due = done + every
         if over:
             return curve
+        began = time.process_time()
         record = trainer.step().record
+        cpu += time.process_time() - began
         spent += record["seconds"] - record["time/audit"]
 
 

@@ -84,3 +84,26 @@ def test_what_a_gradient_is_worth_is_found_where_it_is_known(monkeypatch):
     assert found["bearing"] == pytest.approx(1, abs=4 * found["bearing, error"]) and found["bearing, error"] < 0.1
     aside_D = torch.full((400,), 0.05) * (-1) ** torch.arange(400)  # at right angles to the mean, and as long
     assert plan_value.worth([g + aside_D for g in twice], none, full)["bearing"] == pytest.approx(0.5**0.5, abs=0.06)
+
+
+@pytest.mark.slow
+def test_every_cell_of_the_map_can_be_run_and_an_arrival_is_interpolated(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    survey = importlib.import_module("when_pruning_pays")
+    for cell in survey.cells():
+        survey.config_of(cell, 1e-3, 2, seed=0)
+    cell = survey.Cell("grpo", survey.AUTO[4.0], "smooth")
+    entry = survey.run(survey.pretrained(0), cell, 4e-3, 8, 0, goal=None)
+    assert entry["spent"][-1] > entry["curve"][-1][0] * 8 and len(entry["plans"]) == len(entry["curve"])
+    line = [(10 * i, float(i)) for i in range(6)]
+    assert survey.arrival(line, 2.5) == pytest.approx(25) and survey.arrival(line, 9.0) is None
+
+
+@pytest.mark.slow
+def test_every_arm_of_the_road_can_be_run_for_the_work_of_plain_grpo(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    search, road = importlib.import_module("search"), importlib.import_module("road_to_reward")
+    plain = search.config_of(road.PLAIN, seed=0)
+    lengths = {arm: road.length_of(search.config_of(changes, seed=0), plain) for arm, changes in road.ARMS.items()}
+    assert lengths["plain 24"] == road.LENGTH and lengths["plain 12"] == 2 * road.LENGTH
+    assert road.LENGTH < lengths["flash"] < 2 * road.LENGTH  # fewer members are trained, most are sampled

@@ -203,7 +203,7 @@ def test_mistakes_are_refused_in_one_sentence(capsys, args, message):
         (("train", "smoke", "--sampling.sde-window", "al"), "invalid choice 'al' for argument '--sampling.sde-window'"),
         (
             ("train", "smoke", "--plan.selector", "ofv"),
-            "plan.selector must be one of ovf, uniform, top_bottom, none",
+            "plan.selector must be one of ovf, uniform, top_bottom, furthest, none",
         ),
         (
             ("plan", "smoke", "--plan", "flsh"),

@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from progrpo.rollout.prune import none, ovf, survivors, top_bottom, uniform, widest_groups
+from progrpo.rollout.prune import furthest, none, ovf, survivors, top_bottom, uniform, widest_groups
 
 NAN, INF = math.nan, math.inf
 
@@ -106,6 +106,12 @@ def test_float32_rewards_far_from_zero_need_centring():
 def test_ovf_of_a_group_with_missing_scores_is_ovf_of_the_others():
     assert select(ovf, [NAN, 0.0, 5.0, INF, 9.0, 4.0], 2) == [1, 4]
     assert select(ovf, [NAN, 0.0, 5.0, INF, 9.0, -INF], 4) == [0, 1, 2, 4]
+
+
+def test_furthest_keeps_the_largest_advantages_by_size():
+    assert select(furthest, [0.0, 1.0, 2.0, 3.0, 4.0, 20.0], 3) == [0, 1, 5]  # the mean is 5
+    assert select(furthest, [0.0, math.nan, 2.0, 3.0, 4.0, 20.0], 4) == [0, 2, 3, 5]  # of the others 5.8
+    assert select(furthest, [1.0, 1.0, 1.0], 2) == [1, 2]
 
 
 def test_top_bottom():

@@ -99,6 +99,10 @@ def _all_lows(ranking: _Ranking, kept_P: Tensor, keep: int) -> Tensor:
     return kept_P
 
 
+def _no_lows(ranking: _Ranking, kept_P: Tensor, keep: int) -> Tensor:
+    return torch.zeros_like(kept_P)
+
+
 def _choose(keys_PG: Tensor, scored_PG: Tensor, keep: int, split: _Split) -> Tensor:
     """The mask (P, G) of min(keep, scored) members of each group: `split` from the low end, others from the high."""
     ranking = _rank(keys_PG, scored_PG)
@@ -139,6 +143,17 @@ def ovf(scores_PG: Tensor, keep: int, present_PG: Tensor, seeds_P: Tensor) -> Se
 def top_bottom(scores_PG: Tensor, keep: int, present_PG: Tensor, seeds_P: Tensor) -> Selection:
     """The ceil(keep / 2) highest and floor(keep / 2) lowest scores, however skewed they are."""
     return _select(scores_PG, scores_PG, keep, present_PG, _half_lows)
+
+
+def furthest(scores_PG: Tensor, keep: int, present_PG: Tensor, seeds_P: Tensor) -> Selection:
+    """The scores furthest from their group's mean: the largest advantages by size (CPPO, arXiv 2503.22342).
+
+    Its advantages have mean and std of the full group (`objective.baseline` group), where all have final rewards.
+    """
+    scored_PG = scores_PG.isfinite() & present_PG
+    known_PG = scores_PG.double().where(scored_PG, 0.0)
+    mean_P1 = known_PG.sum(1, keepdim=True) / scored_PG.sum(1, keepdim=True).clamp(min=1)
+    return _select((known_PG - mean_P1).abs(), scores_PG, keep, present_PG, _no_lows)
 
 
 def uniform(scores_PG: Tensor, keep: int, present_PG: Tensor, seeds_P: Tensor) -> Selection:

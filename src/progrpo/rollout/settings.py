@@ -39,6 +39,7 @@ SELECTORS: dict[str, str] = {
     "ovf": "progrpo.rollout.prune:ovf",
     "uniform": "progrpo.rollout.prune:uniform",
     "top_bottom": "progrpo.rollout.prune:top_bottom",
+    "furthest": "progrpo.rollout.prune:furthest",
     "none": "progrpo.rollout.prune:none",
 }
 _SAMPLER_NAMES = ("auto", *SAMPLERS)
@@ -202,7 +203,8 @@ class PlanSettings:
     It must be smaller than `prompts.per_iteration`; raise that to keep the number of trained trajectories."""
     selector: SelectorName = setting("ovf", one_of(SELECTORS, "function"))  # noqa: RUF009 (a field)
     """The choice of members that are kept. `ovf`: those whose scores have the largest variance (the paper's).
-    `top_bottom`: half from the best, half from the worst. `uniform`: a random draw.
+    `top_bottom`: half from the best, half from the worst. `furthest`: those furthest from the mean (CPPO's).
+    `uniform`: a random draw.
     `none`: the first members, whatever their scores.
     `module:function`: a function of your own, of (scores_PG, keep, present_PG, seeds_P), that returns a
     `progrpo.rollout.prune.Selection`."""

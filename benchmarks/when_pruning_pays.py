@@ -1,0 +1,656 @@
+"""The map of when selection pays: thousands of short runs of the toy flow, every side with its own best settings.
+
+    python benchmarks/when_pruning_pays.py [--minutes 60] [--out docs/results/when_pruning_pays.json]
+    python benchmarks/when_pruning_pays.py --gradients   # the bias and the signal of each choice's gradient
+    python benchmarks/when_pruning_pays.py --page        # the page and the picture from --out; trains nothing
+
+A cell is an objective, a choice of members and a shape of reward. It is run with several learning rates and numbers of
+prompts an iteration: `PROBED` seeds of each, then `SEEDS` seeds of the best for each cost ratio R. R is the cost of
+training a member over that of sampling it to its end; a preview and a reward cost `REWARD` of the latter. R changes no
+run, only what its iterations are said to cost, so that each run serves all ratios.
+
+The measure is the cost until the mean reward on held-out prompts has risen by 50 and by 90 % of what plain groups of 24
+gain in the end under the same objective and reward. It is compared with the best plain group (6, 12 or 24) at the same
+ratio: smaller groups are the honest rival. Finished runs in `--out` are kept, so that the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal, NotRequired, TypedDict
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from progrpo.config import (
+    AuditSettings,
+    Config,
+    ModelSettings,
+    ObjectiveSettings,
+    OptimSettings,
+    PlanSettings,
+    PromptSettings,
+    SamplingSettings,
+    check,
+    trained_items,
+)
+from progrpo.durable import write_text
+from progrpo.prompts.order import make_order
+from progrpo.rewards.mixture import Component, RewardMixture
+from progrpo.rewards.settings import RewardTerm
+from progrpo.rollout.denoise import denoise, expand
+from progrpo.rollout.meter import Meter
+from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path
+from progrpo.rollout.preview import preview, score
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sampling import Record, ode, sampling_for
+from progrpo.training.collector import Batch
+from progrpo.training.distributed import Ranks
+from progrpo.training.evaluate import evaluate
+from progrpo.training.trainer import Trainer
+from progrpo.types import Trajectories
+from progrpo.zoo.toy import world
+from progrpo.zoo.toy.policy import ToyNetwork, ToyPolicy, pretrained
+from progrpo.zoo.toy.rewards import ToyReward
+
+PAGE = Path("docs/results/when_pruning_pays.md")
+PICTURE = Path("docs/images/when_pruning_pays.png")
+STEPS, GROUP = 10, 24
+RATIOS = (0.3, 1.0, 4.0)
+REWARD = 0.07  # of a member's sampling: SD 3.5's decode and PickScore over ten of its network calls
+PROMPTS = (2, 4, 8)
+PROBED, SEEDS = 1, 10
+BUDGET = 320  # groups that a run of plain groups of 24 samples at most
+EVERY = 32  # groups between evaluations
+HELD_OUT = 128
+BEGIN, END = "<!-- map:begin -->\n", "<!-- map:end -->"
+INK, QUIET = (40, 44, 52), (128, 134, 144)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to choose the members that are trained on."""
+
+    group: int = GROUP
+    keep: int | None = None
+    after: int | None = None
+    """The step after which the others are stopped; None: by final rewards."""
+    selector: str = "ovf"
+    baseline: Literal["survivors", "group", "previews"] = "survivors"
+    auto_ratio: float | None = None
+    """The ratio R whose costs `plan.preset auto` is given; None: the plan is fixed."""
+
+    def plan(self) -> Plan:
+        if self.keep is None:
+            return Plan(self.group)
+        if self.after is None:
+            return Plan(self.group, final_keep=self.keep)
+        return Plan(self.group, (PrunePoint(self.after, self.keep),))
+
+    def settings(self) -> PlanSettings:
+        if self.auto_ratio is not None:
+            return PlanSettings("auto")
+        plan = self.plan()
+        points = tuple((point.step, point.keep) for point in plan.prune)
+        return PlanSettings(
+            preset="custom",
+            group_size=plan.group_size,
+            prune=points,
+            final_keep=plan.final_keep,
+            selector=self.selector,
+        )
+
+    def cost(self, ratio: float) -> float:
+        """The cost of a group, in units of sampling one member to its end."""
+        cost = self.plan().predict(STEPS, 1, guidance=False)
+        return cost.nfe / STEPS + REWARD * cost.reward_calls + ratio * cost.trained_steps
+
+
+CHOICES: dict[str, Choice] = {
+    "plain 24": Choice(),
+    "plain 12": Choice(12),
+    "plain 6": Choice(6),
+    "posthoc 12": Choice(keep=12),
+    "posthoc 6": Choice(keep=6),
+    "12 after 4": Choice(keep=12, after=4),
+    "12 after 6": Choice(keep=12, after=6),
+    "6 after 4": Choice(keep=6, after=4),
+    "6 after 6": Choice(keep=6, after=6),
+    "12 after 8": Choice(keep=12, after=8),
+    "6 after 8": Choice(keep=6, after=8),
+    "6 after 6, previews": Choice(keep=6, after=6, baseline="previews"),
+    "furthest 12, group": Choice(keep=12, selector="furthest", baseline="group"),
+    "furthest 6, group": Choice(keep=6, selector="furthest", baseline="group"),
+    "ovf 6, group": Choice(keep=6, baseline="group"),
+    "uniform 12 after 4": Choice(keep=12, after=4, selector="uniform"),
+}
+AUTO = {ratio: f"auto, R {ratio:g}" for ratio in RATIOS}
+FIXED = dict(CHOICES)
+CHOICES |= {name: Choice(auto_ratio=ratio) for ratio, name in AUTO.items()}
+AUDITED = 40  # groups between the audits of `auto`
+PLAIN = ("plain 6", "plain 12", "plain 24")
+MAIN = (*PLAIN, "posthoc 12", "posthoc 6", "12 after 4", "6 after 4", "furthest 6, group")
+# The learning rates of each objective; windows are of three steps
+OBJECTIVES: dict[str, tuple[float, ...]] = {
+    "grpo": (2e-3, 4e-3, 8e-3),
+    "grpo window": (2e-3, 4e-3, 8e-3),
+    "awm": (1e-3, 2e-3, 4e-3),
+    "nft": (1e-3, 2e-3, 4e-3),
+    "dgpo": (1e-3, 2e-3, 4e-3),
+    "elbo": (1e-3, 2e-3, 4e-3),
+}
+SHAPES = ("heavy", "peaked", "binary", "noisy")
+
+
+@dataclass(frozen=True)
+class Cell:
+    objective: str
+    choice: str
+    shape: str
+
+
+class Run(TypedDict):
+    """A run of a cell: the held-out reward by iterations."""
+
+    objective: str
+    choice: str
+    shape: str
+    lr: float
+    prompts: int
+    seed: int
+    curve: list[tuple[int, float]]
+    norm: float
+    spent: NotRequired[list[float]]
+    """The cost at each point of the curve, audits included, of a run whose plan changes; and the plans."""
+    plans: NotRequired[list[str]]
+
+
+def cells() -> Iterator[Cell]:
+    """All cells: what matters most first, and plain groups of 24, whose gain is the goal, before their rivals."""
+    for choice in CHOICES:
+        yield Cell("grpo", choice, "smooth")
+    for objective in list(OBJECTIVES)[1:]:
+        for choice in ("plain 24", *(name for name in MAIN if name != "plain 24")):
+            yield Cell(objective, choice, "smooth")
+    for shape in SHAPES:
+        for choice in ("plain 24", *(name for name in MAIN if name != "plain 24")):
+            yield Cell("grpo", choice, shape)
+
+
+def config_of(cell: Cell, lr: float, prompts: int, seed: int) -> Config:
+    choice = CHOICES[cell.choice]
+    name, _, window = cell.objective.partition(" ")
+    config = Config(
+        seed=seed,
+        iterations=iterations_of(choice, prompts),
+        model=ModelSettings(dtype="float32"),
+        prompts=PromptSettings(per_iteration=prompts),
+        sampling=SamplingSettings(
+            num_inference_steps=STEPS, microbatch=4096, sde_window="first" if window else "auto", sde_window_size=3
+        ),
+        plan=choice.settings(),
+        objective=ObjectiveSettings(name=name, baseline=choice.baseline),
+        optim=OptimSettings(lr=lr, decay=0.0, microbatch=8192, max_grad_norm=1e9),
+        audit=AuditSettings(every=0 if choice.auto_ratio is None else AUDITED // prompts),
+    )
+    check(config)
+    return config
+
+
+def iterations_of(choice: Choice, prompts: int) -> int:
+    """The iterations of a run: as many as cost what the budget's plain groups cost at the smallest ratio."""
+    share = Choice().cost(RATIOS[0]) / choice.cost(RATIOS[0])
+    return round(BUDGET * max(1.0, min(share, 3.0)) / prompts)
+
+
+def mixture(shape: str, seen: bool = True) -> RewardMixture:
+    return RewardMixture([Component(RewardTerm("toy"), ToyReward(shape, seen))])
+
+
+def run(network: ToyNetwork, cell: Cell, lr: float, prompts: int, seed: int, goal: float | None) -> Run:
+    """Train, and stop once the goal is passed."""
+    ranks = Ranks()
+    policy = ToyPolicy(deepcopy(network))
+    trainer = _trainer(cell, lr, prompts, seed, policy)
+    config = trainer.config
+    sampler = Sampler(policy, mixture(cell.shape, seen=False), ode(policy, STEPS, 1.0, 4096))
+    held_out = world.prompts(HELD_OUT, first=100_000)
+    ratio = CHOICES[cell.choice].auto_ratio
+    if ratio is not None:
+        trainer.plan_monitor.judge.recorded = UnitCosts(1 / STEPS, REWARD, REWARD, ratio / trained_items(config))
+    curve: list[tuple[int, float]] = []
+    spent: list[float] = []
+    plans: list[str] = []
+    norms: list[float] = []
+    every = max(1, EVERY // prompts)
+    for iteration in range(config.iterations + 1):
+        if iteration % every == 0:
+            graded = evaluate(sampler, held_out, 0, ranks).mean("graded")
+            assert graded is not None
+            curve.append((iteration, round(graded, 4)))
+            if ratio is not None:
+                spent.append(round(_spent(trainer, ratio), 2))
+                plans.append(str(path(trainer.plan)))
+            if goal is not None and len(curve) > 3 and mean(value for _, value in curve[-3:]) > goal:
+                break
+        if iteration < config.iterations:
+            before = [p.detach().clone() for p in policy.trainable.values()]
+            trainer.step()
+            moved = [(p.detach() - b).square().sum() for p, b in zip(policy.trainable.values(), before, strict=True)]
+            norms.append(float(torch.stack(moved).sum().sqrt()))
+    followed: Any = {} if ratio is None else {"spent": spent, "plans": plans}
+    return {
+        **followed,
+        **{"objective": cell.objective, "choice": cell.choice, "shape": cell.shape},
+        **{"lr": lr, "prompts": prompts, "seed": seed, "curve": curve, "norm": round(mean(norms), 5)},
+    }
+
+
+def _spent(trainer: Trainer, ratio: float) -> float:
+    """The cost of a run until now, in units of sampling one member to its end."""
+    cost = trainer.totals.counted + trainer.totals.audited
+    trained = ratio * cost.trained_steps / trained_items(trainer.config)
+    return cost.nfe / STEPS + REWARD * cost.reward_calls + trained
+
+
+def _trainer(cell: Cell, lr: float, prompts: int, seed: int, policy: ToyPolicy) -> Trainer:
+    order = make_order("turn", {"": tuple(world.prompts(4096))}, seed)
+    return Trainer(config_of(cell, lr, prompts, seed), policy, mixture(cell.shape), order, Ranks())
+
+
+Curve = Sequence[tuple[float, float]]
+
+
+# --- the measure ------------------------------------------------------------------------------------------------------
+
+
+def smoothed(curve: Curve) -> list[tuple[float, float]]:
+    """The curve as means of three, so that a lucky evaluation is no arrival."""
+    values = [value for _, value in curve]
+    return [(at, mean(values[max(0, i - 1) : i + 2])) for i, (at, _) in enumerate(curve)]
+
+
+def arrival(curve: Curve, level: float) -> float | None:
+    """The iterations, or the cost, until the smoothed curve reaches a level, interpolated; None where it does not."""
+    points = smoothed(curve)
+    for (a, low), (b, high) in itertools.pairwise(points):
+        if high >= level:
+            return a + (b - a) * min(1.0, max(0.0, (level - low) / (high - low) if high > low else 1.0))
+    return None
+
+
+def cost_to(entry: Run, level: float, ratio: float) -> float:
+    """The cost to a level; infinite where a run does not get there."""
+    if "spent" in entry:
+        values = [value for _, value in entry["curve"]]
+        reached = arrival(list(zip(entry["spent"], values, strict=True)), level)
+        return float("inf") if reached is None else reached
+    iterations = arrival(entry["curve"], level)
+    cost = CHOICES[entry["choice"]].cost(ratio) * entry["prompts"]
+    return float("inf") if iterations is None else iterations * cost
+
+
+class Results:
+    """The finished runs of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: list[Run] = json.loads(path.read_text()) if path.exists() else []
+
+    def of(self, cell: Cell) -> list[Run]:
+        return [r for r in self.runs if Cell(r["objective"], r["choice"], r["shape"]) == cell]
+
+    def has(self, cell: Cell, lr: float, prompts: int, seed: int) -> bool:
+        return any((r["lr"], r["prompts"], r["seed"]) == (lr, prompts, seed) for r in self.of(cell))
+
+    def add(self, entry: Run) -> None:
+        self.runs.append(entry)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in self.runs)
+        write_text(self.path, f"[\n{lines}\n]\n")
+
+    def ends(self, objective: str, shape: str) -> tuple[float, float] | None:
+        """The held-out reward before training, and the one that plain groups of 24 end at with their best settings.
+
+        Settings count that were run with the most seeds: the best of several single runs was lucky.
+        """
+        finals: dict[tuple[float, int], list[float]] = {}
+        runs = self.of(Cell(objective, "plain 24", shape))
+        for entry in runs:
+            final = mean(value for _, value in entry["curve"][-3:])
+            finals.setdefault((entry["lr"], entry["prompts"]), []).append(final)
+        most = max(map(len, finals.values()), default=0)
+        ends = [mean(values) for values in finals.values() if len(values) == most]
+        return (runs[0]["curve"][0][1], max(ends)) if ends else None
+
+    def best(self, cell: Cell, level: float, ratio: float) -> tuple[float, int] | None:
+        """The learning rate and prompts with the lowest mean cost to a level, of those with the most seeds."""
+        costs: dict[tuple[float, int], list[float]] = {}
+        for entry in self.of(cell):
+            costs.setdefault((entry["lr"], entry["prompts"]), []).append(cost_to(entry, level, ratio))
+        return min(costs, key=lambda key: mean(costs[key]), default=None)
+
+
+def level_of(ends: tuple[float, float], share: float) -> float:
+    return ends[0] + share * (ends[1] - ends[0])
+
+
+def work(results: Results, seeds: int) -> Iterator[tuple[Cell, float, int, int]]:
+    """The runs that are left to do, in order: for each cell all settings, then more seeds of its best ones."""
+    for cell in cells():
+        for prompts in PROMPTS:
+            for lr in OBJECTIVES[cell.objective]:
+                for seed in range(PROBED):
+                    if not results.has(cell, lr, prompts, seed):
+                        yield cell, lr, prompts, seed
+        ends = results.ends(cell.objective, cell.shape)
+        assert ends is not None
+        for seed in range(seeds):
+            for ratio in RATIOS:
+                best = results.best(cell, level_of(ends, 0.9), ratio)
+                if best is not None and not results.has(cell, *best, seed):
+                    yield cell, *best, seed
+
+
+def next_work(results: Results) -> tuple[Cell, float, int, int] | None:
+    """The next run: three seeds of every cell come before ten of any."""
+    for seeds in (3, SEEDS):
+        for item in work(results, seeds):
+            return item
+    return None
+
+
+# --- the prediction ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def kept_variance(policy: ToyPolicy, choice: Choice, shape: str, stochastic: int, prompts: int = 128) -> float:
+    """V: the variance of the kept final rewards over that of all, at the untrained model."""
+    if choice.keep is None:
+        return 1.0
+    settings = SamplingSettings(num_inference_steps=STEPS, microbatch=4096)
+    sampling = sampling_for(policy, settings, range(stochastic), Record())
+    selector = PlanSettings(selector=choice.selector).load_selector()
+    sampler = Sampler(policy, mixture(shape), sampling, choice.plan(), selector)
+    texts, slots, key = world.prompts(prompts), torch.arange(prompts), NoiseKey(0, 0)
+    condition = policy.encode(texts)
+    seen: dict[int, torch.Tensor] = {}
+
+    def watch(step: int, batch: Trajectories) -> Trajectories:
+        if step == choice.after:
+            seen[step] = preview(sampler, texts, condition, batch, step, Meter())[1]
+        return batch
+
+    batch = expand(policy, slots, choice.group, sampling, key)
+    batch = denoise(sampler.denoiser(condition), batch, key, Meter(), watch)
+    final_PG = score(sampler, texts, batch.group_N, batch.x_NCHW, Meter())[1].value_N.reshape(prompts, -1)
+    by_PG = final_PG if choice.after is None else seen[choice.after].reshape(prompts, -1)
+    kept_PK = selector(by_PG, choice.keep, torch.ones_like(by_PG, dtype=torch.bool), key.group_seeds(slots, 0))
+    kept = final_PG.gather(1, kept_PK.indices_PK)
+    return float(kept.var(1, correction=0).mean() / final_PG.var(1, correction=1).mean())
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+class Gradient(TypedDict):
+    """The gradient of a choice, over that of plain groups of 24 at the same weights."""
+
+    choice: str
+    after: int
+    """Iterations of plain GRPO before it."""
+    bearing: float
+    """The cosine of the mean gradients: the rest to 1 is bias."""
+    signal: float
+    """The squared length of the mean along plain GRPO's over the variance from prompt to prompt."""
+    kept_variance: float
+    predicted: float
+    """The same ratio of signals by k V."""
+
+
+def gradients(network: ToyNetwork, prompts: int = 1024, batch: int = 64) -> list[Gradient]:
+    """The gradients of GRPO in float64, before training and after some of it, of every choice on the same prompts."""
+    results: list[Gradient] = []
+    for after in (0, 40):
+        trained = deepcopy(network)
+        trainer = _trainer(Cell("grpo", "plain 24", "smooth"), 4e-3, 4, 0, ToyPolicy(trained))
+        for _ in range(after):
+            trainer.step()
+        policy = ToyPolicy(trained, torch.float64)
+        by_choice = {name: _batch_gradients(policy, name, prompts // batch, batch) for name in FIXED}
+        full = by_choice["plain 24"].mean(0)
+        signals = {name: _signal(rows_BD, full, batch) for name, rows_BD in by_choice.items()}
+        kept = {name: kept_variance(policy, choice, "smooth", STEPS) for name, choice in FIXED.items()}
+        for name, choice in FIXED.items():
+            own = by_choice[name].mean(0)
+            weight = choice.group - 1 if choice.keep is None else choice.keep * kept[name]
+            results.append(
+                {
+                    "choice": name,
+                    "after": after,
+                    "bearing": round(float(torch.cosine_similarity(own, full, dim=0)), 4),
+                    "signal": round(signals[name] / signals["plain 24"], 3),
+                    "kept_variance": round(kept[name], 3),
+                    "predicted": round(weight / (GROUP - 1), 3),
+                }
+            )
+            print(results[-1], flush=True)
+    return results
+
+
+def _signal(rows_BD: torch.Tensor, along: torch.Tensor, prompts: int) -> float:
+    """The signal of one prompt: rows are means over so many prompts."""
+    parts = rows_BD @ along / along.norm()
+    noise = (rows_BD - rows_BD.mean(0)).square().sum() / (len(rows_BD) - 1) * prompts
+    # the mean's own noise along the direction is not signal
+    return float((parts.mean().square() - parts.var() / len(parts)) / noise)
+
+
+def _batch_gradients(policy: ToyPolicy, name: str, batches: int, prompts: int) -> torch.Tensor:
+    """The gradient of each batch of prompts, float64 (B, weights)."""
+    trainer = _trainer(Cell("grpo", name, "smooth"), 1e-3, prompts, 1, policy)
+    learner, sampling, rows = trainer.learner, trainer.sampler.sampling, []
+    for number in range(batches):
+        texts, key = world.prompts(prompts, first=prompts * number), NoiseKey(1, number)
+        rolled = trainer.collector.rollout(Batch(number, texts, torch.arange(prompts), key), Meter())
+        experience, _ = learner.estimator.experience(rolled, sampling, key)
+        experience = learner.objective.prepare(policy, experience, 8192, 1)
+        items = len(experience) * len(experience.trajectories.path)
+        loss = learner.objective.loss(policy, experience, torch.arange(items))
+        parts = torch.autograd.grad(loss.total / items, list(policy.trainable.values()))
+        rows.append(torch.cat([part.flatten() for part in parts]).double())
+    return torch.stack(rows)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A choice against the best plain group at one ratio: the ratio of costs to a level, with a 90 % interval.
+
+    Where a run does not `arrive`, the speed is the most that its whole length leaves open.
+    """
+
+    speed: float
+    low: float
+    high: float
+    arrives: bool
+    seeds: int
+    settings: tuple[float, int]
+    predicted: float
+
+
+class Map:
+    """What finished runs say."""
+
+    def __init__(self, results: Results, network: ToyNetwork) -> None:
+        self.results = results
+        self._policy = ToyPolicy(network)
+        self._signals: dict[tuple[str, str, int], float] = {}
+
+    def signal(self, cell: Cell) -> float:
+        """The signal k V of a cell at the untrained model."""
+        choice = CHOICES[cell.choice]
+        stochastic = {"grpo": STEPS, "grpo window": 3}.get(cell.objective, 0)
+        key = (cell.choice, cell.shape, stochastic)
+        if key not in self._signals:
+            kept = choice.group - 1 if choice.keep is None else choice.keep
+            self._signals[key] = kept * kept_variance(self._policy, choice, cell.shape, stochastic)
+        return self._signals[key]
+
+    def costs(self, cell: Cell, share: float, ratio: float) -> tuple[list[float], tuple[float, int]] | None:
+        """The costs to a share of the goal under the cell's best settings, a run each, and these settings."""
+        ends = self.results.ends(cell.objective, cell.shape)
+        best = None if ends is None else self.results.best(cell, level_of(ends, share), ratio)
+        if ends is None or best is None:
+            return None
+        runs = [r for r in self.results.of(cell) if (r["lr"], r["prompts"]) == best]
+        return [cost_to(r, level_of(ends, share), ratio) for r in runs], best
+
+    def rival(self, cell: Cell, share: float, ratio: float) -> list[float]:
+        """The costs of the best plain group."""
+        groups = [self.costs(replace(cell, choice=name), share, ratio) for name in PLAIN]
+        return min((group[0] for group in groups if group is not None), key=mean, default=[])
+
+    def finding(self, cell: Cell, share: float, ratio: float) -> Finding | None:
+        """None where there are no runs, or no plain group arrives."""
+        own, rival = self.costs(cell, share, ratio), self.rival(cell, share, ratio)
+        if own is None or not rival or np.isinf(rival).any():
+            return None
+        whole = CHOICES[cell.choice].cost(ratio) * own[1][1] * iterations_of(CHOICES[cell.choice], own[1][1])
+        arrives = not np.isinf(own[0]).any()
+        own = [min(cost, whole) for cost in own[0]], own[1]
+        generator = np.random.default_rng(0)
+        draws = [
+            np.mean(generator.choice(rival, len(rival))) / np.mean(generator.choice(own[0], len(own[0])))
+            for _ in range(1000)
+        ]
+        low, high = np.quantile(draws, [0.05, 0.95])
+        plain = max(self.signal(replace(cell, choice=name)) / CHOICES[name].cost(ratio) for name in PLAIN)
+        predicted = self.signal(cell) / CHOICES[cell.choice].cost(ratio) / plain
+        return Finding(mean(rival) / mean(own[0]), float(low), float(high), arrives, len(own[0]), own[1], predicted)
+
+
+def table(survey: Map, objective: str, shape: str, share: float) -> list[str]:
+    """A row per choice: how many times faster than the best plain group, by ratio, and the prediction."""
+    names = [name for name in CHOICES if name not in AUTO.values() and survey.results.of(Cell(objective, name, shape))]
+    heads = [f"R = {ratio:g}" for ratio in RATIOS]
+    lines = [f"| choice | {' | '.join(heads)} | lr, prompts (R = 1) | seeds |", "|" + "---|" * (len(RATIOS) + 3)]
+    for name in names:
+        cells = [survey.finding(Cell(objective, name, shape), share, ratio) for ratio in RATIOS]
+        words = ["-" if f is None else _words(f) for f in cells]
+        middle = cells[1]
+        settings = "-" if middle is None else f"{middle.settings[0]:g}, {middle.settings[1]}"
+        lines.append(f"| {name} | {' | '.join(words)} | {settings} | {0 if middle is None else middle.seeds} |")
+    cells = [survey.finding(Cell(objective, AUTO[ratio], shape), share, ratio) for ratio in RATIOS]
+    if any(cells):
+        words = ["-" if f is None else _words(replace(f, predicted=float("nan"))) for f in cells]
+        seeds = min(f.seeds for f in cells if f is not None)
+        lines.append(f"| auto | {' | '.join(words)} | | {seeds} |".replace(" (nan)", ""))
+    return lines
+
+
+def _words(f: Finding) -> str:
+    if not f.arrives:
+        return f"< {f.speed:.2f} ({f.predicted:.2f})"
+    speed = f"**{f.speed:.2f}**" if f.low > 1 else f"{f.speed:.2f}"
+    return f"{speed} ± {(f.high - f.low) / 2:.2f} ({f.predicted:.2f})"
+
+
+def write_page(survey: Map) -> None:
+    """Write the tables between the page's marks, and the picture."""
+    parts: list[str] = []
+    for objective, shape in dict.fromkeys((cell.objective, cell.shape) for cell in cells()):
+        if len({r["choice"] for r in survey.results.runs if (r["objective"], r["shape"]) == (objective, shape)}) > 2:
+            for share in (0.5, 0.9):
+                title = f"### {objective}, {shape} reward: to {share:.0%} of the gain"
+                parts += [title, "", *table(survey, objective, shape, share), ""]
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    write_text(PAGE, before + BEGIN + "\n" + "\n".join(parts) + END + after)
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    picture(survey).save(PICTURE)
+
+
+def picture(survey: Map) -> Image.Image:
+    """A field for each choice (row), objective or reward (column block) and ratio: green where selection is faster."""
+    blocks = list(dict.fromkeys((cell.objective, cell.shape) for cell in cells()))
+    blocks = [b for b in blocks if survey.results.of(Cell(b[0], "plain 24", b[1]))]
+    names = [name for name in CHOICES if name not in AUTO.values()]
+    width, height, left, top = 46, 24, 150, 50
+    image = Image.new(
+        "RGB", (max(640, left + len(blocks) * (3 * width + 10)), top + (len(names) + 1) * height + 30), "white"
+    )
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+    for row, name in enumerate([*names, "auto"]):
+        draw.text((8, top + row * height + 5), name, fill=INK, font=font)
+    for column, (objective, shape) in enumerate(blocks):
+        x = left + column * (3 * width + 10)
+        draw.text((x, 8), objective if shape == "smooth" else f"{objective}, {shape}", fill=INK, font=font)
+        for i, ratio in enumerate(RATIOS):
+            draw.text((x + i * width + 4, 28), f"R {ratio:g}", fill=QUIET, font=font)
+            for row, name in enumerate([*names, AUTO[ratio]]):
+                f = survey.finding(Cell(objective, name, shape), 0.9, ratio)
+                box = (x + i * width, top + row * height, x + (i + 1) * width - 2, top + (row + 1) * height - 2)
+                if f is not None:
+                    draw.rectangle(box, fill=_colour(f.speed))
+                    draw.text((box[0] + 8, box[1] + 5), f"{'' if f.arrives else '<'}{f.speed:.2f}", INK, font)
+    note = "speed to 90 % of plain GRPO's gain, over the best plain group at equal cost; 1 is no gain"
+    draw.text((8, image.height - 22), note, fill=QUIET, font=font)
+    return image
+
+
+def _colour(speed: float) -> tuple[int, int, int]:
+    """From orange (0.5) over white (1) to green (2)."""
+    share = max(-1.0, min(1.0, float(np.log2(speed))))
+    towards = (120, 200, 140) if share > 0 else (240, 170, 120)
+    red, green, blue = (round(255 + abs(share) * (c - 255)) for c in towards)
+    return red, green, blue
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/when_pruning_pays.json"))
+    parser.add_argument(
+        "--gradients", type=Path, nargs="?", const=Path("docs/results/when_pruning_pays_gradients.json")
+    )
+    parser.add_argument("--page", action="store_true", help="write the page and its picture, and run nothing")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results = Results(arguments.out)
+    network = pretrained(0)
+    if arguments.gradients:
+        write_text(arguments.gradients, json.dumps(gradients(network), indent=1) + "\n")
+        return
+    if arguments.page:
+        write_page(Map(results, network))
+        return
+    until = time.monotonic() + 60 * arguments.minutes
+    while time.monotonic() < until:
+        item = next_work(results)
+        if item is None:
+            break
+        cell, lr, prompts, seed = item
+        ends = results.ends(cell.objective, cell.shape)
+        plain = cell.choice == "plain 24"
+        start = time.process_time()
+        results.add(run(network, cell, lr, prompts, seed, None if plain or ends is None else level_of(ends, 0.95)))
+        last = results.runs[-1]["curve"][-1]
+        print(f"{len(results.runs)} {item} {last} {time.process_time() - start:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
