@@ -106,7 +106,7 @@ def test_survivors_of_final_rewards_are_bitwise_what_they_are_without_pruning(dr
 
 @pytest.mark.parametrize("keep", [3, GROUP])
 def test_survivors_are_bitwise_what_they_are_where_no_group_is_stopped(draw, keep):
-    points = (PrunePoint(1, keep), PrunePoint(2, 2))
+    points = (PrunePoint(0, keep), PrunePoint(1, 2))
     each, some = draw(Plan(GROUP, points)), draw(Plan(GROUP, points, keep_groups=1))
     scores_PG = some.previews[0].scores_N.reshape(2, GROUP)
     widest = int(scores_PG.var(1).argmax())

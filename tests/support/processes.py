@@ -131,7 +131,7 @@ def work(model, out, names):
     cases["few"] = (few, redness)  # on three: one has nobody
     cases["split batch"] = (replace(together, objective=replace(CONFIG.objective, advantage="batch")), redness)
     # on two: one has nobody left
-    cases["groups"] = (replace(single, plan=replace(CONFIG.plan, prune=((1, 4), (2, 3)), keep_groups=1)), redness)
+    cases["groups"] = (replace(single, plan=replace(CONFIG.plan, prune=((0, 4), (1, 3)), keep_groups=1)), redness)
     some = replace(five, plan=replace(CONFIG.plan, keep_groups=2), optim=OptimSettings(updates_per_rollout=2))
     cases["groups by dgpo"] = (replace(some, objective=ObjectiveSettings(name="dgpo")), redness)
     cases["groups shard"] = (replace(some, model=replace(CONFIG.model, shard=True), optim=twice), redness)
