@@ -129,11 +129,11 @@ class _Groups:
         angles = torch.linspace(0, math.pi / 2, _ANGLES, dtype=torch.float64)
         noise = _normals(self.latents_PG.shape, generator)
         ranked = replace(self, rewards_PG=_centred_ranks(self.rewards_PG))
-        found = []
+        agreements = []
         for angle in angles:
             seen = ranked.by_rank(angle.sin() * self.latents_PG + angle.cos() * noise)
-            found.append(((seen * ranked.rewards_PG).sum(1) / ranked.rewards_PG.square().sum(1)).mean())
-        agreement = torch.stack([torch.zeros_like(found[0]), *found[1:]]).cummax(0).values
+            agreements.append(((seen * ranked.rewards_PG).sum(1) / ranked.rewards_PG.square().sum(1)).mean())
+        agreement = torch.stack([torch.zeros_like(agreements[0]), *agreements[1:]]).cummax(0).values
         measured_T = np.array(agreement_T, dtype=np.float64)
         angle_T = np.interp(measured_T, agreement.numpy(), angles.numpy())
         return torch.from_numpy(np.where(measured_T > 0, angle_T, 0.0)).sin()

@@ -68,7 +68,7 @@ def in_waves(
             return rollout(yielding, [prompts[i] for i in places.tolist()], slot_P[places], key, own_meter)
 
     with ThreadPoolExecutor(len(places)) as threads:
-        futures = [threads.submit(wave, *told) for told in zip(places, meters, strict=True)]
+        futures = [threads.submit(wave, *part) for part in zip(places, meters, strict=True)]
     parts = [future.result() for future in futures]  # `map` would cancel a wave whose thread has not begun yet
     for own_meter in meters:
         meter.add(own_meter)

@@ -53,10 +53,10 @@ def standardised(values: Sequence[float | None] | np.ndarray) -> np.ndarray | No
 
     Fewer than two values count as equal.
     """
-    found = np.asarray(values, dtype=np.float64)
-    found = np.where(np.isfinite(found), found, np.nan)
-    present = found[~np.isnan(found)]
-    return (found - present.mean()) / present.std() if len(present) > 1 and np.ptp(present) > 0 else None
+    observed = np.asarray(values, dtype=np.float64)
+    observed = np.where(np.isfinite(observed), observed, np.nan)
+    present = observed[~np.isnan(observed)]
+    return (observed - present.mean()) / present.std() if len(present) > 1 and np.ptp(present) > 0 else None
 
 
 def kept_variance(values: Sequence[float | None] | np.ndarray, members: Sequence[int]) -> float | None:

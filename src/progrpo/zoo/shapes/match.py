@@ -80,7 +80,7 @@ def _pull(colour: str | None, shape: str) -> np.ndarray:
     return mean
 
 
-def wanted(prompt: Prompt) -> list[Wanted]:
+def wanted_objects(prompt: Prompt) -> list[Wanted]:
     """The objects that the prompt wants, in the order of its columns.
 
     One object lies towards the pull of its words. Two lie on opposite sides of the centre: on those that the relation
@@ -213,29 +213,29 @@ def match(pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[float]:
     assignment counts: the mean over the objects, 0 for one without a region, times the share of the ink that lies in
     assigned regions.
     """
-    found = _regions(pictures_NHWC)
-    ends = np.searchsorted(found.picture_R, np.arange(len(prompts) + 1))
-    return [_best(found, slice(*ends[n : n + 2]), wanted(prompt)) for n, prompt in enumerate(prompts)]
+    regions = _regions(pictures_NHWC)
+    ends = np.searchsorted(regions.picture_R, np.arange(len(prompts) + 1))
+    return [_best(regions, slice(*ends[n : n + 2]), wanted_objects(prompt)) for n, prompt in enumerate(prompts)]
 
 
-def _agreement(found: _Regions, rows: slice, target: Wanted) -> np.ndarray:
+def _agreement(regions: _Regions, rows: slice, target: Wanted) -> np.ndarray:
     """The agreement of these regions with an object that the prompt wants."""
     form, shape = _FORMS[target.shape], _SHAPES.index(target.shape)
-    half_R = np.sqrt(found.area_R[rows] / form.area)
-    colours_RC = found.colours_RC[rows]
+    half_R = np.sqrt(regions.area_R[rows] / form.area)
+    colours_RC = regions.colours_RC[rows]
     colour_R = colours_RC.max(1) if target.colour is None else colours_RC[:, _COLOURS.index(target.colour)]
     size_R = kept((np.log(half_R / (EXTENT[target.shape] * target.size)) / _SIZE_SPREAD) ** 2)
-    dx_R, dy_R = found.x_R[rows] - target.x, found.y_R[rows] - form.drop * half_R - target.y
+    dx_R, dy_R = regions.x_R[rows] - target.x, regions.y_R[rows] - form.drop * half_R - target.y
     place_R = kept((dx_R**2 + dy_R**2) / _PLACE_SPREAD**2)
-    agreement_R: np.ndarray = colour_R * found.outlines_RS[rows, shape] * size_R * place_R
+    agreement_R: np.ndarray = colour_R * regions.outlines_RS[rows, shape] * size_R * place_R
     return agreement_R
 
 
-def _best(found: _Regions, rows: slice, targets: Sequence[Wanted]) -> float:
+def _best(regions: _Regions, rows: slice, targets: Sequence[Wanted]) -> float:
     if rows.start == rows.stop:
         return 0.0
-    agreement_RK = np.stack([_agreement(found, rows, target) for target in targets], 1)
+    agreement_RK = np.stack([_agreement(regions, rows, target) for target in targets], 1)
     chosen_R, chosen_K = linear_sum_assignment(agreement_RK, maximize=True)
-    area_R = found.area_R[rows]
+    area_R = regions.area_R[rows]
     share = area_R[chosen_R].sum() / area_R.sum()
     return float(agreement_RK[chosen_R, chosen_K].sum() / len(targets) * share)
