@@ -1,6 +1,7 @@
 """The map of when selection pays: thousands of short runs of the toy flow, every side with its own best settings.
 
     python benchmarks/when_pruning_pays.py [--minutes 60] [--out docs/results/when_pruning_pays.json]
+    python benchmarks/when_pruning_pays.py --negatives   # weights of negative advantages, to a file of their own
     python benchmarks/when_pruning_pays.py --gradients   # the bias and the signal of each choice's gradient
     python benchmarks/when_pruning_pays.py --page        # the page and the picture from --out; trains nothing
 
@@ -64,6 +65,7 @@ from progrpo.zoo.toy.policy import ToyNetwork, ToyPolicy, pretrained
 from progrpo.zoo.toy.rewards import ToyReward
 
 PAGE = Path("docs/results/when_pruning_pays.md")
+NEGATIVES = Path("docs/results/negative_weight.json")
 PICTURE = Path("docs/images/when_pruning_pays.png")
 STEPS, GROUP = 10, 24
 RATIOS = (0.3, 1.0, 4.0)
@@ -87,6 +89,7 @@ class Choice:
     """The step after which the others are stopped; None: by final rewards."""
     selector: str = "ovf"
     baseline: Literal["survivors", "group", "previews"] = "survivors"
+    negative_weight: float = 1.0
     auto_ratio: float | None = None
     """The ratio R whose costs `plan.preset auto` is given; None: the plan is fixed."""
 
@@ -137,6 +140,13 @@ CHOICES: dict[str, Choice] = {
 AUTO = {ratio: f"auto, R {ratio:g}" for ratio in RATIOS}
 FIXED = dict(CHOICES)
 CHOICES |= {name: Choice(auto_ratio=ratio) for ratio, name in AUTO.items()}
+WEIGHTS = (1.0, 0.5, 0.25, 0.0)
+"""The weights of negative advantages that are compared."""
+CHOICES |= {
+    f"{name}, negatives {weight:g}": replace(CHOICES[name], negative_weight=weight)
+    for name in ("plain 12", "posthoc 6")
+    for weight in WEIGHTS
+}
 AUDITED = 40  # groups between the audits of `auto`
 PLAIN = ("plain 6", "plain 12", "plain 24")
 MAIN = (*PLAIN, "posthoc 12", "posthoc 6", "12 after 4", "6 after 4", "furthest 6, group")
@@ -177,7 +187,7 @@ class Run(TypedDict):
 
 def cells() -> Iterator[Cell]:
     """All cells: what matters most first, and plain groups of 24, whose gain is the goal, before their rivals."""
-    for choice in CHOICES:
+    for choice in (*FIXED, *AUTO.values()):
         yield Cell("grpo", choice, "smooth")
     for objective in list(OBJECTIVES)[1:]:
         for choice in ("plain 24", *(name for name in MAIN if name != "plain 24")):
@@ -185,6 +195,15 @@ def cells() -> Iterator[Cell]:
     for shape in SHAPES:
         for choice in ("plain 24", *(name for name in MAIN if name != "plain 24")):
             yield Cell("grpo", choice, shape)
+
+
+def negative_cells() -> Iterator[Cell]:
+    """The cells that compare weights of negative advantages, after the plain groups whose gain is the goal."""
+    for objective in ("grpo", "awm", "nft", "dgpo"):
+        yield Cell(objective, "plain 24", "smooth")
+        for name in CHOICES:
+            if "negatives" in name:
+                yield Cell(objective, name, "smooth")
 
 
 def config_of(cell: Cell, lr: float, prompts: int, seed: int) -> Config:
@@ -199,12 +218,17 @@ def config_of(cell: Cell, lr: float, prompts: int, seed: int) -> Config:
             num_inference_steps=STEPS, microbatch=4096, sde_window="first" if window else "auto", sde_window_size=3
         ),
         plan=choice.settings(),
-        objective=ObjectiveSettings(name=name, baseline=choice.baseline),
+        objective=_objective(name, choice),
         optim=OptimSettings(lr=lr, decay=0.0, microbatch=8192, max_grad_norm=1e9),
         audit=AuditSettings(every=0 if choice.auto_ratio is None else AUDITED // prompts),
     )
     check(config)
     return config
+
+
+def _objective(name: str, choice: Choice) -> ObjectiveSettings:
+    settings = ObjectiveSettings(name=name, baseline=choice.baseline)
+    return replace(settings, **{name: replace(settings.loss, negative_weight=choice.negative_weight)})
 
 
 def iterations_of(choice: Choice, prompts: int) -> int:
@@ -345,9 +369,9 @@ def level_of(ends: tuple[float, float], share: float) -> float:
     return ends[0] + share * (ends[1] - ends[0])
 
 
-def work(results: Results, seeds: int) -> Iterator[tuple[Cell, float, int, int]]:
+def work(results: Results, order: Sequence[Cell], seeds: int) -> Iterator[tuple[Cell, float, int, int]]:
     """The runs that are left to do, in order: for each cell all settings, then more seeds of its best ones."""
-    for cell in cells():
+    for cell in order:
         for prompts in PROMPTS:
             for lr in OBJECTIVES[cell.objective]:
                 for seed in range(PROBED):
@@ -362,10 +386,10 @@ def work(results: Results, seeds: int) -> Iterator[tuple[Cell, float, int, int]]
                     yield cell, *best, seed
 
 
-def next_work(results: Results) -> tuple[Cell, float, int, int] | None:
+def next_work(results: Results, order: Sequence[Cell]) -> tuple[Cell, float, int, int] | None:
     """The next run: three seeds of every cell come before ten of any."""
     for seeds in (3, SEEDS):
-        for item in work(results, seeds):
+        for item in work(results, order, seeds):
             return item
     return None
 
@@ -544,7 +568,7 @@ class Map:
 
 def table(survey: Map, objective: str, shape: str, share: float) -> list[str]:
     """A row per choice: how many times faster than the best plain group, by ratio, and the prediction."""
-    names = [name for name in CHOICES if name not in AUTO.values() and survey.results.of(Cell(objective, name, shape))]
+    names = [name for name in FIXED if survey.results.of(Cell(objective, name, shape))]
     heads = [f"R = {ratio:g}" for ratio in RATIOS]
     lines = [f"| choice | {' | '.join(heads)} | lr, prompts (R = 1) | seeds |", "|" + "---|" * (len(RATIOS) + 3)]
     for name in names:
@@ -588,7 +612,7 @@ def picture(survey: Map) -> Image.Image:
     """A field for each choice (row), objective or reward (column block) and ratio: green where selection is faster."""
     blocks = list(dict.fromkeys((cell.objective, cell.shape) for cell in cells()))
     blocks = [b for b in blocks if survey.results.of(Cell(b[0], "plain 24", b[1]))]
-    names = [name for name in CHOICES if name not in AUTO.values()]
+    names = list(FIXED)
     width, height, left, top = 46, 24, 150, 50
     image = Image.new(
         "RGB", (max(640, left + len(blocks) * (3 * width + 10)), top + (len(names) + 1) * height + 30), "white"
@@ -624,13 +648,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--out", type=Path, default=Path("docs/results/when_pruning_pays.json"))
+    parser.add_argument("--negatives", action="store_true", help="compare weights of negative advantages")
     parser.add_argument(
         "--gradients", type=Path, nargs="?", const=Path("docs/results/when_pruning_pays_gradients.json")
     )
     parser.add_argument("--page", action="store_true", help="write the page and its picture, and run nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results = Results(arguments.out)
+    results = Results(NEGATIVES if arguments.negatives else arguments.out)
     network = pretrained(0)
     if arguments.gradients:
         write_text(arguments.gradients, json.dumps(gradients(network), indent=1) + "\n")
@@ -638,9 +663,10 @@ def main() -> None:
     if arguments.page:
         write_page(Map(results, network))
         return
+    order = list(negative_cells() if arguments.negatives else cells())
     until = time.monotonic() + 60 * arguments.minutes
     while time.monotonic() < until:
-        item = next_work(results)
+        item = next_work(results, order)
         if item is None:
             break
         cell, lr, prompts, seed = item
