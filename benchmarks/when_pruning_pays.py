@@ -75,7 +75,6 @@ PROBED, SEEDS = 1, 10
 BUDGET = 320  # groups that a run of plain groups of 24 samples at most
 EVERY = 32  # groups between evaluations
 HELD_OUT = 128
-BEGIN, END = "<!-- map:begin -->\n", "<!-- map:end -->"
 INK, QUIET = (40, 44, 52), (128, 134, 144)
 
 
@@ -515,6 +514,16 @@ class Finding:
     predicted: float
 
 
+def compared(rival: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
+    """The ratio of mean costs, and its 90 % interval by the bootstrap over runs."""
+    generator = np.random.default_rng(0)
+    draws = [
+        np.mean(generator.choice(rival, len(rival))) / np.mean(generator.choice(own, len(own))) for _ in range(1000)
+    ]
+    low, high = np.quantile(draws, [0.05, 0.95])
+    return mean(rival) / mean(own), float(low), float(high)
+
+
 class Map:
     """What finished runs say."""
 
@@ -555,15 +564,10 @@ class Map:
         whole = CHOICES[cell.choice].cost(ratio) * own[1][1] * iterations_of(CHOICES[cell.choice], own[1][1])
         arrives = not np.isinf(own[0]).any()
         own = [min(cost, whole) for cost in own[0]], own[1]
-        generator = np.random.default_rng(0)
-        draws = [
-            np.mean(generator.choice(rival, len(rival))) / np.mean(generator.choice(own[0], len(own[0])))
-            for _ in range(1000)
-        ]
-        low, high = np.quantile(draws, [0.05, 0.95])
+        speed, low, high = compared(rival, own[0])
         plain = max(self.signal(replace(cell, choice=name)) / CHOICES[name].cost(ratio) for name in PLAIN)
         predicted = self.signal(cell) / CHOICES[cell.choice].cost(ratio) / plain
-        return Finding(mean(rival) / mean(own[0]), float(low), float(high), arrives, len(own[0]), own[1], predicted)
+        return Finding(speed, low, high, arrives, len(own[0]), own[1], predicted)
 
 
 def table(survey: Map, objective: str, shape: str, share: float) -> list[str]:
@@ -592,6 +596,39 @@ def _words(f: Finding) -> str:
     return f"{speed} ± {(f.high - f.low) / 2:.2f} ({f.predicted:.2f})"
 
 
+def negatives_table(results: Results) -> list[str]:
+    """A row per objective, choice and weight of negative advantages: the speed over that of weight 1.
+
+    Members whose weight is 0 are not trained on, which is not credited.
+    """
+    lines = ["| objective | choice | weight | to 50 % | to 90 % | seeds |", "|---|---|---|---|---|---|"]
+    for objective in OBJECTIVES:
+        for name in ("plain 12", "posthoc 6"):
+            for weight in WEIGHTS:
+                cell = Cell(objective, f"{name}, negatives {weight:g}", "smooth")
+                speeds, seeds = zip(*(_over_weight_1(results, cell, name, share) for share in (0.5, 0.9)), strict=True)
+                if any(seeds):
+                    lines.append(f"| {objective} | {name} | {weight:g} | {' | '.join(speeds)} | {min(seeds)} |")
+    return lines
+
+
+def _over_weight_1(results: Results, cell: Cell, name: str, share: float) -> tuple[str, int]:
+    """The speed to a share of the goal over that of weight 1, with its 90 % interval, and the number of seeds."""
+    ends = results.ends(cell.objective, cell.shape)
+    costs = []
+    for choice in (f"{name}, negatives 1", cell.choice):
+        own = replace(cell, choice=choice)
+        best = None if ends is None else results.best(own, level_of(ends, share), 1.0)
+        if ends is None or best is None:
+            return "-", 0
+        runs = [r for r in results.of(own) if (r["lr"], r["prompts"]) == best]
+        costs.append([cost_to(r, level_of(ends, share), 1.0) for r in runs])
+    if np.isinf(costs[1]).any():
+        return "does not arrive", len(costs[1])
+    speed, low, high = compared(*costs)
+    return f"{speed:.2f} ± {(high - low) / 2:.2f}", len(costs[1])
+
+
 def write_page(survey: Map) -> None:
     """Write the tables between the page's marks, and the picture."""
     parts: list[str] = []
@@ -600,12 +637,17 @@ def write_page(survey: Map) -> None:
             for share in (0.5, 0.9):
                 title = f"### {objective}, {shape} reward: to {share:.0%} of the gain"
                 parts += [title, "", *table(survey, objective, shape, share), ""]
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    write_text(PAGE, before + BEGIN + "\n" + "\n".join(parts) + END + after)
+    page = _between(PAGE.read_text(encoding="utf-8"), "map", parts)
+    write_text(PAGE, _between(page, "negatives", negatives_table(Results(NEGATIVES))))
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     picture(survey).save(PICTURE)
+
+
+def _between(page: str, mark: str, lines: Sequence[str]) -> str:
+    """The page with these lines between its marks."""
+    begin, end = f"<!-- {mark}:begin -->\n", f"<!-- {mark}:end -->"
+    before, _, rest = page.partition(begin)
+    return before + begin + "\n" + "\n".join(lines).rstrip("\n") + "\n\n" + end + rest.partition(end)[2]
 
 
 def picture(survey: Map) -> Image.Image:
