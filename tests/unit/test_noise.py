@@ -86,8 +86,9 @@ def test_neighbouring_keys_are_uncorrelated():
 
 
 def test_lengths_must_agree():
-    with pytest.raises(ValueError, match="broadcast"):
-        KEY.draw(torch.arange(3), torch.arange(2), 0, SHAPE)
+    for members in (1, 2):
+        with pytest.raises(ValueError, match=f"3 slots for {members} members"):
+            KEY.draw(torch.arange(3), torch.arange(members), 0, SHAPE)
 
 
 # --- mix --------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,12 @@ class NoiseKey:
     iteration: int
 
     def draw(self, slot_N: Tensor, member_N: Tensor, step: int, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal float32 (N, *shape), drawn on the CPU so that every device sees the same."""
+        """Standard normal float32 (N, *shape), drawn on the CPU so that every device sees the same.
+
+        ValueError where slots and members are not as many.
+        """
+        if len(slot_N) != len(member_N):  # one of either would be taken for all
+            raise ValueError(f"{len(slot_N)} slots for {len(member_N)} members")
         out = torch.empty(len(slot_N), *shape)
         generator = torch.Generator()
         for row, seed in zip(out, mix_rows(self.seed, self.iteration, slot_N, member_N, step), strict=True):
