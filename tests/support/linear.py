@@ -117,3 +117,16 @@ def linear_transitions(policy: Any, *args: Any, **named: Any) -> Any:
     from progrpo.objectives.settings import GRPOSettings
 
     return GRPO(GRPOSettings(clip_range=0.05)).prepare(policy, linear_experience(policy, *args, **named), 64, 2)
+
+
+@torch.no_grad()
+def shift(policy: LinearPolicy, a: float = 0.0, b: float = 0.0) -> None:
+    """Add to the policy's weights."""
+    policy.a.add_(a)
+    policy.b.add_(b)
+
+
+def numbers(policy: LinearPolicy, weights: str = "current") -> tuple[float, float]:
+    """The two weights of that name."""
+    with policy.weights(weights):
+        return policy.a.item(), policy.b.item()

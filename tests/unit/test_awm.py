@@ -11,6 +11,7 @@ from progrpo.objectives.awm import AWM
 from progrpo.objectives.forward_process import Draws, NoisedLatents
 from progrpo.objectives.settings import AWMSettings
 from progrpo.recipes import load_recipe
+from tests.support.linear import numbers, shift
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
 DRAWS, FRACTION, CLIP = 3, 0.9, 0.15
@@ -32,12 +33,6 @@ def awm(**settings):
     )
 
 
-@torch.no_grad()
-def shift(policy, a=0.0, b=0.0):
-    policy.a += a
-    policy.b += b
-
-
 @pytest.fixture
 def policy(linear_policy):
     """Its reference, its average and its current weights are three."""
@@ -54,11 +49,6 @@ def experience(policy, linear_experience):
 
 def item(policy, experience, i):
     return NoisedLatents.gather(policy, experience, torch.tensor([i]), Draws(DRAWS, FRACTION))
-
-
-def numbers(policy, weights="current"):
-    with policy.weights(weights):
-        return policy.a.item(), policy.b.item()
 
 
 def velocity(at, weights):

@@ -12,6 +12,7 @@ from progrpo.objectives.dgpo import DGPO
 from progrpo.objectives.forward_process import Draws, NoisedLatents
 from progrpo.objectives.settings import DGPOSettings
 from progrpo.training.update import Packing
+from tests.support.linear import numbers, shift
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
 DRAWS, FRACTION, CLIP, BETA = 3, 0.6, 0.06, 4.0
@@ -25,12 +26,6 @@ def dgpo(**settings):
             draws=DRAWS, time_fraction=FRACTION, **{"dpo_beta": BETA, "clip_range": CLIP, "kl_beta": 0.0, **settings}
         )
     )
-
-
-@torch.no_grad()
-def shift(policy, a=0.0, b=0.0):
-    policy.a += a
-    policy.b += b
 
 
 @pytest.fixture
@@ -49,11 +44,6 @@ def experience(policy, linear_experience):
 
 def item(policy, experience, i):
     return NoisedLatents.gather(policy, experience, torch.tensor([i]), Draws(DRAWS, FRACTION, shared=True))
-
-
-def numbers(policy, weights="current"):
-    with policy.weights(weights):
-        return policy.a.item(), policy.b.item()
 
 
 def velocity(at, weights):

@@ -14,6 +14,7 @@ from progrpo.objectives.elbo import ELBO
 from progrpo.objectives.forward_process import Draws, NoisedLatents
 from progrpo.objectives.settings import AWMSettings, ELBOSettings
 from progrpo.types import Condition
+from tests.support.linear import numbers, shift
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -2.0)
 DRAWS, FRACTION = 3, 0.9
@@ -28,12 +29,6 @@ CASES = [(weighting, kl_beta) for weighting in WEIGHTINGS for kl_beta in (0.0, 0
 
 def elbo(**settings):
     return ELBO(ELBOSettings(draws=DRAWS, time_fraction=FRACTION, **{"kl_beta": 0.0, **settings}))
-
-
-@torch.no_grad()
-def shift(policy, a=0.0, b=0.0):
-    policy.a += a
-    policy.b += b
 
 
 @pytest.fixture
@@ -52,11 +47,6 @@ def experience(policy, linear_experience):
 
 def item(policy, experience, i):
     return NoisedLatents.gather(policy, experience, torch.tensor([i]), Draws(DRAWS, FRACTION))
-
-
-def numbers(policy, weights="current"):
-    with policy.weights(weights):
-        return policy.a.item(), policy.b.item()
 
 
 def by_hand(policy, experience, weighting, kl_beta, current):

@@ -8,6 +8,7 @@ import torch
 from progrpo.objectives.forward_process import Draws, NoisedLatents
 from progrpo.objectives.nft import NFT
 from progrpo.objectives.settings import NFTSettings
+from tests.support.linear import numbers, shift
 
 ADVANTAGES = (1.5, -0.5, -1.0, 2.0, -7.0)  # the last is beyond what the clip allows
 DRAWS, FRACTION, CLIP = 3, 0.9, 5.0
@@ -16,12 +17,6 @@ ITEMS = torch.arange(5 * DRAWS)
 
 def nft(**settings):
     return NFT(NFTSettings(draws=DRAWS, time_fraction=FRACTION, **{"adv_clip_max": CLIP, "kl_beta": 0.0, **settings}))
-
-
-@torch.no_grad()
-def shift(policy, a=0.0, b=0.0):
-    policy.a += a
-    policy.b += b
 
 
 @pytest.fixture
@@ -40,11 +35,6 @@ def experience(policy, linear_experience):
 
 def item(policy, experience, i):
     return NoisedLatents.gather(policy, experience, torch.tensor([i]), Draws(DRAWS, FRACTION))
-
-
-def numbers(policy, weights="current"):
-    with policy.weights(weights):
-        return policy.a.item(), policy.b.item()
 
 
 def by_hand(policy, experience, beta, kl_beta, current):
