@@ -8,12 +8,14 @@ A draft takes a few ODE steps from the noise that the ten steps of the full ODE 
 none       Euler's steps, in equal parts of the grid, as `preview.ode_steps` takes them after step 0
 multistep  as many calls, by the second-order Adams-Bashforth rule (DEIS, arXiv 2204.13902): each step also goes by the
            change of the output since the last call
+weights    multistep, with learnt weights of the outputs so far in each step (Bespoke solvers, arXiv 2310.19075): ten
+           numbers for four steps
 noise      multistep, from the noise and a residual that a small network of noise and prompt adds to it, trained through
            the steps of the draft towards the end of the full ODE
 end        multistep, with a residual on its end, by a like network of the draft's end, its outputs and the prompt
 
-Networks learn for `--seconds` of processor time each, from 1,536 pairs of noise and end that the frozen model makes of
-training prompts; the loss is the mean squared error of latents. Drafts are compared on validation prompts. Pairs are
+Corrections learn for `--seconds` of processor time each, from 1,536 pairs of noise and end that the frozen model makes
+of training prompts; the loss is the mean squared error of latents. Drafts are compared on validation prompts. Pairs are
 kept in build/, and finished rows in `--out`, so that the same command goes on where it stopped.
 """
 
@@ -50,9 +52,9 @@ from progrpo.rollout.sampling import ode
 from progrpo.types import Condition, Prompt
 from progrpo.zoo.shapes import world
 
-CORRECTIONS = ("none", "multistep", "noise", "end")
+CORRECTIONS = ("none", "multistep", "weights", "noise", "end")
 PROMPTS, MEMBERS, BATCH = 96, 16, 24
-LEARNING_RATE, WIDTH = 2e-3, 48
+LEARNING_RATE, WEIGHTS_RATE, WIDTH = 2e-3, 0.05, 48
 
 
 class Row(TypedDict):
@@ -124,6 +126,20 @@ class Residual(nn.Module):
         return residual
 
 
+def _weights(times: Sequence[float], multistep: bool) -> Tensor:
+    """The weights (n, n) by which each of n steps goes by the outputs so far: Euler's, or second-order Adams-Bashforth.
+
+    `times` are the steps' ends, in the variable in which the output is the slope.
+    """
+    weights = torch.eye(len(times) - 1)
+    if multistep:
+        for k in range(1, len(weights)):
+            before, at, after = times[k - 1 : k + 2]
+            ahead = (after - at) / (at - before) / 2
+            weights[k, k - 1 : k + 1] += torch.tensor([-ahead, ahead])
+    return weights
+
+
 class Drafter:
     """Drafts of one model in so many steps, with one correction."""
 
@@ -135,7 +151,7 @@ class Drafter:
         sigma, alpha = self.levels.sigma, self.levels.alpha
         # the time in which the output is the slope: of a flow, and of DDIM's x / alpha; 0 at the end
         clock = sigma if policy.prediction == "flow" else sigma / alpha
-        self.times = [*clock.tolist(), 0.0]
+        self.weights = nn.Parameter(_weights([*clock.tolist(), 0.0], multistep=correction != "none"))
         channels = policy.latent_shape[0]
         seen = {"noise": channels, "end": (steps + 1) * channels}.get(correction)
         width = policy.encode(world.sample_prompts("train", 1, 0)).tensors["prompt_embeds"].shape[2]
@@ -160,10 +176,7 @@ class Drafter:
         outputs: list[Tensor] = []
         for k in range(len(self.levels)):
             outputs.append(self.policy.predict(x, self.levels.timestep[k], condition))
-            slope = outputs[k]
-            if k and self.correction != "none":
-                before, at, after = self.times[k - 1 : k + 2]
-                slope = slope + (after - at) / (at - before) / 2 * (outputs[k] - outputs[k - 1])
+            slope = torch.einsum("k,k...->...", self.weights[k, : k + 1], torch.stack(outputs))
             if k + 1 < len(self.levels):
                 x = self.prediction.step(x, slope, self.levels[k], self.levels[k + 1])
             else:
@@ -171,8 +184,7 @@ class Drafter:
         return torch.cat([x, *outputs], dim=1)
 
     def learn(self, pairs: Pairs, seconds: float) -> int:
-        """Train the residual for so much processor time; returns the number of pairs that it has seen."""
-        assert self.residual is not None
+        """Train the correction for so much processor time; returns the number of pairs that it has seen."""
         begin, seen, generator = time.process_time(), 0, torch.Generator().manual_seed(0)
         everything = self.policy.encode(pairs.prompts).take(pairs.prompt_N)
         starts = pairs.noise_NCHW
@@ -180,9 +192,11 @@ class Drafter:
             parts = torch.arange(len(starts)).split(2 * BATCH)
             with torch.no_grad():
                 starts = torch.cat([self.uncorrected(starts[rows], everything.take(rows)) for rows in parts])
-        optimizer = torch.optim.AdamW(self.residual.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+        trained = [self.weights] if self.residual is None else list(self.residual.parameters())
+        rate = WEIGHTS_RATE if self.residual is None else LEARNING_RATE
+        optimizer = torch.optim.AdamW(trained, weight_decay=0.01 if self.residual else 0.0)
         while (done := (time.process_time() - begin) / seconds) < 1:
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (seen // BATCH + 1) / 10) * (1 - done)
+            optimizer.param_groups[0]["lr"] = rate * min(1.0, (seen // BATCH + 1) / 10) * (1 - done)
             rows = torch.randint(len(starts), (BATCH,), generator=generator)
             condition = everything.take(rows)
             if self.correction == "end":
@@ -190,7 +204,7 @@ class Drafter:
             else:
                 end = self.draft(starts[rows], condition)
             F.mse_loss(end, pairs.end_NCHW[rows]).backward()
-            nn.utils.clip_grad_norm_(self.residual.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             seen += BATCH
@@ -233,7 +247,7 @@ def main() -> None:
             continue
         drafter = Drafter(policy, steps, correction)
         seen = 0
-        if drafter.residual is not None:
+        if correction not in ("none", "multistep"):
             seen = drafter.learn(Pairs.of(model, policy, "train", PROMPTS, MEMBERS, 3), arguments.seconds)
         errors, groups = zip(*measured(drafter, held_out, sampler), strict=True)
         figures = [bootstrapped([group[r] for group in groups]) for r in range(len(REWARDS))]

@@ -19,7 +19,9 @@ goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,7 +48,7 @@ from progrpo.rollout.prune import ovf
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import Record, sampling_for
 from progrpo.rollout.settings import SamplingSettings
-from progrpo.tracking.statistics import kept_variance, spearman
+from progrpo.tracking.statistics import kept_variance, paired_difference, spearman
 from progrpo.training.build import policy_context, policy_from, resolve_dtype
 from progrpo.training.distributed import Ranks
 from progrpo.types import Prompt, Trajectories
@@ -243,9 +245,33 @@ def table(results: Results, setting: str) -> list[str]:
     ]
     for kind, step in names_of(setting):
         figures = [figure(results.of(model, setting), f"{kind}@{step}", r) for model, r in columns]
+        if not any(figures):
+            continue
         row = [kind, str(step), str(calls(kind, step)), f"{cost(kind, step):.2f}", *map(words, figures)]
         lines.append("| " + " | ".join(row) + " |")
-    return lines
+    counts = [f"{len(results.of(model, setting))} groups of {model}" for model in MODELS]
+    return [*lines, "", f"{', '.join(counts)}."]
+
+
+def at_equal_cost(results: Results) -> list[str]:
+    """The paired differences of projections and previews by sub-steps that cost as much, counted by their size."""
+    counts = {"projection": 0, "within": 0, "sub-steps": 0}
+    for setting, model, r in itertools.product(STOCHASTIC, MODELS, range(len(REWARDS))):
+        groups = [g for g in results.of(model, setting) if g["finals"][r] is not None]
+        for kind, step in names_of(setting):
+            rivals = [s for s in PROJECTED if math.isclose(cost("x0", s), cost(kind, step))]
+            if not kind.startswith("ode") or not rivals or len(groups) < 2:
+                continue
+            by_parts, by_projection = (
+                [g["previews"][name][r][0] or 0.0 for g in groups] for name in (f"{kind}@{step}", f"x0@{rivals[0]}")
+            )
+            difference = paired_difference(by_parts, by_projection)
+            better = "projection" if difference.value > 0 else "sub-steps"
+            counts["within" if abs(difference.value) <= 2 * difference.error else better] += 1
+    return [
+        f"Of {sum(counts.values())} pairs of equal cost (by setting, model, reward and sub-steps) the projection ranks",
+        f"better by more than two standard errors in {counts['projection']}, the sub-steps in {counts['sub-steps']}.",
+    ]
 
 
 def words(found: Figure | None) -> str:
@@ -257,10 +283,11 @@ def words(found: Figure | None) -> str:
 def write_page(results: Results) -> None:
     """Write the tables between the page's marks, and the picture."""
     page = PAGE.read_text(encoding="utf-8")
-    for setting in STOCHASTIC:
-        begin, end = f"<!-- {setting}:begin -->\n", f"<!-- {setting}:end -->"
+    parts = {setting: table(results, setting) for setting in STOCHASTIC} | {"equal": at_equal_cost(results)}
+    for mark, lines in parts.items():
+        begin, end = f"<!-- {mark}:begin -->\n", f"<!-- {mark}:end -->"
         before, _, rest = page.partition(begin)
-        page = before + begin + "\n" + "\n".join(table(results, setting)) + "\n\n" + end + rest.partition(end)[2]
+        page = before + begin + "\n" + "\n".join(lines) + "\n\n" + end + rest.partition(end)[2]
     write_text(PAGE, page)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     picture(results).save(PICTURE, optimize=True)
