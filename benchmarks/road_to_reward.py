@@ -32,13 +32,14 @@ from progrpo.durable import write_text
 TRAINED = 3.0  # network calls that a trained step takes: forward, and twice that backward
 LENGTH = 60  # iterations of plain GRPO
 PICTURES, EVALUATIONS = 128, 15
+PROMPTS, GROUP = 6, 24
 
 PLAIN: Changes = {
     "iterations": 1000,
     "model": {"weights": "full", "dtype": "auto"},
-    "prompts": {"per_iteration": 6},
+    "prompts": {"per_iteration": PROMPTS},
     "sampling": {"num_inference_steps": 10, "microbatch": 72},
-    "plan": {"preset": "custom", "group_size": 24},
+    "plan": {"preset": "custom", "group_size": GROUP},
     "optim": {"lr": 2e-4, "decay": 0.0, "max_grad_norm": 1.0, "microbatch": 72},
     "eval": {"rewards": [{"name": "shapes_strict"}, {"name": "shapes_taste"}]},
 }
