@@ -1,6 +1,7 @@
 """The map of when selection pays: thousands of short runs of the toy flow, every side with its own best settings.
 
     python benchmarks/when_pruning_pays.py [--minutes 60] [--out docs/results/when_pruning_pays.json]
+    python benchmarks/when_pruning_pays.py --choice auto # those cells alone whose choice begins so
     python benchmarks/when_pruning_pays.py --negatives   # weights of negative advantages, to a file of their own
     python benchmarks/when_pruning_pays.py --gradients   # the bias and the signal of each choice's gradient
     python benchmarks/when_pruning_pays.py --page        # the page and the picture from --out; trains nothing
@@ -57,6 +58,7 @@ from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import Record, ode, sampling_for
 from progrpo.training.collector import Batch
 from progrpo.training.distributed import Ranks
+from progrpo.training.errors import SelfCheckError
 from progrpo.training.evaluate import evaluate
 from progrpo.training.trainer import Trainer
 from progrpo.types import Trajectories
@@ -148,15 +150,19 @@ CHOICES |= {
 }
 AUDITED = 40  # groups between the audits of `auto`
 PLAIN = ("plain 6", "plain 12", "plain 24")
-MAIN = (*PLAIN, "posthoc 12", "posthoc 6", "12 after 4", "6 after 4", "furthest 6, group")
+MAIN = (
+    *PLAIN,
+    *("posthoc 12", "posthoc 6", "furthest 6, group"),
+    *("12 after 8", "6 after 8", "12 after 4", "6 after 4"),
+)
 # The learning rates of each objective; windows are of three steps
 OBJECTIVES: dict[str, tuple[float, ...]] = {
     "grpo": (2e-3, 4e-3, 8e-3),
     "grpo window": (2e-3, 4e-3, 8e-3),
-    "awm": (1e-3, 2e-3, 4e-3),
-    "nft": (1e-3, 2e-3, 4e-3),
-    "dgpo": (1e-3, 2e-3, 4e-3),
-    "elbo": (1e-3, 2e-3, 4e-3),
+    "awm": (1e-3, 2e-3, 4e-3, 8e-3),
+    "nft": (1e-3, 2e-3, 4e-3, 8e-3),
+    "dgpo": (1e-3, 2e-3, 4e-3, 8e-3),
+    "elbo": (1e-3, 2e-3, 4e-3, 8e-3),
 }
 SHAPES = ("heavy", "peaked", "binary", "noisy")
 
@@ -231,9 +237,22 @@ def _objective(name: str, choice: Choice) -> ObjectiveSettings:
 
 
 def iterations_of(choice: Choice, prompts: int) -> int:
-    """The iterations of a run: as many as cost what the budget's plain groups cost at the smallest ratio."""
+    """The iterations of a run: as many as cost what the budget's plain groups cost at the smallest ratio.
+
+    They are thrice those of plain groups at most. `auto` has as many, and ends where its costs have reached the budget.
+    """
+    if choice.auto_ratio is not None:
+        return round(3 * BUDGET / prompts)
     share = Choice().cost(RATIOS[0]) / choice.cost(RATIOS[0])
     return round(BUDGET * max(1.0, min(share, 3.0)) / prompts)
+
+
+def whole_cost(cell: Cell, prompts: int, ratio: float) -> float:
+    """The cost of a run of a cell that does not stop at the goal."""
+    choice = CHOICES[cell.choice]
+    if choice.auto_ratio is not None:
+        return BUDGET * Choice().cost(ratio)
+    return choice.cost(ratio) * prompts * iterations_of(choice, prompts)
 
 
 def mixture(shape: str, seen: bool = True) -> RewardMixture:
@@ -266,9 +285,14 @@ def run(network: ToyNetwork, cell: Cell, lr: float, prompts: int, seed: int, goa
                 plans.append(str(path(trainer.plan)))
             if goal is not None and len(curve) > 3 and mean(value for _, value in curve[-3:]) > goal:
                 break
+            if ratio is not None and spent[-1] >= whole_cost(cell, prompts, ratio):
+                break
         if iteration < config.iterations:
             before = [p.detach().clone() for p in policy.trainable.values()]
-            trainer.step()
+            try:
+                trainer.step()
+            except SelfCheckError:
+                break  # a learning rate at which the model falls apart: the run does not arrive
             moved = [(p.detach() - b).square().sum() for p, b in zip(policy.trainable.values(), before, strict=True)]
             norms.append(float(torch.stack(moved).sum().sqrt()))
     followed: Any = {} if ratio is None else {"spent": spent, "plans": plans}
@@ -561,7 +585,7 @@ class Map:
         own, rival = self.costs(cell, share, ratio), self.rival(cell, share, ratio)
         if own is None or not rival or np.isinf(rival).any():
             return None
-        whole = CHOICES[cell.choice].cost(ratio) * own[1][1] * iterations_of(CHOICES[cell.choice], own[1][1])
+        whole = whole_cost(cell, own[1][1], ratio)
         arrives = not np.isinf(own[0]).any()
         own = [min(cost, whole) for cost in own[0]], own[1]
         speed, low, high = compared(rival, own[0])
@@ -629,6 +653,48 @@ def _over_weight_1(results: Results, cell: Cell, name: str, share: float) -> tup
     return f"{speed:.2f} ± {(high - low) / 2:.2f}", len(costs[1])
 
 
+def prompts_table(results: Results) -> list[str]:
+    """A row for each way to take fewer prompts: the speed over that of the same cell with more prompts, by one seed.
+
+    Runs that do not arrive are counted, and not in the mean.
+    """
+    lines = ["| prompts | learning rate | to 50 % | to 90 % | pairs | no longer arrive | arrive only so |"]
+    lines.append("|" + "---|" * 7)
+    for many, few in ((8, 4), (8, 2), (4, 2)):
+        for name, power in (("kept", 0.0), ("by the square root", 0.5), ("in proportion", 1.0)):
+            half, most = (_pairs(results, many, few, power, share) for share in (0.5, 0.9))
+            if most:
+                lost = sum(np.isfinite(a) and np.isinf(b) for a, b in most)
+                won = sum(np.isinf(a) and np.isfinite(b) for a, b in most)
+                speeds = f"{_mean_speed(half)} | {_mean_speed(most)}"
+                lines.append(f"| {many} -> {few} | {name} | {speeds} | {len(most)} | {lost} | {won} |")
+    return lines
+
+
+def _pairs(results: Results, many: int, few: int, power: float, share: float) -> list[tuple[float, float]]:
+    """The costs to a share of the goal with many and with few prompts, at rates in proportion to a power of them."""
+    costs: dict[tuple[Cell, int, float], float] = {}
+    for objective, shape in dict.fromkeys((run["objective"], run["shape"]) for run in results.runs):
+        ends = results.ends(objective, shape)
+        for cell in [Cell(objective, choice, shape) for choice in FIXED] if ends is not None else []:
+            level = level_of(ends, share)
+            of_one = [entry for entry in results.of(cell) if entry["seed"] == 0]
+            costs |= {(cell, entry["prompts"], entry["lr"]): cost_to(entry, level, 1.0) for entry in of_one}
+    pairs = []
+    for (cell, prompts, lr), cost in costs.items():
+        other = (cell, few, round(lr * (few / many) ** power, 9))
+        if prompts == many and other in costs:
+            pairs.append((cost, costs[other]))
+    return pairs
+
+
+def _mean_speed(pairs: Sequence[tuple[float, float]]) -> str:
+    """The geometric mean of speeds of few prompts over many, and its standard error, where both arrive."""
+    logs = [float(np.log(a / b)) for a, b in pairs if np.isfinite(a) and np.isfinite(b)]
+    middle = float(np.exp(mean(logs)))
+    return f"{middle:.2f} ± {middle * float(np.std(logs)) / len(logs) ** 0.5:.2f}"
+
+
 def write_page(survey: Map) -> None:
     """Write the tables between the page's marks, and the picture."""
     parts: list[str] = []
@@ -638,6 +704,7 @@ def write_page(survey: Map) -> None:
                 title = f"### {objective}, {shape} reward: to {share:.0%} of the gain"
                 parts += [title, "", *table(survey, objective, shape, share), ""]
     page = _between(PAGE.read_text(encoding="utf-8"), "map", parts)
+    page = _between(page, "prompts", prompts_table(survey.results))
     write_text(PAGE, _between(page, "negatives", negatives_table(Results(NEGATIVES))))
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     picture(survey).save(PICTURE)
@@ -690,6 +757,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--out", type=Path, default=Path("docs/results/when_pruning_pays.json"))
+    parser.add_argument("--choice", default="", help="the beginning of the choices to run")
     parser.add_argument("--negatives", action="store_true", help="compare weights of negative advantages")
     parser.add_argument(
         "--gradients", type=Path, nargs="?", const=Path("docs/results/when_pruning_pays_gradients.json")
@@ -705,7 +773,8 @@ def main() -> None:
     if arguments.page:
         write_page(Map(results, network))
         return
-    order = list(negative_cells() if arguments.negatives else cells())
+    every = negative_cells() if arguments.negatives else cells()
+    order = [cell for cell in every if cell.choice.startswith(arguments.choice)]
     until = time.monotonic() + 60 * arguments.minutes
     while time.monotonic() < until:
         item = next_work(results, order)
