@@ -115,6 +115,7 @@ class Residual(nn.Module):
         self.modulation = nn.Linear(64, 6 * WIDTH)
         self.last = nn.Conv2d(WIDTH, shape[0], 3, padding=1)
         nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
 
     def forward(self, x_NCHW: Tensor, text_NLD: Tensor) -> Tensor:
         condition = self.modulation(F.gelu(self.text(text_NLD.float())).mean(1)).unflatten(1, (3, 2, WIDTH, 1, 1))
