@@ -144,9 +144,9 @@ class Bench:
 
         batch = expand(sampler.policy, torch.tensor([slot]), GROUP, sampler.sampling, key)
         batch = denoise(denoiser, batch, key, Meter(), watch)
-        final_NR, told = rewards(batch.x_NCHW), text_features(condition)
+        final_NR, text_P = rewards(batch.x_NCHW), text_features(condition)
         for step in PROJECTED if self.learnt else ():
-            ranked = [p.score(step, batch.latent_features[step], told, batch.group_N) for p in self.probes]
+            ranked = [p.score(step, batch.latent_features[step], text_P, batch.group_N) for p in self.probes]
             scores_NR[f"probe@{step}"] = torch.stack(ranked, dim=1)
         entry = Group(
             model=self.model,
@@ -274,10 +274,8 @@ def at_equal_cost(results: Results) -> list[str]:
     ]
 
 
-def words(found: Figure | None) -> str:
-    if found is None:
-        return ""
-    return f"{found.spearman:.2f} ± {found.spearman_error:.2f}, {found.variance:.2f}"
+def words(of: Figure | None) -> str:
+    return "" if of is None else f"{of.spearman:.2f} ± {of.spearman_error:.2f}, {of.variance:.2f}"
 
 
 def write_page(results: Results) -> None:
@@ -318,9 +316,9 @@ def lines_of(groups: Sequence[Group], setting: str, reward: int) -> dict[str, li
     """The figures of each kind by the calls before the choice."""
     lines: dict[str, list[tuple[int, Figure]]] = {}
     for kind, step in names_of(setting):
-        found = figure(groups, f"{kind}@{step}", reward)
-        if found is not None:
-            lines.setdefault(kind, []).append((calls(kind, step), found))
+        point = figure(groups, f"{kind}@{step}", reward)
+        if point is not None:
+            lines.setdefault(kind, []).append((calls(kind, step), point))
     return lines
 
 

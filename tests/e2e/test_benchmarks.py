@@ -103,8 +103,8 @@ def test_a_previews_figures_are_what_its_groups_hold_and_its_cost_counts_calls(m
     ends = [*range(6), *range(18, 24)]
     assert rho == 1 and reverse == -1
     assert v == pytest.approx((final_NR[ends, 0].var(correction=0) / final_NR[:, 0].var(correction=0)).item(), abs=1e-3)
-    found = study.bootstrapped([[0.5, 1.0, 2.0], [None, 0.0, 2.0], [None, None, None]])
-    assert (found.spearman, found.variance, found.groups) == (0.25, 0.25, 2) and found.spearman_error > 0
+    of_two = study.bootstrapped([[0.5, 1.0, 2.0], [None, 0.0, 2.0], [None, None, None]])
+    assert (of_two.spearman, of_two.variance, of_two.groups) == (0.25, 0.25, 2) and of_two.spearman_error > 0
     # 24 members have four calls, and half of them the six that are left
     assert study.cost("x0", 3) == pytest.approx((24 * 4 + 12 * 6) / 240) and study.cost("probe", 9) == 1
     assert study.calls("ode 3", 2) == 5 and study.cost("ode 3", 2) == pytest.approx((24 * 5 + 12 * 7) / 240)
