@@ -1,6 +1,7 @@
 """The map of when selection pays: thousands of short runs of the toy flow, every side with its own best settings.
 
     python benchmarks/when_pruning_pays.py [--minutes 60] [--out docs/results/when_pruning_pays.json]
+    python benchmarks/when_pruning_pays.py --choice auto # those cells alone whose choice begins so
     python benchmarks/when_pruning_pays.py --negatives   # weights of negative advantages, to a file of their own
     python benchmarks/when_pruning_pays.py --gradients   # the bias and the signal of each choice's gradient
     python benchmarks/when_pruning_pays.py --page        # the page and the picture from --out; trains nothing
@@ -236,9 +237,22 @@ def _objective(name: str, choice: Choice) -> ObjectiveSettings:
 
 
 def iterations_of(choice: Choice, prompts: int) -> int:
-    """The iterations of a run: as many as cost what the budget's plain groups cost at the smallest ratio."""
+    """The iterations of a run: as many as cost what the budget's plain groups cost at the smallest ratio.
+
+    They are thrice those of plain groups at most. `auto` has as many, and ends where its costs have reached the budget.
+    """
+    if choice.auto_ratio is not None:
+        return round(3 * BUDGET / prompts)
     share = Choice().cost(RATIOS[0]) / choice.cost(RATIOS[0])
     return round(BUDGET * max(1.0, min(share, 3.0)) / prompts)
+
+
+def whole_cost(cell: Cell, prompts: int, ratio: float) -> float:
+    """The cost of a run of a cell that does not stop at the goal."""
+    choice = CHOICES[cell.choice]
+    if choice.auto_ratio is not None:
+        return BUDGET * Choice().cost(ratio)
+    return choice.cost(ratio) * prompts * iterations_of(choice, prompts)
 
 
 def mixture(shape: str, seen: bool = True) -> RewardMixture:
@@ -270,6 +284,8 @@ def run(network: ToyNetwork, cell: Cell, lr: float, prompts: int, seed: int, goa
                 spent.append(round(_spent(trainer, ratio), 2))
                 plans.append(str(path(trainer.plan)))
             if goal is not None and len(curve) > 3 and mean(value for _, value in curve[-3:]) > goal:
+                break
+            if ratio is not None and spent[-1] >= whole_cost(cell, prompts, ratio):
                 break
         if iteration < config.iterations:
             before = [p.detach().clone() for p in policy.trainable.values()]
@@ -569,7 +585,7 @@ class Map:
         own, rival = self.costs(cell, share, ratio), self.rival(cell, share, ratio)
         if own is None or not rival or np.isinf(rival).any():
             return None
-        whole = CHOICES[cell.choice].cost(ratio) * own[1][1] * iterations_of(CHOICES[cell.choice], own[1][1])
+        whole = whole_cost(cell, own[1][1], ratio)
         arrives = not np.isinf(own[0]).any()
         own = [min(cost, whole) for cost in own[0]], own[1]
         speed, low, high = compared(rival, own[0])
@@ -698,6 +714,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--out", type=Path, default=Path("docs/results/when_pruning_pays.json"))
+    parser.add_argument("--choice", default="", help="the beginning of the choices to run")
     parser.add_argument("--negatives", action="store_true", help="compare weights of negative advantages")
     parser.add_argument(
         "--gradients", type=Path, nargs="?", const=Path("docs/results/when_pruning_pays_gradients.json")
@@ -713,7 +730,8 @@ def main() -> None:
     if arguments.page:
         write_page(Map(results, network))
         return
-    order = list(negative_cells() if arguments.negatives else cells())
+    every = negative_cells() if arguments.negatives else cells()
+    order = [cell for cell in every if cell.choice.startswith(arguments.choice)]
     until = time.monotonic() + 60 * arguments.minutes
     while time.monotonic() < until:
         item = next_work(results, order)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from progrpo.config import AuditSettings, PlanSettings, PromptSettings, SamplingSettings, from_dict
-from progrpo.rollout.plan import PRESETS
+from progrpo.rollout.plan import PRESETS, Plan
 from progrpo.types import Cost
 
 STEPS = 4
@@ -46,10 +46,14 @@ def test_a_run_counts_what_its_plan_predicts(trainer, plan, guidance_scale):
     done = [built.step() for _ in range(2)]
     assert built.totals.counted == built.totals.predicted == built.predicted(2)
     per_call, group = (2 if guidance_scale > 1 else 1), built.plan.group_size
-    assert built.totals.audited == Cost(
-        group * STEPS * per_call, group * (STEPS + 1), group * (STEPS + 1), previews=group * STEPS
-    )
-    assert [d.record.get("audit/nfe") for d in done] == [None, group * STEPS * per_call]
+    previews = Cost(decodes=group * STEPS, reward_calls=group * STEPS, previews=group * STEPS)
+    if built.plan == Plan(group):  # a group of the iteration is watched, and under `auto` one of each
+        audits = [previews] * (2 if plan.preset == "auto" else 1)
+    else:
+        audits = [previews + Cost(group * STEPS * per_call, group, group)]
+    assert built.totals.audited == sum(audits, Cost())
+    of_each = [d.record["audit/nfe"] for d in done if d.audit is not None]
+    assert of_each == [audit.nfe for audit in audits] and done[1].audit is not None
     assert sum(d.record["rollout/nfe"] for d in done) == built.totals.counted.nfe
 
 

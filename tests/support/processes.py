@@ -110,6 +110,10 @@ def work(model, out, names):
         replace(single, preview=PreviewSettings(probe=True, probe_threshold=-1), audit=AuditSettings(every=1)),
         redness,
     )
+    cases["watched"] = (
+        replace(single, plan=PlanSettings("custom", group_size=5), audit=AuditSettings(every=1)),
+        redness,
+    )
     cases["failing"] = (CONFIG, Failing(middle))
     together = replace(CONFIG, prompts=PromptSettings(per_iteration=3, split_groups=True))
     cases["split"] = (replace(together, sampling=single.sampling), redness)

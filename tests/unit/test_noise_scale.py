@@ -131,6 +131,30 @@ def test_the_step_is_the_same_with_it_and_without(drawn, updated):
     assert seen["update/grad_norm"] == pytest.approx(without["update/grad_norm"], rel=1e-12)
 
 
+def test_under_a_plan_of_half_the_signal_it_takes_twice_the_prompts():
+    """Of a prompt's gradient whose noise is k V times less: |g|^2 stays and its covariance is doubled."""
+    noise_scale, expected = NoiseScale(), NoiseScale()
+    for _ in range(3):
+        noise_scale.add(GradientMoments(1.0, 5.0))
+        expected.add(GradientMoments(1.0, 10.0))
+    noise_scale.change_signal(0.5)
+    assert noise_scale.prompts == expected.prompts == pytest.approx(10)
+
+
+def test_it_is_settled_after_twenty_updates_also_across_a_resume():
+    noise_scale = NoiseScale()
+    for _ in range(19):
+        noise_scale.add(GradientMoments(1.0, 5.0))
+    assert noise_scale.prompts == pytest.approx(5) and noise_scale.settled is None
+    resumed = NoiseScale()
+    resumed.load_state_dict(noise_scale.state_dict())
+    resumed.add(GradientMoments(1.0, 5.0))
+    assert resumed.settled == resumed.prompts == pytest.approx(5)
+    older = NoiseScale()
+    older.load_state_dict({"signal": 1.0, "noise": 5.0})
+    assert older.prompts == 5 and older.settled is None
+
+
 def test_a_gradient_that_is_not_finite_is_not_noted(linear_policy, drawn, updated):
     linear_policy.a.register_hook(lambda gradient: gradient * torch.inf)
     seen, updater = updated(drawn([0, 1]))

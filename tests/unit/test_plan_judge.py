@@ -334,6 +334,15 @@ def test_auto_begins_unpruned_and_takes_the_strongest_choice_where_training_is_d
     assert judgement.next_value > judgement.plan_value == pytest.approx(1)
 
 
+def test_a_verdict_says_how_the_signal_of_a_prompt_changes():
+    judge = judged(config(start=AUTO), *[flat(0.3)] * 3, seconds=SECONDS | {"update": 20_000.0})
+    judgement = verdict(judge, Plan(24))
+    simulation = Simulation.of([0.3] * STEPS, [STANDARD] * 3, 24)
+    ratio = simulation.signal(judgement.plan, OVF) / simulation.signal(Plan(24), OVF)
+    assert judgement.signal_ratio == pytest.approx(ratio, rel=1e-12) and 0.5 < ratio < 1
+    assert verdict(judge, judgement.plan).signal_ratio == 1
+
+
 def test_auto_prunes_nothing_where_previews_know_nothing_and_updates_are_cheap():
     seconds = SECONDS | {"update": 1.0}
     assert verdict(judged(config(start=AUTO), *[flat(0.0)] * 3, seconds=seconds), Plan(24)).plan == Plan(24)

@@ -20,10 +20,16 @@ from progrpo.config import (
     PlanSettings,
     PreviewSettings,
     PromptSettings,
+    RewardSettings,
     WatchSettings,
 )
 from progrpo.prompts.order import BySignal, InTurn
+from progrpo.rollout.meter import Meter
+from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.plan import Plan, UnitCosts
+from progrpo.rollout.rollout import rollout
 from progrpo.storage import load_state, save_state
+from progrpo.training.audit import GroupWatch
 from progrpo.training.errors import SelfCheckError
 from progrpo.training.totals import Totals
 from progrpo.types import Cost
@@ -90,6 +96,71 @@ def test_an_audit_comes_every_nth_iteration_and_changes_no_weight(tiny_trainer, 
     record = audit.record(1)
     assert record["iteration"] == 1 and record["steps"] == [0, 1, 2, 3]
     assert sorted(s for s in record["stopped_at"] if s is not None) == [1]
+
+
+PLAIN = PlanSettings("custom", group_size=4)
+
+
+@pytest.mark.parametrize("waves", [1, 2])
+def test_where_every_member_is_trained_on_an_audit_watches_a_group_of_the_iteration(tiny_trainer, tiny_config, waves):
+    """At the cost of previews alone; it is the audit of one more group in the same place, and changes no weight."""
+    sections = {"plan": PLAIN, "reward": RewardSettings(waves=waves)}
+    watched, not_watched = (tiny_trainer(tiny_config(audit=AuditSettings(every=n), **sections)) for n in (2, 0))
+    done = [watched.step() for _ in range(2)]
+    for _ in range(2):
+        not_watched.step()
+    assert [d.audit is not None for d in done] == [False, True] and same(weights(watched), weights(not_watched))
+    audit, rolled = done[1].audit, done[1].rollout
+    place = watched.order.prompts_for(1, 2).index(audit.prompt)
+    own = rolled.finalists.group_N == place
+    assert torch.equal(audit.final_G, rolled.finalists.ranking_N[own])
+    assert np.array_equal(audit.pictures_GSHWC[:, -1], rolled.pictures.images_NHWC[own].numpy())
+    assert audit.stopped_at == [None] * 4 and audit.scores_TG.shape == (4, 4)
+    torch.testing.assert_close(audit.scores_TG[-1], audit.final_G, rtol=0, atol=0.01)
+    assert watched.totals.audited == Cost(decodes=16, reward_calls=16, previews=16)
+    assert done[1].record["audit/nfe"] == 0 < done[1].record["time/audit"]
+
+
+def test_watched_groups_are_seen_as_a_group_of_their_own_would_be(tiny_trainer, tiny_config):
+    """With further preview steps, which need network calls."""
+    config = tiny_config(plan=PLAIN, preview=PreviewSettings(ode_steps=2))
+    trainer = tiny_trainer(config)
+    prompts, key = trainer.order.prompts_for(0, 2), NoiseKey(config.seed, 0)
+    audits = []
+    for slots in ([0, 1], [1]):  # with another group, and alone
+        watch = GroupWatch(prompts[1], 1)
+        sampler = watch.begin(trainer.sampler)
+        audits.append(
+            watch.audit(rollout(sampler, [prompts[s] for s in slots], torch.tensor(slots), key, Meter()), key)
+        )
+        assert watch.meter.cost == Cost(nfe=16, decodes=32, reward_calls=32, previews=32)
+    first, second = audits
+    torch.testing.assert_close(first.used_TG, second.used_TG, rtol=0, atol=1e-4)
+    torch.testing.assert_close(first.scores_TG, second.scores_TG, rtol=0, atol=1e-4)
+    torch.testing.assert_close(first.final_G, second.final_G, rtol=0, atol=1e-4)
+    assert (first.used_TG[0] - first.scores_TG[0]).abs().max() > 2e-4
+
+
+def test_auto_audits_each_iteration_until_a_plan_is_judged(tiny_trainer, tiny_config, tmp_path):
+    """Also after a resume, which comes to the same verdict."""
+    config = tiny_config(plan=PlanSettings("auto"), audit=AuditSettings(every=3), iterations=7)
+    trainer = tiny_trainer(config)
+    trainer.plan_monitor.judge.recorded = UnitCosts(1.0, 0.1, 0.1, 50.0)
+    done = [trainer.step() for _ in range(2)]
+    save_state(tmp_path / "state", trainer.state_dict())
+    resumed = tiny_trainer(config)
+    resumed.load_state_dict(load_state(tmp_path / "state"))
+    resumed.plan_monitor.judge.recorded = trainer.plan_monitor.judge.recorded
+    done.append(trainer.step())
+    judgement = trainer.plan_monitor.judge.verdict(Plan(24), trainer.plan_monitor.selector, frozenset())
+    before, after = (t.learner.updater.noise_scale.state_dict()["noise"] for t in (resumed, trainer))
+    mean = 0.95 * before + 0.05 * done[2].record["update/gradient_noise"]
+    assert after == pytest.approx(mean / judgement.signal_ratio) and judgement.signal_ratio < 0.9  # of the new plan
+    done += [trainer.step() for _ in range(3)]
+    assert [d.audit is not None for d in done] == [True, True, True, False, False, True]
+    assert ["plan/value" in d.record for d in done] == [False, False, True, False, False, True]
+    assert done[2].record["plan/path"] == [24, 6] and done[3].record["rollout/survivors"] == 12
+    assert [untimed(resumed.step().record) for _ in range(4)] == [untimed(d.record) for d in done[2:]]
 
 
 @pytest.mark.parametrize(

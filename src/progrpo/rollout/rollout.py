@@ -31,6 +31,7 @@ def rollout(sampler: Sampler, prompts: Sequence[Prompt], slot_P: Tensor, key: No
     sampler = sampler.with_max_batch(len(batch))
 
     def prune(step: int, batch: Trajectories) -> Trajectories:
+        sampler.observe(step, batch)
         keep = plan.keep_after(step)
         if keep is None:
             return batch

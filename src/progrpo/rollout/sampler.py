@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -17,6 +18,13 @@ from progrpo.rollout.settings import PreviewSettings
 from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding, in_widest_groups, sharded_survivors
 from progrpo.types import Condition, Trajectories
 
+Observer = Callable[[int, Trajectories], None]
+"""A callback `observe(step, batch)` after each network call of a rollout, before anyone is pruned."""
+
+
+def _ignore(step: int, batch: Trajectories) -> None:
+    pass
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -24,7 +32,7 @@ class Sampler:
 
     `rollout`, `in_waves`, `preview`, `audit` and `evaluate` take one. Previews follow `preview_settings`; where the
     `probe` is trusted, it ranks instead. Processes of a `sharding` share the members of each group. The `peers` have
-    groups of their own, and choose with this process those that go on.
+    groups of their own, and choose with this process those that go on. `observe` sees rollouts and changes nothing.
     """
 
     policy: Policy
@@ -36,6 +44,7 @@ class Sampler:
     probe: Probe | None = None
     sharding: GroupSharding = NOT_SHARDED
     peers: GroupSharding = NOT_SHARDED
+    observe: Observer = _ignore
 
     def denoiser(self, condition: Condition) -> Denoiser:
         """The policy under the condition of some prompts."""

@@ -186,8 +186,9 @@ class PlanSettings:
     """One of the paper's plans, or `custom` with the three fields below.
     `standard`: 48 -> 24 -> 12 members. `flash`: 24 -> 16 -> 12. `sd14`: 48 -> 32 -> 8. `none`: 24, not pruned.
     `posthoc`: 24 members are finished, and 12 are kept by their final rewards.
-    `auto`: 24, not pruned, until three audits have measured what pays; then the group of 12 to 24, the points and the
-    6 survivors or more with the highest expected progress per second, none pruned where that is best.
+    `auto`: 24, not pruned, in the first three iterations, whose audits measure what pays; then the group of 12 to 24,
+    the points and the 6 survivors or more with the highest expected progress per second, none pruned where that is
+    best.
     `module:function`: a `progrpo.rollout.plan.Plan` of your own, or a function of num_inference_steps that returns
     one."""
     group_size: int = setting(24, between(2, 100_000))

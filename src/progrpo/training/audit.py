@@ -1,7 +1,4 @@
-"""Audits: a group that runs unpruned and is previewed at every step, so that previews can be compared with its end.
-
-It is never trained on.
-"""
+"""Audits: a group that runs unpruned and is previewed at every step, so that previews can be compared with its end."""
 
 from __future__ import annotations
 
@@ -11,18 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan
-from progrpo.rollout.preview import preview, score
+from progrpo.rollout.preview import preview
 from progrpo.rollout.probe import Probe, ProbeExample, probe_examples, text_features
 from progrpo.rollout.prune import Selector, ovf, uniform
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.settings import PreviewSettings
+from progrpo.rollout.sharding import NOT_SHARDED
 from progrpo.tracking.records import AuditRecord
 from progrpo.tracking.statistics import hit_rate, kept_variance, spearman
-from progrpo.types import Condition, Prompt, Trajectories
+from progrpo.types import Condition, Prompt, Rollout, Trajectories
 
 
 @dataclass(frozen=True)
@@ -97,53 +94,84 @@ class Audit:
         }
 
 
-def audit(sampler: Sampler, prompt: Prompt, slot: int, key: NoiseKey, meter: Meter) -> Audit:
-    """Run the plan's full group to its end, and note at which step the plan would have stopped whom."""
-    plan, record = sampler.plan, replace(sampler.sampling.record, graphs=False)
-    sampler = replace(sampler, sampling=replace(sampler.sampling, record=record)).with_max_batch(plan.group_size)
-    by_full_decoder = replace(sampler, preview_settings=PreviewSettings(), probe=None)
-    by_settings = replace(sampler, probe=None)
-    settings = sampler.preview_settings
-    differs = settings.decoder == "tiny" or settings.ode_steps > 1
-    scores: list[Tensor] = []
-    used: list[Tensor] = []
-    pictures: list[Tensor] = []
-    condition = sampler.policy.encode([prompt])
+class GroupWatch:
+    """Previews the group of a slot after every network call. Sampling goes on as it would without.
 
-    def watch(step: int, batch: Trajectories) -> Trajectories:
-        images_NHWC, scores_N = preview(by_full_decoder, [prompt], condition, batch, step, meter)
+    `meter` counts what the previews take.
+    """
+
+    def __init__(self, prompt: Prompt, slot: int) -> None:
+        self.meter = Meter()
+        self._prompt = prompt
+        self._slot = slot
+        self._seen: list[_Seen] = []
+
+    def begin(self, sampler: Sampler) -> Sampler:
+        """Forget what was seen; the sampler that finishes every member of the plan's groups and shows them."""
+        self.meter = Meter()
+        self._seen = []
+        self._sampler = sampler.with_max_batch(sampler.plan.group_size)
+        self._condition = sampler.policy.encode([self._prompt])
+        plain = Plan(sampler.plan.group_size)
+        return replace(sampler, plan=plain, sharding=NOT_SHARDED, peers=NOT_SHARDED, observe=self.observe)
+
+    def observe(self, step: int, batch: Trajectories) -> None:
+        """Preview the group after the network call of `step`, if it is in the batch."""
+        rows = (batch.slot_N == self._slot).nonzero().flatten()
+        if not len(rows):  # another wave's
+            return
+        group = batch.take(rows)
+        group = replace(group, group_N=torch.zeros_like(group.group_N))
+        settings = self._sampler.preview_settings
+        images_NHWC, scores_N = self._preview(group, step, PreviewSettings())
         assert images_NHWC is not None
-        scores.append(scores_N)
-        used.append(preview(by_settings, [prompt], condition, batch, step, meter)[1] if differs else scores_N)
-        pictures.append(images_NHWC)
-        return batch
+        differs = settings.decoder == "tiny" or settings.ode_steps > 1
+        used_N = self._preview(group, step, settings)[1] if differs else scores_N
+        self._seen.append(_Seen(images_NHWC, scores_N, used_N))
 
-    slot_P = torch.tensor([slot])
-    batch = expand(sampler.policy, slot_P, plan.group_size, sampler.sampling, key)
-    batch = denoise(sampler.denoiser(condition), batch, key, meter, watch)
-    finished, final = score(sampler, [prompt], batch.group_N, batch.x_NCHW, meter)
-    final_G = final.ranking_N
-    keep = plan.survivors if plan.survivors < plan.group_size else max(2, plan.group_size // 2)
-    seeds_P = key.group_seeds(slot_P, sampler.sampling.num_inference_steps)
-    probed = _probed(sampler.probe, batch, condition)
-    trusted = sampler.probed_steps
-    decided = [probed[t] if probed and t in trusted else used_G for t, used_G in enumerate(used)]
-    keep_T = [plan.keep_after(step) or keep for step in range(len(decided))]
-    seeds_T = [key.group_seeds(slot_P, step) for step in range(len(decided))]
-    return Audit(
-        prompt=prompt,
-        scores_TG=torch.stack(scores),
-        final_G=final_G,
-        pictures_GSHWC=torch.stack([*pictures, finished.images_NHWC], dim=1).numpy(),
-        stopped_at=_stops(plan, decided, final_G, sampler.selector, key, slot_P),
-        kept_uniform=_kept(uniform, final_G, keep, seeds_P),
-        kept_ovf=_kept(ovf, final_G, keep, seeds_P),
-        chosen_TK=[_kept(sampler.selector, *at) for at in zip(decided, keep_T, seeds_T, strict=True)],
-        best_TK=[_kept(ovf, final_G, *at) for at in zip(keep_T, seeds_T, strict=True)],
-        used_TG=torch.stack(decided),
-        probe_TG=None if probed is None else torch.stack(probed),
-        examples=probe_examples(batch, condition, final_G, torch.stack(scores)),
-    )
+    def _preview(self, group: Trajectories, step: int, settings: PreviewSettings) -> tuple[Tensor | None, Tensor]:
+        sampler = replace(self._sampler, preview_settings=settings, probe=None)
+        return preview(sampler, [self._prompt], self._condition, group, step, self.meter)
+
+    def audit(self, rolled: Rollout, key: NoiseKey) -> Audit:
+        """The audit of the watched group, of which the rollout has every member."""
+        rows = (rolled.trajectories.slot_N == self._slot).nonzero().flatten()
+        batch, sampler = rolled.trajectories.take(rows), self._sampler
+        batch = replace(batch, group_N=torch.zeros_like(batch.group_N))
+        plan, final_G = sampler.plan, rolled.finalists.take(rows).ranking_N
+        scores_TG = torch.stack([seen.scores_G for seen in self._seen])
+        keep = plan.survivors if plan.survivors < plan.group_size else max(2, plan.group_size // 2)
+        slot_P = torch.tensor([self._slot])
+        seeds_P = key.group_seeds(slot_P, sampler.sampling.num_inference_steps)
+        probed = _probed(sampler.probe, batch, self._condition)
+        trusted = sampler.probed_steps
+        decided = [probed[t] if probed and t in trusted else seen.used_G for t, seen in enumerate(self._seen)]
+        keep_T = [plan.keep_after(step) or keep for step in range(len(decided))]
+        seeds_T = [key.group_seeds(slot_P, step) for step in range(len(decided))]
+        pictures = [*(seen.images_GHWC for seen in self._seen), rolled.pictures.take(rows).images_NHWC]
+        return Audit(
+            prompt=self._prompt,
+            scores_TG=scores_TG,
+            final_G=final_G,
+            pictures_GSHWC=torch.stack(pictures, dim=1).numpy(),
+            stopped_at=_stops(plan, decided, final_G, sampler.selector, key, slot_P),
+            kept_uniform=_kept(uniform, final_G, keep, seeds_P),
+            kept_ovf=_kept(ovf, final_G, keep, seeds_P),
+            chosen_TK=[_kept(sampler.selector, *at) for at in zip(decided, keep_T, seeds_T, strict=True)],
+            best_TK=[_kept(ovf, final_G, *at) for at in zip(keep_T, seeds_T, strict=True)],
+            used_TG=torch.stack(decided),
+            probe_TG=None if probed is None else torch.stack(probed),
+            examples=probe_examples(batch, self._condition, final_G, scores_TG),
+        )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A group after a network call: its pictures, their scores, and the scores by which the run decides."""
+
+    images_GHWC: Tensor
+    scores_G: Tensor
+    used_G: Tensor
 
 
 def _probed(probe: Probe | None, batch: Trajectories, condition: Condition) -> list[Tensor] | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from progrpo.config import Config
@@ -14,10 +15,11 @@ from progrpo.policies.base import Policy
 from progrpo.rewards.base import Scorer
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.rollout import rollout
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding
 from progrpo.rollout.waves import in_waves
-from progrpo.training.audit import Audit, audit
+from progrpo.training.audit import Audit, GroupWatch
 from progrpo.training.build import sampling_from
 from progrpo.training.distributed import Ranks
 from progrpo.training.memory import Microbatch
@@ -73,21 +75,41 @@ class Collector:
         )
         return sampler.with_max_batch(self.microbatch.size)
 
-    def rollout(self, batch: Batch, meter: Meter) -> Rollout:
-        """The rollout of this process' prompts."""
+    def watch(self, batch: Batch) -> GroupWatch | None:
+        """The watch of a group of this process, for an audit that costs its previews alone.
+
+        None where the plan does not finish and train on every member of a group here: its audit is a group more.
+        """
+        plan = self._plan_monitor.plan
+        if plan.survivors < plan.group_size or plan.keep_groups is not None or self._sharding.world > 1:
+            return None
+        slots = batch.slots.tolist()
+        slot = slots[self._plan_monitor.audited_place(batch.iteration) % len(slots)]
+        return GroupWatch(batch.prompts[slot], slot)
+
+    def rollout(self, batch: Batch, meter: Meter, watch: GroupWatch | None = None) -> Rollout:
+        """The rollout of this process' prompts, one of whose groups may be watched."""
         prompts = [batch.prompts[slot] for slot in batch.slots.tolist()]
 
         def sample(sampler: Sampler, own_meter: Meter) -> Rollout:
+            if watch is not None:
+                sampler = watch.begin(sampler)
             return in_waves(sampler, prompts, batch.slots, batch.key, own_meter, self._config.reward.waves)
 
         return self._within_memory(sample, batch.iteration, meter)
 
     def audit(self, batch: Batch, meter: Meter) -> Audit:
         """The audit of a prompt of the iteration, under a slot that no trained group has."""
-        prompt = batch.prompts[self._plan_monitor.audited_place(batch.iteration)]
+        slot = len(batch.prompts)
+        prompt = batch.prompts[self._plan_monitor.audited_place(batch.iteration) % slot]
+        watch = GroupWatch(prompt, slot)
 
         def sample(sampler: Sampler, own_meter: Meter) -> Audit:
-            return audit(sampler, prompt, len(batch.prompts), batch.key, own_meter)
+            record = replace(sampler.sampling.record, graphs=False)
+            sampler = watch.begin(replace(sampler, sampling=replace(sampler.sampling, record=record)))
+            rolled = rollout(sampler, [prompt], torch.tensor([slot]), batch.key, own_meter)
+            own_meter.add(watch.meter)
+            return watch.audit(rolled, batch.key)
 
         return self._within_memory(sample, batch.iteration, meter)
 

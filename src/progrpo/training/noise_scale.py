@@ -11,14 +11,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 _DECAY = 0.95  # per update: an average over about twenty of them
+_SETTLED = 20  # updates, before which a lucky one could make a plan of small groups look best
 _Gradients = Sequence[Tensor | None]
 
 
 class NoiseScaleState(TypedDict, total=False):
-    """The running averages; empty in a checkpoint of an older progrpo."""
+    """The running averages and the number of updates; a checkpoint of an older progrpo lacks some or all."""
 
     signal: float
     noise: float
+    updates: int
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,12 @@ class NoiseScale:
     def __init__(self) -> None:
         self._signal = 0.0
         self._noise = 0.0
+        self._updates = 0
 
     def add(self, moments: GradientMoments) -> None:
         self._signal += (1 - _DECAY) * (moments.signal - self._signal)
         self._noise += (1 - _DECAY) * (moments.noise - self._noise)
+        self._updates += 1
 
     @property
     def prompts(self) -> float | None:
@@ -73,12 +77,22 @@ class NoiseScale:
         """
         return self._noise / self._signal if self._signal > 0 else None
 
+    def change_signal(self, factor: float) -> None:
+        """Go on under a plan under which a prompt has `factor` times the signal, so that fewer prompts are as good."""
+        self._noise /= factor
+
+    @property
+    def settled(self) -> float | None:
+        """The same once the averages are over enough updates to decide by; None before."""
+        return self.prompts if self._updates >= _SETTLED else None
+
     def state_dict(self) -> NoiseScaleState:
-        return {"signal": self._signal, "noise": self._noise}
+        return {"signal": self._signal, "noise": self._noise, "updates": self._updates}
 
     def load_state_dict(self, state: NoiseScaleState) -> None:
         self._signal = state.get("signal", 0.0)
         self._noise = state.get("noise", 0.0)
+        self._updates = state.get("updates", 0)
 
 
 def take_gradients(parameters: Iterable[Parameter]) -> list[Tensor | None]:

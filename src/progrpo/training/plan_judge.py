@@ -71,13 +71,15 @@ class Verdict:
     """The judgement of a plan, and the `plan` to go on with.
 
     `plan_value` is the judged plan's expected progress per second, over plain GRPO's (preset none), and
-    `next_value` that of the plan to go on with.
+    `next_value` that of the plan to go on with. `signal_ratio` is the signal of a prompt under the next plan over that
+    under the judged one.
     """
 
     plan_value: float
     plan: Plan
     path: list[int]
     next_value: float
+    signal_ratio: float
 
 
 class PlanJudge:
@@ -133,7 +135,8 @@ class PlanJudge:
         rates = {candidate: rate(candidate) for candidate in self.config.plan.candidates(plan, steps)} or {plan: now}
         leader = max(rates, key=lambda candidate: rates[candidate])
         best, value = (leader, rates[leader]) if rates[leader] > _WORTH_A_CHANGE * now else (plan, now)
-        return Verdict(now / plain, best, path(best), value / plain)
+        signal_ratio = simulation.signal(best, selector) / simulation.signal(plan, selector)
+        return Verdict(now / plain, best, path(best), value / plain, signal_ratio)
 
     def _progress_per_second(self, signal: float, plan: Plan, probed_steps: frozenset[int], noise: float) -> float:
         """The progress of a second under a plan with this signal per prompt, up to a factor.

@@ -11,6 +11,7 @@ from progrpo.tracking.console import Console
 from progrpo.tracking.records import Metrics, metric
 from progrpo.training.audit import Audit
 from progrpo.training.distributed import Ranks
+from progrpo.training.noise_scale import NoiseScale
 from progrpo.training.plan_judge import PlanJudge, iteration_cost, plan_from, plan_state
 from progrpo.training.state import PlanMonitorState
 from progrpo.training.totals import Totals
@@ -60,16 +61,18 @@ class PlanMonitor:
         return iteration_cost(self._config, self.plan, self.probed_steps) * iterations
 
     def is_audit_due(self, iteration: int) -> bool:
-        """Whether this zero-based iteration has an audit."""
+        """Whether this zero-based iteration has an audit: every n-th, and under `auto` each until the first verdict."""
         every = self._config.audit.every
-        return every > 0 and (iteration + 1) % every == 0
+        seeks = self._config.plan.preset == "auto" and self.plan_value is None
+        return every > 0 and (seeks or (iteration + 1) % every == 0)
 
     def audited_place(self, iteration: int) -> int:
-        """The place in the iteration of the prompt that an audit takes: another one every time."""
-        return iteration // self._config.audit.every % self._config.prompts.per_iteration
+        """The place of the prompt that an audit takes, up to multiples of their number: another one every time."""
+        every = self._config.audit.every
+        return iteration // every + (iteration + 1) % every
 
     def learn(
-        self, iteration: int, rolled: Rollout, audit: Audit | None, totals: Totals, noise_scale: float | None
+        self, iteration: int, rolled: Rollout, audit: Audit | None, totals: Totals, noise_scale: NoiseScale
     ) -> Metrics:
         """Learn from a zero-based iteration, in the main process also from its audit; the metrics of the plan.
 
@@ -112,16 +115,17 @@ class PlanMonitor:
         examples = {slot: example for part in self._ranks.gather([own]) for slot, example in part.items()}
         self.probe.learn([example for _, example in sorted(examples.items())])  # in one order, whoever sampled which
 
-    def _judge_plan(self, audit: Audit | None, totals: Totals, noise_scale: float | None) -> Metrics:
+    def _judge_plan(self, audit: Audit | None, totals: Totals, noise_scale: NoiseScale) -> Metrics:
         """Judge the plan in the main process, which has the audit; all take the plan that it chooses."""
         verdict = None
         if audit is not None:
             self.judge.watch(audit.used_agreement(), audit.final_G.numpy(), totals.counted, totals.seconds)
-            verdict = self.judge.verdict(self.plan, self.selector, self.probed_steps, noise_scale)
+            verdict = self.judge.verdict(self.plan, self.selector, self.probed_steps, noise_scale.settled)
         verdict = self._ranks.gather([verdict])[0]
         if verdict is None:
             return {}
         self.plan = verdict.plan
+        noise_scale.change_signal(verdict.signal_ratio)
         self.plan_value = verdict.plan_value
         self.next_value = verdict.next_value
         return {"plan/value": verdict.plan_value, "plan/survivors": self.plan.survivors, "plan/path": verdict.path}

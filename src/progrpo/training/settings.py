@@ -72,7 +72,9 @@ class OptimSettings:
 class AuditSettings:
     every: int = setting(5, at_least(0))
     """Audit one group in every n-th iteration; 0: never.
-    An audited group runs unpruned, is decoded at every step, and is never trained on."""
+    An audited group runs unpruned and is previewed at every step.
+    It is one of the iteration's where the plan trains on every member, and else one more, never trained on.
+    With `plan.preset auto` each iteration has an audit until a plan is chosen, which takes three as a rule."""
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,9 @@ class Trainer:
         self.totals.predicted += self.predicted()
         batch = self._next_batch()
         sampling = self.sampler.sampling
-        rolled = self.collector.rollout(batch, meter)
+        is_audited = self.plan_monitor.is_audit_due(batch.iteration)
+        watch = self.collector.watch(batch) if is_audited and self.ranks.is_main else None
+        rolled = self.collector.rollout(batch, meter, watch)
         lost_before = self.totals.lost
         failed = self.failures.check(f"iteration {batch.iteration + 1}")
         lost = self.totals.lost - lost_before
@@ -111,8 +113,12 @@ class Trainer:
             updated = self.learner.learn(rolled, sampling, batch.key, batch.iteration)
         meter.count(trained_steps=updated.items)
         audit = None
-        if self.plan_monitor.is_audit_due(batch.iteration):
-            if self.ranks.is_main:
+        if is_audited:
+            if watch is not None:
+                audit = watch.audit(rolled, batch.key)
+                audit_meter.add(watch.meter)
+                meter.seconds["audit"] = sum(watch.meter.seconds.values())
+            elif self.ranks.is_main:
                 with meter.stage("audit"):
                     audit = self.collector.audit(batch, audit_meter)
             # an audit trains nothing, so its failures stop nothing; counted with the next iteration's they would be
@@ -125,7 +131,7 @@ class Trainer:
         record |= {f"reward/failed@{name}": count for name, count in failed.items() if count}
         record |= {"rollout/missing_pictures": lost} if lost else {}
         self.checks.check_rewards(batch.iteration + 1, record, self.plan.groups_left(len(batch.prompts)))
-        noise_scale = self.learner.updater.noise_scale.prompts
+        noise_scale = self.learner.updater.noise_scale
         record |= self.plan_monitor.learn(batch.iteration, rolled, audit, self.totals, noise_scale)
         _add_seconds_since(start, record, self.totals)
         self.iteration += 1
