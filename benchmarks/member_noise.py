@@ -1,7 +1,7 @@
 """Whether the noise of members should decide who is kept: gradients of single members of the toy flow, by objective.
 
     python benchmarks/member_noise.py [--objectives dgpo nft awm elbo grpo] [--keep 12 6] [--shape smooth]
-        [--after 20] [--prompts 512] [--json [FILE]]
+        [--after 20] [--prompts 256] [--json [FILE]]
 
 After some iterations of plain groups of 24, full groups are sampled and each member's gradient is taken for an
 advantage of 1, in AdamW's lengths (as in benchmarks/plan_value.py). A group's common gradient drops out, since its
@@ -14,8 +14,9 @@ signal      SNR^2 of a prompt over that of all 24: the squared mean along the ot
 over ovf    the same over that of OVF on the same groups
 k V         the promise: (sum A z)^2 / sum A^2, A being the survivors' advantages
 with noise  (sum A z)^2 / sum A^2 s^2, with the line as s^2; `signal over noise` keeps the members that maximise it
-and prompts  the same where a prompt's own direction differs from the mean one, which no number of members averages out:
-            1 / (1 / signal + p), with p from the noise of all 24 and of the difference of two halves of them
+promise     that of a run: 1 / (1 / (k V) + p), since prompts ask for different changes, which no number of members
+            averages out; p follows from the noise of all 24 and from that of the difference of two halves of them
+share       p k V of all 24
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ from progrpo.prompts.order import make_order
 from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.plan_value import of_prompt
 from progrpo.rollout.preview import score
 from progrpo.rollout.prune import Selector, furthest, ovf, uniform
 from progrpo.training.distributed import Ranks
 from progrpo.training.trainer import Trainer
+from progrpo.training.update import half_of_each
 from progrpo.zoo.toy import world
 from progrpo.zoo.toy.policy import ToyPolicy, pretrained
 
@@ -208,9 +211,9 @@ def compared(ours: Sequence[Tensor], theirs: Sequence[Tensor], full_PD: Tensor) 
 
 
 def dealt(z_PG: Tensor) -> Tensor:
-    """The signs (P, G) of two halves of each group that are alike: by the order of rewards + - - + + - - +."""
-    rank_PG = z_PG.argsort(1).argsort(1)
-    return 1.0 - 2.0 * ((rank_PG + 1) // 2 % 2)
+    """The signs (P, G) of two halves of each group that are alike, as a run deals them."""
+    group_N = torch.arange(len(z_PG)).repeat_interleave(z_PG.shape[1])
+    return 2.0 * half_of_each(z_PG.flatten(), group_N, group_N).reshape(z_PG.shape).double() - 1.0
 
 
 def study(name: str, shape: str, after: int, prompts: int, keeps: Sequence[int]) -> dict[str, Any]:
@@ -221,9 +224,7 @@ def study(name: str, shape: str, after: int, prompts: int, keeps: Sequence[int])
         trainer.step()
     members = members_of(trainer, prompts)
     z_PG, everyone = members.z_PG, torch.ones_like(members.z_PG, dtype=torch.bool)
-    own = members.gradient_PGD - members.gradient_PGD.mean(1, keepdim=True)
-    length_PG = own.square().sum(2).double()
-    del own
+    length_PG = (members.gradient_PGD - members.gradient_PGD.mean(1, keepdim=True)).square().sum(2).double()
     length_PG = length_PG / length_PG.mean()
     slope = float((length_PG * z_PG).mean())  # of least squares: z has mean 0 and variance 1
     noise_PG, equal_PG = (1 + slope * z_PG).clamp(min=LEAST), torch.ones_like(z_PG)
@@ -235,6 +236,7 @@ def study(name: str, shape: str, after: int, prompts: int, keeps: Sequence[int])
     of_members = gradient(members, everyone, dealt(z_PG)).square().sum(1).mean()
     share = float((full_sq - mean_sq) / of_members) - 1
     whole = [promised(members, everyone, noise) for noise in (equal_PG, noise_PG)]
+    own_direction = share / whole[0]
     rows = []
     for keep in keeps:
         choices = {
@@ -255,7 +257,7 @@ def study(name: str, shape: str, after: int, prompts: int, keeps: Sequence[int])
                 **{"keep": keep, "signal": signal, "error": error},
                 **{"over ovf": over_ovf, "over ovf, error": over_ovf_error},
                 **{"k V": k_v / whole[0], "with noise": with_noise / whole[1]},
-                "and prompts": (1 + share) / (whole[1] / with_noise + share),
+                "promise": of_prompt(k_v, own_direction) / of_prompt(whole[0], own_direction),
             }
             rows.append({"choice": choice, **{key: round(value, 3) for key, value in numbers.items()}})
     facts = {"lengths": lengths, "slope": round(slope, 3), "share": round(share, 3)}
@@ -267,14 +269,14 @@ def table(found: dict[str, Any]) -> str:
     lines = [f"| objective | {' | '.join(edges)} | slope | share |", "|" + "---|" * (len(edges) + 3)]
     for name, one in found.items():
         lines.append(f"| {name} | {' | '.join(f'{x:.2f}' for x in one['lengths'])} | {one['slope']} | {one['share']} |")
-    heads = ["objective", "kept", "choice", "signal", "over ovf", "k V", "with noise", "and prompts"]
+    heads = ["objective", "kept", "choice", "signal", "over ovf", "k V", "with noise", "promise"]
     lines += ["", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for name, one in found.items():
         for r in one["choices"]:
             lines.append(
                 f"| {name} | {r['keep']} | {r['choice']} | {r['signal']:.2f} ± {r['error']:.2f}"
                 f" | {r['over ovf']:.3f} ± {r['over ovf, error']:.3f}"
-                f" | {r['k V']:.2f} | {r['with noise']:.2f} | {r['and prompts']:.2f} |"
+                f" | {r['k V']:.2f} | {r['with noise']:.2f} | {r['promise']:.2f} |"
             )
     return "\n".join(lines)
 
@@ -285,7 +287,7 @@ def main() -> None:
     parser.add_argument("--keep", type=int, nargs="+", default=[12, 6])
     parser.add_argument("--shape", default="smooth", help="of the reward")
     parser.add_argument("--after", type=int, default=20, help="iterations of training before")
-    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--json", nargs="?", const="-", help="print JSON, or write it to a file")
     arguments = parser.parse_args()
     quiet()

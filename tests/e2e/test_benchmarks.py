@@ -18,6 +18,7 @@ SMALL: dict[str, list[str]] = {
     "attention": ["--models", "shapes-flow", "--rows", "2", "--rounds", "1"],
     "cpu": ["--rows", "2", "--pictures", "1", "--rounds", "1"],
     "iteration": ["--models", "shapes-flow", "--plans", "window", "--prompts", "1", "--iterations", "1"],
+    "member_noise": ["--objectives", "dgpo", "--prompts", "32", "--after", "1", "--keep", "6"],
     "plan_value": ["--recipe", "quickstart", "--prompts", "3", "--seeds", "0", "--after", "1", "--plans", "posthoc"],
     "preview": [
         "--models",

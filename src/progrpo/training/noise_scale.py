@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 _DECAY = 0.95  # per update: an average over about twenty of them
+_MEMBERS_DECAY = 0.7  # per update in which members are halved, an eighth of all
+_EVERY = 8
 _SETTLED = 20  # updates, before which a lucky one could make a plan of small groups look best
 _Gradients = Sequence[Tensor | None]
 
@@ -20,6 +22,8 @@ class NoiseScaleState(TypedDict, total=False):
 
     signal: float
     noise: float
+    weight: float
+    members: float | None
     updates: int
 
 
@@ -34,7 +38,7 @@ class GradientMoments:
     noise: float
 
 
-def gradient_moments(first: _Gradients, second: _Gradients, prompts: tuple[int, int]) -> GradientMoments:
+def gradient_moments(first: _Gradients, second: _Gradients, prompts: tuple[float, float]) -> GradientMoments:
     """Estimate the moments from what two halves of these numbers of prompts, both above 0, add to a mean over all.
 
     With the halves' own means g_A and g_B the signal is <g_A, g_B>, and the noise is |g_A - g_B|^2 / (1/n_A + 1/n_B)
@@ -62,12 +66,38 @@ class NoiseScale:
     def __init__(self) -> None:
         self._signal = 0.0
         self._noise = 0.0
+        self._weight = 0.0  # of what was added in both averages, which begin at 0
+        self._members: float | None = None
         self._updates = 0
 
+    @property
+    def halves_members(self) -> bool:
+        """Whether the next update's halves are of the members of each prompt: every eighth update, since an objective
+        may have to pass once more over groups that are dealt over passes."""
+        return self._updates % _EVERY == _EVERY - 1
+
     def add(self, moments: GradientMoments) -> None:
+        """Note the moments of an update whose halves were of prompts."""
         self._signal += (1 - _DECAY) * (moments.signal - self._signal)
         self._noise += (1 - _DECAY) * (moments.noise - self._noise)
+        self._weight += (1 - _DECAY) * (1 - self._weight)
         self._updates += 1
+
+    def add_members(self, noise: float) -> None:
+        """Note the noise of an update whose halves were of the members of each prompt."""
+        before = noise if self._members is None else self._members
+        self._members = before + (1 - _MEMBERS_DECAY) * (noise - before)
+        self._updates += 1
+
+    @property
+    def own_direction(self) -> float | None:
+        """The noise of prompts' own directions over that of their few members; None before it is measured.
+
+        Prompts ask for different changes, and more members of a prompt do not average that out.
+        """
+        if not self._members or not self._weight:
+            return None
+        return max(0.0, self._noise / self._weight / self._members - 1)
 
     @property
     def prompts(self) -> float | None:
@@ -79,7 +109,11 @@ class NoiseScale:
 
     def change_signal(self, factor: float) -> None:
         """Go on under a plan under which a prompt has `factor` times the signal, so that fewer prompts are as good."""
+        own_direction = self.own_direction
         self._noise /= factor
+        if own_direction is not None and self._members is not None:  # the noise of own directions stays what it is
+            own = own_direction * self._members
+            self._members = max(self._noise / self._weight - own, 0.0)
 
     @property
     def settled(self) -> float | None:
@@ -87,11 +121,16 @@ class NoiseScale:
         return self.prompts if self._updates >= _SETTLED else None
 
     def state_dict(self) -> NoiseScaleState:
-        return {"signal": self._signal, "noise": self._noise, "updates": self._updates}
+        return {
+            **{"signal": self._signal, "noise": self._noise, "weight": self._weight},
+            **{"members": self._members, "updates": self._updates},
+        }
 
     def load_state_dict(self, state: NoiseScaleState) -> None:
         self._signal = state.get("signal", 0.0)
         self._noise = state.get("noise", 0.0)
+        self._weight = state.get("weight", 1.0 if state else 0.0)
+        self._members = state.get("members")
         self._updates = state.get("updates", 0)
 
 
