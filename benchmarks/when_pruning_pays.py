@@ -653,6 +653,48 @@ def _over_weight_1(results: Results, cell: Cell, name: str, share: float) -> tup
     return f"{speed:.2f} ± {(high - low) / 2:.2f}", len(costs[1])
 
 
+def prompts_table(results: Results) -> list[str]:
+    """A row for each way to take fewer prompts: the speed over that of the same cell with more prompts, by one seed.
+
+    Runs that do not arrive are counted, and not in the mean.
+    """
+    lines = ["| prompts | learning rate | to 50 % | to 90 % | pairs | no longer arrive | arrive only so |"]
+    lines.append("|" + "---|" * 7)
+    for many, few in ((8, 4), (8, 2), (4, 2)):
+        for name, power in (("kept", 0.0), ("by the square root", 0.5), ("in proportion", 1.0)):
+            half, most = (_pairs(results, many, few, power, share) for share in (0.5, 0.9))
+            if most:
+                lost = sum(np.isfinite(a) and np.isinf(b) for a, b in most)
+                won = sum(np.isinf(a) and np.isfinite(b) for a, b in most)
+                speeds = f"{_mean_speed(half)} | {_mean_speed(most)}"
+                lines.append(f"| {many} -> {few} | {name} | {speeds} | {len(most)} | {lost} | {won} |")
+    return lines
+
+
+def _pairs(results: Results, many: int, few: int, power: float, share: float) -> list[tuple[float, float]]:
+    """The costs to a share of the goal with many and with few prompts, at rates in proportion to a power of them."""
+    costs: dict[tuple[Cell, int, float], float] = {}
+    for objective, shape in dict.fromkeys((run["objective"], run["shape"]) for run in results.runs):
+        ends = results.ends(objective, shape)
+        for cell in [Cell(objective, choice, shape) for choice in FIXED] if ends is not None else []:
+            level = level_of(ends, share)
+            of_one = [entry for entry in results.of(cell) if entry["seed"] == 0]
+            costs |= {(cell, entry["prompts"], entry["lr"]): cost_to(entry, level, 1.0) for entry in of_one}
+    pairs = []
+    for (cell, prompts, lr), cost in costs.items():
+        other = (cell, few, round(lr * (few / many) ** power, 9))
+        if prompts == many and other in costs:
+            pairs.append((cost, costs[other]))
+    return pairs
+
+
+def _mean_speed(pairs: Sequence[tuple[float, float]]) -> str:
+    """The geometric mean of speeds of few prompts over many, and its standard error, where both arrive."""
+    logs = [float(np.log(a / b)) for a, b in pairs if np.isfinite(a) and np.isfinite(b)]
+    middle = float(np.exp(mean(logs)))
+    return f"{middle:.2f} ± {middle * float(np.std(logs)) / len(logs) ** 0.5:.2f}"
+
+
 def write_page(survey: Map) -> None:
     """Write the tables between the page's marks, and the picture."""
     parts: list[str] = []
@@ -662,6 +704,7 @@ def write_page(survey: Map) -> None:
                 title = f"### {objective}, {shape} reward: to {share:.0%} of the gain"
                 parts += [title, "", *table(survey, objective, shape, share), ""]
     page = _between(PAGE.read_text(encoding="utf-8"), "map", parts)
+    page = _between(page, "prompts", prompts_table(survey.results))
     write_text(PAGE, _between(page, "negatives", negatives_table(Results(NEGATIVES))))
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     picture(survey).save(PICTURE)

@@ -59,7 +59,7 @@ def updated(linear_policy):
         objective = objective or GRPO(GRPOSettings(clip_range=0.1))
         updater = Updater(linear_policy, objective, still, OptimSettings(**optim), Ranks(), scale)
         if halves_members:
-            updater.noise_scale.load_state_dict({"signal": 1.0, "noise": 8.0, "updates": 7})
+            updater.noise_scale.load_state_dict({"signal": 1.0, "noise": 8.0, "updates": 1})
         return updater.update(experience).tally.over(Ranks()), updater
 
     return of
@@ -113,13 +113,15 @@ def test_halves_are_neighbouring_slots(drawn, updated, gradient_of):
 
 
 def test_each_of_several_updates_is_noted(drawn, updated):
-    experience = drawn([0, 1, 2])
-    seen, updater = updated(experience, updates_per_rollout=2)
-    mean = updater.noise_scale.state_dict()["noise"] / (1 - 0.95**2)  # of two that differ
-    assert seen["update/gradient_noise"] == pytest.approx(mean, rel=0.05) and updater.optimizer.steps == 2
+    """The first halves the prompts, and the second the members."""
+    seen, updater = updated(drawn([0, 1, 2]), updates_per_rollout=2)
+    state = updater.noise_scale.state_dict()
+    assert seen["update/gradient_noise"] == pytest.approx(state["noise"] / 0.05)
+    assert seen["update/gradient_member_noise"] == state["members"]
+    assert state["updates"] == updater.optimizer.steps == 2
 
 
-def test_every_eighth_update_halves_the_members():
+def test_the_second_and_every_eighth_update_halve_the_members():
     noise_scale, halves = NoiseScale(), []
     for _ in range(24):
         halves.append(noise_scale.halves_members)
@@ -127,7 +129,7 @@ def test_every_eighth_update_halves_the_members():
             noise_scale.add_members(2.0)
         else:
             noise_scale.add(GradientMoments(1.0, 5.0))
-    assert [number for number, half in enumerate(halves) if half] == [7, 15, 23]
+    assert [number for number, half in enumerate(halves) if half] == [1, 9, 17]
     assert noise_scale.own_direction == pytest.approx(1.5)  # however young the averages are
 
 

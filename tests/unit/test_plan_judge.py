@@ -356,6 +356,16 @@ def test_a_verdict_says_how_the_signal_of_a_prompt_changes():
     assert verdict(judge, judgement.plan).signal_ratio == 1
 
 
+def test_a_verdict_says_why():
+    judge = judged(config(start=AUTO), *[flat(0.3)] * 3)
+    ratio = 9 * TRAIN / (10 * CALL + FINISH)  # nine of ten steps are trained
+    for scale, noise in ((None, "not known yet"), (12.34, "12.3 prompts")):
+        judgement = judge.verdict(Plan(24), OVF, NOWHERE, scale)
+        assert judgement is not None and judgement.reasons == (
+            f"training a member takes {ratio:.2g} x its sampling, and the gradient noise scale is {noise}"
+        )
+
+
 def test_auto_prunes_nothing_where_previews_know_nothing_and_updates_are_cheap():
     seconds = SECONDS | {"update": 1.0}
     assert verdict(judged(config(start=AUTO), *[flat(0.0)] * 3, seconds=seconds), Plan(24)).plan == Plan(24)

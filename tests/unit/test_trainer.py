@@ -29,6 +29,7 @@ from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, UnitCosts
 from progrpo.rollout.rollout import rollout
 from progrpo.storage import load_state, save_state
+from progrpo.tracking.console import Console
 from progrpo.training.audit import GroupWatch
 from progrpo.training.errors import SelfCheckError
 from progrpo.training.totals import Totals
@@ -141,7 +142,7 @@ def test_watched_groups_are_seen_as_a_group_of_their_own_would_be(tiny_trainer, 
     assert (first.used_TG[0] - first.scores_TG[0]).abs().max() > 2e-4
 
 
-def test_auto_audits_each_iteration_until_a_plan_is_judged(tiny_trainer, tiny_config, tmp_path):
+def test_auto_audits_each_iteration_until_a_plan_is_judged(tiny_trainer, tiny_config, tmp_path, capsys):
     """Also after a resume, which comes to the same verdict."""
     config = tiny_config(plan=PlanSettings("auto"), audit=AuditSettings(every=3), iterations=7)
     trainer = tiny_trainer(config)
@@ -151,7 +152,12 @@ def test_auto_audits_each_iteration_until_a_plan_is_judged(tiny_trainer, tiny_co
     resumed = tiny_trainer(config)
     resumed.load_state_dict(load_state(tmp_path / "state"))
     resumed.plan_monitor.judge.recorded = trainer.plan_monitor.judge.recorded
+    before_it = trainer.plan_monitor.standing
     done.append(trainer.step())
+    trainer.plan_monitor.announce_change(before_it, Console(7, nfe_unpruned=1))
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("plan: groups of 24 -> 6 from here on (6 by final rewards): ")
+    assert "x the expected progress a second of plain groups of 24, since training a member takes" in said
     judgement = trainer.plan_monitor.judge.verdict(Plan(24), trainer.plan_monitor.selector, frozenset())
     before, after = (t.learner.updater.noise_scale.state_dict()["noise"] for t in (resumed, trainer))
     mean = 0.95 * before + 0.05 * done[2].record["update/gradient_noise"]

@@ -72,9 +72,11 @@ class NoiseScale:
 
     @property
     def halves_members(self) -> bool:
-        """Whether the next update's halves are of the members of each prompt: every eighth update, since an objective
-        may have to pass once more over groups that are dealt over passes."""
-        return self._updates % _EVERY == _EVERY - 1
+        """Whether the next update's halves are of the members of each prompt: the second and then every eighth update.
+
+        An objective may have to pass once more over groups that are dealt over passes, so that it should be seldom.
+        """
+        return self._updates % _EVERY == 1
 
     def add(self, moments: GradientMoments) -> None:
         """Note the moments of an update whose halves were of prompts."""

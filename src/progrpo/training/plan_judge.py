@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NotRequired, TypedDict, cast
 
 import numpy as np
@@ -72,7 +72,7 @@ class Verdict:
 
     `plan_value` is the judged plan's expected progress per second, over plain GRPO's (preset none), and
     `next_value` that of the plan to go on with. `signal_ratio` is the signal of a prompt under the next plan over that
-    under the judged one.
+    under the judged one. `reasons` is a clause with the measurements that decided, beside previews.
     """
 
     plan_value: float
@@ -80,6 +80,7 @@ class Verdict:
     path: list[int]
     next_value: float
     signal_ratio: float
+    reasons: str
 
 
 class PlanJudge:
@@ -146,7 +147,16 @@ class PlanJudge:
         rates = {candidate: rate(candidate) for candidate in self.config.plan.candidates(plan, steps)} or {plan: now}
         leader = max(rates, key=lambda candidate: rates[candidate])
         best, value = (leader, rates[leader]) if rates[leader] > _WORTH_A_CHANGE * now else (plan, now)
-        return Verdict(now / plain, best, path(best), value / plain, signal(best) / signal(plan))
+        reasons = self._reasons(none, noise_scale)
+        return Verdict(now / plain, best, path(best), value / plain, signal(best) / signal(plan), reasons)
+
+    def _reasons(self, plain: Plan, noise_scale: float | None) -> str:
+        assert self.units is not None
+        cost = prompt_cost(self.config, plain)
+        training = self.units.seconds(Cost(trained_steps=cost.trained_steps))
+        ratio = training / self.units.seconds(replace(cost, trained_steps=0))
+        noise = "not known yet" if noise_scale is None else f"{noise_scale:.3g} prompts"
+        return f"training a member takes {ratio:.2g} x its sampling, and the gradient noise scale is {noise}"
 
     def _progress_per_second(self, signal: float, plan: Plan, probed_steps: frozenset[int], noise: float) -> float:
         """The progress of a second under a plan with this signal per prompt, up to a factor.

@@ -12,7 +12,7 @@ from progrpo.tracking.records import Metrics, metric
 from progrpo.training.audit import Audit
 from progrpo.training.distributed import Ranks
 from progrpo.training.noise_scale import NoiseScale
-from progrpo.training.plan_judge import PlanJudge, iteration_cost, plan_from, plan_state
+from progrpo.training.plan_judge import PlanJudge, Verdict, iteration_cost, plan_from, plan_state
 from progrpo.training.state import PlanMonitorState
 from progrpo.training.totals import Totals
 from progrpo.training.watch import SelfChecks
@@ -40,8 +40,8 @@ class PlanMonitor:
         self.judge = PlanJudge(config)
         self.plan_value: float | None = None
         """The value of the plan that was judged last."""
-        self.next_value: float | None = None
-        """The value that the judge expected of the plan in force when it was chosen."""
+        self.verdict: Verdict | None = None
+        """The last verdict; None before it, and after a resume."""
         self._config = config
         self._ranks = ranks
         self._self_checks = self_checks
@@ -129,7 +129,7 @@ class PlanMonitor:
         self.plan = verdict.plan
         noise_scale.change_signal(verdict.signal_ratio)
         self.plan_value = verdict.plan_value
-        self.next_value = verdict.next_value
+        self.verdict = verdict
         return {"plan/value": verdict.plan_value, "plan/survivors": self.plan.survivors, "plan/path": verdict.path}
 
     def announce_change(self, before: PlanStanding, console: Console) -> None:
@@ -140,10 +140,11 @@ class PlanMonitor:
             points = [f"{point.keep} after step {point.step}" for point in self.plan.active_points()]
             if self.plan.final_keep is not None:
                 points.append(f"{self.plan.final_keep} by final rewards")
-            assert self.next_value is not None, "only a verdict changes the plan"
+            assert self.verdict is not None, "only a verdict changes the plan"
             console.say(
                 f"plan: groups of {' -> '.join(map(str, path))} from here on ({', '.join(points) or 'not pruned'}):"
-                f" {self.next_value:.2f} x the expected progress a second of plain groups of 24"
+                f" {self.verdict.next_value:.2f} x the expected progress a second of plain groups of 24, since"
+                f" {self.verdict.reasons}"
             )
         elif value is not None and value < 1 and (before.value is None or before.value >= 1):
             console.warn(
