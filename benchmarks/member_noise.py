@@ -212,8 +212,11 @@ def compared(ours: Sequence[Tensor], theirs: Sequence[Tensor], full_PD: Tensor) 
 
 def dealt(z_PG: Tensor) -> Tensor:
     """The signs (P, G) of two halves of each group that are alike, as a run deals them."""
-    group_N = torch.arange(len(z_PG)).repeat_interleave(z_PG.shape[1])
-    return 2.0 * half_of_each(z_PG.flatten(), group_N, group_N).reshape(z_PG.shape).double() - 1.0
+    slot_PG, member_PG = (
+        places.expand_as(z_PG) for places in (torch.arange(len(z_PG))[:, None], torch.arange(z_PG.shape[1]))
+    )
+    is_first_N = half_of_each(z_PG.flatten(), slot_PG.flatten(), member_PG.flatten())
+    return 2.0 * is_first_N.reshape(z_PG.shape).double() - 1.0
 
 
 def study(name: str, shape: str, after: int, prompts: int, keeps: Sequence[int]) -> dict[str, Any]:

@@ -160,8 +160,7 @@ def halves_of(plan: Plan, members: Members, clip_max: float, slot: int) -> Tenso
     """What two halves of a prompt's survivors, which are alike, differ by in its gradient: the members' noise."""
     rows = chosen(plan, members.seen_TG, members.final_G)
     advantages_K = advantages_of(members.final_G[rows], clip_max)
-    one_group = torch.zeros(len(rows), dtype=torch.int64)
-    sign_K = 2.0 * half_of_each(advantages_K, one_group, one_group + slot) - 1.0
+    sign_K = 2.0 * half_of_each(advantages_K, torch.full_like(rows, slot), rows) - 1.0
     return sign_K * advantages_K @ members.gradient_GD[rows] / len(rows)
 
 

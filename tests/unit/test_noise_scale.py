@@ -59,7 +59,7 @@ def updated(linear_policy):
         objective = objective or GRPO(GRPOSettings(clip_range=0.1))
         updater = Updater(linear_policy, objective, still, OptimSettings(**optim), Ranks(), scale)
         if halves_members:
-            updater.noise_scale.load_state_dict({"signal": 1.0, "noise": 8.0, "updates": 1})
+            updater.noise_scale.load_state_dict({"signal": 1.0, "noise": 8.0, "updates": 25})
         return updater.update(experience).tally.over(Ranks()), updater
 
     return of
@@ -129,6 +129,7 @@ def test_the_second_and_every_eighth_update_halve_the_members():
             noise_scale.add_members(2.0)
         else:
             noise_scale.add(GradientMoments(1.0, 5.0))
+        assert (noise_scale.own_direction is None) == (len(halves) < 20)
     assert [number for number, half in enumerate(halves) if half] == [1, 9, 17]
     assert noise_scale.own_direction == pytest.approx(1.5)  # however young the averages are
 
@@ -153,13 +154,17 @@ def test_halves_of_members_tell_their_noise(drawn, updated, gradient_of, linear_
 
 def test_halves_of_a_group_are_alike():
     """By advantage + - - + in an even slot and - + + - in an odd one, whatever the order of rows."""
-    group_N, slot_N = torch.tensor([0, 1, 0, 0, 0, 1, 1, 1]), torch.tensor([6, 9, 6, 6, 6, 9, 9, 9])
+    slot_N, member_N = torch.tensor([6, 9, 6, 6, 6, 9, 9, 9]), torch.tensor([0, 0, 1, 2, 3, 1, 2, 3])
     advantages_N = torch.tensor([3.0, -1.0, -3.0, 1.0, -1.0, 1.0, 3.0, -3.0])
-    is_first_N = half_of_each(advantages_N, group_N, slot_N)
+    is_first_N = half_of_each(advantages_N, slot_N, member_N)
     assert is_first_N.tolist() == [True, True, True, False, False, True, False, False]
-    for group in (0, 1):
-        own = group_N == group
+    for slot in (6, 9):
+        own = slot_N == slot
         assert advantages_N[own & is_first_N].sum() == advantages_N[own & ~is_first_N].sum() == 0
+    mixed = torch.tensor([5, 2, 7, 0, 6, 1, 4, 3])
+    advantages_N = advantages_N.sign()  # of equal ones the lower member comes first
+    is_first_N = half_of_each(advantages_N, slot_N, member_N)
+    assert half_of_each(advantages_N[mixed], slot_N[mixed], member_N[mixed]).tolist() == is_first_N[mixed].tolist()
 
 
 @pytest.mark.parametrize("objective", [None, DGPO(DGPOSettings(draws=2, dpo_beta=3.0, kl_beta=0.1))])
@@ -178,7 +183,7 @@ def test_the_step_is_the_same_with_halves_of_members(linear_policy, drawn, updat
 def test_under_another_plan_the_noise_of_own_directions_stays():
     """Members have noise 4 and own directions 2. At half the signal of a prompt the noise is 12, of which 10 theirs."""
     noise_scale = NoiseScale()
-    noise_scale.add(GradientMoments(1.0, 6.0))
+    noise_scale.load_state_dict({"signal": 1.0, "noise": 6.0, "updates": 25})
     assert noise_scale.own_direction is None
     noise_scale.add_members(4.0)
     assert noise_scale.own_direction == pytest.approx(2 / 4)

@@ -93,13 +93,18 @@ class NoiseScale:
 
     @property
     def own_direction(self) -> float | None:
-        """The noise of prompts' own directions over that of their few members; None before it is measured.
+        """The noise of prompts' own directions over that of their few members; None before enough updates.
 
         Prompts ask for different changes, and more members of a prompt do not average that out.
         """
-        if not self._members or not self._weight:
-            return None
-        return max(0.0, self._noise / self._weight / self._members - 1)
+        return self._own_noise / self._members if self._members and self._updates >= _SETTLED else None
+
+    @property
+    def _own_noise(self) -> float:
+        """The noise that is not of members; 0 before that of members was measured."""
+        if self._members is None or not self._weight:
+            return 0.0
+        return max(0.0, self._noise / self._weight - self._members)
 
     @property
     def prompts(self) -> float | None:
@@ -111,11 +116,10 @@ class NoiseScale:
 
     def change_signal(self, factor: float) -> None:
         """Go on under a plan under which a prompt has `factor` times the signal, so that fewer prompts are as good."""
-        own_direction = self.own_direction
+        own_noise = self._own_noise  # stays what it is
         self._noise /= factor
-        if own_direction is not None and self._members is not None:  # the noise of own directions stays what it is
-            own = own_direction * self._members
-            self._members = max(self._noise / self._weight - own, 0.0)
+        if self._members is not None and self._weight:
+            self._members = max(0.0, self._noise / self._weight - own_noise)
 
     @property
     def settled(self) -> float | None:

@@ -190,8 +190,7 @@ class Updater:
         if len(slots) < 2:
             return _Share((telling,), items_of_all, telling_of_all)
         if self.noise_scale.halves_members:
-            living = experience.trajectories
-            is_first = half_of_each(experience.advantages_N[telling], living.group_N[telling], living.slot_N[telling])
+            is_first = self._half_of_each(experience.take(telling))
             halves = telling[is_first], telling[~is_first]
             return _Share(halves, items_of_all, telling_of_all, (len(slots) / 2, len(slots) / 2), True)
         # kinds of prompts may take turns, so that every other prompt would be a half of one kind
@@ -207,6 +206,14 @@ class Updater:
             return []
         own = slot_N.unique().tolist()
         return sorted({slot for slots in self._ranks.gather([own]) for slot in slots})
+
+    def _half_of_each(self, own: Experience) -> Tensor:
+        """The mask of own rows in the first half of their groups, which processes may share."""
+        living = own.trajectories
+        shares = self._ranks.gather([(own.advantages_N.cpu(), living.slot_N, living.member_N)])
+        advantages_N, slot_N, member_N = (torch.cat(parts) for parts in zip(*shares, strict=True))
+        first_own = sum(len(share[0]) for share in shares[: self._ranks.rank])
+        return half_of_each(advantages_N, slot_N, member_N)[first_own : first_own + len(own)]
 
     def _note(self, moments: GradientMoments | None, of_members: bool, tally: Tally) -> None:
         if moments is None:
@@ -307,16 +314,17 @@ def update_of_each(trajectories: Trajectories, updates: int) -> Tensor:
     return (place_N + trajectories.slot_N) % updates
 
 
-def half_of_each(advantages_N: Tensor, group_N: Tensor, slot_N: Tensor) -> Tensor:
+def half_of_each(advantages_N: Tensor, slot_N: Tensor, member_N: Tensor) -> Tensor:
     """The mask (N,) of halves of the groups that are alike.
 
     By the order of their advantages members are in the first half by the pattern + - - + + - - +, and the other way
     round in every other slot. What a group's members have in common, and what grows with their advantage, is then the
     same in both.
     """
-    by_advantage = advantages_N.sort(stable=True).indices
-    order = by_advantage[group_N[by_advantage].sort(stable=True).indices]
-    rank_N = torch.arange(len(order)) - torch.searchsorted(group_N[order], group_N[order])
+    order = member_N.sort(stable=True).indices
+    for keys_N in (advantages_N, slot_N):
+        order = order[keys_N[order].sort(stable=True).indices]
+    rank_N = torch.arange(len(order)) - torch.searchsorted(slot_N[order], slot_N[order])
     is_first_N = torch.empty(len(order), dtype=torch.bool)
     is_first_N[order] = ((rank_N + 1) // 2 + slot_N[order]) % 2 == 0
     return is_first_N
