@@ -124,8 +124,12 @@ def measure(reward: str, trial: str, batches: int) -> Scale:
     signal, error, noise = scale_of(gradients(config, batches))
     prompts = PROMPTS * batches
     return {
-        **{"reward": reward, "trial": trial, "prompts": prompts},
-        **{"signal": signal, "error": error, "noise": noise},
+        "reward": reward,
+        "trial": trial,
+        "prompts": prompts,
+        "signal": signal,
+        "error": error,
+        "noise": noise,
         "scale": noise / signal if signal > 2 * error else None,
         "least": noise / max(signal + 2 * error, 1e-30),
         "cpu_seconds": round((time.process_time() - began) / prompts, 3),

@@ -1,15 +1,16 @@
-"""The road to a reward on real pictures: plain GRPO, the paper's plans, and their rivals, to equal reward.
+"""The road to a reward on real pictures: objectives and plans at equal work, to equal reward.
 
     python benchmarks/road_to_reward.py [--reward shapes_match] [--arms NAME ...] [--seeds 0 1 2] [--minutes 60]
     python benchmarks/road_to_reward.py --table
 
-Arms differ from plain GRPO (groups of 24, ten SDE steps of which nine are trained, as Flow-GRPO and DanceGRPO have it)
-by the fields in ARMS. Each runs for the work of `LENGTH` iterations of plain GRPO, counted as network calls and trained
-steps by the unit costs that the machine has for them (`TRAINED`), so that its length is fixed before it begins. Runs in
-`--out` are kept, seed by seed, so that the same command goes on.
+Arms under GRPO have ten SDE steps of which nine are trained, as Flow-GRPO and DanceGRPO have it; those under DGPO have
+six ODE steps and two draws a picture. Each runs for the work of `LENGTH` iterations of `REFERENCE`, counted as network
+calls and trained steps by the unit costs that the machine has for them (`TRAINED`), so that its length is fixed before
+it begins. Learning rates fall to zero over that length. Runs in `--out` are kept, seed by seed, so that the same
+command goes on.
 
-The table says what it took to gain 25, 50, 75 and 100 % of what plain GRPO gains in the end (mean over its seeds):
-seconds of one core, network calls, trained steps. A curve is smoothed over three evaluations.
+The table says what it took to gain 50, 75 and 100 % of what the reference gains in the end (mean over its seeds), in
+seconds of one core. A curve is smoothed over three evaluations.
 """
 
 from __future__ import annotations
@@ -30,51 +31,39 @@ from progrpo.config import Config, resolve_plan, trained_items
 from progrpo.durable import write_text
 
 TRAINED = 3.0  # network calls that a trained step takes: forward, and twice that backward
-LENGTH = 60  # iterations of plain GRPO
-PICTURES, EVALUATIONS = 128, 15
+LENGTH = 75  # iterations of the reference
+PICTURES, EVALUATIONS = 256, 8
 PROMPTS, GROUP = 6, 24
+REFERENCE = "dgpo, plain 12"
 
 PLAIN: Changes = {
-    "iterations": 1000,
     "model": {"weights": "full", "dtype": "auto"},
     "prompts": {"per_iteration": PROMPTS},
     "sampling": {"num_inference_steps": 10, "microbatch": 72},
     "plan": {"preset": "custom", "group_size": GROUP},
-    "optim": {"lr": 2e-4, "decay": 0.0, "max_grad_norm": 1.0, "microbatch": 72},
+    "optim": {"lr": 1e-4, "decay": 1.0, "max_grad_norm": 0.1, "microbatch": 72, "ema_decay": 0.9},
     "eval": {"rewards": [{"name": "shapes_strict"}, {"name": "shapes_taste"}]},
 }
-HALF: Changes = {"plan": {"group_size": 24, "final_keep": 12}}
+DGPO = changed(
+    PLAIN,
+    {
+        "objective": {"name": "dgpo", "dgpo": {"draws": 2, "kl_beta": 0.0}},
+        "sampling": {"num_inference_steps": 6},
+        "plan": {"group_size": 12},
+    },
+)
+HALF: Changes = {"plan": {"group_size": GROUP, "final_keep": 12}}
+GROUP_STATISTICS: Changes = {"plan": {"selector": "furthest"}, "objective": {"baseline": "group"}}
 ARMS: dict[str, Changes] = {
-    "plain 24": PLAIN,
-    "plain 12": changed(PLAIN, {"plan": {"group_size": 12}}),
-    "plain 16": changed(PLAIN, {"plan": {"group_size": 16}}),
-    "flash": changed(PLAIN, {"plan": {"preset": "flash", "group_size": 24}}),
-    "standard": changed(PLAIN, {"plan": {"preset": "standard", "group_size": 24}}),
-    "posthoc 12": changed(PLAIN, HALF),
-    "uniform 12": changed(PLAIN, changed(HALF, {"plan": {"selector": "uniform"}})),
-    "furthest 12, group": changed(
-        PLAIN, changed(HALF, {"plan": {"selector": "furthest"}, "objective": {"baseline": "group"}})
-    ),
-    "window 3": changed(PLAIN, {"sampling": {"sde_window": "first"}}),
-    "window 3, 12 after 3": changed(PLAIN, {"sampling": {"sde_window": "first"}, "plan": {"prune": [[3, 12]]}}),
-    "dgpo 12": changed(
-        PLAIN,
-        {
-            "objective": {"name": "dgpo", "dgpo": {"draws": 2, "kl_beta": 0.0}},
-            "sampling": {"num_inference_steps": 8},
-            "plan": {"group_size": 12},
-            "optim": {"lr": 1e-4},
-        },
-    ),
-    "nft 12": changed(
-        PLAIN,
-        {
-            "objective": {"name": "nft", "nft": {"draws": 2}},
-            "sampling": {"num_inference_steps": 8},
-            "plan": {"group_size": 12},
-            "optim": {"lr": 1e-4},
-        },
-    ),
+    REFERENCE: DGPO,
+    "dgpo, 12 of 24 after 2": changed(DGPO, {"plan": {"group_size": GROUP, "prune": [[2, 12]]}}),
+    "dgpo, furthest 12 of 24": changed(DGPO, changed(HALF, GROUP_STATISTICS)),
+    "dgpo, posthoc 12 of 24": changed(DGPO, HALF),
+    "dgpo, plain 24": changed(DGPO, {"plan": {"group_size": GROUP}}),
+    "grpo, plain 24": PLAIN,
+    "grpo, flash": changed(PLAIN, {"plan": {"preset": "flash", "group_size": GROUP}}),
+    "grpo, plain 12": changed(PLAIN, {"plan": {"group_size": 12}}),
+    "grpo, posthoc 12 of 24": changed(PLAIN, HALF),
 }
 
 
@@ -86,9 +75,9 @@ def work_of(config: Config) -> float:
     return config.prompts.per_iteration * (cost.nfe + TRAINED * extra * cost.trained_steps)
 
 
-def length_of(config: Config, plain: Config) -> int:
-    """The iterations that are as much work as `LENGTH` of plain GRPO."""
-    return round(LENGTH * work_of(plain) / work_of(config))
+def length_of(config: Config, reference: Config) -> int:
+    """The iterations that are as much work as `LENGTH` of the reference."""
+    return round(LENGTH * work_of(reference) / work_of(config))
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -106,34 +95,37 @@ def arrival(curve: Sequence[dict[str, Any]], level: float, unit: str) -> float |
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """A row per arm, over the work of plain GRPO to the same level."""
-    plain = [r["curve"] for r in results if r["arm"] == "plain 24"]
-    base = mean(curve[0]["graded"] for curve in plain)
-    final = mean(mean(point["graded"] for point in curve[-3:]) for curve in plain)
+    """A row per arm."""
+    reference = [r["curve"] for r in results if r["arm"] == REFERENCE]
+    base = mean(curve[0]["graded"] for curve in reference)
+    final = mean(curve[-1]["graded"] for curve in reference)
     lines = [
-        f"Plain GRPO: {base:.3f} -> {final:.3f}, {len(plain)} seeds.",
-        "",
-        "| arm | seeds | final reward | strict | judge | core seconds to 25 / 50 / 75 / 100 % |",
-        "|---|---|---|---|---|---|",
+        "| arm | seeds | iterations | reward | strict | judge | diversity | core seconds to 50 / 75 / 100 % |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| the base | | 0 | {base:.3f} | {_figures(reference, 0)} | |",
     ]
     for arm in ARMS:
         curves = [r["curve"] for r in results if r["arm"] == arm]
         if not curves:
             continue
-        ends = [mean(point["graded"] for point in curve[-3:]) for curve in curves]
+        ends = [curve[-1]["graded"] for curve in curves]
         spread = f" ± {stdev(ends):.3f}" if len(ends) > 1 else ""
         times = []
-        for share in (0.25, 0.5, 0.75, 1.0):
-            found = [arrival(curve, base + share * (final - base), "cpu_seconds") for curve in curves]
-            there = [value for value in found if value is not None]
-            times.append(
-                f"{mean(there):.0f}" + ("" if len(there) == len(found) else f" ({len(there)})") if there else "-"
-            )
-        strict, judge = (mean(c[-1][name] for c in curves) for name in ("shapes_strict", "judge"))
+        for share in (0.5, 0.75, 1.0):
+            reached = [arrival(curve, base + share * (final - base), "cpu_seconds") for curve in curves]
+            there = [value for value in reached if value is not None]
+            of_all = "" if len(there) == len(reached) else f" ({len(there)} of {len(reached)})"
+            times.append(f"{mean(there):.0f}{of_all}" if there else "-")
         lines.append(
-            f"| {arm} | {len(curves)} | {mean(ends):.3f}{spread} | {strict:.3f} | {judge:.3f} | {' / '.join(times)} |"
+            f"| {arm} | {len(curves)} | {curves[0][-1]['iterations']} | {mean(ends):.3f}{spread}"
+            f" | {_figures(curves)} | {' / '.join(times)} |"
         )
     return "\n".join(lines)
+
+
+def _figures(curves: Sequence[Sequence[dict[str, Any]]], at: int = -1) -> str:
+    names = ("shapes_strict", "judge", "diversity")
+    return " | ".join(f"{mean(curve[at][name] for curve in curves):.3f}" for name in names)
 
 
 def main() -> None:
@@ -155,13 +147,13 @@ def main() -> None:
     until = time.monotonic() + 60 * arguments.minutes
     task: Changes = {"reward": {"terms": [{"name": arguments.reward}]}, "model": {"path": arguments.model}}
     for seed in arguments.seeds:
-        plain = config_of(changed(PLAIN, task), seed)
+        reference = config_of(changed(ARMS[REFERENCE], task), seed)
         for arm in arguments.arms:
             key = {"model": arguments.model, "reward": arguments.reward, "arm": arm, "seed": seed}
             if any(key.items() <= r.items() for r in results) or time.monotonic() > until:
                 continue
             config = config_of(changed(ARMS[arm], task), seed)
-            iterations = length_of(config, plain)
+            iterations = length_of(config, reference)
             config = config_of(changed(ARMS[arm], {**task, "iterations": iterations}), seed)
             print(f"{arm}, seed {seed}: {iterations} iterations", flush=True)
             curve = run(config, float("inf"), max(1, round(iterations / EVALUATIONS)), PICTURES, by="iterations")

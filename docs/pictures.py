@@ -2,7 +2,6 @@
 
 docs/images/film.png           an audit group: previews by step, and where the plan stops each member
 docs/images/before_after.png   test prompts before and after training, from the same noise
-docs/images/preview.png        how well previews rank a group, by step (from docs/results/preview.json, without a run)
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TypedDict
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -21,28 +19,6 @@ GREEN = (30, 140, 80)
 RED = (200, 60, 50)
 CELL = 64
 GAP = 6
-
-
-class Spearman(TypedDict):
-    """Rank correlations by step: of each seed, and their mean."""
-
-    by_seed: list[list[float]]
-    mean: list[float]
-
-
-class ModelPreviews(TypedDict):
-    """A model's rank correlations, by kind of preview."""
-
-    sampler: str
-    noise_level: float
-    ways: dict[str, dict[str, Spearman]]
-
-
-class PreviewResults(TypedDict):
-    """The content of docs/results/preview.json."""
-
-    num_inference_steps: int
-    models: dict[str, ModelPreviews]
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -103,48 +79,11 @@ def before_after(run: Path, count: int = 12) -> Image.Image:
     return picture
 
 
-def preview(results: PreviewResults) -> Image.Image:
-    """Spearman's correlation of one-step projections with the final reward, by step; a colour per model.
-
-    Dots are seeds, and the line is their mean. Values below 0 are drawn at 0.
-    """
-    left, top, width, height = 56, 30, 560, 300
-    picture = Image.new("RGB", (left + width + 24, top + height + 70), "white")
-    draw = ImageDraw.Draw(picture)
-    steps = results["num_inference_steps"]
-
-    def at(step: int, value: float) -> tuple[float, float]:
-        return left + width * step / (steps - 1), top + height * (1 - max(value, 0.0))
-
-    draw.text((left, 6), "rank correlation of a preview with the final reward, within a group", INK, font(14))
-    for tenth in range(0, 11, 2):
-        (x, y), (end, _) = at(0, tenth / 10), at(steps - 1, tenth / 10)
-        draw.line((x, y, end, y), (232, 234, 238))
-        draw.text((x - 34, y - 7), f"{tenth / 10:.1f}", QUIET, font(12))
-    for step in range(steps):
-        draw.text((at(step, 0)[0] - 4, top + height + 8), str(step), QUIET, font(12))
-    draw.text((left, top + height + 26), "after the network call of step", QUIET, font(12))
-    for place, (model, previews) in enumerate(results["models"].items()):
-        colour = (GREEN, RED, INK)[place % 3]
-        spearman = previews["ways"]["x0"]["spearman"]
-        draw.line([at(step, value) for step, value in enumerate(spearman["mean"])], colour, 3)
-        for seed in spearman["by_seed"]:
-            for x, y in (at(step, value) for step, value in enumerate(seed)):
-                draw.ellipse((x - 3, y - 3, x + 3, y + 3), outline=colour)
-        seeds = len(spearman["by_seed"])
-        name = f"{model} ({previews['sampler']} {previews['noise_level']:g}, {seeds} seeds)"
-        draw.text((left + 240 * place, top + height + 46), name, colour, font(13))
-    return picture
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("run", type=Path)
     run = parser.parse_args().run
     OUT.mkdir(parents=True, exist_ok=True)
-    preview(json.loads(Path("docs/results/preview.json").read_text())).save(OUT / "preview.png", optimize=True)
-    if run is None:
-        return
     film(run).save(OUT / "film.png", optimize=True)
     before_after(run).save(OUT / "before_after.png", optimize=True)
 

@@ -20,20 +20,6 @@ SMALL: dict[str, list[str]] = {
     "iteration": ["--models", "shapes-flow", "--plans", "window", "--prompts", "1", "--iterations", "1"],
     "member_noise": ["--objectives", "dgpo", "--prompts", "32", "--after", "1", "--keep", "6"],
     "plan_value": ["--recipe", "quickstart", "--prompts", "3", "--seeds", "0", "--after", "1", "--plans", "posthoc"],
-    "preview": [
-        "--models",
-        "shapes-flow",
-        "--groups",
-        "2",
-        "--group-size",
-        "4",
-        "--seeds",
-        "0",
-        "--probe-groups",
-        "2",
-        "--num-inference-steps",
-        "3",
-    ],
     "reward_shape": ["--prompts", "2", "--group-size", "8", "--ode-steps", "2", "--sde-steps", "2"],
     "selection": ["--repeats", "1"],
     "startup": ["--repeats", "1", "--busy", "1"],
@@ -108,3 +94,59 @@ def test_every_arm_of_the_road_can_be_run_for_the_work_of_plain_grpo(monkeypatch
     lengths = {arm: road.length_of(search.config_of(changes, seed=0), plain) for arm, changes in road.ARMS.items()}
     assert lengths["plain 24"] == road.LENGTH and lengths["plain 12"] == 2 * road.LENGTH
     assert road.LENGTH < lengths["flash"] < 2 * road.LENGTH  # fewer members are trained, most are sampled
+
+
+def test_a_previews_figures_are_what_its_groups_hold_and_its_cost_counts_calls(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    study = importlib.import_module("preview")
+    final_NR = torch.arange(24.0, dtype=torch.float64)[:, None].repeat(1, 2)
+    (rho, v), (reverse, _) = study.agreement(torch.stack([final_NR[:, 0], -final_NR[:, 0]], dim=1), final_NR)
+    ends = [*range(6), *range(18, 24)]
+    assert rho == 1 and reverse == -1
+    assert v == pytest.approx((final_NR[ends, 0].var(correction=0) / final_NR[:, 0].var(correction=0)).item(), abs=1e-3)
+    of_two = study.bootstrapped([[0.5, 1.0, 2.0], [None, 0.0, 2.0], [None, None, None]])
+    assert (of_two.spearman, of_two.variance, of_two.groups) == (0.25, 0.25, 2) and of_two.spearman_error > 0
+    # 24 members have four calls, and half of them the six that are left
+    assert study.cost("x0", 3) == pytest.approx((24 * 4 + 12 * 6) / 240) and study.cost("probe", 9) == 1
+    assert study.calls("ode 3", 2) == 5 and study.cost("ode 3", 2) == pytest.approx((24 * 5 + 12 * 7) / 240)
+
+
+@pytest.mark.slow
+def test_a_study_of_previews_goes_on_and_writes_its_tables(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    study = importlib.import_module("preview")
+    results = study.Results(tmp_path / "previews.json")
+    bench = study.Bench("shapes-flow", "ode")
+    for slot in range(2):
+        results.add(bench.group(study.world.sample_prompts("validation", 2, 0)[slot], slot))
+    again = study.Results(results.path)
+    assert again.groups == results.groups and "probe@3" in again.groups[1]["previews"]
+    lines = study.table(again, "ode")
+    assert len(lines) > 4 and "±" in lines[2] and lines[-1] == "2 groups of shapes-flow, 0 groups of shapes-diffusion."
+    assert study.at_equal_cost(again)[0].startswith("Of 22 pairs") and study.picture(again).size[0] > 600
+
+
+@pytest.mark.slow
+def test_a_draft_without_a_correction_is_the_preview_in_as_many_parts(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    study, drafts = importlib.import_module("preview"), importlib.import_module("draft")
+    for model in study.MODELS:
+        policy = study.load_policy(model)
+        sampling, key = drafts.ode(policy, study.STEPS, 1.0, 2), drafts.NoiseKey(0, 0)
+        condition = policy.encode(study.world.sample_prompts("validation", 1, 0))
+        start = drafts.expand(policy, torch.zeros(1, dtype=torch.int64), 2, sampling, key)
+        seen: list[torch.Tensor] = []
+
+        def watch(step, batch, policy=policy, condition=condition, sampling=sampling, seen=seen):
+            if step == 0:
+                seen.append(study.projected(drafts.Denoiser(policy, condition, sampling), batch, 0, 3, drafts.Meter()))
+            return batch
+
+        drafts.denoise(drafts.Denoiser(policy, condition, sampling), start, key, drafts.Meter(), watch)
+        both = condition.take(torch.zeros(2, dtype=torch.int64))
+        with torch.no_grad():
+            plain = drafts.Drafter(policy, 3, "none").draft(start.x_NCHW, both)
+            multistep = drafts.Drafter(policy, 3, "multistep").draft(start.x_NCHW, both)
+            noise = drafts.Drafter(policy, 3, "noise").draft(start.x_NCHW, both)
+        torch.testing.assert_close(plain, seen[0])
+        assert not torch.allclose(multistep, plain) and torch.equal(noise, multistep)  # untrained, a residual is 0
