@@ -173,7 +173,7 @@ def _check_between_rooms(config: Config) -> None:
             raise ValueError(f"{name} must have audit.every above 0: audits measure how well previews rank")
     if (plan.follows_audits or resolve_plan(config).prune) and objective.baseline == "group":
         raise ValueError(
-            "objective.baseline must be survivors or previews under a plan that prunes while sampling: "
+            "objective.baseline must be survivors under a plan that prunes while sampling: "
             "the pruned members have no final rewards"
         )
     keep_groups = resolve_plan(config).keep_groups
@@ -262,7 +262,6 @@ def _check_keep_groups(config: Config, keep_groups: int) -> None:
 def _check_split_groups(config: Config) -> None:
     """Refuse split groups for what needs a whole group while it is sampled or trained."""
     whole = {
-        "objective.baseline previews": config.objective.baseline == "previews",
         f"objective.name {config.objective.name}": config.objective.loss.whole_groups,
         "objective.advantage gdpo": config.objective.advantage == "gdpo",
         "preview.probe": config.preview.probe,

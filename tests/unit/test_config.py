@@ -164,7 +164,7 @@ def test_defaults_are_right():
         (Config(plan=PlanSettings(preset="custom", prune=((9, 4),))), "prune step 9 saves no network call"),
         (
             Config(objective=ObjectiveSettings(baseline="group")),
-            "objective.baseline must be survivors or previews under a plan",
+            "objective.baseline must be survivors under a plan",
         ),
         (
             Config(prompts=PromptSettings(split_groups=True), objective=ObjectiveSettings(name="dgpo")),
@@ -547,7 +547,7 @@ def test_what_the_engine_can_do_is_not():
         {"model": {"compile": True}},
         {"model": {"compile": True, "dtype": "bfloat16"}},
         {"optim": {"reuse_rollout": True}},
-        {"plan": {"keep_groups": 4}, "objective": {"baseline": "previews"}},
+        {"plan": {"keep_groups": 4}},
         {
             "plan": {"preset": "posthoc", "adaptive": True},
             "preview": {"probe": True, "decoder": "tiny", "ode_steps": 2},
