@@ -161,6 +161,10 @@ def _check_between_rooms(config: Config) -> None:
             f"optim.reuse_rollout must be false for objective.name {objective.name}: it trains noise levels that were"
             " not sampled"
         )
+    if config.reward.noise and objective.advantage == "gdpo":
+        raise ValueError(
+            "reward.noise must be empty for objective.advantage gdpo, where members are chosen by normalised rewards"
+        )
     if config.prompts.split_groups:
         _check_split_groups(config)
     if config.model.shard:
@@ -264,6 +268,7 @@ def _check_split_groups(config: Config) -> None:
     whole = {
         f"objective.name {config.objective.name}": config.objective.loss.whole_groups,
         "objective.advantage gdpo": config.objective.advantage == "gdpo",
+        "reward.noise": bool(config.reward.noise),
         "preview.probe": config.preview.probe,
         "optim.reuse_rollout": config.optim.reuse_rollout,
         "reward.waves above 1": config.reward.waves > 1,

@@ -11,6 +11,7 @@ from progrpo.objectives.advantage import (
     group_statistics,
     moments,
     normalised_sum,
+    posterior_means,
     with_negative_weight,
     with_quorum,
 )
@@ -294,3 +295,50 @@ def test_negative_advantages_have_a_weight_of_their_own():
     weighed = with_negative_weight(torch.tensor([-2.0, 0.0, 3.0]), 0.25)
     assert weighed.tolist() == [-0.5, 0.0, 3.0]
     assert torch.equal(with_negative_weight(weighed, 1.0), weighed)
+
+
+def test_posterior_means_are_the_normal_rule_by_hand():
+    """Ragged groups, mixed up; the variance without noise is that of the moments, whatever the groups' means are."""
+    rewards, group = ragged()
+    noise = torch.linspace(0.0, 0.1, 29, dtype=torch.float64)
+    noise[torch.where(group == 3)[0][0]] = NAN
+    there = rewards.isfinite() & noise.isfinite()
+    squares, of_noise, freedom = 0.0, 0.0, 0
+    for g in range(5):
+        own, variance = rewards[there & (group == g)].numpy(), noise[there & (group == g)].numpy()
+        squares += ((own - own.mean()) ** 2).sum()
+        of_noise += variance.sum() * (1 - 1 / len(own))
+        freedom += len(own) - 1
+    signal = (squares - of_noise) / freedom
+    expected = np.full(29, NAN)
+    for i in torch.where(there)[0].tolist():
+        mates = (there & (group == group[i])).numpy()
+        weights = 1 / (signal + noise.numpy()[mates])
+        mean = (weights * rewards.numpy()[mates]).sum() / weights.sum()
+        expected[i] = mean + signal / (signal + float(noise[i])) * (float(rewards[i]) - mean)
+    assert signal > 0.01
+    np.testing.assert_allclose(posterior_means(rewards, noise, group, 5), expected, rtol=1e-9)
+    np.testing.assert_allclose(posterior_means(rewards + 1e6, noise, group, 5), expected + 1e6, atol=1e-7)
+
+
+def test_posterior_means_miss_the_rewards_by_what_they_should():
+    """Their squared error is s^2 v / (s^2 + v) for the variances s^2 without noise and v of the noise."""
+    generator = torch.Generator().manual_seed(0)
+    groups, size, noise = 2000, 24, torch.tensor([0.04, 1.96], dtype=torch.float64)
+    group = torch.arange(groups).repeat_interleave(size)
+    variance = noise[torch.randint(2, group.shape, generator=generator)]
+    exact, error = torch.randn(2, len(group), generator=generator, dtype=torch.float64)
+    observed = exact + variance.sqrt() * error
+    squares = (posterior_means(observed, variance, group, groups) - exact).square()
+    for one in noise:
+        best = one / (1 + one)
+        # a group's mean is known from two dozen members, not exactly
+        assert best * 0.95 < squares[variance == one].mean() < best * 1.1
+
+
+def test_equal_noise_changes_no_order_and_noise_alone_neither():
+    rewards, group = torch.randn(48, dtype=torch.float64), torch.arange(2).repeat_interleave(24)
+    for variance in (0.0, 0.5, 100.0):
+        means = posterior_means(rewards, torch.full_like(rewards, variance), group, 2)
+        for g in range(2):
+            assert torch.equal(means[group == g].argsort(), rewards[group == g].argsort())

@@ -532,6 +532,14 @@ def test_the_learning_rate_rises_stays_and_falls():
             "plan.keep_groups must be empty for objective.advantage gdpo",
         ),
         (
+            {"reward": {"noise": "nsfw"}, "objective": {"advantage": "gdpo"}},
+            "reward.noise must be empty for objective.advantage gdpo",
+        ),
+        (
+            {"reward": {"noise": "nsfw"}, "prompts": {"split_groups": True}},
+            "prompts.split_groups must be false for reward.noise",
+        ),
+        (
             {"plan": {"keep_groups": 2}, "prompts": {"split_groups": True}},
             "prompts.split_groups must be false for plan.keep_groups",
         ),

@@ -86,6 +86,27 @@ def normalised_sum(
     return total_N
 
 
+def posterior_means(rewards_N: Tensor, variance_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
+    """The expected rewards given observed ones and the variance of each one's noise, (N,) float64; both are normal.
+
+    A reward is drawn to its group's mean by the share of noise in its variance. The variance without noise is one for
+    all groups, by moments. It is at least a thousandth of the noise's, so that rewards of pure noise keep an order. A
+    member that lacks either number gets NaN and counts in no mean.
+    """
+    known_N = rewards_N.isfinite() & variance_N.isfinite()
+    rewards, noise, group = rewards_N[known_N].double(), variance_N[known_N].double(), group_N[known_N]
+    count_P = torch.bincount(group, minlength=num_groups)
+    offsets = rewards - group_statistics(rewards, group, num_groups).mean_P[group]
+    freedom = (count_P - 1).clamp(min=0).sum().clamp(min=1)
+    of_noise = (noise * (1 - 1 / count_P[group].double())).sum() / freedom
+    own = (offsets.square().sum() / freedom - of_noise).clamp(min=float(of_noise) / 1000)
+    precision = 1 / (own + noise).clamp(min=torch.finfo(torch.float64).tiny)
+    total_P = _group_sum(precision, group, num_groups)
+    mean_P = _group_sum(precision * offsets, group, num_groups) / total_P
+    expected = rewards + (1 - own * precision) * (mean_P[group] - offsets)
+    return rewards_N.new_full(rewards_N.shape, torch.nan, dtype=torch.float64).masked_scatter(known_N, expected)
+
+
 def moments(rewards_N: Tensor, centre: Tensor | float = 0.0) -> Tensor:
     """Count, sum and sum of squares of the observed rewards minus `centre`, (3,) float64.
 
