@@ -17,7 +17,8 @@ signal      SNR^2 per prompt over that of `none` (24 members, all trained on); s
             prompts
 bearing     cosine of the plan's mean gradient with the policy gradient: the rest to 1 is bias, which no number of
             prompts averages out
-predicted   the signal by progrpo.rollout.plan_value, from these final rewards and the agreement of previews with them
+predicted   the signal by progrpo.rollout.plan_value, from these final rewards, the agreement of previews with them and
+            the noise of prompts' own directions; a run measures that in plain lengths
 seconds     per prompt over those of `none`, by the plan's counts and the unit costs of the iterations before
 pays        signal over seconds, measured and predicted; a run writes the second as plan/value
 """
@@ -46,7 +47,7 @@ from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.plan import Plan, PrunePoint, path, preset, unit_costs
-from progrpo.rollout.plan_value import Simulation
+from progrpo.rollout.plan_value import Simulation, of_prompt
 from progrpo.rollout.preview import preview, score
 from progrpo.rollout.prune import ovf
 from progrpo.rollout.sampler import Sampler
@@ -57,6 +58,7 @@ from progrpo.training.distributed import Ranks
 from progrpo.training.measure import with_measured_microbatches
 from progrpo.training.plan_judge import prompt_cost
 from progrpo.training.trainer import Trainer
+from progrpo.training.update import half_of_each
 from progrpo.types import Prompt, Trajectories
 from progrpo.zoo.shapes import world
 
@@ -154,6 +156,14 @@ def gradient_of(plan: Plan, members: Members, clip_max: float) -> Tensor:
     return advantages_of(members.final_G[rows], clip_max) @ members.gradient_GD[rows] / len(rows)
 
 
+def halves_of(plan: Plan, members: Members, clip_max: float, slot: int) -> Tensor:
+    """What two halves of a prompt's survivors, which are alike, differ by in its gradient: the members' noise."""
+    rows = chosen(plan, members.seen_TG, members.final_G)
+    advantages_K = advantages_of(members.final_G[rows], clip_max)
+    sign_K = 2.0 * half_of_each(advantages_K, torch.full_like(rows, slot), rows) - 1.0
+    return sign_K * advantages_K @ members.gradient_GD[rows] / len(rows)
+
+
 def advantages_of(rewards_K: Tensor, clip_max: float) -> Tensor:
     """The advantages of one group's survivors."""
     one_group = torch.zeros(len(rewards_K), dtype=torch.int64)
@@ -240,17 +250,20 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
     steps = config.sampling.num_inference_steps
     named = {name: plan for name, plan in plans(steps).items() if name in ("none", *(wanted.plans or plans(steps)))}
     gradients: dict[str, list[Tensor]] = {name: [] for name in ("full", *named)}
+    halves: list[Tensor] = []
     agreements: list[list[float | None]] = []
     finals: list[list[float]] = []
     seconds: dict[str, list[float]] = {name: [] for name in named}
     for seed in wanted.seeds:
         trainer = trained(replace(config, seed=seed), wanted.after, ranks)
         units, bench = unit_costs(trainer.totals.counted, trainer.totals.seconds), Bench(trainer)
+        clip_max = trainer.learner.objective.settings.adv_clip_max
         of_seed: dict[str, list[Tensor]] = {name: [] for name in gradients}
         for slot, prompt in enumerate(world.sample_prompts("validation", wanted.prompts, seed)):
             members = bench.group(prompt, slot, seed)
             for name, plan in {"full": Plan(LARGEST), **named}.items():
-                of_seed[name].append(gradient_of(plan, members, trainer.learner.objective.settings.adv_clip_max))
+                of_seed[name].append(gradient_of(plan, members, clip_max))
+            halves.append(halves_of(named["none"], members, clip_max, slot))
             standard_G = standardised(members.final_G.numpy())
             if standard_G is not None:
                 agreements.append([spearman(seen.numpy(), members.final_G.numpy()) for seen in members.seen_TG])
@@ -263,14 +276,22 @@ def measure(wanted: argparse.Namespace) -> dict[str, Any]:
             gradients[name].append(torch.stack(found))
     agreement_T = [float(np.mean([v or 0.0 for v in step])) for step in zip(*agreements, strict=True)]
     simulation = Simulation.of(agreement_T, finals, LARGEST)
-    expected = {name: simulation.signal(plan, ovf) for name, plan in named.items()}
+    own_direction = own_noise(gradients["none"], halves) / simulation.signal(named["none"], ovf)
+    expected = {name: of_prompt(simulation.signal(plan, ovf), own_direction) for name, plan in named.items()}
     found = {}
     for name, plan in named.items():
         ours = worth(gradients[name], gradients["none"], gradients["full"])
         predicted, spent = expected[name] / expected["none"], float(np.sum(seconds[name]) / np.sum(seconds["none"]))
         rates = {"pays": ours["signal"] / spent, "pays, predicted": predicted / spent}
         found[name] = {"path": path(plan), **ours, "predicted": predicted, "seconds": spent, **rates}
-    return {"agreement": agreement_T, "plans": found}
+    return {"agreement": agreement_T, "own_direction": own_direction, "plans": found}
+
+
+def own_noise(none: list[Tensor], halves: list[Tensor]) -> float:
+    """The noise of prompts' own directions over that of their members, from gradients (P, DIMS) by seed."""
+    moments = [Moments.of((g @ g.T).numpy(), (g @ g.T).numpy()) for g in none]
+    of_members = float(torch.stack(halves).square().sum(1).mean())
+    return max(0.0, float(np.mean([one.variance for one in moments])) / of_members - 1)
 
 
 def trained(config: Config, iterations: int, ranks: Ranks) -> Trainer:

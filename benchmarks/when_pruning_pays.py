@@ -89,7 +89,7 @@ class Choice:
     after: int | None = None
     """The step after which the others are stopped; None: by final rewards."""
     selector: str = "ovf"
-    baseline: Literal["survivors", "group", "previews"] = "survivors"
+    baseline: Literal["survivors", "group"] = "survivors"
     negative_weight: float = 1.0
     auto_ratio: float | None = None
     """The ratio R whose costs `plan.preset auto` is given; None: the plan is fixed."""
@@ -132,7 +132,6 @@ CHOICES: dict[str, Choice] = {
     "6 after 6": Choice(keep=6, after=6),
     "12 after 8": Choice(keep=12, after=8),
     "6 after 8": Choice(keep=6, after=8),
-    "6 after 6, previews": Choice(keep=6, after=6, baseline="previews"),
     "furthest 12, group": Choice(keep=12, selector="furthest", baseline="group"),
     "furthest 6, group": Choice(keep=6, selector="furthest", baseline="group"),
     "ovf 6, group": Choice(keep=6, baseline="group"),

@@ -161,6 +161,10 @@ def _check_between_rooms(config: Config) -> None:
             f"optim.reuse_rollout must be false for objective.name {objective.name}: it trains noise levels that were"
             " not sampled"
         )
+    if config.reward.noise and objective.advantage == "gdpo":
+        raise ValueError(
+            "reward.noise must be empty for objective.advantage gdpo, where members are chosen by normalised rewards"
+        )
     if config.prompts.split_groups:
         _check_split_groups(config)
     if config.model.shard:
@@ -173,7 +177,7 @@ def _check_between_rooms(config: Config) -> None:
             raise ValueError(f"{name} must have audit.every above 0: audits measure how well previews rank")
     if (plan.follows_audits or resolve_plan(config).prune) and objective.baseline == "group":
         raise ValueError(
-            "objective.baseline must be survivors or previews under a plan that prunes while sampling: "
+            "objective.baseline must be survivors under a plan that prunes while sampling: "
             "the pruned members have no final rewards"
         )
     keep_groups = resolve_plan(config).keep_groups
@@ -262,9 +266,9 @@ def _check_keep_groups(config: Config, keep_groups: int) -> None:
 def _check_split_groups(config: Config) -> None:
     """Refuse split groups for what needs a whole group while it is sampled or trained."""
     whole = {
-        "objective.baseline previews": config.objective.baseline == "previews",
         f"objective.name {config.objective.name}": config.objective.loss.whole_groups,
         "objective.advantage gdpo": config.objective.advantage == "gdpo",
+        "reward.noise": bool(config.reward.noise),
         "preview.probe": config.preview.probe,
         "optim.reuse_rollout": config.optim.reuse_rollout,
         "reward.waves above 1": config.reward.waves > 1,

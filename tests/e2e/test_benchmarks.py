@@ -18,6 +18,7 @@ SMALL: dict[str, list[str]] = {
     "attention": ["--models", "shapes-flow", "--rows", "2", "--rounds", "1"],
     "cpu": ["--rows", "2", "--pictures", "1", "--rounds", "1"],
     "iteration": ["--models", "shapes-flow", "--plans", "window", "--prompts", "1", "--iterations", "1"],
+    "member_noise": ["--objectives", "dgpo", "--prompts", "32", "--after", "1", "--keep", "6"],
     "plan_value": ["--recipe", "quickstart", "--prompts", "3", "--seeds", "0", "--after", "1", "--plans", "posthoc"],
     "reward_shape": ["--prompts", "2", "--group-size", "8", "--ode-steps", "2", "--sde-steps", "2"],
     "selection": ["--repeats", "1"],
@@ -149,3 +150,18 @@ def test_a_draft_without_a_correction_is_the_preview_in_as_many_parts(monkeypatc
             noise = drafts.Drafter(policy, 3, "noise").draft(start.x_NCHW, both)
         torch.testing.assert_close(plain, seen[0])
         assert not torch.allclose(multistep, plain) and torch.equal(noise, multistep)  # untrained, a residual is 0
+
+
+@pytest.mark.parametrize(("keep", "floor"), [(6, 0.0), (12, 0.0), (6, 0.5), (23, 0.5)])
+def test_a_soft_choice_keeps_members_as_often_as_its_weights_say(monkeypatch, keep, floor):
+    """Losses over inclusion probabilities then have the full group's gradient in expectation, whatever the losses."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    soft_ovf = importlib.import_module("soft_ovf")
+    scores = torch.randn(5, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores[4] = 1.0  # equal scores
+    chance = soft_ovf.inclusion(scores, keep, floor)
+    torch.testing.assert_close(chance.sum(1), torch.full((5,), float(keep), dtype=torch.float64))
+    starts = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    draws = torch.stack([soft_ovf.drawn(scores, chance, start.expand(5)) for start in starts]).double()
+    assert (draws.sum(2) == keep).all()
+    torch.testing.assert_close(draws.mean(0), chance, rtol=0, atol=1e-3)

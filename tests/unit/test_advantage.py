@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from progrpo.objectives.advantage import (
-    Completed,
     GroupStatistics,
     advantages,
     batch_mean_std,
     group_statistics,
     moments,
     normalised_sum,
+    posterior_means,
     with_negative_weight,
     with_quorum,
 )
@@ -291,71 +291,54 @@ def test_groups_that_miss_the_quorum_are_left_out_whole(quorum, left):
     assert torch.equal(actual[actual.isfinite()], rewards[actual.isfinite()])
 
 
-def same(moments: torch.Tensor) -> torch.Tensor:
-    return moments
-
-
-def test_a_stopped_member_has_the_reward_on_the_line_through_previews_and_rewards():
-    """Two groups of four; rewards are 3 + 2 preview in one group and 10 + 2 preview in the other, without noise."""
-    scores = torch.tensor([0.0, 1.0, 2.0, 5.0, 1.0, 4.0, 2.0, 3.0], dtype=torch.float64)
-    group = torch.tensor([0] * 4 + [1] * 4)
-    kept = torch.tensor([True, False, False, True, True, True, False, False])
-    rewards = 2 * scores + torch.tensor([3.0, 10.0], dtype=torch.float64)[group]
-    completed = Completed.of(rewards[kept]).before(scores, kept, group, 2, same)
-    torch.testing.assert_close(completed.rewards_N, rewards)
-    assert completed.variance_N.abs().max() < 1e-20 and torch.equal(completed.seen_N, kept)
-    found = completed.statistics(group, 2)
-    expected = group_statistics(rewards, group, 2)
-    torch.testing.assert_close(found.mean_P, expected.mean_P)
-    torch.testing.assert_close(found.std_P, expected.std_P)
-    assert found.count_P.tolist() == [2, 2]  # of rewards that were seen
-
-
-def test_full_group_statistics_from_previews_are_near_where_those_of_survivors_are_not():
-    """Rewards are 0.7 preview and noise, skewed; two points stop members by their previews, the highest and lowest."""
-    generator = torch.Generator().manual_seed(0)
-    groups, size = 4000, 12
-    scores = torch.empty(groups, size, dtype=torch.float64).exponential_(generator=generator)
-    final = 0.7 * scores + 0.5 * torch.randn(groups, size, generator=generator, dtype=torch.float64)
-    early = scores + 0.4 * torch.randn(groups, size, generator=generator, dtype=torch.float64)
-    everyone = torch.arange(groups * size).reshape(groups, size)
-
-    def extremes(values: torch.Tensor, low: int, high: int) -> torch.Tensor:
-        order = values.argsort(1)
-        return torch.cat([order[:, :low], order[:, values.shape[1] - high :]], dim=1).sort(1).values
-
-    first = extremes(early, 2, 6)
-    second = extremes(scores.gather(1, first), 1, 3)
-    alive_1, alive_2 = everyone.gather(1, first), everyone.gather(1, first).gather(1, second)
-    kept_0 = torch.zeros(groups * size, dtype=torch.bool)
-    kept_0[alive_1.flatten()] = True
-    kept_1 = torch.isin(alive_1.flatten(), alive_2.flatten())
-    group = torch.arange(groups)
-    completed = Completed.of(final.flatten()[alive_2.flatten()])
-    completed = completed.before(
-        scores.flatten()[alive_1.flatten()], kept_1, group.repeat_interleave(8), groups, same
-    ).before(early.flatten(), kept_0, group.repeat_interleave(size), groups, same)
-    statistics = completed.statistics(group.repeat_interleave(size), groups)
-    survivors = final.flatten()[alive_2]
-    error = statistics.mean_P - final.mean(1)
-    assert abs(error.mean()) < 0.15 * abs((survivors.mean(1) - final.mean(1)).mean())
-    true_std, std = final.var(1, correction=0).mean().sqrt(), statistics.std_P.square().mean().sqrt()
-    assert abs(std / true_std - 1) < 0.05 < abs(survivors.var(1, correction=0).mean().sqrt() / true_std - 1)
-
-
-def test_previews_that_are_missing_or_tell_nothing_leave_the_survivors_mean():
-    kept = torch.tensor([True, True, False, False])
-    group = torch.zeros(4, dtype=torch.int64)
-    flat = torch.tensor([1.0, 1.0, 1.0, 2.0], dtype=torch.float64)
-    completed = Completed.of(torch.tensor([0.0, 4.0])).before(flat, kept, group, 1, same)
-    assert completed.rewards_N.tolist() == [0.0, 4.0, 2.0, 2.0]
-    lost = torch.tensor([1.0, 2.0, NAN, 1.5], dtype=torch.float64)
-    completed = Completed.of(torch.tensor([0.0, 4.0])).before(lost, kept, group, 1, same)
-    assert completed.rewards_N[2].isnan() and completed.rewards_N[3] == 2.0
-    assert completed.statistics(group, 1).mean_P == 2.0  # over the three that are known
-
-
 def test_negative_advantages_have_a_weight_of_their_own():
     weighed = with_negative_weight(torch.tensor([-2.0, 0.0, 3.0]), 0.25)
     assert weighed.tolist() == [-0.5, 0.0, 3.0]
     assert torch.equal(with_negative_weight(weighed, 1.0), weighed)
+
+
+def test_posterior_means_are_the_normal_rule_by_hand():
+    """Ragged groups, mixed up; the variance without noise is that of the moments, whatever the groups' means are."""
+    rewards, group = ragged()
+    noise = torch.linspace(0.0, 0.1, 29, dtype=torch.float64)
+    noise[torch.where(group == 3)[0][0]] = NAN
+    there = rewards.isfinite() & noise.isfinite()
+    squares, of_noise, freedom = 0.0, 0.0, 0
+    for g in range(5):
+        own, variance = rewards[there & (group == g)].numpy(), noise[there & (group == g)].numpy()
+        squares += ((own - own.mean()) ** 2).sum()
+        of_noise += variance.sum() * (1 - 1 / len(own))
+        freedom += len(own) - 1
+    signal = (squares - of_noise) / freedom
+    expected = np.full(29, NAN)
+    for i in torch.where(there)[0].tolist():
+        mates = (there & (group == group[i])).numpy()
+        weights = 1 / (signal + noise.numpy()[mates])
+        mean = (weights * rewards.numpy()[mates]).sum() / weights.sum()
+        expected[i] = mean + signal / (signal + float(noise[i])) * (float(rewards[i]) - mean)
+    assert signal > 0.01
+    np.testing.assert_allclose(posterior_means(rewards, noise, group, 5), expected, rtol=1e-9)
+    np.testing.assert_allclose(posterior_means(rewards + 1e6, noise, group, 5), expected + 1e6, atol=1e-7)
+
+
+def test_posterior_means_miss_the_rewards_by_what_they_should():
+    """Their squared error is s^2 v / (s^2 + v) for the variances s^2 without noise and v of the noise."""
+    generator = torch.Generator().manual_seed(0)
+    groups, size, noise = 2000, 24, torch.tensor([0.04, 1.96], dtype=torch.float64)
+    group = torch.arange(groups).repeat_interleave(size)
+    variance = noise[torch.randint(2, group.shape, generator=generator)]
+    exact, error = torch.randn(2, len(group), generator=generator, dtype=torch.float64)
+    observed = exact + variance.sqrt() * error
+    squares = (posterior_means(observed, variance, group, groups) - exact).square()
+    for one in noise:
+        best = one / (1 + one)
+        # a group's mean is known from two dozen members, not exactly
+        assert best * 0.95 < squares[variance == one].mean() < best * 1.1
+
+
+def test_equal_noise_changes_no_order_and_noise_alone_neither():
+    rewards, group = torch.randn(48, dtype=torch.float64), torch.arange(2).repeat_interleave(24)
+    for variance in (0.0, 0.5, 100.0):
+        means = posterior_means(rewards, torch.full_like(rewards, variance), group, 2)
+        for g in range(2):
+            assert torch.equal(means[group == g].argsort(), rewards[group == g].argsort())

@@ -20,13 +20,16 @@ from progrpo.config import (
     RewardTerm,
     SamplingSettings,
 )
+from progrpo.objectives.advantage import posterior_means
 from progrpo.objectives.grpo import GRPO
 from progrpo.policies.load import fastest_dtype, policy_from_pipeline
+from progrpo.rewards.base import Refusal
 from progrpo.rollout.sampling import load_sampler, ode, sampler_name
 from progrpo.training.absolute_paths import with_absolute_paths
 from progrpo.training.build import (
     objective_from,
     policy_context,
+    ranking_from,
     resolve_dtype,
     sampling_from,
 )
@@ -246,3 +249,25 @@ def test_flow_grpos_kl_needs_a_diffusion_rate(policy_of):
         )
     other = replace(config, objective=replace(config.objective, name="nft"))
     assert objective_from(other, policy_of("sd")).settings.stores == "latents"  # which has no such term
+
+
+def test_members_are_chosen_by_their_expected_rewards_where_the_noise_is_known():
+    terms = (RewardTerm("a", 2.0), RewardTerm("noise", 0.0), RewardTerm("b", -1.0))
+    ranking = ranking_from(ObjectiveSettings(), RewardSettings(terms, noise="noise"))
+    assert ranking is not None
+    group = torch.tensor([0, 0, 0, 1, 1, 1])
+    parts = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parts[:, 1] = torch.tensor([0.0, 1.0, 4.0, 0.5, 0.5, math.nan])
+    expected = posterior_means(2 * parts[:, 0] - parts[:, 2], parts[:, 1], group, 2)
+    torch.testing.assert_close(ranking(parts, group), expected, equal_nan=True)
+    assert expected.isnan().tolist() == [False] * 5 + [True]
+    parts[2, 1] = -0.5
+    with pytest.raises(Refusal, match=r"variances, which are 0 or more, not -0\.5"):
+        ranking(parts, group)
+
+
+@pytest.mark.parametrize("noise", ["a", "other"])
+def test_noise_that_no_reward_of_weight_0_gives_is_refused(noise):
+    reward = RewardSettings((RewardTerm("a"), RewardTerm("noise", 0.0)), noise=noise)
+    with pytest.raises(ValueError, match=f"reward.noise must name one of the rewards whose weight is 0, not .*{noise}"):
+        ranking_from(ObjectiveSettings(), reward)

@@ -164,7 +164,7 @@ def test_defaults_are_right():
         (Config(plan=PlanSettings(preset="custom", prune=((9, 4),))), "prune step 9 saves no network call"),
         (
             Config(objective=ObjectiveSettings(baseline="group")),
-            "objective.baseline must be survivors or previews under a plan",
+            "objective.baseline must be survivors under a plan",
         ),
         (
             Config(prompts=PromptSettings(split_groups=True), objective=ObjectiveSettings(name="dgpo")),
@@ -532,6 +532,14 @@ def test_the_learning_rate_rises_stays_and_falls():
             "plan.keep_groups must be empty for objective.advantage gdpo",
         ),
         (
+            {"reward": {"noise": "nsfw"}, "objective": {"advantage": "gdpo"}},
+            "reward.noise must be empty for objective.advantage gdpo",
+        ),
+        (
+            {"reward": {"noise": "nsfw"}, "prompts": {"split_groups": True}},
+            "prompts.split_groups must be false for reward.noise",
+        ),
+        (
             {"plan": {"keep_groups": 2}, "prompts": {"split_groups": True}},
             "prompts.split_groups must be false for plan.keep_groups",
         ),
@@ -547,7 +555,7 @@ def test_what_the_engine_can_do_is_not():
         {"model": {"compile": True}},
         {"model": {"compile": True, "dtype": "bfloat16"}},
         {"optim": {"reuse_rollout": True}},
-        {"plan": {"keep_groups": 4}, "objective": {"baseline": "previews"}},
+        {"plan": {"keep_groups": 4}},
         {
             "plan": {"preset": "posthoc", "adaptive": True},
             "preview": {"probe": True, "decoder": "tiny", "ode_steps": 2},

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from progrpo.config import OptimSettings
+from progrpo.objectives.dgpo import DGPO
 from progrpo.objectives.grpo import GRPO
-from progrpo.objectives.settings import GRPOSettings
+from progrpo.objectives.settings import DGPOSettings, GRPOSettings
 from progrpo.training.distributed import Ranks
 from progrpo.training.loss_scale import LossScale
 from progrpo.training.noise_scale import GradientMoments, NoiseScale, gradient_moments
-from progrpo.training.update import Updater
+from progrpo.training.update import Updater, half_of_each
 
 PROMPTS = ((0, 1), (1, 2), (3, 4), (0, 2))
 """The trajectories of the prompts that are drawn from; the last prompt's have no advantage."""
@@ -53,11 +54,12 @@ def drawn(linear_policy, linear_experience):
 def updated(linear_policy):
     """What an update saw, and the updater."""
 
-    def of(experience, scale=None, **optim):
+    def of(experience, scale=None, objective=None, halves_members=False, **optim):
         still = Still(linear_policy.trainable.values())
-        updater = Updater(
-            linear_policy, GRPO(GRPOSettings(clip_range=0.1)), still, OptimSettings(**optim), Ranks(), scale
-        )
+        objective = objective or GRPO(GRPOSettings(clip_range=0.1))
+        updater = Updater(linear_policy, objective, still, OptimSettings(**optim), Ranks(), scale)
+        if halves_members:
+            updater.noise_scale.load_state_dict({"signal": 1.0, "noise": 8.0, "updates": 25})
         return updater.update(experience).tally.over(Ranks()), updater
 
     return of
@@ -111,10 +113,87 @@ def test_halves_are_neighbouring_slots(drawn, updated, gradient_of):
 
 
 def test_each_of_several_updates_is_noted(drawn, updated):
-    experience = drawn([0, 1, 2])
-    seen, updater = updated(experience, updates_per_rollout=2)
-    mean = updater.noise_scale.state_dict()["noise"] / (1 - 0.95**2)  # of two that differ
-    assert seen["update/gradient_noise"] == pytest.approx(mean, rel=0.05) and updater.optimizer.steps == 2
+    """The first halves the prompts, and the second the members."""
+    seen, updater = updated(drawn([0, 1, 2]), updates_per_rollout=2)
+    state = updater.noise_scale.state_dict()
+    assert seen["update/gradient_noise"] == pytest.approx(state["noise"] / 0.05)
+    assert seen["update/gradient_member_noise"] == state["members"]
+    assert state["updates"] == updater.optimizer.steps == 2
+
+
+def test_the_second_and_every_eighth_update_halve_the_members():
+    noise_scale, halves = NoiseScale(), []
+    for _ in range(24):
+        halves.append(noise_scale.halves_members)
+        if halves[-1]:
+            noise_scale.add_members(2.0)
+        else:
+            noise_scale.add(GradientMoments(1.0, 5.0))
+        assert (noise_scale.own_direction is None) == (len(halves) < 20)
+    assert [number for number, half in enumerate(halves) if half] == [1, 9, 17]
+    assert noise_scale.own_direction == pytest.approx(1.5)  # however young the averages are
+
+
+def test_halves_of_members_tell_their_noise(drawn, updated, gradient_of, linear_policy):
+    """It is P |h - h'|^2 of the halves' parts of the mean over P prompts: here a member each."""
+    experience = drawn([0, 1], first_slot=4)
+    seen, updater = updated(experience, halves_members=True)
+    items, parts = torch.arange(4), []
+    for row in range(4):
+        loss = GRPO(GRPOSettings(clip_range=0.1)).loss(linear_policy, experience.take(torch.tensor([row])), items[:2])
+        parts.append(torch.stack(torch.autograd.grad(loss.total / 8, [linear_policy.a, linear_policy.b])))
+    # of advantages 1.5, -0.5 in slot 4 the lower is in the first half, of -0.5, -1 in slot 5 the higher
+    difference = parts[1] - parts[0] + parts[2] - parts[3]
+    assert seen["update/gradient_member_noise"] == pytest.approx(2 * difference.square().sum().item())
+    assert not {"update/gradient_signal", "update/gradient_noise"} & seen.keys()
+    noise = seen["update/gradient_member_noise"]
+    assert updater.noise_scale.own_direction == pytest.approx(max(0.0, 8 / noise - 1))
+    assert updater.noise_scale.prompts == 8
+    assert seen["update/grad_norm"] == pytest.approx((gradient_of(0) + gradient_of(1)).norm().item() / 2)
+
+
+def test_halves_of_a_group_are_alike():
+    """By advantage + - - + in an even slot and - + + - in an odd one, whatever the order of rows."""
+    slot_N, member_N = torch.tensor([6, 9, 6, 6, 6, 9, 9, 9]), torch.tensor([0, 0, 1, 2, 3, 1, 2, 3])
+    advantages_N = torch.tensor([3.0, -1.0, -3.0, 1.0, -1.0, 1.0, 3.0, -3.0])
+    is_first_N = half_of_each(advantages_N, slot_N, member_N)
+    assert is_first_N.tolist() == [True, True, True, False, False, True, False, False]
+    for slot in (6, 9):
+        own = slot_N == slot
+        assert advantages_N[own & is_first_N].sum() == advantages_N[own & ~is_first_N].sum() == 0
+    mixed = torch.tensor([5, 2, 7, 0, 6, 1, 4, 3])
+    advantages_N = advantages_N.sign()  # of equal ones the lower member comes first
+    is_first_N = half_of_each(advantages_N, slot_N, member_N)
+    assert half_of_each(advantages_N[mixed], slot_N[mixed], member_N[mixed]).tolist() == is_first_N[mixed].tolist()
+
+
+@pytest.mark.parametrize("objective", [None, DGPO(DGPOSettings(draws=2, dpo_beta=3.0, kl_beta=0.1))])
+def test_the_step_is_the_same_with_halves_of_members(linear_policy, drawn, updated, objective):
+    """Also of a loss whose weights belong to whole groups."""
+    for name in ("reference", "average"):
+        linear_policy.named_weights.snapshot(name)
+    with torch.no_grad():
+        linear_policy.a.add_(0.2)
+    seen, whole = (updated(drawn([0, 1, 2]), objective=objective, halves_members=on)[0] for on in (True, False))
+    assert ("update/gradient_member_noise" in seen) and ("update/gradient_member_noise" not in whole)
+    for name in ("update/grad_norm", "update/loss"):
+        assert seen[name] == pytest.approx(whole[name], rel=1e-9)
+
+
+def test_under_another_plan_the_noise_of_own_directions_stays():
+    """Members have noise 4 and own directions 2. At half the signal of a prompt the noise is 12, of which 10 theirs."""
+    noise_scale = NoiseScale()
+    noise_scale.load_state_dict({"signal": 1.0, "noise": 6.0, "updates": 25})
+    assert noise_scale.own_direction is None
+    noise_scale.add_members(4.0)
+    assert noise_scale.own_direction == pytest.approx(2 / 4)
+    noise_scale.change_signal(0.5)
+    assert noise_scale.own_direction == pytest.approx(2 / 10) and noise_scale.prompts == pytest.approx(12)
+    resumed = NoiseScale()
+    resumed.load_state_dict(noise_scale.state_dict())
+    for one in (noise_scale, resumed):
+        one.add_members(9.0)
+    assert resumed.own_direction == noise_scale.own_direction
 
 
 @pytest.mark.parametrize(

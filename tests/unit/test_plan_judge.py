@@ -326,6 +326,19 @@ def test_progress_follows_the_critical_batch_law():
     assert unknown.plan_value == pytest.approx(large.plan_value, rel=1e-9)
 
 
+def test_where_prompts_ask_for_different_changes_more_members_of_one_tell_less():
+    """Own directions with the noise of the members under the plan in force: 1 / (1 / s + 1 / s_now) for signal s."""
+    judge = judged(config(), *[flat(0.7)] * 3)
+    simulation = Simulation.of([0.7] * STEPS, [STANDARD] * 3, 24)
+    flash, none = (simulation.signal(plan, OVF) for plan in (FLASH, Plan(24)))
+    seconds = [UNITS.seconds(prompt_cost(judge.config, plan)) for plan in (FLASH, Plan(24))]
+    judgement = judge.verdict(FLASH, OVF, NOWHERE, None, 1.0)
+    assert judgement is not None
+    expected = (flash / 2 / seconds[0]) / (1 / (1 / none + 1 / flash) / seconds[1])
+    assert judgement.plan_value == pytest.approx(expected, rel=1e-12)
+    assert judgement.plan_value > verdict(judge, FLASH).plan_value
+
+
 def test_auto_begins_unpruned_and_takes_the_strongest_choice_where_training_is_dear():
     assert AUTO.plan(STEPS) == Plan(24)
     judge = judged(config(start=AUTO), *[flat(0.3)] * 3, seconds=SECONDS | {"update": 20_000.0})

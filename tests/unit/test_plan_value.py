@@ -11,7 +11,7 @@ import torch
 from scipy.stats import rankdata
 
 from progrpo.rollout.plan import Plan, PrunePoint, plans
-from progrpo.rollout.plan_value import Simulation
+from progrpo.rollout.plan_value import Simulation, of_prompt
 from progrpo.tracking.statistics import standardised
 from tests.support.grids import SELECTORS
 
@@ -94,7 +94,9 @@ def test_the_v_of_previews_is_that_of_the_law_they_come_from(law, keep):
         torch.zeros(len(seen)),
     )
     kept = [final_PG.gather(1, OVF(scores, keep, everyone, nobody).indices_PK) for scores in seen.unbind(2)]
-    measured = [(one.var(1, correction=0) / final_PG.var(1, correction=0)).mean().item() for one in kept]
+    std_P = final_PG.std(1, correction=0)
+    stds = [one.std(1, correction=0) / std_P for one in kept]
+    measured = [(std.mean().square() / (std > 0).double().mean()).item() for std in stds]
 
     ranks = torch.from_numpy(rankdata(seen[:1000].numpy(), axis=1))
     ranks = ranks - ranks.mean(1, keepdim=True)
@@ -116,7 +118,41 @@ def test_audits_shape_groups_by_their_weights():
     one, other = (Simulation.of([0.5], [group], 24).signal(plan, OVF) for group in groups)
     for weight in (0.25, 0.5):
         mixed = Simulation.of([0.5], groups, 24, [weight, 1 - weight]).signal(plan, OVF)
-        assert mixed == pytest.approx(weight * one + (1 - weight) * other)
+        assert mixed == pytest.approx((weight * math.sqrt(one) + (1 - weight) * math.sqrt(other)) ** 2)
+
+
+def test_a_group_whose_kept_rewards_are_equal_adds_neither_signal_nor_noise():
+    """One passes of four, and two are kept in order: in half of the groups they are equal."""
+    simulation = Simulation.of([1.0], [standard(torch.tensor([0.0, 0.0, 0.0, 1.0]))], 4)
+    kept_PK = simulation.previews_PGT1[:, :2, -1]
+    share = (kept_PK[:, 0] != kept_PK[:, 1]).double().mean().item()
+    own = 0.25 / (0.25 * 0.75)
+    assert simulation.signal(Plan(2), OVF) == pytest.approx(2 * own * share) and 0.4 < share < 0.6
+
+
+@pytest.mark.parametrize("own_direction", [0.0, 0.05, 0.5])
+def test_the_signal_of_a_prompt_is_that_of_gradients_of_such_members(own_direction):
+    """Members' gradients are reward times their prompt's direction, plus noise: SNR^2 in the mean over many groups."""
+    generator = torch.Generator().manual_seed(3)
+    size, dims, groups, mean = 6, 4, 40_000, 0.3
+
+    def normals(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    direction_PD = torch.tensor([mean, 0.0, 0.0, 0.0]) + math.sqrt(own_direction / dims) * normals(groups, dims)
+    rewards_PG = normals(groups, size)
+    centred_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    std_P1 = centred_PG.std(1, correction=0, keepdim=True)
+    gradients_PGD = centred_PG[..., None] * direction_PD[:, None] + normals(groups, size, dims) / math.sqrt(dims)
+    own_PD = (centred_PG[..., None] / std_P1[..., None] * gradients_PGD).mean(1)
+    snr_sq = own_PD.mean(0).square().sum() / own_PD.var(0).sum()
+    signal = size * std_P1.mean().item() ** 2
+    # the spread of the groups' own stds is noise along the direction that the formula leaves out: a few per cent
+    assert snr_sq.item() == pytest.approx(mean**2 * of_prompt(signal, own_direction), rel=0.08)
+
+
+def test_a_prompt_without_signal_has_none():
+    assert of_prompt(0.0, 0.1) == 0
 
 
 def test_a_group_of_another_size_than_the_audits_has_their_quantiles():
@@ -187,7 +223,9 @@ def test_a_subset_is_never_worth_more_than_its_group(selector, rho):
 
 @pytest.mark.parametrize("size", [4, 12, 24])
 def test_a_full_group_is_worth_nearly_its_members(size):
-    assert variance(Plan(size), 0.5) * size == pytest.approx((size - 1) * 48 / 47, rel=0.03)  # drawn from groups of 48
+    """The squared mean of the std of so many normal numbers; they are drawn from groups of 48."""
+    std = math.sqrt(2 / size) * math.gamma(size / 2) / math.gamma((size - 1) / 2)
+    assert variance(Plan(size), 0.5) == pytest.approx(std**2 * 48 / 47, rel=0.03)
 
 
 def test_perfect_previews_are_a_choice_by_final_rewards():

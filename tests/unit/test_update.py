@@ -110,19 +110,6 @@ def test_the_full_groups_std_is_not_known_after_pruning_in_flight():
     assert "reward/group_std_full" not in learnt(rolled([1.0, 3.0], [0, 0], previews=(pruned,)))[1]
 
 
-def test_previews_can_stand_for_the_members_that_were_stopped():
-    """Two waves of one group each; finals are 1 + previews in the first, and 5 + previews in the second."""
-    scores, members = torch.tensor([0.0, 1.0, 2.0, 6.0]), torch.arange(4)
-    kept = torch.tensor([True, False, False, True])
-    waves = tuple(Preview(1, torch.full((4,), group), members, scores, kept) for group in (0, 1))
-    rollout = rolled([1.0, 7.0, 5.0, 11.0], [0, 0, 1, 1], previews=waves)
-    experience, _ = learnt(rollout, baseline="previews")
-    offsets = np.array([0.0, 6.0]) - scores.double().numpy().mean()
-    np.testing.assert_allclose(
-        experience.advantages_N, np.tile(offsets / (np.std(scores.double().numpy()) + EPS), 2), rtol=1e-6
-    )
-
-
 def test_advantages_are_clipped():
     rewards = [0.0] * 99 + [1.0]
     experience, _ = learnt(rolled(rewards, [0] * 100), adv_clip_max=5.0)

@@ -39,12 +39,6 @@ class GroupStatistics:
         return (self.count_P >= 2) & (self.std_P > _ROUNDING * self.mean_P.abs().clamp(min=1))
 
 
-def _group_mean(values_N: Tensor, counted_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
-    """The mean of each row's group over its counted rows, (N,); NaN where there is none."""
-    count_P = torch.bincount(group_N[counted_N], minlength=num_groups)
-    return (_group_sum(values_N.where(counted_N, 0.0), group_N, num_groups) / count_P)[group_N]
-
-
 def _group_sum(values_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
     return values_N.new_zeros(num_groups).index_add(0, group_N, values_N)
 
@@ -63,59 +57,6 @@ def group_statistics(rewards_N: Tensor, group_N: Tensor, num_groups: int) -> Gro
     mean_P = _group_sum(above_N, group, num_groups) / count_P
     variance_P = _group_sum((above_N - mean_P[group]).square(), group, num_groups) / count_P
     return GroupStatistics(lowest_P + mean_P, variance_P.sqrt(), count_P)
-
-
-@dataclass(frozen=True)
-class Completed:
-    """The rewards of N members, where those of stopped ones are predicted, and the variances of these predictions.
-
-    All are float64, and NaN where a reward is missing. A reward that was seen has variance 0.
-    """
-
-    rewards_N: Tensor
-    variance_N: Tensor
-    seen_N: Tensor
-
-    @classmethod
-    def of(cls, rewards_N: Tensor) -> Completed:
-        """Rewards that were all seen."""
-        return cls(rewards_N.double(), torch.zeros_like(rewards_N.double()), torch.ones_like(rewards_N).bool())
-
-    def before(
-        self, scores_L: Tensor, kept_L: Tensor, group_L: Tensor, num_groups: int, add_up: Callable[[Tensor], Tensor]
-    ) -> Completed:
-        """The L members that lived before these were kept: a stopped one has the reward that its preview predicts.
-
-        Predictions are linear in the preview `scores_L`, with one slope for all groups, fitted to those that were kept
-        here. They were chosen by these previews, which biases no regression on them. `add_up` sums moments over all
-        ranks.
-        """
-        rewards_L = torch.full_like(scores_L, torch.nan, dtype=torch.float64)
-        variance_L = torch.zeros_like(rewards_L)
-        seen_L = torch.zeros_like(kept_L)
-        rewards_L[kept_L], variance_L[kept_L], seen_L[kept_L] = self.rewards_N, self.variance_N, self.seen_N
-        scores_L = scores_L.double().where(scores_L.isfinite(), torch.nan)
-        fitted_L = kept_L & rewards_L.isfinite() & scores_L.isfinite()
-        mean_score_L = _group_mean(scores_L, fitted_L, group_L, num_groups)
-        mean_reward_L = _group_mean(rewards_L, fitted_L, group_L, num_groups)
-        x, y = (scores_L - mean_score_L)[fitted_L], (rewards_L - mean_reward_L)[fitted_L]
-        freedom = x.new_tensor(float(len(x) - len(group_L[fitted_L].unique())))
-        own_variance = variance_L[fitted_L].sum()
-        xx, xy, yy, freedom = add_up(torch.stack([x @ x, x @ y, y @ y + own_variance, freedom])).unbind()
-        slope = xy / xx if xx > 0 else xx
-        residual = (yy - slope * xy).clamp(min=0) / freedom.clamp(min=1)
-        predicted_L = mean_reward_L + slope * (scores_L - mean_score_L)
-        return Completed(
-            rewards_L.where(kept_L, predicted_L), variance_L.where(kept_L, residual.expand_as(variance_L)), seen_L
-        )
-
-    def statistics(self, group_N: Tensor, num_groups: int) -> GroupStatistics:
-        """Mean and std of each group's members, predicted ones too; the count is that of the rewards that were seen."""
-        every = group_statistics(self.rewards_N, group_N, num_groups)
-        known_N = self.rewards_N.isfinite()
-        extra_P = _group_sum(self.variance_N.where(known_N, 0.0), group_N, num_groups) / every.count_P
-        seen_P = torch.bincount(group_N[known_N & self.seen_N], minlength=num_groups)
-        return GroupStatistics(every.mean_P, (every.std_P.square() + extra_P).sqrt(), seen_P)
 
 
 def with_quorum(rewards_N: Tensor, group_N: Tensor, num_groups: int, quorum: float) -> Tensor:
@@ -143,6 +84,27 @@ def normalised_sum(
         scaled_N = (values_N - statistics.mean_P[group_N]) / (statistics.std_P[group_N] + eps)
         total_N = total_N + weight * torch.where(statistics.informative_P[group_N], scaled_N, 0.0)
     return total_N
+
+
+def posterior_means(rewards_N: Tensor, variance_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
+    """The expected rewards given observed ones and the variance of each one's noise, (N,) float64; both are normal.
+
+    A reward is drawn to its group's mean by the share of noise in its variance. The variance without noise is one for
+    all groups, by moments. It is at least a thousandth of the noise's, so that rewards of pure noise keep an order. A
+    member that lacks either number gets NaN and counts in no mean.
+    """
+    known_N = rewards_N.isfinite() & variance_N.isfinite()
+    rewards, noise, group = rewards_N[known_N].double(), variance_N[known_N].double(), group_N[known_N]
+    count_P = torch.bincount(group, minlength=num_groups)
+    offsets = rewards - group_statistics(rewards, group, num_groups).mean_P[group]
+    freedom = (count_P - 1).clamp(min=0).sum().clamp(min=1)
+    of_noise = (noise * (1 - 1 / count_P[group].double())).sum() / freedom
+    own = (offsets.square().sum() / freedom - of_noise).clamp(min=float(of_noise) / 1000)
+    precision = 1 / (own + noise).clamp(min=torch.finfo(torch.float64).tiny)
+    total_P = _group_sum(precision, group, num_groups)
+    mean_P = _group_sum(precision * offsets, group, num_groups) / total_P
+    expected = rewards + (1 - own * precision) * (mean_P[group] - offsets)
+    return rewards_N.new_full(rewards_N.shape, torch.nan, dtype=torch.float64).masked_scatter(known_N, expected)
 
 
 def moments(rewards_N: Tensor, centre: Tensor | float = 0.0) -> Tensor:

@@ -293,11 +293,9 @@ class ObjectiveSettings:
     `batch`: that of the whole batch (flow_grpo's global_std).
     `gdpo` normalises each reward by its group, then the weighted sum by the batch (arXiv 2601.05242), so that no
     reward drowns another."""
-    baseline: Literal["survivors", "group", "previews"] = "survivors"
+    baseline: Literal["survivors", "group"] = "survivors"
     """The members that mean and std are taken over.
-    `survivors`: the paper's. `group`: the full group, where all members have final rewards (post-hoc selection).
-    `previews`: the full group, where a stopped member has the reward that its preview predicts.
-    The prediction is a line through the survivors' previews and rewards of the iteration."""
+    `survivors`: the paper's. `group`: the full group, where all members have final rewards (post-hoc selection)."""
     adv_eps: float = setting(1e-4, above(0))
     """The number added to the std that advantages are divided by."""
     grpo: GRPOSettings = field(default_factory=GRPOSettings)

@@ -4,6 +4,10 @@ Score-function estimators over k independent rewards have SNR^2 in proportion to
 rewards in units of the variance of all. So a plan gives a signal of k V per prompt, and k V / seconds per second. A
 subset never has more signal than its group: pruning wins by saving seconds.
 
+Advantages are in units of their own group's std, so that every group that teaches has the same noise, and a signal in
+proportion to sqrt(V). V is then the squared mean of these roots. Prompts ask for different changes, and no number of
+members averages that out, so that the signal of a prompt is bounded (`of_prompt`).
+
 Audits measure how previews agree with final rewards, and how these are spread within a group. The groups in which plans
 are compared are simulated from both. Each has the final rewards of one audit, so that a verdict stays a verdict: of one
 that half the members pass V is 1 whatever is chosen, where normal rewards reach 1.86 at half. Behind the rewards stand
@@ -26,7 +30,17 @@ from progrpo.rollout.plan import Plan
 from progrpo.rollout.prune import Selector
 
 _GROUPS = 512  # of the simulation: its own error is then above one per cent, and the same draws serve all plans
+_EQUAL = 1e-9  # a std that is only rounding
 _ANGLES = 17  # at which agreement is tabled, as sin(angle): that of verdicts is linear in the angle, of others smooth
+
+
+def of_prompt(signal: float, own_direction: float) -> float:
+    """The SNR^2 of a prompt, from the `signal` k V of its members, in the same units.
+
+    It is d^2 / (t^2 + s^2 / (k V)) for a mean direction d, prompts' own directions of variance t^2 around it, and
+    members of variance s^2. `own_direction` is t^2 / s^2.
+    """
+    return 1 / (1 / signal + own_direction) if signal > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,9 @@ class Simulation:
         if plan.final_keep is not None:
             points.append((-1, plan.final_keep))
         kept = self._after(plan.group_size, tuple(points), selector)
-        value: float = kept.shape[1] * kept[:, :, -1].var(dim=1, correction=0).mean().item()
+        std_P = kept[:, :, -1].std(dim=1, correction=0)
+        teaching = int((std_P > _EQUAL).sum())  # a group whose rewards are equal adds neither signal nor noise
+        value: float = kept.shape[1] * std_P.sum().item() ** 2 / (len(std_P) * max(1, teaching))
         return round(value, 9)  # sums go by how memory lies, and must not make two equal runs differ
 
     def _after(self, group_size: int, points: tuple[tuple[int, int], ...], selector: Selector) -> Tensor:

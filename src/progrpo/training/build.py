@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,19 +17,19 @@ from progrpo.config import (
     ModelSettings,
     ObjectiveSettings,
     PromptSettings,
-    RewardTerm,
+    RewardSettings,
     stochastic_steps,
     trained_steps,
 )
-from progrpo.messages import named
-from progrpo.objectives.advantage import normalised_sum
+from progrpo.messages import named, quoted
+from progrpo.objectives.advantage import normalised_sum, posterior_means
 from progrpo.objectives.base import Objective
 from progrpo.objectives.settings import Stored, load_objective
 from progrpo.policies.base import Policy, PolicyContext
 from progrpo.policies.load import fastest_dtype, load_policy, quiet
 from progrpo.prompts.load import TEXT, load_prompts
 from progrpo.prompts.order import PromptOrder, make_order
-from progrpo.rewards.base import Judge
+from progrpo.rewards.base import Judge, Refusal
 from progrpo.rewards.mixture import Ranking
 from progrpo.rollout.sampling import Record, Sampling, sampling_for, stochastic_step
 from progrpo.training.distributed import Ranks
@@ -111,16 +112,36 @@ def sampling_from(config: Config, policy: Policy, stores: Stored, iteration: int
     return sampling_for(policy, config.sampling, stochastic_steps(config, iteration), record)
 
 
-def ranking_from(objective: ObjectiveSettings, terms: Sequence[RewardTerm]) -> Ranking | None:
-    """The function whose values selectors compare; None where they compare the weighted sum itself."""
+def ranking_from(objective: ObjectiveSettings, reward: RewardSettings) -> Ranking | None:
+    """The function whose values selectors compare; None where they compare the weighted sum itself.
+
+    ValueError for a reward's noise that no term gives.
+    """
+    weights_R = torch.tensor([term.weight for term in reward.terms], dtype=torch.float64)
+    if reward.noise:
+        place = next((r for r, t in enumerate(reward.terms) if t.name == reward.noise and t.weight == 0), None)
+        if place is None:
+            raise ValueError(
+                f"reward.noise must name one of the rewards whose weight is 0, not {quoted(reward.noise)}; its score is"
+                " the variance of the noise of the others' sum"
+            )
+        return partial(_expected, weights_R, place)
     if objective.advantage != "gdpo":
         return None
-    weights_R = torch.tensor([term.weight for term in terms], dtype=torch.float64)
 
     def normalised(rewards_NR: Tensor, group_N: Tensor) -> Tensor:
         return normalised_sum(rewards_NR, weights_R, group_N, int(group_N.max()) + 1, objective.adv_eps)
 
     return normalised
+
+
+def _expected(weights_R: Tensor, noise: int, rewards_NR: Tensor, group_N: Tensor) -> Tensor:
+    """The expected sums of rewards, whose column `noise` has the variances of their noise."""
+    variance_N = rewards_NR[:, noise]
+    if (variance_N < 0).any():
+        lowest = variance_N.nan_to_num(0.0).min().item()
+        raise Refusal(f"reward.noise must name a reward that gives variances, which are 0 or more, not {lowest:g}")
+    return posterior_means((rewards_NR * weights_R).sum(1), variance_N, group_N, int(group_N.max()) + 1)
 
 
 def train_order(prompts: PromptSettings, seed: int) -> PromptOrder:

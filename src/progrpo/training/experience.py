@@ -10,7 +10,6 @@ from torch import Tensor
 
 from progrpo.config import ObjectiveSettings
 from progrpo.objectives.advantage import (
-    Completed,
     GroupStatistics,
     advantages,
     batch_mean_std,
@@ -23,7 +22,7 @@ from progrpo.objectives.base import Experience, Noise
 from progrpo.rollout.sampling import Sampling
 from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding
 from progrpo.training.distributed import Ranks, Tally
-from progrpo.types import GroupScores, Preview, Rollout
+from progrpo.types import GroupScores, Rollout
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,7 @@ class AdvantageEstimator:
         if self.objective.advantage == "gdpo":
             advantages_N, known_N, taught = self._normalised_advantages(scores, num_groups)
         else:
-            baselines = {"survivors": survivors, "group": finalists}
-            baseline = baselines.get(self.objective.baseline) or self._completed(rollout)
+            baseline = {"survivors": survivors, "group": finalists}[self.objective.baseline]
             advantages_N, known_N = self._advantages(scores, baseline)
             taught = survivors
         tally = self._metrics(rollout, survivors, finalists)
@@ -82,18 +80,6 @@ class AdvantageEstimator:
             sampling.guidance_scale,
         )
         return experience.take(known_N[own].nonzero().flatten()), tally
-
-    def _completed(self, rollout: Rollout) -> GroupStatistics:
-        """The statistics of the full groups, in which previews stand for the members that were stopped."""
-        completed, group_N = Completed.of(rollout.finalists.value_N), rollout.finalists.group_N
-        by_step: dict[int, list[Preview]] = {}
-        for part in rollout.previews:  # waves preview their own groups
-            by_step.setdefault(part.step, []).append(part)
-        for step in sorted(by_step, reverse=True):
-            seen = Preview.cat(by_step[step])
-            group_N = seen.group_N
-            completed = completed.before(seen.scores_N, seen.kept_N, group_N, len(rollout.prompts), self._add_up)
-        return completed.statistics(group_N, len(rollout.prompts))
 
     def _advantages(self, scores: GroupScores, baseline: GroupStatistics) -> tuple[Tensor, Tensor]:
         """Advantages within groups, and whose rewards are known. The divisor may be the std of the whole batch."""

@@ -102,7 +102,7 @@ def inputs_from(config: Config, ranks: Ranks) -> RunInputs:
     )
     return RunInputs(
         config,
-        load_mixture(reward.terms, reward.frames, ranking_from(config.objective, reward.terms)),
+        load_mixture(reward.terms, reward.frames, ranking_from(config.objective, reward)),
         train_order(config.prompts, config.seed),
         HeldOut(test, validation, judge_for(evaluation.prompts), held_out_rewards(config)),
         lambda: policy_from(config.model, policy_context(config, ranks)),

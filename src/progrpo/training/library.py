@@ -187,7 +187,8 @@ def _mixture(
             made = adapted(reward)
         terms.append(term)
         components.append(component_from(term, made, config.reward.frames))
-    return tuple(terms), RewardMixture(components, ranking_from(config.objective, terms))
+    ranking = ranking_from(config.objective, replace(config.reward, terms=tuple(terms)))
+    return tuple(terms), RewardMixture(components, ranking)
 
 
 def _free_name(name: str, terms: Sequence[RewardTerm]) -> str:

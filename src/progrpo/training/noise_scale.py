@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 _DECAY = 0.95  # per update: an average over about twenty of them
+_MEMBERS_DECAY = 0.7  # per update in which members are halved, an eighth of all
+_EVERY = 8
 _SETTLED = 20  # updates, before which a lucky one could make a plan of small groups look best
 _Gradients = Sequence[Tensor | None]
 
@@ -20,6 +22,8 @@ class NoiseScaleState(TypedDict, total=False):
 
     signal: float
     noise: float
+    weight: float
+    members: float | None
     updates: int
 
 
@@ -34,7 +38,7 @@ class GradientMoments:
     noise: float
 
 
-def gradient_moments(first: _Gradients, second: _Gradients, prompts: tuple[int, int]) -> GradientMoments:
+def gradient_moments(first: _Gradients, second: _Gradients, prompts: tuple[float, float]) -> GradientMoments:
     """Estimate the moments from what two halves of these numbers of prompts, both above 0, add to a mean over all.
 
     With the halves' own means g_A and g_B the signal is <g_A, g_B>, and the noise is |g_A - g_B|^2 / (1/n_A + 1/n_B)
@@ -62,12 +66,45 @@ class NoiseScale:
     def __init__(self) -> None:
         self._signal = 0.0
         self._noise = 0.0
+        self._weight = 0.0  # of what was added in both averages, which begin at 0
+        self._members: float | None = None
         self._updates = 0
 
+    @property
+    def halves_members(self) -> bool:
+        """Whether the next update's halves are of the members of each prompt: the second and then every eighth update.
+
+        An objective may have to pass once more over groups that are dealt over passes, so that it should be seldom.
+        """
+        return self._updates % _EVERY == 1
+
     def add(self, moments: GradientMoments) -> None:
+        """Note the moments of an update whose halves were of prompts."""
         self._signal += (1 - _DECAY) * (moments.signal - self._signal)
         self._noise += (1 - _DECAY) * (moments.noise - self._noise)
+        self._weight += (1 - _DECAY) * (1 - self._weight)
         self._updates += 1
+
+    def add_members(self, noise: float) -> None:
+        """Note the noise of an update whose halves were of the members of each prompt."""
+        before = noise if self._members is None else self._members
+        self._members = before + (1 - _MEMBERS_DECAY) * (noise - before)
+        self._updates += 1
+
+    @property
+    def own_direction(self) -> float | None:
+        """The noise of prompts' own directions over that of their few members; None before enough updates.
+
+        Prompts ask for different changes, and more members of a prompt do not average that out.
+        """
+        return self._own_noise / self._members if self._members and self._updates >= _SETTLED else None
+
+    @property
+    def _own_noise(self) -> float:
+        """The noise that is not of members; 0 before that of members was measured."""
+        if self._members is None or not self._weight:
+            return 0.0
+        return max(0.0, self._noise / self._weight - self._members)
 
     @property
     def prompts(self) -> float | None:
@@ -79,7 +116,10 @@ class NoiseScale:
 
     def change_signal(self, factor: float) -> None:
         """Go on under a plan under which a prompt has `factor` times the signal, so that fewer prompts are as good."""
+        own_noise = self._own_noise  # stays what it is
         self._noise /= factor
+        if self._members is not None and self._weight:
+            self._members = max(0.0, self._noise / self._weight - own_noise)
 
     @property
     def settled(self) -> float | None:
@@ -87,11 +127,16 @@ class NoiseScale:
         return self.prompts if self._updates >= _SETTLED else None
 
     def state_dict(self) -> NoiseScaleState:
-        return {"signal": self._signal, "noise": self._noise, "updates": self._updates}
+        return {
+            **{"signal": self._signal, "noise": self._noise, "weight": self._weight},
+            **{"members": self._members, "updates": self._updates},
+        }
 
     def load_state_dict(self, state: NoiseScaleState) -> None:
         self._signal = state.get("signal", 0.0)
         self._noise = state.get("noise", 0.0)
+        self._weight = state.get("weight", 1.0 if state else 0.0)
+        self._members = state.get("members")
         self._updates = state.get("updates", 0)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from progrpo.config import Config, trained_items
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, path, preset, unit_costs
-from progrpo.rollout.plan_value import Simulation
+from progrpo.rollout.plan_value import Simulation, of_prompt
 from progrpo.rollout.prune import Selector
 from progrpo.tracking.statistics import standardised
 from progrpo.types import Cost
@@ -115,30 +115,40 @@ class PlanJudge:
             self.units = self.recorded or unit_costs(counted, seconds)
 
     def verdict(
-        self, plan: Plan, selector: Selector, probed_steps: frozenset[int], noise_scale: float | None = None
+        self,
+        plan: Plan,
+        selector: Selector,
+        probed_steps: frozenset[int],
+        noise_scale: float | None = None,
+        own_direction: float | None = None,
     ) -> Verdict | None:
         """The judgement of a plan, None before enough audits; a probe ranks at the `probed_steps`.
 
         None also where whole groups stop: an audit has one, and does not say how groups differ. `noise_scale` is that
-        of gradients under this plan, in prompts; None, where it is not known, is a large one.
+        of gradients under this plan, in prompts; None, where it is not known, is a large one. `own_direction` is the
+        noise of prompts' own directions over that of their members under this plan, 0 where it is not known.
         """
         if self.units is None or len(self._finals) < _AUDITS or plan.keep_groups is not None:
             return None
         steps = self.config.sampling.num_inference_steps
         none = preset("none", steps)
         simulation = self._simulation(max(plan.group_size, none.group_size))
-        noise = math.inf if noise_scale is None else max(noise_scale, _LEAST_NOISE) * simulation.signal(plan, selector)
+        own = (own_direction or 0.0) / simulation.signal(plan, selector)
+
+        def signal(candidate: Plan) -> float:
+            return of_prompt(simulation.signal(candidate, selector), own)
+
+        noise = math.inf if noise_scale is None else max(noise_scale, _LEAST_NOISE) * signal(plan)
 
         def rate(candidate: Plan) -> float:
-            return self._progress_per_second(simulation.signal(candidate, selector), candidate, probed_steps, noise)
+            return self._progress_per_second(signal(candidate), candidate, probed_steps, noise)
 
         plain, now = rate(none), rate(plan)
         rates = {candidate: rate(candidate) for candidate in self.config.plan.candidates(plan, steps)} or {plan: now}
         leader = max(rates, key=lambda candidate: rates[candidate])
         best, value = (leader, rates[leader]) if rates[leader] > _WORTH_A_CHANGE * now else (plan, now)
-        signal_ratio = simulation.signal(best, selector) / simulation.signal(plan, selector)
         reasons = self._reasons(none, noise_scale)
-        return Verdict(now / plain, best, path(best), value / plain, signal_ratio, reasons)
+        return Verdict(now / plain, best, path(best), value / plain, signal(best) / signal(plan), reasons)
 
     def _reasons(self, plain: Plan, noise_scale: float | None) -> str:
         assert self.units is not None

@@ -120,7 +120,9 @@ class PlanMonitor:
         verdict = None
         if audit is not None:
             self.judge.watch(audit.used_agreement(), audit.final_G.numpy(), totals.counted, totals.seconds)
-            verdict = self.judge.verdict(self.plan, self.selector, self.probed_steps, noise_scale.settled)
+            verdict = self.judge.verdict(
+                self.plan, self.selector, self.probed_steps, noise_scale.settled, noise_scale.own_direction
+            )
         verdict = self._ranks.gather([verdict])[0]
         if verdict is None:
             return {}

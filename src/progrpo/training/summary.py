@@ -111,6 +111,8 @@ def introduction(trainer: Trainer, folder: RunFolder) -> str:
 
 def selected_on(config: Config) -> str:
     """A name of the numbers that selectors compare."""
+    if config.reward.noise:
+        return "expected sum of rewards, whose noise is known"
     gdpo = config.objective.advantage == "gdpo"
     return "sum of rewards normalised in their group" if gdpo else "weighted sum of rewards"
 

@@ -173,7 +173,7 @@ class Trainer:
         record |= {f"rollout/{name}": value for name, value in asdict(spent).items()}
         record["rollout/survivors"] = self.plan.trained(self._config.prompts.per_iteration)
         record["update/lr"] = self.learner.learning_rate
-        if "update/gradient_noise" in record:
+        if record.keys() & {"update/gradient_noise", "update/gradient_member_noise"}:
             record["update/noise_scale"] = self.learner.updater.noise_scale.prompts
         return record | {f"time/{name}": value for name, value in stages.items()}
 

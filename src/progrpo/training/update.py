@@ -65,13 +65,15 @@ class _Share:
     """The rows of one optimizer step that have an advantage; the numbers of items and such rows in all processes.
 
     Where the noise scale is measured the rows are in two `parts`, and `prompts` has the number of prompts of each in
-    all processes, with those that have no such row.
+    all processes, with those that have no such row. Parts are of prompts, or with `halves_members` of the members of
+    each prompt, so that a part counts as half of the prompts.
     """
 
     parts: tuple[Tensor, ...]
     items: float
     telling: float
-    prompts: tuple[int, int] | None = None
+    prompts: tuple[float, float] | None = None
+    halves_members: bool = False
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -165,7 +167,7 @@ class Updater:
                 tally.raise_to("update/on_policy_deviation", tally.maxima[_DEVIATION])
             tally.add("update/grad_norm", gradient.norm, 1)
             if share.telling:  # else momentum alone would move the weights
-                self._note(gradient.moments, tally)
+                self._note(gradient.moments, share.halves_members, tally)
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         tally.raise_to("update/skipped", skipped)
@@ -187,6 +189,10 @@ class Updater:
         slots = self._slots(experience.trajectories.slot_N[rows])
         if len(slots) < 2:
             return _Share((telling,), items_of_all, telling_of_all)
+        if self.noise_scale.halves_members:
+            is_first = self._half_of_each(experience.take(telling))
+            halves = telling[is_first], telling[~is_first]
+            return _Share(halves, items_of_all, telling_of_all, (len(slots) / 2, len(slots) / 2), True)
         # kinds of prompts may take turns, so that every other prompt would be a half of one kind
         middle = (len(slots) + 1) // 2
         is_first = experience.trajectories.slot_N[telling] < slots[middle]
@@ -201,8 +207,21 @@ class Updater:
         own = slot_N.unique().tolist()
         return sorted({slot for slots in self._ranks.gather([own]) for slot in slots})
 
-    def _note(self, moments: GradientMoments | None, tally: Tally) -> None:
-        if moments is not None:
+    def _half_of_each(self, own: Experience) -> Tensor:
+        """The mask of own rows in the first half of their groups, which processes may share."""
+        living = own.trajectories
+        shares = self._ranks.gather([(own.advantages_N.cpu(), living.slot_N, living.member_N)])
+        advantages_N, slot_N, member_N = (torch.cat(parts) for parts in zip(*shares, strict=True))
+        first_own = sum(len(share[0]) for share in shares[: self._ranks.rank])
+        return half_of_each(advantages_N, slot_N, member_N)[first_own : first_own + len(own)]
+
+    def _note(self, moments: GradientMoments | None, of_members: bool, tally: Tally) -> None:
+        if moments is None:
+            return
+        if of_members:
+            self.noise_scale.add_members(moments.noise)
+            tally.add("update/gradient_member_noise", moments.noise, 1)
+        else:
             self.noise_scale.add(moments)
             tally.add("update/gradient_signal", moments.signal, 1)
             tally.add("update/gradient_noise", moments.noise, 1)
@@ -228,6 +247,8 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)  # what passes left that ran out of memory or overflowed
         if not prepared:
             updates = self._config.updates_per_rollout
+            if share.halves_members and self.objective.settings.whole_groups:
+                updates = max(updates, 2)  # what belongs to a whole group is computed before it is dealt over passes
             experience = self.objective.prepare(self.policy, experience, microbatch, updates)
         packing = Packing(microbatch, self.policy.compiled)
         divisor = share.items / self.loss_scale.value
@@ -291,6 +312,22 @@ def update_of_each(trajectories: Trajectories, updates: int) -> Tensor:
     group_N = trajectories.group_N
     place_N = torch.arange(len(group_N)) - torch.searchsorted(group_N, group_N)
     return (place_N + trajectories.slot_N) % updates
+
+
+def half_of_each(advantages_N: Tensor, slot_N: Tensor, member_N: Tensor) -> Tensor:
+    """The mask (N,) of halves of the groups that are alike.
+
+    By the order of their advantages members are in the first half by the pattern + - - + + - - +, and the other way
+    round in every other slot. What a group's members have in common, and what grows with their advantage, is then the
+    same in both.
+    """
+    order = member_N.sort(stable=True).indices
+    for keys_N in (advantages_N, slot_N):
+        order = order[keys_N[order].sort(stable=True).indices]
+    rank_N = torch.arange(len(order)) - torch.searchsorted(slot_N[order], slot_N[order])
+    is_first_N = torch.empty(len(order), dtype=torch.bool)
+    is_first_N[order] = ((rank_N + 1) // 2 + slot_N[order]) % 2 == 0
+    return is_first_N
 
 
 def _maxima(loss: Loss) -> Tally:
