@@ -144,9 +144,10 @@ def statistics_by_previews(rollout: Rollout) -> GroupStatistics:
     The prediction is a line through the survivors' previews and rewards, with one slope for all groups. The survivors
     were chosen by these previews, which biases no regression on them. What the line leaves counts in the std.
     """
-    (seen,) = rollout.previews
+    (seen,), kept = rollout.previews, rollout.trajectories
     seen_PG = seen.scores_N.reshape(-1, GROUP)
-    kept_PG = seen.kept_N.reshape(seen_PG.shape)
+    kept_PG = torch.zeros_like(seen_PG, dtype=torch.bool)
+    kept_PG[kept.group_N, kept.member_N] = True
     own_PG = torch.zeros_like(seen_PG).masked_scatter(kept_PG, rollout.finalists.value_N)
     x_PK, y_PK = (values[kept_PG].reshape(len(seen_PG), -1) for values in (seen_PG, own_PG))
     dx_PK, dy_PK = x_PK - x_PK.mean(1, keepdim=True), y_PK - y_PK.mean(1, keepdim=True)
@@ -200,14 +201,14 @@ class Uneven(Reward):
         self._exact = ToyReward("smooth")
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
-        drawn = [np.random.default_rng(zlib.crc32(p.tobytes())) for p in pictures_NHWC]
-        stds = [NOISE[int(generator.integers(2))] for generator in drawn]
+        generators = [np.random.default_rng(zlib.crc32(p.tobytes())) for p in pictures_NHWC]
+        stds = [NOISE[int(generator.integers(2))] for generator in generators]
         if self._variance:
             return [Score(std**2) for std in stds]
         exact = [score.number() for score in self._exact.score(pictures_NHWC, prompts)]
         return [
             Score(value + std * float(generator.standard_normal()))
-            for value, std, generator in zip(exact, stds, drawn, strict=True)
+            for value, std, generator in zip(exact, stds, generators, strict=True)
         ]
 
 

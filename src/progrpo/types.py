@@ -216,13 +216,12 @@ class Pictures(Rows):
 
 @dataclass(frozen=True)
 class Preview(Rows):
-    """The preview of N living trajectories after the network call of `step`; `kept_N` says who went on."""
+    """The preview of N living trajectories after the network call of `step`, before any of them is pruned."""
 
     step: int = field(metadata=Rows.FOR_ALL)
     group_N: Tensor
     member_N: Tensor
     scores_N: Tensor
-    kept_N: Tensor
 
 
 @dataclass(frozen=True)

@@ -174,9 +174,8 @@ def test_a_member_without_a_preview_goes_first(tiny_trainer, tiny_config, tiny_p
     trainer = tiny_trainer(config, policy_from_pipeline(tiny_pipeline(), settings, context))
     loses(trainer.policy, monkeypatch, {0, 2, 5, 7}, way)
     rolled = trainer.step().rollout
-    assert [preview.kept_N.tolist() for preview in rolled.previews] == [
-        [False, True, False, True, True, False, True, False]
-    ]
+    assert len(rolled.previews) == 1 and rolled.trajectories.group_N.tolist() == [0, 0, 1, 1]
+    assert rolled.trajectories.member_N.tolist() == [1, 3, 0, 2]
 
 
 def test_a_probe_is_neither_taught_nor_asked_by_it():

@@ -106,7 +106,7 @@ def test_the_baseline_can_be_the_full_group_under_a_final_selection():
 
 
 def test_the_full_groups_std_is_not_known_after_pruning_in_flight():
-    pruned = Preview(1, torch.tensor([0]), torch.tensor([0]), torch.tensor([0.5]), torch.tensor([True]))
+    pruned = Preview(1, torch.tensor([0]), torch.tensor([0]), torch.tensor([0.5]))
     assert "reward/group_std_full" not in learnt(rolled([1.0, 3.0], [0, 0], previews=(pruned,)))[1]
 
 

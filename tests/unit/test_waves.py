@@ -66,7 +66,7 @@ def tensors(rolled: Rollout) -> dict[str, Tensor]:
         found |= {f"{kind} {name}": rows for name, rows in vars(getattr(rolled, kind)).items()}
     for step in {p.step for p in rolled.previews}:
         there = [p for p in rolled.previews if p.step == step]
-        for name in ("group_N", "member_N", "scores_N", "kept_N"):
+        for name in ("group_N", "member_N", "scores_N"):
             found[f"preview {step} {name}"] = torch.cat([getattr(p, name) for p in there])
     return found
 

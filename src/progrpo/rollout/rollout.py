@@ -39,8 +39,7 @@ def rollout(sampler: Sampler, prompts: Sequence[Prompt], slot_P: Tensor, key: No
         rows = sampler.survivors(batch, scores_N, keep, key.group_seeds(slot_P, step))
         if plan.stops_groups_after(step):
             rows = rows[sampler.going_on(batch, scores_N)[rows]]
-        kept_N = torch.zeros(len(batch), dtype=torch.bool).index_fill(0, rows, True)
-        previews.append(Preview(step, batch.group_N, batch.member_N, scores_N, kept_N))
+        previews.append(Preview(step, batch.group_N, batch.member_N, scores_N))
         return rebalanced(batch.take(rows), sharding)
 
     finished = denoise(sampler.denoiser(condition), batch, key, meter, prune)
