@@ -14,6 +14,7 @@ from progrpo.rollout import plan_value
 from progrpo.rollout.plan import Plan, PrunePoint, UnitCosts, preset
 from progrpo.rollout.plan_value import Simulation
 from progrpo.rollout.probe import Probe, ProbeExample, trusted_steps
+from progrpo.rollout.prune import Selection
 from progrpo.storage import load_state, save_state
 from progrpo.training.plan_judge import JudgeState, PlanJudge, Verdict, plan_from, prompt_cost
 from progrpo.types import Cost
@@ -354,6 +355,23 @@ def test_a_verdict_says_how_the_signal_of_a_prompt_changes():
     ratio = simulation.signal(judgement.plan, OVF) / simulation.signal(Plan(24), OVF)
     assert judgement.signal_ratio == pytest.approx(ratio, rel=1e-12) and 0.5 < ratio < 1
     assert verdict(judge, judgement.plan).signal_ratio == 1
+
+
+@pytest.mark.parametrize(("noise_scale", "own_direction"), [(None, None), (8.0, 0.5)])
+def test_a_plan_that_teaches_nothing_is_judged_too(noise_scale, own_direction):
+    """The best twelve by final rewards are alike where more of the group pass."""
+
+    def best(scores_PG, keep, present_PG, seeds_P):
+        chosen_PK = scores_PG.argsort(1, descending=True)[:, :keep]
+        return Selection(chosen_PK, torch.ones_like(chosen_PK, dtype=torch.bool))
+
+    plan = Plan(24, final_keep=12)
+    judge = PlanJudge(config(start=AUTO))
+    for _ in range(3):
+        judge.watch(flat(0.5), np.array([1.0] * 20 + [0.0] * 4), COUNTED, SECONDS)
+    judgement = judge.verdict(plan, best, NOWHERE, noise_scale, own_direction)
+    assert judgement is not None and judgement.plan_value == 0 and judgement.signal_ratio == 1
+    assert judgement.next_value > 0 and judgement.plan != plan
 
 
 def test_a_verdict_says_why():

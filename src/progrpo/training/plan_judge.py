@@ -126,19 +126,23 @@ class PlanJudge:
 
         None also where whole groups stop: an audit has one, and does not say how groups differ. `noise_scale` is that
         of gradients under this plan, in prompts; None, where it is not known, is a large one. `own_direction` is the
-        noise of prompts' own directions over that of their members under this plan, 0 where it is not known.
+        noise of prompts' own directions over that of their members under this plan, 0 where it is not known. Neither is
+        of use where the plan is expected to teach nothing.
         """
         if self.units is None or len(self._finals) < _AUDITS or plan.keep_groups is not None:
             return None
         steps = self.config.sampling.num_inference_steps
         none = preset("none", steps)
         simulation = self._simulation(max(plan.group_size, none.group_size))
-        own = (own_direction or 0.0) / simulation.signal(plan, selector)
+        members = simulation.signal(plan, selector)
+        own = (own_direction or 0.0) / members if members else 0.0
 
         def signal(candidate: Plan) -> float:
             return of_prompt(simulation.signal(candidate, selector), own)
 
-        noise = math.inf if noise_scale is None else max(noise_scale, _LEAST_NOISE) * signal(plan)
+        noise = math.inf
+        if noise_scale is not None and members:
+            noise = max(noise_scale, _LEAST_NOISE) * signal(plan)
 
         def rate(candidate: Plan) -> float:
             return self._progress_per_second(signal(candidate), candidate, probed_steps, noise)
@@ -147,8 +151,8 @@ class PlanJudge:
         rates = {candidate: rate(candidate) for candidate in self.config.plan.candidates(plan, steps)} or {plan: now}
         leader = max(rates, key=lambda candidate: rates[candidate])
         best, value = (leader, rates[leader]) if rates[leader] > _WORTH_A_CHANGE * now else (plan, now)
-        reasons = self._reasons(none, noise_scale)
-        return Verdict(now / plain, best, path(best), value / plain, signal(best) / signal(plan), reasons)
+        ratio = signal(best) / signal(plan) if members else 1.0
+        return Verdict(now / plain, best, path(best), value / plain, ratio, self._reasons(none, noise_scale))
 
     def _reasons(self, plain: Plan, noise_scale: float | None) -> str:
         assert self.units is not None
