@@ -111,7 +111,7 @@ def member_gradients(trainer: Trainer, objective: Objective, whole: Experience) 
         parameter.grad = None
     state, parts = trainer.learner.updater.optimizer.state, []
     for layer in layers:
-        given, slope = (found[layer].reshape(draws, len(whole), -1) for found in (inputs, slopes))
+        given, slope = (seen[layer].reshape(draws, len(whole), -1) for seen in (inputs, slopes))
         for parameter, part in (
             (layer.weight, torch.einsum("dno,dni->noi", slope, given)),
             (layer.bias, slope.sum(0)),
@@ -267,14 +267,14 @@ def study(name: str, shape: str, after: int, prompts: int, keeps: Sequence[int])
     return {**facts, "snr_sq": round(float(mean_sq / (full_sq - mean_sq)), 4), "choices": rows}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(studies: dict[str, Any]) -> str:
     edges = ["below", *(f"{edge:g}" for edge in BINS)]
     lines = [f"| objective | {' | '.join(edges)} | slope | share |", "|" + "---|" * (len(edges) + 3)]
-    for name, one in found.items():
+    for name, one in studies.items():
         lines.append(f"| {name} | {' | '.join(f'{x:.2f}' for x in one['lengths'])} | {one['slope']} | {one['share']} |")
     heads = ["objective", "kept", "choice", "signal", "over ovf", "k V", "with noise", "promise"]
     lines += ["", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for name, one in found.items():
+    for name, one in studies.items():
         for r in one["choices"]:
             lines.append(
                 f"| {name} | {r['keep']} | {r['choice']} | {r['signal']:.2f} ± {r['error']:.2f}"
@@ -295,14 +295,14 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
-    found = {
+    studies = {
         name: study(name, arguments.shape, arguments.after, arguments.prompts, arguments.keep)
         for name in arguments.objectives
     }
-    content = json.dumps({**vars(arguments), "torch": torch.__version__, "found": found}, indent=1) + "\n"
+    content = json.dumps({**vars(arguments), "torch": torch.__version__, "found": studies}, indent=1) + "\n"
     if arguments.json not in (None, "-"):
         Path(arguments.json).write_text(content)
-    print(content if arguments.json == "-" else table(found))
+    print(content if arguments.json == "-" else table(studies))
 
 
 if __name__ == "__main__":

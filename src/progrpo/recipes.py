@@ -49,7 +49,7 @@ def quickstart() -> Config:
 
 
 def shapes_diffusion() -> Config:
-    """The built-in diffusion model as the quickstart's: a U-Net that predicts noise, sampled by DDIM."""
+    """Expand, prune and learn on the built-in diffusion model: a U-Net that predicts noise, sampled by DDIM."""
     base = quickstart()
     return replace(
         base,

@@ -90,8 +90,8 @@ def posterior_means(rewards_N: Tensor, variance_N: Tensor, group_N: Tensor, num_
     """The expected rewards given observed ones and the variance of each one's noise, (N,) float64; both are normal.
 
     A reward is drawn to its group's mean by the share of noise in its variance. The variance without noise is one for
-    all groups, by moments. It is at least a thousandth of the noise's, so that rewards of pure noise keep an order. A
-    member that lacks either number gets NaN and counts in no mean.
+    all of these groups, by moments. It is at least a thousandth of the noise's, so that rewards of pure noise keep an
+    order. A member that lacks either number gets NaN and counts in no mean.
     """
     known_N = rewards_N.isfinite() & variance_N.isfinite()
     rewards, noise, group = rewards_N[known_N].double(), variance_N[known_N].double(), group_N[known_N]

@@ -144,11 +144,11 @@ class RewardSettings:
     """The number of parts in which an iteration's prompts are sampled.
     The next part is sampled while the pictures of the previous one are scored.
     This is for slow rewards that compute elsewhere (a server, another device, other processes)."""
-
     noise: str = ""
     """The term, of weight 0, whose score is the variance of the noise of the sum; empty: it is not known.
     Members are then chosen by their expected rewards, which draws noisy ones to their group's mean.
-    It matters where some scores are noisier than others."""
+    It matters where some scores are noisier than others.
+    The variance without noise is estimated from the groups that are scored together: those of a process and a wave."""
 
     def check(self) -> None:
         """Raise ValueError for terms that cannot be mixed."""

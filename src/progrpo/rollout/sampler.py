@@ -30,9 +30,10 @@ def _ignore(step: int, batch: Trajectories) -> None:
 class Sampler:
     """A policy and a reward, and how groups are sampled, previewed and pruned with them.
 
-    `rollout`, `in_waves`, `preview`, `audit` and `evaluate` take one. Previews follow `preview_settings`; where the
-    `probe` is trusted, it ranks instead. Processes of a `sharding` share the members of each group. The `peers` have
-    groups of their own, and choose with this process those that go on. `observe` sees rollouts and changes nothing.
+    `rollout`, `in_waves`, `preview`, `evaluate` and the watch of an audit take one. Previews follow
+    `preview_settings`; where the `probe` is trusted, it ranks instead. Processes of a `sharding` share the members of
+    each group. The `peers` have groups of their own, and choose with this process those that go on. `observe` sees
+    rollouts and changes nothing.
     """
 
     policy: Policy

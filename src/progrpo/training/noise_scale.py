@@ -114,22 +114,25 @@ class NoiseScale:
         """
         return self._noise / self._signal if self._signal > 0 else None
 
+    @property
+    def settled(self) -> float | None:
+        """`prompts` once the averages are over enough updates to decide by; None before."""
+        return self.prompts if self._updates >= _SETTLED else None
+
     def change_signal(self, factor: float) -> None:
-        """Go on under a plan under which a prompt has `factor` times the signal, so that fewer prompts are as good."""
+        """Go on under a plan where a prompt has `factor` (above 0) times the signal, and its members another noise."""
         own_noise = self._own_noise  # stays what it is
         self._noise /= factor
         if self._members is not None and self._weight:
             self._members = max(0.0, self._noise / self._weight - own_noise)
 
-    @property
-    def settled(self) -> float | None:
-        """The same once the averages are over enough updates to decide by; None before."""
-        return self.prompts if self._updates >= _SETTLED else None
-
     def state_dict(self) -> NoiseScaleState:
         return {
-            **{"signal": self._signal, "noise": self._noise, "weight": self._weight},
-            **{"members": self._members, "updates": self._updates},
+            "signal": self._signal,
+            "noise": self._noise,
+            "weight": self._weight,
+            "members": self._members,
+            "updates": self._updates,
         }
 
     def load_state_dict(self, state: NoiseScaleState) -> None:

@@ -121,8 +121,8 @@ class Trainer:
             elif self.ranks.is_main:
                 with meter.stage("audit"):
                     audit = self.collector.audit(batch, audit_meter)
-            # an audit trains nothing, so its failures stop nothing; counted with the next iteration's they would be
-            # unknown to a run that is resumed from here
+            # one more group trains nothing, so its failures stop nothing; counted with the next iteration's they would
+            # be unknown to a run that is resumed from here
             self.failures.collect()
         record = self._record(updated.tally, meter, time.perf_counter() - start)
         audited = summed_over(self.ranks, audit_meter.cost)
