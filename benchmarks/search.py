@@ -79,22 +79,19 @@ ONE = changed(FULL, {"objective": {"dgpo": {"draws": 1}}})
 OBJECTIVE = changed(FINAL, {**MIXED, "model": {"weights": "full"}, "optim": {"lr": 2e-4}})
 # Half the rate, falling from the start, and gradients cut where they are usual: at 2e-4 one seed of three fell back
 CALM: Changes = {"iterations": 80, "optim": {"lr": 1e-4, "decay": 1.0, "max_grad_norm": 0.1, "ema_decay": 0.9}}
-# The quickstart until November 2026: twice the prompts, eight steps
+# The quickstart until November 2026: twice the prompts, eight steps, pruned
 FORMER: Changes = {
     "iterations": 80,
     "prompts": {"per_iteration": 12},
     "sampling": {"num_inference_steps": 8},
-    "plan": {"prune": [[4, 12]]},
+    "plan": {"group_size": 24, "prune": [[4, 12]]},
     "eval": {"every": 10},
     "checkpoint": {"every": 10},
 }
 # Audits as often as a plan is judged well, where the plan may follow them and where it may not
 QUICKSTART = changed(changed(to_dict(load_recipe("quickstart")), FORMER), {"audit": {"every": 5}})
-# Six steps, half the prompts, groups of 12
-SIX = changed(
-    to_dict(load_recipe("quickstart")),
-    {"iterations": 75, "audit": {"every": 0}, "plan": {"group_size": 12, "prune": []}},
-)
+# A third of today's, without audits
+SIX = changed(to_dict(load_recipe("quickstart")), {"iterations": 75, "audit": {"every": 0}})
 SMALL = changed(QUICKSTART, {"iterations": 230, "prompts": {"per_iteration": 6}, "audit": {"every": 0}})
 # The recipe of the diffusion model, and what was tried beside it
 UNET = to_dict(load_recipe("shapes-diffusion"))
