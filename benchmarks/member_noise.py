@@ -89,8 +89,10 @@ def members_of(trainer: Trainer, prompts: int) -> Members:
 
 
 def member_gradients(trainer: Trainer, objective: Objective, whole: Experience) -> Tensor:
-    """The gradient (N, D) of each trajectory's mean loss: a linear layer's is the outer product of what its input and
-    its output's gradient are."""
+    """The gradient (N, D) of each trajectory's mean loss.
+
+    That of a linear layer is the outer product of the gradient of its output and its input.
+    """
     assert isinstance(trainer.policy, ToyPolicy)
     layers = [layer for layer in trainer.policy.network.modules() if isinstance(layer, torch.nn.Linear)]
     inputs: dict[torch.nn.Module, Tensor] = {}

@@ -16,7 +16,8 @@ from progrpo.tracking.report.page import chart, note, section
 from progrpo.tracking.statistics import spearman, standardised
 
 _FILM = (
-    "An audit group is sampled to the end without pruning and decoded at every step. It is never trained on. "
+    "An audit group is sampled to the end without pruning and decoded at every step. Where the plan trains "
+    "on every member, it is one of the iteration’s groups; else it is one more, never trained on. "
     "Each row is a member, the best final reward first; below each preview is its score."
 )
 _AGREEMENT = (

@@ -14,7 +14,7 @@ from progrpo.tracking.wording import count, duration, percent
 _LINES = {
     "predicted": ("Predicted", "by the plan"),
     "counted": ("Counted", "during the run"),
-    "audit": ("Audits", "never trained on"),
+    "audit": ("Audits", "beside the plan"),
 }
 _COLUMNS = {"nfe": "NFE", "decodes": "Decodes", "reward_calls": "Reward calls", "trained_steps": "Trained steps"}
 _MOST_STEPS = 10_000  # the chart has a bar per step
