@@ -142,6 +142,14 @@ def test_watched_groups_are_seen_as_a_group_of_their_own_would_be(tiny_trainer, 
     assert (first.used_TG[0] - first.scores_TG[0]).abs().max() > 2e-4
 
 
+@pytest.mark.parametrize(("prune", "warns"), [(((1, 2),), True), ((), False)])
+def test_a_plan_below_plain_groups_is_warned_of_where_it_prunes(tiny_trainer, tiny_config, capsys, prune, warns):
+    monitor = tiny_trainer(tiny_config(plan=PlanSettings("custom", group_size=4, prune=prune))).plan_monitor
+    before, monitor.plan_value = monitor.standing, 0.9
+    monitor.announce_change(before, Console(7, nfe_unpruned=1))
+    assert ("is expected to bring 0.90 x" in capsys.readouterr().out) == warns
+
+
 def test_auto_audits_each_iteration_until_a_plan_is_judged(tiny_trainer, tiny_config, tmp_path, capsys):
     """Also after a resume, which comes to the same verdict."""
     config = tiny_config(plan=PlanSettings("auto"), audit=AuditSettings(every=3), iterations=7)

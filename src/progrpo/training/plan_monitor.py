@@ -133,8 +133,9 @@ class PlanMonitor:
         return {"plan/value": verdict.plan_value, "plan/survivors": self.plan.survivors, "plan/path": verdict.path}
 
     def announce_change(self, before: PlanStanding, console: Console) -> None:
-        """Say which plan has taken over, or warn of a plan that has turned out not to be worth its time."""
+        """Say which plan has taken over, or warn of a plan whose pruning has turned out not to be worth its time."""
         value = self.plan_value
+        prunes = self.plan.survivors < self.plan.group_size
         path = plan_path(self.plan)
         if self._config.plan.follows_audits and path != before.path:
             points = [f"{point.keep} after step {point.step}" for point in self.plan.active_points()]
@@ -146,7 +147,7 @@ class PlanMonitor:
                 f" {self.verdict.next_value:.2f} x the expected progress a second of plain groups of 24, since"
                 f" {self.verdict.reasons}"
             )
-        elif value is not None and value < 1 and (before.value is None or before.value >= 1):
+        elif prunes and value is not None and value < 1 and (before.value is None or before.value >= 1):
             console.warn(
                 f"the plan {' -> '.join(map(str, path))} is expected to bring {value:.2f} x the progress a second of"
                 " plain GRPO (plan.preset none); prune where previews rank better, preview cheaper, or take plan.preset"
