@@ -1,7 +1,7 @@
 """The road to a reward on real pictures: objectives and plans at equal work, to equal reward.
 
     python benchmarks/road_to_reward.py [--reward shapes_match] [--arms NAME ...] [--seeds 0 1 2] [--minutes 60]
-    python benchmarks/road_to_reward.py --table
+    python benchmarks/road_to_reward.py --table [--picture docs/images/road_to_reward.png]
 
 Arms under GRPO have ten SDE steps of which nine are trained, as Flow-GRPO and DanceGRPO have it; those under DGPO have
 six ODE steps and two draws a picture. Each runs for the work of `LENGTH` iterations of `REFERENCE`, counted as network
@@ -18,13 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from search import Changes, changed, config_of, run
 
 from progrpo.config import Config, resolve_plan, trained_items
@@ -35,6 +36,8 @@ LENGTH = 75  # iterations of the reference
 PICTURES, EVALUATIONS = 256, 8
 PROMPTS, GROUP = 6, 24
 REFERENCE = "dgpo, plain 12"
+INK, QUIET = (40, 44, 52), (128, 134, 144)
+COLOURS = ((30, 110, 200), (220, 120, 20), (30, 140, 80), (150, 90, 170), (128, 134, 144), (200, 60, 50))
 
 PLAIN: Changes = {
     "model": {"weights": "full", "dtype": "auto"},
@@ -128,6 +131,41 @@ def _figures(curves: Sequence[Sequence[dict[str, Any]]], at: int = -1) -> str:
     return " | ".join(f"{mean(curve[at][name] for curve in curves):.3f}" for name in names)
 
 
+def picture(results: Sequence[dict[str, Any]]) -> Image.Image:
+    """The reward over seconds of one core: a line per arm for the mean of its seeds, thin ones for each seed."""
+    left, top, width, height = 56, 16, 560, 300
+    image = Image.new("RGB", (left + width + 200, top + height + 48), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+    curves = {arm: [r["curve"] for r in results if r["arm"] == arm] for arm in ARMS}
+    points = [point for runs in curves.values() for curve in runs for point in curve]
+    last = max(point["cpu_seconds"] for point in points)
+    low, high = (f(point["graded"] for point in points) for f in (min, max))
+
+    def at(point: Mapping[str, float]) -> tuple[float, float]:
+        share = (point["graded"] - low) / (high - low)
+        return left + width * point["cpu_seconds"] / last, top + height * (1 - share)
+
+    for value in (low, (low + high) / 2, high):
+        y = at({"cpu_seconds": 0, "graded": value})[1]
+        draw.line((left, y, left + width, y), fill=(225, 228, 232))
+        draw.text((8, y - 7), f"{value:.3f}", fill=QUIET, font=font)
+    shown = [(arm, runs) for arm, runs in curves.items() if runs]
+    for place, ((arm, runs), colour) in enumerate(zip(shown, COLOURS, strict=False)):
+        for curve in runs:
+            draw.line([at(point) for point in curve], fill=colour, width=1)
+        mean_of = [
+            {name: mean(p[name] for p in points) for name in ("cpu_seconds", "graded")}
+            for points in zip(*runs, strict=False)
+        ]
+        draw.line([at(point) for point in mean_of], fill=colour, width=3)
+        draw.text((left + width + 14, top + 20 * place), arm, fill=colour, font=font)
+    draw.text((left, top + height + 8), "0", fill=QUIET, font=font)
+    draw.text((left + width - 20, top + height + 8), f"{last:.0f}", fill=QUIET, font=font)
+    axis = "reward on validation prompts by seconds of one core; thick: mean of seeds"
+    draw.text((left + 60, top + height + 24), axis, fill=INK, font=font)
+    return image
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reward", default="shapes_match")
@@ -138,11 +176,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("docs/results/road_to_reward.json"))
     parser.add_argument("--table", action="store_true", help="print what is there and run nothing")
+    parser.add_argument("--picture", type=Path, help="with --table: also draw it")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     if arguments.table:
         print(table(results))
+        if arguments.picture:
+            picture(results).save(arguments.picture, optimize=True)
         return
     until = time.monotonic() + 60 * arguments.minutes
     task: Changes = {"reward": {"terms": [{"name": arguments.reward}]}, "model": {"path": arguments.model}}

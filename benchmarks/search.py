@@ -249,7 +249,8 @@ def main() -> None:
     parser.add_argument("--trials", nargs="+", default=list(TRIALS), choices=list(TRIALS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--seconds", type=float, default=240)
-    parser.add_argument("--every", type=float, default=40, help="seconds of training between evaluations")
+    parser.add_argument("--every", type=float, default=40, help="seconds or iterations between evaluations")
+    parser.add_argument("--by", choices=("seconds", "iterations"), default="seconds")
     parser.add_argument("--pictures", type=int, default=256, help="of each evaluation")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("docs/results/search.json"))
@@ -274,7 +275,7 @@ def main() -> None:
             if any(key.items() <= r.items() for r in results):
                 continue
             print(f"{name}, seed {seed}", flush=True)
-            curve = run(config, wanted.seconds, wanted.every, wanted.pictures)
+            curve = run(config, wanted.seconds, wanted.every, wanted.pictures, wanted.by)
             # another search may have written meanwhile
             results = json.loads(wanted.out.read_text()) if wanted.out.exists() else []
             results.append({**key, "curve": curve})

@@ -52,7 +52,7 @@ def quickstart() -> Config:
 
 
 def shapes_diffusion() -> Config:
-    """Expand, prune and learn on the built-in diffusion model: a U-Net that predicts noise, sampled by DDIM."""
+    """Expand, prune and learn on the built-in diffusion model: a U-Net that predicts noise, with DDIM."""
     base = quickstart()
     return replace(
         base,

@@ -87,13 +87,24 @@ def test_every_cell_of_the_map_can_be_run_and_an_arrival_is_interpolated(monkeyp
 
 
 @pytest.mark.slow
-def test_every_arm_of_the_road_can_be_run_for_the_work_of_plain_grpo(monkeypatch):
+def test_every_arm_of_the_road_can_be_run_for_the_work_of_the_reference(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     search, road = importlib.import_module("search"), importlib.import_module("road_to_reward")
-    plain = search.config_of(road.PLAIN, seed=0)
-    lengths = {arm: road.length_of(search.config_of(changes, seed=0), plain) for arm, changes in road.ARMS.items()}
-    assert lengths["plain 24"] == road.LENGTH and lengths["plain 12"] == 2 * road.LENGTH
-    assert road.LENGTH < lengths["flash"] < 2 * road.LENGTH  # fewer members are trained, most are sampled
+    reference = search.config_of(road.ARMS[road.REFERENCE], seed=0)
+    lengths = {arm: road.length_of(search.config_of(changes, seed=0), reference) for arm, changes in road.ARMS.items()}
+    assert lengths[road.REFERENCE] == road.LENGTH == 2 * lengths["dgpo, plain 24"] - 1  # 37.5 is rounded up
+    assert lengths["grpo, plain 12"] == 2 * lengths["grpo, plain 24"]
+    # fewer members are trained, most are sampled
+    assert lengths["grpo, plain 24"] < lengths["grpo, flash"] < lengths["grpo, plain 12"]
+
+
+def test_a_noise_scale_is_estimated_where_it_is_known(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    benchmark = importlib.import_module("noise_scale")
+    generator = torch.Generator().manual_seed(0)
+    rows_BD = 0.1 + torch.randn(40, 4000, generator=generator) / benchmark.PROMPTS**0.5  # 100 prompts
+    signal, error, noise = benchmark.scale_of(rows_BD)
+    assert noise / signal == pytest.approx(100, rel=3 * error / signal) and error < signal / 4
 
 
 def test_a_previews_figures_are_what_its_groups_hold_and_its_cost_counts_calls(monkeypatch):
