@@ -18,6 +18,7 @@ from progrpo.config import (
     ObjectiveSettings,
     PromptSettings,
     RewardSettings,
+    RewardTerm,
     stochastic_steps,
     trained_steps,
 )
@@ -117,7 +118,6 @@ def ranking_from(objective: ObjectiveSettings, reward: RewardSettings) -> Rankin
 
     ValueError for a reward's noise that no term gives.
     """
-    weights_R = torch.tensor([term.weight for term in reward.terms], dtype=torch.float64)
     if reward.noise:
         place = next((r for r, t in enumerate(reward.terms) if t.name == reward.noise and t.weight == 0), None)
         if place is None:
@@ -125,23 +125,27 @@ def ranking_from(objective: ObjectiveSettings, reward: RewardSettings) -> Rankin
                 f"reward.noise must name one of the rewards whose weight is 0, not {quoted(reward.noise)}; its score is"
                 " the variance of the noise of the others' sum"
             )
-        return partial(_expected, weights_R, place)
+        return partial(_expected, reward.terms, place)
     if objective.advantage != "gdpo":
         return None
 
     def normalised(rewards_NR: Tensor, group_N: Tensor) -> Tensor:
-        return normalised_sum(rewards_NR, weights_R, group_N, int(group_N.max()) + 1, objective.adv_eps)
+        return normalised_sum(rewards_NR, _weights(reward.terms), group_N, int(group_N.max()) + 1, objective.adv_eps)
 
     return normalised
 
 
-def _expected(weights_R: Tensor, noise: int, rewards_NR: Tensor, group_N: Tensor) -> Tensor:
+def _weights(terms: Sequence[RewardTerm]) -> Tensor:
+    return torch.tensor([term.weight for term in terms], dtype=torch.float64)
+
+
+def _expected(terms: Sequence[RewardTerm], noise: int, rewards_NR: Tensor, group_N: Tensor) -> Tensor:
     """The expected sums of rewards, whose column `noise` has the variances of their noise."""
     variance_N = rewards_NR[:, noise]
     if (variance_N < 0).any():
         lowest = variance_N.nan_to_num(0.0).min().item()
         raise Refusal(f"reward.noise must name a reward that gives variances, which are 0 or more, not {lowest:g}")
-    return posterior_means((rewards_NR * weights_R).sum(1), variance_N, group_N, int(group_N.max()) + 1)
+    return posterior_means((rewards_NR * _weights(terms)).sum(1), variance_N, group_N, int(group_N.max()) + 1)
 
 
 def train_order(prompts: PromptSettings, seed: int) -> PromptOrder:
