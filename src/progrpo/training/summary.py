@@ -101,9 +101,12 @@ def introduction(trainer: Trainer, folder: RunFolder) -> str:
     plan = plan_figures(trainer)
     path, prompts = (" -> ".join(map(str, numbers)) for numbers in (plan["path"], plan["groups"]))
     terms = config.reward.terms
-    mixed = f", rewarded by {' + '.join(term.to_text() for term in terms)}, pruned on the {selected_on(config)}"
+    prunes = trainer.plan.survivors < trainer.plan.group_size
+    chosen = f" by {config.plan.selector}" if prunes else ", not pruned"
+    mixed = f", rewarded by {' + '.join(term.to_text() for term in terms)}" if len(terms) > 1 else ""
+    on = f", pruned on the {selected_on(config)}" if mixed and prunes else ""
     return (
-        f"{config.recipe}: groups of {path} by {config.plan.selector}{mixed if len(terms) > 1 else ''},"
+        f"{config.recipe}: groups of {path}{chosen}{mixed}{on},"
         f" {prompts} prompts an iteration, {trainer.predicted().nfe:,} NFE each; run folder"
         f" {folder.path}"
     )
