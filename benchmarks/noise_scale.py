@@ -27,15 +27,13 @@ import torch
 from road_to_reward import PLAIN, PROMPTS
 from search import Changes, changed, config_of, rewarded
 from torch import Tensor
+from when_pruning_pays import batch_gradients
 
 from progrpo.config import Config
 from progrpo.durable import write_text
 from progrpo.policies.load import quiet
 from progrpo.rewards.mixture import load_mixture
-from progrpo.rollout.meter import Meter
-from progrpo.rollout.noise import NoiseKey
 from progrpo.training.build import policy_context, policy_from, resolve_dtype, train_order
-from progrpo.training.collector import Batch
 from progrpo.training.distributed import Ranks
 from progrpo.training.trainer import Trainer
 
@@ -75,25 +73,8 @@ def gradients(config: Config, batches: int) -> Tensor:
     reward = load_mixture(config.reward.terms, config.reward.frames)
     order = train_order(config.prompts, config.seed)
     trainer = Trainer(config, policy, reward, order, ranks)
-    rows = []
-    for number in range(batches):
-        prompts, key = order.prompts_for(number, PROMPTS), NoiseKey(config.seed, number)
-        rolled = trainer.collector.rollout(Batch(number, prompts, torch.arange(PROMPTS), key), Meter())
-        experience, _ = trainer.learner.estimator.experience(rolled, trainer.sampler.sampling, key)
-        objective = trainer.learner.objective
-        experience = objective.prepare(policy, experience, CHUNK, 1)
-        items = len(experience) * objective.settings.items_per_trajectory(len(experience.trajectories.path))
-        for chunk in torch.arange(items).split(CHUNK):
-            (objective.loss(policy, experience, chunk).total / items).backward()
-        trained = list(policy.trainable.values())
-        rows.append(torch.cat([_flat(p.grad, p.numel()) for p in trained]))
-        for parameter in trained:
-            parameter.grad = None
-    return torch.stack(rows)
-
-
-def _flat(gradient: Tensor | None, size: int) -> Tensor:
-    return torch.zeros(size) if gradient is None else gradient.flatten().float()
+    prompts = [order.prompts_for(number, PROMPTS) for number in range(batches)]
+    return batch_gradients(trainer, prompts, config.seed, CHUNK)
 
 
 def scale_of(rows_BD: Tensor) -> tuple[float, float, float]:

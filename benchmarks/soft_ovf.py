@@ -42,7 +42,10 @@ from when_pruning_pays import (
     STEPS,
     Choice,
     arrival,
+    batch_gradients,
     level_of,
+    signal,
+    toy_batches,
 )
 
 from progrpo.config import (
@@ -62,13 +65,10 @@ from progrpo.prompts.order import make_order
 from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.mixture import Component, RewardMixture
 from progrpo.rewards.settings import RewardSettings, RewardTerm
-from progrpo.rollout.meter import Meter
-from progrpo.rollout.noise import NoiseKey
 from progrpo.rollout.prune import Selection
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import Sampling, ode
 from progrpo.training.build import ranking_from
-from progrpo.training.collector import Batch
 from progrpo.training.distributed import Ranks, Tally
 from progrpo.training.evaluate import evaluate
 from progrpo.training.experience import AdvantageEstimator
@@ -405,9 +405,11 @@ def gradients(network: ToyNetwork, prompts: int = 1024, batch: int = 64) -> Iter
         for _ in range(after):
             trainer.step()
         policy = ToyPolicy(trained, torch.float64)
-        full_BD = batch_gradients(policy, "plain 24", prompts // batch, batch)
+        batches = toy_batches(prompts // batch, batch)
+        full_BD = batch_gradients(trainer_of(("smooth", "plain 24"), 1e-3, batch, 1, policy), batches, 1)
+        full = signal(full_BD, full_BD.mean(0), batch)
         for name in TRIALS["smooth"]:
-            own_BD = batch_gradients(policy, name, prompts // batch, batch)
+            own_BD = batch_gradients(trainer_of(("smooth", name), 1e-3, batch, 1, policy), batches, 1)
             rows = list(range(len(own_BD)))
             left = [aligned(own_BD[rows[:b] + rows[b + 1 :]], full_BD[rows[:b] + rows[b + 1 :]]) for b in rows]
             yield {
@@ -417,7 +419,7 @@ def gradients(network: ToyNetwork, prompts: int = 1024, batch: int = 64) -> Iter
                 "aligned": round(aligned(own_BD, full_BD), 4),
                 "error": round(float(np.std(left) * (len(left) - 1) ** 0.5), 4),
                 "length": round(float(own_BD.mean(0) @ full_BD.mean(0) / full_BD.mean(0).square().sum()), 3),
-                "signal": round(signal(own_BD, full_BD.mean(0)) / signal(full_BD, full_BD.mean(0)), 3),
+                "signal": round(signal(own_BD, full_BD.mean(0), batch) / full, 3),
             }
 
 
@@ -429,28 +431,6 @@ def aligned(own_BD: Tensor, full_BD: Tensor) -> float:
         return a @ b - ((a_BD - a) * (b_BD - b)).sum() / (len(a_BD) - 1) / len(a_BD)
 
     return float(product(own_BD, full_BD) / (product(own_BD, own_BD) * product(full_BD, full_BD)).sqrt())
-
-
-def signal(rows_BD: Tensor, along: Tensor) -> float:
-    parts = rows_BD @ along / along.norm()
-    noise = (rows_BD - rows_BD.mean(0)).square().sum() / (len(rows_BD) - 1)
-    return float((parts.mean().square() - parts.var() / len(parts)) / noise)
-
-
-def batch_gradients(policy: ToyPolicy, name: str, batches: int, prompts: int) -> Tensor:
-    """The gradient of each batch of prompts, float64 (B, weights)."""
-    trainer = trainer_of(("smooth", name), 1e-3, prompts, 1, policy)
-    learner, sampling, rows = trainer.learner, trainer.sampler.sampling, []
-    for number in range(batches):
-        texts, key = world.prompts(prompts, first=prompts * number), NoiseKey(1, number)
-        rolled = trainer.collector.rollout(Batch(number, texts, torch.arange(prompts), key), Meter())
-        experience, _ = learner.estimator.experience(rolled, sampling, key)
-        experience = learner.objective.prepare(policy, experience, 8192, 1)
-        items = len(experience) * len(experience.trajectories.path)
-        loss = learner.objective.loss(policy, experience, torch.arange(items))
-        parts = torch.autograd.grad(loss.total / items, list(policy.trainable.values()))
-        rows.append(torch.cat([part.flatten() for part in parts]).double())
-    return torch.stack(rows)
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------

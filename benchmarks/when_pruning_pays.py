@@ -22,7 +22,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,7 +61,7 @@ from progrpo.training.distributed import Ranks
 from progrpo.training.errors import SelfCheckError
 from progrpo.training.evaluate import evaluate
 from progrpo.training.trainer import Trainer
-from progrpo.types import Trajectories
+from progrpo.types import Prompt, Trajectories
 from progrpo.zoo.toy import world
 from progrpo.zoo.toy.policy import ToyNetwork, ToyPolicy, pretrained
 from progrpo.zoo.toy.rewards import ToyReward
@@ -473,9 +473,11 @@ def gradients(network: ToyNetwork, prompts: int = 1024, batch: int = 64) -> list
         for _ in range(after):
             trainer.step()
         policy = ToyPolicy(trained, torch.float64)
-        by_choice = {name: _batch_gradients(policy, name, prompts // batch, batch) for name in FIXED}
+        batches = toy_batches(prompts // batch, batch)
+        trainers = {name: _trainer(Cell("grpo", name, "smooth"), 1e-3, batch, 1, policy) for name in FIXED}
+        by_choice = {name: batch_gradients(trainer, batches, 1) for name, trainer in trainers.items()}
         full = by_choice["plain 24"].mean(0)
-        signals = {name: _signal(rows_BD, full, batch) for name, rows_BD in by_choice.items()}
+        signals = {name: signal(rows_BD, full, batch) for name, rows_BD in by_choice.items()}
         kept = {name: kept_variance(policy, choice, "smooth", STEPS) for name, choice in FIXED.items()}
         for name, choice in FIXED.items():
             own = by_choice[name].mean(0)
@@ -494,7 +496,7 @@ def gradients(network: ToyNetwork, prompts: int = 1024, batch: int = 64) -> list
     return results
 
 
-def _signal(rows_BD: torch.Tensor, along: torch.Tensor, prompts: int) -> float:
+def signal(rows_BD: torch.Tensor, along: torch.Tensor, prompts: int) -> float:
     """The signal of one prompt: rows are means over so many prompts."""
     parts = rows_BD @ along / along.norm()
     noise = (rows_BD - rows_BD.mean(0)).square().sum() / (len(rows_BD) - 1) * prompts
@@ -502,19 +504,27 @@ def _signal(rows_BD: torch.Tensor, along: torch.Tensor, prompts: int) -> float:
     return float((parts.mean().square() - parts.var() / len(parts)) / noise)
 
 
-def _batch_gradients(policy: ToyPolicy, name: str, batches: int, prompts: int) -> torch.Tensor:
-    """The gradient of each batch of prompts, float64 (B, weights)."""
-    trainer = _trainer(Cell("grpo", name, "smooth"), 1e-3, prompts, 1, policy)
-    learner, sampling, rows = trainer.learner, trainer.sampler.sampling, []
-    for number in range(batches):
-        texts, key = world.prompts(prompts, first=prompts * number), NoiseKey(1, number)
-        rolled = trainer.collector.rollout(Batch(number, texts, torch.arange(prompts), key), Meter())
-        experience, _ = learner.estimator.experience(rolled, sampling, key)
-        experience = learner.objective.prepare(policy, experience, 8192, 1)
-        items = len(experience) * len(experience.trajectories.path)
-        loss = learner.objective.loss(policy, experience, torch.arange(items))
-        parts = torch.autograd.grad(loss.total / items, list(policy.trainable.values()))
-        rows.append(torch.cat([part.flatten() for part in parts]).double())
+def toy_batches(batches: int, prompts: int) -> list[list[Prompt]]:
+    return [world.prompts(prompts, first=prompts * number) for number in range(batches)]
+
+
+def batch_gradients(
+    trainer: Trainer, batches: Iterable[Sequence[Prompt]], seed: int, microbatch: int = 8192
+) -> torch.Tensor:
+    """The gradient of each batch of prompts by all trained weights, in their dtype (B, weights). No step is taken."""
+    learner, rows = trainer.learner, []
+    trained = list(trainer.policy.trainable.values())
+    for number, prompts in enumerate(batches):
+        key = NoiseKey(seed, number)
+        rolled = trainer.collector.rollout(Batch(number, prompts, torch.arange(len(prompts)), key), Meter())
+        experience, _ = learner.estimator.experience(rolled, trainer.sampler.sampling, key)
+        experience = learner.objective.prepare(trainer.policy, experience, microbatch, 1)
+        items = len(experience) * learner.objective.settings.items_per_trajectory(len(experience.trajectories.path))
+        for parameter in trained:
+            parameter.grad = None  # pretraining may have left one
+        for chunk in torch.arange(items).split(microbatch):
+            (learner.objective.loss(trainer.policy, experience, chunk).total / items).backward()
+        rows.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained]))
     return torch.stack(rows)
 
 
