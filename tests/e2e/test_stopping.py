@@ -19,9 +19,9 @@ import pytest
 
 import progrpo
 from progrpo.config import RewardSettings, RewardTerm
+from progrpo.pages.run_data import RunData, read_run_data
 from progrpo.tracking.lock import LockLostError
 from progrpo.tracking.records import Summary
-from progrpo.tracking.report.data import ReportData, read_report_data
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.checkpoints import saved
 from progrpo.training.distributed import Ranks
@@ -163,11 +163,11 @@ def test_what_only_informs_does_not_end_a_run(tiny_pipeline, tiny_config, prompt
 
 
 def test_a_run_under_way_has_a_report_of_its_last_iteration(tiny_pipeline, tiny_config, prompts, redness, tmp_path):
-    out, calls, seen = tmp_path / "run", iter(range(1000)), list[tuple[ReportData, Summary]]()
+    out, calls, seen = tmp_path / "run", iter(range(1000)), list[tuple[RunData, Summary]]()
 
     def score(images, texts):
         if next(calls) == 5:  # in the third iteration
-            seen.append((read_report_data(out), RunFolder(out).summary.read()))
+            seen.append((read_run_data(out), RunFolder(out).summary.read()))
         return redness(images, texts)
 
     progrpo.train(tiny_pipeline(), prompts, score, config=tiny_config(iterations=4), out=out)

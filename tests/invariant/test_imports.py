@@ -62,7 +62,8 @@ MUST_NOT_SEE = {
     "progrpo.imports": ("progrpo.cli", "progrpo.training"),
     "progrpo.policies": (*RIM, "progrpo.rollout", "progrpo.objectives", "progrpo.tracking"),
     "progrpo.rewards": (*RIM, "progrpo.rollout", "progrpo.objectives", "progrpo.tracking"),
-    "progrpo.tracking": RIM,
+    "progrpo.tracking": (*RIM, "progrpo.pages"),
+    "progrpo.pages": RIM,
     "progrpo.recipes": ("progrpo.cli", "progrpo.training", "progrpo.imports"),
 }
 KNOW_CONFIG = ("progrpo.cli", "progrpo.imports", "progrpo.recipes", "progrpo.config", "progrpo.training")
@@ -84,7 +85,7 @@ FREE_OF_TORCH = (
     "progrpo.recipes",
     "progrpo.rewards.load",  # processes of a plain function load it, and need no torch
     "progrpo.rollout.plan",
-    "progrpo.tracking.report",
+    "progrpo.pages.report",
     "progrpo.types",
 )
 

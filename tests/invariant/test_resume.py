@@ -30,10 +30,10 @@ from progrpo.config import (
 )
 from progrpo.objectives.grpo import GRPO
 from progrpo.objectives.settings import GRPOSettings
+from progrpo.pages.report import write_report
 from progrpo.rewards.base import Refusal
 from progrpo.storage import load_state
 from progrpo.tracking.lock import only_writer
-from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training import checkpoints
 from progrpo.training.distributed import Ranks

@@ -145,7 +145,7 @@ def whole_run(folder: Path) -> None:
 
 
 def run_case(rng: random.Random, work: Path) -> Case:
-    from progrpo.tracking.report import write_report
+    from progrpo.pages.report import write_report
 
     folder = work / "run"
     name = rng.choice(

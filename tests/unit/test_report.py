@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from progrpo.pages import charts
+from progrpo.pages.report import write_report
+from progrpo.pages.report.film import spread
+from progrpo.pages.report.head import verdict
+from progrpo.pages.run_data import read_run_data
 from progrpo.tracking.lock import only_writer
-from progrpo.tracking.report import charts, write_report
-from progrpo.tracking.report.data import read_report_data
-from progrpo.tracking.report.film import spread
-from progrpo.tracking.report.head import verdict
 from progrpo.tracking.run_folder import RunFolder
 
 EVIL = '</script><script>alert("x")</script>'
@@ -258,7 +259,7 @@ def test_who_is_dropped_on_final_rewards_is_out_at_the_end(run):
 )
 def test_the_verdict_claims_no_more_than_two_standard_errors(run, before, after, words):
     finish(run, before, after)
-    found = verdict(read_report_data(run.path))
+    found = verdict(read_run_data(run.path))
     assert words in found
     assert found.startswith("shapes-flow was trained for 2 iterations in 2 min 10 s (seed 3): strict accuracy ")
     assert found.endswith("while pruning saved 25 % of its groups’ network evaluations.")
@@ -272,7 +273,7 @@ def test_of_one_pair_no_error_is_given(run):
 def test_a_stopped_run_says_why(run):
     run.log({"iteration": 0, "seconds": 2.0}, 0)
     run.summary.write({"status": "stopped: out of memory", "iterations": 1})
-    assert "1 of 2 iterations and stopped: out of memory" in verdict(read_report_data(run.path))
+    assert "1 of 2 iterations and stopped: out of memory" in verdict(read_run_data(run.path))
 
 
 def test_a_killed_run_has_its_figures_and_not_those_of_its_first_evaluation(run):
@@ -290,7 +291,7 @@ def test_a_killed_run_has_its_figures_and_not_those_of_its_first_evaluation(run)
     )
     for i in range(5):
         run.log({"iteration": i, "seconds": 40.0, "rollout/nfe": 100, "time/sample": 30.0}, i)
-    found = read_report_data(run.path)
+    found = read_run_data(run.path)
     assert (found.status, found.wall_seconds, len(found.since_summary)) == ("killed", 12 + 2 * 40, 2)
     page = text(run)
     assert "was trained for 5 of 2 iterations in 1 min 32 s, until its process or machine stopped" in page
@@ -299,7 +300,7 @@ def test_a_killed_run_has_its_figures_and_not_those_of_its_first_evaluation(run)
         assert f"<span>{label}</span><strong>{value}</strong>" in page
     assert "Counted after 3 iterations; 2 more are done." in page and "<td>1 min 06 s</td>" in page
     with only_writer(run.path):
-        assert read_report_data(run.path).status == "running"
+        assert read_run_data(run.path).status == "running"
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 import progrpo
+from progrpo.pages.report import write_report
 from progrpo.tracking.files import JsonFile
-from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
 
 EVIL = (

@@ -282,7 +282,7 @@ def test_audit_sheet_has_a_row_a_member_and_audits_come_in_order(tmp_path):
 
 def test_tracking_does_not_import_torch():
     code = (
-        "import sys, progrpo.tracking.run_folder, progrpo.tracking.console, progrpo.tracking.report;"
+        "import sys, progrpo.tracking.run_folder, progrpo.tracking.console, progrpo.pages.report;"
         "print([name for name in ('torch', 'plotly', 'rich', 'PIL') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

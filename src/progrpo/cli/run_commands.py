@@ -138,6 +138,6 @@ class Report(Command):
 
     def run(self) -> None:
         require_run(self.folder)
-        from progrpo.tracking.report import write_report
+        from progrpo.pages.report import write_report
 
         print(write_report(self.folder))

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from progrpo.config import Config, to_dict
+from progrpo.pages.report import write_report
 from progrpo.tracking.grids import tile
 from progrpo.tracking.lock import Lock
 from progrpo.tracking.own_files import new_weights
 from progrpo.tracking.records import Summary
-from progrpo.tracking.report import write_report
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.tracker import Tracker, Trackers, open_trackers
 from progrpo.training import checkpoints

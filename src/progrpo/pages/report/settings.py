@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from progrpo.tracking.report.data import ReportData
-from progrpo.tracking.report.page import escape, note, pairs, section
+from progrpo.pages.page import escape, note, pairs, section
+from progrpo.pages.run_data import RunData
 
 
-def write(data: ReportData) -> str:
+def write(data: RunData) -> str:
     command, versions = data.summary.get("command"), data.summary.get("versions")
     blocks = [
         f"<pre>{escape(command)}</pre>" if command else "",

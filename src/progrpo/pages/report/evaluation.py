@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+from progrpo.pages import charts
+from progrpo.pages.page import chart, escape, note, pairs, picture_uri, read_picture, section
+from progrpo.pages.run_data import RunData, accuracy
 from progrpo.tracking.records import EvaluationRecord, RewardSummary
-from progrpo.tracking.report import charts
-from progrpo.tracking.report.data import ReportData, accuracy
-from progrpo.tracking.report.page import chart, escape, note, pairs, picture_uri, read_picture, section
 from progrpo.tracking.statistics import Mean
 from progrpo.tracking.wording import count, number
 
@@ -25,7 +25,7 @@ _LEAD = (
 )
 
 
-def write(data: ReportData) -> str:
+def write(data: RunData) -> str:
     if not data.before:
         return section("evaluation", "Before and after", "", note("No evaluation is written yet."))
     missing = (
@@ -36,7 +36,7 @@ def write(data: ReportData) -> str:
     return section("evaluation", "Before and after", _LEAD, missing + _gallery(data) + _kinds(data) + _rewards(data))
 
 
-def _gallery(data: ReportData) -> str:
+def _gallery(data: RunData) -> str:
     shown = [i for i, record in enumerate(data.before) if record.get("picture")]
     if not shown:
         return note("No pictures were saved.")
@@ -44,14 +44,14 @@ def _gallery(data: ReportData) -> str:
     return f'{_filters(data, shown)}<div class="gallery">{pairs}</div>{_totals(data)}'
 
 
-def _outcome(data: ReportData, i: int) -> str:
+def _outcome(data: RunData, i: int) -> str:
     if not data.paired:
         return "unpaired"
     before, after = data.before[i]["strict"], data.after[i]["strict"]
     return "unjudged" if before is None or after is None else _OUTCOMES[before, after][0]
 
 
-def _filters(data: ReportData, shown: Sequence[int]) -> str:
+def _filters(data: RunData, shown: Sequence[int]) -> str:
     """Buttons that filter the pairs by outcome, each with the number of its pairs."""
     if data.accuracy_change() is None:
         return ""
@@ -65,7 +65,7 @@ def _filters(data: ReportData, shown: Sequence[int]) -> str:
     return f'<div class="controls">{"".join(buttons)}</div>'
 
 
-def _totals(data: ReportData) -> str:
+def _totals(data: RunData) -> str:
     if data.accuracy_change() is None:
         return ""
     outcomes = [outcome for i in range(len(data.before)) if (outcome := _outcome(data, i)) != "unjudged"]
@@ -73,14 +73,14 @@ def _totals(data: ReportData) -> str:
     return f'<p class="after">Of all {len(outcomes)} evaluated pairs, {totals}.</p>'
 
 
-def _pair(data: ReportData, i: int) -> str:
+def _pair(data: RunData, i: int) -> str:
     before, prompt = data.before[i], escape(data.before[i]["prompt"])
     shots = _shot(data, before, "before") + (_shot(data, data.after[i], "after") if data.paired else "")
     body = f"<div>{shots}</div><figcaption>{prompt}</figcaption>"
     return f'<figure class="pair" data-outcome="{_outcome(data, i)}">{body}</figure>'
 
 
-def _shot(data: ReportData, record: EvaluationRecord, when: str) -> str:
+def _shot(data: RunData, record: EvaluationRecord, when: str) -> str:
     name = record.get("picture")
     picture = read_picture(data.path, name) if name else None
     if picture is None:
@@ -92,7 +92,7 @@ def _shot(data: ReportData, record: EvaluationRecord, when: str) -> str:
     return f'<div class="shot" title="{title}">{image}{verdict}</div>'
 
 
-def _kinds(data: ReportData) -> str:
+def _kinds(data: RunData) -> str:
     before, after = _by_kind(data.before), _by_kind(data.after)
     if len(before) < 2:
         return ""
@@ -100,7 +100,7 @@ def _kinds(data: ReportData) -> str:
     return chart(charts.accuracy_bars(before, after), "kinds", "Strict accuracy by kind of prompt", about)
 
 
-def _rewards(data: ReportData) -> str:
+def _rewards(data: RunData) -> str:
     """The warnings of the run, held-out rewards, the terms of the trained reward, and missing scores."""
     before, after = data.summary.get("held_out_before") or {}, data.summary.get("held_out_after") or {}
     rows = {f"{n}, held out": f"{number(before.get(n))} → {number(after.get(n))}" for n in {**before, **after}}

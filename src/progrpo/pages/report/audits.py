@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from progrpo.pages import charts
+from progrpo.pages.charts import ACCENT, AMBER, GREY, TEAL, VIOLET, Curve
+from progrpo.pages.page import chart, note, section
+from progrpo.pages.report.film import films
+from progrpo.pages.run_data import RunData
 from progrpo.tracking.records import AuditRecord
-from progrpo.tracking.report import charts
-from progrpo.tracking.report.charts import ACCENT, AMBER, GREY, TEAL, VIOLET, Curve
-from progrpo.tracking.report.data import ReportData
-from progrpo.tracking.report.film import films
-from progrpo.tracking.report.page import chart, note, section
 from progrpo.tracking.statistics import spearman, standardised
 
 _FILM = (
@@ -35,7 +35,7 @@ _KEPT = (
 )
 
 
-def write(data: ReportData) -> str:
+def write(data: RunData) -> str:
     if not data.audits:
         off = data.setting("audit", "every") == 0
         reason = "Audits are off (audit.every is 0)." if off else "No audit group is written yet."
@@ -48,7 +48,7 @@ def write(data: ReportData) -> str:
     )
 
 
-def _agreement(data: ReportData) -> str:
+def _agreement(data: RunData) -> str:
     steps = data.audits[-1]["steps"]
     rows = [[spearman(scores, audit["final"]) for scores in audit["scores"]] for audit in data.audits]
     complete = [row for row in rows if None not in row and len(row) == len(steps)]
@@ -62,12 +62,12 @@ def _agreement(data: ReportData) -> str:
     return chart(figure, "agreement-by-step", "Agreement by step", about)
 
 
-def _choices(data: ReportData) -> str:
+def _choices(data: RunData) -> str:
     """The agreement by step, and V by step and over the run. Audits of an older progrpo did not measure V."""
     return f'<div class="grid">{_agreement(data)}{_variance_by_step(data)}{_over_the_run(data)}</div>'
 
 
-def _variance_by_step(data: ReportData) -> str:
+def _variance_by_step(data: RunData) -> str:
     steps = data.audits[-1]["steps"]
     pairs = [(audit.get("variance", []), audit.get("variance_final", [])) for audit in data.audits[-_LAST:]]
     complete = [pair for pair in pairs if all(len(row) == len(steps) and None not in row for row in pair)]
@@ -79,7 +79,7 @@ def _variance_by_step(data: ReportData) -> str:
     return chart(figure, "variance-by-step", "Variance of the choice by step", f"V over {groups}")
 
 
-def _over_the_run(data: ReportData) -> str:
+def _over_the_run(data: RunData) -> str:
     """V of the choices at the plan's points, beside the best and the agreement, over iterations."""
     keys = {key for record in data.metrics for key in record if key.startswith("preview/rank_correlation@")}
     lines = []
@@ -95,7 +95,7 @@ def _over_the_run(data: ReportData) -> str:
     return "" if figure is None else chart(figure, "variance-over-run", "Choices over the run", about)
 
 
-def _kept(data: ReportData) -> str:
+def _kept(data: RunData) -> str:
     groups = [(audit, rewards) for audit in data.audits if (rewards := standardised(audit["final"])) is not None]
     if not groups:
         return note("No audit group has rewards that differ, so there is nothing to compare.")

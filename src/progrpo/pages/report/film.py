@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from progrpo.pages.page import escape, note, picture_uri, read_picture
 from progrpo.tracking.records import AuditRecord
-from progrpo.tracking.report.page import escape, note, picture_uri, read_picture
 from progrpo.tracking.statistics import spearman
 from progrpo.tracking.wording import number
 

@@ -1,4 +1,4 @@
-"""The HTML of the report in small functions. Every string that a user or a model wrote goes through `escape`."""
+"""The HTML of pages in small functions. Every string that a user or a model wrote goes through `escape`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from progrpo.tracking.report.charts import Figure
-from progrpo.tracking.report.data import inside
+from progrpo.pages.charts import Figure
+from progrpo.pages.run_data import inside
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,7 +29,7 @@ def document(title: str, body: str) -> str:
     """A whole page with its styles, scripts and Plotly inside. It loads nothing."""
     from plotly.offline import get_plotlyjs
 
-    room = files("progrpo.tracking.report")
+    room = files("progrpo.pages")
     style, script = ((room / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -1,4 +1,4 @@
-"""The data of a report: a run folder in memory, as far as it is written."""
+"""A run folder in memory, as far as it is written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class ReportData:
+class RunData:
     """A run's records. They may be a stranger's, so a field may hold another type than its annotation says."""
 
     path: Path
@@ -103,13 +103,13 @@ def total(records: Iterable[Metrics], name: str) -> float:
     return sum(metric(record, name) or 0 for record in records)
 
 
-def read_report_data(path: Path) -> ReportData:
+def read_run_data(path: Path) -> RunData:
     folder = RunFolder(path)
     if not (folder.path / "config.json").exists():
         raise ValueError(
             f"{named(path)} holds no run (no config.json); give the folder that `progrpo train --out` named"
         )
-    return ReportData(
+    return RunData(
         path=folder.path,
         config=_read(folder, "config.json", folder.config.read),
         metrics=_read(folder, "metrics.jsonl", folder.metrics.read),

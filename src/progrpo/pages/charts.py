@@ -1,4 +1,4 @@
-"""The report's charts: functions from numbers to Plotly figures as plain dicts, without files or HTML."""
+"""Charts: functions from numbers to Plotly figures as plain dicts, without files or HTML."""
 
 from __future__ import annotations
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from progrpo.pages import charts
+from progrpo.pages.charts import ACCENT, AMBER, GREY, ROSE, TEAL, VIOLET, Curve
+from progrpo.pages.page import anchor_of, chart, escape, note, section
+from progrpo.pages.run_data import RunData
 from progrpo.tracking.records import Metrics, metric
-from progrpo.tracking.report import charts
-from progrpo.tracking.report.charts import ACCENT, AMBER, GREY, ROSE, TEAL, VIOLET, Curve
-from progrpo.tracking.report.data import ReportData
-from progrpo.tracking.report.page import anchor_of, chart, escape, note, section
 
 _SHARE = "prompts/share@"
 _NOISE_SCALE, _PER_ITERATION = "update/noise_scale", "prompts/per_iteration"
@@ -64,7 +64,7 @@ _UPDATE = (
 )
 
 
-def write(data: ReportData) -> str:
+def write(data: RunData) -> str:
     if not data.metrics:
         return section("curves", "Curves", "", note("No iteration is finished yet."))
     signal = [_signal(data.metrics)] if "prompts/seen" in data.metrics[-1] else []
@@ -89,7 +89,7 @@ def _axes() -> str:
     return f'<div class="controls"><span>Horizontal axis</span>{buttons}</div>'
 
 
-def _with_prompts(data: ReportData) -> list[Metrics]:
+def _with_prompts(data: RunData) -> list[Metrics]:
     """The records, with the number of prompts that go on, where it is a number that a log axis can show."""
     count = data.setting("plan", "keep_groups") or data.setting("prompts", "per_iteration")
     drawn: Metrics = {_PER_ITERATION: count} if isinstance(count, int) and count > 0 else {}

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from progrpo.messages import named
-from progrpo.tracking.report import audits, cost, curves, evaluation, head, page, settings
-from progrpo.tracking.report.data import read_report_data, readable
+from progrpo.pages import page
+from progrpo.pages.report import audits, cost, curves, evaluation, head, settings
+from progrpo.pages.run_data import read_run_data, readable
 from progrpo.tracking.run_folder import RunFolder
 
 _SECTIONS = (head, evaluation, curves, audits, cost, settings)
@@ -18,7 +19,7 @@ _SECTIONS = (head, evaluation, curves, audits, cost, settings)
 
 def write_report(folder: Path) -> Path:
     """Write report.html into a run folder and return its path. ValueError if there is no run, or a damaged one."""
-    data = read_report_data(folder)
+    data = read_run_data(folder)
     body = ""
     for section in _SECTIONS:
         with readable(f"{named(folder)}, what the report shows as {section.__name__.rpartition('.')[2]},"):

@@ -7,9 +7,9 @@ from math import isnan
 
 import numpy as np
 
+from progrpo.pages.page import escape
+from progrpo.pages.run_data import RunData, accuracy, total
 from progrpo.tracking.records import before_and_after, metric
-from progrpo.tracking.report.data import ReportData, accuracy, total
-from progrpo.tracking.report.page import escape
 from progrpo.tracking.statistics import Mean
 from progrpo.tracking.wording import MISSING, count, duration, number, percent
 
@@ -24,7 +24,7 @@ _LINKS = {
 }
 
 
-def write(data: ReportData) -> str:
+def write(data: RunData) -> str:
     status = escape(data.status.split(":")[0])
     device = f"<span>{escape(data.summary['device'])}</span>" if data.summary.get("device") else ""
     links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in _LINKS.items())
@@ -38,7 +38,7 @@ def write(data: ReportData) -> str:
 # --- the sentence -----------------------------------------------------------------------------------------------------
 
 
-def verdict(data: ReportData) -> str:
+def verdict(data: RunData) -> str:
     """The sentence on the run, the change of strict accuracy, and the share that pruning saved."""
     seed = data.summary.get("seed", data.config.get("seed"))
     saved = data.summary.get("nfe_saved")
@@ -46,7 +46,7 @@ def verdict(data: ReportData) -> str:
     return f"{_training(data)} (seed {escape(seed)}): {_result(data)}{pruning}."
 
 
-def _training(data: ReportData) -> str:
+def _training(data: RunData) -> str:
     model = escape(data.setting("model", "path") or "The model")
     # of the planned iterations: the summary counts those that are done
     done = f"{len(data.metrics)} of {escape(data.config.get('iterations', '?'))} iterations"
@@ -60,11 +60,11 @@ def _training(data: ReportData) -> str:
     return f"{model} was trained for {done}{_so_far(data)} and {escape(data.status)}"
 
 
-def _so_far(data: ReportData) -> str:
+def _so_far(data: RunData) -> str:
     return f" in {duration(data.wall_seconds)}" if data.wall_seconds else ""
 
 
-def _result(data: ReportData) -> str:
+def _result(data: RunData) -> str:
     before, after = accuracy(data.before), accuracy(data.after)
     if before is None:
         return _result_by_reward(data)
@@ -73,7 +73,7 @@ def _result(data: ReportData) -> str:
     return f"strict accuracy {_moved(data)} from {_share(before)} to {_share(after)} on {after.count} test prompts"
 
 
-def _result_by_reward(data: ReportData) -> str:
+def _result_by_reward(data: RunData) -> str:
     """The result for a reward that gives no strict verdicts, such as a user's own."""
     before, after = before_and_after(data.summary, "reward")
     if before is None:
@@ -83,7 +83,7 @@ def _result_by_reward(data: ReportData) -> str:
     return f"the mean reward went from {number(before)} to {number(after)} on {len(data.after)} prompts"
 
 
-def _moved(data: ReportData) -> str:
+def _moved(data: RunData) -> str:
     """The verb for the change of accuracy, which must exceed two standard errors to count as one."""
     change = data.accuracy_change()
     if change is None:
@@ -100,7 +100,7 @@ def _share(mean: Mean) -> str:
 # --- the figures ------------------------------------------------------------------------------------------------------
 
 
-def _tiles(data: ReportData) -> str:
+def _tiles(data: RunData) -> str:
     return "".join(
         (
             _tile("Strict accuracy", _from_to(data, "accuracy", percent), _change(data)),
@@ -117,12 +117,12 @@ def _tile(label: str, value: str, detail: str) -> str:
     return f'<div class="tile"><span>{label}</span><strong>{value}</strong><span>{detail}</span></div>'
 
 
-def _from_to(data: ReportData, name: str, write: Callable[[float | None], str]) -> str:
+def _from_to(data: RunData, name: str, write: Callable[[float | None], str]) -> str:
     before, after = before_and_after(data.summary, name)
     return MISSING if before is None and after is None else f"{write(before)} <em>→</em> {write(after)}"
 
 
-def _change(data: ReportData) -> str:
+def _change(data: RunData) -> str:
     change = data.accuracy_change()
     if change is None:
         return "the reward gives no verdicts" if data.after else "not evaluated after training yet"
@@ -130,7 +130,7 @@ def _change(data: ReportData) -> str:
     return f"{100 * change.value:+.1f}{error} points, picture by picture"
 
 
-def _network_evaluations(data: ReportData) -> str:
+def _network_evaluations(data: RunData) -> str:
     saved, ratio = data.summary.get("nfe_saved"), data.summary.get("nfe_ratio_to_none")
     nfe = (data.summary.get("nfe") or 0) + total(data.since_summary, "rollout/nfe") or None
     details = [] if saved is None else [f"{percent(saved, 0)} saved by pruning"]
@@ -138,7 +138,7 @@ def _network_evaluations(data: ReportData) -> str:
     return _tile("Network evaluations", count(nfe), ", ".join(details) or "NFE of the training samples")
 
 
-def _previews(data: ReportData) -> str:
+def _previews(data: RunData) -> str:
     correlations = data.summary.get("preview_rank_correlation") or {}
     if not correlations:
         return _tile(
@@ -149,7 +149,7 @@ def _previews(data: ReportData) -> str:
     return _tile("Preview agreement", values, f"rank correlation with finals, step {steps}")
 
 
-def _time(data: ReportData) -> str:
+def _time(data: RunData) -> str:
     seconds = [value for record in data.metrics if (value := metric(record, "seconds")) is not None]
     until = "" if data.status == "finished" else ", until the last one"
     detail = f"{np.mean(seconds):.1f} s per iteration{until}" if seconds else "no iteration yet"

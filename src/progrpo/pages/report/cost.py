@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+from progrpo.pages import charts, page
+from progrpo.pages.page import chart, escape, note, section
+from progrpo.pages.run_data import RunData, total
 from progrpo.tracking.records import CostSummary, Metrics
-from progrpo.tracking.report import charts, page
-from progrpo.tracking.report.data import ReportData, total
-from progrpo.tracking.report.page import chart, escape, note, section
 from progrpo.tracking.wording import count, duration, percent
 
 _LINES = {
@@ -20,13 +20,13 @@ _COLUMNS = {"nfe": "NFE", "decodes": "Decodes", "reward_calls": "Reward calls", 
 _MOST_STEPS = 10_000  # the chart has a bar per step
 
 
-def write(data: ReportData) -> str:
+def write(data: RunData) -> str:
     lead = "One NFE is one sample through the denoiser. With classifier-free guidance a step counts two."
     body = f'<div class="beside">{_plan(data)}<div>{_spent(data)}</div></div><h3>Time</h3>{_time(data)}'
     return section("cost", "Cost", lead, body)
 
 
-def _plan(data: ReportData) -> str:
+def _plan(data: RunData) -> str:
     plan = data.summary.get("plan")
     if plan is None:
         return note("The plan is not in summary.json yet.")
@@ -42,7 +42,7 @@ def _plan(data: ReportData) -> str:
     return chart(charts.funnel(path, prune_steps, steps), "funnel", "The plan", about)
 
 
-def _spent(data: ReportData) -> str:
+def _spent(data: RunData) -> str:
     cost = data.summary.get("cost")
     if not cost:
         return note("No cost is counted yet.")
@@ -55,7 +55,7 @@ def _spent(data: ReportData) -> str:
     return page.table(("", *_COLUMNS.values()), rows) + _savings(data) + _disagreement(cost) + _uncounted(data)
 
 
-def _savings(data: ReportData) -> str:
+def _savings(data: RunData) -> str:
     saved, ratio = data.summary.get("nfe_saved"), data.summary.get("nfe_ratio_to_none")
     sentences = []
     if saved is not None:
@@ -65,7 +65,7 @@ def _savings(data: ReportData) -> str:
     return f'<p class="after">{" ".join(sentences)}</p>' if sentences else ""
 
 
-def _uncounted(data: ReportData) -> str:
+def _uncounted(data: RunData) -> str:
     since = len(data.since_summary)
     return note(f"Counted after {len(data.metrics) - since} iterations; {since} more are done.") if since else ""
 
@@ -77,7 +77,7 @@ def _disagreement(cost: CostSummary) -> str:
     return note("Predicted and counted costs differ.") if any(predicted[k] != counted[k] for k in sampled) else ""
 
 
-def _time(data: ReportData) -> str:
+def _time(data: RunData) -> str:
     stages = dict(data.summary.get("seconds_by_stage") or {})
     for stage, seconds in _seconds_by_stage(data.since_summary).items():
         stages[stage] = stages.get(stage, 0.0) + seconds
