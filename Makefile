@@ -10,7 +10,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-processors test-slow mutation-test kill-test lean-test deepspeed-test \
-	trackers-test lint bench wheel-test audit pretrain clean
+	trackers-test lint bench notebooks wheel-test audit pretrain clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
@@ -46,6 +46,8 @@ lint: $(VENV)/.ready-dev ## style and types
 
 bench: setup ## the figures of the notes
 	@set -e; for file in $(filter-out benchmarks/same_runs.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file; done
+notebooks: $(VENV)/.ready-dev ## execute the notebooks of examples/ and save them with their outputs
+	@$(BIN)/python docs/notebooks.py
 pretrain: setup ## make shapes-flow anew (hours on a CPU; stop and go on as you like)
 	@$(BIN)/progrpo pretrain shapes-flow
 
