@@ -175,7 +175,7 @@ def test_a_run_under_way_has_a_report_of_its_last_iteration(tiny_pipeline, tiny_
     summary: Any
     ((run, summary),) = seen
     assert (run.status, summary["status"], summary["iterations"], len(run.metrics)) == ("running", "running", 2, 2)
-    assert summary["wall_seconds"] == run.wall_seconds > sum(record["seconds"] for record in run.metrics)
+    assert run.wall_seconds >= summary["wall_seconds"] > sum(record["seconds"] for record in run.metrics)
     assert summary["nfe"] == summary["cost"]["counted"]["nfe"] == sum(r["rollout/nfe"] for r in run.metrics)
     assert summary["seconds_by_stage"]["sample"] == sum(r["time/sample"] for r in run.metrics)
 

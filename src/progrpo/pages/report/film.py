@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from progrpo.tracking.records import AuditRecord
 from progrpo.tracking.statistics import spearman
 from progrpo.tracking.wording import number
 
-_CELL = 96
+_CELL, _SMALLEST_CELL = 96, 64  # pixels
+_PIXELS = 1000 * _CELL**2  # of all films together, which take about 5 MB
 _ROWS_SHOWN = 10
 _EMBEDDED = 6
 
@@ -23,15 +25,21 @@ def spread(count: int, chosen: int) -> list[int]:
 
 
 def films(folder: Path, audits: Sequence[AuditRecord]) -> str:
-    """The films with a box to choose one, the latest shown. Of many audits, an even selection is embedded."""
-    chosen = [audits[i] for i in reversed(spread(len(audits), _EMBEDDED))]
+    """The films with a box to choose one, the latest shown. Of many audits, an even selection is embedded.
+
+    The selection and its pictures are smaller where groups are large.
+    """
+    cells = max(1, *(len(audit["final"]) * (len(audit["steps"]) + 1) for audit in audits))
+    count = max(1, min(_EMBEDDED, _PIXELS // (cells * _SMALLEST_CELL**2)))
+    chosen = [audits[i] for i in reversed(spread(len(audits), count))]
+    side = min(_CELL, isqrt(_PIXELS // (len(chosen) * cells)))
     options = "".join(
         f'<option value="film-{audit["iteration"]}">iteration {audit["iteration"]}: {escape(audit["prompt"])}</option>'
         for audit in chosen
     )
     count = f"<span>{len(chosen)} of {len(audits)} audits</span>" if len(chosen) < len(audits) else ""
     box = f'<label class="choose">Audit group <select id="choose-film">{options}</select>{count}</label>'
-    return box + _LEGEND + "".join(_film(folder, audit, shown=i == 0) for i, audit in enumerate(chosen))
+    return box + _LEGEND + "".join(_film(folder, audit, side, i == 0) for i, audit in enumerate(chosen))
 
 
 _LEGEND = (
@@ -40,10 +48,10 @@ _LEGEND = (
 )
 
 
-def _film(folder: Path, audit: AuditRecord, shown: bool) -> str:
+def _film(folder: Path, audit: AuditRecord, side: int, shown: bool) -> str:
     anchor = f"film-{audit['iteration']}"
     hidden = "" if shown else " hidden"
-    return f'<div class="film" id="{anchor}"{hidden}>{_agreements(audit)}{_sheet(folder, audit, anchor)}</div>'
+    return f'<div class="film" id="{anchor}"{hidden}>{_agreements(audit)}{_sheet(folder, audit, side, anchor)}</div>'
 
 
 def _points(audit: AuditRecord) -> list[int]:
@@ -61,13 +69,13 @@ def _agreement(audit: AuditRecord, step: int) -> float | None:
     return spearman(audit["scores"][list(audit["steps"]).index(step)], audit["final"])
 
 
-def _sheet(folder: Path, audit: AuditRecord, anchor: str) -> str:
+def _sheet(folder: Path, audit: AuditRecord, side: int, anchor: str) -> str:
     strip = read_picture(folder, audit["strip"])
     if strip is None:
         return note(f"The pictures of this audit ({escape(audit['strip'])}) are missing.")
     group, columns = len(audit["final"]), len(audit["steps"]) + 1
     width, height = strip.width // columns, strip.height // group
-    scale = min(1.0, _CELL / width)
+    scale = min(1.0, side / width)
     size = (round(width * scale) * columns, round(height * scale) * group)
     uri = picture_uri(strip, size)
     style = (
