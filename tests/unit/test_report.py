@@ -192,7 +192,7 @@ def test_audits_that_did_not_measure_v_have_a_report_without_it(run):
 def test_no_string_of_a_user_becomes_markup(run):
     finish(run, [True, False], [True, True])
     page = write_report(run.path).read_text(encoding="utf-8")
-    assert "alert(&quot;x&quot;)" in page
+    assert "alert(&#34;x&#34;)" in page
     assert '<script>alert("x")' not in page
     assert not re.search(r"<script[^>]*>alert", page)
 

@@ -26,13 +26,12 @@ _SCRIPT_ESCAPES = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "<>&'\u
 
 
 def escape(value: object) -> str:
-    return html.escape(str(value), quote=True)
+    """A text as HTML, in pages and in Plotly's labels, which know no `&quot;`."""
+    return html.escape(str(value), quote=True).replace("&quot;", "&#34;")
 
 
-def document(title: str, body: str) -> str:
-    """A whole page with its styles, scripts and Plotly inside. It loads nothing."""
-    from plotly.offline import get_plotlyjs
-
+def document(title: str, body: str, charts: bool = True) -> str:
+    """A whole page with its styles and scripts inside, and with Plotly for `charts`. It loads nothing."""
     room = files("progrpo.pages")
     style, script = ((room / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return (
@@ -40,9 +39,15 @@ def document(title: str, body: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>\n{style}</style>'
-        f"<script>{get_plotlyjs()}</script></head>\n<body><main>\n{body}\n</main>"
+        f"{_plotly() if charts else ''}</head>\n<body><main>\n{body}\n</main>"
         f"<script>\n{script}</script></body></html>\n"
     )
+
+
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return f"<script>{get_plotlyjs()}</script>"
 
 
 def section(anchor: str, title: str, lead: str, body: str) -> str:

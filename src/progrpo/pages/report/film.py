@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isqrt
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from progrpo.pages.page import escape, note, picture_uri, read_picture
 from progrpo.tracking.records import AuditRecord
 from progrpo.tracking.statistics import spearman
 from progrpo.tracking.wording import number
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _CELL, _SMALLEST_CELL = 96, 64  # pixels
 _PIXELS = 1000 * _CELL**2  # of all films together, which take about 5 MB
@@ -30,8 +34,8 @@ def films(folder: Path, audits: Sequence[AuditRecord]) -> str:
     The selection and its pictures are smaller where groups are large.
     """
     cells = max(1, *(len(audit["final"]) * (len(audit["steps"]) + 1) for audit in audits))
-    count = max(1, min(_EMBEDDED, _PIXELS // (cells * _SMALLEST_CELL**2)))
-    chosen = [audits[i] for i in reversed(spread(len(audits), count))]
+    most = max(1, min(_EMBEDDED, _PIXELS // (cells * _SMALLEST_CELL**2)))
+    chosen = [audits[i] for i in reversed(spread(len(audits), most))]
     side = min(_CELL, isqrt(_PIXELS // (len(chosen) * cells)))
     options = "".join(
         f'<option value="film-{audit["iteration"]}">iteration {audit["iteration"]}: {escape(audit["prompt"])}</option>'
@@ -39,10 +43,10 @@ def films(folder: Path, audits: Sequence[AuditRecord]) -> str:
     )
     count = f"<span>{len(chosen)} of {len(audits)} audits</span>" if len(chosen) < len(audits) else ""
     box = f'<label class="choose">Audit group <select id="choose-film">{options}</select>{count}</label>'
-    return box + _LEGEND + "".join(_film(folder, audit, side, i == 0) for i, audit in enumerate(chosen))
+    return box + LEGEND + "".join(_film(folder, audit, side, i == 0) for i, audit in enumerate(chosen))
 
 
-_LEGEND = (
+LEGEND = (
     '<p class="legend"><span><i class="alive"></i>kept</span><span><i class="out"></i>pruned after this step</span>'
     '<span><i class="ghost"></i>already pruned: a training group would not compute it</span></p>'
 )
@@ -50,8 +54,13 @@ _LEGEND = (
 
 def _film(folder: Path, audit: AuditRecord, side: int, shown: bool) -> str:
     anchor = f"film-{audit['iteration']}"
+    strip = read_picture(folder, audit["strip"])
+    if strip is None:
+        sheet = note(f"The pictures of this audit ({escape(audit['strip'])}) are missing.")
+    else:
+        sheet = sheet_of(audit, strip, anchor, side)
     hidden = "" if shown else " hidden"
-    return f'<div class="film" id="{anchor}"{hidden}>{_agreements(audit)}{_sheet(folder, audit, side, anchor)}</div>'
+    return f'<div class="film" id="{anchor}"{hidden}>{_agreements(audit)}{sheet}</div>'
 
 
 def _points(audit: AuditRecord) -> list[int]:
@@ -69,10 +78,12 @@ def _agreement(audit: AuditRecord, step: int) -> float | None:
     return spearman(audit["scores"][list(audit["steps"]).index(step)], audit["final"])
 
 
-def _sheet(folder: Path, audit: AuditRecord, side: int, anchor: str) -> str:
-    strip = read_picture(folder, audit["strip"])
-    if strip is None:
-        return note(f"The pictures of this audit ({escape(audit['strip'])}) are missing.")
+def sheet_of(audit: AuditRecord, strip: Image.Image, anchor: str, side: int = _CELL) -> str:
+    """The table of an audit's pictures within the element `anchor`, a row per member.
+
+    `strip` is their contact sheet: a row per member, a column per step and one for the final pictures. It is
+    reduced to at most `side` pixels a cell.
+    """
     group, columns = len(audit["final"]), len(audit["steps"]) + 1
     width, height = strip.width // columns, strip.height // group
     scale = min(1.0, side / width)
