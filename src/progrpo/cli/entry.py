@@ -15,6 +15,7 @@ from progrpo.cli.model_commands import Eval, Pretrain, Sample
 from progrpo.cli.options import parse_options
 from progrpo.cli.other_commands import Import, Repro, ServeReward
 from progrpo.cli.output import UnreadOutputError, columns, show
+from progrpo.cli.publish_commands import Export
 from progrpo.cli.run_commands import Plan, Recipes, Report, Resume, Train
 from progrpo.config import Config, PlanSettings
 from progrpo.durable import DiskError
@@ -32,6 +33,7 @@ COMMANDS: dict[str, type[Command]] = {
     "sample": Sample,
     "eval": Eval,
     "report": Report,
+    "export": Export,
     "repro": Repro,
     "pretrain": Pretrain,
     "serve-reward": ServeReward,
