@@ -15,6 +15,7 @@ from progrpo.cli.model_commands import Eval, Pretrain, Sample, Studio
 from progrpo.cli.options import parse_options
 from progrpo.cli.other_commands import Import, Repro, ServeReward
 from progrpo.cli.output import UnreadOutputError, columns, show
+from progrpo.cli.publish_commands import Export
 from progrpo.cli.run_commands import Plan, Recipes, Report, Resume, Train
 from progrpo.config import Config, PlanSettings
 from progrpo.durable import DiskError
@@ -33,6 +34,7 @@ COMMANDS: dict[str, type[Command]] = {
     "eval": Eval,
     "report": Report,
     "studio": Studio,
+    "export": Export,
     "repro": Repro,
     "pretrain": Pretrain,
     "serve-reward": ServeReward,
