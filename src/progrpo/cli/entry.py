@@ -15,7 +15,7 @@ from progrpo.cli.model_commands import Eval, Pretrain, Sample, Studio
 from progrpo.cli.options import parse_options
 from progrpo.cli.other_commands import Import, Repro, ServeReward
 from progrpo.cli.output import UnreadOutputError, columns, show
-from progrpo.cli.publish_commands import Export
+from progrpo.cli.publish_commands import Export, Push
 from progrpo.cli.run_commands import Plan, Recipes, Report, Resume, Train
 from progrpo.config import Config, PlanSettings
 from progrpo.durable import DiskError
@@ -35,6 +35,7 @@ COMMANDS: dict[str, type[Command]] = {
     "report": Report,
     "studio": Studio,
     "export": Export,
+    "push": Push,
     "repro": Repro,
     "pretrain": Pretrain,
     "serve-reward": ServeReward,

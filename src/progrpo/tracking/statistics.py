@@ -90,9 +90,17 @@ def share(values: Iterable[bool | None]) -> Mean | None:
     return Mean(p, float(np.sqrt(p * (1 - p) / len(known))), len(known))
 
 
+def mean_of(values: Iterable[float | None]) -> Mean | None:
+    """The mean, without None values, with its standard error, NaN for one value. None for no values."""
+    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    if not len(known):
+        return None
+    error = float(known.std(ddof=1) / np.sqrt(len(known))) if len(known) > 1 else float("nan")
+    return Mean(float(known.mean()), error, len(known))
+
+
 def paired_difference(before: ArrayLike, after: ArrayLike) -> Mean:
     """The mean of after - before over pairs, with the standard error of these differences."""
-    difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    count = len(difference)
-    error = float(difference.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
-    return Mean(float(difference.mean()), error, count)
+    difference = mean_of(np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64))
+    assert difference is not None, "no pairs"
+    return difference
