@@ -15,7 +15,8 @@ from progrpo.cli.model_commands import Eval, Pretrain, Sample
 from progrpo.cli.options import parse_options
 from progrpo.cli.other_commands import Import, Repro, ServeReward
 from progrpo.cli.output import UnreadOutputError, columns, show
-from progrpo.cli.run_commands import Plan, Recipes, Report, Resume, Train
+from progrpo.cli.page_commands import Board, Compare, Report
+from progrpo.cli.run_commands import Plan, Recipes, Resume, Train
 from progrpo.config import Config, PlanSettings
 from progrpo.durable import DiskError
 from progrpo.messages import nearest, quoted
@@ -32,6 +33,8 @@ COMMANDS: dict[str, type[Command]] = {
     "sample": Sample,
     "eval": Eval,
     "report": Report,
+    "compare": Compare,
+    "board": Board,
     "repro": Repro,
     "pretrain": Pretrain,
     "serve-reward": ServeReward,
