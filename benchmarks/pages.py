@@ -106,7 +106,9 @@ def main() -> None:
             rate, seed = RATES[i % len(RATES)], i // len(RATES)
             write_run(folder / f"rate-{rate:g}-seed-{seed}", rate, seed, arguments.iterations)
         found = measure(folder, arguments.compared)
-    print(json.dumps(found) if arguments.json else "\n".join(f"{name:>28}  {value:.3f}" for name, value in found.items()))
+    print(
+        json.dumps(found) if arguments.json else "\n".join(f"{name:>28}  {value:.3f}" for name, value in found.items())
+    )
 
 
 if __name__ == "__main__":

@@ -275,7 +275,12 @@ class Line:
     def traces(self, axis: str) -> list[Trace]:
         """The seeds as thin lines and their range as a band, if there are several, and the mean."""
         mode = "lines+markers" if self.points or len(self.mean) < 3 else "lines"
-        look: Trace = {"type": "scatter", "line": {"color": self.colour, "width": 2}, "marker": {"size": 7}, "mode": mode}
+        look: Trace = {
+            "type": "scatter",
+            "line": {"color": self.colour, "width": 2},
+            "marker": {"size": 7},
+            "mode": mode,
+        }
         mean = look | {"name": self.name, "hovertemplate": "%{y:.4g}"} | _over(self.at, self.mean, axis)
         if len(self.seeds) < 2:
             return [mean]

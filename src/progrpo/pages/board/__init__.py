@@ -17,10 +17,13 @@ def serve(folder: Path, host: str, port: int) -> None:
     """Serve the board until the process is asked to end. ValueError if it cannot start."""
     if not os.path.isdir(folder):
         raise ValueError(
-            f"{named(folder)} is no folder; train a run first (progrpo train quickstart), or name the folder of your runs"
+            f"{named(folder)} is no folder; train a run first (progrpo train quickstart), or name the folder of your"
+            " runs"
         )
     with listening(folder, host, port) as server:
         where = f"[{host}]" if ":" in host else host
         reach = "" if is_loopback(host) else "; all who can reach this address can read these runs"
-        print(f"runs of {named(folder)} at http://{where}:{server.server_address[1]}/ (Ctrl-C ends it{reach})", flush=True)
+        print(
+            f"runs of {named(folder)} at http://{where}:{server.server_address[1]}/ (Ctrl-C ends it{reach})", flush=True
+        )
         server.serve_forever()

@@ -1,4 +1,4 @@
-"""The curves of all recipes over seconds, NFE, iterations and hours, the time to equal reward, and reward against KL."""
+"""The curves of all recipes over time and cost, the time to equal reward, and reward against KL."""
 
 from __future__ import annotations
 
@@ -107,9 +107,7 @@ def _line(recipes: Sequence[Recipe], recipe: Recipe, curves: Sequence[Sequence[P
         for points in curves
         if points
     ]
-    return charts.Line(
-        escape(recipe.label), colour_of(recipes, recipe), over.at, over.mean, over.low, over.high, seeds
-    )
+    return charts.Line(escape(recipe.label), colour_of(recipes, recipe), over.at, over.mean, over.low, over.high, seeds)
 
 
 # --- time to equal reward ---------------------------------------------------------------------------------------------
@@ -121,7 +119,9 @@ def _equal(recipes: Sequence[Recipe]) -> str:
         return section("equal", title, "", note("Not given: the recipes are not measured by the same reward."))
     found = levels(recipes)
     if found is None:
-        why = "it needs two evaluations of a run on the way (eval.every), and the lowest last one above the lowest first"
+        why = (
+            "it needs two evaluations of a run on the way (eval.every), and the lowest last one above the lowest first"
+        )
         return section("equal", title, "", note(f"Not given: {why}."))
     lead = (
         f"Levels are shares of the smallest final gain: from the lowest first evaluation on the way,"

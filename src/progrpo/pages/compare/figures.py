@@ -11,7 +11,7 @@ import numpy as np
 from progrpo.pages import charts
 from progrpo.pages.compare.recipes import Recipe
 from progrpo.pages.run_data import RunData
-from progrpo.tracking.records import EvaluationRecord, before_and_after, metric
+from progrpo.tracking.records import EvaluationRecord, metric
 from progrpo.tracking.statistics import Interval, Mean, difference_of_means, interval, mean_of, paired_difference
 
 HOURS = "hours"
@@ -152,11 +152,28 @@ class Final:
     """From the first recipe to this one."""
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """A figure's value of each picture of a run, before and after training."""
+
+    run: RunData
+    before: Sequence[float | None]
+    after: Sequence[float | None]
+
+    @property
+    def mean_before(self) -> float | None:
+        return _mean(self.before)
+
+    @property
+    def mean_after(self) -> float | None:
+        return _mean(self.after)
+
+
 def finals(recipes: Sequence[Recipe]) -> dict[str, list[Final]]:
     """The figures that any recipe has, for each recipe."""
     held_out = sorted({name for recipe in recipes for run in recipe.runs for name in _held_out_names(run)})
     names = [*_OF_RECORDS, *(f"held_out@{name}" for name in held_out)]
-    found = {name: [_final(name, recipe, recipes[0]) for recipe in recipes] for name in names}
+    found = {name: _of_recipes(name, recipes) for name in names}
     return {name: of_each for name, of_each in found.items() if any(f.before is not None or f.after for f in of_each)}
 
 
@@ -164,60 +181,74 @@ def _held_out_names(run: RunData) -> set[str]:
     return {name for record in [*run.before, *run.after] for name in record.get("held_out") or {}}
 
 
-def _final(name: str, recipe: Recipe, first: Recipe) -> Final:
-    before = [mean for run in recipe.runs if (mean := _mean(run.before, name)) is not None]
-    after = _after(name, recipe)
-    compared = None if recipe is first else _against(name, first, recipe)
-    return Final(
-        before=float(np.mean(before)) if before else None,
-        after=None if after is None else interval(after),
-        change=_change(name, recipe),
-        against_first=compared,
-    )
+def _of_recipes(name: str, recipes: Sequence[Recipe]) -> list[Final]:
+    measured = [
+        [_Measured(run, _column(run.before, name), _column(run.after, name)) for run in recipe.runs]
+        for recipe in recipes
+    ]
+    first = measured[0]
+    return [
+        Final(
+            before=_mean([run.mean_before for run in runs]),
+            after=None if (after := _after(runs)) is None else interval(after),
+            change=_change(runs),
+            against_first=None if runs is first else _against(first, runs),
+        )
+        for runs in measured
+    ]
 
 
-def _after(name: str, recipe: Recipe) -> Mean | None:
+def _after(runs: Sequence[_Measured]) -> Mean | None:
     """The mean after training: over the means of seeds, or over the pictures of a single run."""
-    runs = [run for run in recipe.runs if _mean(run.after, name) is not None]
-    if len(runs) == 1:
-        return mean_of([value for value in _column(runs[0].after, name) if value is not None])
-    return mean_of([_mean(run.after, name) for run in runs]) if runs else None
+    measured = [run for run in runs if run.mean_after is not None]
+    if len(measured) == 1:
+        return mean_of(_known(measured[0].after))
+    return mean_of(_known(run.mean_after for run in measured)) if measured else None
 
 
-def _change(name: str, recipe: Recipe) -> Interval | None:
-    runs = [run for run in recipe.runs if None not in (_mean(run.before, name), _mean(run.after, name))]
-    if len(runs) == 1:
-        return _paired(name, runs[0].before, runs[0].after)
-    changes = [(_mean(run.before, name), _mean(run.after, name)) for run in runs]
+def _change(runs: Sequence[_Measured]) -> Interval | None:
+    """The mean change: over seeds, or picture by picture of a single run."""
+    measured = [run for run in runs if None not in (run.mean_before, run.mean_after)]
+    if len(measured) == 1:
+        (one,) = measured
+        return _paired(one.before, one.after) if one.run.paired else None
+    changes = [(run.mean_before, run.mean_after) for run in measured]
     return interval(paired_difference(*zip(*changes, strict=True))) if changes else None
 
 
-def _against(name: str, first: Recipe, other: Recipe) -> Interval | None:
-    """The difference of two recipes: over seeds where both have several, and over pictures where both have one run."""
-    a, b = _after(name, first), _after(name, other)
+def _against(first: Sequence[_Measured], other: Sequence[_Measured]) -> Interval | None:
+    """The difference of two recipes: over seeds where both have several, and over pictures where both have one run.
+
+    Otherwise the difference is given without an interval.
+    """
+    a, b = _after(first), _after(other)
     if a is None or b is None:
         return None
-    sizes = [sum(_mean(run.after, name) is not None for run in recipe.runs) for recipe in (first, other)]
-    if min(sizes) > 1:
+    one, two = ([run for run in runs if run.mean_after is not None] for runs in (first, other))
+    if min(len(one), len(two)) > 1:
         return difference_of_means(a, b)
-    if max(sizes) == 1:
-        one, two = (next(run for run in recipe.runs if run.after) for recipe in (first, other))
-        return _paired(name, one.after, two.after)
+    if len(one) == len(two) and _prompts(one[0].run) == _prompts(two[0].run):
+        return _paired(one[0].after, two[0].after)
     return Interval(b.value - a.value, float("nan"))
 
 
-def _paired(name: str, before: Sequence[EvaluationRecord], after: Sequence[EvaluationRecord]) -> Interval | None:
-    """The mean difference over pictures of the same prompts. None where the prompts are others."""
-    if [record["prompt"] for record in before] != [record["prompt"] for record in after]:
-        return None
-    pairs = zip(_column(before, name), _column(after, name), strict=True)
-    known = [pair for pair in pairs if None not in pair]
+def _prompts(run: RunData) -> list[str]:
+    return [record["prompt"] for record in run.after]
+
+
+def _paired(before: Sequence[float | None], after: Sequence[float | None]) -> Interval | None:
+    """The mean difference over the pictures that have both values."""
+    known = [pair for pair in zip(before, after, strict=True) if None not in pair]
     return interval(paired_difference(*zip(*known, strict=True))) if known else None
 
 
-def _mean(records: Sequence[EvaluationRecord], name: str) -> float | None:
-    values = [value for value in _column(records, name) if value is not None]
-    return float(np.mean(values)) if values else None
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = _known(values)
+    return float(np.mean(known)) if known else None
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _column(records: Sequence[EvaluationRecord], name: str) -> list[float | None]:

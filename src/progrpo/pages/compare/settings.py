@@ -11,8 +11,8 @@ from progrpo.pages.run_data import RunData
 from progrpo.tracking.wording import MISSING, duration
 
 _LEAD = (
-    "Only what differs. Runs that differ in the seed, in what the machine chose (dtype, microbatches), in checkpoints or"
-    " in trackers are one recipe."
+    "Only what differs. Runs that differ in the seed, in what the machine chose (dtype, microbatches), in checkpoints"
+    " or in trackers are one recipe."
 )
 
 
