@@ -11,7 +11,7 @@ from itertools import pairwise, takewhile
 
 from progrpo import __version__
 from progrpo.cli.command import Command
-from progrpo.cli.model_commands import Eval, Pretrain, Sample
+from progrpo.cli.model_commands import Eval, Pretrain, Sample, Studio
 from progrpo.cli.options import parse_options
 from progrpo.cli.other_commands import Import, Repro, ServeReward
 from progrpo.cli.output import UnreadOutputError, columns, show
@@ -35,6 +35,7 @@ COMMANDS: dict[str, type[Command]] = {
     "report": Report,
     "compare": Compare,
     "board": Board,
+    "studio": Studio,
     "repro": Repro,
     "pretrain": Pretrain,
     "serve-reward": ServeReward,

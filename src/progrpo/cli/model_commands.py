@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from progrpo.cli.command import Command, as_option, check_device, check_range
+from progrpo.cli.command import Command, as_option, check_device, check_range, require_run
 from progrpo.cli.output import format_result, show
 
 
@@ -120,6 +121,29 @@ def _given(command: Sample | Eval) -> dict[str, float | None]:
     """The settings of evaluations that a command has options for; None is not given."""
     names = ("num_inference_steps", "guidance_scale", "seed")
     return {name: getattr(command, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Studio(Command):
+    """Open a local page to try a run's model, and to see what a plan does to a group."""
+
+    folder: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run folder."""
+    reward: tuple[str, ...] = ()
+    """One reward or several, as `--reward.terms` of `train`. Without it: the run's own."""
+    host: str = "127.0.0.1"
+    """The address to listen at. Whoever reaches it can use this machine's processors."""
+    port: int = 7860
+    """The port; 0 is any free one."""
+
+    def run(self) -> None:
+        check_range(0, 65_535, port=self.port)
+        require_run(self.folder)
+        if find_spec("gradio") is None:
+            raise ValueError("studio needs gradio, which is not installed: pip install 'progrpo[studio]'")
+        from progrpo.studio.app import serve
+
+        serve(self.folder, self.reward, self.host, self.port)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,19 +25,23 @@ def escape(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def document(title: str, body: str) -> str:
-    """A whole page with its styles, scripts and Plotly inside. It loads nothing."""
-    from plotly.offline import get_plotlyjs
-
+def document(title: str, body: str, charts: bool = True) -> str:
+    """A whole page with its styles and scripts inside, and with Plotly for `charts`. It loads nothing."""
     room = files("progrpo.pages")
     style, script = ((room / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>\n{style}</style>'
-        f"<script>{get_plotlyjs()}</script></head>\n<body><main>\n{body}\n</main>"
+        f"{_plotly() if charts else ''}</head>\n<body><main>\n{body}\n</main>"
         f"<script>\n{script}</script></body></html>\n"
     )
+
+
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return f"<script>{get_plotlyjs()}</script>"
 
 
 def section(anchor: str, title: str, lead: str, body: str) -> str:

@@ -19,6 +19,12 @@ def tile(images_NHWC: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
     return sheet[: sheet.shape[0] - gap, : sheet.shape[1] - gap]
 
 
+def audit_sheet(pictures_GSHWC: np.ndarray) -> np.ndarray:
+    """The sheet of a group's pictures: a row per member, a column per step and one for the final pictures."""
+    group, columns = pictures_GSHWC.shape[:2]
+    return tile(reduced(pictures_GSHWC.reshape(group * columns, *pictures_GSHWC.shape[2:])), columns, gap=0)
+
+
 def reduced(images_NHWC: np.ndarray) -> np.ndarray:
     """The pictures, reduced by a whole number to at most 192 pixels per side: viewers fail on larger sheets."""
     from PIL import Image

@@ -25,7 +25,7 @@ import numpy as np
 from progrpo.messages import named
 from progrpo.tracking.commands import resume_command
 from progrpo.tracking.files import Folder, JsonFile
-from progrpo.tracking.grids import reduced, tile
+from progrpo.tracking.grids import audit_sheet
 from progrpo.tracking.metrics_file import MetricsFile
 from progrpo.tracking.own_files import delete, delete_unfinished, holds_only_weights, numbered_files, own_files
 from progrpo.tracking.records import AuditRecord, EvaluationRecord, MetricValue, Summary
@@ -110,11 +110,11 @@ class RunFolder(Folder):
 
     def write_audit(self, audit: AuditRecord, pictures_GSHWC: np.ndarray) -> None:
         """Write an audit group and its sheet of pictures, uint8; S is T previews and the final picture."""
-        group, columns = pictures_GSHWC.shape[:2]
+        columns = pictures_GSHWC.shape[1]
         assert columns == len(audit["steps"]) + 1, f"{columns} pictures a member for {len(audit['steps'])} steps"
         name = f"audit/{audit['iteration']:04d}"
-        sheet = tile(reduced(pictures_GSHWC.reshape(group * columns, *pictures_GSHWC.shape[2:])), columns, gap=0)
-        strip = self.save_picture(f"{name}.png", sheet)  # before the record: whoever reads the record finds the sheet
+        # before the record: whoever reads the record finds the sheet
+        strip = self.save_picture(f"{name}.png", audit_sheet(pictures_GSHWC))
         self._audit(f"{name}.json").write({**audit, "strip": strip})
 
     def read_audits(self) -> list[AuditRecord]:

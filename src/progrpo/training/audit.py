@@ -154,7 +154,7 @@ class GroupWatch:
             scores_TG=scores_TG,
             final_G=final_G,
             pictures_GSHWC=torch.stack(pictures, dim=1).numpy(),
-            stopped_at=_stops(plan, decided, final_G, sampler.selector, key, slot_P),
+            stopped_at=stops(plan, decided, final_G, sampler.selector, key, slot_P),
             kept_uniform=_kept(uniform, final_G, keep, seeds_P),
             kept_ovf=_kept(ovf, final_G, keep, seeds_P),
             chosen_TK=[_kept(sampler.selector, *at) for at in zip(decided, keep_T, seeds_T, strict=True)],
@@ -187,7 +187,7 @@ def _kept(selector: Selector, scores_G: Tensor, keep: int, seeds_P: Tensor) -> l
     return selection.indices_PK[selection.valid_PK].tolist()
 
 
-def _stops(
+def stops(
     plan: Plan, scores: list[Tensor], final_G: Tensor, selector: Selector, key: NoiseKey, slot_P: Tensor
 ) -> list[int | None]:
     """The step after whose network call the plan stops each member; T by final rewards, None for survivors."""

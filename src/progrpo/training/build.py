@@ -96,10 +96,19 @@ def was_trained(folder: Path) -> bool:
 
 def saved_weights(run: Path) -> Path:
     """The folder of a run's trained weights. ValueError where there is none yet."""
-    saved = [run / name for name in ("lora", "transformer", "unet") if (run / name).is_dir()]
+    saved = _saved_weights(run)
     if not saved:
         raise ValueError(f"{named(run)} has saved no trained weights yet; they are written when the run ends")
     return saved[0]
+
+
+def has_saved_weights(run: Path) -> bool:
+    """Whether a run has saved its result."""
+    return bool(_saved_weights(run))
+
+
+def _saved_weights(run: Path) -> list[Path]:
+    return [run / name for name in ("lora", "transformer", "unet") if (run / name).is_dir()]
 
 
 def sampling_from(config: Config, policy: Policy, stores: Stored, iteration: int) -> Sampling:

@@ -80,10 +80,10 @@ def save(run: Path, state: State, config: Config) -> None:
 def saved(run: Path) -> list[Path]:
     """The checkpoints of a run by their names, oldest first; damaged ones are among them."""
     there = {path.with_name(path.name.removesuffix(PREVIOUS)) for path in (run / _FOLDER).glob(f"{_NAME}*")}
-    return sorted((path for path in there if _iteration(path) >= 0), key=_iteration)
+    return sorted((path for path in there if iteration_of(path) >= 0), key=iteration_of)
 
 
-def _iteration(path: Path) -> int:
+def iteration_of(path: Path) -> int:
     """The number of iterations that a checkpoint comes after; -1 for a name that is no checkpoint's."""
     number = path.name.removeprefix(_NAME)
     return int(number) if number.isascii() and number.isdigit() else -1
@@ -96,7 +96,7 @@ def _tidy(run: Path, iteration: int, keep: int) -> None:
     time.
     """
     checkpoints = saved(run)
-    kept = [path for path in checkpoints if _iteration(path) <= iteration][-keep:]
+    kept = [path for path in checkpoints if iteration_of(path) <= iteration][-keep:]
     unfinished = [path for end in (WRITING, PREVIOUS) for path in (run / _FOLDER).glob(f"{_NAME}*{end}")]
     for path in [*checkpoints, *unfinished]:
         if path not in kept:

@@ -63,7 +63,7 @@ def evaluate_model(
     """
     config = model.config
     _require_names(model, config, prompts.source, rewards)
-    config = _with_rewards(model, config, rewards)
+    config = with_rewards(model, config, rewards)
     settings = with_given(config.eval, given)
     negative_prompt = negative_prompt_for(config, negative_prompt, settings.guidance_scale)
     config = _evaluated_settings(replace(config, eval=settings), negative_prompt)
@@ -134,15 +134,18 @@ def _require_names(model: ModelChoice, config: Config, source: str | None, rewar
     )
 
 
-def _with_rewards(model: ModelChoice, config: Config, rewards: Sequence[str]) -> Config:
-    """The configuration with the rewards that are named. ValueError for a harmful one that is not named."""
+def with_rewards(model: ModelChoice, config: Config, rewards: Sequence[str]) -> Config:
+    """The configuration with the rewards that are named, or with its own where none is.
+
+    ValueError for a harmful one that is not named: a run folder may be a stranger's.
+    """
     held_out = config.eval.rewards
     if rewards:
-        harmless = tuple(term for term in held_out if not _is_harmful(term))
+        harmless = tuple(term for term in held_out if not is_harmful(term))
         terms = tuple(map(RewardTerm.from_text, rewards))
         return replace(config, reward=replace(config.reward, terms=terms), eval=replace(config.eval, rewards=harmless))
     for term in (*config.reward.terms, *held_out):
-        if _is_harmful(term):
+        if is_harmful(term):
             raise ValueError(
                 f"{named(model.target)} is measured by {named(term.to_text())}, which runs code of yours, asks a"
                 " server or writes scores: if you trust that, give --reward with it; else another reward"
@@ -150,6 +153,6 @@ def _with_rewards(model: ModelChoice, config: Config, rewards: Sequence[str]) ->
     return config
 
 
-def _is_harmful(term: RewardTerm) -> bool:
+def is_harmful(term: RewardTerm) -> bool:
     """Whether a reward does more than load published weights and look at pictures."""
     return ":" in term.name or bool(term.url or term.cache)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from progrpo.pages.page import escape, note, picture_uri, read_picture
 from progrpo.tracking.records import AuditRecord
 from progrpo.tracking.statistics import spearman
 from progrpo.tracking.wording import number
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _CELL = 96
 _ROWS_SHOWN = 10
@@ -31,10 +35,10 @@ def films(folder: Path, audits: Sequence[AuditRecord]) -> str:
     )
     count = f"<span>{len(chosen)} of {len(audits)} audits</span>" if len(chosen) < len(audits) else ""
     box = f'<label class="choose">Audit group <select id="choose-film">{options}</select>{count}</label>'
-    return box + _LEGEND + "".join(_film(folder, audit, shown=i == 0) for i, audit in enumerate(chosen))
+    return box + LEGEND + "".join(_film(folder, audit, shown=i == 0) for i, audit in enumerate(chosen))
 
 
-_LEGEND = (
+LEGEND = (
     '<p class="legend"><span><i class="alive"></i>kept</span><span><i class="out"></i>pruned after this step</span>'
     '<span><i class="ghost"></i>already pruned: a training group would not compute it</span></p>'
 )
@@ -42,8 +46,13 @@ _LEGEND = (
 
 def _film(folder: Path, audit: AuditRecord, shown: bool) -> str:
     anchor = f"film-{audit['iteration']}"
+    strip = read_picture(folder, audit["strip"])
+    if strip is None:
+        sheet = note(f"The pictures of this audit ({escape(audit['strip'])}) are missing.")
+    else:
+        sheet = sheet_of(audit, strip, anchor)
     hidden = "" if shown else " hidden"
-    return f'<div class="film" id="{anchor}"{hidden}>{_agreements(audit)}{_sheet(folder, audit, anchor)}</div>'
+    return f'<div class="film" id="{anchor}"{hidden}>{_agreements(audit)}{sheet}</div>'
 
 
 def _points(audit: AuditRecord) -> list[int]:
@@ -61,10 +70,11 @@ def _agreement(audit: AuditRecord, step: int) -> float | None:
     return spearman(audit["scores"][list(audit["steps"]).index(step)], audit["final"])
 
 
-def _sheet(folder: Path, audit: AuditRecord, anchor: str) -> str:
-    strip = read_picture(folder, audit["strip"])
-    if strip is None:
-        return note(f"The pictures of this audit ({escape(audit['strip'])}) are missing.")
+def sheet_of(audit: AuditRecord, strip: Image.Image, anchor: str) -> str:
+    """The table of an audit's pictures within the element `anchor`, a row per member.
+
+    `strip` is their contact sheet: a row per member, a column per step and one for the final pictures.
+    """
     group, columns = len(audit["final"]), len(audit["steps"]) + 1
     width, height = strip.width // columns, strip.height // group
     scale = min(1.0, _CELL / width)
