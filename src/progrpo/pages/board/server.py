@@ -26,6 +26,7 @@ from progrpo.pages.compare import compare, comparison_page
 from progrpo.pages.page import escape
 from progrpo.pages.report import report_page, write_report
 from progrpo.pages.run_data import inside
+from progrpo.tracking.files import in_bytes
 
 _OWN = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none';"
@@ -120,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, status: HTTPStatus, sentence: str) -> None:
         page = _document("progrpo board", f'<h1>{status.phrase}</h1><p class="note">{escape(sentence)}</p>{_BACK}')
-        self._send(status, _HTML, _OWN, page.encode(errors="backslashreplace"))
+        self._send(status, _HTML, _OWN, in_bytes(page))
 
     def _send(self, status: HTTPStatus, kind: str, policy: str, body: bytes) -> None:
         self.send_response(status)
@@ -142,7 +143,7 @@ Answer = tuple[str, str, bytes]
 def _board(server: BoardServer, names: Sequence[str]) -> Answer:
     title = escape(server.folder.resolve().name or server.folder)
     body = (files("progrpo.pages.board") / "board.html").read_text(encoding="utf-8").replace("{folder}", title)
-    return _HTML, _OWN, _document(f"{title}: progrpo board", body).encode(errors="backslashreplace")
+    return _HTML, _OWN, in_bytes(_document(f"{title}: progrpo board", body))
 
 
 def _style(server: BoardServer, names: Sequence[str]) -> Answer:
@@ -167,7 +168,7 @@ def _report(server: BoardServer, names: Sequence[str]) -> Answer:
 
 def _compare(server: BoardServer, names: Sequence[str]) -> Answer:
     page = comparison_page(compare(_folders(server, names)))
-    return _HTML, _OF_RUNS, page.encode(errors="backslashreplace")
+    return _HTML, _OF_RUNS, in_bytes(page)
 
 
 _ANSWERS: dict[str, Callable[[BoardServer, Sequence[str]], Answer]] = {
@@ -196,7 +197,7 @@ def _current_report(folder: Path) -> bytes:
         try:
             write_report(folder)
         except OSError:
-            return report_page(folder).encode(errors="backslashreplace")
+            return in_bytes(report_page(folder))
     return path.read_bytes()
 
 

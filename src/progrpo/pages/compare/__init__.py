@@ -12,7 +12,7 @@ from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 
-from progrpo.durable import write_text
+from progrpo.durable import write_file
 from progrpo.messages import named
 from progrpo.pages import page
 from progrpo.pages.compare import curves, head, pictures, results, settings
@@ -20,6 +20,7 @@ from progrpo.pages.compare.cautions import cautions
 from progrpo.pages.compare.figures import Arrival, curve, finals, levels, processes_of, spread
 from progrpo.pages.compare.recipes import Recipe, differences, grouped, measures_that_differ, seed_of
 from progrpo.pages.run_data import RunData, read_run_data, readable
+from progrpo.tracking.files import in_bytes
 from progrpo.tracking.wording import MISSING
 
 _SECTIONS = (head, results, curves, pictures, settings)
@@ -53,7 +54,7 @@ def write_comparison(recipes: Sequence[Recipe], out: Path) -> Path:
     """Write the page and return its path. ValueError if it cannot be written."""
     text = comparison_page(recipes)
     try:
-        write_text(out, text)
+        write_file(out, lambda file: file.write(in_bytes(text)))
     except OSError as error:
         raise ValueError(f"{named(out)} cannot be written: {error.strerror}; name another file as --out") from None
     return out

@@ -177,10 +177,10 @@ def _distance(recipes: Sequence[Recipe]) -> str:
 
 def _path(recipes: Sequence[Recipe], recipe: Recipe) -> charts.Line:
     """The evaluations of a recipe by distance and reward. There is no band, since both are measured."""
-    pairs = [_evaluations(curve(run, _KL), curve(run, EVALUATED)) for run in recipe.runs]
-    shared = sorted(set.intersection(*(set(by_iteration) for by_iteration in pairs)))
-    means = np.array([[by_iteration[i] for by_iteration in pairs] for i in shared]).reshape(len(shared), -1, 2).mean(1)
-    seeds = [([kl for kl, _ in p.values()], [reward for _, reward in p.values()]) for p in pairs if p]
+    pairs = [p for run in recipe.runs if (p := _evaluations(curve(run, _KL), curve(run, EVALUATED)))]
+    shared = sorted(set.intersection(*map(set, pairs))) if pairs else []
+    means = np.array([np.mean([by_iteration[i] for by_iteration in pairs], axis=0) for i in shared]).reshape(-1, 2)
+    seeds = [([kl for kl, _ in p.values()], [reward for _, reward in p.values()]) for p in pairs]
     return charts.Line(
         escape(recipe.label),
         colour_of(recipes, recipe),

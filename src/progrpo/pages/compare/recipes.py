@@ -16,6 +16,8 @@ _HOW_IT_RUNS = ("device", "dtype", "batch_size", "retries", "timeout", "processe
 _WHEN_IT_IS = ("eval.every", "eval.keep_best", "eval.best_by")
 _MOST_NAMED = 3
 """The most settings that a label names."""
+_LONGEST = 40
+"""The most characters of a value in a label."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,14 @@ def _labels(groups: Sequence[Sequence[RunData]]) -> list[str]:
     told = {name: of_each for name, of_each in unlike.items() if name not in ("recipe", *_MACHINES_CHOICE)}
     if len(told) > _MOST_NAMED:
         return _unique([group[0].path.resolve().name for group in groups])
-    words = [[f"{key.rpartition('.')[2]} {of_each[i]}" for key, of_each in told.items()] for i in range(len(groups))]
+    words = [
+        [f"{key.rpartition('.')[2]} {_short(of_each[i])}" for key, of_each in told.items()] for i in range(len(groups))
+    ]
     return _unique([", ".join([name, *of_group]) for name, of_group in zip(names, words, strict=True)])
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _unique(labels: Sequence[str]) -> list[str]:
