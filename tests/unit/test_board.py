@@ -27,7 +27,8 @@ def write(folder: Path, records: int = 3, **summary: Any) -> Path:
     run.log_config({"recipe": "mine", "seed": 1, "iterations": 3, "reward": {"terms": [{"name": "shapes"}]}})
     for i in range(records):
         run.log({"iteration": i, "seconds": 2.0, "reward/mean": 0.5 + i}, i)
-    run.summary.write({"status": "finished", "iterations": 3, "wall_seconds": 9.0, "reward_before": 0.5, **summary})
+    figures: Any = {"status": "finished", "iterations": 3, "wall_seconds": 9.0, "reward_before": 0.5, **summary}
+    run.summary.write(figures)
     return folder
 
 
@@ -85,7 +86,12 @@ def test_only_what_changed_is_read_again(tmp_path, monkeypatch):
     listing.rows()
     opened: list[str] = []
     real = Path.open
-    monkeypatch.setattr(Path, "open", lambda self, *a, **k: (opened.append(self.name), real(self, *a, **k))[1])
+
+    def watched(path: Path, *args: Any) -> Any:
+        opened.append(path.name)
+        return real(path, *args)
+
+    monkeypatch.setattr(Path, "open", watched)
     listing.rows()
     assert opened == []
     RunFolder(tmp_path / "b").log({"iteration": 3, "seconds": 1.0}, 3)

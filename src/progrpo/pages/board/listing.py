@@ -49,18 +49,14 @@ class Listing:
     def rows(self) -> list[Row]:
         """The runs, running ones first, and then the latest first."""
         with self._lock:
-            known = {name: self._read(name, path) for name, path in self._folders()}
+            known = {name: self._read(name, path) for name, path in self.folders().items()}
             self._known = known
         rows = [_row(name, run) for name, run in known.items()]
         return sorted(rows, key=lambda row: (row["status"] != "running", -cast(float, row["updated"]), row["name"]))
 
-    def folder(self, name: str) -> Path | None:
-        """The folder of a run that the list has under this name."""
-        return dict(self._folders()).get(name)
-
-    def _folders(self) -> Iterator[tuple[str, Path]]:
-        for path in _run_folders(self._root, _DEPTH):
-            yield path.relative_to(self._root).as_posix(), path
+    def folders(self) -> dict[str, Path]:
+        """The folders of the runs by name."""
+        return {path.relative_to(self._root).as_posix(): path for path in _run_folders(self._root, _DEPTH)}
 
     def _read(self, name: str, path: Path) -> _Known:
         stamp = tuple(_stamp(path / file) for file in _FILES)

@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import socketserver
+import sys
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +21,7 @@ from threading import Lock
 from urllib.parse import parse_qs, urlsplit
 
 from progrpo.environment import is_loopback
-from progrpo.messages import named
+from progrpo.messages import named, raised
 from progrpo.pages.board.listing import Listing
 from progrpo.pages.compare import compare, comparison_page
 from progrpo.pages.page import escape
@@ -61,6 +62,12 @@ class BoardServer(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # http.server's own asks a name server for this machine's name
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say in a line what went wrong, unless the browser has gone away."""
+        error = sys.exception()
+        if error is not None and not isinstance(error, ConnectionError | TimeoutError):
+            print(f"progrpo: board: {raised(error)}", file=sys.stderr)
 
     def is_own_name(self, header: str | None) -> bool:
         """Whether a Host header names this server, by an address or a name that only this machine has."""
@@ -114,6 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(HTTPStatus.NOT_FOUND, str(error))
         except ValueError as error:
             return self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
+        except OSError as error:
+            return self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"a file of the run cannot be read: {error.strerror}")
         self._send(HTTPStatus.OK, kind, policy, body)
 
     def log_message(self, format: str, *args: object) -> None:
@@ -183,11 +192,10 @@ _ANSWERS: dict[str, Callable[[BoardServer, Sequence[str]], Answer]] = {
 
 def _folders(server: BoardServer, names: Sequence[str]) -> list[Path]:
     """The folders of these runs, which the list must have: a name is never made a path."""
-    folders = [server.listing.folder(name) for name in names]
-    found = [folder for folder in folders if folder is not None]
-    if len(found) < len(names) or not names:
+    listed = server.listing.folders()
+    if not names or not set(names) <= listed.keys():
         raise _NotFound("there is no such run")
-    return found
+    return [listed[name] for name in names]
 
 
 def _current_report(folder: Path) -> bytes:

@@ -27,7 +27,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main([*words, "--audit.every", "0"]) == 0
     config = RunFolder(folder / "a").config.read()
     optim = cast("dict[str, object]", config["optim"])
-    for name, changes in {"b": {"seed": 1}, "c": {"optim": {**optim, "lr": 0.003}}}.items():
+    changed: dict[str, dict[str, object]] = {"b": {"seed": 1}, "c": {"optim": {**optim, "lr": 0.003}}}
+    for name, changes in changed.items():
         shutil.copytree(folder / "a", folder / name)
         RunFolder(folder / name).config.write({**config, **changes})
     return folder
@@ -87,7 +88,7 @@ def test_the_board_follows_and_ends(runs):
 
 
 def test_the_benchmark_of_pages_runs():
-    """With a dozen runs; docs/runs.md has its figures with two hundred."""
+    """With a dozen runs; docs/pages.md has its figures with two hundred."""
     command = [sys.executable, str(BENCHMARK), "--runs", "12", "--iterations", "20", "--compared", "4", "--json"]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
     assert found["runs"] == 12 and found["compared"] == 4
