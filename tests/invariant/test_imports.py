@@ -58,13 +58,14 @@ MAY_SEE = {
 # And whom they must not see; the rim stands above everyone.
 RIM = ("progrpo.cli", "progrpo.studio", "progrpo.training", "progrpo.imports", "progrpo.recipes", "progrpo.config")
 MUST_NOT_SEE = {
-    "progrpo.training": ("progrpo.cli", "progrpo.imports", "progrpo.studio"),
+    "progrpo.training": ("progrpo.cli", "progrpo.imports", "progrpo.studio", "progrpo.publish"),
     "progrpo.studio": ("progrpo.cli", "progrpo.imports"),
     "progrpo.imports": ("progrpo.cli", "progrpo.training"),
-    "progrpo.policies": (*RIM, "progrpo.rollout", "progrpo.objectives", "progrpo.tracking"),
-    "progrpo.rewards": (*RIM, "progrpo.rollout", "progrpo.objectives", "progrpo.tracking"),
-    "progrpo.tracking": (*RIM, "progrpo.pages"),
-    "progrpo.pages": RIM,
+    "progrpo.policies": (*RIM, "progrpo.rollout", "progrpo.objectives", "progrpo.tracking", "progrpo.publish"),
+    "progrpo.rewards": (*RIM, "progrpo.rollout", "progrpo.objectives", "progrpo.tracking", "progrpo.publish"),
+    "progrpo.tracking": (*RIM, "progrpo.pages", "progrpo.publish"),
+    "progrpo.pages": (*RIM, "progrpo.publish"),
+    "progrpo.publish": (*RIM, "progrpo.rollout", "progrpo.objectives", "progrpo.rewards"),
     "progrpo.recipes": ("progrpo.cli", "progrpo.training", "progrpo.imports"),
 }
 KNOW_CONFIG = (
@@ -96,6 +97,7 @@ FREE_OF_TORCH = (
     "progrpo.pages.board",
     "progrpo.pages.compare",
     "progrpo.pages.report",
+    "progrpo.publish.layouts",
     "progrpo.types",
 )
 

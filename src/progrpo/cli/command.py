@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated
 
@@ -52,12 +52,11 @@ def require_run(folder: Path) -> None:
     raise ValueError(f"{named(folder)} is no run folder (it holds no config.json){nearest(str(folder), others)}")
 
 
-def first_free(folder: Path) -> Path:
-    """The folder, or the first of FOLDER-2, FOLDER-3, ... that does not exist."""
-    if not folder.exists():
-        return folder
-    numbered = (folder.with_name(f"{folder.name}-{n}") for n in count(2))
-    return next(path for path in numbered if not path.exists())
+def first_free(path: Path, end: str = "") -> Path:
+    """The first of PATH, PATH-2, PATH-3, ... that does not exist, each with this end of its name."""
+    names = chain([path.name], (f"{path.name}-{n}" for n in count(2)))
+    paths = (path.with_name(f"{name}{end}") for name in names)
+    return next(path for path in paths if not path.exists())
 
 
 def as_option(name: str) -> str:

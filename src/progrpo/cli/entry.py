@@ -16,6 +16,7 @@ from progrpo.cli.options import parse_options
 from progrpo.cli.other_commands import Import, Repro, ServeReward
 from progrpo.cli.output import UnreadOutputError, columns, show
 from progrpo.cli.page_commands import Board, Compare, Report
+from progrpo.cli.publish_commands import Export
 from progrpo.cli.run_commands import Plan, Recipes, Resume, Train
 from progrpo.config import Config, PlanSettings
 from progrpo.durable import DiskError
@@ -36,6 +37,7 @@ COMMANDS: dict[str, type[Command]] = {
     "compare": Compare,
     "board": Board,
     "studio": Studio,
+    "export": Export,
     "repro": Repro,
     "pretrain": Pretrain,
     "serve-reward": ServeReward,

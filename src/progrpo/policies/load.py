@@ -87,9 +87,9 @@ def load_policy(
     settings = with_own_length(settings)
     source = locate(settings.path, settings.revision)
     kind = family_of(source, settings.revision)
-    pipeline = _read_pipeline(source, kind, settings)
+    pipeline = read_pipeline(source, kind, settings, _dtypes(kind, settings))
     if trained is not None and _is_denoiser(trained):
-        _apply_trained(pipeline, kind.denoiser_name, Path(trained))
+        apply_trained(pipeline, kind.denoiser_name, Path(trained))
     elif trained is not None:
         settings = replace(settings, weights="lora", lora=str(trained))
     return policy_from_pipeline(pipeline, settings, context)
@@ -108,7 +108,8 @@ def _is_denoiser(folder: str | Path) -> bool:
     return has_config and not is_lora
 
 
-def _apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path) -> None:
+def apply_trained(pipeline: DiffusionPipeline, denoiser_name: str, folder: Path) -> None:
+    """Put the denoiser of a folder in the place of the pipeline's. ValueError where it is of another class."""
     base = getattr(pipeline, denoiser_name)
     with reported_errors(folder, "trained weights"):
         kind = type(base).load_config(folder).get("_class_name")
@@ -196,11 +197,17 @@ def _family(pipeline_name: str, source: str) -> type[ModelFamily]:
     return family
 
 
-def _read_pipeline(source: str, kind: type[ModelFamily], settings: ModelSettings) -> DiffusionPipeline:
-    """Load a pipeline in its dtype, but a denoiser that is trained in full in float32: no precision is lost."""
+def _dtypes(kind: type[ModelFamily], settings: ModelSettings) -> dict[str, torch.dtype]:
+    """The settings' dtype, but float32 for a denoiser that is trained in full: no precision is lost."""
     dtype = torch_dtype(settings)
     denoiser = torch.float32 if settings.weights == "full" else dtype
-    dtypes = {kind.denoiser_name: denoiser, "vae": kind.vae_dtype or dtype, "default": dtype}
+    return {kind.denoiser_name: denoiser, "vae": kind.vae_dtype or dtype, "default": dtype}
+
+
+def read_pipeline(
+    source: str, kind: type[ModelFamily], settings: ModelSettings, dtypes: dict[str, torch.dtype]
+) -> DiffusionPipeline:
+    """Load a pipeline, each network in its dtype of `dtypes` or in `default`."""
     with reported_errors(source):
         folder = fetch(source, settings.revision, settings.variant, kind.omitted_components)
         _require_objects(folder)
