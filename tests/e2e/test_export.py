@@ -501,6 +501,7 @@ def test_what_cannot_be_exported_is_said_in_a_sentence(tiny_sd3, run, tmp_path, 
     assert "which no name loads; name the model it was: --model MODEL" in refusal(own, "--format", "kohya")
     assert export(tmp_path, "kohya", "--model", str(tiny_sd3)).is_file()
     (tmp_path / "run" / "lora" / FILE).unlink()
+    assert "trained weights: cannot load" in refusal(own, "--format", "diffusers")
     (tmp_path / "run" / "lora").rmdir()
     assert "has saved no trained weights yet; they are written when the run ends" in refusal(own, "--format", "kohya")
 

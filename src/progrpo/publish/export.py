@@ -31,6 +31,7 @@ def export_lora(trained: Path, model: ModelSettings, form: str, out: Path) -> No
         raise ValueError(
             f"the run trained all weights of the {trained.name}, and no LoRA; --format merged writes the whole model"
         )
+    lora = saved_lora(trained)
     if form == "diffusers":
         with (trained / LORA_FILE).open("rb") as saved:
             write_file(out, lambda file: shutil.copyfileobj(saved, file))
@@ -39,7 +40,7 @@ def export_lora(trained: Path, model: ModelSettings, form: str, out: Path) -> No
     formats = ("diffusers", "merged") if model.path in BUILT_IN else formats_of(pipeline)
     if form not in formats:
         raise ValueError(f"no tool reads {form} files of {named(model.path)}; its formats are {' and '.join(formats)}")
-    lora, layout = saved_lora(trained), LAYOUTS[form][pipeline]
+    layout = LAYOUTS[form][pipeline]
     if homeless := without_place(lora, layout, config):
         others = [
             name for name in formats if name not in LAYOUTS or not without_place(lora, LAYOUTS[name][pipeline], config)

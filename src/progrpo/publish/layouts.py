@@ -285,7 +285,7 @@ def _in_sgm_unet(layer: str, config: Config) -> Place | None:
     Its blocks are numbered through: one for each residual network, and one for each change of size.
     """
     match = _IN_UNET.fullmatch(layer)
-    if match is None:
+    if match is None or not isinstance(config["layers_per_block"], int):  # else blocks of several sizes, as no XL has
         return None
     kind, number, rest = match["kind"], int(match["number"]), match["rest"]
     rest = _RESNET[rest] if kind == "resnets" else rest
