@@ -175,9 +175,20 @@ def test_a_run_under_way_has_a_report_of_its_last_iteration(tiny_pipeline, tiny_
     summary: Any
     ((run, summary),) = seen
     assert (run.status, summary["status"], summary["iterations"], len(run.metrics)) == ("running", "running", 2, 2)
-    assert summary["wall_seconds"] == run.wall_seconds > sum(record["seconds"] for record in run.metrics)
+    assert run.wall_seconds >= summary["wall_seconds"] > sum(record["seconds"] for record in run.metrics)
     assert summary["nfe"] == summary["cost"]["counted"]["nfe"] == sum(r["rollout/nfe"] for r in run.metrics)
     assert summary["seconds_by_stage"]["sample"] == sum(r["time/sample"] for r in run.metrics)
+
+
+def test_the_time_of_a_resumed_run_has_what_a_killed_attempt_did_after_its_checkpoint(
+    tiny_pipeline, tiny_config, prompts, redness, tmp_path
+):
+    out = tmp_path / "run"
+    folder = progrpo.train(tiny_pipeline(), prompts, redness, config=tiny_config(iterations=1), out=out)
+    killed: Summary = {**folder.summary.read(), "status": "running", "wall_seconds": 1000.0}
+    folder.summary.write(killed)
+    progrpo.train(tiny_pipeline(), prompts, redness, config=tiny_config(iterations=2), out=out, mode="resume")
+    assert 1000 < folder.summary.read()["wall_seconds"] < 2000
 
 
 def test_a_run_that_was_taken_for_dead_writes_nothing_more(tiny_pipeline, tiny_config, prompts, redness, tmp_path):

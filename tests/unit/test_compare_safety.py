@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from progrpo.pages.compare import compare, comparison_page, figures_of
-from tests.unit.test_report_safety import EVIL, KNOWN, Page, write
+from tests.support.run_folders import written_run
+from tests.unit.test_report_safety import EVIL, KNOWN, Page
 
-WORDS = (*EVIL, "\u202egnp.\u2066أحمر", "🧨‍🔥", "a\x00b")
+WORDS = (*EVIL, "\u202egnp.\u2066أحمر", "🧨‍🔥", "a\x00b", "\ud800")
 
 
 def runs(folder: Path, word: str) -> list[Path]:
     """Two recipes: one finished run, and one that differs in a setting that is named by the word, and was stopped."""
-    first, second = (write(folder / name, word) for name in ("one", "two"))
+    first, second = (written_run(folder / name, word) for name in ("one", "two"))
     first.summary.write({**first.summary.read(), "status": "finished"})
     for run, value in ((first, 1), (second, word)):
         run.log_config({**run.config.read(), f"{word}.x": value, "eval": {"every": 1}})

@@ -1,5 +1,6 @@
 import base64
 import json
+import os
 import re
 from io import BytesIO
 from typing import Any
@@ -118,9 +119,9 @@ def test_the_noise_scale_is_drawn_beside_the_prompts_of_an_iteration(run):
     run.log({"iteration": 1, "seconds": 2.0, "update/noise_scale": 70.5}, 1)
     page = text(run)
     assert "<b>Gradient noise scale</b>" in page and "an iteration below it is ruled by noise" in page
-    assert '"name":"noise scale"' in page and '"y":[70.5]' in page and '"y":[6.0,6.0]' in page
+    assert '"name": "noise scale"' in page and '"y": [70.5]' in page and '"y": [6.0, 6.0]' in page
     run.log_config({"recipe": "r", "iterations": 2, "prompts": {"per_iteration": "six"}})
-    assert '"y":[70.5]' in text(run) and '"name":"prompts per iteration"' not in text(run)
+    assert '"y": [70.5]' in text(run) and '"name": "prompts per iteration"' not in text(run)
 
 
 def test_a_missing_sheet_is_said_and_no_more(run):
@@ -142,7 +143,7 @@ def test_kinds_of_prompts_are_names_and_who_has_none_is_left_out(run):
         records = [{**r, "kind": kind} for r, kind in zip(evaluation([True] * 3), ("2", "10", None), strict=True)]
         run.write_evaluation(when, records, pictures(3))
     page = text(run)
-    assert '"x":["2","10"]' in page and '"type":"category"' in page
+    assert '"x": ["2", "10"]' in page and '"type": "category"' in page
 
 
 @pytest.mark.parametrize("final", [(0.5, 0.5, 0.5, 0.5), (0.1, 0.1, 0.1, None)])  # numpy's std of three 0.1 is not 0
@@ -155,9 +156,8 @@ def test_a_constant_group_is_left_out(run, final):
 
 def drawn(page, anchor):
     """The traces of a chart, by name."""
-    (start,) = [found.end() for found in re.finditer(rf'Plotly\.newPlot\(\s*"{anchor}",\s*', page)]
-    data, _ = json.JSONDecoder().raw_decode(page[start:])
-    return {trace["name"]: trace for trace in data if "name" in trace}
+    (figure,) = re.findall(rf'id="{anchor}"[^>]*></div><script type="application/json">(.*?)</script>', page)
+    return {trace["name"]: trace for trace in json.loads(figure)["data"] if "name" in trace}
 
 
 def test_v_is_drawn_by_step_over_the_last_audits_and_over_the_run(run):
@@ -192,7 +192,7 @@ def test_audits_that_did_not_measure_v_have_a_report_without_it(run):
 def test_no_string_of_a_user_becomes_markup(run):
     finish(run, [True, False], [True, True])
     page = write_report(run.path).read_text(encoding="utf-8")
-    assert "alert(&quot;x&quot;)" in page
+    assert "alert(&#34;x&#34;)" in page
     assert '<script>alert("x")' not in page
     assert not re.search(r"<script[^>]*>alert", page)
 
@@ -301,6 +301,46 @@ def test_a_killed_run_has_its_figures_and_not_those_of_its_first_evaluation(run)
     assert "Counted after 3 iterations; 2 more are done." in page and "<td>1 min 06 s</td>" in page
     with only_writer(run.path):
         assert read_run_data(run.path).status == "running"
+
+
+@pytest.mark.parametrize(
+    "summary, lock, seconds",
+    [
+        (1000.0, 1070.0, 12 + 70),  # it was evaluating, or in an iteration that it did not end
+        (1000.0, 990.0, 12 + 40),  # a copied folder: its files' times say nothing
+        (1000.0, None, 12 + 40),
+    ],
+)
+def test_the_wall_time_of_a_killed_run_is_that_until_its_last_sign_of_life(run, summary, lock, seconds):
+    run.summary.write({"status": "running", "iterations": 1, "wall_seconds": 12.0})
+    for i in range(2):
+        run.log({"iteration": i, "seconds": 40.0}, i)
+    os.utime(run.path / "summary.json", (summary, summary))
+    if lock is not None:
+        (run.path / "run.lock").write_text('{"pid": 7, "host": "another", "started": 1}')
+        os.utime(run.path / "run.lock", (lock, lock))
+    assert read_run_data(run.path).wall_seconds == seconds
+    run.summary.write({"status": "finished", "iterations": 2, "wall_seconds": 130.0})
+    assert read_run_data(run.path).wall_seconds == 130
+
+
+def test_of_a_long_curve_the_extremes_of_each_stretch_are_drawn(run):
+    values = np.random.default_rng(0).normal(size=10_007)
+    values[[0, 5, 777, 10_006]] = 0.0, 9.0, -9.0, 0.1
+    kept = charts.thinned(values.tolist())
+    assert kept == sorted(set(kept)) and len(kept) <= 2 * charts.BUCKETS + 2 and {0, 5, 777, 10_006} <= set(kept)
+    for part in np.array_split(np.arange(len(values)), charts.BUCKETS):
+        drawn_part = values[np.intersect1d(part, kept)]
+        assert (drawn_part.min(), drawn_part.max()) == (values[part].min(), values[part].max())
+    assert charts.thinned([1.0] * (2 * charts.BUCKETS)) == list(range(2 * charts.BUCKETS))
+    for i, value in enumerate(values[:1001]):
+        run.metrics.append({"reward/mean": value, "seconds": 2.0}, i)
+    page = text(run)
+    trace = drawn(page, "curve-reward-0")["training samples"]
+    assert len(trace["x"]) == len(trace["y"]) <= 1001 and trace["meta"]["seconds"] == [
+        2.0 * (i + 1) for i in trace["x"]
+    ]
+    assert "Of a curve over more than 1,000 iterations" in page
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):

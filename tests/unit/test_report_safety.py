@@ -8,7 +8,6 @@ import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +15,7 @@ from PIL import Image
 
 import progrpo
 from progrpo.pages.report import write_report
-from progrpo.tracking.files import JsonFile
-from progrpo.tracking.run_folder import RunFolder
+from tests.support.run_folders import written_run
 
 EVIL = (
     "<script>alert(1)</script>",
@@ -53,74 +51,19 @@ class Page(HTMLParser):
             self.scripts.append(data)
 
 
-def write(folder, word):
-    """A finished run that says `word` wherever a run can say something."""
-    run, grey = RunFolder.create(folder), np.full((4, 8, 8, 3), 128, np.uint8)
-    run.log_config({"recipe": word, "seed": word, "iterations": word, "model": {"path": word, word: word}, word: word})
-    record: Any = {"prompt": word, "kind": word, "graded": 0.5, "strict": True, "judge": None, "held_out": {word: 0.5}}
-    other: Any = {**record, "kind": word + "2", "strict": False}
-    for when in ("before", "after"):
-        run.write_evaluation(when, [record, other], grey[:2])
-    for i in range(2):
-        own = {
-            f"reward/mean@{word}": 0.5,
-            f"eval/held_out@{word}": 0.5,
-            f"prompts/share@{word}": 1.0,
-            f"time/{word}": 1.0,
-        }
-        run.log({"iteration": i, "seconds": 1.0, "reward/mean": 0.5, "rollout/nfe": 8, "prompts/seen": 1, **own}, i)
-        audit: Any = {"iteration": i, "prompt": word, "steps": [0, 1], "scores": [[0.1, 0.2, 0.3, None]] * 2}
-        audit |= {
-            "final": [0.4, 0.1, 0.2, 0.3],
-            "stopped_at": [None, None, 1, 2],
-            "kept_uniform": [0, 1],
-            "kept_ovf": [2, 3],
-            "keep": [2, 2],
-            "variance": [1.0, 1.2],
-            "variance_final": [1.5, 1.5],
-        }
-        run.write_audit(audit, grey.repeat(3, 0).reshape(4, 3, 8, 8, 3))
-    cost = {"nfe": 8, "decodes": 4, "reward_calls": 4, "trained_steps": 8}
-    summary: Any = {
-        "status": f"{word}: {word}",
-        "recipe": word,
-        "device": word,
-        "seed": word,
-        "iterations": word,
-        "wall_seconds": 3.0,
-        "command": word,
-        "versions": {word: word},
-        "seconds_by_stage": {word: 1.0},
-        "preview_rank_correlation": {word: 0.5},
-        "held_out_before": {word: 0.5},
-        "held_out_after": {word: 0.5},
-        "rewards": {
-            "weights": {word: 1, "b": 2},
-            "selected_on": word,
-            "asked": {word: 3},
-            "missing": {word: 1},
-            "last_error": word,
-        },
-        "plan": {"path": [4, 3], "prune_steps": [1], "selector": word, "num_inference_steps": 2},
-        "cost": {"predicted": cost, "counted": cost, "audit": cost},
-    }
-    run.summary.write(summary)
-    return run
-
-
 def page_of(run):
     return Page(write_report(run.path).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return page_of(write(tmp_path_factory.mktemp("plain") / "run", "word"))
+    return page_of(written_run(tmp_path_factory.mktemp("plain") / "run", "word"))
 
 
 @pytest.mark.parametrize("word", EVIL)
 @pytest.mark.parametrize("finished", [False, True])
 def test_words_stay_words(tmp_path, plain, word, finished):
-    run = write(tmp_path / "run", word)
+    run = written_run(tmp_path / "run", word)
     if finished:
         run.summary.write({**run.summary.read(), "status": "finished"})
     page = page_of(run)
@@ -143,7 +86,7 @@ KNOWN = {"img": {"src", "alt"}, "a": {"href"}, "script": {"type"}, "style": set(
 
 @pytest.mark.parametrize("kind", ["up", "absolute", "link", "linked folder"])
 def test_pictures_outside_of_the_folder_are_not_read(tmp_path, kind):
-    run = write(tmp_path / "run", "word")
+    run = written_run(tmp_path / "run", "word")
     secret = tmp_path / "secret.png"
     Image.fromarray(np.full((8, 8, 3), [255, 0, 0], np.uint8)).save(secret)
     shown = sum(tag == "img" for tag, _ in page_of(run).elements)
@@ -156,7 +99,7 @@ def test_pictures_outside_of_the_folder_are_not_read(tmp_path, kind):
         run.evaluations[when].write([{**record, "picture": name} for record in run.evaluations[when].read()])
     audits = run.read_audits()
     for audit in audits:
-        JsonFile(run, f"audit/{audit['iteration']:04d}.json", dict).write({**audit, "strip": name})
+        run.write_text(f"audit/{audit['iteration']:04d}.json", json.dumps({**audit, "strip": name}))
     page = page_of(run)
     assert shown == 4 and not any(tag == "img" for tag, _ in page.elements)
     assert "are missing" in (run.path / "report.html").read_text()
@@ -164,7 +107,7 @@ def test_pictures_outside_of_the_folder_are_not_read(tmp_path, kind):
 
 @pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "evaluation/before.json", "audit/0000.json"])
 def test_records_that_are_links_out_of_the_folder_are_refused(tmp_path, name):
-    run = write(tmp_path / "run", "word")
+    run = written_run(tmp_path / "run", "word")
     file = run.path / name
     os.rename(file, tmp_path / "elsewhere.json")
     file.symlink_to(tmp_path / "elsewhere.json")
@@ -173,7 +116,7 @@ def test_records_that_are_links_out_of_the_folder_are_refused(tmp_path, name):
 
 
 def test_only_a_png_is_opened_as_a_picture(tmp_path):
-    run = write(tmp_path / "run", "word")
+    run = written_run(tmp_path / "run", "word")
     for name in ("before", "after"):
         Image.new("RGB", (8, 8)).save(run.path / f"evaluation/{name}/000.png", format="BMP")  # not what its name says
         (run.path / f"evaluation/{name}/001.png").write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -181,7 +124,7 @@ def test_only_a_png_is_opened_as_a_picture(tmp_path):
 
 
 def test_a_picture_that_would_fill_the_memory_is_not_opened(tmp_path, monkeypatch):
-    run = write(tmp_path / "run", "word")
+    run = written_run(tmp_path / "run", "word")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8 * 8 // 2 - 1)  # twice as many are an error
     assert not any(tag == "img" for tag, _ in page_of(run).elements)
 
@@ -207,7 +150,7 @@ def test_a_picture_that_would_fill_the_memory_is_not_opened(tmp_path, monkeypatc
     ],
 )
 def test_values_of_another_kind_are_refused_in_a_sentence(tmp_path, name, place, value):
-    run = write(tmp_path / "run", "word")
+    run = written_run(tmp_path / "run", "word")
     data = json.loads((run.path / name).read_text())
     part = data
     for key in place[:-1]:
@@ -223,7 +166,7 @@ def test_values_of_another_kind_are_refused_in_a_sentence(tmp_path, name, place,
 
 
 def test_metrics_that_are_texts_are_refused(tmp_path):
-    run = write(tmp_path / "run", "word")
+    run = written_run(tmp_path / "run", "word")
     for key in ("iteration", "reward/mean", "preview/rank_correlation@<b>"):
         run.write_text(
             "metrics.jsonl", json.dumps({"iteration": 0, "reward/mean": 0.5, key: "<a href=https://x>x</a>"}) + "\n"

@@ -1,4 +1,7 @@
-"""Charts: functions from numbers to Plotly figures as plain dicts, without files or HTML."""
+"""Charts: functions from numbers to Plotly figures as plain dicts, without files or HTML.
+
+A colour is a variable of page.css, such as `var(--ink)`. page.js puts its value in, by the scheme, or for paper.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,15 @@ class Figure(TypedDict):
     layout: dict[str, object]
 
 
-INK, MUTED, GRID, GHOST = "#1d2939", "#667085", "#eef0f3", "#e4e7ec"
-ACCENT, GREY, AMBER, TEAL = "#2f5fd0", "#98a2b3", "#d9822b", "#12876f"
-VIOLET, ROSE = "#7a4fc0", "#c2416b"
-_BAND = "rgba(47, 95, 208, 0.13)"
+INK, MUTED, GRID, GHOST, PAPER = "var(--ink)", "var(--muted)", "var(--grid)", "var(--ghost)", "var(--paper)"
+ACCENT, GREY, AMBER, TEAL = "var(--accent)", "var(--grey)", "var(--amber)", "var(--teal)"
+VIOLET, ROSE = "var(--violet)", "var(--rose)"
+_BAND = "var(--band)"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 AXES = {"iteration": "iteration", "seconds": "seconds", "nfe": "training NFE"}
 BINS = np.arange(-3.0, 3.01, 0.5)
+BUCKETS = 500
+"""The most buckets of a curve, each drawn by its lowest and its highest point: a chart is about as many pixels wide."""
 
 
 def _axis(title: str = "", changes: Mapping[str, object] | None = None) -> dict[str, object]:
@@ -49,7 +54,7 @@ def _figure(data: Sequence[Trace], x: Mapping[str, object], y: Mapping[str, obje
         "font": {"family": _FONT, "size": 12, "color": MUTED},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "hoverlabel": {"bgcolor": "white", "bordercolor": GHOST, "font": {"color": INK, "family": _FONT}},
+        "hoverlabel": {"bgcolor": PAPER, "bordercolor": GHOST, "font": {"color": INK, "family": _FONT}},
         "showlegend": len([trace for trace in data if trace.get("showlegend", True)]) > 1,
         "legend": {
             "orientation": "h",
@@ -86,12 +91,38 @@ def positions(metrics: Sequence[Metrics]) -> dict[str, list[float]]:
     return {"iteration": [iteration_of(r) for r in metrics], "seconds": seconds.tolist(), "nfe": nfe.tolist()}
 
 
+def thinned(values: Sequence[float], buckets: int = BUCKETS) -> list[int]:
+    """The indices of the values to draw: all of 2 * `buckets`, and else the two extremes of each bucket and both ends.
+
+    Buckets are of consecutive values, and as many as each other up to one. No extreme of the whole is lost.
+    """
+    if len(values) <= 2 * buckets:
+        return list(range(len(values)))
+    parts = np.array_split(np.array(values, dtype=np.float64), buckets)
+    starts = np.cumsum([0, *map(len, parts[:-1])])
+    extremes = {
+        int(start + at) for start, part in zip(starts, parts, strict=True) for at in (part.argmin(), part.argmax())
+    }
+    return sorted(extremes | {0, len(values) - 1})
+
+
+def is_thinned(metrics: Sequence[Metrics]) -> bool:
+    """Whether a curve over so many records may be drawn by fewer points."""
+    return len(metrics) > 2 * BUCKETS
+
+
 def _trace(metrics: Sequence[Metrics], curve: Curve) -> Trace | None:
-    present = {i: value for i, record in enumerate(metrics) if (value := metric(record, curve.key)) is not None}
-    if not present:
+    recorded = {
+        i: float(value)  # Plotly would show a text as a label, and read it as HTML
+        for i, record in enumerate(metrics)
+        if (value := metric(record, curve.key)) is not None
+    }
+    if not recorded:
         return None
+    places, values = list(recorded), list(recorded.values())
+    present = {places[i]: values[i] for i in thinned(values)}
     x = {axis: [values[i] for i in present] for axis, values in positions(metrics).items()}
-    marker = {"size": 8, "line": {"color": "white", "width": 1.5}} if curve.points else {"size": 5}
+    marker = {"size": 8, "line": {"color": PAPER, "width": 1.5}} if curve.points else {"size": 5}
     width, dash = (1.5, "dot") if curve.points else (2, "solid")
     return {
         "type": "scatter",
@@ -100,7 +131,7 @@ def _trace(metrics: Sequence[Metrics], curve: Curve) -> Trace | None:
         "line": {"color": curve.colour, "width": width, "dash": dash},
         "marker": marker,
         "x": x["iteration"],
-        "y": [float(value) for value in present.values()],  # Plotly would show a text as a label, and read it as HTML
+        "y": list(present.values()),
         "meta": x,  # the page's buttons for the x axis take the other positions from here
         "hovertemplate": "%{y:.4g}",
     }
@@ -240,7 +271,7 @@ def _mean_line(steps: Sequence[int], values_AT: np.ndarray) -> Trace:
         "x": list(steps),
         "y": np.mean(values_AT, axis=0).tolist(),
         "line": {"color": ACCENT, "width": 2},
-        "marker": {"size": 7, "line": {"color": "white", "width": 1.5}},
+        "marker": {"size": 7, "line": {"color": PAPER, "width": 1.5}},
         "hovertemplate": "step %{x}: %{y:.2f}<extra></extra>",
     }
 
@@ -298,8 +329,9 @@ class Line:
 
 def _over(at: Mapping[str, Sequence[float]], y: Sequence[float], axis: str) -> Trace:
     """The places of a trace, with those on other axes for the page's buttons."""
-    positions = {name: list(values) for name, values in at.items()}
-    return {"x": positions[axis], "y": list(y), "meta": positions}
+    drawn = thinned(y)
+    positions = {name: [values[i] for i in drawn] for name, values in at.items()}
+    return {"x": positions[axis], "y": [y[i] for i in drawn], "meta": positions}
 
 
 def compared(

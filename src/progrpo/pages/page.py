@@ -14,15 +14,20 @@ from typing import TYPE_CHECKING
 
 from progrpo.pages.charts import Figure
 from progrpo.pages.run_data import inside
+from progrpo.tracking.files import encode
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_CHART_CONFIG = {"displayModeBar": False, "responsive": True}
+_JPEG = {True: {"quality": 85, "subsampling": 0}, False: {"quality": 75, "subsampling": 2}}
+"""How pictures are saved that keep their size, and those that are reduced."""
+_SCRIPT_ESCAPES = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "<>&'\u2028\u2029"})
+"""What would end a script, or begin a comment in it, as JSON's escapes."""
 
 
 def escape(value: object) -> str:
-    return html.escape(str(value), quote=True)
+    """A text as HTML, in pages and in Plotly's labels, which know no `&quot;`."""
+    return html.escape(str(value), quote=True).replace("&quot;", "&#34;")
 
 
 def document(title: str, body: str, charts: bool = True) -> str:
@@ -32,6 +37,7 @@ def document(title: str, body: str, charts: bool = True) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
         f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>\n{style}</style>'
         f"{_plotly() if charts else ''}</head>\n<body><main>\n{body}\n</main>"
         f"<script>\n{script}</script></body></html>\n"
@@ -61,22 +67,20 @@ def anchor_of(title: str) -> str:
 
 
 def chart(figure: Figure, anchor: str, title: str = "", about: str = "") -> str:
-    """A Plotly figure with its caption above. Plotly's writer escapes what would end the script."""
-    import plotly.io
-
-    div = plotly.io.to_html(
-        figure, config=_CHART_CONFIG, include_plotlyjs=False, full_html=False, div_id=anchor, default_width="100%"
-    )
+    """A Plotly figure with its caption above. It stands in the page as JSON, and page.js draws it."""
     about = f"<span>{about}</span>" if about else ""
     caption = f"<figcaption><b>{title}</b>{about}</figcaption>" if title else ""
-    return f'<figure class="card">{caption}{div}</figure>'
+    data = encode(figure).strip().translate(_SCRIPT_ESCAPES)
+    place = f'<div class="chart" id="{anchor}" style="height:{figure["layout"]["height"]}px"></div>'
+    return f'<figure class="card">{caption}{place}<script type="application/json">{data}</script></figure>'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of HTML cells. All columns but the first hold numbers."""
     heads = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<table class="numbers"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
+    numbers = f'<table class="numbers"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{numbers}</div>'
 
 
 def pairs(items: Mapping[str, object]) -> str:
@@ -103,13 +107,17 @@ def read_picture(folder: Path, name: str) -> Image.Image | None:
 
 
 def picture_uri(picture: Image.Image, size: tuple[int, int] | None = None, longest: int = 192) -> str:
-    """A picture as a data URI, resized to `size` or, if it is larger, to `longest` pixels."""
+    """A picture as a data URI, resized to `size` or, if it is larger, to `longest` pixels.
+
+    The small ones of the built-in models are not resized, and their colours keep their resolution too.
+    """
     from PIL import Image
 
-    if size is not None and size != picture.size:
+    whole = picture.size
+    if size is not None and size != whole:
         picture = picture.resize(size, Image.Resampling.BOX)
     elif size is None:
         picture.thumbnail((longest, longest))
     buffer = BytesIO()
-    picture.save(buffer, format="JPEG", quality=85, subsampling=0)
+    picture.save(buffer, format="JPEG", **_JPEG[picture.size == whole])
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

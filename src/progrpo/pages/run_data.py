@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeGuard, TypeVar
 
 from progrpo.messages import named
-from progrpo.tracking.lock import is_held
+from progrpo.tracking.lock import is_held, last_renewal
 from progrpo.tracking.records import AuditRecord, EvaluationRecord, Metrics, Summary, iteration_of, metric
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.tracking.statistics import Mean, paired_difference, share
@@ -31,6 +31,8 @@ class RunData:
     audits: Sequence[AuditRecord]
     held: bool = False
     """Whether a process writes to the folder now."""
+    seconds_since_summary: float = 0.0
+    """Seconds from the summary's writing to the last sign of life of a run that has not ended."""
 
     @property
     def recipe(self) -> str:
@@ -55,17 +57,27 @@ class RunData:
         return "killed" if status == "running" and not self.held else status
 
     @property
+    def ended(self) -> bool:
+        """Whether the run wrote the summary at its end."""
+        return self.status not in ("running", "killed")
+
+    @property
     def since_summary(self) -> Sequence[Metrics]:
         """The records of iterations that the summary does not count yet."""
-        if self.status not in ("running", "killed"):  # the summary was written at the run's end
+        if self.ended:
             return []
         done = self.summary.get("iterations") or 0
         return [record for record in self.metrics if iteration_of(record) >= done]
 
     @property
     def wall_seconds(self) -> float | None:
-        """The seconds of the whole run, or until the last iteration of a run that has not ended."""
-        return (self.summary.get("wall_seconds") or 0) + total(self.since_summary, "seconds") or None
+        """The seconds of the whole run, or until the last sign of life of one that is running or was killed.
+
+        The summary is written after every iteration, and the lock is renewed every few seconds. In a copied folder,
+        whose files have other times, the iterations since the summary count.
+        """
+        since = 0.0 if self.ended else max(self.seconds_since_summary, total(self.since_summary, "seconds"))
+        return (self.summary.get("wall_seconds") or 0) + since or None
 
     @property
     def path_of_plan(self) -> list[int]:
@@ -129,7 +141,13 @@ def read_run_data(path: Path) -> RunData:
         after=_read(folder, "evaluation/after.json", folder.evaluations["after"].read),
         audits=[_checked_audit(record) for record in _read(folder, "audit", folder.read_audits)],
         held=is_held(folder.path),
+        seconds_since_summary=_seconds_since_summary(folder),
     )
+
+
+def _seconds_since_summary(folder: RunFolder) -> float:
+    alive, written = last_renewal(folder.path), folder.summary.written
+    return 0.0 if alive is None or written is None else max(0.0, alive - written)
 
 
 _LISTS = ("metrics.jsonl", "evaluation/before.json", "evaluation/after.json", "audit")

@@ -85,5 +85,13 @@ class JsonFile(Generic[T]):
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({error}); put it back as it was") from None
 
+    @property
+    def written(self) -> float | None:
+        """The time at which the file was written last. None if it is not written yet."""
+        try:
+            return (self.folder.path / self.name).stat().st_mtime
+        except OSError:
+            return None
+
     def write(self, value: T) -> None:
         self.folder.write_text(self.name, encode(value, indent=1))

@@ -152,6 +152,14 @@ def is_held(folder: Path, lasting: float = 300.0) -> bool:
     return _alive(holder) if holder.is_here(_this_process()) else age < lasting
 
 
+def last_renewal(folder: Path) -> float | None:
+    """The time of the last sign of life of the run that holds the folder, or held it when it was killed."""
+    try:
+        return (folder / NAME).stat().st_mtime
+    except OSError:
+        return None
+
+
 # --- taking the lock --------------------------------------------------------------------------------------------------
 
 

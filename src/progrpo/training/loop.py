@@ -69,7 +69,8 @@ class TrainingLoop:
         self._config = run.trainer.config
         """The configuration as config.json has it."""
         self._resumed_at = None if resumption is None else resumption.state["iteration"]
-        self._start = time.perf_counter()
+        self._start = run.started
+        """The time at which the run would have begun, had all of its attempts followed on each other."""
         self._console = Console(
             self._config.iterations,
             nfe_unpruned=summary.nfe_unpruned(run.trainer, 1),
@@ -89,7 +90,8 @@ class TrainingLoop:
         self._trainer.load_state_dict(state)
         self._evaluator.load_state_dict(state, same_prompts="evaluation" not in changed)
         self._notices.sentences = list(state["warnings"])
-        self._start -= state["wall_seconds"]
+        # the summary also has what a killed attempt did after its last checkpoint
+        self._start -= max(state["wall_seconds"], self._run.folder.summary.read().get("wall_seconds") or 0.0)
         if self._run.ranks.is_main and (costs := self._run.folder.costs.read()) is not None:
             self._trainer.plan_monitor.judge.recorded = UnitCosts(**costs)
         if "evaluation" in changed:
@@ -128,11 +130,12 @@ class TrainingLoop:
         zero = self._run.ranks.zero
         if zero is not None and zero.stage:
             self._console.say(zero.describe(self._run.ranks.world))
+        self._write_summary("running")
         if self._resumed_at is None:
             pictures = len(self._run.inputs.held_out.test)
             self._console.say(f"evaluating the model as it is, on {pictures} pictures")
             self._test("before", "reference")
-        self._write_summary("running")
+            self._write_summary("running")
         while self._trainer.iteration < self._config.iterations and not self._evaluator.hacked:
             self._stop_if_signalled(stop)
             self._iterate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from itertools import chain
 
@@ -22,6 +23,8 @@ class Run:
 
     def __init__(self, inputs: RunInputs, folder: RunFolder, ranks: Ranks) -> None:
         """ValueError for what cannot work, before a folder is made or an old run replaced."""
+        self.started = time.perf_counter()
+        """The start of this attempt, before its model is loaded."""
         self.inputs = inputs
         self.folder = folder
         self.ranks = ranks

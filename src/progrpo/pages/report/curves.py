@@ -71,11 +71,16 @@ def write(data: RunData) -> str:
     cards = (*_SAMPLING, _noise_scale(data.metrics), *signal, *_rewards(data.metrics))
     sampling = _grid(_with_prompts(data), cards, "grid", 230)
     update = _grid(data.metrics, (_deviation(data.metrics), *_UPDATE), "grid four", 170)
-    return section(
-        "curves",
-        "Curves",
-        "One point per iteration, from training samples unless stated otherwise.",
-        _axes() + sampling + update,
+    lead = f"One point per iteration, from training samples unless stated otherwise.{_thinning(data.metrics)}"
+    return section("curves", "Curves", lead, _axes() + sampling + update)
+
+
+def _thinning(metrics: Sequence[Metrics]) -> str:
+    if not charts.is_thinned(metrics):
+        return ""
+    return (
+        f" Of a curve over more than {2 * charts.BUCKETS:,} iterations, each of {charts.BUCKETS} stretches is drawn by"
+        " its lowest and its highest value, so no extreme is lost; <code>metrics.jsonl</code> has all."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,8 @@ from progrpo.tracking.wording import number
 if TYPE_CHECKING:
     from PIL import Image
 
-_CELL = 96
+_CELL, _SMALLEST_CELL = 96, 64  # pixels
+_PIXELS = 1000 * _CELL**2  # of all films together, which take about 5 MB
 _ROWS_SHOWN = 10
 _EMBEDDED = 6
 
@@ -27,15 +29,21 @@ def spread(count: int, chosen: int) -> list[int]:
 
 
 def films(folder: Path, audits: Sequence[AuditRecord]) -> str:
-    """The films with a box to choose one, the latest shown. Of many audits, an even selection is embedded."""
-    chosen = [audits[i] for i in reversed(spread(len(audits), _EMBEDDED))]
+    """The films with a box to choose one, the latest shown. Of many audits, an even selection is embedded.
+
+    The selection and its pictures are smaller where groups are large.
+    """
+    cells = max(1, *(len(audit["final"]) * (len(audit["steps"]) + 1) for audit in audits))
+    most = max(1, min(_EMBEDDED, _PIXELS // (cells * _SMALLEST_CELL**2)))
+    chosen = [audits[i] for i in reversed(spread(len(audits), most))]
+    side = min(_CELL, isqrt(_PIXELS // (len(chosen) * cells)))
     options = "".join(
         f'<option value="film-{audit["iteration"]}">iteration {audit["iteration"]}: {escape(audit["prompt"])}</option>'
         for audit in chosen
     )
     count = f"<span>{len(chosen)} of {len(audits)} audits</span>" if len(chosen) < len(audits) else ""
     box = f'<label class="choose">Audit group <select id="choose-film">{options}</select>{count}</label>'
-    return box + LEGEND + "".join(_film(folder, audit, shown=i == 0) for i, audit in enumerate(chosen))
+    return box + LEGEND + "".join(_film(folder, audit, side, i == 0) for i, audit in enumerate(chosen))
 
 
 LEGEND = (
@@ -44,13 +52,13 @@ LEGEND = (
 )
 
 
-def _film(folder: Path, audit: AuditRecord, shown: bool) -> str:
+def _film(folder: Path, audit: AuditRecord, side: int, shown: bool) -> str:
     anchor = f"film-{audit['iteration']}"
     strip = read_picture(folder, audit["strip"])
     if strip is None:
         sheet = note(f"The pictures of this audit ({escape(audit['strip'])}) are missing.")
     else:
-        sheet = sheet_of(audit, strip, anchor)
+        sheet = sheet_of(audit, strip, anchor, side)
     hidden = "" if shown else " hidden"
     return f'<div class="film" id="{anchor}"{hidden}>{_agreements(audit)}{sheet}</div>'
 
@@ -70,14 +78,15 @@ def _agreement(audit: AuditRecord, step: int) -> float | None:
     return spearman(audit["scores"][list(audit["steps"]).index(step)], audit["final"])
 
 
-def sheet_of(audit: AuditRecord, strip: Image.Image, anchor: str) -> str:
+def sheet_of(audit: AuditRecord, strip: Image.Image, anchor: str, side: int = _CELL) -> str:
     """The table of an audit's pictures within the element `anchor`, a row per member.
 
-    `strip` is their contact sheet: a row per member, a column per step and one for the final pictures.
+    `strip` is their contact sheet: a row per member, a column per step and one for the final pictures. It is
+    reduced to at most `side` pixels a cell.
     """
     group, columns = len(audit["final"]), len(audit["steps"]) + 1
     width, height = strip.width // columns, strip.height // group
-    scale = min(1.0, _CELL / width)
+    scale = min(1.0, side / width)
     size = (round(width * scale) * columns, round(height * scale) * group)
     uri = picture_uri(strip, size)
     style = (

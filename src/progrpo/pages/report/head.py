@@ -151,6 +151,6 @@ def _previews(data: RunData) -> str:
 
 def _time(data: RunData) -> str:
     seconds = [value for record in data.metrics if (value := metric(record, "seconds")) is not None]
-    until = "" if data.status == "finished" else ", until the last one"
-    detail = f"{np.mean(seconds):.1f} s per iteration{until}" if seconds else "no iteration yet"
+    detail = f"{np.mean(seconds):.1f} s per iteration" if seconds else "no iteration yet"
+    detail += ", all attempts and evaluations counted" if data.wall_seconds else ""
     return _tile("Wall time", duration(data.wall_seconds), detail)
