@@ -6,13 +6,15 @@ Texts of the run may be a stranger's. They are YAML by its writer, escaped in Ma
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from progrpo.pages.run_data import RunData, accuracy
 from progrpo.publish.base import Base
-from progrpo.tracking.statistics import Mean, mean_of
+from progrpo.tracking.records import EvaluationRecord
+from progrpo.tracking.statistics import Mean, interval, mean_of
 from progrpo.tracking.wording import MISSING, count, duration, number, percent
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ def _eval_results(data: RunData, base: Base) -> list[EvalResult]:
     """The figures after training that are measured."""
     from huggingface_hub import EvalResult
 
-    measured = {"accuracy": accuracy(data.after), "reward": mean_of(record["graded"] for record in data.after)}
+    measured = {"accuracy": accuracy(data.after), "reward": _mean_reward(data.after)}
     return [
         EvalResult(
             task_type=base.task,
@@ -103,6 +105,11 @@ def _eval_results(data: RunData, base: Base) -> list[EvalResult]:
         for name, mean in measured.items()
         if mean is not None
     ]
+
+
+def _mean_reward(records: Sequence[EvaluationRecord]) -> Mean | None:
+    known = [value for record in records if (value := record["graded"]) is not None]
+    return mean_of(known) if known else None
 
 
 # --- sections ---------------------------------------------------------------------------------------------------------
@@ -186,7 +193,7 @@ def usage(data: RunData, repo: str, base: Base, weights: str, prompt: str) -> st
 
 def _result(data: RunData) -> str:
     shares = accuracy(data.before), accuracy(data.after)
-    rewards = [mean_of(record["graded"] for record in records) for records in (data.before, data.after)]
+    rewards = [_mean_reward(records) for records in (data.before, data.after)]
     rows = [
         ("strict accuracy", *(_interval(mean, percent) for mean in shares)),
         ("mean reward", *(_interval(mean, number) for mean in rewards)),
@@ -201,14 +208,16 @@ def _result(data: RunData) -> str:
 
 
 def _points(change: Mean) -> str:
-    return f"{100 * change.value:+.1f} ± {100 * 1.96 * change.error:.1f}"
+    half = interval(change).half
+    return f"{100 * change.value:+.1f}" + ("" if isnan(half) else f" ± {100 * half:.1f}")
 
 
-def _interval(mean: Mean | None, write: object) -> str:
+def _interval(mean: Mean | None, write: Callable[[float | None], str]) -> str:
+    """A mean with its 95 % interval, which a single value does not have."""
     if mean is None:
         return MISSING
-    assert callable(write)
-    return f"{write(mean.value)} ± {write(1.96 * mean.error)}"
+    half = interval(mean).half
+    return write(mean.value) + ("" if isnan(half) else f" ± {write(half)}")
 
 
 def _training(data: RunData) -> str:
