@@ -267,8 +267,9 @@ def strangers(here):
     return run
 
 
-@pytest.mark.parametrize("words", [("report", "run"), ("plan", "run"), ("recipes", "run")])
+@pytest.mark.parametrize("words", [("report", "run"), ("plan", "run"), ("recipes", "run"), ("compare", "run", "other")])
 def test_looking_at_a_strangers_run_runs_nothing_of_it(strangers, words):
+    shutil.copytree(strangers, strangers.with_name("other"))
     assert main(list(words)) == 0
     assert not Path("imported").exists()
 

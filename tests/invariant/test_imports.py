@@ -94,6 +94,8 @@ FREE_OF_TORCH = (
     "progrpo.recipes",
     "progrpo.rewards.load",  # processes of a plain function load it, and need no torch
     "progrpo.rollout.plan",
+    "progrpo.pages.board",
+    "progrpo.pages.compare",
     "progrpo.pages.report",
     "progrpo.publish.layouts",
     "progrpo.types",

@@ -34,6 +34,8 @@ LINES = (
     *("eval shapes-flow --reward shapes --pictures 4 --json", "eval shapes-flow --prompts p.txt --split validation"),
     *(
         "report o",
+        "compare o p --out c.html --json",
+        "board o --host 127.0.0.1 --port 0",
         "repro table4 --json",
         "pretrain shapes-flow --out o --vae-steps 3",
         "pretrain shapes-tiny --device cpu",
@@ -127,6 +129,7 @@ def cut_off() -> Iterator[None]:
         "training.run.with_measured_microbatches",
         "training.trained_model.policy_from",
         "rewards.server.serve",
+        "pages.board.serve",
         *(f"zoo.shapes.pretrain{n}.pretrain{n}" for n in ("", "_diffusion", "_tiny")),
     )
 

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from progrpo.tracking.statistics import kept_variance, paired_difference, ranks, share, spearman, standardised
+from progrpo.tracking.statistics import (
+    difference_of_means,
+    interval,
+    kept_variance,
+    mean_of,
+    paired_difference,
+    ranks,
+    share,
+    spearman,
+    standardised,
+)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -69,3 +79,17 @@ def test_the_variance_of_a_choice_is_in_units_of_all():
     assert kept_variance(values, [3]) == 0 and kept_variance(values, [2]) is None
     verdicts = [0.0, 1.0] * 4
     assert kept_variance(verdicts, [0, 1, 2, 3]) == 1  # nothing to select where half pass
+
+
+def test_intervals_are_scipys():
+    a, b = np.random.default_rng(0).normal(size=5), np.random.default_rng(1).normal(1, 3, size=3)
+    found, low_high = interval(mean_of(a)), stats.ttest_1samp(a, 0).confidence_interval()
+    assert (found.value - found.half, found.value + found.half) == pytest.approx(tuple(low_high))
+    found, low_high = difference_of_means(mean_of(a), mean_of(b)), stats.ttest_ind(b, a, equal_var=False)
+    assert (found.value - found.half, found.value + found.half) == pytest.approx(tuple(low_high.confidence_interval()))
+
+
+def test_intervals_that_are_not_known_are_nan_and_without_spread_they_are_zero():
+    one, equal = mean_of([1.0]), mean_of([2.0, 2.0])
+    assert math.isnan(interval(one).half) and interval(equal).half == 0
+    assert math.isnan(difference_of_means(one, equal).half) and difference_of_means(equal, equal).half == 0

@@ -15,8 +15,9 @@ from progrpo.cli.model_commands import Eval, Pretrain, Sample, Studio
 from progrpo.cli.options import parse_options
 from progrpo.cli.other_commands import Import, Repro, ServeReward
 from progrpo.cli.output import UnreadOutputError, columns, show
-from progrpo.cli.publish_commands import Export
-from progrpo.cli.run_commands import Plan, Recipes, Report, Resume, Train
+from progrpo.cli.page_commands import Board, Compare, Report
+from progrpo.cli.publish_commands import Export, Push
+from progrpo.cli.run_commands import Plan, Recipes, Resume, Train
 from progrpo.config import Config, PlanSettings
 from progrpo.durable import DiskError
 from progrpo.messages import nearest, quoted
@@ -33,8 +34,11 @@ COMMANDS: dict[str, type[Command]] = {
     "sample": Sample,
     "eval": Eval,
     "report": Report,
+    "compare": Compare,
+    "board": Board,
     "studio": Studio,
     "export": Export,
+    "push": Push,
     "repro": Repro,
     "pretrain": Pretrain,
     "serve-reward": ServeReward,

@@ -1,4 +1,4 @@
-"""Commands that carry a run's result away: export."""
+"""Commands that carry a run's result away: export and push."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from progrpo.cli.command import Command, first_free, require_run
 from progrpo.config import ModelSettings
@@ -75,3 +75,31 @@ class Export(Command):
         if os.path.lexists(self.out):
             raise ValueError(f"--out: {named(self.out)} is already there; give another name")
         return self.out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push(Command):
+    """Send a run's weights to the Hugging Face hub, with a model card; --dry-run writes the folder alone."""
+
+    folder: Annotated[Positional[Path], arg(metavar="RUN")]
+    """The run folder."""
+    repo: Annotated[Positional[str], arg(metavar="REPO")]
+    """The repository, as OWNER/NAME. It is created if it is not there."""
+    dry_run: Path | None = None
+    """Write what would be sent into this folder, and send nothing."""
+    private: FlagCreatePairsOff[bool] = False
+    """Create the repository as a private one."""
+    base_model: str | None = None
+    """The hub's id of the model that was trained, where the run knows a folder alone."""
+    license: str | None = None
+    """The licence, by the hub's name. Without it: that of the base model's card."""
+
+    def run(self) -> None:
+        require_run(self.folder)
+        from progrpo.publish.push import push_run, write_repository
+
+        if self.dry_run is None:
+            print(push_run(self.folder, self.repo, self.private, self.base_model, self.license))
+        else:
+            write_repository(self.folder, self.repo, self.dry_run, self.base_model, self.license)
+            print(self.dry_run)

@@ -1,4 +1,4 @@
-"""Commands around runs: train, resume, plan, report and recipes."""
+"""Commands around runs: train, resume, plan and recipes."""
 
 from __future__ import annotations
 
@@ -127,17 +127,3 @@ class Plan(Command):
             sampling = replace(sampling, guidance_scale=self.guidance_scale)
         plan = self.config.plan if self.plan == "recipe" else replace(self.config.plan, preset=self.plan)
         return replace(self.config, sampling=sampling, plan=plan)
-
-
-@dataclass(frozen=True)
-class Report(Command):
-    """Write the report.html of a run again."""
-
-    folder: Annotated[Positional[Path], arg(metavar="RUN")]
-    """The run folder."""
-
-    def run(self) -> None:
-        require_run(self.folder)
-        from progrpo.pages.report import write_report
-
-        print(write_report(self.folder))

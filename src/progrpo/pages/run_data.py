@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from progrpo.messages import named
 from progrpo.tracking.lock import is_held, last_renewal
@@ -106,6 +106,17 @@ class RunData:
         return paired_difference(*zip(*judged, strict=True)) if judged else None
 
 
+def flat(settings: object, prefix: str = "") -> dict[str, object]:
+    """Nested settings under dotted names, such as `optim.lr` and `reward.terms.0.name`."""
+    if isinstance(settings, Mapping):
+        parts: Iterable[tuple[object, object]] = settings.items()
+    elif _is_list_of_objects(settings) and settings:
+        parts = enumerate(settings)
+    else:
+        return {prefix.removesuffix("."): settings}
+    return {name: value for key, part in parts for name, value in flat(part, f"{prefix}{key}.").items()}
+
+
 def accuracy(records: Iterable[EvaluationRecord]) -> Mean | None:
     return share(record["strict"] for record in records)
 
@@ -155,7 +166,7 @@ def _read(folder: RunFolder, name: str, read: Callable[[], T]) -> T:
         return contents
 
 
-def _is_list_of_objects(contents: object) -> bool:
+def _is_list_of_objects(contents: object) -> TypeGuard[list[Mapping[str, object]]]:
     return isinstance(contents, list) and all(isinstance(record, Mapping) for record in contents)
 
 

@@ -37,6 +37,11 @@ def own_files(folder: Path) -> Iterator[Path]:
     yield from (Path(name) for name in reversed(_FILES) if (folder / name).exists())
 
 
+def weights_files(folder: Path) -> list[Path]:
+    """The files of the trained weights that a run has saved, as paths relative to its folder."""
+    return [file for file in own_files(folder) if file.parent.name in _WEIGHTS]
+
+
 def holds_only_weights(files: Sequence[Path]) -> bool:
     """Whether a run's files are weights without the rest of the run."""
     return bool(files) and all(file.parent.name in _WEIGHTS for file in files)

@@ -144,4 +144,5 @@ class Summary(MeasuredSummary, total=False):
     seconds_by_stage: dict[str, float]
     versions: dict[str, str]
     device: str
+    processes: int
     command: str

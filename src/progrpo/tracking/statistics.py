@@ -1,4 +1,4 @@
-"""Statistics of rewards and evaluations, with numpy only."""
+"""Statistics of rewards and evaluations, with numpy, and scipy for quantiles."""
 
 from __future__ import annotations
 
@@ -90,9 +90,44 @@ def share(values: Iterable[bool | None]) -> Mean | None:
     return Mean(p, float(np.sqrt(p * (1 - p) / len(known))), len(known))
 
 
+def mean_of(values: ArrayLike) -> Mean:
+    """The mean with its standard error, which is NaN for a single value."""
+    observed = np.asarray(values, dtype=np.float64)
+    count = len(observed)
+    error = float(observed.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
+    return Mean(float(observed.mean()), error, count)
+
+
 def paired_difference(before: ArrayLike, after: ArrayLike) -> Mean:
     """The mean of after - before over pairs, with the standard error of these differences."""
-    difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    count = len(difference)
-    error = float(difference.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
-    return Mean(float(difference.mean()), error, count)
+    return mean_of(np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % confidence interval, value - half .. value + half. `half` is NaN if it is not known."""
+
+    value: float
+    half: float
+
+
+def interval(mean: Mean) -> Interval:
+    """Student's interval of a mean."""
+    return Interval(mean.value, _t(mean.count - 1) * mean.error)
+
+
+def difference_of_means(a: Mean, b: Mean) -> Interval:
+    """Welch's interval of b - a, for means of separate samples with variances of their own."""
+    variance_a, variance_b = a.error**2, b.error**2
+    variance = variance_a + variance_b
+    if not variance > 0:  # no spread, or a single value, whose error is NaN
+        return Interval(b.value - a.value, variance)
+    freedom = variance**2 / (variance_a**2 / (a.count - 1) + variance_b**2 / (b.count - 1))
+    return Interval(b.value - a.value, float(_t(freedom) * np.sqrt(variance)))
+
+
+def _t(freedom: float) -> float:
+    """The 97.5 % quantile of Student's distribution."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 0.975))

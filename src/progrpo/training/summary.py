@@ -70,6 +70,7 @@ def summarize(trainer: Trainer, folder: RunFolder, progress: Progress) -> Summar
         "seconds_by_stage": totals.seconds,
         "versions": checkpoints.versions(config),
         "device": _device_name(trainer.ranks.device),
+        "processes": trainer.ranks.world,
         "command": " ".join([*(Path(program).name for program in sys.argv[:1]), *sys.argv[1:]]),
     }
 

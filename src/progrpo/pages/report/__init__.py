@@ -17,11 +17,16 @@ from progrpo.tracking.run_folder import RunFolder
 _SECTIONS = (head, evaluation, curves, audits, cost, settings)
 
 
-def write_report(folder: Path) -> Path:
-    """Write report.html into a run folder and return its path. ValueError if there is no run, or a damaged one."""
+def report_page(folder: Path) -> str:
+    """The report as HTML. ValueError if there is no run, or a damaged one."""
     data = read_run_data(folder)
     body = ""
     for section in _SECTIONS:
         with readable(f"{named(folder)}, what the report shows as {section.__name__.rpartition('.')[2]},"):
             body += section.write(data)
-    return RunFolder(folder).write_text("report.html", page.document(f"{data.recipe}: progrpo run report", body))
+    return page.document(f"{data.recipe}: progrpo run report", body)
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.html into a run folder and return its path."""
+    return RunFolder(folder).write_text("report.html", report_page(folder))
