@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.support import linear, runs
+from tests.support.browser import chromium
 from tests.support.linear import LinearDiffusionPolicy, LinearPolicy
 from tests.support.pipelines import TINY_PIPELINES
 
@@ -241,3 +242,10 @@ def linear_experience() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def linear_transitions() -> Callable[..., Any]:
     return linear.linear_transitions
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """The system's Chromium, one for all tests of a process."""
+    with chromium() as found:
+        yield found

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -160,17 +159,64 @@ def test_a_run_of_a_stranger_runs_no_code_of_its_own(runs, tmp_path):
     assert trusted_config(run, ("jpeg_compressibility",)).reward.terms[0].name == "jpeg_compressibility"
 
 
-def test_the_page_answers_on_loopback(runs):
+@pytest.fixture(scope="module")
+def address(runs: dict[str, Path]) -> Iterator[str]:
     command = [sys.executable, "-m", "progrpo", "studio", str(runs["lora"]), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            url = re.search(r"at (http://127\.0\.0\.1:\d+)/", line)
-            assert url, line
-            with urlopen(f"{url[1]}/config", timeout=60) as answer:
-                page = json.load(answer)
-            labels = {part["props"].get("label") for part in page["components"]}
-            assert {"Prompt", "Strength of training", "Group size", "First prune point: after step"} <= labels
+            where = re.search(r"at (http://127\.0\.0\.1:\d+/)", line)
+            assert where, line
+            yield where[1]
         finally:
             process.terminate()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(60_000)
+    wrong: list[str] = []
+    own = (address, "data:", "blob:")
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on(
+        "request", lambda asked: None if asked.url.startswith((address, "data:", "blob:")) else wrong.append(asked.url)
+    )
+    page.goto(address)
+    page.get_by_role("button", name="Draw").wait_for()
+    yield page
+    page.close()
+    assert wrong == []
+
+
+def test_a_prompt_is_drawn_before_and_after(page):
+    page.get_by_role("button", name="Draw").click()
+    page.locator("table td").first.wait_for()
+    assert page.locator("table td").first.inner_text() == "shapes"
+    assert page.get_by_role("tabpanel").locator("img").count() == 2
+
+
+def test_a_text_of_a_stranger_is_a_text(page):
+    text = """<b>bold</b> "q" <script>alert(1)</script> \u05e9\u05dc \U0001f98a"""
+    prompt = page.get_by_label("Prompt")
+    prompt.fill(text)
+    prompt.press("Enter")
+    page.get_by_text("No rewards: the reward `shapes` cannot read the prompt").wait_for()
+    page.get_by_role("tab", name="Film of a group").click()
+    page.get_by_role("button", name="Show the group").click()
+    page.locator("[data-testid=toast-body]", has_text="cannot read the prompt '<b>bold</b>").wait_for()
+    assert page.locator("b", has_text="bold").count() == 0
+
+
+def test_a_film_shows_who_is_stopped(page):
+    page.get_by_role("tab", name="Film of a group").click()
+    page.get_by_label("number input for Group size").fill("8")
+    page.get_by_label("number input for First prune point: keep (0: no point)").fill("4")
+    page.get_by_role("button", name="Show the group").click()
+    page.get_by_text("4 of 8 members are trained on").wait_for()
+    film = page.frame_locator("iframe[title='film of a group']")
+    film.locator("tbody tr").first.wait_for()
+    assert film.locator("tbody tr").count() == 8 and film.locator("td.out").count() == 4
+    assert film.locator("th.cut").inner_text() == "step 3"
