@@ -26,8 +26,7 @@ def report(folder: Path) -> Iterator[str]:
 @contextmanager
 def comparison(folder: Path) -> Iterator[str]:
     runs = [written_run(folder / name, WORD) for name in ("a", "b")]
-    changed = runs[1].config.read() | {"iterations": f"another {WORD}"}
-    runs[1].config.write(changed)
+    runs[1].config.write({**runs[1].config.read(), "iterations": f"another {WORD}"})
     yield write_comparison(compare([run.path for run in runs]), folder / "compare.html").as_uri()
 
 

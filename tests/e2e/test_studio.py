@@ -181,9 +181,7 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     own = (address, "data:", "blob:")
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on(
-        "request", lambda asked: None if asked.url.startswith((address, "data:", "blob:")) else wrong.append(asked.url)
-    )
+    page.on("request", lambda asked: None if asked.url.startswith(own) else wrong.append(asked.url))
     page.goto(address)
     page.get_by_role("button", name="Draw").wait_for()
     yield page
