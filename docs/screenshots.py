@@ -1,7 +1,7 @@
 """Screenshots of the pages, for docs/pages.md, by Playwright and the system's Chromium:
 
     python benchmarks/quickstart.py --seeds 0 1 2
-    python docs/screenshots.py runs/quickstart-seeds/seed-0 runs/quickstart-seeds/seed-1 runs/quickstart-seeds/seed-2
+    python docs/screenshots.py runs/quickstart-seeds/seed0 runs/quickstart-seeds/seed1 runs/quickstart-seeds/seed2
 
 docs/images/report.png    the report of the first run
 docs/images/compare.png   the comparison of all
