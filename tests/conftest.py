@@ -244,8 +244,8 @@ def linear_transitions() -> Callable[..., Any]:
     return linear.linear_transitions
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """The system's Chromium, one for all tests of a process."""
+    """The system's Chromium, one for the tests of a file: while it runs, nobody else can run an event loop."""
     with chromium() as found:
         yield found

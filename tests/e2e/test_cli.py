@@ -154,7 +154,7 @@ def test_plan_reads_a_config_file(capsys, tmp_path):
         (
             ("trian",),
             "'trian' is no command of progrpo (train, recipes, import, plan, sample, eval, report, compare, board,"
-            " studio, export, repro, pretrain, serve-reward);",
+            " studio, export, push, repro, pretrain, serve-reward);",
         ),
         (("train",), f"a recipe ({NAMES}), a config file or a run folder comes first"),
         (
