@@ -1,7 +1,7 @@
 """The pictures of README and docs, made from two run folders:
 
     progrpo train quickstart
-    progrpo train quickstart --plan.group-size 24 --plan.prune 2 12 --iterations 23 --out runs/pruned
+    progrpo train quickstart --plan.group-size 24 --plan.prune 2 12 --iterations 25 --out runs/pruned
     python docs/pictures.py runs/quickstart runs/pruned
 
 docs/images/film.png           an audit group: previews by step, and where the plan stops each member
