@@ -6,6 +6,7 @@ import importlib.util
 import ipaddress
 import os
 import re
+import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -70,6 +71,14 @@ def on_the_way_to_the_hub() -> str:
     if offline := next((name for name in _OFFLINE if os.environ.get(name, "").upper() in _TRUE), None):
         settings.append(f"{offline} is set, so it was not asked")
     return _in_brackets([*settings, *_on_the_way(endpoint)])
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address; port 0 is any free one. ValueError where it cannot."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"cannot listen at {host}, port {port}: {error}") from None
 
 
 def is_loopback(host: str) -> bool:

@@ -26,7 +26,7 @@ from starlette.testclient import TestClient
 
 import progrpo
 from progrpo.cli import main
-from progrpo.environment import is_loopback
+from progrpo.environment import is_loopback, listening_socket
 from progrpo.rewards import batching, gate, server
 from progrpo.rewards.base import Refusal, Reward, Score
 from progrpo.rewards.server import Limits, make_app
@@ -562,7 +562,7 @@ def test_what_is_not_said_to_be_json_is_refused(one_server):
 
 @contextmanager
 def running(app: Any) -> Iterator[str]:
-    with server._listening("127.0.0.1", 0) as listener:
+    with listening_socket("127.0.0.1", 0) as listener:
         process = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
         thread = threading.Thread(target=process.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
@@ -646,7 +646,7 @@ def test_what_cannot_be_served_is_refused_in_one_sentence(capsys, tmp_path, monk
     assert "scores whole videos, and a server is sent pictures" in refusal(capsys, "moves_of_mine:move")
     assert "neither built in" in refusal(capsys, "absent")
     assert "--max-pictures must be between 1 and 100,000, not 0" in refusal(capsys, "shapes", "--max-pictures", "0")
-    with server._listening("127.0.0.1", 0) as taken:
+    with listening_socket("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
         assert f"cannot listen at 127.0.0.1, port {port}" in refusal(capsys, "shapes", "--port", port)
     assert "--port must be between 0 and 65,535, not 70000" in refusal(capsys, "shapes", "--port", "70000")

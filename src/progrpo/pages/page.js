@@ -63,8 +63,8 @@ for (const button of document.querySelectorAll("[data-axis]")) {
 for (const button of document.querySelectorAll("[data-show]")) {
   button.addEventListener("click", () => {
     press(button, "[data-show]");
-    const wanted = button.dataset.show;
-    for (const pair of document.querySelectorAll(".pair")) pair.hidden = wanted !== "all" && pair.dataset.outcome !== wanted;
+    const outcome = button.dataset.show;
+    for (const pair of document.querySelectorAll(".pair")) pair.hidden = outcome !== "all" && pair.dataset.outcome !== outcome;
   });
 }
 

@@ -25,6 +25,9 @@ _SCRIPT_ESCAPES = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "<>&'\u
 """What would end a script, or begin a comment in it, as JSON's escapes."""
 
 
+_MARKS: dict[bool | None, tuple[str, str]] = {True: ("pass", "✓"), False: ("fail", "✕")}
+
+
 def escape(value: object) -> str:
     """A text as HTML, in pages and in Plotly's labels, which know no `&quot;`."""
     return html.escape(str(value), quote=True).replace("&quot;", "&#34;")
@@ -104,6 +107,13 @@ def read_picture(folder: Path, name: str) -> Image.Image | None:
             return file.convert("RGB")  # opening some other formats runs programs, and a run writes only PNG
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
+
+
+def shot(picture: Image.Image, title: str, alt: str, strict: bool | None) -> str:
+    """A picture with the mark of its strict verdict, if it has one. `title` and `alt` are HTML."""
+    word, mark = _MARKS.get(strict, ("", ""))
+    verdict = f'<span class="mark {word}">{mark}</span>' if mark else ""
+    return f'<div class="shot" title="{title}"><img src="{picture_uri(picture)}" alt="{alt}">{verdict}</div>'
 
 
 def picture_uri(picture: Image.Image, size: tuple[int, int] | None = None, longest: int = 192) -> str:

@@ -107,9 +107,9 @@ def _stored_dtypes(folder: Path, variant: str) -> dict[str, torch.dtype]:
 def _stored_dtype(folder: Path, variant: str) -> torch.dtype:
     files = sorted(folder.glob("*.safetensors"))
     chosen = [file for file in files if f".{variant}." in file.name] if variant else []
-    found = set()
+    dtypes = set()
     for file in chosen or files:
         with safe_open(file, "pt") as stored:
-            found |= {stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118 (it is no dict)
+            dtypes |= {stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118 (it is no dict)
     kinds = {"F16": torch.float16, "BF16": torch.bfloat16}
-    return kinds.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
+    return kinds.get(dtypes.pop(), torch.float32) if len(dtypes) == 1 else torch.float32

@@ -45,13 +45,13 @@ def find_base(data: RunData, base_model: str | None, licence: str | None) -> Bas
             " --base-model, such as stabilityai/stable-diffusion-3.5-medium"
         )
     facts = _facts(folder, name, ask_hub=licence is None and not built_in)
-    found = {"license": licence} if licence else {key: str(facts[key]) for key in _OF_LICENCE if facts.get(key)}
-    if "license" not in found:
+    known = {"license": licence} if licence else {key: str(facts[key]) for key in _OF_LICENCE if facts.get(key)}
+    if "license" not in known:
         raise ValueError(
             f"the licence of {named(name)} is not known (its card names none); give it with --license, such as"
             " apache-2.0"
         )
-    return Base(name, None if built_in else name, found, str(facts.get("pipeline_tag") or _task(data, folder)))
+    return Base(name, None if built_in else name, known, str(facts.get("pipeline_tag") or _task(data, folder)))
 
 
 def _id_in_cache(folder: Path) -> str | None:

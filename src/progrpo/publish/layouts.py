@@ -94,8 +94,8 @@ def _theirs(*blocks: _Blocks, others: Mapping[str, str] = MappingProxyType({}), 
     """Places by the reader's own names."""
 
     def place(layer: str, config: Config) -> Place | None:
-        found = _place_in(blocks, layer) or (Place(others[layer]) if layer in others else None)
-        return found and replace(found, module=prefix + found.module)
+        own = _place_in(blocks, layer) or (Place(others[layer]) if layer in others else None)
+        return own and replace(own, module=prefix + own.module)
 
     return place
 

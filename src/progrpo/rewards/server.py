@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import math
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -35,7 +34,7 @@ from PIL import Image
 from pydantic import BaseModel, JsonValue, field_validator
 
 from progrpo import __version__
-from progrpo.environment import is_loopback
+from progrpo.environment import is_loopback, listening_socket
 from progrpo.messages import raised
 from progrpo.prompts.pictures import IMAGE_COLUMN
 from progrpo.rewards.base import Refusal, Reward, Score
@@ -76,18 +75,11 @@ def serve(term: RewardTerm, host: str, port: int, limits: Limits) -> None:
     reward.score(np.zeros((0, 8, 8, 3), np.uint8), [])
     app = make_app(term, reward, token, limits)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=75, ws="none", lifespan="on")
-    with _listening(host, port) as listener:
+    with listening_socket(host, port) as listener:
         where = f"[{host}]" if ":" in host else host
         secret = "with a token" if token else "no token"
         print(f"reward {term.name} at http://{where}:{listener.getsockname()[1]} ({secret})", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"cannot listen at {host}, port {port}: {error}") from None
 
 
 # --- requests and answers ---------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from progrpo.config import resolve_plan
+from progrpo.environment import listening_socket
 from progrpo.messages import named
 from progrpo.pages.page import document, escape, note
 from progrpo.pages.report.film import LEGEND, sheet_of
@@ -194,9 +194,11 @@ def serve(run: Path, rewards: Sequence[str], host: str, port: int) -> None:
     """Serve the page of a run until the process is asked to end. ValueError where there is nothing to serve."""
     studio = Studio(run, trusted_config(run, rewards))
     app = make_app(studio, f"progrpo studio: {run.resolve().name}").queue(max_size=32)
+    with listening_socket(host, port) as listener:  # Gradio listens by itself, and says less of what is wrong
+        free_port = listener.getsockname()[1]
     app.launch(
         server_name=host,
-        server_port=_free_port(host, port),
+        server_port=free_port,
         share=False,
         quiet=True,
         prevent_thread_lock=True,
@@ -206,12 +208,3 @@ def serve(run: Path, rewards: Sequence[str], host: str, port: int) -> None:
     )
     print(f"studio of {named(run)} at {app.local_url} (Ctrl-C ends it)", flush=True)
     app.block_thread()
-
-
-def _free_port(host: str, port: int) -> int:
-    """The port, or any free one for 0. ValueError where nobody can listen there."""
-    try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
-            return int(listener.getsockname()[1])
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"cannot listen at {host}, port {port}: {error}") from None

@@ -37,6 +37,11 @@ def own_files(folder: Path) -> Iterator[Path]:
     yield from (Path(name) for name in reversed(_FILES) if (folder / name).exists())
 
 
+def weights_folders(folder: Path) -> list[Path]:
+    """The folders of the trained weights that a run has saved."""
+    return [folder / name for name in _WEIGHTS if (folder / name).is_dir()]
+
+
 def weights_files(folder: Path) -> list[Path]:
     """The files of the trained weights that a run has saved, as paths relative to its folder."""
     return [file for file in own_files(folder) if file.parent.name in _WEIGHTS]

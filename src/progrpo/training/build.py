@@ -33,6 +33,7 @@ from progrpo.prompts.order import PromptOrder, make_order
 from progrpo.rewards.base import Judge, Refusal
 from progrpo.rewards.mixture import Ranking
 from progrpo.rollout.sampling import Record, Sampling, sampling_for, stochastic_step
+from progrpo.tracking.own_files import weights_folders
 from progrpo.training.distributed import Ranks
 from progrpo.training.memory import keep_freed_memory
 from progrpo.training.zero import with_requested_dtype
@@ -96,7 +97,7 @@ def was_trained(folder: Path) -> bool:
 
 def saved_weights(run: Path) -> Path:
     """The folder of a run's trained weights. ValueError where there is none yet."""
-    saved = _saved_weights(run)
+    saved = weights_folders(run)
     if not saved:
         raise ValueError(f"{named(run)} has saved no trained weights yet; they are written when the run ends")
     return saved[0]
@@ -104,11 +105,7 @@ def saved_weights(run: Path) -> Path:
 
 def has_saved_weights(run: Path) -> bool:
     """Whether a run has saved its result."""
-    return bool(_saved_weights(run))
-
-
-def _saved_weights(run: Path) -> list[Path]:
-    return [run / name for name in ("lora", "transformer", "unet") if (run / name).is_dir()]
+    return bool(weights_folders(run))
 
 
 def sampling_from(config: Config, policy: Policy, stores: Stored, iteration: int) -> Sampling:

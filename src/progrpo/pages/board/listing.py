@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import cast
@@ -68,10 +68,10 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
     """The run folders in a folder and below it. What cannot be opened holds none."""
     try:
         with os.scandir(folder) as entries:
-            found = sorted((e for e in entries if e.is_dir(follow_symlinks=False)), key=lambda e: e.name)
+            folders = sorted((e for e in entries if e.is_dir(follow_symlinks=False)), key=lambda e: e.name)
     except OSError:
         return
-    for entry in found:
+    for entry in folders:
         if entry.name.startswith(".") or not entry.name.isprintable():
             continue
         if os.path.isfile(os.path.join(entry.path, "config.json")):
@@ -82,10 +82,10 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
 
 def _stamp(path: Path) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size
+    return status.st_mtime_ns, status.st_size
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -104,10 +104,10 @@ def _read(path: Path, stamp: _Stamp) -> _Known:
 
 def _object(folder: Path, name: str) -> Mapping[str, object]:
     data = _bytes(folder, name, _MOST_BYTES)
-    found = json.loads(data) if data else {}
-    if not isinstance(found, Mapping):
+    contents = json.loads(data) if data else {}
+    if not isinstance(contents, Mapping):
         raise ValueError(f"{name} holds no object")
-    return found
+    return contents
 
 
 def _last_records(folder: Path) -> list[Metrics]:
@@ -143,18 +143,17 @@ def _row(name: str, known: _Known) -> Row:
     try:
         with readable(name):
             return row | _figures(data)
-    except ValueError as found:
-        return row | {"error": str(found)}
+    except ValueError as unreadable:
+        return row | {"error": str(unreadable)}
 
 
 def _figures(data: RunData) -> dict[str, str | float | bool | None]:
+    if not data.ended:  # asked each time: a run dies without a word
+        data = replace(data, held=is_held(data.path))
     summary: Mapping[str, object] = data.summary
-    status = str(summary.get("status") or "running")
-    if status == "running" and not is_held(data.path):  # asked each time: a run dies without a word
-        status = "killed"
     last: Mapping[str, object] = data.metrics[-1] if data.metrics else {}
     done = _number(summary.get("iterations")) or 0
-    if status in ("running", "killed"):
+    if not data.ended:
         done = max(done, (_number(last.get("iteration", -1)) or 0) + 1)
     terms = [str(value) for key, value in flat(data.config.get("reward")).items() if key.endswith(".name")]
     return {
@@ -162,7 +161,7 @@ def _figures(data: RunData) -> dict[str, str | float | bool | None]:
         "model": _text(data.setting("model", "path")),
         "reward": _text(" + ".join(terms)),
         "seed": _text(data.config.get("seed")),
-        "status": _text(status),
+        "status": _text(data.status),
         "done": done,
         "iterations": _number(data.config.get("iterations")),
         "reward_before": _number(summary.get("reward_before")),

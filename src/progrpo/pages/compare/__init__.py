@@ -1,6 +1,6 @@
 """The comparison of runs: one HTML file without dependencies, and the same figures as JSON.
 
-Runs that differ in nothing that they were told but the seed are one recipe. The folders may come from strangers.
+Runs that differ in the seed and in what the machine chose alone are one recipe. The folders may be a stranger's.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def write_comparison(recipes: Sequence[Recipe], out: Path) -> Path:
 def figures_of(recipes: Sequence[Recipe]) -> dict[str, object]:
     """The figures of the comparison, ready for JSON. A value that is not known is None."""
     with readable("what the comparison gives as JSON"):
-        found = finals(recipes)
+        figures = finals(recipes)
         result: dict[str, object] = {
             "cautions": cautions(recipes),
             "recipes": [
                 {
                     "label": recipe.label,
                     "runs": [_run(run) for run in recipe.runs],
-                    "final": {name: asdict(of_each[i]) for name, of_each in found.items()},
+                    "final": {name: asdict(of_each[i]) for name, of_each in figures.items()},
                     "curves": {
                         name: asdict(spread([curve(run, name) for run in recipe.runs]))
                         for name in curves.metrics_of([recipe])
@@ -99,16 +99,16 @@ def _run(run: RunData) -> dict[str, object]:
 
 
 def _equal_reward(recipes: Sequence[Recipe]) -> dict[str, object] | None:
-    found = None if measures_that_differ(recipes) else levels(recipes)
-    if found is None:
+    reached = None if measures_that_differ(recipes) else levels(recipes)
+    if reached is None:
         return None
     return {
-        "start": found.start,
-        "end": found.end,
-        "rewards": found.rewards,
+        "start": reached.start,
+        "end": reached.end,
+        "rewards": reached.rewards,
         "arrivals": {
             label: [[None if place is None else _arrival(place) for place in runs] for runs in of_levels]
-            for label, of_levels in found.arrivals.items()
+            for label, of_levels in reached.arrivals.items()
         },
     }
 

@@ -117,29 +117,29 @@ def _equal(recipes: Sequence[Recipe]) -> str:
     title = "Time to equal reward"
     if measures_that_differ(recipes):
         return section("equal", title, "", note("Not given: the recipes are not measured by the same reward."))
-    found = levels(recipes)
-    if found is None:
+    reached = levels(recipes)
+    if reached is None:
         why = (
             "it needs two evaluations of a run on the way (eval.every), and the lowest last one above the lowest first"
         )
         return section("equal", title, "", note(f"Not given: {why}."))
     lead = (
         f"Levels are shares of the smallest final gain: from the lowest first evaluation on the way,"
-        f" {number(found.start)}, to the lowest last one, {number(found.end)}, each the mean over a recipe’s seeds."
+        f" {number(reached.start)}, to the lowest last one, {number(reached.end)}, each the mean over a recipe’s seeds."
         " A run is at a level where the straight line between two evaluations first passes it. A cell is the mean over"
         " the runs that are; ≤ is a level that the first evaluation had passed."
     )
-    heads = [f"{share:.0%} · {number(reward)}" for share, reward in zip(SHARES, found.rewards, strict=True)]
+    heads = [f"{share:.0%} · {number(reward)}" for share, reward in zip(SHARES, reached.rewards, strict=True)]
     units: dict[str, tuple[str, Callable[[float], str]]] = {
         "seconds": ("Training time", duration),
         "nfe": ("Training NFE", count),
         HOURS: (hours_name(recipes), lambda hours: f"{hours:.3g}"),
     }
-    shown = [recipe for recipe in recipes if recipe.label in found.arrivals]
+    shown = [recipe for recipe in recipes if recipe.label in reached.arrivals]
     tables = "".join(
         table(
             (name, *heads),
-            [[dot(recipes, r), *(_cell(a, axis, write) for a in found.arrivals[r.label])] for r in shown],
+            [[dot(recipes, r), *(_cell(a, axis, write) for a in reached.arrivals[r.label])] for r in shown],
         )
         for axis, (name, write) in units.items()
     )

@@ -44,9 +44,9 @@ class Point:
 
 def curve(run: RunData, name: str) -> list[Point]:
     """The values of a metric over the run."""
-    found = charts.positions(run.metrics)
-    hours = [seconds * processes_of(run) / 3600 for seconds in found["seconds"]]
-    places = {**found, HOURS: hours}
+    positions = charts.positions(run.metrics)
+    hours = [seconds * processes_of(run) / 3600 for seconds in positions["seconds"]]
+    places = {**positions, HOURS: hours}
     return [
         Point({axis: float(places[axis][i]) for axis in AXES}, float(value))
         for i, record in enumerate(run.metrics)
@@ -173,8 +173,8 @@ def finals(recipes: Sequence[Recipe]) -> dict[str, list[Final]]:
     """The figures that any recipe has, for each recipe."""
     held_out = sorted({name for recipe in recipes for run in recipe.runs for name in _held_out_names(run)})
     names = [*_OF_RECORDS, *(f"held_out@{name}" for name in held_out)]
-    found = {name: _of_recipes(name, recipes) for name in names}
-    return {name: of_each for name, of_each in found.items() if any(f.before is not None or f.after for f in of_each)}
+    figures = {name: _of_recipes(name, recipes) for name in names}
+    return {name: of_each for name, of_each in figures.items() if any(f.before is not None or f.after for f in of_each)}
 
 
 def _held_out_names(run: RunData) -> set[str]:

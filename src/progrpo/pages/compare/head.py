@@ -38,13 +38,13 @@ def write(recipes: Sequence[Recipe]) -> str:
 
 def _verdict(recipes: Sequence[Recipe]) -> str:
     """A sentence with the end of each recipe, by the figure that they share: strict accuracy, or the reward."""
-    found = finals(recipes)
-    name = next((name for name in ("accuracy", "reward") if any(f.after for f in found.get(name, []))), None)
+    figures = finals(recipes)
+    name = next((name for name in ("accuracy", "reward") if any(f.after for f in figures.get(name, []))), None)
     if name is None:
         return "None of these runs has been evaluated after training yet."
     ends = [
         f"{escape(recipe.label)} ends at {in_figures(name, final.after)}"
-        for recipe, final in list(zip(recipes, found[name], strict=True))[:_MOST_NAMED]
+        for recipe, final in list(zip(recipes, figures[name], strict=True))[:_MOST_NAMED]
         if final.after
     ]
     words = {"accuracy": "strict accuracy", "reward": "a mean reward"}[name]

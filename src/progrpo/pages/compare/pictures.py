@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from progrpo.pages.compare.head import colour_of
 from progrpo.pages.compare.recipes import Recipe, differences, seed_of
-from progrpo.pages.page import escape, note, picture_uri, read_picture, section
+from progrpo.pages.page import escape, note, read_picture, section, shot
 from progrpo.pages.run_data import RunData
 from progrpo.tracking.records import EvaluationRecord
 from progrpo.tracking.wording import number
@@ -72,11 +72,10 @@ def _head(recipes: Sequence[Recipe], recipe: Recipe, run: RunData) -> str:
 def _row(first: RunData, shown: Sequence[tuple[Recipe, RunData]], i: int, with_before: bool) -> str:
     cells = [_shot(first, first.before[i], "before training")] if with_before else []
     cells += [_shot(run, run.after[i], recipe.label) for recipe, run in shown]
-    prompt = f'<tr class="told"><th colspan="{len(cells)}" dir="auto">{escape(first.after[i]["prompt"])}</th></tr>'
+    prompt = (
+        f'<tr class="prompt-row"><th colspan="{len(cells)}" dir="auto">{escape(first.after[i]["prompt"])}</th></tr>'
+    )
     return prompt + "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-
-
-_MARKS: dict[bool | None, tuple[str, str]] = {True: ("pass", "✓"), False: ("fail", "✕")}
 
 
 def _shot(run: RunData, record: EvaluationRecord, whose: str) -> str:
@@ -84,7 +83,5 @@ def _shot(run: RunData, record: EvaluationRecord, whose: str) -> str:
     picture = read_picture(run.path, name) if name else None
     if picture is None:
         return "–"
-    word, mark = _MARKS.get(record["strict"], ("", ""))
     title = f"{escape(whose)}: graded {number(record.get('graded'))}"
-    verdict = f'<span class="mark {word}">{mark}</span>' if mark else ""
-    return f'<div class="shot" title="{title}"><img src="{picture_uri(picture)}" alt="{title}">{verdict}</div>'
+    return shot(picture, title, title, record["strict"])

@@ -1,4 +1,4 @@
-"""Recipes among runs: those whose configurations differ in nothing that is told to a run but the seed."""
+"""Recipes among runs: those whose configurations differ in the seed and in what the machine chose alone."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def grouped(runs: Sequence[RunData]) -> list[Recipe]:
     """The recipes of runs in the order of their first runs, each with a label of its own."""
     groups: dict[str, list[RunData]] = {}
     for run in runs:
-        told = {name: value for name, value in _settings(run).items() if name not in _MACHINES_CHOICE}
-        groups.setdefault(_text(told), []).append(run)
+        chosen = {name: value for name, value in _settings(run).items() if name not in _MACHINES_CHOICE}
+        groups.setdefault(_text(chosen), []).append(run)
     members = list(groups.values())
     return [Recipe(label, group) for label, group in zip(_labels(members), members, strict=True)]
 
@@ -98,11 +98,11 @@ def _labels(groups: Sequence[Sequence[RunData]]) -> list[str]:
     if len(set(names)) == len(names):
         return names
     unlike = differences([Recipe("", group) for group in groups])
-    told = {name: of_each for name, of_each in unlike.items() if name not in ("recipe", *_MACHINES_CHOICE)}
-    if len(told) > _MOST_NAMED:
+    named = {name: of_each for name, of_each in unlike.items() if name not in ("recipe", *_MACHINES_CHOICE)}
+    if len(named) > _MOST_NAMED:
         return _unique([group[0].path.resolve().name for group in groups])
     words = [
-        [f"{key.rpartition('.')[2]} {_short(of_each[i])}" for key, of_each in told.items()] for i in range(len(groups))
+        [f"{key.rpartition('.')[2]} {_short(of_each[i])}" for key, of_each in named.items()] for i in range(len(groups))
     ]
     return _unique([", ".join([name, *of_group]) for name, of_group in zip(names, words, strict=True)])
 

@@ -22,11 +22,11 @@ _LEAD = (
 
 
 def write(recipes: Sequence[Recipe]) -> str:
-    found = finals(recipes)
-    if not found:
+    figures = finals(recipes)
+    if not figures:
         return section("results", "Final figures", "", note("No run has been evaluated yet.") + _cost(recipes))
     alike = not measures_that_differ(recipes)
-    tables = "".join(_table(recipes, name, of_each, alike) for name, of_each in found.items())
+    tables = "".join(_table(recipes, name, of_each, alike) for name, of_each in figures.items())
     return section("results", "Final figures", _LEAD, tables + _cost(recipes))
 
 

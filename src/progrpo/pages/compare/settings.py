@@ -20,8 +20,8 @@ def write(recipes: Sequence[Recipe]) -> str:
     unlike = differences(recipes)
     rows = [[f"<code>{escape(name)}</code>", *map(_value, of_each)] for name, of_each in unlike.items()]
     heads = ("", *(dot(recipes, recipe) for recipe in recipes))
-    told = table(heads, rows) if rows else note("No setting differs: these runs are of one recipe.")
-    return section("settings", "Settings that differ", _LEAD, told + _runs(recipes))
+    body = table(heads, rows) if rows else note("No setting differs: these runs are of one recipe.")
+    return section("settings", "Settings that differ", _LEAD, body + _runs(recipes))
 
 
 def _value(text: str) -> str:

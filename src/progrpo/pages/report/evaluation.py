@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from progrpo.pages import charts
-from progrpo.pages.page import chart, escape, note, pairs, picture_uri, read_picture, section
+from progrpo.pages.page import chart, escape, note, pairs, read_picture, section, shot
 from progrpo.pages.run_data import RunData, accuracy
 from progrpo.tracking.records import EvaluationRecord, RewardSummary
 from progrpo.tracking.statistics import Mean
@@ -18,7 +18,7 @@ _OUTCOMES = {  # (passes before, passes after) -> (name, description)
     (True, True): ("passing", "passed both times"),
     (False, False): ("failing", "failed both times"),
 }
-_MARKS: dict[bool | None, tuple[str, str]] = {True: ("pass", "✓"), False: ("fail", "✕")}
+_VERDICTS: dict[bool | None, str] = {True: "pass", False: "fail"}
 _LEAD = (
     "Each pair is one test prompt, sampled from the same noise before training (left) and after it (right). "
     "The mark is the strict verdict, if the reward gives one."
@@ -85,11 +85,9 @@ def _shot(data: RunData, record: EvaluationRecord, when: str) -> str:
     picture = read_picture(data.path, name) if name else None
     if picture is None:
         return "<div></div>"
-    word, mark = _MARKS.get(record["strict"], ("no verdict", ""))
+    word = _VERDICTS.get(record["strict"], "no verdict")
     title = f"{when} training: {word}, graded {number(record.get('graded'))}"
-    image = f'<img src="{picture_uri(picture)}" alt="{when} training">'
-    verdict = f'<span class="mark {word}">{mark}</span>' if mark else ""
-    return f'<div class="shot" title="{title}">{image}{verdict}</div>'
+    return shot(picture, title, f"{when} training", record["strict"])
 
 
 def _kinds(data: RunData) -> str:
