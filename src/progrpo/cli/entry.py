@@ -99,11 +99,7 @@ def _parse(args: list[str]) -> Callable[[], None]:
         return lambda: show(_help())
     if args[0] == "--version":
         return lambda: show(f"progrpo {__version__}")
-    command, *rest = args
-    if command not in COMMANDS:
-        raise ValueError(
-            f"{quoted(command)} is no command of progrpo ({', '.join(COMMANDS)}){nearest(command, COMMANDS)}"
-        )
+    command, rest = _command(args)
     _require_current_folder()
     if command == "train" and any(arg.partition("=")[0] == "--resume" for arg in rest):
         return parse_options(Resume, rest, "progrpo train --resume").run
@@ -112,6 +108,17 @@ def _parse(args: list[str]) -> Callable[[], None]:
     if command == "plan":
         return _parse_with_recipe(Plan, command, rest).run
     return parse_options(COMMANDS[command], rest, f"progrpo {command}").run
+
+
+def _command(args: Sequence[str]) -> tuple[str, list[str]]:
+    """The command, whose name may have two words, and the arguments after it."""
+    for words in (2, 1):
+        if (command := " ".join(args[:words])) in COMMANDS:
+            return command, list(args[words:])
+    group = [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{args[0]} ")]
+    if group:
+        raise ValueError(f"progrpo {args[0]} must be followed by {' or '.join(group)}")
+    raise ValueError(f"{quoted(args[0])} is no command of progrpo ({', '.join(COMMANDS)}){nearest(args[0], COMMANDS)}")
 
 
 def _help() -> str:

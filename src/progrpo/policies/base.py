@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -131,6 +132,13 @@ class Policy(Protocol):
         `timestep` is () or (B,), and row b of `condition` belongs to row b of x. A `guidance_scale` w other than 1 is
         classifier-free guidance, o_u + w (o_c - o_u), with gradients through both branches and twice the cost. For a
         network that `embeds_guidance` w is an input, also where it is 1.
+        """
+        ...
+
+    def encode_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Encode RGB pictures to latents, float32 (N, *latent_shape) on the policy's device, without gradients.
+
+        A picture of another size than the model's is resized and cropped. ValueError for a model of videos.
         """
         ...
 

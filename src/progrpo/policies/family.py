@@ -157,7 +157,14 @@ class ModelFamily(TextHooks):
 
     @abstractmethod
     def unscale(self, x0_BCHW: Tensor) -> Tensor:
-        """Latents as the autoencoder decodes them."""
+        """Latents as the autoencoder decodes them: each number times a factor of its place, plus another."""
+
+    def scale(self, latents_BCHW: Tensor) -> Tensor:
+        """Latents as the network takes them, from those that the autoencoder gives: the inverse of `unscale`."""
+        zero = latents_BCHW.new_zeros(1, *self.latent_shape)
+        offset = self.unscale(zero)
+        x0_BCHW: Tensor = (latents_BCHW - offset) / (self.unscale(zero + 1) - offset)
+        return x0_BCHW.reshape(len(latents_BCHW), *self.latent_shape)
 
 
 def require_text_encoder(pipeline: DiffusionPipeline) -> None:

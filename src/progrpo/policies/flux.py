@@ -81,7 +81,7 @@ class FluxKontext(Flux):
         (height, width), vae = self.size, self.pipeline.vae
         pixels = self.pipeline.image_processor.preprocess(image, height, width, resize_mode="crop")
         latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-        return {"image_latents": (latents - vae.config.shift_factor) * vae.config.scaling_factor}
+        return {"image_latents": self.scale(latents)}
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         return super().condition_shapes() | {"image_latents": self.latent_shape}

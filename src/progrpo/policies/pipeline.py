@@ -7,11 +7,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.decoding import PictureDecoder, fault_of, load_tiny_decoder, unscale_tiny
 from progrpo.policies.denoiser_call import DenoiserCall
+from progrpo.policies.encoding import latents_of
 from progrpo.policies.family import ModelFamily
 from progrpo.policies.offload import ModuleOffloader
 from progrpo.policies.prepare import Prepared
@@ -89,6 +91,9 @@ class PipelinePolicy:
             unconditional = self.texts.unconditional
             return self.network.guided_output(x_BCHW, timestep_B, condition, unconditional, guidance_scale)
         return self.network.output(x_BCHW, timestep_B, condition)
+
+    def encode_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+        return latents_of(self.family, pictures)
 
     def decode(self, x0_BCHW: Tensor) -> Pictures:
         return self.decoder.decode(x0_BCHW)

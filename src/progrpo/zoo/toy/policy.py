@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -130,6 +132,10 @@ class ToyPolicy:
         code_BD = condition.tensors["prompt_embeds"][:, 0].to(self._dtype)
         output: Tensor = self.network(x_BCHW.flatten(1).to(self._dtype), sigma_B, code_BD)
         return output.reshape(x_BCHW.shape).to(x_BCHW.dtype)
+
+    def encode_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+        x0_ND = world.from_pictures(np.stack([np.asarray(picture) for picture in pictures]))
+        return x0_ND.float().reshape(-1, *self.latent_shape)
 
     def decode(self, x0_BCHW: Tensor) -> Pictures:
         there_N = x0_BCHW.flatten(1).isfinite().all(1)
