@@ -7,10 +7,19 @@ import importlib
 import os
 import traceback
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _MOST = 120  # characters that are shown of each end of a long text
 _HERE = os.path.dirname(__file__)
+
+
+class FaultsError(ValueError):
+    """Several mistakes of a user at once: a sentence, and below it a line for each of them."""
+
+    def __init__(self, sentence: str, faults: Sequence[str], shown: int = 20) -> None:
+        rest = [f"and {len(faults) - shown:,} more"] if len(faults) > shown else []
+        super().__init__("\n  ".join([sentence, *faults[:shown], *rest]))
+        self.faults = tuple(faults)
 
 
 def quoted(value: object) -> str:

@@ -65,6 +65,7 @@ MUST_NOT_SEE = {
     "progrpo.rewards": (*RIM, "progrpo.rollout", "progrpo.objectives", "progrpo.tracking", "progrpo.publish"),
     "progrpo.tracking": (*RIM, "progrpo.pages", "progrpo.publish"),
     "progrpo.pages": (*RIM, "progrpo.publish"),
+    "progrpo.preferences": (*RIM, "progrpo.rollout", "progrpo.objectives", "progrpo.rewards", "progrpo.publish"),
     "progrpo.publish": (*RIM, "progrpo.rollout", "progrpo.objectives", "progrpo.rewards"),
     "progrpo.recipes": ("progrpo.cli", "progrpo.training", "progrpo.imports"),
 }
@@ -97,6 +98,7 @@ FREE_OF_TORCH = (
     "progrpo.pages.board",
     "progrpo.pages.compare",
     "progrpo.pages.report",
+    "progrpo.preferences.pairs",
     "progrpo.publish.layouts",
     "progrpo.types",
 )

@@ -20,7 +20,7 @@ from progrpo.cli.publish_commands import Export, Push
 from progrpo.cli.run_commands import Plan, Recipes, Resume, Train
 from progrpo.config import Config, PlanSettings
 from progrpo.durable import DiskError
-from progrpo.messages import nearest, quoted
+from progrpo.messages import FaultsError, nearest, quoted
 from progrpo.recipes import RECIPES, load_recipe
 from progrpo.streams import occupy_standard_descriptors, release_standard_descriptors, tolerant_streams
 from progrpo.tracking.lock import LockLostError
@@ -71,7 +71,8 @@ def _run(args: list[str]) -> int:
         print(f"progrpo: stopped: {_one_line(error)}", file=sys.stderr)
         return 1
     except ValueError as error:
-        print(f"progrpo: error: {_one_line(error)}", file=sys.stderr)
+        text = str(error) if isinstance(error, FaultsError) else _one_line(error)
+        print(f"progrpo: error: {text}", file=sys.stderr)
         return 2
     except UnreadOutputError as error:
         print(error, end="", file=sys.stderr)

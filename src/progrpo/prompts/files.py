@@ -25,7 +25,7 @@ def _texts(path: Path, column: str) -> Iterator[Row]:
 
 def _json_lines(path: Path, column: str) -> Iterator[Row]:
     for text, where in _lines(path):
-        row = _parse_json(text, where, lambda error: f"column {error.colno}")
+        row = parse_json(text, where, lambda error: f"column {error.colno}")
         if not isinstance(row, dict):
             raise ValueError(f'{where}: must be an object such as {{"{column}": "a red circle"}}, not {quoted(row)}')
         yield row, where
@@ -33,7 +33,7 @@ def _json_lines(path: Path, column: str) -> Iterator[Row]:
 
 def _json(path: Path, column: str) -> Iterator[Row]:
     """Read a list of texts or objects, or an object that holds such a list as `prompts`."""
-    data = _parse_json(_read_text(path), named(path), lambda error: f"line {error.lineno}, column {error.colno}")
+    data = parse_json(_read_text(path), named(path), lambda error: f"line {error.lineno}, column {error.colno}")
     items = data.get("prompts") if isinstance(data, dict) else data
     if not isinstance(items, list):
         raise ValueError(
@@ -47,7 +47,8 @@ def _json(path: Path, column: str) -> Iterator[Row]:
         yield ({column: item} if isinstance(item, str) else item), where
 
 
-def _parse_json(text: str, where: str, place: Callable[[json.JSONDecodeError], str]) -> object:
+def parse_json(text: str, where: str, place: Callable[[json.JSONDecodeError], str]) -> object:
+    """The value of a JSON text. ValueError that begins with `where`, and has the `place` of the mistake."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -139,7 +140,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             for line in read.splitlines():  # several, where the file has the line ends of old Macs
                 number += 1
                 where = f"{named(path)}, line {number}"
-                if text := _decode(line, where).strip():
+                if text := decode_line(line, where).strip():
                     yield text, where
 
 
@@ -147,11 +148,12 @@ def _read_text(path: Path) -> str:
     data = path.read_bytes()
     lines = data.splitlines()
     for number, line in enumerate(lines, 1):
-        _decode(line, f"{named(path)}, line {number}")
+        decode_line(line, f"{named(path)}, line {number}")
     return data.decode("utf-8-sig")
 
 
-def _decode(line: bytes, where: str) -> str:
+def decode_line(line: bytes, where: str) -> str:
+    """The text of a line in UTF-8. ValueError that begins with `where`, and names the encoding if it can be told."""
     try:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -52,7 +52,7 @@ def load_prompts(source: str, split: str = "train", column: str = TEXT) -> Promp
         raise ValueError(f"no prompt file {named(source)}{_suggestion(path)}")
     try:
         prompts = tuple(
-            _with_picture_path(prompt_from_row(row, where, column), path.parent, where)
+            with_picture_path(prompt_from_row(row, where, column), path.parent, where)
             for row, where in READERS[kind](path, column)
         )
     except OSError as error:
@@ -62,7 +62,7 @@ def load_prompts(source: str, split: str = "train", column: str = TEXT) -> Promp
     return {"": prompts}
 
 
-def _with_picture_path(prompt: Prompt, folder: Path, where: str) -> Prompt:
+def with_picture_path(prompt: Prompt, folder: Path, where: str) -> Prompt:
     """The prompt whose picture's path starts at the current folder; the file gives it relative to `folder`."""
     given = prompt.columns.get(IMAGE_COLUMN)
     if given is None or isinstance(given, bytes):  # a row of a parquet file may hold the picture's own bytes

@@ -42,6 +42,13 @@ def open_pictures(values: Sequence[object]) -> list[Image.Image | None]:
     return [read.get(id(value)) for value in values]
 
 
+def check_picture(value: object, where: str, decode: bool = False) -> None:
+    """Raise ValueError that begins with `where` for what cannot be opened. Only with `decode` are its pixels read."""
+    with _opened(value, where) as image:
+        if decode:
+            image.load()
+
+
 def source_picture(prompt: Prompt) -> Image.Image:
     """The picture that a prompt asks to change; ValueError that names a prompt without one."""
     return open_picture(_picture_value(prompt), _where(prompt))
@@ -53,8 +60,7 @@ def check_sources(prompts: Iterable[Prompt]) -> None:
     Only headers are read.
     """
     for prompt in prompts:
-        with _opened(_picture_value(prompt), _where(prompt)):
-            pass
+        check_picture(_picture_value(prompt), _where(prompt))
 
 
 def source_key(prompt: Prompt) -> str:

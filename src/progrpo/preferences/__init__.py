@@ -1,0 +1,1 @@
+"""What people prefer: pairs of pictures, votes, and what is learned from them."""
