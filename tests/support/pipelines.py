@@ -294,7 +294,7 @@ def qwen_image() -> Any:
                 base_dim=4,
                 z_dim=4,
                 dim_mult=[1, 2],
-                num_res_blocks=0,
+                num_res_blocks=1,
                 temperal_downsample=[False],
                 latents_mean=[0.1, -0.2, 0.3, 0.0],
                 latents_std=[1.5, 0.8, 1.2, 2.0],
