@@ -153,8 +153,7 @@ def test_plan_reads_a_config_file(capsys, tmp_path):
     [
         (
             ("trian",),
-            "'trian' is no command of progrpo (train, recipes, import, plan, sample, eval, report, compare, board,"
-            " studio, export, push, repro, pretrain, serve-reward);",
+            f"'trian' is no command of progrpo ({', '.join(COMMANDS)}); did you mean train?",
         ),
         (("train",), f"a recipe ({NAMES}), a config file or a run folder comes first"),
         (
