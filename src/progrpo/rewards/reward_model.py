@@ -35,7 +35,7 @@ class _Loaded:
         with self._lock:
             if self._last is None or self._last[0] != key:
                 try:
-                    self._last = key, self._load().scores(pictures_NHWC, prompts)
+                    self._last = key, self._load().scores(list(pictures_NHWC), prompts)
                 except ValueError as error:
                     raise Refusal(f"reward_model: {error}") from error
             return self._last[1]
@@ -99,12 +99,12 @@ class LearnedRewardVariance(LearnedReward):
     def _check(cls, term: RewardTerm, description: Description) -> None:
         if description.members < 2:
             raise Refusal(
-                f"reward {term.name!r}: the reward model {term.model} has one member, and a variance needs two; train it"
-                " with --members 8"
+                f"reward {term.name!r}: the reward model {term.model} has one member, and a variance needs two;"
+                " train it with --members 8"
             )
 
     def _values(self, score_KN: Tensor) -> Tensor:
-        return score_KN.var(0)
+        return (score_KN - score_KN.mean(0)).square().sum(0) / (len(score_KN) - 1)
 
 
 def _digest(description: Description) -> str:

@@ -100,10 +100,10 @@ def fit_head(difference_MD: Tensor, pairs: Comparisons, penalty_D: Tensor, flip_
         optimizer.zero_grad()
         loss = bradley_terry_loss(difference_MD @ weight_D, pairs.preference_M, pairs.strength_M, flip_rate)
         loss = loss + (penalty_D * weight_D.square()).sum() / 2
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     out_D[on_D] = weight_D.detach()
     return out_D
 

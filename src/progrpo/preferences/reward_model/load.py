@@ -37,7 +37,9 @@ def chosen_backbone(name: str, pairs: Sequence[Pair]) -> str:
     if not strange:
         return SHAPES
     if name == SHAPES:
-        raise ValueError(f"--backbone shapes is for pictures of the built-in models, but {strange}; name a CLIP instead")
+        raise ValueError(
+            f"--backbone shapes is for pictures of the built-in models, but {strange}; name a CLIP instead"
+        )
     raise ValueError(
         f"these pairs are not of the shapes world, since {strange}; name a CLIP with --backbone: a folder or a hub id,"
         " such as openai/clip-vit-large-patch14 (1.7 GB)"

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.torch import load, save
 from torch import Tensor
 
-from progrpo.durable import new_folder, whole_folder, write_file, write_text
+from progrpo.durable import new_folder, whole_folder
 from progrpo.messages import named
 from progrpo.preferences.reward_model.backbone import Backbone
 from progrpo.preferences.reward_model.head import Ensemble
@@ -95,7 +95,9 @@ def read_description(folder: Path) -> Description:
     """Read reward_model.json. ValueError for a folder that holds no reward model of this format."""
     file = whole_folder(folder) / DESCRIPTION
     if not file.is_file():
-        raise ValueError(f"{named(folder)} is no reward model (it holds no {DESCRIPTION}); `progrpo reward-model train` makes one")
+        raise ValueError(
+            f"{named(folder)} is no reward model (it holds no {DESCRIPTION}); `progrpo reward-model train` makes one"
+        )
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         if data["format"] != _FORMAT:
@@ -116,10 +118,9 @@ def load_reward_model(folder: Path, device: str = "auto", dtype: str = "auto") -
     """Load a folder that `save_reward_model` wrote, bit for bit. ValueError where it is damaged or of another kind."""
     description = read_description(folder)
     head = _tensors(folder, HEAD, description)
-    try:
-        ensemble = Ensemble(*(head[name] for name in _TENSORS), description.temperature)
-    except KeyError as error:
-        raise _damaged(folder, HEAD, f"it has no {error}") from error
+    if head.keys() != {*_TENSORS}:
+        raise _damaged(folder, HEAD, f"it has {', '.join(sorted(head))}")
+    ensemble = Ensemble(**head, temperature=description.temperature)
     backbone = load_backbone(description.backbone, device, dtype)
     if description.lora:
         backbone.load_lora(_tensors(folder, LORA, description))

@@ -17,7 +17,7 @@ from torch.nn.functional import max_pool2d
 from progrpo.preferences.reward_model.backbone import Features
 from progrpo.types import Prompt
 from progrpo.zoo import WEIGHTS
-from progrpo.zoo.shapes.detector import ShapeDetector, load_detector
+from progrpo.zoo.shapes.detector import load_detector
 from progrpo.zoo.shapes.models import to_tensor
 from progrpo.zoo.shapes.world import COLOURS, NUMBERS, PLURALS, RELATIONS, SHAPES, SIZE
 
@@ -38,8 +38,8 @@ class ShapesBackbone:
         other = next((p.shape for p in pictures if p.shape != (SIZE, SIZE, 3)), None)
         if other is not None:
             raise ValueError(
-                f"the backbone shapes sees pictures of {SIZE}x{SIZE} pixels, not {other[1]}x{other[0]}; train the reward"
-                " model on a CLIP"
+                f"the backbone shapes sees pictures of {SIZE}x{SIZE} pixels, not {other[1]}x{other[0]}; train the"
+                " reward model on a CLIP"
             )
         pictures_NHWC = np.asarray(pictures).reshape(-1, SIZE, SIZE, 3)
         starts = range(0, max(len(prompts), 1), _AT_ONCE)

@@ -27,6 +27,7 @@ _FEWEST = 10
 class TrainingSettings:
     backbone: str = "auto"
     """`shapes`, a CLIP's folder or hub id, or `auto`: `shapes` where the pairs are of the shapes world."""
+    lora_rank: int = 0
     members: int = 8
     held_out: float | Path = 0.2
     """The share of the prompts, or a pairs file, on which the reward model is measured."""
