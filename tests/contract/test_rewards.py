@@ -3,7 +3,9 @@
 import asyncio
 import functools
 import string
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,8 +28,11 @@ from transformers import (
     YolosImageProcessorPil,
 )
 
+from progrpo.preferences.reward_model.head import Ensemble, columns
+from progrpo.preferences.reward_model.model import RewardModel, save_reward_model
+from progrpo.preferences.reward_model.shapes import ShapesBackbone
 from progrpo.rewards.aesthetic import Aesthetic
-from progrpo.rewards.base import Score
+from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.clip import ClipCosine
 from progrpo.rewards.clipscore import CLIPScore
 from progrpo.rewards.function import FunctionReward
@@ -38,6 +43,7 @@ from progrpo.rewards.load import load_reward
 from progrpo.rewards.ocr import OCR
 from progrpo.rewards.pickscore import PickScore
 from progrpo.rewards.retrying import RetryingReward
+from progrpo.rewards.reward_model import LearnedReward
 from progrpo.rewards.settings import REWARDS, RewardTerm
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
@@ -145,6 +151,21 @@ def small_geneval(kind: type[GenEval] = GenEval) -> GenEval:
     return kind(Detector(random_weights(lambda: YolosForObjectDetection(config)), processor), colors)
 
 
+def learned(name: str) -> Reward:
+    """A reward of a model with random heads on the built-in backbone."""
+    backbone = ShapesBackbone()
+    features = columns(backbone.features(list(PICTURES), PROMPTS))
+    width, generator = features.shape[1], torch.Generator().manual_seed(0)
+    weight_KD = torch.randn(3, width, generator=generator, dtype=torch.float64)
+    std_D = features.std(0).where(features.std(0) > 1e-3, torch.inf)
+    ensemble = Ensemble(weight_KD, features.mean(0), std_D, torch.tensor(float(width)), 1.0)
+    with tempfile.TemporaryDirectory() as folder:
+        save_reward_model(RewardModel(backbone, ensemble), "shapes", {}, Path(folder) / "taste")
+        reward = load_reward(RewardTerm(name, model=str(Path(folder) / "taste")))
+        reward.score(PICTURES[:0], [])  # what loads it, while the folder is there
+    return reward
+
+
 def reads_the_colour(picture_HWC):
     return SimpleNamespace(txts=("abcdefgh"[int(picture_HWC.mean()) % 8], "circle"))
 
@@ -156,6 +177,8 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "hpsv2": lambda: small(HPSv2),
     "imagereward": small_imagereward,
     "aesthetic": small_aesthetic,
+    "reward_model": lambda: learned("reward_model"),
+    "reward_model_variance": lambda: learned("reward_model_variance"),
     "ocr": lambda: OCR(reads_the_colour),
     "geneval": small_geneval,
     "geneval_flow_grpo": lambda: small_geneval(GenEvalFlowGRPO),
@@ -187,8 +210,10 @@ def test_one_score_a_picture_of_plain_types(reward):
 
 
 def test_order_is_kept_and_pictures_do_not_see_each_other(reward):
-    networks = ClipCosine, Aesthetic, ImageReward, GenEval
-    rounding = 1e-5 if isinstance(reward, networks) else 0.0  # a network's kernels differ by the size of their batch
+    networks = ClipCosine, Aesthetic, ImageReward, GenEval, LearnedReward
+    rounding = (
+        1e-3 if isinstance(reward, LearnedReward) else 1e-5 if isinstance(reward, networks) else 0.0
+    )  # a network's kernels differ by the size of their batch
     together = reward.score(PICTURES, PROMPTS)
     alone = [reward.score(PICTURES[i : i + 1], PROMPTS[i : i + 1])[0] for i in range(len(PROMPTS))]
     order = np.random.default_rng(0).permutation(len(PROMPTS))

@@ -1,15 +1,18 @@
-"""Commands around preferences: pairs check, pairs convert and label."""
+"""Commands around preferences: pairs check, reward-model train and reward-model eval."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from progrpo.cli.command import Command, check_range
-from progrpo.cli.output import show
+from progrpo.cli.command import Command, check_device, check_range
+from progrpo.cli.output import format_result, show
+from progrpo.messages import quoted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +64,106 @@ class Label(Command):
         from progrpo.preferences.label import serve
 
         serve(self.folder, self.annotator, self.count, self.host, self.port)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelTrain(Command):
+    """Learn a reward from pairs: a reward model that `--reward.terms` takes."""
+
+    pairs: Annotated[Positional[Path], arg(metavar="PAIRS")]
+    """The pairs file (docs/preferences.md)."""
+    out: Path
+    """The folder of the reward model. One that is there is replaced."""
+    backbone: str = "auto"
+    """What sees the pictures: `shapes` for those of the built-in models, or a CLIP: a folder or a hub id.
+    `auto` is `shapes` where the pairs are of the shapes world, and nothing elsewhere."""
+    lora_rank: int = 0
+    """The rank of a LoRA with which the CLIP is tuned; 0: it stays frozen."""
+    members: int = 8
+    """The heads, each on its own resample of the prompts. Their mean is the score, their variance its uncertainty."""
+    held_out: str = "0.2"
+    """The share of the prompts that is held out, or a pairs file, to measure the reward model on. 0: none."""
+    seed: int = 0
+    """The seed of what is held out and of resamples."""
+    device: str = "auto"
+    """The device of a CLIP."""
+    json: FlagCreatePairsOff[bool] = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        check_range(0, 256, lora_rank=self.lora_rank)
+        check_range(1, 256, members=self.members)
+        check_range(0, 2**63 - 1, seed=self.seed)
+        check_device(self.device)
+        held_out = self._held_out()
+        from progrpo.preferences.reward_model.training import TrainingSettings, train_reward_model
+
+        settings = TrainingSettings(self.backbone, self.lora_rank, self.members, held_out, self.seed, self.device)
+        result = train_reward_model(self.pairs, self.out, settings, lambda line: print(line, file=sys.stderr))
+        show(format_result(result if self.json else _in_short(result), self.json), costly=True)
+
+    def _held_out(self) -> float | Path:
+        try:
+            share = float(self.held_out)
+        except ValueError:
+            return Path(self.held_out)
+        if not 0 <= share < 1:
+            raise ValueError(
+                f"--held-out must be a share of at least 0 and below 1, or a pairs file, not {quoted(self.held_out)}"
+            )
+        return share
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelEval(Command):
+    """Measure a reward model on pairs that it has not seen."""
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """The folder of the reward model."""
+    pairs: Annotated[Positional[Path], arg(metavar="PAIRS")]
+    """The pairs file."""
+    device: str = "auto"
+    """The device of a CLIP."""
+    json: FlagCreatePairsOff[bool] = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        check_device(self.device)
+        from progrpo.preferences.pairs import read_pairs
+        from progrpo.preferences.reward_model.evaluation import evaluate_pairs
+        from progrpo.preferences.reward_model.model import load_reward_model, read_description
+
+        read_description(self.folder)  # before many pictures are opened
+        pairs = read_pairs(self.pairs, decode=True)
+        result = evaluate_pairs(load_reward_model(self.folder, self.device), pairs)
+        show(format_result(result if self.json else measures_in_short(result), self.json), costly=True)
+
+
+def _in_short(result: Mapping[str, Any]) -> dict[str, object]:
+    """The result of a training as a table: what is held out, or what cross-validation says if nothing is."""
+    held_out = result["held_out"]
+    measures = measures_in_short(held_out or result["cross_validated"])
+    where = "held out" if held_out else "cross-validated"
+    return {
+        "backbone": result["backbone"],
+        "pairs": result["pairs"],
+        **{f"{where}: {name}": value for name, value in measures.items()},
+        "seconds": result["seconds"],
+    }
+
+
+def measures_in_short(result: Mapping[str, Any]) -> dict[str, object]:
+    """Accuracy, calibration and uncertainty as lines of a table."""
+
+    def share(name: str) -> str:
+        low, high = result[name]
+        return f"{low:.1%} to {high:.1%}"
+
+    bins = [f"{b['confidence']:.0%} sure: {b['share']:.0%} right of {b['pairs']:,}" for b in result["bins"]]
+    return {
+        "pairs": f"{result['pairs']:,} of {result['prompts']:,} prompts, {result['ties']:,} ties",
+        "accuracy": f"{result['accuracy']:.1%} ({share('interval')}; by prompt {share('interval_by_prompt')})",
+        "log loss": result["log_loss"],
+        "calibration error": f"{result['calibration_error']:.3f} ({'; '.join(bins)})",
+        "variance": result.get("variance"),
+    }

@@ -61,6 +61,8 @@ class Reward(ABC):
     """The columns that every prompt must have."""
     takes_model: bool = False
     """Whether a term may name another model than the reward's own."""
+    version: str = ""
+    """What tells its scores from those of other weights under the same name, as a digest; caches keep them apart."""
     parameters: int | None = None
     """The parameters of its network; None where they are not known."""
 
@@ -86,6 +88,7 @@ class RewardWrapper(Reward):
     def __init__(self, reward: Reward) -> None:
         self._reward = reward
         self.groupwise, self.video, self.needed = reward.groupwise, reward.video, reward.needed
+        self.version = reward.version
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         self._reward.check(prompts)

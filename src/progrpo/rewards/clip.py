@@ -42,16 +42,9 @@ class ClipCosine(HubReward):
 
     @torch.no_grad()
     def _cosines(self, pictures_BHWC: np.ndarray, texts: Sequence[str]) -> Tensor:
-        # without an attention mask: a text's features are those of its end, which attends to nothing after it
-        length = self._model.config.text_config.max_position_embeddings
-        ids_BL = self._tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        ).input_ids
-        device = self._model.device
         pixels_BCHW = preprocess(self._framed(pictures_BHWC), self._image_processor)
-        f_BD = self._model.get_image_features(pixels_BCHW.to(device)).pooler_output.float()
-        g_BD = self._model.get_text_features(ids_BL.to(device)).pooler_output.float()
-        return (f_BD / f_BD.norm(dim=-1, keepdim=True) * g_BD / g_BD.norm(dim=-1, keepdim=True)).sum(-1)
+        f_BD, g_BD = directions(self._model, pixels_BCHW, tokenized(self._model, self._tokenizer, texts))
+        return (f_BD * g_BD).sum(-1)
 
     def _framed(self, pictures_BHWC: np.ndarray) -> np.ndarray:
         """The pictures as the processor takes them, which resizes and crops them."""
@@ -63,10 +56,27 @@ def batch_slices(count: int, size: int) -> list[slice]:
     return [slice(i, i + size) for i in range(0, count, size)]
 
 
-def preprocess(pictures_BHWC: np.ndarray, image_processor: CLIPImageProcessorPil) -> Tensor:
+def directions(model: CLIPModel, pixels_BCHW: Tensor, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the features of pictures and of texts, (B, D) each, float32, of length 1; NaN where a length is 0."""
+    f_BD = model.get_image_features(pixels_BCHW.to(model.device)).pooler_output.float()
+    g_BD = model.get_text_features(ids_BL.to(model.device)).pooler_output.float()
+    return f_BD / f_BD.norm(dim=-1, keepdim=True), g_BD / g_BD.norm(dim=-1, keepdim=True)
+
+
+def tokenized(model: CLIPModel, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """The tokens of texts, (B, L), cut at what the model takes."""
+    # without an attention mask: a text's features are those of its end, which attends to nothing after it
+    length = model.config.text_config.max_position_embeddings
+    ids_BL: Tensor = tokenizer(
+        list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    ).input_ids
+    return ids_BL
+
+
+def preprocess(pictures: Sequence[np.ndarray] | np.ndarray, image_processor: CLIPImageProcessorPil) -> Tensor:
     """Resize pictures to the processor's size, crop them at the centre and normalise them."""
     pixels_BCHW: Tensor = image_processor(
-        list(pictures_BHWC), return_tensors="pt", input_data_format="channels_last"
+        list(pictures), return_tensors="pt", input_data_format="channels_last"
     ).pixel_values
     return pixels_BCHW
 

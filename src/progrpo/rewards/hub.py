@@ -170,12 +170,17 @@ def rename(name: str, names: Mapping[str, str]) -> str:
 
 def place(model: _Module, term: RewardTerm) -> _Module:
     """Freeze a network and move it to the term's device and dtype."""
+    return place_at(model, term.device, term.dtype)
+
+
+def place_at(model: _Module, device_name: str, dtype_name: str) -> _Module:
+    """Freeze a network and move it to a device and a dtype, each `auto` or torch's name."""
     has_gpu = torch.cuda.is_available()
-    device = torch.device(("cuda" if has_gpu else "cpu") if term.device == "auto" else term.device)
+    device = torch.device(("cuda" if has_gpu else "cpu") if device_name == "auto" else device_name)
     if device.type == "cuda" and not has_gpu:
-        raise Refusal(f"reward device {term.device}: there is no GPU here; leave it out or say cpu")
+        raise Refusal(f"reward device {device_name}: there is no GPU here; leave it out or say cpu")
     automatic = torch.float16 if device.type == "cuda" else torch.float32
-    dtype = automatic if term.dtype == "auto" else getattr(torch, term.dtype)
+    dtype = automatic if dtype_name == "auto" else getattr(torch, dtype_name)
     return model.eval().requires_grad_(False).to(device, dtype)
 
 

@@ -183,7 +183,7 @@ def component_from(term: RewardTerm, reward: Reward, frames: int) -> Component:
     # a server's client has the time limit, and knows which of its pictures it concerns
     reward = RetryingReward(reward, term.retries, None if term.url else term.timeout)
     if term.cache:
-        reward = CachedReward(reward, " ".join(filter(None, (term.name, term.model))), Path(term.cache))
+        reward = CachedReward(reward, " ".join(filter(None, (term.name, term.model, reward.version))), Path(term.cache))
     if not reward.video:
         reward = FrameAverageReward(reward, frames)
     return Component(term, reward)

@@ -56,6 +56,7 @@ class ProcessPoolReward(Reward):
         _check_script(term.name)
         self.video = loaded.video
         self.needed = loaded.needed
+        self.version = loaded.version
         self._term = term
         self._start = functools.partial(_Workers, term.processes, functools.partial(load, term))
         self._workers = self._start()

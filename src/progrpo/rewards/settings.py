@@ -31,6 +31,8 @@ REWARDS = {
     "jpeg_incompressibility": "progrpo.rewards.jpeg:JpegIncompressibility",
     "nsfw": "progrpo.rewards.nsfw:NSFW",
     "vlm": "progrpo.rewards.vlm:VLMJudge",
+    "reward_model": "progrpo.rewards.reward_model:LearnedReward",
+    "reward_model_variance": "progrpo.rewards.reward_model:LearnedRewardVariance",
 }
 """The built-in rewards by name: subclasses of `rewards.base.Reward`."""
 RewardDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -129,7 +131,8 @@ class RewardSettings:
     The built-in verifier: `shapes` (graded), `shapes_strict` (1 if all is right, otherwise 0), `shapes_mixed`
     (their mean). Continuous beside it: `shapes_match` (by the prompt), `shapes_taste` (large, centred, warm).
     For any prompts: clipscore, pickscore, hpsv2, imagereward, aesthetic, ocr, geneval, geneval_flow_grpo,
-    jpeg_compressibility, jpeg_incompressibility, nsfw, vlm, or your own `module:function`."""
+    jpeg_compressibility, jpeg_incompressibility, nsfw, vlm, reward_model, reward_model_variance (docs/preferences.md),
+    or your own `module:function`."""
     frames: int = setting(4, between(1, 1024))
     """The number of frames of a video that a picture reward scores; the video's score is their mean.
     The frames are evenly spaced and include the first and the last. 1: the middle frame.
