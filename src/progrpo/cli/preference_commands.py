@@ -1,4 +1,4 @@
-"""Commands around preferences: pairs check, reward-model train and reward-model eval."""
+"""Commands around preferences: pairs, label, reward-model train and reward-model eval."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
@@ -40,6 +40,33 @@ class PairsCheck(Command):
         lines = [f"{name:<12}{count:,}" for name, count in counts(pairs).items()]
         lines.append(f"{'agreement':<12}{of_annotators or 'no pair was compared by two annotators'}")
         show("\n".join(lines))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConvert(Command):
+    """Turn a public data set of preferences into a pairs file, or a pairs file into the form of one."""
+
+    source: Annotated[Positional[Path], arg(metavar="SOURCE")]
+    """The file as it was published: .parquet, .json or .jsonl (docs/preferences.md)."""
+    to: Path
+    """The file to write: .jsonl for progrpo, .parquet for pickapic and imagereward, .json for hpdv2."""
+    from_format: Literal["auto", "pickapic", "hpdv2", "imagereward", "progrpo"] = "auto"
+    """The format of the source. `auto`: by its columns."""
+    format: Literal["progrpo", "pickapic", "hpdv2", "imagereward"] = "progrpo"
+    """The format to write."""
+    images: Path | None = None
+    """The folder at which paths of pictures start. Without it: the source's folder."""
+
+    def run(self) -> None:
+        from progrpo.preferences.formats import convert
+
+        try:
+            converted = convert(self.source, self.to, self.from_format, self.format, self.images)
+        except OSError as error:
+            raise ValueError(f"{error.filename or self.to} cannot be written: {error.strerror}") from None
+        for note in converted.notes:
+            print(f"note: {note}", file=sys.stderr)
+        show(f"{self.to}: {converted.pairs:,} pairs")
 
 
 @dataclass(frozen=True, kw_only=True)
