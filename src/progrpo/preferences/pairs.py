@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 WORDS: Mapping[float, str] = {1.0: "a", 0.0: "b", 0.5: "tie"}
 """Preferences and the words for them in a file."""
 PICTURES = ("image_a", "image_b")
+PREFERENCE, STRENGTH = "preference", "strength"
 VALUES = {word: value for value, word in WORDS.items()}
-_FIELDS = (*PICTURES, "preference", "strength", "annotator")
+_FIELDS = (*PICTURES, PREFERENCE, STRENGTH, "annotator")
 _READABLE = (".jsonl", ".json", ".csv", ".parquet")
 _EXAMPLE = '{"prompt": "a red circle", "image_a": "1.png", "image_b": "2.png", "preference": "a"}'
 
@@ -53,6 +54,12 @@ class Pair:
     strength: float = 1.0
     """The weight of the pair, above 0."""
     annotator: str = ""
+
+    def as_prompt(self) -> Prompt:
+        """The prompt with the pair in columns of its own, for training on recorded pictures."""
+        pictures = dict(zip(PICTURES, (str(self.image_a), str(self.image_b)), strict=True))
+        own = {**pictures, PREFERENCE: self.preference, STRENGTH: self.strength}
+        return Prompt(self.prompt.text, {**self.prompt.columns, **own})
 
 
 class PairsError(FaultsError):

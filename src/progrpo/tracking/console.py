@@ -146,7 +146,8 @@ class _Progress:
 
     def fields(self, metrics: Mapping[str, MetricValue], step: int) -> list[str]:
         strict = f"strict {percent(metric(metrics, 'reward/strict')):>7}"
-        fields = [self._number(step), self._reward(metrics), strict, self._nfe(metrics), *self._time(step)]
+        sampled = [self._reward(metrics), strict, self._nfe(metrics)] if metric(metrics, "rollout/nfe") else []
+        fields = [self._number(step), *sampled, *_pairs(metrics), *self._time(step)]
         return [*fields, *_previews(metrics), *_evaluation(metrics)]
 
     def _number(self, step: int) -> str:
@@ -173,6 +174,11 @@ class _Progress:
             left = remaining * sum(self._seconds) / len(self._seconds)
             fields.append(f"{duration(left)} left")
         return fields
+
+
+def _pairs(metrics: Mapping[str, MetricValue]) -> list[str]:
+    loss, accuracy = (metric(metrics, f"update/dpo_{name}") for name in ("loss", "accuracy"))
+    return [] if loss is None else [f"DPO loss {number(loss)}, accuracy {percent(accuracy)}"]
 
 
 def _previews(metrics: Mapping[str, MetricValue]) -> list[str]:
