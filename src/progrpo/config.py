@@ -8,12 +8,15 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from progrpo.objectives.settings import (
+    OBJECTIVES,
     AWMSettings,
     DGPOSettings,
+    DPOSettings,
     ELBOSettings,
     GRPOSettings,
     NFTSettings,
     ObjectiveSettings,
+    SFTSettings,
 )
 from progrpo.policies.settings import ModelSettings
 from progrpo.prompts.settings import PromptSettings
@@ -41,6 +44,7 @@ __all__ = [
     "CheckpointSettings",
     "Config",
     "DGPOSettings",
+    "DPOSettings",
     "ELBOSettings",
     "EvalSettings",
     "GRPOSettings",
@@ -53,6 +57,7 @@ __all__ = [
     "PromptSettings",
     "RewardSettings",
     "RewardTerm",
+    "SFTSettings",
     "SamplingSettings",
     "TrackingSettings",
     "WatchSettings",
@@ -148,6 +153,10 @@ def _check_between_rooms(config: Config) -> None:
     plan = config.plan
     if sampling.negative_prompt:
         _check_negative_prompt(config)
+    if config.prompts.pairs:
+        _check_pairs(config)
+    elif objective.loss.group_size is not None:
+        _check_group_size(config, objective.loss.group_size)
     if trains_transitions(config):
         _check_trained_steps(sampling)
         _check_sampler(config)
@@ -173,7 +182,7 @@ def _check_between_rooms(config: Config) -> None:
         _check_same_latent(config)
     follower = "plan.adaptive" if plan.adaptive else "plan.preset auto"
     for name, active in ((follower, plan.follows_audits), ("preview.probe", config.preview.probe)):
-        if active and not config.audit.every:
+        if active and not config.audit.every and not config.prompts.pairs:
             raise ValueError(f"{name} must have audit.every above 0: audits measure how well previews rank")
     if (plan.follows_audits or resolve_plan(config).prune) and objective.baseline == "group":
         raise ValueError(
@@ -185,6 +194,36 @@ def _check_between_rooms(config: Config) -> None:
         _check_keep_groups(config, keep_groups)
 
 
+def _check_pairs(config: Config) -> None:
+    """Refuse recorded pairs where learning needs what only sampling gives."""
+    if config.prompts.source != PromptSettings().source:
+        raise ValueError("prompts.source must be left out for prompts.pairs, which has the training prompts")
+    if trains_transitions(config):
+        raise ValueError(
+            f"objective.name must be one that learns from final pictures for prompts.pairs, such as dpo or sft, not"
+            f" {config.objective.name}: a recorded picture has no trajectory"
+        )
+    conflicts = {
+        "objective.advantage gdpo": config.objective.advantage == "gdpo",
+        "prompts.split_groups": config.prompts.split_groups,
+    }
+    for name, active in conflicts.items():
+        if active:
+            raise ValueError(f"prompts.pairs must be empty for {name}: a pair has one preference and stays whole")
+
+
+def _check_group_size(config: Config, group_size: int) -> None:
+    """Refuse plans after which a group has another number of members than the objective takes."""
+    survivors = resolve_plan(config).survivors
+    if config.plan.follows_audits or survivors != group_size:
+        has = "one that follows audits" if config.plan.follows_audits else f"one of {survivors}"
+        raise ValueError(
+            f"plan must keep {group_size} members of a group for objective.name {config.objective.name}, not be {has};"
+            " --plan.preset custom --plan.group-size 12 --plan.final-keep 2 takes the best and the worst of twelve, and"
+            " prompts.pairs learns from recorded pairs"
+        )
+
+
 def _check_trained_steps(sampling: SamplingSettings) -> None:
     if not sampling.num_trainable_steps:
         raise ValueError(
@@ -194,7 +233,7 @@ def _check_trained_steps(sampling: SamplingSettings) -> None:
     if sampling.sde_window == "none":
         raise ValueError(
             "sampling.sde_window must leave objective.name grpo stochastic steps to train, so not be none;"
-            " set it to auto, or take an objective that needs none: nft, awm, dgpo, elbo"
+            f" set it to auto, or take an objective that needs none: {', '.join(list(OBJECTIVES)[1:])}"
         )
 
 
@@ -318,6 +357,8 @@ def from_python(config: Config) -> list[str]:
 
 def resolve_plan(config: Config) -> Plan:
     """The plan of the run; ValueError if it cannot be run in `sampling.num_inference_steps`."""
+    if config.prompts.pairs:
+        return Plan(2, recorded=True)
     return config.plan.plan(config.sampling.num_inference_steps)
 
 

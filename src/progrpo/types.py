@@ -229,7 +229,8 @@ class Rollout:
     """The survivors of P prompts' groups: N finished trajectories, prompt-major, with their pictures and scores.
 
     The F `finalists` were denoised to the end and rewarded. With a plan's `final_keep` the survivors are some of them,
-    otherwise all. A group that was stopped whole has neither.
+    otherwise all. A group that was stopped whole has neither. Pictures that existed before have a `weight_P`, the
+    weight of each group in the loss, and their scores are preferences, not rewards.
     """
 
     prompts: tuple[Prompt, ...]
@@ -239,6 +240,7 @@ class Rollout:
     survivors: GroupScores
     finalists: GroupScores
     previews: tuple[Preview, ...]
+    weight_P: Tensor | None = None
 
     @property
     def group_N(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Commands around preferences: pairs check, reward-model train and reward-model eval."""
+"""Commands around preferences: pairs, label, reward-model train and reward-model eval."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
@@ -41,6 +41,57 @@ class PairsCheck(Command):
         lines = [f"{name:<12}{count:,}" for name, count in counts(pairs).items()]
         lines.append(f"{'agreement':<12}{of_annotators or 'no pair was compared by two annotators'}")
         show("\n".join(lines))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConvert(Command):
+    """Turn a public data set of preferences into a pairs file, or a pairs file into the form of one."""
+
+    source: Annotated[Positional[Path], arg(metavar="SOURCE")]
+    """The file as it was published: .parquet, .json or .jsonl (docs/preferences.md)."""
+    to: Path
+    """The file to write: .jsonl for progrpo, .parquet for pickapic and imagereward, .json for hpdv2."""
+    from_format: Literal["auto", "pickapic", "hpdv2", "imagereward", "progrpo"] = "auto"
+    """The format of the source. `auto`: by its columns."""
+    format: Literal["progrpo", "pickapic", "hpdv2", "imagereward"] = "progrpo"
+    """The format to write."""
+    images: Path | None = None
+    """The folder at which paths of pictures start. Without it: the source's folder."""
+
+    def run(self) -> None:
+        from progrpo.preferences.formats import convert
+
+        try:
+            converted = convert(self.source, self.to, self.from_format, self.format, self.images)
+        except OSError as error:
+            raise ValueError(f"{error.filename or self.to} cannot be written: {error.strerror}") from None
+        for note in converted.notes:
+            print(f"note: {note}", file=sys.stderr)
+        show(f"{self.to}: {converted.pairs:,} pairs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label(Command):
+    """Compare pictures on a local page; each vote is a line of a pairs file."""
+
+    folder: Annotated[Positional[Path], arg(metavar="RUN|FOLDER")]
+    """A run folder (before and after), a folder of `progrpo sample`, one with a pairs.jsonl, or that of the reward
+    `votes`. The votes are in its votes.jsonl."""
+    annotator: str = ""
+    """Your name, which stands beside your votes. It can be changed on the page."""
+    count: int | None = None
+    """The most pairs to ask about, spread over the prompts. Without it: all."""
+    host: str = "127.0.0.1"
+    """The address to listen at. All who can reach it can see the pictures and vote."""
+    port: int = 8200
+    """The port; 0 is any free one."""
+
+    def run(self) -> None:
+        check_range(1, 10**6, count=self.count)
+        check_range(0, 65_535, port=self.port)
+        from progrpo.preferences.label import serve
+
+        serve(self.folder, self.annotator, self.count, self.host, self.port)
 
 
 @dataclass(frozen=True, kw_only=True)

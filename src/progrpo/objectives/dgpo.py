@@ -10,6 +10,7 @@ from torch import Tensor
 
 from progrpo.diffusion.gaussian import mean_square
 from progrpo.objectives.base import Experience, Loss
+from progrpo.objectives.blocks import block_sums, fits_microbatch
 from progrpo.objectives.forward_process import Draws, NoisedLatents, evaluate_items
 from progrpo.objectives.settings import DGPOSettings
 from progrpo.policies.base import Policy
@@ -47,7 +48,7 @@ class DGPO:
         """
         group_N = experience.trajectories.group_N
         members_P = torch.bincount(group_N)
-        if updates == 1 and (len(group_N) == 0 or members_P.max() <= microbatch):
+        if updates == 1 and fits_microbatch(experience, microbatch):
             return experience.with_group_sizes()
 
         def gain(noised: NoisedLatents) -> Tensor:
@@ -66,19 +67,10 @@ class DGPO:
         return self.settings.dpo_beta * noised.velocity_weight * difference_B * noised.advantages
 
     def _weights(self, experience: Experience, noised: NoisedLatents, gain_B: Tensor) -> Tensor:
-        """The weights of groups that are present whole, per draw.
-
-        An item that occurs twice, to fill up the microbatch, counts once.
-        """
+        """The weights of groups that are present whole, per draw."""
         assert experience.group_size_N is not None, "prepare first"
-        group_B = experience.trajectories.group_N[noised.rows]
-        block_B = (noised.draw * (group_B.max() + 1) + group_B).to(gain_B.device)
-        same_row = noised.rows.diff(prepend=noised.rows[:1] - 1) == 0
-        same_draw = noised.draw.diff(prepend=noised.draw[:1] - 1) == 0
-        repeated = same_row & same_draw
-        total = gain_B.new_zeros(int(block_B.max()) + 1)
-        total.index_add_(0, block_B, gain_B.masked_fill(repeated.to(gain_B.device), 0))
-        return (total[block_B] / experience.group_size_N[noised.rows].to(gain_B)).sigmoid()
+        total_B = block_sums(experience, noised, gain_B)
+        return (total_B / experience.group_size_N[noised.rows].to(gain_B)).sigmoid()
 
     def loss(self, policy: Policy, experience: Experience, items_B: Tensor) -> Loss:
         noised = NoisedLatents.gather(policy, experience, items_B, self._draws)

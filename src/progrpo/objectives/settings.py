@@ -7,7 +7,18 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 from progrpo.registry import choices_of, load_named, one_of
-from progrpo.settings import FRACTION, SHARE, Values, above, at_least, between, check_rules, read_settings, setting
+from progrpo.settings import (
+    FRACTION,
+    SHARE,
+    Rule,
+    Values,
+    above,
+    at_least,
+    between,
+    check_rules,
+    read_settings,
+    setting,
+)
 
 OBJECTIVES: dict[str, str] = {
     "grpo": "progrpo.objectives.grpo:GRPO",
@@ -15,6 +26,8 @@ OBJECTIVES: dict[str, str] = {
     "awm": "progrpo.objectives.awm:AWM",
     "dgpo": "progrpo.objectives.dgpo:DGPO",
     "elbo": "progrpo.objectives.elbo:ELBO",
+    "dpo": "progrpo.objectives.dpo:DPO",
+    "sft": "progrpo.objectives.sft:SFT",
 }
 if TYPE_CHECKING:
     from progrpo.objectives.base import Objective
@@ -81,6 +94,8 @@ class LossSettings:
 
     whole_groups: ClassVar[bool] = False
     """Whether the loss of an item depends on the other members of its group."""
+    group_size: ClassVar[int | None] = None
+    """The number of members of every group that is trained on; None for any number."""
     rollout_weights: ClassVar[str] = "current"
     """The weights that sample: `current`, or a name of `averages`."""
 
@@ -280,6 +295,37 @@ class ELBOSettings(OldPolicySettings):
 
 
 @dataclass(frozen=True)
+class DPOSettings(DrawnSettings):
+    """Diffusion-DPO (arXiv 2311.12908), on pairs: groups of which two members survive, or the pairs of a file."""
+
+    negative_weight: float = setting(1.0, Rule(lambda weight: weight == 1, "1, since a pair needs both of its members"))
+    final_negative_weight: float | None = setting(None, Rule(lambda weight: weight is None, "empty, likewise"))
+    beta: float = setting(1000.0, above(0))
+    """The strength of the pull to the reference: how strongly the loss follows the margin between winner and loser.
+    Published code halves the loss beforehand, so that its beta of 5000 for SDXL is 2500 here."""
+    label_smoothing: float = setting(0.0, Rule(lambda share: 0 <= share < 0.5, "at least 0 and below 0.5"))
+    """The share of labels that are expected to be flipped (conservative DPO, arXiv 2305.18290)."""
+
+    whole_groups: ClassVar[bool] = True
+    group_size: ClassVar[int | None] = 2
+
+    @property
+    def uses_reference(self) -> bool:
+        return True
+
+    @property
+    def extra_forwards(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class SFTSettings(DrawnSettings):
+    """Supervised fine-tuning on chosen pictures: the control of preference optimisation."""
+
+    negative_weight: float = setting(0.0, Rule(lambda weight: weight == 0, "0: only chosen pictures are trained on"))
+
+
+@dataclass(frozen=True)
 class ObjectiveSettings:
     """The settings of learning from rewards."""
 
@@ -303,6 +349,8 @@ class ObjectiveSettings:
     awm: AWMSettings = field(default_factory=AWMSettings)
     dgpo: DGPOSettings = field(default_factory=DGPOSettings)
     elbo: ELBOSettings = field(default_factory=ELBOSettings)
+    dpo: DPOSettings = field(default_factory=DPOSettings)
+    sft: SFTSettings = field(default_factory=SFTSettings)
     custom: Values = field(default_factory=Values)
     """The settings of an objective of yours: a JSON object with the fields of its class's `Settings`."""
 

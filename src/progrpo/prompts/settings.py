@@ -33,11 +33,16 @@ class PromptSettings:
     folder.
     For a model that edits pictures, the column `image` is the picture to change.
     In a file it is a path relative to the file's folder."""
+    pairs: str = ""
+    """A pairs file (docs/preferences.md), whose pictures are learnt from: offline preference optimisation.
+    Empty: pictures are sampled.
+    With pairs no group is sampled in training, so that `plan`, `preview` and `audit` are not read, and the reward
+    measures evaluations alone. `source` is not read either."""
     column: str = setting("prompt", COLUMN_NAME)
     """The field of a row that holds its text. Rewards receive the other fields by name.
     This also holds for rows that are given in Python."""
     per_iteration: int = setting(12, between(1, 100_000))
-    """The number of prompts in each iteration. One group is sampled for each."""
+    """The number of prompts in each iteration, with one group for each. With `pairs`: the number of pairs."""
     order: OrderName = setting("turn", one_of(ORDERS, "Class"))  # noqa: RUF009 (a field)
     """The order of prompts.
     `turn`: kinds take turns, and each prompt comes once before any prompt comes again.

@@ -23,13 +23,15 @@ class Plan:
     """The path of a group: it starts with `group_size` members, and prune points and `final_keep` reduce them.
 
     `final_keep` selects by final rewards. A point that keeps all living members does nothing, and needs no previews.
-    With `keep_groups` the first point also stops whole groups: so many of an iteration's groups go on.
+    With `keep_groups` the first point also stops whole groups: so many of an iteration's groups go on. The members of a
+    `recorded` group are pictures that exist already: nothing is sampled, decoded or rewarded.
     """
 
     group_size: int
     prune: tuple[PrunePoint, ...] = ()
     final_keep: int | None = None
     keep_groups: int | None = None
+    recorded: bool = False
 
     def validate(self, num_inference_steps: int) -> None:
         """Raise ValueError, in one sentence, if the plan cannot be run in that many steps."""
@@ -106,12 +108,14 @@ class Plan:
         trained on `trained_steps`.
         """
         self.validate(num_inference_steps)
+        trained = self.trained(prompts) * trained_steps
+        if self.recorded:
+            return Cost(trained_steps=trained)
         ranked = {point.step: self.rows_at(point.step, prompts) for point in self.active_points()}
         by_probe = sum(living for step, living in ranked.items() if step in probed)
         previews = sum(ranked.values()) - by_probe
         calls = sum(self.rows_at(step, prompts) for step in range(num_inference_steps)) + previews * (ode_steps - 1)
         decodes = previews + self.rows_at(num_inference_steps, prompts)
-        trained = self.trained(prompts) * trained_steps
         return Cost(calls * (2 if guidance else 1), decodes, decodes, trained, previews, by_probe)
 
 
@@ -277,7 +281,7 @@ def summary(
     cost = plan.predict(num_inference_steps, trained_steps, guidance, ode_steps)
     of_all = plan.predict(num_inference_steps, trained_steps, guidance, ode_steps, prompts=prompts)
     go_on = [plan.groups_left(prompts)] if plan.keep_groups is not None else []
-    full = Plan(plan.group_size).predict(num_inference_steps, trained_steps, guidance)
+    full = Plan(plan.group_size, recorded=plan.recorded).predict(num_inference_steps, trained_steps, guidance)
     none = preset("none", num_inference_steps).predict(num_inference_steps, trained_steps, guidance)
     return {
         "group_size": plan.group_size,
@@ -295,6 +299,6 @@ def summary(
         "reward_calls_per_iteration": of_all.reward_calls,
         "trained_steps_per_iteration": of_all.trained_steps,
         "nfe_full_group": full.nfe,
-        "nfe_saved": 1 - of_all.nfe / (full.nfe * prompts),
+        "nfe_saved": 0.0 if plan.recorded else 1 - of_all.nfe / (full.nfe * prompts),
         "nfe_ratio_to_none": of_all.nfe / (none.nfe * prompts),
     }

@@ -146,7 +146,8 @@ class _Progress:
 
     def fields(self, metrics: Mapping[str, MetricValue], step: int) -> list[str]:
         strict = f"strict {percent(metric(metrics, 'reward/strict')):>7}"
-        fields = [self._number(step), self._reward(metrics), strict, self._nfe(metrics), *self._time(step)]
+        sampled = [self._reward(metrics), strict, self._nfe(metrics)] if metric(metrics, "rollout/nfe") else []
+        fields = [self._number(step), *sampled, *_pairs(metrics), *self._time(step)]
         return [*fields, *_previews(metrics), *_evaluation(metrics)]
 
     def _number(self, step: int) -> str:
@@ -173,6 +174,11 @@ class _Progress:
             left = remaining * sum(self._seconds) / len(self._seconds)
             fields.append(f"{duration(left)} left")
         return fields
+
+
+def _pairs(metrics: Mapping[str, MetricValue]) -> list[str]:
+    loss, accuracy = (metric(metrics, f"update/dpo_{name}") for name in ("loss", "accuracy"))
+    return [] if loss is None else [f"DPO loss {number(loss)}, accuracy {percent(accuracy)}"]
 
 
 def _previews(metrics: Mapping[str, MetricValue]) -> list[str]:
@@ -221,7 +227,7 @@ def _cost(summary: Summary) -> str:
     saved, ratio = summary.get("nfe_saved"), summary.get("nfe_ratio_to_none")
     if saved is not None:
         fields.append(f"{percent(saved, 0)} saved by pruning")
-    if ratio is not None:
+    if ratio:  # 0 where recorded pairs are learnt from
         fields.append(f"{ratio:.2f} x plain GRPO's")
     rewards = summary.get("rewards")
     missing = {name: n for name, n in rewards.get("missing", {}).items() if n} if rewards else {}

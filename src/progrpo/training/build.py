@@ -28,6 +28,7 @@ from progrpo.objectives.base import Objective
 from progrpo.objectives.settings import Stored, load_objective
 from progrpo.policies.base import Policy, PolicyContext
 from progrpo.policies.load import fastest_dtype, load_policy, quiet
+from progrpo.preferences.pairs import read_pairs
 from progrpo.prompts.load import TEXT, load_prompts
 from progrpo.prompts.order import PromptOrder, make_order
 from progrpo.rewards.base import Judge, Refusal
@@ -155,7 +156,10 @@ def _expected(terms: Sequence[RewardTerm], noise: int, rewards_NR: Tensor, group
 
 
 def train_order(prompts: PromptSettings, seed: int) -> PromptOrder:
-    """The training prompts, in the order that the settings name."""
+    """The training prompts, or pairs as prompts, in the order that the settings name."""
+    if prompts.pairs:
+        pairs = tuple(pair.as_prompt() for pair in read_pairs(Path(prompts.pairs)))
+        return make_order(prompts.order, {"": pairs}, seed)
     return make_order(prompts.order, load_prompts(prompts.source, "train", prompts.column), seed)
 
 

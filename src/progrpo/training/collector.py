@@ -12,6 +12,7 @@ from torch import Tensor
 from progrpo.config import Config
 from progrpo.objectives.settings import LossSettings
 from progrpo.policies.base import Policy
+from progrpo.preferences.recorded import recorded_pairs
 from progrpo.rewards.base import Scorer
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
@@ -88,8 +89,11 @@ class Collector:
         return GroupWatch(batch.prompts[slot], slot)
 
     def rollout(self, batch: Batch, meter: Meter, watch: GroupWatch | None = None) -> Rollout:
-        """The rollout of this process' prompts, one of whose groups may be watched."""
+        """The rollout of this process' prompts, one of whose groups may be watched, or their recorded pairs."""
         prompts = [batch.prompts[slot] for slot in batch.slots.tolist()]
+        if self._config.prompts.pairs:
+            with meter.stage("sample"):
+                return recorded_pairs(self._policy, prompts, batch.slots)
 
         def sample(sampler: Sampler, own_meter: Meter) -> Rollout:
             if watch is not None:

@@ -45,7 +45,7 @@ class AdvantageEstimator:
     ) -> tuple[Experience, Tally]:
         """Every survivor whose reward is known, with its advantage; and metrics of the rewards.
 
-        Advantages below 0 are multiplied by `negative_weight`.
+        Advantages below 0 are multiplied by `negative_weight`, and all of a group by its weight, if it has one.
         """
         num_groups = len(rollout.prompts)
         shares = self.sharding.gather([rollout.survivors])
@@ -71,9 +71,12 @@ class AdvantageEstimator:
             tally.count("advantage/zero_variance_groups", int((~taught.informative_P[finished]).sum()))
             if len(finished) < num_groups:
                 tally.count("rollout/stopped_groups", num_groups - len(finished))
+        own_advantages_N = with_negative_weight(advantages_N[own], negative_weight)
+        if rollout.weight_P is not None:
+            own_advantages_N = own_advantages_N * rollout.weight_P[rollout.group_N].to(own_advantages_N)
         experience = Experience(
             rollout.trajectories,
-            with_negative_weight(advantages_N[own], negative_weight),
+            own_advantages_N,
             rollout.condition,
             sampling.process,
             noise,
@@ -112,6 +115,8 @@ class AdvantageEstimator:
 
     def _metrics(self, rollout: Rollout, survivors: GroupStatistics, finalists: GroupStatistics) -> Tally:
         tally = Tally()
+        if rollout.weight_P is not None:  # preferences, which have no mean
+            return tally
         tally.add_finite("reward/mean", rollout.finalists.value_N)
         tally.add_finite("reward/std", survivors.std_P)
         tally.add_finite("reward/strict", rollout.survivors.passed_N)

@@ -77,7 +77,8 @@ class RunInputs:
         firsts = {"training": next(iter(self.order.all_prompts)), "evaluation": self.held_out.test[0]}
         for name, digest in self.digests.items():
             require_same_prompts(ranks, name, digest, firsts[name])
-        self.reward.check(self.all_prompts)
+        # with pairs the reward sees evaluations alone
+        self.reward.check(self.held_out.prompts if self.config.prompts.pairs else self.all_prompts)
         if self.held_out.rewards is not None:
             self.held_out.rewards.check(self.held_out.prompts)
 

@@ -62,6 +62,8 @@ class PlanMonitor:
 
     def is_audit_due(self, iteration: int) -> bool:
         """Whether this zero-based iteration has an audit: every n-th, and under `auto` each until the first verdict."""
+        if self.plan.recorded:
+            return False
         every = self._config.audit.every
         seeks = self._config.plan.preset == "auto" and self.plan_value is None
         return every > 0 and (seeks or (iteration + 1) % every == 0)

@@ -99,6 +99,11 @@ def _reward_summary(trainer: Trainer) -> RewardSummary:
 def introduction(trainer: Trainer, folder: RunFolder) -> str:
     """A line about what runs."""
     config = trainer.config
+    if trainer.plan.recorded:
+        return (
+            f"{config.recipe}: {config.prompts.per_iteration} recorded pairs of {config.prompts.pairs} an iteration by"
+            f" {config.objective.name}, no sampling; run folder {folder.path}"
+        )
     plan = plan_figures(trainer)
     path, prompts = (" -> ".join(map(str, numbers)) for numbers in (plan["path"], plan["groups"]))
     terms = config.reward.terms
@@ -136,6 +141,8 @@ def plan_figures(trainer: Trainer) -> PlanCosts:
 
 def nfe_unpruned(trainer: Trainer, iterations: int) -> int:
     """NFE of so many iterations if no trajectory of the expanded groups were pruned."""
+    if trainer.plan.recorded:
+        return 0
     sampling = trainer.sampler.sampling
     per_trajectory = sampling.nfe_per_call * sampling.num_inference_steps
     return trainer.plan.group_size * per_trajectory * trainer.config.prompts.per_iteration * iterations

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support.policies import load, noise
+from tests.support.policies import noise
 
 
 def pictures(policy, side: int = 16):
