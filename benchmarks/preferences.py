@@ -50,7 +50,8 @@ ONLINE: Changes = {
     "optim": {"lr": 2e-4, "decay": 1.0, "max_grad_norm": 0.1, "microbatch": 48, "ema_decay": 0.9},
     "eval": {"num_inference_steps": 6, "rewards": [{"name": "shapes_taste"}, {"name": "shapes_strict"}]},
 }
-OFFLINE = changed(ONLINE, {"prompts": {"per_iteration": 6}})
+# twice the rate: at the online one DPO has hardly moved after as many updates
+OFFLINE = changed(ONLINE, {"prompts": {"per_iteration": 6}, "optim": {"lr": 4e-4}})
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--folder", type=Path, default=Path("runs/preferences"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/preferences-study"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/preferences.json"))
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
