@@ -42,6 +42,11 @@ def check_device(name: str) -> None:
         )
 
 
+def sampling_given(command: Command) -> dict[str, float | None]:
+    """The settings of evaluations that a command has options for; None is not given."""
+    return {name: getattr(command, name) for name in ("num_inference_steps", "guidance_scale", "seed")}
+
+
 def require_run(folder: Path) -> None:
     """Raise ValueError, with the nearest name of a run beside it, for a folder that holds no run."""
     if os.path.isfile(

@@ -11,7 +11,8 @@ from itertools import pairwise, takewhile
 
 from progrpo import __version__
 from progrpo.cli.command import Command
-from progrpo.cli.model_commands import Eval, Pretrain, Sample, Studio
+from progrpo.cli.evaluation_commands import Eval
+from progrpo.cli.model_commands import Pretrain, Sample, Studio
 from progrpo.cli.options import parse_options
 from progrpo.cli.other_commands import Import, Repro, ServeReward
 from progrpo.cli.output import UnreadOutputError, columns, show

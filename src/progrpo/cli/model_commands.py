@@ -1,4 +1,4 @@
-"""Commands around models: sample, eval and pretrain."""
+"""Commands around models: sample, studio and pretrain."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from progrpo.cli.command import Command, as_option, check_device, check_range, require_run
-from progrpo.cli.output import format_result, show
+from progrpo.cli.command import Command, as_option, check_device, check_range, require_run, sampling_given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,7 @@ class Sample(Command):
         from progrpo.training.trained_model import ModelChoice
 
         model = ModelChoice(self.model, self.lora, self.revision, self.variant)
-        files = sample_pictures(model, prompts, self.out, self.count, _given(self), self.negative_prompt)
+        files = sample_pictures(model, prompts, self.out, self.count, sampling_given(self), self.negative_prompt)
         if files:
             print("\n".join(str(file) for file in files))
 
@@ -78,60 +77,6 @@ class Sample(Command):
         images = self.image * len(self.prompt) if len(self.image) == 1 else self.image
         columns = [{"image": str(image)} for image in images] or [{} for _ in self.prompt]
         return [{"prompt": text, **row} for text, row in zip(self.prompt, columns, strict=True)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Eval(Command):
-    """Measure a run or a model on held-out prompts."""
-
-    target: Annotated[Positional[str], arg(metavar="RUN|MODEL")]
-    """A run folder, a built-in model's name, a folder in diffusers' format, or a hub id."""
-    lora: Path | None = None
-    """For a model: a run folder, or a LoRA folder in diffusers' format."""
-    prompts: str | None = None
-    """`shapes`, a prompt file or dataset:NAME, as --eval.prompts of `train`.
-    Without it: the run's own, `shapes` for a model."""
-    column: str | None = None
-    """The field of rows that holds the text. Without it: the run's own, `prompt` for a model."""
-    reward: tuple[str, ...] = ()
-    """One reward or several, as `--reward.terms` of `train`. Without it: the run's own, `shapes` for a model."""
-    split: Literal["test", "validation"] = "test"
-    """The split of `shapes` or of a dataset: tune on validation, state figures on test."""
-    pictures: int = 512
-    """The number of pictures."""
-    num_inference_steps: int | None = None
-    """The number of steps. Without it: that of the run's own evaluations, 10 for a model."""
-    guidance_scale: float | None = None
-    """The guidance scale. Without it: that of the run's own evaluations, 1 (none) for a model."""
-    negative_prompt: str | None = None
-    """A text from which guidance leads away. Without it: the run's own, none for a model."""
-    seed: int | None = None
-    """The seed. Without it: that of the run's own evaluations, 1234 for a model."""
-    revision: str = ""
-    """The branch, tag or commit of a model that is a hub id, as --model.revision of `train`."""
-    variant: str = ""
-    """The variant of a model's weights files, such as fp16, as --model.variant of `train`."""
-    json: FlagCreatePairsOff[bool] = False
-    """Print JSON."""
-
-    def run(self) -> None:
-        check_range(1, 1000, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
-        check_range(0, 2**63 - 1, seed=self.seed)
-        check_range(1, 1_000_000, pictures=self.pictures)
-        from progrpo.training.evaluate_model import EvaluationPrompts, evaluate_model
-        from progrpo.training.trained_model import ModelChoice
-
-        model = ModelChoice(self.target, self.lora, self.revision, self.variant)
-        prompts = EvaluationPrompts(self.prompts, self.split, self.pictures, self.column)
-        result = evaluate_model(model, prompts, self.reward, _given(self), self.negative_prompt)
-        if result is not None:
-            show(format_result(result, self.json), costly=True)
-
-
-def _given(command: Sample | Eval) -> dict[str, float | None]:
-    """The settings of evaluations that a command has options for; None is not given."""
-    names = ("num_inference_steps", "guidance_scale", "seed")
-    return {name: getattr(command, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

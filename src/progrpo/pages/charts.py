@@ -175,6 +175,72 @@ def accuracy_bars(before: Mapping[str, Mean], after: Mapping[str, Mean]) -> Figu
     return figure
 
 
+@dataclass(frozen=True)
+class Bounded:
+    """A value with the ends of its interval, which are the value itself where it is not known."""
+
+    value: float
+    low: float
+    high: float
+
+
+def interval_bars(sides: Mapping[str, tuple[str, Mapping[str, Bounded]]], share: bool, height: int = 300) -> Figure:
+    """Values by kind with their intervals, a bar for each side. `sides` has the colour and the values by its name."""
+    form = ".1%" if share else ".4g"
+    data: list[Trace] = [
+        {
+            "type": "bar",
+            "name": name,
+            "x": list(values),
+            "y": [bounded.value for bounded in values.values()],
+            "error_y": _ends(list(values.values())),
+            "marker": {"color": colour, "cornerradius": 3},
+            "hovertemplate": f"%{{x}}: %{{y:{form}}}<extra>%{{fullData.name}}</extra>",
+        }
+        for name, (colour, values) in sides.items()
+    ]
+    x = _axis("", {"showgrid": False, "type": "category"})
+    y = _axis("", {"range": [0, 1.04], "tickformat": ".0%"} if share else {"rangemode": "tozero"})
+    figure = _figure(data, x, y, height)
+    figure["layout"] |= {"bargap": 0.32, "bargroupgap": 0.06}
+    return figure
+
+
+def interval_points(
+    points: Mapping[str, tuple[str, Bounded, Bounded]], x_title: str, y_title: str, share: bool, height: int = 320
+) -> Figure:
+    """A point per name with its colour and its two values, and their intervals."""
+    data: list[Trace] = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": name,
+            "x": [x.value],
+            "y": [y.value],
+            "error_x": _ends([x]),
+            "error_y": _ends([y]),
+            "marker": {"color": colour, "size": 11, "line": {"color": PAPER, "width": 1.5}},
+            "hovertemplate": f"%{{x:.4g}}, %{{y:{'.1%' if share else '.4g'}}}<extra>%{{fullData.name}}</extra>",
+        }
+        for name, (colour, x, y) in points.items()
+    ]
+    form: dict[str, object] = {"tickformat": ".0%"} if share else {}
+    return _figure(data, _axis(x_title, {"rangemode": "tozero"}), _axis(y_title, form), height)
+
+
+def _ends(values: Sequence[Bounded]) -> dict[str, object]:
+    """Bars of errors from the lower to the upper ends."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [bounded.high - bounded.value for bounded in values],
+        "arrayminus": [bounded.value - bounded.low for bounded in values],
+        "color": MUTED,
+        "thickness": 1,
+        "width": 3,
+    }
+
+
 # --- pruning ----------------------------------------------------------------------------------------------------------
 
 

@@ -29,8 +29,9 @@ from progrpo.types import Pictures, Prompt, Scores, Trajectories
 
 DIVERSE_PROMPTS = 64
 STATISTICS = ("sharpness", "saturation")
+COMPARED = 16
+"""The prompts whose pictures are sampled once more to see how far the weights went."""
 _GROUP = 4  # pictures of a prompt that diversity is measured on
-_COMPARED = 16  # prompts whose pictures are sampled once more to see how far the weights went
 
 
 class Figures(TypedDict):
@@ -135,33 +136,56 @@ def _results(
     sampler: Sampler, prompts: Sequence[Prompt], places: Tensor, seed: int, measures: Measures
 ) -> list[_Result]:
     """The results of the prompts at some places."""
-    policy, sampling, key = sampler.policy, sampler.sampling, NoiseKey(seed, 0)
     batch = [prompts[i] for i in places.tolist()]
-    start = expand(policy, places, 1, sampling, key)
-    final = denoise(sampler.denoiser(policy.encode(batch)), start, key, Meter())
-    pictures = decoded(policy, final.x_NCHW, sampling.microbatch)
-    scored = _Scored(pictures, batch, places)
+    pictures = draw(sampler.policy, sampler.sampling, batch, places, seed)
+    images_NHWC = still_pictures(pictures.images_NHWC.numpy())
+    records = judged(pictures, batch, sampler.reward, measures)
+    return [
+        (place, records[n], images_NHWC[n] if place < measures.pictures else None)
+        for n, place in enumerate(places.tolist())
+    ]
+
+
+def draw(
+    policy: Policy, sampling: Sampling, prompts: Sequence[Prompt], places: Tensor, seed: int, count: int = 1
+) -> Pictures:
+    """Draw `count` pictures of each prompt, prompt-major. `places` (P,) are the prompts' places, which key the noise.
+
+    A picture depends on the seed, its place and its number alone, up to rounding.
+    """
+    key = NoiseKey(seed, 0)
+    denoiser = Denoiser(policy, policy.encode(prompts), sampling)
+    final = denoise(denoiser, expand(policy, places, count, sampling, key), key, Meter())
+    return decoded(policy, final.x_NCHW, sampling.microbatch)
+
+
+def judged(
+    pictures: Pictures, prompts: Sequence[Prompt], reward: Scorer, measures: Measures = Measures()
+) -> list[EvaluationRecord]:
+    """The record of each picture, of the prompt at the same place; its diversity is left open."""
+    scored = _Scored(pictures, prompts)
     images_NHWC, there = still_pictures(pictures.images_NHWC.numpy()), pictures.there_N.tolist()
-    scores = scored.by(sampler.reward)
+    scores = scored.by(reward)
     graded, strict = _listed(scores.value_N), _listed(scores.passed_N)
-    verdicts = _verdicts(measures.judge, images_NHWC, batch, there)
+    verdicts = _verdicts(measures.judge, images_NHWC, prompts, there)
     held_out = _held_out(measures.held_out, scored)
-    results: list[_Result] = []
-    for n, place in enumerate(places.tolist()):
+    records: list[EvaluationRecord] = []
+    for n, prompt in enumerate(prompts):
         passed = strict[n]
-        record: EvaluationRecord = {
-            "prompt": batch[n].text,
-            "kind": _kind(batch[n].columns),
-            "graded": graded[n],
-            "strict": None if passed is None else bool(passed),
-            "judge": verdicts[n],
-            "held_out": held_out[n],
-            "sharpness": sharpness(images_NHWC[n]) if there[n] else None,
-            "saturation": saturation(images_NHWC[n]) if there[n] else None,
-            "diversity": None,
-        }
-        results.append((place, record, images_NHWC[n] if place < measures.pictures else None))
-    return results
+        records.append(
+            {
+                "prompt": prompt.text,
+                "kind": _kind(prompt.columns),
+                "graded": graded[n],
+                "strict": None if passed is None else bool(passed),
+                "judge": verdicts[n],
+                "held_out": held_out[n],
+                "sharpness": sharpness(images_NHWC[n]) if there[n] else None,
+                "saturation": saturation(images_NHWC[n]) if there[n] else None,
+                "diversity": None,
+            }
+        )
+    return records
 
 
 @dataclass(frozen=True)
@@ -170,19 +194,17 @@ class _Scored:
 
     pictures: Pictures
     prompts: Sequence[Prompt]
-    places: Tensor
 
     def by(self, reward: Scorer) -> Scores:
         images_NHWC, pictures = self.pictures.images_NHWC.numpy(), self.pictures
-        return reward.score(images_NHWC, self.prompts, self.places, pictures.there_N, pictures.fault)
+        groups = torch.arange(len(self.prompts))
+        return reward.score(images_NHWC, self.prompts, groups, pictures.there_N, pictures.fault)
 
 
 def _diversities(sampler: Sampler, prompts: Sequence[Prompt], places: Tensor, seed: int) -> list[float | None]:
     """The diversity of each of these prompts' pictures."""
-    policy, sampling, key = sampler.policy, sampler.sampling, NoiseKey(seed, 0)
-    denoiser = sampler.denoiser(policy.encode([prompts[i] for i in places.tolist()]))
-    final = denoise(denoiser, expand(policy, places, _GROUP, sampling, key), key, Meter())
-    pictures = decoded(policy, final.x_NCHW, sampling.microbatch)
+    batch = [prompts[i] for i in places.tolist()]
+    pictures = draw(sampler.policy, sampler.sampling, batch, places, seed, _GROUP)
     images_NHWC, there_N = still_pictures(pictures.images_NHWC.numpy()), pictures.there_N.numpy()
     return [diversity(images_NHWC[rows][there_N[rows]]) for rows in np.split(np.arange(len(there_N)), len(places))]
 
@@ -193,33 +215,51 @@ def kl_to_reference(
 ) -> float | None:
     """The mean square distance of velocities under `weights` to the reference's, in squared latent units.
 
-    It is measured at the latents of each step to which these weights take the first prompts. An SDE's KL divergence
-    from the reference is proportional to it, with a factor for each step's noise (arXiv 2505.05470). None without a
-    reference.
+    It is measured on the paths of the first prompts under these weights. An SDE's KL divergence from the reference is
+    proportional to it, with a factor for each step's noise (arXiv 2505.05470). None without a reference.
     """
     if "reference" not in policy.named_weights:
         return None
-    places, key = torch.arange(min(_COMPARED, len(prompts))), NoiseKey(seed, 0)
-    denoiser = Denoiser(policy, policy.encode([prompts[i] for i in places.tolist()]), sampling)
-    path: list[Trajectories] = []
+    first = prompts[:COMPARED]
+    with policy.weights(weights):
+        path = ode_path(policy, first, torch.arange(len(first)), sampling, seed)
+    with policy.weights("reference"):
+        apart = velocity_distance(policy, path, first, sampling)
+    apart = apart[apart.isfinite()]
+    return float(apart.mean()) if len(apart) else None
+
+
+def ode_path(
+    policy: Policy, prompts: Sequence[Prompt], places: Tensor, sampling: Sampling, seed: int
+) -> list[Trajectories]:
+    """One trajectory of each prompt after the network call of each step. `places` (P,) key the noise."""
+    key, path = NoiseKey(seed, 0), list[Trajectories]()
 
     def note(step: int, batch: Trajectories) -> Trajectories:
         path.append(batch)
         return batch
 
-    with policy.weights(weights):
-        denoise(denoiser, expand(policy, places, 1, sampling, key), key, Meter(), note)
-    process, size = sampling.process, min(sampling.microbatch, len(places))
+    denoiser = Denoiser(policy, policy.encode(prompts), sampling)
+    denoise(denoiser, expand(policy, places, 1, sampling, key), key, Meter(), note)
+    return path
+
+
+def velocity_distance(
+    policy: Policy, path: Sequence[Trajectories], prompts: Sequence[Prompt], sampling: Sampling
+) -> Tensor:
+    """The mean square distances (T, N) of this policy's velocities to those of the path, at the path's latents.
+
+    The path may be another policy's, whose network's output has the same meaning.
+    """
+    process, size = sampling.process, min(sampling.microbatch, len(prompts))
+    denoiser = Denoiser(policy, policy.encode(prompts), sampling)
     distances: list[Tensor] = []
-    with policy.weights("reference"):
-        for step, batch in enumerate(path):
-            assert batch.output_NCHW is not None
-            weight = PREDICTIONS[process.prediction].velocity_weight(process.levels_T1[step])
-            before = denoiser.predict(batch.x_NCHW, process.timestep(step, batch.x_NCHW), batch.group_N, size)
-            distances.append(mean_square(batch.output_NCHW - before).cpu() * weight)
-    apart_N = torch.cat(distances)
-    there_N = apart_N.isfinite()
-    return float(apart_N[there_N].mean()) if there_N.any() else None
+    for step, batch in enumerate(path):
+        assert batch.output_NCHW is not None
+        weight = PREDICTIONS[process.prediction].velocity_weight(process.levels_T1[step])
+        before = denoiser.predict(batch.x_NCHW, process.timestep(step, batch.x_NCHW), batch.group_N, size)
+        distances.append(mean_square(batch.output_NCHW - before).cpu() * weight)
+    return torch.stack(distances)
 
 
 def _listed(values_N: Tensor) -> list[float | None]:

@@ -69,9 +69,9 @@ def summarize(trainer: Trainer, folder: RunFolder, progress: Progress) -> Summar
         "warnings": progress.warnings,
         "seconds_by_stage": totals.seconds,
         "versions": checkpoints.versions(config),
-        "device": _device_name(trainer.ranks.device),
+        "device": device_name(trainer.ranks.device),
         "processes": trainer.ranks.world,
-        "command": " ".join([*(Path(program).name for program in sys.argv[:1]), *sys.argv[1:]]),
+        "command": command_line(),
     }
 
 
@@ -178,7 +178,13 @@ def preview_agreement(audits: Sequence[AuditRecord]) -> dict[int, float | None]:
     return {step: float(np.mean(values)) if values else None for step, values in sorted(by_step.items())}
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The name of a device, for results."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+def command_line() -> str:
+    """The command that runs, as it was typed."""
+    return " ".join([*(Path(program).name for program in sys.argv[:1]), *sys.argv[1:]])

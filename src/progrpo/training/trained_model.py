@@ -27,13 +27,26 @@ _PICTURES, _VIDEOS = 64, 1  # of a network call, where no run has chosen: a vide
 class ModelChoice:
     """A model by name, folder or hub id, or a run folder, whose trained weights are meant.
 
-    `lora` is a LoRA's folder, or a run whose trained weights a model gets.
+    `lora` is a LoRA's folder, or a run whose trained weights a model gets. With `before` a run's model is meant as it
+    was before training.
     """
 
     target: str
     lora: Path | None = None
     revision: str = ""
     variant: str = ""
+    before: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of what is meant, for people."""
+        return f"{self.target} + {self.lora}" if self.lora is not None else self.target
+
+    def base(self) -> ModelChoice | None:
+        """The model that a run began from, or that gets a LoRA; None for a model alone."""
+        if was_trained(Path(self.target)):
+            return replace(self, before=True)
+        return None if self.lora is None else replace(self, lora=None)
 
     @property
     def run_config(self) -> Config | None:
@@ -59,8 +72,9 @@ class ModelChoice:
         return policy
 
     def _settings_and_lora(self) -> tuple[ModelSettings, Path | None]:
+        own = (self.run_config or Config()).model
         # what a run saved includes where it began, and is for the model without quantization
-        settings = replace((self.run_config or Config()).model, lora="", quantize="none")
+        settings = replace(own, lora="", quantize="none")
         if not was_trained(Path(self.target)):
             lora = saved_weights(self.lora) if self.lora is not None and was_trained(self.lora) else self.lora
             return replace(settings, path=self.target, revision=self.revision, variant=self.variant), lora
@@ -78,6 +92,8 @@ class ModelChoice:
                 f"{named(self.target)} trained {settings.path}, which no name loads; name the model it was: progrpo"
                 f" sample MODEL --lora {named(self.target)}"
             )
+        if self.before:
+            return replace(settings, lora=own.lora), None
         return settings, saved_weights(Path(self.target))
 
 
