@@ -95,10 +95,7 @@ def _tiles(result: SuiteResults) -> str:
     each = f"{result['pictures_per_prompt']} pictures each"
     tiles = {
         _name(score): (short(score, first["figures"].get(score)), page.escape(first["name"])),
-        "Prompts": (
-            count(result["prompts"]),
-            f"{part.strip() or 'all'}, {result['pictures_per_prompt']} pictures each",
-        ),
+        "Prompts": (count(result["prompts"]), f"{part.strip() or 'all'}, {each}"),
         "Pictures": (count(sum(model["pictures"] for model in result["models"])), f"{count(missing)} missing"),
     }
     return "".join(
@@ -148,10 +145,7 @@ def _by_kind(result: SuiteResults) -> str:
     head = ["kind", *sides]
     by_model = [model["by_kind"].get(score, {}) for model in result["models"]]
     rows = [
-        [
-            page.escape(kind),
-            *(with_interval(score, model["by_kind"].get(score, {}).get(kind)) for model in result["models"]),
-        ]
+        [page.escape(kind), *(with_interval(score, of_model.get(kind)) for of_model in by_model)]
         for kind in result["kinds"]
     ]
     body = page.chart(figure, "kinds-chart", f"{_name(score)} by kind of prompt", "bars: 95 % intervals")
