@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -108,6 +109,8 @@ class RewardModelTrain(Command):
     """The rank of a LoRA with which the CLIP is tuned; 0: it stays frozen."""
     members: int = 8
     """The heads, each on its own resample of the prompts. Their mean is the score, their variance its uncertainty."""
+    label_noise: str = "auto"
+    """The share of labels that are wrong by chance, below 0.5. `auto`: 0, 0.1, 0.2 or 0.3, by cross-validation."""
     held_out: str = "0.2"
     """The share of the prompts that is held out, or a pairs file, to measure the reward model on. 0: none."""
     seed: int = 0
@@ -122,12 +125,25 @@ class RewardModelTrain(Command):
         check_range(1, 256, members=self.members)
         check_range(0, 2**63 - 1, seed=self.seed)
         check_device(self.device)
-        held_out = self._held_out()
+        held_out, noise = self._held_out(), self._label_noise()
         from progrpo.preferences.reward_model.training import TrainingSettings, train_reward_model
 
-        settings = TrainingSettings(self.backbone, self.lora_rank, self.members, held_out, self.seed, self.device)
+        settings = TrainingSettings(
+            self.backbone, self.lora_rank, self.members, noise, held_out, self.seed, self.device
+        )
         result = train_reward_model(self.pairs, self.out, settings, lambda line: print(line, file=sys.stderr))
         show(format_result(result if self.json else _in_short(result), self.json), costly=True)
+
+    def _label_noise(self) -> float | None:
+        if self.label_noise == "auto":
+            return None
+        try:
+            rate = float(self.label_noise)
+        except ValueError:
+            rate = math.nan
+        if not 0 <= rate < 0.5:
+            raise ValueError(f"--label-noise must be auto, or a share below 0.5, not {quoted(self.label_noise)}")
+        return rate
 
     def _held_out(self) -> float | Path:
         try:
@@ -174,6 +190,7 @@ def _in_short(result: Mapping[str, Any]) -> dict[str, object]:
     return {
         "backbone": result["backbone"],
         "pairs": result["pairs"],
+        "label noise": f"{result['label_noise']:.0%}",
         **{f"{where}: {name}": value for name, value in measures.items()},
         "seconds": result["seconds"],
     }

@@ -48,6 +48,7 @@ class Description:
     """`shapes`, a folder or a hub id."""
     members: int
     temperature: float
+    flip_rate: float
     lora: bool
     """Whether the backbone has a LoRA."""
     sha256: Mapping[str, str]
@@ -71,6 +72,7 @@ def save_reward_model(model: RewardModel, backbone: str, facts: Mapping[str, Any
         "backbone": backbone,
         "members": len(ensemble.weight_KD),
         "temperature": ensemble.temperature,
+        "flip_rate": ensemble.flip_rate,
         "lora": bool(lora),
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "facts": facts,
@@ -106,6 +108,7 @@ def read_description(folder: Path) -> Description:
             str(data["backbone"]),
             int(data["members"]),
             float(data["temperature"]),
+            float(data["flip_rate"]),
             bool(data["lora"]),
             {str(name): str(digest) for name, digest in data["sha256"].items()},
             dict(data["facts"]),
@@ -120,7 +123,7 @@ def load_reward_model(folder: Path, device: str = "auto", dtype: str = "auto") -
     head = _tensors(folder, HEAD, description)
     if head.keys() != {*_TENSORS}:
         raise _damaged(folder, HEAD, f"it has {', '.join(sorted(head))}")
-    ensemble = Ensemble(**head, temperature=description.temperature)
+    ensemble = Ensemble(**head, temperature=description.temperature, flip_rate=description.flip_rate)
     backbone = load_backbone(description.backbone, device, dtype)
     if description.lora:
         backbone.load_lora(_tensors(folder, LORA, description))
