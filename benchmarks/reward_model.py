@@ -37,7 +37,8 @@ from progrpo.durable import write_text
 from progrpo.policies.load import quiet
 from progrpo.preferences.bradley_terry import accuracy, calibration, label_probability
 from progrpo.preferences.reward_model.backbone import Features
-from progrpo.preferences.reward_model.head import Comparisons, FitSettings, fit_ensemble
+from progrpo.preferences.reward_model.fitting import FitSettings, fit_ensemble
+from progrpo.preferences.reward_model.head import Comparisons
 from progrpo.preferences.reward_model.shapes import ShapesBackbone
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.settings import RewardTerm
