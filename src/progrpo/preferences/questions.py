@@ -149,10 +149,12 @@ def _of_run(folder: Path) -> list[Group]:
 
 
 def _of_pictures(folder: Path) -> list[Group]:
-    """The pictures of a folder by the first number of their names."""
+    """The pictures of a folder by the first number of their names. Links out of the folder are not followed."""
+    from progrpo.pages.run_data import inside
+
     by_number: dict[int, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        if (match := _PICTURE.fullmatch(path.name)) and path.is_file():
+        if (match := _PICTURE.fullmatch(path.name)) and inside(folder, path) and path.is_file():
             by_number.setdefault(int(match[1]), []).append(path)
     groups = {number: paths for number, paths in by_number.items() if len(paths) > 1}
     if not groups:
@@ -186,8 +188,13 @@ def _prompts(folder: Path) -> dict[int, Prompt]:
 
 
 def prompt_line(number: int, prompt: Prompt, folder: Path) -> str:
-    """The line of a prompt in the file of this folder. Columns of other types than JSON's plain ones are left out."""
-    columns = {name: value for name, value in prompt.columns.items() if isinstance(value, str | int | float)}
+    """The line of a prompt in the file of this folder, with its plain columns."""
+    columns = plain_columns(prompt)
     if isinstance(source := columns.get(IMAGE_COLUMN), str):
         columns[IMAGE_COLUMN] = os.path.relpath(source, folder)
     return json.dumps({"number": number, TEXT: prompt.text, **columns}, ensure_ascii=False) + "\n"
+
+
+def plain_columns(prompt: Prompt) -> dict[str, object]:
+    """The columns that every file can hold: texts and numbers."""
+    return {name: value for name, value in prompt.columns.items() if isinstance(value, str | int | float)}
