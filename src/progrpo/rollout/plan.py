@@ -104,8 +104,8 @@ class Plan:
 
         NFE: with `guidance` a network call is a CFG pair and counts two. Decodes: all living members at each active
         point (previews), and the finalists. Each decoded picture is rewarded once. A preview needs a network call for
-        each of `ode_steps` after the first, and at the steps of `probed` a probe needs none of that. A trajectory is
-        trained on `trained_steps`.
+        each of `ode_steps` after the first, and at the steps of `probed` a probe or a latent reward head needs none of
+        that. A trajectory is trained on `trained_steps`.
         """
         self.validate(num_inference_steps)
         trained = self.trained(prompts) * trained_steps
