@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CON
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-processors test-slow mutation-test kill-test lean-test deepspeed-test \
+.PHONY: help setup quickstart preferences test test-processors test-slow mutation-test kill-test lean-test deepspeed-test \
 	trackers-test lint bench notebooks wheel-test audit pretrain clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
@@ -21,6 +21,9 @@ help: ## say what there is
 setup: $(VENV)/.ready ## install everything into .venv, once
 quickstart: setup ## train the built-in model for five to nine minutes; the report is runs/quickstart/report.html
 	@$(BIN)/progrpo train quickstart --out runs/quickstart --overwrite
+
+preferences: setup ## from 200 pairs of pictures to an aligned model, in ten minutes; runs/preferences/run/report.html
+	@$(BIN)/python examples/preferences.py --folder runs/preferences
 
 # files in their order: the last ones are quick, so that both processes end together
 IN_TWO := -n 2 --dist loadscope --no-loadscope-reorder

@@ -4,8 +4,8 @@
         [--out docs/results/latent_reward.json]
     python benchmarks/latent_reward.py --table   # the tables of docs/results/latent_reward.md; samples nothing
 
-A seed draws 1,000 pairs of pictures of training prompts, which the hidden taste `shapes_taste` labels. From 200 and from
-all of them four heads are learned:
+A seed draws 1,000 pairs of pictures of training prompts, which the hidden taste `shapes_taste` labels. From 200 and
+from all of them four heads are learned:
 
     rm      the reward model, on pictures
     head    the latent reward head that progrpo ships, on latents of the pictures
@@ -41,11 +41,10 @@ from progrpo.config import Config, ModelSettings
 from progrpo.diffusion.levels import Levels
 from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.durable import write_text
-from progrpo.packing import fixed_size_batches
 from progrpo.policies.base import Policy
 from progrpo.preferences.reward_model.backbone import Features
-from progrpo.preferences.reward_model.head import Comparisons, Ensemble, fit_ensemble
-from progrpo.preferences.reward_model.latent import LatentHead, latent_features, picture_features
+from progrpo.preferences.reward_model.head import Comparisons, Ensemble, FitSettings, fit_ensemble
+from progrpo.preferences.reward_model.latent import LatentHead, latent_features
 from progrpo.preferences.reward_model.shapes import ShapesBackbone
 from progrpo.rollout.denoise import Denoiser, denoise, expand
 from progrpo.rollout.meter import Meter
@@ -68,6 +67,8 @@ SETTINGS = {"ode 8": (8, False), "sde 10": (10, True)}
 LEVELS = 8
 """The steps of the grid at whose levels pictures get noise."""
 AT_ONCE, REPEATS = 64, 30
+Previews = dict[tuple[str, int], Tensor]
+"""The scores of a group by preview and number of pairs."""
 SHOWN = ("x0 + taste", "x0 + rm", "head", "noised", "hidden", "probe")
 
 
@@ -108,7 +109,7 @@ def fitted(features_ND: Tensor, preference_M: Tensor) -> Ensemble:
         torch.ones(len(rows), dtype=torch.float64),
         torch.arange(len(preference_M)).repeat(times),
     )
-    return fit_ensemble(Features((features_ND,)), pairs, 1, 0).ensemble
+    return fit_ensemble(Features((features_ND,)), pairs, FitSettings(members=1, flip_rate=0.0)).ensemble
 
 
 def scores(ensemble: Ensemble, features_ND: Tensor) -> Tensor:
@@ -162,10 +163,10 @@ class Bench:
         self.shapes = ShapesBackbone()
         self.learn()
 
-    def sampling(self, setting: str, record: Record = Record()) -> Sampling:
+    def sampling(self, setting: str, record: Record | None = None) -> Sampling:
         steps, noisy = SETTINGS[setting]
         settings = SamplingSettings(num_inference_steps=steps, microbatch=AT_ONCE)
-        return sampling_for(self.policy, settings, range(steps if noisy else 0), record)
+        return sampling_for(self.policy, settings, range(steps if noisy else 0), record or Record())
 
     def sampled(self, prompts: Sequence[Prompt], size: int, sampling: Sampling, stream: int, **watch: Any) -> Sampled:
         """Groups of `size` that run to their end, with their pictures."""
@@ -234,14 +235,7 @@ class Bench:
         probes = {size: self.taught_probe(sampling, size) for size in SIZES}
         rows: dict[tuple[str, int, str], list[list[float]]] = {}
         for i, prompt in enumerate(world.sample_prompts("validation", 480, 0)[: GROUPS * 3][self.seed % 3 :: 3]):
-            seen: list[dict[tuple[str, int], Tensor]] = []
-
-            def watch(step: int, batch: Trajectories) -> Trajectories:
-                seen.append(self.previews(sampling, step, batch))
-                return batch
-
-            with captured(self.policy) as self.states:
-                group = self.sampled([prompt], GROUP, sampling, 1000 + i, on_step=watch)
+            group, seen = self.watched(prompt, sampling, 1000 + i)
             text_P = text_features(group.condition)
             for step, size in itertools.product(range(len(seen)), SIZES):
                 features = group.batch.latent_features[step]
@@ -260,13 +254,25 @@ class Bench:
             for (kind, size, target), groups in rows.items()
         ]
 
-    def previews(self, sampling: Sampling, step: int, batch: Trajectories) -> dict[tuple[str, int], Tensor]:
+    def watched(self, prompt: Prompt, sampling: Sampling, stream: int) -> tuple[Sampled, list[Previews]]:
+        """A finished group, and its scores after each step."""
+        seen: list[Previews] = []
+
+        def watch(step: int, batch: Trajectories) -> Trajectories:
+            seen.append(self.previews(sampling, step, batch))
+            return batch
+
+        with captured(self.policy) as self.states:
+            return self.sampled([prompt], GROUP, sampling, stream, on_step=watch), seen
+
+    def previews(self, sampling: Sampling, step: int, batch: Trajectories) -> Previews:
         """The scores of a group by each preview but the probe."""
+        assert batch.output_NCHW is not None
         x0_NCHW = sampling.process.x0(step, batch.x_NCHW, batch.output_NCHW)
         pictures_NHWC = self.pictures(x0_NCHW)
         rm_ND, taste_N = self.rm_features(pictures_NHWC), torch.tensor(taste(pictures_NHWC))
         sigma, states = float(sampling.process.levels_T1.sigma[step]), self.states[-1]
-        seen: dict[tuple[str, int], Tensor] = {}
+        seen: Previews = {}
         for size in SIZES:
             seen["x0 + taste", size] = taste_N
             seen["x0 + rm", size] = scores(self.rm[size], rm_ND)
@@ -331,7 +337,9 @@ def tables(results: Sequence[Mapping[str, Any]]) -> str:
         own = [r["costs"] for r in results if "costs" in r and r["model"] == model]
         mean = {name: statistics.median(c[name] for c in own) for name in own[0]}
         lines += ["", f"{model}, milliseconds per member:", ""]
-        lines += [f"- {name}: {value:.3f} ({value / mean['network call']:.3f} network calls)" for name, value in mean.items()]
+        lines += [
+            f"- {name}: {value:.3f} ({value / mean['network call']:.3f} network calls)" for name, value in mean.items()
+        ]
     return "\n".join(lines)
 
 

@@ -71,6 +71,34 @@ def shapes_diffusion() -> Config:
     )
 
 
+def preferences() -> Config:
+    """Align the built-in model with a reward model of your own pairs, in minutes; train that first.
+
+    The reward model is the folder `reward-model` (docs/preferences.md). The hidden taste of the example
+    (examples/preferences.py) and the strict verdict judge from outside. One prompt an iteration is enough where a taste
+    asks the same of every prompt: more prompts would teach the same (arXiv 1812.06162).
+    """
+    base = quickstart()
+    return replace(
+        base,
+        recipe="preferences",
+        iterations=60,
+        model=replace(base.model, dtype="float32"),
+        prompts=PromptSettings(per_iteration=1),
+        sampling=replace(base.sampling, microbatch=24),
+        reward=RewardSettings((RewardTerm("reward_model", model="reward-model"),)),
+        optim=replace(base.optim, microbatch=24),
+        audit=AuditSettings(every=0),
+        eval=replace(
+            base.eval,
+            every=20,
+            keep_best=False,
+            pictures=256,
+            rewards=(RewardTerm("shapes_taste"), RewardTerm("shapes_strict")),
+        ),
+    )
+
+
 def sd14_hpsv2() -> Config:
     """The paper's run on SD 1.4 towards HPSv2.1, 48 -> 32 -> 8; bring prompts.txt and eval.txt.
 
@@ -365,6 +393,7 @@ def smoke() -> Config:
 RECIPES: dict[str, Callable[[], Config]] = {
     "quickstart": quickstart,
     "shapes-diffusion": shapes_diffusion,
+    "preferences": preferences,
     "sd14-hpsv2": sd14_hpsv2,
     "sd35m-pickscore": sd35m_pickscore,
     "sd35m-pickscore-24gb": sd35m_pickscore_24gb,

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from progrpo.pages.board.server import listening
+from progrpo.pages.board.server import BoardServer
 from progrpo.pages.compare import compare, write_comparison
 from progrpo.pages.report import write_report
+from progrpo.pages.serving import listening
 from tests.support.run_folders import written_run
 
 WORD = """"><b>bold</b> 'q' `x` </script><script>alert(1)</script> \u05e9\u05dc\u05d5\u05dd \U0001f98a &amp; $&"""
@@ -34,7 +35,7 @@ def comparison(folder: Path) -> Iterator[str]:
 def board(folder: Path) -> Iterator[str]:
     for name in ("a", "b & <i>c</i>"):
         written_run(folder / name, WORD)
-    with listening(folder, "127.0.0.1", 0) as server:
+    with listening(BoardServer, folder, "127.0.0.1", 0) as server:
         thread = Thread(target=server.serve_forever)
         thread.start()
         try:

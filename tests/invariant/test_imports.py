@@ -101,6 +101,8 @@ FREE_OF_TORCH = (
     "progrpo.pages.board",
     "progrpo.pages.compare",
     "progrpo.pages.report",
+    "progrpo.preferences.agreement",
+    "progrpo.preferences.label",
     "progrpo.preferences.pairs",
     "progrpo.publish.layouts",
     "progrpo.types",

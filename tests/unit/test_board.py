@@ -15,7 +15,8 @@ import pytest
 
 from progrpo.pages.board import serve
 from progrpo.pages.board.listing import Listing
-from progrpo.pages.board.server import BoardServer, listening
+from progrpo.pages.board.server import BoardServer
+from progrpo.pages.serving import listening
 from progrpo.tracking.lock import only_writer
 from progrpo.tracking.run_folder import RunFolder
 
@@ -39,7 +40,7 @@ def board(tmp_path: Path) -> Iterator[BoardServer]:
     write(root / "deep" / "two")
     (tmp_path / "secret").mkdir()
     write(tmp_path / "secret" / "run")
-    with listening(root, "127.0.0.1", 0) as server:
+    with listening(BoardServer, root, "127.0.0.1", 0) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server

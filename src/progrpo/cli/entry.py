@@ -16,7 +16,7 @@ from progrpo.cli.options import parse_options
 from progrpo.cli.other_commands import Import, Repro, ServeReward
 from progrpo.cli.output import UnreadOutputError, columns, show
 from progrpo.cli.page_commands import Board, Compare, Report
-from progrpo.cli.preference_commands import PairsCheck, RewardModelEval, RewardModelTrain
+from progrpo.cli.preference_commands import Label, PairsCheck, PairsConvert, RewardModelEval, RewardModelTrain
 from progrpo.cli.publish_commands import Export, Push
 from progrpo.cli.run_commands import Plan, Recipes, Resume, Train
 from progrpo.config import Config, PlanSettings
@@ -40,7 +40,9 @@ COMMANDS: dict[str, type[Command]] = {
     "studio": Studio,
     "export": Export,
     "push": Push,
+    "label": Label,
     "pairs check": PairsCheck,
+    "pairs convert": PairsConvert,
     "repro": Repro,
     "pretrain": Pretrain,
     "serve-reward": ServeReward,

@@ -19,8 +19,12 @@ class Sample(Command):
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A run folder, a built-in model's name, a folder in diffusers' format, or a hub id."""
-    prompt: tuple[str, ...]
+    prompt: tuple[str, ...] = ()
     """One prompt or several."""
+    prompts: str = ""
+    """In place of --prompt: `shapes`, a prompt file or dataset:NAME, as --prompts.source of `train`."""
+    limit: int = 100
+    """The number of prompts of --prompts that are taken; fewer where it has fewer."""
     image: tuple[Path, ...] = ()
     """For a model that edits: the picture to change, one for all prompts or one for each."""
     lora: Path | None = None
@@ -47,9 +51,16 @@ class Sample(Command):
         check_range(0, 2**63 - 1, seed=self.seed)
         check_range(1, 1000, num_inference_steps=self.num_inference_steps, guidance_scale=self.guidance_scale)
         check_range(1, 10_000, count=self.count)
-        from progrpo.prompts.load import prompts_from_python
+        check_range(1, 1_000_000, limit=self.limit)
+        if bool(self.prompt) == bool(self.prompts):
+            raise ValueError("give --prompt TEXT ... or --prompts SOURCE, one of the two")
+        if self.prompts and self.image:
+            raise ValueError("--image goes with --prompt; rows of --prompts bring their picture as their column image")
+        from progrpo.prompts.load import first_prompts, prompts_from_python
 
-        prompts = prompts_from_python(self._rows(), "--prompt")
+        prompts = (
+            first_prompts(self.prompts, self.limit) if self.prompts else prompts_from_python(self._rows(), "--prompt")
+        )
         from progrpo.training.sample import sample_pictures
         from progrpo.training.trained_model import ModelChoice
 

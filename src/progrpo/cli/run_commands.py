@@ -111,7 +111,8 @@ class Plan(Command):
             config.preview.ode_steps,
             config.prompts.per_iteration,
         )
-        result: dict[str, object] = {"recipe": config.recipe, "plan": config.plan.preset, **costs}
+        plan = "recorded pairs" if config.prompts.pairs else config.plan.preset
+        result: dict[str, object] = {"recipe": config.recipe, "plan": plan, **costs}
         if self.gpu is not None:
             from progrpo.training.estimate import estimate
 

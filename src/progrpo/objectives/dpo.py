@@ -77,7 +77,7 @@ class DPO:
         slope_B = self.settings.beta * (logit_B.sigmoid() - smoothing)
         loss_B = 2 * noised.advantages * slope_B * error_B
         pair_loss_B = (1 - smoothing) * F.softplus(logit_B) + smoothing * F.softplus(-logit_B)
-        means = {"dpo_loss": noised.advantages.abs() * pair_loss_B, "dpo_accuracy": (margin_B < 0).float()}
+        means = {"dpo_loss": noised.advantages.abs() * pair_loss_B, "dpo_accuracy": (1 - margin_B.sign()) / 2}
         if self.settings.kl_beta > 0:
             assert reference is not None
             kl_B = mean_square(output - reference)

@@ -46,6 +46,11 @@ class RunData:
         return settings.get(name)
 
     @property
+    def pairs(self) -> str:
+        """The pairs file that the run learns from; empty where pictures are sampled."""
+        return str(self.setting("prompts", "pairs") or "")
+
+    @property
     def iterations(self) -> object:
         """The iterations that are done, or the planned ones before there is a summary."""
         return self.summary.get("iterations") or self.config.get("iterations")

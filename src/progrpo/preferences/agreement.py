@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import combinations
 
 from progrpo.preferences.pairs import Pair
@@ -106,7 +106,7 @@ def _item_and_vote(pair: Pair) -> tuple[Item, str]:
     """
     a, b = str(pair.image_a), str(pair.image_b)
     first, second = sorted((a, b))
-    if zlib.crc32(f"{first}\n{second}".encode(errors="surrogateescape")) % 2:
+    if sha256(f"{first}\n{second}".encode(errors="surrogateescape")).digest()[0] % 2:
         first, second = second, first
     share = pair.preference if first == a else 1 - pair.preference
     return (pair.prompt.text, first, second), "tie" if share == 0.5 else "first" if share > 0.5 else "second"

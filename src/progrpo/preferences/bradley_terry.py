@@ -1,8 +1,12 @@
 """The Bradley-Terry model of pairs (doi 10.2307/2334029): its loss, and how good its predictions are.
 
 A pair has two scores, and its margin is the first one's less the second's. The first picture is preferred with the
-probability sigmoid(margin). Dimension letters: M pairs, B bins. A preference is in [0, 1]: 1 where the first picture is
-preferred, 0 where the second is, 0.5 for a tie.
+probability sigmoid(margin). A share e of the labels, the flip rate in [0, 0.5), may be swapped at random (the noise of
+arXiv 2403.00409). A label is then the first picture's with the probability
+(1 - e) sigmoid(margin) + e sigmoid(-margin).
+
+Dimension letters: M pairs, B bins, T temperatures. A preference is in [0, 1]: 1 where the first picture is preferred, 0
+where the second is, 0.5 for a tie.
 """
 
 from __future__ import annotations
@@ -12,30 +16,38 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import softplus
 
 _Z = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
 _RESAMPLES = 1000
-_HALVINGS = 60
 
 
 def bradley_terry_loss(margin_M: Tensor, preference_M: Tensor, strength_M: Tensor, flip_rate: float = 0.0) -> Tensor:
-    """Compute the mean cross-entropy of preferences in nats, weighted by the pairs' strengths; see `pair_losses`."""
+    """Compute the mean cross-entropy of preferences in nats, weighted by the pairs' strengths."""
     return pair_losses(margin_M, preference_M, flip_rate) @ strength_M / strength_M.sum()
 
 
 def pair_losses(margin_M: Tensor, preference_M: Tensor, flip_rate: float = 0.0) -> Tensor:
-    """Compute the cross-entropy (M,) of each preference, in nats.
-
-    `flip_rate` e in [0, 0.5) is the share of labels that are swapped at random. A label is then the first picture's
-    with the probability (1 - e) sigmoid(margin) + e sigmoid(-margin), the noise of arXiv 2403.00409.
-    """
+    """Compute the cross-entropy (M,) of each preference, in nats."""
     if not flip_rate:
         return softplus(margin_M) - preference_M * margin_M
-    keep, flip = math.log1p(-flip_rate), math.log(flip_rate)
-    log_first_M = torch.logaddexp(keep + logsigmoid(margin_M), flip + logsigmoid(-margin_M))
-    log_second_M = torch.logaddexp(keep + logsigmoid(-margin_M), flip + logsigmoid(margin_M))
-    return -preference_M * log_first_M - (1 - preference_M) * log_second_M
+    first_M, second_M = label_probability(margin_M, flip_rate), label_probability(-margin_M, flip_rate)
+    return -preference_M * first_M.log() - (1 - preference_M) * second_M.log()
+
+
+def loss_slopes(margin_M: Tensor, preference_M: Tensor, flip_rate: float = 0.0) -> Tensor:
+    """Compute the derivative (M,) of each pair's loss by its margin."""
+    chance_M = margin_M.sigmoid()
+    if not flip_rate:
+        return chance_M - preference_M
+    first_M, second_M = label_probability(margin_M, flip_rate), label_probability(-margin_M, flip_rate)
+    by_chance_M = (1 - preference_M) / second_M - preference_M / first_M
+    return by_chance_M * (1 - 2 * flip_rate) * chance_M * (-margin_M).sigmoid()
+
+
+def label_probability(margin_M: Tensor, flip_rate: float = 0.0) -> Tensor:
+    """Compute the probability (M,) that a label is the first picture's."""
+    return flip_rate + (1 - 2 * flip_rate) * margin_M.sigmoid()
 
 
 @dataclass(frozen=True)
@@ -107,11 +119,12 @@ class Calibration:
     count_B: Tensor
 
 
-def calibration(margin_M: Tensor, preference_M: Tensor, bins: int = 10) -> Calibration:
-    """Compare the confidences sigmoid(|margin|) with the preferences; a tie counts as half."""
-    confidence_M = margin_M.double().abs().sigmoid()
-    preference_M = preference_M.double()
-    share_M = preference_M.where(margin_M >= 0, 1 - preference_M)
+def calibration(probability_M: Tensor, preference_M: Tensor, bins: int = 10) -> Calibration:
+    """Compare the probabilities of the first pictures with the preferences; a tie counts as half."""
+    probability_M, preference_M = probability_M.double(), preference_M.double()
+    first_M = probability_M >= 0.5
+    confidence_M = probability_M.where(first_M, 1 - probability_M)
+    share_M = preference_M.where(first_M, 1 - preference_M)
     bin_M = ((confidence_M - 0.5) * 2 * bins).long().clamp(0, bins - 1)
     count_B = bin_M.bincount(minlength=bins)
     confidence_B, share_B = (
@@ -122,16 +135,15 @@ def calibration(margin_M: Tensor, preference_M: Tensor, bins: int = 10) -> Calib
     return Calibration(float((gap_B * count_B).sum() / count_B.sum()), confidence_B, share_B, count_B)
 
 
-def temperature(margin_M: Tensor, preference_M: Tensor, strength_M: Tensor) -> float:
-    """Find the T in [1e-3, 1e3] whose margins / T have the least loss (temperature scaling, arXiv 1706.04599).
+def temperature(margin_M: Tensor, preference_M: Tensor, strength_M: Tensor, flip_rate: float = 0.0) -> float:
+    """Find the temperature whose margins / temperature have the least loss (temperature scaling, arXiv 1706.04599).
 
-    The loss is convex in 1 / T, so its slope is halved towards 0. Margins of the wrong sign give the greatest T, and
-    margins that separate all preferences the least.
+    It is the best of a coarse grid from 1e-3 to 1e3, refined to 1 %.
     """
-    margin_M, preference_M, strength_M = margin_M.double(), preference_M.double(), strength_M.double()
-    low, high = -math.log(1e3), math.log(1e3)  # of 1 / T
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        slope = (strength_M * margin_M * ((math.exp(middle) * margin_M).sigmoid() - preference_M)).sum()
-        low, high = (low, middle) if slope > 0 else (middle, high)
-    return math.exp(-(low + high) / 2)
+
+    def best_of(temperature_T: Tensor) -> float:
+        losses = [bradley_terry_loss(margin_M / t, preference_M, strength_M, flip_rate) for t in temperature_T.tolist()]
+        return float(temperature_T[torch.stack(losses).argmin()])
+
+    coarse = best_of(torch.logspace(-3, 3, 61, dtype=torch.float64))
+    return best_of(coarse * torch.logspace(-0.1, 0.1, 41, dtype=torch.float64))

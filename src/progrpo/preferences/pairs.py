@@ -33,7 +33,7 @@ WORDS: Mapping[float, str] = {1.0: "a", 0.0: "b", 0.5: "tie"}
 """Preferences and the words for them in a file."""
 PICTURES = ("image_a", "image_b")
 PREFERENCE, STRENGTH = "preference", "strength"
-_VALUES = {word: value for value, word in WORDS.items()}
+VALUES = {word: value for value, word in WORDS.items()}
 _FIELDS = (*PICTURES, PREFERENCE, STRENGTH, "annotator")
 _READABLE = (".jsonl", ".json", ".csv", ".parquet")
 _EXAMPLE = '{"prompt": "a red circle", "image_a": "1.png", "image_b": "2.png", "preference": "a"}'
@@ -75,10 +75,13 @@ def read_pairs(path: Path, prompts: Collection[str] | None = None, decode: bool 
     repeat or contradict another one of the same annotator. ValueError for a file that is missing, empty or of
     another kind.
     """
-    checker = _Checker(path, prompts, decode)
-    pairs = [checker.pair(row, place) for row, place in checker.rows()]
-    checker.raise_faults()
-    return [pair for pair in pairs if pair is not None]
+    return _Checker(path, prompts, decode).pairs()
+
+
+def read_open_pairs(path: Path) -> list[tuple[Prompt, Path, Path]]:
+    """Read the prompts and pictures of a pairs file whose preferences are not needed. Errors as for `read_pairs`."""
+    pairs = _Checker(path, is_open=True).pairs()
+    return [(pair.prompt, pair.image_a, pair.image_b) for pair in pairs]
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
@@ -98,23 +101,32 @@ def require_jsonl(path: Path) -> None:
 
 def pair_line(pair: Pair, folder: Path) -> str:
     """The line of a pair in a pairs file in this folder, with its line end. ValueError as for `write_pairs`."""
-    taken = sorted({TEXT, *_FIELDS} & pair.prompt.columns.keys())
+    own: dict[str, object] = {"preference": WORDS.get(pair.preference, pair.preference)}
+    if pair.strength != 1:
+        own["strength"] = pair.strength
+    if pair.annotator:
+        own["annotator"] = pair.annotator
+    return _line(pair.prompt, (pair.image_a, pair.image_b), folder, own)
+
+
+def open_pair_line(prompt: Prompt, pictures: tuple[Path, Path], folder: Path) -> str:
+    """The line of a pair without a preference. ValueError as for `write_pairs`."""
+    return _line(prompt, pictures, folder, {})
+
+
+def _line(prompt: Prompt, pictures: tuple[Path, Path], folder: Path, own: Row) -> str:
+    taken = sorted({TEXT, *_FIELDS} & prompt.columns.keys())
     if taken:
         raise ValueError(f"a prompt has a column {taken[0]}, which is a field of pairs; rename the column")
-    row: dict[str, object] = {TEXT: pair.prompt.text, **pair.prompt.columns}
+    row: dict[str, object] = {TEXT: prompt.text, **prompt.columns}
     if isinstance(source := row.get(IMAGE_COLUMN), str | os.PathLike):
         row[IMAGE_COLUMN] = _relative(Path(source), folder)
-    row |= {"image_a": _relative(pair.image_a, folder), "image_b": _relative(pair.image_b, folder)}
-    row["preference"] = WORDS.get(pair.preference, pair.preference)
-    if pair.strength != 1:
-        row["strength"] = pair.strength
-    if pair.annotator:
-        row["annotator"] = pair.annotator
+    row |= zip(PICTURES, (_relative(path, folder) for path in pictures), strict=True)
     try:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps({**row, **own}, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"the prompt {quoted(pair.prompt.text)} has a column that JSON cannot hold ({error}); leave it out"
+            f"the prompt {quoted(prompt.text)} has a column that JSON cannot hold ({error}); leave it out"
         ) from None
 
 
@@ -142,8 +154,10 @@ class _Checker:
     """The reading of one file, with the faults so far."""
 
     path: Path
-    prompts: Collection[str] | None
-    decode: bool
+    prompts: Collection[str] | None = None
+    decode: bool = False
+    is_open: bool = False
+    """Whether the pairs need no preference; then those that occur several times count once."""
     faults: list[str] = field(default_factory=list)
     _count: int = 0
     _pictures: dict[str, str] = field(default_factory=dict)
@@ -155,7 +169,17 @@ class _Checker:
     def _folded_prompts(self) -> Mapping[str, str]:
         return {folded(text): text for text in self.prompts or ()}
 
-    def rows(self) -> Iterator[tuple[Row, str]]:
+    def pairs(self) -> list[Pair]:
+        """The pairs of the file. PairsError if it has faults, and ValueError if there is nothing at all."""
+        pairs = [self._pair(row, place) for row, place in self._rows()]
+        if self.faults:
+            count = f"{len(self.faults):,} {'line is' if len(self.faults) == 1 else 'lines are'}"
+            raise PairsError(f"{named(self.path)}: {count} wrong; mend or delete what is listed", self.faults)
+        if not self._count:
+            raise ValueError(f"{named(self.path)} holds no pair; write at least one, such as {_EXAMPLE}")
+        return [pair for pair in pairs if pair is not None]
+
+    def _rows(self) -> Iterator[tuple[Row, str]]:
         """The rows with their places. A line that is not one is a fault."""
         if self.path.suffix.lower() not in _READABLE:
             raise ValueError(f"pairs must be a file ({', '.join(_READABLE)}), not {named(self.path)}")
@@ -195,32 +219,24 @@ class _Checker:
         except ValueError as error:
             self.faults.append(str(error).removeprefix(f"{named(self.path)}, "))
 
-    def pair(self, row: Row, place: str) -> Pair | None:
-        """The pair of a row. None, with the faults noted in one line, if the row has any."""
+    def _pair(self, row: Row, place: str) -> Pair | None:
+        """The pair of a row. None if the row has faults, which are noted in one line, or is not needed."""
         faults: list[str] = []
         prompt = self._prompt(row, faults)
         images = [self._image(row, name, faults) for name in PICTURES]
-        preference = _preference(row, faults)
-        strength = _strength(row, faults)
-        annotator = row.get("annotator") or ""
+        preference = 0.5 if self.is_open else _preference(row, faults)
+        strength = 1.0 if self.is_open else _strength(row, faults)
+        annotator = "" if self.is_open else row.get("annotator") or ""
+        pair, is_new = None, True
         if not isinstance(annotator, str):
             faults.append(f"annotator must be a text, not {quoted(annotator)}")
         elif prompt is not None and None not in images and preference is not None:
             a, b = (Path(str(image)) for image in images)
             pair = Pair(prompt, a, b, preference, strength, annotator)
-            self._compare(pair, place, faults)
+            is_new = self._is_new(pair, place, faults)
         if faults:
             self.faults.append(f"{place}: {'; '.join(faults)}")
-            return None
-        return pair
-
-    def raise_faults(self) -> None:
-        """Raise PairsError if there are faults, and ValueError if there is nothing at all."""
-        if self.faults:
-            count = f"{len(self.faults):,} {'line is' if len(self.faults) == 1 else 'lines are'}"
-            raise PairsError(f"{named(self.path)}: {count} wrong; mend or delete what is listed", self.faults)
-        if not self._count:
-            raise ValueError(f"{named(self.path)} holds no pair; write at least one, such as {_EXAMPLE}")
+        return pair if is_new and not faults else None
 
     def _prompt(self, row: Row, faults: list[str]) -> Prompt | None:
         own = {name: value for name, value in row.items() if name not in _FIELDS}
@@ -260,21 +276,22 @@ class _Checker:
             return str(error).removeprefix(": ")
         return ""
 
-    def _compare(self, pair: Pair, place: str, faults: list[str]) -> None:
-        """Note a fault for two equal pictures, and for a pair that repeats or contradicts an earlier one."""
+    def _is_new(self, pair: Pair, place: str, faults: list[str]) -> bool:
+        """Whether no earlier pair is the same. A fault is noted for that, and for two equal pictures."""
         a, b = (os.path.abspath(image) for image in (pair.image_a, pair.image_b))
         if a == b:
             faults.append("image_a and image_b are the same picture")
-            return
+            return True
         for_first = pair.preference if a < b else 1 - pair.preference
         before, where = self._seen.setdefault((pair.prompt.text, frozenset((a, b)), pair.annotator), (for_first, place))
-        if where == place:
-            return
+        if where == place or self.is_open:
+            return where == place
         by = f" of {quoted(pair.annotator)}" if pair.annotator else ""
         if math.isclose(before, for_first, abs_tol=1e-9):
             faults.append(f"repeats {where}{by}")
         else:
             faults.append(f"contradicts {where}{by}: the same pictures with another preference")
+        return False
 
 
 _OTHER_COLUMN = "; prompts.column or eval.column names another"
@@ -294,8 +311,8 @@ def _number(value: object) -> object:
 
 def _preference(row: Row, faults: list[str]) -> float | None:
     given = row.get("preference")
-    if isinstance(given, str) and given in _VALUES:
-        return _VALUES[given]
+    if isinstance(given, str) and given in VALUES:
+        return VALUES[given]
     if isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given <= 1:
         return float(given)
     what = f"not {quoted(given)}" if "preference" in row else "and is missing"

@@ -62,6 +62,14 @@ def load_prompts(source: str, split: str = "train", column: str = TEXT) -> Promp
     return {"": prompts}
 
 
+def first_prompts(source: str, count: int) -> tuple[Prompt, ...]:
+    """The first prompts of a source's train split, at most so many; those of `shapes` take turns by kind."""
+    if source == "shapes":
+        return tuple(world.sample_prompts("train", count, seed=0))
+    (prompts,) = load_prompts(source).values()
+    return prompts[:count]
+
+
 def with_picture_path(prompt: Prompt, folder: Path, where: str) -> Prompt:
     """The prompt whose picture's path starts at the current folder; the file gives it relative to `folder`."""
     given = prompt.columns.get(IMAGE_COLUMN)

@@ -305,8 +305,8 @@ class PreviewSettings:
         for name, needed in conflicts.items():
             if self.latent_reward and getattr(self, name) != needed:
                 raise ValueError(
-                    f"preview.{name} must be {str(needed).lower()} for preview.latent_reward, which ranks the latents of"
-                    " x0 projections in place of decoder and probe; leave one of them out"
+                    f"preview.{name} must be {str(needed).lower()} for preview.latent_reward, which ranks the latents"
+                    " of x0 projections in place of decoder and probe; leave one of them out"
                 )
 
     @property

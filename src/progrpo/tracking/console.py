@@ -227,7 +227,7 @@ def _cost(summary: Summary) -> str:
     saved, ratio = summary.get("nfe_saved"), summary.get("nfe_ratio_to_none")
     if saved is not None:
         fields.append(f"{percent(saved, 0)} saved by pruning")
-    if ratio is not None:
+    if ratio:  # 0 where recorded pairs are learnt from
         fields.append(f"{ratio:.2f} x plain GRPO's")
     rewards = summary.get("rewards")
     missing = {name: n for name, n in rewards.get("missing", {}).items() if n} if rewards else {}

@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 from progrpo.config import EvalSettings
+from progrpo.durable import append
 from progrpo.messages import named
 from progrpo.policies.base import Policy
+from progrpo.preferences.questions import PROMPTS, prompt_line
 from progrpo.prompts.pictures import IMAGE_COLUMN
 from progrpo.rollout.denoise import Denoiser, denoise, expand
 from progrpo.rollout.meter import Meter
@@ -70,7 +72,7 @@ def sample_pictures(
         own, faults = _sampled(policy, prompts, count, settings, ranks)
         pictures = sorted(ranks.gather(own), key=lambda picture: (picture.place, picture.number))
         drawn = [picture for picture in pictures if picture.image is not None]
-        files = ranks.from_main(lambda: _write(drawn, out)) if drawn else []
+        files = ranks.from_main(lambda: _write(drawn, prompts, out)) if drawn else []
         faults = ranks.gather(faults)
         ranks.wait_for_all()
         if faults:
@@ -102,14 +104,19 @@ def _sampled(
     return pictures, faults
 
 
-def _write(pictures: Sequence[_Picture], out: Path) -> list[Path]:
-    """Write pictures and videos; the numbers of prompts continue those of the files that are there."""
+def _write(pictures: Sequence[_Picture], prompts: Sequence[Prompt], out: Path) -> list[Path]:
+    """Write pictures and videos, and the prompts for `progrpo label`.
+
+    The numbers of prompts continue those of the files that are there.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out: {named(out)} cannot be made: {error.strerror}; give another folder") from error
     names = [_NAME.fullmatch(file.name) for file in out.iterdir()]
     first = max((int(name[1]) for name in names if name), default=-1) + 1
+    lines = [prompt_line(first + place, prompts[place], out) for place in sorted({p.place for p in pictures})]
+    append(out / PROMPTS, "".join(lines).encode())
     files: list[Path] = []
     for picture in pictures:
         image = picture.image

@@ -113,8 +113,8 @@ def introduction(trainer: Trainer, folder: RunFolder) -> str:
     on = f", pruned on the {selected_on(config)}" if mixed and prunes else ""
     return (
         f"{config.recipe}: groups of {path}{chosen}{mixed}{on},"
-        f" {prompts} prompts an iteration, {trainer.predicted().nfe:,} NFE each; run folder"
-        f" {folder.path}"
+        f" {prompts} {'prompt' if prompts == '1' else 'prompts'} an iteration, {trainer.predicted().nfe:,} NFE each;"
+        f" run folder {folder.path}"
     )
 
 

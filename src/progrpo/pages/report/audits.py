@@ -9,7 +9,7 @@ import numpy as np
 
 from progrpo.pages import charts
 from progrpo.pages.charts import ACCENT, AMBER, GREY, TEAL, VIOLET, Curve
-from progrpo.pages.page import chart, note, section
+from progrpo.pages.page import chart, escape, note, section
 from progrpo.pages.report.film import films
 from progrpo.pages.run_data import RunData
 from progrpo.tracking.records import AuditRecord
@@ -36,6 +36,11 @@ _KEPT = (
 
 
 def write(data: RunData) -> str:
+    if data.pairs:
+        text = (
+            f"The run learns from the pictures of {escape(data.pairs)}: no group is sampled, so that none is audited."
+        )
+        return section("audits", "Inside a group", "", note(text))
     if not data.audits:
         off = data.setting("audit", "every") == 0
         reason = "Audits are off (audit.every is 0)." if off else "No audit group is written yet."

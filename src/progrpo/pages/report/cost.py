@@ -27,6 +27,8 @@ def write(data: RunData) -> str:
 
 
 def _plan(data: RunData) -> str:
+    if data.pairs:
+        return note(f"Pictures are those of {escape(data.pairs)}: nothing is sampled in training.")
     plan = data.summary.get("plan")
     if plan is None:
         return note("The plan is not in summary.json yet.")
@@ -60,7 +62,7 @@ def _savings(data: RunData) -> str:
     sentences = []
     if saved is not None:
         sentences.append(f"Pruning saved <b>{percent(saved)}</b> of the NFE that the groups would take unpruned.")
-    if ratio is not None:
+    if ratio:
         sentences.append(f"Sampling took <b>{ratio:.2f} ×</b> the NFE of plain GRPO at its group size.")
     return f'<p class="after">{" ".join(sentences)}</p>' if sentences else ""
 

@@ -64,11 +64,24 @@ _UPDATE = (
 )
 
 
+_PREFERENCES = (
+    _Card("DPO loss", "mean over pairs; ln 2 where nothing is decided", (Curve("update/dpo_loss", "loss"),)),
+    _Card(
+        "Preference accuracy",
+        "share of pairs and draws whose winner the policy favours more than the reference does",
+        (Curve("update/dpo_accuracy", "accuracy"),),
+        {"tickformat": ".0%"},
+    ),
+)
+
+
 def write(data: RunData) -> str:
     if not data.metrics:
         return section("curves", "Curves", "", note("No iteration is finished yet."))
     signal = [_signal(data.metrics)] if "prompts/seen" in data.metrics[-1] else []
-    cards = (*_SAMPLING, _noise_scale(data.metrics), *signal, *_rewards(data.metrics))
+    sampled = () if data.pairs else _SAMPLING
+    preferences = _PREFERENCES if "update/dpo_loss" in data.metrics[-1] else ()
+    cards = (*sampled, *preferences, _noise_scale(data.metrics), *signal, *_rewards(data.metrics))
     sampling = _grid(_with_prompts(data), cards, "grid", 230)
     update = _grid(data.metrics, (_deviation(data.metrics), *_UPDATE), "grid four", 170)
     lead = f"One point per iteration, from training samples unless stated otherwise.{_thinning(data.metrics)}"

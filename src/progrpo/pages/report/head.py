@@ -134,7 +134,9 @@ def _network_evaluations(data: RunData) -> str:
     saved, ratio = data.summary.get("nfe_saved"), data.summary.get("nfe_ratio_to_none")
     nfe = (data.summary.get("nfe") or 0) + total(data.since_summary, "rollout/nfe") or None
     details = [] if saved is None else [f"{percent(saved, 0)} saved by pruning"]
-    details += [] if ratio is None else [f"{ratio:.2f} × plain GRPO’s"]
+    details += [] if not ratio else [f"{ratio:.2f} × plain GRPO’s"]
+    if data.pairs:
+        return _tile("Network evaluations", MISSING, "recorded pairs, nothing is sampled")
     return _tile("Network evaluations", count(nfe), ", ".join(details) or "NFE of the training samples")
 
 

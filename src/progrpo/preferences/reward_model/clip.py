@@ -7,7 +7,9 @@ from typing import Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from progrpo.preferences.reward_model.backbone import Features
@@ -17,6 +19,7 @@ from progrpo.types import Prompt
 
 _AT_ONCE = 16
 _NAME = "reward_model"
+_TUNED = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 class ClipBackbone:
@@ -41,26 +44,38 @@ class ClipBackbone:
 
     @torch.no_grad()
     def features(self, pictures: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> Features:
-        parts = [
-            self.attached(preprocess(pictures[batch], self._image_processor), self.tokens(prompts[batch]))
-            for batch in batch_slices(len(prompts), _AT_ONCE)
-        ]
+        parts = [self.attached(pictures[batch], prompts[batch]) for batch in batch_slices(len(prompts), _AT_ONCE)]
         return Features.cat(parts) if parts else self._empty()
 
-    def attached(self, pixels_BCHW: Tensor, ids_BL: Tensor) -> Features:
-        """The features on the CPU, with gradients where the network has them."""
-        f_BD, g_BD = directions(self.model, pixels_BCHW, ids_BL)
+    def attached(self, pictures: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> Features:
+        """Compute the features of at least one picture, on the CPU, with gradients for a LoRA that is trained."""
+        ids_BL = tokenized(self.model, self._tokenizer, [prompt.text for prompt in prompts])
+        f_BD, g_BD = directions(self.model, preprocess(pictures, self._image_processor), ids_BL)
         product_BD = (f_BD * g_BD).cpu()
         return Features((f_BD.cpu(), product_BD), product_BD.sum(1))
 
-    def tokens(self, prompts: Sequence[Prompt]) -> Tensor:
-        return tokenized(self.model, self._tokenizer, [prompt.text for prompt in prompts])
+    def add_lora(self, rank: int, seed: int) -> list[nn.Parameter]:
+        """Add a LoRA that changes nothing yet to the attention of both towers, and return its parameters."""
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_TUNED))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, self.model)
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def lora(self) -> Mapping[str, Tensor]:
-        return {}
+        if not any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
+            return {}
+        return {name: t.cpu().contiguous() for name, t in get_peft_model_state_dict(self.model).items()}
 
     def load_lora(self, tensors: Mapping[str, Tensor]) -> None:
-        raise ValueError("no LoRA")
+        ranks = {len(tensor) for name, tensor in tensors.items() if ".lora_A." in name}
+        if not self.lora() and len(ranks) == 1:
+            self.add_lora(ranks.pop(), seed=0)
+        own = self.lora()
+        if {name: tensor.shape for name, tensor in tensors.items()} != {name: t.shape for name, t in own.items()}:
+            raise ValueError("its LoRA is of another CLIP")
+        set_peft_model_state_dict(self.model, dict(tensors))
+        self.model.requires_grad_(False)
 
     def _empty(self) -> Features:
         width = self.model.config.projection_dim

@@ -10,18 +10,21 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 
-from progrpo.preferences.bradley_terry import bradley_terry_loss, pair_losses, temperature
+from progrpo.preferences.bradley_terry import loss_slopes, pair_losses, temperature
 from progrpo.preferences.reward_model.backbone import Features
 
 OFF = math.inf
 """The penalty of a block of features that is left out."""
 _PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
+FLIP_RATES = (0.0, 0.1, 0.2, 0.3)
 _FOLDS = 5
 _FEWEST = 2 * _FOLDS  # prompts: with fewer, folds and resamples are made of pairs
-_ITERATIONS = 100
+_ITERATIONS = 500
 _CONSTANT = 1e-6  # the spread of a feature, by its mean where that is above 1, that is rounding alone
 
 
@@ -67,6 +70,8 @@ class Ensemble:
     """The standard deviation of the mean member's scores before they were scaled, of no dimension."""
     temperature: float
     """A first picture is preferred with the probability sigmoid(margin / temperature)."""
+    flip_rate: float = 0.0
+    """The share of the training labels that seem to be swapped."""
 
     def scores(self, features: Features) -> Tensor:
         """Compute the members' scores (K, N), in float64."""
@@ -80,32 +85,33 @@ def columns(features: Features) -> Tensor:
     return torch.cat([*prior, *features.blocks], 1).double()
 
 
-def fit_head(difference_MD: Tensor, pairs: Comparisons, penalty_D: Tensor, flip_rate: float = 0.0) -> Tensor:
-    """Find the weights (D,) with the least loss + sum(penalty w^2) / 2, by LBFGS on all pairs, from 0.
+def fit_head(
+    difference_MD: Tensor, pairs: Comparisons, penalty_D: Tensor, flip_rate: float = 0.0, start_D: Tensor | None = None
+) -> Tensor:
+    """Find the weights (D,) with the least loss + sum(penalty w^2) / 2, by L-BFGS on all pairs.
 
     `difference_MD` is the features of the first pictures less those of the second. The loss is Bradley-Terry's. A
-    weight is 0 where its penalty is infinite. Without a flip rate the problem is convex.
+    weight is 0 where its penalty is infinite. The problem is convex without a flip rate. With one a start from those
+    weights finds a minimum near them.
     """
     on_D = penalty_D.isfinite()
-    out_D = torch.zeros(len(on_D), dtype=torch.float64)
+    weight_D = torch.zeros_like(penalty_D) if start_D is None else start_D.where(on_D, 0.0)
     if not on_D.any():
-        return out_D
-    difference_MD, penalty_D = difference_MD[:, on_D], penalty_D[on_D]
-    weight_D = torch.zeros_like(penalty_D, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight_D], max_iter=_ITERATIONS, tolerance_grad=1e-6, tolerance_change=1e-12, line_search_fn="strong_wolfe"
-    )
+        return weight_D
+    x_MD, penalty_D = difference_MD[:, on_D], penalty_D[on_D]
+    share_M = pairs.strength_M / pairs.strength_M.sum()
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = bradley_terry_loss(difference_MD @ weight_D, pairs.preference_M, pairs.strength_M, flip_rate)
-        loss = loss + (penalty_D * weight_D.square()).sum() / 2
-        loss.backward()
-        return loss
+    def loss_and_slope(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        w_D = torch.from_numpy(weights)
+        margin_M = x_MD @ w_D
+        loss = pair_losses(margin_M, pairs.preference_M, flip_rate) @ share_M + (penalty_D * w_D.square()).sum() / 2
+        slope_M = share_M * loss_slopes(margin_M, pairs.preference_M, flip_rate)
+        return float(loss), (slope_M @ x_MD + penalty_D * w_D).numpy()
 
-    optimizer.step(closure)
-    out_D[on_D] = weight_D.detach()
-    return out_D
+    options = {"maxiter": _ITERATIONS, "ftol": 1e-10, "gtol": 1e-6}
+    found = minimize(loss_and_slope, weight_D[on_D].numpy(), jac=True, method="L-BFGS-B", options=options)
+    weight_D[on_D] = torch.as_tensor(found.x)
+    return weight_D
 
 
 def fold_of_pairs(pairs: Comparisons, seed: int) -> Tensor:
@@ -115,16 +121,17 @@ def fold_of_pairs(pairs: Comparisons, seed: int) -> Tensor:
     return (order_C % _FOLDS)[cluster_M]
 
 
-def out_of_fold_margins(
-    difference_MD: Tensor, pairs: Comparisons, fold_M: Tensor, penalty_D: Tensor, flip_rate: float = 0.0
+def fit_folds(
+    difference_MD: Tensor, pairs: Comparisons, fold_M: Tensor, penalty_D: Tensor, flip_rate: float, start_FD: Tensor
 ) -> Tensor:
-    """The margin of each pair by a head that was fitted to the other folds."""
-    margin_M = torch.zeros(len(pairs), dtype=torch.float64)
-    for fold in fold_M.unique():
-        out = fold_M == fold
-        weight_D = fit_head(difference_MD[~out], pairs.take(~out), penalty_D, flip_rate)
-        margin_M[out] = difference_MD[out] @ weight_D
-    return margin_M
+    """The weights (F, D) of heads that were fitted to all pairs but those of a fold."""
+    others = [fold_M != fold for fold in range(_FOLDS)]
+    return torch.stack(
+        [
+            fit_head(difference_MD[rest], pairs.take(rest), penalty_D, flip_rate, start_D)
+            for rest, start_D in zip(others, start_FD, strict=True)
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -145,29 +152,76 @@ class Blocks:
         return each.repeat_interleave(torch.tensor([1] * self.prior + [*self.size_J]))
 
 
-def choose_penalties(difference_MD: Tensor, pairs: Comparisons, fold_M: Tensor, blocks: Blocks) -> tuple[float, ...]:
-    """Choose each block's penalty in turn, with those of the blocks before it held, by the loss out of the folds.
+@dataclass(frozen=True)
+class Choice:
+    """What cross-validation chose."""
 
-    A block is off where it lowers that loss by less than a standard error of the difference: with few or noisy pairs
-    many features would fit the noise.
-    """
+    penalty_J: tuple[float, ...]
+    """The penalty of each block, infinite where it is off."""
+    flip_rate: float
+    weight_FD: Tensor
+    """The heads that were fitted to all pairs but those of a fold."""
+    loss_M: Tensor
+    """The losses of the judged pairs out of their folds."""
 
-    def losses_of(penalty_J: Sequence[float]) -> Tensor:
-        margin_M = out_of_fold_margins(difference_MD, pairs, fold_M, blocks.penalties(penalty_J))
-        return pair_losses(margin_M, pairs.preference_M) * pairs.strength_M
+    @property
+    def loss(self) -> float:
+        return float(self.loss_M.sum())
 
-    chosen: list[float] = []
-    best_M = losses_of(chosen)
-    for _ in blocks.size_J:
-        losses = {penalty: losses_of([*chosen, penalty]) for penalty in _PENALTIES}
-        penalty = min(losses, key=lambda p: float(losses[p].sum()))
-        gain_M = best_M - losses[penalty]
-        if gain_M.sum() > gain_M.std() * math.sqrt(len(gain_M)):
-            best_M = losses[penalty]
-            chosen.append(penalty)
-        else:
-            chosen.append(OFF)
-    return tuple(chosen)
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """M pairs in F folds. Losses are those of judged pairs, by the heads that were not fitted to their folds."""
+
+    difference_MD: Tensor
+    pairs: Comparisons
+    fold_M: Tensor
+    judged_M: Tensor
+    """The pairs that the features have not learned from (bool)."""
+    blocks: Blocks
+
+    def choose(self, flip_rates: Sequence[float]) -> Choice:
+        """Choose the flip rate with the first block's penalty, and then each further block's penalty in turn.
+
+        The first block is always used. A later one is off where it lowers the loss by less than two standard errors
+        of the difference: with few or noisy pairs many features would fit the noise.
+        """
+        first = [self._best((), rate, None) for rate in flip_rates]
+        chosen = min(first, key=lambda choice: choice.loss)
+        for _ in self.blocks.size_J[1:]:
+            choice = self._best(chosen.penalty_J, chosen.flip_rate, chosen.weight_FD)
+            if _helps(chosen.loss_M - choice.loss_M):
+                chosen = choice
+            else:
+                chosen = replace(chosen, penalty_J=(*chosen.penalty_J, OFF))
+        return chosen
+
+    def margins(self, weight_FD: Tensor) -> Tensor:
+        """The margins of the judged pairs by the heads that were not fitted to their folds."""
+        return (self.difference_MD * weight_FD[self.fold_M]).sum(1)[self.judged_M]
+
+    def _best(self, before: tuple[float, ...], flip_rate: float, start_FD: Tensor | None) -> Choice:
+        """The best penalty of the next block. Penalties fall until the loss has risen twice."""
+        if start_FD is None:
+            start_FD = torch.zeros(_FOLDS, self.difference_MD.shape[1], dtype=torch.float64)
+        judged = self.pairs.take(self.judged_M)
+        choices: list[Choice] = []
+        best = 0
+        for penalty in _PENALTIES:
+            penalty_D = self.blocks.penalties((*before, penalty))
+            for rate in dict.fromkeys((0.0, flip_rate)):
+                start_FD = fit_folds(self.difference_MD, self.pairs, self.fold_M, penalty_D, rate, start_FD)
+            loss_M = pair_losses(self.margins(start_FD), judged.preference_M, flip_rate) * judged.strength_M
+            choices.append(Choice((*before, penalty), flip_rate, start_FD, loss_M))
+            best = min(range(len(choices)), key=lambda i: choices[i].loss)
+            if len(choices) - best > 2:
+                break
+        return choices[best]
+
+
+def _helps(gain_M: Tensor) -> bool:
+    """Whether a gain is more than two of its standard errors, over pairs."""
+    return bool(gain_M.sum() > 2 * gain_M.std() * math.sqrt(len(gain_M)))
 
 
 @dataclass(frozen=True)
@@ -175,38 +229,55 @@ class Fit:
     """An ensemble, and what cross-validation said of it."""
 
     ensemble: Ensemble
-    penalty_J: tuple[float, ...]
-    """The penalty of each block, infinite where it is off."""
+    choice: Choice
+    judged: Comparisons
     margin_M: Tensor
-    """The margin of each pair by a head that did not see its prompt, in the unit of the ensemble's scores."""
+    """The margin of each judged pair by a head that did not see its prompt, in the unit of the ensemble's scores."""
 
 
-def fit_ensemble(features: Features, pairs: Comparisons, members: int, seed: int) -> Fit:
-    """Fit `members` heads, each to a bootstrap resample of the prompts; a single one to all of them.
+@dataclass(frozen=True)
+class FitSettings:
+    members: int = 8
+    flip_rate: float | None = None
+    """The share of labels that are swapped; None: as cross-validation says."""
+    seed: int = 0
 
-    Features are standardised by the pictures of these pairs.
+
+def fit_ensemble(features: Features, pairs: Comparisons, settings: FitSettings, judged_M: Tensor | None = None) -> Fit:
+    """Fit each head to a bootstrap resample of the prompts; a single one to all of them.
+
+    Features are standardised by the pictures of these pairs. Penalties, flip rate and temperature are chosen by the
+    pairs in `judged_M` (bool), those that the features have not learned from; None: by all.
     """
-    column_ND, blocks = columns(features), Blocks.of(features)
+    column_ND = columns(features)
     row_ND = column_ND[torch.cat([pairs.first_M, pairs.second_M]).unique()]
     mean_D, std_D = row_ND.mean(0), row_ND.std(0)
     std_D = std_D.where(std_D > _CONSTANT * mean_D.abs().clamp(min=1), math.inf)
     difference_MD = (column_ND[pairs.first_M] - column_ND[pairs.second_M]) / std_D
-    fold_M = fold_of_pairs(pairs, seed)
-    penalty_J = choose_penalties(difference_MD, pairs, fold_M, blocks)
-    penalty_D = blocks.penalties(penalty_J)
-    margin_M = out_of_fold_margins(difference_MD, pairs, fold_M, penalty_D)
+    judged_M = torch.ones(len(pairs), dtype=torch.bool) if judged_M is None else judged_M
+    folds = CrossValidation(difference_MD, pairs, fold_of_pairs(pairs, settings.seed), judged_M, Blocks.of(features))
+    choice = folds.choose(FLIP_RATES if settings.flip_rate is None else (settings.flip_rate,))
     weight_KD = torch.stack(
-        [_fit_weighted(difference_MD, pairs, penalty_D, times_M) for times_M in _resamples(pairs, members, seed)]
+        [
+            _fit_resample(difference_MD, pairs, times_M, folds.blocks, choice)
+            for times_M in _resamples(pairs, settings.members, settings.seed)
+        ]
     )
     scale = ((row_ND - mean_D) / std_D @ weight_KD.mean(0)).std().clamp(min=_CONSTANT)
-    slack = temperature(margin_M, pairs.preference_M, pairs.strength_M) / float(scale)
-    return Fit(Ensemble(weight_KD, mean_D, std_D, scale, slack), penalty_J, margin_M / scale)
+    margin_M, judged = folds.margins(choice.weight_FD) / scale, pairs.take(judged_M)
+    warmth = temperature(margin_M, judged.preference_M, judged.strength_M, choice.flip_rate)
+    return Fit(Ensemble(weight_KD, mean_D, std_D, scale, warmth, choice.flip_rate), choice, judged, margin_M)
 
 
-def _fit_weighted(difference_MD: Tensor, pairs: Comparisons, penalty_D: Tensor, times_M: Tensor) -> Tensor:
-    drawn = times_M > 0
+def _fit_resample(difference_MD: Tensor, pairs: Comparisons, times_M: Tensor, blocks: Blocks, choice: Choice) -> Tensor:
+    drawn, penalty_D = times_M > 0, blocks.penalties(choice.penalty_J)
     resample = replace(pairs.take(drawn), strength_M=(pairs.strength_M * times_M)[drawn])
-    return fit_head(difference_MD[drawn], resample, penalty_D)
+    convex_D = fit_head(difference_MD[drawn], resample, penalty_D)
+    return (
+        fit_head(difference_MD[drawn], resample, penalty_D, choice.flip_rate, convex_D)
+        if choice.flip_rate
+        else convex_D
+    )
 
 
 def _resamples(pairs: Comparisons, members: int, seed: int) -> Iterator[Tensor]:

@@ -48,6 +48,7 @@ class Description:
     """`shapes`, a folder or a hub id; `latent` for a latent reward head."""
     members: int
     temperature: float
+    flip_rate: float
     lora: bool
     """Whether the backbone has a LoRA."""
     sha256: Mapping[str, str]
@@ -71,6 +72,7 @@ def save_reward_model(model: RewardModel, backbone: str, facts: Mapping[str, Any
         "backbone": backbone,
         "members": len(ensemble.weight_KD),
         "temperature": ensemble.temperature,
+        "flip_rate": ensemble.flip_rate,
         "lora": bool(lora),
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "facts": facts,
@@ -106,6 +108,7 @@ def read_description(folder: Path) -> Description:
             str(data["backbone"]),
             int(data["members"]),
             float(data["temperature"]),
+            float(data["flip_rate"]),
             bool(data["lora"]),
             {str(name): str(digest) for name, digest in data["sha256"].items()},
             dict(data["facts"]),
@@ -129,7 +132,7 @@ def load_ensemble(folder: Path, description: Description) -> Ensemble:
     head = _tensors(folder, HEAD, description)
     if head.keys() != {*_TENSORS}:
         raise _damaged(folder, HEAD, f"it has {', '.join(sorted(head))}")
-    return Ensemble(**head, temperature=description.temperature)
+    return Ensemble(**head, temperature=description.temperature, flip_rate=description.flip_rate)
 
 
 def _tensors(folder: Path, name: str, description: Description) -> dict[str, Tensor]:
