@@ -116,7 +116,7 @@ def model_of(folder: Path, case: Case) -> Path:
 def train_reward_model(pairs: Path, out: Path, seed: int) -> None:
     from progrpo.cli.preference_commands import RewardModelTrain
 
-    RewardModelTrain(pairs=pairs, out=out, backbone="shapes", seed=seed).run()
+    RewardModelTrain(pairs=pairs, out=out, backbone="shapes", held_out="0", seed=seed).run()
 
 
 def _term(name: str, weight: float = 1.0, model: Path | None = None) -> dict[str, Any]:
@@ -140,11 +140,14 @@ def changes_of(arm: str, folder: Path, case: Case) -> Changes:
     if arm == "half of 24":
         return changed(rewarded, {"plan": {"group_size": 24, "final_keep": 12}})
     if arm == "dpo online":
-        return changed(rewarded, {**OBJECTIVES[arm], "prompts": {"per_iteration": 6}, "plan": {"final_keep": 2}})
+        # as many sampled as one group of the others, a third of them trained on, at the rate of the offline arms
+        few = {"prompts": {"per_iteration": 2}, "plan": {"group_size": 6, "final_keep": 2}, "optim": OFFLINE["optim"]}
+        return changed(rewarded, {**OBJECTIVES[arm], **few})
     return rewarded
 
 
-DPO: Changes = {"objective": {"name": "dpo", "dpo": {"draws": 2}}}
+# the default beta of 1000 holds this small model at its base
+DPO: Changes = {"objective": {"name": "dpo", "dpo": {"draws": 2, "beta": 20.0}}}
 OBJECTIVES: dict[str, Changes] = {
     "dpo offline": DPO,
     "sft offline": {"objective": {"name": "sft", "sft": {"draws": 2}}},
@@ -154,13 +157,21 @@ OBJECTIVES: dict[str, Changes] = {
 ARMS = ("true reward", "reward model", "penalised", "half of 24", "noise-aware", *OBJECTIVES)
 
 
-def cases(arm: str, seeds: Sequence[int]) -> Iterator[Case]:
-    """The cases of an arm, those first that the others are compared by."""
-    grid = sorted(itertools.product(SIZES, FLIPS), key=lambda cell: (cell not in ((200, 0.0), (200, 0.2)), cell))
-    if arm == "true reward":
-        grid = [(0, 0.0)]
-    for (size, flips), seed in itertools.product(grid, seeds):
-        yield Case(size, flips, seed)
+def queue(arms: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, Case]]:
+    """The runs of these arms: the cells that all arms have, the other cells of the reward model, and then of all."""
+    grid = list(itertools.product(SIZES, FLIPS))
+    first = ((200, 0.0), (200, 0.2), (1000, 0.0), (1000, 0.2))
+    parts = (
+        [("true reward", 0, 0.0)],
+        [(arm, *cell) for cell in first[:2] for arm in ARMS[1:]],
+        [("reward model", *cell) for cell in grid],
+        [(arm, *cell) for cell in first for arm in ARMS[1:]],
+        [(arm, *cell) for cell in grid for arm in ARMS[1:]],
+    )
+    runs = dict.fromkeys(
+        (arm, Case(size, flips, seed)) for part in parts for arm, size, flips in part for seed in seeds
+    )
+    yield from (run for run in runs if run[0] in arms)
 
 
 def main() -> None:
@@ -179,9 +190,7 @@ def main() -> None:
     torch.set_num_threads(1)
     started = time.monotonic()
     done = {(r["arm"], r["size"], r["flips"], r["seed"]) for r in results}
-    queue = [(arm, case) for arm in args.arms for case in cases(arm, args.seeds)]
-    queue.sort(key=lambda item: list(cases("", args.seeds)).index(item[1]) if item[1].size else -1)
-    for arm, case in queue:
+    for arm, case in queue(args.arms, args.seeds):
         if (arm, case.size, case.flips, case.seed) in done or time.monotonic() - started > 60 * args.minutes:
             continue
         config = config_of(changes_of(arm, args.folder, case), case.seed)
