@@ -35,7 +35,7 @@ from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.taste import taste
 
 SIZES, FLIPS = (50, 200, 1000, 5000), (0.0, 0.1, 0.2, 0.4)
-LENGTH, EVALUATIONS, PICTURES = 60, 6, 128
+LENGTH, EVALUATIONS, PICTURES = 60, 3, 128
 POOL = 5000
 PENALTY = 1.0
 """The weight of the ensemble's variance in the penalised reward, whose training scores have a std of 1."""

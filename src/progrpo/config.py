@@ -196,8 +196,6 @@ def _check_between_rooms(config: Config) -> None:
 
 def _check_pairs(config: Config) -> None:
     """Refuse recorded pairs where learning needs what only sampling gives."""
-    if config.prompts.source != PromptSettings().source:
-        raise ValueError("prompts.source must be left out for prompts.pairs, which has the training prompts")
     if trains_transitions(config):
         raise ValueError(
             f"objective.name must be one that learns from final pictures for prompts.pairs, such as dpo or sft, not"

@@ -170,8 +170,10 @@ def reads_the_colour(picture_HWC):
     return SimpleNamespace(txts=("abcdefgh"[int(picture_HWC.mean()) % 8], "circle"))
 
 
+NOT_ALONE = ("vlm", "votes")
+"""Rewards that need a server, or people."""
 BUILDERS: dict[str, Callable[[], Any]] = {
-    **{name: functools.partial(load_reward, RewardTerm(name)) for name in REWARDS if name != "vlm"},
+    **{name: functools.partial(load_reward, RewardTerm(name)) for name in REWARDS if name not in NOT_ALONE},
     "clipscore": small_clipscore,
     "pickscore": lambda: small(PickScore),
     "hpsv2": lambda: small(HPSv2),

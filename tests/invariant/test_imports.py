@@ -66,6 +66,14 @@ MUST_NOT_SEE = {
     "progrpo.tracking": (*RIM, "progrpo.pages", "progrpo.publish"),
     "progrpo.pages": (*RIM, "progrpo.publish"),
     "progrpo.preferences": (*RIM, "progrpo.rollout", "progrpo.objectives", "progrpo.rewards", "progrpo.publish"),
+    "progrpo.suites": (
+        *RIM,
+        "progrpo.rollout",
+        "progrpo.objectives",
+        "progrpo.policies",
+        "progrpo.rewards",
+        "progrpo.publish",
+    ),
     "progrpo.publish": (*RIM, "progrpo.rollout", "progrpo.objectives", "progrpo.rewards"),
     "progrpo.recipes": ("progrpo.cli", "progrpo.training", "progrpo.imports"),
 }
@@ -105,6 +113,8 @@ FREE_OF_TORCH = (
     "progrpo.preferences.label",
     "progrpo.preferences.pairs",
     "progrpo.publish.layouts",
+    "progrpo.suites.statistics",
+    "progrpo.suites.table",
     "progrpo.types",
 )
 

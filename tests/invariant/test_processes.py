@@ -19,7 +19,7 @@ from tests.support.processes import work
 
 ROOT = Path(__file__).parents[2]
 
-WHOLE = ("updates 1", "updates 2", "batch", "gdpo", "probe", "watched", "failing", "shard", "full shard")
+WHOLE = ("updates 1", "updates 2", "batch", "gdpo", "probe", "watched", "failing", "pairs", "shard", "full shard")
 GROUPS = ("groups", "groups by dgpo", "groups shard")
 CASES = (*WHOLE, *GROUPS, "split", "split batch")
 LR = OptimSettings().lr  # the most of all cases

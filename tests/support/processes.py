@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
@@ -59,6 +60,15 @@ NFT = ObjectiveSettings(
 )  # calls by three sets of weights for each of the items
 
 
+def recorded():
+    """The prompts as pairs of pictures: a clear preference, a tie, and a split vote of twice the strength."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)) for _ in range(6)]
+    votes = zip(PROMPTS, images[::2], images[1::2], (1.0, 0.5, 0.25), (1.0, 1.0, 2.0), strict=True)
+    names = ("image_a", "image_b", "preference", "strength")
+    return tuple(Prompt(text, dict(zip(names, pair, strict=True))) for text, *pair in votes)
+
+
 def redness(images, prompts):
     return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
 
@@ -81,7 +91,7 @@ def trained(model, config, reward):
     context = PolicyContext(world_size=Ranks().world)
     policy: Any = policy_from_pipeline(load_pipeline(model), config.model, context)
     policy.batch_invariant = not config.model.shard  # as on GPUs
-    order = InTurn({"": tuple(map(Prompt, PROMPTS))}, config.seed)
+    order = InTurn({"": recorded() if config.prompts.pairs else tuple(map(Prompt, PROMPTS))}, config.seed)
     trainer = Trainer(config, policy, mixture_of_one(FunctionReward(reward)), order, Ranks())
     survivors, records = [], []
     for i in range(config.iterations):
@@ -139,6 +149,10 @@ def work(model, out, names):
     some = replace(five, plan=replace(CONFIG.plan, keep_groups=2), optim=OptimSettings(updates_per_rollout=2))
     cases["groups by dgpo"] = (replace(some, objective=ObjectiveSettings(name="dgpo")), redness)
     cases["groups shard"] = (replace(some, model=replace(CONFIG.model, shard=True), optim=twice), redness)
+    on_pairs = replace(
+        CONFIG, prompts=PromptSettings(per_iteration=3, pairs="recorded"), objective=ObjectiveSettings(name="dpo")
+    )
+    cases["pairs"] = (on_pairs, redness)
     for name in names:
         config, reward = cases[name]
         survivors, records, weights = trained(model, config, reward)

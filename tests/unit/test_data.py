@@ -104,6 +104,8 @@ def test_json_lines_hold_columns(tmp_path):
         ("p.csv", b'prompt,n\n"a\nb",1\n,2\n', "line 4: prompt must be a text that is not empty, not ''"),
         ("p.csv", b'prompt\nfine\n"a "b" c"\n', "line 3: not CSV"),
         ("p.csv", b'prompt\nfine\n"never closed\n', "line 3: not CSV"),
+        ("p.tsv", b"prompt\tn\na\tb\tc\n", "line 2: 3 fields where there are 2 names; a text cannot hold a tab"),
+        ("p.tsv", b"text\tn\na\t1\n", "line 2: has no field named prompt, only text, n"),
         ("p.parquet", b"PAR1", "p.parquet: not a parquet file"),
         ("p.jsonl", b'{"prompt": 3}', "line 1: prompt must be a text that is not empty, not 3"),
         ("p.jsonl", b'{"prompt": " "}', "line 1: prompt must be a text that is not empty, not ' '"),
@@ -127,7 +129,7 @@ def test_missing_files_are_refused_with_the_nearest(tmp_path):
 def test_other_sources_are_refused():
     with pytest.raises(ValueError, match=r"not 'shape'; did you mean shapes\?"):
         load_prompts("shape")
-    message = r"a file \(\.txt, \.jsonl, \.json, \.csv, \.parquet\) or dataset:NAME, not 'p.xlsx'"
+    message = r"a file \(\.txt, \.jsonl, \.json, \.csv, \.tsv, \.parquet\) or dataset:NAME, not 'p.xlsx'"
     with pytest.raises(ValueError, match=message):
         load_prompts("p.xlsx")
 
@@ -160,6 +162,14 @@ def test_every_format_holds_the_same_rows(tmp_path, column):
     assert texts(load_prompts(str(tmp_path / "texts.json"), column=column)[""]) == texts(ROW_PROMPTS)
     with pytest.raises(ValueError, match=rf"row 0: has no field named other, only {column}, tag, n; prompts.column"):
         load_prompts(str(tmp_path / "p.parquet"), column="other")
+
+
+def test_a_table_with_tabs_may_have_quotes_in_its_texts(tmp_path):
+    lines = ["prompt\ttag", 'a sign that says "stop"\tx', '"a ""red"" cat"\t', '"a" beside "b"\ty']
+    (tmp_path / "p.tsv").write_text("\r\n".join(lines) + "\r\n")
+    prompts = load_prompts(str(tmp_path / "p.tsv"))[""]
+    assert texts(prompts) == ['a sign that says "stop"', 'a "red" cat', '"a" beside "b"']
+    assert [prompt.columns["tag"] for prompt in prompts] == ["x", None, "y"]
 
 
 def test_rows_of_python_may_name_their_text_otherwise():

@@ -143,7 +143,6 @@ def test_dpo_asks_for_groups_of_two():
 @pytest.mark.parametrize(
     ("sections", "sentence"),
     [
-        ({"prompts": {"source": "mine.txt"}}, "prompts.source must be left out for prompts.pairs"),
         ({"objective": {"name": "grpo"}}, "objective.name must be one that learns from final pictures"),
         (
             {"objective": {"name": "sft", "advantage": "gdpo"}},

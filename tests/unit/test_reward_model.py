@@ -1,27 +1,32 @@
 """Reward models on the built-in backbone and on a CLIP: training from a file, their folders, their rewards."""
 
+import base64
 import json
 import string
+from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from starlette.testclient import TestClient
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from progrpo.preferences.pairs import Pair, PairsError, write_pairs
 from progrpo.preferences.reward_model.clip import ClipBackbone
 from progrpo.preferences.reward_model.evaluation import evaluate_pairs
 from progrpo.preferences.reward_model.model import load_reward_model, read_description
-from progrpo.preferences.reward_model.shapes import ShapesBackbone, word_counts
+from progrpo.preferences.reward_model.shapes import _KINDS, _WORDS, ShapesBackbone, layout, wanted_counts, word_counts
 from progrpo.preferences.reward_model.training import TrainingSettings, train_reward_model
 from progrpo.preferences.reward_model.tuning import TuningSettings, tune
 from progrpo.rewards.base import Refusal
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.mixture import load_mixture
+from progrpo.rewards.server import make_app
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
+from progrpo.zoo.shapes.models import to_tensor
 from progrpo.zoo.shapes.taste import taste
 
 PROMPTS, PICTURES = world.examples("train", 160, seed=1)
@@ -111,6 +116,16 @@ def test_a_cache_tells_one_training_from_another(trained, tmp_path):
     assert np.corrcoef(*values)[0, 1] < -0.5
 
 
+def test_it_is_served(trained):
+    term = RewardTerm("reward_model", model=str(trained[0]))
+    png = BytesIO()
+    Image.fromarray(TEST_PICTURES[0]).save(png, "PNG")
+    item = {"png": base64.b64encode(png.getvalue()).decode(), "prompt": TEST_PROMPTS[0].text}
+    with TestClient(make_app(term, load_reward(term))) as client:
+        answer = client.post("/v1/score", json={"version": 1, "items": [item]}).json()
+    assert answer["scores"][0]["value"] == pytest.approx(rewards_of(trained[0])[0], abs=1e-5)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -191,10 +206,28 @@ def test_nothing_is_trained_on_a_file_with_faults_or_over_another_folder(trained
 def test_words_are_counted_in_singular():
     names = ["red", "circle", "cross", "three", "left"]
     counts = word_counts([Prompt("three red circles"), Prompt("a Red cross left of a red circle"), Prompt("a dog")])
-    from progrpo.preferences.reward_model.shapes import _WORDS
-
     rows = counts[:, [_WORDS.index(name) for name in names]]
     assert rows.tolist() == [[1, 1, 0, 1, 0], [2, 1, 1, 0, 1], [0, 0, 0, 0, 0]]
+
+
+def test_objects_that_a_prompt_names_are_those_of_the_world():
+    for split in world.SPLITS:
+        for prompts in world.prompts(split).values():
+            for prompt, row in zip(prompts, wanted_counts(prompts).tolist(), strict=True):
+                kinds = [kind for wanted in prompt.columns["objects"] for kind in wanted if kind]
+                assert row == [kinds.count(kind) for kind in _KINDS]
+
+
+def test_layout_of_a_drawn_square():
+    picture = np.full((64, 64, 3), 255, np.uint8)
+    picture[16:32, 40:56] = (255, 0, 0)
+    area, log_area, x, y, distance, root, _, *colour = layout(to_tensor(picture[None]))[0].tolist()
+    assert area == pytest.approx(1 / 16)
+    assert log_area == pytest.approx(np.log(1 / 16), abs=0.02)
+    assert (x, y) == (pytest.approx(0.5, abs=0.02), pytest.approx(-0.25, abs=0.02))
+    assert (distance, root) == (pytest.approx(x * x + y * y, abs=1e-6), pytest.approx(np.hypot(x, y), abs=1e-6))
+    assert colour == pytest.approx([1, 0, 0], abs=0.02)
+    assert layout(to_tensor(np.full((1, 64, 64, 3), 255, np.uint8))).isfinite().all()
 
 
 # --- on a CLIP --------------------------------------------------------------------------------------------------------

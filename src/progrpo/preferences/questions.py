@@ -186,8 +186,13 @@ def _prompts(folder: Path) -> dict[int, Prompt]:
 
 
 def prompt_line(number: int, prompt: Prompt, folder: Path) -> str:
-    """The line of a prompt in the file of this folder. Columns of other types than JSON's plain ones are left out."""
-    columns = {name: value for name, value in prompt.columns.items() if isinstance(value, str | int | float)}
+    """The line of a prompt in the file of this folder, with its plain columns."""
+    columns = plain_columns(prompt)
     if isinstance(source := columns.get(IMAGE_COLUMN), str):
         columns[IMAGE_COLUMN] = os.path.relpath(source, folder)
     return json.dumps({"number": number, TEXT: prompt.text, **columns}, ensure_ascii=False) + "\n"
+
+
+def plain_columns(prompt: Prompt) -> dict[str, object]:
+    """The columns that every file can hold: texts and numbers."""
+    return {name: value for name, value in prompt.columns.items() if isinstance(value, str | int | float)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from progrpo.messages import named, quoted
@@ -67,16 +67,36 @@ def _csv(path: Path, column: str) -> Iterator[Row]:
 
     Texts with commas or line ends stand in double quotes. An empty cell is None.
     """
+    return _table(_records(path), column, "put a text that holds a comma in double quotes")
+
+
+def _tsv(path: Path, column: str) -> Iterator[Row]:
+    """Read rows below a line of names, one a line, separated by tabs. An empty cell is None.
+
+    A text may hold double quotes. One that stands in them is read as in CSV.
+    """
+    lines = ((_unquoted(line), where) for line, where in _unstripped_lines(path))
+    return _table(lines, column, "a text cannot hold a tab")
+
+
+def _unquoted(line: str) -> list[str]:
+    cells = line.split("\t")
+    for i, cell in enumerate(cells):
+        inside = cell[1:-1].replace('""', "")
+        if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inside:
+            cells[i] = cell[1:-1].replace('""', '"')
+    return cells
+
+
+def _table(records: Iterable[tuple[list[str], str]], column: str, advice: str) -> Iterator[Row]:
+    """The rows below the record of names. `advice` is for a record with more cells than names."""
     names: list[str] = []
-    for cells, where in _records(path):
+    for cells, where in records:
         if not names:
             names = [name.strip() for name in cells]
             _check_names(names, column, where)
         elif len(cells) > len(names):
-            raise ValueError(
-                f"{where}: {len(cells)} fields where there are {len(names)} names;"
-                " put a text that holds a comma in double quotes"
-            )
+            raise ValueError(f"{where}: {len(cells)} fields where there are {len(names)} names; {advice}")
         else:
             row = dict.fromkeys(names) | dict(zip(names, cells, strict=False))
             yield {name: cell or (cell if name == column else None) for name, cell in row.items()}, where
@@ -130,6 +150,11 @@ def with_plain_picture(row: Mapping[str, object]) -> Mapping[str, object]:
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yield the lines of a file that are not blank, stripped, each with its place for messages."""
+    yield from ((text.strip(), where) for text, where in _unstripped_lines(path))
+
+
+def _unstripped_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the lines of a file that are not blank, without their ends, each with its place for messages."""
     number = 0
     with path.open("rb") as file:
         while read := file.readline(_LINE_BYTES + 1):
@@ -140,7 +165,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             for line in read.splitlines():  # several, where the file has the line ends of old Macs
                 number += 1
                 where = f"{named(path)}, line {number}"
-                if text := decode_line(line, where).strip():
+                if (text := decode_line(line, where)).strip():
                     yield text, where
 
 
@@ -178,6 +203,7 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".json": _json,
     ".csv": _csv,
+    ".tsv": _tsv,
     ".parquet": _parquet,
 }
 """Readers by the suffix of a file's name. Each takes the path and the name of the field that holds texts."""

@@ -30,7 +30,7 @@ PromptsByKind = Mapping[str, tuple[Prompt, ...]]
 
 
 def load_prompts(source: str, split: str = "train", column: str = TEXT) -> PromptsByKind:
-    """Load the prompts of `shapes`, of `dataset:NAME`, or of a .txt, .jsonl, .json, .csv or .parquet file.
+    """Load the prompts of `shapes`, of `dataset:NAME`, or of a .txt, .jsonl, .json, .csv, .tsv or .parquet file.
 
     The field `column` of a row holds the text, and all others are columns of the prompt. A file's column `image` is
     the path of a picture relative to the file's folder. It becomes relative to the current folder. `split` is that of

@@ -28,7 +28,7 @@ class PromptSettings:
     source: str = "shapes"
     """The training prompts: `shapes` (the train split of the built-in world), a file, or a dataset.
     Files: .txt (one prompt per line), .jsonl (one object per line), .json (a list of texts or objects),
-    .csv (a line of names, then rows) or .parquet.
+    .csv or .tsv (a line of names, then rows) or .parquet.
     Datasets: `dataset:NAME` or `dataset:NAME:CONFIG`, read by the `datasets` library from the hub or a saved
     folder.
     For a model that edits pictures, the column `image` is the picture to change.

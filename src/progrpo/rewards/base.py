@@ -57,6 +57,9 @@ class Reward(ABC):
     """Whether a call must have all pictures of a group, as a ranking needs them."""
     video: bool = False
     """Whether a call has whole videos (N, F, H, W, 3). Other rewards see some of their frames."""
+    waits_for_people: bool = False
+    """Whether a call waits for people. It then keeps the term's time limit itself, is not repeated, and is made only
+    for groups of two pictures or more."""
     needed: Sequence[str] = ()
     """The columns that every prompt must have."""
     takes_model: bool = False
@@ -88,6 +91,7 @@ class RewardWrapper(Reward):
     def __init__(self, reward: Reward) -> None:
         self._reward = reward
         self.groupwise, self.video, self.needed = reward.groupwise, reward.video, reward.needed
+        self.waits_for_people = reward.waits_for_people
         self.version = reward.version
 
     def check(self, prompts: Sequence[Prompt]) -> None:

@@ -22,6 +22,8 @@ from progrpo.rewards.retrying import RetryingReward
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt, Scores
 
+_NOT_ASKED = Score(None)
+
 
 @dataclass(frozen=True)
 class Component:
@@ -131,16 +133,20 @@ class RewardMixture:
     def _scores(
         self, component: Component, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt], group_N: Tensor, rows: Tensor
     ) -> list[Score]:
-        """The scores of these rows, in order. A reward that ranks sees one group at a time."""
+        """The scores of these rows, in order. A reward that ranks sees one group at a time.
+
+        People are not asked about a picture without a group, as those of evaluations are: it has no score.
+        """
         name, reward = component.term.name, component.reward
         calls = [rows[group_N[rows] == g] for g in group_N[rows].unique()] if reward.groupwise else [rows]
+        least = 2 if reward.waits_for_people else 1
         by_row: dict[int, Score] = {}
-        for call in [places.tolist() for places in calls if len(places)]:
+        for call in [places.tolist() for places in calls if len(places) >= least]:
             scores = reward.score(pictures_NHWC[call], [prompts[i] for i in call])
             assert len(scores) == len(call), f"reward {name}: {len(scores)} scores for {len(call)} pictures"
             by_row |= dict(zip(call, scores, strict=True))
         self._count(name, list(by_row.values()))
-        return [by_row[i] for i in rows.tolist()]
+        return [by_row.get(i, _NOT_ASKED) for i in rows.tolist()]
 
     def _reset_counts(self) -> None:
         self._asked = dict.fromkeys(self.weights, 0)
@@ -181,7 +187,8 @@ def component_from(term: RewardTerm, reward: Reward, frames: int) -> Component:
             f"reward {term.name!r} ranks a group, so its scores cannot be kept by picture; leave out its cache"
         )
     # a server's client has the time limit, and knows which of its pictures it concerns
-    reward = RetryingReward(reward, term.retries, None if term.url else term.timeout)
+    timeout = None if term.url or reward.waits_for_people else term.timeout
+    reward = RetryingReward(reward, 0 if reward.waits_for_people else term.retries, timeout)
     if term.cache:
         reward = CachedReward(reward, " ".join(filter(None, (term.name, term.model, reward.version))), Path(term.cache))
     if not reward.video:

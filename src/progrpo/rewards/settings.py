@@ -31,6 +31,7 @@ REWARDS = {
     "jpeg_incompressibility": "progrpo.rewards.jpeg:JpegIncompressibility",
     "nsfw": "progrpo.rewards.nsfw:NSFW",
     "vlm": "progrpo.rewards.vlm:VLMJudge",
+    "votes": "progrpo.rewards.votes:VotesReward",
     "reward_model": "progrpo.rewards.reward_model:LearnedReward",
     "reward_model_variance": "progrpo.rewards.reward_model:LearnedRewardVariance",
 }
@@ -54,7 +55,8 @@ class RewardTerm:
     at_least: float = setting(0.5, FINITE)
     """The lowest value of the reward in `needs` at which this one counts."""
     model: str = ""
-    """Another model in place of the reward's own: a hub id, a folder, or the name that a server knows."""
+    """Another model in place of the reward's own: a hub id, a folder, or the name that a server knows.
+    For `votes`: the folder of its pictures and votes."""
     url: str = ""
     """The address of a `progrpo serve-reward` that scores in place of this process.
     For `vlm`: the address of its OpenAI-compatible server."""
@@ -131,8 +133,8 @@ class RewardSettings:
     The built-in verifier: `shapes` (graded), `shapes_strict` (1 if all is right, otherwise 0), `shapes_mixed`
     (their mean). Continuous beside it: `shapes_match` (by the prompt), `shapes_taste` (large, centred, warm).
     For any prompts: clipscore, pickscore, hpsv2, imagereward, aesthetic, ocr, geneval, geneval_flow_grpo,
-    jpeg_compressibility, jpeg_incompressibility, nsfw, vlm, reward_model, reward_model_variance (docs/preferences.md),
-    or your own `module:function`."""
+    jpeg_compressibility, jpeg_incompressibility, nsfw, vlm, reward_model, reward_model_variance, votes
+    (docs/preferences.md), or your own `module:function`."""
     frames: int = setting(4, between(1, 1024))
     """The number of frames of a video that a picture reward scores; the video's score is their mean.
     The frames are evenly spaced and include the first and the last. 1: the middle frame.

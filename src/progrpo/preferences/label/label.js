@@ -135,7 +135,7 @@ async function look() {
 
 async function follow() {
   await look();
-  setTimeout(follow, asked ? 5000 : 1000);
+  setTimeout(follow, asked ? 5000 : 400);
 }
 
 for (const [id, choice] of [["left", "left"], ["choose-left", "left"], ["right", "right"], ["choose-right", "right"], ["tie", "tie"], ["skip", "skip"]]) {

@@ -25,6 +25,7 @@ FLIP_RATES = (0.0, 0.1, 0.2, 0.3)
 _FOLDS = 5
 _FEWEST = 2 * _FOLDS  # prompts: with fewer, folds and resamples are made of pairs
 _ITERATIONS = 500
+_RIDGE = 1e-9  # what a direction without penalty and without curvature is given, for the search alone
 _CONSTANT = 1e-6  # the spread of a feature, by its mean where that is above 1, that is rounding alone
 
 
@@ -85,32 +86,52 @@ def columns(features: Features) -> Tensor:
     return torch.cat([*prior, *features.blocks], 1).double()
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a fit starts, and what makes it fast. It changes nothing else."""
+
+    weight_D: Tensor
+    curvature_DD: Tensor
+    """The loss' second derivative where all margins are 0."""
+
+    @classmethod
+    def zero(cls, difference_MD: Tensor, pairs: Comparisons) -> Start:
+        share_M = pairs.strength_M / pairs.strength_M.sum()
+        curvature_DD = (difference_MD * share_M[:, None]).T @ difference_MD / 4
+        return cls(torch.zeros(difference_MD.shape[1], dtype=torch.float64), curvature_DD)
+
+
 def fit_head(
-    difference_MD: Tensor, pairs: Comparisons, penalty_D: Tensor, flip_rate: float = 0.0, start_D: Tensor | None = None
+    difference_MD: Tensor, pairs: Comparisons, penalty_D: Tensor, flip_rate: float = 0.0, start: Start | None = None
 ) -> Tensor:
     """Find the weights (D,) with the least loss + sum(penalty w^2) / 2, by L-BFGS on all pairs.
 
     `difference_MD` is the features of the first pictures less those of the second. The loss is Bradley-Terry's. A
-    weight is 0 where its penalty is infinite. The problem is convex without a flip rate. With one a start from those
-    weights finds a minimum near them.
+    weight is 0 where its penalty is infinite. The problem is convex without a flip rate. With one, a start from those
+    weights finds a minimum near them. The search is along axes for which the curvature is that of a unit ball.
     """
+    start = Start.zero(difference_MD, pairs) if start is None else start
     on_D = penalty_D.isfinite()
-    weight_D = torch.zeros_like(penalty_D) if start_D is None else start_D.where(on_D, 0.0)
+    weight_D = start.weight_D.where(on_D, 0.0)
     if not on_D.any():
         return weight_D
     x_MD, penalty_D = difference_MD[:, on_D], penalty_D[on_D]
     share_M = pairs.strength_M / pairs.strength_M.sum()
+    curvature_DD = start.curvature_DD[on_D][:, on_D] + torch.diag(penalty_D + _RIDGE)
+    root_DD = torch.linalg.cholesky(curvature_DD, upper=True)
 
-    def loss_and_slope(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        w_D = torch.from_numpy(weights)
+    def loss_and_slope(values: np.ndarray) -> tuple[float, np.ndarray]:
+        w_D = torch.linalg.solve_triangular(root_DD, torch.from_numpy(values)[:, None], upper=True)[:, 0]
         margin_M = x_MD @ w_D
         loss = pair_losses(margin_M, pairs.preference_M, flip_rate) @ share_M + (penalty_D * w_D.square()).sum() / 2
-        slope_M = share_M * loss_slopes(margin_M, pairs.preference_M, flip_rate)
-        return float(loss), (slope_M @ x_MD + penalty_D * w_D).numpy()
+        slope_D = (share_M * loss_slopes(margin_M, pairs.preference_M, flip_rate)) @ x_MD + penalty_D * w_D
+        along_D = torch.linalg.solve_triangular(root_DD.T, slope_D[:, None], upper=False)[:, 0]
+        return float(loss), along_D.numpy()
 
     options = {"maxiter": _ITERATIONS, "ftol": 1e-10, "gtol": 1e-6}
-    found = minimize(loss_and_slope, weight_D[on_D].numpy(), jac=True, method="L-BFGS-B", options=options)
-    weight_D[on_D] = torch.as_tensor(found.x)
+    from_D = (root_DD @ weight_D[on_D]).numpy()
+    best = minimize(loss_and_slope, from_D, jac=True, method="L-BFGS-B", options=options).x
+    weight_D[on_D] = torch.linalg.solve_triangular(root_DD, torch.as_tensor(best)[:, None], upper=True)[:, 0]
     return weight_D
 
 
@@ -119,19 +140,6 @@ def fold_of_pairs(pairs: Comparisons, seed: int) -> Tensor:
     cluster_M = pairs.clusters()
     order_C = torch.randperm(int(cluster_M.max()) + 1, generator=torch.Generator().manual_seed(seed))
     return (order_C % _FOLDS)[cluster_M]
-
-
-def fit_folds(
-    difference_MD: Tensor, pairs: Comparisons, fold_M: Tensor, penalty_D: Tensor, flip_rate: float, start_FD: Tensor
-) -> Tensor:
-    """The weights (F, D) of heads that were fitted to all pairs but those of a fold."""
-    others = [fold_M != fold for fold in range(_FOLDS)]
-    return torch.stack(
-        [
-            fit_head(difference_MD[rest], pairs.take(rest), penalty_D, flip_rate, start_D)
-            for rest, start_D in zip(others, start_FD, strict=True)
-        ]
-    )
 
 
 @dataclass(frozen=True)
@@ -186,10 +194,13 @@ class CrossValidation:
         The first block is always used. A later one is off where it lowers the loss by less than two standard errors
         of the difference: with few or noisy pairs many features would fit the noise.
         """
-        first = [self._best((), rate, None) for rate in flip_rates]
+        rest = [self.fold_M != fold for fold in range(_FOLDS)]
+        starts = [Start.zero(self.difference_MD[others], self.pairs.take(others)) for others in rest]
+        first = [self._best((), rate, starts) for rate in flip_rates]
         chosen = min(first, key=lambda choice: choice.loss)
         for _ in self.blocks.size_J[1:]:
-            choice = self._best(chosen.penalty_J, chosen.flip_rate, chosen.weight_FD)
+            warm = [replace(start, weight_D=w_D) for start, w_D in zip(starts, chosen.weight_FD, strict=True)]
+            choice = self._best(chosen.penalty_J, chosen.flip_rate, warm)
             if _helps(chosen.loss_M - choice.loss_M):
                 chosen = choice
             else:
@@ -200,23 +211,30 @@ class CrossValidation:
         """The margins of the judged pairs by the heads that were not fitted to their folds."""
         return (self.difference_MD * weight_FD[self.fold_M]).sum(1)[self.judged_M]
 
-    def _best(self, before: tuple[float, ...], flip_rate: float, start_FD: Tensor | None) -> Choice:
+    def _best(self, before: tuple[float, ...], flip_rate: float, starts: Sequence[Start]) -> Choice:
         """The best penalty of the next block. Penalties fall until the loss has risen twice."""
-        if start_FD is None:
-            start_FD = torch.zeros(_FOLDS, self.difference_MD.shape[1], dtype=torch.float64)
         judged = self.pairs.take(self.judged_M)
         choices: list[Choice] = []
         best = 0
         for penalty in _PENALTIES:
             penalty_D = self.blocks.penalties((*before, penalty))
             for rate in dict.fromkeys((0.0, flip_rate)):
-                start_FD = fit_folds(self.difference_MD, self.pairs, self.fold_M, penalty_D, rate, start_FD)
-            loss_M = pair_losses(self.margins(start_FD), judged.preference_M, flip_rate) * judged.strength_M
-            choices.append(Choice((*before, penalty), flip_rate, start_FD, loss_M))
+                weight_FD = self._fit(penalty_D, rate, starts)
+                starts = [replace(start, weight_D=w_D) for start, w_D in zip(starts, weight_FD, strict=True)]
+            loss_M = pair_losses(self.margins(weight_FD), judged.preference_M, flip_rate) * judged.strength_M
+            choices.append(Choice((*before, penalty), flip_rate, weight_FD, loss_M))
             best = min(range(len(choices)), key=lambda i: choices[i].loss)
             if len(choices) - best > 2:
                 break
         return choices[best]
+
+    def _fit(self, penalty_D: Tensor, flip_rate: float, starts: Sequence[Start]) -> Tensor:
+        """The weights (F, D) of heads that are fitted to all pairs but those of a fold."""
+        weights = []
+        for fold, start in enumerate(starts):
+            others = self.fold_M != fold
+            weights.append(fit_head(self.difference_MD[others], self.pairs.take(others), penalty_D, flip_rate, start))
+        return torch.stack(weights)
 
 
 def _helps(gain_M: Tensor) -> bool:
@@ -272,12 +290,10 @@ def fit_ensemble(features: Features, pairs: Comparisons, settings: FitSettings, 
 def _fit_resample(difference_MD: Tensor, pairs: Comparisons, times_M: Tensor, blocks: Blocks, choice: Choice) -> Tensor:
     drawn, penalty_D = times_M > 0, blocks.penalties(choice.penalty_J)
     resample = replace(pairs.take(drawn), strength_M=(pairs.strength_M * times_M)[drawn])
-    convex_D = fit_head(difference_MD[drawn], resample, penalty_D)
-    return (
-        fit_head(difference_MD[drawn], resample, penalty_D, choice.flip_rate, convex_D)
-        if choice.flip_rate
-        else convex_D
-    )
+    start = Start.zero(difference_MD[drawn], resample)
+    for rate in dict.fromkeys((0.0, choice.flip_rate)):
+        start = replace(start, weight_D=fit_head(difference_MD[drawn], resample, penalty_D, rate, start))
+    return start.weight_D
 
 
 def _resamples(pairs: Comparisons, members: int, seed: int) -> Iterator[Tensor]:

@@ -1,0 +1,1 @@
+"""Evaluation suites: the benchmarks of text-to-image models, with their prompts, rewards, statistics and pages."""
