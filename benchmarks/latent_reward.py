@@ -1,11 +1,11 @@
 """Latent reward heads beside other previews: how they rank unfinished trajectories, and what a ranking costs.
 
     OMP_NUM_THREADS=1 python benchmarks/latent_reward.py [--models shapes-flow shapes-diffusion] [--seeds 0 1 2]
-        [--out docs/results/latent_reward.json]
+        [--pairs 200] [--out docs/results/latent_reward.json]
     python benchmarks/latent_reward.py --table   # the tables of docs/results/latent_reward.md; samples nothing
 
-A seed draws 1,000 pairs of pictures of training prompts, which the hidden taste `shapes_taste` labels. From 200 and
-from all of them four heads are learned:
+A seed draws pairs of pictures of training prompts, which the hidden taste `shapes_taste` labels. From so many
+(`--pairs`) four heads are learned:
 
     rm      the reward model, on pictures
     head    the latent reward head that progrpo ships, on latents of the pictures
@@ -14,7 +14,7 @@ from all of them four heads are learned:
 
 Groups of 24 of validation prompts then run unpruned: 8 steps of the ODE, and 10 of the SDE. After every step each
 preview scores them: `x0 + rm` and `x0 + taste` decode the projection, the latent heads do not, and the probe of
-`preview.probe` has learned from 32 other groups with the scores of `rm`. Spearman's correlation is with the final
+`preview.probe` has learned from 24 other groups with the scores of `rm`. Spearman's correlation is with the final
 pictures' taste and with their score by `rm`. Costs are milliseconds per member, measured in turn in one thread.
 """
 
@@ -60,8 +60,7 @@ from progrpo.types import Condition, Prompt, Trajectories
 from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.taste import taste
 
-PAIRS, SIZES = 1000, (200, 1000)
-GROUP, GROUPS, TAUGHT = 24, 10, 32
+GROUP, GROUPS, TAUGHT = 24, 10, 24
 SETTINGS = {"ode 8": (8, False), "sde 10": (10, True)}
 """The number of steps, and whether they have noise."""
 LEVELS = 8
@@ -156,10 +155,10 @@ def hidden_features(state_NCHW: Tensor) -> Tensor:
 class Bench:
     """One model and one seed: its pairs, and the heads that they teach."""
 
-    def __init__(self, model: str, seed: int) -> None:
+    def __init__(self, model: str, seed: int, sizes: Sequence[int]) -> None:
         config = resolve_dtype(replace(Config(), model=ModelSettings(path=model, dtype="auto")), Ranks())
         self.policy = policy_from(config.model, policy_context(config, Ranks()))
-        self.model, self.seed = model, seed
+        self.model, self.seed, self.sizes = model, seed, sizes
         self.shapes = ShapesBackbone()
         self.learn()
 
@@ -184,7 +183,7 @@ class Bench:
         return torch.cat(blocks[:2], 1)
 
     def learn(self) -> None:
-        prompts = world.sample_prompts("train", PAIRS, self.seed)
+        prompts = world.sample_prompts("train", max(self.sizes), self.seed)
         pairs = self.sampled(prompts, 2, self.sampling("ode 8"), 0)
         pictures = [Image.fromarray(picture) for picture in pairs.pictures_NHWC]
         starts = range(0, len(pictures), AT_ONCE)
@@ -194,7 +193,7 @@ class Bench:
         rm_ND, head_ND = self.rm_features(pairs.pictures_NHWC), latent_features(latents)
         levels, noised, hidden = self.with_noise(latents, pairs)
         self.rm, self.head, self.noised, self.hidden = {}, {}, {}, {}
-        for size in SIZES:
+        for size in self.sizes:
             rows, preference = slice(2 * size), preference_M[:size]
             self.rm[size] = fitted(rm_ND[rows], preference)
             self.head[size] = LatentHead(fitted(head_ND[rows], preference))
@@ -232,16 +231,16 @@ class Bench:
     def measure(self, setting: str) -> list[dict[str, Any]]:
         """Spearman's correlation by step, of each preview with each target."""
         sampling = self.sampling(setting, Record(latent_features=True))
-        probes = {size: self.taught_probe(sampling, size) for size in SIZES}
+        probes = {size: self.taught_probe(sampling, size) for size in self.sizes}
         rows: dict[tuple[str, int, str], list[list[float]]] = {}
         for i, prompt in enumerate(world.sample_prompts("validation", 480, 0)[: GROUPS * 3][self.seed % 3 :: 3]):
             group, seen = self.watched(prompt, sampling, 1000 + i)
             text_P = text_features(group.condition)
-            for step, size in itertools.product(range(len(seen)), SIZES):
+            for step, size in itertools.product(range(len(seen)), self.sizes):
                 features = group.batch.latent_features[step]
                 seen[step]["probe", size] = probes[size].score(step, features, text_P, group.batch.group_N)
             final_features = self.rm_features(group.pictures_NHWC)
-            for size in SIZES:
+            for size in self.sizes:
                 targets = {
                     "taste": torch.tensor(taste(group.pictures_NHWC)),
                     "rm": scores(self.rm[size], final_features),
@@ -273,7 +272,7 @@ class Bench:
         rm_ND, taste_N = self.rm_features(pictures_NHWC), torch.tensor(taste(pictures_NHWC))
         sigma, states = float(sampling.process.levels_T1.sigma[step]), self.states[-1]
         seen: Previews = {}
-        for size in SIZES:
+        for size in self.sizes:
             seen["x0 + taste", size] = taste_N
             seen["x0 + rm", size] = scores(self.rm[size], rm_ND)
             seen["head", size] = self.head[size].score(x0_NCHW)
@@ -284,7 +283,7 @@ class Bench:
     def costs(self) -> dict[str, float]:
         """Milliseconds per member: of one network call, and of what each preview adds to it."""
         sampling = self.sampling("sde 10", Record(latent_features=True))
-        prompt, size = world.sample_prompts("validation", 1, 0)[0], SIZES[0]
+        prompt, size = world.sample_prompts("validation", 1, 0)[0], self.sizes[0]
         probe = Probe(10)
         with captured(self.policy) as states:
             group = self.sampled([prompt], GROUP, sampling, 5000)
@@ -351,6 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["shapes-flow", "shapes-diffusion"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--pairs", nargs="+", type=int, default=[200])
     parser.add_argument("--out", type=Path, default=Path("docs/results/latent_reward.json"))
     parser.add_argument("--table", action="store_true", help="print the tables, and sample nothing")
     arguments = parser.parse_args()
@@ -363,7 +363,7 @@ def main() -> None:
         if any((r["model"], r["seed"]) == (model, seed) for r in results):
             continue
         start = time.monotonic()
-        bench = Bench(model, seed)
+        bench = Bench(model, seed, arguments.pairs)
         print(f"{model} {seed}: learned, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
         own: list[dict[str, Any]] = [{"model": model, "seed": seed, "costs": bench.costs()}]
         for setting in SETTINGS:

@@ -310,6 +310,11 @@ class PreviewSettings:
                 )
 
     @property
+    def steps_to_picture(self) -> int:
+        """The ODE steps to the picture of a preview; 0 where a latent reward head ranks, and no picture is made."""
+        return 0 if self.latent_reward else self.ode_steps
+
+    @property
     def needed_decoder(self) -> str:
         """The tiny decoder that these previews need; empty for none."""
         return self.tiny_decoder if self.decoder == "tiny" else ""
