@@ -43,7 +43,8 @@ from progrpo.diffusion.prediction import PREDICTIONS
 from progrpo.durable import write_text
 from progrpo.policies.base import Policy
 from progrpo.preferences.reward_model.backbone import Features
-from progrpo.preferences.reward_model.head import Comparisons, Ensemble, FitSettings, fit_ensemble
+from progrpo.preferences.reward_model.fitting import FitSettings, fit_ensemble
+from progrpo.preferences.reward_model.head import Comparisons, Ensemble
 from progrpo.preferences.reward_model.latent import LatentHead, latent_features
 from progrpo.preferences.reward_model.shapes import ShapesBackbone
 from progrpo.rollout.denoise import Denoiser, denoise, expand

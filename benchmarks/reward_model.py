@@ -1,7 +1,7 @@
 """How well a reward model learns a hidden taste, by the number of pairs and the share of flipped labels.
 
     OMP_NUM_THREADS=1 python benchmarks/reward_model.py [--pairs 50 200 1000 5000] [--flips 0 0.1 0.2 0.4]
-        [--seeds 0 1 2] [--json docs/results/reward_model.json] [--pictures FOLDER]
+        [--seeds 0 1 2] [--prompts 1250 250] [--json docs/results/reward_model.json] [--pictures FOLDER]
     python benchmarks/reward_model.py --table docs/results/reward_model.json
 
 The base `shapes-flow` draws 8 pictures for each of 1,250 training prompts and 16 for each of 250 test prompts, in 6
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ from progrpo.durable import write_text
 from progrpo.policies.load import quiet
 from progrpo.preferences.bradley_terry import accuracy, calibration, label_probability
 from progrpo.preferences.reward_model.backbone import Features
-from progrpo.preferences.reward_model.head import Comparisons, FitSettings, fit_ensemble
+from progrpo.preferences.reward_model.fitting import FitSettings, fit_ensemble
+from progrpo.preferences.reward_model.head import Comparisons
 from progrpo.preferences.reward_model.shapes import ShapesBackbone
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.settings import RewardTerm
@@ -48,8 +50,9 @@ from progrpo.rollout.preview import decoded
 from progrpo.tracking.statistics import spearman
 from progrpo.zoo.shapes import world
 
-SPLITS = {"train": (1250, 8, 2), "test": (250, 16, 1)}
-"""Prompts, pictures of each, and the seed."""
+SPLITS = {"train": (8, 2), "test": (16, 1)}
+"""Pictures of each prompt, and the seed."""
+COMMAND = "OMP_NUM_THREADS=1 python benchmarks/reward_model.py --json docs/results/reward_model.json"
 STEPS, AT_ONCE, TEST_PAIRS = 6, 64, 2000
 
 
@@ -66,9 +69,9 @@ class Drawn:
         return len(self.features.blocks[0]) // self.group
 
 
-def sampled(split: str) -> np.ndarray:
-    """The pictures of a split: uint8 (N, 64, 64, 3), prompt-major."""
-    count, group, seed = SPLITS[split]
+def sampled(split: str, count: int) -> np.ndarray:
+    """The pictures of `count` prompts of a split: uint8 (N, 64, 64, 3), prompt-major."""
+    group, seed = SPLITS[split]
     sampler, prompts = sampler_of("dgpo", STEPS, AT_ONCE), world.sample_prompts(split, count, seed)
     parts = []
     for start in range(0, count, AT_ONCE // group):
@@ -81,12 +84,12 @@ def sampled(split: str) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def drawn(split: str, folder: Path) -> Drawn:
-    count, group, seed = SPLITS[split]
-    file = folder / f"{split}.npy"
+def drawn(split: str, count: int, folder: Path) -> Drawn:
+    group, seed = SPLITS[split]
+    file = folder / f"{split}-{count}.npy"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(file, sampled(split))
+        np.save(file, sampled(split, count))
     pictures = np.load(file)
     prompts = [prompt for prompt in world.sample_prompts(split, count, seed) for _ in range(group)]
     rewards = {
@@ -118,7 +121,8 @@ def cell(data: dict[str, Drawn], reward: str, count: int, flip: float, seed: int
     seconds = time.perf_counter() - started
     plain = fit_ensemble(train.features, pairs, FitSettings(flip_rate=0.0, seed=seed)).ensemble
     score_N, plain_N = (ensemble.scores(test.features).mean(0) for ensemble in (fit.ensemble, plain))
-    clean, flipped = (compared(test, reward, TEST_PAIRS, rate, 0) for rate in (0.0, flip))
+    test_pairs = min(TEST_PAIRS, test.prompts * test.group // 2)
+    clean, flipped = (compared(test, reward, test_pairs, rate, 0) for rate in (0.0, flip))
     truth_N, group = test.rewards[reward], test.group
     slices = [slice(i, i + group) for i in range(0, len(truth_N), group)]
     orders = [spearman(score_N[rows].numpy(), truth_N[rows].numpy()) for rows in slices]
@@ -163,8 +167,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, nargs="+", default=[50, 200, 1000, 5000])
     parser.add_argument("--flips", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--prompts", type=int, nargs=2, default=[1250, 250], help="of training and of the test")
     parser.add_argument("--pictures", type=Path, help="a folder that keeps what was drawn")
-    parser.add_argument("--json", type=Path, help="the file of the figures")
+    parser.add_argument("--json", nargs="?", const="", metavar="FILE", help="write the figures, or print them")
     parser.add_argument("--table", type=Path, help="print the table of such a file, and measure nothing")
     options = parser.parse_args()
     if options.table:
@@ -172,18 +177,19 @@ def main() -> None:
         return
     quiet()
     with tempfile.TemporaryDirectory() as scratch:
-        data = {split: drawn(split, options.pictures or Path(scratch)) for split in SPLITS}
+        folder = options.pictures or Path(scratch)
+        data = {split: drawn(split, count, folder) for split, count in zip(SPLITS, options.prompts, strict=True)}
     cells = [("shapes_taste", count, flip) for count in options.pairs for flip in options.flips]
     cells += [("shapes_match", 1000, flip) for flip in options.flips if 1000 in options.pairs and flip <= 0.2]
     results = []
     for reward, count, flip in cells:
         for seed in options.seeds:
             results.append(cell(data, reward, count, flip, seed))
-            print(json.dumps(results[-1]), flush=True)
+            print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+            found = {"command": COMMAND, "results": results}
             if options.json:
-                command = "OMP_NUM_THREADS=1 python benchmarks/reward_model.py --json docs/results/reward_model.json"
-                write_text(options.json, json.dumps({"command": command, "results": results}, indent=1) + "\n")
-    print(table(results))
+                write_text(Path(options.json), json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found) if options.json == "" else table(results))
 
 
 if __name__ == "__main__":

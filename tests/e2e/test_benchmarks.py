@@ -20,6 +20,7 @@ SMALL: dict[str, list[str]] = {
     "iteration": ["--models", "shapes-flow", "--plans", "window", "--prompts", "1", "--iterations", "1"],
     "member_noise": ["--objectives", "dgpo", "--prompts", "32", "--after", "1", "--keep", "6"],
     "plan_value": ["--recipe", "quickstart", "--prompts", "3", "--seeds", "0", "--after", "1", "--plans", "posthoc"],
+    "reward_model": ["--prompts", "16", "8", "--pairs", "30", "--flips", "0", "--seeds", "0"],
     "reward_shape": ["--prompts", "2", "--group-size", "8", "--ode-steps", "2", "--sde-steps", "2"],
     "selection": ["--repeats", "1"],
     "startup": ["--repeats", "1", "--busy", "1"],

@@ -7,7 +7,9 @@ import torch
 
 from progrpo.preferences.bradley_terry import accuracy, bradley_terry_loss
 from progrpo.preferences.reward_model.backbone import Features
-from progrpo.preferences.reward_model.head import OFF, Comparisons, FitSettings, columns, fit_ensemble, fit_head
+from progrpo.preferences.reward_model.cross_validation import OFF
+from progrpo.preferences.reward_model.fitting import FitSettings, fit_ensemble
+from progrpo.preferences.reward_model.head import Comparisons, columns, fit_head
 
 TRUTH = torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
 

@@ -22,7 +22,7 @@ from progrpo.preferences.reward_model.evaluation import (
     evaluate_pairs,
     features_of_pairs,
 )
-from progrpo.preferences.reward_model.head import FitSettings, fit_ensemble
+from progrpo.preferences.reward_model.fitting import FitSettings, fit_ensemble
 from progrpo.preferences.reward_model.latent import LatentBackbone
 from progrpo.preferences.reward_model.load import LATENT, SHAPES, chosen_backbone, load_backbone
 from progrpo.preferences.reward_model.model import RewardModel, require_free, save_reward_model

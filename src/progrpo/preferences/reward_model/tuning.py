@@ -11,8 +11,10 @@ from torch import Tensor
 from progrpo.preferences.bradley_terry import bradley_terry_loss
 from progrpo.preferences.pairs import Pair
 from progrpo.preferences.reward_model.clip import ClipBackbone
+from progrpo.preferences.reward_model.cross_validation import fold_of_pairs
 from progrpo.preferences.reward_model.evaluation import comparisons_of, features_of_pairs, opened
-from progrpo.preferences.reward_model.head import Fit, FitSettings, columns, fit_ensemble, fold_of_pairs
+from progrpo.preferences.reward_model.fitting import Fit, FitSettings, fit_ensemble
+from progrpo.preferences.reward_model.head import columns
 
 
 @dataclass(frozen=True)
