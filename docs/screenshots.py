@@ -1,4 +1,4 @@
-"""Screenshots of the pages, for docs/pages.md, by Playwright and the system's Chromium:
+"""Screenshots of the pages, for docs/pages.md and docs/preferences.md, by Playwright and the system's Chromium:
 
     python benchmarks/quickstart.py --seeds 0 1 2
     python docs/screenshots.py runs/quickstart-seeds/seed0 runs/quickstart-seeds/seed1 runs/quickstart-seeds/seed2
@@ -7,6 +7,7 @@ docs/images/report.png    the report of the first run
 docs/images/compare.png   the comparison of all
 docs/images/board.png     the board of their folder
 docs/images/studio.png    the film of a group in the studio of the first run
+docs/images/label.png     the label page with pictures of the built-in model; without runs, this one alone
 """
 
 from __future__ import annotations
@@ -68,9 +69,22 @@ def studio(browser: Browser, run: Path) -> None:
         shoot(page, "studio", 1150)
 
 
+def label(browser: Browser, folder: Path) -> None:
+    prompts = ("a large red circle", "two blue squares", "a green triangle above a yellow circle")
+    words = ["sample", "shapes-flow", "--prompt", *prompts, "--count", "6", "--seed", "3", "--out", str(folder)]
+    subprocess.run([sys.executable, "-m", "progrpo", *words], check=True, stdout=subprocess.DEVNULL)
+    with served("label", str(folder), "--annotator", "ann", "--port", "0") as address:
+        page = opened(browser, address)
+        page.wait_for_selector("#ask:not([hidden])")
+        for key in "ababtabatbba":
+            page.keyboard.press(key)
+            page.wait_for_timeout(2000)  # a person's speed, which the page shows
+        shoot(page, "label", 760)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("runs", type=Path, nargs="*")
     runs = parser.parse_args().runs
     chromium = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if chromium is None:
@@ -78,6 +92,9 @@ def main() -> None:
     progrpo = [sys.executable, "-m", "progrpo"]
     with sync_playwright() as playwright, TemporaryDirectory() as folder:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        label(browser, Path(folder) / "pictures")
+        if not runs:
+            return
         subprocess.run([*progrpo, "report", str(runs[0])], check=True)
         shoot(opened(browser, (runs[0] / "report.html").resolve().as_uri()), "report", 1250)
         compared = Path(folder) / "compare.html"

@@ -60,6 +60,13 @@ def test_a_stranger_s_run_cannot_name_files_outside(tmp_path):
         Questions(run.path)
 
 
+def test_links_out_of_a_folder_of_pictures_are_not_followed(tmp_path):
+    folder = sampled(tmp_path / "pictures", ["a cat"], 2)
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (folder / "000-02.png").symlink_to(tmp_path / "secret.png")
+    assert len(Questions(folder).now()) == 1
+
+
 def test_the_pairs_of_a_file_are_asked_again_without_their_preferences(tmp_path):
     sampled(tmp_path)
     pictures = tmp_path / "000-00.png", tmp_path / "000-01.png"

@@ -13,11 +13,12 @@ from progrpo import __version__
 from progrpo.cli.command import Command
 from progrpo.cli.model_commands import Eval, Pretrain, Sample, Studio
 from progrpo.cli.options import parse_options
-from progrpo.cli.other_commands import Import, Repro, ServeReward
+from progrpo.cli.other_commands import Import, ServeReward
 from progrpo.cli.output import UnreadOutputError, columns, show
 from progrpo.cli.page_commands import Board, Compare, Report
 from progrpo.cli.preference_commands import Label, PairsCheck, PairsConvert, RewardModelEval, RewardModelTrain
 from progrpo.cli.publish_commands import Export, Push
+from progrpo.cli.repro_commands import Repro
 from progrpo.cli.run_commands import Plan, Recipes, Resume, Train
 from progrpo.config import Config, PlanSettings
 from progrpo.durable import DiskError

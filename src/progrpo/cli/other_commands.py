@@ -1,8 +1,7 @@
-"""Other commands: import settings of another framework, serve a reward, reproduce the paper's tables."""
+"""Other commands: import settings of another framework, serve a reward."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, replace
@@ -13,7 +12,6 @@ from typing import Annotated, Literal
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from progrpo.cli.command import Command, check_device, check_range
-from progrpo.cli.output import show
 from progrpo.config import check, config_to_json
 from progrpo.durable import write_text
 from progrpo.imports.flow_grpo import Script
@@ -103,19 +101,3 @@ class ServeReward(Command):
 
         term = RewardTerm(self.name, model=self.model, device=self.device, dtype=self.dtype, batch_size=self.batch_size)
         serve(term, self.host, self.port, Limits(self.max_pictures, self.max_megabytes))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Repro(Command):
-    """Compute what the paper prints: `table4`, the cost of an epoch."""
-
-    what: Positional[Literal["table4"]]
-    """The table to compute."""
-    json: FlagCreatePairsOff[bool] = False
-    """Print JSON."""
-
-    def run(self) -> None:
-        from progrpo.repro.table4 import in_words, table4
-
-        table = table4()
-        show(json.dumps(table, indent=2) if self.json else in_words(table))

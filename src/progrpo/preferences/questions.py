@@ -149,10 +149,12 @@ def _of_run(folder: Path) -> list[Group]:
 
 
 def _of_pictures(folder: Path) -> list[Group]:
-    """The pictures of a folder by the first number of their names."""
+    """The pictures of a folder by the first number of their names. Links out of the folder are not followed."""
+    from progrpo.pages.run_data import inside
+
     by_number: dict[int, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        if (match := _PICTURE.fullmatch(path.name)) and path.is_file():
+        if (match := _PICTURE.fullmatch(path.name)) and inside(folder, path) and path.is_file():
             by_number.setdefault(int(match[1]), []).append(path)
     groups = {number: paths for number, paths in by_number.items() if len(paths) > 1}
     if not groups:

@@ -1,0 +1,139 @@
+"""The runs of the paper's experiments (Pro-GRPO, arXiv 2512.15347) as configurations, by name.
+
+An arm is one configuration, whatever table it stands in, so that it runs once. Reduced arms train the built-in models
+in minutes on a CPU. Arms of the scale `paper` train the paper's models with its plans, and want GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from progrpo.config import (
+    AuditSettings,
+    CheckpointSettings,
+    Config,
+    DGPOSettings,
+    EvalSettings,
+    ObjectiveSettings,
+    PlanSettings,
+    PromptSettings,
+    RewardSettings,
+    RewardTerm,
+)
+from progrpo.prompts.order import InTurn
+from progrpo.recipes import quickstart, sd14_hpsv2, sd35m_pickscore
+
+Scale = Literal["reduced", "paper"]
+MATCH, TASTE = RewardTerm("shapes_match"), RewardTerm("shapes_taste", weight=0.5)
+HELD_OUT_KINDS = ("colours", "position", "binding")
+"""The kinds of built-in prompts that the arms of table 3 are not trained on."""
+
+
+@dataclass(frozen=True)
+class OtherKinds(InTurn):
+    """The built-in prompts in turn, without those of `HELD_OUT_KINDS`."""
+
+    def __post_init__(self) -> None:
+        trained = {kind: prompts for kind, prompts in self.prompts.items() if kind not in HELD_OUT_KINDS}
+        object.__setattr__(self, "prompts", trained)
+
+
+def arms(scale: Scale) -> dict[str, Config]:
+    """All arms of a scale."""
+    return _reduced() if scale == "reduced" else _paper()
+
+
+def _reduced() -> dict[str, Config]:
+    flow = _built_in("shapes-flow")
+    diffusion = _built_in("shapes-diffusion")
+    by_kind = replace(flow, prompts=replace(flow.prompts, order=f"{__name__}:OtherKinds"))
+    two = replace(diffusion, reward=RewardSettings((MATCH, TASTE)))
+    expand = {f"{size} -> 8": _custom(size, (5, 2 * size // 3), (7, 8)) for size in (32, 48, 64)}
+    points = {"early": (1, 3), "middle": (3, 5)}  # the late ones, (5, 7), are those of `expand`
+    configs = {
+        **{f"flow {name}": replace(flow, plan=plan) for name, plan in _FLOW_PLANS.items()},
+        "flow uniform 12 of 24": replace(flow, plan=_after_sampling("uniform")),
+        "flow OVF 12 of 24": replace(flow, plan=_after_sampling("ovf")),
+        **{f"other kinds {name}": replace(by_kind, plan=plan) for name, plan in _FLOW_PLANS.items()},
+        "diffusion baseline": replace(diffusion, plan=_custom(16)),
+        **{f"diffusion {name}": replace(diffusion, plan=plan) for name, plan in expand.items()},
+        **{
+            f"diffusion {size} -> 8 {when}": replace(diffusion, plan=_custom(size, (first, 2 * size // 3), (second, 8)))
+            for size in (32, 48)
+            for when, (first, second) in points.items()
+        },
+        "two rewards baseline": replace(two, plan=_custom(16)),
+        "two rewards 48 -> 8": replace(two, plan=expand["48 -> 8"]),
+    }
+    return _named(configs)
+
+
+_FLOW_PLANS: Mapping[str, PlanSettings] = {
+    "baseline": PlanSettings(preset="none"),
+    "flash": PlanSettings(preset="flash"),
+    "standard": PlanSettings(preset="standard"),
+}
+
+
+def _built_in(model: str) -> Config:
+    """The paper's ten steps and groups on a built-in model, under the objective that learns there in minutes."""
+    base = quickstart()
+    return replace(
+        base,
+        iterations=40,
+        model=replace(base.model, path=model, dtype="float32"),
+        prompts=PromptSettings(per_iteration=6),
+        sampling=replace(base.sampling, num_inference_steps=10),
+        reward=RewardSettings((MATCH,)),
+        objective=ObjectiveSettings(name="dgpo", dgpo=DGPOSettings(draws=2, kl_beta=0.01)),
+        audit=AuditSettings(every=0),
+        eval=EvalSettings(every=10, pictures=192, rewards=(RewardTerm("shapes_strict"), RewardTerm("shapes_taste"))),
+        checkpoint=CheckpointSettings(every=10),
+    )
+
+
+def _paper() -> dict[str, Config]:
+    flow, diffusion = sd35m_pickscore(), sd14_hpsv2()
+    two = replace(diffusion, reward=RewardSettings((RewardTerm("hpsv2"), RewardTerm("clipscore"))))
+    expand = {f"{size} -> 8": _custom(size, (30, 2 * size // 3), (40, 8)) for size in (32, 48, 64)}
+    points = {"early": (10, 20), "middle": (20, 30)}
+    judged = (RewardTerm("imagereward"), RewardTerm("aesthetic"), RewardTerm("hpsv2"))
+    flow = replace(flow, eval=replace(flow.eval, every=50, rewards=judged))
+    diffusion = replace(
+        diffusion, eval=replace(diffusion.eval, every=50, rewards=(RewardTerm("pickscore"), *judged[:2]))
+    )
+    configs = {
+        **{f"flow {name}": replace(flow, plan=plan) for name, plan in _FLOW_PLANS.items()},
+        "flow uniform 12 of 24": replace(flow, plan=_after_sampling("uniform")),
+        "flow OVF 12 of 24": replace(flow, plan=_after_sampling("ovf")),
+        "diffusion baseline": replace(diffusion, plan=_custom(16)),
+        **{f"diffusion {name}": replace(diffusion, plan=plan) for name, plan in expand.items()},
+        **{
+            f"diffusion {size} -> 8 {when}": replace(diffusion, plan=_custom(size, (first, 2 * size // 3), (second, 8)))
+            for size in (32, 48)
+            for when, (first, second) in points.items()
+        },
+        "two rewards baseline": replace(two, plan=_custom(16)),
+        "two rewards 48 -> 8": replace(two, plan=expand["48 -> 8"]),
+    }
+    return _named(configs)
+
+
+def _custom(group_size: int, *prune: tuple[int, int]) -> PlanSettings:
+    return PlanSettings(preset="custom", group_size=group_size, prune=prune)
+
+
+def _after_sampling(selector: str) -> PlanSettings:
+    return PlanSettings(preset="custom", group_size=24, final_keep=12, selector=selector)
+
+
+def _named(configs: Mapping[str, Config]) -> dict[str, Config]:
+    """The configurations with their arm's name as label, in letters that a folder's name may have."""
+    return {name: replace(config, recipe=folder_of(name)) for name, config in configs.items()}
+
+
+def folder_of(arm: str) -> str:
+    """The name of an arm's folder."""
+    return arm.lower().replace(" -> ", "-to-").replace(" ", "-")

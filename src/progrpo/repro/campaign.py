@@ -1,0 +1,104 @@
+"""The runs of an experiment: those that are missing are trained or resumed, and what all came to is one value."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TypedDict, cast
+
+from progrpo.config import Config
+from progrpo.repro.arms import Scale, arms, folder_of
+from progrpo.repro.experiments import EXPERIMENTS
+from progrpo.tracking.records import Metrics, MetricValue, Summary
+from progrpo.tracking.run_folder import RunFolder
+
+_STAGES = ("sample", "preview", "reward", "update")
+_CURVES = ("eval/graded", "eval/strict", "reward/std")
+
+
+class RunRecord(TypedDict):
+    """What a page needs of a run."""
+
+    arm: str
+    seed: int
+    summary: Summary
+    seconds: float
+    """Of sampling, previews, rewards and updates."""
+    curves: dict[str, list[list[float]]]
+    """Pairs of iteration and value."""
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """The folder of all runs, their scale and seeds."""
+
+    folder: Path
+    scale: Scale
+    seeds: Sequence[int]
+
+    def missing(self, experiment: str) -> Iterator[tuple[str, int, Config]]:
+        """The arms, seeds and configurations of runs that have not come to their end."""
+        configs = arms(self.scale)
+        for seed in self.seeds:
+            for arm in EXPERIMENTS[experiment].arms:
+                if arm in configs and not _finished(self.path(arm, seed)):
+                    yield arm, seed, replace(configs[arm], seed=seed)
+
+    def path(self, arm: str, seed: int) -> Path:
+        return self.folder / self.scale / folder_of(arm) / f"seed{seed}"
+
+    def train(self, experiment: str, minutes: float) -> int:
+        """Train the missing runs until so many minutes are over; the number that is still missing."""
+        from progrpo.training.checkpoints import saved
+        from progrpo.training.entry import resume_run, train_run
+
+        started = time.monotonic()
+        todo = list(self.missing(experiment))
+        for done, (arm, seed, config) in enumerate(todo):
+            if time.monotonic() - started > 60 * minutes:
+                return len(todo) - done
+            path = self.path(arm, seed)
+            if saved(path):
+                resume_run(path)
+            else:
+                train_run(config, path, overwrite=True)
+        return 0
+
+    def records(self, experiment: str) -> list[RunRecord]:
+        """The finished runs of an experiment, arm by arm."""
+        paths = [(arm, seed, self.path(arm, seed)) for arm in EXPERIMENTS[experiment].arms for seed in self.seeds]
+        return [_record(arm, seed, path) for arm, seed, path in paths if _finished(path)]
+
+
+def _finished(path: Path) -> bool:
+    return RunFolder(path).summary.read().get("status") == "finished"
+
+
+_KEPT = (
+    "iterations", "wall_seconds", "nfe", "cost", "seconds_by_stage", "versions", "device", "processes",
+    *(f"{name}_{when}" for name in ("reward", "accuracy", "judge", "diversity", "held_out", "accuracy_by_kind")
+      for when in ("before", "after")),
+)  # fmt: skip
+
+
+def _record(arm: str, seed: int, path: Path) -> RunRecord:
+    folder = RunFolder(path)
+    summary = folder.summary.read()
+    kept = cast(Summary, {name: value for name, value in summary.items() if name in _KEPT})
+    seconds = sum(summary["seconds_by_stage"].get(stage, 0.0) for stage in _STAGES)
+    metrics = folder.metrics.read()
+    curves = {name: _curve(metrics, name) for name in _CURVES}
+    return {"arm": arm, "seed": seed, "summary": kept, "seconds": seconds, "curves": curves}
+
+
+def _curve(metrics: Sequence[Metrics], name: str) -> list[list[float]]:
+    values: list[tuple[int, MetricValue]] = [(i + 1, record.get(name)) for i, record in enumerate(metrics)]
+    return [[i, round(value, 4)] for i, value in values if isinstance(value, int | float)]
+
+
+def as_json(experiment: str, campaign: Campaign) -> dict[str, object]:
+    """The finished runs of an experiment, ready for JSON."""
+    shown = {name: value for name, value in asdict(campaign).items() if name != "folder"}
+    return {"experiment": experiment, **shown, "runs": campaign.records(experiment)}

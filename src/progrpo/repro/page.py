@@ -1,0 +1,184 @@
+"""The page of an experiment from its JSON: ours beside the paper's numbers, with a picture. Standard library only."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from progrpo.repro.experiments import EXPERIMENTS, Experiment
+
+Runs = Sequence[Mapping[str, Any]]
+_COLOURS = ("#1e6ec8", "#dc7814", "#1e8c50", "#965aaa", "#80868f", "#c83c32")
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 720, 300, 56, 16, 40
+
+
+def page(name: str, data: Mapping[str, Any]) -> str:
+    """The page in Markdown. Runs of arms that are missing are said to be."""
+    experiment, runs = EXPERIMENTS[name], data["runs"]
+    missing = [arm for arm in experiment.arms if not _of(runs, arm)]
+    parts = [
+        f"# {experiment.title}",
+        f"The paper (Pro-GRPO, arXiv 2512.15347) shows: {experiment.claim}",
+        f"```bash\nprogrpo repro {name}   # goes on where it was stopped; finished runs of other tables are not run"
+        " again\n```",
+        "## Ours",
+        _ours(experiment, runs),
+        _about(runs),
+    ]
+    if missing:
+        parts.append(f"Not run yet: {', '.join(missing)}.")
+    if any(run["curves"].get(experiment.curve) for run in runs):
+        parts.append(f"![Reward on validation prompts over iterations, by arm](../images/repro_{name}.svg)")
+    if experiment.printed:
+        parts += ["## The paper's", _printed(experiment)]
+    parts += ["## What can be compared", "\n".join(f"- {sentence}" for sentence in experiment.limits)]
+    return "\n\n".join(_wrapped(part) for part in parts) + "\n"
+
+
+def _of(runs: Runs, arm: str) -> list[Mapping[str, Any]]:
+    return [run for run in runs if run["arm"] == arm]
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+Column = Callable[[Mapping[str, Any]], float | None]
+
+
+def _summary(name: str) -> Column:
+    return lambda run: run["summary"].get(name)
+
+
+def _held_out(reward: str, when: str) -> Column:
+    return lambda run: (run["summary"].get(f"held_out_{when}") or {}).get(reward)
+
+
+def _kind(kind: str, when: str) -> Column:
+    return lambda run: (run["summary"].get(f"accuracy_by_kind_{when}") or {}).get(kind)
+
+
+def _columns(experiment: Experiment, runs: Runs, when: str) -> dict[str, Column]:
+    """The figures of an evaluation, by heading."""
+    rewards = dict.fromkeys(name for run in runs for name in run["summary"].get(f"held_out_{when}") or {})
+    columns = {"reward": _summary(f"reward_{when}")}
+    columns |= {name: _held_out(name, when) for name in rewards}
+    columns |= {"judge": _summary(f"judge_{when}"), "diversity": _summary(f"diversity_{when}")}
+    if experiment.by_kind:
+        kinds = dict.fromkeys(kind for run in runs for kind in run["summary"].get(f"accuracy_by_kind_{when}") or {})
+        columns |= {f"strict: {kind}": _kind(kind, when) for kind in kinds}
+    return columns
+
+
+def _ours(experiment: Experiment, runs: Runs) -> str:
+    after, before = (_columns(experiment, runs, when) for when in ("after", "before"))
+    head = ["arm", "seeds", *after, "seconds", "NFE"]
+    rows = [["the base", "", *(_figure(runs, column) for column in before.values()), "", ""]] if runs else []
+    for arm in experiment.arms:
+        own = _of(runs, arm)
+        if own:
+            cells = [_figure(own, column) for column in after.values()]
+            seconds, nfe = mean(run["seconds"] for run in own), mean(run["summary"]["nfe"] for run in own)
+            rows.append([arm, str(len(own)), *cells, f"{seconds:,.0f}", f"{nfe:,.0f}"])
+    return _table(head, rows)
+
+
+def _figure(runs: Runs, column: Column) -> str:
+    """Mean and standard deviation over seeds."""
+    values = [value for run in runs if (value := column(run)) is not None]
+    if not values:
+        return ""
+    spread = f" ± {stdev(values):.3f}" if len(values) > 1 and stdev(values) >= 0.0005 else ""
+    return f"{mean(values):.3f}{spread}"
+
+
+def _printed(experiment: Experiment) -> str:
+    columns = list(dict.fromkeys(name for row in experiment.printed.values() for name in row))
+    rows = [[arm, *(row.get(name, "") for name in columns)] for arm, row in experiment.printed.items()]
+    return _table(["arm", *columns], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _about(runs: Runs) -> str:
+    """Where the figures come from."""
+    if not runs:
+        return "No run has come to its end yet."
+    devices = sorted({f"{run['summary'].get('device')}" for run in runs})
+    torch = sorted({run["summary"].get("versions", {}).get("torch", "?") for run in runs})
+    iterations = sorted({run["summary"]["iterations"] for run in runs})
+    return (
+        f"Mean and standard deviation over seeds, on test prompts, after {_listed(iterations)} iterations. Seconds are"
+        f" of sampling, previews, rewards and updates ({_listed(devices)}; torch {_listed(torch)}); other work on the"
+        " machine may have slowed some runs, so compare NFE too."
+    )
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _wrapped(part: str) -> str:
+    """The part with its lines cut at 120 columns; tables and code stay as they are."""
+    if part.startswith(("|", "```", "#", "!")):
+        return part
+    lines: list[str] = []
+    for paragraph in part.split("\n"):
+        indent, line = ("  " if paragraph.startswith("- ") else ""), ""
+        for word in paragraph.split():
+            if line and len(line) + 1 + len(word) > 120:
+                lines.append(line)
+                line = indent + word
+            else:
+                line = f"{line} {word}" if line else word
+        lines.append(line)
+    return "\n".join(lines)
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+
+def picture(name: str, data: Mapping[str, Any]) -> str | None:
+    """The metric of the experiment over iterations as SVG: the mean over seeds of each arm. None without a run."""
+    experiment = EXPERIMENTS[name]
+    curves = {arm: _mean_curve(_of(data["runs"], arm), experiment.curve) for arm in experiment.arms}
+    curves = {arm: curve for arm, curve in curves.items() if curve}
+    if not curves:
+        return None
+    right = max(x for curve in curves.values() for x, _ in curve)
+    values = [y for curve in curves.values() for _, y in curve]
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            _LEFT + (_WIDTH - _LEFT - 190) * x / right,
+            _TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - (y - low) / span),
+        )
+
+    parts = [_text(_LEFT - 6, place(0, value)[1] + 4, f"{value:.2f}", "end") for value in (low, high)]
+    parts += [_text(place(x, low)[0], _HEIGHT - _BOTTOM + 18, f"{x:g}", "middle") for x in (right / 2, right)]
+    parts.append(_text(place(right / 2, low)[0], _HEIGHT - 6, "iterations", "middle"))
+    for i, (arm, curve) in enumerate(curves.items()):
+        colour = _COLOURS[i % len(_COLOURS)]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(_text(_WIDTH - 180, _TOP + 14 + 20 * i, arm, "start", colour))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif"'
+        f' font-size="12"><rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str, colour: str = "#282c34") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{html.escape(text)}</text>'
+
+
+def _mean_curve(runs: Runs, name: str) -> list[tuple[float, float]]:
+    """The mean over runs where all of them have a value."""
+    by_run = [{x: y for x, y in run["curves"].get(name, [])} for run in runs]
+    common = sorted(set.intersection(*(set(curve) for curve in by_run))) if by_run else []
+    return [(x, mean(curve[x] for curve in by_run)) for x in common]
