@@ -161,7 +161,7 @@ class Cost:
     previews: int = 0
     """The decodes and reward calls of unfinished trajectories, which `decodes` and `reward_calls` include."""
     probed: int = 0
-    """Unfinished trajectories that a probe ranked, without decode and reward call."""
+    """Unfinished trajectories that a probe or a latent reward head ranked, without decode and reward call."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

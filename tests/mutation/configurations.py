@@ -60,7 +60,7 @@ def use(config: Config) -> None:
         "an accepted configuration survives JSON"
     )
     steps, guided = config.sampling.num_inference_steps, config.sampling.guidance_scale > 1
-    summary(resolve_plan(config), steps, trained_items(config), guided, config.preview.ode_steps)
+    summary(resolve_plan(config), steps, trained_items(config), guided, config.preview.steps_to_picture)
 
 
 def recipe_case(rng: random.Random, work: Path) -> Case:

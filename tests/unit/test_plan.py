@@ -217,3 +217,10 @@ def test_summary_where_groups_stop():
     assert report["trained_steps_per_iteration"] == 4 * 12 * 9
     assert report["nfe_saved"] == pytest.approx(1 - report["nfe_per_iteration"] / (12 * 960))
     assert report["nfe_ratio_to_none"] == pytest.approx(report["nfe_per_iteration"] / (12 * 480))
+
+
+def test_a_latent_reward_head_decodes_finalists_alone():
+    report = summary(STANDARD, 10, 9, guidance=True, ode_steps=0)
+    assert report["decodes_per_prompt"] == report["reward_calls_per_prompt"] == 12
+    assert report["nfe_per_prompt"] == summary(STANDARD, 10, 9, guidance=True)["nfe_per_prompt"]
+    assert STANDARD.predict(10, 9, guidance=True, ode_steps=0).probed == 48 + 24

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Mapping
@@ -105,6 +106,9 @@ class RewardModelTrain(Command):
     backbone: str = "auto"
     """What sees the pictures: `shapes` for those of the built-in models, or a CLIP: a folder or a hub id.
     `auto` is `shapes` where the pairs are of the shapes world, and nothing elsewhere."""
+    latent: str | None = None
+    """Train a latent reward head of this model instead: a built-in model's name, a run, a folder or a hub id.
+    It sees latents and no prompt, and ranks unfinished trajectories as `--preview.latent-reward` of `train`."""
     lora_rank: int = 0
     """The rank of a LoRA with which the CLIP is tuned; 0: it stays frozen."""
     members: int = 8
@@ -126,12 +130,21 @@ class RewardModelTrain(Command):
         check_range(0, 2**63 - 1, seed=self.seed)
         check_device(self.device)
         held_out, noise = self._held_out(), self._label_noise()
+        if self.latent is not None and (self.backbone != "auto" or self.lora_rank):
+            raise ValueError("--latent sees latents, not pictures; leave --backbone and --lora-rank out")
         from progrpo.preferences.reward_model.training import TrainingSettings, train_reward_model
 
         settings = TrainingSettings(
             self.backbone, self.lora_rank, self.members, noise, held_out, self.seed, self.device
         )
-        result = train_reward_model(self.pairs, self.out, settings, lambda line: print(line, file=sys.stderr))
+        load_latent = None
+        if self.latent is not None:
+            from progrpo.training.latent_reward import latent_backbone
+
+            load_latent = functools.partial(latent_backbone, self.latent)
+        result = train_reward_model(
+            self.pairs, self.out, settings, lambda line: print(line, file=sys.stderr), load_latent
+        )
         show(format_result(result if self.json else _in_short(result), self.json), costly=True)
 
     def _label_noise(self) -> float | None:

@@ -108,7 +108,7 @@ class Plan(Command):
             sampling.num_inference_steps,
             trained_items(config),
             sampling.in_pairs,
-            config.preview.ode_steps,
+            config.preview.steps_to_picture,
             config.prompts.per_iteration,
         )
         plan = "recorded pairs" if config.prompts.pairs else config.plan.preset

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from progrpo.preferences.reward_model.load import LATENT
 from progrpo.preferences.reward_model.model import Description, load_reward_model, read_description
 from progrpo.rewards.base import Refusal, Reward, Score
 from progrpo.rewards.settings import RewardTerm
@@ -74,6 +75,11 @@ class LearnedReward(Reward):
             description = read_description(folder)
         except ValueError as error:
             raise Refusal(f"reward {term.name!r}: {error}") from error
+        if description.backbone == LATENT:
+            raise Refusal(
+                f"reward {term.name!r}: {term.model} is a latent reward head, which sees no pictures: name it in"
+                " preview.latent_reward, and here a reward model that was trained without --latent"
+            )
         cls._check(term, description)
         return cls(_loaded(folder.resolve(), term.device, term.dtype, _digest(description)), description)
 

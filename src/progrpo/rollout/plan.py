@@ -104,15 +104,15 @@ class Plan:
 
         NFE: with `guidance` a network call is a CFG pair and counts two. Decodes: all living members at each active
         point (previews), and the finalists. Each decoded picture is rewarded once. A preview needs a network call for
-        each of `ode_steps` after the first, and at the steps of `probed` a probe needs none of that. A trajectory is
-        trained on `trained_steps`.
+        each of `ode_steps` after the first. At the steps of `probed` a probe needs none of that, and with `ode_steps` 0
+        a latent reward head nowhere does. A trajectory is trained on `trained_steps`.
         """
         self.validate(num_inference_steps)
         trained = self.trained(prompts) * trained_steps
         if self.recorded:
             return Cost(trained_steps=trained)
         ranked = {point.step: self.rows_at(point.step, prompts) for point in self.active_points()}
-        by_probe = sum(living for step, living in ranked.items() if step in probed)
+        by_probe = sum(living for step, living in ranked.items() if step in probed or ode_steps == 0)
         previews = sum(ranked.values()) - by_probe
         calls = sum(self.rows_at(step, prompts) for step in range(num_inference_steps)) + previews * (ode_steps - 1)
         decodes = previews + self.rows_at(num_inference_steps, prompts)

@@ -1,4 +1,6 @@
-"""The scores of unfinished trajectories: by the picture that each would become, or by a probe without one."""
+"""The scores of unfinished trajectories: by the picture that each would become, or without one, by a probe or a latent
+reward head.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ def preview(
 ) -> tuple[Tensor | None, Tensor]:
     """The previews of unfinished trajectories after the network call of `step`: pictures and ranking scores.
 
-    Pictures are uint8 (N, H, W, 3), None where a probe ranked. Scores are float64 (N,), NaN where missing.
+    Pictures are uint8 (N, H, W, 3), None where none were decoded. Scores are float64 (N,), NaN where missing.
     """
     if step in sampler.probed_steps:
         assert sampler.probe is not None
@@ -37,6 +39,9 @@ def preview(
     settings = sampler.preview_settings
     x0_NCHW = projected(sampler.denoiser(condition), batch, step, settings.ode_steps, meter)
     with meter.stage("preview"):
+        if sampler.latent_reward is not None:
+            meter.count(probed=len(batch))
+            return None, sampler.latent_reward.score(x0_NCHW)
         meter.count(previews=len(batch))
         pictures, scores = score(sampler, prompts, batch.group_N, x0_NCHW, meter, tiny=settings.decoder == "tiny")
         return pictures.images_NHWC, scores.ranking_N

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from torch import Tensor
 
@@ -22,6 +23,14 @@ Observer = Callable[[int, Trajectories], None]
 """A callback `observe(step, batch)` after each network call of a rollout, before anyone is pruned."""
 
 
+class LatentReward(Protocol):
+    """A learned reward of latents, which needs no decoder."""
+
+    def score(self, x0_NCHW: Tensor) -> Tensor:
+        """Score x0 projections: float64 (N,), comparable across groups, NaN where one is not finite."""
+        ...
+
+
 def _ignore(step: int, batch: Trajectories) -> None:
     pass
 
@@ -31,9 +40,9 @@ class Sampler:
     """A policy and a reward, and how groups are sampled, previewed and pruned with them.
 
     `rollout`, `in_waves`, `preview`, `evaluate` and the watch of an audit take one. Previews follow
-    `preview_settings`; where the `probe` is trusted, it ranks instead. Processes of a `sharding` share the members of
-    each group. The `peers` have groups of their own, and choose with this process those that go on. `observe` sees
-    rollouts and changes nothing.
+    `preview_settings`; where the `probe` is trusted, it ranks instead, and a `latent_reward` does everywhere. Processes
+    of a `sharding` share the members of each group. The `peers` have groups of their own, and choose with this process
+    those that go on. `observe` sees rollouts and changes nothing.
     """
 
     policy: Policy
@@ -43,6 +52,7 @@ class Sampler:
     selector: Selector = ovf
     preview_settings: PreviewSettings = field(default_factory=PreviewSettings)
     probe: Probe | None = None
+    latent_reward: LatentReward | None = None
     sharding: GroupSharding = NOT_SHARDED
     peers: GroupSharding = NOT_SHARDED
     observe: Observer = _ignore

@@ -295,6 +295,24 @@ class PreviewSettings:
     probe_threshold: float = setting(0.5, between(-1, 1))
     """The agreement from which the probe is used.
     It is Spearman's correlation with final rewards, averaged over the last audits."""
+    latent_reward: str = ""
+    """The folder of a latent reward head, which ranks x0 projections at every prune point: nothing is decoded or
+    rewarded. `progrpo reward-model train PAIRS --latent MODEL` makes one. Empty: none."""
+
+    def check(self) -> None:
+        """Raise ValueError for fields that have no effect beside a latent reward head."""
+        conflicts = {"decoder": "full", "ode_steps": 1, "probe": False}
+        for name, needed in conflicts.items():
+            if self.latent_reward and getattr(self, name) != needed:
+                raise ValueError(
+                    f"preview.{name} must be {str(needed).lower()} for preview.latent_reward, which ranks the latents"
+                    " of x0 projections in place of decoder and probe; leave one of them out"
+                )
+
+    @property
+    def steps_to_picture(self) -> int:
+        """The ODE steps to the picture of a preview; 0 where a latent reward head ranks, and no picture is made."""
+        return 0 if self.latent_reward else self.ode_steps
 
     @property
     def needed_decoder(self) -> str:

@@ -20,7 +20,11 @@ def with_absolute_paths(config: Config) -> Config:
         config,
         model=replace(config.model, path=_absolute(config.model.path), lora=_absolute(config.model.lora)),
         prompts=replace(config.prompts, source=_absolute(config.prompts.source)),
-        preview=replace(config.preview, tiny_decoder=_absolute(config.preview.tiny_decoder)),
+        preview=replace(
+            config.preview,
+            tiny_decoder=_absolute(config.preview.tiny_decoder),
+            latent_reward=_absolute(config.preview.latent_reward),
+        ),
         reward=replace(config.reward, terms=tuple(map(_absolute_term, config.reward.terms))),
         eval=replace(
             config.eval,

@@ -123,14 +123,15 @@ class GroupWatch:
         group = batch.take(rows)
         group = replace(group, group_N=torch.zeros_like(group.group_N))
         settings = self._sampler.preview_settings
-        images_NHWC, scores_N = self._preview(group, step, PreviewSettings())
+        sampler = replace(self._sampler, probe=None)
+        plain = replace(sampler, preview_settings=PreviewSettings(), latent_reward=None)
+        images_NHWC, scores_N = self._preview(plain, group, step)
         assert images_NHWC is not None
-        differs = settings.decoder == "tiny" or settings.ode_steps > 1
-        used_N = self._preview(group, step, settings)[1] if differs else scores_N
+        differs = settings.decoder == "tiny" or settings.ode_steps > 1 or sampler.latent_reward is not None
+        used_N = self._preview(sampler, group, step)[1] if differs else scores_N
         self._seen.append(_Seen(images_NHWC, scores_N, used_N))
 
-    def _preview(self, group: Trajectories, step: int, settings: PreviewSettings) -> tuple[Tensor | None, Tensor]:
-        sampler = replace(self._sampler, preview_settings=settings, probe=None)
+    def _preview(self, sampler: Sampler, group: Trajectories, step: int) -> tuple[Tensor | None, Tensor]:
         return preview(sampler, [self._prompt], self._condition, group, step, self.meter)
 
     def audit(self, rolled: Rollout, key: NoiseKey) -> Audit:

@@ -30,7 +30,7 @@ _WORTH_A_CHANGE = 1.02  # below that the simulation's own noise would choose
 def prompt_cost(config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset(), prompts: int = 1) -> Cost:
     """The cost of a plan for one prompt of the run, or for the prompts of an iteration."""
     steps, pairs = config.sampling.num_inference_steps, config.sampling.in_pairs
-    return plan.predict(steps, trained_items(config), pairs, config.preview.ode_steps, probed_steps, prompts)
+    return plan.predict(steps, trained_items(config), pairs, config.preview.steps_to_picture, probed_steps, prompts)
 
 
 def iteration_cost(config: Config, plan: Plan, probed_steps: frozenset[int] = frozenset()) -> Cost:

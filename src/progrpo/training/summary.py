@@ -134,7 +134,7 @@ def plan_figures(trainer: Trainer) -> PlanCosts:
         sampling.num_inference_steps,
         trained_items(trainer.config),
         sampling.in_pairs,
-        trainer.config.preview.ode_steps,
+        trainer.config.preview.steps_to_picture,
         trainer.config.prompts.per_iteration,
     )
 

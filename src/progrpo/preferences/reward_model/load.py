@@ -13,10 +13,17 @@ from progrpo.preferences.reward_model.backbone import Backbone
 from progrpo.zoo.shapes import world
 
 SHAPES = "shapes"
+LATENT = "latent"
+"""The backbone of latent reward heads, which see no pictures."""
 
 
 def load_backbone(name: str, device: str = "auto", dtype: str = "auto") -> Backbone:
     """Load `shapes`, or the CLIP of a folder or of a hub id, frozen. ValueError where it cannot be had."""
+    if name == LATENT:
+        raise ValueError(
+            "a latent reward head scores the latents of a model, not pictures: train it with --latent MODEL, and name"
+            " its folder in preview.latent_reward"
+        )
     if name == SHAPES:
         from progrpo.preferences.reward_model.shapes import ShapesBackbone
 

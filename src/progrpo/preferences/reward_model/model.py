@@ -45,7 +45,7 @@ class Description:
     """What reward_model.json says."""
 
     backbone: str
-    """`shapes`, a folder or a hub id."""
+    """`shapes`, a folder or a hub id; `latent` for a latent reward head."""
     members: int
     temperature: float
     flip_rate: float
@@ -120,14 +120,19 @@ def read_description(folder: Path) -> Description:
 def load_reward_model(folder: Path, device: str = "auto", dtype: str = "auto") -> RewardModel:
     """Load a folder that `save_reward_model` wrote, bit for bit. ValueError where it is damaged or of another kind."""
     description = read_description(folder)
-    head = _tensors(folder, HEAD, description)
-    if head.keys() != {*_TENSORS}:
-        raise _damaged(folder, HEAD, f"it has {', '.join(sorted(head))}")
-    ensemble = Ensemble(**head, temperature=description.temperature, flip_rate=description.flip_rate)
+    ensemble = load_ensemble(folder, description)
     backbone = load_backbone(description.backbone, device, dtype)
     if description.lora:
         backbone.load_lora(_tensors(folder, LORA, description))
     return RewardModel(backbone, ensemble)
+
+
+def load_ensemble(folder: Path, description: Description) -> Ensemble:
+    """Load the heads of a folder. ValueError where they are damaged."""
+    head = _tensors(folder, HEAD, description)
+    if head.keys() != {*_TENSORS}:
+        raise _damaged(folder, HEAD, f"it has {', '.join(sorted(head))}")
+    return Ensemble(**head, temperature=description.temperature, flip_rate=description.flip_rate)
 
 
 def _tensors(folder: Path, name: str, description: Description) -> dict[str, Tensor]:

@@ -23,7 +23,8 @@ from progrpo.preferences.reward_model.evaluation import (
     features_of_pairs,
 )
 from progrpo.preferences.reward_model.fitting import FitSettings, fit_ensemble
-from progrpo.preferences.reward_model.load import SHAPES, chosen_backbone, load_backbone
+from progrpo.preferences.reward_model.latent import LatentBackbone
+from progrpo.preferences.reward_model.load import LATENT, SHAPES, chosen_backbone, load_backbone
 from progrpo.preferences.reward_model.model import RewardModel, require_free, save_reward_model
 
 if TYPE_CHECKING:
@@ -48,22 +49,24 @@ class TrainingSettings:
 
 
 def train_reward_model(
-    source: Path, out: Path, settings: TrainingSettings, say: Callable[[str], None] = lambda line: None
+    source: Path,
+    out: Path,
+    settings: TrainingSettings,
+    say: Callable[[str], None] = lambda line: None,
+    load_latent: Callable[[], LatentBackbone] | None = None,
 ) -> dict[str, Any]:
     """Train a reward model on a pairs file, write its folder and return what was measured.
 
     All faults of the files are raised before anything is trained. With `held_out` 0 nothing is held out: the accuracy
-    is that of cross-validation, which every result has.
+    is that of cross-validation, which every result has. With `load_latent` it is a latent reward head, whose backbone
+    this loads once the pairs are known to be good.
     """
     require_free(out)
     started = time.monotonic()
     pairs, held_out = _split(read_pairs(source, decode=True), settings)
     _require_enough(pairs, source)
-    name = chosen_backbone(settings.backbone, [*pairs, *held_out])
-    if name == SHAPES and settings.lora_rank:
-        raise ValueError("a LoRA tunes a CLIP, and the backbone is shapes; leave --lora-rank out, or name a CLIP")
-    # a LoRA is trained in float32: its small updates would vanish in less
-    backbone = load_backbone(name, settings.device, "float32" if settings.lora_rank else "auto")
+    latent = None if load_latent is None else load_latent()
+    name, backbone = _backbone(settings, [*pairs, *held_out]) if latent is None else (LATENT, latent)
     tuned = _tune(backbone, pairs, settings, say) if settings.lora_rank else None
     say(f"features of {len(pairs):,} pairs by {named(name)}")
     features, comparisons = features_of_pairs(backbone, pairs)
@@ -83,7 +86,7 @@ def train_reward_model(
         "penalties": [penalty if math.isfinite(penalty) else None for penalty in fit.choice.penalty_J],
         "seconds": time.monotonic() - started,
     }
-    facts = {
+    facts: dict[str, Any] = {
         "pairs": {"file": source.name, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()},
         "settings": {
             "lora_rank": settings.lora_rank,
@@ -93,8 +96,19 @@ def train_reward_model(
         },
         "measured": result,
     }
+    if latent is not None:
+        facts["latent"] = latent.facts()
     save_reward_model(model, name, facts, out)
     return result
+
+
+def _backbone(settings: TrainingSettings, pairs: Sequence[Pair]) -> tuple[str, Backbone]:
+    """The backbone of pictures, with its name."""
+    name = chosen_backbone(settings.backbone, pairs)
+    if name == SHAPES and settings.lora_rank:
+        raise ValueError("a LoRA tunes a CLIP, and the backbone is shapes; leave --lora-rank out, or name a CLIP")
+    # a LoRA is trained in float32: its small updates would vanish in less
+    return name, load_backbone(name, settings.device, "float32" if settings.lora_rank else "auto")
 
 
 def _tune(backbone: Backbone, pairs: Sequence[Pair], settings: TrainingSettings, say: Callable[[str], None]) -> Tuned:
