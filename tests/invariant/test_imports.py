@@ -56,9 +56,18 @@ MAY_SEE = {
     "progrpo.objectives.surrogate": (),
 }
 # And whom they must not see; the rim stands above everyone.
-RIM = ("progrpo.cli", "progrpo.studio", "progrpo.training", "progrpo.imports", "progrpo.recipes", "progrpo.config")
+RIM = (
+    "progrpo.cli",
+    "progrpo.studio",
+    "progrpo.training",
+    "progrpo.imports",
+    "progrpo.recipes",
+    "progrpo.config",
+    "progrpo.repro",
+)
 MUST_NOT_SEE = {
-    "progrpo.training": ("progrpo.cli", "progrpo.imports", "progrpo.studio", "progrpo.publish"),
+    "progrpo.training": ("progrpo.cli", "progrpo.imports", "progrpo.studio", "progrpo.publish", "progrpo.repro"),
+    "progrpo.repro": ("progrpo.cli", "progrpo.imports", "progrpo.studio", "progrpo.publish"),
     "progrpo.studio": ("progrpo.cli", "progrpo.imports"),
     "progrpo.imports": ("progrpo.cli", "progrpo.training"),
     "progrpo.policies": (*RIM, "progrpo.rollout", "progrpo.objectives", "progrpo.tracking", "progrpo.publish"),
@@ -87,6 +96,9 @@ KNOW_CONFIG = (
     "progrpo.config",
     "progrpo.training",
     "progrpo.studio",
+    "progrpo.repro.arms",
+    "progrpo.repro.campaign",
+    "progrpo.repro.fig1",
 )
 TORCH_ONLY = (
     "progrpo.types",  # where rows are put one after another
