@@ -243,7 +243,7 @@ def test_only_the_rim_knows_config_training_and_the_command_line():
         entrance = module in ("progrpo", "progrpo.__main__")
         if not entrance and not within(module, KNOW_CONFIG):
             assert not within_any(inner(module), "progrpo.config"), f"{module} imports progrpo.config"
-        if not entrance and not within(module, ("progrpo.cli", "progrpo.studio", "progrpo.training")):
+        if not entrance and not within(module, ("progrpo.cli", "progrpo.repro", "progrpo.studio", "progrpo.training")):
             seen = inner(module) - ({"progrpo.training.settings"} if module == "progrpo.config" else set())
             assert not within_any(seen, "progrpo.training"), f"{module} imports progrpo.training"
         if not entrance and not within(module, ("progrpo.cli",)):
