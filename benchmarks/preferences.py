@@ -50,8 +50,10 @@ ONLINE: Changes = {
     "optim": {"lr": 2e-4, "decay": 1.0, "max_grad_norm": 0.1, "microbatch": 48, "ema_decay": 0.9},
     "eval": {"num_inference_steps": 6, "rewards": [{"name": "shapes_taste"}, {"name": "shapes_strict"}]},
 }
-# twice the rate: at the online one DPO has hardly moved after as many updates
-OFFLINE = changed(ONLINE, {"prompts": {"per_iteration": 6}, "optim": {"lr": 4e-4}})
+# at the rate of the other arms DPO has hardly moved after as many updates
+TWICE: Changes = {"optim": {"lr": 4e-4}}
+OFFLINE = changed(changed(ONLINE, TWICE), {"prompts": {"per_iteration": 6}})
+TRUE, TRUE_TWICE = "true reward", "true reward, twice the rate"
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,16 @@ def _term(name: str, weight: float = 1.0, model: Path | None = None) -> dict[str
 
 def changes_of(arm: str, folder: Path, case: Case) -> Changes:
     """The settings of an arm."""
-    if arm == "true reward":
-        return changed(ONLINE, {"reward": {"terms": [_term("shapes_taste")]}})
+    if arm in (TRUE, TRUE_TWICE):
+        true = changed(ONLINE, {"reward": {"terms": [_term("shapes_taste")]}})
+        return changed(true, TWICE) if arm == TRUE_TWICE else true
     if arm.endswith("offline"):
         return changed(OFFLINE, {**OBJECTIVES[arm], "prompts": {"pairs": str(pairs_of(folder, case))}})
     model = model_of(folder, case)
     scores, variance = _term("reward_model", 1.0, model), _term("reward_model_variance", -PENALTY, model)
     rewarded = changed(ONLINE, {"reward": {"terms": [scores]}})
+    if arm == "reward model, twice the rate":
+        return changed(rewarded, TWICE)
     if arm == "penalised":
         return changed(rewarded, {"reward": {"terms": [scores, variance]}})
     if arm == "noise-aware":
@@ -140,9 +145,9 @@ def changes_of(arm: str, folder: Path, case: Case) -> Changes:
     if arm == "half of 24":
         return changed(rewarded, {"plan": {"group_size": 24, "final_keep": 12}})
     if arm == "dpo online":
-        # as many sampled as one group of the others, a third of them trained on, at the rate of the offline arms
-        few = {"prompts": {"per_iteration": 2}, "plan": {"group_size": 6, "final_keep": 2}, "optim": OFFLINE["optim"]}
-        return changed(rewarded, {**OBJECTIVES[arm], **few})
+        # as many sampled as one group of the others, a third of them trained on
+        few = {"prompts": {"per_iteration": 2}, "plan": {"group_size": 6, "final_keep": 2}}
+        return changed(changed(rewarded, TWICE), {**OBJECTIVES[arm], **few})
     return rewarded
 
 
@@ -154,7 +159,8 @@ OBJECTIVES: dict[str, Changes] = {
     "dgpo offline": {"objective": {"name": "dgpo"}},
     "dpo online": DPO,
 }
-ARMS = ("true reward", "reward model", "penalised", "half of 24", "noise-aware", *OBJECTIVES)
+REWARDED = ("reward model", "penalised", "half of 24", "noise-aware")
+ARMS = (TRUE, TRUE_TWICE, *REWARDED, *OBJECTIVES, "reward model, twice the rate")
 
 
 def queue(arms: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, Case]]:
@@ -162,11 +168,11 @@ def queue(arms: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, Case
     grid = list(itertools.product(SIZES, FLIPS))
     first = ((200, 0.0), (200, 0.2), (1000, 0.0), (1000, 0.2))
     parts = (
-        [("true reward", 0, 0.0)],
-        [(arm, *cell) for cell in first[:2] for arm in ARMS[1:]],
+        [(arm, 0, 0.0) for arm in ARMS[:2]],
+        [(arm, *cell) for cell in first[:2] for arm in ARMS[2:]],
         [("reward model", *cell) for cell in grid],
-        [(arm, *cell) for cell in first for arm in ARMS[1:]],
-        [(arm, *cell) for cell in grid for arm in ARMS[1:]],
+        [(arm, *cell) for cell in first for arm in ARMS[2:]],
+        [(arm, *cell) for cell in grid for arm in ARMS[2:]],
     )
     runs = dict.fromkeys(
         (arm, Case(size, flips, seed)) for part in parts for arm, size, flips in part for seed in seeds
@@ -206,22 +212,29 @@ def _taste(point: dict[str, Any]) -> float:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The share of the true reward's gain, by arm and case."""
-    true = [_taste(r["curve"][-1]) - _taste(r["curve"][0]) for r in results if r["arm"] == "true reward"]
-    lines = ["| pairs | flipped | " + " | ".join(ARMS[1:]) + " |", "|---" * (len(ARMS) + 1) + "|"]
+    """The gain in the hidden taste as a share of the gain by the true reward at the same rate, by arm and case."""
+    true = {arm: mean(_gain(r) for r in results if r["arm"] == arm) for arm in ARMS[:2] if _of(results, arm)}
+    lines = [f"{arm}: {gain:.3f} over {len(_of(results, arm))} seeds" for arm, gain in true.items()]
+    lines += ["", "| pairs | flipped | " + " | ".join(ARMS[2:]) + " |", "|---" * len(ARMS) + "|"]
     for size, flips in itertools.product(SIZES, FLIPS):
         cells = []
-        for arm in ARMS[1:]:
-            gains = [
-                (_taste(r["curve"][-1]) - _taste(r["curve"][0])) / mean(true)
-                for r in results
-                if (r["arm"], r["size"], r["flips"]) == (arm, size, flips)
-            ]
+        for arm in ARMS[2:]:
+            twice = arm in OBJECTIVES or arm.endswith("twice the rate")
+            own = [r for r in _of(results, arm) if (r["size"], r["flips"]) == (size, flips)]
+            gains = [_gain(r) / true[TRUE_TWICE if twice else TRUE] for r in own]
             spread = f" ± {stdev(gains):.2f}" if len(gains) > 1 else ""
             cells.append(f"{mean(gains):.2f}{spread}" if gains else "")
         if any(cells):
-            lines.append(f"| {size:,} | {flips:.0%} | " + " | ".join(cells) + " |")
+            lines.append(f"| {size:,} | {100 * flips:g} % | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _of(results: Sequence[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+    return [r for r in results if r["arm"] == arm]
+
+
+def _gain(result: dict[str, Any]) -> float:
+    return _taste(result["curve"][-1]) - _taste(result["curve"][0])
 
 
 if __name__ == "__main__":

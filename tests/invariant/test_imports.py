@@ -56,9 +56,18 @@ MAY_SEE = {
     "progrpo.objectives.surrogate": (),
 }
 # And whom they must not see; the rim stands above everyone.
-RIM = ("progrpo.cli", "progrpo.studio", "progrpo.training", "progrpo.imports", "progrpo.recipes", "progrpo.config")
+RIM = (
+    "progrpo.cli",
+    "progrpo.studio",
+    "progrpo.training",
+    "progrpo.imports",
+    "progrpo.recipes",
+    "progrpo.config",
+    "progrpo.repro",
+)
 MUST_NOT_SEE = {
-    "progrpo.training": ("progrpo.cli", "progrpo.imports", "progrpo.studio", "progrpo.publish"),
+    "progrpo.training": ("progrpo.cli", "progrpo.imports", "progrpo.studio", "progrpo.publish", "progrpo.repro"),
+    "progrpo.repro": ("progrpo.cli", "progrpo.imports", "progrpo.studio", "progrpo.publish"),
     "progrpo.studio": ("progrpo.cli", "progrpo.imports"),
     "progrpo.imports": ("progrpo.cli", "progrpo.training"),
     "progrpo.policies": (*RIM, "progrpo.rollout", "progrpo.objectives", "progrpo.tracking", "progrpo.publish"),
@@ -87,6 +96,9 @@ KNOW_CONFIG = (
     "progrpo.config",
     "progrpo.training",
     "progrpo.studio",
+    "progrpo.repro.arms",
+    "progrpo.repro.campaign",
+    "progrpo.repro.fig1",
 )
 TORCH_ONLY = (
     "progrpo.types",  # where rows are put one after another
@@ -231,7 +243,7 @@ def test_only_the_rim_knows_config_training_and_the_command_line():
         entrance = module in ("progrpo", "progrpo.__main__")
         if not entrance and not within(module, KNOW_CONFIG):
             assert not within_any(inner(module), "progrpo.config"), f"{module} imports progrpo.config"
-        if not entrance and not within(module, ("progrpo.cli", "progrpo.studio", "progrpo.training")):
+        if not entrance and not within(module, ("progrpo.cli", "progrpo.repro", "progrpo.studio", "progrpo.training")):
             seen = inner(module) - ({"progrpo.training.settings"} if module == "progrpo.config" else set())
             assert not within_any(seen, "progrpo.training"), f"{module} imports progrpo.training"
         if not entrance and not within(module, ("progrpo.cli",)):

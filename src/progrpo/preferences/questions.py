@@ -160,8 +160,8 @@ def _of_pictures(folder: Path) -> list[Group]:
     if not groups:
         raise ValueError(
             f"{named(folder)} holds no run, no {PAIRS} and no two pictures of a prompt (001-00.png, 001-01.png); make"
-            f" some with progrpo sample MODEL --prompt ... --count 4 --out {named(folder)}, or begin the run whose reward"
-            " votes asks here before you label"
+            f" some with progrpo sample MODEL --prompt ... --count 4 --out {named(folder)}, or begin the run that asks"
+            " here (reward votes) first"
         )
     prompts = _prompts(folder)
     missing = sorted(groups.keys() - prompts.keys())
