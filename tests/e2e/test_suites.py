@@ -48,7 +48,7 @@ def test_a_lora_is_paired_with_its_base_on_the_same_noise(lora, tmp_path, capsys
     out = str(tmp_path / "out")
     words = (*QUICK, "--limit", "6", "--per-prompt", "2", "--out", out)
     result = evaluated(capsys, "shapes-flow", "--lora", lora(0.3), *words)
-    ours, base = result["models"]
+    base, ours = result["models"]
     assert (ours["pictures"], base["pictures"], result["prompts"], result["of_prompts"]) == (12, 12, 6, 128)
     assert base["is_base"] and base["name"] == "shapes-flow" and result["score"] == "accuracy"
     assert set(ours["figures"]) == {
@@ -67,9 +67,22 @@ def test_a_lora_is_paired_with_its_base_on_the_same_noise(lora, tmp_path, capsys
 
 def test_a_lora_that_changes_nothing_differs_in_nothing(lora, tmp_path, capsys):
     words = (*QUICK, "--limit", "6", "--per-prompt", "2", "--out", str(tmp_path / "out"))
-    ours, _ = evaluated(capsys, "shapes-flow", "--lora", lora(0.0), *words)["models"]
+    _, ours = evaluated(capsys, "shapes-flow", "--lora", lora(0.0), *words)["models"]
     assert ours["figures"]["kl"]["value"] == 0
     assert {(change["value"], change["p"]) for change in ours["against"].values()} == {(0.0, 1.0)}
+
+
+def test_another_base_is_measured_anew(lora, tmp_path, capsys):
+    """The distance to one model is not shown as that to another, nor where there is no base."""
+    near, far = lora(0.05), lora(0.3)
+    words = (*QUICK, "--limit", "4", "--per-prompt", "1", "--reward", "shapes", "--out", str(tmp_path / "out"))
+    _, first = evaluated(capsys, "shapes-flow", "--lora", near, *words)["models"]
+    (alone,) = evaluated(capsys, "shapes-flow", *words)["models"]
+    assert "kl" not in alone["figures"] and alone["against"] == {}
+    _, again = evaluated(capsys, "shapes-flow", "--lora", near, *words)["models"]
+    assert again["figures"]["kl"] == first["figures"]["kl"] and first["figures"]["kl"]["count"] == 4
+    _, turned = evaluated(capsys, "shapes-flow", "--lora", far, *words, "--against", "shapes-diffusion")["models"]
+    assert "kl" not in turned["figures"]  # a diffusion model's latents mean something else
 
 
 def test_a_suite_is_a_plain_evaluation_of_several_pictures(tmp_path, capsys):

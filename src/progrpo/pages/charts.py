@@ -224,8 +224,11 @@ def interval_points(
         }
         for name, (colour, x, y) in points.items()
     ]
+    farthest = max(x.high for _, x, _ in points.values())
     form: dict[str, object] = {"tickformat": ".0%"} if share else {}
-    return _figure(data, _axis(x_title, {"rangemode": "tozero"}), _axis(y_title, form), height)
+    # beyond both ends, or a point at 0 would be cut in half
+    x_axis = _axis(x_title, {"range": [-0.04 * farthest, 1.06 * farthest]} if farthest > 0 else {})
+    return _figure(data, x_axis, _axis(y_title, form), height)
 
 
 def _ends(values: Sequence[Bounded]) -> dict[str, object]:

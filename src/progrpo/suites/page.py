@@ -77,19 +77,20 @@ def _verdict(result: SuiteResults) -> str:
         change = model["against"].get(score)
         if change is not None:
             base = next(other["name"] for other in result["models"] if other["is_base"])
-            value += f", {change_in_words(score, change)} against {page.escape(base)} (p {_equals(change['p'])})"
+            value += f", {change_in_words(score, change)} against {page.escape(base)} (p&nbsp;{_equals(change['p'])})"
         sentences.append(f"{value}.")
     return " ".join(sentences)
 
 
 def _equals(p: float) -> str:
-    """A p-value after the letter p, as HTML."""
+    """A p-value after the letter p, as HTML on one line."""
     text = p_value(p)
-    return page.escape(text if text.startswith("<") else f"= {text}")
+    return page.escape(text if text.startswith("<") else f"= {text}").replace(" ", "&nbsp;")
 
 
 def _tiles(result: SuiteResults) -> str:
-    first, score = result["models"][0], result["score"]
+    score = result["score"]
+    first = next((model for model in result["models"] if not model["is_base"]), result["models"][0])
     part = "" if result["prompts"] == result["of_prompts"] else f" of {count(result['of_prompts'])}"
     missing = sum(model["missing"] for model in result["models"])
     each = f"{result['pictures_per_prompt']} pictures each"
@@ -129,7 +130,7 @@ def _cell(name: str, model: ModelResult) -> str:
     below = ""
     if change is not None:
         corrected = page.escape(p_value(change["p_holm"]))
-        below = f"<small>{change_in_words(name, change)}, p {_equals(change['p'])} ({corrected})</small>"
+        below = f"<small>{change_in_words(name, change)}, p&nbsp;{_equals(change['p'])} ({corrected})</small>"
     return with_interval(name, model["figures"].get(name)) + below
 
 
@@ -198,15 +199,14 @@ def _colours(result: SuiteResults) -> list[str]:
 
 def _pictures(out: Path, grid: Grid, models: Sequence[ModelRecords]) -> str:
     shown = _in_turn(grid.prompts)
-    order = sorted(models, key=lambda model: not model.is_base)
-    columns = min(6, max(2, 12 // (1 + len(order))))
-    figures = "".join(_prompt(out, item, order) for item in shown)
-    names = ", then ".join(page.escape(model.name) for model in order)
+    columns = min(6, max(2, 12 // (1 + len(models))))
+    figures = "".join(_prompt(out, item, models) for item in shown)
+    names = ", then ".join(page.escape(model.name) for model in models)
     lead = (
         f"The first picture of {len(shown)} prompts, from the same noise: {names}. The mark is the strict verdict, if"
         " there is one."
     )
-    style = f"--columns:{columns};--models:{len(order)}"
+    style = f"--columns:{columns};--models:{len(models)}"
     return page.section("pictures", "Pictures", lead, f'<div class="gallery suite" style="{style}">{figures}</div>')
 
 

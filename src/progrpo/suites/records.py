@@ -40,6 +40,8 @@ class MeasuresRecord(TypedDict, total=False):
     """What is measured of the pictures of a prompt together, by the prompt's place."""
 
     kl: dict[str, float]
+    kl_to: str
+    """The base of `kl`, as a digest of what its pictures are made by."""
     diversity: dict[str, dict[str, float]]
     vendi_of_all: float
     made_by: str

@@ -11,12 +11,12 @@ import torch
 
 from progrpo.rewards.mixture import RewardMixture, close_all
 from progrpo.suites.page import write_results
-from progrpo.suites.records import ModelFolder, slug
+from progrpo.suites.records import MeasuresRecord, ModelFolder, slug
 from progrpo.suites.results import ModelRecords, SuiteResults, model_results, score_of
 from progrpo.tracking.console import Console
 from progrpo.training.build import judge_for
 from progrpo.training.distributed import Ranks, explain_lost_process
-from progrpo.training.suite_inputs import SuiteInputs, SuiteRequest, load_inputs, made_by
+from progrpo.training.suite_inputs import SuiteInputs, SuiteRequest, load_inputs
 from progrpo.training.suite_work import SuiteWork
 from progrpo.training.summary import command_line, device_name
 from progrpo.training.trained_model import ModelChoice
@@ -30,8 +30,10 @@ def evaluate_suite(request: SuiteRequest) -> SuiteResults | None:
     ValueError for pictures there that other settings made.
     """
     started = time.monotonic()
-    base, settings, negative_prompt = request.base, request.settings, request.guide_away_from
-    models = [*request.models, *([base] if base else [])]
+    base, base_id = request.base, request.base_id
+    settings, negative_prompt = request.settings, request.guide_away_from
+    others = [model for model in request.models if base is None or not request.draw_alike(model, base)]
+    models = [*([] if base is None else [base]), *others]
     with ExitStack() as ending, explain_lost_process(lambda: "give the same command again, and it goes on"):
         ranks = Ranks()
         console = Console(0, enabled=ranks.is_main, file=sys.stderr)
@@ -43,12 +45,10 @@ def evaluate_suite(request: SuiteRequest) -> SuiteResults | None:
         judge = judge_for(request.suite.name)
         work = SuiteWork(inputs.grid, inputs.rewards, judge, settings, negative_prompt, ranks, console)
         folders = _open_folders(request, models, inputs, ranks)
-        paths = [
-            work.evaluate(model, folder, base is not None)
-            for model, folder in zip(request.models, folders, strict=False)
-        ]
-        if base is not None:
-            notes += work.evaluate_base(base, folders[-1], list(zip(folders, paths, strict=False)))
+        of_others = folders[len(models) - len(others) :]
+        paths = [work.evaluate(model, folder, base_id) for model, folder in zip(others, of_others, strict=True)]
+        if base is not None and base_id is not None:
+            notes += work.evaluate_base(base, folders[0], base_id, list(zip(of_others, paths, strict=True)))
         if ranks.is_main:
             for folder in folders:
                 work.measure_diversity(folder, inputs.features, inputs.features_name)
@@ -56,7 +56,7 @@ def evaluate_suite(request: SuiteRequest) -> SuiteResults | None:
     if not ranks.is_main:
         return None
     records = [
-        ModelRecords(name, folder.path.name, folder.read(), folder.measures.read(), model is base)
+        ModelRecords(name, folder.path.name, folder.read(), _measures(folder, base_id), model is base)
         for name, model, folder in zip(_names(models), models, folders, strict=True)
     ]
     found = model_results(inputs.grid, records, work.reward_names)
@@ -93,7 +93,7 @@ def _open_folders(
 
     def open_all() -> None:
         for model, folder in zip(models, folders, strict=True):
-            folder.open(made_by(request, model, inputs.digest))
+            folder.open({**request.made_by(model), "prompts": inputs.digest})
 
     ranks.from_main(open_all)
     seen = all(folder.settings.written is not None for folder in folders)
@@ -101,8 +101,16 @@ def _open_folders(
     return folders
 
 
+def _measures(folder: ModelFolder, base_id: str | None) -> MeasuresRecord:
+    """The measures of a folder, without a distance to another base than this command's."""
+    measures = folder.measures.read()
+    if measures.get("kl_to") != base_id or base_id is None:
+        measures.pop("kl", None)
+    return measures
+
+
 def _names(models: Sequence[ModelChoice]) -> list[str]:
-    """The names of models, each once. A base that has a model's own name follows it, and gets a number."""
+    """The names of models, each once: a second one of the same name gets a number."""
     names: list[str] = []
     for model in models:
         name = model.config.model.path if model.before else model.name

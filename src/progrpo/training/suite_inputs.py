@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,11 +63,11 @@ class SuiteRequest:
 
     @property
     def settings(self) -> EvalSettings:
-        """The settings of sampling, one for all models. ValueError where the runs' own differ.
+        """The settings of sampling, one for all models: those of the runs. ValueError where they differ.
 
         The seed is not a run's own but that of all evaluations, so that figures of different runs compare.
         """
-        own = [model.config.eval for model in self.models]
+        own = [run.eval for model in self.models if (run := model.run_config) is not None] or [EvalSettings()]
         first = replace(own[0], seed=EvalSettings().seed)
         for name, option in (("num_inference_steps", "steps"), ("guidance_scale", "guidance scale")):
             values = {getattr(settings, name) for settings in own}
@@ -81,7 +82,35 @@ class SuiteRequest:
     @property
     def guide_away_from(self) -> str:
         """The negative prompt, one for all models: the first run's, if no other is given."""
-        return negative_prompt_for(self.models[0].run_config, self.negative_prompt, self.settings.guidance_scale)
+        runs = [run for model in self.models if (run := model.run_config) is not None]
+        return negative_prompt_for(runs[0] if runs else None, self.negative_prompt, self.settings.guidance_scale)
+
+    def made_by(self, model: ModelChoice) -> dict[str, object]:
+        """What a model's pictures are made by, prompts apart: pictures that differ in it are not put together."""
+        config, settings = model.config.model, self.settings
+        return {
+            "suite": self.suite.name,
+            "model": config.path if model.before else model.target,
+            "lora": config.lora if model.before else str(model.lora or ""),
+            "revision": model.revision or config.revision,
+            "resolution": json.loads(json.dumps(config.resolution)),
+            "weights": _weights_digest(model),
+            "num_inference_steps": settings.num_inference_steps,
+            "guidance_scale": settings.guidance_scale,
+            "negative_prompt": self.guide_away_from,
+            "seed": settings.seed,
+        }
+
+    @property
+    def base_id(self) -> str | None:
+        """A digest of the base, which tells it apart from another."""
+        if self.base is None:
+            return None
+        return hashlib.sha256(json.dumps(self.made_by(self.base)).encode()).hexdigest()
+
+    def draw_alike(self, model: ModelChoice, other: ModelChoice) -> bool:
+        """Whether two models are the same by what their pictures are made by."""
+        return self.made_by(model) == self.made_by(other)
 
 
 @dataclass(frozen=True)
@@ -197,24 +226,6 @@ def _load_features(request: SuiteRequest, ranks: Ranks) -> tuple[str, Features |
 
     notes = ranks.from_main(load)
     return name, loaded[0] if loaded else None, notes
-
-
-def made_by(request: SuiteRequest, model: ModelChoice, prompts_digest: str) -> dict[str, object]:
-    """What a model's pictures are made by: pictures that differ in it are not put together."""
-    config = model.config
-    settings = request.settings
-    return {
-        "suite": request.suite.name,
-        "prompts": prompts_digest,
-        "model": config.model.path if model.before else model.target,
-        "lora": str(model.lora or ""),
-        "revision": model.revision or config.model.revision,
-        "weights": _weights_digest(model),
-        "num_inference_steps": settings.num_inference_steps,
-        "guidance_scale": settings.guidance_scale,
-        "negative_prompt": request.guide_away_from,
-        "seed": settings.seed,
-    }
 
 
 def _weights_digest(model: ModelChoice) -> str:

@@ -73,16 +73,20 @@ class SuiteWork:
         """The prompts on whose paths the distance to the base is measured."""
         return self.grid.prompts[:COMPARED]
 
-    def evaluate(self, model: ModelChoice, folder: ModelFolder, has_base: bool) -> ModelPath | None:
+    def evaluate(self, model: ModelChoice, folder: ModelFolder, base_id: str | None) -> ModelPath | None:
         """Complete a model's folder. Its path is given where the distance to the base is not known yet."""
-        todo, has_kl = self.ranks.from_main(lambda: (self._todo(folder), self._has_kl(folder)))
-        needs_path = has_base and not has_kl
+        todo, has_kl = self.ranks.from_main(lambda: (self._todo(folder), self._has_kl(folder, base_id)))
+        needs_path = base_id is not None and not has_kl
         policy = self._load(model) if todo.draw or needs_path else None
         self._complete(policy, folder, todo)
         return self._path(policy) if policy is not None and needs_path else None
 
     def evaluate_base(
-        self, base: ModelChoice, folder: ModelFolder, paths: Sequence[tuple[ModelFolder, ModelPath | None]]
+        self,
+        base: ModelChoice,
+        folder: ModelFolder,
+        base_id: str,
+        paths: Sequence[tuple[ModelFolder, ModelPath | None]],
     ) -> list[str]:
         """Complete the base's folder, and measure how far from it each path is. Notes on paths it has no part in."""
         todo = self.ranks.from_main(lambda: self._todo(folder))
@@ -98,21 +102,21 @@ class SuiteWork:
                 continue
             distances = dict(self.ranks.gather(list(self._distances(policy, path).items())))
             if self.ranks.is_main:
-                measures = of.measures.read()
-                of.measures.write({**measures, "kl": {str(place): value for place, value in distances.items()}})
+                kl = {str(place): value for place, value in distances.items()}
+                of.measures.write({**of.measures.read(), "kl": kl, "kl_to": base_id})
         return notes
 
     # --- pictures and scores ------------------------------------------------------------------------------------------
 
     def _todo(self, folder: ModelFolder) -> Todo:
         records, names = folder.read(), self.reward_names
-        lacking_N = {
+        lacking = {
             item.place: [name for key in self._keys(item) for name in names if _lacks(records.get(key), name)]
             for item in self.grid.prompts
         }
-        open_prompts = [item for item in self.grid.prompts if lacking_N[item.place]]
+        open_prompts = [item for item in self.grid.prompts if lacking[item.place]]
         there = {item.place: all(folder.has_picture(key) for key in self._keys(item)) for item in open_prompts}
-        wanted = {name for lacking in lacking_N.values() for name in lacking}
+        wanted = {name for names_of_place in lacking.values() for name in names_of_place}
         return Todo(
             [item for item in open_prompts if not there[item.place]],
             [item for item in open_prompts if there[item.place]],
@@ -187,8 +191,9 @@ class SuiteWork:
 
     # --- the distance to the base -------------------------------------------------------------------------------------
 
-    def _has_kl(self, folder: ModelFolder) -> bool:
-        return {*folder.measures.read().get("kl", {})} == {str(item.place) for item in self.compared}
+    def _has_kl(self, folder: ModelFolder, base_id: str | None) -> bool:
+        measures, places = folder.measures.read(), {str(item.place) for item in self.compared}
+        return measures.get("kl_to") == base_id and {*measures.get("kl", {})} == places
 
     def _path(self, policy: Policy) -> ModelPath:
         own = [self.compared[i] for i in self.ranks.deal(len(self.compared)).tolist()]
@@ -234,8 +239,9 @@ class SuiteWork:
         new: MeasuresRecord = {"diversity": spread, "made_by": made_by}
         if seen:
             new["vendi_of_all"] = vendi(np.concatenate(seen))
-        kl = {"kl": measures["kl"]} if "kl" in measures else {}
-        folder.measures.write({**new, **kl})  # type: ignore[typeddict-item]
+        if "kl" in measures:
+            new |= {"kl": measures["kl"], "kl_to": measures["kl_to"]}
+        folder.measures.write(new)
 
 
 @dataclass(frozen=True)
