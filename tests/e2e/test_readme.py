@@ -111,3 +111,15 @@ def anchors(page: Path) -> set[str]:
 def test_lines_end_at_120_columns(page: Path) -> None:
     lines = enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
     assert [number for number, line in lines if len(line) > 120] == []
+
+
+def test_every_figure_of_the_readmes_results_is_in_the_list_of_claims() -> None:
+    results = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Measured result")[2].partition("\n## ")[0]
+    stated = figures(re.sub(r"\]\([^)]*\)", "]", results))
+    listed = figures((ROOT / "docs" / "results" / "README.md").read_text(encoding="utf-8"))
+    assert len(stated) > 15
+    assert stated <= listed, f"README states {sorted(stated - listed)}, which docs/results/README.md does not list"
+
+
+def figures(text: str) -> set[str]:
+    return set(re.findall(r"\d+(?:\.\d+)?", text))
