@@ -31,6 +31,7 @@ from progrpo.training.build import (
     judge_for,
     policy_context,
     policy_from,
+    ranking_from,
     resolve_dtype,
     train_order,
 )
@@ -184,7 +185,8 @@ def run(config: Config, seconds: float, every: float, pictures: int, by: str = "
     ranks = Ranks()
     config = resolve_dtype(config, ranks)
     policy = policy_from(config.model, policy_context(config, ranks))
-    reward = load_mixture(config.reward.terms, config.reward.frames)
+    ranking = ranking_from(config.objective, config.reward)
+    reward = load_mixture(config.reward.terms, config.reward.frames, ranking)
     trainer = Trainer(config, policy, reward, train_order(config.prompts, config.seed), ranks)
     prompts = eval_prompts("shapes", "validation", pictures)
     measures = Measures(judge_for("shapes"), held_out_rewards(config), diverse=pictures // 8)
