@@ -32,6 +32,7 @@ LINES = (
     ),
     *("sample shapes-flow --prompt cat dog --count 2 --out s", "sample shapes-flow --prompt a --lora l --seed 1"),
     *("eval shapes-flow --reward shapes --pictures 4 --json", "eval shapes-flow --prompts p.txt --split validation"),
+    "eval shapes-flow o --suite geneval --prompts p.txt --limit 4 --per-prompt 2 --against m --features pixels --out e",
     *(
         "report o",
         "compare o p --out c.html --json",

@@ -27,6 +27,17 @@ def test_what_accelerate_is_told_in_vain_is_refused_with_what_to_take(variable, 
     assert Ranks().world == 1
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
+def test_places_are_dealt_out_once_also_where_there_are_fewer_than_processes(count):
+    shares = []
+    for rank in range(3):
+        ranks = Ranks()
+        ranks.rank, ranks.world = rank, 3
+        shares.append(ranks.deal(count).tolist())
+    assert sorted(place for share in shares for place in share) == list(range(count))
+    assert all(share == sorted(share) for share in shares)
+
+
 def test_a_lost_process_is_told_from_a_mistake():
     assert is_lost(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"))
     assert is_lost(dist.DistBackendError("NCCL error"))

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from progrpo.suites import fetch
-from progrpo.suites.fetch import published_sources
+from progrpo.suites.fetch import read_published
 from progrpo.suites.formats import local_sources, read_suite, spread_over_kinds
 from progrpo.suites.table import SUITES, SuiteName
 from progrpo.types import Prompt
@@ -144,22 +144,28 @@ def test_a_part_of_a_suite_takes_kinds_in_turn_and_keeps_their_places():
     assert [item.place for item in spread_over_kinds(plain, 2)] == [0, 1]
 
 
-@pytest.mark.parametrize("name", ["geneval", "hpdv2"])
-def test_a_machine_without_a_network_is_told_what_to_download(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("geneval", "prompts/evaluation_metadata.jsonl elsewhere"),
+        ("hpdv2", "the dataset zhwang/HPDv2 of the hub (benchmark/anime.json, "),
+        ("drawbench", "the dataset sayakpaul/drawbench of the hub elsewhere"),
+    ],
+)
+def test_a_machine_without_a_network_is_told_what_to_download(name, place, tmp_path, monkeypatch):
     def unreachable(*args, **options):
-        raise OSError("no route to host")
+        raise OSError("no route to host.")
 
+    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(fetch, "urlopen", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
     with pytest.raises(ValueError) as refused:
-        published_sources(SUITES[name])
+        read_published(SUITES[name])
     said = str(refused.value)
-    assert said.startswith(f"the prompts of {name} could not be fetched: no route to host; download ")
-    assert said.endswith("as --prompts") and "\n" not in said
-    assert {"geneval": "evaluation_metadata.jsonl", "hpdv2": "zhwang/HPDv2 of the hub (benchmark/anime.json"}[
-        name
-    ] in said
+    assert said.startswith(f"the prompts of {name} could not be fetched: ") and "no route to host; download" in said
+    assert said.endswith("as --prompts") and place in said and "\n" not in said
 
 
 def test_fetched_files_are_kept(tmp_path, monkeypatch):
@@ -168,6 +174,6 @@ def test_fetched_files_are_kept(tmp_path, monkeypatch):
     suite = SUITES["ocr"]
     here = replace(suite, published=replace(suite.published, address=(tmp_path / "served").as_uri()))
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
-    first = published_sources(here)
+    first = read_published(here)
     (tmp_path / "served" / "test.txt").unlink()
-    assert published_sources(here) == first and read("ocr", first[0]) == [('a sign that says "stop"', None)]
+    assert read_published(here) == first and [prompt.text for prompt in first] == ['a sign that says "stop"']

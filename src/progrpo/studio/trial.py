@@ -30,7 +30,7 @@ from progrpo.tracking.grids import audit_sheet
 from progrpo.tracking.records import AuditRecord
 from progrpo.tracking.statistics import kept_variance
 from progrpo.training.audit import Audit, GroupWatch, stops
-from progrpo.training.build import eval_prompts
+from progrpo.training.build import eval_prompts, ranking_from
 from progrpo.training.evaluate_model import with_rewards
 from progrpo.training.trained_model import ModelChoice, ode_by
 from progrpo.types import Prompt
@@ -79,6 +79,9 @@ def trusted_config(run: Path, rewards: Sequence[str]) -> Config:
     """
     choice = ModelChoice(str(run))
     config = with_rewards(choice, choice.config, rewards)
+    config = replace(config, prompts=replace(config.prompts, pairs=""))  # a trial samples
+    if rewards:
+        config = replace(config, reward=replace(config.reward, noise=""))  # it may name one of the run's own
     if ":" in config.plan.preset:
         config = replace(config, plan=PlanSettings(preset="none"))
     if ":" in config.plan.selector:
@@ -100,7 +103,8 @@ class Studio:
         self.examples = list(known)[:_EXAMPLES]
         """Texts of prompts that the run was measured on."""
         self._prompts = known | _prompts_of_world(config.eval)
-        self.reward = load_mixture(config.reward.terms, config.reward.frames)
+        ranking = ranking_from(config.objective, config.reward)
+        self.reward = load_mixture(config.reward.terms, config.reward.frames, ranking)
         self.model = TunedModel(run)
         self._group: tuple[object, Audit] | None = None
 

@@ -11,19 +11,24 @@ from progrpo.durable import write_file
 from progrpo.environment import on_the_way, on_the_way_to_the_hub
 from progrpo.messages import named
 from progrpo.prompts.load import DATASET
+from progrpo.suites.formats import read_suite
 from progrpo.suites.table import Published, Suite
+from progrpo.types import Prompt
 
 _SECONDS = 30
 
 
-def published_sources(suite: Suite) -> list[str]:
-    """The files of a suite, or `dataset:NAME`. ValueError, with what to download, where they cannot be had."""
+def read_published(suite: Suite, split: str = "test") -> tuple[Prompt, ...]:
+    """The published prompts of a suite. ValueError, with what to download, where they cannot be had."""
     published = suite.published
     if published is None:
-        return []
-    if published.dataset and not published.files:
-        return [f"{DATASET}{published.dataset}"]
-    return [str(_file(suite, published, name)) for name in published.files]
+        return read_suite(suite, [], split)
+    if published.files:
+        return read_suite(suite, [str(_file(suite, published, name)) for name in published.files])
+    try:
+        return read_suite(suite, [f"{DATASET}{published.dataset}"])
+    except ValueError as error:
+        raise ValueError(unreachable(suite, f": {error}")) from None
 
 
 def _file(suite: Suite, published: Published, name: str) -> Path:
@@ -39,8 +44,8 @@ def unreachable(suite: Suite, reason: str) -> str:
     assert suite.published is not None
     several = len(suite.published.files) > 1
     return (
-        f"the prompts of {suite.name} could not be fetched{reason}; download {suite.published.in_words()} elsewhere,"
-        f" and give the {'folder' if several else 'file'} as --prompts"
+        f"the prompts of {suite.name} could not be fetched{reason.rstrip('.')}; download"
+        f" {suite.published.in_words()} elsewhere, and give the {'folder' if several else 'file'} as --prompts"
     )
 
 

@@ -150,7 +150,8 @@ def _by_kind(result: SuiteResults) -> str:
         for kind in result["kinds"]
     ]
     body = page.chart(figure, "kinds-chart", f"{_name(score)} by kind of prompt", "bars: 95 % intervals")
-    return page.section("kinds", "By kind", "", body + page.table(head, rows))
+    lead = "The score of each kind of prompt, with the interval that its own prompts give."
+    return page.section("kinds", "By kind", lead, body + page.table(head, rows))
 
 
 def _frontier(result: SuiteResults) -> str:

@@ -13,7 +13,7 @@ from progrpo.messages import named
 from progrpo.rewards.base import Refusal
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.mixture import Component, component_from
-from progrpo.suites.fetch import published_sources
+from progrpo.suites.fetch import read_published
 from progrpo.suites.formats import local_sources, read_suite, spread_over_kinds
 from progrpo.suites.results import Grid
 from progrpo.suites.table import Suite
@@ -151,7 +151,7 @@ def _read_prompts(request: SuiteRequest) -> tuple[tuple[Prompt, ...], list[str]]
     """The prompts of the whole suite, and notes on what a local copy lacks."""
     suite = request.suite
     if request.prompts is None:
-        return read_suite(suite, published_sources(suite), request.split), []
+        return read_published(suite, request.split), []
     if suite.published is None:
         raise ValueError(f"--prompts: those of {suite.name} are part of progrpo; leave it out")
     sources, lacking = local_sources(suite, request.prompts)
