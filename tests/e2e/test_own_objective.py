@@ -82,7 +82,7 @@ def test_an_objective_of_ones_own_trains(own_module, on_a_tiny_model, tmp_path):
         (
             "reinforce",
             {},
-            "objective.name must be one of grpo, nft, awm, dgpo, elbo, or `module:Class`, not 'reinforce'",
+            "objective.name must be one of grpo, nft, awm, dgpo, elbo, dpo, sft, or `module:Class`, not 'reinforce'",
         ),
         ("nft", {"scale": 1}, "objective.custom must be empty for objective.name nft; give objective.nft"),
     ],

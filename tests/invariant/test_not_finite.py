@@ -353,7 +353,7 @@ def test_sampling_keeps_what_is_there_and_says_what_is_not(tiny_sd3, tmp_path, m
     with pytest.raises(SelfCheckError, match=r"^1 of 3 pictures are missing: the decoder .*; the others are in "):
         prompts, given = [Prompt("a"), Prompt("b"), Prompt("c")], {"num_inference_steps": 1, "seed": 0}
         sample_pictures(ModelChoice(str(tiny_sd3)), prompts, tmp_path / "out", 1, given)
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["000-00.png", "002-00.png"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["000-00.png", "002-00.png", "samples.jsonl"]
 
 
 # --- what the network is told -----------------------------------------------------------------------------------------

@@ -257,7 +257,7 @@ def test_grpo_without_stochastic_steps_is_refused():
         check(configured(sde_window="none"))
     assert str(refused.value) == (
         "sampling.sde_window must leave objective.name grpo stochastic steps to train, so not be none;"
-        " set it to auto, or take an objective that needs none: nft, awm, dgpo, elbo"
+        " set it to auto, or take an objective that needs none: nft, awm, dgpo, elbo, dpo, sft"
     )
 
 
