@@ -1,7 +1,7 @@
 """From pairs to an aligned model with a hidden taste: how many pairs, how many flipped labels, and by which road.
 
     python benchmarks/preferences.py [--arms NAME ...] [--seeds 0 1 2] [--minutes 60] [--out FILE]
-    python benchmarks/preferences.py --table                # the tables from --out; trains nothing
+    python benchmarks/preferences.py --page                 # the tables of the page from --out; trains nothing
 
 The taste (`shapes_taste`: large, centred, warm) labels pairs of pictures that the base model drew for one prompt, and a
 share of the labels is flipped. No arm but `true reward` sees the taste again. It judges held-out pictures before, on
@@ -187,11 +187,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--folder", type=Path, default=Path("runs/preferences-study"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/preferences.json"))
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--page", action="store_true", help="write the tables of the page beside --out")
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else []
-    if args.table:
-        print(table(results))
+    if args.page:
+        write_page(args.out.with_suffix(".md"), table(results))
         return
     torch.set_num_threads(1)
     started = time.monotonic()
@@ -206,27 +206,63 @@ def main() -> None:
         print(f"{arm}, {case.name}: taste {_taste(curve[0]):.3f} -> {_taste(curve[-1]):.3f}", flush=True)
 
 
+def write_page(page: Path, tables: str) -> None:
+    """Write the tables between the page's two marks."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- tables:begin -->\n")
+    _, end, after = rest.partition("<!-- tables:end -->")
+    write_text(page, f"{before}{begin}{tables}\n{end}{after}")
+    print(page)
+
+
 def _taste(point: dict[str, Any]) -> float:
     value: float = point["shapes_taste"]
     return value
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The gain in the hidden taste as a share of the gain by the true reward at the same rate, by arm and case."""
-    true = {arm: mean(_gain(r) for r in results if r["arm"] == arm) for arm in ARMS[:2] if _of(results, arm)}
-    lines = [f"{arm}: {gain:.3f} over {len(_of(results, arm))} seeds" for arm, gain in true.items()]
-    lines += ["", "| pairs | flipped | " + " | ".join(ARMS[2:]) + " |", "|---" * len(ARMS) + "|"]
-    for size, flips in itertools.product(SIZES, FLIPS):
-        cells = []
-        for arm in ARMS[2:]:
-            twice = arm in OBJECTIVES or arm.endswith("twice the rate")
-            own = [r for r in _of(results, arm) if (r["size"], r["flips"]) == (size, flips)]
-            gains = [_gain(r) / true[TRUE_TWICE if twice else TRUE] for r in own]
-            spread = f" ± {stdev(gains):.2f}" if len(gains) > 1 else ""
-            cells.append(f"{mean(gains):.2f}{spread}" if gains else "")
-        if any(cells):
-            lines.append(f"| {size:,} | {100 * flips:g} % | " + " | ".join(cells) + " |")
+    """The gain in the hidden taste as a share of the gain by the true reward at the same rate; figures of each arm."""
+    true = {arm: mean(_gain(r) for r in _of(results, arm)) for arm in ARMS[:2] if _of(results, arm)}
+
+    def share(arm: str, size: int, flips: float) -> str:
+        own = [r for r in _of(results, arm) if (r["size"], r["flips"]) == (size, flips)]
+        gains = [_gain(r) / true[TRUE_TWICE if _is_twice(arm) else TRUE] for r in own]
+        spread = f" ± {stdev(gains):.2f}" if len(gains) > 1 else ""
+        few = f" ({len(gains)} of 3)" if 0 < len(gains) < 3 else ""
+        return f"{mean(gains):.2f}{spread}{few}" if gains else ""
+
+    heads = [f"{100 * flips:g} % flipped" for flips in FLIPS]
+    lines = ["The learned reward, by pairs and flipped labels:", "", *_head("pairs", heads)]
+    lines += [_row(f"{size:,}", [share("reward model", size, flips) for flips in FLIPS]) for size in SIZES]
+    cells = [(size, flips) for size in (200, 1000) for flips in (0.0, 0.2)]
+    lines += ["", "All arms:", "", *_head("arm", [f"{size:,} pairs, {100 * flips:g} %" for size, flips in cells])]
+    lines += [_row(arm, [share(arm, *cell) for cell in cells]) for arm in ARMS[2:]]
+    lines += ["", "The ends of the runs with 200 clean pairs, and of the true reward:", ""]
+    lines += _head("arm", ["taste", "strict", "second judge", "diversity", "core seconds"])
+    base = [r["curve"][0] for r in _of(results, TRUE)]
+    lines.append(_row("the base", [*_ends(base), ""]))
+    for arm in ARMS:
+        ends = [r["curve"][-1] for r in _of(results, arm) if (r["size"], r["flips"]) in ((0, 0.0), (200, 0.0))]
+        if ends:
+            lines.append(_row(arm, [*_ends(ends), f"{mean(end['cpu_seconds'] for end in ends):.0f}"]))
     return "\n".join(lines)
+
+
+def _head(first: str, others: Sequence[str]) -> list[str]:
+    return [_row(first, others), "|---" * (1 + len(others)) + "|"]
+
+
+def _row(first: str, others: Sequence[str]) -> str:
+    return f"| {' | '.join([first, *others])} |"
+
+
+def _is_twice(arm: str) -> bool:
+    """Whether an arm is trained at twice the rate."""
+    return arm in OBJECTIVES or arm.endswith("twice the rate")
+
+
+def _ends(points: Sequence[dict[str, Any]]) -> list[str]:
+    names = ("shapes_taste", "shapes_strict", "judge", "diversity")
+    return [f"{mean(point[name] for point in points):.3f}" for name in names]
 
 
 def _of(results: Sequence[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
