@@ -45,8 +45,10 @@ def test_agreement_of_pairs_whichever_picture_is_named_first():
     pairs = [pair(i, "ann", float(i % 2)) for i in range(8)]
     assert agreement(pairs) is None
     same = agreement([*pairs, *(pair(i, "bob", float(1 - i % 2), turned=True) for i in range(6))])
+    assert same is not None
     assert (same.annotators, same.pairs, same.equal, same.measure, same.value) == (2, 6, 1, "Cohen's kappa", 1)
     three = agreement([*pairs, pair(0, "bob", 0.0), pair(0, "eve", 1.0), pair(1, "eve", 1.0)])
+    assert three is not None
     assert (three.annotators, three.pairs, three.measure) == (3, 2, "Krippendorff's alpha")
     assert three.equal == 0.5  # of the pairs' two votes: ann and bob, ann and eve, bob and eve; ann and eve
     assert "50 % equal votes on 2 pairs of 3 annotators, Krippendorff's alpha" in str(three)

@@ -38,6 +38,7 @@ def test_the_loss_is_the_weighted_cross_entropy(rate):
 def test_slopes_are_those_of_autograd(rate):
     margins = MARGINS.clone().requires_grad_()
     pair_losses(margins, PREFERENCES, rate).sum().backward()
+    assert margins.grad is not None
     assert torch.allclose(loss_slopes(MARGINS, PREFERENCES, rate), margins.grad)
 
 

@@ -180,7 +180,11 @@ def test_sides_are_drawn_for_each_annotator(tmp_path):
 @pytest.fixture
 def page(tmp_path: Path) -> Iterator[LabelServer]:
     folder = sampled(tmp_path / EVIL.replace("/", "_")[:60], ("a cat", EVIL))
-    with listening(lambda *where: LabelServer(*where, Questions(folder), Votes(folder), EVIL[:40]), folder, *HERE) as s:
+
+    def server(folder: Path, host: str, port: int) -> LabelServer:
+        return LabelServer(folder, host, port, Questions(folder), Votes(folder), EVIL[:40])
+
+    with listening(server, folder, *HERE) as s:
         thread = Thread(target=s.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield s

@@ -172,6 +172,7 @@ def test_fetched_files_are_kept(tmp_path, monkeypatch):
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / "test.txt").write_text('a sign that says "stop"\n')
     suite = SUITES["ocr"]
+    assert suite.published is not None
     here = replace(suite, published=replace(suite.published, address=(tmp_path / "served").as_uri()))
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     first = read_published(here)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -71,11 +73,12 @@ PROMPTS = [SuitePrompt(n, Prompt(f"p{n}", {"kind": kind})) for n, kind in enumer
 GRID = Grid(PROMPTS, per_prompt=2, mean_of_kinds=False)
 
 
-def model(name, values, is_base=False, strict=None, measures=None):
+def model(name, values, is_base=False, strict=None, measures: Any = None):
     records = {
         (n, m): record(n, m, values[n][m], None if strict is None else strict[n][m]) for n in range(4) for m in range(2)
     }
-    return ModelRecords(name, name, records, measures or {}, is_base)
+    no_measures: Any = {}
+    return ModelRecords(name, name, records, measures or no_measures, is_base)
 
 
 def test_figures_are_means_by_kind_and_differences_of_the_same_noise():
@@ -118,7 +121,7 @@ def test_missing_pictures_are_counted_and_left_out():
 def test_tables_are_markdown_with_all_models():
     models = [model("runs/a|b", [[1.0, 1.0]] * 4), model("base", [[0.0, 1.0]] * 4, is_base=True)]
     results = model_results(GRID, models, ["r"])
-    whole = {
+    whole: Any = {
         **dict(suite="shapes", paper="arXiv 1", score="r", mean_of_kinds=False, prompts=4, of_prompts=9),
         **dict(pictures_per_prompt=2, num_inference_steps=10, guidance_scale=1.0, seed=3, kinds=["a", "b"]),
         "models": results,
