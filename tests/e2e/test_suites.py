@@ -31,7 +31,7 @@ def lora(tmp_path_factory):
         torch.manual_seed(0)
         with torch.no_grad():
             for parameter in policy.trainable.values():
-                parameter += moved * torch.randn_like(parameter)
+                parameter.add_(moved * torch.randn_like(parameter))
         folder = tmp_path_factory.mktemp("lora") / "lora"
         policy.save(folder)
         return str(folder)
@@ -131,8 +131,8 @@ def test_the_same_command_goes_on_after_a_kill(tmp_path, capsys):
 def test_a_local_copy_of_a_benchmark_with_a_reward_of_choice(tmp_path, capsys):
     copy = tmp_path / "drawbench.csv"
     copy.write_text("Prompts,Category\nA red colored car.,Colors\nOne dog on the street.,Counting\nA fox.,Counting\n")
-    words = ("--suite", "drawbench", "--prompts", str(copy), "--reward", "jpeg_compressibility", "--features", "pixels")
-    words += ("--per-prompt", "2", "--num-inference-steps", "1", "--out", str(tmp_path / "out"))
+    words = ["--suite", "drawbench", "--prompts", str(copy), "--reward", "jpeg_compressibility", "--features", "pixels"]
+    words += ["--per-prompt", "2", "--num-inference-steps", "1", "--out", str(tmp_path / "out")]
     result = evaluated(capsys, "shapes-flow", *words)
     (ours,) = result["models"]
     assert result["kinds"] == ["Colors", "Counting"] and result["score"] == "jpeg_compressibility"

@@ -30,10 +30,10 @@ def pairs_file(tmp_path):
     pairs = []
     votes = (1.0, 0.0, 1.0, 0.5, 0.75, 0.0)
     for i, (prompt, vote) in enumerate(zip(world.sample_prompts("train", 6, seed=0), votes, strict=True)):
-        paths = [tmp_path / f"{i}-{side}.png" for side in "ab"]
-        for path, light in zip(paths, (200, 60) if vote > 0.5 else (60, 200), strict=True):
+        a, b = tmp_path / f"{i}-a.png", tmp_path / f"{i}-b.png"
+        for path, light in zip((a, b), (200, 60) if vote > 0.5 else (60, 200), strict=True):
             Image.fromarray(np.full((64, 64, 3), light, np.uint8)).save(path)
-        pairs.append(Pair(Prompt(prompt.text), *paths, vote, strength=2.0 if i == 2 else 1.0))
+        pairs.append(Pair(Prompt(prompt.text), a, b, vote, strength=2.0 if i == 2 else 1.0))
     write_pairs(tmp_path / "pairs.jsonl", pairs)
     return tmp_path / "pairs.jsonl"
 
@@ -48,6 +48,7 @@ def test_a_pair_is_a_group_of_two_finished_trajectories(pairs_file, shapes_polic
     first = Image.open(prompts[0].columns["image_a"])
     torch.testing.assert_close(rolled.trajectories.x_NCHW[:1], shapes_policy.encode_pictures([first]))
     assert rolled.survivors.value_N.tolist() == [1, 0, 0, 1, 1, 0, 0.5, 0.5, 0.75, 0.25, 0, 1]
+    assert rolled.weight_P is not None
     assert rolled.weight_P.tolist() == [1, 1, 2, 0, 0.5, 1]
     assert np.array_equal(rolled.pictures.images_NHWC[0].numpy(), np.asarray(first))
 
