@@ -176,19 +176,19 @@ def _numbers(values: Iterable[float | bool | None]) -> np.ndarray:
 
 
 def _figure(grid: Grid, column: _Column) -> Figure | None:
-    found = estimate(column.values, grid.clusters(column.each))
-    return None if found is None else _plain(found)
+    estimated = estimate(column.values, grid.clusters(column.each))
+    return None if estimated is None else _plain(estimated)
 
 
 def _by_kind(grid: Grid, column: _Column) -> dict[str, Figure]:
     clusters = grid.clusters(column.each)
-    found: dict[str, Figure] = {}
+    figures: dict[str, Figure] = {}
     for kind in grid.kinds:
         rows = grid.rows_of_kind(kind, column.each)
         of_kind = estimate(column.values[rows], clusters.take(rows))
         if of_kind is not None:
-            found[kind] = _plain(of_kind)
-    return found
+            figures[kind] = _plain(of_kind)
+    return figures
 
 
 def _changes(grid: Grid, base: Mapping[str, _Column], model: Mapping[str, _Column]) -> dict[str, Change]:
@@ -205,6 +205,6 @@ def _changes(grid: Grid, base: Mapping[str, _Column], model: Mapping[str, _Colum
     }
 
 
-def _plain(found: Estimate) -> Figure:
-    low, high = (None if math.isnan(end) else end for end in (found.low, found.high))
-    return {"value": found.value, "low": low, "high": high, "count": found.count}
+def _plain(estimated: Estimate) -> Figure:
+    low, high = (None if math.isnan(end) else end for end in (estimated.low, estimated.high))
+    return {"value": estimated.value, "low": low, "high": high, "count": estimated.count}

@@ -59,11 +59,11 @@ def evaluate_suite(request: SuiteRequest) -> SuiteResults | None:
         ModelRecords(name, folder.path.name, folder.read(), _measures(folder, base_id), model is base)
         for name, model, folder in zip(_names(models), models, folders, strict=True)
     ]
-    found = model_results(inputs.grid, records, work.reward_names)
+    figures = model_results(inputs.grid, records, work.reward_names)
     result: SuiteResults = {
         "suite": request.suite.name,
         "paper": request.suite.paper,
-        "score": score_of(found, work.reward_names),
+        "score": score_of(figures, work.reward_names),
         "mean_of_kinds": inputs.grid.mean_of_kinds,
         "prompts": len(inputs.grid.prompts),
         "of_prompts": inputs.of_prompts,
@@ -75,7 +75,7 @@ def evaluate_suite(request: SuiteRequest) -> SuiteResults | None:
         "seed": settings.seed,
         "features": inputs.features_name,
         "kinds": inputs.grid.kinds,
-        "models": found,
+        "models": figures,
         "notes": notes,
         "seconds": time.monotonic() - started,
         "device": device_name(ranks.device),

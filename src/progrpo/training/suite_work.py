@@ -116,11 +116,11 @@ class SuiteWork:
         }
         open_prompts = [item for item in self.grid.prompts if lacking[item.place]]
         there = {item.place: all(folder.has_picture(key) for key in self._keys(item)) for item in open_prompts}
-        wanted = {name for names_of_place in lacking.values() for name in names_of_place}
+        lacking_rewards = {name for names_of_place in lacking.values() for name in names_of_place}
         return Todo(
             [item for item in open_prompts if not there[item.place]],
             [item for item in open_prompts if there[item.place]],
-            [name for name in names if name in wanted],
+            [name for name in names if name in lacking_rewards],
         )
 
     def _keys(self, item: SuitePrompt) -> list[Key]:

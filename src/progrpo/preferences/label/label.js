@@ -1,6 +1,6 @@
 // One pair at a time. A vote is shown as done when the server has it on its disk; the next pictures are loaded by then.
 const byId = (id) => document.getElementById(id);
-const loaded = new Map(); // address -> picture, of the pairs that the server has told
+const loaded = new Map(); // address -> picture, of the pairs that the server has named
 const times = []; // of the last votes, for the speed
 let state = null;
 let asked = null; // the pair that is shown

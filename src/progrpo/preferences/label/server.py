@@ -26,7 +26,7 @@ from progrpo.tracking.files import in_bytes
 
 LONGEST_NAME = 60
 _AHEAD = 4
-"""The questions that a page is told at once, so that it can load their pictures before they are shown."""
+"""The questions that a page gets at once, so that it can load their pictures before they are shown."""
 _CHOICES = {"left": 1.0, "right": 0.0, "tie": 0.5}
 _TYPES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
