@@ -64,7 +64,7 @@ def test_the_command_prints_it_as_text_and_as_json(capsys):
 
 
 def test_an_unknown_table_is_refused(capsys):
-    assert main(["repro", "table5"]) == 2
+    assert main(["repro", "table9"]) == 2
     assert "table4" in capsys.readouterr().err
 
 
