@@ -110,7 +110,7 @@ def test_what_is_refused_in_a_sentence(here, capsys, words, sentence):
             "train smoke --overwrite true",
             "--overwrite takes no value, so leave out true: --overwrite alone turns it on, with",
         ),
-        ("eval shapes-flow --json 1", "progrpo eval: --json takes no value"),
+        ("eval shapes-flow --json 1", "a second model, 1, goes with --suite; give that too, or leave it out (a flag,"),
         ("train smoke --out a run", f"does not take run; {IN_QUOTES} --out 'a run'"),
         ("train smoke --out=my own run", f"does not take own; {IN_QUOTES} --out 'my own run'"),
         ("sample my model --prompt x", f"progrpo sample does not take model; {IN_QUOTES} 'my model'"),

@@ -11,6 +11,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from progrpo.cli.command import Command, as_option, check_range, sampling_given
 from progrpo.cli.output import format_result, show
+from progrpo.messages import named
 from progrpo.suites.table import SUITES, SuiteName
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Eval(Command):
     json: FlagCreatePairsOff[bool] = False
     """Print JSON."""
 
-    OF_SUITES: ClassVar = ("against", "out", "per_prompt", "limit", "features", "others")
+    OF_SUITES: ClassVar = ("against", "out", "per_prompt", "limit", "features")
     NOT_OF_SUITES: ClassVar = ("pictures", "column")
 
     def run(self) -> None:
@@ -125,9 +126,14 @@ class Eval(Command):
     def _check_options(self) -> None:
         """ValueError for an option that would have no effect."""
         defaults = {field.name: field.default for field in fields(self)}
+        if self.others and not self.suite:
+            raise ValueError(
+                f"a second model, {named(self.others[0])}, goes with --suite; give that too, or leave it out (a flag,"
+                " such as --json, takes no value)"
+            )
         for name in self.NOT_OF_SUITES if self.suite else self.OF_SUITES:
             if getattr(self, name) != defaults[name]:
-                option = f"a second model, {self.others[0]}," if name == "others" else as_option(name)
+                option = as_option(name)
                 instead = "a suite has its own; leave it out" if self.suite else "goes with --suite; give that too"
                 raise ValueError(f"{option} {instead}" if not self.suite else f"{option}: {instead}")
         if self.suite not in (None, "shapes") and self.split != "test":

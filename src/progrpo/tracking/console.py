@@ -146,7 +146,8 @@ class _Progress:
 
     def fields(self, metrics: Mapping[str, MetricValue], step: int) -> list[str]:
         strict = f"strict {percent(metric(metrics, 'reward/strict')):>7}"
-        sampled = [self._reward(metrics), strict, self._nfe(metrics)] if metric(metrics, "rollout/nfe") else []
+        recorded = metric(metrics, "rollout/nfe") == 0
+        sampled = [] if recorded else [self._reward(metrics), strict, self._nfe(metrics)]
         fields = [self._number(step), *sampled, *_pairs(metrics), *self._time(step)]
         return [*fields, *_previews(metrics), *_evaluation(metrics)]
 
