@@ -22,7 +22,7 @@ setup: $(VENV)/.ready ## install everything into .venv, once
 quickstart: setup ## train the built-in model for five to nine minutes; the report is runs/quickstart/report.html
 	@$(BIN)/progrpo train quickstart --out runs/quickstart --overwrite
 
-preferences: setup ## from 200 pairs of pictures to an aligned model, in ten minutes; runs/preferences/run/report.html
+preferences: setup ## from 200 pairs of pictures to an aligned model, in minutes; runs/preferences/run/report.html
 	@$(BIN)/python examples/preferences.py --folder runs/preferences
 
 # files in their order: the last ones are quick, so that both processes end together
