@@ -6,7 +6,7 @@ in minutes on a CPU. Arms of the scale `paper` train the paper's models with its
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -45,36 +45,56 @@ def arms(scale: Scale) -> dict[str, Config]:
     return _reduced() if scale == "reduced" else _paper()
 
 
-def _reduced() -> dict[str, Config]:
-    flow = _built_in("shapes-flow")
-    diffusion = _built_in("shapes-diffusion")
-    by_kind = replace(flow, prompts=replace(flow.prompts, order=f"{__name__}:OtherKinds"))
-    two = replace(diffusion, reward=RewardSettings((MATCH, TASTE)))
-    expand = {f"{size} -> 8": _custom(size, (5, 2 * size // 3), (7, 8)) for size in (32, 48, 64)}
-    points = {"early": (1, 3), "middle": (3, 5)}  # the late ones, (5, 7), are those of `expand`
-    configs = {
-        **{f"flow {name}": replace(flow, plan=plan) for name, plan in _FLOW_PLANS.items()},
-        "flow uniform 12 of 24": replace(flow, plan=_after_sampling("uniform")),
-        "flow OVF 12 of 24": replace(flow, plan=_after_sampling("ovf")),
-        **{f"other kinds {name}": replace(by_kind, plan=plan) for name, plan in _FLOW_PLANS.items()},
-        "diffusion baseline": replace(diffusion, plan=_custom(16)),
-        **{f"diffusion {name}": replace(diffusion, plan=plan) for name, plan in expand.items()},
-        **{
-            f"diffusion {size} -> 8 {when}": replace(diffusion, plan=_custom(size, (first, 2 * size // 3), (second, 8)))
-            for size in (32, 48)
-            for when, (first, second) in points.items()
-        },
-        "two rewards baseline": replace(two, plan=_custom(16)),
-        "two rewards 48 -> 8": replace(two, plan=expand["48 -> 8"]),
-    }
-    return _named(configs)
-
-
 _FLOW_PLANS: Mapping[str, PlanSettings] = {
     "baseline": PlanSettings(preset="none"),
     "flash": PlanSettings(preset="flash"),
     "standard": PlanSettings(preset="standard"),
 }
+
+
+def _reduced() -> dict[str, Config]:
+    flow, diffusion = _built_in("shapes-flow"), _built_in("shapes-diffusion")
+    by_kind = replace(flow, prompts=replace(flow.prompts, order=f"{__name__}:OtherKinds"))
+    configs = {
+        **_by_plan(flow, diffusion, RewardSettings((MATCH, TASTE)), ((1, 3), (3, 5), (5, 7))),
+        **{f"other kinds {name}": replace(by_kind, plan=plan) for name, plan in _FLOW_PLANS.items()},
+    }
+    return _named(configs)
+
+
+def _paper() -> dict[str, Config]:
+    flow, diffusion = sd35m_pickscore(), sd14_hpsv2()
+    judged = (RewardTerm("imagereward"), RewardTerm("aesthetic"))
+    flow = replace(flow, eval=replace(flow.eval, every=50, rewards=(*judged, RewardTerm("hpsv2"))))
+    diffusion = replace(diffusion, eval=replace(diffusion.eval, every=50, rewards=(RewardTerm("pickscore"), *judged)))
+    two = RewardSettings((RewardTerm("hpsv2"), RewardTerm("clipscore")))
+    return _named(_by_plan(flow, diffusion, two, ((10, 20), (20, 30), (30, 40))))
+
+
+def _by_plan(
+    flow: Config, diffusion: Config, two: RewardSettings, points: Sequence[tuple[int, int]]
+) -> dict[str, Config]:
+    """The arms that both scales have. `points` are the steps of the two prune points: early, in the middle, late."""
+
+    def expanded(size: int, steps: tuple[int, int]) -> PlanSettings:
+        return _custom(size, (steps[0], 2 * size // 3), (steps[1], 8))
+
+    early, middle, late = points
+    both = replace(diffusion, reward=two)
+    return {
+        **{f"flow {name}": replace(flow, plan=plan) for name, plan in _FLOW_PLANS.items()},
+        "flow uniform 12 of 24": replace(flow, plan=_after_sampling("uniform")),
+        "flow OVF 12 of 24": replace(flow, plan=_after_sampling("ovf")),
+        "diffusion baseline": replace(diffusion, plan=_custom(16)),
+        **{f"diffusion {size} -> 8": replace(diffusion, plan=expanded(size, late)) for size in (32, 48, 64)},
+        **{
+            f"diffusion {size} -> 8 {when}": replace(diffusion, plan=expanded(size, steps))
+            for size in (32, 48)
+            for when, steps in (("early", early), ("middle", middle))
+        },
+        "two rewards baseline": replace(both, plan=_custom(16)),
+        "two rewards 48 -> 8": replace(both, plan=expanded(48, late)),
+    }
 
 
 def _built_in(model: str) -> Config:
@@ -92,33 +112,6 @@ def _built_in(model: str) -> Config:
         eval=EvalSettings(every=10, pictures=192, rewards=(RewardTerm("shapes_strict"), RewardTerm("shapes_taste"))),
         checkpoint=CheckpointSettings(every=10),
     )
-
-
-def _paper() -> dict[str, Config]:
-    flow, diffusion = sd35m_pickscore(), sd14_hpsv2()
-    two = replace(diffusion, reward=RewardSettings((RewardTerm("hpsv2"), RewardTerm("clipscore"))))
-    expand = {f"{size} -> 8": _custom(size, (30, 2 * size // 3), (40, 8)) for size in (32, 48, 64)}
-    points = {"early": (10, 20), "middle": (20, 30)}
-    judged = (RewardTerm("imagereward"), RewardTerm("aesthetic"), RewardTerm("hpsv2"))
-    flow = replace(flow, eval=replace(flow.eval, every=50, rewards=judged))
-    diffusion = replace(
-        diffusion, eval=replace(diffusion.eval, every=50, rewards=(RewardTerm("pickscore"), *judged[:2]))
-    )
-    configs = {
-        **{f"flow {name}": replace(flow, plan=plan) for name, plan in _FLOW_PLANS.items()},
-        "flow uniform 12 of 24": replace(flow, plan=_after_sampling("uniform")),
-        "flow OVF 12 of 24": replace(flow, plan=_after_sampling("ovf")),
-        "diffusion baseline": replace(diffusion, plan=_custom(16)),
-        **{f"diffusion {name}": replace(diffusion, plan=plan) for name, plan in expand.items()},
-        **{
-            f"diffusion {size} -> 8 {when}": replace(diffusion, plan=_custom(size, (first, 2 * size // 3), (second, 8)))
-            for size in (32, 48)
-            for when, (first, second) in points.items()
-        },
-        "two rewards baseline": replace(two, plan=_custom(16)),
-        "two rewards 48 -> 8": replace(two, plan=expand["48 -> 8"]),
-    }
-    return _named(configs)
 
 
 def _custom(group_size: int, *prune: tuple[int, int]) -> PlanSettings:
