@@ -25,7 +25,7 @@ class RunRecord(TypedDict):
     seed: int
     summary: Summary
     seconds: float
-    """Of sampling, previews, rewards and updates."""
+    """The seconds of sampling, previews, rewards and updates."""
     curves: dict[str, list[list[float]]]
     """Pairs of iteration and value."""
 
