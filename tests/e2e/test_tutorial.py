@@ -45,6 +45,7 @@ def shorter(command: str) -> list[str]:
     return kept + [str(word) for name, value in fewer.items() for word in (f"--{name}", value)]
 
 
+@pytest.mark.slow
 def test_the_tutorial_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
