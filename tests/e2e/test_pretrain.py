@@ -10,8 +10,9 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from progrpo.cli import main
+from progrpo.zoo.networks import build_transformer
 from progrpo.zoo.shapes.detector import load_detector
-from progrpo.zoo.shapes.models import build_transformer, noise_scheduler
+from progrpo.zoo.shapes.models import noise_scheduler
 from progrpo.zoo.shapes.pretrain import Budget, pretrain
 from progrpo.zoo.shapes.pretrain_diffusion import DiffusionBudget, Teacher, pretrain_diffusion
 from progrpo.zoo.shapes.pretrain_tiny import STEPS, TinyBudget, pretrain_tiny
