@@ -134,7 +134,7 @@ def test_a_teachers_noise_is_that_of_its_velocity(exported: Path) -> None:
 
 def test_an_option_of_the_other_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrain", "shapes-diffusion", "--flow-steps", "3"]) == 2
-    assert "--flow-steps is an option of shapes-flow, not of shapes-diffusion" in capsys.readouterr().err
+    assert "--flow-steps is an option of shapes-flow and words-flow, not of shapes-diffusion" in capsys.readouterr().err
     assert main(["pretrain", "shapes-flow", "--unet-steps", "3"]) == 2
     assert "--unet-steps is an option of shapes-diffusion, not of shapes-flow" in capsys.readouterr().err
     assert main(["pretrain", "shapes-flow", "--decoder-steps", "3"]) == 2

@@ -29,12 +29,9 @@ INKS = ("red", "green", "blue", "purple", "black")
 BASELINE = 40
 """The line on which letters stand, in pixels from above."""
 # words that insult people or are crude, by the first eight digits of their SHA-256
-_LEFT_OUT = frozenset(
-    """
-    16a22f11 1bd4cc82 61ce49d2 6fa84cd4 7427402f 84364951 88a83e6e 8ad8fd1c
-    8b5024f7 8e38f23d a6c3f60e ae385fce b4bed028 b7484d3d c4ad8a72 cf4c1c4b
-    d8f390b0 e43b4556 e7488880 ec96e33d f04736a5
-    """.split()
+_LEFT_OUT = (
+    "16a22f11 1bd4cc82 61ce49d2 6fa84cd4 7427402f 84364951 88a83e6e 8ad8fd1c 8b5024f7 8e38f23d a6c3f60e "
+    "ae385fce b4bed028 b7484d3d c4ad8a72 cf4c1c4b d8f390b0 e43b4556 e7488880 ec96e33d f04736a5 "
 )
 
 
