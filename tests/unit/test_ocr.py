@@ -354,7 +354,6 @@ def test_one_thread(reward):
 
 def test_a_line_is_read_without_a_search_for_it():
     line = OCRLine.make(RewardTerm("ocr_line"))
-    assert line._reader.use_det is False
     drawn = np.stack([draw(word, 64, 0.25) for word in ("Hello", "Zoo", "Zoo")])
     scores = line.score(drawn, [asks_for("hello"), asks_for("ZOO"), asks_for("zip")])
     assert [score.passed for score in scores] == [True, True, False]
