@@ -67,6 +67,10 @@ class OCR(Reward):
 
     @classmethod
     def make(cls, term: RewardTerm) -> Self:
+        return cls.load()
+
+    @classmethod
+    def load(cls) -> Self:
         """Take the models of rapidocr's package. Refusal where it is not installed."""
         # the default 736 reads no better and takes up to 5 times as long
         return cls(load_reader("ocr", {"Det.limit_side_len": 256}))

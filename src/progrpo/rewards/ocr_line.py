@@ -7,7 +7,6 @@ from typing import Self
 import numpy as np
 
 from progrpo.rewards.ocr import OCR, load_reader
-from progrpo.rewards.settings import RewardTerm
 
 _CONTRAST = 60
 """The least difference of ink from the ground, of 255 in one colour."""
@@ -22,7 +21,7 @@ class OCRLine(OCR):
     """
 
     @classmethod
-    def make(cls, term: RewardTerm) -> Self:
+    def load(cls) -> Self:
         """Take the models of rapidocr's package. Refusal where it is not installed."""
         # a line is padded to this width; the default is 320
         return cls(load_reader("ocr_line", {"Global.use_det": False, "Rec.rec_img_shape": [3, 48, 160]}))

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from progrpo.rewards.base import Reward
 from progrpo.rewards.ocr import OCR
-from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 from progrpo.zoo.flow import CHUNK, FlowData, Log, cache_latents, seed_of, train_flow, vae_loss
 from progrpo.zoo.networks import TextStack, assemble, to_pictures, to_tensor
@@ -125,7 +124,7 @@ def pretrain_words(
     `start` is the folder of `shapes-flow`. `device` auto is a GPU where there is one. Refusal where rapidocr, which
     reads the words, is not installed.
     """
-    reader = OCR.make(RewardTerm("ocr"))
+    reader = OCR.load()
     place = begin(out, seed, device)
     shapes = StableDiffusion3Pipeline.from_pretrained(start)
     vae, transformer = shapes.vae.to(place), shapes.transformer.to(place)
