@@ -72,6 +72,7 @@ def prepare(
     # while every process has all weights; a fresh LoRA's follow from the seed
     fingerprints = _fingerprints(pipeline)
     _add_fresh_lora(family)
+    family.learn()
     if shared:
         _share(family)
     _TAKEN.add(pipeline)
@@ -161,7 +162,7 @@ def _add_fresh_lora(family: ModelFamily) -> None:
         lora_alpha=settings.lora_alpha,
         lora_dropout=0.0,
         init_lora_weights="gaussian",
-        target_modules=_adapted_layers(denoiser, settings.lora_targets or family.lora_targets),
+        target_modules=_adapted_layers(denoiser, settings.lora_targets or family.default_lora_targets()),
     )
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, from the global generator
         torch.default_generator.manual_seed(family.context.lora_seed)
