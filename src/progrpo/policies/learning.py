@@ -12,8 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from progrpo.policies.argument import Argument, Calls, FromGuidance, FromText, FromTimestep, Probe, leaves, learn
-from progrpo.policies.argument import renamed
+from progrpo.policies.argument import Argument, Calls, FromGuidance, FromLatents, FromText, Probe, leaves, learn, renamed
 from progrpo.policies.guidance import Combined, Guidance, guidance_of
 from progrpo.policies.rearranged import in_order, inverse, probes, read
 from progrpo.policies.recording import Inputs, Recording, Script, record
@@ -159,9 +158,7 @@ class Learnt:
     @property
     def texts(self) -> list[FromText]:
         """What a prompt gives."""
-        found = [leaf for leaf in leaves(self.inputs) if isinstance(leaf, FromText)]
-        besides = [getattr(leaf, "beside", None) for leaf in leaves(self.inputs)]
-        return [*found, *(beside for beside in besides if isinstance(beside, FromText))]
+        return _text_leaves(self.inputs)
 
 
 class Learner:
@@ -242,6 +239,11 @@ class Learner:
         )
         probe = Probe(latents_KN.shape[1], at, _SCALES, int(self._scheduler.config.num_train_timesteps))
         inputs = learn(calls, probe)
+        if not _text_leaves(inputs):
+            raise ValueError(
+                f"its {self.call.denoiser_name} gets nothing that depends on the text, as far as a few texts show; a"
+                " larger model.max_sequence_length may be needed"
+            )
         return renamed(inputs, _embeddings_name(inputs))
 
     def _longest(self) -> str:
@@ -360,7 +362,9 @@ class Learner:
     def decoded(self, encoded: list[Any], latents: Tensor) -> Recording:
         """What the autoencoder gets for latents (B, ...) at the end of the loop."""
         return self.call.record(
-            self.call.options(_SHORT, 1), encoded=encoded, sample=lambda step, sample: latents.to(sample)
+            self.call.options(_SHORT, 2),  # a call of one step may be that of a distilled model
+            encoded=encoded,
+            sample=lambda step, sample: latents.to(sample) if step else sample,
         )
 
     # --- guidance -----------------------------------------------------------------------------------------------------
@@ -400,6 +404,12 @@ class Learner:
         unconditional, conditional = given if learnt.unconditional_first else given[::-1]
         shape = (1, *learnt.shape)
         return Combined(unconditional.reshape(shape), conditional.reshape(shape), scale, result.reshape(shape))
+
+
+def _text_leaves(inputs: Argument) -> list[FromText]:
+    found = [leaf for leaf in leaves(inputs) if isinstance(leaf, FromText)]
+    besides = [leaf.beside for leaf in leaves(inputs) if isinstance(leaf, FromLatents)]
+    return [*found, *(beside for beside in besides if isinstance(beside, FromText))]
 
 
 def text_of(learnt: Learnt, inputs: Inputs) -> dict[str, Tensor]:

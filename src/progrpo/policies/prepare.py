@@ -25,7 +25,7 @@ from progrpo.policies.fingerprint import fingerprint
 from progrpo.policies.finite import require_finite
 from progrpo.policies.geometry import Geometry
 from progrpo.policies.handover import take_over
-from progrpo.policies.lora import continue_lora, in_float32
+from progrpo.policies.lora import add_lora, continue_lora, in_float32
 from progrpo.policies.quantized import quantize_blocks
 from progrpo.policies.settings import ModelSettings
 from progrpo.policies.sharded import blocks, share_out
@@ -166,7 +166,7 @@ def _add_fresh_lora(family: ModelFamily) -> None:
     )
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, from the global generator
         torch.default_generator.manual_seed(family.context.lora_seed)
-        denoiser.add_adapter(config)
+        add_lora(denoiser, config)
     in_float32(denoiser)
 
 

@@ -13,9 +13,10 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from progrpo.diffusion.levels import Levels
-from progrpo.policies.argument import LENGTH, Given
+from progrpo.policies.argument import Given
 from progrpo.policies.agreement import require_agreement
 from progrpo.policies.ddim import DiffusionFamily
 from progrpo.policies.denoiser_call import DenoiserCall
@@ -242,6 +243,22 @@ class RecordedFlow(Recorded, FlowFamily):
         FlowFamily.check(self)
         Recorded.check(self)
 
+    def levels(self, num_inference_steps: int, shift: float | None = None) -> Levels:
+        """Levels with the timesteps that the pipeline goes through, which may be others than its levels times 1000."""
+        levels = super().levels(num_inference_steps, shift)
+        own = self.scheduler_at(num_inference_steps, shift).timesteps.to(levels.timestep)
+        return levels if _is_close(own, levels.timestep[:-1]) else replace(levels, timestep=pad(own, (0, 1)))
+
+    def levels_between(self, levels_T1: Levels, place_B: Tensor) -> Levels:
+        levels = super().levels_between(levels_T1, place_B)
+        at_sigma = levels_T1.sigma * self.pipeline.scheduler.config.num_train_timesteps
+        if _is_close(levels_T1.timestep, at_sigma):
+            return levels
+        below_B = place_B.long().clamp(max=len(levels_T1) - 2)
+        timesteps = levels_T1.timestep.double()
+        timestep_B = torch.lerp(timesteps[below_B], timesteps[below_B + 1], place_B - below_B)
+        return replace(levels, timestep=timestep_B.to(levels.timestep))
+
     def ignored(self) -> str:
         if isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
             return ""
@@ -258,6 +275,10 @@ class RecordedDiffusion(Recorded, DiffusionFamily):
             raise ValueError(self._unfit(f"DDIM has no such noise as its {type(self.pipeline.scheduler).__name__}"))
         self.pipeline.scheduler = self.scheduler
         Recorded.check(self)
+
+
+def _is_close(timesteps: Tensor, others: Tensor) -> bool:
+    return torch.allclose(timesteps, others, rtol=1e-4, atol=0.01)
 
 
 @cache
