@@ -9,7 +9,15 @@ from typing import Any
 import torch
 
 from tests.support.pipelines import picture_vae
-from tests.support.text_encoders import WIDTH, gemma_tokenizer, llm, qwen_tokenizer, t5_encoder, t5_tokenizer, umt5_encoder
+from tests.support.text_encoders import (
+    WIDTH,
+    gemma_tokenizer,
+    llm,
+    qwen_tokenizer,
+    t5_encoder,
+    t5_tokenizer,
+    umt5_encoder,
+)
 
 
 def _flow(**scheduler: Any) -> Any:
@@ -218,7 +226,9 @@ def cogview4() -> Any:
             pos_embed_max_size=16,
             rope_axes_dim=(16, 16),
         ),
-        scheduler=_flow(base_shift=0.25, max_shift=0.75, base_image_seq_len=9, use_dynamic_shifting=True, time_shift_type="linear"),
+        scheduler=_flow(
+            base_shift=0.25, max_shift=0.75, base_image_seq_len=9, use_dynamic_shifting=True, time_shift_type="linear"
+        ),
     )
 
 
@@ -280,4 +290,8 @@ def build(name: str) -> Any:
     """The pipeline, with the same weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return RECORDED_PIPELINES[name].build()
+        pipeline = RECORDED_PIPELINES[name].build()
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval()  # as loaded from files
+    return pipeline

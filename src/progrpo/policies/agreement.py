@@ -41,10 +41,7 @@ def require_agreement(family: Recorded) -> tuple[int, int]:
 def _pipelines_own(family: Recorded, scale: float | None) -> Recording:
     """The pipeline's own sampling by its scheduler, with its network."""
     call = family.call
-    if scale is None:
-        options = call.options(_TEXT, STEPS)
-    else:
-        options = call.guided(_TEXT, "", scale, STEPS)
+    options = call.options(_TEXT, STEPS) if scale is None else call.guided(_TEXT, "", scale, STEPS)
     return call.record(options, output=lambda step, inputs: family.run_network(inputs), decodes=scale is None)
 
 
@@ -145,5 +142,3 @@ def _require_same_pictures(family: Recorded, recording: Recording) -> tuple[int,
             f" model.resolution to {height} {width}"
         )
     return int(height), int(width)
-
-

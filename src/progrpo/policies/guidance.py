@@ -73,6 +73,7 @@ def guidance_of(examples: Sequence[Combined]) -> Guidance | None:
 
 
 def _gives(form: Guidance, example: Combined) -> bool:
-    found = form.combine(example.unconditional, example.conditional, example.scale + form.offset)
-    tolerance = 1e-4 if example.result.dtype == torch.float32 else 5e-2
-    return torch.allclose(found.float(), example.result.float(), rtol=tolerance, atol=tolerance)
+    unconditional, conditional, result = example.unconditional.float(), example.conditional.float(), example.result
+    found = form.combine(unconditional, conditional, example.scale + form.offset)
+    tolerance = 1e-4 if example.conditional.dtype == result.dtype == torch.float32 else 2e-2
+    return bool((found - result.float()).abs().max() <= tolerance * found.abs().max())

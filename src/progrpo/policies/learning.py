@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from inspect import signature
+from dataclasses import dataclass, replace
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -12,7 +12,17 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from progrpo.policies.argument import Argument, Calls, FromGuidance, FromLatents, FromText, Probe, leaves, learn, renamed
+from progrpo.policies.argument import (
+    Argument,
+    Calls,
+    FromGuidance,
+    FromLatents,
+    FromText,
+    Probe,
+    learn,
+    leaves,
+    renamed,
+)
 from progrpo.policies.guidance import Combined, Guidance, guidance_of
 from progrpo.policies.rearranged import in_order, inverse, probes, read
 from progrpo.policies.recording import Inputs, Recording, Script, record
@@ -44,11 +54,14 @@ class PipelineCall:
         self.pipeline = pipeline
         self.denoiser_name = denoiser_name
         self.run = run
-        self.parameters = signature(type(pipeline).__call__).parameters
         self._options = options
         self._templates: dict[tuple[Any, ...], Any] = {}
         self.unguided: float = 1.0
         """The guidance scale by which the pipeline makes one call a step, of as many rows as it has prompts."""
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        return signature(type(self.pipeline).__call__).parameters
 
     @property
     def scale_name(self) -> str | None:
@@ -228,7 +241,7 @@ class Learner:
             call.options(_SHORT, len(same_time)), encoded=encoded, timesteps=same_time,
             sample=lambda step, x: latents_KN[step].to(x).reshape(sample.shape), last_step=len(latents_KN),
         )  # fmt: skip
-        texts = [call.record(call.options(text), last_step=0) for text in (_OTHER, "", self._longest())]
+        texts = [call.record(call.options(text), output=None) for text in (_OTHER, "", self._longest())]
         calls = Calls(
             base=first.calls[0][0],
             pair=self._pair(),
@@ -268,20 +281,12 @@ class Learner:
 
     def _scales(self, first: Recording) -> list[Any]:
         """Calls with guidance scales, for a network that takes it as an input; none where there is no such network."""
-        if "guidance_scale" not in self.call.parameters or self.call.scale_name != "guidance_scale":
-            if "guidance_scale" not in self.call.parameters:
-                return []
         found = []
-        for scale in _SCALES:
-            options = self.call.options(_SHORT, guidance_scale=scale)
-            try:
-                recording = self.call.record(options, last_step=0, encoded=first.encoded)
-            except Exception:  # of a pipeline that now wants a negative text's encoding: it guides by a pair
+        for scale in _SCALES if "guidance_scale" in self.call.parameters else ():
+            recording = self.call.record(self.call.options(_SHORT, guidance_scale=scale), last_step=0)
+            if len(recording.calls[0]) > 1 or not _of_same_shapes(recording.calls[0][0], first.calls[0][0]):
                 return []
-            inputs = recording.calls[0][0]
-            if len(recording.calls[0]) > 1 or not _of_same_shapes(inputs, first.calls[0][0]):
-                return []
-            found.append(inputs)
+            found.append(recording.calls[0][0])
         return found
 
     # --- the output ---------------------------------------------------------------------------------------------------

@@ -200,8 +200,8 @@ def _family(
     recorded = recorded_kind(pipeline_name, denoiser_name, diffusion) if denoiser_name else None
     if recorded is None:
         raise ValueError(
-            f"model.path: {named(source)} is a {named(pipeline_name)}; progrpo trains pipelines of diffusers that make"
-            " pictures or videos of a text by a transformer or a U-Net"
+            f"model.path: {named(source)} is a {named(pipeline_name)}; progrpo trains {', '.join(FAMILIES)}, and"
+            " others of diffusers that make pictures or videos of a text by one transformer or U-Net"
         )
     return recorded
 

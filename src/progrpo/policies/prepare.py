@@ -72,13 +72,13 @@ def prepare(
     # while every process has all weights; a fresh LoRA's follow from the seed
     fingerprints = _fingerprints(pipeline)
     _add_fresh_lora(family)
+    for module in _networks(pipeline):
+        module.eval()
     family.learn()
     if shared:
         _share(family)
     _TAKEN.add(pipeline)
     _optimize_for_cpu(family)
-    for module in _networks(pipeline):
-        module.eval()
     _limit_decoding(family, geometry)
     _order_memory(family)
     return Prepared(family, fingerprints, ignored, shared, _compile(family))

@@ -17,7 +17,8 @@ _BASE = 16  # a digit times a scale plus an offset is told from its neighbours e
 def probes(size: int) -> Tensor:
     """The values (K, size) by which a rearrangement of `size` numbers is read: zeros, ones, and digits of places."""
     place_N = torch.arange(size)
-    digits, rest = [], place_N
+    digits: list[Tensor] = []
+    rest = place_N
     while not digits or rest.any():
         digits.append(rest % _BASE)
         rest = rest // _BASE

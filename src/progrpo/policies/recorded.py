@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from progrpo.diffusion.levels import Levels
-from progrpo.policies.argument import Given
 from progrpo.policies.agreement import require_agreement
+from progrpo.policies.argument import Given
 from progrpo.policies.ddim import DiffusionFamily
 from progrpo.policies.denoiser_call import DenoiserCall
 from progrpo.policies.family import GRIDS, ModelFamily, unused_settings
@@ -138,7 +138,7 @@ class Recorded(ModelFamily):
         return super().text_readers() if "max_sequence_length" in self.call.parameters else []
 
     def encode_text(self, text: str) -> dict[str, Tensor]:
-        recording = self.call.record(self.call.options(text), last_step=0)
+        recording = self.call.record(self.call.options(text), output=None)
         return text_of(self.learnt, recording.calls[0][0])
 
     def encode_negative(self, text: str) -> dict[str, Tensor]:
@@ -225,9 +225,8 @@ class Recorded(ModelFamily):
     # --- the grid -----------------------------------------------------------------------------------------------------
 
     def grid_options(self, num_inference_steps: int) -> dict[str, Any]:
-        recording = self.call.record(
-            self.call.options("", num_inference_steps), encoded=self.learnt.encoded, last_step=0
-        )
+        options = self.call.options("", num_inference_steps)
+        recording = self.call.record(options, encoded=self.learnt.encoded, output=None)
         return {n: v for n, v in recording.grid.items() if n not in ("num_inference_steps", "device") and v is not None}
 
 
@@ -287,7 +286,7 @@ def recorded_kind(pipeline_name: str, denoiser_name: str, diffusion: bool = Fals
     kind = getattr(diffusers, pipeline_name, None)
     if kind is None or not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
         return None
-    optional = set(kind._optional_components)
+    optional = set(getattr(kind, "_optional_components", ()))
     omitted = {name: value for name, value in _JUDGES.items() if name in optional}
     base = RecordedDiffusion if diffusion else RecordedFlow
     return type(base.__name__, (base,), {"denoiser_name": denoiser_name, "omitted_components": omitted})
@@ -310,5 +309,3 @@ def is_diffusion(pipeline: DiffusionPipeline) -> bool:
 
 def _no_run(inputs: Inputs) -> Any:
     raise AssertionError(inputs)
-
-

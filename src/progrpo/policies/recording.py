@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,13 +28,13 @@ Inputs = dict[str, Any]
 class Script:
     """The answers of the stand-ins.
 
-    `output(step, inputs)` is what the denoiser gives. `sample(step, sample)` is what the scheduler's step gives; None
-    leaves it to the scheduler. `timesteps`, if given, are those that the loop goes through. `encoded` are the results
-    of `encode_prompt` in the order of its calls; None lets it run. The call ends after `last_step`, or before the
-    autoencoder decodes if `decodes` is False, or as it does.
+    `output(step, inputs)` is what the denoiser gives; None ends the call where it would run first. `sample(step,
+    sample)` is what the scheduler's step gives; None leaves it to the scheduler. `timesteps`, if given, are those that
+    the loop goes through. `encoded` are the results of `encode_prompt` in the order of its calls; None lets it run. The
+    call ends after `last_step`, or before the autoencoder decodes if `decodes` is False, or as it does.
     """
 
-    output: Callable[[int, Inputs], Any]
+    output: Callable[[int, Inputs], Any] | None
     sample: Callable[[int, Tensor], Tensor] | None = None
     timesteps: Tensor | None = None
     encoded: list[Any] | None = None
@@ -95,6 +95,8 @@ class _Denoiser(_StandIn):
             inputs |= inputs.pop(name, {})
         recording = self._recording
         recording.calls[-1].append(_kept(inputs))
+        if self._script.output is None:
+            raise _StoppedError
         return self._script.output(len(recording.calls) - 1, inputs)
 
 
@@ -143,9 +145,7 @@ class _Autoencoder(_StandIn):
 
 
 @torch.no_grad()
-def record(
-    pipeline: DiffusionPipeline, denoiser_name: str, options: Mapping[str, object], script: Script
-) -> Recording:
+def record(pipeline: DiffusionPipeline, denoiser_name: str, options: Mapping[str, object], script: Script) -> Recording:
     """Run the pipeline's call with these options. Its components, settings and random state are then as before."""
     recording = Recording()
     scheduler = deepcopy(pipeline.scheduler)
@@ -164,11 +164,8 @@ def record(
         "encode_prompt": _with_signature(encode_prompt, encode),
         "_progress_bar_config": {"disable": True},
     }
-    with _in_place(pipeline, stand_ins), torch.random.fork_rng(devices=[]):
-        try:
-            recording.pictures = pipeline(**options, return_dict=False)[0]
-        except _StoppedError:
-            pass
+    with _in_place(pipeline, stand_ins), torch.random.fork_rng(devices=[]), suppress(_StoppedError):
+        recording.pictures = pipeline(**options, return_dict=False)[0]
     return recording
 
 
