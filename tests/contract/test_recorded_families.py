@@ -52,7 +52,7 @@ def test_it_is_the_hand_written_policy(request, model):
 
 
 def test_a_network_that_answers_otherwise_each_time_is_refused_at_its_first_step():
-    pipeline, calls = build("chroma"), []
+    pipeline, calls = build("chroma"), list[int]()
 
     def drift(module: Any, inputs: Any, output: Any) -> Any:
         calls.append(len(calls))

@@ -11,7 +11,7 @@ from progrpo.cli import main
 from tests.support.recorded_pipelines import RECORDED_PIPELINES, build
 
 
-@pytest.mark.parametrize("name", ["z-image", "pixart-sigma"])  # a flow model, and a diffusion model without peft's mixin
+@pytest.mark.parametrize("name", ["z-image", "pixart-sigma"])  # a flow model and a diffusion model
 def test_a_run_is_trained_resumed_and_sampled(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     case = RECORDED_PIPELINES[name]
