@@ -10,7 +10,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart preferences test test-processors test-slow mutation-test kill-test lean-test deepspeed-test \
-	trackers-test lint bench notebooks wheel-test audit pretrain clean
+	trackers-test lint bench notebooks docs dist wheel-test audit pretrain clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
@@ -36,7 +36,7 @@ BY_PROCESSOR := tests/invariant/test_ratio.py tests/invariant/test_processes.py 
 	tests/invariant/test_reused_rollout.py tests/unit/test_invariance.py
 test-processors: $(VENV)/.ready-dev ## the tests of ratios and processes again, with the kernels of older processors
 	@set -e; for isa in $(OLDER); do echo "$$isa"; env $$isa $(BIN)/python -m pytest $(IN_TWO) $(BY_PROCESSOR); done
-test-slow: wheel-test mutation-test kill-test lean-test deepspeed-test trackers-test ## what takes minutes
+test-slow: wheel-test docs mutation-test kill-test lean-test deepspeed-test trackers-test ## what takes minutes
 	@$(BIN)/python -m pytest -m slow
 mutation-test: $(VENV)/.ready-dev ## thousands of wrong recipes, command lines, files and models
 	@$(BIN)/python -m tests.mutation
@@ -51,12 +51,24 @@ bench: setup ## the figures of the notes
 	@set -e; for file in $(filter-out benchmarks/same_runs.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file; done
 notebooks: $(VENV)/.ready-dev ## execute the notebooks of examples/ and save them with their outputs
 	@$(BIN)/python docs/notebooks.py
+docs: $(VENV)/.ready-docs ## build the documentation, build/site/index.html, and check its links; a warning is an error
+	@rm -rf build/site build/doctrees
+	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs/site -d build/doctrees . build/site
+	@$(BIN)/python docs/site/check.py build/site
 pretrain: setup ## make shapes-flow anew (hours on a CPU; stop and go on as you like)
 	@$(BIN)/progrpo pretrain shapes-flow
 
-wheel-test: setup ## build the wheel and train from it in an empty environment
+dist: ## build dist/: the sdist, and the wheel from it; check both
+	@rm -rf dist build/dist && $(PYTHON) -m venv build/dist
+	@build/dist/bin/python -m pip install -qq --disable-pip-version-check build==1.6.1 twine==7.0.0
+	@for what in "" "--wheel --outdir dist/direct"; do build/dist/bin/python -m build $$what . >build/dist/log 2>&1 \
+		|| { cat build/dist/log; exit 1; }; done
+	@build/dist/bin/python -m twine check --strict dist/*.whl dist/*.tar.gz
+	@$(PYTHON) .ci/release.py dist && rm -r dist/direct && ls -sh dist
+wheel-test: ## build the wheel, or take WHEEL=FILE, and train from it in an empty environment; PYTHON=python3.13 says of what
 	@rm -rf build/wheel && mkdir -p build/wheel
-	@$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	@if [ -n "$(WHEEL)" ]; then cp "$(WHEEL)" build/wheel; \
+		else $(PYTHON) -m pip wheel -qq --disable-pip-version-check --no-deps --wheel-dir build/wheel .; fi
 	@$(MAKE) --no-print-directory VENV=build/wheel/venv WHAT="$$(ls build/wheel/*.whl)" setup
 	@cd build/wheel && venv/bin/progrpo train quickstart --iterations 1 --eval.pictures 12 --out run
 
@@ -121,4 +133,9 @@ $(VENV)/.ready: $(VENV)/.torch pyproject.toml
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "setting up $(VENV): installing the tools for development"
 	@$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready
+	@echo "setting up $(VENV): installing what builds the documentation"
+	@$(INSTALL) --editable '.[docs]'
 	@touch $@
