@@ -28,13 +28,18 @@ PAGE = Path("docs/results/quickstart.md")
 BEGIN, END = "<!-- quickstart:begin -->\n", "<!-- quickstart:end -->"
 
 
-def finished(run: RunFolder, config: Config) -> bool:
-    """Whether the folder holds this run, finished. The dtype may differ, since its machine chose it."""
+def began(run: RunFolder, config: Config) -> bool:
+    """Whether the folder holds this run. The dtype may differ, since its machine chose it."""
     if not (run.path / "config.json").exists():
         return False
     was = json.loads((run.path / "config.json").read_text())
     was["model"]["dtype"] = config.model.dtype
-    return bool(was == json.loads(json.dumps(to_dict(config))) and run.summary.read().get("status") == "finished")
+    return bool(was == json.loads(json.dumps(to_dict(config))))
+
+
+def finished(run: RunFolder, config: Config) -> bool:
+    """Whether the folder holds this run, finished."""
+    return began(run, config) and run.summary.read().get("status") == "finished"
 
 
 def result(run: RunFolder) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from progrpo.zoo import WEIGHTS
+from progrpo.zoo.networks import to_pictures, to_tensor
 from progrpo.zoo.shapes import verifier
-from progrpo.zoo.shapes.models import to_pictures, to_tensor
 from progrpo.zoo.shapes.world import examples
 
 MATCHES = (0.80, 0.82, 0.84, 0.86, 0.88, 0.90)

@@ -41,6 +41,7 @@ from progrpo.rewards.hpsv2 import HPSv2
 from progrpo.rewards.imagereward import ImageReward, blip_tokenizer
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.ocr import OCR
+from progrpo.rewards.ocr_line import OCRLine
 from progrpo.rewards.pickscore import PickScore
 from progrpo.rewards.retrying import RetryingReward
 from progrpo.rewards.reward_model import LearnedReward
@@ -182,6 +183,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "reward_model": lambda: learned("reward_model"),
     "reward_model_variance": lambda: learned("reward_model_variance"),
     "ocr": lambda: OCR(reads_the_colour),
+    "ocr_line": lambda: OCRLine(reads_the_colour),
     "geneval": small_geneval,
     "geneval_flow_grpo": lambda: small_geneval(GenEvalFlowGRPO),
     "function": lambda: FunctionReward(brightness),

@@ -21,7 +21,7 @@ from progrpo.recipes import RECIPES, load_recipe
 from progrpo.rollout.settings import PLAN_NAMES, SAMPLERS, SELECTORS
 
 NAMES = (  # of recipes
-    "quickstart, shapes-diffusion, preferences, sd14-hpsv2, sd35m-pickscore, sd35m-pickscore-24gb,"
+    "quickstart, shapes-diffusion, words-flow, preferences, sd14-hpsv2, sd35m-pickscore, sd35m-pickscore-24gb,"
     " sd35m-pickscore-48gb, sd35m-pickscore-80gb, sd35m-hpsv2, sd35m-geneval, sd35m-ocr, sd35m-awm, flux-pickscore,"
     " flux-pickscore-24gb, flux-pickscore-48gb, flux-pickscore-80gb, kontext-vlm, wan-pickscore, sd3, smoke"
 )

@@ -10,11 +10,13 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from progrpo.cli import main
+from progrpo.zoo.networks import build_transformer
 from progrpo.zoo.shapes.detector import load_detector
-from progrpo.zoo.shapes.models import build_transformer, noise_scheduler
+from progrpo.zoo.shapes.models import noise_scheduler
 from progrpo.zoo.shapes.pretrain import Budget, pretrain
 from progrpo.zoo.shapes.pretrain_diffusion import DiffusionBudget, Teacher, pretrain_diffusion
 from progrpo.zoo.shapes.pretrain_tiny import STEPS, TinyBudget, pretrain_tiny
+from progrpo.zoo.words.pretrain import WordsBudget, pretrain_words
 
 TINY = Budget(
     vae_steps=2, vae_batch=2, judge_steps=2, judge_batch=2, pictures=64, flow_steps=3, flow_batch=4, test_pictures=12
@@ -133,7 +135,7 @@ def test_a_teachers_noise_is_that_of_its_velocity(exported: Path) -> None:
 
 def test_an_option_of_the_other_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrain", "shapes-diffusion", "--flow-steps", "3"]) == 2
-    assert "--flow-steps is an option of shapes-flow, not of shapes-diffusion" in capsys.readouterr().err
+    assert "--flow-steps is an option of shapes-flow and words-flow, not of shapes-diffusion" in capsys.readouterr().err
     assert main(["pretrain", "shapes-flow", "--unet-steps", "3"]) == 2
     assert "--unet-steps is an option of shapes-diffusion, not of shapes-flow" in capsys.readouterr().err
     assert main(["pretrain", "shapes-flow", "--decoder-steps", "3"]) == 2
@@ -182,3 +184,26 @@ def test_the_tiny_decoders_training_goes_on_where_it_stopped(distilled: Path) ->
     assert "decoder: resumed at step 3" in lines and not any(line.startswith("pairs") for line in lines)
     first = AutoencoderTiny.from_pretrained(distilled).state_dict()
     assert all(torch.equal(first[name], t) for name, t in again.state_dict().items())
+
+
+# --- words-flow -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_model_of_words_begins_with_that_of_shapes_and_goes_on_where_it_stopped(
+    exported: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("rapidocr")
+    budget = WordsBudget(vae_steps=2, vae_batch=2, pictures=64, flow_steps=3, flow_batch=4, test_pictures=6)
+    start, lines = exported / "weights" / "shapes-flow", list[str]()
+    pretrain_words(tmp_path / "state", start=start, budget=budget, device="cpu", export=tmp_path, log=lines.append)
+    words = StableDiffusion3Pipeline.from_pretrained(tmp_path / "words-flow")
+    assert words.tokenizer.tokenize("cat") == ["c", "a", "t</w>"]
+    before = StableDiffusion3Pipeline.from_pretrained(start).transformer.state_dict()
+    after = words.transformer.state_dict()
+    change = sum((before[name] - t).norm() for name, t in after.items())
+    assert 0 < change < sum((before[name] - t).norm() for name, t in build_transformer().state_dict().items()) / 2
+    again = pretrain_words(tmp_path / "state", start=start, budget=budget, device="cpu", log=lines.append)
+    assert "flow: resumed at step 3" in lines
+    assert all(torch.equal(after[name], t) for name, t in again.transformer.state_dict().items())
+    assert json.loads((tmp_path / "words-flow" / "figures.json").read_text())["drawn"]["exact"] > 0.5

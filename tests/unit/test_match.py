@@ -10,6 +10,7 @@ from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.match import match, wanted_objects
 from progrpo.zoo.shapes.world import COLOURS, EXTENT, SHAPES, Scene, Shape
+from progrpo.zoo.splits import SPLITS
 
 GROUND = (0.94, 0.93, 0.92)
 PROMPTS = world.sample_prompts("train", 120, seed=5)
@@ -200,4 +201,4 @@ def test_blank_noise_and_no_pictures():
 
 
 def _all(kind: str) -> list[Prompt]:
-    return [p for split in world.SPLITS for p in world.prompts(split)[kind]]
+    return [p for split in SPLITS for p in world.prompts(split)[kind]]

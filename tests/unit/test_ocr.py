@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from progrpo.rewards.base import Refusal, Score
 from progrpo.rewards.ocr import OCR, quotations
+from progrpo.rewards.ocr_line import OCRLine, ink
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
@@ -346,6 +347,29 @@ def test_one_thread(reward):
         options = part.session.session.get_session_options()
         assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
     assert reward._reader.text_cls is None
+
+
+# --- one line ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_read_without_a_search_for_it():
+    line = OCRLine.make(RewardTerm("ocr_line"))
+    drawn = np.stack([draw(word, 64, 0.25) for word in ("Hello", "Zoo", "Zoo")])
+    scores = line.score(drawn, [asks_for("hello"), asks_for("ZOO"), asks_for("zip")])
+    assert [score.passed for score in scores] == [True, True, False]
+
+
+def test_a_picture_without_ink_scores_0_and_is_not_read():
+    line = OCRLine(lambda picture: pytest.fail("a picture without ink was read"))
+    assert line.score(np.full((1, 8, 8, 3), 200, np.uint8), [asks_for("zoo")]) == [Score(0.0, False)]
+
+
+def test_the_ink_is_cut_out_with_a_margin():
+    picture = np.full((20, 30, 3), 230, np.uint8)
+    picture[8:11, 12:20, 0] = 10
+    assert ink(picture).shape == (3 + 8, 8 + 8, 3)
+    picture[0, 0] = 0
+    assert ink(picture).shape == (11 + 4, 20 + 4, 3)
 
 
 @pytest.mark.parametrize("lacking", ["rapidocr", "onnxruntime"])

@@ -26,9 +26,10 @@ from progrpo.rewards.mixture import load_mixture
 from progrpo.rewards.server import make_app
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
+from progrpo.zoo.networks import to_tensor
 from progrpo.zoo.shapes import world
-from progrpo.zoo.shapes.models import to_tensor
 from progrpo.zoo.shapes.taste import taste
+from progrpo.zoo.splits import SPLITS
 
 PROMPTS, PICTURES = world.examples("train", 160, seed=1)
 TEST_PROMPTS, TEST_PICTURES = world.examples("test", 24, seed=2)
@@ -212,7 +213,7 @@ def test_words_are_counted_in_singular():
 
 
 def test_objects_that_a_prompt_names_are_those_of_the_world():
-    for split in world.SPLITS:
+    for split in SPLITS:
         for prompts in world.prompts(split).values():
             for prompt, row in zip(prompts, wanted_counts(prompts).tolist(), strict=True):
                 kinds = [kind for wanted in prompt.columns["objects"] for kind in wanted if kind]

@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from progrpo.zoo.shapes.models import TextStack, assemble, build_transformer, build_vae, load_parts
+from progrpo.zoo.networks import TextStack, assemble, build_transformer, build_vae, load_parts
+from progrpo.zoo.shapes.models import build_text
 from progrpo.zoo.shapes.tokens import CLIP_LENGTH, clip_tokenizer, lexicon, t5_tokenizer
-from progrpo.zoo.shapes.world import SPLITS, prompts
+from progrpo.zoo.shapes.world import prompts
+from progrpo.zoo.splits import SPLITS
 
 TEXTS = ["a red circle", "four crosses", "an orange square left of a blue diamond", "", "a zebra"]
 
@@ -27,7 +29,7 @@ def t5() -> T5Tokenizer:
 def stack() -> TextStack:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return TextStack().eval()
+        return build_text().eval()
 
 
 def every_text() -> list[str]:
@@ -137,7 +139,7 @@ def test_tokens_keep_their_embeddings_where_a_folder_numbers_them_otherwise(stac
     merges = [tuple(pair) for pair in backend["merges"]]
     pipeline.tokenizer = CLIPTokenizer(vocab=turned, merges=merges, model_max_length=CLIP_LENGTH)
     pipeline.save_pretrained(tmp_path)
-    loaded = TextStack().eval()
+    loaded = build_text().eval()
     load_parts(tmp_path, loaded, build_transformer())
     text = ["a red circle"]
     theirs = stack.clip_1(torch.tensor(pipeline.tokenizer(text)["input_ids"])).text_embeds

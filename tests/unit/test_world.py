@@ -6,7 +6,8 @@ import pytest
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.verifier import satisfies
-from progrpo.zoo.shapes.world import COLOURS, EXTENT, KINDS, RELATIONS, SHAPES, SIZE, SPLITS, Scene, Shape, draw
+from progrpo.zoo.shapes.world import COLOURS, EXTENT, KINDS, RELATIONS, SHAPES, SIZE, Scene, Shape, draw
+from progrpo.zoo.splits import SPLITS
 
 PAIRS_OF_SPLITS = list(combinations(SPLITS, 2))
 

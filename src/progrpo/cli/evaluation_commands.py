@@ -42,11 +42,11 @@ class Eval(Command):
     """With --suite: the number of prompts, spread over the kinds. Without it: all."""
     features: str = "auto"
     """With --suite: what says how alike pictures are: `dino`, `pixels`, or a DINOv2 as a folder or a hub id.
-    `auto` is `dino`, and for `shapes` the built-in detector."""
+    `auto` is `dino`, for `shapes` the built-in detector, and for `words` pixels."""
     lora: Path | None = None
     """For a model: a run folder, or a LoRA folder in diffusers' format."""
     prompts: str | None = None
-    """`shapes`, a prompt file or dataset:NAME, as --eval.prompts of `train`.
+    """`shapes`, `words`, a prompt file or dataset:NAME, as --eval.prompts of `train`.
     Without it: the run's own, `shapes` for a model.
     With --suite: a copy of its published prompts on this disk, a file or a folder."""
     column: str | None = None
@@ -55,7 +55,7 @@ class Eval(Command):
     """One reward or several, as `--reward.terms` of `train`. Without it: the run's own, `shapes` for a model, and
     with --suite the suite's."""
     split: Literal["test", "validation"] = "test"
-    """The split of `shapes` or of a dataset: tune on validation, state figures on test."""
+    """The split of `shapes`, of `words` or of a dataset: tune on validation, state figures on test."""
     pictures: int | None = None
     """The number of pictures. Without it: 512. A suite has --limit and --per-prompt."""
     num_inference_steps: int | None = None
@@ -136,5 +136,5 @@ class Eval(Command):
                 option = as_option(name)
                 instead = "a suite has its own; leave it out" if self.suite else "goes with --suite; give that too"
                 raise ValueError(f"{option} {instead}" if not self.suite else f"{option}: {instead}")
-        if self.suite not in (None, "shapes") and self.split != "test":
+        if self.suite and SUITES[self.suite].published and self.split != "test":
             raise ValueError(f"--split: {self.suite} has no other split than test; leave it out")

@@ -21,7 +21,7 @@ class Sample(Command):
     prompt: tuple[str, ...] = ()
     """One prompt or several."""
     prompts: str = ""
-    """In place of --prompt: `shapes`, a prompt file or dataset:NAME, as --prompts.source of `train`."""
+    """In place of --prompt: `shapes`, `words`, a prompt file or dataset:NAME, as --prompts.source of `train`."""
     limit: int = 100
     """The number of prompts of --prompts that are taken; fewer where it has fewer."""
     image: tuple[Path, ...] = ()
@@ -106,9 +106,10 @@ class Studio(Command):
 class Pretrain(Command):
     """Make a built-in model; the same command continues where it was stopped."""
 
-    model: Positional[Literal["shapes-flow", "shapes-diffusion", "shapes-tiny"]]
+    model: Positional[Literal["shapes-flow", "shapes-diffusion", "shapes-tiny", "words-flow"]]
     """The model. shapes-diffusion learns from the shipped shapes-flow and shares its autoencoder.
-    shapes-tiny is a small decoder for both, which learns from the autoencoder's own."""
+    shapes-tiny is a small decoder for both, which learns from the autoencoder's own.
+    words-flow begins with the shipped shapes-flow and learns to spell; rapidocr reads what it draws."""
     out: Path | None = None
     """The folder of its state. Without it: runs/pretrain/MODEL."""
     device: str = "auto"
@@ -116,9 +117,9 @@ class Pretrain(Command):
     from_shipped: FlagCreatePairsOff[bool] = False
     """Train the shipped shapes-flow further; its autoencoder stays, and the state lies in OUT/from-shipped."""
     vae_steps: int | None = None
-    """The optimizer steps of this stage. Without it: those of the shipped model."""
+    """The optimizer steps of this stage of shapes-flow or words-flow. Without it: those of the shipped model."""
     flow_steps: int | None = None
-    """The optimizer steps of this stage."""
+    """The optimizer steps of this stage of shapes-flow or words-flow."""
     judge_steps: int | None = None
     """The optimizer steps of this stage."""
     unet_steps: int | None = None
@@ -129,21 +130,21 @@ class Pretrain(Command):
     """Put the finished model into the package, as the one that is shipped."""
 
     STEPS: ClassVar = ("vae_steps", "flow_steps", "judge_steps", "unet_steps", "decoder_steps")
-    MODEL_OF_OPTION: ClassVar = {
-        "from_shipped": "shapes-flow",
-        "vae_steps": "shapes-flow",
-        "flow_steps": "shapes-flow",
-        "judge_steps": "shapes-flow",
-        "unet_steps": "shapes-diffusion",
-        "decoder_steps": "shapes-tiny",
+    MODELS_OF_OPTION: ClassVar = {
+        "from_shipped": ("shapes-flow",),
+        "vae_steps": ("shapes-flow", "words-flow"),
+        "flow_steps": ("shapes-flow", "words-flow"),
+        "judge_steps": ("shapes-flow",),
+        "unet_steps": ("shapes-diffusion",),
+        "decoder_steps": ("shapes-tiny",),
     }
 
     def run(self) -> None:
         check_range(1, 10**9, **{name: getattr(self, name) for name in self.STEPS})
         check_device(self.device)
-        for name, model in self.MODEL_OF_OPTION.items():
-            if model != self.model and getattr(self, name) not in (None, False):
-                raise ValueError(f"{as_option(name)} is an option of {model}, not of {self.model}")
+        for name, models in self.MODELS_OF_OPTION.items():
+            if self.model not in models and getattr(self, name) not in (None, False):
+                raise ValueError(f"{as_option(name)} is an option of {' and '.join(models)}, not of {self.model}")
         from progrpo.zoo import WEIGHTS
 
         out = self.out or Path("runs/pretrain") / self.model
@@ -152,6 +153,8 @@ class Pretrain(Command):
             self._pretrain_diffusion(WEIGHTS / "shapes-flow", out, export)
         elif self.model == "shapes-tiny":
             self._pretrain_tiny(WEIGHTS / "shapes-flow", out, export)
+        elif self.model == "words-flow":
+            self._pretrain_words(WEIGHTS / "shapes-flow", out, export)
         else:
             self._pretrain_flow(WEIGHTS / "shapes-flow", out, export)
 
@@ -176,3 +179,10 @@ class Pretrain(Command):
 
         budget = TinyBudget() if self.decoder_steps is None else TinyBudget(steps=self.decoder_steps)
         pretrain_tiny(out, teacher=teacher, budget=budget, device=self.device, export=export)
+
+    def _pretrain_words(self, start: Path, out: Path, export: Path | None) -> None:
+        from progrpo.zoo.words.pretrain import WordsBudget, pretrain_words
+
+        steps = {"vae_steps": self.vae_steps, "flow_steps": self.flow_steps}
+        budget = WordsBudget(**{name: number for name, number in steps.items() if number is not None})
+        pretrain_words(out, start=start, budget=budget, device=self.device, export=export)

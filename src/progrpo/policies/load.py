@@ -30,7 +30,7 @@ from progrpo.policies.settings import ModelSettings
 from progrpo.registry import load_named
 from progrpo.zoo import WEIGHTS
 
-BUILT_IN = ("shapes-flow", "shapes-diffusion")
+BUILT_IN = ("shapes-flow", "shapes-diffusion", "words-flow")
 _BUILT_IN_TOKENS = 16  # which all of their texts fit into, and which they were made for
 FAMILIES: dict[str, str] = {
     "Flux2KleinPipeline": "progrpo.policies.flux2:Flux2Klein",

@@ -1,4 +1,4 @@
-"""Prompts of the built-in world, of a file, of a dataset, or from Python code."""
+"""Prompts of a built-in world, of a file, of a dataset, or from Python code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from progrpo.messages import named, quoted
 from progrpo.prompts.files import READERS, with_plain_picture
 from progrpo.prompts.pictures import IMAGE_COLUMN
 from progrpo.types import GIVEN, Prompt
-from progrpo.zoo.shapes import world
+from progrpo.zoo.worlds import WORLDS
 
 DATASET = "dataset:"
 """The prefix of a dataset's name where a file's may stand too."""
@@ -30,22 +30,23 @@ PromptsByKind = Mapping[str, tuple[Prompt, ...]]
 
 
 def load_prompts(source: str, split: str = "train", column: str = TEXT) -> PromptsByKind:
-    """Load the prompts of `shapes`, of `dataset:NAME`, or of a .txt, .jsonl, .json, .csv, .tsv or .parquet file.
+    """Load the prompts of `shapes`, `words`, `dataset:NAME`, or a .txt, .jsonl, .json, .csv, .tsv or .parquet file.
 
     The field `column` of a row holds the text, and all others are columns of the prompt. A file's column `image` is
     the path of a picture relative to the file's folder. It becomes relative to the current folder. `split` is that of
-    `shapes` or of the dataset; a file has no splits. NAME is a folder of `datasets` or a name on the hub, or
+    a built-in world or of the dataset; a file has no splits. NAME is a folder of `datasets` or a name on the hub, or
     NAME:CONFIG for one of its configurations. A dataset without the split gives its `train`, or its only one.
     ValueError, one sentence with the line or row, on a file that is missing, empty, not UTF-8 or not in its format.
     """
-    if source == "shapes":
-        return world.prompts(split)
+    if source in WORLDS:
+        return WORLDS[source].prompts(split)
     if source.startswith(DATASET):
         return {"": _load_dataset(source.removeprefix(DATASET), split, column)}
     path = Path(source)
     if (kind := path.suffix.lower()) not in READERS:
+        worlds = " or ".join(f"`{name}`" for name in WORLDS)
         raise ValueError(
-            f"prompts must come from `shapes`, a file ({', '.join(READERS)}) or dataset:NAME, not {quoted(source)}"
+            f"prompts must come from {worlds}, a file ({', '.join(READERS)}) or dataset:NAME, not {quoted(source)}"
             f"{_suggestion(path)}"
         )
     if not os.path.isfile(path):  # unlike Path's own method, it does not raise for a name that is too long
@@ -63,9 +64,9 @@ def load_prompts(source: str, split: str = "train", column: str = TEXT) -> Promp
 
 
 def first_prompts(source: str, count: int) -> tuple[Prompt, ...]:
-    """The first prompts of a source's train split, at most so many; those of `shapes` take turns by kind."""
-    if source == "shapes":
-        return tuple(world.sample_prompts("train", count, seed=0))
+    """The first prompts of a source's train split, at most so many; those of a built-in world take turns by kind."""
+    if source in WORLDS:
+        return tuple(WORLDS[source].sample_prompts("train", count, seed=0))
     (prompts,) = load_prompts(source).values()
     return prompts[:count]
 
@@ -256,7 +257,7 @@ def _suggestion(path: Path) -> str:
         beside = [str(p) for p in path.parent.iterdir() if p.suffix.lower() in READERS]
     except (OSError, ValueError):  # no folder, a folder without permission, or no path at all
         beside = []
-    close = difflib.get_close_matches(str(path), ["shapes", *beside], 1)
+    close = difflib.get_close_matches(str(path), [*WORLDS, *beside], 1)
     return f"; did you mean {named(close[0])}?" if close else ""
 
 

@@ -26,7 +26,7 @@ class PromptSettings:
     """The settings of training prompts."""
 
     source: str = "shapes"
-    """The training prompts: `shapes` (the train split of the built-in world), a file, or a dataset.
+    """The training prompts: `shapes` or `words` (the train split of a built-in world), a file, or a dataset.
     Files: .txt (one prompt per line), .jsonl (one object per line), .json (a list of texts or objects),
     .csv or .tsv (a line of names, then rows) or .parquet.
     Datasets: `dataset:NAME` or `dataset:NAME:CONFIG`, read by the `datasets` library from the hub or a saved

@@ -67,20 +67,13 @@ class OCR(Reward):
 
     @classmethod
     def make(cls, term: RewardTerm) -> Self:
-        """Take the models of rapidocr's package. Refusal where it is not installed."""
-        require("ocr", "rapidocr", "onnxruntime", extra="ocr")
-        from rapidocr import RapidOCR
+        return cls.load()
 
-        reader = RapidOCR(
-            params={
-                "Global.log_level": "error",
-                "Global.use_cls": False,  # lines upside down are not turned, as in the published code
-                "Det.limit_side_len": 256,  # the default 736 reads no better and takes up to 5 times as long
-                "EngineConfig.onnxruntime.intra_op_num_threads": 1,
-                "EngineConfig.onnxruntime.inter_op_num_threads": 1,
-            }
-        )
-        return cls(cast("Callable[[np.ndarray], Lines]", reader))
+    @classmethod
+    def load(cls) -> Self:
+        """Take the models of rapidocr's package. Refusal where it is not installed."""
+        # the default 736 reads no better and takes up to 5 times as long
+        return cls(load_reader("ocr", {"Det.limit_side_len": 256}))
 
     def score(self, pictures_NHWC: np.ndarray, prompts: Sequence[Prompt]) -> list[Score]:
         targets = [targets_of(prompt) for prompt in prompts]  # all of them before a picture is read
@@ -94,6 +87,20 @@ class OCR(Reward):
     def _read(self, picture_HWC: np.ndarray) -> str:
         blue_first = np.ascontiguousarray(picture_HWC[..., ::-1])
         return normalised("".join(self._reader(blue_first).txts or ()))
+
+
+def load_reader(reward: str, options: Mapping[str, object]) -> Callable[[np.ndarray], Lines]:
+    """The reader of rapidocr's package, in one thread, with these options. Refusal where it is not installed."""
+    require(reward, "rapidocr", "onnxruntime", extra="ocr")
+    from rapidocr import RapidOCR
+
+    params = {
+        "Global.log_level": "error",
+        "Global.use_cls": False,  # lines upside down are not turned, as in the published code
+        "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+        "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+    }
+    return cast("Callable[[np.ndarray], Lines]", RapidOCR(params={**params, **options}))
 
 
 def normalised(text: str) -> str:

@@ -25,6 +25,7 @@ REWARDS = {
     "imagereward": "progrpo.rewards.imagereward:ImageReward",
     "aesthetic": "progrpo.rewards.aesthetic:Aesthetic",
     "ocr": "progrpo.rewards.ocr:OCR",
+    "ocr_line": "progrpo.rewards.ocr_line:OCRLine",
     "geneval": "progrpo.rewards.geneval:GenEval",
     "geneval_flow_grpo": "progrpo.rewards.geneval:GenEvalFlowGRPO",
     "jpeg_compressibility": "progrpo.rewards.jpeg:JpegCompressibility",
@@ -132,7 +133,7 @@ class RewardSettings:
     (docs/rewards.md).
     The built-in verifier: `shapes` (graded), `shapes_strict` (1 if all is right, otherwise 0), `shapes_mixed`
     (their mean). Continuous beside it: `shapes_match` (by the prompt), `shapes_taste` (large, centred, warm).
-    For any prompts: clipscore, pickscore, hpsv2, imagereward, aesthetic, ocr, geneval, geneval_flow_grpo,
+    For any prompts: clipscore, pickscore, hpsv2, imagereward, aesthetic, ocr, ocr_line, geneval, geneval_flow_grpo,
     jpeg_compressibility, jpeg_incompressibility, nsfw, vlm, reward_model, reward_model_variance, votes
     (docs/preferences.md), or your own `module:function`."""
     frames: int = setting(4, between(1, 1024))

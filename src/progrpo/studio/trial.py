@@ -34,6 +34,7 @@ from progrpo.training.build import eval_prompts, ranking_from
 from progrpo.training.evaluate_model import with_rewards
 from progrpo.training.trained_model import ModelChoice, ode_by
 from progrpo.types import Prompt
+from progrpo.zoo.worlds import WORLDS
 
 _SLOT = torch.tensor([0])
 _EXAMPLES = 60
@@ -186,8 +187,8 @@ def _prompts(settings: EvalSettings) -> dict[str, Prompt]:
 
 
 def _prompts_of_world(settings: EvalSettings) -> dict[str, Prompt]:
-    """All prompts of the built-in world by their texts, where the run is measured on them."""
-    if settings.prompts != "shapes":
+    """All prompts of a built-in world by their texts, where the run is measured on them."""
+    if settings.prompts not in WORLDS:
         return {}
-    splits = [load_prompts("shapes", split) for split in ("train", "validation", "test")]
+    splits = [load_prompts(settings.prompts, split) for split in ("train", "validation", "test")]
     return {prompt.text: prompt for by_kind in splits for prompts in by_kind.values() for prompt in prompts}

@@ -13,13 +13,13 @@ from progrpo.messages import named
 from progrpo.prompts.load import DATASET, load_prompts
 from progrpo.suites.table import Suite
 from progrpo.types import Prompt
-from progrpo.zoo.shapes import world
+from progrpo.zoo.worlds import WORLDS
 
 KIND = "kind"
 """The column of a prompt that holds its kind."""
 QUESTIONS = "questions"
 """The column that holds the rows of a prompt that has several."""
-_SHAPES_PROMPTS = 128
+_BUILT_IN_PROMPTS = 128
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def read_suite(suite: Suite, sources: Sequence[str], split: str = "test") -> tup
     ValueError, one sentence with the line or row, for a file that is missing, empty or of another format.
     """
     if suite.published is None:
-        return tuple(world.sample_prompts(split, _SHAPES_PROMPTS, seed=0))
+        return tuple(WORLDS[suite.name].sample_prompts(split, _BUILT_IN_PROMPTS, seed=0))
     return tuple(chain.from_iterable(_read(suite, source) for source in sources))
 
 

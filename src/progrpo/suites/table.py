@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 SuiteName = Literal[
-    "shapes", "geneval", "geneval2", "drawbench", "partiprompts", "hpdv2", "ocr", "t2i-compbench", "dpg"
+    "shapes", "words", "geneval", "geneval2", "drawbench", "partiprompts", "hpdv2", "ocr", "t2i-compbench", "dpg"
 ]
 
 _QUALITY = ("imagereward", "pickscore", "hpsv2", "aesthetic", "clipscore")
@@ -54,6 +54,8 @@ class Suite:
     """The rewards that it needs; the first one's verdict is its accuracy."""
     optional: tuple[str, ...] = _QUALITY
     """Rewards that are left out, with a note, where they cannot be had."""
+    features: str = "dino"
+    """What says how alike pictures are, unless the user names it."""
     mean_of_kinds: bool = False
     """Whether its score is the mean over kinds, and not over pictures."""
     not_measured: str = ""
@@ -77,6 +79,16 @@ _SUITES = (
         per_prompt=4,
         rewards=("shapes",),
         optional=("shapes_match",),
+        features="shapes",
+    ),
+    Suite(
+        name="words",
+        paper="this project; the reward after arXiv 2505.05470",
+        kind="kind",
+        per_prompt=4,
+        rewards=("ocr",),
+        optional=(),
+        features="pixels",
     ),
     Suite(
         name="geneval",

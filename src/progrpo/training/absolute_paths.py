@@ -9,6 +9,7 @@ from progrpo.config import Config, RewardTerm
 from progrpo.policies.decoding import BUILT_IN_DECODER
 from progrpo.policies.load import BUILT_IN
 from progrpo.prompts.load import DATASET, split_configuration
+from progrpo.zoo.worlds import WORLDS
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -45,5 +46,5 @@ def _absolute(name: str) -> str:
         dataset, config = split_configuration(name.removeprefix(DATASET))
         return ":".join([DATASET.rstrip(":"), _absolute(dataset), *filter(None, [config])])
     path = os.path.expanduser(name)
-    known = name in ("", "shapes", BUILT_IN_DECODER, *BUILT_IN)
+    known = name in ("", *WORLDS, BUILT_IN_DECODER, *BUILT_IN)
     return name if known or not os.path.exists(path) else os.path.abspath(path)

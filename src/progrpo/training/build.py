@@ -40,8 +40,8 @@ from progrpo.training.memory import keep_freed_memory
 from progrpo.training.zero import with_requested_dtype
 from progrpo.types import Prompt
 from progrpo.zoo import WEIGHTS
-from progrpo.zoo.shapes import world
 from progrpo.zoo.shapes.detector import load_detector
+from progrpo.zoo.worlds import WORLDS
 
 
 def objective_from(config: Config, policy: Policy) -> Objective:
@@ -164,9 +164,9 @@ def train_order(prompts: PromptSettings, seed: int) -> PromptOrder:
 
 
 def eval_prompts(source: str, split: str, count: int, column: str = TEXT) -> list[Prompt]:
-    """The evaluation prompts: `count` of the built-in split by kind in turn, or of a file in its order, repeated."""
-    if source == "shapes":
-        return world.sample_prompts(split, count, seed=0)
+    """The evaluation prompts: `count` of a built-in split by kind in turn, or of a file in its order, repeated."""
+    if source in WORLDS:
+        return WORLDS[source].sample_prompts(split, count, seed=0)
     (prompts,) = load_prompts(source, split, column).values()
     return as_many(prompts, count)
 
@@ -177,7 +177,7 @@ def as_many(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
 
 
 def judge_for(source: str) -> Judge | None:
-    """The second opinion on pictures of the built-in prompts. Others have none."""
+    """The second opinion on pictures of the shapes world. Others have none."""
     if source != "shapes":
         return None
     return load_detector(WEIGHTS / "shapes-judge")

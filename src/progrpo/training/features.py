@@ -14,8 +14,8 @@ from transformers import AutoImageProcessor, Dinov2Model
 from progrpo.rewards.clip import batch_slices
 from progrpo.rewards.hub import fetching, load_pretrained, place_at
 from progrpo.zoo import WEIGHTS
+from progrpo.zoo.networks import to_tensor
 from progrpo.zoo.shapes.detector import load_detector
-from progrpo.zoo.shapes.models import to_tensor
 
 Features = Callable[[np.ndarray], np.ndarray]
 """A function of pictures (uint8, (N, H, W, 3)) that gives their features (N, D)."""

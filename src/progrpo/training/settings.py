@@ -81,7 +81,7 @@ class AuditSettings:
 @dataclass(frozen=True)
 class EvalSettings:
     prompts: str = "shapes"
-    """The evaluation prompts: `shapes` (the built-in test split), a prompt file, or `dataset:NAME`.
+    """The evaluation prompts: `shapes` or `words` (their test split), a prompt file, or `dataset:NAME`.
     A dataset's split `test` is used, or `train` if it has none."""
     column: str = setting("prompt", COLUMN_NAME)
     """The field of a row that holds its text, as in `prompts`."""

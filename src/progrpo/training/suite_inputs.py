@@ -210,9 +210,9 @@ def _load_features(request: SuiteRequest, ranks: Ranks) -> tuple[str, Features |
     """
     name, named_by_user = request.features, request.features != "auto"
     if not named_by_user:
-        name = SHAPES if request.suite.published is None else "dino"
-    if name == SHAPES and request.suite.published is not None:
-        raise ValueError(f"--features {SHAPES} sees the built-in world alone; give dino, {PIXELS}, or a DINOv2")
+        name = request.suite.features
+    if name == SHAPES and request.suite.features != SHAPES:
+        raise ValueError(f"--features {SHAPES} sees the shapes world alone; give dino, {PIXELS}, or a DINOv2")
     loaded: list[Features] = []
 
     def load() -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
@@ -38,6 +40,19 @@ def export_model(
     if export:
         model.save_pretrained(export / name)
         write_text(export / name / "figures.json", text)
+
+
+def sample_pictures(pipeline: DiffusionPipeline, texts: Sequence[str], seed: int, **options: Any) -> np.ndarray:
+    """Sample a picture of each text, uint8 (N, H, W, 3). `options` are the pipeline call's; the default is 10 steps
+    without guidance.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 10, "guidance_scale": 1.0, **options}
+    batches = []
+    for start in range(0, len(texts), 64):
+        g = torch.Generator().manual_seed(seed + start)
+        batches.append(pipeline(texts[start : start + 64], generator=g, output_type="np", **options).images)
+    return (np.concatenate(batches) * 255).round().astype(np.uint8)
 
 
 class Ema:

@@ -11,6 +11,7 @@ from progrpo.messages import named, quoted
 from progrpo.preferences.pairs import Pair
 from progrpo.preferences.reward_model.backbone import Backbone
 from progrpo.zoo.shapes import world
+from progrpo.zoo.splits import SPLITS
 
 SHAPES = "shapes"
 LATENT = "latent"
@@ -66,5 +67,5 @@ def _not_of_shapes(pair: Pair) -> str:
 
 @cache
 def _texts() -> frozenset[str]:
-    splits = (world.prompts(split) for split in world.SPLITS)
+    splits = (world.prompts(split) for split in SPLITS)
     return frozenset(prompt.text for kinds in splits for prompts in kinds.values() for prompt in prompts)

@@ -17,8 +17,8 @@ from torch.nn.functional import avg_pool2d, max_pool2d
 from progrpo.preferences.reward_model.backbone import Features
 from progrpo.types import Prompt
 from progrpo.zoo import WEIGHTS
+from progrpo.zoo.networks import to_tensor
 from progrpo.zoo.shapes.detector import load_detector
-from progrpo.zoo.shapes.models import to_tensor
 from progrpo.zoo.shapes.world import COLOURS, NUMBERS, PLURALS, RELATIONS, SHAPES, SIZE
 
 _KINDS = (*COLOURS, *SHAPES)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from progrpo.types import Prompt
+from progrpo.zoo.networks import to_tensor
 from progrpo.zoo.shapes import world
-from progrpo.zoo.shapes.models import to_tensor
 from progrpo.zoo.shapes.verifier import satisfies
 
 _GRID, _STRIDE = 16, 4

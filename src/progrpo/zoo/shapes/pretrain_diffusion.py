@@ -20,9 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel
 
 from progrpo.types import Prompt
+from progrpo.zoo.flow import DROP_TEXT, Log, compiled
 from progrpo.zoo.pretraining import begin, export_model, train_stage
-from progrpo.zoo.shapes.models import CLIP_LENGTH, assemble_diffusion, build_unet, noise_scheduler
-from progrpo.zoo.shapes.pretrain import DROP_TEXT, Log, cache_latents, compiled, figures, measure
+from progrpo.zoo.shapes.models import assemble_diffusion, build_unet, noise_scheduler
+from progrpo.zoo.shapes.pretrain import cache_drawn, figures, measure
 
 _T5_LENGTH = 16
 MAX_WEIGHT = 10.0  # of an error of noise: at pure noise the velocity's would be 240 and drown all other levels
@@ -132,7 +133,7 @@ def train_unet(
     texts = ["", *sorted({p.text for p in prompts})]
     row_of = {t: i for i, t in enumerate(texts)}
     rows = torch.tensor([row_of[p.text] for p in prompts])
-    ids = torch.tensor(pipeline.tokenizer(texts, padding="max_length", max_length=CLIP_LENGTH)["input_ids"])
+    ids = torch.tensor(pipeline.tokenizer(texts, padding="max_length")["input_ids"])
     teacher = Teacher(flow, texts).to(device)
     alphas_cumprod = noise_scheduler().alphas_cumprod.to(device)
 
@@ -212,7 +213,7 @@ def pretrain_diffusion(
     place = begin(out, seed, device)
     flow, unet = StableDiffusion3Pipeline.from_pretrained(teacher), build_unet()
     clip = begin_text_encoder(flow)
-    z, prompts = cache_latents(flow.vae.to(place), out, budget.pictures, seed, log)
+    z, prompts = cache_drawn(flow.vae.to(place), out, budget.pictures, seed, log)
     pipeline = assemble_diffusion(unshifted(flow.vae), clip, flow.tokenizer, unet)
     train_unet(pipeline, flow, z, prompts, out, budget, seed, place, log)
     log("measuring the finished model on test prompts")

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from progrpo.tracking.statistics import spearman
 from progrpo.types import Prompt
+from progrpo.zoo.flow import Log
+from progrpo.zoo.networks import LATENT, to_pictures, to_tensor
 from progrpo.zoo.pretraining import begin, export_model, train_stage
 from progrpo.zoo.shapes import world
-from progrpo.zoo.shapes.models import LATENT, to_pictures, to_tensor
-from progrpo.zoo.shapes.pretrain import Log
 from progrpo.zoo.shapes.verifier import verify
 
 WIDTH = 16  # a CPU's vector, or its half in bfloat16: other widths cost more than their arithmetic

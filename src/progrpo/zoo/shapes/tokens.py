@@ -9,7 +9,8 @@ from itertools import pairwise
 
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from progrpo.zoo.shapes.world import SPLITS, prompts
+from progrpo.zoo.shapes.world import prompts
+from progrpo.zoo.splits import SPLITS
 
 CLIP_LENGTH = 16
 _LETTERS = string.ascii_lowercase + string.digits + ".,'-"

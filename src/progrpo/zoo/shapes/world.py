@@ -6,7 +6,6 @@ attribute binding. Train, validation and test prompts hold different combination
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from functools import cache
 import numpy as np
 
 from progrpo.types import Prompt
+from progrpo.zoo.splits import in_turn, part_of
 
 SIZE = 64
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -38,7 +38,6 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 EXTENT = {"circle": 1.0, "square": 0.88, "triangle": 1.0, "diamond": 1.15, "cross": 1.2}
 RELATIONS: dict[str, tuple[int, int]] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 KINDS = ("single", "two", "counting", "colours", "position", "binding")
-SPLITS = {"train": (0.0, 0.7), "validation": (0.7, 0.8), "test": (0.8, 1.0)}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 PLURALS = {"cross": "crosses"}
 SINGLE_PHRASES = ("a {}", "one {}", "a single {}", "a picture of a {}", "a drawing of a {}")
@@ -144,17 +143,12 @@ def prompts(split: str) -> dict[str, tuple[Prompt, ...]]:
     A combination (for position and binding an unordered pair of coloured shapes) belongs to one split: the place of its
     hash among all hashes decides. So no two splits share a combination.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-    low, high = SPLITS[split]
     out = {}
     for kind, combinations in _COMBINATIONS.items():
         table = combinations()
         # position and binding must agree on the split of a pair, so both cut the order of all pairs
         keys = [f"{a}|{b}" for a, b in _pairs()] if kind in ("position", "binding") else list(table)
-        keys.sort(key=lambda key: hashlib.sha256(key.encode()).hexdigest())
-        chosen = keys[round(low * len(keys)) : round(high * len(keys))]
-        out[kind] = tuple(p for key in chosen for p in table.get(key, ()))
+        out[kind] = tuple(p for key in part_of(keys, split) for p in table.get(key, ()))
     return out
 
 
@@ -163,15 +157,7 @@ def sample_prompts(split: str, count: int, seed: int, kinds: Sequence[str] = KIN
     used.
     """
     table = prompts(split)
-    rng = np.random.default_rng([seed, 1])
-    queues: dict[str, list[Prompt]] = {kind: [] for kind in kinds}
-    out = []
-    for i in range(count):
-        kind = kinds[i % len(kinds)]
-        if not queues[kind]:
-            queues[kind] = [table[kind][j] for j in rng.permutation(len(table[kind]))]
-        out.append(queues[kind].pop())
-    return out
+    return in_turn({kind: table[kind] for kind in kinds}, count, seed)
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
