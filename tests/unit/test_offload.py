@@ -112,7 +112,7 @@ def local(policy: Any) -> Any:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.GroupNorm):
                 setattr(parent, name, nn.Identity())
-    decoder.mid_block.attentions = nn.ModuleList([None])
+    decoder.mid_block.attentions = nn.ModuleList([None])  # type: ignore[list-item]
     return policy
 
 
