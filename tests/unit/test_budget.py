@@ -84,7 +84,7 @@ def test_every_arm_on_real_weights_can_be_run_and_differs_as_published(real):
     assert tuple(configs) == real.ARMS
     for config in configs.values():
         check(config)
-        assert config.model == sd35m_ocr().model and config.optim.decay == 0
+        assert config.model == replace(sd35m_ocr().model, keep_text_encoders=True) and config.optim.decay == 0
     fast = configs["flow_grpo fast"]
     assert (fast.sampling.sampler, fast.sampling.sde_window, fast.sampling.sde_window_size) == (
         "cps_reduced",
@@ -94,6 +94,8 @@ def test_every_arm_on_real_weights_can_be_run_and_differs_as_published(real):
     assert fast.sampling.guidance_scale == fast.eval.guidance_scale == 1 and fast.objective.grpo.kl_beta == 0
     assert resolve_plan(configs["plain GRPO"]).survivors == 24
     assert resolve_plan(configs["Pro-GRPO standard"]) == resolve_plan(load_recipe("sd35m-ocr"))
+    # the arm with most members, guidance and a KL
+    assert estimate(configs["Pro-GRPO standard"], "h100", 0.35, 1)["fits"]
     assert configs["Pro-GRPO auto"].plan.follows_audits and configs["DGPO"].objective.name == "dgpo"
 
 
