@@ -36,21 +36,23 @@ from progrpo.config import Config, ModelSettings, RewardTerm, SamplingSettings
 from progrpo.durable import write_text
 from progrpo.policies.base import PolicyContext, torch_dtype
 from progrpo.policies.decoding import PictureDecoder, unscale_tiny
-from progrpo.policies.load import family_of, locate, policy_from_pipeline, quiet, read_pipeline
+from progrpo.policies.load import family_of, load_policy, locate, policy_from_pipeline, quiet, read_pipeline
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.recipes import load_recipe
 from progrpo.rewards.mixture import RewardMixture, load_mixture
 from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
 from progrpo.rollout.noise import NoiseKey
-from progrpo.rollout.plan import preset
+from progrpo.rollout.plan import Plan, PrunePoint, preset
 from progrpo.rollout.preview import projected
 from progrpo.rollout.prune import ovf
+from progrpo.rollout.rollout import rollout
 from progrpo.rollout.sampler import Sampler
 from progrpo.rollout.sampling import Record, Sampling, sampling_for
 from progrpo.tracking.statistics import kept_variance, spearman
 from progrpo.training.estimate import estimate
 from progrpo.types import Condition, Pictures, Prompt, Trajectories
+from progrpo.zoo.shapes import world
 
 STEPS, GROUP, KEEP = 10, 8, 4
 PREVIEWED = (0, 2, 4, 6, 8)
@@ -212,6 +214,32 @@ class Bench:
         }
 
 
+def trained() -> dict[str, float]:
+    """How far tiles change pictures of the trained `shapes-flow` (64 pixels, tiles of 32), and whom its plan keeps."""
+    prompts, plan = world.sample_prompts("validation", 8, seed=0), Plan(12, (PrunePoint(2, 8), PrunePoint(4, 6)))
+    rewards = load_mixture([RewardTerm("shapes_match")], frames=1)
+    kept: list[set[tuple[int, int]]] = []
+    pictures: list[Tensor] = []
+    latents: Tensor | None = None
+    for decoding in ("whole", "tiled"):
+        policy = load_policy(ModelSettings(decoding=decoding))
+        settings = SamplingSettings(num_inference_steps=6, microbatch=24)
+        sampler = Sampler(policy, rewards, sampling_for(policy, settings, range(6), Record()), plan)
+        with torch.no_grad():
+            rolled = rollout(sampler, prompts, torch.arange(len(prompts)), NoiseKey(0, 0), Meter())
+        living = rolled.trajectories
+        kept.append(set(zip(living.group_N.tolist(), living.member_N.tolist(), strict=True)))
+        latents = living.x_NCHW if latents is None else latents
+        pictures.append(policy.decode(latents).images_NHWC.float())
+    difference = (pictures[0] - pictures[1]).abs()
+    return {
+        "largest difference": difference.max().item(),
+        "mean difference": round(difference.mean().item(), 2),
+        "kept by both": round(len(kept[0] & kept[1]) / len(kept[0]), 3),
+        "groups": len(prompts),
+    }
+
+
 def planned(side: int) -> dict[str, Any]:
     """What `progrpo plan` says of the real model at this size: PFLOP of an iteration, and GB of decoding."""
     found: dict[str, Any] = {}
@@ -233,6 +261,9 @@ def measure(sizes: Sequence[int], groups: Sequence[int], out: Path) -> None:
     def keep() -> None:
         write_text(out, json.dumps(results, separators=(",", ":")) + "\n")
 
+    if "shapes-flow" not in results:
+        results["shapes-flow"] = trained()
+        keep()
     for side, number in zip(sizes, groups, strict=True):
         entry = results.setdefault(str(side), {"groups": []})
         bench = Bench(side)
@@ -290,7 +321,7 @@ def shares(units: dict[str, float], plan: str, how: str) -> dict[str, float]:
 
 
 def tables(results: dict[str, Any]) -> str:
-    sizes = list(results)
+    sizes = [name for name in results if name != "shapes-flow"]
     pixels = [f"{side} px" for side in sizes]
     lines = ["Core seconds of one picture, or of one row of a call:", "", *_head("part", pixels)]
     lines += [_row(part, [f"{results[s]['units'][part]:.3g}" for s in sizes]) for part in results[sizes[0]]["units"]]
@@ -324,6 +355,13 @@ def tables(results: dict[str, Any]) -> str:
         ("the same kept, by finals", ("final", "final, tiled")),
     ):
         lines.append(_row(label, [f"{100 * overlap(results[s]['groups'], pair):.0f} %" for s in sizes]))
+    own = results["shapes-flow"]
+    lines += [
+        "",
+        f"On the trained `shapes-flow` (64 pixels in tiles of 32, {own['groups']} groups of 12, of which the plan keeps"
+        f" 6): largest difference {own['largest difference']:.0f}, mean {own['mean difference']:.1f} of 255;"
+        f" {100 * own['kept by both']:.0f} % of those kept are the same.",
+    ]
     lines += ["", f"What `progrpo plan` predicts of the real model (`{REAL}`, standard plan, 48 prompts):", ""]
     lines += _head("figure", pixels)
     for stage in ("sampling", "decoding", "update"):

@@ -101,7 +101,8 @@ def rehearsal(world: str) -> Scale:
         sampling=SamplingSettings(microbatch=12),
         reward=RewardSettings((RewardTerm(reward),)),
         objective=ObjectiveSettings(grpo=GRPOSettings(kl_beta=0.04, kl_form="flow_grpo")),
-        optim=replace(sd35m_ocr().optim, lr=1e-3, microbatch=27),
+        # without the average, which hardly moves in a few iterations
+        optim=replace(sd35m_ocr().optim, lr=1e-3, microbatch=27, ema_decay=0.0),
         audit=AuditSettings(every=2),
         eval=EvalSettings(prompts=prompts, pictures=12, every=4),
     )
@@ -110,7 +111,7 @@ def rehearsal(world: str) -> Scale:
         name: PlanSettings("custom", group_size=size, prune=prune, adaptive=name == "auto")
         for name, (size, prune) in small.items()
     }
-    return Scale("rehearsal", base, judges, 0.002, (0, 1), plans)
+    return Scale("rehearsal", base, judges, 0.006, (0, 1), plans)
 
 
 def arms(base: Config, plans: Mapping[str, PlanSettings]) -> dict[str, Config]:
@@ -291,7 +292,8 @@ def _results_table(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> s
         )
         row = [arm, str(len(own)), f"{iterations:,.0f}", f"{hours:.3g}", f"{nfe:,.0f}"]
         row += [figure_of(own, summary_figure(f"reward_{when}")) for when in WHEN]
-        row.append(figure_of(own, lambda run: run["points"][-1]["kl"] if run["points"] else None))
+        distances = [run["points"][-1]["kl"] for run in own if run["points"] and run["points"][-1]["kl"] is not None]
+        row.append(f"{mean(distances):.2g}" if distances else "")
         row += [", ".join(figure_of(own, held_out_figure(judge, when)) for when in WHEN) for judge in judges]
         rows.append(row)
     return table(head, rows)
@@ -321,9 +323,10 @@ def _about(data: Mapping[str, Any]) -> str:
         f" {' and '.join(without)} are trained and evaluated without guidance, the others with it." if without else ""
     )
     return (
-        f"Mean and standard deviation over seeds {', '.join(map(str, seeds))}, {data['hours']:g} GPU-hours of training"
-        f" for each arm and seed ({', '.join(devices)}; torch {', '.join(torch)}). Score is the mean reward,"
-        f" KL the mean square distance of velocities to the base at the last evaluation on the way.{alone}"
+        f"Mean and standard deviation over seeds {', '.join(map(str, seeds))} ({', '.join(devices)}; torch"
+        f" {', '.join(torch)}). Each run was given {data['hours']:g} GPU-hours of training, and made {BEGINNING}"
+        f" iterations at least. Score is the mean reward, KL the mean square distance of velocities"
+        f" to the base at the last evaluation on the way.{alone}"
     )
 
 
