@@ -39,6 +39,7 @@ from progrpo.policies.decoding import PictureDecoder, unscale_tiny
 from progrpo.policies.load import family_of, load_policy, locate, policy_from_pipeline, quiet, read_pipeline
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.recipes import load_recipe
+from progrpo.repro.page import wrapped
 from progrpo.rewards.mixture import RewardMixture, load_mixture
 from progrpo.rollout.denoise import denoise, expand
 from progrpo.rollout.meter import Meter
@@ -358,9 +359,11 @@ def tables(results: dict[str, Any]) -> str:
     own = results["shapes-flow"]
     lines += [
         "",
-        f"On the trained `shapes-flow` (64 pixels in tiles of 32, {own['groups']} groups of 12, of which the plan keeps"
-        f" 6): largest difference {own['largest difference']:.0f}, mean {own['mean difference']:.1f} of 255;"
-        f" {100 * own['kept by both']:.0f} % of those kept are the same.",
+        wrapped(
+            f"On the trained `shapes-flow` (64 pixels in tiles of 32, {own['groups']} groups of 12, of which the plan"
+            f" keeps 6): largest difference {own['largest difference']:.0f}, mean {own['mean difference']:.1f} of 255;"
+            f" {100 * own['kept by both']:.0f} % of those kept are the same."
+        ),
     ]
     lines += ["", f"What `progrpo plan` predicts of the real model (`{REAL}`, standard plan, 48 prompts):", ""]
     lines += _head("figure", pixels)

@@ -269,6 +269,7 @@ def page(data: Mapping[str, Any]) -> str:
         "## Results",
         _results_table(runs, names),
         _about(data),
+        _judges_table(runs, names),
         f"![Score on evaluation prompts over GPU-hours, by arm]({figures[0]})",
         f"![Score on evaluation prompts over the distance to the base, by arm]({figures[1]})",
         "## Agreement of previews",
@@ -280,9 +281,7 @@ def page(data: Mapping[str, Any]) -> str:
 
 
 def _results_table(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    judges = dict.fromkeys(name for run in runs for name in run["summary"].get("held_out_after") or {})
     head = ["arm", "seeds", "iterations", "GPU-hours", "NFE", "score before", "score after", "KL"]
-    head += [f"{judge}, before and after" for judge in judges]
     rows = []
     for arm in names:
         own = runs_of(runs, arm)
@@ -294,21 +293,30 @@ def _results_table(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> s
         row += [figure_of(own, summary_figure(f"reward_{when}")) for when in WHEN]
         distances = [run["points"][-1]["kl"] for run in own if run["points"] and run["points"][-1]["kl"] is not None]
         row.append(f"{mean(distances):.2g}" if distances else "")
-        row += [", ".join(figure_of(own, held_out_figure(judge, when)) for when in WHEN) for judge in judges]
         rows.append(row)
     return table(head, rows)
 
 
+def _judges_table(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    judges = dict.fromkeys(name for run in runs for name in run["summary"].get("held_out_after") or {})
+    rows = [
+        [arm, judge, *(figure_of(runs_of(runs, arm), held_out_figure(judge, when)) for when in WHEN)]
+        for arm in names
+        for judge in judges
+    ]
+    return table(["arm", "held-out judge", *WHEN], rows) if judges else "No held-out judge was installed."
+
+
 def _agreement_table(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     steps = max((len(group) for run in runs for group in run["agreement"]), default=0)
-    rows = []
-    for arm in names:
-        groups = [group for run in runs_of(runs, arm) for group in run["agreement"]]
+    groups = {arm: [group for run in runs_of(runs, arm) for group in run["agreement"]] for arm in names}
+    rows = [["groups", *(str(len(own)) for own in groups.values())]]
+    for step in range(steps):
         # a preview that is equal for all members tells nothing
-        columns = [[group[step] or 0.0 for group in groups if step < len(group)] for step in range(steps)]
+        columns = [[group[step] or 0.0 for group in own if step < len(group)] for own in groups.values()]
         found = [interval(mean_of(column)) if column else None for column in columns]
-        rows.append([arm, str(len(groups)), *("" if i is None else f"{i.value:.2f} ± {i.half:.2f}" for i in found)])
-    return table(["arm", "groups", *map(str, range(steps))], rows)
+        rows.append([str(step), *("" if i is None else f"{i.value:.2f} ± {i.half:.2f}" for i in found)])
+    return table(["after step", *names], rows)
 
 
 def _about(data: Mapping[str, Any]) -> str:
