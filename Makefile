@@ -10,7 +10,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart preferences test test-processors test-slow mutation-test kill-test lean-test deepspeed-test \
-	trackers-test lint bench notebooks wheel-test audit pretrain clean
+	trackers-test lint bench notebooks docs wheel-test audit pretrain clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
@@ -36,7 +36,7 @@ BY_PROCESSOR := tests/invariant/test_ratio.py tests/invariant/test_processes.py 
 	tests/invariant/test_reused_rollout.py tests/unit/test_invariance.py
 test-processors: $(VENV)/.ready-dev ## the tests of ratios and processes again, with the kernels of older processors
 	@set -e; for isa in $(OLDER); do echo "$$isa"; env $$isa $(BIN)/python -m pytest $(IN_TWO) $(BY_PROCESSOR); done
-test-slow: wheel-test mutation-test kill-test lean-test deepspeed-test trackers-test ## what takes minutes
+test-slow: wheel-test docs mutation-test kill-test lean-test deepspeed-test trackers-test ## what takes minutes
 	@$(BIN)/python -m pytest -m slow
 mutation-test: $(VENV)/.ready-dev ## thousands of wrong recipes, command lines, files and models
 	@$(BIN)/python -m tests.mutation
@@ -51,6 +51,10 @@ bench: setup ## the figures of the notes
 	@set -e; for file in $(filter-out benchmarks/same_runs.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file; done
 notebooks: $(VENV)/.ready-dev ## execute the notebooks of examples/ and save them with their outputs
 	@$(BIN)/python docs/notebooks.py
+docs: $(VENV)/.ready-docs ## build the documentation, build/site/index.html, and check its links; a warning is an error
+	@rm -rf build/site build/doctrees
+	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs/site -d build/doctrees . build/site
+	@$(BIN)/python docs/site/check.py build/site
 pretrain: setup ## make shapes-flow anew (hours on a CPU; stop and go on as you like)
 	@$(BIN)/progrpo pretrain shapes-flow
 
@@ -121,4 +125,9 @@ $(VENV)/.ready: $(VENV)/.torch pyproject.toml
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "setting up $(VENV): installing the tools for development"
 	@$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready
+	@echo "setting up $(VENV): installing what builds the documentation"
+	@$(INSTALL) --editable '.[docs]'
 	@touch $@

@@ -182,7 +182,7 @@ def edited(file: Path, **changes: object) -> None:
     ("damage", "sentence"),
     [
         (lambda folder: (folder / "model_index.json").unlink(), "has no model_index.json"),
-        (lambda folder: edited(folder / "model_index.json", _class_name="AllegroPipeline"), "is a AllegroPipeline;"),
+        (lambda folder: edited(folder / "model_index.json", _class_name="NobodysPipeline"), "is a NobodysPipeline;"),
         (lambda folder: edited(folder / "model_index.json", vae=["os", "system"]), "cannot load"),
         (lambda folder: edited(folder / "transformer/config.json", num_layers=9), "cannot load"),
         (lambda folder: (folder / "vae/config.json").write_text("[]"), "holds no object of named settings"),

@@ -19,7 +19,8 @@ from progrpo.settings import read_settings
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs/results"
-PAGES = sorted([README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+CARDS = (ROOT / "src").rglob("weights/*/README.md")
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *CARDS])
 
 
 def snippet(page: Path, name: str) -> str:

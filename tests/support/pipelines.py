@@ -48,13 +48,14 @@ def _unet(cross_attention_dim: int = WIDTH // 2, **more: Any) -> Any:
     )
 
 
-def _vae(kind: str = "AutoencoderKL", **scaling: Any) -> Any:
+def picture_vae(kind: str = "AutoencoderKL", blocks: int = 2, **scaling: Any) -> Any:
+    """An autoencoder of pictures: latents have 4 channels, and sides that are halved once for each block but one."""
     import diffusers
 
     return getattr(diffusers, kind)(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * blocks,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
@@ -73,7 +74,7 @@ def sd3() -> Any:
         pipeline = StableDiffusion3Pipeline(
             transformer=_denoiser(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=_vae(scaling_factor=1.5, shift_factor=0.06),
+            vae=picture_vae(scaling_factor=1.5, shift_factor=0.06),
             text_encoder=clip_encoder(clip_1),
             tokenizer=clip_1,
             text_encoder_2=clip_encoder(clip_2),
@@ -104,7 +105,7 @@ def _stable_diffusion(prediction_type: str) -> Any:
         pipeline = StableDiffusionPipeline(
             unet=_unet(),
             scheduler=PNDMScheduler(**_noise_schedule(prediction_type), set_alpha_to_one=False, skip_prk_steps=True),
-            vae=_vae(scaling_factor=0.18),
+            vae=picture_vae(scaling_factor=0.18),
             text_encoder=CLIPTextModel(clip_encoder(tokenizer).config),
             tokenizer=tokenizer,
             safety_checker=None,
@@ -153,7 +154,7 @@ def _flux(guidance_embeds: bool, kind: str = "FluxPipeline", **scheduler: Any) -
                 axes_dims_rope=(2, 2, 4),
             ),
             scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
-            vae=_vae(scaling_factor=0.36, shift_factor=0.12),
+            vae=picture_vae(scaling_factor=0.36, shift_factor=0.12),
             text_encoder=CLIPTextModel(clip_encoder(clip).config),
             tokenizer=clip,
             text_encoder_2=t5_encoder(t5),
@@ -194,7 +195,7 @@ def sdxl() -> Any:
                 projection_class_embeddings_input_dim=pooled + time_ids,
             ),
             scheduler=EulerDiscreteScheduler(**_noise_schedule("epsilon"), timestep_spacing="leading"),
-            vae=_vae(scaling_factor=0.13),
+            vae=picture_vae(scaling_factor=0.13),
             text_encoder=CLIPTextModel(clip_encoder(clip_1, 3.0).config),  # it is read before its last norm
             tokenizer=clip_1,
             text_encoder_2=clip_encoder(clip_2, 3.0),
@@ -318,7 +319,7 @@ def flux2_klein() -> Any:
     tokenizer = qwen_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        vae = _vae("AutoencoderKLFlux2", batch_norm_eps=0.1)
+        vae = picture_vae("AutoencoderKLFlux2", batch_norm_eps=0.1)
         for statistic in (vae.bn.running_mean, vae.bn.running_var):
             statistic.uniform_(0.5, 1.5)
         transformer = Flux2Transformer2DModel(

@@ -78,3 +78,43 @@ def qwen_tokenizer() -> Any:
         "<|im_start|>assistant\n"
     )
     return tokenizer
+
+
+def llm(kind: str, tokenizer: Any, layers: int = 2, **more: Any) -> Any:
+    """A decoder of the transformers class `kind`, as text encoder: hidden states of `WIDTH` numbers."""
+    import transformers
+
+    model = getattr(transformers, kind)
+    config = model.config_class(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.3,  # random, but not blind to the text
+        **more,
+    )
+    return model(config)
+
+
+def umt5_encoder(tokenizer: Any) -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    return UMT5EncoderModel(
+        UMT5Config(vocab_size=len(tokenizer), d_model=WIDTH, d_kv=4, d_ff=WIDTH, num_layers=1, num_heads=2)
+    )
+
+
+def gemma_tokenizer() -> Any:
+    """Letters, after a token of the beginning."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import GemmaTokenizer
+
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.printable[:95]]
+    tokenizer = GemmaTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges=[])
+    first = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    tokenizer._tokenizer.post_processor = first
+    return tokenizer

@@ -24,10 +24,14 @@ class DenoiserCall:
     def __init__(self, family: ModelFamily, weights: NamedWeights, shared: bool) -> None:
         self._family = family
         self._weights = weights
-        self.embeds_guidance = bool(getattr(family.denoiser.config, "guidance_embeds", False))
         self.peers = PeerCalls(family.device, self.dummy_forward) if shared else None
         if shared:
             _ = self.input_shapes  # asked now, while the text encoders are there
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the network."""
+        return self._family.embeds_guidance
 
     @cached_property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -39,6 +39,10 @@ class TextHooks(ABC):
     def encode_text(self, text: str) -> dict[str, Tensor]:
         """Encode one text: named tensors, each with a first dimension of 1."""
 
+    def encode_negative(self, text: str) -> dict[str, Tensor]:
+        """Encode what guidance leads away from, likewise."""
+        return self.encode_text(text)
+
     def encode_picture(self, image: Image.Image) -> dict[str, Tensor]:
         """Encode the picture that is to be changed, likewise. Only families that `edits` are asked."""
         raise NotImplementedError
@@ -111,6 +115,18 @@ class ModelFamily(TextHooks):
     @abstractmethod
     def check(self) -> None:
         """ValueError for a pipeline that cannot be trained."""
+
+    def learn(self) -> None:
+        """Learn from the pipeline what is not known of it, when its networks are on the device."""
+
+    def default_lora_targets(self) -> tuple[str, ...]:
+        """The layers that a LoRA adapts if nothing else is asked."""
+        return self.lora_targets
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the guidance scale is an input of the network."""
+        return bool(getattr(self.denoiser.config, "guidance_embeds", False))
 
     def ignored(self) -> str:
         """One sentence about what the pipeline's own loop does and sampling here does not; empty for nothing."""

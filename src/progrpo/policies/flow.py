@@ -40,12 +40,16 @@ class FlowFamily(ModelFamily):
                 )
 
     def levels(self, num_inference_steps: int, shift: float | None = None) -> Levels:
+        return flow_levels(self.scheduler_at(num_inference_steps, shift).sigmas, self._num_train_timesteps)
+
+    def scheduler_at(self, num_inference_steps: int, shift: float | None) -> FlowMatchEulerDiscreteScheduler:
+        """The scheduler with its grid laid."""
         scheduler = deepcopy(self.pipeline.scheduler)  # a set_shift() of its owner is in no configuration
         if shift is not None:
             changes = {"shift": shift, "use_dynamic_shifting": False}
             scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **changes)
         scheduler.set_timesteps(num_inference_steps, **self.grid_options(num_inference_steps))
-        return flow_levels(scheduler.sigmas, self._num_train_timesteps)
+        return scheduler
 
     def grid_options(self, num_inference_steps: int) -> dict[str, np.ndarray | float]:
         """The options that the pipeline gives its scheduler's `set_timesteps` beside the number of steps."""

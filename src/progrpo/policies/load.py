@@ -26,6 +26,7 @@ from progrpo.policies.lora_files import HUB_ID, LORA_FILE, is_lora
 from progrpo.policies.networks import fetch, load_network, load_networks
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.prepare import prepare
+from progrpo.policies.recorded import denoiser_of, is_diffusion, recorded_kind
 from progrpo.policies.settings import ModelSettings
 from progrpo.registry import load_named
 from progrpo.zoo import WEIGHTS
@@ -99,7 +100,7 @@ def policy_from_pipeline(
     pipeline: DiffusionPipeline, settings: ModelSettings, context: PolicyContext | None = None
 ) -> PipelinePolicy:
     """The policy of a loaded pipeline, which it takes over. ValueError for a pipeline of no known family."""
-    kind = _family(type(pipeline).__name__, "the pipeline")
+    kind = _family(type(pipeline).__name__, "the pipeline", pipeline.components, is_diffusion(pipeline))
     return PipelinePolicy(prepare(kind, pipeline, settings, context or PolicyContext()))
 
 
@@ -183,18 +184,26 @@ def family_of(source: str, revision: str = "") -> type[ModelFamily]:
     """The family of a model, by its pipeline's index alone. ValueError for a pipeline that is not trained here."""
     with reported_errors(source):
         index = dict(DiffusionPipeline.load_config(source, revision=revision or None))
-    kind = _family(str(index.get("_class_name")), source)
+    kind = _family(str(index.get("_class_name")), source, index)
     kind.check_index(index)
     return kind
 
 
-def _family(pipeline_name: str, source: str) -> type[ModelFamily]:
-    if pipeline_name not in FAMILIES:
+def _family(
+    pipeline_name: str, source: str, components: Mapping[str, object], diffusion: bool = False
+) -> type[ModelFamily]:
+    """The family of a class of pipelines; one that has none is learnt from its own call."""
+    if pipeline_name in FAMILIES:
+        family: type[ModelFamily] = load_named(pipeline_name, FAMILIES, "the pipeline")
+        return family
+    denoiser_name = denoiser_of(components)
+    recorded = recorded_kind(pipeline_name, denoiser_name, diffusion) if denoiser_name else None
+    if recorded is None:
         raise ValueError(
-            f"model.path: {named(source)} is a {named(pipeline_name)}; progrpo trains {', '.join(FAMILIES)}"
+            f"model.path: {named(source)} is a {named(pipeline_name)}; progrpo trains {', '.join(FAMILIES)}, and"
+            " others of diffusers that make pictures or videos of a text by one transformer or U-Net"
         )
-    family: type[ModelFamily] = load_named(pipeline_name, FAMILIES, "the pipeline")
-    return family
+    return recorded
 
 
 def _dtypes(kind: type[ModelFamily], settings: ModelSettings) -> dict[str, torch.dtype]:

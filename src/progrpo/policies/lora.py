@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +25,15 @@ from progrpo.policies.lora_files import LORA_FILE, SETTINGS, TRAINED_WITH, read_
 
 ADAPTER = "default"
 """The name of the trained adapter in peft."""
+
+
+def add_lora(denoiser: ModelMixin, config: LoraConfig) -> None:
+    """Add a LoRA's layers to the denoiser, as diffusers does, also to one of the few that diffusers adds none to."""
+    if hasattr(denoiser, "add_adapter"):
+        denoiser.add_adapter(config, ADAPTER)
+    else:
+        inject_adapter_in_model(config, denoiser, ADAPTER)
+        denoiser.peft_config = {ADAPTER: config}
 
 
 def continue_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str) -> None:
@@ -40,9 +49,11 @@ def continue_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str) 
         _require_layers(lora.tensors, denoiser)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a misfit, which is refused below; what peft draws is replaced
-            denoiser.load_lora_adapter(
-                dict(lora.tensors), prefix=None, metadata=lora.config.to_dict(), adapter_name=ADAPTER
-            )
+            if hasattr(denoiser, "load_lora_adapter"):
+                metadata = lora.config.to_dict()
+                denoiser.load_lora_adapter(dict(lora.tensors), prefix=None, metadata=metadata, adapter_name=ADAPTER)
+            else:
+                add_lora(denoiser, lora.config)
         in_float32(denoiser)  # what was loaded was rounded to the base's dtype
         _require_loaded(lora.tensors, denoiser)
         scale = _scales(denoiser) if lora.rescaled else {}

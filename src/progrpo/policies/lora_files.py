@@ -231,7 +231,12 @@ def _scaled(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _converted(pipeline: DiffusionPipeline, denoiser_name: str, raw: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert tensors to the denoiser's own names by diffusers, which knows the names of each format."""
+    """Convert tensors to the denoiser's own names by diffusers, which knows the names of each format.
+
+    A pipeline that diffusers loads no LoRAs for has its own names alone.
+    """
+    if not hasattr(pipeline, "lora_state_dict"):
+        return {name.removeprefix(f"{denoiser_name}."): tensor for name, tensor in raw.items()}
     unet = {"unet_config": pipeline.unet.config} if denoiser_name == "unet" else {}
     converted = type(pipeline).lora_state_dict(dict(raw), return_lora_metadata=True, return_alphas=True, **unet)[0]
     tensors: dict[str, Tensor] = convert_unet_state_dict_to_peft(converted)

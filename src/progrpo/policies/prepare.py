@@ -25,7 +25,7 @@ from progrpo.policies.fingerprint import fingerprint
 from progrpo.policies.finite import require_finite
 from progrpo.policies.geometry import Geometry
 from progrpo.policies.handover import take_over
-from progrpo.policies.lora import continue_lora, in_float32
+from progrpo.policies.lora import add_lora, continue_lora, in_float32
 from progrpo.policies.quantized import quantize_blocks
 from progrpo.policies.settings import ModelSettings
 from progrpo.policies.sharded import blocks, share_out
@@ -72,12 +72,13 @@ def prepare(
     # while every process has all weights; a fresh LoRA's follow from the seed
     fingerprints = _fingerprints(pipeline)
     _add_fresh_lora(family)
+    for module in _networks(pipeline):
+        module.eval()
+    family.learn()
     if shared:
         _share(family)
     _TAKEN.add(pipeline)
     _optimize_for_cpu(family)
-    for module in _networks(pipeline):
-        module.eval()
     _limit_decoding(family, geometry)
     _order_memory(family)
     return Prepared(family, fingerprints, ignored, shared, _compile(family))
@@ -161,11 +162,11 @@ def _add_fresh_lora(family: ModelFamily) -> None:
         lora_alpha=settings.lora_alpha,
         lora_dropout=0.0,
         init_lora_weights="gaussian",
-        target_modules=_adapted_layers(denoiser, settings.lora_targets or family.lora_targets),
+        target_modules=_adapted_layers(denoiser, settings.lora_targets or family.default_lora_targets()),
     )
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, from the global generator
         torch.default_generator.manual_seed(family.context.lora_seed)
-        denoiser.add_adapter(config)
+        add_lora(denoiser, config)
     in_float32(denoiser)
 
 

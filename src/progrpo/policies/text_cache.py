@@ -33,7 +33,7 @@ class TextCache:
     @cached_property
     def unconditional(self) -> Condition:
         """One row of what guidance leads away from. What it does not name is the prompt's own in both branches."""
-        row = self._text_row(self._negative_prompt)
+        row = self._negative_row
         if self._family.zero_embeddings_for_no_prompt and not self._family.context.guide_away_from:
             row = {name: torch.zeros_like(tensor) for name, tensor in row.items()}
         return Condition({name: tensor[None].to(self._family.device) for name, tensor in row.items()})
@@ -44,12 +44,21 @@ class TextCache:
 
     def release(self) -> None:
         """Encode no new text from now on."""
-        self._text_row(self._negative_prompt)  # it may be asked for later than now
+        _ = self._negative_row  # it may be asked for later than now
         self._released = True
 
-    @property
-    def _negative_prompt(self) -> str:
-        return self._family.context.guide_away_from or self._family.default_negative_prompt
+    @cached_property
+    def _negative_row(self) -> dict[str, Tensor]:
+        """The row of the negative prompt."""
+        text = self._family.context.guide_away_from or self._family.default_negative_prompt
+        self._require_encoders(text)
+        with torch.no_grad():
+            encoded = self._family.encode_negative(text)
+        return self._finite(quoted(text), encoded)
+
+    def _require_encoders(self, text: str) -> None:
+        if self._released:
+            raise ValueError(f"{text!r} is new and the text encoders are released; encode all prompts before that")
 
     def _row(self, prompt: Prompt) -> dict[str, Tensor]:
         if not self._family.edits:
@@ -63,8 +72,7 @@ class TextCache:
 
     def _text_row(self, text: str) -> dict[str, Tensor]:
         if text not in self._texts:
-            if self._released:
-                raise ValueError(f"{text!r} is new and the text encoders are released; encode all prompts before that")
+            self._require_encoders(text)
             # alone in its batch, so that a text's embedding never depends on the company it was first met in
             with torch.no_grad():
                 encoded = self._family.encode_text(text)
@@ -73,12 +81,13 @@ class TextCache:
 
     def _finite(self, subject: str, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The encoded row as the network gets it. ValueError where the dtype does not hold its numbers."""
-        row = {name: tensor[0].to("cpu", self._family.dtype) for name, tensor in encoded.items()}
+        dtype = self._family.dtype
+        row = {name: t[0].to("cpu", dtype if t.is_floating_point() else t.dtype) for name, t in encoded.items()}
         for name, tensor in row.items():
             if not tensor.isfinite().all():
-                dtype = str(self._family.dtype).removeprefix("torch.")
+                kept = str(dtype).removeprefix("torch.")
                 raise ValueError(
-                    f"what {subject} is encoded as ({name}) is not finite in {dtype}; take another model.dtype"
+                    f"what {subject} is encoded as ({name}) is not finite in {kept}; take another model.dtype"
                     " (bfloat16, float32), or look at the model's encoder"
                 )
         return row

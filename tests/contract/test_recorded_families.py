@@ -1,0 +1,97 @@
+"""What is learnt from the call of a pipeline that has a family: the same policy, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from progrpo.policies.base import PolicyContext
+from progrpo.policies.load import policy_from_pipeline
+from progrpo.policies.pipeline import PipelinePolicy
+from progrpo.policies.prepare import prepare
+from progrpo.policies.recorded import denoiser_of, is_diffusion, recorded_kind
+from progrpo.policies.settings import ModelSettings
+from tests.support.pipelines import TINY_PIPELINES, frames_of
+from tests.support.policies import TOKENS, load, sample_without_noise, untouched_pipeline
+from tests.support.recorded_pipelines import build
+
+SETTINGS = ModelSettings(lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, resolution=16)
+
+
+def recorded(pipeline: Any, context: PolicyContext | None = None, **changes: Any) -> Any:
+    """The policy of a pipeline as it were without a family."""
+    denoiser_name = denoiser_of(pipeline.components)
+    assert denoiser_name is not None
+    kind = recorded_kind(type(pipeline).__name__, denoiser_name, is_diffusion(pipeline))
+    assert kind is not None
+    return PipelinePolicy(prepare(kind, pipeline, replace(SETTINGS, **changes), context or PolicyContext()))
+
+
+@pytest.mark.parametrize("model", [name for name in TINY_PIPELINES if name != "tiny_kontext"])  # which edits pictures
+def test_it_is_the_hand_written_policy(request, model):
+    folder: Path = request.getfixturevalue(model)
+    pipeline = untouched_pipeline(folder)
+    unet = {"max_sequence_length": None} if hasattr(pipeline, "unet") else {}
+    qwen = {"context": PolicyContext(guide_away_from=" ")} if model == "tiny_qwen_image" else {}
+    ours, hand = recorded(pipeline, frames=frames_of(folder), **unet, **qwen), load(folder, "lora")
+    assert ours.latent_shape == hand.latent_shape and ours.trainable.keys() == hand.trainable.keys()
+    assert ours.embeds_guidance == hand.embeds_guidance and ours.prediction == hand.prediction
+    for steps in (3, 7):
+        for one, other in zip(vars(ours.levels(steps)).values(), vars(hand.levels(steps)).values(), strict=True):
+            assert one is other is None or torch.equal(one, other)
+    rounding = 1e-5 if model == "tiny_qwen_image" else 0.0  # it pads texts, which the pipeline does not
+    for guidance_scale in (1.0, 3.5):
+        x0, expected = (sample_without_noise(policy, guidance_scale) for policy in (ours, hand))
+        torch.testing.assert_close(x0, expected, rtol=0, atol=rounding)
+    assert torch.equal(ours.decode(expected).images_NHWC, hand.decode(expected).images_NHWC)
+
+
+def test_a_network_that_answers_otherwise_each_time_is_refused_at_its_first_step():
+    pipeline, calls = build("chroma"), list[int]()
+
+    def drift(module: Any, inputs: Any, output: Any) -> Any:
+        calls.append(len(calls))
+        return (output[0] + 0.1 * len(calls),)
+
+    pipeline.transformer.register_forward_hook(drift)
+    with pytest.raises(ValueError, match=r"a ChromaPipeline has no family .* call: the output at step 0 differs from"):
+        policy_from_pipeline(pipeline, SETTINGS)
+
+
+def test_a_pipeline_that_makes_another_size_than_was_asked_for_is_refused():
+    with pytest.raises(ValueError, match=r"LTXPipeline .*: `height` and `width` have to be divisible by 32"):
+        policy_from_pipeline(build("ltx"), replace(SETTINGS, resolution=48, frames=9))
+
+
+def test_a_text_that_the_network_never_gets_is_refused():
+    with pytest.raises(ValueError, match=r"its transformer gets nothing that depends on the text, .* may be needed"):
+        policy_from_pipeline(build("lumina2"), replace(SETTINGS, resolution=64))
+
+
+def test_a_pipeline_without_a_text_is_refused():
+    network = UNet2DModel(
+        8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4
+    )
+    with pytest.raises(ValueError, match=r"a DDPMPipeline .*: it has no encode_prompt to encode a text by"):
+        policy_from_pipeline(DDPMPipeline(network, DDPMScheduler()), SETTINGS)
+
+
+def test_an_option_that_the_pipeline_does_not_take_is_refused(tiny_sd):
+    with pytest.raises(ValueError, match=r"model\.max_sequence_length: a StableDiffusionPipeline takes none; leave it"):
+        recorded(untouched_pipeline(tiny_sd))
+
+
+def test_what_looks_for_one_device_cannot_be_offloaded():
+    with pytest.raises(ValueError, match=r"model\.offload: not for a pipeline that is learnt from its own call"):
+        policy_from_pipeline(build("chroma"), replace(SETTINGS, offload=True))
+
+
+def test_it_is_trained_in_low_precision():
+    policy = policy_from_pipeline(build("z-image"), replace(SETTINGS, max_sequence_length=64, dtype="bfloat16"))
+    x0 = sample_without_noise(policy, 4.0)
+    assert x0.dtype == torch.float32 and bool(x0.isfinite().all())

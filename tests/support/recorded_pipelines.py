@@ -1,0 +1,297 @@
+"""Pipelines of the true classes and of random weights that have no family: they are learnt from their own call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tests.support.pipelines import picture_vae
+from tests.support.text_encoders import (
+    WIDTH,
+    gemma_tokenizer,
+    llm,
+    qwen_tokenizer,
+    t5_encoder,
+    t5_tokenizer,
+    umt5_encoder,
+)
+
+
+def _flow(**scheduler: Any) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(**scheduler)
+
+
+_SHIFTS: dict[str, Any] = {"use_dynamic_shifting": True, "base_image_seq_len": 9, "base_shift": 0.4, "max_shift": 1.3}
+
+
+def z_image() -> Any:
+    """Z-Image: the network takes lists of rows, and the pipeline turns its output's sign."""
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+
+    tokenizer = qwen_tokenizer()
+    return ZImagePipeline(
+        scheduler=_flow(shift=3.0),
+        vae=picture_vae(scaling_factor=0.36, shift_factor=0.12),
+        text_encoder=llm("Qwen3Model", tokenizer),
+        tokenizer=tokenizer,
+        transformer=ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=WIDTH,
+            axes_dims=[4, 6, 6],
+            axes_lens=[256, 64, 64],
+        ),
+    )
+
+
+def lumina2() -> Any:
+    """Lumina 2: it counts timesteps from noise, turns the sign, and gives guidance the conditional length."""
+    from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
+
+    tokenizer = gemma_tokenizer()
+    return Lumina2Pipeline(
+        transformer=Lumina2Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            hidden_size=16,
+            num_layers=2,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=16,
+            axes_dim_rope=(4, 2, 2),
+            axes_lens=(600, 64, 64),
+            cap_feat_dim=WIDTH,
+        ),
+        scheduler=_flow(**_SHIFTS),
+        vae=picture_vae(blocks=4, scaling_factor=0.36, shift_factor=0.12),
+        text_encoder=llm("Gemma2Model", tokenizer, layers=2),
+        tokenizer=tokenizer,
+    )
+
+
+def sana() -> Any:
+    """SANA: linear attention, a deep-compression autoencoder, a multi-step solver's flow."""
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+
+    tokenizer = gemma_tokenizer()
+    blocks = ("ResBlock", "EfficientViTBlock")
+    return SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=llm("Gemma2Model", tokenizer, layers=1),
+        vae=AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=2,
+            encoder_block_types=blocks,
+            decoder_block_types=blocks,
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            encoder_qkv_multiscales=((), (5,)),
+            decoder_qkv_multiscales=((), (5,)),
+            upsample_block_type="interpolate",
+            downsample_block_type="conv",
+            scaling_factor=0.41,
+        ),
+        transformer=SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=WIDTH,
+            sample_size=8,
+        ),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, final_sigmas_type="zero"
+        ),
+    )
+
+
+def chroma() -> Any:
+    """Chroma: packed latents, a mask over text and picture, guidance by two calls."""
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel
+
+    t5 = t5_tokenizer()
+    return ChromaPipeline(
+        scheduler=_flow(**_SHIFTS),
+        vae=picture_vae(scaling_factor=0.36, shift_factor=0.12),
+        text_encoder=t5_encoder(t5),
+        tokenizer=t5,
+        transformer=ChromaTransformer2DModel(
+            in_channels=4 * 2 * 2,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=(4, 4, 8),
+            approximator_num_channels=16,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        ),
+    )
+
+
+def aura_flow() -> Any:
+    """AuraFlow: timesteps of 0 to 1, guidance by one call of two rows."""
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel
+
+    t5 = t5_tokenizer()
+    return AuraFlowPipeline(
+        tokenizer=t5,
+        text_encoder=umt5_encoder(t5),
+        vae=picture_vae(scaling_factor=0.13),
+        transformer=AuraFlowTransformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            caption_projection_dim=16,
+            pos_embed_max_size=64,
+        ),
+        scheduler=_flow(shift=1.73),
+    )
+
+
+def _pixart(kind: str) -> Any:
+    import diffusers
+    from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
+
+    t5 = t5_tokenizer()
+    return getattr(diffusers, kind)(
+        tokenizer=t5,
+        text_encoder=t5_encoder(t5),
+        vae=picture_vae(scaling_factor=0.13),
+        transformer=PixArtTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            cross_attention_dim=16,
+            sample_size=8,
+            caption_channels=WIDTH,
+            use_additional_conditions=False,
+        ),
+        scheduler=DPMSolverMultistepScheduler(solver_order=2),
+    )
+
+
+def pixart_sigma() -> Any:
+    """PixArt-Sigma: a transformer that predicts noise and, beside it, a variance that is thrown away."""
+    return _pixart("PixArtSigmaPipeline")
+
+
+def pixart_alpha() -> Any:
+    """PixArt-Alpha, likewise."""
+    return _pixart("PixArtAlphaPipeline")
+
+
+def cogview4() -> Any:
+    """CogView 4: texts of any length without a mask, and timesteps that are not those of its levels."""
+    from diffusers import CogView4Pipeline, CogView4Transformer2DModel
+
+    tokenizer = gemma_tokenizer()
+    return CogView4Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=llm("GlmModel", tokenizer),
+        vae=picture_vae(scaling_factor=0.36),
+        transformer=CogView4Transformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            text_embed_dim=WIDTH,
+            time_embed_dim=8,
+            condition_dim=4,
+            sample_size=8,
+            pos_embed_max_size=16,
+            rope_axes_dim=(16, 16),
+        ),
+        scheduler=_flow(
+            base_shift=0.25, max_shift=0.75, base_image_seq_len=9, use_dynamic_shifting=True, time_shift_type="linear"
+        ),
+    )
+
+
+def ltx() -> Any:
+    """LTX: videos, whose latents are tokens."""
+    from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
+
+    t5 = t5_tokenizer()
+    return LTXPipeline(
+        scheduler=_flow(**_SHIFTS),
+        vae=AutoencoderKLLTXVideo(
+            latent_channels=4,
+            block_out_channels=(8,) * 4,
+            decoder_block_out_channels=(8,) * 4,
+            layers_per_block=(1,) * 5,
+            decoder_layers_per_block=(1,) * 5,
+            spatio_temporal_scaling=(True, True, False, False),
+            decoder_spatio_temporal_scaling=(True, True, False, False),
+            patch_size=2,
+        ),
+        text_encoder=t5_encoder(t5),
+        tokenizer=t5,
+        transformer=LTXVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            cross_attention_dim=16,
+            num_layers=2,
+            caption_channels=WIDTH,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A pipeline by the function that builds it, and the settings that tests load it with."""
+
+    build: Callable[[], Any]
+    resolution: int = 16
+    frames: int | None = None
+    tokens: int | None = 12
+
+
+RECORDED_PIPELINES: dict[str, Recorded] = {
+    "z-image": Recorded(z_image, tokens=64),
+    "lumina2": Recorded(lumina2, resolution=64, tokens=None),
+    "sana": Recorded(sana, resolution=32),
+    "chroma": Recorded(chroma),
+    "aura-flow": Recorded(aura_flow),
+    "pixart-sigma": Recorded(pixart_sigma),
+    "pixart-alpha": Recorded(pixart_alpha, tokens=None),
+    "cogview4": Recorded(cogview4, tokens=64),
+    "ltx": Recorded(ltx, resolution=32, frames=9),
+}
+
+
+def build(name: str) -> Any:
+    """The pipeline, with the same weights each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = RECORDED_PIPELINES[name].build()
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval()  # as loaded from files
+    return pipeline
