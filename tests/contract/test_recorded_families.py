@@ -68,6 +68,11 @@ def test_a_pipeline_that_makes_another_size_than_was_asked_for_is_refused():
         policy_from_pipeline(build("ltx"), replace(SETTINGS, resolution=48, frames=9))
 
 
+def test_a_pipeline_that_decodes_frames_as_pictures_is_refused():
+    with pytest.raises(ValueError, match=r"a LattePipeline .*: its autoencoder decodes a video's frames as pictures"):
+        policy_from_pipeline(build("latte"), replace(SETTINGS, frames=2, max_sequence_length=None))
+
+
 def test_a_text_that_the_network_never_gets_is_refused():
     with pytest.raises(ValueError, match=r"its transformer gets nothing that depends on the text, .* may be needed"):
         policy_from_pipeline(build("lumina2"), replace(SETTINGS, resolution=64))

@@ -69,7 +69,7 @@ def untouched(name: str) -> Any:
     config = pipeline.scheduler.config
     if config.get("use_flow_sigmas"):
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=config.flow_shift)
-    elif "beta_schedule" in config:
+    elif "beta_schedule" in config and "snr_shift_scale" not in config:  # CogVideoX's is DDIM with a shift
         own = {key: value for key, value in config.items() if key != "_use_default_values"}  # for which it has others
         pipeline.scheduler = DDIMScheduler.from_config(own, clip_sample=False)
     return pipeline
@@ -132,6 +132,8 @@ def test_a_row_does_not_depend_on_the_texts_beside_it(policy):
 
 
 def test_guidance_leads_away_from_a_negative_prompt(name):
+    if name == "hunyuan-video":
+        pytest.skip("its guidance is an input of the network")
     policy = load(name, PolicyContext(guide_away_from="green bird"))
     own = 4.0 - policy.family.learnt.guidance.offset
     expected = pipelines_pictures(untouched(name), policy, own, negative_prompt="green bird")

@@ -69,8 +69,9 @@ class PipelineCall:
         return next((name for name in ("true_cfg_scale", "guidance_scale") if name in self.parameters), None)
 
     @property
-    def makes_videos(self) -> bool:
-        return "num_frames" in self.parameters
+    def frames_name(self) -> str | None:
+        """The parameter for the number of a video's frames."""
+        return next((name for name in ("num_frames", "video_length") if name in self.parameters), None)
 
     def options(self, text: str, steps: int = _ASKED_STEPS, **more: object) -> dict[str, object]:
         """The call's options for a text. Guidance is off where `more` does not turn it on."""
@@ -80,7 +81,7 @@ class PipelineCall:
             "prompt": text,
             "height": height,
             "width": width,
-            "num_frames": chosen.frames,
+            self.frames_name or "": chosen.frames,
             "max_sequence_length": chosen.max_sequence_length,
         }
         given = {name: value for name, value in given.items() if value is not None}
@@ -347,12 +348,14 @@ class Learner:
             raise ValueError(f"its autoencoder takes {min(options)} beside latents")
         latents = [recording.latents for recording in decoded]
         rows = self.decoded(first.encoded, torch.cat([sample, sample])).latents
+        if any(z is not None and len(z) != 1 for z in latents):
+            raise ValueError("its autoencoder decodes a video's frames as pictures, one by one")
         found = read(torch.stack([z.flatten() for z in latents if z is not None]))
         if found is None or not found.is_permutation(latents_KN.shape[1]):
             raise ValueError("its autoencoder gets something else than the latents in another order and scale")
         assert latents[0] is not None
         shape = tuple(latents[0].shape[1:])
-        if len(shape) == 4 and not self.call.makes_videos:
+        if len(shape) == 4 and self.call.frames_name is None:
             if shape[1] != 1:
                 raise ValueError(f"its autoencoder decodes a picture as a video of {shape[1]} frames")
             shape = (shape[0], *shape[2:])

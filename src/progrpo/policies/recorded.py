@@ -23,6 +23,7 @@ from progrpo.policies.denoiser_call import DenoiserCall
 from progrpo.policies.family import GRIDS, ModelFamily, unused_settings
 from progrpo.policies.flow import FlowFamily
 from progrpo.policies.geometry import Geometry
+from progrpo.policies.hub import reason_of
 from progrpo.policies.learning import CallOptions, Learner, Learnt, PipelineCall, guided_rows, text_of
 from progrpo.policies.recording import Inputs
 from progrpo.policies.tokens import Reader
@@ -70,7 +71,7 @@ class Recorded(ModelFamily):
     def geometry(self) -> Geometry:
         """The size and frames that are asked for; what the pipeline makes of them shows when it is learnt."""
         size = self.settings.resolution
-        frames = "num_frames" in PipelineCall(self.pipeline, self.denoiser_name, CallOptions(), _no_run).parameters
+        frames = PipelineCall(self.pipeline, self.denoiser_name, CallOptions(), _no_run).frames_name is not None
         default = (0, 0) if size is None else None
         return Geometry(1, 1, default, default_frames=self.settings.frames or 1 if frames else None)
 
@@ -90,8 +91,10 @@ class Recorded(ModelFamily):
             self.learnt = Learner(self.call).learn()
             self.latent_shape = self.learnt.latent_shape
             self.size = require_agreement(self)
-        except ValueError as error:
-            raise ValueError(self._unfit(str(error))) from error
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of many kinds: the pipeline's own code runs
+            raise ValueError(self._unfit(reason_of(error, ""))) from error
 
     def _unfit(self, reason: str) -> str:
         kind = type(self.pipeline).__name__
@@ -268,10 +271,11 @@ class RecordedDiffusion(Recorded, DiffusionFamily):
     """A recorded diffusion model, sampled by DDIM's steps on its noise schedule."""
 
     def check(self) -> None:
-        self.check_noise()
         own = getattr(self.pipeline.scheduler, "alphas_cumprod", None)
-        if own is None or not torch.allclose(own.float().cpu(), self.scheduler.alphas_cumprod, atol=1e-4):
+        if own is None:
             raise ValueError(self._unfit(f"DDIM has no such noise as its {type(self.pipeline.scheduler).__name__}"))
+        self.scheduler.alphas_cumprod = own.float().cpu()  # a schedule may be shifted by settings that DDIM lacks
+        self.check_noise()
         self.pipeline.scheduler = self.scheduler
         Recorded.check(self)
 
