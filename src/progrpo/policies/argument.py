@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from progrpo.policies.rearranged import in_order, read
+from progrpo.policies.rearranged import in_order, probes, read
 
 LENGTH = ".length"
 """The ending of a tensor of a condition that says how much of a padded one is there."""
@@ -323,7 +323,7 @@ def _learn_text(calls: Calls, path: str, rows: str, number: bool) -> FromText:
 
 def _learn_latents(calls: Calls, probe: Probe, path: str, rows: str) -> FromLatents:
     row = _row(calls.base, rows)
-    found = read(torch.stack([_row(value, rows).flatten() for value in calls.latents]))
+    found = read(probes(probe.size), torch.stack([_row(value, rows).flatten() for value in calls.latents]))
     if found is None or not (found.factor_M[found.touched_M] == 1).all() or found.offset_M[found.touched_M].any():
         raise ValueError(f"{path} is made of the latents by more than another order of their numbers")
     touched_M, size = found.touched_M, probe.size

@@ -309,7 +309,7 @@ class Learner:
             raise ValueError(
                 f"its scheduler gets an output of {recording.outputs[0].numel()} numbers where latents have {size}"
             )
-        found = read(torch.stack([output.flatten() for output in recording.outputs]))
+        found = read(values_KM, torch.stack([output.flatten() for output in recording.outputs]))
         factors = set() if found is None else set(found.factor_M.tolist())
         if found is None or found.offset_M.any() or not found.touched_M.all() or len(factors) != 1:
             raise ValueError("its scheduler gets something else than the network's output in another order")
@@ -350,7 +350,7 @@ class Learner:
         rows = self.decoded(first.encoded, torch.cat([sample, sample])).latents
         if any(z is not None and len(z) != 1 for z in latents):
             raise ValueError("its autoencoder decodes a video's frames as pictures, one by one")
-        found = read(torch.stack([z.flatten() for z in latents if z is not None]))
+        found = read(latents_KN, torch.stack([z.flatten() for z in latents if z is not None]))
         if found is None or not found.is_permutation(latents_KN.shape[1]):
             raise ValueError("its autoencoder gets something else than the latents in another order and scale")
         assert latents[0] is not None
