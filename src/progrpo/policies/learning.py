@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -56,6 +57,8 @@ class PipelineCall:
         self.run = run
         self._options = options
         self._templates: dict[tuple[Any, ...], Any] = {}
+        self.picture: Image.Image | None = None
+        """The picture that the pipeline changes; None for one that takes a text alone."""
         self.unguided: float = 1.0
         """The guidance scale by which the pipeline makes one call a step, of as many rows as it has prompts."""
 
@@ -85,6 +88,10 @@ class PipelineCall:
             "max_sequence_length": chosen.max_sequence_length,
         }
         given = {name: value for name, value in given.items() if value is not None}
+        if self.picture is not None:
+            given["image"] = self.picture
+        area = self.picture.width * self.picture.height if self.picture else None
+        given |= {name: v for name, v in (("max_area", area), ("_auto_resize", False)) if name in self.parameters}
         fixed = {"guidance_scale": self.unguided, "true_cfg_scale": self.unguided, "use_resolution_binning": False}
         given |= {name: value for name, value in fixed.items() if name in self.parameters}
         generator = torch.Generator().manual_seed(0)
@@ -247,6 +254,7 @@ class Learner:
             base=first.calls[0][0],
             pair=self._pair(),
             texts=[text.calls[0][0] for text in texts],
+            pictures=self._pictures(),
             scales=self._scales(first),
             times=[step[0] for step in times.calls[1:]],
             latents=[step[0] for step in latents.calls[1:]],
@@ -259,6 +267,17 @@ class Learner:
                 " larger model.max_sequence_length may be needed"
             )
         return renamed(inputs, _embeddings_name(inputs))
+
+    def _pictures(self) -> list[Inputs]:
+        """Calls with another picture."""
+        own = self.call.picture
+        if own is None:
+            return []
+        self.call.picture = ImageOps.invert(own)
+        try:
+            return [self.call.record(self.call.options(_SHORT), output=None).calls[0][0]]
+        finally:
+            self.call.picture = own
 
     def _longest(self) -> str:
         """A text that is longer than the text encoders read, as far as the call says."""

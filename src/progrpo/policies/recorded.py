@@ -10,8 +10,10 @@ from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -37,6 +39,8 @@ _JUDGES: Mapping[str, object] = {
 }
 """Components that judge pictures or show the network one, which here nothing does."""
 _ADAPTED = re.compile(r"attn|attention|(?:^|[._])(?:ff|ffn|mlp|feed_forward)|^proj_out$")
+_EDITING = re.compile(r"Edit|Kontext|ImageToVideo")
+"""Parts of the names of pipelines that begin with a picture."""
 _LEFT = re.compile(r"norm|mod|ada|embed|gate_proj_t|time|router")
 
 
@@ -55,6 +59,8 @@ class Recorded(ModelFamily):
         for name, task in (("encode_prompt", "encode a text"), ("vae", "decode")):
             if getattr(self.pipeline, name, None) is None:
                 raise ValueError(self._unfit(f"it has no {name} to {task} by"))
+        if self.edits and self.settings.resolution is None:
+            raise ValueError(f"model.resolution: a {type(self.pipeline).__name__} takes that of its source; give one")
         if self.settings.offload:
             raise ValueError(
                 "model.offload: not for a pipeline that is learnt from its own call, which looks for one device of all"
@@ -83,6 +89,8 @@ class Recorded(ModelFamily):
             self.settings.max_sequence_length,
         )
         self.call = PipelineCall(self.pipeline, self.denoiser_name, options, self.run_network)
+        if self.edits:
+            self.call.picture = self._fitted(_any_picture())
         for name, value in (("max_sequence_length", options.max_sequence_length), ("height", options.size)):
             if value is not None and name not in self.call.parameters:
                 setting = "resolution" if name == "height" else name
@@ -142,14 +150,32 @@ class Recorded(ModelFamily):
 
     def encode_text(self, text: str) -> dict[str, Tensor]:
         recording = self.call.record(self.call.options(text), output=None)
-        return text_of(self.learnt, recording.calls[0][0])
+        return self._from("text", recording.calls[0][0])
+
+    def encode_picture(self, image: Image.Image) -> dict[str, Tensor]:
+        neutral, self.call.picture = self.call.picture, self._fitted(image)
+        try:
+            recording = self.call.record(self.call.options(""), encoded=self.learnt.encoded, output=None)
+        finally:
+            self.call.picture = neutral
+        return self._from("picture", recording.calls[0][0])
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        """The picture, resized until it covers the model's size and cropped at its middle."""
+        height, width = self.size
+        return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+
+    def _from(self, source: str, inputs: Inputs) -> dict[str, Tensor]:
+        """What a prompt's text or picture gives, out of a call of one row."""
+        names = {name for leaf in self.learnt.texts if leaf.source == source for name in (leaf.name, leaf.length_name)}
+        return {name: tensor for name, tensor in text_of(self.learnt, inputs).items() if name in names}
 
     def encode_negative(self, text: str) -> dict[str, Tensor]:
         if self.learnt.guidance is None:
             return self.encode_text(text)
         recording = self.call.record(self.call.guided("a", text, 3.5), last_step=0)
         rows = guided_rows(self.learnt, recording.calls[0])
-        return text_of(self.learnt, rows[0 if self.learnt.unconditional_first else 1])
+        return self._from("text", rows[0 if self.learnt.unconditional_first else 1])
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = {leaf.name: leaf.shape for leaf in self.learnt.texts}
@@ -291,9 +317,11 @@ def recorded_kind(pipeline_name: str, denoiser_name: str, diffusion: bool = Fals
     if kind is None or not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
         return None
     optional = set(getattr(kind, "_optional_components", ()))
-    omitted = {name: value for name, value in _JUDGES.items() if name in optional}
+    edits = _EDITING.search(pipeline_name) is not None
+    omitted = {name: value for name, value in _JUDGES.items() if name in optional and not edits}
     base = RecordedDiffusion if diffusion else RecordedFlow
-    return type(base.__name__, (base,), {"denoiser_name": denoiser_name, "omitted_components": omitted})
+    own = {"denoiser_name": denoiser_name, "omitted_components": omitted, "edits": edits}
+    return type(base.__name__, (base,), own)
 
 
 def denoiser_of(index: Mapping[str, object]) -> str | None:
@@ -309,6 +337,11 @@ def is_diffusion(pipeline: DiffusionPipeline) -> bool:
     """Whether a pipeline's scheduler has a schedule of betas and does not use it as a flow."""
     config = pipeline.scheduler.config
     return "beta_schedule" in config and not config.get("use_flow_sigmas")
+
+
+def _any_picture() -> Image.Image:
+    """A picture of noise, for calls in which no picture matters."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 
 
 def _no_run(inputs: Inputs) -> Any:
