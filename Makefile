@@ -10,7 +10,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart preferences test test-processors test-slow mutation-test kill-test lean-test deepspeed-test \
-	trackers-test lint bench notebooks docs wheel-test audit pretrain clean
+	trackers-test lint bench notebooks docs dist wheel-test audit pretrain clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
@@ -58,9 +58,17 @@ docs: $(VENV)/.ready-docs ## build the documentation, build/site/index.html, and
 pretrain: setup ## make shapes-flow anew (hours on a CPU; stop and go on as you like)
 	@$(BIN)/progrpo pretrain shapes-flow
 
-wheel-test: setup ## build the wheel and train from it in an empty environment
+dist: ## build dist/: the sdist, and the wheel from it; check both
+	@rm -rf dist build/dist && $(PYTHON) -m venv build/dist
+	@build/dist/bin/python -m pip install -qq --disable-pip-version-check build==1.6.1 twine==7.0.0
+	@for what in "" "--wheel --outdir dist/direct"; do build/dist/bin/python -m build $$what . >build/dist/log 2>&1 \
+		|| { cat build/dist/log; exit 1; }; done
+	@build/dist/bin/python -m twine check --strict dist/*.whl dist/*.tar.gz
+	@$(PYTHON) .ci/release.py dist && rm -r dist/direct && ls -sh dist
+wheel-test: ## build the wheel, or take WHEEL=FILE, and train from it in an empty environment; PYTHON=python3.13 says of what
 	@rm -rf build/wheel && mkdir -p build/wheel
-	@$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	@if [ -n "$(WHEEL)" ]; then cp "$(WHEEL)" build/wheel; \
+		else $(PYTHON) -m pip wheel -qq --disable-pip-version-check --no-deps --wheel-dir build/wheel .; fi
 	@$(MAKE) --no-print-directory VENV=build/wheel/venv WHAT="$$(ls build/wheel/*.whl)" setup
 	@cd build/wheel && venv/bin/progrpo train quickstart --iterations 1 --eval.pictures 12 --out run
 

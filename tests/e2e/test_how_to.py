@@ -9,13 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    AuraFlowPipeline,
-    AuraFlowTransformer2DModel,
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-)
-from transformers import UMT5Config, UMT5EncoderModel
 
 import progrpo
 from progrpo.cli import main
@@ -23,7 +16,7 @@ from progrpo.config import AuditSettings, Config, EvalSettings, ModelSettings, P
 from progrpo.policies.load import FAMILIES, policy_from_pipeline
 from tests.e2e.test_readme import ROOT, snippet
 from tests.support.policies import TOKENS, sample_by_diffusers, sample_without_noise
-from tests.support.text_encoders import t5_tokenizer
+from tests.support.recorded_pipelines import build
 
 ONE = ("--iterations", "1", "--audit.every", "0")
 
@@ -74,39 +67,6 @@ def test_an_objective_of_ones_own_trains(folder: Path, on_a_tiny_model: list[str
 # --- a model family ---------------------------------------------------------------------------------------------------
 
 
-def aura_flow() -> AuraFlowPipeline:
-    """A small AuraFlow: latents of 4x8x8, pictures of 16x16."""
-    tokenizer = t5_tokenizer()
-    text = UMT5Config(
-        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformer = AuraFlowTransformer2DModel(
-            sample_size=8,
-            num_mmdit_layers=1,
-            num_single_dit_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=16,
-            caption_projection_dim=16,
-            pos_embed_max_size=64,
-        )
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            latent_channels=4,
-            scaling_factor=1.5,
-        )
-        encoder = UMT5EncoderModel(text).eval()
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
-    pipeline = AuraFlowPipeline(tokenizer, encoder, vae.eval(), transformer.eval(), scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 @pytest.fixture
 def family(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write("docs/extending.md", "family")
@@ -115,8 +75,8 @@ def family(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_family_of_ones_own_draws_what_its_pipeline_draws(family: None) -> None:
     settings = ModelSettings(max_sequence_length=TOKENS, lora_rank=2, resolution=16)
-    policy = policy_from_pipeline(aura_flow(), settings)
-    expected = sample_by_diffusers(aura_flow(), policy, 1.0, "latent", max_sequence_length=TOKENS)
+    policy = policy_from_pipeline(build("aura-flow"), settings)
+    expected = sample_by_diffusers(build("aura-flow"), policy, 1.0, "latent", max_sequence_length=TOKENS)
     torch.testing.assert_close(sample_without_noise(policy, 1.0), expected, rtol=0, atol=1e-5)
 
 
@@ -129,7 +89,7 @@ def test_a_family_of_ones_own_trains(family: None) -> None:
         eval=EvalSettings(pictures=2, num_inference_steps=4),
         audit=AuditSettings(every=0),
     )
-    run = progrpo.train(aura_flow(), ["a cat", "a dog"], "jpeg_compressibility", config=config, out="run")
-    trained = aura_flow()
+    run = progrpo.train(build("aura-flow"), ["a cat", "a dog"], "jpeg_compressibility", config=config, out="run")
+    trained = build("aura-flow")
     trained.load_lora_weights(run.path / "lora")
     assert run.summary.read()["iterations"] == 1

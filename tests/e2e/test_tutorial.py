@@ -26,7 +26,7 @@ FEWER = {
     "optim.microbatch": 48,
 }
 """Options in place of the page's: less work, and nothing is measured."""
-ELSEWHERE = ("make ", "source ", "uv ", "mkdir ", "python ", "torchrun ")
+ELSEWHERE = ("make ", "source ", "uv ", "docker ", "mkdir ", "python ", "torchrun ")
 """Beginnings of commands that set up an environment, start `my_run.py` or start other processes."""
 
 
