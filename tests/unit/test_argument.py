@@ -40,6 +40,7 @@ def calls(**changes: Any) -> Calls:
         "base": call(),
         "pair": call(x=X.expand(2, 6)),
         "texts": [call(tokens=2), call(tokens=5)],
+        "pictures": [],
         "scales": [call(w=w) for w in PROBE.scales],
         "times": [call(t=t) for t in TIMES],
         "latents": [call(x=x[None]) for x in probes(6)],

@@ -25,7 +25,8 @@ def probes(size: int) -> Tensor:
     while not digits or rest.any():
         digits.append(rest % _BASE)
         rest = rest // _BASE
-    random_N = torch.rand(size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    # of seven bits, which every dtype holds
+    random_N = torch.randint(-127, 128, (size,), generator=torch.Generator().manual_seed(0)) / 128
     return torch.stack([torch.zeros(size), torch.ones(size), random_N, *(digit.float() for digit in digits)])
 
 
