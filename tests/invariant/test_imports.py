@@ -97,6 +97,7 @@ KNOW_CONFIG = (
     "progrpo.training",
     "progrpo.studio",
     "progrpo.repro.arms",
+    "progrpo.repro.budget",
     "progrpo.repro.campaign",
     "progrpo.repro.fig1",
 )

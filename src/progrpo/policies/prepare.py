@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from weakref import WeakSet
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline, ModelMixin
 from diffusers.models.autoencoders.vae import Decoder
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,6 +30,8 @@ from progrpo.policies.quantized import quantize_blocks
 from progrpo.policies.settings import ModelSettings
 from progrpo.policies.sharded import blocks, share_out
 
+_LARGEST_TILE = 512  # pixels
+_TILE_MULTIPLE = 4  # latents
 _TAKEN: WeakSet[DiffusionPipeline] = WeakSet()  # whose denoisers have what a policy trains
 
 
@@ -200,10 +202,27 @@ def _optimize_for_cpu(family: ModelFamily) -> None:
 def _limit_decoding(family: ModelFamily, geometry: Geometry) -> None:
     """Have the autoencoder decode one picture at a time, or one tile, where memory asks for it."""
     vae, decoding = family.pipeline.vae, family.settings.decoding
-    if decoding != "whole" or geometry.default_frames is not None:  # a video takes a batch of pictures' memory
-        vae.enable_slicing()
-    if decoding == "tiled":
-        vae.enable_tiling()
+    try:
+        if decoding != "whole" or geometry.default_frames is not None:  # a video takes a batch of pictures' memory
+            vae.enable_slicing()
+        if decoding == "tiled":
+            vae.enable_tiling()
+    except NotImplementedError:
+        raise ValueError(
+            f"model.decoding: the {type(vae).__name__} of this model cannot decode {decoding}; take whole"
+        ) from None
+    if decoding == "tiled" and isinstance(vae, AutoencoderKL | AutoencoderKLFlux2):
+        side = tile_side(min(family.latent_shape[-2:]), geometry.pixels_per_latent)
+        vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * geometry.pixels_per_latent
+
+
+def tile_side(shorter: int, pixels_per_latent: int) -> int:
+    """The side of a tile in latents: half of a picture's shorter side, 512 pixels at most.
+
+    An autoencoder's own tile is as large as the pictures that it was trained on, 1024 pixels for SD 3 and FLUX, so that
+    it never decodes such pictures in tiles. Tiles overlap by a quarter of their side, which is a whole number here.
+    """
+    return max(_TILE_MULTIPLE, min(shorter // 2, _LARGEST_TILE // pixels_per_latent) // _TILE_MULTIPLE * _TILE_MULTIPLE)
 
 
 def _order_memory(family: ModelFamily) -> None:

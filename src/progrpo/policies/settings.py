@@ -88,7 +88,9 @@ class ModelSettings:
     decoding: Literal["whole", "sliced", "tiled"] = "whole"
     """The number of pictures that the decoder takes at once.
     `whole`: a microbatch. `sliced`: one picture, with the same result up to rounding.
-    `tiled`: one picture in overlapping tiles, whose seams are blended."""
+    `tiled`: one picture in overlapping tiles, whose seams are blended.
+    A tile is half as high as the picture's shorter side, and 512 pixels at most.
+    Videos and Qwen-Image have tiles of 256 pixels. A source picture is encoded likewise."""
     shard: bool = False
     """Split the denoiser's weights among the processes (torch's fully_shard); blocks are gathered while they run.
     A LoRA stays whole.

@@ -14,7 +14,8 @@ from progrpo.repro.experiments import EXPERIMENTS
 from progrpo.tracking.records import Metrics, MetricValue, Summary
 from progrpo.tracking.run_folder import RunFolder
 
-_STAGES = ("sample", "preview", "reward", "update")
+STAGES = ("sample", "preview", "reward", "update")
+"""The stages whose seconds count as training."""
 _CURVES = ("eval/graded", "eval/strict", "reward/std")
 
 
@@ -43,7 +44,7 @@ class Campaign:
         configs = arms(self.scale)
         for seed in self.seeds:
             for arm in EXPERIMENTS[experiment].arms:
-                if arm in configs and not _finished(self.path(arm, seed)):
+                if arm in configs and not finished(self.path(arm, seed)):
                     yield arm, seed, replace(configs[arm], seed=seed)
 
     def path(self, arm: str, seed: int) -> Path:
@@ -51,28 +52,33 @@ class Campaign:
 
     def train(self, experiment: str, minutes: float) -> int:
         """Train the missing runs until so many minutes are over; the number that is still missing."""
-        from progrpo.training.checkpoints import saved
-        from progrpo.training.entry import resume_run, train_run
-
         started = time.monotonic()
         todo = list(self.missing(experiment))
         for done, (arm, seed, config) in enumerate(todo):
             if time.monotonic() - started > 60 * minutes:
                 return len(todo) - done
-            path = self.path(arm, seed)
-            if saved(path):
-                resume_run(path)
-            else:
-                train_run(config, path, overwrite=True)
+            train_or_resume(config, self.path(arm, seed))
         return 0
 
     def records(self, experiment: str) -> list[RunRecord]:
         """The finished runs of an experiment, arm by arm."""
         paths = [(arm, seed, self.path(arm, seed)) for arm in EXPERIMENTS[experiment].arms for seed in self.seeds]
-        return [_record(arm, seed, path) for arm, seed, path in paths if _finished(path)]
+        return [record(arm, seed, path) for arm, seed, path in paths if finished(path)]
 
 
-def _finished(path: Path) -> bool:
+def train_or_resume(config: Config, path: Path) -> None:
+    """Train a configuration into a folder, or go on with the run that it holds."""
+    from progrpo.training.checkpoints import saved
+    from progrpo.training.entry import resume_run, train_run
+
+    if saved(path):
+        resume_run(path)
+    else:
+        train_run(config, path, overwrite=True)
+
+
+def finished(path: Path) -> bool:
+    """Whether the run in a folder has come to its end."""
     return RunFolder(path).summary.read().get("status") == "finished"
 
 
@@ -83,11 +89,12 @@ _KEPT = (
 )  # fmt: skip
 
 
-def _record(arm: str, seed: int, path: Path) -> RunRecord:
+def record(arm: str, seed: int, path: Path) -> RunRecord:
+    """What a page needs of the finished run in a folder."""
     folder = RunFolder(path)
     summary = folder.summary.read()
     kept = cast(Summary, {name: value for name, value in summary.items() if name in _KEPT})
-    seconds = sum(summary["seconds_by_stage"].get(stage, 0.0) for stage in _STAGES)
+    seconds = sum(summary["seconds_by_stage"].get(stage, 0.0) for stage in STAGES)
     metrics = folder.metrics.read()
     curves = {name: _curve(metrics, name) for name in _CURVES}
     return {"arm": arm, "seed": seed, "summary": kept, "seconds": seconds, "curves": curves}

@@ -17,7 +17,7 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 720, 300, 56, 16, 40
 def page(name: str, data: Mapping[str, Any]) -> str:
     """The page in Markdown. Runs of arms that are missing are said to be."""
     experiment, runs = EXPERIMENTS[name], data["runs"]
-    missing = [arm for arm in experiment.arms if not _of(runs, arm)]
+    missing = [arm for arm in experiment.arms if not runs_of(runs, arm)]
     parts = [
         f"# {experiment.title}",
         f"The paper (Pro-GRPO, arXiv 2512.15347) shows: {experiment.claim}",
@@ -34,10 +34,11 @@ def page(name: str, data: Mapping[str, Any]) -> str:
     if experiment.printed:
         parts += ["## The paper's", _printed(experiment)]
     parts += ["## What can be compared", "\n".join(f"- {sentence}" for sentence in experiment.limits)]
-    return "\n\n".join(_wrapped(part) for part in parts) + "\n"
+    return "\n\n".join(wrapped(part) for part in parts) + "\n"
 
 
-def _of(runs: Runs, arm: str) -> list[Mapping[str, Any]]:
+def runs_of(runs: Runs, arm: str) -> list[Mapping[str, Any]]:
+    """The runs of an arm."""
     return [run for run in runs if run["arm"] == arm]
 
 
@@ -46,11 +47,13 @@ def _of(runs: Runs, arm: str) -> list[Mapping[str, Any]]:
 Column = Callable[[Mapping[str, Any]], float | None]
 
 
-def _summary(name: str) -> Column:
+def summary_figure(name: str) -> Column:
+    """A figure of the summary, such as `reward_after`."""
     return lambda run: run["summary"].get(name)
 
 
-def _held_out(reward: str, when: str) -> Column:
+def held_out_figure(reward: str, when: str) -> Column:
+    """A held-out reward, before or after training."""
     return lambda run: (run["summary"].get(f"held_out_{when}") or {}).get(reward)
 
 
@@ -61,9 +64,9 @@ def _kind(kind: str, when: str) -> Column:
 def _columns(experiment: Experiment, runs: Runs, when: str) -> dict[str, Column]:
     """The figures of an evaluation, by heading."""
     rewards = dict.fromkeys(name for run in runs for name in run["summary"].get(f"held_out_{when}") or {})
-    columns = {"reward": _summary(f"reward_{when}")}
-    columns |= {name: _held_out(name, when) for name in rewards}
-    columns |= {"judge": _summary(f"judge_{when}"), "diversity": _summary(f"diversity_{when}")}
+    columns = {"reward": summary_figure(f"reward_{when}")}
+    columns |= {name: held_out_figure(name, when) for name in rewards}
+    columns |= {"judge": summary_figure(f"judge_{when}"), "diversity": summary_figure(f"diversity_{when}")}
     if experiment.by_kind:
         kinds = dict.fromkeys(kind for run in runs for kind in run["summary"].get(f"accuracy_by_kind_{when}") or {})
         columns |= {f"strict: {kind}": _kind(kind, when) for kind in kinds}
@@ -73,17 +76,17 @@ def _columns(experiment: Experiment, runs: Runs, when: str) -> dict[str, Column]
 def _ours(experiment: Experiment, runs: Runs) -> str:
     after, before = (_columns(experiment, runs, when) for when in ("after", "before"))
     head = ["arm", "seeds", *after, "seconds", "NFE"]
-    rows = [["the base", "", *(_figure(runs, column) for column in before.values()), "", ""]] if runs else []
+    rows = [["the base", "", *(figure_of(runs, column) for column in before.values()), "", ""]] if runs else []
     for arm in experiment.arms:
-        own = _of(runs, arm)
+        own = runs_of(runs, arm)
         if own:
-            cells = [_figure(own, column) for column in after.values()]
+            cells = [figure_of(own, column) for column in after.values()]
             seconds, nfe = mean(run["seconds"] for run in own), mean(run["summary"]["nfe"] for run in own)
             rows.append([arm, str(len(own)), *cells, f"{seconds:,.0f}", f"{nfe:,.0f}"])
-    return _table(head, rows)
+    return table(head, rows)
 
 
-def _figure(runs: Runs, column: Column) -> str:
+def figure_of(runs: Runs, column: Column) -> str:
     """Mean and standard deviation over seeds."""
     values = [value for run in runs if (value := column(run)) is not None]
     if not values:
@@ -95,10 +98,11 @@ def _figure(runs: Runs, column: Column) -> str:
 def _printed(experiment: Experiment) -> str:
     columns = list(dict.fromkeys(name for row in experiment.printed.values() for name in row))
     rows = [[arm, *(row.get(name, "") for name in columns)] for arm, row in experiment.printed.items()]
-    return _table(["arm", *columns], rows)
+    return table(["arm", *columns], rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -121,7 +125,7 @@ def _listed(values: Sequence[object]) -> str:
     return ", ".join(map(str, values))
 
 
-def _wrapped(part: str) -> str:
+def wrapped(part: str) -> str:
     """The part with its lines cut at 120 columns; tables and code stay as they are."""
     if part.startswith(("|", "```", "#", "!")):
         return part
@@ -141,16 +145,25 @@ def _wrapped(part: str) -> str:
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 
+Curve = Sequence[tuple[float, float]]
+
+
 def picture(name: str, data: Mapping[str, Any]) -> str | None:
     """The metric of the experiment over iterations as SVG: the mean over seeds of each arm. None without a run."""
     experiment = EXPERIMENTS[name]
-    curves = {arm: _mean_curve(_of(data["runs"], arm), experiment.curve) for arm in experiment.arms}
-    curves = {arm: curve for arm, curve in curves.items() if curve}
-    if not curves:
+    curves = {arm: [_mean_curve(runs_of(data["runs"], arm), experiment.curve)] for arm in experiment.arms}
+    return chart(curves, "iterations")
+
+
+def chart(curves: Mapping[str, Sequence[Curve]], x_label: str) -> str | None:
+    """Curves by arm as SVG, those of an arm in one colour. None where no curve has a point."""
+    shown = {arm: [curve for curve in own if curve] for arm, own in curves.items()}
+    shown = {arm: own for arm, own in shown.items() if own}
+    points = [point for own in shown.values() for curve in own for point in curve]
+    if not points:
         return None
-    right = max(x for curve in curves.values() for x, _ in curve)
-    values = [y for curve in curves.values() for _, y in curve]
-    low, high = min(values), max(values)
+    right = max(x for x, _ in points) or 1.0
+    low, high = min(y for _, y in points), max(y for _, y in points)
     span = (high - low) or 1.0
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -160,12 +173,13 @@ def picture(name: str, data: Mapping[str, Any]) -> str | None:
         )
 
     parts = [_text(_LEFT - 6, place(0, value)[1] + 4, f"{value:.2f}", "end") for value in (low, high)]
-    parts += [_text(place(x, low)[0], _HEIGHT - _BOTTOM + 18, f"{x:g}", "middle") for x in (right / 2, right)]
-    parts.append(_text(place(right / 2, low)[0], _HEIGHT - 6, "iterations", "middle"))
-    for i, (arm, curve) in enumerate(curves.items()):
+    parts += [_text(place(x, low)[0], _HEIGHT - _BOTTOM + 18, f"{x:.4g}", "middle") for x in (right / 2, right)]
+    parts.append(_text(place(right / 2, low)[0], _HEIGHT - 6, x_label, "middle"))
+    for i, (arm, own) in enumerate(shown.items()):
         colour = _COLOURS[i % len(_COLOURS)]
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for curve in own:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts.append(_text(_WIDTH - 180, _TOP + 14 + 20 * i, arm, "start", colour))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif"'

@@ -1,0 +1,416 @@
+"""Decoding, previews and pruning at 512 and 1024 pixels, on the architecture of SD 3.5 with a small width.
+
+    python benchmarks/high_resolution.py [--sizes 512 1024] [--groups 4 2] [--out docs/results/high_resolution.json]
+    python benchmarks/high_resolution.py --page     # the tables of the page beside --out; measures nothing
+
+The latents are those of SD 3 and FLUX: 16 channels, an eighth of the picture's sides. The autoencoder has the published
+blocks at a sixteenth of the width (8, 16, 32, 32 channels), and so has TAESD's decoder (4 channels). The transformer
+has three blocks of width 128, two of them with SD 3.5's second attention. Text encoders are those of `shapes-flow`. All
+other weights are random, so that neither pictures nor agreement tell anything about a trained model.
+
+Of each size it measures the seconds of each part on one thread (the process' own, since others work on the machine),
+the memory of decoding, and how far tiles change pictures. Then groups of `GROUP` members run unpruned through ten
+steps, and are previewed after some. Finished parts in `--out` are kept, so that the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
+from iteration import fill
+from memory import allocated
+from preview import Figure, bootstrapped, rounded
+from torch import Tensor
+
+from progrpo.config import Config, ModelSettings, RewardTerm, SamplingSettings
+from progrpo.durable import write_text
+from progrpo.policies.base import PolicyContext, torch_dtype
+from progrpo.policies.decoding import PictureDecoder, unscale_tiny
+from progrpo.policies.load import family_of, load_policy, locate, policy_from_pipeline, quiet, read_pipeline
+from progrpo.policies.pipeline import PipelinePolicy
+from progrpo.recipes import load_recipe
+from progrpo.repro.page import wrapped
+from progrpo.rewards.mixture import RewardMixture, load_mixture
+from progrpo.rollout.denoise import denoise, expand
+from progrpo.rollout.meter import Meter
+from progrpo.rollout.noise import NoiseKey
+from progrpo.rollout.plan import Plan, PrunePoint, preset
+from progrpo.rollout.preview import projected
+from progrpo.rollout.prune import ovf
+from progrpo.rollout.rollout import rollout
+from progrpo.rollout.sampler import Sampler
+from progrpo.rollout.sampling import Record, Sampling, sampling_for
+from progrpo.tracking.statistics import kept_variance, spearman
+from progrpo.training.estimate import estimate
+from progrpo.types import Condition, Pictures, Prompt, Trajectories
+from progrpo.zoo.shapes import world
+
+STEPS, GROUP, KEEP = 10, 8, 4
+PREVIEWED = (0, 2, 4, 6, 8)
+TILED_AT = 4
+"""The step after which previews are decoded in tiles as well."""
+MEASURED = 2
+"""The pictures whose decoding is measured."""
+PLANS = ("none", "flash", "standard")
+REWARDS = {"jpeg": RewardTerm("jpeg_incompressibility"), "OCR": RewardTerm("ocr")}
+PROMPT = Prompt('a sign that reads "HELLO"')
+DECODERS = ("whole", "sliced", "tiled", "tiny")
+REAL = "sd35m-ocr"
+
+
+def model(side: int, decoding: str = "whole") -> PipelinePolicy:
+    """The policy of one size, equal for all ways to decode."""
+    torch.manual_seed(0)
+    settings = ModelSettings(path="shapes-flow", lora_rank=8, max_sequence_length=16)
+    source = locate(settings.path)
+    dtypes = {"default": torch_dtype(settings)}
+    pipeline = read_pipeline(source, family_of(source), settings, dtypes)
+    transformer = SD3Transformer2DModel(
+        sample_size=128,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=64,
+        in_channels=16,
+        out_channels=16,
+        joint_attention_dim=128,
+        caption_projection_dim=128,
+        pooled_projection_dim=128,
+        pos_embed_max_size=192,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0, 1),
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=16,
+        norm_num_groups=4,
+        sample_size=1024,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    places = transformer.pos_embed.pos_embed.clone()
+    for network in (transformer, vae):
+        fill(network)
+    transformer.pos_embed.pos_embed.copy_(places)
+    pipeline = type(pipeline)(**{**pipeline.components, "transformer": transformer, "vae": vae})
+    policy = policy_from_pipeline(pipeline, replace(settings, resolution=side, decoding=decoding), PolicyContext())
+    tiny = AutoencoderTiny(latent_channels=16, encoder_block_out_channels=(4,) * 4, decoder_block_out_channels=(4,) * 4)
+    fill(tiny.requires_grad_(False).eval())
+    policy.previewer = PictureDecoder(tiny, unscale_tiny(tiny), "tiny decoder", "")
+    return policy
+
+
+def seconds(work: Callable[[], object], repeats: int = 3) -> float:
+    """The median of this process' seconds of a processor."""
+    taken = []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        taken.append(time.process_time() - start)
+    return round(median(taken), 4)
+
+
+class Bench:
+    """The model of one size."""
+
+    def __init__(self, side: int) -> None:
+        self.policy, self.tiled = model(side), model(side, "tiled")
+        self.rewards = {name: load_mixture([term], frames=1) for name, term in REWARDS.items()}
+        settings = SamplingSettings(num_inference_steps=STEPS, microbatch=2)
+        self.sampling: Sampling = sampling_for(self.policy, settings, range(STEPS), Record())
+
+    @torch.no_grad()
+    def decoded(self, x0_NCHW: Tensor, how: str = "whole") -> Pictures:
+        policy = self.tiled if how == "tiled" else self.policy
+        decode = policy.preview if how == "tiny" else policy.decode
+        return Pictures.cat([decode(x0_CHW[None]) for x0_CHW in x0_NCHW])
+
+    def scores(self, pictures: Pictures, reward: str = "jpeg") -> Tensor:
+        mixture: RewardMixture = self.rewards[reward]
+        group_N = torch.zeros(len(pictures.images_NHWC), dtype=torch.int64)
+        return mixture.score(pictures.images_NHWC.numpy(), [PROMPT] * len(group_N), group_N).ranking_N
+
+    def units(self) -> dict[str, float]:
+        """The seconds of each part, of one picture."""
+        policy = self.policy
+        condition = policy.encode([PROMPT])
+        x = torch.randn(1, *policy.latent_shape)
+
+        def text() -> None:
+            policy.family.encode_text(PROMPT.text)
+
+        def call() -> Tensor:
+            return policy.predict(x, torch.tensor(500.0), condition)
+
+        @torch.no_grad()
+        def sample() -> None:
+            call()
+
+        def train() -> None:
+            call().square().mean().backward()
+
+        for work in (sample, train):
+            work()
+        parts = {"text": seconds(text), "network call": seconds(sample), "forward and backward": seconds(train)}
+        pictures = self.decoded(x)
+        process, output = self.sampling.process, torch.randn_like(x)
+        parts["projection"] = seconds(lambda: process.x0(5, x, output))
+        for how in ("whole", "tiled", "tiny"):
+            parts[f"decode, {how}"] = seconds(lambda how=how: self.decoded(x, how))
+        for name in self.rewards:
+            parts[f"reward, {name}"] = seconds(lambda name=name: self.scores(pictures, name))
+        return parts
+
+    def memory(self) -> dict[str, float]:
+        """The most MB that live at once while `MEASURED` pictures are decoded."""
+        x = torch.randn(MEASURED, *self.policy.latent_shape)
+        self.policy.pipeline.vae.disable_slicing()
+        found = {"whole": allocated(lambda: self.policy.decode(x))}
+        self.policy.pipeline.vae.enable_slicing()
+        found["sliced"] = allocated(lambda: self.policy.decode(x))
+        self.policy.pipeline.vae.disable_slicing()
+        found["tiled"] = allocated(lambda: self.tiled.decode(x))
+        found["tiny"] = allocated(lambda: self.policy.preview(x))
+        return {how: round(size / 1e6, 1) for how, size in found.items()}
+
+    def group(self, slot: int) -> dict[str, Any]:
+        """One group: the final scores, and those of its previews after some steps."""
+        sampler = Sampler(self.policy, self.rewards["jpeg"], self.sampling)
+        condition: Condition = self.policy.encode([PROMPT])
+        denoiser = sampler.denoiser(condition)
+        previews: dict[str, list[float]] = {}
+
+        def watch(step: int, batch: Trajectories) -> Trajectories:
+            if step in PREVIEWED:
+                x0_NCHW = projected(denoiser, batch, step, 1, Meter())
+                for how in ("whole", "tiled") if step == TILED_AT else ("whole",):
+                    previews[f"{how}@{step}"] = self.scores(self.decoded(x0_NCHW, how)).tolist()
+            return batch
+
+        batch = expand(self.policy, torch.tensor([slot]), GROUP, self.sampling, NoiseKey(0, 0))
+        batch = denoise(denoiser, batch, NoiseKey(0, 0), Meter(), watch)
+        whole, tiled = self.decoded(batch.x_NCHW), self.decoded(batch.x_NCHW, "tiled")
+        difference = (whole.images_NHWC.float() - tiled.images_NHWC.float()).abs()
+        return {
+            "previews": previews,
+            "final": self.scores(whole).tolist(),
+            "final, tiled": self.scores(tiled).tolist(),
+            "largest difference": difference.max().item(),
+            "mean difference": round(difference.mean().item(), 2),
+            "spread of pixels": round(whole.images_NHWC.float().std().item(), 2),
+        }
+
+
+def trained() -> dict[str, float]:
+    """How far tiles change pictures of the trained `shapes-flow` (64 pixels, tiles of 32), and whom its plan keeps."""
+    prompts, plan = world.sample_prompts("validation", 8, seed=0), Plan(12, (PrunePoint(2, 8), PrunePoint(4, 6)))
+    rewards = load_mixture([RewardTerm("shapes_match")], frames=1)
+    kept: list[set[tuple[int, int]]] = []
+    pictures: list[Tensor] = []
+    latents: Tensor | None = None
+    for decoding in ("whole", "tiled"):
+        policy = load_policy(ModelSettings(decoding=decoding))
+        settings = SamplingSettings(num_inference_steps=6, microbatch=24)
+        sampler = Sampler(policy, rewards, sampling_for(policy, settings, range(6), Record()), plan)
+        with torch.no_grad():
+            rolled = rollout(sampler, prompts, torch.arange(len(prompts)), NoiseKey(0, 0), Meter())
+        living = rolled.trajectories
+        kept.append(set(zip(living.group_N.tolist(), living.member_N.tolist(), strict=True)))
+        latents = living.x_NCHW if latents is None else latents
+        pictures.append(policy.decode(latents).images_NHWC.float())
+    difference = (pictures[0] - pictures[1]).abs()
+    return {
+        "largest difference": difference.max().item(),
+        "mean difference": round(difference.mean().item(), 2),
+        "kept by both": round(len(kept[0] & kept[1]) / len(kept[0]), 3),
+        "groups": len(prompts),
+    }
+
+
+def planned(side: int) -> dict[str, Any]:
+    """What `progrpo plan` says of the real model at this size: PFLOP of an iteration, and GB of decoding."""
+    found: dict[str, Any] = {}
+    for decoding in ("whole", "sliced", "tiled"):
+        recipe = load_recipe(REAL)
+        config: Config = replace(recipe, model=replace(recipe.model, resolution=side, decoding=decoding))
+        plan = estimate(config, "h100", 0.35, 1)
+        found[decoding] = {
+            "pflops": {name: round(value, 2) for name, value in plan["pflops_per_iteration"].items()},
+            "decoding_gb": round(plan["memory_gb"]["decoding"], 3),
+        }
+    return found
+
+
+def measure(sizes: Sequence[int], groups: Sequence[int], out: Path) -> None:
+    """Measure what is missing in the file, size by size."""
+    results = json.loads(out.read_text()) if out.exists() else {}
+
+    def keep() -> None:
+        write_text(out, json.dumps(results, separators=(",", ":")) + "\n")
+
+    if "shapes-flow" not in results:
+        results["shapes-flow"] = trained()
+        keep()
+    for side, number in zip(sizes, groups, strict=True):
+        entry = results.setdefault(str(side), {"groups": []})
+        bench = Bench(side)
+        for name, work in (("units", bench.units), ("memory", bench.memory), ("planned", partial(planned, side))):
+            if name not in entry:
+                entry[name] = work()
+                keep()
+                print(side, name, entry[name], flush=True)
+        for slot in range(len(entry["groups"]), number):
+            entry["groups"].append(bench.group(slot))
+            keep()
+            print(side, "group", slot, flush=True)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def chosen(scores: Sequence[float]) -> list[int]:
+    """The members that OVF keeps by these scores."""
+    scores_PN = torch.tensor([scores], dtype=torch.float64)
+    everyone = torch.ones_like(scores_PN, dtype=torch.bool)
+    kept: list[int] = ovf(scores_PN, KEEP, everyone, torch.zeros(1, dtype=torch.int64)).indices_PK[0].tolist()
+    return kept
+
+
+def agreement(groups: Sequence[dict[str, Any]], name: str, final: str = "final") -> Figure:
+    """Spearman's correlation and V of a preview over groups."""
+    rows = []
+    for group in groups:
+        seen = group["previews"].get(name, group.get(name))
+        finals = group[final]
+        best = kept_variance(finals, chosen(finals))
+        rows.append([rounded(spearman(seen, finals)), kept_variance(finals, chosen(seen)), best])
+    return bootstrapped(rows)
+
+
+def overlap(groups: Sequence[dict[str, Any]], names: tuple[str, str]) -> float:
+    """The share of the members kept by one decoder that the other keeps too."""
+    pairs = [[set(chosen(group["previews"].get(name, group.get(name)))) for name in names] for group in groups]
+    return sum(len(a & b) for a, b in pairs) / (KEEP * len(pairs))
+
+
+def shares(units: dict[str, float], plan: str, how: str) -> dict[str, float]:
+    """The seconds of one prompt's rollout and update by part, from the parts' own seconds and the plan's counts."""
+    cost = preset(plan, STEPS).predict(STEPS, STEPS - 1, False, 1, frozenset(), 1)
+    decode = units[f"decode, {how}"]
+    return {
+        "text": units["text"],
+        "network calls": cost.nfe * units["network call"],
+        "previews": cost.previews * (units["projection"] + decode + units["reward, OCR"]),
+        "final decodes": (cost.decodes - cost.previews) * units["decode, tiled" if how == "tiled" else "decode, whole"],
+        "rewards (OCR)": (cost.reward_calls - cost.previews) * units["reward, OCR"],
+        "update": cost.trained_steps * units["forward and backward"],
+    }
+
+
+def tables(results: dict[str, Any]) -> str:
+    sizes = [name for name in results if name != "shapes-flow"]
+    pixels = [f"{side} px" for side in sizes]
+    lines = ["Core seconds of one picture, or of one row of a call:", "", *_head("part", pixels)]
+    lines += [_row(part, [f"{results[s]['units'][part]:.3g}" for s in sizes]) for part in results[sizes[0]]["units"]]
+    lines += ["", f"The most memory that lives while {MEASURED} pictures are decoded, in MB:", ""]
+    lines += _head("decoding", pixels)
+    lines += [_row(how, [f"{results[s]['memory'][how]:,.1f}" for s in sizes]) for how in DECODERS]
+    for side in sizes:
+        lines += ["", f"Shares of one prompt's iteration at {side} pixels, by plan and decoder of previews:", ""]
+        parts = list(shares(results[side]["units"], "none", "whole"))
+        lines += _head("plan", [*parts, "core seconds"])
+        for plan in PLANS:
+            for how in ("whole",) if plan == "none" else ("whole", "tiled", "tiny"):
+                taken = shares(results[side]["units"], plan, how)
+                whole = sum(taken.values())
+                cells = [f"{100 * value / whole:.1f} %" for value in taken.values()]
+                lines.append(_row(plan if plan == "none" else f"{plan}, {how}", [*cells, f"{whole:,.0f}"]))
+    lines += ["", f"Agreement of previews with final rewards (jpeg, groups of {GROUP}; mean ± standard error):", ""]
+    lines += _head("preview", [f"{p}: Spearman, V" for p in pixels])
+    for name in (*(f"whole@{step}" for step in PREVIEWED), f"tiled@{TILED_AT}", "final, tiled"):
+        figures = [agreement(results[side]["groups"], name) for side in sizes]
+        shown = name.replace("@", ", after step ")
+        lines.append(_row(shown, [f"{f.spearman:.2f} ± {f.spearman_error:.2f}, {f.variance:.2f}" for f in figures]))
+    names = [len(results[side]["groups"]) for side in sizes]
+    lines += ["", f"{' and '.join(map(str, names))} groups. V is over that of the choice by final rewards."]
+    lines += ["", "Pictures in tiles against whole ones:", "", *_head("figure", pixels)]
+    for figure in ("largest difference", "mean difference", "spread of pixels"):
+        pick = max if figure.startswith("largest") else median
+        lines.append(_row(figure, [f"{pick(g[figure] for g in results[s]['groups']):.1f} of 255" for s in sizes]))
+    for label, pair in (
+        (f"the same kept, after step {TILED_AT}", (f"whole@{TILED_AT}", f"tiled@{TILED_AT}")),
+        ("the same kept, by finals", ("final", "final, tiled")),
+    ):
+        lines.append(_row(label, [f"{100 * overlap(results[s]['groups'], pair):.0f} %" for s in sizes]))
+    own = results["shapes-flow"]
+    lines += [
+        "",
+        wrapped(
+            f"On the trained `shapes-flow` (64 pixels in tiles of 32, {own['groups']} groups of 12, of which the plan"
+            f" keeps 6): largest difference {own['largest difference']:.0f}, mean {own['mean difference']:.1f} of 255;"
+            f" {100 * own['kept by both']:.0f} % of those kept are the same."
+        ),
+    ]
+    lines += ["", f"What `progrpo plan` predicts of the real model (`{REAL}`, standard plan, 48 prompts):", ""]
+    lines += _head("figure", pixels)
+    for stage in ("sampling", "decoding", "update"):
+        lines.append(_row(f"{stage}, share of operations", [_planned_share(results[s], "whole", stage) for s in sizes]))
+    lines.append(_row("decoding in tiles, share", [_planned_share(results[s], "tiled", "decoding") for s in sizes]))
+    for how in ("whole", "sliced", "tiled"):
+        gb = [f"{results[s]['planned'][how]['decoding_gb']:.2f} GB" for s in sizes]
+        lines.append(_row(f"memory of decoding, {how}", gb))
+    return "\n".join(lines)
+
+
+def _planned_share(entry: dict[str, Any], how: str, stage: str) -> str:
+    pflops = entry["planned"][how]["pflops"]
+    return f"{100 * pflops[stage] / sum(pflops.values()):.1f} %"
+
+
+def _head(first: str, others: Sequence[str]) -> list[str]:
+    return [_row(first, others), "|---" * (1 + len(others)) + "|"]
+
+
+def _row(first: str, others: Sequence[str]) -> str:
+    return f"| {' | '.join([first, *others])} |"
+
+
+def write_page(page: Path, text: str) -> None:
+    """Write the tables between the page's two marks."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- tables:begin -->\n")
+    _, end, after = rest.partition("<!-- tables:end -->")
+    write_text(page, f"{before}{begin}{text}\n{end}{after}")
+    print(page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="*", type=int, default=[512, 1024])
+    parser.add_argument("--groups", nargs="*", type=int, default=[4, 2])
+    parser.add_argument("--out", type=Path, default=Path("docs/results/high_resolution.json"))
+    parser.add_argument("--page", action="store_true")
+    args = parser.parse_args()
+    if args.page:
+        write_page(args.out.with_suffix(".md"), tables(json.loads(args.out.read_text())))
+        return
+    quiet()
+    torch.set_num_threads(1)
+    measure(args.sizes, args.groups, args.out)
+
+
+if __name__ == "__main__":
+    main()
