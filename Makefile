@@ -47,8 +47,10 @@ lint: $(VENV)/.ready-dev ## style and types
 	@$(BIN)/ruff format --check --quiet . || { echo "ruff would reformat files: run '$(BIN)/ruff format .'"; exit 1; }
 	@$(BIN)/mypy --no-error-summary
 
+# not those that want another version of the code, or a GPU and the hub
+BENCHMARKS := $(filter-out benchmarks/same_runs.py benchmarks/real.py,$(wildcard benchmarks/*.py))
 bench: setup ## the figures of the notes
-	@set -e; for file in $(filter-out benchmarks/same_runs.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file; done
+	@set -e; for file in $(BENCHMARKS); do $(BIN)/python $$file; done
 notebooks: $(VENV)/.ready-dev ## execute the notebooks of examples/ and save them with their outputs
 	@$(BIN)/python docs/notebooks.py
 docs: $(VENV)/.ready-docs ## build the documentation, build/site/index.html, and check its links; a warning is an error
@@ -65,7 +67,7 @@ dist: ## build dist/: the sdist, and the wheel from it; check both
 		|| { cat build/dist/log; exit 1; }; done
 	@build/dist/bin/python -m twine check --strict dist/*.whl dist/*.tar.gz
 	@$(PYTHON) .ci/release.py dist && rm -r dist/direct && ls -sh dist
-wheel-test: ## build the wheel, or take WHEEL=FILE, and train from it in an empty environment; PYTHON=python3.13 says of what
+wheel-test: ## build the wheel, or take WHEEL=FILE, and train from it in an empty environment of PYTHON
 	@rm -rf build/wheel && mkdir -p build/wheel
 	@if [ -n "$(WHEEL)" ]; then cp "$(WHEEL)" build/wheel; \
 		else $(PYTHON) -m pip wheel -qq --disable-pip-version-check --no-deps --wheel-dir build/wheel .; fi
