@@ -11,10 +11,10 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from progrpo.policies.base import PolicyContext
+from progrpo.policies.learnt.family import denoiser_of, is_diffusion, recorded_kind
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.prepare import prepare
-from progrpo.policies.recorded import denoiser_of, is_diffusion, recorded_kind
 from progrpo.policies.settings import ModelSettings
 from tests.support.pipelines import TINY_PIPELINES, frames_of
 from tests.support.policies import TOKENS, load, sample_without_noise, untouched_pipeline

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from progrpo.policies.argument import Calls, Given, Probe, learn, leaves
-from progrpo.policies.rearranged import probes
+from progrpo.policies.learnt.argument import Calls, Given, Probe, learn, leaves
+from progrpo.policies.learnt.rearranged import probes
 
 TIMES = torch.tensor([900.0, 400.0, 33.3])
 PROBE = Probe(size=6, timesteps=TIMES, scales=(2.0, 5.0), num_train_timesteps=1000)

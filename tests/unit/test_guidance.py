@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from progrpo.policies.guidance import RESCALES, Combined, Guidance, guidance_of
+from progrpo.policies.learnt.guidance import RESCALES, Combined, Guidance, guidance_of
 
 SCALES = (3.5, 7.0)
 

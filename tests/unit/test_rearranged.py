@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from progrpo.policies.rearranged import in_order, inverse, probes, read
+from progrpo.policies.learnt.rearranged import in_order, inverse, probes, read
 
 
 @pytest.mark.parametrize("size", [1, 16, 300, 5000])

@@ -22,11 +22,11 @@ from progrpo.messages import named
 from progrpo.policies.base import PolicyContext, torch_dtype
 from progrpo.policies.family import ModelFamily
 from progrpo.policies.hub import reason_of
+from progrpo.policies.learnt.family import denoiser_of, is_diffusion, recorded_kind
 from progrpo.policies.lora_files import HUB_ID, LORA_FILE, is_lora
 from progrpo.policies.networks import fetch, load_network, load_networks
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.prepare import prepare
-from progrpo.policies.recorded import denoiser_of, is_diffusion, recorded_kind
 from progrpo.policies.settings import ModelSettings
 from progrpo.registry import load_named
 from progrpo.zoo import WEIGHTS

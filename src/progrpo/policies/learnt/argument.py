@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from progrpo.policies.rearranged import in_order, probes, read
+from progrpo.policies.learnt.rearranged import in_order, probes, read
 
 LENGTH = ".length"
 """The ending of a tensor of a condition that says how much of a padded one is there."""

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from progrpo.diffusion.levels import Levels
-from progrpo.policies.agreement import require_agreement
-from progrpo.policies.argument import Given
 from progrpo.policies.ddim import DiffusionFamily
 from progrpo.policies.denoiser_call import DenoiserCall
 from progrpo.policies.family import GRIDS, ModelFamily, unused_settings
 from progrpo.policies.flow import FlowFamily
 from progrpo.policies.geometry import Geometry
 from progrpo.policies.hub import reason_of
-from progrpo.policies.learning import CallOptions, Learner, Learnt, PipelineCall, guided_rows, text_of
-from progrpo.policies.recording import Inputs
+from progrpo.policies.learnt.agreement import require_agreement
+from progrpo.policies.learnt.argument import Given
+from progrpo.policies.learnt.learning import CallOptions, Learner, Learnt, PipelineCall, guided_rows, text_of
+from progrpo.policies.learnt.recording import Inputs
 from progrpo.policies.tokens import Reader
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition

@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from progrpo.diffusion.levels import Levels, end_of
 from progrpo.diffusion.prediction import PREDICTIONS
-from progrpo.policies.argument import Given
 from progrpo.policies.decoding import PictureDecoder
-from progrpo.policies.recording import Recording
+from progrpo.policies.learnt.argument import Given
+from progrpo.policies.learnt.recording import Recording
 from progrpo.types import Condition
 
 if TYPE_CHECKING:
-    from progrpo.policies.recorded import Recorded
+    from progrpo.policies.learnt.family import Recorded
 
 STEPS = 2
 _TEXT = "two dogs on a blue boat"

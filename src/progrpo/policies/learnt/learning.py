@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from progrpo.policies.argument import (
+from progrpo.policies.learnt.argument import (
     Argument,
     Calls,
     FromGuidance,
@@ -24,9 +24,9 @@ from progrpo.policies.argument import (
     leaves,
     renamed,
 )
-from progrpo.policies.guidance import Combined, Guidance, guidance_of
-from progrpo.policies.rearranged import in_order, inverse, probes, read
-from progrpo.policies.recording import Inputs, Recording, Script, record
+from progrpo.policies.learnt.guidance import Combined, Guidance, guidance_of
+from progrpo.policies.learnt.rearranged import in_order, inverse, probes, read
+from progrpo.policies.learnt.recording import Inputs, Recording, Script, record
 
 _SHORT, _OTHER, _WORD = "a red cat", "two dogs on a blue boat, seen from above", "boat "
 _SCALES = (3.5, 7.0)

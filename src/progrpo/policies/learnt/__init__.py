@@ -1,0 +1,1 @@
+"""Families that are learnt from a pipeline's own call, for pipelines that have none here."""
