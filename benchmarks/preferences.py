@@ -1,6 +1,6 @@
 """From pairs to an aligned model with a hidden taste: how many pairs, how many flipped labels, and by which road.
 
-    python benchmarks/preferences.py [--arms NAME ...] [--seeds 0 1 2] [--minutes 60] [--out FILE]
+    python benchmarks/preferences.py [--arms NAME ...] [--sizes N ...] [--flips SHARE ...] [--seeds N ...] [--minutes N]
     python benchmarks/preferences.py --page                 # the tables of the page from --out; trains nothing
 
 The taste (`shapes_taste`: large, centred, warm) labels pairs of pictures that the base model drew for one prompt, and a
@@ -183,6 +183,8 @@ def queue(arms: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, Case
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--sizes", nargs="*", type=int, default=[0, *SIZES], help="numbers of pairs")
+    parser.add_argument("--flips", nargs="*", type=float, default=list(FLIPS), help="shares of flipped labels")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--folder", type=Path, default=Path("runs/preferences-study"))
@@ -197,6 +199,8 @@ def main() -> None:
     started = time.monotonic()
     done = {(r["arm"], r["size"], r["flips"], r["seed"]) for r in results}
     for arm, case in queue(args.arms, args.seeds):
+        if case.size not in args.sizes or case.flips not in args.flips:
+            continue
         if (arm, case.size, case.flips, case.seed) in done or time.monotonic() - started > 60 * args.minutes:
             continue
         config = config_of(changes_of(arm, args.folder, case), case.seed)
@@ -230,10 +234,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         few = f" ({len(gains)} of 3)" if 0 < len(gains) < 3 else ""
         return f"{mean(gains):.2f}{spread}{few}" if gains else ""
 
+    grid = list(itertools.product(SIZES, FLIPS))
     heads = [f"{100 * flips:g} % flipped" for flips in FLIPS]
     lines = ["The learned reward, by pairs and flipped labels:", "", *_head("pairs", heads)]
     lines += [_row(f"{size:,}", [share("reward model", size, flips) for flips in FLIPS]) for size in SIZES]
-    cells = [(size, flips) for size in (200, 1000) for flips in (0.0, 0.2)]
+    others = {(r["size"], r["flips"]) for r in results if r["arm"] not in (*ARMS[:2], "reward model")}
+    cells = [cell for cell in grid if cell in others]
     lines += ["", "All arms:", "", *_head("arm", [f"{size:,} pairs, {100 * flips:g} %" for size, flips in cells])]
     lines += [_row(arm, [share(arm, *cell) for cell in cells]) for arm in ARMS[2:]]
     lines += ["", "The ends of the runs with 200 clean pairs, and of the true reward:", ""]

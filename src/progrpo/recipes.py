@@ -72,7 +72,7 @@ def shapes_diffusion() -> Config:
 
 
 def words_flow() -> Config:
-    """Teach the built-in model of words to spell, by the verdicts of a text recogniser, on two CPU cores.
+    """Teach the built-in model of words to spell by a text recogniser, in 20 minutes on a CPU.
 
     The recogniser is PP-OCRv6 in rapidocr's package (`pip install 'progrpo[ocr]'`). It reads the inked part of a
     picture as one line. `ocr`, which searches the picture for lines first, judges from outside.

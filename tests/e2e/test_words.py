@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -70,3 +71,11 @@ def test_the_shipped_model_spells_as_its_card_says() -> None:
     found = measure(pipeline, OCR.load(), "test", 48)
     assert found["exact"] == pytest.approx(stated["test"]["10 steps"]["exact"], abs=0.2)
     assert stated["drawn"]["exact"] > 0.95 and stated["round_trip"]["exact"] > 0.95
+
+
+def test_the_page_has_the_tables_of_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    words = importlib.import_module("words")
+    page = (root / words.PAGE).read_text(encoding="utf-8")
+    assert words.with_tables(page, json.loads((root / "docs/results/words_flow.json").read_text())) == page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ import torch
 from tests.support.pipelines import picture_vae
 from tests.support.text_encoders import (
     WIDTH,
+    clip_encoder,
+    clip_tokenizer,
     gemma_tokenizer,
     llm,
     qwen_tokenizer,
@@ -263,6 +266,211 @@ def ltx() -> Any:
     )
 
 
+def bria() -> Any:
+    """Bria: texts of any length, padded with zeros by the pipeline."""
+    from diffusers import BriaPipeline, BriaTransformer2DModel
+
+    t5 = t5_tokenizer()
+    return BriaPipeline(
+        transformer=BriaTransformer2DModel(
+            in_channels=4 * 2 * 2,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=[2, 2, 4],
+        ),
+        scheduler=_flow(**_SHIFTS),
+        vae=picture_vae(scaling_factor=0.36, shift_factor=0.12),
+        text_encoder=t5_encoder(t5),
+        tokenizer=t5,
+    )
+
+
+def ovis_image() -> Any:
+    """Ovis-Image: packed latents beside the hidden states of a language model."""
+    from diffusers import OvisImagePipeline, OvisImageTransformer2DModel
+
+    tokenizer = qwen_tokenizer()
+    return OvisImagePipeline(
+        scheduler=_flow(**_SHIFTS),
+        vae=picture_vae(scaling_factor=0.36, shift_factor=0.12),
+        text_encoder=llm("Qwen3Model", tokenizer),
+        tokenizer=tokenizer,
+        transformer=OvisImageTransformer2DModel(
+            in_channels=4 * 2 * 2,
+            out_channels=4 * 2 * 2,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=(2, 2, 4),
+        ),
+    )
+
+
+def mochi() -> Any:
+    """Mochi: videos, of levels that run from 1 to 0 the other way round."""
+    from diffusers import AutoencoderKLMochi, MochiPipeline, MochiTransformer3DModel
+
+    t5 = t5_tokenizer()
+    return MochiPipeline(
+        scheduler=_flow(),
+        vae=AutoencoderKLMochi(
+            encoder_block_out_channels=(32, 32, 32, 32),
+            decoder_block_out_channels=(32, 32, 32, 32),
+            layers_per_block=(1, 1, 1, 1, 1),
+        ),
+        text_encoder=t5_encoder(t5),
+        tokenizer=t5,
+        transformer=MochiTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            pooled_projection_dim=16,
+            in_channels=12,
+            text_embed_dim=WIDTH,
+            time_embed_dim=8,
+            max_sequence_length=12,
+        ),
+    )
+
+
+def hunyuan_video() -> Any:
+    """HunyuanVideo: a guidance scale as an input, times 1000; a language model and a CLIP.
+
+    The long template leaves none of the text to the language model, whose tokens are letters.
+    """
+    from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+    from transformers import CLIPTextModel
+
+    tokenizer, clip = gemma_tokenizer(), clip_tokenizer()
+    clip_config = clip_encoder(clip).config
+    clip_config.max_position_embeddings = 77  # as many as the pipeline asks for
+    return HunyuanVideoPipeline(
+        text_encoder=llm("LlamaModel", tokenizer, layers=3),
+        tokenizer=tokenizer,
+        transformer=HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            patch_size=1,
+            text_embed_dim=WIDTH,
+            pooled_projection_dim=WIDTH // 2,
+            rope_axes_dim=(2, 2, 4),
+        ),
+        vae=AutoencoderKLHunyuanVideo(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+        ),
+        scheduler=_flow(shift=7.0),
+        text_encoder_2=CLIPTextModel(clip_config),
+        tokenizer_2=clip,
+    )
+
+
+def latte() -> Any:
+    """Latte: videos by a diffusion model, whose autoencoder decodes frames as pictures."""
+    from diffusers import DDIMScheduler, LattePipeline, LatteTransformer3DModel
+
+    t5 = t5_tokenizer()
+    return LattePipeline(
+        tokenizer=t5,
+        text_encoder=t5_encoder(t5),
+        vae=picture_vae(scaling_factor=0.18),
+        transformer=LatteTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=1,
+            cross_attention_dim=16,
+            sample_size=8,
+            patch_size=2,
+            num_embeds_ada_norm=1000,
+            norm_type="ada_norm_single",
+            norm_elementwise_affine=False,
+            caption_channels=WIDTH,
+            video_length=2,
+        ),
+        scheduler=DDIMScheduler(clip_sample=False),
+    )
+
+
+def cogview3_plus() -> Any:
+    """CogView 3 Plus: a diffusion model that says v, on a shifted schedule of noise."""
+    from diffusers import CogVideoXDDIMScheduler, CogView3PlusPipeline, CogView3PlusTransformer2DModel
+
+    t5 = t5_tokenizer()
+    return CogView3PlusPipeline(
+        tokenizer=t5,
+        text_encoder=t5_encoder(t5),
+        vae=picture_vae(scaling_factor=0.36),
+        transformer=CogView3PlusTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            text_embed_dim=WIDTH,
+            time_embed_dim=8,
+            condition_dim=4,
+            sample_size=8,
+            pos_embed_max_size=16,
+        ),
+        scheduler=CogVideoXDDIMScheduler(
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=4.0,
+            timestep_spacing="trailing",
+        ),
+    )
+
+
+def wan_image_to_video() -> Any:
+    """Wan 2.1 from a picture to a video: the picture's latents and a mask are further channels."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
+    from diffusers.pipelines.wan import pipeline_wan_i2v
+
+    # a package that this pipeline needs and that tests do without: it leaves letters as they are
+    vars(pipeline_wan_i2v).setdefault("ftfy", SimpleNamespace(fix_text=str))
+    t5 = t5_tokenizer()
+    return WanImageToVideoPipeline(
+        tokenizer=t5,
+        text_encoder=umt5_encoder(t5),
+        transformer=WanTransformer3DModel(
+            in_channels=4 + 4 + 4,
+            out_channels=4,
+            text_dim=WIDTH,
+            freq_dim=8,
+            ffn_dim=WIDTH,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            rope_max_seq_len=32,
+        ),
+        vae=AutoencoderKLWan(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1, 2],
+            num_res_blocks=1,
+            temperal_downsample=[True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.5, 0.8, 1.2, 2.0],
+            scale_factor_temporal=4,
+            scale_factor_spatial=4,
+        ),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+        ),
+    )
+
+
 @dataclass(frozen=True)
 class Recorded:
     """A pipeline by the function that builds it, and the settings that tests load it with."""
@@ -283,14 +491,24 @@ RECORDED_PIPELINES: dict[str, Recorded] = {
     "pixart-alpha": Recorded(pixart_alpha, tokens=None),
     "cogview4": Recorded(cogview4, tokens=64),
     "ltx": Recorded(ltx, resolution=32, frames=9),
+    "wan-i2v": Recorded(wan_image_to_video, frames=5),
+    "bria": Recorded(bria),
+    "ovis-image": Recorded(ovis_image),
+    "mochi": Recorded(mochi, frames=7),
+    "hunyuan-video": Recorded(hunyuan_video, frames=5),
+    "cogview3-plus": Recorded(cogview3_plus),
 }
+
+
+REFUSED_PIPELINES: dict[str, Recorded] = {"latte": Recorded(latte, frames=2, tokens=None)}
+"""Pipelines whose call is of no known kind."""
 
 
 def build(name: str) -> Any:
     """The pipeline, with the same weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipeline = RECORDED_PIPELINES[name].build()
+        pipeline = (RECORDED_PIPELINES | REFUSED_PIPELINES)[name].build()
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval()  # as loaded from files

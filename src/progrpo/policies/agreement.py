@@ -66,6 +66,8 @@ def _require_same_steps(family: Recorded, recording: Recording, scale: float | N
 
 def _condition(family: Recorded, text: str, negative: bool = False) -> Condition:
     encoded = family.encode_negative("") if negative else family.encode_text(text)
+    if family.edits and not negative and family.call.picture is not None:
+        encoded |= family.encode_picture(family.call.picture)
     tensors = {name: tensor.to(family.device) for name, tensor in encoded.items()}
     if family.learnt.embeds_guidance:
         tensors["guidance"] = torch.full((1,), float(family.call.unguided), device=family.device)

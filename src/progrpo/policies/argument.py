@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from progrpo.policies.rearranged import in_order, read
+from progrpo.policies.rearranged import in_order, probes, read
 
 LENGTH = ".length"
 """The ending of a tensor of a condition that says how much of a padded one is there."""
@@ -40,6 +40,8 @@ class Calls:
     pair: Any
     """A call of two equal rows; None where the pipeline makes none."""
     texts: list[Any]
+    pictures: list[Any]
+    """With another picture to change; none for a pipeline that changes no pictures."""
     scales: list[Any]
     """With guidance scales, for a network that takes it as an input."""
     times: list[Any]
@@ -47,7 +49,7 @@ class Calls:
     """With the values of `rearranged.probes` as latents."""
 
     def part(self, of: Callable[[Any], Any]) -> Calls:
-        lists = (self.texts, self.scales, self.times, self.latents)
+        lists = (self.texts, self.pictures, self.scales, self.times, self.latents)
         pair = None if self.pair is None else of(self.pair)
         return Calls(of(self.base), pair, *([of(value) for value in values] for values in lists))
 
@@ -116,6 +118,8 @@ class FromText(Argument):
     ragged: int | None
     shape: tuple[int, ...]
     """The shape of a row in the condition, with the longest length."""
+    source: str = "text"
+    """Whether the prompt's `text` gives it or its `picture`."""
     number: bool = False
     """Whether it is a whole number of Python."""
 
@@ -272,7 +276,8 @@ def _part(calls: Calls, probe: Probe, path: str, key: Any) -> Argument:
 
 
 def _sizes(calls: Calls) -> set[int]:
-    return {len(value) for value in (calls.base, *calls.texts, *calls.scales, *calls.times, *calls.latents)}
+    lists = (calls.texts, calls.pictures, calls.scales, calls.times, calls.latents)
+    return {len(value) for value in (calls.base, *(value for values in lists for value in values))}
 
 
 def _rows_of(base: Any, pair: Any) -> str:
@@ -286,31 +291,36 @@ def _rows_of(base: Any, pair: Any) -> str:
 def _learn_leaf(calls: Calls, probe: Probe, path: str, rows: str) -> Argument:
     base = calls.base
     item = _first(base) if rows == "list" else base
-    depends = {
-        name: any(not _equal(value, base) for value in values)
-        for name, values in (("text", calls.texts), ("scale", calls.scales), ("t", calls.times), ("x", calls.latents))
+    varied = {
+        "text": calls.texts,
+        "picture": calls.pictures,
+        "scale": calls.scales,
+        "t": calls.times,
+        "x": calls.latents,
     }
+    depends = {name: any(not _equal(value, base) for value in values) for name, values in varied.items()}
     kinds = {name for name, does in depends.items() if does}
     if not kinds:
         return Fixed(item, rows)
     number = isinstance(item, int) and not isinstance(item, bool)
     if not isinstance(item, Tensor) and not (number and kinds == {"text"}):
         raise ValueError(f"{path} is no tensor and depends on {' and '.join(sorted(kinds))}")
-    if kinds == {"text"}:
+    if kinds in ({"text"}, {"picture"}):
         return _learn_text(calls, path, rows, number)
     if kinds == {"t"}:
         return _learn_timestep(calls, probe, path, rows)
     if kinds == {"scale"}:
         return FromGuidance(_learn_factor(calls, probe, path))
-    if kinds in ({"x"}, {"x", "text"}):
+    if kinds in ({"x"}, {"x", "text"}, {"x", "picture"}):
         return _learn_latents(calls, probe, path, rows)
     raise ValueError(f"{path} depends on {' and '.join(sorted(kinds))} at once")
 
 
 def _learn_text(calls: Calls, path: str, rows: str, number: bool) -> FromText:
-    values = [_row(value, rows) for value in (calls.base, *calls.texts)]
+    values = [_row(value, rows) for value in (calls.base, *calls.texts, *calls.pictures)]
+    source = "text" if any(not _equal(value, calls.base) for value in calls.texts) else "picture"
     if number:
-        return FromText(path, torch.int64, rows, None, (), number=True)
+        return FromText(path, torch.int64, rows, None, (), source, number=True)
     first, shapes = values[0], [tuple(value.shape) for value in values]
     if len({len(shape) for shape in shapes}) > 1:
         raise ValueError(f"{path} has another number of dimensions for each text")
@@ -318,12 +328,12 @@ def _learn_text(calls: Calls, path: str, rows: str, number: bool) -> FromText:
     if len(varied) > 1 or (rows == "all" and not varied):
         raise ValueError(f"{path} is one for all rows and depends on the text")
     shape = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
-    return FromText(path, first.dtype, rows, varied[0] if varied else None, shape)
+    return FromText(path, first.dtype, rows, varied[0] if varied else None, shape, source)
 
 
 def _learn_latents(calls: Calls, probe: Probe, path: str, rows: str) -> FromLatents:
     row = _row(calls.base, rows)
-    found = read(torch.stack([_row(value, rows).flatten() for value in calls.latents]))
+    found = read(probes(probe.size), torch.stack([_row(value, rows).flatten() for value in calls.latents]))
     if found is None or not (found.factor_M[found.touched_M] == 1).all() or found.offset_M[found.touched_M].any():
         raise ValueError(f"{path} is made of the latents by more than another order of their numbers")
     touched_M, size = found.touched_M, probe.size
@@ -334,8 +344,14 @@ def _learn_latents(calls: Calls, probe: Probe, path: str, rows: str) -> FromLate
         return FromLatents(size, place_M, None, rows, tuple(row.shape))
     numbers = row.flatten()[~touched_M.to(row.device)]
     beside: Fixed | FromText
-    if any(not _equal(_row(value, rows).flatten()[~touched_M], numbers) for value in calls.texts):
-        beside = FromText(f"{path}.beside", row.dtype, "each", None, (untouched,))
+    sources = {"text": calls.texts, "picture": calls.pictures}
+    by = [
+        source
+        for source, values in sources.items()
+        if any(not _equal(_row(value, rows).flatten()[~touched_M], numbers) for value in values)
+    ]
+    if by:
+        beside = FromText(f"{path}.beside", row.dtype, "each", None, (untouched,), by[0])
     else:
         beside = Fixed(numbers[None], "each")
     return FromLatents(size, place_M, beside, rows, tuple(row.shape))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -56,6 +57,8 @@ class PipelineCall:
         self.run = run
         self._options = options
         self._templates: dict[tuple[Any, ...], Any] = {}
+        self.picture: Image.Image | None = None
+        """The picture that the pipeline changes; None for one that takes a text alone."""
         self.unguided: float = 1.0
         """The guidance scale by which the pipeline makes one call a step, of as many rows as it has prompts."""
 
@@ -69,8 +72,9 @@ class PipelineCall:
         return next((name for name in ("true_cfg_scale", "guidance_scale") if name in self.parameters), None)
 
     @property
-    def makes_videos(self) -> bool:
-        return "num_frames" in self.parameters
+    def frames_name(self) -> str | None:
+        """The parameter for the number of a video's frames."""
+        return next((name for name in ("num_frames", "video_length") if name in self.parameters), None)
 
     def options(self, text: str, steps: int = _ASKED_STEPS, **more: object) -> dict[str, object]:
         """The call's options for a text. Guidance is off where `more` does not turn it on."""
@@ -80,10 +84,14 @@ class PipelineCall:
             "prompt": text,
             "height": height,
             "width": width,
-            "num_frames": chosen.frames,
+            self.frames_name or "": chosen.frames,
             "max_sequence_length": chosen.max_sequence_length,
         }
         given = {name: value for name, value in given.items() if value is not None}
+        if self.picture is not None:
+            given["image"] = self.picture
+        area = self.picture.width * self.picture.height if self.picture else None
+        given |= {name: v for name, v in (("max_area", area), ("_auto_resize", False)) if name in self.parameters}
         fixed = {"guidance_scale": self.unguided, "true_cfg_scale": self.unguided, "use_resolution_binning": False}
         given |= {name: value for name, value in fixed.items() if name in self.parameters}
         generator = torch.Generator().manual_seed(0)
@@ -246,6 +254,7 @@ class Learner:
             base=first.calls[0][0],
             pair=self._pair(),
             texts=[text.calls[0][0] for text in texts],
+            pictures=self._pictures(),
             scales=self._scales(first),
             times=[step[0] for step in times.calls[1:]],
             latents=[step[0] for step in latents.calls[1:]],
@@ -258,6 +267,17 @@ class Learner:
                 " larger model.max_sequence_length may be needed"
             )
         return renamed(inputs, _embeddings_name(inputs))
+
+    def _pictures(self) -> list[Inputs]:
+        """Calls with another picture."""
+        own = self.call.picture
+        if own is None:
+            return []
+        self.call.picture = ImageOps.invert(own)
+        try:
+            return [self.call.record(self.call.options(_SHORT), output=None).calls[0][0]]
+        finally:
+            self.call.picture = own
 
     def _longest(self) -> str:
         """A text that is longer than the text encoders read, as far as the call says."""
@@ -308,7 +328,7 @@ class Learner:
             raise ValueError(
                 f"its scheduler gets an output of {recording.outputs[0].numel()} numbers where latents have {size}"
             )
-        found = read(torch.stack([output.flatten() for output in recording.outputs]))
+        found = read(values_KM, torch.stack([output.flatten() for output in recording.outputs]))
         factors = set() if found is None else set(found.factor_M.tolist())
         if found is None or found.offset_M.any() or not found.touched_M.all() or len(factors) != 1:
             raise ValueError("its scheduler gets something else than the network's output in another order")
@@ -347,12 +367,14 @@ class Learner:
             raise ValueError(f"its autoencoder takes {min(options)} beside latents")
         latents = [recording.latents for recording in decoded]
         rows = self.decoded(first.encoded, torch.cat([sample, sample])).latents
-        found = read(torch.stack([z.flatten() for z in latents if z is not None]))
+        if any(z is not None and len(z) != 1 for z in latents):
+            raise ValueError("its autoencoder decodes a video's frames as pictures, one by one")
+        found = read(latents_KN, torch.stack([z.flatten() for z in latents if z is not None]))
         if found is None or not found.is_permutation(latents_KN.shape[1]):
             raise ValueError("its autoencoder gets something else than the latents in another order and scale")
         assert latents[0] is not None
         shape = tuple(latents[0].shape[1:])
-        if len(shape) == 4 and not self.call.makes_videos:
+        if len(shape) == 4 and self.call.frames_name is None:
             if shape[1] != 1:
                 raise ValueError(f"its autoencoder decodes a picture as a video of {shape[1]} frames")
             shape = (shape[0], *shape[2:])

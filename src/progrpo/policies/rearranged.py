@@ -15,14 +15,19 @@ _BASE = 16  # a digit times a scale plus an offset is told from its neighbours e
 
 
 def probes(size: int) -> Tensor:
-    """The values (K, size) by which a rearrangement of `size` numbers is read: zeros, ones, and digits of places."""
+    """The values (K, size) by which a rearrangement of `size` numbers is read.
+
+    They are zeros, ones, random numbers, and the digits of places.
+    """
     place_N = torch.arange(size)
     digits: list[Tensor] = []
     rest = place_N
     while not digits or rest.any():
         digits.append(rest % _BASE)
         rest = rest // _BASE
-    return torch.stack([torch.zeros_like(place_N), torch.ones_like(place_N), *digits]).float()
+    # of seven bits, which every dtype holds
+    random_N = torch.randint(-127, 128, (size,), generator=torch.Generator().manual_seed(0)) / 128
+    return torch.stack([torch.zeros(size), torch.ones(size), random_N, *(digit.float() for digit in digits)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +47,10 @@ class Rearranged:
         return torch.equal(self.place_M.sort().values, torch.arange(size))
 
 
-def read(responses_KM: Tensor) -> Rearranged | None:
+def read(probes_KN: Tensor, responses_KM: Tensor) -> Rearranged | None:
     """What came of `probes`, as a rearrangement; None where it is something else."""
-    responses_KM = responses_KM.double().cpu()
-    zero_M, one_M, *digits_M = responses_KM
+    exact = responses_KM.dtype in (torch.float32, torch.float64)
+    zero_M, one_M, random_M, *digits_M = responses_KM.double().cpu()
     factor_M = one_M - zero_M
     touched_M = factor_M != 0
     safe_M = factor_M.where(touched_M, 1.0)
@@ -55,6 +60,11 @@ def read(responses_KM: Tensor) -> Rearranged | None:
         if not ((digit_M - digit_M.round()).abs() < 0.3).all() or digit_M[~touched_M].any():
             return None
         place_M += digit_M.round() * _BASE**power
+    if (place_M < 0).any() or (place_M >= probes_KN.shape[1]).any():
+        return None
+    expected_M = factor_M * probes_KN[2].double()[place_M.long()] + zero_M
+    if not torch.allclose(random_M, expected_M, rtol=0, atol=(1e-4 if exact else 0.05) * float(factor_M.abs().max())):
+        return None
     place_M[~touched_M] = -1
     return Rearranged(place_M.long(), factor_M, zero_M)
 

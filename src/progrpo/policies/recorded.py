@@ -10,8 +10,10 @@ from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -23,6 +25,7 @@ from progrpo.policies.denoiser_call import DenoiserCall
 from progrpo.policies.family import GRIDS, ModelFamily, unused_settings
 from progrpo.policies.flow import FlowFamily
 from progrpo.policies.geometry import Geometry
+from progrpo.policies.hub import reason_of
 from progrpo.policies.learning import CallOptions, Learner, Learnt, PipelineCall, guided_rows, text_of
 from progrpo.policies.recording import Inputs
 from progrpo.policies.tokens import Reader
@@ -36,6 +39,8 @@ _JUDGES: Mapping[str, object] = {
 }
 """Components that judge pictures or show the network one, which here nothing does."""
 _ADAPTED = re.compile(r"attn|attention|(?:^|[._])(?:ff|ffn|mlp|feed_forward)|^proj_out$")
+_EDITING = re.compile(r"Edit|Kontext|ImageToVideo")
+"""Parts of the names of pipelines that begin with a picture."""
 _LEFT = re.compile(r"norm|mod|ada|embed|gate_proj_t|time|router")
 
 
@@ -54,6 +59,8 @@ class Recorded(ModelFamily):
         for name, task in (("encode_prompt", "encode a text"), ("vae", "decode")):
             if getattr(self.pipeline, name, None) is None:
                 raise ValueError(self._unfit(f"it has no {name} to {task} by"))
+        if self.edits and self.settings.resolution is None:
+            raise ValueError(f"model.resolution: a {type(self.pipeline).__name__} takes that of its source; give one")
         if self.settings.offload:
             raise ValueError(
                 "model.offload: not for a pipeline that is learnt from its own call, which looks for one device of all"
@@ -70,7 +77,7 @@ class Recorded(ModelFamily):
     def geometry(self) -> Geometry:
         """The size and frames that are asked for; what the pipeline makes of them shows when it is learnt."""
         size = self.settings.resolution
-        frames = "num_frames" in PipelineCall(self.pipeline, self.denoiser_name, CallOptions(), _no_run).parameters
+        frames = PipelineCall(self.pipeline, self.denoiser_name, CallOptions(), _no_run).frames_name is not None
         default = (0, 0) if size is None else None
         return Geometry(1, 1, default, default_frames=self.settings.frames or 1 if frames else None)
 
@@ -82,6 +89,8 @@ class Recorded(ModelFamily):
             self.settings.max_sequence_length,
         )
         self.call = PipelineCall(self.pipeline, self.denoiser_name, options, self.run_network)
+        if self.edits:
+            self.call.picture = self._fitted(_any_picture())
         for name, value in (("max_sequence_length", options.max_sequence_length), ("height", options.size)):
             if value is not None and name not in self.call.parameters:
                 setting = "resolution" if name == "height" else name
@@ -90,8 +99,10 @@ class Recorded(ModelFamily):
             self.learnt = Learner(self.call).learn()
             self.latent_shape = self.learnt.latent_shape
             self.size = require_agreement(self)
-        except ValueError as error:
-            raise ValueError(self._unfit(str(error))) from error
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of many kinds: the pipeline's own code runs
+            raise ValueError(self._unfit(reason_of(error, ""))) from error
 
     def _unfit(self, reason: str) -> str:
         kind = type(self.pipeline).__name__
@@ -139,14 +150,32 @@ class Recorded(ModelFamily):
 
     def encode_text(self, text: str) -> dict[str, Tensor]:
         recording = self.call.record(self.call.options(text), output=None)
-        return text_of(self.learnt, recording.calls[0][0])
+        return self._from("text", recording.calls[0][0])
+
+    def encode_picture(self, image: Image.Image) -> dict[str, Tensor]:
+        neutral, self.call.picture = self.call.picture, self._fitted(image)
+        try:
+            recording = self.call.record(self.call.options(""), encoded=self.learnt.encoded, output=None)
+        finally:
+            self.call.picture = neutral
+        return self._from("picture", recording.calls[0][0])
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        """The picture, resized until it covers the model's size and cropped at its middle."""
+        height, width = self.size
+        return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+
+    def _from(self, source: str, inputs: Inputs) -> dict[str, Tensor]:
+        """What a prompt's text or picture gives, out of a call of one row."""
+        names = {name for leaf in self.learnt.texts if leaf.source == source for name in (leaf.name, leaf.length_name)}
+        return {name: tensor for name, tensor in text_of(self.learnt, inputs).items() if name in names}
 
     def encode_negative(self, text: str) -> dict[str, Tensor]:
         if self.learnt.guidance is None:
             return self.encode_text(text)
         recording = self.call.record(self.call.guided("a", text, 3.5), last_step=0)
         rows = guided_rows(self.learnt, recording.calls[0])
-        return text_of(self.learnt, rows[0 if self.learnt.unconditional_first else 1])
+        return self._from("text", rows[0 if self.learnt.unconditional_first else 1])
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = {leaf.name: leaf.shape for leaf in self.learnt.texts}
@@ -268,10 +297,11 @@ class RecordedDiffusion(Recorded, DiffusionFamily):
     """A recorded diffusion model, sampled by DDIM's steps on its noise schedule."""
 
     def check(self) -> None:
-        self.check_noise()
         own = getattr(self.pipeline.scheduler, "alphas_cumprod", None)
-        if own is None or not torch.allclose(own.float().cpu(), self.scheduler.alphas_cumprod, atol=1e-4):
+        if own is None:
             raise ValueError(self._unfit(f"DDIM has no such noise as its {type(self.pipeline.scheduler).__name__}"))
+        self.scheduler.alphas_cumprod = own.float().cpu()  # a schedule may be shifted by settings that DDIM lacks
+        self.check_noise()
         self.pipeline.scheduler = self.scheduler
         Recorded.check(self)
 
@@ -287,9 +317,11 @@ def recorded_kind(pipeline_name: str, denoiser_name: str, diffusion: bool = Fals
     if kind is None or not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
         return None
     optional = set(getattr(kind, "_optional_components", ()))
-    omitted = {name: value for name, value in _JUDGES.items() if name in optional}
+    edits = _EDITING.search(pipeline_name) is not None
+    omitted = {name: value for name, value in _JUDGES.items() if name in optional and not edits}
     base = RecordedDiffusion if diffusion else RecordedFlow
-    return type(base.__name__, (base,), {"denoiser_name": denoiser_name, "omitted_components": omitted})
+    own = {"denoiser_name": denoiser_name, "omitted_components": omitted, "edits": edits}
+    return type(base.__name__, (base,), own)
 
 
 def denoiser_of(index: Mapping[str, object]) -> str | None:
@@ -305,6 +337,11 @@ def is_diffusion(pipeline: DiffusionPipeline) -> bool:
     """Whether a pipeline's scheduler has a schedule of betas and does not use it as a flow."""
     config = pipeline.scheduler.config
     return "beta_schedule" in config and not config.get("use_flow_sigmas")
+
+
+def _any_picture() -> Image.Image:
+    """A picture of noise, for calls in which no picture matters."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 
 
 def _no_run(inputs: Inputs) -> Any:

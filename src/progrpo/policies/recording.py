@@ -100,33 +100,32 @@ class _Denoiser(_StandIn):
         return self._script.output(len(recording.calls) - 1, inputs)
 
 
-class _Scheduler(_StandIn):
-    def __init__(self, real: Any, script: Script, recording: Recording) -> None:
-        super().__init__(real)
-        methods = {"set_timesteps": self._set_timesteps, "step": self._step, "_notes": (script, recording)}
-        for name, method in methods.items():
-            object.__setattr__(self, name, _with_signature(method, getattr(real, name, None)))
+def _scheduler(real: Any, script: Script, recording: Recording) -> Any:
+    """A copy of the scheduler, of its very class, that notes what it is handed."""
+    copy = deepcopy(real)
+    set_timesteps, own_step = copy.set_timesteps, copy.step
 
-    def _set_timesteps(self, *args: object, **kwargs: object) -> None:
-        script, recording = self._notes
-        recording.grid = dict(inspect.signature(self._real.set_timesteps).bind(*args, **kwargs).arguments)
-        self._real.set_timesteps(*args, **kwargs)
+    def lay(*args: object, **kwargs: object) -> None:
+        recording.grid = dict(inspect.signature(set_timesteps).bind(*args, **kwargs).arguments)
+        set_timesteps(*args, **kwargs)
         if script.timesteps is not None:
-            self._real.timesteps = script.timesteps
-        recording.timesteps = self._real.timesteps
+            copy.timesteps = script.timesteps
+        recording.timesteps = copy.timesteps
 
-    def _step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        script, recording = self._notes
-        step = len(recording.outputs)
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        place = len(recording.outputs)
         recording.outputs.append(model_output.detach().clone())
         recording.samples.append(sample.detach().clone())
-        if step == script.last_step:
+        if place == script.last_step:
             raise _StoppedError
         recording.calls.append([])
         if script.sample is None:
-            return self._real.step(model_output, timestep, sample, *args, **kwargs)
-        result = script.sample(step, sample)
+            return own_step(model_output, timestep, sample, *args, **kwargs)
+        result = script.sample(place, sample)
         return SchedulerOutput(prev_sample=result) if kwargs.get("return_dict", True) else (result,)
+
+    copy.set_timesteps, copy.step = _with_signature(lay, set_timesteps), _with_signature(step, own_step)
+    return copy
 
 
 class _Autoencoder(_StandIn):
@@ -148,7 +147,6 @@ class _Autoencoder(_StandIn):
 def record(pipeline: DiffusionPipeline, denoiser_name: str, options: Mapping[str, object], script: Script) -> Recording:
     """Run the pipeline's call with these options. Its components, settings and random state are then as before."""
     recording = Recording()
-    scheduler = deepcopy(pipeline.scheduler)
     encode = pipeline.encode_prompt
 
     def encode_prompt(*args: object, **kwargs: object) -> object:
@@ -159,7 +157,7 @@ def record(pipeline: DiffusionPipeline, denoiser_name: str, options: Mapping[str
 
     stand_ins = {
         denoiser_name: _Denoiser(getattr(pipeline, denoiser_name), script, recording),
-        "scheduler": _Scheduler(scheduler, script, recording),
+        "scheduler": _scheduler(pipeline.scheduler, script, recording),
         "vae": _Autoencoder(pipeline.vae, script, recording),
         "encode_prompt": _with_signature(encode_prompt, encode),
         "_progress_bar_config": {"disable": True},
@@ -185,8 +183,6 @@ def _in_place(pipeline: DiffusionPipeline, stand_ins: Mapping[str, object]) -> I
 
 def _with_signature(method: Any, real: Any) -> Any:
     """The method with the signature of another, which pipelines look at."""
-    if not callable(method) or real is None:
-        return method
 
     @functools.wraps(real)
     def wrapped(*args: object, **kwargs: object) -> object:
