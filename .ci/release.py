@@ -18,12 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-WEIGHTS = (
-    "zoo/weights/shapes-flow/transformer/",
-    "zoo/weights/shapes-diffusion/unet/",
-    "zoo/weights/shapes-tiny/",
-)
-"""Folders of the package that must hold weights."""
 
 
 def version() -> str:
@@ -62,9 +56,10 @@ def dist_faults(folder: Path) -> Iterator[str]:
         if not path.name.startswith(f"progrpo-{own}"):
             yield f"{path.name} is not of version {own}"
     files = contents(wheels[0])
-    for weights in WEIGHTS:
-        if not any(name.startswith(f"progrpo/{weights}") and name.endswith(".safetensors") for name in files):
-            yield f"{wheels[0].name} has no weights under {weights}"
+    package = ROOT / "src"
+    for weights in sorted(package.glob("progrpo/zoo/weights/**/*.safetensors")):
+        if weights.relative_to(package).as_posix() not in files:
+            yield f"{wheels[0].name} has no {weights.relative_to(package)}"
     for direct in folder.glob("direct/*.whl"):
         if (other := contents(direct)) != files:
             different = sorted(name for name in {*files, *other} if files.get(name) != other.get(name))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -57,7 +58,7 @@ from progrpo.suites.fetch import read_published
 from progrpo.suites.table import SUITES
 from progrpo.tracking.records import metric
 from progrpo.tracking.run_folder import RunFolder
-from progrpo.tracking.statistics import interval, mean_of, spearman
+from progrpo.tracking.statistics import Interval, interval, mean_of, spearman
 from progrpo.training.gpus import GPUS
 
 
@@ -258,6 +259,7 @@ def page(data: Mapping[str, Any]) -> str:
     """The page in Markdown, of what was run alone."""
     runs, names = data["runs"], list(dict.fromkeys(run["arm"] for run in data["runs"]))
     rehearsed = data["scale"] == "rehearsal"
+    option = f" --rehearse {data['model'].removesuffix('-flow')}" if rehearsed else ""
     figures = f"{data['scale']}_hours.svg", f"{data['scale']}_kl.svg"
     parts = [
         f"# {data['model']} towards `{data['reward']}` at equal GPU-hours",
@@ -265,7 +267,7 @@ def page(data: Mapping[str, Any]) -> str:
         " figures say nothing about real weights. GPU-hours are hours of a CPU, on which others worked too.**"
         if rehearsed
         else "The arms differ in plan and objective, and each had the same GPU-hours of training.",
-        f"```bash\npython benchmarks/real.py{' --rehearse' if rehearsed else ''}   # goes on where it was stopped\n```",
+        f"```bash\npython benchmarks/real.py{option}   # goes on where it was stopped\n```",
         "## Results",
         _results_table(runs, names),
         _about(data),
@@ -315,8 +317,15 @@ def _agreement_table(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
         # a preview that is equal for all members tells nothing
         columns = [[group[step] or 0.0 for group in own if step < len(group)] for own in groups.values()]
         found = [interval(mean_of(column)) if column else None for column in columns]
-        rows.append([str(step), *("" if i is None else f"{i.value:.2f} ± {i.half:.2f}" for i in found)])
+        rows.append([str(step), *(_in_words(i) for i in found)])
     return table(["after step", *names], rows)
+
+
+def _in_words(found: Interval | None) -> str:
+    """An interval; of one group, which has none, the value."""
+    if found is None:
+        return ""
+    return f"{found.value:.2f}" if math.isnan(found.half) else f"{found.value:.2f} ± {found.half:.2f}"
 
 
 def _about(data: Mapping[str, Any]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,21 @@ def test_a_tag_is_the_version_with_a_dated_section(release: Any) -> None:
     assert len(list(release.tag_faults(f"v{__version__}", f"## {__version__} (unreleased)\n"))) == 1
     assert len(list(release.tag_faults(__version__, dated))) == 1
     assert len(list(release.tag_faults("v9.9.9", dated))) == 2
+
+
+def test_a_wheel_without_weights_and_one_that_the_sdist_does_not_give_are_reported(
+    release: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "direct").mkdir()
+    name = f"progrpo-{__version__}-py3-none-any.whl"
+    for path, text in ((tmp_path / name, "a"), (tmp_path / "direct" / name, "b")):
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("progrpo/__init__.py", text)
+    with tarfile.open(tmp_path / f"progrpo-{__version__}.tar.gz", "w:gz"):
+        pass
+    faults = "\n".join(release.dist_faults(tmp_path))
+    assert "has no progrpo/zoo/weights/shapes-flow/" in faults
+    assert "differ in progrpo/__init__.py" in faults and "has no LICENSE" in faults
 
 
 def test_every_supported_python_is_tested() -> None:
