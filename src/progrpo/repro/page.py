@@ -178,8 +178,11 @@ def chart(curves: Mapping[str, Sequence[Curve]], x_label: str) -> str | None:
     for i, (arm, own) in enumerate(shown.items()):
         colour = _COLOURS[i % len(_COLOURS)]
         for curve in own:
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
+            places = [place(*point) for point in curve]
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+            # a line of one point is not drawn
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
         parts.append(_text(_WIDTH - 180, _TOP + 14 + 20 * i, arm, "start", colour))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif"'
