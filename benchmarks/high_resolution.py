@@ -179,13 +179,13 @@ class Bench:
         """The most MB that live at once while `MEASURED` pictures are decoded."""
         x = torch.randn(MEASURED, *self.policy.latent_shape)
         self.policy.pipeline.vae.disable_slicing()
-        found = {"whole": allocated(lambda: self.policy.decode(x))}
+        bytes_by_decoding = {"whole": allocated(lambda: self.policy.decode(x))}
         self.policy.pipeline.vae.enable_slicing()
-        found["sliced"] = allocated(lambda: self.policy.decode(x))
+        bytes_by_decoding["sliced"] = allocated(lambda: self.policy.decode(x))
         self.policy.pipeline.vae.disable_slicing()
-        found["tiled"] = allocated(lambda: self.tiled.decode(x))
-        found["tiny"] = allocated(lambda: self.policy.preview(x))
-        return {how: round(size / 1e6, 1) for how, size in found.items()}
+        bytes_by_decoding["tiled"] = allocated(lambda: self.tiled.decode(x))
+        bytes_by_decoding["tiny"] = allocated(lambda: self.policy.preview(x))
+        return {decoding: round(size / 1e6, 1) for decoding, size in bytes_by_decoding.items()}
 
     def group(self, slot: int) -> dict[str, Any]:
         """One group: the final scores, and those of its previews after some steps."""
@@ -243,16 +243,16 @@ def trained() -> dict[str, float]:
 
 def planned(side: int) -> dict[str, Any]:
     """What `progrpo plan` says of the real model at this size: PFLOP of an iteration, and GB of decoding."""
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for decoding in ("whole", "sliced", "tiled"):
         recipe = load_recipe(REAL)
         config: Config = replace(recipe, model=replace(recipe.model, resolution=side, decoding=decoding))
         plan = estimate(config, "h100", 0.35, 1)
-        found[decoding] = {
+        figures[decoding] = {
             "pflops": {name: round(value, 2) for name, value in plan["pflops_per_iteration"].items()},
             "decoding_gb": round(plan["memory_gb"]["decoding"], 3),
         }
-    return found
+    return figures
 
 
 def measure(sizes: Sequence[int], groups: Sequence[int], out: Path) -> None:

@@ -156,32 +156,37 @@ WHEN = ("before", "after")
 # --- before it runs ---------------------------------------------------------------------------------------------------
 
 
-def forecast(scale: Scale, wanted: argparse.Namespace) -> str:
+def forecast(scale: Scale, args: argparse.Namespace) -> str:
     """The predicted GPU-hours by arm, and of all."""
     rows, whole = [], 0.0
-    for arm in wanted.arms:
+    for arm in args.arms:
         config = arms(scale.base, scale.plans)[arm]
         check(config)
-        found = predict(config, wanted.hours, GPUS[wanted.gpu], SHARE)
-        hours = found.training_hours + found.other_hours
-        whole += hours * len(wanted.seeds)
-        cells = (f"{found.seconds:,.3g}", f"{found.iterations:,}", f"{found.training_hours:.3g}", f"{hours:.3g}")
+        prediction = predict(config, args.hours, GPUS[args.gpu], SHARE)
+        hours = prediction.training_hours + prediction.other_hours
+        whole += hours * len(args.seeds)
+        cells = (
+            f"{prediction.seconds:,.3g}",
+            f"{prediction.iterations:,}",
+            f"{prediction.training_hours:.3g}",
+            f"{hours:.3g}",
+        )
         rows.append([arm, *cells])
     head = ["arm", "seconds per iteration", "iterations", "GPU-hours of training", "with evaluations and audits"]
     return (
-        f"{table(head, rows)}\n\nPredicted: {whole:,.3g} GPU-hours for {len(wanted.seeds)} seeds on one {wanted.gpu} at"
+        f"{table(head, rows)}\n\nPredicted: {whole:,.3g} GPU-hours for {len(args.seeds)} seeds on one {args.gpu} at"
         f" {SHARE:.0%} of its peak. Rewards and the loading of models are not counted, and an"
         " auto plan is taken to stay as it begins."
     )
 
 
-def with_prompts(scale: Scale, wanted: argparse.Namespace) -> Scale:
+def with_prompts(scale: Scale, args: argparse.Namespace) -> Scale:
     """The scale with prompt files: those that are named, or Flow-GRPO's, fetched into the folder of the runs."""
     if scale.name != "real":
         return scale
     files = {}
-    for split, named in (("train", wanted.prompts), ("test", wanted.eval_prompts)):
-        files[split] = named or wanted.runs / f"{split}.txt"
+    for split, named in (("train", args.prompts), ("test", args.eval_prompts)):
+        files[split] = named or args.runs / f"{split}.txt"
         if not files[split].exists() and named is None:
             suite = SUITES["ocr"]
             assert suite.published is not None
@@ -238,14 +243,14 @@ def run_record(arm: str, seed: int, path: Path) -> dict[str, Any]:
     return {**own, "gpu_hours": round(spent, 6), "points": points, "agreement": agreement}
 
 
-def results(scale: Scale, wanted: argparse.Namespace, runs: Mapping[tuple[str, int], Path]) -> dict[str, Any]:
+def results(scale: Scale, args: argparse.Namespace, runs: Mapping[tuple[str, int], Path]) -> dict[str, Any]:
     """All finished runs, ready for JSON."""
     done = {key: path for key, path in runs.items() if finished(path)}
     return {
         "scale": scale.name,
         "model": scale.base.model.path,
         "reward": scale.base.reward.terms[0].name,
-        "hours": wanted.hours,
+        "hours": args.hours,
         "configs": {
             arm: to_dict(config)
             for arm, config in arms(scale.base, scale.plans).items()
@@ -316,16 +321,16 @@ def _agreement_table(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
     for step in range(steps):
         # a preview that is equal for all members tells nothing
         columns = [[group[step] or 0.0 for group in own if step < len(group)] for own in groups.values()]
-        found = [interval(mean_of(column)) if column else None for column in columns]
-        rows.append([str(step), *(_in_words(i) for i in found)])
+        intervals = [interval(mean_of(column)) if column else None for column in columns]
+        rows.append([str(step), *(_in_words(i) for i in intervals)])
     return table(["after step", *names], rows)
 
 
-def _in_words(found: Interval | None) -> str:
+def _in_words(value: Interval | None) -> str:
     """An interval; of one group, which has none, the value."""
-    if found is None:
+    if value is None:
         return ""
-    return f"{found.value:.2f}" if math.isnan(found.half) else f"{found.value:.2f} ± {found.half:.2f}"
+    return f"{value.value:.2f}" if math.isnan(value.half) else f"{value.value:.2f} ± {value.half:.2f}"
 
 
 def _about(data: Mapping[str, Any]) -> str:
@@ -403,36 +408,36 @@ def parsed(words: Sequence[str] | None = None) -> tuple[argparse.Namespace, Scal
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
     parser.add_argument("--dry-run", action="store_true", help="print the predicted GPU-hours, and nothing else")
     parser.add_argument("--page", action="store_true", help="write the page from its JSON, and run nothing")
-    wanted = parser.parse_args(words)
-    scale = rehearsal(wanted.rehearse) if wanted.rehearse else real()
-    wanted.hours = scale.hours if wanted.hours is None else wanted.hours
-    wanted.seeds = list(scale.seeds) if wanted.seeds is None else wanted.seeds
-    wanted.runs = wanted.runs or Path("runs") / scale.name
-    return wanted, scale
+    args = parser.parse_args(words)
+    scale = rehearsal(args.rehearse) if args.rehearse else real()
+    args.hours = scale.hours if args.hours is None else args.hours
+    args.seeds = list(scale.seeds) if args.seeds is None else args.seeds
+    args.runs = args.runs or Path("runs") / scale.name
+    return args, scale
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    wanted, scale = parsed(words)
-    if wanted.page:
-        write_page(wanted.out, scale.name)
+    args, scale = parsed(words)
+    if args.page:
+        write_page(args.out, scale.name)
         return
     quiet()
-    show(forecast(scale, wanted))
-    if wanted.dry_run:
+    show(forecast(scale, args))
+    if args.dry_run:
         return
-    scale = with_judges(with_prompts(scale, wanted))
-    runs = {(arm, seed): wanted.runs / folder_of(arm) / f"seed{seed}" for seed in wanted.seeds for arm in wanted.arms}
+    scale = with_judges(with_prompts(scale, args))
+    runs = {(arm, seed): args.runs / folder_of(arm) / f"seed{seed}" for seed in args.seeds for arm in args.arms}
     for (arm, seed), path in runs.items():
-        train_for(replace(arms(scale.base, scale.plans)[arm], seed=seed), path, 3600 * wanted.hours / processes())
-    wanted.out.mkdir(parents=True, exist_ok=True)
-    data = results(scale, wanted, runs)
-    write_text(wanted.out / f"{scale.name}.json", json.dumps(data, separators=(",", ":")) + "\n")
-    files = write_page(wanted.out, scale.name)
-    if wanted.push_to:
+        train_for(replace(arms(scale.base, scale.plans)[arm], seed=seed), path, 3600 * args.hours / processes())
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = results(scale, args, runs)
+    write_text(args.out / f"{scale.name}.json", json.dumps(data, separators=(",", ":")) + "\n")
+    files = write_page(args.out, scale.name)
+    if args.push_to:
         with tempfile.TemporaryDirectory() as folder:
-            write_upload(files, runs, wanted.push_to, Path(folder))
-            show(push(Path(folder), wanted.push_to, wanted.private))
-    show(str(wanted.out / f"{scale.name}.md"))
+            write_upload(files, runs, args.push_to, Path(folder))
+            show(push(Path(folder), args.push_to, args.private))
+    show(str(args.out / f"{scale.name}.md"))
 
 
 if __name__ == "__main__":

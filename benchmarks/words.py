@@ -32,18 +32,18 @@ def result(run: RunFolder) -> dict[str, Any]:
     """The figures of a finished run."""
     summary = run.summary.read()
     kept = ("seed", "iterations", "best_iterations", "wall_seconds", "nfe", "device", "versions")
-    found = {name: summary[name] for name in kept}
+    figures = {name: summary[name] for name in kept}
     for when in ("before", "after"):
-        found |= {f"{name}_{when}": summary[f"{name}_{when}"] for name in ("accuracy", "reward", "diversity")}
-        found[f"ocr_{when}"] = summary[f"held_out_{when}"]["ocr"]
-        found[f"by_kind_{when}"] = summary[f"accuracy_by_kind_{when}"]
-    found["dtype"] = json.loads((run.path / "config.json").read_text())["model"]["dtype"]
-    found["validation"] = [
+        figures |= {f"{name}_{when}": summary[f"{name}_{when}"] for name in ("accuracy", "reward", "diversity")}
+        figures[f"ocr_{when}"] = summary[f"held_out_{when}"]["ocr"]
+        figures[f"by_kind_{when}"] = summary[f"accuracy_by_kind_{when}"]
+    figures["dtype"] = json.loads((run.path / "config.json").read_text())["model"]["dtype"]
+    figures["validation"] = [
         {"iteration": r["iteration"] + 1, "exact": r["eval/strict"], "reward": r["eval/graded"]}
         for r in run.metrics.read()
         if "eval/strict" in r
     ]
-    return found
+    return figures
 
 
 def tables(results: list[dict[str, Any]]) -> dict[str, str]:

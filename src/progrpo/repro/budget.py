@@ -39,9 +39,8 @@ def predict(config: Config, hours: float, card: GPU, share: float) -> Prediction
     speed = card.peak * 1e12 * share
     seconds = sum(flops_by_stage(config, plan, model).values()) / speed
     iterations = max(BEGINNING, int(3600 * hours / seconds))
-    evaluations = 3 + (
-        iterations // config.eval.every if config.eval.every else 0
-    )  # before, after the beginning, after
+    # before, after the beginning, at the end, and on the way
+    evaluations = 3 + (iterations // config.eval.every if config.eval.every else 0)
     pair = 2 if config.eval.guidance_scale > 1 and not config.sampling.embedded_guidance else 1
     picture = config.eval.num_inference_steps * pair * model.call_flops + model.decode_flops
     steps = config.sampling.num_inference_steps

@@ -105,13 +105,13 @@ def _leaves(inputs: Any) -> Iterator[tuple[str, Any]]:
         yield ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf
 
 
-def _require(family: Recorded, what: str, expected: Tensor, found: Tensor) -> None:
-    if expected.shape != found.shape:
+def _require(family: Recorded, what: str, expected: Tensor, actual: Tensor) -> None:
+    if expected.shape != actual.shape:
         raise ValueError(
-            f"{what} has the shape {tuple(expected.shape)} in the pipeline's call and {tuple(found.shape)} here"
+            f"{what} has the shape {tuple(expected.shape)} in the pipeline's call and {tuple(actual.shape)} here"
         )
     size = max(1.0, float(expected.abs().max()))
-    difference = float((expected - found.to(expected)).abs().max())
+    difference = float((expected - actual.to(expected)).abs().max())
     if not difference <= tolerance(family.dtype) * size:
         raise ValueError(f"{what} differs from the pipeline's own by {difference:.3g}, in numbers up to {size:.3g}")
 
@@ -127,17 +127,16 @@ def _require_same_pictures(family: Recorded, recording: Recording) -> tuple[int,
     timestep_B = levels.timestep[STEPS - 1].to(x).reshape(1)
     x0 = _stepped(family, levels, STEPS - 1, x, _output(family, x, timestep_B, condition, None))
     decoder = PictureDecoder(family.pipeline.vae, family.unscale, "decoder", "the latents are not finite")
-    found = decoder.decode(torch.cat([x0, x0])).images_NHWC
+    pictures_NHWC = decoder.decode(torch.cat([x0, x0])).images_NHWC
     own = torch.as_tensor(np.asarray(recording.pictures)).mul(255).round().clamp(0, 255)
-    if tuple(own.shape[1:]) != tuple(found.shape[1:]):
-        raise ValueError(
-            f"a picture has the shape {tuple(own.shape[1:])} in the pipeline's call and {tuple(found.shape[1:])} here"
-        )
-    difference = (own - found.float()).abs()
+    shapes = tuple(own.shape[1:]), tuple(pictures_NHWC.shape[1:])
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"a picture has the shape {shapes[0]} in the pipeline's call and {shapes[1]} here")
+    difference = (own - pictures_NHWC.float()).abs()
     most = difference.max() if family.dtype == torch.float32 else difference.mean()
     if most > 1.01:
         raise ValueError(f"pictures differ from the pipeline's own by {float(most):.3g} of 255")
-    height, width = found.shape[-3:-1]
+    height, width = pictures_NHWC.shape[-3:-1]
     if family.settings.resolution is not None and (height, width) != family.size:
         raise ValueError(
             f"asked for {family.size[0]} x {family.size[1]} pixels (height and width) it makes {height} x {width}; set"

@@ -333,12 +333,12 @@ def _learn_text(calls: Calls, path: str, rows: str, number: bool) -> FromText:
 
 def _learn_latents(calls: Calls, probe: Probe, path: str, rows: str) -> FromLatents:
     row = _row(calls.base, rows)
-    found = read(probes(probe.size), torch.stack([_row(value, rows).flatten() for value in calls.latents]))
-    if found is None or not (found.factor_M[found.touched_M] == 1).all() or found.offset_M[found.touched_M].any():
+    order = read(probes(probe.size), torch.stack([_row(value, rows).flatten() for value in calls.latents]))
+    if order is None or not (order.factor_M[order.touched_M] == 1).all() or order.offset_M[order.touched_M].any():
         raise ValueError(f"{path} is made of the latents by more than another order of their numbers")
-    touched_M, size = found.touched_M, probe.size
+    touched_M, size = order.touched_M, probe.size
     untouched = int((~touched_M).sum())
-    place_M = found.place_M.clone()
+    place_M = order.place_M.clone()
     place_M[~touched_M] = size + torch.arange(untouched)
     if not untouched:
         return FromLatents(size, place_M, None, rows, tuple(row.shape))

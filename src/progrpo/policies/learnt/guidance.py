@@ -74,6 +74,6 @@ def guidance_of(examples: Sequence[Combined]) -> Guidance | None:
 
 def _gives(form: Guidance, example: Combined) -> bool:
     unconditional, conditional, result = example.unconditional.float(), example.conditional.float(), example.result
-    found = form.combine(unconditional, conditional, example.scale + form.offset)
+    combined = form.combine(unconditional, conditional, example.scale + form.offset)
     tolerance = 1e-4 if example.conditional.dtype == result.dtype == torch.float32 else 2e-2
-    return bool((found - result.float()).abs().max() <= tolerance * found.abs().max())
+    return bool((combined - result.float()).abs().max() <= tolerance * combined.abs().max())

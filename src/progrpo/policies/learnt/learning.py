@@ -301,13 +301,13 @@ class Learner:
 
     def _scales(self, first: Recording) -> list[Any]:
         """Calls with guidance scales, for a network that takes it as an input; none where there is no such network."""
-        found = []
+        inputs = []
         for scale in _SCALES if "guidance_scale" in self.call.parameters else ():
             recording = self.call.record(self.call.options(_SHORT, guidance_scale=scale), last_step=0)
             if len(recording.calls[0]) > 1 or not _of_same_shapes(recording.calls[0][0], first.calls[0][0]):
                 return []
-            found.append(recording.calls[0][0])
-        return found
+            inputs.append(recording.calls[0][0])
+        return inputs
 
     # --- the output ---------------------------------------------------------------------------------------------------
 
@@ -328,11 +328,11 @@ class Learner:
             raise ValueError(
                 f"its scheduler gets an output of {recording.outputs[0].numel()} numbers where latents have {size}"
             )
-        found = read(values_KM, torch.stack([output.flatten() for output in recording.outputs]))
-        factors = set() if found is None else set(found.factor_M.tolist())
-        if found is None or found.offset_M.any() or not found.touched_M.all() or len(factors) != 1:
+        order = read(values_KM, torch.stack([output.flatten() for output in recording.outputs]))
+        factors = set() if order is None else set(order.factor_M.tolist())
+        if order is None or order.offset_M.any() or not order.touched_M.all() or len(factors) != 1:
             raise ValueError("its scheduler gets something else than the network's output in another order")
-        return self._placed(template, found.place_M, factors.pop())
+        return self._placed(template, order.place_M, factors.pop())
 
     def _placed(self, template: Any, place_N: Tensor, sign: float) -> Output:
         start = 0
@@ -369,8 +369,8 @@ class Learner:
         rows = self.decoded(first.encoded, torch.cat([sample, sample])).latents
         if any(z is not None and len(z) != 1 for z in latents):
             raise ValueError("its autoencoder decodes a video's frames as pictures, one by one")
-        found = read(latents_KN, torch.stack([z.flatten() for z in latents if z is not None]))
-        if found is None or not found.is_permutation(latents_KN.shape[1]):
+        order = read(latents_KN, torch.stack([z.flatten() for z in latents if z is not None]))
+        if order is None or not order.is_permutation(latents_KN.shape[1]):
             raise ValueError("its autoencoder gets something else than the latents in another order and scale")
         assert latents[0] is not None
         shape = tuple(latents[0].shape[1:])
@@ -380,9 +380,9 @@ class Learner:
             shape = (shape[0], *shape[2:])
         return {
             "latent_shape": shape,
-            "place_N": found.place_M,
-            "scale_N": found.factor_M.float(),
-            "offset_N": found.offset_M.float(),
+            "place_N": order.place_M,
+            "scale_N": order.factor_M.float(),
+            "offset_N": order.offset_M.float(),
             "decodes_rows": rows is not None and rows.shape[0] == 2,
         }
 
@@ -434,9 +434,9 @@ class Learner:
 
 
 def _text_leaves(inputs: Argument) -> list[FromText]:
-    found = [leaf for leaf in leaves(inputs) if isinstance(leaf, FromText)]
+    texts = [leaf for leaf in leaves(inputs) if isinstance(leaf, FromText)]
     besides = [leaf.beside for leaf in leaves(inputs) if isinstance(leaf, FromLatents)]
-    return [*found, *(beside for beside in besides if isinstance(beside, FromText))]
+    return [*texts, *(beside for beside in besides if isinstance(beside, FromText))]
 
 
 def text_of(learnt: Learnt, inputs: Inputs) -> dict[str, Tensor]:
@@ -482,9 +482,9 @@ def _paths(output: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...
     if isinstance(output, Tensor):
         return [(path, output)]
     if isinstance(output, Mapping):
-        return [found for key in output for found in _paths(output[key], (*path, key))]
+        return [leaf for key in output for leaf in _paths(output[key], (*path, key))]
     if isinstance(output, list | tuple):
-        return [found for place, part in enumerate(output) for found in _paths(part, (*path, place))]
+        return [leaf for place, part in enumerate(output) for leaf in _paths(part, (*path, place))]
     return []
 
 
