@@ -27,6 +27,9 @@ preferences: setup ## from 200 pairs of pictures to an aligned model, in minutes
 
 # files in their order: the last ones are quick, so that both processes end together
 IN_TWO := -n 2 --dist loadscope --no-loadscope-reorder
+# both processes have a core each, on which more threads wait for each other
+test test-processors test-slow: export OMP_NUM_THREADS := 1
+test test-processors test-slow: export OPENBLAS_NUM_THREADS := 1
 test: lint ## style, types and the tests
 	@$(BIN)/python -m pytest $(IN_TWO)
 # what depends on a processor's kernels, as older ones compute it: with AVX2 alone, and without bfloat16's instructions

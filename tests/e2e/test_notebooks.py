@@ -57,6 +57,7 @@ def test_the_method(tmp_path: Path) -> None:
     assert curves["6 of 24 after 8"][-1][1] > curves["24"][-1][1]
 
 
+@pytest.mark.slow
 def test_the_quickstart(tmp_path: Path) -> None:
     small = {"ITERATIONS": 1, "PICTURES": 12, "OUT": "run"}
     summary, files, rewards = computed("quickstart", tmp_path, small, "summary", "[str(f) for f in files]", "rewards")
@@ -65,6 +66,7 @@ def test_the_quickstart(tmp_path: Path) -> None:
     assert len(files) == 12 and all((tmp_path / file).is_file() for file in files)
 
 
+@pytest.mark.slow
 def test_ones_own_model_and_reward(tmp_path: Path) -> None:
     small = {"ITERATIONS": 1, "PICTURES": 4, "OUT": "run"}
     moved = "float(max(np.abs(np.asarray(a, float) - np.asarray(b, float)).max() for a, b in zip(before, after)))"

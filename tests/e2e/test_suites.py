@@ -110,6 +110,7 @@ def test_more_pictures_prompts_and_rewards_are_added_to_those_that_are_there(tmp
     assert "holds pictures by another seed (1234 there, 5 now)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_after_a_kill(tmp_path, capsys):
     words = [*QUICK, "--limit", "96", "--per-prompt", "2", "--out"]
     command = [sys.executable, "-m", "progrpo", "eval", "shapes-flow", *words, str(tmp_path / "killed")]

@@ -51,7 +51,7 @@ def test_the_tally_sees_what_is_wrong(work):
 SHARES = {
     "recipe": 250,
     "python": 120,
-    "arguments": 100,
+    "arguments": 50,
     "prompts": 60,
     "config file": 40,
     "settings file": 60,

@@ -100,6 +100,11 @@ def policy_from_pipeline(
     pipeline: DiffusionPipeline, settings: ModelSettings, context: PolicyContext | None = None
 ) -> PipelinePolicy:
     """The policy of a loaded pipeline, which it takes over. ValueError for a pipeline of no known family."""
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise ValueError(
+            f"the pipeline is a {named(type(pipeline).__name__)}; give one of diffusers, such as"
+            " StableDiffusion3Pipeline.from_pretrained(...)"
+        )
     kind = _family(type(pipeline).__name__, "the pipeline", pipeline.components, is_diffusion(pipeline))
     return PipelinePolicy(prepare(kind, pipeline, settings, context or PolicyContext()))
 
@@ -196,7 +201,7 @@ def _family(
     if pipeline_name in FAMILIES:
         family: type[ModelFamily] = load_named(pipeline_name, FAMILIES, "the pipeline")
         return family
-    denoiser_name = denoiser_of(components)
+    denoiser_name = denoiser_of(components) if "scheduler" in components else None
     recorded = recorded_kind(pipeline_name, denoiser_name, diffusion) if denoiser_name else None
     if recorded is None:
         raise ValueError(

@@ -335,7 +335,7 @@ def denoiser_of(index: Mapping[str, object]) -> str | None:
 
 def is_diffusion(pipeline: DiffusionPipeline) -> bool:
     """Whether a pipeline's scheduler has a schedule of betas and does not use it as a flow."""
-    config = pipeline.scheduler.config
+    config = pipeline.scheduler.config if "scheduler" in pipeline.components else {}
     return "beta_schedule" in config and not config.get("use_flow_sigmas")
 
 
