@@ -8,20 +8,28 @@ import sys
 
 import pytest
 
-from progrpo.threads import SPINS, set_wait_policy
+from progrpo.threads import BLAS_TIMEOUT, SPINS, set_wait_policy
 
 
 def test_threads_that_wait_go_to_sleep_soon():
     environment = {"PATH": "/bin"}
     set_wait_policy(environment)
-    assert environment == {"PATH": "/bin", "GOMP_SPINCOUNT": str(SPINS)}
+    own = {"GOMP_SPINCOUNT": str(SPINS), "OPENBLAS_THREAD_TIMEOUT": str(BLAS_TIMEOUT)}
+    assert environment == {"PATH": "/bin", **own}
 
 
-@pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
-def test_what_the_user_has_set_stays(name):
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("GOMP_SPINCOUNT", {"OPENBLAS_THREAD_TIMEOUT": str(BLAS_TIMEOUT)}),
+        ("OMP_WAIT_POLICY", {"OPENBLAS_THREAD_TIMEOUT": str(BLAS_TIMEOUT)}),
+        ("OPENBLAS_THREAD_TIMEOUT", {"GOMP_SPINCOUNT": str(SPINS)}),
+    ],
+)
+def test_what_the_user_has_set_stays(name, other):
     environment = {name: "as the user has it"}
     set_wait_policy(environment)
-    assert environment == {name: "as the user has it"}
+    assert environment == {name: "as the user has it", **other}
 
 
 def test_it_is_set_before_torch_is_loaded():
