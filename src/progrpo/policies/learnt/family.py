@@ -141,9 +141,7 @@ class Recorded(ModelFamily):
 
     @property
     def text_tokens(self) -> int:
-        default = self.call.parameters.get("max_sequence_length")
-        own = default.default if default is not None and isinstance(default.default, int) else 512
-        return self.settings.max_sequence_length or own
+        return self.call.text_tokens
 
     def text_readers(self) -> list[Reader]:
         return super().text_readers() if "max_sequence_length" in self.call.parameters else []

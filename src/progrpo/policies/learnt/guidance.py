@@ -47,10 +47,6 @@ class Guidance:
         """Combine two outputs, (B, ...) in the pipeline's order."""
         return self.rescale(unconditional + scale * (conditional - unconditional), conditional)
 
-    def own_scale(self, scale: float) -> float:
-        """The pipeline's number for ours."""
-        return scale - self.offset
-
 
 @dataclass(frozen=True)
 class Combined:

@@ -67,6 +67,13 @@ class PipelineCall:
         return signature(type(self.pipeline).__call__).parameters
 
     @property
+    def text_tokens(self) -> int:
+        """The number of tokens of a text: that of the options, the call's default, or 512 where it says none."""
+        parameter = self.parameters.get("max_sequence_length")
+        own = None if parameter is None else parameter.default
+        return self._options.max_sequence_length or (own if isinstance(own, int) else 512)
+
+    @property
     def scale_name(self) -> str | None:
         """The parameter for the guidance by a pair of calls."""
         return next((name for name in ("true_cfg_scale", "guidance_scale") if name in self.parameters), None)
@@ -161,7 +168,6 @@ class Learnt:
     """Whether the pipeline decodes more latents at its end than it began with; otherwise rows are decoded in turn."""
     encoded: list[Any]
     """What `encode_prompt` gave for a text, for calls in which no text matters."""
-    template: Any
     guidance: Guidance | None
     unguidable: str
     """The reason why there is no guidance by pairs; empty where there is."""
@@ -201,7 +207,6 @@ class Learner:
             output=self._output(first, latents_KN),
             shape=shape,
             encoded=encoded,
-            template=self.call.template(first.calls[0][0]),
             guidance=None,
             unguidable="",
             **self._tail(first, latents_KN),
@@ -281,9 +286,7 @@ class Learner:
 
     def _longest(self) -> str:
         """A text that is longer than the text encoders read, as far as the call says."""
-        default = self.call.parameters.get("max_sequence_length")
-        own = default.default if default is not None and isinstance(default.default, int) else 512
-        return _WORD * (self.call._options.max_sequence_length or own)
+        return _WORD * self.call.text_tokens
 
     def _timesteps(self, first: Recording) -> Tensor:
         """Some timesteps, of the kind that the pipeline's scheduler has."""
