@@ -26,7 +26,8 @@ from progrpo.policies.geometry import Geometry
 from progrpo.policies.hub import reason_of
 from progrpo.policies.learnt.agreement import require_agreement
 from progrpo.policies.learnt.argument import Given
-from progrpo.policies.learnt.learning import CallOptions, Learner, Learnt, PipelineCall, guided_rows, text_of
+from progrpo.policies.learnt.call import CallOptions, PipelineCall
+from progrpo.policies.learnt.learning import Learner, Learnt, guided_rows, text_of
 from progrpo.policies.learnt.recording import Inputs
 from progrpo.policies.tokens import Reader
 from progrpo.policies.weights import NamedWeights
@@ -241,7 +242,7 @@ class Recorded(ModelFamily):
         """Latents as the pipeline's own call gives them to its autoencoder."""
         latents = self.to_pipeline(x0_BCHW).reshape(-1, *self.learnt.shape)
         together = [latents] if self.learnt.decodes_rows else latents.split(1)
-        decoded = [Learner(self.call).decoded(self.learnt.encoded, rows).latents for rows in together]
+        decoded = [self.call.decoded(self.learnt.encoded, rows).latents for rows in together]
         return torch.cat([rows for rows in decoded if rows is not None])
 
     def scale(self, latents_BCHW: Tensor) -> Tensor:
