@@ -82,7 +82,7 @@ class FromText(Argument):
     shape: tuple[int, ...]
     """The shape of a row in the condition, with the longest length."""
     source: str = "text"
-    """Whether the prompt's `text` gives it or its `picture`."""
+    """Whether the prompt's `text` gives it, its `picture`, or `both` together."""
     number: bool = False
     """Whether it is a whole number of Python."""
 

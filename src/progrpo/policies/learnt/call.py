@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import Parameter, signature
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ClassifierFreeGuidance, DiffusionPipeline
+from diffusers.guiders.guider_utils import BaseGuidance
 from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
@@ -18,6 +20,8 @@ from progrpo.policies.learnt.recording import Inputs, Recording, Script, record
 
 TEXT = "a red cat"
 """The text of calls in which no text matters."""
+GUIDERS = "guiders"
+"""The option of a call that is the scale of the components that guide. The other options are the call's own."""
 _ASKED_STEPS = 4
 
 
@@ -50,6 +54,15 @@ class PipelineCall:
         self.unguided: float = 1.0
         """The guidance scale by which the pipeline makes one call a step, of as many rows as it has prompts."""
 
+    @contextmanager
+    def showing(self, picture: Image.Image | None) -> Iterator[None]:
+        """Have another picture in the calls of a block."""
+        before, self.picture = self.picture, picture
+        try:
+            yield
+        finally:
+            self.picture = before
+
     @property
     def parameters(self) -> Mapping[str, Parameter]:
         return signature(type(self.pipeline).__call__).parameters
@@ -62,9 +75,21 @@ class PipelineCall:
         return self._options.max_sequence_length or (own if isinstance(own, int) else 512)
 
     @property
+    def guiders(self) -> list[str]:
+        """The components that combine the outputs of guidance, for a pipeline that leaves this to components."""
+        return [name for name, component in self.pipeline.components.items() if isinstance(component, BaseGuidance)]
+
+    @property
     def scale_name(self) -> str | None:
-        """The parameter for the guidance by a pair of calls."""
+        """The option for the guidance by a pair of calls: a parameter of the call, or `GUIDERS`."""
+        if self.guiders:
+            return GUIDERS
         return next((name for name in ("true_cfg_scale", "guidance_scale") if name in self.parameters), None)
+
+    @property
+    def embedded_scale_name(self) -> str | None:
+        """The parameter for the guidance scale as an input of the network, if the network has one."""
+        return next((name for name in ("distilled_guidance_scale", "guidance_scale") if name in self.parameters), None)
 
     @property
     def frames_name(self) -> str | None:
@@ -87,7 +112,8 @@ class PipelineCall:
             given["image"] = self.picture
         area = self.picture.width * self.picture.height if self.picture else None
         given |= {name: v for name, v in (("max_area", area), ("_auto_resize", False)) if name in self.parameters}
-        fixed = {"guidance_scale": self.unguided, "true_cfg_scale": self.unguided, "use_resolution_binning": False}
+        scales = ("guidance_scale", "true_cfg_scale", "distilled_guidance_scale")
+        fixed = {**dict.fromkeys(scales, self.unguided), "use_resolution_binning": False}
         given |= {name: value for name, value in fixed.items() if name in self.parameters}
         generator = torch.Generator().manual_seed(0)
         return given | {"num_inference_steps": steps, "generator": generator, "output_type": "np"} | more
@@ -102,8 +128,11 @@ class PipelineCall:
 
     def record(self, options: Mapping[str, object], **script: Any) -> Recording:
         """Record a call; the network is run once for each kind of input, for the form of its output."""
-        played = Script(**{"output": lambda step, inputs: self.template(inputs), **script})
-        return record(self.pipeline, self.denoiser_name, options, played)
+        scale = options.get(GUIDERS, 1.0)
+        guiders = {name: ClassifierFreeGuidance(guidance_scale=scale) for name in self.guiders}
+        played = Script(**{"output": lambda step, inputs: self.template(inputs), "guiders": guiders, **script})
+        of_call = {name: value for name, value in options.items() if name != GUIDERS}
+        return record(self.pipeline, self.denoiser_name, of_call, played)
 
     def decoded(self, encoded: list[Any], latents: Tensor) -> Recording:
         """What the autoencoder gets for latents (B, ...) at the end of the loop."""
@@ -115,10 +144,10 @@ class PipelineCall:
 
     @cached_property
     def pair(self) -> Inputs | None:
-        """A call of two rows; None for a pipeline that makes none."""
+        """A call of two rows; None for a pipeline that takes one prompt at a time, which it says by a ValueError."""
         try:
             recording = self.record(self.options([TEXT, TEXT]), last_step=0)
-        except (ValueError, RuntimeError, IndexError, TypeError):
+        except ValueError:
             return None
         return recording.calls[0][0]
 

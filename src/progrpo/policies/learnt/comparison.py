@@ -109,20 +109,20 @@ def _learn_leaf(calls: Calls, probe: Probe, path: str, rows: str) -> Argument:
     number = isinstance(item, int) and not isinstance(item, bool)
     if not isinstance(item, Tensor) and not (number and kinds == {"text"}):
         raise ValueError(f"{path} is no tensor and depends on {' and '.join(sorted(kinds))}")
-    if kinds in ({"text"}, {"picture"}):
+    if kinds <= {"text", "picture"}:
         return _learn_text(calls, path, rows, number)
     if kinds == {"t"}:
         return _learn_timestep(calls, probe, path, rows)
     if kinds == {"scale"}:
         return FromGuidance(_learn_factor(calls, probe, path))
-    if kinds in ({"x"}, {"x", "text"}, {"x", "picture"}):
+    if "x" in kinds and kinds <= {"x", "text", "picture"}:
         return _learn_latents(calls, probe, path, rows)
     raise ValueError(f"{path} depends on {' and '.join(sorted(kinds))} at once")
 
 
 def _learn_text(calls: Calls, path: str, rows: str, number: bool) -> FromText:
     values = [row_of(value, rows) for value in (calls.base, *calls.texts, *calls.pictures)]
-    source = "text" if any(not equal(value, calls.base) for value in calls.texts) else "picture"
+    source = _source(calls, lambda value: value)
     if number:
         return FromText(path, torch.int64, rows, None, (), source, number=True)
     first, shapes = values[0], [tuple(value.shape) for value in values]
@@ -133,6 +133,16 @@ def _learn_text(calls: Calls, path: str, rows: str, number: bool) -> FromText:
         raise ValueError(f"{path} is one for all rows and depends on the text")
     shape = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
     return FromText(path, first.dtype, rows, varied[0] if varied else None, shape, source)
+
+
+def _source(calls: Calls, of: Callable[[Any], Any]) -> str:
+    """What gives this part of an argument: `text`, `picture`, `both`, or nothing of a prompt."""
+    by = [
+        source
+        for source, values in (("text", calls.texts), ("picture", calls.pictures))
+        if any(not equal(of(value), of(calls.base)) for value in values)
+    ]
+    return "both" if len(by) == 2 else "".join(by)
 
 
 def _learn_latents(calls: Calls, probe: Probe, path: str, rows: str) -> FromLatents:
@@ -148,14 +158,9 @@ def _learn_latents(calls: Calls, probe: Probe, path: str, rows: str) -> FromLate
         return FromLatents(size, place_M, None, rows, tuple(row.shape))
     numbers = row.flatten()[~touched_M.to(row.device)]
     beside: Fixed | FromText
-    sources = {"text": calls.texts, "picture": calls.pictures}
-    by = [
-        source
-        for source, values in sources.items()
-        if any(not equal(row_of(value, rows).flatten()[~touched_M], numbers) for value in values)
-    ]
-    if by:
-        beside = FromText(f"{path}.beside", row.dtype, "each", None, (untouched,), by[0])
+    source = _source(calls, lambda value: row_of(value, rows).flatten()[~touched_M])
+    if source:
+        beside = FromText(f"{path}.beside", row.dtype, "each", None, (untouched,), source)
     else:
         beside = Fixed(numbers[None], "each")
     return FromLatents(size, place_M, beside, rows, tuple(row.shape))

@@ -19,7 +19,7 @@ from progrpo.policies.learnt.output import Output, learn_output
 from progrpo.policies.learnt.rearranged import inverse, probes, read
 from progrpo.policies.learnt.recording import Inputs, Recording
 
-_OTHER, _WORD = "two dogs on a blue boat, seen from above", "boat "
+_OTHER, _WORD = 'two dogs on a boat, whose name is "sea"', "boat "  # some pipelines encode quoted words by themselves
 _SCALES = (3.5, 7.0)
 
 
@@ -150,14 +150,10 @@ class Learner:
 
     def _pictures(self) -> list[Inputs]:
         """Calls with another picture."""
-        own = self.call.picture
-        if own is None:
+        if self.call.picture is None:
             return []
-        self.call.picture = ImageOps.invert(own)
-        try:
+        with self.call.showing(ImageOps.invert(self.call.picture)):
             return [self.call.record(self.call.options(TEXT), output=None).calls[0][0]]
-        finally:
-            self.call.picture = own
 
     def _longest(self) -> str:
         """A text that is longer than the text encoders read, as far as the call says."""
@@ -171,9 +167,11 @@ class Learner:
 
     def _scales(self, first: Recording) -> list[Any]:
         """Calls with guidance scales, for a network that takes it as an input; none where there is no such network."""
-        inputs = []
-        for scale in _SCALES if "guidance_scale" in self.call.parameters else ():
-            recording = self.call.record(self.call.options(TEXT, guidance_scale=scale), last_step=0)
+        inputs, name = [], self.call.embedded_scale_name
+        if name is None:
+            return []
+        for scale in _SCALES:
+            recording = self.call.record(self.call.options(TEXT) | {name: scale}, last_step=0)
             if len(recording.calls[0]) > 1 or not _of_same_shapes(recording.calls[0][0], first.calls[0][0]):
                 return []
             inputs.append(recording.calls[0][0])
