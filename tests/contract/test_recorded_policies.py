@@ -119,8 +119,7 @@ def pipelines_pictures(pipeline: Any, policy: Any, guidance_scale: float = 1.0, 
         options: dict[str, Any] = {"height": case.resolution, "width": case.resolution, "num_frames": case.frames}
         options |= {"max_sequence_length": case.tokens, **more}
         options = {option: value for option, value in options.items() if value is not None}
-        if "use_resolution_binning" in call.parameters:
-            options["use_resolution_binning"] = False
+        options |= {name: False for name in ("use_resolution_binning", "use_kv_cache") if name in call.parameters}
         if policy.edits:
             options["image"] = source
         made = pipeline(

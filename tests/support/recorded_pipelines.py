@@ -17,6 +17,7 @@ from tests.support.text_encoders import (
     gemma_tokenizer,
     llm,
     mistral,
+    qwen3_vl,
     qwen_tokenizer,
     qwen_vl,
     qwen_vl_processor,
@@ -411,6 +412,50 @@ def wan_image_to_video() -> Any:
     )  # fmt: skip
 
 
+QWEN_VAE: dict[str, Any] = {
+    "base_dim": 4, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False],
+    "latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.8, 1.2, 2.0],
+}  # fmt: skip
+
+
+def krea2() -> Any:
+    """Krea 2: several layers of a language model for each token, whose mask the network reads."""
+    tokenizer = qwen_tokenizer()
+    return _pipeline(
+        "Krea2Pipeline",
+        {"tokenizer": tokenizer, "text_encoder": qwen3_vl(tokenizer).model},
+        scheduler=_flow(**FLUX_SHIFTS),
+        vae=_of("AutoencoderKLQwenImage", **QWEN_VAE),
+        transformer=_of(
+            "Krea2Transformer2DModel", in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+            num_key_value_heads=2, intermediate_size=16, timestep_embed_dim=8, text_hidden_dim=WIDTH,
+            num_text_layers=2, text_num_attention_heads=2, text_num_key_value_heads=2, text_intermediate_size=16,
+            num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 2, 2),
+        ),
+        text_encoder_select_layers=(1, 2),
+    )  # fmt: skip
+
+
+def qwen_image21() -> Any:
+    """Qwen-Image 2.1: a cache of the text's keys and values between steps, which is left off."""
+    tokenizer = qwen_tokenizer()
+    processor = qwen_vl_processor(tokenizer)
+    processor.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>{% endfor %}"
+    return _pipeline(
+        "QwenImage21Pipeline",
+        {"processor": processor, "text_encoder": qwen3_vl(tokenizer)},
+        scheduler=_flow(**FLUX_SHIFTS),
+        vae=_of(
+            "AutoencoderKLQwenImage21", **QWEN_VAE | {"dim_mult": [1] * 5, "temperal_downsample": [False] * 4},
+            decoder_base_dim=4,
+        ),
+        transformer=_of(
+            "QwenImage21Transformer2DModel", **IN_OUT, num_layers=2, **HEADS, context_in_dim=WIDTH,
+            axes_dims_rope=(4, 2, 2),
+        ),
+    )  # fmt: skip
+
+
 def _qwen_image_edit(kind: str) -> Any:
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 
@@ -425,10 +470,7 @@ def _qwen_image_edit(kind: str) -> Any:
         scheduler=_flow(
             use_dynamic_shifting=True, base_image_seq_len=9, base_shift=0.5, max_shift=0.9, shift_terminal=0.02
         ),
-        vae=_of(
-            "AutoencoderKLQwenImage", base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1,
-            temperal_downsample=[False], latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.8, 1.2, 2.0],
-        ),
+        vae=_of("AutoencoderKLQwenImage", **QWEN_VAE),
         transformer=_of(
             "QwenImageTransformer2DModel", in_channels=16, out_channels=4, num_layers=2, **HEADS, **TEXT,
             axes_dims_rope=(2, 2, 4),
@@ -480,6 +522,8 @@ RECORDED_PIPELINES: dict[str, Recorded] = {
     "hunyuan-image": Recorded(hunyuan_image, tokens=None),
     "hunyuan-video-1.5": Recorded(hunyuan_video15, frames=5, tokens=None),
     "cogview3-plus": Recorded(cogview3_plus),
+    "krea2": Recorded(krea2, tokens=32),
+    "qwen-image-2.1": Recorded(qwen_image21, resolution=64, tokens=None),
     "qwen-image-edit": Recorded(qwen_image_edit),
     "qwen-image-edit-plus": Recorded(qwen_image_edit_plus),
 }

@@ -160,6 +160,25 @@ VISION = {
 """The tokens around a picture, and in its place, of a tokenizer that has them."""
 
 
+def qwen3_vl(tokenizer: Any, layers: int = 2) -> Any:
+    """A Qwen 3 VL with its head."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "initializer_range": 0.3,  # random, but not blind to the text
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    }
+    eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": WIDTH}
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=eyes))
+
+
 def qwen_vl_processor(tokenizer: Any) -> Any:
     """The tokenizer, which gets the tokens of `VISION`, with what cuts a picture into patches: 4 tokens of one."""
     from transformers import ProcessorMixin, Qwen2VLImageProcessorPil, Qwen2VLProcessor

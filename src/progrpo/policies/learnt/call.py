@@ -20,6 +20,8 @@ from progrpo.policies.learnt.recording import Inputs, Recording, Script, record
 
 TEXT = "a red cat"
 """The text of calls in which no text matters."""
+LONGER_TEXT = 'two dogs on a boat, whose name is "sea"'
+"""Another text, of more tokens. Some pipelines encode quoted words by themselves."""
 GUIDERS = "guiders"
 """The option of a call that is the scale of the components that guide. The other options are the call's own."""
 _ASKED_STEPS = 4
@@ -113,7 +115,7 @@ class PipelineCall:
         area = self.picture.width * self.picture.height if self.picture else None
         given |= {name: v for name, v in (("max_area", area), ("_auto_resize", False)) if name in self.parameters}
         scales = ("guidance_scale", "true_cfg_scale", "distilled_guidance_scale")
-        fixed = {**dict.fromkeys(scales, self.unguided), "use_resolution_binning": False}
+        fixed = {**dict.fromkeys(scales, self.unguided), "use_resolution_binning": False, "use_kv_cache": False}
         given |= {name: value for name, value in fixed.items() if name in self.parameters}
         generator = torch.Generator().manual_seed(0)
         return given | {"num_inference_steps": steps, "generator": generator, "output_type": "np"} | more

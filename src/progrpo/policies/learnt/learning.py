@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from progrpo.policies.learnt.argument import Argument, FromGuidance, FromLatents, FromText, leaves, renamed
-from progrpo.policies.learnt.call import TEXT, PipelineCall
+from progrpo.policies.learnt.call import LONGER_TEXT, TEXT, PipelineCall
 from progrpo.policies.learnt.comparison import Calls, Probe, learn
 from progrpo.policies.learnt.guidance import Combined, Guidance, guidance_of
 from progrpo.policies.learnt.output import Output, learn_output
 from progrpo.policies.learnt.rearranged import inverse, probes, read
 from progrpo.policies.learnt.recording import Inputs, Recording
 
-_OTHER, _WORD = 'two dogs on a boat, whose name is "sea"', "boat "  # some pipelines encode quoted words by themselves
+_WORD = "boat "
 _SCALES = (3.5, 7.0)
 
 
@@ -129,7 +129,7 @@ class Learner:
             call.options(TEXT, len(same_time)), encoded=encoded, timesteps=same_time,
             sample=lambda step, x: latents_KN[step].to(x).reshape(sample.shape), last_step=len(latents_KN),
         )  # fmt: skip
-        texts = [call.record(call.options(text), output=None) for text in (_OTHER, "", self._longest())]
+        texts = [call.record(call.options(text), output=None) for text in (LONGER_TEXT, "", self._longest())]
         calls = Calls(
             base=first.calls[0][0],
             pair=self.call.pair,

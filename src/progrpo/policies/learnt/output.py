@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from progrpo.policies.learnt.call import TEXT, PipelineCall
+from progrpo.policies.learnt.call import LONGER_TEXT, TEXT, PipelineCall
 from progrpo.policies.learnt.rearranged import in_order, probes, read
 from progrpo.policies.learnt.recording import Recording
 
@@ -23,13 +23,19 @@ class Output:
     listed: bool
     place_N: Tensor
     sign: float
+    size: int
+    """The numbers of a row of the output, for the text that it was learnt from."""
+    from_end: bool = False
+    """Whether places are counted from the end of a row, which is longer for a longer text."""
 
     def read(self, output: Any, rows: int) -> Tensor:
         """The output (B, N) as the scheduler gets it."""
         for key in self.path:
             output = output[key]
         tensor = torch.stack(list(output)) if self.listed else output
-        read = in_order(tensor.reshape(rows, -1), self.place_N.to(tensor.device))
+        values = tensor.reshape(rows, -1)
+        shift = values.shape[1] - self.size if self.from_end else 0
+        read = in_order(values, self.place_N.to(tensor.device) + shift)
         return read if self.sign == 1 else read * self.sign
 
 
@@ -38,11 +44,25 @@ def learn_output(call: PipelineCall, first: Recording, size: int) -> Output:
 
     ValueError, a part of a sentence, where it is something else than the output's numbers in another order.
     """
+    output = _learnt_from(call, TEXT, first, size)
+    longer = call.record(call.options(LONGER_TEXT), last_step=0)
+    other = _learnt_from(call, LONGER_TEXT, longer, size) if _size(call, longer) != _size(call, first) else output
+    shift = other.size - output.size
+    if other.sign != output.sign or not any(torch.equal(other.place_N, output.place_N + by) for by in (0, shift)):
+        raise ValueError("its scheduler gets parts of the network's output that depend on the text")
+    return replace(output, from_end=not torch.equal(other.place_N, output.place_N))
+
+
+def _size(call: PipelineCall, recording: Recording) -> int:
+    template = call.template(recording.calls[0][0])
+    return sum(leaf.numel() for leaf in tree_leaves(template) if isinstance(leaf, Tensor))
+
+
+def _learnt_from(call: PipelineCall, text: str, first: Recording, size: int) -> Output:
     template = call.template(first.calls[0][0])
-    total = sum(leaf.numel() for leaf in tree_leaves(template) if isinstance(leaf, Tensor))
-    values_KM = probes(total)
+    values_KM = probes(_size(call, first))
     recording = call.record(
-        call.options(TEXT, len(values_KM)),
+        call.options(text, len(values_KM)),
         encoded=first.encoded,
         output=lambda step, inputs: _filled(template, values_KM[step]),
         sample=lambda step, sample: sample,
@@ -65,7 +85,7 @@ def _placed(call: PipelineCall, template: Any, place_N: Tensor, sign: float) -> 
         if (place_N >= start).all() and (place_N < start + leaf.numel()).all():
             place_N = place_N - start
             listed = _is_list_of_rows(call, path)
-            return Output(path[:-1] if listed else path, listed, place_N, sign)
+            return Output(path[:-1] if listed else path, listed, place_N, sign, leaf.numel())
         start += leaf.numel()
     raise ValueError("its scheduler gets parts of several outputs of the network")
 
