@@ -19,8 +19,8 @@ import pytest
 
 import progrpo
 from progrpo.config import RewardSettings, RewardTerm
+from progrpo.durable import LockLostError
 from progrpo.pages.run_data import RunData, read_run_data
-from progrpo.tracking.lock import LockLostError
 from progrpo.tracking.records import Summary
 from progrpo.tracking.run_folder import RunFolder
 from progrpo.training.checkpoints import saved

@@ -15,7 +15,8 @@ import pytest
 from filelock import MarkerSoftFileLock
 
 import progrpo
-from progrpo.tracking.lock import NAME, LockLostError, Pace, is_held, last_renewal, only_writer
+from progrpo.durable import LockLostError
+from progrpo.tracking.lock import NAME, Pace, is_held, last_renewal, only_writer
 from tests.support.locks import record
 
 PACE = Pace(renewal=0.05, look=0.02, lease=0.9)

@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 from filelock import MarkerSoftFileLock, OwnerRecord, SoftFileLease, Timeout
 
+from progrpo.durable import LockLostError
+
 NAME = "run.lock"
 
 
@@ -30,10 +32,6 @@ class Pace:
     """The time between two looks at somebody else's lock."""
     lease: float = 60.0
     """The time without a renewal after which a run counts as dead."""
-
-
-class LockLostError(ValueError):
-    """Another run has taken over the folder, because this one did not renew its lock."""
 
 
 class Lock:
