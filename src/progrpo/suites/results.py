@@ -47,7 +47,7 @@ class ModelResult(TypedDict):
     missing: int
     figures: dict[str, Figure]
     by_kind: dict[str, dict[str, Figure]]
-    """By figure and kind."""
+    """The figures of each kind, by the figure's name."""
     against: dict[str, Change]
 
 
