@@ -158,7 +158,7 @@ _DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
     "qwen-image": (*_ATTENTION, "img_mlp.net.0.proj", "txt_mlp.net.0.proj"),
     "wan2_t2v": (*_WAN, "ffn.net.0.proj", "ffn.net.2"),
 }
-"""Its types of models that have a policy here, and the layers that `target_modules: default` means for each."""
+"""The model types that have a policy here, and the layers that `target_modules: default` means for each."""
 
 # The settings of the averages with which nft, awm and dgpo compare, at the values of ours.
 _AVERAGES: dict[str, dict[str, object]] = {

@@ -143,7 +143,7 @@ def _unread(value: Unread) -> Outcome:
 
 
 def _bracketed(settings: Mapping[str, object]) -> dict[str, object]:
-    """The same settings with rewards, whose names are the user's, as `reward_fn[NAME]`."""
+    """Write rewards, whose names are the user's, as `reward_fn[NAME]`."""
     return {f"reward_fn[{n[10:]}]" if n.startswith("reward_fn.") else n: value for n, value in settings.items()}
 
 

@@ -62,7 +62,7 @@ class Sampler:
         return Denoiser(self.policy, condition, self.sampling)
 
     def with_max_batch(self, rows: int) -> Sampler:
-        """The same with at most `rows` rows in a network call."""
+        """Return the sampler with at most `rows` rows in a network call."""
         return replace(self, sampling=self.sampling.with_max_batch(rows))
 
     @property
