@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from transformers import (
     BlipTextConfig,
@@ -23,6 +24,8 @@ from transformers import (
     CLIPModel,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
     YolosConfig,
     YolosForObjectDetection,
     YolosImageProcessorPil,
@@ -35,17 +38,20 @@ from progrpo.rewards.aesthetic import Aesthetic
 from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.clip import ClipCosine
 from progrpo.rewards.clipscore import CLIPScore
+from progrpo.rewards.dino import Dino, DinoSimilarity
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.geneval import Colors, Detector, GenEval, GenEvalFlowGRPO
 from progrpo.rewards.hpsv2 import HPSv2
 from progrpo.rewards.imagereward import ImageReward, blip_tokenizer
 from progrpo.rewards.load import load_reward
+from progrpo.rewards.lpips import LPIPS, LPIPSSimilarity
 from progrpo.rewards.ocr import OCR
 from progrpo.rewards.ocr_line import OCRLine
 from progrpo.rewards.pickscore import PickScore
 from progrpo.rewards.retrying import RetryingReward
 from progrpo.rewards.reward_model import LearnedReward
 from progrpo.rewards.settings import REWARDS, RewardTerm
+from progrpo.rewards.source import SourceSimilarity
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 
@@ -55,7 +61,8 @@ COLUMNS = {
     "target": ["bcircle", "ecir"],
     "include": [{"class": "cat", "count": 8, "color": "red"}, {"class": "dog", "count": 1}],
 }
-PROMPTS = [Prompt(p.text, {**p.columns, **COLUMNS}) for p in PROMPTS]
+SOURCE = Image.fromarray(world.examples("test", 1, seed=4)[1][0])
+PROMPTS = [Prompt(p.text, {**p.columns, **COLUMNS, "image": SOURCE}) for p in PROMPTS]
 
 
 def brightness(images, prompts):
@@ -152,6 +159,11 @@ def small_geneval(kind: type[GenEval] = GenEval) -> GenEval:
     return kind(Detector(random_weights(lambda: YolosForObjectDetection(config)), processor), colors)
 
 
+def small_dino() -> Dino:
+    config = Dinov2Config(image_size=224, patch_size=56, initializer_range=0.5, mlp_ratio=2, **TOWER)
+    return Dino(random_weights(lambda: Dinov2Model(config)), CLIPImageProcessorPil())
+
+
 def learned(name: str) -> Reward:
     """A reward of a model with random heads on the built-in backbone."""
     backbone = ShapesBackbone()
@@ -182,6 +194,8 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "aesthetic": small_aesthetic,
     "reward_model": lambda: learned("reward_model"),
     "reward_model_variance": lambda: learned("reward_model_variance"),
+    "dino_similarity": lambda: DinoSimilarity(small_dino()),
+    "lpips_similarity": lambda: LPIPSSimilarity(random_weights(LPIPS)),
     "ocr": lambda: OCR(reads_the_colour),
     "ocr_line": lambda: OCRLine(reads_the_colour),
     "geneval": small_geneval,
@@ -214,7 +228,7 @@ def test_one_score_a_picture_of_plain_types(reward):
 
 
 def test_order_is_kept_and_pictures_do_not_see_each_other(reward):
-    networks = ClipCosine, Aesthetic, ImageReward, GenEval, LearnedReward
+    networks = ClipCosine, Aesthetic, ImageReward, GenEval, LearnedReward, SourceSimilarity
     rounding = (
         1e-3 if isinstance(reward, LearnedReward) else 1e-5 if isinstance(reward, networks) else 0.0
     )  # a network's kernels differ by the size of their batch

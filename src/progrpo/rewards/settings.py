@@ -24,6 +24,8 @@ REWARDS = {
     "hpsv2": "progrpo.rewards.hpsv2:HPSv2",
     "imagereward": "progrpo.rewards.imagereward:ImageReward",
     "aesthetic": "progrpo.rewards.aesthetic:Aesthetic",
+    "dino_similarity": "progrpo.rewards.dino:DinoSimilarity",
+    "lpips_similarity": "progrpo.rewards.lpips:LPIPSSimilarity",
     "ocr": "progrpo.rewards.ocr:OCR",
     "ocr_line": "progrpo.rewards.ocr_line:OCRLine",
     "geneval": "progrpo.rewards.geneval:GenEval",
@@ -133,6 +135,7 @@ class RewardSettings:
     (docs/rewards.md).
     The built-in verifier: `shapes` (graded), `shapes_strict` (1 if all is right, otherwise 0), `shapes_mixed`
     (their mean). Continuous beside it: `shapes_match` (by the prompt), `shapes_taste` (large, centred, warm).
+    For edits, against the source picture: dino_similarity, lpips_similarity.
     For any prompts: clipscore, pickscore, hpsv2, imagereward, aesthetic, ocr, ocr_line, geneval, geneval_flow_grpo,
     jpeg_compressibility, jpeg_incompressibility, nsfw, vlm, reward_model, reward_model_variance, votes
     (docs/preferences.md), or your own `module:function`."""

@@ -14,7 +14,7 @@ from progrpo.suites.records import Key, MeasuresRecord, PictureRecord
 from progrpo.suites.statistics import Clusters, Estimate, estimate, holm, paired
 
 ACCURACY, JUDGE, KL = "accuracy", "judge", "kl"
-DIVERSITY = {"diversity": "pixels", "distance": "features", "vendi": "Vendi"}
+DIVERSITY = {"diversity": "pixels", "lpips": "LPIPS", "distance": "features", "vendi": "Vendi"}
 """The figures of several pictures of a prompt."""
 VENDI_OF_ALL = "vendi of all"
 SHARES = (ACCURACY, JUDGE)
