@@ -50,8 +50,8 @@ from progrpo.rewards.ocr_line import OCRLine
 from progrpo.rewards.pickscore import PickScore
 from progrpo.rewards.retrying import RetryingReward
 from progrpo.rewards.reward_model import LearnedReward
-from progrpo.rewards.settings import REWARDS, RewardTerm
-from progrpo.rewards.source import SourceSimilarity
+from progrpo.rewards.settings import ASK_A_MODEL, REWARDS, RewardTerm
+from progrpo.rewards.similarity import SourceSimilarity
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 
@@ -183,7 +183,7 @@ def reads_the_colour(picture_HWC):
     return SimpleNamespace(txts=("abcdefgh"[int(picture_HWC.mean()) % 8], "circle"))
 
 
-NOT_ALONE = ("vlm", "votes")
+NOT_ALONE = (*ASK_A_MODEL, "votes")
 """Rewards that need a server, or people."""
 BUILDERS: dict[str, Callable[[], Any]] = {
     **{name: functools.partial(load_reward, RewardTerm(name)) for name in REWARDS if name not in NOT_ALONE},

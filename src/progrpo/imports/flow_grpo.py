@@ -48,6 +48,11 @@ REWARDS = {
     "hpsv2_score": NearestReward("hpsv2"),
     "ocr": NearestReward("ocr"),
     "geneval": NearestReward("geneval_flow_grpo"),
+    "unifiedreward": NearestReward(
+        "unifiedreward",
+        difference="there pictures are first resized to 512 by 512, and an answer without a score counts as 0; ours"
+        " asks the server in OPENAI_BASE_URL, or in the term's url",
+    ),
     "jpeg_compressibility": NearestReward("jpeg_compressibility", 1 / 500),
     "jpeg_incompressibility": NearestReward("jpeg_incompressibility"),
     "clipscore": NearestReward(
@@ -61,7 +66,6 @@ _NOT_BUILT_IN = {
     "video_ocr": "the mean over every fourth frame that shows something of the text",
     "deqa": "DeQA's quality of the picture, from a server",
     "qwenvl": "Qwen2.5-VL-7B's mark of 1 to 5 for aesthetics, over 5; the prompt is not read",
-    "unifiedreward": "UnifiedReward-7B's mark of 1 to 5, over 5, from a server",
     "image_similarity": "the cosine of CLIP ViT-L/14's features of the picture and of its source",
 }
 

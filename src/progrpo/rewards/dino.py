@@ -14,7 +14,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from progrpo.rewards.clip import preprocess
 from progrpo.rewards.hub import fetching, load_pretrained, place
 from progrpo.rewards.settings import RewardTerm
-from progrpo.rewards.source import SourceSimilarity
+from progrpo.rewards.similarity import SourceSimilarity
 
 DINO = ("facebook/dinov2-small", "ed25f3a31f01632728cabb09d1542f84ab7b0056")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from progrpo.rewards.hub import downloaded_file, place, read_pickle
 from progrpo.rewards.settings import RewardTerm
-from progrpo.rewards.source import SourceSimilarity
+from progrpo.rewards.similarity import SourceSimilarity
 
 ALEXNET = (
     "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
