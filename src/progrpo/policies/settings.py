@@ -17,6 +17,12 @@ _SIDES = Rule(
 class ModelSettings:
     path: str = "shapes-flow"
     """The model: a built-in model's name, a folder in diffusers' format, or a hub id."""
+    single_file: str = ""
+    """A checkpoint in one safetensors file, as ComfyUI and A1111 have them; empty: none.
+    Its denoiser takes the place of the denoiser of `path`, and so do its autoencoder and text encoders, where it has
+    them.
+    `path` is the model that it was made from, which gives configurations, tokenizers and the other networks.
+    Files of Stable Diffusion, SDXL, SD3 and FLUX are read, by diffusers' from_single_file."""
     weights: Literal["lora", "full"] = "lora"
     """The weights that are trained: low-rank adapters (`lora`, by peft) or all weights of the denoiser (`full`).
     The reference of a fresh LoRA is the model without it.
