@@ -33,10 +33,10 @@ _BETWEEN, _AFTER = "<|vision_end|>", "\n<|im_end|>\n<|im_start|>assistant\n"
 class HPSv3(HubReward):
     """The mean m of the Gaussian (m, s) that three layers give of Qwen2-VL's feature of the token <|Reward|>.
 
-    It has no bounds; on its benchmark the means of models are about 0 to 11. Pictures are resized to about 200,704 pixels, each side a
-    multiple of 28. As in the published code, the positions of tokens are counted one by one, also those of the picture,
-    where Qwen2-VL itself has three coordinates. The network computes in bfloat16, unless the term says otherwise, and
-    the layers after it in float32.
+    It has no bounds; on its benchmark the means of models are about 0 to 11. Pictures are resized to about 200,704
+    pixels, each side a multiple of 28. As in the published code, the positions of tokens are counted one by one, also
+    those of the picture, where Qwen2-VL itself has three coordinates. The network computes in bfloat16, unless the term
+    says otherwise, and the layers after it in float32.
     """
 
     parameters = 7_748_610_610
