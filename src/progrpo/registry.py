@@ -31,7 +31,7 @@ def one_of(names: Collection[str], attribute: str = "attribute") -> Rule:
 
 def is_users_own(name: str) -> bool:
     """Whether a name has the form `module:attribute`."""
-    return _USERS_OWN.holds(name)
+    return bool(_USERS_OWN.holds(name))
 
 
 def choices_of(names: Collection[str]) -> Any:
