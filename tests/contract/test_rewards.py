@@ -40,6 +40,7 @@ from progrpo.preferences.reward_model.shapes import ShapesBackbone
 from progrpo.rewards.aesthetic import Aesthetic, AestheticV25
 from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.clip import ClipCosine
+from progrpo.rewards.clip_similarity import CLIPSimilarity
 from progrpo.rewards.clipscore import CLIPScore
 from progrpo.rewards.dino import Dino, DinoSimilarity
 from progrpo.rewards.function import FunctionReward
@@ -127,9 +128,14 @@ def small_head(width: int) -> nn.Sequential:
     return random_weights(lambda: nn.Sequential(nn.Linear(width, 4), nn.Linear(4, 1)))
 
 
-def small_aesthetic() -> Aesthetic:
+def small_vision() -> CLIPVisionModelWithProjection:
     vision = CLIPVisionModelWithProjection(small_clip().config.vision_config)
     vision.load_state_dict(small_clip().state_dict(), strict=False)
+    return vision
+
+
+def small_aesthetic() -> Aesthetic:
+    vision = small_vision()
     return Aesthetic(vision, small_head(vision.config.projection_dim), CLIPImageProcessorPil())
 
 
@@ -212,6 +218,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "aesthetic_v25": small_aesthetic_v25,
     "reward_model": lambda: learned("reward_model"),
     "reward_model_variance": lambda: learned("reward_model_variance"),
+    "clip_similarity": lambda: CLIPSimilarity(small_vision(), CLIPImageProcessorPil()),
     "dino_similarity": lambda: DinoSimilarity(small_dino()),
     "lpips_similarity": lambda: LPIPSSimilarity(random_weights(LPIPS)),
     "ocr": lambda: OCR(reads_the_colour),

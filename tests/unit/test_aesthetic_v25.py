@@ -64,5 +64,7 @@ def test_from_the_cache_without_a_network(siglip, tmp_path, monkeypatch):
     assert np.ptp(ratings) > 1e-3
 
     head.write_bytes(head.read_bytes()[:100])
-    with pytest.raises(Refusal, match=r"^reward 'aesthetic_v25': .*_v2_5.pth holds no tensors alone .*; delete it"):
+    with pytest.raises(
+        Refusal, match=r"^reward 'aesthetic_v25': .*_v2_5.pth is damaged, or holds more than tensors; delete it"
+    ):
         load_reward(RewardTerm("aesthetic_v25", device="cpu")).check([])

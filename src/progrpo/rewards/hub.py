@@ -139,9 +139,9 @@ def read_tensors(reward: str, path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle raise several kinds
-        reason = " ".join(str(error).split())[:200]
         raise Refusal(
-            f"reward {reward!r}: {path.resolve()} holds no tensors alone ({reason}); delete it, and it is fetched anew"
+            f"reward {reward!r}: {path.resolve()} is damaged, or holds more than tensors; delete it, and it is fetched"
+            " anew"
         ) from error
 
 
