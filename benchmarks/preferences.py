@@ -234,15 +234,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         few = f" ({len(gains)} of 3)" if 0 < len(gains) < 3 else ""
         return f"{mean(gains):.2f}{spread}{few}" if gains else ""
 
-    grid = list(itertools.product(SIZES, FLIPS))
-    heads = [f"{100 * flips:g} % flipped" for flips in FLIPS]
-    lines = ["The learned reward, by pairs and flipped labels:", "", *_head("pairs", heads)]
-    lines += [_row(f"{size:,}", [share("reward model", size, flips) for flips in FLIPS]) for size in SIZES]
-    others = {(r["size"], r["flips"]) for r in results if r["arm"] not in (*ARMS[:2], "reward model")}
-    cells = [cell for cell in grid if cell in others]
-    lines += ["", "All arms:", "", *_head("arm", [f"{size:,} pairs, {100 * flips:g} %" for size, flips in cells])]
-    lines += [_row(arm, [share(arm, *cell) for cell in cells]) for arm in ARMS[2:]]
-    lines += ["", "The ends of the runs with 200 clean pairs, and of the true reward:", ""]
+    lines = []
+    for size in SIZES:
+        lines += [f"{size:,} pairs:", "", *_head("arm", [f"{100 * flips:g} % flipped" for flips in FLIPS])]
+        arms = [arm for arm in ARMS[2:] if any(r["size"] == size for r in _of(results, arm))]
+        lines += [*(_row(arm, [share(arm, size, flips) for flips in FLIPS]) for arm in arms), ""]
+    lines += ["The ends of the runs with 200 clean pairs, and of the true reward:", ""]
     lines += _head("arm", ["taste", "strict", "second judge", "diversity", "core seconds"])
     base = [r["curve"][0] for r in _of(results, TRUE)]
     lines.append(_row("the base", [*_ends(base), ""]))

@@ -19,6 +19,10 @@ class DiskError(RuntimeError):
     """A run cannot write its files. The message has the file, the system's error, and how to go on."""
 
 
+class LockLostError(ValueError):
+    """A run must not write its files, because another run has taken over its folder."""
+
+
 def sync(path: Path) -> None:
     """Return when a file's bytes, or a folder's names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)

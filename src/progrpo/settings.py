@@ -58,8 +58,6 @@ NUM_STEPS = between(1, 1000)  # diffusion models have a thousand levels, and flo
 DEVICE_PATTERN = r"auto|(cpu|cuda|mps|xpu|npu|hpu)(:\d{1,2})?"
 DEVICE = matches(DEVICE_PATTERN, "auto, or a device by torch's name, such as cpu or cuda:0")
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-
 
 def setting(default: T, rule: Rule) -> T:
     """A field with a default and a rule that its values keep."""

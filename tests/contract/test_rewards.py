@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from transformers import (
     BlipTextConfig,
@@ -23,6 +24,11 @@ from transformers import (
     CLIPModel,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     YolosConfig,
     YolosForObjectDetection,
     YolosImageProcessorPil,
@@ -31,23 +37,29 @@ from transformers import (
 from progrpo.preferences.reward_model.head import Ensemble, columns
 from progrpo.preferences.reward_model.model import RewardModel, save_reward_model
 from progrpo.preferences.reward_model.shapes import ShapesBackbone
-from progrpo.rewards.aesthetic import Aesthetic
+from progrpo.rewards.aesthetic import Aesthetic, AestheticV25
 from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.clip import ClipCosine
+from progrpo.rewards.clip_similarity import CLIPSimilarity
 from progrpo.rewards.clipscore import CLIPScore
+from progrpo.rewards.dino import Dino, DinoSimilarity
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.geneval import Colors, Detector, GenEval, GenEvalFlowGRPO
 from progrpo.rewards.hpsv2 import HPSv2
+from progrpo.rewards.hpsv3 import HPSv3
 from progrpo.rewards.imagereward import ImageReward, blip_tokenizer
 from progrpo.rewards.load import load_reward
+from progrpo.rewards.lpips import LPIPS, LPIPSSimilarity
 from progrpo.rewards.ocr import OCR
 from progrpo.rewards.ocr_line import OCRLine
 from progrpo.rewards.pickscore import PickScore
 from progrpo.rewards.retrying import RetryingReward
 from progrpo.rewards.reward_model import LearnedReward
-from progrpo.rewards.settings import REWARDS, RewardTerm
+from progrpo.rewards.settings import ASK_A_MODEL, REWARDS, RewardTerm
+from progrpo.rewards.similarity import SourceSimilarity
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
+from tests.support.hpsv3 import small_hpsv3
 
 PROMPTS, PICTURES = world.examples("test", 12, seed=3)
 PROMPTS = [*PROMPTS[:6], *PROMPTS[7:], PROMPTS[6]]  # half of the pictures are not what is asked for
@@ -55,7 +67,8 @@ COLUMNS = {
     "target": ["bcircle", "ecir"],
     "include": [{"class": "cat", "count": 8, "color": "red"}, {"class": "dog", "count": 1}],
 }
-PROMPTS = [Prompt(p.text, {**p.columns, **COLUMNS}) for p in PROMPTS]
+SOURCE = Image.fromarray(world.examples("test", 1, seed=4)[1][0])
+PROMPTS = [Prompt(p.text, {**p.columns, **COLUMNS, "image": SOURCE}) for p in PROMPTS]
 
 
 def brightness(images, prompts):
@@ -115,10 +128,26 @@ def small_head(width: int) -> nn.Sequential:
     return random_weights(lambda: nn.Sequential(nn.Linear(width, 4), nn.Linear(4, 1)))
 
 
-def small_aesthetic() -> Aesthetic:
+def small_vision() -> CLIPVisionModelWithProjection:
     vision = CLIPVisionModelWithProjection(small_clip().config.vision_config)
     vision.load_state_dict(small_clip().state_dict(), strict=False)
+    return vision
+
+
+def small_aesthetic() -> Aesthetic:
+    vision = small_vision()
     return Aesthetic(vision, small_head(vision.config.projection_dim), CLIPImageProcessorPil())
+
+
+def small_aesthetic_v25() -> AestheticV25:
+    config = SiglipVisionConfig(image_size=64, patch_size=32, **TOWER)
+    processor = SiglipImageProcessorPil(size={"height": 64, "width": 64})
+    return AestheticV25(random_weights(lambda: SiglipVisionModel(config)), small_head(32), processor)
+
+
+def small_hpsv3_here() -> HPSv3:
+    with tempfile.TemporaryDirectory() as folder:
+        return small_hpsv3(Path(folder))
 
 
 def small_imagereward() -> ImageReward:
@@ -152,6 +181,11 @@ def small_geneval(kind: type[GenEval] = GenEval) -> GenEval:
     return kind(Detector(random_weights(lambda: YolosForObjectDetection(config)), processor), colors)
 
 
+def small_dino() -> Dino:
+    config = Dinov2Config(image_size=224, patch_size=56, initializer_range=0.5, mlp_ratio=2, **TOWER)
+    return Dino(random_weights(lambda: Dinov2Model(config)), CLIPImageProcessorPil())
+
+
 def learned(name: str) -> Reward:
     """A reward of a model with random heads on the built-in backbone."""
     backbone = ShapesBackbone()
@@ -171,7 +205,7 @@ def reads_the_colour(picture_HWC):
     return SimpleNamespace(txts=("abcdefgh"[int(picture_HWC.mean()) % 8], "circle"))
 
 
-NOT_ALONE = ("vlm", "votes")
+NOT_ALONE = (*ASK_A_MODEL, "votes")
 """Rewards that need a server, or people."""
 BUILDERS: dict[str, Callable[[], Any]] = {
     **{name: functools.partial(load_reward, RewardTerm(name)) for name in REWARDS if name not in NOT_ALONE},
@@ -180,8 +214,13 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "hpsv2": lambda: small(HPSv2),
     "imagereward": small_imagereward,
     "aesthetic": small_aesthetic,
+    "hpsv3": small_hpsv3_here,
+    "aesthetic_v25": small_aesthetic_v25,
     "reward_model": lambda: learned("reward_model"),
     "reward_model_variance": lambda: learned("reward_model_variance"),
+    "clip_similarity": lambda: CLIPSimilarity(small_vision(), CLIPImageProcessorPil()),
+    "dino_similarity": lambda: DinoSimilarity(small_dino()),
+    "lpips_similarity": lambda: LPIPSSimilarity(random_weights(LPIPS)),
     "ocr": lambda: OCR(reads_the_colour),
     "ocr_line": lambda: OCRLine(reads_the_colour),
     "geneval": small_geneval,
@@ -214,7 +253,7 @@ def test_one_score_a_picture_of_plain_types(reward):
 
 
 def test_order_is_kept_and_pictures_do_not_see_each_other(reward):
-    networks = ClipCosine, Aesthetic, ImageReward, GenEval, LearnedReward
+    networks = ClipCosine, Aesthetic, ImageReward, GenEval, LearnedReward, SourceSimilarity, HPSv3
     rounding = (
         1e-3 if isinstance(reward, LearnedReward) else 1e-5 if isinstance(reward, networks) else 0.0
     )  # a network's kernels differ by the size of their batch

@@ -155,7 +155,8 @@ def test_rewards_that_cannot_be_had_are_named_and_left_out(tmp_path, monkeypatch
     assert result["score"] == "accuracy" and result["models"][0]["figures"]["ocr"]["count"] == 1
     for name in ("imagereward", "pickscore", "hpsv2", "aesthetic", "clipscore"):
         assert f"warning: {name} is left out: reward {name!r}: there is no cached copy of" in err
-    assert "feature distance and Vendi are left out: reward 'dino'" in err and len(result["notes"]) == 6
+    assert "feature distance and Vendi are left out: reward 'dino'" in err
+    assert "LPIPS is left out: reward 'lpips'" in err and len(result["notes"]) == 7
     assert main(["eval", "shapes-flow", *words, "--reward", "clipscore"]) == 2
     assert "reward 'clipscore': there is no cached copy" in capsys.readouterr().err
 

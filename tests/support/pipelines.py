@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 
-from tests.support.text_encoders import WIDTH, clip_encoder, clip_tokenizer, qwen_tokenizer, t5_encoder, t5_tokenizer
+from tests.support.text_encoders import (
+    WIDTH,
+    clip_encoder,
+    clip_tokenizer,
+    qwen_tokenizer,
+    qwen_vl,
+    t5_encoder,
+    t5_tokenizer,
+)
 
 
 def _denoiser() -> Any:
@@ -263,19 +271,8 @@ def qwen_image() -> Any:
         QwenImagePipeline,
         QwenImageTransformer2DModel,
     )
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     tokenizer = qwen_tokenizer()
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
-        "intermediate_size": WIDTH,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-    }
-    eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": WIDTH}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipeline = QwenImagePipeline(
@@ -300,7 +297,7 @@ def qwen_image() -> Any:
                 latents_mean=[0.1, -0.2, 0.3, 0.0],
                 latents_std=[1.5, 0.8, 1.2, 2.0],
             ),
-            text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=eyes)),
+            text_encoder=qwen_vl(tokenizer),
             tokenizer=tokenizer,
         )
     before = pipeline.prompt_template_encode.partition("{}")[0]

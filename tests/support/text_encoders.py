@@ -118,3 +118,78 @@ def gemma_tokenizer() -> Any:
     first = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
     tokenizer._tokenizer.post_processor = first
     return tokenizer
+
+
+def mistral(tokenizer: Any) -> Any:
+    """A Mistral 3 of 30 layers, which FLUX.2 dev reads at the tenth, the twentieth and the last."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    text = {"hidden_size": 8, "intermediate_size": 4, "head_dim": 4, "num_attention_heads": 1}
+    more = {"num_hidden_layers": 30, "num_key_value_heads": 1, "initializer_range": 0.3, "model_type": "mistral"}
+    eyes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
+    config = Mistral3Config(
+        text_config={**text, **more, "vocab_size": len(tokenizer)}, vision_config={**eyes, "model_type": "pixtral"}
+    )
+    return Mistral3ForConditionalGeneration(config)
+
+
+def qwen_vl(tokenizer: Any, layers: int = 1) -> Any:
+    """A Qwen 2.5 VL, which reads pictures too."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    }
+    eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": WIDTH}
+    marks = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in VISION.items()}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=eyes, **marks))
+
+
+VISION = {
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+    "image": "<|image_pad|>",
+    "video": "<|video_pad|>",
+}
+"""The tokens around a picture, and in its place, of a tokenizer that has them."""
+
+
+def qwen3_vl(tokenizer: Any, layers: int = 2) -> Any:
+    """A Qwen 3 VL with its head."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "initializer_range": 0.3,  # random, but not blind to the text
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    }
+    eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": WIDTH}
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=eyes))
+
+
+def qwen_vl_processor(tokenizer: Any) -> Any:
+    """The tokenizer, which gets the tokens of `VISION`, with what cuts a picture into patches: 4 tokens of one."""
+    from transformers import ProcessorMixin, Qwen2VLImageProcessorPil, Qwen2VLProcessor
+
+    class WithoutVideos(Qwen2VLProcessor):  # whose part needs torchvision
+        def __init__(self, image_processor: Any, tokenizer: Any) -> None:
+            self.image_token = VISION["image"]
+            self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+            ProcessorMixin.__init__(self, image_processor, tokenizer)
+
+    tokenizer.add_tokens(list(VISION.values()), special_tokens=True)
+    side = 2 * 28  # of a picture; a token is of 28 pixels
+    pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": side**2, "longest_edge": side**2})
+    return WithoutVideos(pictures, tokenizer)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from progrpo.policies.learnt.argument import Calls, Given, Probe, learn, leaves
+from progrpo.policies.learnt.argument import Given, leaves
+from progrpo.policies.learnt.comparison import Calls, Probe, learn
 from progrpo.policies.learnt.rearranged import probes
 
 TIMES = torch.tensor([900.0, 400.0, 33.3])

@@ -293,7 +293,7 @@ GRPO: dict[str, tuple[dict[str, Any], set[str], tuple[RewardTerm, ...], dict[str
         flux("counting_edit", {"image_similarity": 0.5, "geneval": 0.5}, **batches(28, 3, 21, 48))
         | {"pretrained.model": f"black-forest-labs/{KONTEXT}", "sample.guidance_scale": 2.5},
         ATTENTION | FF | {"proj_mlp"},
-        (RewardTerm("my_rewards:image_similarity", 0.5), RewardTerm("geneval_flow_grpo", 0.5)),
+        (RewardTerm("clip_similarity", 0.5), RewardTerm("geneval_flow_grpo", 0.5)),
         {
             **_FLUX,
             **{"model.path": f"black-forest-labs/{KONTEXT}", "sampling.guidance_scale": 2.5},
@@ -425,8 +425,8 @@ def test_an_algorithm_that_cannot_be_read_is_refused(tmp_path):
         ("video_ocr", "my_rewards:video_ocr", 1.0, "no equal here"),
         ("deqa", "my_rewards:deqa", 1.0, "no equal here"),
         ("qwenvl", "my_rewards:qwenvl", 1.0, "no equal here"),
-        ("unifiedreward", "my_rewards:unifiedreward", 1.0, "no equal here"),
-        ("image_similarity", "my_rewards:image_similarity", 1.0, "no equal here"),
+        ("unifiedreward", "unifiedreward", 1.0, "no equal here"),
+        ("image_similarity", "clip_similarity", 1.0, "no equal here"),
     ],
 )
 def test_flow_grpos_rewards_keep_their_share_of_the_sum(tmp_path, theirs, ours, factor, fate):
@@ -544,6 +544,7 @@ CLIP_GDPO = (ours("clipscore"), ours("pickscore", 0.5))  # under gdpo a reward's
 PICK = (ours("pickscore"),)
 RANK = RewardTerm("my_rewards:PickScore_Rank", batch_size=16, device="cuda", dtype="bfloat16")
 JUDGE = [term("rational_rewards_t2i", batch_size=8, api_base_url="http://127.0.0.1:8000/v1")]
+JUDGED = RewardTerm("rationalrewards", url="http://127.0.0.1:8000/v1", batch_size=8, device="cuda", dtype="bfloat16")
 WAN21 = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 
 LAYERS = {
@@ -777,7 +778,7 @@ FACTORY: dict[str, tuple[dict[str, Any], tuple[RewardTerm, ...], dict[str, Any]]
     ),
     "nft/lora/flux1/rational_rewards_t2i": (
         of(FLUX, "flux1", 64, size(512, 20, 1.0, **nft(1.0, 5, 0.8), kl_beta=2e-3), ODE, JUDGE, 2e-4),
-        (RewardTerm("my_rewards:rational_rewards_t2i", batch_size=8, device="cuda", dtype="bfloat16"),),
+        (JUDGED,),
         learns("nft", draws=5, time_fraction=0.8, kl_beta=2e-3),
     ),
     "nft/lora/flux1_kontext/rational_rewards_edit": (
@@ -790,7 +791,7 @@ FACTORY: dict[str, tuple[dict[str, Any], tuple[RewardTerm, ...], dict[str, Any]]
             [term("rational_rewards_edit")],
             2e-4,
         ),
-        (RewardTerm("my_rewards:rational_rewards_edit", batch_size=16, device="cuda", dtype="bfloat16"),),
+        (RewardTerm("rationalrewards_edit", batch_size=16, device="cuda", dtype="bfloat16"),),
         learns("nft", draws=18, time_fraction=0.9, kl_beta=1e-3),
     ),
     **{
@@ -819,7 +820,7 @@ FACTORY: dict[str, tuple[dict[str, Any], tuple[RewardTerm, ...], dict[str, Any]]
             JUDGE,
             2e-4,
         ),
-        (RewardTerm("my_rewards:rational_rewards_t2i", batch_size=8, device="cuda", dtype="bfloat16"),),
+        (JUDGED,),
         {**learns("nft", draws=10, time_fraction=0.5), "prompts.per_iteration": 32},
     ),
     "nft/lora/wan21/t2v": (
@@ -983,7 +984,7 @@ def test_a_trainers_name_is_read_in_any_case(tmp_path):
         ("geneval", "geneval", 1.0, "no equal here"),
         ("vllm_evaluate", "vlm", 1.0, "no equal here"),
         ("PickScore_Rank", "my_rewards:PickScore_Rank", 1.0, "no equal here"),
-        ("rational_rewards_t2i", "my_rewards:rational_rewards_t2i", 1.0, "no equal here"),
+        ("rational_rewards_t2i", "rationalrewards", 1.0, "no equal here"),
     ],
 )
 @pytest.mark.parametrize("aggregation", ["sum", "gdpo"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from progrpo.preferences.pairs import Pair, PairsError, pictures_of, read_pairs, write_pairs
+from progrpo.preferences.pairs import Pair, PairsError, read_pairs, write_pairs
 from progrpo.types import Prompt
 
 
@@ -175,12 +175,3 @@ def test_columns_that_cannot_be_written(folder):
     with pytest.raises(ValueError, match="give it that ending"):
         write_pairs(folder / "pairs.csv", [])
     assert not (folder / "pairs.jsonl").exists()
-
-
-def test_pictures_of_one_size(folder):
-    pictures_NHWC = pictures_of([folder / "0.png", folder / "2.png"])
-    assert pictures_NHWC.shape == (2, 8, 8, 3)
-    assert pictures_NHWC[1, 0, 0].tolist() == [120, 0, 0]
-    Image.new("RGB", (4, 8)).save(folder / "narrow.png")
-    with pytest.raises(ValueError, match=r"narrow\.png is 4x8, and .*0\.png is 8x8"):
-        pictures_of([folder / "0.png", folder / "narrow.png"])

@@ -16,6 +16,7 @@ from progrpo.pages.report.head import verdict
 from progrpo.pages.run_data import read_run_data
 from progrpo.tracking.lock import only_writer
 from progrpo.tracking.run_folder import RunFolder
+from tests.support.locks import record
 
 EVIL = '</script><script>alert("x")</script>'
 STEPS, GROUP = 3, 4
@@ -317,7 +318,7 @@ def test_the_wall_time_of_a_killed_run_is_that_until_its_last_sign_of_life(run, 
         run.log({"iteration": i, "seconds": 40.0}, i)
     os.utime(run.path / "summary.json", (summary, summary))
     if lock is not None:
-        (run.path / "run.lock").write_text('{"pid": 7, "host": "another", "started": 1}')
+        (run.path / "run.lock").write_text(record())
         os.utime(run.path / "run.lock", (lock, lock))
     assert read_run_data(run.path).wall_seconds == seconds
     run.summary.write({"status": "finished", "iterations": 2, "wall_seconds": 130.0})

@@ -1,85 +1,24 @@
 """The judge that is a vision-language model, asked over a real connection: a server in this process plays the model."""
 
-import base64
-import io
 import json
-import socket
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2
 import numpy as np
 import pytest
-from PIL import Image
 
 from progrpo.rewards.base import Refusal, Score, WrongAnswer
+from progrpo.rewards.chat import read_choice, text_of
 from progrpo.rewards.retrying import RetryingReward
 from progrpo.rewards.settings import RewardTerm
-from progrpo.rewards.vlm import MAX_TOKENS, VLMJudge, parse_mark
+from progrpo.rewards.vlm import VLMJudge, parse_mark
 from progrpo.types import Prompt
+from tests.support.chat import Server, completion, pictures_of, texts_of
 
 KEY = "sk-very-secret"
-
-
-def completion(text, **choice) -> dict:
-    message = {"role": "assistant", "content": text} | choice.pop("message", {})
-    return {
-        "object": "chat.completion",
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"} | choice],
-    }
-
-
-class Server:
-    """Answers with what `answer(request)` gives: a status and a text, or an object; keeps what it was asked."""
-
-    def __init__(self, answer: Callable) -> None:
-        self.asked: list[dict] = []
-        self.headers: list[dict] = []
-        self.paths: list[str] = []
-        self.connections: set = set()
-        self.at_once = self.most_at_once = 0
-        lock = threading.Lock()
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(handler) -> None:
-                request = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-                with lock:
-                    self.asked.append(request)
-                    self.headers.append(dict(handler.headers))
-                    self.paths.append(handler.path)
-                    self.connections.add(handler.client_address)
-                    self.at_once += 1
-                    self.most_at_once = max(self.most_at_once, self.at_once)
-                said = answer(request)
-                with lock:
-                    self.at_once -= 1
-                status, body = said if isinstance(said, tuple) else (200, json.dumps(said))
-                if status == 0:  # hang up
-                    handler.close_connection = True
-                    handler.connection.shutdown(socket.SHUT_RDWR)
-                    return
-                handler.send_response(status)
-                handler.send_header("Content-Length", str(len(body.encode())))
-                handler.end_headers()
-                handler.wfile.write(body.encode())
-
-            def log_message(handler, *args) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
-        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
 
 
 @pytest.fixture
@@ -109,17 +48,18 @@ def pictures(count: int, shape: tuple[int, int] = (6, 9)) -> np.ndarray:
 
 
 def seen(request: dict) -> np.ndarray:
-    (part,) = [p for p in request["messages"][-1]["content"] if p["type"] == "image_url"]
-    head, data = part["image_url"]["url"].split(",")
-    assert head == "data:image/png;base64"
-    image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-    assert (image.format, image.mode) == ("PNG", "RGB")
-    return np.asarray(image)
+    (picture,) = pictures_of(request)
+    return picture
 
 
 def question(request: dict) -> str:
-    (part,) = [p for p in request["messages"][-1]["content"] if p["type"] == "text"]
-    return part["text"]
+    (text,) = texts_of(request)
+    return text
+
+
+def mark_of(answer: object) -> float:
+    """The mark of a server's answer, as the judge reads it."""
+    return parse_mark(text_of(read_choice(json.dumps(answer)), 1024).rpartition("</think>")[2])
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------------
@@ -133,7 +73,7 @@ def test_what_the_server_gets(serve):
     assert server.paths == ["/v1/chat/completions"]
     assert headers["Authorization"] == f"Bearer {KEY}"
     assert (request["model"], request["temperature"]) == ("judge-7b", 0)
-    assert request["max_tokens"] == MAX_TOKENS
+    assert request["max_tokens"] == 1024
     assert [m["role"] for m in request["messages"]] == ["user"]
     assert np.array_equal(seen(request), drawn[0])
     assert '"two dogs"' in question(request) and '{"score": n}' in question(request) and "0 to 10" in question(request)
@@ -249,7 +189,7 @@ def test_pictures_of_any_strides(serve):
     ],
 )
 def test_marks(text, mark):
-    assert parse_mark(json.dumps(completion(text))) == mark
+    assert mark_of(completion(text)) == mark
 
 
 @pytest.mark.parametrize(
@@ -291,7 +231,7 @@ def test_marks(text, mark):
 )
 def test_answers_without_a_mark(text, problem):
     with pytest.raises(ValueError, match=f"{problem}: "):
-        parse_mark(json.dumps(completion(text)))
+        mark_of(completion(text))
 
 
 @pytest.mark.parametrize(
@@ -313,7 +253,7 @@ def test_answers_without_a_mark(text, problem):
 )
 def test_answers_that_are_none(answer, problem):
     with pytest.raises(ValueError, match=problem):
-        parse_mark(json.dumps(answer))
+        mark_of(answer)
 
 
 @pytest.mark.parametrize("answer", [[7], 7, "7", {}, {"score": 7}, {"detail": "Not Found"}])
@@ -329,7 +269,7 @@ def test_what_another_api_answers_is_refused_at_once(serve, answer):
 def test_answers_that_are_no_json():
     for content in ("<html>502 Bad Gateway</html>", "", "\0", '{"choices"', "[" * 100_000):
         with pytest.raises(ValueError, match="no completion: "):
-            parse_mark(content)
+            read_choice(content)
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

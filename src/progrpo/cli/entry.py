@@ -22,11 +22,10 @@ from progrpo.cli.publish_commands import Export, Push
 from progrpo.cli.repro_commands import Repro
 from progrpo.cli.run_commands import Plan, Recipes, Resume, Train
 from progrpo.config import Config, PlanSettings
-from progrpo.durable import DiskError
+from progrpo.durable import DiskError, LockLostError
 from progrpo.messages import FaultsError, nearest, quoted
 from progrpo.recipes import RECIPES, load_recipe
 from progrpo.streams import occupy_standard_descriptors, release_standard_descriptors, tolerant_streams
-from progrpo.tracking.lock import LockLostError
 from progrpo.training.errors import Interrupted, LostProcessError, SelfCheckError
 
 COMMANDS: dict[str, type[Command]] = {

@@ -29,7 +29,7 @@ class Levels:
         return Levels(self.alpha[index], self.sigma[index], self.timestep[index])
 
     def to(self, like: Tensor) -> Levels:
-        """The same levels on the device and in the dtype of `like`."""
+        """Return these levels on the device and in the dtype of `like`."""
         return Levels(self.alpha.to(like), self.sigma.to(like), self.timestep.to(like))
 
 

@@ -108,6 +108,11 @@ _OLD_OPTIMIZER = {
 """The optimizer's settings as older files have them under `train`, and their names today."""
 
 _ONLY_OURS = ("hpsv2", "imagereward", "aesthetic", "clipscore")
+_JUDGES = ("vllm_evaluate", "rational_rewards_t2i", "rational_rewards_edit")
+_MISSING_MARKS = (
+    "there a mark that is missing is left out of the mean, here the score is missing; name its model if the server"
+    " knows it by another name than its hub id"
+)
 _UNREGISTERED = "it has no reward of this name, and the values of yours are not known here"
 REWARDS = {
     "pickscore": NearestReward("pickscore"),
@@ -132,6 +137,8 @@ REWARDS = {
         difference="theirs is P(yes) / (P(yes) + P(no)) of 'Is it a beautiful image?', without the prompt; ours is a"
         " mark of 0 to 10, over 10, and a column `question` holds the question",
     ),
+    "rational_rewards_t2i": NearestReward("rationalrewards", difference=_MISSING_MARKS),
+    "rational_rewards_edit": NearestReward("rationalrewards_edit", difference=_MISSING_MARKS),
     **{name: NearestReward(name, difference=_UNREGISTERED) for name in _ONLY_OURS},
 }
 """Rewards by name in small letters, as Flow-Factory looks them up."""
@@ -139,8 +146,6 @@ _NOT_BUILT_IN = {
     "pickscore_rank": "PickScore's rank in its group over the group's size: a function with `groupwise = True`",
     "clap": "of sound",
     "imagebind": "of sound",
-    "rational_rewards_t2i": "a judge's marks, from a server",
-    "rational_rewards_edit": "a judge's marks, from a server",
     "consistent_editing": "a judge of edits",
 }
 
@@ -158,7 +163,7 @@ _DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
     "qwen-image": (*_ATTENTION, "img_mlp.net.0.proj", "txt_mlp.net.0.proj"),
     "wan2_t2v": (*_WAN, "ffn.net.0.proj", "ffn.net.2"),
 }
-"""Its types of models that have a policy here, and the layers that `target_modules: default` means for each."""
+"""The model types that have a policy here, and the layers that `target_modules: default` means for each."""
 
 # The settings of the averages with which nft, awm and dgpo compare, at the values of ours.
 _AVERAGES: dict[str, dict[str, object]] = {
@@ -708,11 +713,11 @@ def _reward_dtype(setting: Setting) -> Outcome:
 
 
 def _judge_field(field: str) -> Rule:
-    """The rule of a setting of the server that `vlm` asks."""
+    """The rule of a setting of the server that a judge asks."""
 
     def rule(setting: Setting) -> Outcome:
         model = setting.all.get(setting.name.rpartition(".")[0] + ".reward_model")
-        if str(model).lower() != "vllm_evaluate":
+        if str(model).lower() not in _JUDGES:
             return no_equal("a setting of a reward that you write")
         return _reward_field(field)(setting)
 

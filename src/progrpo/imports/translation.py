@@ -50,7 +50,7 @@ class Setting:
         return value
 
     def count(self, other: str = "") -> int:
-        """The same for a whole number of at least 1."""
+        """Read a whole number of at least 1, as `number` does."""
         value = self.number(other)
         if value < 1 or value != int(value):
             raise ValueError(f"{named(other or self.name)} must be a whole number of at least 1, not {quoted(value)}")
@@ -316,7 +316,7 @@ def _put(data: dict[str | int, object], path: str, value: object) -> None:
 
 
 def _with_lists(data: object) -> object:
-    """The same data with a list, in the order of the keys, for each object whose keys are numbers."""
+    """Replace each object whose keys are numbers by a list in the order of the keys."""
     if not isinstance(data, dict):
         return data
     if data and all(isinstance(key, int) for key in data):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from progrpo.policies.family import ModelFamily
+from progrpo.policies.family import NEGATIVE, ModelFamily
 from progrpo.policies.invariance import is_batch_invariant
 from progrpo.policies.sharded import PeerCalls
 from progrpo.policies.weights import NamedWeights
@@ -59,10 +59,13 @@ class DenoiserCall:
         guidance_scale: float,
     ) -> Tensor:
         """The output of classifier-free guidance, a call of twice the rows."""
+        own = condition.tensors
+        negative = {name: own.get(NEGATIVE + name, unconditional.tensors.get(name, rows)) for name, rows in own.items()}
         pair = Condition(
             {
-                name: torch.cat([unconditional.tensors.get(name, rows).expand_as(rows), rows])
-                for name, rows in condition.tensors.items()
+                name: torch.cat([negative[name].expand_as(rows), rows])
+                for name, rows in own.items()
+                if not name.startswith(NEGATIVE)
             }
         )
         both = self.output(torch.cat([x_BCHW, x_BCHW]), torch.cat([timestep_B, timestep_B]), pair)

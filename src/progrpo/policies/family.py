@@ -23,6 +23,9 @@ from progrpo.policies.settings import ModelSettings
 from progrpo.policies.tokens import Reader
 from progrpo.types import Condition
 
+NEGATIVE = "negative_"
+"""The beginning of names in a condition of what guidance leads away from, where each prompt has its own."""
+
 
 class TextHooks(ABC):
     """The half of a family that turns a prompt into tensors."""
@@ -46,6 +49,18 @@ class TextHooks(ABC):
     def encode_picture(self, image: Image.Image) -> dict[str, Tensor]:
         """Encode the picture that is to be changed, likewise. Only families that `edits` are asked."""
         raise NotImplementedError
+
+    def encode_both(self, text: str, image: Image.Image) -> dict[str, Tensor]:
+        """Encode what the text and the picture give together, likewise. Only families that say `reads_both` are asked.
+
+        What guidance leads away from is then of that picture too: it has the same names after `NEGATIVE`.
+        """
+        raise NotImplementedError
+
+    @property
+    def reads_both(self) -> bool:
+        """Whether an encoder reads the text and the picture together."""
+        return False
 
     @abstractmethod
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -122,6 +137,11 @@ class ModelFamily(TextHooks):
     def default_lora_targets(self) -> tuple[str, ...]:
         """The layers that a LoRA adapts if nothing else is asked."""
         return self.lora_targets
+
+    @property
+    def negative_prompt(self) -> str:
+        """The text that guidance leads away from."""
+        return self.context.guide_away_from or self.default_negative_prompt
 
     @property
     def embeds_guidance(self) -> bool:

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from progrpo.policies.attention import set_attention_backend
 from progrpo.policies.base import PolicyContext
 from progrpo.policies.decoder import optimize_for_cpu
 from progrpo.policies.denoiser_call import is_low_precision_on_cpu
@@ -76,12 +77,15 @@ def prepare(
     _add_fresh_lora(family)
     for module in _networks(pipeline):
         module.eval()
+    _slice_decoding(family, geometry)
     family.learn()
     if shared:
         _share(family)
     _TAKEN.add(pipeline)
     _optimize_for_cpu(family)
-    _limit_decoding(family, geometry)
+    if settings.attention != "default":
+        set_attention_backend(family.denoiser, settings.attention)
+    _tile_decoding(family, geometry)
     _order_memory(family)
     return Prepared(family, fingerprints, ignored, shared, _compile(family))
 
@@ -199,7 +203,7 @@ def _optimize_for_cpu(family: ModelFamily) -> None:
             family.denoiser.set_attn_processor(family.plain_attention())
 
 
-def _limit_decoding(family: ModelFamily, geometry: Geometry) -> None:
+def _slice_decoding(family: ModelFamily, geometry: Geometry) -> None:
     """Have the autoencoder decode one picture at a time, or one tile, where memory asks for it."""
     vae, decoding = family.pipeline.vae, family.settings.decoding
     try:
@@ -211,6 +215,11 @@ def _limit_decoding(family: ModelFamily, geometry: Geometry) -> None:
         raise ValueError(
             f"model.decoding: the {type(vae).__name__} of this model cannot decode {decoding}; take whole"
         ) from None
+
+
+def _tile_decoding(family: ModelFamily, geometry: Geometry) -> None:
+    """Have tiles of a size that the model's pictures are cut by, for an autoencoder of pictures."""
+    vae, decoding = family.pipeline.vae, family.settings.decoding
     if decoding == "tiled" and isinstance(vae, AutoencoderKL | AutoencoderKLFlux2):
         side = tile_side(min(family.latent_shape[-2:]), geometry.pixels_per_latent)
         vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * geometry.pixels_per_latent

@@ -75,6 +75,15 @@ class ModelSettings:
     This takes half of bfloat16's memory.
     The run's reference, samples and evaluations use the quantized model.
     The saved LoRA is for the model that is not quantized."""
+    attention: Literal[
+        "default", "native", "flash", "_flash_3", "xformers", "_native_cudnn", "_native_efficient", "_native_math"
+    ] = "default"
+    """The attention backend of the denoiser, by diffusers' names, for sampling and for training.
+    `default`: diffusers' own choice, which is torch's fused attention.
+    `flash` and `_flash_3` need the packages of FlashAttention, `xformers` needs xformers.
+    FLUX, FLUX.2 klein, Qwen-Image, Wan and most learnt pipelines have backends.
+    SD3 and the U-Nets of SD 1.x, 2.x and XL have none.
+    Backends that round values to 8 bits or load kernels from a hub are not offered."""
     compile: bool = False
     """Compile the denoiser's blocks with torch.compile.
     This takes a minute or two at the start. On a CPU it needs a C++ compiler."""
@@ -103,6 +112,12 @@ class ModelSettings:
     """The kind of weight files to read from a folder or hub id, such as fp16 (`model.fp16.safetensors`).
     Components that have no such file are read without it.
     This only selects files; `dtype` sets the precision."""
+    single_file: str = ""
+    """A checkpoint in one safetensors file, as ComfyUI and A1111 have them; empty: none.
+    Its denoiser takes the place of the denoiser of `path`, and so do its autoencoder and text encoders, where it has
+    them.
+    `path` is the model that it was made from, which gives configurations, tokenizers and the other networks.
+    Files of Stable Diffusion, SDXL, SD3 and FLUX are read, by diffusers' from_single_file."""
     step_ends: Literal["diffusers", "next"] = "diffusers"
     """The end of a step of a diffusion model.
     `diffusers`: 1000 // T timesteps further, as in diffusers' DDIMScheduler.

@@ -22,6 +22,7 @@ class TextCache:
         self._family = family
         self._texts: dict[str, dict[str, Tensor]] = {}
         self._pictures: dict[str, dict[str, Tensor]] = {}
+        self._both: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._released = False
         self.readers = family.text_readers()  # asked now, while the text encoders are there
 
@@ -50,7 +51,7 @@ class TextCache:
     @cached_property
     def _negative_row(self) -> dict[str, Tensor]:
         """The row of the negative prompt."""
-        text = self._family.context.guide_away_from or self._family.default_negative_prompt
+        text = self._family.negative_prompt
         self._require_encoders(text)
         with torch.no_grad():
             encoded = self._family.encode_negative(text)
@@ -68,7 +69,17 @@ class TextCache:
             with torch.no_grad():
                 encoded = self._family.encode_picture(source_picture(prompt))
             self._pictures[key] = self._finite("the picture of a prompt", encoded)
-        return self._text_row(prompt.text) | self._pictures[key]
+        row = self._text_row(prompt.text) | self._pictures[key]
+        return row | self._row_of_both(prompt, key) if self._family.reads_both else row
+
+    def _row_of_both(self, prompt: Prompt, key: str) -> dict[str, Tensor]:
+        """The row of what a text and the picture of this key give together."""
+        if (prompt.text, key) not in self._both:
+            self._require_encoders(prompt.text)
+            with torch.no_grad():
+                encoded = self._family.encode_both(prompt.text, source_picture(prompt))
+            self._both[prompt.text, key] = self._finite(quoted(prompt.text), encoded)
+        return self._both[prompt.text, key]
 
     def _text_row(self, text: str) -> dict[str, Tensor]:
         if text not in self._texts:

@@ -22,12 +22,12 @@ from progrpo.durable import write_text
 from progrpo.messages import FaultsError, named, quoted
 from progrpo.prompts.files import READERS, decode_line, parse_json
 from progrpo.prompts.load import TEXT, prompt_from_row, with_picture_path
-from progrpo.prompts.pictures import IMAGE_COLUMN, check_picture, open_picture
+from progrpo.prompts.pictures import IMAGE_COLUMN, check_picture
 from progrpo.prompts.texts import folded
 from progrpo.types import Prompt
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 WORDS: Mapping[float, str] = {1.0: "a", 0.0: "b", 0.5: "tie"}
 """Preferences and the words for them in a file."""
@@ -128,18 +128,6 @@ def _line(prompt: Prompt, pictures: tuple[Path, Path], folder: Path, own: Row) -
         raise ValueError(
             f"the prompt {quoted(prompt.text)} has a column that JSON cannot hold ({error}); leave it out"
         ) from None
-
-
-def pictures_of(paths: Sequence[Path]) -> np.ndarray:
-    """The pictures of N files as uint8 (N, H, W, 3). ValueError where one cannot be read, or has another size."""
-    import numpy as np
-
-    pictures = [np.asarray(open_picture(path, "a picture of the pairs")) for path in paths]
-    for path, picture in zip(paths, pictures, strict=True):
-        if picture.shape != pictures[0].shape:
-            sizes = [f"{shape[1]}x{shape[0]}" for shape in (picture.shape, pictures[0].shape)]
-            raise ValueError(f"{named(path)} is {sizes[0]}, and {named(paths[0])} is {sizes[1]}; give all one size")
-    return np.stack(pictures) if pictures else np.zeros((0, 0, 0, 3), np.uint8)
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -267,7 +267,7 @@ def _in_unet(layer: str, config: Config) -> Place | None:
 
 
 def _in_whole_unet(layer: str, config: Config) -> Place | None:
-    """The same with the layers outside of the blocks, which ComfyUI takes and sd-scripts does not."""
+    """The place with the layers outside of the blocks, which ComfyUI takes and sd-scripts does not."""
     return Place(layer) if layer in _UNET_OTHERS else _in_unet(layer, config)
 
 

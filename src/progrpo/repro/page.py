@@ -108,7 +108,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _about(runs: Runs) -> str:
-    """Where the figures come from."""
+    """The source of the figures in a sentence."""
     if not runs:
         return "No run has come to its end yet."
     devices = sorted({f"{run['summary'].get('device')}" for run in runs})

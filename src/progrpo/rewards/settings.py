@@ -23,7 +23,12 @@ REWARDS = {
     "pickscore": "progrpo.rewards.pickscore:PickScore",
     "hpsv2": "progrpo.rewards.hpsv2:HPSv2",
     "imagereward": "progrpo.rewards.imagereward:ImageReward",
+    "hpsv3": "progrpo.rewards.hpsv3:HPSv3",
     "aesthetic": "progrpo.rewards.aesthetic:Aesthetic",
+    "aesthetic_v25": "progrpo.rewards.aesthetic:AestheticV25",
+    "clip_similarity": "progrpo.rewards.clip_similarity:CLIPSimilarity",
+    "dino_similarity": "progrpo.rewards.dino:DinoSimilarity",
+    "lpips_similarity": "progrpo.rewards.lpips:LPIPSSimilarity",
     "ocr": "progrpo.rewards.ocr:OCR",
     "ocr_line": "progrpo.rewards.ocr_line:OCRLine",
     "geneval": "progrpo.rewards.geneval:GenEval",
@@ -32,13 +37,24 @@ REWARDS = {
     "jpeg_incompressibility": "progrpo.rewards.jpeg:JpegIncompressibility",
     "nsfw": "progrpo.rewards.nsfw:NSFW",
     "vlm": "progrpo.rewards.vlm:VLMJudge",
+    "unifiedreward": "progrpo.rewards.unifiedreward:UnifiedReward",
+    "unifiedreward2": "progrpo.rewards.unifiedreward:UnifiedReward2",
+    "rationalrewards": "progrpo.rewards.rationalrewards:RationalRewards",
+    "rationalrewards_edit": "progrpo.rewards.rationalrewards:RationalRewardsEdit",
+    "editscore": "progrpo.rewards.editscore:EditScore",
+    "soft_tifa": "progrpo.rewards.soft_tifa:SoftTIFA",
+    "soft_tifa_am": "progrpo.rewards.soft_tifa:SoftTIFAMean",
     "votes": "progrpo.rewards.votes:VotesReward",
     "reward_model": "progrpo.rewards.reward_model:LearnedReward",
     "reward_model_variance": "progrpo.rewards.reward_model:LearnedRewardVariance",
 }
 """The built-in rewards by name: subclasses of `rewards.base.Reward`."""
 RewardDtype = Literal["auto", "float32", "bfloat16", "float16"]
-_ASKS_ITS_OWN_SERVER = "vlm"
+ASK_A_MODEL = (
+    *("vlm", "unifiedreward", "unifiedreward2", "rationalrewards", "rationalrewards_edit", "editscore"),
+    *("soft_tifa", "soft_tifa_am"),
+)
+"""The rewards that ask a model behind an OpenAI-compatible server, which a term's url and model name."""
 
 _AT_MOST_A_DAY = Rule(lambda seconds: 0 < seconds <= 86400, "above 0 and at most 86400 (a day)")
 
@@ -60,7 +76,7 @@ class RewardTerm:
     For `votes`: the folder of its pictures and votes."""
     url: str = ""
     """The address of a `progrpo serve-reward` that scores in place of this process.
-    For `vlm`: the address of its OpenAI-compatible server."""
+    For a reward that asks a model (`vlm`, ...): the address of its OpenAI-compatible server."""
     device: str = setting("auto", DEVICE)
     """The device of the reward's network, by torch's name."""
     dtype: RewardDtype = "auto"
@@ -95,12 +111,12 @@ class RewardTerm:
     @property
     def is_served(self) -> bool:
         """Whether a `progrpo serve-reward` scores."""
-        return bool(self.url) and self.name != _ASKS_ITS_OWN_SERVER
+        return bool(self.url) and self.name not in ASK_A_MODEL
 
     @property
     def names_model_of_server(self) -> bool:
         """Whether `model` is a name that a server knows, and no path on this disk."""
-        return bool(self.url) or self.name == _ASKS_ITS_OWN_SERVER
+        return bool(self.url) or self.name in ASK_A_MODEL
 
     @classmethod
     def from_text(cls, text: str) -> RewardTerm:
@@ -133,8 +149,12 @@ class RewardSettings:
     (docs/rewards.md).
     The built-in verifier: `shapes` (graded), `shapes_strict` (1 if all is right, otherwise 0), `shapes_mixed`
     (their mean). Continuous beside it: `shapes_match` (by the prompt), `shapes_taste` (large, centred, warm).
-    For any prompts: clipscore, pickscore, hpsv2, imagereward, aesthetic, ocr, ocr_line, geneval, geneval_flow_grpo,
-    jpeg_compressibility, jpeg_incompressibility, nsfw, vlm, reward_model, reward_model_variance, votes
+    For edits, with their source picture: clip_similarity, dino_similarity, lpips_similarity, editscore,
+    rationalrewards_edit.
+    Models behind a server: vlm, unifiedreward, unifiedreward2, rationalrewards, and soft_tifa, soft_tifa_am by the
+    questions of GenEval 2.
+    For any prompts: clipscore, pickscore, hpsv2, hpsv3, imagereward, aesthetic, aesthetic_v25, ocr, ocr_line, geneval,
+    geneval_flow_grpo, jpeg_compressibility, jpeg_incompressibility, nsfw, reward_model, reward_model_variance, votes
     (docs/preferences.md), or your own `module:function`."""
     frames: int = setting(4, between(1, 1024))
     """The number of frames of a video that a picture reward scores; the video's score is their mean.

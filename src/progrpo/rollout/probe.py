@@ -267,7 +267,7 @@ class _Head(nn.Module):
         self.places = nn.Parameter(0.02 * torch.randn(height // 2, width // 2, _WIDTH))
         self.convolutions = nn.ModuleList(nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1) for _ in range(2))
         self.tokens = nn.Linear(example.text.shape[1], _CONDITION_WIDTH)
-        self.told = nn.Linear(_CONDITION_WIDTH, _CONDITION_WIDTH)
+        self.condition = nn.Linear(_CONDITION_WIDTH, _CONDITION_WIDTH)
         self.step = nn.Embedding(num_steps, _CONDITION_WIDTH)
         self.modulation = nn.Linear(_CONDITION_WIDTH, 6 * _WIDTH)
         self.worth = nn.Sequential(nn.Linear(2 * _WIDTH + _CONDITION_WIDTH, 128), nn.GELU(), nn.Linear(128, 2))
@@ -297,7 +297,7 @@ class _Head(nn.Module):
         rows = step_P[group_N]
         features = (features_NCHW.float() - mean_TC[rows, :, None, None]) / std_TC[rows, :, None, None]
         mean, std = self.texts.mean_std()
-        condition_P = self.told(F.gelu(self.tokens((texts_P.float() - mean) / std)).mean(1)) + self.step(step_P)
+        condition_P = self.condition(F.gelu(self.tokens((texts_P.float() - mean) / std)).mean(1)) + self.step(step_P)
         scale_shift = self.modulation(condition_P).unflatten(1, (3, 2, 1, 1, _WIDTH))[group_N]
 
         def modulated(h_NHWC: Tensor, layer: int) -> Tensor:

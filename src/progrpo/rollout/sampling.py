@@ -68,7 +68,7 @@ class Sampling:
         return dtype
 
     def with_max_batch(self, rows: int) -> Sampling:
-        """The same with at most `rows` rows in a network call."""
+        """Return the sampling with at most `rows` rows in a network call."""
         microbatch = min(self.microbatch, max(rows, 1))
         return replace(self, settings=replace(self.settings, microbatch=microbatch))
 

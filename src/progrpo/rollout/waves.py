@@ -91,7 +91,7 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
 
 
 def _numbered_from(start: int, rollout: Rollout) -> Rollout:
-    """The same rollout with group numbers that begin at `start`."""
+    """Number the groups of a rollout from `start`."""
 
     def numbered(rows: _Grouped) -> _Grouped:
         return replace(rows, group_N=rows.group_N + start)

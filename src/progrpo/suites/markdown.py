@@ -98,7 +98,9 @@ def _bare(name: str, value: float) -> str:
 
 
 def _title(name: str) -> str:
-    return {"distance": "feature distance", KL: "KL to the base", ACCURACY: "accuracy"}.get(name, _escaped(name))
+    return {"distance": "feature distance", "lpips": "LPIPS", KL: "KL to the base", ACCURACY: "accuracy"}.get(
+        name, _escaped(name)
+    )
 
 
 def _shown(model: ModelResult) -> str:

@@ -20,6 +20,7 @@ _TITLES = {
     ACCURACY: ("Accuracy", "the share of pictures that pass the strict verdict of the suite’s reward"),
     "judge": ("Judge", "the share that a second network passes, which no run is trained on"),
     "diversity": ("Pixel distance", "root mean square difference of two pictures of a prompt"),
+    "lpips": ("LPIPS", "perceptual distance of two pictures of a prompt"),
     "distance": ("Feature distance", "1 − cosine of the features of two pictures of a prompt"),
     "vendi": ("Vendi score", "the effective number of different pictures of a prompt"),
     "vendi of all": ("Vendi of all", "the same of all pictures together"),

@@ -14,7 +14,7 @@ from progrpo.suites.records import Key, MeasuresRecord, PictureRecord
 from progrpo.suites.statistics import Clusters, Estimate, estimate, holm, paired
 
 ACCURACY, JUDGE, KL = "accuracy", "judge", "kl"
-DIVERSITY = {"diversity": "pixels", "distance": "features", "vendi": "Vendi"}
+DIVERSITY = {"diversity": "pixels", "lpips": "LPIPS", "distance": "features", "vendi": "Vendi"}
 """The figures of several pictures of a prompt."""
 VENDI_OF_ALL = "vendi of all"
 SHARES = (ACCURACY, JUDGE)
@@ -47,7 +47,7 @@ class ModelResult(TypedDict):
     missing: int
     figures: dict[str, Figure]
     by_kind: dict[str, dict[str, Figure]]
-    """By figure and kind."""
+    """The figures of each kind, by the figure's name."""
     against: dict[str, Change]
 
 

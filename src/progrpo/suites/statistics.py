@@ -196,6 +196,18 @@ def pairwise_distance(features_ND: np.ndarray) -> float | None:
     return float(1 - (whole @ whole - count) / (count * (count - 1)))
 
 
+def pairwise_square_distance(vectors_ND: np.ndarray) -> float | None:
+    """The mean square distance over pairs of different rows; None for fewer than two.
+
+    It is twice the variance: 2 sum |x - mean|^2 / (N - 1).
+    """
+    count = len(vectors_ND)
+    if count < 2:
+        return None
+    apart_ND = vectors_ND - vectors_ND.mean(0, dtype=np.float64)
+    return float(2 * np.square(apart_ND).sum() / (count - 1))
+
+
 def _unit(features_ND: np.ndarray) -> np.ndarray:
     """The features in float64 at length 1."""
     x_ND = np.asarray(features_ND, dtype=np.float64)

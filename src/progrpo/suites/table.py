@@ -110,7 +110,7 @@ _SUITES = (
             address=f"{_RAW}/facebookresearch/GenEval2/a6e82d2289e8d418f27f0adee77908b07060eea3",
         ),
         kind="atom_count",
-        not_measured="Soft-TIFA asks a vision language model the questions of the column vqa_list",
+        optional=("soft_tifa", "soft_tifa_am", *_QUALITY),
     ),
     Suite(
         name="drawbench",

@@ -1,107 +1,60 @@
-"""The lock of a run folder: `run.lock` names the process that writes there, which renews it until it ends.
+"""The lock of a run folder: `run.lock` is a lease of filelock, which the process that writes there renews.
 
-Whether a process of this machine is alive can be looked up. A process of another machine or container is alive if it
-renews its lock while this process watches, so clocks of different hosts are never compared. No lock outlives its
-process for good: after the death of a node nobody has to remove a file by hand.
+The lock of a dead process of this machine and container is free at once. Any other lock is free when it has not been
+renewed for the time of the lease. This process measures that time itself, so clocks of different hosts are never
+compared. No lock outlives its process for good: after the death of a node nobody has to remove a file by hand.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+from filelock import MarkerSoftFileLock, OwnerRecord, SoftFileLease, Timeout
+
+from progrpo.durable import LockLostError
+
 NAME = "run.lock"
-
-_JOBS = ("PROGRPO_JOB_ID", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "TORCHELASTIC_RUN_ID")
-"""The environment variables with a job's id, which stays the same when its queue restarts it.
-
-They are our own and those of Slurm, PBS, LSF, SGE and torchrun.
-"""
-_NO_JOB = ("", "none", "undefined")
 
 
 @dataclass(frozen=True)
 class Pace:
-    """The times of the lock, in seconds."""
+    """The times of the lock, in seconds. All processes that want a folder have the same `lease`."""
 
-    renewal: float = 5.0
+    renewal: float = 2.0
     """The time between two renewals."""
-    look: float = 1.0
+    look: float = 0.5
     """The time between two looks at somebody else's lock."""
-    same_job: float = 15.0
-    """The time without a renewal after which a run of the same job counts as dead: its queue started this one."""
-    other: float = 60.0
-    """The time without a renewal after which any other run counts as dead."""
-
-
-@dataclass(frozen=True)
-class Holder:
-    """A process that writes to a run folder."""
-
-    pid: int
-    host: str
-    started: int | None = None
-    """The start of the process in ticks since the machine's start. Process numbers are used again."""
-    place: str | None = None
-    """The start of the machine and the container in which `pid` counts. None if it is not known."""
-    job: str | None = None
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
-
-    def is_here(self, own: Holder) -> bool:
-        """Whether the process belongs to this machine and container."""
-        return self.host == own.host and (self.place == own.place or None in (self.place, own.place))
-
-    def is_of_job(self, own: Holder) -> bool:
-        return self.job is not None and self.job == own.job
-
-
-class LockLostError(ValueError):
-    """Another run has taken over the folder, because this one did not renew its lock."""
+    lease: float = 60.0
+    """The time without a renewal after which a run counts as dead."""
 
 
 class Lock:
     """A run folder's lock that this process holds."""
 
-    def __init__(self, path: Path, own: Holder) -> None:
-        self._path = path
-        self._own = own
-        self.lost_to: Holder | None = None
-        """The process that has taken over the lock."""
+    def __init__(self, lease: SoftFileLease) -> None:
+        self._lease = lease
 
-    def renew(self) -> None:
-        """Renew the lock, or set `lost_to`. A lock that somebody deleted is written again."""
-        with suppress(OSError), _opened(self._path) as file:  # the run's writers report a folder that is gone
-            if (holder := _holder(file)) == self._own:
-                os.utime(file)
-            elif holder is None:
-                _write(file, self._own)
-            else:
-                self.lost_to = holder
+    @property
+    def is_lost(self) -> bool:
+        """Whether another run has the lock, or somebody deleted it."""
+        return self._lease.compromise is not None or not self._lease.is_lock_held_by_us
 
     def check(self) -> None:
-        """Renew the lock. LockLostError if another run has it."""
-        if self.lost_to is None:
-            self.renew()
-        if self.lost_to is not None:
-            raise LockLostError(
-                f"{self._path.parent} was taken over by {self.lost_to}, to which this run seemed dead; this one ends"
-                " and writes nothing more"
-            )
-
-    def release(self) -> None:
-        with suppress(OSError), _opened(self._path, create=False) as file:
-            if _holder(file) == self._own:
-                self._path.unlink()
+        """LockLostError if the lock is lost."""
+        if not self.is_lost:
+            return
+        owner = self._lease.owner
+        whose = "was left without its run.lock" if owner is None else f"was taken over by {_named(owner)}"
+        raise LockLostError(
+            f"{Path(self._lease.lock_file).parent} {whose}: this run seemed dead, or somebody deleted its lock; it ends"
+            " and writes nothing more"
+        )
 
 
 @contextmanager
@@ -113,43 +66,34 @@ def only_writer(
     """Hold the lock of `folder`, which is created if needed, during the block. A thread renews it.
 
     ValueError while another run writes there. The lock of a dead run is taken over: at once if its death is known,
-    else after the time without a renewal that `pace` sets. `say` is called with messages about the wait.
+    else after the lease without a renewal. `say` is called with messages about the wait.
     """
-    own = _this_process()
-    lock = Lock(folder / NAME, own)
+    lease = SoftFileLease(
+        folder / NAME, lease_duration=pace.lease, heartbeat_interval=pace.renewal, thread_local=False, mode=0o666
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _take(folder / NAME, own, say, pace)
+        _take(lease, say, pace)
     except OSError as error:
         raise ValueError(
             f"{folder} cannot be written to: {error.strerror}; mend that, or name another folder"
         ) from error
-    ended = threading.Event()
-    heart = threading.Thread(target=_beat, args=(lock, pace.renewal, ended), daemon=True)
-    heart.start()
     try:
-        yield lock
+        yield Lock(lease)
     finally:
-        ended.set()
-        heart.join()
-        lock.release()
-
-
-def _beat(lock: Lock, seconds: float, ended: threading.Event) -> None:
-    while not ended.wait(seconds) and lock.lost_to is None:
-        lock.renew()
+        lease.release()
 
 
 def is_held(folder: Path, lasting: float = 300.0) -> bool:
-    """Whether a run writes to the folder. Another machine's lock must be renewed within `lasting` seconds."""
-    try:
-        with (folder / NAME).open("rb") as file:
-            holder, age = _holder(file.fileno()), time.time() - os.fstat(file.fileno()).st_mtime
-    except OSError:
+    """Whether a run writes to the folder. A process that is not known to be dead must have renewed within `lasting`
+    seconds. The death of one is known two renewals later.
+    """
+    owner = MarkerSoftFileLock(folder / NAME).owner
+    renewed = last_renewal(folder)
+    if owner is None or renewed is None:
         return False
-    if holder is None:
-        return False
-    return _alive(holder) if holder.is_here(_this_process()) else age < lasting
+    age = time.time() - renewed
+    return age < (2 * Pace().renewal if _is_gone(owner) else lasting)
 
 
 def last_renewal(folder: Path) -> float | None:
@@ -160,125 +104,47 @@ def last_renewal(folder: Path) -> float | None:
         return None
 
 
-# --- taking the lock --------------------------------------------------------------------------------------------------
-
-
-def _take(path: Path, own: Holder, say: Callable[[str], None], pace: Pace) -> None:
-    """Write `own` into the lock as soon as nobody else holds it."""
-    seen: tuple[Holder, int] | None = None
-    since = 0.0
+def _take(lease: SoftFileLease, say: Callable[[str], None], pace: Pace) -> None:
+    """Acquire the lease as soon as nobody else holds it. ValueError as soon as its holder renews it."""
+    folder = Path(lease.lock_file).parent
+    seen: tuple[OwnerRecord | None, float | None] | None = None
+    since = time.monotonic()
     while True:
-        with _opened(path) as file:
-            holder, renewed = _holder(file), os.fstat(file).st_mtime_ns
-            if holder is None or _is_free(holder, own, path):
-                return _write(file, own)
-            if seen is not None and seen[0] == holder and seen[1] != renewed:
-                raise _refusal(path, holder)
-            patience = pace.same_job if holder.is_of_job(own) else pace.other
-            if seen != (holder, renewed):
-                seen, since = (holder, renewed), time.monotonic()
-                say(f"{path.parent} is locked by {holder}; going on in {patience:g} s, unless that run renews its lock")
-            elif time.monotonic() - since >= patience:
-                say(f"{path.parent} is taken over: {holder} has not renewed its lock for {patience:g} s")
-                return _write(file, own)
+        try:
+            lease.acquire(blocking=False)
+        except Timeout:
+            pass
+        else:
+            if seen is not None and seen[0] is not None:
+                say(f"{folder} is taken over: {_named(seen[0])} is dead, or has not renewed its lock")
+            return
+        owner, renewed = lease.owner, last_renewal(folder)
+        if owner is not None and seen is not None and seen[0] == owner and seen[1] != renewed:
+            raise ValueError(
+                f"{folder} is being written to by {_named(owner)}; wait until it ends, or name another folder"
+            )
+        if owner is None and time.monotonic() - since > pace.lease:
+            raise ValueError(f"{lease.lock_file} names no process; delete it if no run writes there")
+        if seen is None or seen[0] != owner:
+            since = time.monotonic()
+            if owner is not None:
+                say(
+                    f"{folder} is locked by {_named(owner)}; going on in {pace.lease:g} s, unless that run renews its"
+                    " lock"
+                )
+        seen = owner, renewed
         time.sleep(pace.look)
 
 
-def _is_free(holder: Holder, own: Holder, path: Path) -> bool:
-    """Whether the holder is known to be dead. ValueError if it is known to be alive."""
-    if not holder.is_here(own):
-        return False
-    if _alive(holder):
-        raise _refusal(path, holder)
-    return True
+def _named(owner: OwnerRecord) -> str:
+    return f"process {owner.pid} on {_host(owner)}"
 
 
-def _refusal(path: Path, holder: Holder) -> ValueError:
-    return ValueError(f"{path.parent} is being written to by {holder}; wait until it ends, or name another folder")
+def _host(owner: OwnerRecord) -> str:
+    """The host's name. filelock adds the namespace of the process's number after a `?`."""
+    return owner.hostname.partition("?")[0]
 
 
-# --- the file ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _opened(lock: Path, create: bool = True) -> Iterator[int]:
-    """The lock file, opened by this process alone. Opening it also makes a file server send its newest contents."""
-    while True:
-        file = os.open(lock, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
-        try:
-            # on a file system without locks, one of two runs that start at the same instant finds the lock lost
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if _is_at(file, lock):
-                yield file
-                return
-        finally:
-            os.close(file)  # this also releases its lock
-
-
-def _is_at(file: int, path: Path) -> bool:
-    """Whether the file was not deleted between being opened and being locked."""
-    return path.exists() and os.path.samestat(os.fstat(file), path.stat())
-
-
-def _holder(file: int) -> Holder | None:
-    """The process that the file names. None for a new file, and if its writer was killed before it wrote a name."""
-    try:
-        data = json.loads(os.pread(file, 4096, 0))
-    except (ValueError, RecursionError):
-        return None
-    if not (isinstance(data, dict) and {"pid", "host", "started"} <= data.keys()):
-        return None
-    pid = data["pid"]
-    if not (isinstance(pid, int) and 0 < pid < 2**31):
-        return None
-    return Holder(pid, str(data["host"]), data["started"], data.get("place"), data.get("job"))
-
-
-def _write(file: int, holder: Holder) -> None:
-    os.ftruncate(file, 0)
-    os.pwrite(file, json.dumps(asdict(holder)).encode(), 0)
-    os.fsync(file)
-
-
-# --- processes --------------------------------------------------------------------------------------------------------
-
-
-def _this_process() -> Holder:
-    return Holder(os.getpid(), socket.gethostname(), _started(os.getpid()), _place(), _job())
-
-
-def _place() -> str | None:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
-
-
-def _job() -> str | None:
-    for name in _JOBS:
-        if os.environ.get(name, "").lower() not in _NO_JOB:
-            return f"{name} {os.environ[name]}"
-    return None
-
-
-def _alive(holder: Holder) -> bool:
-    """Whether a process of this machine is running, and is not another one with the same number."""
-    try:
-        os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it runs, as another user's
-        pass
-    now = _started(holder.pid)
-    return now is None or holder.started is None or now == holder.started
-
-
-def _started(pid: int) -> int | None:
-    """The start of a process in ticks since the machine's start. None if it is not known (without Linux' /proc)."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return -1 if fields[0] == "Z" else int(fields[19])  # a zombie is dead: -1 equals no start
+def _is_gone(owner: OwnerRecord) -> bool:
+    """Whether the owner's machine is this one, and no process has its number here."""
+    return _host(owner) == socket.gethostname() and not psutil.pid_exists(owner.pid)

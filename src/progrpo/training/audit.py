@@ -52,11 +52,11 @@ class Audit:
         return self._ranked(self.scores_TG)
 
     def used_agreement(self) -> list[float | None]:
-        """The same for the previews that the run decides by."""
+        """Spearman's correlation for the previews that the run decides by."""
         return self._ranked(self.used_TG)
 
     def probe_agreement(self) -> list[float | None] | None:
-        """The same for the probe's scores; None without a probe that has learnt."""
+        """Spearman's correlation for the probe's scores; None without a probe that has learnt."""
         return None if self.probe_TG is None else self._ranked(self.probe_TG)
 
     def hit_rate(self, step: int, keep: int) -> float | None:

@@ -51,7 +51,7 @@ def evaluate_suite(request: SuiteRequest) -> SuiteResults | None:
             notes += work.evaluate_base(base, folders[0], base_id, list(zip(of_others, paths, strict=True)))
         if ranks.is_main:
             for folder in folders:
-                work.measure_diversity(folder, inputs.features, inputs.features_name)
+                work.measure_diversity(folder, inputs.diversity)
         ranks.wait_for_all()
     if not ranks.is_main:
         return None
@@ -73,7 +73,7 @@ def evaluate_suite(request: SuiteRequest) -> SuiteResults | None:
         "guidance_scale": settings.guidance_scale,
         "negative_prompt": negative_prompt,
         "seed": settings.seed,
-        "features": inputs.features_name,
+        "features": inputs.diversity.name,
         "kinds": inputs.grid.kinds,
         "models": figures,
         "notes": notes,

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, Dinov2Model
 
 from progrpo.rewards.clip import batch_slices
-from progrpo.rewards.hub import fetching, load_pretrained, place_at
+from progrpo.rewards.dino import Dino
+from progrpo.rewards.lpips import LPIPS
+from progrpo.rewards.settings import RewardTerm
 from progrpo.zoo import WEIGHTS
 from progrpo.zoo.networks import to_tensor
 from progrpo.zoo.shapes.detector import load_detector
@@ -20,7 +21,6 @@ from progrpo.zoo.shapes.detector import load_detector
 Features = Callable[[np.ndarray], np.ndarray]
 """A function of pictures (uint8, (N, H, W, 3)) that gives their features (N, D)."""
 
-DINO = ("facebook/dinov2-small", "ed25f3a31f01632728cabb09d1542f84ab7b0056")
 PIXELS, SHAPES = "pixels", "shapes"
 _SIDE = 32  # pixels: pictures of any size become vectors of one length
 _CELLS = 4
@@ -36,7 +36,7 @@ def load_features(name: str) -> Features:
         return pixels
     if name == SHAPES:
         return _of_detector(WEIGHTS / "shapes-judge")
-    return _of_dino(*(DINO if name == "dino" else (name, "main")))
+    return _of_dino("" if name == "dino" else name)
 
 
 def pixels(pictures_NHWC: np.ndarray) -> np.ndarray:
@@ -57,18 +57,20 @@ def _of_detector(folder: Path) -> Features:
     return features
 
 
-def _of_dino(repository: str, revision: str) -> Features:
-    """The class token of a DINOv2 after its last norm (arXiv 2304.07193)."""
-    model = place_at(load_pretrained(Dinov2Model, "dino", repository, revision), "auto", "float32")
-    with fetching("dino", repository):
-        image_processor = AutoImageProcessor.from_pretrained(repository, revision=revision, backend="pil")
+def _of_dino(model: str) -> Features:
+    """The class token of a DINOv2, by its folder or hub id; empty: that of the reward `dino_similarity`."""
+    dino = Dino.load("dino", RewardTerm("dino", model=model, dtype="float32"))
+    return _in_batches(dino.features)
 
-    @torch.no_grad()
+
+def load_lpips() -> Features:
+    """Vectors whose squared distances are LPIPS. Refusal where neither the cache nor their servers have the weights."""
+    return _in_batches(LPIPS.load("lpips").vectors)
+
+
+def _in_batches(vectors: Callable[[np.ndarray], Tensor]) -> Features:
     def features(pictures_NHWC: np.ndarray) -> np.ndarray:
-        parts: list[np.ndarray] = []
-        for batch in batch_slices(len(pictures_NHWC), _AT_ONCE):
-            inputs = image_processor(list(pictures_NHWC[batch]), return_tensors="pt", input_data_format="channels_last")
-            parts.append(model(inputs.pixel_values.to(model.device)).pooler_output.cpu().numpy())
-        return np.concatenate(parts)
+        batches = batch_slices(len(pictures_NHWC), _AT_ONCE)
+        return np.concatenate([vectors(pictures_NHWC[batch]).cpu().numpy() for batch in batches])
 
     return features

@@ -118,7 +118,7 @@ class Recorder:
     @property
     def writes_summary(self) -> bool:
         """Whether this process writes the summary: the main one, unless another run has taken the folder."""
-        return self._ranks.is_main and (self._lock is None or self._lock.lost_to is None)
+        return self._ranks.is_main and (self._lock is None or not self._lock.is_lost)
 
     def summary(self, summary: Summary) -> None:
         self.folder.summary.write(summary)

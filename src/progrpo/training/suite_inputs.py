@@ -21,7 +21,7 @@ from progrpo.training.build import saved_weights, was_trained
 from progrpo.training.checkpoints import digest
 from progrpo.training.distributed import Ranks
 from progrpo.training.equal_inputs import require_same_prompts
-from progrpo.training.features import PIXELS, SHAPES, Features, load_features
+from progrpo.training.features import PIXELS, SHAPES, Features, load_features, load_lpips
 from progrpo.training.trained_model import ModelChoice, negative_prompt_for, with_given
 from progrpo.types import Prompt
 
@@ -114,8 +114,23 @@ class SuiteRequest:
 
 
 @dataclass(frozen=True)
+class DiversityInputs:
+    """What says how alike pictures are, in the main process alone."""
+
+    name: str
+    """The name of the features."""
+    features: Features | None
+    lpips: Features | None
+    """LPIPS, measured beside the features of a DINOv2."""
+
+    @property
+    def description(self) -> str:
+        return (self.name if self.features else "pixels alone") + (", LPIPS" if self.lpips else "")
+
+
+@dataclass(frozen=True)
 class SuiteInputs:
-    """What is evaluated and by what, alike in all processes; the main one alone has the features."""
+    """What is evaluated and by what, alike in all processes."""
 
     grid: Grid
     digest: str
@@ -123,8 +138,7 @@ class SuiteInputs:
     of_prompts: int
     """The number of prompts of the whole suite."""
     rewards: Sequence[Component]
-    features_name: str
-    features: Features | None
+    diversity: DiversityInputs
     notes: Sequence[str]
 
 
@@ -135,16 +149,16 @@ def load_inputs(request: SuiteRequest, ranks: Ranks) -> SuiteInputs:
     prompts = spread_over_kinds(whole, request.limit)
     grid = Grid(prompts, request.per_prompt or request.suite.per_prompt, request.suite.mean_of_kinds)
     rewards, reward_notes = _load_rewards(request, [item.prompt for item in prompts], ranks)
-    name, features, feature_notes = _load_features(request, ranks)
-    notes = [*prompt_notes, *reward_notes, *feature_notes]
-    return SuiteInputs(grid, digest(whole), len(whole), rewards, name, features, notes)
+    diversity, diversity_notes = _load_diversity(request, ranks)
+    notes = [*prompt_notes, *reward_notes, *diversity_notes]
+    return SuiteInputs(grid, digest(whole), len(whole), rewards, diversity, notes)
 
 
 def _began_from(base: ModelChoice) -> tuple[object, ...]:
     model = base.config.model
     if not base.before:
         return (base.target, base.revision, base.variant)
-    return (model.path, model.revision, model.variant, model.lora, model.resolution)
+    return (model.path, model.single_file, model.revision, model.variant, model.lora, model.resolution)
 
 
 def _read_prompts(request: SuiteRequest) -> tuple[tuple[Prompt, ...], list[str]]:
@@ -203,29 +217,32 @@ def _term(text: str) -> RewardTerm:
     return term
 
 
-def _load_features(request: SuiteRequest, ranks: Ranks) -> tuple[str, Features | None, list[str]]:
-    """The features by which diversity is measured, with their name, and a note where they cannot be had.
-
-    The main process alone has them.
-    """
+def _load_diversity(request: SuiteRequest, ranks: Ranks) -> tuple[DiversityInputs, list[str]]:
+    """What measures diversity, and a note on each part that cannot be had."""
     name, named_by_user = request.features, request.features != "auto"
     if not named_by_user:
         name = request.suite.features
     if name == SHAPES and request.suite.features != SHAPES:
         raise ValueError(f"--features {SHAPES} sees the shapes world alone; give dino, {PIXELS}, or a DINOv2")
-    loaded: list[Features] = []
+    loaded: dict[str, Features] = {}
 
     def load() -> list[str]:
+        notes = []
         try:
-            loaded.append(load_features(name))
+            loaded["features"] = load_features(name)
         except Refusal as error:
             if named_by_user:
                 raise
-            return [f"feature distance and Vendi are left out: {error}; --features {PIXELS} needs no network"]
-        return []
+            notes.append(f"feature distance and Vendi are left out: {error}; --features {PIXELS} needs no network")
+        try:
+            if name not in (PIXELS, SHAPES):
+                loaded["lpips"] = load_lpips()
+        except Refusal as error:
+            notes.append(f"LPIPS is left out: {error}")
+        return notes
 
     notes = ranks.from_main(load)
-    return name, loaded[0] if loaded else None, notes
+    return DiversityInputs(name, loaded.get("features"), loaded.get("lpips")), notes
 
 
 def _weights_digest(model: ModelChoice) -> str:

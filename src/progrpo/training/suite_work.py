@@ -19,13 +19,13 @@ from progrpo.rollout.sampling import Sampling
 from progrpo.suites.formats import SuitePrompt
 from progrpo.suites.records import Key, MeasuresRecord, ModelFolder, PictureRecord
 from progrpo.suites.results import Grid
-from progrpo.suites.statistics import pairwise_distance, vendi
+from progrpo.suites.statistics import pairwise_distance, pairwise_square_distance, vendi
 from progrpo.tracking.console import Console
 from progrpo.training.checks import check_failures
 from progrpo.training.distributed import Ranks
 from progrpo.training.evaluate import COMPARED, Measures, draw, judged, ode_path, velocity_distance
-from progrpo.training.features import Features
 from progrpo.training.pictures import diversity
+from progrpo.training.suite_inputs import DiversityInputs
 from progrpo.training.trained_model import ModelChoice, ode_by, warn_of_cuts
 from progrpo.types import Pictures, Prompt, Trajectories
 
@@ -216,12 +216,12 @@ class SuiteWork:
 
     # --- diversity ----------------------------------------------------------------------------------------------------
 
-    def measure_diversity(self, folder: ModelFolder, features: Features | None, name: str) -> None:
+    def measure_diversity(self, folder: ModelFolder, by: DiversityInputs) -> None:
         """Write how far apart the pictures of each prompt are, if that is not written yet."""
         records = folder.read()
         there = {item.place: [key for key in self._keys(item) if records[key]["there"]] for item in self.grid.prompts}
         measures = folder.measures.read()
-        made_by = f"{name if features else 'pixels alone'}, {sum(map(len, there.values()))} of {sorted(there)}"
+        made_by = f"{by.description}, {sum(map(len, there.values()))} of {sorted(there)}"
         if measures.get("made_by") == made_by:
             return
         spread: dict[str, dict[str, float]] = {}
@@ -231,8 +231,10 @@ class SuiteWork:
                 continue
             images_NHWC = np.stack([folder.picture(key) for key in keys])
             of_place: dict[str, float | None] = {"diversity": diversity(images_NHWC)}
-            if features is not None:
-                seen.append(features(images_NHWC))
+            if by.lpips is not None:
+                of_place["lpips"] = pairwise_square_distance(by.lpips(images_NHWC))
+            if by.features is not None:
+                seen.append(by.features(images_NHWC))
                 of_place["distance"] = pairwise_distance(seen[-1])
                 of_place["vendi"] = vendi(seen[-1]) if len(keys) > 1 else None
             spread[str(place)] = {name: value for name, value in of_place.items() if value is not None}

@@ -113,7 +113,7 @@ class Levels:
     end: float
     rewards: list[float]
     arrivals: Mapping[str, list[list[Arrival | None]]]
-    """By the recipe's label: for each level the arrival of each of its runs."""
+    """The arrivals of each run at each level, by the recipe's label."""
 
 
 def levels(recipes: Sequence[Recipe]) -> Levels | None:

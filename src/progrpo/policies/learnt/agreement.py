@@ -41,7 +41,7 @@ def require_agreement(family: Recorded) -> tuple[int, int]:
 def _pipelines_own(family: Recorded, scale: float | None) -> Recording:
     """The pipeline's own sampling by its scheduler, with its network."""
     call = family.call
-    options = call.options(_TEXT, STEPS) if scale is None else call.guided(_TEXT, "", scale, STEPS)
+    options = call.options(_TEXT, STEPS) if scale is None else call.guided(_TEXT, family.negative_prompt, scale, STEPS)
     return call.record(options, output=lambda step, inputs: family.run_network(inputs), decodes=scale is None)
 
 
@@ -65,9 +65,10 @@ def _require_same_steps(family: Recorded, recording: Recording, scale: float | N
 
 
 def _condition(family: Recorded, text: str, negative: bool = False) -> Condition:
-    encoded = family.encode_negative("") if negative else family.encode_text(text)
+    encoded = family.encode_negative(text) if negative else family.encode_text(text)
     if family.edits and not negative and family.call.picture is not None:
         encoded |= family.encode_picture(family.call.picture)
+        encoded |= family.encode_both(text, family.call.picture) if family.reads_both else {}
     tensors = {name: tensor.to(family.device) for name, tensor in encoded.items()}
     if family.learnt.embeds_guidance:
         tensors["guidance"] = torch.full((1,), float(family.call.unguided), device=family.device)
@@ -75,13 +76,11 @@ def _condition(family: Recorded, text: str, negative: bool = False) -> Condition
 
 
 def _output(family: Recorded, x: Tensor, timestep_B: Tensor, condition: Condition, scale: float | None) -> Tensor:
-    output = family.network.forward(x, timestep_B, condition)
     if scale is None:
-        return output
-    negative = Condition({**condition.tensors, **_condition(family, "", negative=True).tensors})
+        return family.network.output(x, timestep_B, condition)
     assert family.learnt.guidance is not None
-    unconditional = family.network.forward(x, timestep_B, negative)
-    return family.combine_guidance(unconditional, output, scale + family.learnt.guidance.offset)
+    negative = _condition(family, family.negative_prompt, negative=True)
+    return family.network.guided_output(x, timestep_B, condition, negative, scale + family.learnt.guidance.offset)
 
 
 def _stepped(family: Recorded, levels: Levels, step: int, x: Tensor, output: Tensor) -> Tensor:

@@ -1,19 +1,15 @@
-"""Arguments of a denoiser's call: what each is made of, learnt by comparing calls that differ in one thing.
-
-An argument is the same in all calls, or it depends on the text, on the latents, on the timestep or on the guidance
-scale. One that depends on anything else is refused by name.
-"""
+"""Arguments of a denoiser's call: what each is made of, and how it is made anew for other rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from progrpo.policies.learnt.rearranged import in_order, probes, read
+from progrpo.policies.learnt.rearranged import in_order
 
 LENGTH = ".length"
 """The ending of a tensor of a condition that says how much of a padded one is there."""
@@ -30,39 +26,6 @@ class Given:
 
     def __len__(self) -> int:
         return len(self.x_BN)
-
-
-@dataclass(frozen=True)
-class Calls:
-    """One argument, or a part of one, in calls that differ in one thing from `base`, which has one row."""
-
-    base: Any
-    pair: Any
-    """A call of two equal rows; None where the pipeline makes none."""
-    texts: list[Any]
-    pictures: list[Any]
-    """With another picture to change; none for a pipeline that changes no pictures."""
-    scales: list[Any]
-    """With guidance scales, for a network that takes it as an input."""
-    times: list[Any]
-    latents: list[Any]
-    """With the values of `rearranged.probes` as latents."""
-
-    def part(self, of: Callable[[Any], Any]) -> Calls:
-        lists = (self.texts, self.pictures, self.scales, self.times, self.latents)
-        pair = None if self.pair is None else of(self.pair)
-        return Calls(of(self.base), pair, *([of(value) for value in values] for values in lists))
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The values by which calls differ."""
-
-    size: int
-    """The number of latents."""
-    timesteps: Tensor
-    scales: tuple[float, ...]
-    num_train_timesteps: int
 
 
 class Argument:
@@ -103,7 +66,7 @@ class Fixed(Argument):
         return self.value
 
     def text(self, value: Any, path: str) -> dict[str, Tensor]:
-        if not _equal(_first(value) if self.rows == "list" else value, self.value):
+        if not equal(value[0] if self.rows == "list" else value, self.value):
             raise ValueError(f"{path} differs from what it was for the texts that the pipeline was learnt from")
         return {}
 
@@ -119,7 +82,7 @@ class FromText(Argument):
     shape: tuple[int, ...]
     """The shape of a row in the condition, with the longest length."""
     source: str = "text"
-    """Whether the prompt's `text` gives it or its `picture`."""
+    """Whether the prompt's `text` gives it, its `picture`, or `both` together."""
     number: bool = False
     """Whether it is a whole number of Python."""
 
@@ -150,7 +113,7 @@ class FromText(Argument):
         return [row.narrow(self.ragged, 0, int(length)) for row, length in zip(values, lengths, strict=True)]
 
     def text(self, value: Any, path: str) -> dict[str, Tensor]:
-        row = _row(value, self.rows)
+        row = row_of(value, self.rows)
         row = torch.tensor(row) if self.number else row
         if self.ragged is None:
             if tuple(row.shape) != self.shape:
@@ -188,7 +151,7 @@ class FromLatents(Argument):
     def text(self, value: Any, path: str) -> dict[str, Tensor]:
         if self.beside is None:
             return {}
-        row = _row(value, self.rows).flatten()
+        row = row_of(value, self.rows).flatten()
         return self.beside.text(row[(self.place_M >= self.size).to(row.device)][None], path)
 
 
@@ -253,165 +216,6 @@ def leaves(argument: Argument) -> list[Argument]:
     return [leaf for part in argument.parts.values() for leaf in leaves(part)]
 
 
-# --- how they are learnt ----------------------------------------------------------------------------------------------
-
-
-def learn(calls: Calls, probe: Probe, path: str = "") -> Argument:
-    """The making of an argument. ValueError, a part of a sentence, where it is of no known kind."""
-    base, pair = calls.base, calls.pair
-    if isinstance(base, Mapping):
-        return Parts(dict, {key: _part(calls, probe, path, key) for key in base})
-    if isinstance(base, list | tuple):
-        if len(base) == 1 and isinstance(base, list) and (pair is None or len(pair) == 2):
-            return _learn_leaf(calls, probe, path, "list")
-        kind = list if isinstance(base, list) else tuple
-        if _sizes(calls) != {len(base)}:
-            raise ValueError(f"{path} has another number of parts in each call")
-        return Parts(kind, {place: _part(calls, probe, path, place) for place in range(len(base))})
-    return _learn_leaf(calls, probe, path, _rows_of(base, pair))
-
-
-def _part(calls: Calls, probe: Probe, path: str, key: Any) -> Argument:
-    return learn(calls.part(lambda value: value[key]), probe, f"{path}.{key}" if path else str(key))
-
-
-def _sizes(calls: Calls) -> set[int]:
-    lists = (calls.texts, calls.pictures, calls.scales, calls.times, calls.latents)
-    return {len(value) for value in (calls.base, *(value for values in lists for value in values))}
-
-
-def _rows_of(base: Any, pair: Any) -> str:
-    if not isinstance(base, Tensor) or base.ndim == 0:
-        return "all"
-    if pair is None:
-        return "each" if base.shape[0] == 1 else "all"
-    return "each" if base.shape[0] == 1 and pair.shape == (2, *base.shape[1:]) else "all"
-
-
-def _learn_leaf(calls: Calls, probe: Probe, path: str, rows: str) -> Argument:
-    base = calls.base
-    item = _first(base) if rows == "list" else base
-    varied = {
-        "text": calls.texts,
-        "picture": calls.pictures,
-        "scale": calls.scales,
-        "t": calls.times,
-        "x": calls.latents,
-    }
-    depends = {name: any(not _equal(value, base) for value in values) for name, values in varied.items()}
-    kinds = {name for name, does in depends.items() if does}
-    if not kinds:
-        return Fixed(item, rows)
-    number = isinstance(item, int) and not isinstance(item, bool)
-    if not isinstance(item, Tensor) and not (number and kinds == {"text"}):
-        raise ValueError(f"{path} is no tensor and depends on {' and '.join(sorted(kinds))}")
-    if kinds in ({"text"}, {"picture"}):
-        return _learn_text(calls, path, rows, number)
-    if kinds == {"t"}:
-        return _learn_timestep(calls, probe, path, rows)
-    if kinds == {"scale"}:
-        return FromGuidance(_learn_factor(calls, probe, path))
-    if kinds in ({"x"}, {"x", "text"}, {"x", "picture"}):
-        return _learn_latents(calls, probe, path, rows)
-    raise ValueError(f"{path} depends on {' and '.join(sorted(kinds))} at once")
-
-
-def _learn_text(calls: Calls, path: str, rows: str, number: bool) -> FromText:
-    values = [_row(value, rows) for value in (calls.base, *calls.texts, *calls.pictures)]
-    source = "text" if any(not _equal(value, calls.base) for value in calls.texts) else "picture"
-    if number:
-        return FromText(path, torch.int64, rows, None, (), source, number=True)
-    first, shapes = values[0], [tuple(value.shape) for value in values]
-    if len({len(shape) for shape in shapes}) > 1:
-        raise ValueError(f"{path} has another number of dimensions for each text")
-    varied = [dim for dim, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
-    if len(varied) > 1 or (rows == "all" and not varied):
-        raise ValueError(f"{path} is one for all rows and depends on the text")
-    shape = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
-    return FromText(path, first.dtype, rows, varied[0] if varied else None, shape, source)
-
-
-def _learn_latents(calls: Calls, probe: Probe, path: str, rows: str) -> FromLatents:
-    row = _row(calls.base, rows)
-    order = read(probes(probe.size), torch.stack([_row(value, rows).flatten() for value in calls.latents]))
-    if order is None or not (order.factor_M[order.touched_M] == 1).all() or order.offset_M[order.touched_M].any():
-        raise ValueError(f"{path} is made of the latents by more than another order of their numbers")
-    touched_M, size = order.touched_M, probe.size
-    untouched = int((~touched_M).sum())
-    place_M = order.place_M.clone()
-    place_M[~touched_M] = size + torch.arange(untouched)
-    if not untouched:
-        return FromLatents(size, place_M, None, rows, tuple(row.shape))
-    numbers = row.flatten()[~touched_M.to(row.device)]
-    beside: Fixed | FromText
-    sources = {"text": calls.texts, "picture": calls.pictures}
-    by = [
-        source
-        for source, values in sources.items()
-        if any(not _equal(_row(value, rows).flatten()[~touched_M], numbers) for value in values)
-    ]
-    if by:
-        beside = FromText(f"{path}.beside", row.dtype, "each", None, (untouched,), by[0])
-    else:
-        beside = Fixed(numbers[None], "each")
-    return FromLatents(size, place_M, beside, rows, tuple(row.shape))
-
-
-def _learn_timestep(calls: Calls, probe: Probe, path: str, rows: str) -> FromTimestep:
-    values = [_row(value, rows if rows == "list" else "all").double().flatten() for value in calls.times]
-    if any((value != value[0]).any() for value in values):
-        raise ValueError(f"{path} holds several timesteps at once")
-    seen = torch.stack([value[0] for value in values]).cpu()
-    item = _first(calls.base) if rows == "list" else calls.base
-    tail = tuple(item.shape) if rows == "list" else tuple(item.shape[1:])
-    return FromTimestep(_timestep_form(probe, seen, path), "list" if rows == "list" else "each", tail)
-
-
-def _timestep_form(probe: Probe, seen: Tensor, path: str) -> Callable[[Tensor], Tensor]:
-    count, t = probe.num_train_timesteps, probe.timesteps.float()
-    forms: list[Callable[[Tensor], Tensor]] = [
-        lambda t: t,
-        lambda t: t / count,
-        lambda t: (count - t) / count,
-        lambda t: 1 - t / count,
-        lambda t: count - t,
-    ]
-    for form in forms:
-        if torch.equal(form(t).double(), seen):
-            return form
-    slope, start = torch.linalg.lstsq(torch.stack([t, torch.ones_like(t)], 1).double(), seen[:, None]).solution[:, 0]
-    slope, start = float(slope), float(start)
-    for form in (*forms, lambda t: slope * t, lambda t: slope * t + start):
-        if torch.allclose(form(t).double(), seen, rtol=1e-2 if seen.dtype == torch.bfloat16 else 1e-5, atol=1e-5):
-            return form
-    raise ValueError(f"{path} follows the timestep by no straight line")
-
-
-def _learn_factor(calls: Calls, probe: Probe, path: str) -> float:
-    values = [float(value.double().mean()) for value in calls.scales]
-    factor = values[0] / probe.scales[0]
-    if any(abs(value - factor * scale) > 1e-2 * abs(value) for value, scale in zip(values, probe.scales, strict=True)):
-        raise ValueError(f"{path} is no multiple of the guidance scale")
-    return float(round(factor)) if abs(factor - round(factor)) < 1e-2 and round(factor) else factor
-
-
-def _row(value: Any, rows: str) -> Any:
-    return value if rows == "all" else value[0]
-
-
-def _first(values: Sequence[Any]) -> Any:
-    return values[0]
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two values are the same; tensors by shape and numbers."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return type(a) is type(b) and bool(a == b)
-
-
 def renamed(argument: Argument, names: Mapping[str, str]) -> Argument:
     """The argument with other names for the tensors of a condition."""
     if isinstance(argument, Parts):
@@ -419,3 +223,17 @@ def renamed(argument: Argument, names: Mapping[str, str]) -> Argument:
     if isinstance(argument, FromText) and argument.name in names:
         return replace(argument, name=names[argument.name])
     return argument
+
+
+def row_of(value: Any, rows: str) -> Any:
+    """The first row of a value that is one for `all` rows, for `each`, or in a `list`."""
+    return value if rows == "all" else value[0]
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two values are the same; tensors by shape and numbers."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and bool(a == b)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import ClassifierFreeGuidance, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -20,13 +20,14 @@ from torch.nn.functional import pad
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.ddim import DiffusionFamily
 from progrpo.policies.denoiser_call import DenoiserCall
-from progrpo.policies.family import GRIDS, ModelFamily, unused_settings
+from progrpo.policies.family import GRIDS, NEGATIVE, ModelFamily, unused_settings
 from progrpo.policies.flow import FlowFamily
 from progrpo.policies.geometry import Geometry
 from progrpo.policies.hub import reason_of
 from progrpo.policies.learnt.agreement import require_agreement
 from progrpo.policies.learnt.argument import Given
-from progrpo.policies.learnt.learning import CallOptions, Learner, Learnt, PipelineCall, guided_rows, text_of
+from progrpo.policies.learnt.call import CallOptions, PipelineCall
+from progrpo.policies.learnt.learning import Learner, Learnt, guided_rows, text_of
 from progrpo.policies.learnt.recording import Inputs
 from progrpo.policies.tokens import Reader
 from progrpo.policies.weights import NamedWeights
@@ -104,6 +105,22 @@ class Recorded(ModelFamily):
         except Exception as error:  # of many kinds: the pipeline's own code runs
             raise ValueError(self._unfit(reason_of(error, ""))) from error
 
+    def ignored(self) -> str:
+        names = PipelineCall(self.pipeline, self.denoiser_name, CallOptions(), _no_run).guiders
+        guiders = [getattr(self.pipeline, name) for name in names]
+        plain = ClassifierFreeGuidance().config
+        others = sorted(
+            {
+                type(guider).__name__
+                for guider in guiders
+                if type(guider) is not ClassifierFreeGuidance
+                or any(value != plain[name] for name, value in guider.config.items() if name != "guidance_scale")
+            }
+        )
+        if not others:
+            return ""
+        return f"the {' and '.join(others)} is not used: guidance is plain, by sampling.guidance_scale alone"
+
     def _unfit(self, reason: str) -> str:
         kind = type(self.pipeline).__name__
         return f"model.path: a {kind} has no family of its own here, and cannot be learnt from its own call: {reason}"
@@ -151,12 +168,21 @@ class Recorded(ModelFamily):
         return self._from("text", recording.calls[0][0])
 
     def encode_picture(self, image: Image.Image) -> dict[str, Tensor]:
-        neutral, self.call.picture = self.call.picture, self._fitted(image)
-        try:
+        with self.call.showing(self._fitted(image)):
             recording = self.call.record(self.call.options(""), encoded=self.learnt.encoded, output=None)
-        finally:
-            self.call.picture = neutral
         return self._from("picture", recording.calls[0][0])
+
+    def encode_both(self, text: str, image: Image.Image) -> dict[str, Tensor]:
+        with self.call.showing(self._fitted(image)):
+            if self.learnt.guidance is None:
+                return self._from("both", self.call.record(self.call.options(text), output=None).calls[0][0])
+            unconditional, conditional = self._guided_rows(text, self.negative_prompt)
+        negative = {NEGATIVE + name: tensor for name, tensor in self._from("both", unconditional).items()}
+        return self._from("both", conditional) | negative
+
+    @property
+    def reads_both(self) -> bool:
+        return any(leaf.source == "both" for leaf in self.learnt.texts)
 
     def _fitted(self, image: Image.Image) -> Image.Image:
         """The picture, resized until it covers the model's size and cropped at its middle."""
@@ -171,13 +197,22 @@ class Recorded(ModelFamily):
     def encode_negative(self, text: str) -> dict[str, Tensor]:
         if self.learnt.guidance is None:
             return self.encode_text(text)
-        recording = self.call.record(self.call.guided("a", text, 3.5), last_step=0)
-        rows = guided_rows(self.learnt, recording.calls[0])
-        return self._from("text", rows[0 if self.learnt.unconditional_first else 1])
+        return self._from("text", self._guided_rows("a", text)[0])
+
+    def _guided_rows(self, text: str, negative: str) -> tuple[Inputs, Inputs]:
+        """The rows of a guided step without and with the text, each as a call of one row."""
+        recording = self.call.record(self.call.guided(text, negative, 3.5), last_step=0)
+        first, second = guided_rows(self.learnt, recording.calls[0])
+        return (first, second) if self.learnt.unconditional_first else (second, first)
 
     def condition_shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = {leaf.name: leaf.shape for leaf in self.learnt.texts}
-        return shapes | {leaf.length_name: () for leaf in self.learnt.texts if leaf.ragged is not None}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for leaf in self.learnt.texts:
+            own = {leaf.name: leaf.shape} | ({} if leaf.ragged is None else {leaf.length_name: ()})
+            shapes |= own
+            if leaf.source == "both" and self.learnt.guidance is not None:
+                shapes |= {NEGATIVE + name: shape for name, shape in own.items()}
+        return shapes
 
     # --- the network --------------------------------------------------------------------------------------------------
 
@@ -241,7 +276,7 @@ class Recorded(ModelFamily):
         """Latents as the pipeline's own call gives them to its autoencoder."""
         latents = self.to_pipeline(x0_BCHW).reshape(-1, *self.learnt.shape)
         together = [latents] if self.learnt.decodes_rows else latents.split(1)
-        decoded = [Learner(self.call).decoded(self.learnt.encoded, rows).latents for rows in together]
+        decoded = [self.call.decoded(self.learnt.encoded, rows).latents for rows in together]
         return torch.cat([rows for rows in decoded if rows is not None])
 
     def scale(self, latents_BCHW: Tensor) -> Tensor:
@@ -287,7 +322,7 @@ class RecordedFlow(Recorded, FlowFamily):
 
     def ignored(self) -> str:
         if isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-            return ""
+            return Recorded.ignored(self)
         return unused_settings(self.pipeline.scheduler, GRIDS, "steps are Euler's, on the grid of its flow_shift")
 
 

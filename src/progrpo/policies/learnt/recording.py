@@ -31,7 +31,8 @@ class Script:
     `output(step, inputs)` is what the denoiser gives; None ends the call where it would run first. `sample(step,
     sample)` is what the scheduler's step gives; None leaves it to the scheduler. `timesteps`, if given, are those that
     the loop goes through. `encoded` are the results of `encode_prompt` in the order of its calls; None lets it run. The
-    call ends after `last_step`, or before the autoencoder decodes if `decodes` is False, or as it does.
+    call ends after `last_step`, or before the autoencoder decodes if `decodes` is False, or as it does. `guiders` take
+    the place of components of these names.
     """
 
     output: Callable[[int, Inputs], Any] | None
@@ -40,6 +41,7 @@ class Script:
     encoded: list[Any] | None = None
     last_step: int | None = None
     decodes: bool = False
+    guiders: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass
@@ -161,6 +163,7 @@ def record(pipeline: DiffusionPipeline, denoiser_name: str, options: Mapping[str
         "vae": _Autoencoder(pipeline.vae, script, recording),
         "encode_prompt": _with_signature(encode_prompt, encode),
         "_progress_bar_config": {"disable": True},
+        **script.guiders,
     }
     with _in_place(pipeline, stand_ins), torch.random.fork_rng(devices=[]), suppress(_StoppedError):
         recording.pictures = pipeline(**options, return_dict=False)[0]

@@ -80,7 +80,7 @@ def columns(features: Features) -> Tensor:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a fit starts, and what makes it fast. It changes nothing else."""
+    """The start of a fit, and what makes it fast. It changes nothing else."""
 
     weight_D: Tensor
     curvature_DD: Tensor

@@ -92,7 +92,7 @@ def agreement(counts_BO: Tensor, wanted_BO: Tensor) -> Tensor:
 
 
 def by_word(objects_BOXY: Tensor, ink_BHW: Tensor, words_BW: Tensor) -> Tensor:
-    """Where the objects of each colour and shape lie and how large they are, times the count of that word."""
+    """The place and size of the objects of each colour and shape, times the count of that word."""
     height, width = objects_BOXY.shape[2:]
     ink_BXY = avg_pool2d(ink_BHW[:, None], ink_BHW.shape[1] // height)
     around_BXY = (avg_pool2d(ink_BXY, _AROUND, 1, _AROUND // 2)[:, 0] + _LEAST).log()
