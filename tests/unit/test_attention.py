@@ -1,12 +1,14 @@
-"""Attention by matrix products against diffusers' own processor, which uses torch's fused kernel."""
+"""Attention by matrix products against diffusers' own processor, which uses torch's fused kernel; its backends."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.attention_processor import Attention, AttnProcessor, JointAttnProcessor2_0
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -14,7 +16,7 @@ from progrpo.policies.attention import JointAttention
 from progrpo.policies.load import load_policy
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.settings import ModelSettings
-from progrpo.types import Condition
+from progrpo.types import Condition, Prompt
 
 WIDTH, PLACES, TOKENS = 24, 10, 7
 
@@ -94,3 +96,29 @@ def test_raising_a_loras_input_to_float32_would_change_no_bit(tiny_sd3):
         for parameter in policy.trainable.values():
             parameter.grad = None
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_backend_is_the_denoisers_alone_and_computes_the_same(tiny_flux):
+    before = _AttentionBackendRegistry.get_active_backend()[0]
+    outputs = []
+    for attention in ("default", "_native_math"):
+        policy = load_policy(ModelSettings(str(tiny_flux), attention=attention))
+        backends = {
+            processor._attention_backend
+            for module in policy.denoiser.modules()
+            if (processor := getattr(module, "processor", None)) is not None
+        }
+        assert backends == {None if attention == "default" else AttentionBackendName(attention)}
+        assert _AttentionBackendRegistry.get_active_backend()[0] == before
+        condition = policy.encode([Prompt("a red cat")])
+        x = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+        outputs.append(policy.predict(x, torch.tensor(500.0), condition).detach())
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_backend_that_cannot_be_used_is_said_in_a_sentence(tiny_sd3, tiny_flux):
+    with pytest.raises(ValueError, match="attention of a SD3Transformer2DModel has no backends in diffusers; leave it"):
+        load_policy(ModelSettings(str(tiny_sd3), attention="native"))
+    if find_spec("xformers") is None:
+        with pytest.raises(ValueError, match=r"model\.attention: xformers cannot be used: .*install.*xformers"):
+            load_policy(ModelSettings(str(tiny_flux), attention="xformers"))

@@ -30,6 +30,7 @@ from progrpo.rollout.plan import Plan, UnitCosts
 from progrpo.rollout.rollout import rollout
 from progrpo.storage import load_state, save_state
 from progrpo.tracking.console import Console
+from progrpo.tracking.records import Summary
 from progrpo.training.audit import GroupWatch
 from progrpo.training.errors import SelfCheckError
 from progrpo.training.totals import Totals
@@ -68,6 +69,12 @@ def test_a_record_has_the_documented_metrics(tiny_trainer, tiny_config):
     assert (record["iteration"], record["rollout/survivors"], record["update/lr"]) == (0, 2 * 3, 1e-3)
     stages = [value for name, value in record.items() if name.startswith("time/")]
     assert sum(stages) == pytest.approx(record["seconds"]) and min(stages) >= 0
+
+
+def test_every_figure_of_a_summary_is_documented():
+    entries = re.findall(r"^- (.+?)(?: \(|:)", DOCS.read_text().partition("\n## The summary\n")[2], re.M)
+    documented = {name for entry in entries for name in re.findall(r"`(\w+)`", entry)}
+    assert documented == Summary.__optional_keys__
 
 
 def test_metrics_that_were_not_measured_are_absent(tiny_trainer, tiny_config):

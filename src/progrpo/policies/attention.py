@@ -1,10 +1,31 @@
-"""Attention as matrix products, for devices where torch's fused kernels are slow."""
+"""The kernels of attention: diffusers' backends, and matrix products where torch's fused kernels are slow."""
 
 from __future__ import annotations
 
 import torch
+from diffusers import ModelMixin
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+
+
+def set_attention_backend(denoiser: ModelMixin, backend: str) -> None:
+    """Have the network attend by one of diffusers' backends.
+
+    ValueError for a network whose attention knows none, and where the backend's package is missing.
+    """
+    processors = [getattr(module, "processor", None) for module in denoiser.modules()]
+    if not any(hasattr(processor, "_attention_backend") for processor in processors):
+        raise ValueError(
+            f"model.attention: the attention of a {type(denoiser).__name__} has no backends in diffusers; leave it at"
+            " default"
+        )
+    try:
+        with attention_backend("native"):  # which puts back the backend of all other networks
+            denoiser.set_attention_backend(backend)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model.attention: {backend} cannot be used: {reason}") from error
 
 
 class JointAttention:

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from progrpo.policies.attention import set_attention_backend
 from progrpo.policies.base import PolicyContext
 from progrpo.policies.decoder import optimize_for_cpu
 from progrpo.policies.denoiser_call import is_low_precision_on_cpu
@@ -83,6 +84,8 @@ def prepare(
         _share(family)
     _TAKEN.add(pipeline)
     _optimize_for_cpu(family)
+    if settings.attention != "default":
+        set_attention_backend(family.denoiser, settings.attention)
     _tile_decoding(family, geometry)
     _order_memory(family)
     return Prepared(family, fingerprints, ignored, shared, _compile(family))

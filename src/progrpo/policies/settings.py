@@ -75,6 +75,15 @@ class ModelSettings:
     This takes half of bfloat16's memory.
     The run's reference, samples and evaluations use the quantized model.
     The saved LoRA is for the model that is not quantized."""
+    attention: Literal[
+        "default", "native", "flash", "_flash_3", "xformers", "_native_cudnn", "_native_efficient", "_native_math"
+    ] = "default"
+    """The attention backend of the denoiser, by diffusers' names, for sampling and for training.
+    `default`: diffusers' own choice, which is torch's fused attention.
+    `flash` and `_flash_3` need the packages of FlashAttention, `xformers` needs xformers.
+    FLUX, FLUX.2 klein, Qwen-Image, Wan and most learnt pipelines have backends.
+    SD3 and the U-Nets of SD 1.x, 2.x and XL have none.
+    Backends that round values to 8 bits or load kernels from a hub are not offered."""
     compile: bool = False
     """Compile the denoiser's blocks with torch.compile.
     This takes a minute or two at the start. On a CPU it needs a C++ compiler."""
