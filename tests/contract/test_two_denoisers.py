@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from progrpo.cli import main
 from progrpo.config import ObjectiveSettings, PlanSettings, SamplingSettings
 from progrpo.objectives.grpo import GRPO
 from progrpo.objectives.settings import GRPOSettings
+from progrpo.policies.export import save_merged
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.policies.settings import ModelSettings
+from progrpo.policies.sizes import sizes
+from progrpo.publish.export import export_lora
 from progrpo.rewards.frames import FrameAverageReward
 from progrpo.rewards.function import FunctionReward
 from progrpo.rollout.meter import Meter
@@ -158,6 +162,32 @@ def test_a_resumed_run_is_a_straight_one_bit_for_bit(folder, tmp_path, monkeypat
         straight, resumed = (load_file(Path(run, "lora", file)) for run in ("straight", "stopped"))
         assert straight.keys() == resumed.keys()
         assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
+
+
+def test_its_export_is_the_whole_model(folder, policy, tmp_path):
+    policy.save(tmp_path / "lora")
+    settings = ModelSettings(str(folder))
+    with pytest.raises(ValueError, match=f"each with a LoRA, and one file holds one: take .* and {SECOND} of"):
+        export_lora(tmp_path / "lora", settings, "diffusers", tmp_path / "file.safetensors")
+    save_merged(settings, tmp_path / "lora", tmp_path / "merged", torch.float32)
+    latents = sample_by_diffusers(untouched_pipeline(tmp_path / "merged"), policy, 1.0, "latent")
+    torch.testing.assert_close(sample_without_noise(policy, 1.0), latents, rtol=0, atol=1e-4)
+
+
+def test_its_sizes_are_those_of_both(folder):
+    settings = ModelSettings(str(folder), lora_rank=2, resolution=16, frames=FRAMES, max_sequence_length=12)
+    both, one = sizes(settings, 1, 1, 1), sizes(replace(settings, path=str(one_of(folder))), 1, 1, 1)
+    assert (both.trained, both.frozen) == (2 * one.trained, 2 * one.frozen)
+    assert both.call_flops == one.call_flops  # of a row
+
+
+def one_of(folder: Path) -> Path:
+    """The model without its second denoiser."""
+    pipeline = wan22()
+    pipeline.register_modules(transformer_2=None)
+    pipeline.register_to_config(boundary_ratio=None)
+    pipeline.save_pretrained(folder.parent / "tiny-wan-of-one")
+    return folder.parent / "tiny-wan-of-one"
 
 
 def test_all_weights_of_two_are_not_trained(folder):

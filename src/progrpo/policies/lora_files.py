@@ -85,6 +85,11 @@ def lora_file(is_first: bool, part: str) -> str:
     return LORA_FILE if is_first else LORA_FILE.replace(".", f"_{part}.")
 
 
+def second_loras(folder: Path) -> list[str]:
+    """The names of the files of other denoisers' LoRAs than the first's."""
+    return sorted(file.name for file in folder.glob(LORA_FILE.replace(".", "_*.")))
+
+
 def read_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str, name: str = LORA_FILE) -> LoraWeights:
     """Read the LoRA of a folder, a file or a hub id; `name` is another file's for a second denoiser.
 

@@ -85,7 +85,8 @@ def prepare(
     _TAKEN.add(pipeline)
     _optimize_for_cpu(family)
     if settings.attention != "default":
-        set_attention_backend(family.denoiser, settings.attention)
+        for denoiser in family.denoisers.values():
+            set_attention_backend(denoiser, settings.attention)
     _tile_decoding(family, geometry)
     _order_memory(family)
     return Prepared(family, fingerprints, ignored, shared, _compile(family))
