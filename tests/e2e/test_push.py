@@ -85,6 +85,20 @@ def test_what_cannot_be_known_is_asked_for_in_a_sentence(tmp_path, capsys, monke
     assert words in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+def test_the_id_of_a_single_file_is_asked_for(tmp_path, capsys):
+    run = written_run(tmp_path / "run", "word")
+    model = {"path": "owner/base", "single_file": "/somewhere/tuned.safetensors"}
+    run.log_config({"recipe": "r", "seed": 0, "model": model, "optim": {"lr": 1e-4}})
+    (run.path / "lora").mkdir()
+    (run.path / "lora/pytorch_lora_weights.safetensors").write_bytes(b"x")
+    asked = ["push", str(run.path), "me/x", "--license", "mit", "--dry-run", str(tmp_path / "out")]
+    assert main(asked) == 2
+    assert "trained /somewhere/tuned.safetensors, which the hub does not know" in capsys.readouterr().err
+    assert main([*asked, "--base-model", "owner/tuned"]) == 0
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["model"] == {"path": "owner/tuned", "single_file": ""}
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """A server that speaks what a push needs, and what it was sent by path. `status` is its answer to a new name."""

@@ -54,9 +54,10 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
     for folder in ("model", "home/lora", "taesd", "owner/local", "shapes", "shapes-flow"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "prompts.txt").touch()
+    (tmp_path / "tuned.safetensors").touch()
     term = RewardTerm("clipscore", model="owner/local", cache="scores")
     config = Config(
-        model=ModelSettings(path="model", lora="~/lora"),
+        model=ModelSettings(path="model", lora="~/lora", single_file="tuned.safetensors"),
         prompts=PromptSettings(source="prompts.txt"),
         preview=PreviewSettings(decoder="tiny", tiny_decoder="./taesd"),
         reward=RewardSettings((term,)),
@@ -64,6 +65,7 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
     )
     found = with_absolute_paths(config)
     assert (found.model.path, found.model.lora) == (f"{tmp_path}/model", f"{tmp_path}/home/lora")
+    assert found.model.single_file == f"{tmp_path}/tuned.safetensors"
     assert (found.prompts.source, found.eval.prompts) == (f"{tmp_path}/prompts.txt", f"dataset:{tmp_path}/owner/local")
     assert found.preview.tiny_decoder == f"{tmp_path}/taesd"
     assert found.reward.terms == (replace(term, model=f"{tmp_path}/owner/local", cache=f"{tmp_path}/scores"),)

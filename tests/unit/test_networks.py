@@ -141,7 +141,7 @@ def test_a_variant_is_read_where_it_is_and_named_where_it_is_all_there_is(copy):
     )
 
 
-def test_pickles_and_single_files_are_refused_with_the_way_to_convert_them(copy, tmp_path):
+def test_pickles_and_single_files_are_refused_with_what_to_do_instead(copy, tmp_path):
     (copy / UNET).rename(copy / "unet" / "diffusion_pytorch_model.bin")
     said = refusal(copy)
     assert (
@@ -151,9 +151,7 @@ def test_pickles_and_single_files_are_refused_with_the_way_to_convert_them(copy,
     single = tmp_path / "v1-5.safetensors"
     save_file({"model.diffusion_model.x": torch.zeros(1)}, single)
     for path in (single, "models/v1-5.ckpt"):
-        assert refusal(path).startswith(
-            f"model.path: {path} is a single file, and a model is a folder in diffusers' format"
-        )
+        assert refusal(path).startswith(f"model.path: {path} is a single file; give it as model.single_file")
 
 
 def test_a_safety_checker_that_is_not_there_is_not_missed(copy):

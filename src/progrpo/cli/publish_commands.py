@@ -56,7 +56,7 @@ class Export(Command):
     def _model(self) -> ModelSettings:
         model = load_recipe(str(self.folder)).model
         if self.model:
-            return replace(model, path=self.model, revision="", variant="")
+            return replace(model, path=self.model, single_file="", revision="", variant="")
         if model.path.endswith(FROM_PYTHON) and self.format != "diffusers":
             raise ValueError(
                 f"{named(self.folder)} trained {model.path}, which no name loads; name the model it was: --model MODEL"

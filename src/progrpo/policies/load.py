@@ -28,6 +28,7 @@ from progrpo.policies.networks import fetch, load_network, load_networks
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.prepare import prepare
 from progrpo.policies.settings import ModelSettings
+from progrpo.policies.single_file import check_single_file, load_single_file, networks_inside
 from progrpo.registry import load_named
 from progrpo.zoo import WEIGHTS
 
@@ -160,9 +161,8 @@ def _located(path: str | Path) -> str:
         return folder
     if os.path.isfile(folder) or folder.endswith(_SINGLE_FILES):
         raise ValueError(
-            f"model.path: {named(path)} is a single file, and a model is a folder in diffusers' format: load the file"
-            " with from_single_file of its pipeline in diffusers, such as StableDiffusionPipeline, write it with"
-            " save_pretrained(FOLDER), and give FOLDER"
+            f"model.path: {named(path)} is a single file; give it as model.single_file, and as model.path the model"
+            " that it was made from, such as stabilityai/stable-diffusion-xl-base-1.0"
         )
     if HUB_ID.fullmatch(str(path)):
         return str(path)
@@ -222,6 +222,7 @@ def read_pipeline(
     source: str, kind: type[ModelFamily], settings: ModelSettings, dtypes: dict[str, torch.dtype]
 ) -> DiffusionPipeline:
     """Load a pipeline, each network in its dtype of `dtypes` or in `default`."""
+    file = check_single_file(settings.single_file) if settings.single_file else ""
     with reported_errors(source):
         folder = fetch(source, settings.revision, settings.variant, kind.omitted_components)
         _require_objects(folder)
@@ -230,8 +231,14 @@ def read_pipeline(
             for name, entry in DiffusionPipeline.load_config(folder).items()
             if name not in kind.omitted_components
         }
-        networks = load_networks(folder, index, dtypes, settings.variant)
         absent = {**dict.fromkeys(_absent_encoders(index)), **kind.omitted_components}
+        inside = networks_inside(file, index, kind.denoiser_name) if file else set()
+        others = {name: entry for name, entry in index.items() if name not in inside}
+        networks = load_networks(folder, others, dtypes, settings.variant)
+    if file:
+        with reported_errors(file, "model.single_file"):
+            networks |= load_single_file(file, folder, inside, {**networks, **absent}, dtypes)
+    with reported_errors(source):
         # with the dtypes as well, without which it casts what it is given
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtypes, use_safetensors=True, **networks, **absent)
         for name, component in pipeline.components.items():
@@ -273,5 +280,5 @@ def reported_errors(source: str | Path, what: str = "model.path") -> Iterator[No
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of many kinds: of JSON, of safetensors, of a class that gets another's settings
-        place = "" if os.path.isdir(source) else "; no folder has that name, and the Hugging Face hub was tried"
+        place = "" if os.path.exists(source) else "; no folder has that name, and the Hugging Face hub was tried"
         raise ValueError(f"{what}: cannot load {named(source)}{place}: {reason_of(error, source)}") from error

@@ -112,6 +112,12 @@ class ModelSettings:
     """The kind of weight files to read from a folder or hub id, such as fp16 (`model.fp16.safetensors`).
     Components that have no such file are read without it.
     This only selects files; `dtype` sets the precision."""
+    single_file: str = ""
+    """A checkpoint in one safetensors file, as ComfyUI and A1111 have them; empty: none.
+    Its denoiser takes the place of the denoiser of `path`, and so do its autoencoder and text encoders, where it has
+    them.
+    `path` is the model that it was made from, which gives configurations, tokenizers and the other networks.
+    Files of Stable Diffusion, SDXL, SD3 and FLUX are read, by diffusers' from_single_file."""
     step_ends: Literal["diffusers", "next"] = "diffusers"
     """The end of a step of a diffusion model.
     `diffusers`: 1000 // T timesteps further, as in diffusers' DDIMScheduler.

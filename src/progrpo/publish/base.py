@@ -39,6 +39,11 @@ def find_base(data: RunData, base_model: str | None, licence: str | None) -> Bas
     built_in = re.fullmatch(r"[\w-]+", path) is not None and (WEIGHTS / path).is_dir()
     folder = WEIGHTS / path if built_in else Path(path)
     name = base_model or (path if built_in or not folder.is_absolute() else _id_in_cache(folder))
+    if base_model is None and data.setting("model", "single_file"):
+        raise ValueError(
+            f"the run trained {named(str(data.setting('model', 'single_file')))}, which the hub does not know by that"
+            " name; give the id of the model there with --base-model"
+        )
     if name is None or name.endswith(FROM_PYTHON):
         raise ValueError(
             f"the run trained {named(path)}, which the hub does not know by that name; give its id there with"

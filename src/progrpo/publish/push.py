@@ -117,7 +117,7 @@ def _reduced_size(size: tuple[int, int]) -> tuple[int, int]:
 def _public(config: Mapping[str, object], base: Base) -> Mapping[str, object]:
     """The configuration with the base's id, and with files by their names: paths are of nobody's concern."""
     shortened = json.loads(json.dumps(config), object_hook=lambda part: {k: _shortened(v) for k, v in part.items()})
-    shortened["model"] = {**shortened["model"], "path": base.name}
+    shortened["model"] = {**shortened["model"], "path": base.name, "single_file": ""}  # the base is the file's model
     return shortened
 
 

@@ -19,7 +19,12 @@ def with_absolute_paths(config: Config) -> Config:
     """
     return replace(
         config,
-        model=replace(config.model, path=_absolute(config.model.path), lora=_absolute(config.model.lora)),
+        model=replace(
+            config.model,
+            path=_absolute(config.model.path),
+            single_file=_absolute(config.model.single_file),
+            lora=_absolute(config.model.lora),
+        ),
         prompts=replace(config.prompts, source=_absolute(config.prompts.source)),
         preview=replace(
             config.preview,

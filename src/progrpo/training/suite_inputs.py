@@ -158,7 +158,7 @@ def _began_from(base: ModelChoice) -> tuple[object, ...]:
     model = base.config.model
     if not base.before:
         return (base.target, base.revision, base.variant)
-    return (model.path, model.revision, model.variant, model.lora, model.resolution)
+    return (model.path, model.single_file, model.revision, model.variant, model.lora, model.resolution)
 
 
 def _read_prompts(request: SuiteRequest) -> tuple[tuple[Prompt, ...], list[str]]:
