@@ -268,11 +268,11 @@ def page(data: Mapping[str, Any]) -> str:
     figures = f"{data['scale']}_hours.svg", f"{data['scale']}_kl.svg"
     parts = [
         f"# {data['model']} towards `{data['reward']}` at equal GPU-hours",
-        "**A rehearsal of `benchmarks/real.py` on a built-in model, for minutes: it shows that the code runs, and its"
-        " figures say nothing about real weights. GPU-hours are hours of a CPU, on which others worked too.**"
+        "This page is a rehearsal of `benchmarks/real.py` on a built-in model, for minutes. **It shows that the code"
+        " runs, and its figures say nothing about real weights.** GPU-hours are hours of a CPU, beside other work."
         if rehearsed
-        else "The arms differ in plan and objective, and each had the same GPU-hours of training.",
-        f"```bash\npython benchmarks/real.py{option}   # goes on where it was stopped\n```",
+        else "This page compares arms that differ in plan and objective, at the same GPU-hours of training.",
+        f"```bash\npython benchmarks/real.py{option}   # the same command continues where it was stopped\n```",
         "## Results",
         _results_table(runs, names),
         _about(data),

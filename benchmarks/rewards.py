@@ -26,6 +26,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from transformers import (
+    BitImageProcessorPil,
     BlipTextConfig,
     BlipTextModel,
     BlipVisionConfig,
@@ -35,14 +36,22 @@ from transformers import (
     CLIPModel,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
-from progrpo.rewards.aesthetic import Aesthetic
+from progrpo.rewards.aesthetic import Aesthetic, AestheticV25
 from progrpo.rewards.base import Reward
+from progrpo.rewards.clip_similarity import CLIPSimilarity
 from progrpo.rewards.clipscore import CLIPScore
+from progrpo.rewards.dino import Dino, DinoSimilarity
 from progrpo.rewards.hpsv2 import HPSv2
 from progrpo.rewards.imagereward import ImageReward, blip_tokenizer
 from progrpo.rewards.load import load_reward
+from progrpo.rewards.lpips import LPIPS, LPIPSSimilarity
 from progrpo.rewards.pickscore import PickScore
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
@@ -56,7 +65,11 @@ ROUNDS = 5
 def drawn(count: int, size: int) -> tuple[list[Prompt], np.ndarray]:
     prompts, pictures = world.examples("test", count, seed=0)
     words = [WORDS[i % len(WORDS)] for i in range(count)]
-    wanted = [Prompt(f'{p.text} and "{word}"', p.columns) for p, word in zip(prompts, words, strict=True)]
+    sources = [Image.fromarray(picture_HWC).resize((size, size)) for picture_HWC in pictures]
+    wanted = [
+        Prompt(f'{p.text} and "{word}"', {**p.columns, "image": source})
+        for p, word, source in zip(prompts, words, sources, strict=True)
+    ]
     return wanted, np.stack([write(word, p, size) for word, p in zip(words, pictures, strict=True)])
 
 
@@ -113,7 +126,28 @@ def imagereward() -> Reward:
     return ImageReward(vision, told, head(768), blip_tokenizer(words), CLIPImageProcessorPil())
 
 
+def aesthetic_v25() -> Reward:
+    sizes = {**tower(1152, 27, 16), "intermediate_size": 4304, "image_size": 384, "patch_size": 14}
+    processor = SiglipImageProcessorPil(size={"height": 384, "width": 384})
+    return AestheticV25(SiglipVisionModel(SiglipVisionConfig(**sizes)), head(1152), processor)
+
+
+def dino_similarity() -> Reward:
+    size, crop = {"shortest_edge": 256}, {"height": 224, "width": 224}
+    model = Dinov2Model(Dinov2Config(image_size=518, patch_size=14, **tower(384, 12, 6)))
+    return DinoSimilarity(Dino(model, BitImageProcessorPil(size=size, crop_size=crop)))
+
+
+def clip_similarity() -> Reward:
+    vision = clip(VIT_L).config.vision_config
+    return CLIPSimilarity(CLIPVisionModelWithProjection(vision), CLIPImageProcessorPil())
+
+
 OF_THE_HUB = {
+    "aesthetic_v25": aesthetic_v25,
+    "clip_similarity": clip_similarity,
+    "dino_similarity": dino_similarity,
+    "lpips_similarity": lambda: LPIPSSimilarity(LPIPS()),
     "clipscore": lambda: cosine(CLIPScore, VIT_L),
     "pickscore": lambda: cosine(PickScore, VIT_H),
     "hpsv2": lambda: cosine(HPSv2, VIT_H),

@@ -29,6 +29,11 @@ def one_of(names: Collection[str], attribute: str = "attribute") -> Rule:
     )
 
 
+def is_users_own(name: str) -> bool:
+    """Whether a name has the form `module:attribute`."""
+    return bool(_USERS_OWN.holds(name))
+
+
 def choices_of(names: Collection[str]) -> Any:
     """The type of a field that holds one of these names or any other text; the command line lists the names.
 

@@ -26,6 +26,9 @@ from transformers import (
     CLIPVisionModelWithProjection,
     Dinov2Config,
     Dinov2Model,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     YolosConfig,
     YolosForObjectDetection,
     YolosImageProcessorPil,
@@ -34,14 +37,16 @@ from transformers import (
 from progrpo.preferences.reward_model.head import Ensemble, columns
 from progrpo.preferences.reward_model.model import RewardModel, save_reward_model
 from progrpo.preferences.reward_model.shapes import ShapesBackbone
-from progrpo.rewards.aesthetic import Aesthetic
+from progrpo.rewards.aesthetic import Aesthetic, AestheticV25
 from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.clip import ClipCosine
+from progrpo.rewards.clip_similarity import CLIPSimilarity
 from progrpo.rewards.clipscore import CLIPScore
 from progrpo.rewards.dino import Dino, DinoSimilarity
 from progrpo.rewards.function import FunctionReward
 from progrpo.rewards.geneval import Colors, Detector, GenEval, GenEvalFlowGRPO
 from progrpo.rewards.hpsv2 import HPSv2
+from progrpo.rewards.hpsv3 import HPSv3
 from progrpo.rewards.imagereward import ImageReward, blip_tokenizer
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.lpips import LPIPS, LPIPSSimilarity
@@ -54,6 +59,7 @@ from progrpo.rewards.settings import ASK_A_MODEL, REWARDS, RewardTerm
 from progrpo.rewards.similarity import SourceSimilarity
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
+from tests.support.hpsv3 import small_hpsv3
 
 PROMPTS, PICTURES = world.examples("test", 12, seed=3)
 PROMPTS = [*PROMPTS[:6], *PROMPTS[7:], PROMPTS[6]]  # half of the pictures are not what is asked for
@@ -122,10 +128,26 @@ def small_head(width: int) -> nn.Sequential:
     return random_weights(lambda: nn.Sequential(nn.Linear(width, 4), nn.Linear(4, 1)))
 
 
-def small_aesthetic() -> Aesthetic:
+def small_vision() -> CLIPVisionModelWithProjection:
     vision = CLIPVisionModelWithProjection(small_clip().config.vision_config)
     vision.load_state_dict(small_clip().state_dict(), strict=False)
+    return vision
+
+
+def small_aesthetic() -> Aesthetic:
+    vision = small_vision()
     return Aesthetic(vision, small_head(vision.config.projection_dim), CLIPImageProcessorPil())
+
+
+def small_aesthetic_v25() -> AestheticV25:
+    config = SiglipVisionConfig(image_size=64, patch_size=32, **TOWER)
+    processor = SiglipImageProcessorPil(size={"height": 64, "width": 64})
+    return AestheticV25(random_weights(lambda: SiglipVisionModel(config)), small_head(32), processor)
+
+
+def small_hpsv3_here() -> HPSv3:
+    with tempfile.TemporaryDirectory() as folder:
+        return small_hpsv3(Path(folder))
 
 
 def small_imagereward() -> ImageReward:
@@ -192,8 +214,11 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "hpsv2": lambda: small(HPSv2),
     "imagereward": small_imagereward,
     "aesthetic": small_aesthetic,
+    "hpsv3": small_hpsv3_here,
+    "aesthetic_v25": small_aesthetic_v25,
     "reward_model": lambda: learned("reward_model"),
     "reward_model_variance": lambda: learned("reward_model_variance"),
+    "clip_similarity": lambda: CLIPSimilarity(small_vision(), CLIPImageProcessorPil()),
     "dino_similarity": lambda: DinoSimilarity(small_dino()),
     "lpips_similarity": lambda: LPIPSSimilarity(random_weights(LPIPS)),
     "ocr": lambda: OCR(reads_the_colour),
@@ -228,7 +253,7 @@ def test_one_score_a_picture_of_plain_types(reward):
 
 
 def test_order_is_kept_and_pictures_do_not_see_each_other(reward):
-    networks = ClipCosine, Aesthetic, ImageReward, GenEval, LearnedReward, SourceSimilarity
+    networks = ClipCosine, Aesthetic, ImageReward, GenEval, LearnedReward, SourceSimilarity, HPSv3
     rounding = (
         1e-3 if isinstance(reward, LearnedReward) else 1e-5 if isinstance(reward, networks) else 0.0
     )  # a network's kernels differ by the size of their batch

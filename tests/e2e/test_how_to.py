@@ -64,6 +64,15 @@ def test_an_objective_of_ones_own_trains(folder: Path, on_a_tiny_model: list[str
     assert record["update/grad_norm"] > 0
 
 
+def test_a_latent_reward_of_ones_own_ranks(folder: Path, on_a_tiny_model: list[str]) -> None:
+    write("docs/extending.md", "extending")
+    plan = ["--plan.preset", "custom", "--plan.group-size", "4", "--plan.prune", "1", "2"]
+    latent = ["--preview.latent-reward", "my_parts:calm"]
+    assert main(["train", "smoke", "--out", "run", *ONE, *on_a_tiny_model, *plan, *latent]) == 0
+    [record] = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert record["rollout/probed"] > 0
+
+
 # --- a model family ---------------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ def test_a_rehearsal_trains_two_arms_and_writes_page_and_upload(monkeypatch, tmp
         assert run["gpu_hours"] > 0 and run["points"][-1]["kl"] is not None and len(run["agreement"][0]) == 10
         assert set(run["summary"]["held_out_after"]) == {"shapes_strict", "shapes_taste"}
     text = (out / "rehearsal.md").read_text()
-    assert "A rehearsal" in text and "| DGPO | 1 | 5 |" in text and "flow_grpo fast |" not in text
+    assert "is a rehearsal" in text and "| DGPO | 1 | 5 |" in text and "flow_grpo fast |" not in text
     images = [out / "rehearsal_hours.svg", out / "rehearsal_kl.svg"]
     assert all("polyline" in image.read_text() for image in images)
     (out / "rehearsal.md").write_text("")

@@ -438,8 +438,11 @@ class Mischief:
 
 def test_a_checkpoint_of_more_than_tensors_is_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights"):
+    with pytest.raises(
+        Refusal, match=r"^reward 'hpsv2': .* is damaged, or holds more than tensors; delete it"
+    ) as refusal:
         read_pickle("hpsv2", *checkpoint(tmp_path, {"state_dict": {}, "more": Mischief()}))
+    assert isinstance(refusal.value.__cause__, pickle.UnpicklingError)
     assert not Path("mischief").exists()
 
 

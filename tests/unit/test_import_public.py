@@ -293,7 +293,7 @@ GRPO: dict[str, tuple[dict[str, Any], set[str], tuple[RewardTerm, ...], dict[str
         flux("counting_edit", {"image_similarity": 0.5, "geneval": 0.5}, **batches(28, 3, 21, 48))
         | {"pretrained.model": f"black-forest-labs/{KONTEXT}", "sample.guidance_scale": 2.5},
         ATTENTION | FF | {"proj_mlp"},
-        (RewardTerm("my_rewards:image_similarity", 0.5), RewardTerm("geneval_flow_grpo", 0.5)),
+        (RewardTerm("clip_similarity", 0.5), RewardTerm("geneval_flow_grpo", 0.5)),
         {
             **_FLUX,
             **{"model.path": f"black-forest-labs/{KONTEXT}", "sampling.guidance_scale": 2.5},
@@ -426,7 +426,7 @@ def test_an_algorithm_that_cannot_be_read_is_refused(tmp_path):
         ("deqa", "my_rewards:deqa", 1.0, "no equal here"),
         ("qwenvl", "my_rewards:qwenvl", 1.0, "no equal here"),
         ("unifiedreward", "unifiedreward", 1.0, "no equal here"),
-        ("image_similarity", "my_rewards:image_similarity", 1.0, "no equal here"),
+        ("image_similarity", "clip_similarity", 1.0, "no equal here"),
     ],
 )
 def test_flow_grpos_rewards_keep_their_share_of_the_sum(tmp_path, theirs, ours, factor, fate):

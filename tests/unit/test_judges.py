@@ -14,8 +14,9 @@ from PIL import Image
 
 from progrpo.rewards import editscore, rationalrewards, unifiedreward
 from progrpo.rewards.base import Refusal, WrongAnswer
-from progrpo.rewards.chat import ChatReward, question_text
+from progrpo.rewards.chat import ChatReward
 from progrpo.rewards.load import load_reward
+from progrpo.rewards.questions import question_text
 from progrpo.rewards.settings import RewardTerm
 from progrpo.rewards.soft_tifa import answer_probability
 from progrpo.types import Prompt

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from progrpo.rollout.rollout import rollout
 from progrpo.rollout.sampler import Sampler
 from progrpo.training.absolute_paths import with_absolute_paths
 from progrpo.training.build import sampling_from
+from progrpo.training.latent_reward import latent_reward
 from progrpo.types import Cost, Prompt
 from tests.support.rewards import mixture_of_one
 
@@ -259,3 +262,91 @@ def test_a_run_keeps_the_folder_as_an_absolute_path(tmp_path, monkeypatch):
     (tmp_path / "head").mkdir()
     config = config_from_json('{"preview": {"latent_reward": "head"}}')
     assert with_absolute_paths(config).preview.latent_reward == str(tmp_path / "head")
+
+
+# --- a user's own -----------------------------------------------------------------------------------------------------
+
+OWN = """
+seen = []
+
+def loud(x0, texts):
+    seen.extend(texts)
+    return x0.float().square().mean((1, 2, 3))
+
+class Loud:
+    def score(self, x0, texts):
+        return loud(x0, texts).tolist()
+
+class Unmade:
+    def __init__(self):
+        raise OSError("no weights")
+
+def of_all(x0, texts):
+    return 1.0
+
+def broken(x0, texts):
+    return x0.no_such_method()
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "my_latents.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("my_latents", None)
+
+
+@pytest.mark.parametrize("name", ["loud", "Loud"])
+def test_ones_own_latent_reward_ranks_with_the_texts(own, tiny_policy, name):
+    reward = latent_reward(PreviewSettings(latent_reward=f"my_latents:{name}"), tiny_policy())
+    assert reward is not None
+    x0_NCHW = torch.arange(48.0).view(3, 4, 2, 2)
+    x0_NCHW[1] = math.nan
+    scores = reward.score(x0_NCHW, [Prompt("a"), Prompt("b"), Prompt("c")])
+    expected = x0_NCHW.square().mean((1, 2, 3)).double()
+    torch.testing.assert_close(scores, expected, equal_nan=True)
+    assert scores.dtype == torch.float64
+    assert sys.modules["my_latents"].seen == ["a", "b", "c"]
+
+
+def test_a_run_ranks_by_ones_own_latent_reward(own, tiny_trainer, tiny_config):
+    config = tiny_config(
+        preview=PreviewSettings(latent_reward="my_latents:loud"),
+        plan=PlanSettings("custom", group_size=4, prune=((1, 3),)),
+    )
+    check(config)
+    trainer = tiny_trainer(config)
+    trainer.step()
+    assert trainer.totals.counted == trainer.totals.predicted
+    assert trainer.totals.counted.probed == 2 * 4 and trainer.totals.counted.previews == 0
+    seen = sys.modules["my_latents"].seen
+    assert len(seen) == 8 and seen[:4] == [seen[0]] * 4 and seen[4:] == [seen[4]] * 4  # each row has its group's text
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("my_latents:lous", "'my_latents:lous': the module 'my_latents' has no function or class 'lous'"),
+        ("no_such_module:f", "'no_such_module:f': there is no module 'no_such_module'"),
+        ("my_latents:Unmade", "'my_latents:Unmade': my_latents.py, line 14: OSError: no weights$"),
+    ],
+)
+def test_a_name_of_nothing_is_refused(own, tiny_policy, name, problem):
+    with pytest.raises(ValueError, match=f"^preview.latent_reward {problem}"):
+        latent_reward(PreviewSettings(latent_reward=name), tiny_policy())
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("of_all", r"it gave the shape \(\) for 2 latents; return one number each$"),
+        ("broken", "my_latents.py, line 20: AttributeError: 'Tensor' object has no attribute 'no_such_method'$"),
+    ],
+)
+def test_an_answer_that_is_no_score_each_is_refused(own, tiny_policy, name, problem):
+    reward = latent_reward(PreviewSettings(latent_reward=f"my_latents:{name}"), tiny_policy())
+    assert reward is not None
+    with pytest.raises(ValueError, match=f"^preview.latent_reward 'my_latents:{name}': {problem}"):
+        reward.score(torch.zeros(2, 4, 2, 2), [Prompt("a"), Prompt("b")])

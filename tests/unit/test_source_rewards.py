@@ -9,10 +9,18 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from torch.nn import functional as F
-from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+from transformers import (
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+)
 
 from progrpo.rewards import lpips
 from progrpo.rewards.base import Refusal
+from progrpo.rewards.clip_similarity import CLIPSimilarity
 from progrpo.rewards.dino import Dino, DinoSimilarity
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.lpips import LPIPS, LPIPSSimilarity, convert_lpips
@@ -126,6 +134,27 @@ def test_dino_similarity_is_the_cosine_of_the_class_tokens(tmp_path):
     values = [score.value for score in DinoSimilarity(dino).score(edits, prompts)]
     assert values == pytest.approx(expected, abs=1e-6)
     assert values[0] == pytest.approx(1, abs=1e-6) and expected[1] < 0.999
+
+
+def test_clip_similarity_is_the_cosine_of_the_projected_features(tmp_path):
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPVisionConfig(image_size=28, patch_size=14, projection_dim=8, **tower)
+    model, size = CLIPVisionModelWithProjection(config).double(), {"height": 28, "width": 28}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=size)
+    sources = pictures(2, 28, 28)
+    edits = np.stack([sources[0], pictures(3, 28, 28)[0]])
+
+    def direction(picture: np.ndarray) -> torch.Tensor:
+        mean, std = (torch.tensor(v) for v in (processor.image_mean, processor.image_std))
+        pixels = ((torch.tensor(picture) / 255 - mean) / std).permute(2, 0, 1)[None]
+        feature = model.visual_projection(model.vision_model(pixels.double()).pooler_output)[0].detach()
+        return feature / feature.norm()
+
+    expected = [float(direction(a) @ direction(b)) for a, b in zip(edits, sources, strict=True)]
+    scores = CLIPSimilarity(model, processor).score(edits, with_sources(sources, tmp_path))
+    assert [score.value for score in scores] == pytest.approx(expected, abs=1e-6)
+    assert expected[1] < 0.999
 
 
 def test_a_source_of_another_size_covers_the_picture(tmp_path):

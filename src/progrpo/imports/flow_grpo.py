@@ -53,6 +53,9 @@ REWARDS = {
         difference="there pictures are first resized to 512 by 512, and an answer without a score counts as 0; ours"
         " asks the server in OPENAI_BASE_URL, or in the term's url",
     ),
+    "image_similarity": NearestReward(
+        "clip_similarity", difference="ours first crops the source to the picture's shape, as FLUX.1 Kontext sees it"
+    ),
     "jpeg_compressibility": NearestReward("jpeg_compressibility", 1 / 500),
     "jpeg_incompressibility": NearestReward("jpeg_incompressibility"),
     "clipscore": NearestReward(
@@ -66,7 +69,6 @@ _NOT_BUILT_IN = {
     "video_ocr": "the mean over every fourth frame that shows something of the text",
     "deqa": "DeQA's quality of the picture, from a server",
     "qwenvl": "Qwen2.5-VL-7B's mark of 1 to 5 for aesthetics, over 5; the prompt is not read",
-    "image_similarity": "the cosine of CLIP ViT-L/14's features of the picture and of its source",
 }
 
 _GPU_NAMES = ("gpu_number", "gpu_numbers", "gpu_num", "num_gpus", "n_gpus")

@@ -90,9 +90,9 @@ def page(data: dict[str, Any]) -> str:
         [
             "# Figure 1: rewards within a group cluster, and OVF keeps their two ends",
             "",
-            "This page repeats the first figure of the paper (Pro-GRPO, arXiv 2512.15347) on a built-in model. The figure",
-            "shows one group of 24, most of whose rewards lie near the mean. A uniform half of it clusters alike, and the",
-            "half that OVF keeps spreads to the two ends. The paper prints no numbers for it.",
+            "This page repeats the first figure of the paper (Pro-GRPO, arXiv 2512.15347) on a built-in model. The",
+            "figure shows one group of 24, most of whose rewards lie near the mean. A uniform half of it clusters",
+            "alike, and the half that OVF keeps spreads to the two ends. The paper prints no numbers for it.",
             "",
             "```bash",
             "progrpo repro fig1",
@@ -108,8 +108,8 @@ def page(data: dict[str, Any]) -> str:
             "",
             "![Rewards in units of their group's standard deviation](../images/repro_fig1.svg)",
             "",
-            "Only the shapes can be compared: the paper's reward is PickScore on SD 3.5 Medium, ours is `shapes_match` on",
-            "a small model.",
+            "Only the shapes can be compared: the paper's reward is PickScore on SD 3.5 Medium, ours is `shapes_match`",
+            "on a small model.",
             "",
         ]
     )

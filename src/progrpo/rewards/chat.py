@@ -11,7 +11,6 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Self
 
 import httpx2
@@ -126,11 +125,6 @@ class ChatReward(Reward):
         if response.status_code in _MENDED_BY_THE_USER:
             raise Refusal(f"reward {self.name!r}: {problem}; check {_MENDED_BY_THE_USER[response.status_code]}")
         raise ValueError(problem)
-
-
-def question_text(name: str) -> str:
-    """The text of a question as it was published (questions/README.md says where)."""
-    return (Path(__file__).parent / "questions" / f"{name}.txt").read_text(encoding="utf-8").rstrip("\n")
 
 
 def _content(part: Part) -> dict[str, object]:

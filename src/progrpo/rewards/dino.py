@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
@@ -14,7 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from progrpo.rewards.clip import preprocess
 from progrpo.rewards.hub import fetching, load_pretrained, place
 from progrpo.rewards.settings import RewardTerm
-from progrpo.rewards.similarity import SourceSimilarity
+from progrpo.rewards.similarity import SourceCosine
 
 DINO = ("facebook/dinov2-small", "ed25f3a31f01632728cabb09d1542f84ab7b0056")
 
@@ -43,7 +42,7 @@ class Dino:
         return features_BD.float()
 
 
-class DinoSimilarity(SourceSimilarity):
+class DinoSimilarity(SourceCosine):
     """<f / |f|, g / |g|> of DINOv2's class tokens f of the picture and g of its source: -1..1, mostly 0 to 1."""
 
     name = "dino_similarity"
@@ -59,9 +58,5 @@ class DinoSimilarity(SourceSimilarity):
         """Load the published weights (safetensors)."""
         return cls(Dino.load(cls.name, term), term.network_batch_size)
 
-    def _similarities(
-        self, pictures_BHWC: np.ndarray, sources_SHWC: np.ndarray, source_B: Sequence[int]
-    ) -> list[float]:
-        f_BD, g_SD = self._dino.features(pictures_BHWC), self._dino.features(sources_SHWC)
-        cosines_B: Tensor = torch.nn.functional.cosine_similarity(f_BD, g_SD[list(source_B)])
-        return cosines_B.tolist()
+    def _features(self, pictures_BHWC: np.ndarray) -> Tensor:
+        return self._dino.features(pictures_BHWC)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from progrpo.rewards.chat import ChatReward, Part, question_text, short
+from progrpo.rewards.chat import ChatReward, Part, short
+from progrpo.rewards.questions import question_text
 from progrpo.rewards.source import check_source_column, source_pixels
 from progrpo.types import Prompt
 

@@ -23,7 +23,10 @@ REWARDS = {
     "pickscore": "progrpo.rewards.pickscore:PickScore",
     "hpsv2": "progrpo.rewards.hpsv2:HPSv2",
     "imagereward": "progrpo.rewards.imagereward:ImageReward",
+    "hpsv3": "progrpo.rewards.hpsv3:HPSv3",
     "aesthetic": "progrpo.rewards.aesthetic:Aesthetic",
+    "aesthetic_v25": "progrpo.rewards.aesthetic:AestheticV25",
+    "clip_similarity": "progrpo.rewards.clip_similarity:CLIPSimilarity",
     "dino_similarity": "progrpo.rewards.dino:DinoSimilarity",
     "lpips_similarity": "progrpo.rewards.lpips:LPIPSSimilarity",
     "ocr": "progrpo.rewards.ocr:OCR",
@@ -146,11 +149,12 @@ class RewardSettings:
     (docs/rewards.md).
     The built-in verifier: `shapes` (graded), `shapes_strict` (1 if all is right, otherwise 0), `shapes_mixed`
     (their mean). Continuous beside it: `shapes_match` (by the prompt), `shapes_taste` (large, centred, warm).
-    For edits, with their source picture: dino_similarity, lpips_similarity, editscore, rationalrewards_edit.
+    For edits, with their source picture: clip_similarity, dino_similarity, lpips_similarity, editscore,
+    rationalrewards_edit.
     Models behind a server: vlm, unifiedreward, unifiedreward2, rationalrewards, and soft_tifa, soft_tifa_am by the
     questions of GenEval 2.
-    For any prompts: clipscore, pickscore, hpsv2, imagereward, aesthetic, ocr, ocr_line, geneval, geneval_flow_grpo,
-    jpeg_compressibility, jpeg_incompressibility, nsfw, reward_model, reward_model_variance, votes
+    For any prompts: clipscore, pickscore, hpsv2, hpsv3, imagereward, aesthetic, aesthetic_v25, ocr, ocr_line, geneval,
+    geneval_flow_grpo, jpeg_compressibility, jpeg_incompressibility, nsfw, reward_model, reward_model_variance, votes
     (docs/preferences.md), or your own `module:function`."""
     frames: int = setting(4, between(1, 1024))
     """The number of frames of a video that a picture reward scores; the video's score is their mean.

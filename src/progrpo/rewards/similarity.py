@@ -6,6 +6,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from progrpo.prompts.pictures import IMAGE_COLUMN
 from progrpo.rewards.base import Score
@@ -44,3 +46,18 @@ class SourceSimilarity(HubReward):
         self, pictures_BHWC: np.ndarray, sources_SHWC: np.ndarray, source_B: Sequence[int]
     ) -> list[float]:
         """The similarity of each picture to the source at its place in `source_B`."""
+
+
+class SourceCosine(SourceSimilarity):
+    """The cosine of a network's features of the picture and of its source."""
+
+    def _similarities(
+        self, pictures_BHWC: np.ndarray, sources_SHWC: np.ndarray, source_B: Sequence[int]
+    ) -> list[float]:
+        f_BD, g_SD = self._features(pictures_BHWC), self._features(sources_SHWC)
+        cosines_B: Tensor = torch.nn.functional.cosine_similarity(f_BD, g_SD[list(source_B)])
+        return cosines_B.tolist()
+
+    @abstractmethod
+    def _features(self, pictures_BHWC: np.ndarray) -> Tensor:
+        """The features (B, D) of pictures, float32."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from progrpo.rewards.chat import ChatReward, question_text, short
+from progrpo.rewards.chat import ChatReward, short
+from progrpo.rewards.questions import question_text
 from progrpo.types import Prompt
 
 AXES = ("Alignment Score", "Coherence Score", "Style Score")

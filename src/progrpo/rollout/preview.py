@@ -41,7 +41,7 @@ def preview(
     with meter.stage("preview"):
         if sampler.latent_reward is not None:
             meter.count(probed=len(batch))
-            return None, sampler.latent_reward.score(x0_NCHW)
+            return None, sampler.latent_reward.score(x0_NCHW, [prompts[g] for g in batch.group_N.tolist()])
         meter.count(previews=len(batch))
         pictures, scores = score(sampler, prompts, batch.group_N, x0_NCHW, meter, tiny=settings.decoder == "tiny")
         return pictures.images_NHWC, scores.ranking_N

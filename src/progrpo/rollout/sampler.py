@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -17,16 +17,16 @@ from progrpo.rollout.prune import Selector, ovf
 from progrpo.rollout.sampling import Sampling
 from progrpo.rollout.settings import PreviewSettings
 from progrpo.rollout.sharding import NOT_SHARDED, GroupSharding, in_widest_groups, sharded_survivors
-from progrpo.types import Condition, Trajectories
+from progrpo.types import Condition, Prompt, Trajectories
 
 Observer = Callable[[int, Trajectories], None]
 """A callback `observe(step, batch)` after each network call of a rollout, before anyone is pruned."""
 
 
 class LatentReward(Protocol):
-    """A learned reward of latents, which needs no decoder."""
+    """A reward of latents, which needs no decoder."""
 
-    def score(self, x0_NCHW: Tensor) -> Tensor:
+    def score(self, x0_NCHW: Tensor, prompts_N: Sequence[Prompt]) -> Tensor:
         """Score x0 projections: float64 (N,), comparable across groups, NaN where one is not finite."""
         ...
 

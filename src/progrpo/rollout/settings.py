@@ -297,10 +297,11 @@ class PreviewSettings:
     It is Spearman's correlation with final rewards, averaged over the last audits."""
     latent_reward: str = ""
     """The folder of a latent reward head, which ranks x0 projections at every prune point: nothing is decoded or
-    rewarded. `progrpo reward-model train PAIRS --latent MODEL` makes one. Empty: none."""
+    rewarded. `progrpo reward-model train PAIRS --latent MODEL` makes one. Or your own `module:function` of the latents
+    (N, C, H, W) and their texts (docs/extending.md). Empty: none."""
 
     def check(self) -> None:
-        """Raise ValueError for fields that have no effect beside a latent reward head."""
+        """Raise ValueError for fields that have no effect beside a latent reward."""
         conflicts = {"decoder": "full", "ode_steps": 1, "probe": False}
         for name, needed in conflicts.items():
             if self.latent_reward and getattr(self, name) != needed:
@@ -311,7 +312,7 @@ class PreviewSettings:
 
     @property
     def steps_to_picture(self) -> int:
-        """The ODE steps to the picture of a preview; 0 where a latent reward head ranks, and no picture is made."""
+        """The ODE steps to the picture of a preview; 0 where a latent reward ranks, and no picture is made."""
         return 0 if self.latent_reward else self.ode_steps
 
     @property

@@ -23,7 +23,7 @@ from progrpo.rollout.waves import in_waves
 from progrpo.training.audit import Audit, GroupWatch
 from progrpo.training.build import sampling_from
 from progrpo.training.distributed import Ranks
-from progrpo.training.latent_reward import latent_head
+from progrpo.training.latent_reward import latent_reward
 from progrpo.training.memory import Microbatch
 from progrpo.training.plan_monitor import PlanMonitor
 from progrpo.types import Prompt, Rollout
@@ -58,7 +58,7 @@ class Collector:
         self._policy = policy
         self._reward = reward
         self._loss = loss
-        self._latent_reward = latent_head(config.preview, policy)
+        self._latent_reward = latent_reward(config.preview, policy)
         self._plan_monitor = plan_monitor
         self._sharding: GroupSharding = ranks if config.prompts.split_groups else NOT_SHARDED
         self._peers: GroupSharding = ranks if plan_monitor.plan.keep_groups is not None else NOT_SHARDED

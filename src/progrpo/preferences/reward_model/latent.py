@@ -88,8 +88,10 @@ class LatentHead:
 
     ensemble: Ensemble
 
-    def score(self, x0_NCHW: Tensor) -> Tensor:
-        """Score x0 projections, float64 (N,): in one scale for all prompts. NaN where one is not finite."""
+    def score(self, x0_NCHW: Tensor, prompts_N: Sequence[Prompt] = ()) -> Tensor:
+        """Score x0 projections, float64 (N,): in one scale for all prompts, which are not read. NaN where one is not
+        finite.
+        """
         return self.ensemble.scores(Features((latent_features(x0_NCHW),))).mean(0)
 
 

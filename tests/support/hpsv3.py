@@ -1,0 +1,67 @@
+"""A Qwen2-VL of random weights with the layers of HPSv3, and a tokenizer of bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import Qwen2VLConfig, Qwen2VLImageProcessorPil, Qwen2VLModel
+
+from progrpo.rewards.hpsv3 import HPSv3, build_mean_head, load_tokenizer
+
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+FIRST = len(LETTERS)  # the id of the first special token
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """A tokenizer of bytes, with Qwen2-VL's special tokens after them."""
+    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(LETTERS)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def small_config() -> Qwen2VLConfig:
+    text = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4}
+    return Qwen2VLConfig(
+        text_config={
+            **text,
+            **{"num_key_value_heads": 1, "vocab_size": FIRST + len(SPECIAL) + 1, "rope_parameters": rope},
+            **{"bos_token_id": None, "eos_token_id": None, "initializer_range": 0.2},
+        },
+        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 24, "num_heads": 2, "initializer_range": 0.2},
+        image_token_id=FIRST + SPECIAL.index("<|image_pad|>"),
+        video_token_id=FIRST + SPECIAL.index("<|video_pad|>"),
+        vision_start_token_id=FIRST + SPECIAL.index("<|vision_start|>"),
+    )
+
+
+def random_head() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    sizes = {"0": (24, 8), "3": (8, 4), "5": (4, 2)}
+    return {
+        f"{place}.{kind}": torch.randn(shape, generator=generator)
+        for place, (inputs, outputs) in sizes.items()
+        for kind, shape in (("weight", (outputs, inputs)), ("bias", (outputs,)))
+    }
+
+
+def small_model() -> Qwen2VLModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Qwen2VLModel(small_config()).eval()
+
+
+def small_processor() -> Qwen2VLImageProcessorPil:
+    """For pictures of 16 tokens."""
+    return Qwen2VLImageProcessorPil(size={"shortest_edge": 16 * 28**2, "longest_edge": 16 * 28**2})
+
+
+def small_hpsv3(folder: Path, batch_size: int = 16) -> HPSv3:
+    """HPSv3 on the small model, with its tokenizer's file in a folder."""
+    tokenizer = load_tokenizer(tokenizer_file(folder))
+    return HPSv3(small_model(), build_mean_head(random_head()), tokenizer, small_processor(), batch_size)
