@@ -17,7 +17,7 @@ from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.prepare import prepare
 from progrpo.policies.settings import ModelSettings
 from tests.support.pipelines import TINY_PIPELINES, frames_of
-from tests.support.policies import TOKENS, load, sample_without_noise, untouched_pipeline
+from tests.support.policies import PROMPTS, TOKENS, load, perturb, sample_without_noise, untouched_pipeline
 from tests.support.recorded_pipelines import build
 
 SETTINGS = ModelSettings(lora_rank=2, lora_alpha=6, max_sequence_length=TOKENS, resolution=16)
@@ -97,7 +97,40 @@ def test_what_looks_for_one_device_cannot_be_offloaded():
         policy_from_pipeline(build("chroma"), replace(SETTINGS, offload=True))
 
 
-def test_it_is_trained_in_low_precision():
-    policy = policy_from_pipeline(build("z-image"), replace(SETTINGS, max_sequence_length=64, dtype="bfloat16"))
+Z_IMAGE = replace(SETTINGS, max_sequence_length=64)
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"quantize": "int8"}])
+def test_it_is_trained_in_fewer_bits(changes):
+    policy = policy_from_pipeline(build("z-image"), replace(Z_IMAGE, **changes))
     x0 = sample_without_noise(policy, 4.0)
     assert x0.dtype == torch.float32 and bool(x0.isfinite().all())
+    policy.predict(x0, torch.tensor(600.0), policy.encode(PROMPTS)).square().mean().backward()
+    assert sum(bool(p.grad.any()) for p in policy.trainable.values() if p.grad is not None) > 10
+
+
+def test_all_of_its_weights_are_trained_and_saved(tmp_path):
+    policy = policy_from_pipeline(build("z-image"), replace(Z_IMAGE, weights="full"))
+    assert len(policy.trainable) == len(list(policy.denoiser.parameters()))
+    before = sample_without_noise(policy, 4.0)
+    perturb(policy, 0.02)
+    moved = sample_without_noise(policy, 4.0)
+    assert (moved - before).abs().max() > 0.01
+    policy.save(tmp_path)
+    pipeline = build("z-image")
+    pipeline.transformer = type(pipeline.transformer).from_pretrained(tmp_path)
+    again = policy_from_pipeline(pipeline, Z_IMAGE)  # whose pictures are checked to be that pipeline's
+    torch.testing.assert_close(sample_without_noise(again, 4.0), moved, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_it_is_what_it_is(monkeypatch):
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(  # the graphs as they are: what users have takes minutes
+        torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend="eager", **options)
+    )
+    plain = sample_without_noise(policy_from_pipeline(build("z-image"), Z_IMAGE), 4.0)
+    torch._dynamo.reset()
+    compiled = policy_from_pipeline(build("z-image"), replace(Z_IMAGE, compile=True))
+    torch.testing.assert_close(sample_without_noise(compiled, 4.0), plain, rtol=0, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0

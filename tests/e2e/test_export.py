@@ -242,7 +242,7 @@ def test_ranks_alphas_and_rslora_of_a_continued_lora_are_in_the_numbers(rslora, 
     settings = settings_of(tiny_sd3, lora=str(tmp_path / "theirs"))
     policy = run(settings)
     changes = trained_changes(policy)
-    for name, (a, b) in saved_lora(tmp_path / "run" / "lora").items():
+    for name, (a, b) in saved_lora(tmp_path / "run" / "lora" / FILE).items():
         torch.testing.assert_close(readers.product(b, a), changes.pop(name))
     assert not changes
     expected = pictures(policy, prompts)
@@ -279,7 +279,7 @@ def test_the_strength_of_an_older_file_is_in_its_header(tmp_path, rslora):
     save_file(tensors, tmp_path / FILE, {"format": "pt", "lora_adapter_metadata": json.dumps(header)})
     root = (lambda r: r**0.5) if rslora else float
     strengths = {"a": 6 / root(2), "b": 6 / root(4), "c": 1 / root(2)}
-    for name, (a, b) in saved_lora(tmp_path).items():
+    for name, (a, b) in saved_lora(tmp_path / FILE).items():
         torch.testing.assert_close(a, torch.ones(ranks[name], 3))
         torch.testing.assert_close(b, torch.full((5, ranks[name]), strengths[name]))
 

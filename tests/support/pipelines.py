@@ -221,6 +221,17 @@ def frames_of(folder: Path) -> int | None:
     return FRAMES if folder.name == "tiny-wan" else None
 
 
+def wan22() -> Any:
+    """A Wan 2.2 A14B: of four steps, two go to each of its transformers."""
+    pipeline = wan()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        second = type(pipeline.transformer).from_config(pipeline.transformer.config)
+    pipeline.register_modules(transformer_2=second)
+    pipeline.register_to_config(boundary_ratio=0.8)
+    return pipeline
+
+
 def wan() -> Any:
     """A Wan 2.1 with its UniPC: of 16x16 and 3 frames, latents are 4x2x8x8."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel

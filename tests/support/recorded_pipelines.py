@@ -412,6 +412,14 @@ def wan_image_to_video() -> Any:
     )  # fmt: skip
 
 
+def wan22_image_to_video() -> Any:
+    """Wan 2.2 from a picture to a video: two networks by noise level."""
+    pipeline = wan_image_to_video()
+    pipeline.register_modules(transformer_2=_of("WanTransformer3DModel", in_channels=4 + 4 + 4, **WAN_NETWORK))
+    pipeline.register_to_config(boundary_ratio=0.8)
+    return pipeline
+
+
 QWEN_VAE: dict[str, Any] = {
     "base_dim": 4, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False],
     "latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.8, 1.2, 2.0],

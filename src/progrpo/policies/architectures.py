@@ -5,7 +5,7 @@ With one a plan needs neither the hub nor a token. A model that is not here is p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 NetworkConfig = dict[str, object]
 """The content of a config.json."""
@@ -13,10 +13,14 @@ NetworkConfig = dict[str, object]
 
 @dataclass(frozen=True)
 class Architecture:
-    """The class of a pipeline, and the library, class and configuration of each of its components by name."""
+    """The class of a pipeline, and the library, class and configuration of each of its components by name.
+
+    `settings` are the pipeline's own, such as a boundary between two denoisers.
+    """
 
     pipeline: str
     components: dict[str, tuple[str, str, NetworkConfig]]
+    settings: dict[str, object] = field(default_factory=dict)
 
 
 _CLIP_L: NetworkConfig = {
@@ -182,6 +186,13 @@ def _sdxl() -> Architecture:
     )
 
 
+def _wan_of_two() -> Architecture:
+    """Wan 2.2: two networks of Wan 2.1's size by noise level."""
+    one = _wan(heads=40, ffn_dim=13824, layers=40)
+    both = one.components | {"transformer_2": one.components["transformer"]}
+    return replace(one, components=both, settings={"boundary_ratio": 0.875})
+
+
 def _wan(heads: int, ffn_dim: int, layers: int) -> Architecture:
     config: NetworkConfig = {
         "num_attention_heads": heads,
@@ -221,4 +232,5 @@ ARCHITECTURES: dict[str, Architecture] = {
     "stabilityai/stable-diffusion-xl-base-1.0": _sdxl(),
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _wan(heads=12, ffn_dim=8960, layers=30),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": _wan(heads=40, ffn_dim=13824, layers=40),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _wan_of_two(),
 }

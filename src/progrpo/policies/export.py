@@ -14,17 +14,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from progrpo.messages import named
+from progrpo.policies.experts import parts_of
 from progrpo.policies.load import apply_trained, family_of, locate, read_pipeline, reported_errors
-from progrpo.policies.lora_files import LORA_FILE, SETTINGS, TRAINED_WITH
+from progrpo.policies.lora_files import SETTINGS, TRAINED_WITH, lora_file
 from progrpo.policies.networks import fetch, network_class
 from progrpo.policies.settings import ModelSettings
 
 DENOISERS = ("transformer", "unet")
 
 
-def saved_lora(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def saved_lora(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """The matrices A and B of each layer of a LoRA that a run has saved, float32, with the strength in B."""
-    with reported_errors(folder, "trained weights"), safe_open(folder / LORA_FILE, "pt") as stored:
+    with reported_errors(file.parent, "trained weights"), safe_open(file, "pt") as stored:
         tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118 (it is no dict)
         header = stored.metadata() or {}
         settings = {} if TRAINED_WITH in header else json.loads(header.get(SETTINGS, "{}"))
@@ -72,17 +73,15 @@ def save_merged(settings: ModelSettings, trained: Path, folder: Path, dtype: tor
     kind = family_of(source, settings.revision)
     with reported_errors(source):
         files = fetch(source, settings.revision, settings.variant, kind.omitted_components)
-        dtypes = {
-            "default": torch.float32,
-            **_stored_dtypes(files, settings.variant),
-            kind.denoiser_name: torch.float32,
-        }
+        dtypes = {"default": torch.float32, **_stored_dtypes(files, settings.variant)}
+        dtypes |= {name: torch.float32 for name in dtypes if name.startswith(kind.denoiser_name)}
     pipeline = read_pipeline(str(files), kind, settings, dtypes)
     if trained.name in DENOISERS:
         apply_trained(pipeline, kind.denoiser_name, trained)
-    else:
-        _merge(getattr(pipeline, kind.denoiser_name), saved_lora(trained))
-    getattr(pipeline, kind.denoiser_name).to(dtype)
+    for name, denoiser in parts_of(pipeline, kind.denoiser_name).items():
+        if trained.name not in DENOISERS:
+            _merge(denoiser, saved_lora(trained / lora_file(name == kind.denoiser_name, name)))
+        denoiser.to(dtype)
     pipeline.save_pretrained(folder)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from inspect import signature
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.base import PolicyContext, torch_dtype
+from progrpo.policies.experts import denoiser_of, parts_of
 from progrpo.policies.geometry import Geometry
 from progrpo.policies.settings import ModelSettings
 from progrpo.policies.tokens import Reader
@@ -117,7 +118,10 @@ class ModelFamily(TextHooks):
         self.context = context
         self.dtype = torch_dtype(settings)
         self.device = context.device
-        self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
+        self.denoisers: Mapping[str, ModelMixin] = parts_of(pipeline, self.denoiser_name)
+        """The networks that are trained, by their names in the pipeline: one, or two by noise level."""
+        self.denoiser: Any = denoiser_of(pipeline, self.denoiser_name)
+        """Them as one network."""
         self.size: tuple[int, int] = (0, 0)
         """Height and width of pictures in pixels, as `prepare` finds them."""
         self.latent_shape: tuple[int, ...] = ()

@@ -17,7 +17,7 @@ def require_finite(pipeline: DiffusionPipeline, denoiser_name: str) -> None:
     for name, component in pipeline.components.items():
         if not isinstance(component, nn.Module):
             continue
-        scales = component.named_buffers() if name == denoiser_name else ()
+        scales = component.named_buffers() if name.startswith(denoiser_name) else ()
         for path, weight in (*component.named_parameters(), *scales):
             if weight.is_floating_point() and not weight.is_meta and not is_finite(weight):
                 or_dtype = ", or another model.dtype if it is finite there" if weight.dtype == torch.float16 else ""

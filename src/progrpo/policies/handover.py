@@ -10,6 +10,8 @@ from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
+from progrpo.policies.experts import parts_of
+
 
 def take_over(pipeline: DiffusionPipeline, denoiser_name: str) -> None:
     """Undo `torch.compile`, accelerate's offloading, caches between steps and `torch.inference_mode`. In place.
@@ -29,7 +31,8 @@ def take_over(pipeline: DiffusionPipeline, denoiser_name: str) -> None:
         for module in list(network.modules()):
             _undo_compile(module)
         _leave_inference_mode(network)
-    _require_separate(getattr(pipeline, denoiser_name), denoiser_name)
+    for name, denoiser in parts_of(pipeline, denoiser_name).items():
+        _require_separate(denoiser, name)
 
 
 def _undo_compile(module: nn.Module) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from progrpo.messages import named
 from progrpo.policies.hub import reason_of
-from progrpo.policies.lora_files import LORA_FILE, SETTINGS, TRAINED_WITH, read_lora
+from progrpo.policies.lora_files import SETTINGS, TRAINED_WITH, lora_file, read_lora
 
 ADAPTER = "default"
 """The name of the trained adapter in peft."""
@@ -36,16 +36,16 @@ def add_lora(denoiser: ModelMixin, config: LoraConfig) -> None:
         denoiser.peft_config = {ADAPTER: config}
 
 
-def continue_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str) -> None:
-    """Add the LoRA of a folder, a file or a hub id to the denoiser, in float32.
+def continue_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str, part: str) -> None:
+    """Add the LoRA of a folder, a file or a hub id to the denoiser `part`, in float32.
 
     It is the file's bit for bit. Only one that was saved here with an alpha / rank that is no power of two is it up to
     rounding. ValueError, one sentence, for what is no LoRA of this denoiser alone: every number in the file must find
     its place.
     """
-    denoiser = getattr(pipeline, denoiser_name)
+    denoiser = getattr(pipeline, part)
     try:
-        lora = read_lora(pipeline, denoiser_name, source)
+        lora = read_lora(pipeline, denoiser_name, source, lora_file(part == denoiser_name, part))
         _require_layers(lora.tensors, denoiser)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a misfit, which is refused below; what peft draws is replaced
@@ -65,8 +65,8 @@ def continue_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str) 
         raise ValueError(f"cannot use the LoRA {named(source)}: {reason_of(error, source)}") from error
 
 
-def save_lora(denoiser: ModelMixin, denoiser_name: str, folder: Path) -> None:
-    """Write the LoRA in diffusers' format."""
+def save_lora(denoiser: ModelMixin, denoiser_name: str, file: Path) -> None:
+    """Write the LoRA in diffusers' format, under the name of the pipeline's first denoiser."""
     config: LoraConfig = denoiser.peft_config[ADAPTER]
     scale, layers = _scales(denoiser), get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
     tensors = {f"{denoiser_name}.{name}": (t * scale.get(name, 1.0)).contiguous() for name, t in layers.items()}
@@ -74,9 +74,9 @@ def save_lora(denoiser: ModelMixin, denoiser_name: str, folder: Path) -> None:
     settings = config.to_dict() | {"lora_alpha": config.r, "alpha_pattern": config.rank_pattern, "use_rslora": False}
     settings["target_modules"] = sorted(config.target_modules)  # a set: equal weights should be equal files
     header = {SETTINGS: {f"{denoiser_name}.{name}": v for name, v in settings.items()}, TRAINED_WITH: trained_with}
-    folder.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     texts = {name: json.dumps(value, sort_keys=True) for name, value in header.items()}
-    save_file(tensors, folder / LORA_FILE, {"format": "pt", **texts})
+    save_file(tensors, file, {"format": "pt", **texts})
 
 
 def in_float32(denoiser: ModelMixin) -> None:

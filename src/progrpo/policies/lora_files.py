@@ -80,12 +80,22 @@ class LoraWeights:
     """Whether the configuration's alpha / r is in lora_B already, as `save_lora` writes it."""
 
 
-def read_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str) -> LoraWeights:
-    """Read the LoRA of a folder, a file or a hub id.
+def lora_file(is_first: bool, part: str) -> str:
+    """The name of the file of a denoiser's LoRA: diffusers' own for the first, and one with the name of another."""
+    return LORA_FILE if is_first else LORA_FILE.replace(".", f"_{part}.")
+
+
+def second_loras(folder: Path) -> list[str]:
+    """The names of the files of other denoisers' LoRAs than the first's."""
+    return sorted(file.name for file in folder.glob(LORA_FILE.replace(".", "_*.")))
+
+
+def read_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str, name: str = LORA_FILE) -> LoraWeights:
+    """Read the LoRA of a folder, a file or a hub id; `name` is another file's for a second denoiser.
 
     ValueError, a part of a sentence, for what is no plain LoRA of the denoiser alone.
     """
-    file = _file(source)
+    file = _file(source) if name == LORA_FILE else _second_file(source, name)
     raw, header = _read(file)
     _require_plain(raw)
     if not_finite := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
@@ -117,6 +127,15 @@ def _file(source: str) -> Path:
     if not HUB_ID.fullmatch(source):
         raise ValueError("it is neither a folder, a file nor a hub id")
     return _from_hub(source)
+
+
+def _second_file(source: str, name: str) -> Path:
+    path = os.path.expanduser(source)
+    if os.path.isfile(os.path.join(path, name)):
+        return Path(path, name)
+    if os.path.isdir(path) or os.path.isfile(path) or not HUB_ID.fullmatch(source):
+        raise ValueError(f"this model has two denoisers, each with a LoRA; give a folder with {LORA_FILE} and {name}")
+    return Path(hf_hub_download(source, name))
 
 
 def is_lora(path: str) -> bool:

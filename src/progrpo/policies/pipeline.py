@@ -50,7 +50,8 @@ class PipelinePolicy:
         self.embeds_guidance = self.network.embeds_guidance
         self.batch_invariant = _may_be_batch_invariant(prepared)
         if family.settings.activation_checkpointing:
-            self.denoiser.enable_gradient_checkpointing(self.network.checkpointed)
+            for denoiser in family.denoisers.values():
+                denoiser.enable_gradient_checkpointing(self.network.checkpointed)
 
     @property
     def drain_peer_calls(self) -> Callable[[], None] | None:
@@ -123,7 +124,7 @@ def _decoders(family: ModelFamily) -> tuple[PictureDecoder, PictureDecoder | Non
 
 def _offloader(family: ModelFamily) -> ModuleOffloader:
     """The offloader of denoiser and text encoders. The denoiser comes first, since its weights are copied at once."""
-    others = (family.pipeline.vae, family.denoiser)
+    others = (family.pipeline.vae, *family.denoisers.values())
     networks = [module for module in family.pipeline.components.values() if isinstance(module, nn.Module)]
     encoders = [module for module in networks if not any(module is other for other in others)]
     return ModuleOffloader(family.device, [family.denoiser], encoders)

@@ -67,6 +67,7 @@ def prepare(
     _require_no_adapter(family)
     _require_fitting_context(family, geometry)
     shared = settings.shard and context.world_size > 1
+    _require_fitting_number(family, shared)
     _quantize(family)  # before it moves, so that the device never holds the wide weights
     _place_and_freeze(family, shared)
     _cast(family)
@@ -84,7 +85,8 @@ def prepare(
     _TAKEN.add(pipeline)
     _optimize_for_cpu(family)
     if settings.attention != "default":
-        set_attention_backend(family.denoiser, settings.attention)
+        for denoiser in family.denoisers.values():
+            set_attention_backend(denoiser, settings.attention)
     _tile_decoding(family, geometry)
     _order_memory(family)
     return Prepared(family, fingerprints, ignored, shared, _compile(family))
@@ -106,6 +108,18 @@ def _require_no_adapter(family: ModelFamily) -> None:
         )
 
 
+def _require_fitting_number(family: ModelFamily, shared: bool) -> None:
+    """ValueError for what is not done with two denoisers."""
+    if len(family.denoisers) == 1:
+        return
+    if family.settings.weights == "full":
+        raise ValueError("model.weights: a model of two denoisers is trained as two LoRAs; use lora")
+    if shared:
+        raise ValueError(
+            "model.shard: not for a model of two denoisers, of which processes would call another each; leave it off"
+        )
+
+
 def _require_fitting_context(family: ModelFamily, geometry: Geometry) -> None:
     context = family.context
     if context.decoder_for_previews and geometry.default_frames is not None:
@@ -122,8 +136,9 @@ def _require_fitting_context(family: ModelFamily, geometry: Geometry) -> None:
 
 def _quantize(family: ModelFamily) -> None:
     if family.settings.quantize == "int8":
-        _cast_to(family.denoiser, family.dtype)
-        quantize_blocks(family.denoiser)
+        for denoiser in family.denoisers.values():
+            _cast_to(denoiser, family.dtype)
+            quantize_blocks(denoiser)
 
 
 def _place_and_freeze(family: ModelFamily, shared: bool) -> None:
@@ -143,7 +158,8 @@ def _cast(family: ModelFamily) -> None:
     if weights not in ("lora", "full"):
         raise ValueError(f"model.weights: {weights!r} is not known; use 'lora' or 'full'")
     _cast_to(family.pipeline.vae, family.loaded_vae_dtype)
-    _cast_to(family.denoiser, torch.float32 if weights == "full" else family.dtype)
+    for denoiser in family.denoisers.values():
+        _cast_to(denoiser, torch.float32 if weights == "full" else family.dtype)
 
 
 def _mark_trained(family: ModelFamily) -> None:
@@ -151,7 +167,8 @@ def _mark_trained(family: ModelFamily) -> None:
     if family.settings.weights == "full":
         family.denoiser.requires_grad_(True)
     elif family.settings.lora:
-        continue_lora(family.pipeline, family.denoiser_name, family.settings.lora)
+        for name in family.denoisers:
+            continue_lora(family.pipeline, family.denoiser_name, family.settings.lora, name)
 
 
 def _cast_to(module: ModelMixin, dtype: torch.dtype) -> None:
@@ -160,20 +177,22 @@ def _cast_to(module: ModelMixin, dtype: torch.dtype) -> None:
 
 
 def _add_fresh_lora(family: ModelFamily) -> None:
-    settings, denoiser = family.settings, family.denoiser
+    settings = family.settings
     if settings.weights != "lora" or settings.lora:
         return
-    config = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=0.0,
-        init_lora_weights="gaussian",
-        target_modules=_adapted_layers(denoiser, settings.lora_targets or family.default_lora_targets()),
-    )
+    targets = settings.lora_targets or family.default_lora_targets()
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, from the global generator
         torch.default_generator.manual_seed(family.context.lora_seed)
-        add_lora(denoiser, config)
-    in_float32(denoiser)
+        for denoiser in family.denoisers.values():
+            config = LoraConfig(
+                r=settings.lora_rank,
+                lora_alpha=settings.lora_alpha,
+                lora_dropout=0.0,
+                init_lora_weights="gaussian",
+                target_modules=_adapted_layers(denoiser, targets),
+            )
+            add_lora(denoiser, config)
+            in_float32(denoiser)
 
 
 def _adapted_layers(denoiser: nn.Module, targets: tuple[str, ...]) -> list[str]:
@@ -200,7 +219,8 @@ def _optimize_for_cpu(family: ModelFamily) -> None:
     if is_low_precision_on_cpu(family.dtype, family.device):
         optimize_for_cpu(family.pipeline.vae)
         if family.plain_attention is not None:
-            family.denoiser.set_attn_processor(family.plain_attention())
+            for denoiser in family.denoisers.values():
+                denoiser.set_attn_processor(family.plain_attention())
 
 
 def _slice_decoding(family: ModelFamily, geometry: Geometry) -> None:
@@ -253,7 +273,7 @@ def _compile(family: ModelFamily) -> bool:
         return False
     decoders = compilable_decoder(family.pipeline.vae, family.settings, family.device)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    for module in (*blocks(family.denoiser), *decoders):
+    for module in (*(block for denoiser in family.denoisers.values() for block in blocks(denoiser)), *decoders):
         module.compile(dynamic=False)
     return bool(decoders)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from progrpo.policies.family import ModelFamily
 from progrpo.policies.lora import save_lora
+from progrpo.policies.lora_files import lora_file
 from progrpo.policies.sharded import all_gathered
 from progrpo.policies.weights import NamedWeights
 
@@ -34,12 +35,17 @@ class TrainedWeights:
         yield from denoiser.named_buffers()
 
     def save(self, folder: Path | None, weights: str = "current") -> None:
-        """Write a LoRA for the pipeline's `load_lora_weights(folder)`, or a denoiser for its class to load."""
+        """Write a LoRA for the pipeline's `load_lora_weights(folder)`, or a denoiser for its class to load.
+
+        A second denoiser's LoRA is a file beside it, for `load_into_transformer_2=True`.
+        """
         with self.named.swapped(weights):
             if self._family.settings.weights == "full":
                 self._save_denoiser(folder)
             elif folder is not None:
-                save_lora(self._family.denoiser, self._family.denoiser_name, folder)
+                first = self._family.denoiser_name
+                for name, denoiser in self._family.denoisers.items():
+                    save_lora(denoiser, first, folder / lora_file(name == first, name))
 
     def _save_denoiser(self, folder: Path | None) -> None:
         denoiser = self._family.denoiser

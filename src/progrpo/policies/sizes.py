@@ -168,7 +168,7 @@ def without_weights(path: str, dtype: torch.dtype) -> DiffusionPipeline:
             if isinstance(component, nn.Module):  # a text encoder too comes in the model's dtype
                 component.to(dtype)
             components[name] = component
-        return kind(**components)
+        return kind(**components, **architecture.settings)
 
 
 def _from_config(library: str, class_name: str, config: NetworkConfig) -> object:
@@ -197,7 +197,10 @@ def _read_architecture(path: str) -> Architecture:
                 file = "scheduler_config.json" if name == "scheduler" else "config.json"
                 library, class_name = entry
                 components[name] = library, class_name, json.loads((folder / name / file).read_bytes())
-        return Architecture(index["_class_name"], components)
+        kind: type[DiffusionPipeline] = getattr(diffusers, index["_class_name"])
+        _, optional = kind._get_signature_keys(kind)
+        settings = {name: index[name] for name in optional if name in index and not isinstance(index[name], list)}
+        return Architecture(index["_class_name"], components, settings)
 
 
 def _allocate_in_name(network: nn.Module) -> None:

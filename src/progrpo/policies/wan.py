@@ -1,4 +1,4 @@
-"""Wan 2.1, flow models of videos."""
+"""Wan 2.1 and 2.2, flow models of videos."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Wan(FlowFamily):
     """A `WanPipeline` from text to video (Wan, arXiv 2503.20314).
 
     A LoRA adapts feed-forward and attention, to the video and to the text. The model is sampled by Euler's steps, on
-    the grid of its own UniPC's shift: a step of higher order has no transition density.
+    the grid of its own UniPC's shift: a step of higher order has no transition density. Wan 2.2 A14B has two
+    transformers by noise level, and a LoRA for each.
     """
 
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -34,12 +35,17 @@ class Wan(FlowFamily):
 
     @classmethod
     def check_index(cls, index: Mapping[str, object]) -> None:
-        second = index.get("transformer_2")
-        has_second = isinstance(second, list | tuple) and any(second)
-        if has_second or index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
+        first, second = index.get("transformer"), index.get("transformer_2")
+        both = [isinstance(entry, list | tuple) and any(entry) for entry in (first, second)]
+        if index.get("expand_timesteps"):
             raise ValueError(
-                "model.path: this is a Wan 2.2, of two transformers or of timesteps for each place; use a text-to-video"
-                " Wan 2.1, which has one transformer and one timestep"
+                "model.path: this is a Wan 2.2 with a timestep for each place (TI2V-5B); use a text-to-video Wan of one"
+                " timestep, such as Wan 2.1 or Wan 2.2 A14B"
+            )
+        if not both[0] or both[1] != (index.get("boundary_ratio") is not None):
+            raise ValueError(
+                "model.path: this is a part of a Wan 2.2; load it with its transformer, its transformer_2 and its"
+                " boundary_ratio"
             )
 
     def check(self) -> None:

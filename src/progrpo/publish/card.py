@@ -34,9 +34,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Contents:
-    """What the repository holds beside the card: the folder's name of the weights, examples, and a grid of pairs."""
+    """What the repository holds beside the card: the folder's name of the weights, examples, and a grid of pairs.
+
+    `second` are the files of other denoisers' LoRAs than the first's.
+    """
 
     weights: str
+    second: Sequence[str]
     examples: Sequence[Example]
     grid: str | None
 
@@ -148,11 +152,12 @@ def _use(data: RunData, repo: str, base: Base, contents: Contents) -> str:
             f"pip install progrpo\nhf download {repo} --local-dir model\nprogrpo sample model --prompt {_shell(prompt)}"
         )
         return f"The base model is part of progrpo, so progrpo draws with it:\n\n{code(command, 'bash')}"
-    return code(usage(data, repo, base, contents.weights, prompt), "python")
+    return code(usage(data, repo, base, contents, prompt), "python")
 
 
-def usage(data: RunData, repo: str, base: Base, weights: str, prompt: str) -> str:
+def usage(data: RunData, repo: str, base: Base, contents: Contents, prompt: str) -> str:
     """The program that draws with the trained weights."""
+    weights = contents.weights
     video, edits = base.task == "text-to-video", base.task == "image-to-image"
     helpers = [name for name, used in {"export_to_video": video, "load_image": edits}.items() if used]
     arguments = [
@@ -177,6 +182,10 @@ def usage(data: RunData, repo: str, base: Base, weights: str, prompt: str) -> st
             [
                 f"pipeline = DiffusionPipeline.from_pretrained({base.id!r}, dtype=dtype)",
                 f"pipeline.load_lora_weights({repo!r})",
+                *(
+                    f"pipeline.load_lora_weights({repo!r}, weight_name={name!r}, load_into_transformer_2=True)"
+                    for name in contents.second
+                ),
             ]
             if lora
             else [

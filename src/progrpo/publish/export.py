@@ -13,7 +13,7 @@ from progrpo.durable import new_folder, write_file
 from progrpo.messages import named
 from progrpo.policies.export import DENOISERS, denoiser_of, save_merged, saved_lora
 from progrpo.policies.load import BUILT_IN
-from progrpo.policies.lora_files import LORA_FILE
+from progrpo.policies.lora_files import LORA_FILE, second_loras
 from progrpo.publish.layouts import LAYOUTS, formats_of
 from progrpo.publish.lora import laid_out, without_place
 
@@ -31,7 +31,12 @@ def export_lora(trained: Path, model: ModelSettings, form: str, out: Path) -> No
         raise ValueError(
             f"the run trained all weights of the {trained.name}, and no LoRA; --format merged writes the whole model"
         )
-    lora = saved_lora(trained)
+    if others := second_loras(trained):
+        raise ValueError(
+            f"the run trained two denoisers, each with a LoRA, and one file holds one: take {LORA_FILE} and {others[0]}"
+            f" of {named(trained)}, or --format merged"
+        )
+    lora = saved_lora(trained / LORA_FILE)
     if form == "diffusers":
         with (trained / LORA_FILE).open("rb") as saved:
             write_file(out, lambda file: shutil.copyfileobj(saved, file))

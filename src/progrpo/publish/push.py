@@ -16,6 +16,7 @@ from progrpo.durable import write_text
 from progrpo.messages import named
 from progrpo.pages.page import read_picture
 from progrpo.pages.run_data import RunData, inside, read_run_data, readable
+from progrpo.policies.lora_files import second_loras
 from progrpo.publish.base import Base, find_base
 from progrpo.publish.card import Contents, Example, model_card
 from progrpo.publish.hub import hub_errors
@@ -48,11 +49,12 @@ def write_repository(
         base = find_base(data, base_model, licence)
     out.mkdir(parents=True, exist_ok=True)
     weights = files[0].parent.name
+    second = second_loras(data.path / weights)
     for file in files:
         _copy(data.path, file, out / (file.name if weights == "lora" else file))
     examples, grid = _write_pictures(data, out)
     with readable(f"{named(run)}, what a model card says of it,"):
-        write_text(out / "README.md", model_card(data, repo, base, Contents(weights, examples, grid)))
+        write_text(out / "README.md", model_card(data, repo, base, Contents(weights, second, examples, grid)))
         write_text(out / "config.json", encode(_public(data.config, base), indent=1))
         if base.id is None:  # by which `progrpo sample` knows a run
             write_text(out / "summary.json", encode({"iterations": data.iterations, "status": "finished"}, indent=1))

@@ -13,7 +13,7 @@ from progrpo.durable import PREVIOUS, WRITING, new_folder, sync, whole_folder
 _FILES = ("config.json", "costs.json", "metrics.jsonl", "summary.json", "trackers.json", "report.html")
 _ENDS = f"({re.escape(WRITING)}|{re.escape(PREVIOUS)})?"
 _WEIGHTS = {
-    "lora": r"pytorch_lora_weights\.safetensors",
+    "lora": r"pytorch_lora_weights(_\w+)?\.safetensors",
     **dict.fromkeys(("transformer", "unet"), r"config\.json|diffusion_pytorch_model[^/]*\.safetensors(\.index\.json)?"),
 }
 _IN_FOLDERS = {

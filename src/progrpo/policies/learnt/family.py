@@ -144,7 +144,8 @@ class Recorded(ModelFamily):
     def default_lora_targets(self) -> tuple[str, ...]:
         """The linear layers of attention and feed-forward in the network's repeated blocks."""
         inside = re.compile(r"(?:^|\.)\d+\.(.+)")
-        names = [name for name, module in self.denoiser.named_modules() if isinstance(module, nn.Linear)]
+        denoiser = self.denoisers[self.denoiser_name]
+        names = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
         chosen = []
         for name in names:
             in_block = inside.search(name)

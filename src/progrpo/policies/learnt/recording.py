@@ -20,6 +20,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from progrpo.policies.experts import parts_of
+
 Inputs = dict[str, Any]
 """The arguments of one call of the denoiser, by the names of its `forward`."""
 
@@ -158,7 +160,7 @@ def record(pipeline: DiffusionPipeline, denoiser_name: str, options: Mapping[str
         return result
 
     stand_ins = {
-        denoiser_name: _Denoiser(getattr(pipeline, denoiser_name), script, recording),
+        **{n: _Denoiser(part, script, recording) for n, part in parts_of(pipeline, denoiser_name).items()},
         "scheduler": _scheduler(pipeline.scheduler, script, recording),
         "vae": _Autoencoder(pipeline.vae, script, recording),
         "encode_prompt": _with_signature(encode_prompt, encode),
