@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import os
 import traceback
 import unicodedata
@@ -11,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 _MOST = 120  # characters that are shown of each end of a long text
 _HERE = os.path.dirname(__file__)
+_PYTHON = os.path.dirname(os.__file__)  # the standard library
 
 
 class FaultsError(ValueError):
@@ -71,7 +71,10 @@ def _place_and_reason(error: BaseException) -> tuple[str | None, int | None, str
 
 
 def _is_of_user(file: str) -> bool:
-    return not file.startswith(("<", _HERE + os.sep)) and file != importlib.__file__
+    """Whether a file is neither ours nor the standard library's. Installed packages lie in a folder of the latter."""
+    if file.startswith(_PYTHON + os.sep):
+        return "site-packages" in file.split(os.sep)
+    return not file.startswith(("<", _HERE + os.sep))
 
 
 def _relative(file: str) -> str:

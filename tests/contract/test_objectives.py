@@ -298,14 +298,16 @@ def test_stop_and_resume_is_a_straight_run(build):
     assert_a_resumed_run_is_a_straight_one(build(**sections), build(**sections), stop=2)
 
 
-WINDOWS = [("grpo", kind) for kind in ("all", "first", "sliding", "random")]
-"""Every window with one objective, and a moving one with each of the others: windows follow from the iteration."""
+WINDOWS = [
+    *(("grpo", kind) for kind in ("all", "first", "sliding", "random")),
+    ("nft", "none"),
+    *(pytest.param(name, "random", marks=pytest.mark.slow) for name in CONFIGS if name != "grpo"),
+    *(pytest.param(name, "none", marks=pytest.mark.slow) for name in LATENT if name != "nft"),
+]
+"""Every window with one objective: windows follow from the iteration. The other objectives are slow tests."""
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [*WINDOWS, *((name, "random") for name in CONFIGS if name != "grpo"), *((name, "none") for name in LATENT)],
-)
+@pytest.mark.parametrize(("name", "kind"), WINDOWS)
 def test_a_resumed_window_lies_where_it_would_have(tiny_trainer, tiny_config, name, kind):
     sampling = SamplingSettings(num_inference_steps=4, sde_window=kind, sde_window_size=1, sde_window_interval=1)
     config = tiny_config(objective=CONFIGS[name], sampling=sampling)

@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 
 from progrpo.cli import main
+from progrpo.config import Config
 from progrpo.objectives.settings import load_objective
-from progrpo.settings import read_settings
+from progrpo.settings import field_paths, read_settings
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs/results"
 CARDS = (ROOT / "src").rglob("weights/*/README.md")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *CARDS])
+CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]
+"""The pages that describe this version; a changelog also names settings of earlier ones."""
 
 
 def snippet(page: Path, name: str) -> str:
@@ -112,6 +115,23 @@ def anchors(page: Path) -> set[str]:
 def test_lines_end_at_120_columns(page: Path) -> None:
     lines = enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
     assert [number for number, line in lines if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=[str(page.relative_to(ROOT)) for page in CURRENT])
+def test_the_settings_that_a_page_gives_as_options_are_there(page: Path) -> None:
+    named = set(re.findall(r"--([a-z]+\.[a-z-]+(?:\.[a-z-]+)?)", page.read_text(encoding="utf-8")))
+    fields_there = {path.replace("_", "-") for path in field_paths(Config)}
+    assert {name for name in named if name.replace(".no-", ".") not in fields_there} == set()
+
+
+def test_the_plan_commands_of_pages_work(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in CURRENT).replace("\\\n", " ")
+    commands = {command.strip() for command in re.findall(r"progrpo (plan \w[^`#\n]*)", text)}
+    # without those that load a model's code to estimate memory, a user's file or module, and placeholders
+    ours = sorted(c for c in commands if not re.search(r"--gpu|\.json|my_parts|[A-Z]{4}", c))
+    assert len(ours) > 5
+    for command in ours:
+        assert main(command.split()) == 0, f"progrpo {command}: {capsys.readouterr().err}"
 
 
 def test_every_figure_of_the_readmes_results_is_in_the_list_of_claims() -> None:

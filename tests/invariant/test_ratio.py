@@ -197,7 +197,7 @@ def test_ratio_is_one_for_every_family_sampler_and_storage(moved_policy, first, 
     assert_on_policy(policy, objective, experience)
 
 
-@pytest.mark.parametrize("family", SAMPLERS)
+@pytest.mark.parametrize("family", [case(f, slow=f not in OF_EACH_KIND) for f in SAMPLERS])
 def test_ratio_is_one_with_full_weights(moved_policy, first, family):
     policy = moved_policy(family, "full")
     assert_on_policy(policy, *first(policy, latent_dtype="bfloat16"))
@@ -205,7 +205,7 @@ def test_ratio_is_one_with_full_weights(moved_policy, first, family):
 
 @pytest.mark.parametrize(
     ("family", "latent_dtype"),
-    [case(f, dtype, slow=f not in ("sd3", "sd") and dtype != "bfloat16") for f in SAMPLERS for dtype in DTYPES],
+    [case(f, dtype, slow=f not in ("sd3", "sd")) for f in SAMPLERS for dtype in DTYPES],
 )
 def test_guarded_ratio_is_one(moved_policy, first, family, latent_dtype):
     policy = moved_policy(family)
@@ -227,7 +227,7 @@ def test_ratio_is_one_in_low_precision_for_every_family(moved_policy, first, fam
 
 @pytest.mark.parametrize(
     ("family", "network"),
-    [("sd3", "float32"), *(case(f, "bfloat16", slow=f not in OF_EACH_KIND) for f in SAMPLERS)],
+    [("sd3", "float32"), *(case(f, "bfloat16", slow=f not in ("sd3", "sd", "flux2_klein")) for f in SAMPLERS)],
 )
 def test_ratio_is_one_beside_frozen_weights_in_8_bits(moved_policy, first, family, network):
     policy = moved_policy(family, network=network, quantize="int8")

@@ -1,26 +1,38 @@
-"""A Qwen2-VL of random weights with the layers of HPSv3, and a tokenizer of bytes."""
+"""A Qwen2-VL of random weights with the layers of HPSv3, and a small tokenizer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2VLConfig, Qwen2VLImageProcessorPil, Qwen2VLModel
 
 from progrpo.rewards.hpsv3 import HPSv3, build_mean_head, load_tokenizer
+from progrpo.rewards.questions import question_text
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
-FIRST = len(LETTERS)  # the id of the first special token
+
+
+def _small_tokenizer() -> Tokenizer:
+    """A tokenizer of bytes and of what recurs in the question, which would be thousands of bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([question_text("hpsv3")], trainer)
+    return tokenizer
+
+
+_TOKENIZER = _small_tokenizer()
+FIRST = _TOKENIZER.get_vocab_size()
+"""The id of the first special token."""
+_TOKENIZER.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
 
 
 def tokenizer_file(folder: Path) -> Path:
-    """A tokenizer of bytes, with Qwen2-VL's special tokens after them."""
-    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(LETTERS)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    """A small tokenizer with Qwen2-VL's special tokens after its own."""
+    _TOKENIZER.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
 
 

@@ -55,7 +55,7 @@ def test_a_resumed_run_counts_from_its_first_iteration(capsys):
 
 def test_what_is_missing_is_a_dash(capsys):
     Console(iterations=2).log({"iteration": 0, "reward/mean": None}, 0)
-    assert capsys.readouterr().out == "iteration 1/2  reward –  strict       –  – NFE\n"
+    assert capsys.readouterr().out == "iteration 1/2  reward –  – NFE\n"
 
 
 def test_the_summary_is_a_table_and_what_was_spent(capsys):
@@ -67,6 +67,14 @@ def test_the_summary_is_a_table_and_what_was_spent(capsys):
         "86,400 NFE, 25 % saved by pruning, 1.50 x plain GRPO's, 2 min 10 s",
         "report: runs/x/report.html",
     ]
+
+
+def test_a_reward_without_a_verdict_has_no_strict_accuracy(capsys):
+    console = Console(iterations=20)
+    console.log({name: value for name, value in RECORD.items() if name != "reward/strict"}, 0)
+    console.summary_table({**SUMMARY, "accuracy_before": None, "accuracy_after": None})
+    output = capsys.readouterr().out
+    assert "strict" not in output and "reward 0.500" in output and "0.700" in output
 
 
 def test_rewards_of_millions_are_short(capsys):

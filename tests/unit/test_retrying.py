@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import re
 import threading
 import time
 
@@ -31,6 +32,12 @@ class Fails(Reward):
         return [Score(float(n)) for n in numbers]
 
 
+def reason(score: Score) -> str:
+    """The error of a score without the file and line before it."""
+    assert score.value is None and score.error is not None
+    return score.error.rpartition(", line ")[2].partition(": ")[2]
+
+
 def patient(fails, **how):
     waited: list[float] = []
     reward = Fails(fails)
@@ -54,7 +61,7 @@ def test_a_bad_picture_costs_no_other():
     asked, reward, _ = patient(lambda call, numbers: ValueError("bad") if bad & set(numbers) else None, retries=1)
     scores = asked.score(PICTURES, PROMPTS)
     assert [s.value for s in scores] == [None if n in bad else float(n) for n in range(20)]
-    assert {s.error for i, s in enumerate(scores) if i in bad} == {"ValueError: bad"}
+    assert {reason(s) for i, s in enumerate(scores) if i in bad} == {"ValueError: bad"}
     assert all(s.error is None for i, s in enumerate(scores) if i not in bad)
     assert reward.asked[2:] == [[n] for n in range(20)]
 
@@ -71,13 +78,13 @@ def test_whatever_a_reward_lets_through_is_a_failure_like_another(how, kind):
     asked, _, _ = patient(lambda call, numbers: kind("gone") if 3 in numbers else None, retries=0, **how)
     scores = asked.score(PICTURES, PROMPTS)
     assert [s.value is None for s in scores] == [n == 3 for n in range(20)]
-    assert scores[3].error == f"{kind.__name__}: gone"
+    assert reason(scores[3]) == f"{kind.__name__}: gone"
 
 
 def test_a_reward_that_is_down_is_not_asked_about_every_picture():
     asked, reward, _ = patient(lambda call, numbers: ConnectionError(), retries=0)
     scores = asked.score(PICTURES, PROMPTS)
-    assert [(s.value, s.error) for s in scores] == [(None, "ConnectionError")] * 20
+    assert [reason(s) for s in scores] == ["ConnectionError"] * 20
     assert len(reward.asked) == 1 + 8
 
 
@@ -89,7 +96,7 @@ def test_pictures_that_begin_badly_do_not_end_it():
 
 def test_one_picture_is_not_asked_about_once_more_than_it_is_tried():
     asked, reward, _ = patient(lambda call, numbers: ValueError("bad"), retries=1)
-    assert asked.score(PICTURES[:1], PROMPTS[:1]) == [Score(None, error="ValueError: bad")]
+    assert [reason(s) for s in asked.score(PICTURES[:1], PROMPTS[:1])] == ["ValueError: bad"]
     assert len(reward.asked) == 2
 
 
@@ -156,7 +163,7 @@ def test_a_reward_that_ranks_a_group_is_asked_about_all_of_it_again_and_never_ab
     assert [s.value for s in scores] == list(range(20)) and reward.asked == [20, 20, 20]
     reward = Ranks([OSError("reset")])
     scores = RetryingReward(reward, retries=0, sleep=lambda s: None).score(PICTURES, PROMPTS)
-    assert scores == [Score(None, error="OSError: reset")] * 20 and reward.asked == [20]
+    assert [reason(s) for s in scores] == ["OSError: reset"] * 20 and reward.asked == [20]
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -202,7 +209,7 @@ def test_calls_that_hang_do_not_pile_up():
 
 def test_an_error_within_the_time_is_the_error():
     asked, _, _ = patient(lambda call, numbers: ZeroDivisionError("mine"), retries=0, timeout=10)
-    assert asked.score(PICTURES[:1], PROMPTS[:1]) == [Score(None, error="ZeroDivisionError: mine")]
+    assert [reason(s) for s in asked.score(PICTURES[:1], PROMPTS[:1])] == ["ZeroDivisionError: mine"]
     asked, _, _ = patient(lambda call, numbers: Refusal("mine"), timeout=10)
     with pytest.raises(Refusal):
         asked.score(PICTURES, PROMPTS)
@@ -223,3 +230,10 @@ def test_closing_reaches_the_reward():
     RetryingReward(Closes(0)).close()
     RetryingReward(Hangs(0)).close()
     assert closed == [True]
+
+
+@pytest.mark.parametrize("timeout", [None, 10])
+def test_an_error_has_the_file_and_line_of_the_reward(timeout):
+    asked, _, _ = patient(lambda call, numbers: ZeroDivisionError("mine"), retries=0, timeout=timeout)
+    (score,) = asked.score(PICTURES[:1], PROMPTS[:1])
+    assert re.fullmatch(r".*test_retrying\.py, line \d+: ZeroDivisionError: mine", score.error)

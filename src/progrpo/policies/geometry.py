@@ -38,7 +38,7 @@ class Geometry:
         if self.longest_side is not None and max(sides) > self.longest_side:
             raise ValueError(
                 f"model.resolution: {max(sides)} is more than {self.longest_side} pixels a side, where this model's"
-                " embedding of places ends"
+                " embedding of places ends; give less, or leave it empty for the model's own size"
             )
         return sides[0], sides[-1]
 

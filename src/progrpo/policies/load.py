@@ -84,7 +84,7 @@ def load_policy(
 
     `trained` is a denoiser's folder, which takes the place of the model's, or a LoRA, which is added like
     `settings.lora`. Only safetensors are read, and no code of the folder is run. ValueError where there is nothing to
-    load, and for a pipeline of no known family.
+    load, and for a pipeline that cannot be trained here.
     """
     settings = with_own_length(settings)
     source = locate(settings.path, settings.revision)
@@ -100,7 +100,7 @@ def load_policy(
 def policy_from_pipeline(
     pipeline: DiffusionPipeline, settings: ModelSettings, context: PolicyContext | None = None
 ) -> PipelinePolicy:
-    """The policy of a loaded pipeline, which it takes over. ValueError for a pipeline of no known family."""
+    """The policy of a loaded pipeline, which it takes over. ValueError for a pipeline that cannot be trained here."""
     if not isinstance(pipeline, DiffusionPipeline):
         raise ValueError(
             f"the pipeline is a {named(type(pipeline).__name__)}; give one of diffusers, such as"

@@ -16,7 +16,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from progrpo.durable import write_text
 from progrpo.messages import FaultsError, named, quoted
@@ -25,9 +24,6 @@ from progrpo.prompts.load import TEXT, prompt_from_row, with_picture_path
 from progrpo.prompts.pictures import IMAGE_COLUMN, check_picture
 from progrpo.prompts.texts import folded
 from progrpo.types import Prompt
-
-if TYPE_CHECKING:
-    pass
 
 WORDS: Mapping[float, str] = {1.0: "a", 0.0: "b", 0.5: "tie"}
 """Preferences and the words for them in a file."""

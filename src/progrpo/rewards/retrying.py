@@ -10,6 +10,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
+from progrpo.messages import raised
 from progrpo.rewards.base import Refusal, Reward, RewardWrapper, Score
 from progrpo.types import Prompt
 
@@ -72,9 +73,9 @@ class RetryingReward(RewardWrapper):
             answers = self._in_time(pictures_NHWC[rows], [prompts[i] for i in rows])
         except _FATAL:
             raise
-        except BaseException as raised:
-            error = raised
-            answers = [_failed(raised)] * len(rows)
+        except BaseException as failure:
+            error = failure
+            answers = [_failed(failure)] * len(rows)
         for i, score in zip(rows, answers, strict=True):
             scores[i] = score
         return error
@@ -117,4 +118,4 @@ class RetryingReward(RewardWrapper):
 
 
 def _failed(error: BaseException) -> Score:
-    return Score(None, error=f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+    return Score(None, error=raised(error))

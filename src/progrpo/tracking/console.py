@@ -145,9 +145,8 @@ class _Progress:
             self._seconds.append(seconds)
 
     def fields(self, metrics: Mapping[str, MetricValue], step: int) -> list[str]:
-        strict = f"strict {percent(metric(metrics, 'reward/strict')):>7}"
         recorded = metric(metrics, "rollout/nfe") == 0
-        sampled = [] if recorded else [self._reward(metrics), strict, self._nfe(metrics)]
+        sampled = [] if recorded else [self._reward(metrics), *_strict(metrics), self._nfe(metrics)]
         fields = [self._number(step), *sampled, *_pairs(metrics), *self._time(step)]
         return [*fields, *_previews(metrics), *_evaluation(metrics)]
 
@@ -177,6 +176,12 @@ class _Progress:
         return fields
 
 
+def _strict(metrics: Mapping[str, MetricValue]) -> list[str]:
+    """The strict accuracy of a reward that has verdicts."""
+    strict = metric(metrics, "reward/strict")
+    return [] if strict is None else [f"strict {percent(strict):>7}"]
+
+
 def _pairs(metrics: Mapping[str, MetricValue]) -> list[str]:
     loss, accuracy = (metric(metrics, f"update/dpo_{name}") for name in ("loss", "accuracy"))
     return [] if loss is None else [f"DPO loss {number(loss)}, accuracy {percent(accuracy)}"]
@@ -195,7 +200,7 @@ def _evaluation(metrics: Mapping[str, MetricValue]) -> list[str]:
 
 
 def _summary_rows(summary: Summary) -> list[tuple[str, str, str, str]]:
-    """(label, before, after, change) of what was evaluated, the judge and the diversity only if they were measured."""
+    """(label, before, after, change) of the reward, and of all else that was measured."""
     rows = []
     figures = (
         ("reward", "reward", False),
@@ -205,7 +210,7 @@ def _summary_rows(summary: Summary) -> list[tuple[str, str, str, str]]:
     )
     for label, name, is_share in figures:
         before, after = before_and_after(summary, name)
-        if name in ("judge", "diversity") and before is None and after is None:
+        if name != "reward" and before is None and after is None:
             continue
         write = percent if is_share else number
         rows.append((label, write(before), write(after), _change(before, after, is_share)))

@@ -16,4 +16,4 @@ def serve(folder: Path, host: str, port: int) -> None:
     """Serve the board until the process is asked to end. ValueError if it cannot start."""
     require_folder(folder, "train a run first (progrpo train quickstart), or name the folder of your runs")
     with listening(BoardServer, folder, host, port) as server:
-        serve_until_asked_to_end(server, f"runs of {named(folder)}", "read these runs")
+        serve_until_asked_to_end(server, f"the runs in {named(folder)}", "read these runs")
