@@ -32,7 +32,12 @@ def recorded(pipeline: Any, context: PolicyContext | None = None, **changes: Any
     return PipelinePolicy(prepare(kind, pipeline, replace(SETTINGS, **changes), context or PolicyContext()))
 
 
-@pytest.mark.parametrize("model", TINY_PIPELINES)
+QUICK = ("tiny_sd3", "tiny_flux", "tiny_qwen_image", "tiny_sd")  # packed or not, padded or not, flow or diffusion
+
+
+@pytest.mark.parametrize(
+    "model", [model if model in QUICK else pytest.param(model, marks=pytest.mark.slow) for model in TINY_PIPELINES]
+)
 def test_it_is_the_hand_written_policy(request, model):
     folder: Path = request.getfixturevalue(model)
     pipeline = untouched_pipeline(folder)
