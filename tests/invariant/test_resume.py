@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -195,7 +196,8 @@ def test_what_a_reward_says_in_lines_is_one_sentence(config, tmp_path, reward_mo
     reward_module.fails = {}
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("progrpo: stopped: evaluation after 0 iterations: 3 of 3 scores of reward")
-    assert said.endswith("last error: reward failing_reward:redness: SystemExit: the judge is out")
+    cause = r"last error: reward failing_reward:redness: \S+failing_reward\.py, line \d+: SystemExit: the judge is out$"
+    assert re.search(cause, said)
 
 
 def test_the_global_generators_change_nothing(config, straight, tmp_path, monkeypatch, reward_module):
@@ -272,12 +274,8 @@ def test_changed_prompts_are_refused_unless_accepted(config, prompts, tmp_path):
 def test_one_run_writes_to_a_folder(config, straight, tmp_path):
     shutil.copytree(straight, tmp_path / "run")
     with only_writer(tmp_path / "run"):
-        for again in (
-            lambda: resume_run(tmp_path / "run"),
-            lambda: train_run(config, tmp_path / "run", overwrite=True),
-        ):
-            with pytest.raises(ValueError, match="is being written to by process"):
-                again()
+        with pytest.raises(ValueError, match="is being written to by process"):
+            train_run(config, tmp_path / "run", overwrite=True)
         assert write_report(tmp_path / "run").is_file()
     assert len(RunFolder(tmp_path / "run").metrics.read()) == ITERATIONS
 
