@@ -113,7 +113,7 @@ def applied(folder: Path, tensors: dict[str, Tensor]) -> Policy:
     return policy
 
 
-@pytest.mark.parametrize("alpha", [2, 4, 7])
+@pytest.mark.parametrize("alpha", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 7])
 def test_tensors_alone_are_the_trained_model(folder, move, told, tmp_path, alpha):
     policy = trained(folder, move, tmp_path, lora_alpha=alpha)
     expected = velocity(policy, told)

@@ -316,7 +316,7 @@ def test_a_second_iteration_of_a_plan_that_prunes_compiles_nothing(
     assert met - start == graphs
 
 
-@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_sd"])
+@pytest.mark.parametrize("model", ["tiny_sd3", pytest.param("tiny_sd", marks=pytest.mark.slow)])
 def test_compiled_blocks_compute_their_activations_anew(quickly_compiled, request, model, move):
     found = []
     for asked in (False, True):

@@ -37,7 +37,7 @@ def quickstart_results() -> list[dict[str, Any]]:
     return results
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+@pytest.mark.parametrize("page", ["README.md", pytest.param("docs/training.md", marks=pytest.mark.slow)])
 def test_the_library_example_runs_but_for_the_model_and_how_many_iterations_and_pictures(
     page: str, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,6 +130,7 @@ def test_a_probe_takes_over_and_the_plan_is_judged(adaptive):
     assert (adaptive / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_what_was_decided_by_measuring_is_decided_again(adaptive, tmp_path):
     """Resumed from before the first verdict: the costs are those of the first time, though this time's are others."""
     again = tmp_path / "again"

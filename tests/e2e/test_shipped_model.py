@@ -54,11 +54,12 @@ def test_both_have_the_same_autoencoder(pipelines: dict[str, DiffusionPipeline])
     assert flow.keys() == diffusion.keys() and all(torch.equal(flow[k], diffusion[k]) for k in flow)
 
 
+@pytest.mark.slow
 def test_the_autoencoder_keeps_what_a_picture_shows(pipelines: dict[str, DiffusionPipeline]) -> None:
     assert round_trip(pipelines["shapes-flow"].vae, 240) >= 0.95
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["shapes-flow", pytest.param("shapes-diffusion", marks=pytest.mark.slow)])
 def test_it_draws_what_its_card_says(name: str, pipelines: dict[str, DiffusionPipeline]) -> None:
     """96 pictures have a standard error of 5 points: three of them either way."""
     stated = json.loads((WEIGHTS / name / "figures.json").read_text())["test"]["10 steps"]["strict"]

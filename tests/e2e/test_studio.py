@@ -55,7 +55,7 @@ def drawn(model: str, out: Path) -> Any:
     return np.asarray(Image.open(out / "000-00.png")).astype(int)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_ends_of_strength_are_what_sample_draws_of_the_base_and_of_the_run(runs, tmp_path, kind):
     studio = studio_of(runs[kind])
     before, after = (studio.draw(TEXT, Weights(RESULT, share), studio.config.eval) for share in (0.0, 1.0))

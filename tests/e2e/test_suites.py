@@ -207,6 +207,7 @@ def test_several_processes_make_the_same_result(lora, tmp_path, capsys):
         assert np.abs(difference).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_report_draws_its_charts_in_both_schemes(lora, tmp_path, capsys, browser):
     words = (*QUICK, "--limit", "6", "--per-prompt", "2", "--out", str(tmp_path / "out"))
     evaluated(capsys, "shapes-flow", "--lora", lora(0.3), *words)

@@ -63,6 +63,7 @@ def test_without_rapidocr_the_way_to_install_it_is_said(
         assert "needs rapidocr, which is not installed: pip install 'progrpo[ocr]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_shipped_model_spells_as_its_card_says() -> None:
     """48 pictures have a standard error of 7 points."""
     pytest.importorskip("rapidocr")

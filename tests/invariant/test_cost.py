@@ -58,7 +58,12 @@ def test_a_run_counts_what_its_plan_predicts(trainer, plan, guidance_scale):
 
 
 @pytest.mark.parametrize(
-    ("plan", "guidance_scale"), [("point-and-final", 1.0), ("point-and-final", 3.0), ("groups", 3.0)]
+    ("plan", "guidance_scale"),
+    [
+        ("point-and-final", 3.0),
+        ("groups", 3.0),
+        pytest.param("point-and-final", 1.0, marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_counted_is_what_the_networks_did(trainer, redness, family_at_length, guidance_scale, plan):
     rewarded = []

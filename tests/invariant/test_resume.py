@@ -271,11 +271,11 @@ def test_changed_prompts_are_refused_unless_accepted(config, prompts, tmp_path):
     resume_run(run.path)  # these are the run's own now
 
 
-def test_one_run_writes_to_a_folder(config, straight, tmp_path):
+def test_one_run_writes_to_a_folder(straight, tmp_path):
     shutil.copytree(straight, tmp_path / "run")
     with only_writer(tmp_path / "run"):
         with pytest.raises(ValueError, match="is being written to by process"):
-            train_run(config, tmp_path / "run", overwrite=True)
+            resume_run(tmp_path / "run")
         assert write_report(tmp_path / "run").is_file()
     assert len(RunFolder(tmp_path / "run").metrics.read()) == ITERATIONS
 

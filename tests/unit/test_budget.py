@@ -78,6 +78,7 @@ def test_a_run_goes_on_until_its_seconds_are_spent(on_a_tiny_model, tiny_config,
         train_for(replace(config, optim=replace(config.optim, decay=0.5)), run, 0)
 
 
+@pytest.mark.slow
 def test_every_arm_on_real_weights_can_be_run_and_differs_as_published(real):
     scale = real.real()
     configs = real.arms(scale.base, scale.plans)

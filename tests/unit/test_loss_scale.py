@@ -51,7 +51,9 @@ def off(found, true):
     return ((found - true).norm() / true.norm()).item()
 
 
-@pytest.mark.parametrize("objective", ["grpo", "nft", "awm", "dgpo", "elbo"])
+@pytest.mark.parametrize(
+    "objective", ["grpo", "dgpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nft", "awm", "elbo"))]
+)
 def test_a_float16_gradient_is_float32s_but_for_rounding(gradient, objective):
     true, _ = gradient("float32", None, objective)
     scaled, seen = gradient("float16", LossScale(True), objective)

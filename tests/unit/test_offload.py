@@ -133,6 +133,7 @@ def test_the_overlap_of_tiles_is_a_whole_number_of_latents(shorter, pixels):
     assert side * pixels <= 512 and (side <= shorter / 2 or side == 4)
 
 
+@pytest.mark.slow
 def test_tiles_take_less_memory(tiny_sd3):
     whole, sliced, tiled = (
         sizes(ModelSettings(str(tiny_sd3), resolution=32, decoding=decoding), 1, 1, 4).decode_bytes

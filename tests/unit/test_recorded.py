@@ -69,7 +69,9 @@ def test_the_weight_of_a_pair_is_that_of_its_advantages(pairs_file, shapes_polic
     assert "reward/mean" not in tally.sums  # a preference has no mean
 
 
-@pytest.mark.parametrize("objective", ["dpo", "sft", "dgpo"])
+@pytest.mark.parametrize(
+    "objective", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "dgpo"))]
+)
 def test_a_run_learns_from_recorded_pairs_and_samples_none(pairs_file, tmp_path, objective, capsys):
     out = tmp_path / "run"
     command = ["train", "smoke", "--objective.name", objective, "--prompts.pairs", str(pairs_file), "--out", str(out)]

@@ -115,6 +115,7 @@ def test_the_shipped_one_is_what_is_built():
     assert ours.items() >= (built | factors).items()
 
 
+@pytest.mark.slow
 def test_the_shipped_one_decodes_and_ranks_like_the_full_one():
     size = 12
     prompts = [p for p in world.sample_prompts("validation", 6, 3) for _ in range(size)]
