@@ -49,9 +49,7 @@ def networks_inside(file: str, index: Mapping[str, object], denoiser_name: str) 
         return any(tensor.startswith(beginnings) for tensor in tensors)
 
     encoders = {
-        name
-        for name, entry in index.items()
-        if isinstance(entry, list) and has(_ENCODERS.get(str(entry[-1]), ("no tensor",)))
+        name for name, entry in index.items() if isinstance(entry, list) and has(_ENCODERS.get(str(entry[-1]), ()))
     }
     return {denoiser_name, *encoders, *(["vae"] if has(_AUTOENCODER) else [])}
 

@@ -45,7 +45,7 @@ class RationalRewards(ChatReward):
 
 
 class RationalRewardsEdit(ChatReward):
-    """The same for an edit, with a mark for what the source, the column `image`, should keep: 0..1."""
+    """RationalRewards of an edit, with a mark for what the source, the column `image`, should keep: 0..1."""
 
     name = "rationalrewards_edit"
     needed = ("image",)

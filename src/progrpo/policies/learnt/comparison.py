@@ -1,4 +1,4 @@
-"""How an argument of a denoiser's call is learnt: by comparing calls that differ in one thing.
+"""Learning of an argument of a denoiser's call, by comparing calls that differ in one thing.
 
 An argument is the same in all calls, or it depends on the text, on the latents, on the timestep or on the guidance
 scale. One that depends on anything else is refused by name.

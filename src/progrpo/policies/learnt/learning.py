@@ -34,7 +34,7 @@ class Learnt:
     latent_shape: tuple[int, ...]
     """The shape of a latent in the autoencoder's order: (C, H, W), or (C, F, H, W) of a video."""
     place_N: Tensor
-    """Where a latent's numbers are in the pipeline's."""
+    """The places of a latent's numbers in the pipeline's."""
     scale_N: Tensor
     """What the autoencoder's input is of them, in the autoencoder's order: their products with this ..."""
     offset_N: Tensor

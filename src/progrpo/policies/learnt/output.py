@@ -1,4 +1,4 @@
-"""The network's output: where it holds what the scheduler gets, and how that is learnt."""
+"""The network's output: the places of what the scheduler gets, which are learnt from calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from progrpo.policies.learnt.recording import Recording
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """Where the network's output holds what the scheduler gets: a path of keys, whether in a list of rows, places."""
+    """The places of what the scheduler gets in the network's output: a path of keys, then numbers of a row."""
 
     path: tuple[Any, ...]
     listed: bool
@@ -40,7 +40,7 @@ class Output:
 
 
 def learn_output(call: PipelineCall, first: Recording, size: int) -> Output:
-    """Where the scheduler's input is in the output, after a `first` call with latents of `size` numbers.
+    """Learn the places of the scheduler's input in the output, after a `first` call with latents of `size` numbers.
 
     ValueError, a part of a sentence, where it is something else than the output's numbers in another order.
     """
