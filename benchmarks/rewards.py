@@ -38,12 +38,9 @@ from transformers import (
     CLIPVisionModelWithProjection,
     Dinov2Config,
     Dinov2Model,
-    SiglipImageProcessorPil,
-    SiglipVisionConfig,
-    SiglipVisionModel,
 )
 
-from progrpo.rewards.aesthetic import Aesthetic, AestheticV25
+from progrpo.rewards.aesthetic import Aesthetic
 from progrpo.rewards.base import Reward
 from progrpo.rewards.clip_similarity import CLIPSimilarity
 from progrpo.rewards.clipscore import CLIPScore
@@ -126,12 +123,6 @@ def imagereward() -> Reward:
     return ImageReward(vision, told, head(768), blip_tokenizer(words), CLIPImageProcessorPil())
 
 
-def aesthetic_v25() -> Reward:
-    sizes = {**tower(1152, 27, 16), "intermediate_size": 4304, "image_size": 384, "patch_size": 14}
-    processor = SiglipImageProcessorPil(size={"height": 384, "width": 384})
-    return AestheticV25(SiglipVisionModel(SiglipVisionConfig(**sizes)), head(1152), processor)
-
-
 def dino_similarity() -> Reward:
     size, crop = {"shortest_edge": 256}, {"height": 224, "width": 224}
     model = Dinov2Model(Dinov2Config(image_size=518, patch_size=14, **tower(384, 12, 6)))
@@ -144,7 +135,6 @@ def clip_similarity() -> Reward:
 
 
 OF_THE_HUB = {
-    "aesthetic_v25": aesthetic_v25,
     "clip_similarity": clip_similarity,
     "dino_similarity": dino_similarity,
     "lpips_similarity": lambda: LPIPSSimilarity(LPIPS()),

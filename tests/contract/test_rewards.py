@@ -26,9 +26,6 @@ from transformers import (
     CLIPVisionModelWithProjection,
     Dinov2Config,
     Dinov2Model,
-    SiglipImageProcessorPil,
-    SiglipVisionConfig,
-    SiglipVisionModel,
     YolosConfig,
     YolosForObjectDetection,
     YolosImageProcessorPil,
@@ -37,7 +34,7 @@ from transformers import (
 from progrpo.preferences.reward_model.head import Ensemble, columns
 from progrpo.preferences.reward_model.model import RewardModel, save_reward_model
 from progrpo.preferences.reward_model.shapes import ShapesBackbone
-from progrpo.rewards.aesthetic import Aesthetic, AestheticV25
+from progrpo.rewards.aesthetic import Aesthetic
 from progrpo.rewards.base import Reward, Score
 from progrpo.rewards.clip import ClipCosine
 from progrpo.rewards.clip_similarity import CLIPSimilarity
@@ -139,12 +136,6 @@ def small_aesthetic() -> Aesthetic:
     return Aesthetic(vision, small_head(vision.config.projection_dim), CLIPImageProcessorPil())
 
 
-def small_aesthetic_v25() -> AestheticV25:
-    config = SiglipVisionConfig(image_size=64, patch_size=32, **TOWER)
-    processor = SiglipImageProcessorPil(size={"height": 64, "width": 64})
-    return AestheticV25(random_weights(lambda: SiglipVisionModel(config)), small_head(32), processor)
-
-
 def small_hpsv3_here() -> HPSv3:
     with tempfile.TemporaryDirectory() as folder:
         return small_hpsv3(Path(folder))
@@ -215,7 +206,6 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "imagereward": small_imagereward,
     "aesthetic": small_aesthetic,
     "hpsv3": small_hpsv3_here,
-    "aesthetic_v25": small_aesthetic_v25,
     "reward_model": lambda: learned("reward_model"),
     "reward_model_variance": lambda: learned("reward_model_variance"),
     "clip_similarity": lambda: CLIPSimilarity(small_vision(), CLIPImageProcessorPil()),

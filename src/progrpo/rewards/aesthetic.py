@@ -1,4 +1,4 @@
-"""The aesthetic predictors v2 and v2.5: how much people like a picture, whatever its prompt, from its features."""
+"""LAION's aesthetic predictor v2: how much people like a picture, whatever its prompt, from a CLIP's features."""
 
 from __future__ import annotations
 
@@ -9,27 +9,17 @@ from typing import Self
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionModelWithProjection,
-    SiglipImageProcessorPil,
-    SiglipVisionModel,
-)
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from progrpo.rewards.base import Score
 from progrpo.rewards.clip import VIT_L, batch_slices, build_head, preprocess
-from progrpo.rewards.hub import HubReward, downloaded_file, fetching, load_pretrained, place, read_pickle, read_tensors
+from progrpo.rewards.hub import HubReward, downloaded_file, load_pretrained, place, read_pickle
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
 
 URL = (
     "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/6934dd81792f086e613a121dbce43082cb8be85e/"
     "sac%2Blogos%2Bava1-l14-linearMSE.pth"
-)
-SIGLIP = ("google/siglip-so400m-patch14-384", "9fdffc58afc957d1a03a25b10dba0329ab15c2a3")
-URL_V25 = (
-    "https://github.com/discus0434/aesthetic-predictor-v2-5/raw/3125a9e1f275092432ffc336f2908eda812c373c/models/"
-    "aesthetic_predictor_v2_5.pth"
 )
 SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 
@@ -47,9 +37,9 @@ class Aesthetic(HubReward):
 
     def __init__(
         self,
-        model: CLIPVisionModelWithProjection | SiglipVisionModel,
+        model: CLIPVisionModelWithProjection,
         head: nn.Sequential,
-        image_processor: CLIPImageProcessorPil | SiglipImageProcessorPil,
+        image_processor: CLIPImageProcessorPil,
         batch_size: int = 16,
     ) -> None:
         """`head` computes in float32."""
@@ -75,37 +65,6 @@ class Aesthetic(HubReward):
     @torch.no_grad()
     def _ratings(self, pictures_BHWC: np.ndarray) -> Tensor:
         pixels_BCHW = preprocess(pictures_BHWC, self._image_processor)
-        f_BD = self._features(pixels_BCHW.to(self._model.device)).float()
+        f_BD = self._model(pixels_BCHW.to(self._model.device)).image_embeds.float()
         ratings_B1: Tensor = self._head(f_BD / f_BD.norm(dim=-1, keepdim=True))
         return ratings_B1.squeeze(-1)
-
-    def _features(self, pixels_BCHW: Tensor) -> Tensor:
-        features_BD: Tensor = self._model(pixels_BCHW).image_embeds
-        return features_BD
-
-
-class AestheticV25(Aesthetic):
-    """h(f / |f|) for the pooled features f of SigLIP so400m and five linear layers h: a rating, about 1..10.
-
-    Its author calls ratings from 5.5 on good. SigLIP's processor resizes pictures to 384 by 384, whatever their shape.
-    """
-
-    parameters = 428_225_600  # the half of SigLIP that sees pictures
-
-    @classmethod
-    def from_hub(cls, term: RewardTerm) -> Self:
-        """Load the published weights. The head's are a pickle, which is read as tensors alone.
-
-        Its checksum is published nowhere, so only the commit vouches for it.
-        """
-        model = load_pretrained(SiglipVisionModel, "aesthetic_v25", *SIGLIP)
-        with fetching("aesthetic_v25", SIGLIP[0]):
-            image_processor = SiglipImageProcessorPil.from_pretrained(SIGLIP[0], revision=SIGLIP[1])
-        state = read_tensors("aesthetic_v25", downloaded_file("aesthetic_v25", URL_V25))
-        head = build_head({name.replace("scoring_head.", "layers."): weight for name, weight in state.items()})
-        head = place(head, replace(term, dtype="float32"))
-        return cls(place(model, term), head, image_processor, term.network_batch_size)
-
-    def _features(self, pixels_BCHW: Tensor) -> Tensor:
-        features_BD: Tensor = self._model(pixels_BCHW).pooler_output
-        return features_BD

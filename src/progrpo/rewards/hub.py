@@ -131,18 +131,7 @@ def read_pickle(reward: str, path: Path, sha256: str) -> Any:
             f"reward {reward!r}: {path.resolve()} is damaged, its sha256 is {actual} and not {sha256};"
             " delete it, and it is fetched anew"
         )
-    return read_tensors(reward, path)
-
-
-def read_tensors(reward: str, path: Path) -> Any:
-    """Load a pickle as tensors alone. Refusal where the file is damaged, or holds anything else."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and pickle raise several kinds
-        raise Refusal(
-            f"reward {reward!r}: {path.resolve()} is damaged, or holds more than tensors; delete it, and it is fetched"
-            " anew"
-        ) from error
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 _UNUSED = re.compile(r"criterion\.|.*num_batches_tracked$")  # for training alone: no score depends on them

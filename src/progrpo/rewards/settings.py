@@ -25,7 +25,6 @@ REWARDS = {
     "imagereward": "progrpo.rewards.imagereward:ImageReward",
     "hpsv3": "progrpo.rewards.hpsv3:HPSv3",
     "aesthetic": "progrpo.rewards.aesthetic:Aesthetic",
-    "aesthetic_v25": "progrpo.rewards.aesthetic:AestheticV25",
     "clip_similarity": "progrpo.rewards.clip_similarity:CLIPSimilarity",
     "dino_similarity": "progrpo.rewards.dino:DinoSimilarity",
     "lpips_similarity": "progrpo.rewards.lpips:LPIPSSimilarity",
@@ -153,7 +152,7 @@ class RewardSettings:
     rationalrewards_edit.
     Models behind a server: vlm, unifiedreward, unifiedreward2, rationalrewards, and soft_tifa, soft_tifa_am by the
     questions of GenEval 2.
-    For any prompts: clipscore, pickscore, hpsv2, hpsv3, imagereward, aesthetic, aesthetic_v25, ocr, ocr_line, geneval,
+    For any prompts: clipscore, pickscore, hpsv2, hpsv3, imagereward, aesthetic, ocr, ocr_line, geneval,
     geneval_flow_grpo, jpeg_compressibility, jpeg_incompressibility, nsfw, reward_model, reward_model_variance, votes
     (docs/preferences.md), or your own `module:function`."""
     frames: int = setting(4, between(1, 1024))
