@@ -131,7 +131,13 @@ def read_pickle(reward: str, path: Path, sha256: str) -> Any:
             f"reward {reward!r}: {path.resolve()} is damaged, its sha256 is {actual} and not {sha256};"
             " delete it, and it is fetched anew"
         )
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and pickle raise several kinds
+        raise Refusal(
+            f"reward {reward!r}: {path.resolve()} is damaged, or holds more than tensors; delete it, and it is fetched"
+            " anew"
+        ) from error
 
 
 _UNUSED = re.compile(r"criterion\.|.*num_batches_tracked$")  # for training alone: no score depends on them
