@@ -103,7 +103,7 @@ def _built_in(model: str) -> Config:
     return replace(
         base,
         iterations=40,
-        model=replace(base.model, path=model, dtype="float32"),
+        model=replace(base.model, path=model),
         prompts=PromptSettings(per_iteration=6),
         sampling=replace(base.sampling, num_inference_steps=10),
         reward=RewardSettings((MATCH,)),
