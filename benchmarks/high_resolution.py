@@ -1,16 +1,14 @@
-"""Decoding, previews and pruning at 512 and 1024 pixels, on the architecture of SD 3.5 with a small width.
+"""Decoding, previews and pruning at 512 and 1024 pixels, on narrow networks of SD 3.5, SDXL and FLUX.1.
 
-    python benchmarks/high_resolution.py [--sizes 512 1024] [--groups 4 2] [--out docs/results/high_resolution.json]
+    python benchmarks/high_resolution.py [--models sd3 sdxl flux] [--sizes 512 1024] [--groups 8 2]
     python benchmarks/high_resolution.py --page     # the tables of the page beside --out; measures nothing
 
-The latents are those of SD 3 and FLUX: 16 channels, an eighth of the picture's sides. The autoencoder has the published
-blocks at a sixteenth of the width (8, 16, 32, 32 channels), and so has TAESD's decoder (4 channels). The transformer
-has three blocks of width 128, two of them with SD 3.5's second attention. Text encoders are those of `shapes-flow`. All
-other weights are random, so that neither pictures nor agreement tell anything about a trained model.
+The models are those of `narrow_models.py`. Their weights are random, so that neither pictures nor agreement tell
+anything about a trained model.
 
-Of each size it measures the seconds of each part on one thread (the process' own, since others work on the machine),
-the memory of decoding, and how far tiles change pictures. Then groups of `GROUP` members run unpruned through ten
-steps, and are previewed after some. Finished parts in `--out` are kept, so that the same command goes on.
+For each model and size it measures the seconds of each part on one thread (the process' own, since others work on the
+machine), the memory of decoding, and how far tiles change pictures. Then groups of `GROUP` members run unpruned through
+ten steps, and are previewed after some. Finished parts in `--out` are kept, so that the same command goes on.
 """
 
 from __future__ import annotations
@@ -18,27 +16,22 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel
-from iteration import fill
 from memory import allocated
+from narrow_models import NARROW_MODELS, NarrowModel
 from preview import Figure, bootstrapped, rounded
 from torch import Tensor
 
-from progrpo.config import Config, ModelSettings, RewardTerm, SamplingSettings
+from progrpo.config import ModelSettings, RewardTerm, SamplingSettings
 from progrpo.durable import write_text
-from progrpo.policies.base import PolicyContext, torch_dtype
-from progrpo.policies.decoding import PictureDecoder, unscale_tiny
-from progrpo.policies.load import family_of, load_policy, locate, policy_from_pipeline, quiet, read_pipeline
-from progrpo.policies.pipeline import PipelinePolicy
-from progrpo.recipes import load_recipe
+from progrpo.policies.load import load_policy, quiet
 from progrpo.repro.page import wrapped
 from progrpo.rewards.mixture import RewardMixture, load_mixture
 from progrpo.rollout.denoise import denoise, expand
@@ -65,53 +58,6 @@ PLANS = ("none", "flash", "standard")
 REWARDS = {"jpeg": RewardTerm("jpeg_incompressibility"), "OCR": RewardTerm("ocr")}
 PROMPT = Prompt('a sign that reads "HELLO"')
 DECODERS = ("whole", "sliced", "tiled", "tiny")
-REAL = "sd35m-ocr"
-
-
-def model(side: int, decoding: str = "whole") -> PipelinePolicy:
-    """The policy of one size, equal for all ways to decode."""
-    torch.manual_seed(0)
-    settings = ModelSettings(path="shapes-flow", lora_rank=8, max_sequence_length=16)
-    source = locate(settings.path)
-    dtypes = {"default": torch_dtype(settings)}
-    pipeline = read_pipeline(source, family_of(source), settings, dtypes)
-    transformer = SD3Transformer2DModel(
-        sample_size=128,
-        num_layers=3,
-        num_attention_heads=2,
-        attention_head_dim=64,
-        in_channels=16,
-        out_channels=16,
-        joint_attention_dim=128,
-        caption_projection_dim=128,
-        pooled_projection_dim=128,
-        pos_embed_max_size=192,
-        qk_norm="rms_norm",
-        dual_attention_layers=(0, 1),
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=16,
-        norm_num_groups=4,
-        sample_size=1024,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    places = transformer.pos_embed.pos_embed.clone()
-    for network in (transformer, vae):
-        fill(network)
-    transformer.pos_embed.pos_embed.copy_(places)
-    pipeline = type(pipeline)(**{**pipeline.components, "transformer": transformer, "vae": vae})
-    policy = policy_from_pipeline(pipeline, replace(settings, resolution=side, decoding=decoding), PolicyContext())
-    tiny = AutoencoderTiny(latent_channels=16, encoder_block_out_channels=(4,) * 4, decoder_block_out_channels=(4,) * 4)
-    fill(tiny.requires_grad_(False).eval())
-    policy.previewer = PictureDecoder(tiny, unscale_tiny(tiny), "tiny decoder", "")
-    return policy
 
 
 def seconds(work: Callable[[], object], repeats: int = 3) -> float:
@@ -125,10 +71,10 @@ def seconds(work: Callable[[], object], repeats: int = 3) -> float:
 
 
 class Bench:
-    """The model of one size."""
+    """A model at one size."""
 
-    def __init__(self, side: int) -> None:
-        self.policy, self.tiled = model(side), model(side, "tiled")
+    def __init__(self, model: NarrowModel, side: int) -> None:
+        self.policy, self.tiled = model.policy(side), model.policy(side, "tiled")
         self.rewards = {name: load_mixture([term], frames=1) for name, term in REWARDS.items()}
         settings = SamplingSettings(num_inference_steps=STEPS, microbatch=2)
         self.sampling: Sampling = sampling_for(self.policy, settings, range(STEPS), Record())
@@ -241,13 +187,11 @@ def trained() -> dict[str, float]:
     }
 
 
-def planned(side: int) -> dict[str, Any]:
-    """What `progrpo plan` says of the real model at this size: PFLOP of an iteration, and GB of decoding."""
+def planned(model: NarrowModel, side: int) -> dict[str, Any]:
+    """What `progrpo plan` says of the published model at this size: PFLOP of an iteration, and GB of decoding."""
     figures: dict[str, Any] = {}
     for decoding in ("whole", "sliced", "tiled"):
-        recipe = load_recipe(REAL)
-        config: Config = replace(recipe, model=replace(recipe.model, resolution=side, decoding=decoding))
-        plan = estimate(config, "h100", 0.35, 1)
+        plan = estimate(model.config(side, decoding), "h100", 0.35, 1)
         figures[decoding] = {
             "pflops": {name: round(value, 2) for name, value in plan["pflops_per_iteration"].items()},
             "decoding_gb": round(plan["memory_gb"]["decoding"], 3),
@@ -255,8 +199,8 @@ def planned(side: int) -> dict[str, Any]:
     return figures
 
 
-def measure(sizes: Sequence[int], groups: Sequence[int], out: Path) -> None:
-    """Measure what is missing in the file, size by size."""
+def measure(models: Sequence[str], sizes: Sequence[int], groups: Sequence[int], out: Path) -> None:
+    """Measure what is missing in the file, model by model and size by size."""
     results = json.loads(out.read_text()) if out.exists() else {}
 
     def keep() -> None:
@@ -265,18 +209,20 @@ def measure(sizes: Sequence[int], groups: Sequence[int], out: Path) -> None:
     if "shapes-flow" not in results:
         results["shapes-flow"] = trained()
         keep()
-    for side, number in zip(sizes, groups, strict=True):
-        entry = results.setdefault(str(side), {"groups": []})
-        bench = Bench(side)
-        for name, work in (("units", bench.units), ("memory", bench.memory), ("planned", partial(planned, side))):
-            if name not in entry:
-                entry[name] = work()
+    for name, (side, number) in product(models, zip(sizes, groups, strict=True)):
+        model = NARROW_MODELS[name]
+        entry = results.setdefault(name, {}).setdefault(str(side), {"groups": []})
+        bench = Bench(model, side)
+        parts = (("units", bench.units), ("memory", bench.memory), ("planned", partial(planned, model, side)))
+        for part, work in parts:
+            if part not in entry:
+                entry[part] = work()
                 keep()
-                print(side, name, entry[name], flush=True)
+                print(name, side, part, entry[part], flush=True)
         for slot in range(len(entry["groups"]), number):
             entry["groups"].append(bench.group(slot))
             keep()
-            print(side, "group", slot, flush=True)
+            print(name, side, "group", slot, flush=True)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -322,58 +268,91 @@ def shares(units: dict[str, float], plan: str, how: str) -> dict[str, float]:
 
 
 def tables(results: dict[str, Any]) -> str:
-    sizes = [name for name in results if name != "shapes-flow"]
-    pixels = [f"{side} px" for side in sizes]
-    lines = ["Core seconds of one picture, or of one row of a call:", "", *_head("part", pixels)]
-    lines += [_row(part, [f"{results[s]['units'][part]:.3g}" for s in sizes]) for part in results[sizes[0]]["units"]]
-    lines += ["", f"The most memory that lives while {MEASURED} pictures are decoded, in MB:", ""]
-    lines += _head("decoding", pixels)
-    lines += [_row(how, [f"{results[s]['memory'][how]:,.1f}" for s in sizes]) for how in DECODERS]
-    for side in sizes:
-        lines += ["", f"Shares of one prompt's iteration at {side} pixels, by plan and decoder of previews:", ""]
-        parts = list(shares(results[side]["units"], "none", "whole"))
-        lines += _head("plan", [*parts, "core seconds"])
+    entries = {
+        f"{model.title}, {side}": entry
+        for name, model in NARROW_MODELS.items()
+        for side, entry in results.get(name, {}).items()
+    }
+    parts = [_parts(entries), _memory(entries), _all_shares(entries), _agreements(entries), _in_tiles(entries)]
+    own = results["shapes-flow"]
+    trained_model = wrapped(
+        f"On the trained `shapes-flow` (64 pixels in tiles of 32, {own['groups']} groups of 12, of which the plan"
+        f" keeps 6): largest difference {own['largest difference']:.0f}, mean {own['mean difference']:.1f} of 255;"
+        f" {100 * own['kept by both']:.0f} % of those kept are the same."
+    )
+    return "\n\n".join([*parts, trained_model, _predictions(entries)])
+
+
+Entries = Mapping[str, dict[str, Any]]
+"""What was measured, by model and size."""
+
+
+def _parts(entries: Entries) -> str:
+    names = next(iter(entries.values()))["units"]
+    rows = [_row(name, [f"{entry['units'][name]:.3g}" for entry in entries.values()]) for name in names]
+    return _table("Core seconds of one picture, or of one row of a call:", "part", entries, rows)
+
+
+def _memory(entries: Entries) -> str:
+    rows = [_row(how, [f"{entry['memory'][how]:,.1f}" for entry in entries.values()]) for how in DECODERS]
+    title = f"The most memory that lives while {MEASURED} pictures are decoded, in MB:"
+    return _table(title, "decoding", entries, rows)
+
+
+def _all_shares(entries: Entries) -> str:
+    rows, columns = [], dict.fromkeys(shares(next(iter(entries.values()))["units"], "none", "whole"))
+    for title, entry in entries.items():
         for plan in PLANS:
             for how in ("whole",) if plan == "none" else ("whole", "tiled", "tiny"):
-                taken = shares(results[side]["units"], plan, how)
+                taken = shares(entry["units"], plan, how)
                 whole = sum(taken.values())
                 cells = [f"{100 * value / whole:.1f} %" for value in taken.values()]
-                lines.append(_row(plan if plan == "none" else f"{plan}, {how}", [*cells, f"{whole:,.0f}"]))
-    lines += ["", f"Agreement of previews with final rewards (jpeg, groups of {GROUP}; mean ± standard error):", ""]
-    lines += _head("preview", [f"{p}: Spearman, V" for p in pixels])
+                rows.append(_row(f"{title}: {plan if plan == 'none' else f'{plan}, {how}'}", [*cells, f"{whole:,.0f}"]))
+    title = "Shares of one prompt's iteration, by plan and decoder of previews:"
+    return _table(title, "plan", [*columns, "core seconds"], rows)
+
+
+def _agreements(entries: Entries) -> str:
+    rows = []
     for name in (*(f"whole@{step}" for step in PREVIEWED), f"tiled@{TILED_AT}", "final, tiled"):
-        figures = [agreement(results[side]["groups"], name) for side in sizes]
-        shown = name.replace("@", ", after step ")
-        lines.append(_row(shown, [f"{f.spearman:.2f} ± {f.spearman_error:.2f}, {f.variance:.2f}" for f in figures]))
-    names = [len(results[side]["groups"]) for side in sizes]
-    lines += ["", f"{' and '.join(map(str, names))} groups. V is over that of the choice by final rewards."]
-    lines += ["", "Pictures in tiles against whole ones:", "", *_head("figure", pixels)]
+        figures = [agreement(entry["groups"], name) for entry in entries.values()]
+        cells = [f"{f.spearman:.2f} ± {f.spearman_error:.2f}, {f.variance:.2f}" for f in figures]
+        rows.append(_row(name.replace("@", ", after step "), cells))
+    rows.append(_row("groups", [str(len(entry["groups"])) for entry in entries.values()]))
+    title = wrapped(
+        f"Agreement of previews with final rewards (jpeg, groups of {GROUP}): Spearman, mean ± standard error, and V,"
+        " which is over that of the choice by final rewards:"
+    )
+    return _table(title, "preview", entries, rows)
+
+
+def _in_tiles(entries: Entries) -> str:
+    rows = []
     for figure in ("largest difference", "mean difference", "spread of pixels"):
         pick = max if figure.startswith("largest") else median
-        lines.append(_row(figure, [f"{pick(g[figure] for g in results[s]['groups']):.1f} of 255" for s in sizes]))
+        rows.append(_row(figure, [f"{pick(g[figure] for g in entry['groups']):.1f}" for entry in entries.values()]))
     for label, pair in (
         (f"the same kept, after step {TILED_AT}", (f"whole@{TILED_AT}", f"tiled@{TILED_AT}")),
         ("the same kept, by finals", ("final", "final, tiled")),
     ):
-        lines.append(_row(label, [f"{100 * overlap(results[s]['groups'], pair):.0f} %" for s in sizes]))
-    own = results["shapes-flow"]
-    lines += [
-        "",
-        wrapped(
-            f"On the trained `shapes-flow` (64 pixels in tiles of 32, {own['groups']} groups of 12, of which the plan"
-            f" keeps 6): largest difference {own['largest difference']:.0f}, mean {own['mean difference']:.1f} of 255;"
-            f" {100 * own['kept by both']:.0f} % of those kept are the same."
-        ),
-    ]
-    lines += ["", f"What `progrpo plan` predicts of the real model (`{REAL}`, standard plan, 48 prompts):", ""]
-    lines += _head("figure", pixels)
-    for stage in ("sampling", "decoding", "update"):
-        lines.append(_row(f"{stage}, share of operations", [_planned_share(results[s], "whole", stage) for s in sizes]))
-    lines.append(_row("decoding in tiles, share", [_planned_share(results[s], "tiled", "decoding") for s in sizes]))
+        rows.append(_row(label, [f"{100 * overlap(entry['groups'], pair):.0f} %" for entry in entries.values()]))
+    return _table("Pictures in tiles against whole ones, in steps of 255:", "figure", entries, rows)
+
+
+def _predictions(entries: Entries) -> str:
+    stages = [(f"{stage}, share of operations", "whole", stage) for stage in ("sampling", "decoding", "update")]
+    stages.append(("decoding in tiles, share", "tiled", "decoding"))
+    rows = [_row(label, [_planned_share(entry, *of) for entry in entries.values()]) for label, *of in stages]
     for how in ("whole", "sliced", "tiled"):
-        gb = [f"{results[s]['planned'][how]['decoding_gb']:.2f} GB" for s in sizes]
-        lines.append(_row(f"memory of decoding, {how}", gb))
-    return "\n".join(lines)
+        gb = [f"{entry['planned'][how]['decoding_gb']:.2f} GB" for entry in entries.values()]
+        rows.append(_row(f"memory of decoding, {how}", gb))
+    recipes = ", ".join(f"{model.title} by `{model.recipe}`" for model in NARROW_MODELS.values())
+    title = wrapped(f"What `progrpo plan` predicts of the published models ({recipes}; each with its recipe's plan):")
+    return _table(title, "figure", entries, rows)
+
+
+def _table(title: str, first: str, columns: Iterable[str], rows: Sequence[str]) -> str:
+    return "\n".join([title, "", *_head(first, list(columns)), *rows])
 
 
 def _planned_share(entry: dict[str, Any], how: str, stage: str) -> str:
@@ -399,8 +378,9 @@ def write_page(page: Path, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", choices=list(NARROW_MODELS), default=list(NARROW_MODELS))
     parser.add_argument("--sizes", nargs="*", type=int, default=[512, 1024])
-    parser.add_argument("--groups", nargs="*", type=int, default=[4, 2])
+    parser.add_argument("--groups", nargs="*", type=int, default=[8, 2])
     parser.add_argument("--out", type=Path, default=Path("docs/results/high_resolution.json"))
     parser.add_argument("--page", action="store_true")
     args = parser.parse_args()
@@ -409,7 +389,7 @@ def main() -> None:
         return
     quiet()
     torch.set_num_threads(1)
-    measure(args.sizes, args.groups, args.out)
+    measure(args.models, args.sizes, args.groups, args.out)
 
 
 if __name__ == "__main__":
