@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from progrpo.config import RewardTerm
-from progrpo.imports.flow_factory import RULES, import_flow_factory
+from progrpo.imports.flow_factory.read import import_flow_factory
+from progrpo.imports.flow_factory.rules import RULES
 from progrpo.imports.translation import STATUSES
 
 SETTINGS: dict[str, Any] = {
