@@ -260,8 +260,8 @@ def test_a_home_that_nobody_has_is_a_folder_like_another(tmp_path):
     ("changes", "message"),
     [
         (
-            {"train__trainer_type": "dpo"},
-            "train.trainer_type 'dpo' has no equal here; there are grpo, grpo-guard, nft, awm, dgpo",
+            {"train__trainer_type": "crd"},
+            "train.trainer_type 'crd' has no equal here; there are grpo, grpo-guard, nft, awm, dpo, offline-dpo, dgpo",
         ),
         (
             {"train__group_size": 1},

@@ -38,6 +38,12 @@ DEFAULTS: dict[str, object] = {
     "eval.eval_freq": 10,
     "log.save_freq": 10,
 }
+_PAIRS: dict[str, object] = {
+    "train.beta": 2000.0,
+    "train.weighting_scheme": "logit_normal",
+    "train.num_train_timesteps": 1,
+    "train.timestep_range": 0.99,
+}
 DEFAULTS_BY_TRAINER: dict[str, dict[str, object]] = {
     "grpo": {"train.clip_range": 1e-4, "train.kl_type": "x-based"},
     "grpo-guard": {"train.clip_range": 1e-4, "train.kl_type": "x-based"},
@@ -54,6 +60,8 @@ DEFAULTS_BY_TRAINER: dict[str, dict[str, object]] = {
         "train.num_train_timesteps": 0,
         "train.timestep_range": 0.9,
     },
+    "dpo": _PAIRS,
+    "offline-dpo": _PAIRS,
     "dgpo": {
         "train.dpo_beta": 100.0,
         "train.clip_range": 1e-4,

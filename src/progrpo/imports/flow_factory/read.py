@@ -16,6 +16,8 @@ from progrpo.imports.flow_factory.rules import RULES
 from progrpo.imports.translation import MOST_SETTINGS, Translation, flatten, read_bytes, translate
 from progrpo.messages import named, quoted
 
+_SINGLE_PICTURES = "it learns from single pictures, and our sft from the winners of pairs (prompts.pairs)"
+
 
 def import_flow_factory(path: str) -> Translation:
     """The configuration that a YAML file asks for, and the outcome of each setting.
@@ -28,8 +30,9 @@ def import_flow_factory(path: str) -> Translation:
     if isinstance(trainer, str):
         trainer = trainer.lower()  # as it looks them up
     if not isinstance(trainer, str) or trainer not in DEFAULTS_BY_TRAINER:
+        reason = f": {_SINGLE_PICTURES}" if trainer == "sft" else ""
         raise ValueError(
-            f"{named(file)}: train.trainer_type {quoted(trainer)} has no equal here; there are"
+            f"{named(file)}: train.trainer_type {quoted(trainer)} has no equal here{reason}; there are"
             f" {', '.join(DEFAULTS_BY_TRAINER)}"
         )
     optimizer = {f"optimizers[0].{name}": value for name, value in OPTIMIZER.items()}
@@ -37,7 +40,7 @@ def import_flow_factory(path: str) -> Translation:
     left_out = {name: value for name, value in defaults.items() if name not in settings}
     if "train.trainer_type" in settings:
         settings["train.trainer_type"] = trainer
-    if str(settings.get("model.model_type")).lower() == "wan2_t2v":
+    if str(settings.get("model.model_type")).lower() in ("wan2_t2v", "wan2_i2v"):
         left_out["scheduler.levels"] = "UniPC's"
     return translate(file, {**settings, **left_out}, RULES, defaults=left_out)
 

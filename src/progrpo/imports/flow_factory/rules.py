@@ -26,7 +26,10 @@ _LAUNCH = "accelerate launch or torchrun starts the processes"
 _LOADING = "prompts are read at once, and encoded at the start"
 _CURRENT = "pictures are sampled from the current weights"
 _ON_DEVICE = "these weights stay on the run's device"
+_PUBLISHED_JUDGE = "a judge is asked its published question, with the settings published with it"
 _ONE_DATA_SET = "one data set is read"
+
+_TRAINED_DTYPE = only_at("fp32", "float32", why="the same here", otherwise="trained weights are kept in float32")
 
 RULES: dict[str, Rule] = {
     "launcher": ignored(_LAUNCH),
@@ -43,11 +46,11 @@ RULES: dict[str, Rule] = {
     "model.lora_rank": model.lora_rank,
     "model.lora_alpha": model.lora_alpha,
     "model.target_modules": model.targets,
-    "model.target_components": only_at(
-        "transformer", ["transformer"], why="only the denoiser is trained", otherwise="only the denoiser is trained"
-    ),
-    "model.master_weight_dtype": only_at(
-        "fp32", "float32", why="the same here", otherwise="trained weights are kept in float32"
+    "model.target_components": model.components,
+    "model.master_weight_dtype": _TRAINED_DTYPE,
+    "model.trainable_parameters_dtype": _TRAINED_DTYPE,
+    "model.frozen_parameters_dtype": only_at(
+        None, why="frozen weights are in model.dtype", otherwise="frozen weights are in model.dtype"
     ),
     "model.resume_path": model.resumed,
     "model.resume_type": model.resume_type,
@@ -86,10 +89,9 @@ RULES: dict[str, Rule] = {
     "train.guidance_scale": sampling.guidance,
     "train.max_epochs": trainer.iterations,
     "train.per_device_batch_size": sampling.microbatch,
-    "train.group_size": lambda s: to_fields(
-        {"plan.preset": "custom", "plan.group_size": s.value}, "no pruning; --plan.preset standard prunes"
-    ),
-    "train.unique_sample_num_per_epoch": to_field("prompts.per_iteration"),
+    "train.guidance_scale_2": sampling.second_guidance,
+    "train.group_size": sampling.group_size,
+    "train.unique_sample_num_per_epoch": sampling.prompts_of_iteration,
     "train.gradient_step_per_epoch": sampling.steps_of_epoch,
     "train.gradient_accumulation_steps": sampling.accumulation,
     "train.num_inner_epochs": only_at(
@@ -100,7 +102,11 @@ RULES: dict[str, Rule] = {
     "train.clip_range": trainer.clip_range,
     "train.adv_clip_range": trainer.adv_clip_range,
     "train.kl_type": trainer.kl_type,
-    "train.kl_beta": trainer.to_objective("kl_beta"),
+    "train.kl_beta": trainer.kl_beta,
+    "train.beta": trainer.preference_beta,
+    "train.weighting_scheme": trainer.level_weighting,
+    "train.logit_mean": ignored("it goes with weighting_scheme"),
+    "train.logit_std": ignored("it goes with weighting_scheme"),
     "train.ref_param_device": ignored(_ON_DEVICE),
     "train.ema_decay": trainer.ema_decay,
     "train.ema_update_interval": trainer.ema_interval,
@@ -162,7 +168,8 @@ RULES: dict[str, Rule] = {
     "eval.condition_image_size": sampling.source_size,
     "eval.auto_resize": sampling.source_size,
     "eval.num_inference_steps": to_field("eval.num_inference_steps"),
-    "eval.guidance_scale": lambda s: to_fields({"eval.guidance_scale": max(1.0, s.number())}),
+    "eval.guidance_scale": sampling.eval_guidance,
+    "eval.guidance_scale_2": sampling.second_guidance,
     "eval.per_device_batch_size": ignored("evaluations use sampling.microbatch"),
     "eval.eval_freq": to_field("eval.every"),
     "eval.seed": lambda s: (
@@ -185,6 +192,9 @@ RULES: dict[str, Rule] = {
     "rewards[].api_key": ignored("the key is read from OPENAI_API_KEY in the environment"),
     "rewards[].max_concurrent": ignored("batch_size sets how many pictures are scored at once"),
     "rewards[].top_logprobs": ignored("marks are read here, not probabilities"),
+    "rewards[].temperature": lambda s: no_equal(_PUBLISHED_JUDGE),
+    "rewards[].max_tokens": lambda s: no_equal(_PUBLISHED_JUDGE),
+    "rewards[].aspects": lambda s: no_equal(_PUBLISHED_JUDGE),
     "rewards[].canonicalize": ignored("marks are read here, not probabilities"),
     "optimizers[].name": ignored("a label"),
     "optimizers[].learning_rate": _first_optimizer(to_field("optim.lr")),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from progrpo.imports.flow_factory.model import counts_guidance_from_0, takes_sources
+from progrpo.imports.flow_factory.trainer import is_offline, objective_of
 from progrpo.imports.translation import Outcome, Setting, counted_in, no_equal, not_needed, to_fields
 from progrpo.messages import quoted
 
@@ -40,30 +42,76 @@ def eval_frames(setting: Setting) -> Outcome:
     return not_needed(why) if setting.value in (None, setting.all.get("train.num_frames")) else no_equal(why)
 
 
+def _guidance_scale(setting: Setting) -> float:
+    return max(1.0, setting.number() + counts_guidance_from_0(setting))
+
+
+def _guidance_note(setting: Setting) -> str:
+    return "it counts from 0 there" if counts_guidance_from_0(setting) else ""
+
+
+def eval_guidance(setting: Setting) -> Outcome:
+    return to_fields({"eval.guidance_scale": _guidance_scale(setting)}, _guidance_note(setting))
+
+
+def second_guidance(setting: Setting) -> Outcome:
+    """The outcome of the guidance scale of a Wan 2.2's second network."""
+    why = "both networks have one guidance scale"
+    first = setting.all.get(setting.name.removesuffix("_2"))
+    return not_needed(why) if setting.value in (None, first) else no_equal(why)
+
+
 def guidance(setting: Setting) -> Outcome:
-    fields = {"sampling.guidance_scale": max(1.0, setting.number())}
+    fields = {"sampling.guidance_scale": _guidance_scale(setting)}
     model = str(setting.all.get("model.model_name_or_path")).lower()
     # FLUX.2 klein is guided by a pair of calls
     if "flux" in model and "klein" not in model and setting.number() > 1:
         fields["sampling.embedded_guidance"] = True
-    return to_fields(fields)
+    return to_fields(fields, _guidance_note(setting))
 
 
 def microbatch(setting: Setting) -> Outcome:
-    return to_fields({"sampling.microbatch": setting.value, "optim.microbatch": setting.value})
+    if objective_of(setting) != "dpo":
+        return to_fields({"sampling.microbatch": setting.value, "optim.microbatch": setting.value})
+    fields = {"sampling.microbatch": setting.value, "optim.microbatch": 2 * setting.count()}
+    return to_fields(fields, "pairs in an update there")
+
+
+def group_size(setting: Setting) -> Outcome:
+    if is_offline(setting):
+        return not_needed("pairs are recorded")
+    fields: dict[str, object] = {"plan.preset": "custom", "plan.group_size": setting.value}
+    if objective_of(setting) != "dpo":
+        return to_fields(fields, "no pruning; --plan.preset standard prunes")
+    if setting.count() > 2:
+        fields["plan.final_keep"] = 2
+    return to_fields(fields, "the best and the worst of a group are its pair")
+
+
+def prompts_of_iteration(setting: Setting) -> Outcome:
+    if is_offline(setting):
+        return not_needed("pairs are recorded")
+    return to_fields({"prompts.per_iteration": setting.value})
 
 
 def steps_of_epoch(setting: Setting) -> Outcome:
+    if is_offline(setting):
+        return not_needed("an iteration is one update")
     if setting.all.get("train.gradient_accumulation_steps") == "auto":
         return to_fields({"optim.updates_per_rollout": setting.value})
     return not_needed("gradient_accumulation_steps sets it instead")
 
 
 def accumulation(setting: Setting) -> Outcome:
+    parallel = setting.count("train.per_device_batch_size") * setting.count("num_processes")
+    if is_offline(setting):
+        steps = 1 if setting.value == "auto" else setting.count()
+        return to_fields({"prompts.per_iteration": steps * parallel}, "the pairs of an update, on all GPUs")
     if setting.value == "auto":
         return not_needed("gradient_step_per_epoch sets it")
-    pictures = setting.count("train.unique_sample_num_per_epoch") * setting.count("train.group_size")
-    batches = pictures // (setting.count("train.per_device_batch_size") * setting.count("num_processes"))
+    # a pair is trained on as one
+    of_group = 1 if objective_of(setting) == "dpo" else setting.count("train.group_size")
+    batches = setting.count("train.unique_sample_num_per_epoch") * of_group // parallel
     return to_fields(
         {"optim.updates_per_rollout": max(1, batches // setting.count())},
         f"{batches} batches of an epoch divided by it",
@@ -121,7 +169,12 @@ def pool(setting: Setting) -> Outcome:
 def source_size(setting: Setting) -> Outcome:
     if "kontext" in str(setting.all.get("model.model_name_or_path")).lower():
         return not_needed("source pictures have the size that the model's pipeline gives them")
-    return no_equal("only FLUX.1 Kontext takes source pictures here; other models start from the prompt")
+    if not takes_sources(setting):
+        return no_equal("this model starts from the prompt alone here, without a source picture")
+    why = "source pictures are cropped to the sampled size"
+    sides = setting.value if isinstance(setting.value, list) and setting.value else [setting.value]
+    same = setting.value is False or (sides[0], sides[-1]) == _size(setting, "train")
+    return not_needed(why) if same else no_equal(why)
 
 
 def frames(setting: Setting) -> Outcome:

@@ -25,7 +25,12 @@ def trainer_of(setting: Setting) -> str:
 
 
 def objective_of(setting: Setting) -> str:
-    return trainer_of(setting).removesuffix("-guard")
+    return trainer_of(setting).removesuffix("-guard").removeprefix("offline-")
+
+
+def is_offline(setting: Setting) -> bool:
+    """Whether the trainer learns from recorded pairs, and samples nothing."""
+    return trainer_of(setting) == "offline-dpo"
 
 
 def not_read(setting: Setting) -> Outcome:
@@ -66,14 +71,16 @@ def _symmetric(setting: Setting) -> float | None:
 
 def clip_range(setting: Setting) -> Outcome:
     bound, objective = _symmetric(setting), objective_of(setting)
-    if objective == "nft":
-        return not_needed("nft does not read it")
+    if objective in ("nft", "dpo"):
+        return not_read(setting)
     if bound is None:
         return no_equal("both sides have the same clip range here: the published one")
     return to_fields({f"objective.{objective}.clip_range": bound})
 
 
 def adv_clip_range(setting: Setting) -> Outcome:
+    if objective_of(setting) == "dpo":
+        return not_read(setting)
     bound = _symmetric(setting)
     if bound is None:
         return no_equal("both sides have the same clip range here")
@@ -89,18 +96,52 @@ def kl_type(setting: Setting) -> Outcome:
 
 
 def aggregation(setting: Setting) -> Outcome:
+    if objective_of(setting) == "dpo":
+        return _choice_of_pairs(setting)
     if setting.one_of({"sum": False, "gdpo": True}):
         return to_fields({"objective.advantage": "gdpo"}, "with the std of the batch")
     return to_fields({"objective.advantage": "batch" if setting.all.get("train.global_std") else "group"})
 
 
+def _choice_of_pairs(setting: Setting) -> Outcome:
+    """The outcome of `advantage_aggregation` for DPO, which takes the best and the worst advantage of a group."""
+    fields = {"objective.advantage": "group"}
+    rewards = [name for name in setting.all if name.startswith("rewards[") and name.endswith("].reward_model")]
+    if setting.one_of({"sum": False, "gdpo": True}) and len(rewards) > 1:
+        return no_equal(
+            "pairs are chosen by the weighted sum here, and by rewards normalised in their group there", fields
+        )
+    return to_fields(fields, "all pairs have equal weight")
+
+
+def preference_beta(setting: Setting) -> Outcome:
+    if objective_of(setting) != "dpo":
+        return not_read(setting)
+    return to_fields({"objective.dpo.beta": setting.number() / 2}, "its loss halves it")
+
+
+def level_weighting(setting: Setting) -> Outcome:
+    """The outcome of the distribution of noise levels that DPO trains."""
+    if objective_of(setting) != "dpo":
+        return not_read(setting)
+    return no_equal("noise levels are drawn evenly from the sampling grid here, with the model's own shift")
+
+
+def kl_beta(setting: Setting) -> Outcome:
+    return not_read(setting) if objective_of(setting) == "dpo" else to_objective("kl_beta")(setting)
+
+
 def global_std(setting: Setting) -> Outcome:
+    if objective_of(setting) == "dpo":
+        return not_needed("all pairs have equal weight")
     if setting.all.get("train.advantage_aggregation") == "gdpo":
         return not_needed("gdpo normalizes by group, then by batch")
     return counted_in("objective.advantage")
 
 
 def iterations(setting: Setting) -> Outcome:
+    if is_offline(setting):
+        return no_equal("an epoch is a pass over all pairs there; --iterations counts updates of prompts.per_iteration")
     if setting.value is None or setting.number() < 0:
         return to_fields({"iterations": 100_000}, "without end there; stop the run by hand")
     return to_fields({"iterations": setting.value})
@@ -117,7 +158,7 @@ def average(setting: Setting) -> Outcome:
 
 def _averages_for_evaluations(setting: Setting) -> bool:
     """Whether the average of `train.ema_decay` is only for evaluations."""
-    return objective_of(setting) in ("grpo", "dgpo")
+    return objective_of(setting) in ("grpo", "dgpo", "dpo")
 
 
 def ema_decay(setting: Setting) -> Outcome:
