@@ -324,25 +324,64 @@ GRPO: dict[str, tuple[dict[str, Any], set[str], tuple[RewardTerm, ...], dict[str
 }
 
 _DPO = {"sample.num_steps": 40, "train.beta": 100, "train.ref_update_step": 10000000, **batches(1, 24, 24, 1)}
-_DPO |= {"train.gradient_accumulation_steps": 1}
+_DPO |= {"train.gradient_accumulation_steps": 1, "train.algorithm": "dpo"}
+_PAIRS = {
+    **_SD3,
+    **{"sampling.num_inference_steps": 40, "sampling.sde_window": "all", "plan.final_keep": 2},
+    **{"prompts.per_iteration": 1, "sampling.microbatch": 24, "optim.microbatch": 24, "objective.name": "dpo"},
+    **{"objective.advantage": "group", "objective.dpo.beta": 50.0, "objective.dpo.draws": 39},
+    **{"optim.updates_per_rollout": 1, "optim.ema_decay": pytest.approx(0.9 ** (1 / 8), abs=1e-4)},
+}
+for _name in ("objective.grpo.clip_range", "objective.grpo.adv_clip_max", "objective.grpo.ratio"):
+    del _PAIRS[_name]
+_EDIT = {**_QWEN, "prompts.source": "dataset/counting_edit/train_metadata.jsonl"}
+_SIMILAR = (RewardTerm("clip_similarity", 0.2), RewardTerm("geneval_flow_grpo", 0.8))
+
+
+def edit(gpus: int, model: str = "Qwen/Qwen-Image-Edit") -> dict[str, Any]:
+    return qwen(gpus, model, reward_fn=EDITED, dataset="dataset/counting_edit")
+
+
+GRPO |= {
+    "geneval_sd3_dpo": (
+        sd3("geneval", {"geneval": 1.0}, **_DPO),
+        ATTENTION,
+        GENEVAL,
+        {**_PAIRS, "prompts.source": "dataset/geneval/train_metadata.jsonl"},
+    ),
+    "pickscore_sd3_dpo": (sd3("pickscore", ONE, **_DPO), ATTENTION, PICKSCORE, _PAIRS),
+    "counting_qwenimage_edit": (edit(32), ATTENTION | MLP, _SIMILAR, {**_EDIT, "model.path": "Qwen/Qwen-Image-Edit"}),
+    "counting_qwenimage_edit_fast": (
+        edit(32),
+        ATTENTION | MLP,
+        _SIMILAR,
+        {**_EDIT, "model.path": "Qwen/Qwen-Image-Edit"},
+    ),
+    "counting_qwenimage_edit_8gpu": (
+        edit(8),
+        ATTENTION | MLP,
+        _SIMILAR,
+        {**_EDIT, "model.path": "Qwen/Qwen-Image-Edit"},
+    ),
+    "repairany_qwenimage_edit_plus_fast": (
+        edit(2, "Qwen/Qwen-Image-Edit-2509"),
+        ATTENTION | MLP,
+        _SIMILAR,
+        {**_EDIT, "model.path": "Qwen/Qwen-Image-Edit-2509"},
+    ),
+}
 _BAGEL = sd3("pickscore", ONE, **batches(32, 6, 16, 48), **{"pretrained.model": "ByteDance-Seed/BAGEL-7B-MoT"})
-_NO_EDITS = "is a Qwen-Image-Edit, which cannot be trained here"
-_NOT_GRPO = "has no equal here: only GRPO is translated from flow_grpo"
+_NOT_GRPO = "has no equal here: only GRPO and DPO are translated from flow_grpo"
 REFUSED = {
     "compressibility": ({"pretrained.model": SD35, "gpus": 1}, "plan.group_size must be between 2"),
-    "counting_qwenimage_edit": (qwen(32, "Qwen/Qwen-Image-Edit", reward_fn=EDITED), _NO_EDITS),
-    "counting_qwenimage_edit_fast": (qwen(32, "Qwen/Qwen-Image-Edit", reward_fn=EDITED), _NO_EDITS),
-    "counting_qwenimage_edit_8gpu": (qwen(8, "Qwen/Qwen-Image-Edit", reward_fn=EDITED), _NO_EDITS),
-    "repairany_qwenimage_edit_plus_fast": (qwen(2, "Qwen/Qwen-Image-Edit-2509", reward_fn=EDITED), _NO_EDITS),
     "pickscore_bagel": (_BAGEL, "is a BAGEL, which cannot be trained here"),
     "pickscore_bagel_lora": (_BAGEL, "is a BAGEL, which cannot be trained here"),
     **{
-        f"{task}_sd3_{algorithm}": (
-            sd3(task, {task: 1.0}, **_DPO, **{"train.algorithm": algorithm}),
-            f"train.algorithm '{algorithm}' {_NOT_GRPO}",
+        f"{task}_sd3_sft": (
+            sd3(task, {task: 1.0}, **{**_DPO, "train.algorithm": "sft"}),
+            f"train.algorithm 'sft' {_NOT_GRPO}",
         )
         for task in ("geneval", "pickscore")
-        for algorithm in ("dpo", "sft")
     },
     **{
         f"gardo_{i}": (
@@ -407,8 +446,17 @@ def test_an_algorithm_that_cannot_be_read_is_refused(tmp_path):
     assert imported(tmp_path, "same", settings).config.objective.name == "grpo"
     file = tmp_path / "config" / "grpo.py"
     file.write_text(file.read_text().replace("config.train.algorithm = 'grpo'", "config.train.algorithm = chosen()"))
-    with pytest.raises(ValueError, match=r"train.algorithm could not be read \(line \d+\); only GRPO is translated"):
+    with pytest.raises(ValueError, match=r"train.algorithm could not be read \(line \d+\); only GRPO and DPO are"):
         import_flow_grpo(f"{file}:same")
+
+
+def test_what_differs_in_flow_grpos_dpo_is_listed(tmp_path):
+    settings = sd3("pickscore", ONE, **{**_DPO, "train.ref_update_step": 40})
+    rows = {row.name: row.outcome.status for row in imported(tmp_path, "pairs", settings).rows}
+    differs = ("script.sampling_policy", "script.noise_levels", "train.ref_update_step")
+    assert {rows[name] for name in differs} == {"no equal here"}
+    unread = ("train.clip_range", "train.adv_clip_max", "sample.global_std", "train.cfg", "sample.sde_window_size")
+    assert {rows[name] for name in unread} == {"not needed here"}
 
 
 @pytest.mark.parametrize(
