@@ -970,7 +970,7 @@ FACTORY: dict[str, tuple[dict[str, Any], tuple[RewardTerm, ...], dict[str, Any]]
     },
 }
 
-EDITS = {"data": {"datasets": [{"name": "default", "dataset_dir": "edits"}]}}
+EDITS: dict[str, Any] = {"data": {"datasets": [{"name": "default", "dataset_dir": "edits"}]}}
 QWEN_EDIT, WAN22 = "Qwen/Qwen-Image-Edit-2509", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 FLUX2, Z_IMAGE = "black-forest-labs/FLUX.2-dev", "Tongyi-MAI/Z-Image"
 RATIONAL_EDIT = term("rational_rewards_edit", batch_size=8, temperature=0.1, max_tokens=2048, aspects=["a", "b"])
