@@ -45,6 +45,12 @@ class Int8Linear(nn.Linear):
         return output
 
 
+def wide_weight(linear: nn.Linear) -> Tensor:
+    """The weight (O, I) of a linear layer in float32, whatever it is stored in."""
+    weight = linear.weight.detach()
+    return _widened(weight, linear.scale, torch.float32) if isinstance(linear, Int8Linear) else weight.float()
+
+
 class _Product(torch.autograd.Function):
     """The function x (..., I) to x W^T + b (..., O), with a gradient for x alone."""
 
