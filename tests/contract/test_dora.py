@@ -83,7 +83,8 @@ def test_output_and_gradients_are_those_of_the_scaled_weight(layers, stored):
     a, b, m = (p.detach().double().requires_grad_() for p in (first.weight, second.weight, magnitude.weight))
     changed = wide + scale * b @ a
     lengths = changed.square().sum(1).sqrt().detach()
-    expected = x.double() @ (changed * (m / lengths)[:, None]).T + base.bias.double()
+    bias: Any = base.bias
+    expected = x.double() @ (changed * (m / lengths)[:, None]).T + bias.double()
     same(found.double(), expected, 1e-6)
     towards = torch.randn(found.shape, generator=torch.Generator().manual_seed(2))
     (found * towards).sum().backward()
