@@ -90,6 +90,7 @@ def test_output_and_gradients_are_those_of_the_scaled_weight(layers, stored):
     (found * towards).sum().backward()
     (expected * towards).sum().backward()
     for parameter, own in ((first.weight, a), (second.weight, b), (magnitude.weight, m)):
+        assert parameter.grad is not None and own.grad is not None
         same(parameter.grad.double(), own.grad, 1e-6)
 
 
