@@ -136,6 +136,9 @@ def _require_fitting_context(family: ModelFamily, geometry: Geometry) -> None:
 
 
 def _quantize(family: ModelFamily) -> None:
+    if family.settings.text_quantize == "int8":
+        for encoder in text_encoders(family.pipeline):
+            quantize_blocks(encoder)
     if family.settings.quantize == "int8":
         for denoiser in family.denoisers.values():
             _cast_to(denoiser, family.dtype)
@@ -319,6 +322,15 @@ def compilable_decoder(vae: ModelMixin, settings: ModelSettings, device: torch.d
     """
     faster = device.type != "cpu" and settings.decoding == "whole" and isinstance(vae.decoder, Decoder)
     return [vae.decoder] if faster else []
+
+
+def text_encoders(pipeline: DiffusionPipeline) -> list[nn.Module]:
+    """The networks of a pipeline that encode prompts."""
+    return [
+        component
+        for name, component in pipeline.components.items()
+        if name.startswith("text_encoder") and isinstance(component, nn.Module)
+    ]
 
 
 def _networks(pipeline: DiffusionPipeline) -> list[nn.Module]:

@@ -141,6 +141,11 @@ class ModelSettings:
     lora_use_dora: bool = False
     """Whether a fresh LoRA is a DoRA (arXiv 2402.09353), which also trains the length of each row of a weight.
     It is exported to diffusers' format and as a merged model. It takes more time and memory, which `plan` counts."""
+    text_quantize: Literal["none", "int8"] = "none"
+    """`int8`: store the weights of the linear layers in the text encoders' blocks as 8-bit integers, as `quantize` does
+    for the denoiser.
+    This matters where memory is short when prompts are encoded, or with `keep_text_encoders`.
+    Samples and evaluations of what the run saved use the whole encoders."""
 
     def check(self) -> None:
         """Raise ValueError for settings of a LoRA if all weights are trained."""
