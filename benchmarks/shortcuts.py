@@ -1,6 +1,6 @@
 """Shortcuts while sampling: lossy caches of diffusers and weights in FP8, against the whole network and fewer steps.
 
-    python benchmarks/shortcuts.py [--prompts 6] [--seeds 0 1 2] [--json]
+    python benchmarks/shortcuts.py [--prompts 4] [--seeds 0 1 2] [--json]
 
 Groups of 24 pictures of shapes-flow are sampled without noise (NFT, AWM, DGPO), from the same initial noise by each
 shortcut and by the whole network. SD3's class has no CacheMixin, so the hooks are applied to it here by diffusers' own
@@ -173,7 +173,7 @@ def compared(found: list[tuple[Tensor, Any]], whole: list[tuple[Tensor, Any]]) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=6)
+    parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     options = parser.parse_args()
