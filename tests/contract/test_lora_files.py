@@ -72,8 +72,15 @@ def kohya(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
     return converted
 
 
-@pytest.mark.parametrize("layers", ["all", "several alphas"])
-@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        ("tiny_sdxl", "all"),
+        ("tiny_sd", "several alphas"),
+        pytest.param("tiny_sd", "all", marks=pytest.mark.slow),
+        pytest.param("tiny_sdxl", "several alphas", marks=pytest.mark.slow),
+    ],
+)
 def test_kohyas_files_are_as_strong_as_their_alphas_say(request, model, layers, saved, prompts, tmp_path):
     folder = request.getfixturevalue(model)
     tensors, expected = saved(folder)
@@ -116,8 +123,15 @@ def test_a_file_of_kohyas_whose_layers_are_fused_is_taken_apart(tiny_flux, promp
         load_policy(replace(SETTINGS, path=str(tiny_flux)), trained=file)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_sd"])
+@pytest.mark.parametrize(
+    ("model", "rslora"),
+    [
+        ("tiny_sd3", False),
+        ("tiny_sd", True),
+        pytest.param("tiny_sd3", True, marks=pytest.mark.slow),
+        pytest.param("tiny_sd", False, marks=pytest.mark.slow),
+    ],
+)
 def test_pefts_folders_are_as_strong_as_their_settings_say(request, model, prompts, tmp_path, rslora):
     folder = request.getfixturevalue(model)
     policy: Any = load_policy(

@@ -232,7 +232,7 @@ def test_averages_follow_at_their_own_pace(build):
                 torch.testing.assert_close(p.detach(), tensors[key], rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("guidance_scale", [pytest.param(1.0, marks=pytest.mark.slow), 3.0])
 def test_what_is_counted_is_predicted_and_what_the_network_did(build, redness, guidance_scale):
     def partly(images, prompts):
         """Nothing can be learnt from red cats."""

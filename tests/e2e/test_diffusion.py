@@ -99,6 +99,7 @@ def test_stop_and_resume_is_a_straight_run(weights, own, tiny_sd, tmp_path):
         assert both[0] == both[1] != []
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_lora_of_another(own, tiny_sd, tmp_path, capsys):
     options = ["--model.path", str(tiny_sd), *own]
     assert main(["train", "smoke", "--out", "first", "--iterations", "1", *options]) == 0

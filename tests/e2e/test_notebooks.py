@@ -41,6 +41,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.mark.slow
 def test_the_method(tmp_path: Path) -> None:
     small = {"PRETRAINING": 200, "GROUPS": 32, "BUDGET": 4, "SEEDS": 1}
     values = computed(

@@ -118,6 +118,7 @@ def adaptive(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_probe_takes_over_and_the_plan_is_judged(adaptive):
     summary = RunFolder(adaptive).summary.read()
     records: Any = RunFolder(adaptive).metrics.read()

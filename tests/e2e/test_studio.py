@@ -208,6 +208,7 @@ def test_a_text_of_a_stranger_is_a_text(page):
     assert page.locator("b", has_text="bold").count() == 0
 
 
+@pytest.mark.slow
 def test_a_film_shows_who_is_stopped(page):
     page.get_by_role("tab", name="Film of a group").click()
     page.get_by_label("number input for Group size").fill("8")

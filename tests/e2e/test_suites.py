@@ -72,6 +72,7 @@ def test_a_lora_that_changes_nothing_differs_in_nothing(lora, tmp_path, capsys):
     assert {(change["value"], change["p"]) for change in ours["against"].values()} == {(0.0, 1.0)}
 
 
+@pytest.mark.slow
 def test_another_base_is_measured_anew(lora, tmp_path, capsys):
     """The distance to one model is not shown as that to another, nor where there is no base."""
     near, far = lora(0.05), lora(0.3)

@@ -19,11 +19,14 @@ from tests.support.processes import work
 
 ROOT = Path(__file__).parents[2]
 
-WHOLE = ("updates 1", "updates 2", "batch", "gdpo", "probe", "watched", "failing", "pairs", "shard", "full shard")
-GROUPS = ("groups", "groups by dgpo", "groups shard")
-CASES = (*WHOLE, *GROUPS, "split", "split batch")
+WHOLE = ("updates 1", "gdpo", "probe", "watched", "failing", "pairs", "full shard")
+GROUPS = ("groups by dgpo", "groups shard")
+CASES = (*WHOLE, *GROUPS, "split batch")
 LR = OptimSettings().lr  # the most of all cases
-OF_THREE = ("five", "five shard", "groups", "groups by dgpo", "groups shard", "split", "few")
+OF_THREE = (
+    *("updates 2", "batch", "five", "shard", "five shard"),
+    *("groups", "groups by dgpo", "groups shard", "split", "few"),
+)
 
 
 def started(world: int, model: Path, out: Path, names: tuple[str, ...]) -> Path:

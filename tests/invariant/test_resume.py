@@ -161,7 +161,7 @@ def test_a_run_that_was_cut_off_is_taken_up_at_its_last_checkpoint(config, strai
     ("fails", "says", "goes_on"),
     [
         ({15: None, 16: None}, "^iteration 4: 14 of 14 scores of reward failing_reward:redness are missing", 3),
-        ({16: Refusal("no licence")}, "^no licence", 3),
+        pytest.param({16: Refusal("no licence")}, "^no licence", 3, marks=pytest.mark.slow),
         ({19: Refusal("no licence")}, "^no licence", 2),  # by an audit, after its iteration's update
         ({2: Refusal("no licence")}, "^no licence$", None),  # before anything was trained
     ],

@@ -107,6 +107,7 @@ def test_every_arm_of_a_rehearsal_can_be_run(real, world):
         check(config)
 
 
+@pytest.mark.slow
 def test_the_dry_run_prints_the_hours_and_trains_nothing(real, tmp_path, capsys):
     real.main(["--dry-run", "--arms", "plain GRPO", "--runs", str(tmp_path / "runs"), "--hours", "2"])
     said = capsys.readouterr().out

@@ -25,6 +25,7 @@ def test_every_entry_is_a_family_of_a_pipeline(name):
     assert issubclass(getattr(diffusers, name), diffusers.DiffusionPipeline) and f"`{name}`" in family.__doc__
 
 
+@pytest.mark.slow
 def test_a_family_is_not_imported_for_another():
     script = (
         "import sys; from progrpo.policies.load import family_of, locate;"

@@ -89,6 +89,7 @@ def test_a_run_learns_from_recorded_pairs_and_samples_none(pairs_file, tmp_path,
         assert records[0]["update/dpo_accuracy"] == 0.5
 
 
+@pytest.mark.slow
 def test_a_stopped_run_on_pairs_goes_on_as_if_it_had_not_stopped(pairs_file, tmp_path):
     base = ["smoke", "--objective.name", "dpo", "--prompts.pairs", str(pairs_file), "--eval.pictures", "2"]
     exact = ["--model.dtype", "float32", "--sampling.microbatch", "12", "--optim.microbatch", "40"]

@@ -12,8 +12,17 @@ import torch
 from progrpo.policies.base import Policy
 from tests.support.policies import CASES, Case, load, untouched_pipeline
 
+_LIKE_ANOTHER = ("sd-v-lora", "flux-schnell-lora")
+"""Cases that differ from another one in little; `make test-slow` has them."""
 
-@pytest.fixture(scope="module", params=list(CASES.values()), ids=list(CASES))
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(case, id=name, marks=pytest.mark.slow if name in _LIKE_ANOTHER else ())
+        for name, case in CASES.items()
+    ],
+)
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
