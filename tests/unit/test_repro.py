@@ -84,6 +84,8 @@ def test_a_page_has_means_spreads_the_papers_numbers_and_what_is_missing():
     assert f"| flow baseline | 2 | 0.700 ± {math.sqrt(0.02):.3f} | 0.375 |" in text
     assert "| the base |  | 0.500 | 0.250 |" in text and "| flow flash | 1 | 0.700 |" in text
     assert "Not run yet: flow standard." in text
+    flash = next(line for line in text.splitlines() if line.startswith("| flow flash |"))
+    assert flash.endswith("| 12 | 100 | +0.100 |")  # against the baseline of its seed, 0.6
     printed = next(line for line in text.splitlines() if line.startswith("| flow standard |"))
     assert all(number in printed for number in ("1.26x", "24.008", "0.322"))
     assert "strict: single" in page("table3", {"runs": [run_of("other kinds flash", 0, 0.5)]})

@@ -75,15 +75,28 @@ def _columns(experiment: Experiment, runs: Runs, when: str) -> dict[str, Column]
 
 def _ours(experiment: Experiment, runs: Runs) -> str:
     after, before = (_columns(experiment, runs, when) for when in ("after", "before"))
-    head = ["arm", "seeds", *after, "seconds", "NFE"]
-    rows = [["the base", "", *(figure_of(runs, column) for column in before.values()), "", ""]] if runs else []
+    first = experiment.arms[0]
+    head = ["arm", "seeds", *after, "seconds", "NFE", f"reward over {first}"]
+    rows = [["the base", "", *(figure_of(runs, column) for column in before.values()), "", "", ""]] if runs else []
     for arm in experiment.arms:
         own = runs_of(runs, arm)
         if own:
             cells = [figure_of(own, column) for column in after.values()]
             seconds, nfe = mean(run["seconds"] for run in own), mean(run["summary"]["nfe"] for run in own)
-            rows.append([arm, str(len(own)), *cells, f"{seconds:,.0f}", f"{nfe:,.0f}"])
+            over = "" if arm == first else _difference(own, runs_of(runs, first), after["reward"])
+            rows.append([arm, str(len(own)), *cells, f"{seconds:,.0f}", f"{nfe:,.0f}", over])
     return table(head, rows)
+
+
+def _difference(runs: Runs, others: Runs, column: Column) -> str:
+    """The difference to the runs of another arm with the same seeds: mean and standard deviation over seeds."""
+    by_seed = {run["seed"]: column(run) for run in others}
+    pairs = [(column(run), by_seed.get(run["seed"])) for run in runs]
+    differences = [own - other for own, other in pairs if own is not None and other is not None]
+    if not differences:
+        return ""
+    spread = f" ± {stdev(differences):.3f}" if len(differences) > 1 else ""
+    return f"{mean(differences):+.3f}{spread}"
 
 
 def figure_of(runs: Runs, column: Column) -> str:
@@ -115,7 +128,8 @@ def _about(runs: Runs) -> str:
     torch = sorted({run["summary"].get("versions", {}).get("torch", "?") for run in runs})
     iterations = sorted({run["summary"]["iterations"] for run in runs})
     return (
-        f"Mean and standard deviation over seeds, on test prompts, after {_listed(iterations)} iterations. Seconds are"
+        f"Mean and standard deviation over seeds, on test prompts, after {_listed(iterations)} iterations. The last"
+        " column has differences between runs of one seed. Seconds are"
         f" of sampling, previews, rewards and updates ({_listed(devices)}; torch {_listed(torch)}); other work on the"
         " machine may have slowed some runs, so compare NFE too."
     )
