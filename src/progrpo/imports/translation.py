@@ -83,6 +83,19 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """The place and text of an expression that could not be read; it stands where its value would."""
+
+    file: str
+    line: int
+    text: str
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome("could not be read", f"{self.file}, line {self.line}; our default holds")
+
+
+@dataclass(frozen=True)
 class Translation:
     """The configuration that a file of settings asks for, and the outcome of each setting."""
 
@@ -215,6 +228,12 @@ UNIPC_LEVELS = (
     "its levels are .999 (1 - i / T) before the shift; ours are Euler's, from 1 to .001, with the model's own shift"
 )
 """The difference of Wan's scheduler in both frameworks."""
+
+
+def with_prefixes(names: Iterable[str], rules: Mapping[str, Rule], prefixes: Mapping[str, Rule]) -> dict[str, Rule]:
+    """The rules, and the rule of a prefix for each name without a rule that begins with it."""
+    of_prefixes = {name: rule for name in names for prefix, rule in prefixes.items() if name.startswith(prefix)}
+    return {**of_prefixes, **rules}
 
 
 # --- rewards ----------------------------------------------------------------------------------------------------------
