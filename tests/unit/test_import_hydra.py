@@ -114,6 +114,9 @@ TP=2
 EXTRA=(+x.y=1 "z=[1, 2]")
 if [ "$GPUS" = 1 ]; then TP=1; BACKEND=a; fi
 log() { echo "$1"; }
+python3 - <<PY
+print("it's no override: a.b=1")
+PY
 CUDA=0 python3 -m pkg.main \\
     train=$DATA/train.txt "model=$model" quoted='{% if x["a"] %}' \\
     workers=$((GPUS / 2 + 1)) tp=$TP backend=${BACKEND:-b} made=$(date) \\
@@ -129,7 +132,7 @@ CUDA=0 python3 -m pkg.main \\
         **{"tp": "$TP", "backend": "${BACKEND:-b}", "made": "$(date)"},
         **{"~gone": "~gone", "--config-name": "other"},
     }
-    assert {value.line for value in reading.unread.values()} == {9}
+    assert {value.line for value in reading.unread.values()} == {12}
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,28 @@ def test_each_rule_translates_nonsense_or_refuses_it_in_one_sentence(tmp_path):
                 assert "\n" not in str(refused) and len(str(refused)) < 600, name
 
 
+def test_a_block_may_refer_to_a_section(tmp_path):
+    own = SETTINGS["bundle"]["config"]
+    changes = {
+        **{"model_config": own, "bundle.config": "${model_config}", "pipeline.strategy": "${strategy}"},
+        "strategy": {"_target_": "unirl.sde.kernels.DanceSDEStrategy"},
+    }
+    translation = imported(tmp_path, changes)
+    assert translation.config.model.path == "somebody/stable-diffusion-3.5"
+    assert translation.config.sampling.sampler == "dance"
+    found = statuses(translation)
+    assert found["model_config.model_precision"] == found["strategy._target_"] == "translated"
+    assert found["bundle.config"] == found["model_config._target_"] == "not needed here"
+
+
+def test_pictures_of_edits_are_listed(tmp_path):
+    edits = "unirl.models.qwen_image_edit_plus.bundle.B.from_config"
+    translation = imported(tmp_path, {"bundle._target_": edits, "save_interval": 5, "load_dir": "${oc.env:LOAD,}"})
+    assert statuses(translation)["data_source.args.run.data_path"] == "no equal here"
+    assert (translation.config.prompts.source, translation.config.checkpoint.every) == ("prompts/train.txt", 5)
+    assert statuses(translation)["load_dir"] == "not needed here"
+
+
 def test_the_lora_beside_an_old_policy_is_read(tmp_path):
     shadow = {"rank": 8, "alpha": 16, "ema_uprate": 1e-3, "ema_uphold": 0.5, "timing": "rollout_end"}
     translation = imported(tmp_path, {**NFT, "backend.ema_lora_cfg": shadow})

@@ -24,6 +24,7 @@ _OPENING = ("if", "for", "while", "until", "case", "select", "{")
 _CLOSING = ("fi", "done", "esac", "}")
 _BEGINNING = ("then", "else", "do", "elif", "export", "local", "readonly", "declare", "exec", "!", "time")
 _PROGRAM = re.compile(r"(.*/)?(python[\d.]*|torchrun|accelerate|ray|uv|srun|nohup|env)")
+_DOCUMENT = re.compile(r"<<-?[ \t]*(['\"]?)(\w+)\1")
 _MOST_WORDS = 10_000
 _LONGEST = 10_000
 _MOST_DEPTH = 16
@@ -99,6 +100,7 @@ class _Shell:
         self.at = 0
         self.variables: dict[str, Variable] = {"HOME": [Word("~")]}
         self._newlines = [match.start() for match in re.finditer("\n", text)]
+        self._documents: list[str] = []
         self._depth = 0
         self._words = 0
 
@@ -142,8 +144,13 @@ class _Shell:
                 self.at = self._find("\n")
             elif character in "\n;&|()":
                 self.at += 1
+                if character == "\n":
+                    self._skip_documents()
                 if words:
                     break
+            elif document := _DOCUMENT.match(self.text, self.at):
+                self.at = document.end()
+                self._documents.append(document.group(2))
             elif character in "<>":
                 self.at += 1
                 if not self.text.startswith("(", self.at):
@@ -152,6 +159,12 @@ class _Shell:
             else:
                 words += self._array_or_word()
         return words
+
+    def _skip_documents(self) -> None:
+        """Move behind the texts of the line's `<<` redirections."""
+        while self._documents:
+            end = re.compile(rf"^\t*{self._documents.pop(0)}$", re.MULTILINE).search(self.text, self.at)
+            self.at = end.end() if end else len(self.text)
 
     def _skip_blanks(self) -> None:
         while self.at < len(self.text) and self.text[self.at] in " \t&>":

@@ -6,10 +6,11 @@ A setting that is left out has UniRL's own default, and is listed as such.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from progrpo.imports.hydra_settings import read_hydra
-from progrpo.imports.translation import Translation, translate, with_prefixes
+from progrpo.imports.translation import Rule, Translation, translate, with_prefixes
 from progrpo.imports.unirl.rules import ALGORITHMS, PREFIXES, RULES
 from progrpo.messages import named, quoted
 
@@ -23,6 +24,8 @@ _OF_A_POOL: dict[str, object] = {
     "sampling.scheduler.timestep_fraction": 1.0,
 }
 _WITHOUT_LORA: dict[str, object] = {"backend.lora_cfg": None}
+_BLOCKS = ("bundle.config", "pipeline.strategy")
+"""Blocks that may refer to a section elsewhere in the file."""
 _NEEDED = ("bundle._target_", _ALGORITHM, "sampling.num_inference_steps")
 
 
@@ -54,7 +57,20 @@ def import_unirl(path: str) -> Translation:
     }
     left_out = {name: value for name, value in defaults.items() if name not in settings and name not in missed}
     known = {**settings, **left_out}
-    return translate(file, known, with_prefixes(known, RULES, PREFIXES), reading.unread, defaults=left_out)
+    return translate(file, known, _rules_for(known), reading.unread, defaults=left_out)
+
+
+def _rules_for(settings: Mapping[str, object]) -> dict[str, Rule]:
+    """The rules of settings, also of those in a section of their own that a block refers to as a whole."""
+    rules = with_prefixes(settings, RULES, PREFIXES)
+    for block in _BLOCKS:
+        reference = re.fullmatch(r"\$\{([A-Za-z][\w.]*)\}", str(settings.get(block)))
+        if reference:
+            section = f"{reference.group(1)}."
+            own = {name: f"{block}.{name.removeprefix(section)}" for name in settings if name.startswith(section)}
+            of_block = with_prefixes(own.values(), RULES, PREFIXES)
+            rules |= {name: of_block[other] for name, other in own.items() if other in of_block}
+    return rules
 
 
 def _as_number(value: object) -> object:

@@ -282,21 +282,44 @@ def _reward_batch(setting: Setting) -> Outcome:
 
 
 def _file(field: str) -> Rule:
-    return lambda s: to_fields({field: os.path.expanduser(s.text())})
+    """The rule of a prompt file."""
+
+    def rule(setting: Setting) -> Outcome:
+        fields = {field: os.path.expanduser(setting.text())}
+        path = str(setting.all.get("bundle.config.pretrained_model_ckpt_path")).lower()
+        if _model(setting) == "qwen_image_edit_plus" or "i2v" in path:
+            return no_equal("a line's picture is under `media` there, and a path in its `image` here", fields)
+        return to_fields(fields)
+
+    return rule
+
+
+def _save(setting: Setting) -> Outcome:
+    if setting.number() <= 0:
+        return no_equal("checkpoints cannot be turned off")
+    return to_fields({"checkpoint.every": setting.value})
 
 
 _RUN_FOLDER = "progrpo train --out names the run's folder"
 _LAUNCH = "accelerate launch or torchrun starts the processes"
 _SHARDING = "--model.shard and --model.offload say where weights lie"
 _SAME = "the same as under `sampling`"
+_OWN_NAMES = "its settings are listed by their own names"
 
 RULES: dict[str, Rule] = {
     "num_devices": ignored(_LAUNCH),
     "batch_size": to_field("prompts.per_iteration"),
     "num_rollouts": to_field("iterations"),
     "adv_use_global_std": lambda s: to_fields({"objective.advantage": "batch" if s.value else "group"}),
+    "save_interval": _save,
+    "save_dir": ignored(_RUN_FOLDER),
+    "load_dir": only_at(
+        None, "", why="nothing to resume", otherwise="progrpo train --resume resumes its own runs only"
+    ),
     "weight_sync_interval": only_at(1, why="the current weights sample", otherwise="the current weights sample here"),
     "bundle._target_": _bundle,
+    "bundle.config": ignored(_OWN_NAMES),
+    "pipeline.strategy": ignored(_OWN_NAMES),
     "bundle.config.pretrained_model_ckpt_path": _path,
     "bundle.config.model_precision": to_choice("model.dtype", _DTYPES),
     "bundle.config.shift": lambda s: counted_in("sampling.shift") if "pipeline.shift" in s.all else _shift(s),
@@ -398,17 +421,17 @@ PREFIXES: dict[str, Rule] = {
         (
             f"bundle.config.{name}"
             for name in (
-                "_target_",
-                "load_vae",
-                "boundary_ratio",
-                "num_train_timesteps",
-                "vae_use_tiling",
-                "hidden_state",
+                *("_target_", "load_", "boundary_ratio", "num_train_timesteps", "vae_use_tiling", "hidden_state"),
+                *("use_lora", "use_condition"),
             )
         ),
         ignored("read from the model itself"),
     ),
-    **dict.fromkeys(("pipeline.hidden_state", "pipeline.qwen3_extraction"), ignored("read from the model itself")),
+    **dict.fromkeys(
+        ("pipeline.hidden_state", "pipeline.qwen3_extraction", "pipeline.use_condition"),
+        ignored("read from the model itself"),
+    ),
+    "stack.shuffle": ignored("microbatches mix steps and trajectories"),
     **dict.fromkeys(
         ("bundle.config.autocast", "bundle.config.trajectory", "bundle.config.logprob"), ignored("as under `pipeline`")
     ),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from progrpo.imports.translation import Outcome, Rule, Setting, counted_in, no_equal, not_needed, to_fields
 
 ALGORITHM = "actor_rollout_ref.model.algorithm"
+LOSS = "actor_rollout_ref.actor.diffusion_loss.loss_mode"
+"""The setting that names the loss; where it is left out, the algorithm names it."""
 ALGORITHMS: dict[str, dict[str, object]] = {
     "flow_grpo": {"objective.name": "grpo"},
     "mix_grpo": {"objective.name": "grpo"},
@@ -18,7 +20,7 @@ ALGORITHMS: dict[str, dict[str, object]] = {
     "dgpo": {"objective.name": "dgpo"},
     "dpo": {"objective.name": "dpo", "objective.dpo.draws": 1},
 }
-"""verl-omni's algorithms that have an objective here, and the fields that they set."""
+"""verl-omni's algorithms and losses that have an objective here, and the fields that they set."""
 
 _STEPS = "actor_rollout_ref.rollout.pipeline.num_inference_steps"
 _SAME_AVERAGES = {"nft": "linear_to_0_5", "dgpo": "linear_to_0_3"}
@@ -26,7 +28,7 @@ _SAME_AVERAGES = {"nft": "linear_to_0_5", "dgpo": "linear_to_0_3"}
 
 
 def objective_of(setting: Setting) -> str:
-    return str(ALGORITHMS[str(setting.all[ALGORITHM])]["objective.name"])
+    return str(ALGORITHMS[str(setting.all[LOSS])]["objective.name"])
 
 
 def is_offline(setting: Setting) -> bool:
@@ -35,19 +37,20 @@ def is_offline(setting: Setting) -> bool:
 
 
 def not_read(setting: Setting) -> Outcome:
-    return not_needed(f"{setting.all[ALGORITHM]} does not read it")
+    return not_needed(f"{setting.all[LOSS]} does not read it")
 
 
-def algorithm(setting: Setting) -> Outcome:
+def loss(setting: Setting) -> Outcome:
     note = "one noise level for a pair" if setting.value == "dpo" else ""
     return to_fields(ALGORITHMS[str(setting.value)], note)
 
 
 def named_again(setting: Setting) -> Outcome:
-    """The outcome of a loss or an estimator that the algorithm names too."""
-    own = str(setting.all[ALGORITHM])
-    same = setting.value == own or {str(setting.value), own} <= {"flow_grpo", "mix_grpo", "dance_grpo"}
-    return not_needed("as the algorithm") if same else no_equal(f"the algorithm names it: {own}")
+    """The outcome of an algorithm or an estimator of advantages, beside the loss."""
+    own = str(setting.all[LOSS])
+    known = ALGORITHMS.get(str(setting.value), {}).get("objective.name")
+    same = known == objective_of(setting)
+    return not_needed("the loss decides the objective") if same else no_equal(f"the loss decides the objective: {own}")
 
 
 def of_objectives(field: str, *objectives: str) -> Rule:

@@ -12,19 +12,19 @@ from pathlib import Path
 from progrpo.imports.hydra_settings import HydraReading, override_value, read_hydra, resolve
 from progrpo.imports.shell_settings import read_script
 from progrpo.imports.translation import Row, Translation, flatten, ignored, translate, with_prefixes
-from progrpo.imports.verl_omni.algorithm import ALGORITHM, ALGORITHMS
+from progrpo.imports.verl_omni.algorithm import ALGORITHM, ALGORITHMS, LOSS
 from progrpo.imports.verl_omni.rules import PREFIXES, RULES
 from progrpo.messages import named, quoted
 
 _ROOT = "actor_rollout_ref"
 _DIFFUSION = re.compile(r"(^|[./])main_(diffusion|flowgrpo|dpo)")
 _SIZES = ("height", "width", "num_inference_steps", "guidance_scale", "true_cfg_scale", "max_sequence_length")
-_OLDER = {f"{part}.{name}": f"{part}.pipeline.{name}" for part in ("rollout", "rollout.val_kwargs") for name in _SIZES}
+_PARTS = ("rollout", "rollout.val_kwargs", "model")
+_OLDER = {f"{part}.{name}": f"{part}.pipeline.{name}" for part in _PARTS for name in _SIZES}
 """Settings that older files have beside `pipeline`, and their places today."""
 
 # verl-omni's defaults that differ from ours.
 _DEFAULTS: dict[str, object] = {
-    ALGORITHM: "flow_grpo",
     "data.train_batch_size": 1024,
     f"{_ROOT}.model.path": "~/models/Qwen/Qwen-Image",
     f"{_ROOT}.model.lora_rank": 0,
@@ -71,15 +71,16 @@ def import_verl_omni(path: str) -> Translation:
     file = Path(path)
     reading = read_hydra(file) if file.suffix in (".yaml", ".yml") else _of_script(file)
     settings = {_today(name): _as_number(value) for name, value in reading.settings.items()}
-    algorithm = str(settings.get(ALGORITHM, _DEFAULTS[ALGORITHM])).lower()
-    if ALGORITHM in {row.name for row in reading.unread} or algorithm not in ALGORITHMS:
-        raise ValueError(
-            f"{named(file)}: {ALGORITHM} {quoted(algorithm)} has no equal here; there are {', '.join(ALGORITHMS)}"
-        )
-    if ALGORITHM in settings:
-        settings[ALGORITHM] = algorithm
     missed = {_today(row.name) for row in reading.unread}
-    left_out = {name: value for name, value in _DEFAULTS.items() if name not in settings and name not in missed}
+    algorithm = settings.get(ALGORITHM, "flow_grpo")
+    defaults = {ALGORITHM: algorithm, LOSS: algorithm, **_DEFAULTS}
+    for name in (ALGORITHM, LOSS):
+        value = settings.get(name, defaults[name])
+        if name in missed or value not in ALGORITHMS:
+            raise ValueError(
+                f"{named(file)}: {name} {quoted(value)} has no equal here; there are {', '.join(ALGORITHMS)}"
+            )
+    left_out = {name: value for name, value in defaults.items() if name not in settings and name not in missed}
     known = {**settings, **left_out}
     rules = with_prefixes(known, RULES, PREFIXES) | {name: _CLASS for name in known if name.endswith("_target_")}
     return translate(file, known, rules, reading.unread, defaults=left_out)
