@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from progrpo.config import Config
+from progrpo.config import Config, RewardTerm
 from progrpo.imports.unirl.read import import_unirl
 from progrpo.imports.verl_omni.read import import_verl_omni
 
@@ -87,6 +87,35 @@ SCRIPTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             **{f"{ALGO}.sde_window_size": 3, f"{ALGO}.sde_window_range": [0, 5], f"{ACTOR}.kl_loss_coef": 0.0},
         },
         {"sampling.sampler": "cps_reduced", "objective.grpo.clip_range": 1e-5, "model.resolution": 384},
+    ),
+    "flowgrpo/sd35/drm_lora": (
+        {
+            **{**SD35, f"{LOSS}.clip_ratio": "3e-6", f"{ACTOR}.use_kl_loss": True, f"{ACTOR}.kl_loss_coef": 0.01},
+            **{f"{PIPELINE}.output_type": "latent", f"{ALGO}.sde_type": "cps", f"{ALGO}.noise_level": 0.8},
+            **{f"{ALGO}.sde_window_size": 3, f"{ALGO}.sde_window_range": [0, 5], f"{PIPELINE}.guidance_scale": 1.0},
+            **{f"{ROLLOUT}.val_kwargs.pipeline.guidance_scale": 1.0, f"{ROLLOUT}.dtype": "float32"},
+            **{"reward.reward_functions.drm.path": "pkg://a.latent_client", "reward.reward_functions.drm.weight": 1.0},
+            **{"reward.reward_functions.drm.name": "compute_score", "reward.reward_functions.drm.score_scale": 0.1},
+            "trainer.max_actor_ckpt_to_keep": 3,
+        },
+        {
+            **{"objective.grpo.kl_beta": 0.01, "objective.grpo.kl_form": "exact", "checkpoint.keep": 3},
+            "reward.terms": (RewardTerm("my_rewards:latent_client"),),
+        },
+    ),
+    "flowgrpo/qwen_image/ocr_lora_veomni": (
+        {
+            **{**QWEN, **SDE, "diffusion/model_engine": "veomni_diffusion", f"{ACTOR}.strategy": "veomni"},
+            **{f"{ACTOR}.veomni_config.param_offload": True, "actor_rollout_ref.ref.veomni_config.strategy": "veomni"},
+        },
+        WINDOW,
+    ),
+    "flowgrpo/qwen_image/ocr_lora_rollout_corr": (
+        {
+            **{**QWEN, **SDE, "algorithm.rollout_correction.rollout_rs": "seq_mean_k1"},
+            **{"algorithm.rollout_correction.rollout_is_threshold": 2.0, f"{ROLLOUT}.calculate_log_probs": True},
+        },
+        WINDOW,
     ),
     "flowgrpo/qwen_image_edit/lora": (
         {

@@ -232,8 +232,14 @@ UNIPC_LEVELS = (
 
 def with_prefixes(names: Iterable[str], rules: Mapping[str, Rule], prefixes: Mapping[str, Rule]) -> dict[str, Rule]:
     """The rules, and the rule of a prefix for each name without a rule that begins with it."""
-    of_prefixes = {name: rule for name in names for prefix, rule in prefixes.items() if name.startswith(prefix)}
+    known = {_without_keys(name) for name in names}
+    of_prefixes = {name: rule for name in known for prefix, rule in prefixes.items() if name.startswith(prefix)}
     return {**of_prefixes, **rules}
+
+
+def _without_keys(name: str) -> str:
+    """The name as rules have it, with empty brackets."""
+    return re.sub(r"\[[^]]*\]", "[]", name)
 
 
 # --- rewards ----------------------------------------------------------------------------------------------------------
@@ -300,7 +306,7 @@ def translate(
     written: set[str] = set()
     try:
         for name, value in settings.items():
-            rule = rules.get(re.sub(r"\[[^]]*\]", "[]", name), _unknown)
+            rule = rules.get(_without_keys(name), _unknown)
             outcome = rule(Setting(name, value, settings))
             rows.append(Row(f"{name} (its default)" if name in defaults else name, value, outcome))
             for path, ours in outcome.fields.items():

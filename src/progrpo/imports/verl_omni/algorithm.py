@@ -90,6 +90,8 @@ def advantage_std(setting: Setting) -> Outcome:
 def kl_coefficient(setting: Setting) -> Outcome:
     if objective_of(setting) != "grpo" or setting.all.get("actor_rollout_ref.actor.use_kl_loss") is not True:
         return not_needed("there is no distance to the reference")
+    if setting.all.get("actor_rollout_ref.rollout.algo.sde_type") == "cps":
+        return to_fields({"objective.grpo.kl_beta": setting.value}, "CPS's std is the step's, so its form is exact")
     return to_fields({"objective.grpo.kl_beta": setting.value, "objective.grpo.kl_form": "flow_grpo"})
 
 

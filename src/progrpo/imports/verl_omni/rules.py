@@ -332,6 +332,12 @@ PREFIXES: dict[str, Rule] = {
         ignored(_ENGINE),
     ),
     "actor_rollout_ref.ref.": ignored("the reference is the model at its start"),
+    "diffusion/": ignored(_SHARDING),
+    **dict.fromkeys(
+        (f"{_PIPELINE}output_type", f"{_VALIDATION}pipeline.output_type"),
+        only_at("pil", "np", "pt", why="rewards see pictures", otherwise="rewards see decoded pictures"),
+    ),
+    "reward.reward_functions[].": lambda s: no_equal("a setting of a reward that you write"),
     "actor_rollout_ref.hybrid_engine": ignored(_ENGINE),
     "actor_rollout_ref.nccl_timeout": ignored(_LAUNCH),
     **dict.fromkeys(
