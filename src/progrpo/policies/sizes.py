@@ -27,6 +27,7 @@ from progrpo.policies.architectures import ARCHITECTURES, Architecture, NetworkC
 from progrpo.policies.base import PolicyContext, torch_dtype
 from progrpo.policies.load import family_of, locate, policy_from_pipeline, reported_errors, with_own_length
 from progrpo.policies.networks import network_class
+from progrpo.policies.prepare import text_encoders
 from progrpo.policies.settings import ModelSettings
 from progrpo.types import Condition
 
@@ -65,7 +66,6 @@ def sizes(settings: ModelSettings, called: int, trained: int, decoded: int) -> S
     on_meta = PolicyContext(torch.device("meta"))
     policy = policy_from_pipeline(pipeline, bare, on_meta)
     denoiser, vae = policy.denoiser, pipeline.vae
-    encoders = [encoder for name, encoder in pipeline.components.items() if name.startswith("text_encoder") and encoder]
     weights = [(p.numel(), p.numel() * p.element_size(), p.requires_grad) for p in denoiser.parameters()]
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (denoiser, vae):
@@ -96,7 +96,7 @@ def sizes(settings: ModelSettings, called: int, trained: int, decoded: int) -> S
         trained=sum(count for count, _, grad in weights if grad),
         frozen_bytes=sum(size for _, size, grad in weights if not grad),
         decoder_bytes=_bytes(vae),
-        text_encoder_bytes=sum(map(_bytes, encoders)),
+        text_encoder_bytes=sum(map(_bytes, text_encoders(pipeline))),
         latent=torch.Size(policy.latent_shape).numel(),
         call_flops=call_flops // called,
         train_flops=train_flops // trained,
