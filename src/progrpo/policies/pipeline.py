@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.decoding import PictureDecoder, fault_of, load_tiny_decoder, unscale_tiny

@@ -10,12 +10,15 @@ from progrpo.config import Config, config_from_json
 from progrpo.messages import named, nearest
 from progrpo.recipes.built_in import preferences, quickstart, shapes_diffusion, smoke, words_flow
 from progrpo.recipes.flux import (
+    flux2_klein_pickscore,
     flux_pickscore,
     flux_pickscore_24gb,
     flux_pickscore_48gb,
     flux_pickscore_80gb,
     kontext_vlm,
 )
+from progrpo.recipes.qwen_image import qwen_image_edit
+from progrpo.recipes.sana import sana_pickscore
 from progrpo.recipes.stable_diffusion import (
     sd3,
     sd14_hpsv2,
@@ -28,7 +31,8 @@ from progrpo.recipes.stable_diffusion import (
     sd35m_pickscore_48gb,
     sd35m_pickscore_80gb,
 )
-from progrpo.recipes.wan import wan_pickscore
+from progrpo.recipes.wan import wan22_pickscore, wan_pickscore
+from progrpo.recipes.z_image import z_image_pickscore
 
 RECIPES: dict[str, Callable[[], Config]] = {
     "quickstart": quickstart,
@@ -49,7 +53,12 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "flux-pickscore-48gb": flux_pickscore_48gb,
     "flux-pickscore-80gb": flux_pickscore_80gb,
     "kontext-vlm": kontext_vlm,
+    "flux2-klein-pickscore": flux2_klein_pickscore,
+    "z-image-pickscore": z_image_pickscore,
+    "qwen-image-edit": qwen_image_edit,
+    "sana-pickscore": sana_pickscore,
     "wan-pickscore": wan_pickscore,
+    "wan22-pickscore": wan22_pickscore,
     "sd3": sd3,
     "smoke": smoke,
 }

@@ -1,4 +1,4 @@
-"""Recipes of FLUX.1."""
+"""Recipes of FLUX.1 and FLUX.2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import replace
 from progrpo.config import (
     Config,
     EvalSettings,
+    GRPOSettings,
     ModelSettings,
+    ObjectiveSettings,
     OptimSettings,
     PlanSettings,
     PromptSettings,
@@ -68,6 +70,44 @@ def kontext_vlm() -> Config:
         sampling=replace(base.sampling, guidance_scale=2.5),
         reward=RewardSettings((RewardTerm("vlm"),)),
         eval=replace(base.eval, prompts="eval.jsonl", guidance_scale=2.5),
+    )
+
+
+def flux2_klein_pickscore() -> Config:
+    """FLUX.2 klein (4B) towards PickScore at 384 pixels, in eight steps; bring prompts.txt and eval.txt.
+
+    Size, steps, guidance, noise, rank, rate, clip range, prompts and the one random step that is trained are
+    Flow-Factory's public settings for the base models, in groups of 16 (`--plan.preset custom --plan.group-size 16`).
+    It trains the model of 9 billion parameters, of pictures as well (`--model.path
+    black-forest-labs/FLUX.2-klein-base-9B`). Its step is one of the second to the fourth, ours may be the first too.
+    The plan is Pro-GRPO's (arXiv 2512.15347), which was not published on FLUX.2.
+    """
+    return Config(
+        recipe="flux2-klein-pickscore",
+        iterations=1000,
+        model=ModelSettings(
+            path="black-forest-labs/FLUX.2-klein-base-4B",
+            lora_rank=64,
+            lora_alpha=128,
+            max_sequence_length=512,
+            resolution=384,
+            dtype="bfloat16",
+        ),
+        prompts=PromptSettings(source="prompts.txt", per_iteration=48),
+        sampling=SamplingSettings(
+            num_inference_steps=8,
+            guidance_scale=4.0,
+            noise_level=0.7,
+            sde_window="random",
+            sde_window_size=1,
+            sde_window_end=4,
+            microbatch=8,
+        ),
+        plan=PlanSettings(preset="standard"),
+        reward=RewardSettings((RewardTerm("pickscore"),)),
+        objective=ObjectiveSettings(grpo=GRPOSettings(clip_range=1e-4)),
+        optim=OptimSettings(lr=3e-4, updates_per_rollout=2, microbatch=4, ema_decay=EMA_OF_TWO_UPDATES),
+        eval=EvalSettings(prompts="eval.txt", pictures=200, num_inference_steps=28, guidance_scale=4.0),
     )
 
 

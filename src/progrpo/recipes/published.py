@@ -11,7 +11,8 @@ ATTENTION = tuple(
     f"attn.{name}"
     for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 )
-# flow_grpo's average keeps 0.9 of itself at every eighth update; ours is taken once per iteration of two updates.
+# The average of flow_grpo keeps 0.9 of itself at every eighth update, that of Flow-Factory in every fourth iteration;
+# ours is taken once per iteration of two updates.
 EMA_OF_TWO_UPDATES = 0.974
 
 

@@ -15,6 +15,7 @@ from progrpo.config import (
     RewardTerm,
     SamplingSettings,
 )
+from progrpo.recipes.published import EMA_OF_TWO_UPDATES
 
 _WAN_NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
@@ -52,4 +53,45 @@ def wan_pickscore() -> Config:
         objective=ObjectiveSettings(grpo=GRPOSettings(clip_range=1e-4)),
         optim=OptimSettings(lr=1e-4, microbatch=1),
         eval=EvalSettings(prompts="eval.txt", pictures=32, num_inference_steps=50, guidance_scale=5.0),
+    )
+
+
+def wan22_pickscore() -> Config:
+    """Videos by Wan 2.2 (A14B, two denoisers) towards PickScore of their frames; bring prompts.txt and eval.txt.
+
+    Size, frames, steps, noise, rank, rate, clip range, prompts and the one random step that is trained are
+    Flow-Factory's public settings for this model, in groups of 16 (`--plan.preset custom --plan.group-size 16`). Its
+    step is one of the second to the fourth, ours may be the first too. It guides the denoiser of low noise by 3, here
+    both are guided by 4. The negative prompt is Wan's own. The plan is Pro-GRPO's (arXiv 2512.15347), which was not
+    published on videos.
+    """
+    return Config(
+        recipe="wan22-pickscore",
+        iterations=300,
+        model=ModelSettings(
+            path="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+            lora_rank=64,
+            lora_alpha=128,
+            resolution=480,
+            frames=5,
+            dtype="bfloat16",
+            activation_checkpointing=True,
+        ),
+        prompts=PromptSettings(source="prompts.txt", per_iteration=48),
+        sampling=SamplingSettings(
+            num_inference_steps=10,
+            guidance_scale=4.0,
+            negative_prompt=_WAN_NEGATIVE,
+            noise_level=0.9,
+            latent_dtype="bfloat16",
+            sde_window="random",
+            sde_window_size=1,
+            sde_window_end=4,
+            microbatch=2,
+        ),
+        plan=PlanSettings(preset="standard"),
+        reward=RewardSettings((RewardTerm("pickscore"),)),
+        objective=ObjectiveSettings(grpo=GRPOSettings(clip_range=1e-4)),
+        optim=OptimSettings(lr=1e-4, updates_per_rollout=2, microbatch=1, ema_decay=EMA_OF_TWO_UPDATES),
+        eval=EvalSettings(prompts="eval.txt", pictures=32, num_inference_steps=28, guidance_scale=4.0),
     )
