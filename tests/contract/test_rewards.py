@@ -35,7 +35,7 @@ from progrpo.preferences.reward_model.head import Ensemble, columns
 from progrpo.preferences.reward_model.model import RewardModel, save_reward_model
 from progrpo.preferences.reward_model.shapes import ShapesBackbone
 from progrpo.rewards.aesthetic import Aesthetic
-from progrpo.rewards.base import Reward, Score
+from progrpo.rewards.base import Reward, RewardWrapper, Score
 from progrpo.rewards.clip import ClipCosine
 from progrpo.rewards.clip_similarity import CLIPSimilarity
 from progrpo.rewards.clipscore import CLIPScore
@@ -56,7 +56,7 @@ from progrpo.rewards.settings import ASK_A_MODEL, REWARDS, RewardTerm
 from progrpo.rewards.similarity import SourceSimilarity
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
-from tests.support.hpsv3 import small_hpsv3
+from tests.support.qwen2vl import small_hpsv3, small_videoalign
 
 PROMPTS, PICTURES = world.examples("test", 12, seed=3)
 PROMPTS = [*PROMPTS[:6], *PROMPTS[7:], PROMPTS[6]]  # half of the pictures are not what is asked for
@@ -136,9 +136,16 @@ def small_aesthetic() -> Aesthetic:
     return Aesthetic(vision, small_head(vision.config.projection_dim), CLIPImageProcessorPil())
 
 
-def small_hpsv3_here() -> HPSv3:
+class Filmed(RewardWrapper):
+    """A reward of videos on videos of two frames, the picture and its mirror image."""
+
+    def score(self, pictures_NHWC, prompts):
+        return self._reward.score(np.stack([pictures_NHWC, pictures_NHWC[:, :, ::-1]], axis=1), prompts)
+
+
+def with_tokenizer(make: Callable[[Path], Reward]) -> Reward:
     with tempfile.TemporaryDirectory() as folder:
-        return small_hpsv3(Path(folder))
+        return make(Path(folder))
 
 
 def small_imagereward() -> ImageReward:
@@ -198,14 +205,17 @@ def reads_the_colour(picture_HWC):
 
 NOT_ALONE = (*ASK_A_MODEL, "votes")
 """Rewards that need a server, or people."""
+PARTS = ("videoalign_visual", "videoalign_motion", "videoalign_text")
+"""Terms of the sum `videoalign`, computed as it is."""
 BUILDERS: dict[str, Callable[[], Any]] = {
-    **{name: functools.partial(load_reward, RewardTerm(name)) for name in REWARDS if name not in NOT_ALONE},
+    **{name: functools.partial(load_reward, RewardTerm(name)) for name in REWARDS if name not in (*NOT_ALONE, *PARTS)},
     "clipscore": small_clipscore,
     "pickscore": lambda: small(PickScore),
     "hpsv2": lambda: small(HPSv2),
     "imagereward": small_imagereward,
     "aesthetic": small_aesthetic,
-    "hpsv3": small_hpsv3_here,
+    "hpsv3": lambda: with_tokenizer(small_hpsv3),
+    "videoalign": lambda: Filmed(with_tokenizer(small_videoalign)),
     "reward_model": lambda: learned("reward_model"),
     "reward_model_variance": lambda: learned("reward_model_variance"),
     "clip_similarity": lambda: CLIPSimilarity(small_vision(), CLIPImageProcessorPil()),
@@ -243,7 +253,7 @@ def test_one_score_a_picture_of_plain_types(reward):
 
 
 def test_order_is_kept_and_pictures_do_not_see_each_other(reward):
-    networks = ClipCosine, Aesthetic, ImageReward, GenEval, LearnedReward, SourceSimilarity, HPSv3
+    networks = ClipCosine, Aesthetic, ImageReward, GenEval, LearnedReward, SourceSimilarity, HPSv3, Filmed
     rounding = (
         1e-3 if isinstance(reward, LearnedReward) else 1e-5 if isinstance(reward, networks) else 0.0
     )  # a network's kernels differ by the size of their batch

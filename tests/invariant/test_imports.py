@@ -115,7 +115,7 @@ FREE_OF_TORCH = (
     "progrpo.cli",
     "progrpo.config",
     "progrpo.imports.flow_grpo",
-    "progrpo.imports.flow_factory",
+    "progrpo.imports.flow_factory.read",
     "progrpo.recipes",
     "progrpo.rewards.load",  # processes of a plain function load it, and need no torch
     "progrpo.rollout.plan",

@@ -22,7 +22,7 @@ from progrpo.config import (
     to_dict,
     trained_items,
 )
-from progrpo.imports.flow_factory import import_flow_factory
+from progrpo.imports.flow_factory.read import import_flow_factory
 from progrpo.imports.flow_grpo import import_flow_grpo
 from progrpo.recipes import RECIPES, load_recipe
 from progrpo.rewards.settings import REWARDS, RewardTerm

@@ -13,12 +13,13 @@ from transformers import Qwen2VLModel
 
 from progrpo.rewards import hpsv3
 from progrpo.rewards.base import Refusal
-from progrpo.rewards.hpsv3 import HPSv3, build_mean_head, convert_networks, image_processor, load_tokenizer
+from progrpo.rewards.hpsv3 import TOKEN, HPSv3, build_mean_head, convert_networks, image_processor
 from progrpo.rewards.load import load_reward
 from progrpo.rewards.questions import question_text
+from progrpo.rewards.qwen2vl import read_tokenizer
 from progrpo.rewards.settings import RewardTerm
 from progrpo.types import Prompt
-from tests.support.hpsv3 import (
+from tests.support.qwen2vl import (
     FIRST,
     SPECIAL,
     random_head,
@@ -78,7 +79,7 @@ def published_mean(model: Qwen2VLModel, picture: np.ndarray, text: str, tokenize
 
 def test_the_mean_of_the_token_reward(reward, model, tmp_path):
     drawn = pictures()
-    tokenizer = load_tokenizer(tokenizer_file(tmp_path))
+    tokenizer = read_tokenizer("hpsv3", tokenizer_file(tmp_path), [TOKEN])
     texts = [question_text("hpsv3").replace("{request}", prompt.text) + "\n" for prompt in PROMPTS]
     expected = [published_mean(model, p, text, tokenizer) for p, text in zip(drawn, texts, strict=True)]
     assert [score.value for score in reward.score(drawn, PROMPTS)] == pytest.approx(expected, abs=1e-4)
@@ -118,7 +119,7 @@ def test_the_published_names(model, under):
 def test_from_a_folder_without_a_network(model, reward, tmp_path, monkeypatch):
     small_config().save_pretrained(tmp_path)
     save_file(published_state(model), tmp_path / "HPSv3.safetensors")
-    monkeypatch.setattr(hpsv3, "BASE", str(tmp_path))
+    monkeypatch.setattr(hpsv3, "BASE", (str(tmp_path), "main"))
     monkeypatch.setattr(hpsv3, "FILE", (str(tmp_path), "HPSv3.safetensors", "main"))
     monkeypatch.setattr(hpsv3, "image_processor", small_processor)
     loaded = load_reward(RewardTerm("hpsv3", device="cpu", dtype="float32"))

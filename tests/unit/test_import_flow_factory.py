@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from progrpo.config import RewardTerm
-from progrpo.imports.flow_factory import RULES, import_flow_factory
+from progrpo.imports.flow_factory.read import import_flow_factory
+from progrpo.imports.flow_factory.rules import RULES
 from progrpo.imports.translation import STATUSES
 
 SETTINGS: dict[str, Any] = {
@@ -259,8 +260,8 @@ def test_a_home_that_nobody_has_is_a_folder_like_another(tmp_path):
     ("changes", "message"),
     [
         (
-            {"train__trainer_type": "dpo"},
-            "train.trainer_type 'dpo' has no equal here; there are grpo, grpo-guard, nft, awm, dgpo",
+            {"train__trainer_type": "crd"},
+            "train.trainer_type 'crd' has no equal here; there are grpo, grpo-guard, nft, awm, dpo, offline-dpo, dgpo",
         ),
         (
             {"train__group_size": 1},

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from progrpo.config import Config, RewardTerm
-from progrpo.imports.flow_factory import import_flow_factory
+from progrpo.imports.flow_factory.read import import_flow_factory
 from progrpo.imports.flow_grpo import import_flow_grpo
 
 SD35, FLUX, KONTEXT = "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev", "FLUX.1-Kontext-dev"
@@ -324,25 +324,64 @@ GRPO: dict[str, tuple[dict[str, Any], set[str], tuple[RewardTerm, ...], dict[str
 }
 
 _DPO = {"sample.num_steps": 40, "train.beta": 100, "train.ref_update_step": 10000000, **batches(1, 24, 24, 1)}
-_DPO |= {"train.gradient_accumulation_steps": 1}
+_DPO |= {"train.gradient_accumulation_steps": 1, "train.algorithm": "dpo"}
+_PAIRS = {
+    **_SD3,
+    **{"sampling.num_inference_steps": 40, "sampling.sde_window": "all", "plan.final_keep": 2},
+    **{"prompts.per_iteration": 1, "sampling.microbatch": 24, "optim.microbatch": 24, "objective.name": "dpo"},
+    **{"objective.advantage": "group", "objective.dpo.beta": 50.0, "objective.dpo.draws": 39},
+    **{"optim.updates_per_rollout": 1, "optim.ema_decay": pytest.approx(0.9 ** (1 / 8), abs=1e-4)},
+}
+for _name in ("objective.grpo.clip_range", "objective.grpo.adv_clip_max", "objective.grpo.ratio"):
+    del _PAIRS[_name]
+_EDIT = {**_QWEN, "prompts.source": "dataset/counting_edit/train_metadata.jsonl"}
+_SIMILAR = (RewardTerm("clip_similarity", 0.2), RewardTerm("geneval_flow_grpo", 0.8))
+
+
+def edit(gpus: int, model: str = "Qwen/Qwen-Image-Edit") -> dict[str, Any]:
+    return qwen(gpus, model, reward_fn=EDITED, dataset="dataset/counting_edit")
+
+
+GRPO |= {
+    "geneval_sd3_dpo": (
+        sd3("geneval", {"geneval": 1.0}, **_DPO),
+        ATTENTION,
+        GENEVAL,
+        {**_PAIRS, "prompts.source": "dataset/geneval/train_metadata.jsonl"},
+    ),
+    "pickscore_sd3_dpo": (sd3("pickscore", ONE, **_DPO), ATTENTION, PICKSCORE, _PAIRS),
+    "counting_qwenimage_edit": (edit(32), ATTENTION | MLP, _SIMILAR, {**_EDIT, "model.path": "Qwen/Qwen-Image-Edit"}),
+    "counting_qwenimage_edit_fast": (
+        edit(32),
+        ATTENTION | MLP,
+        _SIMILAR,
+        {**_EDIT, "model.path": "Qwen/Qwen-Image-Edit"},
+    ),
+    "counting_qwenimage_edit_8gpu": (
+        edit(8),
+        ATTENTION | MLP,
+        _SIMILAR,
+        {**_EDIT, "model.path": "Qwen/Qwen-Image-Edit"},
+    ),
+    "repairany_qwenimage_edit_plus_fast": (
+        edit(2, "Qwen/Qwen-Image-Edit-2509"),
+        ATTENTION | MLP,
+        _SIMILAR,
+        {**_EDIT, "model.path": "Qwen/Qwen-Image-Edit-2509"},
+    ),
+}
 _BAGEL = sd3("pickscore", ONE, **batches(32, 6, 16, 48), **{"pretrained.model": "ByteDance-Seed/BAGEL-7B-MoT"})
-_NO_EDITS = "is a Qwen-Image-Edit, which cannot be trained here"
-_NOT_GRPO = "has no equal here: only GRPO is translated from flow_grpo"
+_NOT_GRPO = "has no equal here: only GRPO and DPO are translated from flow_grpo"
 REFUSED = {
     "compressibility": ({"pretrained.model": SD35, "gpus": 1}, "plan.group_size must be between 2"),
-    "counting_qwenimage_edit": (qwen(32, "Qwen/Qwen-Image-Edit", reward_fn=EDITED), _NO_EDITS),
-    "counting_qwenimage_edit_fast": (qwen(32, "Qwen/Qwen-Image-Edit", reward_fn=EDITED), _NO_EDITS),
-    "counting_qwenimage_edit_8gpu": (qwen(8, "Qwen/Qwen-Image-Edit", reward_fn=EDITED), _NO_EDITS),
-    "repairany_qwenimage_edit_plus_fast": (qwen(2, "Qwen/Qwen-Image-Edit-2509", reward_fn=EDITED), _NO_EDITS),
     "pickscore_bagel": (_BAGEL, "is a BAGEL, which cannot be trained here"),
     "pickscore_bagel_lora": (_BAGEL, "is a BAGEL, which cannot be trained here"),
     **{
-        f"{task}_sd3_{algorithm}": (
-            sd3(task, {task: 1.0}, **_DPO, **{"train.algorithm": algorithm}),
-            f"train.algorithm '{algorithm}' {_NOT_GRPO}",
+        f"{task}_sd3_sft": (
+            sd3(task, {task: 1.0}, **{**_DPO, "train.algorithm": "sft"}),
+            f"train.algorithm 'sft' {_NOT_GRPO}",
         )
         for task in ("geneval", "pickscore")
-        for algorithm in ("dpo", "sft")
     },
     **{
         f"gardo_{i}": (
@@ -407,8 +446,17 @@ def test_an_algorithm_that_cannot_be_read_is_refused(tmp_path):
     assert imported(tmp_path, "same", settings).config.objective.name == "grpo"
     file = tmp_path / "config" / "grpo.py"
     file.write_text(file.read_text().replace("config.train.algorithm = 'grpo'", "config.train.algorithm = chosen()"))
-    with pytest.raises(ValueError, match=r"train.algorithm could not be read \(line \d+\); only GRPO is translated"):
+    with pytest.raises(ValueError, match=r"train.algorithm could not be read \(line \d+\); only GRPO and DPO are"):
         import_flow_grpo(f"{file}:same")
+
+
+def test_what_differs_in_flow_grpos_dpo_is_listed(tmp_path):
+    settings = sd3("pickscore", ONE, **{**_DPO, "train.ref_update_step": 40})
+    rows = {row.name: row.outcome.status for row in imported(tmp_path, "pairs", settings).rows}
+    differs = ("script.sampling_policy", "script.noise_levels", "train.ref_update_step")
+    assert {rows[name] for name in differs} == {"no equal here"}
+    unread = ("train.clip_range", "train.adv_clip_max", "sample.global_std", "train.cfg", "sample.sde_window_size")
+    assert {rows[name] for name in unread} == {"not needed here"}
 
 
 @pytest.mark.parametrize(
@@ -555,6 +603,16 @@ LAYERS = {
     | {f"{stream}.{n}" for stream in ("ff", "ff_context") for n in ("linear_in", "linear_out")}
     | {"attn.to_qkv_mlp_proj"},
     "qwen-image": ATTENTION | {"img_mlp.net.0.proj", "txt_mlp.net.0.proj"},
+    "flux2": ATTENTION
+    | {f"{stream}.{n}" for stream in ("ff", "ff_context") for n in ("linear_in", "linear_out")}
+    | {"attn.to_qkv_mlp_proj"},
+    "qwen-image-2.1": {f"attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")}
+    | {f"img_mlp.{n}" for n in ("proj", "gate_layer", "out")},
+    "qwen-image-edit-plus": {n.removeprefix("attn.") for n in ATTENTION} | {"net.0.proj", "net.2"},
+    "z-image": {f"attention.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")}
+    | {f"feed_forward.w{i}" for i in (1, 2, 3)},
+    "wan2_i2v": {f"{a}.{n}" for a in ("attn1", "attn2") for n in ("to_q", "to_k", "to_v", "to_out.0")}
+    | {"ffn.net.0.proj", "ffn.net.2"},
     "wan2_t2v": {f"{a}.{n}" for a in ("attn1", "attn2") for n in ("to_q", "to_k", "to_v", "to_out.0")}
     | {"ffn.net.0.proj", "ffn.net.2"},
 }
@@ -912,9 +970,229 @@ FACTORY: dict[str, tuple[dict[str, Any], tuple[RewardTerm, ...], dict[str, Any]]
     },
 }
 
+EDITS: dict[str, Any] = {"data": {"datasets": [{"name": "default", "dataset_dir": "edits"}]}}
+QWEN_EDIT, WAN22 = "Qwen/Qwen-Image-Edit-2509", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+FLUX2, Z_IMAGE = "black-forest-labs/FLUX.2-dev", "Tongyi-MAI/Z-Image"
+RATIONAL_EDIT = term("rational_rewards_edit", batch_size=8, temperature=0.1, max_tokens=2048, aspects=["a", "b"])
+_EMBEDDED = {"sampling.embedded_guidance": True, "sampling.guidance_scale": 4.0, **window(1.0, 4)}
+_I2V = {"model.frames": 5, "sampling.guidance_scale": 5.0, "prompts.source": "edits/train.jsonl", **window(0.9, 4)}
+_PAIR = {"plan.preset": "custom", "plan.group_size": 4, "plan.final_keep": 2, "objective.advantage": "group"}
+_OFFLINE = {"prompts.pairs": "pairs/pairs.jsonl", "prompts.per_iteration": 1, "optim.microbatch": 2}
+
+
+def weights(rank: int) -> dict[str | None, tuple[int | None, float]]:
+    return {"lora": (rank, 3e-4), "full": (None, 1e-5)}
+
+
+FACTORY |= {
+    "dpo/lora/sd3_5/default": (
+        of(
+            SD35,
+            "sd3-5",
+            32,
+            size(
+                512,
+                40,
+                1.0,
+                **{"trainer_type": "dpo", "beta": 100.0, "weighting_scheme": "logit_normal", "logit_mean": 0.0},
+                **{"logit_std": 1.0, "num_train_timesteps": 1, "timestep_range": 0.99, "group_size": 4},
+                **{"per_device_batch_size": 24, "gradient_accumulation_steps": 1},
+            ),
+            ODE,
+            [term("PickScore")],
+            1e-5,
+        ),
+        PICK,
+        {
+            **{**_PAIR, "prompts.per_iteration": 48, "sampling.microbatch": 24, "optim.microbatch": 48},
+            **{**learns("dpo", beta=50.0, draws=1, time_fraction=0.99), "optim.updates_per_rollout": 1},
+        },
+    ),
+    "offline_dpo/lora/sd3_5/default": (
+        of(
+            SD35,
+            "sd3-5",
+            16,
+            size(512, 10, 1.0, trainer_type="offline-dpo", beta=2000.0, gradient_accumulation_steps=1, ema_decay=0),
+            ODE,
+            [],
+            1e-5,
+            num_processes=1,
+            data={"datasets": [{"name": "default", "dataset_dir": "pairs"}]},
+        ),
+        (RewardTerm("shapes"),),
+        {**_OFFLINE, **learns("dpo", beta=1000.0, draws=1, time_fraction=0.99), "optim.updates_per_rollout": 1},
+    ),
+    **{
+        f"grpo/{kind}/flux2/t2i": (
+            of(FLUX2, "flux2", rank, size(512, 8, 4), sde(1.0, [1, 2, 3]), BOTH, lr),
+            CLIP_GDPO,
+            {**_EMBEDDED, "model.weights": kind},
+        )
+        for kind, (rank, lr) in weights(64).items()
+    },
+    **{
+        f"grpo/{kind}/flux2/i2i": (
+            of(
+                FLUX2,
+                "flux2",
+                rank,
+                size(384, 10, 4, condition_image_size=[384, 384]),
+                sde(1.0, [1, 2, 3]),
+                term("PickScore"),
+                lr,
+            ),
+            PICK,
+            _EMBEDDED,
+        )
+        for kind, (rank, lr) in weights(64).items()
+    },
+    "grpo/lora/qwen_image_2_1/default": (
+        of(
+            "Qwen/Qwen-Image-2.1",
+            "qwen-image-2.1",
+            64,
+            size(384, 10, 1.0, condition_image_size=[384, 384]),
+            sde(1.0, [1, 2, 3]),
+            term("PickScore"),
+        ),
+        PICK,
+        {"sampling.guidance_scale": 1.0, **window(1.0, 4)},
+    ),
+    **{
+        f"grpo/{kind}/qwen_image_edit_plus/default": (
+            of(
+                QWEN_EDIT,
+                "qwen-image-edit-plus",
+                rank,
+                size(384, 10, 4, condition_image_size=[384, 384], auto_resize=True),
+                sde(1.0, [1, 2, 3]),
+                term("PickScore"),
+                lr,
+                **EDITS,
+            ),
+            PICK,
+            {"model.path": QWEN_EDIT, "prompts.source": "edits/train.jsonl", "sampling.embedded_guidance": False},
+        )
+        for kind, (rank, lr) in weights(64).items()
+    },
+    **{
+        f"grpo/{kind}/z_image/default": (
+            of(Z_IMAGE, "z-image", rank, size(512, 10, 4.0), sde(0.7, [1, 2, 3]), [term("PickScore")], lr),
+            PICK,
+            {"sampling.guidance_scale": 5.0, "eval.guidance_scale": 5.0, "model.weights": kind},
+        )
+        for kind, (rank, lr) in weights(64).items()
+    },
+    **{
+        f"grpo/{kind}/z_image_turbo/default": (
+            of(f"{Z_IMAGE}-Turbo", "z-image", rank, size(512, 6, 0), sde(0.7, [1, 2, 3]), [term("PickScore")], lr),
+            PICK,
+            {"sampling.guidance_scale": 1.0, "eval.guidance_scale": 1.0},
+        )
+        for kind, (rank, lr) in weights(64).items()
+    },
+    **{
+        f"grpo/{kind}/wan21/i2v": (
+            of(
+                "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+                "wan2_i2v",
+                rank,
+                size(240, 10, 5.0, num_frames=5),
+                sde(0.9, [1, 2, 3]),
+                term("PickScore"),
+                1e-4,
+                **EDITS,
+            ),
+            PICK,
+            _I2V,
+        )
+        for kind, (rank, _) in weights(64).items()
+    },
+    "grpo/lora/wan22/t2v": (
+        of(
+            WAN22,
+            "wan2_t2v",
+            64,
+            size(480, 10, 4.0, num_frames=5, guidance_scale_2=3.0),
+            sde(0.9, [1, 2, 3]),
+            term("PickScore"),
+        ),
+        PICK,
+        {"model.path": WAN22, "sampling.guidance_scale": 4.0},
+    ),
+    "grpo/lora/wan22/i2v": (
+        of(
+            WAN22.replace("T2V", "I2V"),
+            "wan2_i2v",
+            64,
+            size(480, 8, 3.5, num_frames=5),
+            sde(0.9, [1]),
+            term("PickScore"),
+            **EDITS,
+        ),
+        PICK,
+        {"sampling.guidance_scale": 3.5, **window(0.9, 2)},
+    ),
+    "nft/lora/wan22/t2v": (
+        of(
+            WAN22,
+            "wan2_t2v",
+            128,
+            size([384, 720], 12, 1.0, **nft(0.1, 2, 0.3), num_frames=1, guidance_scale_2=1.0),
+            ODE,
+            [term("PickScore")],
+            1e-4,
+        ),
+        PICK,
+        {**learns("nft", beta=0.1, draws=2, time_fraction=0.3), "model.resolution": (384, 720)},
+    ),
+    "nft/lora/wan21/i2v": (
+        of(
+            "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+            "wan2_i2v",
+            128,
+            size([512, 512], 10, 1.0, **nft(0.1, 4, 0.7), num_frames=1, condition_image_size=[512, 512]),
+            ODE,
+            [term("PickScore")],
+            1e-4,
+            **EDITS,
+        ),
+        PICK,
+        learns("nft", beta=0.1, draws=4, time_fraction=0.7),
+    ),
+    "nft/lora/qwen_image_edit_plus/rational_rewards_edit": (
+        of(
+            QWEN_EDIT,
+            "qwen-image-edit-plus",
+            64,
+            size(512, 30, 1.0, **nft(1.0, 5, 0.7), kl_beta=2e-4, auto_resize=True, condition_image_size=[512, 512]),
+            ODE,
+            [RATIONAL_EDIT],
+            2e-4,
+            **EDITS,
+        ),
+        (RewardTerm("rationalrewards_edit", batch_size=8, device="cuda", dtype="bfloat16"),),
+        learns("nft", draws=5, time_fraction=0.7, kl_beta=2e-4),
+    ),
+    **{
+        f"nft/{kind}/z_image/default": (
+            of(Z_IMAGE, "z-image", rank, size(512, 10, 0.0, **nft(0.1, 2, 0.5)), ODE, [term("PickScore")], lr),
+            PICK,
+            {**learns("nft", beta=0.1, draws=2, time_fraction=0.5), "sampling.guidance_scale": 1.0},
+        )
+        for kind, (rank, lr) in weights(64).items()
+    },
+    "nft/full/z_image_turbo/default": (
+        of(f"{Z_IMAGE}-Turbo", "z-image", None, size(512, 6, 0.0, **nft(0.1, 3, 0.99)), ODE, [term("PickScore")], 1e-5),
+        PICK,
+        {**learns("nft", beta=0.1, draws=3, time_fraction=0.99), "model.weights": "full"},
+    ),
+}
+
 _CANNOT = "is a type of model that cannot be trained here"
-_OTHER_MODELS = ("bagel", "flux2", "qwen-image-2.1", "qwen-image-edit-plus", "z-image", "wan2_i2v", "wan2_v2v", "ltx2")
-_OTHER_TRAINERS = ("dpo", "dppo", "crd", "dmd2", "dmdr", "tdm", "tdm_r1", "offline_dpo")
+_OTHER_MODELS = ("bagel", "sensenova", "wan2_v2v", "ltx2_t2av", "ltx2_i2av", "minimax-h3-t2va")
+_OTHER_TRAINERS = ("dppo", "crd", "dmd2", "dmdr", "opd", "tdm", "tdm_r1", "sft")
 
 
 def as_file(folder: Path, settings: dict[str, Any]):
@@ -956,11 +1234,56 @@ def test_a_model_without_a_policy_is_refused(tmp_path, kind):
     assert f"model.model_type '{kind}' {_CANNOT}" in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_wan_of_two_networks_is_refused(tmp_path):
-    model = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
-    settings = of(model, "wan2_t2v", 8, size(256, 10, 5.0), sde(0.9, [1, 2, 3]), [term("PickScore")])
-    with pytest.raises(ValueError, match=r"is a Wan 2\.2, of two networks, which cannot be trained here"):
+@pytest.mark.parametrize(
+    ("model", "rank", "sentence"),
+    [
+        (WAN22, None, "has two networks, which are trained by a LoRA here and not in full"),
+        ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", 8, "has a timestep for each place, which no policy here can train"),
+    ],
+)
+def test_a_wan_of_two_networks_has_a_lora(tmp_path, model, rank, sentence):
+    settings = of(model, "wan2_t2v", rank, size(256, 10, 5.0), sde(0.9, [1, 2, 3]), [term("PickScore")])
+    with pytest.raises(ValueError, match=sentence):
         as_file(tmp_path, settings)
+
+
+@pytest.mark.parametrize(
+    ("own", "fates"),
+    [
+        ({"target_components": ["transformer", "transformer_2"]}, {"not needed here"}),
+        ({"target_components": "transformer", "target_modules": "transformer.default"}, {"no equal here"}),
+    ],
+)
+def test_both_networks_of_a_wan_are_trained(tmp_path, own, fates):
+    settings = of(WAN22, "wan2_t2v", 8, size(256, 10, 5.0, guidance_scale_2=3.0), sde(0.9, [1]), [term("PickScore")])
+    settings["model"] |= own
+    translation = as_file(tmp_path, settings)
+    found = {row.name: row.outcome.status for row in translation.rows}
+    assert {found[f"model.{name}"] for name in own} == fates
+    assert found["train.guidance_scale_2"] == "no equal here"
+    assert set(translation.config.model.lora_targets) == LAYERS["wan2_t2v"]
+
+
+@pytest.mark.parametrize(("value", "same"), [(384, True), ([384, 384], True), ([384, 512], False), (True, False)])
+@pytest.mark.parametrize(("model", "kind"), [(QWEN_EDIT, "qwen-image-edit-plus"), (FLUX2, "flux2")])
+def test_a_source_picture_has_the_sampled_size(tmp_path, model, kind, value, same):
+    train = size(384, 10, 4, condition_image_size=value)
+    settings = of(model, kind, 8, train, sde(1.0, [1]), term("PickScore"))
+    rows = {row.name: row.outcome for row in as_file(tmp_path, settings).rows}
+    takes = kind != "flux2"
+    assert rows["train.condition_image_size"].status == ("not needed here" if takes and same else "no equal here")
+    assert ("without a source picture" in rows["train.condition_image_size"].note) is not takes
+
+
+@pytest.mark.parametrize(("rewards", "fate"), [(1, "translated"), (2, "no equal here")])
+def test_pairs_are_chosen_by_the_weighted_sum(tmp_path, rewards, fate):
+    train = size(512, 10, 1.0, trainer_type="dpo", group_size=2)
+    translation = as_file(tmp_path, of(SD35, "sd3-5", 8, train, ODE, [term("PickScore"), term("OCR")][:rewards]))
+    rows = {row.name: row.outcome.status for row in translation.rows}
+    assert rows["train.advantage_aggregation"] == fate and translation.config.plan.final_keep is None
+    assert rows["train.beta (its default)"] == "translated" and translation.config.objective.dpo.beta == 1000.0
+    assert rows["train.weighting_scheme (its default)"] == "no equal here"
+    assert rows["train.clip_range"] == rows["train.kl_beta"] == "not needed here"
 
 
 @pytest.mark.parametrize("trainer", _OTHER_TRAINERS)

@@ -44,7 +44,7 @@ class Import(Command):
         if framework != "flow_grpo" and (self.gpus is not None or self.script != "auto"):
             raise ValueError(f"--gpus and --script are options of flow_grpo, not of {self.framework}")
         check_range(1, 100_000, gpus=self.gpus)
-        from progrpo.imports.flow_factory import import_flow_factory
+        from progrpo.imports.flow_factory.read import import_flow_factory
         from progrpo.imports.flow_grpo import import_flow_grpo
         from progrpo.imports.translation import as_tables
 

@@ -77,8 +77,9 @@ _GPU_NAMES = ("gpu_number", "gpu_numbers", "gpu_num", "num_gpus", "n_gpus")
 _ALGORITHM = "train.algorithm"
 _REPEATS = "sample.sample_time_per_prompt"
 _OLDER_WINDOW = "sample.train_num_steps"
-_ONLY_GRPO = (
-    "only GRPO is translated from flow_grpo, since the other settings mean something else under another algorithm"
+_ONLY_THESE = (
+    "only GRPO and DPO are translated from flow_grpo, since the other settings mean something else under another"
+    " algorithm"
 )
 
 
@@ -103,11 +104,14 @@ SCRIPTS = {
     "FLUX": Scripts(64, 128, _FLUX.lora_targets, 128),
     "FLUX Kontext": Scripts(64, 128, (*_FLUX.lora_targets, "proj_mlp"), 128),
     "Qwen-Image": Scripts(64, 128, (*_SD3.lora_targets, *_MLP), 512, reads_window=True),
+    "Qwen-Image-Edit": Scripts(64, 128, (*_SD3.lora_targets, *_MLP), 512, reads_window=True),
     # those of the script's names that a text-to-video model has
     "Wan": Scripts(32, 64, ("to_k", "to_out.0", "to_q", "to_v"), 512),
 }
-_NO_POLICY = {"bagel": "BAGEL", "qwen-image-edit": "Qwen-Image-Edit"}
+_NO_POLICY = {"bagel": "BAGEL"}
 """Models that have a script there and no policy here."""
+_NEVER = 1_000_000
+"""The number of updates from which on flow_grpo's DPO updates its reference in no real run."""
 
 
 def import_flow_grpo(config: str, gpus: int | None = None, script: Script = "auto") -> Translation:
@@ -128,7 +132,7 @@ def import_flow_grpo(config: str, gpus: int | None = None, script: Script = "aut
     known = {name: value for name, value in settings.items() if name not in unread}
     if _ALGORITHM in unread:
         raise ValueError(
-            f"{named(file)}: {_ALGORITHM} could not be read (line {unread[_ALGORITHM].line}); {_ONLY_GRPO}"
+            f"{named(file)}: {_ALGORITHM} could not be read (line {unread[_ALGORITHM].line}); {_ONLY_THESE}"
         )
     known["gpu_number"] = gpus if gpus is not None else _num_gpus(reading, config)
     known["script"] = _script(file, function, reading) if script == "auto" else script
@@ -176,7 +180,7 @@ def _model_kind(settings: Mapping[str, object]) -> str:
     if "frames" in settings or re.search(r"wan\W?[12]", name):
         return "Wan"
     if "qwen" in name:
-        return "Qwen-Image"
+        return "Qwen-Image-Edit" if "edit" in name else "Qwen-Image"
     if "flux" in name or "kontext" in name:
         return "FLUX Kontext" if "kontext" in name else "FLUX"
     return "SD3"
@@ -201,9 +205,15 @@ def _fixed_by_scripts(settings: Mapping[str, object]) -> dict[str, object]:
         "script.max_sequence_length": scripts.max_sequence_length,
         "script.eval_prompts": "all of the test file",
         **(_FIXED_FOR_WAN if kind == "Wan" else {}),
+        **({"script.source_size": "stretched to a square"} if kind == "Qwen-Image-Edit" else {}),
+        **(_FIXED_FOR_DPO if str(settings.get(_ALGORITHM)).lower() == "dpo" else {}),
     }
 
 
+_FIXED_FOR_DPO: dict[str, object] = {
+    "script.sampling_policy": "the reference",
+    "script.noise_levels": "logit-normal",
+}
 _FIXED_FOR_WAN: dict[str, object] = {
     "script.sampler": "flow_grpo_wan",
     "script.levels": "UniPC's",
@@ -227,6 +237,8 @@ def _reads_windows(setting: Setting) -> bool:
 
 
 def _has_window(setting: Setting) -> bool:
+    if _is_dpo(setting):
+        return False
     size = setting.all.get("sample.sde_window_size")
     return _reads_windows(setting) and size != 0 and _OLDER_WINDOW not in setting.all
 
@@ -238,10 +250,23 @@ def _unless_wan(rule: Rule) -> Rule:
     )
 
 
+def _is_dpo(setting: Setting) -> bool:
+    return str(setting.all.get(_ALGORITHM)).lower() == "dpo"
+
+
+def _only_grpo(rule: Rule) -> Rule:
+    """The rule, for a setting that the script for DPO does not read."""
+    return lambda setting: not_needed("its script for DPO does not read it") if _is_dpo(setting) else rule(setting)
+
+
 def _algorithm(setting: Setting) -> Outcome:
-    if str(setting.value).lower() != "grpo":
-        raise ValueError(f"{_ALGORITHM} {quoted(setting.value)} has no equal here: {_ONLY_GRPO}")
-    return not_needed("the same here")
+    algorithm = str(setting.value).lower()
+    if algorithm not in ("grpo", "dpo"):
+        raise ValueError(f"{_ALGORITHM} {quoted(setting.value)} has no equal here: {_ONLY_THESE}")
+    if algorithm == "grpo":
+        return not_needed("the same here")
+    fields = {"objective.name": "dpo", "objective.advantage": "group", "sampling.sde_window": "all"}
+    return to_fields(fields, "pairs of equal weight, sampled with noise")
 
 
 def _model(setting: Setting) -> Outcome:
@@ -278,6 +303,8 @@ def _width(setting: Setting) -> Outcome:
 
 
 def _script_kind(setting: Setting) -> Outcome:
+    if _is_dpo(setting):
+        return not_needed("there is one script for DPO")
     if setting.one_of({"plain": False, "fast": False, "guard": True}):
         return to_fields({"objective.grpo.ratio": "guard", "objective.grpo.step_weights": "inverse_h"})
     if setting.value == "fast":
@@ -305,6 +332,8 @@ def _eval_guidance(setting: Setting) -> Outcome:
 
 
 def _cfg(setting: Setting) -> Outcome:
+    if _is_dpo(setting):
+        return not_needed("DPO trains without guidance in both")
     if setting.value is True or setting.number("sample.guidance_scale") <= 1 or _is_flux(setting):
         return not_needed("sampling and training have the same guidance here")
     return no_equal("sampling and training have the same guidance here, sampling.guidance_scale")
@@ -349,6 +378,9 @@ def _window_range(setting: Setting) -> Outcome:
 
 
 def _timestep_fraction(setting: Setting) -> Outcome:
+    if _is_dpo(setting):
+        draws = max(1, int(setting.count("sample.num_steps") * setting.number()))
+        return to_fields({"objective.dpo.draws": draws}, "steps times the fraction")
     if _reads_windows(setting):
         return not_needed("the window says which steps are trained")
     steps = setting.count("sample.num_steps")
@@ -390,7 +422,12 @@ def _updates(setting: Setting) -> int:
 
 def _group_size(setting: Setting) -> Outcome:
     size = setting.count() * _count_or_one(setting, _REPEATS)
-    return to_fields({"plan.preset": "custom", "plan.group_size": size}, "plain GRPO; --plan.preset standard prunes")
+    fields: dict[str, object] = {"plan.preset": "custom", "plan.group_size": size}
+    if not _is_dpo(setting):
+        return to_fields(fields, "plain GRPO; --plan.preset standard prunes")
+    if size > 2:
+        fields["plan.final_keep"] = 2
+    return to_fields(fields, "the best and the worst of a group are its pair")
 
 
 def _accumulation(setting: Setting) -> Outcome:
@@ -406,14 +443,25 @@ def _lora_path(setting: Setting) -> Outcome:
 def _ema(setting: Setting) -> Outcome:
     if not setting.value:
         return to_fields({"optim.ema_decay": 0.0})
-    if _kind(setting) == "Qwen-Image":
+    if _kind(setting).startswith("Qwen-Image"):
         return no_equal("its script for Qwen-Image keeps no average, and fails at it; none is kept here")
+    if _is_dpo(setting):
+        return to_fields({"optim.ema_decay": round(0.9 ** (_updates(setting) / 8), 4)}, "0.9 there every eighth update")
     # it takes a tenth at each batch from every eighth update to the next; ours is updated once per iteration
     decay = round(0.9 ** (_batches_trained(setting) / 8), 4)
     return to_fields({"optim.ema_decay": decay}, "0.9 there at each batch of every eighth update")
 
 
+def _reference_updates(setting: Setting) -> Outcome:
+    if not _is_dpo(setting):
+        return not_needed("only its script for DPO reads it")
+    why = "the reference stays the model at its start"
+    return not_needed(why) if setting.number() >= _NEVER else no_equal(why)
+
+
 def _beta(setting: Setting) -> Outcome:
+    if _is_dpo(setting):
+        return to_fields({"objective.dpo.beta": setting.number() / 2}, "its loss halves it")
     fields: dict[str, object] = {"objective.grpo.kl_beta": setting.value}
     note = ""
     if setting.number() > 0 and setting.all.get("sample.sde_type") == "cps":
@@ -425,16 +473,20 @@ def _beta(setting: Setting) -> Outcome:
     return to_fields(fields, note)
 
 
+def _changes_pictures(setting: Setting) -> bool:
+    return _kind(setting) in ("FLUX Kontext", "Qwen-Image-Edit")
+
+
 def _dataset(setting: Setting) -> Outcome:
-    has_columns = _kind(setting) == "FLUX Kontext" or setting.all.get("prompt_fn") == "geneval"
+    has_columns = _changes_pictures(setting) or setting.all.get("prompt_fn") == "geneval"
     folder, end = setting.text(), "_metadata.jsonl" if has_columns else ".txt"
     train, test = (str(Path(folder, name + end)) for name in ("train", "test"))
     return to_fields({"prompts.source": train, "eval.prompts": test})
 
 
 def _prompt_fn(setting: Setting) -> Outcome:
-    if _kind(setting) == "FLUX Kontext":
-        return not_needed("its script for Kontext reads train_metadata.jsonl, with the pictures to change")
+    if _changes_pictures(setting):
+        return not_needed("its scripts for edits read train_metadata.jsonl, with the pictures to change")
     if setting.value in ("general_ocr", "geneval"):
         return Outcome("translated", "it chooses among the files in `dataset`")
     return no_equal("prompts come from a file here: its train.txt")
@@ -449,6 +501,8 @@ def _reward(setting: Setting) -> Outcome:
 
 
 def _advantage_std(setting: Setting) -> Outcome:
+    if _is_dpo(setting):
+        return not_needed("all pairs have equal weight")
     advantage = "batch" if setting.value else "group"
     return to_fields({"objective.advantage": advantage}, "the std of all pictures, or of each group")
 
@@ -472,6 +526,13 @@ RULES: dict[str, Rule] = {
     "script.lora_alpha": to_field("model.lora_alpha"),
     "script.lora_targets": to_field("model.lora_targets"),
     "script.max_sequence_length": to_field("model.max_sequence_length"),
+    "script.source_size": lambda setting: no_equal(
+        "a source is cropped to the sampled size here, and a line brings one, `image`"
+    ),
+    "script.sampling_policy": lambda setting: no_equal("pictures are sampled from the current weights here"),
+    "script.noise_levels": lambda setting: no_equal(
+        "noise levels are drawn evenly from the sampling grid here, with the model's own shift"
+    ),
     "script.eval_prompts": lambda setting: no_equal("eval.pictures says how many pictures are sampled; 512"),
     "pretrained.model": _model,
     "pretrained.revision": ignored(_UNUSED),
@@ -544,8 +605,9 @@ RULES: dict[str, Rule] = {
     "train.adam_epsilon": only_at(1e-8, why="the same here", otherwise="1e-8 here"),
     "train.max_grad_norm": to_field("optim.max_grad_norm"),
     "train.cfg": _cfg,
-    "train.adv_clip_max": to_field("objective.grpo.adv_clip_max"),
-    "train.clip_range": to_field("objective.grpo.clip_range"),
+    "train.adv_clip_max": _only_grpo(to_field("objective.grpo.adv_clip_max")),
+    "train.clip_range": _only_grpo(to_field("objective.grpo.clip_range")),
+    "train.ref_update_step": _reference_updates,
     "train.highclip_range": lambda setting: (
         not_needed("both sides are clipped alike")
         if setting.value == setting.all.get("train.clip_range")

@@ -288,7 +288,7 @@ def translate(
                 _put(data, path, ours)
                 written.add(path.partition("[")[0])
         for path, what in _NEEDED.items():
-            if path not in written:
+            if path not in written and not (path == "prompts.source" and "prompts.pairs" in written):
                 rows.append(Row(what, None, no_equal(f"the file names none that can be used; give --{path}")))
         config = from_dict({str(key): _with_lists(value) for key, value in data.items()})
         check(config)

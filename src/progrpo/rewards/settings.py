@@ -24,6 +24,10 @@ REWARDS = {
     "hpsv2": "progrpo.rewards.hpsv2:HPSv2",
     "imagereward": "progrpo.rewards.imagereward:ImageReward",
     "hpsv3": "progrpo.rewards.hpsv3:HPSv3",
+    "videoalign": "progrpo.rewards.videoalign:VideoAlign",
+    "videoalign_visual": "progrpo.rewards.videoalign:VideoAlignVisual",
+    "videoalign_motion": "progrpo.rewards.videoalign:VideoAlignMotion",
+    "videoalign_text": "progrpo.rewards.videoalign:VideoAlignText",
     "aesthetic": "progrpo.rewards.aesthetic:Aesthetic",
     "clip_similarity": "progrpo.rewards.clip_similarity:CLIPSimilarity",
     "dino_similarity": "progrpo.rewards.dino:DinoSimilarity",
@@ -150,6 +154,7 @@ class RewardSettings:
     (their mean). Continuous beside it: `shapes_match` (by the prompt), `shapes_taste` (large, centred, warm).
     For edits, with their source picture: clip_similarity, dino_similarity, lpips_similarity, editscore,
     rationalrewards_edit.
+    For videos: videoalign, videoalign_visual, videoalign_motion, videoalign_text.
     Models behind a server: vlm, unifiedreward, unifiedreward2, rationalrewards, and soft_tifa, soft_tifa_am by the
     questions of GenEval 2.
     For any prompts: clipscore, pickscore, hpsv2, hpsv3, imagereward, aesthetic, ocr, ocr_line, geneval,

@@ -1,4 +1,4 @@
-"""A Qwen2-VL of random weights with the layers of HPSv3, and a small tokenizer."""
+"""A Qwen2-VL of random weights with the heads of HPSv3 and of VideoReward, and a small tokenizer."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLImageProcessorPil, Qwen2VLModel
 
-from progrpo.rewards.hpsv3 import HPSv3, build_mean_head, load_tokenizer
+from progrpo.rewards.hpsv3 import TOKEN, HPSv3, build_mean_head
 from progrpo.rewards.questions import question_text
+from progrpo.rewards.qwen2vl import read_tokenizer
+from progrpo.rewards.videoalign import TOKENS, VideoAlign
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
 def _small_tokenizer() -> Tokenizer:
-    """A tokenizer of bytes and of what recurs in the question, which would be thousands of bytes."""
+    """A tokenizer of bytes and of what recurs in the questions, which would be thousands of bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([question_text("hpsv3")], trainer)
+    trainer = trainers.BpeTrainer(vocab_size=1200, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([question_text("hpsv3"), question_text("videoalign")], trainer)
     return tokenizer
 
 
@@ -42,7 +45,7 @@ def small_config() -> Qwen2VLConfig:
     return Qwen2VLConfig(
         text_config={
             **text,
-            **{"num_key_value_heads": 1, "vocab_size": FIRST + len(SPECIAL) + 1, "rope_parameters": rope},
+            **{"num_key_value_heads": 1, "vocab_size": FIRST + len(SPECIAL) + len(TOKENS), "rope_parameters": rope},
             **{"bos_token_id": None, "eos_token_id": None, "initializer_range": 0.2},
         },
         vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 24, "num_heads": 2, "initializer_range": 0.2},
@@ -75,5 +78,18 @@ def small_processor() -> Qwen2VLImageProcessorPil:
 
 def small_hpsv3(folder: Path, batch_size: int = 16) -> HPSv3:
     """HPSv3 on the small model, with its tokenizer's file in a folder."""
-    tokenizer = load_tokenizer(tokenizer_file(folder))
+    tokenizer = read_tokenizer("hpsv3", tokenizer_file(folder), [TOKEN])
     return HPSv3(small_model(), build_mean_head(random_head()), tokenizer, small_processor(), batch_size)
+
+
+def small_videoalign(folder: Path, kind: type[VideoAlign] = VideoAlign, batch_size: int = 16) -> VideoAlign:
+    """VideoReward on the small model, with its tokenizer's file in a folder."""
+    tokenizer = read_tokenizer("videoalign", tokenizer_file(folder), TOKENS)
+    return kind(small_model(), random_linear(), tokenizer, small_processor(), batch_size)
+
+
+def random_linear() -> nn.Linear:
+    """A head of one number without a bias."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        return nn.Linear(24, 1, bias=False)

@@ -1,0 +1,98 @@
+"""The import of Flow-Factory's settings: a YAML file, as for its `ff-train`.
+
+A setting that the file leaves out has Flow-Factory's own default, and is listed as such.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from progrpo.imports.flow_factory.defaults import DEFAULTS, DEFAULTS_BY_TRAINER, OLD_OPTIMIZER, OPTIMIZER
+from progrpo.imports.flow_factory.rules import RULES
+from progrpo.imports.translation import MOST_SETTINGS, Translation, flatten, read_bytes, translate
+from progrpo.messages import named, quoted
+
+_SINGLE_PICTURES = "it learns from single pictures, and our sft from the winners of pairs (prompts.pairs)"
+
+
+def import_flow_factory(path: str) -> Translation:
+    """The configuration that a YAML file asks for, and the outcome of each setting.
+
+    ValueError, one sentence, if the file cannot be read or the settings cannot be run.
+    """
+    file = Path(path)
+    settings = {name: _as_number(value) for name, value in _read(file).items()}
+    trainer = settings.get("train.trainer_type", "grpo")
+    if isinstance(trainer, str):
+        trainer = trainer.lower()  # as it looks them up
+    if not isinstance(trainer, str) or trainer not in DEFAULTS_BY_TRAINER:
+        reason = f": {_SINGLE_PICTURES}" if trainer == "sft" else ""
+        raise ValueError(
+            f"{named(file)}: train.trainer_type {quoted(trainer)} has no equal here{reason}; there are"
+            f" {', '.join(DEFAULTS_BY_TRAINER)}"
+        )
+    optimizer = {f"optimizers[0].{name}": value for name, value in OPTIMIZER.items()}
+    defaults = {**DEFAULTS, **DEFAULTS_BY_TRAINER[trainer], **optimizer}
+    left_out = {name: value for name, value in defaults.items() if name not in settings}
+    if "train.trainer_type" in settings:
+        settings["train.trainer_type"] = trainer
+    if str(settings.get("model.model_type")).lower() in ("wan2_t2v", "wan2_i2v"):
+        left_out["scheduler.levels"] = "UniPC's"
+    return translate(file, {**settings, **left_out}, RULES, defaults=left_out)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, with a limit on objects that are merged (`<<`) into one, which could take work without end."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_SETTINGS:
+            raise ValueError("too many objects are merged into one another")
+
+
+def _read(path: Path) -> dict[str, object]:
+    """The settings of a file by their dotted names."""
+    content = read_bytes(path)
+    try:
+        data = yaml.load(content, _Loader)
+        if not isinstance(data, dict) or not data:
+            raise ValueError("it holds no settings by name")
+        settings = flatten(_in_new_form(data))
+        return {re.sub(r"(rewards\[\d+\]\.weight)\.(.*)", r"\1[\2]", name): value for name, value in settings.items()}
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{named(path)} is no settings file: {' '.join(str(error).split())[:200]}") from None
+
+
+def _in_new_form(original: Mapping[object, object]) -> dict[str, object]:
+    """The data of an older file in the form of newer ones.
+
+    Older files have one reward or data set without a list, and the optimizer's settings under `train`.
+    """
+    data = {str(key): value for key, value in original.items()}
+    for one, many in (("reward", "rewards"), ("rewards", "rewards"), ("eval_rewards", "eval_rewards")):
+        if isinstance(data.get(one), dict):
+            data[many] = [data.pop(one)]
+    train = data.get("train")
+    if isinstance(train, dict) and "optimizers" not in data:
+        old = {new: train[key] for key, new in OLD_OPTIMIZER.items() if key in train}
+        train = data["train"] = {key: value for key, value in train.items() if key not in OLD_OPTIMIZER}
+        if old:
+            data["optimizers"] = [old]
+    if isinstance(train, dict) and "beta_dpo" in train:
+        data["train"] = {"dpo_beta" if key == "beta_dpo" else key: value for key, value in train.items()}
+    files = data.get("data")
+    if isinstance(files, dict) and "dataset_dir" in files and "datasets" not in files:
+        rest = {key: value for key, value in files.items() if key != "dataset_dir"}
+        data["data"] = {"datasets": [{"dataset_dir": files["dataset_dir"]}], **rest}
+    return data
+
+
+def _as_number(value: object) -> object:
+    """The number that a text such as 1e-4 means, which YAML 1.1 reads as a text; any other value as it is."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d{1,20}(\.\d{0,20})?[eE][-+]?\d{1,3}", value):
+        return float(value)
+    return value
