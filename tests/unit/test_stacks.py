@@ -16,7 +16,7 @@ from progrpo.policies.settings import ModelSettings
 from progrpo.policies.sizes import _sizes_of, sizes, without_weights
 from progrpo.policies.stacks import stacks_of, with_blocks
 
-LAYERS = 7
+LAYERS = 5
 
 
 @pytest.mark.parametrize(

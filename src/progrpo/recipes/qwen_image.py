@@ -19,11 +19,11 @@ from progrpo.recipes.published import ATTENTION
 
 
 def qwen_image_edit() -> Config:
-    """Qwen-Image-Edit, which edits, towards RationalRewards at 512 pixels; bring edits.jsonl and eval.jsonl.
+    """Qwen-Image-Edit, which edits, towards RationalRewards; bring edits.jsonl and eval.jsonl.
 
-    A line of those is {"prompt": ..., "image": a path}. Steps, guidance, noise, the window of three steps before the
-    seventh, LoRA, rate, clip range and prompts per iteration are verl-omni's public settings for this model, in groups
-    of 16 (`--plan.preset custom --plan.group-size 16`) and towards PickScore, which does not see the source. The
+    A line of those is {"prompt": ..., "image": a path}. Size, steps, guidance, noise, the window of three steps before
+    the seventh, LoRA, rate, clip range and prompts per iteration are verl-omni's public settings for this model, in
+    groups of 16 (`--plan.preset custom --plan.group-size 16`) and towards PickScore, which does not see the source. The
     reward is Flow-Factory's for the same pipeline: a server has to run it (docs/rewards.md). The plan is Pro-GRPO's
     (arXiv 2512.15347), which was not published on this model.
     """

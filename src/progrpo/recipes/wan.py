@@ -57,7 +57,7 @@ def wan_pickscore() -> Config:
 
 
 def wan22_pickscore() -> Config:
-    """Videos by Wan 2.2 (A14B, two denoisers) towards PickScore of their frames; bring prompts.txt and eval.txt.
+    """Videos by Wan 2.2 (A14B) towards PickScore of their frames; bring prompts.txt and eval.txt.
 
     Size, frames, steps, noise, rank, rate, clip range, prompts and the one random step that is trained are
     Flow-Factory's public settings for this model, in groups of 16 (`--plan.preset custom --plan.group-size 16`). Its
