@@ -4,7 +4,9 @@ docs/memory.md has the table. The model is a LoRA on a transformer of SD 3.5's k
 (`benchmarks/memory.py`), in bfloat16 on one CPU thread. The output has the bytes of the denoiser's frozen weights, the
 most bytes that live at once beside them in a microbatch's forward and backward pass, the seconds of that pass and of a
 network call. It also has the error of 8 bits and of bfloat16 in the output of shapes-flow, whose weights were trained:
-the root of the mean square difference over that of the output, on a grid of 10 steps. If the package of 8-bit AdamW is
+the root of the mean square difference over that of the output, on a grid of 10 steps. The text encoders in 8 bits have
+lines of their own: the cosine of shapes-flow's embeddings with the whole encoders' (least and median of all tokens),
+and the bytes and the seconds of a text for a random encoder of T5's kind in bfloat16. If the package of 8-bit AdamW is
 there, it has the bytes of its averages and the seconds of a step, for two million weights.
 """
 
@@ -21,9 +23,12 @@ from typing import Any
 
 import torch
 from memory import CALLED, TOKENS, TRAINED, allocated, random_sd3
+from torch.nn import functional
+from transformers import T5Config, T5EncoderModel
 
 from progrpo.config import OptimSettings
 from progrpo.policies.load import load_policy, policy_from_pipeline, quiet
+from progrpo.policies.quantized import quantize_blocks
 from progrpo.policies.settings import ModelSettings
 from progrpo.training.optimizer import optimizer_from
 from progrpo.types import Condition
@@ -87,6 +92,29 @@ def off_by(**changes: Any) -> dict[str, float]:
     return {"off_by_median": median(found), "off_by_last": found[-1]}
 
 
+@torch.no_grad()
+def cosines() -> dict[str, float]:
+    """The cosine of each token's embedding, and of the pooled ones, with the whole encoders' in shapes-flow."""
+    whole, lean = (load_policy(replace(ModelSettings(), **c)) for c in ({}, {"text_quantize": "int8"}))
+    prompts = sample_prompts("test", TEXTS, seed=0)
+    one, other = whole.encode(prompts).tensors, lean.encode(prompts).tensors
+    cosine = torch.cat([functional.cosine_similarity(one[name], other[name], dim=-1).flatten() for name in one])
+    return {"cosine_least": cosine.min().item(), "cosine_median": cosine.median().item()}
+
+
+@torch.no_grad()
+def encoding(quantized: bool) -> dict[str, float]:
+    """The bytes of a random text encoder of T5's kind, and the seconds of a text of 256 tokens."""
+    config = T5Config(d_model=1024, d_ff=2560, d_kv=64, num_heads=16, num_layers=4, feed_forward_proj="gated-gelu")
+    torch.manual_seed(0)
+    encoder = T5EncoderModel(config).to(torch.bfloat16).eval().requires_grad_(False)
+    if quantized:
+        quantize_blocks(encoder)
+    tokens = torch.arange(256)[None]
+    size = sum(t.nbytes for t in (*encoder.parameters(), *encoder.buffers()))
+    return {"encoder_MB": size / 1e6, "text_seconds": seconds(lambda: encoder(tokens))}
+
+
 def averages(name: Any) -> dict[str, float]:
     weights = torch.nn.Parameter(torch.randn(2048, 1024))
     optimizer = optimizer_from(OptimSettings(name), [weights])
@@ -106,6 +134,8 @@ def main() -> None:
     results: dict[str, Any] = {name: passes(settings) for name, settings in KNOBS.items()}
     results["shapes-flow, int8"] = off_by(quantize="int8")
     results["shapes-flow, bfloat16"] = off_by(dtype=torch.bfloat16)
+    results["shapes-flow, text encoders int8"] = cosines() | off_by(text_quantize="int8")
+    results["text encoder bfloat16"], results["text encoder int8"] = encoding(False), encoding(True)
     for name in ("adamw", "adamw_8bit") if find_spec("bitsandbytes") else ("adamw",):
         results[name] = averages(name)
     if options.json:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 _MOST = 120  # characters that are shown of each end of a long text
 _HERE = os.path.dirname(__file__)
+_PLACE = "_progrpo_place"  # the attribute of an error from another process
 _PYTHON = os.path.dirname(os.__file__)  # the standard library
 
 
@@ -59,9 +60,18 @@ def raised(error: BaseException) -> str:
     return f"{place}{type(error).__name__}{f': {reason}' if reason else ''}"
 
 
+def keep_place(of: BaseException, within: BaseException) -> None:
+    """Keep the file and line of a user's code in an error that goes to another process, where it has no traceback."""
+    file, line, _ = _place_and_reason(of)
+    if file is not None:
+        within.__dict__[_PLACE] = (file, line)  # also where the user's class forbids new attributes
+
+
 def _place_and_reason(error: BaseException) -> tuple[str | None, int | None, str]:
     if isinstance(error, SyntaxError):
         return error.filename, error.lineno, error.msg
+    if _PLACE in error.__dict__:
+        return *error.__dict__[_PLACE], str(error)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_of_user(frame.filename)]
     if not frames:
         return None, None, str(error)

@@ -82,6 +82,9 @@ class Values(dict[str, object]):
         """Write JSON that `from_text` reads."""
         return json.dumps(self)
 
+    def __hash__(self) -> int:  # type: ignore[override]  # settings are frozen, and keys of caches
+        return hash(self.to_text())
+
 
 # --- checking values --------------------------------------------------------------------------------------------------
 

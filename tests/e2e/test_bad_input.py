@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -282,8 +283,24 @@ def test_a_strangers_reward_is_asked_only_by_name(strangers, capsys, term, held_
     parts = {"eval": {"rewards": [term]}} if held_out else {"reward": {"terms": [term]}}
     (strangers / "config.json").write_text(json.dumps(parts))
     assert main(["eval", "run", "--pictures", "2"]) == 2
-    assert "if you trust that, give --reward with it" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    name, own = ("measure by it if you trust it,", "progrpo eval run --reward shapes") if held_out else ("name it:", "")
+    assert f"{name} progrpo eval run --reward " in said and own in said
     assert not Path("imported").exists() and not Path("scores").exists()
+
+
+def test_the_command_that_trusts_a_runs_own_rewards_can_be_pasted(strangers, capsys, monkeypatch):
+    Path("my runs").mkdir()
+    strangers.rename("my runs/a")
+    terms = ["-0.5*theirs:reward", {"name": "jpeg_compressibility", "retries": 0}]
+    Path("my runs/a/config.json").write_text(json.dumps({"reward": {"terms": terms}}))
+    assert main(["eval", "my runs/a"]) == 2
+    words = shlex.split(capsys.readouterr().err.rpartition("name it: ")[2])
+    assert words[:3] == ["progrpo", "eval", "my runs/a"] and not Path("imported").exists()
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(words[1:]) == 2
+    assert "has saved no trained weights yet" in capsys.readouterr().err  # the rewards were taken, and all but that
+    assert Path("imported").exists()
 
 
 @pytest.mark.parametrize("choices", ["'None', 'b', 'a'", "'b', 'None', 'a'", "'b', 'a', 'None'"])

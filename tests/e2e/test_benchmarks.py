@@ -23,6 +23,7 @@ SMALL: dict[str, list[str]] = {
     "reward_model": ["--prompts", "16", "8", "--pairs", "30", "--flips", "0", "--seeds", "0"],
     "reward_shape": ["--prompts", "2", "--group-size", "8", "--ode-steps", "2", "--sde-steps", "2"],
     "selection": ["--repeats", "1"],
+    "shortcuts": ["--prompts", "1", "--seeds", "0", "1"],
     "startup": ["--repeats", "1", "--busy", "1"],
     "step": ["--after", "1", "--prompts", "1", "--pictures", "2", "--lengths", "1e-4", "--seeds", "0"],
     "verifier": ["--repeats", "1"],

@@ -399,6 +399,7 @@ def test_commands_say_what_a_run_of_the_library_needs(trained, tiny_sd3, tmp_pat
     assert config["model"]["path"] == "a StableDiffusion3Pipeline given to progrpo.train"
     assert config["prompts"]["source"] == config["eval"]["prompts"] == "prompts given to progrpo.train"
     assert [(t["name"].rpartition(":")[2], t["from_python"]) for t in config["reward"]["terms"]] == [("redness", True)]
+    reward = config["reward"]["terms"][0]["name"]
     for words, message in (
         (
             ["train", "--resume", run],
@@ -409,8 +410,8 @@ def test_commands_say_what_a_run_of_the_library_needs(trained, tiny_sd3, tmp_pat
             "prompts.source, eval.prompts, reward.terms: a run of progrpo.train had",
         ),
         (["sample", run, "--prompt", "a"], f"name the model it was: progrpo sample MODEL --lora {run}"),
-        (["eval", run], f"progrpo eval MODEL --lora {run} --prompts FILE --reward NAME"),
-        (["eval", tiny_sd3, "--lora", run], f"progrpo eval {tiny_sd3} --lora {run} --prompts FILE --reward NAME"),
+        (["eval", run], f"progrpo eval MODEL --lora {run} --prompts FILE --reward {reward}"),
+        (["eval", tiny_sd3, "--lora", run], f"progrpo eval {tiny_sd3} --lora {run} --prompts FILE --reward {reward}"),
     ):
         assert main([str(word) for word in words]) == 2
         assert message in (said := capsys.readouterr().err) and said.count("\n") == 1

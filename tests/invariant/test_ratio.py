@@ -15,8 +15,11 @@ from progrpo.config import ObjectiveSettings, OptimSettings, PlanSettings, Sampl
 from progrpo.objectives.base import Experience, Loss, Objective
 from progrpo.objectives.grpo import GRPO
 from progrpo.objectives.settings import GRPOSettings
+from progrpo.policies.load import policy_from_pipeline
+from progrpo.policies.settings import ModelSettings
 from progrpo.rollout.sampling import load_sampler
 from progrpo.training.checks import SelfCheckError, check_ratio, rounding_between, rounding_of_ratio
+from tests.support.runs import load_pipeline
 
 CLIP_RANGE = 3e-3
 Rollouts = Callable[[float], Experience]
@@ -101,6 +104,16 @@ def test_ratio_is_one_at_every_microbatch(tiny_policy, guided, weights, moved):
 def test_ratio_is_one_in_low_precision(tiny_policy, guided, weights, dtype):
     policy = tiny_policy(weights, dtype, moved=0.1)
     # matrices of one row are vectors, for which there are other kernels: a call has two
+    worst, clipped = seen(policy, guided(policy), microbatches=(1, 3, 64))
+    assert worst <= allowed(policy)
+    assert clipped == 0 or not policy.batch_invariant
+
+
+@pytest.mark.parametrize(("dtype", "quantize"), [("float32", "int8"), ("bfloat16", "none")])
+def test_ratio_is_one_for_a_dora(tiny_sd3, guided, move, dtype, quantize):
+    settings: Any = {"dtype": dtype, "quantize": quantize, "lora_rank": 2, "lora_use_dora": True}
+    policy = policy_from_pipeline(load_pipeline(tiny_sd3), ModelSettings(max_sequence_length=8, **settings))
+    move(policy, 0.1)
     worst, clipped = seen(policy, guided(policy), microbatches=(1, 3, 64))
     assert worst <= allowed(policy)
     assert clipped == 0 or not policy.batch_invariant

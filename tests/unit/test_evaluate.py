@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from progrpo.config import Config
+from progrpo.rewards.settings import RewardSettings, RewardTerm
 from progrpo.rollout.sampling import ode
 from progrpo.training.evaluate import kl_to_reference
+from progrpo.training.evaluate_model import with_rewards
 from progrpo.training.pictures import diversity
+from progrpo.training.trained_model import ModelChoice
 from progrpo.types import Prompt
 
 
@@ -34,3 +38,18 @@ def test_the_distance_to_the_reference_is_that_of_velocities(tiny_policy, guidan
     assert kl_to_reference(policy, "ema", prompts, sampling, seed=0) == 0
     policy.named_weights.forget("reference")
     assert kl_to_reference(policy, "current", prompts, sampling, seed=0) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("my_rewards:score", "my_rewards:score"),
+        ("__main__:score", "NAME"),
+        ("my_rewards:make._locals_.score", "NAME"),
+        ("my_rewards:_lambda_", "NAME"),
+    ],
+)
+def test_the_command_that_trusts_a_reward_names_it_where_a_name_loads_it(name, word):
+    config = Config(reward=RewardSettings((RewardTerm(name, from_python=True),)))
+    with pytest.raises(ValueError, match=rf"if you trust that, name it: progrpo studio runs/a --reward {word}$"):
+        with_rewards(ModelChoice("runs/a"), config, (), "studio")

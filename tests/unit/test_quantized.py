@@ -15,6 +15,7 @@ from progrpo.config import Config, ModelSettings, config_to_json
 from progrpo.policies.base import PolicyContext
 from progrpo.policies.load import load_policy
 from progrpo.policies.quantized import Int8Linear
+from progrpo.policies.sizes import sizes
 from progrpo.training.build import policy_from
 from progrpo.training.distributed import Ranks
 from progrpo.training.trained_model import ModelChoice
@@ -146,6 +147,33 @@ def test_blocks_are_in_8_bits_the_lora_is_whole_and_fits_the_unquantised_model(l
         assert torch.equal(output(again, prompts), found)
 
 
+def encoders_of(policy: Any) -> list[Any]:
+    return [c for name, c in policy.pipeline.components.items() if name.startswith("text_encoder") and c is not None]
+
+
+@pytest.mark.parametrize("model", ["tiny_sd3", "tiny_flux2_klein", "tiny_wan", "tiny_qwen_image"])
+def test_text_encoders_in_8_bits_are_half_as_large_and_say_nearly_the_same(request, model, told):
+    folder = request.getfixturevalue(model)
+    settings = replace(SETTINGS, frames=3 if model == "tiny_wan" else None, path=str(folder), keep_text_encoders=True)
+    whole, lean = (load_policy(replace(settings, text_quantize=name)) for name in ("none", "int8"))
+    assert not in_blocks(lean)
+    for encoder in encoders_of(lean):
+        kinds = {type(m) for name, m in encoder.named_modules() if ".0." in name and isinstance(m, nn.Linear)}
+        assert kinds == {Int8Linear}
+    one, other = (policy.encode(told("red cat", "blue dog")).tensors for policy in (whole, lean))
+    for name, embedding in one.items():
+        if embedding.is_floating_point():
+            off = (other[name] - embedding).norm() / embedding.norm()
+            assert off < 0.05 and (off > 0 or "mask" in name), name
+
+
+def test_a_plan_counts_text_encoders_in_8_bits(tiny_sd3):
+    settings = replace(SETTINGS, path=str(tiny_sd3), text_quantize="int8")
+    policy = load_policy(replace(settings, keep_text_encoders=True))
+    own = sum(p.nbytes for encoder in encoders_of(policy) for p in encoder.parameters())
+    assert sizes(settings, 1, 1, 1).text_encoder_bytes == own
+
+
 def test_scales_stay_precise_where_the_rest_is_not(tiny_sd3):
     policy: Any = load_policy(replace(SETTINGS, dtype="bfloat16", quantize="int8", path=str(tiny_sd3)))
     layers = [module for module in policy.denoiser.modules() if isinstance(module, Int8Linear)]
@@ -169,7 +197,7 @@ def test_a_saved_lora_gives_diffusers_the_pictures_of_the_unquantised_model(tiny
 
 
 def test_a_run_is_told_and_what_it_saved_is_looked_at_on_the_whole_model(tiny_sd3, tmp_path):
-    model = ModelSettings(str(tiny_sd3), lora_rank=2, max_sequence_length=8, quantize="int8")
+    model = ModelSettings(str(tiny_sd3), lora_rank=2, max_sequence_length=8, quantize="int8", text_quantize="int8")
     policy: Any = policy_from(model, PolicyContext())
     assert in_blocks(policy)
     run = tmp_path / "run"
@@ -178,3 +206,4 @@ def test_a_run_is_told_and_what_it_saved_is_looked_at_on_the_whole_model(tiny_sd
     (run / "summary.json").write_text("{}")
     looked_at: Any = ModelChoice(str(run)).load(Ranks())
     assert not in_blocks(looked_at)
+    assert not any(isinstance(m, Int8Linear) for encoder in encoders_of(looked_at) for m in encoder.modules())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -285,10 +286,14 @@ def test_a_process_that_hangs_is_replaced_after_its_time(mortal, monkeypatch):
 
 
 def test_whatever_goes_wrong_in_a_process_comes_back_and_it_lives_on(mortal):
+    here = RetryingReward(load_reward(RewardTerm(f"{MODULE}:errs")), retries=0)
     with processes("errs", 1) as reward:
         patient = RetryingReward(reward, retries=0)
-        for text, error in (("exit", "SystemExit: no key"), ("picky", "RuntimeError: Picky: too dark")):
-            assert patient.score(PICTURES[:1], [Prompt(text)])[0].error == error
+        for text, error, sent in (("exit", "SystemExit: no key", ""), ("picky", "Picky: too dark", "RuntimeError: ")):
+            known = str(here.score(PICTURES[:1], [Prompt(text)])[0].error)
+            place = known.removesuffix(error)
+            assert re.fullmatch(rf"{MODULE}\.py, line \d+: ", place)
+            assert patient.score(PICTURES[:1], [Prompt(text)])[0].error == f"{place}{sent}{error}"
         with pytest.raises(
             WrongAnswer, match=r"^reward errs returned \[0.0\], of type 'list', as the score of picture 0"
         ):

@@ -14,9 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from progrpo.messages import named
+from progrpo.policies.dora import scaled_to
 from progrpo.policies.experts import parts_of
 from progrpo.policies.load import apply_trained, family_of, locate, read_pipeline, reported_errors
-from progrpo.policies.lora_files import SETTINGS, TRAINED_WITH, lora_file
+from progrpo.policies.lora_files import MAGNITUDE, SETTINGS, TRAINED_WITH, lora_file
 from progrpo.policies.networks import fetch, network_class
 from progrpo.policies.settings import ModelSettings
 
@@ -37,6 +38,13 @@ def saved_lora(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
             )
             for layer in sorted(layers)
         }
+
+
+def saved_magnitudes(file: Path) -> dict[str, Tensor]:
+    """The trained lengths of rows of each layer of a DoRA that a run has saved; none of a plain LoRA."""
+    with reported_errors(file.parent, "trained weights"), safe_open(file, "pt") as stored:
+        names = [name for name in stored.keys() if name.endswith(MAGNITUDE)]  # noqa: SIM118 (it is no dict)
+        return {name.removesuffix(MAGNITUDE).partition(".")[2]: stored.get_tensor(name).float() for name in names}
 
 
 def _strength(layer: str, settings: Mapping[str, Any]) -> float:
@@ -80,19 +88,22 @@ def save_merged(settings: ModelSettings, trained: Path, folder: Path, dtype: tor
         apply_trained(pipeline, kind.denoiser_name, trained)
     for name, denoiser in parts_of(pipeline, kind.denoiser_name).items():
         if trained.name not in DENOISERS:
-            _merge(denoiser, saved_lora(trained / lora_file(name == kind.denoiser_name, name)))
+            file = trained / lora_file(name == kind.denoiser_name, name)
+            _merge(denoiser, saved_lora(file), saved_magnitudes(file))
         denoiser.to(dtype)
     pipeline.save_pretrained(folder)
 
 
 @torch.no_grad()
-def _merge(denoiser: ModelMixin, lora: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+def _merge(denoiser: ModelMixin, lora: Mapping[str, tuple[Tensor, Tensor]], magnitudes: Mapping[str, Tensor]) -> None:
     modules = dict(denoiser.named_modules())
     for layer, (first, second) in lora.items():
         weight = getattr(modules.get(layer), "weight", None)
         if weight is None or (len(second), *first.shape[1:]) != tuple(weight.shape):
             raise ValueError(f"the run's LoRA adapts {named(layer)}, which the model does not have in that size")
         weight += (second.flatten(1) @ first.flatten(1)).reshape(weight.shape)
+        if layer in magnitudes:
+            weight.copy_(scaled_to(weight, magnitudes[layer]))
 
 
 def _stored_dtypes(folder: Path, variant: str) -> dict[str, torch.dtype]:

@@ -15,13 +15,15 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
 from progrpo.messages import named
+from progrpo.policies.dora import Magnitude
 from progrpo.policies.hub import reason_of
-from progrpo.policies.lora_files import SETTINGS, TRAINED_WITH, lora_file, read_lora
+from progrpo.policies.lora_files import MAGNITUDE, SETTINGS, TRAINED_WITH, lora_file, read_lora
 
 ADAPTER = "default"
 """The name of the trained adapter in peft."""
@@ -90,6 +92,20 @@ def in_float32(denoiser: ModelMixin) -> None:
     for module in denoiser.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
+    _own_magnitudes(denoiser)
+
+
+def magnitudes(denoiser: ModelMixin) -> dict[str, Tensor]:
+    """The lengths of rows of each layer that a DoRA adapts; none of a plain LoRA."""
+    modules = denoiser.named_modules()
+    return {name.partition(MAGNITUDE)[0]: module.weight for name, module in modules if isinstance(module, Magnitude)}
+
+
+def _own_magnitudes(denoiser: ModelMixin) -> None:
+    """Give the layers of a DoRA modules that compute in float32, with the lengths of the base's rows."""
+    for module in denoiser.modules():
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_magnitude_vector:
+            module.lora_magnitude_vector[ADAPTER] = Magnitude(module.get_base_layer())
 
 
 def _scales(denoiser: ModelMixin) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """LoRA files of others: diffusers' format, peft's folders, and kohya's where diffusers converts it.
 
 A LoRA is two matrices for each layer and the scale of their product. Each format keeps the scale in another place:
-diffusers and peft in settings beside the tensors, kohya in tensors of their own. Without any the scale is 1.
+diffusers and peft in settings beside the tensors, kohya in tensors of their own. Without any the scale is 1. A DoRA has
+the lengths of rows beside the matrices.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ SETTINGS = "lora_adapter_metadata"
 """The name of peft's settings in the header of a file in diffusers' format."""
 TRAINED_WITH = "progrpo_trained_with"
 """The name of the settings of training in the header of a file whose weights were rescaled for saving."""
+MAGNITUDE = ".lora_magnitude_vector"
+"""The end of the name of a DoRA's lengths, in peft's and diffusers' formats."""
 HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 
 _PEFT_FILE, _PEFT_SETTINGS, _PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 _KOHYA = ("lora_unet_", "lora_te")
 _MATRIX = re.compile(r"(?P<layer>.+?)[._]lora(?:\d|_linear_layer)?[._](?P<side>A|B|down|up)\.weight", re.DOTALL)
 _OTHER_KINDS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
+    "dora_scale": "DoRA in kohya's format, of which diffusers drops the lengths",
     "hada_": "LoHa",
     "lokr_": "LoKr",
     "oft_": "OFT",
@@ -52,7 +54,6 @@ _OTHER_KINDS = {
 """The kinds that are no plain LoRA, by a part of their tensors' names."""
 _SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 _OTHER_SETTINGS = {
-    "use_dora": "DoRA",
     "use_qalora": "QA-LoRA",
     "use_bdlora": "BD-LoRA",
     "monteclora_config": "MonteCLoRA",
@@ -71,7 +72,8 @@ LoraSettings = dict[str, Any]
 class LoraWeights:
     """The weights of a LoRA, float32, by the denoiser's names, and peft's configuration of it.
 
-    The names are `LAYER.lora_A.weight` (r, I, ...) and `LAYER.lora_B.weight` (O, r, ...).
+    The names are `LAYER.lora_A.weight` (r, I, ...), `LAYER.lora_B.weight` (O, r, ...) and, in a DoRA,
+    `LAYER.lora_magnitude_vector` (O,).
     """
 
     tensors: dict[str, Tensor]
@@ -93,11 +95,11 @@ def second_loras(folder: Path) -> list[str]:
 def read_lora(pipeline: DiffusionPipeline, denoiser_name: str, source: str, name: str = LORA_FILE) -> LoraWeights:
     """Read the LoRA of a folder, a file or a hub id; `name` is another file's for a second denoiser.
 
-    ValueError, a part of a sentence, for what is no plain LoRA of the denoiser alone.
+    ValueError, a part of a sentence, for what is no LoRA or DoRA of the denoiser alone.
     """
     file = _file(source) if name == LORA_FILE else _second_file(source, name)
     raw, header = _read(file)
-    _require_plain(raw)
+    _require_whole(raw)
     if not_finite := [name for name, tensor in raw.items() if not tensor.isfinite().all()]:
         raise ValueError(
             f"its {min(not_finite)} has numbers that are not finite, as of a training that diverged; take another"
@@ -199,9 +201,11 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(file, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no dict)
-            return {
-                name.replace(".default.weight", ".weight"): t for name, t in tensors.items()
-            }, stored.metadata() or {}
+            named_plainly = {
+                name.replace(".default.weight", ".weight").replace(f"{MAGNITUDE}.weight", MAGNITUDE): tensor
+                for name, tensor in tensors.items()
+            }
+            return named_plainly, stored.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{file.name} is no file in safetensors, or a damaged one ({error})") from None
 
@@ -209,25 +213,32 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 # --- what is in it ----------------------------------------------------------------------------------------------------
 
 
-def _require_plain(names: Collection[str]) -> None:
-    """ValueError for a file that holds more or less than both matrices of each layer.
+def _require_whole(tensors: Mapping[str, Tensor]) -> None:
+    """ValueError for a file that holds more or less than both matrices of each layer, and a DoRA's lengths.
 
     The libraries below drop what they do not know.
     """
+    names = tensors.keys()
     sides: dict[str, set[str]] = {}
     for name in names:
         for fragment, kind in _OTHER_KINDS.items():
             if fragment in name:
-                raise ValueError(f"it is a {kind} ({name}), and only plain LoRAs are used here")
+                raise ValueError(f"it is a {kind} ({name}), and only LoRAs and peft's DoRAs are used here")
         if match := _MATRIX.fullmatch(name):
             sides.setdefault(match["layer"], set()).add(match["side"])
-    alone = [name for name in names if not _MATRIX.fullmatch(name) and name.removesuffix(".alpha") not in sides]
+    ends = (".alpha", MAGNITUDE)
+    alone = [n for n in names if not _MATRIX.fullmatch(n) and all(n.removesuffix(end) not in sides for end in ends)]
     if not sides:
         raise ValueError("it is not a LoRA: no tensor in it is one of lora_A and lora_B, or of lora_down and lora_up")
     if alone:
         raise ValueError(f"it is not a plain LoRA, since it holds {min(alone)}")
     if half := [layer for layer, layer_sides in sides.items() if len(layer_sides) != 2]:
         raise ValueError(f"its {min(half)} has one of two matrices, so that the file is damaged")
+    magnitudes = {name.removesuffix(MAGNITUDE): t for name, t in tensors.items() if name.endswith(MAGNITUDE)}
+    if magnitudes and (rest := sides.keys() - magnitudes.keys()):
+        raise ValueError(f"it is a DoRA whose {min(rest)} has no {MAGNITUDE[1:]}, so that the file is damaged")
+    if wide := [layer for layer, tensor in magnitudes.items() if tensor.ndim != 1]:
+        raise ValueError(f"it is a DoRA of convolutions ({min(wide)}), and only those of linear layers are used here")
 
 
 def _scaled(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -246,7 +257,7 @@ def _scaled(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
         scaled[name] = raw[name].float() * scale
         if name.startswith(_KOHYA):
             scaled[f"{layer}.alpha"] = torch.tensor(float(ranks[layer]))
-    return scaled
+    return scaled | {name: tensor.float() for name, tensor in raw.items() if name.endswith(MAGNITUDE)}
 
 
 def _converted(pipeline: DiffusionPipeline, denoiser_name: str, raw: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -273,12 +284,17 @@ def _converted(pipeline: DiffusionPipeline, denoiser_name: str, raw: dict[str, T
 
 
 def _is_all(own: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> bool:
-    """Whether nothing was dropped, by the sum of squares of second matrices: that stays where a layer is split."""
+    """Whether nothing was dropped, by the sum of squares of second matrices: that stays where a layer is split.
+
+    A DoRA's lengths are counted.
+    """
+    lengths = [sum(name.endswith(MAGNITUDE) for name in tensors) for tensors in (own, raw)]
     own_matrices, raw_matrices = _second_matrices(own), _second_matrices(raw)
     own_sum, raw_sum = (
         sum(float(t.double().square().sum()) for t in matrices) for matrices in (own_matrices, raw_matrices)
     )
-    return len(own_matrices) >= len(raw_matrices) and math.isclose(own_sum, raw_sum, rel_tol=1e-6)
+    kept = len(own_matrices) >= len(raw_matrices) and lengths[0] == lengths[1]
+    return kept and math.isclose(own_sum, raw_sum, rel_tol=1e-6)
 
 
 def _second_matrices(tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -298,7 +314,7 @@ def _settings_beside(file: Path) -> LoraSettings:
         )
     settings: LoraSettings = json.loads(path.read_bytes())
     if (kind := settings.get("peft_type")) != "LORA":
-        raise ValueError(f"it is a {kind}, and only plain LoRAs are used here")
+        raise ValueError(f"it is a {kind}, and only LoRAs and peft's DoRAs are used here")
     return settings
 
 
@@ -314,7 +330,10 @@ def _config(settings: LoraSettings, tensors: Mapping[str, Tensor]) -> LoraConfig
     """Peft's configuration of plain layers. Without settings ranks are the matrices' and the scale is 1."""
     for name, kind in _OTHER_SETTINGS.items():
         if settings.get(name):
-            raise ValueError(f"it is a {kind}, and only plain LoRAs are used here")
+            raise ValueError(f"it is a {kind}, and only LoRAs and peft's DoRAs are used here")
+    is_dora = any(name.endswith(MAGNITUDE) for name in tensors)
+    if settings.get("use_dora") and not is_dora:
+        raise ValueError(f"it is a DoRA without {MAGNITUDE[1:]}, so that the file is damaged")
     if (began := str(settings.get("init_lora_weights"))).startswith(_REWRITES):
         raise ValueError(
             f"it began with {began}, which changed the model's own weights; have peft save it for the unchanged model"
@@ -325,7 +344,7 @@ def _config(settings: LoraSettings, tensors: Mapping[str, Tensor]) -> LoraConfig
     if not min(alphas) > 0:
         raise ValueError(f"its alpha is {min(alphas)}, with which a LoRA adds nothing")
     layers = sorted({name.partition(".lora_")[0] for name in tensors})
-    return LoraConfig(target_modules=layers, init_lora_weights="gaussian", **scaling)
+    return LoraConfig(target_modules=layers, init_lora_weights="gaussian", use_dora=is_dora, **scaling)
 
 
 def _scaling_by_ranks(tensors: Mapping[str, Tensor]) -> LoraSettings:

@@ -5,7 +5,7 @@ They are in place, and in an order that matters: each line of `prepare` is one s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from weakref import WeakSet
@@ -26,10 +26,11 @@ from progrpo.policies.fingerprint import fingerprint
 from progrpo.policies.finite import require_finite
 from progrpo.policies.geometry import Geometry
 from progrpo.policies.handover import take_over
-from progrpo.policies.lora import add_lora, continue_lora, in_float32
+from progrpo.policies.lora import add_lora, continue_lora, in_float32, magnitudes
 from progrpo.policies.quantized import quantize_blocks
 from progrpo.policies.settings import ModelSettings
 from progrpo.policies.sharded import blocks, share_out
+from progrpo.settings import Values
 
 _LARGEST_TILE = 512  # pixels
 _TILE_MULTIPLE = 4  # latents
@@ -135,6 +136,9 @@ def _require_fitting_context(family: ModelFamily, geometry: Geometry) -> None:
 
 
 def _quantize(family: ModelFamily) -> None:
+    if family.settings.text_quantize == "int8":
+        for encoder in text_encoders(family.pipeline):
+            quantize_blocks(encoder)
     if family.settings.quantize == "int8":
         for denoiser in family.denoisers.values():
             _cast_to(denoiser, family.dtype)
@@ -184,30 +188,62 @@ def _add_fresh_lora(family: ModelFamily) -> None:
     with torch.random.fork_rng(devices=[]):  # peft draws on the CPU, from the global generator
         torch.default_generator.manual_seed(family.context.lora_seed)
         for denoiser in family.denoisers.values():
+            layers = _adapted_layers(denoiser, targets)
             config = LoraConfig(
                 r=settings.lora_rank,
                 lora_alpha=settings.lora_alpha,
+                rank_pattern=_by_layer("lora_rank_pattern", settings.lora_rank_pattern, layers),
+                alpha_pattern=_by_layer("lora_alpha_pattern", settings.lora_alpha_pattern, layers),
                 lora_dropout=0.0,
                 init_lora_weights="gaussian",
-                target_modules=_adapted_layers(denoiser, targets),
+                target_modules=layers,
+                use_dora=settings.lora_use_dora,
             )
             add_lora(denoiser, config)
             in_float32(denoiser)
+            _require_directions(denoiser)
+
+
+def _require_directions(denoiser: ModelMixin) -> None:
+    for layer, lengths in magnitudes(denoiser).items():
+        if not lengths.is_meta and not lengths.all():  # 0 / 0 for its readers, too
+            raise ValueError(
+                f"model.lora_use_dora: {layer} has a row of zeros, which has no direction; leave it out of"
+                " model.lora_targets, or train a plain LoRA"
+            )
 
 
 def _adapted_layers(denoiser: nn.Module, targets: tuple[str, ...]) -> list[str]:
     linears = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
     adapted: set[str] = set()
     for target in targets:
-        layers = [name for name in linears if fnmatchcase(f".{name}", f"*.{target}")]
+        layers = _ending(linears, target)
         if not layers:
             raise ValueError(f"model.lora_targets: no linear layer's name ends in {target!r}; use such as attn.to_q")
         adapted.update(layers)
     return sorted(adapted)
 
 
+def _ending(layers: Iterable[str], end: str) -> list[str]:
+    """The layers whose names end in `end`, where `*` matches anything."""
+    return [name for name in layers if fnmatchcase(f".{name}", f"*.{end}")]
+
+
+def _by_layer(field: str, values: Values, layers: Sequence[str]) -> dict[str, object]:
+    """The values of single layers as peft takes them, by whole names; of several endings the first counts."""
+    own: dict[str, object] = {}
+    for end, value in values.items():
+        matching = _ending(layers, end)
+        if not matching:
+            raise ValueError(f"model.{field}: no adapted layer's name ends in {end!r}; use such as {layers[0]}")
+        own = dict.fromkeys((f"^{name}" for name in matching), value) | own
+    return own
+
+
 def _share(family: ModelFamily) -> None:
     """Share the denoiser's weights out among the processes; a LoRA stays whole in each."""
+    if magnitudes(family.denoiser):
+        raise ValueError("model.shard must be false for a DoRA, which scales whole rows of a weight that is shared out")
     trained = [p for p in family.denoiser.parameters() if p.requires_grad]
     share_out(family.denoiser, family.device, replicated=trained if family.settings.weights == "lora" else [])
 
@@ -286,6 +322,15 @@ def compilable_decoder(vae: ModelMixin, settings: ModelSettings, device: torch.d
     """
     faster = device.type != "cpu" and settings.decoding == "whole" and isinstance(vae.decoder, Decoder)
     return [vae.decoder] if faster else []
+
+
+def text_encoders(pipeline: DiffusionPipeline) -> list[nn.Module]:
+    """The networks of a pipeline that encode prompts."""
+    return [
+        component
+        for name, component in pipeline.components.items()
+        if name.startswith("text_encoder") and isinstance(component, nn.Module)
+    ]
 
 
 def _networks(pipeline: DiffusionPipeline) -> list[nn.Module]:

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 
 
-def quantize_blocks(denoiser: nn.Module) -> None:
+def quantize_blocks(network: nn.Module) -> None:
     """Quantise the linear layers of the numbered blocks, in place. The few outside need their precision."""
-    for name, module in list(denoiser.named_modules()):
+    for name, module in list(network.named_modules()):
         if isinstance(module, nn.Linear) and _IN_A_BLOCK.search(name):
-            denoiser.set_submodule(name, Int8Linear(module))
+            network.set_submodule(name, Int8Linear(module))
 
 
 class Int8Linear(nn.Linear):
@@ -44,6 +44,12 @@ class Int8Linear(nn.Linear):
         dtype = torch.get_autocast_dtype(kind) if casts else input.dtype
         output: Tensor = _Product.apply(input.to(dtype), self.weight, self.scale, self.bias)
         return output
+
+
+def wide_weight(linear: nn.Linear) -> Tensor:
+    """The weight (O, I) of a linear layer in float32, whatever it is stored in."""
+    weight = linear.weight.detach()
+    return _widened(weight, linear.scale, torch.float32) if isinstance(linear, Int8Linear) else weight.float()
 
 
 class _Product(torch.autograd.Function):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from progrpo.settings import Rule, at_least, between, matches, setting
+from progrpo.settings import Rule, Values, at_least, between, matches, setting
 
 _SIDES = Rule(
     lambda v: all(8 <= side <= 4096 for side in (v if isinstance(v, tuple) else (v,))),
     "between 8 and 4,096 pixels, one number for a square or height and width",
 )
+
+
+def _whole_numbers(most: int) -> Rule:
+    return Rule(
+        lambda v: all(type(number) is int and 1 <= number <= most for number in v.values()),
+        f'an object of whole numbers between 1 and {most:,}, by endings of names of modules, such as {{"to_v": 4}}',
+    )
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class ModelSettings:
     It is a run folder, a folder in diffusers' or peft's format (with adapter_config.json), a safetensors file,
     or a hub id.
     Files in kohya's format work where diffusers reads them.
-    The loaded LoRA keeps its own rank, alpha and layers, and the three fields below are not read.
+    The loaded LoRA keeps its own rank, alpha and layers, and the other fields `lora_...` are not read.
     The reference, for the KL and for the run's own comparison, is the model with this LoRA.
     The saved LoRA takes its place on the same base model."""
     lora_rank: int = setting(16, between(1, 4096))
@@ -125,6 +132,20 @@ class ModelSettings:
     Both are the same for the spacing `leading`, and for `trailing` if T divides 1000.
     Otherwise the end of a step differs, by up to 15 % at 6 steps of `linspace` and by 0.3 % for `trailing`.
     A run whose config.json lacks this field began with `next` and continues with it."""
+    lora_rank_pattern: Values = field(default_factory=Values, metadata={"rule": _whole_numbers(4096)})
+    """The ranks of single layers of a fresh LoRA, by endings of names as in `lora_targets`, such as `{"to_v": 4}`.
+    The first ending that a name has counts. Other layers have `lora_rank`."""
+    lora_alpha_pattern: Values = field(default_factory=Values, metadata={"rule": _whole_numbers(2**31 - 1)})
+    """The alphas of single layers of a fresh LoRA, likewise. Other layers have `lora_alpha`.
+    A layer's output is multiplied by its alpha / its rank."""
+    lora_use_dora: bool = False
+    """Whether a fresh LoRA is a DoRA (arXiv 2402.09353), which also trains the length of each row of a weight.
+    It is exported to diffusers' format and as a merged model. It takes more time and memory, which `plan` counts."""
+    text_quantize: Literal["none", "int8"] = "none"
+    """`int8`: store the weights of the linear layers in the text encoders' blocks as 8-bit integers, as `quantize` does
+    for the denoiser.
+    This matters where memory is short when prompts are encoded, or with `keep_text_encoders`.
+    Samples and evaluations of what the run saved use the whole encoders."""
 
     def check(self) -> None:
         """Raise ValueError for settings of a LoRA if all weights are trained."""

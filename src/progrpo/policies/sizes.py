@@ -39,7 +39,7 @@ from progrpo.policies.load import (
 )
 from progrpo.policies.networks import network_class
 from progrpo.policies.pipeline import PipelinePolicy
-from progrpo.policies.prepare import prepare
+from progrpo.policies.prepare import prepare, text_encoders
 from progrpo.policies.settings import ModelSettings
 from progrpo.policies.stacks import FEW, stacks_of, with_blocks
 
@@ -107,7 +107,6 @@ def _sizes_of(pipeline: DiffusionPipeline, settings: ModelSettings, rows: tuple[
     bare = replace(with_own_length(settings), compile=False)
     policy = PipelinePolicy(prepare(_kind(pipeline), pipeline, bare, PolicyContext(torch.device("meta"))))
     denoiser, vae = policy.denoiser, pipeline.vae
-    encoders = [encoder for name, encoder in pipeline.components.items() if name.startswith("text_encoder") and encoder]
     weights = [(p.numel(), p.numel() * p.element_size(), p.requires_grad) for p in denoiser.parameters()]
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in (denoiser, vae):
@@ -134,7 +133,7 @@ def _sizes_of(pipeline: DiffusionPipeline, settings: ModelSettings, rows: tuple[
         trained=sum(count for count, _, grad in weights if grad),
         frozen_bytes=sum(size for _, size, grad in weights if not grad),
         decoder_bytes=_bytes(vae),
-        text_encoder_bytes=sum(map(_bytes, encoders)),
+        text_encoder_bytes=sum(map(_bytes, text_encoders(pipeline))),
         latent=torch.Size(policy.latent_shape).numel(),
         call_flops=call_flops // called,
         train_flops=train_flops // trained,

@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from progrpo.durable import new_folder, write_file
 from progrpo.messages import named
-from progrpo.policies.export import DENOISERS, denoiser_of, save_merged, saved_lora
+from progrpo.policies.export import DENOISERS, denoiser_of, save_merged, saved_lora, saved_magnitudes
 from progrpo.policies.load import BUILT_IN
 from progrpo.policies.lora_files import LORA_FILE, second_loras
 from progrpo.publish.layouts import LAYOUTS, formats_of
@@ -45,6 +45,11 @@ def export_lora(trained: Path, model: ModelSettings, form: str, out: Path) -> No
     formats = ("diffusers", "merged") if model.path in BUILT_IN else formats_of(pipeline)
     if form not in formats:
         raise ValueError(f"no tool reads {form} files of {named(model.path)}; its formats are {' and '.join(formats)}")
+    if saved_magnitudes(trained / LORA_FILE):
+        raise ValueError(
+            f"the run trained a DoRA, and not all readers of {form} files scale its rows by the trained lengths; its"
+            " formats are diffusers and merged"
+        )
     layout = LAYOUTS[form][pipeline]
     if homeless := without_place(lora, layout, config):
         others = [

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
-from progrpo.messages import named, quoted
+from progrpo.messages import keep_place, named, quoted
 from progrpo.rewards.base import Refusal, Reward, Score
 from progrpo.rewards.settings import RewardTerm
 from progrpo.streams import make_streams_tolerant
@@ -296,13 +296,16 @@ def _check(prompts: Sequence[Prompt]) -> None:
 
 @contextmanager
 def _sendable() -> Iterator[None]:
-    """Replace an error that cannot be pickled, and would break the pool, by one that can."""
+    """Replace an error that cannot be pickled, and would break the pool, by one that can. Both say where it arose."""
     try:
         yield
     except BaseException as error:
+        keep_place(of=error, within=error)
         try:
             copy.copy(error)  # which makes it anew from its arguments, as unpickling does
             pickle.dumps(error)
         except Exception:
-            raise RuntimeError(f"{type(error).__name__}: {error}") from None
+            plain = RuntimeError(f"{type(error).__name__}: {error}")
+            keep_place(of=error, within=plain)
+            raise plain from None
         raise

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from progrpo.messages import named
 from progrpo.policies.base import Policy, PolicyContext
+from progrpo.policies.dora import row_lengths
+from progrpo.policies.lora_files import MAGNITUDE
 from progrpo.storage import load_state
 from progrpo.training import checkpoints
 from progrpo.training.build import has_saved_weights, policy_from
@@ -43,8 +45,8 @@ class TunedModel:
         self._result = _copied(self.policy)
         if config.model.weights == "full":
             self._base = _copied(policy_from(config.model, context)) if finished else self._result
-        else:  # without its second matrices a LoRA adds nothing
-            self._base = {name: t.zero_() if ".lora_B." in name else t for name, t in _copied(self.policy).items()}
+        else:
+            self._base = _without_lora(self.policy)
         self._read = (RESULT, self._result)
         self._shown: tuple[str, float] | None = None
 
@@ -73,6 +75,18 @@ class TunedModel:
             weights = load_state(self._checkpoints[name])["policy"]
             self._read = (name, weights[self._average])
         return self._read[1]
+
+
+def _without_lora(policy: Policy) -> dict[str, Tensor]:
+    """The weights with which a LoRA adds nothing: no second matrices, and the lengths of a DoRA's rows in the base."""
+    frozen, base = dict(policy.frozen()), _copied(policy)
+    for name, tensor in base.items():
+        if ".lora_B." in name:
+            tensor.zero_()
+        layer, magnitude, _ = name.partition(MAGNITUDE)
+        if magnitude:
+            tensor.copy_(row_lengths(frozen[f"{layer}.base_layer.weight"]))
+    return base
 
 
 def _copied(policy: Policy) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ def trusted_config(run: Path, rewards: Sequence[str]) -> Config:
     A run folder may be a stranger's. ValueError for a reward of its own that would run code, and is not named.
     """
     choice = ModelChoice(str(run))
-    config = with_rewards(choice, choice.config, rewards)
+    config = with_rewards(choice, choice.config, rewards, "studio")
     config = replace(config, prompts=replace(config.prompts, pairs=""))  # a trial samples
     if rewards:
         config = replace(config, reward=replace(config.reward, noise=""))  # it may name one of the run's own

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NotRequired, cast
 
 import torch
@@ -63,7 +65,7 @@ def evaluate_model(
     """
     config = model.config
     _require_names(model, config, prompts.source, rewards)
-    config = with_rewards(model, config, rewards)
+    config = with_rewards(model, config, rewards, "eval")
     settings = with_given(config.eval, given)
     negative_prompt = negative_prompt_for(config, negative_prompt, settings.guidance_scale)
     config = _evaluated_settings(replace(config, eval=settings), negative_prompt)
@@ -123,34 +125,56 @@ def _require_names(model: ModelChoice, config: Config, source: str | None, rewar
     run = model.lora or model.target
     unnamed_model = model.lora is None and "model.path" in objects
     missing = ["--prompts FILE"] * (not source and "eval.prompts" in objects)
-    missing += ["--reward NAME"] * (not rewards and "reward.terms" in objects)
+    missing += [_reward_option(config.reward.terms)] * (not rewards and "reward.terms" in objects)
     if not (unnamed_model or missing):
         return
-    lora = [f"--lora {run}"] if unnamed_model or model.lora else []
-    command = " ".join(["MODEL" if unnamed_model else model.target, *lora, *missing])
+    words = _words(replace(model, target="MODEL", lora=Path(run)) if unnamed_model else model)
     raise ValueError(
         f"{named(run)} is a run of progrpo.train, which was given objects where a name is needed here: progrpo eval"
-        f" {command}"
+        f" {' '.join([words, *missing])}"
     )
 
 
-def with_rewards(model: ModelChoice, config: Config, rewards: Sequence[str]) -> Config:
+def with_rewards(model: ModelChoice, config: Config, rewards: Sequence[str], command: str) -> Config:
     """The configuration with the rewards that are named, or with its own where none is.
 
-    ValueError for a harmful one that is not named: a run folder may be a stranger's.
+    ValueError, with the command to give, for a harmful one that is not named: a run folder may be a stranger's.
     """
     held_out = config.eval.rewards
     if rewards:
         harmless = tuple(term for term in held_out if not is_harmful(term))
         terms = tuple(map(RewardTerm.from_text, rewards))
         return replace(config, reward=replace(config.reward, terms=terms), eval=replace(config.eval, rewards=harmless))
+    whole = f"progrpo {command} {_words(model)}"
+    own = f"{whole} {_reward_option(config.reward.terms)}"
     for term in (*config.reward.terms, *held_out):
         if is_harmful(term):
+            answer = f"if you trust that, name it: {own}"
+            if not any(map(is_harmful, config.reward.terms)):
+                answer = f"leave it out, {own}, or measure by it if you trust it, {whole} {_reward_option([term])}"
             raise ValueError(
                 f"{named(model.target)} is measured by {named(term.to_text())}, which runs code of yours, asks a"
-                " server or writes scores: if you trust that, give --reward with it; else another reward"
+                f" server or writes scores: {answer}"
             )
     return config
+
+
+def _words(model: ModelChoice) -> str:
+    """The words of a command that name this model."""
+    lora = [] if model.lora is None else ["--lora", str(model.lora)]
+    revision = [f"--{name}={value}" for name in ("revision", "variant") if (value := getattr(model, name))]
+    return shlex.join([model.target, *lora, *revision])
+
+
+def _reward_option(terms: Sequence[RewardTerm]) -> str:
+    """The option that names these rewards; NAME for an object in Python that no name loads."""
+    return " ".join(["--reward", *("NAME" if _is_nameless(term) else shlex.quote(term.to_text()) for term in terms)])
+
+
+def _is_nameless(term: RewardTerm) -> bool:
+    """Whether a reward was an object of a script, or was made inside a function."""
+    module, _, attribute = term.name.partition(":")
+    return term.from_python and (module == "__main__" or "_locals_" in attribute or "_lambda_" in attribute)
 
 
 def is_harmful(term: RewardTerm) -> bool:

@@ -74,7 +74,7 @@ class ModelChoice:
     def _settings_and_lora(self) -> tuple[ModelSettings, Path | None]:
         own = (self.run_config or Config()).model
         # what a run saved includes where it began, and is for the model without quantization
-        settings = replace(own, lora="", quantize="none")
+        settings = replace(own, lora="", quantize="none", text_quantize="none")
         if not was_trained(Path(self.target)):
             lora = saved_weights(self.lora) if self.lora is not None and was_trained(self.lora) else self.lora
             return replace(settings, path=self.target, revision=self.revision, variant=self.variant), lora
