@@ -14,7 +14,7 @@ from torch import nn
 from progrpo.policies.base import torch_dtype
 from progrpo.policies.settings import ModelSettings
 from progrpo.policies.sizes import _sizes_of, sizes, without_weights
-from progrpo.policies.stacks import stacks_of, with_blocks
+from progrpo.policies.stacks import are_adapted_alike, stacks_of, with_blocks
 
 LAYERS = 5
 
@@ -55,6 +55,17 @@ def test_blocks_are_dropped_from_the_middle_of_a_list() -> None:
     few = with_blocks(networks, [stack], 2)
     assert [layer.in_features for layer in few["a"].modules() if isinstance(layer, nn.Linear)] == [2, 3, 3, 4]
     assert len(networks["a"].layers) == 7
+
+
+@pytest.mark.parametrize(
+    ("ends", "alike"),
+    [(("0", "layers.*.0"), True), (("layers.1.0",), False), (("layers.3.0", "0"), False), ((), True)],
+)
+def test_a_lora_of_single_blocks_is_told(ends: tuple[str, ...], alike: bool) -> None:
+    network = Network()
+    network.layers.extend(nn.Sequential(nn.Linear(3, 3)) for _ in range(5))
+    networks = {"network": network}
+    assert are_adapted_alike(networks, stacks_of(networks), ends) is alike
 
 
 def test_two_networks_of_equal_blocks_are_cut_alike() -> None:

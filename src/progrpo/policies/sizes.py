@@ -41,7 +41,7 @@ from progrpo.policies.networks import network_class
 from progrpo.policies.pipeline import PipelinePolicy
 from progrpo.policies.prepare import prepare, text_encoders
 from progrpo.policies.settings import ModelSettings
-from progrpo.policies.stacks import FEW, stacks_of, with_blocks
+from progrpo.policies.stacks import FEW, are_adapted_alike, stacks_of, with_blocks
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,9 @@ def sizes(settings: ModelSettings, called: int, trained: int, decoded: int) -> S
     pipeline = without_weights(settings.path, torch_dtype(settings))
     denoisers = parts_of(pipeline, _kind(pipeline).denoiser_name)
     stacks = stacks_of(denoisers)
+    ends = (*settings.lora_targets, *settings.lora_rank_pattern, *settings.lora_alpha_pattern)
+    if not are_adapted_alike(denoisers, stacks, ends):
+        stacks = []
     few = _sizes_of(_with(pipeline, with_blocks(denoisers, stacks, FEW)), settings, (called, trained, decoded))
     if not stacks:
         return few

@@ -7,9 +7,10 @@ what any number of blocks takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any
 
@@ -54,6 +55,21 @@ def _lists(networks: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, nn.Mod
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:
     return (type(block), *((name, tuple(p.shape), p.dtype) for name, p in block.named_parameters()))
+
+
+def are_adapted_alike(networks: Mapping[str, nn.Module], stacks: list[Stack], ends: Iterable[str]) -> bool:
+    """Whether each ending of names, as of a LoRA's layers, means the same layers in all blocks of each stack."""
+    for stack in stacks:
+        blocks = getattr(networks[stack.network], stack.blocks)[stack.start : stack.start + stack.count]
+        inner = [name for name, _ in blocks[0].named_modules() if name]
+        for end in ends:
+            meant = {
+                tuple(name for name in inner if fnmatchcase(f".{stack.blocks}.{place}.{name}", f"*.{end}"))
+                for place in range(stack.start, stack.start + stack.count)
+            }
+            if len(meant) > 1:
+                return False
+    return True
 
 
 def with_blocks(networks: Mapping[str, nn.Module], stacks: list[Stack], count: int) -> dict[str, nn.Module]:
