@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +75,30 @@ def test_flow_factorys_name_is_read_as_package_and_as_repository(tmp_path, monke
     (tmp_path / "mine.yaml").write_text("train: {group_size: 4}\nrewards: {reward_model: PickScore}\n")
     assert main(["import", framework, "mine.yaml"]) == 0
     assert load_recipe("mine.json").plan.group_size == 4
+
+
+@pytest.mark.parametrize("framework", ["verl-omni", "verl_omni"])
+def test_a_script_of_verl_omni_is_imported(tmp_path, monkeypatch, framework):
+    monkeypatch.chdir(tmp_path)
+    overrides = "actor_rollout_ref.rollout.n=4 data.train_files=prompts.parquet trainer.total_training_steps=3"
+    Path("mine.sh").write_text(f'python3 -m verl_omni.trainer.main_diffusion {overrides} "$@"\n')
+    assert main(["import", framework, "mine.sh"]) == 0
+    config = load_recipe("mine.json")
+    assert (config.plan.group_size, config.iterations, config.recipe) == (4, 3, "mine")
+
+
+def test_a_file_of_unirl_is_imported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(
+        "defaults: [base]\nsampling: {samples_per_prompt: 4}\n"
+        "algorithm: {_target_: unirl.algorithms.flowgrpo.FlowGRPO}\n"
+    )
+    Path("base.yaml").write_text(
+        "bundle: {_target_: unirl.models.sd3.bundle.SD3Bundle.from_config}\nsampling: {num_inference_steps: 6}\n"
+    )
+    assert main(["import", "unirl", "mine.yaml"]) == 0
+    config = load_recipe("mine.json")
+    assert (config.plan.group_size, config.sampling.num_inference_steps) == (4, 6)
 
 
 def test_options_of_the_other_framework_are_refused(capsys):

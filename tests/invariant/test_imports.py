@@ -116,6 +116,8 @@ FREE_OF_TORCH = (
     "progrpo.config",
     "progrpo.imports.flow_grpo",
     "progrpo.imports.flow_factory.read",
+    "progrpo.imports.unirl.read",
+    "progrpo.imports.verl_omni.read",
     "progrpo.recipes",
     "progrpo.rewards.load",  # processes of a plain function load it, and need no torch
     "progrpo.rollout.plan",

@@ -21,15 +21,18 @@ from progrpo.rewards.settings import RewardDtype, RewardTerm
 
 @dataclass(frozen=True, kw_only=True)
 class Import(Command):
-    """Translate the settings of flow_grpo or Flow-Factory into a configuration, and report on each setting."""
+    """Translate the settings of another framework into a configuration, and report on each setting."""
 
-    framework: Positional[Literal["flow_grpo", "flow-grpo", "flow-factory", "flow_factory"]]
+    framework: Positional[
+        Literal["flow_grpo", "flow-grpo", "flow-factory", "flow_factory", "verl-omni", "verl_omni", "unirl"]
+    ]
     """The framework that the settings are for."""
     settings: Annotated[Positional[str], arg(metavar="FILE")]
-    """flow_grpo's config/grpo.py:FUNCTION, or Flow-Factory's YAML. It is read, and nothing in it is run."""
+    """flow_grpo's config/grpo.py:FUNCTION, a YAML of Flow-Factory or UniRL, or a YAML or a script of verl-omni.
+    It is read, and nothing in it is run."""
     out: Path | None = None
     """The configuration's file, for `progrpo train`.
-    Without it: FUNCTION.json or the YAML's name with .json, in the current folder."""
+    Without it: FUNCTION.json or the file's name with .json, in the current folder."""
     overwrite: FlagCreatePairsOff[bool] = False
     """Replace a file that is already there."""
     gpus: int | None = None
@@ -47,11 +50,18 @@ class Import(Command):
         from progrpo.imports.flow_factory.read import import_flow_factory
         from progrpo.imports.flow_grpo import import_flow_grpo
         from progrpo.imports.translation import as_tables
+        from progrpo.imports.unirl.read import import_unirl
+        from progrpo.imports.verl_omni.read import import_verl_omni
 
         if framework == "flow_grpo":
             translation = import_flow_grpo(self.settings, self.gpus, self.script)
         else:
-            translation = import_flow_factory(self.settings)
+            importers = {
+                "flow_factory": import_flow_factory,
+                "verl_omni": import_verl_omni,
+                "unirl": import_unirl,
+            }
+            translation = importers[framework](self.settings)
         out = self.out or Path(re.split(r"[:/\\]", self.settings)[-1]).with_suffix(".json")
         if os.path.exists(out) and not self.overwrite:
             raise ValueError(f"{named(out)} is already there; give another --out, or --overwrite")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from progrpo.imports.python_settings import Reading, Unread, read_settings
+from progrpo.imports.python_settings import Reading, read_settings
 from progrpo.imports.translation import (
     UNIPC_LEVELS,
     NearestReward,
@@ -21,6 +21,7 @@ from progrpo.imports.translation import (
     Rule,
     Setting,
     Translation,
+    Unread,
     counted_in,
     flatten,
     ignored,
@@ -138,18 +139,14 @@ def import_flow_grpo(config: str, gpus: int | None = None, script: Script = "aut
     known["script"] = _script(file, function, reading) if script == "auto" else script
     known["script.model"] = _model_kind(known)
     known |= _fixed_by_scripts(known)
-    rows = [Row(name, value.text, _unread(value)) for name, value in unread.items()]
-    rows += [Row("a statement", value.text, _unread(value)) for value in reading.unread]
+    rows = [Row(name, value.text, value.outcome) for name, value in unread.items()]
+    rows += [Row("a statement", value.text, value.outcome) for value in reading.unread]
     return translate(file, known, RULES, rows)
 
 
 def _file_and_function(config: str) -> tuple[Path, str]:
     head, colon, tail = config.rpartition(":")
     return (Path(head), tail) if colon and tail.isidentifier() else (Path(config), "")
-
-
-def _unread(value: Unread) -> Outcome:
-    return Outcome("could not be read", f"{value.file}, line {value.line}; our default holds")
 
 
 def _bracketed(settings: Mapping[str, object]) -> dict[str, object]:

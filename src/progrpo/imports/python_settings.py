@@ -15,21 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from progrpo.imports.translation import read_bytes, walk
+from progrpo.imports.translation import Unread, read_bytes, walk
 from progrpo.messages import named, quoted
 
 _MOST_NODES = 20_000
 _MOST_CALLS = 32
 _LONGEST = 10_000
-
-
-@dataclass(frozen=True)
-class Unread:
-    """The place and text of an expression that could not be read; it stands where its value would."""
-
-    file: str
-    line: int
-    text: str
 
 
 @dataclass

@@ -83,6 +83,19 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """The place and text of an expression that could not be read; it stands where its value would."""
+
+    file: str
+    line: int
+    text: str
+
+    @property
+    def outcome(self) -> Outcome:
+        return Outcome("could not be read", f"{self.file}, line {self.line}; our default holds")
+
+
+@dataclass(frozen=True)
 class Translation:
     """The configuration that a file of settings asks for, and the outcome of each setting."""
 
@@ -217,6 +230,18 @@ UNIPC_LEVELS = (
 """The difference of Wan's scheduler in both frameworks."""
 
 
+def with_prefixes(names: Iterable[str], rules: Mapping[str, Rule], prefixes: Mapping[str, Rule]) -> dict[str, Rule]:
+    """The rules, and the rule of a prefix for each name without a rule that begins with it."""
+    known = {_without_keys(name) for name in names}
+    of_prefixes = {name: rule for name in known for prefix, rule in prefixes.items() if name.startswith(prefix)}
+    return {**of_prefixes, **rules}
+
+
+def _without_keys(name: str) -> str:
+    """The name as rules have it, with empty brackets."""
+    return re.sub(r"\[[^]]*\]", "[]", name)
+
+
 # --- rewards ----------------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +306,7 @@ def translate(
     written: set[str] = set()
     try:
         for name, value in settings.items():
-            rule = rules.get(re.sub(r"\[[^]]*\]", "[]", name), _unknown)
+            rule = rules.get(_without_keys(name), _unknown)
             outcome = rule(Setting(name, value, settings))
             rows.append(Row(f"{name} (its default)" if name in defaults else name, value, outcome))
             for path, ours in outcome.fields.items():

@@ -9,11 +9,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
-
 from progrpo.imports.flow_factory.defaults import DEFAULTS, DEFAULTS_BY_TRAINER, OLD_OPTIMIZER, OPTIMIZER
 from progrpo.imports.flow_factory.rules import RULES
-from progrpo.imports.translation import MOST_SETTINGS, Translation, flatten, read_bytes, translate
+from progrpo.imports.translation import Translation, flatten, translate
+from progrpo.imports.yaml_settings import read_yaml
 from progrpo.messages import named, quoted
 
 _SINGLE_PICTURES = "it learns from single pictures, and our sft from the winners of pairs (prompts.pairs)"
@@ -45,26 +44,14 @@ def import_flow_factory(path: str) -> Translation:
     return translate(file, {**settings, **left_out}, RULES, defaults=left_out)
 
 
-class _Loader(yaml.SafeLoader):
-    """The safe loader, with a limit on objects that are merged (`<<`) into one, which could take work without end."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > MOST_SETTINGS:
-            raise ValueError("too many objects are merged into one another")
-
-
 def _read(path: Path) -> dict[str, object]:
     """The settings of a file by their dotted names."""
-    content = read_bytes(path)
+    data = read_yaml(path)
     try:
-        data = yaml.load(content, _Loader)
-        if not isinstance(data, dict) or not data:
-            raise ValueError("it holds no settings by name")
         settings = flatten(_in_new_form(data))
-        return {re.sub(r"(rewards\[\d+\]\.weight)\.(.*)", r"\1[\2]", name): value for name, value in settings.items()}
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{named(path)} is no settings file: {' '.join(str(error).split())[:200]}") from None
+    except ValueError as error:
+        raise ValueError(f"{named(path)} is no settings file: {error}") from None
+    return {re.sub(r"(rewards\[\d+\]\.weight)\.(.*)", r"\1[\2]", name): value for name, value in settings.items()}
 
 
 def _in_new_form(original: Mapping[object, object]) -> dict[str, object]:

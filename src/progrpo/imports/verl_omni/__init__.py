@@ -1,0 +1,1 @@
+"""The import of verl-omni's settings."""
