@@ -11,6 +11,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from progrpo.policies.base import PolicyContext
+from progrpo.policies.learnt.call import CallOptions, PipelineCall
 from progrpo.policies.learnt.family import denoiser_of, is_diffusion, recorded_kind
 from progrpo.policies.load import policy_from_pipeline
 from progrpo.policies.pipeline import PipelinePolicy
@@ -97,12 +98,15 @@ def test_an_option_that_the_pipeline_does_not_take_is_refused(tiny_sd):
         recorded(untouched_pipeline(tiny_sd))
 
 
-def test_what_looks_for_one_device_cannot_be_offloaded():
-    with pytest.raises(ValueError, match=r"model\.offload: not for a pipeline that is learnt from its own call"):
-        policy_from_pipeline(build("chroma"), replace(SETTINGS, offload=True))
-
-
 Z_IMAGE = replace(SETTINGS, max_sequence_length=64)
+
+
+def test_its_call_takes_another_device_for_that_of_networks_that_wait():
+    pipeline, away = build("z-image"), torch.device("meta")
+    call = PipelineCall(pipeline, "transformer", CallOptions((16, 16)), lambda inputs: inputs, away)
+    call.unguided = 0.0
+    (inputs,) = call.record(call.options("a cat"), encoded=[([torch.zeros(3, 8)], [])], output=None).calls[0]
+    assert inputs["x"][0].device == inputs["t"].device == away and pipeline.device.type == "cpu"
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"quantize": "int8"}])

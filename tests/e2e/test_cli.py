@@ -23,7 +23,8 @@ from progrpo.rollout.settings import PLAN_NAMES, SAMPLERS, SELECTORS
 NAMES = (  # of recipes
     "quickstart, shapes-diffusion, words-flow, preferences, sd14-hpsv2, sd35m-pickscore, sd35m-pickscore-24gb,"
     " sd35m-pickscore-48gb, sd35m-pickscore-80gb, sd35m-hpsv2, sd35m-geneval, sd35m-ocr, sd35m-awm, flux-pickscore,"
-    " flux-pickscore-24gb, flux-pickscore-48gb, flux-pickscore-80gb, kontext-vlm, wan-pickscore, sd3, smoke"
+    " flux-pickscore-24gb, flux-pickscore-48gb, flux-pickscore-80gb, kontext-vlm, flux2-klein-pickscore,"
+    " z-image-pickscore, qwen-image-edit, sana-pickscore, wan-pickscore, wan22-pickscore, sd3, smoke"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from progrpo.rollout.rollout import rollout
 from progrpo.rollout.sampler import Sampler
 from progrpo.training.build import sampling_from
 from progrpo.types import Prompt
+from tests.support.recorded_pipelines import build
 from tests.support.rewards import mixture_of_one
 
 
@@ -65,6 +67,21 @@ def test_one_part_at_a_time_is_on_the_device_and_nothing_changes(made, moves):
     with turns.weights("reference"):
         moves.clear()
         assert torch.equal(turns.predict(x, at, told), plain.predict(x, at, told)) and moves == []
+
+
+def test_a_learnt_pipeline_takes_turns_too(moves):
+    settings = ModelSettings(lora_rank=2, lora_alpha=4, max_sequence_length=64, resolution=16)
+    plain, turns = (policy_from_pipeline(build("z-image"), replace(settings, offload=on)) for on in (False, True))
+    network, encoder = "ZImageTransformer2DModel", "Qwen3Model"
+    moves.clear()
+    told = turns.encode([Prompt("red cat")])
+    assert moves == [(network, "off"), (encoder, "on")]
+    moves.clear()
+    turns.release_text_encoders()
+    assert moves == [(encoder, "off"), (network, "on")]
+    x, at = torch.randn(1, *plain.latent_shape), torch.tensor(500.0)
+    assert torch.equal(turns.predict(x, at, told), plain.predict(x, at, plain.encode([Prompt("red cat")])))
+    assert np.array_equal(turns.decode(x).images_NHWC, plain.decode(x).images_NHWC)
 
 
 @pytest.fixture

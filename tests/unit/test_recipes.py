@@ -10,6 +10,7 @@ import pytest
 from progrpo.config import Config, check, config_from_json, config_to_json, resolve_plan, trained_items
 from progrpo.recipes import RECIPES, describe, load_recipe
 from progrpo.rollout.plan import summary
+from progrpo.training.estimate import estimate
 from progrpo.training.plan_judge import prompt_cost
 
 
@@ -71,6 +72,16 @@ def test_lean_recipes_learn_the_same_of_fewer_prompts(name):
     for part in ("plan", "reward", "objective", "eval"):
         assert getattr(lean, part) == getattr(base, part)
     assert replace(lean.optim, microbatch=base.optim.microbatch) == base.optim
+
+
+@pytest.mark.slow
+def test_z_image_fits_on_a_card_of_16_gb():
+    """As calculated, the reward included; without the 8 bits its update alone is larger."""
+    config = load_recipe("z-image-pickscore")
+    found = estimate(config, "rtx5080", 0.35, 1)
+    assert found["fits"] and found["device_gb"] == 16 and "rewards_not_counted" not in found
+    plain = replace(config, model=replace(config.model, quantize="none"))
+    assert estimate(plain, "rtx5080", 0.35, 1)["peak_gb"]["update"] > 16
 
 
 def test_a_config_file_and_a_run_folder_load_as_recipes(tmp_path):

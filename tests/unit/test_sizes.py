@@ -56,6 +56,9 @@ PARAMETERS = {
     ("stabilityai/stable-diffusion-xl-base-1.0", "text_encoder_2"): 694_659_840,
     ("black-forest-labs/FLUX.1-dev", "text_encoder_2"): 4_762_310_656,
     ("Qwen/Qwen-Image", "transformer"): 20_430_401_088,
+    ("Tongyi-MAI/Z-Image", "transformer"): 6_154_908_736,
+    ("Efficient-Large-Model/Sana_1600M_1024px_diffusers", "transformer"): 1_604_462_752,
+    ("Efficient-Large-Model/Sana_1600M_1024px_diffusers", "text_encoder"): 2_614_341_888,
     ("Qwen/Qwen-Image", "text_encoder"): 8_292_166_656,
 }
 

@@ -6,6 +6,7 @@ With one a plan needs neither the hub nor a token. A model that is not here is p
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 NetworkConfig = dict[str, object]
 """The content of a config.json."""
@@ -102,21 +103,26 @@ def _flux(guidance_embeds: bool) -> Architecture:
     )
 
 
-def _klein(layers: int, single_layers: int, heads: int, **text: int) -> Architecture:
+_QWEN3: NetworkConfig = {
+    "vocab_size": 151936,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+_QWEN3_4B: NetworkConfig = {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True}
+
+
+def _klein(layers: int, single_layers: int, heads: int, text: NetworkConfig) -> Architecture:
     config: NetworkConfig = {"num_layers": layers, "num_single_layers": single_layers, "num_attention_heads": heads}
-    config |= {"joint_attention_dim": 3 * text["hidden_size"], "guidance_embeds": False}
-    qwen3: NetworkConfig = {"vocab_size": 151936, "num_hidden_layers": 36, "num_attention_heads": 32}
+    config |= {"joint_attention_dim": 3 * cast(int, text["hidden_size"]), "guidance_embeds": False}
     return Architecture(
         "Flux2KleinPipeline",
         {
             "transformer": ("diffusers", "Flux2Transformer2DModel", config),
             "scheduler": _EULER,
             "vae": ("diffusers", "AutoencoderKLFlux2", {}),
-            "text_encoder": (
-                "transformers",
-                "Qwen3ForCausalLM",
-                qwen3 | {"num_key_value_heads": 8, "head_dim": 128} | text,
-            ),
+            "text_encoder": ("transformers", "Qwen3ForCausalLM", _QWEN3 | text),
         },
     )
 
@@ -211,8 +217,45 @@ def _wan(heads: int, ffn_dim: int, layers: int) -> Architecture:
     )
 
 
-_KLEIN_4B = _klein(5, 20, 24, hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True)
-_KLEIN_9B = _klein(8, 24, 32, hidden_size=4096, intermediate_size=12288)
+def _z_image() -> Architecture:
+    return Architecture(
+        "ZImagePipeline",
+        {
+            "transformer": ("diffusers", "ZImageTransformer2DModel", {}),
+            "scheduler": _EULER,
+            "vae": _vae(
+                16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159
+            ),
+            "text_encoder": ("transformers", "Qwen3Model", _QWEN3 | _QWEN3_4B),
+        },
+    )
+
+
+def _sana() -> Architecture:
+    """SANA of 1.6 billion parameters."""
+    sana: NetworkConfig = {"sample_size": 32}
+    block = {"block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3, "qkv_multiscales": [[]] * 3 + [[5]] * 3}
+    autoencoder: NetworkConfig = {
+        f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in block.items()
+    }
+    autoencoder |= {"encoder_layers_per_block": [2, 2, 2, 3, 3, 3], "decoder_layers_per_block": [3] * 6}
+    autoencoder |= {"downsample_block_type": "conv", "upsample_block_type": "interpolate", "scaling_factor": 0.41407}
+    gemma2: NetworkConfig = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26}
+    gemma2 |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256000}
+    return Architecture(
+        "SanaPipeline",
+        {
+            "transformer": ("diffusers", "SanaTransformer2DModel", sana),
+            "scheduler": _EULER,
+            "vae": ("diffusers", "AutoencoderDC", autoencoder),
+            "text_encoder": ("transformers", "Gemma2Model", gemma2),
+        },
+    )
+
+
+_KLEIN_4B = _klein(5, 20, 24, _QWEN3_4B)
+_KLEIN_9B = _klein(8, 24, 32, {"hidden_size": 4096, "intermediate_size": 12288})
+_EDIT_PLUS = replace(_qwen_image(), pipeline="QwenImageEditPlusPipeline")
 ARCHITECTURES: dict[str, Architecture] = {
     "stabilityai/stable-diffusion-3.5-medium": _sd3(
         24, 24, pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=list(range(13))
@@ -227,6 +270,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "black-forest-labs/FLUX.2-klein-base-9B": _KLEIN_9B,
     "black-forest-labs/FLUX.2-klein-9B": _KLEIN_9B,
     "Qwen/Qwen-Image": _qwen_image(),
+    "Qwen/Qwen-Image-Edit-2509": _EDIT_PLUS,
+    "Qwen/Qwen-Image-Edit-2511": _EDIT_PLUS,
+    "Tongyi-MAI/Z-Image": _z_image(),
+    "Tongyi-MAI/Z-Image-Turbo": _z_image(),
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": _sana(),
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": _sana(),
     "CompVis/stable-diffusion-v1-4": _sd1(),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _sd1(),
     "stabilityai/stable-diffusion-xl-base-1.0": _sdxl(),

@@ -199,6 +199,16 @@ class ModelFamily(TextHooks):
     def unscale(self, x0_BCHW: Tensor) -> Tensor:
         """Latents as the autoencoder decodes them: each number times a factor of its place, plus another."""
 
+    def outline_call(self, rows: int) -> Tensor:
+        """The output of a call of so many rows whose numbers do not matter: for sizes, in a mode without content."""
+        shapes = self.condition_shapes() | ({"guidance": ()} if self.embeds_guidance else {})
+        inputs = {name: torch.empty(rows, *shape, dtype=self.dtype) for name, shape in shapes.items()}
+        return self.denoise(torch.empty(rows, *self.latent_shape), torch.empty(rows), Condition(inputs)).float()
+
+    def outline_latents(self, rows: int) -> Tensor:
+        """Latents in the shape that the autoencoder decodes, likewise."""
+        return self.unscale(torch.empty(rows, *self.latent_shape))
+
     def scale(self, latents_BCHW: Tensor) -> Tensor:
         """Latents as the network takes them, from those that the autoencoder gives: the inverse of `unscale`."""
         zero = latents_BCHW.new_zeros(1, *self.latent_shape)

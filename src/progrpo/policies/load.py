@@ -106,8 +106,13 @@ def policy_from_pipeline(
             f"the pipeline is a {named(type(pipeline).__name__)}; give one of diffusers, such as"
             " StableDiffusion3Pipeline.from_pretrained(...)"
         )
-    kind = _family(type(pipeline).__name__, "the pipeline", pipeline.components, is_diffusion(pipeline))
+    kind = family_of_pipeline(pipeline)
     return PipelinePolicy(prepare(kind, pipeline, settings, context or PolicyContext()))
+
+
+def family_of_pipeline(pipeline: DiffusionPipeline) -> type[ModelFamily]:
+    """The family of a loaded pipeline. ValueError for a pipeline that is not trained here."""
+    return _family(type(pipeline).__name__, "the pipeline", pipeline.components, is_diffusion(pipeline))
 
 
 def _is_denoiser(folder: str | Path) -> bool:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from progrpo.policies.family import ModelFamily
 
 
 class ModuleOffloader:
@@ -18,9 +23,15 @@ class ModuleOffloader:
         self._device = device
         self._on_device = first
         self._offloaded = second
-        for module in (*first, *second):
-            module.register_forward_pre_hook(lambda called, inputs: self._bring(called))
+        self._hooks = [
+            module.register_forward_pre_hook(lambda called, inputs: self._bring(called)) for module in (*first, *second)
+        ]
         self._move()
+
+    def stop(self) -> None:
+        """Leave the modules where they are from now on."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _bring(self, module: nn.Module) -> None:
         """Have the module's group on the device."""
@@ -38,3 +49,21 @@ class ModuleOffloader:
         """Leave the device to the module's group, and let go of the other one."""
         self._bring(module)
         self._offloaded = ()
+
+
+def offloader_of(family: ModelFamily) -> ModuleOffloader:
+    """The offloader of denoiser and text encoders. The denoiser comes first, since its weights are copied at once."""
+    others = (family.pipeline.vae, *family.denoisers.values())
+    networks = [module for module in family.pipeline.components.values() if isinstance(module, nn.Module)]
+    encoders = [module for module in networks if not any(module is other for other in others)]
+    return ModuleOffloader(family.device, [family.denoiser], encoders)
+
+
+@contextmanager
+def offloaded(family: ModelFamily) -> Iterator[None]:
+    """Have denoiser and text encoders take turns on the device within the block."""
+    offloader = offloader_of(family)
+    try:
+        yield
+    finally:
+        offloader.stop()

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from progrpo.diffusion.levels import Levels
 from progrpo.policies.decoding import PictureDecoder, fault_of, load_tiny_decoder, unscale_tiny
 from progrpo.policies.denoiser_call import DenoiserCall
 from progrpo.policies.encoding import latents_of
 from progrpo.policies.family import ModelFamily
-from progrpo.policies.offload import ModuleOffloader
+from progrpo.policies.offload import offloader_of
 from progrpo.policies.prepare import Prepared
 from progrpo.policies.saving import TrainedWeights
 from progrpo.policies.text_cache import TextCache
@@ -42,7 +42,7 @@ class PipelinePolicy:
         self.compiled_decoder = prepared.compiled_decoder
         self.texts = TextCache(family)
         self.decoder, self.previewer = _decoders(family)
-        self._offloader = _offloader(family) if family.settings.offload else None
+        self._offloader = offloader_of(family) if family.settings.offload else None
         self.trained = TrainedWeights(family, prepared.shared)
         self.trainable = self.trained.trainable
         self.named_weights = self.trained.named
@@ -120,14 +120,6 @@ def _decoders(family: ModelFamily) -> tuple[PictureDecoder, PictureDecoder | Non
         return decoder, None
     tiny = load_tiny_decoder(vae, family.latent_channels, family.context)
     return decoder, PictureDecoder(tiny, unscale_tiny(tiny), "tiny decoder", latents_fault)
-
-
-def _offloader(family: ModelFamily) -> ModuleOffloader:
-    """The offloader of denoiser and text encoders. The denoiser comes first, since its weights are copied at once."""
-    others = (family.pipeline.vae, *family.denoisers.values())
-    networks = [module for module in family.pipeline.components.values() if isinstance(module, nn.Module)]
-    encoders = [module for module in networks if not any(module is other for other in others)]
-    return ModuleOffloader(family.device, [family.denoiser], encoders)
 
 
 def _may_be_batch_invariant(prepared: Prepared) -> bool:

@@ -40,7 +40,8 @@ class Int8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         kind = input.device.type  # what autocast would do, but before the weight is widened to a dtype that is too wide
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        casts = kind != "meta" and torch.is_autocast_enabled(kind)  # the meta device has none
+        dtype = torch.get_autocast_dtype(kind) if casts else input.dtype
         output: Tensor = _Product.apply(input.to(dtype), self.weight, self.scale, self.bias)
         return output
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable, Mapping
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,11 +26,22 @@ from torch.utils.flop_counter import flop_registry
 
 from progrpo.policies.architectures import ARCHITECTURES, Architecture, NetworkConfig
 from progrpo.policies.base import PolicyContext, torch_dtype
-from progrpo.policies.load import family_of, locate, policy_from_pipeline, reported_errors, with_own_length
+from progrpo.policies.experts import parts_of
+from progrpo.policies.family import ModelFamily
+from progrpo.policies.learnt.outline import outlined_kind
+from progrpo.policies.load import (
+    FAMILIES,
+    family_of,
+    family_of_pipeline,
+    locate,
+    reported_errors,
+    with_own_length,
+)
 from progrpo.policies.networks import network_class
-from progrpo.policies.prepare import text_encoders
+from progrpo.policies.pipeline import PipelinePolicy
+from progrpo.policies.prepare import prepare, text_encoders
 from progrpo.policies.settings import ModelSettings
-from progrpo.types import Condition
+from progrpo.policies.stacks import FEW, are_adapted_alike, stacks_of, with_blocks
 
 
 @dataclass(frozen=True)
@@ -60,11 +72,43 @@ def sizes(settings: ModelSettings, called: int, trained: int, decoded: int) -> S
     Microbatches have `called` rows of a network call, `trained` items and `decoded` pictures. ValueError for a hub id
     whose architecture is not known here.
     """
+    pipeline = without_weights(settings.path, torch_dtype(settings))
+    denoisers = parts_of(pipeline, _kind(pipeline).denoiser_name)
+    stacks = stacks_of(denoisers)
+    ends = (*settings.lora_targets, *settings.lora_rank_pattern, *settings.lora_alpha_pattern)
+    if not are_adapted_alike(denoisers, stacks, ends):
+        stacks = []
+    few = _sizes_of(_with(pipeline, with_blocks(denoisers, stacks, FEW)), settings, (called, trained, decoded))
+    if not stacks:
+        return few
+    more = _sizes_of(_with(pipeline, with_blocks(denoisers, stacks, FEW + 1)), settings, (called, trained, 0))
+    further = stacks[0].count - FEW
+    in_blocks = ("frozen", "trained", "frozen_bytes", "call_flops", "train_flops", "call_bytes", "train_bytes")
+    numbers = {name: (getattr(few, name), getattr(more, name)) for name in in_blocks}
+    return replace(few, **{name: base + further * (more - base) for name, (base, more) in numbers.items()})
+
+
+def _kind(pipeline: DiffusionPipeline) -> type[ModelFamily]:
+    """The family of a pipeline, without weights where it is learnt from its call."""
+    own = family_of_pipeline(pipeline)
+    name = type(pipeline).__name__
+    return own if name in FAMILIES else outlined_kind(name, own.denoiser_name) or own
+
+
+def _with(pipeline: DiffusionPipeline, denoisers: Mapping[str, nn.Module]) -> DiffusionPipeline:
+    """The pipeline with other denoisers, and an autoencoder of its own."""
+    other = copy(pipeline)
+    for name, network in {**denoisers, "vae": deepcopy(pipeline.vae)}.items():
+        setattr(other, name, network)
+    return other
+
+
+def _sizes_of(pipeline: DiffusionPipeline, settings: ModelSettings, rows: tuple[int, int, int]) -> Sizes:
+    """The sizes of a pipeline on the meta device, which is taken over; rows are those of `sizes`."""
+    called, trained, decoded = rows
     dtype = torch_dtype(settings)
-    pipeline = without_weights(settings.path, dtype)
     bare = replace(with_own_length(settings), compile=False)
-    on_meta = PolicyContext(torch.device("meta"))
-    policy = policy_from_pipeline(pipeline, bare, on_meta)
+    policy = PipelinePolicy(prepare(_kind(pipeline), pipeline, bare, PolicyContext(torch.device("meta"))))
     denoiser, vae = policy.denoiser, pipeline.vae
     weights = [(p.numel(), p.numel() * p.element_size(), p.requires_grad) for p in denoiser.parameters()]
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -72,25 +116,21 @@ def sizes(settings: ModelSettings, called: int, trained: int, decoded: int) -> S
             _allocate_in_name(module)
 
         def call(rows: int, grad: bool) -> None:
-            x, timestep = torch.empty(rows, *policy.latent_shape), torch.empty(rows)
-            shapes = policy.network.input_shapes
-            inputs = {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in shapes.items()}
             low = dtype != torch.float32
             with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, enabled=low, cache_enabled=False):
-                output = policy.family.denoise(x, timestep, Condition(inputs)).float()
+                output = policy.family.outline_call(rows)
             if grad:
                 output.square().mean().backward()
 
         def decode() -> None:
             with torch.no_grad():
-                latents = policy.family.unscale(torch.empty(decoded, *policy.latent_shape))
-                vae.decode(latents.to(vae.dtype), return_dict=False)
+                vae.decode(policy.family.outline_latents(decoded).to(vae.dtype), return_dict=False)
 
         gradients = [p.grad for p in denoiser.parameters() if p.grad is not None]
         own = [*denoiser.parameters(), *denoiser.buffers(), *vae.parameters(), *vae.buffers(), *gradients]
         call_flops, call_bytes = _measured(lambda: call(called, False), own)
         train_flops, train_bytes = _measured(lambda: call(trained, True), own)
-        decode_flops, decode_bytes = _measured(decode, own)
+        decode_flops, decode_bytes = _measured(decode, own) if decoded else (0, 0)
     return Sizes(
         frozen=sum(count for count, _, grad in weights if not grad),
         trained=sum(count for count, _, grad in weights if grad),
@@ -100,7 +140,7 @@ def sizes(settings: ModelSettings, called: int, trained: int, decoded: int) -> S
         latent=torch.Size(policy.latent_shape).numel(),
         call_flops=call_flops // called,
         train_flops=train_flops // trained,
-        decode_flops=decode_flops // decoded,
+        decode_flops=decode_flops // max(decoded, 1),
         call_bytes=call_bytes,
         train_bytes=train_bytes,
         decode_bytes=decode_bytes,

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from progrpo.imports.hydra_settings import read_hydra
 from progrpo.imports.translation import Rule, Translation, translate, with_prefixes
-from progrpo.imports.unirl.rules import ALGORITHMS, PREFIXES, RULES
+from progrpo.imports.unirl.outcomes import ALGORITHMS
+from progrpo.imports.unirl.rules import PREFIXES, RULES
 from progrpo.messages import named, quoted
 
 _ALGORITHM = "algorithm._target_"

@@ -37,7 +37,10 @@ class CallOptions:
 
 
 class PipelineCall:
-    """A pipeline's call with the same options each time. `run` makes one call of the network itself."""
+    """A pipeline's call with the same options each time. `run` makes one call of the network itself.
+
+    The pipeline takes `device` for that of all its networks, wherever they wait; None: where they are.
+    """
 
     def __init__(
         self,
@@ -45,10 +48,12 @@ class PipelineCall:
         denoiser_name: str,
         options: CallOptions,
         run: Callable[[Inputs], Any],
+        device: torch.device | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.denoiser_name = denoiser_name
         self.run = run
+        self._device = device
         self._options = options
         self._templates: dict[tuple[Any, ...], Any] = {}
         self.picture: Image.Image | None = None
@@ -134,7 +139,7 @@ class PipelineCall:
         guiders = {name: ClassifierFreeGuidance(guidance_scale=scale) for name in self.guiders}
         played = Script(**{"output": lambda step, inputs: self.template(inputs), "guiders": guiders, **script})
         of_call = {name: value for name, value in options.items() if name != GUIDERS}
-        return record(self.pipeline, self.denoiser_name, of_call, played)
+        return record(self.pipeline, self.denoiser_name, of_call, played, self._device)
 
     def decoded(self, encoded: list[Any], latents: Tensor) -> Recording:
         """What the autoencoder gets for latents (B, ...) at the end of the loop."""

@@ -173,10 +173,12 @@ def _learn_timestep(calls: Calls, probe: Probe, path: str, rows: str) -> FromTim
     seen = torch.stack([value[0] for value in values]).cpu()
     item = calls.base[0] if rows == "list" else calls.base
     tail = tuple(item.shape) if rows == "list" else tuple(item.shape[1:])
-    return FromTimestep(_timestep_form(probe, seen, path), "list" if rows == "list" else "each", tail)
+    low = item.dtype in (torch.bfloat16, torch.float16)
+    return FromTimestep(_timestep_form(probe, seen, path, low), "list" if rows == "list" else "each", tail)
 
 
-def _timestep_form(probe: Probe, seen: Tensor, path: str) -> Callable[[Tensor], Tensor]:
+def _timestep_form(probe: Probe, seen: Tensor, path: str, low: bool) -> Callable[[Tensor], Tensor]:
+    """The timestep as the network counts it, of what was seen, rounded to half of the digits if `low`."""
     count, t = probe.num_train_timesteps, probe.timesteps.float()
     forms: list[Callable[[Tensor], Tensor]] = [
         lambda t: t,
@@ -191,7 +193,7 @@ def _timestep_form(probe: Probe, seen: Tensor, path: str) -> Callable[[Tensor], 
     slope, start = torch.linalg.lstsq(torch.stack([t, torch.ones_like(t)], 1).double(), seen[:, None]).solution[:, 0]
     slope, start = float(slope), float(start)
     for form in (*forms, lambda t: slope * t, lambda t: slope * t + start):
-        if torch.allclose(form(t).double(), seen, rtol=1e-2 if seen.dtype == torch.bfloat16 else 1e-5, atol=1e-5):
+        if torch.allclose(form(t).double(), seen, rtol=1e-2 if low else 1e-5, atol=1e-5):
             return form
     raise ValueError(f"{path} follows the timestep by no straight line")
 

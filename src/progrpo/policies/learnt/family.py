@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any, ClassVar
@@ -29,6 +30,7 @@ from progrpo.policies.learnt.argument import Given
 from progrpo.policies.learnt.call import CallOptions, PipelineCall
 from progrpo.policies.learnt.learning import Learner, Learnt, guided_rows, text_of
 from progrpo.policies.learnt.recording import Inputs
+from progrpo.policies.offload import offloaded
 from progrpo.policies.tokens import Reader
 from progrpo.policies.weights import NamedWeights
 from progrpo.types import Condition
@@ -53,6 +55,8 @@ class Recorded(ModelFamily):
     """
 
     lora_targets: ClassVar[tuple[str, ...]] = ()
+    has_weights: ClassVar[bool] = True
+    """Whether the networks are there to be called, and not their sizes alone."""
     learnt: Learnt
     call: PipelineCall
 
@@ -62,14 +66,9 @@ class Recorded(ModelFamily):
                 raise ValueError(self._unfit(f"it has no {name} to {task} by"))
         if self.edits and self.settings.resolution is None:
             raise ValueError(f"model.resolution: a {type(self.pipeline).__name__} takes that of its source; give one")
-        if self.settings.offload:
-            raise ValueError(
-                "model.offload: not for a pipeline that is learnt from its own call, which looks for one device of all"
-                " its networks; leave it off"
-            )
         if self.settings.shard and self.context.world_size > 1:
             raise ValueError("model.shard: not for a pipeline that is learnt from its own call; leave it off")
-        if self.device.type == "meta":
+        if self.device.type == "meta" and self.has_weights:
             raise ValueError(
                 f"model.path: a {type(self.pipeline).__name__} is learnt from its own call, so that its sizes are not"
                 " known without its weights; train it for two iterations and read the run's own figures"
@@ -89,17 +88,18 @@ class Recorded(ModelFamily):
             self.settings.frames,
             self.settings.max_sequence_length,
         )
-        self.call = PipelineCall(self.pipeline, self.denoiser_name, options, self.run_network)
+        self.call = PipelineCall(self.pipeline, self.denoiser_name, options, self.run_network, self.device)
         if self.edits:
-            self.call.picture = self._fitted(_any_picture())
+            self.call.picture = self._fitted(self.any_picture())
         for name, value in (("max_sequence_length", options.max_sequence_length), ("height", options.size)):
             if value is not None and name not in self.call.parameters:
                 setting = "resolution" if name == "height" else name
                 raise ValueError(f"model.{setting}: a {type(self.pipeline).__name__} takes none; leave it empty")
         try:
-            self.learnt = Learner(self.call).learn()
-            self.latent_shape = self.learnt.latent_shape
-            self.size = require_agreement(self)
+            with offloaded(self) if self.settings.offload else nullcontext():
+                self.learnt = Learner(self.call).learn()
+                self.latent_shape = self.learnt.latent_shape
+                self.size = require_agreement(self)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of many kinds: the pipeline's own code runs
@@ -189,6 +189,11 @@ class Recorded(ModelFamily):
         """The picture, resized until it covers the model's size and cropped at its middle."""
         height, width = self.size
         return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+
+    @staticmethod
+    def any_picture() -> Image.Image:
+        """A picture of noise, for calls in which no picture matters."""
+        return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 
     def _from(self, source: str, inputs: Inputs) -> dict[str, Tensor]:
         """What a prompt's text or picture gives, out of a call of one row."""
@@ -371,11 +376,6 @@ def is_diffusion(pipeline: DiffusionPipeline) -> bool:
     """Whether a pipeline's scheduler has a schedule of betas and does not use it as a flow."""
     config = pipeline.scheduler.config if "scheduler" in pipeline.components else {}
     return "beta_schedule" in config and not config.get("use_flow_sigmas")
-
-
-def _any_picture() -> Image.Image:
-    """A picture of noise, for calls in which no picture matters."""
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
 
 
 def _no_run(inputs: Inputs) -> Any:

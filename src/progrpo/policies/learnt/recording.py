@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from progrpo.policies.experts import parts_of
@@ -73,8 +75,18 @@ class _StoppedError(Exception):
 class _StandIn:
     """An object in another's place: it has the other's class and attributes, and some methods of its own."""
 
-    def __init__(self, real: object) -> None:
+    def __init__(self, real: object, device: torch.device | None) -> None:
         object.__setattr__(self, "_real", real)
+        object.__setattr__(self, "_device", device)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the pipeline is to take for the network's, which may wait on another."""
+        own: torch.device = self._real.device
+        return own if self._device is None else self._device
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        return self._real(*args, **kwargs)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # pipelines look for modules among their components
@@ -88,8 +100,8 @@ class _StandIn:
 
 
 class _Denoiser(_StandIn):
-    def __init__(self, real: Any, script: Script, recording: Recording) -> None:
-        super().__init__(real)
+    def __init__(self, real: Any, device: torch.device | None, script: Script, recording: Recording) -> None:
+        super().__init__(real, device)
         object.__setattr__(self, "_script", script)
         object.__setattr__(self, "_recording", recording)
 
@@ -133,9 +145,17 @@ def _scheduler(real: Any, script: Script, recording: Recording) -> Any:
 
 
 class _Autoencoder(_StandIn):
-    def __init__(self, real: Any, script: Script, recording: Recording) -> None:
-        super().__init__(real)
+    def __init__(self, real: Any, device: torch.device | None, script: Script, recording: Recording) -> None:
+        super().__init__(real, device)
         object.__setattr__(self, "_notes", (script, recording))
+
+    def encode(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The real encoding, or zeros in its form where there are no weights to encode by."""
+        if self._real.device.type != "meta":
+            return self._real.encode(x, *args, **kwargs)
+        parameters = self._real.encode(x.to("meta"), *args, **kwargs).latent_dist.parameters
+        zeros = torch.zeros_like(parameters, device=x.device)
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(zeros))
 
     def decode(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
         script, recording = self._notes
@@ -148,8 +168,17 @@ class _Autoencoder(_StandIn):
 
 
 @torch.no_grad()
-def record(pipeline: DiffusionPipeline, denoiser_name: str, options: Mapping[str, object], script: Script) -> Recording:
-    """Run the pipeline's call with these options. Its components, settings and random state are then as before."""
+def record(
+    pipeline: DiffusionPipeline,
+    denoiser_name: str,
+    options: Mapping[str, object],
+    script: Script,
+    device: torch.device | None,
+) -> Recording:
+    """Run the pipeline's call with these options. Its components, settings and random state are then as before.
+
+    The pipeline takes `device` for that of its networks, None for where they are.
+    """
     recording = Recording()
     encode = pipeline.encode_prompt
 
@@ -160,9 +189,10 @@ def record(pipeline: DiffusionPipeline, denoiser_name: str, options: Mapping[str
         return result
 
     stand_ins = {
-        **{n: _Denoiser(part, script, recording) for n, part in parts_of(pipeline, denoiser_name).items()},
+        **{n: _StandIn(part, device) for n, part in pipeline.components.items() if isinstance(part, nn.Module)},
+        **{n: _Denoiser(part, device, script, recording) for n, part in parts_of(pipeline, denoiser_name).items()},
         "scheduler": _scheduler(pipeline.scheduler, script, recording),
-        "vae": _Autoencoder(pipeline.vae, script, recording),
+        "vae": _Autoencoder(pipeline.vae, device, script, recording),
         "encode_prompt": _with_signature(encode_prompt, encode),
         "_progress_bar_config": {"disable": True},
         **script.guiders,
