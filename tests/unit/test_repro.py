@@ -67,15 +67,14 @@ def run_of(arm, seed, reward, nfe=100):
         "reward_after": reward,
         "held_out_before": {"shapes_taste": 0.25},
         "held_out_after": {"shapes_taste": 0.375},
-        "accuracy_by_kind_before": {"single": 0.5},
-        "accuracy_by_kind_after": {"single": 0.75},
         "iterations": 2,
         "nfe": nfe,
         "device": "cpu",
         "versions": {"torch": "2"},
     }
     curves = {"eval/graded": [[1, reward], [2, reward + 0.1]]}
-    return {"arm": arm, "seed": seed, "summary": summary, "seconds": 12.0, "curves": curves}
+    by_kind = {"before": {"single": 0.5}, "after": {"single": 0.75}}
+    return {"arm": arm, "seed": seed, "summary": summary, "seconds": 12.0, "curves": curves, "by_kind": by_kind}
 
 
 def test_a_page_has_means_spreads_the_papers_numbers_and_what_is_missing():
@@ -90,6 +89,11 @@ def test_a_page_has_means_spreads_the_papers_numbers_and_what_is_missing():
     assert all(number in printed for number in ("1.26x", "24.008", "0.322"))
     assert "strict: single" in page("table3", {"runs": [run_of("other kinds flash", 0, 0.5)]})
     assert all(len(line) <= 120 or line.startswith("|") for line in text.splitlines())
+    rewards = {"flow baseline": (0.6, 0.7, 0.8), "flow uniform 12 of 24": (0.5, 0.62, 0.69)}
+    pairs = [run_of(arm, seed, reward) for arm, own in rewards.items() for seed, reward in enumerate(own)]
+    assert "`flow baseline`, by more than two standard errors of the seeds' differences: ahead: none; behind: flow" in (
+        " ".join(page("fig2", {"runs": pairs}).split())
+    )
     image = picture("table1", data)
     assert image is not None and image.count("<polyline") == 2 and "flow flash" in image
     assert picture("table1", {"runs": []}) is None and "No run has come to its end" in page("table1", {"runs": []})

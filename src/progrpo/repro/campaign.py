@@ -6,17 +6,20 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import TypedDict, cast
 
 from progrpo.config import Config
 from progrpo.repro.arms import Scale, arms, folder_of
 from progrpo.repro.experiments import EXPERIMENTS
-from progrpo.tracking.records import Metrics, MetricValue, Summary
+from progrpo.tracking.records import EvaluationRecord, Metrics, MetricValue, Summary
 from progrpo.tracking.run_folder import RunFolder
 
 STAGES = ("sample", "preview", "reward", "update")
 """The stages whose seconds count as training."""
 _CURVES = ("eval/graded", "eval/strict", "reward/std")
+_VERDICT = "shapes_strict"
+"""The held-out reward that is shown by kind of prompt."""
 
 
 class RunRecord(TypedDict):
@@ -29,6 +32,8 @@ class RunRecord(TypedDict):
     """The seconds of sampling, previews, rewards and updates."""
     curves: dict[str, list[list[float]]]
     """Pairs of iteration and value."""
+    by_kind: dict[str, dict[str, float]]
+    """The share of pictures that pass the held-out verdict, by kind of prompt, before and after training."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def finished(path: Path) -> bool:
 
 _KEPT = (
     "iterations", "wall_seconds", "nfe", "cost", "seconds_by_stage", "versions", "device", "processes",
-    *(f"{name}_{when}" for name in ("reward", "accuracy", "judge", "diversity", "held_out", "accuracy_by_kind")
+    *(f"{name}_{when}" for name in ("reward", "accuracy", "judge", "diversity", "held_out")
       for when in ("before", "after")),
 )  # fmt: skip
 
@@ -97,7 +102,18 @@ def record(arm: str, seed: int, path: Path) -> RunRecord:
     seconds = sum(summary["seconds_by_stage"].get(stage, 0.0) for stage in STAGES)
     metrics = folder.metrics.read()
     curves = {name: _curve(metrics, name) for name in _CURVES}
-    return {"arm": arm, "seed": seed, "summary": kept, "seconds": seconds, "curves": curves}
+    by_kind = {when: _by_kind(folder.evaluations[when].read() or []) for when in ("before", "after")}
+    return {"arm": arm, "seed": seed, "summary": kept, "seconds": seconds, "curves": curves, "by_kind": by_kind}
+
+
+def _by_kind(evaluation: Sequence[EvaluationRecord]) -> dict[str, float]:
+    """The mean verdict of each kind of prompt; empty where it was not measured."""
+    values: dict[str, list[float]] = {}
+    for picture in evaluation:
+        kind, verdict = picture["kind"], picture["held_out"].get(_VERDICT)
+        if kind is not None and verdict is not None:
+            values.setdefault(kind, []).append(verdict)
+    return {kind: round(mean(own), 4) for kind, own in values.items()}
 
 
 def _curve(metrics: Sequence[Metrics], name: str) -> list[list[float]]:

@@ -27,6 +27,8 @@ def page(name: str, data: Mapping[str, Any]) -> str:
         _ours(experiment, runs),
         _about(runs),
     ]
+    if (verdict := _verdict(experiment, runs)) is not None:
+        parts.append(verdict)
     if missing:
         parts.append(f"Not run yet: {', '.join(missing)}.")
     if any(run["curves"].get(experiment.curve) for run in runs):
@@ -58,7 +60,7 @@ def held_out_figure(reward: str, when: str) -> Column:
 
 
 def _kind(kind: str, when: str) -> Column:
-    return lambda run: (run["summary"].get(f"accuracy_by_kind_{when}") or {}).get(kind)
+    return lambda run: run["by_kind"][when].get(kind)
 
 
 def _columns(experiment: Experiment, runs: Runs, when: str) -> dict[str, Column]:
@@ -68,7 +70,7 @@ def _columns(experiment: Experiment, runs: Runs, when: str) -> dict[str, Column]
     columns |= {name: held_out_figure(name, when) for name in rewards}
     columns |= {"judge": summary_figure(f"judge_{when}"), "diversity": summary_figure(f"diversity_{when}")}
     if experiment.by_kind:
-        kinds = dict.fromkeys(kind for run in runs for kind in run["summary"].get(f"accuracy_by_kind_{when}") or {})
+        kinds = dict.fromkeys(kind for run in runs for kind in run["by_kind"][when])
         columns |= {f"strict: {kind}": _kind(kind, when) for kind in kinds}
     return columns
 
@@ -83,20 +85,38 @@ def _ours(experiment: Experiment, runs: Runs) -> str:
         if own:
             cells = [figure_of(own, column) for column in after.values()]
             seconds, nfe = mean(run["seconds"] for run in own), mean(run["summary"]["nfe"] for run in own)
-            over = "" if arm == first else _difference(own, runs_of(runs, first), after["reward"])
+            over = "" if arm == first else _in_words(differences(own, runs_of(runs, first), after["reward"]))
             rows.append([arm, str(len(own)), *cells, f"{seconds:,.0f}", f"{nfe:,.0f}", over])
     return table(head, rows)
 
 
-def _difference(runs: Runs, others: Runs, column: Column) -> str:
-    """The difference to the runs of another arm with the same seeds: mean and standard deviation over seeds."""
+def differences(runs: Runs, others: Runs, column: Column) -> list[float]:
+    """The differences to the runs of another arm with the same seeds."""
     by_seed = {run["seed"]: column(run) for run in others}
     pairs = [(column(run), by_seed.get(run["seed"])) for run in runs]
-    differences = [own - other for own, other in pairs if own is not None and other is not None]
-    if not differences:
+    return [own - other for own, other in pairs if own is not None and other is not None]
+
+
+def _in_words(values: Sequence[float]) -> str:
+    """The mean with its sign, and the standard deviation."""
+    if not values:
         return ""
-    spread = f" ± {stdev(differences):.3f}" if len(differences) > 1 else ""
-    return f"{mean(differences):+.3f}{spread}"
+    return f"{mean(values):+.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _verdict(experiment: Experiment, runs: Runs) -> str | None:
+    """The arms that end ahead of the first one, behind it, and neither. None without arms of several seeds."""
+    first, *others = experiment.arms
+    groups: dict[str, list[str]] = {"ahead": [], "behind": [], "neither": []}
+    for arm in others:
+        values = differences(runs_of(runs, arm), runs_of(runs, first), summary_figure("reward_after"))
+        if len(values) > 1:
+            far = abs(mean(values)) > 2 * stdev(values) / len(values) ** 0.5
+            groups["neither" if not far else "ahead" if mean(values) > 0 else "behind"].append(arm)
+    if not any(groups.values()):
+        return None
+    listed = "; ".join(f"{name}: {', '.join(arms) or 'none'}" for name, arms in groups.items())
+    return f"Reward against `{first}`, by more than two standard errors of the seeds' differences: {listed}."
 
 
 def figure_of(runs: Runs, column: Column) -> str:
