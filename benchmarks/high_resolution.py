@@ -316,7 +316,10 @@ def _agreements(entries: Entries) -> str:
     rows = []
     for name in (*(f"whole@{step}" for step in PREVIEWED), f"tiled@{TILED_AT}", "final, tiled"):
         figures = [agreement(entry["groups"], name) for entry in entries.values()]
-        cells = [f"{f.spearman:.2f} ± {f.spearman_error:.2f}, {f.variance:.2f}" for f in figures]
+        # one group has no standard error
+        several = [len(entry["groups"]) > 1 for entry in entries.values()]
+        errors = [f" ± {f.spearman_error:.2f}" if more else "" for f, more in zip(figures, several, strict=True)]
+        cells = [f"{f.spearman:.2f}{error}, {f.variance:.2f}" for f, error in zip(figures, errors, strict=True)]
         rows.append(_row(name.replace("@", ", after step "), cells))
     rows.append(_row("groups", [str(len(entry["groups"])) for entry in entries.values()]))
     title = wrapped(
