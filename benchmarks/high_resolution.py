@@ -313,20 +313,24 @@ def _all_shares(entries: Entries) -> str:
 
 
 def _agreements(entries: Entries) -> str:
-    rows = []
+    rows: dict[str, list[str]] = {"Spearman": [], "V": []}
+    # one group has no standard error
+    several = [len(entry["groups"]) > 1 for entry in entries.values()]
     for name in (*(f"whole@{step}" for step in PREVIEWED), f"tiled@{TILED_AT}", "final, tiled"):
         figures = [agreement(entry["groups"], name) for entry in entries.values()]
-        # one group has no standard error
-        several = [len(entry["groups"]) > 1 for entry in entries.values()]
         errors = [f" ± {f.spearman_error:.2f}" if more else "" for f, more in zip(figures, several, strict=True)]
-        cells = [f"{f.spearman:.2f}{error}, {f.variance:.2f}" for f, error in zip(figures, errors, strict=True)]
-        rows.append(_row(name.replace("@", ", after step "), cells))
-    rows.append(_row("groups", [str(len(entry["groups"])) for entry in entries.values()]))
-    title = wrapped(
-        f"Agreement of previews with final rewards (jpeg, groups of {GROUP}): Spearman, mean ± standard error, and V,"
-        " which is over that of the choice by final rewards:"
-    )
-    return _table(title, "preview", entries, rows)
+        label = name.replace("@", ", after step ")
+        cells = [f"{f.spearman:.2f}{error}" for f, error in zip(figures, errors, strict=True)]
+        rows["Spearman"].append(_row(label, cells))
+        rows["V"].append(_row(label, [f"{figure.variance:.2f}" for figure in figures]))
+    rows["Spearman"].append(_row("groups", [str(len(entry["groups"])) for entry in entries.values()]))
+    titles = {
+        "Spearman": f"Spearman's correlation of previews with final rewards (jpeg, groups of {GROUP}; mean ± standard"
+        " error):",
+        "V": "V of the choice by previews, over that of the choice by final rewards:",
+    }
+    parts = [_table(wrapped(title), "preview", entries, rows[name]) for name, title in titles.items()]
+    return "\n\n".join(parts)
 
 
 def _in_tiles(entries: Entries) -> str:

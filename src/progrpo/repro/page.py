@@ -24,7 +24,7 @@ def page(name: str, data: Mapping[str, Any]) -> str:
         f"```bash\nprogrpo repro {name}   # goes on where it was stopped; finished runs of other tables are not run"
         " again\n```",
         "## Ours",
-        _ours(experiment, runs),
+        *_ours(experiment, runs),
         _about(runs),
     ]
     if (verdict := _verdict(experiment, runs)) is not None:
@@ -63,31 +63,49 @@ def _kind(kind: str, when: str) -> Column:
     return lambda run: run["by_kind"][when].get(kind)
 
 
-def _columns(experiment: Experiment, runs: Runs, when: str) -> dict[str, Column]:
+def _columns(runs: Runs, when: str) -> dict[str, Column]:
     """The figures of an evaluation, by heading."""
     rewards = dict.fromkeys(name for run in runs for name in run["summary"].get(f"held_out_{when}") or {})
     columns = {"reward": summary_figure(f"reward_{when}")}
     columns |= {name: held_out_figure(name, when) for name in rewards}
-    columns |= {"judge": summary_figure(f"judge_{when}"), "diversity": summary_figure(f"diversity_{when}")}
+    return columns | {"judge": summary_figure(f"judge_{when}"), "diversity": summary_figure(f"diversity_{when}")}
+
+
+def _ours(experiment: Experiment, runs: Runs) -> list[str]:
+    """The tables of what was measured: rewards, costs, and for some experiments verdicts by kind of prompt."""
+    tables = [_evaluations(experiment, runs, _columns), _costs(experiment, runs)]
     if experiment.by_kind:
-        kinds = dict.fromkeys(kind for run in runs for kind in run["by_kind"][when])
-        columns |= {f"strict: {kind}": _kind(kind, when) for kind in kinds}
-    return columns
+        tables += ["Strict verdicts by kind of prompt:", _evaluations(experiment, runs, _kinds, digits=2)]
+    return tables
 
 
-def _ours(experiment: Experiment, runs: Runs) -> str:
-    after, before = (_columns(experiment, runs, when) for when in ("after", "before"))
-    first = experiment.arms[0]
-    head = ["arm", "seeds", *after, "seconds", "NFE", f"reward over {first}"]
-    rows = [["the base", "", *(figure_of(runs, column) for column in before.values()), "", "", ""]] if runs else []
+def _kinds(runs: Runs, when: str) -> dict[str, Column]:
+    """The verdicts of an evaluation by kind of prompt."""
+    return {kind: _kind(kind, when) for kind in dict.fromkeys(kind for run in runs for kind in run["by_kind"][when])}
+
+
+def _evaluations(
+    experiment: Experiment, runs: Runs, columns: Callable[[Runs, str], dict[str, Column]], digits: int = 3
+) -> str:
+    """A row of the base before training, and one of each arm after it."""
+    after = columns(runs, "after")
+    rows = [["the base", *(figure_of(runs, column, digits) for column in columns(runs, "before").values())]]
     for arm in experiment.arms:
         own = runs_of(runs, arm)
         if own:
-            cells = [figure_of(own, column) for column in after.values()]
+            rows.append([arm, *(figure_of(own, column, digits) for column in after.values())])
+    return table(["arm", *after], rows if runs else [])
+
+
+def _costs(experiment: Experiment, runs: Runs) -> str:
+    first, rows = experiment.arms[0], []
+    for arm in experiment.arms:
+        own = runs_of(runs, arm)
+        if own:
             seconds, nfe = mean(run["seconds"] for run in own), mean(run["summary"]["nfe"] for run in own)
-            over = "" if arm == first else _in_words(differences(own, runs_of(runs, first), after["reward"]))
-            rows.append([arm, str(len(own)), *cells, f"{seconds:,.0f}", f"{nfe:,.0f}", over])
-    return table(head, rows)
+            values = [] if arm == first else differences(own, runs_of(runs, first), summary_figure("reward_after"))
+            rows.append([arm, str(len(own)), f"{seconds:,.0f}", f"{nfe:,.0f}", _in_words(values)])
+    return table(["arm", "seeds", "seconds", "NFE", f"reward over {first}"], rows)
 
 
 def differences(runs: Runs, others: Runs, column: Column) -> list[float]:
@@ -119,13 +137,13 @@ def _verdict(experiment: Experiment, runs: Runs) -> str | None:
     return f"Reward against `{first}`, by more than two standard errors of the seeds' differences: {listed}."
 
 
-def figure_of(runs: Runs, column: Column) -> str:
+def figure_of(runs: Runs, column: Column, digits: int = 3) -> str:
     """Mean and standard deviation over seeds."""
     values = [value for run in runs if (value := column(run)) is not None]
     if not values:
         return ""
-    spread = f" ± {stdev(values):.3f}" if len(values) > 1 and stdev(values) >= 0.0005 else ""
-    return f"{mean(values):.3f}{spread}"
+    shown = len(values) > 1 and round(stdev(values), digits) > 0
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if shown else "")
 
 
 def _printed(experiment: Experiment) -> str:
