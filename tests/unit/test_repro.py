@@ -81,7 +81,7 @@ def test_a_page_has_means_spreads_the_papers_numbers_and_what_is_missing():
     data = {"runs": [run_of("flow baseline", 0, 0.6), run_of("flow baseline", 1, 0.8), run_of("flow flash", 0, 0.7)]}
     text = page("table1", data)
     assert f"| flow baseline | 0.700 ± {math.sqrt(0.02):.3f} | 0.375 |" in text
-    assert "| the base | 0.500 | 0.250 |" in text and "| flow flash | 0.700 |" in text
+    assert "| the base (flow) | 0.500 | 0.250 |" in text and "| flow flash | 0.700 |" in text
     assert "Not run yet: flow standard." in text
     assert "| flow flash | 1 | 12 | 100 | +0.100 |" in text  # against the baseline of its seed, 0.6
     printed = next(line for line in text.splitlines() if line.startswith("| flow standard |"))
@@ -91,9 +91,11 @@ def test_a_page_has_means_spreads_the_papers_numbers_and_what_is_missing():
     assert all(len(line) <= 120 for line in text.splitlines())
     rewards = {"flow baseline": (0.6, 0.7, 0.8), "flow uniform 12 of 24": (0.5, 0.62, 0.69)}
     pairs = [run_of(arm, seed, reward) for arm, own in rewards.items() for seed, reward in enumerate(own)]
-    assert "`flow baseline`, by more than two standard errors of the seeds' differences: ahead: none; behind: flow" in (
-        " ".join(page("fig2", {"runs": pairs}).split())
-    )
+    verdict = " ".join(page("fig2", {"runs": pairs}).split())
+    assert "by more than two standard errors of the seeds' differences: ahead: none; behind: flow uniform" in verdict
+    assert "Runs that ended below their base: none." in verdict
+    fallen = [run_of(arm, seed, reward - 0.2) for arm, own in rewards.items() for seed, reward in enumerate(own)]
+    assert "below their base: flow baseline (seed 0)," in " ".join(page("fig2", {"runs": fallen}).split())
     image = picture("table1", data)
     assert image is not None and image.count("<polyline") == 2 and "flow flash" in image
     assert picture("table1", {"runs": []}) is None and "No run has come to its end" in page("table1", {"runs": []})

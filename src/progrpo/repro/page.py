@@ -54,6 +54,9 @@ def summary_figure(name: str) -> Column:
     return lambda run: run["summary"].get(name)
 
 
+_REWARD = summary_figure("reward_after")
+
+
 def held_out_figure(reward: str, when: str) -> Column:
     """A held-out reward, before or after training."""
     return lambda run: (run["summary"].get(f"held_out_{when}") or {}).get(reward)
@@ -87,25 +90,44 @@ def _kinds(runs: Runs, when: str) -> dict[str, Column]:
 def _evaluations(
     experiment: Experiment, runs: Runs, columns: Callable[[Runs, str], dict[str, Column]], digits: int = 3
 ) -> str:
-    """A row of the base before training, and one of each arm after it."""
-    after = columns(runs, "after")
-    rows = [["the base", *(figure_of(runs, column, digits) for column in columns(runs, "before").values())]]
+    """A row of each kind of arms' base before training, and one of each arm after it."""
+    after, rows, kind = columns(runs, "after"), [], ""
     for arm in experiment.arms:
         own = runs_of(runs, arm)
-        if own:
-            rows.append([arm, *(figure_of(own, column, digits) for column in after.values())])
-    return table(["arm", *after], rows if runs else [])
+        if not own:
+            continue
+        if kind_of(arm) != kind:
+            kind = kind_of(arm)
+            alike = [run for run in runs if kind_of(run["arm"]) == kind]
+            base = [figure_of(alike, column, digits) for column in columns(runs, "before").values()]
+            rows.append([f"the base ({kind})", *base])
+        rows.append([arm, *(figure_of(own, column, digits) for column in after.values())])
+    return table(["arm", *after], rows)
+
+
+_KINDS = ("flow", "diffusion", "two rewards", "other kinds")
+"""The first words of arms whose models, prompts and rewards are the same, so that their rewards can be compared."""
+
+
+def kind_of(arm: str) -> str:
+    """The kind of an arm."""
+    return next(kind for kind in _KINDS if arm.startswith(kind))
+
+
+def _rival(experiment: Experiment, arm: str) -> str:
+    """The first arm of the same kind, with which an arm is compared."""
+    return next(other for other in experiment.arms if kind_of(other) == kind_of(arm))
 
 
 def _costs(experiment: Experiment, runs: Runs) -> str:
-    first, rows = experiment.arms[0], []
+    rows = []
     for arm in experiment.arms:
-        own = runs_of(runs, arm)
+        own, rival = runs_of(runs, arm), _rival(experiment, arm)
         if own:
             seconds, nfe = mean(run["seconds"] for run in own), mean(run["summary"]["nfe"] for run in own)
-            values = [] if arm == first else differences(own, runs_of(runs, first), summary_figure("reward_after"))
+            values = [] if arm == rival else differences(own, runs_of(runs, rival), _REWARD)
             rows.append([arm, str(len(own)), f"{seconds:,.0f}", f"{nfe:,.0f}", _in_words(values)])
-    return table(["arm", "seeds", "seconds", "NFE", f"reward over {first}"], rows)
+    return table(["arm", "seeds", "seconds", "NFE", "reward over the first of its kind"], rows)
 
 
 def differences(runs: Runs, others: Runs, column: Column) -> list[float]:
@@ -123,18 +145,29 @@ def _in_words(values: Sequence[float]) -> str:
 
 
 def _verdict(experiment: Experiment, runs: Runs) -> str | None:
-    """The arms that end ahead of the first one, behind it, and neither. None without arms of several seeds."""
-    first, *others = experiment.arms
+    """The arms that end ahead of the first of their kind, behind it, and neither, and runs that unlearnt.
+
+    None without arms of several seeds.
+    """
     groups: dict[str, list[str]] = {"ahead": [], "behind": [], "neither": []}
-    for arm in others:
-        values = differences(runs_of(runs, arm), runs_of(runs, first), summary_figure("reward_after"))
-        if len(values) > 1:
+    for arm in experiment.arms:
+        rival = _rival(experiment, arm)
+        values = differences(runs_of(runs, arm), runs_of(runs, rival), _REWARD)
+        if arm != rival and len(values) > 1:
             far = abs(mean(values)) > 2 * stdev(values) / len(values) ** 0.5
             groups["neither" if not far else "ahead" if mean(values) > 0 else "behind"].append(arm)
     if not any(groups.values()):
         return None
     listed = "; ".join(f"{name}: {', '.join(arms) or 'none'}" for name, arms in groups.items())
-    return f"Reward against `{first}`, by more than two standard errors of the seeds' differences: {listed}."
+    fallen = [
+        f"{run['arm']} (seed {run['seed']})"
+        for run in runs
+        if (_REWARD(run) or 0.0) < (summary_figure("reward_before")(run) or 0.0)
+    ]
+    return (
+        "Reward against the first arm of the same kind, by more than two standard errors of the seeds' differences:"
+        f" {listed}. Runs that ended below their base: {', '.join(fallen) or 'none'}."
+    )
 
 
 def figure_of(runs: Runs, column: Column, digits: int = 3) -> str:
