@@ -24,6 +24,7 @@ from progrpo.imports.translation import (
     Unread,
     counted_in,
     flatten,
+    group_outcome,
     ignored,
     lora_to_train_further,
     mixed_precision,
@@ -419,12 +420,7 @@ def _updates(setting: Setting) -> int:
 
 def _group_size(setting: Setting) -> Outcome:
     size = setting.count() * _count_or_one(setting, _REPEATS)
-    fields: dict[str, object] = {"plan.preset": "custom", "plan.group_size": size}
-    if not _is_dpo(setting):
-        return to_fields(fields, "plain GRPO; --plan.preset standard prunes")
-    if size > 2:
-        fields["plan.final_keep"] = 2
-    return to_fields(fields, "the best and the worst of a group are its pair")
+    return group_outcome(size, _is_dpo(setting), "plain GRPO; --plan.preset standard prunes")
 
 
 def _accumulation(setting: Setting) -> Outcome:

@@ -199,11 +199,21 @@ def mixed_precision(setting: Setting) -> Outcome:
 
 
 def lora_to_train_further(setting: Setting) -> Outcome:
-    """The outcome of a LoRA that is trained further; in both frameworks the reference is the model without it."""
+    """The outcome of a LoRA that is trained further; in all frameworks the reference is the model without it."""
     return to_fields(
         {"model.lora": setting.text()},
         "it keeps its rank, alpha and layers; a KL is measured from the model with it, there from the model without",
     )
+
+
+def group_outcome(size: object, pairs: bool, note: str = "no pruning; --plan.preset standard prunes") -> Outcome:
+    """The outcome of a group's size, without pruning. Where `pairs` are learnt, they are a group's best and worst."""
+    fields: dict[str, object] = {"plan.preset": "custom", "plan.group_size": size}
+    if not pairs:
+        return to_fields(fields, note)
+    if isinstance(size, int) and size > 2:
+        fields["plan.final_keep"] = 2
+    return to_fields(fields, "the best and the worst of a group are its pair")
 
 
 def part_of(path: str) -> Rule:

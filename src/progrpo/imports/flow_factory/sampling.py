@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from progrpo.imports.flow_factory.model import counts_guidance_from_0, takes_sources
 from progrpo.imports.flow_factory.trainer import is_offline, objective_of
-from progrpo.imports.translation import Outcome, Setting, counted_in, no_equal, not_needed, to_fields
+from progrpo.imports.translation import Outcome, Setting, counted_in, group_outcome, no_equal, not_needed, to_fields
 from progrpo.messages import quoted
 
 
@@ -80,12 +80,8 @@ def microbatch(setting: Setting) -> Outcome:
 def group_size(setting: Setting) -> Outcome:
     if is_offline(setting):
         return not_needed("pairs are recorded")
-    fields: dict[str, object] = {"plan.preset": "custom", "plan.group_size": setting.value}
-    if objective_of(setting) != "dpo":
-        return to_fields(fields, "no pruning; --plan.preset standard prunes")
-    if setting.count() > 2:
-        fields["plan.final_keep"] = 2
-    return to_fields(fields, "the best and the worst of a group are its pair")
+    pairs = objective_of(setting) == "dpo"
+    return group_outcome(setting.count() if pairs else setting.value, pairs)
 
 
 def prompts_of_iteration(setting: Setting) -> Outcome:

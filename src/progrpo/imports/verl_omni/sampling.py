@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from progrpo.imports.translation import Outcome, Setting, counted_in, no_equal, not_needed, to_fields
+from progrpo.imports.translation import Outcome, Setting, counted_in, group_outcome, no_equal, not_needed, to_fields
 from progrpo.imports.verl_omni.algorithm import is_offline, objective_of
 from progrpo.messages import quoted
 
@@ -117,12 +117,8 @@ def training_copy(setting: Setting) -> Outcome:
 def group_size(setting: Setting) -> Outcome:
     if is_offline(setting):
         return not_needed("pairs are recorded")
-    fields: dict[str, object] = {"plan.preset": "custom", "plan.group_size": setting.value}
-    if objective_of(setting) != "dpo":
-        return to_fields(fields, "no pruning; --plan.preset standard prunes")
-    if setting.count() > 2:
-        fields["plan.final_keep"] = 2
-    return to_fields(fields, "the best and the worst of a group are its pair")
+    pairs = objective_of(setting) == "dpo"
+    return group_outcome(setting.count() if pairs else setting.value, pairs)
 
 
 def _samples_with_noise(setting: Setting) -> bool:
