@@ -229,7 +229,8 @@ def test_a_video_that_is_not_finite_costs_no_other(reward, monkeypatch):
 
 def test_a_network_that_is_not_finite_gives_no_score(folder):
     broken = small_videoalign(folder)
-    broken._head.weight.fill_(math.inf)
+    for weight in broken._head.parameters():
+        weight.fill_(math.inf)
     assert math.isnan(broken.score(videos(1), PROMPTS[:1])[0].number())
 
 

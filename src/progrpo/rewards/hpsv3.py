@@ -9,16 +9,16 @@ from typing import Self
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLImageProcessorPil, Qwen2VLModel
 
 from progrpo.rewards.base import Score
 from progrpo.rewards.clip import batch_slices
-from progrpo.rewards.hub import HubReward, fetching, hub_file
+from progrpo.rewards.hub import fetching, hub_file
 from progrpo.rewards.questions import question_text
 from progrpo.rewards.qwen2vl import (
     IMAGE,
+    Qwen2VLReward,
     build_model,
     chat_ids,
     features,
@@ -36,7 +36,7 @@ PIXELS = 256 * 28 * 28
 TOKEN = "<|Reward|>"
 
 
-class HPSv3(HubReward):
+class HPSv3(Qwen2VLReward):
     """The mean m of the Gaussian (m, s) that three layers give of Qwen2-VL's feature of the token <|Reward|>.
 
     It has no bounds; on its benchmark the means of models are about 0 to 11. Pictures are resized to about 200,704
@@ -46,21 +46,6 @@ class HPSv3(HubReward):
     """
 
     parameters = 7_748_610_610
-
-    def __init__(
-        self,
-        model: Qwen2VLModel,
-        head: nn.Sequential,
-        tokenizer: Tokenizer,
-        image_processor: Qwen2VLImageProcessorPil,
-        batch_size: int = 16,
-    ) -> None:
-        """`head` computes in float32. `tokenizer` knows Qwen2-VL's special tokens and <|Reward|>."""
-        self._model = model.eval().requires_grad_(False)
-        self._head = head.eval().requires_grad_(False)
-        self._tokenizer = tokenizer
-        self._image_processor = image_processor
-        self._batch_size = batch_size
 
     @classmethod
     def from_hub(cls, term: RewardTerm) -> Self:

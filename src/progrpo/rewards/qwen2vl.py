@@ -10,15 +10,36 @@ from typing import TypeVar
 import torch
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor, nn
-from transformers import Qwen2VLConfig, Qwen2VLModel
+from transformers import Qwen2VLConfig, Qwen2VLImageProcessorPil, Qwen2VLModel
 
-from progrpo.rewards.hub import build_network, damaged, fetching, hub_file, place
+from progrpo.rewards.hub import HubReward, build_network, damaged, fetching, hub_file, place
 from progrpo.rewards.settings import RewardTerm
 
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 _BEFORE = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 _BETWEEN, _AFTER = "<|vision_end|>", "\n<|im_end|>\n<|im_start|>assistant\n"
 _Head = TypeVar("_Head", bound=nn.Module)
+
+
+class Qwen2VLReward(HubReward):
+    """A reward of what a head gives of a Qwen2-VL's features. `head` computes in float32.
+
+    `tokenizer` knows Qwen2-VL's special tokens, and those that the reward adds (`read_tokenizer`).
+    """
+
+    def __init__(
+        self,
+        model: Qwen2VLModel,
+        head: nn.Module,
+        tokenizer: Tokenizer,
+        image_processor: Qwen2VLImageProcessorPil,
+        batch_size: int = 16,
+    ) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._head = head.eval().requires_grad_(False)
+        self._tokenizer = tokenizer
+        self._image_processor = image_processor
+        self._batch_size = batch_size
 
 
 def load_base(reward: str, base: tuple[str, str], tokens: Sequence[str]) -> tuple[Qwen2VLConfig, Tokenizer]:
@@ -53,6 +74,7 @@ def chat_ids(tokenizer: Tokenizer, seen: str, text: str) -> list[int]:
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The number of a text that is one token."""
     (number,) = tokenizer.encode(token, add_special_tokens=False).ids
     return int(number)
 

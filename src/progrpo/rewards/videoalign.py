@@ -10,7 +10,6 @@ from typing import Self
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLImageProcessorPil, Qwen2VLModel
 
@@ -18,10 +17,11 @@ from progrpo.frames import frame_places
 from progrpo.messages import quoted
 from progrpo.rewards.base import Refusal, Score
 from progrpo.rewards.clip import batch_slices
-from progrpo.rewards.hub import HubReward, hub_file, read_pickle
+from progrpo.rewards.hub import hub_file, read_pickle
 from progrpo.rewards.questions import question_text
 from progrpo.rewards.qwen2vl import (
     VIDEO,
+    Qwen2VLReward,
     build_model,
     chat_ids,
     features,
@@ -44,7 +44,7 @@ FRAMES_A_SECOND, LEAST_FRAMES = 2, 4
 RATE_COLUMN, RATE = "fps", 16.0
 
 
-class VideoAlign(HubReward):
+class VideoAlign(Qwen2VLReward):
     """The sum of (w . h_k - mean_k) / std_k over visual quality, motion quality and text alignment, where h_k is
     Qwen2-VL's feature of the token that stands for k in the question.
 
@@ -60,21 +60,6 @@ class VideoAlign(HubReward):
     name = "videoalign"
     parts: Sequence[int] = (0, 1, 2)
     """The places in TOKENS of what is summed."""
-
-    def __init__(
-        self,
-        model: Qwen2VLModel,
-        head: nn.Linear,
-        tokenizer: Tokenizer,
-        image_processor: Qwen2VLImageProcessorPil,
-        batch_size: int = 16,
-    ) -> None:
-        """`head` computes in float32. `tokenizer` knows Qwen2-VL's special tokens and TOKENS."""
-        self._model = model.eval().requires_grad_(False)
-        self._head = head.eval().requires_grad_(False)
-        self._tokenizer = tokenizer
-        self._image_processor = image_processor
-        self._batch_size = batch_size
 
     @classmethod
     def from_hub(cls, term: RewardTerm) -> Self:
