@@ -15,7 +15,7 @@ from progrpo.config import check, resolve_plan
 from progrpo.repro import fig1
 from progrpo.repro.arms import HELD_OUT_KINDS, OtherKinds, arms, folder_of
 from progrpo.repro.campaign import Campaign
-from progrpo.repro.experiments import EXPERIMENTS
+from progrpo.repro.experiments import EXPERIMENTS, kind_of
 from progrpo.repro.page import page, picture
 from progrpo.training.build import train_order
 
@@ -43,6 +43,7 @@ def test_every_experiment_has_its_arms():
     for name, experiment in EXPERIMENTS.items():
         assert set(experiment.arms) <= arms("reduced").keys(), name
         assert name == "table3" or set(experiment.arms) <= arms("paper").keys(), name
+        assert all(map(kind_of, experiment.arms)), name  # StopIteration for an arm of no kind
         assert experiment.printed.keys() <= {"the base", *experiment.arms}, name
 
 

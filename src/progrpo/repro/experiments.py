@@ -14,6 +14,15 @@ _OTHER_KINDS = ("other kinds baseline", "other kinds flash", "other kinds standa
 _EXPANDED = ("diffusion 32 -> 8", "diffusion 48 -> 8", "diffusion 64 -> 8")
 
 
+_KINDS = ("flow", "diffusion", "two rewards", "other kinds")
+"""The first words of arms whose models, prompts and rewards are the same, so that their rewards can be compared."""
+
+
+def kind_of(arm: str) -> str:
+    """The kind of an arm."""
+    return next(kind for kind in _KINDS if arm.startswith(kind))
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A figure or table: what the paper shows by it, the arms that show it here, and what it printed."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from progrpo.repro.experiments import EXPERIMENTS, Experiment
+from progrpo.repro.experiments import EXPERIMENTS, Experiment, kind_of
 
 Runs = Sequence[Mapping[str, Any]]
 _COLOURS = ("#1e6ec8", "#dc7814", "#1e8c50", "#965aaa", "#80868f", "#c83c32")
@@ -103,15 +103,6 @@ def _evaluations(
             rows.append([f"the base ({kind})", *base])
         rows.append([arm, *(figure_of(own, column, digits) for column in after.values())])
     return table(["arm", *after], rows)
-
-
-_KINDS = ("flow", "diffusion", "two rewards", "other kinds")
-"""The first words of arms whose models, prompts and rewards are the same, so that their rewards can be compared."""
-
-
-def kind_of(arm: str) -> str:
-    """The kind of an arm."""
-    return next(kind for kind in _KINDS if arm.startswith(kind))
 
 
 def _rival(experiment: Experiment, arm: str) -> str:
