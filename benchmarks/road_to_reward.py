@@ -1,13 +1,15 @@
 """The road to a reward on real pictures: objectives and plans at equal work, to equal reward.
 
-    python benchmarks/road_to_reward.py [--reward shapes_match] [--arms NAME ...] [--seeds 0 1 2] [--minutes 60]
-    python benchmarks/road_to_reward.py --table [--picture docs/images/road_to_reward.png]
+    python benchmarks/road_to_reward.py [--study dgpo] [--reward shapes_match] [--arms NAME ...] [--minutes 60]
+    python benchmarks/road_to_reward.py --study grpo --arms "plain 12" --seeds 0 --lr 1e-4
+    python benchmarks/road_to_reward.py --study grpo --table [--picture docs/images/road_to_reward_grpo.png]
 
-Arms under GRPO have ten SDE steps of which nine are trained, as Flow-GRPO and DanceGRPO have it; those under DGPO have
-six ODE steps and two draws a picture. Each runs for the work of `LENGTH` iterations of `REFERENCE`, counted as network
-calls and trained steps by the unit costs that the machine has for them (`TRAINED`), so that its length is fixed before
-it begins. Learning rates fall to zero over that length. Runs in `--out` are kept, seed by seed, so that the same
-command goes on.
+The study `dgpo` has arms under DGPO with six ODE steps and two draws a picture, beside GRPO with ten SDE steps of which
+nine are trained, as Flow-GRPO and DanceGRPO have it. All arms of the study `grpo` are GRPO with six SDE steps of which
+five are trained. Each arm runs for the work of a fixed number of iterations of its study's reference, counted as
+network calls and trained steps by the unit costs that the machine has for them (`TRAINED`), so that its length is fixed
+before it begins. Learning rates fall to zero over that length. Runs in `--out` are kept, seed by seed, so that the same
+command goes on. An arm's rate is the one that was run with the most seeds.
 
 The table says what it took to gain 50, 75 and 100 % of what the reference gains in the end (mean over its seeds), in
 seconds of one core. A curve is smoothed over three evaluations.
@@ -19,6 +21,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
@@ -32,10 +35,8 @@ from progrpo.config import Config, resolve_plan, trained_items
 from progrpo.durable import write_text
 
 TRAINED = 3.0  # network calls that a trained step takes: forward, and twice that backward
-LENGTH = 75  # iterations of the reference
 PICTURES, EVALUATIONS = 256, 8
 PROMPTS, GROUP = 6, 24
-REFERENCE = "dgpo, plain 12"
 INK, QUIET = (40, 44, 52), (128, 134, 144)
 COLOURS = ((30, 110, 200), (220, 120, 20), (30, 140, 80), (150, 90, 170), (128, 134, 144), (200, 60, 50))
 
@@ -57,8 +58,8 @@ DGPO = changed(
 )
 HALF: Changes = {"plan": {"group_size": GROUP, "final_keep": 12}}
 GROUP_STATISTICS: Changes = {"plan": {"selector": "furthest"}, "objective": {"baseline": "group"}}
-ARMS: dict[str, Changes] = {
-    REFERENCE: DGPO,
+DGPO_ARMS: dict[str, Changes] = {
+    "dgpo, plain 12": DGPO,
     "dgpo, 12 of 24 after 2": changed(DGPO, {"plan": {"group_size": GROUP, "prune": [[2, 12]]}}),
     "dgpo, furthest 12 of 24": changed(DGPO, changed(HALF, GROUP_STATISTICS)),
     "dgpo, posthoc 12 of 24": changed(DGPO, HALF),
@@ -68,19 +69,48 @@ ARMS: dict[str, Changes] = {
     "grpo, plain 12": changed(PLAIN, {"plan": {"group_size": 12}}),
     "grpo, posthoc 12 of 24": changed(PLAIN, HALF),
 }
+SHORT = changed(PLAIN, {"sampling": {"num_inference_steps": 6}, "optim": {"lr": 5e-5}})
+GRPO_ARMS: dict[str, Changes] = {
+    "plain 24": SHORT,
+    "plain 12": changed(SHORT, {"plan": {"group_size": 12}}),
+    "posthoc 12 of 24": changed(SHORT, HALF),
+    "12 of 24 after 4": changed(SHORT, {"plan": {"prune": [[3, 12]]}}),
+    "6 of 24 after 4": changed(SHORT, {"plan": {"prune": [[3, 6]]}}),
+    "uniform 12 of 24 after 4": changed(SHORT, {"plan": {"prune": [[3, 12]], "selector": "uniform"}}),
+    "flash, 24 -> 16 -> 12": changed(SHORT, {"plan": {"preset": "flash"}}),
+    "first 3 steps, plain 24": changed(SHORT, {"sampling": {"sde_window": "first", "sde_window_size": 3}}),
+    "first 3 steps, 12 of 24 after 3": changed(
+        SHORT, {"sampling": {"sde_window": "first", "sde_window_size": 3}, "plan": {"prune": [[2, 12]]}}
+    ),
+}
 
 
-def work_of(config: Config) -> float:
-    """The network calls of an iteration, with those of training."""
+@dataclass(frozen=True)
+class Study:
+    """The arms that are compared, the first of which is the reference; its iterations; and the cost of a preview.
+
+    The latter is that of one decode and reward, in network calls.
+    """
+
+    arms: Mapping[str, Changes]
+    length: int
+    decode: float
+
+    @property
+    def reference(self) -> str:
+        return next(iter(self.arms))
+
+
+STUDIES = {"dgpo": Study(DGPO_ARMS, 75, 0.0), "grpo": Study(GRPO_ARMS, 100, 1.0)}
+
+
+def work_of(config: Config, decode: float) -> float:
+    """The network calls of an iteration, with those of training, and decodes with rewards that cost so many each."""
     plan = resolve_plan(config)
     cost = plan.predict(config.sampling.num_inference_steps, trained_items(config), config.sampling.in_pairs)
     extra = 1 + config.objective.loss.extra_forwards / TRAINED
-    return config.prompts.per_iteration * (cost.nfe + TRAINED * extra * cost.trained_steps)
-
-
-def length_of(config: Config, reference: Config) -> int:
-    """The iterations that are as much work as `LENGTH` of the reference."""
-    return round(LENGTH * work_of(reference) / work_of(config))
+    calls = cost.nfe + decode * cost.decodes + TRAINED * extra * cost.trained_steps
+    return config.prompts.per_iteration * calls
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -97,9 +127,18 @@ def arrival(curve: Sequence[dict[str, Any]], level: float, unit: str) -> float |
     return None
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
+def curves_of(results: Sequence[dict[str, Any]], arm: str) -> list[list[dict[str, Any]]]:
+    """The curves of an arm at the learning rate that has the most of them, the first of equals."""
+    by_rate: dict[float, list[list[dict[str, Any]]]] = {}
+    for entry in results:
+        if entry["arm"] == arm:
+            by_rate.setdefault(entry["lr"], []).append(entry["curve"])
+    return max(by_rate.values(), key=len, default=[])
+
+
+def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
     """A row per arm."""
-    reference = [r["curve"] for r in results if r["arm"] == REFERENCE]
+    reference = curves_of(results, study.reference)
     base = mean(curve[0]["graded"] for curve in reference)
     final = mean(curve[-1]["graded"] for curve in reference)
     lines = [
@@ -107,8 +146,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
         f"| the base | | 0 | {base:.3f} | {_figures(reference, 0)} | |",
     ]
-    for arm in ARMS:
-        curves = [r["curve"] for r in results if r["arm"] == arm]
+    for arm in study.arms:
+        curves = curves_of(results, arm)
         if not curves:
             continue
         ends = [curve[-1]["graded"] for curve in curves]
@@ -131,12 +170,12 @@ def _figures(curves: Sequence[Sequence[dict[str, Any]]], at: int = -1) -> str:
     return " | ".join(f"{mean(curve[at][name] for curve in curves):.3f}" for name in names)
 
 
-def picture(results: Sequence[dict[str, Any]]) -> Image.Image:
+def picture(study: Study, results: Sequence[dict[str, Any]]) -> Image.Image:
     """The reward over seconds of one core: a line per arm for the mean of its seeds, thin ones for each seed."""
     left, top, width, height = 56, 16, 560, 300
     image = Image.new("RGB", (left + width + 200, top + height + 48), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
-    curves = {arm: [r["curve"] for r in results if r["arm"] == arm] for arm in ARMS}
+    curves = {arm: curves_of(results, arm) for arm in study.arms}
     points = [point for runs in curves.values() for curve in runs for point in curve]
     last = max(point["cpu_seconds"] for point in points)
     low, high = (f(point["graded"] for point in points) for f in (min, max))
@@ -168,9 +207,11 @@ def picture(results: Sequence[dict[str, Any]]) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", choices=STUDIES, default="dgpo")
     parser.add_argument("--reward", default="shapes_match")
     parser.add_argument("--model", choices=("shapes-flow", "shapes-diffusion"), default="shapes-flow")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="the study's arms to run; default: all")
+    parser.add_argument("--lr", type=float, help="another learning rate than the study's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=60, help="no run begins after so many")
     parser.add_argument("--threads", type=int, default=1)
@@ -178,24 +219,31 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what is there and run nothing")
     parser.add_argument("--picture", type=Path, help="with --table: also draw it")
     arguments = parser.parse_args()
+    study = STUDIES[arguments.study]
+    for arm in set(arguments.arms or ()) - set(study.arms):
+        parser.error(f"--arms: {arm!r} is not in the study {arguments.study}, which has {', '.join(study.arms)}")
     torch.set_num_threads(arguments.threads)
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     if arguments.table:
-        print(table(results))
+        print(table(study, results))
         if arguments.picture:
-            picture(results).save(arguments.picture, optimize=True)
+            picture(study, results).save(arguments.picture, optimize=True)
         return
     until = time.monotonic() + 60 * arguments.minutes
     task: Changes = {"reward": {"terms": [{"name": arguments.reward}]}, "model": {"path": arguments.model}}
+    if arguments.lr is not None:
+        task = {**task, "optim": {"lr": arguments.lr}}
     for seed in arguments.seeds:
-        reference = config_of(changed(ARMS[REFERENCE], task), seed)
-        for arm in arguments.arms:
+        whole = study.length * work_of(config_of(changed(study.arms[study.reference], task), seed), study.decode)
+        for arm in arguments.arms or study.arms:
+            config = config_of(changed(study.arms[arm], task), seed)
             key = {"model": arguments.model, "reward": arguments.reward, "arm": arm, "seed": seed}
+            key["lr"] = config.optim.lr
+            results = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
             if any(key.items() <= r.items() for r in results) or time.monotonic() > until:
                 continue
-            config = config_of(changed(ARMS[arm], task), seed)
-            iterations = length_of(config, reference)
-            config = config_of(changed(ARMS[arm], {**task, "iterations": iterations}), seed)
+            iterations = round(whole / work_of(config, study.decode))
+            config = config_of(changed(study.arms[arm], {**task, "iterations": iterations}), seed)
             print(f"{arm}, seed {seed}: {iterations} iterations", flush=True)
             curve = run(config, float("inf"), max(1, round(iterations / EVALUATIONS)), PICTURES, by="iterations")
             results = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
