@@ -135,12 +135,13 @@ def random_policy(settings: ModelSettings, context: PolicyContext) -> Policy:
     pipeline = without_weights(settings.path, torch_dtype(settings))
     for name, part in pipeline.components.items():
         if name.startswith("text_encoder"):
-            setattr(pipeline, name, torch.nn.Identity())  # nobody asks it for anything
+            setattr(pipeline, name, torch.nn.Identity())  # nobody asks it for a text, or for its settings
         elif isinstance(part, torch.nn.Module):
             fill(part.to_empty(device=context.device))
     policy: Any = policy_from_pipeline(pipeline, settings, context)
     tiny = random_tiny_decoder(policy)
     policy.previewer = PictureDecoder(tiny, unscale_tiny(tiny), "tiny decoder", "")
+    policy.family.condition_shapes = lambda: shapes
     policy.family.encode_text = lambda text: {name: torch.randn(1, *shape) for name, shape in shapes.items()}
     return policy  # type: ignore[no-any-return]
 
