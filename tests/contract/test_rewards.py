@@ -57,6 +57,7 @@ from progrpo.rewards.similarity import SourceSimilarity
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 from tests.support.qwen2vl import small_hpsv3, small_videoalign
+from tests.support.siglip import small_aesthetic_v2_5
 
 PROMPTS, PICTURES = world.examples("test", 12, seed=3)
 PROMPTS = [*PROMPTS[:6], *PROMPTS[7:], PROMPTS[6]]  # half of the pictures are not what is asked for
@@ -207,13 +208,16 @@ NOT_ALONE = (*ASK_A_MODEL, "votes")
 """Rewards that need a server, or people."""
 PARTS = ("videoalign_visual", "videoalign_motion", "videoalign_text")
 """Terms of the sum `videoalign`, computed as it is."""
+BROUGHT = ("aesthetic_v2_5",)
+"""Rewards whose weights the user brings."""
 BUILDERS: dict[str, Callable[[], Any]] = {
-    **{name: functools.partial(load_reward, RewardTerm(name)) for name in REWARDS if name not in (*NOT_ALONE, *PARTS)},
+    **{name: functools.partial(load_reward, RewardTerm(name)) for name in REWARDS if name not in (*NOT_ALONE, *PARTS, *BROUGHT)},
     "clipscore": small_clipscore,
     "pickscore": lambda: small(PickScore),
     "hpsv2": lambda: small(HPSv2),
     "imagereward": small_imagereward,
     "aesthetic": small_aesthetic,
+    "aesthetic_v2_5": small_aesthetic_v2_5,
     "hpsv3": lambda: with_tokenizer(small_hpsv3),
     "videoalign": lambda: Filmed(with_tokenizer(small_videoalign)),
     "reward_model": lambda: learned("reward_model"),
