@@ -208,10 +208,8 @@ NOT_ALONE = (*ASK_A_MODEL, "votes")
 """Rewards that need a server, or people."""
 PARTS = ("videoalign_visual", "videoalign_motion", "videoalign_text")
 """Terms of the sum `videoalign`, computed as it is."""
-BROUGHT = ("aesthetic_v2_5",)
-"""Rewards whose weights the user brings."""
 BUILDERS: dict[str, Callable[[], Any]] = {
-    **{name: functools.partial(load_reward, RewardTerm(name)) for name in REWARDS if name not in (*NOT_ALONE, *PARTS, *BROUGHT)},
+    **{name: functools.partial(load_reward, RewardTerm(name)) for name in REWARDS if name not in (*NOT_ALONE, *PARTS)},
     "clipscore": small_clipscore,
     "pickscore": lambda: small(PickScore),
     "hpsv2": lambda: small(HPSv2),

@@ -155,7 +155,7 @@ def own_weights(term: RewardTerm) -> dict[str, Tensor]:
             raise damaged(term.name, f"weights of {path}", error) from error
     state = read_pickle(term.name, path, term.sha256, "give the file that you mean, and its own checksum")
     if not isinstance(state, dict) or not all(isinstance(weight, Tensor) for weight in state.values()):
-        raise Refusal(f"reward {term.name!r}: {path} holds no names of tensors; give the file of the weights themselves")
+        raise Refusal(f"reward {term.name!r}: {path} holds more than named tensors; give its weights alone")
     return state
 
 
