@@ -117,7 +117,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return [mean(values[max(0, i - 1) : i + 2]) for i in range(len(values))]
 
 
-def arrival(curve: Sequence[dict[str, Any]], level: float, unit: str) -> float | None:
+def reached_at(curve: Sequence[dict[str, Any]], level: float, unit: str) -> float | None:
     """The amount of `unit` at which the smoothed curve reaches a level, interpolated; None where it does not."""
     values = smoothed([point["graded"] for point in curve])
     for (a, low), (b, high) in pairwise(zip(curve, values, strict=True)):
@@ -154,7 +154,7 @@ def table(study: Study, results: Sequence[dict[str, Any]]) -> str:
         spread = f" ± {stdev(ends):.3f}" if len(ends) > 1 else ""
         times = []
         for share in (0.5, 0.75, 1.0):
-            reached = [arrival(curve, base + share * (final - base), "cpu_seconds") for curve in curves]
+            reached = [reached_at(curve, base + share * (final - base), "cpu_seconds") for curve in curves]
             there = [value for value in reached if value is not None]
             of_all = "" if len(there) == len(reached) else f" ({len(there)} of {len(reached)})"
             times.append(f"{mean(there):.0f}{of_all}" if there else "-")

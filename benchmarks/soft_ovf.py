@@ -41,7 +41,7 @@ from when_pruning_pays import (
     RATIOS,
     STEPS,
     Choice,
-    arrival,
+    reached_at,
     batch_gradients,
     level_of,
     signal,
@@ -371,7 +371,7 @@ class Results:
         """The iterations to a share of the goal, by seed; those of the whole run where it does not get there."""
         level = level_of(self.ends(cell[0]), share)
         whole = float(iterations_of(TRIALS[cell[0]][cell[1]], PROMPTS))
-        return [arrival(r["curve"], level) or whole for r in sorted(self.of(cell, lr), key=lambda r: r["seed"])]
+        return [reached_at(r["curve"], level) or whole for r in sorted(self.of(cell, lr), key=lambda r: r["seed"])]
 
     def best(self, cell: Cell) -> float:
         """The rate that is the fastest to 90 % of the goal, and to 50 % where none gets further, by seed 0."""

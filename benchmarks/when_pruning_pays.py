@@ -189,6 +189,10 @@ class Run(TypedDict):
     plans: NotRequired[list[str]]
 
 
+def cell_of(entry: Run) -> Cell:
+    return Cell(entry["objective"], entry["choice"], entry["shape"])
+
+
 def cells() -> Iterator[Cell]:
     """All cells: what matters most first, and plain groups of 24, whose gain is the goal, before their rivals."""
     for choice in (*FIXED, *AUTO.values()):
@@ -291,7 +295,7 @@ def run(network: ToyNetwork, cell: Cell, lr: float, prompts: int, seed: int, goa
             try:
                 trainer.step()
             except SelfCheckError:
-                break  # a learning rate at which the model falls apart: the run does not arrive
+                break  # a learning rate at which the model falls apart: the run does not reach the level
             moved = [(p.detach() - b).square().sum() for p, b in zip(policy.trainable.values(), before, strict=True)]
             norms.append(float(torch.stack(moved).sum().sqrt()))
     followed: Any = {} if ratio is None else {"spent": spent, "plans": plans}
@@ -321,12 +325,12 @@ Curve = Sequence[tuple[float, float]]
 
 
 def smoothed(curve: Curve) -> list[tuple[float, float]]:
-    """The curve as means of three, so that a lucky evaluation is no arrival."""
+    """The curve as means of three, so that a lucky evaluation does not count."""
     values = [value for _, value in curve]
     return [(at, mean(values[max(0, i - 1) : i + 2])) for i, (at, _) in enumerate(curve)]
 
 
-def arrival(curve: Curve, level: float) -> float | None:
+def reached_at(curve: Curve, level: float) -> float | None:
     """The iterations, or the cost, until the smoothed curve reaches a level, interpolated; None where it does not."""
     points = smoothed(curve)
     for (a, low), (b, high) in itertools.pairwise(points):
@@ -339,9 +343,9 @@ def cost_to(entry: Run, level: float, ratio: float) -> float:
     """The cost to a level; infinite where a run does not get there."""
     if "spent" in entry:
         values = [value for _, value in entry["curve"]]
-        reached = arrival(list(zip(entry["spent"], values, strict=True)), level)
+        reached = reached_at(list(zip(entry["spent"], values, strict=True)), level)
         return float("inf") if reached is None else reached
-    iterations = arrival(entry["curve"], level)
+    iterations = reached_at(entry["curve"], level)
     cost = CHOICES[entry["choice"]].cost(ratio) * entry["prompts"]
     return float("inf") if iterations is None else iterations * cost
 
@@ -352,15 +356,20 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.runs: list[Run] = json.loads(path.read_text()) if path.exists() else []
+        self._by_cell: dict[Cell, list[Run]] = {}
+        self._best: dict[tuple[Cell, float, float, int], tuple[float, int] | None] = {}
+        for entry in self.runs:
+            self._by_cell.setdefault(cell_of(entry), []).append(entry)
 
     def of(self, cell: Cell) -> list[Run]:
-        return [r for r in self.runs if Cell(r["objective"], r["choice"], r["shape"]) == cell]
+        return self._by_cell.get(cell, [])
 
     def has(self, cell: Cell, lr: float, prompts: int, seed: int) -> bool:
         return any((r["lr"], r["prompts"], r["seed"]) == (lr, prompts, seed) for r in self.of(cell))
 
     def add(self, entry: Run) -> None:
         self.runs.append(entry)
+        self._by_cell.setdefault(cell_of(entry), []).append(entry)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in self.runs)
         write_text(self.path, f"[\n{lines}\n]\n")
@@ -381,10 +390,14 @@ class Results:
 
     def best(self, cell: Cell, level: float, ratio: float) -> tuple[float, int] | None:
         """The learning rate and prompts with the lowest mean cost to a level, of those with the most seeds."""
-        costs: dict[tuple[float, int], list[float]] = {}
-        for entry in self.of(cell):
-            costs.setdefault((entry["lr"], entry["prompts"]), []).append(cost_to(entry, level, ratio))
-        return min(costs, key=lambda key: mean(costs[key]), default=None)
+        runs = self.of(cell)
+        known = (cell, level, ratio, len(runs))
+        if known not in self._best:
+            costs: dict[tuple[float, int], list[float]] = {}
+            for entry in runs:
+                costs.setdefault((entry["lr"], entry["prompts"]), []).append(cost_to(entry, level, ratio))
+            self._best[known] = min(costs, key=lambda key: mean(costs[key]), default=None)
+        return self._best[known]
 
 
 def level_of(ends: tuple[float, float], share: float) -> float:
@@ -401,9 +414,9 @@ def work(results: Results, order: Sequence[Cell], seeds: int) -> Iterator[tuple[
                         yield cell, lr, prompts, seed
         ends = results.ends(cell.objective, cell.shape)
         assert ends is not None
+        settings = dict.fromkeys(results.best(cell, level_of(ends, 0.9), ratio) for ratio in RATIOS)
         for seed in range(seeds):
-            for ratio in RATIOS:
-                best = results.best(cell, level_of(ends, 0.9), ratio)
+            for best in settings:
                 if best is not None and not results.has(cell, *best, seed):
                     yield cell, *best, seed
 
@@ -535,13 +548,13 @@ def batch_gradients(
 class Finding:
     """A choice against the best plain group at one ratio: the ratio of costs to a level, with a 90 % interval.
 
-    Where a run does not `arrive`, the speed is the most that its whole length leaves open.
+    Where a run does not reach it, the speed is the most that its whole length leaves open.
     """
 
     speed: float
     low: float
     high: float
-    arrives: bool
+    reaches: bool
     seeds: int
     settings: tuple[float, int]
     predicted: float
@@ -590,17 +603,17 @@ class Map:
         return min((group[0] for group in groups if group is not None), key=mean, default=[])
 
     def finding(self, cell: Cell, share: float, ratio: float) -> Finding | None:
-        """None where there are no runs, or no plain group arrives."""
+        """None where there are no runs, or no plain group reaches it."""
         own, rival = self.costs(cell, share, ratio), self.rival(cell, share, ratio)
         if own is None or not rival or np.isinf(rival).any():
             return None
         whole = whole_cost(cell, own[1][1], ratio)
-        arrives = not np.isinf(own[0]).any()
+        reaches = not np.isinf(own[0]).any()
         own = [min(cost, whole) for cost in own[0]], own[1]
         speed, low, high = compared(rival, own[0])
         plain = max(self.signal(replace(cell, choice=name)) / CHOICES[name].cost(ratio) for name in PLAIN)
         predicted = self.signal(cell) / CHOICES[cell.choice].cost(ratio) / plain
-        return Finding(speed, low, high, arrives, len(own[0]), own[1], predicted)
+        return Finding(speed, low, high, reaches, len(own[0]), own[1], predicted)
 
 
 def table(survey: Map, objective: str, shape: str, share: float) -> list[str]:
@@ -623,7 +636,7 @@ def table(survey: Map, objective: str, shape: str, share: float) -> list[str]:
 
 
 def _words(f: Finding) -> str:
-    if not f.arrives:
+    if not f.reaches:
         return f"< {f.speed:.2f} ({f.predicted:.2f})"
     speed = f"**{f.speed:.2f}**" if f.low > 1 else f"{f.speed:.2f}"
     return f"{speed} ± {(f.high - f.low) / 2:.2f} ({f.predicted:.2f})"
@@ -657,7 +670,7 @@ def _over_weight_1(results: Results, cell: Cell, name: str, share: float) -> tup
         runs = [r for r in results.of(own) if (r["lr"], r["prompts"]) == best]
         costs.append([cost_to(r, level_of(ends, share), 1.0) for r in runs])
     if np.isinf(costs[1]).any():
-        return "does not arrive", len(costs[1])
+        return "not reached", len(costs[1])
     speed, low, high = compared(*costs)
     return f"{speed:.2f} ± {(high - low) / 2:.2f}", len(costs[1])
 
@@ -665,9 +678,9 @@ def _over_weight_1(results: Results, cell: Cell, name: str, share: float) -> tup
 def prompts_table(results: Results) -> list[str]:
     """A row for each way to take fewer prompts: the speed over that of the same cell with more prompts, by one seed.
 
-    Runs that do not arrive are counted, and not in the mean.
+    Runs that do not reach it are counted, and not in the mean.
     """
-    lines = ["| prompts | learning rate | to 50 % | to 90 % | pairs | no longer arrive | arrive only so |"]
+    lines = ["| prompts | learning rate | to 50 % | to 90 % | pairs | no longer reach it | reach it only so |"]
     lines.append("|" + "---|" * 7)
     for many, few in ((8, 4), (8, 2), (4, 2)):
         for name, power in (("kept", 0.0), ("by the square root", 0.5), ("in proportion", 1.0)):
@@ -698,7 +711,7 @@ def _pairs(results: Results, many: int, few: int, power: float, share: float) ->
 
 
 def _mean_speed(pairs: Sequence[tuple[float, float]]) -> str:
-    """The geometric mean of speeds of few prompts over many, and its standard error, where both arrive."""
+    """The geometric mean of speeds of few prompts over many, and its standard error, where both reach the level."""
     logs = [float(np.log(a / b)) for a, b in pairs if np.isfinite(a) and np.isfinite(b)]
     middle = float(np.exp(mean(logs)))
     return f"{middle:.2f} ± {middle * float(np.std(logs)) / len(logs) ** 0.5:.2f}"
@@ -748,7 +761,7 @@ def picture(survey: Map) -> Image.Image:
                 box = (x + i * width, top + row * height, x + (i + 1) * width - 2, top + (row + 1) * height - 2)
                 if f is not None:
                     draw.rectangle(box, fill=_colour(f.speed))
-                    draw.text((box[0] + 8, box[1] + 5), f"{'' if f.arrives else '<'}{f.speed:.2f}", INK, font)
+                    draw.text((box[0] + 8, box[1] + 5), f"{'' if f.reaches else '<'}{f.speed:.2f}", INK, font)
     note = "speed to 90 % of plain GRPO's gain, over the best plain group at equal cost; 1 is no gain"
     draw.text((8, image.height - 22), note, fill=QUIET, font=font)
     return image
