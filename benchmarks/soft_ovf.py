@@ -13,7 +13,7 @@ statistics  mean and std of advantages over survivors, the full group, or previe
 
 Each choice takes the best of three learning rates (seed 0), then has SEEDS seeds. Its speed is the ratio of the groups
 that OVF with statistics of survivors needs for 50 and 90 % of plain GRPO's gain, over its own: a group costs the same.
-Where a run does not arrive, its whole length counts.
+Where a run does not reach a level, its whole length counts.
 Gradients are as in when_pruning_pays.py, before training and after 40 iterations, in float64.
 """
 
@@ -41,9 +41,9 @@ from when_pruning_pays import (
     RATIOS,
     STEPS,
     Choice,
-    reached_at,
     batch_gradients,
     level_of,
+    reached_at,
     signal,
     toy_batches,
 )
