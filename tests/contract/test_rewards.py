@@ -57,6 +57,7 @@ from progrpo.rewards.similarity import SourceSimilarity
 from progrpo.types import Prompt
 from progrpo.zoo.shapes import world
 from tests.support.qwen2vl import small_hpsv3, small_videoalign
+from tests.support.siglip import small_aesthetic_v2_5
 
 PROMPTS, PICTURES = world.examples("test", 12, seed=3)
 PROMPTS = [*PROMPTS[:6], *PROMPTS[7:], PROMPTS[6]]  # half of the pictures are not what is asked for
@@ -214,6 +215,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "hpsv2": lambda: small(HPSv2),
     "imagereward": small_imagereward,
     "aesthetic": small_aesthetic,
+    "aesthetic_v2_5": small_aesthetic_v2_5,
     "hpsv3": lambda: with_tokenizer(small_hpsv3),
     "videoalign": lambda: Filmed(with_tokenizer(small_videoalign)),
     "reward_model": lambda: learned("reward_model"),
