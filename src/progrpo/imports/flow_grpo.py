@@ -136,6 +136,8 @@ def import_flow_grpo(config: str, gpus: int | None = None, script: Script = "aut
         raise ValueError(
             f"{named(file)}: {_ALGORITHM} could not be read (line {unread[_ALGORITHM].line}); {_ONLY_THESE}"
         )
+    if _ALGORITHM in known:  # first, since the others may mean something else under an algorithm that is refused
+        known = {_ALGORITHM: known[_ALGORITHM], **known}
     known["gpu_number"] = gpus if gpus is not None else _num_gpus(reading, config)
     known["script"] = _script(file, function, reading) if script == "auto" else script
     known["script.model"] = _model_kind(known)
