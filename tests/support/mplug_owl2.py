@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from progrpo.rewards.deqa import DeQA, DeQANetwork, image_processor
 from progrpo.rewards.mplug_owl2 import MPLUGOwl2Config
 
 SIDE, QUERIES = 56, 3
-VISUAL = {
+VISUAL: dict[str, dict[str, Any]] = {
     "visual_model": {
         **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
         **{"image_size": SIDE, "patch_size": 28, "layer_norm_eps": 1e-6, "hidden_act": "quick_gelu"},
@@ -20,7 +22,7 @@ VISUAL = {
         "model_type": "mplug_owl_visual_abstract",
     },
 }
-LLAMA = {
+LLAMA: dict[str, Any] = {
     **{"vocab_size": 32000, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 64},
 }

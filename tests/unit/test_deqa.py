@@ -69,9 +69,9 @@ def test_with_equal_weights_for_words_and_pictures_it_is_llama(network):
         weight.copy_(network.state_dict()[name.replace(".multiway.1", ".multiway.0")])
     seen = equal.model.visual_abstractor(equal.model.vision_model(pixels()))
     expected = [plain_llama(equal, 0)(inputs_embeds=question(equal, s)[None]).logits[0, -1] for s in seen]
-    answer = equal.next_logits(pixels(), BEFORE, AFTER)
+    answer = equal.next_logits(pixels())
     assert torch.allclose(answer, torch.stack(expected), atol=1e-5)
-    assert not torch.allclose(answer, network.next_logits(pixels(), BEFORE, AFTER), atol=1e-2)
+    assert not torch.allclose(answer, network.next_logits(pixels()), atol=1e-2)
 
 
 @torch.no_grad()
@@ -124,8 +124,8 @@ def test_the_abstractor_by_hand(network):
     queries_at = torch.tensor([waves(n, 16) for n in range(QUERIES)])
     patches_at = [[0.0] * 16] + [waves(column, 8) + waves(row, 8) for row in range(2) for column in range(2)]
     x = abstractor.query_embeds[0]
-    for layer in abstractor.encoder["layers"]:
-        reader = layer["crossattention"]
+    for layer in abstractor.encoder.layers:
+        reader = layer.crossattention
         x = reader.norm1(x)
         seen = torch.cat([x, reader.normk(features)])
         key = reader.attention.key(seen + torch.cat([queries_at, torch.tensor(patches_at)]))
@@ -155,7 +155,7 @@ def test_the_score_is_the_expected_level(network, shape):
         square.paste(Image.fromarray(picture), ((71 - shape[1]) // 2, (71 - shape[0]) // 2))
         scaled = np.asarray(square.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) / 255
         normal = (scaled - [0.48145466, 0.4578275, 0.40821073]) / [0.26862954, 0.26130258, 0.27577711]
-        logits = network.next_logits(torch.tensor(normal).permute(2, 0, 1)[None], BEFORE, AFTER)[0]
+        logits = network.next_logits(torch.tensor(normal).permute(2, 0, 1)[None])[0]
         weights = [math.exp(logits[token]) for token in (15129, 1781, 6534, 6460, 4319)]
         expected.append(sum(w * level for w, level in zip(weights, (5, 4, 3, 2, 1), strict=True)) / sum(weights))
     assert [s.value for s in small_deqa(batch_size=2).score(drawn, PROMPTS)] == pytest.approx(expected, abs=1e-4)

@@ -29,9 +29,10 @@ GROUND = (122, 116, 104)
 
 
 class DeQANetwork(MPLUGOwl2):
-    """mPLUG-Owl2 with the picture after the first tokens of the question."""
+    """mPLUG-Owl2 with the published question."""
 
-    before = len(BEFORE)
+    before = BEFORE
+    after = AFTER
 
 
 class DeQA(HubReward):
@@ -64,7 +65,7 @@ class DeQA(HubReward):
     @torch.no_grad()
     def _values(self, pictures_BHWC: np.ndarray) -> Tensor:
         pixels_BCHW = preprocess(pad_to_squares(pictures_BHWC), self._image_processor)
-        logits_BK = self._model.next_logits(pixels_BCHW, BEFORE, AFTER)[:, list(LEVELS)].float()
+        logits_BK = self._model.next_logits(pixels_BCHW)[:, list(LEVELS)].float()
         return logits_BK.softmax(-1) @ torch.tensor([*LEVELS.values()], device=logits_BK.device, dtype=torch.float32)
 
 
